@@ -1,0 +1,1 @@
+"""shoal: one large language model on many ordinary machines."""
