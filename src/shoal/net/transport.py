@@ -1,0 +1,110 @@
+"""What shoal asks of a network: two small interfaces, so that tests need none.
+
+`net/libp2p.py` is the real one, `net/memory.py` the one for tests. A `Stream` is ordered and reliable until it breaks,
+and everything about breaking is one exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shoal.spans import ServerInfo
+
+Buffer = bytes | bytearray | memoryview
+
+
+class StreamBroken(ConnectionError):
+    """The other side is gone, or never was: refused, reset, crashed, closed or timed out."""
+
+
+class Stream(Protocol):
+    """Frames to and from one authenticated peer. One task may send while another receives."""
+
+    @property
+    def peer(self) -> str:
+        """The other side's peer id."""
+        ...
+
+    async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
+        """Send one frame. Returns when it is buffered, waits when the other side is slow.
+
+        Raises `StreamBroken`.
+        """
+        ...
+
+    async def receive(self) -> tuple[bytes, bytearray]:
+        """The next frame: its header and its payload.
+
+        Raises `StreamBroken` at the end of the stream, however it came, and for frames beyond the protocol's limits.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release the stream. Never raises, may be called twice."""
+        ...
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+
+
+class Transport(Protocol):
+    """Opens streams to peers and accepts theirs."""
+
+    @property
+    def peer(self) -> str:
+        """Our own peer id."""
+        ...
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where others can reach us, as they would write it after `--initial-peers`."""
+        ...
+
+    async def open(self, peer: str, addresses: Sequence[str] = ()) -> Stream:
+        """A new stream to a peer; `addresses` are hints of where it may be.
+
+        Raises `StreamBroken`.
+        """
+        ...
+
+    async def listen(self, handler: StreamHandler) -> None:
+        """Run `handler` for every stream that a peer opens, until the transport closes."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One model of the swarm, as its servers announce it."""
+
+    key: str
+    name: str
+    family: str
+    num_blocks: int
+
+
+class Directory(Protocol):
+    """Who serves what: a distributed table of signed records that expire."""
+
+    async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
+        """Publish `info` for `lifetime` seconds; a later call replaces it."""
+        ...
+
+    async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
+        """The valid records of all blocks of a model, one a peer."""
+        ...
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """The models that anybody serves."""
+        ...
+
+
+@dataclass(frozen=True)
+class Node:
+    """A peer's whole view of the network."""
+
+    transport: Transport
+    directory: Directory

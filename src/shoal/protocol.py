@@ -1,0 +1,192 @@
+"""Every message that peers exchange, with its limits.
+
+A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes). The
+first message of a stream is `Open` for a session, or `Forward`, `Backward` for a single computation. Whatever arrives is
+parsed here before anything else looks at it: an unknown kind, field or type, or a number beyond its limit, is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+PROTOCOL = "/shoal/1"
+"""The libp2p protocol id: peers that speak another version cannot open a stream at all."""
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_PAYLOAD_BYTES = 256 * 1024 * 1024
+MAX_STEP_TOKENS = 1024
+"""The tokens, over all sequences of a batch, that one message carries at most: clients cut longer prefills in pieces."""
+MAX_BATCH = 1024
+MAX_LENGTH = 1 << 22
+MAX_BLOCKS = 4096
+HEARTBEAT_SECONDS = 1.0
+"""How often a server that is still computing says so. Silence for several of these means that it is gone."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "uint8": 1}
+TENSOR_ALIGNMENT = 16
+
+DType = Literal["float32", "bfloat16", "float16", "int64", "uint8"]
+TensorName = Literal["hidden", "positions", "mask", "grad"]
+Text = Annotated[str, Field(max_length=256)]
+Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+
+
+class ProtocolViolation(ValueError):
+    """Bytes that are no message of ours. The stream that carried them is closed."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TensorSpec(_Frozen):
+    """One tensor of the frame's payload, in the order of declaration, each starting at a multiple of 16 bytes."""
+
+    name: TensorName
+    dtype: DType
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_LENGTH)], ...], Field(max_length=4, strict=False)]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class _Message(_Frozen):
+    tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=4, strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _tensors_differ(self) -> _Message:
+        if len({spec.name for spec in self.tensors}) != len(self.tensors):
+            raise ValueError("a tensor is declared twice")
+        return self
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(-(-spec.nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT for spec in self.tensors)
+
+
+class _OnSpan(_Message):
+    model: Text
+    fingerprint: Text
+    start: Block
+    end: Block
+
+    @model_validator(mode="after")
+    def _span_is_not_empty(self) -> _OnSpan:
+        if self.start >= self.end:
+            raise ValueError("an empty span")
+        return self
+
+
+class Open(_OnSpan):
+    """Client: begin a session on these blocks, for up to `max_length` tokens of `batch_size` sequences."""
+
+    kind: Literal["open"] = "open"
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
+    max_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+
+
+class Opened(_Message):
+    """Server: the session has room; send its first step."""
+
+    kind: Literal["opened"] = "opened"
+
+
+class Step(_Message):
+    """Client: append tokens to the session and compute them.
+
+    First, `rows` (if given) says which old sequence each sequence continues, as beam search and batch changes need; then
+    whatever the session holds beyond `position` is forgotten. Tensors: `hidden` [B, T, D]; optionally `positions`
+    [B, T] int64 and the padding `mask` [B, T] uint8 of the new tokens.
+    """
+
+    kind: Literal["step"] = "step"
+    position: Annotated[int, Field(ge=0, le=MAX_LENGTH)]
+    rows: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=MAX_BATCH)], ...] | None,
+        Field(min_length=1, max_length=MAX_BATCH, strict=False),
+    ] = None
+
+
+class Forward(_OnSpan):
+    """Client: compute the span without a cache. Tensors: `hidden` [B, T, D]; optionally `positions`, `mask` [B, T]."""
+
+    kind: Literal["forward"] = "forward"
+
+
+class Backward(_OnSpan):
+    """Client: the gradient of the span's inputs. Tensors: those of `Forward`, and `grad` [B, T, D] of its output."""
+
+    kind: Literal["backward"] = "backward"
+
+
+class Result(_Message):
+    """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`), in the dtype of the question."""
+
+    kind: Literal["result"] = "result"
+
+
+class Working(_Message):
+    """Server: still waiting for the processor or computing; a heartbeat."""
+
+    kind: Literal["working"] = "working"
+
+
+class Ping(_Message):
+    """Either side: are you there? Answered by `Pong` at once, whatever is being computed."""
+
+    kind: Literal["ping"] = "ping"
+
+
+class Pong(_Message):
+    kind: Literal["pong"] = "pong"
+
+
+class Failure(_Message):
+    """Server: why it does not do what was asked.
+
+    `busy`: no room now, come back in `retry_after` seconds; `rejected`: the request is wrong and will be everywhere;
+    `leaving`: the server is going away; `broken`: it failed in computing this.
+    """
+
+    kind: Literal["failure"] = "failure"
+    code: Literal["busy", "rejected", "leaving", "broken"]
+    reason: Annotated[str, Field(max_length=1000)]
+    retry_after: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] | None = None
+
+
+class Close(_Message):
+    """Either side: the end, in band, because a crash and a clean close of a stream look alike."""
+
+    kind: Literal["close"] = "close"
+
+
+Message = Open | Opened | Step | Forward | Backward | Result | Working | Ping | Pong | Failure | Close
+
+_MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+
+
+def parse(header: bytes | bytearray) -> Message:
+    """The message that these bytes are.
+
+    Raises `ProtocolViolation` for anything else, in one line and without echoing what was sent.
+    """
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolViolation(f"a header of {len(header)} bytes")
+    try:
+        message = _MESSAGES.validate_json(header)
+    except ValidationError as invalid:
+        error = invalid.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in error["loc"])[:100]
+        raise ProtocolViolation(f"not a valid message: {where}: {error['msg'][:200]}") from None
+    if message.payload_bytes > MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"a payload of {message.payload_bytes} bytes")
+    return message
+
+
+def dump(message: Message) -> bytes:
+    """The header bytes of a message."""
+    return message.model_dump_json(exclude_none=True).encode()

@@ -1,0 +1,76 @@
+"""Spans of blocks, and what a server says of itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """The blocks `[start, end)` of a model; never empty."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise ValueError(f"not a span of blocks: {self.start}:{self.end}")
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.end))
+
+    def __contains__(self, block: int | Span) -> bool:
+        """Whether a block, or every block of another span, is in this one."""
+        if isinstance(block, Span):
+            return self.start <= block.start and block.end <= self.end
+        return self.start <= block < self.end
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.end}"
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """Read `"4:8"`.
+
+        Raises `ValueError` for anything else.
+        """
+        match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip())
+        if match is None:
+            raise ValueError(f"not a span of blocks: {text!r} (write it as 0:8)")
+        return cls(int(match[1]), int(match[2]))
+
+
+class ServerState(StrEnum):
+    """Where a server is in its life."""
+
+    JOINING = "joining"  # loading its blocks: counted by those who join after it, not routed to
+    ONLINE = "online"
+    LEAVING = "leaving"  # said goodbye: nobody waits for it
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server announces of itself: a signed, expiring record for every block that it holds.
+
+    Speeds are in tokens per second through the whole of its span: `decode_speed` one token at a time, `prefill_speed`
+    for long inputs. `fingerprint` names the exact weights (`shoal.model.checkpoint`), before any quantization.
+    """
+
+    peer: str
+    span: Span
+    state: ServerState
+    fingerprint: str
+    decode_speed: float
+    prefill_speed: float
+    cache_tokens_left: int
+    dtype: str
+    quantization: str
+    version: str
+    name: str = ""
+    addresses: tuple[str, ...] = ()
