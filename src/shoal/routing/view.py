@@ -1,0 +1,49 @@
+"""A picture of the swarm at one moment: who serves what. Decisions are made on it, never on the network itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from shoal.spans import ServerInfo, ServerState, Span
+
+
+@dataclass(frozen=True)
+class SwarmView:
+    """The servers of one model, as last read from the directory."""
+
+    num_blocks: int
+    servers: tuple[ServerInfo, ...] = ()
+
+    def only(self, keep: Callable[[ServerInfo], bool]) -> SwarmView:
+        """The same picture with some servers left out."""
+        return SwarmView(self.num_blocks, tuple(server for server in self.servers if keep(server)))
+
+    def online(self) -> SwarmView:
+        """Those that take requests now."""
+        return self.only(lambda server: server.state is ServerState.ONLINE)
+
+    def throughput(self) -> list[float]:
+        """Tokens per second of every block (the paper's `t_i`), summed over those who hold it or are about to."""
+        total = [0.0] * self.num_blocks
+        for server in self.servers:
+            if server.state is not ServerState.LEAVING:
+                for block in server.span:
+                    total[block] += server.decode_speed
+        return total
+
+    def missing(self, span: Span | None = None) -> list[int]:
+        """The blocks that no server of this picture holds."""
+        held = {block for server in self.servers for block in server.span}
+        return [block for block in span or Span(0, self.num_blocks) if block not in held]
+
+
+def format_blocks(blocks: Iterable[int]) -> str:
+    """`[0, 1, 2, 7]` as `0:3, 7:8`: how blocks are named to people."""
+    spans: list[tuple[int, int]] = []
+    for block in sorted(set(blocks)):
+        if spans and spans[-1][1] == block:
+            spans[-1] = (spans[-1][0], block + 1)
+        else:
+            spans.append((block, block + 1))
+    return ", ".join(f"{start}:{end}" for start, end in spans)
