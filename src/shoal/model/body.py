@@ -1,0 +1,181 @@
+"""The server's half of a model: a span of its blocks, run by the family's own backbone.
+
+The backbone keeps everything that it does between its layers and around them (masks, rotary embeddings, recurrent
+state); its embeddings and its final norm are the client's and are left out. Because it is built from the config of the
+whole model, each layer is what it would be there, and *a block keeps its number*: in parameter names, in `layer_idx`,
+in the cache. Nothing is renamed, and what depends on a layer's depth is right.
+"""
+
+# B rows, T new tokens, S tokens so far with the new ones, D hidden size
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from shoal.errors import CheckpointError
+from shoal.model.cache import BodyCache
+from shoal.model.families import Family, text_config
+from shoal.model.view import cut_config, entered_with, left_through, view_of
+from shoal.spans import Span
+
+
+class Body(nn.Module):
+    """A span of blocks. Its weights are frozen; it is differentiable with respect to what goes in."""
+
+    def __init__(self, backbone: PreTrainedModel, family: Family, span: Span) -> None:
+        super().__init__()
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.family = family
+        self.span = span
+        self._parameters_of_forward = inspect.signature(backbone.forward).parameters
+        self._config_of = functools.cache(functools.partial(cut_config, backbone.config))
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        *,
+        span: Span | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: BodyCache | None = None,
+    ) -> Tensor:
+        """Run the blocks of `span` (all of them by default) on hidden states; returns hidden states `[B, T, D]`.
+
+        `attention_mask` `[B, S]` is 0 where a token is padding; `None` means that none is. `position_ids` `[B, T]`
+        count on from the cache by default. What `cache` holds is attended to, and the new tokens are added to it.
+        """
+        span = span or self.span
+        if cache is not None and cache.span != span:
+            raise ValueError(f"the cache of blocks {cache.span} cannot serve blocks {span}")
+        outputs: list[Tensor] = []
+        layers = [self.block(block) for block in span]
+        layers[0] = entered_with(layers[0], hidden_BTD)
+        layers[-1] = left_through(layers[-1], outputs.append)
+        view = view_of(self.backbone, self.family.layers_name, layers, self._config_of(span))
+        view(**self._arguments(hidden_BTD, attention_mask, position_ids, cache))
+        if cache is not None:
+            cache.advance(hidden_BTD.shape[1])
+        return outputs[0]
+
+    def _arguments(
+        self, hidden_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: BodyCache | None
+    ) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "inputs_embeds": hidden_BTD,
+            "attention_mask": attention_mask,
+            "use_cache": cache is not None,
+        }
+        if position_ids is not None and "position_ids" in self._parameters_of_forward:
+            arguments["position_ids"] = position_ids
+        name = "cache_params" if "cache_params" in self._parameters_of_forward else "past_key_values"
+        arguments[name] = None if cache is None else cache.state
+        return arguments
+
+    def new_cache(self, span: Span | None = None) -> BodyCache:
+        """An empty cache for one session that uses the blocks of `span`."""
+        return BodyCache(self.backbone.config, span or self.span)
+
+    def block(self, block: int) -> nn.Module:
+        """The layer of one block, by its number in the model."""
+        layer: nn.Module = self.backbone.get_submodule(f"{self.family.layers_name}.{block}")
+        return layer
+
+
+class ClientSide(nn.Module):
+    """Stands in a server's backbone for a module whose work the client does.
+
+    What it returns is never used, but must pass for the real thing: hidden states come back as they are, anything else
+    (token or position numbers, a mask) gives a zero that can be added to hidden states.
+    """
+
+    def forward(self, argument: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if argument.is_floating_point() and argument.dim() == 3:
+            return argument
+        return torch.zeros((), device=argument.device)
+
+
+def build_body(
+    family: Family,
+    config: PreTrainedConfig,
+    span: Span,
+    state_dict: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantization_config: Any = None,
+    attn_implementation: str | None = None,
+) -> Body:
+    """Build the blocks of `span` from a checkpoint's tensors, under the checkpoint's own names.
+
+    Transformers converts and quantizes the weights as when it loads the whole model. Tensors that are not the span's
+    are ignored, and need not be there. Raises `CheckpointError` for a tensor that is missing, unknown or misshapen.
+    """
+    config = text_config(config)
+    weights = {
+        family.name_in_backbone(name): tensor
+        for name, tensor in state_dict.items()
+        if (block := family.block_of(name)) is not None and block in span
+    }
+    backbone, info = _span_class(family, span).from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        device_map=None if quantization_config is None else {"": device},
+        quantization_config=quantization_config,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, all of them, as our own error
+    )
+    check_loaded(info)
+    if quantization_config is None:
+        backbone.to(device)
+    return Body(backbone, family, span)
+
+
+def check_loaded(info: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` unless every tensor of a model was in the checkpoint, and the other way round."""
+    if info["missing_keys"]:
+        raise CheckpointError(f"the checkpoint lacks {_some(sorted(info['missing_keys']))}")
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(f"{name} is {list(found)} in the checkpoint but {list(expected)} in the model")
+    if info["unexpected_keys"]:
+        raise CheckpointError(f"the model has no place for {_some(sorted(info['unexpected_keys']))}")
+    if info.get("error_msgs"):
+        raise CheckpointError("; ".join(info["error_msgs"]))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _span_class(family: Family, span: Span) -> type[PreTrainedModel]:
+    """The family's backbone, without what the client holds and the blocks outside `span`.
+
+    It bears the backbone's own name and module, by which Transformers finds a class's weight conversions.
+    """
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:  # noqa: N807
+        family.backbone.__init__(self, config)
+        layers = self.get_submodule(family.layers_name)
+        kept = nn.ModuleList()
+        for block in span:
+            kept.add_module(str(block), layers.get_submodule(str(block)))
+        for name, child in list(self.named_children()):
+            if next(child.parameters(), None) is not None:
+                setattr(self, name, ClientSide())
+        setattr(self, family.layers_name, kept)
+        for name in self._parameters:
+            self._parameters[name] = None
+
+    base = family.backbone
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

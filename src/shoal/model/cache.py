@@ -1,0 +1,83 @@
+"""What a server keeps of one session for one span: keys and values, or recurrent state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicCache, LinearAttentionCacheLayerMixin
+
+from shoal.errors import UnsupportedOperation
+from shoal.spans import Span
+
+
+class _SpanCache(DynamicCache):  # type: ignore[misc]
+    """A cache of the whole model that stores nothing for the blocks outside a span.
+
+    Blocks keep their numbers, so their layers find their place in it. A span of recurrent blocks alone has nothing that
+    counts tokens; then it answers for them.
+    """
+
+    def __init__(self, config: PreTrainedConfig, span: Span) -> None:
+        super().__init__(config=config)
+        self.layers: list[Any] = [layer if block in span else DummyLayer() for block, layer in enumerate(self.layers)]
+        self.num_tokens = 0
+
+    def counts_tokens(self) -> bool:
+        return any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(super().get_seq_length(layer_idx)) if self.counts_tokens() else self.num_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        if self.counts_tokens():
+            sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+            return sizes
+        return self.num_tokens + query_length, 0
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        if layer_idx is None and not any(isinstance(la, LinearAttentionCacheLayerMixin) for la in self.layers):
+            return self.num_tokens > 0
+        return bool(super().has_previous_state(layer_idx, state_idx))
+
+
+class BodyCache:
+    """The state of one session in one span of a body; `num_tokens` is how far it got."""
+
+    def __init__(self, config: PreTrainedConfig, span: Span) -> None:
+        self.span = span
+        self.state = _SpanCache(config, span)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.state.num_tokens
+
+    def advance(self, num_tokens: int) -> None:
+        self.state.num_tokens += num_tokens
+
+    def crop(self, num_tokens: int) -> None:
+        """Go back to the first `num_tokens` tokens.
+
+        Raises `UnsupportedOperation`, and changes nothing, where the state does not rewind: recurrent state never
+        does, a sliding window not once it has slid.
+        """
+        surplus = self.num_tokens - num_tokens
+        if surplus < 0 or num_tokens < 0:
+            raise ValueError(f"cannot crop {self.num_tokens} tokens to {num_tokens}")
+        if surplus == 0:
+            return
+        for block in self.span:
+            layer = self.state.layers[block]
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                raise UnsupportedOperation(f"the recurrent state of block {block} does not rewind")
+            window = getattr(layer, "sliding_window", None)
+            if window is not None and self.num_tokens >= window:
+                raise UnsupportedOperation(f"the sliding window of block {block} has dropped what a crop would need")
+        self.state.crop(-surplus)
+        self.state.num_tokens = num_tokens
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows of the batch, in this order; a row may be repeated, dropped or moved."""
+        self.state.reorder_cache(torch.tensor(rows, dtype=torch.long))

@@ -1,0 +1,259 @@
+"""The client's half of a model: the Transformers class itself, its layers replaced by one call into the swarm.
+
+Embeddings, final norm, output head, losses and `generate()` are Transformers' own. Only the list of layers is taken
+out; in its place the backbone finds one layer that hands the hidden states to `blocks`, with the mask and the positions
+as the caller gave them.
+"""
+
+# B rows, T new tokens, S tokens so far with the new ones, D hidden size
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from shoal.errors import UnsupportedOperation
+from shoal.model.body import check_loaded
+from shoal.model.families import LAYERS_RETURN_TUPLE, Family, find_backbone, text_config
+from shoal.model.view import cut_config, view_of
+from shoal.spans import Span
+
+# No attention implementation has this name, and for one that it does not know Transformers builds no mask.
+NO_ATTENTION = "shoal"
+
+
+class Session(Protocol):
+    """What the client keeps of a generation, as far as Transformers' cache needs it."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    def crop(self, num_tokens: int) -> None: ...
+    def select_rows(self, rows: Sequence[int]) -> None: ...
+
+
+class Blocks(Protocol):
+    """All the blocks of a model, somewhere else; must be an `nn.Module`."""
+
+    def __call__(
+        self,
+        hidden_BTD: Tensor,
+        *,
+        attention_mask: Tensor | None,  # [B, S], 0 where a token is padding
+        position_ids: Tensor | None,  # [B, T]
+        past_key_values: Cache | None,
+    ) -> Tensor: ...
+
+    def new_session(self, *, batch_size: int, max_length: int) -> Session: ...
+
+
+class HeadCache(Cache):  # type: ignore[misc]
+    """A session in the shape of Transformers' cache: it counts tokens, rewinds and reorders, and stores nothing."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(layers=[])
+        self.session = session
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.session.num_tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.session.num_tokens + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self.session.num_tokens > 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError("Transformers crops by a negative number of tokens")
+        if tokens_to_remove < 0:
+            self.session.crop(self.session.num_tokens + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.session.num_tokens > 0:
+            self._select([row for row in range(self.session.batch_size) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        if self.session.num_tokens > 0:
+            self.session.select_rows(rows)
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: a session can always be rebuilt from its inputs."""
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.session.num_tokens > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False]
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False]
+
+
+class _BlocksCall(nn.Module):
+    """The one layer of a client's backbone, for one call.
+
+    Backbones ask a layer what kind it is (`layer.attention_type`); it answers as the first one would.
+    """
+
+    def __init__(self, blocks: nn.Module, traits: Mapping[str, Any], returns_tuple: bool, **call: Any) -> None:
+        super().__init__()
+        self.__dict__.update(traits)
+        self._call = functools.partial(blocks, **call)
+        self._returns_tuple = returns_tuple
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        hidden_BTD = self._call(args[0] if args else kwargs["hidden_states"])
+        return (hidden_BTD,) if self._returns_tuple else hidden_BTD
+
+
+class _HeadBackbone:
+    """Mixed into a client's backbone: each forward runs on a view whose only layer calls the blocks."""
+
+    _layers_name: str
+    _layer_traits: Mapping[str, Any]
+    config: PreTrainedConfig
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = inspect.signature(super().forward).parameters  # type: ignore[misc]
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+        if cache is None:
+            kwargs["use_cache"] = False  # a cache is a session, which somebody has to open
+        elif not isinstance(cache, HeadCache):
+            raise UnsupportedOperation(f"the blocks are elsewhere: {type(cache).__name__} cannot hold their state")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise UnsupportedOperation("only attention masks of shape [batch, tokens] can be sent to servers")
+        layer = _BlocksCall(
+            getattr(self, self._layers_name)[0],
+            self._layer_traits,
+            self.config.model_type in LAYERS_RETURN_TUPLE,
+            attention_mask=mask,
+            position_ids=kwargs.get("position_ids"),
+            past_key_values=cache,
+        )
+        config = cut_config(self.config, Span(0, 1))
+        config.__dict__["_attn_implementation_internal"] = NO_ATTENTION
+        view = view_of(self, self._layers_name, [layer], config)
+        return super(_HeadBackbone, view).forward(**kwargs)  # type: ignore[misc]
+
+
+class _Head:
+    """Mixed into a Transformers class: the same model, without its layers."""
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        _, backbone, layers_name = find_backbone(self, text_config(config))
+        first_layer = getattr(backbone, layers_name)[0]
+        backbone._layers_name = layers_name
+        backbone._layer_traits = {
+            name: value
+            for name, value in vars(first_layer).items()
+            if isinstance(value, str | int | float | None) and name != "training"
+        }
+        setattr(backbone, layers_name, nn.ModuleList())
+        backbone.__class__ = _subclass(_HeadBackbone, type(backbone))  # type: ignore[arg-type]
+        self._backbone_of_head = [backbone]  # in a list, so that it is not registered as a second submodule
+
+    def attach_blocks(self: Any, blocks: nn.Module) -> None:
+        """Make `blocks` the model's layers."""
+        (backbone,) = self._backbone_of_head
+        setattr(backbone, backbone._layers_name, nn.ModuleList([blocks]))
+
+    @property
+    def blocks(self: Any) -> Any:
+        (backbone,) = self._backbone_of_head
+        return getattr(backbone, backbone._layers_name)[0]
+
+    def _prepare_cache_for_generation(
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Open a session where Transformers would make a cache, under the name by which the family calls it."""
+        name = "cache_params" if "cache_params" in inspect.signature(self.forward).parameters else "past_key_values"
+        if generation_config.use_cache is False or model_kwargs.get(name) is not None:
+            return
+        rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
+        model_kwargs[name] = HeadCache(self.blocks.new_session(batch_size=rows, max_length=max_cache_length))
+
+
+def distributed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of a client's half of a `cls`."""
+    return _subclass(_Head, cls)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _subclass(mixin: type, cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    # Transformers decides by a class's name and module (weight conversions, the loss, the cache): both are kept.
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+def build_head(
+    cls: type[PreTrainedModel],
+    family: Family,
+    config: PreTrainedConfig,
+    state_dict: Mapping[str, Tensor],
+    *,
+    blocks: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Build a client's half of a `cls` from a checkpoint's tensors, under the checkpoint's own names.
+
+    Tensors of the blocks are ignored, and need not be there. Raises `CheckpointError` for a tensor that is missing or
+    misshapen. Only the head of a task that the checkpoint was not trained for may be missing (the `score` of a sequence
+    classifier); it is then initialized, and Transformers warns of it.
+    """
+    model, info = distributed_class(cls).from_pretrained(
+        None,
+        config=config,
+        state_dict={name: tensor for name, tensor in state_dict.items() if family.block_of(name) is None},
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, all of them, as our own error
+    )
+    prefix = f"{cls.base_model_prefix}."
+    may_be_new = not issubclass(cls, GenerationMixin)
+    missing = [name for name in info["missing_keys"] if name.startswith(prefix) or not may_be_new]
+    # a checkpoint may hold more than this class uses: another task's head, a vision tower
+    check_loaded({**info, "missing_keys": missing, "unexpected_keys": ()})
+    model.to(device)
+    model.attach_blocks(blocks)
+    return model
