@@ -14,6 +14,9 @@ from shoal.spans import ServerInfo
 
 Buffer = bytes | bytearray | memoryview
 
+MAX_LIFETIME = 300.0
+"""Seconds that an announcement may be valid for: the longest that a vanished server can haunt the directory."""
+
 
 class StreamBroken(ConnectionError):
     """The other side is gone, or never was: refused, reset, crashed, closed or timed out."""
@@ -30,7 +33,8 @@ class Stream(Protocol):
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         """Send one frame. Returns when it is buffered, waits when the other side is slow.
 
-        Raises `StreamBroken`.
+        The payload's buffers may be used again once this returns. Raises `StreamBroken`, and `ProtocolViolation` for a
+        frame beyond the protocol's limits; a cancelled `send` leaves half a frame behind, so close the stream then.
         """
         ...
 
@@ -70,10 +74,15 @@ class Transport(Protocol):
         ...
 
     async def listen(self, handler: StreamHandler) -> None:
-        """Run `handler` for every stream that a peer opens, until the transport closes."""
+        """From now until the transport closes, run `handler` for every stream that a peer opens.
+
+        The stream is closed when its handler returns; a handler that raises is logged and hurts nobody else.
+        """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End the handlers and the streams, and release everything. What was sent before is still delivered."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Directory(Protocol):
     """Who serves what: a distributed table of signed records that expire."""
 
     async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
-        """Publish `info` for `lifetime` seconds; a later call replaces it."""
+        """Publish `info` for `lifetime` seconds (at most `MAX_LIFETIME`); a later call replaces it."""
         ...
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:

@@ -1,0 +1,322 @@
+"""A network inside one process, for tests: it loses, delays, garbles and kills exactly when it is told to.
+
+    network = MemoryNetwork()
+    client, server = network.node("client"), network.node("server")
+    await server.transport.listen(handler)
+    stream = await client.transport.open("server")
+    network.kill("server")                       # receive() and send() raise StreamBroken at once
+
+Time is the event loop's, so a loop with a virtual clock makes delays and expiry free. A peer's id is its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.net.frames import pack_prefix, payload_bytes
+from shoal.net.transport import MAX_LIFETIME, Buffer, ModelInfo, Node, StreamBroken, StreamHandler
+from shoal.spans import ServerInfo
+
+logger = logging.getLogger(__name__)
+
+QUEUE_FRAMES = 16
+"""Frames in flight in one direction of a stream: whoever sends more waits for the receiver."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame on its way."""
+
+    sender: str
+    receiver: str
+    header: bytes
+    payload: bytes
+
+
+class MemoryNetwork:
+    """The peers, what is wrong between them, and what they announced.
+
+    `on_frame`, if set, sees every frame when it is sent and returns what is delivered: the frame, another, or None for
+    nothing. It may also break the network itself.
+    """
+
+    def __init__(self) -> None:
+        self.on_frame: Callable[[Frame], Frame | None] | None = None
+        self._transports: dict[str, MemoryTransport] = {}
+        self._streams: set[_Link] = set()
+        self._dead: set[str] = set()
+        self._hung: set[str] = set()
+        self._cut: set[frozenset[str]] = set()
+        self._delays: dict[str | None, float] = {}
+        self._drops: dict[str, int] = {}
+        self._announced: dict[tuple[str, str], tuple[ModelInfo, ServerInfo, float]] = {}
+
+    def node(self, name: str) -> Node:
+        """A new peer of this name; after `kill`, the same peer started again."""
+        if name in self._transports and name not in self._dead:
+            raise ValueError(f"there is a peer {name!r} already")
+        self._dead.discard(name)
+        transport = MemoryTransport(self, name)
+        self._transports[name] = transport
+        return Node(transport, MemoryDirectory(self, name))
+
+    def kill(self, peer: str) -> None:
+        """The process of `peer` dies: its streams break at once, what was in flight is lost, nobody can reach it."""
+        self._dead.add(peer)
+        for link in self._of(peer):
+            link.break_()
+        if peer in self._transports:
+            self._transports[peer].abandon()
+
+    def hang(self, peer: str) -> None:
+        """`peer` becomes a black hole: it can be opened and written to, and nothing comes back until `heal`."""
+        self._hung.add(peer)
+
+    def cut(self, one: str, other: str) -> None:
+        """The link between two peers breaks, and with it their streams; `heal` lets them open new ones."""
+        self._cut.add(frozenset((one, other)))
+        for link in self._of(one):
+            if other in link.peers:
+                link.break_()
+
+    def heal(self, *peers: str) -> None:
+        """Undo `hang`, `cut`, `delay` and `drop_after` for these peers, or for all; the dead stay dead."""
+        chosen = set(peers) or set(self._transports)
+        self._hung -= chosen
+        self._cut = {pair for pair in self._cut if not pair & chosen}
+        self._delays = {} if not peers else {peer: s for peer, s in self._delays.items() if peer not in chosen}
+        self._drops = {peer: left for peer, left in self._drops.items() if peer not in chosen}
+        for link in self._streams:
+            link.wake()
+
+    def delay(self, seconds: float, peer: str | None = None) -> None:
+        """Frames arrive this much later: those to and from `peer`, or all. Order is kept; who sends does not wait."""
+        self._delays[peer] = seconds
+
+    def drop_after(self, peer: str, frames: int) -> None:
+        """The stream that carries the `frames`-th next frame that `peer` sends ends right behind it."""
+        self._drops[peer] = frames
+
+    # What links ask of the network.
+
+    def reachable(self, one: str, other: str) -> bool:
+        return not {one, other} & self._dead and frozenset((one, other)) not in self._cut
+
+    def stalled(self, one: str, other: str) -> bool:
+        return one in self._hung or other in self._hung
+
+    def latency(self, one: str, other: str) -> float:
+        return max(self._delays.get(peer, 0.0) for peer in (None, one, other))
+
+    def drops_now(self, sender: str) -> bool:
+        """Whether the frame that was just sent is the last of its stream."""
+        if sender not in self._drops:
+            return False
+        self._drops[sender] -= 1
+        if self._drops[sender] > 0:
+            return False
+        del self._drops[sender]
+        return True
+
+    def connect(self, opener: str, peer: str) -> MemoryStream:
+        acceptor = self._transports.get(peer)
+        if acceptor is None or not self.reachable(opener, peer):
+            raise StreamBroken(f"{peer} cannot be reached")
+        link = _Link(self, opener, peer)
+        acceptor.accept(MemoryStream(link, me=1))
+        self._streams.add(link)
+        return MemoryStream(link, me=0)
+
+    def forget(self, link: _Link) -> None:
+        self._streams.discard(link)
+
+    def _of(self, peer: str) -> list[_Link]:
+        return [link for link in self._streams if peer in link.peers]
+
+    # What directories ask of it.
+
+    def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
+        if peer not in self._dead:
+            self._announced[model.key, peer] = (model, info, expires)
+
+    def announced(self) -> list[tuple[ModelInfo, ServerInfo]]:
+        now = asyncio.get_running_loop().time()
+        self._announced = {key: entry for key, entry in self._announced.items() if entry[2] > now}
+        return [(model, info) for _, (model, info, _) in sorted(self._announced.items(), key=lambda entry: entry[0])]
+
+
+class _Link:
+    """Two bounded queues between two peers, and how they end."""
+
+    def __init__(self, network: MemoryNetwork, opener: str, acceptor: str) -> None:
+        self.peers = (opener, acceptor)
+        self._network = network
+        self._queues: tuple[deque[tuple[float, Frame]], ...] = (deque(), deque())
+        self._ended = False
+        self._broken = False
+        self._changed = asyncio.Event()
+
+    def wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def break_(self) -> None:
+        """Both sides see the end at once, and what was in flight is lost."""
+        self._broken = True
+        self.end()
+
+    def end(self) -> None:
+        """Nothing more is sent; what was, can still be received."""
+        self._ended = True
+        self._network.forget(self)
+        self.wake()
+
+    async def send(self, me: int, frame: Frame) -> None:
+        queue = self._queues[me]
+        while len(queue) >= QUEUE_FRAMES and not self._ended:
+            await self._changed.wait()
+        if self._ended:
+            raise StreamBroken(f"the stream to {frame.receiver} has ended")
+        hook = self._network.on_frame
+        delivered = frame if hook is None else hook(frame)
+        if delivered is not None:
+            ready = asyncio.get_running_loop().time() + self._network.latency(*self.peers)
+            queue.append((ready, delivered))
+        if self._network.drops_now(frame.sender):
+            self.end()
+        self.wake()
+
+    async def receive(self, me: int) -> Frame:
+        queue = self._queues[1 - me]
+        while True:
+            if self._broken:
+                raise StreamBroken(f"{self.peers[1 - me]} is gone")
+            wait: float | None = None
+            if not self._network.stalled(*self.peers):
+                if queue:
+                    wait = queue[0][0] - asyncio.get_running_loop().time()
+                    if wait <= 0:
+                        self.wake()
+                        return queue.popleft()[1]
+                elif self._ended:
+                    raise StreamBroken(f"{self.peers[1 - me]} has closed the stream")
+            try:
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+
+class MemoryStream:
+    """One side of a link."""
+
+    def __init__(self, link: _Link, *, me: int) -> None:
+        self._link = link
+        self._me = me
+        self._closed = False
+
+    @property
+    def peer(self) -> str:
+        return self._link.peers[1 - self._me]
+
+    async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
+        self._check_open()
+        pack_prefix(len(header), payload_bytes(payload))
+        frame = Frame(self._link.peers[self._me], self.peer, header, b"".join(payload))
+        await self._link.send(self._me, frame)
+
+    async def receive(self) -> tuple[bytes, bytearray]:
+        self._check_open()
+        frame = await self._link.receive(self._me)
+        return frame.header, bytearray(frame.payload)
+
+    async def close(self) -> None:
+        self._closed = True
+        self._link.end()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamBroken("this side has closed the stream")
+
+
+class MemoryTransport:
+    """`Transport` among the peers of one `MemoryNetwork`."""
+
+    def __init__(self, network: MemoryNetwork, peer: str) -> None:
+        self._network = network
+        self._peer = peer
+        self._handler: StreamHandler | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._streams: set[MemoryStream] = set()
+        self._gone = False
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return (f"/memory/{self._peer}",)
+
+    async def open(self, peer: str, addresses: Sequence[str] = ()) -> MemoryStream:
+        if self._gone:
+            raise StreamBroken("this transport is closed")
+        stream = self._network.connect(self._peer, peer)
+        self._streams.add(stream)
+        return stream
+
+    async def listen(self, handler: StreamHandler) -> None:
+        self._handler = handler
+
+    async def close(self) -> None:
+        self.abandon()
+        for stream in self._streams:
+            await stream.close()
+        await asyncio.gather(*self._tasks - {asyncio.current_task()}, return_exceptions=True)
+        self._network.kill(self._peer)
+
+    def accept(self, stream: MemoryStream) -> None:
+        """Run the handler for a stream that another peer opened."""
+        if self._handler is None or self._gone:
+            raise StreamBroken(f"{self._peer} does not listen")
+        task = asyncio.create_task(self._serve(self._handler, stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def abandon(self) -> None:
+        """Stop whatever runs here, as the end of a process would."""
+        self._gone = True
+        for task in self._tasks:
+            task.cancel()
+
+    async def _serve(self, handler: StreamHandler, stream: MemoryStream) -> None:
+        try:
+            await handler(stream)
+        except Exception as failure:
+            logger.warning("a stream of %s failed: %r", stream.peer, failure)
+        finally:
+            await stream.close()
+
+
+class MemoryDirectory:
+    """`Directory` among the peers of one `MemoryNetwork`."""
+
+    def __init__(self, network: MemoryNetwork, peer: str) -> None:
+        self._network = network
+        self._peer = peer
+
+    async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
+        if info.peer != self._peer or not 0 < lifetime <= MAX_LIFETIME:
+            raise ValueError("a peer announces itself, for a while")
+        self._network.publish(self._peer, model, info, asyncio.get_running_loop().time() + lifetime)
+
+    async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
+        return tuple(info for announced, info in self._network.announced() if announced == model)
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        return tuple(sorted({model for model, _ in self._network.announced()}, key=lambda model: model.key))

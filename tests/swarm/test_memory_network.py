@@ -1,0 +1,223 @@
+"""The network that other tests stand on does what it says."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from shoal.net.memory import QUEUE_FRAMES, Frame, MemoryNetwork
+from shoal.net.transport import ModelInfo, Stream, StreamBroken
+from shoal.protocol import MAX_HEADER_BYTES, ProtocolViolation
+from shoal.spans import ServerInfo, ServerState, Span
+
+pytestmark = pytest.mark.anyio
+
+MODEL = ModelInfo(key="m" * 16, name="tiny", family="llama", num_blocks=8)
+
+
+def info(peer: str, start: int = 0, end: int = 4, state: ServerState = ServerState.ONLINE) -> ServerInfo:
+    return ServerInfo(
+        peer=peer,
+        span=Span(start, end),
+        state=state,
+        fingerprint="f",
+        decode_speed=1.0,
+        prefill_speed=2.0,
+        cache_tokens_left=3,
+        dtype="bfloat16",
+        quantization="none",
+        version="1",
+    )
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        header, payload = await stream.receive()
+        await stream.send(header, [payload])
+
+
+@pytest.fixture
+def network() -> MemoryNetwork:
+    return MemoryNetwork()
+
+
+async def connected(network: MemoryNetwork) -> Stream:
+    client, server = network.node("client"), network.node("server")
+    await server.transport.listen(echo)
+    return await client.transport.open("server")
+
+
+async def test_a_frame_comes_back_as_it_was_sent(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    await stream.send(b"header", [b"pay", memoryview(b"load")])
+    assert await stream.receive() == (b"header", bytearray(b"payload"))
+
+
+async def test_nobody_is_reached_who_is_unknown_or_does_not_listen(network: MemoryNetwork) -> None:
+    client = network.node("client").transport
+    network.node("deaf")
+    for peer in "nobody", "deaf":
+        with pytest.raises(StreamBroken):
+            await client.open(peer)
+
+
+async def test_killing_a_peer_breaks_its_streams_at_once_and_for_good(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    waiting = asyncio.create_task(stream.receive())
+    await asyncio.sleep(0)
+    network.kill("server")
+    with pytest.raises(StreamBroken):
+        await waiting
+    with pytest.raises(StreamBroken):
+        await stream.send(b"more")
+    network.heal()
+    with pytest.raises(StreamBroken):
+        await network.node("other").transport.open("server")
+
+
+async def test_a_killed_peer_can_be_started_again(network: MemoryNetwork) -> None:
+    await connected(network)
+    network.kill("server")
+    again = network.node("server")
+    await again.transport.listen(echo)
+    stream = await network.node("other").transport.open("server")
+    await stream.send(b"hello")
+    assert await stream.receive() == (b"hello", bytearray())
+
+
+async def test_a_hung_peer_accepts_everything_and_says_nothing_until_it_is_healed(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    network.hang("server")
+    await stream.send(b"anyone?")
+    answer = asyncio.create_task(stream.receive())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not answer.done()
+    network.heal("server")
+    assert await answer == (b"anyone?", bytearray())
+
+
+async def test_a_cut_link_refuses_new_streams_until_it_is_healed(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    client = network.node("second").transport
+    network.cut("client", "server")
+    with pytest.raises(StreamBroken):
+        await stream.receive()
+    await (await client.open("server")).send(b"others are not concerned")
+    network.cut("second", "server")
+    with pytest.raises(StreamBroken):
+        await client.open("server")
+    network.heal("second", "server")
+    await client.open("server")
+
+
+async def test_drop_after_ends_the_stream_right_behind_that_frame(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    network.drop_after("server", 2)
+    for number in b"1", b"2":
+        await stream.send(number)
+        assert (await stream.receive())[0] == number
+    with pytest.raises(StreamBroken):
+        await stream.receive()
+
+
+async def test_a_hook_rewrites_and_swallows_frames(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    network.on_frame = lambda frame: replace(frame, payload=b"garbled") if frame.sender == "server" else frame
+    await stream.send(b"x", [b"clean"])
+    assert await stream.receive() == (b"x", bytearray(b"garbled"))
+
+    def lose_first(frame: Frame) -> Frame | None:
+        return None if frame.header == b"lost" else frame
+
+    network.on_frame = lose_first
+    await stream.send(b"lost")
+    await stream.send(b"found")
+    assert (await stream.receive())[0] == b"found"
+
+
+async def test_delayed_frames_arrive_later_and_in_order(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    network.delay(0.01, "server")
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    for number in b"1", b"2", b"3":
+        await stream.send(number)
+    assert loop.time() - before < 0.01
+    assert [(await stream.receive())[0] for _ in range(3)] == [b"1", b"2", b"3"]
+    assert loop.time() - before >= 0.02
+
+
+async def test_whoever_sends_faster_than_the_other_receives_waits(network: MemoryNetwork) -> None:
+    client, server = network.node("client"), network.node("server")
+    accepted: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
+    done = asyncio.Event()
+
+    async def hold(stream: Stream) -> None:
+        accepted.set_result(stream)
+        await done.wait()
+
+    await server.transport.listen(hold)
+    stream = await client.transport.open("server")
+    for _ in range(QUEUE_FRAMES):
+        await stream.send(b"x")
+    blocked = asyncio.create_task(stream.send(b"one too many"))
+    await asyncio.sleep(0)
+    assert not blocked.done()
+    await (await accepted).receive()
+    await blocked
+    done.set()
+
+
+async def test_what_was_sent_before_a_close_is_still_received(network: MemoryNetwork) -> None:
+    client, server = network.node("client"), network.node("server")
+
+    async def talk(stream: Stream) -> None:
+        await stream.send(b"goodbye")
+
+    await server.transport.listen(talk)
+    stream = await client.transport.open("server")
+    await asyncio.sleep(0)
+    await server.transport.close()
+    assert (await stream.receive())[0] == b"goodbye"
+    with pytest.raises(StreamBroken):
+        await stream.receive()
+
+
+async def test_a_handler_that_raises_only_ends_its_own_stream(network: MemoryNetwork) -> None:
+    client, server = network.node("client"), network.node("server")
+
+    async def fail(stream: Stream) -> None:
+        raise RuntimeError("a bug")
+
+    await server.transport.listen(fail)
+    with pytest.raises(StreamBroken):
+        await (await client.transport.open("server")).receive()
+    await server.transport.listen(echo)
+    stream = await client.transport.open("server")
+    await stream.send(b"still here")
+    assert (await stream.receive())[0] == b"still here"
+
+
+async def test_a_frame_beyond_the_limits_is_not_sent(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    with pytest.raises(ProtocolViolation):
+        await stream.send(bytes(MAX_HEADER_BYTES + 1))
+
+
+async def test_announcements_are_seen_by_all_replaced_by_later_ones_and_expire(network: MemoryNetwork) -> None:
+    one, other = network.node("one").directory, network.node("other").directory
+    await one.announce(MODEL, info("one"), lifetime=60)
+    await one.announce(MODEL, info("one", state=ServerState.LEAVING), lifetime=0.01)
+    await other.announce(MODEL, info("other", 4, 8), lifetime=60)
+    assert await other.servers(MODEL) == (info("one", state=ServerState.LEAVING), info("other", 4, 8))
+    assert await one.models() == (MODEL,)
+    await asyncio.sleep(0.02)
+    assert await one.servers(MODEL) == (info("other", 4, 8),)
+
+
+async def test_nobody_announces_another(network: MemoryNetwork) -> None:
+    with pytest.raises(ValueError, match="announces itself"):
+        await network.node("one").directory.announce(MODEL, info("other"), lifetime=60)
