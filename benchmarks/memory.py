@@ -1,0 +1,88 @@
+"""How much memory a server of 2 of the reference model's 16 blocks needs, against the whole model.
+
+Each is loaded, and computes one pass, in a process of its own; Python and torch count in both. `peak` is the largest
+resident size that the process ever had, `private` what is not shared with the system's file cache at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from reference import reference_config, reference_model
+
+NUM_TOKENS = 128
+LIMIT = 1 / 3
+
+
+def load_whole(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        model(torch.arange(NUM_TOKENS)[None])
+
+
+def load_blocks(folder: Path, blocks: str) -> None:
+    import torch
+
+    from shoal.model.body import build_body
+    from shoal.model.checkpoint import Checkpoint
+    from shoal.spans import Span
+
+    checkpoint, span = Checkpoint.open(folder), Span.parse(blocks)
+    body = build_body(checkpoint.family, checkpoint.config, span, checkpoint.block_tensors(span), dtype=torch.bfloat16)
+    hidden_BTD = torch.zeros(1, NUM_TOKENS, reference_config().hidden_size, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        body(hidden_BTD)
+
+
+def import_only() -> None:
+    import shoal.model.body
+    import shoal.model.checkpoint  # noqa: F401
+
+
+def measure(*task: str) -> dict[str, int]:
+    """Peak and private memory, in MB, of a fresh process that does this."""
+    done = subprocess.run([sys.executable, __file__, *task], check=True, stdout=subprocess.PIPE)
+    return dict(json.loads(done.stdout))
+
+
+def report() -> None:
+    # Not `resource.getrusage`, whose peak includes that of the process which started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak, private = (int(status[field].split()[0]) * 1024 // 10**6 for field in ("VmHWM", "RssAnon"))
+    print(json.dumps({"peak": peak, "private": private}))
+
+
+def main() -> int:
+    folder = str(reference_model())
+    rows = {
+        "Python, torch and shoal alone": measure("nothing"),
+        "the whole model, Transformers": measure("whole", folder),
+        "blocks 0:2 of 16, shoal": measure("blocks", folder, "0:2"),
+        "blocks 7:9 of 16, shoal": measure("blocks", folder, "7:9"),
+    }
+    print(f"{'MB':32}{'peak':>8}{'private':>10}")
+    for name, row in rows.items():
+        print(f"{name:32}{row['peak']:8}{row['private']:10}")
+    whole, *blocks = [row["peak"] for row in list(rows.values())[1:]]
+    ratio = max(blocks) / whole
+    print(f"2 of 16 blocks take {ratio:.2f} of the whole model's peak (limit {LIMIT:.2f})")
+    return 0 if ratio < LIMIT else 1
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case []:
+            sys.exit(main())
+        case ["nothing"]:
+            import_only()
+        case ["whole", folder]:
+            load_whole(Path(folder))
+        case ["blocks", folder, blocks]:
+            load_blocks(Path(folder), blocks)
+    report()

@@ -1,0 +1,69 @@
+"""The reference model of all benchmarks: Llama's architecture, random weights, 1.10 B parameters in bf16.
+
+Run as a script, it makes the model and prints its folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+
+SHARD_SIZE = "500MB"
+
+
+def reference_config() -> LlamaConfig:
+    return LlamaConfig(
+        num_hidden_layers=16,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        max_position_embeddings=8192,
+        dtype="bfloat16",
+    )
+
+
+def default_folder() -> Path:
+    """`SHOAL_REFERENCE_MODEL`, or a folder among the temporary ones: 2.2 GB."""
+    return Path(os.environ.get("SHOAL_REFERENCE_MODEL") or Path(tempfile.gettempdir()) / "shoal-reference-model")
+
+
+def reference_model(folder: Path | None = None) -> Path:
+    """The folder of the reference model; it is made there unless it is there already. The seed is fixed."""
+    folder = folder or default_folder()
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Made next to its place and renamed into it, so that benchmarks that start together see all of it or nothing.
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
+    try:
+        random = torch.Generator().manual_seed(0)
+        # Transformers' own initialization takes a minute; these are the same distributions.
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(reference_config(), dtype=torch.bfloat16)
+        weights = {
+            name: torch.ones_like(tensor, device="cpu")
+            if tensor.dim() == 1
+            else torch.empty_like(tensor, device="cpu").normal_(std=0.02, generator=random)
+            for name, tensor in model.state_dict().items()
+        }
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(draft, state_dict=weights, max_shard_size=SHARD_SIZE)
+        draft.rename(folder)
+    except OSError:
+        if not (folder / "config.json").exists():  # otherwise somebody else was faster
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+if __name__ == "__main__":
+    print(reference_model(Path(sys.argv[1]) if len(sys.argv) > 1 else None))

@@ -1,0 +1,98 @@
+"""One safetensors file: what it says it holds, whether that is true, and tensors out of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from shoal.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # what the format allows
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its file's header declares it; `end` is where its bytes end, counted from the header's end."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    end: int
+
+    @property
+    def num_parameters(self) -> int:
+        return math.prod(self.shape)
+
+
+Header = Mapping[str, TensorInfo]
+
+
+def parse_header(text: bytes, *, file: str) -> Header:
+    """The tensors that a safetensors header declares."""
+    try:
+        declared = json.loads(text)
+        return {name: _tensor_info(entry) for name, entry in declared.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _damaged(file, "its header is not one of a safetensors file") from None
+
+
+def read_header(path: Path) -> Header:
+    """The tensors of a file.
+
+    Raises `CheckpointError` if the header is garbage, or if the file is too short for the tensors that it declares.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    with file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        if not 2 <= length <= MAX_HEADER_BYTES or length + 8 > size:
+            raise _damaged(path.name, "its header is not one of a safetensors file")
+        header = parse_header(file.read(length), file=path.name)
+    for name, tensor in header.items():
+        if tensor.end > size - 8 - length:
+            missing = tensor.end - (size - 8 - length)
+            raise _damaged(
+                path.name, f"it is truncated: tensor {name} lacks {min(missing, tensor.nbytes)} of its bytes"
+            )
+    return header
+
+
+def read_tensors(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """These tensors of a file, mapped into memory: their bytes are read from disk when they are first used.
+
+    The pages belong to the system's file cache, so that servers of one machine share them, and memory that is short
+    takes them back first. The file must not be changed while its tensors are in use.
+    """
+    header = read_header(path)
+    for name in names:
+        if name not in header:
+            raise CheckpointError(
+                f"tensor {name} is missing from {path.name}, where the index says it is",
+                hint="download the model again",
+            )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise _damaged(path.name, str(error)) from None
+
+
+def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
+    start, end = (int(offset) for offset in entry["data_offsets"])
+    if not 0 <= start <= end:
+        raise ValueError
+    return TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), end - start, end)
+
+
+def _damaged(file: str, why: str) -> CheckpointError:
+    return CheckpointError(f"{file} is damaged: {why}", hint="delete this file and download it again")
