@@ -1,0 +1,61 @@
+"""How bytes travel: frames over libp2p, a directory of who serves what, and a network in memory for tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.net.transport import Node
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """How to take part in a swarm.
+
+    `initial_peers`: addresses of peers to join by; none starts a swarm. `identity`: where the key is kept that is our
+    peer id; None makes a new one that is forgotten. `port` 0 lets the system choose. `announce`: addresses that others
+    shall use, when they are not those of this machine (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, keep
+    nothing for others. `relays`: peers that carry our streams when nobody can dial us. `serve_relay`: be one.
+    """
+
+    initial_peers: tuple[str, ...] = ()
+    identity: Path | None = None
+    host: str = "0.0.0.0"  # noqa: S104
+    port: int = 0
+    announce: tuple[str, ...] = ()
+    client_mode: bool = False
+    relays: tuple[str, ...] = ()
+    serve_relay: bool = False
+
+
+@asynccontextmanager
+async def join(config: NetworkConfig) -> AsyncIterator[Node]:
+    """Take part in a swarm over the real network.
+
+    Raises `UserError` for an address or an identity that is none, `BootstrapFailed` if no initial peer answers, and
+    `SwarmError` if the network cannot be started.
+    """
+    # hivemind takes seconds to import, and `shoal --help` does not need it; mistakes are told before that, too.
+    from shoal.net.addresses import check_announced, check_peers, listen_address
+    from shoal.net.identity import Identity
+
+    initial_peers, relays = check_peers(config.initial_peers), check_peers(config.relays)
+    listen = () if config.client_mode else (listen_address(config.host, config.port),)
+    announce = check_announced(config.announce)
+    identity = Identity.at(config.identity) if config.identity is not None else Identity.temporary()
+
+    from shoal.net.daemon import DaemonConfig
+    from shoal.net.directory import DhtDirectory
+    from shoal.net.libp2p import Libp2pTransport
+
+    daemon = DaemonConfig(listen=listen, announce=announce, relays=relays, serve_relay=config.serve_relay)
+    directory = DhtDirectory(identity, keeps_records=daemon.reachable)
+    transport = Libp2pTransport(identity, daemon, initial_peers=initial_peers, attach=directory.attach)
+    await transport.start()
+    try:
+        yield Node(transport, directory)
+    finally:
+        await directory.close()
+        await transport.close()

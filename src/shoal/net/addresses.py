@@ -1,0 +1,82 @@
+"""Multiaddresses as users write them, `/ip4/203.0.113.5/tcp/31337/p2p/12D3Koo...`, checked before anything starts."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Sequence
+
+from shoal.errors import UserError
+from shoal.net.identity import public_key
+
+_HINT = "an address looks like /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..., as printed by the peer when it starts"
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+
+def peer_of(address: str) -> str | None:
+    """The peer at the end of an address that can be dialled over TCP; None if the address is malformed."""
+    parts = address.split("/")
+    if len(parts) < 7 or parts[0] or len(address) > 1000 or not _is_place(parts[1:5]):
+        return None
+    rest = parts[5:]
+    relayed = rest[0] == "p2p" and rest[2:4] == ["p2p-circuit", "p2p"] and len(rest) == 5
+    direct = rest[0] == "p2p" and len(rest) == 2
+    if not (direct or relayed) or (relayed and public_key(rest[1]) is None):
+        return None
+    return rest[-1] if public_key(rest[-1]) is not None else None
+
+
+def check_peers(addresses: Iterable[str]) -> tuple[str, ...]:
+    """The addresses of peers to join by. Raises `UserError`, naming the first that is none."""
+    checked = tuple(address.strip().rstrip("/") for address in addresses)
+    for address in checked:
+        if peer_of(address) is None:
+            raise UserError(f"not the address of a peer: {address!r}", hint=_HINT)
+    return checked
+
+
+def check_announced(addresses: Iterable[str]) -> tuple[str, ...]:
+    """Addresses that others shall use for us, without our id. Raises `UserError`."""
+    checked = tuple(address.strip().rstrip("/") for address in addresses)
+    for address in checked:
+        parts = address.split("/")
+        if len(parts) != 5 or parts[0] or not _is_place(parts[1:]):
+            hint = "write where others reach this machine, /ip4/203.0.113.5/tcp/31337 or /dns4/example.org/tcp/31337"
+            raise UserError(f"not an address to announce: {address!r}", hint=hint)
+    return checked
+
+
+def listen_address(host: str, port: int) -> str:
+    """Where to listen. Raises `UserError` for a host that is not an IP address."""
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        hint = "use 0.0.0.0 for all interfaces, 127.0.0.1 for this machine only"
+        raise UserError(f"not an IP address to listen on: {host!r}", hint=hint) from None
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"not a port: {port}", hint="use 0 to let the system choose one")
+    return f"/ip{version}/{host}/tcp/{port}"
+
+
+def port_of(address: str) -> int | None:
+    """The TCP port of an address."""
+    match = re.search(r"/tcp/(\d+)", address)
+    return int(match[1]) if match else None
+
+
+def best_first(addresses: Sequence[str]) -> tuple[str, ...]:
+    """The addresses that most others can use, first: those of this machine alone come last."""
+    return tuple(sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/"))))
+
+
+def _is_place(parts: Sequence[str]) -> bool:
+    """Whether this is a host and a TCP port that can be dialled."""
+    kind, host, protocol, port = parts
+    if protocol != "tcp" or not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 1 << 16:
+        return False
+    if kind in ("dns", "dns4", "dns6"):
+        return _NAME.fullmatch(host) is not None
+    try:
+        return kind in ("ip4", "ip6") and ipaddress.ip_address(host).version == int(kind[2])
+    except ValueError:
+        return False
