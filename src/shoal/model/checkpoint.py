@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -138,6 +139,8 @@ class Checkpoint:
 
     def _check_blocks(self) -> None:
         blocks = {self.family.block_of(name) for name in self.file_of}
+        if not self.num_blocks:
+            raise CheckpointError(f"{CONFIG} of {self.name} describes no model: it has no blocks")
         if missing := sorted(set(range(self.num_blocks)) - blocks):
             raise CheckpointError(
                 f"{self.name} has {self.num_blocks} blocks by its {CONFIG}, but no tensor of block {missing[0]}",
@@ -147,9 +150,9 @@ class Checkpoint:
 
 def _find(model: str | Path, *, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Files:
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return LocalFiles(folder, name=folder.resolve().name)
-    if folder.exists():
+    if model and folder.exists():
         raise UserError(f"{model} is a file", hint="name the folder that the model's files are in")
     if isinstance(model, Path) or model.startswith(("/", "./", "../", "~")):
         raise UserError(f"there is no folder {model}")
@@ -159,7 +162,7 @@ def _find(model: str | Path, *, revision: str | None, token: str | None, cache_d
 def _read_json(files: Files, file: str) -> dict[str, Any]:
     try:
         content = json.loads(files.path(file).read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} of {files.name} is damaged: it is not a JSON object", hint="download it again")
@@ -170,11 +173,17 @@ def _read_config(files: Files) -> PreTrainedConfig:
     folder = files.path(CONFIG).parent
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise UnsupportedModel(
-            f"Transformers does not know the architecture of {files.name}: {str(error).splitlines()[0][:200]}",
+            f"Transformers does not know the architecture of {files.name}: {_in_one_line(error)}",
             hint="code that comes with a model is never run",
         ) from error
+    except (StrictDataclassError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{CONFIG} of {files.name} describes no model: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _locate_tensors(files: Files) -> Mapping[str, str]:

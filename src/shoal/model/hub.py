@@ -151,7 +151,7 @@ def open_repository(repo: str, *, revision: str | None, token: str | None, cache
     """The files of a model on the hub, as of now: later changes of the revision are not followed."""
     folder = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
     with _explained(repo):
-        commit = str(HfApi().resolve_revision(repo, revision=revision, token=token, cache_dir=folder))
+        commit = HfApi().resolve_revision(repo, revision=revision, token=token, cache_dir=folder).resolved
     try:
         with _explained(repo):
             listing = remembered(f"files of {repo} at {commit}", lambda: _list_files(repo, commit, token))

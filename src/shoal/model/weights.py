@@ -39,7 +39,7 @@ def parse_header(text: bytes, *, file: str) -> Header:
     try:
         declared = json.loads(text)
         return {name: _tensor_info(entry) for name, entry in declared.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise _damaged(file, "its header is not one of a safetensors file") from None
 
 
