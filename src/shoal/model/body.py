@@ -1,16 +1,16 @@
 """The server's half of a model: a span of its blocks, run by the family's own backbone.
 
 The backbone keeps everything that it does between its layers and around them (masks, rotary embeddings, recurrent
-state); its embeddings and its final norm are the client's and are left out. Because it is built from the config of the
-whole model, each layer is what it would be there, and *a block keeps its number*: in parameter names, in `layer_idx`,
-in the cache. Nothing is renamed, and what depends on a layer's depth is right.
+state); its embeddings and its final norm are the client's and are left out. It is built from the config of the whole
+model, so each layer is what it would be there, and *a block keeps its number*: in parameter names, in `layer_idx`, in
+the cache, and in the backbone's loop over its layers, where stand-ins that do nothing precede the span. So nothing is
+renamed, no config is cut, and whatever depends on a layer's depth (`config.layer_types[i]`) is right.
 """
 
 # B rows, T new tokens, S tokens so far with the new ones, D hidden size
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shoal.errors import CheckpointError
 from shoal.model.cache import BodyCache
 from shoal.model.families import Family, text_config
-from shoal.model.view import cut_config, entered_with, left_through, view_of
+from shoal.model.view import StandIn, entered_with, left_through, view_of
 from shoal.spans import Span
 
 
@@ -35,7 +35,9 @@ class Body(nn.Module):
         self.family = family
         self.span = span
         self._parameters_of_forward = inspect.signature(backbone.forward).parameters
-        self._config_of = functools.cache(functools.partial(cut_config, backbone.config))
+        self._stand_ins = [
+            StandIn(layer, returns_tuple=family.layers_return_tuple) for layer in backbone.all_layers[: span.end]
+        ]
 
     def forward(
         self,
@@ -58,7 +60,7 @@ class Body(nn.Module):
         layers = [self.block(block) for block in span]
         layers[0] = entered_with(layers[0], hidden_BTD)
         layers[-1] = left_through(layers[-1], outputs.append)
-        view = view_of(self.backbone, self.family.layers_name, layers, self._config_of(span))
+        view = view_of(self.backbone, self.family.layers_name, [*self._stand_ins[: span.start], *layers])
         view(**self._arguments(hidden_BTD, attention_mask, position_ids, cache))
         if cache is not None:
             cache.advance(hidden_BTD.shape[1])
@@ -95,10 +97,10 @@ class ClientSide(nn.Module):
     (token or position numbers, a mask) gives a zero that can be added to hidden states.
     """
 
-    def forward(self, argument: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if argument.is_floating_point() and argument.dim() == 3:
-            return argument
-        return torch.zeros((), device=argument.device)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        tensors = [argument for argument in (*args, *kwargs.values()) if isinstance(argument, Tensor)]
+        hidden = (tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() == 3)
+        return next(hidden, torch.zeros((), device=tensors[0].device))
 
 
 def build_body(
@@ -174,6 +176,7 @@ def _span_class(family: Family, span: Span) -> type[PreTrainedModel]:
             if next(child.parameters(), None) is not None:
                 setattr(self, name, ClientSide())
         setattr(self, family.layers_name, kept)
+        self.all_layers = list(layers)  # a list is no submodule: those not kept stay without weights
         for name in self._parameters:
             self._parameters[name] = None
 

@@ -8,20 +8,36 @@ under which name. What cannot be seen there is in the one small table below; wha
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from shoal.errors import UnsupportedModel
 
-# Families whose layers return a tuple of which the hidden states come first: what the client puts in the layers' place
-# must return the same. (The servers look at what a layer really returns and need no table.)
-LAYERS_RETURN_TUPLE = frozenset({"bloom"})
+# Families whose layers return a tuple, hidden states first: what stands in for such a layer must return one too.
+LAYERS_RETURN_TUPLE = frozenset(
+    {"bamba", "bloom", "codegen", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"}
+)
 
 # Families that pass every check of the parity suite; docs/models.md says what was checked.
-CERTIFIED = frozenset({"bloom", "gpt2", "llama"})
+CERTIFIED = frozenset(
+    """
+    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba beam biogpt bitnet bloom codegen cohere cohere2
+    cohere2_moe cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4
+    exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe
+    glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
+    granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe
+    lfm3 llama llama4_text mamba mamba2 mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral
+    ministral3 mistral mixtral modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3
+    olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
+    qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu
+    """.split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class Family:
     backbone_path: str  # of the backbone in the causal language model, "model.decoder" for OPT
     layers_name: str  # of the list of layers in the backbone: "layers", "h", "blocks"
     num_blocks: int
+    renamings: tuple[WeightRenaming, ...] = field(default=(), compare=False)  # from a checkpoint's names to the model's
 
     @property
     def layers_return_tuple(self) -> bool:
@@ -53,12 +70,17 @@ class Family:
         return None if match is None else f"{self.layers_name}.{match[0]}.{match[1]}"
 
     def _split(self, name: str) -> tuple[int, str] | None:
-        match = re.match(rf"(?:(.*?)\.)?{re.escape(self.layers_name)}\.(\d+)\.(.+)", name)
-        if match is None:
+        pattern = re.compile(rf"(?:(.*?)\.)?{re.escape(self.layers_name)}\.(\d+)\.(.+)")
+        in_model = pattern.match(apply_renamings(name, self.renamings))
+        if in_model is None:
             return None
-        owner = [part for part in (match[1] or "").split(".") if part and part != "language_model"]
+        owner = [part for part in (in_model[1] or "").split(".") if part and part != "language_model"]
         path = self.backbone_path.split(".") if self.backbone_path else []
-        return (int(match[2]), match[3]) if path[len(path) - len(owner) :] == owner else None
+        if path[len(path) - len(owner) :] != owner:
+            return None
+        # the rest keeps the checkpoint's name: Transformers renames it when it loads the tensor
+        in_checkpoint = pattern.match(name) or in_model
+        return int(in_model[2]), in_checkpoint[3]
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -83,7 +105,15 @@ def family_of(config: PreTrainedConfig, *, allow_uncertified: bool = False) -> F
         except ValueError as error:
             raise UnsupportedModel(f"{config.model_type!r} is not a causal language model") from error
     path, backbone, layers_name = find_backbone(model, config)
-    return Family(config.model_type, type(backbone), path, layers_name, config.num_hidden_layers)
+    conversions = get_model_conversion_mapping(model)
+    return Family(
+        model_type=config.model_type,
+        backbone=type(backbone),
+        backbone_path=path,
+        layers_name=layers_name,
+        num_blocks=config.num_hidden_layers,
+        renamings=tuple(step for step in conversions if isinstance(step, WeightRenaming)),
+    )
 
 
 def find_backbone(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel, str]:

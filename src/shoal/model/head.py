@@ -9,6 +9,7 @@ as the caller gave them.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -16,17 +17,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionMaskInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from shoal.errors import UnsupportedOperation
 from shoal.model.body import check_loaded
 from shoal.model.families import LAYERS_RETURN_TUPLE, Family, find_backbone, text_config
-from shoal.model.view import cut_config, view_of
-from shoal.spans import Span
+from shoal.model.view import StandIn, view_of
 
-# No attention implementation has this name, and for one that it does not know Transformers builds no mask.
-NO_ATTENTION = "shoal"
+NO_ATTENTION = "shoal"  # the name of an attention implementation that is never run: it has masks of one element
+
+
+def _no_mask(*_: Any, **__: Any) -> Tensor:
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+AttentionMaskInterface.register(NO_ATTENTION, _no_mask)
 
 
 class Session(Protocol):
@@ -122,28 +128,23 @@ class HeadCache(Cache):  # type: ignore[misc]
         return [False]
 
 
-class _BlocksCall(nn.Module):
-    """The one layer of a client's backbone, for one call.
+class _BlocksCall(StandIn):
+    """The one layer of a client's backbone, for one call."""
 
-    Backbones ask a layer what kind it is (`layer.attention_type`); it answers as the first one would.
-    """
+    def __init__(self, layer: nn.Module, *, returns_tuple: bool, blocks: nn.Module, **arguments: Any) -> None:
+        super().__init__(layer, returns_tuple=returns_tuple)
+        self._call = functools.partial(blocks, **arguments)
 
-    def __init__(self, blocks: nn.Module, traits: Mapping[str, Any], returns_tuple: bool, **call: Any) -> None:
-        super().__init__()
-        self.__dict__.update(traits)
-        self._call = functools.partial(blocks, **call)
-        self._returns_tuple = returns_tuple
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        hidden_BTD = self._call(args[0] if args else kwargs["hidden_states"])
-        return (hidden_BTD,) if self._returns_tuple else hidden_BTD
+    def compute(self, hidden_BTD: Tensor) -> Tensor:
+        output_BTD: Tensor = self._call(hidden_BTD)
+        return output_BTD
 
 
 class _HeadBackbone:
     """Mixed into a client's backbone: each forward runs on a view whose only layer calls the blocks."""
 
     _layers_name: str
-    _layer_traits: Mapping[str, Any]
+    _first_layer: list[nn.Module]  # in a list, so that it is not a submodule: it has no weights
     config: PreTrainedConfig
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,16 +159,16 @@ class _HeadBackbone:
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise UnsupportedOperation("only attention masks of shape [batch, tokens] can be sent to servers")
         layer = _BlocksCall(
-            getattr(self, self._layers_name)[0],
-            self._layer_traits,
-            self.config.model_type in LAYERS_RETURN_TUPLE,
+            self._first_layer[0],
+            returns_tuple=self.config.model_type in LAYERS_RETURN_TUPLE,
+            blocks=getattr(self, self._layers_name)[0],
             attention_mask=mask,
             position_ids=kwargs.get("position_ids"),
             past_key_values=cache,
         )
-        config = cut_config(self.config, Span(0, 1))
-        config.__dict__["_attn_implementation_internal"] = NO_ATTENTION
-        view = view_of(self, self._layers_name, [layer], config)
+        view = view_of(self, self._layers_name, [layer])
+        view.__dict__["config"] = copy.copy(self.config)
+        view.config.__dict__["_attn_implementation_internal"] = NO_ATTENTION
         return super(_HeadBackbone, view).forward(**kwargs)  # type: ignore[misc]
 
 
@@ -177,13 +178,8 @@ class _Head:
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _, backbone, layers_name = find_backbone(self, text_config(config))
-        first_layer = getattr(backbone, layers_name)[0]
         backbone._layers_name = layers_name
-        backbone._layer_traits = {
-            name: value
-            for name, value in vars(first_layer).items()
-            if isinstance(value, str | int | float | None) and name != "training"
-        }
+        backbone._first_layer = [getattr(backbone, layers_name)[0]]
         setattr(backbone, layers_name, nn.ModuleList())
         backbone.__class__ = _subclass(_HeadBackbone, type(backbone))  # type: ignore[arg-type]
         self._backbone_of_head = [backbone]  # in a list, so that it is not registered as a second submodule

@@ -5,6 +5,8 @@ code over other layers than the module holds, without touching the module (sever
 gets its own shallow copy of it: every submodule is shared, except for the list of layers.
 """
 
+# B rows, T new tokens, D hidden size
+
 from __future__ import annotations
 
 import copy
@@ -13,37 +15,19 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-
-from shoal.spans import Span
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def view_of(module: M, layers_name: str, layers: Iterable[nn.Module], config: PreTrainedConfig) -> M:
-    """A copy of a backbone that shares everything with it but its layers and its config."""
+def view_of(module: M, layers_name: str, layers: Iterable[nn.Module]) -> M:
+    """A copy of a backbone that shares everything with it but the list of its layers."""
     view = copy.copy(module)
     view.__dict__["_modules"] = {**module._modules, layers_name: nn.ModuleList(layers)}
-    view.__dict__["config"] = config
     return view
 
 
-def cut_config(config: PreTrainedConfig, span: Span) -> PreTrainedConfig:
-    """A copy of a config with as many layers as the span, and every list that has an entry a layer cut likewise.
-
-    Backbones look these lists up by a layer's place in their list (`config.layer_types[i]`).
-    """
-    num_layers = config.num_hidden_layers
-    cut = copy.copy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, list | tuple) and len(value) == num_layers:
-            cut.__dict__[name] = value[span.start : span.end]
-    cut.num_hidden_layers = len(span)
-    return cut
-
-
 def entered_with(layer: M, hidden_BTD: Tensor) -> M:
-    """A copy of a layer that takes these hidden states, whatever the backbone computed."""
+    """A copy of a layer that takes these hidden states, whatever it is given."""
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "hidden_states" in kwargs:
@@ -68,3 +52,25 @@ def left_through(layer: M, leave: Callable[[Tensor], None]) -> M:
         left.__dict__[name] = OrderedDict(layer.__dict__[name])
     left.register_forward_hook(look)
     return left
+
+
+class StandIn(nn.Module):
+    """Stands in a list for a layer whose work is done elsewhere: hidden states leave it as they came.
+
+    Backbones ask a layer what kind it is (`layer.attention_type`); whatever else it is asked, the layer answers.
+    """
+
+    def __init__(self, layer: nn.Module, *, returns_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer  # not a submodule: its weights are not here
+        self._returns_tuple = returns_tuple
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        hidden_BTD = self.compute(args[0] if args else kwargs["hidden_states"])
+        return (hidden_BTD, None) if self._returns_tuple else hidden_BTD  # None for the attention weights
+
+    def compute(self, hidden_BTD: Tensor) -> Tensor:
+        return hidden_BTD
