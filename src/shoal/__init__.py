@@ -1,1 +1,75 @@
-"""shoal: one large language model on many ordinary machines."""
+"""shoal: one large language model on many ordinary machines that come and go.
+
+    from shoal import AutoDistributedModelForCausalLM
+
+    model = AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDRESS])
+    model.generate(**inputs, max_new_tokens=20)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shoal.client import (
+        AutoDistributedModel,
+        AutoDistributedModelForCausalLM,
+        AutoDistributedModelForSequenceClassification,
+        InferenceSession,
+        RemoteBlocks,
+    )
+    from shoal.errors import (
+        BootstrapFailed,
+        CheckpointError,
+        MissingBlocks,
+        PeerError,
+        RequestRejected,
+        ServerBusy,
+        ServerLost,
+        ShoalError,
+        SwarmError,
+        UnsupportedModel,
+        UnsupportedOperation,
+        UserError,
+    )
+
+_CLIENT = (
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "InferenceSession",
+    "RemoteBlocks",
+)
+
+__all__ = [
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "BootstrapFailed",
+    "CheckpointError",
+    "InferenceSession",
+    "MissingBlocks",
+    "PeerError",
+    "RemoteBlocks",
+    "RequestRejected",
+    "ServerBusy",
+    "ServerLost",
+    "ShoalError",
+    "SwarmError",
+    "UnsupportedModel",
+    "UnsupportedOperation",
+    "UserError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: PyTorch takes seconds, and `shoal --help` should not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _CLIENT:
+        from shoal import client
+
+        return getattr(client, name)
+    from shoal import errors
+
+    return getattr(errors, name)

@@ -1,8 +1,9 @@
 """Every message that peers exchange, with its limits.
 
-A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes). The
-first message of a stream is `Open` for a session, or `Forward`, `Backward` for a single computation. Whatever arrives is
-parsed here before anything else looks at it: an unknown kind, field or type, or a number beyond its limit, is refused.
+A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
+The first message of a stream is `Open` for a session, or `Forward`, `Backward` for a single computation. Whatever
+arrives is parsed here before anything else looks at it: an unknown kind, field or type, or a number beyond its limit,
+is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ PROTOCOL = "/shoal/1"
 MAX_HEADER_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 256 * 1024 * 1024
 MAX_STEP_TOKENS = 1024
-"""The tokens, over all sequences of a batch, that one message carries at most: clients cut longer prefills in pieces."""
+"""The tokens, over all sequences of a batch, that one message carries at most; clients cut longer work in pieces.
+
+A single token of every sequence always fits, and so does one sequence of a `Forward` or `Backward`."""
 MAX_BATCH = 1024
 MAX_LENGTH = 1 << 22
 MAX_BLOCKS = 4096
@@ -98,8 +101,8 @@ class Opened(_Message):
 class Step(_Message):
     """Client: append tokens to the session and compute them.
 
-    First, `rows` (if given) says which old sequence each sequence continues, as beam search and batch changes need; then
-    whatever the session holds beyond `position` is forgotten. Tensors: `hidden` [B, T, D]; optionally `positions`
+    First, `rows` (if given) says which old sequence each sequence continues, as beam search and batch changes need;
+    then whatever the session holds beyond `position` is forgotten. Tensors: `hidden` [B, T, D]; optionally `positions`
     [B, T] int64 and the padding `mask` [B, T] uint8 of the new tokens.
     """
 
@@ -148,12 +151,14 @@ class Pong(_Message):
 class Failure(_Message):
     """Server: why it does not do what was asked.
 
-    `busy`: no room now, come back in `retry_after` seconds; `rejected`: the request is wrong and will be everywhere;
-    `leaving`: the server is going away; `broken`: it failed in computing this.
+    `busy`: no room now, come back in `retry_after` seconds; `misrouted`: not on this server, whose blocks, weights or
+    size are others; `rejected`: the request is wrong and will be everywhere; `rewind`: the session cannot go back to
+    that position, send everything anew; `leaving`: the server is going away; `broken`: it failed in computing this.
+    The server closes the stream after it.
     """
 
     kind: Literal["failure"] = "failure"
-    code: Literal["busy", "rejected", "leaving", "broken"]
+    code: Literal["busy", "misrouted", "rejected", "rewind", "leaving", "broken"]
     reason: Annotated[str, Field(max_length=1000)]
     retry_after: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] | None = None
 

@@ -1,0 +1,16 @@
+"""The client: a Transformers model whose blocks are elsewhere."""
+
+from shoal.client.blocks import InferenceSession, RemoteBlocks
+from shoal.client.model import (
+    AutoDistributedModel,
+    AutoDistributedModelForCausalLM,
+    AutoDistributedModelForSequenceClassification,
+)
+
+__all__ = [
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "InferenceSession",
+    "RemoteBlocks",
+]

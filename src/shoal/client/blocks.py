@@ -1,0 +1,228 @@
+"""The model's blocks as a module, wherever they run: called, sliced, differentiated, or stepped through."""
+
+# B sequences, T new tokens, S all tokens, D hidden size
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+import torch
+from torch import nn
+
+from shoal.client.chain import Chain, Piece
+from shoal.client.runtime import Runtime
+from shoal.client.session import Session
+from shoal.errors import UnsupportedOperation, UserError
+from shoal.model.head import HeadCache
+from shoal.protocol import MAX_BATCH, MAX_LENGTH
+from shoal.spans import Span
+
+
+class RemoteBlocks(nn.Module):
+    """The blocks of a span, served by others. Slices like a list: `blocks[3:6]`."""
+
+    def __init__(self, runtime: Runtime, chain: Chain, span: Span, *, max_length: int) -> None:
+        super().__init__()
+        self.span = span
+        self.max_length = max_length
+        self._runtime = runtime
+        self._chain = chain
+
+    def __len__(self) -> int:
+        return len(self.span)
+
+    def __getitem__(self, index: int | slice) -> RemoteBlocks:
+        """Some of the blocks, counted from this span's first. Steps other than 1 are refused."""
+        blocks = range(self.span.start, self.span.end)[index]
+        if isinstance(blocks, int):
+            blocks = range(blocks, blocks + 1)
+        if blocks.step != 1 or not blocks:
+            raise UserError(f"blocks run in order, and at least one of them: not {index}")
+        span = Span(blocks.start, blocks.stop)
+        return RemoteBlocks(self._runtime, self._chain, span, max_length=self.max_length)
+
+    def __iter__(self) -> Iterator[RemoteBlocks]:
+        return (self[index] for index in range(len(self)))
+
+    def extra_repr(self) -> str:
+        return f"{self.span} of {self._chain.model.name}, in the swarm"
+
+    def forward(
+        self,
+        hidden_BTD: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: HeadCache | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, D] after the blocks.
+
+        `attention_mask` [B, S] is 0 where a token is padding; `position_ids` are [B, T]. With `past_key_values` the
+        tokens are appended to its session; without, the call is differentiable with respect to the hidden states.
+        """
+        if past_key_values is not None:
+            session = cast(InferenceSession, past_key_values.session)
+            return session.step(hidden_BTD, attention_mask=attention_mask, position_ids=position_ids)
+        mask = _mask_of(attention_mask, hidden_BTD)
+        positions = _positions_of(position_ids, hidden_BTD)
+        return cast(torch.Tensor, _Passes.apply(hidden_BTD, self._runtime, self._chain, self.span, positions, mask))
+
+    def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
+        """A session on these blocks, for up to `max_length` tokens; use it as a context manager."""
+        return InferenceSession(
+            self._runtime, self._chain, self.span, batch_size=batch_size, max_length=max_length or self.max_length
+        )
+
+    def new_session(self, *, batch_size: int, max_length: int) -> InferenceSession:
+        """The session of one `generate()`."""
+        return self.inference_session(batch_size=batch_size, max_length=max_length)
+
+
+class InferenceSession:
+    """A cache in the swarm, for one batch of sequences, over as many calls as you like.
+
+    Give it to `model.generate(..., session=session)`, or `step` through the blocks yourself. It survives the loss of
+    servers. Not for several threads at once.
+    """
+
+    def __init__(self, runtime: Runtime, chain: Chain, span: Span, *, batch_size: int, max_length: int) -> None:
+        if not (1 <= batch_size <= MAX_BATCH and 1 <= max_length <= MAX_LENGTH):
+            raise UserError(f"a session of {batch_size} sequences of {max_length} tokens: too many, or too few")
+        self.max_length = max_length
+        self.num_tokens = 0
+        self.output_ids: torch.Tensor | None = None
+        self.attention_mask: torch.Tensor | None = None
+        self._runtime = runtime
+        self._session = Session(chain, span, batch_size=batch_size, max_length=max_length)
+        self._closing = weakref.finalize(self, _close, runtime, self._session)
+        self._closing.atexit = False  # by then the loop is gone, and so are the streams
+
+    @property
+    def batch_size(self) -> int:
+        return self._session.batch_size
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The peers that hold it at present, in the order of their blocks."""
+        return tuple(hop.server.peer for hop in self._session.hops)
+
+    def step(
+        self,
+        hidden_BTD: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Append inputs [B, T, D] and return the blocks' outputs for them. Raises `UserError` when it gets too long."""
+        if not self._closing.alive:
+            raise UserError("this session is closed")
+        batch_size, num_tokens, _ = hidden_BTD.shape
+        if self.num_tokens + num_tokens > self.max_length:
+            raise UserError(
+                f"{self.num_tokens + num_tokens} tokens in a session of at most {self.max_length}",
+                hint="open it with a larger max_length",
+            )
+        if self.num_tokens == 0:
+            self._session.batch_size = batch_size
+        elif batch_size != self.batch_size:
+            raise UserError(f"{batch_size} sequences in a session of {self.batch_size}")
+        work = self._session.step(
+            _on_cpu(hidden_BTD),
+            self.num_tokens,
+            _positions_of(position_ids, hidden_BTD),
+            _mask_of(attention_mask, hidden_BTD),
+        )
+        output = self._runtime.run(work)
+        self.num_tokens += num_tokens
+        return cast(torch.Tensor, _NoGradient.apply(output.to(hidden_BTD.device), hidden_BTD))
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget everything after the first `num_tokens` tokens."""
+        self._session.crop(num_tokens)
+        self.num_tokens = min(self.num_tokens, num_tokens)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """From now on, sequence i continues the one that was `rows[i]`."""
+        self._session.select_rows(rows)
+
+    def close(self) -> None:
+        """Let the servers forget it. May be called twice."""
+        if self._closing.detach() is not None:
+            self._runtime.run(self._session.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _close(runtime: Runtime, session: Session) -> None:
+    runtime.start(session.close())
+
+
+class _Passes(torch.autograd.Function):
+    """A forward pass through the swarm whose backward pass goes through it too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_BTD: torch.Tensor,
+        runtime: Runtime,
+        chain: Chain,
+        span: Span,
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        output, pieces = runtime.run(chain.forward(span, _on_cpu(hidden_BTD), positions, mask))
+        ctx.runtime, ctx.chain, ctx.pieces = runtime, chain, pieces
+        return output.to(hidden_BTD.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        pieces: list[list[Piece]] = ctx.pieces
+        result: torch.Tensor = ctx.runtime.run(ctx.chain.backward(pieces, _on_cpu(grad)))
+        return result.to(grad.device), None, None, None, None, None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Marks what came out of a session: servers keep a cache there and nothing to differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        raise UnsupportedOperation(
+            "gradients do not flow through an inference session", hint="call the model with use_cache=False"
+        )
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _mask_of(attention_mask: torch.Tensor | None, hidden_BTD: torch.Tensor) -> torch.Tensor | None:
+    """The new tokens' part of a mask, [B, T] uint8."""
+    if attention_mask is None:
+        return None
+    batch_size, num_tokens, _ = hidden_BTD.shape
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_tokens:
+        raise UserError(
+            f"an attention mask of shape {list(attention_mask.shape)} for {batch_size} by {num_tokens} tokens"
+        )
+    return (attention_mask[:, -num_tokens:] != 0).to("cpu", torch.uint8)
+
+
+def _positions_of(position_ids: torch.Tensor | None, hidden_BTD: torch.Tensor) -> torch.Tensor | None:
+    """Positions as they travel, [B, T] int64."""
+    if position_ids is None:
+        return None
+    if position_ids.dim() != 2 or position_ids.shape[1] != hidden_BTD.shape[1]:
+        raise UnsupportedOperation("only position_ids of shape [batch, tokens] can be sent to servers")
+    return position_ids.expand(hidden_BTD.shape[0], -1).to("cpu", torch.int64)

@@ -1,0 +1,238 @@
+"""The way through the swarm: which servers, in which order, and what happens when one fails.
+
+`persist` is the only retry loop of the client. What it retries keeps its place: a walk that failed at block 8 goes on
+at block 8, by another server.
+"""
+
+# B sequences, T tokens, D hidden size
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from shoal.client.config import ClientConfig
+from shoal.client.connection import Connection
+from shoal.client.suspects import Suspects
+from shoal.errors import MissingBlocks, ServerBusy, ServerLost
+from shoal.net.transport import ModelInfo, Node
+from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
+from shoal.routing.route import Hop, choose_route
+from shoal.routing.view import SwarmView, format_blocks
+from shoal.spans import ServerInfo, Span
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The inputs [B, T, D] of a span, as they were sent to one server: what its gradient is computed from."""
+
+    span: Span
+    hidden: torch.Tensor
+    positions: torch.Tensor | None
+    mask: torch.Tensor | None
+
+    def tensors(self) -> dict[TensorName, torch.Tensor]:
+        return named_tensors(self.hidden, self.positions, self.mask)
+
+
+def named_tensors(
+    hidden: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
+) -> dict[TensorName, torch.Tensor]:
+    """The tensors of a message, without those that are absent."""
+    tensors: dict[TensorName, torch.Tensor] = {"hidden": hidden}
+    if positions is not None:
+        tensors["positions"] = positions
+    if mask is not None:
+        tensors["mask"] = mask
+    return tensors
+
+
+class Chain:
+    """One model in the swarm, as one client sees it."""
+
+    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig) -> None:
+        self.model = model
+        self.fingerprint = fingerprint
+        self.config = config
+        self._node = node
+        self._suspects = Suspects()
+        self._round_trips: dict[str, float] = {}
+        self._view = SwarmView(model.num_blocks)
+        self._viewed_at = float("-inf")
+
+    # -- routes -------------------------------------------------------------------------------------------------------
+
+    async def route(self, span: Span) -> tuple[Hop, ...]:
+        """The fastest chain of usable servers over a span. Raises `MissingBlocks`."""
+        if time.monotonic() - self._viewed_at > self.config.refresh_seconds:
+            await self._refresh()
+        trusted = self._usable().only(lambda server: server.peer not in self._suspects)
+        if trusted.missing(span):
+            await self._refresh()
+            trusted = self._usable().only(lambda server: server.peer not in self._suspects)
+        hops = choose_route(trusted, span, round_trips=self._round_trips)
+        log.info("blocks %s go through %s", span, ", ".join(f"{hop.server.peer[-8:]} {hop.span}" for hop in hops))
+        return hops
+
+    async def _refresh(self) -> None:
+        servers = list(await self._node.directory.servers(self.model))
+        random.shuffle(servers)  # among equals, different clients take different servers
+        self._view = SwarmView(self.model.num_blocks, tuple(servers))
+        self._viewed_at = time.monotonic()
+
+    def _usable(self) -> SwarmView:
+        allowed, blocked = self.config.allowed_servers, self.config.blocked_servers
+
+        def usable(server: ServerInfo) -> bool:
+            permitted = (allowed is None or server.peer in allowed) and server.peer not in blocked
+            return permitted and server.fingerprint == self.fingerprint
+
+        return self._view.online().only(usable)
+
+    async def persist(self, span: Span, act: Callable[[], Awaitable[T]]) -> T:
+        """Do `act` until it succeeds, each time avoiding the servers that have failed.
+
+        Raises `MissingBlocks` at once if nobody serves some blocks of the span, and after the client's patience if
+        those who do keep failing or have no room.
+        """
+        give_up_at: float | None = None
+        while True:
+            try:
+                return await act()
+            except ServerLost as lost:
+                log.warning("%s; looking for another server", lost)
+                self._suspects.lost(lost.peer, str(lost))
+            except ServerBusy as busy:
+                log.info("%s", busy)
+                self._suspects.busy(busy.peer, busy.retry_after, str(busy))
+            except MissingBlocks:
+                if missing := self._usable().missing(span):
+                    raise self._missing(missing) from None
+                wait = self._suspects.seconds_left() or 0.0
+                give_up_at = give_up_at or time.monotonic() + self.config.patience_seconds
+                if time.monotonic() + wait > give_up_at:
+                    raise self._exhausted(span) from None
+                log.warning("waiting %.1f s for a server that holds blocks %s", wait, span)
+                await asyncio.sleep(wait)
+
+    def _missing(self, blocks: Sequence[int]) -> MissingBlocks:
+        names = format_blocks(blocks)
+        if others := {s.fingerprint[:12] for s in self._view.online().servers if any(b in s.span for b in blocks)}:
+            return MissingBlocks(
+                f"blocks {names} are served only with other weights ({', '.join(sorted(others))}) than yours "
+                f"({self.fingerprint[:12]}), or by servers that you do not allow",
+                blocks=blocks,
+                hint="use the revision of the model that the servers use, or serve yours",
+            )
+        return MissingBlocks(
+            f"no server holds blocks {names} of {self.model.name}",
+            blocks=blocks,
+            hint=f"start one: shoal serve {self.model.name} --blocks {names.split(', ')[0]}",
+        )
+
+    def _exhausted(self, span: Span) -> MissingBlocks:
+        unavailable = self._usable().only(lambda server: server.peer not in self._suspects).missing(span)
+        return MissingBlocks(
+            f"no server for blocks {format_blocks(unavailable)} answers: {'; '.join(self._suspects.reasons())}",
+            blocks=unavailable,
+        )
+
+    async def connect(self, server: ServerInfo) -> Connection:
+        """A new connection to a server. Raises `ServerLost`."""
+        before = time.monotonic()
+        connection = await Connection.open(self._node.transport, server, silence_seconds=self.config.silence_seconds)
+        measured = time.monotonic() - before
+        self._round_trips[server.peer] = 0.8 * self._round_trips.get(server.peer, measured) + 0.2 * measured
+        return connection
+
+    def answered(self, peer: str) -> None:
+        """A server did its work: whatever was held against it is forgotten."""
+        self._suspects.forgive(peer)
+
+    # -- single passes ------------------------------------------------------------------------------------------------
+
+    async def forward(
+        self, span: Span, hidden: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[list[Piece]]]:
+        """The outputs [B, T, D] of a span and, for each microbatch, the pieces that `backward` needs.
+
+        Rows are independent of one another, so that microbatches go through the swarm at the same time.
+        """
+        rows = max(1, MAX_STEP_TOKENS // hidden.shape[1])
+        batches = [
+            Piece(span, part, _rows(positions, start, rows), _rows(mask, start, rows))
+            for start, part in zip(range(0, hidden.shape[0], rows), hidden.split(rows), strict=True)
+        ]
+        results = await asyncio.gather(*(self._forward(batch) for batch in batches))
+        return torch.cat([output for output, _ in results]), [pieces for _, pieces in results]
+
+    async def backward(self, batches: Sequence[Sequence[Piece]], grad: torch.Tensor) -> torch.Tensor:
+        """The gradient [B, T, D] of what went into `forward`, from that of what came out."""
+        grads = grad.split([pieces[0].hidden.shape[0] for pieces in batches])
+        return torch.cat(
+            await asyncio.gather(*(self._backward(list(p), g) for p, g in zip(batches, grads, strict=True)))
+        )
+
+    async def _forward(self, whole: Piece) -> tuple[torch.Tensor, list[Piece]]:
+        hidden, pieces, end = whole.hidden, list[Piece](), whole.span.end
+
+        async def walk() -> torch.Tensor:
+            nonlocal hidden
+            start = pieces[-1].span.end if pieces else whole.span.start
+            for hop in await self.route(Span(start, end)) if start < end else ():
+                piece = Piece(hop.span, hidden, whole.positions, whole.mask)
+                hidden = await self._call(hop, Forward, piece.tensors(), answer="hidden")
+                pieces.append(piece)
+            return hidden
+
+        return await self.persist(whole.span, walk), pieces
+
+    async def _backward(self, pieces: list[Piece], grad: torch.Tensor) -> torch.Tensor:
+        whole = Span(pieces[0].span.start, pieces[-1].span.end)
+
+        async def walk_back() -> torch.Tensor:
+            nonlocal grad
+            while pieces:
+                piece = pieces[-1]
+                hops = await self.route(piece.span)
+                if len(hops) > 1:  # its server is gone and several take its place: find out what goes into each
+                    _, finer = await self._forward(piece)
+                    pieces[-1:] = finer
+                    continue
+                tensors = {**piece.tensors(), "grad": grad}
+                grad = await self._call(hops[0], Backward, tensors, answer="grad")
+                pieces.pop()
+            return grad
+
+        return await self.persist(whole, walk_back)
+
+    async def _call(
+        self,
+        hop: Hop,
+        kind: type[Forward | Backward],
+        tensors: dict[TensorName, torch.Tensor],
+        *,
+        answer: TensorName,
+    ) -> torch.Tensor:
+        connection = await self.connect(hop.server)
+        try:
+            request = kind(model=self.model.key, fingerprint=self.fingerprint, start=hop.span.start, end=hop.span.end)
+            result = await connection.compute(request, tensors, answer=answer, shape=tensors["hidden"].shape)
+            self.answered(hop.server.peer)
+            return result
+        finally:
+            await connection.close()
+
+
+def _rows(tensor: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
+    return None if tensor is None else tensor[start : start + count]

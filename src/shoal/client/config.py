@@ -1,0 +1,28 @@
+"""What a client is told at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """How a client chooses its servers and how long it waits for them. Times are in seconds."""
+
+    allowed_servers: frozenset[str] | None = None
+    """Use these peers only; `None` allows all."""
+    blocked_servers: frozenset[str] = frozenset()
+    silence_seconds: float = 5.0
+    """A server that computes says so every second; one that is silent for so long is lost."""
+    patience_seconds: float = 30.0
+    """How long to look for servers in place of those that were lost, or wait for those that are busy."""
+    refresh_seconds: float = 20.0
+    """The age at which a picture of the swarm is taken anew."""
+
+    @classmethod
+    def choosing(cls, allowed: Sequence[str] | None, blocked: Sequence[str] | None) -> ClientConfig:
+        """The default, with the user's lists of servers."""
+        return cls(
+            allowed_servers=None if allowed is None else frozenset(allowed), blocked_servers=frozenset(blocked or ())
+        )

@@ -1,0 +1,71 @@
+"""How a call of `generate()` goes on from the one before it in the same session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from shoal.client.blocks import InferenceSession
+from shoal.errors import UserError
+
+REPEATED_TOKENS = 8
+"""New tokens that begin with so many of the session's first ones are hardly meant to be said again."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """All tokens of a session with the new ones, [B, S], and how many of them the caller did not pass."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    num_hidden: int
+
+    @classmethod
+    def of(cls, session: InferenceSession, new_ids: torch.Tensor | None, new_mask: torch.Tensor | None) -> Self:
+        """What to generate from, given the session's past and what the caller passed.
+
+        Raises `UserError` for tokens that repeat the session's beginning and then differ: they would be read twice.
+        """
+        past_ids, past_mask = session.output_ids, session.attention_mask
+        if past_ids is None or past_mask is None:
+            if new_ids is None:
+                raise UserError("a session begins with some tokens: pass inputs")
+            mask = torch.ones_like(new_ids) if new_mask is None else new_mask
+            return cls(new_ids, mask, 0)
+        if new_ids is None:
+            return cls(past_ids, past_mask, past_ids.shape[1])
+        if new_ids.shape[0] != past_ids.shape[0]:
+            raise UserError(f"{new_ids.shape[0]} sequences in a session of {past_ids.shape[0]}")
+        same = min(past_ids.shape[1], new_ids.shape[1])
+        differs = (past_ids[:, :same] != new_ids[:, :same]).any(dim=0).nonzero()
+        num_common = int(differs[0]) if len(differs) else same
+        num_past = past_ids.shape[1]
+        if num_common == num_past:
+            grown = torch.ones_like(new_ids[:, num_past:])
+            mask = torch.cat((past_mask, grown), dim=1) if new_mask is None else new_mask
+            return cls(new_ids, mask, 0)
+        if num_common >= max(REPEATED_TOKENS, num_past // 2):
+            raise UserError(
+                f"these tokens repeat the session's first {num_common} and then differ from it",
+                hint="pass the new tokens only, or open another session",
+            )
+        mask = torch.ones_like(new_ids) if new_mask is None else new_mask
+        return cls(torch.cat((past_ids, new_ids), dim=1), torch.cat((past_mask, mask), dim=1), num_past)
+
+    def finish(self, session: InferenceSession, result: Any) -> Any:
+        """Remember what was generated, and return it without what the caller did not pass."""
+        sequences: torch.Tensor = result if isinstance(result, torch.Tensor) else result.sequences
+        grown = sequences.shape[1] - self.attention_mask.shape[1]
+        repeats = sequences.shape[0] // self.attention_mask.shape[0]
+        mask = self.attention_mask.repeat_interleave(repeats, dim=0)
+        session.output_ids = sequences
+        session.attention_mask = torch.cat((mask, mask.new_ones((mask.shape[0], grown))), dim=1)
+        # The last token is yet to be computed. After a beam search, the cache is that of other sequences.
+        same_rows = session.batch_size == sequences.shape[0] == self.input_ids.shape[0]
+        session.crop(min(session.num_tokens, sequences.shape[1] - 1) if same_rows else 0)
+        if isinstance(result, torch.Tensor):
+            return sequences[:, self.num_hidden :]
+        result.sequences = sequences[:, self.num_hidden :]
+        return result

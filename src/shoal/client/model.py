@@ -1,0 +1,245 @@
+"""The public face: Transformers' models, with their blocks in the swarm."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from shoal.client.blocks import InferenceSession, RemoteBlocks
+from shoal.client.chain import Chain
+from shoal.client.config import ClientConfig
+from shoal.client.continuation import Continuation
+from shoal.client.runtime import Runtime
+from shoal.errors import UnsupportedModel, UserError
+from shoal.model.checkpoint import Checkpoint
+from shoal.model.families import text_config
+from shoal.model.head import HeadCache, build_head
+from shoal.net import NetworkConfig, join
+from shoal.net.transport import ModelInfo, Node
+from shoal.spans import Span
+
+INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
+GENERATION_CONFIG = "generation_config.json"
+DEFAULT_SESSION_LENGTH = 2048
+
+
+class _AutoDistributed:
+    """What the `AutoDistributed...` classes share."""
+
+    _auto_class: ClassVar[Any]
+
+    def __init__(self) -> None:
+        raise UserError(f"use {type(self).__name__}.from_pretrained(MODEL, initial_peers=[ADDRESS])")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        initial_peers: Sequence[str] | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        allowed_servers: Sequence[str] | None = None,
+        blocked_servers: Sequence[str] | None = None,
+        allow_uncertified: bool = False,
+        **config_changes: Any,
+    ) -> Any:
+        """Join a swarm and load what of the model is not blocks: the Transformers model, ready to be used as always.
+
+        `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them (by default
+        those in $SHOAL_INITIAL_PEERS). `dtype` is what this side computes and sends in. Other keyword arguments change
+        the model's config, such as `num_labels=3`. Call `close()` on the model, or leave it to the end of the process.
+
+        Raises `UserError`s for what can never work and `BootstrapFailed` if none of the peers answers.
+        """
+        checkpoint = Checkpoint.open(
+            model, revision=revision, token=token, cache_dir=cache_dir, allow_uncertified=allow_uncertified
+        )
+        peers = list(initial_peers) if initial_peers is not None else os.environ.get(INITIAL_PEERS, "").split()
+        if not peers:
+            raise UserError(
+                "which swarm? initial_peers is empty",
+                hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
+            )
+        runtime = Runtime()
+        network = contextlib.AsyncExitStack()
+        try:
+            node = runtime.run(
+                network.enter_async_context(join(NetworkConfig(initial_peers=tuple(peers), client_mode=True)))
+            )
+            return cls.from_checkpoint(
+                checkpoint,
+                node,
+                runtime,
+                network,
+                config=ClientConfig.choosing(allowed_servers, blocked_servers),
+                dtype=dtype,
+                device=device,
+                **config_changes,
+            )
+        except BaseException:
+            runtime.run(network.aclose())
+            runtime.close()
+            raise
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        node: Node,
+        runtime: Runtime,
+        network: contextlib.AsyncExitStack,
+        *,
+        config: ClientConfig,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        **config_changes: Any,
+    ) -> Any:
+        """The same on a network that is there already; the model closes `network` and `runtime` when it is closed."""
+        model_config = _changed(checkpoint.config, config_changes)
+        model_class = cls._class_for(model_config)
+        model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
+        text = text_config(model_config)
+        blocks = RemoteBlocks(
+            runtime,
+            Chain(node, model_info, checkpoint.fingerprint, config),
+            Span(0, checkpoint.num_blocks),
+            max_length=min(
+                getattr(text, "max_position_embeddings", None) or DEFAULT_SESSION_LENGTH, DEFAULT_SESSION_LENGTH
+            ),
+        )
+        model = build_head(
+            _with_swarm(model_class),
+            checkpoint.family,
+            model_config,
+            checkpoint.head_tensors(),
+            blocks=blocks,
+            dtype=_dtype(dtype, text),
+            device=device,
+        )
+        if GENERATION_CONFIG in checkpoint.files and model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.files.path(GENERATION_CONFIG).parent)
+        model._closing = weakref.finalize(model, _close, runtime, network)
+        return model.eval()
+
+    @classmethod
+    def _class_for(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
+        try:
+            found = cls._auto_class._model_mapping[type(config)]
+        except KeyError:
+            raise UnsupportedModel(
+                f"Transformers has no {cls._auto_class.__name__} for {config.model_type!r}"
+            ) from None
+        model_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple | list) else found
+        return model_class
+
+
+class AutoDistributedModel(_AutoDistributed):
+    """`transformers.AutoModel`, its blocks in the swarm: hidden states without an output head."""
+
+    _auto_class = AutoModel
+
+
+class AutoDistributedModelForCausalLM(_AutoDistributed):
+    """`transformers.AutoModelForCausalLM`, its blocks in the swarm."""
+
+    _auto_class = AutoModelForCausalLM
+
+
+class AutoDistributedModelForSequenceClassification(_AutoDistributed):
+    """`transformers.AutoModelForSequenceClassification`, its blocks in the swarm.
+
+    The classification head is yours to train if the checkpoint has none.
+    """
+
+    _auto_class = AutoModelForSequenceClassification
+
+
+class _InSwarm:
+    """Mixed into the model's class: what a distributed model can do beyond what Transformers' can."""
+
+    blocks: RemoteBlocks
+    _closing: Any  # a weakref.finalize; Transformers evaluates the annotations of model classes
+
+    @property
+    def transformer(self) -> Any:
+        """`model.transformer.h` are the remote blocks, whatever the family calls them."""
+        own: nn.Module | None = self.__dict__["_modules"].get("transformer")
+        return SimpleNamespace(h=self.blocks) if own is None else own
+
+    def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
+        """A cache in the swarm that several calls share: `with model.inference_session(max_length=512) as session`."""
+        return self.blocks.inference_session(max_length=max_length, batch_size=batch_size)
+
+    def generate(self, inputs: Any = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any) -> Any:
+        """Transformers' `generate`, which see; with `session`, it goes on where the session's last call ended.
+
+        Then `inputs` are the new tokens only, or everything so far and the new tokens, or nothing: just go on. What is
+        returned begins with what was passed.
+        """
+        generate = super().generate  # type: ignore[misc]
+        if session is None:
+            return generate(inputs, *args, **kwargs)
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        continuation = Continuation.of(session, inputs, kwargs.pop("attention_mask", None))
+        result = generate(
+            continuation.input_ids,
+            *args,
+            attention_mask=continuation.attention_mask,
+            past_key_values=HeadCache(session),
+            **kwargs,
+        )
+        return continuation.finish(session, result)
+
+    def close(self) -> None:
+        """Leave the swarm. The model is of no more use. May be called twice."""
+        self._closing()
+
+
+def _with_swarm(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of the same name and module, by which Transformers decides much."""
+    return type(model_class.__name__, (_InSwarm, model_class), {"__module__": model_class.__module__})
+
+
+def _close(runtime: Runtime, network: contextlib.AsyncExitStack) -> None:
+    runtime.run(network.aclose())
+    runtime.close()
+
+
+def _changed(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfig:
+    for name, value in changes.items():
+        if not hasattr(config, name):
+            raise UserError(f"neither from_pretrained nor the config of {config.model_type!r} knows {name!r}")
+        setattr(config, name, value)
+    return config
+
+
+def _dtype(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = config.dtype if dtype == "auto" else getattr(torch, dtype, None)
+    if found is None and dtype == "auto":
+        return torch.float32
+    if not isinstance(found, torch.dtype):
+        raise UserError(f"{dtype!r} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
+    return found

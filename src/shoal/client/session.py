@@ -1,0 +1,232 @@
+"""A generation in progress: what the servers cache, and what the client keeps so that any of them can be replaced."""
+
+# B sequences, T new tokens, S all tokens, D hidden size
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shoal.client.chain import Chain, named_tensors
+from shoal.client.connection import CannotRewind, Connection
+from shoal.client.history import History
+from shoal.errors import PeerError
+from shoal.protocol import MAX_STEP_TOKENS, Open, Opened, Ping, Pong, Step
+from shoal.routing.route import Hop
+from shoal.spans import Span
+
+KEEPALIVE_SECONDS = 60.0
+"""A server forgets a client that says nothing for some minutes; a user may think for longer."""
+
+
+class _Share:
+    """A session's part on one server.
+
+    `history` is what its blocks were given, `num_computed_tokens` how much of that the server holds. A step brings the
+    second up to the first: decoding, a long prefill and the replay after a failure are all that one subtraction.
+    """
+
+    def __init__(self, hop: Hop, history: History) -> None:
+        self.hop = hop
+        self.history = history
+        self.num_computed_tokens = 0
+        self.pending_rows: tuple[int, ...] | None = None  # a rearrangement that the server has not been told
+        self.connection: Connection | None = None
+
+    def take(self, inputs_BTD: torch.Tensor, start: int) -> None:
+        """Add the inputs of the tokens from `start` on, except for those that are known already."""
+        new_BTD = inputs_BTD[:, self.history.num_tokens - start :]
+        if new_BTD.shape[1]:
+            self.history.append(new_BTD)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.history.select_rows(rows)
+        if self.num_computed_tokens:
+            pending = self.pending_rows
+            self.pending_rows = tuple(rows) if pending is None else tuple(pending[row] for row in rows)
+
+    def crop(self, num_tokens: int) -> None:
+        self.history.crop(num_tokens)
+        self.num_computed_tokens = min(self.num_computed_tokens, num_tokens)
+        if self.num_computed_tokens == 0:
+            self.pending_rows = None
+
+    async def disconnect(self, *, goodbye: bool = True) -> None:
+        """Give up the server's state; the history stays."""
+        connection, self.connection = self.connection, None
+        self.num_computed_tokens = 0
+        self.pending_rows = None
+        if connection is not None:
+            await connection.close(goodbye=goodbye)
+
+
+class Session:
+    """The decoding state of a batch of sequences across a route. Runs on the client's event loop."""
+
+    def __init__(self, chain: Chain, span: Span, *, batch_size: int, max_length: int) -> None:
+        self.span = span
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self._chain = chain
+        self._shares: list[_Share] = []
+        self._masks: History | None = None  # None while no sequence is padded
+        self._positions: History | None = None  # None while they just count
+        self._busy = asyncio.Lock()
+        self._keepalive: asyncio.Task[None] | None = None
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """Where it runs at present."""
+        return tuple(share.hop for share in self._shares)
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget everything after the first `num_tokens` tokens."""
+        for log in (*self._shares, self._masks, self._positions):
+            if log is not None:
+                log.crop(num_tokens)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """From now on, sequence i continues the one that was `rows[i]`."""
+        self.batch_size = len(rows)
+        for log in (*self._shares, self._masks, self._positions):
+            if log is not None:
+                log.select_rows(rows)
+
+    async def step(
+        self, hidden_BTD: torch.Tensor, position: int, positions_BT: torch.Tensor | None, mask_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Append the inputs of the tokens from `position` on; returns the span's outputs for them, [B, T, D].
+
+        If it fails or is cancelled, the session is as if it had never been called.
+        """
+        async with self._busy:
+            self._keepalive = self._keepalive or asyncio.create_task(self._keep_alive())
+            self.crop(position)  # what an interrupted step may have left
+            self._positions = _logged(
+                self._positions, positions_BT, position, lambda start, end: torch.arange(start, end), hidden_BTD
+            )
+            if mask_BT is not None and mask_BT.all():
+                mask_BT = None
+            self._masks = _logged(
+                self._masks,
+                mask_BT,
+                position,
+                lambda start, end: torch.ones(end - start, dtype=torch.uint8),
+                hidden_BTD,
+            )
+            return await self._walk(hidden_BTD, position)
+
+    async def _walk(self, hidden_BTD: torch.Tensor, position: int) -> torch.Tensor:
+        index, inputs, start = 0, hidden_BTD, position
+        failed = False
+
+        async def walk() -> torch.Tensor:
+            nonlocal index, inputs, start, failed
+            if not self._shares:
+                self._shares = [_Share(hop, History()) for hop in await self._chain.route(self.span)]
+            if failed:
+                self._shares[index : index + 1] = await self._replace(self._shares[index])
+                failed = False
+            while index < len(self._shares):
+                share = self._shares[index]
+                share.take(inputs, start)
+                try:
+                    inputs, start = await self._catch_up(share)
+                except PeerError:
+                    failed = True
+                    raise
+                index += 1
+            return inputs[:, position - start :]
+
+        return await self._chain.persist(self.span, walk)
+
+    async def _replace(self, share: _Share) -> list[_Share]:
+        """Servers for the blocks of one that failed. The first replays its history, the others get what comes out."""
+        first, *others = await self._chain.route(share.hop.span)
+        return [_Share(first, share.history), *(_Share(hop, History()) for hop in others)]
+
+    async def _catch_up(self, share: _Share) -> tuple[torch.Tensor, int]:
+        """Let a server compute what it has not; returns those outputs and the position at which they start."""
+        try:
+            if share.connection is None:
+                share.connection = await self._open(share.hop)
+            start = share.num_computed_tokens
+            outputs = []
+            tokens_at_once = max(1, MAX_STEP_TOKENS // self.batch_size)
+            for piece in share.history.since(start).split(tokens_at_once, dim=1):
+                outputs.append(await self._send(share.connection, share, piece))
+                share.pending_rows = None
+                share.num_computed_tokens += piece.shape[1]
+        except CannotRewind:
+            await share.disconnect()
+            return await self._catch_up(share)
+        except BaseException:
+            await share.disconnect(goodbye=False)
+            raise
+        self._chain.answered(share.hop.server.peer)
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], start
+
+    async def _open(self, hop: Hop) -> Connection:
+        connection = await self._chain.connect(hop.server)
+        request = Open(
+            model=self._chain.model.key,
+            fingerprint=self._chain.fingerprint,
+            start=hop.span.start,
+            end=hop.span.end,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+        )
+        await connection.ask(request, expect=Opened)
+        return connection
+
+    async def _send(self, connection: Connection, share: _Share, piece_BTD: torch.Tensor) -> torch.Tensor:
+        start, num_tokens = share.num_computed_tokens, piece_BTD.shape[1]
+        tensors = named_tensors(
+            piece_BTD,
+            None if self._positions is None else self._positions.since(start)[:, :num_tokens],
+            None if self._masks is None else self._masks.since(start)[:, :num_tokens],
+        )
+        request = Step(position=start, rows=share.pending_rows)
+        return await connection.compute(request, tensors, answer="hidden", shape=piece_BTD.shape)
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await asyncio.sleep(KEEPALIVE_SECONDS)
+            async with self._busy:
+                for share in self._shares:
+                    if share.connection is not None:
+                        try:
+                            await share.connection.ask(Ping(), expect=Pong)
+                        except PeerError:
+                            await share.disconnect(goodbye=False)  # the next step connects again, or reroutes
+
+    async def close(self) -> None:
+        """Let the servers forget it. May be called twice."""
+        keepalive, self._keepalive = self._keepalive, None
+        if keepalive is not None:
+            keepalive.cancel()
+        for share in self._shares:
+            await share.disconnect()
+
+
+def _logged(
+    log: History | None,
+    piece_BT: torch.Tensor | None,
+    position: int,
+    default: Callable[[int, int], torch.Tensor],
+    hidden_BTD: torch.Tensor,
+) -> History | None:
+    """A log of something that every token has, kept from the first time that it is not what it is by default."""
+    if log is None and piece_BT is None:
+        return None
+    batch_size, num_tokens, _ = hidden_BTD.shape
+    if log is None:
+        log = History()
+        if position:
+            log.append(default(0, position).expand(batch_size, -1))
+    if piece_BT is None:
+        piece_BT = default(position, position + num_tokens).expand(batch_size, -1)
+    log.append(piece_BT)
+    return log

@@ -1,0 +1,29 @@
+"""What a server is told at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.spans import Span
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Everything that can be chosen about a server. `None` means: decide for me."""
+
+    model: str
+    revision: str | None = None
+    blocks: Span | None = None
+    num_blocks: int | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    cache_tokens: int | None = None
+    name: str = ""
+    allow_uncertified: bool = False
+
+    announce_seconds: float = 20.0
+    """Records are renewed this often, and live three times as long."""
+    idle_seconds: float = 300.0
+    """A client that says nothing for so long, not even a ping, is gone."""
+    max_length: int = 1 << 17
+    """Tokens of one sequence, where the model itself sets no lower limit."""

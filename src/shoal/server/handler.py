@@ -1,0 +1,106 @@
+"""One stream of one client, from its first message to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+import torch
+
+from shoal.net import codec
+from shoal.net.transport import Stream, StreamBroken
+from shoal.protocol import (
+    HEARTBEAT_SECONDS,
+    Backward,
+    Close,
+    Failure,
+    Forward,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    ProtocolViolation,
+    Result,
+    Step,
+    Working,
+)
+from shoal.server.engine import Engine, Refused, Session, rejected
+
+log = logging.getLogger(__name__)
+
+
+class Handler:
+    """Answers one message after another. A failure is told to the client and ends its stream, and nothing else."""
+
+    def __init__(self, engine: Engine, *, idle_seconds: float) -> None:
+        self._engine = engine
+        self._idle_seconds = idle_seconds
+
+    async def __call__(self, stream: Stream) -> None:
+        try:
+            await self._converse(stream)
+        except StreamBroken:
+            log.debug("%s hung up", stream.peer)
+        except TimeoutError:
+            log.debug("%s said nothing for %.0f s", stream.peer, self._idle_seconds)
+        except ProtocolViolation as violation:
+            await _fail(stream, Failure(code="rejected", reason=str(violation)))
+        except Refused as refused:
+            await _fail(stream, refused.failure)
+        except Exception as error:
+            # Whatever a model's code may raise: this client is told, the others go on.
+            log.exception("a request of %s failed", stream.peer)
+            await _fail(stream, Failure(code="broken", reason=f"{type(error).__name__} while computing"))
+        finally:
+            await stream.close()
+
+    async def _converse(self, stream: Stream) -> None:
+        session: Session | None = None
+        try:
+            while True:
+                async with asyncio.timeout(self._idle_seconds):
+                    message, tensors = await codec.receive(stream)
+                match message:
+                    case Ping():
+                        await codec.send(stream, Pong())
+                    case Close():
+                        return
+                    case Open() if session is None:
+                        session = self._engine.open(message)
+                        await codec.send(stream, Opened())
+                    case Step() if session is not None:
+                        hidden = await _alive(stream, self._engine.step(session, message, tensors))
+                        await codec.send(stream, Result(), {"hidden": hidden})
+                    case Forward():
+                        hidden = await _alive(stream, self._engine.forward(message, tensors))
+                        await codec.send(stream, Result(), {"hidden": hidden})
+                    case Backward():
+                        grad = await _alive(stream, self._engine.backward(message, tensors))
+                        await codec.send(stream, Result(), {"grad": grad})
+                    case _:
+                        raise rejected(f"a message of kind {message.kind!r} makes no sense here")
+        finally:
+            if session is not None:
+                self._engine.close(session)
+
+
+async def _alive(stream: Stream, work: Coroutine[Any, Any, torch.Tensor]) -> torch.Tensor:
+    """The result of `work`, telling the client at every heartbeat that it is on its way.
+
+    Raises `StreamBroken` when the client is gone; the work is then dropped, if it has not begun.
+    """
+    task = asyncio.create_task(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=HEARTBEAT_SECONDS))[0]:
+            await codec.send(stream, Working())
+        return task.result()
+    finally:
+        task.cancel()
+
+
+async def _fail(stream: Stream, failure: Failure) -> None:
+    with contextlib.suppress(StreamBroken):
+        await codec.send(stream, failure)

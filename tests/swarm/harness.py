@@ -1,0 +1,111 @@
+"""A swarm in one process: real servers and clients on a network in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal import AutoDistributedModelForCausalLM
+from shoal.client.config import ClientConfig
+from shoal.client.runtime import Runtime
+from shoal.model.checkpoint import Checkpoint
+from shoal.net.memory import MemoryNetwork
+from shoal.server.config import ServerConfig
+from shoal.server.server import Server, serve
+from shoal.spans import Span
+
+T = TypeVar("T")
+
+QUICK = ClientConfig(silence_seconds=1.5, patience_seconds=1.0, refresh_seconds=0.0)
+
+
+@dataclass
+class Swarm:
+    """Servers named "s0", "s1", ... in the order of their spans, and a way to make clients."""
+
+    folder: Path
+    runtime: Runtime
+    network: MemoryNetwork
+    stack: contextlib.ExitStack
+    servers: dict[str, Server] = field(default_factory=dict)
+    _stops: dict[str, contextlib.AsyncExitStack] = field(default_factory=dict)
+
+    def call(self, function: Callable[..., T], *args: Any) -> T:
+        """Call something of the network's on the event loop that it belongs to."""
+
+        async def call() -> T:
+            return function(*args)
+
+        return self.runtime.run(call())
+
+    def start(self, span: str, **options: Any) -> Server:
+        """One more server."""
+        name = f"s{len(self.servers)}"
+        config = ServerConfig(
+            model=str(options.pop("folder", self.folder)), blocks=Span.parse(span), dtype="float32", cache_tokens=4096
+        )
+        config = replace(config, **options)
+        stop = contextlib.AsyncExitStack()
+
+        async def start() -> Server:
+            return await stop.enter_async_context(serve(config, self.network.node(name)))
+
+        server = self.runtime.run(start())
+        self.servers[name] = server
+        self._stops[name] = stop
+        self.stack.callback(self.stop, name)
+        return server
+
+    def stop(self, name: str) -> None:
+        """Let a server leave politely. May be called twice."""
+        self.runtime.run(self._stops[name].aclose())
+
+    def kill(self, name: str) -> None:
+        """End a server as SIGKILL would."""
+        self.call(self.network.kill, name)
+
+    def model(
+        self, kind: type[Any] = AutoDistributedModelForCausalLM, *, config: ClientConfig = QUICK, **options: Any
+    ) -> Any:
+        """A client's model, in float32."""
+        name = f"client{self.call(lambda: len(self.network._transports))}"
+        checkpoint = Checkpoint.open(options.pop("folder", self.folder))
+        node = self.call(self.network.node, name)
+        network = contextlib.AsyncExitStack()
+        network.push_async_callback(node.transport.close)
+        client = _Borrowed(self.runtime)
+        model = kind.from_checkpoint(checkpoint, node, client, network, config=config, dtype="float32", **options)
+        self.stack.callback(model.close)
+        return model
+
+    def run(self, work: Awaitable[T]) -> T:
+        async def run() -> T:
+            return await work
+
+        return self.runtime.run(run())
+
+
+class _Borrowed(Runtime):
+    """The swarm's event loop, which a client that is closed leaves running."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.loop = runtime.loop
+        self._thread = runtime._thread
+
+    def close(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def swarm_of(folder: Path, *spans: str, **options: Any) -> Iterator[Swarm]:
+    """A swarm of servers with these spans; everything is gone when the context is left."""
+    runtime = Runtime()
+    with contextlib.ExitStack() as stack:
+        stack.callback(runtime.close)
+        swarm = Swarm(folder, runtime, MemoryNetwork(), stack)
+        for span in spans:
+            swarm.start(span, **options)
+        yield swarm
