@@ -189,8 +189,7 @@ def _bytes_in_msgpack(raw: object) -> bytes | None:
     """The byte string that this is the msgpack encoding of; None for anything else, which is not even decoded."""
     if not isinstance(raw, bytes) or len(raw) > MAX_RECORD_BYTES + 3:
         return None
-    if raw[:1] == b"\xc4" and len(raw) == 2 + raw[1]:
-        return raw[2:]
-    if raw[:1] == b"\xc5" and len(raw) == 3 + int.from_bytes(raw[1:3], "big"):
-        return raw[3:]
+    for value in raw[2:], raw[3:]:  # behind one byte of length, or two
+        if MSGPackSerializer.dumps(value) == raw:
+            return value
     return None

@@ -1,0 +1,192 @@
+"""What is encoded comes back; whatever else arrives is a `ProtocolViolation` and nothing worse."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.net.codec import decode, encode, receive, send
+from shoal.net.frames import pack_prefix, unpack_prefix
+from shoal.net.memory import MemoryNetwork
+from shoal.net.transport import Stream
+from shoal.protocol import (
+    MAX_HEADER_BYTES,
+    MAX_PAYLOAD_BYTES,
+    TENSOR_ALIGNMENT,
+    Close,
+    Failure,
+    Forward,
+    Message,
+    Open,
+    ProtocolViolation,
+    Step,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
+NAMES = ["hidden", "positions", "mask", "grad"]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    shape = draw(st.lists(st.integers(1, 7), max_size=4))
+    dtype = draw(st.sampled_from(DTYPES))
+    size = torch.empty(shape, dtype=dtype).nbytes
+    raw = draw(st.binary(min_size=size, max_size=size))
+    tensor = torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
+    return tensor.transpose(0, -1) if draw(st.booleans()) and tensor.dim() > 1 else tensor
+
+
+named_tensors = st.dictionaries(st.sampled_from(NAMES), tensors(), max_size=4)
+messages: st.SearchStrategy[Message] = st.one_of(
+    st.builds(Step, position=st.integers(0, 1 << 22), rows=st.none() | st.just((3, 1, 1))),
+    st.builds(Forward, model=st.text(max_size=20), fingerprint=st.text(max_size=20), start=st.just(0), end=st.just(2)),
+    st.builds(Failure, code=st.just("busy"), reason=st.text(max_size=1000), retry_after=st.floats(0, 3600)),
+    st.just(Close()),
+)
+
+
+def joined(buffers: list[Any]) -> bytearray:
+    return bytearray(b"".join(buffers))
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+@given(messages, named_tensors)
+def test_a_message_and_its_tensors_come_back_bit_by_bit(message: Message, given_tensors: dict[Any, Any]) -> None:
+    header, buffers = encode(message, given_tensors)
+    decoded, received = decode(header, joined(buffers))
+    assert decoded.model_copy(update={"tensors": ()}) == message
+    assert list(received) == list(given_tensors)
+    for name, tensor in given_tensors.items():
+        assert (received[name].dtype, received[name].shape) == (tensor.dtype, tensor.shape)
+        assert as_bytes(received[name]) == as_bytes(tensor)
+
+
+@given(messages, named_tensors, st.integers(1, 64))
+def test_a_payload_of_another_length_is_refused(message: Message, given_tensors: dict[Any, Any], extra: int) -> None:
+    header, buffers = encode(message, given_tensors)
+    payload = joined(buffers)
+    with pytest.raises(ProtocolViolation):
+        decode(header, payload + bytes(extra))
+    if payload:
+        with pytest.raises(ProtocolViolation):
+            decode(header, payload[: -min(extra, len(payload))])
+
+
+@given(messages, named_tensors, st.data())
+def test_a_garbled_header_is_refused_or_still_a_valid_message(
+    message: Message, given_tensors: dict[Any, Any], data: st.DataObject
+) -> None:
+    header, buffers = encode(message, given_tensors)
+    garbled = bytearray(header)
+    for position in data.draw(st.lists(st.integers(0, len(header) - 1), min_size=1, max_size=4)):
+        garbled[position] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ProtocolViolation):
+        decode(garbled, joined(buffers))
+
+
+@given(messages, st.integers(0, 200))
+def test_a_truncated_header_is_refused(message: Message, length: int) -> None:
+    header, _ = encode(message, {})
+    with pytest.raises(ProtocolViolation):
+        decode(header[: min(length, len(header) - 1)], bytearray())
+
+
+@given(st.binary(max_size=300), st.binary(max_size=100))
+def test_noise_is_refused(header: bytes, payload: bytes) -> None:
+    with pytest.raises(ProtocolViolation):
+        decode(header, bytearray(payload))
+
+
+def declared(**spec: Any) -> bytes:
+    tensor = {"name": "hidden", "dtype": "float32", "shape": [1, 1, 4]} | spec
+    return json.dumps({"kind": "result", "tensors": [tensor]}).encode()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"shape": [0]},
+        {"shape": [-1, 4]},
+        {"shape": [1 << 22] * 4},
+        {"shape": [1, 1, 1, 1, 4]},
+        {"shape": [2.0, 2]},
+        {"shape": ["4"]},
+        {"shape": None},
+        {"dtype": "object"},
+        {"dtype": "float64"},
+        {"name": "weights"},
+        {"offset": 0},
+    ],
+)
+def test_a_tensor_that_no_message_has_is_refused(spec: dict[str, Any]) -> None:
+    decode(declared(), bytearray(TENSOR_ALIGNMENT))
+    with pytest.raises(ProtocolViolation):
+        decode(declared(**spec), bytearray(TENSOR_ALIGNMENT))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"kind":"result","tensors":[],"extra":1}',
+        b'{"kind":"unknown"}',
+        b'{"position":1}',
+        b'{"kind":"step","position":NaN}',
+        b'{"kind":"step","position":true}',
+        b'{"kind":"step","position":1e400}',
+        b'{"kind":"failure","code":"busy","reason":"x","retry_after":Infinity}',
+        b"[" * 60_000,
+        b'{"kind":"close"}' + b" " * MAX_HEADER_BYTES,
+        b"\xff\xfe",
+        b"null",
+    ],
+)
+def test_a_header_that_is_no_message_is_refused_in_one_short_line(header: bytes) -> None:
+    with pytest.raises(ProtocolViolation) as violation:
+        decode(header, bytearray())
+    assert len(str(violation.value)) < 400
+    assert "\n" not in str(violation.value)
+
+
+def test_a_tensor_cannot_be_declared_twice() -> None:
+    tensor = {"name": "hidden", "dtype": "uint8", "shape": [16]}
+    header = json.dumps({"kind": "result", "tensors": [tensor, tensor]}).encode()
+    with pytest.raises(ProtocolViolation, match="twice"):
+        decode(header, bytearray(32))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
+def test_lengths_come_back_or_are_beyond_the_limits(header: int, payload: int) -> None:
+    if header <= MAX_HEADER_BYTES and payload <= MAX_PAYLOAD_BYTES:
+        assert unpack_prefix(pack_prefix(header, payload)) == (header, payload)
+        return
+    with pytest.raises(ProtocolViolation):
+        pack_prefix(header, payload)
+    with pytest.raises(ProtocolViolation):
+        unpack_prefix(header.to_bytes(4, "big") + payload.to_bytes(8, "big"))
+
+
+@pytest.mark.anyio
+async def test_messages_travel_over_a_stream() -> None:
+    network = MemoryNetwork()
+    client, server = network.node("client").transport, network.node("server").transport
+
+    async def answer(stream: Stream) -> None:
+        message, given_tensors = await receive(stream)
+        await send(stream, message, {"hidden": given_tensors["hidden"] * 2})
+
+    await server.listen(answer)
+    stream = await client.open("server")
+    question = Open(model="m", fingerprint="f", start=0, end=1, batch_size=1, max_length=8)
+    await send(stream, question, {"hidden": torch.ones(1, 3, 2, dtype=torch.bfloat16)})
+    message, received = await receive(stream)
+    assert isinstance(message, Open)
+    assert torch.equal(received["hidden"], torch.full((1, 3, 2), 2.0, dtype=torch.bfloat16))

@@ -1,0 +1,230 @@
+"""Every forgery is refused: by who stores it, and by who reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.net.identity import Identity
+from shoal.net.records import (
+    CLOCK_SKEW,
+    MAX_RECORD_BYTES,
+    Announcement,
+    block_key,
+    is_timely,
+    registry_key,
+    seal,
+    shard_of,
+    unseal,
+)
+from shoal.net.transport import MAX_LIFETIME, ModelInfo
+from shoal.spans import ServerInfo, ServerState, Span
+
+directory = pytest.importorskip("shoal.net.directory")
+crypto = pytest.importorskip("hivemind.dht.crypto")
+hivemind_utils = pytest.importorskip("hivemind.utils")
+routing = pytest.importorskip("hivemind.dht.routing")
+
+NOW = 1_800_000_000.0
+ALICE, MALLORY = Identity.temporary(), Identity.temporary()
+MODEL = ModelInfo(key="m" * 32, name="org/model", family="llama", num_blocks=8)
+pack = hivemind_utils.MSGPackSerializer.dumps
+validator = directory.SignedRecords(lambda: NOW)
+
+
+def info(identity: Identity = ALICE, **changes: Any) -> ServerInfo:
+    fields: dict[str, Any] = {
+        "peer": identity.peer,
+        "span": Span(2, 5),
+        "state": ServerState.ONLINE,
+        "fingerprint": "f" * 32,
+        "decode_speed": 12.5,
+        "prefill_speed": 300.0,
+        "cache_tokens_left": 4096,
+        "dtype": "bfloat16",
+        "quantization": "none",
+        "version": "0.1.0",
+        "name": "Alice's machine",
+        "addresses": (f"/ip4/10.0.0.1/tcp/31337/p2p/{identity.peer}",),
+    }
+    return ServerInfo(**fields | changes)
+
+
+def announcement(**changes: Any) -> Announcement:
+    return Announcement.of(MODEL, info(), expires=NOW + 60).model_copy(update=changes)
+
+
+def signed(body: object, identity: Identity = ALICE) -> bytes:
+    """A record whose signature is right, whatever its body is."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return identity.sign(b"shoal announcement 1\0" + raw) + raw
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = announcement().model_dump(mode="json")
+    return fields | changes
+
+
+def is_kept(
+    value: bytes,
+    *,
+    key: str = block_key(MODEL.key, 3),
+    subkey: bytes | None = None,
+    expires: float = NOW + 60,
+    packed: Callable[[bytes], bytes] = pack,
+) -> bool:
+    """Whether a node of the table keeps this for others."""
+    digest = routing.DHTID.generate(key).to_bytes()
+    record = crypto.DHTRecord(digest, pack(ALICE.peer) if subkey is None else subkey, packed(value), expires)
+    kept: bool = validator.validate(record)
+    return kept
+
+
+def test_an_announcement_comes_back_as_it_was_made() -> None:
+    opened = unseal(seal(ALICE, announcement()))
+    assert opened is not None
+    assert opened.server_info == info()
+    assert opened.model_info == MODEL
+    assert opened.expires == NOW + 60
+
+
+def test_a_record_is_kept_under_each_of_its_blocks_and_in_the_list_of_models_and_nowhere_else() -> None:
+    record = seal(ALICE, announcement())
+    blocks = [block_key(MODEL.key, block) for block in range(8)]
+    assert [is_kept(record, key=key) for key in blocks] == [False, False, True, True, True, False, False, False]
+    shard = shard_of(ALICE.peer)
+    assert is_kept(record, key=registry_key(shard))
+    assert not is_kept(record, key=registry_key(shard + 1))
+    assert not is_kept(record, key=block_key("another", 3))
+    assert not is_kept(record, key="anything else")
+
+
+def test_a_record_is_kept_under_its_own_peer_only() -> None:
+    record = seal(ALICE, announcement())
+    for subkey in pack(MALLORY.peer), pack(None), b"", pack(ALICE.peer.encode()), pack([ALICE.peer]):
+        assert not is_kept(record, subkey=subkey)
+
+
+def test_nobody_announces_another() -> None:
+    with pytest.raises(ValueError, match="announces itself"):
+        seal(MALLORY, announcement())
+    assert not is_kept(signed(body(), MALLORY))
+    mallory = signed(body(peer=MALLORY.peer), MALLORY)
+    assert unseal(mallory) is not None
+    assert not is_kept(mallory)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 255))
+def test_a_record_with_one_other_byte_is_refused(position: int, flip: int) -> None:
+    record = bytearray(seal(ALICE, announcement()))
+    record[position % len(record)] ^= flip
+    assert unseal(bytes(record)) is None
+
+
+@given(st.binary(max_size=MAX_RECORD_BYTES))
+def test_noise_is_refused_signed_or_not(noise: bytes) -> None:
+    assert unseal(noise) is None
+    assert unseal(signed(noise)) is None
+    assert not is_kept(noise)
+    assert not is_kept(noise, packed=bytes)
+
+
+def test_a_signature_for_something_else_does_not_count() -> None:
+    raw = json.dumps(body()).encode()
+    assert unseal(ALICE.sign(raw) + raw) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("decode_speed", math.nan),
+        ("decode_speed", math.inf),
+        ("prefill_speed", -1.0),
+        ("prefill_speed", 1e12),
+        ("prefill_speed", "300"),
+        ("cache_tokens_left", -1),
+        ("cache_tokens_left", 1 << 60),
+        ("cache_tokens_left", 1.5),
+        ("start", 5),
+        ("start", -1),
+        ("end", 9),
+        ("end", 2),
+        ("num_blocks", 0),
+        ("num_blocks", 1 << 20),
+        ("num_blocks", True),
+        ("state", "dead"),
+        ("expires", math.nan),
+        ("expires", math.inf),
+        ("expires", "soon"),
+        ("peer", "somebody"),
+        ("peer", None),
+        ("model", ""),
+        ("name", "x" * 1000),
+        ("name", "\x1b[2J"),
+        ("model_name", "a\nb"),
+        ("fingerprint", 7),
+        ("addresses", ["/ip4/1.2.3.4/tcp/1"] * 9),
+        ("addresses", ["x" * 400]),
+        ("addresses", "text"),
+    ],
+)
+def test_a_field_that_makes_no_sense_is_refused_however_well_it_is_signed(field: str, value: object) -> None:
+    assert unseal(signed(body())) is not None
+    assert unseal(signed(body(**{field: value}))) is None
+
+
+def test_a_missing_field_is_refused_and_a_later_versions_field_is_not() -> None:
+    incomplete = body()
+    del incomplete["span" if "span" in incomplete else "start"]
+    assert unseal(signed(incomplete)) is None
+    assert unseal(signed(body(invented_later=1))) is not None
+
+
+@pytest.mark.parametrize("raw", [b"", b"null", b"[]", b"{}", b"{", b"\xff", b"[" * 3000])
+def test_what_is_no_announcement_is_refused_however_well_it_is_signed(raw: bytes) -> None:
+    assert unseal(signed(raw)) is None
+
+
+def test_an_oversized_record_is_neither_made_nor_kept() -> None:
+    with pytest.raises(ValueError, match="bytes"):
+        seal(ALICE, announcement(name="x" * MAX_RECORD_BYTES))
+    assert unseal(signed(body(padding="x" * MAX_RECORD_BYTES))) is None
+
+
+def test_a_record_lasts_as_long_as_it_was_signed_for_and_no_record_for_long() -> None:
+    record = seal(ALICE, announcement())
+    for expires in NOW + 59, NOW + 61, math.nan, math.inf:
+        assert not is_kept(record, expires=expires)
+    longest = NOW + MAX_LIFETIME
+    assert is_kept(seal(ALICE, announcement(expires=longest)), expires=longest)
+    for expires in NOW - CLOCK_SKEW - 1, longest + CLOCK_SKEW + 1:
+        assert not is_kept(seal(ALICE, announcement(expires=expires)), expires=expires)
+        assert not is_timely(announcement(expires=expires), now=NOW)
+
+
+@pytest.mark.parametrize(
+    "packed", [bytes, lambda value: pack(value.hex()), lambda value: pack([value]), pack(b"").__add__]
+)
+def test_only_plain_bytes_are_unpacked(packed: Callable[[bytes], bytes]) -> None:
+    assert not is_kept(seal(ALICE, announcement()), packed=packed)
+
+
+def test_an_address_in_a_record_is_a_hint_about_its_own_peer_only() -> None:
+    elsewhere = f"/ip4/10.0.0.2/tcp/1/p2p/{MALLORY.peer}"
+    opened = unseal(signed(body(addresses=[elsewhere, "nonsense"])))
+    assert opened is not None
+    assert opened.server_info.addresses == ()
+
+
+def test_the_real_clock_is_used_unless_another_is_given() -> None:
+    soon = time.time() + 60
+    record = seal(ALICE, announcement(expires=soon))
+    digest = routing.DHTID.generate(block_key(MODEL.key, 3)).to_bytes()
+    assert directory.SignedRecords().validate(crypto.DHTRecord(digest, pack(ALICE.peer), pack(record), soon))

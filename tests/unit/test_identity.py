@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.errors import UserError
+from shoal.net.addresses import check_announced, check_peers, listen_address, peer_of
+from shoal.net.identity import Identity, verify
+
+ALICE, BOB = Identity.temporary(), Identity.temporary()
+
+
+def test_a_signature_is_checked_with_nothing_but_the_peer_id() -> None:
+    signature = ALICE.sign(b"data")
+    assert verify(ALICE.peer, b"data", signature)
+    assert not verify(BOB.peer, b"data", signature)
+    assert not verify(ALICE.peer, b"other data", signature)
+    assert not verify(ALICE.peer, b"data", bytes(64))
+
+
+@given(st.one_of(st.text(max_size=80), st.text("123ABCabc", min_size=40, max_size=60)), st.binary(max_size=80))
+def test_ids_and_signatures_that_are_none_verify_nothing(peer: str, signature: bytes) -> None:
+    assert not verify(peer, b"data", signature)
+
+
+def test_an_id_is_written_in_one_way_only() -> None:
+    assert not verify("1" + ALICE.peer, b"data", ALICE.sign(b"data"))
+    assert not verify(ALICE.peer + "1", b"data", ALICE.sign(b"data"))
+
+
+def test_the_peer_id_is_what_libp2p_makes_of_this_key() -> None:
+    # The test vector of libp2p's specification of peer ids.
+    key = bytes.fromhex(
+        "080112407e0830617c4a7de83925dfb2694556b12936c477a0e1feb2e148ec9da60fee7d"
+        "1ed1e8fae2c4a144b8be8fd4b47bf3d3b34b871c3cacf6010f0e42d474fce27e"
+    )
+    identity = Identity.from_bytes(key)
+    assert identity.to_bytes() == key
+    assert identity.peer == "12D3KooWBtg3aaRMjxwedh83aGiUkwSxDwUZkzuJcfaqUmo7R3pq"
+
+
+def test_an_identity_is_made_once_and_kept_for_its_owner_only(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "identity"
+    first = Identity.at(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert Identity.at(path).peer == first.peer
+
+
+@pytest.mark.parametrize("content", [b"", b"not a key", ALICE.to_bytes()[:-1], ALICE.to_bytes()[:36] + bytes(32)])
+def test_a_file_that_is_no_identity_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "identity"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not an Ed25519 identity"):
+        Identity.at(path)
+    assert path.read_bytes() == content
+
+
+def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        Identity.at(tmp_path / "file" / "identity")
+    assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "/ip4/1.2.3.4/tcp/31337",
+        "/ip6/::1/tcp/1",
+        "/dns4/example.org/tcp/80",
+        f"/ip4/1.2.3.4/tcp/1/p2p/{BOB.peer}/p2p-circuit",
+    ],
+)
+def test_an_address_names_its_peer(place: str) -> None:
+    assert peer_of(f"{place}/p2p/{ALICE.peer}") == ALICE.peer
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "localhost:31337",
+        "/ip4/1.2.3.4/tcp/31337",
+        "/ip4/1.2.3.4/tcp/31337/p2p/",
+        "/ip4/1.2.3.4/tcp/31337/p2p/Qmabc",
+        f"/ip4/1.2.3.4/tcp/0/p2p/{ALICE.peer}",
+        f"/ip4/1.2.3.4/tcp/99999/p2p/{ALICE.peer}",
+        f"/ip4/1.2.3/tcp/1/p2p/{ALICE.peer}",
+        f"/ip6/1.2.3.4/tcp/1/p2p/{ALICE.peer}",
+        f"/ip4/1.2.3.4/udp/1/quic/p2p/{ALICE.peer}",
+        f"/dns4/-/tcp/1/p2p/{ALICE.peer}",
+        f"/p2p/{ALICE.peer}",
+        f"/ip4/1.2.3.4/tcp/1,/p2p/{ALICE.peer}",
+        f"/ip4/1.2.3.4/tcp/1/p2p/{ALICE.peer}/p2p-circuit",
+    ],
+)
+def test_an_address_that_nobody_could_dial_is_refused_with_a_hint(address: str) -> None:
+    assert peer_of(address) is None
+    with pytest.raises(UserError) as error:
+        check_peers([address])
+    assert "/ip4/" in (error.value.hint or "")
+
+
+def test_announced_and_listen_addresses_are_checked_too() -> None:
+    assert check_announced(["/dns4/example.org/tcp/31337/"]) == ("/dns4/example.org/tcp/31337",)
+    assert listen_address("::", 0) == "/ip6/::/tcp/0"
+    for address in "/ip4/1.2.3.4/tcp/0", f"/ip4/1.2.3.4/tcp/1/p2p/{ALICE.peer}", "example.org":
+        with pytest.raises(UserError):
+            check_announced([address])
+    for host, port in ("localhost", 0), ("127.0.0.1", 70000):
+        with pytest.raises(UserError):
+            listen_address(host, port)
