@@ -108,13 +108,15 @@ class _SlowProgress:
     """A progress bar on stderr that appears only if the work takes longer than a second."""
 
     def __init__(self, what: str, *, total: int) -> None:
+        console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(what, total=total)
         self._appears_at = time.monotonic() + _PROGRESS_AFTER_SECONDS
