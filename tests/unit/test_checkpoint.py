@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import save_tiny
 
 from shoal.errors import CheckpointError, UnsupportedModel, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.weights import read_header
 from shoal.spans import Span
+
+from .tiny_checkpoint import save_tiny
 
 Q_PROJ = "model.layers.3.self_attn.q_proj.weight"
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import COMMIT, FakeHub
 from huggingface_hub import constants
-from tiny_checkpoint import save_tiny
 
 from shoal.errors import CheckpointError, ShoalError, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.spans import Span
+
+from .fake_hub import COMMIT, FakeHub
+from .tiny_checkpoint import save_tiny
 
 REPO = "someone/tiny"
 
