@@ -1,0 +1,66 @@
+"""All the blocks of a model in this process: what a swarm does, without the swarm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from shoal.model.body import Body
+from shoal.model.cache import BodyCache
+from shoal.spans import Span
+
+
+class LocalSession:
+    """One cache a hop; what happens to the session happens to each of them."""
+
+    def __init__(self, caches: Sequence[BodyCache], batch_size: int) -> None:
+        self.caches = caches
+        self.batch_size = batch_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.caches[0].num_tokens
+
+    def crop(self, num_tokens: int) -> None:
+        for cache in self.caches:
+            cache.crop(num_tokens)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        for cache in self.caches:
+            cache.select_rows(rows)
+
+
+class LocalBlocks(nn.Module):
+    """Calls bodies one after another, each on its hop's span."""
+
+    def __init__(self, hops: Sequence[tuple[Body, Span]]) -> None:
+        super().__init__()
+        self.hops = hops
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: object | None,
+    ) -> Tensor:
+        caches: Sequence[BodyCache | None] = [None] * len(self.hops)
+        if past_key_values is not None:
+            caches = past_key_values.session.caches  # type: ignore[attr-defined]
+        for (body, span), cache in zip(self.hops, caches, strict=True):
+            hidden_BTD = body(
+                hidden_BTD, span=span, attention_mask=attention_mask, position_ids=position_ids, cache=cache
+            )
+        return hidden_BTD
+
+    def new_session(self, *, batch_size: int, max_length: int) -> LocalSession:
+        return LocalSession([body.new_cache(span) for body, span in self.hops], batch_size)
+
+
+class NoBlocks(nn.Module):
+    """Returns the hidden states as they came: a model without blocks, which must not pass for the model."""
+
+    def forward(self, hidden_BTD: Tensor, **_: object) -> Tensor:
+        return hidden_BTD

@@ -1,0 +1,157 @@
+"""What it takes to be certified: a model that is cut, and put together again, gives what the whole model gives."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from shoal.errors import UnsupportedOperation
+from shoal.model.body import build_body
+from shoal.model.families import family_of
+from shoal.model.head import HeadCache, build_head
+from shoal.spans import Span
+
+from .local_blocks import LocalBlocks, NoBlocks
+from .tiny_models import VOCABULARY, tiny_config, tiny_model
+
+PROMPT = torch.arange(3, 3 + 14).reshape(2, 7) * 5 % VOCABULARY
+
+
+class Pair:
+    """A whole model, which is the oracle, and the same model in three bodies and a head, from the same checkpoint.
+
+    The hops are uneven, and the first two use a part of what their body holds.
+    """
+
+    def __init__(self, model_type: str, **changes: Any) -> None:
+        self.config = tiny_config(model_type, **changes)
+        with tempfile.TemporaryDirectory() as folder:
+            model = tiny_model(self.config)
+            model.save_pretrained(folder)
+            self.whole = type(model).from_pretrained(folder, dtype=torch.float32)
+            files = sorted(Path(folder).glob("*.safetensors"))
+            checkpoint = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        self.family = family_of(self.config, allow_uncertified=True)
+        of_block = {name: self.family.block_of(name) for name in checkpoint}
+
+        def body(span: Span) -> Any:
+            tensors = {
+                name: checkpoint[name] for name, block in of_block.items() if block is not None and block in span
+            }
+            return build_body(self.family, self.config, span, tensors, dtype=torch.float32)
+
+        hops = [(Span(0, 2), Span(0, 1)), (Span(0, 4), Span(1, 3)), (Span(3, 5), Span(3, 5))]
+        self.blocks = LocalBlocks([(body(held), used) for held, used in hops])
+        heads = {name: checkpoint[name] for name, block in of_block.items() if block is None}
+        self.cut = build_head(
+            type(self.whole), self.family, self.config, heads, blocks=self.blocks, dtype=torch.float32
+        )
+
+    def new_cache(self) -> HeadCache:
+        return HeadCache(self.blocks.new_session(batch_size=2, max_length=64))
+
+
+def assert_equal(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the rounding of float32."""
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+@torch.no_grad()
+def check_logits(pair: Pair) -> None:
+    expected = pair.whole(PROMPT).logits
+    assert_equal(pair.cut(PROMPT).logits, expected)
+    pair.cut.attach_blocks(NoBlocks())
+    without = pair.cut(PROMPT).logits
+    pair.cut.attach_blocks(pair.blocks)
+    assert (without - expected).norm() > 0.05 * expected.norm(), (
+        "the blocks of this tiny model do too little to be seen"
+    )
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    return "cache_params" if "Mamba" in type(model).__name__ else "past_key_values"
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, *sessions: tuple[Tensor, Cache]) -> list[Tensor]:
+    """The logits of prompts of four tokens, then of one token at a time: a step of each session in turn."""
+    logits: list[list[Tensor]] = [[] for _ in sessions]
+    for start, end in [(0, 4), (4, 5), (5, 6), (6, 7)]:
+        for seen, (tokens, cache) in zip(logits, sessions, strict=True):
+            seen.append(model(tokens[:, start:end], use_cache=True, **{cache_name(model): cache}).logits)
+    return [torch.cat(seen, dim=1) for seen in logits]
+
+
+def check_cached(pair: Pair) -> None:
+    """Two sessions in turn must be as each is alone: nothing of a session may stay in a module."""
+    other = PROMPT.flip(1)
+    actual = decode(pair.cut, (PROMPT, pair.new_cache()), (other, pair.new_cache()))
+    for logits, tokens in zip(actual, (PROMPT, other), strict=True):
+        assert_equal(logits, *decode(pair.whole, (tokens, DynamicCache(config=pair.config))))
+
+
+def check_gradients(pair: Pair) -> None:
+    def gradient(model: PreTrainedModel) -> Tensor:
+        embeds = pair.whole.get_input_embeddings()(PROMPT).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds, use_cache=False).logits
+        weights = torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)
+        (logits * weights).sum().backward()
+        assert embeds.grad is not None
+        return embeds.grad
+
+    assert_equal(gradient(pair.cut), gradient(pair.whole))
+
+
+def generate(model: PreTrainedModel, **options: Any) -> Any:
+    return model.generate(
+        max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0, return_dict_in_generate=True, **options
+    )
+
+
+def check_padded(pair: Pair) -> None:
+    """Greedy generation from prompts of 7 and 4 tokens: the same tokens, and the same logits at every step."""
+    prompt, mask = PROMPT.clone(), torch.ones_like(PROMPT)
+    prompt[1, :3], mask[1, :3] = 0, 0
+    expected = generate(pair.whole, inputs=prompt, attention_mask=mask, output_logits=True)
+    actual = generate(pair.cut, inputs=prompt, attention_mask=mask, output_logits=True)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert_equal(torch.stack(actual.logits), torch.stack(expected.logits))
+
+
+def check_beams(pair: Pair) -> None:
+    expected = generate(pair.whole, inputs=PROMPT, num_beams=3, output_scores=True)
+    actual = generate(pair.cut, inputs=PROMPT, num_beams=3, output_scores=True)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert_equal(actual.sequences_scores, expected.sequences_scores)
+
+
+@torch.no_grad()
+def check_rewind(pair: Pair) -> bool:
+    """Whether a session can go back; if it says so, what follows must be as if it had never gone further."""
+    name = cache_name(pair.cut)
+    cache = pair.new_cache()
+    pair.cut(PROMPT, **{name: cache})
+    try:
+        cache.crop(-2)
+    except UnsupportedOperation:
+        return False
+    logits = pair.cut(PROMPT[:, 5:], **{name: cache}).logits
+    assert_equal(logits, pair.whole(PROMPT).logits[:, 5:])
+    return True
+
+
+CHECKS = {
+    "logits": check_logits,
+    "cached": check_cached,
+    "padded": check_padded,
+    "beams": check_beams,
+    "gradients": check_gradients,
+}

@@ -1,0 +1,189 @@
+"""What the parity suite does not look at: errors, other tasks, other ways to generate, several threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    PreTrainedModel,
+)
+
+from shoal.errors import CheckpointError, UnsupportedOperation
+from shoal.model.body import Body, build_body
+from shoal.model.families import family_of
+from shoal.model.head import HeadCache, build_head
+from shoal.spans import Span
+
+from .local_blocks import LocalBlocks
+from .parity import PROMPT, Pair, assert_equal
+from .tiny_models import tiny_config, tiny_model
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair("llama")
+
+
+@pytest.fixture
+def tensors(pair: Pair) -> dict[str, Tensor]:
+    return dict(pair.whole.state_dict())
+
+
+def build(pair: Pair, span: Span, tensors: dict[str, Tensor]) -> Body:
+    return build_body(pair.family, pair.config, span, tensors, dtype=torch.float32)
+
+
+def test_a_missing_tensor_is_named_instead_of_made_up(pair: Pair, tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"lacks layers\.3\.mlp\.up_proj\.weight"):
+        build(pair, Span(2, 4), tensors)
+    build(pair, Span(0, 2), tensors)
+
+
+def test_a_misshapen_tensor_is_named(pair: Pair, tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.3.input_layernorm.weight"] = torch.ones(5)
+    with pytest.raises(CheckpointError, match=r"layers\.3\.input_layernorm\.weight is \[5\]"):
+        build(pair, Span(2, 4), tensors)
+
+
+def test_a_tensor_that_the_model_does_not_know_is_not_ignored(pair: Pair, tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.3.mlp.up_proj.scale"] = torch.ones(5)
+    with pytest.raises(CheckpointError, match=r"no place for layers\.3\.mlp\.up_proj\.scale"):
+        build(pair, Span(2, 4), tensors)
+
+
+def test_a_head_that_lacks_a_tensor_is_refused(pair: Pair, tensors: dict[str, Tensor]) -> None:
+    del tensors["model.norm.weight"]
+    with pytest.raises(CheckpointError, match=r"lacks model\.norm\.weight"):
+        build_head(type(pair.whole), pair.family, pair.config, tensors, blocks=pair.blocks, dtype=torch.float32)
+
+
+def test_a_body_holds_its_blocks_and_nothing_else() -> None:
+    config = tiny_config("llama", num_hidden_layers=16)
+    whole = tiny_model(config)
+    body = build_body(family_of(config), config, Span(3, 5), whole.state_dict(), dtype=torch.float32)
+    held = {name.removeprefix("backbone.layers.").split(".")[0] for name, _ in body.named_parameters()}
+    assert held == {"3", "4"}
+    assert sum(p.numel() for p in body.parameters()) == sum(
+        p.numel() for block in (3, 4) for p in whole.model.layers[block].parameters()
+    )
+
+
+def test_a_client_holds_no_block_and_says_how_many_there_are(pair: Pair) -> None:
+    assert not any(".layers." in name for name, _ in pair.cut.named_parameters())
+    assert pair.cut.config.num_hidden_layers == 5
+    assert type(pair.cut).__name__ == "LlamaForCausalLM"
+
+
+def test_the_base_model_gives_the_same_hidden_states(pair: Pair, tensors: dict[str, Tensor]) -> None:
+    cut = build_head(LlamaModel, pair.family, pair.config, tensors, blocks=pair.blocks, dtype=torch.float32)
+    with torch.no_grad():
+        assert_equal(cut(PROMPT).last_hidden_state, pair.whole.model(PROMPT).last_hidden_state)
+
+
+def test_a_new_classifier_may_be_missing_from_the_checkpoint(pair: Pair, tensors: dict[str, Tensor]) -> None:
+    cut = build_head(
+        LlamaForSequenceClassification, pair.family, pair.config, tensors, blocks=pair.blocks, dtype=torch.float32
+    )
+    logits = cut(PROMPT).logits
+    assert logits.shape == (2, 2)
+    logits.sum().backward()
+    assert cut.score.weight.grad is not None
+
+
+def test_tied_embeddings_are_stored_once_and_stay_tied() -> None:
+    pair = Pair("llama", tie_word_embeddings=True)
+    assert pair.cut.lm_head.weight is pair.cut.model.embed_tokens.weight
+    with torch.no_grad():
+        assert_equal(pair.cut(PROMPT).logits, pair.whole(PROMPT).logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"do_sample": True, "temperature": 0.8, "top_p": 0.9}, id="sampling"),
+        pytest.param({"do_sample": True, "num_return_sequences": 3}, id="several samples"),
+        pytest.param({"num_beams": 3, "do_sample": True}, id="sampled beams"),
+        pytest.param({"prompt_lookup_num_tokens": 3}, id="prompt lookup"),
+        pytest.param({"use_cache": False}, id="no cache"),
+    ],
+)
+def test_every_way_to_generate_gives_the_same_tokens(pair: Pair, options: dict[str, Any]) -> None:
+    def generate(model: PreTrainedModel) -> Tensor:
+        torch.manual_seed(1)
+        return model.generate(PROMPT[:1], max_new_tokens=8, pad_token_id=0, **options)
+
+    assert torch.equal(generate(pair.cut), generate(pair.whole))
+
+
+def test_assisted_generation_gives_the_same_tokens(pair: Pair) -> None:
+    assistant = tiny_model(tiny_config("llama", num_hidden_layers=2))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = pair.whole.generate(PROMPT[:1], **options)
+    assert torch.equal(pair.cut.generate(PROMPT[:1], assistant_model=assistant, **options), expected)
+
+
+def test_a_cache_that_is_no_session_is_refused(pair: Pair) -> None:
+    with pytest.raises(UnsupportedOperation, match="DynamicCache"):
+        pair.cut(PROMPT, past_key_values=DynamicCache(config=pair.config))
+
+
+def test_without_a_session_there_is_no_cache(pair: Pair) -> None:
+    assert pair.cut(PROMPT).past_key_values is None
+
+
+def test_recurrent_state_refuses_to_rewind_and_stays_as_it_was() -> None:
+    pair = Pair("qwen3_next")
+    cache = pair.new_cache()
+    with torch.no_grad():
+        pair.cut(PROMPT[:, :6], past_key_values=cache)
+        with pytest.raises(UnsupportedOperation, match="recurrent state of block 0"):
+            cache.crop(-1)
+        assert cache.get_seq_length() == 6
+        logits = pair.cut(PROMPT[:, 6:], past_key_values=cache).logits
+        assert_equal(logits, pair.whole(PROMPT).logits[:, 6:])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mamba"])
+def test_rows_may_be_dropped_and_repeated(model_type: str) -> None:
+    pair = Pair(model_type)
+    cache = pair.new_cache()
+    name = "cache_params" if model_type == "mamba" else "past_key_values"
+    rows = torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        pair.cut(PROMPT[:, :5], **{name: cache})
+        cache.batch_select_indices(rows)
+        logits = pair.cut(PROMPT[rows, 5:6], **{name: cache}).logits
+        assert_equal(logits, pair.whole(PROMPT).logits[rows, 5:6])
+
+
+def test_several_threads_may_use_one_model(pair: Pair) -> None:
+    prompts = [(PROMPT + shift) % 90 + 3 for shift in range(8)]
+    with torch.no_grad():
+        expected = [pair.whole(prompt).logits for prompt in prompts]
+
+    @torch.no_grad()
+    def use(prompt: Tensor) -> Tensor:
+        cache = HeadCache(pair.blocks.new_session(batch_size=2, max_length=16))
+        parts = [pair.cut(prompt[:, i : i + 1], past_key_values=cache).logits for i in range(prompt.shape[1])]
+        return torch.cat(parts, dim=1)
+
+    with ThreadPoolExecutor(4) as pool:
+        for logits, whole in zip(pool.map(use, prompts), expected, strict=True):
+            assert_equal(logits, whole)
+
+
+def test_hops_may_change_from_call_to_call(pair: Pair) -> None:
+    (body, _) = pair.blocks.hops[1]
+    one_hop_more = [*pair.blocks.hops[:1], (body, Span(1, 2)), (body, Span(2, 3)), *pair.blocks.hops[2:]]
+    pair.cut.attach_blocks(LocalBlocks(one_hop_more))
+    with torch.no_grad():
+        assert_equal(pair.cut(PROMPT).logits, pair.whole(PROMPT).logits)
+    pair.cut.attach_blocks(pair.blocks)

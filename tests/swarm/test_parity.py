@@ -1,0 +1,108 @@
+"""Every certified family, cut in three and put together again, against plain Transformers; writes docs/models.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import logging
+
+from shoal.model.families import CERTIFIED, text_config
+
+from .parity import CHECKS, Pair, check_rewind
+from .tiny_models import SPECIAL, VARIANTS
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+CASES = [
+    pytest.param(family, changes, id=f"{family} {variant}".strip())
+    for family in sorted(CERTIFIED)
+    for variant, changes in [("", {}), *VARIANTS.get(family, {}).items()]
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> Iterator[None]:
+    """One thread, for tiny matrices; and no bars for checkpoints of a few tensors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def passed() -> Iterator[dict[str, tuple[str, str, bool]]]:
+    """What was seen of each family that passed; once it is all of them, the document is written."""
+    rows: dict[str, tuple[str, str, bool]] = {}
+    yield rows
+    if rows.keys() == CERTIFIED:
+        DOCUMENT.write_text(document(rows))
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_a_family_that_is_cut_gives_what_it_gives_whole(
+    family: str, changes: dict[str, object], passed: dict[str, tuple[str, str, bool]]
+) -> None:
+    pair = Pair(family, **changes)
+    assert pair.family.model_type == family
+    for check in CHECKS.values():
+        check(pair)
+    rewinds = check_rewind(pair)
+    passed.setdefault(family, (type(pair.whole).__name__, kinds_of_blocks(pair), rewinds))
+
+
+def test_every_special_size_is_of_a_certified_family() -> None:
+    assert {*SPECIAL, *VARIANTS} <= CERTIFIED
+
+
+def kinds_of_blocks(pair: Pair) -> str:
+    config = text_config(pair.config)
+    kinds = list(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["attention"])
+    dense_or_sparse = list(getattr(config, "mlp_layer_types", None) or ())
+    return ", ".join(
+        kind.removesuffix("_attention").replace("_", " ") for kind in dict.fromkeys(kinds + dense_or_sparse)
+    )
+
+
+def document(rows: dict[str, tuple[str, str, bool]]) -> str:
+    table = "\n".join(
+        f"| `{family}` | {name} | {kinds} | {'yes' if rewinds else 'no'} | {', '.join(VARIANTS.get(family, ()))} |"
+        for family, (name, kinds, rewinds) in sorted(rows.items())
+    )
+    return INTRODUCTION.format(num_families=len(rows), table=table)
+
+
+INTRODUCTION = """\
+# Models
+
+<!-- Written by tests/swarm/test_parity.py; run it to bring this page up to date. -->
+
+shoal has no code for any one model: a server runs a span of the family's own Transformers layers, a client the rest.
+{num_families} families are certified to compute the same that way as the whole model does on one machine. A family that
+is not in this table is refused, unless you insist (`--allow-uncertified`).
+
+For each family the test suite makes a tiny random model of five blocks, of every kind the family has, saves its
+checkpoint, and loads from it plain Transformers on one side, a head and three bodies on the other. These must be equal
+up to the rounding of float32:
+
+- the logits of a forward pass;
+- the logits of a prompt and then of single tokens, with caches;
+- greedy generation from prompts of different lengths, padded on the left: the tokens, and the logits of every step;
+- beam search: the tokens and the scores;
+- the gradients of the input embeddings.
+
+*Rewinds* says whether a server's cache can drop its last tokens. Recurrent state cannot, nor can a sliding window that
+has slid; a session of such a model is rebuilt from its inputs instead, when assisted generation takes tokens back.
+
+| family | class | kinds of blocks tested | rewinds | also tested |
+|---|---|---|---|---|
+{table}
+
+Not certified: models whose layers share state with each other, so that a span is not a function of its input alone
+(`gemma3n`, `gemma4`, `glm_moe_dsa`, `zamba`, `zamba2`, `inkling2`), whose hidden states are several streams
+(`deepseek_v4`, `hy_v4`, `qwen4_exp`), that keep their state in caches of their own (`minimax`, `rwkv`, `xlstm`,
+`recurrent_gemma`), and encoder-decoders.
+"""

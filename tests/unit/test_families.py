@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from shoal.errors import UnsupportedModel
+from shoal.model.families import CERTIFIED, Family, family_of
+
+MODELS = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def tiny(model_type: str) -> Family:
+    return family_of(CONFIG_MAPPING[model_type](num_hidden_layers=4))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "block"),
+    [
+        ("llama", "model.layers.3.mlp.up_proj.weight", 3),
+        ("llama", "layers.3.mlp.up_proj.weight", 3),  # saved from the base model
+        ("llama", "model.layers.12.mlp.up_proj.weight", 12),
+        ("llama", "model.language_model.layers.3.mlp.up_proj.weight", 3),  # saved from a model that sees
+        ("llama", "language_model.model.layers.3.mlp.up_proj.weight", 3),
+        ("llama", "vision_tower.layers.3.mlp.up_proj.weight", None),
+        ("llama", "vision_tower.encoder.layers.3.mlp.up_proj.weight", None),
+        ("llama", "mtp.layers.0.mlp.up_proj.weight", None),
+        ("llama", "model.embed_tokens.weight", None),
+        ("llama", "lm_head.weight", None),
+        ("gpt2", "h.0.ln_1.weight", 0),
+        ("gpt2", "transformer.h.0.ln_1.weight", 0),
+        ("gpt2", "transformer.ln_f.weight", None),
+        ("opt", "model.decoder.layers.1.fc1.weight", 1),
+        ("opt", "decoder.layers.1.fc1.weight", 1),
+        ("opt", "encoder.layers.1.fc1.weight", None),
+    ],
+)
+def test_a_tensors_name_tells_its_block(model_type: str, name: str, block: int | None) -> None:
+    assert tiny(model_type).block_of(name) == block
+
+
+def test_a_block_is_found_under_the_name_that_checkpoints_have_for_the_backbone() -> None:
+    family = family_of(CONFIG_MAPPING["nemotron_h"](layers_block_type=["mamba", "attention", "mlp"]))
+    assert family.backbone_path == "model"
+    assert family.block_of("backbone.layers.2.mixer.A_log") == 2
+    assert family.name_in_backbone("backbone.layers.2.mixer.A_log") == "layers.2.mixer.A_log"
+
+
+def test_a_family_that_is_not_certified_is_refused_in_one_line_with_a_hint() -> None:
+    config = CONFIG_MAPPING["ctrl"](n_layer=2)
+    with pytest.raises(UnsupportedModel, match=r"'ctrl' is not certified") as refusal:
+        family_of(config)
+    assert "\n" not in str(refusal.value)
+    assert "--allow-uncertified" in (refusal.value.hint or "")
+    assert family_of(config, allow_uncertified=True).layers_name == "h"
+
+
+def test_a_model_that_has_no_list_of_blocks_is_refused_whatever_is_allowed() -> None:
+    with pytest.raises(UnsupportedModel):
+        family_of(CONFIG_MAPPING["bert"](num_hidden_layers=2), allow_uncertified=True)
+    with pytest.raises(UnsupportedModel):
+        family_of(CONFIG_MAPPING["clip"](), allow_uncertified=True)
+
+
+def test_the_page_of_models_lists_the_certified_families() -> None:
+    """If this fails, run tests/swarm/test_parity.py, which writes the page."""
+    assert set(re.findall(r"^\| `([^`]+)`", MODELS.read_text(), flags=re.MULTILINE)) == CERTIFIED
