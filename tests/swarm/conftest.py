@@ -15,7 +15,17 @@ from .harness import Swarm, swarm_of
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with random weights: 4 blocks."""
-    torch.manual_seed(0)
+    return make_llama(tmp_path_factory.mktemp("llama"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture with other weights."""
+    return make_llama(tmp_path_factory.mktemp("llama"), seed=1)
+
+
+def make_llama(path: Path, *, seed: int) -> Path:
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=97,
         hidden_size=32,
@@ -29,7 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=None,
         initializer_range=0.4,
     )
-    path = tmp_path_factory.mktemp("llama")
     LlamaForCausalLM(config).save_pretrained(path)
     return path
 

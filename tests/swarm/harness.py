@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,11 +82,15 @@ class Swarm:
         self.stack.callback(model.close)
         return model
 
-    def run(self, work: Awaitable[T]) -> T:
-        async def run() -> T:
-            return await work
+    def settle(self, condition: Callable[[], bool]) -> None:
+        """Let the event loop run until a condition holds."""
 
-        return self.runtime.run(run())
+        async def wait() -> None:
+            async with asyncio.timeout(20):
+                while not condition():  # noqa: ASYNC110 - nothing tells when it comes to hold
+                    await asyncio.sleep(0)
+
+        self.runtime.run(wait())
 
 
 class _Borrowed(Runtime):

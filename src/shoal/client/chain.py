@@ -76,11 +76,13 @@ class Chain:
         """The fastest chain of usable servers over a span. Raises `MissingBlocks`."""
         if time.monotonic() - self._viewed_at > self.config.refresh_seconds:
             await self._refresh()
-        trusted = self._usable().only(lambda server: server.peer not in self._suspects)
-        if trusted.missing(span):
+        view = self._trusted()
+        if view.missing(span):
             await self._refresh()
-            trusted = self._usable().only(lambda server: server.peer not in self._suspects)
-        hops = choose_route(trusted, span, round_trips=self._round_trips)
+            view = self._trusted()
+        if view.missing(span):  # better a server that failed lately than none
+            view = self._usable().only(lambda server: not self._suspects.barred(server.peer))
+        hops = choose_route(view, span, round_trips=self._round_trips)
         log.info("blocks %s go through %s", span, ", ".join(f"{hop.server.peer[-8:]} {hop.span}" for hop in hops))
         return hops
 
@@ -98,6 +100,9 @@ class Chain:
             return permitted and server.fingerprint == self.fingerprint
 
         return self._view.online().only(usable)
+
+    def _trusted(self) -> SwarmView:
+        return self._usable().only(lambda server: not self._suspects.avoided(server.peer))
 
     async def persist(self, span: Span, act: Callable[[], Awaitable[T]]) -> T:
         """Do `act` until it succeeds, each time avoiding the servers that have failed.
@@ -118,7 +123,7 @@ class Chain:
             except MissingBlocks:
                 if missing := self._usable().missing(span):
                     raise self._missing(missing) from None
-                wait = self._suspects.seconds_left() or 0.0
+                wait = self._suspects.seconds_left()
                 give_up_at = give_up_at or time.monotonic() + self.config.patience_seconds
                 if time.monotonic() + wait > give_up_at:
                     raise self._exhausted(span) from None
@@ -141,7 +146,7 @@ class Chain:
         )
 
     def _exhausted(self, span: Span) -> MissingBlocks:
-        unavailable = self._usable().only(lambda server: server.peer not in self._suspects).missing(span)
+        unavailable = self._usable().only(lambda server: not self._suspects.barred(server.peer)).missing(span)
         return MissingBlocks(
             f"no server for blocks {format_blocks(unavailable)} answers: {'; '.join(self._suspects.reasons())}",
             blocks=unavailable,

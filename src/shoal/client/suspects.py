@@ -6,52 +6,69 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-FIRST_SECONDS = 2.0
-LONGEST_SECONDS = 120.0
+AVOID_SECONDS = 15.0
+BAR_SECONDS = 0.25
+LONGEST_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Until when a server is avoided, and why; `num_failures` in a row make it grow."""
+    """A server that failed `num_failures` times in a row, why, and the times until which it is avoided and barred."""
 
-    until: float
-    reason: str
     num_failures: int
+    reason: str
+    avoided_until: float
+    barred_until: float
 
 
 class Suspects:
-    """Remembers who failed. A suspect is avoided at once, for twice as long each time, and forgiven when it answers."""
+    """Remembers who failed.
+
+    A suspect is *avoided* for a while: whoever else holds its blocks is preferred. For a much shorter while it is
+    *barred*: not asked even if it is the only one. Both double with every failure, and end when it answers.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._suspicions: dict[str, Suspicion] = {}
 
-    def __contains__(self, peer: str) -> bool:
+    def avoided(self, peer: str) -> bool:
+        """Whether to take another server if there is one."""
         suspicion = self._suspicions.get(peer)
-        return suspicion is not None and self._clock() < suspicion.until
+        return suspicion is not None and self._clock() < suspicion.avoided_until
+
+    def barred(self, peer: str) -> bool:
+        """Whether not to ask it at all."""
+        suspicion = self._suspicions.get(peer)
+        return suspicion is not None and self._clock() < suspicion.barred_until
 
     def lost(self, peer: str, reason: str) -> None:
         """It failed."""
         before = self._suspicions.get(peer)
         num_failures = 1 if before is None else before.num_failures + 1
-        seconds = min(FIRST_SECONDS * 2 ** (num_failures - 1), LONGEST_SECONDS)
-        self._suspicions[peer] = Suspicion(self._clock() + seconds, reason, num_failures)
+        now, growth = self._clock(), 2 ** min(num_failures - 1, 20)
+        self._suspicions[peer] = Suspicion(
+            num_failures,
+            reason,
+            now + min(AVOID_SECONDS * growth, LONGEST_SECONDS),
+            now + min(BAR_SECONDS * growth, LONGEST_SECONDS),
+        )
 
     def busy(self, peer: str, seconds: float, reason: str) -> None:
         """It said when to come back, which is no failure."""
         before = self._suspicions.get(peer)
-        num_failures = 0 if before is None else before.num_failures
-        self._suspicions[peer] = Suspicion(self._clock() + seconds, reason, num_failures)
+        until = self._clock() + seconds
+        self._suspicions[peer] = Suspicion(0 if before is None else before.num_failures, reason, until, until)
 
     def forgive(self, peer: str) -> None:
         """It answered."""
         self._suspicions.pop(peer, None)
 
-    def seconds_left(self) -> float | None:
-        """How long until the first of them may be tried again; `None` if there is no suspect."""
-        waits = [suspicion.until - self._clock() for peer, suspicion in self._suspicions.items() if peer in self]
-        return min(waits, default=None)
+    def seconds_left(self) -> float:
+        """How long until the first of those that are barred may be asked again."""
+        now = self._clock()
+        return min((s.barred_until - now for s in self._suspicions.values() if s.barred_until > now), default=0.0)
 
     def reasons(self) -> list[str]:
         """Why each of them is avoided, for an error message."""
-        return [f"{peer[-8:]}: {suspicion.reason}" for peer, suspicion in self._suspicions.items() if peer in self]
+        return [f"{peer[-8:]}: {s.reason}" for peer, s in self._suspicions.items() if self.avoided(peer)]

@@ -316,7 +316,7 @@ class MemoryDirectory:
         self._network.publish(self._peer, model, info, asyncio.get_running_loop().time() + lifetime)
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
-        return tuple(info for announced, info in self._network.announced() if announced == model)
+        return tuple(info for announced, info in self._network.announced() if announced.key == model.key)
 
     async def models(self) -> tuple[ModelInfo, ...]:
         return tuple(sorted({model for model, _ in self._network.announced()}, key=lambda model: model.key))

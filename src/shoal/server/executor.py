@@ -38,6 +38,8 @@ class Executor:
 
     async def run(self, priority: Priority, function: Callable[[], T]) -> T:
         """What `function` returns or raises. If the caller is cancelled before its turn, it never runs."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the compute thread has ended")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 

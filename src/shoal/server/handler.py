@@ -38,10 +38,29 @@ class Handler:
     def __init__(self, engine: Engine, *, idle_seconds: float) -> None:
         self._engine = engine
         self._idle_seconds = idle_seconds
+        self._conversations: set[asyncio.Task[Any]] = set()
+        self._leaving = False
+
+    async def leave(self) -> None:
+        """Tell every client that the server is going away, now and from now on."""
+        self._leaving = True
+        conversations = self._conversations - {asyncio.current_task()}
+        for conversation in conversations:
+            conversation.cancel()
+        await asyncio.gather(*conversations, return_exceptions=True)
 
     async def __call__(self, stream: Stream) -> None:
+        conversation = asyncio.current_task()
+        assert conversation is not None
+        self._conversations.add(conversation)
         try:
+            if self._leaving:
+                raise asyncio.CancelledError
             await self._converse(stream)
+        except asyncio.CancelledError:
+            if not self._leaving:
+                raise
+            await _fail(stream, Failure(code="leaving", reason="this server is going away"))
         except StreamBroken:
             log.debug("%s hung up", stream.peer)
         except TimeoutError:
@@ -55,6 +74,7 @@ class Handler:
             log.exception("a request of %s failed", stream.peer)
             await _fail(stream, Failure(code="broken", reason=f"{type(error).__name__} while computing"))
         finally:
+            self._conversations.discard(conversation)
             await stream.close()
 
     async def _converse(self, stream: Stream) -> None:

@@ -80,9 +80,13 @@ async def serve(config: ServerConfig, node: Node) -> AsyncIterator[Server]:
             max_length=max_length_of(config, checkpoint),
         )
         info = replace(info, state=ServerState.ONLINE, decode_speed=speeds.decode, prefill_speed=speeds.prefill)
-        await node.transport.listen(Handler(engine, idle_seconds=config.idle_seconds))
-        async with _announced(node, model, info, engine, config):
-            yield Server(info, model, engine)
+        handler = Handler(engine, idle_seconds=config.idle_seconds)
+        await node.transport.listen(handler)
+        try:
+            async with _announced(node, model, info, engine, config):
+                yield Server(info, model, engine)
+        finally:
+            await handler.leave()
     finally:
         executor.close()
 

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from shoal import AutoDistributedModel, AutoDistributedModelForSequenceClassification, UnsupportedOperation, UserError
+
+from .harness import Swarm
+
+MakeSwarm = Callable[..., Swarm]
+
+PROMPT = torch.tensor([[5, 17, 42, 9, 33]])
+MORE = torch.tensor([[8, 61]])
+
+
+def free_tokens(swarm: Swarm) -> list[int]:
+    return [server.engine.cache_tokens_left for server in swarm.servers.values()]
+
+
+def test_a_session_over_several_calls_goes_on_where_it_was(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    with model.inference_session(max_length=64) as session:
+        first = model.generate(PROMPT, max_new_tokens=4, session=session)
+        second = model.generate(None, max_new_tokens=3, session=session)
+        third = model.generate(MORE, max_new_tokens=4, session=session)
+    spoken = torch.cat((first, second), dim=1)
+    assert spoken.tolist() == whole.generate(PROMPT, max_new_tokens=7).tolist()
+    expected = whole.generate(torch.cat((spoken, MORE), dim=1), max_new_tokens=4)
+    assert torch.cat((spoken, third), dim=1).tolist() == expected.tolist()
+
+
+def test_a_session_may_be_given_everything_so_far(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:4").model()
+    with model.inference_session(max_length=64) as session:
+        first = model.generate(PROMPT, max_new_tokens=4, session=session)
+        everything = torch.cat((first, MORE), dim=1)
+        assert model.generate(everything, max_new_tokens=4, session=session).tolist() == (
+            whole.generate(everything, max_new_tokens=4).tolist()
+        )
+
+
+def test_a_session_goes_on_after_a_beam_search(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    with model.inference_session(max_length=64) as session:
+        best = model.generate(PROMPT, max_new_tokens=5, num_beams=3, session=session)
+        assert best.tolist() == whole.generate(PROMPT, max_new_tokens=5, num_beams=3).tolist()
+        then = torch.cat((best, model.generate(None, max_new_tokens=3, session=session)), dim=1)
+        assert then.tolist() == whole.generate(best, max_new_tokens=3).tolist()
+
+
+def test_tokens_that_would_be_read_twice_are_refused(swarm: MakeSwarm):
+    model = swarm("0:4").model()
+    with model.inference_session(max_length=64) as session:
+        said = model.generate(PROMPT, max_new_tokens=12, session=session)
+        edited = said.clone()
+        edited[0, -1] = (edited[0, -1] + 1) % 97
+        with pytest.raises(UserError, match="repeat the session's first 16"):
+            model.generate(edited, max_new_tokens=1, session=session)
+
+
+def test_a_session_that_gets_too_long_says_so_and_stays_usable(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:4").model()
+    with model.inference_session(max_length=8) as session:
+        with pytest.raises(UserError, match="9 tokens in a session of at most 8"):
+            model.generate(PROMPT, max_new_tokens=20, session=session)
+        session.crop(0)
+        assert model.generate(PROMPT, max_new_tokens=3, session=session).tolist() == (
+            whole.generate(PROMPT, max_new_tokens=3).tolist()
+        )
+
+
+def test_a_closed_session_gives_its_room_back(swarm: MakeSwarm):
+    swarm_ = swarm("0:2", "2:4")
+    model = swarm_.model()
+    before = free_tokens(swarm_)
+    with model.inference_session(max_length=100, batch_size=1) as session:
+        model.generate(PROMPT, max_new_tokens=2, session=session)
+        assert free_tokens(swarm_) == [room - 100 for room in before]
+    with pytest.raises(UserError, match="closed"):
+        model.generate(PROMPT, max_new_tokens=2, session=session)
+    model.generate(PROMPT, max_new_tokens=2)
+    model(PROMPT)
+    swarm_.settle(lambda: free_tokens(swarm_) == before)
+
+
+def test_a_slice_of_the_blocks_runs_by_itself(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    blocks = model.transformer.h[1:3]
+    assert len(model.transformer.h) == 4
+    assert len(blocks) == 2
+
+    def reference(hidden: torch.Tensor) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        hooks = [
+            whole.model.layers[1].register_forward_pre_hook(lambda _, args: (hidden, *args[1:])),
+            whole.model.layers[2].register_forward_hook(lambda _, __, output: seen.append(output)),
+        ]
+        whole.model(inputs_embeds=hidden.detach(), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return seen[0]
+
+    hidden = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    twin = hidden.detach().clone().requires_grad_(True)
+    output, expected = blocks(hidden), reference(twin)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(hidden.grad, twin.grad, rtol=1e-4, atol=1e-4)
+
+    with blocks.inference_session(max_length=10, batch_size=2) as session:
+        steps = [session.step(part) for part in hidden.split(2, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_may_stand_between_two_slices(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:4").model()
+    h = model.transformer.h
+    hidden = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
+    between = torch.nn.Linear(32, 32)
+    h[2:](between(h[:2](hidden))).sum().backward()
+    assert between.weight.grad is not None
+    assert between.weight.grad.abs().sum() > 0
+
+
+def test_gradients_do_not_pretend_to_flow_through_a_session(swarm: MakeSwarm):
+    model = swarm("0:4").model()
+    with model.inference_session(max_length=10) as session:
+        output = session.step(torch.randn(1, 2, 32, requires_grad=True))
+        with pytest.raises(UnsupportedOperation, match="do not flow through an inference session"):
+            output.sum().backward()
+
+
+def test_several_threads_use_one_model(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    prompts = [PROMPT + shift for shift in range(6)]
+    expected = [whole.generate(prompt, max_new_tokens=8).tolist() for prompt in prompts]
+    answers: list[list[list[int]] | None] = [None] * len(prompts)
+
+    def ask(index: int) -> None:
+        answers[index] = model.generate(prompts[index], max_new_tokens=8).tolist()
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == expected
+
+
+def test_the_headless_model_gives_the_last_hidden_state(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model(AutoDistributedModel)
+    expected = whole.model(PROMPT).last_hidden_state
+    torch.testing.assert_close(model(PROMPT).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_classification_head_is_new_and_can_be_trained(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model(AutoDistributedModelForSequenceClassification, num_labels=3)
+    assert model(PROMPT).logits.shape == (1, 3)
+    torch.testing.assert_close(
+        model(PROMPT).logits, model.score(whole.model(PROMPT).last_hidden_state[:, -1]), rtol=1e-4, atol=1e-5
+    )
+    optimizer = torch.optim.SGD([model.score.weight], lr=0.05)
+    losses = []
+    for _ in range(3):
+        loss = model(PROMPT, labels=torch.tensor([2])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
