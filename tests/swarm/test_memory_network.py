@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -36,6 +37,38 @@ async def echo(stream: Stream) -> None:
     while True:
         header, payload = await stream.receive()
         await stream.send(header, [payload])
+
+
+class Clock:
+    """The loop's own time, which can be put forward."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._real = loop.time
+        self._ahead = 0.0
+        loop.time = self.now  # type: ignore[method-assign]
+
+    def now(self) -> float:
+        return self._real() + self._ahead
+
+    def advance(self, seconds: float) -> None:
+        self._ahead += seconds
+
+    def stop(self) -> None:
+        asyncio.get_running_loop().time = self._real  # type: ignore[method-assign]
+
+
+@pytest.fixture
+async def clock() -> AsyncIterator[Clock]:
+    clock = Clock()
+    yield clock
+    clock.stop()
+
+
+async def settle() -> None:
+    """Let everything run that can run now."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -92,8 +125,7 @@ async def test_a_hung_peer_accepts_everything_and_says_nothing_until_it_is_heale
     network.hang("server")
     await stream.send(b"anyone?")
     answer = asyncio.create_task(stream.receive())
-    for _ in range(20):
-        await asyncio.sleep(0)
+    await settle()
     assert not answer.done()
     network.heal("server")
     assert await answer == (b"anyone?", bytearray())
@@ -138,16 +170,24 @@ async def test_a_hook_rewrites_and_swallows_frames(network: MemoryNetwork) -> No
     assert (await stream.receive())[0] == b"found"
 
 
-async def test_delayed_frames_arrive_later_and_in_order(network: MemoryNetwork) -> None:
+async def test_delayed_frames_arrive_later_and_in_order(network: MemoryNetwork, clock: Clock) -> None:
     stream = await connected(network)
-    network.delay(0.01, "server")
-    loop = asyncio.get_running_loop()
-    before = loop.time()
-    for number in b"1", b"2", b"3":
+    network.delay(1800, "server")
+    for number in b"1", b"2":
         await stream.send(number)
-    assert loop.time() - before < 0.01
-    assert [(await stream.receive())[0] for _ in range(3)] == [b"1", b"2", b"3"]
-    assert loop.time() - before >= 0.02
+    answers = asyncio.create_task(receive_two(stream))
+    await settle()
+    clock.advance(1801)  # there
+    await settle()
+    clock.advance(1799)  # and back, but not quite
+    await settle()
+    assert not answers.done()
+    clock.advance(2)
+    assert await answers == [b"1", b"2"]
+
+
+async def receive_two(stream: Stream) -> list[bytes]:
+    return [(await stream.receive())[0], (await stream.receive())[0]]
 
 
 async def test_whoever_sends_faster_than_the_other_receives_waits(network: MemoryNetwork) -> None:
@@ -207,14 +247,14 @@ async def test_a_frame_beyond_the_limits_is_not_sent(network: MemoryNetwork) -> 
         await stream.send(bytes(MAX_HEADER_BYTES + 1))
 
 
-async def test_announcements_are_seen_by_all_replaced_by_later_ones_and_expire(network: MemoryNetwork) -> None:
+async def test_announcements_are_seen_by_all_replaced_and_expire(network: MemoryNetwork, clock: Clock) -> None:
     one, other = network.node("one").directory, network.node("other").directory
     await one.announce(MODEL, info("one"), lifetime=60)
-    await one.announce(MODEL, info("one", state=ServerState.LEAVING), lifetime=0.01)
+    await one.announce(MODEL, info("one", state=ServerState.LEAVING), lifetime=5)
     await other.announce(MODEL, info("other", 4, 8), lifetime=60)
     assert await other.servers(MODEL) == (info("one", state=ServerState.LEAVING), info("other", 4, 8))
     assert await one.models() == (MODEL,)
-    await asyncio.sleep(0.02)
+    clock.advance(6)
     assert await one.servers(MODEL) == (info("other", 4, 8),)
 
 

@@ -17,7 +17,8 @@ class NetworkConfig:
     `initial_peers`: addresses of peers to join by; none starts a swarm. `identity`: where the key is kept that is our
     peer id; None makes a new one that is forgotten. `port` 0 lets the system choose. `announce`: addresses that others
     shall use, when they are not those of this machine (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, keep
-    nothing for others. `relays`: peers that carry our streams when nobody can dial us. `serve_relay`: be one.
+    nothing for others. `relays`: peers, three or more, that carry our streams when nobody can dial us. `serve_relay`:
+    be such a relay.
     """
 
     initial_peers: tuple[str, ...] = ()
@@ -42,7 +43,7 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     from shoal.net.identity import Identity
 
     initial_peers, relays = check_peers(config.initial_peers), check_peers(config.relays)
-    listen = () if config.client_mode else (listen_address(config.host, config.port),)
+    listen = () if config.client_mode and not relays else (listen_address(config.host, config.port),)
     announce = check_announced(config.announce)
     identity = Identity.at(config.identity) if config.identity is not None else Identity.temporary()
 
@@ -57,5 +58,6 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     try:
         yield Node(transport, directory)
     finally:
-        await directory.close()
+        # In this order: the daemon ends, whatever it still has to send, when the directory's connection to it does.
         await transport.close()
+        await directory.close()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import struct
 from collections.abc import Iterable, Sequence
 
 from shoal.errors import UserError
-from shoal.net.identity import public_key
+from shoal.net.identity import peer_id_of, peer_id_to_bytes, public_key
 
 _HINT = "an address looks like /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..., as printed by the peer when it starts"
+_CODES = {"ip4": 4, "tcp": 6, "ip6": 41, "dns": 53, "dns4": 54, "dns6": 55, "p2p": 421, "p2p-circuit": 290}
+_NAMES = {code: name for name, code in _CODES.items()}
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -64,6 +67,50 @@ def port_of(address: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def encode(address: str) -> bytes:
+    """The binary form of an address that `peer_of` or `check_announced` accepts.
+
+    hivemind's own encoder writes a peer id inside an address as a CID, which libp2p does not read: no relay's address
+    gets through it.
+    """
+    parts = iter(address.split("/")[1:])
+    encoded = b""
+    for name in parts:
+        encoded += _varint(_CODES[name])
+        if name in ("ip4", "ip6"):
+            encoded += ipaddress.ip_address(next(parts)).packed
+        elif name == "tcp":
+            encoded += struct.pack(">H", int(next(parts)))
+        elif name != "p2p-circuit":
+            value = peer_id_to_bytes(next(parts)) if name == "p2p" else next(parts).encode()
+            encoded += _varint(len(value)) + value
+    return encoded
+
+
+def decode(encoded: bytes) -> str | None:
+    """The reverse of `encode`; None for an address that we would not dial, such as one over UDP."""
+    address, rest = "", encoded
+    while rest:
+        code, rest = _read_varint(rest)
+        name = _NAMES.get(code)
+        if name in ("ip4", "ip6"):
+            size = 4 if name == "ip4" else 16
+            value = str(ipaddress.ip_address(rest[:size]))
+        elif name == "tcp":
+            size = 2
+            value = str(int.from_bytes(rest[:2], "big"))
+        elif name == "p2p-circuit":
+            size, value = 0, ""
+        elif name is not None:
+            size, rest = _read_varint(rest)
+            value = peer_id_of(rest[:size]) if name == "p2p" else rest[:size].decode(errors="replace")
+        else:
+            return None
+        address += f"/{name}/{value}" if size else f"/{name}"
+        rest = rest[size:]
+    return address
+
+
 def best_first(addresses: Sequence[str]) -> tuple[str, ...]:
     """The addresses that most others can use, first: those of this machine alone come last."""
     return tuple(sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/"))))
@@ -80,3 +127,17 @@ def _is_place(parts: Sequence[str]) -> bool:
         return kind in ("ip4", "ip6") and ipaddress.ip_address(host).version == int(kind[2])
     except ValueError:
         return False
+
+
+def _varint(number: int) -> bytes:
+    return bytes([number]) if number < 128 else bytes([number % 128 + 128]) + _varint(number // 128)
+
+
+def _read_varint(data: bytes) -> tuple[int, bytes]:
+    """The number at the beginning, and what follows it."""
+    number = 0
+    for index, byte in enumerate(data):
+        number += (byte % 128) << (7 * index)
+        if byte < 128:
+            return number, data[index + 1 :]
+    return -1, b""

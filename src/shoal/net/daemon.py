@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from hivemind import hivemind_cli
-from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import read_pbmsg_safe, write_pbmsg
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
-from shoal.net.identity import Identity
+from shoal.net.addresses import decode, encode
+from shoal.net.identity import Identity, peer_id_of, peer_id_to_bytes
 
 logger = logging.getLogger("shoal.net.daemon")
 
@@ -40,13 +41,21 @@ read -r _
 kill -TERM $!; wait; rm -rf "$directory"
 """
 
-Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+# hivemind logs to the terminal, and renames a level for the whole process, as soon as it is imported.
+use_hivemind_log_handler("nowhere")
+logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+logging.addLevelName(logging.WARNING, "WARNING")
+
 Accept = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], None]
 """Called with the id of a peer that opened a stream, and the stream."""
 
 
 class DaemonFailed(OSError):
-    """The daemon did not start, is gone, or could not do what it was asked; the message is its own."""
+    """The daemon did not start, or could not do what it was asked; the message is its own."""
+
+
+class DaemonGone(DaemonFailed):
+    """The daemon does not answer: it is dead, or dying."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,8 @@ class Daemon:
     @classmethod
     async def start(cls, identity: Identity, config: DaemonConfig) -> Daemon:
         """Start it and wait until it answers. Raises `DaemonFailed`."""
-        use_hivemind_log_handler("nowhere")
-        logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+        for address in config.listen:
+            _check_free(address)
         directory = Path(tempfile.mkdtemp(prefix="shoal-"))
         key = directory / "identity"
         with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -161,21 +170,23 @@ class Daemon:
         """Where it can be reached, without its peer id."""
         response, _, writer = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         writer.close()
-        return tuple(str(Multiaddr(address)) for address in response.identify.addrs)
+        places = (decode(address) for address in response.identify.addrs)
+        return tuple(place for place in places if place is not None)
 
     async def connect(self, peer: str, addresses: Sequence[str]) -> None:
         """Have a connection to a peer, dialled at these addresses if there is none. Raises `DaemonFailed`."""
-        places = [_place_bytes(address) for address in addresses]
-        connect = p2pd_pb2.ConnectRequest(peer=PeerID.from_base58(peer).to_bytes(), addrs=places)
+        # Without the peer at their end, which is sent beside them.
+        places = [encode(address.removesuffix(f"/p2p/{peer}")) for address in addresses]
+        connect = p2pd_pb2.ConnectRequest(peer=peer_id_to_bytes(peer), addrs=places)
         _, _, writer = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
         writer.close()
 
-    async def open(self, peer: str, protocol: str) -> Connection:
-        """A new stream to a peer. Raises `DaemonFailed`."""
-        stream_open = p2pd_pb2.StreamOpenRequest(peer=PeerID.from_base58(peer).to_bytes(), proto=[protocol])
+    async def open(self, peer: str, protocol: str) -> tuple[str | None, asyncio.StreamReader, asyncio.StreamWriter]:
+        """A new stream to a peer, and the address where it was reached. Raises `DaemonFailed`."""
+        stream_open = p2pd_pb2.StreamOpenRequest(peer=peer_id_to_bytes(peer), proto=[protocol])
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=stream_open)
-        _, reader, writer = await self._ask(request)
-        return reader, writer
+        response, reader, writer = await self._ask(request)
+        return decode(response.streamInfo.addr), reader, writer
 
     async def handle(self, protocol: str, accept: Accept) -> None:
         """Call `accept` for each stream that a peer opens. Raises `DaemonFailed`."""
@@ -188,7 +199,7 @@ class Daemon:
             except (OSError, EOFError, asyncio.CancelledError):
                 writer.close()
                 return
-            accept(PeerID(info.peer).to_base58(), reader, writer)
+            accept(peer_id_of(info.peer), reader, writer)
 
         self._servers.append(await asyncio.start_unix_server(greet, path, limit=READ_BUFFER_BYTES))
         address = Multiaddr(f"/unix{path}").to_bytes()
@@ -218,7 +229,7 @@ class Daemon:
         try:
             reader, writer = await asyncio.open_unix_connection(self.directory / "control", limit=READ_BUFFER_BYTES)
         except OSError as failure:
-            raise DaemonFailed(f"the libp2p daemon is gone: {failure}") from None
+            raise DaemonGone(f"the libp2p daemon is gone: {failure}") from None
         response = p2pd_pb2.Response()
         try:
             await write_pbmsg(writer, request)
@@ -227,7 +238,7 @@ class Daemon:
                 raise DaemonFailed(response.error.msg)
         except (ConnectionError, EOFError) as failure:
             writer.close()
-            raise DaemonFailed(f"the libp2p daemon is gone: {failure}") from None
+            raise DaemonGone(f"the libp2p daemon is gone: {failure}") from None
         except BaseException:
             writer.close()
             raise
@@ -247,7 +258,15 @@ class Daemon:
         ready.set()
 
 
-def _place_bytes(address: str) -> bytes:
-    """An address as the daemon wants it: without the peer at its end."""
-    encoded: bytes = Multiaddr(address.rpartition("/p2p/")[0] or address).to_bytes()
-    return encoded
+def _check_free(address: str) -> None:
+    """Raises `DaemonFailed` if another process listens there.
+
+    The daemon would not notice: it shares ports, and of two daemons on one port each gets half of the streams.
+    """
+    _, version, host, _, port = address.split("/")
+    with socket.socket(socket.AF_INET6 if version == "ip6" else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as failure:
+            raise DaemonFailed(f"{host} port {port}: {failure.strerror}") from None

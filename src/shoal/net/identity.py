@@ -102,14 +102,27 @@ def public_key(peer: str) -> Ed25519PublicKey | None:
         return None
 
 
-def _peer_id(public: bytes) -> str:
-    raw = _MULTIHASH + _PUBLIC_KEY + public
+def peer_id_to_bytes(peer: str) -> bytes:
+    """A peer id as it stands in messages. Raises `ValueError` for what is none."""
+    raw = _base58_decode(peer)
+    if raw is None:
+        raise ValueError(f"not a peer id: {peer[:64]!r}")
+    return raw
+
+
+def peer_id_of(raw: bytes) -> str:
+    """The reverse of `peer_id_to_bytes`."""
     number = int.from_bytes(raw, "big")
     digits = ""
     while number:
         number, digit = divmod(number, 58)
         digits = _BASE58[digit] + digits
-    return "1" + digits  # each leading zero byte is a "1", and the multihash begins with exactly one
+    zeros = len(raw) - len(raw.lstrip(b"\0"))
+    return "1" * zeros + digits
+
+
+def _peer_id(public: bytes) -> str:
+    return peer_id_of(_MULTIHASH + _PUBLIC_KEY + public)
 
 
 def _base58_decode(text: str) -> bytes | None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from asyncio import StreamReader, StreamWriter
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from shoal.errors import BootstrapFailed, SwarmError
 from shoal.net.addresses import best_first, check_peers, peer_of, port_of
-from shoal.net.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed
+from shoal.net.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, DaemonGone
 from shoal.net.frames import PREFIX_BYTES, pack_prefix, payload_bytes, unpack_prefix
 from shoal.net.identity import Identity, public_key
 from shoal.net.transport import Buffer, StreamBroken, StreamHandler
@@ -26,6 +27,7 @@ OPEN_SECONDS = 10.0
 DIAL_SECONDS = 8.0
 STABLE_SECONDS = 60.0
 """A daemon that lived this long died by accident, and is started again at once."""
+DYING_SECONDS = 1.0
 SETTLE_SECONDS = 0.2
 """What the daemon gets for sending what it was given before it is ended."""
 RESTART_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -37,17 +39,22 @@ CHUNK_BYTES = 256 * 1024
 
 
 class Libp2pStream:
-    """One raw stream. A cancelled `receive` loses nothing; after a cancelled `send` the stream is broken."""
+    """One raw stream. A cancelled `receive` loses nothing; after a cancelled `send` the stream is broken.
+
+    `address` is where the peer was reached, if we opened the stream; with `/p2p-circuit` in it, a relay carries it.
+    """
 
     def __init__(
         self,
         peer: str,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        reader: StreamReader,
+        writer: StreamWriter,
         *,
+        address: str | None = None,
         on_close: Callable[[Libp2pStream], None] | None = None,
     ) -> None:
         self._peer = peer
+        self.address = address
         self._on_close = on_close
         self._reader = reader
         self._writer = writer
@@ -179,18 +186,30 @@ class Libp2pTransport:
             self._met[peer] = hints
         try:
             async with asyncio.timeout(OPEN_SECONDS):
-                await self._up.wait()
-                assert self._daemon is not None
-                if hints:
-                    await self._daemon.connect(peer, hints)
-                reader, writer = await self._daemon.open(peer, PROTOCOL)
+                address, reader, writer = await self._dial(peer, hints)
         except TimeoutError:
             raise StreamBroken(f"{peer} did not answer within {OPEN_SECONDS:.0f} s") from None
         except DaemonFailed as failure:
             raise StreamBroken(f"{peer} cannot be reached: {failure}") from None
-        stream = Libp2pStream(peer, reader, writer, on_close=self._streams.discard)
+        stream = Libp2pStream(peer, reader, writer, address=address, on_close=self._streams.discard)
         self._streams.add(stream)
         return stream
+
+    async def _dial(self, peer: str, hints: Sequence[str]) -> tuple[str | None, StreamReader, StreamWriter]:
+        """A raw stream, by the daemon that runs now or, if it is dying, by the next one."""
+        while True:
+            await self._up.wait()
+            daemon = self._daemon
+            assert daemon is not None
+            try:
+                if hints:
+                    await daemon.connect(peer, hints)
+                return await daemon.open(peer, PROTOCOL)
+            except DaemonGone:
+                async with asyncio.timeout(DYING_SECONDS):
+                    await daemon.closed.wait()
+                if self._daemon is daemon:
+                    self._up.clear()
 
     async def listen(self, handler: StreamHandler) -> None:
         first = self._handler is None
@@ -279,7 +298,7 @@ class Libp2pTransport:
 
     # What peers open.
 
-    def _accept(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, peer: str, reader: StreamReader, writer: StreamWriter) -> None:
         handler = self._handler
         crowded = self._accepted[peer] >= MAX_STREAMS_PER_PEER or self._accepted.total() >= MAX_STREAMS
         if handler is None or self._closed or crowded:

@@ -1,0 +1,33 @@
+"""A peer in a process of its own, to be killed: echoes frames, says `goodbye` on SIGINT, ends with its stdin."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+from shoal.net import NetworkConfig, join
+from shoal.net.transport import Stream
+
+
+async def main(initial_peers: tuple[str, ...]) -> None:
+    streams: set[Stream] = set()
+    interrupted = asyncio.Event()
+
+    async def echo(stream: Stream) -> None:
+        streams.add(stream)
+        while True:
+            header, payload = await stream.receive()
+            await stream.send(header, [payload])
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
+    async with join(NetworkConfig(initial_peers=initial_peers, host="127.0.0.1")) as node:
+        await node.transport.listen(echo)
+        print(node.transport.addresses[0], flush=True)
+        await interrupted.wait()
+        for stream in streams:
+            await stream.send(b"goodbye")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(tuple(sys.argv[1:])))

@@ -1,0 +1,434 @@
+"""The real network, on loopback: real daemons, real processes, real deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pytest
+
+from shoal.errors import BootstrapFailed, SwarmError, UserError
+from shoal.net import NetworkConfig, join
+from shoal.net.identity import Identity
+from shoal.net.transport import ModelInfo, Node, Stream, StreamBroken
+from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, ProtocolViolation
+from shoal.spans import ServerInfo, ServerState, Span
+
+daemons = pytest.importorskip("shoal.net.daemon")
+
+pytestmark = pytest.mark.anyio
+
+MODEL = ModelInfo(key="m" * 32, name="org/tiny", family="llama", num_blocks=8)
+PATIENCE = 30.0
+"""Nothing below takes that long; a test that waits for it has failed."""
+
+
+@asynccontextmanager
+async def swarm(*members: NetworkConfig) -> AsyncIterator[list[Node]]:
+    """One node, and others that join through it; within `PATIENCE`."""
+    async with asyncio.timeout(PATIENCE), AsyncExitStack() as stack:
+        first = await stack.enter_async_context(join(NetworkConfig(host="127.0.0.1")))
+        nodes = [first]
+        for member in members:
+            config = NetworkConfig(
+                initial_peers=first.transport.addresses, host="127.0.0.1", client_mode=member.client_mode
+            )
+            nodes.append(await stack.enter_async_context(join(config)))
+        yield nodes
+
+
+SERVER = NetworkConfig()
+CLIENT = NetworkConfig(client_mode=True)
+
+
+async def echo(stream: Stream) -> None:
+    while True:
+        header, payload = await stream.receive()
+        await stream.send(header, [payload])
+
+
+def info(node: Node, start: int, end: int, state: ServerState = ServerState.ONLINE) -> ServerInfo:
+    return ServerInfo(
+        peer=node.transport.peer,
+        span=Span(start, end),
+        state=state,
+        fingerprint="f",
+        decode_speed=1.0,
+        prefill_speed=2.0,
+        cache_tokens_left=3,
+        dtype="bfloat16",
+        quantization="none",
+        version="1",
+        addresses=node.transport.addresses,
+    )
+
+
+def daemons_of(pid: int) -> list[psutil.Process]:
+    return [child for child in psutil.Process(pid).children(recursive=True) if child.name() == "p2pd"]
+
+
+@dataclass
+class Remote:
+    """A peer in another process."""
+
+    process: asyncio.subprocess.Process
+    address: str
+
+    @property
+    def peer(self) -> str:
+        return self.address.rpartition("/")[2]
+
+
+@asynccontextmanager
+async def remote() -> AsyncIterator[Remote]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.net.peer"), stdout=asyncio.subprocess.PIPE, start_new_session=True
+    )
+    children: list[psutil.Process] = []
+    try:
+        assert process.stdout is not None
+        address = (await process.stdout.readline()).decode().strip()
+        children = daemons_of(process.pid)
+        yield Remote(process, address)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        for child in children:
+            if child.is_running():
+                await asyncio.to_thread(child.wait, PATIENCE)
+
+
+@asynccontextmanager
+async def stranger(victim: Node) -> AsyncIterator[tuple[Any, Identity]]:
+    """A daemon of somebody who follows no protocol, connected to the victim."""
+    identity = Identity.temporary()
+    daemon = await daemons.Daemon.start(identity, daemons.DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",)))
+    try:
+        await daemon.connect(victim.transport.peer, victim.transport.addresses)
+        yield daemon, identity
+    finally:
+        await daemon.stop()
+
+
+@pytest.mark.parametrize("size", [0, 16 * 1024, 8 * 1024 * 1024])
+async def test_frames_come_back_whole_and_the_peer_is_known(size: int) -> None:
+    payload = os.urandom(size)
+    async with swarm(CLIENT) as (server, client):
+        callers = []
+
+        async def handler(stream: Stream) -> None:
+            callers.append(stream.peer)
+            await echo(stream)
+
+        await server.transport.listen(handler)
+        stream = await client.transport.open(server.transport.peer)
+        for _ in range(3):
+            await stream.send(b"header", [payload[:100], memoryview(payload)[100:]])
+            assert await stream.receive() == (b"header", bytearray(payload))
+        assert callers == [client.transport.peer]
+        assert stream.peer == server.transport.peer
+
+
+async def test_a_frame_beyond_the_limits_is_neither_sent_nor_received() -> None:
+    async with swarm() as (server,), stranger(server) as (daemon, _):
+        failures: asyncio.Queue[str] = asyncio.Queue()
+
+        async def handler(stream: Stream) -> None:
+            with pytest.raises(StreamBroken) as broken:
+                await stream.receive()
+            failures.put_nowait(str(broken.value))
+
+        await server.transport.listen(handler)
+        for header, payload in (MAX_HEADER_BYTES + 1, 0), (0, MAX_PAYLOAD_BYTES + 1), (2**32 - 1, 2**64 - 1):
+            _, reader, writer = await daemon.open(server.transport.peer, PROTOCOL)
+            writer.write(header.to_bytes(4, "big") + payload.to_bytes(8, "big"))
+            assert await reader.read() == b""
+            assert "of" in await failures.get()
+            writer.close()
+
+
+async def test_a_frame_too_large_is_refused_by_its_sender() -> None:
+    async with swarm(CLIENT) as (server, client):
+        await server.transport.listen(echo)
+        stream = await client.transport.open(server.transport.peer)
+        with pytest.raises(ProtocolViolation):
+            await stream.send(bytes(MAX_HEADER_BYTES + 1))
+        await stream.send(b"the stream is still good")
+        assert (await stream.receive())[0] == b"the stream is still good"
+
+
+@pytest.mark.parametrize("sent", [b"", b"\0\0", bytes(3) + b"\5" + bytes(8) + b"head", bytes(11) + b"\5" + b"body"])
+async def test_a_frame_that_is_cut_short_is_a_broken_stream(sent: bytes) -> None:
+    async with swarm() as (server,), stranger(server) as (daemon, _):
+        outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def handler(stream: Stream) -> None:
+            try:
+                await stream.receive()
+            except StreamBroken:
+                outcome.set_result("broken")
+
+        await server.transport.listen(handler)
+        _, _, writer = await daemon.open(server.transport.peer, PROTOCOL)
+        writer.write(sent)
+        await writer.drain()
+        writer.close()
+        assert await outcome == "broken"
+
+
+async def test_nobody_is_reached_who_is_not_there_or_does_not_listen() -> None:
+    async with swarm(CLIENT) as (server, client):
+        for peer in server.transport.peer, Identity.temporary().peer, "nonsense":
+            with pytest.raises(StreamBroken):
+                await client.transport.open(peer)
+
+
+async def test_a_peer_is_reached_by_an_address_that_was_only_heard_of() -> None:
+    async with swarm() as (one,), swarm() as (other,):
+        await other.transport.listen(echo)
+        foreign = one.transport.addresses
+        stream = await one.transport.open(other.transport.peer, [*foreign, "nonsense", *other.transport.addresses])
+        await stream.send(b"hello")
+        assert (await stream.receive())[0] == b"hello"
+
+
+async def test_the_death_of_a_process_is_noticed_and_takes_its_daemon_along() -> None:
+    async with asyncio.timeout(PATIENCE), remote() as server:
+        orphans = daemons_of(server.process.pid)
+        assert len(orphans) == 1
+        async with join(NetworkConfig(initial_peers=(server.address,), client_mode=True)) as client:
+            stream = await client.transport.open(server.peer)
+            await stream.send(b"alive?")
+            assert (await stream.receive())[0] == b"alive?"
+            server.process.send_signal(signal.SIGKILL)
+            with pytest.raises(StreamBroken):
+                await stream.receive()
+        await asyncio.to_thread(orphans[0].wait, PATIENCE)
+
+
+async def test_ctrl_c_leaves_the_network_up_for_a_goodbye() -> None:
+    async with asyncio.timeout(PATIENCE), remote() as server:
+        async with join(NetworkConfig(initial_peers=(server.address,), client_mode=True)) as client:
+            stream = await client.transport.open(server.peer)
+            await stream.send(b"alive?")
+            assert (await stream.receive())[0] == b"alive?"
+            os.killpg(server.process.pid, signal.SIGINT)
+            assert (await stream.receive())[0] == b"goodbye"
+        assert await server.process.wait() == 0
+
+
+async def test_what_was_sent_before_a_transport_closes_still_arrives() -> None:
+    async with swarm() as (server,):
+        received: asyncio.Queue[int] = asyncio.Queue()
+
+        async def handler(stream: Stream) -> None:
+            while True:
+                received.put_nowait(len((await stream.receive())[1]))
+
+        await server.transport.listen(handler)
+        async with join(NetworkConfig(initial_peers=server.transport.addresses, client_mode=True)) as client:
+            stream = await client.transport.open(server.transport.peer)
+            for size in range(20):
+                await stream.send(b"", [bytes(size * 1000)])
+        assert [await received.get() for _ in range(20)] == [size * 1000 for size in range(20)]
+
+
+async def test_a_daemon_that_dies_is_started_again_with_the_same_identity_and_port() -> None:
+    async with swarm(SERVER, CLIENT) as (first, server, client):
+        await server.transport.listen(echo)
+        await first.transport.listen(echo)
+        await server.directory.announce(MODEL, info(server, 0, 4), lifetime=60)
+        addresses = server.transport.addresses
+        port = addresses[0].split("/")[4]
+        (daemon,) = (one for one in daemons_of(os.getpid()) if _listens_on(one, int(port)))
+        stream = await client.transport.open(server.transport.peer)
+        daemon.kill()
+        with pytest.raises(StreamBroken):
+            await stream.receive()
+        # Opened by the server itself, this waits until its daemon is back.
+        outgoing = await server.transport.open(first.transport.peer)
+        await outgoing.send(b"there?")
+        assert (await outgoing.receive())[0] == b"there?"
+        assert server.transport.addresses == addresses
+        again = await client.transport.open(server.transport.peer, addresses)
+        await again.send(b"back?")
+        assert (await again.receive())[0] == b"back?"
+        await server.directory.announce(MODEL, info(server, 4, 8), lifetime=60)
+        assert await client.directory.servers(MODEL) == (info(server, 4, 8),)
+
+
+def _listens_on(process: psutil.Process, port: int) -> bool:
+    return any(connection.laddr.port == port for connection in process.net_connections("tcp"))
+
+
+async def test_joining_through_nobody_says_who_was_tried() -> None:
+    dead = f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.temporary().peer}"
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(BootstrapFailed) as failure:
+        async with asyncio.timeout(PATIENCE), join(NetworkConfig(initial_peers=(dead,), client_mode=True)):
+            pass
+    assert dead in str(failure.value)
+    assert failure.value.hint
+    assert set(psutil.Process().children(recursive=True)) <= before
+
+
+async def test_one_initial_peer_that_answers_is_enough() -> None:
+    dead = f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.temporary().peer}"
+    async with swarm() as (first,):
+        await first.directory.announce(MODEL, info(first, 0, 8), lifetime=60)
+        addresses = (dead, *first.transport.addresses)
+        async with join(NetworkConfig(initial_peers=addresses, client_mode=True)) as client:
+            assert await client.directory.servers(MODEL) == (info(first, 0, 8),)
+
+
+async def test_a_peer_outside_of_any_swarm_is_no_way_in() -> None:
+    async with swarm() as (first,), stranger(first) as (daemon, identity):
+        address = f"{(await daemon.addresses())[0]}/p2p/{identity.peer}"
+        with pytest.raises(BootstrapFailed, match="not to a swarm"):
+            async with join(NetworkConfig(initial_peers=(address,), client_mode=True)):
+                pass
+
+
+async def test_a_malformed_address_is_told_before_anything_is_started() -> None:
+    with pytest.raises(UserError) as error:
+        async with join(NetworkConfig(initial_peers=("localhost:31337",))):
+            pass
+    assert "/ip4/" in (error.value.hint or "")
+
+
+async def test_a_port_that_is_taken_is_told() -> None:
+    async with swarm() as (first,):
+        port = int(first.transport.addresses[0].split("/")[4])
+        with pytest.raises(SwarmError) as failure:
+            async with join(NetworkConfig(host="127.0.0.1", port=port)):
+                pass
+        assert "port" in (failure.value.hint or "")
+
+
+async def test_an_identity_that_is_kept_is_the_peer_id(tmp_path: Any) -> None:
+    config = NetworkConfig(host="127.0.0.1", identity=tmp_path / "identity")
+    async with asyncio.timeout(PATIENCE):
+        async with join(config) as node:
+            first = node.transport.peer
+        async with join(config) as node:
+            assert node.transport.peer == first == Identity.at(tmp_path / "identity").peer
+            assert node.transport.addresses[0].endswith(first)
+
+
+async def test_announcements_are_seen_by_all_and_a_goodbye_replaces_them() -> None:
+    async with swarm(SERVER, SERVER, CLIENT) as (first, one, other, client):
+        await one.directory.announce(MODEL, info(one, 0, 5), lifetime=60)
+        await other.directory.announce(MODEL, info(other, 3, 8), lifetime=60)
+        expected = sorted([info(one, 0, 5), info(other, 3, 8)], key=lambda server: server.peer)
+        for node in first, client, one:
+            assert list(await node.directory.servers(MODEL)) == expected
+            assert await node.directory.models() == (MODEL,)
+        await one.directory.announce(MODEL, info(one, 0, 5, ServerState.LEAVING), lifetime=5)
+        await other.directory.announce(MODEL, info(other, 0, 3), lifetime=60)
+        states = {server.peer: (server.state, server.span) for server in await client.directory.servers(MODEL)}
+        assert states == {
+            one.transport.peer: (ServerState.LEAVING, Span(0, 5)),
+            other.transport.peer: (ServerState.ONLINE, Span(0, 3)),
+        }
+
+
+async def test_forged_announcements_are_not_seen_and_hide_nobody() -> None:
+    node_module = pytest.importorskip("hivemind.dht.node")
+    p2p_module = pytest.importorskip("hivemind.p2p")
+    from shoal.net.records import Announcement, block_key, seal
+
+    async with swarm(SERVER, CLIENT) as (first, server, client), stranger(first) as (daemon, mallory):
+        await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
+        p2p = await p2p_module.P2P.replicate(daemon.control)
+        table = await node_module.DHTNode.create(p2p=p2p, initial_peers=[f"/p2p/{first.transport.peer}"])
+        victim = server.transport.peer
+        loud = Announcement.of(MODEL, info(server, 0, 8), expires=_now() + 200).model_copy(
+            update={"peer": mallory.peer}
+        )
+        own = seal(mallory, loud)
+        posing = own.replace(mallory.peer.encode(), victim.encode())
+        digest = node_module.DHTID.generate(block_key(MODEL.key, 0))
+        packed = [table.protocol.serializer.dumps(value) for value in (posing, own, b"", own, own)]
+        subkeys = [victim, victim, victim, None, mallory.peer]
+        for node in first, server:
+            peer = p2p_module.PeerID.from_base58(node.transport.peer)
+            expires = [loud.expires] * len(packed)
+            for in_cache in False, True:
+                kept = await table.protocol.call_store(peer, [digest] * 5, packed, expires, subkeys, in_cache)
+                assert kept == [False, False, False, False, not in_cache]  # of all this, only what is its own
+        seen = {one.peer for one in await client.directory.servers(MODEL)}
+        assert seen == {victim, mallory.peer}
+        assert info(server, 0, 8) in await client.directory.servers(MODEL)
+        await p2p.shutdown()
+
+
+def _now() -> float:
+    import time
+
+    return time.time()
+
+
+async def test_one_peer_opens_so_many_streams_and_no_more() -> None:
+    from shoal.net.libp2p import MAX_STREAMS_PER_PEER
+
+    async with swarm(CLIENT, CLIENT) as (server, greedy, modest):
+        await server.transport.listen(echo)
+        streams = [await greedy.transport.open(server.transport.peer) for _ in range(MAX_STREAMS_PER_PEER)]
+        for stream in streams:
+            await stream.send(b"hello")
+            assert (await stream.receive())[0] == b"hello"
+        surplus = await greedy.transport.open(server.transport.peer)
+        with pytest.raises(StreamBroken):
+            await surplus.receive()
+        other = await modest.transport.open(server.transport.peer)
+        await other.send(b"hello")
+        assert (await other.receive())[0] == b"hello"
+
+
+async def test_a_handler_that_raises_hurts_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    async with swarm(CLIENT) as (server, client):
+
+        async def moody(stream: Stream) -> None:
+            header, _ = await stream.receive()
+            if header == b"fail":
+                raise RuntimeError("a bug")
+            await stream.send(header)
+
+        await server.transport.listen(moody)
+        failing = await client.transport.open(server.transport.peer)
+        await failing.send(b"fail")
+        with pytest.raises(StreamBroken):
+            await failing.receive()
+        assert [record.levelname for record in caplog.records if "a bug" in record.message] == ["WARNING"]
+        stream = await client.transport.open(server.transport.peer)
+        await stream.send(b"fine")
+        assert (await stream.receive())[0] == b"fine"
+
+
+async def test_whoever_sends_faster_than_the_other_receives_waits() -> None:
+    async with swarm(CLIENT) as (server, client):
+        proceed = asyncio.Event()
+        received: asyncio.Queue[int] = asyncio.Queue()
+
+        async def slow(stream: Stream) -> None:
+            await proceed.wait()
+            while True:
+                received.put_nowait(len((await stream.receive())[1]))
+
+        await server.transport.listen(slow)
+        stream = await client.transport.open(server.transport.peer)
+        block = bytes(16 * 1024 * 1024)
+        sending = asyncio.create_task(stream.send(b"", [block] * 8))
+        done, _ = await asyncio.wait([sending], timeout=0.5)
+        assert not done
+        proceed.set()
+        await sending
+        assert await received.get() == 8 * len(block)
