@@ -164,6 +164,44 @@ def test_rows_may_be_dropped_and_repeated(model_type: str) -> None:
         assert_equal(logits, pair.whole(PROMPT).logits[rows, 5:6])
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mamba", "jamba", "qwen3_next"])
+def test_a_padded_prompt_may_come_in_parts(model_type: str) -> None:
+    pair = Pair(model_type)
+    mask = torch.ones_like(PROMPT)
+    mask[1, :2] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    hidden = torch.randn(2, 7, 32)
+
+    def run(sizes: list[int]) -> Tensor:
+        session = pair.blocks.new_session(batch_size=2, max_length=16)
+        parts, end = [], 0
+        for size in sizes:
+            start, end = end, end + size
+            parts.append(
+                pair.blocks(
+                    hidden[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, start:end],
+                    past_key_values=HeadCache(session),
+                )
+            )
+        return torch.cat(parts, dim=1)
+
+    real = mask.bool()
+    assert_equal(run([3, 1, 3])[real], run([7])[real])
+
+
+def test_a_mask_of_another_length_is_refused(pair: Pair) -> None:
+    (body, _) = pair.blocks.hops[0]
+    with pytest.raises(ValueError, match="a mask of 3 tokens, where there are 4"):
+        body(torch.randn(1, 4, 32), attention_mask=torch.ones(1, 3))
+
+
+def test_what_stays_on_the_servers_cannot_be_asked_for(pair: Pair) -> None:
+    with pytest.raises(UnsupportedOperation):
+        pair.cut(PROMPT, output_hidden_states=True)
+
+
 def test_several_threads_may_use_one_model(pair: Pair) -> None:
     prompts = [(PROMPT + shift) % 90 + 3 for shift in range(8)]
     with torch.no_grad():

@@ -89,7 +89,8 @@ checkpoint, and loads from it plain Transformers on one side, a head and three b
 up to the rounding of float32:
 
 - the logits of a forward pass;
-- the logits of a prompt and then of single tokens, with caches;
+- the logits of a prompt and then of single tokens, with caches, two sessions taking turns;
+- the logits of a prompt that comes in two parts;
 - greedy generation from prompts of different lengths, padded on the left: the tokens, and the logits of every step;
 - beam search: the tokens and the scores;
 - the gradients of the input embeddings.
@@ -102,7 +103,8 @@ has slid; a session of such a model is rebuilt from its inputs instead, when ass
 {table}
 
 Not certified: models whose layers share state with each other, so that a span is not a function of its input alone
-(`gemma3n`, `gemma4`, `glm_moe_dsa`, `zamba`, `zamba2`, `inkling2`), whose hidden states are several streams
-(`deepseek_v4`, `hy_v4`, `qwen4_exp`), that keep their state in caches of their own (`minimax`, `rwkv`, `xlstm`,
-`recurrent_gemma`), and encoder-decoders.
+(`gemma3n`, `gemma4`, `glm_moe_dsa`, `zamba`, `zamba2`, `inkling2`); whose hidden states are several streams
+(`deepseek_v4`, `hy_v4`, `qwen4_exp`); that keep their state in modules or in caches of their own (`recurrent_gemma`,
+`minimax`, `rwkv`, `xlstm`); whose logits in Transformers 5.23 depend on how the tokens were split into calls, so that a
+session could not be rebuilt (`bamba`, and `moshi` beyond its window); and encoder-decoders.
 """

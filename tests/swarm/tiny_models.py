@@ -63,6 +63,8 @@ SIZES: Mapping[str, Any] = {
 }
 
 LATENT = {"num_key_value_heads": 4}  # latent attention has as many key heads as query heads
+# So many heads that no two keys have the same score by chance: who wins a draw depends on how many keys there are.
+INDEXED = {**LATENT, "index_topk": 4, "index_n_heads": 16, "index_head_dim": 16}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.7,
@@ -77,13 +79,12 @@ CONVOLUTION_AND_FULL = ["conv", "full_attention", "conv", "conv", "full_attentio
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "afmoe": {"num_dense_layers": 1},
     "axk1": LATENT,
-    "axk2": {**LATENT, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
+    "axk2": INDEXED,
     "bailing_hybrid": LATENT,
-    "bamba": {**MAMBA2, "attn_layer_indices": [1, 4]},
     "codegen": {"rotary_dim": 4},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
-    "deepseek_v32": {**LATENT, "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16},
+    "deepseek_v32": INDEXED,
     "ernie4_5_moe": {"moe_layer_start_index": 1, "moe_layer_end_index": 3},
     "falcon": {"multi_query": False},
     "falcon_h1": {**MAMBA2, "embedding_multiplier": 3.0, "lm_head_multiplier": 0.5, "key_multiplier": 0.7},
@@ -106,7 +107,6 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "llama4_text": {"attention_chunk_size": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48},
     "mamba2": {"num_heads": 8, "n_groups": 2, "chunk_size": 4},
     "minicpm3": LATENT,
-    "moshi": {"ffn_dim": 48},
     "mpt": {"max_seq_len": 64},
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"],

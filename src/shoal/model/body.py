@@ -51,34 +51,54 @@ class Body(nn.Module):
         """Run the blocks of `span` (all of them by default) on hidden states; returns hidden states `[B, T, D]`.
 
         `attention_mask` `[B, S]` is 0 where a token is padding; `None` means that none is. `position_ids` `[B, T]`
-        count on from the cache by default. What `cache` holds is attended to, and the new tokens are added to it.
+        count on from the cache by default. What `cache` holds is attended to, and the new tokens are added to it;
+        with a cache nothing is differentiable.
         """
         span = span or self.span
-        if cache is not None and cache.span != span:
-            raise ValueError(f"the cache of blocks {cache.span} cannot serve blocks {span}")
+        if span not in self.span or (cache is not None and cache.span != span):
+            raise ValueError(f"blocks {span}: not of this body ({self.span}), or not those of the cache")
+        num_tokens = hidden_BTD.shape[1]
+        num_seen = num_tokens if cache is None else cache.num_tokens + num_tokens
+        if attention_mask is not None and attention_mask.shape[1] != num_seen:
+            raise ValueError(f"a mask of {attention_mask.shape[1]} tokens, where there are {num_seen}")
+        if cache is None:
+            return self._compute(hidden_BTD, span, attention_mask, position_ids, None)
+        step = 1 if self.family.step_by_step and cache.num_tokens > 0 else num_tokens
+        outputs = []
+        with torch.no_grad():
+            for start in range(0, num_tokens, step):
+                new = slice(start, start + step)
+                mask = None if attention_mask is None else attention_mask[:, : cache.num_tokens + step]
+                positions = None if position_ids is None else position_ids[..., new]
+                outputs.append(self._compute(hidden_BTD[:, new], span, mask, positions, cache))
+                cache.advance(step)
+        return torch.cat(outputs, dim=1)
+
+    def _compute(
+        self,
+        hidden_BTD: Tensor,
+        span: Span,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: BodyCache | None,
+    ) -> Tensor:
         outputs: list[Tensor] = []
         layers = [self.block(block) for block in span]
         layers[0] = entered_with(layers[0], hidden_BTD)
         layers[-1] = left_through(layers[-1], outputs.append)
         view = view_of(self.backbone, self.family.layers_name, [*self._stand_ins[: span.start], *layers])
-        view(**self._arguments(hidden_BTD, attention_mask, position_ids, cache))
-        if cache is not None:
-            cache.advance(hidden_BTD.shape[1])
-        return outputs[0]
-
-    def _arguments(
-        self, hidden_BTD: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: BodyCache | None
-    ) -> dict[str, Any]:
-        arguments: dict[str, Any] = {
-            "inputs_embeds": hidden_BTD,
-            "attention_mask": attention_mask,
-            "use_cache": cache is not None,
-        }
-        if position_ids is not None and "position_ids" in self._parameters_of_forward:
+        accepted = self._parameters_of_forward
+        arguments: dict[str, Any] = {"inputs_embeds": hidden_BTD, "use_cache": cache is not None}
+        if position_ids is not None and "position_ids" in accepted:
             arguments["position_ids"] = position_ids
-        name = "cache_params" if "cache_params" in self._parameters_of_forward else "past_key_values"
-        arguments[name] = None if cache is None else cache.state
-        return arguments
+        state = None if cache is None else cache.state
+        if "cache_params" in accepted:
+            # purely recurrent: the past is in the state, and the mask is of the new tokens alone
+            mask = None if attention_mask is None else attention_mask[:, -hidden_BTD.shape[1] :]
+            view(**arguments, attention_mask=mask, cache_params=state)
+        else:
+            view(**arguments, attention_mask=attention_mask, past_key_values=state)
+        return outputs[0]
 
     def new_cache(self, span: Span | None = None) -> BodyCache:
         """An empty cache for one session that uses the blocks of `span`."""

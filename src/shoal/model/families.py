@@ -20,20 +20,23 @@ from shoal.errors import UnsupportedModel
 
 # Families whose layers return a tuple, hidden states first: what stands in for such a layer must return one too.
 LAYERS_RETURN_TUPLE = frozenset(
-    {"bamba", "bloom", "codegen", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"}
+    {"bloom", "codegen", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"}
 )
+
+# Families that forget their recurrent state when several new tokens come at once: a body gives them one by one.
+STEP_BY_STEP = frozenset({"falcon_mamba", "jamba", "mamba"})
 
 # Families that pass every check of the parity suite; docs/models.md says what was checked.
 CERTIFIED = frozenset(
     """
-    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba beam biogpt bitnet bloom codegen cohere cohere2
+    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid beam biogpt bitnet bloom codegen cohere cohere2
     cohere2_moe cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4
     exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe
     glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
     granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
     hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe
     lfm3 llama llama4_text mamba mamba2 mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral
-    ministral3 mistral mixtral modernbert-decoder moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3
+    ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron nemotron_h olmo olmo2 olmo3
     olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
     qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu
     """.split()  # noqa: SIM905
@@ -54,6 +57,10 @@ class Family:
     @property
     def layers_return_tuple(self) -> bool:
         return self.model_type in LAYERS_RETURN_TUPLE
+
+    @property
+    def step_by_step(self) -> bool:
+        return self.model_type in STEP_BY_STEP
 
     def block_of(self, name: str) -> int | None:
         """The number of the block that a checkpoint's tensor belongs to; `None` if it is the client's.

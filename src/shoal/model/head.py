@@ -155,9 +155,13 @@ class _HeadBackbone:
             kwargs["use_cache"] = False  # a cache is a session, which somebody has to open
         elif not isinstance(cache, HeadCache):
             raise UnsupportedOperation(f"the blocks are elsewhere: {type(cache).__name__} cannot hold their state")
+        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+            raise UnsupportedOperation("what is inside the blocks stays on the servers: ask for their output only")
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise UnsupportedOperation("only attention masks of shape [batch, tokens] can be sent to servers")
+        if cache is not None and mask is not None and mask.all():
+            mask = None  # `generate` always gives one; what says nothing need not travel
         layer = _BlocksCall(
             self._first_layer[0],
             returns_tuple=self.config.model_type in LAYERS_RETURN_TUPLE,
