@@ -1,0 +1,100 @@
+"""Our frames on one raw stream of the libp2p daemon.
+
+The daemon's protobuf streams truncate silently and its unary calls stop at 4 MiB, so each of our streams is one raw
+stream. A crash, a reset and a close all look like the end of the file there: what matters is said in band, as `Close`.
+"""
+
+from __future__ import annotations
+
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Callable, Sequence
+
+from shoal.net.frames import PREFIX_BYTES, pack_prefix, payload_bytes, unpack_prefix
+from shoal.net.transport import Buffer, StreamBroken
+from shoal.protocol import ProtocolViolation
+
+CHUNK_BYTES = 256 * 1024
+
+
+class Libp2pStream:
+    """One raw stream. A cancelled `receive` loses nothing; after a cancelled `send` the stream is broken.
+
+    `address` is where the peer was reached, if we opened the stream; with `/p2p-circuit` in it, a relay carries it.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        reader: StreamReader,
+        writer: StreamWriter,
+        *,
+        address: str | None = None,
+        on_close: Callable[[Libp2pStream], None] | None = None,
+    ) -> None:
+        self._peer = peer
+        self.address = address
+        self._on_close = on_close
+        self._reader = reader
+        self._writer = writer
+        self._intact = True
+        self._lengths: tuple[int, int] | None = None
+        self._header: bytes | None = None
+        self._payload = bytearray()
+        # `drain` returns when the socket has taken everything: no second queue behind the daemon's, and the caller's
+        # buffers are free again.
+        writer.transport.set_write_buffer_limits(high=0)
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
+        size = payload_bytes(payload)
+        prefix = pack_prefix(len(header), size)
+        if not self._intact:
+            raise StreamBroken(f"the stream to {self._peer} has ended")
+        self._intact = False
+        try:
+            if size <= CHUNK_BYTES:
+                await self._write(b"".join((prefix, header, *payload)))
+            else:
+                await self._write(prefix + header)
+                for buffer in payload:
+                    view = memoryview(buffer).cast("B")
+                    for start in range(0, len(view), CHUNK_BYTES):
+                        await self._write(view[start : start + CHUNK_BYTES])
+        except OSError as failure:
+            raise StreamBroken(f"the stream to {self._peer} broke: {failure}") from None
+        self._intact = True
+
+    async def receive(self) -> tuple[bytes, bytearray]:
+        try:
+            if self._lengths is None:
+                self._lengths = unpack_prefix(await self._reader.readexactly(PREFIX_BYTES))
+            header_size, payload_size = self._lengths
+            if self._header is None:
+                self._header = await self._reader.readexactly(header_size)
+            # It grows with what arrives, so that a promise of 256 MiB costs nothing; large blocks grow in place.
+            while missing := payload_size - len(self._payload):
+                chunk = await self._reader.read(min(missing, CHUNK_BYTES))
+                if not chunk:
+                    raise EOFError("in the middle of a frame")
+                self._payload += chunk
+        except ProtocolViolation as violation:
+            await self.close()
+            raise StreamBroken(f"{self._peer} sent {violation}") from None
+        except (OSError, EOFError) as failure:
+            raise StreamBroken(f"the stream from {self._peer} ended: {failure}") from None
+        frame = self._header, self._payload
+        self._lengths, self._header, self._payload = None, None, bytearray()
+        return frame
+
+    async def close(self) -> None:
+        self._intact = False
+        self._writer.close()
+        if self._on_close is not None:
+            self._on_close(self)
+
+    async def _write(self, data: Buffer) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
