@@ -18,6 +18,7 @@ from shoal.client.session import Session
 from shoal.errors import UnsupportedOperation, UserError
 from shoal.model.head import HeadCache
 from shoal.protocol import MAX_BATCH, MAX_LENGTH
+from shoal.routing.route import Hop
 from shoal.spans import Span
 
 
@@ -107,7 +108,12 @@ class InferenceSession:
     @property
     def servers(self) -> tuple[str, ...]:
         """The peers that hold it at present, in the order of their blocks."""
-        return tuple(hop.server.peer for hop in self._session.hops)
+        return tuple(hop.server.peer for hop in self.hops)
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """The same with what each of them announces, and the blocks that it computes here."""
+        return self._session.hops
 
     def step(
         self,

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import psutil
 import torch
@@ -31,6 +32,14 @@ VERSION = importlib.metadata.version("shoal")
 MOST_CACHE_TOKENS = 1 << 20
 
 
+class Phase(StrEnum):
+    """What a server does before it serves, in this order; the values are for people."""
+
+    OPENING = "Looking at the model"
+    FINGERPRINTING = "Fingerprinting the weights"
+    LOADING = "Loading the blocks and measuring their speed"
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server: what it announces, and the means to see how it is doing."""
@@ -41,19 +50,23 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serve(config: ServerConfig, node: Node) -> AsyncIterator[Server]:
-    """Run a server until the context is left; then it tells the swarm and stops.
+async def serve(
+    config: ServerConfig, node: Node, *, report: Callable[[Phase], None] = lambda phase: None
+) -> AsyncIterator[Server]:
+    """Run a server until the context is left; then it tells the swarm and stops. `report` hears what it is doing.
 
     Raises `UserError`s (`CheckpointError`, `UnsupportedModel`) for what cannot be served.
     """
     executor = Executor()
     try:
+        report(Phase.OPENING)
         checkpoint = await executor.run(Priority.PREFILL, lambda: open_checkpoint(config))
         model = model_info(checkpoint)
         view = SwarmView(model.num_blocks, await node.directory.servers(model))
-        device = torch.device(config.device)
+        device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, checkpoint)
         span = choose_blocks(config, checkpoint, view, device)
+        report(Phase.FINGERPRINTING)
         info = ServerInfo(
             peer=node.transport.peer,
             span=span,
@@ -70,7 +83,12 @@ async def serve(config: ServerConfig, node: Node) -> AsyncIterator[Server]:
         )
         lifetime = 3 * config.announce_seconds
         await node.directory.announce(model, info, lifetime=lifetime)
-        body, speeds = await executor.run(Priority.PREFILL, lambda: load(checkpoint, span, dtype, device))
+        report(Phase.LOADING)
+        try:
+            body, speeds = await executor.run(Priority.PREFILL, lambda: load(checkpoint, span, dtype, device))
+        except BaseException:  # nobody shall count on blocks that will never come
+            await node.directory.announce(model, replace(info, state=ServerState.LEAVING), lifetime=lifetime + 1)
+            raise
         engine = Engine(
             body,
             executor,
@@ -153,6 +171,18 @@ def choose_blocks(config: ServerConfig, checkpoint: Checkpoint, view: SwarmView,
     span = choose_span(view.throughput(), num_blocks=num_blocks)
     log.info("serving blocks %s of %d: %.1f GiB are free", span, checkpoint.num_blocks, memory / 2**30)
     return span
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that was asked for. Raises `UserError` if this machine, or its PyTorch, has none."""
+    device = torch.device(name)
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not usable.get(device.type, False):
+        raise UserError(
+            f"PyTorch {torch.__version__} finds no device {name!r} here",
+            hint="use --device cpu, or install a PyTorch and a driver that know it",
+        )
+    return device
 
 
 def choose_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:

@@ -1,0 +1,142 @@
+"""`shoal chat`: a conversation in one session, so that only what is new is computed."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.text import Text
+
+from shoal.cli import options
+from shoal.cli.console import print_error, start_logging, stderr
+from shoal.cli.generate import connected, pad_token_of, print_now, seed_everything, streamer
+from shoal.errors import ShoalError
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoal.client import InferenceSession
+
+SYSTEM = "system"
+
+
+def command(
+    model: options.Model,
+    initial_peers: options.InitialPeers = None,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    system: Annotated[str, typer.Option(help="What the model is told before the conversation.")] = "",
+    max_length: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Tokens of the whole conversation. Default: up to 2048.")
+    ] = None,
+    dtype: options.ClientDType = options.DType.auto,
+    revision: options.Revision = None,
+    allow_uncertified: options.AllowUncertified = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Talk with a model.
+
+    Ctrl-C stops an answer, Ctrl-D leaves, /new begins anew. A model without a chat template goes on with what you
+    write, as if it had written it itself.
+    """
+    start_logging(verbose=verbose)
+    peers = options.swarm_peers(initial_peers)
+    chosen = options.sampling(temperature, top_p, top_k, seed)
+    with connected(model, peers, revision=revision, dtype=dtype, allow_uncertified=allow_uncertified) as client:
+        llm, tokenizer = client
+        seed_everything(seed)
+        chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
+        stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new begins anew", style="dim"))
+        while True:
+            conversation = Conversation(tokenizer, system)
+            with llm.inference_session(max_length=max_length) as session:
+                if not _converse(llm, conversation, session, chosen):
+                    return
+
+
+def _converse(llm: Any, conversation: Conversation, session: InferenceSession, chosen: dict[str, Any]) -> bool:
+    """Question and answer, until somebody leaves; returns whether another conversation shall follow."""
+    while (line := _read_line()) is not None:
+        if line.strip() == "/new":
+            return True
+        if not line.strip():
+            continue
+        ids = conversation.ask(line)
+        printer = streamer(conversation.tokenizer)
+        try:
+            go_back(session, ids)
+            llm.generate(ids, session=session, streamer=printer, **chosen)
+        except KeyboardInterrupt:
+            conversation.answered(printer.text)
+            print_now(" …")
+        except ShoalError as error:
+            conversation.take_back()
+            print_now("\n" if printer.text else "")
+            print_error(str(error), error.hint)
+            continue
+        else:
+            conversation.answered(printer.text)
+        print_now("\n")
+    return False
+
+
+class Conversation:
+    """What was said, and how it reads as tokens: by the tokenizer's chat template, or simply one after the other."""
+
+    def __init__(self, tokenizer: Any, system: str = "") -> None:
+        self.tokenizer = tokenizer
+        self.messages = [{"role": SYSTEM, "content": system}] if system else []
+
+    def ask(self, text: str) -> torch.Tensor:
+        """Add what the user says; returns all tokens so far, [1, S], up to where the answer begins."""
+        self.messages.append({"role": "user", "content": text})
+        if self.tokenizer.chat_template is None:
+            said = " ".join(message["content"].strip() for message in self.messages)
+            inputs = self.tokenizer(said, return_tensors="pt")
+            return cast("torch.Tensor", inputs["input_ids"])
+        inputs = self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return cast("torch.Tensor", inputs["input_ids"])
+
+    def answered(self, text: str) -> None:
+        """Add what the model said."""
+        self.messages.append({"role": "assistant", "content": text})
+
+    def take_back(self) -> None:
+        """Forget a question that was not answered."""
+        self.messages.pop()
+
+
+def go_back(session: InferenceSession, ids: torch.Tensor) -> None:
+    """Take a session back to where it and these tokens part: an interrupted answer, or one that is quoted otherwise."""
+    past = session.output_ids
+    num_common = 0
+    if past is not None:
+        length = min(past.shape[1], ids.shape[1])
+        differs = (past[:, :length] != ids[:, :length]).any(dim=0).nonzero()
+        num_common = int(differs[0]) if len(differs) else length
+        session.output_ids = past[:, :num_common] if num_common else None
+        session.attention_mask = session.attention_mask[:, :num_common] if session.attention_mask is not None else None
+    session.crop(min(session.num_tokens, num_common))
+
+
+def _read_line() -> str | None:
+    """What the user writes next; None at the end."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.removesuffix("\n") if line else None
+    import readline  # noqa: F401 - input() has a history and editing with it
+
+    while True:
+        try:
+            return input("\n> ")
+        except KeyboardInterrupt:
+            print_now("\n")
+        except EOFError:
+            print_now("\n")
+            return None

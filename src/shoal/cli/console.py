@@ -1,0 +1,110 @@
+"""The terminal: results on stdout; progress, logs and errors on stderr; plain text where nobody looks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from shoal.errors import UserError
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class WrongUsage(UserError):
+    """The command line itself is wrong: exit status 2."""
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """`error: ...` and, under it, `hint: ...`, one line each however long they are."""
+    stderr.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+    if hint:
+        stderr.print(Text.assemble(("hint: ", "bold cyan"), " ".join(hint.split())), soft_wrap=True)
+
+
+def start_logging(*, verbose: bool, default: str = "error") -> None:
+    """Show shoal's own log from the level on that --verbose or $SHOAL_LOG ask for, and nobody else's."""
+    name = "debug" if verbose else os.environ.get("SHOAL_LOG", "").lower() or default
+    if name not in LEVELS:
+        raise WrongUsage(f"SHOAL_LOG is {name!r}", hint=f"set it to one of {', '.join(LEVELS)}")
+    handler: logging.Handler
+    if stderr.is_terminal:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=stderr, show_path=False, omit_repeated_times=False)
+        handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("shoal")
+    logger.handlers = [handler]
+    logger.setLevel(LEVELS[name])
+    logger.propagate = False
+    _hush()
+
+
+def is_debugging() -> bool:
+    """Whether all details are wanted."""
+    return logging.getLogger("shoal").isEnabledFor(logging.DEBUG)
+
+
+def _hush() -> None:
+    """Keep the libraries beneath, which are not imported yet, from writing to the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not is_debugging():
+        warnings.simplefilter("ignore")
+    # Whatever has no handler of its own ends at the root: let that be a silent one.
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def hush_transformers() -> None:
+    """Transformers' progress bars too; this imports it."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+class Wait:
+    """Names what is awaited, with a spinner and the time that it has taken; invisible where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=stderr, transient=True
+        )
+        self._task = self._progress.add_task("")
+
+    def for_(self, what: str, *, spin: bool = True) -> None:
+        """From now on, wait for this. Without `spin`, what is awaited draws a progress bar of its own."""
+        if not stderr.is_terminal:
+            return
+        self._progress.update(self._task, description=what)
+        if spin:
+            self._progress.start()
+        else:
+            self._progress.stop()
+            stderr.print(Text(what, style="dim"))
+
+    def stop(self) -> None:
+        self._progress.stop()
+
+
+@contextlib.contextmanager
+def waiting(what: str, *, spin: bool = True) -> Iterator[Wait]:
+    """Show what is awaited until the context is left; `wait.for_(...)` names something else."""
+    wait = Wait()
+    wait.for_(what, spin=spin)
+    try:
+        yield wait
+    finally:
+        wait.stop()

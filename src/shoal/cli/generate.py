@@ -1,0 +1,165 @@
+"""`shoal generate`: one prompt, one answer, streamed as it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from shoal.cli import options
+from shoal.cli.console import hush_transformers, start_logging, stderr, stdout, waiting
+from shoal.errors import UserError
+
+if TYPE_CHECKING:
+    from shoal.client import InferenceSession
+
+
+def command(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to go on from; - reads it from stdin.")],
+    initial_peers: options.InitialPeers = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with so many beams.")] = 1,
+    dtype: options.ClientDType = options.DType.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, at the end.")] = False,
+    revision: options.Revision = None,
+    allow_uncertified: options.AllowUncertified = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Continue a prompt, and stream the text to stdout.
+
+    The likeliest token is taken each time, unless a --temperature is given.
+    """
+    start_logging(verbose=verbose)
+    peers = options.swarm_peers(initial_peers)
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    chosen = options.sampling(temperature, top_p, top_k, seed, num_beams)
+
+    with connected(model, peers, revision=revision, dtype=dtype, allow_uncertified=allow_uncertified) as client:
+        llm, tokenizer = client
+        inputs = tokenizer(prompt, return_tensors="pt")
+        num_prompt = inputs.input_ids.shape[1]
+        if not num_prompt:
+            raise UserError("the prompt is empty", hint="say something, even if it is only the tokenizer's first token")
+        streams = num_beams == 1 and not as_json
+        seed_everything(seed)
+        session: InferenceSession
+        with llm.inference_session(max_length=num_prompt + max_new_tokens) as session:
+            wait = waiting("Generating") if not streams else contextlib.nullcontext()
+            started = time.perf_counter()
+            with wait:
+                ids = llm.generate(
+                    **inputs,
+                    **chosen,
+                    max_new_tokens=max_new_tokens,
+                    session=session,
+                    streamer=streamer(tokenizer, prompt if stdout.is_terminal else "") if streams else None,
+                    pad_token_id=pad_token_of(tokenizer),
+                )
+            seconds = time.perf_counter() - started
+            servers = [
+                {"peer": hop.server.peer, "name": hop.server.name, "blocks": str(hop.span)} for hop in session.hops
+            ]
+        num_tokens = ids.shape[1] - num_prompt
+        text = tokenizer.decode(ids[0, num_prompt:], skip_special_tokens=True)
+    if as_json:
+        answer = {
+            "prompt": prompt,
+            "text": text,
+            "tokens": ids[0, num_prompt:].tolist(),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(num_tokens / seconds, 2),
+            "servers": servers,
+        }
+        print(json.dumps(answer, ensure_ascii=False))
+        return
+    print_now("\n" if streams else f"{text}\n")
+    way = ", ".join(f"{server['name'] or server['peer'][-6:]} {server['blocks']}" for server in servers)
+    stderr.print(
+        f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.1f} tokens/s, through {way}", style="dim"
+    )
+
+
+@contextlib.contextmanager
+def connected(
+    model: str, peers: tuple[str, ...], *, revision: str | None, dtype: options.DType, allow_uncertified: bool
+) -> Iterator[tuple[Any, Any]]:
+    """The model in the swarm, and its tokenizer; leaves the swarm with the context."""
+    with waiting("Importing PyTorch and Transformers") as wait:
+        from shoal.client import AutoDistributedModelForCausalLM
+
+        hush_transformers()
+        wait.for_("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
+        llm = AutoDistributedModelForCausalLM.from_pretrained(
+            model, initial_peers=peers, revision=revision, dtype=dtype.value, allow_uncertified=allow_uncertified
+        )
+    try:
+        yield llm, load_tokenizer(model, revision)
+    finally:
+        llm.close()
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> Any:
+    """The model's tokenizer. Raises `UserError`."""
+    from transformers import AutoTokenizer
+
+    folder = Path(model).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(folder if folder.is_dir() else model, revision=revision or "main")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{model} has no tokenizer that can be read: {reason}",
+            hint="the folder must hold tokenizer.json, or another tokenizer that Transformers knows",
+        ) from error
+
+
+def streamer(tokenizer: Any, prompt: str = "") -> Any:
+    """Prints what is generated as soon as its words are complete, behind the prompt; `text` is what was printed."""
+    from transformers import TextStreamer
+
+    class Printer(TextStreamer):  # type: ignore[misc]
+        text = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if prompt and not self.text:
+                print_now(prompt, style="dim")
+            self.text += text
+            print_now(text)
+
+    return Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def print_now(text: str, style: str = "") -> None:
+    """Exactly this text, at once."""
+    if style and stdout.is_terminal:
+        stdout.print(Text(text, style=style), end="", soft_wrap=True)
+    else:
+        sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def pad_token_of(tokenizer: Any) -> int:
+    """What Transformers pads with; if it had to choose, it would say so at every call."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if found is None else int(found)
+
+
+def seed_everything(seed: int | None) -> None:
+    """Make sampling repeatable."""
+    if seed is not None:
+        import torch
+
+        torch.manual_seed(seed)

@@ -1,0 +1,118 @@
+"""Options that several commands have, so that they are called the same and mean the same everywhere."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoal.cli.console import WrongUsage
+
+INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
+_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face hub.")]
+InitialPeers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--initial-peers",
+        metavar="ADDRESS...",
+        help=f"Peers to join by, as [b]shoal serve[/b] prints them. Default: ${INITIAL_PEERS}.",
+    ),
+]
+Host = Annotated[str, typer.Option(help="The address to listen on; 127.0.0.1 is this machine only.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="The TCP port to listen on; 0 lets the system choose.")]
+IdentityFile = Annotated[
+    Path | None,
+    typer.Option("--identity", metavar="PATH", help="The key that is the peer id. Default: one kept for this machine."),
+]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ADDRESS", help="Where others reach this machine, if not at its own addresses."),
+]
+Relay = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ADDRESS", help="A peer that carries our streams when nobody can dial us. Give three."),
+]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the model on the hub.")]
+AllowUncertified = Annotated[
+    bool, typer.Option("--allow-uncertified", help="Also models of families that were never checked to work.")
+]
+
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0.0, help="Sample, the more freely the higher; 1 is the model's own distribution.")
+]
+TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this share.")]
+TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many of the likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed samples the same text.")]
+ClientDType = Annotated[DType, typer.Option("--dtype", help="What to compute in here, and to send to servers.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log everything to stderr. SHOAL_LOG=debug does it too.")
+]
+
+
+def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
+    """The peers that were named here or in the environment; none if nobody named any."""
+    named = initial_peers or [os.environ.get(INITIAL_PEERS, "")]
+    return tuple(" ".join(named).replace(",", " ").split())
+
+
+def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
+    """The same, where there must be some."""
+    peers = peers_of(initial_peers)
+    if not peers:
+        raise WrongUsage(
+            "which swarm? No --initial-peers are given",
+            hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
+        )
+    return peers
+
+
+def sampling(
+    temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None, num_beams: int = 1
+) -> dict[str, Any]:
+    """What `generate()` is told about choosing tokens: greedy, unless one of the options asks for chance."""
+    if not temperature and temperature is not None and (top_p is not None or top_k is not None):
+        raise WrongUsage("a temperature of 0 leaves nothing to --top-p and --top-k", hint="leave --temperature out")
+    is_random = bool(temperature) or (temperature is None and (top_p is not None or top_k is not None))
+    if seed is not None and not is_random:
+        raise WrongUsage("--seed without chance changes nothing", hint="add --temperature 0.8")
+    chosen: dict[str, Any] = {"do_sample": is_random, "num_beams": num_beams}
+    if is_random:
+        chosen |= {"temperature": temperature or 1.0, "top_p": top_p, "top_k": top_k or 0}
+    return {option: value for option, value in chosen.items() if value is not None}
+
+
+def spread_peers(arguments: Sequence[str]) -> list[str]:
+    """Allow `--initial-peers A B C` for `--initial-peers A --initial-peers B --initial-peers C`."""
+    spread: list[str] = []
+    inside = False
+    for index, argument in enumerate(arguments):
+        previous = arguments[index - 1] if index else ""
+        if inside and previous != "--initial-peers" and _ADDRESS.match(argument):
+            spread.append("--initial-peers")
+        elif previous != "--initial-peers":
+            inside = argument.startswith("--initial-peers")
+        spread.append(argument)
+    return spread

@@ -1,0 +1,157 @@
+"""`shoal serve`: hold some blocks of a model for everybody in the swarm, until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.cli import options
+from shoal.cli.console import WrongUsage, hush_transformers, start_logging, waiting
+from shoal.cli.identity import identity_file
+from shoal.cli.lifetime import end_with_parent, run_until_signalled
+from shoal.spans import Span
+
+if TYPE_CHECKING:
+    from shoal.net import NetworkConfig
+    from shoal.server.config import ServerConfig
+    from shoal.server.server import Server
+
+EXAMPLE_PROMPT = "Once upon a time"
+
+
+def command(
+    model: options.Model,
+    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a swarm.")] = False,
+    initial_peers: options.InitialPeers = None,
+    blocks: Annotated[
+        str | None, typer.Option(metavar="0:8", help="These blocks. Default: those that help the swarm most.")
+    ] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="So many blocks. Default: as many as fit into memory.")
+    ] = None,
+    device: options.Device = options.Device.cpu,
+    dtype: Annotated[options.DType, typer.Option(help="What to compute in; auto is the checkpoint's own.")] = (
+        options.DType.auto
+    ),
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Room for so many tokens of all sessions together.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What people shall call this server.")] = "",
+    host: options.Host = "0.0.0.0",  # noqa: S104
+    port: options.Port = 0,
+    identity: options.IdentityFile = None,
+    announce: options.Announce = None,
+    relay: options.Relay = None,
+    revision: options.Revision = None,
+    allow_uncertified: options.AllowUncertified = False,
+    exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Serve some blocks of a model to the swarm, until Ctrl-C.
+
+    Start a swarm with --new-swarm. The address that it prints lets other machines join, with --initial-peers.
+    """
+    start_logging(verbose=verbose, default="warning")
+    if exit_with_stdin:
+        end_with_parent()
+    if new_swarm and initial_peers:
+        raise WrongUsage(
+            "--new-swarm and --initial-peers exclude each other", hint="start a swarm, or join one: which of them?"
+        )
+    peers = () if new_swarm else options.peers_of(initial_peers)
+    if not new_swarm and not peers:
+        raise WrongUsage(
+            "neither --new-swarm nor --initial-peers is given",
+            hint=f"start a swarm with --new-swarm, or name a peer of one (also in {options.INITIAL_PEERS})",
+        )
+    if blocks is not None and num_blocks is not None:
+        raise WrongUsage("--blocks and --num-blocks exclude each other", hint="--blocks 0:8 says which and how many")
+    span = _parse_span(blocks)
+
+    with waiting("Importing PyTorch and Transformers"):
+        from shoal.net import NetworkConfig
+        from shoal.server.config import ServerConfig
+        from shoal.server.server import serve  # noqa: F401 - slow, so it is named while it is awaited
+
+        hush_transformers()
+    with identity_file(identity, kind="serve") as path:
+        network = NetworkConfig(
+            initial_peers=peers,
+            identity=path,
+            host=host,
+            port=port,
+            announce=tuple(announce or ()),
+            relays=tuple(relay or ()),
+        )
+        config = ServerConfig(
+            model=model,
+            revision=revision,
+            blocks=span,
+            num_blocks=num_blocks,
+            device=device.value,
+            dtype=dtype.value,
+            cache_tokens=cache_tokens,
+            name=name,
+            allow_uncertified=allow_uncertified,
+        )
+        run_until_signalled(_serve(config, network))
+
+
+async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
+    from shoal.net import join
+    from shoal.server.server import Phase, serve
+
+    def show(phase: Phase) -> None:
+        # These two draw progress bars of their own: hashing, and downloading.
+        is_local = Path(config.model).expanduser().is_dir()
+        wait.for_(phase, spin=phase is not Phase.FINGERPRINTING and (is_local or phase is not Phase.LOADING))
+
+    with waiting("Joining the swarm" if network.initial_peers else "Starting the network") as wait:
+        async with join(network) as node, serve(config, node, report=show) as server:
+            wait.stop()
+            print(describe(server, config), flush=True)
+            await asyncio.Event().wait()
+
+
+def describe(server: Server, config: ServerConfig) -> str:
+    """What a server says when it is ready: a line for each fact, and the commands with which others go on."""
+    info, model = server.info, server.model
+    address = info.addresses[0]
+    model_argument = shlex.quote(config.model)
+    revision = f" --revision {shlex.quote(config.revision)}" if config.revision else ""
+    facts = [
+        ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
+        ("blocks", str(info.span)),
+        ("computes", f"in {info.dtype} on {config.device}"),
+        ("decoding", f"{info.decode_speed:,.0f} tokens/s through its blocks"),
+        ("prefill", f"{info.prefill_speed:,.0f} tokens/s"),
+        ("cache", f"{server.engine.cache_tokens:,} tokens"),
+        ("weights", info.fingerprint),
+        ("peer", info.peer),
+        *(("address", each) for each in info.addresses),
+    ]
+    lines = [f"{fact:<10}{value}" for fact, value in facts]
+    lines += [
+        "",
+        "Join this swarm from another machine:",
+        f"  shoal serve {model_argument}{revision} --initial-peers {address}",
+        "Use the model:",
+        f'  shoal generate {model_argument}{revision} "{EXAMPLE_PROMPT}" --initial-peers {address}',
+        "",
+    ]
+    if config.name:
+        lines.insert(0, f"{'name':<10}{config.name}")
+    return "\n".join(lines)
+
+
+def _parse_span(text: str | None) -> Span | None:
+    if text is None:
+        return None
+    try:
+        return Span.parse(text)
+    except ValueError as error:
+        raise WrongUsage(str(error), hint="--blocks 0:8 are the first eight") from None

@@ -1,0 +1,102 @@
+"""`shoal status`: who serves which blocks, how fast, and what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoal.cli import options
+from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
+from shoal.cli.picture import render
+from shoal.errors import UserError
+from shoal.routing.view import SwarmView, format_blocks
+
+if TYPE_CHECKING:
+    from shoal.net.transport import ModelInfo
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """A model, and everybody who serves some of it."""
+
+    model: ModelInfo
+    view: SwarmView
+
+    def as_json(self) -> dict[str, Any]:
+        missing = self.view.online().missing()
+        servers = [
+            asdict(server) | {"span": [server.span.start, server.span.end], "state": server.state.value}
+            for server in sorted(self.view.servers, key=lambda server: (server.span, server.name, server.peer))
+        ]
+        return asdict(self.model) | {
+            "complete": not missing,
+            "missing": missing,
+            "missing_spans": format_blocks(missing).split(", ") if missing else [],
+            "servers": servers,
+        }
+
+
+def command(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A folder, an id on the hub, or a name as listed here.")
+    ] = None,
+    initial_peers: options.InitialPeers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show who serves which blocks of which models, how fast, and which blocks nobody serves."""
+    start_logging(verbose=verbose)
+    peers = options.swarm_peers(initial_peers)
+    with waiting("Asking the swarm"):
+        found = asyncio.run(look(peers, model))
+    if as_json:
+        print(json.dumps({"models": [status.as_json() for status in found]}, indent=2, ensure_ascii=False))
+        return
+    if not found:
+        stdout.print("This swarm serves no model.")
+    for number, status in enumerate(found):
+        if number:
+            stdout.print()
+        for part in render(status.model, status.view, width=stdout.width):
+            stdout.print(part)
+
+
+async def look(peers: tuple[str, ...], wanted: str | None = None) -> list[ModelStatus]:
+    """What the swarm says of one model, or of all. Raises `UserError` for a model that neither it nor we know."""
+    from shoal.net import NetworkConfig, join
+
+    async with join(NetworkConfig(initial_peers=peers, client_mode=True)) as node:
+        models: Sequence[ModelInfo] = await node.directory.models()
+        if wanted is not None:
+            models = [_named(wanted, models)]
+        return [
+            ModelStatus(model, SwarmView(model.num_blocks, await node.directory.servers(model))) for model in models
+        ]
+
+
+def _named(wanted: str, models: Iterable[ModelInfo]) -> ModelInfo:
+    """The model of this key or name, or at this place."""
+    models = list(models)
+    is_folder = Path(wanted).expanduser().is_dir()
+    for model in models:
+        if wanted in (model.key, model.name) and not is_folder:
+            return model
+    from shoal.model.checkpoint import Checkpoint
+    from shoal.net.transport import ModelInfo
+
+    hush_transformers()
+    try:
+        checkpoint = Checkpoint.open(wanted, allow_uncertified=True)
+    except UserError as error:
+        if is_folder or not models:
+            raise
+        names = ", ".join(sorted({model.name for model in models}))
+        raise UserError(f"this swarm serves no model called {wanted}", hint=f"it serves {names}") from error
+    own = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
+    return next((model for model in models if model.key == own.key), own)
