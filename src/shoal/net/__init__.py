@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.net.transport import Node
+
+logger = logging.getLogger(__name__)
+
+MIN_RELAYS = 4
+"""With fewer to choose from, libp2p waits for more before it asks any of them to carry us."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class NetworkConfig:
     `initial_peers`: addresses of peers to join by; none starts a swarm. `identity`: where the key is kept that is our
     peer id; None makes a new one that is forgotten. `port` 0 lets the system choose. `announce`: addresses that others
     shall use, when they are not those of this machine (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, keep
-    nothing for others. `relays`: peers, three or more, that carry our streams when nobody can dial us. `serve_relay`:
+    nothing for others. `relays`: peers, four or more, that carry our streams when nobody can dial us. `serve_relay`:
     be such a relay.
     """
 
@@ -39,11 +45,13 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     `SwarmError` if the network cannot be started.
     """
     # hivemind takes seconds to import, and `shoal --help` does not need it; mistakes are told before that, too.
-    from shoal.net.addresses import check_announced, check_peers, listen_address
+    from shoal.net.addresses import check_announced, check_peers, listen_address, peer_of
     from shoal.net.identity import Identity
 
     initial_peers, relays = check_peers(config.initial_peers), check_peers(config.relays)
     listen = () if config.client_mode and not relays else (listen_address(config.host, config.port),)
+    if 0 < len({peer_of(relay) for relay in relays}) < MIN_RELAYS:
+        logger.warning("with fewer than %d relays, this peer can be reached only after some minutes", MIN_RELAYS)
     announce = check_announced(config.announce)
     identity = Identity.at(config.identity) if config.identity is not None else Identity.temporary()
 
