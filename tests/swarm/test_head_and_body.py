@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
     PreTrainedModel,
@@ -59,10 +60,13 @@ def test_a_tensor_that_the_model_does_not_know_is_not_ignored(pair: Pair, tensor
         build(pair, Span(2, 4), tensors)
 
 
-def test_a_head_that_lacks_a_tensor_is_refused(pair: Pair, tensors: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, LlamaModel, LlamaForSequenceClassification])
+def test_a_head_that_lacks_a_tensor_is_refused(
+    pair: Pair, tensors: dict[str, Tensor], model_class: type[PreTrainedModel]
+) -> None:
     del tensors["model.norm.weight"]
-    with pytest.raises(CheckpointError, match=r"lacks model\.norm\.weight"):
-        build_head(type(pair.whole), pair.family, pair.config, tensors, blocks=pair.blocks, dtype=torch.float32)
+    with pytest.raises(CheckpointError, match=r"lacks (model\.)?norm\.weight"):
+        build_head(model_class, pair.family, pair.config, tensors, blocks=pair.blocks, dtype=torch.float32)
 
 
 def test_a_body_holds_its_blocks_and_nothing_else() -> None:

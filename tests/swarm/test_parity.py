@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import logging
 
-from shoal.model.families import CERTIFIED, text_config
+from shoal.model.families import CERTIFIED, CERTIFIED_WITH_VISION, text_config
 
 from .parity import CHECKS, Pair, check_rewind
 from .tiny_models import SPECIAL, VARIANTS
@@ -72,7 +72,8 @@ def document(rows: dict[str, tuple[str, str, bool]]) -> str:
         f"| `{family}` | {name} | {kinds} | {'yes' if rewinds else 'no'} | {', '.join(VARIANTS.get(family, ()))} |"
         for family, (name, kinds, rewinds) in sorted(rows.items())
     )
-    return INTRODUCTION.format(num_families=len(rows), table=table)
+    with_vision = ", ".join(f"`{model_type}`" for model_type in sorted(CERTIFIED_WITH_VISION))
+    return INTRODUCTION.format(num_families=len(rows), table=table, with_vision=with_vision)
 
 
 INTRODUCTION = """\
@@ -94,6 +95,9 @@ up to the rounding of float32:
 - greedy generation from prompts of different lengths, padded on the left: the tokens, and the logits of every step;
 - beam search: the tokens and the scores;
 - the gradients of the input embeddings.
+
+Of checkpoints that hold a vision tower too, the language model is served: {with_vision} (its logits without images, and
+greedy generation, are equal to those of the model that sees).
 
 *Rewinds* says whether a server's cache can drop its last tokens. Recurrent state cannot, nor can a sliding window that
 has slid; a session of such a model is rebuilt from its inputs instead, when assisted generation takes tokens back.

@@ -155,10 +155,14 @@ def is_settable(config: PreTrainedConfig, name: str) -> bool:
 
 
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A whole model whose every parameter is random: norms and biases too, which are born as ones and zeros."""
+    """A whole random model."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return with_noise(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+
+
+@torch.no_grad()
+def with_noise(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, every parameter random: norms and biases too, which are born as ones and zeros."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
     return model

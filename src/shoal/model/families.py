@@ -7,6 +7,7 @@ under which name. What cannot be seen there is in the one small table below; wha
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field
 
@@ -42,6 +43,9 @@ CERTIFIED = frozenset(
     """.split()  # noqa: SIM905
 )
 
+# Models that see as well, of which the language model may be used alone: without images it gives what they give.
+CERTIFIED_WITH_VISION = frozenset({"gemma3", "llama4", "mistral3", "qwen3_5", "qwen3_5_moe"})
+
 
 @dataclass(frozen=True)
 class Family:
@@ -76,6 +80,15 @@ class Family:
         match = self._split(name)
         return None if match is None else f"{self.layers_name}.{match[0]}.{match[1]}"
 
+    def name_in_head(self, name: str) -> str | None:
+        """A client's tensor as a language model calls it: "model.language_model.norm.weight" -> "model.norm.weight".
+
+        `None` for a block's tensor.
+        """
+        if self._split(name) is not None:
+            return None
+        return ".".join(part for part in name.split(".") if part != "language_model")
+
     def _split(self, name: str) -> tuple[int, str] | None:
         pattern = re.compile(rf"(?:(.*?)\.)?{re.escape(self.layers_name)}\.(\d+)\.(.+)")
         in_model = pattern.match(apply_renamings(name, self.renamings))
@@ -92,7 +105,12 @@ class Family:
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The part of a config that describes the language model."""
-    return config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    if text is config:
+        return config
+    text = copy.copy(text)
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # it is the outer config that decides
+    return text
 
 
 def family_of(config: PreTrainedConfig, *, allow_uncertified: bool = False) -> Family:
@@ -100,10 +118,11 @@ def family_of(config: PreTrainedConfig, *, allow_uncertified: bool = False) -> F
 
     Raises `UnsupportedModel` for one that has not been certified, unless asked not to, and for one that cannot be cut.
     """
-    config = text_config(config)
-    if config.model_type not in CERTIFIED and not allow_uncertified:
+    whole, config = config, text_config(config)
+    certified = config.model_type in CERTIFIED and (whole is config or whole.model_type in CERTIFIED_WITH_VISION)
+    if not certified and not allow_uncertified:
         raise UnsupportedModel(
-            f"the family {config.model_type!r} is not certified to give the same outputs when it is cut into blocks",
+            f"the family {whole.model_type!r} is not certified to give the same outputs when it is cut into blocks",
             hint="docs/models.md lists those that are; --allow-uncertified tries anyway",
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

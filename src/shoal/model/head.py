@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionMaskInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from shoal.errors import UnsupportedOperation
+from shoal.errors import UnsupportedModel, UnsupportedOperation
 from shoal.model.body import check_loaded
 from shoal.model.families import LAYERS_RETURN_TUPLE, Family, find_backbone, text_config
 from shoal.model.view import StandIn, view_of
@@ -237,21 +237,26 @@ def build_head(
 ) -> PreTrainedModel:
     """Build a client's half of a `cls` from a checkpoint's tensors, under the checkpoint's own names.
 
-    Tensors of the blocks are ignored, and need not be there. Raises `CheckpointError` for a tensor that is missing or
+    `cls` is a class for the language model alone, if the checkpoint holds more: one for `text_config(config)`. Tensors
+    of the blocks are ignored, and need not be there. Raises `CheckpointError` for a tensor that is missing or
     misshapen. Only the head of a task that the checkpoint was not trained for may be missing (the `score` of a sequence
     classifier); it is then initialized, and Transformers warns of it.
     """
+    whole, config = config, text_config(config)
+    if whole is not config and isinstance(whole, cls.config_class):
+        raise UnsupportedModel(f"{cls.__name__} is more than a language model, which is all that a swarm can serve")
+    names = {name: family.name_in_head(name) for name in state_dict}
     model, info = distributed_class(cls).from_pretrained(
         None,
         config=config,
-        state_dict={name: tensor for name, tensor in state_dict.items() if family.block_of(name) is None},
+        state_dict={new: state_dict[name] for name, new in names.items() if new is not None},
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below, all of them, as our own error
     )
-    prefix = f"{cls.base_model_prefix}."
-    may_be_new = not issubclass(cls, GenerationMixin)
-    missing = [name for name in info["missing_keys"] if name.startswith(prefix) or not may_be_new]
+    missing = info["missing_keys"]
+    if not isinstance(model, GenerationMixin) and model.base_model is not model:
+        missing = [name for name in missing if name.startswith(f"{cls.base_model_prefix}.")]
     # a checkpoint may hold more than this class uses: another task's head, a vision tower
     check_loaded({**info, "missing_keys": missing, "unexpected_keys": ()})
     model.to(device)
