@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli import chat, dht, generate, serve, status
+from shoal.cli import chat, demo, dht, generate, serve, status
 from shoal.cli.console import WrongUsage, is_debugging, print_error, start_logging
 from shoal.cli.options import spread_peers
 from shoal.errors import ShoalError
@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, dht, generate, chat, status):
+for command in (demo, serve, dht, generate, chat, status):
     app.command(command.__name__.rpartition(".")[2])(command.command)
 
 
