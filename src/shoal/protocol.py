@@ -9,9 +9,10 @@ is refused.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 PROTOCOL = "/shoal/1"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
@@ -34,6 +35,7 @@ TENSOR_ALIGNMENT = 16
 DType = Literal["float32", "bfloat16", "float16", "int64", "uint8"]
 TensorName = Literal["hidden", "positions", "mask", "grad"]
 Text = Annotated[str, Field(max_length=256)]
+Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # it ends up on terminals
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 
 
@@ -58,12 +60,16 @@ class TensorSpec(_Frozen):
 
 
 class _Message(_Frozen):
+    carries: ClassVar[tuple[TensorName, ...]] = ()
     tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=4, strict=False)] = ()
 
     @model_validator(mode="after")
-    def _tensors_differ(self) -> _Message:
-        if len({spec.name for spec in self.tensors}) != len(self.tensors):
+    def _tensors_belong_here(self) -> _Message:
+        names = [spec.name for spec in self.tensors]
+        if len(set(names)) != len(names):
             raise ValueError("a tensor is declared twice")
+        if strangers := [name for name in names if name not in self.carries]:
+            raise ValueError(f"it carries no {strangers[0]}")
         return self
 
     @property
@@ -106,6 +112,7 @@ class Step(_Message):
     [B, T] int64 and the padding `mask` [B, T] uint8 of the new tokens.
     """
 
+    carries = ("hidden", "positions", "mask")
     kind: Literal["step"] = "step"
     position: Annotated[int, Field(ge=0, le=MAX_LENGTH)]
     rows: Annotated[
@@ -117,18 +124,21 @@ class Step(_Message):
 class Forward(_OnSpan):
     """Client: compute the span without a cache. Tensors: `hidden` [B, T, D]; optionally `positions`, `mask` [B, T]."""
 
+    carries = ("hidden", "positions", "mask")
     kind: Literal["forward"] = "forward"
 
 
 class Backward(_OnSpan):
     """Client: the gradient of the span's inputs. Tensors: those of `Forward`, and `grad` [B, T, D] of its output."""
 
+    carries = ("hidden", "positions", "mask", "grad")
     kind: Literal["backward"] = "backward"
 
 
 class Result(_Message):
     """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`), in the dtype of the question."""
 
+    carries = ("hidden", "grad")
     kind: Literal["result"] = "result"
 
 
@@ -159,7 +169,7 @@ class Failure(_Message):
 
     kind: Literal["failure"] = "failure"
     code: Literal["busy", "misrouted", "rejected", "rewind", "leaving", "broken"]
-    reason: Annotated[str, Field(max_length=1000)]
+    reason: Reason
     retry_after: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] | None = None
 
 
@@ -185,11 +195,22 @@ def parse(header: bytes | bytearray) -> Message:
         message = _MESSAGES.validate_json(header)
     except ValidationError as invalid:
         error = invalid.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in error["loc"])[:100]
-        raise ProtocolViolation(f"not a valid message: {where}: {error['msg'][:200]}") from None
+        raise ProtocolViolation(f"not a valid message: {_described(error)}") from None
     if message.payload_bytes > MAX_PAYLOAD_BYTES:
         raise ProtocolViolation(f"a payload of {message.payload_bytes} bytes")
     return message
+
+
+def _described(error: ErrorDetails) -> str:
+    """Where and why, without the words of who sent it: names of fields, tags of kinds."""
+    match error["type"]:
+        case "extra_forbidden":
+            where, why = error["loc"][:-1], "a field that it does not have"
+        case "union_tag_invalid":
+            where, why = error["loc"], "an unknown kind"
+        case _:
+            where, why = error["loc"], error["msg"][:200]
+    return ": ".join((*(str(part) for part in where), why))
 
 
 def dump(message: Message) -> bytes:

@@ -29,7 +29,6 @@ from shoal.protocol import (
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
-NAMES = ["hidden", "positions", "mask", "grad"]
 
 
 @st.composite
@@ -42,7 +41,6 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return tensor.transpose(0, -1) if draw(st.booleans()) and tensor.dim() > 1 else tensor
 
 
-named_tensors = st.dictionaries(st.sampled_from(NAMES), tensors(), max_size=4)
 words = st.text(st.characters(categories=["L", "N", "P"]), max_size=20)
 spans = {"model": words, "fingerprint": words, "start": st.just(0), "end": st.just(2)}
 messages: st.SearchStrategy[Message] = st.one_of(
@@ -54,9 +52,12 @@ messages: st.SearchStrategy[Message] = st.one_of(
 )
 
 
-def fitting(message: Message, given_tensors: dict[Any, Any]) -> dict[Any, Any]:
-    """Those of the tensors that such a message carries."""
-    return {name: tensor for name, tensor in given_tensors.items() if name in getattr(message, "carries", NAMES)}
+@st.composite
+def frames(draw: st.DrawFn) -> tuple[Message, dict[Any, torch.Tensor]]:
+    """A message and tensors that it may carry."""
+    message = draw(messages)
+    names = draw(st.lists(st.sampled_from(message.carries), unique=True)) if message.carries else []
+    return message, {name: draw(tensors()) for name in names}
 
 
 def joined(buffers: list[Any]) -> bytearray:
@@ -67,9 +68,9 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-@given(messages, named_tensors)
-def test_a_message_and_its_tensors_come_back_bit_by_bit(message: Message, given_tensors: dict[Any, Any]) -> None:
-    given_tensors = fitting(message, given_tensors)
+@given(frames())
+def test_a_message_and_its_tensors_come_back_bit_by_bit(frame: tuple[Message, dict[Any, torch.Tensor]]) -> None:
+    message, given_tensors = frame
     header, buffers = encode(message, given_tensors)
     decoded, received = decode(header, joined(buffers))
     assert decoded.model_copy(update={"tensors": ()}) == message
@@ -79,10 +80,9 @@ def test_a_message_and_its_tensors_come_back_bit_by_bit(message: Message, given_
         assert as_bytes(received[name]) == as_bytes(tensor)
 
 
-@given(messages, named_tensors, st.integers(1, 64))
-def test_a_payload_of_another_length_is_refused(message: Message, given_tensors: dict[Any, Any], extra: int) -> None:
-    given_tensors = fitting(message, given_tensors)
-    header, buffers = encode(message, given_tensors)
+@given(frames(), st.integers(1, 64))
+def test_a_payload_of_another_length_is_refused(frame: tuple[Message, dict[Any, torch.Tensor]], extra: int) -> None:
+    header, buffers = encode(*frame)
     payload = joined(buffers)
     with pytest.raises(ProtocolViolation):
         decode(header, payload + bytes(extra))
@@ -91,12 +91,11 @@ def test_a_payload_of_another_length_is_refused(message: Message, given_tensors:
             decode(header, payload[: -min(extra, len(payload))])
 
 
-@given(messages, named_tensors, st.data())
+@given(frames(), st.data())
 def test_a_garbled_header_is_refused_or_still_a_valid_message(
-    message: Message, given_tensors: dict[Any, Any], data: st.DataObject
+    frame: tuple[Message, dict[Any, torch.Tensor]], data: st.DataObject
 ) -> None:
-    given_tensors = fitting(message, given_tensors)
-    header, buffers = encode(message, given_tensors)
+    header, buffers = encode(*frame)
     garbled = bytearray(header)
     for position in data.draw(st.lists(st.integers(0, len(header) - 1), min_size=1, max_size=4)):
         garbled[position] = data.draw(st.integers(0, 255))
@@ -165,6 +164,27 @@ def test_a_header_that_is_no_message_is_refused_in_one_short_line(header: bytes)
         decode(header, bytearray())
     assert len(str(violation.value)) < 400
     assert "\n" not in str(violation.value)
+
+
+def test_only_computations_carry_tensors() -> None:
+    header, buffers = encode(Close(), {"hidden": torch.ones(4)})
+    with pytest.raises(ProtocolViolation, match="close: Value error, it carries no hidden"):
+        decode(header, joined(buffers))
+
+
+@pytest.mark.parametrize("reason", ["\x1b[2J", "two\nlines", "\u202edesrever", "\u2028", "\0"])
+def test_a_reason_that_would_upset_a_terminal_is_refused(reason: str) -> None:
+    with pytest.raises(ProtocolViolation) as violation:
+        decode(json.dumps({"kind": "failure", "code": "broken", "reason": reason}).encode(), bytearray())
+    assert str(violation.value).isprintable()
+
+
+@given(st.text(), st.text())
+def test_what_was_sent_is_not_repeated(word: str, value: str) -> None:
+    for header in ({"kind": f"?{word}"}, {"kind": "close", f"?{word}": 1}, {"kind": "step", "position": value}):
+        with pytest.raises(ProtocolViolation) as violation:
+            decode(json.dumps(header).encode(), bytearray())
+        assert str(violation.value).isprintable()
 
 
 def test_a_tensor_cannot_be_declared_twice() -> None:

@@ -15,7 +15,7 @@ import torch
 from shoal.errors import UnsupportedOperation
 from shoal.model.body import Body
 from shoal.model.cache import BodyCache
-from shoal.protocol import MAX_STEP_TOKENS, Backward, Failure, Forward, Open, Step, TensorName
+from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, Backward, Failure, Forward, Open, Step, TensorName
 from shoal.server.executor import Executor, Priority
 from shoal.spans import Span
 
@@ -103,7 +103,7 @@ class Engine:
         """Append [B, T, D] inputs to a session and return the [B, T, D] outputs. Raises `Refused`."""
         if request.position > session.num_tokens:
             raise rejected(f"position {request.position} of a session with {session.num_tokens} tokens")
-        hidden, positions, mask = self._inputs_of(tensors, allowed={"hidden", "positions", "mask"})
+        hidden, positions, mask = self._inputs_of(tensors)
         batch_size, num_tokens, _ = hidden.shape
         if request.position == 0:  # nothing is continued: the batch may be another
             if request.rows is not None:
@@ -114,6 +114,8 @@ class Engine:
                 raise rejected(f"{batch_size} sequences that do not continue those of the session")
         if request.position + num_tokens > session.max_length:
             raise rejected(f"{request.position + num_tokens} tokens in a session opened for {session.max_length}")
+        if batch_size > MAX_BATCH:
+            raise rejected(f"{batch_size} sequences; {MAX_BATCH} are allowed")
         if batch_size * num_tokens > max(MAX_STEP_TOKENS, batch_size):
             raise rejected(f"{batch_size * num_tokens} tokens in one step; {MAX_STEP_TOKENS} are allowed")
         self._reserve(session, batch_size)
@@ -152,35 +154,28 @@ class Engine:
         session.num_tokens = request.position
         session.batch_size = hidden_BTD.shape[0]
         session.mask_BS = _extend_mask(session.mask_BS, request, hidden_BTD, mask_BT)
-        output_BTD = self._body.forward(
-            hidden_BTD,
-            span=session.span,
-            attention_mask=session.mask_BS,
-            position_ids=positions_BT,
-            cache=session.cache,
-        )
+        output_BTD = self._through(session.span, hidden_BTD, positions_BT, session.mask_BS, session.cache)
         session.num_tokens += hidden_BTD.shape[1]
-        return output_BTD.to(hidden_BTD.dtype)
+        return output_BTD.to(hidden_BTD)
 
     # -- single passes ------------------------------------------------------------------------------------------------
 
     async def forward(self, request: Forward, tensors: Tensors) -> torch.Tensor:
         """The [B, T, D] outputs of a span. Raises `Refused`."""
         span = self._span_of(request)
-        hidden, positions, mask = self._inputs_of(tensors, allowed={"hidden", "positions", "mask"})
+        hidden, positions, mask = self._inputs_of(tensors)
         self._check_length(hidden)
 
         @torch.inference_mode()
         def compute() -> torch.Tensor:
-            output = self._body.forward(hidden, span=span, attention_mask=mask, position_ids=positions)
-            return output.to(hidden.dtype)
+            return self._through(span, hidden, positions, mask).to(hidden)
 
         return await self._executor.run(Priority.TRAIN, compute)
 
     async def backward(self, request: Backward, tensors: Tensors) -> torch.Tensor:
         """The gradient [B, T, D] of a span's inputs, its forward pass computed again. Raises `Refused`."""
         span = self._span_of(request)
-        hidden, positions, mask = self._inputs_of(tensors, allowed={"hidden", "positions", "mask", "grad"})
+        hidden, positions, mask = self._inputs_of(tensors)
         self._check_length(hidden)
         grad = tensors.get("grad")
         if grad is None or grad.shape != hidden.shape or not grad.is_floating_point():
@@ -189,11 +184,29 @@ class Engine:
         @torch.enable_grad()
         def compute() -> torch.Tensor:
             inputs = hidden.requires_grad_(True)
-            output = self._body.forward(inputs, span=span, attention_mask=mask, position_ids=positions)
+            output = self._through(span, inputs, positions, mask)
             (gradient,) = torch.autograd.grad(output, inputs, grad.to(output))
             return gradient
 
         return await self._executor.run(Priority.TRAIN, compute)
+
+    def _through(
+        self,
+        span: Span,
+        hidden_BTD: torch.Tensor,
+        positions_BT: torch.Tensor | None,
+        mask_BS: torch.Tensor | None,
+        cache: BodyCache | None = None,
+    ) -> torch.Tensor:
+        """The outputs [B, T, D] of a span, computed where its weights are and as precisely as they are."""
+        device, dtype = self._body.backbone.device, self._body.backbone.dtype
+        return self._body.forward(
+            hidden_BTD.to(device, dtype),
+            span=span,
+            attention_mask=None if mask_BS is None else mask_BS.to(device),
+            position_ids=None if positions_BT is None else positions_BT.to(device),
+            cache=cache,
+        )
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
@@ -207,11 +220,7 @@ class Engine:
             raise misrouted(f"this server holds blocks {self._body.span}, not {span}")
         return span
 
-    def _inputs_of(
-        self, tensors: Tensors, *, allowed: set[str]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        if surplus := set(tensors) - allowed:
-            raise rejected(f"unexpected tensors: {', '.join(sorted(surplus))}")
+    def _inputs_of(self, tensors: Tensors) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         hidden = tensors.get("hidden")
         if hidden is None or hidden.dim() != 3 or not hidden.is_floating_point():
             raise rejected("hidden states must be floating-point numbers of shape [batch, tokens, hidden size]")

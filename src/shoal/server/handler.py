@@ -18,6 +18,7 @@ from shoal.protocol import (
     Close,
     Failure,
     Forward,
+    Message,
     Open,
     Opened,
     Ping,
@@ -30,6 +31,9 @@ from shoal.protocol import (
 from shoal.server.engine import Engine, Refused, Session, rejected
 
 log = logging.getLogger(__name__)
+
+FAREWELL_SECONDS = 2.0
+"""How long a client may take to hear why its stream ends."""
 
 
 class Handler:
@@ -64,7 +68,7 @@ class Handler:
         except StreamBroken:
             log.debug("%s hung up", stream.peer)
         except TimeoutError:
-            log.debug("%s said nothing for %.0f s", stream.peer, self._idle_seconds)
+            log.debug("%s said or read nothing for %.0f s", stream.peer, self._idle_seconds)
         except ProtocolViolation as violation:
             await _fail(stream, Failure(code="rejected", reason=str(violation)))
         except Refused as refused:
@@ -85,42 +89,47 @@ class Handler:
                     message, tensors = await codec.receive(stream)
                 match message:
                     case Ping():
-                        await codec.send(stream, Pong())
+                        await self._say(stream, Pong())
                     case Close():
                         return
                     case Open() if session is None:
                         session = self._engine.open(message)
-                        await codec.send(stream, Opened())
+                        await self._say(stream, Opened())
                     case Step() if session is not None:
-                        hidden = await _alive(stream, self._engine.step(session, message, tensors))
-                        await codec.send(stream, Result(), {"hidden": hidden})
+                        hidden = await self._alive(stream, self._engine.step(session, message, tensors))
+                        await self._say(stream, Result(), {"hidden": hidden})
                     case Forward():
-                        hidden = await _alive(stream, self._engine.forward(message, tensors))
-                        await codec.send(stream, Result(), {"hidden": hidden})
+                        hidden = await self._alive(stream, self._engine.forward(message, tensors))
+                        await self._say(stream, Result(), {"hidden": hidden})
                     case Backward():
-                        grad = await _alive(stream, self._engine.backward(message, tensors))
-                        await codec.send(stream, Result(), {"grad": grad})
+                        grad = await self._alive(stream, self._engine.backward(message, tensors))
+                        await self._say(stream, Result(), {"grad": grad})
                     case _:
                         raise rejected(f"a message of kind {message.kind!r} makes no sense here")
         finally:
             if session is not None:
                 self._engine.close(session)
 
+    async def _alive(self, stream: Stream, work: Coroutine[Any, Any, torch.Tensor]) -> torch.Tensor:
+        """The result of `work`, telling the client at every heartbeat that it is on its way.
 
-async def _alive(stream: Stream, work: Coroutine[Any, Any, torch.Tensor]) -> torch.Tensor:
-    """The result of `work`, telling the client at every heartbeat that it is on its way.
+        Raises `StreamBroken` when the client is gone; the work is then dropped, if it has not begun.
+        """
+        task = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait({task}, timeout=HEARTBEAT_SECONDS))[0]:
+                await self._say(stream, Working())
+            return task.result()
+        finally:
+            task.cancel()
 
-    Raises `StreamBroken` when the client is gone; the work is then dropped, if it has not begun.
-    """
-    task = asyncio.create_task(work)
-    try:
-        while not (await asyncio.wait({task}, timeout=HEARTBEAT_SECONDS))[0]:
-            await codec.send(stream, Working())
-        return task.result()
-    finally:
-        task.cancel()
+    async def _say(self, stream: Stream, message: Message, tensors: codec.Tensors | None = None) -> None:
+        """Raises `TimeoutError` for a client that does not read: it would keep its room for ever."""
+        async with asyncio.timeout(self._idle_seconds):
+            await codec.send(stream, message, tensors)
 
 
 async def _fail(stream: Stream, failure: Failure) -> None:
-    with contextlib.suppress(StreamBroken):
-        await codec.send(stream, failure)
+    with contextlib.suppress(StreamBroken, TimeoutError):
+        async with asyncio.timeout(FAREWELL_SECONDS):
+            await codec.send(stream, failure)

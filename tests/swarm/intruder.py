@@ -1,0 +1,96 @@
+"""A peer that says whatever it likes: raw frames to a server, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shoal.net import codec
+from shoal.net.transport import Stream, StreamBroken
+from shoal.protocol import Close, Message
+
+from .harness import Swarm
+
+MODEL, FINGERPRINT = "@model", "@fingerprint"
+"""Stand for the server's own, which a frame can only name once there is a server."""
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One frame, not yet looked at by anybody."""
+
+    header: bytes
+    payload: bytes = b""
+
+
+def raw(kind: object, tensors: Tensors | None = None, **fields: Any) -> Raw:
+    """A frame as the protocol would write it, with any fields."""
+    sent: Any = tensors or {}
+    declared, buffers = codec.encode(Close(), sent)
+    header = {"kind": kind, **fields}
+    if sent:
+        header["tensors"] = json.loads(declared)["tensors"]
+    return Raw(json.dumps(header).encode(), b"".join(buffers))
+
+
+def declaring(frame: Raw, *specs: Any) -> Raw:
+    """The same payload under another declaration of its tensors."""
+    return Raw(json.dumps(json.loads(frame.header) | {"tensors": list(specs)}).encode(), frame.payload)
+
+
+class Intruder:
+    """Opens streams to one server of a swarm, as a peer of its own."""
+
+    def __init__(self, swarm: Swarm, server: str, *, name: str = "intruder") -> None:
+        self._swarm = swarm
+        self._server = server
+        self._transport = swarm.call(swarm.network.node, name).transport
+
+    def open(self) -> Stream:
+        return self._swarm.runtime.run(self._transport.open(self._server))
+
+    def tell(self, stream: Stream, *frames: Raw) -> None:
+        """Send frames, for as long as they are taken."""
+        self._swarm.runtime.run(self._tell(stream, frames))
+
+    def ask(self, *frames: Raw) -> list[Message]:
+        """Send frames, and then a `Close`, and return every message that is answered until the server closes too."""
+        return [message for message, _ in self.exchange(*frames)]
+
+    def exchange(self, *frames: Raw) -> list[tuple[Message, codec.Tensors]]:
+        """The same with the tensors of the answers."""
+        stream = self.open()
+
+        async def exchange() -> list[tuple[Message, codec.Tensors]]:
+            sending = asyncio.create_task(self._tell(stream, (*frames, raw("close"))))
+            answers: list[tuple[Message, codec.Tensors]] = []
+            with contextlib.suppress(StreamBroken):
+                async with asyncio.timeout(20):
+                    while True:
+                        answers.append(await codec.receive(stream))
+            await stream.close()
+            await sending
+            return answers
+
+        return self._swarm.runtime.run(exchange())
+
+    async def _tell(self, stream: Stream, frames: Sequence[Raw]) -> None:
+        server = self._swarm.servers[self._server]
+        with contextlib.suppress(StreamBroken):
+            for frame in frames:
+                header = frame.header.replace(MODEL.encode(), server.model.key.encode())
+                header = header.replace(FINGERPRINT.encode(), server.info.fingerprint.encode())
+                await stream.send(header, [frame.payload])
+
+
+def num_conversations(swarm: Swarm, server: str) -> int:
+    """The streams that a server is busy with."""
+    return len(swarm.network._transports[server]._tasks)

@@ -1,0 +1,413 @@
+"""Whatever a stranger sends, he gets one clear answer, and nobody else notices."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, Failure, Opened, Pong, Result
+
+from .harness import Swarm, swarm_of
+from .intruder import FINGERPRINT, MODEL, Intruder, Raw, declaring, num_conversations, raw
+
+MakeSwarm = Callable[..., Swarm]
+
+PROMPT = torch.tensor([[5, 17, 42, 9, 33]])
+HIDDEN_SIZE = 32
+MAX_LENGTH = 512  # of the model
+ON_SPAN: dict[str, Any] = {"model": MODEL, "fingerprint": FINGERPRINT, "start": 0, "end": 2}
+HUGE = "9" * 5000
+
+
+def hidden(batch_size: int = 1, num_tokens: int = 2, size: int = HIDDEN_SIZE) -> torch.Tensor:
+    return torch.ones(batch_size, num_tokens, size)
+
+
+def opening(**changes: Any) -> Raw:
+    return raw("open", **{**ON_SPAN, "batch_size": 1, "max_length": 16, **changes})
+
+
+def step(position: Any = 0, tensors: dict[str, torch.Tensor] | None = None, **fields: Any) -> Raw:
+    return raw("step", {"hidden": hidden()} if tensors is None else tensors, position=position, **fields)
+
+
+def stepping(tensors: dict[str, torch.Tensor]) -> list[Raw]:
+    """A session whose first step has these tensors beside, or instead of, two good tokens."""
+    return [opening(), step(tensors={"hidden": hidden(), **tensors})]
+
+
+def forward(tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> Raw:
+    return raw("forward", {"hidden": hidden()} if tensors is None else tensors, **ON_SPAN | changes)
+
+
+def backward(**tensors: torch.Tensor) -> Raw:
+    return raw("backward", {"hidden": hidden(), **tensors}, **ON_SPAN)
+
+
+def spec(name: str = "hidden", dtype: str = "float32", shape: Any = (1, 2, HIDDEN_SIZE)) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": shape}
+
+
+INVALID = "not a valid message"
+
+REFUSED: dict[str, tuple[list[Raw], str]] = {
+    # no message at all
+    "nothing": ([Raw(b"")], INVALID),
+    "noise": ([Raw(bytes(range(256)), b"\xff" * 64)], INVALID),
+    "a pickle": ([Raw(b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94.")], INVALID),
+    "not UTF-8": ([Raw(b'{"kind":"\xff\xfe"}')], INVALID),
+    "half a header": ([Raw(step().header[:-7], step().payload)], INVALID),
+    "another JSON value": ([Raw(b"[1, 2]")], INVALID),
+    "deep nesting": ([Raw(b'{"kind":' + b"[" * 30_000)], INVALID),
+    "no kind": ([Raw(b'{"position": 0}')], INVALID),
+    "an unknown kind": ([raw("eval")], INVALID),
+    "a kind that is a list": ([raw(["step"])], INVALID),
+    "a lone surrogate": ([Raw(b'{"kind":"\\ud800"}')], INVALID),
+    "control characters": ([raw("\x1b[2J\x1b]0;pwned\x07")], INVALID),
+    "control characters in a field's name": ([raw("ping", **{"\x1b[2J\n": 1})], INVALID),
+    # fields that are not there, or of another type
+    "somebody else's session": ([opening(), step(session="s0-1")], INVALID),
+    "a session without a length": ([raw("open", **ON_SPAN, batch_size=1)], INVALID),
+    "a length that is a float": ([opening(max_length=16.0)], INVALID),
+    "a length that is a string": ([opening(max_length="16")], INVALID),
+    "a length that is a truth": ([opening(max_length=True)], INVALID),
+    "a length that is NaN": ([opening(max_length=float("nan"))], INVALID),
+    "a length that is infinite": ([opening(max_length=float("inf"))], INVALID),
+    "a negative length": ([opening(max_length=-1)], INVALID),
+    "no length": ([opening(max_length=0)], INVALID),
+    "no sequences": ([opening(batch_size=0)], INVALID),
+    "too many sequences": ([opening(batch_size=MAX_BATCH + 1)], INVALID),
+    "a number of thousands of digits": ([Raw(step().header.replace(b": 0", f": {HUGE}".encode()))], INVALID),
+    "a number beyond all floats": ([Raw(step().header.replace(b": 0", b": 1e999"))], INVALID),
+    "a negative position": ([opening(), step(-1)], INVALID),
+    "a position that is null": ([opening(), step(None)], INVALID),
+    "rows of no sequence": ([opening(), step(), step(2, rows=[])], INVALID),
+    "negative rows": ([opening(), step(), step(2, rows=[-1])], INVALID),
+    "rows that are words": ([opening(), step(), step(2, rows=["0"])], INVALID),
+    "a thousand rows too many": ([opening(), step(), step(2, rows=[0] * (MAX_BATCH + 1))], INVALID),
+    "a backward span": ([opening(start=2, end=1)], INVALID),
+    "an empty span": ([opening(start=1, end=1)], INVALID),
+    "a negative span": ([opening(start=-1)], INVALID),
+    "a span beyond all models": ([opening(end=1 << 40)], INVALID),
+    "a model's name without end": ([opening(model="m" * 10_000)], INVALID),
+    # tensors that are not as declared
+    "a payload that is too short": ([opening(), Raw(step().header, step().payload[:-1])], "256 bytes declared, 255"),
+    "a payload that is too long": ([opening(), Raw(step().header, step().payload + b"\0")], "256 bytes declared, 257"),
+    "a payload that nobody declared": ([Raw(b'{"kind":"ping"}', bytes(16))], "0 bytes declared, 16 sent"),
+    "a tensor of 16 TiB": ([opening(), declaring(step(), spec(shape=[1 << 22, 1 << 20]))], "a payload of"),
+    "a tensor of 2^90 bytes": ([opening(), declaring(step(), spec(shape=[1 << 22] * 4))], "a payload of"),
+    "a tensor twice": ([opening(), declaring(step(), spec(), spec())], "a tensor is declared twice"),
+    "a tensor of objects": ([opening(), declaring(step(), spec(dtype="object"))], INVALID),
+    "a tensor of doubles": ([opening(), declaring(step(), spec(dtype="float64"))], INVALID),
+    "an empty tensor": ([opening(), declaring(step(), spec(shape=[1, 0, HIDDEN_SIZE]))], INVALID),
+    "a negative shape": ([opening(), declaring(step(), spec(shape=[-1, -2, HIDDEN_SIZE]))], INVALID),
+    "a shape of five": ([opening(), declaring(step(), spec(shape=[1, 1, 1, 2, HIDDEN_SIZE]))], INVALID),
+    "a shape of floats": ([opening(), declaring(step(), spec(shape=[1.0, 2, HIDDEN_SIZE]))], INVALID),
+    "a tensor of weights": ([opening(), declaring(step(), spec("weights"))], INVALID),
+    "a greeting with tensors": ([raw("open", {"hidden": hidden()}, **ON_SPAN, batch_size=1, max_length=8)], INVALID),
+    "a ping with tensors": ([raw("ping", {"hidden": hidden()})], INVALID),
+    "a step with a gradient": (stepping({"grad": hidden()}), INVALID),
+    # messages out of turn
+    "a step before a session": ([step()], "a message of kind 'step' makes no sense here"),
+    "two sessions on one stream": ([opening(), opening()], "a message of kind 'open' makes no sense here"),
+    "an answer from a client": ([raw("opened")], "a message of kind 'opened' makes no sense here"),
+    "a result from a client": ([opening(), raw("result", {"hidden": hidden()})], "'result' makes no sense here"),
+    "a heartbeat from a client": ([raw("working")], "'working' makes no sense here"),
+    "a pong that nobody asked for": ([raw("pong")], "'pong' makes no sense here"),
+    "a failure of a client's": ([raw("failure", code="busy", reason="me too")], "'failure' makes no sense here"),
+    # a session's tokens
+    "too long a session": ([opening(max_length=MAX_LENGTH + 1)], "513 tokens; the model allows 512"),
+    "a step without inputs": ([opening(), step(tensors={})], "hidden states must be floating-point numbers"),
+    "words for numbers": (stepping({"hidden": hidden().long()}), "hidden states must be floating-point numbers"),
+    "a flat tensor": (stepping({"hidden": hidden()[0]}), "hidden states must be floating-point numbers"),
+    "a single number": (stepping({"hidden": torch.tensor(1.0)}), "hidden states must be floating-point numbers"),
+    "another hidden size": (stepping({"hidden": hidden(size=16)}), "hidden size 16; this model's is 32"),
+    "a hidden size of millions": (stepping({"hidden": hidden(size=1 << 20)}), "hidden size 1048576"),
+    "more tokens than it was opened for": (
+        stepping({"hidden": hidden(num_tokens=17)}),
+        "17 tokens in a session opened",
+    ),
+    "more tokens, in two steps": ([opening(max_length=3), step(), step(2)], "4 tokens in a session opened for 3"),
+    "tokens beyond what was sent": ([opening(), step(3)], "position 3 of a session with 0 tokens"),
+    "a hole in the tokens": ([opening(), step(), step(5)], "position 5 of a session with 2 tokens"),
+    "a position of millions": ([opening(), step(), step(1 << 22)], "position 4194304 of a session with 2"),
+    "too many tokens at once": (
+        [opening(batch_size=4, max_length=512), step(tensors={"hidden": hidden(4, 300)})],
+        f"1200 tokens in one step; {MAX_STEP_TOKENS} are allowed",
+    ),
+    "more sequences than any session has": (
+        [opening(max_length=1), step(tensors={"hidden": hidden(MAX_BATCH + 1, 1)})],
+        "1025 sequences; 1024 are allowed",
+    ),
+    "rows of a session that begins anew": ([opening(), step(rows=[0])], "rows of a session that begins anew"),
+    "rows that are not there": ([opening(), step(), step(2, rows=[1])], "do not continue those of the session"),
+    "more rows than inputs": ([opening(), step(), step(2, rows=[0, 0])], "1 sequences that do not continue"),
+    "another batch": (
+        [opening(batch_size=2), step(), step(2, {"hidden": hidden(2)})],
+        "2 sequences that do not continue those of the session",
+    ),
+    # positions and masks
+    "positions that are floats": (stepping({"positions": torch.ones(1, 2)}), "positions must be int64"),
+    "positions of another shape": (stepping({"positions": torch.zeros(2, 1).long()}), "positions must be int64"),
+    "positions of no shape": (stepping({"positions": torch.tensor(0)}), "positions must be int64"),
+    "negative positions": (stepping({"positions": torch.tensor([[-1, 0]])}), "positions must be in 0:512"),
+    "positions of another planet": (
+        stepping({"positions": torch.tensor([[0, torch.iinfo(torch.int64).max]])}),
+        "positions must be in 0:512",
+    ),
+    "a mask of floats": (stepping({"mask": torch.ones(1, 2)}), "the padding mask must be uint8 zeros and ones"),
+    "a mask of another shape": (stepping({"mask": torch.ones(1, 3, dtype=torch.uint8)}), "the padding mask must be"),
+    "a mask of twos": (stepping({"mask": torch.full((1, 2), 2, dtype=torch.uint8)}), "the padding mask must be"),
+    # single passes
+    "a pass without inputs": ([forward({})], "hidden states must be floating-point numbers"),
+    "a pass over too many tokens": ([forward({"hidden": hidden(1, 513)})], "513 tokens; the model allows 512"),
+    "a pass over too large a batch": ([forward({"hidden": hidden(5, 512)})], "2560 tokens in one batch; 1024 are"),
+    "a pass over a million sequences": ([forward({"hidden": hidden(1 << 17, 1)})], "131072 tokens in one batch"),
+    "a pass with another hidden size": ([forward({"hidden": hidden(size=33)})], "hidden size 33; this model's is 32"),
+    "a gradient of nothing": ([backward()], "needs a gradient of its output's shape"),
+    "a gradient of another shape": ([backward(grad=hidden(1, 1))], "needs a gradient of its output's shape"),
+    "a gradient of another size": ([backward(grad=hidden(size=16))], "needs a gradient of its output's shape"),
+    "a gradient of integers": ([backward(grad=hidden().long())], "needs a gradient of its output's shape"),
+}
+
+MISROUTED: dict[str, tuple[list[Raw], str]] = {
+    "another model": ([opening(model="gpt-5")], "this server holds blocks of"),
+    "other weights": ([opening(fingerprint="0" * 64)], "this server's weights are others"),
+    "blocks beyond the server's": ([opening(end=3)], "this server holds blocks 0:2, not 0:3"),
+    "blocks beyond the model's": ([opening(start=7, end=9)], "this server holds blocks 0:2, not 7:9"),
+    "a pass through blocks that are elsewhere": ([forward(start=2, end=4)], "holds blocks 0:2, not 2:4"),
+    "a pass through another model": ([forward(model="")], "this server holds blocks of"),
+    "more than the whole cache": ([opening(batch_size=9, max_length=512)], "can never fit into this server's cache"),
+}
+
+ATTACKS = [
+    pytest.param(frames, code, reason, id=name)
+    for code, attacks in (("rejected", REFUSED), ("misrouted", MISROUTED))
+    for name, (frames, reason) in attacks.items()
+]
+
+
+@pytest.fixture(scope="module")
+def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
+    """A swarm, an honest client's model, and a stranger."""
+    with swarm_of(folder, "0:2", "2:4") as swarm:
+        yield swarm, swarm.model(), Intruder(swarm, "s0")
+
+
+class Peace:
+    """An honest session around an attack: after it, nothing has changed for anybody."""
+
+    def __init__(self, swarm: Swarm, model: Any, whole: PreTrainedModel) -> None:
+        self._swarm, self._model, self._whole = swarm, model, whole
+
+    def __enter__(self) -> None:
+        self._session = self._model.inference_session(max_length=32)
+        self._first = self._model.generate(PROMPT, max_new_tokens=2, session=self._session)
+        self._before = self._state()
+
+    def __exit__(self, *error: object) -> None:
+        if error == (None, None, None):
+            self._swarm.settle(lambda: self._state() == self._before)
+            rest = self._model.generate(None, max_new_tokens=2, session=self._session)
+            answer = torch.cat((self._first, rest), dim=1)
+            assert self._session.servers == ("s0", "s1")
+            assert answer.tolist() == self._whole.generate(PROMPT, max_new_tokens=4).tolist()
+        self._session.close()
+        self._swarm.settle(lambda: not num_conversations(self._swarm, "s0"))
+        engine = self._swarm.servers["s0"].engine
+        assert engine.cache_tokens_left == engine.cache_tokens
+
+    def _state(self) -> tuple[int, int]:
+        return self._swarm.servers["s0"].engine.cache_tokens_left, num_conversations(self._swarm, "s0")
+
+
+@pytest.mark.parametrize(("frames", "code", "reason"), ATTACKS)
+def test_a_wrong_request_gets_one_clear_answer_and_touches_nobody(town, whole, frames, code, reason):
+    swarm, model, intruder = town
+    with Peace(swarm, model, whole):
+        *before, failure = intruder.ask(*frames)
+        assert isinstance(failure, Failure)
+        assert failure.code == code
+        assert re.search(reason, failure.reason)
+        assert failure.reason.isprintable()
+        assert len(failure.reason) < 400
+        assert all(isinstance(answer, Opened | Result) for answer in before)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 3e38], ids=str)
+@pytest.mark.parametrize("kind", ["step", "forward", "backward"])
+def test_numbers_that_are_none_stay_with_who_sent_them(town, whole, number, kind):
+    swarm, model, intruder = town
+    bad = torch.full((1, 2, HIDDEN_SIZE), number)
+    frames = {
+        "step": [*stepping({"hidden": bad}), step(2, {"hidden": bad})],
+        "forward": [forward({"hidden": bad})],
+        "backward": [backward(hidden=bad, grad=bad)],
+    }[kind]
+    with Peace(swarm, model, whole):
+        assert isinstance(intruder.ask(*frames)[-1], Result)
+
+
+STRANGE: dict[str, list[Raw]] = {
+    "a session of nothing but padding": [
+        *stepping({"mask": torch.zeros(1, 2, dtype=torch.uint8)}),
+        step(2, {"hidden": hidden(), "mask": torch.zeros(1, 2, dtype=torch.uint8)}),
+    ],
+    "a pass over nothing but padding": [forward({"hidden": hidden(), "mask": torch.zeros(1, 2, dtype=torch.uint8)})],
+    "one sequence of padding among others": [
+        raw(
+            "backward",
+            {
+                "hidden": hidden(2),
+                "mask": torch.tensor([[0, 0], [1, 1]], dtype=torch.uint8),
+                "grad": hidden(2),
+            },
+            **ON_SPAN,
+        )
+    ],
+    "the last position, over and over": stepping({"positions": torch.tensor([[511, 511]])}),
+    "positions that run backwards": stepping({"positions": torch.tensor([[9, 3]])}),
+    "another precision than the server's": stepping({"hidden": hidden().half()}),
+    "a precision that changes": [*stepping({"hidden": hidden().bfloat16()}), step(2)],
+    "a pass in another precision": [forward({"hidden": hidden().bfloat16()})],
+    "a gradient in another precision": [backward(hidden=hidden().bfloat16(), grad=hidden().half())],
+    "passes in the middle of a session": [opening(), step(), forward(), backward(grad=hidden()), step(2)],
+    "the same step again and again": [opening(), *[step()] * 20],
+}
+
+
+@pytest.mark.parametrize("frames", STRANGE.values(), ids=STRANGE.keys())
+def test_what_is_strange_but_allowed_is_computed(town, whole, frames):
+    swarm, model, intruder = town
+    with Peace(swarm, model, whole):
+        *_, (answer, tensors) = intruder.exchange(*frames)
+        assert isinstance(answer, Result)
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+VALID = [
+    opening(),
+    step(),
+    step(2, rows=[0]),
+    forward(),
+    backward(grad=hidden()),
+    raw("ping"),
+    raw("close"),
+]
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> Raw:
+    """A valid frame with a few bytes or fields changed."""
+    frame = draw(st.sampled_from(VALID))
+    if draw(st.booleans()):
+        fields = json.loads(frame.header)
+        field = draw(st.sampled_from([*fields, "tensors", "rows", "session"]))
+        fields[field] = draw(
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats()
+            | st.text(max_size=8)
+            | st.lists(st.integers(-1, 2), max_size=3)
+            | st.lists(st.fixed_dictionaries({"name": st.just("hidden"), "dtype": st.text(max_size=4)}), max_size=2)
+        )
+        return Raw(json.dumps(fields).encode(), frame.payload)
+    header, payload = bytearray(frame.header), bytearray(frame.payload)
+    for garbled in (header, payload):
+        for _ in range(draw(st.integers(0, 3)) if garbled else 0):
+            garbled[draw(st.integers(0, len(garbled) - 1))] = draw(st.integers(0, 255))
+    return Raw(bytes(header), bytes(payload[: draw(st.sampled_from([len(payload), len(payload) // 2]))]))
+
+
+noise = st.builds(Raw, st.binary(max_size=200), st.binary(max_size=64))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(frames=st.lists(st.sampled_from(VALID) | mutated() | noise, min_size=1, max_size=5))
+def test_whatever_is_sent_is_answered_or_refused(town, frames):
+    swarm, _, intruder = town
+    answers = intruder.ask(*frames)
+    assert all(isinstance(answer, Opened | Result | Pong | Failure) for answer in answers)
+    assert not any(isinstance(answer, Failure) for answer in answers[:-1])
+    assert not any(isinstance(answer, Failure) and answer.code == "broken" for answer in answers)
+    swarm.settle(lambda: not num_conversations(swarm, "s0"))
+    engine = swarm.servers["s0"].engine
+    assert engine.cache_tokens_left == engine.cache_tokens
+
+
+def test_the_swarm_outlives_all_that(town, whole):
+    swarm, model, _ = town
+    with Peace(swarm, model, whole):
+        pass
+    assert "s0" in swarm.servers
+
+
+# -- those who say nothing, or do not listen ------------------------------------------------------------------------
+
+
+def test_sessions_that_are_never_used_are_ended_and_others_wait_for_their_room(swarm: MakeSwarm, whole):
+    swarm_ = swarm("0:4", cache_tokens=64, idle_seconds=0.5)
+    intruder, other = Intruder(swarm_, "s0"), Intruder(swarm_, "s0", name="other")
+    engine = swarm_.servers["s0"].engine
+    silent = [intruder.open() for _ in range(50)]
+    streams = [intruder.open() for _ in range(4)]
+    for stream in streams:
+        intruder.tell(stream, opening())
+    swarm_.settle(lambda: engine.cache_tokens_left == 0)
+    (busy,) = other.ask(opening())
+    assert isinstance(busy, Failure)
+    assert (busy.code, busy.reason) == ("busy", "16 cache tokens are needed and 0 are left")
+    assert busy.retry_after
+    swarm_.settle(lambda: engine.cache_tokens_left == 64 and not num_conversations(swarm_, "s0"))
+    model = swarm_.model()
+    answer = model.generate(PROMPT, max_new_tokens=4)
+    assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
+    assert len(silent) == 50
+
+
+def test_a_client_that_never_reads_its_answers_is_ended(swarm: MakeSwarm):
+    swarm_ = swarm("0:4", idle_seconds=0.5)
+    intruder = Intruder(swarm_, "s0")
+    engine = swarm_.servers["s0"].engine
+    stream = intruder.open()
+    intruder.tell(stream, opening(end=4), *[raw("ping")] * 40)
+    swarm_.settle(lambda: engine.cache_tokens_left == engine.cache_tokens and not num_conversations(swarm_, "s0"))
+
+
+def test_a_server_leaves_although_somebody_never_reads_its_answers(swarm: MakeSwarm):
+    swarm_ = swarm("0:4")
+    intruder = Intruder(swarm_, "s0")
+    stream = intruder.open()
+    intruder.tell(stream, opening(end=4), *[raw("ping")] * 20)
+    swarm_.settle(lambda: swarm_.servers["s0"].engine.cache_tokens_left < 4096)
+    swarm_.stop("s0")
+    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+
+
+@pytest.mark.parametrize("when", ["before its first step", "in the middle of a step", "between steps"])
+def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, when: str):
+    swarm_ = swarm("0:4")
+    model = swarm_.model()
+    intruder = Intruder(swarm_, "s0")
+    engine = swarm_.servers["s0"].engine
+    stream = intruder.open()
+    frames = {
+        "before its first step": [opening()],
+        "in the middle of a step": [opening(max_length=512), step(tensors={"hidden": hidden(1, 512)})],
+        "between steps": [opening(), step(), step(2)],
+    }[when]
+    intruder.tell(stream, *frames)
+    swarm_.settle(lambda: engine.cache_tokens_left < engine.cache_tokens)
+    swarm_.kill("intruder")
+    swarm_.settle(lambda: engine.cache_tokens_left == engine.cache_tokens and not num_conversations(swarm_, "s0"))
+    assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
