@@ -29,12 +29,12 @@ class Pair:
     The hops are uneven, and the first two use a part of what their body holds.
     """
 
-    def __init__(self, model_type: str, **changes: Any) -> None:
+    def __init__(self, model_type: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
         self.config = tiny_config(model_type, **changes)
         with tempfile.TemporaryDirectory() as folder:
             model = tiny_model(self.config)
             model.save_pretrained(folder)
-            self.whole = type(model).from_pretrained(folder, dtype=torch.float32)
+            self.whole = type(model).from_pretrained(folder, dtype=dtype)
             files = sorted(Path(folder).glob("*.safetensors"))
             checkpoint = {name: tensor for file in files for name, tensor in load_file(file).items()}
         self.family = family_of(self.config, allow_uncertified=True)
@@ -44,14 +44,12 @@ class Pair:
             tensors = {
                 name: checkpoint[name] for name, block in of_block.items() if block is not None and block in span
             }
-            return build_body(self.family, self.config, span, tensors, dtype=torch.float32)
+            return build_body(self.family, self.config, span, tensors, dtype=dtype)
 
         hops = [(Span(0, 2), Span(0, 1)), (Span(0, 4), Span(1, 3)), (Span(3, 5), Span(3, 5))]
         self.blocks = LocalBlocks([(body(held), used) for held, used in hops])
         heads = {name: checkpoint[name] for name, block in of_block.items() if block is None}
-        self.cut = build_head(
-            type(self.whole), self.family, self.config, heads, blocks=self.blocks, dtype=torch.float32
-        )
+        self.cut = build_head(type(self.whole), self.family, self.config, heads, blocks=self.blocks, dtype=dtype)
 
     def new_cache(self) -> HeadCache:
         return HeadCache(self.blocks.new_session(batch_size=2, max_length=64))

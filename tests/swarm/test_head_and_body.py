@@ -229,3 +229,21 @@ def test_hops_may_change_from_call_to_call(pair: Pair) -> None:
     with torch.no_grad():
         assert_equal(pair.cut(PROMPT).logits, pair.whole(PROMPT).logits)
     pair.cut.attach_blocks(pair.blocks)
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_prompts_of_peft_are_trained_as_on_the_whole_model(method: str) -> None:
+    peft = pytest.importorskip("peft")
+    pair = Pair("llama")
+
+    def train(model: PreTrainedModel) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(0)
+        tuned = peft.get_peft_model(model, getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        loss = tuned(input_ids=PROMPT, attention_mask=torch.ones_like(PROMPT), labels=PROMPT).loss
+        loss.backward()
+        return loss.detach(), [parameter.grad for parameter in tuned.parameters() if parameter.grad is not None]
+
+    (loss, gradients), (expected_loss, expected_gradients) = train(pair.cut), train(pair.whole)
+    assert_equal(loss, expected_loss)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        assert_equal(gradient, expected)

@@ -28,8 +28,8 @@ from shoal.model.view import StandIn, view_of
 NO_ATTENTION = "shoal"  # the name of an attention implementation that is never run: it has masks of one element
 
 
-def _no_mask(*_: Any, **__: Any) -> Tensor:
-    return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+def _no_mask(*_: Any, device: torch.device | None = None, **__: Any) -> Tensor:
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 AttentionMaskInterface.register(NO_ATTENTION, _no_mask)
