@@ -155,7 +155,7 @@ class Chain:
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server. Raises `ServerLost`."""
         before = time.monotonic()
-        connection = await Connection.open(self._node.transport, server, silence_seconds=self.config.silence_seconds)
+        connection = await Connection.open(self._node.transport, server, self.config)
         measured = time.monotonic() - before
         self._round_trips[server.peer] = 0.8 * self._round_trips.get(server.peer, measured) + 0.2 * measured
         return connection

@@ -15,6 +15,8 @@ class ClientConfig:
     blocked_servers: frozenset[str] = frozenset()
     silence_seconds: float = 5.0
     """A server that computes says so every second; one that is silent for so long is lost."""
+    longest_answer_seconds: float = 300.0
+    """A server that says for so long that it is working on one request does not mean it."""
     patience_seconds: float = 30.0
     """How long to look for servers in place of those that were lost, or wait for those that are busy."""
     refresh_seconds: float = 20.0

@@ -8,13 +8,15 @@ from typing import Self
 
 import torch
 
+from shoal.client.config import ClientConfig
 from shoal.errors import PeerError, RequestRejected, ServerBusy, ServerLost
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken, Transport
-from shoal.protocol import Close, Failure, Message, ProtocolViolation, Result, TensorName, Working
+from shoal.protocol import Close, Failure, Message, ProtocolViolation, Result, Step, TensorName, Working
 from shoal.spans import ServerInfo
 
 OPEN_SECONDS = 10.0
+SOON = 1.0
 NEVER = 3600.0
 
 
@@ -25,20 +27,20 @@ class CannotRewind(PeerError):
 class Connection:
     """Questions to one server, one at a time. After any error it is closed and of no more use."""
 
-    def __init__(self, stream: Stream, peer: str, *, silence_seconds: float) -> None:
+    def __init__(self, stream: Stream, peer: str, config: ClientConfig) -> None:
         self._stream = stream
         self._peer = peer
-        self._silence_seconds = silence_seconds
+        self._config = config
 
     @classmethod
-    async def open(cls, transport: Transport, server: ServerInfo, *, silence_seconds: float) -> Self:
+    async def open(cls, transport: Transport, server: ServerInfo, config: ClientConfig) -> Self:
         """Connect. Raises `ServerLost`."""
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 stream = await transport.open(server.peer, server.addresses)
         except (StreamBroken, TimeoutError) as error:
             raise ServerLost(f"{server.peer} cannot be reached: {error}", peer=server.peer) from None
-        return cls(stream, server.peer, silence_seconds=silence_seconds)
+        return cls(stream, server.peer, config)
 
     async def compute(
         self, message: Message, tensors: codec.Tensors, *, answer: TensorName, shape: torch.Size
@@ -46,44 +48,59 @@ class Connection:
         """Ask for a tensor of a known shape. Raises `PeerError`s."""
         _, answered = await self.ask(message, tensors, expect=Result)
         result = answered.get(answer)
-        dtype = tensors["hidden"].dtype
-        if result is None or result.shape != shape or result.dtype != dtype:
-            await self.close()
-            raise ServerLost(f"{self._peer} answered something else than was asked", peer=self._peer)
-        return result
+        if result is None or result.shape != shape or result.dtype != tensors["hidden"].dtype:
+            wrong = "something else than was asked"
+        elif answer == "hidden" and not _plausible(result, tensors):  # gradients may overflow: scalers look at that
+            wrong = "with numbers that are not finite"
+        else:
+            return result
+        await self.close()
+        raise ServerLost(f"{self._peer} answered {wrong}", peer=self._peer)
 
     async def ask(
         self, message: Message, tensors: codec.Tensors | None = None, *, expect: type[Message]
     ) -> tuple[Message, codec.Tensors]:
-        """Send a message and wait for its answer, however long the server says that it is working on it."""
+        """Send a message and wait for its answer, as long as the server says that it is working on it, up to a limit.
+
+        Raises `PeerError`s.
+        """
+        config = self._config
         try:
-            await codec.send(self._stream, message, tensors)
-            while True:
-                async with asyncio.timeout(self._silence_seconds):
-                    reply, answered = await codec.receive(self._stream)
-                if isinstance(reply, expect):
-                    return reply, answered
-                if not isinstance(reply, Working):
-                    raise self._error(reply)
+            async with asyncio.timeout(config.longest_answer_seconds) as limit:
+                await codec.send(self._stream, message, tensors)
+                while True:
+                    async with asyncio.timeout(config.silence_seconds):
+                        reply, answered = await codec.receive(self._stream)
+                    if isinstance(reply, expect):
+                        return reply, answered
+                    if not isinstance(reply, Working):
+                        raise self._error(message, reply)
         except BaseException as error:
             await self.close(goodbye=False)
+            what: object = error
+            if isinstance(error, TimeoutError):
+                what = (
+                    f"no answer within {config.longest_answer_seconds:g} s"
+                    if limit.expired()
+                    else f"said nothing for {config.silence_seconds:g} s"
+                )
             if isinstance(error, StreamBroken | TimeoutError | ProtocolViolation):
-                what = f"said nothing for {self._silence_seconds:g} s" if isinstance(error, TimeoutError) else error
                 raise ServerLost(f"{self._peer} is lost: {what}", peer=self._peer) from None
             raise
 
-    def _error(self, reply: Message) -> PeerError:
+    def _error(self, question: Message, reply: Message) -> PeerError:
         peer = self._peer
         if not isinstance(reply, Failure):
             return ServerLost(f"{peer} answered with {reply.kind!r}, which nobody asked for", peer=peer)
         match reply.code:
             case "busy":
-                return ServerBusy(f"{peer} is busy: {reply.reason}", peer=peer, retry_after=reply.retry_after or 1.0)
+                seconds = max(reply.retry_after or 0.0, SOON)
+                return ServerBusy(f"{peer} is busy: {reply.reason}", peer=peer, retry_after=seconds)
             case "misrouted":
                 return ServerBusy(f"{peer} cannot do this: {reply.reason}", peer=peer, retry_after=NEVER)
             case "rejected":
                 return RequestRejected(f"{peer} rejects this: {reply.reason}", peer=peer)
-            case "rewind":
+            case "rewind" if isinstance(question, Step) and question.position > 0:
                 return CannotRewind(reply.reason, peer=peer)
             case _:
                 return ServerLost(f"{peer} gave up: {reply.reason}", peer=peer)
@@ -95,3 +112,16 @@ class Connection:
                 async with asyncio.timeout(1):
                     await codec.send(self._stream, Close())
         await self._stream.close()
+
+
+def _plausible(result_BTD: torch.Tensor, tensors: codec.Tensors) -> bool:
+    """Whether finite inputs gave finite outputs. Padding may become anything."""
+    if _finite(result_BTD) or not _finite(tensors["hidden"]):
+        return True
+    mask_BT = tensors.get("mask")
+    return mask_BT is not None and bool(torch.isfinite(result_BTD[mask_BT.bool()]).all())
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity: the fastest way to know, a few microseconds for a token."""
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

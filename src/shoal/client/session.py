@@ -12,7 +12,7 @@ import torch
 from shoal.client.chain import Chain, named_tensors
 from shoal.client.connection import CannotRewind, Connection
 from shoal.client.history import History
-from shoal.errors import PeerError
+from shoal.errors import PeerError, ServerLost
 from shoal.protocol import MAX_STEP_TOKENS, Open, Opened, Ping, Pong, Step
 from shoal.routing.route import Hop
 from shoal.spans import Span
@@ -149,18 +149,20 @@ class Session:
 
     async def _catch_up(self, share: _Share) -> tuple[torch.Tensor, int]:
         """Let a server compute what it has not; returns those outputs and the position at which they start."""
+        start = share.num_computed_tokens
         try:
             if share.connection is None:
                 share.connection = await self._open(share.hop)
-            start = share.num_computed_tokens
             outputs = []
             tokens_at_once = max(1, MAX_STEP_TOKENS // self.batch_size)
             for piece in share.history.since(start).split(tokens_at_once, dim=1):
                 outputs.append(await self._send(share.connection, share, piece))
                 share.pending_rows = None
                 share.num_computed_tokens += piece.shape[1]
-        except CannotRewind:
+        except CannotRewind as refusal:
             await share.disconnect()
+            if start == 0:
+                raise ServerLost(f"{refusal.peer} cannot go on with what it was just sent", peer=refusal.peer) from None
             return await self._catch_up(share)
         except BaseException:
             await share.disconnect(goodbye=False)
