@@ -115,16 +115,15 @@ class _AutoDistributed:
         **config_changes: Any,
     ) -> Any:
         """The same on a network that is there already; the model closes `network` and `runtime` when it is closed."""
-        model_config = _changed(checkpoint.config, config_changes)
+        model_config = _changed(text_config(checkpoint.config), config_changes)
         model_class = cls._class_for(model_config)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
-        text = text_config(model_config)
         blocks = RemoteBlocks(
             runtime,
             Chain(node, model_info, checkpoint.fingerprint, config),
             Span(0, checkpoint.num_blocks),
             max_length=min(
-                getattr(text, "max_position_embeddings", None) or DEFAULT_SESSION_LENGTH, DEFAULT_SESSION_LENGTH
+                getattr(model_config, "max_position_embeddings", None) or DEFAULT_SESSION_LENGTH, DEFAULT_SESSION_LENGTH
             ),
         )
         model = build_head(
@@ -133,7 +132,7 @@ class _AutoDistributed:
             model_config,
             checkpoint.head_tensors(),
             blocks=blocks,
-            dtype=_dtype(dtype, text),
+            dtype=_dtype(dtype, model_config),
             device=device,
         )
         if GENERATION_CONFIG in checkpoint.files and model.can_generate():
