@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, Failure, Opened, Pong, Result
+from shoal.server import engine
+from shoal.server.executor import Priority
 
 from .harness import Swarm, swarm_of
 from .intruder import FINGERPRINT, MODEL, Intruder, Raw, declaring, num_conversations, raw
@@ -341,8 +345,8 @@ def test_whatever_is_sent_is_answered_or_refused(town, frames):
     assert not any(isinstance(answer, Failure) for answer in answers[:-1])
     assert not any(isinstance(answer, Failure) and answer.code == "broken" for answer in answers)
     swarm.settle(lambda: not num_conversations(swarm, "s0"))
-    engine = swarm.servers["s0"].engine
-    assert engine.cache_tokens_left == engine.cache_tokens
+    server = swarm.servers["s0"].engine
+    assert server.cache_tokens_left == server.cache_tokens
 
 
 def test_the_swarm_outlives_all_that(town, whole):
@@ -358,17 +362,17 @@ def test_the_swarm_outlives_all_that(town, whole):
 def test_sessions_that_are_never_used_are_ended_and_others_wait_for_their_room(swarm: MakeSwarm, whole):
     swarm_ = swarm("0:4", cache_tokens=64, idle_seconds=0.5)
     intruder, other = Intruder(swarm_, "s0"), Intruder(swarm_, "s0", name="other")
-    engine = swarm_.servers["s0"].engine
+    server = swarm_.servers["s0"].engine
     silent = [intruder.open() for _ in range(50)]
     streams = [intruder.open() for _ in range(4)]
     for stream in streams:
         intruder.tell(stream, opening())
-    swarm_.settle(lambda: engine.cache_tokens_left == 0)
+    swarm_.settle(lambda: server.cache_tokens_left == 0)
     (busy,) = other.ask(opening())
     assert isinstance(busy, Failure)
     assert (busy.code, busy.reason) == ("busy", "16 cache tokens are needed and 0 are left")
     assert busy.retry_after
-    swarm_.settle(lambda: engine.cache_tokens_left == 64 and not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: server.cache_tokens_left == 64 and not num_conversations(swarm_, "s0"))
     model = swarm_.model()
     answer = model.generate(PROMPT, max_new_tokens=4)
     assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
@@ -378,10 +382,10 @@ def test_sessions_that_are_never_used_are_ended_and_others_wait_for_their_room(s
 def test_a_client_that_never_reads_its_answers_is_ended(swarm: MakeSwarm):
     swarm_ = swarm("0:4", idle_seconds=0.5)
     intruder = Intruder(swarm_, "s0")
-    engine = swarm_.servers["s0"].engine
+    server = swarm_.servers["s0"].engine
     stream = intruder.open()
     intruder.tell(stream, opening(end=4), *[raw("ping")] * 40)
-    swarm_.settle(lambda: engine.cache_tokens_left == engine.cache_tokens and not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: server.cache_tokens_left == server.cache_tokens and not num_conversations(swarm_, "s0"))
 
 
 def test_a_server_leaves_although_somebody_never_reads_its_answers(swarm: MakeSwarm):
@@ -399,7 +403,7 @@ def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, whe
     swarm_ = swarm("0:4")
     model = swarm_.model()
     intruder = Intruder(swarm_, "s0")
-    engine = swarm_.servers["s0"].engine
+    server = swarm_.servers["s0"].engine
     stream = intruder.open()
     frames = {
         "before its first step": [opening()],
@@ -407,7 +411,28 @@ def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, whe
         "between steps": [opening(), step(), step(2)],
     }[when]
     intruder.tell(stream, *frames)
-    swarm_.settle(lambda: engine.cache_tokens_left < engine.cache_tokens)
+    swarm_.settle(lambda: server.cache_tokens_left < server.cache_tokens)
     swarm_.kill("intruder")
-    swarm_.settle(lambda: engine.cache_tokens_left == engine.cache_tokens and not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: server.cache_tokens_left == server.cache_tokens and not num_conversations(swarm_, "s0"))
     assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
+
+
+def test_passes_beyond_what_memory_holds_are_asked_to_come_back(swarm: MakeSwarm, monkeypatch):
+    monkeypatch.setattr(engine, "MOST_WAITING_BYTES", 3 * hidden(1, 512).nbytes)
+    swarm_ = swarm("0:4")
+    server = swarm_.servers["s0"].engine
+    free = threading.Event()
+    holding = asyncio.run_coroutine_threadsafe(server._executor.run(Priority.DECODE, free.wait), swarm_.runtime.loop)
+    crowd, late = Intruder(swarm_, "s0", name="crowd"), Intruder(swarm_, "s0", name="late")
+    streams = [crowd.open() for _ in range(3)]
+    for stream in streams:
+        crowd.tell(stream, forward({"hidden": hidden(1, 512)}))
+    swarm_.settle(lambda: server._waiting_bytes == engine.MOST_WAITING_BYTES)
+    (busy,) = late.ask(forward())
+    assert isinstance(busy, Failure)
+    assert (busy.code, busy.reason) == ("busy", "too many passes are waiting")
+    free.set()
+    holding.result()
+    swarm_.settle(lambda: server._waiting_bytes == 0)
+    (answer,) = late.ask(forward())
+    assert isinstance(answer, Result)

@@ -8,7 +8,7 @@ a wrong request leaves its session as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -24,6 +24,8 @@ Tensors = Mapping[TensorName, torch.Tensor]
 DECODE_TOKENS = 8
 """Up to so many new tokens of a sequence, somebody is waiting for them: a decoding step, a guess being checked."""
 RETRY_SECONDS = 2.0
+MOST_WAITING_BYTES = 1 << 30
+"""Inputs of single passes that are kept in memory until their turn. Whoever comes with more is asked to come back."""
 
 
 class Refused(Exception):
@@ -75,6 +77,7 @@ class Engine:
         self._max_length = max_length
         self.cache_tokens = cache_tokens
         self.cache_tokens_left = cache_tokens
+        self._waiting_bytes = 0
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
@@ -170,7 +173,7 @@ class Engine:
         def compute() -> torch.Tensor:
             return self._through(span, hidden, positions, mask).to(hidden)
 
-        return await self._executor.run(Priority.TRAIN, compute)
+        return await self._in_line(tensors, compute)
 
     async def backward(self, request: Backward, tensors: Tensors) -> torch.Tensor:
         """The gradient [B, T, D] of a span's inputs, its forward pass computed again. Raises `Refused`."""
@@ -188,7 +191,18 @@ class Engine:
             (gradient,) = torch.autograd.grad(output, inputs, grad.to(output))
             return gradient
 
-        return await self._executor.run(Priority.TRAIN, compute)
+        return await self._in_line(tensors, compute)
+
+    async def _in_line(self, tensors: Tensors, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Compute a single pass when it is its turn. Raises `Refused` when too much is waiting already."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._waiting_bytes and self._waiting_bytes + size > MOST_WAITING_BYTES:
+            raise Refused(Failure(code="busy", reason="too many passes are waiting", retry_after=RETRY_SECONDS))
+        self._waiting_bytes += size
+        try:
+            return await self._executor.run(Priority.TRAIN, compute)
+        finally:
+            self._waiting_bytes -= size
 
     def _through(
         self,
