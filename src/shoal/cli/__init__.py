@@ -26,7 +26,7 @@ app = typer.Typer(
     help="One large language model on many ordinary machines that come and go.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (demo, serve, dht, generate, chat, status):
@@ -42,7 +42,8 @@ def _show_version(value: bool) -> None:
 @app.callback()
 def _shoal(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave."),
     ] = False,
 ) -> None:
     pass

@@ -29,7 +29,7 @@ def command(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
-    system: Annotated[str, typer.Option(help="What the model is told before the conversation.")] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")] = "",
     max_length: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Tokens of the whole conversation. Default: up to 2048.")
     ] = None,

@@ -92,11 +92,12 @@ class Wait:
         if spin:
             self._progress.start()
         else:
-            self._progress.stop()
+            self.stop()
             stderr.print(Text(what, style="dim"))
 
     def stop(self) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
 
 @contextlib.contextmanager

@@ -48,10 +48,11 @@ def command(
     seed: options.Seed = None,
     verbose: options.Verbose = False,
 ) -> None:
-    """See it work: a swarm of processes on this machine, with a small model that comes with shoal.
+    """See a whole swarm at work on this machine.
 
-    One server is killed with SIGKILL in mid-sentence. The story goes on, and is compared with what the whole model
-    says on one machine. With --seed the story is sampled; without, it is the likeliest.
+    Its servers are processes, and its model is a small one that comes with shoal. One of them is killed with SIGKILL in
+    mid-sentence. The story goes on, and is compared with what the whole model says on one machine. With --seed the
+    story is sampled; without, it is the likeliest.
     """
     start_logging(verbose=verbose)
     started = time.monotonic()
@@ -71,6 +72,7 @@ def _demonstrate(children: Children, num_servers: int, *, kill: bool, seed: int 
         bootstrap = children.start("bootstrap", "dht", *local, "--identity", str(children.folder / "bootstrap"))
         import torch
 
+        from shoal.cli.picture import render
         from shoal.cli.status import look
         from shoal.client import AutoDistributedModelForCausalLM
 
@@ -80,6 +82,7 @@ def _demonstrate(children: Children, num_servers: int, *, kill: bool, seed: int 
         for _ in children.wait_for([bootstrap], seconds=START_SECONDS):
             pass
         address = bootstrap.facts["address"]
+        stdout.print(f"A swarm of {num_servers} servers and a bootstrap node, each a process of its own", style="bold")
         holders = [
             children.start(
                 *(name, "serve", str(STORIES), "--name", name, "--blocks", str(span), "--dtype", "float32", *local),
@@ -87,12 +90,18 @@ def _demonstrate(children: Children, num_servers: int, *, kill: bool, seed: int 
             )
             for name, span in plan(num_servers)
         ]
+        pids = " ".join(f"{child.name}={child.process.pid}" for child in (bootstrap, *holders))
+        stdout.print(Text(f"processes {pids}\n", style="dim"), soft_wrap=True)
+        stdout.file.flush()
         for missing in children.wait_for(holders, seconds=START_SECONDS):
             names = ", ".join(child.name for child in missing)
             wait.for_(f"Starting {num_servers} servers; waiting for {names}")
         wait.for_("Asking the swarm who holds what")
         (status,) = asyncio.run(look((address,)))
-    _show_swarm(status, bootstrap, holders)
+    for part in render(status.model, status.view, width=stdout.width):
+        stdout.print(part)
+    stdout.print()
+    stdout.file.flush()
 
     with waiting("Joining the swarm as a client"):
         llm = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=[address], dtype="float32")
@@ -124,18 +133,6 @@ def plan(num_servers: int) -> Iterator[tuple[str, Span]]:
         for index in range(row):
             number += 1
             yield f"s{number}", Span(index * NUM_BLOCKS // row, (index + 1) * NUM_BLOCKS // row)
-
-
-def _show_swarm(status: Any, bootstrap: Child, holders: Sequence[Child]) -> None:
-    from shoal.cli.picture import render
-
-    pids = " ".join(f"{child.name}={child.process.pid}" for child in (bootstrap, *holders))
-    stdout.print(f"A swarm of {len(holders)} servers and a bootstrap node, each a process of its own", style="bold")
-    stdout.print(f"processes {pids}", style="dim")
-    stdout.print()
-    for part in render(status.model, status.view, width=stdout.width):
-        stdout.print(part)
-    stdout.print()
 
 
 class _Telling:

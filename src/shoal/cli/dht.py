@@ -23,14 +23,19 @@ def command(
     identity: options.IdentityFile = None,
     announce: options.Announce = None,
     serve_relay: Annotated[
-        bool, typer.Option("--serve-relay", help="Also carry the streams of servers that nobody can dial.")
+        bool,
+        typer.Option(
+            "--serve-relay",
+            help="Also carry the streams of servers that nobody can dial.",
+        ),
     ] = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run a peer without blocks, by which others join: small, and steady while servers come and go.
+    """Run a peer without blocks, for others to join by.
 
-    Without --initial-peers it starts a swarm. Its address stays the same if its --port does.
+    It is small, and steady while servers come and go. Without --initial-peers it starts a swarm. Its address stays the
+    same if its --port does.
     """
     start_logging(verbose=verbose, default="warning")
     if exit_with_stdin:

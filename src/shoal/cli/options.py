@@ -30,20 +30,22 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+DTYPES = ", ".join(DType)
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face hub.")]
 InitialPeers = Annotated[
     list[str] | None,
     typer.Option(
         "--initial-peers",
         metavar="ADDRESS...",
-        help=f"Peers to join by, as [b]shoal serve[/b] prints them. Default: ${INITIAL_PEERS}.",
+        help=f"Peers to join by, as `shoal serve` prints them. Default: ${INITIAL_PEERS}.",
     ),
 ]
-Host = Annotated[str, typer.Option(help="The address to listen on; 127.0.0.1 is this machine only.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="The TCP port to listen on; 0 lets the system choose.")]
+Host = Annotated[str, typer.Option(metavar="IP", help="Listen here; 127.0.0.1 is for this machine only.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="The TCP port; 0 lets the system choose.")]
 IdentityFile = Annotated[
     Path | None,
-    typer.Option("--identity", metavar="PATH", help="The key that is the peer id. Default: one kept for this machine."),
+    typer.Option("--identity", metavar="FILE", help="The key that is the peer id. Default: one kept for this machine."),
 ]
 Announce = Annotated[
     list[str] | None,
@@ -51,25 +53,28 @@ Announce = Annotated[
 ]
 Relay = Annotated[
     list[str] | None,
-    typer.Option(metavar="ADDRESS", help="A peer that carries our streams when nobody can dial us. Give three."),
+    typer.Option(metavar="ADDRESS", help="A peer that carries our streams when nobody can dial us. Give several."),
 ]
-Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the model on the hub.")]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REVISION", help="A branch, tag or commit of the model on the hub.")
+]
 AllowUncertified = Annotated[
-    bool, typer.Option("--allow-uncertified", help="Also models of families that were never checked to work.")
+    bool, typer.Option("--allow-uncertified", help="Also models of families that were never checked.")
 ]
-
-
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")]
 Temperature = Annotated[
-    float | None, typer.Option(min=0.0, help="Sample, the more freely the higher; 1 is the model's own distribution.")
+    float | None,
+    typer.Option(min=0.0, metavar="T", help="Sample, the more freely the higher; 1 is the model's own distribution."),
 ]
-TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this share.")]
-TopK = Annotated[int | None, typer.Option(min=1, help="Sample from so many of the likeliest tokens.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed samples the same text.")]
-ClientDType = Annotated[DType, typer.Option("--dtype", help="What to compute in here, and to send to servers.")]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Log everything to stderr. SHOAL_LOG=debug does it too.")
+TopP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens of this share.")
 ]
+TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="Sample from so many of the likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed samples the same text.")]
+ClientDType = Annotated[
+    DType, typer.Option("--dtype", metavar="DTYPE", help=f"What to compute in here, and to send: {DTYPES}.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log everything to stderr; so does SHOAL_LOG=debug.")]
 
 
 def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:

@@ -33,14 +33,16 @@ def command(
     num_blocks: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="So many blocks. Default: as many as fit into memory.")
     ] = None,
-    device: options.Device = options.Device.cpu,
-    dtype: Annotated[options.DType, typer.Option(help="What to compute in; auto is the checkpoint's own.")] = (
-        options.DType.auto
-    ),
+    device: Annotated[
+        options.Device, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda or mps.")
+    ] = options.Device.cpu,
+    dtype: Annotated[
+        options.DType, typer.Option(metavar="DTYPE", help=f"What to compute in: {options.DTYPES}.")
+    ] = options.DType.auto,
     cache_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Room for so many tokens of all sessions together.")
     ] = None,
-    name: Annotated[str, typer.Option(help="What people shall call this server.")] = "",
+    name: Annotated[str, typer.Option(metavar="NAME", help="What people shall call this server.")] = "",
     host: options.Host = "0.0.0.0",  # noqa: S104
     port: options.Port = 0,
     identity: options.IdentityFile = None,

@@ -50,7 +50,10 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Show who serves which blocks of which models, how fast, and which blocks nobody serves."""
+    """Show who serves which blocks, and what is missing.
+
+    Without MODEL, of all models that the swarm serves.
+    """
     start_logging(verbose=verbose)
     peers = options.swarm_peers(initial_peers)
     with waiting("Asking the swarm"):

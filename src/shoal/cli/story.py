@@ -26,6 +26,7 @@ class Page:
         for piece in re.split(r"(\s+)", text):
             if "\n" in piece:
                 self.end_line()
+                self._console.print("\n" * (piece.count("\n") - 1), end="")
             elif piece.isspace():
                 self._put(" ") if 0 < self._column < self._width else None
             elif piece:

@@ -1,0 +1,336 @@
+"""The commands, as a user runs them: servers are processes, and the network is the real one, on loopback."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shoal.bundled import STORIES
+from shoal.cli import run
+from shoal.cli.processes import Child, Children
+
+PROMPT = "Once upon a time"
+SECONDS = 120.0
+"""Nothing below takes that long; a test that waits for it has failed."""
+
+
+@dataclass
+class Done:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def is_plain(self) -> bool:
+        """Neither a traceback nor colours, nor what a library has to say."""
+        return not any(word in self.out + self.err for word in ("Traceback", "\x1b", "Warning", "it/s"))
+
+
+Shoal = Callable[..., Done]
+
+
+@pytest.fixture
+def shoal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Shoal]:
+    """Run a command that ends by itself, in this process, which has imported everything slow already."""
+    logger = logging.getLogger("shoal")
+    before = logger.handlers, logger.level, logger.propagate
+
+    def shoal(*arguments: str, stdin: str = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = run(arguments)
+        out, err = capsys.readouterr()
+        return Done(code, out, err)
+
+    yield shoal
+    logger.handlers, logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
+    """Processes that are gone after the last test, however it ends."""
+    with pytest.MonkeyPatch.context() as patch, Children() as children:
+        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield children
+
+
+def serve(children: Children, name: str, *arguments: str) -> Child:
+    options = ("--name", name, "--host", "127.0.0.1", "--dtype", "float32", "--cache-tokens", "4096")
+    return children.start(name, "serve", str(STORIES), *options, *arguments)
+
+
+def ready(children: Children, *wanted: Child) -> None:
+    for _ in children.wait_for(wanted, seconds=SECONDS):
+        pass
+
+
+@pytest.fixture(scope="module")
+def first(children: Children) -> Child:
+    """A server that started a swarm, with the first half of the model."""
+    server = serve(children, "first", "--new-swarm", "--blocks", "0:6")
+    ready(children, server)
+    return server
+
+
+@pytest.fixture(scope="module")
+def second(children: Children, first: Child) -> Child:
+    """One that joined, and chose the other half."""
+    server = serve(children, "second", "--initial-peers", first.facts["address"], "--num-blocks", "6")
+    ready(children, server)
+    return server
+
+
+@pytest.fixture
+def peers(first: Child, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The swarm's address, and where every command looks for it."""
+    address = first.facts["address"]
+    monkeypatch.setenv("SHOAL_INITIAL_PEERS", address)
+    return address
+
+
+def test_a_server_says_what_it_serves_and_how_others_join(first):
+    assert first.facts["blocks"] == "0:6"
+    assert first.facts["address"].endswith("/p2p/" + first.facts["peer"])
+    assert "tokens/s" in first.facts["decoding"]
+
+
+# The tests of the swarm run in this order: it grows, and shrinks again.
+
+
+def test_status_names_the_hole(shoal, peers):
+    done = shoal("status", "--initial-peers", peers)
+    assert done.code == 0
+    assert "missing: blocks 6:12" in done.out
+    assert done.is_plain
+    (model,) = shoal("status", "--json").json["models"]
+    assert not model["complete"]
+    assert model["missing"] == [6, 7, 8, 9, 10, 11]
+    assert model["missing_spans"] == ["6:12"]
+
+
+def test_generating_with_a_hole_fails_in_two_lines_that_name_it(shoal, peers):
+    done = shoal("generate", str(STORIES), PROMPT)
+    assert done.code == 1
+    assert done.out == ""
+    assert done.err.startswith("error: no server holds blocks 6:12 of stories\nhint: ")
+    assert done.err.count("\n") == 2
+
+
+def test_generate_says_what_the_whole_model_says(shoal, peers, second):
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype="float32")
+    ids = whole.generate(**tokenizer(PROMPT, return_tensors="pt"), do_sample=False, max_new_tokens=16)[0]
+    expected = tokenizer.decode(ids, skip_special_tokens=True).removeprefix(PROMPT)
+
+    command = ("generate", str(STORIES), "--dtype", "float32", "--max-new-tokens", "16")
+    answer = shoal(*command, PROMPT, "--json").json
+    assert answer["text"] == expected
+    assert answer["tokens"] == ids[-16:].tolist()
+    assert [(server["name"], server["blocks"]) for server in answer["servers"]] == [
+        ("first", "0:6"),
+        ("second", "6:12"),
+    ]
+
+    streamed = shoal(*command, "-", stdin=PROMPT)
+    assert streamed.code == 0
+    assert streamed.out == expected + "\n"
+    assert "through first 0:6, second 6:12" in streamed.err
+    assert streamed.is_plain
+
+
+def test_a_seed_is_enough_to_sample_the_same_text_again(shoal, peers, second):
+    command = ("generate", str(STORIES), PROMPT, "--max-new-tokens", "12", "--temperature", "1.5", "--seed")
+    assert shoal(*command, "1").out == shoal(*command, "1").out != shoal(*command, "2").out
+
+
+def test_chat_goes_on_in_one_session(shoal, peers, second):
+    done = shoal("chat", str(STORIES), "--max-new-tokens", "8", stdin=f"{PROMPT}\n\nThe end.\n/new\n{PROMPT}\n")
+    assert done.code == 0
+    first_answer, second_answer, third_answer = done.out.splitlines()
+    assert first_answer == third_answer != second_answer
+    assert done.is_plain
+
+
+def test_status_shows_everybody(shoal, peers, second):
+    assert "complete: every block is served" in shoal("status").out
+    (model,) = shoal("status", str(STORIES), "--json").json["models"]
+    assert model["complete"]
+    servers = {server["name"]: server for server in model["servers"]}
+    assert servers["second"]["span"] == [6, 12]
+    assert servers["second"]["peer"] == second.facts["peer"]
+    assert servers["second"]["state"] == "online"
+    assert servers["second"]["decode_speed"] > 0
+
+
+def test_a_model_that_the_swarm_does_not_know_is_an_error_that_says_what_it_knows(shoal, peers):
+    done = shoal("status", "./nowhere")
+    assert (done.code, done.err) == (1, "error: this swarm serves no model called ./nowhere\nhint: it serves stories\n")
+
+
+def test_a_bootstrap_node_joins_and_lets_others_join(children, shoal, peers):
+    bootstrap = children.start("dht", "dht", "--host", "127.0.0.1", "--initial-peers", peers)
+    ready(children, bootstrap)
+    assert "stories" in shoal("status", "--initial-peers", bootstrap.facts["address"]).out
+    bootstrap.process.send_signal(signal.SIGINT)
+    assert bootstrap.process.wait(SECONDS) == 0
+
+
+def test_servers_of_one_machine_are_different_peers_and_keep_their_keys(first, second):
+    assert first.facts["peer"] != second.facts["peer"]
+    kept = Path(os.environ["SHOAL_CACHE"]) / "identities"
+    assert {path.name for path in kept.glob("serve-*[0-9]")} == {"serve-0", "serve-1"}
+
+
+def test_a_server_that_is_told_to_stop_says_goodbye(shoal, peers, second):
+    second.process.send_signal(signal.SIGTERM)
+    assert second.process.wait(SECONDS) == 0
+    assert second.log.read_text().strip() == "leaving the swarm (again to end at once)"
+    (model,) = shoal("status", "--json").json["models"]
+    assert {server["name"]: server["state"] for server in model["servers"]}["second"] == "leaving"
+    assert model["missing_spans"] == ["6:12"]
+
+
+NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["serve", "m"], "neither --new-swarm nor --initial-peers is given"),
+        (
+            ["serve", "m", "--new-swarm", "--initial-peers", NOBODY],
+            "--new-swarm and --initial-peers exclude each other",
+        ),
+        (["serve", "m", "--new-swarm", "--blocks", "8"], "not a span of blocks: '8' (write it as 0:8)"),
+        (["serve", "m", "--new-swarm", "--blocks", "0:8", "--num-blocks", "2"], "--blocks and --num-blocks exclude"),
+        (["generate", "m", "hi"], "which swarm?"),
+        (["generate", "m"], "Missing argument 'PROMPT'"),
+        (["status", "--port", "1"], "No such option"),
+        (["swim"], "No such command 'swim'"),
+    ],
+)
+def test_wrong_usage_is_told_in_two_lines_and_status_2(shoal, monkeypatch, arguments, error):
+    monkeypatch.delenv("SHOAL_INITIAL_PEERS", raising=False)
+    done = shoal(*arguments)
+    assert done.code == 2
+    assert done.err.startswith(f"error: {error}")
+    assert [line.partition(": ")[0] for line in done.err.splitlines()] == ["error", "hint"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["serve", "./nowhere", "--new-swarm", "--host", "127.0.0.1"], "there is no folder ./nowhere"),
+        (["serve", str(STORIES), "--new-swarm", "--host", "localhost"], "not an IP address to listen on: 'localhost'"),
+        (["serve", str(STORIES), "--initial-peers", NOBODY], "no initial peer answers: " + NOBODY),
+        (["generate", str(STORIES), "hi", "--initial-peers", "127.0.0.1:31337"], "not the address of a peer"),
+        (["status", "--initial-peers", NOBODY], "no initial peer answers: " + NOBODY),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_two_lines_and_status_1(shoal, monkeypatch, tmp_path, arguments, error):
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    done = shoal(*arguments)
+    assert done.code == 1
+    assert done.err.startswith(f"error: {error}")
+    assert done.is_plain
+
+
+def test_a_bug_is_told_in_two_lines_too(shoal, monkeypatch):
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: 1 / 0)
+    monkeypatch.setattr("shoal.cli.options.swarm_peers", lambda peers: 1 / 0)
+    done = shoal("status", "--initial-peers", NOBODY)
+    assert done.code == 1
+    assert done.err.splitlines() == [
+        "error: ZeroDivisionError: division by zero",
+        "hint: this is a bug in shoal; run it with --verbose or SHOAL_LOG=debug for the details",
+    ]
+    assert "Traceback" in shoal("status", "--verbose").err
+
+
+# The demo.
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the demo; afterwards it is gone, and so is all that it started."""
+    started: list[subprocess.Popen[str]] = []
+
+    def demo(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shoal", "demo", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ, SHOAL_CACHE=str(tmp_path)),
+        )
+        started.append(process)
+        return process
+
+    yield demo
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def line_with(process: subprocess.Popen[str], beginning: str) -> str:
+    """The first line of its output that begins so."""
+    assert process.stdout is not None
+    return next(line for line in process.stdout if line.startswith(beginning))
+
+
+def are_gone(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=SECONDS)[1]
+
+
+def test_the_demo_kills_a_server_and_tells_the_same_story(demo):
+    process = demo("--servers", "5")
+    listed = {int(entry.partition("=")[2]) for entry in line_with(process, "processes ").split()[1:]}
+    line_with(process, "complete: ")
+    members = psutil.Process(process.pid).children(recursive=True)
+    assert listed <= {member.pid for member in members}
+    assert [member.name() for member in members].count("p2pd") >= 6
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0
+    assert "with SIGKILL" in out
+    assert "took over after" in out
+    assert "the same as the whole model on one machine: yes" in out
+    assert "nothing is left running" in out
+    assert err == ""
+    assert are_gone(members)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "moment"),
+    [(signal.SIGINT, 130, "complete: "), (signal.SIGKILL, -9, "processes ")],
+)
+def test_a_demo_that_is_broken_off_leaves_nothing_behind(demo, number, code, moment):
+    process = demo("--servers", "4")
+    line_with(process, moment)
+    members = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == code
+    assert err == ""
+    assert len(members) >= 5
+    assert are_gone(members)

@@ -1,0 +1,71 @@
+"""What the command line says before it does anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from shoal.cli.console import WrongUsage
+from shoal.cli.options import peers_of, sampling, spread_peers, swarm_peers
+
+A, B = "/ip4/127.0.0.1/tcp/1/p2p/A", "/ip4/127.0.0.1/tcp/2/p2p/B"
+SLOW = ("torch", "transformers", "hivemind", "huggingface_hub")
+
+
+def test_help_is_quick_because_it_imports_nothing_slow():
+    program = (
+        "import sys\nfrom shoal.cli import run\nassert run(['--help']) == 0\nassert run(['serve', '--help']) == 0\n"
+        f"print([name for name in {SLOW} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert all(command in done.stdout for command in ("demo", "serve", "dht", "generate", "chat", "status"))
+
+
+def test_several_peers_may_follow_one_option():
+    assert spread_peers(["generate", "m", "hi", "--initial-peers", A, B, "--json"]) == [
+        *("generate", "m", "hi", "--initial-peers", A, "--initial-peers", B, "--json")
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--initial-peers", A, "/models/llama"],
+        ["serve", "--initial-peers", A, "--initial-peers", B, "m"],
+        ["generate", "--initial-peers=" + A, "m", "/ip4 is what?"],
+        ["status", A],
+        [],
+    ],
+)
+def test_nothing_else_is_taken_for_a_peer(arguments):
+    assert spread_peers(arguments) == arguments
+
+
+def test_peers_come_from_the_options_or_else_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SHOAL_INITIAL_PEERS", f"{A} {B}")
+    assert peers_of(None) == (A, B)
+    assert peers_of([B]) == (B,)
+    assert peers_of([f"{A},{B}"]) == (A, B)
+    monkeypatch.delenv("SHOAL_INITIAL_PEERS")
+    assert peers_of(None) == ()
+    with pytest.raises(WrongUsage, match="which swarm"):
+        swarm_peers(None)
+
+
+def test_text_is_greedy_unless_chance_is_asked_for():
+    assert sampling(None, None, None, None) == {"do_sample": False, "num_beams": 1}
+    assert sampling(0.0, None, None, None)["do_sample"] is False
+    assert sampling(0.5, 0.9, None, 1) == {
+        "do_sample": True, "num_beams": 1, "temperature": 0.5, "top_p": 0.9, "top_k": 0,
+    }  # fmt: skip
+    assert sampling(None, None, 5, None)["temperature"] == 1.0
+
+
+def test_a_seed_without_chance_is_a_mistake():
+    with pytest.raises(WrongUsage, match="--seed"):
+        sampling(None, None, None, 7)
+    with pytest.raises(WrongUsage, match="temperature of 0"):
+        sampling(0.0, 0.5, None, None)
