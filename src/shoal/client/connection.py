@@ -16,6 +16,8 @@ from shoal.protocol import Close, Failure, Message, ProtocolViolation, Result, S
 from shoal.spans import ServerInfo
 
 OPEN_SECONDS = 10.0
+SLOWEST_LINK = 128 * 1024
+"""Bytes per second: what is in flight over a link that is slower than this looks like silence."""
 SOON = 1.0
 NEVER = 3600.0
 
@@ -66,10 +68,13 @@ class Connection:
         """
         config = self._config
         try:
+            # Both directions: a server that is still receiving the question has nothing to say either.
+            in_flight = 2 * sum(tensor.nbytes for tensor in (tensors or {}).values())
+            silence_seconds = config.silence_seconds + in_flight / SLOWEST_LINK
             async with asyncio.timeout(config.longest_answer_seconds) as limit:
                 await codec.send(self._stream, message, tensors)
                 while True:
-                    async with asyncio.timeout(config.silence_seconds):
+                    async with asyncio.timeout(silence_seconds):
                         reply, answered = await codec.receive(self._stream)
                     if isinstance(reply, expect):
                         return reply, answered
@@ -82,7 +87,7 @@ class Connection:
                 what = (
                     f"no answer within {config.longest_answer_seconds:g} s"
                     if limit.expired()
-                    else f"said nothing for {config.silence_seconds:g} s"
+                    else f"said nothing for {silence_seconds:.1f} s"
                 )
             if isinstance(error, StreamBroken | TimeoutError | ProtocolViolation):
                 raise ServerLost(f"{self._peer} is lost: {what}", peer=self._peer) from None
