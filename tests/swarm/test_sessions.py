@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal import AutoDistributedModel, AutoDistributedModelForSequenceClassification, UnsupportedOperation, UserError
 
-from .harness import Swarm
+from .harness import Swarm, swarm_of
+from .tiny_models import tiny_config, with_noise
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -173,3 +175,19 @@ def test_a_classification_head_is_new_and_can_be_trained(swarm: MakeSwarm, whole
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gpt_neox", "mamba"])
+def test_every_family_calls_its_blocks_transformer_h(family: str, tmp_path: Path):
+    torch.manual_seed(0)
+    whole = with_noise(AutoModelForCausalLM.from_config(tiny_config(family)).eval())
+    whole.save_pretrained(tmp_path)
+    with swarm_of(tmp_path, "0:2", "2:5") as swarm_:
+        model = swarm_.model()
+        h = model.transformer.h
+        assert len(h) == 5
+        hidden = torch.randn(1, 3, 32)
+        torch.testing.assert_close(h[3:](h[:3](hidden)), h(hidden), rtol=1e-4, atol=1e-5)
+        assert model.generate(PROMPT % 30, max_new_tokens=5).tolist() == (
+            whole.generate(PROMPT % 30, max_new_tokens=5).tolist()
+        )

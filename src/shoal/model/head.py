@@ -165,7 +165,7 @@ class _HeadBackbone:
         layer = _BlocksCall(
             self._first_layer[0],
             returns_tuple=self.config.model_type in LAYERS_RETURN_TUPLE,
-            blocks=getattr(self, self._layers_name)[0],
+            blocks=getattr(self, self._layers_name),
             attention_mask=mask,
             position_ids=kwargs.get("position_ids"),
             past_key_values=cache,
@@ -191,12 +191,12 @@ class _Head:
     def attach_blocks(self: Any, blocks: nn.Module) -> None:
         """Make `blocks` the model's layers."""
         (backbone,) = self._backbone_of_head
-        setattr(backbone, backbone._layers_name, nn.ModuleList([blocks]))
+        setattr(backbone, backbone._layers_name, blocks)
 
     @property
     def blocks(self: Any) -> Any:
         (backbone,) = self._backbone_of_head
-        return getattr(backbone, backbone._layers_name)[0]
+        return getattr(backbone, backbone._layers_name)
 
     def _prepare_cache_for_generation(
         self: Any,
