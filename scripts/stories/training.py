@@ -1,0 +1,164 @@
+"""The training of the bundled model: a tokenizer and a small Llama, on stories that are written as they are needed.
+
+No story is seen twice: each batch is written fresh, so the training loss is a loss on text that the model has not met,
+and the held-out stories (of a seed of their own) only confirm it.
+"""
+
+# B rows of a batch, T positions of a row
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stories.grammar import write_story
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+NUM_TOKENIZER_STORIES = 20_000
+HELD_OUT_SEED = 2**32  # far from any seed that the training would be given
+NUM_HELD_OUT_STORIES = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that decides what the training makes."""
+
+    seed: int = 0
+    num_steps: int = 1100
+    tokens_per_step: int = 4096
+    row_length: int = 256
+    long_share: float = 0.1  # the last of the steps, whose rows are as long as the model allows
+    joined_share: float = 0.15  # stories that a blank line, not an end-of-text token, parts from the next
+    peak_lr: float = 3e-3
+    final_lr: float = 1e-4
+    num_warmup_steps: int = 60
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    vocab_size: int = 1536
+    max_positions: int = 2048
+
+    def lr(self, step: int) -> float:
+        """A linear warm-up, then a cosine from the peak to the final rate."""
+        if step < self.num_warmup_steps:
+            return self.peak_lr * (step + 1) / self.num_warmup_steps
+        progress = (step - self.num_warmup_steps) / (self.num_steps - self.num_warmup_steps)
+        return self.final_lr + (self.peak_lr - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def length(self, step: int) -> int:
+        """Positions of a row: the last steps see the whole context, so that long generations stay sound."""
+        return self.max_positions if step >= self.num_steps * (1 - self.long_share) else self.row_length
+
+
+def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: any text is encodable, and spaces come back as they were."""
+    rng = Random(recipe.seed)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((write_story(rng) for _ in range(NUM_TOKENIZER_STORIES)), trainer)
+    bos_id = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos_id)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=recipe.max_positions,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Twelve blocks, so that there is something to split; thin ones, so that it fits into a package."""
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=recipe.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
+    """One batch [B, T + 1] a step, of stories packed end to end."""
+    rng = Random(recipe.seed + 1)
+    blank_line = tokenizer.encode("\n\n", add_special_tokens=False)
+    ids: list[int] = [tokenizer.bos_token_id]
+    for step in range(recipe.num_steps):
+        length = recipe.length(step)
+        num_rows = recipe.tokens_per_step // length
+        while len(ids) < num_rows * (length + 1):
+            ids += tokenizer.encode(write_story(rng), add_special_tokens=False)
+            is_joined = rng.random() < recipe.joined_share
+            ids += blank_line if is_joined else [tokenizer.eos_token_id, tokenizer.bos_token_id]
+        batch, ids = ids[: num_rows * (length + 1)], ids[num_rows * (length + 1) :]
+        yield torch.tensor(batch).view(num_rows, length + 1)
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[float]:
+    """Trains the model; yields the mean loss of each step, in nats a token."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    kept = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    model.train()
+    for step, batch in enumerate(batches(recipe, tokenizer)):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr(step)
+        # A step in float32 takes half as long again, and the weights themselves stay in float32 anyway.
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_stories: int = NUM_HELD_OUT_STORIES
+) -> float:
+    """The loss, in nats a token, on stories of another seed: each alone, and with its end."""
+    rng = Random(HELD_OUT_SEED)
+    model.eval()
+    stories = [write_story(rng) + EOS for _ in range(num_stories)]
+    total, count = 0.0, 0
+    for first in range(0, num_stories, 20):
+        encoded = tokenizer(stories[first : first + 20], return_tensors="pt", padding=True, padding_side="right")
+        targets = encoded.input_ids[:, 1:].masked_fill(encoded.attention_mask[:, 1:] == 0, -100)
+        logits = model(**encoded).logits[:, :-1]
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        count += int((targets != -100).sum())
+    return total / count
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
+    """Writes both as Transformers reads them; returns what a reader gets, with weights rounded to bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_padding()  # measuring the held-out loss has left it on
+    tokenizer.save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,0 +1,5 @@
+"""A small trained model, so that a first run needs no download; `docs/stories.md` tells how it was made."""
+
+from pathlib import Path
+
+STORIES = Path(__file__).parent / "stories"
