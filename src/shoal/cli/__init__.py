@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli import chat, demo, dht, generate, serve, status
-from shoal.cli.console import WrongUsage, is_debugging, print_error, start_logging
+from shoal.cli.console import WrongUsage, is_debugging, print_error, start_logging, stderr
 from shoal.cli.options import spread_peers
 from shoal.errors import ShoalError
 
@@ -64,7 +64,10 @@ def run(arguments: Sequence[str]) -> int:
     try:
         start_logging(verbose=False)
         command = typer.main.get_command(app)
-        return command.main(spread_peers(arguments), prog_name="shoal", standalone_mode=False) or 0
+        code = command.main(spread_peers(arguments), prog_name="shoal", standalone_mode=False) or 0
+        if code == INTERRUPTED and stderr.is_terminal:
+            stderr.print("\ninterrupted", style="dim")
+        return code
     except WrongUsage as error:
         print_error(str(error), error.hint)
         return WRONG_USAGE
@@ -77,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
             context = getattr(error, "ctx", None)
             print_error(message, f"{context.command_path if context else 'shoal'} --help")
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # before or after the command itself
         return INTERRUPTED
     except BrokenPipeError:
         return FAILED

@@ -66,7 +66,7 @@ def _converse(llm: Any, conversation: Conversation, session: InferenceSession, c
         if not line.strip():
             continue
         ids = conversation.ask(line)
-        printer = streamer(conversation.tokenizer)
+        printer = streamer(conversation.tokenizer, strip=True)
         try:
             go_back(session, ids)
             llm.generate(ids, session=session, streamer=printer, **chosen)

@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -14,8 +15,10 @@ from rich.text import Text
 
 from shoal.errors import UserError
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+# With NO_COLOR, Rich by itself would still write bold and dim.
+_COLORS: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+stdout = Console(highlight=False, color_system=_COLORS)
+stderr = Console(stderr=True, highlight=False, color_system=_COLORS)
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -89,11 +92,12 @@ class Wait:
         if not stderr.is_terminal:
             return
         self._progress.update(self._task, description=what)
-        if spin:
-            self._progress.start()
-        else:
+        if not spin:
             self.stop()
             stderr.print(Text(what, style="dim"))
+        elif not self._progress.live.is_started:
+            self._progress.reset(self._task)
+            self._progress.start()
 
     def stop(self) -> None:
         if self._progress.live.is_started:

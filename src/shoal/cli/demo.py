@@ -67,6 +67,7 @@ def command(
 
 def _demonstrate(children: Children, num_servers: int, *, kill: bool, seed: int | None) -> bool:
     """The demo itself; returns whether the swarm said what the whole model says."""
+    stdout.print(f"A swarm of {num_servers} servers and a bootstrap node, each a process of its own", style="bold")
     local = ("--host", "127.0.0.1")
     with waiting("Starting a bootstrap node, and importing PyTorch") as wait:
         bootstrap = children.start("bootstrap", "dht", *local, "--identity", str(children.folder / "bootstrap"))
@@ -82,7 +83,6 @@ def _demonstrate(children: Children, num_servers: int, *, kill: bool, seed: int 
         for _ in children.wait_for([bootstrap], seconds=START_SECONDS):
             pass
         address = bootstrap.facts["address"]
-        stdout.print(f"A swarm of {num_servers} servers and a bootstrap node, each a process of its own", style="bold")
         holders = [
             children.start(
                 *(name, "serve", str(STORIES), "--name", name, "--blocks", str(span), "--dtype", "float32", *local),
@@ -91,6 +91,7 @@ def _demonstrate(children: Children, num_servers: int, *, kill: bool, seed: int 
             for name, span in plan(num_servers)
         ]
         pids = " ".join(f"{child.name}={child.process.pid}" for child in (bootstrap, *holders))
+        wait.stop()
         stdout.print(Text(f"processes {pids}\n", style="dim"), soft_wrap=True)
         stdout.file.flush()
         for missing in children.wait_for(holders, seconds=START_SECONDS):

@@ -52,7 +52,8 @@ def command(
         inputs = tokenizer(prompt, return_tensors="pt")
         num_prompt = inputs.input_ids.shape[1]
         if not num_prompt:
-            raise UserError("the prompt is empty", hint="say something, even if it is only the tokenizer's first token")
+            raise UserError("the prompt is empty", hint="this model's tokenizer adds nothing to it: say something")
+        check_length(llm, num_prompt, max_new_tokens)
         streams = num_beams == 1 and not as_json
         seed_everything(seed)
         session: InferenceSession
@@ -65,7 +66,7 @@ def command(
                     **chosen,
                     max_new_tokens=max_new_tokens,
                     session=session,
-                    streamer=streamer(tokenizer, prompt if stdout.is_terminal else "") if streams else None,
+                    streamer=streamer(tokenizer, prompt=prompt if stdout.is_terminal else "") if streams else None,
                     pad_token_id=pad_token_of(tokenizer),
                 )
             seconds = time.perf_counter() - started
@@ -126,16 +127,20 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
         ) from error
 
 
-def streamer(tokenizer: Any, prompt: str = "") -> Any:
-    """Prints what is generated as soon as its words are complete, behind the prompt; `text` is what was printed."""
+def streamer(tokenizer: Any, *, prompt: str = "", strip: bool = False) -> Any:
+    """Prints what is generated as soon as its words are complete, behind the prompt; `text` is what was printed.
+
+    With `strip`, not the space that the text begins with.
+    """
     from transformers import TextStreamer
 
     class Printer(TextStreamer):  # type: ignore[misc]
         text = ""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if prompt and not self.text:
-                print_now(prompt, style="dim")
+            if not self.text:
+                text = text.lstrip() if strip else text
+                print_now(prompt if text else "", style="dim")
             self.text += text
             print_now(text)
 
@@ -149,6 +154,16 @@ def print_now(text: str, style: str = "") -> None:
     else:
         sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def check_length(llm: Any, num_tokens: int, max_new_tokens: int) -> None:
+    """Raises `UserError` if so many tokens are more than the model was made for."""
+    longest = getattr(llm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and num_tokens + max_new_tokens > longest:
+        raise UserError(
+            f"{num_tokens} tokens and {max_new_tokens} new ones are more than the {longest} that this model allows",
+            hint=f"--max-new-tokens {longest - num_tokens}" if longest > num_tokens else "shorten the prompt",
+        )
 
 
 def pad_token_of(tokenizer: Any) -> int:
