@@ -20,6 +20,7 @@ class Page:
         self._console = console
         self._width = min(console.width, 80) - 2
         self._column = 0
+        self._space = ""
 
     def write(self, text: str, style: str = "") -> None:
         """Go on with the text, at once."""
@@ -28,11 +29,12 @@ class Page:
                 self.end_line()
                 self._console.print("\n" * (piece.count("\n") - 1), end="")
             elif piece.isspace():
-                self._put(" ") if 0 < self._column < self._width else None
+                self._space = " " if self._column else ""
             elif piece:
-                if self._column and self._column + len(piece) > self._width:
+                if self._column and self._column + len(self._space + piece) > self._width:
                     self.end_line()
-                self._put(piece if self._column else INDENT + piece, style)
+                self._put((self._space if self._column else INDENT) + piece, style)
+                self._space = ""
         self._console.file.flush()
 
     def note(self, text: str, style: str) -> None:
