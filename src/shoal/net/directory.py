@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils import MSGPackSerializer
 
 from shoal.errors import BootstrapFailed, SwarmError
@@ -104,7 +106,8 @@ class DhtDirectory:
         self._last_expiry[model.key] = expires
         keys = list(announcement.table_keys)
         peer = self._identity.peer
-        stored = await self._joined().store_many(keys, [record] * len(keys), expires, subkeys=[peer] * len(keys))
+        with _translated_errors():
+            stored = await self._joined().store_many(keys, [record] * len(keys), expires, subkeys=[peer] * len(keys))
         if not all(stored.values()):
             logger.warning("others refuse our announcement: are this machine's clock and theirs the same?")
 
@@ -130,7 +133,8 @@ class DhtDirectory:
         """The valid announcements under these keys, in no order, some several times."""
         # NaN is later than nothing and nothing is later than it: no answer is late enough to end the search early, so
         # a stranger who claims that his is the last word does not silence the others.
-        found = await self._joined().get_many(keys, sufficient_expiration_time=math.nan)
+        with _translated_errors():
+            found = await self._joined().get_many(keys, sufficient_expiration_time=math.nan)
         now = self._clock()
         valid = []
         for key, entry in found.items():
@@ -144,6 +148,15 @@ class DhtDirectory:
         if self._node is None:
             raise SwarmError("this peer has not joined a swarm")
         return self._node
+
+
+@contextlib.contextmanager
+def _translated_errors() -> Iterator[None]:
+    """The table's ways of failing, such as a daemon that is being restarted, as one of ours."""
+    try:
+        yield
+    except (P2PDaemonError, OSError, EOFError) as failure:
+        raise SwarmError(f"the directory cannot be reached: {failure or type(failure).__name__}") from failure
 
 
 class SignedRecords(RecordValidatorBase):  # type: ignore[misc]

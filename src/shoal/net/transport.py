@@ -99,11 +99,14 @@ class Directory(Protocol):
     """Who serves what: a distributed table of signed records that expire."""
 
     async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
-        """Publish `info` for `lifetime` seconds (at most `MAX_LIFETIME`); a later call replaces it."""
+        """Publish `info` for `lifetime` seconds, at most `MAX_LIFETIME`; a later call replaces it.
+
+        Raises `SwarmError`.
+        """
         ...
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
-        """The valid records of all blocks of a model, one a peer."""
+        """The valid records of all blocks of a model, one a peer. Raises `SwarmError`."""
         ...
 
     async def models(self) -> tuple[ModelInfo, ...]:

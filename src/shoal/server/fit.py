@@ -1,0 +1,92 @@
+"""What a server takes on, where it was not told: which device, dtype and blocks, and how much room for caches."""
+
+from __future__ import annotations
+
+import logging
+
+import psutil
+import torch
+
+from shoal.errors import UserError
+from shoal.model.checkpoint import Checkpoint
+from shoal.model.families import text_config
+from shoal.routing.placement import CACHE_SHARE, choose_num_blocks, choose_span
+from shoal.routing.view import SwarmView
+from shoal.server.config import ServerConfig
+from shoal.spans import Span
+
+log = logging.getLogger(__name__)
+
+MOST_CACHE_TOKENS = 1 << 20
+
+
+def choose_blocks(
+    config: ServerConfig, checkpoint: Checkpoint, view: SwarmView, dtype: torch.dtype, device: torch.device
+) -> Span:
+    """The span that was asked for, or the one that helps the swarm most and fits into memory."""
+    if config.blocks is not None:
+        if config.blocks.end > checkpoint.num_blocks:
+            raise UserError(
+                f"{checkpoint.name} has {checkpoint.num_blocks} blocks; there is no span {config.blocks} of them"
+            )
+        return config.blocks
+    memory = free_memory(device)
+    growth = dtype.itemsize / choose_dtype("auto", checkpoint).itemsize
+    block_bytes = [round(size * growth) for size in checkpoint.block_bytes]
+    num_blocks = config.num_blocks or choose_num_blocks(memory, block_bytes)
+    if num_blocks == 0:
+        largest = max(block_bytes)
+        raise UserError(
+            f"a block of {checkpoint.name} takes {largest / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB are free",
+            hint="free some memory, or name the blocks yourself: --num-blocks 1",
+        )
+    if num_blocks > checkpoint.num_blocks:
+        raise UserError(f"{checkpoint.name} has only {checkpoint.num_blocks} blocks")
+    span = choose_span(view.throughput(), num_blocks=num_blocks)
+    log.info("serving blocks %s of %d: %.1f GiB are free", span, checkpoint.num_blocks, memory / 2**30)
+    return span
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that was asked for. Raises `UserError` if this machine, or its PyTorch, has none."""
+    device = torch.device(name)
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not usable.get(device.type, False):
+        raise UserError(
+            f"PyTorch {torch.__version__} finds no device {name!r} here",
+            hint="use --device cpu, or install a PyTorch and a driver that know it",
+        )
+    return device
+
+
+def choose_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that was asked for; "auto" is the checkpoint's own."""
+    if name == "auto":
+        stored = text_config(checkpoint.config).dtype
+        return stored if isinstance(stored, torch.dtype) else torch.float32
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise UserError(f"{name!r} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
+    return dtypes[name]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may be used on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def choose_cache_tokens(checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device) -> int:
+    """How many tokens' keys and values, over all blocks of the span, a fair part of what memory is left holds."""
+    config = text_config(checkpoint.config)
+    num_heads = getattr(config, "num_attention_heads", None) or 1
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    token_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize * len(span)
+    return int(min(free_memory(device) * CACHE_SHARE // token_bytes, MOST_CACHE_TOKENS))
+
+
+def max_length_of(config: ServerConfig, checkpoint: Checkpoint) -> int:
+    """The longest sequence that the model was made for."""
+    return getattr(text_config(checkpoint.config), "max_position_embeddings", None) or config.max_length

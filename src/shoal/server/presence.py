@@ -1,0 +1,68 @@
+"""A server's record in the directory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from shoal.errors import SwarmError
+from shoal.net.transport import ModelInfo, Node
+from shoal.spans import ServerInfo, ServerState
+
+log = logging.getLogger(__name__)
+
+LIFETIMES = 3
+"""A record lives as long as so many renewals take: one may fail, and a server that vanished is forgotten soon."""
+
+
+class Presence:
+    """Keeps a server's record fresh while the context lasts, and takes it back at the end, so that nobody waits."""
+
+    def __init__(self, node: Node, model: ModelInfo, info: ServerInfo, *, every_seconds: float) -> None:
+        self._directory = node.directory
+        self._model = model
+        self._describe: Callable[[], ServerInfo] = lambda: info
+        self._every_seconds = every_seconds
+        self._task: asyncio.Task[None] | None = None
+
+    async def become(self, describe: Callable[[], ServerInfo]) -> None:
+        """From now on the record is what `describe` says at each renewal. Raises `SwarmError`."""
+        self._describe = describe
+        await self._announce(describe())
+
+    async def __aenter__(self) -> Self:
+        await self._announce(self._describe())
+        self._task = asyncio.create_task(self._renew())
+        return self
+
+    async def leave(self) -> None:
+        """Take the record back. May be called twice."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        try:
+            await self._announce(replace(self._describe(), state=ServerState.LEAVING))
+        except SwarmError as failure:
+            log.warning("nobody could be told that this server leaves: %s", failure)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.leave()
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._every_seconds)
+            try:
+                await self._announce(self._describe())
+            except SwarmError as failure:
+                log.warning("not announced, trying again in %.0f s: %s", self._every_seconds, failure)
+
+    async def _announce(self, info: ServerInfo) -> None:
+        await self._directory.announce(self._model, info, lifetime=LIFETIMES * self._every_seconds)
