@@ -1,9 +1,9 @@
 """shoal: one large language model on many ordinary machines that come and go.
 
-    from shoal import AutoDistributedModelForCausalLM
+from shoal import AutoDistributedModelForCausalLM
 
-    model = AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDRESS])
-    model.generate(**inputs, max_new_tokens=20)
+model = AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDRESS])
+model.generate(**inputs, max_new_tokens=20)
 """
 
 from __future__ import annotations

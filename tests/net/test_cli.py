@@ -321,16 +321,17 @@ def test_the_demo_kills_a_server_and_tells_the_same_story(demo):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "moment"),
-    [(signal.SIGINT, 130, "complete: "), (signal.SIGKILL, -9, "processes ")],
+    ("number", "codes", "moment"),
+    # Python, interrupted while it executes generated code, cleans up, and then ends by the signal: also 130 to a shell.
+    [(signal.SIGINT, {130, -signal.SIGINT}, "complete: "), (signal.SIGKILL, {-signal.SIGKILL}, "processes ")],
 )
-def test_a_demo_that_is_broken_off_leaves_nothing_behind(demo, number, code, moment):
+def test_a_demo_that_is_broken_off_leaves_nothing_behind(demo, number, codes, moment):
     process = demo("--servers", "4")
     line_with(process, moment)
     members = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == code
+    assert process.returncode in codes
     assert err == ""
     assert len(members) >= 5
     assert are_gone(members)

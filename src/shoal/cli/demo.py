@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,8 +56,8 @@ def command(
     """
     start_logging(verbose=verbose)
     started = time.monotonic()
-    with interruptible(), Children() as children:
-        is_same = _demonstrate(children, servers, kill=kill, seed=seed)
+    with interruptible() as check, Children() as children:
+        is_same = _demonstrate(children, servers, check, kill=kill, seed=seed)
     left = psutil.Process().children(recursive=True)
     ending = "nothing is left running" if not left else f"still running: {', '.join(str(p.pid) for p in left)}"
     stdout.print(f"\n{ending}; all of it took {time.monotonic() - started:.0f} s", style="dim")
@@ -65,7 +65,9 @@ def command(
         raise SwarmError("the swarm's story differs from the whole model's", hint="this should never be: report it")
 
 
-def _demonstrate(children: Children, num_servers: int, *, kill: bool, seed: int | None) -> bool:
+def _demonstrate(
+    children: Children, num_servers: int, check: Callable[[], None], *, kill: bool, seed: int | None
+) -> bool:
     """The demo itself; returns whether the swarm said what the whole model says."""
     stdout.print(f"A swarm of {num_servers} servers and a bootstrap node, each a process of its own", style="bold")
     local = ("--host", "127.0.0.1")
@@ -112,7 +114,7 @@ def _demonstrate(children: Children, num_servers: int, *, kill: bool, seed: int 
         chosen = options.sampling(None if seed is None else 0.8, None, None, seed) | {"max_new_tokens": MAX_NEW_TOKENS}
         num_prompt = inputs.input_ids.shape[1]
         with llm.inference_session(max_length=num_prompt + MAX_NEW_TOKENS) as session:
-            telling = _Telling(tokenizer, session, holders if kill else [], num_prompt)
+            telling = _Telling(tokenizer, session, holders if kill else [], num_prompt, check)
             seed_everything(seed)
             ids = llm.generate(**inputs, **chosen, session=session, streamer=telling.teller)
     finally:
@@ -139,8 +141,16 @@ def plan(num_servers: int) -> Iterator[tuple[str, Span]]:
 class _Telling:
     """The story while it is told: where it comes from, and the one who dies."""
 
-    def __init__(self, tokenizer: Any, session: InferenceSession, victims: Sequence[Child], num_prompt: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        session: InferenceSession,
+        victims: Sequence[Child],
+        num_prompt: int,
+        check: Callable[[], None],
+    ) -> None:
         self.kill: Kill | None = None
+        self._check = check
         self._page = Page(stdout)
         self._page.write(PROMPT, style="bold")
         self._session = session
@@ -167,6 +177,7 @@ class _Telling:
 
     def _perhaps_kill(self, teller: Teller) -> None:
         """In mid-sentence, kill a server that the story comes through."""
+        self._check()
         is_time = self.kill is None and len(teller.token_ids) >= KILL_AFTER_TOKENS and teller.is_mid_sentence
         if self._victims and is_time:
             hop = self._session.hops[len(self._session.hops) // 2]

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -150,14 +150,26 @@ class Children:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal end us as Ctrl-C does: by an exception, so that contexts are left."""
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Let SIGTERM and a closed terminal end us as Ctrl-C does: by an exception, so that contexts are left.
+
+    The exception may come up where a library swallows it. So it is raised again by what this yields, which is to be
+    called now and then, and at the end.
+    """
+    interrupted = False
 
     def interrupt(_: int, __: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
         raise KeyboardInterrupt
 
+    def check() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+
     with _handling({signal.SIGTERM: interrupt, signal.SIGHUP: interrupt, signal.SIGINT: interrupt}):
-        yield
+        yield check
+        check()
 
 
 @contextlib.contextmanager
