@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from shoal import AutoDistributedModel, AutoDistributedModelForSequenceClassification, UnsupportedOperation, UserError
+from shoal.model.head import HeadCache
 
 from .harness import Swarm, swarm_of
 from .tiny_models import tiny_config, with_noise
@@ -69,10 +71,48 @@ def test_a_session_that_gets_too_long_says_so_and_stays_usable(swarm: MakeSwarm,
     with model.inference_session(max_length=8) as session:
         with pytest.raises(UserError, match="9 tokens in a session of at most 8"):
             model.generate(PROMPT, max_new_tokens=20, session=session)
-        session.crop(0)
         assert model.generate(PROMPT, max_new_tokens=3, session=session).tolist() == (
             whole.generate(PROMPT, max_new_tokens=3).tolist()
         )
+
+
+class StopsAfter(BaseStreamer):
+    """A user who presses Ctrl-C at some token."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_left = num_tokens + 1  # the prompt comes first
+
+    def put(self, value: torch.Tensor) -> None:
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("num_calls", [0, 1])
+def test_an_interrupted_call_is_forgotten_by_the_session(swarm: MakeSwarm, whole: PreTrainedModel, num_calls: int):
+    model = swarm("0:2", "2:4").model()
+    with model.inference_session(max_length=64) as session:
+        said = PROMPT
+        for _ in range(num_calls):
+            said = model.generate(said, max_new_tokens=4, session=session)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(said, max_new_tokens=9, streamer=StopsAfter(5), session=session)
+        everything = torch.cat((said, MORE), dim=1)
+        assert model.generate(everything, max_new_tokens=5, session=session).tolist() == (
+            whole.generate(everything, max_new_tokens=5).tolist()
+        )
+
+
+def test_a_mask_of_another_length_than_the_tokens_is_refused(swarm: MakeSwarm):
+    model = swarm("0:4").model()
+    with model.inference_session(max_length=64) as session:
+        cache = HeadCache(session)
+        model(PROMPT, past_key_values=cache)
+        with pytest.raises(UserError, match="a mask of 5 tokens for 2 tokens after the session's 5"):
+            model(MORE, attention_mask=torch.ones(1, 5), past_key_values=cache)
 
 
 def test_a_closed_session_gives_its_room_back(swarm: MakeSwarm):

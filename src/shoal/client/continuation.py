@@ -29,6 +29,9 @@ class Continuation:
         Raises `UserError` for tokens that repeat the session's beginning and then differ: they would be read twice.
         """
         past_ids, past_mask = session.output_ids, session.attention_mask
+        # An interrupted call leaves tokens that nobody was told, or the sequences of its beams.
+        num_known, rows = (0, 0) if past_ids is None else (past_ids.shape[1] - 1, past_ids.shape[0])
+        session.crop(min(session.num_tokens, num_known) if session.batch_size == rows else 0)
         if past_ids is None or past_mask is None:
             if new_ids is None:
                 raise UserError("a session begins with some tokens: pass inputs")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionMaskInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from shoal.errors import UnsupportedModel, UnsupportedOperation
+from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.body import check_loaded
 from shoal.model.families import LAYERS_RETURN_TUPLE, Family, find_backbone, text_config
 from shoal.model.view import StandIn, view_of
@@ -160,6 +160,8 @@ class _HeadBackbone:
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise UnsupportedOperation("only attention masks of shape [batch, tokens] can be sent to servers")
+        if cache is not None and mask is not None:
+            _check_length(mask, cache, kwargs)
         if cache is not None and mask is not None and mask.all():
             mask = None  # `generate` always gives one; what says nothing need not travel
         layer = _BlocksCall(
@@ -174,6 +176,15 @@ class _HeadBackbone:
         view.__dict__["config"] = copy.copy(self.config)
         view.config.__dict__["_attn_implementation_internal"] = NO_ATTENTION
         return super(_HeadBackbone, view).forward(**kwargs)  # type: ignore[misc]
+
+
+def _check_length(mask_BS: Tensor, cache: HeadCache, inputs: Mapping[str, Any]) -> None:
+    tokens = inputs.get("input_ids")
+    num_new = (inputs["inputs_embeds"] if tokens is None else tokens).shape[1]
+    if mask_BS.shape[1] != cache.session.num_tokens + num_new:
+        raise UserError(
+            f"a mask of {mask_BS.shape[1]} tokens for {num_new} tokens after the session's {cache.session.num_tokens}"
+        )
 
 
 class _Head:
