@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,37 @@ def test_an_interrupted_call_is_forgotten_by_the_session(swarm: MakeSwarm, whole
         assert model.generate(everything, max_new_tokens=5, session=session).tolist() == (
             whole.generate(everything, max_new_tokens=5).tolist()
         )
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant", "beams", "samples"])
+def test_a_later_call_of_a_session_may_decode_in_another_way(swarm: MakeSwarm, whole: PreTrainedModel, how: str):
+    options = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "assistant": {"assistant_model": whole},
+        "beams": {"num_beams": 3},
+        "samples": {"do_sample": True, "num_return_sequences": 3},
+    }[how]
+    model = swarm("0:2", "2:4").model()
+    with model.inference_session(max_length=64) as session:
+        said = model.generate(PROMPT, max_new_tokens=4, session=session)
+        everything = torch.cat((said, said), dim=1)
+        torch.manual_seed(1)
+        answer = model.generate(everything, max_new_tokens=6, session=session, **options)
+    torch.manual_seed(1)
+    assert answer.tolist() == whole.generate(everything, max_new_tokens=6, **options).tolist()
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_guesses_of_tokens_end_where_the_text_does(swarm: MakeSwarm, whole: PreTrainedModel, explicit: bool):
+    model = swarm("0:4").model()
+    repetitive = PROMPT[:, :2].repeat(1, 5)
+    for num_tokens in range(1, 13):
+        with contextlib.ExitStack() as stack:
+            session = None
+            if explicit:
+                session = stack.enter_context(model.inference_session(max_length=repetitive.shape[1] + num_tokens - 1))
+            answer = model.generate(repetitive, max_new_tokens=num_tokens, prompt_lookup_num_tokens=8, session=session)
+        assert answer.tolist() == whole.generate(repetitive, max_new_tokens=num_tokens).tolist()
 
 
 def test_a_mask_of_another_length_than_the_tokens_is_refused(swarm: MakeSwarm):

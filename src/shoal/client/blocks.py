@@ -133,7 +133,9 @@ class InferenceSession:
             )
         if self.num_tokens == 0:
             self._session.batch_size = batch_size
-        elif batch_size != self.batch_size:
+        elif batch_size % self.batch_size == 0:
+            self._spread(batch_size // self.batch_size)
+        else:
             raise UserError(f"{batch_size} sequences in a session of {self.batch_size}")
         work = self._session.step(
             _on_cpu(hidden_BTD),
@@ -153,6 +155,11 @@ class InferenceSession:
     def select_rows(self, rows: Sequence[int]) -> None:
         """From now on, sequence i continues the one that was `rows[i]`."""
         self._session.select_rows(rows)
+
+    def _spread(self, num_each: int) -> None:
+        """Each sequence becomes several: the first step of beams, or of several samples."""
+        if num_each > 1:
+            self.select_rows([row for row in range(self.batch_size) for _ in range(num_each)])
 
     def close(self) -> None:
         """Let the servers forget it. May be called twice."""

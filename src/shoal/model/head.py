@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionMaskInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.configuration_utils import GenerationMode
 
 from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.body import check_loaded
@@ -187,6 +189,18 @@ def _check_length(mask_BS: Tensor, cache: HeadCache, inputs: Mapping[str, Any]) 
         )
 
 
+class _Bounded:
+    """Mixed into a candidate generator: Transformers' own may guess beyond the end of the text."""
+
+    max_candidate_length: int
+
+    def get_candidates(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        ids, logits = super().get_candidates(input_ids, *args, **kwargs)  # type: ignore[misc]
+        num_tokens = input_ids.shape[1]
+        num_candidates = max(0, self.max_candidate_length - num_tokens)
+        return ids[:, : num_tokens + num_candidates], None if logits is None else logits[:, :num_candidates]
+
+
 class _Head:
     """Mixed into a Transformers class: the same model, without its layers."""
 
@@ -219,10 +233,20 @@ class _Head:
     ) -> None:
         """Open a session where Transformers would make a cache, under the name by which the family calls it."""
         name = "cache_params" if "cache_params" in inspect.signature(self.forward).parameters else "past_key_values"
-        if generation_config.use_cache is False or model_kwargs.get(name) is not None:
+        cache = model_kwargs.get(name)
+        if isinstance(cache, HeadCache) and generation_mode == GenerationMode.ASSISTED_GENERATION:
+            cache.session.crop(0)  # it begins with the whole prompt, whatever has been computed of it
+        if generation_config.use_cache is False or cache is not None:
             return
         rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
         model_kwargs[name] = HeadCache(self.blocks.new_session(batch_size=rows, max_length=max_cache_length))
+
+    def _get_candidate_generator(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        """Of assisted decoding: what guesses the next tokens, here never more than the session has room for."""
+        generator: Any = super()._get_candidate_generator(generation_config, *args, **kwargs)  # type: ignore[misc]
+        generator.__class__ = _subclass(_Bounded, type(generator))  # type: ignore[arg-type]
+        generator.max_candidate_length = generation_config.max_length - 1
+        return generator
 
 
 def distributed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
