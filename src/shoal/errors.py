@@ -11,9 +11,10 @@
         └── PeerError            one peer, one request; `peer` says who
             ├── ServerLost       it vanished, fell silent or spoke nonsense: go elsewhere
             ├── ServerBusy       it is alive but full: come back later, or go elsewhere
+            ├── Misrouted        it cannot do this one: other blocks, other weights, or too small
             └── RequestRejected  it understood and refuses: the request itself is wrong
 
-`ServerLost` and `ServerBusy` are handled by the client's one retry loop; everything else reaches the user. Foreign
+The first three of these are handled by the client's one retry loop; everything else reaches the user. Foreign
 errors become one of these at the border where they arise. Each may carry a `hint`: what to do about it.
 """
 
@@ -83,6 +84,10 @@ class ServerBusy(PeerError):
     def __init__(self, message: str, *, peer: str, retry_after: float, hint: str | None = None) -> None:
         super().__init__(message, peer=peer, hint=hint)
         self.retry_after = retry_after
+
+
+class Misrouted(PeerError):
+    """The peer cannot do this request, now or later; another may."""
 
 
 class RequestRejected(PeerError):

@@ -44,7 +44,15 @@ class Swarm:
 
     def start(self, span: str, **options: Any) -> Server:
         """One more server."""
-        name = f"s{len(self.servers)}"
+        return self._start(f"s{len(self.servers)}", span, **options)
+
+    def restart(self, name: str, span: str, **options: Any) -> Server:
+        """A server is killed, and starts again as the same peer with another span."""
+        self.kill(name)
+        self.stop(name)
+        return self._start(name, span, **options)
+
+    def _start(self, name: str, span: str, **options: Any) -> Server:
         config = ServerConfig(
             model=str(options.pop("folder", self.folder)), blocks=Span.parse(span), dtype="float32", cache_tokens=4096
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel, TextStreamer
 from shoal import MissingBlocks, RequestRejected
 from shoal.net.memory import Frame
 
-from .harness import Swarm
+from .harness import QUICK, Swarm
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -180,3 +181,52 @@ def test_a_server_that_answers_nonsense_is_replaced(swarm: MakeSwarm, whole: Pre
     swarm_.network.on_frame = garble
     assert model.generate(PROMPT, max_new_tokens=8).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
     assert model.generate(PROMPT, max_new_tokens=8).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
+
+
+def test_a_server_too_small_for_one_request_is_asked_for_the_next(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:4", cache_tokens=64).model()
+    with pytest.raises(MissingBlocks, match="can never fit into this server's cache of 64 tokens"):
+        model.generate(PROMPT, max_length=100)
+    assert model.generate(PROMPT, max_length=12).tolist() == whole.generate(PROMPT, max_length=12).tolist()
+
+
+def test_servers_that_start_again_with_other_blocks_are_found_again(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4")
+    model = swarm_.model(config=replace(QUICK, refresh_seconds=100.0))
+    expected = whole.generate(PROMPT, max_new_tokens=4).tolist()
+    assert model.generate(PROMPT, max_new_tokens=4).tolist() == expected
+    for name, span in (("s0", "2:4"), ("s1", "0:2")):
+        swarm_.restart(name, span)
+    assert model.generate(PROMPT, max_new_tokens=4).tolist() == expected
+
+
+def test_a_directory_that_falls_silent_does_not_end_what_is_under_way(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4", "2:4")
+    model = swarm_.model()
+    with model.inference_session(max_length=40) as session:
+        first = model.generate(PROMPT, max_new_tokens=4, session=session)
+        swarm_.network.directory_answers = False
+        swarm_.kill(session.servers[-1])
+        rest = model.generate(None, max_new_tokens=4, session=session)
+        swarm_.network.directory_answers = True
+    assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
+
+
+def test_many_microbatches_under_way_are_one_failure_of_their_server(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:4")
+    model = swarm_.model(config=replace(QUICK, patience_seconds=20.0))
+    ids = torch.randint(2, 97, (40, 400), generator=torch.Generator().manual_seed(0))
+    seen = 0
+
+    def cut_in_the_middle(frame: Frame) -> Frame:
+        nonlocal seen
+        seen += b'"forward"' in frame.header
+        if seen == 8:
+            seen += 1
+            swarm_.network.cut("s0", "client1")
+            swarm_.network.heal()
+        return frame
+
+    swarm_.network.on_frame = cut_in_the_middle
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-5)

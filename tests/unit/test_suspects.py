@@ -13,7 +13,7 @@ class Clock:
 def test_a_suspect_is_avoided_at_once_barred_shortly_and_forgiven_when_it_answers():
     clock = Clock()
     suspects = Suspects(clock)
-    suspects.lost("a", "it hung up")
+    suspects.lost("a", "it hung up", since=clock.now)
     assert suspects.avoided("a")
     assert suspects.barred("a")
     assert not suspects.avoided("b")
@@ -22,7 +22,7 @@ def test_a_suspect_is_avoided_at_once_barred_shortly_and_forgiven_when_it_answer
     assert not suspects.barred("a")
     clock.now = AVOID_SECONDS
     assert not suspects.avoided("a")
-    suspects.lost("a", "again")
+    suspects.lost("a", "again", since=clock.now)
     suspects.forgive("a")
     assert not suspects.avoided("a")
 
@@ -31,10 +31,10 @@ def test_suspicion_doubles_with_every_failure_up_to_a_limit():
     clock = Clock()
     suspects = Suspects(clock)
     for growth in (1, 2, 4):
-        suspects.lost("a", "it hung up")
+        suspects.lost("a", "it hung up", since=clock.now)
         assert suspects.seconds_left() == BAR_SECONDS * growth
     for _ in range(100):
-        suspects.lost("a", "it hung up")
+        suspects.lost("a", "it hung up", since=clock.now)
     clock.now = LONGEST_SECONDS
     assert not suspects.avoided("a")
 
@@ -48,5 +48,17 @@ def test_a_busy_server_is_left_alone_until_it_said_and_is_not_blamed():
     assert suspects.reasons() == ["a: full"]
     clock.now = 3.0
     assert not suspects.avoided("a")
-    suspects.lost("a", "it hung up")
+    suspects.lost("a", "it hung up", since=clock.now)
     assert suspects.seconds_left() == BAR_SECONDS
+
+
+def test_requests_that_were_under_way_when_a_server_went_are_one_failure():
+    clock = Clock()
+    suspects = Suspects(clock)
+    clock.now = 10.0
+    for began in (3.0, 5.0, 9.0):
+        suspects.lost("a", "it hung up", since=began)
+    assert suspects.seconds_left() == BAR_SECONDS
+    clock.now = 11.0
+    suspects.lost("a", "it hung up", since=10.5)
+    assert suspects.seconds_left() == 2 * BAR_SECONDS

@@ -12,16 +12,16 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence, Set
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
 from shoal.client.suspects import Suspects
-from shoal.errors import MissingBlocks, ServerBusy, ServerLost
+from shoal.errors import Misrouted, MissingBlocks, ServerBusy, ServerLost, SwarmError
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
 from shoal.routing.route import Hop, choose_route
@@ -30,6 +30,9 @@ from shoal.spans import ServerInfo, Span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+PASSES_AT_ONCE = 8
+"""Microbatches under way together: enough to keep a chain of servers busy, and few enough for their limits."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,14 @@ class Piece:
 
     def tensors(self) -> dict[TensorName, torch.Tensor]:
         return named_tensors(self.hidden, self.positions, self.mask)
+
+
+Holding = tuple[str, Span]
+"""A peer and the blocks that it announces: started again with other blocks, it is another server."""
+
+
+def holding(server: ServerInfo) -> Holding:
+    return server.peer, server.span
 
 
 def named_tensors(
@@ -67,86 +78,125 @@ class Chain:
         self._node = node
         self._suspects = Suspects()
         self._round_trips: dict[str, float] = {}
-        self._view = SwarmView(model.num_blocks)
+        self._view: SwarmView | None = None
         self._viewed_at = float("-inf")
+        self._refreshing = asyncio.Lock()
+        self._out_of_touch: SwarmError | None = None
+        self._passes = asyncio.Semaphore(PASSES_AT_ONCE)
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
-    async def route(self, span: Span) -> tuple[Hop, ...]:
-        """The fastest chain of usable servers over a span. Raises `MissingBlocks`."""
+    async def route(self, span: Span, excluded: Set[Holding] = frozenset()) -> tuple[Hop, ...]:
+        """The fastest chain of usable servers over a span.
+
+        Raises `MissingBlocks`, and `SwarmError` if the directory has never answered.
+        """
         if time.monotonic() - self._viewed_at > self.config.refresh_seconds:
             await self._refresh()
-        view = self._trusted()
+        view = self._askable(excluded).only(lambda server: not self._suspects.avoided(server.peer))
         if view.missing(span):
             await self._refresh()
-            view = self._trusted()
+            view = self._askable(excluded).only(lambda server: not self._suspects.avoided(server.peer))
         if view.missing(span):  # better a server that failed lately than none
-            view = self._usable().only(lambda server: not self._suspects.barred(server.peer))
+            view = self._askable(excluded)
         hops = choose_route(view, span, round_trips=self._round_trips)
         log.info("blocks %s go through %s", span, ", ".join(f"{hop.server.peer[-8:]} {hop.span}" for hop in hops))
         return hops
 
     async def _refresh(self) -> None:
-        servers = list(await self._node.directory.servers(self.model))
-        random.shuffle(servers)  # among equals, different clients take different servers
-        self._view = SwarmView(self.model.num_blocks, tuple(servers))
-        self._viewed_at = time.monotonic()
+        """Take the picture anew. If the directory does not answer, the last one has to do."""
+        asked_at = time.monotonic()
+        async with self._refreshing:
+            if self._viewed_at >= asked_at:  # by another task, in the meantime
+                return
+            try:
+                servers = list(await self._node.directory.servers(self.model))
+            except SwarmError as failure:
+                if self._view is None:
+                    raise
+                log.warning("%s; going on with what was known", failure)
+                self._out_of_touch = failure
+                return
+            random.shuffle(servers)  # among equals, different clients take different servers
+            self._view = SwarmView(self.model.num_blocks, tuple(servers))
+            self._viewed_at = time.monotonic()
+            self._out_of_touch = None
+
+    def _known(self) -> SwarmView:
+        """Those who say that they serve this model now."""
+        return (self._view or SwarmView(self.model.num_blocks)).online()
 
     def _usable(self) -> SwarmView:
+        """Of these, those with our weights whom the user permits."""
         allowed, blocked = self.config.allowed_servers, self.config.blocked_servers
 
         def usable(server: ServerInfo) -> bool:
             permitted = (allowed is None or server.peer in allowed) and server.peer not in blocked
             return permitted and server.fingerprint == self.fingerprint
 
-        return self._view.online().only(usable)
+        return self._known().only(usable)
 
-    def _trusted(self) -> SwarmView:
-        return self._usable().only(lambda server: not self._suspects.avoided(server.peer))
+    def _askable(self, excluded: Set[Holding]) -> SwarmView:
+        """Of these, those who may be asked now."""
+        return self._usable().only(lambda each: holding(each) not in excluded and not self._suspects.barred(each.peer))
 
-    async def persist(self, span: Span, act: Callable[[], Awaitable[T]]) -> T:
+    async def persist(self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]]) -> T:
         """Do `act` until it succeeds, each time avoiding the servers that have failed.
 
-        Raises `MissingBlocks` at once if nobody serves some blocks of the span, and after the client's patience if
-        those who do keep failing or have no room.
+        It is given the servers that, as they are now, cannot do this. Raises `MissingBlocks` at once if
+        nobody serves some blocks of the span, and after the client's patience if those who do keep failing or have no
+        room.
         """
         give_up_at: float | None = None
+        excluded: set[Holding] = set()
         while True:
+            began = time.monotonic()
             try:
-                return await act()
+                return await act(excluded)
             except ServerLost as lost:
                 log.warning("%s; looking for another server", lost)
-                self._suspects.lost(lost.peer, str(lost))
+                self._suspects.lost(lost.peer, str(lost), since=began)
             except ServerBusy as busy:
                 log.info("%s", busy)
                 self._suspects.busy(busy.peer, busy.retry_after, str(busy))
+            except Misrouted as misrouted:
+                log.info("%s", misrouted)
+                self._suspects.unfit(misrouted.peer, str(misrouted))
+                excluded |= {holding(server) for server in self._known().servers if server.peer == misrouted.peer}
+                self._viewed_at = float("-inf")  # it may hold other blocks by now
             except MissingBlocks:
-                if missing := self._usable().missing(span):
-                    raise self._missing(missing) from None
-                wait = self._suspects.seconds_left()
+                if self._out_of_touch is None:
+                    if missing := self._usable().missing(span):
+                        raise self._missing(missing) from None
+                    if self._usable().only(lambda server: holding(server) not in excluded).missing(span):
+                        raise self._exhausted(span, excluded) from None
+                wait = self._suspects.seconds_left() or 1.0
                 give_up_at = give_up_at or time.monotonic() + self.config.patience_seconds
                 if time.monotonic() + wait > give_up_at:
-                    raise self._exhausted(span) from None
+                    raise self._out_of_touch or self._exhausted(span, excluded) from None
                 log.warning("waiting %.1f s for a server that holds blocks %s", wait, span)
                 await asyncio.sleep(wait)
 
     def _missing(self, blocks: Sequence[int]) -> MissingBlocks:
         names = format_blocks(blocks)
-        if others := {s.fingerprint[:12] for s in self._view.online().servers if any(b in s.span for b in blocks)}:
+        holders = [server for server in self._known().servers if any(block in server.span for block in blocks)]
+        if any(server.fingerprint == self.fingerprint for server in holders):
+            return MissingBlocks(f"blocks {names} are served only by servers that you do not allow", blocks=blocks)
+        if holders:
+            others = ", ".join(sorted({server.fingerprint[:12] for server in holders}))
             return MissingBlocks(
-                f"blocks {names} are served only with other weights ({', '.join(sorted(others))}) than yours "
-                f"({self.fingerprint[:12]}), or by servers that you do not allow",
+                f"blocks {names} are served only with other weights ({others}) than yours ({self.fingerprint[:12]})",
                 blocks=blocks,
                 hint="use the revision of the model that the servers use, or serve yours",
             )
         return MissingBlocks(
             f"no server holds blocks {names} of {self.model.name}",
             blocks=blocks,
-            hint=f"start one: shoal serve {self.model.name} --blocks {names.split(', ')[0]}",
+            hint=f"start one: shoal serve MODEL --blocks {names.split(', ')[0]} --initial-peers ADDRESS",
         )
 
-    def _exhausted(self, span: Span) -> MissingBlocks:
-        unavailable = self._usable().only(lambda server: not self._suspects.barred(server.peer)).missing(span)
+    def _exhausted(self, span: Span, excluded: Set[Holding]) -> MissingBlocks:
+        unavailable = self._askable(excluded).missing(span)
         return MissingBlocks(
             f"no server for blocks {format_blocks(unavailable)} answers: {'; '.join(self._suspects.reasons())}",
             blocks=unavailable,
@@ -178,23 +228,38 @@ class Chain:
             Piece(span, part, _rows(positions, start, rows), _rows(mask, start, rows))
             for start, part in zip(range(0, hidden.shape[0], rows), hidden.split(rows), strict=True)
         ]
-        results = await asyncio.gather(*(self._forward(batch) for batch in batches))
+        results = await self._together(self._forward(batch) for batch in batches)
         return torch.cat([output for output, _ in results]), [pieces for _, pieces in results]
 
     async def backward(self, batches: Sequence[Sequence[Piece]], grad: torch.Tensor) -> torch.Tensor:
         """The gradient [B, T, D] of what went into `forward`, from that of what came out."""
         grads = grad.split([pieces[0].hidden.shape[0] for pieces in batches])
-        return torch.cat(
-            await asyncio.gather(*(self._backward(list(p), g) for p, g in zip(batches, grads, strict=True)))
-        )
+        return torch.cat(await self._together(self._backward(list(p), g) for p, g in zip(batches, grads, strict=True)))
+
+    async def _together(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+        """The results of all, some at a time. The first error ends the others and is raised."""
+
+        async def in_turn(work: Coroutine[Any, Any, T]) -> T:
+            try:
+                async with self._passes:
+                    return await work
+            finally:
+                work.close()  # if its turn never came
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(in_turn(work)) for work in works]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     async def _forward(self, whole: Piece) -> tuple[torch.Tensor, list[Piece]]:
         hidden, pieces, end = whole.hidden, list[Piece](), whole.span.end
 
-        async def walk() -> torch.Tensor:
+        async def walk(excluded: Set[Holding]) -> torch.Tensor:
             nonlocal hidden
             start = pieces[-1].span.end if pieces else whole.span.start
-            for hop in await self.route(Span(start, end)) if start < end else ():
+            for hop in await self.route(Span(start, end), excluded) if start < end else ():
                 piece = Piece(hop.span, hidden, whole.positions, whole.mask)
                 hidden = await self._call(hop, Forward, piece.tensors(), answer="hidden")
                 pieces.append(piece)
@@ -205,11 +270,11 @@ class Chain:
     async def _backward(self, pieces: list[Piece], grad: torch.Tensor) -> torch.Tensor:
         whole = Span(pieces[0].span.start, pieces[-1].span.end)
 
-        async def walk_back() -> torch.Tensor:
+        async def walk_back(excluded: Set[Holding]) -> torch.Tensor:
             nonlocal grad
             while pieces:
                 piece = pieces[-1]
-                hops = await self.route(piece.span)
+                hops = await self.route(piece.span, excluded)
                 if len(hops) > 1:  # its server is gone and several take its place: find out what goes into each
                     _, finer = await self._forward(piece)
                     pieces[-1:] = finer

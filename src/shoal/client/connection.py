@@ -9,17 +9,27 @@ from typing import Self
 import torch
 
 from shoal.client.config import ClientConfig
-from shoal.errors import PeerError, RequestRejected, ServerBusy, ServerLost
+from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, UserError
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken, Transport
-from shoal.protocol import Close, Failure, Message, ProtocolViolation, Result, Step, TensorName, Working
+from shoal.protocol import (
+    MAX_PAYLOAD_BYTES,
+    TENSOR_ALIGNMENT,
+    Close,
+    Failure,
+    Message,
+    ProtocolViolation,
+    Result,
+    Step,
+    TensorName,
+    Working,
+)
 from shoal.spans import ServerInfo
 
 OPEN_SECONDS = 10.0
 SLOWEST_LINK = 128 * 1024
 """Bytes per second: what is in flight over a link that is slower than this looks like silence."""
 SOON = 1.0
-NEVER = 3600.0
 
 
 class CannotRewind(PeerError):
@@ -47,7 +57,15 @@ class Connection:
     async def compute(
         self, message: Message, tensors: codec.Tensors, *, answer: TensorName, shape: torch.Size
     ) -> torch.Tensor:
-        """Ask for a tensor of a known shape. Raises `PeerError`s."""
+        """Ask for a tensor of a known shape.
+
+        Raises `PeerError`s, and `UserError` for tensors that are too large for a message.
+        """
+        if sum(tensor.nbytes + TENSOR_ALIGNMENT for tensor in tensors.values()) > MAX_PAYLOAD_BYTES:
+            raise UserError(
+                f"{shape[1]} tokens of one sequence do not fit into a message of {MAX_PAYLOAD_BYTES >> 20} MiB",
+                hint="use shorter sequences, or a dtype of fewer bytes",
+            )
         _, answered = await self.ask(message, tensors, expect=Result)
         result = answered.get(answer)
         if result is None or result.shape != shape or result.dtype != tensors["hidden"].dtype:
@@ -72,7 +90,8 @@ class Connection:
             in_flight = 2 * sum(tensor.nbytes for tensor in (tensors or {}).values())
             silence_seconds = config.silence_seconds + in_flight / SLOWEST_LINK
             async with asyncio.timeout(config.longest_answer_seconds) as limit:
-                await codec.send(self._stream, message, tensors)
+                async with asyncio.timeout(silence_seconds):
+                    await codec.send(self._stream, message, tensors)
                 while True:
                     async with asyncio.timeout(silence_seconds):
                         reply, answered = await codec.receive(self._stream)
@@ -102,7 +121,7 @@ class Connection:
                 seconds = max(reply.retry_after or 0.0, SOON)
                 return ServerBusy(f"{peer} is busy: {reply.reason}", peer=peer, retry_after=seconds)
             case "misrouted":
-                return ServerBusy(f"{peer} cannot do this: {reply.reason}", peer=peer, retry_after=NEVER)
+                return Misrouted(f"{peer} cannot do this: {reply.reason}", peer=peer)
             case "rejected":
                 return RequestRejected(f"{peer} rejects this: {reply.reason}", peer=peer)
             case "rewind" if isinstance(question, Step) and question.position > 0:

@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import torch
 
-from shoal.client.chain import Chain, named_tensors
+from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import CannotRewind, Connection
 from shoal.client.history import History
 from shoal.errors import PeerError, ServerLost
@@ -122,12 +122,12 @@ class Session:
         index, inputs, start = 0, hidden_BTD, position
         failed = False
 
-        async def walk() -> torch.Tensor:
+        async def walk(excluded: Set[Holding]) -> torch.Tensor:
             nonlocal index, inputs, start, failed
             if not self._shares:
-                self._shares = [_Share(hop, History()) for hop in await self._chain.route(self.span)]
+                self._shares = [_Share(hop, History()) for hop in await self._chain.route(self.span, excluded)]
             if failed:
-                self._shares[index : index + 1] = await self._replace(self._shares[index])
+                self._shares[index : index + 1] = await self._replace(self._shares[index], excluded)
                 failed = False
             while index < len(self._shares):
                 share = self._shares[index]
@@ -142,13 +142,15 @@ class Session:
 
         return await self._chain.persist(self.span, walk)
 
-    async def _replace(self, share: _Share) -> list[_Share]:
+    async def _replace(self, share: _Share, excluded: Set[Holding]) -> list[_Share]:
         """Servers for the blocks of one that failed. The first replays its history, the others get what comes out."""
-        first, *others = await self._chain.route(share.hop.span)
+        first, *others = await self._chain.route(share.hop.span, excluded)
         return [_Share(first, share.history), *(_Share(hop, History()) for hop in others)]
 
     async def _catch_up(self, share: _Share) -> tuple[torch.Tensor, int]:
         """Let a server compute what it has not; returns those outputs and the position at which they start."""
+        if share.connection is None:
+            share.num_computed_tokens, share.pending_rows = 0, None
         start = share.num_computed_tokens
         try:
             if share.connection is None:

@@ -13,10 +13,11 @@ LONGEST_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class Suspicion:
-    """A server that failed `num_failures` times in a row, why, and the times until which it is avoided and barred."""
+    """A server that failed `num_failures` times in a row, why, when, and until when it is avoided and barred."""
 
     num_failures: int
     reason: str
+    failed_at: float
     avoided_until: float
     barred_until: float
 
@@ -42,23 +43,38 @@ class Suspects:
         suspicion = self._suspicions.get(peer)
         return suspicion is not None and self._clock() < suspicion.barred_until
 
-    def lost(self, peer: str, reason: str) -> None:
-        """It failed."""
+    def lost(self, peer: str, reason: str, *, since: float) -> None:
+        """It failed in something that began at `since`.
+
+        Many requests may be under way when a server goes. What began before its last failure was known is no other
+        failure.
+        """
         before = self._suspicions.get(peer)
+        if before is not None and before.num_failures and since < before.failed_at:
+            return
         num_failures = 1 if before is None else before.num_failures + 1
         now, growth = self._clock(), 2 ** min(num_failures - 1, 20)
         self._suspicions[peer] = Suspicion(
             num_failures,
             reason,
+            now,
             now + min(AVOID_SECONDS * growth, LONGEST_SECONDS),
             now + min(BAR_SECONDS * growth, LONGEST_SECONDS),
         )
 
     def busy(self, peer: str, seconds: float, reason: str) -> None:
         """It said when to come back, which is no failure."""
+        self._leave(peer, reason, avoided=seconds, barred=seconds)
+
+    def unfit(self, peer: str, reason: str) -> None:
+        """It could not do what was asked, and may well do other things: others are preferred for a while."""
+        self._leave(peer, reason, avoided=AVOID_SECONDS, barred=0.0)
+
+    def _leave(self, peer: str, reason: str, *, avoided: float, barred: float) -> None:
         before = self._suspicions.get(peer)
-        until = self._clock() + seconds
-        self._suspicions[peer] = Suspicion(0 if before is None else before.num_failures, reason, until, until)
+        num_failures = 0 if before is None else before.num_failures
+        now = self._clock()
+        self._suspicions[peer] = Suspicion(num_failures, reason, now, now + avoided, now + barred)
 
     def forgive(self, peer: str) -> None:
         """It answered."""

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.errors import SwarmError
 from shoal.net.frames import pack_prefix, payload_bytes
 from shoal.net.transport import MAX_LIFETIME, Buffer, ModelInfo, Node, StreamBroken, StreamHandler
 from shoal.spans import ServerInfo
@@ -47,6 +48,7 @@ class MemoryNetwork:
 
     def __init__(self) -> None:
         self.on_frame: Callable[[Frame], Frame | None] | None = None
+        self.directory_answers = True
         self._transports: dict[str, MemoryTransport] = {}
         self._streams: set[_Link] = set()
         self._dead: set[str] = set()
@@ -141,13 +143,19 @@ class MemoryNetwork:
     # What directories ask of it.
 
     def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
+        self._check_directory()
         if peer not in self._dead:
             self._announced[model.key, peer] = (model, info, expires)
 
     def announced(self) -> list[tuple[ModelInfo, ServerInfo]]:
+        self._check_directory()
         now = asyncio.get_running_loop().time()
         self._announced = {key: entry for key, entry in self._announced.items() if entry[2] > now}
         return [(model, info) for _, (model, info, _) in sorted(self._announced.items(), key=lambda entry: entry[0])]
+
+    def _check_directory(self) -> None:
+        if not self.directory_answers:
+            raise SwarmError("the directory does not answer")
 
 
 class _Link:

@@ -1,40 +1,40 @@
-"""The compute thread: everything that touches weights runs here, one job at a time, the most urgent kind first."""
+"""The compute thread: everything that touches weights runs here, one job at a time, the most urgent one first."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable
-from enum import IntEnum
+from enum import Enum
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class Priority(IntEnum):
-    """Somebody waits for every token of a decoding step; nobody does for a gradient."""
+class Priority(Enum):
+    """By how many seconds a job lets later ones go first, if they are more urgent.
 
-    DECODE = 0
-    PREFILL = 1
-    TRAIN = 2
-    STOP = 3
+    Somebody waits for every token of a decoding step; nobody does for a gradient. But everybody's turn comes.
+    """
+
+    DECODE = 0.0
+    PREFILL = 0.1
+    TRAIN = 1.0
 
 
 class Executor:
-    """Runs functions on one thread of its own, by priority and then in order of arrival."""
+    """Runs functions on one thread of its own, in order of their deadlines: arrival plus what the priority grants."""
 
-    def __init__(self) -> None:
-        self._jobs: queue.PriorityQueue[tuple[Priority, int, Callable[[], None]]] = queue.PriorityQueue()
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._jobs: queue.PriorityQueue[tuple[float, int, Callable[[], None]]] = queue.PriorityQueue()
         self._arrivals = itertools.count()
         self._thread = threading.Thread(target=self._work, name="shoal-compute", daemon=True)
         self._thread.start()
-
-    @property
-    def num_waiting(self) -> int:
-        """Jobs that have not begun."""
-        return self._jobs.qsize()
 
     async def run(self, priority: Priority, function: Callable[[], T]) -> T:
         """What `function` returns or raises. If the caller is cancelled before its turn, it never runs."""
@@ -63,12 +63,12 @@ class Executor:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, result, error)
 
-        self._jobs.put((priority, next(self._arrivals), job))
+        self._jobs.put((self._clock() + priority.value, next(self._arrivals), job))
         return await future
 
     def close(self) -> None:
         """Finish what was asked for, then end the thread."""
-        self._jobs.put((Priority.STOP, next(self._arrivals), _stop))
+        self._jobs.put((math.inf, next(self._arrivals), _stop))
         self._thread.join()
 
     def _work(self) -> None:

@@ -60,6 +60,7 @@ async def serve(
         checkpoint = await executor.run(Priority.PREFILL, lambda: open_checkpoint(config))
         model = model_info(checkpoint)
         view = SwarmView(model.num_blocks, await node.directory.servers(model))
+        view = view.only(lambda server: server.peer != node.transport.peer)  # what we were before a crash
         device = choose_device(config.device)
         dtype = choose_dtype(config.dtype, checkpoint)
         span = choose_blocks(config, checkpoint, view, dtype, device)
