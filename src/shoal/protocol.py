@@ -149,7 +149,7 @@ class Working(_Message):
 
 
 class Ping(_Message):
-    """Either side: are you there? Answered by `Pong` at once, whatever is being computed."""
+    """Client: the session is still wanted. Answered by `Pong`."""
 
     kind: Literal["ping"] = "ping"
 
@@ -174,7 +174,7 @@ class Failure(_Message):
 
 
 class Close(_Message):
-    """Either side: the end, in band, because a crash and a clean close of a stream look alike."""
+    """Client: the end, in band, because a crash and a clean close of a stream look alike."""
 
     kind: Literal["close"] = "close"
 

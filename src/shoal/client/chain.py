@@ -162,7 +162,7 @@ class Chain:
             except Misrouted as misrouted:
                 log.info("%s", misrouted)
                 self._suspects.unfit(misrouted.peer, str(misrouted))
-                excluded |= {holding(server) for server in self._known().servers if server.peer == misrouted.peer}
+                excluded.update(holding(each) for each in self._known().servers if each.peer == misrouted.peer)
                 self._viewed_at = float("-inf")  # it may hold other blocks by now
             except MissingBlocks:
                 if self._out_of_touch is None:
