@@ -17,7 +17,7 @@ from stories.training import Recipe, build_model, held_out_loss, save, train, tr
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Once upon a time"
 LOG_EVERY = 10
-EVALUATE_EVERY = 100
+EVALUATE_EVERY = 50
 
 stderr = Console(stderr=True)
 
@@ -43,20 +43,22 @@ def main(
     with Progress(*columns, TimeRemainingColumn(), console=stderr) as progress, curve.open("w", newline="") as file:
         task = progress.add_task("train", total=steps, loss=float("nan"))
         rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(("step", "tokens", "lr", "train_loss", "held_out_loss"))
+        rows.writerow(("step", "tokens", "lr", "train_loss", "held_out_loss", "held_out_names"))
         recent: list[float] = []
         losses = train(model, tokenizer, recipe)
         for step, loss in enumerate(losses, start=1):
             recent.append(loss)
             progress.update(task, advance=1, loss=loss)
             if step % LOG_EVERY == 0 or step == steps:
-                is_evaluated = step % EVALUATE_EVERY == 0
-                held_out = f"{held_out_loss(model, tokenizer, 40):.4f}" if is_evaluated else ""
-                model.train()
+                held_out: tuple[str, str] = ("", "")
+                if step % EVALUATE_EVERY == 0:
+                    measured = held_out_loss(model, tokenizer, 40)
+                    held_out = (f"{measured.mean:.4f}", f"{measured.repeated_names:.4f}")
+                    model.train()
                 mean = sum(recent) / len(recent)
                 recent.clear()
                 tokens = step * recipe.tokens_per_step
-                rows.writerow((step, tokens, f"{recipe.lr(step - 1):.6f}", f"{mean:.4f}", held_out))
+                rows.writerow((step, tokens, f"{recipe.lr(step - 1):.6f}", f"{mean:.4f}", *held_out))
                 file.flush()
 
     num_parameters = model.num_parameters()
@@ -65,7 +67,9 @@ def main(
     print(f"parameters     {num_parameters:,}")
     print(f"tokens seen    {tokens:,}")
     print(f"training loss  {mean:.4f}  (mean of the last steps)")
-    print(f"held-out loss  {held_out_loss(model, tokenizer):.4f}  (weights rounded to bfloat16)")
+    held = held_out_loss(model, tokenizer)
+    print(f"held-out loss  {held.mean:.4f}  (weights rounded to bfloat16)")
+    print(f"  names        {held.repeated_names:.4f}  (that the story has told before; all else {held.others:.4f})")
     print(f"wall time      {(time.perf_counter() - started) / 60:.1f} minutes on {threads} threads")
 
     prompt = tokenizer(PROMPT, return_tensors="pt")
@@ -86,9 +90,9 @@ def plot(curve: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([int(r["step"]) for r in rows], [float(r["train_loss"]) for r in rows], label="training", lw=1.2)
     held_out = [r for r in rows if r["held_out_loss"]]
-    axes.plot(
-        [int(r["step"]) for r in held_out], [float(r["held_out_loss"]) for r in held_out], "o", ms=4, label="held out"
-    )
+    steps = [int(r["step"]) for r in held_out]
+    axes.plot(steps, [float(r["held_out_loss"]) for r in held_out], "o", ms=4, label="held out")
+    axes.plot(steps, [float(r["held_out_names"]) for r in held_out], "^", ms=4, label="held out, names told before")
     axes.set(
         xlabel="step", ylabel="loss (nats a token)", yscale="log", title="Stories: 12 blocks, trained from scratch"
     )

@@ -4,19 +4,25 @@ A template is text with two marks. `[a|b|c]` is a choice, and choices nest; `{sl
 story, and what fills it may hold choices of its own. Earlier options are likelier than later ones: a model that has
 learnt the grammar then has a clear favourite at every fork, and decodes the same text greedily whatever the rounding.
 
-A story draws its cast, opens, tells a little about its hero, follows one plot of `plots.py` and ends.
+A story draws its cast, opens, tells a little about its hero, follows one plot of `plots.py` and ends. A scene is
+the cast alone, in a few sentences.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import TypeVar
 
 from stories.plots import PHRASES, PLOTS
 
-GIRLS = ("Lily", "Mia", "Anna", "Rosie", "Ella", "Molly", "Daisy", "Clara", "Nora", "Ruby", "Zoe", "Hazel")
-BOYS = ("Tim", "Ben", "Max", "Sam", "Leo", "Jack", "Oliver", "Toby", "Finn", "Hugo", "Oscar", "Peter")
+# Heroes and friends share no name, and a friend is a boy where the hero is a girl: each name, like each pronoun, tells
+# who is meant.
+HERO_GIRLS = ("Lily", "Mia", "Anna", "Rosie", "Ella")
+HERO_BOYS = ("Tim", "Ben", "Max", "Sam", "Leo")
+FRIEND_GIRLS = ("Daisy", "Ruby", "Hazel")
+FRIEND_BOYS = ("Oscar", "Toby", "Hugo")
+NAMES = (*HERO_GIRLS, *HERO_BOYS, *FRIEND_GIRLS, *FRIEND_BOYS)
 CHILDREN = 0.5  # the share of heroes that are a girl or a boy; the others, and all friends, are animals
 ANIMALS = (
     "fox", "rabbit", "mouse", "bear", "cat", "dog", "squirrel", "hedgehog",
@@ -46,7 +52,6 @@ OPENINGS = (
     f"Once upon a time, {{at}}, there lived a {NATURE} {{kind}} named {{hero}}.",
     f"There once was a {NATURE} {{kind}} named {{hero}}. {{He}} lived {{home}}.",
     f"Long ago, a {NATURE} {{kind}} named {{hero}} lived {{home}}.",
-    f"{{hero}} was a {NATURE} {{kind}}. {{He}} lived {{home}}.",
     f"In a [quiet|small] village by the [sea|forest|river], there lived a {NATURE} {{kind}} named {{hero}}.",
 )
 
@@ -72,6 +77,23 @@ ENDINGS = (
     "That [night|evening], {hero} went to [bed|sleep] with a [smile|happy heart]. {He} knew that {moral}.",
     "{hero} and {friend} [played together every day|lived happily ever after].",
     "And so {hero} learned that {moral}. The end.",
+)
+
+# A scene is its opening and a few of these lines.
+SCENE_OPENING = (
+    "{day}, [{hero} met|a {kind} named {hero} met|there was a {kind} named {hero}. {He} had a friend,] "
+    "{friend} the {fkind}."
+)
+SCENES = (
+    "{hero} [saw|looked at|waved to|smiled at] {friend}.",
+    "{friend} [saw|looked at|waved to|smiled at] {hero}.",
+    '"[Hello|Good morning|Thank you], {hero}," said {friend}.',
+    '"[Hello|Good morning|Thank you], {friend}," said {hero}.',
+    "{hero} and {friend} [played {at}|went {to}|laughed].",
+    "{hero} {joy}. {He} liked {friend}.",
+    "{friend} {joy}. {Fhe} liked {hero}.",
+    '"[Look|Come with me]!" said {hero}, and {friend} looked at {him}.',
+    '"[Look|Come with me]!" said {friend}, and {hero} looked at {fhim}.',
 )
 
 Option = TypeVar("Option")
@@ -111,22 +133,38 @@ def expand(rng: Random, template: str, slots: dict[str, str]) -> str:
 
 def write_story(rng: Random) -> str:
     """One story, in one paragraph of about 80 to 200 words."""
-    hero = _draw_character(rng, is_child=rng.random() < CHILDREN)
-    friend = _draw_character(rng, is_child=False, other=hero)
+    hero, friend = _draw_cast(rng)
     plot = pick(rng, PLOTS)
-    at, to, place = pick(rng, PLACES)
-    slots = PHRASES | hero.slots("", "hero") | friend.slots("f", "friend") | {"at": at, "to": to, "place": place}
+    slots = _slots(rng, hero, friend)
     slots |= {"home": pick(rng, HOME), "moral": pick(rng, plot.morals)}
     slots |= dict(zip(plot.slots, pick(rng, plot.rows), strict=True))
-    parts = [pick(rng, OPENINGS), pick(rng, HABITS), *plot.beats.strip().splitlines(), pick(rng, ENDINGS)]
+    parts = (pick(rng, OPENINGS), pick(rng, HABITS), *plot.beats.strip().splitlines(), pick(rng, ENDINGS))
+    return _tell(rng, parts, slots)
+
+
+def write_scene(rng: Random) -> str:
+    """A few sentences with little but names in them: what to learn first, before there is a plot to follow."""
+    hero, friend = _draw_cast(rng)
+    lines = rng.choices(SCENES, k=rng.randint(3, 6))
+    return _tell(rng, (SCENE_OPENING, *lines), _slots(rng, hero, friend))
+
+
+def _draw_cast(rng: Random) -> tuple[Character, Character]:
+    """A hero, a child or an animal, and a friend, an animal of another kind and of the other gender."""
+    is_girl, is_child = rng.random() < 0.5, rng.random() < CHILDREN
+    kind = pick(rng, ANIMALS)
+    friend_kind = pick(rng, [other for other in ANIMALS if is_child or other != kind])
+    child = "girl" if is_girl else "boy"
+    hero = Character(pick(rng, HERO_GIRLS if is_girl else HERO_BOYS), child if is_child else kind, is_girl)
+    friend = Character(pick(rng, FRIEND_BOYS if is_girl else FRIEND_GIRLS), friend_kind, not is_girl)
+    return hero, friend
+
+
+def _slots(rng: Random, hero: Character, friend: Character) -> dict[str, str]:
+    at, to, place = pick(rng, PLACES)
+    return PHRASES | hero.slots("", "hero") | friend.slots("f", "friend") | {"at": at, "to": to, "place": place}
+
+
+def _tell(rng: Random, parts: Iterable[str], slots: dict[str, str]) -> str:
     text = " ".join(expand(rng, part, slots) for part in parts)
     return _VOWEL.sub(r"\1n ", re.sub(r" {2,}", " ", text)).strip()
-
-
-def _draw_character(rng: Random, *, is_child: bool, other: Character | None = None) -> Character:
-    """A child or an animal; never with the other's name, nor of the other's kind."""
-    is_girl = rng.random() < 0.5
-    names = [name for name in (GIRLS if is_girl else BOYS) if other is None or name != other.name]
-    kinds = [kind for kind in ANIMALS if other is None or kind != other.kind]
-    child = "girl" if is_girl else "boy"
-    return Character(pick(rng, names), child if is_child else pick(rng, kinds), is_girl)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stories.grammar import write_story
+from stories.grammar import NAMES, write_scene, write_story
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 NUM_TOKENIZER_STORIES = 20_000
@@ -30,17 +30,21 @@ class Recipe:
     """All that decides what the training makes."""
 
     seed: int = 0
-    num_steps: int = 1100
+    num_steps: int = 800
     tokens_per_step: int = 4096
+    scene_share: float = 0.1  # the first of the steps, which have scenes instead of stories
+    short_share: float = 0.5  # the first of the steps, whose rows hold half a story
+    long_share: float = 0.08  # the last of the steps, whose rows are as long as the model allows
+    short_length: int = 128
     row_length: int = 256
-    long_share: float = 0.1  # the last of the steps, whose rows are as long as the model allows
     joined_share: float = 0.15  # stories that a blank line, not an end-of-text token, parts from the next
     peak_lr: float = 3e-3
     final_lr: float = 1e-4
-    num_warmup_steps: int = 60
+    num_warmup_steps: int = 40
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
-    vocab_size: int = 1536
+    embedding_std: float = 0.1  # not Llama's 0.02: names stand in the same places, and must keep apart nonetheless
+    vocab_size: int = 1024
     max_positions: int = 2048
 
     def lr(self, step: int) -> float:
@@ -51,8 +55,19 @@ class Recipe:
         return self.final_lr + (self.peak_lr - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
     def length(self, step: int) -> int:
-        """Positions of a row: the last steps see the whole context, so that long generations stay sound."""
+        """Positions of a row: short ones first, as they are quick; the whole context last, for long generations."""
+        if step < self.num_steps * self.short_share:
+            return self.short_length
         return self.max_positions if step >= self.num_steps * (1 - self.long_share) else self.row_length
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """In nats a token: of all tokens, of the names that their story has told before, and of all but these."""
+
+    mean: float
+    repeated_names: float
+    others: float
 
 
 def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -97,29 +112,34 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=recipe.embedding_std)
+    return model
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
-    """One batch [B, T + 1] a step, of stories packed end to end."""
+    """One batch [B, T + 1] a step. Each row starts with the start of a story, so that it has met whom it names."""
     rng = Random(recipe.seed + 1)
     blank_line = tokenizer.encode("\n\n", add_special_tokens=False)
-    ids: list[int] = [tokenizer.bos_token_id]
     for step in range(recipe.num_steps):
         length = recipe.length(step)
-        num_rows = recipe.tokens_per_step // length
-        while len(ids) < num_rows * (length + 1):
-            ids += tokenizer.encode(write_story(rng), add_special_tokens=False)
-            is_joined = rng.random() < recipe.joined_share
-            ids += blank_line if is_joined else [tokenizer.eos_token_id, tokenizer.bos_token_id]
-        batch, ids = ids[: num_rows * (length + 1)], ids[num_rows * (length + 1) :]
-        yield torch.tensor(batch).view(num_rows, length + 1)
+        write = write_scene if step < recipe.num_steps * recipe.scene_share else write_story
+        rows = []
+        for _ in range(recipe.tokens_per_step // length):
+            ids = [tokenizer.bos_token_id]
+            while len(ids) <= length:
+                ids += tokenizer.encode(write(rng), add_special_tokens=False)
+                is_joined = rng.random() < recipe.joined_share
+                ids += blank_line if is_joined else [tokenizer.eos_token_id, tokenizer.bos_token_id]
+            rows.append(ids[: length + 1])
+        yield torch.tensor(rows)
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[float]:
     """Trains the model; yields the mean loss of each step, in nats a token."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    kept = [p for p in model.parameters() if p.dim() == 1]
+    embeddings = model.get_input_embeddings().weight
+    decayed = [p for p in model.parameters() if p.dim() > 1 and p is not embeddings]
+    kept = [embeddings, *(p for p in model.parameters() if p.dim() == 1)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     model.train()
@@ -140,19 +160,23 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: R
 @torch.no_grad()
 def held_out_loss(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_stories: int = NUM_HELD_OUT_STORIES
-) -> float:
-    """The loss, in nats a token, on stories of another seed: each alone, and with its end."""
+) -> HeldOutLoss:
+    """The loss on stories of another seed: each alone, and with its end."""
     rng = Random(HELD_OUT_SEED)
     model.eval()
     stories = [write_story(rng) + EOS for _ in range(num_stories)]
-    total, count = 0.0, 0
+    name_ids = torch.tensor(tokenizer.convert_tokens_to_ids([f"\u0120{name}" for name in NAMES]))
+    losses, repeated = [], []
     for first in range(0, num_stories, 20):
         encoded = tokenizer(stories[first : first + 20], return_tensors="pt", padding=True, padding_side="right")
-        targets = encoded.input_ids[:, 1:].masked_fill(encoded.attention_mask[:, 1:] == 0, -100)
-        logits = model(**encoded).logits[:, :-1]
-        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-        count += int((targets != -100).sum())
-    return total / count
+        ids, targets = encoded.input_ids[:, :-1], encoded.input_ids[:, 1:]
+        losses_BT = F.cross_entropy(model(**encoded).logits[:, :-1].transpose(1, 2), targets, reduction="none")
+        is_told_BT = (targets[:, :, None] == ids[:, None, :]).tril().any(-1)
+        is_real_BT = encoded.attention_mask[:, 1:] == 1
+        losses.append(losses_BT[is_real_BT])
+        repeated.append((is_told_BT & torch.isin(targets, name_ids))[is_real_BT])
+    loss, is_repeated = torch.cat(losses), torch.cat(repeated)
+    return HeldOutLoss(loss.mean().item(), loss[is_repeated].mean().item(), loss[~is_repeated].mean().item())
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
