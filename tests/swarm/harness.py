@@ -83,10 +83,9 @@ class Swarm:
         name = f"client{self.call(lambda: len(self.network._transports))}"
         checkpoint = Checkpoint.open(options.pop("folder", self.folder))
         node = self.call(self.network.node, name)
-        network = contextlib.AsyncExitStack()
-        network.push_async_callback(node.transport.close)
         client = _Borrowed(self.runtime)
-        model = kind.from_checkpoint(checkpoint, node, client, network, config=config, dtype="float32", **options)
+        client.resources.push_async_callback(node.transport.close)
+        model = kind.from_checkpoint(checkpoint, node, client, config=config, dtype="float32", **options)
         self.stack.callback(model.close)
         return model
 
@@ -105,11 +104,11 @@ class _Borrowed(Runtime):
     """The swarm's event loop, which a client that is closed leaves running."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.loop = runtime.loop
-        self._thread = runtime._thread
+        self.__dict__.update(runtime.__dict__)
+        self.resources = contextlib.AsyncExitStack()
 
     def close(self) -> None:
-        pass
+        self.run(self.resources.aclose())
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from shoal import AutoDistributedModel, AutoDistributedModelForSequenceClassification, UnsupportedOperation, UserError
+from shoal.client.blocks import InferenceSession
 from shoal.model.head import HeadCache
 
 from .harness import Swarm, swarm_of
@@ -159,6 +163,67 @@ def test_a_closed_session_gives_its_room_back(swarm: MakeSwarm):
     model.generate(PROMPT, max_new_tokens=2)
     model(PROMPT)
     swarm_.settle(lambda: free_tokens(swarm_) == before)
+
+
+def test_a_failed_call_gives_its_room_back_while_its_error_is_looked_at(swarm: MakeSwarm):
+    swarm_ = swarm("0:2", "2:4")
+    model = swarm_.model()
+    before = free_tokens(swarm_)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        model.generate(PROMPT, max_new_tokens=9, streamer=StopsAfter(5))
+    swarm_.settle(lambda: free_tokens(swarm_) == before)
+    assert interrupt.tb is not None
+
+
+def test_a_returned_cache_stays_open(swarm: MakeSwarm):
+    model = swarm("0:4").model()
+    result = model.generate(PROMPT, max_new_tokens=4, return_dict_in_generate=True)
+    result.past_key_values.crop(-1)
+    logits = model(result.sequences[:, -2:-1], past_key_values=result.past_key_values).logits
+    assert logits.argmax(dim=-1).tolist() == result.sequences[:, -1:].tolist()
+
+
+class ClosesAfter(StopsAfter):
+    """A user who closes the session on another thread, at some token."""
+
+    def __init__(self, num_tokens: int, swarm: Swarm, session: InferenceSession) -> None:
+        super().__init__(num_tokens)
+        self._swarm = swarm
+        self._session = session
+        self.closing = threading.Thread(target=session.close)
+
+    def put(self, value: torch.Tensor) -> None:
+        self.num_left -= 1
+        if self.num_left == 0:
+            server = self._swarm.servers["s0"]
+            whole_step = server.engine.step
+
+            async def step(*args: Any) -> torch.Tensor:
+                self.closing.start()
+                await asyncio.sleep(3600)
+                return await whole_step(*args)
+
+            server.engine.step = step
+
+
+def test_closing_a_session_ends_the_step_that_runs_in_it(swarm: MakeSwarm, caplog: pytest.LogCaptureFixture):
+    swarm_ = swarm("0:4")
+    model = swarm_.model()
+    before = free_tokens(swarm_)
+    session = model.inference_session(max_length=64)
+    closes = ClosesAfter(3, swarm_, session)
+    with pytest.raises(UserError, match="closed"):
+        model.generate(PROMPT, max_new_tokens=20, streamer=closes, session=session)
+    closes.closing.join()
+    swarm_.settle(lambda: free_tokens(swarm_) == before)
+    assert "looking for another server" not in caplog.text
+    with pytest.raises(UserError, match="closed"):
+        session.step(torch.zeros(1, 1, 32))
+
+
+def test_a_copy_of_the_model_shares_its_network(swarm: MakeSwarm, whole: PreTrainedModel):
+    twin = copy.deepcopy(swarm("0:4").model())
+    assert twin.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
 
 
 def test_a_slice_of_the_blocks_runs_by_itself(swarm: MakeSwarm, whole: PreTrainedModel):

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -79,7 +81,36 @@ class RemoteBlocks(nn.Module):
 
     def new_session(self, *, batch_size: int, max_length: int) -> InferenceSession:
         """The session of one `generate()`."""
-        return self.inference_session(batch_size=batch_size, max_length=max_length)
+        session = self.inference_session(batch_size=batch_size, max_length=max_length)
+        if (opened := _opened.get()) is not None:
+            opened.append(session)
+        return session
+
+    def close(self) -> None:
+        """Leave the swarm, with all that belongs to this model. May be called twice."""
+        self._runtime.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteBlocks:
+        return RemoteBlocks(self._runtime, self._chain, self.span, max_length=self.max_length)
+
+
+_opened: ContextVar[list[InferenceSession] | None] = ContextVar("_opened", default=None)
+
+
+@contextlib.contextmanager
+def closing_new_sessions() -> Iterator[list[InferenceSession]]:
+    """What this thread opens with `new_session` meanwhile; what is still in the list at the end is closed.
+
+    Transformers opens the cache of a `generate()` deep inside, and a traceback would keep it alive.
+    """
+    opened: list[InferenceSession] = []
+    token = _opened.set(opened)
+    try:
+        yield opened
+    finally:
+        _opened.reset(token)
+        for session in opened:
+            session.abandon()
 
 
 class InferenceSession:
@@ -163,8 +194,12 @@ class InferenceSession:
 
     def close(self) -> None:
         """Let the servers forget it. May be called twice."""
-        if self._closing.detach() is not None:
+        if self._closing.detach() is not None and self._runtime.usable:
             self._runtime.run(self._session.close())
+
+    def abandon(self) -> None:
+        """Close it without waiting for that."""
+        self._closing()
 
     def __enter__(self) -> Self:
         return self

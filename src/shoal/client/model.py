@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shoal.client.blocks import InferenceSession, RemoteBlocks
+from shoal.client.blocks import InferenceSession, RemoteBlocks, closing_new_sessions
 from shoal.client.chain import Chain
 from shoal.client.config import ClientConfig
 from shoal.client.continuation import Continuation
@@ -81,23 +79,19 @@ class _AutoDistributed:
                 hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
             )
         runtime = Runtime()
-        network = contextlib.AsyncExitStack()
         try:
-            node = runtime.run(
-                network.enter_async_context(join(NetworkConfig(initial_peers=tuple(peers), client_mode=True)))
-            )
+            network = join(NetworkConfig(initial_peers=tuple(peers), client_mode=True))
+            node = runtime.run(runtime.resources.enter_async_context(network))
             return cls.from_checkpoint(
                 checkpoint,
                 node,
                 runtime,
-                network,
                 config=ClientConfig.choosing(allowed_servers, blocked_servers),
                 dtype=dtype,
                 device=device,
                 **config_changes,
             )
         except BaseException:
-            runtime.run(network.aclose())
             runtime.close()
             raise
 
@@ -107,14 +101,13 @@ class _AutoDistributed:
         checkpoint: Checkpoint,
         node: Node,
         runtime: Runtime,
-        network: contextlib.AsyncExitStack,
         *,
         config: ClientConfig,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         **config_changes: Any,
     ) -> Any:
-        """The same on a network that is there already; the model closes `network` and `runtime` when it is closed."""
+        """The same on a network that is there already; the model closes `runtime` when it is closed."""
         model_config = _changed(text_config(checkpoint.config), config_changes)
         model_class = cls._class_for(model_config)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
@@ -137,7 +130,6 @@ class _AutoDistributed:
         )
         if GENERATION_CONFIG in checkpoint.files and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.files.path(GENERATION_CONFIG).parent)
-        model._closing = weakref.finalize(model, _close, runtime, network)
         return model.eval()
 
     @classmethod
@@ -177,7 +169,6 @@ class _InSwarm:
     """Mixed into the model's class: what a distributed model can do beyond what Transformers' can."""
 
     blocks: RemoteBlocks
-    _closing: Any  # a weakref.finalize; Transformers evaluates the annotations of model classes
 
     @property
     def transformer(self) -> Any:
@@ -197,7 +188,12 @@ class _InSwarm:
         """
         generate = super().generate  # type: ignore[misc]
         if session is None:
-            return generate(inputs, *args, **kwargs)
+            with closing_new_sessions() as opened:
+                result = generate(inputs, *args, **kwargs)
+                cache = getattr(result, "past_key_values", None)
+                if isinstance(cache, HeadCache):
+                    opened.clear()  # the caller has it now
+                return result
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
         continuation = Continuation.of(session, inputs, kwargs.pop("attention_mask", None))
@@ -212,17 +208,12 @@ class _InSwarm:
 
     def close(self) -> None:
         """Leave the swarm. The model is of no more use. May be called twice."""
-        self._closing()
+        self.blocks.close()
 
 
 def _with_swarm(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of the same name and module, by which Transformers decides much."""
     return type(model_class.__name__, (_InSwarm, model_class), {"__module__": model_class.__module__})
-
-
-def _close(runtime: Runtime, network: contextlib.AsyncExitStack) -> None:
-    runtime.run(network.aclose())
-    runtime.close()
 
 
 def _changed(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfig:

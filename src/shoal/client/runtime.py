@@ -1,55 +1,116 @@
 """Where the client's network lives: an event loop on a thread of its own.
 
 `generate()` is synchronous and may be called from several threads; the streams to the servers live longer than any one
-call. So they belong to one loop, which never computes and is therefore always there to answer.
+call. So they belong to one loop, which never computes and is therefore always there to answer. Model, blocks and
+sessions all hold it, and the last one that goes closes it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
 import threading
+import weakref
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from shoal.errors import UserError
+
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+CLOSE_SECONDS = 10.0
+"""A network that takes longer to say goodbye is left without."""
 
 
 class Runtime:
-    """An event loop on a daemon thread."""
+    """An event loop on a daemon thread, and `resources` that are closed with it."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="shoal-client", daemon=True)
+        self.resources = contextlib.AsyncExitStack()
+        self._thread = threading.Thread(target=_serve, args=(self.loop,), name="shoal-client", daemon=True)
         self._thread.start()
+        self._process = os.getpid()
+        self._closed = False
+        self._lock = threading.RLock()  # what is started after `close` would never end
+        self._closing = weakref.finalize(self, _close, self._process, self.loop, self._thread, self.resources)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the loop is there: not closed, and not left behind in the process that forked this one."""
+        return not self._closed and os.getpid() == self._process
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for a coroutine on the loop. Ctrl-C, or whatever ends the wait, cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        """Wait for a coroutine on the loop. Ctrl-C, or whatever ends the wait, cancels it.
+
+        Raises `UserError` where the loop is not, or no more.
+        """
+        future = self._submit(work)
+        if future is None:
+            if os.getpid() != self._process:
+                raise UserError("this model was opened before a fork", hint="open the model after the fork")
+            raise UserError("this model is closed")
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise UserError("closed while it was in use") from None
         except BaseException:
             future.cancel()
             raise
 
     def start(self, work: Coroutine[Any, Any, object]) -> None:
         """Run a coroutine that nobody waits for, such as the closing of a forgotten session."""
-        if self.loop.is_closed() or not self.loop.is_running():
-            work.close()
-            return
-        asyncio.run_coroutine_threadsafe(work, self.loop)
+        self._submit(work)
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T] | None:
+        if os.getpid() == self._process:
+            with self._lock:
+                if not self._closed:
+                    return asyncio.run_coroutine_threadsafe(work, self.loop)
+        work.close()
+        return None
 
     def close(self) -> None:
-        """Cancel what is still running and end the thread. May be called twice."""
-        if self.loop.is_closed():
-            return
-        self.run(_cancel_others())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+        """Cancel what is still running, close the resources and end the thread. May be called twice."""
+        if self.usable:
+            with self._lock:
+                self._closed = True
+            self._closing()
 
 
-async def _cancel_others() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _close(
+    process: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread, resources: contextlib.AsyncExitStack
+) -> None:
+    if os.getpid() != process:
+        return
+    leaving = asyncio.run_coroutine_threadsafe(_leave(resources), loop)
+    leaving.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
+    if threading.current_thread() is thread:
+        return  # garbage is collected on any thread; this one cannot wait for itself
+    try:
+        leaving.result(CLOSE_SECONDS)
+    except TimeoutError:
+        log.warning("the network did not close within %g s", CLOSE_SECONDS)
+    else:
+        thread.join(CLOSE_SECONDS)
+
+
+async def _leave(resources: contextlib.AsyncExitStack) -> None:
+    try:
+        await resources.aclose()
+    finally:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence, Set
+from typing import Any
 
 import torch
 
 from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import CannotRewind, Connection
 from shoal.client.history import History
-from shoal.errors import PeerError, ServerLost
+from shoal.errors import PeerError, ServerLost, UserError
 from shoal.protocol import MAX_STEP_TOKENS, Open, Opened, Ping, Pong, Step
 from shoal.routing.route import Hop
 from shoal.spans import Span
@@ -75,6 +76,8 @@ class Session:
         self._positions: History | None = None  # None while they just count
         self._busy = asyncio.Lock()
         self._keepalive: asyncio.Task[None] | None = None
+        self._step: asyncio.Task[Any] | None = None  # the one that runs
+        self._closed = False
 
     @property
     def hops(self) -> tuple[Hop, ...]:
@@ -102,6 +105,8 @@ class Session:
         If it fails or is cancelled, the session is as if it had never been called.
         """
         async with self._busy:
+            if self._closed:
+                raise UserError("this session is closed")
             self._keepalive = self._keepalive or asyncio.create_task(self._keep_alive())
             self.crop(position)  # what an interrupted step may have left
             self._positions = _logged(
@@ -116,7 +121,11 @@ class Session:
                 lambda start, end: torch.ones(end - start, dtype=torch.uint8),
                 hidden_BTD,
             )
-            return await self._walk(hidden_BTD, position)
+            self._step = asyncio.current_task()
+            try:
+                return await self._walk(hidden_BTD, position)
+            finally:
+                self._step = None
 
     async def _walk(self, hidden_BTD: torch.Tensor, position: int) -> torch.Tensor:
         index, inputs, start = 0, hidden_BTD, position
@@ -208,11 +217,13 @@ class Session:
 
     async def close(self) -> None:
         """Let the servers forget it. May be called twice."""
-        keepalive, self._keepalive = self._keepalive, None
-        if keepalive is not None:
-            keepalive.cancel()
-        for share in self._shares:
-            await share.disconnect()
+        self._closed = True
+        for task in (self._keepalive, self._step):
+            if task is not None:
+                task.cancel()
+        async with self._busy:
+            for share in self._shares:
+                await share.disconnect()
 
 
 def _logged(
