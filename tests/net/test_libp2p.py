@@ -6,22 +6,25 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import pytest
+from hivemind import p2p as p2p_module
+from hivemind.dht import node as node_module
 
 from shoal.errors import BootstrapFailed, SwarmError, UserError
 from shoal.net import NetworkConfig, join
+from shoal.net import daemon as daemons
 from shoal.net.identity import Identity
+from shoal.net.libp2p import MAX_STREAMS_PER_PEER, Libp2pTransport
+from shoal.net.records import Announcement, block_key, seal
 from shoal.net.transport import ModelInfo, Node, Stream, StreamBroken
 from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, ProtocolViolation
 from shoal.spans import ServerInfo, ServerState, Span
-
-daemons = pytest.importorskip("shoal.net.daemon")
 
 pytestmark = pytest.mark.anyio
 
@@ -265,6 +268,30 @@ async def test_a_daemon_that_dies_is_started_again_with_the_same_identity_and_po
         assert await client.directory.servers(MODEL) == (info(server, 4, 8),)
 
 
+@pytest.mark.parametrize("failure", [OSError("no more processes"), RuntimeError("a bug")])
+async def test_a_daemon_is_started_again_whatever_went_wrong_at_the_last_attempt(failure: Exception) -> None:
+    attempts: list[daemons.Daemon] = []
+
+    async def attach(daemon: daemons.Daemon, peers: Sequence[str]) -> None:
+        attempts.append(daemon)
+        if len(attempts) == 2:
+            raise failure
+
+    config = daemons.DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+    transport = Libp2pTransport(Identity.temporary(), config, attach=attach)
+    async with asyncio.timeout(PATIENCE), swarm() as (other,):
+        await other.transport.listen(echo)
+        await transport.start()
+        try:
+            await attempts[0].stop()
+            stream = await transport.open(other.transport.peer, other.transport.addresses)
+            await stream.send(b"back")
+            assert (await stream.receive())[0] == b"back"
+            assert len(attempts) == 3
+        finally:
+            await transport.close()
+
+
 def _listens_on(process: psutil.Process, port: int) -> bool:
     return any(connection.laddr.port == port for connection in process.net_connections("tcp"))
 
@@ -341,10 +368,6 @@ async def test_announcements_are_seen_by_all_and_a_goodbye_replaces_them() -> No
 
 
 async def test_forged_announcements_are_not_seen_and_hide_nobody() -> None:
-    node_module = pytest.importorskip("hivemind.dht.node")
-    p2p_module = pytest.importorskip("hivemind.p2p")
-    from shoal.net.records import Announcement, block_key, seal
-
     async with swarm(SERVER, CLIENT) as (first, server, client), stranger(first) as (daemon, mallory):
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
         p2p = await p2p_module.P2P.replicate(daemon.control)
@@ -370,6 +393,63 @@ async def test_forged_announcements_are_not_seen_and_hide_nobody() -> None:
         await p2p.shutdown()
 
 
+@contextmanager
+def silence(*nodes: Node) -> Iterator[None]:
+    """The daemons of these peers answer nobody, as if their network were down."""
+    silenced = [
+        process
+        for process in daemons_of(os.getpid())
+        if any(_listens_on(process, int(node.transport.addresses[0].split("/")[4])) for node in nodes)
+    ]
+    assert len(silenced) == len(nodes)
+    for process in silenced:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in silenced:
+            process.resume()
+
+
+async def test_a_client_finds_back_to_a_swarm_that_was_silent_for_a_while() -> None:
+    async with swarm(SERVER, CLIENT) as (first, server, client):
+        await server.directory.announce(MODEL, info(server, 0, 8), lifetime=60)
+        assert await client.directory.servers(MODEL) == (info(server, 0, 8),)
+        with silence(first, server):
+            for _ in range(2):
+                with pytest.raises(SwarmError, match="does not answer") as failure:
+                    await client.directory.servers(MODEL)
+                assert failure.value.hint
+        assert await client.directory.servers(MODEL) == (info(server, 0, 8),)
+        assert await client.directory.models() == (MODEL,)
+
+
+async def test_servers_that_lost_each_other_find_each_other_again() -> None:
+    async with swarm(SERVER) as (one, other):
+        everybody = {one.transport.peer, other.transport.peer}
+        await one.directory.announce(MODEL, info(one, 0, 4), lifetime=60)
+        await other.directory.announce(MODEL, info(other, 4, 8), lifetime=60)
+        with silence(one, other):
+            announcing = one.directory.announce(MODEL, info(one, 0, 4), lifetime=60)
+            repeating = other.directory.announce(MODEL, info(other, 4, 8), lifetime=60)
+            outcomes = await asyncio.gather(announcing, repeating, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [SwarmError, SwarmError]
+        await one.directory.announce(MODEL, info(one, 0, 4), lifetime=60)
+        await other.directory.announce(MODEL, info(other, 4, 8), lifetime=60)
+        for node in one, other:
+            assert {server.peer for server in await node.directory.servers(MODEL)} == everybody
+
+
+async def test_whoever_stays_when_all_others_said_goodbye_is_alone_and_not_lost() -> None:
+    async with swarm() as (first,):
+        async with join(NetworkConfig(initial_peers=first.transport.addresses, host="127.0.0.1")) as guest:
+            await guest.directory.announce(MODEL, info(guest, 0, 4), lifetime=60)
+            assert await first.directory.servers(MODEL) == (info(guest, 0, 4),)
+            await guest.directory.announce(MODEL, info(guest, 0, 4, ServerState.LEAVING), lifetime=60)
+        await first.directory.announce(MODEL, info(first, 0, 8), lifetime=60)
+        assert info(first, 0, 8) in await first.directory.servers(MODEL)
+
+
 def _now() -> float:
     import time
 
@@ -377,8 +457,6 @@ def _now() -> float:
 
 
 async def test_one_peer_opens_so_many_streams_and_no_more() -> None:
-    from shoal.net.libp2p import MAX_STREAMS_PER_PEER
-
     async with swarm(CLIENT, CLIENT) as (server, greedy, modest):
         await server.transport.listen(echo)
         streams = [await greedy.transport.open(server.transport.peer) for _ in range(MAX_STREAMS_PER_PEER)]

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hivemind import utils as hivemind_utils
+from hivemind.dht import crypto, routing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.net import directory
 from shoal.net.identity import Identity
 from shoal.net.records import (
     CLOCK_SKEW,
@@ -26,11 +29,6 @@ from shoal.net.records import (
 )
 from shoal.net.transport import MAX_LIFETIME, ModelInfo
 from shoal.spans import ServerInfo, ServerState, Span
-
-directory = pytest.importorskip("shoal.net.directory")
-crypto = pytest.importorskip("hivemind.dht.crypto")
-hivemind_utils = pytest.importorskip("hivemind.utils")
-routing = pytest.importorskip("hivemind.dht.routing")
 
 NOW = 1_800_000_000.0
 ALICE, MALLORY = Identity.temporary(), Identity.temporary()

@@ -60,7 +60,7 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     from shoal.net.libp2p import Libp2pTransport
 
     daemon = DaemonConfig(listen=listen, announce=announce, relays=relays, serve_relay=config.serve_relay)
-    directory = DhtDirectory(identity, keeps_records=daemon.reachable)
+    directory = DhtDirectory(identity, keeps_records=daemon.reachable, initial_peers=initial_peers)
     transport = Libp2pTransport(identity, daemon, initial_peers=initial_peers, attach=directory.attach)
     await transport.start()
     try:

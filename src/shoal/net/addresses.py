@@ -38,6 +38,16 @@ def check_peers(addresses: Iterable[str]) -> tuple[str, ...]:
     return checked
 
 
+def by_peer(addresses: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Each peer's addresses. Raises `UserError` for what is no address of a peer."""
+    places: dict[str, tuple[str, ...]] = {}
+    for address in check_peers(addresses):
+        peer = peer_of(address)
+        assert peer is not None
+        places[peer] = (*places.get(peer, ()), address)
+    return places
+
+
 def check_announced(addresses: Iterable[str]) -> tuple[str, ...]:
     """Addresses that others shall use for us, without our id. Raises `UserError`."""
     checked = tuple(address.strip().rstrip("/") for address in addresses)

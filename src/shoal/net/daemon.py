@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
@@ -128,22 +129,16 @@ class Daemon:
         """Start it and wait until it answers. Raises `DaemonFailed`."""
         for address in config.listen:
             _check_free(address)
-        directory = Path(tempfile.mkdtemp(prefix="shoal-"))
-        key = directory / "identity"
-        with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(identity.to_bytes())
-        program = Path(hivemind_cli.__file__).with_name("p2pd")
-        command = [str(program), f"-listen=/unix{directory}/control", f"-id={key}", *config.arguments()]
-        # In a session of its own, so that the terminal's Ctrl-C is for us alone.
-        process = await asyncio.create_subprocess_exec(
-            *("/bin/sh", "-c", _WATCHED, "shoal-net", str(directory)),
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=config.environment(),
-            start_new_session=True,
-        )
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="shoal-"))
+            key = directory / "identity"
+            try:
+                process = await _spawn(identity, config, directory, key)
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+        except OSError as failure:
+            raise DaemonFailed(f"the libp2p daemon cannot be started: {failure}") from failure
         self = cls(process, directory)
         ready = asyncio.Event()
         self._reader = asyncio.create_task(self._read_output(ready))
@@ -256,6 +251,22 @@ class Daemon:
             logger.debug("the daemon's output is not read any longer")
         self.closed.set()
         ready.set()
+
+
+async def _spawn(identity: Identity, config: DaemonConfig, directory: Path, key: Path) -> asyncio.subprocess.Process:
+    with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(identity.to_bytes())
+    program = Path(hivemind_cli.__file__).with_name("p2pd")
+    # In a session of its own, so that the terminal's Ctrl-C is for us alone.
+    return await asyncio.create_subprocess_exec(
+        *("/bin/sh", "-c", _WATCHED, "shoal-net", str(directory)),
+        *(str(program), f"-listen=/unix{directory}/control", f"-id={key}", *config.arguments()),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=config.environment(),
+        start_new_session=True,
+    )
 
 
 def _check_free(address: str) -> None:

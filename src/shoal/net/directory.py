@@ -7,9 +7,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from hivemind.dht.crypto import DHTRecord
 from hivemind.dht.node import DHTNode
@@ -21,6 +21,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils import MSGPackSerializer
 
 from shoal.errors import BootstrapFailed, SwarmError
+from shoal.net.acquaintances import Acquaintances
 from shoal.net.daemon import Daemon
 from shoal.net.identity import Identity
 from shoal.net.records import (
@@ -38,15 +39,25 @@ from shoal.spans import ServerInfo, ServerState
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 
 class DhtDirectory:
     """A part of the swarm's table, and the way to the rest. `attach` it to every daemon that is started."""
 
-    def __init__(self, identity: Identity, *, keeps_records: bool, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        keeps_records: bool,
+        initial_peers: Sequence[str] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._identity = identity
         self._keeps_records = keeps_records
         self._clock = clock
         self._node: Any = None
+        self._others = Acquaintances(identity.peer, initial_peers=initial_peers, keeps_records=keeps_records)
         self._last_expiry: dict[str, float] = {}
 
     async def attach(self, daemon: Daemon, peers: Sequence[str]) -> None:
@@ -65,7 +76,7 @@ class DhtDirectory:
                 node_id=former.node_id if former else None,
                 initial_peers=[f"/p2p/{peer}" for peer in peers],
                 client_mode=not self._keeps_records,
-                record_validator=SignedRecords(self._clock),
+                record_validator=SignedRecords(self._clock, heard=self._others.hear),
                 ensure_bootstrap_success=former is None,
                 strict=False,
                 # The defaults wait for seconds on each of the nodes that are gone.
@@ -89,9 +100,11 @@ class DhtDirectory:
         node.protocol.cache = _NoCache()
         if former is not None:
             node.protocol.storage = former.protocol.storage
+        self._others.attach(daemon, node)
 
     async def close(self) -> None:
         """Leave the table. What we announced stays until it ends: announce `LEAVING` before."""
+        await self._others.close()
         if self._node is not None:
             self._node.is_alive = False
             await self._node.p2p.shutdown()
@@ -106,8 +119,9 @@ class DhtDirectory:
         self._last_expiry[model.key] = expires
         keys = list(announcement.table_keys)
         peer = self._identity.peer
-        with _translated_errors():
-            stored = await self._joined().store_many(keys, [record] * len(keys), expires, subkeys=[peer] * len(keys))
+        stored = await self._ask(
+            lambda node: node.store_many(keys, [record] * len(keys), expires, subkeys=[peer] * len(keys))
+        )
         if not all(stored.values()):
             logger.warning("others refuse our announcement: are this machine's clock and theirs the same?")
 
@@ -133,8 +147,7 @@ class DhtDirectory:
         """The valid announcements under these keys, in no order, some several times."""
         # NaN is later than nothing and nothing is later than it: no answer is late enough to end the search early, so
         # a stranger who claims that his is the last word does not silence the others.
-        with _translated_errors():
-            found = await self._joined().get_many(keys, sufficient_expiration_time=math.nan)
+        found = await self._ask(lambda node: node.get_many(keys, sufficient_expiration_time=math.nan))
         now = self._clock()
         valid = []
         for key, entry in found.items():
@@ -143,6 +156,25 @@ class DhtDirectory:
                 if announcement is not None and announcement.peer == peer and key in announcement.table_keys:
                     valid.append(announcement)
         return [one for one in valid if is_timely(one, now=now) and one.expires > now]
+
+    async def _ask(self, call: Callable[[Any], Awaitable[Answer]]) -> Answer:
+        """What the table answers; asked again if the others were lost, which is often noticed by asking.
+
+        Raises `SwarmError` if nobody answers. Even then a record was kept here, for whoever still reaches us.
+        """
+        node = self._joined()
+        with _translated_errors():
+            for _ in range(2):
+                was_lost = self._others.lost
+                if was_lost:
+                    await self._others.rejoin()
+                    node = self._joined()
+                answer = await call(node)
+                if not self._others.lost:
+                    return answer
+                if was_lost:
+                    break
+        raise SwarmError("the directory does not answer", hint="is this machine's network up?")
 
     def _joined(self) -> Any:
         if self._node is None:
@@ -166,19 +198,25 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
     that are none of ours are refused too: otherwise anybody overwrites them for ever.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.time, heard: Callable[[Announcement], None] = lambda _: None
+    ) -> None:
         self._clock = clock
+        self._heard = heard
 
     def validate(self, record: DHTRecord) -> bool:
         value = _bytes_in_msgpack(record.value)
         announcement = unseal(value) if value is not None else None
-        return (
+        valid = (
             announcement is not None
             and record.expiration_time == announcement.expires
             and record.subkey == MSGPackSerializer.dumps(announcement.peer)
             and is_timely(announcement, now=self._clock())
             and record.key in _digests(announcement.table_keys)
         )
+        if valid and announcement is not None:
+            self._heard(announcement)
+        return valid
 
 
 class _NoCache(DHTLocalStorage):  # type: ignore[misc]

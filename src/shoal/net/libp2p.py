@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from shoal.errors import BootstrapFailed, SwarmError
-from shoal.net.addresses import best_first, check_peers, peer_of, port_of
+from shoal.net.addresses import best_first, by_peer, peer_of, port_of
 from shoal.net.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, DaemonGone
 from shoal.net.identity import Identity, public_key
 from shoal.net.raw_stream import Libp2pStream
@@ -51,7 +51,7 @@ class Libp2pTransport:
         self._identity = identity
         self._config = config
         self._attach = attach
-        self._initial = _by_peer(initial_peers)
+        self._initial = by_peer(initial_peers)
         self._met: dict[str, tuple[str, ...]] = {}
         self._daemon: Daemon | None = None
         self._up = asyncio.Event()
@@ -200,12 +200,15 @@ class Libp2pTransport:
             failures = 0 if loop.time() - started > STABLE_SECONDS else failures + 1
             while not self._up.is_set():
                 await asyncio.sleep(RESTART_SECONDS[min(failures, len(RESTART_SECONDS) - 1)])
-                await self._daemon.stop()
                 try:
+                    await self._daemon.stop()
                     await self._start_daemon()
-                except (DaemonFailed, SwarmError, TimeoutError) as failure:
+                except (OSError, SwarmError) as failure:
                     failures += 1
                     logger.warning("the libp2p daemon does not start: %s", failure or "it does not answer")
+                except Exception:  # of hivemind's, or ours: without a next attempt this peer is deaf for ever
+                    failures += 1
+                    logger.exception("the libp2p daemon does not start")
 
     # What peers open.
 
@@ -234,15 +237,6 @@ class Libp2pTransport:
             self._accepted[stream.peer] -= 1
             if not self._accepted[stream.peer]:
                 del self._accepted[stream.peer]
-
-
-def _by_peer(addresses: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    places: dict[str, tuple[str, ...]] = {}
-    for address in check_peers(addresses):
-        peer = peer_of(address)
-        assert peer is not None
-        places[peer] = (*places.get(peer, ()), address)
-    return places
 
 
 def _nobody_answers(initial: dict[str, tuple[str, ...]]) -> BootstrapFailed:

@@ -101,16 +101,16 @@ class Directory(Protocol):
     async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
         """Publish `info` for `lifetime` seconds, at most `MAX_LIFETIME`; a later call replaces it.
 
-        Raises `SwarmError`.
+        Raises `SwarmError`, also when none of the others answers.
         """
         ...
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
-        """The valid records of all blocks of a model, one a peer. Raises `SwarmError`."""
+        """The valid records of all blocks of a model, one a peer. Raises `SwarmError`, also when nobody answers."""
         ...
 
     async def models(self) -> tuple[ModelInfo, ...]:
-        """The models that anybody serves."""
+        """The models that anybody serves. Raises `SwarmError`, also when nobody answers."""
         ...
 
 
