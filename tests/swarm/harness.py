@@ -85,7 +85,8 @@ class Swarm:
         node = self.call(self.network.node, name)
         client = _Borrowed(self.runtime)
         client.resources.push_async_callback(node.transport.close)
-        model = kind.from_checkpoint(checkpoint, node, client, config=config, dtype="float32", **options)
+        options = {"dtype": "float32", **options}
+        model = kind.from_checkpoint(checkpoint, node, client, config=config, **options)
         self.stack.callback(model.close)
         return model
 

@@ -15,7 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from shoal import AutoDistributedModel, AutoDistributedModelForSequenceClassification, UnsupportedOperation, UserError
 from shoal.client.blocks import InferenceSession
+from shoal.client.model import INITIAL_PEERS
 from shoal.model.head import HeadCache
+from shoal.net import NetworkConfig
 
 from .harness import Swarm, swarm_of
 from .tiny_models import tiny_config, with_noise
@@ -272,6 +274,75 @@ def test_gradients_do_not_pretend_to_flow_through_a_session(swarm: MakeSwarm):
         output = session.step(torch.randn(1, 2, 32, requires_grad=True))
         with pytest.raises(UnsupportedOperation, match="do not flow through an inference session"):
             output.sum().backward()
+
+
+def test_a_session_keeps_its_own_copy_of_what_it_was_given(swarm: MakeSwarm):
+    swarm_ = swarm("0:4", "0:4")
+    blocks = swarm_.model().transformer.h
+    hidden = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
+    expected = blocks(hidden)
+    buffer, position = torch.empty(1, 1, 32), torch.empty(1, 1, dtype=torch.int64)
+    outputs = []
+    with blocks.inference_session(max_length=8) as session:
+        for token in range(4):
+            buffer.copy_(hidden[:, token : token + 1])
+            outputs.append(session.step(buffer, position_ids=position.fill_(token)))
+            if token == 2:
+                swarm_.kill(session.servers[0])
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_inputs_that_are_changed_before_the_backward_pass_are_refused(swarm: MakeSwarm):
+    blocks = swarm("0:4").model().transformer.h
+    with torch.inference_mode():
+        blocks(torch.zeros(1, 1, 32))
+    hidden = torch.randn(1, 3, 32, requires_grad=True) * 1
+    output = blocks(hidden)
+    hidden.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_gradients_of_gradients_are_refused(swarm: MakeSwarm):
+    blocks = swarm("0:4").model().transformer.h
+    hidden = torch.randn(1, 3, 32, requires_grad=True)
+    (grad,) = torch.autograd.grad(blocks(hidden).square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_empty_inputs_are_refused(swarm: MakeSwarm):
+    model = swarm("0:4").model()
+    with pytest.raises(UserError, match=r"inputs of shape \[1, 0, 32\]"):
+        model.transformer.h(torch.zeros(1, 0, 32))
+    with model.inference_session(max_length=8) as session, pytest.raises(UserError, match="inputs of shape"):
+        session.step(torch.zeros(0, 1, 32))
+
+
+def test_what_can_never_work_is_refused_when_the_model_is_opened(swarm: MakeSwarm):
+    swarm_ = swarm()
+    with pytest.raises(UserError, match="has 4 blocks, not 2"):
+        swarm_.model(num_hidden_layers=2)
+    with pytest.raises(UserError, match="float64 is no dtype to compute in"):
+        swarm_.model(dtype="float64")
+
+
+@pytest.mark.parametrize("peers", ["/a /b", "/a,/b", "/a, /b ", ["/a", "/b"]])
+@pytest.mark.parametrize("where", ["argument", "environment"])
+def test_peers_may_be_given_in_one_string(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, peers: str | list[str], where: str
+):
+    asked: list[tuple[str, ...]] = []
+
+    def join(config: NetworkConfig) -> None:
+        asked.append(config.initial_peers)
+        raise UserError("enough")
+
+    monkeypatch.setattr("shoal.client.model.join", join)
+    monkeypatch.setenv(INITIAL_PEERS, peers if isinstance(peers, str) else " ".join(peers))
+    with pytest.raises(UserError, match="enough"):
+        AutoDistributedModel.from_pretrained(folder, initial_peers=peers if where == "argument" else None)
+    assert asked == [("/a", "/b")]
 
 
 def test_several_threads_use_one_model(swarm: MakeSwarm, whole: PreTrainedModel):

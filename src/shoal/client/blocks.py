@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from shoal.client.chain import Chain, Piece
 from shoal.client.runtime import Runtime
@@ -69,6 +70,7 @@ class RemoteBlocks(nn.Module):
         if past_key_values is not None:
             session = cast(InferenceSession, past_key_values.session)
             return session.step(hidden_BTD, attention_mask=attention_mask, position_ids=position_ids)
+        _check_inputs(hidden_BTD)
         mask = _mask_of(attention_mask, hidden_BTD)
         positions = _positions_of(position_ids, hidden_BTD)
         return cast(torch.Tensor, _Passes.apply(hidden_BTD, self._runtime, self._chain, self.span, positions, mask))
@@ -156,6 +158,7 @@ class InferenceSession:
         """Append inputs [B, T, D] and return the blocks' outputs for them. Raises `UserError` when it gets too long."""
         if not self._closing.alive:
             raise UserError("this session is closed")
+        _check_inputs(hidden_BTD)
         batch_size, num_tokens, _ = hidden_BTD.shape
         if self.num_tokens + num_tokens > self.max_length:
             raise UserError(
@@ -169,7 +172,7 @@ class InferenceSession:
         else:
             raise UserError(f"{batch_size} sequences in a session of {self.batch_size}")
         work = self._session.step(
-            _on_cpu(hidden_BTD),
+            hidden_BTD.detach().to("cpu", copy=True).contiguous(),  # kept for a replay; the caller may reuse its own
             self.num_tokens,
             _positions_of(position_ids, hidden_BTD),
             _mask_of(attention_mask, hidden_BTD),
@@ -227,10 +230,13 @@ class _Passes(torch.autograd.Function):
     ) -> torch.Tensor:
         output, pieces = runtime.run(chain.forward(span, _on_cpu(hidden_BTD), positions, mask))
         ctx.runtime, ctx.chain, ctx.pieces = runtime, chain, pieces
+        ctx.save_for_backward(hidden_BTD)  # the pieces may share its memory
         return output.to(hidden_BTD.device)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _ = ctx.saved_tensors  # raises if it has been changed since
         (grad,) = grads
         pieces: list[list[Piece]] = ctx.pieces
         result: torch.Tensor = ctx.runtime.run(ctx.chain.backward(pieces, _on_cpu(grad)))
@@ -248,6 +254,13 @@ class _NoGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         raise UnsupportedOperation(
             "gradients do not flow through an inference session", hint="call the model with use_cache=False"
+        )
+
+
+def _check_inputs(hidden_BTD: torch.Tensor) -> None:
+    if hidden_BTD.dim() != 3 or not hidden_BTD.numel():
+        raise UserError(
+            f"inputs of shape {list(hidden_BTD.shape)}", hint="blocks take [batch, tokens, hidden size], none of them 0"
         )
 
 
@@ -273,4 +286,4 @@ def _positions_of(position_ids: torch.Tensor | None, hidden_BTD: torch.Tensor) -
         return None
     if position_ids.dim() != 2 or position_ids.shape[1] != hidden_BTD.shape[1]:
         raise UnsupportedOperation("only position_ids of shape [batch, tokens] can be sent to servers")
-    return position_ids.expand(hidden_BTD.shape[0], -1).to("cpu", torch.int64)
+    return position_ids.expand(hidden_BTD.shape[0], -1).to("cpu", torch.int64, copy=True)

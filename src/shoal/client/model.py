@@ -35,6 +35,7 @@ from shoal.spans import Span
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 GENERATION_CONFIG = "generation_config.json"
 DEFAULT_SESSION_LENGTH = 2048
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those in which hidden states travel
 
 
 class _AutoDistributed:
@@ -50,7 +51,7 @@ class _AutoDistributed:
         cls,
         model: str | Path,
         *,
-        initial_peers: Sequence[str] | None = None,
+        initial_peers: str | Sequence[str] | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -63,16 +64,17 @@ class _AutoDistributed:
     ) -> Any:
         """Join a swarm and load what of the model is not blocks: the Transformers model, ready to be used as always.
 
-        `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them (by default
-        those in $SHOAL_INITIAL_PEERS). `dtype` is what this side computes and sends in. Other keyword arguments change
-        the model's config, such as `num_labels=3`. Call `close()` on the model, or leave it to the end of the process.
+        `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them, in a list
+        or in one string (by default those in $SHOAL_INITIAL_PEERS). `dtype` is what this side computes and sends in.
+        Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
+        it to the end of the process.
 
         Raises `UserError`s for what can never work and `BootstrapFailed` if none of the peers answers.
         """
         checkpoint = Checkpoint.open(
             model, revision=revision, token=token, cache_dir=cache_dir, allow_uncertified=allow_uncertified
         )
-        peers = list(initial_peers) if initial_peers is not None else os.environ.get(INITIAL_PEERS, "").split()
+        peers = _addresses(os.environ.get(INITIAL_PEERS, "") if initial_peers is None else initial_peers)
         if not peers:
             raise UserError(
                 "which swarm? initial_peers is empty",
@@ -80,7 +82,7 @@ class _AutoDistributed:
             )
         runtime = Runtime()
         try:
-            network = join(NetworkConfig(initial_peers=tuple(peers), client_mode=True))
+            network = join(NetworkConfig(initial_peers=peers, client_mode=True))
             node = runtime.run(runtime.resources.enter_async_context(network))
             return cls.from_checkpoint(
                 checkpoint,
@@ -216,20 +218,30 @@ def _with_swarm(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(model_class.__name__, (_InSwarm, model_class), {"__module__": model_class.__module__})
 
 
+def _addresses(peers: str | Sequence[str]) -> tuple[str, ...]:
+    return tuple(peers.replace(",", " ").split() if isinstance(peers, str) else peers)
+
+
 def _changed(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfig:
+    num_blocks = config.num_hidden_layers
     for name, value in changes.items():
         if not hasattr(config, name):
             raise UserError(f"neither from_pretrained nor the config of {config.model_type!r} knows {name!r}")
         setattr(config, name, value)
+    if config.num_hidden_layers != num_blocks:  # by whatever name
+        raise UserError(
+            f"the swarm's model has {num_blocks} blocks, not {config.num_hidden_layers}",
+            hint="slice them: model.transformer.h[2:5]",
+        )
     return config
 
 
 def _dtype(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    found = config.dtype if dtype == "auto" else getattr(torch, dtype, None)
-    if found is None and dtype == "auto":
-        return torch.float32
-    if not isinstance(found, torch.dtype):
-        raise UserError(f"{dtype!r} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
+    found = dtype
+    if dtype == "auto":
+        found = config.dtype or torch.float32
+    elif isinstance(dtype, str):
+        found = getattr(torch, dtype, dtype)
+    if found not in DTYPES:
+        raise UserError(f"{dtype} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
     return found
