@@ -230,3 +230,21 @@ def test_many_microbatches_under_way_are_one_failure_of_their_server(swarm: Make
     swarm_.network.on_frame = cut_in_the_middle
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_server_that_could_not_announce_itself_does_at_the_next_renewal(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2")
+    server = swarm_.start("2:4", announce_seconds=0.01)
+    swarm_.network.directory_answers = False
+    swarm_.settle(lambda: len(swarm_.network._announced) == 2 and expired(swarm_, server.info.peer))
+    swarm_.network.directory_answers = True
+    swarm_.settle(lambda: not expired(swarm_, server.info.peer))
+    assert swarm_.model().generate(PROMPT, max_new_tokens=4).tolist() == (
+        whole.generate(PROMPT, max_new_tokens=4).tolist()
+    )
+
+
+def expired(swarm: Swarm, peer: str) -> bool:
+    """Whether a server's record has ended without having been renewed."""
+    ((_, _, expires),) = [entry for (_, each), entry in swarm.network._announced.items() if each == peer]
+    return expires <= swarm.runtime.loop.time()

@@ -30,7 +30,7 @@ class Presence:
         self._task: asyncio.Task[None] | None = None
 
     async def become(self, describe: Callable[[], ServerInfo]) -> None:
-        """From now on the record is what `describe` says at each renewal. Raises `SwarmError`."""
+        """From now on the record is what `describe` says at each renewal."""
         self._describe = describe
         await self._announce(describe())
 
@@ -46,10 +46,7 @@ class Presence:
             return
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        try:
-            await self._announce(replace(self._describe(), state=ServerState.LEAVING))
-        except SwarmError as failure:
-            log.warning("nobody could be told that this server leaves: %s", failure)
+        await self._announce(replace(self._describe(), state=ServerState.LEAVING))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
@@ -59,10 +56,10 @@ class Presence:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(self._every_seconds)
-            try:
-                await self._announce(self._describe())
-            except SwarmError as failure:
-                log.warning("not announced, trying again in %.0f s: %s", self._every_seconds, failure)
+            await self._announce(self._describe())
 
     async def _announce(self, info: ServerInfo) -> None:
-        await self._directory.announce(self._model, info, lifetime=LIFETIMES * self._every_seconds)
+        try:
+            await self._directory.announce(self._model, info, lifetime=LIFETIMES * self._every_seconds)
+        except SwarmError as failure:  # the network may be away for a while: the next renewal tries again
+            log.warning("the swarm could not be told that this server is %s: %s", info.state, failure)
