@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,22 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from shoal import AutoDistributedModel, AutoDistributedModelForSequenceClassification, UnsupportedOperation, UserError
+from shoal import (
+    AutoDistributedModel,
+    AutoDistributedModelForSequenceClassification,
+    MissingBlocks,
+    UnsupportedOperation,
+    UserError,
+)
 from shoal.client.blocks import InferenceSession
 from shoal.client.model import INITIAL_PEERS
+from shoal.client.runtime import Runtime
+from shoal.model.checkpoint import Checkpoint
 from shoal.model.head import HeadCache
 from shoal.net import NetworkConfig
+from shoal.net.memory import MemoryNetwork
 
-from .harness import Swarm, swarm_of
+from .harness import QUICK, Swarm, swarm_of
 from .tiny_models import tiny_config, with_noise
 
 MakeSwarm = Callable[..., Swarm]
@@ -129,6 +139,20 @@ def test_a_later_call_of_a_session_may_decode_in_another_way(swarm: MakeSwarm, w
         answer = model.generate(everything, max_new_tokens=6, session=session, **options)
     torch.manual_seed(1)
     assert answer.tolist() == whole.generate(everything, max_new_tokens=6, **options).tolist()
+
+
+def test_padded_sequences_of_a_session_become_beams(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4", "2:4")
+    model = swarm_.model()
+    prompt = torch.tensor([[0, 0, 5, 17, 42], [7, 8, 9, 10, 11]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with model.inference_session(max_length=64, batch_size=2) as session:
+        said = model.generate(prompt, attention_mask=mask, max_new_tokens=4, session=session)
+        swarm_.kill(session.servers[-1])
+        answer = model.generate(None, max_new_tokens=4, num_beams=3, session=session)
+    grown = torch.cat((mask, mask.new_ones(2, 4)), dim=1)
+    expected = whole.generate(said, attention_mask=grown, max_new_tokens=4, num_beams=3)
+    assert answer.tolist() == expected[:, said.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -343,6 +367,23 @@ def test_peers_may_be_given_in_one_string(
     with pytest.raises(UserError, match="enough"):
         AutoDistributedModel.from_pretrained(folder, initial_peers=peers if where == "argument" else None)
     assert asked == [("/a", "/b")]
+
+
+def test_blocks_outlive_the_model_that_they_were_taken_from(folder: Path):
+    runtime = Runtime()
+    thread = runtime._thread
+    node = MemoryNetwork().node("client")
+    blocks = AutoDistributedModel.from_checkpoint(
+        Checkpoint.open(folder), node, runtime, config=QUICK, dtype="float32"
+    ).transformer.h
+    del runtime
+    gc.collect()
+    with pytest.raises(MissingBlocks):
+        blocks(torch.zeros(1, 1, 32))
+    del blocks
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_several_threads_use_one_model(swarm: MakeSwarm, whole: PreTrainedModel):
