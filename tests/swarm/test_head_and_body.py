@@ -234,6 +234,7 @@ def test_hops_may_change_from_call_to_call(pair: Pair) -> None:
 @pytest.mark.parametrize("method", ["PromptTuningConfig", "PromptEncoderConfig"])
 def test_prompts_of_peft_are_trained_as_on_the_whole_model(method: str) -> None:
     import peft
+
     pair = Pair("llama")
 
     def train(model: PreTrainedModel) -> tuple[Tensor, list[Tensor]]:
