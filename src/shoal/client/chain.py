@@ -93,10 +93,10 @@ class Chain:
         """
         if time.monotonic() - self._viewed_at > self.config.refresh_seconds:
             await self._refresh()
-        view = self._askable(excluded).only(lambda server: not self._suspects.avoided(server.peer))
+        view = self._trusted(excluded)
         if view.missing(span):
             await self._refresh()
-            view = self._askable(excluded).only(lambda server: not self._suspects.avoided(server.peer))
+            view = self._trusted(excluded)
         if view.missing(span):  # better a server that failed lately than none
             view = self._askable(excluded)
         hops = choose_route(view, span, round_trips=self._round_trips)
@@ -140,12 +140,15 @@ class Chain:
         """Of these, those who may be asked now."""
         return self._usable().only(lambda each: holding(each) not in excluded and not self._suspects.barred(each.peer))
 
+    def _trusted(self, excluded: Set[Holding]) -> SwarmView:
+        """Of these, those that have not failed lately."""
+        return self._askable(excluded).only(lambda server: not self._suspects.avoided(server.peer))
+
     async def persist(self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]]) -> T:
         """Do `act` until it succeeds, each time avoiding the servers that have failed.
 
-        It is given the servers that, as they are now, cannot do this. Raises `MissingBlocks` at once if
-        nobody serves some blocks of the span, and after the client's patience if those who do keep failing or have no
-        room.
+        It is given the servers that, as they are now, cannot do this. Raises `MissingBlocks` at once if nobody serves
+        some blocks of the span, and after the client's patience if those who do keep failing or have no room.
         """
         give_up_at: float | None = None
         excluded: set[Holding] = set()

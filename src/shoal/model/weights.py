@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,6 @@ class TensorInfo:
     shape: tuple[int, ...]
     nbytes: int
     end: int
-
-    @property
-    def num_parameters(self) -> int:
-        return math.prod(self.shape)
 
 
 Header = Mapping[str, TensorInfo]
