@@ -33,7 +33,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "uint8": 1
 TENSOR_ALIGNMENT = 16
 
 DType = Literal["float32", "bfloat16", "float16", "int64", "uint8"]
-TensorName = Literal["hidden", "positions", "mask", "grad"]
+TensorName = Literal["hidden", "positions", "mask", "grad", "digests"]
 Text = Annotated[str, Field(max_length=256)]
 Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # it ends up on terminals
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
@@ -91,17 +91,26 @@ class _OnSpan(_Message):
 
 
 class Open(_OnSpan):
-    """Client: begin a session on these blocks, for up to `max_length` tokens of `batch_size` sequences."""
+    """Client: begin a session on these blocks, for up to `max_length` tokens of `batch_size` sequences.
 
+    `digests` [B, N, 16] uint8 (optional) name the first N pages of every sequence's inputs (`shoal.model.prefix`),
+    which need not be sent if the server has computed the same. `salt` is the tenant's: only sessions of equal salts
+    share what was computed.
+    """
+
+    carries = ("digests",)
     kind: Literal["open"] = "open"
+    salt: Text = ""
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     max_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 
 
 class Opened(_Message):
-    """Server: the session has room; send its first step."""
+    """Server: send a step. The session holds `num_tokens` tokens already, and `hidden` [B, T, D] are their outputs."""
 
+    carries = ("hidden",)
     kind: Literal["opened"] = "opened"
+    num_tokens: Annotated[int, Field(ge=0, le=MAX_LENGTH)] = 0
 
 
 class Step(_Message):

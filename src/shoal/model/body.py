@@ -11,19 +11,29 @@ renamed, no config is cut, and whatever depends on a layer's depth (`config.laye
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import CheckpointError
 from shoal.model.cache import BodyCache
 from shoal.model.families import Family, text_config
 from shoal.model.view import StandIn, entered_with, left_through, view_of
 from shoal.spans import Span
+
+PACKED = "shoal_packed"
+"""The name under which Transformers finds the attention of packed passes."""
+
+
+class Attend(Protocol):
+    """The attention of one packed pass: from queries `[1, H, T, K]`, new keys and new values to `[1, T, H, V]`."""
+
+    def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor: ...
 
 
 class Body(nn.Module):
@@ -62,7 +72,7 @@ class Body(nn.Module):
         if attention_mask is not None and attention_mask.shape[1] != num_seen:
             raise ValueError(f"a mask of {attention_mask.shape[1]} tokens, where there are {num_seen}")
         if cache is None:
-            return self._compute(hidden_BTD, span, attention_mask, position_ids, None)
+            return self._compute(hidden_BTD, span, attention_mask=attention_mask, position_ids=position_ids)
         step = 1 if self.family.step_by_step and cache.num_tokens > 0 else num_tokens
         outputs = []
         with torch.no_grad():
@@ -70,17 +80,41 @@ class Body(nn.Module):
                 new = slice(start, start + step)
                 mask = None if attention_mask is None else attention_mask[:, : cache.num_tokens + step]
                 positions = None if position_ids is None else position_ids[..., new]
-                outputs.append(self._compute(hidden_BTD[:, new], span, mask, positions, cache))
+                outputs.append(
+                    self._compute(hidden_BTD[:, new], span, attention_mask=mask, position_ids=positions, cache=cache)
+                )
                 cache.advance(step)
         return torch.cat(outputs, dim=1)
+
+    def forward_packed(self, hidden_TD: Tensor, positions_T: Tensor, *, span: Span, attend: Attend) -> Tensor:
+        """Run the blocks of `span` on tokens of many sequences in a row; returns hidden states `[T, D]`.
+
+        Only `attend` knows which token belongs to which sequence, and where the sequences' pasts are. For families
+        that are certified for it (`Family.packable`).
+        """
+        with self._attention(PACKED):
+            return self._compute(hidden_TD[None], span, position_ids=positions_T[None], attend=attend)[0]
+
+    @contextlib.contextmanager
+    def _attention(self, name: str) -> Iterator[None]:
+        """Attention as `name` says: layers ask their config at every call. One thread at a time uses a body."""
+        config = self.backbone.config
+        usual = config._attn_implementation
+        config._attn_implementation = name
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
 
     def _compute(
         self,
         hidden_BTD: Tensor,
         span: Span,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: BodyCache | None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: BodyCache | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         outputs: list[Tensor] = []
         layers = [self.block(block) for block in span]
@@ -91,6 +125,8 @@ class Body(nn.Module):
         arguments: dict[str, Any] = {"inputs_embeds": hidden_BTD, "use_cache": cache is not None}
         if position_ids is not None and "position_ids" in accepted:
             arguments["position_ids"] = position_ids
+        if attend is not None:
+            arguments["attend"] = attend
         state = None if cache is None else cache.state
         if "cache_params" in accepted:
             # purely recurrent: the past is in the state, and the mask is of the new tokens alone
@@ -108,6 +144,23 @@ class Body(nn.Module):
         """The layer of one block, by its number in the model."""
         layer: nn.Module = self.backbone.get_submodule(f"{self.family.layers_name}.{block}")
         return layer
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    attend: Attend,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface, handed on to the pass that is under way."""
+    return attend(module.layer_idx, query, key, value, **options), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(PACKED, _packed_attention)
 
 
 class ClientSide(nn.Module):

@@ -27,6 +27,23 @@ LAYERS_RETURN_TUPLE = frozenset(
 # Families that forget their recurrent state when several new tokens come at once: a body gives them one by one.
 STEP_BY_STEP = frozenset({"falcon_mamba", "jamba", "mamba"})
 
+# Families whose tokens can be computed in one row with those of other sequences: their layers take the past of a
+# sequence through Transformers' attention interface, and nowhere else. The others are computed one session at a time.
+PACKED = frozenset(
+    """
+    afmoe apertus arcee aria_text axk1 beam biogpt bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3
+    dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe
+    glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
+    kolibri1 laguna llama mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral
+    mixtral modernbert-decoder nanochat olmo olmo2 olmo3 olmoe opt persimmon phi phi3 qwen2 qwen2_moe qwen3
+    qwen3_moe seed_oss smollm3 solar_open starcoder2 vaultgemma youtu
+    """.split()  # noqa: SIM905
+)
+
+# Rotary embeddings that depend on the longest sequence of a call, whosever it is.
+ROTARY_BY_LENGTH = frozenset({"dynamic", "longrope"})
+
 # Families that pass every check of the parity suite; docs/models.md says what was checked.
 CERTIFIED = frozenset(
     """
@@ -56,6 +73,7 @@ class Family:
     backbone_path: str  # of the backbone in the causal language model, "model.decoder" for OPT
     layers_name: str  # of the list of layers in the backbone: "layers", "h", "blocks"
     num_blocks: int
+    packable: bool  # whether the tokens of several sequences can be computed in one row
     renamings: tuple[WeightRenaming, ...] = field(default=(), compare=False)  # from a checkpoint's names to the model's
 
     @property
@@ -137,8 +155,16 @@ def family_of(config: PreTrainedConfig, *, allow_uncertified: bool = False) -> F
         backbone_path=path,
         layers_name=layers_name,
         num_blocks=config.num_hidden_layers,
+        packable=config.model_type in PACKED and not ROTARY_BY_LENGTH & set(_rotary_types(config)),
         renamings=tuple(step for step in conversions if isinstance(step, WeightRenaming)),
     )
+
+
+def _rotary_types(config: PreTrainedConfig) -> list[str]:
+    """The kinds of rotary embeddings of a model: one for all layers, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return [str(one["rope_type"]) for one in each if "rope_type" in one]
 
 
 def find_backbone(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from shoal.server.shares import Shares
 from shoal.spans import Span
 
 
@@ -25,5 +26,7 @@ class ServerConfig:
     """Records are renewed this often, and live three times as long."""
     idle_seconds: float = 300.0
     """A client that says nothing for so long, not even a ping, is gone."""
+    shares: Shares = field(default_factory=Shares)
+    """How time and room are divided."""
     max_length: int = 1 << 17
     """Tokens of one sequence, where the model itself sets no lower limit."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import psutil
 import torch
 
 from shoal.errors import UserError
+from shoal.model.body import Body
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import text_config
 from shoal.routing.placement import CACHE_SHARE, choose_num_blocks, choose_span
 from shoal.routing.view import SwarmView
+from shoal.server.cache import KeyValueShape
 from shoal.server.config import ServerConfig
+from shoal.server.pages import pages_for
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
 MOST_CACHE_TOKENS = 1 << 20
+MOST_OF_WHAT_IS_LEFT = 0.8
 
 
 def choose_blocks(
@@ -77,14 +82,38 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def choose_cache_tokens(checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device) -> int:
-    """How many tokens' keys and values, over all blocks of the span, a fair part of what memory is left holds."""
-    config = text_config(checkpoint.config)
-    num_heads = getattr(config, "num_attention_heads", None) or 1
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    token_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize * len(span)
-    return int(min(free_memory(device) * CACHE_SHARE // token_bytes, MOST_CACHE_TOKENS))
+def choose_num_pages(config: ServerConfig, body: Body, shapes: Mapping[int, KeyValueShape] | None, memory: int) -> int:
+    """How many pages of the cache there are: those that were asked for, or a fair part of what memory is left.
+
+    `memory` is what was free before the blocks were loaded: a server that chose its own blocks kept a part of it.
+    """
+    token_bytes = _token_bytes(body, shapes)
+    if config.cache_tokens is not None:
+        num_tokens = config.cache_tokens
+    else:
+        room = min(CACHE_SHARE * memory, MOST_OF_WHAT_IS_LEFT * free_memory(body.backbone.device))
+        num_tokens = int(min(room // token_bytes, MOST_CACHE_TOKENS))
+    log.info(
+        "the cache has room for %d tokens of sessions, %.2f GiB: %.1f KiB a token in %d blocks",
+        num_tokens,
+        num_tokens * token_bytes / 2**30,
+        token_bytes / 2**10,
+        len(body.span),
+    )
+    return max(1, pages_for(num_tokens))
+
+
+def _token_bytes(body: Body, shapes: Mapping[int, KeyValueShape] | None) -> int:
+    """What a token of a session takes in all blocks, with the span's output for it."""
+    config = body.backbone.config
+    if shapes is not None:
+        num_elements = sum(shape.num_elements for shape in shapes.values()) + config.hidden_size
+    else:  # for recurrent state, which does not grow, this is more than enough
+        num_heads = getattr(config, "num_attention_heads", None) or 1
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        num_elements = 2 * num_kv_heads * head_dim * len(body.span)
+    return int(num_elements * body.backbone.dtype.itemsize)
 
 
 def max_length_of(config: ServerConfig, checkpoint: Checkpoint) -> int:

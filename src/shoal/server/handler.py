@@ -28,7 +28,9 @@ from shoal.protocol import (
     Step,
     Working,
 )
-from shoal.server.engine import Engine, Refused, Session, rejected
+from shoal.server.engine import Engine
+from shoal.server.refusal import Refused, rejected
+from shoal.server.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +95,9 @@ class Handler:
                     case Close():
                         return
                     case Open() if session is None:
-                        session = self._engine.open(message)
-                        await self._say(stream, Opened())
+                        session, known = self._engine.open(message, tensors)
+                        outputs: codec.Tensors = {} if known is None else {"hidden": known}
+                        await self._say(stream, Opened(num_tokens=session.num_tokens), outputs)
                     case Step() if session is not None:
                         hidden = await self._alive(stream, self._engine.step(session, message, tensors))
                         await self._say(stream, Result(), {"hidden": hidden})

@@ -15,12 +15,15 @@ from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import text_config
 from shoal.net.transport import ModelInfo, Node
 from shoal.routing.view import SwarmView
+from shoal.server.cache import PagedCache, key_value_shapes
 from shoal.server.config import ServerConfig
 from shoal.server.engine import Engine
-from shoal.server.executor import Executor, Priority
-from shoal.server.fit import choose_blocks, choose_cache_tokens, choose_device, choose_dtype, max_length_of
+from shoal.server.executor import Executor
+from shoal.server.fit import choose_blocks, choose_device, choose_dtype, choose_num_pages, free_memory, max_length_of
 from shoal.server.handler import Handler
 from shoal.server.presence import Presence
+from shoal.server.refusal import Checks
+from shoal.server.scheduler import Pace
 from shoal.server.throughput import Speeds, measure
 from shoal.spans import ServerInfo, ServerState, Span
 
@@ -57,11 +60,12 @@ async def serve(
     executor = Executor()
     try:
         report(Phase.OPENING)
-        checkpoint = await executor.run(Priority.PREFILL, lambda: open_checkpoint(config))
+        checkpoint = await executor.run(lambda: open_checkpoint(config))
         model = model_info(checkpoint)
         view = SwarmView(model.num_blocks, await node.directory.servers(model))
         view = view.only(lambda server: server.peer != node.transport.peer)  # what we were before a crash
         device = choose_device(config.device)
+        memory = free_memory(device)
         dtype = choose_dtype(config.dtype, checkpoint)
         span = choose_blocks(config, checkpoint, view, dtype, device)
         report(Phase.FINGERPRINTING)
@@ -69,7 +73,7 @@ async def serve(
             peer=node.transport.peer,
             span=span,
             state=ServerState.JOINING,
-            fingerprint=await executor.run(Priority.PREFILL, lambda: checkpoint.fingerprint),
+            fingerprint=await executor.run(lambda: checkpoint.fingerprint),
             decode_speed=ASSUMED_SPEED,
             prefill_speed=ASSUMED_SPEED,
             cache_tokens_left=0,
@@ -81,30 +85,31 @@ async def serve(
         )
         async with Presence(node, model, joining, every_seconds=config.announce_seconds) as presence:
             report(Phase.LOADING)
-            body, speeds = await executor.run(Priority.PREFILL, lambda: load(checkpoint, span, dtype, device))
-            engine = Engine(
-                body,
-                executor,
+            body, speeds = await executor.run(lambda: load(checkpoint, span, dtype, device))
+            checks = Checks(
                 model=model.key,
                 fingerprint=joining.fingerprint,
-                cache_tokens=config.cache_tokens or choose_cache_tokens(checkpoint, span, dtype, device),
+                span=span,
+                hidden_size=body.backbone.config.hidden_size,
                 max_length=max_length_of(config, checkpoint),
             )
+            engine = await executor.run(lambda: make_engine(config, body, executor, checks, speeds, memory))
             online = replace(
                 joining, state=ServerState.ONLINE, decode_speed=speeds.decode, prefill_speed=speeds.prefill
             )
             handler = Handler(engine, idle_seconds=config.idle_seconds)
-            await node.transport.listen(handler)
-            try:
-                await presence.become(
-                    lambda: replace(
-                        online, cache_tokens_left=engine.cache_tokens_left, addresses=node.transport.addresses
+            async with engine.running():
+                await node.transport.listen(handler)
+                try:
+                    await presence.become(
+                        lambda: replace(
+                            online, cache_tokens_left=engine.cache_tokens_left, addresses=node.transport.addresses
+                        )
                     )
-                )
-                yield Server(online, model, engine)
-            finally:
-                await presence.leave()  # before the clients are told, who look for others at once
-                await handler.leave()
+                    yield Server(online, model, engine)
+                finally:
+                    await presence.leave()  # before the clients are told, who look for others at once
+                    await handler.leave()
     finally:
         executor.close()
 
@@ -130,3 +135,20 @@ def load(checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.d
     body = build_body(checkpoint.family, checkpoint.config, span, tensors, dtype=dtype, device=device)
     hidden_size = text_config(checkpoint.config).hidden_size
     return body, measure(body, hidden_size=hidden_size, dtype=dtype, device=device)
+
+
+def make_engine(
+    config: ServerConfig, body: Body, executor: Executor, checks: Checks, speeds: Speeds, memory: int
+) -> Engine:
+    """The engine of a body, with room for sessions in what is left of `memory` bytes, which were free before it."""
+    shapes = key_value_shapes(body) if body.family.packable else None
+    num_pages = choose_num_pages(config, body, shapes, memory)
+    return Engine(
+        body,
+        executor,
+        checks,
+        num_pages=num_pages,
+        cache=None if shapes is None else PagedCache(body, shapes, num_pages),
+        pace=Pace(1 / speeds.decode, 1 / speeds.prefill),
+        shares=config.shares,
+    )

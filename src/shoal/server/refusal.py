@@ -1,0 +1,127 @@
+"""What is not computed, and why: a request is checked completely before it is queued.
+
+So whatever reaches the compute thread can be computed, and a wrong request leaves its session as it was.
+"""
+
+# B sequences, T new tokens, D hidden size
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, Backward, Failure, Forward, Open, Step, TensorName
+from shoal.spans import Span
+
+Tensors = Mapping[TensorName, torch.Tensor]
+
+RETRY_SECONDS = 2.0
+
+
+class Refused(Exception):
+    """A request that is not computed; `failure` is what its sender is told."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+def rejected(reason: str) -> Refused:
+    """The request is wrong, here and everywhere."""
+    return Refused(Failure(code="rejected", reason=reason))
+
+
+def misrouted(reason: str) -> Refused:
+    """Another server may well do it."""
+    return Refused(Failure(code="misrouted", reason=reason))
+
+
+def busy(reason: str, *, retry_after: float = RETRY_SECONDS) -> Refused:
+    """Not now."""
+    return Refused(Failure(code="busy", reason=reason, retry_after=retry_after))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a step or a pass, of one batch and one length."""
+
+    hidden_BTD: torch.Tensor
+    positions_BT: torch.Tensor | None
+    mask_BT: torch.Tensor | None
+
+    @property
+    def batch_size(self) -> int:
+        return self.hidden_BTD.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_BTD.shape[1]
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a server may be asked for."""
+
+    model: str
+    fingerprint: str
+    span: Span
+    hidden_size: int
+    max_length: int
+
+    def span_of(self, request: Open | Forward | Backward) -> Span:
+        """The blocks that a request is about. Raises `Refused` if they are not this server's."""
+        if request.model != self.model:
+            raise misrouted(f"this server holds blocks of {self.model}")
+        if request.fingerprint != self.fingerprint:
+            raise misrouted(f"this server's weights are others: {self.fingerprint[:12]}")
+        span = Span(request.start, request.end)
+        if span not in self.span:
+            raise misrouted(f"this server holds blocks {self.span}, not {span}")
+        return span
+
+    def inputs_of(self, tensors: Tensors) -> Inputs:
+        """Raises `Refused` for tensors that are no inputs of this model."""
+        hidden = tensors.get("hidden")
+        if hidden is None or hidden.dim() != 3 or not hidden.is_floating_point():
+            raise rejected("hidden states must be floating-point numbers of shape [batch, tokens, hidden size]")
+        if hidden.shape[2] != self.hidden_size:
+            raise rejected(f"hidden size {hidden.shape[2]}; this model's is {self.hidden_size}")
+        positions, mask = tensors.get("positions"), tensors.get("mask")
+        if positions is not None:
+            if positions.shape != hidden.shape[:2] or positions.dtype != torch.int64:
+                raise rejected("positions must be int64 of shape [batch, tokens]")
+            if positions.min() < 0 or positions.max() >= self.max_length:
+                raise rejected(f"positions must be in 0:{self.max_length}")
+        if mask is not None and (mask.shape != hidden.shape[:2] or mask.dtype != torch.uint8 or mask.max() > 1):
+            raise rejected("the padding mask must be uint8 zeros and ones of shape [batch, tokens]")
+        return Inputs(hidden, positions, None if mask is None or mask.all() else mask.long())
+
+    def check_pass(self, inputs: Inputs) -> None:
+        """Raises `Refused` for more than is computed in a single pass."""
+        if inputs.num_tokens > self.max_length:
+            raise rejected(f"{inputs.num_tokens} tokens; the model allows {self.max_length}")
+        size = inputs.batch_size * inputs.num_tokens
+        if inputs.batch_size > 1 and size > MAX_STEP_TOKENS:
+            raise rejected(f"{size} tokens in one batch; {MAX_STEP_TOKENS} are allowed")
+
+    def check_step(self, request: Step, inputs: Inputs, *, num_tokens: int, batch_size: int, max_length: int) -> None:
+        """Raises `Refused` for a step that does not continue a session of so many tokens and sequences."""
+        if request.position > num_tokens:
+            raise rejected(f"position {request.position} of a session with {num_tokens} tokens")
+        if request.position == 0:  # nothing is continued: the batch may be another
+            if request.rows is not None:
+                raise rejected("rows of a session that begins anew")
+        else:
+            rows = range(batch_size) if request.rows is None else request.rows
+            if max(rows) >= batch_size or len(rows) != inputs.batch_size:
+                raise rejected(f"{inputs.batch_size} sequences that do not continue those of the session")
+        end = request.position + inputs.num_tokens
+        if end > max_length:
+            raise rejected(f"{end} tokens in a session opened for {max_length}")
+        if inputs.batch_size > MAX_BATCH:
+            raise rejected(f"{inputs.batch_size} sequences; {MAX_BATCH} are allowed")
+        size = inputs.batch_size * inputs.num_tokens
+        if size > max(MAX_STEP_TOKENS, inputs.batch_size):
+            raise rejected(f"{size} tokens in one step; {MAX_STEP_TOKENS} are allowed")

@@ -1,0 +1,127 @@
+"""Whose tokens are computed next: decisions only, from a picture of who is waiting.
+
+A pass takes tokens of many sessions. Those who decode come first, all of them: somebody waits for each of their tokens,
+and the weights are read once for all. What room is left goes to prefills, in the order in which their sessions were
+opened, and cut so that a pass with a part of a long prompt takes not much longer than one without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+DECODE_TOKENS = 8
+"""Up to so many new tokens of a sequence, somebody is waiting for them: a decoding step, a guess being checked."""
+LEAST_PREFILL_TOKENS = 16
+MOMENT_SECONDS = 0.005
+SMOOTHING = 0.2
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A step that is not computed yet: `num_tokens` more of each of `num_rows` sequences.
+
+    `num_pages` tells how many pages must be free to compute so many of its tokens. It has `begun` if its session holds
+    pages already.
+    """
+
+    opened: int
+    num_rows: int
+    num_tokens: int
+    begun: bool
+    num_pages: Callable[[int], int]
+
+    @property
+    def decodes(self) -> bool:
+        return self.begun and self.num_tokens <= DECODE_TOKENS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The next pass: which of those that wait, by their index, and how many tokens of each row.
+
+    `short_of_pages`: a session that has begun cannot go on; another has to give its pages up first.
+    """
+
+    chunks: tuple[tuple[int, int], ...] = ()
+    short_of_pages: bool = False
+
+
+def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: int, prefill_tokens: int) -> Plan:
+    """The next pass, of at most `pass_tokens` tokens, `prefill_tokens` of them of prefills.
+
+    Somebody always gets a turn: a step that is too large for a pass gets one for itself, a token of each row at a time.
+    A session begins only when there is room for all that it came with, and nobody overtakes one that waits for that.
+    """
+    chunks: list[tuple[int, int]] = []
+    room, prefill_room, pages = pass_tokens, prefill_tokens, num_free_pages
+    may_begin = may_be_one_by_one = True
+    for index in sorted(range(len(waiting)), key=lambda each: _urgency(waiting[each])):
+        step = waiting[index]
+        if not step.begun and not may_begin:
+            continue
+        num_tokens = min(step.num_tokens, (room if step.decodes else min(room, prefill_room)) // step.num_rows)
+        if not num_tokens and may_be_one_by_one and (not chunks or step.num_rows <= room):
+            num_tokens = 1
+        if not num_tokens:
+            continue
+        needed = step.num_pages(num_tokens if step.begun else step.num_tokens)
+        if needed > pages:
+            if step.begun:
+                return Plan(short_of_pages=True)
+            may_begin = False
+            continue
+        chunks.append((index, num_tokens))
+        pages -= needed
+        room -= num_tokens * step.num_rows
+        if not step.decodes:
+            prefill_room -= num_tokens * step.num_rows
+            may_be_one_by_one = False
+    return Plan(tuple(chunks))
+
+
+def _urgency(step: Waiting) -> tuple[bool, bool, int]:
+    return not step.decodes, not step.begun, step.opened
+
+
+def training_is_due(*, inference_seconds: float, training_seconds: float, share: float) -> bool:
+    """Whether training has had less than its share of the time in which both were wanted."""
+    return training_seconds < share * (inference_seconds + training_seconds)
+
+
+def gathering_seconds(*, num_missing: int, since_first: float, since_last: float, pass_seconds: float) -> float:
+    """How long to wait still for steps of sessions that were computed together with those that are here.
+
+    One pass for all costs what a pass for some costs. They come one soon after another or not at all, so the wait ends
+    when nobody has come for a moment, and when it has taken a good part of what a pass takes.
+    """
+    if not num_missing:
+        return 0.0
+    moment = min(MOMENT_SECONDS, pass_seconds / 4)
+    return max(0.0, min(moment - since_last, pass_seconds / 2 - since_first))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long passes take here: one that only decodes, and each token of a prefill beside."""
+
+    decode_seconds: float
+    prefill_token_seconds: float
+
+    def prefill_tokens(self, share: float) -> int:
+        """How many tokens of prefills take `share` of a pass's time beside those who decode."""
+        seconds = self.decode_seconds * share / (1 - share)
+        return max(LEAST_PREFILL_TOKENS, int(seconds / self.prefill_token_seconds))
+
+    def after(self, *, num_prefill_tokens: int, seconds: float) -> Pace:
+        """What is believed after one more pass."""
+        if not num_prefill_tokens:
+            return Pace(_moved(self.decode_seconds, seconds), self.prefill_token_seconds)
+        if num_prefill_tokens < LEAST_PREFILL_TOKENS:
+            return self
+        beside = max(seconds - self.decode_seconds, 0.1 * seconds)
+        return Pace(self.decode_seconds, _moved(self.prefill_token_seconds, beside / num_prefill_tokens))
+
+
+def _moved(believed: float, seen: float) -> float:
+    return (1 - SMOOTHING) * believed + SMOOTHING * seen

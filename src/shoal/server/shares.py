@@ -1,0 +1,23 @@
+"""How a server divides its time and its room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What is settable about who computes when, and who waits."""
+
+    pass_tokens: int = 1024
+    """The most tokens of a pass."""
+    prefill: float = 0.5
+    """The most that prefills take of a pass's time while others decode."""
+    training: float = 0.2
+    """What training gets of the time while sessions are waiting too."""
+    queue_length: int = 64
+    """So many steps that need pages may wait for them; those who come after them are told to come back."""
+    queue_seconds: float = 20.0
+    """So long they wait at most."""
+    waiting_bytes: int = 1 << 30
+    """Inputs of single passes that are kept until their turn. Whoever comes with more is told to come back."""

@@ -1,0 +1,232 @@
+"""Who computes next: one task plans and computes a pass at a time, and training in between.
+
+Everybody else only adds to what is waiting. Pages change hands on the event loop between passes; tensors are touched on
+the compute thread during them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shoal.server.batch import Chunk, Pass
+from shoal.server.executor import Executor
+from shoal.server.pages import PagePool
+from shoal.server.refusal import Inputs, Refused, busy
+from shoal.server.scheduler import Pace, gathering_seconds, schedule, training_is_due
+from shoal.server.session import Session
+from shoal.server.shares import Shares
+from shoal.server.training import Pieces
+from shoal.server.work import PassWork, StepWork, settle
+
+log = logging.getLogger(__name__)
+
+REMEMBERED_SECONDS = 10.0
+"""Of so much time it is remembered who had it, inference or training."""
+DECODING_SECONDS = 0.5
+"""Sessions that got a token so lately are thought to be decoding still, although nothing of them waits just now."""
+
+
+class Turns:
+    """Gives the compute thread to what waits."""
+
+    def __init__(
+        self,
+        compute: Pass,
+        executor: Executor,
+        pool: PagePool,
+        *,
+        pace: Pace,
+        shares: Shares,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.sessions: set[Session] = set()
+        self._steps: list[StepWork] = []
+        self._passes: list[PassWork] = []
+        self.pace = pace
+        self._compute = compute
+        self._executor = executor
+        self._pool = pool
+        self._shares = shares
+        self._clock = clock
+        self._news = asyncio.Event()
+        self._num_passes = 0
+        self._decoded_at = float("-inf")
+        self._inference_seconds = self._training_seconds = 0.0
+
+    async def of_step(self, session: Session, inputs: Inputs) -> torch.Tensor:
+        """The outputs [B, T, D] of a session's next tokens. Raises `Refused` if there is no room for them for long."""
+        step = StepWork(session, inputs, arrived=self._clock())
+        self._steps.append(step)
+        self.look()
+        timer = asyncio.get_running_loop().call_later(self._shares.queue_seconds, self._give_up, step)
+        try:
+            return await step.result
+        finally:
+            timer.cancel()
+
+    async def of_pass(self, pieces: Pieces) -> torch.Tensor:
+        """The outcome of a single pass."""
+        work = PassWork(pieces)
+        self._passes.append(work)
+        self.look()
+        return await work.result
+
+    def look(self) -> None:
+        """Something has changed: there may be more to do, or room for what waits."""
+        self._news.set()
+
+    @property
+    def steps(self) -> list[StepWork]:
+        """Those that wait: not those whose client is gone meanwhile."""
+        self._steps = [step for step in self._steps if not step.result.done()]
+        return self._steps
+
+    @property
+    def passes(self) -> list[PassWork]:
+        """The same of single passes."""
+        self._passes = [work for work in self._passes if not work.result.done()]
+        return self._passes
+
+    def _give_up(self, step: StepWork) -> None:
+        if not step.session.begun:
+            settle(step.result, busy(f"no room in the cache for {self._shares.queue_seconds:g} s"))
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Compute whatever waits, for ever."""
+        while True:
+            self._news.clear()
+            if not await self._turn():
+                await self._news.wait()
+
+    async def _turn(self) -> bool:
+        """Compute one pass, or one piece of training. Returns whether there was anything to do."""
+        both = bool(self.steps and self.passes)
+        began = self._clock()
+        due = training_is_due(
+            inference_seconds=self._inference_seconds,
+            training_seconds=self._training_seconds,
+            share=self._shares.training,
+        )
+        if not (both and due) and await self._infer():
+            self._inference_seconds += both * (self._clock() - began)
+        elif self.passes:
+            await self._train()
+            self._training_seconds += both * (self._clock() - began)
+        else:
+            return False
+        if self._inference_seconds + self._training_seconds > REMEMBERED_SECONDS:
+            self._inference_seconds /= 2
+            self._training_seconds /= 2
+        return True
+
+    async def _train(self) -> None:
+        work = self.passes[0]
+        outcome: torch.Tensor | Exception | None
+        try:
+            outcome = await self._executor.run(work.advance)
+        except Exception as error:
+            outcome = error
+        if outcome is not None:
+            settle(work.result, outcome)
+
+    async def _infer(self) -> bool:
+        if not self.steps:
+            return False
+        await self._gather()
+        while True:
+            steps = self.steps
+            plan = schedule(
+                [step.waiting() for step in steps],
+                num_free_pages=self._pool.num_available,
+                pass_tokens=self._shares.pass_tokens,
+                prefill_tokens=self._prefill_tokens(),
+            )
+            if not plan.short_of_pages:
+                break
+            self._preempt()
+        if not plan.chunks:
+            return False
+        await self._pass([(steps[index], num_tokens) for index, num_tokens in plan.chunks])
+        return True
+
+    async def _gather(self) -> None:
+        """Wait a moment for the steps of those who were computed together with those who are here."""
+        while ready := [step for step in self.steps if step.waiting().decodes]:
+            last_pass = max(step.session.last_pass for step in ready)
+            here = {step.session for step in self.steps}
+            now = self._clock()
+            wait = gathering_seconds(
+                num_missing=sum(each.last_pass == last_pass for each in self.sessions - here),
+                since_first=now - min(step.arrived for step in ready),
+                since_last=now - max(step.arrived for step in ready),
+                pass_seconds=self.pace.decode_seconds,
+            )
+            if not wait:
+                return
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._news.wait()
+
+    def _prefill_tokens(self) -> int:
+        """How many tokens of prefills the next pass may have, so that those who decode do not wait for them."""
+        lately = max(DECODING_SECONDS, 4 * self.pace.decode_seconds)
+        if self._clock() - self._decoded_at > lately:
+            return self._shares.pass_tokens
+        return self.pace.prefill_tokens(self._shares.prefill)
+
+    def _preempt(self) -> None:
+        """The youngest session gives up its pages; its client brings everything again, here or elsewhere."""
+        youngest = max((each for each in self.sessions if each.begun), key=lambda session: session.opened)
+        log.info("a session of %d tokens gives its pages to an older one", youngest.num_tokens)
+        youngest.preempt()
+        for step in self.steps:
+            if step.session is youngest:
+                settle(step.result, preempted())
+
+    async def _pass(self, chosen: Sequence[tuple[StepWork, int]]) -> None:
+        decoding = [step for step, _ in chosen if step.waiting().decodes]
+        num_prefill = sum(tokens * len(step.session.rows) for step, tokens in chosen if step not in decoding)
+        chunks = [step.chunk(num_tokens) for step, num_tokens in chosen]
+        began = self._clock()
+        outputs = await self._executor.run(lambda: self._computed(chunks))
+        now = self._clock()
+        self.pace = self.pace.after(num_prefill_tokens=num_prefill, seconds=now - began)
+        self._num_passes += 1
+        if decoding:
+            self._decoded_at = now
+        for (step, _), output in zip(chosen, outputs, strict=True):
+            if step in decoding:
+                step.session.last_pass = self._num_passes
+            if isinstance(output, Exception):
+                settle(step.result, output)
+            else:
+                step.advance(output)
+
+    def _computed(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
+        """The outputs of chunks. If a pass fails, each chunk is tried alone: only who is to blame shall notice."""
+        try:
+            return list(_as_asked(self._compute(chunks), chunks))
+        except Exception as error:
+            if len(chunks) == 1:
+                return [error]
+            log.exception("a pass over %d sessions failed: trying them one by one", len(chunks))
+            return [output for chunk in chunks for output in self._computed([chunk])]
+
+
+def preempted() -> Refused:
+    """What the client of a session is told that had to give up its pages."""
+    return busy("an older session needed this one's pages")
+
+
+def _as_asked(outputs: Sequence[torch.Tensor], chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+    """In the dtype of the question, and off the device."""
+    return [output.to(chunk.hidden_BTD) for output, chunk in zip(outputs, chunks, strict=True)]

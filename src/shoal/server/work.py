@@ -1,0 +1,92 @@
+"""What waits for the compute thread: steps of sessions, and single passes."""
+
+# B sequences, T new tokens, S all tokens of a session, D hidden size
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from shoal.server.batch import Chunk
+from shoal.server.refusal import Inputs
+from shoal.server.scheduler import Waiting
+from shoal.server.session import Session
+from shoal.server.training import Pieces
+
+
+def _future() -> asyncio.Future[torch.Tensor]:
+    return asyncio.get_running_loop().create_future()
+
+
+@dataclass(eq=False)
+class StepWork:
+    """A step that waits for its tokens: `num_computed` of them are done."""
+
+    session: Session
+    inputs: Inputs
+    arrived: float
+    result: asyncio.Future[torch.Tensor] = field(default_factory=_future)
+    num_computed: int = 0
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        return self.inputs.num_tokens - self.num_computed
+
+    def waiting(self) -> Waiting:
+        session = self.session
+        return Waiting(session.opened, len(session.rows), self.num_left, session.begun, session.pages_needed)
+
+    def chunk(self, num_tokens: int) -> Chunk:
+        """Its next tokens, with pages to put them in."""
+        session, inputs = self.session, self.inputs
+        part = slice(self.num_computed, self.num_computed + num_tokens)
+        growth = session.grow(num_tokens)
+        end = session.num_tokens + num_tokens
+        return Chunk(
+            span=session.span,
+            hidden_BTD=inputs.hidden_BTD[:, part],
+            positions_BT=None if inputs.positions_BT is None else inputs.positions_BT[:, part],
+            mask_BS=None if session.mask_BS is None else session.mask_BS[:, :end],
+            num_cached=session.num_tokens,
+            pages=tuple(tuple(row.pages) for row in session.rows),
+            growth=growth,
+            cache=session.cache,
+        )
+
+    def advance(self, outputs_BTD: torch.Tensor) -> None:
+        """Its next tokens are computed."""
+        self.outputs.append(outputs_BTD)
+        self.num_computed += outputs_BTD.shape[1]
+        self.session.computed(outputs_BTD.shape[1])
+        if not self.num_left:
+            settle(self.result, torch.cat(self.outputs, dim=1) if len(self.outputs) > 1 else outputs_BTD)
+
+
+@dataclass(eq=False)
+class PassWork:
+    """A single pass, forward or backward, that is computed in pieces."""
+
+    pieces: Pieces
+    result: asyncio.Future[torch.Tensor] = field(default_factory=_future)
+
+    def advance(self) -> torch.Tensor | None:
+        """Compute the next piece; returns the outcome once it is there. To be called on the compute thread."""
+        try:
+            next(self.pieces)
+        except StopIteration as end:
+            return cast(torch.Tensor, end.value)
+        return None
+
+
+def settle(result: asyncio.Future[torch.Tensor], outcome: torch.Tensor | Exception) -> None:
+    """Tell whoever waits for it, if he still does."""
+    if result.done():
+        return
+    if isinstance(outcome, Exception):
+        result.set_exception(outcome)
+    else:
+        result.set_result(outcome)
