@@ -13,6 +13,8 @@ class ClientConfig:
     allowed_servers: frozenset[str] | None = None
     """Use these peers only; `None` allows all."""
     blocked_servers: frozenset[str] = frozenset()
+    salt: str = ""
+    """Servers share what they have computed of equal beginnings among sessions of equal salts only."""
     silence_seconds: float = 5.0
     """A server that computes says so every second; one that is silent for so long is lost."""
     longest_answer_seconds: float = 300.0

@@ -10,6 +10,7 @@ import torch
 
 from shoal.client.config import ClientConfig
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, UserError
+from shoal.model.prefix import PAGE_TOKENS
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.protocol import (
@@ -18,6 +19,8 @@ from shoal.protocol import (
     Close,
     Failure,
     Message,
+    Open,
+    Opened,
     ProtocolViolation,
     Result,
     Step,
@@ -53,6 +56,29 @@ class Connection:
         except (StreamBroken, TimeoutError) as error:
             raise ServerLost(f"{server.peer} cannot be reached: {error}", peer=server.peer) from None
         return cls(stream, server.peer, config)
+
+    async def begin(self, message: Open, digests: torch.Tensor | None, inputs_BTD: torch.Tensor) -> torch.Tensor | None:
+        """Open a session; returns the outputs of the first of its inputs, if the server has computed the same before.
+
+        Raises `PeerError`s.
+        """
+        reply, answered = await self.ask(message, {} if digests is None else {"digests": digests}, expect=Opened)
+        assert isinstance(reply, Opened)
+        if not reply.num_tokens:
+            return None
+        outputs = answered.get("hidden")
+        offered = 0 if digests is None else digests.shape[1] * PAGE_TOKENS
+        batch_size, _, hidden_size = inputs_BTD.shape
+        if (
+            reply.num_tokens > offered
+            or outputs is None
+            or outputs.shape != (batch_size, reply.num_tokens, hidden_size)
+            or not outputs.is_floating_point()
+            or not _finite(outputs)
+        ):
+            await self.close()
+            raise ServerLost(f"{self._peer} knows something else than was asked", peer=self._peer)
+        return outputs.to(inputs_BTD.dtype)
 
     async def compute(
         self, message: Message, tensors: codec.Tensors, *, answer: TensorName, shape: torch.Size

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -43,6 +43,11 @@ class History:
             else:
                 later.append(entry)
         self._log.extend(reversed(later))
+
+    def pieces(self, position: int, num_tokens: int) -> Iterator[torch.Tensor]:
+        """The inputs from `position` on, in pieces of at most `num_tokens` tokens; none if there are no more."""
+        if position < self.num_tokens:
+            yield from self.since(position).split(num_tokens, dim=1)
 
     def since(self, position: int) -> torch.Tensor:
         """The inputs from `position` on, [B, S - position, D], as the batch is arranged now."""

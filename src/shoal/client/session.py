@@ -14,7 +14,8 @@ from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import CannotRewind, Connection
 from shoal.client.history import History
 from shoal.errors import PeerError, ServerLost, UserError
-from shoal.protocol import MAX_STEP_TOKENS, Open, Opened, Ping, Pong, Step
+from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
+from shoal.protocol import MAX_STEP_TOKENS, Open, Ping, Pong, Step
 from shoal.routing.route import Hop
 from shoal.spans import Span
 
@@ -161,13 +162,16 @@ class Session:
         if share.connection is None:
             share.num_computed_tokens, share.pending_rows = 0, None
         start = share.num_computed_tokens
+        outputs: list[torch.Tensor] = []
         try:
             if share.connection is None:
-                share.connection = await self._open(share.hop)
-            outputs = []
+                known = await self._open(share)
+                if known is not None:
+                    outputs.append(known)
+                    share.num_computed_tokens = known.shape[1]
             tokens_at_once = max(1, MAX_STEP_TOKENS // self.batch_size)
-            for piece in share.history.since(start).split(tokens_at_once, dim=1):
-                outputs.append(await self._send(share.connection, share, piece))
+            for piece in share.history.pieces(share.num_computed_tokens, tokens_at_once):
+                outputs.append(await self._send(share, piece))
                 share.pending_rows = None
                 share.num_computed_tokens += piece.shape[1]
         except CannotRewind as refusal:
@@ -181,8 +185,10 @@ class Session:
         self._chain.answered(share.hop.server.peer)
         return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], start
 
-    async def _open(self, hop: Hop) -> Connection:
-        connection = await self._chain.connect(hop.server)
+    async def _open(self, share: _Share) -> torch.Tensor | None:
+        """Connect; returns the outputs [B, T, D] of first tokens that the server has computed before, for anybody."""
+        hop = share.hop
+        share.connection = await self._chain.connect(hop.server)
         request = Open(
             model=self._chain.model.key,
             fingerprint=self._chain.fingerprint,
@@ -190,11 +196,29 @@ class Session:
             end=hop.span.end,
             batch_size=self.batch_size,
             max_length=self.max_length,
+            salt=self._chain.config.salt,
         )
-        await connection.ask(request, expect=Opened)
-        return connection
+        return await share.connection.begin(request, self._digests(share), share.history.since(0))
 
-    async def _send(self, connection: Connection, share: _Share, piece_BTD: torch.Tensor) -> torch.Tensor:
+    def _digests(self, share: _Share) -> torch.Tensor | None:
+        """The names [B, pages, 16] of what a share's sequences begin with. Padded ones have none."""
+        num_tokens = share.history.num_tokens
+        if num_tokens < PAGE_TOKENS or self._masks is not None:
+            return None
+        inputs_BTD = share.history.since(0)
+        positions_BT = torch.arange(num_tokens).expand(self.batch_size, -1)
+        if self._positions is not None:
+            positions_BT = self._positions.since(0)
+        first = root(share.hop.span, self._chain.config.salt)
+        names = [
+            b"".join(page_names(first, hidden, positions))
+            for hidden, positions in zip(inputs_BTD, positions_BT, strict=True)
+        ]
+        digests = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
+        return digests.view(self.batch_size, -1, DIGEST_BYTES)
+
+    async def _send(self, share: _Share, piece_BTD: torch.Tensor) -> torch.Tensor:
+        assert share.connection is not None
         start, num_tokens = share.num_computed_tokens, piece_BTD.shape[1]
         tensors = named_tensors(
             piece_BTD,
@@ -202,7 +226,7 @@ class Session:
             None if self._masks is None else self._masks.since(start)[:, :num_tokens],
         )
         request = Step(position=start, rows=share.pending_rows)
-        return await connection.compute(request, tensors, answer="hidden", shape=piece_BTD.shape)
+        return await share.connection.compute(request, tensors, answer="hidden", shape=piece_BTD.shape)
 
     async def _keep_alive(self) -> None:
         while True:
