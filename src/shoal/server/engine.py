@@ -19,6 +19,7 @@ from shoal.protocol import MAX_PAYLOAD_BYTES, Backward, Failure, Forward, Open, 
 from shoal.server import training
 from shoal.server.batch import OneByOne, Packed
 from shoal.server.cache import PagedCache
+from shoal.server.cores import Cores
 from shoal.server.executor import Executor
 from shoal.server.pages import PagePool, pages_for
 from shoal.server.refusal import Checks, Refused, Tensors, busy, misrouted, rejected
@@ -46,6 +47,7 @@ class Engine:
         *,
         num_pages: int,
         cache: PagedCache | None,
+        cores: Cores | None,
         pace: Pace,
         shares: Shares,
     ) -> None:
@@ -56,7 +58,7 @@ class Engine:
         self._shares = shares
         self._pool = PagePool(num_pages)
         compute = OneByOne(body) if cache is None else Packed(body, cache)
-        self._turns = Turns(compute, executor, self._pool, pace=pace, shares=shares)
+        self._turns = Turns(compute, executor, self._pool, cores=cores, pace=pace, shares=shares)
         self._num_opened = itertools.count()
         self._waiting_bytes = 0
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 DECODE_TOKENS = 8
 """Up to so many new tokens of a sequence, somebody is waiting for them: a decoding step, a guess being checked."""
 LEAST_PREFILL_TOKENS = 16
-MOMENT_SECONDS = 0.005
+FALLING_INTO_STEP = 4
 SMOOTHING = 0.2
 
 
@@ -89,16 +89,23 @@ def training_is_due(*, inference_seconds: float, training_seconds: float, share:
     return training_seconds < share * (inference_seconds + training_seconds)
 
 
-def gathering_seconds(*, num_missing: int, since_first: float, since_last: float, pass_seconds: float) -> float:
-    """How long to wait still for steps of sessions that were computed together with those that are here.
+def gathering_seconds(expected: Sequence[float], *, num_ready: int, now: float, pass_seconds: float) -> float:
+    """How long the steps that are ready should wait for others, which are expected at these times.
 
-    One pass for all costs what a pass for some costs. They come one soon after another or not at all, so the wait ends
-    when nobody has come for a moment, and when it has taken a good part of what a pass takes.
+    Whoever comes just after a pass has begun waits until it ends; whoever is ready loses what the pass is delayed. A
+    pass for all costs what a pass for some costs, so the pass begins when the sum of all these waits is the least;
+    what is missed counts several times, because those who are computed together now will come together again. Somebody
+    who is late already will take about as long again as he is late.
     """
-    if not num_missing:
-        return 0.0
-    moment = min(MOMENT_SECONDS, pass_seconds / 4)
-    return max(0.0, min(moment - since_last, pass_seconds / 2 - since_first))
+    waits = sorted(wait for wait in (abs(time - now) for time in expected) if wait < pass_seconds)
+    best, least = 0.0, FALLING_INTO_STEP * sum(pass_seconds - wait for wait in waits)
+    for index, wait in enumerate(waits):
+        delayed = num_ready * wait + sum(wait - each for each in waits[:index])
+        missed = sum(pass_seconds - each + wait for each in waits[index + 1 :] if each > wait)
+        cost = delayed + FALLING_INTO_STEP * missed
+        if cost < least:
+            best, least = wait, cost
+    return best
 
 
 @dataclass(frozen=True)

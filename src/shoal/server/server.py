@@ -17,6 +17,7 @@ from shoal.net.transport import ModelInfo, Node
 from shoal.routing.view import SwarmView
 from shoal.server.cache import PagedCache, key_value_shapes
 from shoal.server.config import ServerConfig
+from shoal.server.cores import Cores, folder_of_turns, uses_all_cores
 from shoal.server.engine import Engine
 from shoal.server.executor import Executor
 from shoal.server.fit import choose_blocks, choose_device, choose_dtype, choose_num_pages, free_memory, max_length_of
@@ -148,6 +149,7 @@ def make_engine(
         executor,
         checks,
         num_pages=num_pages,
+        cores=Cores(executor, folder_of_turns()) if uses_all_cores(body.backbone.device) else None,
         cache=None if shapes is None else PagedCache(body, shapes, num_pages),
         pace=Pace(1 / speeds.decode, 1 / speeds.prefill),
         shares=config.shares,

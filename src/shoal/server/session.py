@@ -87,7 +87,8 @@ class Session:
         self.cache: BodyCache | None = None
         self.begun = False  # whether anything of it was computed here
         self.preempted = False
-        self.last_pass = -1
+        self.arrived_at: float | None = None  # its last step of decoding, and how long after the one before
+        self.period: float | None = None
         self._pool = pool
         self._root = root(span, salt)
 
@@ -95,6 +96,16 @@ class Session:
     def pages(self) -> list[int]:
         """All that it holds; a page that several of its rows share is named for each."""
         return [page for row in self.rows for page in row.pages]
+
+    def arrives(self, now: float, *, decodes: bool) -> None:
+        """A step of it came: the next one may be expected as long after it as this came after the last."""
+        self.period = now - self.arrived_at if decodes and self.arrived_at is not None else None
+        self.arrived_at = now
+
+    @property
+    def expected_at(self) -> float | None:
+        """When its next step of decoding will come, if it goes on as it did."""
+        return None if self.arrived_at is None or self.period is None else self.arrived_at + self.period
 
     def adopt(self, names: Sequence[Sequence[bytes]], most_pages: int) -> None:
         """Begin with the pages of these names, for each row, as far as all rows have them."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from shoal.server.batch import Chunk, Pass
+from shoal.server.cores import Cores
 from shoal.server.executor import Executor
 from shoal.server.pages import PagePool
 from shoal.server.refusal import Inputs, Refused, busy
@@ -26,6 +27,8 @@ from shoal.server.work import PassWork, StepWork, settle
 
 log = logging.getLogger(__name__)
 
+GLANCE_SECONDS = 0.003
+"""After so long it is looked at again whether waiting for others is still right."""
 REMEMBERED_SECONDS = 10.0
 """Of so much time it is remembered who had it, inference or training."""
 DECODING_SECONDS = 0.5
@@ -41,6 +44,7 @@ class Turns:
         executor: Executor,
         pool: PagePool,
         *,
+        cores: Cores | None,
         pace: Pace,
         shares: Shares,
         clock: Callable[[], float] = time.monotonic,
@@ -52,16 +56,17 @@ class Turns:
         self._compute = compute
         self._executor = executor
         self._pool = pool
+        self._cores = cores
         self._shares = shares
         self._clock = clock
         self._news = asyncio.Event()
-        self._num_passes = 0
         self._decoded_at = float("-inf")
         self._inference_seconds = self._training_seconds = 0.0
 
     async def of_step(self, session: Session, inputs: Inputs) -> torch.Tensor:
         """The outputs [B, T, D] of a session's next tokens. Raises `Refused` if there is no room for them for long."""
-        step = StepWork(session, inputs, arrived=self._clock())
+        step = StepWork(session, inputs)
+        session.arrives(self._clock(), decodes=step.waiting().decodes)
         self._steps.append(step)
         self.look()
         timer = asyncio.get_running_loop().call_later(self._shares.queue_seconds, self._give_up, step)
@@ -131,7 +136,8 @@ class Turns:
         work = self.passes[0]
         outcome: torch.Tensor | Exception | None
         try:
-            outcome = await self._executor.run(work.advance)
+            async with self._cores.turn() if self._cores is not None else contextlib.nullcontext():
+                outcome = await self._executor.run(work.advance)
         except Exception as error:
             outcome = error
         if outcome is not None:
@@ -140,7 +146,11 @@ class Turns:
     async def _infer(self) -> bool:
         if not self.steps:
             return False
-        await self._gather()
+        async with self._cores.turn() if self._cores is not None else contextlib.nullcontext():
+            await self._gather()
+            return await self._decide()
+
+    async def _decide(self) -> bool:
         while True:
             steps = self.steps
             plan = schedule(
@@ -158,22 +168,18 @@ class Turns:
         return True
 
     async def _gather(self) -> None:
-        """Wait a moment for the steps of those who were computed together with those who are here."""
+        """Let steps that will come in a moment have part in the pass."""
         while ready := [step for step in self.steps if step.waiting().decodes]:
-            last_pass = max(step.session.last_pass for step in ready)
             here = {step.session for step in self.steps}
-            now = self._clock()
+            expected = [each.expected_at for each in self.sessions - here if each.expected_at is not None]
             wait = gathering_seconds(
-                num_missing=sum(each.last_pass == last_pass for each in self.sessions - here),
-                since_first=now - min(step.arrived for step in ready),
-                since_last=now - max(step.arrived for step in ready),
-                pass_seconds=self.pace.decode_seconds,
+                expected, num_ready=len(ready), now=self._clock(), pass_seconds=self.pace.decode_seconds
             )
-            if not wait:
+            if not wait or (self._cores is not None and self._cores.wanted()):
                 return
             self._news.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
+                async with asyncio.timeout(min(wait, GLANCE_SECONDS)):
                     await self._news.wait()
 
     def _prefill_tokens(self) -> int:
@@ -200,12 +206,9 @@ class Turns:
         outputs = await self._executor.run(lambda: self._computed(chunks))
         now = self._clock()
         self.pace = self.pace.after(num_prefill_tokens=num_prefill, seconds=now - began)
-        self._num_passes += 1
         if decoding:
             self._decoded_at = now
         for (step, _), output in zip(chosen, outputs, strict=True):
-            if step in decoding:
-                step.session.last_pass = self._num_passes
             if isinstance(output, Exception):
                 settle(step.result, output)
             else:

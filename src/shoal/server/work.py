@@ -27,7 +27,6 @@ class StepWork:
 
     session: Session
     inputs: Inputs
-    arrived: float
     result: asyncio.Future[torch.Tensor] = field(default_factory=_future)
     num_computed: int = 0
     outputs: list[torch.Tensor] = field(default_factory=list)
