@@ -36,11 +36,19 @@ class Cores:
     async def turn(self) -> AsyncIterator[None]:
         """Have all cores while the context lasts."""
         if not self._at_once():
-            await asyncio.shield(self._executor.run(self._in_line))
+            waiting = asyncio.ensure_future(self._executor.run(self._in_line))
+            try:
+                await asyncio.shield(waiting)
+            except asyncio.CancelledError:
+                waiting.add_done_callback(lambda _: self._leave())  # the turn comes all the same
+                raise
         try:
             yield
         finally:
-            fcntl.flock(self._turn, fcntl.LOCK_UN)
+            self._leave()
+
+    def _leave(self) -> None:
+        fcntl.flock(self._turn, fcntl.LOCK_UN)
 
     def wanted(self) -> bool:
         """Whether another server waits for its turn."""
@@ -62,6 +70,7 @@ class Cores:
         fcntl.flock(self._line, fcntl.LOCK_UN)
 
     def close(self) -> None:
+        """To be called when the executor is closed: it may be waiting for the turn."""
         os.close(self._line)
         os.close(self._turn)
 

@@ -17,7 +17,7 @@ from shoal.model.cache import BodyCache
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS
 from shoal.protocol import MAX_PAYLOAD_BYTES, Backward, Failure, Forward, Open, Step
 from shoal.server import training
-from shoal.server.batch import OneByOne, Packed
+from shoal.server.batch import Pass
 from shoal.server.cache import PagedCache
 from shoal.server.cores import Cores
 from shoal.server.executor import Executor
@@ -45,8 +45,9 @@ class Engine:
         executor: Executor,
         checks: Checks,
         *,
-        num_pages: int,
+        compute: Pass,
         cache: PagedCache | None,
+        num_pages: int,
         cores: Cores | None,
         pace: Pace,
         shares: Shares,
@@ -57,7 +58,6 @@ class Engine:
         self._cache = cache
         self._shares = shares
         self._pool = PagePool(num_pages)
-        compute = OneByOne(body) if cache is None else Packed(body, cache)
         self._turns = Turns(compute, executor, self._pool, cores=cores, pace=pace, shares=shares)
         self._num_opened = itertools.count()
         self._waiting_bytes = 0

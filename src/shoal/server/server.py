@@ -12,9 +12,9 @@ import torch
 
 from shoal.model.body import Body, build_body
 from shoal.model.checkpoint import Checkpoint
-from shoal.model.families import text_config
 from shoal.net.transport import ModelInfo, Node
 from shoal.routing.view import SwarmView
+from shoal.server.batch import OneByOne, Packed
 from shoal.server.cache import PagedCache, key_value_shapes
 from shoal.server.config import ServerConfig
 from shoal.server.cores import Cores, folder_of_turns, uses_all_cores
@@ -25,7 +25,7 @@ from shoal.server.handler import Handler
 from shoal.server.presence import Presence
 from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
-from shoal.server.throughput import Speeds, measure
+from shoal.server.throughput import Speeds, speeds_of
 from shoal.spans import ServerInfo, ServerState, Span
 
 VERSION = importlib.metadata.version("shoal")
@@ -59,6 +59,7 @@ async def serve(
     Raises `UserError`s (`CheckpointError`, `UnsupportedModel`) for what cannot be served.
     """
     executor = Executor()
+    cores: Cores | None = None
     try:
         report(Phase.OPENING)
         checkpoint = await executor.run(lambda: open_checkpoint(config))
@@ -86,7 +87,7 @@ async def serve(
         )
         async with Presence(node, model, joining, every_seconds=config.announce_seconds) as presence:
             report(Phase.LOADING)
-            body, speeds = await executor.run(lambda: load(checkpoint, span, dtype, device))
+            body = await executor.run(lambda: load(checkpoint, span, dtype, device))
             checks = Checks(
                 model=model.key,
                 fingerprint=joining.fingerprint,
@@ -94,7 +95,8 @@ async def serve(
                 hidden_size=body.backbone.config.hidden_size,
                 max_length=max_length_of(config, checkpoint),
             )
-            engine = await executor.run(lambda: make_engine(config, body, executor, checks, speeds, memory))
+            cores = Cores(executor, folder_of_turns()) if uses_all_cores(device) else None
+            engine, speeds = await make_engine(config, body, executor, checks, cores, memory)
             online = replace(
                 joining, state=ServerState.ONLINE, decode_speed=speeds.decode, prefill_speed=speeds.prefill
             )
@@ -113,6 +115,8 @@ async def serve(
                     await handler.leave()
     finally:
         executor.close()
+        if cores is not None:
+            cores.close()
 
 
 def open_checkpoint(config: ServerConfig) -> Checkpoint:
@@ -130,27 +134,31 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
     )
 
 
-def load(checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device) -> tuple[Body, Speeds]:
-    """The blocks, ready to compute, and how fast they are."""
+def load(checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device) -> Body:
+    """The blocks, ready to compute."""
     tensors = checkpoint.block_tensors(span)
-    body = build_body(checkpoint.family, checkpoint.config, span, tensors, dtype=dtype, device=device)
-    hidden_size = text_config(checkpoint.config).hidden_size
-    return body, measure(body, hidden_size=hidden_size, dtype=dtype, device=device)
+    return build_body(checkpoint.family, checkpoint.config, span, tensors, dtype=dtype, device=device)
 
 
-def make_engine(
-    config: ServerConfig, body: Body, executor: Executor, checks: Checks, speeds: Speeds, memory: int
-) -> Engine:
-    """The engine of a body, with room for sessions in what is left of `memory` bytes, which were free before it."""
-    shapes = key_value_shapes(body) if body.family.packable else None
+async def make_engine(
+    config: ServerConfig, body: Body, executor: Executor, checks: Checks, cores: Cores | None, memory: int
+) -> tuple[Engine, Speeds]:
+    """The engine of a body, with room for sessions in what is left of `memory` bytes, and how fast it is."""
+    shapes = await executor.run(lambda: key_value_shapes(body)) if body.family.packable else None
     num_pages = choose_num_pages(config, body, shapes, memory)
-    return Engine(
+    cache = None if shapes is None else PagedCache(body, shapes, num_pages)
+    compute = OneByOne(body) if cache is None else Packed(body, cache)
+    async with cores.turn() if cores is not None else contextlib.nullcontext():
+        speeds = await executor.run(lambda: speeds_of(body, compute, weights=checks.fingerprint, num_pages=num_pages))
+    engine = Engine(
         body,
         executor,
         checks,
+        compute=compute,
+        cache=cache,
         num_pages=num_pages,
-        cores=Cores(executor, folder_of_turns()) if uses_all_cores(body.backbone.device) else None,
-        cache=None if shapes is None else PagedCache(body, shapes, num_pages),
+        cores=cores,
         pace=Pace(1 / speeds.decode, 1 / speeds.prefill),
         shares=config.shares,
     )
+    return engine, speeds
