@@ -131,8 +131,10 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
 
 def load(checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device) -> tuple[Body, Speeds]:
     """The blocks, ready to compute, and how fast they are."""
-    tensors = checkpoint.block_tensors(span)
-    body = build_body(checkpoint.family, checkpoint.config, span, tensors, dtype=dtype, device=device)
+    # Nobody else holds the tensors: so each is let go of once the body has it in another form.
+    body = build_body(
+        checkpoint.family, checkpoint.config, span, checkpoint.block_tensors(span), dtype=dtype, device=device
+    )
     hidden_size = text_config(checkpoint.config).hidden_size
     return body, measure(body, hidden_size=hidden_size, dtype=dtype, device=device)
 
