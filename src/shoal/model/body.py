@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from shoal.errors import CheckpointError
 from shoal.model.cache import BodyCache
 from shoal.model.families import Family, text_config
+from shoal.model.linear import pack_linears
 from shoal.model.view import StandIn, entered_with, left_through, view_of
 from shoal.spans import Span
 
@@ -209,9 +210,11 @@ def build_body(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below, all of them, as our own error
     )
+    del state_dict, weights  # a weight that is packed is let go of at once, unless the caller keeps it
     check_loaded(info)
     if quantization_config is None:
         backbone.to(device)
+    pack_linears(backbone)
     return Body(backbone, family, span)
 
 

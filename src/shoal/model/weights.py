@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from shoal.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # what the format allows
+OWN_MAPPING_BYTES = 1 << 23
+"""A mapping stays in memory as long as any of its tensors: larger tensors than this have one each."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,14 @@ def read_tensors(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
                 f"tensor {name} is missing from {path.name}, where the index says it is",
                 hint="download the model again",
             )
+    mappings = [[name] for name in names if header[name].nbytes >= OWN_MAPPING_BYTES]
+    mappings.append([name for name in names if header[name].nbytes < OWN_MAPPING_BYTES])
+    tensors: dict[str, torch.Tensor] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+        for together in mappings:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in together}
+        return tensors
     except SafetensorError as error:
         raise _damaged(path.name, str(error)) from None
 

@@ -136,8 +136,10 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
 
 def load(checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device) -> Body:
     """The blocks, ready to compute."""
-    tensors = checkpoint.block_tensors(span)
-    return build_body(checkpoint.family, checkpoint.config, span, tensors, dtype=dtype, device=device)
+    # Nobody else holds the tensors: so each is let go of once the body has it in another form.
+    return build_body(
+        checkpoint.family, checkpoint.config, span, checkpoint.block_tensors(span), dtype=dtype, device=device
+    )
 
 
 async def make_engine(
