@@ -33,6 +33,14 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "uint8": 1
 TENSOR_ALIGNMENT = 16
 
 DType = Literal["float32", "bfloat16", "float16", "int64", "uint8"]
+Encoding = Literal["raw", "bfloat16", "int8"]
+LOSSY: dict[Encoding, frozenset[DType]] = {
+    "bfloat16": frozenset({"float32"}),
+    "int8": frozenset({"float32", "bfloat16", "float16"}),
+}
+"""The encodings that lose precision, and the dtypes that they make smaller."""
+INT8_BLOCK = 64
+"""The values that share one peak in the encoding int8."""
 TensorName = Literal["hidden", "positions", "mask", "grad", "digests"]
 Text = Annotated[str, Field(max_length=256)]
 Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # it ends up on terminals
@@ -48,14 +56,41 @@ class _Frozen(BaseModel):
 
 
 class TensorSpec(_Frozen):
-    """One tensor of the frame's payload, in the order of declaration, each starting at a multiple of 16 bytes."""
+    """One tensor of the frame's payload, in the order of declaration, each starting at a multiple of 16 bytes.
+
+    `dtype` is what it is for the computation, `encoding` how it travels.
+    """
 
     name: TensorName
     dtype: DType
     shape: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_LENGTH)], ...], Field(max_length=4, strict=False)]
+    encoding: Encoding = "raw"
+
+    @model_validator(mode="after")
+    def _encoding_fits(self) -> TensorSpec:
+        if self.encoding != "raw" and (self.dtype not in LOSSY[self.encoding] or not self.shape):
+            raise ValueError("an encoding that does not fit the tensor")
+        return self
+
+    @property
+    def num_peaks(self) -> int:
+        """How many blocks int8 cuts it into."""
+        return math.prod(self.shape[:-1]) * -(-self.shape[-1] // INT8_BLOCK)
 
     @property
     def nbytes(self) -> int:
+        """Its size on the wire."""
+        match self.encoding:
+            case "raw":
+                return self.decoded_nbytes
+            case "bfloat16":
+                return math.prod(self.shape) * DTYPE_BYTES["bfloat16"]
+            case "int8":
+                return self.num_peaks * DTYPE_BYTES["bfloat16"] + math.prod(self.shape)
+
+    @property
+    def decoded_nbytes(self) -> int:
+        """Its size in memory."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
@@ -71,6 +106,10 @@ class _Message(_Frozen):
         if strangers := [name for name in names if name not in self.carries]:
             raise ValueError(f"it carries no {strangers[0]}")
         return self
+
+    def encoding_of(self, name: TensorName) -> Encoding:
+        """How one of its tensors travels; "raw" for one that it lacks."""
+        return next((spec.encoding for spec in self.tensors if spec.name == name), "raw")
 
     @property
     def payload_bytes(self) -> int:
@@ -95,12 +134,13 @@ class Open(_OnSpan):
 
     `digests` [B, N, 16] uint8 (optional) name the first N pages of every sequence's inputs (`shoal.model.prefix`),
     which need not be sent if the server has computed the same. `salt` is the tenant's: only sessions of equal salts
-    share what was computed.
+    share what was computed. `encoding` is how the outputs of these pages shall travel.
     """
 
     carries = ("digests",)
     kind: Literal["open"] = "open"
     salt: Text = ""
+    encoding: Encoding = "raw"
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     max_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
 
@@ -145,7 +185,10 @@ class Backward(_OnSpan):
 
 
 class Result(_Message):
-    """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`), in the dtype of the question."""
+    """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`).
+
+    Its dtype and its encoding are those of the question's `hidden`.
+    """
 
     carries = ("hidden", "grad")
     kind: Literal["result"] = "result"
@@ -207,6 +250,9 @@ def parse(header: bytes | bytearray) -> Message:
         raise ProtocolViolation(f"not a valid message: {_described(error)}") from None
     if message.payload_bytes > MAX_PAYLOAD_BYTES:
         raise ProtocolViolation(f"a payload of {message.payload_bytes} bytes")
+    decoded_bytes = sum(spec.decoded_nbytes for spec in message.tensors)
+    if decoded_bytes > MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"tensors of {decoded_bytes} bytes")
     return message
 
 

@@ -60,6 +60,7 @@ class ServerInfo:
 
     Speeds are in tokens per second through the whole of its span: `decode_speed` one token at a time, `prefill_speed`
     for long inputs. `fingerprint` names the exact weights (`shoal.model.checkpoint`), before any quantization.
+    `encodings` are the ways beside raw in which it takes and sends tensors (`shoal.protocol`).
     """
 
     peer: str
@@ -74,3 +75,4 @@ class ServerInfo:
     version: str
     name: str = ""
     addresses: tuple[str, ...] = ()
+    encodings: tuple[str, ...] = ()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shoal.model.body import Body
 from shoal.model.cache import BodyCache
+from shoal.net.encodings import as_received
+from shoal.protocol import Encoding
 from shoal.spans import Span
 
 
@@ -32,11 +36,15 @@ class LocalSession:
 
 
 class LocalBlocks(nn.Module):
-    """Calls bodies one after another, each on its hop's span."""
+    """Calls bodies one after another, each on its hop's span.
 
-    def __init__(self, hops: Sequence[tuple[Body, Span]]) -> None:
+    Between them and at both ends, hidden states and gradients become what they are after they have travelled.
+    """
+
+    def __init__(self, hops: Sequence[tuple[Body, Span]], *, encoding: Encoding = "raw") -> None:
         super().__init__()
         self.hops = hops
+        self.encoding = encoding
 
     def forward(
         self,
@@ -49,14 +57,27 @@ class LocalBlocks(nn.Module):
         caches: Sequence[BodyCache | None] = [None] * len(self.hops)
         if past_key_values is not None:
             caches = past_key_values.session.caches  # type: ignore[attr-defined]
+        hidden_BTD = _Travel.apply(hidden_BTD, self.encoding)
         for (body, span), cache in zip(self.hops, caches, strict=True):
             hidden_BTD = body(
                 hidden_BTD, span=span, attention_mask=attention_mask, position_ids=position_ids, cache=cache
             )
+            hidden_BTD = _Travel.apply(hidden_BTD, self.encoding)
         return hidden_BTD
 
     def new_session(self, *, batch_size: int, max_length: int) -> LocalSession:
         return LocalSession([body.new_cache(span) for body, span in self.hops], batch_size)
+
+
+class _Travel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_BTD: Tensor, encoding: Encoding) -> Tensor:
+        ctx.encoding = encoding
+        return as_received(hidden_BTD.view_as(hidden_BTD), encoding)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_BTD: Tensor) -> tuple[Tensor, None]:
+        return as_received(grads_BTD[0], ctx.encoding), None
 
 
 class NoBlocks(nn.Module):

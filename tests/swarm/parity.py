@@ -15,6 +15,7 @@ from shoal.errors import UnsupportedOperation
 from shoal.model.body import build_body
 from shoal.model.families import family_of
 from shoal.model.head import HeadCache, build_head
+from shoal.protocol import Encoding
 from shoal.spans import Span
 
 from .local_blocks import LocalBlocks, NoBlocks
@@ -102,15 +103,18 @@ def check_chunks(pair: Pair) -> None:
 
 
 def check_gradients(pair: Pair) -> None:
-    def gradient(model: PreTrainedModel) -> Tensor:
-        embeds = pair.whole.get_input_embeddings()(PROMPT).detach().requires_grad_()
-        logits = model(inputs_embeds=embeds, use_cache=False).logits
-        weights = torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)
-        (logits * weights).sum().backward()
-        assert embeds.grad is not None
-        return embeds.grad
+    (_, actual), (_, expected) = (logits_and_gradient(pair, model, PROMPT) for model in (pair.cut, pair.whole))
+    assert_equal(actual, expected)
 
-    assert_equal(gradient(pair.cut), gradient(pair.whole))
+
+def logits_and_gradient(pair: Pair, model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of these tokens, and the gradient of some function of them at the embeddings."""
+    embeds = pair.whole.get_input_embeddings()(tokens).detach().requires_grad_()
+    logits = model(inputs_embeds=embeds, use_cache=False).logits
+    weights = torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)
+    (logits * weights).sum().backward()
+    assert embeds.grad is not None
+    return logits.detach(), embeds.grad
 
 
 def generate(model: PreTrainedModel, **options: Any) -> Any:
@@ -149,6 +153,32 @@ def check_rewind(pair: Pair) -> bool:
     logits = pair.cut(PROMPT[:, 5:], **{name: cache}).logits
     assert_equal(logits, pair.whole(PROMPT).logits[:, 5:])
     return True
+
+
+LONGER = torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0))
+
+ROUNDING: dict[Encoding, float] = {"bfloat16": 1 / 256, "int8": 2.5 / 254}
+"""How far one journey may move a hidden state, of its length.
+
+bfloat16 moves a number by at most 1/256 of itself. int8 moves it by at most half of one of 127 steps to the peak of its
+block, and the peak of a block is some two and a half times its root mean square. Three hops are four journeys, in
+which the errors may all add up, but not grow: the tolerance of the logits is four times this. A gradient makes four
+more on its way back.
+
+It is the median over the tokens that has to keep to it. A router whose two best experts are nearly equal may choose the
+other one for a token, after this rounding as after any other, and such a model is not moved a little but seldom.
+"""
+
+
+def check_encoding(pair: Pair, encoding: Encoding) -> None:
+    """Hidden states and gradients that travel in an encoding move the results by no more than its tolerance."""
+    expected = logits_and_gradient(pair, pair.whole, LONGER)
+    pair.blocks.encoding = encoding
+    actual = logits_and_gradient(pair, pair.cut, LONGER)
+    pair.blocks.encoding = "raw"
+    logits, gradient = (((a - e).norm(dim=-1) / e.norm(dim=-1)).median() for a, e in zip(actual, expected, strict=True))
+    assert logits <= 4 * ROUNDING[encoding], f"{encoding} moves the logits by {logits:.1%}"
+    assert gradient <= 8 * ROUNDING[encoding], f"{encoding} moves the gradient by {gradient:.1%}"
 
 
 CHECKS = {

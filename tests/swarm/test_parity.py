@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import logging
 
-from shoal.model.families import CERTIFIED, CERTIFIED_WITH_VISION, text_config
+from shoal.model.families import CERTIFIED, CERTIFIED_WITH_VISION, certified_encodings, text_config
+from shoal.protocol import LOSSY
 
-from .parity import CHECKS, Pair, check_rewind
+from .parity import CHECKS, ROUNDING, Pair, check_encoding, check_rewind
 from .tiny_models import SPECIAL, VARIANTS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
@@ -50,6 +51,8 @@ def test_a_family_that_is_cut_gives_what_it_gives_whole(
     assert pair.family.model_type == family
     for check in CHECKS.values():
         check(pair)
+    for encoding in certified_encodings(family):
+        check_encoding(pair, encoding)
     rewinds = check_rewind(pair)
     passed.setdefault(family, (type(pair.whole).__name__, kinds_of_blocks(pair), rewinds))
 
@@ -69,11 +72,17 @@ def kinds_of_blocks(pair: Pair) -> str:
 
 def document(rows: dict[str, tuple[str, str, bool]]) -> str:
     table = "\n".join(
-        f"| `{family}` | {name} | {kinds} | {'yes' if rewinds else 'no'} | {', '.join(VARIANTS.get(family, ()))} |"
+        f"| `{family}` | {name} | {kinds} | {'yes' if rewinds else 'no'} | {encodings_of(family)} | "
+        f"{', '.join(VARIANTS.get(family, ()))} |"
         for family, (name, kinds, rewinds) in sorted(rows.items())
     )
     with_vision = ", ".join(f"`{model_type}`" for model_type in sorted(CERTIFIED_WITH_VISION))
-    return INTRODUCTION.format(num_families=len(rows), table=table, with_vision=with_vision)
+    tolerances = " and ".join(f"{4 * ROUNDING[encoding]:.1%} in {encoding}" for encoding in LOSSY)
+    return INTRODUCTION.format(num_families=len(rows), table=table, with_vision=with_vision, tolerances=tolerances)
+
+
+def encodings_of(family: str) -> str:
+    return ", ".join(encoding for encoding in LOSSY if encoding in certified_encodings(family)) or "raw only"
 
 
 INTRODUCTION = """\
@@ -102,8 +111,14 @@ greedy generation, are equal to those of the model that sees).
 *Rewinds* says whether a server's cache can drop its last tokens. Recurrent state cannot, nor can a sliding window that
 has slid; a session of such a model is rebuilt from its inputs instead, when assisted generation takes tokens back.
 
-| family | class | kinds of blocks tested | rewinds | also tested |
-|---|---|---|---|---|
+*On the wire* says in which encodings (`--wire`) hidden states and gradients may travel beside raw. The same models are
+run with every tensor rounded on each of four journeys. What that does to the median token's logits, relative to plain
+Transformers, must stay below {tolerances}, and below twice that for its gradient
+(`tests/swarm/parity.py` says why). Where a router's two best experts are nearly equal, single tokens may change more,
+as they do by any rounding. An encoding that is not named here is refused for that family.
+
+| family | class | kinds of blocks tested | rewinds | on the wire | also tested |
+|---|---|---|---|---|---|
 {table}
 
 Not certified: models whose layers share state with each other, so that a span is not a function of its input alone

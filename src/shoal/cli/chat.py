@@ -34,6 +34,7 @@ def command(
         int | None, typer.Option(min=2, metavar="N", help="Tokens of the whole conversation. Default: up to 2048.")
     ] = None,
     dtype: options.ClientDType = options.DType.auto,
+    wire: options.OnTheWire = options.Wire.auto,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
     verbose: options.Verbose = False,
@@ -46,7 +47,9 @@ def command(
     start_logging(verbose=verbose)
     peers = options.swarm_peers(initial_peers)
     chosen = options.sampling(temperature, top_p, top_k, seed)
-    with connected(model, peers, revision=revision, dtype=dtype, allow_uncertified=allow_uncertified) as client:
+    with connected(
+        model, peers, revision=revision, dtype=dtype, wire=wire, allow_uncertified=allow_uncertified
+    ) as client:
         llm, tokenizer = client
         seed_everything(seed)
         chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}

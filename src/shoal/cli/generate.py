@@ -32,6 +32,7 @@ def command(
     seed: options.Seed = None,
     num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with so many beams.")] = 1,
     dtype: options.ClientDType = options.DType.auto,
+    wire: options.OnTheWire = options.Wire.auto,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, at the end.")] = False,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
@@ -47,7 +48,9 @@ def command(
         prompt = sys.stdin.read()
     chosen = options.sampling(temperature, top_p, top_k, seed, num_beams)
 
-    with connected(model, peers, revision=revision, dtype=dtype, allow_uncertified=allow_uncertified) as client:
+    with connected(
+        model, peers, revision=revision, dtype=dtype, wire=wire, allow_uncertified=allow_uncertified
+    ) as client:
         llm, tokenizer = client
         inputs = tokenizer(prompt, return_tensors="pt")
         num_prompt = inputs.input_ids.shape[1]
@@ -95,7 +98,13 @@ def command(
 
 @contextlib.contextmanager
 def connected(
-    model: str, peers: tuple[str, ...], *, revision: str | None, dtype: options.DType, allow_uncertified: bool
+    model: str,
+    peers: tuple[str, ...],
+    *,
+    revision: str | None,
+    dtype: options.DType,
+    wire: options.Wire,
+    allow_uncertified: bool,
 ) -> Iterator[tuple[Any, Any]]:
     """The model in the swarm, and its tokenizer; leaves the swarm with the context."""
     with waiting("Importing PyTorch and Transformers") as wait:
@@ -104,7 +113,12 @@ def connected(
         hush_transformers()
         wait.for_("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
         llm = AutoDistributedModelForCausalLM.from_pretrained(
-            model, initial_peers=peers, revision=revision, dtype=dtype.value, allow_uncertified=allow_uncertified
+            model,
+            initial_peers=peers,
+            revision=revision,
+            dtype=dtype.value,
+            wire=wire.value,
+            allow_uncertified=allow_uncertified,
         )
     try:
         yield llm, load_tokenizer(model, revision)

@@ -30,6 +30,13 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+class Wire(StrEnum):
+    auto = "auto"
+    raw = "raw"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 DTYPES = ", ".join(DType)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face hub.")]
@@ -73,6 +80,12 @@ TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="Sample from 
 Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed samples the same text.")]
 ClientDType = Annotated[
     DType, typer.Option("--dtype", metavar="DTYPE", help=f"What to compute in here, and to send: {DTYPES}.")
+]
+OnTheWire = Annotated[
+    Wire,
+    typer.Option(
+        "--wire", metavar="ENCODING", help="How it travels: raw (auto), or bfloat16, int8: fewer bytes, less precise."
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log everything to stderr; so does SHOAL_LOG=debug.")]
 

@@ -22,6 +22,7 @@ from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
 from shoal.client.suspects import Suspects
 from shoal.errors import Misrouted, MissingBlocks, ServerBusy, ServerLost, SwarmError
+from shoal.net.encodings import as_received
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
 from shoal.routing.route import Hop, choose_route
@@ -226,18 +227,19 @@ class Chain:
 
         Rows are independent of one another, so that microbatches go through the swarm at the same time.
         """
+        hidden = as_received(hidden, self.config.wire)
         rows = max(1, MAX_STEP_TOKENS // hidden.shape[1])
         batches = [
             Piece(span, part, _rows(positions, start, rows), _rows(mask, start, rows))
             for start, part in zip(range(0, hidden.shape[0], rows), hidden.split(rows), strict=True)
         ]
         results = await self._together(self._forward(batch) for batch in batches)
-        return torch.cat([output for output, _ in results]), [pieces for _, pieces in results]
+        return _joined([output for output, _ in results]), [pieces for _, pieces in results]
 
     async def backward(self, batches: Sequence[Sequence[Piece]], grad: torch.Tensor) -> torch.Tensor:
         """The gradient [B, T, D] of what went into `forward`, from that of what came out."""
-        grads = grad.split([pieces[0].hidden.shape[0] for pieces in batches])
-        return torch.cat(await self._together(self._backward(list(p), g) for p, g in zip(batches, grads, strict=True)))
+        grads = as_received(grad, self.config.wire).split([pieces[0].hidden.shape[0] for pieces in batches])
+        return _joined(await self._together(self._backward(list(p), g) for p, g in zip(batches, grads, strict=True)))
 
     async def _together(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         """The results of all, some at a time. The first error ends the others and is raised."""
@@ -305,6 +307,10 @@ class Chain:
             return result
         finally:
             await connection.close()
+
+
+def _joined(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
 
 
 def _rows(tensor: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.protocol import Encoding
+
 
 @dataclass(frozen=True)
 class ClientConfig:
@@ -23,10 +25,16 @@ class ClientConfig:
     """How long to look for servers in place of those that were lost, or wait for those that are busy."""
     refresh_seconds: float = 20.0
     """The age at which a picture of the swarm is taken anew."""
+    wire: Encoding = "raw"
+    """How hidden states and gradients travel. Whatever else than raw loses precision, so only the user chooses it."""
 
     @classmethod
-    def choosing(cls, allowed: Sequence[str] | None, blocked: Sequence[str] | None) -> ClientConfig:
-        """The default, with the user's lists of servers."""
+    def choosing(
+        cls, allowed: Sequence[str] | None, blocked: Sequence[str] | None, *, wire: Encoding = "raw"
+    ) -> ClientConfig:
+        """The default, with the user's lists of servers and the encoding that the user wants."""
         return cls(
-            allowed_servers=None if allowed is None else frozenset(allowed), blocked_servers=frozenset(blocked or ())
+            allowed_servers=None if allowed is None else frozenset(allowed),
+            blocked_servers=frozenset(blocked or ()),
+            wire=wire,
         )

@@ -12,11 +12,13 @@ from shoal.client.config import ClientConfig
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, UserError
 from shoal.model.prefix import PAGE_TOKENS
 from shoal.net import codec
+from shoal.net.encodings import as_received
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.protocol import (
     MAX_PAYLOAD_BYTES,
     TENSOR_ALIGNMENT,
     Close,
+    Encoding,
     Failure,
     Message,
     Open,
@@ -42,10 +44,11 @@ class CannotRewind(PeerError):
 class Connection:
     """Questions to one server, one at a time. After any error it is closed and of no more use."""
 
-    def __init__(self, stream: Stream, peer: str, config: ClientConfig) -> None:
+    def __init__(self, stream: Stream, server: ServerInfo, config: ClientConfig) -> None:
         self._stream = stream
-        self._peer = peer
+        self._peer = server.peer
         self._config = config
+        self._encoding: Encoding = config.wire if config.wire in server.encodings else "raw"
 
     @classmethod
     async def open(cls, transport: Transport, server: ServerInfo, config: ClientConfig) -> Self:
@@ -55,13 +58,14 @@ class Connection:
                 stream = await transport.open(server.peer, server.addresses)
         except (StreamBroken, TimeoutError) as error:
             raise ServerLost(f"{server.peer} cannot be reached: {error}", peer=server.peer) from None
-        return cls(stream, server.peer, config)
+        return cls(stream, server, config)
 
     async def begin(self, message: Open, digests: torch.Tensor | None, inputs_BTD: torch.Tensor) -> torch.Tensor | None:
         """Open a session; returns the outputs of the first of its inputs, if the server has computed the same before.
 
         Raises `PeerError`s.
         """
+        message = message.model_copy(update={"encoding": self._encoding})
         reply, answered = await self.ask(message, {} if digests is None else {"digests": digests}, expect=Opened)
         assert isinstance(reply, Opened)
         if not reply.num_tokens:
@@ -75,15 +79,16 @@ class Connection:
             or outputs.shape != (batch_size, reply.num_tokens, hidden_size)
             or not outputs.is_floating_point()
             or not _finite(outputs)
+            or reply.encoding_of("hidden") not in ("raw", self._encoding)
         ):
             await self.close()
             raise ServerLost(f"{self._peer} knows something else than was asked", peer=self._peer)
-        return outputs.to(inputs_BTD.dtype)
+        return as_received(outputs.to(inputs_BTD.dtype), self._config.wire)
 
     async def compute(
         self, message: Message, tensors: codec.Tensors, *, answer: TensorName, shape: torch.Size
     ) -> torch.Tensor:
-        """Ask for a tensor of a known shape.
+        """Ask for a tensor of a known shape, as precise as the user wants tensors to travel.
 
         Raises `PeerError`s, and `UserError` for tensors that are too large for a message.
         """
@@ -92,14 +97,17 @@ class Connection:
                 f"{shape[1]} tokens of one sequence do not fit into a message of {MAX_PAYLOAD_BYTES >> 20} MiB",
                 hint="use shorter sequences, or a dtype of fewer bytes",
             )
-        _, answered = await self.ask(message, tensors, expect=Result)
-        result = answered.get(answer)
+        reply, answered = await self.ask(message, tensors, expect=Result)
+        result, encoding = answered.get(answer), reply.encoding_of(answer)
         if result is None or result.shape != shape or result.dtype != tensors["hidden"].dtype:
             wrong = "something else than was asked"
+        elif encoding not in ("raw", self._encoding):
+            wrong = f"in {encoding}, which nobody asked for"
         elif answer == "hidden" and not _plausible(result, tensors):  # gradients may overflow: scalers look at that
             wrong = "with numbers that are not finite"
         else:
-            return result
+            # The same from a server that does not know the encoding: which one it was must not make a difference.
+            return result if encoding == self._config.wire else as_received(result, self._config.wire)
         await self.close()
         raise ServerLost(f"{self._peer} answered {wrong}", peer=self._peer)
 
@@ -117,7 +125,7 @@ class Connection:
             silence_seconds = config.silence_seconds + in_flight / SLOWEST_LINK
             async with asyncio.timeout(config.longest_answer_seconds) as limit:
                 async with asyncio.timeout(silence_seconds):
-                    await codec.send(self._stream, message, tensors)
+                    await codec.send(self._stream, message, tensors, self._encoding)
                 while True:
                     async with asyncio.timeout(silence_seconds):
                         reply, answered = await codec.receive(self._stream)

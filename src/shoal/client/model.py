@@ -24,18 +24,21 @@ from shoal.client.chain import Chain
 from shoal.client.config import ClientConfig
 from shoal.client.continuation import Continuation
 from shoal.client.runtime import Runtime
-from shoal.errors import UnsupportedModel, UserError
+from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.checkpoint import Checkpoint
-from shoal.model.families import text_config
+from shoal.model.families import Family, text_config
 from shoal.model.head import HeadCache, build_head
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import ModelInfo, Node
+from shoal.protocol import LOSSY, Encoding
 from shoal.spans import Span
 
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 GENERATION_CONFIG = "generation_config.json"
 DEFAULT_SESSION_LENGTH = 2048
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those in which hidden states travel
+
+WIRES: dict[str, Encoding] = {"auto": "raw", "raw": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 
 
 class _AutoDistributed:
@@ -59,13 +62,16 @@ class _AutoDistributed:
         device: torch.device | str = "cpu",
         allowed_servers: Sequence[str] | None = None,
         blocked_servers: Sequence[str] | None = None,
+        wire: str = "auto",
         allow_uncertified: bool = False,
         **config_changes: Any,
     ) -> Any:
         """Join a swarm and load what of the model is not blocks: the Transformers model, ready to be used as always.
 
         `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them, in a list
-        or in one string (by default those in $SHOAL_INITIAL_PEERS). `dtype` is what this side computes and sends in.
+        or in one string (by default those in $SHOAL_INITIAL_PEERS). `dtype` is what this side computes and sends in;
+        `wire` is how that travels: "raw" as it is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less
+        precisely.
         Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
         it to the end of the process.
 
@@ -80,6 +86,7 @@ class _AutoDistributed:
                 "which swarm? initial_peers is empty",
                 hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
             )
+        config = ClientConfig.choosing(allowed_servers, blocked_servers, wire=_encoding(wire))
         runtime = Runtime()
         try:
             network = join(NetworkConfig(initial_peers=peers, client_mode=True))
@@ -88,7 +95,7 @@ class _AutoDistributed:
                 checkpoint,
                 node,
                 runtime,
-                config=ClientConfig.choosing(allowed_servers, blocked_servers),
+                config=config,
                 dtype=dtype,
                 device=device,
                 **config_changes,
@@ -112,6 +119,8 @@ class _AutoDistributed:
         """The same on a network that is there already; the model closes `runtime` when it is closed."""
         model_config = _changed(text_config(checkpoint.config), config_changes)
         model_class = cls._class_for(model_config)
+        chosen_dtype = _dtype(dtype, model_config)
+        _check_wire(config.wire, checkpoint.family, chosen_dtype)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
         blocks = RemoteBlocks(
             runtime,
@@ -127,7 +136,7 @@ class _AutoDistributed:
             model_config,
             checkpoint.head_tensors(),
             blocks=blocks,
-            dtype=_dtype(dtype, model_config),
+            dtype=chosen_dtype,
             device=device,
         )
         if GENERATION_CONFIG in checkpoint.files and model.can_generate():
@@ -234,6 +243,22 @@ def _changed(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedCon
             hint="slice them: model.transformer.h[2:5]",
         )
     return config
+
+
+def _encoding(wire: str) -> Encoding:
+    if wire not in WIRES:
+        raise UserError(f"{wire!r} is no way for tensors to travel", hint=", ".join(WIRES))
+    return WIRES[wire]
+
+
+def _check_wire(wire: Encoding, family: Family, dtype: torch.dtype) -> None:
+    """Raises `UnsupportedOperation` for an encoding that changes this family's outputs more than it should."""
+    loses = str(dtype).removeprefix("torch.") in LOSSY.get(wire, ())
+    if loses and wire not in family.encodings:
+        raise UnsupportedOperation(
+            f"{family.model_type!r} is not certified for hidden states that travel in {wire}: small errors grow in it",
+            hint="let them travel raw; docs/models.md lists the encodings of each family",
+        )
 
 
 def _dtype(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:

@@ -15,6 +15,7 @@ from shoal.client.connection import CannotRewind, Connection
 from shoal.client.history import History
 from shoal.errors import PeerError, ServerLost, UserError
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
+from shoal.net.encodings import as_received
 from shoal.protocol import MAX_STEP_TOKENS, Open, Ping, Pong, Step
 from shoal.routing.route import Hop
 from shoal.spans import Span
@@ -129,7 +130,7 @@ class Session:
                 self._step = None
 
     async def _walk(self, hidden_BTD: torch.Tensor, position: int) -> torch.Tensor:
-        index, inputs, start = 0, hidden_BTD, position
+        index, inputs, start = 0, as_received(hidden_BTD, self._chain.config.wire), position
         failed = False
 
         async def walk(excluded: Set[Holding]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from shoal.errors import UnsupportedModel
+from shoal.protocol import LOSSY, Encoding
 
 # Families whose layers return a tuple, hidden states first: what stands in for such a layer must return one too.
 LAYERS_RETURN_TUPLE = frozenset(
@@ -60,6 +62,17 @@ CERTIFIED = frozenset(
     """.split()  # noqa: SIM905
 )
 
+# Of these, families in which the errors of an encoding grow beyond its tolerance: recurrent state, and chosen keys.
+TOO_SENSITIVE: Mapping[Encoding, frozenset[str]] = {
+    "bfloat16": frozenset({"deepseek_v32", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"}),
+    "int8": frozenset(
+        {
+            *("axk2", "bailing_hybrid", "deepseek_v32", "kimi_linear"),
+            *("olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+        }
+    ),
+}
+
 # Models that see as well, of which the language model may be used alone: without images it gives what they give.
 CERTIFIED_WITH_VISION = frozenset({"gemma3", "llama4", "mistral3", "qwen3_5", "qwen3_5_moe"})
 
@@ -75,6 +88,7 @@ class Family:
     num_blocks: int
     packable: bool  # whether the tokens of several sequences can be computed in one row
     renamings: tuple[WeightRenaming, ...] = field(default=(), compare=False)  # from a checkpoint's names to the model's
+    encodings: frozenset[Encoding] = frozenset()  # in which its hidden states may travel, beside raw
 
     @property
     def layers_return_tuple(self) -> bool:
@@ -157,6 +171,7 @@ def family_of(config: PreTrainedConfig, *, allow_uncertified: bool = False) -> F
         num_blocks=config.num_hidden_layers,
         packable=config.model_type in PACKED and not ROTARY_BY_LENGTH & set(_rotary_types(config)),
         renamings=tuple(step for step in conversions if isinstance(step, WeightRenaming)),
+        encodings=frozenset(LOSSY) if allow_uncertified else certified_encodings(config.model_type),
     )
 
 
@@ -165,6 +180,11 @@ def _rotary_types(config: PreTrainedConfig) -> list[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return [str(one["rope_type"]) for one in each if "rope_type" in one]
+
+
+def certified_encodings(model_type: str) -> frozenset[Encoding]:
+    """The encodings that a family's hidden states and gradients have been seen to bear."""
+    return frozenset(encoding for encoding in LOSSY if model_type not in TOO_SENSITIVE[encoding])
 
 
 def find_backbone(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel, str]:

@@ -1,14 +1,18 @@
-"""Messages and tensors to frames and back. Raw little-endian bytes: nothing is executed, nothing is guessed."""
+"""Messages and tensors to frames and back. Little-endian bytes: nothing is executed, nothing is guessed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
+from shoal.net.encodings import converted, from_int8, to_int8
 from shoal.net.transport import Buffer, Stream
 from shoal.protocol import (
+    LOSSY,
     TENSOR_ALIGNMENT,
+    Encoding,
     Message,
     ProtocolViolation,
     TensorName,
@@ -29,22 +33,50 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 Tensors = Mapping[TensorName, torch.Tensor]
 
 
-def encode(message: Message, tensors: Tensors) -> tuple[bytes, list[Buffer]]:
-    """A message and its tensors as a header and buffers, which share the tensors' memory where they can."""
+def encode(message: Message, tensors: Tensors, encoding: Encoding = "raw") -> tuple[bytes, list[Buffer]]:
+    """A message and its tensors as a header and buffers, which share the tensors' memory where they can.
+
+    Tensors that `encoding` would not make smaller travel raw.
+    """
     specs: list[TensorSpec] = []
     buffers: list[Buffer] = []
     for name, tensor in tensors.items():
-        spec = TensorSpec.model_construct(name=name, dtype=_NAMES[tensor.dtype], shape=tuple(tensor.shape))
+        spec = _spec_of(name, tensor, encoding)
         specs.append(spec)
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        buffers.append(flat.numpy().data)
+        buffers.extend(_bytes_of(part) for part in _encoded(tensor.detach().cpu(), spec.encoding))
         if padding := -spec.nbytes % TENSOR_ALIGNMENT:
             buffers.append(bytes(padding))
     return dump(message.model_copy(update={"tensors": tuple(specs)})), buffers
 
 
+def _spec_of(name: TensorName, tensor: torch.Tensor, encoding: Encoding) -> TensorSpec:
+    dtype = _NAMES[tensor.dtype]
+    fits = dtype in LOSSY.get(encoding, ())
+    return TensorSpec.model_construct(
+        name=name, dtype=dtype, shape=tuple(tensor.shape), encoding=encoding if fits else "raw"
+    )
+
+
+def _encoded(tensor: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, ...]:
+    """What travels of a tensor, in this order."""
+    match encoding:
+        case "raw":
+            return (tensor,)
+        case "bfloat16":
+            return (converted(tensor, torch.bfloat16),)
+        case "int8":
+            steps, peaks = to_int8(tensor)
+            return peaks, steps
+
+
+def _bytes_of(tensor: torch.Tensor) -> Buffer:
+    """A tensor's own memory, if it is in one piece."""
+    buffer: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return buffer
+
+
 def decode(header: bytes | bytearray, payload: bytearray) -> tuple[Message, dict[TensorName, torch.Tensor]]:
-    """What `encode` was given. The tensors share the payload's memory.
+    """What `encode` was given, or `as_received` of it. Raw tensors share the payload's memory.
 
     Raises `ProtocolViolation` unless the payload is exactly what the header declares.
     """
@@ -54,16 +86,30 @@ def decode(header: bytes | bytearray, payload: bytearray) -> tuple[Message, dict
     tensors: dict[TensorName, torch.Tensor] = {}
     offset = 0
     for spec in message.tensors:
-        dtype = _DTYPES[spec.dtype]
-        count = spec.nbytes // dtype.itemsize
-        tensors[spec.name] = torch.frombuffer(payload, dtype=dtype, count=count, offset=offset).view(spec.shape)
+        tensors[spec.name] = _decoded(spec, payload, offset)
         offset += -(-spec.nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
     return message, tensors
 
 
-async def send(stream: Stream, message: Message, tensors: Tensors | None = None) -> None:
+def _decoded(spec: TensorSpec, payload: bytearray, offset: int) -> torch.Tensor:
+    def part(dtype: torch.dtype, count: int, start: int = offset) -> torch.Tensor:
+        return torch.frombuffer(payload, dtype=dtype, count=count, offset=start)
+
+    dtype, count = _DTYPES[spec.dtype], math.prod(spec.shape)
+    match spec.encoding:
+        case "raw":
+            return part(dtype, count).view(spec.shape)
+        case "bfloat16":
+            return converted(part(torch.bfloat16, count), dtype).view(spec.shape)
+        case "int8":
+            peaks = part(torch.bfloat16, spec.num_peaks)
+            steps = part(torch.int8, count, offset + peaks.nbytes)
+            return from_int8(steps.view(spec.shape), peaks.view(*spec.shape[:-1], -1), dtype)
+
+
+async def send(stream: Stream, message: Message, tensors: Tensors | None = None, encoding: Encoding = "raw") -> None:
     """Send one message. Raises `StreamBroken`."""
-    header, payload = encode(message, tensors or {})
+    header, payload = encode(message, tensors or {}, encoding)
     await stream.send(header, payload)
 
 

@@ -38,6 +38,7 @@ def _printable(text: str) -> str:
 
 # Strangers' words end up on terminals, so they hold no escape sequences.
 Text = Annotated[str, Field(max_length=128), AfterValidator(_printable)]
+Word = Annotated[str, Field(max_length=16), AfterValidator(_printable)]
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
 Speed = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
@@ -68,6 +69,7 @@ class Announcement(BaseModel):
     version: Text
     name: Text = ""
     addresses: Annotated[tuple[Address, ...], Field(max_length=8, strict=False)] = ()
+    encodings: Annotated[tuple[Word, ...], Field(max_length=8, strict=False)] = ()
 
     @model_validator(mode="after")
     def _span_is_in_the_model(self) -> Announcement:
@@ -97,6 +99,7 @@ class Announcement(BaseModel):
             version=info.version,
             name=info.name,
             addresses=info.addresses[:8],
+            encodings=info.encodings,
         )
 
     @property
@@ -119,6 +122,7 @@ class Announcement(BaseModel):
             name=self.name,
             # Hints only, and never somebody else's place.
             addresses=tuple(address for address in self.addresses if peer_of(address) == self.peer),
+            encodings=self.encodings,
         )
 
     @property

@@ -16,6 +16,7 @@ from shoal.protocol import (
     HEARTBEAT_SECONDS,
     Backward,
     Close,
+    Encoding,
     Failure,
     Forward,
     Message,
@@ -97,16 +98,16 @@ class Handler:
                     case Open() if session is None:
                         session, known = self._engine.open(message, tensors)
                         outputs: codec.Tensors = {} if known is None else {"hidden": known}
-                        await self._say(stream, Opened(num_tokens=session.num_tokens), outputs)
+                        await self._say(stream, Opened(num_tokens=session.num_tokens), outputs, message.encoding)
                     case Step() if session is not None:
                         hidden = await self._alive(stream, self._engine.step(session, message, tensors))
-                        await self._say(stream, Result(), {"hidden": hidden})
+                        await self._say(stream, Result(), {"hidden": hidden}, message.encoding_of("hidden"))
                     case Forward():
                         hidden = await self._alive(stream, self._engine.forward(message, tensors))
-                        await self._say(stream, Result(), {"hidden": hidden})
+                        await self._say(stream, Result(), {"hidden": hidden}, message.encoding_of("hidden"))
                     case Backward():
                         grad = await self._alive(stream, self._engine.backward(message, tensors))
-                        await self._say(stream, Result(), {"grad": grad})
+                        await self._say(stream, Result(), {"grad": grad}, message.encoding_of("hidden"))
                     case _:
                         raise rejected(f"a message of kind {message.kind!r} makes no sense here")
         finally:
@@ -126,10 +127,12 @@ class Handler:
         finally:
             task.cancel()
 
-    async def _say(self, stream: Stream, message: Message, tensors: codec.Tensors | None = None) -> None:
+    async def _say(
+        self, stream: Stream, message: Message, tensors: codec.Tensors | None = None, encoding: Encoding = "raw"
+    ) -> None:
         """Raises `TimeoutError` for a client that does not read: it would keep its room for ever."""
         async with asyncio.timeout(self._idle_seconds):
-            await codec.send(stream, message, tensors)
+            await codec.send(stream, message, tensors, encoding)
 
 
 async def _fail(stream: Stream, failure: Failure) -> None:

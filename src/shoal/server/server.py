@@ -13,6 +13,7 @@ import torch
 from shoal.model.body import Body, build_body
 from shoal.model.checkpoint import Checkpoint
 from shoal.net.transport import ModelInfo, Node
+from shoal.protocol import LOSSY
 from shoal.routing.view import SwarmView
 from shoal.server.batch import OneByOne, Packed
 from shoal.server.cache import PagedCache, key_value_shapes
@@ -84,6 +85,7 @@ async def serve(
             version=VERSION,
             name=config.name,
             addresses=node.transport.addresses,
+            encodings=tuple(LOSSY),
         )
         async with Presence(node, model, joining, every_seconds=config.announce_seconds) as presence:
             report(Phase.LOADING)
