@@ -23,6 +23,11 @@ class Device(StrEnum):
     mps = "mps"
 
 
+class CacheDType(StrEnum):
+    auto = "auto"
+    int8 = "int8"
+
+
 class DType(StrEnum):
     auto = "auto"
     float32 = "float32"

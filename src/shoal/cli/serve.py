@@ -13,6 +13,7 @@ from shoal.cli import options
 from shoal.cli.console import WrongUsage, hush_transformers, start_logging, waiting
 from shoal.cli.identity import identity_file
 from shoal.cli.lifetime import end_with_parent, run_until_signalled
+from shoal.server.shares import Shares
 from shoal.spans import Span
 
 if TYPE_CHECKING:
@@ -42,6 +43,16 @@ def command(
     cache_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Room for so many tokens of all sessions together.")
     ] = None,
+    cache_dtype: Annotated[
+        options.CacheDType,
+        typer.Option(metavar="DTYPE", help="What to keep sessions in: auto is exact, int8 takes half of the room."),
+    ] = options.CacheDType.auto,
+    prefill_share: Annotated[
+        float, typer.Option(min=0.0, max=0.95, metavar="PART", help="Of a pass, for prompts while others decode.")
+    ] = Shares.prefill,
+    training_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, metavar="PART", help="Of the time, for training while others generate.")
+    ] = Shares.training,
     name: Annotated[str, typer.Option(metavar="NAME", help="What people shall call this server.")] = "",
     host: options.Host = "0.0.0.0",  # noqa: S104
     port: options.Port = 0,
@@ -97,6 +108,8 @@ def command(
             device=device.value,
             dtype=dtype.value,
             cache_tokens=cache_tokens,
+            cache_dtype=cache_dtype.value,
+            shares=Shares(prefill=prefill_share, training=training_share),
             name=name,
             allow_uncertified=allow_uncertified,
         )

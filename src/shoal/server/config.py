@@ -19,6 +19,8 @@ class ServerConfig:
     device: str = "cpu"
     dtype: str = "auto"
     cache_tokens: int | None = None
+    cache_dtype: str = "auto"
+    """"auto" is the dtype of the computation; "int8" takes half of bfloat16's room, and is not exact."""
     name: str = ""
     allow_uncertified: bool = False
 

@@ -87,7 +87,7 @@ def choose_num_pages(config: ServerConfig, body: Body, shapes: Mapping[int, KeyV
 
     `memory` is what was free before the blocks were loaded: a server that chose its own blocks kept a part of it.
     """
-    token_bytes = _token_bytes(body, shapes)
+    token_bytes = _token_bytes(body, shapes, cache_dtype_of(config, body))
     if config.cache_tokens is not None:
         num_tokens = config.cache_tokens
     else:
@@ -103,17 +103,32 @@ def choose_num_pages(config: ServerConfig, body: Body, shapes: Mapping[int, KeyV
     return max(1, pages_for(num_tokens))
 
 
-def _token_bytes(body: Body, shapes: Mapping[int, KeyValueShape] | None) -> int:
+def cache_dtype_of(config: ServerConfig, body: Body) -> torch.dtype:
+    """The dtype of keys and values in the cache. Raises `UserError` where the one that was asked for cannot be."""
+    if config.cache_dtype == "auto":
+        dtype: torch.dtype = body.backbone.dtype
+        return dtype
+    if config.cache_dtype != "int8":
+        raise UserError(f"{config.cache_dtype!r} is no dtype for the cache", hint="auto or int8")
+    if not body.family.packable:
+        raise UserError(
+            f"the sessions of {body.family.model_type!r} are kept as they are: they cannot be in int8",
+            hint="leave out --cache-dtype",
+        )
+    return torch.int8
+
+
+def _token_bytes(body: Body, shapes: Mapping[int, KeyValueShape] | None, dtype: torch.dtype) -> int:
     """What a token of a session takes in all blocks, with the span's output for it."""
     config = body.backbone.config
     if shapes is not None:
-        num_elements = sum(shape.num_elements for shape in shapes.values()) + config.hidden_size
-    else:  # for recurrent state, which does not grow, this is more than enough
-        num_heads = getattr(config, "num_attention_heads", None) or 1
-        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-        num_elements = 2 * num_kv_heads * head_dim * len(body.span)
-    return int(num_elements * body.backbone.dtype.itemsize)
+        outputs: int = config.hidden_size * body.backbone.dtype.itemsize
+        return outputs + sum(shape.nbytes(dtype) for shape in shapes.values())
+    # for recurrent state, which does not grow, this is more than enough
+    num_heads = getattr(config, "num_attention_heads", None) or 1
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return int(2 * num_kv_heads * head_dim * len(body.span) * dtype.itemsize)
 
 
 def max_length_of(config: ServerConfig, checkpoint: Checkpoint) -> int:

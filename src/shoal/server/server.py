@@ -16,12 +16,20 @@ from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import LOSSY
 from shoal.routing.view import SwarmView
 from shoal.server.batch import OneByOne, Packed
-from shoal.server.cache import PagedCache, key_value_shapes
+from shoal.server.cache import Int8Pages, PagedCache, Pages, key_value_shapes
 from shoal.server.config import ServerConfig
 from shoal.server.cores import Cores, folder_of_turns, uses_all_cores
 from shoal.server.engine import Engine
 from shoal.server.executor import Executor
-from shoal.server.fit import choose_blocks, choose_device, choose_dtype, choose_num_pages, free_memory, max_length_of
+from shoal.server.fit import (
+    cache_dtype_of,
+    choose_blocks,
+    choose_device,
+    choose_dtype,
+    choose_num_pages,
+    free_memory,
+    max_length_of,
+)
 from shoal.server.handler import Handler
 from shoal.server.presence import Presence
 from shoal.server.refusal import Checks
@@ -150,7 +158,8 @@ async def make_engine(
     """The engine of a body, with room for sessions in what is left of `memory` bytes, and how fast it is."""
     shapes = await executor.run(lambda: key_value_shapes(body)) if body.family.packable else None
     num_pages = choose_num_pages(config, body, shapes, memory)
-    cache = None if shapes is None else PagedCache(body, shapes, num_pages)
+    kind = Int8Pages if cache_dtype_of(config, body) == torch.int8 else Pages
+    cache = None if shapes is None else PagedCache(body, shapes, num_pages, kind=kind)
     compute = OneByOne(body) if cache is None else Packed(body, cache)
     async with cores.turn() if cores is not None else contextlib.nullcontext():
         speeds = await executor.run(lambda: speeds_of(body, compute, weights=checks.fingerprint, num_pages=num_pages))

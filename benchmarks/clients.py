@@ -1,0 +1,104 @@
+"""Clients of a swarm for a benchmark: several at once, each generating on its own, and when their tokens came."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Generation:
+    """When a generation began, when each of its tokens came (in seconds), and which they were."""
+
+    began: float
+    times: Sequence[float]
+    tokens: Sequence[int]
+
+    @property
+    def seconds_to_first(self) -> float:
+        return self.times[0] - self.began
+
+    def gaps(self) -> list[tuple[float, float]]:
+        """For each token after the first: when it came, and how long after the one before."""
+        return [(later, later - earlier) for earlier, later in itertools.pairwise(self.times)]
+
+
+class _Clock:
+    """A streamer that keeps nothing but the time. The first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt_came = False
+
+    def put(self, value: Any) -> None:
+        if self._prompt_came:
+            self.times.append(time.perf_counter())
+        self._prompt_came = True
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model: Any, prompt: torch.Tensor, num_tokens: int) -> Generation:
+    """Greedy decoding of one prompt [1, T]."""
+    clock = _Clock()
+    began = time.perf_counter()
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        streamer=clock,
+    )
+    return Generation(began, clock.times, output[0, prompt.shape[1] :].tolist())
+
+
+def generate_together(model: Any, prompts: Sequence[torch.Tensor], num_tokens: int) -> list[Generation]:
+    """Each prompt by a client of its own, all at the same time."""
+    generations: list[Generation | None] = [None] * len(prompts)
+
+    def run(index: int) -> None:
+        generations[index] = generate(model, prompts[index], num_tokens)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [generation for generation in generations if generation is not None]
+
+
+def decoding_speed(generations: Sequence[Generation]) -> float:
+    """Tokens per second of all, while all of them decode."""
+    start = max(generation.times[0] for generation in generations)
+    end = min(generation.times[-1] for generation in generations)
+    num_tokens = sum(start < time <= end for generation in generations for time in generation.times)
+    return num_tokens / (end - start)
+
+
+def local_batch_speed(model: Any, prompts: torch.Tensor, num_tokens: int) -> float:
+    """Tokens per second of plain Transformers that decodes the prompts [B, T] as one batch, after their first token."""
+    seconds = []
+    for new in (1, num_tokens + 1):
+        began = time.perf_counter()
+        model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+        )
+        seconds.append(time.perf_counter() - began)
+    return len(prompts) * num_tokens / (seconds[1] - seconds[0])
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)

@@ -1,0 +1,258 @@
+"""What a swarm on this machine gives, against plain Transformers on the whole model, in one run.
+
+    python benchmarks/table.py [--rounds 3] [--only decode-1 decode-8 ...] [--json]
+
+The reference model in bf16 (or NF4, where a row says so), two servers of 8 blocks as processes of their own on
+loopback, clients as threads of this process. Local and swarm take turns, so that whatever else the machine does hits
+both; ratios are of the same round, and medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from clients import decoding_speed, generate, generate_together, local_batch_speed, median
+from machine import describe_machine
+from reference import reference_model
+from swarm import servers
+
+from shoal import AutoDistributedModelForCausalLM
+
+SPANS = ("0:8", "8:16")
+PROMPT_TOKENS = 64
+DECODED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the swarm's figure, what it is compared with, and what their ratio should be."""
+
+    name: str
+    unit: str
+    swarm: float
+    other: float
+    ratio: float
+    goal: str
+    met: bool
+
+
+class Bench:
+    """The models that the rows need, each made when it is first asked for."""
+
+    def __init__(self, rounds: int, stack: contextlib.ExitStack) -> None:
+        self.rounds = rounds
+        self.folder = reference_model()
+        self._stack = stack
+
+    @functools.cached_property
+    def local(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).eval()
+
+    @functools.cached_property
+    def local_nf4(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            self.folder,
+            dtype=torch.bfloat16,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            ),
+        ).eval()
+
+    @functools.cached_property
+    def swarm(self) -> Any:
+        return self._client(())
+
+    @functools.cached_property
+    def swarm_nf4(self) -> Any:
+        return self._client(("--quantization", "nf4"))
+
+    def _client(self, options: tuple[str, ...]) -> Any:
+        address = self._stack.enter_context(servers(self.folder, SPANS, *options))
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            self.folder, initial_peers=[address], dtype=torch.bfloat16
+        )
+        self._stack.callback(model.close)
+        return model
+
+    def each_round(self, name: str, act: Callable[[int], tuple[float, float]]) -> list[tuple[float, float]]:
+        """The outcomes of `act` in every round but the first, which warms up."""
+        outcomes = []
+        for index in range(self.rounds + 1):
+            swarm, other = act(index)
+            if index:
+                outcomes.append((swarm, other))
+                print(f"{name}, round {index}: {swarm:.4g} {other:.4g} {swarm / other:.3f}", file=sys.stderr)
+        return outcomes
+
+
+def prompts_of(num_prompts: int, num_tokens: int, seed: int) -> torch.Tensor:
+    """Random tokens: what they are makes no difference to how long they take."""
+    return torch.randint(2, 32000, (num_prompts, num_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def row(name: str, unit: str, outcomes: list[tuple[float, float]], *, at_least: float) -> Row:
+    ratio = median([swarm / other for swarm, other in outcomes])
+    return Row(
+        name,
+        unit,
+        median([swarm for swarm, _ in outcomes]),
+        median([other for _, other in outcomes]),
+        ratio,
+        f"≥ {at_least:g}",
+        ratio >= at_least,
+    )
+
+
+def decode(bench: Bench, *, num_clients: int, goal: float) -> Row:
+    """Clients that decode at the same time, against one batch of the same size."""
+
+    def act(index: int) -> tuple[float, float]:
+        prompts = prompts_of(num_clients, PROMPT_TOKENS, seed=index)
+        other = local_batch_speed(bench.local, prompts, DECODED_TOKENS)
+        together = generate_together(bench.swarm, prompts.split(1), DECODED_TOKENS + 1)
+        return decoding_speed(together), other
+
+    name = f"{num_clients} client{'s' * (num_clients > 1)}, bf16"
+    return row(name, "tok/s", bench.each_round(name, act), at_least=goal)
+
+
+def nf4_one(bench: Bench) -> Row:
+    def act(index: int) -> tuple[float, float]:
+        prompt = prompts_of(1, PROMPT_TOKENS, seed=index)
+        other = decoding_speed(generate_together(bench.swarm, [prompt], DECODED_TOKENS + 1))
+        return decoding_speed(generate_together(bench.swarm_nf4, [prompt], DECODED_TOKENS + 1)), other
+
+    name = "1 client, NF4, of the bf16 swarm"
+    return row(name, "tok/s", bench.each_round(name, act), at_least=3.0)
+
+
+def nf4_eight(bench: Bench) -> Row:
+    def act(index: int) -> tuple[float, float]:
+        prompts = prompts_of(8, PROMPT_TOKENS, seed=index)
+        other = local_batch_speed(bench.local_nf4, prompts, DECODED_TOKENS)
+        return decoding_speed(generate_together(bench.swarm_nf4, prompts.split(1), DECODED_TOKENS + 1)), other
+
+    name = "8 clients, NF4, of local NF4"
+    return row(name, "tok/s", bench.each_round(name, act), at_least=0.8)
+
+
+def prefill(bench: Bench) -> Row:
+    def act(index: int) -> tuple[float, float]:
+        prompt = prompts_of(1, 512, seed=index)
+        other = generate(bench.local, prompt, 1).seconds_to_first
+        return 512 / generate(bench.swarm, prompt, 1).seconds_to_first, 512 / other
+
+    name = "prefill of 512 tokens, bf16"
+    return row(name, "tok/s", bench.each_round(name, act), at_least=0.9)
+
+
+def prefix(bench: Bench) -> Row:
+    """The second request with a prefix of 1,000 tokens: what it waits for its first token, of what the first did."""
+
+    def act(index: int) -> tuple[float, float]:
+        begin = prompts_of(1, 1000, seed=1000 + index)
+        first, second = (
+            generate(bench.swarm, torch.cat((begin, prompts_of(1, 8, seed=other)), dim=1), 1).seconds_to_first
+            for other in (1, 2)
+        )
+        return second, first
+
+    outcomes = bench.each_round("prefix", act)
+    ratio = median([second / first for second, first in outcomes])
+    seconds = (median([second for second, _ in outcomes]), median([first for _, first in outcomes]))
+    return Row("first token, prefix known, of unknown", "s", *seconds, ratio, "≤ 0.15", ratio <= 0.15)
+
+
+def beside_a_prefill(bench: Bench) -> list[Row]:
+    """How long 8 clients wait for a token while a prompt of 4,096 tokens is computed, of what they wait else."""
+    prompts = prompts_of(8, PROMPT_TOKENS, seed=0).split(1)
+    long_prompt = prompts_of(1, 4096, seed=7)
+    span: dict[str, float] = {}
+
+    def come_with_a_long_prompt() -> None:
+        time.sleep(4)
+        span["start"] = time.perf_counter()
+        generate(bench.swarm, long_prompt, 1)
+        span["end"] = time.perf_counter()
+
+    generate_together(bench.swarm, prompts, 8)
+    guest = threading.Thread(target=come_with_a_long_prompt)
+    guest.start()
+    gaps = [gap for each in generate_together(bench.swarm, prompts, 400) for gap in each.gaps()]
+    guest.join()
+    alone = median([gap for came, gap in gaps if came < span["start"] or came > span["end"] + 1])
+    beside = [gap for came, gap in gaps if span["start"] < came <= span["end"]]
+    if not beside:
+        raise SystemExit("the long prompt was computed when nobody decoded")
+    print(f"a prompt of 4,096 tokens took {span['end'] - span['start']:.1f} s beside 8 clients", file=sys.stderr)
+    return [
+        Row("token beside a prefill, median, of alone", "s", median(beside), alone, median(beside) / alone, "≤ 2",
+            median(beside) <= 2 * alone),
+        Row("token beside a prefill, worst, of alone", "s", max(beside), alone, max(beside) / alone, "≤ 4",
+            max(beside) <= 4 * alone),
+    ]  # fmt: skip
+
+
+ROWS: dict[str, Callable[[Bench], Row | list[Row]]] = {
+    "decode-1": functools.partial(decode, num_clients=1, goal=1.2),
+    "decode-8": functools.partial(decode, num_clients=8, goal=0.85),
+    "decode-32": functools.partial(decode, num_clients=32, goal=0.8),
+    "prefill": prefill,
+    "prefix": prefix,
+    "beside-prefill": beside_a_prefill,
+    "nf4-1": nf4_one,
+    "nf4-8": nf4_eight,
+}
+
+
+def rows_of(names: list[str], rounds: int) -> Iterator[Row]:
+    with contextlib.ExitStack() as stack:
+        bench = Bench(rounds, stack)
+        for name in names:
+            result = ROWS[name](bench)
+            yield from result if isinstance(result, list) else [result]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    load_before = os.getloadavg()[0]
+    rows = list(rows_of(arguments.only, arguments.rounds))
+    if arguments.json:
+        about = {"machine": describe_machine(), "date": str(date.today()), "load_before": load_before}
+        print(json.dumps({**about, "rounds": arguments.rounds, "rows": [asdict(each) for each in rows]}, indent=2))
+        return
+    print(f"{describe_machine()}; load before {load_before:.1f}\n")
+    print("| what | swarm | against | unit | ratio | goal | |")
+    print("|---|---|---|---|---|---|---|")
+    for each in rows:
+        verdict = "met" if each.met else "missed"
+        print(
+            f"| {each.name} | {each.swarm:.3g} | {each.other:.3g} | {each.unit} | **{each.ratio:.2f}** | {each.goal} "
+            f"| {verdict} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
