@@ -57,19 +57,21 @@ class LocalBlocks(nn.Module):
         caches: Sequence[BodyCache | None] = [None] * len(self.hops)
         if past_key_values is not None:
             caches = past_key_values.session.caches  # type: ignore[attr-defined]
-        hidden_BTD = _Travel.apply(hidden_BTD, self.encoding)
+        hidden_BTD = Travel.apply(hidden_BTD, self.encoding)
         for (body, span), cache in zip(self.hops, caches, strict=True):
             hidden_BTD = body(
                 hidden_BTD, span=span, attention_mask=attention_mask, position_ids=position_ids, cache=cache
             )
-            hidden_BTD = _Travel.apply(hidden_BTD, self.encoding)
+            hidden_BTD = Travel.apply(hidden_BTD, self.encoding)
         return hidden_BTD
 
     def new_session(self, *, batch_size: int, max_length: int) -> LocalSession:
         return LocalSession([body.new_cache(span) for body, span in self.hops], batch_size)
 
 
-class _Travel(torch.autograd.Function):
+class Travel(torch.autograd.Function):
+    """What a journey does to hidden states, and to their gradient on its way back."""
+
     @staticmethod
     def forward(ctx: Any, hidden_BTD: Tensor, encoding: Encoding) -> Tensor:
         ctx.encoding = encoding

@@ -51,6 +51,7 @@ def info(identity: Identity = ALICE, **changes: Any) -> ServerInfo:
         "version": "0.1.0",
         "name": "Alice's machine",
         "addresses": (f"/ip4/10.0.0.1/tcp/31337/p2p/{identity.peer}",),
+        "encodings": ("bfloat16", "int8"),
     }
     return ServerInfo(**fields | changes)
 
@@ -171,6 +172,10 @@ def test_a_signature_for_something_else_does_not_count() -> None:
         ("addresses", ["/ip4/1.2.3.4/tcp/1"] * 9),
         ("addresses", ["x" * 400]),
         ("addresses", "text"),
+        ("encodings", ["int8"] * 9),
+        ("encodings", ["x" * 17]),
+        ("encodings", ["\x1b[2J"]),
+        ("encodings", "int8"),
     ],
 )
 def test_a_field_that_makes_no_sense_is_refused_however_well_it_is_signed(field: str, value: object) -> None:

@@ -34,6 +34,8 @@ SMALLEST = 2.0**-110
 SERIAL = 16384
 """Values at once: few enough for a core's cache, and for torch not to share them out to other threads. These may be
 busy computing, and waiting for them takes longer than all of the work."""
+_ROUND = 1.5 * 2**23
+"""Added to a small float32, it leaves no bits behind the point; torch's own `round` is shared out at any size."""
 _LARGEST = {
     torch.float32: torch.finfo(torch.bfloat16).max,
     torch.bfloat16: torch.finfo(torch.bfloat16).max,
@@ -83,7 +85,7 @@ def _quantize(blocks_MV: torch.Tensor, steps_MV: torch.Tensor, peaks_M1: torch.T
         peaks_M1.masked_fill_(exact_M1 < SMALLEST, 0.0)
         factors_M1.masked_fill_(~usable_M1, 0.0)
         values_MV = values_MV.masked_fill(~usable_M1, 0.0)
-    steps_MV.copy_((values_MV * factors_M1).round_())
+    steps_MV.copy_((values_MV * factors_M1).add_(_ROUND).sub_(_ROUND))
 
 
 def from_int8(steps: torch.Tensor, peaks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
