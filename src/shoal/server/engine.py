@@ -214,4 +214,6 @@ def _names_of(request: Open, tensors: Tensors) -> list[list[bytes]]:
         return [[] for _ in range(request.batch_size)]
     if digests.dtype != torch.uint8 or digests.dim() != 3 or digests.shape[::2] != (request.batch_size, DIGEST_BYTES):
         raise rejected(f"digests must be uint8 of shape [batch, pages, {DIGEST_BYTES}]")
+    if digests.shape[1] * PAGE_TOKENS > request.max_length:
+        raise rejected(f"digests of {digests.shape[1]} pages for a session of {request.max_length} tokens")
     return [[bytes(name) for name in row.numpy()] for row in digests]
