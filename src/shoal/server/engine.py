@@ -131,6 +131,8 @@ class Engine:
 
     async def step(self, session: Session, request: Step, tensors: Tensors) -> torch.Tensor:
         """Append [B, T, D] inputs to a session and return the [B, T, D] outputs. Raises `Refused`."""
+        if session.preempted:
+            raise preempted()
         inputs = self._checks.inputs_of(tensors)
         self._checks.check_step(
             request,
@@ -139,8 +141,6 @@ class Engine:
             batch_size=session.batch_size,
             max_length=session.max_length,
         )
-        if session.preempted:
-            raise preempted()
         self._check_fits(inputs.batch_size, request.position + inputs.num_tokens)
         if not session.begun and self._num_in_queue >= self._shares.queue_length:
             raise busy(f"{self._shares.queue_length} others wait for room in the cache")
