@@ -94,3 +94,8 @@ class Intruder:
 def num_conversations(swarm: Swarm, server: str) -> int:
     """The streams that a server is busy with."""
     return len(swarm.network._transports[server]._tasks)
+
+
+def num_sessions(swarm: Swarm, server: str) -> int:
+    """The sessions that are open on a server."""
+    return len(swarm.servers[server].engine._turns.sessions)

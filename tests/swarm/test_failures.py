@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, TextStreamer
 
 from shoal import MissingBlocks, RequestRejected
 from shoal.net.memory import Frame
+from shoal.server.shares import Shares
 
 from .harness import QUICK, Swarm
 
@@ -131,16 +132,18 @@ def test_a_server_that_stays_lost_is_named_when_patience_ends(swarm: MakeSwarm):
 
 
 def test_a_full_server_is_not_a_dead_one(swarm: MakeSwarm, whole: PreTrainedModel):
-    swarm_ = swarm("0:4", cache_tokens=64)
+    swarm_ = swarm("0:4", cache_tokens=64, shares=Shares(queue_seconds=0.1))
     model = swarm_.model()
     with model.inference_session(max_length=60) as session:
-        model.generate(PROMPT, max_new_tokens=2, session=session)
-        with pytest.raises(MissingBlocks, match="s0 is busy: 30 cache tokens are needed and 4 are left"):
+        said = model.generate(PROMPT, max_new_tokens=50, session=session)
+        with pytest.raises(MissingBlocks, match=r"s0 is busy: no room in the cache for 0\.1 s"):
             model.generate(PROMPT, max_length=31)
         roomy = swarm_.start("0:4", cache_tokens=64)
         assert model.generate(PROMPT, max_length=31).tolist() == whole.generate(PROMPT, max_length=31).tolist()
+        rest = model.generate(None, max_new_tokens=4, session=session)
         assert roomy.info.peer == "s1"
         assert session.servers == ("s0",)
+    assert torch.cat((said, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=54).tolist()
 
 
 def test_weights_that_differ_never_meet_in_one_route(swarm: MakeSwarm, whole: PreTrainedModel, other_folder):

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, Failure, Opened, Pong, Result
-from shoal.server import engine
-from shoal.server.executor import Priority
+from shoal.server.shares import Shares
 
 from .harness import Swarm, swarm_of
-from .intruder import FINGERPRINT, MODEL, Intruder, Raw, declaring, num_conversations, raw
+from .intruder import FINGERPRINT, MODEL, Intruder, Raw, declaring, num_conversations, num_sessions, raw
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -36,8 +35,13 @@ def hidden(batch_size: int = 1, num_tokens: int = 2, size: int = HIDDEN_SIZE) ->
     return torch.ones(batch_size, num_tokens, size)
 
 
-def opening(**changes: Any) -> Raw:
-    return raw("open", **{**ON_SPAN, "batch_size": 1, "max_length": 16, **changes})
+def opening(tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> Raw:
+    return raw("open", tensors, **{**ON_SPAN, "batch_size": 1, "max_length": 16, **changes})
+
+
+def offering(*shape: int, **changes: Any) -> Raw:
+    """A session that begins with pages of these names, so the client says."""
+    return opening({"digests": torch.zeros(shape, dtype=torch.uint8)}, **changes)
 
 
 def step(position: Any = 0, tensors: dict[str, torch.Tensor] | None = None, **fields: Any) -> Raw:
@@ -120,6 +124,7 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a greeting with tensors": ([raw("open", {"hidden": hidden()}, **ON_SPAN, batch_size=1, max_length=8)], INVALID),
     "a ping with tensors": ([raw("ping", {"hidden": hidden()})], INVALID),
     "a step with a gradient": (stepping({"grad": hidden()}), INVALID),
+    "a step with digests": (stepping({"digests": torch.zeros(1, 1, 16, dtype=torch.uint8)}), INVALID),
     # messages out of turn
     "a step before a session": ([step()], "a message of kind 'step' makes no sense here"),
     "two sessions on one stream": ([opening(), opening()], "a message of kind 'open' makes no sense here"),
@@ -128,6 +133,19 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a heartbeat from a client": ([raw("working")], "'working' makes no sense here"),
     "a pong that nobody asked for": ([raw("pong")], "'pong' makes no sense here"),
     "a failure of a client's": ([raw("failure", code="busy", reason="me too")], "'failure' makes no sense here"),
+    # what a session begins with
+    "a salt without end": ([opening(salt="s" * 257)], INVALID),
+    "a salt that is a number": ([opening(salt=7)], INVALID),
+    "a salt that is null": ([opening(salt=None)], INVALID),
+    "digests that are numbers": ([opening({"digests": torch.zeros(1, 1, 16)})], "digests must be uint8 of shape"),
+    "digests that are too short": ([offering(1, 1, 15)], "digests must be uint8 of shape"),
+    "digests that are too long": ([offering(1, 1, 17)], "digests must be uint8 of shape"),
+    "digests of no sequence": ([offering(1, 16)], "digests must be uint8 of shape"),
+    "digests of digests": ([offering(1, 1, 1, 16)], "digests must be uint8 of shape"),
+    "digests of another batch": ([offering(2, 1, 16)], "digests must be uint8 of shape"),
+    "digests of a smaller batch": ([offering(1, 1, 16, batch_size=2)], "digests must be uint8 of shape"),
+    "more digests than pages": ([offering(1, 2, 16)], "digests of 2 pages for a session of 16 tokens"),
+    "a million digests": ([offering(1, 1 << 20, 16, max_length=512)], "digests of 1048576 pages"),
     # a session's tokens
     "too long a session": ([opening(max_length=MAX_LENGTH + 1)], "513 tokens; the model allows 512"),
     "a step without inputs": ([opening(), step(tensors={})], "hidden states must be floating-point numbers"),
@@ -207,6 +225,14 @@ def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
         yield swarm, swarm.model(), Intruder(swarm, "s0")
 
 
+def check_idle(swarm: Swarm) -> None:
+    """Nobody is there: all room is free, and every page is accounted for."""
+    engine = swarm.servers["s0"].engine
+    assert engine.cache_tokens_left == engine.cache_tokens
+    assert num_sessions(swarm, "s0") == 0
+    swarm.call(engine.check_integrity)
+
+
 class Peace:
     """An honest session around an attack: after it, nothing has changed for anybody."""
 
@@ -227,8 +253,7 @@ class Peace:
             assert answer.tolist() == self._whole.generate(PROMPT, max_new_tokens=4).tolist()
         self._session.close()
         self._swarm.settle(lambda: not num_conversations(self._swarm, "s0"))
-        engine = self._swarm.servers["s0"].engine
-        assert engine.cache_tokens_left == engine.cache_tokens
+        check_idle(self._swarm)
 
     def _state(self) -> tuple[int, int]:
         return self._swarm.servers["s0"].engine.cache_tokens_left, num_conversations(self._swarm, "s0")
@@ -286,6 +311,12 @@ STRANGE: dict[str, list[Raw]] = {
     "a gradient in another precision": [backward(hidden=hidden().bfloat16(), grad=hidden().half())],
     "passes in the middle of a session": [opening(), step(), forward(), backward(grad=hidden()), step(2)],
     "the same step again and again": [opening(), *[step()] * 20],
+    "digests that nobody has computed": [offering(1, 1, 16), step()],
+    "digests of a long session": [
+        offering(3, 32, 16, batch_size=3, max_length=512),
+        step(tensors={"hidden": hidden(3)}),
+    ],
+    "a salt of any characters": [opening(salt="\x00\n\u202e\U0001f9c2"), step()],
 }
 
 
@@ -300,6 +331,7 @@ def test_what_is_strange_but_allowed_is_computed(town, whole, frames):
 
 VALID = [
     opening(),
+    offering(1, 1, 16, salt="s"),
     step(),
     step(2, rows=[0]),
     forward(),
@@ -345,8 +377,7 @@ def test_whatever_is_sent_is_answered_or_refused(town, frames):
     assert not any(isinstance(answer, Failure) for answer in answers[:-1])
     assert not any(isinstance(answer, Failure) and answer.code == "broken" for answer in answers)
     swarm.settle(lambda: not num_conversations(swarm, "s0"))
-    server = swarm.servers["s0"].engine
-    assert server.cache_tokens_left == server.cache_tokens
+    check_idle(swarm)
 
 
 def test_the_swarm_outlives_all_that(town, whole):
@@ -359,33 +390,75 @@ def test_the_swarm_outlives_all_that(town, whole):
 # -- those who say nothing, or do not listen ------------------------------------------------------------------------
 
 
-def test_sessions_that_are_never_used_are_ended_and_others_wait_for_their_room(swarm: MakeSwarm, whole):
+def test_sessions_that_are_never_used_take_no_room_and_are_ended(swarm: MakeSwarm, whole):
     swarm_ = swarm("0:4", cache_tokens=64, idle_seconds=0.5)
-    intruder, other = Intruder(swarm_, "s0"), Intruder(swarm_, "s0", name="other")
-    server = swarm_.servers["s0"].engine
+    intruder = Intruder(swarm_, "s0")
     silent = [intruder.open() for _ in range(50)]
-    streams = [intruder.open() for _ in range(4)]
-    for stream in streams:
-        intruder.tell(stream, opening())
-    swarm_.settle(lambda: server.cache_tokens_left == 0)
-    (busy,) = other.ask(opening())
-    assert isinstance(busy, Failure)
-    assert (busy.code, busy.reason) == ("busy", "16 cache tokens are needed and 0 are left")
-    assert busy.retry_after
-    swarm_.settle(lambda: server.cache_tokens_left == 64 and not num_conversations(swarm_, "s0"))
-    model = swarm_.model()
-    answer = model.generate(PROMPT, max_new_tokens=4)
+    for stream in [intruder.open() for _ in range(50)]:
+        intruder.tell(stream, opening(max_length=64))
+    swarm_.settle(lambda: num_sessions(swarm_, "s0") == 50)
+    assert swarm_.servers["s0"].engine.cache_tokens_left == 64
+    answer = swarm_.model().generate(PROMPT, max_new_tokens=4)
     assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
+    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    check_idle(swarm_)
     assert len(silent) == 50
+
+
+def crowd_in(swarm: Swarm) -> list[Any]:
+    """Four sessions that take a page each, and then fall silent."""
+    intruder, engine = Intruder(swarm, "s0", name="crowd"), swarm.servers["s0"].engine
+    streams = [intruder.open() for _ in range(4)]
+    for num_left, stream in zip((48, 32, 16, 0), streams, strict=True):
+        intruder.tell(stream, opening(), step())
+        swarm.settle(lambda num_left=num_left: engine.cache_tokens_left == num_left)
+    return streams
+
+
+def test_those_who_wait_for_room_get_it_when_silent_sessions_are_ended(swarm: MakeSwarm):
+    swarm_ = swarm("0:4", cache_tokens=64, idle_seconds=0.5)
+    crowd_in(swarm_)
+    answers = Intruder(swarm_, "s0").ask(opening(), step(), step(2))
+    assert isinstance(answers[-1], Result)
+    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    check_idle(swarm_)
+
+
+def test_those_who_wait_for_room_in_vain_are_asked_to_come_back(swarm: MakeSwarm):
+    swarm_ = swarm("0:4", cache_tokens=64, shares=Shares(queue_seconds=0.1))
+    streams = crowd_in(swarm_)
+    *_, busy = Intruder(swarm_, "s0").ask(opening(), step())
+    assert isinstance(busy, Failure)
+    assert (busy.code, busy.reason) == ("busy", "no room in the cache for 0.1 s")
+    assert busy.retry_after
+    assert len(streams) == num_sessions(swarm_, "s0")
+
+
+def test_those_who_find_a_long_queue_are_asked_to_come_back_at_once(swarm: MakeSwarm):
+    swarm_ = swarm("0:4", cache_tokens=64, shares=Shares(queue_length=2))
+    crowd_in(swarm_)
+    waiting = Intruder(swarm_, "s0", name="waiting")
+    for stream in [waiting.open() for _ in range(2)]:
+        waiting.tell(stream, opening(), step())
+    swarm_.settle(lambda: swarm_.servers["s0"].engine.queue_length == 2)
+    late = Intruder(swarm_, "s0")
+    *_, busy = late.ask(opening(), step())
+    assert isinstance(busy, Failure)
+    assert (busy.code, busy.reason) == ("busy", "2 others wait for room in the cache")
+    assert [type(answer) for answer in late.ask(opening())] == [Opened]
+    assert isinstance(late.ask(forward())[0], Result)
+    swarm_.kill("crowd")
+    swarm_.settle(lambda: swarm_.servers["s0"].engine.queue_length == 0)
+    assert isinstance(late.ask(opening(), step())[-1], Result)
 
 
 def test_a_client_that_never_reads_its_answers_is_ended(swarm: MakeSwarm):
     swarm_ = swarm("0:4", idle_seconds=0.5)
     intruder = Intruder(swarm_, "s0")
-    server = swarm_.servers["s0"].engine
     stream = intruder.open()
     intruder.tell(stream, opening(end=4), *[raw("ping")] * 40)
-    swarm_.settle(lambda: server.cache_tokens_left == server.cache_tokens and not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    check_idle(swarm_)
 
 
 def test_a_server_leaves_although_somebody_never_reads_its_answers(swarm: MakeSwarm):
@@ -393,7 +466,7 @@ def test_a_server_leaves_although_somebody_never_reads_its_answers(swarm: MakeSw
     intruder = Intruder(swarm_, "s0")
     stream = intruder.open()
     intruder.tell(stream, opening(end=4), *[raw("ping")] * 20)
-    swarm_.settle(lambda: swarm_.servers["s0"].engine.cache_tokens_left < 4096)
+    swarm_.settle(lambda: num_sessions(swarm_, "s0") == 1)
     swarm_.stop("s0")
     swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
 
@@ -411,23 +484,29 @@ def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, whe
         "between steps": [opening(), step(), step(2)],
     }[when]
     intruder.tell(stream, *frames)
-    swarm_.settle(lambda: server.cache_tokens_left < server.cache_tokens)
+    has_come = {
+        "before its first step": lambda: num_sessions(swarm_, "s0") == 1,
+        "in the middle of a step": lambda: server.queue_length == 1,
+        "between steps": lambda: server.cache_tokens_left < server.cache_tokens,
+    }[when]
+    swarm_.settle(has_come)
     swarm_.kill("intruder")
-    swarm_.settle(lambda: server.cache_tokens_left == server.cache_tokens and not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    check_idle(swarm_)
     assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
 
 
-def test_passes_beyond_what_memory_holds_are_asked_to_come_back(swarm: MakeSwarm, monkeypatch):
-    monkeypatch.setattr(engine, "MOST_WAITING_BYTES", 3 * hidden(1, 512).nbytes)
-    swarm_ = swarm("0:4")
+def test_passes_beyond_what_memory_holds_are_asked_to_come_back(swarm: MakeSwarm):
+    most = 3 * hidden(1, 512).nbytes
+    swarm_ = swarm("0:4", shares=Shares(waiting_bytes=most))
     server = swarm_.servers["s0"].engine
     free = threading.Event()
-    holding = asyncio.run_coroutine_threadsafe(server._executor.run(Priority.DECODE, free.wait), swarm_.runtime.loop)
+    holding = asyncio.run_coroutine_threadsafe(server._executor.run(free.wait), swarm_.runtime.loop)
     crowd, late = Intruder(swarm_, "s0", name="crowd"), Intruder(swarm_, "s0", name="late")
     streams = [crowd.open() for _ in range(3)]
     for stream in streams:
         crowd.tell(stream, forward({"hidden": hidden(1, 512)}))
-    swarm_.settle(lambda: server._waiting_bytes == engine.MOST_WAITING_BYTES)
+    swarm_.settle(lambda: server._waiting_bytes == most)
     (busy,) = late.ask(forward())
     assert isinstance(busy, Failure)
     assert (busy.code, busy.reason) == ("busy", "too many passes are waiting")

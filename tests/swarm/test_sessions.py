@@ -26,6 +26,7 @@ from shoal.client.model import INITIAL_PEERS
 from shoal.client.runtime import Runtime
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.head import HeadCache
+from shoal.model.prefix import PAGE_TOKENS
 from shoal.net import NetworkConfig
 from shoal.net.memory import MemoryNetwork
 
@@ -183,7 +184,9 @@ def test_a_closed_session_gives_its_room_back(swarm: MakeSwarm):
     before = free_tokens(swarm_)
     with model.inference_session(max_length=100, batch_size=1) as session:
         model.generate(PROMPT, max_new_tokens=2, session=session)
-        assert free_tokens(swarm_) == [room - 100 for room in before]
+        assert free_tokens(swarm_) == [room - PAGE_TOKENS for room in before]
+        model.generate(None, max_new_tokens=PAGE_TOKENS, session=session)
+        assert free_tokens(swarm_) == [room - 2 * PAGE_TOKENS for room in before]
     with pytest.raises(UserError, match="closed"):
         model.generate(PROMPT, max_new_tokens=2, session=session)
     model.generate(PROMPT, max_new_tokens=2)

@@ -5,46 +5,41 @@ import threading
 
 import pytest
 
-from shoal.server.executor import Executor, Priority
+from shoal.server.executor import Executor
 
 pytestmark = pytest.mark.anyio
 
 
-async def order_of(*jobs: tuple[float, str, Priority]) -> list[str]:
-    """The order in which jobs run that arrive at these times while the thread is busy."""
-    now, done, busy = 0.0, list[str](), threading.Event()
-    executor = Executor(clock=lambda: now)
+async def test_functions_run_one_after_another_in_the_order_in_which_they_were_asked_for() -> None:
+    executor, busy, done = Executor(), threading.Event(), list[int]()
     try:
-        tasks = [asyncio.create_task(executor.run(Priority.DECODE, busy.wait))]
-        for now, name, priority in jobs:  # noqa: B007 - the clock reads it
-            tasks.append(asyncio.create_task(executor.run(priority, lambda name=name: done.append(name))))
-            await asyncio.sleep(0)
+        tasks = [asyncio.create_task(executor.run(busy.wait))]
+        tasks += [asyncio.create_task(executor.run(lambda number=number: done.append(number))) for number in range(20)]
+        await asyncio.sleep(0)
         busy.set()
         await asyncio.gather(*tasks)
     finally:
         busy.set()
         executor.close()
-    return done
+    assert done == list(range(20))
 
 
-async def test_decoding_goes_before_a_prefill_and_both_before_training() -> None:
-    jobs = [(0.0, "train", Priority.TRAIN), (0.01, "prefill", Priority.PREFILL), (0.02, "decode", Priority.DECODE)]
-    assert await order_of(*jobs) == ["decode", "prefill", "train"]
+async def test_all_functions_run_on_one_thread_which_is_not_the_event_loop_s() -> None:
+    executor = Executor()
+    try:
+        threads = {await executor.run(threading.get_ident) for _ in range(5)}
+    finally:
+        executor.close()
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
 
 
-async def test_nobody_waits_for_ever_behind_more_urgent_jobs() -> None:
-    steps = [(0.06 * index, f"decode {index}", Priority.DECODE) for index in range(1, 30)]
-    order = await order_of((0.0, "train", Priority.TRAIN), (0.0, "prefill", Priority.PREFILL), *steps)
-    assert order.index("prefill") == 1  # behind what arrived within 0.1 s
-    assert order.index("train") == 17  # and within 1 s
-
-
-async def test_a_job_whose_caller_is_gone_never_runs() -> None:
+async def test_a_function_whose_caller_is_gone_never_runs() -> None:
     executor, busy, ran = Executor(), threading.Event(), list[str]()
     try:
-        first = asyncio.create_task(executor.run(Priority.DECODE, busy.wait))
-        second = asyncio.create_task(executor.run(Priority.DECODE, lambda: ran.append("second")))
-        third = asyncio.create_task(executor.run(Priority.DECODE, lambda: ran.append("third")))
+        first = asyncio.create_task(executor.run(busy.wait))
+        second = asyncio.create_task(executor.run(lambda: ran.append("second")))
+        third = asyncio.create_task(executor.run(lambda: ran.append("third")))
         await asyncio.sleep(0)
         second.cancel()
         await asyncio.sleep(0)
@@ -56,11 +51,11 @@ async def test_a_job_whose_caller_is_gone_never_runs() -> None:
     assert ran == ["third"]
 
 
-async def test_what_a_job_raises_is_raised_to_its_caller_and_the_thread_goes_on() -> None:
+async def test_what_a_function_raises_is_raised_to_its_caller_and_the_thread_goes_on() -> None:
     executor = Executor()
     try:
         with pytest.raises(ZeroDivisionError):
-            await executor.run(Priority.TRAIN, lambda: 1 // 0)
-        assert await executor.run(Priority.TRAIN, lambda: 7) == 7
+            await executor.run(lambda: 1 // 0)
+        assert await executor.run(lambda: 7) == 7
     finally:
         executor.close()

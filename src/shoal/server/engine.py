@@ -133,6 +133,8 @@ class Engine:
 
     async def step(self, session: Session, request: Step, tensors: Tensors) -> torch.Tensor:
         """Append [B, T, D] inputs to a session and return the [B, T, D] outputs. Raises `Refused`."""
+        if session.preempted:
+            raise preempted()
         inputs = self._checks.inputs_of(tensors)
         self._checks.check_step(
             request,
@@ -141,8 +143,6 @@ class Engine:
             batch_size=session.batch_size,
             max_length=session.max_length,
         )
-        if session.preempted:
-            raise preempted()
         self._check_fits(inputs.batch_size, request.position + inputs.num_tokens)
         if not session.begun and self._num_in_queue >= self._shares.queue_length:
             raise busy(f"{self._shares.queue_length} others wait for room in the cache")
@@ -216,4 +216,6 @@ def _names_of(request: Open, tensors: Tensors) -> list[list[bytes]]:
         return [[] for _ in range(request.batch_size)]
     if digests.dtype != torch.uint8 or digests.dim() != 3 or digests.shape[::2] != (request.batch_size, DIGEST_BYTES):
         raise rejected(f"digests must be uint8 of shape [batch, pages, {DIGEST_BYTES}]")
+    if digests.shape[1] * PAGE_TOKENS > request.max_length:
+        raise rejected(f"digests of {digests.shape[1]} pages for a session of {request.max_length} tokens")
     return [[bytes(name) for name in row.numpy()] for row in digests]

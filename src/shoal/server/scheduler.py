@@ -60,7 +60,8 @@ def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: in
         step = waiting[index]
         if not step.begun and not may_begin:
             continue
-        num_tokens = min(step.num_tokens, (room if step.decodes else min(room, prefill_room)) // step.num_rows)
+        left = max(0, room if step.decodes else min(room, prefill_room))  # a turn of its own may have taken more
+        num_tokens = min(step.num_tokens, left // step.num_rows)
         if not num_tokens and may_be_one_by_one and (not chunks or step.num_rows <= room):
             num_tokens = 1
         if not num_tokens:
