@@ -150,7 +150,10 @@ def _group(members: Sequence[NewTokens], device: torch.device) -> Group:
 
 
 class _Core:
-    """Scaled dot products, as the block wants them: capped, with sinks, or plain."""
+    """Scaled dot products, as the block wants them: capped, with sinks, or plain.
+
+    The heads that share keys are treated as so many queries of one head, so that the keys are read once.
+    """
 
     def __init__(self, key_size: int, options: dict[str, Any]) -> None:
         scaling = options.get("scaling")
@@ -162,7 +165,6 @@ class _Core:
         """One query a sequence, [G, H, V]; keys and values are [G, J, S, K]."""
         num_groups, num_heads, key_size = query_GHK.shape
         num_key_heads = keys.shape[1]
-        # The heads that share keys are so many queries of one head: the keys are read once.
         query = query_GHK.reshape(num_groups, num_key_heads, num_heads // num_key_heads, key_size)
         if self._softcap is None and self._sinks is None:
             output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scaling)
@@ -173,18 +175,25 @@ class _Core:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """The outputs [1, H, T, V] of a sequence; without a mask, its tokens see those before them."""
-        num_heads, num_key_heads = query.shape[1], keys.shape[1]
-        if num_heads != num_key_heads:
-            keys, values = (each.repeat_interleave(num_heads // num_key_heads, dim=1) for each in (keys, values))
-        if self._softcap is None and self._sinks is None:
+        num_heads, num_key_heads, num_queries = query.shape[1], keys.shape[1], query.shape[2]
+        num_shared = num_heads // num_key_heads
+        plain = self._softcap is None and self._sinks is None
+        if mask is None and plain:
             return F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, is_causal=mask is None, scale=self._scaling
+                query, keys, values, is_causal=True, scale=self._scaling, enable_gqa=num_shared > 1
             )
         if mask is None:
-            mask = _additive(torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool).tril(), query.dtype)
+            mask = _additive(torch.ones(num_queries, num_queries, dtype=torch.bool).tril(), query.dtype)
             mask = mask.to(query.device)
-        sinks = None if self._sinks is None else self._sinks[:, None].expand(-1, query.shape[2])
-        return self._in_steps(query, keys, values, mask, sinks)
+        query = query.reshape(1, num_key_heads, num_shared * num_queries, -1)
+        mask = mask.repeat(num_shared, 1)
+        if plain:
+            output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scaling)
+        else:
+            sinks = None if self._sinks is None else self._sinks.view(num_key_heads, num_shared, 1)
+            sinks = None if sinks is None else sinks.expand(-1, -1, num_queries).flatten(1)
+            output = self._in_steps(query, keys, values, mask, sinks)
+        return output.reshape(1, num_heads, num_queries, values.shape[-1])
 
     def _in_steps(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
