@@ -61,6 +61,7 @@ class ServerInfo:
     Speeds are in tokens per second through the whole of its span: `decode_speed` one token at a time, `prefill_speed`
     for long inputs. `fingerprint` names the exact weights (`shoal.model.checkpoint`), before any quantization.
     `encodings` are the ways beside raw in which it takes and sends tensors (`shoal.protocol`).
+    `queue_length` counts the steps and passes that wait.
     """
 
     peer: str
@@ -76,3 +77,4 @@ class ServerInfo:
     name: str = ""
     addresses: tuple[str, ...] = ()
     encodings: tuple[str, ...] = ()
+    queue_length: int = 0

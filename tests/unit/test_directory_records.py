@@ -52,6 +52,7 @@ def info(identity: Identity = ALICE, **changes: Any) -> ServerInfo:
         "name": "Alice's machine",
         "addresses": (f"/ip4/10.0.0.1/tcp/31337/p2p/{identity.peer}",),
         "encodings": ("bfloat16", "int8"),
+        "queue_length": 3,
     }
     return ServerInfo(**fields | changes)
 
@@ -151,6 +152,8 @@ def test_a_signature_for_something_else_does_not_count() -> None:
         ("cache_tokens_left", -1),
         ("cache_tokens_left", 1 << 60),
         ("cache_tokens_left", 1.5),
+        ("queue_length", -1),
+        ("queue_length", "long"),
         ("start", 5),
         ("start", -1),
         ("end", 9),

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -46,6 +47,12 @@ def test_a_fast_server_is_worth_the_detour_and_a_far_one_is_not():
     view = SwarmView(4, (server("slow", "0:4", 0.5), server("fast", "2:4", 100)))
     assert hops(view, slow=0.001, fast=0.001) == ["slow 0:2", "fast 2:4"]
     assert hops(view, slow=0.001, fast=9.0) == ["slow 0:4"]
+
+
+def test_a_server_without_room_is_left_to_others_but_used_if_there_are_none():
+    full, slow = replace(server("full", "0:4", 100), cache_tokens_left=0), server("slow", "0:4", 1)
+    assert hops(SwarmView(4, (full, slow))) == ["slow 0:4"]
+    assert hops(SwarmView(4, (full,))) == ["full 0:4"]
 
 
 def test_blocks_that_nobody_holds_are_named():

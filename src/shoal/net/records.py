@@ -70,6 +70,7 @@ class Announcement(BaseModel):
     name: Text = ""
     addresses: Annotated[tuple[Address, ...], Field(max_length=8, strict=False)] = ()
     encodings: Annotated[tuple[Word, ...], Field(max_length=8, strict=False)] = ()
+    queue_length: Count = 0
 
     @model_validator(mode="after")
     def _span_is_in_the_model(self) -> Announcement:
@@ -100,6 +101,7 @@ class Announcement(BaseModel):
             name=info.name,
             addresses=info.addresses[:8],
             encodings=info.encodings,
+            queue_length=info.queue_length,
         )
 
     @property
@@ -123,6 +125,7 @@ class Announcement(BaseModel):
             # Hints only, and never somebody else's place.
             addresses=tuple(address for address in self.addresses if peer_of(address) == self.peer),
             encodings=self.encodings,
+            queue_length=self.queue_length,
         )
 
     @property

@@ -13,6 +13,8 @@ UNKNOWN_ROUND_TRIP = 0.15
 """Seconds assumed for a server that was never measured (PETALS, arXiv 2312.08361)."""
 HOP_OVERHEAD = 0.002
 """Seconds that a hop costs beyond its round trip: framing, queues, a thread's wake-up."""
+NO_ROOM = 10.0
+"""Seconds that a server costs which announces that its cache is full: better another one, or two (PETALS)."""
 SLOWEST = 1e-3
 """Tokens per second of a server that announces none: usable if there is nobody else."""
 
@@ -40,8 +42,10 @@ class _Plan:
         return _Plan(self.seconds + block_seconds, (Hop(server, span), *hops))
 
     def entered(self, round_trips: Mapping[str, float]) -> _Plan:
-        round_trip = round_trips.get(self.hops[0].server.peer, UNKNOWN_ROUND_TRIP)
-        return _Plan(self.seconds + round_trip + HOP_OVERHEAD, self.hops)
+        server = self.hops[0].server
+        round_trip = round_trips.get(server.peer, UNKNOWN_ROUND_TRIP)
+        room = 0.0 if server.cache_tokens_left else NO_ROOM
+        return _Plan(self.seconds + round_trip + HOP_OVERHEAD + room, self.hops)
 
 
 def choose_route(view: SwarmView, span: Span, *, round_trips: Mapping[str, float]) -> tuple[Hop, ...]:

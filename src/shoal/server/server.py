@@ -116,7 +116,10 @@ async def serve(
                 try:
                     await presence.become(
                         lambda: replace(
-                            online, cache_tokens_left=engine.cache_tokens_left, addresses=node.transport.addresses
+                            online,
+                            cache_tokens_left=engine.cache_tokens_left,
+                            queue_length=engine.queue_length,
+                            addresses=node.transport.addresses,
                         )
                     )
                     yield Server(online, model, engine)
