@@ -1,0 +1,66 @@
+"""Sessions kept in int8: half of the room, and hardly another text. Asked of a model that has learnt something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from shoal.bundled import STORIES
+from shoal.errors import UserError
+from shoal.model.head import HeadCache
+from shoal.server.cache import KeyValueShape
+
+from .harness import Swarm, swarm_of
+from .tiny_models import tiny_config, tiny_model
+
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She lived in a small house near the forest. One day, Lily "
+    "found a box under the big tree. She wanted to know what was in it."
+)
+
+
+@pytest.fixture(scope="module")
+def stories() -> PreTrainedModel:
+    """The bundled model in one piece."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def town() -> Iterator[Swarm]:
+    with swarm_of(STORIES, "0:6", "6:12", cache_dtype="int8") as swarm:
+        yield swarm
+
+
+@torch.no_grad()
+def test_the_next_tokens_are_as_likely_as_they_were(town: Swarm, stories: PreTrainedModel):
+    tokens = AutoTokenizer.from_pretrained(STORIES)(STORY, return_tensors="pt").input_ids
+    model = town.model()
+    with model.inference_session(max_length=tokens.shape[1], batch_size=1) as session:
+        cache = HeadCache(session)
+        # One by one, so that every token attends to what is in the cache.
+        logits = torch.cat([model(token, past_key_values=cache).logits for token in tokens.split(1, dim=1)], dim=1)
+    expected = stories(tokens).logits
+    found, wanted = logits.log_softmax(-1), expected.log_softmax(-1)
+    divergence = (wanted.exp() * (wanted - found)).sum(-1)
+    assert divergence.median() < 1e-3  # nats; a token's own entropy is about one
+    assert divergence.max() < 2e-2
+    assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.97
+    loss_of = torch.nn.functional.cross_entropy
+    losses = [loss_of(each[0, :-1], tokens[0, 1:]).item() for each in (logits, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.005)
+
+
+def test_keys_and_values_take_half_of_the_room_of_bfloat16():
+    shape = KeyValueShape(num_heads=8, key_size=64, value_size=64)
+    assert shape.nbytes(torch.int8) < 0.54 * shape.nbytes(torch.bfloat16)
+
+
+def test_where_sessions_are_no_pages_int8_is_refused(tmp_path: Path):
+    tiny_model(tiny_config("mamba")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot be in int8"), swarm_of(tmp_path, "0:5", cache_dtype="int8"):
+        pass
