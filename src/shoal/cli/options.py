@@ -42,7 +42,14 @@ class Wire(StrEnum):
     int8 = "int8"
 
 
+class Quantization(StrEnum):
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 DTYPES = ", ".join(DType)
+QUANTIZATIONS = ", ".join(Quantization)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face hub.")]
 InitialPeers = Annotated[

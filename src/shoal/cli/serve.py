@@ -40,6 +40,10 @@ def command(
     dtype: Annotated[
         options.DType, typer.Option(metavar="DTYPE", help=f"What to compute in: {options.DTYPES}.")
     ] = options.DType.auto,
+    quantization: Annotated[
+        options.Quantization,
+        typer.Option(metavar="KIND", help=f"How to hold the blocks' weights: {options.QUANTIZATIONS}."),
+    ] = options.Quantization.none,
     cache_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Room for so many tokens of all sessions together.")
     ] = None,
@@ -107,6 +111,7 @@ def command(
             num_blocks=num_blocks,
             device=device.value,
             dtype=dtype.value,
+            quantization=quantization.value,
             cache_tokens=cache_tokens,
             cache_dtype=cache_dtype.value,
             shares=Shares(prefill=prefill_share, training=training_share),
@@ -142,6 +147,7 @@ def describe(server: Server, config: ServerConfig) -> str:
         ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
         ("blocks", str(info.span)),
         ("computes", f"in {info.dtype} on {config.device}"),
+        *([("quantized", info.quantization)] if info.quantization != "none" else []),
         ("decoding", f"{info.decode_speed:,.0f} tokens/s through its blocks"),
         ("prefill", f"{info.prefill_speed:,.0f} tokens/s"),
         ("cache", f"{server.engine.cache_tokens:,} tokens"),

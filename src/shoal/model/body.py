@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,8 @@ from shoal.errors import CheckpointError
 from shoal.model.cache import BodyCache
 from shoal.model.families import Family, text_config
 from shoal.model.linear import pack_linears
+from shoal.model.quantize import check_quantizer, quantized_config, stored_quantization
+from shoal.model.quantized_linear import replace_quantized_linears
 from shoal.model.view import StandIn, entered_with, left_through, view_of
 from shoal.spans import Span
 
@@ -187,13 +189,18 @@ def build_body(
     device: torch.device | str = "cpu",
     quantization_config: Any = None,
     attn_implementation: str | None = None,
+    keep: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None,
 ) -> Body:
     """Build the blocks of `span` from a checkpoint's tensors, under the checkpoint's own names.
 
     Transformers converts and quantizes the weights as when it loads the whole model. Tensors that are not the span's
-    are ignored, and need not be there. Raises `CheckpointError` for a tensor that is missing, unknown or misshapen.
+    are ignored, and need not be there. `keep` is given the tensors as they were loaded, converted and quantized, by
+    the backbone's names. Raises `CheckpointError` for a tensor that is missing, unknown or misshapen, and `UserError`
+    for a quantization that this machine lacks something for.
     """
-    config = text_config(config)
+    config = quantized_config(family, config, text_config(config), quantization_config)
+    check_quantizer(config, quantization_config, dtype=dtype, device=device)
+    is_quantized = quantization_config is not None or stored_quantization(config) is not None
     weights = {
         family.name_in_backbone(name): tensor
         for name, tensor in state_dict.items()
@@ -204,7 +211,7 @@ def build_body(
         config=config,
         state_dict=weights,
         dtype=dtype,
-        device_map=None if quantization_config is None else {"": device},
+        device_map={"": device} if is_quantized else None,
         quantization_config=quantization_config,
         attn_implementation=attn_implementation,
         output_loading_info=True,
@@ -212,7 +219,10 @@ def build_body(
     )
     del state_dict, weights  # a weight that is packed is let go of at once, unless the caller keeps it
     check_loaded(info)
-    if quantization_config is None:
+    keep(backbone.state_dict())
+    if is_quantized:
+        replace_quantized_linears(backbone, dtype=dtype)
+    else:
         backbone.to(device)
     pack_linears(backbone)
     return Body(backbone, family, span)

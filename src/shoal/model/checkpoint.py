@@ -7,7 +7,7 @@ are downloaded. Only safetensors files are read, because reading the pickles of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -88,11 +88,15 @@ class Checkpoint:
     @cached_property
     def block_bytes(self) -> tuple[int, ...]:
         """The size of each block's tensors, as they are stored."""
-        sizes = [0] * self.num_blocks
+        return self.block_sizes(lambda name, tensor: tensor.nbytes)
+
+    def block_sizes(self, size_of: Callable[[str, TensorInfo], float]) -> tuple[int, ...]:
+        """The same where tensors are held in another form: what `size_of` gives for each, by the checkpoint's name."""
+        sizes = [0.0] * self.num_blocks
         for name, tensor in self._headers.items():
             if (block := self.family.block_of(name)) is not None and block < self.num_blocks:
-                sizes[block] += tensor.nbytes
-        return tuple(sizes)
+                sizes[block] += size_of(name, tensor)
+        return tuple(map(round, sizes))
 
     @cached_property
     def head_bytes(self) -> int:

@@ -24,17 +24,61 @@ READ_BY_MODELS = frozenset({"dt_proj", "weights_proj"})
 such a weight out anew each time would cost more than is gained."""
 
 
-class PackedLinear(nn.Module):
-    """A frozen linear layer that holds its weight in oneDNN's layout only.
+class FrozenLinear(nn.Module):
+    """A linear layer that holds its weight in a form of its own, and is differentiable with respect to its input."""
 
-    It is differentiable with respect to its input. `weight` is made anew, exactly as it was, for whoever asks.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.bias = linear.bias
+        # Models ask their parameters where they are and what they compute in; some have none but linears' weights.
+        self.nothing = nn.Parameter(linear.weight.new_empty(0, dtype=dtype), requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as a plain linear would have it, made anew for whoever asks."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """`x @ weight.T + bias`, unknown to autograd."""
+        raise NotImplementedError
+
+    def gradient_of_input(self, gradient: Tensor) -> Tensor:
+        return gradient @ self.weight.to(gradient.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            product: Tensor = _Product.apply(x, self)
+            return product
+        return self.product(x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return ctx.linear.gradient_of_input(gradient), None
+
+
+class PackedLinear(FrozenLinear):
+    """A linear layer that holds its weight in oneDNN's layout only, from which it comes back exactly.
+
+    A gradient is multiplied by the transposed weight, for which oneDNN has another layout. A second packed copy would
+    double the memory, so an ordinary one is made and dropped again: 12 ms for 32 MB, which slows a training pass of 512
+    tokens by a seventh, and one of 128 tokens by two thirds.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear, dtype=linear.weight.dtype)
         # Neither a parameter nor a buffer: a tensor in this layout can be neither copied to a device nor saved.
         self._packed_OI = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
@@ -43,38 +87,9 @@ class PackedLinear(nn.Module):
         dense: Tensor = self._packed_OI.to_dense()
         return dense
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            product: Tensor = _Product.apply(x, self)
-            return product
-        return self.product(x)
-
     def product(self, x: Tensor) -> Tensor:
-        """`x @ weight.T + bias`, unknown to autograd."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed_OI, self.bias, "none", [], "")
         return product
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-class _Product(torch.autograd.Function):
-    """The product of `PackedLinear`, with a gradient for its input.
-
-    The backward pass multiplies by the transposed weight, for which oneDNN has another layout. A second packed copy
-    would double the memory, so an ordinary one is made and dropped again: 12 ms for 32 MB, which slows a training pass
-    of 512 tokens by a seventh, and one of 128 tokens by two thirds.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: PackedLinear) -> Tensor:
-        ctx.linear = linear
-        return linear.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        return gradient @ ctx.linear.weight, None
 
 
 def pack_linears(module: nn.Module) -> None:

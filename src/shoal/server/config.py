@@ -18,6 +18,7 @@ class ServerConfig:
     num_blocks: int | None = None
     device: str = "cpu"
     dtype: str = "auto"
+    quantization: str = "none"
     cache_tokens: int | None = None
     cache_dtype: str = "auto"
     """"auto" is the dtype of the computation; "int8" takes half of bfloat16's room, and is not exact."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import psutil
 import torch
@@ -12,6 +12,14 @@ from shoal.errors import UserError
 from shoal.model.body import Body
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import text_config
+from shoal.model.quantize import (
+    DEQUANTIZED_ON_CPUS,
+    Quantization,
+    dequantized_bytes,
+    quantizable_weights,
+    stored_quantization,
+)
+from shoal.model.weights import TensorInfo
 from shoal.routing.placement import CACHE_SHARE, choose_num_blocks, choose_span
 from shoal.routing.view import SwarmView
 from shoal.server.cache import KeyValueShape
@@ -36,8 +44,7 @@ def choose_blocks(
             )
         return config.blocks
     memory = free_memory(device)
-    growth = dtype.itemsize / choose_dtype("auto", checkpoint).itemsize
-    block_bytes = [round(size * growth) for size in checkpoint.block_bytes]
+    block_bytes = _block_bytes(checkpoint, dtype, device, choose_quantization(config.quantization))
     num_blocks = config.num_blocks or choose_num_blocks(memory, block_bytes)
     if num_blocks == 0:
         largest = max(block_bytes)
@@ -73,6 +80,36 @@ def choose_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
     if name not in dtypes:
         raise UserError(f"{name!r} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
     return dtypes[name]
+
+
+def choose_quantization(name: str) -> Quantization:
+    """The quantization that was asked for."""
+    try:
+        return Quantization(name)
+    except ValueError:
+        raise UserError(f"there is no quantization {name!r}", hint=", ".join(Quantization)) from None
+
+
+def _block_bytes(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantization: Quantization
+) -> Sequence[int]:
+    """What each block will take in memory."""
+    stored = stored_quantization(checkpoint.config)
+    if stored in DEQUANTIZED_ON_CPUS and device.type == "cpu":
+        return dequantized_bytes(checkpoint.family, checkpoint.config, dtype)
+    if stored is not None:
+        return checkpoint.block_bytes
+    growth = dtype.itemsize / choose_dtype("auto", checkpoint).itemsize
+    if quantization is Quantization.NONE:
+        return checkpoint.block_sizes(lambda name, tensor: tensor.nbytes * growth)
+    quantized = quantizable_weights(checkpoint.family, checkpoint.config)
+    shrinkage = quantization.weight_bytes(dtype) / dtype.itemsize
+
+    def size_of(name: str, tensor: TensorInfo) -> float:
+        is_quantized = checkpoint.family.name_in_backbone(name) in quantized
+        return tensor.nbytes * growth * (shrinkage if is_quantized else 1)
+
+    return checkpoint.block_sizes(size_of)
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,8 +10,10 @@ from enum import StrEnum
 
 import torch
 
-from shoal.model.body import Body, build_body
+from shoal.model.body import Body
 from shoal.model.checkpoint import Checkpoint
+from shoal.model.load import load_body
+from shoal.model.quantize import stored_quantization
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import LOSSY
 from shoal.routing.view import SwarmView
@@ -27,6 +29,7 @@ from shoal.server.fit import (
     choose_device,
     choose_dtype,
     choose_num_pages,
+    choose_quantization,
     free_memory,
     max_length_of,
 )
@@ -35,7 +38,7 @@ from shoal.server.presence import Presence
 from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
 from shoal.server.throughput import Speeds, speeds_of
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.spans import ServerInfo, ServerState
 
 VERSION = importlib.metadata.version("shoal")
 ASSUMED_SPEED = 1.0
@@ -78,6 +81,7 @@ async def serve(
         device = choose_device(config.device)
         memory = free_memory(device)
         dtype = choose_dtype(config.dtype, checkpoint)
+        quantization = choose_quantization(config.quantization)
         span = choose_blocks(config, checkpoint, view, dtype, device)
         report(Phase.FINGERPRINTING)
         joining = ServerInfo(
@@ -89,7 +93,7 @@ async def serve(
             prefill_speed=ASSUMED_SPEED,
             cache_tokens_left=0,
             dtype=str(dtype).removeprefix("torch."),
-            quantization="none",
+            quantization=stored_quantization(checkpoint.config) or quantization.value,
             version=VERSION,
             name=config.name,
             addresses=node.transport.addresses,
@@ -97,7 +101,9 @@ async def serve(
         )
         async with Presence(node, model, joining, every_seconds=config.announce_seconds) as presence:
             report(Phase.LOADING)
-            body = await executor.run(lambda: load(checkpoint, span, dtype, device))
+            body = await executor.run(
+                lambda: load_body(checkpoint, span, dtype=dtype, device=device, quantization=quantization)
+            )
             checks = Checks(
                 model=model.key,
                 fingerprint=joining.fingerprint,
@@ -147,14 +153,6 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
     )
 
 
-def load(checkpoint: Checkpoint, span: Span, dtype: torch.dtype, device: torch.device) -> Body:
-    """The blocks, ready to compute."""
-    # Nobody else holds the tensors: so each is let go of once the body has it in another form.
-    return build_body(
-        checkpoint.family, checkpoint.config, span, checkpoint.block_tensors(span), dtype=dtype, device=device
-    )
-
-
 async def make_engine(
     config: ServerConfig, body: Body, executor: Executor, checks: Checks, cores: Cores | None, memory: int
 ) -> tuple[Engine, Speeds]:
@@ -164,8 +162,9 @@ async def make_engine(
     kind = Int8Pages if cache_dtype_of(config, body) == torch.int8 else Pages
     cache = None if shapes is None else PagedCache(body, shapes, num_pages, kind=kind)
     compute = OneByOne(body) if cache is None else Packed(body, cache)
+    weights = f"{checks.fingerprint}, quantization {config.quantization},"
     async with cores.turn() if cores is not None else contextlib.nullcontext():
-        speeds = await executor.run(lambda: speeds_of(body, compute, weights=checks.fingerprint, num_pages=num_pages))
+        speeds = await executor.run(lambda: speeds_of(body, compute, weights=weights, num_pages=num_pages))
     engine = Engine(
         body,
         executor,
