@@ -22,7 +22,7 @@ class Waiting:
     """A step that is not computed yet: `num_tokens` more of each of `num_rows` sequences.
 
     `num_pages` tells how many pages must be free to compute so many of its tokens. It has `begun` if its session holds
-    pages already.
+    pages already. A `whole` one is not cut.
     """
 
     opened: int
@@ -30,6 +30,7 @@ class Waiting:
     num_tokens: int
     begun: bool
     num_pages: Callable[[int], int]
+    whole: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -50,7 +51,8 @@ class Plan:
 def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: int, prefill_tokens: int) -> Plan:
     """The next pass, of at most `pass_tokens` tokens, `prefill_tokens` of them of prefills.
 
-    Somebody always gets a turn: a step that is too large for a pass gets one for itself, a token of each row at a time.
+    Somebody always gets a turn: a step that is too large for a pass gets one for itself, a token of each row at a time,
+    or all of it if it is not to be cut.
     A session begins only when there is room for all that it came with, and nobody overtakes one that waits for that.
     """
     chunks: list[tuple[int, int]] = []
@@ -62,8 +64,10 @@ def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: in
             continue
         left = max(0, room if step.decodes else min(room, prefill_room))  # a turn of its own may have taken more
         num_tokens = min(step.num_tokens, left // step.num_rows)
+        if step.whole and num_tokens < step.num_tokens:
+            num_tokens = 0
         if not num_tokens and may_be_one_by_one and (not chunks or step.num_rows <= room):
-            num_tokens = 1
+            num_tokens = step.num_tokens if step.whole else 1
         if not num_tokens:
             continue
         needed = step.num_pages(num_tokens if step.begun else step.num_tokens)
