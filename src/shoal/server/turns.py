@@ -190,8 +190,11 @@ class Turns:
         return self.pace.prefill_tokens(self._shares.prefill)
 
     def _preempt(self) -> None:
-        """The youngest session gives up its pages; its client brings everything again, here or elsewhere."""
-        youngest = max((each for each in self.sessions if each.begun), key=lambda session: session.opened)
+        """The youngest session gives up its pages; its client brings everything again, here or elsewhere.
+
+        It may have been given pages that were known, and not be heard of since.
+        """
+        youngest = max((each for each in self.sessions if each.pages), key=lambda session: session.opened)
         log.info("a session of %d tokens gives its pages to an older one", youngest.num_tokens)
         youngest.preempt()
         for step in self.steps:
