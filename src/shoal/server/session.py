@@ -157,7 +157,10 @@ class Session:
         if positions_BT is None:
             positions_T = torch.arange(self.num_tokens, self.num_tokens + inputs.num_tokens)
             positions_BT = positions_T.expand(self.batch_size, -1)
-        for row, hidden_TD, positions_T in zip(self.rows, inputs.hidden_BTD, positions_BT, strict=True):
+        rows = self.rows
+        if not rows:  # they were given up meanwhile
+            return
+        for row, hidden_TD, positions_T in zip(rows, inputs.hidden_BTD, positions_BT, strict=True):
             row.name(hidden_TD, positions_T)
 
     def pages_needed(self, num_tokens: int) -> int:
