@@ -218,21 +218,17 @@ class Turns:
                 step.advance(output)
 
     def _computed(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
-        """The outputs of chunks. If a pass fails, each chunk is tried alone: only who is to blame shall notice."""
+        """What comes out of each chunk, in the dtype of the question and off the device."""
         try:
-            return list(_as_asked(self._compute(chunks), chunks))
+            outputs = self._compute(chunks)
+            return [
+                output if isinstance(output, Exception) else output.to(chunk.hidden_BTD)
+                for output, chunk in zip(outputs, chunks, strict=True)
+            ]
         except Exception as error:
-            if len(chunks) == 1:
-                return [error]
-            log.exception("a pass over %d sessions failed: trying them one by one", len(chunks))
-            return [output for chunk in chunks for output in self._computed([chunk])]
+            return [error] * len(chunks)
 
 
 def preempted() -> Refused:
     """What the client of a session is told that had to give up its pages."""
     return busy("an older session needed this one's pages")
-
-
-def _as_asked(outputs: Sequence[torch.Tensor], chunks: Sequence[Chunk]) -> list[torch.Tensor]:
-    """In the dtype of the question, and off the device."""
-    return [output.to(chunk.hidden_BTD) for output, chunk in zip(outputs, chunks, strict=True)]
