@@ -50,8 +50,8 @@ class Plan:
 def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: int, prefill_tokens: int) -> Plan:
     """The next pass, of at most `pass_tokens` tokens, `prefill_tokens` of them of prefills; `waiting` as they came.
 
-    Somebody always gets a turn: a step that is too large for a pass gets one for itself, a token of each row at a time,
-    or all of it if it is not to be cut.
+    Nobody waits for ever: a step that is too large for a pass gets one for itself, and the first of the prefills is in
+    every pass, with a token of each row at least, or all of it if it is not to be cut.
     A session begins only when there is room for all that it came with, beside what those need who have begun, and no
     other begins before one that waits for that.
     """
@@ -67,7 +67,7 @@ def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: in
         num_tokens = min(step.num_tokens, left // step.num_rows)
         if step.whole and num_tokens < step.num_tokens:
             num_tokens = 0
-        if not num_tokens and may_be_one_by_one and (not chunks or step.num_rows <= room):
+        if not num_tokens and may_be_one_by_one and (not chunks or not step.decodes or step.num_rows <= room):
             num_tokens = step.num_tokens if step.whole else 1
         if not num_tokens:
             continue
