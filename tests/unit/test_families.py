@@ -80,7 +80,6 @@ def test_no_sequences_are_packed_where_rotary_embeddings_depend_on_the_longest(r
     rope = {"rope_type": rope_type, **ROTARY, **factors}
     sizes = {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4}
     assert not family_of(CONFIG_MAPPING["llama"](**sizes, rope_parameters=rope)).packable
-    assert not family_of(CONFIG_MAPPING["phi3"](**sizes, pad_token_id=0, rope_parameters=rope)).packable
 
 
 def test_no_sequences_are_packed_where_one_kind_of_layer_depends_on_the_longest() -> None:
