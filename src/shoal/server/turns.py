@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 GLANCE_SECONDS = 0.003
 """After so long it is looked at again whether waiting for others is still right."""
-REMEMBERED_SECONDS = 10.0
-"""Of so much time it is remembered who had it, inference or training."""
 DECODING_SECONDS = 0.5
 """Sessions that got a token so lately are thought to be decoding still, although nothing of them waits just now."""
 
@@ -61,7 +59,7 @@ class Turns:
         self._clock = clock
         self._news = asyncio.Event()
         self._decoded_at = float("-inf")
-        self._inference_seconds = self._training_seconds = 0.0
+        self._inference_seconds = self._training_seconds = 0.0  # of the time for which both were waiting
 
     async def of_step(self, session: Session, inputs: Inputs) -> torch.Tensor:
         """The outputs [B, T, D] of a session's next tokens. Raises `Refused` if there is no room for them for long."""
@@ -124,12 +122,9 @@ class Turns:
             self._inference_seconds += both * (self._clock() - began)
         elif self.passes:
             await self._train()
-            self._training_seconds += both * (self._clock() - began)
+            self._training_seconds += (both and due) * (self._clock() - began)  # else nobody else could use the time
         else:
             return False
-        if self._inference_seconds + self._training_seconds > REMEMBERED_SECONDS:
-            self._inference_seconds /= 2
-            self._training_seconds /= 2
         return True
 
     async def _train(self) -> None:
