@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import logging
 
-from shoal.model.families import CERTIFIED, CERTIFIED_WITH_VISION, certified_encodings, text_config
+from shoal.model.families import CERTIFIED, CERTIFIED_WITH_VISION, PACKED, certified_encodings, text_config
 from shoal.protocol import LOSSY
 
 from .parity import CHECKS, ROUNDING, Pair, check_encoding, check_rewind
@@ -70,10 +70,18 @@ def kinds_of_blocks(pair: Pair) -> str:
     )
 
 
+def yes(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def also_tested(family: str) -> str:
+    return ", ".join(VARIANTS.get(family, ()))
+
+
 def document(rows: dict[str, tuple[str, str, bool]]) -> str:
     table = "\n".join(
-        f"| `{family}` | {name} | {kinds} | {'yes' if rewinds else 'no'} | {encodings_of(family)} | "
-        f"{', '.join(VARIANTS.get(family, ()))} |"
+        f"| `{family}` | {name} | {kinds} | {yes(rewinds)} | {yes(family in PACKED)} | {encodings_of(family)} | "
+        f"{also_tested(family)} |"
         for family, (name, kinds, rewinds) in sorted(rows.items())
     )
     with_vision = ", ".join(f"`{model_type}`" for model_type in sorted(CERTIFIED_WITH_VISION))
@@ -111,14 +119,19 @@ greedy generation, are equal to those of the model that sees).
 *Rewinds* says whether a server's cache can drop its last tokens. Recurrent state cannot, nor can a sliding window that
 has slid; a session of such a model is rebuilt from its inputs instead, when assisted generation takes tokens back.
 
+*Packed* says whether a server computes the tokens of several sessions in one pass over the weights; the others are
+computed one session after another. Of both kinds, eight sessions that share a server and come, go, branch and go back
+at random are compared with the same sessions computed alone. A model whose rotary embeddings depend on the longest
+sequence of a call (`dynamic`, `longrope`) is not packed, whatever its family.
+
 *On the wire* says in which encodings (`--wire`) hidden states and gradients may travel beside raw. The same models are
 run with every tensor rounded on each of four journeys. What that does to the median token's logits, relative to plain
 Transformers, must stay below {tolerances}, and below twice that for its gradient
 (`tests/swarm/parity.py` says why). Where a router's two best experts are nearly equal, single tokens may change more,
 as they do by any rounding. An encoding that is not named here is refused for that family.
 
-| family | class | kinds of blocks tested | rewinds | on the wire | also tested |
-|---|---|---|---|---|---|
+| family | class | kinds of blocks tested | rewinds | packed | on the wire | also tested |
+|---|---|---|---|---|---|---|
 {table}
 
 Not certified: models whose layers share state with each other, so that a span is not a function of its input alone

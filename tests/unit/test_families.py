@@ -7,7 +7,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from shoal.errors import UnsupportedModel
-from shoal.model.families import CERTIFIED, Family, family_of
+from shoal.model.families import CERTIFIED, PACKED, Family, family_of
 
 MODELS = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -64,6 +64,38 @@ def test_a_model_that_has_no_list_of_blocks_is_refused_whatever_is_allowed() -> 
         family_of(CONFIG_MAPPING["clip"](), allow_uncertified=True)
 
 
-def test_the_page_of_models_lists_the_certified_families() -> None:
+ROTARY = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear", "yarn", "llama3"])
+def test_sequences_are_packed_where_rotary_embeddings_depend_on_positions_alone(rope_type: str) -> None:
+    frequencies = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope_type == "llama3" else {}
+    rope = {"rope_type": rope_type, **ROTARY, **frequencies}
+    assert family_of(CONFIG_MAPPING["llama"](num_hidden_layers=2, rope_parameters=rope)).packable
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_no_sequences_are_packed_where_rotary_embeddings_depend_on_the_longest(rope_type: str) -> None:
+    factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32} if rope_type == "longrope" else {}
+    rope = {"rope_type": rope_type, **ROTARY, **factors}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4}
+    assert not family_of(CONFIG_MAPPING["llama"](**sizes, rope_parameters=rope)).packable
+
+
+def test_no_sequences_are_packed_where_one_kind_of_layer_depends_on_the_longest() -> None:
+    usual = CONFIG_MAPPING["gemma3_text"](num_hidden_layers=6)
+    rope = {kind: dict(parameters) for kind, parameters in usual.rope_parameters.items()}
+    assert family_of(usual).packable
+    rope["full_attention"] |= {"rope_type": "dynamic", "factor": 4.0}
+    assert not family_of(CONFIG_MAPPING["gemma3_text"](num_hidden_layers=6, rope_parameters=rope)).packable
+
+
+def test_every_packed_family_is_certified() -> None:
+    assert PACKED <= CERTIFIED
+
+
+def test_the_page_of_models_lists_the_certified_families_and_which_are_packed() -> None:
     """If this fails, run tests/swarm/test_parity.py, which writes the page."""
+    table = re.findall(r"^\| `([^`]+)` \|.*?\|.*?\|.*?\| (yes|no) \|", MODELS.read_text(), flags=re.MULTILINE)
+    assert {family for family, together in table if together == "yes"} == PACKED
     assert set(re.findall(r"^\| `([^`]+)`", MODELS.read_text(), flags=re.MULTILINE)) == CERTIFIED

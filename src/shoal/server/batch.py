@@ -9,6 +9,7 @@ those sessions' tokens that are due there.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,8 @@ from shoal.server.attention import NewTokens, PackedAttention
 from shoal.server.cache import PagedCache
 from shoal.server.session import Growth
 from shoal.spans import Span
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,11 @@ class Chunk:
 class Pass(Protocol):
     """How a body computes chunks: together, or one by one."""
 
-    def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
-        """Outputs [B, T, D] for each chunk, as precise as the body. To be called on the compute thread."""
+    def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
+        """Outputs [B, T, D] for each chunk, as precise as the body, or why there are none.
+
+        One chunk's failure is not another's. To be called on the compute thread.
+        """
         ...
 
 
@@ -53,8 +59,14 @@ class OneByOne:
         self._body = body
 
     @torch.inference_mode()
-    def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
-        return [self._compute(chunk) for chunk in chunks]
+    def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
+        return [self._outcome(chunk) for chunk in chunks]
+
+    def _outcome(self, chunk: Chunk) -> torch.Tensor | Exception:
+        try:
+            return self._compute(chunk)
+        except Exception as error:
+            return error
 
     def _compute(self, chunk: Chunk) -> torch.Tensor:
         device, dtype = self._body.backbone.device, self._body.backbone.dtype
@@ -76,8 +88,21 @@ class Packed:
         self._cache = cache
 
     @torch.inference_mode()
-    def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+    def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
         self._cache.prepare([chunk.growth for chunk in chunks])
+        return self._outcomes(chunks)
+
+    def _outcomes(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
+        """If a pass fails, each chunk is tried alone: only who is to blame shall notice."""
+        try:
+            return list(self._compute(chunks))
+        except Exception as error:
+            if len(chunks) == 1:
+                return [error]
+            log.exception("a pass over %d sessions failed: trying them one by one", len(chunks))
+            return [outcome for chunk in chunks for outcome in self._outcomes([chunk])]
+
+    def _compute(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         tokens = [_Tokens(chunk, self._body) for chunk in chunks]
         for segment in segments([chunk.span for chunk in chunks]):
             self._run(segment, [each for each in tokens if segment in each.span])

@@ -148,11 +148,15 @@ class Engine:
             raise busy(f"{self._shares.queue_length} others wait for room in the cache")
         if session.cache is not None:
             session.cache = await self._rewound(session, request)
+            if session.preempted:  # meanwhile
+                raise preempted()
         session.begin(request.position, request.rows, inputs)
         if inputs.num_tokens < NAMED_ASIDE:
             session.name(inputs)
         else:
             await asyncio.to_thread(session.name, inputs)
+            if session.preempted:  # meanwhile
+                raise preempted()
         return await self._turns.of_step(session, inputs)
 
     async def _rewound(self, session: Session, request: Step) -> BodyCache:

@@ -1,8 +1,8 @@
 """Whose tokens are computed next: decisions only, from a picture of who is waiting.
 
 A pass takes tokens of many sessions. Those who decode come first, all of them: somebody waits for each of their tokens,
-and the weights are read once for all. What room is left goes to prefills, in the order in which their sessions were
-opened, and cut so that a pass with a part of a long prompt takes not much longer than one without.
+and the weights are read once for all. What room is left goes to prefills, in the order in which they came, and cut so
+that a pass with a part of a long prompt takes not much longer than one without.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Waiting:
     """A step that is not computed yet: `num_tokens` more of each of `num_rows` sequences.
 
     `num_pages` tells how many pages must be free to compute so many of its tokens. It has `begun` if its session holds
-    pages already.
+    pages already. A `whole` one is not cut.
     """
 
-    opened: int
     num_rows: int
     num_tokens: int
     begun: bool
     num_pages: Callable[[int], int]
+    whole: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -48,30 +48,39 @@ class Plan:
 
 
 def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: int, prefill_tokens: int) -> Plan:
-    """The next pass, of at most `pass_tokens` tokens, `prefill_tokens` of them of prefills.
+    """The next pass, of at most `pass_tokens` tokens, `prefill_tokens` of them of prefills; `waiting` as they came.
 
-    Somebody always gets a turn: a step that is too large for a pass gets one for itself, a token of each row at a time.
-    A session begins only when there is room for all that it came with, and nobody overtakes one that waits for that.
+    Nobody waits for ever: a step that is too large for a pass gets one for itself, and the first of the prefills is in
+    every pass, with a token of each row at least, or all of it if it is not to be cut.
+    A session begins only when there is room for all that it came with, beside what those need who have begun, and no
+    other begins before one that waits for that.
     """
     chunks: list[tuple[int, int]] = []
     room, prefill_room, pages = pass_tokens, prefill_tokens, num_free_pages
+    pages_to_begin = num_free_pages - sum(step.num_pages(step.num_tokens) for step in waiting if step.begun)
     may_begin = may_be_one_by_one = True
-    for index in sorted(range(len(waiting)), key=lambda each: _urgency(waiting[each])):
+    for index in sorted(range(len(waiting)), key=lambda each: not waiting[each].decodes):
         step = waiting[index]
         if not step.begun and not may_begin:
             continue
         left = max(0, room if step.decodes else min(room, prefill_room))  # a turn of its own may have taken more
         num_tokens = min(step.num_tokens, left // step.num_rows)
-        if not num_tokens and may_be_one_by_one and (not chunks or step.num_rows <= room):
-            num_tokens = 1
+        if step.whole and num_tokens < step.num_tokens:
+            num_tokens = 0
+        if not num_tokens and may_be_one_by_one and (not chunks or not step.decodes or step.num_rows <= room):
+            num_tokens = step.num_tokens if step.whole else 1
         if not num_tokens:
             continue
-        needed = step.num_pages(num_tokens if step.begun else step.num_tokens)
-        if needed > pages:
-            if step.begun:
+        if step.begun:
+            needed = step.num_pages(num_tokens)
+            if needed > pages:
                 return Plan(short_of_pages=True)
-            may_begin = False
-            continue
+        else:
+            needed = step.num_pages(step.num_tokens)
+            if needed > pages_to_begin:
+                may_begin = False
+                continue
+            pages_to_begin -= needed
         chunks.append((index, num_tokens))
         pages -= needed
         room -= num_tokens * step.num_rows
@@ -79,10 +88,6 @@ def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: in
             prefill_room -= num_tokens * step.num_rows
             may_be_one_by_one = False
     return Plan(tuple(chunks))
-
-
-def _urgency(step: Waiting) -> tuple[bool, bool, int]:
-    return not step.decodes, not step.begun, step.opened
 
 
 def training_is_due(*, inference_seconds: float, training_seconds: float, share: float) -> bool:

@@ -85,7 +85,7 @@ class Session:
         self.rows: list[Row] = []
         self.mask_BS: torch.Tensor | None = None  # None while no sequence is padded
         self.cache: BodyCache | None = None
-        self.begun = False  # whether anything of it was computed here
+        self.begun = False  # whether anything of it was computed here, or is just now
         self.preempted = False
         self.arrived_at: float | None = None  # its last step of decoding, and how long after the one before
         self.period: float | None = None
@@ -157,7 +157,10 @@ class Session:
         if positions_BT is None:
             positions_T = torch.arange(self.num_tokens, self.num_tokens + inputs.num_tokens)
             positions_BT = positions_T.expand(self.batch_size, -1)
-        for row, hidden_TD, positions_T in zip(self.rows, inputs.hidden_BTD, positions_BT, strict=True):
+        rows = self.rows
+        if not rows:  # they were given up meanwhile
+            return
+        for row, hidden_TD, positions_T in zip(rows, inputs.hidden_BTD, positions_BT, strict=True):
             row.name(hidden_TD, positions_T)
 
     def pages_needed(self, num_tokens: int) -> int:
@@ -167,6 +170,7 @@ class Session:
 
     def grow(self, num_tokens: int) -> Growth:
         """Take pages for more tokens of every row. It is for the caller to know that they are available."""
+        self.begun = True
         taken: list[int] = []
         copies: list[tuple[int, int]] = []
         for row in self.rows:
@@ -188,7 +192,6 @@ class Session:
     def computed(self, num_tokens: int) -> None:
         """So many more tokens of every row are in the cache; the pages that are full now may be found by others."""
         before = self.num_tokens // PAGE_TOKENS
-        self.begun = True
         self.num_tokens += num_tokens
         full = self.num_tokens // PAGE_TOKENS
         for row in self.rows:

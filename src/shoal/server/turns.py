@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 GLANCE_SECONDS = 0.003
 """After so long it is looked at again whether waiting for others is still right."""
-REMEMBERED_SECONDS = 10.0
-"""Of so much time it is remembered who had it, inference or training."""
 DECODING_SECONDS = 0.5
 """Sessions that got a token so lately are thought to be decoding still, although nothing of them waits just now."""
 
@@ -61,7 +59,7 @@ class Turns:
         self._clock = clock
         self._news = asyncio.Event()
         self._decoded_at = float("-inf")
-        self._inference_seconds = self._training_seconds = 0.0
+        self._inference_seconds = self._training_seconds = 0.0  # of the time for which both were waiting
 
     async def of_step(self, session: Session, inputs: Inputs) -> torch.Tensor:
         """The outputs [B, T, D] of a session's next tokens. Raises `Refused` if there is no room for them for long."""
@@ -124,12 +122,9 @@ class Turns:
             self._inference_seconds += both * (self._clock() - began)
         elif self.passes:
             await self._train()
-            self._training_seconds += both * (self._clock() - began)
+            self._training_seconds += (both and due) * (self._clock() - began)  # else nobody else could use the time
         else:
             return False
-        if self._inference_seconds + self._training_seconds > REMEMBERED_SECONDS:
-            self._inference_seconds /= 2
-            self._training_seconds /= 2
         return True
 
     async def _train(self) -> None:
@@ -190,8 +185,11 @@ class Turns:
         return self.pace.prefill_tokens(self._shares.prefill)
 
     def _preempt(self) -> None:
-        """The youngest session gives up its pages; its client brings everything again, here or elsewhere."""
-        youngest = max((each for each in self.sessions if each.begun), key=lambda session: session.opened)
+        """The youngest session gives up its pages; its client brings everything again, here or elsewhere.
+
+        It may have been given pages that were known, and not be heard of since.
+        """
+        youngest = max((each for each in self.sessions if each.pages), key=lambda session: session.opened)
         log.info("a session of %d tokens gives its pages to an older one", youngest.num_tokens)
         youngest.preempt()
         for step in self.steps:
@@ -215,21 +213,17 @@ class Turns:
                 step.advance(output)
 
     def _computed(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
-        """The outputs of chunks. If a pass fails, each chunk is tried alone: only who is to blame shall notice."""
+        """What comes out of each chunk, in the dtype of the question and off the device."""
         try:
-            return list(_as_asked(self._compute(chunks), chunks))
+            outputs = self._compute(chunks)
+            return [
+                output if isinstance(output, Exception) else output.to(chunk.hidden_BTD)
+                for output, chunk in zip(outputs, chunks, strict=True)
+            ]
         except Exception as error:
-            if len(chunks) == 1:
-                return [error]
-            log.exception("a pass over %d sessions failed: trying them one by one", len(chunks))
-            return [output for chunk in chunks for output in self._computed([chunk])]
+            return [error] * len(chunks)
 
 
 def preempted() -> Refused:
     """What the client of a session is told that had to give up its pages."""
     return busy("an older session needed this one's pages")
-
-
-def _as_asked(outputs: Sequence[torch.Tensor], chunks: Sequence[Chunk]) -> list[torch.Tensor]:
-    """In the dtype of the question, and off the device."""
-    return [output.to(chunk.hidden_BTD) for output, chunk in zip(outputs, chunks, strict=True)]

@@ -37,7 +37,9 @@ class StepWork:
 
     def waiting(self) -> Waiting:
         session = self.session
-        return Waiting(session.opened, len(session.rows), self.num_left, session.begun, session.pages_needed)
+        # Recurrent layers of Transformers take no notice of padding in a token that comes alone.
+        whole = session.cache is not None and session.mask_BS is not None
+        return Waiting(len(session.rows), self.num_left, session.begun, session.pages_needed, whole)
 
     def chunk(self, num_tokens: int) -> Chunk:
         """Its next tokens, with pages to put them in."""

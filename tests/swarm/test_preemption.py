@@ -1,0 +1,55 @@
+"""Servers with too little room for everybody: clients push each other out, begin again, and notice nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from shoal.server.session import Session
+
+from .harness import QUICK, Swarm
+
+MakeSwarm = Callable[..., Swarm]
+
+NUM_CLIENTS, NUM_TOKENS = 5, 40
+PATIENT = replace(QUICK, patience_seconds=60.0, silence_seconds=10.0)
+
+
+@pytest.mark.parametrize("spans", [["0:4"], ["0:4", "0:4"], ["0:2", "2:4"]], ids=" and ".join)
+def test_generations_that_push_each_other_out_end_with_the_right_tokens(
+    swarm: MakeSwarm, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, spans: list[str]
+):
+    preempted: list[int] = []
+    usual = Session.preempt
+
+    def preempt(session: Session) -> None:
+        preempted.append(session.num_tokens)
+        usual(session)
+
+    monkeypatch.setattr(Session, "preempt", preempt)
+    swarm_ = swarm(*spans, cache_tokens=96)
+    models = [swarm_.model(config=PATIENT) for _ in range(NUM_CLIENTS)]
+    prompts = [torch.randint(2, 97, (1, 14), generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    together = threading.Barrier(NUM_CLIENTS)
+    answers: dict[int, list[list[int]]] = {}
+
+    def ask(index: int) -> None:
+        together.wait()
+        answers[index] = models[index].generate(prompts[index], max_new_tokens=NUM_TOKENS).tolist()
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(NUM_CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = [whole.generate(prompt, max_new_tokens=NUM_TOKENS).tolist() for prompt in prompts]
+    assert [answers.get(index) for index in range(NUM_CLIENTS)] == expected
+    assert preempted
+    for server in swarm_.servers.values():
+        swarm_.settle(lambda server=server: server.engine.cache_tokens_left == server.engine.cache_tokens)
+        swarm_.call(server.engine.check_integrity)

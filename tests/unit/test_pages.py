@@ -1,0 +1,215 @@
+"""Pages of the cache: whose they are, whatever sessions do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from shoal.model.prefix import PAGE_TOKENS, page_names, root
+from shoal.server.pages import PagePool, pages_for
+from shoal.server.refusal import Inputs
+from shoal.server.session import Session
+from shoal.spans import Span
+
+NUM_PAGES = 12
+SPAN = Span(0, 1)
+
+
+def test_tokens_take_whole_pages():
+    assert [pages_for(number) for number in (0, 1, 16, 17, 32)] == [0, 1, 1, 2, 2]
+
+
+def test_a_page_that_was_known_is_given_away_last_and_the_longest_unused_first():
+    pool = PagePool(4)
+    first, second, third, _ = pool.take(4)
+    for page in (first, second, third):
+        pool.know(page, bytes([page]))
+    pool.release([third])
+    pool.release([first])
+    pool.release([second])
+    pool.share(pool.known([bytes([first])]))
+    pool.release([first])
+    assert pool.take(3) == [third, second, first]
+    assert pool.known([bytes([third])]) == []
+
+
+def test_the_end_of_a_sequence_is_given_away_before_its_beginning():
+    pool = PagePool(3)
+    pages = pool.take(3)
+    for page in pages:
+        pool.know(page, bytes([page]))
+    pool.release(pages)
+    assert pool.take(2) == pages[:0:-1]
+    assert pool.known([bytes([page]) for page in pages]) == pages[:1]
+
+
+def test_names_are_known_as_far_as_there_is_no_gap():
+    pool = PagePool(3)
+    for page, name in zip(pool.take(3), (b"a", b"b", b"d"), strict=True):
+        pool.know(page, name)
+    assert pool.known([b"a", b"b", b"c", b"d"]) == [0, 1]
+    assert pool.known([b"c", b"a"]) == []
+
+
+def test_of_two_equal_pages_the_first_is_shared():
+    pool = PagePool(2)
+    first, second = pool.take(2)
+    pool.know(first, b"same")
+    pool.know(second, b"same")
+    assert pool.known([b"same"]) == [first]
+    pool.release([first, second])
+    pool.check_integrity([])
+    assert pool.num_available == 2
+
+
+def held_twice(pool: PagePool) -> Iterable[int]:
+    return [0, 0, 1]
+
+
+def held_by_nobody(pool: PagePool) -> Iterable[int]:
+    return [0]
+
+
+def held_and_free(pool: PagePool) -> Iterable[int]:
+    pool._free.append(0)
+    return [0, 1]
+
+
+def free_twice(pool: PagePool) -> Iterable[int]:
+    pool._free.append(pool._free[0])
+    return [0, 1]
+
+
+def lost(pool: PagePool) -> Iterable[int]:
+    pool._free.pop()
+    return [0, 1]
+
+
+def known_and_free(pool: PagePool) -> Iterable[int]:
+    pool._digest_of[3], pool._page_of[b"x"] = 3, 3  # type: ignore[assignment]
+    return [0, 1]
+
+
+def known_by_two_names(pool: PagePool) -> Iterable[int]:
+    pool._page_of[b"other"] = 0
+    return [0, 1]
+
+
+@pytest.mark.parametrize(
+    "damage", [held_twice, held_by_nobody, held_and_free, free_twice, lost, known_and_free, known_by_two_names]
+)
+def test_damage_is_found(damage: Callable[[PagePool], Iterable[int]]):
+    pool = PagePool(4)
+    pool.take(2)
+    pool.know(0, b"zero")
+    pool.check_integrity([0, 1])
+    with pytest.raises(AssertionError):
+        pool.check_integrity(damage(pool))
+
+
+class Sessions(RuleBasedStateMachine):
+    """Sessions that come, grow, go back, branch and leave in any order.
+
+    A model of the memory says what was written where: a page's content is what its tokens and all before them were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PagePool(NUM_PAGES)
+        self.sessions: dict[Session, list[tuple[int, ...]]] = {}  # each row's tokens so far
+        self.memory: dict[int, tuple[int, ...]] = {}  # a page's tokens, with all that come before them
+        self.num_opened = 0
+
+    def _inputs(self, rows: list[tuple[int, ...]], start: int) -> Inputs:
+        hidden = torch.tensor([row[start:] for row in rows], dtype=torch.float32)[..., None]
+        return Inputs(hidden, None, None)
+
+    @rule(num_rows=st.integers(1, 3), tokens=st.integers(0, 1), num_tokens=st.integers(1, 40))
+    def open(self, num_rows: int, tokens: int, num_tokens: int) -> None:
+        session = Session(self.pool, SPAN, opened=self.num_opened, max_length=64, salt="", batch_size=num_rows)
+        self.num_opened += 1
+        hidden = torch.full((num_tokens, 1), float(tokens))
+        names = page_names(root(SPAN, ""), hidden, torch.arange(num_tokens))
+        session.adopt([names] * num_rows, most_pages=3)
+        adopted = (tokens,) * session.num_tokens
+        self.sessions[session] = [adopted] * num_rows
+        for row in session.rows:
+            for index, page in enumerate(row.pages):
+                assert self.memory[page] == adopted[: (index + 1) * PAGE_TOKENS], "a name of something else"
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data(), token=st.integers(0, 1), num_tokens=st.integers(1, 20))
+    def step(self, data: st.DataObject, token: int, num_tokens: int) -> None:
+        session = data.draw(st.sampled_from(list(self.sessions)))
+        rows = self.sessions[session]
+        position = data.draw(st.sampled_from(sorted({0, session.num_tokens // 2, session.num_tokens})))
+        order = None
+        if position and data.draw(st.booleans()):
+            order = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=3))
+            rows = [rows[index] for index in order]
+        rows = [row[:position] + (token,) * num_tokens for row in rows]
+        inputs = self._inputs(rows, position)
+        session.begin(position, order, inputs)
+        session.name(inputs)
+        self.sessions[session] = [row[:position] for row in rows]
+        while (num_left := position + num_tokens - session.num_tokens) and session.rows:
+            some = data.draw(st.integers(1, num_left))
+            if session.pages_needed(some) > self.pool.num_available:
+                session.preempt()
+                self.sessions.pop(session)
+                return
+            self._grow(session, rows, some)
+
+    def _grow(self, session: Session, rows: list[tuple[int, ...]], num_tokens: int) -> None:
+        promised, available = session.pages_needed(num_tokens), self.pool.num_available
+        growth = session.grow(num_tokens)
+        assert available - self.pool.num_available <= promised
+        for source, target in growth.copies:
+            self.memory[target] = self.memory[source]
+        for page in growth.taken:
+            self.memory[page] = ()
+        for row, tokens in zip(session.rows, rows, strict=True):
+            for slot in range(session.num_tokens, session.num_tokens + num_tokens):
+                page = row.pages[slot // PAGE_TOKENS]
+                assert not self.pool.is_shared(page), "what others have, or may come to have, is written"
+                self.memory[page] = tokens[: slot + 1]
+        session.computed(num_tokens)
+        self.sessions[session] = [row[: session.num_tokens] for row in rows]
+
+    @precondition(lambda self: self.sessions)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        session = data.draw(st.sampled_from(list(self.sessions)))
+        session.release()
+        session.release()
+        del self.sessions[session]
+
+    @invariant()
+    def every_page_is_accounted_for(self) -> None:
+        self.pool.check_integrity(page for session in self.sessions for page in session.pages)
+
+    @invariant()
+    def every_sequence_has_what_it_was_given(self) -> None:
+        for session, rows in self.sessions.items():
+            for row, tokens in zip(session.rows, rows, strict=True):
+                for index in range(session.num_tokens // PAGE_TOKENS):
+                    end = (index + 1) * PAGE_TOKENS
+                    assert self.memory[row.pages[index]][:end] == tokens[:end]
+                if rest := session.num_tokens % PAGE_TOKENS:
+                    assert self.memory[row.pages[session.num_tokens // PAGE_TOKENS]][: len(tokens)] == tokens
+                    assert rest
+
+    def teardown(self) -> None:
+        for session in self.sessions:
+            session.release()
+        self.pool.check_integrity([])
+        assert self.pool.num_available == NUM_PAGES
+
+
+TestSessions = Sessions.TestCase
+TestSessions.settings = settings(max_examples=150, stateful_step_count=25, deadline=None, derandomize=True)
