@@ -49,7 +49,10 @@ def _measure(body: Body, compute: Pass, *, num_pages: int) -> tuple[float, float
     def seconds(num_cached: int, num_tokens: int) -> float:
         chunk = _chunk(body, num_cached, num_tokens, num_pages)
         start = time.perf_counter()
-        compute([chunk])[0].cpu()
+        (output,) = compute([chunk])
+        if isinstance(output, Exception):
+            raise output
+        output.cpu()  # which waits for it
         return time.perf_counter() - start
 
     num_cached = min(PAST_TOKENS, num_pages * PAGE_TOKENS - 1)
