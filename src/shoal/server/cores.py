@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -21,11 +22,15 @@ import torch
 from shoal.server.executor import Executor
 
 
+LATELY_SECONDS = 2.0
+
+
 class Cores:
     """All the cores of this machine, as far as this user's servers are concerned; one of them has them at a time."""
 
     def __init__(self, executor: Executor, folder: Path) -> None:
         self._executor = executor
+        self._waited_at = float("-inf")
         folder.mkdir(mode=0o700, exist_ok=True)
         self._line, self._turn = (
             os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -36,6 +41,7 @@ class Cores:
     async def turn(self) -> AsyncIterator[None]:
         """Have all cores while the context lasts."""
         if not self._at_once():
+            self._waited_at = time.monotonic()
             waiting = asyncio.ensure_future(self._executor.run(self._in_line))
             try:
                 await asyncio.shield(waiting)
@@ -50,12 +56,10 @@ class Cores:
     def _leave(self) -> None:
         fcntl.flock(self._turn, fcntl.LOCK_UN)
 
-    def wanted(self) -> bool:
-        """Whether another server waits for its turn."""
-        if not _lock(self._line):
-            return True
-        fcntl.flock(self._line, fcntl.LOCK_UN)
-        return False
+    @property
+    def contended(self) -> bool:
+        """Whether another server had the cores when they were last asked for, now or lately."""
+        return time.monotonic() - self._waited_at < LATELY_SECONDS
 
     def _at_once(self) -> bool:
         if not _lock(self._line):

@@ -42,7 +42,7 @@ class Turns:
         executor: Executor,
         pool: PagePool,
         *,
-        cores: Cores | None,
+        cores: Cores | None = None,
         pace: Pace,
         shares: Shares,
         clock: Callable[[], float] = time.monotonic,
@@ -131,7 +131,7 @@ class Turns:
         work = self.passes[0]
         outcome: torch.Tensor | Exception | None
         try:
-            async with self._cores.turn() if self._cores is not None else contextlib.nullcontext():
+            async with self._turn():
                 outcome = await self._executor.run(work.advance)
         except Exception as error:
             outcome = error
@@ -141,9 +141,15 @@ class Turns:
     async def _infer(self) -> bool:
         if not self.steps:
             return False
-        async with self._cores.turn() if self._cores is not None else contextlib.nullcontext():
-            await self._gather()
-            return await self._decide()
+        while True:
+            while wait := self._worth_waiting():
+                await self._news_within(min(wait, GLANCE_SECONDS))
+            async with self._turn():
+                if not self._worth_waiting():  # those who have come while others had their turn may expect more
+                    return await self._decide()
+
+    def _turn(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext() if self._cores is None else self._cores.turn()
 
     async def _decide(self) -> bool:
         while True:
@@ -162,20 +168,23 @@ class Turns:
         await self._pass([(steps[index], num_tokens) for index, num_tokens in plan.chunks])
         return True
 
-    async def _gather(self) -> None:
-        """Let steps that will come in a moment have part in the pass."""
-        while ready := [step for step in self.steps if step.waiting().decodes]:
-            here = {step.session for step in self.steps}
-            expected = [each.expected_at for each in self.sessions - here if each.expected_at is not None]
-            wait = gathering_seconds(
-                expected, num_ready=len(ready), now=self._clock(), pass_seconds=self.pace.decode_seconds
-            )
-            if not wait or (self._cores is not None and self._cores.wanted()):
-                return
-            self._news.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(wait, GLANCE_SECONDS)):
-                    await self._news.wait()
+    def _worth_waiting(self) -> float:
+        """For how long the steps that are ready to decode should wait for others that will come in a moment."""
+        ready = [step.session for step in self.steps if step.waiting().decodes]
+        if not ready:
+            return 0.0
+        here = {step.session for step in self.steps}
+        expected = [each.expected_at for each in self.sessions - here if each.expected_at is not None]
+        seconds = self.pace.decode_seconds
+        if self._cores is not None and self._cores.contended:
+            seconds *= 2  # whoever misses this pass waits for other servers' passes too
+        return gathering_seconds(expected, num_ready=len(ready), now=self._clock(), pass_seconds=seconds)
+
+    async def _news_within(self, seconds: float) -> None:
+        self._news.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
 
     def _prefill_tokens(self) -> int:
         """How many tokens of prefills the next pass may have, so that those who decode do not wait for them."""
