@@ -21,7 +21,6 @@ import torch
 
 from shoal.server.executor import Executor
 
-
 LATELY_SECONDS = 2.0
 
 

@@ -131,7 +131,7 @@ class Turns:
         work = self.passes[0]
         outcome: torch.Tensor | Exception | None
         try:
-            async with self._turn():
+            async with self._with_cores():
                 outcome = await self._executor.run(work.advance)
         except Exception as error:
             outcome = error
@@ -144,11 +144,11 @@ class Turns:
         while True:
             while wait := self._worth_waiting():
                 await self._news_within(min(wait, GLANCE_SECONDS))
-            async with self._turn():
+            async with self._with_cores():
                 if not self._worth_waiting():  # those who have come while others had their turn may expect more
                     return await self._decide()
 
-    def _turn(self) -> contextlib.AbstractAsyncContextManager[None]:
+    def _with_cores(self) -> contextlib.AbstractAsyncContextManager[None]:
         return contextlib.nullcontext() if self._cores is None else self._cores.turn()
 
     async def _decide(self) -> bool:
