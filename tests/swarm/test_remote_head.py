@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal import AutoDistributedModel, UserError
-from shoal.net.memory import MemoryNetwork
-from shoal.protocol import Result, Step
+from shoal.model.head import HeadCache
+from shoal.protocol import Failure, Result
 
 from .harness import QUICK, Swarm, swarm_of
+from .intruder import FINGERPRINT, MODEL, Intruder, Raw, raw
 from .test_failures import AfterTokens
 from .test_generation import HOW, MASK, PADDED, PROMPT
+from .test_hostile_servers import Rogue, always
 from .tiny_models import tiny_config, tiny_model
 
 MakeSwarm = Callable[..., Swarm]
@@ -94,9 +96,7 @@ def long_prompt(num_tokens: int) -> torch.Tensor:
     return torch.randint(2, 97, (4, num_tokens), generator=torch.Generator().manual_seed(0))
 
 
-def test_a_prompt_of_several_messages_is_answered_with_the_logits_of_its_end(
-    swarm: MakeSwarm, whole: PreTrainedModel
-):
+def test_a_prompt_of_several_messages_is_answered_with_the_logits_of_its_end(swarm: MakeSwarm, whole: PreTrainedModel):
     prompt = long_prompt(400)  # 1,600 tokens
     model = without_head(swarm_with_head(swarm, "0:2", "2:4").model(config=REMOTE))
     assert model.generate(prompt, max_new_tokens=4).tolist() == whole.generate(prompt, max_new_tokens=4).tolist()
@@ -112,8 +112,6 @@ def test_logits_that_are_spread_over_several_messages_come_together(swarm: MakeS
 
 
 def model_cache(model: Any) -> Any:
-    from shoal.model.head import HeadCache
-
     return HeadCache(model.blocks.new_session(batch_size=4, max_length=512))
 
 
@@ -255,7 +253,124 @@ def test_models_without_a_head_and_numbers_below_one_are_refused(swarm: MakeSwar
     made = swarm("0:4")
     with pytest.raises(UserError, match="no output head that a server could compute"):
         made.model(AutoDistributedModel, config=REMOTE)
-    with pytest.raises(UserError, match="add remote_head=True|for a head that a server computes"):
+    with pytest.raises(UserError, match="head_top_k is for a head that a server computes"):
         made.model(config=replace(QUICK, head_top_k=5))
     with pytest.raises(UserError, match="at least one"):
         made.model(config=replace(REMOTE, head_top_k=0))
+
+
+# -- strangers --------------------------------------------------------------------------------------------------------
+
+OPENING = raw("open", model=MODEL, fingerprint=FINGERPRINT, start=0, end=4, batch_size=2, max_length=16)
+
+
+def asking(**fields: Any) -> Raw:
+    return raw("step", {"hidden": torch.ones(2, 3, 32)}, position=0, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"logits": -1}, "not a valid message"),
+        ({"logits": 1025}, "not a valid message"),
+        ({"logits": "1"}, "not a valid message"),
+        ({"logits": True}, "not a valid message"),
+        ({"logits": 1, "top_k": 0}, "not a valid message"),
+        ({"logits": 1, "top_k": 1 << 40}, "not a valid message"),
+        ({"top_k": 3}, "the likeliest tokens without logits"),
+        ({"logits": 4}, "logits of 4 tokens in a step of 3"),
+        ({"logits": 1, "top_k": 98}, "the 98 likeliest of 97 tokens"),
+    ],
+)
+def test_a_wrong_question_to_the_head_is_rejected(swarm: MakeSwarm, fields: dict[str, Any], reason: str):
+    made = swarm_with_head(swarm, "0:4")
+    *_, answer = Intruder(made, "s0").ask(OPENING, asking(**fields))
+    assert isinstance(answer, Failure)
+    assert answer.code == "rejected"
+    assert reason in answer.reason
+    made.servers["s0"].engine.check_integrity()
+
+
+def test_more_logits_than_a_question_is_worth_are_rejected(swarm: MakeSwarm, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shoal.server.refusal.MAX_LOGITS_BYTES", 128 * 97 * 2)
+    whole_batch = raw("step", {"hidden": torch.ones(128, 1, 32, dtype=torch.bfloat16)}, position=0, logits=1)
+    made = swarm_with_head(swarm, "0:4")
+    _, answered = Intruder(made, "s0").ask(OPENING, whole_batch)
+    assert isinstance(answered, Result)
+    monkeypatch.setattr("shoal.server.refusal.MAX_LOGITS_BYTES", 128 * 97 * 2 - 1)
+    *_, answer = Intruder(made, "s0", name="another").ask(OPENING, whole_batch)
+    assert isinstance(answer, Failure)
+    assert (answer.code, answer.reason) == ("rejected", "more than 0 MiB of logits")
+
+
+@pytest.mark.parametrize("end", [3, 4])
+def test_logits_that_this_server_cannot_know_are_to_be_had_elsewhere(swarm: MakeSwarm, end: int):
+    made = swarm("0:4") if end == 4 else swarm_with_head(swarm, "0:4")
+    opening = raw("open", model=MODEL, fingerprint=FINGERPRINT, start=0, end=end, batch_size=2, max_length=16)
+    *_, answer = Intruder(made, "s0").ask(opening, asking(logits=1))
+    assert isinstance(answer, Failure)
+    assert answer.code == "misrouted"
+
+
+def test_logits_come_in_the_dtype_of_the_question_and_raw(swarm: MakeSwarm):
+    made = swarm_with_head(swarm, "0:4")
+    question = raw("step", {"hidden": torch.ones(2, 3, 32, dtype=torch.float16)}, position=0, logits=2, top_k=4)
+    (_, _), (result, tensors) = Intruder(made, "s0").exchange(OPENING, question)
+    assert {spec.name: (spec.dtype, spec.shape, spec.encoding) for spec in result.tensors} == {
+        "logits": ("float16", (2, 2, 4), "raw"),
+        "ids": ("int64", (2, 2, 4), "raw"),
+    }
+    assert (tensors["logits"].diff(dim=-1) <= 0).all()
+
+
+def test_where_nothing_is_wanted_nothing_is_sent(swarm: MakeSwarm):
+    made = swarm_with_head(swarm, "0:4")
+    (_, _), (result, tensors) = Intruder(made, "s0").exchange(OPENING, asking(logits=0))
+    assert isinstance(result, Result)
+    assert not tensors
+
+
+LOGITS = torch.zeros(1, 1, 97)
+BEST, IDS = torch.zeros(1, 1, 5), torch.arange(5)[None, None]
+
+
+def with_nan(logits: torch.Tensor) -> torch.Tensor:
+    return logits.index_fill(2, torch.tensor([3]), float("nan"))
+
+
+ANSWERS: dict[str, tuple[int | None, dict[str, torch.Tensor]]] = {
+    "hidden states": (None, {"hidden": torch.zeros(1, 5, 32)}),
+    "nothing": (None, {}),
+    "logits of all tokens": (None, {"logits": LOGITS.repeat(1, 5, 1)}),
+    "another vocabulary": (None, {"logits": LOGITS[..., :-1]}),
+    "another dtype": (None, {"logits": LOGITS.half()}),
+    "NaN": (None, {"logits": with_nan(LOGITS)}),
+    "the likeliest, which nobody asked for": (None, {"logits": LOGITS, "ids": torch.arange(97)[None, None]}),
+    "all, where some were asked for": (5, {"logits": LOGITS}),
+    "some without their names": (5, {"logits": BEST}),
+    "fewer than asked for": (5, {"logits": BEST[..., 1:], "ids": IDS[..., 1:]}),
+    "a token beyond the vocabulary": (5, {"logits": BEST, "ids": IDS + 93}),
+    "a token below it": (5, {"logits": BEST, "ids": IDS - 1}),
+    "a token twice": (5, {"logits": BEST, "ids": IDS % 4}),
+    "names that are no numbers": (5, {"logits": BEST, "ids": IDS.float()}),
+}
+
+
+@pytest.mark.parametrize(("top_k", "tensors"), ANSWERS.values(), ids=ANSWERS.keys())
+def test_a_head_that_answers_anything_else_is_left(
+    swarm: MakeSwarm, whole: PreTrainedModel, top_k: int | None, tensors: dict[str, torch.Tensor]
+):
+    made = swarm_with_head(swarm, "0:4")
+    rogue = Rogue(made, always(raw("result", tensors)), head=True)
+    model = without_head(made.model(config=replace(REMOTE, head_top_k=top_k)))
+    answer = model.generate(PROMPT, max_new_tokens=4)
+    assert rogue.asked == ["open", "step"]
+    assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
+
+
+def test_a_server_that_only_says_that_it_has_a_head_is_left(swarm: MakeSwarm, whole: PreTrainedModel):
+    made = swarm_with_head(swarm, "0:4")
+    rogue = Rogue(made, always(raw("failure", code="misrouted", reason="no head")), head=True)
+    model = without_head(made.model(config=REMOTE))
+    assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
+    assert rogue.asked == ["open", "step"]

@@ -99,6 +99,13 @@ OnTheWire = Annotated[
         "--wire", metavar="ENCODING", help="How it travels: raw (auto), or bfloat16, int8: fewer bytes, less precise."
     ),
 ]
+RemoteHead = Annotated[
+    bool,
+    typer.Option(
+        "--remote-head/--no-remote-head",
+        help="Let a server compute the output head, if one offers to (serve --serve-head); else it is computed here.",
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log everything to stderr; so does SHOAL_LOG=debug.")]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import psutil
 import torch
 from torch import nn
 from transformers import (
@@ -29,6 +30,7 @@ from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import Family, text_config
 from shoal.model.head import HeadCache, build_head
+from shoal.model.linear import quicken
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import LOSSY, Encoding
@@ -149,6 +151,8 @@ class _AutoDistributed:
         )
         if GENERATION_CONFIG in checkpoint.files and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.files.path(GENERATION_CONFIG).parent)
+        if isinstance(projection := model.get_output_embeddings() if model.can_generate() else None, nn.Linear):
+            quicken(projection, free_bytes=psutil.virtual_memory().available)
         if config.remote_head:
             model._remote_head = RemoteHead(model, top_k=config.head_top_k)
         return model.eval()
