@@ -36,6 +36,7 @@ def command(
     dtype: options.ClientDType = options.DType.auto,
     wire: options.OnTheWire = options.Wire.auto,
     remote_head: options.RemoteHead = False,
+    head_quantization: options.HeadQuantization = options.Quantization.none,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
     verbose: options.Verbose = False,
@@ -55,6 +56,7 @@ def command(
         dtype=dtype,
         wire=wire,
         remote_head=remote_head,
+        head_quantization=head_quantization,
         allow_uncertified=allow_uncertified,
     ) as client:
         llm, tokenizer = client

@@ -34,6 +34,7 @@ def command(
     dtype: options.ClientDType = options.DType.auto,
     wire: options.OnTheWire = options.Wire.auto,
     remote_head: options.RemoteHead = False,
+    head_quantization: options.HeadQuantization = options.Quantization.none,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, at the end.")] = False,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
@@ -56,6 +57,7 @@ def command(
         dtype=dtype,
         wire=wire,
         remote_head=remote_head,
+        head_quantization=head_quantization,
         allow_uncertified=allow_uncertified,
     ) as client:
         llm, tokenizer = client
@@ -112,6 +114,7 @@ def connected(
     dtype: options.DType,
     wire: options.Wire,
     remote_head: bool,
+    head_quantization: options.Quantization,
     allow_uncertified: bool,
 ) -> Iterator[tuple[Any, Any]]:
     """The model in the swarm, and its tokenizer; leaves the swarm with the context."""
@@ -127,6 +130,7 @@ def connected(
             dtype=dtype.value,
             wire=wire.value,
             remote_head=remote_head,
+            head_quantization=head_quantization.value,
             allow_uncertified=allow_uncertified,
         )
     try:

@@ -106,6 +106,10 @@ RemoteHead = Annotated[
         help="Let a server compute the output head, if one offers to (serve --serve-head); else it is computed here.",
     ),
 ]
+HeadQuantization = Annotated[
+    Quantization,
+    typer.Option("--head-quantization", metavar="KIND", help=f"How to hold the output head here: {QUANTIZATIONS}."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log everything to stderr; so does SHOAL_LOG=debug.")]
 
 

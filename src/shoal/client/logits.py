@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from shoal.client.projection import projection_of
 from shoal.errors import UserError
 from shoal.model.head import HeadCache
 from shoal.protocol import MAX_LOGITS_BYTES, MAX_STEP_TOKENS
@@ -157,11 +158,9 @@ class RemoteHead:
     """How a model calls itself so that a server computes the output projection."""
 
     def __init__(self, model: PreTrainedModel, *, top_k: int | None) -> None:
-        projection = model.get_output_embeddings() if model.can_generate() else None
-        names = [name for name, child in model.named_children() if child is projection]
-        if not isinstance(projection, nn.Linear) or not names:
+        if (found := projection_of(model)) is None:
             raise UserError(f"{type(model).__name__} has no output head that a server could compute")
-        self._name = names[0]
+        self._name, projection = found
         self._projection = [projection]  # in a list, so that nobody takes it for a submodule
         self._version = projection.weight._version
         self._vocabulary = projection.out_features

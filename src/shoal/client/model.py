@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import psutil
 import torch
 from torch import nn
 from transformers import (
@@ -25,12 +24,12 @@ from shoal.client.chain import Chain
 from shoal.client.config import ClientConfig
 from shoal.client.continuation import Continuation
 from shoal.client.logits import RemoteHead
+from shoal.client.projection import prepare_projection
 from shoal.client.runtime import Runtime
 from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import Family, text_config
 from shoal.model.head import HeadCache, build_head
-from shoal.model.linear import quicken
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import LOSSY, Encoding
@@ -68,6 +67,7 @@ class _AutoDistributed:
         wire: str = "auto",
         remote_head: bool = False,
         head_top_k: int | None = None,
+        head_quantization: str = "none",
         allow_uncertified: bool = False,
         **config_changes: Any,
     ) -> Any:
@@ -78,7 +78,8 @@ class _AutoDistributed:
         `wire` is how that travels: "raw" as it is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less
         precisely. With `remote_head`, sessions end at a server that computes the output head as well (`--serve-head`),
         and this side reads it from disk only if there is none; with `head_top_k` such a server sends the logits of so
-        many of the likeliest tokens, and whoever looks further finds -inf.
+        many of the likeliest tokens, and whoever looks further finds -inf. `head_quantization` is for the output head
+        on this side: "int8" or "nf4" take less memory and are less precise than "none".
         Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
         it to the end of the process.
 
@@ -107,6 +108,7 @@ class _AutoDistributed:
                 config=config,
                 dtype=dtype,
                 device=device,
+                head_quantization=head_quantization,
                 **config_changes,
             )
         except BaseException:
@@ -123,6 +125,7 @@ class _AutoDistributed:
         config: ClientConfig,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
+        head_quantization: str = "none",
         **config_changes: Any,
     ) -> Any:
         """The same on a network that is there already; the model closes `runtime` when it is closed."""
@@ -151,8 +154,7 @@ class _AutoDistributed:
         )
         if GENERATION_CONFIG in checkpoint.files and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.files.path(GENERATION_CONFIG).parent)
-        if isinstance(projection := model.get_output_embeddings() if model.can_generate() else None, nn.Linear):
-            quicken(projection, free_bytes=psutil.virtual_memory().available)
+        prepare_projection(model, quantization=head_quantization, remote=config.remote_head, dtype=chosen_dtype)
         if config.remote_head:
             model._remote_head = RemoteHead(model, top_k=config.head_top_k)
         return model.eval()
