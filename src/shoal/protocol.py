@@ -23,6 +23,8 @@ MAX_STEP_TOKENS = 1024
 """The tokens, over all sequences of a batch, that one message carries at most; clients cut longer work in pieces.
 
 A single token of every sequence always fits, and so does one sequence of a `Forward` or `Backward`."""
+MAX_LOGITS_BYTES = 64 * 1024 * 1024
+"""The logits of one answer: a small question must not cost much memory. Beyond, clients compute the head themselves."""
 MAX_BATCH = 1024
 MAX_LENGTH = 1 << 22
 MAX_BLOCKS = 4096
@@ -41,7 +43,7 @@ LOSSY: dict[Encoding, frozenset[DType]] = {
 """The encodings that lose precision, and the dtypes that they make smaller."""
 INT8_BLOCK = 64
 """The values that share one peak in the encoding int8."""
-TensorName = Literal["hidden", "positions", "mask", "grad", "digests"]
+TensorName = Literal["hidden", "positions", "mask", "grad", "digests", "logits", "ids"]
 Text = Annotated[str, Field(max_length=256)]
 Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # it ends up on terminals
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
@@ -159,6 +161,9 @@ class Step(_Message):
     First, `rows` (if given) says which old sequence each sequence continues, as beam search and batch changes need;
     then whatever the session holds beyond `position` is forgotten. Tensors: `hidden` [B, T, D]; optionally `positions`
     [B, T] int64 and the padding `mask` [B, T] uint8 of the new tokens.
+
+    With `logits`, the output head's answer is wanted instead of hidden states: for so many of the last positions, and
+    of the `top_k` likeliest tokens only if that is given.
     """
 
     carries = ("hidden", "positions", "mask")
@@ -168,6 +173,14 @@ class Step(_Message):
         tuple[Annotated[int, Field(ge=0, lt=MAX_BATCH)], ...] | None,
         Field(min_length=1, max_length=MAX_BATCH, strict=False),
     ] = None
+    logits: Annotated[int, Field(ge=0, le=MAX_STEP_TOKENS)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_LENGTH)] | None = None
+
+    @model_validator(mode="after")
+    def _top_k_is_of_logits(self) -> Step:
+        if self.top_k is not None and self.logits is None:
+            raise ValueError("the likeliest tokens without logits")
+        return self
 
 
 class Forward(_OnSpan):
@@ -188,9 +201,12 @@ class Result(_Message):
     """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`).
 
     Its dtype and its encoding are those of the question's `hidden`.
+
+    To a `Step` that wants logits of N positions (`logits` in it) it has `logits` [B, N, V] instead, always raw, or
+    `logits` and `ids` [B, N, top_k] int64; for N = 0, nothing.
     """
 
-    carries = ("hidden", "grad")
+    carries = ("hidden", "grad", "logits", "ids")
     kind: Literal["result"] = "result"
 
 

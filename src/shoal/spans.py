@@ -61,7 +61,8 @@ class ServerInfo:
     Speeds are in tokens per second through the whole of its span: `decode_speed` one token at a time, `prefill_speed`
     for long inputs. `fingerprint` names the exact weights (`shoal.model.checkpoint`), before any quantization.
     `encodings` are the ways beside raw in which it takes and sends tensors (`shoal.protocol`).
-    `queue_length` counts the steps and passes that wait.
+    `queue_length` counts the steps and passes that wait. With a `head` it computes the final norm and the output
+    projection too, after the last block.
     """
 
     peer: str
@@ -78,3 +79,4 @@ class ServerInfo:
     addresses: tuple[str, ...] = ()
     encodings: tuple[str, ...] = ()
     queue_length: int = 0
+    head: bool = False

@@ -53,6 +53,7 @@ def info(identity: Identity = ALICE, **changes: Any) -> ServerInfo:
         "addresses": (f"/ip4/10.0.0.1/tcp/31337/p2p/{identity.peer}",),
         "encodings": ("bfloat16", "int8"),
         "queue_length": 3,
+        "head": True,
     }
     return ServerInfo(**fields | changes)
 

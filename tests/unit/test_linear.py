@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from shoal.model import linear
 from shoal.model.body import Body, build_body
 from shoal.model.families import CERTIFIED, family_of, find_backbone
-from shoal.model.linear import PackedLinear, can_pack, pack_linears
+from shoal.model.linear import COPIES, PackedLinear, QuickLinear, can_pack, pack_linears, quicken
 from shoal.spans import Span
 
 from ..swarm.tiny_models import tiny_config
@@ -169,3 +170,55 @@ def test_no_certified_family_reads_a_weight_that_is_packed(monkeypatch: pytest.M
         with torch.inference_mode():
             model(torch.tensor([[5, 6, 7]]))
     assert reads == []
+
+
+def quick() -> nn.Linear:
+    layer = make_linear().requires_grad_(True)
+    quicken(layer, free_bytes=1 << 40)
+    assert isinstance(layer, QuickLinear) == can_pack()
+    return layer
+
+
+def test_a_quick_layer_follows_its_weight_whoever_changes_it() -> None:
+    layer, x = quick(), torch.randn(2, IN).bfloat16()
+
+    def same() -> bool:
+        with torch.no_grad():
+            return torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=0.05)
+
+    assert same()
+    with torch.no_grad():
+        layer.weight.mul_(3)
+    assert same()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=10.0)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    assert same()
+    layer(x).sum()
+    layer.weight.data.neg_()
+    assert same()
+    layer.load_state_dict(make_linear().state_dict())
+    assert same()
+    layer.bias = nn.Parameter(torch.ones(OUT, dtype=torch.bfloat16))
+    assert same()
+    layer.weight = nn.Parameter(torch.randn(OUT, IN, dtype=torch.bfloat16))
+    assert same()
+
+
+def test_a_quick_layer_is_a_linear_layer_in_all_else() -> None:
+    plain, layer, x = make_linear(), quick(), torch.randn(2, IN).bfloat16()
+    with torch.no_grad():
+        layer(x)
+        copied = copy.deepcopy(layer)
+        assert torch.equal(copied(x), layer(x))
+        wide = layer.float()
+        torch.testing.assert_close(wide(x.float()), plain.float()(x.float()))
+    assert isinstance(layer, nn.Linear)
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    assert "_copy" not in layer.__getstate__()
+
+
+def test_where_memory_is_short_a_layer_stays_as_it_is() -> None:
+    layer = make_linear()
+    quicken(layer, free_bytes=layer.weight.nbytes * COPIES - 1)
+    assert type(layer) is nn.Linear

@@ -12,7 +12,9 @@ from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, ServerState, Span
 
 
-def server(peer: str, span: str, speed: float = 10.0, state: ServerState = ServerState.ONLINE) -> ServerInfo:
+def server(
+    peer: str, span: str, speed: float = 10.0, state: ServerState = ServerState.ONLINE, *, head: bool = False
+) -> ServerInfo:
     return ServerInfo(
         peer=peer,
         span=Span.parse(span),
@@ -24,6 +26,7 @@ def server(peer: str, span: str, speed: float = 10.0, state: ServerState = Serve
         dtype="float32",
         quantization="none",
         version="0",
+        head=head,
     )
 
 
@@ -60,6 +63,18 @@ def test_blocks_that_nobody_holds_are_named():
     with pytest.raises(MissingBlocks, match="no server holds blocks 2:5, 7:8") as error:
         hops(view)
     assert error.value.blocks == (2, 3, 4, 7)
+
+
+def test_a_route_to_a_head_ends_there_and_runs_as_it_likes_before():
+    whole, middle, last = server("whole", "0:4", 99), server("middle", "1:3"), server("last", "2:4", 1, head=True)
+    view = SwarmView(4, (whole, middle, last, server("inside", "0:3", 999, head=True)))
+
+    def ends(span: str, *, head: bool) -> list[str]:
+        return [hop.server.peer for hop in choose_route(view, Span.parse(span), round_trips={}, head=head)]
+
+    assert ends("0:4", head=False) == ["whole"]
+    assert ends("0:4", head=True) in (["whole", "last"], ["inside", "last"])
+    assert ends("3:4", head=True) == ["last"]
 
 
 @st.composite

@@ -35,6 +35,8 @@ def command(
     ] = None,
     dtype: options.ClientDType = options.DType.auto,
     wire: options.OnTheWire = options.Wire.auto,
+    remote_head: options.RemoteHead = False,
+    head_quantization: options.HeadQuantization = options.Quantization.none,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
     verbose: options.Verbose = False,
@@ -48,7 +50,14 @@ def command(
     peers = options.swarm_peers(initial_peers)
     chosen = options.sampling(temperature, top_p, top_k, seed)
     with connected(
-        model, peers, revision=revision, dtype=dtype, wire=wire, allow_uncertified=allow_uncertified
+        model,
+        peers,
+        revision=revision,
+        dtype=dtype,
+        wire=wire,
+        remote_head=remote_head,
+        head_quantization=head_quantization,
+        allow_uncertified=allow_uncertified,
     ) as client:
         llm, tokenizer = client
         seed_everything(seed)

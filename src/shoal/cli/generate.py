@@ -33,6 +33,8 @@ def command(
     num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with so many beams.")] = 1,
     dtype: options.ClientDType = options.DType.auto,
     wire: options.OnTheWire = options.Wire.auto,
+    remote_head: options.RemoteHead = False,
+    head_quantization: options.HeadQuantization = options.Quantization.none,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, at the end.")] = False,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
@@ -49,7 +51,14 @@ def command(
     chosen = options.sampling(temperature, top_p, top_k, seed, num_beams)
 
     with connected(
-        model, peers, revision=revision, dtype=dtype, wire=wire, allow_uncertified=allow_uncertified
+        model,
+        peers,
+        revision=revision,
+        dtype=dtype,
+        wire=wire,
+        remote_head=remote_head,
+        head_quantization=head_quantization,
+        allow_uncertified=allow_uncertified,
     ) as client:
         llm, tokenizer = client
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -104,6 +113,8 @@ def connected(
     revision: str | None,
     dtype: options.DType,
     wire: options.Wire,
+    remote_head: bool,
+    head_quantization: options.Quantization,
     allow_uncertified: bool,
 ) -> Iterator[tuple[Any, Any]]:
     """The model in the swarm, and its tokenizer; leaves the swarm with the context."""
@@ -118,6 +129,8 @@ def connected(
             revision=revision,
             dtype=dtype.value,
             wire=wire.value,
+            remote_head=remote_head,
+            head_quantization=head_quantization.value,
             allow_uncertified=allow_uncertified,
         )
     try:

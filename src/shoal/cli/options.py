@@ -99,6 +99,17 @@ OnTheWire = Annotated[
         "--wire", metavar="ENCODING", help="How it travels: raw (auto), or bfloat16, int8: fewer bytes, less precise."
     ),
 ]
+RemoteHead = Annotated[
+    bool,
+    typer.Option(
+        "--remote-head/--no-remote-head",
+        help="Let a server compute the output head, if one offers to (serve --serve-head); else it is computed here.",
+    ),
+]
+HeadQuantization = Annotated[
+    Quantization,
+    typer.Option("--head-quantization", metavar="KIND", help=f"How to hold the output head here: {QUANTIZATIONS}."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log everything to stderr; so does SHOAL_LOG=debug.")]
 
 

@@ -57,6 +57,10 @@ def command(
     training_share: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="PART", help="Of the time, for training while others generate.")
     ] = Shares.training,
+    serve_head: Annotated[
+        bool,
+        typer.Option("--serve-head", help="Hold the output head too, after the last block, for clients that ask."),
+    ] = False,
     name: Annotated[str, typer.Option(metavar="NAME", help="What people shall call this server.")] = "",
     host: options.Host = "0.0.0.0",  # noqa: S104
     port: options.Port = 0,
@@ -115,6 +119,7 @@ def command(
             cache_tokens=cache_tokens,
             cache_dtype=cache_dtype.value,
             shares=Shares(prefill=prefill_share, training=training_share),
+            serve_head=serve_head,
             name=name,
             allow_uncertified=allow_uncertified,
         )
@@ -145,7 +150,7 @@ def describe(server: Server, config: ServerConfig) -> str:
     revision = f" --revision {shlex.quote(config.revision)}" if config.revision else ""
     facts = [
         ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
-        ("blocks", str(info.span)),
+        ("blocks", f"{info.span} and the output head" if info.head else str(info.span)),
         ("computes", f"in {info.dtype} on {config.device}"),
         *([("quantized", info.quantization)] if info.quantization != "none" else []),
         ("decoding", f"{info.decode_speed:,.0f} tokens/s through its blocks"),

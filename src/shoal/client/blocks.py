@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from shoal.client.chain import Chain, Piece
+from shoal.client.logits import Asked, Logits
 from shoal.client.runtime import Runtime
 from shoal.client.session import Session
 from shoal.errors import UnsupportedOperation, UserError
@@ -69,7 +70,9 @@ class RemoteBlocks(nn.Module):
         """
         if past_key_values is not None:
             session = cast(InferenceSession, past_key_values.session)
-            return session.step(hidden_BTD, attention_mask=attention_mask, position_ids=position_ids)
+            return session.step(
+                hidden_BTD, attention_mask=attention_mask, position_ids=position_ids, asked=past_key_values.asked
+            )
         _check_inputs(hidden_BTD)
         mask = _mask_of(attention_mask, hidden_BTD)
         positions = _positions_of(position_ids, hidden_BTD)
@@ -154,8 +157,12 @@ class InferenceSession:
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        asked: Asked | None = None,
     ) -> torch.Tensor:
-        """Append inputs [B, T, D] and return the blocks' outputs for them. Raises `UserError` when it gets too long."""
+        """Append inputs [B, T, D] and return the blocks' outputs for them. Raises `UserError` when it gets too long.
+
+        If the output head was `asked` for logits and has answered, what is returned means nothing.
+        """
         if not self._closing.alive:
             raise UserError("this session is closed")
         _check_inputs(hidden_BTD)
@@ -176,9 +183,14 @@ class InferenceSession:
             self.num_tokens,
             _positions_of(position_ids, hidden_BTD),
             _mask_of(attention_mask, hidden_BTD),
+            None if asked is None else asked.question(hidden_BTD),
         )
         output = self._runtime.run(work)
         self.num_tokens += num_tokens
+        if isinstance(output, Logits):
+            assert asked is not None
+            asked.answer = output.to(hidden_BTD.device)
+            output = hidden_BTD.new_zeros(1, 1, 1).expand_as(hidden_BTD)
         return cast(torch.Tensor, _NoGradient.apply(output.to(hidden_BTD.device), hidden_BTD))
 
     def crop(self, num_tokens: int) -> None:

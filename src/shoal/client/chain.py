@@ -49,12 +49,12 @@ class Piece:
         return named_tensors(self.hidden, self.positions, self.mask)
 
 
-Holding = tuple[str, Span]
-"""A peer and the blocks that it announces: started again with other blocks, it is another server."""
+Holding = tuple[str, Span, bool]
+"""A peer and what it announces to hold, blocks and head: started again with others, it is another server."""
 
 
 def holding(server: ServerInfo) -> Holding:
-    return server.peer, server.span
+    return server.peer, server.span, server.head
 
 
 def named_tensors(
@@ -83,12 +83,13 @@ class Chain:
         self._viewed_at = float("-inf")
         self._refreshing = asyncio.Lock()
         self._out_of_touch: SwarmError | None = None
+        self._head_found = True
         self._passes = asyncio.Semaphore(PASSES_AT_ONCE)
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
-    async def route(self, span: Span, excluded: Set[Holding] = frozenset()) -> tuple[Hop, ...]:
-        """The fastest chain of usable servers over a span.
+    async def route(self, span: Span, excluded: Set[Holding] = frozenset(), *, head: bool = False) -> tuple[Hop, ...]:
+        """The fastest chain of usable servers over a span; with `head`, one that ends at an output head if any does.
 
         Raises `MissingBlocks`, and `SwarmError` if the directory has never answered.
         """
@@ -100,9 +101,21 @@ class Chain:
             view = self._trusted(excluded)
         if view.missing(span):  # better a server that failed lately than none
             view = self._askable(excluded)
-        hops = choose_route(view, span, round_trips=self._round_trips)
+        hops = choose_route(view, span, round_trips=self._round_trips, head=head and self._has_head(view))
         log.info("blocks %s go through %s", span, ", ".join(f"{hop.server.peer[-8:]} {hop.span}" for hop in hops))
         return hops
+
+    def _has_head(self, view: SwarmView) -> bool:
+        """Whether a server offers the output head; the log tells when that changes."""
+        found = any(server.head and server.span.end == view.num_blocks for server in view.servers)
+        if found != self._head_found:
+            self._head_found = found
+            log.log(
+                logging.INFO if found else logging.WARNING,
+                "the output head is computed %s",
+                "by servers" if found else "here: no server offers it now",
+            )
+        return found
 
     async def _refresh(self) -> None:
         """Take the picture anew. If the directory does not answer, the last one has to do."""

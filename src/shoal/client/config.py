@@ -25,16 +25,28 @@ class ClientConfig:
     """How long to look for servers in place of those that were lost, or wait for those that are busy."""
     refresh_seconds: float = 20.0
     """The age at which a picture of the swarm is taken anew."""
+    remote_head: bool = False
+    """Let the last server compute the output head in sessions, if any offers to."""
+    head_top_k: int | None = None
+    """Ask it for the logits of so many of the likeliest tokens only."""
     wire: Encoding = "raw"
     """How hidden states and gradients travel. Whatever else than raw loses precision, so only the user chooses it."""
 
     @classmethod
     def choosing(
-        cls, allowed: Sequence[str] | None, blocked: Sequence[str] | None, *, wire: Encoding = "raw"
+        cls,
+        allowed: Sequence[str] | None,
+        blocked: Sequence[str] | None,
+        *,
+        wire: Encoding = "raw",
+        remote_head: bool = False,
+        head_top_k: int | None = None,
     ) -> ClientConfig:
-        """The default, with the user's lists of servers and the encoding that the user wants."""
+        """The default, with the user's lists of servers and what the user wants of them."""
         return cls(
             allowed_servers=None if allowed is None else frozenset(allowed),
             blocked_servers=frozenset(blocked or ()),
             wire=wire,
+            remote_head=remote_head,
+            head_top_k=head_top_k,
         )

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 
 from shoal.client.config import ClientConfig
+from shoal.client.logits import Logits, Question
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, UserError
 from shoal.model.prefix import PAGE_TOKENS
 from shoal.net import codec
@@ -111,17 +112,50 @@ class Connection:
         await self.close()
         raise ServerLost(f"{self._peer} answered {wrong}", peer=self._peer)
 
+    async def logits(self, request: Step, tensors: codec.Tensors, question: Question) -> Logits | None:
+        """Ask for as many logits as `request` says; none of it, if these are 0. Raises `PeerError`s."""
+        reply, answered = await self.ask(
+            request, tensors, expect=Result, answer_bytes=question.num_bytes(tensors["hidden"], request.logits or 0)
+        )
+        if not request.logits:
+            return None
+        values, ids = answered.get("logits"), answered.get("ids")
+        expected = (*tensors["hidden"].shape[:1], request.logits, question.width)
+        if (
+            values is None
+            or values.shape != expected
+            or values.dtype != tensors["hidden"].dtype
+            or reply.encoding_of("logits") != "raw"
+            or (ids is None) != (request.top_k is None)
+            or (ids is not None and (ids.shape != expected or not question.are_tokens(ids)))
+        ):
+            wrong = "something else than was asked"
+        elif not _plausible(values, tensors):
+            wrong = "with numbers that are not finite"
+        else:
+            return Logits(values, ids)
+        await self.close()
+        raise ServerLost(f"{self._peer} answered {wrong}", peer=self._peer)
+
     async def ask(
-        self, message: Message, tensors: codec.Tensors | None = None, *, expect: type[Message]
+        self,
+        message: Message,
+        tensors: codec.Tensors | None = None,
+        *,
+        expect: type[Message],
+        answer_bytes: int | None = None,
     ) -> tuple[Message, codec.Tensors]:
         """Send a message and wait for its answer, as long as the server says that it is working on it, up to a limit.
+
+        The answer is about as long as the question, if `answer_bytes` does not say how long.
 
         Raises `PeerError`s.
         """
         config = self._config
         try:
             # Both directions: a server that is still receiving the question has nothing to say either.
-            in_flight = 2 * sum(tensor.nbytes for tensor in (tensors or {}).values())
+            question_bytes = sum(tensor.nbytes for tensor in (tensors or {}).values())
+            in_flight = question_bytes + (question_bytes if answer_bytes is None else answer_bytes)
             silence_seconds = config.silence_seconds + in_flight / SLOWEST_LINK
             async with asyncio.timeout(config.longest_answer_seconds) as limit:
                 async with asyncio.timeout(silence_seconds):
@@ -173,11 +207,11 @@ class Connection:
 
 
 def _plausible(result_BTD: torch.Tensor, tensors: codec.Tensors) -> bool:
-    """Whether finite inputs gave finite outputs. Padding may become anything."""
+    """Whether finite inputs gave finite outputs, for the last of them at least. Padding may become anything."""
     if _finite(result_BTD) or not _finite(tensors["hidden"]):
         return True
     mask_BT = tensors.get("mask")
-    return mask_BT is not None and bool(torch.isfinite(result_BTD[mask_BT.bool()]).all())
+    return mask_BT is not None and bool(torch.isfinite(result_BTD[mask_BT[:, -result_BTD.shape[1] :].bool()]).all())
 
 
 def _finite(tensor: torch.Tensor) -> bool:

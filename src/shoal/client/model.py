@@ -23,6 +23,8 @@ from shoal.client.blocks import InferenceSession, RemoteBlocks, closing_new_sess
 from shoal.client.chain import Chain
 from shoal.client.config import ClientConfig
 from shoal.client.continuation import Continuation
+from shoal.client.logits import RemoteHead
+from shoal.client.projection import prepare_projection
 from shoal.client.runtime import Runtime
 from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.checkpoint import Checkpoint
@@ -63,6 +65,9 @@ class _AutoDistributed:
         allowed_servers: Sequence[str] | None = None,
         blocked_servers: Sequence[str] | None = None,
         wire: str = "auto",
+        remote_head: bool = False,
+        head_top_k: int | None = None,
+        head_quantization: str = "none",
         allow_uncertified: bool = False,
         **config_changes: Any,
     ) -> Any:
@@ -71,7 +76,10 @@ class _AutoDistributed:
         `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them, in a list
         or in one string (by default those in $SHOAL_INITIAL_PEERS). `dtype` is what this side computes and sends in;
         `wire` is how that travels: "raw" as it is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less
-        precisely.
+        precisely. With `remote_head`, sessions end at a server that computes the output head as well (`--serve-head`),
+        and this side reads it from disk only if there is none; with `head_top_k` such a server sends the logits of so
+        many of the likeliest tokens, and whoever looks further finds -inf. `head_quantization` is for the output head
+        on this side: "int8" or "nf4" take less memory and are less precise than "none".
         Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
         it to the end of the process.
 
@@ -86,7 +94,9 @@ class _AutoDistributed:
                 "which swarm? initial_peers is empty",
                 hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
             )
-        config = ClientConfig.choosing(allowed_servers, blocked_servers, wire=_encoding(wire))
+        config = ClientConfig.choosing(
+            allowed_servers, blocked_servers, wire=_encoding(wire), remote_head=remote_head, head_top_k=head_top_k
+        )
         runtime = Runtime()
         try:
             network = join(NetworkConfig(initial_peers=peers, client_mode=True))
@@ -98,6 +108,7 @@ class _AutoDistributed:
                 config=config,
                 dtype=dtype,
                 device=device,
+                head_quantization=head_quantization,
                 **config_changes,
             )
         except BaseException:
@@ -114,6 +125,7 @@ class _AutoDistributed:
         config: ClientConfig,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
+        head_quantization: str = "none",
         **config_changes: Any,
     ) -> Any:
         """The same on a network that is there already; the model closes `runtime` when it is closed."""
@@ -121,6 +133,7 @@ class _AutoDistributed:
         model_class = cls._class_for(model_config)
         chosen_dtype = _dtype(dtype, model_config)
         _check_wire(config.wire, checkpoint.family, chosen_dtype)
+        _check_top_k(config)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
         blocks = RemoteBlocks(
             runtime,
@@ -141,6 +154,9 @@ class _AutoDistributed:
         )
         if GENERATION_CONFIG in checkpoint.files and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.files.path(GENERATION_CONFIG).parent)
+        prepare_projection(model, quantization=head_quantization, remote=config.remote_head, dtype=chosen_dtype)
+        if config.remote_head:
+            model._remote_head = RemoteHead(model, top_k=config.head_top_k)
         return model.eval()
 
     @classmethod
@@ -180,6 +196,15 @@ class _InSwarm:
     """Mixed into the model's class: what a distributed model can do beyond what Transformers' can."""
 
     blocks: RemoteBlocks
+    _remote_head: RemoteHead | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        asked = None if self._remote_head is None else self._remote_head.asked(self, kwargs)
+        if self._remote_head is None or asked is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        view: Any = self._remote_head.view_of(self, asked)  # type: ignore[type-var]
+        with asked:
+            return asked.finished(super(_InSwarm, view).__call__(*args, **kwargs))  # type: ignore[misc]
 
     @property
     def transformer(self) -> Any:
@@ -270,3 +295,12 @@ def _dtype(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:
     if found not in DTYPES:
         raise UserError(f"{dtype} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
     return found
+
+
+def _check_top_k(config: ClientConfig) -> None:
+    if config.head_top_k is None:
+        return
+    if not config.remote_head:
+        raise UserError("head_top_k is for a head that a server computes", hint="add remote_head=True")
+    if config.head_top_k < 1:
+        raise UserError(f"the {config.head_top_k} likeliest tokens: at least one is needed")

@@ -13,10 +13,11 @@ import torch
 from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import CannotRewind, Connection
 from shoal.client.history import History
+from shoal.client.logits import Logits, Question
 from shoal.errors import PeerError, ServerLost, UserError
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
 from shoal.net.encodings import as_received
-from shoal.protocol import MAX_STEP_TOKENS, Open, Ping, Pong, Step
+from shoal.protocol import MAX_STEP_TOKENS, Open, Ping, Pong, Step, TensorName
 from shoal.routing.route import Hop
 from shoal.spans import Span
 
@@ -100,11 +101,17 @@ class Session:
                 log.select_rows(rows)
 
     async def step(
-        self, hidden_BTD: torch.Tensor, position: int, positions_BT: torch.Tensor | None, mask_BT: torch.Tensor | None
-    ) -> torch.Tensor:
+        self,
+        hidden_BTD: torch.Tensor,
+        position: int,
+        positions_BT: torch.Tensor | None,
+        mask_BT: torch.Tensor | None,
+        question: Question | None = None,
+    ) -> torch.Tensor | Logits:
         """Append the inputs of the tokens from `position` on; returns the span's outputs for them, [B, T, D].
 
-        If it fails or is cancelled, the session is as if it had never been called.
+        With a `question` to the output head, its answer instead, if the last server has a head. If it fails or is
+        cancelled, the session is as if it had never been called.
         """
         async with self._busy:
             if self._closed:
@@ -125,68 +132,85 @@ class Session:
             )
             self._step = asyncio.current_task()
             try:
-                return await self._walk(hidden_BTD, position)
+                return await self._walk(hidden_BTD, position, question)
             finally:
                 self._step = None
 
-    async def _walk(self, hidden_BTD: torch.Tensor, position: int) -> torch.Tensor:
+    async def _walk(self, hidden_BTD: torch.Tensor, position: int, question: Question | None) -> torch.Tensor | Logits:
         index, inputs, start = 0, as_received(hidden_BTD, self._chain.config.wire), position
         failed = False
 
-        async def walk(excluded: Set[Holding]) -> torch.Tensor:
+        async def walk(excluded: Set[Holding]) -> torch.Tensor | Logits:
             nonlocal index, inputs, start, failed
             if not self._shares:
-                self._shares = [_Share(hop, History()) for hop in await self._chain.route(self.span, excluded)]
+                self._shares = [_Share(hop, History()) for hop in await self._route(self.span, excluded)]
             if failed:
                 self._shares[index : index + 1] = await self._replace(self._shares[index], excluded)
                 failed = False
             while index < len(self._shares):
                 share = self._shares[index]
                 share.take(inputs, start)
+                answers = share.hop.server.head and index == len(self._shares) - 1
                 try:
-                    inputs, start = await self._catch_up(share)
+                    outcome, since = await self._catch_up(share, question if answers else None)
                 except PeerError:
                     failed = True
                     raise
                 index += 1
+                if isinstance(outcome, Logits):
+                    return outcome
+                inputs, start = outcome, since
             return inputs[:, position - start :]
 
         return await self._chain.persist(self.span, walk)
 
     async def _replace(self, share: _Share, excluded: Set[Holding]) -> list[_Share]:
         """Servers for the blocks of one that failed. The first replays its history, the others get what comes out."""
-        first, *others = await self._chain.route(share.hop.span, excluded)
+        first, *others = await self._route(share.hop.span, excluded)
         return [_Share(first, share.history), *(_Share(hop, History()) for hop in others)]
 
-    async def _catch_up(self, share: _Share) -> tuple[torch.Tensor, int]:
-        """Let a server compute what it has not; returns those outputs and the position at which they start."""
+    async def _route(self, span: Span, excluded: Set[Holding]) -> tuple[Hop, ...]:
+        head = self._chain.config.remote_head and span.end == self._chain.model.num_blocks
+        return await self._chain.route(span, excluded, head=head)
+
+    async def _catch_up(self, share: _Share, question: Question | None = None) -> tuple[torch.Tensor | Logits, int]:
+        """Let a server compute what it has not; returns those outputs and the position at which they start.
+
+        With a question, the answer to that.
+        """
         if share.connection is None:
             share.num_computed_tokens, share.pending_rows = 0, None
         start = share.num_computed_tokens
         outputs: list[torch.Tensor] = []
+        logits: list[Logits] = []
         try:
             if share.connection is None:
-                known = await self._open(share)
+                known = await self._open(share, question)
                 if known is not None:
                     outputs.append(known)
                     share.num_computed_tokens = known.shape[1]
             tokens_at_once = max(1, MAX_STEP_TOKENS // self.batch_size)
             for piece in share.history.pieces(share.num_computed_tokens, tokens_at_once):
-                outputs.append(await self._send(share, piece))
+                if question is None:
+                    outputs.append(await self._send(share, piece))
+                elif (answer := await self._ask_head(share, piece, question)) is not None:
+                    logits.append(answer)
                 share.pending_rows = None
                 share.num_computed_tokens += piece.shape[1]
         except CannotRewind as refusal:
             await share.disconnect()
             if start == 0:
                 raise ServerLost(f"{refusal.peer} cannot go on with what it was just sent", peer=refusal.peer) from None
-            return await self._catch_up(share)
+            return await self._catch_up(share, question)
         except BaseException:
             await share.disconnect(goodbye=False)
             raise
         self._chain.answered(share.hop.server.peer)
+        if question is not None:
+            return Logits.joined(logits), start
         return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], start
 
-    async def _open(self, share: _Share) -> torch.Tensor | None:
+    async def _open(self, share: _Share, question: Question | None) -> torch.Tensor | None:
         """Connect; returns the outputs [B, T, D] of first tokens that the server has computed before, for anybody."""
         hop = share.hop
         share.connection = await self._chain.connect(hop.server)
@@ -199,17 +223,20 @@ class Session:
             max_length=self.max_length,
             salt=self._chain.config.salt,
         )
-        return await share.connection.begin(request, self._digests(share), share.history.since(0))
+        return await share.connection.begin(request, self._digests(share, question), share.history.since(0))
 
-    def _digests(self, share: _Share) -> torch.Tensor | None:
-        """The names [B, pages, 16] of what a share's sequences begin with. Padded ones have none."""
-        num_tokens = share.history.num_tokens
+    def _digests(self, share: _Share, question: Question | None) -> torch.Tensor | None:
+        """The names [B, pages, 16] of what a share's sequences begin with. Padded ones have none.
+
+        What a question is about has none either: of tokens that need no computing, a server knows no logits.
+        """
+        num_tokens = share.history.num_tokens - (0 if question is None else question.num_tokens)
         if num_tokens < PAGE_TOKENS or self._masks is not None:
             return None
-        inputs_BTD = share.history.since(0)
+        inputs_BTD = share.history.since(0)[:, :num_tokens]
         positions_BT = torch.arange(num_tokens).expand(self.batch_size, -1)
         if self._positions is not None:
-            positions_BT = self._positions.since(0)
+            positions_BT = self._positions.since(0)[:, :num_tokens]
         first = root(share.hop.span, self._chain.config.salt)
         names = [
             b"".join(page_names(first, hidden, positions))
@@ -218,14 +245,24 @@ class Session:
         digests = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
         return digests.view(self.batch_size, -1, DIGEST_BYTES)
 
-    async def _send(self, share: _Share, piece_BTD: torch.Tensor) -> torch.Tensor:
+    async def _ask_head(self, share: _Share, piece_BTD: torch.Tensor, question: Question) -> Logits | None:
         assert share.connection is not None
-        start, num_tokens = share.num_computed_tokens, piece_BTD.shape[1]
-        tensors = named_tensors(
+        start = share.num_computed_tokens
+        num_wanted = question.within(start + piece_BTD.shape[1], start=start, num_tokens=share.history.num_tokens)
+        request = Step(position=start, rows=share.pending_rows, logits=num_wanted, top_k=question.top_k)
+        return await share.connection.logits(request, self._tensors(start, piece_BTD), question)
+
+    def _tensors(self, start: int, piece_BTD: torch.Tensor) -> dict[TensorName, torch.Tensor]:
+        num_tokens = piece_BTD.shape[1]
+        return named_tensors(
             piece_BTD,
             None if self._positions is None else self._positions.since(start)[:, :num_tokens],
             None if self._masks is None else self._masks.since(start)[:, :num_tokens],
         )
+
+    async def _send(self, share: _Share, piece_BTD: torch.Tensor) -> torch.Tensor:
+        assert share.connection is not None
+        start, tensors = share.num_computed_tokens, self._tensors(share.num_computed_tokens, piece_BTD)
         request = Step(position=start, rows=share.pending_rows)
         return await share.connection.compute(request, tensors, answer="hidden", shape=piece_BTD.shape)
 

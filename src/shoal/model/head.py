@@ -69,6 +69,7 @@ class HeadCache(Cache):  # type: ignore[misc]
     def __init__(self, session: Session) -> None:
         super().__init__(layers=[])
         self.session = session
+        self.asked: Any = None  # what the call that is under way wants of the blocks beside hidden states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.session.num_tokens

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 MIN_WEIGHTS = 1 << 16
 """Smaller matrices stay in the processor's cache in any layout, and are multiplied as fast without."""
 
+COPIES = 4
+"""A layer that keeps its weight as well is packed only where memory is free for so many of them."""
+
 READ_BY_MODELS = frozenset({"dt_proj", "weights_proj"})
 """Linears whose weights the code of some families reads at every call (Mamba's `dt_proj.weight @ time_step`): to lay
 such a weight out anew each time would cost more than is gained."""
@@ -90,6 +93,34 @@ class PackedLinear(FrozenLinear):
     def product(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed_OI, self.bias, "none", [], "")
         return product
+
+
+class QuickLinear(nn.Linear):
+    """An ordinary linear layer, trainable as ever, with a packed copy of its weight for calls that need no gradient.
+
+    The copy is made at the first such call, and dropped when the weight has changed or is about to.
+    """
+
+    _copy: tuple[object, PackedLinear] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16:
+            self._copy = None
+            return super().forward(x)
+        weight = (self.weight.data_ptr(), self.weight._version, id(self.bias))
+        if self._copy is None or self._copy[0] != weight:
+            self._copy = (weight, PackedLinear(self))
+        return self._copy[1].product(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A tensor in this layout can be neither copied nor saved; it is made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_copy"}
+
+
+def quicken(linear: nn.Module, *, free_bytes: int) -> None:
+    """Let a linear layer that gains from it keep a packed copy, if there is plenty of room for that."""
+    if _gains(linear) and can_pack() and linear.weight.nbytes * COPIES <= free_bytes:
+        linear.__class__ = QuickLinear
 
 
 def pack_linears(module: nn.Module) -> None:

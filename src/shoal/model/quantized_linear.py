@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from shoal.model.linear import FrozenLinear
 
@@ -129,6 +130,28 @@ class Int8Linear(FrozenLinear):
             weight_OK = ops.int8_vectorwise_dequant(self._weight_OI[:, columns_K], self._scale_O).to(x.dtype)
             product_RO = product_RO.addmm(outliers_RK, weight_OK.t())
         return product_RO.view(*x.shape[:-1], self.out_features)
+
+
+def quantized(linear: nn.Linear, settings: BitsAndBytesConfig, *, dtype: torch.dtype) -> FrozenLinear:
+    """A plain linear layer in 8 or 4 bits, where it is. Its weight is only read, and may be another module's too."""
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    weight, shape = linear.weight.detach(), (linear.in_features, linear.out_features)
+    layer: Any
+    if settings.load_in_8bit:
+        threshold = settings.llm_int8_threshold
+        layer = Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")
+        layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(weight.device)
+        layer.bias = linear.bias
+        return Int8Linear(layer, dtype=dtype)
+    kind = {
+        "quant_type": settings.bnb_4bit_quant_type,
+        "compress_statistics": settings.bnb_4bit_use_double_quant,
+    }
+    layer = Linear4bit(*shape, bias=False, compute_dtype=settings.bnb_4bit_compute_dtype, device="meta", **kind)
+    layer.weight = Params4bit(weight, requires_grad=False, module=layer, **kind).to(weight.device)
+    layer.bias = linear.bias
+    return FourBitLinear(layer, dtype=dtype)
 
 
 def replace_quantized_linears(module: nn.Module, *, dtype: torch.dtype) -> None:

@@ -71,6 +71,7 @@ class Announcement(BaseModel):
     addresses: Annotated[tuple[Address, ...], Field(max_length=8, strict=False)] = ()
     encodings: Annotated[tuple[Word, ...], Field(max_length=8, strict=False)] = ()
     queue_length: Count = 0
+    head: bool = False
 
     @model_validator(mode="after")
     def _span_is_in_the_model(self) -> Announcement:
@@ -102,6 +103,7 @@ class Announcement(BaseModel):
             addresses=info.addresses[:8],
             encodings=info.encodings,
             queue_length=info.queue_length,
+            head=info.head,
         )
 
     @property
@@ -126,6 +128,7 @@ class Announcement(BaseModel):
             addresses=tuple(address for address in self.addresses if peer_of(address) == self.peer),
             encodings=self.encodings,
             queue_length=self.queue_length,
+            head=self.head,
         )
 
     @property

@@ -48,11 +48,14 @@ class _Plan:
         return _Plan(self.seconds + round_trip + HOP_OVERHEAD + room, self.hops)
 
 
-def choose_route(view: SwarmView, span: Span, *, round_trips: Mapping[str, float]) -> tuple[Hop, ...]:
+def choose_route(
+    view: SwarmView, span: Span, *, round_trips: Mapping[str, float], head: bool = False
+) -> tuple[Hop, ...]:
     """The fastest chain of servers over a span: a shortest path over (server, block) (arXiv 2312.08361, section 3.2).
 
     A block costs its share of the server's announced time for a token; entering a server costs a round trip from the
-    client, in seconds by peer id. Among equals the view's order decides, so that callers may shuffle it.
+    client, in seconds by peer id. Among equals the view's order decides, so that callers may shuffle it. With `head`,
+    the chain ends at a server that offers the output head; the view must have one there.
 
     Raises `MissingBlocks` naming the blocks that nobody in the view holds.
     """
@@ -64,7 +67,7 @@ def choose_route(view: SwarmView, span: Span, *, round_trips: Mapping[str, float
         inside = {
             server.peer: min(inside.get(server.peer, fastest), fastest, key=_seconds).preceded_by(block, server)
             for server in view.servers
-            if block in server.span
+            if block in server.span and (server.head or not head or block < span.end - 1)
         }
         fastest = min((plan.entered(round_trips) for plan in inside.values()), key=_seconds)
     return fastest.hops

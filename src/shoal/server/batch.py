@@ -21,6 +21,7 @@ from shoal.model.cache import BodyCache
 from shoal.model.prefix import PAGE_TOKENS
 from shoal.server.attention import NewTokens, PackedAttention
 from shoal.server.cache import PagedCache
+from shoal.server.refusal import Wanted
 from shoal.server.session import Growth
 from shoal.spans import Span
 
@@ -39,6 +40,7 @@ class Chunk:
     pages: tuple[tuple[int, ...], ...]
     growth: Growth
     cache: BodyCache | None
+    wanted: Wanted | None = None  # logits instead of hidden states
 
 
 class Pass(Protocol):

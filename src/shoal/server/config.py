@@ -24,6 +24,8 @@ class ServerConfig:
     """"auto" is the dtype of the computation; "int8" takes half of bfloat16's room, and is not exact."""
     name: str = ""
     allow_uncertified: bool = False
+    serve_head: bool = False
+    """Hold the output head too, so that clients need not; of use where the last block is held."""
 
     announce_seconds: float = 20.0
     """Records are renewed this often, and live three times as long."""

@@ -21,6 +21,7 @@ from shoal.server.batch import Pass
 from shoal.server.cache import PagedCache
 from shoal.server.cores import Cores
 from shoal.server.executor import Executor
+from shoal.server.head import Answer, ServerHead
 from shoal.server.pages import PagePool, pages_for
 from shoal.server.refusal import Checks, Refused, Tensors, busy, misrouted, rejected
 from shoal.server.scheduler import Pace
@@ -51,6 +52,7 @@ class Engine:
         cores: Cores | None,
         pace: Pace,
         shares: Shares,
+        head: ServerHead | None = None,
     ) -> None:
         self._body = body
         self._executor = executor
@@ -58,7 +60,7 @@ class Engine:
         self._cache = cache
         self._shares = shares
         self._pool = PagePool(num_pages)
-        self._turns = Turns(compute, executor, self._pool, cores=cores, pace=pace, shares=shares)
+        self._turns = Turns(compute, executor, self._pool, head=head, cores=cores, pace=pace, shares=shares)
         self._num_opened = itertools.count()
         self._waiting_bytes = 0
 
@@ -131,8 +133,8 @@ class Engine:
         self._turns.sessions.discard(session)
         self._turns.look()
 
-    async def step(self, session: Session, request: Step, tensors: Tensors) -> torch.Tensor:
-        """Append [B, T, D] inputs to a session and return the [B, T, D] outputs. Raises `Refused`."""
+    async def step(self, session: Session, request: Step, tensors: Tensors) -> Answer:
+        """Append [B, T, D] inputs to a session and return the [B, T, D] outputs, or logits. Raises `Refused`."""
         if session.preempted:
             raise preempted()
         inputs = self._checks.inputs_of(tensors)
@@ -143,6 +145,7 @@ class Engine:
             batch_size=session.batch_size,
             max_length=session.max_length,
         )
+        wanted = self._checks.wanted_of(request, inputs, session.span)
         self._check_fits(inputs.batch_size, request.position + inputs.num_tokens)
         if not session.begun and self._num_in_queue >= self._shares.queue_length:
             raise busy(f"{self._shares.queue_length} others wait for room in the cache")
@@ -157,7 +160,7 @@ class Engine:
             await asyncio.to_thread(session.name, inputs)
             if session.preempted:  # meanwhile
                 raise preempted()
-        return await self._turns.of_step(session, inputs)
+        return await self._turns.of_step(session, inputs, wanted)
 
     async def _rewound(self, session: Session, request: Step) -> BodyCache:
         """Transformers' cache, taken back to where a step begins. Raises `Refused` if its kind of state does not."""

@@ -42,8 +42,15 @@ def choose_blocks(
             raise UserError(
                 f"{checkpoint.name} has {checkpoint.num_blocks} blocks; there is no span {config.blocks} of them"
             )
+        if config.serve_head and config.blocks.end < checkpoint.num_blocks:
+            raise UserError(
+                f"the output head follows the last block, which is not among {config.blocks}",
+                hint=f"serve it with blocks that end at {checkpoint.num_blocks}",
+            )
         return config.blocks
     memory = free_memory(device)
+    if config.serve_head:
+        memory -= round(checkpoint.head_bytes * dtype.itemsize / choose_dtype("auto", checkpoint).itemsize)
     block_bytes = _block_bytes(checkpoint, dtype, device, choose_quantization(config.quantization))
     num_blocks = config.num_blocks or choose_num_blocks(memory, block_bytes)
     if num_blocks == 0:
@@ -56,6 +63,8 @@ def choose_blocks(
         raise UserError(f"{checkpoint.name} has only {checkpoint.num_blocks} blocks")
     span = choose_span(view.throughput(), num_blocks=num_blocks)
     log.info("serving blocks %s of %d: %.1f GiB are free", span, checkpoint.num_blocks, memory / 2**30)
+    if config.serve_head and span.end < checkpoint.num_blocks:
+        log.warning("serving no output head: it follows the last block, and others are needed more")
     return span
 
 

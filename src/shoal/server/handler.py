@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken
@@ -34,6 +32,7 @@ from shoal.server.refusal import Refused, rejected
 from shoal.server.session import Session
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FAREWELL_SECONDS = 2.0
 """How long a client may take to hear why its stream ends."""
@@ -100,8 +99,9 @@ class Handler:
                         outputs: codec.Tensors = {} if known is None else {"hidden": known}
                         await self._say(stream, Opened(num_tokens=session.num_tokens), outputs, message.encoding)
                     case Step() if session is not None:
-                        hidden = await self._alive(stream, self._engine.step(session, message, tensors))
-                        await self._say(stream, Result(), {"hidden": hidden}, message.encoding_of("hidden"))
+                        answer = await self._alive(stream, self._engine.step(session, message, tensors))
+                        encoding = message.encoding_of("hidden") if message.logits is None else "raw"
+                        await self._say(stream, Result(), answer, encoding)
                     case Forward():
                         hidden = await self._alive(stream, self._engine.forward(message, tensors))
                         await self._say(stream, Result(), {"hidden": hidden}, message.encoding_of("hidden"))
@@ -114,7 +114,7 @@ class Handler:
             if session is not None:
                 self._engine.close(session)
 
-    async def _alive(self, stream: Stream, work: Coroutine[Any, Any, torch.Tensor]) -> torch.Tensor:
+    async def _alive(self, stream: Stream, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, telling the client at every heartbeat that it is on its way.
 
         Raises `StreamBroken` when the client is gone; the work is then dropped, if it has not begun.

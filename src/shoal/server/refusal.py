@@ -12,7 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, Backward, Failure, Forward, Open, Step, TensorName
+from shoal.protocol import (
+    MAX_BATCH,
+    MAX_LOGITS_BYTES,
+    MAX_STEP_TOKENS,
+    Backward,
+    Failure,
+    Forward,
+    Open,
+    Step,
+    TensorName,
+)
 from shoal.spans import Span
 
 Tensors = Mapping[TensorName, torch.Tensor]
@@ -61,6 +71,18 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The logits of so many of the last tokens, instead of hidden states: of all tokens, or of the likeliest only."""
+
+    num_tokens: int
+    top_k: int | None
+
+    def before(self, num_left: int) -> Wanted:
+        """What is wanted of a step's first tokens, if so many others follow."""
+        return Wanted(max(0, self.num_tokens - num_left), self.top_k)
+
+
+@dataclass(frozen=True)
 class Checks:
     """What a server may be asked for."""
 
@@ -69,6 +91,7 @@ class Checks:
     span: Span
     hidden_size: int
     max_length: int
+    vocabulary: int | None = None  # that of the output head, if it is held here: then the span ends at the last block
 
     def span_of(self, request: Open | Forward | Backward) -> Span:
         """The blocks that a request is about. Raises `Refused` if they are not this server's."""
@@ -125,3 +148,19 @@ class Checks:
         size = inputs.batch_size * inputs.num_tokens
         if size > max(MAX_STEP_TOKENS, inputs.batch_size):
             raise rejected(f"{size} tokens in one step; {MAX_STEP_TOKENS} are allowed")
+
+    def wanted_of(self, request: Step, inputs: Inputs, span: Span) -> Wanted | None:
+        """The logits that a step asks for. Raises `Refused` if they cannot be had here, or are too many."""
+        if request.logits is None:
+            return None
+        if self.vocabulary is None or span.end != self.span.end:
+            raise misrouted("this server holds no output head, or the session does not end where it would follow")
+        if request.logits > inputs.num_tokens:
+            raise rejected(f"logits of {request.logits} tokens in a step of {inputs.num_tokens}")
+        if request.top_k is not None and request.top_k > self.vocabulary:
+            raise rejected(f"the {request.top_k} likeliest of {self.vocabulary} tokens")
+        width = self.vocabulary if request.top_k is None else request.top_k
+        each = inputs.hidden_BTD.itemsize + (0 if request.top_k is None else torch.int64.itemsize)
+        if inputs.batch_size * request.logits * width * each > MAX_LOGITS_BYTES:
+            raise rejected(f"more than {MAX_LOGITS_BYTES >> 20} MiB of logits")
+        return Wanted(request.logits, request.top_k)

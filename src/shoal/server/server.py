@@ -34,6 +34,7 @@ from shoal.server.fit import (
     max_length_of,
 )
 from shoal.server.handler import Handler
+from shoal.server.head import ServerHead, load_head
 from shoal.server.presence import Presence
 from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
@@ -104,17 +105,25 @@ async def serve(
             body = await executor.run(
                 lambda: load_body(checkpoint, span, dtype=dtype, device=device, quantization=quantization)
             )
+            head = None
+            if config.serve_head and span.end == checkpoint.num_blocks:
+                head = await executor.run(lambda: load_head(checkpoint, dtype, device))
             checks = Checks(
                 model=model.key,
                 fingerprint=joining.fingerprint,
                 span=span,
                 hidden_size=body.backbone.config.hidden_size,
                 max_length=max_length_of(config, checkpoint),
+                vocabulary=None if head is None else head.vocabulary,
             )
             cores = Cores(executor, folder_of_turns()) if uses_all_cores(device) else None
-            engine, speeds = await make_engine(config, body, executor, checks, cores, memory)
+            engine, speeds = await make_engine(config, body, executor, checks, cores, memory, head)
             online = replace(
-                joining, state=ServerState.ONLINE, decode_speed=speeds.decode, prefill_speed=speeds.prefill
+                joining,
+                state=ServerState.ONLINE,
+                decode_speed=speeds.decode,
+                prefill_speed=speeds.prefill,
+                head=head is not None,
             )
             handler = Handler(engine, idle_seconds=config.idle_seconds)
             async with engine.running():
@@ -154,7 +163,13 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
 
 
 async def make_engine(
-    config: ServerConfig, body: Body, executor: Executor, checks: Checks, cores: Cores | None, memory: int
+    config: ServerConfig,
+    body: Body,
+    executor: Executor,
+    checks: Checks,
+    cores: Cores | None,
+    memory: int,
+    head: ServerHead | None = None,
 ) -> tuple[Engine, Speeds]:
     """The engine of a body, with room for sessions in what is left of `memory` bytes, and how fast it is."""
     shapes = await executor.run(lambda: key_value_shapes(body)) if body.family.packable else None
@@ -175,5 +190,6 @@ async def make_engine(
         cores=cores,
         pace=Pace(1 / speeds.decode, 1 / speeds.prefill),
         shares=config.shares,
+        head=head,
     )
     return engine, speeds

@@ -17,8 +17,9 @@ import torch
 from shoal.server.batch import Chunk, Pass
 from shoal.server.cores import Cores
 from shoal.server.executor import Executor
+from shoal.server.head import Answer, ServerHead, answers_of
 from shoal.server.pages import PagePool
-from shoal.server.refusal import Inputs, Refused, busy
+from shoal.server.refusal import Inputs, Refused, Wanted, busy
 from shoal.server.scheduler import Pace, gathering_seconds, schedule, training_is_due
 from shoal.server.session import Session
 from shoal.server.shares import Shares
@@ -43,6 +44,7 @@ class Turns:
         pool: PagePool,
         *,
         cores: Cores | None = None,
+        head: ServerHead | None = None,
         pace: Pace,
         shares: Shares,
         clock: Callable[[], float] = time.monotonic,
@@ -52,6 +54,7 @@ class Turns:
         self._passes: list[PassWork] = []
         self.pace = pace
         self._compute = compute
+        self._head = head
         self._executor = executor
         self._pool = pool
         self._cores = cores
@@ -61,9 +64,12 @@ class Turns:
         self._decoded_at = float("-inf")
         self._inference_seconds = self._training_seconds = 0.0  # of the time for which both were waiting
 
-    async def of_step(self, session: Session, inputs: Inputs) -> torch.Tensor:
-        """The outputs [B, T, D] of a session's next tokens. Raises `Refused` if there is no room for them for long."""
-        step = StepWork(session, inputs)
+    async def of_step(self, session: Session, inputs: Inputs, wanted: Wanted | None = None) -> Answer:
+        """The outputs [B, T, D] of a session's next tokens, or the logits that are wanted.
+
+        Raises `Refused` if there is no room for them for long.
+        """
+        step = StepWork(session, inputs, wanted)
         session.arrives(self._clock(), decodes=step.waiting().decodes)
         self._steps.append(step)
         self.look()
@@ -210,25 +216,21 @@ class Turns:
         num_prefill = sum(tokens * len(step.session.rows) for step, tokens in chosen if step not in decoding)
         chunks = [step.chunk(num_tokens) for step, num_tokens in chosen]
         began = self._clock()
-        outputs = await self._executor.run(lambda: self._computed(chunks))
+        answers = await self._executor.run(lambda: self._computed(chunks))
         now = self._clock()
         self.pace = self.pace.after(num_prefill_tokens=num_prefill, seconds=now - began)
         if decoding:
             self._decoded_at = now
-        for (step, _), output in zip(chosen, outputs, strict=True):
-            if isinstance(output, Exception):
-                settle(step.result, output)
+        for (step, num_tokens), answer in zip(chosen, answers, strict=True):
+            if isinstance(answer, Exception):
+                settle(step.result, answer)
             else:
-                step.advance(output)
+                step.advance(num_tokens, answer)
 
-    def _computed(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
-        """What comes out of each chunk, in the dtype of the question and off the device."""
+    def _computed(self, chunks: Sequence[Chunk]) -> list[Answer | Exception]:
+        """What is answered to each chunk."""
         try:
-            outputs = self._compute(chunks)
-            return [
-                output if isinstance(output, Exception) else output.to(chunk.hidden_BTD)
-                for output, chunk in zip(outputs, chunks, strict=True)
-            ]
+            return answers_of(self._head, self._compute(chunks), chunks)
         except Exception as error:
             return [error] * len(chunks)
 

@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
 from shoal.server.batch import Chunk
-from shoal.server.refusal import Inputs
+from shoal.server.head import Answer, joined
+from shoal.server.refusal import Inputs, Wanted
 from shoal.server.scheduler import Waiting
 from shoal.server.session import Session
 from shoal.server.training import Pieces
 
+T = TypeVar("T")
 
-def _future() -> asyncio.Future[torch.Tensor]:
+
+def _future() -> asyncio.Future[T]:
     return asyncio.get_running_loop().create_future()
 
 
@@ -27,9 +30,10 @@ class StepWork:
 
     session: Session
     inputs: Inputs
-    result: asyncio.Future[torch.Tensor] = field(default_factory=_future)
+    wanted: Wanted | None = None
+    result: asyncio.Future[Answer] = field(default_factory=_future)
     num_computed: int = 0
-    outputs: list[torch.Tensor] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
 
     @property
     def num_left(self) -> int:
@@ -56,15 +60,16 @@ class StepWork:
             pages=tuple(tuple(row.pages) for row in session.rows),
             growth=growth,
             cache=session.cache,
+            wanted=None if self.wanted is None else self.wanted.before(self.num_left - num_tokens),
         )
 
-    def advance(self, outputs_BTD: torch.Tensor) -> None:
-        """Its next tokens are computed."""
-        self.outputs.append(outputs_BTD)
-        self.num_computed += outputs_BTD.shape[1]
-        self.session.computed(outputs_BTD.shape[1])
+    def advance(self, num_tokens: int, answer: Answer) -> None:
+        """So many more of its tokens are computed."""
+        self.answers.append(answer)
+        self.num_computed += num_tokens
+        self.session.computed(num_tokens)
         if not self.num_left:
-            settle(self.result, torch.cat(self.outputs, dim=1) if len(self.outputs) > 1 else outputs_BTD)
+            settle(self.result, joined(self.answers))
 
 
 @dataclass(eq=False)
@@ -83,7 +88,7 @@ class PassWork:
         return None
 
 
-def settle(result: asyncio.Future[torch.Tensor], outcome: torch.Tensor | Exception) -> None:
+def settle(result: asyncio.Future[T], outcome: T | Exception) -> None:
     """Tell whoever waits for it, if he still does."""
     if result.done():
         return
