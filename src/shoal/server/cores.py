@@ -22,6 +22,9 @@ import torch
 from shoal.server.executor import Executor
 
 LATELY_SECONDS = 2.0
+LOOK_SECONDS = 0.0005
+PATIENCE_SECONDS = 2.0
+"""A server that has the turn for longer is stopped, or computes something huge: others go on beside it."""
 
 
 class Cores:
@@ -38,39 +41,41 @@ class Cores:
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Have all cores while the context lasts."""
-        if not self._at_once():
+        """Have all cores while the context lasts; or share them, if whoever has them does not let go of them."""
+        if not self._lock_at_once():
             self._waited_at = time.monotonic()
-            waiting = asyncio.ensure_future(self._executor.run(self._in_line))
+            waiting = asyncio.ensure_future(self._executor.run(self._lock_in_line))
             try:
                 await asyncio.shield(waiting)
             except asyncio.CancelledError:
-                waiting.add_done_callback(lambda _: self._leave())  # the turn comes all the same
+                waiting.add_done_callback(lambda _: self._unlock())  # the turn comes all the same
                 raise
         try:
             yield
         finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        fcntl.flock(self._turn, fcntl.LOCK_UN)
+            self._unlock()
 
     @property
     def contended(self) -> bool:
-        """Whether another server had the cores when they were last asked for, now or lately."""
+        """Whether another server had the cores when they were asked for, now or lately."""
         return time.monotonic() - self._waited_at < LATELY_SECONDS
 
-    def _at_once(self) -> bool:
-        if not _lock(self._line):
+    def _lock_at_once(self) -> bool:
+        if not _locked(self._line):
             return False
-        has_turn = _lock(self._turn)
+        has_turn = _locked(self._turn)
         fcntl.flock(self._line, fcntl.LOCK_UN)
         return has_turn
 
-    def _in_line(self) -> None:
-        fcntl.flock(self._line, fcntl.LOCK_EX)
-        fcntl.flock(self._turn, fcntl.LOCK_EX)
+    def _lock_in_line(self) -> None:
+        give_up_at = time.monotonic() + PATIENCE_SECONDS
+        for file in (self._line, self._turn):
+            while not _locked(file) and time.monotonic() < give_up_at:
+                time.sleep(LOOK_SECONDS)
         fcntl.flock(self._line, fcntl.LOCK_UN)
+
+    def _unlock(self) -> None:
+        fcntl.flock(self._turn, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """To be called when the executor is closed: it may be waiting for the turn."""
@@ -78,7 +83,8 @@ class Cores:
         os.close(self._turn)
 
 
-def _lock(file: int) -> bool:
+def _locked(file: int) -> bool:
+    """Lock a file, if nobody else has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
