@@ -70,8 +70,8 @@ def chunks_of(num_sessions: int, past: int, span: Span, hidden_size: int) -> lis
             positions_BT=None,
             mask_BS=None,
             num_cached=past,
-            pages=(tuple(range(index * pages, (index + 1) * pages)),),
-            growth=Growth((), ()),
+            pages=(own_pages := tuple(range(index * pages, (index + 1) * pages)),),
+            growth=Growth((), own_pages),
             cache=None,
         )
         for index in range(num_sessions)

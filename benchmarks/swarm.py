@@ -10,12 +10,18 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def servers(model: Path, spans: Sequence[str], *options: str) -> Iterator[str]:
-    """Start a server for each span and wait until all serve; yields an address to join by."""
+def servers(model: Path, spans: Sequence[str], *options: str, of_last: Sequence[str] = ()) -> Iterator[str]:
+    """Start a server for each span and wait until all serve; yields an address to join by.
+
+    All have the same options; the last one has those `of_last` as well.
+    """
     with contextlib.ExitStack() as stack:
-        address = _start(stack, model, spans[0], "--new-swarm", *options)
-        for span in spans[1:]:
-            _start(stack, model, span, "--initial-peers", address, *options)
+        address = ""
+        for index, span in enumerate(spans):
+            join = ("--initial-peers", address) if address else ("--new-swarm",)
+            own = of_last if index == len(spans) - 1 else ()
+            printed = _start(stack, model, span, *join, *options, *own)
+            address = address or printed
         yield address
 
 

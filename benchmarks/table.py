@@ -3,7 +3,7 @@
     python benchmarks/table.py [--rounds 3] [--only decode-1 decode-8 ...] [--json]
 
 The reference model in bf16 (or NF4, where a row says so), two servers of 8 blocks as processes of their own on
-loopback, clients as threads of this process. Local and swarm take turns, so that whatever else the machine does hits
+loopback, clients as threads of this process; where several decode, the last server holds the output head. Local and swarm take turns, so that whatever else the machine does hits
 both; ratios are of the same round, and medians over the rounds.
 """
 
@@ -77,16 +77,29 @@ class Bench:
 
     @functools.cached_property
     def swarm(self) -> Any:
-        return self._client(())
+        """A client with an output head of its own."""
+        return self._client(self._address(), remote_head=False)
+
+    @functools.cached_property
+    def thin(self) -> Any:
+        """A client whose last server holds the head."""
+        return self._client(self._address(), remote_head=True)
 
     @functools.cached_property
     def swarm_nf4(self) -> Any:
-        return self._client(("--quantization", "nf4"))
+        return self._client(self._address("--quantization", "nf4"), remote_head=False)
 
-    def _client(self, options: tuple[str, ...]) -> Any:
-        address = self._stack.enter_context(servers(self.folder, SPANS, *options))
+    @functools.cached_property
+    def thin_nf4(self) -> Any:
+        return self._client(self._address("--quantization", "nf4"), remote_head=True)
+
+    @functools.cache  # noqa: B019 - it lives as long as the script
+    def _address(self, *options: str) -> str:
+        return self._stack.enter_context(servers(self.folder, SPANS, *options, of_last=("--serve-head",)))
+
+    def _client(self, address: str, *, remote_head: bool) -> Any:
         model = AutoDistributedModelForCausalLM.from_pretrained(
-            self.folder, initial_peers=[address], dtype=torch.bfloat16
+            self.folder, initial_peers=[address], dtype=torch.bfloat16, remote_head=remote_head
         )
         self._stack.callback(model.close)
         return model
@@ -126,7 +139,8 @@ def decode(bench: Bench, *, num_clients: int, goal: float) -> Row:
     def act(index: int) -> tuple[float, float]:
         prompts = prompts_of(num_clients, PROMPT_TOKENS, seed=index)
         other = local_batch_speed(bench.local, prompts, DECODED_TOKENS)
-        together = generate_together(bench.swarm, prompts.split(1), DECODED_TOKENS + 1)
+        client = bench.swarm if num_clients == 1 else bench.thin
+        together = generate_together(client, prompts.split(1), DECODED_TOKENS + 1)
         return decoding_speed(together), other
 
     name = f"{num_clients} client{'s' * (num_clients > 1)}, bf16"
@@ -147,7 +161,7 @@ def nf4_eight(bench: Bench) -> Row:
     def act(index: int) -> tuple[float, float]:
         prompts = prompts_of(8, PROMPT_TOKENS, seed=index)
         other = local_batch_speed(bench.local_nf4, prompts, DECODED_TOKENS)
-        return decoding_speed(generate_together(bench.swarm_nf4, prompts.split(1), DECODED_TOKENS + 1)), other
+        return decoding_speed(generate_together(bench.thin_nf4, prompts.split(1), DECODED_TOKENS + 1)), other
 
     name = "8 clients, NF4, of local NF4"
     return row(name, "tok/s", bench.each_round(name, act), at_least=0.8)
@@ -189,13 +203,13 @@ def beside_a_prefill(bench: Bench) -> list[Row]:
     def come_with_a_long_prompt() -> None:
         time.sleep(4)
         span["start"] = time.perf_counter()
-        generate(bench.swarm, long_prompt, 1)
+        generate(bench.thin, long_prompt, 1)
         span["end"] = time.perf_counter()
 
-    generate_together(bench.swarm, prompts, 8)
+    generate_together(bench.thin, prompts, 8)
     guest = threading.Thread(target=come_with_a_long_prompt)
     guest.start()
-    gaps = [gap for each in generate_together(bench.swarm, prompts, 400) for gap in each.gaps()]
+    gaps = [gap for each in generate_together(bench.thin, prompts, 400) for gap in each.gaps()]
     guest.join()
     alone = median([gap for came, gap in gaps if came < span["start"] or came > span["end"] + 1])
     beside = [gap for came, gap in gaps if span["start"] < came <= span["end"]]

@@ -54,8 +54,8 @@ class Pages:
     """One kind of tensor, of every token in every page: `[P, PAGE_TOKENS, ...]`."""
 
     def __init__(self, num_pages: int, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        # Zeros, not whatever was in memory: a number that is not finite would spoil the sums of all who read past it.
-        self._values = torch.zeros((num_pages, PAGE_TOKENS, *sizes), dtype=dtype, device=device)
+        # Not zeros: writing them would take all of the memory at once. Pages are cleared when they are taken.
+        self._values = torch.empty((num_pages, PAGE_TOKENS, *sizes), dtype=dtype, device=device)
 
     def write(self, slots_T: Tensor, values: Tensor) -> None:
         """Put new tokens where they belong: slot s is token `s % PAGE_TOKENS` of page `s // PAGE_TOKENS`."""

@@ -65,8 +65,9 @@ def _measure(body: Body, compute: Pass, *, num_pages: int) -> tuple[float, float
 
 
 def _chunk(body: Body, num_cached: int, num_tokens: int, num_pages: int) -> Chunk:
-    """Tokens of a session whose past is nothing but zeros: that takes as long as any other."""
+    """Tokens of a session whose past is nothing but zeros: they take as long as any others."""
     backbone = body.backbone
+    pages = tuple(range(min(num_pages, pages_for(num_cached + num_tokens))))
     cache = None
     if not body.family.packable:
         cache = body.new_cache()
@@ -79,7 +80,7 @@ def _chunk(body: Body, num_cached: int, num_tokens: int, num_pages: int) -> Chun
         positions_BT=None,
         mask_BS=None,
         num_cached=num_cached,
-        pages=(tuple(range(min(num_pages, pages_for(num_cached + num_tokens)))),),
-        growth=Growth((), ()),
+        pages=(pages,),
+        growth=Growth((), pages),
         cache=cache,
     )
