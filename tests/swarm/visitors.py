@@ -16,6 +16,7 @@ from shoal.model.body import Body, build_body
 from shoal.model.families import family_of, text_config
 from shoal.model.prefix import DIGEST_BYTES, page_names, root
 from shoal.protocol import Open, Step
+from shoal.server.batch import OneByOne, Packed
 from shoal.server.cache import PagedCache, key_value_shapes
 from shoal.server.engine import Engine
 from shoal.server.executor import Executor
@@ -54,12 +55,15 @@ async def engine_of(
     """An engine that runs; when it is left, nobody is there any more, and every page is accounted for."""
     hidden_size = text_config(body.backbone.config).hidden_size
     executor = Executor()
+    cache = PagedCache(body, key_value_shapes(body), num_pages) if body.family.packable else None
     engine = Engine(
         body,
         executor,
         Checks(model="", fingerprint="", span=body.span, hidden_size=hidden_size, max_length=MOST_TOKENS),
+        compute=OneByOne(body) if cache is None else Packed(body, cache),
+        cache=cache,
         num_pages=num_pages,
-        cache=PagedCache(body, key_value_shapes(body), num_pages) if body.family.packable else None,
+        cores=None,
         pace=pace,
         shares=shares,
     )
@@ -113,8 +117,8 @@ class Visitor:
                     start, rows = self._open(), None
                 if start < self.num_tokens:
                     request = Step(position=start, rows=None if rows is None else tuple(rows))
-                    outputs = await self._engine.step(self.session, request, self._tensors(start))
-                    self.outputs_BSD = torch.cat((self.outputs_BSD[:, :start], outputs), dim=1)
+                    answer = await self._engine.step(self.session, request, self._tensors(start))
+                    self.outputs_BSD = torch.cat((self.outputs_BSD[:, :start], answer["hidden"]), dim=1)
                 return self.outputs_BSD[:, position:]
             except Refused as refused:
                 if refused.failure.code not in ("busy", "rewind"):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from shoal.server.scheduler import (
     DECODE_TOKENS,
     LEAST_PREFILL_TOKENS,
-    MOMENT_SECONDS,
     Pace,
     Plan,
     Waiting,
@@ -166,19 +165,22 @@ def test_training_gets_its_share_of_the_time_in_which_both_are_wanted(share, cos
         assert share * (inference + training) - training <= share + 1e-9
 
 
-@given(st.integers(0, 5), st.floats(0, 1), st.floats(0, 1), st.floats(1e-4, 1))
-def test_a_wait_for_others_ends_after_a_moment_and_before_half_a_pass(missing, since_last, ago, seconds):
-    wait = gathering_seconds(
-        num_missing=missing, since_first=since_last + ago, since_last=since_last, pass_seconds=seconds
-    )
-    assert 0 <= wait <= min(MOMENT_SECONDS, seconds / 4)
-    assert since_last + ago + wait <= seconds / 2 or wait == 0
-    assert missing or wait == 0
+moments = st.lists(st.floats(-2, 2), max_size=8)
 
 
-def test_nobody_waits_for_those_who_are_all_here():
-    assert gathering_seconds(num_missing=0, since_first=0.0, since_last=0.0, pass_seconds=1.0) == 0
-    assert gathering_seconds(num_missing=1, since_first=0.0, since_last=0.0, pass_seconds=1.0) == MOMENT_SECONDS
+@given(moments, st.integers(1, 8), st.floats(1e-3, 2))
+def test_nobody_waits_as_long_as_a_pass_takes(expected: list[float], num_ready: int, pass_seconds: float):
+    wait = gathering_seconds(expected, num_ready=num_ready, now=0.0, pass_seconds=pass_seconds)
+    assert 0 <= wait < pass_seconds
+    assert wait == 0 or any(abs(moment) == wait for moment in expected)
+
+
+def test_a_pass_waits_for_those_who_come_in_a_moment_and_for_nobody_else():
+    assert gathering_seconds([], num_ready=1, now=5.0, pass_seconds=1.0) == 0
+    assert gathering_seconds([5.1], num_ready=1, now=5.0, pass_seconds=1.0) == pytest.approx(0.1)
+    assert gathering_seconds([5.1, 5.2, 7.0], num_ready=2, now=5.0, pass_seconds=1.0) == pytest.approx(0.2)
+    assert gathering_seconds([5.9], num_ready=8, now=5.0, pass_seconds=1.0) == 0
+    assert gathering_seconds([3.0], num_ready=1, now=5.0, pass_seconds=1.0) == 0
 
 
 def test_a_prefill_takes_its_share_of_a_pass():

@@ -55,7 +55,7 @@ class Server:
         self.inference = self.training = 0.0
         self.pool = PagePool(num_pages)
         pace = Pace(PASS_SECONDS, 1e-3)
-        self.turns = Turns(self._compute, AtOnce(), self.pool, pace=pace, shares=shares, clock=self.clock)
+        self.turns = Turns(self._compute, AtOnce(), self.pool, cores=None, pace=pace, shares=shares, clock=self.clock)
         self._num_opened = 0
 
     def _compute(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
