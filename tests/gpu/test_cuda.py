@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal.bundled import STORIES
 
-from ..swarm.harness import Swarm, swarm_of
+from ..swarm.harness import QUICK, Swarm, swarm_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -56,3 +57,11 @@ def test_gradients_through_cuda_are_those_of_the_cpu(swarm: Swarm, whole: PreTra
         each(inputs_embeds=embeds, labels=PROMPT).loss.backward()
         gradients.append(embeds.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 20])
+def test_an_output_head_on_cuda_gives_the_tokens_of_the_cpu(whole: PreTrainedModel, top_k: int | None):
+    with swarm_of(STORIES, "0:12", device="cuda", serve_head=True) as swarm:
+        model = swarm.model(config=replace(QUICK, remote_head=True, head_top_k=top_k))
+        answer = model.generate(PADDED, attention_mask=MASK, max_new_tokens=20)
+    assert answer.tolist() == whole.generate(PADDED, attention_mask=MASK, max_new_tokens=20).tolist()

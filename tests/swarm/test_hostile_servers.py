@@ -35,7 +35,7 @@ class Rogue:
         self.asked: list[str] = []
         self._answer = answer
         honest = next(iter(swarm.servers.values()))
-        lies = {"peer": "rogue", "span": Span(0, 4), "decode_speed": 1e9, **announced}
+        lies = {"peer": "rogue", "span": Span(0, 4), "decode_speed": 1e9, "cache_tokens_left": 4096, **announced}
         info = replace(honest.info, **lies)
 
         async def start() -> None:

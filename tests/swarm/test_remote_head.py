@@ -361,7 +361,7 @@ def test_a_head_that_answers_anything_else_is_left(
     swarm: MakeSwarm, whole: PreTrainedModel, top_k: int | None, tensors: dict[str, torch.Tensor]
 ):
     made = swarm_with_head(swarm, "0:4")
-    rogue = Rogue(made, always(raw("result", tensors)), head=True, cache_tokens_left=4096)
+    rogue = Rogue(made, always(raw("result", tensors)), head=True)
     model = without_head(made.model(config=replace(REMOTE, head_top_k=top_k)))
     answer = model.generate(PROMPT, max_new_tokens=4)
     assert rogue.asked == ["open", "step"]
@@ -370,7 +370,7 @@ def test_a_head_that_answers_anything_else_is_left(
 
 def test_a_server_that_only_says_that_it_has_a_head_is_left(swarm: MakeSwarm, whole: PreTrainedModel):
     made = swarm_with_head(swarm, "0:4")
-    rogue = Rogue(made, always(raw("failure", code="misrouted", reason="no head")), head=True, cache_tokens_left=4096)
+    rogue = Rogue(made, always(raw("failure", code="misrouted", reason="no head")), head=True)
     model = without_head(made.model(config=REMOTE))
     assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
     assert rogue.asked == ["open", "step"]
