@@ -3,8 +3,9 @@
     python benchmarks/table.py [--rounds 3] [--only decode-1 decode-8 ...] [--json]
 
 The reference model in bf16 (or NF4, where a row says so), two servers of 8 blocks as processes of their own on
-loopback, clients as threads of this process; where several decode, the last server holds the output head. Local and swarm take turns, so that whatever else the machine does hits
-both; ratios are of the same round, and medians over the rounds.
+loopback, clients as threads of this process; where several decode, the last server holds the output head. Local and
+swarm take turns, so that whatever else the machine does hits both; ratios are of the same round, and medians over the
+rounds.
 """
 
 from __future__ import annotations

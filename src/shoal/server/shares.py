@@ -21,3 +21,9 @@ class Shares:
     """So long they wait at most."""
     waiting_bytes: int = 1 << 30
     """Inputs of single passes that are kept until their turn. Whoever comes with more is told to come back."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.prefill < 1 and 0 <= self.training <= 1):
+            raise ValueError(
+                f"shares of {self.prefill} and {self.training}: parts of the time, and prefill not all of it"
+            )

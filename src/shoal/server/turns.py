@@ -112,12 +112,17 @@ class Turns:
         """Compute whatever waits, for ever."""
         while True:
             self._news.clear()
-            if not await self._turn():
-                await self._news.wait()
+            try:
+                if not await self._turn():
+                    await self._news.wait()
+            except Exception as error:  # ours: whoever waits is told, and the server goes on for those who come
+                log.exception("the engine failed")
+                for result in (*(step.result for step in self.steps), *(work.result for work in self.passes)):
+                    settle(result, error)
 
     async def _turn(self) -> bool:
         """Compute one pass, or one piece of training. Returns whether there was anything to do."""
-        both = bool(self.steps and self.passes)
+        both = bool(self.passes) and (bool(self.steps) or self._is_decoding)
         began = self._clock()
         due = training_is_due(
             inference_seconds=self._inference_seconds,
@@ -127,11 +132,20 @@ class Turns:
         if not (both and due) and await self._infer():
             self._inference_seconds += both * (self._clock() - began)
         elif self.passes:
+            if both and not due and (wait := self._seconds_to_next()):
+                await self._news_within(wait)  # a piece may take longer than those who decode would like
+                return True
             await self._train()
             self._training_seconds += (both and due) * (self._clock() - began)  # else nobody else could use the time
         else:
             return False
         return True
+
+    def _seconds_to_next(self) -> float:
+        """How soon somebody who decodes is expected, if that is soon."""
+        now = self._clock()
+        waits = [each.expected_at - now for each in self.sessions if each.expected_at is not None]
+        return min((wait for wait in waits if 0 < wait < self.pace.decode_seconds), default=0.0)
 
     async def _train(self) -> None:
         work = self.passes[0]
@@ -194,10 +208,14 @@ class Turns:
 
     def _prefill_tokens(self) -> int:
         """How many tokens of prefills the next pass may have, so that those who decode do not wait for them."""
-        lately = max(DECODING_SECONDS, 4 * self.pace.decode_seconds)
-        if self._clock() - self._decoded_at > lately:
+        if not self._is_decoding:
             return self._shares.pass_tokens
         return self.pace.prefill_tokens(self._shares.prefill)
+
+    @property
+    def _is_decoding(self) -> bool:
+        """Whether somebody decodes, although nothing of it may wait just now."""
+        return self._clock() - self._decoded_at < max(DECODING_SECONDS, 4 * self.pace.decode_seconds)
 
     def _preempt(self) -> None:
         """The youngest session gives up its pages; its client brings everything again, here or elsewhere.
