@@ -117,8 +117,10 @@ class Turns:
                     await self._news.wait()
             except Exception as error:  # ours: whoever waits is told, and the server goes on for those who come
                 log.exception("the engine failed")
-                for result in (*(step.result for step in self.steps), *(work.result for work in self.passes)):
-                    settle(result, error)
+                for step in self.steps:
+                    settle(step.result, error)
+                for work in self.passes:
+                    settle(work.result, error)
 
     async def _turn(self) -> bool:
         """Compute one pass, or one piece of training. Returns whether there was anything to do."""
