@@ -38,7 +38,7 @@ from shoal import AutoDistributedModelForCausalLM
 
 SPANS = ("0:8", "8:16")
 PROMPT_TOKENS = 64
-DECODED_TOKENS = 32
+DECODED_TOKENS = 64
 
 
 @dataclass(frozen=True)

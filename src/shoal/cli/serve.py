@@ -37,6 +37,9 @@ def command(
     device: Annotated[
         options.Device, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda or mps.")
     ] = options.Device.cpu,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of the processor to compute with; all by default.")
+    ] = None,
     dtype: Annotated[
         options.DType, typer.Option(metavar="DTYPE", help=f"What to compute in: {options.DTYPES}.")
     ] = options.DType.auto,
@@ -94,6 +97,8 @@ def command(
     span = _parse_span(blocks)
 
     with waiting("Importing PyTorch and Transformers"):
+        import torch
+
         from shoal.net import NetworkConfig
         from shoal.server.config import ServerConfig
         from shoal.server.server import serve  # noqa: F401 - slow, so it is named while it is awaited
@@ -114,6 +119,7 @@ def command(
             blocks=span,
             num_blocks=num_blocks,
             device=device.value,
+            num_threads=threads or torch.get_num_threads(),
             dtype=dtype.value,
             quantization=quantization.value,
             cache_tokens=cache_tokens,
@@ -123,6 +129,7 @@ def command(
             name=name,
             allow_uncertified=allow_uncertified,
         )
+        torch.set_num_threads(1)  # of this thread, the event loop's: see shoal.server.executor
         run_until_signalled(_serve(config, network))
 
 

@@ -17,6 +17,8 @@ class ServerConfig:
     blocks: Span | None = None
     num_blocks: int | None = None
     device: str = "cpu"
+    num_threads: int | None = None
+    """Of the processor, for computing; `None` leaves it to torch."""
     dtype: str = "auto"
     quantization: str = "none"
     cache_tokens: int | None = None

@@ -92,9 +92,9 @@ def _locked(file: int) -> bool:
     return True
 
 
-def uses_all_cores(device: torch.device) -> bool:
+def uses_all_cores(device: torch.device, num_threads: int) -> bool:
     """Whether a pass leaves no room for another one beside it."""
-    return device.type == "cpu" and 2 * torch.get_num_threads() > (psutil.cpu_count(logical=False) or 1)
+    return device.type == "cpu" and 2 * num_threads > (psutil.cpu_count(logical=False) or 1)
 
 
 def folder_of_turns() -> Path:

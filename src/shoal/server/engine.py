@@ -20,7 +20,7 @@ from shoal.server import training
 from shoal.server.batch import Pass
 from shoal.server.cache import PagedCache
 from shoal.server.cores import Cores
-from shoal.server.executor import Executor
+from shoal.server.executor import Executor, alone
 from shoal.server.head import Answer, ServerHead
 from shoal.server.pages import PagePool, pages_for
 from shoal.server.refusal import Checks, Refused, Tensors, busy, misrouted, rejected
@@ -157,7 +157,7 @@ class Engine:
         if inputs.num_tokens < NAMED_ASIDE:
             session.name(inputs)
         else:
-            await asyncio.to_thread(session.name, inputs)
+            await asyncio.to_thread(alone, lambda: session.name(inputs))
             if session.preempted:  # meanwhile
                 raise preempted()
         return await self._turns.of_step(session, inputs, wanted)

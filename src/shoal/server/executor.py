@@ -1,4 +1,10 @@
-"""The compute thread: everything that touches weights runs here, one function after another."""
+"""The compute thread: everything that touches weights runs here, one function after another.
+
+It should be the only thread of its process that shares work out to others. Each thread that does keeps a team of
+threads, and as soon as the teams together have more threads than there are cores, OpenMP lets them sleep between
+products instead of waiting awake: on two cores that costs a decoding step 6 ms of 18. So a server's event loop, and
+whoever reads a prompt's names beside it, compute alone (`alone`).
+"""
 
 from __future__ import annotations
 
@@ -7,14 +13,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
 class Executor:
-    """Runs functions on one thread of its own, in the order in which they were asked for."""
+    """Runs functions on one thread of its own, in the order in which they were asked for.
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-compute")
+    `num_threads` is how many threads, of which it is one, share the work of an operator; `None` leaves that to torch.
+    """
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        def begin() -> None:
+            if num_threads is not None:
+                torch.set_num_threads(num_threads)
+
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-compute", initializer=begin)
 
     async def run(self, function: Callable[[], T]) -> T:
         """What `function` returns or raises. If the caller is cancelled before its turn, it never runs."""
@@ -23,3 +38,9 @@ class Executor:
     def close(self) -> None:
         """Finish what was asked for, then end the thread."""
         self._thread.shutdown()
+
+
+def alone(function: Callable[[], T]) -> T:
+    """What `function` returns, computed by this thread without help, from now on."""
+    torch.set_num_threads(1)
+    return function()

@@ -71,7 +71,7 @@ async def serve(
 
     Raises `UserError`s (`CheckpointError`, `UnsupportedModel`) for what cannot be served.
     """
-    executor = Executor()
+    executor = Executor(config.num_threads)
     cores: Cores | None = None
     try:
         report(Phase.OPENING)
@@ -116,7 +116,11 @@ async def serve(
                 max_length=max_length_of(config, checkpoint),
                 vocabulary=None if head is None else head.vocabulary,
             )
-            cores = Cores(executor, folder_of_turns()) if uses_all_cores(device) else None
+            cores = (
+                Cores(executor, folder_of_turns())
+                if uses_all_cores(device, config.num_threads or torch.get_num_threads())
+                else None
+            )
             engine, speeds = await make_engine(config, body, executor, checks, cores, memory, head)
             online = replace(
                 joining,

@@ -134,7 +134,7 @@ class Turns:
         if not (both and due) and await self._infer():
             self._inference_seconds += both * (self._clock() - began)
         elif self.passes:
-            if both and not due and (wait := self._seconds_to_next()):
+            if both and not due and (wait := self._seconds_to_next(self.pace.decode_seconds)):
                 await self._news_within(wait)  # a piece may take longer than those who decode would like
                 return True
             await self._train()
@@ -143,11 +143,11 @@ class Turns:
             return False
         return True
 
-    def _seconds_to_next(self) -> float:
-        """How soon somebody who decodes is expected, if that is soon."""
+    def _seconds_to_next(self, within: float) -> float:
+        """How soon somebody who decodes is expected, if that is `within` so many seconds."""
         now = self._clock()
         waits = [each.expected_at - now for each in self.sessions if each.expected_at is not None]
-        return min((wait for wait in waits if 0 < wait < self.pace.decode_seconds), default=0.0)
+        return min((wait for wait in waits if 0 < wait < within), default=0.0)
 
     async def _train(self) -> None:
         work = self.passes[0]
@@ -191,14 +191,18 @@ class Turns:
         return True
 
     def _worth_waiting(self) -> float:
-        """For how long the steps that are ready to decode should wait for others that will come in a moment."""
+        """For how long the steps that are ready should wait for others that will come in a moment.
+
+        Prefills without company wait for it where another server of this machine would have to wait for them.
+        """
+        contended = self._cores is not None and self._cores.contended
         ready = [step.session for step in self.steps if step.waiting().decodes]
         if not ready:
-            return 0.0
+            return self._seconds_to_next(4 * self.pace.decode_seconds) if contended and self._is_decoding else 0.0
         here = {step.session for step in self.steps}
         expected = [each.expected_at for each in self.sessions - here if each.expected_at is not None]
         seconds = self.pace.decode_seconds
-        if self._cores is not None and self._cores.contended:
+        if contended:
             seconds *= 2  # whoever misses this pass waits for other servers' passes too
         return gathering_seconds(expected, num_ready=len(ready), now=self._clock(), pass_seconds=seconds)
 
