@@ -14,7 +14,7 @@ from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import CannotRewind, Connection
 from shoal.client.history import History
 from shoal.client.logits import Logits, Question
-from shoal.errors import PeerError, ServerLost, UserError
+from shoal.errors import PeerError, ServerBusy, ServerLost, UserError
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
 from shoal.net.encodings import as_received
 from shoal.protocol import MAX_STEP_TOKENS, Open, Ping, Pong, Step, TensorName
@@ -153,6 +153,11 @@ class Session:
                 answers = share.hop.server.head and index == len(self._shares) - 1
                 try:
                     outcome, since = await self._catch_up(share, question if answers else None)
+                except ServerBusy:
+                    failed = True
+                    # Whoever waits for room holds none: two who wait for each other's would wait for ever.
+                    await self._disconnect()
+                    raise
                 except PeerError:
                     failed = True
                     raise
@@ -277,6 +282,10 @@ class Session:
                         except PeerError:
                             await share.disconnect(goodbye=False)  # the next step connects again, or reroutes
 
+    async def _disconnect(self) -> None:
+        for share in self._shares:
+            await share.disconnect()
+
     async def close(self) -> None:
         """Let the servers forget it. May be called twice."""
         self._closed = True
@@ -284,8 +293,7 @@ class Session:
             if task is not None:
                 task.cancel()
         async with self._busy:
-            for share in self._shares:
-                await share.disconnect()
+            await self._disconnect()
 
 
 def _logged(
