@@ -228,21 +228,20 @@ class Session:
             max_length=self.max_length,
             salt=self._chain.config.salt,
         )
-        return await share.connection.begin(request, self._digests(share, question), share.history.since(0))
+        inputs_BTD = share.history.since(0)
+        # Of tokens that need no computing, a server knows no logits: what a question is about has no name.
+        named_BTD = inputs_BTD if question is None else inputs_BTD[:, : -question.num_tokens]
+        return await share.connection.begin(request, self._digests(hop.span, named_BTD), inputs_BTD)
 
-    def _digests(self, share: _Share, question: Question | None) -> torch.Tensor | None:
-        """The names [B, pages, 16] of what a share's sequences begin with. Padded ones have none.
-
-        What a question is about has none either: of tokens that need no computing, a server knows no logits.
-        """
-        num_tokens = share.history.num_tokens - (0 if question is None else question.num_tokens)
+    def _digests(self, span: Span, inputs_BTD: torch.Tensor) -> torch.Tensor | None:
+        """The names [B, pages, 16] of inputs with which sequences begin. Padded ones have none."""
+        num_tokens = inputs_BTD.shape[1]
         if num_tokens < PAGE_TOKENS or self._masks is not None:
             return None
-        inputs_BTD = share.history.since(0)[:, :num_tokens]
         positions_BT = torch.arange(num_tokens).expand(self.batch_size, -1)
         if self._positions is not None:
             positions_BT = self._positions.since(0)[:, :num_tokens]
-        first = root(share.hop.span, self._chain.config.salt)
+        first = root(span, self._chain.config.salt)
         names = [
             b"".join(page_names(first, hidden, positions))
             for hidden, positions in zip(inputs_BTD, positions_BT, strict=True)

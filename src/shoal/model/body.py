@@ -188,8 +188,7 @@ def build_body(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantization_config: Any = None,
-    attn_implementation: str | None = None,
-    keep: Callable[[Mapping[str, Tensor]], None] = lambda tensors: None,
+    keep: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> Body:
     """Build the blocks of `span` from a checkpoint's tensors, under the checkpoint's own names.
 
@@ -213,13 +212,13 @@ def build_body(
         dtype=dtype,
         device_map={"": device} if is_quantized else None,
         quantization_config=quantization_config,
-        attn_implementation=attn_implementation,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below, all of them, as our own error
     )
     del state_dict, weights  # a weight that is packed is let go of at once, unless the caller keeps it
     check_loaded(info)
-    keep(backbone.state_dict())
+    if keep is not None:
+        keep(backbone.state_dict())
     if is_quantized:
         replace_quantized_linears(backbone, dtype=dtype)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -39,33 +40,24 @@ def load_body(
     quantization: Quantization = Quantization.NONE,
 ) -> Body:
     """The blocks of `span`. Raises what `Checkpoint.block_tensors` and `build_body` raise."""
-    family, config = checkpoint.family, checkpoint.config
-    # The tensors are passed on without a name: so each is let go of once the body has it in another form.
-    if quantization is Quantization.NONE or stored_quantization(config) is not None:
-        settings = quantization.config(dtype)
-        return build_body(
-            family,
-            config,
-            span,
-            checkpoint.block_tensors(span),
-            dtype=dtype,
-            device=device,
-            quantization_config=settings,
-        )
-    kept = KeptBlocks(checkpoint, dtype, quantization)
-    try:
-        return build_body(family, kept.config(), span, kept.read(span), dtype=dtype, device=device)
-    except CheckpointError as error:
-        log.info("quantizing blocks %s: %s", span, error)
+    family = checkpoint.family
+    kept: KeptBlocks | None = None
+    if quantization is not Quantization.NONE and stored_quantization(checkpoint.config) is None:
+        kept = KeptBlocks(checkpoint, dtype, quantization)
+        try:
+            return build_body(family, kept.config(), span, kept.read(span), dtype=dtype, device=device)
+        except CheckpointError as error:
+            log.info("quantizing blocks %s: %s", span, error)
     return build_body(
         family,
-        config,
+        checkpoint.config,
         span,
+        # Passed on without a name: so each tensor is let go of once the body has it in another form.
         checkpoint.block_tensors(span),
         dtype=dtype,
         device=device,
         quantization_config=quantization.config(dtype),
-        keep=lambda tensors: kept.write(span, tensors),
+        keep=None if kept is None else functools.partial(kept.write, span),
     )
 
 

@@ -86,7 +86,7 @@ class PackedAttention:
         self._slots = slots_T
         self._groups = groups_of([each for each in sequences if each.decodes], device=slots_T.device)
         self._others = [each for each in sequences if not each.decodes]
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int | None, int], Tensor] = {}
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """The outputs [1, T, H, V] of a block. Raises `UnsupportedOperation` for an attention that it does not know."""
@@ -106,13 +106,16 @@ class PackedAttention:
                 keys, values, mask = key[:, :, new], value[:, :, new], None
             else:
                 keys, values = self._cache.read_one(block, each.pages, each.num_tokens)
-                mask = self._mask(index, each, window, query)
+                mask = self._mask(index, each, window, query, num_shared=query.shape[1] // key.shape[1])
             output_THV[new] = core.attend(query[:, :, new], keys, values, mask)[0].transpose(0, 1)
         return output_THV[None]
 
-    def _mask(self, index: int, each: NewTokens, window: int | None, query: Tensor) -> Tensor:
-        """What a sequence's new tokens see, to be added to the scores, [T, S]."""
-        if (index, window) not in self._masks:
+    def _mask(self, index: int, each: NewTokens, window: int | None, query: Tensor, *, num_shared: int) -> Tensor:
+        """What a sequence's new tokens see, to be added to the scores, for each of the heads that share keys.
+
+        [num_shared * T, S]: the same for all blocks with this window, so it is made once.
+        """
+        if (index, window, num_shared) not in self._masks:
             keys = torch.arange(each.num_tokens, device=query.device)
             queries = torch.arange(each.num_cached, each.num_tokens, device=query.device)[:, None]
             seen = keys <= queries
@@ -121,8 +124,8 @@ class PackedAttention:
             if each.mask is not None:
                 seen &= each.mask.to(query.device)
                 seen |= keys == queries  # padding sees itself, so that it stays a number
-            self._masks[index, window] = _additive(seen, query.dtype)
-        return self._masks[index, window]
+            self._masks[index, window, num_shared] = _additive(seen, query.dtype).repeat(num_shared, 1)
+        return self._masks[index, window, num_shared]
 
 
 def groups_of(sequences: Sequence[NewTokens], *, device: torch.device) -> list[Group]:
@@ -174,7 +177,10 @@ class _Core:
         return output.reshape(num_groups, num_heads, values.shape[-1])
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """The outputs [1, H, T, V] of a sequence; without a mask, its tokens see those before them."""
+        """The outputs [1, H, T, V] of a sequence; without a mask, its tokens see those before them.
+
+        A mask is [H / J * T, S], for each of the heads that share keys.
+        """
         num_heads, num_key_heads, num_queries = query.shape[1], keys.shape[1], query.shape[2]
         num_shared = num_heads // num_key_heads
         plain = self._softcap is None and self._sinks is None
@@ -184,9 +190,8 @@ class _Core:
             )
         if mask is None:
             mask = _additive(torch.ones(num_queries, num_queries, dtype=torch.bool).tril(), query.dtype)
-            mask = mask.to(query.device)
+            mask = mask.to(query.device).repeat(num_shared, 1)
         query = query.reshape(1, num_key_heads, num_shared * num_queries, -1)
-        mask = mask.repeat(num_shared, 1)
         if plain:
             output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self._scaling)
         else:

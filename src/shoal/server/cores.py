@@ -92,6 +92,11 @@ def _locked(file: int) -> bool:
     return True
 
 
+def turn_of(cores: Cores | None) -> contextlib.AbstractAsyncContextManager[None]:
+    """The turn of a server that shares cores; one that shares none always has it."""
+    return contextlib.nullcontext() if cores is None else cores.turn()
+
+
 def uses_all_cores(device: torch.device, num_threads: int) -> bool:
     """Whether a pass leaves no room for another one beside it."""
     return device.type == "cpu" and 2 * num_threads > (psutil.cpu_count(logical=False) or 1)

@@ -20,7 +20,7 @@ from shoal.routing.view import SwarmView
 from shoal.server.batch import OneByOne, Packed
 from shoal.server.cache import Int8Pages, PagedCache, Pages, key_value_shapes
 from shoal.server.config import ServerConfig
-from shoal.server.cores import Cores, folder_of_turns, uses_all_cores
+from shoal.server.cores import Cores, folder_of_turns, turn_of, uses_all_cores
 from shoal.server.engine import Engine
 from shoal.server.executor import Executor
 from shoal.server.fit import (
@@ -182,7 +182,7 @@ async def make_engine(
     cache = None if shapes is None else PagedCache(body, shapes, num_pages, kind=kind)
     compute = OneByOne(body) if cache is None else Packed(body, cache)
     weights = f"{checks.fingerprint}, quantization {config.quantization},"
-    async with cores.turn() if cores is not None else contextlib.nullcontext():
+    async with turn_of(cores):
         speeds = await executor.run(lambda: speeds_of(body, compute, weights=weights, num_pages=num_pages))
     engine = Engine(
         body,

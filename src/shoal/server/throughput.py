@@ -22,7 +22,6 @@ from shoal.server.session import Growth
 PAST_TOKENS = 64
 PREFILL_TOKENS = 128
 REPEATS = 5
-NEEDED_PAGES = pages_for(max(PAST_TOKENS + 1, PREFILL_TOKENS))
 
 
 @dataclass(frozen=True)

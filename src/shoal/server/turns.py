@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from shoal.server.batch import Chunk, Pass
-from shoal.server.cores import Cores
+from shoal.server.cores import Cores, turn_of
 from shoal.server.executor import Executor
 from shoal.server.head import Answer, ServerHead, answers_of
 from shoal.server.pages import PagePool
@@ -153,7 +153,7 @@ class Turns:
         work = self.passes[0]
         outcome: torch.Tensor | Exception | None
         try:
-            async with self._with_cores():
+            async with turn_of(self._cores):
                 outcome = await self._executor.run(work.advance)
         except Exception as error:
             outcome = error
@@ -166,12 +166,9 @@ class Turns:
         while True:
             while wait := self._worth_waiting():
                 await self._news_within(min(wait, GLANCE_SECONDS))
-            async with self._with_cores():
+            async with turn_of(self._cores):
                 if not self._worth_waiting():  # those who have come while others had their turn may expect more
                     return await self._decide()
-
-    def _with_cores(self) -> contextlib.AbstractAsyncContextManager[None]:
-        return contextlib.nullcontext() if self._cores is None else self._cores.turn()
 
     async def _decide(self) -> bool:
         while True:
