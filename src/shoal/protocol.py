@@ -1,9 +1,9 @@
 """Every message that peers exchange, with its limits.
 
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
-The first message of a stream is `Open` for a session, or `Forward`, `Backward` for a single computation. Whatever
-arrives is parsed here before anything else looks at it: an unknown kind, field or type, or a number beyond its limit,
-is refused.
+The first message of a stream is `Open` for a session, `Forward` or `Backward` for a single computation, or a `Step`
+with a `link`, which one server pushes to the next. Whatever arrives is parsed here before anything else looks at it:
+an unknown kind, field or type, or a number beyond its limit, is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-PROTOCOL = "/shoal/1"
+PROTOCOL = "/shoal/2"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -28,8 +28,9 @@ MAX_LOGITS_BYTES = 64 * 1024 * 1024
 MAX_BATCH = 1024
 MAX_LENGTH = 1 << 22
 MAX_BLOCKS = 4096
-HEARTBEAT_SECONDS = 1.0
-"""How often a server that is still computing says so. Silence for several of these means that it is gone."""
+MAX_HOPS = 256
+MAX_STEPS_AHEAD = 16
+"""The steps of one session that a server keeps beside the one that it computes."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "uint8": 1}
 TENSOR_ALIGNMENT = 16
@@ -47,6 +48,12 @@ TensorName = Literal["hidden", "positions", "mask", "grad", "digests", "logits",
 Text = Annotated[str, Field(max_length=256)]
 Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # it ends up on terminals
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+Position = Annotated[int, Field(ge=0, le=MAX_LENGTH)]
+Epoch = Annotated[int, Field(ge=0, lt=1 << 53)]
+PeerId = Annotated[str, Field(min_length=1, max_length=64)]
+Address = Annotated[str, Field(max_length=300, pattern=r"^[^\p{C}]*$")]
+Link = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+"""A secret of the client and two servers: by it the one may push to the other's session."""
 
 
 class ProtocolViolation(ValueError):
@@ -118,6 +125,21 @@ class _Message(_Frozen):
         return sum(-(-spec.nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT for spec in self.tensors)
 
 
+class Before(_Frozen):
+    """The server from which a session's steps are pushed, and by which link."""
+
+    peer: PeerId
+    link: Link
+
+
+class After(_Frozen):
+    """The server to which a session's outputs are pushed, where it may be reached, and by which link."""
+
+    peer: PeerId
+    link: Link
+    addresses: Annotated[tuple[Address, ...], Field(max_length=8, strict=False)] = ()
+
+
 class _OnSpan(_Message):
     model: Text
     fingerprint: Text
@@ -136,43 +158,76 @@ class Open(_OnSpan):
 
     `digests` [B, N, 16] uint8 (optional) name the first N pages of every sequence's inputs (`shoal.model.prefix`),
     which need not be sent if the server has computed the same. `salt` is the tenant's: only sessions of equal salts
-    share what was computed. `encoding` is how the outputs of these pages shall travel.
+    share what was computed. `encoding` is how the outputs of these pages shall travel; those of the first `skip` tokens
+    are not wanted. The session is in the ring between `before` and `after`, and its first epoch is `epoch`.
     """
 
     carries = ("digests",)
     kind: Literal["open"] = "open"
     salt: Text = ""
     encoding: Encoding = "raw"
+    skip: Position = 0
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     max_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+    epoch: Epoch = 0
+    before: Before | None = None
+    after: After | None = None
 
 
 class Opened(_Message):
-    """Server: send a step. The session holds `num_tokens` tokens already, and `hidden` [B, T, D] are their outputs."""
+    """Server: send a step. The session holds `num_tokens` tokens already; `hidden` [B, T, D] are the wanted outputs."""
 
     carries = ("hidden",)
     kind: Literal["opened"] = "opened"
-    num_tokens: Annotated[int, Field(ge=0, le=MAX_LENGTH)] = 0
+    num_tokens: Position = 0
 
 
-class Step(_Message):
-    """Client: append tokens to the session and compute them.
+class Tie(_Message):
+    """Client: the session's place in the ring is now between these two servers."""
+
+    kind: Literal["tie"] = "tie"
+    before: Before | None = None
+    after: After | None = None
+
+
+class Rewind(_Message):
+    """Client: the next step begins at `position`, and is of this `epoch`, which is later than all before.
 
     First, `rows` (if given) says which old sequence each sequence continues, as beam search and batch changes need;
-    then whatever the session holds beyond `position` is forgotten. Tensors: `hidden` [B, T, D]; optionally `positions`
-    [B, T] int64 and the padding `mask` [B, T] uint8 of the new tokens.
-
-    With `logits`, the output head's answer is wanted instead of hidden states: for so many of the last positions, and
-    of the `top_k` likeliest tokens only if that is given.
+    then whatever the session holds beyond `position` is forgotten. Steps of former epochs that are still on their way
+    mean nothing any more.
     """
 
-    carries = ("hidden", "positions", "mask")
-    kind: Literal["step"] = "step"
-    position: Annotated[int, Field(ge=0, le=MAX_LENGTH)]
+    kind: Literal["rewind"] = "rewind"
+    epoch: Epoch
+    position: Position
     rows: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=MAX_BATCH)], ...] | None,
         Field(min_length=1, max_length=MAX_BATCH, strict=False),
     ] = None
+
+
+class Step(_Message):
+    """Client, or the server before: append tokens to the session and compute them.
+
+    Tensors: `hidden` [B, T, D]; optionally `positions` [B, T] int64 and the padding `mask` [B, T] uint8 of the new
+    tokens. A step is known by its epoch and position: sent twice, it is computed once; one that comes too early waits
+    for those before it. The outputs of its first `skip` tokens are not wanted back.
+
+    If it goes `onward`, the outputs are also pushed to the session's next server, as a step which goes onward once
+    less. A step that is pushed names the `link` by which its receiver knows whose it is.
+
+    With `logits`, the last server of the ring answers with what its output head says instead of hidden states: for so
+    many of the last positions, and of the `top_k` likeliest tokens only if that is given.
+    """
+
+    carries = ("hidden", "positions", "mask")
+    kind: Literal["step"] = "step"
+    epoch: Epoch = 0
+    position: Position
+    skip: Position = 0
+    onward: Annotated[int, Field(ge=0, le=MAX_HOPS)] = 0
+    link: Link | None = None
     logits: Annotated[int, Field(ge=0, le=MAX_STEP_TOKENS)] | None = None
     top_k: Annotated[int, Field(ge=1, le=MAX_LENGTH)] | None = None
 
@@ -200,7 +255,8 @@ class Backward(_OnSpan):
 class Result(_Message):
     """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`).
 
-    Its dtype and its encoding are those of the question's `hidden`.
+    Its dtype and its encoding are those of the question's `hidden`. To a step it has the step's `epoch` and `position`,
+    and the outputs of the tokens that are not skipped, or nothing if all are.
 
     To a `Step` that wants logits of N positions (`logits` in it) it has `logits` [B, N, V] instead, always raw, or
     `logits` and `ids` [B, N, top_k] int64; for N = 0, nothing.
@@ -208,22 +264,43 @@ class Result(_Message):
 
     carries = ("hidden", "grad", "logits", "ids")
     kind: Literal["result"] = "result"
+    epoch: Epoch = 0
+    position: Position = 0
 
 
-class Working(_Message):
-    """Server: still waiting for the processor or computing; a heartbeat."""
+class Unreached(_Message):
+    """Server: the outputs of this step could not be pushed to the next server. Carry them there yourself."""
 
-    kind: Literal["working"] = "working"
+    kind: Literal["unreached"] = "unreached"
+    epoch: Epoch
+    position: Position
 
 
 class Ping(_Message):
-    """Client: the session is still wanted. Answered by `Pong`."""
+    """Client: are you there, and is this still wanted? Answered by `Pong`, at any time."""
 
     kind: Literal["ping"] = "ping"
 
 
 class Pong(_Message):
+    """Server: here. `working` on what was asked here, or waiting for its turn; all that it computes, it counts.
+
+    A session expects the step of this `epoch` and `position` next, or computes it. `num_passes` grows with every pass
+    of the whole server: a server that works, and whose count stands still for long, is stuck.
+    """
+
     kind: Literal["pong"] = "pong"
+    working: bool = False
+    num_passes: Annotated[int, Field(ge=0)] = 0
+    epoch: Epoch = 0
+    position: Position = 0
+
+
+class Leaving(_Message):
+    """Server: it goes away in so many `seconds`. Continue elsewhere before."""
+
+    kind: Literal["leaving"] = "leaving"
+    seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 
 
 class Failure(_Message):
@@ -247,7 +324,22 @@ class Close(_Message):
     kind: Literal["close"] = "close"
 
 
-Message = Open | Opened | Step | Forward | Backward | Result | Working | Ping | Pong | Failure | Close
+Message = (
+    Open
+    | Opened
+    | Tie
+    | Rewind
+    | Step
+    | Forward
+    | Backward
+    | Result
+    | Unreached
+    | Ping
+    | Pong
+    | Leaving
+    | Failure
+    | Close
+)
 
 _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 

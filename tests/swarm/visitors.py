@@ -116,8 +116,10 @@ class Visitor:
                 if self.session is None:
                     start, rows = self._open(), None
                 if start < self.num_tokens:
-                    request = Step(position=start, rows=None if rows is None else tuple(rows))
-                    answer = await self._engine.step(self.session, request, self._tensors(start))
+                    rearranged = None if rows is None else tuple(rows)
+                    answer = await self._engine.step(
+                        self.session, Step(position=start), self._tensors(start), rows=rearranged
+                    )
                     self.outputs_BSD = torch.cat((self.outputs_BSD[:, :start], answer["hidden"]), dim=1)
                 return self.outputs_BSD[:, position:]
             except Refused as refused:

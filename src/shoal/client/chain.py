@@ -20,12 +20,13 @@ import torch
 
 from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
+from shoal.client.pairs import BrokenPairs
 from shoal.client.suspects import Suspects
 from shoal.errors import Misrouted, MissingBlocks, ServerBusy, ServerLost, SwarmError
 from shoal.net.encodings import as_received
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
-from shoal.routing.route import Hop, choose_route
+from shoal.routing.route import SLOWEST, Hop, choose_route
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, Span
 
@@ -78,6 +79,7 @@ class Chain:
         self.config = config
         self._node = node
         self._suspects = Suspects()
+        self.broken_pairs = BrokenPairs(time.monotonic)
         self._round_trips: dict[str, float] = {}
         self._view: SwarmView | None = None
         self._viewed_at = float("-inf")
@@ -222,10 +224,14 @@ class Chain:
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server. Raises `ServerLost`."""
         before = time.monotonic()
-        connection = await Connection.open(self._node.transport, server, self.config)
-        measured = time.monotonic() - before
-        self._round_trips[server.peer] = 0.8 * self._round_trips.get(server.peer, measured) + 0.2 * measured
+        connection = await Connection.open(
+            self._node.transport, server, self.config, round_trip=lambda seconds: self._measured(server.peer, seconds)
+        )
+        self._measured(server.peer, time.monotonic() - before)
         return connection
+
+    def _measured(self, peer: str, seconds: float) -> None:
+        self._round_trips[peer] = 0.8 * self._round_trips.get(peer, seconds) + 0.2 * seconds
 
     def answered(self, peer: str) -> None:
         """A server did its work: whatever was held against it is forgotten."""
@@ -315,7 +321,9 @@ class Chain:
         connection = await self.connect(hop.server)
         try:
             request = kind(model=self.model.key, fingerprint=self.fingerprint, start=hop.span.start, end=hop.span.end)
-            result = await connection.compute(request, tensors, answer=answer, shape=tensors["hidden"].shape)
+            hidden = tensors["hidden"]
+            usual = hidden.shape[0] * hidden.shape[1] / max(hop.server.prefill_speed, SLOWEST)
+            result = await connection.compute(request, tensors, answer=answer, usual_seconds=usual)
             self.answered(hop.server.peer)
             return result
         finally:

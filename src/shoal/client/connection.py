@@ -1,17 +1,21 @@
-"""One stream to one server: a question, an answer, and every way that an answer can fail to come, by name."""
+"""One stream to one server: what it says, and every way that it can fail, by name.
+
+A server answers a `Ping` at any time, also while it computes. So whoever says nothing is asked, and whoever does not
+answer that within about a second is lost; how long an answer may take is another matter.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Self
 
 import torch
 
 from shoal.client.config import ClientConfig
-from shoal.client.logits import Logits, Question
+from shoal.concurrency import first_of
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, UserError
-from shoal.model.prefix import PAGE_TOKENS
 from shoal.net import codec
 from shoal.net.encodings import as_received
 from shoal.net.transport import Stream, StreamBroken, Transport
@@ -21,14 +25,13 @@ from shoal.protocol import (
     Close,
     Encoding,
     Failure,
+    Leaving,
     Message,
-    Open,
-    Opened,
+    Ping,
+    Pong,
     ProtocolViolation,
     Result,
-    Step,
     TensorName,
-    Working,
 )
 from shoal.spans import ServerInfo
 
@@ -36,6 +39,14 @@ OPEN_SECONDS = 10.0
 SLOWEST_LINK = 128 * 1024
 """Bytes per second: what is in flight over a link that is slower than this looks like silence."""
 SOON = 1.0
+PING_SECONDS = 0.5
+"""After so long a silence the server is asked whether it is there."""
+QUICKEST_PING = 0.1
+STUCK_SECONDS = 10.0
+STUCK_FACTOR = 20
+"""A server that says that it works, and computes nothing for so many times what it should take, is stuck."""
+
+Heard = Callable[[Message, codec.Tensors], None]
 
 
 class CannotRewind(PeerError):
@@ -43,177 +54,249 @@ class CannotRewind(PeerError):
 
 
 class Connection:
-    """Questions to one server, one at a time. After any error it is closed and of no more use."""
+    """A stream to one server. What it says is given to `heard`, in order; when it is of no more use, `error` says why.
 
-    def __init__(self, stream: Stream, server: ServerInfo, config: ClientConfig) -> None:
+    `heard` is then called no more, and `ended` once.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        server: ServerInfo,
+        config: ClientConfig,
+        *,
+        round_trip: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self.peer = server.peer
+        self.encoding: Encoding = config.wire if config.wire in server.encodings else "raw"
+        self.error: PeerError | None = None
+        self.heard: Heard = lambda message, tensors: None
+        self.ended: Callable[[], None] = lambda: None
         self._stream = stream
-        self._peer = server.peer
         self._config = config
-        self._encoding: Encoding = config.wire if config.wire in server.encodings else "raw"
+        self._round_trip = round_trip
+        self._sending = asyncio.Lock()
+        self._clock = asyncio.get_running_loop().time
+        self._usual_seconds: float | None = None  # that what is awaited takes; None while nothing is
+        self._bytes_in_flight = 0
+        self._heard_at = self._patient_since = self._clock()
+        self._pinged_at: float | None = None
+        self._worked_at: float | None = None  # since when it works without getting anywhere
+        self._num_passes = 0
+        self._task = asyncio.create_task(self._live())
 
     @classmethod
-    async def open(cls, transport: Transport, server: ServerInfo, config: ClientConfig) -> Self:
+    async def open(
+        cls,
+        transport: Transport,
+        server: ServerInfo,
+        config: ClientConfig,
+        *,
+        round_trip: Callable[[float], None] = lambda seconds: None,
+    ) -> Self:
         """Connect. Raises `ServerLost`."""
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 stream = await transport.open(server.peer, server.addresses)
         except (StreamBroken, TimeoutError) as error:
             raise ServerLost(f"{server.peer} cannot be reached: {error}", peer=server.peer) from None
-        return cls(stream, server, config)
+        return cls(stream, server, config, round_trip=round_trip)
 
-    async def begin(self, message: Open, digests: torch.Tensor | None, inputs_BTD: torch.Tensor) -> torch.Tensor | None:
-        """Open a session; returns the outputs of the first of its inputs, if the server has computed the same before.
+    async def send(self, message: Message, tensors: codec.Tensors | None = None) -> None:
+        """Send a message. Raises `PeerError`s, and `UserError` for tensors that are too large for one."""
+        tensors = tensors or {}
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if num_bytes + len(tensors) * TENSOR_ALIGNMENT > MAX_PAYLOAD_BYTES:
+            raise UserError(
+                f"{tensors['hidden'].shape[1]} tokens of one sequence do not fit into a message of "
+                f"{MAX_PAYLOAD_BYTES >> 20} MiB",
+                hint="use shorter sequences, or a dtype of fewer bytes",
+            )
+        if self.error is not None:
+            raise self.error
+        try:
+            async with asyncio.timeout(self._config.silence_seconds + num_bytes / SLOWEST_LINK), self._sending:
+                await codec.send(self._stream, message, tensors, self.encoding)
+        except (StreamBroken, TimeoutError) as failure:
+            self.fail(self.lost(failure if str(failure) else "takes nothing more"))
+            raise self.error from None  # type: ignore[misc]
+
+    def expect(self, *, usual_seconds: float | None, bytes_in_flight: int) -> None:
+        """What is awaited from now on: how long it usually takes, and how much travels meanwhile, both ways."""
+        self._usual_seconds, self._bytes_in_flight = usual_seconds, bytes_in_flight
+        self._patient_since = self._clock()
+
+    def fail(self, error: PeerError) -> None:
+        """It is of no more use, for this reason."""
+        if self.error is None:
+            self.error = error
+            self._task.cancel()
+            self.ended()
+
+    async def ask(
+        self, message: Message, tensors: codec.Tensors, *, expect: type[Message], usual_seconds: float
+    ) -> tuple[Message, codec.Tensors]:
+        """Send a question and wait for its answer, which is about as long. Raises `PeerError`s."""
+        answered: asyncio.Future[tuple[Message, codec.Tensors]] = asyncio.get_running_loop().create_future()
+
+        def heard(reply: Message, outcome: codec.Tensors) -> None:
+            if isinstance(reply, expect) and not answered.done():
+                answered.set_result((reply, outcome))
+            elif not isinstance(reply, Pong | Leaving):
+                self.fail(self.unasked(reply))
+
+        def ended() -> None:
+            if not answered.done() and self.error is not None:
+                answered.set_exception(self.error)
+
+        self.heard, self.ended = heard, ended
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self.expect(usual_seconds=usual_seconds, bytes_in_flight=2 * size)
+        await self.send(message, tensors)
+        ended()
+        limit = self._config.longest_answer_seconds
+        try:
+            async with asyncio.timeout(limit):
+                return await answered
+        except TimeoutError:
+            self.fail(self.lost(f"no answer within {limit:g} s"))
+            raise self.error from None  # type: ignore[misc]
+        finally:
+            answered.cancel()
+            self.expect(usual_seconds=None, bytes_in_flight=0)
+
+    async def compute(
+        self, message: Message, tensors: codec.Tensors, *, answer: TensorName, usual_seconds: float
+    ) -> torch.Tensor:
+        """Ask for a tensor of the shape of the hidden states, as precise as the user wants tensors to travel.
 
         Raises `PeerError`s.
         """
-        message = message.model_copy(update={"encoding": self._encoding})
-        reply, answered = await self.ask(message, {} if digests is None else {"digests": digests}, expect=Opened)
-        assert isinstance(reply, Opened)
-        if not reply.num_tokens:
-            return None
-        outputs = answered.get("hidden")
-        offered = 0 if digests is None else digests.shape[1] * PAGE_TOKENS
-        batch_size, _, hidden_size = inputs_BTD.shape
-        if (
-            reply.num_tokens > offered
-            or outputs is None
-            or outputs.shape != (batch_size, reply.num_tokens, hidden_size)
-            or not outputs.is_floating_point()
-            or not _finite(outputs)
-            or reply.encoding_of("hidden") not in ("raw", self._encoding)
-        ):
-            await self.close()
-            raise ServerLost(f"{self._peer} knows something else than was asked", peer=self._peer)
-        return as_received(outputs.to(inputs_BTD.dtype), self._config.wire)
-
-    async def compute(
-        self, message: Message, tensors: codec.Tensors, *, answer: TensorName, shape: torch.Size
-    ) -> torch.Tensor:
-        """Ask for a tensor of a known shape, as precise as the user wants tensors to travel.
-
-        Raises `PeerError`s, and `UserError` for tensors that are too large for a message.
-        """
-        if sum(tensor.nbytes + TENSOR_ALIGNMENT for tensor in tensors.values()) > MAX_PAYLOAD_BYTES:
-            raise UserError(
-                f"{shape[1]} tokens of one sequence do not fit into a message of {MAX_PAYLOAD_BYTES >> 20} MiB",
-                hint="use shorter sequences, or a dtype of fewer bytes",
-            )
-        reply, answered = await self.ask(message, tensors, expect=Result)
+        reply, answered = await self.ask(message, tensors, expect=Result, usual_seconds=usual_seconds)
         result, encoding = answered.get(answer), reply.encoding_of(answer)
-        if result is None or result.shape != shape or result.dtype != tensors["hidden"].dtype:
+        hidden = tensors["hidden"]
+        if result is None or result.shape != hidden.shape or result.dtype != hidden.dtype:
             wrong = "something else than was asked"
-        elif encoding not in ("raw", self._encoding):
+        elif encoding not in ("raw", self.encoding):
             wrong = f"in {encoding}, which nobody asked for"
-        elif answer == "hidden" and not _plausible(result, tensors):  # gradients may overflow: scalers look at that
-            wrong = "with numbers that are not finite"
+        elif answer == "hidden" and not plausible(result, hidden, tensors.get("mask")):
+            wrong = "with numbers that are not finite"  # gradients may overflow: scalers look at that
         else:
             # The same from a server that does not know the encoding: which one it was must not make a difference.
             return result if encoding == self._config.wire else as_received(result, self._config.wire)
-        await self.close()
-        raise ServerLost(f"{self._peer} answered {wrong}", peer=self._peer)
+        self.fail(self.wrong(wrong))
+        raise ServerLost(f"{self.peer} answered {wrong}", peer=self.peer)
 
-    async def logits(self, request: Step, tensors: codec.Tensors, question: Question) -> Logits | None:
-        """Ask for as many logits as `request` says; none of it, if these are 0. Raises `PeerError`s."""
-        reply, answered = await self.ask(
-            request, tensors, expect=Result, answer_bytes=question.num_bytes(tensors["hidden"], request.logits or 0)
-        )
-        if not request.logits:
-            return None
-        values, ids = answered.get("logits"), answered.get("ids")
-        expected = (*tensors["hidden"].shape[:1], request.logits, question.width)
-        if (
-            values is None
-            or values.shape != expected
-            or values.dtype != tensors["hidden"].dtype
-            or reply.encoding_of("logits") != "raw"
-            or (ids is None) != (request.top_k is None)
-            or (ids is not None and (ids.shape != expected or not question.are_tokens(ids)))
-        ):
-            wrong = "something else than was asked"
-        elif not _plausible(values, tensors):
-            wrong = "with numbers that are not finite"
-        else:
-            return Logits(values, ids)
-        await self.close()
-        raise ServerLost(f"{self._peer} answered {wrong}", peer=self._peer)
+    def wrong(self, what: str) -> ServerLost:
+        """What to say of a server that answered like that."""
+        return ServerLost(f"{self.peer} answered {what}", peer=self.peer)
 
-    async def ask(
-        self,
-        message: Message,
-        tensors: codec.Tensors | None = None,
-        *,
-        expect: type[Message],
-        answer_bytes: int | None = None,
-    ) -> tuple[Message, codec.Tensors]:
-        """Send a message and wait for its answer, as long as the server says that it is working on it, up to a limit.
+    def unasked(self, message: Message) -> ServerLost:
+        """What to say of a server that says something that nobody asked for."""
+        return self.wrong(f"with {message.kind!r}, which nobody asked for")
 
-        The answer is about as long as the question, if `answer_bytes` does not say how long.
+    def lost(self, why: object) -> ServerLost:
+        """What to say of a server that is gone."""
+        return ServerLost(f"{self.peer} is lost: {why}", peer=self.peer)
 
-        Raises `PeerError`s.
-        """
-        config = self._config
+    # -- while it lasts -----------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
         try:
-            # Both directions: a server that is still receiving the question has nothing to say either.
-            question_bytes = sum(tensor.nbytes for tensor in (tensors or {}).values())
-            in_flight = question_bytes + (question_bytes if answer_bytes is None else answer_bytes)
-            silence_seconds = config.silence_seconds + in_flight / SLOWEST_LINK
-            async with asyncio.timeout(config.longest_answer_seconds) as limit:
-                async with asyncio.timeout(silence_seconds):
-                    await codec.send(self._stream, message, tensors, self._encoding)
-                while True:
-                    async with asyncio.timeout(silence_seconds):
-                        reply, answered = await codec.receive(self._stream)
-                    if isinstance(reply, expect):
-                        return reply, answered
-                    if not isinstance(reply, Working):
-                        raise self._error(message, reply)
-        except BaseException as error:
-            await self.close(goodbye=False)
-            what: object = error
-            if isinstance(error, TimeoutError):
-                what = (
-                    f"no answer within {config.longest_answer_seconds:g} s"
-                    if limit.expired()
-                    else f"said nothing for {silence_seconds:.1f} s"
-                )
-            if isinstance(error, StreamBroken | TimeoutError | ProtocolViolation):
-                raise ServerLost(f"{self._peer} is lost: {what}", peer=self._peer) from None
-            raise
+            await first_of(self._read(), self._watch())
+        except (StreamBroken, ProtocolViolation) as failure:
+            self.fail(self.lost(failure))
 
-    def _error(self, question: Message, reply: Message) -> PeerError:
-        peer = self._peer
-        if not isinstance(reply, Failure):
-            return ServerLost(f"{peer} answered with {reply.kind!r}, which nobody asked for", peer=peer)
-        match reply.code:
+    async def _read(self) -> None:
+        while self.error is None:
+            message, tensors = await codec.receive(self._stream)
+            self._heard_at = self._clock()
+            if isinstance(message, Failure):
+                self.fail(self._error(message))
+                return
+            if isinstance(message, Pong):
+                if self._pinged_at is None:
+                    self.fail(self.unasked(message))
+                    return
+                if not self._bytes_in_flight:
+                    self._round_trip(self._heard_at - self._pinged_at)
+                self._pinged_at = None
+                self._check_progress(message)
+            else:
+                self._worked_at = None
+            if self.error is None:
+                self.heard(message, tensors)
+
+    def _check_progress(self, pong: Pong) -> None:
+        now = self._clock()
+        if not pong.working or pong.num_passes != self._num_passes or self._worked_at is None:
+            self._worked_at, self._num_passes = now, pong.num_passes
+        elif now - self._worked_at > STUCK_SECONDS + STUCK_FACTOR * (self._usual_seconds or 0.0):
+            self.fail(self.lost(f"it has computed nothing for {now - self._worked_at:.0f} s"))
+
+    async def _watch(self) -> None:
+        """Ask whether it is there when it says nothing."""
+        while self.error is None:
+            now = self._clock()
+            if self._pinged_at is not None:
+                patience = self._config.silence_seconds + self._bytes_in_flight / SLOWEST_LINK
+                wait = max(self._pinged_at, self._patient_since) + patience - now
+                if wait <= 0:
+                    self.fail(self.lost(f"said nothing for {now - self._heard_at:.1f} s"))
+                    return
+            else:
+                wait = self._heard_at + self._interval() - now
+                if wait <= 0:
+                    self._pinged_at = now
+                    with contextlib.suppress(PeerError):
+                        await self.send(Ping())
+                    continue
+            await asyncio.sleep(wait)
+
+    def _interval(self) -> float:
+        """What silence makes us ask: that of whom we wait for earlier, the earlier the faster it usually is."""
+        if self._usual_seconds is None:
+            return PING_SECONDS
+        return min(PING_SECONDS, max(QUICKEST_PING, 3 * self._usual_seconds))
+
+    def _error(self, failure: Failure) -> PeerError:
+        peer = self.peer
+        match failure.code:
             case "busy":
-                seconds = max(reply.retry_after or 0.0, SOON)
-                return ServerBusy(f"{peer} is busy: {reply.reason}", peer=peer, retry_after=seconds)
+                seconds = max(failure.retry_after or 0.0, SOON)
+                return ServerBusy(f"{peer} is busy: {failure.reason}", peer=peer, retry_after=seconds)
             case "misrouted":
-                return Misrouted(f"{peer} cannot do this: {reply.reason}", peer=peer)
+                return Misrouted(f"{peer} cannot do this: {failure.reason}", peer=peer)
             case "rejected":
-                return RequestRejected(f"{peer} rejects this: {reply.reason}", peer=peer)
-            case "rewind" if isinstance(question, Step) and question.position > 0:
-                return CannotRewind(reply.reason, peer=peer)
+                return RequestRejected(f"{peer} rejects this: {failure.reason}", peer=peer)
+            case "rewind":
+                return CannotRewind(f"{peer} gave up: {failure.reason}", peer=peer)
             case _:
-                return ServerLost(f"{peer} gave up: {reply.reason}", peer=peer)
+                return ServerLost(f"{peer} gave up: {failure.reason}", peer=peer)
 
     async def close(self, *, goodbye: bool = True) -> None:
         """Release the stream, telling the server if it may still be listening. May be called twice."""
+        self.ended = lambda: None
+        goodbye = goodbye and self.error is None
+        self.fail(ServerLost(f"the connection to {self.peer} is closed", peer=self.peer))
         if goodbye:
             with contextlib.suppress(StreamBroken, TimeoutError):
-                async with asyncio.timeout(1):
+                async with asyncio.timeout(1), self._sending:
                     await codec.send(self._stream, Close())
+        if self._task is not asyncio.current_task():
+            await asyncio.gather(self._task, return_exceptions=True)
         await self._stream.close()
 
 
-def _plausible(result_BTD: torch.Tensor, tensors: codec.Tensors) -> bool:
+def plausible(result_BTD: torch.Tensor, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> bool:
     """Whether finite inputs gave finite outputs, for the last of them at least. Padding may become anything."""
-    if _finite(result_BTD) or not _finite(tensors["hidden"]):
+    if finite(result_BTD) or not finite(hidden_BTD):
         return True
-    mask_BT = tensors.get("mask")
-    return mask_BT is not None and bool(torch.isfinite(result_BTD[mask_BT[:, -result_BTD.shape[1] :].bool()]).all())
+    if mask_BT is None:
+        return False
+    return bool(torch.isfinite(result_BTD[mask_BT[:, -result_BTD.shape[1] :].bool()]).all())
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def finite(tensor: torch.Tensor) -> bool:
     """Whether there is no NaN and no infinity: the fastest way to know, a few microseconds for a token."""
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

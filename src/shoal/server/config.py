@@ -33,6 +33,8 @@ class ServerConfig:
     """Records are renewed this often, and live three times as long."""
     idle_seconds: float = 300.0
     """A client that says nothing for so long, not even a ping, is gone."""
+    drain_seconds: float = 0.0
+    """At the end, so much time is left to clients for taking their sessions elsewhere."""
     shares: Shares = field(default_factory=Shares)
     """How time and room are divided."""
     max_length: int = 1 << 17

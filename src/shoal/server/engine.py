@@ -90,6 +90,11 @@ class Engine:
         return len(self._turns.steps) + len(self._turns.passes)
 
     @property
+    def num_passes(self) -> int:
+        """How many passes were computed so far: whoever waits sees by it that the server works."""
+        return self._turns.num_passes
+
+    @property
     def _num_in_queue(self) -> int:
         return sum(not step.session.begun for step in self._turns.steps)
 
@@ -133,14 +138,21 @@ class Engine:
         self._turns.sessions.discard(session)
         self._turns.look()
 
-    async def step(self, session: Session, request: Step, tensors: Tensors) -> Answer:
-        """Append [B, T, D] inputs to a session and return the [B, T, D] outputs, or logits. Raises `Refused`."""
+    async def step(
+        self, session: Session, request: Step, tensors: Tensors, *, rows: tuple[int, ...] | None = None
+    ) -> Answer:
+        """Append [B, T, D] inputs to a session and return the [B, T, D] outputs, or logits.
+
+        First, what the session holds beyond the step's position is forgotten, and sequence i continues the one that was
+        `rows[i]`. Raises `Refused`.
+        """
         if session.preempted:
             raise preempted()
         inputs = self._checks.inputs_of(tensors)
         self._checks.check_step(
             request,
             inputs,
+            rows=rows,
             num_tokens=session.num_tokens,
             batch_size=session.batch_size,
             max_length=session.max_length,
@@ -150,10 +162,10 @@ class Engine:
         if not session.begun and self._num_in_queue >= self._shares.queue_length:
             raise busy(f"{self._shares.queue_length} others wait for room in the cache")
         if session.cache is not None:
-            session.cache = await self._rewound(session, request)
+            session.cache = await self._rewound(session, request.position, rows)
             if session.preempted:  # meanwhile
                 raise preempted()
-        session.begin(request.position, request.rows, inputs)
+        session.begin(request.position, rows, inputs)
         if inputs.num_tokens < NAMED_ASIDE:
             session.name(inputs)
         else:
@@ -162,18 +174,18 @@ class Engine:
                 raise preempted()
         return await self._turns.of_step(session, inputs, wanted)
 
-    async def _rewound(self, session: Session, request: Step) -> BodyCache:
+    async def _rewound(self, session: Session, position: int, rows: tuple[int, ...] | None) -> BodyCache:
         """Transformers' cache, taken back to where a step begins. Raises `Refused` if its kind of state does not."""
         cache = session.cache
-        if request.position == 0 or cache is None:
+        if position == 0 or cache is None:
             return self._body.new_cache(session.span)
 
         @torch.inference_mode()
         def rewind() -> None:
-            if request.position < session.num_tokens:
-                cache.crop(request.position)
-            if request.rows is not None:
-                cache.select_rows(list(request.rows))
+            if position < session.num_tokens:
+                cache.crop(position)
+            if rows is not None:
+                cache.select_rows(list(rows))
 
         try:
             await self._executor.run(rewind)

@@ -7,7 +7,7 @@ So whatever reaches the compute thread can be computed, and a wrong request leav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,15 +129,24 @@ class Checks:
         if inputs.batch_size > 1 and size > MAX_STEP_TOKENS:
             raise rejected(f"{size} tokens in one batch; {MAX_STEP_TOKENS} are allowed")
 
-    def check_step(self, request: Step, inputs: Inputs, *, num_tokens: int, batch_size: int, max_length: int) -> None:
-        """Raises `Refused` for a step that does not continue a session of so many tokens and sequences."""
+    def check_step(
+        self,
+        request: Step,
+        inputs: Inputs,
+        *,
+        rows: Sequence[int] | None,
+        num_tokens: int,
+        batch_size: int,
+        max_length: int,
+    ) -> None:
+        """Raises `Refused` for a step that does not continue these rows of a session as it is."""
         if request.position > num_tokens:
             raise rejected(f"position {request.position} of a session with {num_tokens} tokens")
         if request.position == 0:  # nothing is continued: the batch may be another
-            if request.rows is not None:
+            if rows is not None:
                 raise rejected("rows of a session that begins anew")
         else:
-            rows = range(batch_size) if request.rows is None else request.rows
+            rows = range(batch_size) if rows is None else rows
             if max(rows) >= batch_size or len(rows) != inputs.batch_size:
                 raise rejected(f"{inputs.batch_size} sequences that do not continue those of the session")
         end = request.position + inputs.num_tokens

@@ -35,6 +35,7 @@ from shoal.server.fit import (
 )
 from shoal.server.handler import Handler
 from shoal.server.head import ServerHead, load_head
+from shoal.server.links import Links
 from shoal.server.presence import Presence
 from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
@@ -129,7 +130,7 @@ async def serve(
                 prefill_speed=speeds.prefill,
                 head=head is not None,
             )
-            handler = Handler(engine, idle_seconds=config.idle_seconds)
+            handler = Handler(engine, Links(node.transport), idle_seconds=config.idle_seconds)
             async with engine.running():
                 await node.transport.listen(handler)
                 try:
@@ -144,6 +145,8 @@ async def serve(
                     yield Server(online, model, engine)
                 finally:
                     await presence.leave()  # before the clients are told, who look for others at once
+                    if config.drain_seconds:
+                        await handler.drain(config.drain_seconds)
                     await handler.leave()
     finally:
         executor.close()

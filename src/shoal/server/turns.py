@@ -50,6 +50,7 @@ class Turns:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.sessions: set[Session] = set()
+        self.num_passes = 0
         self._steps: list[StepWork] = []
         self._passes: list[PassWork] = []
         self.pace = pace
@@ -151,6 +152,7 @@ class Turns:
 
     async def _train(self) -> None:
         work = self.passes[0]
+        self.num_passes += 1
         outcome: torch.Tensor | Exception | None
         try:
             async with turn_of(self._cores):
@@ -238,6 +240,7 @@ class Turns:
         chunks = [step.chunk(num_tokens) for step, num_tokens in chosen]
         began = self._clock()
         answers = await self._executor.run(lambda: self._computed(chunks))
+        self.num_passes += 1
         now = self._clock()
         self.pace = self.pace.after(num_prefill_tokens=num_prefill, seconds=now - began)
         if decoding:

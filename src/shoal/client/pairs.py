@@ -1,0 +1,22 @@
+"""Servers that cannot reach one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+FORGIVEN_SECONDS = 300.0
+"""Two servers that could not reach one another may be able to after some time."""
+
+
+class BrokenPairs:
+    """Pairs of servers, in this order, of which the first could not push to the second lately."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._until: dict[tuple[str, str], float] = {}
+
+    def add(self, before: str, after: str) -> None:
+        self._until[before, after] = self._clock() + FORGIVEN_SECONDS
+
+    def __contains__(self, pair: tuple[str, str]) -> bool:
+        return self._until.get(pair, float("-inf")) > self._clock()

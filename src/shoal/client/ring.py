@@ -1,0 +1,64 @@
+"""Which servers of a session push their outputs straight to the next, and which pairs cannot."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from itertools import pairwise
+
+from shoal.client.pairs import BrokenPairs
+from shoal.client.share import LACKING_PONGS, Share
+from shoal.protocol import After, Before, Encoding
+
+
+class Ring:
+    """Each server's place between two others, and the links by which they know each other."""
+
+    def __init__(self, broken: BrokenPairs, *, wire: Encoding) -> None:
+        self._broken = broken
+        self._wire: Encoding = wire
+        self._links: dict[tuple[Share, Share], str] = {}
+        self._places: dict[Share, tuple[Before | None, After | None]] = {}
+
+    def tie(self, shares: Sequence[Share]) -> None:
+        """These servers, in this order. Pairs that stay as they are keep their link."""
+        pairs = [(before, after) for before, after in pairwise(shares) if self._can_push(before, after)]
+        self._links = {pair: self._links.get(pair) or secrets.token_hex(16) for pair in pairs}
+        befores = {after: Before(peer=before.peer, link=link) for (before, after), link in self._links.items()}
+        afters = {
+            before: After(peer=after.peer, link=link, addresses=after.hop.server.addresses[:8])
+            for (before, after), link in self._links.items()
+        }
+        self._places = {share: (befores.get(share), afters.get(share)) for share in shares}
+
+    def _can_push(self, before: Share, after: Share) -> bool:
+        peers = before.peer, after.peer
+        knows_wire = all(self._wire in ("raw", *share.hop.server.encodings) for share in (before, after))
+        return knows_wire and before.peer != after.peer and peers not in self._broken
+
+    def place(self, share: Share) -> tuple[Before | None, After | None]:
+        """Between whom a server is."""
+        return self._places.get(share, (None, None))
+
+    def pushes(self, before: Share, after: Share) -> bool:
+        """Whether a server's outputs go straight to the next."""
+        return (before, after) in self._links
+
+    def broken_at(self, before: Share, after: Share) -> int | None:
+        """The position of a step that has not got from one server to the next; None if all went well.
+
+        From then on, they are no pair any more.
+        """
+        unreached, before.unreached = before.unreached, None
+        awaited = after.requests[0] if after.requests and after.requests[0].pushed else None
+        position = None
+        if unreached is not None and any(
+            each.pushed and each.key == (unreached.epoch, unreached.position) for each in after.requests
+        ):
+            position = unreached.position
+        elif awaited is not None and after.num_lacking >= LACKING_PONGS and before.num_computed >= awaited.end:
+            position = awaited.position
+        if position is not None:
+            self._broken.add(before.peer, after.peer)
+            self._links.pop((before, after), None)
+        return position

@@ -1,0 +1,392 @@
+"""A session's part on one server: what that was sent, what it has answered, and what it still has to be told."""
+
+# B sequences, T new tokens, S all tokens, D hidden size, N tokens whose logits are wanted
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from shoal.client.connection import Connection, finite, plausible
+from shoal.client.history import History
+from shoal.client.logits import Logits, Question
+from shoal.errors import PeerError
+from shoal.model.prefix import PAGE_TOKENS
+from shoal.net.codec import Tensors
+from shoal.net.encodings import as_received
+from shoal.protocol import (
+    After,
+    Before,
+    Encoding,
+    Leaving,
+    Message,
+    Open,
+    Opened,
+    Pong,
+    Result,
+    Rewind,
+    Step,
+    Tie,
+    Unreached,
+)
+from shoal.routing.route import Hop
+
+OPENING_SECONDS = 0.1
+LACKING_PONGS = 2
+"""So many answers in a row, the first of which may have crossed the step, say that the step has not come."""
+STEPS_AHEAD = 4
+"""Steps that are under way to one server: enough to keep it busy while others come, and few enough for its memory."""
+
+
+class Sink(Protocol):
+    """Where a server's outputs go: into the history of the next, or to who asked for the step."""
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has already."""
+        ...
+
+    def take(self, outputs_BTD: torch.Tensor, start: int) -> None:
+        """Outputs for the tokens from `start` on; what is known already is left out."""
+        ...
+
+
+class Outputs:
+    """What the last server gives for the tokens from `position` on: hidden states, or the answer to a question."""
+
+    def __init__(self, position: int) -> None:
+        self.num_tokens = position
+        self.logits: list[Logits] = []
+        self._pieces: list[torch.Tensor] = []
+
+    def take(self, outputs_BTD: torch.Tensor, start: int) -> None:
+        new_BTD = outputs_BTD[:, self.num_tokens - start :]
+        if new_BTD.shape[1]:
+            self._pieces.append(new_BTD)
+            self.num_tokens += new_BTD.shape[1]
+
+    def joined(self) -> torch.Tensor | Logits:
+        """All of it."""
+        if self.logits:
+            return Logits.joined(self.logits)
+        return self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces, dim=1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A step that the server is to answer: sent by us or, in the ring, by the server before.
+
+    With `num_logits`, the output head's answer for so many tokens is wanted, not the outputs that are not skipped.
+    """
+
+    epoch: int
+    position: int
+    inputs: torch.Size  # [B, T, D]
+    dtype: torch.dtype
+    question: Question | None
+    num_logits: int
+    usual_seconds: float
+    skip: int = 0
+    pushed: bool = False
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.epoch, self.position
+
+    @property
+    def end(self) -> int:
+        return self.position + self.inputs[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """What travels, there and back."""
+        there = self.inputs.numel() * self.dtype.itemsize
+        return 2 * there + self.num_logits * (0 if self.question is None else self.question.width * there)
+
+
+class Share:
+    """A session on one server.
+
+    `history` is what its blocks were given. `num_requested` tokens of that the server has been asked to compute, and
+    `num_computed` of them it has answered. Decoding, a long prefill and the replay after a failure are all the bringing
+    of the second up to the first.
+    """
+
+    def __init__(self, hop: Hop, history: History, news: Callable[[], None]) -> None:
+        self.hop = hop
+        self.history = history
+        self.num_computed = 0
+        self.num_requested = 0
+        self.epoch: int | None = None  # that the server knows
+        self.connection: Connection | None = None
+        self.error: PeerError | None = None
+        self.is_reported = False
+        self.is_rewound = False
+        self.leaves = False
+        self.before: Before | None = None  # as the server knows them
+        self.after: After | None = None
+        self.requests: deque[Request] = deque()
+        self.unreached: Unreached | None = None
+        self._rows: tuple[int, ...] | None = None  # a rearrangement that the server has not been told
+        self._results: deque[tuple[Result, Tensors]] = deque()  # as they came, not looked at
+        self.is_open = False
+        self._opened: tuple[Opened, Tensors] | None = None
+        self._num_offered = self._num_skipped = 0  # tokens whose names were sent, and whose outputs are not wanted
+        self.num_lacking = 0
+        self._news = news
+
+    @property
+    def peer(self) -> str:
+        return self.hop.server.peer
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the server can be asked."""
+        return self.connection is not None and self.error is None
+
+    def is_in(self, epoch: int) -> bool:
+        """Whether it can be asked for steps of this epoch: nothing of another one is on its way."""
+        return self.epoch == epoch or not self.requests
+
+    # -- what the session does with it --------------------------------------------------------------------------------
+
+    def take(self, inputs_BTD: torch.Tensor, start: int) -> None:
+        """Add the inputs of the tokens from `start` on, except for those that are known already."""
+        new_BTD = inputs_BTD[:, self.history.num_tokens - start :]
+        if new_BTD.shape[1]:
+            self.history.append(new_BTD)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.history.num_tokens
+
+    def rearranged(self, rows: Sequence[int]) -> None:
+        """The history was rearranged; the server is told before its next step."""
+        self.doubt()
+        if self.num_computed:
+            self._rows = tuple(rows) if self._rows is None else tuple(self._rows[row] for row in rows)
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget what follows, also of what the server was asked and has not answered."""
+        self.history.crop(num_tokens)
+        self.num_computed = min(self.num_computed, num_tokens)
+        self.doubt()
+
+    def doubt(self) -> None:
+        """Whatever it was asked and has not answered may be wrong, or may never have come."""
+        self.unasked_from(self.num_computed)
+
+    def unasked_from(self, position: int) -> None:
+        """The steps from here on have not got to the server."""
+        while self.requests and self.requests[-1].position >= position:
+            self.requests.pop()
+        self.num_requested = min(self.num_requested, position)
+        self._await()
+
+    async def disconnect(self, *, goodbye: bool = True) -> None:
+        """Give up the server's state; the history stays."""
+        connection, self.connection = self.connection, None
+        self.num_computed = self.num_requested = self.num_lacking = 0
+        self.is_open = False
+        self._rows = self.epoch = self.before = self.after = self.unreached = self._opened = None
+        self.requests.clear()
+        self._results.clear()
+        if connection is not None:
+            await connection.close(goodbye=goodbye)
+
+    async def reset(self) -> None:
+        """The server cannot go on with its state: it is to be sent everything again."""
+        await self.disconnect()
+        self.error, self.is_reported, self.is_rewound = None, False, False
+
+    # -- to the server ------------------------------------------------------------------------------------------------
+
+    def adopt(self, connection: Connection) -> None:
+        """From now on, this connection is to its server."""
+        self.connection = connection
+        connection.heard, connection.ended = self._heard, self._ended
+        self._ended()
+
+    async def open(self, request: Open, digests: torch.Tensor | None, *, token_bytes: int) -> None:
+        """Ask for a session; the outputs of a token that the server may know are so long. Raises `PeerError`s."""
+        assert self.connection is not None
+        self.epoch, self.before, self.after = request.epoch, request.before, request.after
+        self._num_skipped = request.skip
+        self._num_offered = 0 if digests is None else digests.shape[1] * PAGE_TOKENS
+        size = self._num_offered * token_bytes
+        self.connection.expect(usual_seconds=OPENING_SECONDS, bytes_in_flight=size)
+        request = request.model_copy(update={"encoding": self.connection.encoding})
+        await self.connection.send(request, {} if digests is None else {"digests": digests})
+
+    async def tell(self, epoch: int, before: Before | None, after: After | None) -> None:
+        """What the server has to know before the next step, as far as it does not know it. Raises `PeerError`s."""
+        assert self.connection is not None
+        if (self.before, self.after) != (before, after):
+            self.before, self.after = before, after
+            await self.connection.send(Tie(before=before, after=after))
+        if self.epoch != epoch:
+            rows, self._rows, self.epoch = self._rows, None, epoch
+            self.is_rewound = self.num_computed > 0
+            rows = rows if self.num_computed else None
+            await self.connection.send(Rewind(epoch=epoch, position=self.num_computed, rows=rows))
+
+    async def ask(self, request: Request, tensors: Tensors, *, onward: int, last: Request) -> None:
+        """Ask for a step, which goes `onward` to so many servers, and is the request `last` to the last of them.
+
+        Raises `PeerError`s.
+        """
+        assert self.connection is not None
+        question = last.question
+        step = Step(
+            epoch=request.epoch,
+            position=request.position,
+            skip=request.skip,
+            onward=onward,
+            logits=None if question is None else last.num_logits,
+            top_k=None if question is None else question.top_k,
+        )
+        await self.connection.send(step, tensors)
+
+    def expect(self, request: Request) -> None:
+        """The server is going to answer this."""
+        self.requests.append(request)
+        self.num_requested = request.end
+        self.num_lacking = 0
+        self._await()
+
+    def _await(self) -> None:
+        if self.connection is not None:
+            usual_seconds = sum(request.usual_seconds for request in self.requests) if self.requests else None
+            size = sum(request.num_bytes for request in self.requests)
+            self.connection.expect(usual_seconds=usual_seconds, bytes_in_flight=size)
+
+    # -- from the server ----------------------------------------------------------------------------------------------
+
+    def _ended(self) -> None:
+        assert self.connection is not None
+        self.error = self.error or self.connection.error
+        if self.error is not None:
+            self._news()
+
+    def _heard(self, message: Message, tensors: Tensors) -> None:
+        assert self.connection is not None
+        match message:
+            case Result():
+                self._results.append((message, tensors))
+            case Opened() if self._opened is None:
+                self._opened = message, tensors
+            case Pong():
+                self._check_has(message)
+            case Unreached():
+                self.unreached = self.unreached or message
+            case Leaving():
+                self.leaves = True
+            case _:
+                self.connection.fail(self.connection.unasked(message))
+        self._news()
+
+    def _check_has(self, pong: Pong) -> None:
+        """Count how often in a row the server says that it does not have what it is to compute."""
+        if self.requests and not pong.working and (pong.epoch, pong.position) <= self.requests[0].key:
+            self.num_lacking += 1
+            if self.num_lacking >= LACKING_PONGS and not self.requests[0].pushed and self.connection is not None:
+                self.connection.fail(self.connection.lost("does not do what it was asked"))
+        else:
+            self.num_lacking = 0
+
+    def opened(self, sink: Sink, *, like: torch.Tensor, wire: Encoding) -> bool:
+        """Whether the server has opened the session. What it knew of its beginning goes to `sink`.
+
+        `like` [B, 1, D] are inputs of a token.
+        """
+        if self.is_open or self._opened is None or self.connection is None or self.error is not None:
+            return self.is_open
+        opened, tensors = self._opened
+        known, outputs = opened.num_tokens, tensors.get("hidden")
+        batch_size, _, hidden_size = like.shape
+        wrong = known > self._num_offered or (outputs is not None) != (known > self._num_skipped)
+        if outputs is not None and not wrong:
+            wrong = (
+                outputs.shape != (batch_size, known - self._num_skipped, hidden_size)
+                or not outputs.is_floating_point()
+                or not finite(outputs)
+                or opened.encoding_of("hidden") not in ("raw", self.connection.encoding)
+            )
+        if wrong:
+            self.connection.fail(self.connection.lost("it knows something else than was asked"))
+            return False
+        self.is_open = True
+        self.num_computed = self.num_requested = known
+        self._await()
+        if outputs is not None:
+            sink.take(as_received(outputs.to(like.dtype), wire), self._num_skipped)
+        return True
+
+    def settle(
+        self, sink: Sink, outputs: Outputs, *, wire: Encoding, mask: Callable[[int, int], torch.Tensor | None]
+    ) -> bool:
+        """Look at what has come: what is right goes to `sink`, logits to `outputs`; a server that is wrong is lost.
+
+        Returns whether anything was right. Whether numbers that are not finite are the server's fault is known only
+        once its inputs are.
+        """
+        is_news = False
+        while self._results and self.connection is not None and self.error is None:
+            result, tensors = self._results[0]
+            request = self.requests[0] if self.requests else None
+            if request is None or (result.epoch, result.position) != request.key:
+                self._results.popleft()  # of the past, or twice
+                continue
+            wrong = self._wrong(request, result, tensors)
+            answer = tensors.get("hidden" if request.question is None else "logits")
+            if wrong is None and answer is not None and not finite(answer):
+                if self.history.num_tokens < request.end:
+                    break
+                inputs = self.history.since(request.position)[:, : request.inputs[1]]
+                if not plausible(answer, inputs, mask(request.position, request.end)):
+                    wrong = "with numbers that are not finite"
+            if wrong is not None:
+                self.connection.fail(self.connection.wrong(wrong))
+                break
+            is_news = True
+            self._results.popleft()
+            self.requests.popleft()
+            self.num_computed, self.num_lacking = request.end, 0
+            self._await()
+            if request.question is not None:
+                if answer is not None:
+                    outputs.logits.append(Logits(answer, tensors.get("ids")))
+            elif answer is not None:
+                if result.encoding_of("hidden") != wire:
+                    # The same from a server that does not know the encoding: which one it was makes no difference.
+                    answer = as_received(answer, wire)
+                sink.take(answer, request.position + request.skip)
+        return is_news
+
+    def _wrong(self, request: Request, result: Result, tensors: Tensors) -> str | None:
+        """What is wrong with an answer, as far as shapes and kinds tell."""
+        assert self.connection is not None
+        batch_size, num_tokens, hidden_size = request.inputs
+        other = "something else than was asked"
+        if request.question is None:
+            hidden, num_wanted = tensors.get("hidden"), num_tokens - request.skip
+            if not num_wanted:
+                return None if hidden is None else other
+            if hidden is None or hidden.shape != (batch_size, num_wanted, hidden_size) or hidden.dtype != request.dtype:
+                return other
+            if (encoding := result.encoding_of("hidden")) not in ("raw", self.connection.encoding):
+                return f"in {encoding}, which nobody asked for"
+            return None
+        values, ids = tensors.get("logits"), tensors.get("ids")
+        if not request.num_logits:
+            return None if values is None and ids is None else other
+        shape = (batch_size, request.num_logits, request.question.width)
+        if values is None or values.shape != shape or values.dtype != request.dtype:
+            return other
+        if result.encoding_of("logits") != "raw" or (ids is None) != (request.question.top_k is None):
+            return other
+        return other if ids is not None and (ids.shape != shape or not request.question.are_tokens(ids)) else None

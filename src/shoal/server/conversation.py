@@ -1,0 +1,195 @@
+"""One client's session: what its client and the server before it send, computed in order, answered and pushed on."""
+
+from __future__ import annotations
+
+import asyncio
+
+from shoal.concurrency import first_of
+from shoal.net import codec
+from shoal.net.transport import Stream
+from shoal.protocol import (
+    After,
+    Before,
+    Close,
+    Encoding,
+    Leaving,
+    Message,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Result,
+    Rewind,
+    Step,
+    Tie,
+    Unreached,
+)
+from shoal.server.engine import Engine
+from shoal.server.links import Links
+from shoal.server.order import Arrived, Order
+from shoal.server.refusal import Refused, rejected
+
+RESULTS_AHEAD = 4
+"""Results that wait for a slow client; then nothing more is computed for it."""
+REMEMBERED_BYTES = 1 << 20
+"""The answer to the last step is kept, should it be asked for again; a longer one is computed again."""
+
+
+class Conversation:
+    """A session on its client's stream, as long as that lasts. Three tasks: one hears, one computes, one answers."""
+
+    def __init__(self, stream: Stream, engine: Engine, links: Links, *, idle_seconds: float) -> None:
+        self._stream = stream
+        self._engine = engine
+        self._links = links
+        self._idle_seconds = idle_seconds
+        self._before: Before | None = None
+        self._after: After | None = None
+        self._computing: Step | None = None
+        self._answered: tuple[Result, codec.Tensors, Encoding] | None = None  # the last, if it is not long
+        self._news = asyncio.Event()
+        self._finished = asyncio.Event()
+        self._sending = asyncio.Lock()
+        self._answers: asyncio.Queue[tuple[Message, codec.Tensors, Encoding]] = asyncio.Queue()
+        self._refused: Refused | None = None
+
+    async def run(self, request: Open, tensors: codec.Tensors) -> None:
+        """Until the client closes. Raises what else may end it: `Refused`, `StreamBroken`, `TimeoutError`."""
+        self._session, known = self._engine.open(request, tensors)
+        self._order = Order(request.epoch, self._session.num_tokens)
+        try:
+            self._tie(request.before, request.after)
+            known = None if known is None or request.skip >= known.shape[1] else known[:, request.skip :]
+            outputs: codec.Tensors = {} if known is None else {"hidden": known}
+            await self._say(Opened(num_tokens=self._session.num_tokens), outputs, request.encoding)
+            await first_of(self._hear(), self._compute(), self._answer())
+        finally:
+            self._tie(None, None)
+            self._engine.close(self._session)
+
+    async def leave(self, seconds: float) -> None:
+        """Tell the client that the server will be gone in so many seconds."""
+        await self._say(Leaving(seconds=seconds))
+
+    # -- hearing ------------------------------------------------------------------------------------------------------
+
+    async def _hear(self) -> None:
+        while True:
+            async with asyncio.timeout(self._idle_seconds):
+                message, tensors = await codec.receive(self._stream)
+            match message:
+                case Step():
+                    self._accept(message, tensors)
+                case Rewind():
+                    self._order.rewind(message)
+                    self._news.set()
+                case Ping():
+                    await self._say(self._pong())
+                case Tie():
+                    self._tie(message.before, message.after)
+                case Close():
+                    await self._finished.wait()
+                    await self._answers.join()
+                    return
+                case _:
+                    raise rejected(f"a message of kind {message.kind!r} makes no sense here")
+
+    def _accept(self, step: Step, tensors: codec.Tensors) -> None:
+        """A step has come, from wherever."""
+        try:
+            is_last = self._order.add(step, tensors)
+        except Refused as refused:  # perhaps on a stream of another server, which need not know
+            self._refused = refused
+            is_last = False
+        if is_last and self._computing is None:
+            self._repeat(step, tensors)
+        self._finished.clear()
+        self._news.set()
+
+    def _repeat(self, step: Step, tensors: codec.Tensors) -> None:
+        """The last step has come again: its answer may be lost, or it may not have got to the next server."""
+        if self._answered is None:
+            self._order.again(step, tensors)
+            return
+        _, answer, encoding = self._answered
+        if step.onward:
+            self._push(step, {**tensors, **answer}, encoding)
+        self._answers.put_nowait(self._answered)
+
+    def _tie(self, before: Before | None, after: After | None) -> None:
+        """Take the session's place in the ring."""
+        if self._before is not None:
+            self._links.forget(self._before)
+        if before is not None:
+            self._links.expect(before, self._accept)
+        if after is not None:
+            self._links.prepare(after)
+        self._before, self._after = before, after
+
+    def _pong(self) -> Pong:
+        computing = self._computing
+        return Pong(
+            working=computing is not None or self._order.is_ready,
+            num_passes=self._engine.num_passes,
+            epoch=self._order.epoch if computing is None else computing.epoch,
+            position=self._order.position if computing is None else computing.position,
+        )
+
+    # -- computing ----------------------------------------------------------------------------------------------------
+
+    async def _compute(self) -> None:
+        while True:
+            while self._order.is_ready and self._answers.qsize() < RESULTS_AHEAD:
+                await self._compute_step(self._order.take())
+            if self._refused is not None:
+                raise self._refused
+            if not self._order.is_ready:
+                self._finished.set()
+            self._news.clear()
+            await self._news.wait()
+
+    async def _compute_step(self, arrived: Arrived) -> None:
+        step, tensors = arrived.step, arrived.tensors
+        goes_on = step.onward > 0
+        request = step.model_copy(update={"logits": None, "top_k": None}) if goes_on else step
+        self._computing, self._answered = step, None
+        try:
+            answer = await self._engine.step(self._session, request, tensors, rows=arrived.rows)
+        finally:
+            self._computing = None
+        encoding = step.encoding_of("hidden")
+        if goes_on:
+            self._push(step, {**tensors, **answer}, encoding)
+        if "hidden" in answer:
+            outputs = answer["hidden"][:, step.skip :]
+            answer = {"hidden": outputs} if outputs.shape[1] else {}
+        else:
+            encoding = "raw"
+        result = Result(epoch=step.epoch, position=step.position)
+        if not step.skip and sum(tensor.nbytes for tensor in answer.values()) <= REMEMBERED_BYTES:
+            self._answered = (result, answer, encoding)
+        self._answers.put_nowait((result, answer, encoding))
+
+    def _push(self, step: Step, tensors: codec.Tensors, encoding: Encoding) -> None:
+        def failed() -> None:
+            self._answers.put_nowait((Unreached(epoch=step.epoch, position=step.position), {}, "raw"))
+
+        if self._after is None:
+            failed()
+            return
+        onward = step.model_copy(update={"onward": step.onward - 1, "skip": 0, "tensors": ()})
+        self._links.push(self._after, onward, tensors, encoding, failed=failed)
+
+    # -- answering ----------------------------------------------------------------------------------------------------
+
+    async def _answer(self) -> None:
+        while True:
+            message, tensors, encoding = await self._answers.get()
+            await self._say(message, tensors, encoding)
+            self._answers.task_done()
+            self._news.set()
+
+    async def _say(self, message: Message, tensors: codec.Tensors | None = None, encoding: Encoding = "raw") -> None:
+        """Raises `TimeoutError` for a client that does not read: it would keep its room for ever."""
+        async with asyncio.timeout(self._idle_seconds), self._sending:
+            await codec.send(self._stream, message, tensors, encoding)
