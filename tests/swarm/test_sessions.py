@@ -227,10 +227,10 @@ class ClosesAfter(StopsAfter):
             server = self._swarm.servers["s0"]
             whole_step = server.engine.step
 
-            async def step(*args: Any) -> torch.Tensor:
+            async def step(*args: Any, **kwargs: Any) -> torch.Tensor:
                 self.closing.start()
                 await asyncio.sleep(3600)
-                return await whole_step(*args)
+                return await whole_step(*args, **kwargs)
 
             server.engine.step = step
 
