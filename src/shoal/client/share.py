@@ -190,6 +190,7 @@ class Share:
     async def disconnect(self, *, goodbye: bool = True) -> None:
         """Give up the server's state; the history stays."""
         connection, self.connection = self.connection, None
+        goodbye = goodbye and not self.requests  # a server that hears one does first what it was asked before
         self.num_computed = self.num_requested = self.num_lacking = 0
         self.is_open = False
         self._rows = self.epoch = self.before = self.after = self.unreached = self._opened = None
