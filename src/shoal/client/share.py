@@ -105,7 +105,8 @@ class Request:
     def num_bytes(self) -> int:
         """What travels, there and back."""
         there = self.inputs.numel() * self.dtype.itemsize
-        return 2 * there + self.num_logits * (0 if self.question is None else self.question.width * there)
+        width = 0 if self.question is None else self.question.width
+        return 2 * there + self.inputs[0] * self.num_logits * width * self.dtype.itemsize
 
 
 class Share:
