@@ -22,7 +22,7 @@ from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
 from shoal.client.pairs import BrokenPairs
 from shoal.client.suspects import Suspects
-from shoal.errors import Misrouted, MissingBlocks, ServerBusy, ServerLost, SwarmError
+from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, SwarmError
 from shoal.net.encodings import as_received
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
@@ -174,13 +174,13 @@ class Chain:
                 return await act(excluded)
             except ServerLost as lost:
                 log.warning("%s; looking for another server", lost)
-                self._suspects.lost(lost.peer, str(lost), since=began)
+                self.blame(lost, since=began)
             except ServerBusy as busy:
                 log.info("%s", busy)
-                self._suspects.busy(busy.peer, busy.retry_after, str(busy))
+                self.blame(busy)
             except Misrouted as misrouted:
                 log.info("%s", misrouted)
-                self._suspects.unfit(misrouted.peer, str(misrouted))
+                self.blame(misrouted)
                 excluded.update(holding(each) for each in self._known().servers if each.peer == misrouted.peer)
                 self._viewed_at = float("-inf")  # it may hold other blocks by now
             except MissingBlocks:
@@ -232,6 +232,16 @@ class Chain:
 
     def _measured(self, peer: str, seconds: float) -> None:
         self._round_trips[peer] = 0.8 * self._round_trips.get(peer, seconds) + 0.2 * seconds
+
+    def blame(self, error: PeerError, *, since: float | None = None) -> None:
+        """A server has failed, in something that began at `since`: it is avoided from now on, as that deserves."""
+        match error:
+            case ServerBusy():
+                self._suspects.busy(error.peer, error.retry_after, str(error))
+            case Misrouted():
+                self._suspects.unfit(error.peer, str(error))
+            case _:
+                self._suspects.lost(error.peer, str(error), since=time.monotonic() if since is None else since)
 
     def answered(self, peer: str) -> None:
         """A server did its work: whatever was held against it is forgotten."""

@@ -29,6 +29,8 @@ class ClientConfig:
     """Let the last server compute the output head in sessions, if any offers to."""
     head_top_k: int | None = None
     """Ask it for the logits of so many of the likeliest tokens only."""
+    standby: bool = False
+    """Keep a second server warm for each that a session is on: a failure then costs a step, and no replay."""
     wire: Encoding = "raw"
     """How hidden states and gradients travel. Whatever else than raw loses precision, so only the user chooses it."""
 
@@ -39,6 +41,7 @@ class ClientConfig:
         blocked: Sequence[str] | None,
         *,
         wire: Encoding = "raw",
+        standby: bool = False,
         remote_head: bool = False,
         head_top_k: int | None = None,
     ) -> ClientConfig:
@@ -47,6 +50,7 @@ class ClientConfig:
             allowed_servers=None if allowed is None else frozenset(allowed),
             blocked_servers=frozenset(blocked or ()),
             wire=wire,
+            standby=standby,
             remote_head=remote_head,
             head_top_k=head_top_k,
         )

@@ -65,6 +65,7 @@ class _AutoDistributed:
         allowed_servers: Sequence[str] | None = None,
         blocked_servers: Sequence[str] | None = None,
         wire: str = "auto",
+        standby: bool = False,
         remote_head: bool = False,
         head_top_k: int | None = None,
         head_quantization: str = "none",
@@ -76,10 +77,11 @@ class _AutoDistributed:
         `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them, in a list
         or in one string (by default those in $SHOAL_INITIAL_PEERS). `dtype` is what this side computes and sends in;
         `wire` is how that travels: "raw" as it is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less
-        precisely. With `remote_head`, sessions end at a server that computes the output head as well (`--serve-head`),
-        and this side reads it from disk only if there is none; with `head_top_k` such a server sends the logits of so
-        many of the likeliest tokens, and whoever looks further finds -inf. `head_quantization` is for the output head
-        on this side: "int8" or "nf4" take less memory and are less precise than "none".
+        precisely. With `standby`, sessions keep a second server warm for each that they are on. With `remote_head`,
+        sessions end at a server that computes the output head as well (`--serve-head`), and this side reads it from
+        disk only if there is none; with `head_top_k` such a server sends the logits of so many of the likeliest tokens,
+        and whoever looks further finds -inf. `head_quantization` is for the output head on this side: "int8" or "nf4"
+        take less memory and are less precise than "none".
         Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
         it to the end of the process.
 
@@ -95,7 +97,12 @@ class _AutoDistributed:
                 hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
             )
         config = ClientConfig.choosing(
-            allowed_servers, blocked_servers, wire=_encoding(wire), remote_head=remote_head, head_top_k=head_top_k
+            allowed_servers,
+            blocked_servers,
+            wire=_encoding(wire),
+            standby=standby,
+            remote_head=remote_head,
+            head_top_k=head_top_k,
         )
         runtime = Runtime()
         try:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from shoal.model.prefix import PAGE_TOKENS
 from shoal.net.codec import Tensors
 from shoal.net.encodings import as_received
 from shoal.protocol import (
+    MAX_LENGTH,
     After,
     Before,
     Encoding,
@@ -74,6 +76,16 @@ class Outputs:
         if self.logits:
             return Logits.joined(self.logits)
         return self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces, dim=1)
+
+
+class Nowhere(Outputs):
+    """For whom nobody wants outputs of."""
+
+    def __init__(self) -> None:
+        super().__init__(MAX_LENGTH)
+
+    def take(self, outputs_BTD: torch.Tensor, start: int) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,8 @@ class Share:
         self._opened: tuple[Opened, Tensors] | None = None
         self._num_offered = self._num_skipped = 0  # tokens whose names were sent, and whose outputs are not wanted
         self.num_lacking = 0
-        self._news = news
+        self.has_news = asyncio.Event()
+        self.news = news
 
     @property
     def peer(self) -> str:
@@ -272,7 +285,11 @@ class Share:
         assert self.connection is not None
         self.error = self.error or self.connection.error
         if self.error is not None:
-            self._news()
+            self._tell_news()
+
+    def _tell_news(self) -> None:
+        self.has_news.set()
+        self.news()
 
     def _heard(self, message: Message, tensors: Tensors) -> None:
         assert self.connection is not None
@@ -289,7 +306,7 @@ class Share:
                 self.leaves = True
             case _:
                 self.connection.fail(self.connection.unasked(message))
-        self._news()
+        self._tell_news()
 
     def _check_has(self, pong: Pong) -> None:
         """Count how often in a row the server says that it does not have what it is to compute."""
