@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,10 @@ class Swarm:
     def stop(self, name: str) -> None:
         """Let a server leave politely. May be called twice."""
         self.runtime.run(self._stops[name].aclose())
+
+    def stopping(self, name: str) -> concurrent.futures.Future[None]:
+        """The same, without waiting for it."""
+        return asyncio.run_coroutine_threadsafe(self._stops[name].aclose(), self.runtime.loop)
 
     def kill(self, name: str) -> None:
         """End a server as SIGKILL would."""

@@ -152,6 +152,11 @@ class Session:
         """Whether the outputs, or the answer to the question, are here."""
         return bool(self._shares) and self._shares[-1].num_computed >= self._tokens.num_tokens
 
+    def _is_whole(self) -> bool:
+        """Whether every server is there, and has computed all that there is."""
+        num_tokens = self._tokens.num_tokens
+        return all(share.is_open and share.error is None and share.num_computed >= num_tokens for share in self._shares)
+
     # -- the one procedure --------------------------------------------------------------------------------------------
 
     async def _reach(
@@ -268,7 +273,7 @@ class Session:
         """Replace those that have failed while no step runs."""
         if not self._busy.locked() and any(share.error is not None for share in self._shares):
             async with self._busy:
-                await self._reach(lambda: all(share.num_computed >= self._tokens.num_tokens for share in self._shares))
+                await self._reach(self._is_whole)
 
     async def _warm(self, share: Share, *, all_of_it: bool) -> None:
         """Have a spare server for a share, and let it compute what it lacks of what that has answered."""

@@ -1,0 +1,151 @@
+"""Steps go from server to server, and by the client where they cannot."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from shoal.net.memory import Frame
+
+from .harness import QUICK, Swarm
+from .test_failures import PROMPT
+
+MakeSwarm = Callable[..., Swarm]
+
+
+class Traffic:
+    """Counts the frames of a kind from one peer to another."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self.steps: Counter[tuple[str, str]] = Counter()
+        swarm.network.on_frame = self._count
+
+    def _count(self, frame: Frame) -> Frame:
+        if json.loads(frame.header)["kind"] == "step":
+            self.steps[frame.sender, frame.receiver] += 1
+        return frame
+
+
+def test_a_step_goes_straight_from_server_to_server(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:1", "1:3", "3:4")
+    traffic = Traffic(swarm_)
+    answer = swarm_.model().generate(PROMPT, max_new_tokens=6)
+    assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=6).tolist()
+    assert traffic.steps == {("client3", "s0"): 6, ("s0", "s1"): 6, ("s1", "s2"): 6}
+
+
+@pytest.mark.parametrize("how", ["cut", "a black hole"])
+def test_the_client_carries_between_two_servers_that_cannot_reach_each_other(
+    swarm: MakeSwarm, whole: PreTrainedModel, how: str
+):
+    swarm_ = swarm("0:1", "1:3", "3:4")
+    traffic = Traffic(swarm_)
+    lost = 0
+
+    def lose(frame: Frame) -> Frame | None:
+        nonlocal lost
+        if {frame.sender, frame.receiver} == {"s0", "s1"}:
+            lost += 1
+            return None
+        return traffic._count(frame)
+
+    if how == "cut":
+        swarm_.call(swarm_.network.cut, "s0", "s1")
+    else:
+        swarm_.network.on_frame = lose
+    model = swarm_.model()
+    with model.inference_session(max_length=40) as session:
+        answer = model.generate(PROMPT, max_new_tokens=6, session=session)
+        assert session.servers == ("s0", "s1", "s2")
+    assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=6).tolist()
+    assert traffic.steps == {("client3", "s0"): 6, ("client3", "s1"): 6, ("s1", "s2"): 6}
+    assert lost == (how != "cut")
+
+
+def test_a_link_between_servers_that_breaks_in_the_middle_costs_nothing(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4")
+    model = swarm_.model()
+    with model.inference_session(max_length=40) as session:
+        first = model.generate(PROMPT, max_new_tokens=3, session=session)
+        swarm_.call(swarm_.network.cut, "s0", "s1")
+        rest = model.generate(None, max_new_tokens=5, session=session)
+    assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
+
+
+def test_a_long_prompt_goes_in_pieces_of_which_several_are_under_way(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4")
+    traffic = Traffic(swarm_)
+    prompt = torch.arange(480)[None] % 90 + 2
+    answer = swarm_.model().generate(prompt, max_new_tokens=3)
+    assert answer.tolist() == whole.generate(prompt, max_new_tokens=3).tolist()
+    assert traffic.steps == {("client2", "s0"): 4, ("s0", "s1"): 4}
+
+
+def test_a_spare_server_takes_over_without_a_replay(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4", "0:2", "2:4")
+    model = swarm_.model(config=replace(QUICK, standby=True))
+    prompt = PROMPT.repeat(1, 10)
+    with model.inference_session(max_length=120) as session:
+        first = model.generate(prompt, max_new_tokens=20, session=session)
+        inner = session._session
+        swarm_.settle(
+            lambda: (
+                len(inner.spares) == 2
+                and all(share.num_computed >= 48 for lane in inner._spares.values() for share in lane.shares)
+            )
+        )
+        traffic = Traffic(swarm_)
+        sizes: list[int] = []
+        count = swarm_.network.on_frame
+
+        def watch(frame: Frame) -> Frame:
+            header = json.loads(frame.header)
+            if header["kind"] == "step" and frame.sender.startswith("client"):
+                sizes.append(header["tensors"][0]["shape"][1])
+            return count(frame)
+
+        swarm_.network.on_frame = watch
+        for victim in session.servers:
+            swarm_.kill(victim)
+        rest = model.generate(None, max_new_tokens=5, session=session)
+    assert torch.cat((first, rest), dim=1).tolist() == whole.generate(prompt, max_new_tokens=25).tolist()
+    assert max(sizes) <= 24
+    assert traffic.steps
+
+
+@pytest.mark.parametrize("when", ["idle", "generating"])
+def test_a_server_that_drains_is_left_before_it_goes(swarm: MakeSwarm, whole: PreTrainedModel, when: str):
+    swarm_ = swarm("0:2", "2:4", drain_seconds=20.0)
+    model = swarm_.model()
+    swarm_.start("0:2")
+    with model.inference_session(max_length=60) as session:
+        first = model.generate(PROMPT, max_new_tokens=4, session=session)
+        victim = session.servers[0]
+        stopping = swarm_.stopping(victim)
+        if when == "idle":
+            stopping.result(20)
+            assert victim not in session.servers
+        rest = model.generate(None, max_new_tokens=30, session=session)
+        stopping.result(20)
+        assert victim not in session.servers
+    assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=34).tolist()
+
+
+def test_a_server_that_dies_while_nobody_speaks_is_replaced_before_somebody_does(
+    swarm: MakeSwarm, whole: PreTrainedModel
+):
+    swarm_ = swarm("0:2", "2:4", "0:2")
+    model = swarm_.model()
+    with model.inference_session(max_length=60) as session:
+        first = model.generate(PROMPT, max_new_tokens=4, session=session)
+        victim = session.servers[0]
+        swarm_.kill(victim)
+        swarm_.settle(lambda: victim not in session.servers and session._session._lane.is_open)
+        rest = model.generate(None, max_new_tokens=4, session=session)
+    assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
