@@ -166,7 +166,7 @@ async def obey(doors: Doors, order: dict[str, Any]) -> dict[str, Any]:
             doors[peer_port].change_link(Link.from_json(order["inward"]), Link.from_json(order["outward"]))
             return {}
         case "reach":
-            await doors.set_reach(peer_port, Reach(order["reach"]))
+            await doors[peer_port].set_reach(Reach(order["reach"]))
             return {}
         case "count":
             door = doors[peer_port]

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from shoal.testing.reach import HOST, Reach
 START_SECONDS = 180.0
 END_SECONDS = 60.0
 """What a server gets for ending after it was told to, or its daemon after it was killed."""
+STOPPED_SECONDS = 0.001
+"""So often it is looked whether a process has been stopped."""
 
 # A process that is stopped cannot notice that we are gone. So somebody else waits for that, and lets it go on.
 _HANG = 'kill -STOP "$1"; echo; read -r _; kill -CONT "$1" 2>/dev/null'
@@ -118,6 +121,9 @@ class ShapedServer:
             )
             assert self._hanging.stdout is not None
             self._hanging.stdout.readline()
+            process = psutil.Process(self.process.pid)
+            while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                time.sleep(STOPPED_SECONDS)
 
     def resume(self) -> None:
         """Let it go on after `hang`."""
