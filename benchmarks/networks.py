@@ -1,6 +1,7 @@
 """What slow links cost: one client and a chain of four servers, on networks from none to 100 Mbit/s with 100 ms.
 
-    python benchmarks/networks.py [--quick] [--networks NAME ...] [--contexts 128 2048] [--rounds 3] [--json]
+    python benchmarks/networks.py [--quick] [--networks NAME ...] [--contexts 128 2048]
+                                  [--batches 1 64] [--rounds 3] [--no-offload] [--json]
 
 Real servers on this machine, each behind a proxy that shapes its link (docs/testing.md): the reference model in bf16,
 four blocks each. The networks take turns on the same servers; ratios are of the same round, and medians over the
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--contexts", type=int, nargs="+")
+    parser.add_argument("--batches", type=int, nargs="+", help=f"sequences of {FORWARD_TOKENS} tokens in a pass")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--no-offload", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -230,7 +232,7 @@ def main() -> None:
         model=STORIES if arguments.quick else reference_model(),
         contexts=tuple(arguments.contexts or ((16, 64) if arguments.quick else (128, 2048))),
         num_steps=8 if arguments.quick else 24,
-        batch_sizes=(1, 8) if arguments.quick else (1, 64),
+        batch_sizes=tuple(arguments.batches or ((1, 8) if arguments.quick else (1, 64))),
         rounds=arguments.rounds or (1 if arguments.quick else 3),
     )
     networks = [network for network in NETWORKS if network == UNSHAPED or network in arguments.networks]
