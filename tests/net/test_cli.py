@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
 from shoal.cli import run
-from shoal.cli.processes import Child, Children
+from shoal.processes import Child, Children
 
 PROMPT = "Once upon a time"
 SECONDS = 120.0

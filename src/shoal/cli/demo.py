@@ -18,9 +18,9 @@ from shoal.bundled import STORIES
 from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
 from shoal.cli.generate import load_tokenizer, seed_everything
-from shoal.cli.processes import Child, Children, interruptible
 from shoal.cli.story import Page, Teller
 from shoal.errors import SwarmError
+from shoal.processes import Child, Children, interruptible
 from shoal.spans import Span
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -39,6 +38,7 @@ class Child:
     process: subprocess.Popen[str]
     log: Path
     facts: dict[str, str] = field(default_factory=dict)
+    has_ended: bool = False
 
     @property
     def is_ready(self) -> bool:
@@ -60,11 +60,16 @@ class Child:
 
 
 class Children:
-    """A context in which processes are started; all of them, and theirs, are gone when it is left."""
+    """A context in which processes are started; all of them, and theirs, are gone when it is left.
 
-    def __init__(self) -> None:
+    Each has `num_threads` to compute with, unless it is told otherwise; None leaves that to PyTorch. They share the
+    cores with each other: a second thread each would often only wait, spinning, for a busy core.
+    """
+
+    def __init__(self, *, num_threads: int | None = 1) -> None:
         self.running: list[Child] = []
-        self._lines: queue.Queue[tuple[Child, str | None]] = queue.Queue()
+        self._num_threads = num_threads
+        self._news = threading.Condition()
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-")
@@ -73,9 +78,10 @@ class Children:
 
     def start(self, name: str, *arguments: str) -> Child:
         """Run `shoal` with these arguments."""
-        # They share the cores with each other: a second thread each would only wait, spinning, for a busy core.
-        environment = dict(os.environ, OMP_NUM_THREADS="1", NO_COLOR="1")
+        environment = dict(os.environ, NO_COLOR="1")
         environment.pop("SHOAL_INITIAL_PEERS", None)
+        if self._num_threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self._num_threads)
         log = self.folder / f"{name}.log"
         with log.open("w") as stderr:
             process = subprocess.Popen(  # noqa: S603 - our own program
@@ -95,8 +101,13 @@ class Children:
     def _read(self, child: Child) -> None:
         assert child.process.stdout is not None
         for line in child.process.stdout:
-            self._lines.put((child, line.rstrip("\n")))
-        self._lines.put((child, None))
+            fact, _, value = line.rstrip("\n").partition(" ")
+            with self._news:
+                child.facts.setdefault(fact, value.strip())
+                self._news.notify_all()
+        with self._news:
+            child.has_ended = True
+            self._news.notify_all()
 
     def wait_for(self, children: Sequence[Child], *, seconds: float) -> Iterator[list[Child]]:
         """Yield those that are not ready yet, each time that one of them is.
@@ -106,19 +117,17 @@ class Children:
         until = time.monotonic() + seconds
         while waiting := [child for child in children if not child.is_ready]:
             yield waiting
-            num_ready = len(children) - len(waiting)
-            while sum(child.is_ready for child in children) == num_ready:
-                try:
-                    child, line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
-                except queue.Empty:
-                    names = ", ".join(child.name for child in waiting)
-                    raise SwarmError(
-                        f"{names} did not start within {seconds:.0f} s", hint="is this machine busy with other work?"
-                    ) from None
-                if line is None:
+            with self._news:
+                while not any(child.is_ready or child.has_ended for child in waiting) and time.monotonic() < until:
+                    self._news.wait(until - time.monotonic())
+            if time.monotonic() >= until:
+                names = ", ".join(child.name for child in waiting)
+                raise SwarmError(
+                    f"{names} did not start within {seconds:.0f} s", hint="is this machine busy with other work?"
+                )
+            for child in waiting:
+                if child.has_ended and not child.is_ready:
                     raise child.failure()
-                fact, _, value = line.partition(" ")
-                child.facts.setdefault(fact, value.strip())
 
     def __exit__(self, *_: object) -> None:
         with _undisturbed():
