@@ -26,6 +26,7 @@ from shoal.client.history import History
 from shoal.client.logits import Logits, Question
 from shoal.client.ring import Ring
 from shoal.client.share import STEPS_AHEAD, Outputs, Request, Share, Sink
+from shoal.client.store import Store
 from shoal.errors import PeerError, ServerBusy, ServerLost, UserError
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
 from shoal.net.encodings import as_received
@@ -51,7 +52,7 @@ class Session:
         self.batch_size = batch_size
         self.max_length = max_length
         self._chain = chain
-        self._inputs = History()
+        self._inputs = History(chain.store)
         self._shares: list[Share] = []
         self._ring = Ring(chain.broken_pairs, wire=chain.config.wire)
         self._epoch = 0
@@ -206,6 +207,7 @@ class Session:
             if share.settle(self._sink(index), self._outputs, wire=self._chain.config.wire, mask=self._mask):
                 is_news = True
                 self._chain.answered(share.peer)
+            share.history.settle(share.num_computed)
         for index, (before, after) in enumerate(pairwise(self._shares)):
             if (position := self._ring.broken_at(before, after)) is not None:
                 log.info("%s cannot push to %s", before.peer, after.peer)
@@ -272,13 +274,12 @@ class Session:
     def _requests(self, index: int, run: Sequence[Share]) -> tuple[list[Request], dict[TensorName, torch.Tensor]]:
         """The next step for these servers, and the tensors for the first of them."""
         share, start = run[0], run[0].num_requested
-        inputs_BTD = share.history.since(start)
-        batch_size = inputs_BTD.shape[0]
+        batch_size = self._like.shape[0]
         at_once = max(1, MAX_STEP_TOKENS // batch_size)
         if len(run) > 1:
             at_once = min(at_once, max(1, RING_TOKENS // batch_size))
         end = min(start + at_once, share.num_tokens, self._inputs.num_tokens)
-        inputs_BTD = inputs_BTD[:, : end - start]
+        inputs_BTD = share.history.between(start, end)
         requests: list[Request] = []
         for offset, each in enumerate(run):
             question = self._question_to(index + offset)
@@ -305,10 +306,10 @@ class Session:
         return self._question if index == len(self._shares) - 1 and self._shares[index].hop.server.head else None
 
     def _position(self, start: int, end: int) -> torch.Tensor | None:
-        return None if self._positions is None else self._positions.since(start)[:, : end - start]
+        return None if self._positions is None else self._positions.between(start, end)
 
     def _mask(self, start: int, end: int) -> torch.Tensor | None:
-        return None if self._masks is None else self._masks.since(start)[:, : end - start]
+        return None if self._masks is None else self._masks.between(start, end)
 
     # -- servers ------------------------------------------------------------------------------------------------------
 
@@ -329,7 +330,7 @@ class Session:
 
     def _shares_of(self, hops: Sequence[Hop], history: History) -> list[Share]:
         """The first of these has this history; those of the others follow from it."""
-        histories = (history, *(History() for _ in hops[1:]))
+        histories = (history, *(History(self._chain.store) for _ in hops[1:]))
         return [Share(hop, each, self._news.set) for hop, each in zip(hops, histories, strict=True)]
 
     async def _route(self, span: Span, excluded: Set[Holding]) -> tuple[Hop, ...]:
@@ -444,10 +445,11 @@ def _logged(
         return None
     batch_size, num_tokens, _ = hidden_BTD.shape
     if log is None:
-        log = History()
+        log = History(Store())  # a few bytes a token, which stay exact and in memory
         if position:
             log.append(default(0, position).expand(batch_size, -1))
     if piece_BT is None:
         piece_BT = default(position, position + num_tokens).expand(batch_size, -1)
     log.append(piece_BT)
+    log.settle(log.num_tokens)
     return log
