@@ -1,4 +1,4 @@
-"""What a client keeps so that servers can be replaced: bytes per token and hop, and what keeping and reading back costs.
+"""What a client keeps so that servers can be replaced: bytes per token and hop, and what that costs.
 
     python benchmarks/history.py [--tokens 4096] [--json]
 
