@@ -54,6 +54,7 @@ def measure(setting: str, count: int) -> dict[str, object]:
     warm = History(Store(encoding))
     for token in tokens(dtype, 200):
         warm.append(token)
+        warm.settle(warm.num_tokens)
     warm.since(0)
     process = psutil.Process()
     before = process.memory_info().rss
@@ -61,7 +62,7 @@ def measure(setting: str, count: int) -> dict[str, object]:
     for token in tokens(dtype, count):
         start = time.perf_counter()
         history.append(token)
-        history.settle()
+        history.settle(history.num_tokens)
         seconds.append(time.perf_counter() - start)
     grown = process.memory_info().rss - before
     start = time.perf_counter()

@@ -47,7 +47,7 @@ def test_a_history_is_what_was_appended_rearranged_and_cropped(
                     history.append(piece)
                     plain = torch.cat((plain, piece), dim=1) if plain.shape[1] else piece
                 case "settle":
-                    history.settle()
+                    history.settle(data.draw(st.integers(0, plain.shape[1] + 1)))
                 case "select" if plain.shape[1]:
                     rows = data.draw(st.lists(st.integers(0, plain.shape[0] - 1), min_size=1, max_size=4))
                     history.select_rows(rows)
@@ -60,10 +60,8 @@ def test_a_history_is_what_was_appended_rearranged_and_cropped(
             if plain.shape[1]:
                 position = data.draw(st.integers(0, plain.shape[1] - 1))
                 assert torch.equal(history.since(position), plain[:, position:])
-                at_once = data.draw(st.integers(1, 5))
-                pieces = list(history.pieces(position, at_once))
-                assert [piece.shape[1] for piece in pieces[:-1]] == [at_once] * (len(pieces) - 1)
-                assert torch.equal(torch.cat(pieces, dim=1), plain[:, position:])
+                end = data.draw(st.integers(position + 1, plain.shape[1]))
+                assert torch.equal(history.between(position, end), plain[:, position:end])
             assert memory_bytes is None or store.memory_bytes <= memory_bytes
 
 
@@ -75,7 +73,7 @@ def test_a_history_that_was_cropped_to_nothing_may_begin_with_another_batch():
     history.append(torch.ones(5, 2, 1))
     history.select_rows([4])
     history.append(torch.ones(1, BLOCK_TOKENS, 1))
-    history.settle()
+    history.settle(history.num_tokens)
     assert history.since(0).tolist() == torch.ones(1, 2 + BLOCK_TOKENS, 1).tolist()
 
 
@@ -84,18 +82,20 @@ def test_an_exact_history_is_exact_in_a_file_too():
     store = Store(memory_bytes=0)
     history = History(store)
     history.append(bits)
-    history.settle()
+    history.settle(history.num_tokens)
     assert (store.memory_bytes, store.file_bytes) == (0, bits.nbytes)
     assert torch.equal(history.since(0).view(torch.int16), bits.view(torch.int16))
 
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
-def test_what_was_just_appended_is_exact_until_it_is_settled(encoding: Encoding):
+def test_what_was_appended_is_exact_until_it_is_settled(encoding: Encoding):
     history, piece = History(Store(encoding)), inputs(1, 3 * BLOCK_TOKENS, 0)
     history.append(piece)
     assert torch.equal(history.since(0), piece)
-    history.settle()
-    assert torch.equal(history.since(0), as_received(piece, encoding))
+    history.settle(2 * BLOCK_TOKENS + 1)
+    middle = 2 * BLOCK_TOKENS
+    assert torch.equal(history.between(0, middle), as_received(piece[:, :middle], encoding))
+    assert torch.equal(history.since(middle), piece[:, middle:])
 
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
@@ -104,6 +104,7 @@ def test_masks_and_positions_are_always_exact(encoding: Encoding, values: torch.
     history = History(Store(encoding, memory_bytes=0))
     for piece in values[None].split(7, dim=1):
         history.append(piece)
+        history.settle(history.num_tokens)
     assert torch.equal(history.since(0), values[None])
 
 
@@ -113,9 +114,8 @@ def test_all_histories_of_a_store_share_its_memory_and_the_oldest_pieces_leave_i
     for step in range(4 * BLOCK_TOKENS):
         for history in histories:
             history.append(inputs(1, 1, step))
+            history.settle(step + 1)
         assert store.memory_bytes <= 3 * BLOCK_TOKENS * TOKEN_BYTES
-    for history in histories:
-        history.settle()
     assert store.memory_bytes + store.file_bytes == 2 * 4 * BLOCK_TOKENS * TOKEN_BYTES
     kept = [entry.place for history in histories for entry in history._log]
     assert [isinstance(place, Room) for place in kept] == [True, True, True, False, True, True, False, False]
@@ -127,8 +127,8 @@ def test_tokens_that_come_one_by_one_are_written_a_block_at_a_time(monkeypatch: 
     history = History(store)
     for step in range(3 * BLOCK_TOKENS):
         history.append(inputs(2, 1, step))
+        history.settle(step + 1)
         history.select_rows([1, 0])
-    history.settle()
     assert sizes == [BLOCK_TOKENS * 2 * TOKEN_BYTES] * 3
     assert len(history._log) <= 2 * 3 + 1
 
@@ -146,7 +146,7 @@ def test_blocks_of_a_wide_batch_have_fewer_tokens():
     history = History(store)
     wide = torch.zeros(16, 100, 4096)
     history.append(wide)
-    history.settle()
+    history.settle(history.num_tokens)
     assert {entry.shape[1] for entry in history._log} == {4}
     assert store.memory_bytes == wide.nbytes
 
@@ -156,7 +156,7 @@ def test_a_token_does_not_keep_the_tensor_alive_that_it_was_cut_from():
     history.append(whole[:, 999:])
     assert history.since(0).untyped_storage().nbytes() == TOKEN_BYTES
     history.append(whole)
-    history.settle()
+    history.settle(history.num_tokens)
     assert torch.equal(history.since(0), torch.cat((whole[:, 999:], whole), dim=1))
     whole.zero_()
     assert history.since(0).all(dim=-1).any()
@@ -168,7 +168,7 @@ def test_a_history_that_nobody_holds_takes_no_room(memory_bytes: int | None):
     histories = [History(store) for _ in range(3)]
     for history in histories:
         history.append(inputs(1, 5 * BLOCK_TOKENS, 0))
-        history.settle()
+        history.settle(history.num_tokens)
     room = store.memory_bytes + store.file_bytes
     assert room == 3 * 5 * BLOCK_TOKENS * TOKEN_BYTES
     del histories[1], history
@@ -176,7 +176,7 @@ def test_a_history_that_nobody_holds_takes_no_room(memory_bytes: int | None):
     gc.collect()
     other = History(store)
     other.append(inputs(1, 8 * BLOCK_TOKENS, 1))
-    other.settle()
+    other.settle(other.num_tokens)
     assert store.memory_bytes + store.file_bytes == room
     histories.clear()
     del other
@@ -251,6 +251,19 @@ def test_a_store_that_nobody_holds_closes_its_file():
     gc.collect()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+def test_a_long_prompt_that_is_settled_piece_by_piece_is_not_copied_each_time():
+    history, prompt = History(Store()), inputs(1, 10 * BLOCK_TOKENS + 3, 0)
+    history.append(prompt)
+    for num_tokens in range(0, 9 * BLOCK_TOKENS + 1, BLOCK_TOKENS // 2):
+        history.settle(num_tokens)
+        assert history.between(9 * BLOCK_TOKENS, 10 * BLOCK_TOKENS).data_ptr() == (
+            prompt[:, 9 * BLOCK_TOKENS :].data_ptr()
+        )
+    history.settle(prompt.shape[1])
+    assert history.since(10 * BLOCK_TOKENS).untyped_storage().nbytes() == 3 * TOKEN_BYTES
+    assert torch.equal(history.since(0), prompt)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ class History:
             if isinstance(entry, torch.Tensor):
                 self._num_open -= entry.shape[1]
             if num_left:
-                later.append(_tensor_of(entry)[:, :num_left].clone())
+                later.append(self._compact(_tensor_of(entry)[:, :num_left]))
         self._log.extend(reversed(later))
         if not self.num_tokens:
             self._log.clear()  # another batch may follow, to which old rearrangements mean nothing
