@@ -42,6 +42,12 @@ class Wire(StrEnum):
     int8 = "int8"
 
 
+class Kept(StrEnum):
+    exact = "exact"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 class Quantization(StrEnum):
     none = "none"
     int8 = "int8"
@@ -98,6 +104,18 @@ OnTheWire = Annotated[
     typer.Option(
         "--wire", metavar="ENCODING", help="How it travels: raw (auto), or bfloat16, int8: fewer bytes, less precise."
     ),
+]
+HistoryKept = Annotated[
+    Kept,
+    typer.Option(
+        "--history",
+        metavar="ENCODING",
+        help="How to keep what a lost server's successor needs: exact, or bfloat16, int8: fewer bytes, less precise.",
+    ),
+]
+HistoryMemory = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="MIB", help="Keep so much of that in memory, the rest in a temporary file."),
 ]
 RemoteHead = Annotated[
     bool,

@@ -116,6 +116,7 @@ def closing_new_sessions() -> Iterator[list[InferenceSession]]:
         _opened.reset(token)
         for session in opened:
             session.abandon()
+        opened.clear()  # tasks that were started meanwhile, and live on, hold a copy of the context
 
 
 class InferenceSession:

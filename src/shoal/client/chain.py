@@ -21,6 +21,7 @@ import torch
 from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
 from shoal.client.pairs import BrokenPairs
+from shoal.client.store import Store
 from shoal.client.suspects import Suspects
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, SwarmError
 from shoal.net.encodings import as_received
@@ -77,6 +78,8 @@ class Chain:
         self.model = model
         self.fingerprint = fingerprint
         self.config = config
+        self.store = Store(config.kept, memory_bytes=config.history_memory, folder=config.history_folder)
+        """Where the histories of all sessions are."""
         self._node = node
         self._suspects = Suspects()
         self.broken_pairs = BrokenPairs(time.monotonic)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from shoal.protocol import Encoding
+
+FEWER_BYTES: tuple[Encoding, ...] = ("raw", "bfloat16", "int8")
+"""The encodings, each smaller than the one before."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,17 @@ class ClientConfig:
     """Keep a second server warm for each that a session is on: a failure then costs a step, and no replay."""
     wire: Encoding = "raw"
     """How hidden states and gradients travel. Whatever else than raw loses precision, so only the user chooses it."""
+    history: Encoding = "raw"
+    """How inputs are kept for the day that a server fails; the same holds for it."""
+    history_memory: int | None = None
+    """So many bytes of them, of all sessions together, stay in memory, the others in a file; `None`: all of them."""
+    history_folder: Path | None = None
+    """Where that file is; `None` is the system's folder for temporary files."""
+
+    @property
+    def kept(self) -> Encoding:
+        """How inputs are kept in fact: what was rounded to travel loses nothing if it is kept the way it travels."""
+        return max(self.history, self.wire, key=FEWER_BYTES.index)
 
     @classmethod
     def choosing(
@@ -42,6 +57,9 @@ class ClientConfig:
         *,
         wire: Encoding = "raw",
         standby: bool = False,
+        history: Encoding = "raw",
+        history_memory: int | None = None,
+        history_folder: Path | None = None,
         remote_head: bool = False,
         head_top_k: int | None = None,
     ) -> ClientConfig:
@@ -51,6 +69,9 @@ class ClientConfig:
             blocked_servers=frozenset(blocked or ()),
             wire=wire,
             standby=standby,
+            history=history,
+            history_memory=history_memory,
+            history_folder=history_folder,
             remote_head=remote_head,
             head_top_k=head_top_k,
         )

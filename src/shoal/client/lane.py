@@ -62,7 +62,7 @@ class Lane:
 
     def shares_on(self, hops: Sequence[Hop], history: History) -> list[Share]:
         """Shares on other servers. The first has this history; those of the others follow from it."""
-        histories = (history, *(History() for _ in hops[1:]))
+        histories = (history, *(History(self._chain.store) for _ in hops[1:]))
         return [Share(hop, each, self._news) for hop, each in zip(hops, histories, strict=True)]
 
     def replace(self, share: Share, others: Sequence[Share]) -> None:
@@ -87,6 +87,7 @@ class Lane:
             if share.settle(self.sink(index), self.outputs, wire=self._chain.config.wire, mask=self._tokens.mask):
                 is_news = True
                 self._chain.answered(share.peer)
+            share.history.settle(share.num_computed)
         for index, (before, after) in enumerate(pairwise(self.shares)):
             if (position := self._ring.broken_at(before, after)) is not None:
                 log.info("%s cannot push to %s", before.peer, after.peer)
@@ -151,7 +152,7 @@ class Lane:
         if len(run) > 1:
             at_once = min(at_once, max(1, RING_TOKENS // batch_size))
         end = min(start + at_once, share.num_tokens, limit)
-        inputs_BTD = share.history.since(start)[:, : end - start]
+        inputs_BTD = share.history.between(start, end)
         requests: list[Request] = []
         for offset, each in enumerate(run):
             question = self._question_to(index + offset)

@@ -41,6 +41,7 @@ DEFAULT_SESSION_LENGTH = 2048
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those in which hidden states travel
 
 WIRES: dict[str, Encoding] = {"auto": "raw", "raw": "raw", "bfloat16": "bfloat16", "int8": "int8"}
+HISTORIES: dict[str, Encoding] = {"exact": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 
 
 class _AutoDistributed:
@@ -66,6 +67,9 @@ class _AutoDistributed:
         blocked_servers: Sequence[str] | None = None,
         wire: str = "auto",
         standby: bool = False,
+        history: str = "exact",
+        history_memory: int | None = None,
+        history_folder: str | Path | None = None,
         remote_head: bool = False,
         head_top_k: int | None = None,
         head_quantization: str = "none",
@@ -77,11 +81,19 @@ class _AutoDistributed:
         `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them, in a list
         or in one string (by default those in $SHOAL_INITIAL_PEERS). `dtype` is what this side computes and sends in;
         `wire` is how that travels: "raw" as it is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less
-        precisely. With `standby`, sessions keep a second server warm for each that they are on. With `remote_head`,
-        sessions end at a server that computes the output head as well (`--serve-head`), and this side reads it from
-        disk only if there is none; with `head_top_k` such a server sends the logits of so many of the likeliest tokens,
-        and whoever looks further finds -inf. `head_quantization` is for the output head on this side: "int8" or "nf4"
-        take less memory and are less precise than "none".
+        precisely.
+
+        What servers were sent is kept, so that others can take their place: `history` is how, "exact" or, less
+        precisely, "bfloat16" or "int8", which may change what is generated after a failure. `history_memory` bytes of
+        it, of all sessions together, stay in memory, by default all; the rest is in a file without a name in
+        `history_folder`, by default where temporary files are.
+
+        With `standby`, sessions keep a second server warm for each that they are on. With `remote_head`, sessions end
+        at a server that computes the output head as well (`--serve-head`), and this side reads it from disk only if
+        there is none; with `head_top_k` such a server sends the logits of so many of the likeliest tokens, and whoever
+        looks further finds -inf. `head_quantization` is for the output head on this side: "int8" or "nf4" take less
+        memory and are less precise than "none".
+
         Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
         it to the end of the process.
 
@@ -101,6 +113,9 @@ class _AutoDistributed:
             blocked_servers,
             wire=_encoding(wire),
             standby=standby,
+            history=_kept(history),
+            history_memory=history_memory,
+            history_folder=None if history_folder is None else Path(history_folder).expanduser(),
             remote_head=remote_head,
             head_top_k=head_top_k,
         )
@@ -139,7 +154,8 @@ class _AutoDistributed:
         model_config = _changed(text_config(checkpoint.config), config_changes)
         model_class = cls._class_for(model_config)
         chosen_dtype = _dtype(dtype, model_config)
-        _check_wire(config.wire, checkpoint.family, chosen_dtype)
+        _check_encoding(config.wire, checkpoint.family, chosen_dtype, "travel in")
+        _check_encoding(config.history, checkpoint.family, chosen_dtype, "are kept as")
         _check_top_k(config)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
         blocks = RemoteBlocks(
@@ -283,13 +299,19 @@ def _encoding(wire: str) -> Encoding:
     return WIRES[wire]
 
 
-def _check_wire(wire: Encoding, family: Family, dtype: torch.dtype) -> None:
+def _kept(history: str) -> Encoding:
+    if history not in HISTORIES:
+        raise UserError(f"{history!r} is no way to keep a history", hint=", ".join(HISTORIES))
+    return HISTORIES[history]
+
+
+def _check_encoding(encoding: Encoding, family: Family, dtype: torch.dtype, what: str) -> None:
     """Raises `UnsupportedOperation` for an encoding that changes this family's outputs more than it should."""
-    loses = str(dtype).removeprefix("torch.") in LOSSY.get(wire, ())
-    if loses and wire not in family.encodings:
+    loses = str(dtype).removeprefix("torch.") in LOSSY.get(encoding, ())
+    if loses and encoding not in family.encodings:
         raise UnsupportedOperation(
-            f"{family.model_type!r} is not certified for hidden states that travel in {wire}: small errors grow in it",
-            hint="let them travel raw; docs/models.md lists the encodings of each family",
+            f"{family.model_type!r} is not certified for hidden states that {what} {encoding}: small errors grow in it",
+            hint='leave wire="raw" and history="exact"; docs/models.md lists the encodings of each family',
         )
 
 

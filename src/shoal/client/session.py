@@ -48,7 +48,7 @@ class Session:
         self.batch_size = batch_size
         self.max_length = max_length
         self._chain = chain
-        self._tokens = Tokens()
+        self._tokens = Tokens(chain.store)
         self._lane: Lane | None = None
         self._spares: dict[Share, Lane] = {}
         self._changes: list[Change] = []

@@ -365,7 +365,7 @@ class Share:
             if wrong is None and answer is not None and not finite(answer):
                 if self.history.num_tokens < request.end:
                     break
-                inputs = self.history.since(request.position)[:, : request.inputs[1]]
+                inputs = self.history.between(request.position, request.end)
                 if not plausible(answer, inputs, mask(request.position, request.end)):
                     wrong = "with numbers that are not finite"
             if wrong is not None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from shoal.client.history import History
+from shoal.client.store import Store
 
 
 class Tokens:
@@ -18,8 +19,8 @@ class Tokens:
     and when a server fails that may have pushed something wrong.
     """
 
-    def __init__(self) -> None:
-        self.inputs = History()
+    def __init__(self, store: Store) -> None:
+        self.inputs = History(store)
         self.epoch = 0
         self._masks: History | None = None  # None while no sequence is padded
         self._positions: History | None = None  # None while they just count
@@ -62,11 +63,11 @@ class Tokens:
 
     def positions(self, start: int, end: int) -> torch.Tensor | None:
         """Those of some tokens, [B, end - start]; None if they just count."""
-        return None if self._positions is None else self._positions.since(start)[:, : end - start]
+        return None if self._positions is None else self._positions.between(start, end)
 
     def mask(self, start: int, end: int) -> torch.Tensor | None:
         """0 where one of these tokens is padding, [B, end - start]; None if none ever was."""
-        return None if self._masks is None else self._masks.since(start)[:, : end - start]
+        return None if self._masks is None else self._masks.between(start, end)
 
 
 def _logged(
@@ -81,10 +82,11 @@ def _logged(
         return None
     batch_size, num_tokens, _ = hidden_BTD.shape
     if log is None:
-        log = History()
+        log = History(Store())  # a few bytes a token, which stay exact and in memory
         if position:
             log.append(default(0, position).expand(batch_size, -1))
     if piece_BT is None:
         piece_BT = default(position, position + num_tokens).expand(batch_size, -1)
     log.append(piece_BT)
+    log.settle(log.num_tokens)
     return log

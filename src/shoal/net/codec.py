@@ -69,6 +69,12 @@ def _encoded(tensor: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, ..
             return peaks, steps
 
 
+def packed(tensor: torch.Tensor, encoding: Encoding) -> tuple[TensorSpec, bytearray]:
+    """A tensor by itself, as bytes that share no memory with it, and what `unpacked` needs to know of it."""
+    spec = _spec_of("hidden", tensor, encoding)
+    return spec, bytearray().join(_bytes_of(part) for part in _encoded(tensor.detach(), spec.encoding))
+
+
 def _bytes_of(tensor: torch.Tensor) -> Buffer:
     """A tensor's own memory, if it is in one piece."""
     buffer: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
@@ -86,12 +92,14 @@ def decode(header: bytes | bytearray, payload: bytearray) -> tuple[Message, dict
     tensors: dict[TensorName, torch.Tensor] = {}
     offset = 0
     for spec in message.tensors:
-        tensors[spec.name] = _decoded(spec, payload, offset)
+        tensors[spec.name] = unpacked(spec, payload, offset)
         offset += -(-spec.nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
     return message, tensors
 
 
-def _decoded(spec: TensorSpec, payload: bytearray, offset: int) -> torch.Tensor:
+def unpacked(spec: TensorSpec, payload: bytearray, offset: int = 0) -> torch.Tensor:
+    """The tensor that begins there; a raw one shares the payload's memory."""
+
     def part(dtype: torch.dtype, count: int, start: int = offset) -> torch.Tensor:
         return torch.frombuffer(payload, dtype=dtype, count=count, offset=start)
 
