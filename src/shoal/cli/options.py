@@ -117,6 +117,9 @@ HistoryMemory = Annotated[
     int | None,
     typer.Option(min=0, metavar="MIB", help="Keep so much of that in memory, the rest in a temporary file."),
 ]
+Standby = Annotated[
+    bool, typer.Option("--standby", help="Keep a second server warm for each in use: then a failure costs one step.")
+]
 RemoteHead = Annotated[
     bool,
     typer.Option(

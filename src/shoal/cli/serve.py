@@ -64,6 +64,10 @@ def command(
         bool,
         typer.Option("--serve-head", help="Hold the output head too, after the last block, for clients that ask."),
     ] = False,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="SECONDS", help="At the end, leave clients so long to go on elsewhere."),
+    ] = 30.0,
     name: Annotated[str, typer.Option(metavar="NAME", help="What people shall call this server.")] = "",
     host: options.Host = "0.0.0.0",  # noqa: S104
     port: options.Port = 0,
@@ -126,6 +130,7 @@ def command(
             cache_dtype=cache_dtype.value,
             shares=Shares(prefill=prefill_share, training=training_share),
             serve_head=serve_head,
+            drain_seconds=drain_timeout,
             name=name,
             allow_uncertified=allow_uncertified,
         )

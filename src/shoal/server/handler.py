@@ -57,6 +57,8 @@ class Handler:
     async def drain(self, seconds: float) -> None:
         """Take no new sessions, ask the clients of the others to take them elsewhere, and wait so long for that."""
         self._leaves_at = asyncio.get_running_loop().time() + seconds
+        if self._sessions:
+            log.warning("%d sessions have %.0f s to go on elsewhere", len(self._sessions), seconds)
         async with asyncio.TaskGroup() as group:
             for session in self._sessions:
                 group.create_task(_told(session, seconds))
