@@ -21,8 +21,9 @@ class ClientConfig:
     blocked_servers: frozenset[str] = frozenset()
     salt: str = ""
     """Servers share what they have computed of equal beginnings among sessions of equal salts only."""
-    silence_seconds: float = 5.0
-    """A server that computes says so every second; one that is silent for so long is lost."""
+    silence_seconds: float = 1.25
+    """A server that says nothing for half a second is asked whether it is there; after so long without an answer it is
+    lost. Longer while much is on its way."""
     longest_answer_seconds: float = 300.0
     """A server that says for so long that it is working on one request does not mean it."""
     patience_seconds: float = 30.0

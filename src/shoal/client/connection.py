@@ -35,7 +35,7 @@ from shoal.protocol import (
 )
 from shoal.spans import ServerInfo
 
-OPEN_SECONDS = 10.0
+OPEN_SECONDS = 6.0
 SLOWEST_LINK = 128 * 1024
 """Bytes per second: what is in flight over a link that is slower than this looks like silence."""
 SOON = 1.0
