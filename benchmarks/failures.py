@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import json
 import os
 import random
@@ -231,11 +230,6 @@ def main() -> int:
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(tokens=[32, 64], rates=[1e-2, 1e-1], cap=10.0, kills=4)
     arguments = parser.parse_args()
-    if (
-        "standby" in arguments.modes
-        and "standby" not in inspect.signature(AutoDistributedModelForCausalLM.from_pretrained).parameters
-    ):
-        raise SystemExit("this version has no standby: leave it out of --modes")
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     load_before = os.getloadavg()[0]
