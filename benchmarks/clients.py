@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,25 +31,46 @@ class Generation:
         return [(later, later - earlier) for earlier, later in itertools.pairwise(self.times)]
 
 
+class TookTooLong(Exception):
+    """A generation was ended because its time was over."""
+
+
 class _Clock:
     """A streamer that keeps nothing but the time. The first call brings the prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: float, came: Callable[[int], None] | None) -> None:
         self.times: list[float] = []
+        self._deadline = deadline
+        self._came = came
         self._prompt_came = False
 
     def put(self, value: Any) -> None:
         if self._prompt_came:
             self.times.append(time.perf_counter())
+            if self.times[-1] > self._deadline:
+                raise TookTooLong
+            if self._came is not None:
+                self._came(len(self.times))
         self._prompt_came = True
 
     def end(self) -> None:
         pass
 
 
-def generate(model: Any, prompt: torch.Tensor, num_tokens: int) -> Generation:
-    """Greedy decoding of one prompt [1, T]."""
-    clock = _Clock()
+def generate(
+    model: Any,
+    prompt: torch.Tensor,
+    num_tokens: int,
+    *,
+    deadline: float = math.inf,
+    came: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Generation:
+    """Greedy decoding of one prompt [1, T]. `came` is told how many tokens have come, whenever one has.
+
+    Raises `TookTooLong` at the first token after the `deadline`, a time of `perf_counter`.
+    """
+    clock = _Clock(deadline, came)
     began = time.perf_counter()
     output = model.generate(
         prompt,
@@ -57,6 +79,7 @@ def generate(model: Any, prompt: torch.Tensor, num_tokens: int) -> Generation:
         min_new_tokens=num_tokens,
         do_sample=False,
         streamer=clock,
+        **options,
     )
     return Generation(began, clock.times, output[0, prompt.shape[1] :].tolist())
 

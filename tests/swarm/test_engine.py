@@ -347,3 +347,39 @@ async def test_a_session_may_be_closed_twice_and_before_it_began(body: Body):
             opened(engine, max_length=65)
         with pytest.raises(Refused, match="can never fit"):
             opened(engine, max_length=40, batch_size=2)
+
+
+# -- a server that forgets ----------------------------------------------------------------------------------------
+
+
+async def test_an_engine_that_forgets_in_the_middle_of_everything_is_as_good_as_new(body: Body):
+    prompt = random_inputs(1, body, 1, 40)
+    async with engine_of(body, num_pages=40) as engine:
+        visitors = [Visitor(engine, body) for _ in range(3)]
+        await asyncio.gather(*(visitor.step(prompt) for visitor in visitors))
+        working = [
+            asyncio.create_task(decode(visitor, body, seed=seed, num_tokens=20))
+            for seed, visitor in enumerate(visitors)
+        ]
+        for num_tokens in (45, 50, 55):
+            while min(visitor.num_tokens for visitor in visitors) < num_tokens:
+                assert not any(task.done() and task.exception() for task in working)
+                await asyncio.sleep(0)
+            engine.forget()
+            assert engine.cache_tokens_left == engine.cache_tokens
+            engine.check_integrity()
+        await asyncio.gather(*working)
+        assert min(visitor.num_replays for visitor in visitors) > 0
+        check(*visitors)
+
+
+async def test_what_was_known_before_it_was_forgotten_is_computed_again(body: Body):
+    prompt = random_inputs(1, body, 1, 40)
+    async with engine_of(body, num_pages=20) as engine:
+        first, second = Visitor(engine, body), Visitor(engine, body)
+        await first.step(prompt)
+        first.leave()
+        engine.forget()
+        await second.step(prompt)
+        assert second.num_known == 0
+        check(first, second)

@@ -112,6 +112,23 @@ def test_damage_is_found(damage: Callable[[PagePool], Iterable[int]]):
         pool.check_integrity(damage(pool))
 
 
+def test_a_pool_that_forgets_knows_no_page_and_loses_none():
+    pool = PagePool(4)
+    held, *others = pool.take(3)
+    for page in (held, *others):
+        pool.know(page, bytes([page]))
+    pool.release(others)
+    pool.forget()
+    assert pool.known([bytes([held])]) == []
+    assert pool.num_available == 3
+    assert not pool.is_shared(held)
+    pool.check_integrity([held])
+    pool.know(held, b"again")
+    pool.release([held])
+    assert pool.known([b"again"]) == [held]
+    pool.check_integrity([])
+
+
 class Sessions(RuleBasedStateMachine):
     """Sessions that come, grow, go back, branch and leave in any order.
 
@@ -188,6 +205,11 @@ class Sessions(RuleBasedStateMachine):
         session.release()
         session.release()
         del self.sessions[session]
+
+    @rule()
+    def forget(self) -> None:
+        self.pool.forget()
+        assert self.pool.num_available == NUM_PAGES - len({page for each in self.sessions for page in each.pages})
 
     @invariant()
     def every_page_is_accounted_for(self) -> None:

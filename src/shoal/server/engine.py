@@ -138,6 +138,13 @@ class Engine:
         self._turns.sessions.discard(session)
         self._turns.look()
 
+    def forget(self) -> None:
+        """Let go of all sessions and of all that is known by name, as if the server had just started."""
+        for session in self._turns.sessions:
+            self._turns.preempt(session)
+        self._pool.forget()
+        self._turns.look()
+
     async def step(
         self, session: Session, request: Step, tensors: Tensors, *, rows: tuple[int, ...] | None = None
     ) -> Answer:

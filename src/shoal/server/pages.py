@@ -87,6 +87,14 @@ class PagePool:
                 return
             yield page
 
+    def forget(self) -> None:
+        """No page is known any more: what nobody holds is free."""
+        for page in self._kept:
+            heapq.heappush(self._free, page)
+        self._kept.clear()
+        self._page_of.clear()
+        self._digest_of.clear()
+
     def check_integrity(self, held: Iterable[int]) -> None:
         """Raise `AssertionError` unless exactly these pages are held, each as often as it is named here."""
         assert Counter(held) == Counter(self._holders), "pages are held that nobody has, or the other way round"

@@ -229,9 +229,13 @@ class Turns:
         """
         youngest = max((each for each in self.sessions if each.pages), key=lambda session: session.opened)
         log.info("a session of %d tokens gives its pages to an older one", youngest.num_tokens)
-        youngest.preempt()
+        self.preempt(youngest)
+
+    def preempt(self, session: Session) -> None:
+        """A session gives up its pages, and whoever waits for its steps is told."""
+        session.preempt()
         for step in self.steps:
-            if step.session is youngest:
+            if step.session is session:
                 settle(step.result, preempted())
 
     async def _pass(self, chosen: Sequence[tuple[StepWork, int]]) -> None:

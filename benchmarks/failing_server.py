@@ -1,0 +1,137 @@
+"""A server that fails by chance: it serves as `shoal serve` does, and now and then loses all that it knows.
+
+    python benchmarks/failing_server.py MODEL --blocks 0:4 [--initial-peers ADDRESS] [--threads 1]
+
+Each time that it is to compute a step of a session, or a single pass, it draws; with the probability that it was told,
+it does not compute it but forgets all sessions and all pages that it knows by name, closes all of its streams, and
+serves on. It says on stdout where it is, then waits for lines on stdin, `{"rate": 0.01, "seed": 1}`: it forgets, goes
+on with that rate, and answers how often it has failed since the last such line. It ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+
+from shoal.net import NetworkConfig, join
+from shoal.net.transport import Stream, StreamBroken, StreamHandler, Transport
+from shoal.server.config import ServerConfig
+from shoal.server.engine import Engine
+from shoal.server.server import serve
+from shoal.spans import Span
+
+
+class BreakableTransport:
+    """A transport whose streams can all be closed at once, those that it opened and those that it accepted."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+    @property
+    def peer(self) -> str:
+        return self._transport.peer
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return self._transport.addresses
+
+    async def open(self, peer: str, addresses: Sequence[str] = ()) -> Stream:
+        stream = await self._transport.open(peer, addresses)
+        self._streams.add(stream)
+        return stream
+
+    async def listen(self, handler: StreamHandler) -> None:
+        async def handle(stream: Stream) -> None:
+            self._streams.add(stream)
+            await handler(stream)
+
+        await self._transport.listen(handle)
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+    async def break_all(self) -> None:
+        await asyncio.gather(*(stream.close() for stream in list(self._streams)))
+        self._streams.clear()
+
+
+class Amnesia:
+    """Makes an engine draw before each computation that is asked of it."""
+
+    def __init__(self, engine: Any, transport: BreakableTransport) -> None:
+        self.rate = 0.0
+        self.chance = random.Random()
+        self.num_failures = 0
+        self._engine: Engine = engine
+        self._transport = transport
+        engine.step, engine.forward = self._drawing(engine.step), self._drawing(engine.forward)
+
+    def _drawing(self, compute: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def draw(*args: Any, **options: Any) -> Any:
+            if self.chance.random() < self.rate:
+                self.num_failures += 1
+                await self._transport.break_all()
+                self._engine.forget()
+                raise StreamBroken("it has forgotten everything")
+            return await compute(*args, **options)
+
+        return draw
+
+    def obey(self, command: dict[str, Any]) -> int:
+        """Start afresh, with another rate; returns the number of failures until now."""
+        num_failures, self.num_failures = self.num_failures, 0
+        self.rate = float(command["rate"])
+        self.chance.seed(f"{command['seed']} {self._transport.peer}")
+        self._engine.forget()
+        return num_failures
+
+
+async def run(config: ServerConfig, peers: Sequence[str]) -> None:
+    network = NetworkConfig(initial_peers=tuple(peers), host="127.0.0.1")
+    async with join(network) as node:
+        transport = BreakableTransport(node.transport)
+        async with serve(config, replace(node, transport=transport)) as server:
+            amnesia = Amnesia(server.engine, transport)
+            say({"peer": server.info.peer, "address": server.info.addresses[0]})
+            while line := await asyncio.to_thread(sys.stdin.readline):
+                say({"failures": amnesia.obey(json.loads(line))})
+
+
+def say(what: dict[str, Any]) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--blocks", type=Span.parse, required=True)
+    parser.add_argument("--initial-peers", nargs="*", default=[], metavar="ADDRESS")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--cache-tokens", type=int, default=8192)
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)  # of the event loop's thread
+    config = ServerConfig(
+        model=arguments.model,
+        blocks=arguments.blocks,
+        num_threads=arguments.threads,
+        dtype=arguments.dtype,
+        cache_tokens=arguments.cache_tokens,
+    )
+    asyncio.run(run(config, arguments.initial_peers))
+
+
+if __name__ == "__main__":
+    main()

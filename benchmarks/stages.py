@@ -1,0 +1,122 @@
+"""Stages of a model with several servers each, which fail as often as they are told, and can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRAM = Path(__file__).parent / "failing_server.py"
+
+
+@dataclass
+class FailingServer:
+    """One server, a process of its own, which ends when its stdin does."""
+
+    span: str
+    process: subprocess.Popen[str]
+    peer: str
+    address: str
+
+    @classmethod
+    def start(cls, model: Path, span: str, peers: list[str], dtype: str) -> FailingServer:
+        joining = ["--initial-peers", *peers] if peers else []
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(model), "--blocks", span, "--dtype", dtype, *joining],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            said = _said(process)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        return cls(span, process, said["peer"], said["address"])
+
+    def fail_at(self, rate: float, seed: int) -> int:
+        """Start afresh and fail at this rate; returns how often it has failed since the last such call."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"rate": rate, "seed": seed}) + "\n")
+        self.process.stdin.flush()
+        return int(_said(self.process)["failures"])
+
+    def end(self) -> None:
+        """Let it leave, or end it. May be called twice."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _said(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"a server ended with status {process.wait()}")
+    said: dict[str, Any] = json.loads(line)
+    return said
+
+
+class Stages:
+    """All servers of a model that is cut into stages."""
+
+    def __init__(self, model: Path, dtype: str) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._servers: list[FailingServer] = []
+
+    @property
+    def address(self) -> str:
+        """One to join by."""
+        return self._servers[0].address
+
+    def add(self, span: str) -> None:
+        peers = [server.address for server in self._servers]
+        self._servers.append(FailingServer.start(self._model, span, peers, self._dtype))
+        print(f"serving {span}: {self._servers[-1].peer[-8:]}", file=sys.stderr)
+
+    def fail_at(self, rate: float, seed: int) -> int:
+        """All start afresh and fail at this rate; returns how often they have failed since the last such call."""
+        return sum(server.fail_at(rate, seed) for server in self._servers)
+
+    def of_peer(self, peer: str) -> FailingServer:
+        return next(server for server in self._servers if server.peer == peer)
+
+    def replace(self, killed: FailingServer) -> None:
+        """Another one in place of a server that was killed."""
+        killed.end()
+        self._servers.remove(killed)
+        self.add(killed.span)
+
+    def end(self) -> None:
+        for server in self._servers:
+            server.end()
+
+
+@contextlib.contextmanager
+def stages_of(
+    model: Path, num_blocks: int, *, dtype: str, num_stages: int = 4, servers_each: int = 2
+) -> Iterator[Stages]:
+    """Start the servers, one after another, so that each measures its own speed; end them with the context."""
+    stages = Stages(model, dtype)
+    try:
+        size = num_blocks // num_stages
+        for _ in range(servers_each):
+            for start in range(0, num_blocks, size):
+                stages.add(f"{start}:{start + size}")
+        yield stages
+    finally:
+        stages.end()
