@@ -91,6 +91,7 @@ class Lane:
         for index, (before, after) in enumerate(pairwise(self.shares)):
             if (position := self._ring.broken_at(before, after)) is not None:
                 log.info("%s cannot push to %s", before.peer, after.peer)
+                self._tokens.epoch += 1  # what is pushed nevertheless comes too late
                 for later in self.shares[index + 1 :]:
                     later.unasked_from(position)
         return is_news
