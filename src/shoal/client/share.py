@@ -317,8 +317,11 @@ class Share:
         return not is_here and any(request.key == key for request in self.requests)
 
     def _check_has(self, pong: Pong) -> None:
-        """Count how often in a row the server says that it does not have what it is to compute."""
-        if self.requests and not pong.working and (pong.epoch, pong.position) <= self.requests[0].key:
+        """Count how often in a row the server says that it has nothing to do, although an answer is awaited.
+
+        It does not have the step; or it says that it has done it, but the answer would have come before that.
+        """
+        if self.requests and not self._results and not pong.working:
             self.num_lacking += 1
             if self.num_lacking >= LACKING_PONGS and not self.requests[0].pushed and self.connection is not None:
                 self.connection.fail(self.connection.lost("does not do what it was asked"))

@@ -164,7 +164,7 @@ class Conversation:
     def _pong(self) -> Pong:
         computing = self._computing
         return Pong(
-            working=computing is not None or self._order.is_ready,
+            working=computing is not None or self._order.is_ready or not self._answers.empty(),
             num_passes=self._engine.num_passes,
             epoch=self._order.epoch if computing is None else computing.epoch,
             position=self._order.position if computing is None else computing.position,
