@@ -1,4 +1,4 @@
-"""Real processes that die, hang, are cut off or leave while a sentence is being made: its tokens are always the same."""
+"""Real processes that die, hang, are cut off or leave in the middle of a sentence: its tokens are always the same."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import torch
 
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken
-from shoal.protocol import Close, Message
+from shoal.protocol import Close, Message, Result
 
 from .harness import Swarm
 
@@ -29,6 +29,10 @@ class Raw:
 
     header: bytes
     payload: bytes = b""
+
+
+ANSWERED = Raw(b"")
+"""Not a frame: what follows is sent when the step before it is answered."""
 
 
 def raw(kind: object, tensors: Tensors | None = None, **fields: Any) -> Raw:
@@ -52,6 +56,7 @@ class Intruder:
     def __init__(self, swarm: Swarm, server: str, *, name: str = "intruder") -> None:
         self._swarm = swarm
         self._server = server
+        self.name = name
         self._transport = swarm.call(swarm.network.node, name).transport
 
     def open(self) -> Stream:
@@ -70,17 +75,53 @@ class Intruder:
         stream = self.open()
 
         async def exchange() -> list[tuple[Message, codec.Tensors]]:
-            sending = asyncio.create_task(self._tell(stream, (*frames, raw("close"))))
+            answered = asyncio.Semaphore(0)
+
+            async def tell() -> None:
+                for frame in (*frames, raw("close")):
+                    if frame is ANSWERED:
+                        await answered.acquire()
+                    else:
+                        await self._tell(stream, [frame])
+
+            sending = asyncio.create_task(tell())
             answers: list[tuple[Message, codec.Tensors]] = []
             with contextlib.suppress(StreamBroken):
                 async with asyncio.timeout(20):
                     while True:
                         answers.append(await codec.receive(stream))
+                        if isinstance(answers[-1][0], Result):
+                            answered.release()
+            sending.cancel()
             await stream.close()
-            await sending
+            await asyncio.gather(sending, return_exceptions=True)
             return answers
 
         return self._swarm.runtime.run(exchange())
+
+    def hear(self, stream: Stream, num_messages: int = 1) -> list[tuple[Message, codec.Tensors]]:
+        """The next so many messages on a stream, with their tensors."""
+
+        async def hear() -> list[tuple[Message, codec.Tensors]]:
+            async with asyncio.timeout(20):
+                return [await codec.receive(stream) for _ in range(num_messages)]
+
+        return self._swarm.runtime.run(hear())
+
+    def finish(self, stream: Stream) -> list[Message]:
+        """Say goodbye on a stream, and return every message that comes until the server closes it."""
+        self.tell(stream, raw("close"))
+
+        async def rest() -> list[Message]:
+            answers: list[Message] = []
+            with contextlib.suppress(StreamBroken):
+                async with asyncio.timeout(20):
+                    while True:
+                        answers.append((await codec.receive(stream))[0])
+            await stream.close()
+            return answers
+
+        return self._swarm.runtime.run(rest())
 
     async def _tell(self, stream: Stream, frames: Sequence[Raw]) -> None:
         server = self._swarm.servers[self._server]
@@ -94,6 +135,11 @@ class Intruder:
 def num_conversations(swarm: Swarm, server: str) -> int:
     """The streams that a server is busy with."""
     return len(swarm.network._transports[server]._tasks)
+
+
+def num_roads(swarm: Swarm) -> int:
+    """The roads from server to server, of all servers."""
+    return sum("shoal-road" in task.get_name() for task in asyncio.all_tasks(swarm.runtime.loop))
 
 
 def num_sessions(swarm: Swarm, server: str) -> int:

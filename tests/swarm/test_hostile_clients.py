@@ -16,11 +16,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, Failure, Opened, Pong, Result
+from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, MAX_STEPS_AHEAD, Failure, Opened, Pong, Result, Unreached
 from shoal.server.shares import Shares
 
 from .harness import Swarm, swarm_of
-from .intruder import FINGERPRINT, MODEL, Intruder, Raw, declaring, num_conversations, num_sessions, raw
+from .intruder import (
+    ANSWERED,
+    FINGERPRINT,
+    MODEL,
+    Intruder,
+    Raw,
+    declaring,
+    num_conversations,
+    num_roads,
+    num_sessions,
+    raw,
+)
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -29,6 +40,7 @@ HIDDEN_SIZE = 32
 MAX_LENGTH = 512  # of the model
 ON_SPAN: dict[str, Any] = {"model": MODEL, "fingerprint": FINGERPRINT, "start": 0, "end": 2}
 HUGE = "9" * 5000
+LINK = "0123456789abcdef" * 2
 
 
 def hidden(batch_size: int = 1, num_tokens: int = 2, size: int = HIDDEN_SIZE) -> torch.Tensor:
@@ -46,6 +58,15 @@ def offering(*shape: int, **changes: Any) -> Raw:
 
 def step(position: Any = 0, tensors: dict[str, torch.Tensor] | None = None, **fields: Any) -> Raw:
     return raw("step", {"hidden": hidden()} if tensors is None else tensors, position=position, **fields)
+
+
+def rewind(position: Any = 0, epoch: Any = 1, **fields: Any) -> Raw:
+    return raw("rewind", position=position, epoch=epoch, **fields)
+
+
+def place(peer: Any = "nobody", link: Any = LINK, **fields: Any) -> dict[str, Any]:
+    """The server before, or that after."""
+    return {"peer": peer, "link": link, **fields}
 
 
 def stepping(tensors: dict[str, torch.Tensor]) -> list[Raw]:
@@ -98,10 +119,33 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a number beyond all floats": ([Raw(step().header.replace(b": 0", b": 1e999"))], INVALID),
     "a negative position": ([opening(), step(-1)], INVALID),
     "a position that is null": ([opening(), step(None)], INVALID),
-    "rows of no sequence": ([opening(), step(), step(2, rows=[])], INVALID),
-    "negative rows": ([opening(), step(), step(2, rows=[-1])], INVALID),
-    "rows that are words": ([opening(), step(), step(2, rows=["0"])], INVALID),
-    "a thousand rows too many": ([opening(), step(), step(2, rows=[0] * (MAX_BATCH + 1))], INVALID),
+    "rows of a step": ([opening(), step(), step(2, rows=[0])], INVALID),
+    "rows of no sequence": ([opening(), step(), rewind(2, rows=[])], INVALID),
+    "negative rows": ([opening(), step(), rewind(2, rows=[-1])], INVALID),
+    "rows that are words": ([opening(), step(), rewind(2, rows=["0"])], INVALID),
+    "a thousand rows too many": ([opening(), step(), rewind(2, rows=[0] * (MAX_BATCH + 1))], INVALID),
+    "a negative epoch": ([opening(epoch=-1)], INVALID),
+    "an epoch beyond all counting": ([opening(), rewind(epoch=1 << 53)], INVALID),
+    "an epoch that is a word": ([opening(), rewind(epoch="1")], INVALID),
+    "a rewind without an epoch": ([opening(), raw("rewind", position=0)], INVALID),
+    "a rewind with tensors": ([opening(), raw("rewind", {"hidden": hidden()}, position=0, epoch=1)], INVALID),
+    "a skip before the first token": ([opening(), step(skip=-1)], INVALID),
+    "onward for ever": ([opening(), step(onward=257)], INVALID),
+    "onward to before": ([opening(), step(onward=-1)], INVALID),
+    "the likeliest of nothing": ([opening(), step(top_k=3)], INVALID),
+    # places in the ring
+    "a next server without a name": ([opening(after=place(""))], INVALID),
+    "a next server whose name has no end": ([opening(after=place("p" * 65))], INVALID),
+    "a next server that is a number": ([opening(after=place(7))], INVALID),
+    "a next server without a link": ([opening(after={"peer": "s1"})], INVALID),
+    "a link that is short": ([opening(), raw("tie", before=place(link="abc"))], INVALID),
+    "a link that is long": ([opening(), raw("tie", before=place(link=LINK + "0"))], INVALID),
+    "a link of other letters": ([opening(), raw("tie", after=place(link="Z" * 32))], INVALID),
+    "thousands of addresses": ([opening(after=place(addresses=["/memory/s1"] * 3000))], INVALID),
+    "an address without end": ([opening(after=place(addresses=["/" * 301]))], INVALID),
+    "an address that upsets terminals": ([opening(after=place(addresses=["\x1b]0;pwned\x07"]))], INVALID),
+    "an address of the server before": ([opening(before=place(addresses=[]))], INVALID),
+    "a tie of two before": ([opening(), raw("tie", before=[place(), place()])], INVALID),
     "a backward span": ([opening(start=2, end=1)], INVALID),
     "an empty span": ([opening(start=1, end=1)], INVALID),
     "a negative span": ([opening(start=-1)], INVALID),
@@ -130,7 +174,16 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "two sessions on one stream": ([opening(), opening()], "a message of kind 'open' makes no sense here"),
     "an answer from a client": ([raw("opened")], "a message of kind 'opened' makes no sense here"),
     "a result from a client": ([opening(), raw("result", {"hidden": hidden()})], "'result' makes no sense here"),
-    "a heartbeat from a client": ([raw("working")], "'working' makes no sense here"),
+    "a heartbeat as it was in another version": ([raw("working")], INVALID),
+    "a tie before a session": ([raw("tie")], "a message of kind 'tie' makes no sense here"),
+    "a rewind before a session": ([rewind()], "a message of kind 'rewind' makes no sense here"),
+    "a pass in the middle of a session": ([opening(), step(), forward()], "'forward' makes no sense here"),
+    "a gradient in the middle of a session": ([opening(), backward(grad=hidden())], "'backward' makes no sense here"),
+    "a farewell from a client": ([opening(), raw("leaving", seconds=1.0)], "'leaving' makes no sense here"),
+    "a push that failed at a client": (
+        [opening(), raw("unreached", epoch=0, position=0)],
+        "'unreached' makes no sense",
+    ),
     "a pong that nobody asked for": ([raw("pong")], "'pong' makes no sense here"),
     "a failure of a client's": ([raw("failure", code="busy", reason="me too")], "'failure' makes no sense here"),
     # what a session begins with
@@ -159,9 +212,32 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
         "17 tokens in a session opened",
     ),
     "more tokens, in two steps": ([opening(max_length=3), step(), step(2)], "4 tokens in a session opened for 3"),
-    "tokens beyond what was sent": ([opening(), step(3)], "position 3 of a session with 0 tokens"),
-    "a hole in the tokens": ([opening(), step(), step(5)], "position 5 of a session with 2 tokens"),
-    "a position of millions": ([opening(), step(), step(1 << 22)], "position 4194304 of a session with 2"),
+    "tokens beyond what was sent": ([opening(), rewind(3), step(3, epoch=1)], "position 3 of a session with 0 tokens"),
+    "a hole in the tokens": (
+        [opening(), step(), ANSWERED, rewind(5), step(5, epoch=1)],
+        "position 5 of a session with 2 tokens",
+    ),
+    "a position of millions": (
+        [opening(), step(), ANSWERED, rewind(1 << 22), step(1 << 22, epoch=1)],
+        "position 4194304 of a session with 2",
+    ),
+    "a rewind to the epoch that is": ([opening(epoch=5), rewind(epoch=5)], "epoch 5 after epoch 5"),
+    "a rewind to an old epoch": ([opening(), step(), rewind(epoch=9), rewind(epoch=8)], "epoch 8 after epoch 9"),
+    "more steps ahead than allowed": (
+        [opening(), *(step(2 * n) for n in range(1, MAX_STEPS_AHEAD + 2))],
+        "more than 16 steps, or 8192 tokens, at once",
+    ),
+    "more tokens ahead than allowed": (
+        [
+            opening(batch_size=2, max_length=512),
+            *(step(n, {"hidden": hidden(2, 512)}, epoch=1) for n in range(9)),
+        ],
+        "more than 16 steps, or 8192 tokens, at once",
+    ),
+    "too many tokens in a step that has to wait": (
+        [opening(), step(6, {"hidden": hidden(5, 300)})],
+        "1500 tokens in one step",
+    ),
     "too many tokens at once": (
         [opening(batch_size=4, max_length=512), step(tensors={"hidden": hidden(4, 300)})],
         f"1200 tokens in one step; {MAX_STEP_TOKENS} are allowed",
@@ -170,9 +246,22 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
         [opening(max_length=1), step(tensors={"hidden": hidden(MAX_BATCH + 1, 1)})],
         "1025 sequences; 1024 are allowed",
     ),
-    "rows of a session that begins anew": ([opening(), step(rows=[0])], "rows of a session that begins anew"),
-    "rows that are not there": ([opening(), step(), step(2, rows=[1])], "do not continue those of the session"),
-    "more rows than inputs": ([opening(), step(), step(2, rows=[0, 0])], "1 sequences that do not continue"),
+    "rows of a session that begins anew": (
+        [opening(), rewind(rows=[0]), step(epoch=1)],
+        "rows of a session that begins anew",
+    ),
+    "rows that are not there": (
+        [opening(), step(), ANSWERED, rewind(2, rows=[1]), step(2, epoch=1)],
+        "do not continue those of the session",
+    ),
+    "more rows than inputs": (
+        [opening(), step(), ANSWERED, rewind(2, rows=[0, 0]), step(2, epoch=1)],
+        "1 sequences that do not continue",
+    ),
+    "rows of rows of nobody": (
+        [opening(), step(), rewind(2, rows=[0, 0]), rewind(2, epoch=2, rows=[2])],
+        "rows of sequences that there are not",
+    ),
     "another batch": (
         [opening(batch_size=2), step(), step(2, {"hidden": hidden(2)})],
         "2 sequences that do not continue those of the session",
@@ -227,6 +316,7 @@ def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
 
 def check_idle(swarm: Swarm) -> None:
     """Nobody is there: all room is free, and every page is accounted for."""
+    swarm.settle(lambda: not num_roads(swarm))
     engine = swarm.servers["s0"].engine
     assert engine.cache_tokens_left == engine.cache_tokens
     assert num_sessions(swarm, "s0") == 0
@@ -272,6 +362,42 @@ def test_a_wrong_request_gets_one_clear_answer_and_touches_nobody(town, whole, f
         assert all(isinstance(answer, Opened | Result) for answer in before)
 
 
+UNANSWERED: dict[str, tuple[list[Raw], int]] = {
+    "tokens beyond what was sent": ([opening(), step(3)], 0),
+    "a hole in the tokens": ([opening(), step(), step(5)], 1),
+    "a step of an epoch that has not come": ([opening(), step(), step(2, epoch=7)], 1),
+    "a step of an epoch that is over": ([opening(epoch=3), step(epoch=2), step(epoch=3)], 1),
+    "a step that a rewind has overtaken": ([opening(), rewind(), step(), step(epoch=1)], 1),
+    "a step that waited when a rewind came": ([opening(), step(2), rewind(epoch=1), step(epoch=1)], 1),
+    "an older step again": ([opening(), step(), step(2), step()], 2),
+    "as many steps ahead as allowed": ([opening(), *(step(2 * n) for n in range(1, MAX_STEPS_AHEAD + 1))], 0),
+    "a step that waits, again and again": ([opening(), *[step(6)] * 50], 0),
+}
+
+
+@pytest.mark.parametrize(("frames", "num_results"), UNANSWERED.values(), ids=UNANSWERED.keys())
+def test_a_step_whose_turn_it_is_not_is_held_or_ignored(town, whole, frames, num_results):
+    swarm, model, intruder = town
+    with Peace(swarm, model, whole):
+        assert [type(answer) for answer in intruder.ask(*frames)] == [Opened, *[Result] * num_results]
+
+
+def test_a_step_that_comes_again_is_answered_again_and_computed_once(town, whole):
+    swarm, model, intruder = town
+    engine = swarm.servers["s0"].engine
+    with Peace(swarm, model, whole):
+        stream, before = intruder.open(), engine.num_passes
+        intruder.tell(stream, opening())
+        heard = intruder.hear(stream)
+        for _ in range(5):
+            intruder.tell(stream, step())
+            heard += intruder.hear(stream)
+        assert [type(message) for message, _ in heard] == [Opened, *[Result] * 5]
+        assert all(torch.equal(tensors["hidden"], heard[1][1]["hidden"]) for _, tensors in heard[1:])
+        assert engine.num_passes == before + 1
+        assert not intruder.finish(stream)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 3e38], ids=str)
 @pytest.mark.parametrize("kind", ["step", "forward", "backward"])
 def test_numbers_that_are_none_stay_with_who_sent_them(town, whole, number, kind):
@@ -309,12 +435,39 @@ STRANGE: dict[str, list[Raw]] = {
     "a precision that changes": [*stepping({"hidden": hidden().bfloat16()}), step(2)],
     "a pass in another precision": [forward({"hidden": hidden().bfloat16()})],
     "a gradient in another precision": [backward(hidden=hidden().bfloat16(), grad=hidden().half())],
-    "passes in the middle of a session": [opening(), step(), forward(), backward(grad=hidden()), step(2)],
+    "passes before a session": [forward(), backward(grad=hidden()), opening(), step()],
     "the same step again and again": [opening(), *[step()] * 20],
     "digests that nobody has computed": [offering(1, 1, 16), step()],
     "digests of a long session": [
         offering(3, 32, 16, batch_size=3, max_length=512),
         step(tensors={"hidden": hidden(3)}),
+    ],
+    "a skip of everything": [opening(skip=99), step(skip=2)],
+    "a skip beyond the step": [opening(), step(skip=1 << 22), step(2)],
+    "the last step again, which nobody wanted to see": [opening(), step(skip=2), step(skip=2)],
+    "onward to nobody": [opening(), step(onward=256)],
+    "a rewind of nothing": [opening(), rewind(), step(epoch=1)],
+    "rewinds one after another": [
+        opening(),
+        step(),
+        ANSWERED,
+        *(rewind(2, epoch=n, rows=[0]) for n in range(1, 9)),
+        step(2, epoch=8),
+    ],
+    "rows that mean nothing when all begins anew": [
+        opening(),
+        step(),
+        ANSWERED,
+        rewind(2, rows=[0]),
+        rewind(epoch=2),
+        step(epoch=2),
+    ],
+    "a next server that is none": [opening(after=place("?!")), step(onward=1), step(2)],
+    "a next server that is oneself": [opening(after=place("s0"), before=place("s0")), step(onward=256), step(2)],
+    "ties without end": [
+        opening(),
+        *(raw("tie", after=place(f"p{n}", addresses=["/"] * 8)) for n in range(300)),
+        step(),
     ],
     "a salt of any characters": [opening(salt="\x00\n\u202e\U0001f9c2"), step()],
 }
@@ -333,7 +486,10 @@ VALID = [
     opening(),
     offering(1, 1, 16, salt="s"),
     step(),
-    step(2, rows=[0]),
+    rewind(2, rows=[0]),
+    step(2, epoch=1, onward=2),
+    step(link=LINK),
+    raw("tie", before=place("intruder"), after=place("s0")),
     forward(),
     backward(grad=hidden()),
     raw("ping"),
@@ -373,7 +529,7 @@ noise = st.builds(Raw, st.binary(max_size=200), st.binary(max_size=64))
 def test_whatever_is_sent_is_answered_or_refused(town, frames):
     swarm, _, intruder = town
     answers = intruder.ask(*frames)
-    assert all(isinstance(answer, Opened | Result | Pong | Failure) for answer in answers)
+    assert all(isinstance(answer, Opened | Result | Pong | Unreached | Failure) for answer in answers)
     assert not any(isinstance(answer, Failure) for answer in answers[:-1])
     assert not any(isinstance(answer, Failure) and answer.code == "broken" for answer in answers)
     swarm.settle(lambda: not num_conversations(swarm, "s0"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -14,8 +17,8 @@ from transformers import PreTrainedModel
 
 from shoal import MissingBlocks, RequestRejected
 from shoal.net import codec
-from shoal.net.transport import Stream
-from shoal.protocol import Backward, Close, Forward, Message, Open, Step
+from shoal.net.transport import Stream, StreamBroken
+from shoal.protocol import Backward, Close, Forward, Message, Open, Ping, Rewind, Step, Tie
 from shoal.spans import Span
 
 from .harness import QUICK, Swarm
@@ -28,31 +31,122 @@ PROMPT = torch.tensor([[5, 17, 42, 9, 33]])
 IMPATIENT = replace(QUICK, longest_answer_seconds=0.5)
 
 
+def announce(swarm: Swarm, converse: Callable[[Stream], Any], **announced: Any) -> Any:
+    """A peer named "rogue", which says whatever it likes about itself; returns its node."""
+    honest = next(iter(swarm.servers.values()))
+    lies = {"peer": "rogue", "span": Span(0, 4), "decode_speed": 1e9, "cache_tokens_left": 4096, **announced}
+    info = replace(honest.info, **lies)
+
+    async def start() -> Any:
+        node = swarm.network.node("rogue")
+        await node.transport.listen(converse)
+        await node.directory.announce(honest.model, info, lifetime=300)
+        return node
+
+    return swarm.runtime.run(start())
+
+
 class Rogue:
-    """A server that announces whatever it likes, opens sessions, and answers as it likes."""
+    """A server that announces whatever it likes, opens sessions, and answers as it likes.
 
-    def __init__(self, swarm: Swarm, answer: Answer, **announced: Any) -> None:
+    Its answers to a ping are those of a server that waits for the step after the last one; or `pong`, again and again.
+    """
+
+    def __init__(self, swarm: Swarm, answer: Answer, *, pong: Answer | None = None, **announced: Any) -> None:
         self.asked: list[str] = []
+        self.num_pings = 0
         self._answer = answer
-        honest = next(iter(swarm.servers.values()))
-        lies = {"peer": "rogue", "span": Span(0, 4), "decode_speed": 1e9, "cache_tokens_left": 4096, **announced}
-        info = replace(honest.info, **lies)
-
-        async def start() -> None:
-            node = swarm.network.node("rogue")
-            await node.transport.listen(self._converse)
-            await node.directory.announce(honest.model, info, lifetime=300)
-
-        swarm.runtime.run(start())
+        self._pong = pong or self._honest_pong
+        self._next = (0, 0)
+        announce(swarm, self._converse, **announced)
 
     async def _converse(self, stream: Stream) -> None:
         while True:
             message, tensors = await codec.receive(stream)
-            if isinstance(message, Close):
-                return
-            self.asked.append(message.kind)
-            for frame in self._answer(message, tensors):
+            match message:
+                case Close():
+                    return
+                case Ping():
+                    self.num_pings += 1
+                    frames = self._pong(message, tensors)
+                case Tie():
+                    frames = []
+                case Rewind():
+                    self._next = message.epoch, message.position
+                    frames = []
+                case _:
+                    self.asked.append(message.kind)
+                    frames = self._answer(message, tensors)
+                    if frames and isinstance(message, Step):
+                        self._next = message.epoch, message.position + 1
+            for frame in frames:
                 await stream.send(frame.header, [frame.payload])
+
+    def _honest_pong(self, *_: Any) -> list[Raw]:
+        epoch, position = self._next
+        return [raw("pong", epoch=epoch, position=position)]
+
+
+class Impostor:
+    """A server that lets an honest one compute, and changes what that says; and what is to be pushed, it makes up."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        *,
+        says: Callable[[dict[str, Any], bytes], list[Raw]] = lambda fields, payload: [framed(fields, payload)],
+        pushes: Callable[[dict[str, Any], torch.Tensor], list[Raw]] | None = None,
+        **announced: Any,
+    ) -> None:
+        self.num_steps = 0
+        self._says = says
+        self._pushes = pushes
+        self._after: dict[str, Any] | None = None
+        self._transport = announce(swarm, self._converse, **announced).transport
+
+    async def _converse(self, stream: Stream) -> None:
+        honest = await self._transport.open("s0")
+
+        async def back() -> None:
+            with contextlib.suppress(StreamBroken):
+                while True:
+                    header, payload = await honest.receive()
+                    for frame in self._says(json.loads(header), bytes(payload)):
+                        await stream.send(frame.header, [frame.payload])
+            await stream.close()
+
+        answering = asyncio.create_task(back())
+        try:
+            while True:
+                header, payload = await stream.receive()
+                fields = json.loads(header)
+                self._after = fields.get("after", self._after)
+                if fields["kind"] == "step":
+                    self.num_steps += 1
+                    _, tensors = codec.decode(header, payload)
+                    if fields["onward"] and self._pushes is not None and self._after is not None:
+                        await self._push(fields, tensors["hidden"])
+                    fields["onward"] = 0
+                if fields["kind"] != "tie":
+                    await honest.send(framed({**fields, "before": None, "after": None}).header, [payload])
+        finally:
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
+            await honest.close()
+
+    async def _push(self, fields: dict[str, Any], hidden: torch.Tensor) -> None:
+        assert self._after is not None
+        assert self._pushes is not None
+        known = {name: fields[name] for name in ("epoch", "position")} | {"link": self._after["link"]}
+        stream = await self._transport.open(self._after["peer"])
+        with contextlib.suppress(StreamBroken):
+            for frame in self._pushes(known, hidden):
+                await stream.send(frame.header, [frame.payload])
+
+
+def framed(fields: dict[str, Any], payload: bytes = b"") -> Raw:
+    present = {name: value for name, value in fields.items() if value is not None}
+    return Raw(json.dumps(present).encode(), payload)
 
 
 def politely(answer: Answer) -> Answer:
@@ -61,12 +155,28 @@ def politely(answer: Answer) -> Answer:
 
 
 def always(*frames: Raw) -> Answer:
-    return politely(lambda message, tensors: list(frames))
+    return politely(lambda message, tensors: [addressed(frame, message) for frame in frames])
+
+
+def addressed(frame: Raw, message: Message, **changes: int) -> Raw:
+    """The same frame; a result as one to this message."""
+    if not frame.header.startswith(b'{"kind": "result"') or not isinstance(message, Step):
+        return frame
+    to = {"epoch": message.epoch, "position": message.position}
+    to = {name: value + changes.get(name, 0) for name, value in to.items()}
+    return Raw(json.dumps(json.loads(frame.header) | to).encode(), frame.payload)
 
 
 def echo(change: Callable[[torch.Tensor], torch.Tensor]) -> Answer:
     """The inputs come back as outputs, changed."""
-    return politely(lambda message, tensors: [raw("result", {"hidden": change(tensors["hidden"])})])
+    return politely(lambda message, tensors: [addressed(raw("result", {"hidden": change(tensors["hidden"])}), message)])
+
+
+def elsewhere(**changes: int) -> Answer:
+    """The results are as they should be, but of other steps."""
+    return politely(
+        lambda message, tensors: [addressed(raw("result", {"hidden": tensors["hidden"]}), message, **changes)]
+    )
 
 
 def spoilt(number: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -82,6 +192,8 @@ def failure(code: Any, reason: Any = "because", **fields: Any) -> Raw:
 
 
 TENSOR = {"hidden": torch.ones(1, 5, 32)}
+
+UNHEARD = "is lost: (no answer within|does not do what it was asked)"  # whichever is noticed first
 
 ANSWERS: dict[str, tuple[Answer, str]] = {
     "noise": (always(Raw(bytes(range(256)), b"\xff" * 100)), "is lost: not a valid message"),
@@ -120,10 +232,41 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "busy for no time": (always(failure("busy", retry_after=1e-300)), "is busy: because"),
     "busy from the start": (lambda *_: [failure("busy", retry_after=0)], "is busy: because"),
     "somewhere else": (always(failure("misrouted")), "cannot do this: because"),
-    "a rewind of nothing": (always(failure("rewind")), "gave up: because"),
-    "a rewind from the start": (lambda *_: [failure("rewind")], "gave up: because"),
-    "a heartbeat, then the end": (always(raw("working"), failure("leaving")), "gave up: because"),
-    "silence": (always(), "is lost: "),
+    "a rewind of nothing": (always(failure("rewind")), "cannot go on with what it was just sent"),
+    "a rewind from the start": (lambda *_: [failure("rewind")], "cannot go on with what it was just sent"),
+    "a heartbeat as it was in another version": (always(raw("working")), "is lost: not a valid message"),
+    "the end": (always(failure("leaving")), "gave up: because"),
+    "silence": (always(), UNHEARD),
+    "results of another epoch": (elsewhere(epoch=1), UNHEARD),
+    "results of another position": (elsewhere(position=3), UNHEARD),
+    "results of everything else": (
+        politely(lambda message, tensors: [raw("result", TENSOR, epoch=7, position=n) for n in range(500)]),
+        UNHEARD,
+    ),
+    "a result of a negative epoch": (
+        politely(lambda *_: [raw("result", TENSOR, epoch=-1, position=0)]),
+        "is lost: not a valid message",
+    ),
+    "a pong that nobody asked for": (always(raw("pong")), "answered with 'pong', which nobody asked for"),
+    "a pong with a word": (always(raw("pong", working="yes")), "is lost: not a valid message"),
+    "a session that is opened twice": (always(raw("opened")), "answered with 'opened', which nobody asked for"),
+    "more tokens known than were offered": (
+        lambda *_: [raw("opened", {"hidden": torch.ones(1, 16, 32)}, num_tokens=16)],
+        "is lost: it knows something else than was asked",
+    ),
+    "tokens known, and no outputs": (lambda *_: [raw("opened", num_tokens=16)], "it knows something else"),
+    "outputs of nothing": (lambda *_: [raw("opened", {"hidden": torch.ones(1, 1, 32)})], "it knows something else"),
+    "a push that failed, of no step": (
+        always(*[raw("unreached", epoch=3, position=n) for n in range(100)]),
+        UNHEARD,
+    ),
+    "a push that failed, of the step": (always(raw("unreached", epoch=0, position=0)), UNHEARD),
+    "a tie": (always(raw("tie")), "answered with 'tie', which nobody asked for"),
+    "a step back": (always(raw("rewind", epoch=9, position=0)), "answered with 'rewind', which nobody asked for"),
+    "a step": (always(raw("step", TENSOR, position=0)), "answered with 'step', which nobody asked for"),
+    "leaving since before": (always(raw("leaving", seconds=-1)), "is lost: not a valid message"),
+    "leaving in NaN seconds": (always(raw("leaving", seconds=float("nan"))), "is lost: not a valid message"),
+    "leaving in a thousand years": (always(raw("leaving", seconds=3e10)), "is lost: not a valid message"),
 }
 
 
@@ -145,15 +288,148 @@ def test_a_server_that_answers_anything_else_is_left(honest: Swarm, whole, caplo
     assert all(line.isprintable() and len(line) < 500 for line in told)
 
 
+PONGS: dict[str, Callable[[int], Raw]] = {
+    "and computes for others": lambda number: raw("pong", working=True, num_passes=number),
+    "and computes nothing": lambda number: raw("pong", working=True, num_passes=3),
+    "in another epoch": lambda number: raw("pong", working=True, num_passes=number, epoch=99, position=99),
+    "and has done it, so it says": lambda number: raw("pong", epoch=99, position=99),
+}
+
+
+@pytest.mark.parametrize("pong", PONGS.values(), ids=PONGS.keys())
 @pytest.mark.parametrize("kind", ["a session", "a pass"])
-def test_a_server_that_works_for_ever_is_left(honest: Swarm, whole: PreTrainedModel, kind: str):
-    rogue = Rogue(honest, lambda *_: [raw("working")] * 1_000_000)
+def test_a_server_that_works_for_ever_is_left(
+    honest: Swarm, whole: PreTrainedModel, kind: str, pong: Callable[[int], Raw]
+):
+    rogue = Rogue(honest, always(), pong=lambda *_: [pong(rogue.num_pings)])
     model = honest.model(config=IMPATIENT)
     if kind == "a session":
         assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
     else:
         torch.testing.assert_close(model(PROMPT).logits, whole(PROMPT).logits, rtol=1e-4, atol=1e-4)
-    assert rogue.asked == ["open" if kind == "a session" else "forward"]
+    assert rogue.asked == (["open", "step"] if kind == "a session" else ["forward"])
+    assert rogue.num_pings
+
+
+UNPONGS: dict[str, tuple[Answer, str]] = {
+    "nothing": (lambda *_: [], "rogue is lost: said nothing for"),
+    "twice": (lambda *_: [raw("pong", working=True)] * 2, "rogue answered with 'pong', which nobody asked for"),
+    "a ping": (lambda *_: [raw("ping")], "rogue answered with 'ping', which nobody asked for"),
+    "that it lacks the step": (lambda *_: [raw("pong")], "rogue is lost: does not do what it was asked"),
+    "in negative numbers": (lambda *_: [raw("pong", num_passes=-1)], "rogue is lost: not a valid message"),
+}
+
+
+@pytest.mark.parametrize(("pong", "reason"), UNPONGS.values(), ids=UNPONGS.keys())
+def test_a_server_that_is_asked_whether_it_is_there_has_to_say_so(
+    honest: Swarm, whole: PreTrainedModel, caplog, pong: Answer, reason: str
+):
+    rogue = Rogue(honest, always(), pong=pong)
+    model = honest.model(config=replace(QUICK, silence_seconds=0.3))
+    assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
+    assert rogue.num_pings
+    assert [record.getMessage() for record in caplog.records if re.match(reason, record.getMessage())]
+
+
+def twice(fields: dict[str, Any], payload: bytes) -> list[Raw]:
+    return [framed(fields, payload)] * (2 if fields["kind"] == "result" else 1)
+
+
+def crowded(*others: dict[str, Any]) -> Callable[[dict[str, Any], bytes], list[Raw]]:
+    """These messages stand before and after every result."""
+
+    def says(fields: dict[str, Any], payload: bytes) -> list[Raw]:
+        frames = [framed(other) for other in others] if fields["kind"] == "result" else []
+        return [*frames, framed(fields, payload), *frames]
+
+    return says
+
+
+NOISES: dict[str, Callable[[dict[str, Any], bytes], list[Raw]]] = {
+    "every result twice": twice,
+    "results of other epochs": crowded(*({"kind": "result", "epoch": n, "position": 0} for n in range(50, 90))),
+    "results of other positions": crowded(*({"kind": "result", "epoch": 0, "position": n} for n in range(300, 340))),
+    "pushes that failed": crowded(*({"kind": "unreached", "epoch": n, "position": n} for n in range(40))),
+    "a farewell at once": crowded({"kind": "leaving", "seconds": 0}),
+    "farewells": crowded(*({"kind": "leaving", "seconds": n} for n in (86400, 0.5, 0, 7))),
+}
+
+
+@pytest.mark.parametrize("says", NOISES.values(), ids=NOISES.keys())
+def test_what_nobody_asked_for_changes_no_token(honest: Swarm, whole: PreTrainedModel, says):
+    rogue = Impostor(honest, says=says)
+    model = honest.model()
+    assert model.generate(PROMPT, max_new_tokens=6).tolist() == whole.generate(PROMPT, max_new_tokens=6).tolist()
+    assert rogue.num_steps
+
+
+def test_results_that_come_between_two_steps_are_not_kept(honest: Swarm, whole: PreTrainedModel):
+    """A flood of them while the user thinks: the client forgets each as it comes."""
+    flood = [{"kind": "result", "epoch": 0, "position": n} for n in range(2000)]
+    rogue = Impostor(honest, says=crowded(*flood))
+    model = honest.model()
+    with model.inference_session(max_length=40) as session:
+        first = model.generate(PROMPT, max_new_tokens=1, session=session)
+        assert rogue.num_steps
+        (share,) = session._session._shares
+        assert not share._results
+        rest = model.generate(None, max_new_tokens=3, session=session)
+    assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
+
+
+PUSHED: dict[str, Callable[[dict[str, Any], torch.Tensor], list[Raw]]] = {
+    "nothing": lambda known, hidden: [],
+    "noise": lambda known, hidden: [raw("step", {"hidden": hidden}, **known | {"position": 99}), Raw(b"noise")],
+    "no tensor": lambda known, hidden: [raw("step", **known)],
+    "NaN": lambda known, hidden: [raw("step", {"hidden": hidden * float("nan")}, **known)],
+    "infinity": lambda known, hidden: [raw("step", {"hidden": hidden / 0}, **known)],
+    "another hidden size": lambda known, hidden: [raw("step", {"hidden": hidden[..., :16]}, **known)],
+    "more tokens": lambda known, hidden: [raw("step", {"hidden": hidden.repeat(1, 2, 1)}, **known)],
+    "more tokens than fit": lambda known, hidden: [raw("step", {"hidden": hidden.repeat(1, 70, 1)}, **known)],
+    "a larger batch": lambda known, hidden: [raw("step", {"hidden": hidden.repeat(2, 1, 1)}, **known)],
+    "integers": lambda known, hidden: [raw("step", {"hidden": hidden.long()}, **known)],
+    "half precision": lambda known, hidden: [raw("step", {"hidden": hidden.half()}, **known)],
+    "positions of another planet": lambda known, hidden: [
+        raw("step", {"hidden": hidden, "positions": torch.full(hidden.shape[:2], 1 << 40)}, **known)
+    ],
+    "a question to a head": lambda known, hidden: [raw("step", {"hidden": hidden}, logits=1, **known)],
+    "steps of epochs to come": lambda known, hidden: [
+        raw("step", {"hidden": hidden}, **known | {"epoch": known["epoch"] + n}) for n in range(1, 100)
+    ],
+    "steps to come": lambda known, hidden: [
+        raw("step", {"hidden": hidden}, **known | {"position": known["position"] + n}) for n in range(1, 100)
+    ],
+    "over another link": lambda known, hidden: [raw("step", {"hidden": hidden}, **known | {"link": "0" * 32})],
+}
+
+
+@pytest.mark.parametrize("pushes", PUSHED.values(), ids=PUSHED.keys())
+def test_a_server_that_is_pushed_nonsense_is_not_blamed(
+    swarm: MakeSwarm, whole: PreTrainedModel, caplog: pytest.LogCaptureFixture, pushes
+):
+    swarm_ = swarm("0:2", "2:4")
+    rogue = Impostor(swarm_, pushes=pushes, span=Span(0, 2))
+    model = swarm_.model()
+    caplog.set_level(logging.INFO, logger="shoal.client")
+    with model.inference_session(max_length=40) as session:
+        answer = model.generate(PROMPT, max_new_tokens=6, session=session)
+        assert session.servers == ("rogue", "s1")
+    assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=6).tolist()
+    assert rogue.num_steps
+    told = [record.getMessage() for record in caplog.records]
+    assert "rogue cannot push to s1" in told
+    assert not [line for line in told if re.match("s1 ", line)]
+
+
+def test_a_server_that_is_wrong_by_itself_is_blamed_although_it_was_pushed_to(
+    swarm: MakeSwarm, whole: PreTrainedModel, caplog: pytest.LogCaptureFixture
+):
+    swarm_ = swarm("0:2", "2:4")
+    Rogue(swarm_, echo(spoilt(float("nan"))), span=Span(2, 4))
+    model = swarm_.model()
+    assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
+    lost = [record.getMessage() for record in caplog.records if "looking for another" in record.getMessage()]
+    assert [line.split(";")[0] for line in lost] == ["rogue answered with numbers that are not finite"]
 
 
 def test_a_server_that_never_goes_on_is_left(honest: Swarm, whole: PreTrainedModel):
@@ -161,7 +437,9 @@ def test_a_server_that_never_goes_on_is_left(honest: Swarm, whole: PreTrainedMod
 
     def answer(message: Message, tensors: codec.Tensors) -> list[Raw]:
         assert isinstance(message, Step)
-        return [failure("rewind")] if message.position else [raw("result", {"hidden": tensors["hidden"]})]
+        if message.position:
+            return [failure("rewind")]
+        return [addressed(raw("result", {"hidden": tensors["hidden"]}), message)]
 
     rogue = Rogue(honest, politely(answer))
     model = honest.model()
@@ -177,7 +455,7 @@ def test_a_server_that_only_ever_rewinds_is_left(honest: Swarm, whole: PreTraine
         first = model.generate(PROMPT, max_new_tokens=3, session=session)
         rogue = Rogue(honest, always(failure("rewind")))
         honest.kill("s0")
-        with pytest.raises(MissingBlocks, match="rogue gave up: because"):
+        with pytest.raises(MissingBlocks, match="rogue cannot go on with what it was just sent"):
             model.generate(None, max_new_tokens=3, session=session)
         honest.start("0:4")
         rest = model.generate(None, max_new_tokens=3, session=session)

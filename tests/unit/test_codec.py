@@ -25,6 +25,7 @@ from shoal.protocol import (
     Forward,
     Message,
     ProtocolViolation,
+    Rewind,
     Step,
 )
 
@@ -44,7 +45,14 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 words = st.text(st.characters(categories=["L", "N", "P"]), max_size=20)
 spans = {"model": words, "fingerprint": words, "start": st.just(0), "end": st.just(2)}
 messages: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Step, position=st.integers(0, 1 << 22), rows=st.none() | st.just((3, 1, 1))),
+    st.builds(
+        Step,
+        epoch=st.integers(0, (1 << 53) - 1),
+        position=st.integers(0, 1 << 22),
+        onward=st.integers(0, 256),
+        link=st.none() | st.just("0123456789abcdef" * 2),
+    ),
+    st.builds(Rewind, epoch=st.integers(0, 9), position=st.integers(0, 1 << 22), rows=st.none() | st.just((3, 1, 1))),
     st.builds(Forward, **spans),
     st.builds(Backward, **spans),
     st.builds(Failure, code=st.just("busy"), reason=words, retry_after=st.floats(0, 3600)),

@@ -251,7 +251,7 @@ class Connection:
                     with contextlib.suppress(PeerError):
                         await self.send(Ping())
                     continue
-            await asyncio.sleep(wait)
+            await asyncio.sleep(min(wait, self._interval()))  # a pong that has come meanwhile changes what to wait for
 
     def _interval(self) -> float:
         """What silence makes us ask: that of whom we wait for earlier, the earlier the faster it usually is."""

@@ -91,6 +91,7 @@ class Lane:
         for index, (before, after) in enumerate(pairwise(self.shares)):
             if (position := self._ring.broken_at(before, after)) is not None:
                 log.info("%s cannot push to %s", before.peer, after.peer)
+                self._tokens.epoch += 1  # what is pushed nevertheless comes too late
                 for later in self.shares[index + 1 :]:
                     later.unasked_from(position)
         return is_news
@@ -121,8 +122,11 @@ class Lane:
             run = self._run(index)
             if not run or any(len(each.requests) >= STEPS_AHEAD for each in run):
                 return
+            epoch = self._tokens.epoch
             for each in run:
-                await each.tell(self._tokens.epoch, *self._ring.place(each))
+                await each.tell(epoch, *self._ring.place(each))
+            if self._tokens.epoch != epoch:
+                continue  # something happened meanwhile, perhaps to another lane: these are to be told of it first
             requests, tensors = self._requests(index, run, limit)
             for each, request in zip(run, requests, strict=True):
                 each.expect(request)

@@ -45,20 +45,26 @@ class Ring:
         return (before, after) in self._links
 
     def broken_at(self, before: Share, after: Share) -> int | None:
-        """The position of a step that has not got from one server to the next; None if all went well.
+        """The position of a step that has not got from one server to the next as it should; None if all went well.
 
         From then on, they are no pair any more.
         """
         unreached, before.unreached = before.unreached, None
-        awaited = after.requests[0] if after.requests and after.requests[0].pushed else None
-        position = None
-        if unreached is not None and any(
-            each.pushed and each.key == (unreached.epoch, unreached.position) for each in after.requests
-        ):
+        is_misled, after.is_misled = after.is_misled, False
+        pushed = [request for request in after.requests if request.pushed]
+        if unreached is not None and any(each.key == (unreached.epoch, unreached.position) for each in pushed):
             position = unreached.position
-        elif awaited is not None and after.num_lacking >= LACKING_PONGS and before.num_computed >= awaited.end:
-            position = awaited.position
-        if position is not None:
-            self._broken.add(before.peer, after.peer)
-            self._links.pop((before, after), None)
+        elif pushed and pushed[0] is after.requests[0] and (is_misled or _lacks(after, before.num_computed)):
+            position = pushed[0].position
+        else:
+            return None
+        self._broken.add(before.peer, after.peer)
+        self._links.pop((before, after), None)
+        self._places[before] = (self.place(before)[0], None)
+        self._places[after] = (None, self.place(after)[1])
         return position
+
+
+def _lacks(share: Share, num_pushed: int) -> bool:
+    """Whether a server lacks what the one before it has computed, and was to push to it."""
+    return share.num_lacking >= LACKING_PONGS and num_pushed >= share.requests[0].end

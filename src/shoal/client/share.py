@@ -144,6 +144,7 @@ class Share:
         self.after: After | None = None
         self.requests: deque[Request] = deque()
         self.unreached: Unreached | None = None
+        self.is_misled = False
         self._rows: tuple[int, ...] | None = None  # a rearrangement that the server has not been told
         self._results: deque[tuple[Result, Tensors]] = deque()  # as they came, not looked at
         self.is_open = False
@@ -295,7 +296,8 @@ class Share:
         assert self.connection is not None
         match message:
             case Result():
-                self._results.append((message, tensors))
+                if self._awaits(message):
+                    self._results.append((message, tensors))
             case Opened() if self._opened is None:
                 self._opened = message, tensors
             case Pong():
@@ -308,9 +310,18 @@ class Share:
                 self.connection.fail(self.connection.unasked(message))
         self._tell_news()
 
+    def _awaits(self, result: Result) -> bool:
+        """Whether it answers what was asked and is not answered: others are of the past, or nobody asked for them."""
+        key = result.epoch, result.position
+        is_here = any((each.epoch, each.position) == key for each, _ in self._results)
+        return not is_here and any(request.key == key for request in self.requests)
+
     def _check_has(self, pong: Pong) -> None:
-        """Count how often in a row the server says that it does not have what it is to compute."""
-        if self.requests and not pong.working and (pong.epoch, pong.position) <= self.requests[0].key:
+        """Count how often in a row the server says that it has nothing to do, although an answer is awaited.
+
+        It does not have the step; or it says that it has done it, but the answer would have come before that.
+        """
+        if self.requests and not self._results and not pong.working:
             self.num_lacking += 1
             if self.num_lacking >= LACKING_PONGS and not self.requests[0].pushed and self.connection is not None:
                 self.connection.fail(self.connection.lost("does not do what it was asked"))
@@ -351,14 +362,15 @@ class Share:
         """Look at what has come: what is right goes to `sink`, logits to `outputs`; a server that is wrong is lost.
 
         Returns whether anything was right. Whether numbers that are not finite are the server's fault is known only
-        once its inputs are.
+        once its inputs are. A server may be wrong because it was misled by the one that pushed to it: that is found out
+        by asking it again.
         """
         is_news = False
         while self._results and self.connection is not None and self.error is None:
             result, tensors = self._results[0]
             request = self.requests[0] if self.requests else None
             if request is None or (result.epoch, result.position) != request.key:
-                self._results.popleft()  # of the past, or twice
+                self._results.popleft()  # of the past
                 continue
             wrong = self._wrong(request, result, tensors)
             answer = tensors.get("hidden" if request.question is None else "logits")
@@ -369,7 +381,10 @@ class Share:
                 if not plausible(answer, inputs, mask(request.position, request.end)):
                     wrong = "with numbers that are not finite"
             if wrong is not None:
-                self.connection.fail(self.connection.wrong(wrong))
+                if request.pushed:
+                    self.is_misled = True
+                else:
+                    self.connection.fail(self.connection.wrong(wrong))
                 break
             is_news = True
             self._results.popleft()

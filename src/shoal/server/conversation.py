@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from shoal.concurrency import first_of
 from shoal.net import codec
@@ -25,12 +26,14 @@ from shoal.protocol import (
     Unreached,
 )
 from shoal.server.engine import Engine
-from shoal.server.links import Links
+from shoal.server.links import Links, Way
 from shoal.server.order import Arrived, Order
 from shoal.server.refusal import Refused, rejected
 
+log = logging.getLogger(__name__)
+
 RESULTS_AHEAD = 4
-"""Results that wait for a slow client; then nothing more is computed for it."""
+"""Results that wait for a slow client, or a slow server after; then nothing more is computed."""
 REMEMBERED_BYTES = 1 << 20
 """The answer to the last step is kept, should it be asked for again; a longer one is computed again."""
 
@@ -45,6 +48,7 @@ class Conversation:
         self._idle_seconds = idle_seconds
         self._before: Before | None = None
         self._after: After | None = None
+        self._way: Way | None = None  # to the server after
         self._computing: Step | None = None
         self._answered: tuple[Result, codec.Tensors, Encoding] | None = None  # the last, if it is not long
         self._news = asyncio.Event()
@@ -79,7 +83,7 @@ class Conversation:
                 message, tensors = await codec.receive(self._stream)
             match message:
                 case Step():
-                    self._accept(message, tensors)
+                    self._accept(Arrived(message, tensors))
                 case Rewind():
                     self._order.rewind(message)
                     self._news.set()
@@ -88,48 +92,79 @@ class Conversation:
                 case Tie():
                     self._tie(message.before, message.after)
                 case Close():
-                    await self._finished.wait()
-                    await self._answers.join()
+                    if self._before is not None:
+                        self._links.forget(self._before, self._pushed)
+                    await first_of(self._finish(), self._until_gone())
                     return
                 case _:
                     raise rejected(f"a message of kind {message.kind!r} makes no sense here")
 
-    def _accept(self, step: Step, tensors: codec.Tensors) -> None:
-        """A step has come, from wherever."""
+    async def _finish(self) -> None:
+        """All that was asked is answered."""
+        await self._finished.wait()
+        await self._answers.join()
+
+    async def _until_gone(self) -> None:
+        """Raises `StreamBroken` when the client does not wait for the answers any more."""
+        await codec.receive(self._stream)
+
+    def _pushed(self, step: Step, tensors: codec.Tensors) -> None:
+        """The server before has pushed a step."""
+        self._accept(Arrived(step, tensors, link=step.link))
+
+    def _accept(self, arrived: Arrived) -> None:
+        """A step has come, from wherever. What is wrong with one that was pushed is not the client's fault."""
         try:
-            is_last = self._order.add(step, tensors)
-        except Refused as refused:  # perhaps on a stream of another server, which need not know
-            self._refused = refused
-            is_last = False
-        if is_last and self._computing is None:
-            self._repeat(step, tensors)
+            self._engine.check_inputs(arrived.tensors)
+            is_last = self._order.add(arrived)
+        except Refused as refused:
+            if arrived.link is not None:
+                log.debug("what was pushed is refused: %s", refused.failure.reason)
+                return
+            self._refused, is_last = refused, False
+        if is_last and arrived.link is None and self._computing is None:
+            self._repeat(arrived)
         self._finished.clear()
         self._news.set()
 
-    def _repeat(self, step: Step, tensors: codec.Tensors) -> None:
-        """The last step has come again: its answer may be lost, or it may not have got to the next server."""
+    def _repeat(self, arrived: Arrived) -> None:
+        """The client sends the last step again: its answer may be lost, or it may not have got to the next server.
+
+        One that is pushed again is ignored: a ring that is tied to a loop would turn for long.
+        """
         if self._answered is None:
-            self._order.again(step, tensors)
-            return
-        _, answer, encoding = self._answered
-        if step.onward:
-            self._push(step, {**tensors, **answer}, encoding)
-        self._answers.put_nowait(self._answered)
+            self._order.again(arrived)
+        elif self._has_room:
+            _, answer, encoding = self._answered
+            if arrived.step.onward:
+                self._push(arrived.step, {**arrived.tensors, **answer}, encoding)
+            self._answers.put_nowait(self._answered)
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether results may be added to those that wait."""
+        num_pushed = 0 if self._way is None else self._way.num_waiting
+        return max(self._answers.qsize(), num_pushed) < RESULTS_AHEAD
 
     def _tie(self, before: Before | None, after: After | None) -> None:
         """Take the session's place in the ring."""
-        if self._before is not None:
-            self._links.forget(self._before)
-        if before is not None:
-            self._links.expect(before, self._accept)
-        if after is not None:
-            self._links.prepare(after)
+        if before != self._before:
+            if self._before is not None:
+                self._links.forget(self._before, self._pushed)
+                self._order.forget(self._before.link)
+            if before is not None:
+                self._links.expect(before, self._pushed)
+        if after != self._after:
+            if self._way is not None:
+                self._way.close()
+            self._way = None if after is None else self._links.way_to(after)
+            self._news.set()
         self._before, self._after = before, after
 
     def _pong(self) -> Pong:
         computing = self._computing
         return Pong(
-            working=computing is not None or self._order.is_ready,
+            working=computing is not None or self._order.is_ready or not self._answers.empty(),
             num_passes=self._engine.num_passes,
             epoch=self._order.epoch if computing is None else computing.epoch,
             position=self._order.position if computing is None else computing.position,
@@ -139,7 +174,7 @@ class Conversation:
 
     async def _compute(self) -> None:
         while True:
-            while self._order.is_ready and self._answers.qsize() < RESULTS_AHEAD:
+            while self._order.is_ready and self._has_room:
                 await self._compute_step(self._order.take())
             if self._refused is not None:
                 raise self._refused
@@ -155,6 +190,13 @@ class Conversation:
         self._computing, self._answered = step, None
         try:
             answer = await self._engine.step(self._session, request, tensors, rows=arrived.rows)
+        except Refused as refused:
+            if arrived.link is None or refused.failure.code not in ("rejected", "misrouted"):
+                raise
+            # It is wrong as it was pushed. The client, who misses it, will send its own.
+            log.debug("what was pushed is refused: %s", refused.failure.reason)
+            self._order.drop(arrived)
+            return
         finally:
             self._computing = None
         encoding = step.encoding_of("hidden")
@@ -171,14 +213,16 @@ class Conversation:
         self._answers.put_nowait((result, answer, encoding))
 
     def _push(self, step: Step, tensors: codec.Tensors, encoding: Encoding) -> None:
-        def failed() -> None:
-            self._answers.put_nowait((Unreached(epoch=step.epoch, position=step.position), {}, "raw"))
+        def done(sent: bool) -> None:
+            if not sent:
+                self._answers.put_nowait((Unreached(epoch=step.epoch, position=step.position), {}, "raw"))
+            self._news.set()
 
-        if self._after is None:
-            failed()
+        if self._way is None:
+            done(False)
             return
         onward = step.model_copy(update={"onward": step.onward - 1, "skip": 0, "tensors": ()})
-        self._links.push(self._after, onward, tensors, encoding, failed=failed)
+        self._way.push(onward, tensors, encoding, done=done)
 
     # -- answering ----------------------------------------------------------------------------------------------------
 

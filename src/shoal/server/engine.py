@@ -145,6 +145,10 @@ class Engine:
         self._pool.forget()
         self._turns.look()
 
+    def check_inputs(self, tensors: Tensors) -> None:
+        """Raises `Refused` for what can be the inputs of no step. The others may wait: they are of a limited size."""
+        self._checks.check_size(self._checks.inputs_of(tensors))
+
     async def step(
         self, session: Session, request: Step, tensors: Tensors, *, rows: tuple[int, ...] | None = None
     ) -> Answer:

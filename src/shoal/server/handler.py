@@ -120,7 +120,7 @@ class Handler:
                     await self._hold_session(stream, message, tensors)
                     return
                 case Step() if message.link is not None:
-                    await self._links.listen(stream, message, tensors)
+                    await self._links.listen(stream, message, tensors, idle_seconds=self._idle_seconds)
                     return
                 case Forward():
                     hidden, arrived = await self._alive(stream, self._engine.forward(message, tensors))

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.net.codec import Tensors
-from shoal.protocol import MAX_STEPS_AHEAD, Rewind, Step
+from shoal.protocol import MAX_STEP_TOKENS, MAX_STEPS_AHEAD, Rewind, Step
 from shoal.server.refusal import rejected
+
+TOKENS_AHEAD = 8 * MAX_STEP_TOKENS
+"""The tokens of all steps of one session that wait, over all sequences."""
 
 Key = tuple[int, int]  # epoch, position
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """A step and its tensors, and how the batch is rearranged before it."""
+    """A step and its inputs `hidden` [B, T, D], and how the batch is rearranged before it."""
 
     step: Step
     tensors: Tensors
     rows: tuple[int, ...] | None = None
+    link: str | None = None
+    """Over which it was pushed; None if the client sent it itself."""
 
     @property
     def key(self) -> Key:
         return self.step.epoch, self.step.position
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tensors["hidden"].shape[1]
+
+    @property
+    def size(self) -> int:
+        """The tokens of all its sequences."""
+        return self.tensors["hidden"].shape[0] * self.num_tokens
 
 
 class Order:
     """Steps come from the client and from the server before, twice or too early; each is begun once, in its turn.
 
     The next step is that of `epoch` and `position`. Only the client, by a `Rewind`, makes it another one than that
-    which follows the last.
+    which follows the last. What it sends itself counts more than what is pushed: who pushes may be anybody, and cannot
+    keep it from being heard.
     """
 
     def __init__(self, epoch: int, position: int) -> None:
@@ -44,26 +59,37 @@ class Order:
         if message.epoch <= self.epoch:
             raise rejected(f"epoch {message.epoch} after epoch {self.epoch}")
         self.epoch, self.position, self._last = message.epoch, message.position, None
-        self._rows = message.rows if self._rows is None else _then(self._rows, message.rows)
+        # What begins anew continues nothing, however it was to be rearranged.
+        self._rows = _then(self._rows if message.position else None, message.rows)
         self._waiting = {key: arrived for key, arrived in self._waiting.items() if key[0] >= self.epoch}
 
-    def add(self, step: Step, tensors: Tensors) -> bool:
+    def add(self, arrived: Arrived) -> bool:
         """Take a step, unless it is of the past; returns whether it is the last one again.
 
-        Raises `Refused` if too many wait.
+        Raises `Refused` if too many of the client's wait; those that are pushed are then ignored.
         """
-        arrived = Arrived(step, tensors)
-        if arrived.key < (self.epoch, self.position):
-            return arrived.key == self._last
-        if len(self._waiting) >= MAX_STEPS_AHEAD and arrived.key not in self._waiting:
-            raise rejected(f"more than {MAX_STEPS_AHEAD} steps at once")
-        self._waiting.setdefault(arrived.key, arrived)
+        key, is_pushed = arrived.key, arrived.link is not None
+        if key < (self.epoch, self.position):
+            return key == self._last
+        if key in self._waiting and (is_pushed or self._waiting[key].link is None):
+            return False
+        others = {other: each for other, each in self._waiting.items() if other != key}
+        if not is_pushed and not _has_room(others, arrived):
+            others = {other: each for other, each in others.items() if each.link is None}
+        if _has_room(others, arrived):
+            self._waiting = {**others, key: arrived}
+        elif not is_pushed:
+            raise rejected(f"more than {MAX_STEPS_AHEAD} steps, or {TOKENS_AHEAD} tokens, at once")
         return False
 
-    def again(self, step: Step, tensors: Tensors) -> None:
+    def forget(self, link: str) -> None:
+        """Whatever was pushed over this link and is not begun means nothing any more."""
+        self._waiting = {key: arrived for key, arrived in self._waiting.items() if arrived.link != link}
+
+    def again(self, arrived: Arrived) -> None:
         """Let the last step be computed once more."""
-        self.position = step.position
-        self._waiting[self.epoch, step.position] = Arrived(step, tensors)
+        self.position = arrived.step.position
+        self._waiting[arrived.key] = arrived
 
     @property
     def is_ready(self) -> bool:
@@ -75,15 +101,27 @@ class Order:
         arrived = self._waiting.pop((self.epoch, self.position))
         rows, self._rows = self._rows, None
         self._last = arrived.key
-        hidden = arrived.tensors.get("hidden")
-        self.position += 0 if hidden is None or hidden.dim() < 2 else hidden.shape[1]
-        return Arrived(arrived.step, arrived.tensors, rows)
+        self.position += arrived.num_tokens
+        return replace(arrived, rows=rows)
+
+    def drop(self, taken: Arrived) -> None:
+        """The step that was taken last could not be computed: it is as if it had never come."""
+        if self._last == taken.key:
+            self.position, self._last = taken.step.position, None
+        if self.position:
+            self._rows = _then(taken.rows, self._rows)
 
 
-def _then(first: Sequence[int], second: Sequence[int] | None) -> tuple[int, ...]:
+def _has_room(waiting: dict[Key, Arrived], arrived: Arrived) -> bool:
+    size = arrived.size + sum(each.size for each in waiting.values())
+    return len(waiting) < MAX_STEPS_AHEAD and size <= TOKENS_AHEAD
+
+
+def _then(first: Sequence[int] | None, second: Sequence[int] | None) -> tuple[int, ...] | None:
     """Two rearrangements as one. Raises `Refused` if the second is not of what the first left."""
-    if second is None:
-        return tuple(first)
+    if first is None or second is None:
+        rows = second if first is None else first
+        return None if rows is None else tuple(rows)
     if max(second) >= len(first):
         raise rejected("rows of sequences that there are not")
     return tuple(first[row] for row in second)

@@ -152,6 +152,10 @@ class Checks:
         end = request.position + inputs.num_tokens
         if end > max_length:
             raise rejected(f"{end} tokens in a session opened for {max_length}")
+        self.check_size(inputs)
+
+    def check_size(self, inputs: Inputs) -> None:
+        """Raises `Refused` for more than is computed in one step."""
         if inputs.batch_size > MAX_BATCH:
             raise rejected(f"{inputs.batch_size} sequences; {MAX_BATCH} are allowed")
         size = inputs.batch_size * inputs.num_tokens
