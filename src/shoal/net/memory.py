@@ -55,10 +55,9 @@ class MemoryNetwork:
         self._links: dict[_Link, None] = {}  # in the order in which they were opened: what happens does not depend on
         self._announced: dict[tuple[str, str], tuple[ModelInfo, ServerInfo, float]] = {}  # where memory was free
 
-    @property
-    def num_streams(self) -> int:
-        """How many are open."""
-        return len(self._links)
+    def num_streams(self, peer: str) -> int:
+        """How many are open that `peer` opened."""
+        return sum(link.peers[0] == peer for link in self._links)
 
     def node(self, name: str) -> Node:
         """A new peer of this name; after `kill`, the same peer started again."""
@@ -264,6 +263,7 @@ class MemoryTransport:
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> MemoryStream:
         if self._gone:
             raise StreamBroken("this transport is closed")
+        await asyncio.sleep(0)  # others have their turn, as with any network
         stream = self._network.connect(self._peer, peer)
         self._streams.append(stream)
         return stream
