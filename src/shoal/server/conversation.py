@@ -98,9 +98,11 @@ class Conversation:
         """A step has come, from wherever."""
         try:
             is_last = self._order.add(step, tensors)
-        except Refused as refused:  # perhaps on a stream of another server, which need not know
-            self._refused = refused
-            is_last = False
+        except Refused as refused:
+            if step.link is None:
+                self._refused = refused
+                self._news.set()
+            return
         if is_last and self._computing is None:
             self._repeat(step, tensors)
         self._finished.clear()
@@ -155,6 +157,12 @@ class Conversation:
         self._computing, self._answered = step, None
         try:
             answer = await self._engine.step(self._session, request, tensors, rows=arrived.rows)
+        except Refused as refused:
+            if step.link is None or refused.failure.code != "rejected":
+                raise
+            # Nonsense of another server, which is not the client's fault: it asks itself for what has not come.
+            self._order.untake(arrived)
+            return
         finally:
             self._computing = None
         encoding = step.encoding_of("hidden")

@@ -79,6 +79,10 @@ class Order:
         self.position += 0 if hidden is None or hidden.dim() < 2 else hidden.shape[1]
         return Arrived(arrived.step, arrived.tensors, rows)
 
+    def untake(self, arrived: Arrived) -> None:
+        """It was none: this step is still to come."""
+        self.position, self._rows, self._last = arrived.step.position, arrived.rows, None
+
 
 def _then(first: Sequence[int], second: Sequence[int] | None) -> tuple[int, ...]:
     """Two rearrangements as one. Raises `Refused` if the second is not of what the first left."""

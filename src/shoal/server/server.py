@@ -142,7 +142,7 @@ async def serve(
 async def answering(
     config: ServerConfig, node: Node, presence: Presence, info: ServerInfo, engine: Engine
 ) -> AsyncIterator[None]:
-    """Answer clients with what is loaded, and announce that, until the context is left; then tell the swarm and them."""
+    """Answer clients with what is loaded, and announce that, until the context is left; then tell all of them."""
     handler = Handler(engine, Links(node.transport), idle_seconds=config.idle_seconds)
     async with engine.running():
         await node.transport.listen(handler)
