@@ -158,7 +158,7 @@ class Conversation:
         try:
             answer = await self._engine.step(self._session, request, tensors, rows=arrived.rows)
         except Refused as refused:
-            if step.link is None or refused.failure.code != "rejected":
+            if step.link is None or refused.failure.code not in ("rejected", "misrouted"):
                 raise
             # Nonsense of another server, which is not the client's fault: it asks itself for what has not come.
             self._order.untake(arrived)

@@ -81,7 +81,9 @@ class Member:
 class Bed:
     """The swarm. When the context is left, all servers are asked to leave, and nothing is left of anything."""
 
-    def __init__(self, spans: Sequence[str], spares: Sequence[str] = (), *, cache_pages: int) -> None:
+    def __init__(
+        self, spans: Sequence[str], spares: Sequence[str] = (), *, cache_pages: int, drain_seconds: float
+    ) -> None:
         self.network = MemoryNetwork()
         self.network.delay(TRIP_SECONDS)
         self.members: list[Member] = []  # all that ever were
@@ -89,6 +91,7 @@ class Bed:
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.phases: dict[str, str] = {}
         self._cache_pages = cache_pages
+        self._config = replace(SERVER, drain_seconds=drain_seconds)
         self._spans = spans
         self._spares = spares
 
@@ -121,7 +124,7 @@ class Bed:
             shares=SERVER.shares,
         )
         member = Member(name, span, speed, self.network.node(name), engine, executor)
-        member.task = asyncio.create_task(_serve(member), name=f"server {name}")
+        member.task = asyncio.create_task(_serve(member, self._config), name=f"server {name}")
         self.members.append(member)
         return member
 
@@ -191,7 +194,7 @@ class Bed:
             assert not used, f"{member} keeps room for {used} tokens of nobody"
 
 
-async def _serve(member: Member) -> None:
+async def _serve(member: Member, config: ServerConfig) -> None:
     info = ServerInfo(
         peer=member.name,
         span=member.span,
@@ -206,8 +209,8 @@ async def _serve(member: Member) -> None:
     )
     online = replace(info, state=ServerState.ONLINE)
     async with (
-        Presence(member.node, MODEL, info, every_seconds=SERVER.announce_seconds) as presence,
-        answering(SERVER, member.node, presence, online, member.engine),
+        Presence(member.node, MODEL, info, every_seconds=config.announce_seconds) as presence,
+        answering(config, member.node, presence, online, member.engine),
     ):
         await member.leaving.wait()
     member.alive = False

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from shoal.client.config import ClientConfig
 
 from ..virtual_time import run
 from .bed import PATIENT, Bed
@@ -33,12 +35,18 @@ class Schedule:
     cache_pages: int = CACHE_PAGES
     spares: Sequence[str] = ()
     """Servers that say that they are slower, so that they are asked only in place of others."""
+    standby: bool = False
+    drain_seconds: float = 0.0
 
     def __str__(self) -> str:
         spares = f", and to spare {', '.join(self.spares)}" if self.spares else ""
         lines = [
-            f"servers of {', '.join(self.spans)}{spares}, each with {self.cache_pages} pages",
-            *(f"client{number}: {work}" for number, work in enumerate(self.work)),
+            f"servers of {', '.join(self.spans)}{spares}, each with {self.cache_pages} pages"
+            + (f", that take {self.drain_seconds:g} s to leave" if self.drain_seconds else ""),
+            *(
+                f"client{number}: {work}{', with servers standing by' if self.standby else ''}"
+                for number, work in enumerate(self.work)
+            ),
             *map(str, self.failures),
         ]
         return "\n".join(lines)
@@ -57,20 +65,23 @@ def play(schedule: Schedule) -> list[str]:
 
 
 async def _play(schedule: Schedule, story: list[str]) -> None:
-    async with Bed(schedule.spans, schedule.spares, cache_pages=schedule.cache_pages) as bed:
+    async with Bed(
+        schedule.spans, schedule.spares, cache_pages=schedule.cache_pages, drain_seconds=schedule.drain_seconds
+    ) as bed:
         bed.story = story
+        config = replace(PATIENT, standby=schedule.standby)
         Director(bed, schedule.failures)
         async with asyncio.timeout(CALM_SECONDS + TROUBLE_SECONDS * len(schedule.failures)):
             try:
                 async with asyncio.TaskGroup() as group:
                     for number, work in enumerate(schedule.work):
-                        group.create_task(_work(bed, f"client{number}", work))
+                        group.create_task(_work(bed, f"client{number}", work, config))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
 
 
-async def _work(bed: Bed, name: str, work: str) -> None:
-    client = bed.client(name, PATIENT)
+async def _work(bed: Bed, name: str, work: str, config: ClientConfig) -> None:
+    client = bed.client(name, config)
     try:
         await WORK[work](client)
         client.check_streams()

@@ -46,6 +46,8 @@ def schedules(draw: st.DrawFn) -> Schedule:
         spans=spans,
         work=work,
         failures=draw(st.lists(failures(names=names), min_size=1, max_size=6)),
+        standby=draw(st.booleans()),
+        drain_seconds=draw(st.sampled_from([0.0, 5.0])),
         seed=draw(st.integers(0, 3)),
         cache_pages=CACHE_PAGES if "long" in work else draw(st.sampled_from([CACHE_PAGES, TIGHT_PAGES])),
     )
