@@ -228,10 +228,16 @@ class Session:
         await self._check(lane)
 
     def _promote(self, lane: Lane, share: Share, spare: Lane) -> None:
-        """A spare server takes the place of another."""
+        """A spare server takes the place of another. What it knew before that had answered, nobody has: it says it anew."""
         del self._spares[share]
         for each in spare.shares:
             each.news = self._tell
+        sink = lane.sink(lane.shares.index(share))
+        if spare.shares[-1].num_computed > sink.num_tokens:
+            spare.shares[-1].uncomputed_from(sink.num_tokens)
+            self._tokens.epoch += 1
+        if sink is lane.outputs:
+            lane.outputs.logits.clear()
         lane.replace(share, spare.shares)
 
     def _lane_on(self, hops: Sequence[Hop], history: History, news: Callable[[], None]) -> Lane:

@@ -30,7 +30,7 @@ def failures(draw: st.DrawFn, *, names: list[str]) -> Failure:
         kind,
         victim=draw(st.sampled_from(["receiver", "sender", *names])),
         after=draw(st.integers(0, 3) | st.integers(0, 25)),
-        late=draw(st.sampled_from([0.0, 0.001, 0.007, 0.02, 1.0, 50.0])),
+        late=draw(st.sampled_from([0.0, 0.001, 0.007, 0.02, 1.0, 10.0])),
         lasts=draw(st.sampled_from([None, 0.3, 3.0, 30.0])) if happens else None,
         blocks=draw(st.sampled_from(["", *SPANS])) if kind == "restarts" else "",
     )

@@ -149,7 +149,7 @@ async def turns(client: Client) -> None:
     async with reading(client) as text:
         await text.say(await text.read(prompt(1, 5)), 3)
         client.enters("idle")
-        await asyncio.sleep(150)
+        await asyncio.sleep(30)
         client.enters("prefill")
         await text.say(await text.read(prompt(1, 4, seed=1)), 3)
 
