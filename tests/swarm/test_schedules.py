@@ -62,7 +62,15 @@ MOMENTS = {
 def test_each_failure_at_each_moment(kind: str, moment: str, hop: str):
     work, when = MOMENTS[moment]
     failure = Failure(kind, victim=hop, after=when.after, late=when.late, phase=when.phase)
-    story = play(Schedule(FAST, (work,), (failure,), spares=SPARES))
+    story = play(Schedule(FAST, (work,), (failure,), spares=SPARES, drain_seconds=5.0))
+    assert any(kind in line for line in story)
+
+
+@pytest.mark.parametrize("hop", ["s0", "s1", "s2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_failure_with_a_server_that_stands_by(kind: str, hop: str):
+    failure = Failure(kind, victim=hop, after=6, phase="decode")
+    story = play(Schedule(FAST, ("paged",), (failure, failure), spares=SPARES, standby=True))
     assert any(kind in line for line in story)
 
 

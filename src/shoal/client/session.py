@@ -228,7 +228,7 @@ class Session:
         await self._check(lane)
 
     def _promote(self, lane: Lane, share: Share, spare: Lane) -> None:
-        """A spare server takes the place of another. What it knew before that had answered, nobody has: it says it anew."""
+        """A spare server takes the place of another. What it knew that had not been answered, it has to say again."""
         del self._spares[share]
         for each in spare.shares:
             each.news = self._tell

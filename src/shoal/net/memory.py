@@ -52,8 +52,9 @@ class MemoryNetwork:
         self.directory_answers = True
         self.faults = Faults()
         self._transports: dict[str, MemoryTransport] = {}
-        self._links: dict[_Link, None] = {}  # in the order in which they were opened: what happens does not depend on
-        self._announced: dict[tuple[str, str], tuple[ModelInfo, ServerInfo, float]] = {}  # where memory was free
+        self._links: dict[_Link, None] = {}  # as they were opened: nothing depends on where memory was free
+        self._ended: dict[_Link, None] = {}  # with frames that somebody may wait for still
+        self._announced: dict[tuple[str, str], tuple[ModelInfo, ServerInfo, float]] = {}
 
     def num_streams(self, peer: str) -> int:
         """How many are open that `peer` opened."""
@@ -95,7 +96,8 @@ class MemoryNetwork:
     def heal(self, *peers: str) -> None:
         """Undo `hang`, `mute`, `cut`, `delay` and `drop_after` for these peers, or for all; the dead stay dead."""
         self.faults.heal(*peers)
-        for link in [*self._links]:
+        self._ended = {link: None for link in self._ended if link.holds_frames}
+        for link in [*self._links, *self._ended]:
             link.wake()
 
     def delay(self, seconds: float, *peers: str) -> None:
@@ -120,6 +122,8 @@ class MemoryNetwork:
 
     def forget(self, link: _Link) -> None:
         self._links.pop(link, None)
+        if link.holds_frames:
+            self._ended[link] = None
 
     def _break(self, peer: str, other: str | None = None) -> None:
         for link in [*self._links]:
@@ -157,6 +161,11 @@ class _Link:
         self._ended = False
         self._broken = False
         self._changed = asyncio.Event()
+
+    @property
+    def holds_frames(self) -> bool:
+        """Whether anything is on its way that can still arrive."""
+        return not self._broken and any(self._queues)
 
     def wake(self) -> None:
         self._changed.set()
