@@ -95,6 +95,54 @@ def test_what_befalls_a_server_befalls_all_of_them_one_after_another(kind: str, 
     play(Schedule(("0:2", "2:4"), (work, "short"), failures))
 
 
+# -- what once went wrong ----------------------------------------------------------------------------------------------
+
+DOUBLED = ("0:2", "2:4", "0:2", "2:4")
+ONCE_WRONG = {
+    "nonsense of one server is held against the client by the next": Schedule(
+        FAST, ("short",), (Failure("sends a tensor of another shape", "s0", phase="decode"),)
+    ),
+    "nonsense of one server is too much for the next": Schedule(
+        ("0:2", "2:4"), ("long",), (Failure("sends a tensor of another shape"),)
+    ),
+    "a spare server knew a beginning that nobody had been told": Schedule(
+        DOUBLED,
+        ("paged", "paged"),
+        (Failure("dies", after=0, late=1.0), Failure("hangs", "s3")),
+        seed=2,
+        standby=True,
+    ),
+    "the same, and others fail": Schedule(
+        DOUBLED,
+        ("paged",),
+        (
+            Failure("dies"),
+            Failure("hangs", "s3"),
+            Failure("sends a tensor of another shape"),
+            Failure("dies", after=1),
+        ),
+        standby=True,
+    ),
+    "a server that follows itself has no room for two": Schedule(
+        ("0:3", "3:4", "0:1", "1:4"),
+        ("beams",),
+        (
+            Failure("is far away", "s3", after=2),
+            Failure("sends a tensor of another shape", after=2),
+            Failure("sends numbers that are none", "sender", after=3, late=0.001),
+            Failure("dies", "s2"),
+            Failure("dies", "s3", after=7),
+        ),
+        cache_pages=10,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONCE_WRONG)
+def test_what_went_wrong_once_does_not_again(name: str):
+    play(ONCE_WRONG[name])
+
+
 # -- the bed itself ----------------------------------------------------------------------------------------------------
 
 

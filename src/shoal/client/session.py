@@ -210,7 +210,8 @@ class Session:
                 continue
             if isinstance(error, ServerBusy):
                 # Whoever waits for room holds none: two who wait for each other's would wait for ever.
-                await lane.disconnect()
+                for each in (lane, *self._spares.values()):
+                    await each.disconnect()
             raise error
 
     async def _mend(self, lane: Lane, excluded: Set[Holding]) -> None:
@@ -224,6 +225,7 @@ class Session:
                 hops = await self._route(share.hop.span, excluded)
                 lane.replace(share, lane.shares_on(hops, share.history))
             await share.disconnect(goodbye=False)
+        await lane.merge()
         await lane.open()
         await self._check(lane)
 
