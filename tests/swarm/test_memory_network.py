@@ -145,6 +145,82 @@ async def test_a_cut_link_refuses_new_streams_until_it_is_healed(network: Memory
     await client.open("server")
 
 
+async def answers_of(stream: Stream) -> asyncio.Task[tuple[bytes, bytearray]]:
+    """What comes back for one more frame, once everything has run that can run."""
+    await stream.send(b"anyone?")
+    answer = asyncio.create_task(stream.receive())
+    await settle()
+    return answer
+
+
+async def test_a_black_hole_between_two_swallows_nothing_of_others(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    other = await network.node("other").transport.open("server")
+    network.hang("server", "client")
+    answer = await answers_of(stream)
+    assert not answer.done()
+    assert (await answers_of(other)).done()
+    network.heal("client")
+    assert (await answer)[0] == b"anyone?"
+
+
+@pytest.mark.parametrize(("sender", "arrived"), [("server", [b"anyone?"]), ("client", [])])
+async def test_one_direction_of_a_link_may_be_silent(network: MemoryNetwork, sender: str, arrived: list[bytes]) -> None:
+    client, server = network.node("client"), network.node("server")
+    heard: list[bytes] = []
+
+    async def listen(stream: Stream) -> None:
+        header, _ = await stream.receive()
+        heard.append(header)
+        await stream.send(header)
+
+    await server.transport.listen(listen)
+    stream = await client.transport.open("server")
+    network.mute(sender)
+    answer = await answers_of(stream)
+    assert heard == arrived
+    assert not answer.done()
+    network.heal()
+    assert (await answer)[0] == b"anyone?"
+
+
+async def test_a_peer_that_is_cut_off_from_all_is_alive_when_it_is_healed(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    other = network.node("other").transport
+    network.cut("server")
+    with pytest.raises(StreamBroken):
+        await stream.receive()
+    with pytest.raises(StreamBroken):
+        await other.open("server")
+    network.heal("server")
+    assert (await answers_of(await other.open("server"))).done()
+
+
+async def test_the_way_between_two_may_be_long(network: MemoryNetwork, clock: Clock) -> None:
+    stream = await connected(network)
+    other = await network.node("other").transport.open("server")
+    network.delay(1800, "server", "client")
+    assert (await answers_of(other)).done()
+    answer = await answers_of(stream)
+    clock.advance(1801)
+    await settle()
+    assert not answer.done()
+    clock.advance(1801)
+    assert (await answer)[0] == b"anyone?"
+
+
+async def test_what_is_left_of_a_killed_peer_does_not_speak_for_the_next(network: MemoryNetwork) -> None:
+    before = network.node("server")
+    network.kill("server")
+    after = network.node("server")
+    await after.transport.listen(echo)
+    await after.directory.announce(MODEL, info("server"), lifetime=60)
+    await before.directory.announce(MODEL, info("server", state=ServerState.LEAVING), lifetime=60)
+    await before.transport.close()
+    assert await after.directory.servers(MODEL) == (info("server"),)
+    assert (await answers_of(await network.node("client").transport.open("server"))).done()
+
+
 async def test_drop_after_ends_the_stream_right_behind_that_frame(network: MemoryNetwork) -> None:
     stream = await connected(network)
     network.drop_after("server", 2)

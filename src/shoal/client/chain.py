@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
+from shoal.client.clock import now
 from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
 from shoal.client.pairs import BrokenPairs
@@ -81,8 +81,8 @@ class Chain:
         self.store = Store(config.kept, memory_bytes=config.history_memory, folder=config.history_folder)
         """Where the histories of all sessions are."""
         self._node = node
-        self._suspects = Suspects()
-        self.broken_pairs = BrokenPairs(time.monotonic)
+        self._suspects = Suspects(clock=now)
+        self.broken_pairs = BrokenPairs(now)
         self._round_trips: dict[str, float] = {}
         self._view: SwarmView | None = None
         self._viewed_at = float("-inf")
@@ -98,7 +98,7 @@ class Chain:
 
         Raises `MissingBlocks`, and `SwarmError` if the directory has never answered.
         """
-        if time.monotonic() - self._viewed_at > self.config.refresh_seconds:
+        if now() - self._viewed_at > self.config.refresh_seconds:
             await self._refresh()
         view = self._trusted(excluded)
         if view.missing(span):
@@ -124,7 +124,7 @@ class Chain:
 
     async def _refresh(self) -> None:
         """Take the picture anew. If the directory does not answer, the last one has to do."""
-        asked_at = time.monotonic()
+        asked_at = now()
         async with self._refreshing:
             if self._viewed_at >= asked_at:  # by another task, in the meantime
                 return
@@ -138,7 +138,7 @@ class Chain:
                 return
             random.shuffle(servers)  # among equals, different clients take different servers
             self._view = SwarmView(self.model.num_blocks, tuple(servers))
-            self._viewed_at = time.monotonic()
+            self._viewed_at = now()
             self._out_of_touch = None
 
     def _known(self) -> SwarmView:
@@ -172,7 +172,7 @@ class Chain:
         give_up_at: float | None = None
         excluded: set[Holding] = set()
         while True:
-            began = time.monotonic()
+            began = now()
             try:
                 return await act(excluded)
             except ServerLost as lost:
@@ -193,8 +193,8 @@ class Chain:
                     if self._usable().only(lambda server: holding(server) not in excluded).missing(span):
                         raise self._exhausted(span, excluded) from None
                 wait = self._suspects.seconds_left() or 1.0
-                give_up_at = give_up_at or time.monotonic() + self.config.patience_seconds
-                if time.monotonic() + wait > give_up_at:
+                give_up_at = give_up_at or now() + self.config.patience_seconds
+                if now() + wait > give_up_at:
                     raise self._out_of_touch or self._exhausted(span, excluded) from None
                 log.warning("waiting %.1f s for a server that holds blocks %s", wait, span)
                 await asyncio.sleep(wait)
@@ -226,11 +226,11 @@ class Chain:
 
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server. Raises `ServerLost`."""
-        before = time.monotonic()
+        before = now()
         connection = await Connection.open(
             self._node.transport, server, self.config, round_trip=lambda seconds: self._measured(server.peer, seconds)
         )
-        self._measured(server.peer, time.monotonic() - before)
+        self._measured(server.peer, now() - before)
         return connection
 
     def _measured(self, peer: str, seconds: float) -> None:
@@ -244,7 +244,7 @@ class Chain:
             case Misrouted():
                 self._suspects.unfit(error.peer, str(error))
             case _:
-                self._suspects.lost(error.peer, str(error), since=time.monotonic() if since is None else since)
+                self._suspects.lost(error.peer, str(error), since=now() if since is None else since)
 
     def answered(self, peer: str) -> None:
         """A server did its work: whatever was held against it is forgotten."""

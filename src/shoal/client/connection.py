@@ -42,9 +42,12 @@ SOON = 1.0
 PING_SECONDS = 0.5
 """After so long a silence the server is asked whether it is there."""
 QUICKEST_PING = 0.1
-STUCK_SECONDS = 10.0
+STUCK_SECONDS = 30.0
 STUCK_FACTOR = 20
-"""A server that says that it works, and computes nothing for so many times what it should take, is stuck."""
+"""A server that says that it works, and computes nothing for so many times what it should take, is stuck.
+
+One that has no room computes nothing either, but after 20 seconds it says that it is busy, which is another matter.
+"""
 
 Heard = Callable[[Message, codec.Tensors], None]
 

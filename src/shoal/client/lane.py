@@ -26,6 +26,7 @@ from shoal.errors import PeerError
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
 from shoal.protocol import MAX_STEP_TOKENS, Open, TensorName
 from shoal.routing.route import SLOWEST, Hop
+from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,20 @@ class Lane:
         """These take the place of a share."""
         index = self.shares.index(share)
         self.shares[index : index + 1] = others
+
+    async def merge(self) -> None:
+        """Where one server has come to follow itself, it gets one session, which takes half of the room of two."""
+        index = 0
+        while index + 1 < len(self.shares):
+            first, second = self.shares[index : index + 2]
+            new = next((share for share in (second, first) if not share.is_open), None)
+            span = Span(first.hop.span.start, second.hop.span.end)
+            if new is None or first.peer != second.peer or span not in new.hop.server.span:
+                index += 1
+                continue
+            self.shares[index : index + 2] = self.shares_on([Hop(new.hop.server, span)], first.history)
+            for share in (first, second):
+                await share.disconnect()
 
     @property
     def is_open(self) -> bool:

@@ -210,7 +210,8 @@ class Session:
                 continue
             if isinstance(error, ServerBusy):
                 # Whoever waits for room holds none: two who wait for each other's would wait for ever.
-                await lane.disconnect()
+                for each in (lane, *self._spares.values()):
+                    await each.disconnect()
             raise error
 
     async def _mend(self, lane: Lane, excluded: Set[Holding]) -> None:
@@ -224,14 +225,21 @@ class Session:
                 hops = await self._route(share.hop.span, excluded)
                 lane.replace(share, lane.shares_on(hops, share.history))
             await share.disconnect(goodbye=False)
+        await lane.merge()
         await lane.open()
         await self._check(lane)
 
     def _promote(self, lane: Lane, share: Share, spare: Lane) -> None:
-        """A spare server takes the place of another."""
+        """A spare server takes the place of another. What it knew that had not been answered, it has to say again."""
         del self._spares[share]
         for each in spare.shares:
             each.news = self._tell
+        sink = lane.sink(lane.shares.index(share))
+        if spare.shares[-1].num_computed > sink.num_tokens:
+            spare.shares[-1].uncomputed_from(sink.num_tokens)
+            self._tokens.epoch += 1
+        if sink is lane.outputs:
+            lane.outputs.logits.clear()
         lane.replace(share, spare.shares)
 
     def _lane_on(self, hops: Sequence[Hop], history: History, news: Callable[[], None]) -> Lane:

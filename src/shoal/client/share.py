@@ -53,7 +53,7 @@ class Sink(Protocol):
         ...
 
     def take(self, outputs_BTD: torch.Tensor, start: int) -> None:
-        """Outputs for the tokens from `start` on; what is known already is left out."""
+        """Outputs for the tokens from `start` on, which is no gap away; what is known already is left out."""
         ...
 
 
@@ -66,6 +66,7 @@ class Outputs:
         self._pieces: list[torch.Tensor] = []
 
     def take(self, outputs_BTD: torch.Tensor, start: int) -> None:
+        assert start <= self.num_tokens
         new_BTD = outputs_BTD[:, self.num_tokens - start :]
         if new_BTD.shape[1]:
             self._pieces.append(new_BTD)
@@ -171,7 +172,8 @@ class Share:
 
     def take(self, inputs_BTD: torch.Tensor, start: int) -> None:
         """Add the inputs of the tokens from `start` on, except for those that are known already."""
-        new_BTD = inputs_BTD[:, self.history.num_tokens - start :]
+        assert start <= self.num_tokens
+        new_BTD = inputs_BTD[:, self.num_tokens - start :]
         if new_BTD.shape[1]:
             self.history.append(new_BTD)
 
@@ -189,6 +191,11 @@ class Share:
         """Forget what follows, also of what the server was asked and has not answered."""
         self.history.crop(num_tokens)
         self.num_computed = min(self.num_computed, num_tokens)
+        self.doubt()
+
+    def uncomputed_from(self, position: int) -> None:
+        """What it has computed from here on is lost: it has to do it again."""
+        self.num_computed = min(self.num_computed, position)
         self.doubt()
 
     def doubt(self) -> None:

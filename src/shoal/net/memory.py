@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.errors import SwarmError
+from shoal.net.faults import Faults
 from shoal.net.frames import pack_prefix, payload_bytes
 from shoal.net.transport import MAX_LIFETIME, Buffer, ModelInfo, Node, StreamBroken, StreamHandler
 from shoal.spans import ServerInfo
@@ -40,7 +41,7 @@ class Frame:
 
 
 class MemoryNetwork:
-    """The peers, what is wrong between them, and what they announced.
+    """The peers, their streams, what is wrong between them, and what they announced.
 
     `on_frame`, if set, sees every frame when it is sent and returns what is delivered: the frame, another, or None for
     nothing. It may also break the network itself.
@@ -49,103 +50,95 @@ class MemoryNetwork:
     def __init__(self) -> None:
         self.on_frame: Callable[[Frame], Frame | None] | None = None
         self.directory_answers = True
+        self.faults = Faults()
         self._transports: dict[str, MemoryTransport] = {}
-        self._streams: set[_Link] = set()
-        self._dead: set[str] = set()
-        self._hung: set[str] = set()
-        self._cut: set[frozenset[str]] = set()
-        self._delays: dict[str | None, float] = {}
-        self._drops: dict[str, int] = {}
+        self._links: dict[_Link, None] = {}  # as they were opened: nothing depends on where memory was free
+        self._ended: dict[_Link, None] = {}  # with frames that somebody may wait for still
         self._announced: dict[tuple[str, str], tuple[ModelInfo, ServerInfo, float]] = {}
+
+    def num_streams(self, peer: str) -> int:
+        """How many are open that `peer` opened."""
+        return sum(link.peers[0] == peer for link in self._links)
 
     def node(self, name: str) -> Node:
         """A new peer of this name; after `kill`, the same peer started again."""
-        if name in self._transports and name not in self._dead:
+        if name in self._transports and not self.faults.is_dead(name):
             raise ValueError(f"there is a peer {name!r} already")
-        self._dead.discard(name)
+        self.faults.revive(name)
         transport = MemoryTransport(self, name)
         self._transports[name] = transport
-        return Node(transport, MemoryDirectory(self, name))
+        return Node(transport, MemoryDirectory(self, transport))
 
     def kill(self, peer: str) -> None:
         """The process of `peer` dies: its streams break at once, what was in flight is lost, nobody can reach it."""
-        self._dead.add(peer)
-        for link in self._of(peer):
-            link.break_()
+        self.faults.bury(peer)
+        self._break(peer)
         if peer in self._transports:
             self._transports[peer].abandon()
 
-    def hang(self, peer: str) -> None:
-        """`peer` becomes a black hole: it can be opened and written to, and nothing comes back until `heal`."""
-        self._hung.add(peer)
+    def hang(self, peer: str, other: str | None = None) -> None:
+        """`peer` becomes a black hole, for all or for one other: it can be opened and written to, nothing comes back.
 
-    def cut(self, one: str, other: str) -> None:
-        """The link between two peers breaks, and with it their streams; `heal` lets them open new ones."""
-        self._cut.add(frozenset((one, other)))
-        for link in self._of(one):
-            if other in link.peers:
-                link.break_()
+        What was sent meanwhile arrives after `heal`.
+        """
+        self.mute(peer, other)
+        self.faults.silence(other, peer)
+
+    def mute(self, sender: str, receiver: str | None = None) -> None:
+        """Nothing that `sender` sends arrives, anywhere or at one receiver, until `heal`; it hears the others still."""
+        self.faults.silence(sender, receiver)
+
+    def cut(self, one: str, other: str | None = None) -> None:
+        """The link between two peers breaks, or all of one, and with it the streams; `heal` lets them open new ones."""
+        self.faults.cut(one, other)
+        self._break(one, other)
 
     def heal(self, *peers: str) -> None:
-        """Undo `hang`, `cut`, `delay` and `drop_after` for these peers, or for all; the dead stay dead."""
-        chosen = set(peers) or set(self._transports)
-        self._hung -= chosen
-        self._cut = {pair for pair in self._cut if not pair & chosen}
-        self._delays = {} if not peers else {peer: s for peer, s in self._delays.items() if peer not in chosen}
-        self._drops = {peer: left for peer, left in self._drops.items() if peer not in chosen}
-        for link in self._streams:
+        """Undo `hang`, `mute`, `cut`, `delay` and `drop_after` for these peers, or for all; the dead stay dead."""
+        self.faults.heal(*peers)
+        self._ended = {link: None for link in self._ended if link.holds_frames}
+        for link in [*self._links, *self._ended]:
             link.wake()
 
-    def delay(self, seconds: float, peer: str | None = None) -> None:
-        """Frames arrive this much later: those to and from `peer`, or all. Order is kept; who sends does not wait."""
-        self._delays[peer] = seconds
+    def delay(self, seconds: float, *peers: str) -> None:
+        """Frames arrive this much later: all, those of one peer, or those between two. Who sends does not wait.
+
+        Their order is kept.
+        """
+        self.faults.delay(seconds, *peers)
 
     def drop_after(self, peer: str, frames: int) -> None:
         """The stream that carries the `frames`-th next frame that `peer` sends ends right behind it."""
-        self._drops[peer] = frames
-
-    # What links ask of the network.
-
-    def reachable(self, one: str, other: str) -> bool:
-        return not {one, other} & self._dead and frozenset((one, other)) not in self._cut
-
-    def stalled(self, one: str, other: str) -> bool:
-        return one in self._hung or other in self._hung
-
-    def latency(self, one: str, other: str) -> float:
-        return max(self._delays.get(peer, 0.0) for peer in (None, one, other))
-
-    def drops_now(self, sender: str) -> bool:
-        """Whether the frame that was just sent is the last of its stream."""
-        if sender not in self._drops:
-            return False
-        self._drops[sender] -= 1
-        if self._drops[sender] > 0:
-            return False
-        del self._drops[sender]
-        return True
+        self.faults.drop_after(peer, frames)
 
     def connect(self, opener: str, peer: str) -> MemoryStream:
         acceptor = self._transports.get(peer)
-        if acceptor is None or not self.reachable(opener, peer):
+        if acceptor is None or not self.faults.reachable(opener, peer):
             raise StreamBroken(f"{peer} cannot be reached")
         link = _Link(self, opener, peer)
         acceptor.accept(MemoryStream(link, me=1))
-        self._streams.add(link)
+        self._links[link] = None
         return MemoryStream(link, me=0)
 
     def forget(self, link: _Link) -> None:
-        self._streams.discard(link)
+        self._links.pop(link, None)
+        if link.holds_frames:
+            self._ended[link] = None
 
-    def _of(self, peer: str) -> list[_Link]:
-        return [link for link in self._streams if peer in link.peers]
+    def _break(self, peer: str, other: str | None = None) -> None:
+        for link in [*self._links]:
+            if peer in link.peers and (other is None or other in link.peers):
+                link.break_()
+
+    def is_current(self, transport: MemoryTransport) -> bool:
+        """Whether this is a peer's process, and not what is left of one that was killed."""
+        return self._transports[transport.peer] is transport and not self.faults.is_dead(transport.peer)
 
     # What directories ask of it.
 
-    def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
+    def publish(self, model: ModelInfo, info: ServerInfo, expires: float) -> None:
         self._check_directory()
-        if peer not in self._dead:
-            self._announced[model.key, peer] = (model, info, expires)
+        self._announced[model.key, info.peer] = (model, info, expires)
 
     def announced(self) -> list[tuple[ModelInfo, ServerInfo]]:
         self._check_directory()
@@ -168,6 +161,11 @@ class _Link:
         self._ended = False
         self._broken = False
         self._changed = asyncio.Event()
+
+    @property
+    def holds_frames(self) -> bool:
+        """Whether anything is on its way that can still arrive."""
+        return not self._broken and any(self._queues)
 
     def wake(self) -> None:
         self._changed.set()
@@ -193,9 +191,9 @@ class _Link:
         hook = self._network.on_frame
         delivered = frame if hook is None else hook(frame)
         if delivered is not None:
-            ready = asyncio.get_running_loop().time() + self._network.latency(*self.peers)
+            ready = asyncio.get_running_loop().time() + self._network.faults.latency(*self.peers)
             queue.append((ready, delivered))
-        if self._network.drops_now(frame.sender):
+        if self._network.faults.drops_now(frame.sender):
             self.end()
         self.wake()
 
@@ -205,7 +203,7 @@ class _Link:
             if self._broken:
                 raise StreamBroken(f"{self.peers[1 - me]} is gone")
             wait: float | None = None
-            if not self._network.stalled(*self.peers):
+            if not self._network.faults.silent(self.peers[1 - me], self.peers[me]):
                 if queue:
                     wait = queue[0][0] - asyncio.get_running_loop().time()
                     if wait <= 0:
@@ -259,8 +257,8 @@ class MemoryTransport:
         self._network = network
         self._peer = peer
         self._handler: StreamHandler | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._streams: set[MemoryStream] = set()
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        self._streams: list[MemoryStream] = []
         self._gone = False
 
     @property
@@ -274,8 +272,9 @@ class MemoryTransport:
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> MemoryStream:
         if self._gone:
             raise StreamBroken("this transport is closed")
+        await asyncio.sleep(0)  # others have their turn, as with any network
         stream = self._network.connect(self._peer, peer)
-        self._streams.add(stream)
+        self._streams.append(stream)
         return stream
 
     async def listen(self, handler: StreamHandler) -> None:
@@ -285,16 +284,18 @@ class MemoryTransport:
         self.abandon()
         for stream in self._streams:
             await stream.close()
-        await asyncio.gather(*self._tasks - {asyncio.current_task()}, return_exceptions=True)
-        self._network.kill(self._peer)
+        others = [task for task in self._tasks if task is not asyncio.current_task()]
+        await asyncio.gather(*others, return_exceptions=True)
+        if self._network.is_current(self):
+            self._network.kill(self._peer)
 
     def accept(self, stream: MemoryStream) -> None:
         """Run the handler for a stream that another peer opened."""
         if self._handler is None or self._gone:
             raise StreamBroken(f"{self._peer} does not listen")
         task = asyncio.create_task(self._serve(self._handler, stream))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
 
     def abandon(self) -> None:
         """Stop whatever runs here, as the end of a process would."""
@@ -314,14 +315,15 @@ class MemoryTransport:
 class MemoryDirectory:
     """`Directory` among the peers of one `MemoryNetwork`."""
 
-    def __init__(self, network: MemoryNetwork, peer: str) -> None:
+    def __init__(self, network: MemoryNetwork, transport: MemoryTransport) -> None:
         self._network = network
-        self._peer = peer
+        self._transport = transport
 
     async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
-        if info.peer != self._peer or not 0 < lifetime <= MAX_LIFETIME:
+        if info.peer != self._transport.peer or not 0 < lifetime <= MAX_LIFETIME:
             raise ValueError("a peer announces itself, for a while")
-        self._network.publish(self._peer, model, info, asyncio.get_running_loop().time() + lifetime)
+        if self._network.is_current(self._transport):
+            self._network.publish(model, info, asyncio.get_running_loop().time() + lifetime)
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
         return tuple(info for announced, info in self._network.announced() if announced.key == model.key)

@@ -130,28 +130,37 @@ async def serve(
                 prefill_speed=speeds.prefill,
                 head=head is not None,
             )
-            handler = Handler(engine, Links(node.transport), idle_seconds=config.idle_seconds)
-            async with engine.running():
-                await node.transport.listen(handler)
-                try:
-                    await presence.become(
-                        lambda: replace(
-                            online,
-                            cache_tokens_left=engine.cache_tokens_left,
-                            queue_length=engine.queue_length,
-                            addresses=node.transport.addresses,
-                        )
-                    )
-                    yield Server(online, model, engine)
-                finally:
-                    await presence.leave()  # before the clients are told, who look for others at once
-                    if config.drain_seconds:
-                        await handler.drain(config.drain_seconds)
-                    await handler.leave()
+            async with answering(config, node, presence, online, engine):
+                yield Server(online, model, engine)
     finally:
         executor.close()
         if cores is not None:
             cores.close()
+
+
+@contextlib.asynccontextmanager
+async def answering(
+    config: ServerConfig, node: Node, presence: Presence, info: ServerInfo, engine: Engine
+) -> AsyncIterator[None]:
+    """Answer clients with what is loaded, and announce that, until the context is left; then tell all of them."""
+    handler = Handler(engine, Links(node.transport), idle_seconds=config.idle_seconds)
+    async with engine.running():
+        await node.transport.listen(handler)
+        try:
+            await presence.become(
+                lambda: replace(
+                    info,
+                    cache_tokens_left=engine.cache_tokens_left,
+                    queue_length=engine.queue_length,
+                    addresses=node.transport.addresses,
+                )
+            )
+            yield
+        finally:
+            await presence.leave()  # before the clients are told, who look for others at once
+            if config.drain_seconds:
+                await handler.drain(config.drain_seconds)
+            await handler.leave()
 
 
 def open_checkpoint(config: ServerConfig) -> Checkpoint:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -47,7 +46,7 @@ class Turns:
         head: ServerHead | None = None,
         pace: Pace,
         shares: Shares,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.sessions: set[Session] = set()
         self.num_passes = 0
@@ -60,7 +59,7 @@ class Turns:
         self._pool = pool
         self._cores = cores
         self._shares = shares
-        self._clock = clock
+        self._clock = clock or asyncio.get_running_loop().time
         self._news = asyncio.Event()
         self._decoded_at = float("-inf")
         self._inference_seconds = self._training_seconds = 0.0  # of the time for which both were waiting

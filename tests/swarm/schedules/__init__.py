@@ -1,0 +1,1 @@
+"""Whole swarms in virtual time, and what may happen to them: see `schedule.py`."""

@@ -1,0 +1,239 @@
+"""A swarm of the tiny model in one process, on one event loop, in virtual time.
+
+Servers are put together from the same parts as real ones, around blocks that are loaded once for all. Computing takes
+virtual time, so that a failure may come in the middle of it, and is done when that is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self, TypeVar
+
+from shoal.client.chain import Chain
+from shoal.client.config import ClientConfig
+from shoal.net.memory import MemoryNetwork
+from shoal.net.transport import Node
+from shoal.server.batch import Packed
+from shoal.server.cache import PagedCache
+from shoal.server.config import ServerConfig
+from shoal.server.engine import Engine
+from shoal.server.executor import Executor
+from shoal.server.presence import Presence
+from shoal.server.refusal import Checks
+from shoal.server.scheduler import Pace
+from shoal.server.server import answering
+from shoal.spans import ServerInfo, ServerState, Span
+
+from .oracle import FINGERPRINT, MAX_LENGTH, MODEL, NUM_BLOCKS, oracle
+
+T = TypeVar("T")
+
+TRIP_SECONDS = 0.005
+"""What a frame takes from peer to peer."""
+PASS_SECONDS = 0.02
+"""What anything takes that is computed on a server."""
+SPARE_SPEED = 0.1
+"""Tokens per second: so few that no other server is left for this one."""
+PATIENT = ClientConfig(patience_seconds=200.0)
+SERVER = ServerConfig(model="", idle_seconds=100.0)
+
+
+class VirtualExecutor(Executor):
+    """Computes on the event loop, one function after another, each of which takes virtual time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slowness = 1.0
+        self.thawed = asyncio.Event()
+        self.thawed.set()
+        self._free_at = 0.0
+
+    async def run(self, function: Callable[[], T]) -> T:
+        now = asyncio.get_running_loop().time()
+        self._free_at = max(now, self._free_at) + PASS_SECONDS * self.slowness
+        await asyncio.sleep(self._free_at - now)
+        await self.thawed.wait()
+        return function()
+
+
+@dataclass(eq=False)
+class Member:
+    """A server, or what is left of it. It is `sound` while nothing is wrong with it."""
+
+    name: str
+    span: Span
+    speed: float
+    node: Node
+    engine: Engine
+    executor: VirtualExecutor
+    leaving: asyncio.Event = field(default_factory=asyncio.Event)
+    alive: bool = True
+    sound: bool = True
+    task: asyncio.Task[None] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.span})"
+
+
+class Bed:
+    """The swarm. When the context is left, all servers are asked to leave, and nothing is left of anything."""
+
+    def __init__(
+        self, spans: Sequence[str], spares: Sequence[str] = (), *, cache_pages: int, drain_seconds: float
+    ) -> None:
+        self.network = MemoryNetwork()
+        self.network.delay(TRIP_SECONDS)
+        self.members: list[Member] = []  # all that ever were
+        self.story: list[str] = []
+        self.on_phase: Callable[[str], None] = lambda phase: None
+        self.phases: dict[str, str] = {}
+        self._cache_pages = cache_pages
+        self._config = replace(SERVER, drain_seconds=drain_seconds)
+        self._spans = spans
+        self._spares = spares
+
+    # -- servers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def living(self) -> list[Member]:
+        return [member for member in self.members if member.alive]
+
+    def start(self, span: Span, name: str | None = None, *, speed: float = 1 / PASS_SECONDS) -> Member:
+        """A server that is there when the event loop has gone round once."""
+        name = name or f"s{len({member.name for member in self.members})}"
+        body, executor = oracle().body(span), VirtualExecutor()
+        cache = PagedCache(body, oracle().shapes(span), self._cache_pages)
+        engine = Engine(
+            body,
+            executor,
+            Checks(
+                model=MODEL.key,
+                fingerprint=FINGERPRINT,
+                span=span,
+                hidden_size=oracle().hidden_size,
+                max_length=MAX_LENGTH,
+            ),
+            compute=Packed(body, cache),
+            cache=cache,
+            num_pages=self._cache_pages,
+            cores=None,
+            pace=Pace(decode_seconds=PASS_SECONDS, prefill_token_seconds=PASS_SECONDS / 100),
+            shares=SERVER.shares,
+        )
+        member = Member(name, span, speed, self.network.node(name), engine, executor)
+        member.task = asyncio.create_task(_serve(member, self._config), name=f"server {name}")
+        self.members.append(member)
+        return member
+
+    def kill(self, member: Member) -> None:
+        """Its process ends, as by SIGKILL."""
+        assert member.task is not None
+        member.alive = member.sound = False
+        self.network.kill(member.name)
+        member.task.cancel()
+
+    def dismiss(self, member: Member) -> None:
+        """It is told to leave, and says goodbye."""
+        member.sound = False
+        member.leaving.set()
+
+    def spare(self, member: Member) -> None:
+        """See to it that nothing is lost with it: for blocks that no other sound server has, one more joins."""
+        others = [each for each in self.living if each.sound and each is not member]
+        if any(all(block not in other.span for other in others) for block in member.span):
+            self.tell(f"{self.start(member.span)} joins")
+
+    # -- clients ------------------------------------------------------------------------------------------------------
+
+    def client(self, name: str, config: ClientConfig) -> Client:
+        return Client(name, self, self.network.node(name), config)
+
+    def enters(self, client: str, phase: str) -> None:
+        """What a client does from now on; there may be an appointment with that."""
+        self.phases[client] = phase
+        self.on_phase(phase)
+
+    def tell(self, what: str) -> None:
+        """Remember something for whoever has to understand a failure."""
+        self.story.append(f"{asyncio.get_running_loop().time():9.3f} s  {what}")
+
+    # -- beginning and end --------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        for span in self._spans:
+            self.start(Span.parse(span))
+        for span in self._spares:
+            self.start(Span.parse(span), speed=SPARE_SPEED)
+        await asyncio.sleep(0)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            await asyncio.sleep(2 * SERVER.idle_seconds)  # whoever never heard that the clients are gone guesses so
+            self._check_pages(self.living)
+        for member in self.living:
+            self.dismiss(member)
+            member.executor.thawed.set()
+        tasks = [member.task for member in self.members if member.task is not None]
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        if error is None:
+            for outcome in outcomes:
+                if isinstance(outcome, Exception):
+                    raise outcome
+            self._check_pages(self.members)
+
+    def _check_pages(self, members: list[Member]) -> None:
+        for member in members:
+            member.engine.check_integrity()
+            used = member.engine.cache_tokens - member.engine.cache_tokens_left
+            assert not used, f"{member} keeps room for {used} tokens of nobody"
+
+
+async def _serve(member: Member, config: ServerConfig) -> None:
+    info = ServerInfo(
+        peer=member.name,
+        span=member.span,
+        state=ServerState.JOINING,
+        fingerprint=FINGERPRINT,
+        decode_speed=member.speed,
+        prefill_speed=100 * member.speed,
+        cache_tokens_left=member.engine.cache_tokens,
+        dtype="float32",
+        quantization="none",
+        version="0",
+    )
+    online = replace(info, state=ServerState.ONLINE)
+    async with (
+        Presence(member.node, MODEL, info, every_seconds=config.announce_seconds) as presence,
+        answering(config, member.node, presence, online, member.engine),
+    ):
+        await member.leaving.wait()
+    member.alive = False
+    await member.node.transport.close()
+
+
+class Client:
+    """Who uses the swarm: a chain, and a name for what it is doing."""
+
+    def __init__(self, name: str, bed: Bed, node: Node, config: ClientConfig) -> None:
+        self.name = name
+        self.span = Span(0, NUM_BLOCKS)
+        self.chain = Chain(node, MODEL, FINGERPRINT, config)
+        self._bed = bed
+        self._node = node
+
+    def enters(self, phase: str) -> None:
+        self._bed.enters(self.name, phase)
+
+    def check_streams(self) -> None:
+        """Whatever it opened it has closed."""
+        num_streams = self._bed.network.num_streams(self.name)
+        assert not num_streams, f"{num_streams} streams of {self.name} are open, and nobody uses them"
+
+    async def close(self) -> None:
+        await self._node.transport.close()

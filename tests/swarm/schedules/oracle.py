@@ -1,0 +1,94 @@
+"""The tiny model: in one piece, which knows what is right, and in spans, which all servers of all swarms share."""
+
+# B sequences, S all tokens, D hidden size, V vocabulary
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.model.body import Body, build_body
+from shoal.model.families import family_of
+from shoal.net.transport import ModelInfo
+from shoal.server.cache import KeyValueShape, key_value_shapes
+from shoal.spans import Span
+
+from ..tiny_models import tiny_config, tiny_model
+
+NUM_BLOCKS = 4
+MAX_LENGTH = 512
+MODEL = ModelInfo(key="t" * 16, name="tiny", family="llama", num_blocks=NUM_BLOCKS)
+FINGERPRINT = "f" * 64
+
+
+class Oracle:
+    """A Llama of 4 blocks. What it says is computed once for every question."""
+
+    def __init__(self) -> None:
+        self._config = tiny_config(
+            "llama", num_hidden_layers=NUM_BLOCKS, max_position_embeddings=MAX_LENGTH, initializer_range=0.4
+        )
+        self._whole: PreTrainedModel = tiny_model(self._config).requires_grad_(False)
+        self._logits: dict[tuple[bytes, ...], Tensor] = {}
+        self._gradients: dict[tuple[bytes, ...], Tensor] = {}
+        self.hidden_size = self._config.hidden_size
+        self.vocabulary = self._config.vocab_size
+
+    @functools.cache  # noqa: B019 - there is one oracle
+    def body(self, span: Span) -> Body:
+        family = family_of(self._config)
+        return build_body(family, self._config, span, self._whole.state_dict(), dtype=torch.float32)
+
+    @functools.cache  # noqa: B019
+    def shapes(self, span: Span) -> dict[int, KeyValueShape]:
+        return key_value_shapes(self.body(span))
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """What a client sends into the blocks."""
+        embedded: Tensor = self._whole.get_input_embeddings()(ids_BT)
+        return embedded
+
+    def head(self, hidden_BTD: Tensor) -> Tensor:
+        """What a client makes of what comes out of them, [B, T, V]."""
+        logits: Tensor = self._whole.lm_head(self._whole.model.norm(hidden_BTD))
+        return logits
+
+    @torch.no_grad()
+    def logits(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """What the model in one piece says of some tokens, [B, S, V]."""
+        key = _key(ids_BS, mask_BS)
+        if key not in self._logits:
+            output = self._whole(ids_BS, attention_mask=mask_BS, position_ids=positions_of(mask_BS), use_cache=False)
+            self._logits[key] = output.logits
+        return self._logits[key]
+
+    def gradient(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """The gradient [B, S, D] of `loss` with respect to the embeddings, through the model in one piece."""
+        key = _key(ids_BS, mask_BS)
+        if key not in self._gradients:
+            inputs = self.embed(ids_BS).requires_grad_(True)
+            positions = positions_of(mask_BS)
+            output = self._whole(inputs_embeds=inputs, attention_mask=mask_BS, position_ids=positions, use_cache=False)
+            (self._gradients[key],) = torch.autograd.grad(loss(output.logits, mask_BS), inputs)
+        return self._gradients[key]
+
+
+def loss(logits_BSV: Tensor, mask_BS: Tensor) -> Tensor:
+    """Something to differentiate, of all tokens that are no padding."""
+    return (logits_BSV * mask_BS[..., None]).square().mean()
+
+
+def positions_of(mask_BS: Tensor) -> Tensor:
+    return (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _key(*tensors: Tensor) -> tuple[bytes, ...]:
+    return tuple(part for tensor in tensors for part in (str(tensor.shape).encode(), tensor.numpy().tobytes()))
+
+
+@functools.cache
+def oracle() -> Oracle:
+    return Oracle()

@@ -1,0 +1,93 @@
+"""A schedule: who serves, what clients do, what befalls whom. It is played in virtual time, the same way each time.
+
+However it goes, every block keeps a sound server (a new one joins where the last one is about to fail), and so
+whatever clients compute is right, nothing hangs, and nothing is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from shoal.client.config import ClientConfig
+
+from ..virtual_time import run
+from .bed import PATIENT, Bed
+from .failures import Director, Failure
+from .work import WORK
+
+CALM_SECONDS = 400.0
+TROUBLE_SECONDS = 400.0
+"""What a failure may cost: a server that says for so long that it is working is believed for five minutes."""
+CACHE_PAGES = 160
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What is to be played. Equal ones go the same way."""
+
+    spans: Sequence[str]
+    work: Sequence[str]
+    failures: Sequence[Failure] = ()
+    seed: int = 0
+    cache_pages: int = CACHE_PAGES
+    spares: Sequence[str] = ()
+    """Servers that say that they are slower, so that they are asked only in place of others."""
+    standby: bool = False
+    drain_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        spares = f", and to spare {', '.join(self.spares)}" if self.spares else ""
+        lines = [
+            f"servers of {', '.join(self.spans)}{spares}, each with {self.cache_pages} pages"
+            + (f", that take {self.drain_seconds:g} s to leave" if self.drain_seconds else ""),
+            *(
+                f"client{number}: {work}{', with servers standing by' if self.standby else ''}"
+                for number, work in enumerate(self.work)
+            ),
+            *map(str, self.failures),
+        ]
+        return "\n".join(lines)
+
+
+def play(schedule: Schedule) -> list[str]:
+    """Returns what happened. Raises whatever went wrong, with the schedule and what happened in a note."""
+    random.seed(schedule.seed)
+    story: list[str] = []
+    try:
+        run(_play(schedule, story))
+    except BaseException as error:
+        error.add_note(f"-- the schedule:\n{schedule}\n-- what happened:\n" + "\n".join(story))
+        raise
+    return story
+
+
+async def _play(schedule: Schedule, story: list[str]) -> None:
+    async with Bed(
+        schedule.spans, schedule.spares, cache_pages=schedule.cache_pages, drain_seconds=schedule.drain_seconds
+    ) as bed:
+        bed.story = story
+        config = replace(PATIENT, standby=schedule.standby)
+        Director(bed, schedule.failures)
+        async with asyncio.timeout(CALM_SECONDS + TROUBLE_SECONDS * len(schedule.failures)):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for number, work in enumerate(schedule.work):
+                        group.create_task(_work(bed, f"client{number}", work, config))
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+
+
+async def _work(bed: Bed, name: str, work: str, config: ClientConfig) -> None:
+    client = bed.client(name, config)
+    try:
+        await WORK[work](client)
+        client.check_streams()
+    except Exception as error:
+        bed.tell(f"{name} fails: {error!r}")
+        raise
+    finally:
+        await client.close()
+    bed.tell(f"{name} is done")

@@ -1,0 +1,190 @@
+"""What clients do while servers come and go: everything that comes back is compared with the model in one piece."""
+
+# B sequences, T new tokens, S all tokens, D hidden size, V vocabulary
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.client.session import Session
+
+from ..parity import assert_equal
+from .bed import Client
+from .oracle import loss, oracle, positions_of
+
+
+class Reading:
+    """A session, the tokens that were read in it, and which of them are padding."""
+
+    def __init__(self, client: Client, session: Session, batch_size: int) -> None:
+        self._client = client
+        self._session = session
+        self._ids_BS = torch.zeros(batch_size, 0, dtype=torch.long)
+        self._mask_BS = self._ids_BS
+
+    @property
+    def num_tokens(self) -> int:
+        return self._ids_BS.shape[1]
+
+    @torch.no_grad()
+    async def read(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """Read more tokens; returns which is the likeliest after them, [B, 1]."""
+        position, num_new = self.num_tokens, ids_BT.shape[1]
+        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+        self._ids_BS = torch.cat((self._ids_BS, ids_BT), dim=1)
+        self._mask_BS = torch.cat((self._mask_BS, mask_BT), dim=1)
+        padded = not self._mask_BS.all()
+        outputs_BTD = await self._session.step(
+            oracle().embed(ids_BT),
+            position,
+            positions_of(self._mask_BS)[:, -num_new:] if padded else None,
+            mask_BT.to(torch.uint8) if padded else None,
+        )
+        assert isinstance(outputs_BTD, Tensor)
+        logits_BTV = oracle().head(outputs_BTD)
+        expected_BTV = oracle().logits(self._ids_BS, self._mask_BS)[:, -num_new:]
+        assert_equal(logits_BTV[mask_BT.bool()], expected_BTV[mask_BT.bool()])
+        likeliest, right = logits_BTV[:, -1:].argmax(dim=-1), expected_BTV[:, -1:].argmax(dim=-1)
+        assert likeliest.tolist() == right.tolist()
+        return likeliest
+
+    async def say(self, first_B1: Tensor, num_tokens: int) -> Tensor:
+        """Read a token, and so many of those that the model says then; returns the one that it would say next."""
+        self._client.enters("decode")
+        for _ in range(num_tokens):
+            first_B1 = await self.read(first_B1)
+        return first_B1
+
+    def crop(self, num_tokens: int) -> None:
+        self._session.crop(num_tokens)
+        self._ids_BS, self._mask_BS = self._ids_BS[:, :num_tokens], self._mask_BS[:, :num_tokens]
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self._session.select_rows(rows)
+        self._ids_BS, self._mask_BS = self._ids_BS[list(rows)], self._mask_BS[list(rows)]
+
+
+@contextlib.asynccontextmanager
+async def reading(client: Client, *, batch_size: int = 1, max_length: int = 48) -> AsyncIterator[Reading]:
+    """A session that is closed at the end, and that begins with a prompt."""
+    session = Session(client.chain, client.span, batch_size=batch_size, max_length=max_length)
+    client.enters("prefill")
+    try:
+        yield Reading(client, session, batch_size)
+    finally:
+        client.enters("close")
+        await session.close()
+
+
+def prompt(batch_size: int, num_tokens: int, *, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, oracle().vocabulary, (batch_size, num_tokens), generator=generator)
+
+
+PADDED = torch.tensor([[0, 0, 5, 17, 42], [7, 8, 9, 10, 11]])
+MASK = (PADDED != 0).long()
+
+
+async def short(client: Client) -> None:
+    """A few tokens after a short prompt."""
+    async with reading(client) as text:
+        await text.say(await text.read(prompt(1, 5)), 6)
+
+
+async def paged(client: Client) -> None:
+    """A prompt whose first pages have names, and then tokens beyond the next page."""
+    async with reading(client, max_length=64) as text:
+        await text.say(await text.read(prompt(1, 37)), 14)
+
+
+async def long(client: Client) -> None:
+    """A prompt that takes more than one message."""
+    async with reading(client, batch_size=4, max_length=320) as text:
+        await text.say(await text.read(prompt(4, 300)), 3)
+
+
+async def padded(client: Client) -> None:
+    """Two prompts of different lengths."""
+    async with reading(client, batch_size=2) as text:
+        await text.say(await text.read(PADDED, MASK), 5)
+
+
+async def beams(client: Client) -> None:
+    """Three sequences that are continued after each other's beginnings, and taken back as they are then arranged."""
+    async with reading(client) as text:
+        await text.read(prompt(1, 18))
+        client.enters("decode")
+        text.select_rows([0, 0, 0])
+        for step, rows in enumerate(([0, 0, 1], [2, 1, 0], [1, 1, 1], [0, 2, 2], [2, 0, 1])):
+            await text.read(prompt(3, 1, seed=step))
+            text.select_rows(rows)
+        text.select_rows([0, 1, 1])
+        text.crop(text.num_tokens - 1)
+        for step in range(3):
+            await text.read(prompt(3, 2, seed=step + 5))
+        text.select_rows([2, 1])
+        await text.read(prompt(2, 1, seed=9))
+
+
+async def guesses(client: Client) -> None:
+    """Several tokens at once, of which some are taken back."""
+    async with reading(client) as text:
+        await text.read(prompt(1, 14))
+        client.enters("decode")
+        for step, num_kept in enumerate((2, 0, 4, 1, 3)):
+            before = text.num_tokens
+            await text.read(prompt(1, 4, seed=step))
+            text.crop(before + num_kept)
+        text.crop(3)
+        await text.read(prompt(1, 5, seed=9))
+
+
+async def turns(client: Client) -> None:
+    """An answer, a long pause, and another answer in the same session."""
+    async with reading(client) as text:
+        await text.say(await text.read(prompt(1, 5)), 3)
+        client.enters("idle")
+        await asyncio.sleep(30)
+        client.enters("prefill")
+        await text.say(await text.read(prompt(1, 4, seed=1)), 3)
+
+
+async def training(client: Client) -> None:
+    """A forward and a backward pass, twice."""
+    for _ in range(2):
+        await _gradient(client, PADDED, MASK)
+
+
+async def microbatches(client: Client) -> None:
+    """A batch that goes through the swarm in two parts."""
+    ids = prompt(3, 350)
+    await _gradient(client, ids, torch.ones_like(ids))
+
+
+async def _gradient(client: Client, ids_BS: Tensor, mask_BS: Tensor) -> None:
+    is_padded = not mask_BS.all()
+    client.enters("forward")
+    output_BSD, pieces = await client.chain.forward(
+        client.span,
+        oracle().embed(ids_BS),
+        positions_of(mask_BS) if is_padded else None,
+        mask_BS.to(torch.uint8) if is_padded else None,
+    )
+    output_BSD.requires_grad_(True)
+    logits_BSV = oracle().head(output_BSD)
+    assert_equal(logits_BSV[mask_BS.bool()], oracle().logits(ids_BS, mask_BS)[mask_BS.bool()])
+    (grad_BSD,) = torch.autograd.grad(loss(logits_BSV, mask_BS), output_BSD)
+    client.enters("backward")
+    assert_equal(await client.chain.backward(pieces, grad_BSD), oracle().gradient(ids_BS, mask_BS))
+
+
+WORK: Mapping[str, Callable[[Client], Awaitable[None]]] = {
+    work.__name__: work for work in (short, paged, padded, beams, guesses, turns, training, long, microbatches)
+}
+"""By name; the quicker and simpler first."""
+SLOW = frozenset({"long", "microbatches"})

@@ -1,0 +1,158 @@
+"""Whatever befalls servers, at whatever moment: what clients compute is right, nothing hangs, and nothing is left."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from .schedules.failures import KINDS, Failure
+from .schedules.schedule import Schedule, play
+from .schedules.strategies import schedules
+
+NUM_EXAMPLES = int(os.environ.get("SHOAL_SCHEDULES", "0"))
+"""So many schedules that nobody has tried, instead of those that are tried each time."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """One thread for tiny matrices, and no warnings: everything that is warned of happens, many thousand times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+    torch.set_num_threads(threads)
+
+
+@settings(
+    max_examples=NUM_EXAMPLES or 1000,
+    derandomize=not NUM_EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
+)
+@given(schedules())
+def test_any_schedule_ends_well(schedule: Schedule):
+    play(schedule)
+
+
+# -- each kind of failure, at each moment, on each hop -----------------------------------------------------------------
+
+FAST = ("0:1", "1:3", "3:4")
+"""Servers s0, s1 and s2 are asked first; s3, s4 and s5 can take their places, with other cuts."""
+SPARES = ("0:2", "2:4", "0:4")
+MOMENTS = {
+    "opening": ("short", Failure("", after=1, phase="prefill")),
+    "prefill": ("long", Failure("", after=3, phase="prefill")),
+    "decode": ("short", Failure("", after=3, phase="decode")),
+    "decode, while it computes": ("short", Failure("", after=3, late=0.01, phase="decode")),
+    "idle": ("turns", Failure("", phase="idle")),
+    "forward": ("training", Failure("", after=1, late=0.01, phase="forward")),
+    "backward": ("training", Failure("", after=1, phase="backward")),
+}
+
+
+@pytest.mark.parametrize("hop", ["s0", "s1", "s2"])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_failure_at_each_moment(kind: str, moment: str, hop: str):
+    work, when = MOMENTS[moment]
+    failure = Failure(kind, victim=hop, after=when.after, late=when.late, phase=when.phase)
+    story = play(Schedule(FAST, (work,), (failure,), spares=SPARES, drain_seconds=5.0))
+    assert any(kind in line for line in story)
+
+
+@pytest.mark.parametrize("hop", ["s0", "s1", "s2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_failure_with_a_server_that_stands_by(kind: str, hop: str):
+    failure = Failure(kind, victim=hop, after=6, phase="decode")
+    story = play(Schedule(FAST, ("paged",), (failure, failure), spares=SPARES, standby=True))
+    assert any(kind in line for line in story)
+
+
+@pytest.mark.parametrize("second", ["s0", "s1", "s2"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("delay", ["at once", "in the recovery"])
+def test_a_second_failure_on_the_heels_of_the_first(kind: str, second: str, delay: str):
+    """At the same moment on another hop, or by whoever has just taken the place of the first."""
+    first = "s1" if second != "s1" else "s0"
+    victim = {"s0": "s3", "s1": "s4", "s2": "s5"}[second] if delay == "in the recovery" else second
+    if delay == "in the recovery":
+        first = second
+    failures = (Failure("dies", first, after=3, phase="decode"), Failure(kind, victim, after=2 * (victim != second)))
+    story = play(Schedule(FAST, ("paged",), failures, spares=("0:1", "1:3", "3:4")))
+    assert any(kind in line for line in story[1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("work", ["paged", "beams", "turns", "training"])
+def test_what_befalls_a_server_befalls_all_of_them_one_after_another(kind: str, work: str):
+    failures = [Failure(kind, "receiver", after=4, lasts=5.0) for _ in range(6)]
+    play(Schedule(("0:2", "2:4"), (work, "short"), failures))
+
+
+# -- what once went wrong ----------------------------------------------------------------------------------------------
+
+DOUBLED = ("0:2", "2:4", "0:2", "2:4")
+ONCE_WRONG = {
+    "nonsense of one server is held against the client by the next": Schedule(
+        FAST, ("short",), (Failure("sends a tensor of another shape", "s0", phase="decode"),)
+    ),
+    "nonsense of one server is too much for the next": Schedule(
+        ("0:2", "2:4"), ("long",), (Failure("sends a tensor of another shape"),)
+    ),
+    "a spare server knew a beginning that nobody had been told": Schedule(
+        DOUBLED,
+        ("paged", "paged"),
+        (Failure("dies", after=0, late=1.0), Failure("hangs", "s3")),
+        seed=2,
+        standby=True,
+    ),
+    "the same, and others fail": Schedule(
+        DOUBLED,
+        ("paged",),
+        (
+            Failure("dies"),
+            Failure("hangs", "s3"),
+            Failure("sends a tensor of another shape"),
+            Failure("dies", after=1),
+        ),
+        standby=True,
+    ),
+    "a server that follows itself has no room for two": Schedule(
+        ("0:3", "3:4", "0:1", "1:4"),
+        ("beams",),
+        (
+            Failure("is far away", "s3", after=2),
+            Failure("sends a tensor of another shape", after=2),
+            Failure("sends numbers that are none", "sender", after=3, late=0.001),
+            Failure("dies", "s2"),
+            Failure("dies", "s3", after=7),
+        ),
+        cache_pages=10,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONCE_WRONG)
+def test_what_went_wrong_once_does_not_again(name: str):
+    play(ONCE_WRONG[name])
+
+
+# -- the bed itself ----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_schedule_goes_the_same_way_twice():
+    failures = (Failure("dies", after=9), Failure("hangs", after=3, lasts=3.0), Failure("sends noise", after=2))
+    schedule = Schedule(("0:2", "2:4", "1:4"), ("beams", "short"), failures)
+    assert play(schedule) == play(schedule)
+
+
+def test_who_cannot_be_helped_is_told_and_the_story_is_with_the_error():
+    with pytest.raises(Exception, match="no server holds blocks 3:4") as error:
+        play(Schedule(("0:2", "1:3"), ("short",)))
+    assert "client0 fails: MissingBlocks" in error.value.__notes__[0]
