@@ -9,11 +9,13 @@ at block 8, by another server.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +29,9 @@ from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, Server
 from shoal.net.encodings import as_received
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
-from shoal.routing.route import SLOWEST, Hop, choose_route
+from shoal.routing.latency import RoundTrips
+from shoal.routing.route import SLOWEST, Hop, Needs, Route, choose_route
+from shoal.routing.spread import UnderWay
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, Span
 
@@ -80,10 +84,11 @@ class Chain:
         self.config = config
         self.store = Store(config.kept, memory_bytes=config.history_memory, folder=config.history_folder)
         """Where the histories of all sessions are."""
+        self.broken_pairs = BrokenPairs(time.monotonic)
+        self.round_trips = RoundTrips(time.monotonic)
         self._node = node
         self._suspects = Suspects()
-        self.broken_pairs = BrokenPairs(time.monotonic)
-        self._round_trips: dict[str, float] = {}
+        self._under_way = UnderWay()
         self._view: SwarmView | None = None
         self._viewed_at = float("-inf")
         self._refreshing = asyncio.Lock()
@@ -93,8 +98,18 @@ class Chain:
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
-    async def route(self, span: Span, excluded: Set[Holding] = frozenset(), *, head: bool = False) -> tuple[Hop, ...]:
-        """The fastest chain of usable servers over a span; with `head`, one that ends at an output head if any does.
+    async def route(
+        self,
+        span: Span,
+        excluded: Set[Holding] = frozenset(),
+        *,
+        needs: Needs,
+        before: ServerInfo | None = None,
+        after: ServerInfo | None = None,
+    ) -> Route:
+        """The fastest chain of usable servers over a span, which may be a part of a ring, between two other servers.
+
+        A head that is needed is found if anybody offers one.
 
         Raises `MissingBlocks`, and `SwarmError` if the directory has never answered.
         """
@@ -106,13 +121,23 @@ class Chain:
             view = self._trusted(excluded)
         if view.missing(span):  # better a server that failed lately than none
             view = self._askable(excluded)
-        hops = choose_route(view, span, round_trips=self._round_trips, head=head and self._has_head(view))
-        log.info("blocks %s go through %s", span, ", ".join(f"{hop.server.peer[-8:]} {hop.span}" for hop in hops))
-        return hops
+        route = choose_route(
+            view,
+            span,
+            needs=replace(needs, head=needs.head and self._has_head(view)),
+            known=self.round_trips.picture(apart=self.broken_pairs.now(), under_way=self._under_way.seconds),
+            before=before,
+            after=after,
+            chooser=self.config.chooser,
+            seed=random.getrandbits(32),
+        )
+        log.info("blocks %s: %s", span, route.explain())
+        return route
 
     def _has_head(self, view: SwarmView) -> bool:
         """Whether a server offers the output head; the log tells when that changes."""
-        found = any(server.head and server.span.end == view.num_blocks for server in view.servers)
+        (last,) = view.holders(Span(view.num_blocks - 1, view.num_blocks))
+        found = any(server.head for server in last)
         if found != self._head_found:
             self._head_found = found
             log.log(
@@ -137,13 +162,13 @@ class Chain:
                 self._out_of_touch = failure
                 return
             random.shuffle(servers)  # among equals, different clients take different servers
-            self._view = SwarmView(self.model.num_blocks, tuple(servers))
+            self._view = SwarmView(self.model.num_blocks, tuple(servers), self.config.pinned)
             self._viewed_at = time.monotonic()
             self._out_of_touch = None
 
     def _known(self) -> SwarmView:
         """Those who say that they serve this model now."""
-        return (self._view or SwarmView(self.model.num_blocks)).online()
+        return (self._view or SwarmView(self.model.num_blocks, pinned=self.config.pinned)).online()
 
     def _usable(self) -> SwarmView:
         """Of these, those with our weights whom the user permits."""
@@ -201,6 +226,15 @@ class Chain:
 
     def _missing(self, blocks: Sequence[int]) -> MissingBlocks:
         names = format_blocks(blocks)
+        for span, peer in self.config.pinned:
+            if any(block in span for block in blocks):
+                held = [str(server.span) for server in self._usable().servers if server.peer == peer]
+                but = f"holds {held[0]}" if held else "does not serve this model"
+                return MissingBlocks(
+                    f"blocks {span} are pinned to {peer}, which {but}",
+                    blocks=blocks,
+                    hint="pin blocks that it holds (shoal status --json tells), or let others serve them",
+                )
         holders = [server for server in self._known().servers if any(block in server.span for block in blocks)]
         if any(server.fingerprint == self.fingerprint for server in holders):
             return MissingBlocks(f"blocks {names} are served only by servers that you do not allow", blocks=blocks)
@@ -226,15 +260,8 @@ class Chain:
 
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server. Raises `ServerLost`."""
-        before = time.monotonic()
-        connection = await Connection.open(
-            self._node.transport, server, self.config, round_trip=lambda seconds: self._measured(server.peer, seconds)
-        )
-        self._measured(server.peer, time.monotonic() - before)
-        return connection
-
-    def _measured(self, peer: str, seconds: float) -> None:
-        self._round_trips[peer] = 0.8 * self._round_trips.get(peer, seconds) + 0.2 * seconds
+        measured = functools.partial(self.round_trips.measured, server.peer)
+        return await Connection.open(self._node.transport, server, self.config, round_trip=measured)
 
     def blame(self, error: PeerError, *, since: float | None = None) -> None:
         """A server has failed, in something that began at `since`: it is avoided from now on, as that deserves."""
@@ -296,10 +323,14 @@ class Chain:
         async def walk(excluded: Set[Holding]) -> torch.Tensor:
             nonlocal hidden
             start = pieces[-1].span.end if pieces else whole.span.start
-            for hop in await self.route(Span(start, end), excluded) if start < end else ():
-                piece = Piece(hop.span, hidden, whole.positions, whole.mask)
-                hidden = await self._call(hop, Forward, piece.tensors(), answer="hidden")
-                pieces.append(piece)
+            if start == end:
+                return hidden
+            route = await self.route(Span(start, end), excluded, needs=_single_pass(hidden))
+            with self._using(route):
+                for hop in route.hops:
+                    piece = Piece(hop.span, hidden, whole.positions, whole.mask)
+                    hidden = await self._call(hop, Forward, piece.tensors(), answer="hidden")
+                    pieces.append(piece)
             return hidden
 
         return await self.persist(whole.span, walk), pieces
@@ -311,17 +342,27 @@ class Chain:
             nonlocal grad
             while pieces:
                 piece = pieces[-1]
-                hops = await self.route(piece.span, excluded)
-                if len(hops) > 1:  # its server is gone and several take its place: find out what goes into each
+                route = await self.route(piece.span, excluded, needs=_single_pass(grad))
+                if len(route.hops) > 1:  # its server is gone and several take its place: find out what goes into each
                     _, finer = await self._forward(piece)
                     pieces[-1:] = finer
                     continue
                 tensors = {**piece.tensors(), "grad": grad}
-                grad = await self._call(hops[0], Backward, tensors, answer="grad")
+                with self._using(route):
+                    grad = await self._call(route.hops[0], Backward, tensors, answer="grad")
                 pieces.pop()
             return grad
 
         return await self.persist(whole, walk_back)
+
+    @contextlib.contextmanager
+    def _using(self, route: Route) -> Iterator[None]:
+        """Other passes see that this one is on its way, and take other servers where that is faster."""
+        self._under_way = self._under_way.with_(route)
+        try:
+            yield
+        finally:
+            self._under_way = self._under_way.without(route)
 
     async def _call(
         self,
@@ -341,6 +382,12 @@ class Chain:
             return result
         finally:
             await connection.close()
+
+
+def _single_pass(hidden_BTD: torch.Tensor) -> Needs:
+    """What a route is needed for: one answer of each server to the client, which leaves nothing there."""
+    batch_size, num_tokens, _ = hidden_BTD.shape
+    return Needs(step_tokens=batch_size * num_tokens, ring=False, dtype=str(hidden_BTD.dtype).removeprefix("torch."))
 
 
 def _joined(rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -36,6 +36,7 @@ from shoal.server.fit import (
 from shoal.server.handler import Handler
 from shoal.server.head import ServerHead, load_head
 from shoal.server.links import Links
+from shoal.server.neighbours import Neighbours
 from shoal.server.presence import Presence
 from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
@@ -131,7 +132,8 @@ async def serve(
                 head=head is not None,
             )
             handler = Handler(engine, Links(node.transport), idle_seconds=config.idle_seconds)
-            async with engine.running():
+            neighbours = Neighbours(node, model, online, every_seconds=config.announce_seconds, changed=presence.hurry)
+            async with engine.running(), neighbours.measuring():
                 await node.transport.listen(handler)
                 try:
                     await presence.become(
@@ -140,6 +142,7 @@ async def serve(
                             cache_tokens_left=engine.cache_tokens_left,
                             queue_length=engine.queue_length,
                             addresses=node.transport.addresses,
+                            round_trips=neighbours.round_trips,
                         )
                     )
                     yield Server(online, model, engine)

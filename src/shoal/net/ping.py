@@ -1,0 +1,65 @@
+"""How far another peer is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Sequence
+
+from shoal.net import codec
+from shoal.net.transport import Stream, StreamBroken, Transport
+from shoal.protocol import Close, Ping, Pong, ProtocolViolation
+from shoal.spans import ServerInfo
+
+DIAL_SECONDS = 5.0
+"""How long connecting may take; then nobody is there, or so far away that it does not matter."""
+PONG_SECONDS = 2.0
+PINGS = 2
+AT_ONCE = 4
+
+
+async def round_trip(stream: Stream) -> float | None:
+    """Seconds until a ping on this stream is answered, the quickest of a few; None if it is not."""
+    loop = asyncio.get_running_loop()
+    seconds: list[float] = []
+    with contextlib.suppress(StreamBroken, ProtocolViolation, TimeoutError):
+        for _ in range(PINGS):
+            async with asyncio.timeout(PONG_SECONDS):
+                sent = loop.time()
+                await codec.send(stream, Ping())
+                answer, _ = await codec.receive(stream)
+                if not isinstance(answer, Pong):
+                    break
+                seconds.append(loop.time() - sent)
+    return min(seconds, default=None)
+
+
+async def distance(transport: Transport, peer: str, addresses: Sequence[str] = ()) -> float | None:
+    """The same on a stream of its own, which does not count; None if nobody answers. Never raises."""
+    try:
+        async with asyncio.timeout(DIAL_SECONDS):
+            stream = await transport.open(peer, addresses)
+    except (StreamBroken, TimeoutError):
+        return None
+    try:
+        seconds = await round_trip(stream)
+        if seconds is not None:
+            with contextlib.suppress(StreamBroken, TimeoutError):
+                async with asyncio.timeout(PONG_SECONDS):
+                    await codec.send(stream, Close())
+        return seconds
+    finally:
+        await stream.close()
+
+
+async def distances(transport: Transport, servers: Iterable[ServerInfo]) -> dict[str, float | None]:
+    """Of many, a few at a time, by peer id."""
+    few = asyncio.Semaphore(AT_ONCE)
+
+    async def one(server: ServerInfo) -> float | None:
+        async with few:
+            return await distance(transport, server.peer, server.addresses)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = {server.peer: group.create_task(one(server)) for server in servers}
+    return {peer: task.result() for peer, task in tasks.items()}
