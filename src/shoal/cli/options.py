@@ -127,9 +127,7 @@ Standby = Annotated[
 ]
 Pin = Annotated[
     list[str] | None,
-    typer.Option(
-        "--pin", metavar="SPAN=PEER", help="Let only this peer compute these blocks: 0:4=12D3KooW... Repeat it."
-    ),
+    typer.Option("--pin", metavar="SPAN=PEER", help="Let only this peer compute these blocks, 0:4=12D3KooW..."),
 ]
 ChooseBy = Annotated[
     Chooser,

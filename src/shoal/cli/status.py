@@ -117,7 +117,7 @@ async def way(node: Node, view: SwarmView) -> Route | None:
 
     weights = Counter(server.fingerprint for server in view.online().servers).most_common(1)
     view = view.online().only(lambda server: server.fingerprint == weights[0][0])
-    found = await distances(node.transport, view.servers)
+    found = await distances(node.transport, view.servers, at_once=16)
     view = view.only(lambda server: found[server.peer] is not None)
     if view.missing():
         return None

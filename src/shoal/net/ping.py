@@ -52,9 +52,11 @@ async def distance(transport: Transport, peer: str, addresses: Sequence[str] = (
         await stream.close()
 
 
-async def distances(transport: Transport, servers: Iterable[ServerInfo]) -> dict[str, float | None]:
+async def distances(
+    transport: Transport, servers: Iterable[ServerInfo], *, at_once: int = AT_ONCE
+) -> dict[str, float | None]:
     """Of many, a few at a time, by peer id."""
-    few = asyncio.Semaphore(AT_ONCE)
+    few = asyncio.Semaphore(at_once)
 
     async def one(server: ServerInfo) -> float | None:
         async with few:

@@ -40,7 +40,7 @@ class RoundTrips:
     def measured(self, peer: str, seconds: float) -> None:
         """A message went there and back in this time."""
         before = self._seconds.get(peer, seconds)
-        self._seconds[peer] = (1 - NEWEST) * before + NEWEST * seconds
+        self._seconds[peer] = before + NEWEST * (seconds - before)
 
     def of(self, peer: str) -> float | None:
         """The round trip in seconds; None if it was never measured."""
