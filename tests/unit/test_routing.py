@@ -242,7 +242,7 @@ def swarms(draw: st.DrawFn) -> SwarmView:
         servers.append(make(name, f"{start}:{draw(st.integers(start + 1, num_blocks))}"))
     pinned: tuple[tuple[Span, str], ...] = ()
     if draw(st.booleans()):
-        chosen = draw(st.sampled_from(servers))
+        chosen = draw(st.sampled_from([each for each in servers if each.head or each.span.end < num_blocks]))
         pinned = ((chosen.span, chosen.peer),)
     return SwarmView(num_blocks, tuple(draw(st.permutations(servers))), pinned)
 
