@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.routing.latency import APART_SECONDS, HALF_LIFE, SLOWNESS, RoundTrips
+from shoal.routing.latency import HALF_LIFE, SLOWNESS, RoundTrips
 from shoal.routing.moving import pays_to_move, replay_seconds
 from shoal.routing.route import Hop
 from shoal.spans import Span
@@ -66,15 +66,6 @@ def test_slowness_stays_within_its_limits_whatever_is_measured(steps: list[tuple
         found.measured_step("a", predicted, seen)
     low, high = SLOWNESS
     assert low - 1e-9 <= found.slowness("a") <= high + 1e-9
-
-
-def test_servers_that_could_not_reach_one_another_may_try_again_later():
-    clock = Clock()
-    found = RoundTrips(clock)
-    found.apart("a", "b")
-    assert found.picture().apart == {("a", "b")}
-    clock.now = APART_SECONDS + 1
-    assert found.picture().apart == frozenset()
 
 
 def test_moving_pays_when_enough_steps_are_left():

@@ -26,7 +26,8 @@ def test_one_dominates_another_that_is_nowhere_better():
 
 
 def test_fronts_are_peeled_off_one_after_another():
-    assert fronts([(1, 4), (2, 2), (4, 1), (3, 3), (5, 5), (2, 5)]) == [[0, 1, 2], [3, 5], [4]]
+    found = fronts([(1, 4), (2, 2), (4, 1), (3, 3), (5, 5), (2, 5)])
+    assert [sorted(front) for front in found] == [[0, 1, 2], [3, 5], [4]]
 
 
 @given(points)

@@ -107,24 +107,15 @@ def dominates(one: Objectives, other: Objectives) -> bool:
 
 def fronts(scores: Sequence[Objectives]) -> list[list[int]]:
     """The indices of those that nobody dominates; of those that only these dominate; and so on."""
-    dominated: list[list[int]] = [[] for _ in scores]
-    num_above = [0] * len(scores)
-    for index, one in enumerate(scores):
-        for other_index, other in enumerate(scores):
-            if dominates(one, other):
-                dominated[index].append(other_index)
-                num_above[other_index] += 1
     found: list[list[int]] = []
-    current = [index for index, above in enumerate(num_above) if above == 0]
-    while current:
-        found.append(current)
-        following: list[int] = []
-        for index in current:
-            for below in dominated[index]:
-                num_above[below] -= 1
-                if num_above[below] == 0:
-                    following.append(below)
-        current = following
+    # In this order, nobody is dominated by those that come later.
+    for index in sorted(range(len(scores)), key=scores.__getitem__):
+        for front in found:
+            if not any(dominates(scores[other], scores[index]) for other in reversed(front)):
+                front.append(index)
+                break
+        else:
+            found.append([index])
     return found
 
 
