@@ -244,14 +244,14 @@ class Session:
             span, index = share.hop.span, self._shares.index(share)
             before = self._shares[index - 1].hop.server if index else None
             after = self._shares[index + 1].hop.server if index + 1 < len(self._shares) else None
-        like, num_tokens = self._tokens.like, self._tokens.num_tokens
+        num_tokens = self._tokens.num_tokens
         needs = Needs(
-            step_tokens=like.shape[0],
-            prompt_tokens=like.shape[0] * num_tokens,
+            step_tokens=self.batch_size,
+            prompt_tokens=self.batch_size * num_tokens,
             num_steps=max(1, self.max_length - num_tokens),
-            needed_tokens=like.shape[0] * self.max_length,
+            needed_tokens=self.batch_size * self.max_length,
             head=self._chain.config.remote_head and span.end == self._chain.model.num_blocks,
-            dtype=str(like.dtype).removeprefix("torch."),
+            dtype=str(self._tokens.like.dtype).removeprefix("torch.") if num_tokens else None,
         )
         return (await self._chain.route(span, excluded, needs=needs, before=before, after=after)).hops
 
