@@ -71,6 +71,23 @@ def test_a_ring_goes_over_the_shorter_link_between_two_servers(swarm: MakeSwarm,
     assert near in route.explain()
 
 
+def test_a_client_asks_how_far_everybody_is_before_its_first_route(swarm: MakeSwarm):
+    swarm_ = swarm("0:4", "0:4", "0:4")
+    swarm_.call(even, swarm_)
+    model = swarm_.model(config=replace(QUICK, measure_seconds=5.0))
+    (client,) = (peer for peer in swarm_.network._transports if peer.startswith("client"))
+    far_apart(swarm_, (client, "s0"), (client, "s2"))
+    route = swarm_.runtime.run(model.blocks._chain.route(Span(0, 4), needs=Needs()))
+    assert [hop.server.peer for hop in route.hops] == ["s1"]
+
+
+def test_a_client_does_not_wait_long_for_those_who_do_not_answer(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:4", "0:4")
+    swarm_.call(swarm_.network.hang, "s0")
+    model = swarm_.model(config=replace(QUICK, measure_seconds=0.05))
+    assert model.generate(PROMPT, max_new_tokens=3).tolist() == whole.generate(PROMPT, max_new_tokens=3).tolist()
+
+
 def test_pinned_blocks_go_through_their_peer_and_no_other(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:4", "0:4", "1:4")
     model = swarm_.model(config=replace(QUICK, pinned=((Span(2, 3), "s2"),)))

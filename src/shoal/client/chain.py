@@ -27,6 +27,7 @@ from shoal.client.store import Store
 from shoal.client.suspects import Suspects
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, SwarmError
 from shoal.net.encodings import as_received
+from shoal.net.ping import distances
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
 from shoal.routing.latency import RoundTrips
@@ -40,6 +41,8 @@ T = TypeVar("T")
 
 PASSES_AT_ONCE = 8
 """Microbatches under way together: enough to keep a chain of servers busy, and few enough for their limits."""
+STRANGERS = 32
+"""Servers that a client measures at once before it has used them."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Chain:
         self._node = node
         self._suspects = Suspects()
         self._under_way = UnderWay()
+        self._met: set[str] = set()
         self._view: SwarmView | None = None
         self._viewed_at = float("-inf")
         self._refreshing = asyncio.Lock()
@@ -165,6 +169,20 @@ class Chain:
             self._view = SwarmView(self.model.num_blocks, tuple(servers), self.config.pinned)
             self._viewed_at = time.monotonic()
             self._out_of_touch = None
+            await self._meet()
+
+    async def _meet(self) -> None:
+        """Measure how far servers are of whom nothing is known, where there is a choice."""
+        view = self._usable()
+        strangers = [server for server in view.servers if server.peer not in self._met][:STRANGERS]
+        has_choice = any(len(holders) > 1 for holders in view.holders(Span(0, view.num_blocks)))
+        if not (strangers and has_choice and self.config.measure_seconds):
+            return
+        self._met.update(server.peer for server in strangers)
+        found = await distances(self._node.transport, strangers, at_once=STRANGERS, seconds=self.config.measure_seconds)
+        for peer, seconds in found.items():
+            if seconds is not None:
+                self.round_trips.measured(peer, seconds)
 
     def _known(self) -> SwarmView:
         """Those who say that they serve this model now."""

@@ -39,6 +39,8 @@ class ClientConfig:
     """How long to look for servers in place of those that were lost, or wait for those that are busy."""
     refresh_seconds: float = 20.0
     """The age at which a picture of the swarm is taken anew."""
+    measure_seconds: float = 1.0
+    """How long to wait for servers that were never measured to tell how far they are; 0 measures none in advance."""
     remote_head: bool = False
     """Let the last server compute the output head in sessions, if any offers to."""
     head_top_k: int | None = None

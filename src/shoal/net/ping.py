@@ -53,15 +53,19 @@ async def distance(transport: Transport, peer: str, addresses: Sequence[str] = (
 
 
 async def distances(
-    transport: Transport, servers: Iterable[ServerInfo], *, at_once: int = AT_ONCE
+    transport: Transport, servers: Iterable[ServerInfo], *, at_once: int = AT_ONCE, seconds: float | None = None
 ) -> dict[str, float | None]:
-    """Of many, a few at a time, by peer id."""
+    """Of many, a few at a time, by peer id; of those who have not answered after so many seconds it is not known."""
     few = asyncio.Semaphore(at_once)
+    found: dict[str, float | None] = {}
 
-    async def one(server: ServerInfo) -> float | None:
+    async def measure(server: ServerInfo) -> None:
+        found[server.peer] = None
         async with few:
-            return await distance(transport, server.peer, server.addresses)
+            found[server.peer] = await distance(transport, server.peer, server.addresses)
 
-    async with asyncio.TaskGroup() as group:
-        tasks = {server.peer: group.create_task(one(server)) for server in servers}
-    return {peer: task.result() for peer, task in tasks.items()}
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+            for server in servers:
+                group.create_task(measure(server))
+    return found
