@@ -23,11 +23,11 @@ import torch
 from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
 from shoal.client.pairs import BrokenPairs
+from shoal.client.picture import Picture
 from shoal.client.store import Store
 from shoal.client.suspects import Suspects
-from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, SwarmError
+from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost
 from shoal.net.encodings import as_received
-from shoal.net.ping import distances
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
 from shoal.routing.latency import RoundTrips
@@ -41,8 +41,6 @@ T = TypeVar("T")
 
 PASSES_AT_ONCE = 8
 """Microbatches under way together: enough to keep a chain of servers busy, and few enough for their limits."""
-STRANGERS = 32
-"""Servers that a client measures at once before it has used them."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,9 @@ class Chain:
         self.broken_pairs = BrokenPairs(time.monotonic)
         self.round_trips = RoundTrips(time.monotonic)
         self._node = node
+        self._picture = Picture(node, model, fingerprint, config, self.round_trips)
         self._suspects = Suspects()
         self._under_way = UnderWay()
-        self._met: set[str] = set()
-        self._view: SwarmView | None = None
-        self._viewed_at = float("-inf")
-        self._refreshing = asyncio.Lock()
-        self._out_of_touch: SwarmError | None = None
         self._head_found = True
         self._passes = asyncio.Semaphore(PASSES_AT_ONCE)
 
@@ -117,11 +111,10 @@ class Chain:
 
         Raises `MissingBlocks`, and `SwarmError` if the directory has never answered.
         """
-        if time.monotonic() - self._viewed_at > self.config.refresh_seconds:
-            await self._refresh()
+        await self._picture.keep_fresh()
         view = self._trusted(excluded)
         if view.missing(span):
-            await self._refresh()
+            await self._picture.refresh()
             view = self._trusted(excluded)
         if view.missing(span):  # better a server that failed lately than none
             view = self._askable(excluded)
@@ -151,56 +144,11 @@ class Chain:
             )
         return found
 
-    async def _refresh(self) -> None:
-        """Take the picture anew. If the directory does not answer, the last one has to do."""
-        asked_at = time.monotonic()
-        async with self._refreshing:
-            if self._viewed_at >= asked_at:  # by another task, in the meantime
-                return
-            try:
-                servers = list(await self._node.directory.servers(self.model))
-            except SwarmError as failure:
-                if self._view is None:
-                    raise
-                log.warning("%s; going on with what was known", failure)
-                self._out_of_touch = failure
-                return
-            random.shuffle(servers)  # among equals, different clients take different servers
-            self._view = SwarmView(self.model.num_blocks, tuple(servers), self.config.pinned)
-            self._viewed_at = time.monotonic()
-            self._out_of_touch = None
-            await self._meet()
-
-    async def _meet(self) -> None:
-        """Measure how far servers are of whom nothing is known, where there is a choice."""
-        view = self._usable()
-        strangers = [server for server in view.servers if server.peer not in self._met][:STRANGERS]
-        has_choice = any(len(holders) > 1 for holders in view.holders(Span(0, view.num_blocks)))
-        if not (strangers and has_choice and self.config.measure_seconds):
-            return
-        self._met.update(server.peer for server in strangers)
-        found = await distances(self._node.transport, strangers, at_once=STRANGERS, seconds=self.config.measure_seconds)
-        for peer, seconds in found.items():
-            if seconds is not None:
-                self.round_trips.measured(peer, seconds)
-
-    def _known(self) -> SwarmView:
-        """Those who say that they serve this model now."""
-        return (self._view or SwarmView(self.model.num_blocks, pinned=self.config.pinned)).online()
-
-    def _usable(self) -> SwarmView:
-        """Of these, those with our weights whom the user permits."""
-        allowed, blocked = self.config.allowed_servers, self.config.blocked_servers
-
-        def usable(server: ServerInfo) -> bool:
-            permitted = (allowed is None or server.peer in allowed) and server.peer not in blocked
-            return permitted and server.fingerprint == self.fingerprint
-
-        return self._known().only(usable)
-
     def _askable(self, excluded: Set[Holding]) -> SwarmView:
-        """Of these, those who may be asked now."""
-        return self._usable().only(lambda each: holding(each) not in excluded and not self._suspects.barred(each.peer))
+        """Of those that are usable, those who may be asked now."""
+        return self._picture.usable().only(
+            lambda each: holding(each) not in excluded and not self._suspects.barred(each.peer)
+        )
 
     def _trusted(self, excluded: Set[Holding]) -> SwarmView:
         """Of these, those that have not failed lately."""
@@ -227,47 +175,20 @@ class Chain:
             except Misrouted as misrouted:
                 log.info("%s", misrouted)
                 self.blame(misrouted)
-                excluded.update(holding(each) for each in self._known().servers if each.peer == misrouted.peer)
-                self._viewed_at = float("-inf")  # it may hold other blocks by now
+                excluded.update(holding(each) for each in self._picture.known().servers if each.peer == misrouted.peer)
+                self._picture.expire()  # it may hold other blocks by now
             except MissingBlocks:
-                if self._out_of_touch is None:
-                    if missing := self._usable().missing(span):
-                        raise self._missing(missing) from None
-                    if self._usable().only(lambda server: holding(server) not in excluded).missing(span):
+                if self._picture.out_of_touch is None:
+                    if missing := self._picture.usable().missing(span):
+                        raise self._picture.missing(missing) from None
+                    if self._picture.usable().only(lambda server: holding(server) not in excluded).missing(span):
                         raise self._exhausted(span, excluded) from None
                 wait = self._suspects.seconds_left() or 1.0
                 give_up_at = give_up_at or time.monotonic() + self.config.patience_seconds
                 if time.monotonic() + wait > give_up_at:
-                    raise self._out_of_touch or self._exhausted(span, excluded) from None
+                    raise self._picture.out_of_touch or self._exhausted(span, excluded) from None
                 log.warning("waiting %.1f s for a server that holds blocks %s", wait, span)
                 await asyncio.sleep(wait)
-
-    def _missing(self, blocks: Sequence[int]) -> MissingBlocks:
-        names = format_blocks(blocks)
-        for span, peer in self.config.pinned:
-            if any(block in span for block in blocks):
-                held = [str(server.span) for server in self._usable().servers if server.peer == peer]
-                but = f"holds {held[0]}" if held else "does not serve this model"
-                return MissingBlocks(
-                    f"blocks {span} are pinned to {peer}, which {but}",
-                    blocks=blocks,
-                    hint="pin blocks that it holds (shoal status --json tells), or let others serve them",
-                )
-        holders = [server for server in self._known().servers if any(block in server.span for block in blocks)]
-        if any(server.fingerprint == self.fingerprint for server in holders):
-            return MissingBlocks(f"blocks {names} are served only by servers that you do not allow", blocks=blocks)
-        if holders:
-            others = ", ".join(sorted({server.fingerprint[:12] for server in holders}))
-            return MissingBlocks(
-                f"blocks {names} are served only with other weights ({others}) than yours ({self.fingerprint[:12]})",
-                blocks=blocks,
-                hint="use the revision of the model that the servers use, or serve yours",
-            )
-        return MissingBlocks(
-            f"no server holds blocks {names} of {self.model.name}",
-            blocks=blocks,
-            hint=f"start one: shoal serve MODEL --blocks {names.split(', ')[0]} --initial-peers ADDRESS",
-        )
 
     def _exhausted(self, span: Span, excluded: Set[Holding]) -> MissingBlocks:
         unavailable = self._askable(excluded).missing(span)

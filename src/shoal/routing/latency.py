@@ -52,7 +52,7 @@ class RoundTrips:
 
     def measured_step(self, peer: str, predicted_seconds: float, seen_seconds: float) -> None:
         """A step took this time on a server that, by its own word (`announced_seconds`), takes that."""
-        if predicted_seconds <= 0 or seen_seconds <= 0:
+        if not (0 < predicted_seconds < math.inf and 0 < seen_seconds < math.inf):
             return
         low, high = SLOWNESS
         seen = math.log(min(max(seen_seconds / predicted_seconds, low), high))
