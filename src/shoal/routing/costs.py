@@ -102,17 +102,17 @@ class Costs:
     def _learn(self, servers: Mapping[str, ServerInfo]) -> None:
         """Of two that disagree, whoever says that it is farther is believed: nobody alone makes a link look short."""
         names = {short(peer): peer for peer in servers}
+        self.near = {peer: {} for peer in servers}
         for peer, server in servers.items():
+            links = self.near[peer]
             for name, round_trip in server.round_trips:
-                other = names.get(name)
-                if other is not None and other != peer:
-                    seconds = max(round_trip / 2, self.near.get(peer, {}).get(other, 0.0))
-                    self.near.setdefault(peer, {})[other] = seconds
-                    self.near.setdefault(other, {})[peer] = seconds
+                other, seconds = names.get(name), round_trip / 2
+                if other is not None and other != peer and seconds > links.get(other, 0.0):
+                    links[other] = self.near[other][peer] = seconds
         for sender, receiver in self.known.apart:
             if sender in servers and receiver in servers:
                 through_client = self.leave(servers[sender]) + self.reach(servers[receiver])
-                self.near.setdefault(receiver, {})[sender] = through_client
+                self.near[receiver][sender] = through_client
 
     def block(self, server: ServerInfo) -> float:
         """Computing one of its blocks."""

@@ -69,8 +69,9 @@ def _links(servers: list[ServerInfo], index_of: dict[str, int], costs: Costs) ->
     """The seconds from each server to each other one."""
     leave_S = np.array([costs.leave(server) for server in servers])
     reach_S = np.array([costs.reach(server) for server in servers])
-    links_SS: _Array = np.minimum(costs.unknown, leave_S[:, None] + reach_S)
-    links_SS = np.maximum(links_SS, abs(leave_S[:, None] - reach_S))
+    links_SS: _Array = leave_S[:, None] + reach_S
+    np.minimum(links_SS, costs.unknown, out=links_SS)  # in place: these are the largest arrays
+    np.maximum(links_SS, abs(leave_S[:, None] - reach_S), out=links_SS)
     known = [
         (index_of[sender], index, seconds)
         for receiver, index in index_of.items()
