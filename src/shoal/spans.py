@@ -54,6 +54,15 @@ class ServerState(StrEnum):
     LEAVING = "leaving"  # said goodbye: nobody waits for it
 
 
+MAX_NEIGHBOURS = 16
+"""Servers to which one announces its distance."""
+
+
+def short(peer: str) -> str:
+    """The end of a peer id: enough to tell peers apart, in a record that has to be small."""
+    return peer[-12:]
+
+
 @dataclass(frozen=True)
 class ServerInfo:
     """What a server announces of itself: a signed, expiring record for every block that it holds.
@@ -62,7 +71,8 @@ class ServerInfo:
     for long inputs. `fingerprint` names the exact weights (`shoal.model.checkpoint`), before any quantization.
     `encodings` are the ways beside raw in which it takes and sends tensors (`shoal.protocol`).
     `queue_length` counts the steps and passes that wait. With a `head` it computes the final norm and the output
-    projection too, after the last block.
+    projection too, after the last block. `round_trips` are the seconds to other servers and back, by the `short` form
+    of their peer ids: to those that may come before or after it in a route.
     """
 
     peer: str
@@ -80,3 +90,9 @@ class ServerInfo:
     encodings: tuple[str, ...] = ()
     queue_length: int = 0
     head: bool = False
+    round_trips: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def is_relayed(self) -> bool:
+        """Whether it can be reached through relays only."""
+        return bool(self.addresses) and all("/p2p-circuit" in address for address in self.addresses)

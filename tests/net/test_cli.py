@@ -127,6 +127,7 @@ def test_status_names_the_hole(shoal, peers):
     assert not model["complete"]
     assert model["missing"] == [6, 7, 8, 9, 10, 11]
     assert model["missing_spans"] == ["6:12"]
+    assert "there is no way from here" in shoal("status", "--route").out
 
 
 def test_generating_with_a_hole_fails_in_two_lines_that_name_it(shoal, peers):
@@ -181,6 +182,28 @@ def test_status_shows_everybody(shoal, peers, second):
     assert servers["second"]["peer"] == second.facts["peer"]
     assert servers["second"]["state"] == "online"
     assert servers["second"]["decode_speed"] > 0
+
+
+def test_status_shows_the_way_from_here_and_what_it_costs(shoal, peers, second):
+    done = shoal("status", str(STORIES), "--route")
+    assert done.code == 0
+    assert "from here, a token would take" in done.out
+    assert done.is_plain
+    (model,) = shoal("status", "--route", "--json").json["models"]
+    route = model["route"]
+    assert [(hop["name"], hop["span"]) for hop in route["hops"]] == [("first", [0, 6]), ("second", [6, 12])]
+    assert all(hop["network"] > 0 and hop["compute"] > 0 for hop in route["hops"])
+    parts = ("network", "compute", "queue", "handicap")
+    assert route["seconds"] == pytest.approx(route["back"] + sum(hop[part] for hop in route["hops"] for part in parts))
+
+
+def test_blocks_that_are_pinned_to_a_peer_without_them_fail_in_two_lines(shoal, peers, first, second):
+    pinned = f"0:6={second.facts['peer']}"
+    done = shoal("generate", str(STORIES), PROMPT, "--pin", pinned)
+    assert done.code == 1
+    assert done.err.startswith(f"error: blocks 0:6 are pinned to {second.facts['peer']}, which holds 6:12\nhint: ")
+    right = ("--pin", f"0:6={first.facts['peer']}", "--pin", pinned.replace("0:6", "6:12"), "--chooser", "nsga2")
+    assert shoal("generate", str(STORIES), PROMPT, "--max-new-tokens", "4", *right).code == 0
 
 
 def test_a_model_that_the_swarm_does_not_know_is_an_error_that_says_what_it_knows(shoal, peers):

@@ -21,7 +21,7 @@ from shoal.spans import Span
 
 T = TypeVar("T")
 
-QUICK = ClientConfig(silence_seconds=1.5, patience_seconds=1.0, refresh_seconds=0.0)
+QUICK = ClientConfig(silence_seconds=1.5, patience_seconds=1.0, refresh_seconds=0.0, measure_seconds=0.0)
 
 
 @dataclass

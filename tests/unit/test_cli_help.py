@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from shoal.cli.console import WrongUsage
-from shoal.cli.options import peers_of, sampling, spread_peers, swarm_peers
+from shoal.cli.options import peers_of, pins, sampling, spread_peers, swarm_peers
 
 A, B = "/ip4/127.0.0.1/tcp/1/p2p/A", "/ip4/127.0.0.1/tcp/2/p2p/B"
 SLOW = ("torch", "transformers", "hivemind", "huggingface_hub")
@@ -69,3 +69,13 @@ def test_a_seed_without_chance_is_a_mistake():
         sampling(None, None, None, 7)
     with pytest.raises(WrongUsage, match="temperature of 0"):
         sampling(0.0, 0.5, None, None)
+
+
+def test_blocks_are_pinned_to_peers_by_an_option_that_is_repeated():
+    assert pins(None) == {}
+    assert pins(["0:4=A", "4:8=B", "0:4=A"]) == {"0:4": "A", "4:8": "B"}
+    for wrong in "0:4", "0:4=", "=A":
+        with pytest.raises(WrongUsage, match="not a span and a peer"):
+            pins([wrong])
+    with pytest.raises(WrongUsage, match="pinned to two peers"):
+        pins(["0:4=A", "0:4=B"])

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from shoal.cli.picture import render
+from shoal.cli.picture import render, render_route
 from shoal.net.transport import ModelInfo
+from shoal.routing.route import Measured, Needs, Route, choose_route
 from shoal.routing.view import SwarmView
 from shoal.spans import ServerInfo, ServerState, Span
 
@@ -68,6 +69,38 @@ def test_what_all_servers_share_is_said_once_and_the_rest_in_columns():
     differing = picture(server("a", "0:4"), replace(server("b", "4:8"), dtype="float32", quantization="nf4"))
     assert "float32, nf4" in differing
     assert differing.count("bfloat16") == 1
+
+
+def test_queues_and_heads_are_shown_where_there_are_any():
+    assert "queue" not in picture(server("a", "0:8"))
+    text = picture(server("a", "0:4"), replace(server("b", "4:8"), queue_length=17, head=True))
+    assert text.splitlines()[2].split()[-2:] == ["queue", "head"]
+    assert text.splitlines()[4].split()[-2:] == ["17", "yes"]
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def way(route: Route | None) -> list[str]:
+    out = Console(file=io.StringIO(), width=80)
+    for part in render_route(route):
+        out.print(part)
+    return out.file.getvalue().splitlines()
+
+
+def test_a_way_is_shown_hop_by_hop_with_what_each_costs():
+    view = SwarmView(8, (replace(server("a", "0:4"), decode_speed=100.0), server("b", "4:8")))
+    known = Measured({each.peer: 0.02 for each in view.servers})
+    lines = way(choose_route(view, Span(0, 8), needs=Needs(), known=known))
+    assert lines[0].startswith("from here, a token would take 54.8 ms, or 18.2 tokens/s")
+    assert [line.split() for line in lines[2:]] == [
+        ["a", "aaaaaa", "0:4", "12.0", "10.0"],
+        ["b", "bbbbbb", "4:8", "22.0", "0.8"],
+        ["and", "back", "10.0"],
+    ]
+    assert max(len(line) for line in lines) <= 80
+
+
+def test_a_way_that_is_not_there_is_said_not_to_be():
+    assert way(None)[0].startswith("there is no way from here")
 
 
 @pytest.mark.parametrize("num_blocks", [1, 8, 80, 126])

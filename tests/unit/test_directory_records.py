@@ -54,6 +54,7 @@ def info(identity: Identity = ALICE, **changes: Any) -> ServerInfo:
         "encodings": ("bfloat16", "int8"),
         "queue_length": 3,
         "head": True,
+        "round_trips": (("abcdefghijkl", 0.0123), ("mnopqrstuvwx", 0.00031)),
     }
     return ServerInfo(**fields | changes)
 
@@ -180,6 +181,17 @@ def test_a_signature_for_something_else_does_not_count() -> None:
         ("encodings", ["x" * 17]),
         ("encodings", ["\x1b[2J"]),
         ("encodings", "int8"),
+        ("round_trips", {"abc": 0.0}),
+        ("round_trips", {"abc": -1.0}),
+        ("round_trips", {"abc": 61.0}),
+        ("round_trips", {"abc": math.nan}),
+        ("round_trips", {"abc": math.inf}),
+        ("round_trips", {"abc": "near"}),
+        ("round_trips", {"": 0.1}),
+        ("round_trips", {"x" * 13: 0.1}),
+        ("round_trips", {"\x1b[2J": 0.1}),
+        ("round_trips", {f"peer{index}": 0.1 for index in range(17)}),
+        ("round_trips", [["abc", 0.1]]),
     ],
 )
 def test_a_field_that_makes_no_sense_is_refused_however_well_it_is_signed(field: str, value: object) -> None:
@@ -203,6 +215,21 @@ def test_an_oversized_record_is_neither_made_nor_kept() -> None:
     with pytest.raises(ValueError, match="bytes"):
         seal(ALICE, announcement(name="x" * MAX_RECORD_BYTES))
     assert unseal(signed(body(padding="x" * MAX_RECORD_BYTES))) is None
+
+
+def test_sixteen_neighbours_and_eight_relayed_addresses_fit_into_a_record() -> None:
+    relay = f"/ip4/203.0.113.5/tcp/31337/p2p/{MALLORY.peer}/p2p-circuit/p2p/{ALICE.peer}"
+    neighbours = tuple((f"{index:012d}", 1.23456789) for index in range(16))
+    crowded = info(addresses=(relay,) * 8, round_trips=neighbours, name="x" * 128)
+    record = seal(ALICE, Announcement.of(MODEL, crowded, expires=NOW + 60))
+    opened = unseal(record)
+    assert opened is not None
+    assert opened.server_info.round_trips == tuple((peer, 1.23457) for peer, _ in neighbours)
+
+
+def test_a_round_trip_of_nothing_is_announced_as_hardly_anything() -> None:
+    near = Announcement.of(MODEL, info(round_trips=(("here", 1e-9),)), expires=NOW + 60)
+    assert near.server_info.round_trips == (("here", 1e-5),)
 
 
 def test_a_record_lasts_as_long_as_it_was_signed_for_and_no_record_for_long() -> None:

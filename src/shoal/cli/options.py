@@ -48,6 +48,11 @@ class Kept(StrEnum):
     int8 = "int8"
 
 
+class Chooser(StrEnum):
+    shortest = "shortest"
+    nsga2 = "nsga2"
+
+
 class Quantization(StrEnum):
     none = "none"
     int8 = "int8"
@@ -120,6 +125,14 @@ HistoryMemory = Annotated[
 Standby = Annotated[
     bool, typer.Option("--standby", help="Keep a second server warm for each in use: then a failure costs one step.")
 ]
+Pin = Annotated[
+    list[str] | None,
+    typer.Option("--pin", metavar="SPAN=PEER", help="Let only this peer compute these blocks, 0:4=12D3KooW..."),
+]
+ChooseBy = Annotated[
+    Chooser,
+    typer.Option("--chooser", metavar="NAME", help=f"How the route is chosen: {', '.join(Chooser)}."),
+]
 RemoteHead = Annotated[
     bool,
     typer.Option(
@@ -149,6 +162,18 @@ def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
             hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
         )
     return peers
+
+
+def pins(given: Sequence[str] | None) -> dict[str, str]:
+    """What `--pin 0:4=PEER` says, as `from_pretrained` wants it."""
+    found: dict[str, str] = {}
+    for each in given or ():
+        span, _, peer = each.partition("=")
+        if not span or not peer:
+            raise WrongUsage(f"not a span and a peer: {each!r}", hint="write --pin 0:4=12D3KooW...")
+        if found.setdefault(span, peer) != peer:
+            raise WrongUsage(f"blocks {span} are pinned to two peers")
+    return found
 
 
 def sampling(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -15,6 +15,7 @@ from shoal.spans import ServerInfo, ServerState
 
 if TYPE_CHECKING:
     from shoal.net.transport import ModelInfo
+    from shoal.routing.route import Route
 
 STATE_STYLES = {ServerState.JOINING: "yellow", ServerState.ONLINE: "green", ServerState.LEAVING: "dim"}
 WIDEST_PICTURE = 32
@@ -28,6 +29,12 @@ _SHARED: dict[str, Callable[[ServerInfo], str]] = {
     "version": lambda server: server.version,
 }
 
+# What few servers have is shown if one has it.
+_REMARKABLE: dict[str, Callable[[ServerInfo], str]] = {
+    "queue": lambda server: str(server.queue_length) if server.queue_length else "",
+    "head": lambda server: "yes" if server.head else "",
+}
+
 
 def render(model: ModelInfo, view: SwarmView, *, width: int) -> Iterator[RenderableType]:
     """One model of the swarm, for a terminal of this width."""
@@ -38,13 +45,14 @@ def render(model: ModelInfo, view: SwarmView, *, width: int) -> Iterator[Rendera
         return
     values = {title: {of(server) for server in view.servers} for title, of in _SHARED.items()}
     yield Text(", ".join(f"{title} {next(iter(v))}" for title, v in values.items() if len(v) == 1), style="dim")
-    columns = [title for title, found in values.items() if len(found) > 1]
+    columns = {title: of for title, of in _REMARKABLE.items() if any(map(of, view.servers))}
+    columns |= {title: _SHARED[title] for title, found in values.items() if len(found) > 1}
     yield _table(view, columns, num_cells=min(view.num_blocks, WIDEST_PICTURE, max(8, width - OTHER_COLUMNS)))
     yield _coverage(online)
     yield _verdict(view)
 
 
-def _table(view: SwarmView, columns: Sequence[str], *, num_cells: int) -> Table:
+def _table(view: SwarmView, columns: Mapping[str, Callable[[ServerInfo], str]], *, num_cells: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("server", overflow="ellipsis", max_width=16)
     table.add_column("peer")
@@ -54,7 +62,7 @@ def _table(view: SwarmView, columns: Sequence[str], *, num_cells: int) -> Table:
     for title in ("tokens/s", "prefill", "cache"):
         table.add_column(title, justify="right")
     for title in columns:
-        table.add_column(title)
+        table.add_column(title, justify="right" if title == "queue" else "left")
     for server in sorted(view.servers, key=lambda server: (server.span, server.name, server.peer)):
         style = STATE_STYLES[server.state]
         table.add_row(
@@ -66,10 +74,30 @@ def _table(view: SwarmView, columns: Sequence[str], *, num_cells: int) -> Table:
             f"{server.decode_speed:,.0f}",
             f"{server.prefill_speed:,.0f}",
             _short(server.cache_tokens_left),
-            *(_SHARED[title](server) for title in columns),
+            *(of(server) for of in columns.values()),
             style="dim" if server.state is ServerState.LEAVING else "",
         )
     return table
+
+
+def render_route(route: Route | None) -> Iterator[RenderableType]:
+    """The way of a token, and where its time is expected to go."""
+    if route is None:
+        yield Text("there is no way from here: blocks are missing, or their servers do not answer", style="bold red")
+        return
+    seconds = route.seconds
+    yield Text(f"from here, a token would take {seconds * 1e3:,.1f} ms, or {1 / seconds:,.1f} tokens/s", style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("server", overflow="ellipsis", max_width=16)
+    table.add_column("peer")
+    for title in ("blocks", "network ms", "compute ms", "queue ms", "handicap ms"):
+        table.add_column(title, justify="right")
+    for hop, cost in zip(route.hops, route.costs, strict=True):
+        parts = (cost.network, cost.compute, cost.queue, cost.handicap)
+        cells = (f"{part * 1e3:,.1f}" if part else "" for part in parts)
+        table.add_row(hop.server.name or "-", hop.server.peer[-6:], str(hop.span), *cells)
+    table.add_row("and back", "", "", f"{route.back * 1e3:,.1f}", "", "", "")
+    yield table
 
 
 def _span_picture(server: ServerInfo, num_blocks: int, num_cells: int) -> str:

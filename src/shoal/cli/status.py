@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,25 +14,33 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
-from shoal.cli.picture import render
+from shoal.cli.picture import render, render_route
 from shoal.errors import UserError
 from shoal.routing.view import SwarmView, format_blocks
+from shoal.spans import Span
 
 if TYPE_CHECKING:
-    from shoal.net.transport import ModelInfo
+    from shoal.net.transport import ModelInfo, Node
+    from shoal.routing.route import Route
 
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model, and everybody who serves some of it."""
+    """A model, everybody who serves some of it, and the way that a client on this machine would take."""
 
     model: ModelInfo
     view: SwarmView
+    route: Route | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, *, route: bool = False) -> dict[str, Any]:
         missing = self.view.online().missing()
         servers = [
-            asdict(server) | {"span": [server.span.start, server.span.end], "state": server.state.value}
+            asdict(server)
+            | {
+                "span": [server.span.start, server.span.end],
+                "state": server.state.value,
+                "round_trips": dict(server.round_trips),
+            }
             for server in sorted(self.view.servers, key=lambda server: (server.span, server.name, server.peer))
         ]
         return asdict(self.model) | {
@@ -39,7 +48,16 @@ class ModelStatus:
             "missing": missing,
             "missing_spans": format_blocks(missing).split(", ") if missing else [],
             "servers": servers,
+            **({"route": None if self.route is None else _route_as_json(self.route)} if route else {}),
         }
+
+
+def _route_as_json(route: Route) -> dict[str, Any]:
+    hops = [
+        {"peer": hop.server.peer, "name": hop.server.name, "span": [hop.span.start, hop.span.end]} | asdict(cost)
+        for hop, cost in zip(route.hops, route.costs, strict=True)
+    ]
+    return {"hops": hops, "back": route.back, "seconds": route.seconds}
 
 
 def command(
@@ -47,6 +65,9 @@ def command(
         str | None, typer.Argument(metavar="MODEL", help="A folder, an id on the hub, or a name as listed here.")
     ] = None,
     initial_peers: options.InitialPeers = None,
+    route: Annotated[
+        bool, typer.Option("--route", help="Show the way that a client on this machine would take, and why.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -57,9 +78,9 @@ def command(
     start_logging(verbose=verbose)
     peers = options.swarm_peers(initial_peers)
     with waiting("Asking the swarm"):
-        found = asyncio.run(look(peers, model))
+        found = asyncio.run(look(peers, model, route=route))
     if as_json:
-        print(json.dumps({"models": [status.as_json() for status in found]}, indent=2, ensure_ascii=False))
+        print(json.dumps({"models": [status.as_json(route=route) for status in found]}, indent=2, ensure_ascii=False))
         return
     if not found:
         stdout.print("This swarm serves no model.")
@@ -68,9 +89,13 @@ def command(
             stdout.print()
         for part in render(status.model, status.view, width=stdout.width):
             stdout.print(part)
+        if route:
+            stdout.print()
+            for part in render_route(status.route):
+                stdout.print(part)
 
 
-async def look(peers: tuple[str, ...], wanted: str | None = None) -> list[ModelStatus]:
+async def look(peers: tuple[str, ...], wanted: str | None = None, *, route: bool = False) -> list[ModelStatus]:
     """What the swarm says of one model, or of all. Raises `UserError` for a model that neither it nor we know."""
     from shoal.net import NetworkConfig, join
 
@@ -78,9 +103,26 @@ async def look(peers: tuple[str, ...], wanted: str | None = None) -> list[ModelS
         models: Sequence[ModelInfo] = await node.directory.models()
         if wanted is not None:
             models = [_named(wanted, models)]
-        return [
-            ModelStatus(model, SwarmView(model.num_blocks, await node.directory.servers(model))) for model in models
-        ]
+        views = [(model, SwarmView(model.num_blocks, await node.directory.servers(model))) for model in models]
+        return [ModelStatus(model, view, await way(node, view) if route else None) for model, view in views]
+
+
+async def way(node: Node, view: SwarmView) -> Route | None:
+    """The way of a token from this machine, after measuring how far everybody is; None if there is none.
+
+    Where servers have different weights, through those that most of them have.
+    """
+    from shoal.net.ping import distances
+    from shoal.routing.route import Measured, Needs, choose_route
+
+    weights = Counter(server.fingerprint for server in view.online().servers).most_common(1)
+    view = view.online().only(lambda server: server.fingerprint == weights[0][0])
+    found = await distances(node.transport, view.servers, at_once=16)
+    view = view.only(lambda server: found[server.peer] is not None)
+    if view.missing():
+        return None
+    round_trips = {peer: seconds for peer, seconds in found.items() if seconds is not None}
+    return choose_route(view, Span(0, view.num_blocks), needs=Needs(), known=Measured(round_trips))
 
 
 def _named(wanted: str, models: Iterable[ModelInfo]) -> ModelInfo:

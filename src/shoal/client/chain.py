@@ -9,10 +9,12 @@ at block 8, by another server.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,13 +23,16 @@ from shoal.client.clock import now
 from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
 from shoal.client.pairs import BrokenPairs
+from shoal.client.picture import Picture
 from shoal.client.store import Store
 from shoal.client.suspects import Suspects
-from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, SwarmError
+from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost
 from shoal.net.encodings import as_received
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
-from shoal.routing.route import SLOWEST, Hop, choose_route
+from shoal.routing.latency import RoundTrips
+from shoal.routing.route import SLOWEST, Hop, Needs, Route, choose_route
+from shoal.routing.spread import UnderWay
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, Span
 
@@ -80,39 +85,56 @@ class Chain:
         self.config = config
         self.store = Store(config.kept, memory_bytes=config.history_memory, folder=config.history_folder)
         """Where the histories of all sessions are."""
-        self._node = node
-        self._suspects = Suspects(clock=now)
         self.broken_pairs = BrokenPairs(now)
-        self._round_trips: dict[str, float] = {}
-        self._view: SwarmView | None = None
-        self._viewed_at = float("-inf")
-        self._refreshing = asyncio.Lock()
-        self._out_of_touch: SwarmError | None = None
+        self.round_trips = RoundTrips(now)
+        self._node = node
+        self._picture = Picture(node, model, fingerprint, config, self.round_trips)
+        self._suspects = Suspects(clock=now)
+        self._under_way = UnderWay()
         self._head_found = True
         self._passes = asyncio.Semaphore(PASSES_AT_ONCE)
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
-    async def route(self, span: Span, excluded: Set[Holding] = frozenset(), *, head: bool = False) -> tuple[Hop, ...]:
-        """The fastest chain of usable servers over a span; with `head`, one that ends at an output head if any does.
+    async def route(
+        self,
+        span: Span,
+        excluded: Set[Holding] = frozenset(),
+        *,
+        needs: Needs,
+        before: ServerInfo | None = None,
+        after: ServerInfo | None = None,
+    ) -> Route:
+        """The fastest chain of usable servers over a span, which may be a part of a ring, between two other servers.
+
+        A head that is needed is found if anybody offers one.
 
         Raises `MissingBlocks`, and `SwarmError` if the directory has never answered.
         """
-        if now() - self._viewed_at > self.config.refresh_seconds:
-            await self._refresh()
+        await self._picture.keep_fresh()
         view = self._trusted(excluded)
         if view.missing(span):
-            await self._refresh()
+            await self._picture.refresh()
             view = self._trusted(excluded)
         if view.missing(span):  # better a server that failed lately than none
             view = self._askable(excluded)
-        hops = choose_route(view, span, round_trips=self._round_trips, head=head and self._has_head(view))
-        log.info("blocks %s go through %s", span, ", ".join(f"{hop.server.peer[-8:]} {hop.span}" for hop in hops))
-        return hops
+        route = choose_route(
+            view,
+            span,
+            needs=replace(needs, head=needs.head and self._has_head(view)),
+            known=self.round_trips.picture(apart=self.broken_pairs.now(), under_way=self._under_way.seconds),
+            before=before,
+            after=after,
+            chooser=self.config.chooser,
+            seed=random.getrandbits(32),
+        )
+        log.info("blocks %s: %s", span, route.explain())
+        return route
 
     def _has_head(self, view: SwarmView) -> bool:
         """Whether a server offers the output head; the log tells when that changes."""
-        found = any(server.head and server.span.end == view.num_blocks for server in view.servers)
+        (last,) = view.holders(Span(view.num_blocks - 1, view.num_blocks))
+        found = any(server.head for server in last)
         if found != self._head_found:
             self._head_found = found
             log.log(
@@ -122,42 +144,11 @@ class Chain:
             )
         return found
 
-    async def _refresh(self) -> None:
-        """Take the picture anew. If the directory does not answer, the last one has to do."""
-        asked_at = now()
-        async with self._refreshing:
-            if self._viewed_at >= asked_at:  # by another task, in the meantime
-                return
-            try:
-                servers = list(await self._node.directory.servers(self.model))
-            except SwarmError as failure:
-                if self._view is None:
-                    raise
-                log.warning("%s; going on with what was known", failure)
-                self._out_of_touch = failure
-                return
-            random.shuffle(servers)  # among equals, different clients take different servers
-            self._view = SwarmView(self.model.num_blocks, tuple(servers))
-            self._viewed_at = now()
-            self._out_of_touch = None
-
-    def _known(self) -> SwarmView:
-        """Those who say that they serve this model now."""
-        return (self._view or SwarmView(self.model.num_blocks)).online()
-
-    def _usable(self) -> SwarmView:
-        """Of these, those with our weights whom the user permits."""
-        allowed, blocked = self.config.allowed_servers, self.config.blocked_servers
-
-        def usable(server: ServerInfo) -> bool:
-            permitted = (allowed is None or server.peer in allowed) and server.peer not in blocked
-            return permitted and server.fingerprint == self.fingerprint
-
-        return self._known().only(usable)
-
     def _askable(self, excluded: Set[Holding]) -> SwarmView:
-        """Of these, those who may be asked now."""
-        return self._usable().only(lambda each: holding(each) not in excluded and not self._suspects.barred(each.peer))
+        """Of those that are usable, those who may be asked now."""
+        return self._picture.usable().only(
+            lambda each: holding(each) not in excluded and not self._suspects.barred(each.peer)
+        )
 
     def _trusted(self, excluded: Set[Holding]) -> SwarmView:
         """Of these, those that have not failed lately."""
@@ -184,38 +175,20 @@ class Chain:
             except Misrouted as misrouted:
                 log.info("%s", misrouted)
                 self.blame(misrouted)
-                excluded.update(holding(each) for each in self._known().servers if each.peer == misrouted.peer)
-                self._viewed_at = float("-inf")  # it may hold other blocks by now
+                excluded.update(holding(each) for each in self._picture.known().servers if each.peer == misrouted.peer)
+                self._picture.expire()  # it may hold other blocks by now
             except MissingBlocks:
-                if self._out_of_touch is None:
-                    if missing := self._usable().missing(span):
-                        raise self._missing(missing) from None
-                    if self._usable().only(lambda server: holding(server) not in excluded).missing(span):
+                if self._picture.out_of_touch is None:
+                    if missing := self._picture.usable().missing(span):
+                        raise self._picture.missing(missing) from None
+                    if self._picture.usable().only(lambda server: holding(server) not in excluded).missing(span):
                         raise self._exhausted(span, excluded) from None
                 wait = self._suspects.seconds_left() or 1.0
                 give_up_at = give_up_at or now() + self.config.patience_seconds
                 if now() + wait > give_up_at:
-                    raise self._out_of_touch or self._exhausted(span, excluded) from None
+                    raise self._picture.out_of_touch or self._exhausted(span, excluded) from None
                 log.warning("waiting %.1f s for a server that holds blocks %s", wait, span)
                 await asyncio.sleep(wait)
-
-    def _missing(self, blocks: Sequence[int]) -> MissingBlocks:
-        names = format_blocks(blocks)
-        holders = [server for server in self._known().servers if any(block in server.span for block in blocks)]
-        if any(server.fingerprint == self.fingerprint for server in holders):
-            return MissingBlocks(f"blocks {names} are served only by servers that you do not allow", blocks=blocks)
-        if holders:
-            others = ", ".join(sorted({server.fingerprint[:12] for server in holders}))
-            return MissingBlocks(
-                f"blocks {names} are served only with other weights ({others}) than yours ({self.fingerprint[:12]})",
-                blocks=blocks,
-                hint="use the revision of the model that the servers use, or serve yours",
-            )
-        return MissingBlocks(
-            f"no server holds blocks {names} of {self.model.name}",
-            blocks=blocks,
-            hint=f"start one: shoal serve MODEL --blocks {names.split(', ')[0]} --initial-peers ADDRESS",
-        )
 
     def _exhausted(self, span: Span, excluded: Set[Holding]) -> MissingBlocks:
         unavailable = self._askable(excluded).missing(span)
@@ -226,15 +199,8 @@ class Chain:
 
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server. Raises `ServerLost`."""
-        before = now()
-        connection = await Connection.open(
-            self._node.transport, server, self.config, round_trip=lambda seconds: self._measured(server.peer, seconds)
-        )
-        self._measured(server.peer, now() - before)
-        return connection
-
-    def _measured(self, peer: str, seconds: float) -> None:
-        self._round_trips[peer] = 0.8 * self._round_trips.get(peer, seconds) + 0.2 * seconds
+        measured = functools.partial(self.round_trips.measured, server.peer)
+        return await Connection.open(self._node.transport, server, self.config, round_trip=measured)
 
     def blame(self, error: PeerError, *, since: float | None = None) -> None:
         """A server has failed, in something that began at `since`: it is avoided from now on, as that deserves."""
@@ -296,10 +262,14 @@ class Chain:
         async def walk(excluded: Set[Holding]) -> torch.Tensor:
             nonlocal hidden
             start = pieces[-1].span.end if pieces else whole.span.start
-            for hop in await self.route(Span(start, end), excluded) if start < end else ():
-                piece = Piece(hop.span, hidden, whole.positions, whole.mask)
-                hidden = await self._call(hop, Forward, piece.tensors(), answer="hidden")
-                pieces.append(piece)
+            if start == end:
+                return hidden
+            route = await self.route(Span(start, end), excluded, needs=_single_pass(hidden))
+            with self._using(route):
+                for hop in route.hops:
+                    piece = Piece(hop.span, hidden, whole.positions, whole.mask)
+                    hidden = await self._call(hop, Forward, piece.tensors(), answer="hidden")
+                    pieces.append(piece)
             return hidden
 
         return await self.persist(whole.span, walk), pieces
@@ -311,17 +281,27 @@ class Chain:
             nonlocal grad
             while pieces:
                 piece = pieces[-1]
-                hops = await self.route(piece.span, excluded)
-                if len(hops) > 1:  # its server is gone and several take its place: find out what goes into each
+                route = await self.route(piece.span, excluded, needs=_single_pass(grad))
+                if len(route.hops) > 1:  # its server is gone and several take its place: find out what goes into each
                     _, finer = await self._forward(piece)
                     pieces[-1:] = finer
                     continue
                 tensors = {**piece.tensors(), "grad": grad}
-                grad = await self._call(hops[0], Backward, tensors, answer="grad")
+                with self._using(route):
+                    grad = await self._call(route.hops[0], Backward, tensors, answer="grad")
                 pieces.pop()
             return grad
 
         return await self.persist(whole, walk_back)
+
+    @contextlib.contextmanager
+    def _using(self, route: Route) -> Iterator[None]:
+        """Other passes see that this one is on its way, and take other servers where that is faster."""
+        self._under_way = self._under_way.with_(route)
+        try:
+            yield
+        finally:
+            self._under_way = self._under_way.without(route)
 
     async def _call(
         self,
@@ -341,6 +321,12 @@ class Chain:
             return result
         finally:
             await connection.close()
+
+
+def _single_pass(hidden_BTD: torch.Tensor) -> Needs:
+    """What a route is needed for: one answer of each server to the client, which leaves nothing there."""
+    batch_size, num_tokens, _ = hidden_BTD.shape
+    return Needs(step_tokens=batch_size * num_tokens, ring=False, dtype=str(hidden_BTD.dtype).removeprefix("torch."))
 
 
 def _joined(rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
+from shoal.errors import UserError
 from shoal.protocol import Encoding
+from shoal.routing.route import Chooser
+from shoal.spans import Span
+
+CHOOSERS: tuple[Chooser, ...] = ("shortest", "nsga2")
 
 FEWER_BYTES: tuple[Encoding, ...] = ("raw", "bfloat16", "int8")
 """The encodings, each smaller than the one before."""
@@ -19,6 +25,10 @@ class ClientConfig:
     allowed_servers: frozenset[str] | None = None
     """Use these peers only; `None` allows all."""
     blocked_servers: frozenset[str] = frozenset()
+    pinned: tuple[tuple[Span, str], ...] = ()
+    """These blocks go through this peer and no other."""
+    chooser: Chooser = "shortest"
+    """How routes are chosen (`shoal.routing`)."""
     salt: str = ""
     """Servers share what they have computed of equal beginnings among sessions of equal salts only."""
     silence_seconds: float = 1.25
@@ -30,6 +40,8 @@ class ClientConfig:
     """How long to look for servers in place of those that were lost, or wait for those that are busy."""
     refresh_seconds: float = 20.0
     """The age at which a picture of the swarm is taken anew."""
+    measure_seconds: float = 1.0
+    """How long to wait for servers that were never measured to tell how far they are; 0 measures none in advance."""
     remote_head: bool = False
     """Let the last server compute the output head in sessions, if any offers to."""
     head_top_k: int | None = None
@@ -56,6 +68,8 @@ class ClientConfig:
         allowed: Sequence[str] | None,
         blocked: Sequence[str] | None,
         *,
+        pinned: Mapping[str, str] | None = None,
+        chooser: str = "shortest",
         wire: Encoding = "raw",
         standby: bool = False,
         history: Encoding = "raw",
@@ -64,10 +78,17 @@ class ClientConfig:
         remote_head: bool = False,
         head_top_k: int | None = None,
     ) -> ClientConfig:
-        """The default, with the user's lists of servers and what the user wants of them."""
+        """The default, with the user's lists of servers and what the user wants of them. Raises `UserError`."""
+        known = [each for each in CHOOSERS if each == chooser]
+        if not known:
+            raise UserError(
+                f"no way of choosing routes is called {chooser!r}", hint=f"use one of {', '.join(CHOOSERS)}"
+            )
         return cls(
             allowed_servers=None if allowed is None else frozenset(allowed),
             blocked_servers=frozenset(blocked or ()),
+            pinned=pins_of(pinned or {}),
+            chooser=known[0],
             wire=wire,
             standby=standby,
             history=history,
@@ -76,3 +97,15 @@ class ClientConfig:
             remote_head=remote_head,
             head_top_k=head_top_k,
         )
+
+
+def pins_of(pinned: Mapping[str, str]) -> tuple[tuple[Span, str], ...]:
+    """Spans and their peers, from `{"0:4": PEER}`. Raises `UserError` for what is no span, and for a block with two."""
+    try:
+        pins = sorted((Span.parse(span), peer) for span, peer in pinned.items())
+    except ValueError as error:
+        raise UserError(str(error), hint='pin blocks to a peer like this: {"0:4": "12D3KooW..."}') from None
+    for (one, peer), (other, other_peer) in combinations(pins, 2):
+        if other.start < one.end and peer != other_peer:
+            raise UserError(f"blocks {one} and {other} overlap, and are pinned to different peers")
+    return tuple(pins)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -65,6 +65,8 @@ class _AutoDistributed:
         device: torch.device | str = "cpu",
         allowed_servers: Sequence[str] | None = None,
         blocked_servers: Sequence[str] | None = None,
+        pinned: Mapping[str, str] | None = None,
+        chooser: str = "shortest",
         wire: str = "auto",
         standby: bool = False,
         history: str = "exact",
@@ -79,7 +81,9 @@ class _AutoDistributed:
         """Join a swarm and load what of the model is not blocks: the Transformers model, ready to be used as always.
 
         `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them, in a list
-        or in one string (by default those in $SHOAL_INITIAL_PEERS). `dtype` is what this side computes and sends in;
+        or in one string (by default those in $SHOAL_INITIAL_PEERS). `pinned={"0:4": PEER}` has these blocks computed by
+        that server and no other; `chooser` says how the others are chosen, "shortest" or "nsga2" (`shoal.routing`).
+        `dtype` is what this side computes and sends in;
         `wire` is how that travels: "raw" as it is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less
         precisely.
 
@@ -111,6 +115,8 @@ class _AutoDistributed:
         config = ClientConfig.choosing(
             allowed_servers,
             blocked_servers,
+            pinned=pinned,
+            chooser=chooser,
             wire=_encoding(wire),
             standby=standby,
             history=_kept(history),
@@ -157,6 +163,7 @@ class _AutoDistributed:
         _check_encoding(config.wire, checkpoint.family, chosen_dtype, "travel in")
         _check_encoding(config.history, checkpoint.family, chosen_dtype, "are kept as")
         _check_top_k(config)
+        _check_pins(config, checkpoint.num_blocks)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
         blocks = RemoteBlocks(
             runtime,
@@ -324,6 +331,12 @@ def _dtype(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:
     if found not in DTYPES:
         raise UserError(f"{dtype} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
     return found
+
+
+def _check_pins(config: ClientConfig, num_blocks: int) -> None:
+    for span, _ in config.pinned:
+        if span.end > num_blocks:
+            raise UserError(f"blocks {span} cannot be pinned: the model has {num_blocks}")
 
 
 def _check_top_k(config: ClientConfig) -> None:

@@ -20,3 +20,7 @@ class BrokenPairs:
 
     def __contains__(self, pair: tuple[str, str]) -> bool:
         return self._until.get(pair, float("-inf")) > self._clock()
+
+    def now(self) -> frozenset[tuple[str, str]]:
+        """All of them."""
+        return frozenset(pair for pair in self._until if pair in self)

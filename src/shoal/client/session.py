@@ -26,7 +26,7 @@ from shoal.client.share import Nowhere, Outputs, Share
 from shoal.client.tokens import Tokens
 from shoal.errors import ServerBusy, ServerLost, SwarmError, UserError
 from shoal.net.encodings import as_received
-from shoal.routing.route import Hop
+from shoal.routing.route import Hop, Needs
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Session:
         async def act(excluded: Set[Holding]) -> None:
             while not is_done():
                 if self._lane is None:
-                    self._lane = self._lane_on(await self._route(self.span, excluded), self._tokens.inputs, self._tell)
+                    self._lane = self._lane_on(await self._route(excluded), self._tokens.inputs, self._tell)
                 self._lane.outputs, self._lane.question = outputs, question
                 await self._check(self._lane)
                 await self._mend(self._lane, excluded)
@@ -222,7 +222,7 @@ class Session:
                 log.info("%s takes the place of %s", ", ".join(each.peer for each in spare.shares), share.peer)
                 self._promote(lane, share, spare)
             else:
-                hops = await self._route(share.hop.span, excluded)
+                hops = await self._route(excluded, share)
                 lane.replace(share, lane.shares_on(hops, share.history))
             await share.disconnect(goodbye=False)
         await lane.merge()
@@ -245,9 +245,23 @@ class Session:
     def _lane_on(self, hops: Sequence[Hop], history: History, news: Callable[[], None]) -> Lane:
         return Lane(self._chain, self._tokens, hops, history, max_length=self.max_length, outputs=Nowhere(), news=news)
 
-    async def _route(self, span: Span, excluded: Set[Holding]) -> tuple[Hop, ...]:
-        head = self._chain.config.remote_head and span.end == self._chain.model.num_blocks
-        return await self._chain.route(span, excluded, head=head)
+    async def _route(self, excluded: Set[Holding], share: Share | None = None) -> tuple[Hop, ...]:
+        """Servers for all blocks, or for those of one that stands between others."""
+        span, before, after = self.span, None, None
+        if share is not None:
+            span, index = share.hop.span, self._shares.index(share)
+            before = self._shares[index - 1].hop.server if index else None
+            after = self._shares[index + 1].hop.server if index + 1 < len(self._shares) else None
+        num_tokens = self._tokens.num_tokens
+        needs = Needs(
+            step_tokens=self.batch_size,
+            prompt_tokens=self.batch_size * num_tokens,
+            num_steps=max(1, self.max_length - num_tokens),
+            needed_tokens=self.batch_size * self.max_length,
+            head=self._chain.config.remote_head and span.end == self._chain.model.num_blocks,
+            dtype=str(self._tokens.like.dtype).removeprefix("torch.") if num_tokens else None,
+        )
+        return (await self._chain.route(span, excluded, needs=needs, before=before, after=after)).hops
 
     def _tell(self) -> None:
         """Something came from a server."""
@@ -292,7 +306,7 @@ class Session:
             await self._spares.pop(share).disconnect()
             lane = None
         if lane is None:
-            hops = await self._route(share.hop.span, {holding(share.hop.server)})
+            hops = await self._route({holding(share.hop.server)}, share)
             lane = self._lane_on(hops, share.history, self._chores.set)
             self._spares[share] = lane
         if not lane.is_open:

@@ -20,7 +20,7 @@ from shoal.net.addresses import peer_of
 from shoal.net.identity import SIGNATURE_BYTES, Identity, verify
 from shoal.net.transport import MAX_LIFETIME, ModelInfo
 from shoal.protocol import MAX_BLOCKS
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.spans import MAX_NEIGHBOURS, ServerInfo, ServerState, Span
 
 MAX_RECORD_BYTES = 4096
 CLOCK_SKEW = 5.0
@@ -43,6 +43,8 @@ Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_print
 Speed = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+Short = Annotated[str, Field(min_length=1, max_length=12), AfterValidator(_printable)]
+Seconds = Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)]
 Address = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
 
 
@@ -72,6 +74,7 @@ class Announcement(BaseModel):
     encodings: Annotated[tuple[Word, ...], Field(max_length=8, strict=False)] = ()
     queue_length: Count = 0
     head: bool = False
+    round_trips: Annotated[dict[Short, Seconds], Field(max_length=MAX_NEIGHBOURS)] = {}
 
     @model_validator(mode="after")
     def _span_is_in_the_model(self) -> Announcement:
@@ -104,6 +107,7 @@ class Announcement(BaseModel):
             encodings=info.encodings,
             queue_length=info.queue_length,
             head=info.head,
+            round_trips={peer: _precise(seconds) for peer, seconds in info.round_trips},
         )
 
     @property
@@ -129,6 +133,7 @@ class Announcement(BaseModel):
             encodings=self.encodings,
             queue_length=self.queue_length,
             head=self.head,
+            round_trips=tuple(self.round_trips.items()),
         )
 
     @property
@@ -136,6 +141,11 @@ class Announcement(BaseModel):
         """Every key that this announcement belongs under, and no other."""
         blocks = (block_key(self.model, block) for block in range(self.start, self.end))
         return (registry_key(shard_of(self.peer)), *blocks)
+
+
+def _precise(seconds: float) -> float:
+    """To a hundredth of a millisecond: more digits would say nothing, and take room."""
+    return max(round(seconds, 5), 1e-5)
 
 
 def block_key(model: str, block: int) -> str:

@@ -1,77 +1,117 @@
-"""Which servers a client sends its tokens through."""
+"""Which servers a client sends its tokens through, and why."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from shoal.errors import MissingBlocks
+from shoal.routing.costs import SLOWEST, Costs, Hop, HopCost, Measured, Needs, announced_seconds
+from shoal.routing.nsga2 import nsga2
+from shoal.routing.shortest import shortest
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, Span
 
-UNKNOWN_ROUND_TRIP = 0.15
-"""Seconds assumed for a server that was never measured (PETALS, arXiv 2312.08361)."""
-HOP_OVERHEAD = 0.002
-"""Seconds that a hop costs beyond its round trip: framing, queues, a thread's wake-up."""
-NO_ROOM = 10.0
-"""Seconds that a server costs which announces that its cache is full: better another one, or two (PETALS)."""
-SLOWEST = 1e-3
-"""Tokens per second of a server that announces none: usable if there is nobody else."""
+__all__ = [
+    "SLOWEST",
+    "Chooser",
+    "Hop",
+    "HopCost",
+    "Measured",
+    "Needs",
+    "Route",
+    "announced_seconds",
+    "choose_route",
+    "price_route",
+]
+
+Chooser = Literal["shortest", "nsga2"]
 
 
 @dataclass(frozen=True)
-class Hop:
-    """A span on one server."""
+class Route:
+    """A chain of servers, and the seconds of a step that each costs; `back` is the way to the client, or to the server
+    that goes on."""
 
-    server: ServerInfo
-    span: Span
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A way from some block to the end of the span, and the seconds that it takes."""
-
-    seconds: float
     hops: tuple[Hop, ...]
+    costs: tuple[HopCost, ...]
+    back: float
 
-    def preceded_by(self, block: int, server: ServerInfo) -> _Plan:
-        hops, span = self.hops, Span(block, block + 1)
-        if hops and hops[0].server is server:
-            hops, span = hops[1:], Span(block, hops[0].span.end)
-        block_seconds = 1 / (max(server.decode_speed, SLOWEST) * len(server.span))
-        return _Plan(self.seconds + block_seconds, (Hop(server, span), *hops))
+    @property
+    def seconds(self) -> float:
+        """Of a step, handicaps included."""
+        return sum(cost.seconds for cost in self.costs) + self.back
 
-    def entered(self, round_trips: Mapping[str, float]) -> _Plan:
-        server = self.hops[0].server
-        round_trip = round_trips.get(server.peer, UNKNOWN_ROUND_TRIP)
-        room = 0.0 if server.cache_tokens_left else NO_ROOM
-        return _Plan(self.seconds + round_trip + HOP_OVERHEAD + room, self.hops)
+    def explain(self) -> str:
+        """One line that says where a step's time is expected to go, in milliseconds."""
+        hops = (_explained(hop, cost) for hop, cost in zip(self.hops, self.costs, strict=True))
+        back = f", back {_ms(self.back)}" if self.back else ""
+        return f"{_ms(self.seconds)} ms a step: {', '.join(hops)}{back}"
+
+
+def _explained(hop: Hop, cost: HopCost) -> str:
+    parts = {"network": cost.network, "compute": cost.compute, "queue": cost.queue, "handicap": cost.handicap}
+    name = hop.server.name or hop.server.peer[-8:]
+    return f"{name} {hop.span} ({', '.join(f'{part} {_ms(each)}' for part, each in parts.items() if each)})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"
 
 
 def choose_route(
-    view: SwarmView, span: Span, *, round_trips: Mapping[str, float], head: bool = False
-) -> tuple[Hop, ...]:
-    """The fastest chain of servers over a span: a shortest path over (server, block) (arXiv 2312.08361, section 3.2).
+    view: SwarmView,
+    span: Span,
+    *,
+    needs: Needs,
+    known: Measured,
+    before: ServerInfo | None = None,
+    after: ServerInfo | None = None,
+    chooser: Chooser = "shortest",
+    seed: int = 0,
+) -> Route:
+    """The fastest chain of servers over a span (arXiv 2312.08361, section 3.2), by what `costs.py` says of each.
 
-    A block costs its share of the server's announced time for a token; entering a server costs a round trip from the
-    client, in seconds by peer id. Among equals the view's order decides, so that callers may shuffle it. With `head`,
-    the chain ends at a server that offers the output head; the view must have one there.
+    Where the span is a part of a ring that stands, `before` and `after` are the servers at its ends; else these are the
+    client. The chooser "shortest" is exact; "nsga2" weighs the time of a step against the load that the slowest server
+    can bear, by chance that `seed` decides.
 
-    Raises `MissingBlocks` naming the blocks that nobody in the view holds.
+    Raises `MissingBlocks` naming the blocks that nobody in the view may compute.
     """
     if missing := view.missing(span):
         raise MissingBlocks(f"no server holds blocks {format_blocks(missing)}", blocks=missing)
-    fastest = _Plan(0.0, ())  # from the block after this one to the end
-    inside: dict[str, _Plan] = {}  # the same, when already on this server
-    for block in range(span.end - 1, span.start - 1, -1):
-        inside = {
-            server.peer: min(inside.get(server.peer, fastest), fastest, key=_seconds).preceded_by(block, server)
-            for server in view.servers
-            if block in server.span and (server.head or not head or block < span.end - 1)
-        }
-        fastest = min((plan.entered(round_trips) for plan in inside.values()), key=_seconds)
-    return fastest.hops
+    last = Span(span.end - 1, span.end)
+    if needs.head and not any(server.head for server in view.holders(last)[0]):
+        raise MissingBlocks(f"no server holds block {last} and the output head", blocks=last)
+    costs = Costs(_with(view.servers, before, after), needs, known)
+    if chooser == "nsga2":
+        hops = nsga2(view, span, costs, before=before, after=after, seed=seed)
+    else:
+        hops = shortest(view, span, costs, before=before, after=after)
+    return _priced(hops, costs, before, after)
 
 
-def _seconds(plan: _Plan) -> float:
-    return plan.seconds
+def price_route(
+    hops: Sequence[Hop],
+    *,
+    needs: Needs,
+    known: Measured,
+    before: ServerInfo | None = None,
+    after: ServerInfo | None = None,
+) -> Route:
+    """What a step costs on a chain that was chosen already."""
+    servers = (hop.server for hop in hops)
+    return _priced(hops, Costs(_with(servers, before, after), needs, known), before, after)
+
+
+def _priced(hops: Sequence[Hop], costs: Costs, before: ServerInfo | None, after: ServerInfo | None) -> Route:
+    senders = (before, *(hop.server for hop in hops))
+    priced = tuple(costs.hop(hop, sender) for hop, sender in zip(hops, senders, strict=False))
+    return Route(tuple(hops), priced, costs.link(hops[-1].server, after))
+
+
+def _with(servers: Iterable[ServerInfo], *others: ServerInfo | None) -> list[ServerInfo]:
+    """The servers, and those of the others that are not among them."""
+    found = {server.peer: server for server in others if server is not None}
+    return list((found | {server.peer: server for server in servers}).values())

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.spans import ServerInfo, ServerState, Span
 
 
 @dataclass(frozen=True)
 class SwarmView:
-    """The servers of one model, as last read from the directory."""
+    """The servers of one model, as last read from the directory.
+
+    Blocks that are `pinned` to a peer count as held by that peer alone, whoever else announces them.
+    """
 
     num_blocks: int
     servers: tuple[ServerInfo, ...] = ()
+    pinned: tuple[tuple[Span, str], ...] = ()
 
     def only(self, keep: Callable[[ServerInfo], bool]) -> SwarmView:
         """The same picture with some servers left out."""
-        return SwarmView(self.num_blocks, tuple(server for server in self.servers if keep(server)))
+        return replace(self, servers=tuple(server for server in self.servers if keep(server)))
+
+    def holders(self, span: Span) -> list[list[ServerInfo]]:
+        """Who may compute each block of a span."""
+        found: list[list[ServerInfo]] = [[] for _ in span]
+        for server in self.servers:
+            for block in range(max(span.start, server.span.start), min(span.end, server.span.end)):
+                found[block - span.start].append(server)
+        for pinned, peer in self.pinned:
+            for block in range(max(span.start, pinned.start), min(span.end, pinned.end)):
+                holders = found[block - span.start]
+                found[block - span.start] = [server for server in holders if server.peer == peer]
+        return found
 
     def online(self) -> SwarmView:
         """Those that take requests now."""
@@ -33,9 +49,9 @@ class SwarmView:
         return total
 
     def missing(self, span: Span | None = None) -> list[int]:
-        """The blocks that no server of this picture holds."""
-        held = {block for server in self.servers for block in server.span}
-        return [block for block in span or Span(0, self.num_blocks) if block not in held]
+        """The blocks that no server of this picture may compute."""
+        span = span or Span(0, self.num_blocks)
+        return [block for block, holders in zip(span, self.holders(span), strict=True) if not holders]
 
 
 def format_blocks(blocks: Iterable[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,11 +29,16 @@ class Presence:
         self._describe: Callable[[], ServerInfo] = lambda: info
         self._every_seconds = every_seconds
         self._task: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
 
     async def become(self, describe: Callable[[], ServerInfo]) -> None:
         """From now on the record is what `describe` says at each renewal."""
         self._describe = describe
         await self._announce(describe())
+
+    def hurry(self) -> None:
+        """Something is worth announcing before it is time."""
+        self._news.set()
 
     async def __aenter__(self) -> Self:
         await self._announce(self._describe())
@@ -55,7 +61,10 @@ class Presence:
 
     async def _renew(self) -> None:
         while True:
-            await asyncio.sleep(self._every_seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._every_seconds):
+                    await self._news.wait()
+            self._news.clear()
             await self._announce(self._describe())
 
     async def _announce(self, info: ServerInfo) -> None:

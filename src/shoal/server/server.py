@@ -36,6 +36,7 @@ from shoal.server.fit import (
 from shoal.server.handler import Handler
 from shoal.server.head import ServerHead, load_head
 from shoal.server.links import Links
+from shoal.server.neighbours import Neighbours
 from shoal.server.presence import Presence
 from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
@@ -130,7 +131,7 @@ async def serve(
                 prefill_speed=speeds.prefill,
                 head=head is not None,
             )
-            async with answering(config, node, presence, online, engine):
+            async with answering(config, node, model, presence, online, engine):
                 yield Server(online, model, engine)
     finally:
         executor.close()
@@ -140,11 +141,12 @@ async def serve(
 
 @contextlib.asynccontextmanager
 async def answering(
-    config: ServerConfig, node: Node, presence: Presence, info: ServerInfo, engine: Engine
+    config: ServerConfig, node: Node, model: ModelInfo, presence: Presence, info: ServerInfo, engine: Engine
 ) -> AsyncIterator[None]:
     """Answer clients with what is loaded, and announce that, until the context is left; then tell all of them."""
     handler = Handler(engine, Links(node.transport), idle_seconds=config.idle_seconds)
-    async with engine.running():
+    neighbours = Neighbours(node, model, info, every_seconds=config.announce_seconds, changed=presence.hurry)
+    async with engine.running(), neighbours.measuring():
         await node.transport.listen(handler)
         try:
             await presence.become(
@@ -153,6 +155,7 @@ async def answering(
                     cache_tokens_left=engine.cache_tokens_left,
                     queue_length=engine.queue_length,
                     addresses=node.transport.addresses,
+                    round_trips=neighbours.round_trips,
                 )
             )
             yield

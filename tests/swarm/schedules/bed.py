@@ -210,7 +210,7 @@ async def _serve(member: Member, config: ServerConfig) -> None:
     online = replace(info, state=ServerState.ONLINE)
     async with (
         Presence(member.node, MODEL, info, every_seconds=config.announce_seconds) as presence,
-        answering(config, member.node, presence, online, member.engine),
+        answering(config, member.node, MODEL, presence, online, member.engine),
     ):
         await member.leaving.wait()
     member.alive = False

@@ -1,0 +1,149 @@
+"""What choosing routes by evolution gains or loses against the shortest path, in simulated swarms on two continents.
+
+    python benchmarks/routing.py [--servers 10 100 1000] [--clients 64] [--seeds 3] [--json]
+
+For each chooser: the step of a client who is alone, as it really is, against that of somebody who knows every link; all
+tokens per second of many clients who choose at once, from the same picture, and of as many who come in eight waves and
+see the queues of those before; the slowest twentieth of their steps; and the processor time that choosing takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import describe_machine
+from simulated import Place, Simulated, Traffic
+
+from shoal.routing.route import Chooser, Hop, Measured, Needs, choose_route
+from shoal.routing.view import SwarmView
+from shoal.spans import Span, short
+
+WAVES = 8
+SECONDS = 20.0
+NUM_BLOCKS = {10: 16, 100: 32, 1000: 80}
+Choose = Callable[[SwarmView, Measured, int], tuple[Hop, ...]]
+
+
+def by(chooser: Chooser) -> Choose:
+    def choose(view: SwarmView, known: Measured, seed: int) -> tuple[Hop, ...]:
+        span = Span(0, view.num_blocks)
+        return choose_route(view, span, needs=Needs(), known=known, chooser=chooser, seed=seed).hops
+
+    return choose
+
+
+def by_chance(view: SwarmView, known: Measured, seed: int) -> tuple[Hop, ...]:
+    """Any server that holds the next block, as far as it goes."""
+    chance, hops, block = random.Random(seed), list[Hop](), 0
+    while block < view.num_blocks:
+        server = chance.choice([server for server in view.servers if block in server.span])
+        hops.append(Hop(server, Span(block, server.span.end)))
+        block = server.span.end
+    return tuple(hops)
+
+
+CHOOSERS: dict[str, Choose] = {"shortest": by("shortest"), "nsga2": by("nsga2"), "chance": by_chance}
+
+
+def knowing_all(swarm: Simulated) -> SwarmView:
+    """The same swarm, in which every link is announced."""
+    view, places = swarm.view, swarm.places
+    links = {
+        one: tuple((short(other), places[one].round_trip(places[other])) for other in places if other != one)
+        for one in places
+    }
+    return replace(view, servers=tuple(replace(server, round_trips=links[server.peer]) for server in view.servers))
+
+
+def shuffled(view: SwarmView, seed: int) -> SwarmView:
+    """As each client has it."""
+    servers = list(view.servers)
+    random.Random(seed).shuffle(servers)
+    return replace(view, servers=tuple(servers))
+
+
+def alone(swarm: Simulated, choose: Choose, clients: list[Place]) -> tuple[float, float]:
+    """The step of a client that is alone, and the time of choosing; medians."""
+    steps, seconds = [], []
+    for index, place in enumerate(clients):
+        view, known = shuffled(swarm.view, index), swarm.measured_from(place)
+        began = time.thread_time()
+        hops = choose(view, known, index)
+        seconds.append(time.thread_time() - began)
+        steps.append(swarm.step_seconds(hops, place))
+    return statistics.median(steps), statistics.median(seconds)
+
+
+def together(swarm: Simulated, choose: Choose, clients: list[Place], *, waves: int) -> tuple[float, float]:
+    """Tokens per second of all, and the slowest twentieth of their steps."""
+    traffic, queues = Traffic(swarm), Counter[str]()
+    for wave in range(waves):
+        servers = (replace(server, queue_length=queues[server.peer]) for server in swarm.view.servers)
+        view = replace(swarm.view, servers=tuple(servers))
+        for index in range(wave, len(clients), waves):
+            hops = choose(shuffled(view, index), swarm.measured_from(clients[index]), index)
+            traffic.clients.append((clients[index], hops))
+        speed, steps, queues = traffic.run(SECONDS)
+    return speed, statistics.quantiles(steps, n=20)[-1]
+
+
+def measure(num_servers: int, num_clients: int, num_seeds: int) -> list[dict[str, object]]:
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in CHOOSERS}
+    for seed in range(num_seeds):
+        swarm = Simulated.of(num_servers, NUM_BLOCKS.get(num_servers, 32), seed=seed)
+        chance = random.Random(1000 + seed)
+        clients = [Place.anywhere(chance) for _ in range(num_clients)]
+        best, _ = alone(replace(swarm, view=knowing_all(swarm)), CHOOSERS["shortest"], clients[:8])
+        for name, choose in CHOOSERS.items():
+            step, seconds = alone(swarm, choose, clients[:8])
+            at_once = together(swarm, choose, clients, waves=1)
+            in_waves = together(swarm, choose, clients, waves=WAVES)
+            found[name].append((step, step / best, *at_once, *in_waves, seconds))
+            print(f"{num_servers} servers, seed {seed}, {name}", file=sys.stderr)
+    titles = ("step", "of_best", "at_once", "at_once_p95", "in_waves", "in_waves_p95", "seconds_to_choose")
+    return [
+        {"servers": num_servers, "chooser": name}
+        | {title: statistics.mean(values) for title, values in zip(titles, zip(*rows, strict=True), strict=True)}
+        for name, rows in found.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--servers", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    load = os.getloadavg()[2]
+    rows = [row for number in arguments.servers for row in measure(number, arguments.clients, arguments.seeds)]
+    if arguments.json:
+        print(json.dumps({"machine": describe_machine(), "load_before": load, "choosers": rows}, indent=2))
+        return
+    print(f"{describe_machine()}; load before: {load:.1f}\n")
+    print(
+        "| servers | chooser | step, ms | of the best | at once, tokens/s | 95 %, ms "
+        "| in waves, tokens/s | 95 %, ms | to choose, ms |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        step, of_best, at_once, at_once_p95, in_waves, in_waves_p95, seconds = list(row.values())[2:]
+        print(
+            f"| {row['servers']} | {row['chooser']} | {step * 1e3:.0f} | {of_best:.2f} | {at_once:.0f} |"
+            f" {at_once_p95 * 1e3:.0f} | {in_waves:.0f} | {in_waves_p95 * 1e3:.0f} | {seconds * 1e3:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

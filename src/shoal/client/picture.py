@@ -1,0 +1,126 @@
+"""The swarm as a client sees it: who serves its model, who of them may be used, and how far they are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+
+from shoal.client.clock import now
+from shoal.client.config import ClientConfig
+from shoal.errors import MissingBlocks, SwarmError
+from shoal.net.ping import distances
+from shoal.net.transport import ModelInfo, Node
+from shoal.routing.latency import RoundTrips
+from shoal.routing.view import SwarmView, format_blocks
+from shoal.spans import ServerInfo, Span
+
+log = logging.getLogger(__name__)
+
+STRANGERS = 32
+"""Servers that are measured at once, before they are used."""
+
+
+class Picture:
+    """What the directory said last. `out_of_touch` is why it says nothing now, None if it does."""
+
+    def __init__(
+        self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig, round_trips: RoundTrips
+    ) -> None:
+        self.out_of_touch: SwarmError | None = None
+        self._node = node
+        self._model = model
+        self._fingerprint = fingerprint
+        self._config = config
+        self._round_trips = round_trips
+        self._met: set[str] = set()
+        self._view: SwarmView | None = None
+        self._viewed_at = float("-inf")
+        self._refreshing = asyncio.Lock()
+
+    async def keep_fresh(self) -> None:
+        """Take it anew if it is old. Raises `SwarmError` if the directory has never answered."""
+        if now() - self._viewed_at > self._config.refresh_seconds:
+            await self.refresh()
+
+    def expire(self) -> None:
+        """It is not true any more."""
+        self._viewed_at = float("-inf")
+
+    async def refresh(self) -> None:
+        """Take it anew. If the directory does not answer, the last one has to do."""
+        asked_at = now()
+        async with self._refreshing:
+            if self._viewed_at >= asked_at:  # by another task, in the meantime
+                return
+            try:
+                servers = list(await self._node.directory.servers(self._model))
+            except SwarmError as failure:
+                if self._view is None:
+                    raise
+                log.warning("%s; going on with what was known", failure)
+                self.out_of_touch = failure
+                return
+            random.shuffle(servers)  # among equals, different clients take different servers
+            self._view = SwarmView(self._model.num_blocks, tuple(servers), self._config.pinned)
+            self.out_of_touch = None
+            await self._meet()
+            self._viewed_at = now()
+
+    async def _meet(self) -> None:
+        """Measure how far servers are of whom nothing is known, where there is a choice."""
+        view = self.usable()
+        strangers = [server for server in view.servers if server.peer not in self._met][:STRANGERS]
+        has_choice = any(len(holders) > 1 for holders in view.holders(Span(0, view.num_blocks)))
+        if not (strangers and has_choice and self._config.measure_seconds):
+            return
+        self._met.update(server.peer for server in strangers)
+        found = await distances(
+            self._node.transport, strangers, at_once=STRANGERS, seconds=self._config.measure_seconds
+        )
+        for peer, seconds in found.items():
+            if seconds is not None:
+                self._round_trips.measured(peer, seconds)
+
+    def known(self) -> SwarmView:
+        """Those who say that they serve this model now."""
+        return (self._view or SwarmView(self._model.num_blocks, pinned=self._config.pinned)).online()
+
+    def usable(self) -> SwarmView:
+        """Of these, those with our weights whom the user permits."""
+        allowed, blocked = self._config.allowed_servers, self._config.blocked_servers
+
+        def usable(server: ServerInfo) -> bool:
+            permitted = (allowed is None or server.peer in allowed) and server.peer not in blocked
+            return permitted and server.fingerprint == self._fingerprint
+
+        return self.known().only(usable)
+
+    def missing(self, blocks: Sequence[int]) -> MissingBlocks:
+        """Why none of the usable servers may compute these blocks."""
+        names = format_blocks(blocks)
+        for span, peer in self._config.pinned:
+            if any(block in span for block in blocks):
+                held = [str(server.span) for server in self.usable().servers if server.peer == peer]
+                but = f"holds {held[0]}" if held else "does not serve this model"
+                return MissingBlocks(
+                    f"blocks {span} are pinned to {peer}, which {but}",
+                    blocks=blocks,
+                    hint="pin blocks that it holds (shoal status --json tells), or let others serve them",
+                )
+        holders = [server for server in self.known().servers if any(block in server.span for block in blocks)]
+        if any(server.fingerprint == self._fingerprint for server in holders):
+            return MissingBlocks(f"blocks {names} are served only by servers that you do not allow", blocks=blocks)
+        if holders:
+            others = ", ".join(sorted({server.fingerprint[:12] for server in holders}))
+            return MissingBlocks(
+                f"blocks {names} are served only with other weights ({others}) than yours ({self._fingerprint[:12]})",
+                blocks=blocks,
+                hint="use the revision of the model that the servers use, or serve yours",
+            )
+        return MissingBlocks(
+            f"no server holds blocks {names} of {self._model.name}",
+            blocks=blocks,
+            hint=f"start one: shoal serve MODEL --blocks {names.split(', ')[0]} --initial-peers ADDRESS",
+        )

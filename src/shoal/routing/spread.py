@@ -1,0 +1,36 @@
+"""Many passes at once, spread over all servers that can share them.
+
+Each pass takes the route on which it will be ready first, given what the others before it were sent: `UnderWay` says
+how many seconds of work every server has of us. So parallel servers get work in proportion to their speed, and a far
+one gets some as soon as waiting for a near one would take longer than the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shoal.routing.route import Route
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """The seconds of computing that each server was given and has not finished."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def with_(self, route: Route) -> UnderWay:
+        """The same, and a pass on this route."""
+        return self._changed(route, 1)
+
+    def without(self, route: Route) -> UnderWay:
+        """The same when such a pass is done, or has failed."""
+        return self._changed(route, -1)
+
+    def _changed(self, route: Route, sign: int) -> UnderWay:
+        seconds = dict(self.seconds)
+        for hop, cost in zip(route.hops, route.costs, strict=True):
+            left = seconds.pop(hop.server.peer, 0.0) + sign * cost.compute
+            if left > 1e-9:  # nothing, but for rounding
+                seconds[hop.server.peer] = left
+        return UnderWay(seconds)

@@ -1,0 +1,63 @@
+"""Microbatches over parallel servers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.routing.route import Measured, Needs, choose_route
+from shoal.routing.spread import UnderWay
+from shoal.routing.view import SwarmView
+from shoal.spans import Span
+
+from .test_routing import server
+
+PASS = Needs(step_tokens=1024, ring=False)
+
+
+def spread(view: SwarmView, number: int, known: Measured | None = None) -> Counter[str]:
+    """How many of so many passes each server gets, all at once."""
+    under_way, found = UnderWay(), Counter[str]()
+    for _ in range(number):
+        known = Measured((known or Measured()).round_trips, under_way=under_way.seconds)
+        route = choose_route(view, Span(0, view.num_blocks), needs=PASS, known=known)
+        under_way = under_way.with_(route)
+        found.update(hop.server.peer for hop in route.hops)
+    return found
+
+
+def test_two_equal_servers_get_half_of_the_passes_each():
+    assert spread(SwarmView(4, (server("a", "0:4"), server("b", "0:4"))), 8) == {"a": 4, "b": 4}
+
+
+def test_servers_get_passes_in_proportion_to_their_speed():
+    found = spread(SwarmView(4, (server("a", "0:4", 30), server("b", "0:4", 10))), 40)
+    assert found["a"] in (29, 30, 31)
+
+
+def test_every_stage_is_spread_by_itself():
+    stages = ("a", "0:2", 10.0), ("b", "0:2", 10.0), ("c", "2:4", 20.0), ("d", "2:4", 20.0), ("e", "2:4", 20.0)
+    found = spread(SwarmView(4, tuple(server(*stage) for stage in stages)), 12)
+    assert found == {"a": 6, "b": 6, "c": 4, "d": 4, "e": 4}
+
+
+def test_a_far_server_gets_less_and_still_some():
+    view = SwarmView(4, (server("near", "0:4", 1000), server("far", "0:4", 1000)))
+    found = spread(view, 20, Measured({"near": 0.001, "far": 5.0}))
+    assert 0 < found["far"] < found["near"]
+
+
+@given(st.lists(st.floats(1, 1000), min_size=1, max_size=4), st.integers(1, 12))
+def test_when_all_passes_are_done_nothing_is_under_way(speeds: list[float], number: int):
+    view = SwarmView(4, tuple(server(f"s{index}", "0:4", speed) for index, speed in enumerate(speeds)))
+    under_way, routes = UnderWay(), []
+    for _ in range(number):
+        routes.append(choose_route(view, Span(0, 4), needs=PASS, known=Measured(under_way=under_way.seconds)))
+        under_way = under_way.with_(routes[-1])
+    assert sum(under_way.seconds.values()) == pytest.approx(sum(cost.compute for r in routes for cost in r.costs))
+    for route in reversed(routes):
+        under_way = under_way.without(route)
+    assert under_way == UnderWay()
