@@ -19,7 +19,7 @@ from shoal import MissingBlocks, RequestRejected
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken
 from shoal.protocol import Backward, Close, Forward, Message, Open, Ping, Rewind, Step, Tie
-from shoal.spans import Span
+from shoal.spans import Span, short
 
 from .harness import QUICK, Swarm
 from .intruder import Raw, declaring, raw
@@ -34,7 +34,9 @@ IMPATIENT = replace(QUICK, longest_answer_seconds=0.5)
 def announce(swarm: Swarm, converse: Callable[[Stream], Any], **announced: Any) -> Any:
     """A peer named "rogue", which says whatever it likes about itself; returns its node."""
     honest = next(iter(swarm.servers.values()))
-    lies = {"peer": "rogue", "span": Span(0, 4), "decode_speed": 1e9, "cache_tokens_left": 4096, **announced}
+    near = tuple((short(name), 1e-6) for name in swarm.servers)
+    lies = {"peer": "rogue", "span": Span(0, 4), "decode_speed": 1e9, "cache_tokens_left": 4096, "round_trips": near}
+    lies |= announced
     info = replace(honest.info, **lies)
 
     async def start() -> Any:
@@ -510,7 +512,7 @@ def test_a_span_that_the_server_does_not_hold_is_looked_for_elsewhere(swarm: Mak
     liar = replace(swarm_.servers["s0"].info, span=Span(0, 4), decode_speed=1e9)
 
     def lie() -> None:
-        swarm_.network.publish("s0", swarm_.servers["s0"].model, liar, swarm_.runtime.loop.time() + 300)
+        swarm_.network.publish(swarm_.servers["s0"].model, liar, swarm_.runtime.loop.time() + 300)
 
     swarm_.start("0:2")
     swarm_.call(lie)

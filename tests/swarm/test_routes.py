@@ -37,12 +37,8 @@ def neighbours(swarm: Swarm) -> dict[str, set[str]]:
 
 def far_apart(swarm: Swarm, *pairs: tuple[str, str]) -> None:
     """Everything between these peers takes a while."""
-    latency = swarm.network.latency
-
-    def longer(one: str, other: str) -> float:
-        return 0.05 if (one, other) in pairs or (other, one) in pairs else latency(one, other)
-
-    swarm.network.latency = longer  # type: ignore[method-assign]
+    for pair in pairs:
+        swarm.call(swarm.network.delay, 0.05, *pair)
 
 
 def test_servers_announce_how_far_those_are_that_may_come_before_or_after_them(swarm: MakeSwarm):
