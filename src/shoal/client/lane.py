@@ -125,24 +125,28 @@ class Lane:
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    async def ask(self, limit: int) -> None:
-        """Ask all for what they have not been asked for and can be now, of the first `limit` tokens."""
+    async def ask(self, limit: int, *, at_once: int | None = None) -> None:
+        """Ask all for what they have not been asked for and can be now, of the first `limit` tokens.
+
+        With `at_once`, one step at a time, and of no more tokens than that.
+        """
         for index in reversed(range(len(self.shares))):
             with contextlib.suppress(PeerError):  # found with the server that it happened to
-                await self._ask(index, limit)
+                await self._ask(index, limit, at_once)
 
-    async def _ask(self, index: int, limit: int) -> None:
+    async def _ask(self, index: int, limit: int, at_once: int | None) -> None:
         share = self.shares[index]
+        steps_ahead = STEPS_AHEAD if at_once is None else 1
         while share.num_requested < min(share.num_tokens, limit):
             run = self._run(index)
-            if not run or any(len(each.requests) >= STEPS_AHEAD for each in run):
+            if not run or any(len(each.requests) >= steps_ahead for each in run):
                 return
             epoch = self._tokens.epoch
             for each in run:
                 await each.tell(epoch, *self._ring.place(each))
             if self._tokens.epoch != epoch:
                 continue  # something happened meanwhile, perhaps to another lane: these are to be told of it first
-            requests, tensors = self._requests(index, run, limit)
+            requests, tensors = self._requests(index, run, limit, at_once or MAX_STEP_TOKENS)
             for each, request in zip(run, requests, strict=True):
                 each.expect(request)
             await share.ask(requests[0], tensors, onward=len(run) - 1, last=requests[-1])
@@ -162,15 +166,14 @@ class Lane:
         return run
 
     def _requests(
-        self, index: int, run: Sequence[Share], limit: int
+        self, index: int, run: Sequence[Share], limit: int, at_once: int
     ) -> tuple[list[Request], dict[TensorName, torch.Tensor]]:
         """The next step for these servers, and the tensors for the first of them."""
         share, start = run[0], run[0].num_requested
         batch_size = self._tokens.like.shape[0]
-        at_once = max(1, MAX_STEP_TOKENS // batch_size)
         if len(run) > 1:
-            at_once = min(at_once, max(1, RING_TOKENS // batch_size))
-        end = min(start + at_once, share.num_tokens, limit)
+            at_once = min(at_once, RING_TOKENS)
+        end = min(start + max(1, at_once // batch_size), share.num_tokens, limit)
         inputs_BTD = share.history.between(start, end)
         requests: list[Request] = []
         for offset, each in enumerate(run):

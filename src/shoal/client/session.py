@@ -31,8 +31,10 @@ from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
-FEED_TOKENS = 16
+FEED_TOKENS = 32
 """A spare server is given what it lacks when that is so much: a pass for so many costs hardly more than for one."""
+SPARE_TOKENS = 128
+"""At most so much at once: whoever decodes on that server waits for a pass at most."""
 TEND_SECONDS = 10.0
 """How long after no spare server could be found one is looked for again."""
 
@@ -283,8 +285,9 @@ class Session:
             self._chores.clear()
             try:
                 await self._repair()
-                for share in [each for each in self._shares if each.leaves or self._chain.config.standby]:
-                    await self._warm(share, all_of_it=is_quiet)
+                for share in list(self._shares):
+                    if share in self._shares and (share.leaves or self._chain.config.standby):
+                        await self._warm(share, all_of_it=is_quiet)
                 await self._move()
             except SwarmError as failure:  # whoever takes the next step will be told if it still matters
                 log.info("%s", failure)
@@ -314,7 +317,7 @@ class Session:
         lane.settle()
         lag = share.num_computed - min(each.num_requested for each in lane.shares)
         if lag >= FEED_TOKENS or all_of_it or share.leaves:
-            await lane.ask(share.num_computed)
+            await lane.ask(share.num_computed, at_once=None if share.leaves else SPARE_TOKENS)
 
     async def _move(self) -> None:
         """Leave the servers that are going away, while no step runs, as soon as others are warm."""
