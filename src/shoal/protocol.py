@@ -256,7 +256,8 @@ class Result(_Message):
     """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`).
 
     Its dtype and its encoding are those of the question's `hidden`. To a step it has the step's `epoch` and `position`,
-    and the outputs of the tokens that are not skipped, or nothing if all are.
+    the `seconds` that it took on the server, waiting for others included, and the outputs of the tokens that are not
+    skipped, or nothing if all are.
 
     To a `Step` that wants logits of N positions (`logits` in it) it has `logits` [B, N, V] instead, always raw, or
     `logits` and `ids` [B, N, top_k] int64; for N = 0, nothing.
@@ -266,6 +267,7 @@ class Result(_Message):
     kind: Literal["result"] = "result"
     epoch: Epoch = 0
     position: Position = 0
+    seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] | None = None
 
 
 class Unreached(_Message):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -149,3 +151,22 @@ def test_a_server_that_dies_while_nobody_speaks_is_replaced_before_somebody_does
         swarm_.settle(lambda: victim not in session.servers and session._session._lane.is_open)
         rest = model.generate(None, max_new_tokens=4, session=session)
     assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
+
+
+def test_a_server_that_becomes_slow_is_left_for_one_that_is_not(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4", "0:2")
+    model = swarm_.model()
+    with model.inference_session(max_length=400) as session:
+        first = model.generate(PROMPT, max_new_tokens=40, session=session)
+        victim = session.servers[0]
+        engine = swarm_.servers[victim].engine
+        promptly = engine.step
+
+        async def slowly(*args: Any, **kwargs: Any) -> Any:
+            await asyncio.sleep(0.1)
+            return await promptly(*args, **kwargs)
+
+        engine.step = slowly
+        rest = model.generate(None, max_new_tokens=150, session=session)
+        assert victim not in session.servers
+    assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=190).tolist()

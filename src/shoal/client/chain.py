@@ -31,7 +31,7 @@ from shoal.net.encodings import as_received
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
 from shoal.routing.latency import RoundTrips
-from shoal.routing.route import SLOWEST, Hop, Needs, Route, choose_route
+from shoal.routing.route import SLOWEST, Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.routing.spread import UnderWay
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, Span
@@ -212,9 +212,22 @@ class Chain:
             case _:
                 self._suspects.lost(error.peer, str(error), since=now() if since is None else since)
 
-    def answered(self, peer: str) -> None:
-        """A server did its work: whatever was held against it is forgotten."""
-        self._suspects.forgive(peer)
+    def answered(self, hop: Hop, took: Iterable[tuple[int, float]] = ()) -> None:
+        """A server did its work: whatever was held against it is forgotten.
+
+        What so many tokens `took` it, in seconds, corrects what it announces.
+        """
+        self._suspects.forgive(hop.server.peer)
+        for num_tokens, seconds in took:
+            announced = announced_seconds(hop.server, len(hop.span), num_tokens)
+            self.round_trips.measured_step(hop.server.peer, announced, seconds)
+
+    def price(
+        self, hops: Sequence[Hop], *, needs: Needs, before: ServerInfo | None = None, after: ServerInfo | None = None
+    ) -> Route:
+        """What a step costs on a chain that stands, where a session is open already."""
+        known = self.round_trips.picture(apart=self.broken_pairs.now(), under_way=self._under_way.seconds)
+        return price_route(hops, needs=replace(needs, needed_tokens=0), known=known, before=before, after=after)
 
     # -- single passes ------------------------------------------------------------------------------------------------
 
@@ -317,7 +330,7 @@ class Chain:
             hidden = tensors["hidden"]
             usual = hidden.shape[0] * hidden.shape[1] / max(hop.server.prefill_speed, SLOWEST)
             result = await connection.compute(request, tensors, answer=answer, usual_seconds=usual)
-            self.answered(hop.server.peer)
+            self.answered(hop)
             return result
         finally:
             await connection.close()

@@ -101,7 +101,8 @@ class Lane:
         for index, share in enumerate(self.shares):
             if share.settle(self.sink(index), self.outputs, wire=self._chain.config.wire, mask=self._tokens.mask):
                 is_news = True
-                self._chain.answered(share.peer)
+                self._chain.answered(share.hop, share.took)
+                share.took.clear()
             share.history.settle(share.num_computed)
         for index, (before, after) in enumerate(pairwise(self.shares)):
             if (position := self._ring.broken_at(before, after)) is not None:

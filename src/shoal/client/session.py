@@ -11,23 +11,27 @@ server is asked for what it lacks (`shoal.client.lane`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence, Set
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from shoal.client.chain import Chain, Holding, holding
+from shoal.client.clock import now
 from shoal.client.connection import CannotRewind
 from shoal.client.history import History
 from shoal.client.lane import Lane
 from shoal.client.logits import Logits, Question
 from shoal.client.share import Nowhere, Outputs, Share
 from shoal.client.tokens import Tokens
-from shoal.errors import ServerBusy, ServerLost, SwarmError, UserError
+from shoal.errors import MissingBlocks, ServerBusy, ServerLost, SwarmError, UserError
 from shoal.net.encodings import as_received
-from shoal.routing.route import Hop, Needs
-from shoal.spans import Span
+from shoal.routing.moving import pays_to_move, replay_seconds
+from shoal.routing.route import Hop, Needs, Route
+from shoal.spans import ServerInfo, Span
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,9 @@ SPARE_TOKENS = 128
 """At most so much at once: whoever decodes on that server waits for a pass at most."""
 TEND_SECONDS = 10.0
 """How long after no spare server could be found one is looked for again."""
+
+LOOK_TOKENS = 32
+"""So often it is considered whether others would be faster."""
 
 Change = int | tuple[int, ...]
 """What is to be done before the next step: forget everything after so many tokens, or rearrange the batch."""
@@ -59,6 +66,8 @@ class Session:
         self._busy = asyncio.Lock()
         self._step: asyncio.Task[Any] | None = None  # the one that runs
         self._tending: asyncio.Task[None] | None = None
+        self._no_spare_until: WeakKeyDictionary[Share, float] = WeakKeyDictionary()
+        self._looked_at = 0
         self._closed = False
 
     @property
@@ -170,7 +179,8 @@ class Session:
         async def act(excluded: Set[Holding]) -> None:
             while not is_done():
                 if self._lane is None:
-                    self._lane = self._lane_on(await self._route(excluded), self._tokens.inputs, self._tell)
+                    route = await self._route(excluded)
+                    self._lane = self._lane_on(route.hops, self._tokens.inputs, self._tell)
                 self._lane.outputs, self._lane.question = outputs, question
                 await self._check(self._lane)
                 await self._mend(self._lane, excluded)
@@ -224,8 +234,8 @@ class Session:
                 log.info("%s takes the place of %s", ", ".join(each.peer for each in spare.shares), share.peer)
                 self._promote(lane, share, spare)
             else:
-                hops = await self._route(excluded, share)
-                lane.replace(share, lane.shares_on(hops, share.history))
+                route = await self._route(excluded, share)
+                lane.replace(share, lane.shares_on(route.hops, share.history))
             await share.disconnect(goodbye=False)
         await lane.merge()
         await lane.open()
@@ -247,15 +257,24 @@ class Session:
     def _lane_on(self, hops: Sequence[Hop], history: History, news: Callable[[], None]) -> Lane:
         return Lane(self._chain, self._tokens, hops, history, max_length=self.max_length, outputs=Nowhere(), news=news)
 
-    async def _route(self, excluded: Set[Holding], share: Share | None = None) -> tuple[Hop, ...]:
+    async def _route(self, excluded: Set[Holding], share: Share | None = None) -> Route:
         """Servers for all blocks, or for those of one that stands between others."""
-        span, before, after = self.span, None, None
-        if share is not None:
-            span, index = share.hop.span, self._shares.index(share)
-            before = self._shares[index - 1].hop.server if index else None
-            after = self._shares[index + 1].hop.server if index + 1 < len(self._shares) else None
+        span = self.span if share is None else share.hop.span
+        before, after = self._neighbours(share)
+        return await self._chain.route(span, excluded, needs=self._needs(span), before=before, after=after)
+
+    def _neighbours(self, share: Share | None) -> tuple[ServerInfo | None, ServerInfo | None]:
+        """The servers before and after one in the ring; None where that is the client."""
+        if share is None:
+            return None, None
+        index = self._shares.index(share)
+        before = self._shares[index - 1].hop.server if index else None
+        after = self._shares[index + 1].hop.server if index + 1 < len(self._shares) else None
+        return before, after
+
+    def _needs(self, span: Span) -> Needs:
         num_tokens = self._tokens.num_tokens
-        needs = Needs(
+        return Needs(
             step_tokens=self.batch_size,
             prompt_tokens=self.batch_size * num_tokens,
             num_steps=max(1, self.max_length - num_tokens),
@@ -263,7 +282,6 @@ class Session:
             head=self._chain.config.remote_head and span.end == self._chain.model.num_blocks,
             dtype=str(self._tokens.like.dtype).removeprefix("torch.") if num_tokens else None,
         )
-        return (await self._chain.route(span, excluded, needs=needs, before=before, after=after)).hops
 
     def _tell(self) -> None:
         """Something came from a server."""
@@ -285,6 +303,7 @@ class Session:
             self._chores.clear()
             try:
                 await self._repair()
+                await self._look_around()
                 for share in list(self._shares):
                     if share in self._shares and (share.leaves or self._chain.config.standby):
                         await self._warm(share, all_of_it=is_quiet)
@@ -300,6 +319,31 @@ class Session:
             async with self._busy:
                 await self._reach(self._is_whole)
 
+    async def _look_around(self) -> None:
+        """Now and then, see for one of the servers whether leaving it for faster ones pays, the replay included."""
+        num_tokens = self._tokens.num_tokens
+        if num_tokens < self._looked_at + LOOK_TOKENS:
+            self._looked_at = min(self._looked_at, num_tokens)
+            return
+        self._looked_at = num_tokens
+        share = self._shares[num_tokens // LOOK_TOKENS % len(self._shares)]
+        if share.leaves or share.error is not None:
+            return
+        with contextlib.suppress(MissingBlocks):  # then there is no choice
+            better = await self._route({holding(share.hop.server)}, share)
+            if share not in self._shares:
+                return
+            before, after = self._neighbours(share)
+            present = self._chain.price((share.hop,), needs=self._needs(share.hop.span), before=before, after=after)
+            share.leaves = pays_to_move(
+                step_seconds=present.seconds,
+                better_step_seconds=better.seconds,
+                replay_seconds=replay_seconds(better.hops, self.batch_size * num_tokens),
+                num_steps_left=min(num_tokens, self.max_length - num_tokens),  # as many as it has had, perhaps
+            )
+            if share.leaves:
+                log.info("%s takes %.3g s a step; elsewhere, %.3g s", share.peer, present.seconds, better.seconds)
+
     async def _warm(self, share: Share, *, all_of_it: bool) -> None:
         """Have a spare server for a share, and let it compute what it lacks of what that has answered."""
         lane = self._spares.get(share)
@@ -309,8 +353,11 @@ class Session:
             await self._spares.pop(share).disconnect()
             lane = None
         if lane is None:
-            hops = await self._route({holding(share.hop.server)}, share)
-            lane = self._lane_on(hops, share.history, self._chores.set)
+            if now() < self._no_spare_until.get(share, 0.0):
+                return
+            self._no_spare_until[share] = now() + TEND_SECONDS
+            route = await self._route({holding(share.hop.server)}, share)
+            lane = self._lane_on(route.hops, share.history, self._chores.set)
             self._spares[share] = lane
         if not lane.is_open:
             await lane.open()

@@ -152,6 +152,7 @@ class Share:
         self._opened: tuple[Opened, Tensors] | None = None
         self._num_offered = self._num_skipped = 0  # tokens whose names were sent, and whose outputs are not wanted
         self.num_lacking = 0
+        self.took: list[tuple[int, float]] = []  # tokens of steps, and the seconds that they took, to be taken note of
         self.has_news = asyncio.Event()
         self.news = news
 
@@ -398,6 +399,8 @@ class Share:
             self.requests.popleft()
             self.num_computed, self.num_lacking = request.end, 0
             self._await()
+            if result.seconds is not None:
+                self.took.append((request.inputs[0] * request.inputs[1], result.seconds))
             if request.question is not None:
                 if answer is not None:
                     outputs.logits.append(Logits(answer, tensors.get("ids")))

@@ -188,6 +188,7 @@ class Conversation:
         goes_on = step.onward > 0
         request = step.model_copy(update={"logits": None, "top_k": None}) if goes_on else step
         self._computing, self._answered = step, None
+        began = asyncio.get_running_loop().time()
         try:
             answer = await self._engine.step(self._session, request, tensors, rows=arrived.rows)
         except Refused as refused:
@@ -207,7 +208,8 @@ class Conversation:
             answer = {"hidden": outputs} if outputs.shape[1] else {}
         else:
             encoding = "raw"
-        result = Result(epoch=step.epoch, position=step.position)
+        seconds = asyncio.get_running_loop().time() - began
+        result = Result(epoch=step.epoch, position=step.position, seconds=seconds)
         if not step.skip and sum(tensor.nbytes for tensor in answer.values()) <= REMEMBERED_BYTES:
             self._answered = (result, answer, encoding)
         self._answers.put_nowait((result, answer, encoding))
