@@ -2,7 +2,7 @@
 
 with shaped_swarm(MODEL, ["0:4", "4:8"], link=Link(delay_seconds=0.05, bytes_per_second=100e6 / 8)) as swarm:
     swarm.address              # to join by
-    swarm.servers[0].kill()    # or hang(), cut(), black_hole(), shape(Link(...)) ...
+    swarm.servers[0].kill()    # or hang(), cut(), black_hole(), link(Link(...)) ...
 """
 
 from __future__ import annotations
