@@ -12,8 +12,8 @@ each time, one keeps spare servers warm and pauses between the turns, one keeps 
 they are answered is compared with the tokens of plain Transformers on one machine.
 
 Ends with status 1 if a sentence was not finished or has other tokens, a client or a server ended by itself or never
-ended, the memory of a client or of one of the two servers grew by more than `MOST_GROWTH` from the first third of the
-time to the end, or pages of a cache are missing at the end.
+ended, the memory of a client or of one of the two servers grew by more than `MOST_GROWTH` after the first third of
+the time, or pages of a cache are missing at the end.
 """
 
 from __future__ import annotations
@@ -143,6 +143,11 @@ class Crowd:
             client.process.kill()
             client.process.wait()
 
+    def wait_until_talking(self) -> None:
+        """Until each has had its first sentence, or has ended."""
+        while any(client.process.poll() is None and not client.sentences for client in self.clients):
+            time.sleep(0.1)
+
     def are_talking(self) -> bool:
         return any(client.process.poll() is None for client in self.clients)
 
@@ -227,12 +232,14 @@ class Memory:
         return {name: samples[-1][1] for name, samples in self._samples.items() if samples}
 
     def growth(self, seconds: float) -> dict[str, tuple[int, int]]:
-        """For each process, the most that it took in the first third of the time, and what it took at the end."""
-        return {
-            name: (max(rss for at, rss in samples if at <= max(seconds / 3, samples[0][0])), samples[-1][1])
-            for name, samples in self._samples.items()
-            if samples
-        }
+        """For each process, the most that it took in the first third of the time, and the most since."""
+        found = {}
+        for name, samples in self._samples.items():
+            first = [rss for at, rss in samples if at <= seconds / 3]
+            later = [rss for at, rss in samples if at > seconds / 3]
+            if first and later:
+                found[name] = max(first), max(later)
+        return found
 
 
 def missing_pages(swarm: ShapedSwarm) -> list[str]:
@@ -286,8 +293,8 @@ def judge(crowd: Crowd, guarded: Guarded, memory: Memory, missing: Sequence[str]
     if gaps:
         print(f"between two tokens: {1000 * statistics.median(gaps):.1f} ms in the median, {max(gaps):.2f} s at worst")
     growth = memory.growth(seconds)
-    for name, (settled, end) in growth.items():
-        print(f"memory of {name}: {settled / 2**20:.0f} MiB in the first third, {end / 2**20:.0f} at the end")
+    for name, (first, later) in growth.items():
+        print(f"memory of {name}: {first / 2**20:.0f} MiB at most in the first third, {later / 2**20:.0f} since")
     faults = {
         "a sentence was not finished: " + "; ".join(sorted({str(each.failure) for each in failed})): failed,
         "sentences have other tokens": differing,
@@ -299,7 +306,7 @@ def judge(crowd: Crowd, guarded: Guarded, memory: Memory, missing: Sequence[str]
         "servers ended by themselves: " + ", ".join(each.name for each in guarded.dead()): guarded.dead(),
         "servers show tracebacks: " + ", ".join(confused := with_tracebacks(logs)): confused,
         f"memory grew by more than {MOST_GROWTH >> 20} MiB": any(
-            end - settled > MOST_GROWTH for settled, end in growth.values()
+            later - first > MOST_GROWTH for first, later in growth.values()
         ),
         "pages are missing at " + ", ".join(missing): missing,
     }
@@ -332,6 +339,7 @@ def soak(talks: list[Conversation], seconds: float, every: float, seed: int) -> 
             processes = {each.name: each.process.pid for each in crowd.clients}
             steady = {swarm.servers[index].name: swarm.servers[index].process.pid for index in STEADY}
             memory = Memory(processes | steady)
+            crowd.wait_until_talking()
             with churning(guarded, events):
                 watch(crowd, guarded, memory, seconds)
             swarm.wait_until_ready()
