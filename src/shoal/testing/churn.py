@@ -74,7 +74,7 @@ def random_churn(
     now = 0.0
     while (now := now + chance.expovariate(1 / every_seconds)) < seconds:
         well = [index for index, at in enumerate(well_at) if at <= now]
-        spared = [index for index in well if _is_spared(index, well, held)]
+        spared = [index for index in well if is_spared(index, well, held)]
         if not spared:
             continue
         server, act = chance.choice(spared), chance.choice(acts)
@@ -84,7 +84,7 @@ def random_churn(
     return tuple(sorted(events))
 
 
-def _is_spared(server: int, well: Sequence[int], held: Sequence[Span]) -> bool:
+def is_spared(server: int, well: Sequence[int], held: Sequence[Span]) -> bool:
     """Whether the others that are well hold all that this one holds."""
     return all(any(block in held[other] for other in well if other != server) for block in held[server])
 

@@ -129,7 +129,10 @@ class End(asyncio.BufferedProtocol):
         """The other one has said all."""
         if self._transport is None or self._transport.is_closing() or self._other is None:
             return
-        self._transport.write_eof()
+        try:
+            self._transport.write_eof()
+        except OSError:  # it was reset meanwhile, and nobody was reading
+            self._transport.abort()
         self._gave_end = True
         if self._other._gave_end:
             for end in (self, self._other):

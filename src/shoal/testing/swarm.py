@@ -63,6 +63,11 @@ class ShapedServer:
         return self._child is not None and self.process.poll() is None
 
     @property
+    def is_ready(self) -> bool:
+        """Whether it runs and has said that it serves; it may hang, or be cut off."""
+        return self._child is not None and self._child.is_ready and self.is_running
+
+    @property
     def log(self) -> str:
         """What it has said since its last start."""
         return "" if self._child is None else self._child.log.read_text(errors="replace")
