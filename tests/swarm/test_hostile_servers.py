@@ -19,7 +19,7 @@ from shoal import MissingBlocks, RequestRejected
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken
 from shoal.protocol import Backward, Close, Forward, Message, Open, Ping, Rewind, Step, Tie
-from shoal.spans import Span
+from shoal.spans import Span, short
 
 from .harness import QUICK, Swarm
 from .intruder import Raw, declaring, raw
@@ -34,8 +34,9 @@ IMPATIENT = replace(QUICK, longest_answer_seconds=0.5)
 def announce(swarm: Swarm, converse: Callable[[Stream], Any], **announced: Any) -> Any:
     """A peer named "rogue", which says whatever it likes about itself; returns its node."""
     honest = next(iter(swarm.servers.values()))
-    lies = {"peer": "rogue", "span": Span(0, 4), "decode_speed": 1e9, "cache_tokens_left": 4096, **announced}
-    info = replace(honest.info, **lies)
+    near = tuple((short(name), 1e-6) for name in swarm.servers)
+    lies = {"peer": "rogue", "span": Span(0, 4), "decode_speed": 1e9, "cache_tokens_left": 4096, "round_trips": near}
+    info = replace(honest.info, **{**lies, **announced})
 
     async def start() -> Any:
         node = swarm.network.node("rogue")
