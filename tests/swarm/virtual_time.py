@@ -9,8 +9,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+ROUND_SECONDS = 1e-9
+"""What a round of the loop takes: who waits for the smallest time that a number can express has waited for it then."""
+MOMENT_SECONDS = 1e-3
 LONGEST_MOMENT = 20_000
-"""After so many rounds in which time stood still, somebody is going round in circles."""
+"""After so many rounds in one moment, somebody is going round in circles."""
 
 
 class Deadlock(AssertionError):
@@ -20,12 +23,12 @@ class Deadlock(AssertionError):
 class VirtualLoop(asyncio.SelectorEventLoop):
     """Runs what is ready, then jumps. Threads have no part in it: what is meant for them is computed at once.
 
-    Seconds are counted from 0, and right to a nanosecond for some weeks.
+    Seconds are counted from 0, and right to a microsecond for some days.
     Raises `Deadlock` when there is nothing to run and no timer to wait for, and when time stands still for too long.
     """
 
     def __init__(self) -> None:
-        self._now = 0.0
+        self._now = self._moment = 0.0
         self._num_rounds = 0
         super().__init__(_Jumping(self._jump))
 
@@ -33,16 +36,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._now
 
     def _jump(self, seconds: float | None) -> None:
-        if seconds == 0:
-            self._num_rounds += 1
-            if self._num_rounds > LONGEST_MOMENT:
-                self._num_rounds = 0  # whoever cancels them needs some too
-                raise Deadlock(f"time stands still at {self._now:g} s:\n{self._tasks()}")
-            return
         if seconds is None:
-            raise Deadlock(f"nobody will ever go on at {self._now:g} s:\n{self._tasks()}")
-        self._num_rounds = 0
-        self._now += seconds
+            raise Deadlock(f"nobody will ever go on at {self._now:.3f} s:\n{self._tasks()}")
+        self._now += max(seconds, ROUND_SECONDS)
+        self._num_rounds += 1
+        if self._now - self._moment > MOMENT_SECONDS:
+            self._moment, self._num_rounds = self._now, 0
+        elif self._num_rounds > LONGEST_MOMENT:
+            self._num_rounds = 0  # whoever cancels them needs some too
+            raise Deadlock(f"time stands still at {self._now:.3f} s:\n{self._tasks()}")
 
     def _tasks(self) -> str:
         return "\n".join(f"    {task!r}" for task in asyncio.all_tasks(self))

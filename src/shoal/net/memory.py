@@ -136,9 +136,9 @@ class MemoryNetwork:
 
     # What directories ask of it.
 
-    def publish(self, model: ModelInfo, info: ServerInfo, expires: float) -> None:
+    def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
         self._check_directory()
-        self._announced[model.key, info.peer] = (model, info, expires)
+        self._announced[model.key, peer] = (model, info, expires)
 
     def announced(self) -> list[tuple[ModelInfo, ServerInfo]]:
         self._check_directory()
@@ -323,7 +323,7 @@ class MemoryDirectory:
         if info.peer != self._transport.peer or not 0 < lifetime <= MAX_LIFETIME:
             raise ValueError("a peer announces itself, for a while")
         if self._network.is_current(self._transport):
-            self._network.publish(model, info, asyncio.get_running_loop().time() + lifetime)
+            self._network.publish(info.peer, model, info, asyncio.get_running_loop().time() + lifetime)
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
         return tuple(info for announced, info in self._network.announced() if announced.key == model.key)

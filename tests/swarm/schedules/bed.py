@@ -38,7 +38,7 @@ PASS_SECONDS = 0.02
 SPARE_SPEED = 0.1
 """Tokens per second: so few that no other server is left for this one."""
 PATIENT = ClientConfig(patience_seconds=200.0)
-SERVER = ServerConfig(model="", idle_seconds=100.0)
+SERVER = ServerConfig(model="", idle_seconds=20.0)
 
 
 class VirtualExecutor(Executor):
