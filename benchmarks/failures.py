@@ -1,10 +1,10 @@
 """How fast a client decodes through servers that fail, against the same chain without failures.
 
-    python benchmarks/failures.py [--tokens 128 1024] [--rates 1e-3 1e-2 1e-1] [--rounds 1] [--cap 30]
-        [--modes ours standby restarting no-caches] [--kills 8] [--quick] [--json]
+    python benchmarks/failures.py [--tokens 128 1024] [--window N] [--rates 1e-3 1e-2 1e-1] [--rounds 1] [--cap 30]
+        [--modes ours standby restarting no-caches] [--kills 8] [--threads 1] [--quick] [--json]
 
 The reference model in bf16, four stages of four blocks with two servers each, one client: nine processes on this
-machine, one thread each. With `--quick` it is the bundled model in float32, in which no failure may change a token:
+machine, of `--threads` each. With `--quick` it is the bundled model in float32, in which no failure may change a token:
 status 1 if one does. Each server draws for itself, before each step, whether it fails (`failing_server.py`).
 
 * ours: a failed server is replaced, and what it was sent is replayed. With `standby`, a second server is kept warm.
@@ -17,7 +17,10 @@ for a step in which any stage fails, restarting takes ((1 - q)^-N - 1) / q steps
 is done 1 / (1 - q) times. Speeds are tokens per second of the whole generation; ratios are those to ours without
 failures, of the same round.
 
-A run of everything generates some 22,000 tokens, beside the baselines: half an hour at 12 tokens per second.
+A run of everything generates some 22,000 tokens, beside the baselines: half an hour at 12 tokens per second. With
+`--window N`, of a generation that is longer than N only the N tokens in its middle are made, behind a prompt of as many
+as come before them: what a failure costs grows evenly with the place, so that its mean is that of the whole generation.
+Baselines are then computed only.
 
 At the end, a server that is in use is killed (SIGKILL) with 1,024 tokens in the session, `--kills` times: the longest
 gap between two tokens then, in steps.
@@ -67,9 +70,18 @@ class Bench:
     """The stages, and a client for each mode."""
 
     def __init__(
-        self, stages: Stages, model: Path, *, dtype: str, modes: Sequence[str], cap: float, vocabulary: int
+        self,
+        stages: Stages,
+        model: Path,
+        *,
+        dtype: str,
+        modes: Sequence[str],
+        cap: float,
+        window: int | None,
+        vocabulary: int,
     ) -> None:
         self._stages = stages
+        self._window = window
         self._cap = cap
         self._dtype = dtype
         self._vocabulary = vocabulary
@@ -118,8 +130,18 @@ class Bench:
         generation = None
         with contextlib.suppress(TookTooLong):
             deadline = began + LONGEST_SECONDS
-            generation = generate(self._clients[mode], self._prompt(seed, PROMPT_TOKENS), num_tokens, deadline=deadline)
-        return time.perf_counter() - began, generation, self._stages.fail_at(0.0, seed)
+            num_prompt, num_new = self._part_of(num_tokens)
+            generation = generate(self._clients[mode], self._prompt(seed, num_prompt), num_new, deadline=deadline)
+        seconds = time.perf_counter() - began
+        if generation is not None and num_new < num_tokens:  # the prompt is none of it
+            seconds = (generation.times[-1] - generation.times[0]) * num_tokens / (num_new - 1)
+        return seconds, generation, self._stages.fail_at(0.0, seed)
+
+    def _part_of(self, num_tokens: int) -> tuple[int, int]:
+        """How long a prompt and how many new tokens stand for a generation of so many."""
+        if self._window is None or num_tokens <= self._window:
+            return PROMPT_TOKENS, num_tokens
+        return (num_tokens - self._window) // 2, self._window
 
     def _run(
         self,
@@ -164,7 +186,8 @@ class Bench:
         for rate in rates:
             self._stages.fail_at(rate, seed)
             run = restarting if mode == "restarting" else without_caches
-            seconds = run(client, prompt, num_tokens, cap=self._cap)
+            whole = self._part_of(num_tokens)[1] == num_tokens
+            seconds = run(client, prompt, num_tokens, cap=self._cap) if whole else None
             yield Run(
                 mode,
                 num_tokens,
@@ -225,6 +248,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cap", type=float, default=30.0, help="seconds for a run of a baseline")
     parser.add_argument("--kills", type=int, default=8)
+    parser.add_argument("--window", type=int, help="of a longer generation, make so many tokens in its middle")
+    parser.add_argument("--threads", type=int, default=1, help="of each server; with all cores they take turns")
     parser.add_argument("--quick", action="store_true", help="the bundled model, and less of everything")
     parser.add_argument("--json", action="store_true")
     if parser.parse_known_args()[0].quick:
@@ -238,9 +263,18 @@ def main() -> int:
     config = transformers.AutoConfig.from_pretrained(model)
     runs: list[Run] = []
     gaps: list[Gap] = []
-    with stages_of(model, config.num_hidden_layers, num_stages=NUM_STAGES, dtype=dtype) as stages:
+    stages_ = stages_of(
+        model, config.num_hidden_layers, num_stages=NUM_STAGES, dtype=dtype, num_threads=arguments.threads
+    )
+    with stages_ as stages:
         bench = Bench(
-            stages, model, dtype=dtype, modes=arguments.modes, cap=arguments.cap, vocabulary=config.vocab_size
+            stages,
+            model,
+            dtype=dtype,
+            modes=arguments.modes,
+            cap=arguments.cap,
+            window=arguments.window,
+            vocabulary=config.vocab_size,
         )
         try:
             for run in bench.runs(arguments.tokens, arguments.rates, arguments.rounds):

@@ -25,14 +25,15 @@ class FailingServer:
     address: str
 
     @classmethod
-    def start(cls, model: Path, span: str, peers: list[str], dtype: str) -> FailingServer:
+    def start(cls, model: Path, span: str, peers: list[str], dtype: str, num_threads: int) -> FailingServer:
         joining = ["--initial-peers", *peers] if peers else []
+        options = ["--blocks", span, "--dtype", dtype, "--threads", str(num_threads), *joining]
         process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(model), "--blocks", span, "--dtype", dtype, *joining],
+            [sys.executable, str(PROGRAM), str(model), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         )
         try:
             said = _said(process)
@@ -73,9 +74,10 @@ def _said(process: subprocess.Popen[str]) -> dict[str, Any]:
 class Stages:
     """All servers of a model that is cut into stages."""
 
-    def __init__(self, model: Path, dtype: str) -> None:
+    def __init__(self, model: Path, dtype: str, num_threads: int) -> None:
         self._model = model
         self._dtype = dtype
+        self._num_threads = num_threads
         self._servers: list[FailingServer] = []
 
     @property
@@ -85,7 +87,7 @@ class Stages:
 
     def add(self, span: str) -> None:
         peers = [server.address for server in self._servers]
-        self._servers.append(FailingServer.start(self._model, span, peers, self._dtype))
+        self._servers.append(FailingServer.start(self._model, span, peers, self._dtype, self._num_threads))
         print(f"serving {span}: {self._servers[-1].peer[-8:]}", file=sys.stderr)
 
     def fail_at(self, rate: float, seed: int) -> int:
@@ -108,10 +110,10 @@ class Stages:
 
 @contextlib.contextmanager
 def stages_of(
-    model: Path, num_blocks: int, *, dtype: str, num_stages: int = 4, servers_each: int = 2
+    model: Path, num_blocks: int, *, dtype: str, num_stages: int = 4, servers_each: int = 2, num_threads: int = 1
 ) -> Iterator[Stages]:
     """Start the servers, one after another, so that each measures its own speed; end them with the context."""
-    stages = Stages(model, dtype)
+    stages = Stages(model, dtype, num_threads)
     try:
         size = num_blocks // num_stages
         for _ in range(servers_each):
