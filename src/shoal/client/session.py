@@ -206,7 +206,7 @@ class Session:
                 async with asyncio.timeout_at(heard_at + limit):
                     await self._news.wait()
             except TimeoutError:
-                silent = next(share for share in lane.shares if share.requests)
+                silent = next((share for share in lane.shares if share.requests), lane.shares[-1])
                 assert silent.connection is not None
                 silent.connection.fail(silent.connection.lost(f"no answer within {limit:g} s"))
 
@@ -322,7 +322,7 @@ class Session:
     async def _look_around(self) -> None:
         """Now and then, see for one of the servers whether leaving it for faster ones pays, the replay included."""
         num_tokens = self._tokens.num_tokens
-        if num_tokens < self._looked_at + LOOK_TOKENS:
+        if not self._shares or num_tokens < self._looked_at + LOOK_TOKENS:
             self._looked_at = min(self._looked_at, num_tokens)
             return
         self._looked_at = num_tokens
@@ -335,7 +335,7 @@ class Session:
                 return
             before, after = self._neighbours(share)
             present = self._chain.price((share.hop,), needs=self._needs(share.hop.span), before=before, after=after)
-            share.leaves = pays_to_move(
+            share.leaves |= pays_to_move(
                 step_seconds=present.seconds,
                 better_step_seconds=better.seconds,
                 replay_seconds=replay_seconds(better.hops, self.batch_size * num_tokens),
