@@ -15,7 +15,9 @@ from shoal.client.connection import Connection
 from shoal.client.history import History
 from shoal.client.pairs import FORGIVEN_SECONDS, BrokenPairs
 from shoal.client.ring import Ring
-from shoal.client.share import LACKING_PONGS, Outputs, Request, Share
+from shoal.client.outputs import Outputs
+from shoal.client.request import Request
+from shoal.client.share import LACKING_PONGS, Share
 from shoal.client.store import Store
 from shoal.errors import PeerError, ServerLost
 from shoal.protocol import Close, Leaving, Message, Opened, Ping, Pong, Result, TensorName, Unreached

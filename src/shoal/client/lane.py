@@ -20,7 +20,9 @@ from shoal.client.chain import Chain, named_tensors
 from shoal.client.history import History
 from shoal.client.logits import Question
 from shoal.client.ring import Ring
-from shoal.client.share import STEPS_AHEAD, Outputs, Request, Share, Sink
+from shoal.client.outputs import Outputs, Sink
+from shoal.client.request import Request
+from shoal.client.share import STEPS_AHEAD, Share
 from shoal.client.tokens import Tokens
 from shoal.errors import PeerError
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root

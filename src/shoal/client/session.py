@@ -25,7 +25,8 @@ from shoal.client.connection import CannotRewind
 from shoal.client.history import History
 from shoal.client.lane import Lane
 from shoal.client.logits import Logits, Question
-from shoal.client.share import Nowhere, Outputs, Share
+from shoal.client.outputs import Nowhere, Outputs
+from shoal.client.share import Share
 from shoal.client.tokens import Tokens
 from shoal.errors import MissingBlocks, ServerBusy, ServerLost, SwarmError, UserError
 from shoal.net.encodings import as_received

@@ -7,20 +7,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from shoal.client.connection import Connection, finite, plausible
 from shoal.client.history import History
-from shoal.client.logits import Logits, Question
+from shoal.client.logits import Logits
+from shoal.client.outputs import Outputs, Sink
+from shoal.client.request import Request
 from shoal.errors import PeerError
 from shoal.model.prefix import PAGE_TOKENS
 from shoal.net.codec import Tensors
 from shoal.net.encodings import as_received
 from shoal.protocol import (
-    MAX_LENGTH,
     After,
     Before,
     Encoding,
@@ -42,84 +41,6 @@ LACKING_PONGS = 2
 """So many answers in a row, the first of which may have crossed the step, say that the step has not come."""
 STEPS_AHEAD = 4
 """Steps that are under way to one server: enough to keep it busy while others come, and few enough for its memory."""
-
-
-class Sink(Protocol):
-    """Where a server's outputs go: into the history of the next, or to who asked for the step."""
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens it has already."""
-        ...
-
-    def take(self, outputs_BTD: torch.Tensor, start: int) -> None:
-        """Outputs for the tokens from `start` on, which is no gap away; what is known already is left out."""
-        ...
-
-
-class Outputs:
-    """What the last server gives for the tokens from `position` on: hidden states, or the answer to a question."""
-
-    def __init__(self, position: int) -> None:
-        self.num_tokens = position
-        self.logits: list[Logits] = []
-        self._pieces: list[torch.Tensor] = []
-
-    def take(self, outputs_BTD: torch.Tensor, start: int) -> None:
-        assert start <= self.num_tokens
-        new_BTD = outputs_BTD[:, self.num_tokens - start :]
-        if new_BTD.shape[1]:
-            self._pieces.append(new_BTD)
-            self.num_tokens += new_BTD.shape[1]
-
-    def joined(self) -> torch.Tensor | Logits:
-        """All of it."""
-        if self.logits:
-            return Logits.joined(self.logits)
-        return self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces, dim=1)
-
-
-class Nowhere(Outputs):
-    """For whom nobody wants outputs of."""
-
-    def __init__(self) -> None:
-        super().__init__(MAX_LENGTH)
-
-    def take(self, outputs_BTD: torch.Tensor, start: int) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class Request:
-    """A step that the server is to answer: sent by us or, in the ring, by the server before.
-
-    With `num_logits`, the output head's answer for so many tokens is wanted, not the outputs that are not skipped.
-    """
-
-    epoch: int
-    position: int
-    inputs: torch.Size  # [B, T, D]
-    dtype: torch.dtype
-    question: Question | None
-    num_logits: int
-    usual_seconds: float
-    skip: int = 0
-    pushed: bool = False
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.epoch, self.position
-
-    @property
-    def end(self) -> int:
-        return self.position + self.inputs[1]
-
-    @property
-    def num_bytes(self) -> int:
-        """What travels, there and back."""
-        there = self.inputs.numel() * self.dtype.itemsize
-        width = 0 if self.question is None else self.question.width
-        return 2 * there + self.inputs[0] * self.num_logits * width * self.dtype.itemsize
 
 
 class Share:
@@ -380,7 +301,7 @@ class Share:
             if request is None or (result.epoch, result.position) != request.key:
                 self._results.popleft()  # of the past
                 continue
-            wrong = self._wrong(request, result, tensors)
+            wrong = request.wrong(result, tensors, self.connection.encoding)
             answer = tensors.get("hidden" if request.question is None else "logits")
             if wrong is None and answer is not None and not finite(answer):
                 if self.history.num_tokens < request.end:
@@ -410,27 +331,3 @@ class Share:
                     answer = as_received(answer, wire)
                 sink.take(answer, request.position + request.skip)
         return is_news
-
-    def _wrong(self, request: Request, result: Result, tensors: Tensors) -> str | None:
-        """What is wrong with an answer, as far as shapes and kinds tell."""
-        assert self.connection is not None
-        batch_size, num_tokens, hidden_size = request.inputs
-        other = "something else than was asked"
-        if request.question is None:
-            hidden, num_wanted = tensors.get("hidden"), num_tokens - request.skip
-            if not num_wanted:
-                return None if hidden is None else other
-            if hidden is None or hidden.shape != (batch_size, num_wanted, hidden_size) or hidden.dtype != request.dtype:
-                return other
-            if (encoding := result.encoding_of("hidden")) not in ("raw", self.connection.encoding):
-                return f"in {encoding}, which nobody asked for"
-            return None
-        values, ids = tensors.get("logits"), tensors.get("ids")
-        if not request.num_logits:
-            return None if values is None and ids is None else other
-        shape = (batch_size, request.num_logits, request.question.width)
-        if values is None or values.shape != shape or values.dtype != request.dtype:
-            return other
-        if result.encoding_of("logits") != "raw" or (ids is None) != (request.question.top_k is None):
-            return other
-        return other if ids is not None and (ids.shape != shape or not request.question.are_tokens(ids)) else None
