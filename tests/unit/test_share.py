@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from shoal.client.connection import Connection
 from shoal.client.history import History
-from shoal.client.pairs import FORGIVEN_SECONDS, BrokenPairs
-from shoal.client.ring import Ring
 from shoal.client.outputs import Outputs
+from shoal.client.pairs import FORGIVEN_SECONDS, BrokenPairs
 from shoal.client.request import Request
+from shoal.client.ring import PUSH_PONGS, Ring
 from shoal.client.share import LACKING_PONGS, Share
 from shoal.client.store import Store
 from shoal.errors import PeerError, ServerLost
@@ -326,7 +326,7 @@ def test_a_step_that_one_has_computed_and_the_next_lacks_was_not_pushed(time):
     ring, (a, b) = ring_of(time, "a", "b")
     a.expect(2)
     b.expect(2, pushed=True)
-    for _ in range(LACKING_PONGS):
+    for _ in range(PUSH_PONGS):
         b.says(Pong())
     assert broken(ring, a, b) is None  # it is still on its way
     a.answers(0, 2)

@@ -19,9 +19,9 @@ import torch
 from shoal.client.chain import Chain, named_tensors
 from shoal.client.history import History
 from shoal.client.logits import Question
-from shoal.client.ring import Ring
 from shoal.client.outputs import Outputs, Sink
 from shoal.client.request import Request
+from shoal.client.ring import Ring
 from shoal.client.share import STEPS_AHEAD, Share
 from shoal.client.tokens import Tokens
 from shoal.errors import PeerError

@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from shoal.client.pairs import BrokenPairs
-from shoal.client.share import LACKING_PONGS, Share
+from shoal.client.share import Share
 from shoal.protocol import After, Before, Encoding
+
+PUSH_PONGS = 6
+"""So many answers in a row without a step say that it was not pushed. Each takes a round trip and a pause: two servers
+that have not met need about as many round trips to get to know each other."""
 
 
 class Ring:
@@ -67,4 +71,6 @@ class Ring:
 
 def _lacks(share: Share, num_pushed: int) -> bool:
     """Whether a server lacks what the one before it has computed, and was to push to it."""
-    return share.num_lacking >= LACKING_PONGS and num_pushed >= share.requests[0].end
+    if num_pushed < share.requests[0].end:
+        share.num_lacking = 0  # it cannot have it yet
+    return share.num_lacking >= PUSH_PONGS

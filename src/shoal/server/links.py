@@ -18,7 +18,7 @@ from shoal.protocol import After, Before, Encoding, Step
 
 log = logging.getLogger(__name__)
 
-OPEN_SECONDS = 3.0
+OPEN_SECONDS = 6.0
 SEND_SECONDS = 30.0
 IDLE_SECONDS = 60.0
 """A stream that nobody uses for so long is closed, and opened again when it is needed."""
