@@ -330,6 +330,9 @@ def test_a_step_that_one_has_computed_and_the_next_lacks_was_not_pushed(time):
         b.says(Pong())
     assert broken(ring, a, b) is None  # it is still on its way
     a.answers(0, 2)
+    for _ in range(PUSH_PONGS):
+        assert broken(ring, a, b) is None
+        b.says(Pong())
     assert broken(ring, a, b) == 0
     assert b.error is None
 
