@@ -196,6 +196,14 @@ async def test_a_peer_that_is_cut_off_from_all_is_alive_when_it_is_healed(networ
     assert (await answers_of(await other.open("server"))).done()
 
 
+async def test_streams_that_break_can_be_opened_again(network: MemoryNetwork) -> None:
+    stream = await connected(network)
+    network.disconnect("server")
+    with pytest.raises(StreamBroken):
+        await stream.receive()
+    assert (await answers_of(await network.node("other").transport.open("server"))).done()
+
+
 async def test_the_way_between_two_may_be_long(network: MemoryNetwork, clock: Clock) -> None:
     stream = await connected(network)
     other = await network.node("other").transport.open("server")

@@ -72,7 +72,7 @@ class MemoryNetwork:
     def kill(self, peer: str) -> None:
         """The process of `peer` dies: its streams break at once, what was in flight is lost, nobody can reach it."""
         self.faults.bury(peer)
-        self._break(peer)
+        self.disconnect(peer)
         if peer in self._transports:
             self._transports[peer].abandon()
 
@@ -88,10 +88,16 @@ class MemoryNetwork:
         """Nothing that `sender` sends arrives, anywhere or at one receiver, until `heal`; it hears the others still."""
         self.faults.silence(sender, receiver)
 
+    def disconnect(self, one: str, other: str | None = None) -> None:
+        """The streams of a peer break, or those between two, and what was in flight is lost; new ones can be opened."""
+        for link in [*self._links]:
+            if one in link.peers and (other is None or other in link.peers):
+                link.break_()
+
     def cut(self, one: str, other: str | None = None) -> None:
         """The link between two peers breaks, or all of one, and with it the streams; `heal` lets them open new ones."""
         self.faults.cut(one, other)
-        self._break(one, other)
+        self.disconnect(one, other)
 
     def heal(self, *peers: str) -> None:
         """Undo `hang`, `mute`, `cut`, `delay` and `drop_after` for these peers, or for all; the dead stay dead."""
@@ -124,11 +130,6 @@ class MemoryNetwork:
         self._links.pop(link, None)
         if link.holds_frames:
             self._ended[link] = None
-
-    def _break(self, peer: str, other: str | None = None) -> None:
-        for link in [*self._links]:
-            if peer in link.peers and (other is None or other in link.peers):
-                link.break_()
 
     def is_current(self, transport: MemoryTransport) -> bool:
         """Whether this is a peer's process, and not what is left of one that was killed."""

@@ -61,17 +61,17 @@ class Blow:
     other: str
     failure: Failure
 
-    def lasting(self, undo: Callable[[], None] = lambda: None) -> None:
-        """Something is wrong from now on, until it is over."""
+    def lasting(self) -> None:
+        """Something is wrong from now on, until it is over: then nothing is."""
         self.victim.sound = False
         if self.failure.lasts is not None:
-            asyncio.get_running_loop().call_later(self.failure.lasts, self._recover, undo)
+            asyncio.get_running_loop().call_later(self.failure.lasts, self._recover)
 
-    def _recover(self, undo: Callable[[], None]) -> None:
+    def _recover(self) -> None:
         if self.victim.alive and not self.victim.leaving.is_set():
             self.bed.tell(f"{self.victim} is well again")
-            undo()
             self.bed.network.heal(self.victim.name)
+            self.victim.executor.recover()
             self.victim.sound = True
 
 
@@ -120,7 +120,7 @@ def freezes(blow: Blow) -> None:
     """The process is stopped: it neither hears nor computes."""
     blow.bed.network.hang(blow.victim.name)
     blow.victim.executor.thawed.clear()
-    blow.lasting(blow.victim.executor.thawed.set)
+    blow.lasting()
 
 
 def is_not_heard(blow: Blow) -> None:
@@ -136,9 +136,8 @@ def hears_nothing(blow: Blow) -> None:
 
 
 def computes_slowly(blow: Blow) -> None:
-    executor = blow.victim.executor
-    executor.slowness = SLOWNESS
-    blow.lasting(lambda: setattr(executor, "slowness", 1.0))
+    blow.victim.executor.slowness = SLOWNESS
+    blow.lasting()
 
 
 def is_far_away(blow: Blow) -> None:
@@ -153,9 +152,7 @@ def loses_its_stream(blow: Blow) -> None:
 
 def breaks_its_streams(blow: Blow) -> None:
     """All of them end, and with them the frames that are on their way."""
-    blow.bed.network.cut(blow.victim.name)
-    blow.bed.network.heal(blow.victim.name)
-    blow.victim.sound = True
+    blow.bed.network.disconnect(blow.victim.name)
 
 
 HAPPENINGS: Mapping[str, Callable[[Blow], None]] = {
