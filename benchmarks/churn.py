@@ -1,6 +1,6 @@
 """Ten servers that join, leave, are killed, hang and are cut off, and three clients that talk through all of it.
 
-    python benchmarks/churn.py [--seconds 1800] [--seed 0] [--every 8]
+    python benchmarks/churn.py [--seconds 1800] [--seed 0] [--every 8] [--logs FOLDER]
 
 The servers are processes of their own, behind doors (docs/testing.md), with the bundled model in float32; each block is
 held by three of them, with different cut points. Something happens to one of them every few seconds, at random, such
@@ -20,32 +20,25 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import random
+import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
-from clients import generate
-from conversations import Conversation, Turn, conversations
+from conversations import Conversation, conversations, write_conversations
 from machine import describe_machine
 from soak import IDLE_SECONDS, MODEL, MOST_GROWTH, open_model
+from talkers import Talkers
 
-import shoal
-from shoal import AutoDistributedModelForCausalLM
 from shoal.spans import Span
 from shoal.testing import ShapedServer, ShapedSwarm, shaped_swarm
 from shoal.testing.churn import CURES, Act, Event, churning, is_spared, random_churn
@@ -61,98 +54,9 @@ SETTLE_SECONDS = 15.0
 NUM_CONVERSATIONS = 48
 SAMPLE_SECONDS = 5.0
 REPORT_SECONDS = 30.0
+LONG_GAP_SECONDS = 3.0
 LAST_SENTENCE_SECONDS = 120.0
 """What a client gets for the conversation that it is in when the time is over."""
-
-CLIENTS: dict[str, dict[str, Any]] = {"plain": {}, "standby": {"standby": True}, "bounded": {"history_memory": 1 << 16}}
-LONGEST_PAUSE = {"plain": 0.5, "standby": 8.0, "bounded": 2.0}
-"""Seconds between two turns."""
-
-
-# -- what a client does -----------------------------------------------------------------------------------------------
-
-
-def talk(name: str, addresses: list[str], talks: list[Conversation], seconds: float, seed: int) -> None:
-    """Have conversations for so long; prints a line of JSON for each sentence."""
-    chance, until = random.Random(f"{seed} {name}"), time.monotonic() + seconds
-    if name == "plain":
-        talks = [talks_[:1] for talks_ in talks]
-    model = AutoDistributedModelForCausalLM.from_pretrained(
-        MODEL, initial_peers=addresses, dtype=torch.float32, **CLIENTS[name]
-    )
-    while time.monotonic() < until:
-        for sentence in converse(model, chance.choice(talks), chance, LONGEST_PAUSE[name]):
-            print(json.dumps(asdict(sentence)), flush=True)
-    model.close()
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """What came of a turn: the seconds between its tokens, whether they were the right ones, why it was given up."""
-
-    gaps: list[float]
-    is_right: bool
-    failure: str | None = None
-
-
-def converse(model: Any, talk: Conversation, chance: random.Random, longest_pause: float) -> Iterator[Sentence]:
-    with model.inference_session(max_length=512) as session:
-        for index, turn in enumerate(talk):
-            if index:
-                time.sleep(chance.uniform(0, longest_pause))
-            try:
-                generation = generate(model, torch.tensor([turn.said]), len(turn.answer), session=session)
-            except shoal.ShoalError as error:
-                yield Sentence([], False, f"{type(error).__name__}: {error}")
-                return
-            gaps = [round(seconds, 4) for _, seconds in generation.gaps()]
-            yield Sentence(gaps, tuple(generation.tokens) == turn.answer)
-
-
-@dataclass
-class Client:
-    """A process that talks, and what it has said so far."""
-
-    name: str
-    process: subprocess.Popen[str]
-    sentences: list[Sentence] = field(default_factory=list)
-
-    def read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.sentences.append(Sentence(**json.loads(line)))
-
-
-class Crowd:
-    """The clients; those that still run when the context is left are killed."""
-
-    def __init__(self, addresses: Sequence[str], talks: Path, seconds: float, seed: int) -> None:
-        self.clients: list[Client] = []
-        self._words = ["--talks", str(talks), "--seconds", str(seconds), "--seed", str(seed), "--addresses", *addresses]
-
-    def __enter__(self) -> Crowd:
-        for name in CLIENTS:
-            command = [sys.executable, __file__, "--talk", name, *self._words]
-            client = Client(name, subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-            self.clients.append(client)
-            threading.Thread(target=client.read, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for client in self.clients:
-            client.process.kill()
-            client.process.wait()
-
-    def wait_until_talking(self) -> None:
-        """Until each has had its first sentence, or has ended."""
-        while any(client.process.poll() is None and not client.sentences for client in self.clients):
-            time.sleep(0.1)
-
-    def are_talking(self) -> bool:
-        return any(client.process.poll() is None for client in self.clients)
-
-    def sentences(self) -> list[Sentence]:
-        return [sentence for client in self.clients for sentence in client.sentences]
 
 
 # -- what happens to the servers --------------------------------------------------------------------------------------
@@ -259,52 +163,60 @@ def missing_pages(swarm: ShapedSwarm) -> list[str]:
         model.close()
 
 
-def watch(crowd: Crowd, guarded: Guarded, memory: Memory, seconds: float) -> None:
-    """Look at everybody until the clients have ended, or should have."""
+def watch(talkers: Talkers, guarded: Guarded, memory: Memory, seconds: float) -> None:
+    """Look at everybody until all has happened and the clients have ended, or should have."""
     began = time.monotonic()
     print("   time  sentences  failed  differ  happened  worst gap  MiB: " + ", ".join(memory._processes))
     for turn in itertools.count(1):
         time.sleep(SAMPLE_SECONDS)
         passed = time.monotonic() - began
-        if not crowd.are_talking() or passed > seconds + LAST_SENTENCE_SECONDS:
+        is_over = passed > seconds + SAMPLE_SECONDS and not talkers.are_talking
+        if is_over or passed > seconds + LAST_SENTENCE_SECONDS:
             return
         memory.sample(passed)
         if turn % (REPORT_SECONDS // SAMPLE_SECONDS) == 0:
-            said = crowd.sentences()
+            said = talkers.sentences
             print(
                 f"{passed:6.0f}s  {len(said):9}  {sum(each.failure is not None for each in said):6}"
-                f"  {sum(not each.is_right for each in said):6}  {guarded.done.total():8}"
+                f"  {sum(each.difference is not None for each in said):6}  {guarded.done.total():8}"
                 f"  {max((gap for each in said for gap in each.gaps), default=0.0):8.2f}s"
                 f"  {' '.join(f'{rss / 2**20:.0f}' for rss in memory.last().values())}",
                 flush=True,
             )
 
 
-def judge(crowd: Crowd, guarded: Guarded, memory: Memory, missing: Sequence[str], logs: Path, seconds: float) -> int:
+def judge(
+    talkers: Talkers, guarded: Guarded, memory: Memory, missing: Sequence[str], logs: Path, seconds: float
+) -> int:
     """Print what was seen; 1 if anything of it is wrong."""
-    said = crowd.sentences()
-    failed = [each for each in said if each.failure is not None]
-    differing = [each for each in said if each.failure is None and not each.is_right]
+    said = talkers.sentences
+    failed = [f"{client.name}: {each.failure}" for client in talkers.all for each in client.sentences if each.failure]
+    differing = [
+        f"{client.name}: {each.difference}" for client in talkers.all for each in client.sentences if each.difference
+    ]
     gaps = [gap for each in said for gap in each.gaps]
     print(f"\n{len(said)} sentences, {len(failed)} failed, {len(differing)} with differing tokens")
-    print("by client: " + ", ".join(f"{each.name} {len(each.sentences)}" for each in crowd.clients))
+    print("by client: " + ", ".join(f"{each.name} {len(each.sentences)}" for each in talkers.all))
     print("events: " + ", ".join(f"{num} {act}" for act, num in guarded.done.items()), end="")
     print(f"; {guarded.num_spared} left out")
     if gaps:
-        print(f"between two tokens: {1000 * statistics.median(gaps):.1f} ms in the median, {max(gaps):.2f} s at worst")
+        print(
+            f"between two tokens: {1000 * statistics.median(gaps):.1f} ms in the median, {max(gaps):.2f} s at worst,"
+            f" more than {LONG_GAP_SECONDS:.0f} s {sum(gap > LONG_GAP_SECONDS for gap in gaps)} times of {len(gaps)}"
+        )
     growth = memory.growth(seconds)
     for name, (first, later) in growth.items():
         print(f"memory of {name}: {first / 2**20:.0f} MiB at most in the first third, {later / 2**20:.0f} since")
     faults = {
-        "a sentence was not finished: " + "; ".join(sorted({str(each.failure) for each in failed})): failed,
-        "sentences have other tokens": differing,
-        "a client said nothing": not all(each.sentences for each in crowd.clients),
+        "sentences were not finished; " + "; ".join(failed[:5]): failed,
+        "sentences have other tokens; " + "; ".join(differing[:5]): differing,
+        "a client said nothing": not all(each.sentences for each in talkers.all),
         "a client failed or did not end: "
-        + ", ".join(f"{each.name} {each.process.poll()}" for each in crowd.clients): any(
-            each.process.poll() != 0 for each in crowd.clients
+        + ", ".join(f"{each.name} {each.process.poll()}" for each in talkers.all): any(
+            each.process.poll() != 0 for each in talkers.all
         ),
         "servers ended by themselves: " + ", ".join(each.name for each in guarded.dead()): guarded.dead(),
-        "servers show tracebacks: " + ", ".join(confused := with_tracebacks(logs)): confused,
+        "tracebacks in the logs of " + ", ".join(confused := with_tracebacks(logs)): confused,
         f"memory grew by more than {MOST_GROWTH >> 20} MiB": any(
             later - first > MOST_GROWTH for first, later in growth.values()
         ),
@@ -319,7 +231,7 @@ def with_tracebacks(logs: Path) -> list[str]:
     return sorted(log.stem for log in logs.glob("*.log") if "Traceback" in log.read_text(errors="replace"))
 
 
-def soak(talks: list[Conversation], seconds: float, every: float, seed: int) -> int:
+def soak(talks: list[Conversation], seconds: float, every: float, seed: int, logs: Path | None) -> int:
     """All of it; the exit status."""
     drawn = random_churn(
         SPANS,
@@ -331,19 +243,25 @@ def soak(talks: list[Conversation], seconds: float, every: float, seed: int) -> 
         seed=seed,
     )
     events = without_deaths(drawn, STEADY)
-    with shaped_swarm(MODEL, SPANS, options=OPTIONS) as swarm, tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump([[asdict(turn) for turn in turns] for turns in talks], file)
-        file.flush()
-        guarded = Guarded(swarm)
-        with Crowd(swarm.addresses, Path(file.name), seconds, seed) as crowd:
-            processes = {each.name: each.process.pid for each in crowd.clients}
-            steady = {swarm.servers[index].name: swarm.servers[index].process.pid for index in STEADY}
-            memory = Memory(processes | steady)
-            crowd.wait_until_talking()
-            with churning(guarded, events):
-                watch(crowd, guarded, memory, seconds)
-            swarm.wait_until_ready()
-            return judge(crowd, guarded, memory, missing_pages(swarm), swarm.children.folder, seconds)
+    with shaped_swarm(MODEL, SPANS, options=OPTIONS) as swarm:
+        folder, guarded = swarm.children.folder, Guarded(swarm)
+        file = folder / "talks.json"
+        write_conversations(file, talks)
+        try:
+            with Talkers(swarm.addresses, file, seconds, seed, folder) as talkers:
+                processes = {each.name: each.process.pid for each in talkers.all}
+                steady = {swarm.servers[index].name: swarm.servers[index].process.pid for index in STEADY}
+                memory = Memory(processes | steady)
+                talkers.wait_until_talking()
+                with churning(guarded, events):
+                    watch(talkers, guarded, memory, seconds)
+                for talker in talkers.all:
+                    talker.hear_out()
+                swarm.wait_until_ready()
+                return judge(talkers, guarded, memory, missing_pages(swarm), folder, seconds)
+        finally:
+            if logs is not None:
+                shutil.copytree(folder, logs, ignore=lambda _, names: [each for each in names if "." not in each])
 
 
 def main() -> int:
@@ -351,23 +269,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--every", type=float, default=8, help="seconds from one failure to the next, on average")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--talk", choices=CLIENTS, help=argparse.SUPPRESS)
-    parser.add_argument("--talks", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--addresses", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--logs", type=Path, help="a new folder for what everybody has logged")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    if arguments.talk:
-        talks = [
-            tuple(Turn(tuple(turn["said"]), tuple(turn["answer"])) for turn in turns)
-            for turns in json.loads(arguments.talks.read_text())
-        ]
-        talk(arguments.talk, arguments.addresses, talks, arguments.seconds, arguments.seed)
-        return 0
     print(describe_machine(), flush=True)
-    return soak(
-        conversations(MODEL, NUM_CONVERSATIONS, seed=arguments.seed), arguments.seconds, arguments.every, arguments.seed
-    )
+    talks = conversations(MODEL, NUM_CONVERSATIONS, seed=arguments.seed)
+    return soak(talks, arguments.seconds, arguments.every, arguments.seed, arguments.logs)
 
 
 if __name__ == "__main__":

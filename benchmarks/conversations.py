@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,14 @@ def _answer(whole: Any, past: list[int], num_tokens: int) -> list[int]:
         return []
     answer: list[int] = output.sequences[0, len(past) :].tolist()
     return answer
+
+
+def write_conversations(path: Path, talks: Sequence[Conversation]) -> None:
+    path.write_text(json.dumps([[asdict(turn) for turn in turns] for turns in talks]))
+
+
+def read_conversations(path: Path) -> list[Conversation]:
+    return [
+        tuple(Turn(tuple(turn["said"]), tuple(turn["answer"])) for turn in turns)
+        for turns in json.loads(path.read_text())
+    ]
