@@ -512,7 +512,7 @@ def test_a_span_that_the_server_does_not_hold_is_looked_for_elsewhere(swarm: Mak
     liar = replace(swarm_.servers["s0"].info, span=Span(0, 4), decode_speed=1e9)
 
     def lie() -> None:
-        swarm_.network.publish(swarm_.servers["s0"].model, liar, swarm_.runtime.loop.time() + 300)
+        swarm_.network.publish("s0", swarm_.servers["s0"].model, liar, swarm_.runtime.loop.time() + 300)
 
     swarm_.start("0:2")
     swarm_.call(lie)

@@ -77,7 +77,9 @@ def without_encodings(swarm: Swarm, name: str) -> None:
     """From now on, a server announces that it knows none."""
     server = swarm.servers[name]
     swarm.call(
-        lambda: swarm.network.publish(server.model, replace(server.info, encodings=()), swarm.runtime.loop.time() + 300)
+        lambda: swarm.network.publish(
+            name, server.model, replace(server.info, encodings=()), swarm.runtime.loop.time() + 300
+        )
     )
 
 
