@@ -1,8 +1,8 @@
 """Every message that peers exchange, with its limits.
 
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
-The first message of a stream is `Open` for a session, `Forward` or `Backward` for a single computation, or a `Step`
-with a `link`, which one server pushes to the next. Whatever arrives is parsed here before anything else looks at it:
+The first message of a stream is `Open` for a session, `Forward` or `Backward` for single computations, or a `Step`
+with a `link`, which one server pushes to the next; before the former three there may be `Adapter`s. Whatever arrives is parsed here before anything else looks at it:
 an unknown kind, field or type, or a number beyond its limit, is refused.
 """
 
@@ -14,7 +14,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-PROTOCOL = "/shoal/2"
+from shoal.adapters import AdapterName, Layers
+
+PROTOCOL = "/shoal/3"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -27,6 +29,7 @@ MAX_LOGITS_BYTES = 64 * 1024 * 1024
 """The logits of one answer: a small question must not cost much memory. Beyond, clients compute the head themselves."""
 MAX_BATCH = 1024
 MAX_LENGTH = 1 << 22
+MAX_DIMENSION = 1 << 26
 MAX_BLOCKS = 4096
 MAX_HOPS = 256
 MAX_STEPS_AHEAD = 16
@@ -42,9 +45,11 @@ LOSSY: dict[Encoding, frozenset[DType]] = {
     "int8": frozenset({"float32", "bfloat16", "float16"}),
 }
 """The encodings that lose precision, and the dtypes that they make smaller."""
+ENCODED = frozenset({"hidden", "grad"})
+"""The tensors that may travel in fewer bytes."""
 INT8_BLOCK = 64
 """The values that share one peak in the encoding int8."""
-TensorName = Literal["hidden", "positions", "mask", "grad", "digests", "logits", "ids"]
+TensorName = Literal["hidden", "positions", "mask", "grad", "digests", "logits", "ids", "factors", "factor_grads"]
 Text = Annotated[str, Field(max_length=256)]
 Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # it ends up on terminals
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
@@ -54,6 +59,10 @@ PeerId = Annotated[str, Field(min_length=1, max_length=64)]
 Address = Annotated[str, Field(max_length=300, pattern=r"^[^\p{C}]*$")]
 Link = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """A secret of the client and two servers: by it the one may push to the other's session."""
+Adapted = Annotated[tuple[AdapterName | None, ...], Field(max_length=MAX_BLOCKS, strict=False)]
+"""The adapter of each block of a span; nothing at all if no block has one."""
+PassId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Seed = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class ProtocolViolation(ValueError):
@@ -72,12 +81,14 @@ class TensorSpec(_Frozen):
 
     name: TensorName
     dtype: DType
-    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_LENGTH)], ...], Field(max_length=4, strict=False)]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_DIMENSION)], ...], Field(max_length=4, strict=False)]
     encoding: Encoding = "raw"
 
     @model_validator(mode="after")
     def _encoding_fits(self) -> TensorSpec:
-        if self.encoding != "raw" and (self.dtype not in LOSSY[self.encoding] or not self.shape):
+        if self.encoding != "raw" and (
+            self.name not in ENCODED or self.dtype not in LOSSY[self.encoding] or not self.shape
+        ):
             raise ValueError("an encoding that does not fit the tensor")
         return self
 
@@ -153,7 +164,39 @@ class _OnSpan(_Message):
         return self
 
 
-class Open(_OnSpan):
+class _Computation(_OnSpan):
+    """Something to be computed on a span with `adapters`, which the server must have been sent (`Adapter`)."""
+
+    adapters: Adapted = ()
+
+    @model_validator(mode="after")
+    def _every_block_is_named(self) -> _Computation:
+        if len(self.adapters) not in (0, self.end - self.start):
+            raise ValueError("adapters for other blocks than the span's")
+        return self
+
+
+class Adapter(_Message):
+    """Client: keep this adapter of a block for me, under the name that its contents have (`shoal.adapters`).
+
+    Tensor: `factors` [N], those of all its layers, one after another. It is kept as long as the client has a stream to
+    the server and there is room; the one that it `replaces` is not needed any more. Answered by `Learned`.
+    """
+
+    carries = ("factors",)
+    kind: Literal["adapter"] = "adapter"
+    block: Block
+    layers: Layers
+    replaces: AdapterName | None = None
+
+
+class Learned(_Message):
+    """Server: the adapter is here."""
+
+    kind: Literal["learned"] = "learned"
+
+
+class Open(_Computation):
     """Client: begin a session on these blocks, for up to `max_length` tokens of `batch_size` sequences.
 
     `digests` [B, N, 16] uint8 (optional) name the first N pages of every sequence's inputs (`shoal.model.prefix`),
@@ -238,24 +281,48 @@ class Step(_Message):
         return self
 
 
-class Forward(_OnSpan):
-    """Client: compute the span without a cache. Tensors: `hidden` [B, T, D]; optionally `positions`, `mask` [B, T]."""
+class Forward(_Computation):
+    """Client: compute the span without a cache. Tensors: `hidden` [B, T, D]; optionally `positions`, `mask` [B, T].
+
+    With `keep`, a `Backward` of that id is going to follow: what it needs may be kept. The layers of the adapters that
+    have a dropout drop what the `seed` says; without one, nothing.
+    """
 
     carries = ("hidden", "positions", "mask")
     kind: Literal["forward"] = "forward"
+    keep: PassId | None = None
+    seed: Seed | None = None
 
 
-class Backward(_OnSpan):
-    """Client: the gradient of the span's inputs. Tensors: those of `Forward`, and `grad` [B, T, D] of its output."""
+class Backward(_Computation):
+    """Client: the gradient of the span's factors and, unless that is not wanted, of its `inputs`.
+
+    Tensors: `grad` [B, T, D] of its output; and those of the `Forward`, unless the server has `kept` what it needs.
+    """
 
     carries = ("hidden", "positions", "mask", "grad")
     kind: Literal["backward"] = "backward"
+    kept: PassId | None = None
+    seed: Seed | None = None
+    inputs: bool = True
+
+
+class Lacking(_Message):
+    """Server: what was asked needs these `adapters`, or what was to be `kept`, and they are not here (any more).
+
+    Send them, and ask again.
+    """
+
+    kind: Literal["lacking"] = "lacking"
+    adapters: Annotated[tuple[AdapterName, ...], Field(max_length=MAX_BLOCKS, strict=False)] = ()
+    kept: bool = False
 
 
 class Result(_Message):
-    """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`).
+    """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`, if it is wanted, and `factor_grads`).
 
-    Its dtype and its encoding are those of the question's `hidden`. To a step it has the step's `epoch` and `position`,
+    `factor_grads` [N] are the gradients of the factors of the span's adapters, block after block, in their dtype. Its
+    dtype and its encoding are those of the question's `hidden`. To a step it has the step's `epoch` and `position`,
     the `seconds` that it took on the server, waiting for others included, and the outputs of the tokens that are not
     skipped, or nothing if all are.
 
@@ -263,7 +330,7 @@ class Result(_Message):
     `logits` and `ids` [B, N, top_k] int64; for N = 0, nothing.
     """
 
-    carries = ("hidden", "grad", "logits", "ids")
+    carries = ("hidden", "grad", "logits", "ids", "factor_grads")
     kind: Literal["result"] = "result"
     epoch: Epoch = 0
     position: Position = 0
@@ -332,8 +399,11 @@ Message = (
     | Tie
     | Rewind
     | Step
+    | Adapter
+    | Learned
     | Forward
     | Backward
+    | Lacking
     | Result
     | Unreached
     | Ping

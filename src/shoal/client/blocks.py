@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -15,11 +17,13 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from shoal.client.chain import Chain, Piece
+from shoal.client.chain import Chain
 from shoal.client.logits import Asked, Logits
+from shoal.client.passes import Gradients, Passes, Piece, Plan
 from shoal.client.runtime import Runtime
 from shoal.client.session import Session
 from shoal.errors import UnsupportedOperation, UserError
+from shoal.model.adapters import Tuned, tuned_block
 from shoal.model.head import HeadCache
 from shoal.protocol import MAX_BATCH, MAX_LENGTH
 from shoal.routing.route import Hop
@@ -29,12 +33,28 @@ from shoal.spans import Span
 class RemoteBlocks(nn.Module):
     """The blocks of a span, served by others. Slices like a list: `blocks[3:6]`."""
 
-    def __init__(self, runtime: Runtime, chain: Chain, span: Span, *, max_length: int) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        chain: Chain,
+        span: Span,
+        *,
+        max_length: int,
+        passes: Passes | None = None,
+        skeletons: Sequence[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.span = span
         self.max_length = max_length
         self._runtime = runtime
         self._chain = chain
+        self._passes = passes or Passes(chain)
+        self.mount(skeletons)
+
+    def mount(self, skeletons: Sequence[nn.Module]) -> None:
+        """Let these stand for the blocks, wherever somebody looks for their layers: PEFT puts its own around them."""
+        for block, skeleton in zip(self.span, skeletons, strict=False):
+            self.add_module(str(block), skeleton)
 
     def __len__(self) -> int:
         return len(self.span)
@@ -46,8 +66,17 @@ class RemoteBlocks(nn.Module):
             blocks = range(blocks, blocks + 1)
         if blocks.step != 1 or not blocks:
             raise UserError(f"blocks run in order, and at least one of them: not {index}")
-        span = Span(blocks.start, blocks.stop)
-        return RemoteBlocks(self._runtime, self._chain, span, max_length=self.max_length)
+        return self._like(Span(blocks.start, blocks.stop), dict(self.named_children()))
+
+    def _like(self, span: Span, skeletons: Mapping[str, nn.Module]) -> RemoteBlocks:
+        return RemoteBlocks(
+            self._runtime,
+            self._chain,
+            span,
+            max_length=self.max_length,
+            passes=self._passes,
+            skeletons=[skeletons[str(block)] for block in span if str(block) in skeletons],
+        )
 
     def __iter__(self) -> Iterator[RemoteBlocks]:
         return (self[index] for index in range(len(self)))
@@ -76,7 +105,29 @@ class RemoteBlocks(nn.Module):
         _check_inputs(hidden_BTD)
         mask = _mask_of(attention_mask, hidden_BTD)
         positions = _positions_of(position_ids, hidden_BTD)
-        return cast(torch.Tensor, _Passes.apply(hidden_BTD, self._runtime, self._chain, self.span, positions, mask))
+        tuned = self._tuned()
+        parameters = [parameter for each in tuned for parameter in each.parameters]
+        work = _Work(self._runtime, self._passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
+        return cast(torch.Tensor, _Passes.apply(hidden_BTD, work, *parameters))
+
+    def _tuned(self) -> list[Tuned]:
+        """What the caller has added to the blocks, as it is now."""
+        found = (tuned_block(int(name), skeleton) for name, skeleton in self.named_children())
+        return [each for each in found if each is not None]
+
+    def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
+        tuning = {each.block: each.factors() for each in tuned}
+        trainable = [each.block for each in tuned if any(own.requires_grad for own in each.parameters)]
+        inputs_wanted = hidden_BTD.requires_grad and torch.is_grad_enabled()
+        wanted = [self.span.start] * inputs_wanted + trainable * torch.is_grad_enabled()
+        drops = any(each.drops for each in tuning.values())
+        return Plan(
+            self.span,
+            tuning,
+            inputs_wanted=inputs_wanted,
+            wanted_from=min(wanted, default=None),
+            seed=int(torch.randint(1 << 32, ())) << 20 if drops else None,
+        )
 
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
         """A session on these blocks, for up to `max_length` tokens; use it as a context manager."""
@@ -96,7 +147,7 @@ class RemoteBlocks(nn.Module):
         self._runtime.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteBlocks:
-        return RemoteBlocks(self._runtime, self._chain, self.span, max_length=self.max_length)
+        return self._like(self.span, {name: copy.deepcopy(child, memo) for name, child in self.named_children()})
 
 
 _opened: ContextVar[list[InferenceSession] | None] = ContextVar("_opened", default=None)
@@ -228,32 +279,49 @@ def _close(runtime: Runtime, session: Session) -> None:
     runtime.start(session.close())
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A forward pass: what is to be computed, and with what of the caller's."""
+
+    runtime: Runtime
+    passes: Passes
+    plan: Plan
+    tuned: Sequence[Tuned]
+    positions: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
 class _Passes(torch.autograd.Function):
     """A forward pass through the swarm whose backward pass goes through it too."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_BTD: torch.Tensor,
-        runtime: Runtime,
-        chain: Chain,
-        span: Span,
-        positions: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        output, pieces = runtime.run(chain.forward(span, _on_cpu(hidden_BTD), positions, mask))
-        ctx.runtime, ctx.chain, ctx.pieces = runtime, chain, pieces
-        ctx.save_for_backward(hidden_BTD)  # the pieces may share its memory
+    def forward(ctx: Any, hidden_BTD: torch.Tensor, work: _Work, *parameters: torch.Tensor) -> torch.Tensor:
+        output, pieces = work.runtime.run(
+            work.passes.forward(work.plan, _on_cpu(hidden_BTD), work.positions, work.mask)
+        )
+        ctx.work, ctx.pieces = work, pieces
+        ctx.save_for_backward(hidden_BTD, *parameters)  # the pieces may share the memory of the former
         return output.to(hidden_BTD.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises if it has been changed since
+        _ = ctx.saved_tensors  # raises if any has been changed since
         (grad,) = grads
+        work: _Work = ctx.work
         pieces: list[list[Piece]] = ctx.pieces
-        result: torch.Tensor = ctx.runtime.run(ctx.chain.backward(pieces, _on_cpu(grad)))
-        return result.to(grad.device), None, None, None, None, None
+        found: Gradients = work.runtime.run(work.passes.backward(work.plan, pieces, _on_cpu(grad)))
+        inputs = None if found.inputs_BTD is None else found.inputs_BTD.to(grad.device)
+        factors = [
+            gradient
+            for each in work.tuned
+            for gradient in (
+                each.gradients(found.factors[each.block])
+                if each.block in found.factors
+                else [None] * len(each.parameters)
+            )
+        ]
+        return inputs, None, *factors
 
 
 class _NoGradient(torch.autograd.Function):

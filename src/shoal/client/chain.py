@@ -4,8 +4,6 @@
 at block 8, by another server.
 """
 
-# B sequences, T tokens, D hidden size
-
 from __future__ import annotations
 
 import asyncio
@@ -13,9 +11,9 @@ import contextlib
 import functools
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -27,34 +25,16 @@ from shoal.client.picture import Picture
 from shoal.client.store import Store
 from shoal.client.suspects import Suspects
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost
-from shoal.net.encodings import as_received
 from shoal.net.transport import ModelInfo, Node
-from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, TensorName
+from shoal.protocol import TensorName
 from shoal.routing.latency import RoundTrips
-from shoal.routing.route import SLOWEST, Hop, Needs, Route, announced_seconds, choose_route, price_route
+from shoal.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.routing.spread import UnderWay
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, Span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-PASSES_AT_ONCE = 8
-"""Microbatches under way together: enough to keep a chain of servers busy, and few enough for their limits."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The inputs [B, T, D] of a span, as they were sent to one server: what its gradient is computed from."""
-
-    span: Span
-    hidden: torch.Tensor
-    positions: torch.Tensor | None
-    mask: torch.Tensor | None
-
-    def tensors(self) -> dict[TensorName, torch.Tensor]:
-        return named_tensors(self.hidden, self.positions, self.mask)
-
 
 Holding = tuple[str, Span, bool]
 """A peer and what it announces to hold, blocks and head: started again with others, it is another server."""
@@ -92,7 +72,6 @@ class Chain:
         self._suspects = Suspects(clock=now)
         self._under_way = UnderWay()
         self._head_found = True
-        self._passes = asyncio.Semaphore(PASSES_AT_ONCE)
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
@@ -229,86 +208,8 @@ class Chain:
         known = self.round_trips.picture(apart=self.broken_pairs.now(), under_way=self._under_way.seconds)
         return price_route(hops, needs=replace(needs, needed_tokens=0), known=known, before=before, after=after)
 
-    # -- single passes ------------------------------------------------------------------------------------------------
-
-    async def forward(
-        self, span: Span, hidden: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[list[Piece]]]:
-        """The outputs [B, T, D] of a span and, for each microbatch, the pieces that `backward` needs.
-
-        Rows are independent of one another, so that microbatches go through the swarm at the same time.
-        """
-        hidden = as_received(hidden, self.config.wire)
-        rows = max(1, MAX_STEP_TOKENS // hidden.shape[1])
-        batches = [
-            Piece(span, part, _rows(positions, start, rows), _rows(mask, start, rows))
-            for start, part in zip(range(0, hidden.shape[0], rows), hidden.split(rows), strict=True)
-        ]
-        results = await self._together(self._forward(batch) for batch in batches)
-        return _joined([output for output, _ in results]), [pieces for _, pieces in results]
-
-    async def backward(self, batches: Sequence[Sequence[Piece]], grad: torch.Tensor) -> torch.Tensor:
-        """The gradient [B, T, D] of what went into `forward`, from that of what came out."""
-        grads = as_received(grad, self.config.wire).split([pieces[0].hidden.shape[0] for pieces in batches])
-        return _joined(await self._together(self._backward(list(p), g) for p, g in zip(batches, grads, strict=True)))
-
-    async def _together(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-        """The results of all, some at a time. The first error ends the others and is raised."""
-
-        async def in_turn(work: Coroutine[Any, Any, T]) -> T:
-            try:
-                async with self._passes:
-                    return await work
-            finally:
-                work.close()  # if its turn never came
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(in_turn(work)) for work in works]
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _forward(self, whole: Piece) -> tuple[torch.Tensor, list[Piece]]:
-        hidden, pieces, end = whole.hidden, list[Piece](), whole.span.end
-
-        async def walk(excluded: Set[Holding]) -> torch.Tensor:
-            nonlocal hidden
-            start = pieces[-1].span.end if pieces else whole.span.start
-            if start == end:
-                return hidden
-            route = await self.route(Span(start, end), excluded, needs=_single_pass(hidden))
-            with self._using(route):
-                for hop in route.hops:
-                    piece = Piece(hop.span, hidden, whole.positions, whole.mask)
-                    hidden = await self._call(hop, Forward, piece.tensors(), answer="hidden")
-                    pieces.append(piece)
-            return hidden
-
-        return await self.persist(whole.span, walk), pieces
-
-    async def _backward(self, pieces: list[Piece], grad: torch.Tensor) -> torch.Tensor:
-        whole = Span(pieces[0].span.start, pieces[-1].span.end)
-
-        async def walk_back(excluded: Set[Holding]) -> torch.Tensor:
-            nonlocal grad
-            while pieces:
-                piece = pieces[-1]
-                route = await self.route(piece.span, excluded, needs=_single_pass(grad))
-                if len(route.hops) > 1:  # its server is gone and several take its place: find out what goes into each
-                    _, finer = await self._forward(piece)
-                    pieces[-1:] = finer
-                    continue
-                tensors = {**piece.tensors(), "grad": grad}
-                with self._using(route):
-                    grad = await self._call(route.hops[0], Backward, tensors, answer="grad")
-                pieces.pop()
-            return grad
-
-        return await self.persist(whole, walk_back)
-
     @contextlib.contextmanager
-    def _using(self, route: Route) -> Iterator[None]:
+    def using(self, route: Route) -> Iterator[None]:
         """Other passes see that this one is on its way, and take other servers where that is faster."""
         self._under_way = self._under_way.with_(route)
         try:
@@ -316,35 +217,12 @@ class Chain:
         finally:
             self._under_way = self._under_way.without(route)
 
-    async def _call(
-        self,
-        hop: Hop,
-        kind: type[Forward | Backward],
-        tensors: dict[TensorName, torch.Tensor],
-        *,
-        answer: TensorName,
-    ) -> torch.Tensor:
-        connection = await self.connect(hop.server)
-        try:
-            request = kind(model=self.model.key, fingerprint=self.fingerprint, start=hop.span.start, end=hop.span.end)
-            hidden = tensors["hidden"]
-            usual = hidden.shape[0] * hidden.shape[1] / max(hop.server.prefill_speed, SLOWEST)
-            result = await connection.compute(request, tensors, answer=answer, usual_seconds=usual)
-            self.answered(hop)
-            return result
-        finally:
-            await connection.close()
+    async def num_servers(self, span: Span) -> int:
+        """How many servers share the work on these blocks. Raises `SwarmError` if the directory never answered."""
+        await self._picture.keep_fresh()
+        trusted = self._trusted(frozenset()).servers
+        return sum(server.span.start < span.end and span.start < server.span.end for server in trusted)
 
-
-def _single_pass(hidden_BTD: torch.Tensor) -> Needs:
-    """What a route is needed for: one answer of each server to the client, which leaves nothing there."""
-    batch_size, num_tokens, _ = hidden_BTD.shape
-    return Needs(step_tokens=batch_size * num_tokens, ring=False, dtype=str(hidden_BTD.dtype).removeprefix("torch."))
-
-
-def _joined(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    return rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
-
-
-def _rows(tensor: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
-    return None if tensor is None else tensor[start : start + count]
+    def avoids(self, peer: str) -> bool:
+        """Whether a server has failed lately."""
+        return self._suspects.avoided(peer) or self._suspects.barred(peer)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import UnionType
 from typing import Self
 
 import torch
@@ -17,7 +18,6 @@ from shoal.client.config import ClientConfig
 from shoal.concurrency import first_of
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, UserError
 from shoal.net import codec
-from shoal.net.encodings import as_received
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.protocol import (
     MAX_PAYLOAD_BYTES,
@@ -30,8 +30,6 @@ from shoal.protocol import (
     Ping,
     Pong,
     ProtocolViolation,
-    Result,
-    TensorName,
 )
 from shoal.spans import ServerInfo
 
@@ -137,14 +135,28 @@ class Connection:
             self.ended()
 
     async def ask(
-        self, message: Message, tensors: codec.Tensors, *, expect: type[Message], usual_seconds: float
+        self, message: Message, tensors: codec.Tensors, *, expect: type[Message] | UnionType, usual_seconds: float
     ) -> tuple[Message, codec.Tensors]:
         """Send a question and wait for its answer, which is about as long. Raises `PeerError`s."""
-        answered: asyncio.Future[tuple[Message, codec.Tensors]] = asyncio.get_running_loop().create_future()
+        (answer,) = await self.ask_all([(message, tensors)], expect=expect, usual_seconds=usual_seconds)
+        return answer
+
+    async def ask_all(
+        self,
+        questions: Sequence[tuple[Message, codec.Tensors]],
+        *,
+        expect: type[Message] | UnionType,
+        usual_seconds: float,
+    ) -> list[tuple[Message, codec.Tensors]]:
+        """Send several questions, one behind the other, and wait for all answers. Raises `PeerError`s."""
+        answers: list[tuple[Message, codec.Tensors]] = []
+        answered = asyncio.get_running_loop().create_future()
 
         def heard(reply: Message, outcome: codec.Tensors) -> None:
             if isinstance(reply, expect) and not answered.done():
-                answered.set_result((reply, outcome))
+                answers.append((reply, outcome))
+                if len(answers) == len(questions):
+                    answered.set_result(None)
             elif not isinstance(reply, Pong | Leaving):
                 self.fail(self.unasked(reply))
 
@@ -153,42 +165,22 @@ class Connection:
                 answered.set_exception(self.error)
 
         self.heard, self.ended = heard, ended
-        size = sum(tensor.nbytes for tensor in tensors.values())
+        size = sum(tensor.nbytes for _, tensors in questions for tensor in tensors.values())
         self.expect(usual_seconds=usual_seconds, bytes_in_flight=2 * size)
-        await self.send(message, tensors)
-        ended()
         limit = self._config.longest_answer_seconds
         try:
+            for message, tensors in questions:
+                await self.send(message, tensors)
+            ended()
             async with asyncio.timeout(limit):
-                return await answered
+                await answered
         except TimeoutError:
             self.fail(self.lost(f"no answer within {limit:g} s"))
             raise self.error from None  # type: ignore[misc]
         finally:
             answered.cancel()
             self.expect(usual_seconds=None, bytes_in_flight=0)
-
-    async def compute(
-        self, message: Message, tensors: codec.Tensors, *, answer: TensorName, usual_seconds: float
-    ) -> torch.Tensor:
-        """Ask for a tensor of the shape of the hidden states, as precise as the user wants tensors to travel.
-
-        Raises `PeerError`s.
-        """
-        reply, answered = await self.ask(message, tensors, expect=Result, usual_seconds=usual_seconds)
-        result, encoding = answered.get(answer), reply.encoding_of(answer)
-        hidden = tensors["hidden"]
-        if result is None or result.shape != hidden.shape or result.dtype != hidden.dtype:
-            wrong = "something else than was asked"
-        elif encoding not in ("raw", self.encoding):
-            wrong = f"in {encoding}, which nobody asked for"
-        elif answer == "hidden" and not plausible(result, hidden, tensors.get("mask")):
-            wrong = "with numbers that are not finite"  # gradients may overflow: scalers look at that
-        else:
-            # The same from a server that does not know the encoding: which one it was must not make a difference.
-            return result if encoding == self._config.wire else as_received(result, self._config.wire)
-        self.fail(self.wrong(wrong))
-        raise ServerLost(f"{self.peer} answered {wrong}", peer=self.peer)
+        return answers
 
     def wrong(self, what: str) -> ServerLost:
         """What to say of a server that answered like that."""

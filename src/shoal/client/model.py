@@ -30,6 +30,7 @@ from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import Family, text_config
 from shoal.model.head import HeadCache, build_head
+from shoal.model.skeleton import skeletons
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import LOSSY, Encoding
@@ -182,6 +183,7 @@ class _AutoDistributed:
             dtype=chosen_dtype,
             device=device,
         )
+        blocks.mount(skeletons(model.layers_elsewhere, torch.empty(0, dtype=chosen_dtype, device=device)))
         if GENERATION_CONFIG in checkpoint.files and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.files.path(GENERATION_CONFIG).parent)
         prepare_projection(model, quantization=head_quantization, remote=config.remote_head, dtype=chosen_dtype)

@@ -33,6 +33,10 @@ PACKED = "shoal_packed"
 """The name under which Transformers finds the attention of packed passes."""
 
 
+Changes = Mapping[int, Callable[[nn.Module], nn.Module]]
+"""What stands in the place of some blocks for one call: a copy of each, with what a client adds to it."""
+
+
 class Attend(Protocol):
     """The attention of one packed pass: from queries `[1, H, T, K]`, new keys and new values to `[1, T, H, V]`."""
 
@@ -60,12 +64,13 @@ class Body(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: BodyCache | None = None,
+        changes: Changes | None = None,
     ) -> Tensor:
         """Run the blocks of `span` (all of them by default) on hidden states; returns hidden states `[B, T, D]`.
 
         `attention_mask` `[B, S]` is 0 where a token is padding; `None` means that none is. `position_ids` `[B, T]`
         count on from the cache by default. What `cache` holds is attended to, and the new tokens are added to it;
-        with a cache nothing is differentiable.
+        with a cache nothing is differentiable. `changes` are made to blocks for this call.
         """
         span = span or self.span
         if span not in self.span or (cache is not None and cache.span != span):
@@ -75,7 +80,9 @@ class Body(nn.Module):
         if attention_mask is not None and attention_mask.shape[1] != num_seen:
             raise ValueError(f"a mask of {attention_mask.shape[1]} tokens, where there are {num_seen}")
         if cache is None:
-            return self._compute(hidden_BTD, span, attention_mask=attention_mask, position_ids=position_ids)
+            return self._compute(
+                hidden_BTD, span, attention_mask=attention_mask, position_ids=position_ids, changes=changes
+            )
         step = 1 if self.family.step_by_step and cache.num_tokens > 0 else num_tokens
         outputs = []
         with torch.no_grad():
@@ -84,19 +91,36 @@ class Body(nn.Module):
                 mask = None if attention_mask is None else attention_mask[:, : cache.num_tokens + step]
                 positions = None if position_ids is None else position_ids[..., new]
                 outputs.append(
-                    self._compute(hidden_BTD[:, new], span, attention_mask=mask, position_ids=positions, cache=cache)
+                    self._compute(
+                        hidden_BTD[:, new],
+                        span,
+                        attention_mask=mask,
+                        position_ids=positions,
+                        cache=cache,
+                        changes=changes,
+                    )
                 )
                 cache.advance(step)
         return torch.cat(outputs, dim=1)
 
-    def forward_packed(self, hidden_TD: Tensor, positions_T: Tensor, *, span: Span, attend: Attend) -> Tensor:
+    def forward_packed(
+        self,
+        hidden_TD: Tensor,
+        positions_T: Tensor,
+        *,
+        span: Span,
+        attend: Attend,
+        changes: Changes | None = None,
+    ) -> Tensor:
         """Run the blocks of `span` on tokens of many sequences in a row; returns hidden states `[T, D]`.
 
         Only `attend` knows which token belongs to which sequence, and where the sequences' pasts are. For families
         that are certified for it (`Family.packable`).
         """
         with self._attention(PACKED):
-            return self._compute(hidden_TD[None], span, position_ids=positions_T[None], attend=attend)[0]
+            return self._compute(hidden_TD[None], span, position_ids=positions_T[None], attend=attend, changes=changes)[
+                0
+            ]
 
     @contextlib.contextmanager
     def _attention(self, name: str) -> Iterator[None]:
@@ -118,10 +142,14 @@ class Body(nn.Module):
         position_ids: Tensor | None = None,
         cache: BodyCache | None = None,
         attend: Attend | None = None,
+        changes: Changes | None = None,
     ) -> Tensor:
         outputs: list[Tensor] = []
         layers = [self.block(block) for block in span]
         layers[0] = entered_with(layers[0], hidden_BTD)
+        for block in span:
+            if changes is not None and block in changes:
+                layers[block - span.start] = changes[block](layers[block - span.start])
         layers[-1] = left_through(layers[-1], outputs.append)
         view = view_of(self.backbone, self.family.layers_name, [*self._stand_ins[: span.start], *layers])
         accepted = self._parameters_of_forward

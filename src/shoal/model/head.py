@@ -147,7 +147,7 @@ class _HeadBackbone:
     """Mixed into a client's backbone: each forward runs on a view whose only layer calls the blocks."""
 
     _layers_name: str
-    _first_layer: list[nn.Module]  # in a list, so that it is not a submodule: it has no weights
+    _layers_elsewhere: list[nn.Module]  # in a list, so that they are no submodules: they have no weights
     config: PreTrainedConfig
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +168,7 @@ class _HeadBackbone:
         if cache is not None and mask is not None and mask.all():
             mask = None  # `generate` always gives one; what says nothing need not travel
         layer = _BlocksCall(
-            self._first_layer[0],
+            self._layers_elsewhere[0],
             returns_tuple=self.config.model_type in LAYERS_RETURN_TUPLE,
             blocks=getattr(self, self._layers_name),
             attention_mask=mask,
@@ -209,7 +209,7 @@ class _Head:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _, backbone, layers_name = find_backbone(self, text_config(config))
         backbone._layers_name = layers_name
-        backbone._first_layer = [getattr(backbone, layers_name)[0]]
+        backbone._layers_elsewhere = list(getattr(backbone, layers_name))
         setattr(backbone, layers_name, nn.ModuleList())
         backbone.__class__ = _subclass(_HeadBackbone, type(backbone))  # type: ignore[arg-type]
         self._backbone_of_head = [backbone]  # in a list, so that it is not registered as a second submodule
@@ -218,6 +218,13 @@ class _Head:
         """Make `blocks` the model's layers."""
         (backbone,) = self._backbone_of_head
         setattr(backbone, backbone._layers_name, blocks)
+
+    @property
+    def layers_elsewhere(self: Any) -> list[nn.Module]:
+        """The layers as Transformers has built them, without weights."""
+        (backbone,) = self._backbone_of_head
+        found: list[nn.Module] = backbone._layers_elsewhere
+        return found
 
     @property
     def blocks(self: Any) -> Any:

@@ -10,8 +10,8 @@ gets its own shallow copy of it: every submodule is shared, except for the list 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -26,19 +26,40 @@ def view_of(module: M, layers_name: str, layers: Iterable[nn.Module]) -> M:
     return view
 
 
-def entered_with(layer: M, hidden_BTD: Tensor) -> M:
-    """A copy of a layer that takes these hidden states, whatever it is given."""
+def with_submodules(module: M, others: Mapping[str, nn.Module]) -> M:
+    """A copy that shares everything with a module but these submodules, given by their paths."""
+    view = copy.copy(module)
+    view.__dict__["_modules"] = dict(module._modules)
+    below: dict[str, dict[str, nn.Module]] = defaultdict(dict)
+    for path, other in others.items():
+        name, _, rest = path.partition(".")
+        if rest:
+            below[name][rest] = other
+        else:
+            view._modules[name] = other
+    for name, some in below.items():
+        view._modules[name] = with_submodules(module.get_submodule(name), some)
+    return view
+
+
+def entering(layer: M, change: Callable[[Tensor], Tensor]) -> M:
+    """A copy of a layer that takes the hidden states it is given as `change` makes them."""
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": hidden_BTD}
-        return (hidden_BTD, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+        return (change(args[0]), *args[1:]), kwargs
 
     entered = copy.copy(layer)
     for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
         entered.__dict__[name] = OrderedDict(layer.__dict__[name])
     entered.register_forward_pre_hook(enter, with_kwargs=True)
     return entered
+
+
+def entered_with(layer: M, hidden_BTD: Tensor) -> M:
+    """A copy of a layer that takes these hidden states, whatever it is given."""
+    return entering(layer, lambda _: hidden_BTD)
 
 
 def left_through(layer: M, leave: Callable[[Tensor], None]) -> M:

@@ -10,6 +10,7 @@ import torch
 from shoal.net.encodings import converted, from_int8, to_int8
 from shoal.net.transport import Buffer, Stream
 from shoal.protocol import (
+    ENCODED,
     LOSSY,
     TENSOR_ALIGNMENT,
     Encoding,
@@ -51,7 +52,7 @@ def encode(message: Message, tensors: Tensors, encoding: Encoding = "raw") -> tu
 
 def _spec_of(name: TensorName, tensor: torch.Tensor, encoding: Encoding) -> TensorSpec:
     dtype = _NAMES[tensor.dtype]
-    fits = dtype in LOSSY.get(encoding, ())
+    fits = name in ENCODED and dtype in LOSSY.get(encoding, ())
     return TensorSpec.model_construct(
         name=name, dtype=dtype, shape=tuple(tensor.shape), encoding=encoding if fits else "raw"
     )

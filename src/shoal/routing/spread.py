@@ -10,7 +10,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from shoal.protocol import MAX_STEP_TOKENS
 from shoal.routing.route import Route
+
+
+SMALLEST_PASS = 256
+"""Tokens: smaller microbatches would take longer in all, as each reads the weights."""
+
+
+def microbatch_rows(batch_size: int, num_tokens: int, *, num_servers: int) -> int:
+    """How many sequences of so many tokens go together, so that all servers that share the work always have some.
+
+    Those before and after each other in a route are busy at the same time if there are about twice as many microbatches
+    as servers; those next to each other are given as many as they are faster (`UnderWay`).
+    """
+    most = max(1, MAX_STEP_TOKENS // num_tokens)
+    fair = batch_size // max(1, 2 * num_servers)
+    least = -(-SMALLEST_PASS // num_tokens)
+    return min(most, max(fair, least, 1))
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,18 @@ those sessions' tokens that are due there.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from shoal.model.body import Body
+from shoal.model.adapters import BlockAdapter, Part, mixed
+from shoal.model.body import Body, Changes
 from shoal.model.cache import BodyCache
 from shoal.model.prefix import PAGE_TOKENS
 from shoal.server.attention import NewTokens, PackedAttention
@@ -40,6 +43,7 @@ class Chunk:
     pages: tuple[tuple[int, ...], ...]
     growth: Growth
     cache: BodyCache | None
+    adapters: Mapping[int, BlockAdapter] = field(default_factory=dict)
     wanted: Wanted | None = None  # logits instead of hidden states
 
 
@@ -78,6 +82,10 @@ class OneByOne:
             attention_mask=None if chunk.mask_BS is None else chunk.mask_BS.to(device),
             position_ids=None if chunk.positions_BT is None else chunk.positions_BT.to(device),
             cache=chunk.cache,
+            changes={
+                block: functools.partial(adapter.on, start=chunk.num_cached)
+                for block, adapter in chunk.adapters.items()
+            },
         )
         return output_BTD
 
@@ -121,7 +129,9 @@ class Packed:
         hidden_ND = torch.cat([each.hidden_ND for each in tokens])
         positions_N = torch.cat([each.positions for each in tokens])
         attend = PackedAttention(self._cache, sequences, torch.cat([each.slots for each in tokens]))
-        output_ND = self._body.forward_packed(hidden_ND, positions_N, span=segment, attend=attend)
+        output_ND = self._body.forward_packed(
+            hidden_ND, positions_N, span=segment, attend=attend, changes=_changes(segment, tokens)
+        )
         for each, hidden in zip(tokens, output_ND.split([len(each.hidden_ND) for each in tokens]), strict=True):
             each.hidden_ND = hidden
 
@@ -141,6 +151,9 @@ class _Tokens:
         pages_BP = torch.tensor([pages[first:] for pages in chunk.pages])
         slots_BT = pages_BP[:, index_T // PAGE_TOKENS - first] * PAGE_TOKENS + index_T % PAGE_TOKENS
         self.slots = slots_BT.flatten().to(device)
+        self.adapters = chunk.adapters
+        self.num_cached = chunk.num_cached
+        self.num_sequences = batch_size
         self._chunk = chunk
 
     def sequences(self, start: int) -> list[NewTokens]:
@@ -152,6 +165,19 @@ class _Tokens:
             NewTokens(pages, chunk.num_cached, start + row * num_tokens, start + (row + 1) * num_tokens, mask)
             for row, (pages, mask) in enumerate(zip(chunk.pages, masks, strict=True))
         ]
+
+
+def _changes(segment: Span, tokens: Sequence[_Tokens]) -> Changes:
+    """What the adapters of those whose tokens are in a pack change about its blocks."""
+    parts: dict[int, list[Part]] = defaultdict(list)
+    num_rows = 0
+    for each in tokens:
+        rows = slice(num_rows, num_rows + len(each.hidden_ND))
+        num_rows = rows.stop
+        for block, adapter in each.adapters.items():
+            if block in segment:
+                parts[block].append(Part(rows, each.num_sequences, each.num_cached, adapter))
+    return {block: functools.partial(mixed, parts=some, num_rows=num_rows) for block, some in parts.items()}
 
 
 def segments(spans: Sequence[Span]) -> list[Span]:

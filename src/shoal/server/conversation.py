@@ -58,8 +58,8 @@ class Conversation:
         self._refused: Refused | None = None
 
     async def run(self, request: Open, tensors: codec.Tensors) -> None:
-        """Until the client closes. Raises what else may end it: `Refused`, `StreamBroken`, `TimeoutError`."""
-        self._session, known = self._engine.open(request, tensors)
+        """Until the client closes. Raises `Lacks` at the start, and what else may end it: `Refused`, `StreamBroken`, `TimeoutError`."""
+        self._session, known = self._engine.open(self._stream.peer, request, tensors)
         self._order = Order(request.epoch, self._session.num_tokens)
         try:
             self._tie(request.before, request.after)

@@ -8,26 +8,33 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator
+from typing import TypeVar
 
 import torch
 
+from shoal.adapters import salted
 from shoal.errors import UnsupportedOperation
 from shoal.model.body import Body
 from shoal.model.cache import BodyCache
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS
 from shoal.protocol import MAX_PAYLOAD_BYTES, Backward, Failure, Forward, Open, Step
 from shoal.server import training
+from shoal.server.adapters import Adapters, Lacks
 from shoal.server.batch import Pass
+from shoal.server.blocks import Blocks
 from shoal.server.cache import PagedCache
 from shoal.server.cores import Cores
 from shoal.server.executor import Executor, alone
 from shoal.server.head import Answer, ServerHead
+from shoal.server.kept import Kept, Passes
 from shoal.server.pages import PagePool, pages_for
-from shoal.server.refusal import Checks, Refused, Tensors, busy, misrouted, rejected
+from shoal.server.refusal import Checks, Inputs, Refused, Tensors, busy, misrouted, rejected
 from shoal.server.scheduler import Pace
 from shoal.server.session import Session
 from shoal.server.shares import Shares
 from shoal.server.turns import Turns, preempted
+
+T = TypeVar("T")
 
 NAMED_ASIDE = 64
 """So many tokens take long enough to be read for their names that others should not wait for it."""
@@ -61,6 +68,8 @@ class Engine:
         self._shares = shares
         self._pool = PagePool(num_pages)
         self._turns = Turns(compute, executor, self._pool, head=head, cores=cores, pace=pace, shares=shares)
+        self.adapters = Adapters(body, most_bytes=shares.adapter_bytes)
+        self._passes = Passes(body, most_bytes=shares.kept_bytes, seconds=shares.kept_seconds)
         self._num_opened = itertools.count()
         self._waiting_bytes = 0
 
@@ -104,12 +113,13 @@ class Engine:
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
-    def open(self, request: Open, tensors: Tensors) -> tuple[Session, torch.Tensor | None]:
+    def open(self, peer: str, request: Open, tensors: Tensors) -> tuple[Session, torch.Tensor | None]:
         """A new session; and the outputs [B, T, D] of its first tokens, as far as they are computed already.
 
-        Raises `Refused`.
+        Raises `Refused`, and `Lacks`.
         """
         span = self._checks.span_of(request)
+        adapters = self.adapters.of(peer, request, span)
         if request.max_length > self._checks.max_length:
             raise rejected(f"a session of {request.max_length} tokens; the model allows {self._checks.max_length}")
         self._check_fits(request.batch_size, request.max_length)
@@ -120,7 +130,8 @@ class Engine:
             opened=next(self._num_opened),
             max_length=request.max_length,
             batch_size=request.batch_size,
-            salt=request.salt,
+            salt=salted(request.salt, request.adapters),
+            adapters=adapters,
         )
         self._turns.sessions.add(session)
         if self._cache is None:
@@ -213,30 +224,61 @@ class Engine:
 
     # -- single passes ------------------------------------------------------------------------------------------------
 
-    async def forward(self, request: Forward, tensors: Tensors) -> torch.Tensor:
-        """The [B, T, D] outputs of a span. Raises `Refused`."""
-        span, inputs = self._checks.span_of(request), self._checks.inputs_of(tensors)
-        self._checks.check_pass(inputs)
-        return await self._in_line(tensors, training.forward(self._body, span, inputs))
+    async def forward(self, peer: str, request: Forward, tensors: Tensors) -> torch.Tensor:
+        """The [B, T, D] outputs of a span. Raises `Refused`, and `Lacks`."""
+        blocks = self._blocks(peer, request, self._inputs_of(tensors))
+        if request.keep is None:
+            return await self._in_line(tensors, training.forward(blocks))
+        kept = self._passes.new(blocks)
+        outputs = await self._in_line(tensors, training.forward_to_keep(blocks, kept, self._passes.weights), kept)
+        self._passes.keep(peer, request.keep, kept)
+        return outputs
 
-    async def backward(self, request: Backward, tensors: Tensors) -> torch.Tensor:
-        """The gradient [B, T, D] of a span's inputs, its forward pass computed again. Raises `Refused`."""
-        span, inputs = self._checks.span_of(request), self._checks.inputs_of(tensors)
-        self._checks.check_pass(inputs)
-        grad = tensors.get("grad")
-        if grad is None or grad.shape != inputs.hidden_BTD.shape or not grad.is_floating_point():
+    async def backward(self, peer: str, request: Backward, tensors: Tensors) -> training.Gradients:
+        """The gradients of a span's inputs and factors. Raises `Refused`, and `Lacks`."""
+        span, grad = self._checks.span_of(request), tensors.get("grad")
+        kept = None if request.kept is None else self._passes.take(peer, request.kept)
+        if kept is None:
+            if "hidden" not in tensors and request.kept is not None:
+                raise Lacks(kept=True)
+            blocks = self._blocks(peer, request, self._inputs_of(tensors))
+            kept = self._passes.new(blocks)
+        else:
+            blocks = kept.blocks
+            if blocks.span != span:
+                raise rejected(f"blocks {span} of a pass through {blocks.span}")
+        if grad is None or grad.shape != blocks.inputs_BTD.shape or not grad.is_floating_point():
             raise rejected("a backward pass needs a gradient of its output's shape")
-        return await self._in_line(tensors, training.backward(self._body, span, inputs, grad))
+        pieces = training.backward(blocks, grad, kept, self._passes.weights, inputs=request.inputs)
+        return await self._in_line(tensors, pieces, kept)
 
-    async def _in_line(self, tensors: Tensors, pieces: training.Pieces) -> torch.Tensor:
+    def _inputs_of(self, tensors: Tensors) -> Inputs:
+        inputs = self._checks.inputs_of(tensors)
+        self._checks.check_pass(inputs)
+        return inputs
+
+    def _blocks(self, peer: str, request: Forward | Backward, inputs: Inputs) -> Blocks:
+        span = self._checks.span_of(request)
+        return Blocks(self._body, span, inputs, self.adapters.of(peer, request, span), request.seed)
+
+    async def _in_line(self, tensors: Tensors, pieces: training.Pieces[T], kept: Kept | None = None) -> T:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._waiting_bytes and self._waiting_bytes + size > self._shares.waiting_bytes:
             raise busy("too many passes are waiting")
         self._waiting_bytes += size
         try:
             return await self._turns.of_pass(pieces)
+        except BaseException:
+            if kept is not None:
+                kept.drop()
+            raise
         finally:
             self._waiting_bytes -= size
+
+    def release(self, peer: str) -> None:
+        """A client is gone: nothing of it is left."""
+        self.adapters.release(peer)
+        self._passes.release(peer)
 
 
 def _names_of(request: Open, tensors: Tensors) -> list[list[bytes]]:

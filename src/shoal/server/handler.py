@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken
 from shoal.protocol import (
+    Adapter,
     Backward,
     Close,
     Encoding,
     Failure,
     Forward,
+    Lacking,
+    Learned,
     Message,
     Open,
     Ping,
@@ -27,16 +31,21 @@ from shoal.protocol import (
     Step,
     TensorName,
 )
+from shoal.server.adapters import Lacks
 from shoal.server.conversation import Conversation
 from shoal.server.engine import Engine
 from shoal.server.links import Links
 from shoal.server.refusal import Refused, rejected
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FAREWELL_SECONDS = 2.0
 """How long a client may take to hear why its stream ends."""
 LEAVING = Failure(code="leaving", reason="this server is going away")
+
+_TELLING: dict[str, TensorName] = {"forward": "hidden", "backward": "grad"}
+"""The tensor of a question whose encoding the answer has too."""
 
 Arrived = tuple[Message, dict[TensorName, torch.Tensor]]
 
@@ -52,6 +61,7 @@ class Handler:
         self._ended = asyncio.Event()
         self._leaves_at: float | None = None
         self._conversations: set[asyncio.Task[Any]] = set()
+        self._streams: Counter[str] = Counter()  # of each peer
         self._leaving = False
 
     async def drain(self, seconds: float) -> None:
@@ -81,6 +91,7 @@ class Handler:
         conversation = asyncio.current_task()
         assert conversation is not None
         self._conversations.add(conversation)
+        self._streams[stream.peer] += 1
         try:
             if self._leaving:
                 raise asyncio.CancelledError
@@ -103,33 +114,59 @@ class Handler:
             await _fail(stream, Failure(code="broken", reason=f"{type(error).__name__} while computing"))
         finally:
             self._conversations.discard(conversation)
+            self._streams[stream.peer] -= 1
+            if not self._streams[stream.peer]:
+                del self._streams[stream.peer]
+                self._engine.release(stream.peer)
             await stream.close()
 
     async def _converse(self, stream: Stream) -> None:
-        arrived: Arrived | None = None
+        ear = _Ear(stream)
+        try:
+            await self._answer(stream, ear)
+        finally:
+            await ear.close()
+
+    async def _answer(self, stream: Stream, ear: _Ear) -> None:
         while True:
             async with asyncio.timeout(self._idle_seconds):
-                message, tensors = arrived or await codec.receive(stream)
-            arrived = None
+                message, tensors = await ear.next()
             match message:
                 case Ping():
                     await self._say(stream, self._pong(working=False))
                 case Close():
                     return
                 case Open():
-                    await self._hold_session(stream, message, tensors)
-                    return
+                    try:
+                        await self._hold_session(stream, message, tensors)
+                        return
+                    except Lacks as lacks:
+                        await self._say(stream, _lacking(lacks))
+                case Adapter():
+                    await self._engine.adapters.keep(stream.peer, message, tensors)
+                    await self._say(stream, Learned())
                 case Step() if message.link is not None:
                     await self._links.listen(stream, message, tensors, idle_seconds=self._idle_seconds)
                     return
-                case Forward():
-                    hidden, arrived = await self._alive(stream, self._engine.forward(message, tensors))
-                    await self._say(stream, Result(), {"hidden": hidden}, message.encoding_of("hidden"))
-                case Backward():
-                    grad, arrived = await self._alive(stream, self._engine.backward(message, tensors))
-                    await self._say(stream, Result(), {"grad": grad}, message.encoding_of("hidden"))
+                case Forward() | Backward():
+                    try:
+                        outcome = await self._alive(stream, ear, self._pass(stream.peer, message, tensors))
+                        await self._say(stream, Result(), outcome, message.encoding_of(_TELLING[message.kind]))
+                    except Lacks as lacks:
+                        await self._say(stream, _lacking(lacks))
                 case _:
                     raise rejected(f"a message of kind {message.kind!r} makes no sense here")
+
+    async def _pass(self, peer: str, request: Forward | Backward, tensors: codec.Tensors) -> codec.Tensors:
+        if isinstance(request, Forward):
+            return {"hidden": (await self._engine.forward(peer, request, tensors)).to(tensors["hidden"])}
+        found = await self._engine.backward(peer, request, tensors)
+        answer: dict[TensorName, torch.Tensor] = {}
+        if found.inputs_BTD is not None:
+            answer["grad"] = found.inputs_BTD.to(tensors["grad"])
+        if found.factors_N is not None:
+            answer["factor_grads"] = found.factors_N
+        return answer
 
     async def _hold_session(self, stream: Stream, request: Open, tensors: codec.Tensors) -> None:
         if self._leaves_at is not None:
@@ -142,31 +179,26 @@ class Handler:
             self._sessions.discard(conversation)
             self._ended.set()
 
-    async def _alive(
-        self, stream: Stream, work: Coroutine[Any, Any, torch.Tensor]
-    ) -> tuple[torch.Tensor, Arrived | None]:
-        """The outcome of `work`, and what came after it was asked for, other than pings, which are answered.
+    async def _alive(self, stream: Stream, ear: _Ear, work: Coroutine[Any, Any, T]) -> T:
+        """The outcome of `work`, while pings are answered.
 
         Raises `StreamBroken` when the client is gone; the work is then dropped.
         """
         computing = asyncio.create_task(work)
-        hearing = asyncio.create_task(codec.receive(stream))
-        arrived: Arrived | None = None
         try:
             while not computing.done():
-                waiting = {computing} if arrived else {computing, hearing}
+                waiting = {computing} if ear.has_heard else {computing, ear.hearing()}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                if arrived is None and hearing.done():
-                    arrived = hearing.result()
-                    if isinstance(arrived[0], Ping):
+                if not ear.has_heard and ear.hearing().done():
+                    message, tensors = await ear.next()
+                    if isinstance(message, Ping):
                         await self._say(stream, self._pong(working=True))
-                        arrived = None
-                        hearing = asyncio.create_task(codec.receive(stream))
-            return computing.result(), arrived
+                    else:
+                        ear.put_back(message, tensors)
+            return computing.result()
         finally:
             computing.cancel()
-            hearing.cancel()
-            await asyncio.gather(computing, hearing, return_exceptions=True)
+            await asyncio.gather(computing, return_exceptions=True)
 
     def _pong(self, *, working: bool) -> Pong:
         return Pong(working=working, num_passes=self._engine.num_passes)
@@ -177,6 +209,47 @@ class Handler:
         """Raises `TimeoutError` for a client that does not read: it would keep its room for ever."""
         async with asyncio.timeout(self._idle_seconds):
             await codec.send(stream, message, tensors, encoding)
+
+
+class _Ear:
+    """What a client says, message after message. Whoever stops listening in the middle of one does not lose it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._hearing: asyncio.Task[Arrived] | None = None
+        self._heard: Arrived | None = None
+
+    @property
+    def has_heard(self) -> bool:
+        """Whether there is a message that was put back."""
+        return self._heard is not None
+
+    def hearing(self) -> asyncio.Task[Arrived]:
+        """The next message's coming."""
+        self._hearing = self._hearing or asyncio.create_task(codec.receive(self._stream))
+        return self._hearing
+
+    async def next(self) -> Arrived:
+        """The next message. Raises `StreamBroken`, and `ProtocolViolation`."""
+        if self._heard is not None:
+            heard, self._heard = self._heard, None
+            return heard
+        heard = await self.hearing()
+        self._hearing = None
+        return heard
+
+    def put_back(self, message: Message, tensors: dict[TensorName, torch.Tensor]) -> None:
+        """It is for later."""
+        self._heard = message, tensors
+
+    async def close(self) -> None:
+        if self._hearing is not None:
+            self._hearing.cancel()
+            await asyncio.gather(self._hearing, return_exceptions=True)
+
+
+def _lacking(lacks: Lacks) -> Lacking:
+    return Lacking(adapters=lacks.adapters, kept=lacks.kept)
 
 
 async def _told(session: Conversation, seconds: float) -> None:

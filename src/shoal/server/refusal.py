@@ -91,6 +91,7 @@ class Checks:
     span: Span
     hidden_size: int
     max_length: int
+    training: bool = True  # whether single passes are computed
     vocabulary: int | None = None  # that of the output head, if it is held here: then the span ends at the last block
 
     def span_of(self, request: Open | Forward | Backward) -> Span:
@@ -122,7 +123,9 @@ class Checks:
         return Inputs(hidden, positions, None if mask is None or mask.all() else mask.long())
 
     def check_pass(self, inputs: Inputs) -> None:
-        """Raises `Refused` for more than is computed in a single pass."""
+        """Raises `Refused` for more than is computed in a single pass, and where none are computed."""
+        if not self.training:
+            raise misrouted("this server offers no forward and backward passes")
         if inputs.num_tokens > self.max_length:
             raise rejected(f"{inputs.num_tokens} tokens; the model allows {self.max_length}")
         size = inputs.batch_size * inputs.num_tokens

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from shoal.model.adapters import BlockAdapter
 from shoal.model.cache import BodyCache
 from shoal.model.prefix import PAGE_TOKENS, page_names, root
 from shoal.server.pages import PagePool, pages_for
@@ -76,8 +77,19 @@ class Session:
     what memory that takes.
     """
 
-    def __init__(self, pool: PagePool, span: Span, *, opened: int, max_length: int, salt: str, batch_size: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        span: Span,
+        *,
+        opened: int,
+        max_length: int,
+        salt: str,
+        batch_size: int,
+        adapters: Mapping[int, BlockAdapter] | None = None,
+    ) -> None:
         self.span = span
+        self.adapters = adapters or {}
         self.opened = opened  # the number of those that were opened before: its age
         self.max_length = max_length
         self.num_tokens = 0

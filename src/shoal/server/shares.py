@@ -21,6 +21,12 @@ class Shares:
     """So long they wait at most."""
     waiting_bytes: int = 1 << 30
     """Inputs of single passes that are kept until their turn. Whoever comes with more is told to come back."""
+    adapter_bytes: int = 1 << 30
+    """Factors of clients' adapters that are kept, of all clients together."""
+    kept_bytes: int = 1 << 31
+    """What is kept of forward passes for backward passes; beyond, blocks are computed again."""
+    kept_seconds: float = 120.0
+    """So long at least."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.prefill < 1 and 0 <= self.training <= 1):

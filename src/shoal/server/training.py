@@ -1,63 +1,92 @@
 """Single passes, forward and backward, a block at a time: whoever decodes meanwhile gets in between."""
 
-# B sequences, T tokens, D hidden size
+# B sequences, T tokens, D hidden size, N factors
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-from shoal.model.body import Body
-from shoal.server.refusal import Inputs
-from shoal.spans import Span
+from shoal.server.blocks import Blocks
+from shoal.server.kept import Graph, Kept, counting
 
-Pieces = Generator[None, None, torch.Tensor]
+T = TypeVar("T")
+Pieces = Generator[None, None, T]
 """Work in pieces: whoever drives it may do something else at every `yield`."""
 
 
-def forward(body: Body, span: Span, inputs: Inputs) -> Pieces:
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass finds: the gradient [B, T, D] of its inputs, if wanted, and that [N] of the factors."""
+
+    inputs_BTD: torch.Tensor | None
+    factors_N: torch.Tensor | None
+
+
+def forward(blocks: Blocks) -> Pieces[torch.Tensor]:
     """The outputs [B, T, D] of a span."""
-    blocks = _Blocks(body, inputs)
-    hidden_BTD = blocks.inputs
-    for block in span:
+    hidden_BTD = blocks.inputs_BTD
+    for block in blocks.span:
         with torch.inference_mode():
             hidden_BTD = blocks(block, hidden_BTD)
         yield
-    return hidden_BTD.to(inputs.hidden_BTD)
+    return hidden_BTD
 
 
-def backward(body: Body, span: Span, inputs: Inputs, grad_BTD: torch.Tensor) -> Pieces:
-    """The gradient [B, T, D] of a span's inputs, its forward pass computed again."""
-    blocks = _Blocks(body, inputs)
-    hidden_BTD = blocks.inputs
-    graphs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for block in span:
-        with torch.enable_grad():
-            entered = hidden_BTD.detach().requires_grad_(True)
-            hidden_BTD = blocks(block, entered)
-        graphs.append((entered, hidden_BTD))
+def forward_to_keep(blocks: Blocks, kept: Kept, weights: frozenset[int]) -> Pieces[torch.Tensor]:
+    """The same, and whatever there is room for is kept for a backward pass."""
+    hidden_BTD = blocks.inputs_BTD
+    for block in blocks.span:
+        graph = graph_of(blocks, block, hidden_BTD, weights)
+        assert graph.left_BTD is not None
+        hidden_BTD = graph.left_BTD.detach()
+        kept.add(graph)
         yield
-    gradient = grad_BTD.to(hidden_BTD)
-    while graphs:
-        entered, left = graphs.pop()
-        (gradient,) = torch.autograd.grad(left, entered, gradient)
+    return hidden_BTD
+
+
+def graph_of(blocks: Blocks, block: int, hidden_BTD: torch.Tensor, weights: frozenset[int]) -> Graph:
+    """A block's outputs with all that its gradient needs."""
+    entered_BTD = hidden_BTD.detach().requires_grad_(True)
+    with torch.enable_grad(), counting(weights) as num_bytes:
+        left_BTD = blocks(block, entered_BTD)
+    return Graph(entered_BTD, left_BTD, num_bytes())
+
+
+def backward(
+    blocks: Blocks, grad_BTD: torch.Tensor, kept: Kept, weights: frozenset[int], *, inputs: bool
+) -> Pieces[Gradients]:
+    """The gradients of a span's factors and, if wanted, of its inputs; what is not kept is computed again."""
+    if not kept.graphs:
+        yield from forward_to_keep(blocks, kept, weights)
+    gradient = grad_BTD.to(blocks.inputs_BTD)
+    first = blocks.span.start if inputs else min(blocks.adapters, default=blocks.span.end)
+    factors: list[torch.Tensor] = []
+    for block in reversed(range(first, blocks.span.end)):
+        graph = kept.pop()
+        if graph.left_BTD is None:
+            graph = graph_of(blocks, block, graph.entered_BTD, weights)
+        gradient, found = _gradients(blocks, block, graph, gradient, inputs=inputs or block > first)
+        factors = found + factors
         yield
-    return gradient.to(inputs.hidden_BTD)
+    kept.drop()
+    return Gradients(gradient if inputs else None, torch.cat(factors) if factors else None)
 
 
-class _Blocks:
-    """Single blocks on one batch, computed where their weights are and as precisely as they are."""
-
-    def __init__(self, body: Body, inputs: Inputs) -> None:
-        device, dtype = body.backbone.device, body.backbone.dtype
-        self.inputs = inputs.hidden_BTD.to(device, dtype)
-        self._body = body
-        self._mask = None if inputs.mask_BT is None else inputs.mask_BT.to(device)
-        self._positions = None if inputs.positions_BT is None else inputs.positions_BT.to(device)
-
-    def __call__(self, block: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        output_BTD: torch.Tensor = self._body(
-            hidden_BTD, span=Span(block, block + 1), attention_mask=self._mask, position_ids=self._positions
-        )
-        return output_BTD
+def _gradients(
+    blocks: Blocks, block: int, graph: Graph, gradient: torch.Tensor, *, inputs: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The gradient of what entered a block, if wanted, and those of the block's factors."""
+    adapter = blocks.adapters.get(block)
+    parameters = [] if adapter is None else adapter.parameters
+    assert graph.left_BTD is not None
+    wanted = [graph.entered_BTD, *parameters] if inputs else list(parameters)
+    # An expert that no token was sent to has used none of its factors.
+    found = torch.autograd.grad(
+        graph.left_BTD, wanted, gradient, allow_unused=bool(parameters), materialize_grads=bool(parameters)
+    )
+    own = found[inputs:]
+    return found[0] if inputs else gradient, [torch.cat([each.flatten() for each in own])] if own else []

@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-
-import torch
+from typing import Any, TypeVar
 
 from shoal.server.batch import Chunk, Pass
 from shoal.server.cores import Cores, turn_of
@@ -26,6 +25,7 @@ from shoal.server.training import Pieces
 from shoal.server.work import PassWork, StepWork, settle
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 GLANCE_SECONDS = 0.003
 """After so long it is looked at again whether waiting for others is still right."""
@@ -51,7 +51,7 @@ class Turns:
         self.sessions: set[Session] = set()
         self.num_passes = 0
         self._steps: list[StepWork] = []
-        self._passes: list[PassWork] = []
+        self._passes: list[PassWork[Any]] = []
         self.pace = pace
         self._compute = compute
         self._head = head
@@ -79,7 +79,7 @@ class Turns:
         finally:
             timer.cancel()
 
-    async def of_pass(self, pieces: Pieces) -> torch.Tensor:
+    async def of_pass(self, pieces: Pieces[T]) -> T:
         """The outcome of a single pass."""
         work = PassWork(pieces)
         self._passes.append(work)
@@ -97,7 +97,7 @@ class Turns:
         return self._steps
 
     @property
-    def passes(self) -> list[PassWork]:
+    def passes(self) -> list[PassWork[Any]]:
         """The same of single passes."""
         self._passes = [work for work in self._passes if not work.result.done()]
         return self._passes
@@ -152,7 +152,7 @@ class Turns:
     async def _train(self) -> None:
         work = self.passes[0]
         self.num_passes += 1
-        outcome: torch.Tensor | Exception | None
+        outcome: Any
         try:
             async with turn_of(self._cores):
                 outcome = await self._executor.run(work.advance)

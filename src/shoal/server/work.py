@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
-
-import torch
+from typing import Generic, TypeVar, cast
 
 from shoal.server.batch import Chunk
 from shoal.server.head import Answer, joined
@@ -60,6 +58,7 @@ class StepWork:
             pages=tuple(tuple(row.pages) for row in session.rows),
             growth=growth,
             cache=session.cache,
+            adapters=session.adapters,
             wanted=None if self.wanted is None else self.wanted.before(self.num_left - num_tokens),
         )
 
@@ -73,18 +72,18 @@ class StepWork:
 
 
 @dataclass(eq=False)
-class PassWork:
+class PassWork(Generic[T]):
     """A single pass, forward or backward, that is computed in pieces."""
 
-    pieces: Pieces
-    result: asyncio.Future[torch.Tensor] = field(default_factory=_future)
+    pieces: Pieces[T]
+    result: asyncio.Future[T] = field(default_factory=_future)
 
-    def advance(self) -> torch.Tensor | None:
+    def advance(self) -> T | None:
         """Compute the next piece; returns the outcome once it is there. To be called on the compute thread."""
         try:
             next(self.pieces)
         except StopIteration as end:
-            return cast(torch.Tensor, end.value)
+            return cast(T, end.value)
         return None
 
 

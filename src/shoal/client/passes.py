@@ -1,0 +1,298 @@
+"""Single passes through the swarm, forward and backward: what training makes, and any call without a cache.
+
+A batch is cut into microbatches that go their ways at the same time, each over the servers on which it will be ready
+first. For every server on its way a microbatch keeps its inputs there: should that server be gone when the gradient
+comes back, another one computes it from them.
+"""
+
+# B sequences, T tokens, D hidden size, N factors
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Coroutine, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+
+from shoal.client.chain import Chain, Holding, named_tensors
+from shoal.client.connection import Connection, plausible
+from shoal.client.pool import Pool
+from shoal.errors import ServerLost
+from shoal.model.adapters import Factors, Tuning
+from shoal.net.codec import Tensors
+from shoal.net.encodings import as_received
+from shoal.protocol import Backward, Forward, Lacking, Result, TensorName
+from shoal.routing.route import SLOWEST, Hop, Needs
+from shoal.routing.spread import microbatch_rows
+from shoal.spans import Span
+
+T = TypeVar("T")
+
+PASSES_AT_ONCE = 16
+"""Microbatches under way together: enough to keep a chain of servers busy, and few enough for their limits."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A microbatch at one server: its inputs [B, T, D] there, and under which name the server keeps what it computed."""
+
+    span: Span
+    hidden: torch.Tensor
+    positions: torch.Tensor | None
+    mask: torch.Tensor | None
+    seed: int | None = None
+    hop: Hop | None = None
+    kept: str | None = None
+
+    def tensors(self) -> dict[TensorName, torch.Tensor]:
+        return named_tensors(self.hidden, self.positions, self.mask)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be computed: blocks with adapters, and what gradients will be asked for.
+
+    `wanted_from` is the first block whose factors or inputs need one; without it, none will be asked for.
+    """
+
+    span: Span
+    tuning: Tuning = field(default_factory=dict)
+    inputs_wanted: bool = False
+    wanted_from: int | None = None
+    seed: int | None = None
+
+    def adapters(self, span: Span) -> tuple[str | None, ...]:
+        """The names of the adapters of some blocks, as a message has them."""
+        found = [self.tuning.get(block) for block in span]
+        return tuple(None if each is None else each.name for each in found) if any(found) else ()
+
+    def factors(self, span: Span) -> list[Factors]:
+        """Those adapters themselves."""
+        return [self.tuning[block] for block in span if block in self.tuning]
+
+    def wants(self, span: Span) -> bool:
+        """Whether anything of these blocks, or before them, needs a gradient."""
+        return self.wanted_from is not None and self.wanted_from < span.end
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass finds: the gradient [B, T, D] of the inputs, if wanted, and those [N] of blocks' factors."""
+
+    inputs_BTD: torch.Tensor | None
+    factors: Mapping[int, torch.Tensor]
+
+
+class Passes:
+    """Forward and backward passes of one client."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._pool = Pool(chain.connect)
+        self._at_once = asyncio.Semaphore(PASSES_AT_ONCE)
+
+    async def forward(
+        self, plan: Plan, hidden_BTD: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[list[Piece]]]:
+        """The outputs [B, T, D] of a span and, for each microbatch, the pieces that `backward` needs."""
+        hidden_BTD = as_received(hidden_BTD, self._chain.config.wire)
+        batch_size, num_tokens, _ = hidden_BTD.shape
+        num_servers = await self._chain.num_servers(plan.span)
+        rows = microbatch_rows(batch_size, num_tokens, num_servers=num_servers)
+        batches = [
+            Piece(
+                plan.span,
+                part,
+                _rows(positions, start, rows),
+                _rows(mask, start, rows),
+                None if plan.seed is None else plan.seed + (start << 16),
+            )
+            for start, part in zip(range(0, batch_size, rows), hidden_BTD.split(rows), strict=True)
+        ]
+        results = await self._together(self._forward(plan, batch) for batch in batches)
+        return _joined([output for output, _ in results]), [pieces for _, pieces in results]
+
+    async def backward(self, plan: Plan, batches: Sequence[Sequence[Piece]], grad_BTD: torch.Tensor) -> Gradients:
+        """The gradients of what went into `forward` and of the factors, from that of what came out."""
+        sizes = [pieces[0].hidden.shape[0] for pieces in batches]
+        grads = as_received(grad_BTD, self._chain.config.wire).split(sizes)
+        found = await self._together(
+            self._backward(plan, list(pieces), grad) for pieces, grad in zip(batches, grads, strict=True)
+        )
+        inputs = [each.inputs_BTD for each in found if each.inputs_BTD is not None]
+        factors = {
+            # In the order of the batch, whoever was ready first: sums of floating-point numbers depend on it.
+            block: torch.stack([each.factors[block] for each in found]).sum(0)
+            for block in found[0].factors
+        }
+        return Gradients(_joined(inputs) if inputs else None, factors)
+
+    async def _together(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+        """The results of all, some at a time. The first error ends the others and is raised."""
+
+        async def in_turn(work: Coroutine[Any, Any, T]) -> T:
+            try:
+                async with self._at_once:
+                    return await work
+            finally:
+                work.close()  # if its turn never came
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(in_turn(work)) for work in works]
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    # -- one microbatch -----------------------------------------------------------------------------------------------
+
+    async def _forward(self, plan: Plan, whole: Piece) -> tuple[torch.Tensor, list[Piece]]:
+        hidden, pieces, end = whole.hidden, list[Piece](), whole.span.end
+
+        async def walk(excluded: Set[Holding]) -> torch.Tensor:
+            nonlocal hidden
+            start = pieces[-1].span.end if pieces else whole.span.start
+            if start == end:
+                return hidden
+            route = await self._chain.route(Span(start, end), excluded, needs=_single_pass(hidden))
+            with self._chain.using(route):
+                for hop in route.hops:
+                    keep = secrets.token_hex(16) if plan.wants(hop.span) else None
+                    piece = replace(whole, span=hop.span, hidden=hidden, hop=hop, kept=keep)
+                    hidden = await self._ask_forward(plan, hop, piece)
+                    pieces.append(piece)
+            return hidden
+
+        return await self._chain.persist(whole.span, walk), pieces
+
+    async def _backward(self, plan: Plan, pieces: list[Piece], grad: torch.Tensor) -> Gradients:
+        factors: dict[int, torch.Tensor] = {}
+        whole = Span(pieces[0].span.start, pieces[-1].span.end)
+        while pieces and not plan.wants(pieces[0].span):
+            pieces.pop(0)
+
+        async def walk_back(excluded: Set[Holding]) -> torch.Tensor:
+            nonlocal grad
+            while pieces:
+                piece = pieces[-1]
+                pieces[-1] = replace(piece, kept=None)  # it is given once; whoever is asked after that computes it anew
+                hop = piece.hop if piece.kept is not None else None
+                if hop is None or self._chain.avoids(hop.server.peer):
+                    piece = pieces[-1]
+                    route = await self._chain.route(piece.span, excluded, needs=_single_pass(grad))
+                    if len(route.hops) > 1:  # its server is gone, several take its place: find out what goes into each
+                        _, finer = await self._forward(plan, piece)
+                        pieces[-1:] = finer
+                        continue
+                    hop = route.hops[0]
+                found = await self._ask_backward(plan, hop, piece, grad)
+                if found is None:  # the server does not have it any more
+                    continue
+                gradient, own = found
+                factors.update(own)
+                grad = grad if gradient is None else gradient
+                pieces.pop()
+            return grad
+
+        inputs_BTD = await self._chain.persist(whole, walk_back)
+        return Gradients(inputs_BTD if plan.inputs_wanted else None, factors)
+
+    # -- one server ---------------------------------------------------------------------------------------------------
+
+    async def _ask_forward(self, plan: Plan, hop: Hop, piece: Piece) -> torch.Tensor:
+        request = Forward(
+            model=self._chain.model.key,
+            fingerprint=self._chain.fingerprint,
+            start=hop.span.start,
+            end=hop.span.end,
+            adapters=plan.adapters(hop.span),
+            keep=piece.kept,
+            seed=piece.seed,
+        )
+        connection, result, tensors = await self._ask(plan, hop, request, piece.tensors(), piece)
+        if isinstance(result, Lacking):
+            raise _wrong(connection, "that it lacks what it was just sent")
+        return self._received(connection, result, tensors, "hidden", piece)
+
+    async def _ask_backward(
+        self, plan: Plan, hop: Hop, piece: Piece, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]] | None:
+        """The gradients of a piece's inputs and factors; `None` if the server has not kept what was computed."""
+        assert plan.wanted_from is not None
+        inputs = plan.inputs_wanted or plan.wanted_from < piece.span.start
+        request = Backward(
+            model=self._chain.model.key,
+            fingerprint=self._chain.fingerprint,
+            start=piece.span.start,
+            end=piece.span.end,
+            adapters=plan.adapters(piece.span),
+            kept=piece.kept,
+            seed=piece.seed,
+            inputs=inputs,
+        )
+        tensors: Tensors = {"grad": grad} if piece.kept is not None else {**piece.tensors(), "grad": grad}
+        connection, result, found = await self._ask(plan, hop, request, tensors, piece)
+        if isinstance(result, Lacking):
+            if piece.kept is None:
+                raise _wrong(connection, "that it lacks what it was just sent")
+            return None
+        gradient = self._received(connection, result, found, "grad", piece) if inputs else None
+        return gradient, _factor_gradients(connection, plan.factors(piece.span), found.get("factor_grads"))
+
+    async def _ask(
+        self, plan: Plan, hop: Hop, request: Forward | Backward, tensors: Tensors, piece: Piece
+    ) -> tuple[Connection, Result | Lacking, Tensors]:
+        batch_size, num_tokens, _ = piece.hidden.shape
+        usual = batch_size * num_tokens / max(hop.server.prefill_speed, SLOWEST)
+        answer = await self._pool.ask(hop.server, request, tensors, plan.factors(piece.span), usual_seconds=usual)
+        self._chain.answered(hop)
+        return answer
+
+    def _received(
+        self, connection: Connection, result: Result, tensors: Tensors, name: TensorName, piece: Piece
+    ) -> torch.Tensor:
+        """A tensor of the shape of the hidden states, as precise as the user wants tensors to travel."""
+        found, encoding, wire = tensors.get(name), result.encoding_of(name), self._chain.config.wire
+        hidden = piece.hidden
+        if found is None or found.shape != hidden.shape or found.dtype != hidden.dtype:
+            raise _wrong(connection, "something else than was asked")
+        if encoding not in ("raw", connection.encoding):
+            raise _wrong(connection, f"in {encoding}, which nobody asked for")
+        if name == "hidden" and not plausible(found, hidden, piece.mask):
+            raise _wrong(connection, "with numbers that are not finite")  # gradients may overflow: scalers look at that
+        # The same from a server that does not know the encoding: which one it was must not make a difference.
+        return found if encoding == wire else as_received(found, wire)
+
+
+def _factor_gradients(
+    connection: Connection, factors: Sequence[Factors], found: torch.Tensor | None
+) -> dict[int, torch.Tensor]:
+    sizes = [len(each.values) for each in factors]
+    if not factors and found is None:
+        return {}
+    if found is None or found.shape != (sum(sizes),) or not found.is_floating_point():
+        raise _wrong(connection, "something else than was asked")
+    return {each.block: part for each, part in zip(factors, found.split(sizes), strict=True)}
+
+
+def _wrong(connection: Connection, what: str) -> ServerLost:
+    error = connection.wrong(what)
+    connection.fail(error)
+    return error
+
+
+def _single_pass(hidden_BTD: torch.Tensor) -> Needs:
+    """What a route is needed for: one answer of each server to the client, which leaves nothing there."""
+    batch_size, num_tokens, _ = hidden_BTD.shape
+    return Needs(step_tokens=batch_size * num_tokens, ring=False, dtype=str(hidden_BTD.dtype).removeprefix("torch."))
+
+
+def _joined(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
+
+
+def _rows(tensor: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
+    return None if tensor is None else tensor[start : start + count]

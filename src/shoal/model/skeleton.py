@@ -1,0 +1,79 @@
+"""A block without its weights: where PEFT puts a client's own layers, although the block is computed elsewhere.
+
+A client's model keeps the layers that Transformers has built for it, under their names, but nothing is in them: of a
+linear layer only its sizes are left, and it cannot be called. PEFT looks for names and kinds of modules, so that
+`get_peft_model`, `target_modules="all-linear"`, `save_pretrained` and `PeftModel.from_pretrained` find what they look
+for, and the parameters that they make are the client's (`shoal.client.blocks` sends them to the servers).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from shoal.errors import UnsupportedOperation
+
+LINEAR = (nn.Linear, Conv1D)
+"""The kinds of layers to which PEFT adds factors, in the models of Transformers."""
+
+
+class LinearSkeleton(nn.Linear):
+    """Says what a linear layer is like: PEFT asks for its sizes, and where its weight is and as what.
+
+    `weight` has the right shape and takes no memory: it is a single number, everywhere.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool, like: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = num_inputs, num_outputs
+        self.__dict__["weight"] = like.new_zeros(1).expand(num_outputs, num_inputs)  # nobody's parameter
+        self.__dict__["bias"] = like.new_zeros(1).expand(num_outputs) if bias else None
+
+    def forward(self, *_: Any) -> Tensor:
+        raise UnsupportedOperation("this layer is computed by servers")
+
+
+class Conv1DSkeleton(Conv1D):  # type: ignore[misc]
+    """The same for GPT-2's linear layers, whose weights are transposed."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.nx, self.nf = num_inputs, num_outputs
+        self.__dict__["weight"] = like.new_zeros(1).expand(num_inputs, num_outputs)
+        self.__dict__["bias"] = like.new_zeros(1).expand(num_outputs)
+
+    def forward(self, *_: Any) -> Tensor:
+        raise UnsupportedOperation("this layer is computed by servers")
+
+
+def num_features(linear: nn.Module) -> tuple[int, int]:
+    """The number of a linear layer's inputs and outputs."""
+    if isinstance(linear, Conv1D):
+        num_inputs, num_outputs = linear.weight.shape
+        return num_inputs, num_outputs
+    return linear.in_features, linear.out_features  # type: ignore[return-value]
+
+
+def skeletons(layers: Sequence[nn.Module], like: Tensor) -> list[nn.Module]:
+    """The same layers without weights, where `like` is, in its dtype. They share what is no module."""
+    return [_skeleton(layer, like) for layer in layers]
+
+
+def _skeleton(module: nn.Module, like: Tensor) -> nn.Module:
+    num_inputs, num_outputs = num_features(module) if isinstance(module, LINEAR) else (0, 0)
+    if isinstance(module, nn.Linear):
+        return LinearSkeleton(num_inputs, num_outputs, bias=module.bias is not None, like=like)
+    if isinstance(module, Conv1D):
+        return Conv1DSkeleton(num_inputs, num_outputs, like=like)
+    bare = copy.copy(module)
+    bare.__dict__["_parameters"] = dict.fromkeys(module._parameters)
+    bare.__dict__["_buffers"] = dict.fromkeys(module._buffers)
+    bare.__dict__["_modules"] = {
+        name: None if child is None else _skeleton(child, like) for name, child in module._modules.items()
+    }
+    return bare

@@ -1,0 +1,125 @@
+"""What is kept of forward passes for the backward passes that follow, as far as there is room.
+
+PyTorch keeps what each operator will need for its gradient: of a block, some fifty times its inputs. Whatever is not
+kept is computed again from the inputs of the block, which are always kept, or the pass, which the client has.
+"""
+
+# B sequences, T tokens, D hidden size
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field
+
+import torch
+
+from shoal.model.body import Body
+from shoal.server.blocks import Blocks
+
+
+@dataclass
+class Graph:
+    """One block of one pass: what went in, and what came out with all that its gradient needs, if that is kept."""
+
+    entered_BTD: torch.Tensor
+    left_BTD: torch.Tensor | None
+    num_bytes: int
+
+
+class Room:
+    """How much more may be kept. It is used up on the compute thread, and may be given back on another."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes_left = num_bytes
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> bool:
+        """Whether there was room."""
+        with self._lock:
+            fits = num_bytes <= self._num_bytes_left
+            self._num_bytes_left -= num_bytes * fits
+            return fits
+
+    def give_back(self, num_bytes: int) -> None:
+        with self._lock:
+            self._num_bytes_left += num_bytes
+
+
+@dataclass(eq=False)
+class Kept:
+    """What one pass has computed so far, block after block."""
+
+    blocks: Blocks
+    room: Room
+    graphs: list[Graph] = field(default_factory=list)
+    is_dropped: bool = False
+
+    def add(self, graph: Graph) -> None:
+        """Keep what went into a block and, if there is room, what its gradient needs."""
+        if self.is_dropped or not self.room.take(graph.num_bytes):
+            graph.left_BTD, graph.num_bytes = None, 0
+        self.graphs.append(graph)
+
+    def pop(self) -> Graph:
+        """The last block that is left; it is for the caller to compute with, at once."""
+        graph = self.graphs.pop()
+        self.room.give_back(graph.num_bytes)
+        return graph
+
+    def drop(self) -> None:
+        """Nobody is going to ask for it. May be called twice."""
+        self.is_dropped = True
+        with contextlib.suppress(IndexError):
+            while True:
+                self.pop()
+
+
+class Passes:
+    """The passes that are kept, each for the client who made it and under the id that he gave it."""
+
+    def __init__(self, body: Body, *, most_bytes: int, seconds: float) -> None:
+        self.weights = frozenset(parameter.untyped_storage().data_ptr() for parameter in body.parameters())
+        self.room = Room(most_bytes)
+        self._seconds = seconds
+        self._clock = asyncio.get_running_loop().time
+        self._passes: dict[tuple[str, str], tuple[float, Kept]] = {}
+
+    def new(self, blocks: Blocks) -> Kept:
+        return Kept(blocks, self.room)
+
+    def keep(self, peer: str, name: str, kept: Kept) -> None:
+        """A pass is to be kept. Those that nobody has asked for in a long time go."""
+        now = self._clock()
+        for key, (since, old) in list(self._passes.items()):
+            if now - since > self._seconds:
+                old.drop()
+                del self._passes[key]
+        self._passes[peer, name] = now, kept
+
+    def take(self, peer: str, name: str) -> Kept | None:
+        """A pass that this client has made, once."""
+        found = self._passes.pop((peer, name), None)
+        return None if found is None else found[1]
+
+    def release(self, peer: str) -> None:
+        """A client is gone."""
+        for key in [key for key in self._passes if key[0] == peer]:
+            self._passes.pop(key)[1].drop()
+
+
+@contextlib.contextmanager
+def counting(weights: Set[int]) -> Iterator[Callable[[], int]]:
+    """What autograd keeps meanwhile: how many bytes that takes beside the weights."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield lambda: sum(sizes.values())
