@@ -81,7 +81,7 @@ def adapter_name(block: int, layers: Sequence[Lora | IA3 | Prompt], dtype: str, 
 
 
 def salted(salt: str, names: Sequence[str | None]) -> str:
-    """A tenant's salt for what is computed with these adapters, one for each block: nobody else's pages are the same."""
+    """A tenant's salt for what is computed with these adapters, one for each block: no others' pages are the same."""
     if not any(names):
         return salt
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)

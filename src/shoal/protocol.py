@@ -2,8 +2,8 @@
 
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
 The first message of a stream is `Open` for a session, `Forward` or `Backward` for single computations, or a `Step`
-with a `link`, which one server pushes to the next; before the former three there may be `Adapter`s. Whatever arrives is parsed here before anything else looks at it:
-an unknown kind, field or type, or a number beyond its limit, is refused.
+with a `link`, which one server pushes to the next; before the former three there may be `Adapter`s. Whatever arrives is
+parsed here before anything else looks at it: an unknown kind, field or type, or a number beyond its limit, is refused.
 """
 
 from __future__ import annotations

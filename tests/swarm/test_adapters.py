@@ -16,7 +16,9 @@ from .harness import Swarm
 TOKENS = torch.arange(3, 35).view(4, 8)
 KINDS: dict[str, Callable[[], Any]] = {
     "LoRA": lambda: LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"),
-    "rsLoRA with a bias": lambda: LoraConfig(r=4, use_rslora=True, lora_bias=True, target_modules=["q_proj", "up_proj"]),
+    "rsLoRA with a bias": lambda: LoraConfig(
+        r=4, use_rslora=True, lora_bias=True, target_modules=["q_proj", "up_proj"]
+    ),
     "DoRA": lambda: LoraConfig(r=2, use_dora=True, target_modules=["v_proj", "down_proj"]),
     "IA3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "LoRA in some layers": lambda: LoraConfig(r=4, layers_to_transform=[1, 2], target_modules=["o_proj"]),

@@ -334,7 +334,7 @@ async def test_padding_before_recurrent_blocks_is_not_cut_off(family: str):
 
 def opened(engine: Engine, **changes: object) -> int:
     fields = {"model": "", "fingerprint": "", "start": 0, "end": NUM_BLOCKS, "batch_size": 1, "max_length": 8}
-    session, _ = engine.open(Open(**{**fields, **changes}), {})
+    session, _ = engine.open("client", Open(**{**fields, **changes}), {})
     engine.close(session)
     engine.close(session)
     return session.max_length

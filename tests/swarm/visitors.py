@@ -155,7 +155,7 @@ class Visitor:
         names = self.names()
         digests = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8) if names[0] else None
         tensors = {} if digests is None else {"digests": digests.view(batch_size, -1, DIGEST_BYTES)}
-        self.session, known = self._engine.open(request, tensors)
+        self.session, known = self._engine.open("visitor", request, tensors)
         self.num_known = self.session.num_tokens
         if known is not None:
             self.outputs_BSD = known

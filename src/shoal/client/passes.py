@@ -37,7 +37,7 @@ PASSES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Piece:
-    """A microbatch at one server: its inputs [B, T, D] there, and under which name the server keeps what it computed."""
+    """A microbatch at one server: its inputs [B, T, D] there; what follows from them is kept there, by a name."""
 
     span: Span
     hidden: torch.Tensor

@@ -358,7 +358,7 @@ def _prompted(hidden_1ND: Tensor, parts: Sequence[Part]) -> Tensor:
 
 
 class _Shared(nn.Module):
-    """A linear layer for rows [.., N, inputs] of several clients: one product, and what each one's layer makes of it."""
+    """A linear layer for rows [.., N, inputs] of several clients: one product, and what their layers make of it."""
 
     def __init__(self, base: nn.Module, layers: Sequence[tuple[slice, nn.Module]], num_rows: int) -> None:
         super().__init__()

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from shoal.protocol import MAX_STEP_TOKENS
 from shoal.routing.route import Route
 
-
 SMALLEST_PASS = 256
 """Tokens: smaller microbatches would take longer in all, as each reads the weights."""
 

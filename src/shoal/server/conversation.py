@@ -58,7 +58,10 @@ class Conversation:
         self._refused: Refused | None = None
 
     async def run(self, request: Open, tensors: codec.Tensors) -> None:
-        """Until the client closes. Raises `Lacks` at the start, and what else may end it: `Refused`, `StreamBroken`, `TimeoutError`."""
+        """Until the client closes. Raises `Lacks` at the start, and what else may end it.
+
+        That is `Refused`, `StreamBroken`, or `TimeoutError`.
+        """
         self._session, known = self._engine.open(self._stream.peer, request, tensors)
         self._order = Order(request.epoch, self._session.num_tokens)
         try:
