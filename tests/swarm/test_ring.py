@@ -99,7 +99,7 @@ def test_a_spare_server_takes_over_without_a_replay(swarm: MakeSwarm, whole: Pre
         swarm_.settle(
             lambda: (
                 len(inner.spares) == 2
-                and all(share.num_computed >= 48 for lane in inner._spares.values() for share in lane.shares)
+                and all(share.num_computed >= 48 for lane in inner._lanes[1:] for share in lane.shares)
             )
         )
         traffic = Traffic(swarm_)
@@ -148,7 +148,7 @@ def test_a_server_that_dies_while_nobody_speaks_is_replaced_before_somebody_does
         first = model.generate(PROMPT, max_new_tokens=4, session=session)
         victim = session.servers[0]
         swarm_.kill(victim)
-        swarm_.settle(lambda: victim not in session.servers and session._session._lane.is_open)
+        swarm_.settle(lambda: victim not in session.servers and session._session._lanes[0].is_open)
         rest = model.generate(None, max_new_tokens=4, session=session)
     assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
 

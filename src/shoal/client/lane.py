@@ -59,14 +59,14 @@ class Lane:
         self._chain = chain
         self._tokens = tokens
         self._max_length = max_length
-        self._news = news
+        self.news = news
         self._ring = Ring(chain.broken_pairs, wire=chain.config.wire)
         self.shares = self.shares_on(hops, history)
 
     def shares_on(self, hops: Sequence[Hop], history: History) -> list[Share]:
         """Shares on other servers. The first has this history; those of the others follow from it."""
         histories = (history, *(History(self._chain.store) for _ in hops[1:]))
-        return [Share(hop, each, self._news) for hop, each in zip(hops, histories, strict=True)]
+        return [Share(hop, each, self.news) for hop, each in zip(hops, histories, strict=True)]
 
     def replace(self, share: Share, others: Sequence[Share]) -> None:
         """These take the place of a share."""

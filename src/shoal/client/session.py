@@ -11,40 +11,25 @@ server is asked for what it lacks (`shoal.client.lane`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 from collections.abc import Callable, Sequence, Set
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
-from shoal.client.chain import Chain, Holding, holding
-from shoal.client.clock import now
+from shoal.client.chain import Chain, Holding
 from shoal.client.connection import CannotRewind
-from shoal.client.history import History
 from shoal.client.lane import Lane
 from shoal.client.logits import Logits, Question
 from shoal.client.outputs import Nowhere, Outputs
+from shoal.client.routes import Routes
 from shoal.client.share import Share
+from shoal.client.tending import Tending
 from shoal.client.tokens import Tokens
-from shoal.errors import MissingBlocks, ServerBusy, ServerLost, SwarmError, UserError
+from shoal.errors import ServerBusy, ServerLost, UserError
 from shoal.net.encodings import as_received
-from shoal.routing.moving import pays_to_move, replay_seconds
-from shoal.routing.route import Hop, Needs, Route
-from shoal.spans import ServerInfo, Span
-
-log = logging.getLogger(__name__)
-
-FEED_TOKENS = 32
-"""A spare server is given what it lacks when that is so much: a pass for so many costs hardly more than for one."""
-SPARE_TOKENS = 128
-"""At most so much at once: whoever decodes on that server waits for a pass at most."""
-TEND_SECONDS = 10.0
-"""How long after no spare server could be found one is looked for again."""
-
-LOOK_TOKENS = 32
-"""So often it is considered whether others would be faster."""
+from shoal.routing.route import Hop
+from shoal.spans import Span
 
 Change = int | tuple[int, ...]
 """What is to be done before the next step: forget everything after so many tokens, or rearrange the batch."""
@@ -55,25 +40,32 @@ class Session:
 
     def __init__(self, chain: Chain, span: Span, *, batch_size: int, max_length: int) -> None:
         self.span = span
-        self.batch_size = batch_size
-        self.max_length = max_length
         self._chain = chain
         self._tokens = Tokens(chain.store)
-        self._lane: Lane | None = None
-        self._spares: dict[Share, Lane] = {}
+        self._routes = Routes(chain, self._tokens, batch_size=batch_size, max_length=max_length)
         self._changes: list[Change] = []
         self._news = asyncio.Event()
-        self._chores = asyncio.Event()
         self._busy = asyncio.Lock()
         self._step: asyncio.Task[Any] | None = None  # the one that runs
-        self._tending: asyncio.Task[None] | None = None
-        self._no_spare_until: WeakKeyDictionary[Share, float] = WeakKeyDictionary()
-        self._looked_at = 0
+        self._tending: Tending | None = None  # from the first step on
         self._closed = False
 
     @property
+    def batch_size(self) -> int:
+        return self._routes.batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        self._routes.batch_size = batch_size
+
+    @property
+    def _lanes(self) -> list[Lane]:
+        """The one on which steps run, and those of the spare servers."""
+        return [] if self._tending is None else [self._tending.lane, *self._tending.spares.values()]
+
+    @property
     def _shares(self) -> list[Share]:
-        return [] if self._lane is None else self._lane.shares
+        return self._lanes[0].shares if self._lanes else []
 
     @property
     def hops(self) -> tuple[Hop, ...]:
@@ -83,7 +75,7 @@ class Session:
     @property
     def spares(self) -> tuple[Hop, ...]:
         """The servers that are kept warm to take another's place."""
-        return tuple(share.hop for lane in self._spares.values() for share in lane.shares if lane.is_open)
+        return tuple(share.hop for lane in self._lanes[1:] for share in lane.shares if lane.is_open)
 
     def crop(self, num_tokens: int) -> None:
         """Forget everything after the first `num_tokens` tokens."""
@@ -110,7 +102,6 @@ class Session:
         async with self._busy:
             if self._closed:
                 raise UserError("this session is closed")
-            self._tending = self._tending or asyncio.create_task(self._tend())
             self._step = asyncio.current_task()
             try:
                 self._changes.append(position)  # what an interrupted step may have left
@@ -121,7 +112,8 @@ class Session:
                 return outputs.joined()
             finally:
                 self._step = None
-                self._chores.set()
+                if self._tending is not None:
+                    self._tending.wake()
 
     # -- going back, and rearranging ----------------------------------------------------------------------------------
 
@@ -149,7 +141,7 @@ class Session:
 
     def _everywhere(self) -> list[Share]:
         """Those of the spare servers too."""
-        return [*self._shares, *(share for lane in self._spares.values() for share in lane.shares)]
+        return [share for lane in self._lanes for share in lane.shares]
 
     def _reaches_beyond(self, num_tokens: int) -> bool:
         """Whether anything is known or asked beyond so many tokens."""
@@ -179,13 +171,14 @@ class Session:
 
         async def act(excluded: Set[Holding]) -> None:
             while not is_done():
-                if self._lane is None:
-                    route = await self._route(excluded)
-                    self._lane = self._lane_on(route.hops, self._tokens.inputs, self._tell)
-                self._lane.outputs, self._lane.question = outputs, question
-                await self._check(self._lane)
-                await self._mend(self._lane, excluded)
-                await self._pump(self._lane, is_done)
+                if self._tending is None:
+                    route = await self._routes.over(self.span, excluded)
+                    self._tending = self._tend(self._routes.lane(route, self._tokens.inputs, self._tell))
+                lane = self._tending.lane
+                lane.outputs, lane.question = outputs, question
+                await self._check(lane)
+                await self._mend(self._tending, excluded)
+                await self._pump(lane, is_done)
 
         if not is_done():
             await self._chain.persist(self.span, act)
@@ -223,169 +216,42 @@ class Session:
                 continue
             if isinstance(error, ServerBusy):
                 # Whoever waits for room holds none: two who wait for each other's would wait for ever.
-                for each in (lane, *self._spares.values()):
+                for each in self._lanes:
                     await each.disconnect()
             raise error
 
-    async def _mend(self, lane: Lane, excluded: Set[Holding]) -> None:
+    async def _mend(self, tending: Tending, excluded: Set[Holding]) -> None:
         """Have a session open on a server for every block."""
+        lane = tending.lane
         for share in [each for each in lane.shares if each.error is not None]:
-            spare = self._spares.get(share)
-            if spare is not None and spare.is_open and all(each.error is None for each in spare.shares):
-                log.info("%s takes the place of %s", ", ".join(each.peer for each in spare.shares), share.peer)
-                self._promote(lane, share, spare)
-            else:
-                route = await self._route(excluded, share)
+            if not tending.promote(share):
+                route = await self._routes.instead_of(share, lane, excluded)
                 lane.replace(share, lane.shares_on(route.hops, share.history))
             await share.disconnect(goodbye=False)
         await lane.merge()
         await lane.open()
         await self._check(lane)
 
-    def _promote(self, lane: Lane, share: Share, spare: Lane) -> None:
-        """A spare server takes the place of another. What it knew that had not been answered, it has to say again."""
-        del self._spares[share]
-        for each in spare.shares:
-            each.news = self._tell
-        sink = lane.sink(lane.shares.index(share))
-        if spare.shares[-1].num_computed > sink.num_tokens:
-            spare.shares[-1].uncomputed_from(sink.num_tokens)
-            self._tokens.epoch += 1
-        if sink is lane.outputs:
-            lane.outputs.logits.clear()
-        lane.replace(share, spare.shares)
+    # -- meanwhile ----------------------------------------------------------------------------------------------------
 
-    def _lane_on(self, hops: Sequence[Hop], history: History, news: Callable[[], None]) -> Lane:
-        return Lane(self._chain, self._tokens, hops, history, max_length=self.max_length, outputs=Nowhere(), news=news)
-
-    async def _route(self, excluded: Set[Holding], share: Share | None = None) -> Route:
-        """Servers for all blocks, or for those of one that stands between others."""
-        span = self.span if share is None else share.hop.span
-        before, after = self._neighbours(share)
-        return await self._chain.route(span, excluded, needs=self._needs(span), before=before, after=after)
-
-    def _neighbours(self, share: Share | None) -> tuple[ServerInfo | None, ServerInfo | None]:
-        """The servers before and after one in the ring; None where that is the client."""
-        if share is None:
-            return None, None
-        index = self._shares.index(share)
-        before = self._shares[index - 1].hop.server if index else None
-        after = self._shares[index + 1].hop.server if index + 1 < len(self._shares) else None
-        return before, after
-
-    def _needs(self, span: Span) -> Needs:
-        num_tokens = self._tokens.num_tokens
-        return Needs(
-            step_tokens=self.batch_size,
-            prompt_tokens=self.batch_size * num_tokens,
-            num_steps=max(1, self.max_length - num_tokens),
-            needed_tokens=self.batch_size * self.max_length,
-            head=self._chain.config.remote_head and span.end == self._chain.model.num_blocks,
-            dtype=str(self._tokens.like.dtype).removeprefix("torch.") if num_tokens else None,
-        )
+    def _tend(self, lane: Lane) -> Tending:
+        """Look after these servers until the session is closed."""
+        mend = partial(self._reach, self._is_whole)
+        return Tending(self._chain, self._tokens, self._routes, lane, busy=self._busy, mend=mend)
 
     def _tell(self) -> None:
         """Something came from a server."""
         self._news.set()
-        if any(share.leaves or share.error is not None for share in self._shares):
-            self._chores.set()
-
-    # -- meanwhile ----------------------------------------------------------------------------------------------------
-
-    async def _tend(self) -> None:
-        """Do what is not urgent: replace servers that fail while nobody waits, and keep others warm for the next."""
-        while True:
-            is_quiet = False
-            try:
-                async with asyncio.timeout(TEND_SECONDS):
-                    await self._chores.wait()
-            except TimeoutError:
-                is_quiet = True
-            self._chores.clear()
-            try:
-                await self._repair()
-                await self._look_around()
-                for share in list(self._shares):
-                    if share in self._shares and (share.leaves or self._chain.config.standby):
-                        await self._warm(share, all_of_it=is_quiet)
-                await self._move()
-            except SwarmError as failure:  # whoever takes the next step will be told if it still matters
-                log.info("%s", failure)
-            for share in [each for each in self._spares if each not in self._shares]:
-                await self._spares.pop(share).disconnect()
-
-    async def _repair(self) -> None:
-        """Replace those that have failed while no step runs."""
-        if not self._busy.locked() and any(share.error is not None for share in self._shares):
-            async with self._busy:
-                await self._reach(self._is_whole)
-
-    async def _look_around(self) -> None:
-        """Now and then, see for one of the servers whether leaving it for faster ones pays, the replay included."""
-        num_tokens = self._tokens.num_tokens
-        if not self._shares or num_tokens < self._looked_at + LOOK_TOKENS:
-            self._looked_at = min(self._looked_at, num_tokens)
-            return
-        self._looked_at = num_tokens
-        share = self._shares[num_tokens // LOOK_TOKENS % len(self._shares)]
-        if share.leaves or share.error is not None:
-            return
-        with contextlib.suppress(MissingBlocks):  # then there is no choice
-            better = await self._route({holding(share.hop.server)}, share)
-            if share not in self._shares:
-                return
-            before, after = self._neighbours(share)
-            present = self._chain.price((share.hop,), needs=self._needs(share.hop.span), before=before, after=after)
-            share.leaves |= pays_to_move(
-                step_seconds=present.seconds,
-                better_step_seconds=better.seconds,
-                replay_seconds=replay_seconds(better.hops, self.batch_size * num_tokens),
-                num_steps_left=min(num_tokens, self.max_length - num_tokens),  # as many as it has had, perhaps
-            )
-            if share.leaves:
-                log.info("%s takes %.3g s a step; elsewhere, %.3g s", share.peer, present.seconds, better.seconds)
-
-    async def _warm(self, share: Share, *, all_of_it: bool) -> None:
-        """Have a spare server for a share, and let it compute what it lacks of what that has answered."""
-        lane = self._spares.get(share)
-        if lane is not None and (failed := lane.next_failure()) is not None:
-            assert failed.error is not None
-            self._chain.blame(failed.error)
-            await self._spares.pop(share).disconnect()
-            lane = None
-        if lane is None:
-            if now() < self._no_spare_until.get(share, 0.0):
-                return
-            self._no_spare_until[share] = now() + TEND_SECONDS
-            route = await self._route({holding(share.hop.server)}, share)
-            lane = self._lane_on(route.hops, share.history, self._chores.set)
-            self._spares[share] = lane
-        if not lane.is_open:
-            await lane.open()
-        lane.settle()
-        lag = share.num_computed - min(each.num_requested for each in lane.shares)
-        if lag >= FEED_TOKENS or all_of_it or share.leaves:
-            await lane.ask(share.num_computed, at_once=None if share.leaves else SPARE_TOKENS)
-
-    async def _move(self) -> None:
-        """Leave the servers that are going away, while no step runs, as soon as others are warm."""
-        for share, spare in list(self._spares.items()):
-            lag = share.num_computed - min(each.num_computed for each in spare.shares)
-            if not (share.leaves and spare.is_open and lag <= FEED_TOKENS):
-                continue
-            async with self._busy:
-                if self._lane is not None and share in self._lane.shares and share.error is None:
-                    log.info("%s takes over from %s", ", ".join(each.peer for each in spare.shares), share.peer)
-                    self._promote(self._lane, share, spare)
-                    await share.disconnect()
+        if self._tending is not None and any(share.leaves or share.error is not None for share in self._shares):
+            self._tending.wake()
 
     async def close(self) -> None:
         """Let the servers forget it. May be called twice."""
         self._closed = True
-        for task in (self._step, self._tending):
-            if task is not None:
-                task.cancel()
+        if self._step is not None:
+            self._step.cancel()
+        if self._tending is not None:
+            self._tending.stop()
         async with self._busy:
-            for lane in (self._lane, *self._spares.values()):
-                if lane is not None:
-                    await lane.disconnect()
+            for lane in self._lanes:
+                await lane.disconnect()
