@@ -59,3 +59,19 @@ def test_a_step_of_training_is_that_of_peft_on_one_machine(
     assert mine.keys() == expected.keys()
     for name, gradient in expected.items():
         assert close(mine[name], gradient), name
+
+
+def test_generation_with_an_adapter_is_that_of_peft_on_one_machine(
+    swarm: Callable[..., Swarm], whole: PreTrainedModel
+):
+    net = swarm("0:2", "2:4")
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+    model = net.model()
+    plain = model.generate(TOKENS, max_new_tokens=20, do_sample=False)
+    ours, theirs = adapted(model, config), adapted(copy.deepcopy(whole), config)
+    for options in ({"do_sample": False}, {"num_beams": 3}):
+        found = ours.generate(input_ids=TOKENS, max_new_tokens=20, **options)
+        assert found.tolist() == theirs.generate(input_ids=TOKENS, max_new_tokens=20, **options).tolist()
+        assert found.tolist() != plain.tolist()
+    with ours.disable_adapter():
+        assert ours.generate(input_ids=TOKENS, max_new_tokens=20, do_sample=False).tolist() == plain.tolist()

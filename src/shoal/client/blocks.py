@@ -23,7 +23,7 @@ from shoal.client.passes import Gradients, Passes, Piece, Plan
 from shoal.client.runtime import Runtime
 from shoal.client.session import Session
 from shoal.errors import UnsupportedOperation, UserError
-from shoal.model.adapters import Tuned, tuned_block
+from shoal.model.adapters import Tuned, Tuning, tuned_block
 from shoal.model.head import HeadCache
 from shoal.protocol import MAX_BATCH, MAX_LENGTH
 from shoal.routing.route import Hop
@@ -116,23 +116,30 @@ class RemoteBlocks(nn.Module):
         return [each for each in found if each is not None]
 
     def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
-        tuning = {each.block: each.factors() for each in tuned}
+        tuning = Tuning({each.block: each.factors() for each in tuned})
         trainable = [each.block for each in tuned if any(own.requires_grad for own in each.parameters)]
         inputs_wanted = hidden_BTD.requires_grad and torch.is_grad_enabled()
         wanted = [self.span.start] * inputs_wanted + trainable * torch.is_grad_enabled()
-        drops = any(each.drops for each in tuning.values())
         return Plan(
             self.span,
             tuning,
             inputs_wanted=inputs_wanted,
             wanted_from=min(wanted, default=None),
-            seed=int(torch.randint(1 << 32, ())) << 20 if drops else None,
+            seed=int(torch.randint(1 << 32, ())) << 20 if tuning.drops else None,
         )
 
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
-        """A session on these blocks, for up to `max_length` tokens; use it as a context manager."""
+        """A session on these blocks, for up to `max_length` tokens; use it as a context manager.
+
+        What has been added to the blocks stays, in this session, as it is now.
+        """
         return InferenceSession(
-            self._runtime, self._chain, self.span, batch_size=batch_size, max_length=max_length or self.max_length
+            self._runtime,
+            self._chain,
+            self.span,
+            batch_size=batch_size,
+            max_length=max_length or self.max_length,
+            tuning=Tuning({each.block: each.factors() for each in self._tuned()}),
         )
 
     def new_session(self, *, batch_size: int, max_length: int) -> InferenceSession:
@@ -177,7 +184,16 @@ class InferenceSession:
     servers. Not for several threads at once.
     """
 
-    def __init__(self, runtime: Runtime, chain: Chain, span: Span, *, batch_size: int, max_length: int) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        chain: Chain,
+        span: Span,
+        *,
+        batch_size: int,
+        max_length: int,
+        tuning: Tuning | None = None,
+    ) -> None:
         if not (1 <= batch_size <= MAX_BATCH and 1 <= max_length <= MAX_LENGTH):
             raise UserError(f"a session of {batch_size} sequences of {max_length} tokens: too many, or too few")
         self.max_length = max_length
@@ -185,7 +201,7 @@ class InferenceSession:
         self.output_ids: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
         self._runtime = runtime
-        self._session = Session(chain, span, batch_size=batch_size, max_length=max_length)
+        self._session = Session(chain, span, batch_size=batch_size, max_length=max_length, tuning=tuning)
         self._closing = weakref.finalize(self, _close, runtime, self._session)
         self._closing.atexit = False  # by then the loop is gone, and so are the streams
 

@@ -24,6 +24,7 @@ from shoal.client.pairs import BrokenPairs
 from shoal.client.picture import Picture
 from shoal.client.store import Store
 from shoal.client.suspects import Suspects
+from shoal.client.taught import Taught
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import TensorName
@@ -67,6 +68,7 @@ class Chain:
         """Where the histories of all sessions are."""
         self.broken_pairs = BrokenPairs(now)
         self.round_trips = RoundTrips(now)
+        self.taught = Taught()
         self._node = node
         self._picture = Picture(node, model, fingerprint, config, self.round_trips)
         self._suspects = Suspects(clock=now)

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import torch
 
+from shoal.adapters import salted
 from shoal.client.chain import Chain, named_tensors
 from shoal.client.history import History
 from shoal.client.logits import Question
@@ -25,6 +26,7 @@ from shoal.client.ring import Ring
 from shoal.client.share import STEPS_AHEAD, Share
 from shoal.client.tokens import Tokens
 from shoal.errors import PeerError
+from shoal.model.adapters import Tuning
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
 from shoal.protocol import MAX_STEP_TOKENS, Open, TensorName
 from shoal.routing.route import SLOWEST, Hop
@@ -47,6 +49,7 @@ class Lane:
         self,
         chain: Chain,
         tokens: Tokens,
+        tuning: Tuning,
         hops: Sequence[Hop],
         history: History,
         *,
@@ -58,6 +61,7 @@ class Lane:
         self.question: Question | None = None
         self._chain = chain
         self._tokens = tokens
+        self._tuning = tuning
         self._max_length = max_length
         self.news = news
         self._ring = Ring(chain.broken_pairs, wire=chain.config.wire)
@@ -223,7 +227,13 @@ class Lane:
     async def _connect(self, share: Share) -> None:
         await share.disconnect()  # if it was interrupted while it was being opened
         try:
-            share.adopt(await self._chain.connect(share.hop.server))
+            connection = await self._chain.connect(share.hop.server)
+            try:
+                await self._chain.taught.teach(connection, self._tuning.of(share.hop.span))
+            except BaseException:
+                await connection.close()
+                raise
+            share.adopt(connection)
         except PeerError as error:
             share.error = error
 
@@ -240,6 +250,7 @@ class Lane:
             fingerprint=self._chain.fingerprint,
             start=share.hop.span.start,
             end=share.hop.span.end,
+            adapters=self._tuning.names(share.hop.span),
             batch_size=like.shape[0],
             max_length=self._max_length,
             salt=self._chain.config.salt,
@@ -257,12 +268,19 @@ class Lane:
         sink, wire = self.sink(self.shares.index(share)), self._chain.config.wire
         try:
             async with asyncio.timeout(OPENED_SECONDS):
-                while share.error is None and not share.opened(sink, like=self._tokens.like, wire=wire):
+                while (
+                    share.error is None
+                    and share.lacking is None
+                    and not share.opened(sink, like=self._tokens.like, wire=wire)
+                ):
                     await share.has_news.wait()
                     share.has_news.clear()
         except TimeoutError:
             assert share.connection is not None
             share.connection.fail(share.connection.lost("does not open a session"))
+        if (lacking := share.lacking) is not None:
+            self._chain.taught.forget(share.peer, lacking.adapters)
+            await share.reset()  # it is opened again, and taught before
 
     def _digests(self, index: int) -> torch.Tensor | None:
         """The names [B, pages, 16] of the inputs with which sequences begin. Padded ones have none."""
@@ -275,7 +293,8 @@ class Lane:
         positions_BS = self._tokens.positions(0, num_tokens)
         if positions_BS is None:
             positions_BS = torch.arange(num_tokens).expand(batch_size, -1)
-        first = root(self.shares[index].hop.span, self._chain.config.salt)
+        span = self.shares[index].hop.span
+        first = root(span, salted(self._chain.config.salt, self._tuning.names(span)))
         names = [
             b"".join(page_names(first, hidden, positions))
             for hidden, positions in zip(inputs_BSD, positions_BS, strict=True)

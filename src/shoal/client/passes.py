@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Coroutine, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -59,19 +59,10 @@ class Plan:
     """
 
     span: Span
-    tuning: Tuning = field(default_factory=dict)
+    tuning: Tuning
     inputs_wanted: bool = False
     wanted_from: int | None = None
     seed: int | None = None
-
-    def adapters(self, span: Span) -> tuple[str | None, ...]:
-        """The names of the adapters of some blocks, as a message has them."""
-        found = [self.tuning.get(block) for block in span]
-        return tuple(None if each is None else each.name for each in found) if any(found) else ()
-
-    def factors(self, span: Span) -> list[Factors]:
-        """Those adapters themselves."""
-        return [self.tuning[block] for block in span if block in self.tuning]
 
     def wants(self, span: Span) -> bool:
         """Whether anything of these blocks, or before them, needs a gradient."""
@@ -91,7 +82,7 @@ class Passes:
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        self._pool = Pool(chain.connect)
+        self._pool = Pool(chain.connect, chain.taught)
         self._at_once = asyncio.Semaphore(PASSES_AT_ONCE)
 
     async def forward(
@@ -208,7 +199,7 @@ class Passes:
             fingerprint=self._chain.fingerprint,
             start=hop.span.start,
             end=hop.span.end,
-            adapters=plan.adapters(hop.span),
+            adapters=plan.tuning.names(hop.span),
             keep=piece.kept,
             seed=piece.seed,
         )
@@ -228,7 +219,7 @@ class Passes:
             fingerprint=self._chain.fingerprint,
             start=piece.span.start,
             end=piece.span.end,
-            adapters=plan.adapters(piece.span),
+            adapters=plan.tuning.names(piece.span),
             kept=piece.kept,
             seed=piece.seed,
             inputs=inputs,
@@ -240,14 +231,14 @@ class Passes:
                 raise _wrong(connection, "that it lacks what it was just sent")
             return None
         gradient = self._received(connection, result, found, "grad", piece) if inputs else None
-        return gradient, _factor_gradients(connection, plan.factors(piece.span), found.get("factor_grads"))
+        return gradient, _factor_gradients(connection, plan.tuning.of(piece.span), found.get("factor_grads"))
 
     async def _ask(
         self, plan: Plan, hop: Hop, request: Forward | Backward, tensors: Tensors, piece: Piece
     ) -> tuple[Connection, Result | Lacking, Tensors]:
         batch_size, num_tokens, _ = piece.hidden.shape
         usual = batch_size * num_tokens / max(hop.server.prefill_speed, SLOWEST)
-        answer = await self._pool.ask(hop.server, request, tensors, plan.factors(piece.span), usual_seconds=usual)
+        answer = await self._pool.ask(hop.server, request, tensors, plan.tuning.of(piece.span), usual_seconds=usual)
         self._chain.answered(hop)
         return answer
 

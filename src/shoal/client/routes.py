@@ -10,6 +10,7 @@ from shoal.client.lane import Lane
 from shoal.client.outputs import Nowhere
 from shoal.client.share import Share
 from shoal.client.tokens import Tokens
+from shoal.model.adapters import Tuning
 from shoal.routing.route import Needs, Route
 from shoal.spans import ServerInfo, Span
 
@@ -17,11 +18,12 @@ from shoal.spans import ServerInfo, Span
 class Routes:
     """Finds routes for what a session holds, and for what it is still going to hold."""
 
-    def __init__(self, chain: Chain, tokens: Tokens, *, batch_size: int, max_length: int) -> None:
+    def __init__(self, chain: Chain, tokens: Tokens, tuning: Tuning, *, batch_size: int, max_length: int) -> None:
         self.batch_size = batch_size
         self.max_length = max_length
         self._chain = chain
         self._tokens = tokens
+        self._tuning = tuning
 
     async def over(self, span: Span, excluded: Set[Holding]) -> Route:
         """Servers for a whole ring. Raises as `Chain.route` does."""
@@ -40,7 +42,14 @@ class Routes:
     def lane(self, route: Route, history: History, news: Callable[[], None]) -> Lane:
         """The servers of a route, on which nothing is open yet; `history` are the inputs of the first."""
         return Lane(
-            self._chain, self._tokens, route.hops, history, max_length=self.max_length, outputs=Nowhere(), news=news
+            self._chain,
+            self._tokens,
+            self._tuning,
+            route.hops,
+            history,
+            max_length=self.max_length,
+            outputs=Nowhere(),
+            news=news,
         )
 
     def _needs(self, span: Span) -> Needs:

@@ -27,6 +27,7 @@ from shoal.client.share import Share
 from shoal.client.tending import Tending
 from shoal.client.tokens import Tokens
 from shoal.errors import ServerBusy, ServerLost, UserError
+from shoal.model.adapters import Tuning
 from shoal.net.encodings import as_received
 from shoal.routing.route import Hop
 from shoal.spans import Span
@@ -38,11 +39,13 @@ Change = int | tuple[int, ...]
 class Session:
     """The decoding state of a batch of sequences across a route. Runs on the client's event loop."""
 
-    def __init__(self, chain: Chain, span: Span, *, batch_size: int, max_length: int) -> None:
+    def __init__(
+        self, chain: Chain, span: Span, *, batch_size: int, max_length: int, tuning: Tuning | None = None
+    ) -> None:
         self.span = span
         self._chain = chain
         self._tokens = Tokens(chain.store)
-        self._routes = Routes(chain, self._tokens, batch_size=batch_size, max_length=max_length)
+        self._routes = Routes(chain, self._tokens, tuning or Tuning(), batch_size=batch_size, max_length=max_length)
         self._changes: list[Change] = []
         self._news = asyncio.Event()
         self._busy = asyncio.Lock()

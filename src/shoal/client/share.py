@@ -23,6 +23,7 @@ from shoal.protocol import (
     After,
     Before,
     Encoding,
+    Lacking,
     Leaving,
     Message,
     Open,
@@ -39,6 +40,8 @@ from shoal.routing.route import Hop
 OPENING_SECONDS = 0.1
 LACKING_PONGS = 2
 """So many answers in a row, the first of which may have crossed the step, say that the step has not come."""
+LESSONS = 3
+"""A server that forgets its adapters so often has no room for them."""
 STEPS_AHEAD = 4
 """Steps that are under way to one server: enough to keep it busy while others come, and few enough for its memory."""
 
@@ -67,6 +70,8 @@ class Share:
         self.requests: deque[Request] = deque()
         self.unreached: Unreached | None = None
         self.is_misled = False
+        self.lacking: Lacking | None = None  # what the server has to be sent before it can open the session
+        self._num_lessons = 0
         self._rows: tuple[int, ...] | None = None  # a rearrangement that the server has not been told
         self._results: deque[tuple[Result, Tensors]] = deque()  # as they came, not looked at
         self.is_open = False
@@ -137,7 +142,7 @@ class Share:
         goodbye = goodbye and not self.requests  # a server that hears one does first what it was asked before
         self.num_computed = self.num_requested = self.num_lacking = 0
         self.is_open = False
-        self._rows = self.epoch = self.before = self.after = self.unreached = self._opened = None
+        self._rows = self.epoch = self.before = self.after = self.unreached = self._opened = self.lacking = None
         self.requests.clear()
         self._results.clear()
         if connection is not None:
@@ -229,6 +234,9 @@ class Share:
                     self._results.append((message, tensors))
             case Opened() if self._opened is None:
                 self._opened = message, tensors
+            case Lacking() if self._opened is None and self._num_lessons < LESSONS:
+                self.lacking = message
+                self._num_lessons += 1
             case Pong():
                 self._check_has(message)
             case Unreached():

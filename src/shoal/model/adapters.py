@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from shoal.errors import UnsupportedOperation
 from shoal.model.linear import FrozenLinear
 from shoal.model.skeleton import LINEAR, Conv1DSkeleton, LinearSkeleton, num_features
 from shoal.model.view import entering, with_submodules
+from shoal.spans import Span
 
 Layer = Lora | IA3 | Prompt
 THE_ONE = "adapter"
@@ -50,8 +51,25 @@ class Factors:
         return any(isinstance(layer, Lora) and layer.dropout > 0 for layer in self.layers)
 
 
-Tuning = Mapping[int, Factors]
-"""The adapters of all blocks that have one."""
+@dataclass(frozen=True)
+class Tuning:
+    """The adapters of all blocks that have one, at one moment."""
+
+    blocks: Mapping[int, Factors] = field(default_factory=dict)
+
+    def names(self, span: Span) -> tuple[str | None, ...]:
+        """What those of some blocks are called, as a message has it; nothing if there are none."""
+        found = [self.blocks.get(block) for block in span]
+        return tuple(None if each is None else each.name for each in found) if any(found) else ()
+
+    def of(self, span: Span) -> list[Factors]:
+        """Those of some blocks."""
+        return [self.blocks[block] for block in span if block in self.blocks]
+
+    @property
+    def drops(self) -> bool:
+        """Whether any drops something at random."""
+        return any(each.drops for each in self.blocks.values())
 
 
 @dataclass(frozen=True)
