@@ -61,9 +61,7 @@ def test_a_step_of_training_is_that_of_peft_on_one_machine(
         assert close(mine[name], gradient), name
 
 
-def test_generation_with_an_adapter_is_that_of_peft_on_one_machine(
-    swarm: Callable[..., Swarm], whole: PreTrainedModel
-):
+def test_generation_with_an_adapter_is_that_of_peft_on_one_machine(swarm: Callable[..., Swarm], whole: PreTrainedModel):
     net = swarm("0:2", "2:4")
     config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
     model = net.model()

@@ -48,7 +48,7 @@ class RemoteBlocks(nn.Module):
         self.max_length = max_length
         self._runtime = runtime
         self._chain = chain
-        self._passes = passes or Passes(chain)
+        self._passes = passes or _passes_of(runtime, chain)
         self.mount(skeletons)
 
     def mount(self, skeletons: Sequence[nn.Module]) -> None:
@@ -155,6 +155,13 @@ class RemoteBlocks(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteBlocks:
         return self._like(self.span, {name: copy.deepcopy(child, memo) for name, child in self.named_children()})
+
+
+def _passes_of(runtime: Runtime, chain: Chain) -> Passes:
+    """Single passes, until the network is closed."""
+    passes = Passes(chain)
+    runtime.resources.push_async_callback(passes.close)
+    return passes
 
 
 _opened: ContextVar[list[InferenceSession] | None] = ContextVar("_opened", default=None)

@@ -85,6 +85,10 @@ class Passes:
         self._pool = Pool(chain.connect, chain.taught)
         self._at_once = asyncio.Semaphore(PASSES_AT_ONCE)
 
+    async def close(self) -> None:
+        """Let go of the servers."""
+        await self._pool.close()
+
     async def forward(
         self, plan: Plan, hidden_BTD: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[list[Piece]]]:

@@ -53,6 +53,15 @@ class Pool:
                 self._taught.forget(server.peer, reply.adapters)
             raise Misrouted(f"{server.peer} has no room for these adapters", peer=server.peer)
 
+    async def close(self) -> None:
+        """Close all that nobody uses just now, and keep none from now on."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        while self._idle:
+            _, connections = self._idle.popitem()
+            for _, connection in connections:
+                await connection.close()
+
     @contextlib.asynccontextmanager
     async def _connection(self, server: ServerInfo) -> AsyncIterator[Connection]:
         connection = await self._take(server)

@@ -11,7 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 import torch
 from torch import Tensor
 
+from shoal.client.passes import Passes, Plan
 from shoal.client.session import Session
+from shoal.model.adapters import Tuning
 
 from ..parity import assert_equal
 from .bed import Client
@@ -167,10 +169,19 @@ async def microbatches(client: Client) -> None:
 
 
 async def _gradient(client: Client, ids_BS: Tensor, mask_BS: Tensor) -> None:
-    is_padded = not mask_BS.all()
     client.enters("forward")
-    output_BSD, pieces = await client.chain.forward(
-        client.span,
+    passes = Passes(client.chain)
+    try:
+        await _pass(client, passes, ids_BS, mask_BS)
+    finally:
+        await passes.close()
+
+
+async def _pass(client: Client, passes: Passes, ids_BS: Tensor, mask_BS: Tensor) -> None:
+    is_padded = not mask_BS.all()
+    plan = Plan(client.span, Tuning(), inputs_wanted=True, wanted_from=client.span.start)
+    output_BSD, pieces = await passes.forward(
+        plan,
         oracle().embed(ids_BS),
         positions_of(mask_BS) if is_padded else None,
         mask_BS.to(torch.uint8) if is_padded else None,
@@ -180,7 +191,7 @@ async def _gradient(client: Client, ids_BS: Tensor, mask_BS: Tensor) -> None:
     assert_equal(logits_BSV[mask_BS.bool()], oracle().logits(ids_BS, mask_BS)[mask_BS.bool()])
     (grad_BSD,) = torch.autograd.grad(loss(logits_BSV, mask_BS), output_BSD)
     client.enters("backward")
-    assert_equal(await client.chain.backward(pieces, grad_BSD), oracle().gradient(ids_BS, mask_BS))
+    assert_equal((await passes.backward(plan, pieces, grad_BSD)).inputs_BTD, oracle().gradient(ids_BS, mask_BS))
 
 
 WORK: Mapping[str, Callable[[Client], Awaitable[None]]] = {
