@@ -30,7 +30,7 @@ def quick() -> Iterator[None]:
 
 
 @settings(
-    max_examples=NUM_EXAMPLES or 1000,
+    max_examples=NUM_EXAMPLES or 300,
     derandomize=not NUM_EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
