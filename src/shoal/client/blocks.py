@@ -25,6 +25,7 @@ from shoal.client.session import Session
 from shoal.errors import UnsupportedOperation, UserError
 from shoal.model.adapters import Tuned, Tuning, tuned_block
 from shoal.model.head import HeadCache
+from shoal.model.prompts import PROMPT
 from shoal.protocol import MAX_BATCH, MAX_LENGTH
 from shoal.routing.route import Hop
 from shoal.spans import Span
@@ -46,6 +47,8 @@ class RemoteBlocks(nn.Module):
         super().__init__()
         self.span = span
         self.max_length = max_length
+        self.num_prompt_tokens = 0
+        """Before the tokens of a sequence come so many that its callers do not count: those of a soft prompt."""
         self._runtime = runtime
         self._chain = chain
         self._passes = passes or _passes_of(runtime, chain)
@@ -112,7 +115,10 @@ class RemoteBlocks(nn.Module):
 
     def _tuned(self) -> list[Tuned]:
         """What the caller has added to the blocks, as it is now."""
-        found = (tuned_block(int(name), skeleton) for name, skeleton in self.named_children())
+        found = (
+            tuned_block(int(name), skeleton, getattr(skeleton, PROMPT, None))
+            for name, skeleton in self.named_children()
+        )
         return [each for each in found if each is not None]
 
     def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
@@ -139,6 +145,7 @@ class RemoteBlocks(nn.Module):
             self.span,
             batch_size=batch_size,
             max_length=max_length or self.max_length,
+            num_prompt_tokens=self.num_prompt_tokens,
             tuning=Tuning({each.block: each.factors() for each in self._tuned()}),
         )
 
@@ -199,16 +206,20 @@ class InferenceSession:
         *,
         batch_size: int,
         max_length: int,
+        num_prompt_tokens: int = 0,
         tuning: Tuning | None = None,
     ) -> None:
         if not (1 <= batch_size <= MAX_BATCH and 1 <= max_length <= MAX_LENGTH):
             raise UserError(f"a session of {batch_size} sequences of {max_length} tokens: too many, or too few")
         self.max_length = max_length
         self.num_tokens = 0
+        self._num_prompt_tokens = num_prompt_tokens
         self.output_ids: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
         self._runtime = runtime
-        self._session = Session(chain, span, batch_size=batch_size, max_length=max_length, tuning=tuning)
+        self._session = Session(
+            chain, span, batch_size=batch_size, max_length=max_length + num_prompt_tokens, tuning=tuning
+        )
         self._closing = weakref.finalize(self, _close, runtime, self._session)
         self._closing.atexit = False  # by then the loop is gone, and so are the streams
 
@@ -242,6 +253,8 @@ class InferenceSession:
             raise UserError("this session is closed")
         _check_inputs(hidden_BTD)
         batch_size, num_tokens, _ = hidden_BTD.shape
+        position = self.num_tokens and self.num_tokens + self._num_prompt_tokens
+        num_tokens -= 0 if position else self._num_prompt_tokens
         if self.num_tokens + num_tokens > self.max_length:
             raise UserError(
                 f"{self.num_tokens + num_tokens} tokens in a session of at most {self.max_length}",
@@ -255,7 +268,7 @@ class InferenceSession:
             raise UserError(f"{batch_size} sequences in a session of {self.batch_size}")
         work = self._session.step(
             hidden_BTD.detach().to("cpu", copy=True).contiguous(),  # kept for a replay; the caller may reuse its own
-            self.num_tokens,
+            position,
             _positions_of(position_ids, hidden_BTD),
             _mask_of(attention_mask, hidden_BTD),
             None if asked is None else asked.question(hidden_BTD),
@@ -270,7 +283,7 @@ class InferenceSession:
 
     def crop(self, num_tokens: int) -> None:
         """Forget everything after the first `num_tokens` tokens."""
-        self._session.crop(num_tokens)
+        self._session.crop(num_tokens and num_tokens + self._num_prompt_tokens)
         self.num_tokens = min(self.num_tokens, num_tokens)
 
     def select_rows(self, rows: Sequence[int]) -> None:

@@ -30,6 +30,7 @@ from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import Family, text_config
 from shoal.model.head import HeadCache, build_head
+from shoal.model.prompts import PROMPT, check_mode, new_prompt
 from shoal.model.skeleton import skeletons
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import ModelInfo, Node
@@ -76,6 +77,8 @@ class _AutoDistributed:
         remote_head: bool = False,
         head_top_k: int | None = None,
         head_quantization: str = "none",
+        tuning_mode: str | None = None,
+        pre_seq_len: int = 0,
         allow_uncertified: bool = False,
         **config_changes: Any,
     ) -> Any:
@@ -98,6 +101,10 @@ class _AutoDistributed:
         there is none; with `head_top_k` such a server sends the logits of so many of the likeliest tokens, and whoever
         looks further finds -inf. `head_quantization` is for the output head on this side: "int8" or "nf4" take less
         memory and are less precise than "none".
+
+        With `tuning_mode="ptune"`, `pre_seq_len` trainable vectors stand before every text: `model.prompt_embeddings`;
+        with "deep_ptune", as many are added in every block too (`docs/finetuning.md`). All else is then frozen, but
+        for the head of a task that the checkpoint was not trained for.
 
         Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
         it to the end of the process.
@@ -138,6 +145,8 @@ class _AutoDistributed:
                 dtype=dtype,
                 device=device,
                 head_quantization=head_quantization,
+                tuning_mode=tuning_mode,
+                pre_seq_len=pre_seq_len,
                 **config_changes,
             )
         except BaseException:
@@ -155,6 +164,8 @@ class _AutoDistributed:
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         head_quantization: str = "none",
+        tuning_mode: str | None = None,
+        pre_seq_len: int = 0,
         **config_changes: Any,
     ) -> Any:
         """The same on a network that is there already; the model closes `runtime` when it is closed."""
@@ -164,6 +175,7 @@ class _AutoDistributed:
         _check_encoding(config.wire, checkpoint.family, chosen_dtype, "travel in")
         _check_encoding(config.history, checkpoint.family, chosen_dtype, "are kept as")
         _check_top_k(config)
+        check_mode(tuning_mode, pre_seq_len)
         _check_pins(config, checkpoint.num_blocks)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
         blocks = RemoteBlocks(
@@ -189,6 +201,8 @@ class _AutoDistributed:
         prepare_projection(model, quantization=head_quantization, remote=config.remote_head, dtype=chosen_dtype)
         if config.remote_head:
             model._remote_head = RemoteHead(model, top_k=config.head_top_k)
+        if tuning_mode is not None:
+            _add_prompts(model, pre_seq_len, deep=tuning_mode == "deep_ptune")
         return model.eval()
 
     @classmethod
@@ -239,6 +253,14 @@ class _InSwarm:
             return asked.finished(super(_InSwarm, view).__call__(*args, **kwargs))  # type: ignore[misc]
 
     @property
+    def prompt_embeddings(self: Any) -> nn.Embedding:
+        """The soft prompt (`tuning_mode`)."""
+        prompt: nn.Embedding | None = getattr(self.backbone, PROMPT, None)
+        if prompt is None:
+            raise AttributeError('this model has no soft prompt: tuning_mode="ptune", pre_seq_len=16 gives it one')
+        return prompt
+
+    @property
     def transformer(self) -> Any:
         """`model.transformer.h` are the remote blocks, whatever the family calls them."""
         own: nn.Module | None = self.__dict__["_modules"].get("transformer")
@@ -277,6 +299,21 @@ class _InSwarm:
     def close(self) -> None:
         """Leave the swarm. The model is of no more use. May be called twice."""
         self.blocks.close()
+
+
+def _add_prompts(model: Any, num_tokens: int, *, deep: bool) -> None:
+    """Soft prompts, which are trained together with a head that is new; everything else is frozen."""
+    model.requires_grad_(False)
+    if not model.can_generate():
+        known = {id(parameter) for parameter in model.base_model.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) not in known)
+    prompt = new_prompt(model.get_input_embeddings(), num_tokens)
+    model.backbone.add_module(PROMPT, prompt)
+    model.blocks.num_prompt_tokens = num_tokens
+    if deep:
+        for _, skeleton in model.blocks.named_children():
+            skeleton.register_parameter(PROMPT, nn.Parameter(torch.zeros_like(prompt.weight)))
 
 
 def _with_swarm(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -25,6 +25,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.body import check_loaded
 from shoal.model.families import LAYERS_RETURN_TUPLE, Family, find_backbone, text_config
+from shoal.model.prompts import PROMPT, with_prompt, without_prompt
 from shoal.model.view import StandIn, view_of
 
 NO_ATTENTION = "shoal"  # the name of an attention implementation that is never run: it has masks of one element
@@ -165,6 +166,12 @@ class _HeadBackbone:
             raise UnsupportedOperation("only attention masks of shape [batch, tokens] can be sent to servers")
         if cache is not None and mask is not None:
             _check_length(mask, cache, kwargs)
+        prompt: nn.Embedding | None = getattr(self, PROMPT, None)
+        is_prompted = False
+        if prompt is not None:
+            num_seen = 0 if cache is None else cache.session.num_tokens
+            is_prompted = with_prompt(kwargs, prompt, self.get_input_embeddings(), num_seen=num_seen)
+            mask = kwargs.get("attention_mask")
         if cache is not None and mask is not None and mask.all():
             mask = None  # `generate` always gives one; what says nothing need not travel
         layer = _BlocksCall(
@@ -178,7 +185,10 @@ class _HeadBackbone:
         view = view_of(self, self._layers_name, [layer])
         view.__dict__["config"] = copy.copy(self.config)
         view.config.__dict__["_attn_implementation_internal"] = NO_ATTENTION
-        return super(_HeadBackbone, view).forward(**kwargs)  # type: ignore[misc]
+        if prompt is not None and "position_ids" not in names:
+            kwargs.pop("position_ids", None)
+        output = super(_HeadBackbone, view).forward(**kwargs)  # type: ignore[misc]
+        return output if prompt is None or not is_prompted else without_prompt(output, prompt.num_embeddings)
 
 
 def _check_length(mask_BS: Tensor, cache: HeadCache, inputs: Mapping[str, Any]) -> None:
@@ -218,6 +228,11 @@ class _Head:
         """Make `blocks` the model's layers."""
         (backbone,) = self._backbone_of_head
         setattr(backbone, backbone._layers_name, blocks)
+
+    @property
+    def backbone(self: Any) -> Any:
+        """What surrounds the layers, and owns the soft prompt if there is one."""
+        return self._backbone_of_head[0]
 
     @property
     def layers_elsewhere(self: Any) -> list[nn.Module]:
