@@ -57,7 +57,7 @@ class InBlocks:
 
 
 def deep_prompts(model: Any) -> list[torch.nn.Parameter]:
-    return [own for name, own in model.named_parameters() if "layers" in name and name.endswith("prompt_embeddings")]
+    return [own for name, own in model.named_parameters() if "layers" in name and name.endswith("soft_prompt")]
 
 
 @pytest.fixture
@@ -132,5 +132,5 @@ def test_a_prompt_and_a_new_head_classify(swarm: Callable[..., Swarm]):
 
 @pytest.mark.parametrize("options", [{"tuning_mode": "ptune"}, {"pre_seq_len": 4}, {"tuning_mode": "lora"}])
 def test_half_a_wish_is_refused(swarm: Callable[..., Swarm], options: dict[str, Any]):
-    with pytest.raises(UserError, match="tuning mode|mode and a length"):
+    with pytest.raises(UserError, match=r"tuning mode|mode and a length"):
         swarm("0:4").model(**options)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shoal.errors import UserError
 
 TuningMode = Literal["ptune", "deep_ptune"]
-PROMPT = "prompt_embeddings"
+PROMPT = "soft_prompt"
 """What the module is called in a client's backbone."""
 
 
@@ -40,7 +40,7 @@ def check_mode(mode: str | None, num_tokens: int) -> None:
 
 
 def with_prompt(arguments: dict[str, Any], prompt: nn.Embedding, embeddings: nn.Module, *, num_seen: int) -> bool:
-    """Put the prompt before what a backbone is called with after `num_seen` tokens; returns whether it was not there."""
+    """Put the prompt before what a backbone is called with after `num_seen` tokens; returns whether it is new."""
     num_prompt = prompt.num_embeddings
     ids = arguments.pop("input_ids", None)
     embeds: Tensor = embeddings(ids) if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
