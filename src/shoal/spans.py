@@ -58,6 +58,10 @@ MAX_NEIGHBOURS = 16
 """Servers to which one announces its distance."""
 
 
+MAX_HOSTED = 16
+"""Adapters that one announces to host."""
+
+
 def short(peer: str) -> str:
     """The end of a peer id: enough to tell peers apart, in a record that has to be small."""
     return peer[-12:]
@@ -71,8 +75,9 @@ class ServerInfo:
     for long inputs. `fingerprint` names the exact weights (`shoal.model.checkpoint`), before any quantization.
     `encodings` are the ways beside raw in which it takes and sends tensors (`shoal.protocol`).
     `queue_length` counts the steps and passes that wait. With a `head` it computes the final norm and the output
-    projection too, after the last block. `round_trips` are the seconds to other servers and back, by the `short` form
-    of their peer ids: to those that may come before or after it in a route.
+    projection too, after the last block; without `training` it computes sessions only. `adapters` are the names of
+    those that it hosts for everybody (`shoal.model.peft_folder`). `round_trips` are the seconds to other servers and
+    back, by the `short` form of their peer ids: to those that may come before or after it in a route.
     """
 
     peer: str
@@ -90,6 +95,8 @@ class ServerInfo:
     encodings: tuple[str, ...] = ()
     queue_length: int = 0
     head: bool = False
+    training: bool = True
+    adapters: tuple[str, ...] = ()
     round_trips: tuple[tuple[str, float], ...] = ()
 
     @property

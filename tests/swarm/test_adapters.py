@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from shoal.errors import UnsupportedOperation, UserError
+
 from .harness import Swarm
 
 TOKENS = torch.arange(3, 35).view(4, 8)
+SPANS = {"s0": "0:2", "s1": "2:4"}
 KINDS: dict[str, Callable[[], Any]] = {
     "LoRA": lambda: LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"),
     "rsLoRA with a bias": lambda: LoraConfig(
@@ -73,3 +77,51 @@ def test_generation_with_an_adapter_is_that_of_peft_on_one_machine(swarm: Callab
         assert found.tolist() != plain.tolist()
     with ours.disable_adapter():
         assert ours.generate(input_ids=TOKENS, max_new_tokens=20, do_sample=False).tolist() == plain.tolist()
+
+
+def test_a_saved_adapter_gives_the_same_on_one_machine_and_the_other_way_round(
+    swarm: Callable[..., Swarm], whole: PreTrainedModel, tmp_path: Path
+):
+    net = swarm("0:2", "2:4")
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    ours, theirs = adapted(net.model(), config), adapted(copy.deepcopy(whole), config, seed=1)
+    for source, target in ((ours, copy.deepcopy(whole)), (theirs, net.model())):
+        source.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(target, tmp_path)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(input_ids=TOKENS).logits, source(input_ids=TOKENS).logits)
+
+
+@pytest.mark.parametrize("hosts", [("s0", "s1"), ("s1",), ()])
+def test_what_servers_host_is_not_sent_to_them(
+    hosts: tuple[str, ...], folder: Path, swarm: Callable[..., Swarm], whole: PreTrainedModel, tmp_path: Path
+):
+    theirs = adapted(copy.deepcopy(whole), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path)
+    net = swarm()
+    servers = [net.start(span, adapters=(str(tmp_path),) if name in hosts else ()) for name, span in SPANS.items()]
+    model = net.model(active_adapter=tmp_path)
+    found = model.generate(TOKENS, max_new_tokens=8, do_sample=False)
+    assert found.tolist() == theirs.generate(input_ids=TOKENS, max_new_tokens=8, do_sample=False).tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, theirs(input_ids=TOKENS).logits)
+    assert [bool(server.engine.adapters.num_bytes) for server in servers] == [name not in hosts for name in SPANS]
+
+
+def test_a_folder_without_safetensors_is_refused(swarm: Callable[..., Swarm], tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"anything")
+    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+        swarm("0:4").model(active_adapter=tmp_path)
+
+
+def test_servers_that_offer_no_training_generate_all_the_same(swarm: Callable[..., Swarm], whole: PreTrainedModel):
+    net = swarm()
+    net.start("0:2"), net.start("2:4", training=False)
+    model = net.model()
+    expected = whole.generate(TOKENS, max_new_tokens=4, do_sample=False)
+    assert model.generate(TOKENS, max_new_tokens=4, do_sample=False).tolist() == expected.tolist()
+    with pytest.raises(UnsupportedOperation, match="blocks 2:4 are served for generating only"):
+        model(input_ids=TOKENS)
+    net.start("2:4")
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, whole(input_ids=TOKENS).logits)

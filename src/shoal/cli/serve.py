@@ -60,6 +60,19 @@ def command(
     training_share: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="PART", help="Of the time, for training while others generate.")
     ] = Shares.training,
+    training: Annotated[
+        bool, typer.Option("--training/--no-training", help="Compute forward and backward passes too.")
+    ] = True,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADAPTER", help="Host this PEFT adapter, a Hugging Face id or a folder. May be repeated."),
+    ] = None,
+    adapter_memory: Annotated[
+        int, typer.Option(min=1, metavar="MIB", help="For adapters that clients bring.")
+    ] = Shares.adapter_bytes >> 20,
+    training_memory: Annotated[
+        int, typer.Option(min=0, metavar="MIB", help="To keep what backward passes need; the rest is computed again.")
+    ] = Shares.kept_bytes >> 20,
     serve_head: Annotated[
         bool,
         typer.Option("--serve-head", help="Hold the output head too, after the last block, for clients that ask."),
@@ -128,7 +141,14 @@ def command(
             quantization=quantization.value,
             cache_tokens=cache_tokens,
             cache_dtype=cache_dtype.value,
-            shares=Shares(prefill=prefill_share, training=training_share),
+            shares=Shares(
+                prefill=prefill_share,
+                training=training_share,
+                adapter_bytes=adapter_memory << 20,
+                kept_bytes=training_memory << 20,
+            ),
+            training=training,
+            adapters=tuple(adapter or ()),
             serve_head=serve_head,
             drain_seconds=drain_timeout,
             name=name,

@@ -49,6 +49,8 @@ class RemoteBlocks(nn.Module):
         self.max_length = max_length
         self.num_prompt_tokens = 0
         """Before the tokens of a sequence come so many that its callers do not count: those of a soft prompt."""
+        self.hosted: str | None = None
+        """The name of the adapter that these blocks have, if servers may host it."""
         self._runtime = runtime
         self._chain = chain
         self._passes = passes or _passes_of(runtime, chain)
@@ -72,7 +74,7 @@ class RemoteBlocks(nn.Module):
         return self._like(Span(blocks.start, blocks.stop), dict(self.named_children()))
 
     def _like(self, span: Span, skeletons: Mapping[str, nn.Module]) -> RemoteBlocks:
-        return RemoteBlocks(
+        blocks = RemoteBlocks(
             self._runtime,
             self._chain,
             span,
@@ -80,6 +82,8 @@ class RemoteBlocks(nn.Module):
             passes=self._passes,
             skeletons=[skeletons[str(block)] for block in span if str(block) in skeletons],
         )
+        blocks.hosted = self.hosted
+        return blocks
 
     def __iter__(self) -> Iterator[RemoteBlocks]:
         return (self[index] for index in range(len(self)))
@@ -122,7 +126,7 @@ class RemoteBlocks(nn.Module):
         return [each for each in found if each is not None]
 
     def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
-        tuning = Tuning({each.block: each.factors() for each in tuned})
+        tuning = Tuning({each.block: each.factors(hosted=self.hosted) for each in tuned})
         trainable = [each.block for each in tuned if any(own.requires_grad for own in each.parameters)]
         inputs_wanted = hidden_BTD.requires_grad and torch.is_grad_enabled()
         wanted = [self.span.start] * inputs_wanted + trainable * torch.is_grad_enabled()
@@ -146,7 +150,7 @@ class RemoteBlocks(nn.Module):
             batch_size=batch_size,
             max_length=max_length or self.max_length,
             num_prompt_tokens=self.num_prompt_tokens,
-            tuning=Tuning({each.block: each.factors() for each in self._tuned()}),
+            tuning=Tuning({each.block: each.factors(hosted=self.hosted) for each in self._tuned()}),
         )
 
     def new_session(self, *, batch_size: int, max_length: int) -> InferenceSession:

@@ -25,7 +25,7 @@ from shoal.client.picture import Picture
 from shoal.client.store import Store
 from shoal.client.suspects import Suspects
 from shoal.client.taught import Taught
-from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost
+from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, UnsupportedOperation
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import TensorName
 from shoal.routing.latency import RoundTrips
@@ -93,12 +93,13 @@ class Chain:
         Raises `MissingBlocks`, and `SwarmError` if the directory has never answered.
         """
         await self._picture.keep_fresh()
-        view = self._trusted(excluded)
+        view = self._trusted(excluded, needs)
         if view.missing(span):
             await self._picture.refresh()
-            view = self._trusted(excluded)
+            view = self._trusted(excluded, needs)
         if view.missing(span):  # better a server that failed lately than none
-            view = self._askable(excluded)
+            view = self._askable(excluded, needs)
+            self._check_offered(span, needs)
         route = choose_route(
             view,
             span,
@@ -111,6 +112,16 @@ class Chain:
         )
         log.info("blocks %s: %s", span, route.explain())
         return route
+
+    def _check_offered(self, span: Span, needs: Needs) -> None:
+        """Raises `UnsupportedOperation` if there are servers for all blocks, but not for single passes."""
+        usable = self._picture.usable()
+        trained = usable.only(lambda server: server.training)
+        if not needs.ring and not usable.missing(span) and (blocks := trained.missing(span)):
+            raise UnsupportedOperation(
+                f"blocks {format_blocks(blocks)} are served for generating only",
+                hint="servers that were started with --no-training offer no forward and backward passes",
+            )
 
     def _has_head(self, view: SwarmView) -> bool:
         """Whether a server offers the output head; the log tells when that changes."""
@@ -125,15 +136,19 @@ class Chain:
             )
         return found
 
-    def _askable(self, excluded: Set[Holding]) -> SwarmView:
-        """Of those that are usable, those who may be asked now."""
+    def _askable(self, excluded: Set[Holding], needs: Needs | None = None) -> SwarmView:
+        """Of those that are usable, those who may be asked now, for this."""
         return self._picture.usable().only(
-            lambda each: holding(each) not in excluded and not self._suspects.barred(each.peer)
+            lambda each: (
+                holding(each) not in excluded
+                and not self._suspects.barred(each.peer)
+                and (each.training or needs is None or needs.ring)
+            )
         )
 
-    def _trusted(self, excluded: Set[Holding]) -> SwarmView:
+    def _trusted(self, excluded: Set[Holding], needs: Needs | None = None) -> SwarmView:
         """Of these, those that have not failed lately."""
-        return self._askable(excluded).only(lambda server: not self._suspects.avoided(server.peer))
+        return self._askable(excluded, needs).only(lambda server: not self._suspects.avoided(server.peer))
 
     async def persist(self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]]) -> T:
         """Do `act` until it succeeds, each time avoiding the servers that have failed.

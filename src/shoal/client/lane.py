@@ -229,7 +229,7 @@ class Lane:
         try:
             connection = await self._chain.connect(share.hop.server)
             try:
-                await self._chain.taught.teach(connection, self._tuning.of(share.hop.span))
+                await self._chain.taught.teach(connection, share.hop.server, self._tuning.of(share.hop.span))
             except BaseException:
                 await connection.close()
                 raise

@@ -30,6 +30,7 @@ from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import Family, text_config
 from shoal.model.head import HeadCache, build_head
+from shoal.model.peft_folder import PeftFolder
 from shoal.model.prompts import PROMPT, check_mode, new_prompt
 from shoal.model.skeleton import skeletons
 from shoal.net import NetworkConfig, join
@@ -79,6 +80,7 @@ class _AutoDistributed:
         head_quantization: str = "none",
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
+        active_adapter: str | Path | None = None,
         allow_uncertified: bool = False,
         **config_changes: Any,
     ) -> Any:
@@ -104,7 +106,8 @@ class _AutoDistributed:
 
         With `tuning_mode="ptune"`, `pre_seq_len` trainable vectors stand before every text: `model.prompt_embeddings`;
         with "deep_ptune", as many are added in every block too (`docs/finetuning.md`). All else is then frozen, but
-        for the head of a task that the checkpoint was not trained for.
+        for the head of a task that the checkpoint was not trained for. `active_adapter` is a PEFT adapter, a Hugging
+        Face id or a folder, to compute with; servers that host it are not sent it.
 
         Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
         it to the end of the process.
@@ -147,6 +150,7 @@ class _AutoDistributed:
                 head_quantization=head_quantization,
                 tuning_mode=tuning_mode,
                 pre_seq_len=pre_seq_len,
+                active_adapter=active_adapter,
                 **config_changes,
             )
         except BaseException:
@@ -166,6 +170,7 @@ class _AutoDistributed:
         head_quantization: str = "none",
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
+        active_adapter: str | Path | None = None,
         **config_changes: Any,
     ) -> Any:
         """The same on a network that is there already; the model closes `runtime` when it is closed."""
@@ -201,6 +206,8 @@ class _AutoDistributed:
         prepare_projection(model, quantization=head_quantization, remote=config.remote_head, dtype=chosen_dtype)
         if config.remote_head:
             model._remote_head = RemoteHead(model, top_k=config.head_top_k)
+        if active_adapter is not None:
+            _add_adapter(model, active_adapter)
         if tuning_mode is not None:
             _add_prompts(model, pre_seq_len, deep=tuning_mode == "deep_ptune")
         return model.eval()
@@ -299,6 +306,14 @@ class _InSwarm:
     def close(self) -> None:
         """Leave the swarm. The model is of no more use. May be called twice."""
         self.blocks.close()
+
+
+def _add_adapter(model: Any, adapter: str | Path) -> None:
+    """A trained adapter, which is not sent to servers that host it."""
+    folder = PeftFolder.open(adapter)
+    if strange := folder.put_into(model):
+        raise UserError(f"the adapter {adapter} is another model's: this one has no {strange[0]}")
+    model.blocks.hosted = folder.name
 
 
 def _add_prompts(model: Any, num_tokens: int, *, deep: bool) -> None:

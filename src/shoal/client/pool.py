@@ -43,7 +43,7 @@ class Pool:
         """A server's answer; one that lacks adapters is sent them. Raises `PeerError`s."""
         async with self._connection(server) as connection:
             for _ in range(LESSONS):
-                await self._taught.teach(connection, adapters)
+                await self._taught.teach(connection, server, adapters)
                 reply, answered = await connection.ask(
                     request, tensors, expect=Result | Lacking, usual_seconds=usual_seconds
                 )

@@ -10,6 +10,7 @@ from shoal.client.connection import Connection
 from shoal.model.adapters import Factors
 from shoal.net.codec import Tensors
 from shoal.protocol import Adapter, Learned, Message
+from shoal.spans import ServerInfo
 
 TEACHING_SECONDS = 1.0
 
@@ -19,13 +20,22 @@ class Taught:
 
     def __init__(self) -> None:
         self._names: dict[str, dict[tuple[int, int], str]] = defaultdict(dict)
+        self._lacking: dict[str, set[str]] = defaultdict(set)
         self._teaching: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def teach(self, connection: Connection, adapters: Iterable[Factors]) -> None:
-        """Send what the server does not have. Once this returns, it has it. Raises `PeerError`s."""
-        async with self._teaching[connection.peer]:
-            known = self._names[connection.peer]
-            new = [each for each in adapters if known.get((each.block, each.origin)) != each.name]
+    async def teach(self, connection: Connection, server: ServerInfo, adapters: Iterable[Factors]) -> None:
+        """Send what the server does not have. Once this returns, it has it. Raises `PeerError`s.
+
+        What it hosts it is believed to have, until it says otherwise.
+        """
+        async with self._teaching[server.peer]:
+            known, lacking = self._names[server.peer], self._lacking[server.peer]
+            new = [
+                each
+                for each in adapters
+                if known.get((each.block, each.origin)) != each.name
+                and (each.hosted not in server.adapters or each.name in lacking)
+            ]
             if not new:
                 return
             questions: list[tuple[Message, Tensors]] = []
@@ -39,5 +49,6 @@ class Taught:
     def forget(self, peer: str, names: Collection[str]) -> None:
         """A server says that it does not have these."""
         known = self._names[peer]
+        self._lacking[peer].update(names)
         for key in [key for key, name in known.items() if name in names]:
             del known[key]

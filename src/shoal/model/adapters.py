@@ -36,7 +36,8 @@ THE_ONE = "adapter"
 class Factors:
     """A block's adapter as it travels: `values` [N] are those of all its layers at one moment.
 
-    Those of the same `origin` at other moments are other versions of it.
+    Those of the same `origin` at other moments are other versions of it. Servers that host the adapter of the name
+    `hosted` are likely to have them (`shoal.model.peft_folder`).
     """
 
     name: str
@@ -44,6 +45,7 @@ class Factors:
     layers: tuple[Layer, ...]
     values: Tensor
     origin: int = 0
+    hosted: str | None = None
 
     @property
     def drops(self) -> bool:
@@ -80,14 +82,13 @@ class Tuned:
     layers: tuple[Layer, ...]
     parameters: tuple[Tensor, ...]
 
-    def factors(self) -> Factors:
+    def factors(self, *, hosted: str | None = None) -> Factors:
         """What they are now."""
         dtypes = {parameter.dtype for parameter in self.parameters}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         values = torch.cat([parameter.detach().to("cpu", dtype).flatten() for parameter in self.parameters])
-        return Factors(
-            name_of(self.block, self.layers, values), self.block, self.layers, values, origin=id(self.parameters[0])
-        )
+        name, origin = name_of(self.block, self.layers, values), id(self.parameters[0])
+        return Factors(name, self.block, self.layers, values, origin=origin, hosted=hosted)
 
     def gradients(self, gradient_N: Tensor) -> list[Tensor]:
         """What of a gradient belongs to which parameter."""

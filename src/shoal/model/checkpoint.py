@@ -56,7 +56,7 @@ class Checkpoint:
         Raises `UserError` if there is no such model, `UnsupportedModel` if it cannot be cut into blocks, and
         `CheckpointError` if its description is damaged.
         """
-        files = _find(model, revision=revision, token=token, cache_dir=cache_dir)
+        files = find_files(model, revision=revision, token=token, cache_dir=cache_dir)
         if CONFIG not in files:
             raise CheckpointError(
                 f"{model} has no {CONFIG}", hint="is it the folder or the id of a Transformers model?"
@@ -152,7 +152,8 @@ class Checkpoint:
             )
 
 
-def _find(model: str | Path, *, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Files:
+def find_files(model: str | Path, *, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Files:
+    """The files of a folder, or of a repository on the hub. Raises `UserError` if there is none."""
     folder = Path(model).expanduser()
     if model and folder.is_dir():
         return LocalFiles(folder, name=folder.resolve().name)

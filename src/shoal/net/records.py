@@ -20,7 +20,7 @@ from shoal.net.addresses import peer_of
 from shoal.net.identity import SIGNATURE_BYTES, Identity, verify
 from shoal.net.transport import MAX_LIFETIME, ModelInfo
 from shoal.protocol import MAX_BLOCKS
-from shoal.spans import MAX_NEIGHBOURS, ServerInfo, ServerState, Span
+from shoal.spans import MAX_HOSTED, MAX_NEIGHBOURS, ServerInfo, ServerState, Span
 
 MAX_RECORD_BYTES = 4096
 CLOCK_SKEW = 5.0
@@ -45,6 +45,7 @@ Count = Annotated[int, Field(ge=0, le=1 << 53)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 Short = Annotated[str, Field(min_length=1, max_length=12), AfterValidator(_printable)]
 Seconds = Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)]
+Adapter = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Address = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
 
 
@@ -74,6 +75,8 @@ class Announcement(BaseModel):
     encodings: Annotated[tuple[Word, ...], Field(max_length=8, strict=False)] = ()
     queue_length: Count = 0
     head: bool = False
+    training: bool = True
+    adapters: Annotated[tuple[Adapter, ...], Field(max_length=MAX_HOSTED, strict=False)] = ()
     round_trips: Annotated[dict[Short, Seconds], Field(max_length=MAX_NEIGHBOURS)] = {}
 
     @model_validator(mode="after")
@@ -107,6 +110,8 @@ class Announcement(BaseModel):
             encodings=info.encodings,
             queue_length=info.queue_length,
             head=info.head,
+            training=info.training,
+            adapters=info.adapters,
             round_trips={peer: _precise(seconds) for peer, seconds in info.round_trips},
         )
 
@@ -133,6 +138,8 @@ class Announcement(BaseModel):
             encodings=self.encodings,
             queue_length=self.queue_length,
             head=self.head,
+            training=self.training,
+            adapters=self.adapters,
             round_trips=tuple(self.round_trips.items()),
         )
 

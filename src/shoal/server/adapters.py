@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from shoal.model.adapters import BlockAdapter, name_of
+from shoal.model.adapters import BlockAdapter, Factors, Layer, name_of
 from shoal.model.body import Body
 from shoal.protocol import Adapter, Backward, Forward, Open
 from shoal.server.executor import alone
@@ -18,6 +18,10 @@ from shoal.spans import Span
 
 ASIDE_BYTES = 1 << 20
 """Factors of so many bytes take long enough to be read that others should not wait for it."""
+
+
+EVERYBODY = "everybody"
+"""Who holds what is hosted: no peer's id."""
 
 
 class Lacks(Exception):
@@ -46,7 +50,13 @@ class Adapters:
 
     @property
     def num_bytes(self) -> int:
-        return sum(entry.adapter.nbytes for entry in self._entries.values())
+        """Of those that clients have sent."""
+        return sum(entry.adapter.nbytes for entry in self._entries.values() if EVERYBODY not in entry.holders)
+
+    def host(self, factors: Factors) -> None:
+        """Keep an adapter for everybody, as long as the server runs. Raises `Refused` for one that does not fit."""
+        adapter = self._made(factors.block, factors.layers, factors.values, factors.name)
+        self._entries.setdefault(factors.name, _Entry(adapter, factors.block)).holders.add(EVERYBODY)
 
     async def keep(self, peer: str, request: Adapter, tensors: Tensors) -> None:
         """Keep what a client sends. Raises `Refused` for what is no adapter of a block here, or too large."""
@@ -74,15 +84,13 @@ class Adapters:
         name = name_of(request.block, request.layers, values_N)
         if (entry := self._entries.get(name)) is not None:
             return entry.adapter
-        block, backbone = self._body.block(request.block), self._body.backbone
+        return self._made(request.block, request.layers, values_N, name)
+
+    def _made(self, block: int, layers: Sequence[Layer], values_N: torch.Tensor, name: str) -> BlockAdapter:
+        backbone = self._body.backbone
+        values_N, hidden_size = values_N.to(backbone.device), backbone.config.hidden_size
         try:
-            return BlockAdapter(
-                block,
-                request.layers,
-                values_N.to(backbone.device),
-                name=name,
-                hidden_size=backbone.config.hidden_size,
-            )
+            return BlockAdapter(self._body.block(block), layers, values_N, name=name, hidden_size=hidden_size)
         except ValueError as error:
             raise rejected(str(error)) from None
 
@@ -120,6 +128,6 @@ class Adapters:
     def _held(self) -> Mapping[str, int]:
         held: dict[str, int] = {}
         for entry in self._entries.values():
-            for peer in entry.holders:
+            for peer in entry.holders if EVERYBODY not in entry.holders else ():
                 held[peer] = held.get(peer, 0) + entry.adapter.nbytes
         return held

@@ -26,6 +26,10 @@ class ServerConfig:
     """"auto" is the dtype of the computation; "int8" takes half of bfloat16's room, and is not exact."""
     name: str = ""
     allow_uncertified: bool = False
+    training: bool = True
+    """Compute forward and backward passes too, not sessions only."""
+    adapters: tuple[str, ...] = ()
+    """Folders and Hugging Face ids of adapters to host for everybody."""
     serve_head: bool = False
     """Hold the output head too, so that clients need not; of use where the last block is held."""
 

@@ -33,6 +33,7 @@ from shoal.server.scheduler import Pace
 from shoal.server.session import Session
 from shoal.server.shares import Shares
 from shoal.server.turns import Turns, preempted
+from shoal.spans import Span
 
 T = TypeVar("T")
 
@@ -82,6 +83,11 @@ class Engine:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    @property
+    def span(self) -> Span:
+        """The blocks that are computed here."""
+        return self._body.span
 
     @property
     def cache_tokens(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from shoal.model.body import Body
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.load import load_body
+from shoal.model.peft_folder import PeftFolder
 from shoal.model.quantize import stored_quantization
 from shoal.net.transport import ModelInfo, Node
 from shoal.protocol import LOSSY
@@ -101,6 +102,7 @@ async def serve(
             name=config.name,
             addresses=node.transport.addresses,
             encodings=tuple(LOSSY),
+            training=config.training,
         )
         async with Presence(node, model, joining, every_seconds=config.announce_seconds) as presence:
             report(Phase.LOADING)
@@ -116,6 +118,7 @@ async def serve(
                 span=span,
                 hidden_size=body.backbone.config.hidden_size,
                 max_length=max_length_of(config, checkpoint),
+                training=config.training,
                 vocabulary=None if head is None else head.vocabulary,
             )
             cores = (
@@ -130,6 +133,7 @@ async def serve(
                 decode_speed=speeds.decode,
                 prefill_speed=speeds.prefill,
                 head=head is not None,
+                adapters=await executor.run(lambda: host_adapters(config, checkpoint, engine)),
             )
             async with answering(config, node, model, presence, online, engine):
                 yield Server(online, model, engine)
@@ -164,6 +168,15 @@ async def answering(
             if config.drain_seconds:
                 await handler.drain(config.drain_seconds)
             await handler.leave()
+
+
+def host_adapters(config: ServerConfig, checkpoint: Checkpoint, engine: Engine) -> tuple[str, ...]:
+    """Have the adapters that the config names ready for everybody; returns what they are called."""
+    hosted = [PeftFolder.open(adapter) for adapter in config.adapters]
+    for folder in hosted:
+        for factors in folder.factors(checkpoint, engine.span):
+            engine.adapters.host(factors)
+    return tuple(folder.name for folder in hosted)
 
 
 def open_checkpoint(config: ServerConfig) -> Checkpoint:
