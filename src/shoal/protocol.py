@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from shoal.adapters import AdapterName, Layers
+from shoal.adapters import MAX_LAYERS, AdapterName, Layers, Module
 
 PROTOCOL = "/shoal/3"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
@@ -196,6 +196,22 @@ class Learned(_Message):
     kind: Literal["learned"] = "learned"
 
 
+class Norms(_OnSpan):
+    """Client: how long the rows of these linear layers' weights are, in the one block of this span.
+
+    With these DoRA's magnitudes begin. Answered by a `Result` with `factors` [N], float32, layer after layer.
+    """
+
+    kind: Literal["norms"] = "norms"
+    modules: Annotated[tuple[Module, ...], Field(min_length=1, max_length=MAX_LAYERS, strict=False)]
+
+    @model_validator(mode="after")
+    def _of_one_block(self) -> Norms:
+        if self.end - self.start != 1:
+            raise ValueError("norms of several blocks")
+        return self
+
+
 class Open(_Computation):
     """Client: begin a session on these blocks, for up to `max_length` tokens of `batch_size` sequences.
 
@@ -319,7 +335,9 @@ class Lacking(_Message):
 
 
 class Result(_Message):
-    """Server: the answer to `Step`, `Forward` (`hidden`) or `Backward` (`grad`, if it is wanted, and `factor_grads`).
+    """Server: the answer to `Step`, `Forward` (`hidden`), `Norms` (`factors`) or `Backward`.
+
+    That has `grad`, if it is wanted, and `factor_grads`.
 
     `factor_grads` [N] are the gradients of the factors of the span's adapters, block after block, in their dtype. Its
     dtype and its encoding are those of the question's `hidden`. To a step it has the step's `epoch` and `position`,
@@ -330,7 +348,7 @@ class Result(_Message):
     `logits` and `ids` [B, N, top_k] int64; for N = 0, nothing.
     """
 
-    carries = ("hidden", "grad", "logits", "ids", "factor_grads")
+    carries = ("hidden", "grad", "logits", "ids", "factor_grads", "factors")
     kind: Literal["result"] = "result"
     epoch: Epoch = 0
     position: Position = 0
@@ -401,6 +419,7 @@ Message = (
     | Step
     | Adapter
     | Learned
+    | Norms
     | Forward
     | Backward
     | Lacking

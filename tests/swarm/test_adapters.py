@@ -125,3 +125,16 @@ def test_servers_that_offer_no_training_generate_all_the_same(swarm: Callable[..
         model(input_ids=TOKENS)
     net.start("2:4")
     torch.testing.assert_close(model(input_ids=TOKENS).logits, whole(input_ids=TOKENS).logits)
+
+
+def test_dora_begins_with_the_weights_that_servers_hold(swarm: Callable[..., Swarm], whole: PreTrainedModel):
+    config = LoraConfig(r=4, use_dora=True, target_modules="all-linear")
+    ours, theirs = get_peft_model(swarm("0:2", "2:4").model(), config), get_peft_model(copy.deepcopy(whole), config)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=TOKENS).logits, whole(input_ids=TOKENS).logits)
+    mine, expected = (
+        {name: own for name, own in model.named_parameters() if "magnitude" in name} for model in (ours, theirs)
+    )
+    assert mine.keys() == expected.keys()
+    for name, magnitudes in expected.items():
+        torch.testing.assert_close(mine[name], magnitudes)

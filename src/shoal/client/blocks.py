@@ -23,7 +23,7 @@ from shoal.client.passes import Gradients, Passes, Piece, Plan
 from shoal.client.runtime import Runtime
 from shoal.client.session import Session
 from shoal.errors import UnsupportedOperation, UserError
-from shoal.model.adapters import Tuned, Tuning, tuned_block
+from shoal.model.adapters import Tuned, Tuning, tuned_block, unmeasured
 from shoal.model.head import HeadCache
 from shoal.model.prompts import PROMPT
 from shoal.protocol import MAX_BATCH, MAX_LENGTH
@@ -119,11 +119,22 @@ class RemoteBlocks(nn.Module):
 
     def _tuned(self) -> list[Tuned]:
         """What the caller has added to the blocks, as it is now."""
+        self._measure()
         found = (
             tuned_block(int(name), skeleton, getattr(skeleton, PROMPT, None))
             for name, skeleton in self.named_children()
         )
         return [each for each in found if each is not None]
+
+    def _measure(self) -> None:
+        """Find the magnitudes with which DoRA begins: those of the weights, which servers hold."""
+        for name, skeleton in self.named_children():
+            if new := unmeasured(skeleton):
+                sizes = [len(magnitudes) for magnitudes in new.values()]
+                norms = self._runtime.run(self._passes.norms(int(name), list(new), sum(sizes)))
+                with torch.no_grad():
+                    for magnitudes, found in zip(new.values(), norms.split(sizes), strict=True):
+                        magnitudes.copy_(found)
 
     def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
         tuning = Tuning({each.block: each.factors(hosted=self.hosted) for each in tuned})

@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import torch
 
 from shoal.client.chain import Chain, Holding, named_tensors
-from shoal.client.connection import Connection, plausible
+from shoal.client.connection import Connection, finite, plausible
 from shoal.client.pool import Pool
 from shoal.errors import ServerLost
 from shoal.model.adapters import Factors, Tuning
 from shoal.net.codec import Tensors
 from shoal.net.encodings import as_received
-from shoal.protocol import Backward, Forward, Lacking, Result, TensorName
+from shoal.protocol import Backward, Forward, Lacking, Norms, Result, TensorName
 from shoal.routing.route import SLOWEST, Hop, Needs
 from shoal.routing.spread import microbatch_rows
 from shoal.spans import Span
@@ -141,6 +141,27 @@ class Passes:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
+
+    async def norms(self, block: int, paths: Sequence[str], num_rows: int) -> torch.Tensor:
+        """The norms of so many rows in all, of the weights of some linear layers of a block."""
+        span = Span(block, block + 1)
+
+        async def ask(excluded: Set[Holding]) -> torch.Tensor:
+            (hop,) = (await self._chain.route(span, excluded, needs=Needs(ring=False))).hops
+            request = Norms(
+                model=self._chain.model.key,
+                fingerprint=self._chain.fingerprint,
+                start=span.start,
+                end=span.end,
+                modules=tuple(paths),
+            )
+            connection, _, tensors = await self._pool.ask(hop.server, request, {}, (), usual_seconds=1.0)
+            found = tensors.get("factors")
+            if found is None or found.shape != (num_rows,) or not finite(found):
+                raise _wrong(connection, "something else than was asked")
+            return found
+
+        return await self._chain.persist(span, ask)
 
     # -- one microbatch -----------------------------------------------------------------------------------------------
 

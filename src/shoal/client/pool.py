@@ -13,7 +13,7 @@ from shoal.client.taught import Taught
 from shoal.errors import Misrouted, PeerError
 from shoal.model.adapters import Factors
 from shoal.net.codec import Tensors
-from shoal.protocol import Backward, Forward, Lacking, Result
+from shoal.protocol import Backward, Forward, Lacking, Norms, Result
 from shoal.spans import ServerInfo
 
 IDLE_SECONDS = 60.0
@@ -34,7 +34,7 @@ class Pool:
     async def ask(
         self,
         server: ServerInfo,
-        request: Forward | Backward,
+        request: Forward | Backward | Norms,
         tensors: Tensors,
         adapters: Collection[Factors],
         *,

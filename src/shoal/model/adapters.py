@@ -155,6 +155,23 @@ def _described(path: str, module: nn.Module) -> Layer | None:
     )
 
 
+def unmeasured(skeleton: nn.Module) -> dict[str, Tensor]:
+    """DoRA's magnitudes that are still to be found, by their layers: those of new layers are norms of the weights.
+
+    Raises `UnsupportedOperation` where they are norms of something else as well.
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in skeleton.named_modules():
+        for name, magnitudes in getattr(module, "lora_magnitude_vector", {}).items():
+            if not magnitudes.weight.any():
+                if module.lora_B[name].weight.any():
+                    raise UnsupportedOperation(
+                        f"{path}: DoRA whose B is not zero at first", hint="leave init_lora_weights at its default"
+                    )
+                found[path] = magnitudes.weight
+    return found
+
+
 def _own(module: Any) -> list[str]:
     """The active adapters that this layer has."""
     return [name for name in module.active_adapters if any(name in getattr(module, kind) for kind in _kinds(module))]
@@ -252,6 +269,13 @@ def with_prompt(hidden_BTD: Tensor, prompt_PD: Tensor, start: int) -> Tensor:
     some_PD = prompt_PD[start : start + hidden_BTD.shape[1]].to(hidden_BTD.dtype)
     num_some = len(some_PD)
     return torch.cat((hidden_BTD[:, :num_some] + some_PD, hidden_BTD[:, num_some:]), dim=1)
+
+
+def row_norms(block: nn.Module, paths: Sequence[str]) -> Tensor:
+    """The norms [N] of the rows of some linear layers' weights, as PEFT finds them. Raises `ValueError`."""
+    weights = ((base, base.weight) for base in (_linear(block, path) for path in paths))
+    each = [torch.linalg.norm(weight.T if isinstance(base, Conv1D) else weight, dim=1) for base, weight in weights]
+    return torch.cat(each).float()
 
 
 def _linear(block: nn.Module, path: str) -> nn.Module:

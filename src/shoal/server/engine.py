@@ -14,10 +14,11 @@ import torch
 
 from shoal.adapters import salted
 from shoal.errors import UnsupportedOperation
+from shoal.model.adapters import row_norms
 from shoal.model.body import Body
 from shoal.model.cache import BodyCache
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS
-from shoal.protocol import MAX_PAYLOAD_BYTES, Backward, Failure, Forward, Open, Step
+from shoal.protocol import MAX_PAYLOAD_BYTES, Backward, Failure, Forward, Norms, Open, Step
 from shoal.server import training
 from shoal.server.adapters import Adapters, Lacks
 from shoal.server.batch import Pass
@@ -280,6 +281,14 @@ class Engine:
             raise
         finally:
             self._waiting_bytes -= size
+
+    async def norms(self, request: Norms) -> torch.Tensor:
+        """The norms [N] of rows of weights. Raises `Refused`."""
+        (block,) = self._checks.span_of(request)
+        try:
+            return await self._executor.run(lambda: row_norms(self._body.block(block), request.modules))
+        except ValueError as error:
+            raise rejected(str(error)) from None
 
     def release(self, peer: str) -> None:
         """A client is gone: nothing of it is left."""

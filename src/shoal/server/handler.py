@@ -23,6 +23,7 @@ from shoal.protocol import (
     Lacking,
     Learned,
     Message,
+    Norms,
     Open,
     Ping,
     Pong,
@@ -148,6 +149,8 @@ class Handler:
                 case Step() if message.link is not None:
                     await self._links.listen(stream, message, tensors, idle_seconds=self._idle_seconds)
                     return
+                case Norms():
+                    await self._say(stream, Result(), {"factors": await self._engine.norms(message)})
                 case Forward() | Backward():
                     try:
                         outcome = await self._alive(stream, ear, self._pass(stream.peer, message, tensors))

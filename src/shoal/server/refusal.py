@@ -19,6 +19,7 @@ from shoal.protocol import (
     Backward,
     Failure,
     Forward,
+    Norms,
     Open,
     Step,
     TensorName,
@@ -94,7 +95,7 @@ class Checks:
     training: bool = True  # whether single passes are computed
     vocabulary: int | None = None  # that of the output head, if it is held here: then the span ends at the last block
 
-    def span_of(self, request: Open | Forward | Backward) -> Span:
+    def span_of(self, request: Open | Forward | Backward | Norms) -> Span:
         """The blocks that a request is about. Raises `Refused` if they are not this server's."""
         if request.model != self.model:
             raise misrouted(f"this server holds blocks of {self.model}")
