@@ -21,7 +21,7 @@ from shoal import (
     UnsupportedOperation,
     UserError,
 )
-from shoal.client.blocks import InferenceSession
+from shoal.client.inference import InferenceSession
 from shoal.client.model import INITIAL_PEERS
 from shoal.client.runtime import Runtime
 from shoal.model.checkpoint import Checkpoint

@@ -19,10 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from shoal.client.blocks import InferenceSession, RemoteBlocks, closing_new_sessions
+from shoal.client.blocks import RemoteBlocks
 from shoal.client.chain import Chain
 from shoal.client.config import ClientConfig
 from shoal.client.continuation import Continuation
+from shoal.client.inference import InferenceSession, closing_new_sessions
 from shoal.client.logits import RemoteHead
 from shoal.client.projection import prepare_projection
 from shoal.client.runtime import Runtime

@@ -150,7 +150,8 @@ class Handler:
                     await self._links.listen(stream, message, tensors, idle_seconds=self._idle_seconds)
                     return
                 case Norms():
-                    await self._say(stream, Result(), {"factors": await self._engine.norms(message)})
+                    norms = await self._alive(stream, ear, self._engine.norms(message))
+                    await self._say(stream, Result(), {"factors": norms})
                 case Forward() | Backward():
                     try:
                         outcome = await self._alive(stream, ear, self._pass(stream.peer, message, tensors))

@@ -1,0 +1,43 @@
+"""What a caller passes to blocks, checked, and as it travels."""
+
+# B sequences, T new tokens, S all tokens, D hidden size
+
+from __future__ import annotations
+
+import torch
+
+from shoal.errors import UnsupportedOperation, UserError
+
+
+def check_inputs(hidden_BTD: torch.Tensor) -> None:
+    """Raises `UserError` for what is no batch of sequences of hidden states."""
+    if hidden_BTD.dim() != 3 or not hidden_BTD.numel():
+        raise UserError(
+            f"inputs of shape {list(hidden_BTD.shape)}", hint="blocks take [batch, tokens, hidden size], none of them 0"
+        )
+
+
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is sent."""
+    return tensor.detach().cpu().contiguous()
+
+
+def mask_of(attention_mask: torch.Tensor | None, hidden_BTD: torch.Tensor) -> torch.Tensor | None:
+    """The new tokens' part of a mask, [B, T] uint8."""
+    if attention_mask is None:
+        return None
+    batch_size, num_tokens, _ = hidden_BTD.shape
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_tokens:
+        raise UserError(
+            f"an attention mask of shape {list(attention_mask.shape)} for {batch_size} by {num_tokens} tokens"
+        )
+    return (attention_mask[:, -num_tokens:] != 0).to("cpu", torch.uint8)
+
+
+def positions_of(position_ids: torch.Tensor | None, hidden_BTD: torch.Tensor) -> torch.Tensor | None:
+    """Positions as they travel, [B, T] int64."""
+    if position_ids is None:
+        return None
+    if position_ids.dim() != 2 or position_ids.shape[1] != hidden_BTD.shape[1]:
+        raise UnsupportedOperation("only position_ids of shape [batch, tokens] can be sent to servers")
+    return position_ids.expand(hidden_BTD.shape[0], -1).to("cpu", torch.int64, copy=True)
