@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MOST_CACHE_TOKENS = 1 << 20
 MOST_OF_WHAT_IS_LEFT = 0.8
+KEPT_PARTS = 8
 
 
 def choose_blocks(
@@ -147,6 +148,11 @@ def choose_num_pages(config: ServerConfig, body: Body, shapes: Mapping[int, KeyV
         len(body.span),
     )
     return max(1, pages_for(num_tokens))
+
+
+def choose_kept_bytes(config: ServerConfig, body: Body) -> int:
+    """How much of forward passes is kept for backward passes: no more than a part of what memory is left."""
+    return min(config.shares.kept_bytes, free_memory(body.backbone.device) // KEPT_PARTS)
 
 
 def cache_dtype_of(config: ServerConfig, body: Body) -> torch.dtype:

@@ -29,6 +29,7 @@ from shoal.server.fit import (
     choose_blocks,
     choose_device,
     choose_dtype,
+    choose_kept_bytes,
     choose_num_pages,
     choose_quantization,
     free_memory,
@@ -221,7 +222,7 @@ async def make_engine(
         num_pages=num_pages,
         cores=cores,
         pace=Pace(1 / speeds.decode, 1 / speeds.prefill),
-        shares=config.shares,
+        shares=replace(config.shares, kept_bytes=choose_kept_bytes(config, body)),
         head=head,
     )
     return engine, speeds
