@@ -167,7 +167,7 @@ class Connection:
         self.heard, self.ended = heard, ended
         size = sum(tensor.nbytes for _, tensors in questions for tensor in tensors.values())
         self.expect(usual_seconds=usual_seconds, bytes_in_flight=2 * size)
-        limit = self._config.longest_answer_seconds
+        limit = self._config.longest_answer_seconds + STUCK_FACTOR * usual_seconds  # others may be computed before
         try:
             for message, tensors in questions:
                 await self.send(message, tensors)
