@@ -20,6 +20,8 @@ DIGEST_BYTES = 16
 
 Module = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
 """Where in the block, in the model's own names: "self_attn.q_proj"."""
+HostedName = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+"""Of an adapter that others have trained and everybody may have, in all blocks: the digest of its files."""
 AdapterName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from shoal.adapters import MAX_LAYERS, AdapterName, Layers, Module
+from shoal.adapters import MAX_LAYERS, AdapterName, HostedName, Layers, Module
 
 PROTOCOL = "/shoal/3"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
@@ -180,7 +180,8 @@ class Adapter(_Message):
     """Client: keep this adapter of a block for me, under the name that its contents have (`shoal.adapters`).
 
     Tensor: `factors` [N], those of all its layers, one after another. It is kept as long as the client has a stream to
-    the server and there is room; the one that it `replaces` is not needed any more. Answered by `Learned`.
+    the server and there is room; the one that it `replaces` is not needed any more. If it is of an adapter that is
+    `shared`, the server may keep it for others. Answered by `Learned`.
     """
 
     carries = ("factors",)
@@ -188,6 +189,7 @@ class Adapter(_Message):
     block: Block
     layers: Layers
     replaces: AdapterName | None = None
+    shared: HostedName | None = None
 
 
 class Learned(_Message):

@@ -138,3 +138,19 @@ def test_dora_begins_with_the_weights_that_servers_hold(swarm: Callable[..., Swa
     assert mine.keys() == expected.keys()
     for name, magnitudes in expected.items():
         torch.testing.assert_close(mine[name], magnitudes)
+
+
+def test_servers_keep_what_several_clients_have_used_and_say_so(
+    folder: Path, swarm: Callable[..., Swarm], whole: PreTrainedModel, tmp_path: Path
+):
+    theirs = adapted(copy.deepcopy(whole), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path)
+    expected = theirs.generate(input_ids=TOKENS, max_new_tokens=4, do_sample=False).tolist()
+    net = swarm("0:4")
+    adapters = net.servers["s0"].engine.adapters
+    for num_users in (1, 2, 3):
+        assert bool(adapters.announced) == (num_users > 2)
+        model = net.model(active_adapter=tmp_path)
+        assert model.generate(TOKENS, max_new_tokens=4, do_sample=False).tolist() == expected
+        model.close()
+        net.settle(lambda num_users=num_users: bool(adapters.num_bytes) == (num_users > 1))

@@ -41,7 +41,7 @@ class Taught:
             questions: list[tuple[Message, Tensors]] = []
             for each in new:
                 replaces = known.pop((each.block, each.origin), None)
-                message = Adapter(block=each.block, layers=each.layers, replaces=replaces)
+                message = Adapter(block=each.block, layers=each.layers, replaces=replaces, shared=each.hosted)
                 questions.append((message, {"factors": each.values}))
             await connection.ask_all(questions, expect=Learned, usual_seconds=TEACHING_SECONDS)
             known.update({(each.block, each.origin): each.name for each in new})

@@ -99,4 +99,4 @@ class PeftFolder:
         setattr(backbone, layers_name, nn.ModuleList(bare))
         self.put_into(model)
         found = (tuned_block(block, bare[block]) for block in span)
-        return [each.factors() for each in found if each is not None]
+        return [each.factors(hosted=self.name) for each in found if each is not None]

@@ -16,6 +16,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from shoal.adapters import HostedName
 from shoal.net.addresses import peer_of
 from shoal.net.identity import SIGNATURE_BYTES, Identity, verify
 from shoal.net.transport import MAX_LIFETIME, ModelInfo
@@ -45,7 +46,6 @@ Count = Annotated[int, Field(ge=0, le=1 << 53)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 Short = Annotated[str, Field(min_length=1, max_length=12), AfterValidator(_printable)]
 Seconds = Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)]
-Adapter = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Address = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
 
 
@@ -76,7 +76,7 @@ class Announcement(BaseModel):
     queue_length: Count = 0
     head: bool = False
     training: bool = True
-    adapters: Annotated[tuple[Adapter, ...], Field(max_length=MAX_HOSTED, strict=False)] = ()
+    adapters: Annotated[tuple[HostedName, ...], Field(max_length=MAX_HOSTED, strict=False)] = ()
     round_trips: Annotated[dict[Short, Seconds], Field(max_length=MAX_NEIGHBOURS)] = {}
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from shoal.model.body import Body
 from shoal.protocol import Adapter, Backward, Forward, Open
 from shoal.server.executor import alone
 from shoal.server.refusal import Tensors, misrouted, rejected
-from shoal.spans import Span
+from shoal.spans import MAX_HOSTED, Span
 
 ASIDE_BYTES = 1 << 20
 """Factors of so many bytes take long enough to be read that others should not wait for it."""
@@ -22,6 +22,11 @@ ASIDE_BYTES = 1 << 20
 
 EVERYBODY = "everybody"
 """Who holds what is hosted: no peer's id."""
+POPULAR = "popular"
+"""Who holds what several clients have used, when they are gone: no peer's id either."""
+FEW_USERS = 2
+MANY_NAMES = 256
+"""Of shared adapters whose users are remembered."""
 
 
 class Lacks(Exception):
@@ -37,26 +42,44 @@ class Lacks(Exception):
 class _Entry:
     adapter: BlockAdapter
     block: int
+    shared: str | None = None
     holders: set[str] = field(default_factory=set)
 
 
 class Adapters:
-    """At most so many bytes of them. Whoever holds most loses first what he has not used for longest."""
+    """At most so many bytes of them. Whoever holds most loses first what he has not used for longest.
+
+    What the operator hosts stays. Adapters that are shared and that several clients have used stay when these are gone,
+    as long as nobody needs the room.
+    """
 
     def __init__(self, body: Body, *, most_bytes: int) -> None:
         self._body = body
         self._most_bytes = most_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # those used last at the end
+        self._users: OrderedDict[str, set[str]] = OrderedDict()  # of shared adapters, whoever is here or was
 
     @property
     def num_bytes(self) -> int:
         """Of those that clients have sent."""
         return sum(entry.adapter.nbytes for entry in self._entries.values() if EVERYBODY not in entry.holders)
 
+    @property
+    def announced(self) -> tuple[str, ...]:
+        """The names of the shared adapters that clients need not send: those hosted first."""
+        kept = [entry for entry in self._entries.values() if entry.shared is not None]
+        hosted = [entry.shared for entry in kept if EVERYBODY in entry.holders]
+        popular = [entry.shared for entry in reversed(kept) if self._is_popular(entry)]
+        return tuple(dict.fromkeys(name for name in (*hosted, *popular) if name is not None))[:MAX_HOSTED]
+
+    def _is_popular(self, entry: _Entry) -> bool:
+        return entry.shared is not None and len(self._users.get(entry.shared, ())) >= FEW_USERS
+
     def host(self, factors: Factors) -> None:
         """Keep an adapter for everybody, as long as the server runs. Raises `Refused` for one that does not fit."""
         adapter = self._made(factors.block, factors.layers, factors.values, factors.name)
-        self._entries.setdefault(factors.name, _Entry(adapter, factors.block)).holders.add(EVERYBODY)
+        entry = self._entries.setdefault(factors.name, _Entry(adapter, factors.block, factors.hosted))
+        entry.holders.add(EVERYBODY)
 
     async def keep(self, peer: str, request: Adapter, tensors: Tensors) -> None:
         """Keep what a client sends. Raises `Refused` for what is no adapter of a block here, or too large."""
@@ -73,10 +96,21 @@ class Adapters:
             adapter = await asyncio.to_thread(alone, lambda: self._read(request, values_N))
         if request.replaces is not None and request.replaces != adapter.name:
             self._release(peer, request.replaces)
-        entry = self._entries.setdefault(adapter.name, _Entry(adapter, request.block))
-        entry.holders.add(peer)
-        self._entries.move_to_end(adapter.name)
+        self._entries.setdefault(adapter.name, _Entry(adapter, request.block, request.shared))
+        self._use(peer, adapter.name)
         self._make_room()
+
+    def _use(self, peer: str, name: str) -> None:
+        entry = self._entries[name]
+        entry.holders.add(peer)
+        self._entries.move_to_end(name)
+        if entry.shared is not None:
+            users = self._users.setdefault(entry.shared, set())
+            if len(users) < FEW_USERS:
+                users.add(peer)
+            self._users.move_to_end(entry.shared)
+            if len(self._users) > MANY_NAMES:
+                self._users.popitem(last=False)
 
     def _read(self, request: Adapter, values_N: torch.Tensor) -> BlockAdapter:
         if not torch.isfinite(values_N).all():
@@ -103,8 +137,7 @@ class Adapters:
             entry = self._entries[name]
             if entry.block != block:
                 raise rejected(f"an adapter of block {entry.block} for block {block}")
-            entry.holders.add(peer)
-            self._entries.move_to_end(name)
+            self._use(peer, name)
         return {block: self._entries[name].adapter for block, name in wanted.items()}
 
     def release(self, peer: str) -> None:
@@ -115,6 +148,8 @@ class Adapters:
     def _release(self, peer: str, name: str) -> None:
         if (entry := self._entries.get(name)) is not None:
             entry.holders.discard(peer)
+            if not entry.holders and peer != POPULAR and self._is_popular(entry):
+                entry.holders.add(POPULAR)
             if not entry.holders:
                 del self._entries[name]
 

@@ -134,8 +134,8 @@ async def serve(
                 decode_speed=speeds.decode,
                 prefill_speed=speeds.prefill,
                 head=head is not None,
-                adapters=await executor.run(lambda: host_adapters(config, checkpoint, engine)),
             )
+            await executor.run(lambda: host_adapters(config, checkpoint, engine))
             async with answering(config, node, model, presence, online, engine):
                 yield Server(online, model, engine)
     finally:
@@ -159,6 +159,7 @@ async def answering(
                     info,
                     cache_tokens_left=engine.cache_tokens_left,
                     queue_length=engine.queue_length,
+                    adapters=engine.adapters.announced,
                     addresses=node.transport.addresses,
                     round_trips=neighbours.round_trips,
                 )
@@ -171,13 +172,11 @@ async def answering(
             await handler.leave()
 
 
-def host_adapters(config: ServerConfig, checkpoint: Checkpoint, engine: Engine) -> tuple[str, ...]:
-    """Have the adapters that the config names ready for everybody; returns what they are called."""
-    hosted = [PeftFolder.open(adapter) for adapter in config.adapters]
-    for folder in hosted:
-        for factors in folder.factors(checkpoint, engine.span):
+def host_adapters(config: ServerConfig, checkpoint: Checkpoint, engine: Engine) -> None:
+    """Have the adapters that the config names ready for everybody."""
+    for adapter in config.adapters:
+        for factors in PeftFolder.open(adapter).factors(checkpoint, engine.span):
             engine.adapters.host(factors)
-    return tuple(folder.name for folder in hosted)
 
 
 def open_checkpoint(config: ServerConfig) -> Checkpoint:
