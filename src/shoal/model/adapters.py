@@ -72,6 +72,16 @@ class Tuning:
         return any(each.drops for each in self.blocks.values())
 
 
+def check_configs(configs: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedOperation` for what PEFT was told to add to blocks and has not found there."""
+    for config in configs.values():
+        if parameters := getattr(config, "target_parameters", None):
+            raise UnsupportedOperation(
+                f"servers add to linear layers, not to parameters such as those of experts: {', '.join(sorted(parameters))}",
+                hint=f"name the linear layers: target_modules={sorted(config.target_modules or ())}",
+            )
+
+
 @dataclass(frozen=True)
 class Tuned:
     """A block's layers and the client's own parameters for them, in the order of their factors."""
@@ -132,6 +142,11 @@ def _described(path: str, module: nn.Module) -> Layer | None:
         raise UnsupportedOperation(f"{path}: adapters cannot be merged into weights that servers hold")
     if module.disable_adapters or not _own(module):
         return None
+    if module._forward_pre_hooks:
+        raise UnsupportedOperation(
+            f"{path} has hooks, which servers do not call",
+            hint="adapter_names= needs them: call the model once for each adapter",
+        )
     name = _active(module)
     match module:
         case ia3.Linear():
@@ -155,12 +170,9 @@ def _described(path: str, module: nn.Module) -> Layer | None:
 
 
 def _own(module: Any) -> list[str]:
-    """The active adapters that this layer has."""
-    return [name for name in module.active_adapters if any(name in getattr(module, kind) for kind in _kinds(module))]
-
-
-def _kinds(module: Any) -> tuple[str, ...]:
-    return tuple(kind for kind in ("lora_A", "ia3_l") if hasattr(module, kind))
+    """The active adapters that this layer has, of whatever kind it is."""
+    own = [getattr(module, parts) for parts in module.adapter_layer_names]
+    return [name for name in module.active_adapters if any(name in parts for parts in own)]
 
 
 def _active(module: Any) -> str:
