@@ -396,6 +396,11 @@ class _Shared(nn.Module):
         self._layers = layers
         self._num_rows = num_rows
 
+    @property
+    def weight(self) -> Any:
+        """Some routers ask for its dtype before they call it."""
+        return self.__dict__["_base"].weight
+
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2] != self._num_rows:
             raise ValueError(f"{x.shape[-2]} rows, where there are {self._num_rows}: whose they are cannot be told")
