@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +22,36 @@ LINEAR = (nn.Linear, Conv1D)
 """The kinds of layers to which PEFT adds factors, in the models of Transformers."""
 
 
-class StandIn(Tensor):
+class WeightSkeleton(Tensor):
     """Has the shape of a weight and takes no memory: it is a single zero, everywhere, and nobody's parameter.
 
-    To look for more in it, or to change it as merging does, raises `UnsupportedOperation`.
+    To copy it or to change it, as merging does, raises `UnsupportedOperation`.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
 
     @classmethod
-    def of(cls, shape: Sequence[int], like: Tensor) -> StandIn:
+    def of(cls, shape: Sequence[int], like: Tensor) -> WeightSkeleton:
         return like.new_zeros(()).expand(*shape).as_subclass(cls)
 
     @property
     def data(self) -> Tensor:
-        raise _elsewhere()
+        return self
 
     @data.setter
     def data(self, _: Tensor) -> None:
-        raise _elsewhere()
+        self._is_elsewhere()
 
-    def __deepcopy__(self, _: dict[int, Any]) -> StandIn:
+    def _is_elsewhere(self, *_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedOperation(
+            "servers hold these weights: nothing is merged into them here, nor derived from them",
+            hint="PEFT merges an adapter that was saved on one machine with all weights",
+        )
+
+    clone = __iadd__ = __isub__ = _is_elsewhere  # type: ignore[assignment]
+
+    def __deepcopy__(self, _: dict[int, Any]) -> WeightSkeleton:
         return self
-
-
-def _elsewhere() -> UnsupportedOperation:
-    return UnsupportedOperation(
-        "servers hold these weights: nothing is merged into them here, nor derived from them",
-        hint="PEFT merges an adapter that was saved on one machine with all weights",
-    )
 
 
 class LinearSkeleton(nn.Linear):
@@ -59,8 +60,8 @@ class LinearSkeleton(nn.Linear):
     def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool, like: Tensor) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = num_inputs, num_outputs
-        self.__dict__["weight"] = StandIn.of((num_outputs, num_inputs), like)
-        self.__dict__["bias"] = StandIn.of((num_outputs,), like) if bias else None
+        self.__dict__["weight"] = WeightSkeleton.of((num_outputs, num_inputs), like)
+        self.__dict__["bias"] = WeightSkeleton.of((num_outputs,), like) if bias else None
 
     def forward(self, *_: Any) -> Tensor:
         raise UnsupportedOperation("this layer is computed by servers")
@@ -72,8 +73,8 @@ class Conv1DSkeleton(Conv1D):  # type: ignore[misc]
     def __init__(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> None:
         nn.Module.__init__(self)
         self.nx, self.nf = num_inputs, num_outputs
-        self.__dict__["weight"] = StandIn.of((num_inputs, num_outputs), like)
-        self.__dict__["bias"] = StandIn.of((num_outputs,), like)
+        self.__dict__["weight"] = WeightSkeleton.of((num_inputs, num_outputs), like)
+        self.__dict__["bias"] = WeightSkeleton.of((num_outputs,), like)
 
     def forward(self, *_: Any) -> Tensor:
         raise UnsupportedOperation("this layer is computed by servers")
@@ -101,7 +102,7 @@ def _skeleton(module: nn.Module, like: Tensor) -> nn.Module:
     bare = copy.copy(module)
     bare.__dict__["_parameters"] = {}
     for name, parameter in module._parameters.items():
-        bare.__dict__[name] = None if parameter is None else StandIn.of(parameter.shape, like)
+        bare.__dict__[name] = None if parameter is None else WeightSkeleton.of(parameter.shape, like)
     bare.__dict__["_buffers"] = dict.fromkeys(module._buffers)
     bare.__dict__["_modules"] = {
         name: None if child is None else _skeleton(child, like) for name, child in module._modules.items()
