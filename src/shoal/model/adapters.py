@@ -75,9 +75,9 @@ class Tuning:
 def check_configs(configs: Mapping[str, Any]) -> None:
     """Raise `UnsupportedOperation` for what PEFT was told to add to blocks and has not found there."""
     for config in configs.values():
-        if parameters := getattr(config, "target_parameters", None):
+        if parameters := ", ".join(sorted(getattr(config, "target_parameters", None) or ())):
             raise UnsupportedOperation(
-                f"servers add to linear layers, not to parameters such as those of experts: {', '.join(sorted(parameters))}",
+                f"servers add to linear layers, not to parameters such as those of experts: {parameters}",
                 hint=f"name the linear layers: target_modules={sorted(config.target_modules or ())}",
             )
 
