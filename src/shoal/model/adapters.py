@@ -243,7 +243,7 @@ class BlockAdapter:
             self._dropouts.append(dropout)
         self.layers[layer.module] = added
 
-    def on(self, block: nn.Module, *, start: int = 0) -> nn.Module:
+    def on(self, block: nn.Module, start: int = 0) -> nn.Module:
         """A copy of the block with this adapter; what enters is of the tokens from `start` on."""
         adapted = with_submodules(block, self.layers)
         prompt_PD = self.prompt_PD
@@ -387,19 +387,29 @@ def _prompted(hidden_1ND: Tensor, parts: Sequence[Part]) -> Tensor:
     return hidden_1ND
 
 
-class _Shared(nn.Module):
-    """A linear layer for rows [.., N, inputs] of several clients: one product, and what their layers make of it."""
+class _InPlaceOf(nn.Module):
+    """Stands where a linear layer was, whose weights PEFT, and some routers, look at."""
 
-    def __init__(self, base: nn.Module, layers: Sequence[tuple[slice, nn.Module]], num_rows: int) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.__dict__["_base"] = base  # not a submodule: it is everybody's
-        self._layers = layers
-        self._num_rows = num_rows
 
     @property
     def weight(self) -> Any:
-        """Some routers ask for its dtype before they call it."""
         return self.__dict__["_base"].weight
+
+    @property
+    def bias(self) -> Any:
+        return self.__dict__["_base"].bias
+
+
+class _Shared(_InPlaceOf):
+    """A linear layer for rows [.., N, inputs] of several clients: one product, and what their layers make of it."""
+
+    def __init__(self, base: nn.Module, layers: Sequence[tuple[slice, nn.Module]], num_rows: int) -> None:
+        super().__init__(base)
+        self._layers = layers
+        self._num_rows = num_rows
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2] != self._num_rows:
@@ -413,16 +423,12 @@ class _Shared(nn.Module):
         return result
 
 
-class _Given(nn.Module):
+class _Given(_InPlaceOf):
     """A linear layer whose outputs are known already."""
 
     def __init__(self, base: nn.Module, output: Tensor) -> None:
-        super().__init__()
-        self.__dict__["_base"], self.__dict__["_output"] = base, output
-
-    @property
-    def weight(self) -> Any:
-        return self.__dict__["_base"].weight
+        super().__init__(base)
+        self.__dict__["_output"] = output
 
     def forward(self, _: Tensor) -> Tensor:
         output: Tensor = self.__dict__["_output"]
