@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from shoal.model.body import Body
 from shoal.model.families import CERTIFIED
+from shoal.server.engine import Engine
 from shoal.server.scheduler import Pace
 from shoal.spans import Span
 
@@ -103,13 +104,16 @@ class Crowd:
     async def come(self) -> None:
         """All visits, and then the comparison of everything with what each would have seen alone."""
         async with engine_of(self._body, num_pages=self._num_pages, shares=self._shares, pace=self._pace) as engine:
-            visitors = [Visitor(engine, self._body, span=visit.span) for visit in self._visits]
+            visitors = [self.visitor(engine, number, visit) for number, visit in enumerate(self._visits)]
             async with asyncio.TaskGroup() as group:
                 for visit, visitor in zip(self._visits, visitors, strict=True):
                     group.create_task(self._come(visit, visitor))
             for visitor in visitors:
                 visitor.check()
         self.num_replays = sum(visitor.num_replays for visitor in visitors)
+
+    def visitor(self, engine: Engine, number: int, visit: Visit) -> Visitor:
+        return Visitor(engine, self._body, span=visit.span)
 
     async def _come(self, visit: Visit, visitor: Visitor) -> None:
         async with self._news:

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.adapters import salted
+from shoal.model.adapters import BlockAdapter, Factors, Tuning
 from shoal.model.body import Body, build_body
 from shoal.model.families import family_of, text_config
 from shoal.model.prefix import DIGEST_BYTES, page_names, root
-from shoal.protocol import Open, Step
+from shoal.protocol import Adapter, Open, Step
+from shoal.server.adapters import Lacks
 from shoal.server.batch import OneByOne, Packed
 from shoal.server.cache import PagedCache, key_value_shapes
 from shoal.server.engine import Engine
@@ -79,9 +82,20 @@ async def engine_of(
 class Visitor:
     """A session, and what is needed to begin it again: all its inputs."""
 
-    def __init__(self, engine: Engine, body: Body, *, span: Span | None = None, salt: str = "") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        body: Body,
+        *,
+        span: Span | None = None,
+        salt: str = "",
+        peer: str = "visitor",
+        tuning: Tuning | None = None,
+    ) -> None:
         self.span = span or body.span
         self.salt = salt
+        self.peer = peer
+        self.tuning = tuning or Tuning()
         self.num_replays = 0
         self.num_known = 0
         self.session: Session | None = None
@@ -114,7 +128,7 @@ class Visitor:
         while True:
             try:
                 if self.session is None:
-                    start, rows = self._open(), None
+                    start, rows = await self._opened(), None
                 if start < self.num_tokens:
                     rearranged = None if rows is None else tuple(rows)
                     answer = await self._engine.step(
@@ -140,6 +154,17 @@ class Visitor:
         self.outputs_BSD = self.outputs_BSD[rows, :position]
         self._mask_BS = self._mask_BS[rows, :position]
 
+    async def _opened(self) -> int:
+        """The same as `_open`, after teaching the engine what it lacks, if that is anything."""
+        try:
+            return self._open()
+        except Lacks as lacks:
+            for each in self.tuning.of(self.span):
+                if each.name in lacks.adapters:
+                    lesson = Adapter(block=each.block, layers=each.layers)
+                    await self._engine.adapters.keep(self.peer, lesson, {"factors": each.values})
+            return self._open()
+
     def _open(self) -> int:
         """A new session, which is offered the names of all that is known; returns how much of that it has."""
         batch_size = self.inputs_BSD.shape[0]
@@ -148,6 +173,7 @@ class Visitor:
             fingerprint="",
             start=self.span.start,
             end=self.span.end,
+            adapters=self.tuning.names(self.span),
             salt=self.salt,
             batch_size=batch_size,
             max_length=MOST_TOKENS,
@@ -155,7 +181,7 @@ class Visitor:
         names = self.names()
         digests = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8) if names[0] else None
         tensors = {} if digests is None else {"digests": digests.view(batch_size, -1, DIGEST_BYTES)}
-        self.session, known = self._engine.open("visitor", request, tensors)
+        self.session, known = self._engine.open(self.peer, request, tensors)
         self.num_known = self.session.num_tokens
         if known is not None:
             self.outputs_BSD = known
@@ -165,7 +191,7 @@ class Visitor:
         """Those of the full pages of each sequence, one after another; none of padded sequences."""
         if not self._mask_BS.all():
             return [b""] * len(self.inputs_BSD)
-        first = root(self.span, self.salt)
+        first = root(self.span, salted(self.salt, self.tuning.names(self.span)))
         positions = torch.arange(self.num_tokens)
         return [b"".join(page_names(first, hidden, positions)) for hidden in self.inputs_BSD]
 
@@ -187,6 +213,7 @@ class Visitor:
 
         To be called when the engine is idle: it is the same blocks.
         """
+        changes = {each.block: self._adapter(each).on for each in self.tuning.of(self.span)}
         for inputs_BSD, mask_BS, outputs_BSD in (*self._branches, (self.inputs_BSD, self._mask_BS, self.outputs_BSD)):
             if not inputs_BSD.shape[1]:
                 continue
@@ -196,8 +223,14 @@ class Visitor:
                 span=self.span,
                 attention_mask=mask_BS.long() if padded else None,
                 position_ids=_positions(mask_BS) if padded else None,
+                changes=changes,
             )
             assert_equal(outputs_BSD[mask_BS.bool()], expected_BSD[mask_BS.bool()])
+
+    def _adapter(self, factors: Factors) -> BlockAdapter:
+        """An own copy."""
+        block, hidden_size = self._body.block(factors.block), self.inputs_BSD.shape[-1]
+        return BlockAdapter(block, factors.layers, factors.values, name=factors.name, hidden_size=hidden_size)
 
 
 def _positions(mask_BS: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from shoal.client.logits import RemoteHead
 from shoal.client.projection import prepare_projection
 from shoal.client.runtime import Runtime
 from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
+from shoal.model.adapters import check_configs
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import Family, text_config
 from shoal.model.head import HeadCache, build_head
@@ -259,6 +260,11 @@ class _InSwarm:
         view: Any = self._remote_head.view_of(self, asked)  # type: ignore[type-var]
         with asked:
             return asked.finished(super(_InSwarm, view).__call__(*args, **kwargs))  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_config":  # this is how PEFT says what it has added
+            check_configs(value)
+        super().__setattr__(name, value)
 
     @property
     def prompt_embeddings(self: Any) -> nn.Embedding:

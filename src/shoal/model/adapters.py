@@ -74,6 +74,16 @@ class Tuning:
         return any(each.drops for each in self.blocks.values())
 
 
+def check_configs(configs: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedOperation` for what PEFT was told to add to blocks and has not found there."""
+    for config in configs.values():
+        if parameters := ", ".join(sorted(getattr(config, "target_parameters", None) or ())):
+            raise UnsupportedOperation(
+                f"servers add to linear layers, not to parameters such as those of experts: {parameters}",
+                hint=f"name the linear layers: target_modules={sorted(config.target_modules or ())}",
+            )
+
+
 @dataclass(frozen=True)
 class Tuned:
     """A block's layers and the client's own parameters for them, in the order of their factors."""
@@ -133,6 +143,11 @@ def _described(path: str, module: nn.Module) -> Layer | None:
         raise UnsupportedOperation(f"{path}: adapters cannot be merged into weights that servers hold")
     if module.disable_adapters or not _own(module):
         return None
+    if module._forward_pre_hooks:
+        raise UnsupportedOperation(
+            f"{path} has hooks, which servers do not call",
+            hint="adapter_names= needs them: call the model once for each adapter",
+        )
     name = _active(module)
     match module:
         case ia3.Linear():
@@ -173,12 +188,9 @@ def unmeasured(skeleton: nn.Module) -> dict[str, Tensor]:
 
 
 def _own(module: Any) -> list[str]:
-    """The active adapters that this layer has."""
-    return [name for name in module.active_adapters if any(name in getattr(module, kind) for kind in _kinds(module))]
-
-
-def _kinds(module: Any) -> tuple[str, ...]:
-    return tuple(kind for kind in ("lora_A", "ia3_l") if hasattr(module, kind))
+    """The active adapters that this layer has, of whatever kind it is."""
+    own = [getattr(module, parts) for parts in module.adapter_layer_names]
+    return [name for name in module.active_adapters if any(name in parts for parts in own)]
 
 
 def _active(module: Any) -> str:
@@ -249,7 +261,7 @@ class BlockAdapter:
             self._dropouts.append(dropout)
         self.layers[layer.module] = added
 
-    def on(self, block: nn.Module, *, start: int = 0) -> nn.Module:
+    def on(self, block: nn.Module, start: int = 0) -> nn.Module:
         """A copy of the block with this adapter; what enters is of the tokens from `start` on."""
         adapted = with_submodules(block, self.layers)
         prompt_PD = self.prompt_PD
@@ -400,12 +412,27 @@ def _prompted(hidden_1ND: Tensor, parts: Sequence[Part]) -> Tensor:
     return hidden_1ND
 
 
-class _Shared(nn.Module):
+class _InPlaceOf(nn.Module):
+    """Stands where a linear layer was, whose weights PEFT, and some routers, look at."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_base"] = base  # not a submodule: it is everybody's
+
+    @property
+    def weight(self) -> Any:
+        return self.__dict__["_base"].weight
+
+    @property
+    def bias(self) -> Any:
+        return self.__dict__["_base"].bias
+
+
+class _Shared(_InPlaceOf):
     """A linear layer for rows [.., N, inputs] of several clients: one product, and what their layers make of it."""
 
     def __init__(self, base: nn.Module, layers: Sequence[tuple[slice, nn.Module]], num_rows: int) -> None:
-        super().__init__()
-        self.__dict__["_base"] = base  # not a submodule: it is everybody's
+        super().__init__(base)
         self._layers = layers
         self._num_rows = num_rows
 
@@ -421,16 +448,12 @@ class _Shared(nn.Module):
         return result
 
 
-class _Given(nn.Module):
+class _Given(_InPlaceOf):
     """A linear layer whose outputs are known already."""
 
     def __init__(self, base: nn.Module, output: Tensor) -> None:
-        super().__init__()
-        self.__dict__["_base"], self.__dict__["_output"] = base, output
-
-    @property
-    def weight(self) -> Any:
-        return self.__dict__["_base"].weight
+        super().__init__(base)
+        self.__dict__["_output"] = output
 
     def forward(self, _: Tensor) -> Tensor:
         output: Tensor = self.__dict__["_output"]

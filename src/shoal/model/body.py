@@ -12,6 +12,7 @@ renamed, no config is cut, and whatever depends on a layer's depth (`config.laye
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -35,6 +36,8 @@ PACKED = "shoal_packed"
 
 Changes = Mapping[int, Callable[[nn.Module], nn.Module]]
 """What stands in the place of some blocks for one call: a copy of each, with what a client adds to it."""
+ChangesAt = Mapping[int, Callable[[nn.Module, int], nn.Module]]
+"""The same for tokens that follow so many others."""
 
 
 class Attend(Protocol):
@@ -64,13 +67,13 @@ class Body(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: BodyCache | None = None,
-        changes: Changes | None = None,
+        changes: ChangesAt | None = None,
     ) -> Tensor:
         """Run the blocks of `span` (all of them by default) on hidden states; returns hidden states `[B, T, D]`.
 
         `attention_mask` `[B, S]` is 0 where a token is padding; `None` means that none is. `position_ids` `[B, T]`
         count on from the cache by default. What `cache` holds is attended to, and the new tokens are added to it;
-        with a cache nothing is differentiable. `changes` are made to blocks for this call.
+        with a cache nothing is differentiable. `changes` are made to blocks for this call, at the tokens that are new.
         """
         span = span or self.span
         if span not in self.span or (cache is not None and cache.span != span):
@@ -81,7 +84,7 @@ class Body(nn.Module):
             raise ValueError(f"a mask of {attention_mask.shape[1]} tokens, where there are {num_seen}")
         if cache is None:
             return self._compute(
-                hidden_BTD, span, attention_mask=attention_mask, position_ids=position_ids, changes=changes
+                hidden_BTD, span, attention_mask=attention_mask, position_ids=position_ids, changes=_at(0, changes)
             )
         step = 1 if self.family.step_by_step and cache.num_tokens > 0 else num_tokens
         outputs = []
@@ -97,7 +100,7 @@ class Body(nn.Module):
                         attention_mask=mask,
                         position_ids=positions,
                         cache=cache,
-                        changes=changes,
+                        changes=_at(cache.num_tokens, changes),
                     )
                 )
                 cache.advance(step)
@@ -175,6 +178,16 @@ class Body(nn.Module):
         """The layer of one block, by its number in the model."""
         layer: nn.Module = self.backbone.get_submodule(f"{self.family.layers_name}.{block}")
         return layer
+
+
+def _at(num_tokens: int, changes: ChangesAt | None) -> Changes | None:
+    if changes is None:
+        return None
+    return {block: functools.partial(_changed, change, num_tokens) for block, change in changes.items()}
+
+
+def _changed(change: Callable[[nn.Module, int], nn.Module], num_tokens: int, layer: nn.Module) -> nn.Module:
+    return change(layer, num_tokens)
 
 
 def _packed_attention(

@@ -1,7 +1,7 @@
 """A block without its weights: where PEFT puts a client's own layers, although the block is computed elsewhere.
 
-A client's model keeps the layers that Transformers has built for it, under their names, but nothing is in them: of a
-linear layer only its sizes are left, and it cannot be called. PEFT looks for names and kinds of modules, so that
+A client's model keeps the layers that Transformers has built for it, under their names, but nothing is in them: of
+weights only the sizes are left, and no layer can be called. PEFT looks for names and kinds of modules, so that
 `get_peft_model`, `target_modules="all-linear"`, `save_pretrained` and `PeftModel.from_pretrained` find what they look
 for, and the parameters that they make are the client's (`shoal.client.blocks` sends them to the servers).
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,17 +22,46 @@ LINEAR = (nn.Linear, Conv1D)
 """The kinds of layers to which PEFT adds factors, in the models of Transformers."""
 
 
-class LinearSkeleton(nn.Linear):
-    """Says what a linear layer is like: PEFT asks for its sizes, and where its weight is and as what.
+class WeightSkeleton(Tensor):
+    """Has the shape of a weight and takes no memory: it is a single zero, everywhere, and nobody's parameter.
 
-    `weight` has the right shape and takes no memory: it is a single number, everywhere.
+    To copy it or to change it, as merging does, raises `UnsupportedOperation`.
     """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+
+    @classmethod
+    def of(cls, shape: Sequence[int], like: Tensor) -> WeightSkeleton:
+        return like.new_zeros(()).expand(*shape).as_subclass(cls)
+
+    @property
+    def data(self) -> Tensor:
+        return self
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        self._is_elsewhere()
+
+    def _is_elsewhere(self, *_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedOperation(
+            "servers hold these weights: nothing is merged into them here, nor derived from them",
+            hint="PEFT merges an adapter that was saved on one machine with all weights",
+        )
+
+    clone = __iadd__ = __isub__ = _is_elsewhere  # type: ignore[assignment]
+
+    def __deepcopy__(self, _: dict[int, Any]) -> WeightSkeleton:
+        return self
+
+
+class LinearSkeleton(nn.Linear):
+    """Says what a linear layer is like: PEFT asks for its sizes, and where its weight is and as what."""
 
     def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool, like: Tensor) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = num_inputs, num_outputs
-        self.__dict__["weight"] = like.new_zeros(1).expand(num_outputs, num_inputs)  # nobody's parameter
-        self.__dict__["bias"] = like.new_zeros(1).expand(num_outputs) if bias else None
+        self.__dict__["weight"] = WeightSkeleton.of((num_outputs, num_inputs), like)
+        self.__dict__["bias"] = WeightSkeleton.of((num_outputs,), like) if bias else None
 
     def forward(self, *_: Any) -> Tensor:
         raise UnsupportedOperation("this layer is computed by servers")
@@ -43,8 +73,8 @@ class Conv1DSkeleton(Conv1D):  # type: ignore[misc]
     def __init__(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> None:
         nn.Module.__init__(self)
         self.nx, self.nf = num_inputs, num_outputs
-        self.__dict__["weight"] = like.new_zeros(1).expand(num_inputs, num_outputs)
-        self.__dict__["bias"] = like.new_zeros(1).expand(num_outputs)
+        self.__dict__["weight"] = WeightSkeleton.of((num_inputs, num_outputs), like)
+        self.__dict__["bias"] = WeightSkeleton.of((num_outputs,), like)
 
     def forward(self, *_: Any) -> Tensor:
         raise UnsupportedOperation("this layer is computed by servers")
@@ -70,7 +100,9 @@ def _skeleton(module: nn.Module, like: Tensor) -> nn.Module:
     if isinstance(module, Conv1D):
         return Conv1DSkeleton(num_inputs, num_outputs, like=like)
     bare = copy.copy(module)
-    bare.__dict__["_parameters"] = dict.fromkeys(module._parameters)
+    bare.__dict__["_parameters"] = {}
+    for name, parameter in module._parameters.items():
+        bare.__dict__[name] = None if parameter is None else WeightSkeleton.of(parameter.shape, like)
     bare.__dict__["_buffers"] = dict.fromkeys(module._buffers)
     bare.__dict__["_modules"] = {
         name: None if child is None else _skeleton(child, like) for name, child in module._modules.items()

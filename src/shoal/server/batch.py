@@ -82,10 +82,7 @@ class OneByOne:
             attention_mask=None if chunk.mask_BS is None else chunk.mask_BS.to(device),
             position_ids=None if chunk.positions_BT is None else chunk.positions_BT.to(device),
             cache=chunk.cache,
-            changes={
-                block: functools.partial(adapter.on, start=chunk.num_cached)
-                for block, adapter in chunk.adapters.items()
-            },
+            changes={block: adapter.on for block, adapter in chunk.adapters.items()},
         )
         return output_BTD
 
