@@ -66,6 +66,22 @@ def test_each_failure_at_each_moment(kind: str, moment: str, hop: str):
     assert any(kind in line for line in story)
 
 
+WITH_ADAPTERS = {
+    "forward": ("tuning", Failure("", after=2, late=0.01, phase="forward")),
+    "backward": ("tuning", Failure("", after=1, phase="backward")),
+    "decode": ("tuned", Failure("", after=3, phase="decode")),
+}
+
+
+@pytest.mark.parametrize("moment", WITH_ADAPTERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_failure_while_a_clients_adapters_are_computed(kind: str, moment: str):
+    work, when = WITH_ADAPTERS[moment]
+    failure = Failure(kind, victim="s1", after=when.after, late=when.late, phase=when.phase)
+    story = play(Schedule(FAST, (work, "short"), (failure,), spares=SPARES, drain_seconds=5.0))
+    assert any(kind in line for line in story)
+
+
 @pytest.mark.parametrize("hop", ["s0", "s1", "s2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_failure_with_a_server_that_stands_by(kind: str, hop: str):

@@ -250,11 +250,12 @@ class Engine:
                 raise Lacks(kept=True)
             blocks = self._blocks(peer, request, self._inputs_of(tensors))
             kept = self._passes.new(blocks)
-        else:
-            blocks = kept.blocks
-            if blocks.span != span:
-                raise rejected(f"blocks {span} of a pass through {blocks.span}")
+        blocks = kept.blocks
+        if blocks.span != span:
+            kept.drop()
+            raise rejected(f"blocks {span} of a pass through {blocks.span}")
         if grad is None or grad.shape != blocks.inputs_BTD.shape or not grad.is_floating_point():
+            kept.drop()
             raise rejected("a backward pass needs a gradient of its output's shape")
         pieces = training.backward(blocks, grad, kept, self._passes.weights, inputs=request.inputs)
         return await self._in_line(tensors, pieces, kept)

@@ -56,12 +56,14 @@ class Kept:
     room: Room
     graphs: list[Graph] = field(default_factory=list)
     is_dropped: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, graph: Graph) -> None:
         """Keep what went into a block and, if there is room, what its gradient needs."""
-        if self.is_dropped or not self.room.take(graph.num_bytes):
-            graph.left_BTD, graph.num_bytes = None, 0
-        self.graphs.append(graph)
+        with self._lock:  # it may be dropped just now, on another thread
+            if self.is_dropped or not self.room.take(graph.num_bytes):
+                graph.left_BTD, graph.num_bytes = None, 0
+            self.graphs.append(graph)
 
     def pop(self) -> Graph:
         """The last block that is left; it is for the caller to compute with, at once."""
@@ -71,7 +73,8 @@ class Kept:
 
     def drop(self) -> None:
         """Nobody is going to ask for it. May be called twice."""
-        self.is_dropped = True
+        with self._lock:
+            self.is_dropped = True
         with contextlib.suppress(IndexError):
             while True:
                 self.pop()
@@ -91,8 +94,10 @@ class Passes:
         return Kept(blocks, self.room)
 
     def keep(self, peer: str, name: str, kept: Kept) -> None:
-        """A pass is to be kept. Those that nobody has asked for in a long time go."""
+        """A pass is to be kept. Those that nobody has asked for in a long time go, and one that had its name."""
         now = self._clock()
+        if (namesake := self.take(peer, name)) is not None:
+            namesake.drop()
         for key, (since, old) in list(self._passes.items()):
             if now - since > self._seconds:
                 old.drop()

@@ -18,6 +18,7 @@ from shoal.model.adapters import Tuning
 from ..parity import assert_equal
 from .bed import Client
 from .oracle import loss, oracle, positions_of
+from .tuning import tuned, tuning
 
 
 class Reading:
@@ -195,7 +196,8 @@ async def _pass(client: Client, passes: Passes, ids_BS: Tensor, mask_BS: Tensor)
 
 
 WORK: Mapping[str, Callable[[Client], Awaitable[None]]] = {
-    work.__name__: work for work in (short, paged, padded, beams, guesses, turns, training, long, microbatches)
+    work.__name__: work
+    for work in (short, paged, padded, beams, guesses, turns, training, tuned, tuning, long, microbatches)
 }
 """By name; the quicker and simpler first."""
 SLOW = frozenset({"long", "microbatches"})

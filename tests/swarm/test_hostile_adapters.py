@@ -1,0 +1,293 @@
+"""Adapters and kept passes that a stranger makes up: one clear answer, nobody else notices, and nothing of it stays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from shoal.adapters import Layer
+from shoal.model.adapters import name_of
+from shoal.protocol import Failure, Lacking, Learned, Opened, Result
+from shoal.server.shares import Shares
+
+from .harness import Swarm, swarm_of
+from .intruder import Intruder, Raw, declaring, raw
+from .test_hostile_clients import HIDDEN_SIZE, INVALID, ON_SPAN, Peace, forward, hidden, opening, step
+
+MOST_BYTES = 1 << 16
+LORA: dict[str, Any] = {"kind": "lora", "module": "self_attn.q_proj", "rank": 2, "scaling": 1.0}
+PROMPT: dict[str, Any] = {"kind": "prompt", "num_tokens": 3}
+IA3: dict[str, Any] = {"kind": "ia3", "module": "mlp.down_proj", "feedforward": True}
+SIZE = 2 * 2 * HIDDEN_SIZE
+"""The factors of `LORA`."""
+UNKNOWN = "0123456789abcdef" * 2
+PASS, OTHER_PASS = "a" * 32, "b" * 32
+
+
+def lesson(*layers: dict[str, Any], factors: torch.Tensor | None = None, block: Any = 0, **fields: Any) -> Raw:
+    factors = torch.ones(SIZE) if factors is None else factors
+    return raw("adapter", {"factors": factors}, block=block, layers=list(layers or [LORA]), **fields)
+
+
+def changed(**fields: Any) -> Raw:
+    return lesson({**LORA, **fields})
+
+
+def graded(kept: str | None = PASS, **fields: Any) -> Raw:
+    """A question for the gradient of a pass that was kept."""
+    return raw("backward", {"grad": hidden()}, **{**ON_SPAN, "kept": kept, **fields})
+
+
+def spoilt(number: float) -> torch.Tensor:
+    factors = torch.ones(SIZE)
+    factors[7] = number
+    return factors
+
+
+REFUSED: dict[str, tuple[list[Raw], str]] = {
+    # layers that nobody has
+    "no layers": ([raw("adapter", {"factors": torch.ones(SIZE)}, block=0, layers=[])], INVALID),
+    "thousands of layers": ([lesson(*[PROMPT] * 257)], INVALID),
+    "a layer of another kind": ([changed(kind="lokr")], INVALID),
+    "a layer with another field": ([changed(base_layer="q_proj")], INVALID),
+    "a rank of zero": ([changed(rank=0)], INVALID),
+    "a negative rank": ([changed(rank=-2)], INVALID),
+    "a rank beyond all ranks": ([changed(rank=4097)], INVALID),
+    "a rank that is a float": ([changed(rank=2.0)], INVALID),
+    "a scaling that is NaN": ([changed(scaling=float("nan"))], INVALID),
+    "a dropout of everything": ([changed(dropout=1.0)], INVALID),
+    "a negative dropout": ([changed(dropout=-0.1)], INVALID),
+    "a prompt of no tokens": ([lesson({**PROMPT, "num_tokens": 0})], INVALID),
+    "a module without a name": ([changed(module="")], INVALID),
+    "a module without end": ([changed(module="a." * 100 + "b")], INVALID),
+    "a module with other characters": ([changed(module="self_attn/../q_proj")], INVALID),
+    "a module that upsets terminals": ([changed(module="\x1b]0;pwned\x07")], INVALID),
+    "a module that there is not": ([changed(module="self_attn.qkv")], "blocks of this model have no self_attn.qkv"),
+    "a method": ([changed(module="forward")], "blocks of this model have no forward"),
+    "an attribute": ([changed(module="__class__")], "blocks of this model have no __class__"),
+    "a module that is no linear layer": ([changed(module="input_layernorm")], "input_layernorm is no linear layer"),
+    "a module of modules": ([changed(module="mlp")], "mlp is no linear layer"),
+    "two layers at one module": ([lesson(LORA, LORA, factors=torch.ones(2 * SIZE))], "q_proj has two adapters"),
+    "two prompts": ([lesson(PROMPT, PROMPT, factors=torch.ones(6 * HIDDEN_SIZE))], "two prompts"),
+    # factors that do not belong to them
+    "no factors": ([raw("adapter", block=0, layers=[LORA])], "must be floating-point numbers in a row"),
+    "factors in two dimensions": ([lesson(factors=torch.ones(2, SIZE // 2))], "numbers in a row"),
+    "integers": ([lesson(factors=torch.ones(SIZE).long())], "must be floating-point numbers in a row"),
+    "too few factors": ([lesson(factors=torch.ones(SIZE - 1))], f"{SIZE - 1} factors, where these layers have {SIZE}"),
+    "too many factors": ([lesson(factors=torch.ones(SIZE + 1))], f"{SIZE + 1} factors, where these layers have"),
+    "a rank that its factors have not": ([changed(rank=4096)], f"{SIZE} factors, where these layers have"),
+    "NaN": ([lesson(factors=spoilt(float("nan")))], "factors that are not finite"),
+    "infinity": ([lesson(factors=spoilt(float("-inf")))], "factors that are not finite"),
+    "hidden states beside them": (
+        [raw("adapter", {"factors": torch.ones(SIZE), "hidden": hidden()}, block=0, layers=[LORA])],
+        INVALID,
+    ),
+    "factors that lose precision on their way": (
+        [declaring(lesson(), {"name": "factors", "dtype": "float32", "shape": [SIZE], "encoding": "bfloat16"})],
+        INVALID,
+    ),
+    "a bias with DoRA, which PEFT does not have": (
+        [lesson({**LORA, "bias": True, "dora": True}, factors=torch.ones(SIZE + 2 * HIDDEN_SIZE))],
+        "lora_bias=True is not supported for DoRA",
+    ),
+    "an adapter that replaces something else": ([lesson(replaces="everything")], INVALID),
+    "an adapter in the middle of a session": ([opening(), lesson()], "'adapter' makes no sense here"),
+    # computing with them
+    "adapters of another number of blocks": ([forward(adapters=[UNKNOWN])], INVALID),
+    "adapters of more blocks than there are": ([forward(adapters=[None] * 5000)], INVALID),
+    "an adapter that is a word": ([forward(adapters=["q_proj", None])], INVALID),
+    "a seed below zero": ([forward(seed=-1)], INVALID),
+    "a seed beyond all counting": ([forward(seed=1 << 53)], INVALID),
+    "a seed that is a float": ([forward(seed=0.5)], INVALID),
+    "a pass that is kept under a word": ([forward(keep="mine")], INVALID),
+    "a pass that is kept in a session": ([opening(), step(keep=PASS)], INVALID),
+    "an answer of a server's": ([raw("learned")], "'learned' makes no sense here"),
+    "that the server should send something again": ([raw("lacking", kept=True)], "'lacking' makes no sense here"),
+    "a gradient of another span than was kept": (
+        [forward(keep=PASS), graded(start=1)],
+        "blocks 1:2 of a pass through 0:2",
+    ),
+    "a gradient of another shape than was kept": (
+        [forward({"hidden": hidden(2)}, keep=PASS), graded()],
+        "needs a gradient of its output's shape",
+    ),
+    "no gradient": ([forward(keep=PASS), raw("backward", **ON_SPAN, kept=PASS)], "needs a gradient of its output's"),
+}
+
+MISROUTED: dict[str, tuple[list[Raw], str]] = {
+    "a block of another server": ([lesson(block=2)], "this server holds blocks 0:2, not 2"),
+    "more than the server has room for": (
+        [lesson({**PROMPT, "num_tokens": 600}, factors=torch.ones(600 * HIDDEN_SIZE))],
+        f"an adapter of {600 * HIDDEN_SIZE * 4} bytes; this server has room for {MOST_BYTES}",
+    ),
+}
+
+ATTACKS = [
+    pytest.param(frames, code, reason, id=name)
+    for code, attacks in (("rejected", REFUSED), ("misrouted", MISROUTED))
+    for name, (frames, reason) in attacks.items()
+]
+
+
+@pytest.fixture(scope="module")
+def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
+    """A swarm, an honest client's model, and a stranger."""
+    with swarm_of(folder, "0:2", "2:4", shares=Shares(adapter_bytes=MOST_BYTES)) as swarm:
+        yield swarm, swarm.model(), Intruder(swarm, "s0")
+
+
+def check_nothing_left(swarm: Swarm) -> None:
+    engine = swarm.servers["s0"].engine
+    swarm.settle(lambda: not engine.adapters.num_bytes and not engine._passes._passes)
+    assert engine._passes.room._num_bytes_left == Shares().kept_bytes
+
+
+@pytest.mark.parametrize(("frames", "code", "reason"), ATTACKS)
+def test_what_is_no_adapter_is_refused_and_touches_nobody(town, whole, frames, code, reason):
+    swarm, model, intruder = town
+    with Peace(swarm, model, whole):
+        *before, failure = intruder.ask(*frames)
+        assert isinstance(failure, Failure)
+        assert failure.code == code
+        assert re.search(reason, failure.reason)
+        assert failure.reason.isprintable()
+        assert len(failure.reason) < 400
+        assert all(isinstance(answer, Opened | Result | Learned) for answer in before)
+    check_nothing_left(swarm)
+
+
+def named(block: int = 0) -> str:
+    """What the adapter of `lesson()` is called."""
+    return named_as(LORA, torch.ones(SIZE), block=block)
+
+
+def named_as(layer: dict[str, Any], factors: torch.Tensor, *, block: int = 0) -> str:
+    return name_of(block, (TypeAdapter(Layer).validate_python(layer),), factors)
+
+
+LACKING: dict[str, tuple[list[Raw], Lacking]] = {
+    "a pass with an adapter that nobody has sent": (
+        [forward(adapters=[UNKNOWN, None])],
+        Lacking(adapters=(UNKNOWN,)),
+    ),
+    "a gradient with one": (
+        [raw("backward", {"hidden": hidden(), "grad": hidden()}, **ON_SPAN, adapters=[None, UNKNOWN])],
+        Lacking(adapters=(UNKNOWN,)),
+    ),
+    "a session with one": ([opening(adapters=[UNKNOWN, UNKNOWN])], Lacking(adapters=(UNKNOWN,))),
+    "an adapter of the same numbers in another block": (
+        [lesson(), forward(adapters=[None, named(1)])],
+        Lacking(adapters=(named(1),)),
+    ),
+    "one that was replaced": (
+        [
+            lesson(),
+            lesson(PROMPT, factors=torch.ones(3 * HIDDEN_SIZE), replaces=named()),
+            forward(adapters=[named(), None]),
+        ],
+        Lacking(adapters=(named(),)),
+    ),
+    "a pass that was never kept": ([graded()], Lacking(kept=True)),
+    "a pass that was kept and given": ([forward(keep=PASS), graded(), graded()], Lacking(kept=True)),
+    "a pass that was kept under another name": ([forward(keep=PASS), graded(OTHER_PASS)], Lacking(kept=True)),
+}
+
+
+@pytest.mark.parametrize(("frames", "answer"), LACKING.values(), ids=LACKING.keys())
+def test_what_a_server_does_not_have_it_asks_for(town, whole, frames, answer):
+    swarm, model, intruder = town
+    with Peace(swarm, model, whole):
+        assert intruder.ask(*frames)[-1] == answer
+    check_nothing_left(swarm)
+
+
+def test_an_adapter_of_another_block_is_refused(town, whole):
+    swarm, model, intruder = town
+    with Peace(swarm, model, whole):
+        failure = intruder.ask(lesson(), forward(adapters=[None, named()]))[-1]
+        assert isinstance(failure, Failure)
+        assert (failure.code, failure.reason) == ("rejected", "an adapter of block 0 for block 1")
+    check_nothing_left(swarm)
+
+
+@pytest.mark.parametrize("layer", [LORA, PROMPT, IA3], ids=lambda layer: layer["kind"])
+def test_numbers_beyond_all_others_stay_with_who_sent_them(town, whole, layer: dict[str, Any]):
+    swarm, model, intruder = town
+    size = {"lora": SIZE, "prompt": 3 * HIDDEN_SIZE, "ia3": 48}[layer["kind"]]
+    huge = lesson(layer, factors=torch.full((size,), 3e38))
+    names = [named_as(layer, torch.full((size,), 3e38)), None]
+    with Peace(swarm, model, whole):
+        assert isinstance(intruder.ask(huge, forward(adapters=names))[-1], Result)
+        assert isinstance(intruder.ask(huge, opening(adapters=names), step())[-1], Result)
+    check_nothing_left(swarm)
+
+
+def test_a_kept_pass_is_its_clients_alone(town, whole):
+    """Whoever guesses its name is told that it is not there, and its owner still gets it."""
+    swarm, _, intruder = town
+    thief, stream = Intruder(swarm, "s0", name="thief"), intruder.open()
+    intruder.tell(stream, forward(keep=PASS))
+    intruder.hear(stream)
+    assert thief.ask(graded())[-1] == Lacking(kept=True)
+    intruder.tell(stream, graded())
+    ((answer, tensors),) = intruder.hear(stream)
+    assert isinstance(answer, Result)
+    assert tensors["grad"].isfinite().all()
+    assert not intruder.finish(stream)
+    check_nothing_left(swarm)
+
+
+def test_a_pass_that_is_kept_twice_under_one_name_is_kept_once(town):
+    swarm, _, intruder = town
+    stream, kept = intruder.open(), swarm.servers["s0"].engine._passes
+    for _ in range(5):
+        intruder.tell(stream, forward(keep=PASS))
+        intruder.hear(stream)
+    taken = Shares().kept_bytes - kept.room._num_bytes_left
+    assert len(kept._passes) == 1
+    intruder.tell(stream, graded())
+    ((answer, _),) = intruder.hear(stream)
+    assert isinstance(answer, Result)
+    assert taken > 0
+    assert kept.room._num_bytes_left == Shares().kept_bytes
+    assert not intruder.finish(stream)
+    check_nothing_left(swarm)
+
+
+def test_thousands_of_adapters_take_no_more_room_than_there_is(town, whole):
+    swarm, model, intruder = town
+    engine, stream = swarm.servers["s0"].engine, intruder.open()
+    with Peace(swarm, model, whole):
+        for number in range(40):
+            lessons = [lesson(factors=torch.full((SIZE,), 10.0 * number + each)) for each in range(10)]
+            intruder.tell(stream, *lessons)
+            assert {type(answer) for answer, _ in intruder.hear(stream, 10)} == {Learned}
+            assert engine.adapters.num_bytes <= MOST_BYTES
+        assert engine.adapters.num_bytes > MOST_BYTES // 2
+        assert not intruder.finish(stream)
+    check_nothing_left(swarm)
+
+
+def test_who_sends_most_loses_first(town):
+    """A flood pushes out the flood, and not what somebody else has just one of."""
+    swarm, _, intruder = town
+    modest = Intruder(swarm, "s0", name="modest")
+    own = modest.open()
+    modest.tell(own, lesson())
+    modest.hear(own)
+    stream = intruder.open()
+    for number in range(300):
+        intruder.tell(stream, lesson(factors=torch.full((SIZE,), 2.0 + number)))
+        intruder.hear(stream)
+    modest.tell(own, forward(adapters=[named(), None]))
+    ((answer, _),) = modest.hear(own)
+    assert isinstance(answer, Result)
+    assert not modest.finish(own)
+    assert not intruder.finish(stream)
+    check_nothing_left(swarm)
