@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 SHARD_SIZE = "500MB"
 
 
-def reference_config() -> LlamaConfig:
+NUM_BLOCKS = 16
+
+
+def reference_config(num_blocks: int = NUM_BLOCKS) -> LlamaConfig:
     return LlamaConfig(
-        num_hidden_layers=16,
+        num_hidden_layers=num_blocks,
         hidden_size=2048,
         intermediate_size=8192,
         num_attention_heads=32,
@@ -35,9 +38,14 @@ def default_folder() -> Path:
     return Path(os.environ.get("SHOAL_REFERENCE_MODEL") or Path(tempfile.gettempdir()) / "shoal-reference-model")
 
 
-def reference_model(folder: Path | None = None) -> Path:
-    """The folder of the reference model; it is made there unless it is there already. The seed is fixed."""
+def reference_model(folder: Path | None = None, *, num_blocks: int = NUM_BLOCKS) -> Path:
+    """The folder of the reference model; it is made there unless it is there already. The seed is fixed.
+
+    One with fewer blocks, for trials, has a folder of its own.
+    """
     folder = folder or default_folder()
+    if num_blocks != NUM_BLOCKS:
+        folder = folder.with_name(f"{folder.name}-{num_blocks}")
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +55,7 @@ def reference_model(folder: Path | None = None) -> Path:
         random = torch.Generator().manual_seed(0)
         # Transformers' own initialization takes a minute; these are the same distributions.
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(reference_config(), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(reference_config(num_blocks), dtype=torch.bfloat16)
         weights = {
             name: torch.ones_like(tensor, device="cpu")
             if tensor.dim() == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,19 +11,33 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def servers(model: Path, spans: Sequence[str], *options: str, of_last: Sequence[str] = ()) -> Iterator[str]:
-    """Start a server for each span and wait until all serve; yields an address to join by.
+def servers(
+    model: Path, spans: Sequence[str], *options: str, of_last: Sequence[str] = (), cores: Sequence[int] | None = None
+) -> Iterator[str]:
+    """Start a server for each span and wait until all serve; yields the first one's address, to join by.
 
-    All have the same options; the last one has those `of_last` as well.
+    All have the same options; the last one has those `of_last` as well. With `cores`, each has one of them to itself.
     """
     with contextlib.ExitStack() as stack:
         address = ""
         for index, span in enumerate(spans):
             join = ("--initial-peers", address) if address else ("--new-swarm",)
             own = of_last if index == len(spans) - 1 else ()
-            printed = _start(stack, model, span, *join, *options, *own)
+            with contextlib.nullcontext() if cores is None else _only_on(cores[index]):
+                printed = _start(stack, model, span, *join, *options, *own)
             address = address or printed
         yield address
+
+
+@contextlib.contextmanager
+def _only_on(core: int) -> Iterator[None]:
+    """Processes that this thread starts meanwhile run there and nowhere else, and so do those that they start."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _start(stack: contextlib.ExitStack, model: Path, span: str, *options: str) -> str:

@@ -1,0 +1,126 @@
+"""How fast a swarm trains: against one machine, with more servers, and over slow links."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from swarm import servers
+from tuning import NUM_TOKENS, Table, Tuner, client, speed, speed_table, tell, tokens_of, whole
+
+from shoal.testing import Link, shaped_swarm
+
+BATCH, LARGE_BATCH = 8, 64
+DTYPE = torch.bfloat16
+SLOW = Link(delay_seconds=0.05, bytes_per_second=100e6 / 8)
+CACHE_TOKENS = ("--cache-tokens", "1024")
+
+Act = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured, of which model."""
+
+    folder: Path
+    num_blocks: int
+    rounds: int
+
+    @property
+    def halves(self) -> tuple[str, str]:
+        return f"0:{self.num_blocks // 2}", f"{self.num_blocks // 2}:{self.num_blocks}"
+
+    @property
+    def all(self) -> str:
+        return f"0:{self.num_blocks}"
+
+
+def in_turns(name: str, sides: Sequence[Act], batches: Sequence[torch.Tensor]) -> list[tuple[float, float]]:
+    """The speeds of both sides with each batch. They take turns, and the one who begins changes too."""
+    found = []
+    for index, tokens in enumerate(batches):
+        order = (0, 1) if index % 2 == 0 else (1, 0)
+        speeds = {side: speed(sides[side], tokens) for side in order}
+        found.append((speeds[0], speeds[1]))
+        tell(f"{name}, round {index + 1}: {speeds[0]:.4g} {speeds[1]:.4g} tokens/s, {speeds[0] / speeds[1]:.3f}")
+    return found
+
+
+def batches_of(model: Any, scale: Scale, batch_size: int) -> list[torch.Tensor]:
+    return [tokens_of(model, batch_size, seed) for seed in range(scale.rounds)]
+
+
+def of_local(scale: Scale) -> Table:
+    """Two servers of half of the blocks, as users run them, beside one process with all of them."""
+    local = Tuner(whole(scale.folder, DTYPE))
+    with servers(scale.folder, scale.halves, *CACHE_TOKENS) as address, _client(scale.folder, address) as model:
+        swarm = Tuner(model)
+        for each in (swarm, local):
+            each.step(tokens_of(model, 2, seed=0))
+        batches = batches_of(model, scale, BATCH)
+        trained = in_turns("training", (swarm.step, local.step), batches)
+        forwarded = in_turns("forward", (swarm.forward, local.forward), batches)
+    return speed_table(
+        f"Two servers on loopback against one machine, LoRA, {BATCH}x{NUM_TOKENS}",
+        [("training", trained, 0.85), ("forward", forwarded, 0.95)],
+    )
+
+
+def of_one_server(scale: Scale) -> Table | None:
+    """Two servers of all blocks, a core for each, beside one of them."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        tell("one core: two servers cannot be faster than one")
+        return None
+    options = ("--threads", "1", *CACHE_TOKENS)
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(servers(scale.folder, [scale.all] * 2, *options, cores=cores))
+        first = address.rpartition("/")[2]
+        both = stack.enter_context(_client(scale.folder, address))
+        one = stack.enter_context(_client(scale.folder, address, allowed_servers=[first]))
+        sides = [Tuner(each).step for each in (both, one)]
+        for step in sides:
+            step(tokens_of(both, 2, seed=0))
+        rounds = in_turns("two servers, of one", sides, batches_of(both, scale, BATCH))
+    return speed_table(
+        f"Servers that have a core each, LoRA, {BATCH}x{NUM_TOKENS}",
+        [("two servers of all blocks, against one", rounds, 1.6)],
+    )
+
+
+def of_unshaped(scale: Scale) -> Table:
+    """The same servers over slow links and over none. Each step takes minutes, so there is one of each."""
+    with contextlib.ExitStack() as stack:
+        swarm = stack.enter_context(shaped_swarm(scale.folder, scale.halves, options=CACHE_TOKENS, num_threads=None))
+        model = stack.enter_context(_client(scale.folder, swarm.addresses))
+        tuner = Tuner(model)
+        tuner.step(tokens_of(model, BATCH, seed=0))
+
+        def over(link: Link) -> Act:
+            def act(tokens: torch.Tensor) -> None:
+                for server in swarm.servers:
+                    server.link(link)
+                tuner.step(tokens)
+
+            return act
+
+        batch = tokens_of(model, LARGE_BATCH, seed=0)
+        rounds = in_turns("slow links, of none", (over(SLOW), over(Link())), [batch])
+    return speed_table(
+        f"Slow links, LoRA, {LARGE_BATCH}x{NUM_TOKENS}",
+        [("100 Mbit/s, round trip 100 ms, against loopback", rounds, 0.7)],
+    )
+
+
+@contextlib.contextmanager
+def _client(folder: Path, addresses: str | list[str], **options: Any) -> Any:
+    model = client(folder, addresses, DTYPE, **options)
+    try:
+        yield model
+    finally:
+        model.close()
