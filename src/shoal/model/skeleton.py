@@ -28,7 +28,7 @@ class WeightSkeleton(Tensor):
     To copy it or to change it, as merging does, raises `UnsupportedOperation`.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
 
     @classmethod
     def of(cls, shape: Sequence[int], like: Tensor) -> WeightSkeleton:
@@ -48,7 +48,7 @@ class WeightSkeleton(Tensor):
             hint="PEFT merges an adapter that was saved on one machine with all weights",
         )
 
-    clone = __iadd__ = __isub__ = _is_elsewhere  # type: ignore[assignment]
+    clone = __iadd__ = __isub__ = _is_elsewhere
 
     def __deepcopy__(self, _: dict[int, Any]) -> WeightSkeleton:
         return self
