@@ -262,8 +262,9 @@ def test_a_pass_that_is_kept_twice_under_one_name_is_kept_once(town):
 
 def test_thousands_of_adapters_take_no_more_room_than_there_is(town, whole):
     swarm, model, intruder = town
-    engine, stream = swarm.servers["s0"].engine, intruder.open()
+    engine = swarm.servers["s0"].engine
     with Peace(swarm, model, whole):
+        stream = intruder.open()
         for number in range(40):
             lessons = [lesson(factors=torch.full((SIZE,), 10.0 * number + each)) for each in range(10)]
             intruder.tell(stream, *lessons)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.protocol import MAX_STEP_TOKENS
 from shoal.routing.route import Measured, Needs, choose_route
-from shoal.routing.spread import UnderWay
+from shoal.routing.spread import SMALLEST_PASS, UnderWay, microbatch_rows
 from shoal.routing.view import SwarmView
 from shoal.spans import Span
 
@@ -61,3 +62,23 @@ def test_when_all_passes_are_done_nothing_is_under_way(speeds: list[float], numb
     for route in reversed(routes):
         under_way = under_way.without(route)
     assert under_way == UnderWay()
+
+
+@given(batch_size=st.integers(1, 4096), num_tokens=st.integers(1, 5000), num_servers=st.integers(0, 100))
+def test_microbatches_fit_into_a_message_and_are_enough_for_all_servers(
+    batch_size: int, num_tokens: int, num_servers: int
+):
+    rows = microbatch_rows(batch_size, num_tokens, num_servers=num_servers)
+    assert rows >= 1
+    assert rows * num_tokens <= MAX_STEP_TOKENS or rows == 1
+    too_small = rows * num_tokens <= SMALLEST_PASS + num_tokens
+    assert too_small or batch_size // rows >= num_servers
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_servers", "rows"), [(64, 1, 8), (64, 8, 4), (64, 100, 2), (1, 4, 2), (4, 1, 2)]
+)
+def test_a_batch_of_sequences_of_128_tokens_is_cut_by_the_number_of_servers(
+    batch_size: int, num_servers: int, rows: int
+):
+    assert microbatch_rows(batch_size, 128, num_servers=num_servers) == rows

@@ -30,6 +30,7 @@ class Pool:
         self._taught = taught
         self._idle: dict[str, list[tuple[float, Connection]]] = defaultdict(list)
         self._sweeping: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def ask(
         self,
@@ -55,6 +56,7 @@ class Pool:
 
     async def close(self) -> None:
         """Close all that nobody uses just now, and keep none from now on."""
+        self._closed = True
         if self._sweeping is not None:
             self._sweeping.cancel()
         while self._idle:
@@ -70,6 +72,9 @@ class Pool:
         except BaseException:
             await connection.close()
             raise
+        if self._closed:
+            await connection.close()
+            return
         self._idle[server.peer].append((now(), connection))
         self._sweeping = self._sweeping or asyncio.create_task(self._sweep())
 

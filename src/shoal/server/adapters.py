@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ class Adapters:
             raise rejected("the factors of an adapter must be floating-point numbers in a row")
         if values_N.nbytes > self._most_bytes:
             raise misrouted(f"an adapter of {values_N.nbytes} bytes; this server has room for {self._most_bytes}")
-        if values_N.nbytes < ASIDE_BYTES:
+        if values_N.nbytes < ASIDE_BYTES and "peft" in sys.modules:  # to import it takes seconds
             adapter = self._read(request, values_N)
         else:
             adapter = await asyncio.to_thread(alone, lambda: self._read(request, values_N))

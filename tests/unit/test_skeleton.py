@@ -1,0 +1,87 @@
+"""Blocks without weights: what PEFT looks for is there, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from shoal.errors import UnsupportedOperation
+from shoal.model.skeleton import LINEAR, num_features, skeletons
+
+SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+MODELS: dict[str, PreTrainedModel] = {
+    "llama": LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, attention_bias=True)),
+    "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4)),
+}
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    found: nn.ModuleList = model.model.layers if hasattr(model, "model") else model.transformer.h
+    return found
+
+
+@pytest.fixture(params=MODELS)
+def whole(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return MODELS[request.param]
+
+
+@pytest.fixture
+def bare(whole: PreTrainedModel) -> nn.ModuleList:
+    return nn.ModuleList(skeletons(list(layers_of(whole)), torch.empty(0, dtype=torch.bfloat16)))
+
+
+def test_modules_have_the_same_names_and_sizes(whole: PreTrainedModel, bare: nn.ModuleList):
+    own = dict(bare.named_modules())
+    assert own.keys() == dict(layers_of(whole).named_modules()).keys()
+    for name, module in layers_of(whole).named_modules():
+        if isinstance(module, LINEAR):
+            assert isinstance(own[name], LINEAR)
+            assert num_features(own[name]) == num_features(module)
+            assert (own[name].bias is None) == (module.bias is None)
+        for kind, parameter in module.named_parameters(recurse=False):
+            stand_in = getattr(own[name], kind)
+            assert stand_in.shape == parameter.shape
+            assert stand_in.dtype == torch.bfloat16
+            assert stand_in.untyped_storage().nbytes() == 2
+
+
+def test_nothing_is_in_them(bare: nn.ModuleList):
+    for each in (bare, copy.deepcopy(bare), bare.to(torch.float64)):
+        assert not list(each.parameters())
+        assert not list(each.buffers())
+        assert not each.state_dict()
+        assert repr(each)
+
+
+def test_the_model_that_they_are_made_of_is_as_it_was(whole: PreTrainedModel, bare: nn.ModuleList):
+    assert all(parameter.numel() > 0 for parameter in layers_of(whole).parameters())
+    assert whole(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    assert len(bare) == 2
+
+
+def test_peft_finds_the_linear_layers_that_it_finds_in_the_whole(whole: PreTrainedModel, bare: nn.ModuleList):
+    def added(blocks: nn.Module) -> set[str]:
+        model: Any = nn.Sequential(blocks, nn.Embedding(2, 2))
+        tuned = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        return {name for name, each in tuned.named_parameters() if each.requires_grad}
+
+    assert added(bare) == added(copy.deepcopy(layers_of(whole)))
+
+
+def test_what_cannot_be_done_with_them_is_said(bare: nn.ModuleList):
+    linear = next(module for module in bare.modules() if isinstance(module, LINEAR))
+    with pytest.raises(UnsupportedOperation, match="computed by servers"):
+        linear(torch.zeros(1, 32))
+    for change in (
+        lambda: linear.weight.data.clone(),
+        lambda: setattr(linear.weight, "data", torch.zeros(1)),
+        lambda: linear.weight.data.__iadd__(1),
+    ):
+        with pytest.raises(UnsupportedOperation, match="servers hold these weights"):
+            change()
