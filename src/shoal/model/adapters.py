@@ -218,6 +218,11 @@ def parameters_of(layer: Any, name: str) -> list[Tensor]:
 # -- a server's half ---------------------------------------------------------------------------------------------------
 
 
+def get_ready() -> None:
+    """Import PEFT: that takes seconds, in which a server that is sent an adapter would answer nobody."""
+    from peft.tuners import ia3, lora  # noqa: F401
+
+
 class BlockAdapter:
     """One client's adapter of one block, ready to be computed with. Its factors never change."""
 

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 import torch
 
+from shoal.model.adapters import get_ready
 from shoal.model.body import Body
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.load import load_body
@@ -110,6 +111,7 @@ async def serve(
             body = await executor.run(
                 lambda: load_body(checkpoint, span, dtype=dtype, device=device, quantization=quantization)
             )
+            await executor.run(get_ready)
             head = None
             if config.serve_head and span.end == checkpoint.num_blocks:
                 head = await executor.run(lambda: load_head(checkpoint, dtype, device))
