@@ -28,7 +28,8 @@ class WeightSkeleton(Tensor):
     To copy it or to change it, as merging does, raises `UnsupportedOperation`.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+    # What is computed from it is a plain tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def of(cls, shape: Sequence[int], like: Tensor) -> WeightSkeleton:
