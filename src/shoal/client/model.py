@@ -203,6 +203,7 @@ class _AutoDistributed:
             device=device,
         )
         blocks.mount(skeletons(model.layers_elsewhere, torch.empty(0, dtype=chosen_dtype, device=device)))
+        model.name_or_path = model.config._name_or_path = checkpoint.files.origin  # PEFT writes it into its adapters
         if GENERATION_CONFIG in checkpoint.files and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.files.path(GENERATION_CONFIG).parent)
         prepare_projection(model, quantization=head_quantization, remote=config.remote_head, dtype=chosen_dtype)

@@ -19,6 +19,10 @@ class Files(Protocol):
     def name(self) -> str:
         """A short name to show."""
 
+    @property
+    def origin(self) -> str:
+        """Where Transformers would find them: the folder, or the id on the hub."""
+
     def __contains__(self, file: object) -> bool: ...
 
     def listing(self) -> Iterable[str]:
@@ -40,6 +44,10 @@ class LocalFiles:
 
     folder: Path
     name: str
+
+    @property
+    def origin(self) -> str:
+        return str(self.folder)
 
     def __contains__(self, file: object) -> bool:
         return isinstance(file, str) and (self.folder / file).is_file()

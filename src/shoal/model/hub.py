@@ -61,6 +61,10 @@ class HubFiles:
     cache_dir: Path
     token: str | None = field(repr=False)
 
+    @property
+    def origin(self) -> str:
+        return self.name
+
     def __contains__(self, file: object) -> bool:
         return file in self.entries
 
