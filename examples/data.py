@@ -1,0 +1,41 @@
+"""Texts for the examples, in the world of the bundled stories: a small grammar writes them, with no download."""
+
+from collections.abc import Sequence
+from random import Random
+
+HEROES = ("Lily", "Mia", "Anna", "Rosie", "Ella", "Tim", "Ben", "Max", "Sam", "Leo")
+FRIENDS = ("Daisy", "Ruby", "Hazel", "Oscar", "Toby", "Hugo")
+ANIMALS = ("fox", "rabbit", "mouse", "bear", "cat", "dog", "hedgehog", "pony", "lamb", "goat")
+PLACES = ("in the forest", "by the river", "in the garden", "in the park", "on the hill", "by the lake", "by the sea")
+DAYS = ("One day", "One morning", "One afternoon", "One evening")
+
+GOOD = ("jumped for joy", "laughed and danced", "smiled a big smile", "was very happy", "was safe", "felt much better")
+BAD = ("began to cry", "felt very sad", "was lonely", "was afraid", "was lost", "wanted to give up")
+
+QUESTIONS = ("Who?", "With?", "Where?")
+
+
+def reviews(count: int, *, seed: int) -> list[tuple[str, int]]:
+    """How days went. The label says how each ended, 1 is well and 0 is badly; what came before does not count."""
+    rng = Random(seed)
+    return [_review(rng) for _ in range(count)]
+
+
+def _review(rng: Random) -> tuple[str, int]:
+    ended_well = rng.randrange(2)
+    hero, friend, place = rng.choice(HEROES), rng.choice(FRIENDS), rng.choice(PLACES)
+    first, last = rng.choice(GOOD + BAD), rng.choice(GOOD if ended_well else BAD)
+    return f"{rng.choice(DAYS)}, {hero} {first} {place}. Then {friend} came, and {hero} {last}.", ended_well
+
+
+def tasks(count: int, *, seed: int, questions: Sequence[str] = QUESTIONS) -> list[dict[str, str]]:
+    """Stories of a sentence that end in a question: the `prompt`. The `completion` is the answer, a word or three."""
+    rng = Random(seed)
+    return [_task(rng, rng.choice(questions)) for _ in range(count)]
+
+
+def _task(rng: Random, question: str) -> dict[str, str]:
+    hero, friend, animal, place = (rng.choice(words) for words in (HEROES, FRIENDS, ANIMALS, PLACES))
+    met = rng.choice((f"{hero} met {friend} the {animal} {place}.", f"{friend} the {animal} saw {hero} {place}."))
+    answer = {"Who?": hero, "With?": friend, "Where?": place}[question]
+    return {"prompt": f"{rng.choice(DAYS)}, {met} {question}", "completion": f" {answer}."}

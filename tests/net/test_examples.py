@@ -1,0 +1,113 @@
+"""The examples, as a user runs them: each against a swarm of two processes, and it has to learn."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from shoal.bundled import STORIES
+from shoal.processes import Children
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SECONDS = 300.0
+"""No example takes that long; one that does has failed."""
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an example has said, and the folder that it wrote into."""
+
+    said: str
+    folder: Path
+
+    def figures(self, name: str) -> list[float]:
+        """All that it said under this name."""
+        return [float(figure) for figure in re.findall(rf"\b{name}: ([0-9.]+)", self.said)]
+
+    def has_plot(self, file: str) -> bool:
+        """Whether a picture is there that shows a line: coloured pixels on white."""
+        path = self.folder / file
+        if not path.read_bytes().startswith(PNG):
+            return False
+        colours = imread(path)[..., :3]
+        return bool(colours.shape[0] >= 300 and np.ptp(colours, axis=-1).max() > 0.3)
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a swarm that serves the bundled model in two halves."""
+    with pytest.MonkeyPatch.context() as patch, Children() as children:
+        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        options = ("--host", "127.0.0.1", "--dtype", "float32", "--cache-tokens", "4096")
+        first = children.start("first", "serve", str(STORIES), "--new-swarm", "--blocks", "0:6", *options)
+        for _ in children.wait_for([first], seconds=SECONDS):
+            pass
+        address = first.facts["address"]
+        joining = ("--initial-peers", address, "--blocks", "6:12")
+        second = children.start("second", "serve", str(STORIES), *joining, *options)
+        for _ in children.wait_for([second], seconds=SECONDS):
+            pass
+        yield address
+
+
+@pytest.fixture
+def example(peers: str, tmp_path: Path) -> Callable[..., Run]:
+    """Run an example to its end."""
+
+    def run(name: str, *arguments: str) -> Run:
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / f"{name}.py"), "--folder", str(tmp_path), *arguments],
+            env=dict(os.environ, SHOAL_INITIAL_PEERS=peers, OMP_NUM_THREADS="1"),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        assert done.returncode == 0, done.stderr
+        return Run(done.stdout, tmp_path)
+
+    return run
+
+
+def test_a_soft_prompt_learns_how_a_day_ended(example):
+    run = example("sentiment", "--steps", "50")
+    (before,), (after,) = run.figures("accuracy before"), run.figures("accuracy after")
+    assert before < 0.65  # it guesses
+    assert after > before + 0.25
+    assert run.has_plot("sentiment.png")
+
+
+def test_lora_learns_to_follow_instructions(example):
+    run = example("instructions", "--steps", "20")
+    (before,), (after,) = run.figures("accuracy before"), run.figures("accuracy after")
+    assert before < 0.1
+    assert after > before + 0.5
+    assert run.has_plot("instructions.png")
+    assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_two_participants_learn_from_each_other_what_only_one_has_data_for(example):
+    run = example("together", "--steps", "16")
+    before, after = run.figures("accuracy before"), run.figures("after")
+    assert len(before) == len(after) == 2
+    assert after[0] == after[1]  # they have one adapter
+    assert after[0] > max(before) + 0.6  # either, by itself, has stories with half of the questions
+    assert run.has_plot("together.png")
+
+
+def test_the_same_without_anybody_in_charge_and_differentially_private(example):
+    little = ("--noise", "0.2", "--batch-size", "12")  # so few steps learn nothing under noise that hides much
+    run = example("together", "--steps", "16", "--decentralized", "--private", *little)
+    assert min(run.figures("after")) > max(run.figures("accuracy before")) + 0.25
+    (epsilon,) = run.figures("epsilon")
+    assert 0 < epsilon < 100
+    assert run.has_plot("together.png")
