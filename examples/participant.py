@@ -31,7 +31,10 @@ def participate(number: int, parent: Connection, chosen: Namespace) -> None:
     stories = tasks(NUM_STORIES, seed=chosen.seed + number, questions=[QUESTIONS[number]])
     held_out = tasks(64, seed=chosen.seed + len(QUESTIONS), questions=QUESTIONS)
     losses, before = [], exact_answers(model, tokenizer, held_out)
-    torch.seed() if chosen.private else torch.manual_seed(chosen.seed + number)  # nobody may know the noise
+    if chosen.private and chosen.noise_seed is None:
+        torch.seed()  # nobody may know the noise
+    else:
+        torch.manual_seed((chosen.noise_seed or chosen.seed) + number)
     averaging = by_hivemind if chosen.decentralized else by_coordinator
     with averaging(factors, parent) as average:
         for step in range(1, chosen.steps + 1):

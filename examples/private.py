@@ -23,6 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true")
     for name, default in {"--noise": 0.6, "--clip": 1.0, "--delta": 1e-4}.items():
         parser.add_argument(name, type=float, default=default)
+    parser.add_argument("--noise-seed", type=int, help="to repeat a run; noise that can be guessed hides nothing")
 
 
 def backward(loss_of: Loss, batch: Sequence[Any], factors: Sequence[torch.Tensor], chosen: Namespace) -> float:
