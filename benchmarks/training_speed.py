@@ -15,7 +15,7 @@ from tuning import NUM_TOKENS, Table, Tuner, client, speed, speed_table, tell, t
 
 from shoal.testing import Link, shaped_swarm
 
-BATCH, LARGE_BATCH = 8, 64
+BATCH, LARGE_BATCH, WARM_UP_BATCH = 8, 64, 4
 DTYPE = torch.bfloat16
 SLOW = Link(delay_seconds=0.05, bytes_per_second=100e6 / 8)
 CACHE_TOKENS = ("--cache-tokens", "1024")
@@ -60,10 +60,10 @@ def of_local(scale: Scale) -> Table:
     local = Tuner(whole(scale.folder, DTYPE))
     with servers(scale.folder, scale.halves, *CACHE_TOKENS) as address, _client(scale.folder, address) as model:
         swarm = Tuner(model)
-        for each in (swarm, local):
-            each.step(tokens_of(model, 2, seed=0))
+        _warm_up(swarm.step, local.step, model=model)
         batches = batches_of(model, scale, BATCH)
         trained = in_turns("training", (swarm.step, local.step), batches)
+        _warm_up(swarm.forward, local.forward, model=model)
         forwarded = in_turns("forward", (swarm.forward, local.forward), batches)
     return speed_table(
         f"Two servers on loopback against one machine, LoRA, {BATCH}x{NUM_TOKENS}",
@@ -84,8 +84,7 @@ def of_one_server(scale: Scale) -> Table | None:
         both = stack.enter_context(_client(scale.folder, address))
         one = stack.enter_context(_client(scale.folder, address, allowed_servers=[first]))
         sides = [Tuner(each).step for each in (both, one)]
-        for step in sides:
-            step(tokens_of(both, 2, seed=0))
+        _warm_up(*sides, model=both)
         rounds = in_turns("two servers, of one", sides, batches_of(both, scale, BATCH))
     return speed_table(
         f"Servers that have a core each, LoRA, {BATCH}x{NUM_TOKENS}",
@@ -99,7 +98,7 @@ def of_unshaped(scale: Scale) -> Table:
         swarm = stack.enter_context(shaped_swarm(scale.folder, scale.halves, options=CACHE_TOKENS, num_threads=None))
         model = stack.enter_context(_client(scale.folder, swarm.addresses))
         tuner = Tuner(model)
-        tuner.step(tokens_of(model, BATCH, seed=0))
+        _warm_up(tuner.step, model=model)
 
         def over(link: Link) -> Act:
             def act(tokens: torch.Tensor) -> None:
@@ -115,6 +114,11 @@ def of_unshaped(scale: Scale) -> Table:
         f"Slow links, LoRA, {LARGE_BATCH}x{NUM_TOKENS}",
         [("100 Mbit/s, round trip 100 ms, against loopback", rounds, 0.7)],
     )
+
+
+def _warm_up(*sides: Act, model: Any) -> None:
+    for act in sides:
+        act(tokens_of(model, WARM_UP_BATCH, seed=0))
 
 
 @contextlib.contextmanager
