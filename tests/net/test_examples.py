@@ -105,7 +105,14 @@ def test_two_participants_learn_from_each_other_what_only_one_has_data_for(examp
 
 
 def test_the_same_without_anybody_in_charge_and_differentially_private(example):
-    little = ("--noise", "0.2", "--batch-size", "12", "--noise-seed", "1")  # so few steps learn nothing under noise that hides much
+    little = (
+        "--noise",
+        "0.2",
+        "--batch-size",
+        "12",
+        "--noise-seed",
+        "1",
+    )  # so few steps learn nothing under noise that hides much
     run = example("together", "--steps", "16", "--decentralized", "--private", *little)
     assert min(run.figures("after")) > max(run.figures("accuracy before")) + 0.25
     (epsilon,) = run.figures("epsilon")
