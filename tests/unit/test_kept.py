@@ -40,8 +40,18 @@ def test_what_does_not_fit_keeps_only_what_went_in():
     room = Room(ROOM)
     kept = kept_in(room, 60, 60, 30)
     assert [each.left_BTD is None for each in kept.graphs] == [False, True, False]
-    assert left(room) == 10
-    assert [kept.pop().num_bytes for _ in range(3)] == [30, 0, 60]
+    assert kept.is_whole
+    assert left(room) == 6
+    assert [kept.pop().num_bytes for _ in range(3)] == [30, 4, 60]
+    assert left(room) == ROOM
+
+
+def test_a_pass_of_which_not_even_the_inputs_fit_is_not_whole():
+    room = Room(ROOM)
+    kept = kept_in(room, 98, 60)
+    assert not kept.is_whole
+    assert kept.graphs[1].entered_BTD is not None  # for whoever goes back at once
+    kept.drop()
     assert left(room) == ROOM
 
 

@@ -238,7 +238,10 @@ class Engine:
             return await self._in_line(tensors, training.forward(blocks))
         kept = self._passes.new(blocks)
         outputs = await self._in_line(tensors, training.forward_to_keep(blocks, kept, self._passes.weights), kept)
-        self._passes.keep(peer, request.keep, kept)
+        if kept.is_whole:
+            self._passes.keep(peer, request.keep, kept)
+        else:
+            kept.drop()
         return outputs
 
     async def backward(self, peer: str, request: Backward, tensors: Tensors) -> training.Gradients:

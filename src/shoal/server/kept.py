@@ -28,6 +28,10 @@ class Graph:
     left_BTD: torch.Tensor | None
     num_bytes: int
 
+    def forget(self) -> None:
+        """Keep only what went in."""
+        self.left_BTD, self.num_bytes = None, self.entered_BTD.nbytes
+
 
 class Room:
     """How much more may be kept. It is used up on the compute thread, and may be given back on another."""
@@ -56,13 +60,19 @@ class Kept:
     room: Room
     graphs: list[Graph] = field(default_factory=list)
     is_dropped: bool = False
+    is_whole: bool = True  # whether there was room for what went in, everywhere
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, graph: Graph) -> None:
-        """Keep what went into a block and, if there is room, what its gradient needs."""
+        """Keep what went into a block and, if there is room, what its gradient needs.
+
+        Who goes back at once needs the former in any case; who comes later must not find more than there is room for.
+        """
         with self._lock:  # it may be dropped just now, on another thread
             if self.is_dropped or not self.room.take(graph.num_bytes):
-                graph.left_BTD, graph.num_bytes = None, 0
+                graph.forget()
+                if self.is_dropped or not self.room.take(graph.num_bytes):
+                    graph.num_bytes, self.is_whole = 0, False
             self.graphs.append(graph)
 
     def pop(self) -> Graph:
