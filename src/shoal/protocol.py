@@ -32,6 +32,8 @@ MAX_LENGTH = 1 << 22
 MAX_DIMENSION = 1 << 26
 MAX_BLOCKS = 4096
 MAX_HOPS = 256
+MAX_FACTORS = 1 << 20
+"""Tensors of factors in a span."""
 MAX_STEPS_AHEAD = 16
 """The steps of one session that a server keeps beside the one that it computes."""
 
@@ -62,6 +64,7 @@ Link = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Adapted = Annotated[tuple[AdapterName | None, ...], Field(max_length=MAX_BLOCKS, strict=False)]
 """The adapter of each block of a span; nothing at all if no block has one."""
 PassId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+FactorIndex = Annotated[int, Field(ge=0, le=MAX_FACTORS)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
@@ -339,7 +342,8 @@ class Lacking(_Message):
 class Result(_Message):
     """Server: the answer to `Step`, `Forward` (`hidden`), `Norms` (`factors`) or `Backward`.
 
-    That has `grad`, if it is wanted, and `factor_grads`.
+    That has `grad`, if it is wanted, and `factor_grads`; of the factors' tensors, counted over all blocks, those
+    `unused` had no part in the computation, and have no gradient.
 
     `factor_grads` [N] are the gradients of the factors of the span's adapters, block after block, in their dtype. Its
     dtype and its encoding are those of the question's `hidden`. To a step it has the step's `epoch` and `position`,
@@ -355,6 +359,7 @@ class Result(_Message):
     epoch: Epoch = 0
     position: Position = 0
     seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] | None = None
+    unused: Annotated[tuple[FactorIndex, ...], Field(max_length=8192, strict=False)] = ()
 
 
 class Unreached(_Message):

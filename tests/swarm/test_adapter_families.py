@@ -37,7 +37,7 @@ TARGETS: dict[str, str | list[str]] = {
     "qwen3_moe": ATTENTION,
     "qwen3_next": [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"],  # recurrent state
     # And here it means layers that PEFT refuses.
-    "mamba": ["in_proj", "x_proj"],
+    "mamba": ["in_proj", "x_proj", "dt_proj"],  # of dt_proj its code reads the weight: no gradient
 }
 
 
@@ -55,10 +55,8 @@ def factors_of(model: PeftModel) -> dict[str, torch.nn.Parameter]:
 
 
 def gradients_of(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Of all factors, after a backward pass in which each of them had a part."""
-    gradients = {name: each.grad for name, each in factors_of(model).items() if each.grad is not None}
-    assert gradients.keys() == factors_of(model).keys()
-    return gradients
+    """Of all factors that had a part in what was computed."""
+    return {name: each.grad for name, each in factors_of(model).items() if each.grad is not None}
 
 
 def generate(model: Any) -> list[list[int]]:
@@ -82,8 +80,9 @@ def test_lora_in_a_swarm_is_that_of_peft_on_one_machine(family: str, tmp_path: P
         for loss in losses:
             loss.backward()
         assert close(*losses)
-        expected = gradients_of(theirs)
-        for name, gradient in gradients_of(ours).items():
+        found, expected = gradients_of(ours), gradients_of(theirs)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
             assert expected[name].any(), f"{name} has no part in the loss: nothing is compared"
             assert close(gradient, expected[name]), name
         assert generate(ours) == generate(theirs) != plain

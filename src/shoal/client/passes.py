@@ -21,7 +21,7 @@ from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import Connection, finite, plausible
 from shoal.client.pool import Pool
 from shoal.errors import ServerLost
-from shoal.model.adapters import Factors, Tuning
+from shoal.model.adapters import FactorGradients, Factors, Tuning
 from shoal.net.codec import Tensors
 from shoal.net.encodings import as_received
 from shoal.protocol import Backward, Forward, Lacking, Norms, Result, TensorName
@@ -71,10 +71,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a backward pass finds: the gradient [B, T, D] of the inputs, if wanted, and those [N] of blocks' factors."""
+    """What a backward pass finds: the gradient [B, T, D] of the inputs, if wanted, and those of blocks' factors."""
 
     inputs_BTD: torch.Tensor | None
-    factors: Mapping[int, torch.Tensor]
+    factors: Mapping[int, FactorGradients]
 
 
 class Passes:
@@ -120,7 +120,7 @@ class Passes:
         inputs = [each.inputs_BTD for each in found if each.inputs_BTD is not None]
         factors = {
             # In the order of the batch, whoever was ready first: sums of floating-point numbers depend on it.
-            block: torch.stack([each.factors[block] for each in found]).sum(0)
+            block: FactorGradients.sum([each.factors[block] for each in found])
             for block in found[0].factors
         }
         return Gradients(_joined(inputs) if inputs else None, factors)
@@ -185,7 +185,7 @@ class Passes:
         return await self._chain.persist(whole.span, walk), pieces
 
     async def _backward(self, plan: Plan, pieces: list[Piece], grad: torch.Tensor) -> Gradients:
-        factors: dict[int, torch.Tensor] = {}
+        factors: dict[int, FactorGradients] = {}
         whole = Span(pieces[0].span.start, pieces[-1].span.end)
         while pieces and not plan.wants(pieces[0].span):
             pieces.pop(0)
@@ -235,7 +235,7 @@ class Passes:
 
     async def _ask_backward(
         self, plan: Plan, hop: Hop, piece: Piece, grad: torch.Tensor
-    ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]] | None:
+    ) -> tuple[torch.Tensor | None, dict[int, FactorGradients]] | None:
         """The gradients of a piece's inputs and factors; `None` if the server has not kept what was computed."""
         assert plan.wanted_from is not None
         inputs = plan.inputs_wanted or plan.wanted_from < piece.span.start
@@ -256,7 +256,8 @@ class Passes:
                 raise _wrong(connection, "that it lacks what it was just sent")
             return None
         gradient = self._received(connection, result, found, "grad", piece) if inputs else None
-        return gradient, _factor_gradients(connection, plan.tuning.of(piece.span), found.get("factor_grads"))
+        own = _factor_gradients(connection, plan.tuning.of(piece.span), found.get("factor_grads"), result.unused)
+        return gradient, own
 
     async def _ask(
         self, plan: Plan, hop: Hop, request: Forward | Backward, tensors: Tensors, piece: Piece
@@ -284,14 +285,19 @@ class Passes:
 
 
 def _factor_gradients(
-    connection: Connection, factors: Sequence[Factors], found: torch.Tensor | None
-) -> dict[int, torch.Tensor]:
+    connection: Connection, factors: Sequence[Factors], found: torch.Tensor | None, unused: Sequence[int]
+) -> dict[int, FactorGradients]:
     sizes = [len(each.values) for each in factors]
     if not factors and found is None:
         return {}
     if found is None or found.shape != (sum(sizes),) or not found.is_floating_point():
         raise _wrong(connection, "something else than was asked")
-    return {each.block: part for each, part in zip(factors, found.split(sizes), strict=True)}
+    gradients, start = {}, 0
+    for each, part in zip(factors, found.split(sizes), strict=True):
+        own = range(start, start + each.num_tensors)
+        gradients[each.block] = FactorGradients(part, frozenset(index - start for index in unused if index in own))
+        start = own.stop
+    return gradients
 
 
 def _wrong(connection: Connection, what: str) -> ServerLost:

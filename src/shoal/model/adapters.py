@@ -48,9 +48,28 @@ class Factors:
     hosted: str | None = None
 
     @property
+    def num_tensors(self) -> int:
+        """Of how many tensors they are."""
+        return sum(1 if isinstance(layer, Prompt) else len(layer.shapes(1, 1)) for layer in self.layers)
+
+    @property
     def drops(self) -> bool:
         """Whether it drops anything at random."""
         return any(isinstance(layer, Lora) and layer.dropout > 0 for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class FactorGradients:
+    """Those [N] of a block's factors; the tensors of these numbers had no part in what was computed."""
+
+    values: Tensor
+    unused: frozenset[int] = frozenset()
+
+    @classmethod
+    def sum(cls, each: Sequence[FactorGradients]) -> FactorGradients:
+        """Those of several computations together."""
+        unused = frozenset.intersection(*(one.unused for one in each))
+        return cls(torch.stack([one.values for one in each]).sum(0), unused)
 
 
 @dataclass(frozen=True)
@@ -100,10 +119,13 @@ class Tuned:
         name, origin = name_of(self.block, self.layers, values), id(self.parameters[0])
         return Factors(name, self.block, self.layers, values, origin=origin, hosted=hosted)
 
-    def gradients(self, gradient_N: Tensor) -> list[Tensor]:
+    def gradients(self, found: FactorGradients) -> list[Tensor | None]:
         """What of a gradient belongs to which parameter."""
-        parts = gradient_N.split([parameter.numel() for parameter in self.parameters])
-        return [part.view(own.shape).to(own) for part, own in zip(parts, self.parameters, strict=True)]
+        parts = found.values.split([parameter.numel() for parameter in self.parameters])
+        return [
+            None if index in found.unused else part.view(own.shape).to(own)
+            for index, (part, own) in enumerate(zip(parts, self.parameters, strict=True))
+        ]
 
 
 def name_of(block: int, layers: Sequence[Layer], values_N: Tensor) -> str:

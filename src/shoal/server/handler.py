@@ -154,23 +154,25 @@ class Handler:
                     await self._say(stream, Result(), {"factors": norms})
                 case Forward() | Backward():
                     try:
-                        outcome = await self._alive(stream, ear, self._pass(stream.peer, message, tensors))
-                        await self._say(stream, Result(), outcome, message.encoding_of(_TELLING[message.kind]))
+                        result, outcome = await self._alive(stream, ear, self._pass(stream.peer, message, tensors))
+                        await self._say(stream, result, outcome, message.encoding_of(_TELLING[message.kind]))
                     except Lacks as lacks:
                         await self._say(stream, _lacking(lacks))
                 case _:
                     raise rejected(f"a message of kind {message.kind!r} makes no sense here")
 
-    async def _pass(self, peer: str, request: Forward | Backward, tensors: codec.Tensors) -> codec.Tensors:
+    async def _pass(
+        self, peer: str, request: Forward | Backward, tensors: codec.Tensors
+    ) -> tuple[Result, codec.Tensors]:
         if isinstance(request, Forward):
-            return {"hidden": (await self._engine.forward(peer, request, tensors)).to(tensors["hidden"])}
+            return Result(), {"hidden": (await self._engine.forward(peer, request, tensors)).to(tensors["hidden"])}
         found = await self._engine.backward(peer, request, tensors)
         answer: dict[TensorName, torch.Tensor] = {}
         if found.inputs_BTD is not None:
             answer["grad"] = found.inputs_BTD.to(tensors["grad"])
         if found.factors_N is not None:
             answer["factor_grads"] = found.factors_N
-        return answer
+        return Result(unused=found.unused), answer
 
     async def _hold_session(self, stream: Stream, request: Open, tensors: codec.Tensors) -> None:
         if self._leaves_at is not None:

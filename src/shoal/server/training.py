@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from shoal.server.blocks import Blocks
 from shoal.server.kept import Graph, Kept, counting
@@ -20,10 +21,14 @@ Pieces = Generator[None, None, T]
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a backward pass finds: the gradient [B, T, D] of its inputs, if wanted, and that [N] of the factors."""
+    """What a backward pass finds: the gradient [B, T, D] of its inputs, if wanted, and that [N] of the factors.
+
+    `unused` are the numbers of the factors' tensors with which nothing was computed.
+    """
 
     inputs_BTD: torch.Tensor | None
     factors_N: torch.Tensor | None
+    unused: tuple[int, ...] = ()
 
 
 def forward(blocks: Blocks) -> Pieces[torch.Tensor]:
@@ -64,7 +69,7 @@ def backward(
         yield from forward_to_keep(blocks, kept, weights)
     gradient = grad_BTD.to(blocks.inputs_BTD)
     first = blocks.span.start if inputs else min(blocks.adapters, default=blocks.span.end)
-    factors: list[torch.Tensor] = []
+    factors: list[tuple[nn.Parameter, torch.Tensor | None]] = []
     for block in reversed(range(first, blocks.span.end)):
         graph = kept.pop()
         if graph.left_BTD is None:
@@ -73,20 +78,20 @@ def backward(
         factors = found + factors
         yield
     kept.drop()
-    return Gradients(gradient if inputs else None, torch.cat(factors) if factors else None)
+    # An expert that no token was sent to has used none of its factors: they have no gradient, which is not zero.
+    unused = tuple(index for index, (_, found) in enumerate(factors) if found is None)
+    values = [torch.zeros_like(own) if found is None else found for own, found in factors]
+    factors_N = torch.cat([each.flatten() for each in values]) if values else None
+    return Gradients(gradient if inputs else None, factors_N, unused)
 
 
 def _gradients(
     blocks: Blocks, block: int, graph: Graph, gradient: torch.Tensor, *, inputs: bool
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, list[tuple[nn.Parameter, torch.Tensor | None]]]:
     """The gradient of what entered a block, if wanted, and those of the block's factors."""
     adapter = blocks.adapters.get(block)
     parameters = [] if adapter is None else adapter.parameters
     assert graph.left_BTD is not None
     wanted = [graph.entered_BTD, *parameters] if inputs else list(parameters)
-    # An expert that no token was sent to has used none of its factors.
-    found = torch.autograd.grad(
-        graph.left_BTD, wanted, gradient, allow_unused=bool(parameters), materialize_grads=bool(parameters)
-    )
-    own = found[inputs:]
-    return found[0] if inputs else gradient, [torch.cat([each.flatten() for each in own])] if own else []
+    found = torch.autograd.grad(graph.left_BTD, wanted, gradient, allow_unused=bool(parameters))
+    return found[0] if inputs else gradient, list(zip(parameters, found[inputs:], strict=True))
