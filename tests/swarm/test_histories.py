@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from shoal import UnsupportedOperation, UserError
 from shoal.cli.options import Kept
 from shoal.client.history import BLOCK_TOKENS
-from shoal.client.model import HISTORIES, _kept
 from shoal.client.store import Store
+from shoal.client.wishes import HISTORIES, kept_as
 from shoal.model import families
 from shoal.net.encodings import as_received
 from shoal.protocol import Encoding
@@ -156,4 +156,4 @@ def test_the_command_line_has_the_same_words():
 
 def test_an_unknown_way_to_keep_a_history_is_a_mistake():
     with pytest.raises(UserError, match="'zip' is no way to keep a history"):
-        _kept("zip")
+        kept_as("zip")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from shoal import UnsupportedOperation, UserError
 from shoal.cli.options import Wire
 from shoal.client.config import ClientConfig
-from shoal.client.model import WIRES, _encoding
+from shoal.client.wishes import WIRES, encoding_of
 from shoal.model import families
 from shoal.net import codec
 from shoal.net.memory import Frame
@@ -225,4 +225,4 @@ def test_the_command_line_has_the_same_words():
 
 def test_an_unknown_way_to_travel_is_a_mistake():
     with pytest.raises(UserError, match="'int4' is no way for tensors to travel"):
-        _encoding("int4")
+        encoding_of("int4")

@@ -27,26 +27,31 @@ from shoal.client.inference import InferenceSession, closing_new_sessions
 from shoal.client.logits import RemoteHead
 from shoal.client.projection import prepare_projection
 from shoal.client.runtime import Runtime
-from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
+from shoal.client.tuning import add_adapter, add_prompts
+from shoal.client.wishes import (
+    addresses_of,
+    changed_config,
+    check_encoding,
+    check_pins,
+    check_top_k,
+    dtype_of,
+    encoding_of,
+    kept_as,
+)
+from shoal.errors import UnsupportedModel, UserError
 from shoal.model.adapters import check_configs
 from shoal.model.checkpoint import Checkpoint
-from shoal.model.families import Family, text_config
+from shoal.model.families import text_config
 from shoal.model.head import HeadCache, build_head
-from shoal.model.peft_folder import PeftFolder
-from shoal.model.prompts import PROMPT, check_mode, new_prompt
+from shoal.model.prompts import PROMPT, check_mode
 from shoal.model.skeleton import skeletons
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import ModelInfo, Node
-from shoal.protocol import LOSSY, Encoding
 from shoal.spans import Span
 
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 GENERATION_CONFIG = "generation_config.json"
 DEFAULT_SESSION_LENGTH = 2048
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those in which hidden states travel
-
-WIRES: dict[str, Encoding] = {"auto": "raw", "raw": "raw", "bfloat16": "bfloat16", "int8": "int8"}
-HISTORIES: dict[str, Encoding] = {"exact": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 
 
 class _AutoDistributed:
@@ -119,7 +124,7 @@ class _AutoDistributed:
         checkpoint = Checkpoint.open(
             model, revision=revision, token=token, cache_dir=cache_dir, allow_uncertified=allow_uncertified
         )
-        peers = _addresses(os.environ.get(INITIAL_PEERS, "") if initial_peers is None else initial_peers)
+        peers = addresses_of(os.environ.get(INITIAL_PEERS, "") if initial_peers is None else initial_peers)
         if not peers:
             raise UserError(
                 "which swarm? initial_peers is empty",
@@ -130,9 +135,9 @@ class _AutoDistributed:
             blocked_servers,
             pinned=pinned,
             chooser=chooser,
-            wire=_encoding(wire),
+            wire=encoding_of(wire),
             standby=standby,
-            history=_kept(history),
+            history=kept_as(history),
             history_memory=history_memory,
             history_folder=None if history_folder is None else Path(history_folder).expanduser(),
             remote_head=remote_head,
@@ -176,14 +181,14 @@ class _AutoDistributed:
         **config_changes: Any,
     ) -> Any:
         """The same on a network that is there already; the model closes `runtime` when it is closed."""
-        model_config = _changed(text_config(checkpoint.config), config_changes)
+        model_config = changed_config(text_config(checkpoint.config), config_changes)
         model_class = cls._class_for(model_config)
-        chosen_dtype = _dtype(dtype, model_config)
-        _check_encoding(config.wire, checkpoint.family, chosen_dtype, "travel in")
-        _check_encoding(config.history, checkpoint.family, chosen_dtype, "are kept as")
-        _check_top_k(config)
+        chosen_dtype = dtype_of(dtype, model_config)
+        check_encoding(config.wire, checkpoint.family, chosen_dtype, "travel in")
+        check_encoding(config.history, checkpoint.family, chosen_dtype, "are kept as")
+        check_top_k(config)
         check_mode(tuning_mode, pre_seq_len)
-        _check_pins(config, checkpoint.num_blocks)
+        check_pins(config, checkpoint.num_blocks)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
         blocks = RemoteBlocks(
             runtime,
@@ -210,9 +215,9 @@ class _AutoDistributed:
         if config.remote_head:
             model._remote_head = RemoteHead(model, top_k=config.head_top_k)
         if active_adapter is not None:
-            _add_adapter(model, active_adapter)
+            add_adapter(model, active_adapter)
         if tuning_mode is not None:
-            _add_prompts(model, pre_seq_len, deep=tuning_mode == "deep_ptune")
+            add_prompts(model, pre_seq_len, deep=tuning_mode == "deep_ptune")
         return model.eval()
 
     @classmethod
@@ -316,95 +321,6 @@ class _InSwarm:
         self.blocks.close()
 
 
-def _add_adapter(model: Any, adapter: str | Path) -> None:
-    """A trained adapter, which is not sent to servers that host it."""
-    folder = PeftFolder.open(adapter)
-    if strange := folder.put_into(model):
-        raise UserError(f"the adapter {adapter} is another model's: this one has no {strange[0]}")
-    model.blocks.hosted = folder.name
-
-
-def _add_prompts(model: Any, num_tokens: int, *, deep: bool) -> None:
-    """Soft prompts, which are trained together with a head that is new; everything else is frozen."""
-    model.requires_grad_(False)
-    if not model.can_generate():
-        known = {id(parameter) for parameter in model.base_model.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) not in known)
-    prompt = new_prompt(model.get_input_embeddings(), num_tokens)
-    model.backbone.add_module(PROMPT, prompt)
-    model.blocks.num_prompt_tokens = num_tokens
-    if deep:
-        for _, skeleton in model.blocks.named_children():
-            skeleton.register_parameter(PROMPT, nn.Parameter(torch.zeros_like(prompt.weight)))
-
-
 def _with_swarm(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A subclass of the same name and module, by which Transformers decides much."""
     return type(model_class.__name__, (_InSwarm, model_class), {"__module__": model_class.__module__})
-
-
-def _addresses(peers: str | Sequence[str]) -> tuple[str, ...]:
-    return tuple(peers.replace(",", " ").split() if isinstance(peers, str) else peers)
-
-
-def _changed(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfig:
-    num_blocks = config.num_hidden_layers
-    for name, value in changes.items():
-        if not hasattr(config, name):
-            raise UserError(f"neither from_pretrained nor the config of {config.model_type!r} knows {name!r}")
-        setattr(config, name, value)
-    if config.num_hidden_layers != num_blocks:  # by whatever name
-        raise UserError(
-            f"the swarm's model has {num_blocks} blocks, not {config.num_hidden_layers}",
-            hint="slice them: model.transformer.h[2:5]",
-        )
-    return config
-
-
-def _encoding(wire: str) -> Encoding:
-    if wire not in WIRES:
-        raise UserError(f"{wire!r} is no way for tensors to travel", hint=", ".join(WIRES))
-    return WIRES[wire]
-
-
-def _kept(history: str) -> Encoding:
-    if history not in HISTORIES:
-        raise UserError(f"{history!r} is no way to keep a history", hint=", ".join(HISTORIES))
-    return HISTORIES[history]
-
-
-def _check_encoding(encoding: Encoding, family: Family, dtype: torch.dtype, what: str) -> None:
-    """Raises `UnsupportedOperation` for an encoding that changes this family's outputs more than it should."""
-    loses = str(dtype).removeprefix("torch.") in LOSSY.get(encoding, ())
-    if loses and encoding not in family.encodings:
-        raise UnsupportedOperation(
-            f"{family.model_type!r} is not certified for hidden states that {what} {encoding}: small errors grow in it",
-            hint='leave wire="raw" and history="exact"; docs/models.md lists the encodings of each family',
-        )
-
-
-def _dtype(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:
-    found = dtype
-    if dtype == "auto":
-        found = config.dtype or torch.float32
-    elif isinstance(dtype, str):
-        found = getattr(torch, dtype, dtype)
-    if found not in DTYPES:
-        raise UserError(f"{dtype} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
-    return found
-
-
-def _check_pins(config: ClientConfig, num_blocks: int) -> None:
-    for span, _ in config.pinned:
-        if span.end > num_blocks:
-            raise UserError(f"blocks {span} cannot be pinned: the model has {num_blocks}")
-
-
-def _check_top_k(config: ClientConfig) -> None:
-    if config.head_top_k is None:
-        return
-    if not config.remote_head:
-        raise UserError("head_top_k is for a head that a server computes", hint="add remote_head=True")
-    if config.head_top_k < 1:
-        raise UserError(f"the {config.head_top_k} likeliest tokens: at least one is needed")

@@ -1,0 +1,36 @@
+"""What is added to a model when it is opened: an adapter of others, or soft prompts to be trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shoal.errors import UserError
+from shoal.model.peft_folder import PeftFolder
+from shoal.model.prompts import PROMPT, new_prompt
+
+
+def add_adapter(model: Any, adapter: str | Path) -> None:
+    """A trained adapter, which is not sent to servers that host it."""
+    folder = PeftFolder.open(adapter)
+    if strange := folder.put_into(model):
+        raise UserError(f"the adapter {adapter} is another model's: this one has no {strange[0]}")
+    model.blocks.hosted = folder.name
+
+
+def add_prompts(model: Any, num_tokens: int, *, deep: bool) -> None:
+    """Soft prompts, which are trained together with a head that is new; everything else is frozen."""
+    model.requires_grad_(False)
+    if not model.can_generate():
+        known = {id(parameter) for parameter in model.base_model.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) not in known)
+    prompt = new_prompt(model.get_input_embeddings(), num_tokens)
+    model.backbone.add_module(PROMPT, prompt)
+    model.blocks.num_prompt_tokens = num_tokens
+    if deep:
+        for _, skeleton in model.blocks.named_children():
+            skeleton.register_parameter(PROMPT, nn.Parameter(torch.zeros_like(prompt.weight)))
