@@ -18,7 +18,9 @@ from shoal.client.wishes import WIRES, encoding_of
 from shoal.model import families
 from shoal.net import codec
 from shoal.net.memory import Frame
+from shoal.net.transport import ModelInfo
 from shoal.protocol import Backward, Encoding, Message, Open, Opened, Step
+from shoal.spans import ServerInfo
 
 from .harness import QUICK, Swarm
 from .intruder import raw
@@ -74,13 +76,14 @@ def tapped(swarm: Swarm) -> Tap:
 
 
 def without_encodings(swarm: Swarm, name: str) -> None:
-    """From now on, a server announces that it knows none."""
-    server = swarm.servers[name]
-    swarm.call(
-        lambda: swarm.network.publish(
-            name, server.model, replace(server.info, encodings=()), swarm.runtime.loop.time() + 300
-        )
-    )
+    """From now on, a server announces that it knows none, however often it announces something."""
+    server, publish = swarm.servers[name], swarm.network.publish
+
+    def publish_less(peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
+        publish(peer, model, replace(info, encodings=()) if peer == name else info, expires)
+
+    swarm.network.publish = publish_less  # type: ignore[method-assign]
+    swarm.call(lambda: publish_less(name, server.model, server.info, swarm.runtime.loop.time() + 300))
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
