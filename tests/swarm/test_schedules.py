@@ -139,6 +139,12 @@ ONCE_WRONG = {
         ),
         standby=True,
     ),
+    "a server has forgotten its adapters while a session was opened again": Schedule(
+        FAST,
+        ("tuned",),
+        (Failure("dies", "s1", after=5, late=0.02), Failure("dies", "receiver", after=2, late=0.007)),
+        standby=True,
+    ),
     "a server that follows itself has no room for two": Schedule(
         ("0:3", "3:4", "0:1", "1:4"),
         ("beams",),

@@ -264,7 +264,9 @@ class Lane:
         return digests is not None
 
     async def _opened(self, share: Share) -> None:
-        """Wait until a session is open, or cannot be."""
+        """Wait until a session is open, or cannot be; one that lacks its adapters is to be connected anew."""
+        if share.connection is None:
+            return
         sink, wire = self.sink(self.shares.index(share)), self._chain.config.wire
         try:
             async with asyncio.timeout(OPENED_SECONDS):
@@ -276,7 +278,6 @@ class Lane:
                     await share.has_news.wait()
                     share.has_news.clear()
         except TimeoutError:
-            assert share.connection is not None
             share.connection.fail(share.connection.lost("does not open a session"))
         if (lacking := share.lacking) is not None:
             self._chain.taught.forget(share.peer, lacking.adapters)
