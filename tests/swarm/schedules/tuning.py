@@ -93,7 +93,8 @@ async def _tune(client: Client, passes: Passes, number: int) -> None:
     assert found.inputs_BTD is not None
     assert_equal(found.inputs_BTD, right)
     assert_equal(
-        torch.cat([found.factors[block] for block in sorted(own)]), torch.cat([each.flatten() for each in factors])
+        torch.cat([found.factors[block].values for block in sorted(own)]),
+        torch.cat([each.flatten() for each in factors]),
     )
 
 
