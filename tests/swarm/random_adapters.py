@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from shoal.adapters import IA3, Lora, Prompt
-from shoal.model.adapters import Factors, Layer, Tuning, name_of
 from shoal.model.body import Body
+from shoal.model.factors import Factors, Layer, Tuning, name_of
 from shoal.model.families import text_config
 from shoal.model.linear import FrozenLinear
 from shoal.model.skeleton import LINEAR, num_features

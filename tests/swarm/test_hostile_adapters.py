@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 
 from shoal.adapters import Layer
-from shoal.model.adapters import name_of
+from shoal.model.factors import name_of
 from shoal.protocol import Failure, Lacking, Learned, Opened, Result
 from shoal.server.shares import Shares
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from shoal.adapters import salted
-from shoal.model.adapters import BlockAdapter, Factors, Tuning
+from shoal.model.adapters import BlockAdapter
 from shoal.model.body import Body, build_body
+from shoal.model.factors import Factors, Tuning
 from shoal.model.families import family_of, text_config
 from shoal.model.prefix import DIGEST_BYTES, page_names, root
 from shoal.protocol import Adapter, Open, Step

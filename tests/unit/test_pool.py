@@ -14,7 +14,7 @@ from shoal.adapters import Prompt
 from shoal.client.pool import IDLE_SECONDS, LESSONS, Pool
 from shoal.client.taught import Taught
 from shoal.errors import Misrouted, PeerError, ServerLost
-from shoal.model.adapters import Factors, name_of
+from shoal.model.factors import Factors, name_of
 from shoal.protocol import Adapter, Forward, Lacking, Learned, Message, Result
 
 from . import virtual_time

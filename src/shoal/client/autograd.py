@@ -15,7 +15,7 @@ from shoal.client.inputs import on_cpu
 from shoal.client.passes import Gradients, Passes, Piece, Plan
 from shoal.client.runtime import Runtime
 from shoal.errors import UnsupportedOperation
-from shoal.model.adapters import Tuned
+from shoal.model.factors import Tuned
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from shoal.client.inputs import check_inputs, mask_of, positions_of
 from shoal.client.passes import Passes, Plan
 from shoal.client.runtime import Runtime
 from shoal.errors import UserError
-from shoal.model.adapters import Tuned, Tuning, tuned_block, unmeasured
+from shoal.model.factors import Tuned, Tuning, tuned_block, unmeasured
 from shoal.model.head import HeadCache
 from shoal.model.prompts import PROMPT
 from shoal.spans import Span

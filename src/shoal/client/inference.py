@@ -20,7 +20,7 @@ from shoal.client.logits import Asked, Logits
 from shoal.client.runtime import Runtime
 from shoal.client.session import Session
 from shoal.errors import UserError
-from shoal.model.adapters import Tuning
+from shoal.model.factors import Tuning
 from shoal.protocol import MAX_BATCH, MAX_LENGTH
 from shoal.routing.route import Hop
 from shoal.spans import Span

@@ -26,7 +26,7 @@ from shoal.client.ring import Ring
 from shoal.client.share import STEPS_AHEAD, Share
 from shoal.client.tokens import Tokens
 from shoal.errors import PeerError
-from shoal.model.adapters import Tuning
+from shoal.model.factors import Tuning
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
 from shoal.protocol import MAX_STEP_TOKENS, Open, TensorName
 from shoal.routing.route import SLOWEST, Hop

@@ -39,8 +39,8 @@ from shoal.client.wishes import (
     kept_as,
 )
 from shoal.errors import UnsupportedModel, UserError
-from shoal.model.adapters import check_configs
 from shoal.model.checkpoint import Checkpoint
+from shoal.model.factors import check_configs
 from shoal.model.families import text_config
 from shoal.model.head import HeadCache, build_head
 from shoal.model.prompts import PROMPT, check_mode

@@ -21,7 +21,7 @@ from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import Connection, finite, plausible
 from shoal.client.pool import Pool
 from shoal.errors import ServerLost
-from shoal.model.adapters import FactorGradients, Factors, Tuning
+from shoal.model.factors import FactorGradients, Factors, Tuning
 from shoal.net.codec import Tensors
 from shoal.net.encodings import as_received
 from shoal.protocol import Backward, Forward, Lacking, Norms, Result, TensorName

@@ -11,7 +11,7 @@ from shoal.client.clock import now
 from shoal.client.connection import Connection
 from shoal.client.taught import Taught
 from shoal.errors import Misrouted, PeerError
-from shoal.model.adapters import Factors
+from shoal.model.factors import Factors
 from shoal.net.codec import Tensors
 from shoal.protocol import Backward, Forward, Lacking, Norms, Result
 from shoal.spans import ServerInfo

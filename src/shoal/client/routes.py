@@ -10,7 +10,7 @@ from shoal.client.lane import Lane
 from shoal.client.outputs import Nowhere
 from shoal.client.share import Share
 from shoal.client.tokens import Tokens
-from shoal.model.adapters import Tuning
+from shoal.model.factors import Tuning
 from shoal.routing.route import Needs, Route
 from shoal.spans import ServerInfo, Span
 

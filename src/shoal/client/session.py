@@ -27,7 +27,7 @@ from shoal.client.share import Share
 from shoal.client.tending import Tending
 from shoal.client.tokens import Tokens
 from shoal.errors import ServerBusy, ServerLost, UserError
-from shoal.model.adapters import Tuning
+from shoal.model.factors import Tuning
 from shoal.net.encodings import as_received
 from shoal.routing.route import Hop
 from shoal.spans import Span

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from shoal.client.connection import Connection
-from shoal.model.adapters import Factors
+from shoal.model.factors import Factors
 from shoal.net.codec import Tensors
 from shoal.protocol import Adapter, Learned, Message
 from shoal.spans import ServerInfo

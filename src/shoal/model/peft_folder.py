@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from shoal.errors import CheckpointError, UserError
-from shoal.model.adapters import Factors, tuned_block
 from shoal.model.checkpoint import Checkpoint, find_files
+from shoal.model.factors import Factors, tuned_block
 from shoal.model.families import find_backbone, text_config
 from shoal.model.skeleton import skeletons
 from shoal.spans import Span

@@ -9,14 +9,13 @@ of the blocks are added there to the hidden states of the same positions (`shoal
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shoal.errors import UserError
 
-TuningMode = Literal["ptune", "deep_ptune"]
 PROMPT = "soft_prompt"
 """What the module is called in a client's backbone."""
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from shoal.model.adapters import BlockAdapter, Factors, Layer, name_of
+from shoal.model.adapters import BlockAdapter
 from shoal.model.body import Body
+from shoal.model.factors import Factors, Layer, name_of
 from shoal.protocol import Adapter, Backward, Forward, Open
 from shoal.server.executor import alone
 from shoal.server.refusal import Tensors, misrouted, rejected

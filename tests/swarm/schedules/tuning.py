@@ -13,7 +13,8 @@ from torch import Tensor
 from shoal.adapters import Lora
 from shoal.client.passes import Passes, Plan
 from shoal.client.session import Session
-from shoal.model.adapters import BlockAdapter, Tuning
+from shoal.model.adapters import BlockAdapter
+from shoal.model.factors import Tuning
 from shoal.model.skeleton import num_features
 from shoal.spans import Span
 

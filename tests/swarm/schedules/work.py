@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shoal.client.passes import Passes, Plan
 from shoal.client.session import Session
-from shoal.model.adapters import Tuning
+from shoal.model.factors import Tuning
 
 from ..parity import assert_equal
 from .bed import Client
