@@ -119,6 +119,9 @@ class RemoteBlocks(nn.Module):
         )
         return [each for each in found if each is not None]
 
+    def _tuning(self, tuned: Sequence[Tuned]) -> Tuning:
+        return Tuning({each.block: each.factors(hosted=self.hosted) for each in tuned})
+
     def _measure(self) -> None:
         """Find the magnitudes with which DoRA begins: those of the weights, which servers hold."""
         for name, skeleton in self.named_children():
@@ -130,7 +133,7 @@ class RemoteBlocks(nn.Module):
                         magnitudes.copy_(found)
 
     def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
-        tuning = Tuning({each.block: each.factors(hosted=self.hosted) for each in tuned})
+        tuning = self._tuning(tuned)
         trainable = [each.block for each in tuned if any(own.requires_grad for own in each.parameters)]
         inputs_wanted = hidden_BTD.requires_grad and torch.is_grad_enabled()
         wanted = [self.span.start] * inputs_wanted + trainable * torch.is_grad_enabled()
@@ -154,7 +157,7 @@ class RemoteBlocks(nn.Module):
             batch_size=batch_size,
             max_length=max_length or self.max_length,
             num_prompt_tokens=self.num_prompt_tokens,
-            tuning=Tuning({each.block: each.factors(hosted=self.hosted) for each in self._tuned()}),
+            tuning=self._tuning(self._tuned()),
         )
 
     def new_session(self, *, batch_size: int, max_length: int) -> InferenceSession:

@@ -61,7 +61,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{model} has no {CONFIG}", hint="is it the folder or the id of a Transformers model?"
             )
-        description = _read_json(files, CONFIG)
+        description = read_json(files, CONFIG)
         config = _read_config(files)
         family = family_of(config, allow_uncertified=allow_uncertified)
         key = model_key(description, num_blocks=family.num_blocks, hidden_size=text_config(config).hidden_size)
@@ -164,7 +164,8 @@ def find_files(model: str | Path, *, revision: str | None, token: str | None, ca
     return open_repository(model, revision=revision, token=token, cache_dir=cache_dir)
 
 
-def _read_json(files: Files, file: str) -> dict[str, Any]:
+def read_json(files: Files, file: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises `CheckpointError` for anything else."""
     try:
         content = json.loads(files.path(file).read_bytes())
     except (ValueError, RecursionError):
@@ -195,7 +196,7 @@ def _locate_tensors(files: Files) -> Mapping[str, str]:
     if SINGLE_FILE in files:
         return dict.fromkeys(files.headers([SINGLE_FILE])[SINGLE_FILE], SINGLE_FILE)
     if INDEX in files:
-        file_of = _read_json(files, INDEX).get("weight_map")
+        file_of = read_json(files, INDEX).get("weight_map")
         if not isinstance(file_of, dict) or not all(map(_is_plain_name, file_of.values())):
             raise CheckpointError(f"{INDEX} of {files.name} is damaged: its weight_map does not map tensors to files")
         return file_of

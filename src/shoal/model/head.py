@@ -226,8 +226,7 @@ class _Head:
 
     def attach_blocks(self: Any, blocks: nn.Module) -> None:
         """Make `blocks` the model's layers."""
-        (backbone,) = self._backbone_of_head
-        setattr(backbone, backbone._layers_name, blocks)
+        setattr(self.backbone, self.backbone._layers_name, blocks)
 
     @property
     def backbone(self: Any) -> Any:
@@ -237,14 +236,12 @@ class _Head:
     @property
     def layers_elsewhere(self: Any) -> list[nn.Module]:
         """The layers as Transformers has built them, without weights."""
-        (backbone,) = self._backbone_of_head
-        found: list[nn.Module] = backbone._layers_elsewhere
+        found: list[nn.Module] = self.backbone._layers_elsewhere
         return found
 
     @property
     def blocks(self: Any) -> Any:
-        (backbone,) = self._backbone_of_head
-        return getattr(backbone, backbone._layers_name)
+        return getattr(self.backbone, self.backbone._layers_name)
 
     def _prepare_cache_for_generation(
         self: Any,

@@ -8,7 +8,6 @@ safetensors only; a folder that has nothing else is refused.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from shoal.errors import CheckpointError, UserError
-from shoal.model.checkpoint import Checkpoint, find_files
+from shoal.model.checkpoint import Checkpoint, find_files, read_json
 from shoal.model.factors import Factors, tuned_block
 from shoal.model.families import find_backbone, text_config
 from shoal.model.skeleton import skeletons
@@ -62,13 +61,9 @@ class PeftFolder:
         path, weights = files.path(CONFIG), files.path(WEIGHTS)
         if path.stat().st_size > MOST_CONFIG_BYTES:
             raise CheckpointError(f"{adapter}: {CONFIG} is not what PEFT writes")
-        try:
-            config = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise CheckpointError(f"{adapter}: {CONFIG} is no JSON: {error}") from None
         digest = hashlib.blake2b(path.read_bytes(), digest_size=8)
         digest.update(weights.read_bytes())
-        return cls(digest.hexdigest(), config, load_file(weights))
+        return cls(digest.hexdigest(), read_json(files, CONFIG), load_file(weights))
 
     def put_into(self, model: nn.Module) -> list[str]:
         """Add it to a model, active and frozen; returns the names of weights for which the model has no place.
