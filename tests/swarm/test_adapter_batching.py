@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from random import Random
 
 import pytest
-import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -20,15 +18,6 @@ from .visitors import Visitor, tiny_body
 
 PACKED = ["llama", "gemma2", "gpt2", "phi3", "deepseek_v3", "gpt_oss", "mixtral"]
 ONE_BY_ONE = ["bloom", "falcon", "mamba", "mamba2", "qwen3_next"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tiny matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Tenants(Crowd):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,6 @@ TARGETS: dict[str, str | list[str]] = {
     # And here it means layers that PEFT refuses.
     "mamba": ["in_proj", "x_proj", "dt_proj"],  # of dt_proj its code reads the weight: no gradient
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tiny matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def factors_of(model: PeftModel) -> dict[str, torch.nn.Parameter]:

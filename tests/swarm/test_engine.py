@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -21,15 +20,6 @@ from .tiny_models import NUM_BLOCKS
 from .visitors import MOST_TOKENS, Visitor, engine_of, random_inputs, tiny_body
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tiny matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

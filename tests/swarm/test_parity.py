@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import logging
 
 from shoal.model.families import CERTIFIED, CERTIFIED_WITH_VISION, PACKED, certified_encodings, text_config
@@ -25,13 +24,10 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet() -> Iterator[None]:
-    """One thread, for tiny matrices; and no bars for checkpoints of a few tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """No bars for checkpoints of a few tensors."""
     logging.disable_progress_bar()
     yield
     logging.enable_progress_bar()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 
 from .schedules.failures import KINDS, Failure
@@ -19,18 +18,15 @@ NUM_EXAMPLES = int(os.environ.get("SHOAL_SCHEDULES", "0"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """One thread for tiny matrices, and no warnings: everything that is warned of happens, many thousand times."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quiet() -> Iterator[None]:
+    """No warnings: everything that is warned of happens, many thousand times."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
-    torch.set_num_threads(threads)
 
 
 @settings(
-    max_examples=NUM_EXAMPLES or 300,
+    max_examples=NUM_EXAMPLES or 1000,
     derandomize=not NUM_EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],

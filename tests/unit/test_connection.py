@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import pytest
+import torch
 
 from shoal.client.config import ClientConfig
 from shoal.client.connection import PING_SECONDS, STUCK_SECONDS, Connection
+from shoal.client.line import Line
 from shoal.errors import PeerError, ServerLost
-from shoal.net.transport import Buffer, StreamBroken
-from shoal.protocol import Leaving, Message, Ping, Pong, Result, dump, parse
+from shoal.net.frames import payload_bytes
+from shoal.net.transport import SLOWEST_LINK, Buffer, StreamBroken
+from shoal.protocol import Leaving, Message, Ping, Pong, Result, Step, dump, parse
 from shoal.spans import ServerInfo, ServerState, Span
 
 from . import virtual_time
 
 CONFIG = ClientConfig(silence_seconds=2.0)
+MEGABYTE = 2**20
 SERVER = ServerInfo(
     peer="server",
     span=Span(0, 4),
@@ -37,14 +43,23 @@ class ScriptedStream:
 
     peer = "server"
 
-    def __init__(self, answer: Callable[[Message], Sequence[Message]], *, delay: float = 0.01) -> None:
+    def __init__(
+        self,
+        answer: Callable[[Message], Sequence[Message]],
+        *,
+        delay: float = 0.01,
+        bytes_per_second: float = math.inf,
+    ) -> None:
         self.sent: list[Message] = []
+        self.heard_at = 0.0
         self._answer = answer
         self._delay = delay
+        self._bytes_per_second = bytes_per_second
         self._arriving: asyncio.Queue[Message | None] = asyncio.Queue()
 
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         message = parse(header)
+        await asyncio.sleep(payload_bytes(payload) / self._bytes_per_second)
         self.sent.append(message)
         for answer in self._answer(message):
             asyncio.get_running_loop().call_later(self._delay, self._arriving.put_nowait, answer)
@@ -58,6 +73,7 @@ class ScriptedStream:
         message = await self._arriving.get()
         if message is None:
             raise StreamBroken("the end")
+        self.heard_at = asyncio.get_running_loop().time()
         return dump(message), bytearray()
 
     async def close(self) -> None:
@@ -65,16 +81,23 @@ class ScriptedStream:
 
 
 def ended(
-    stream: ScriptedStream, *, within: float, usual_seconds: float | None = 0.05
+    stream: ScriptedStream,
+    *,
+    within: float,
+    usual_seconds: float | None = 0.05,
+    bytes_in_flight: int = 0,
+    line: Line | None = None,
+    meanwhile: Callable[[Connection], Coroutine[Any, Any, None]] | None = None,
 ) -> tuple[float, PeerError | None]:
     """When, and why, a connection to somebody who is asked for something ends, in so many seconds."""
 
     async def live() -> tuple[float, PeerError | None]:
         loop = asyncio.get_running_loop()
-        connection = Connection(stream, SERVER, CONFIG)
+        connection = Connection(stream, SERVER, CONFIG, line=line)
         over = asyncio.Event()
         connection.ended = over.set
-        connection.expect(usual_seconds=usual_seconds, bytes_in_flight=0)
+        connection.expect(usual_seconds=usual_seconds, bytes_in_flight=bytes_in_flight)
+        other = None if meanwhile is None else asyncio.create_task(meanwhile(connection))
         try:
             async with asyncio.timeout(within):
                 await over.wait()
@@ -82,6 +105,8 @@ def ended(
             assert connection.error is None
         result = loop.time(), connection.error
         await connection.close()
+        if other is not None:
+            await other
         return result
 
     return virtual_time.run(live())
@@ -141,6 +166,75 @@ def test_a_pong_without_a_ping_ends_it_at_once(said: list[Message]):
     at, error = ended(stream, within=100)
     assert "'pong', which nobody asked for" in str(error)
     assert at < 0.01
+
+
+def test_a_server_that_is_being_sent_something_large_is_kept():
+    stream = ScriptedStream(lambda message: [Pong()] * isinstance(message, Ping), bytes_per_second=MEGABYTE)
+
+    async def send(connection: Connection) -> None:
+        await connection.send(Step(epoch=0, position=0), {"hidden": torch.zeros(10 * MEGABYTE, dtype=torch.uint8)})
+        assert not any(isinstance(message, Ping) for message in stream.sent)
+
+    assert ended(stream, within=100, meanwhile=send)[1] is None
+    assert isinstance(stream.sent[1], Ping)
+
+
+def test_a_server_that_takes_nothing_is_lost():
+    stream = ScriptedStream(lambda message: [Pong()], bytes_per_second=1.0)
+
+    async def send(connection: Connection) -> None:
+        with pytest.raises(ServerLost, match="takes nothing more"):
+            await connection.send(Step(epoch=0, position=0), {"hidden": torch.zeros(MEGABYTE, dtype=torch.uint8)})
+
+    at, error = ended(stream, within=100, meanwhile=send)
+    assert at == pytest.approx(CONFIG.silence_seconds + MEGABYTE / SLOWEST_LINK)
+    assert isinstance(error, ServerLost)
+
+
+def test_whoever_was_sent_something_large_may_answer_later():
+    at, _ = ended(ScriptedStream(lambda message: []), within=1000, bytes_in_flight=10 * MEGABYTE)
+    assert at == pytest.approx(0.15 + CONFIG.silence_seconds + 10 * MEGABYTE / SLOWEST_LINK, abs=0.01)
+
+
+def test_an_answered_ping_says_that_all_before_it_has_arrived():
+    stream = ScriptedStream(lambda message: [Pong()] * (len(stream.sent) == 1))
+    at, _ = ended(stream, within=1000, bytes_in_flight=10 * MEGABYTE)
+    assert at == pytest.approx(0.15 + 0.01 + 0.15 + CONFIG.silence_seconds, abs=0.01)
+
+
+def test_a_server_whose_answer_is_arriving_is_kept():
+    stream = ScriptedStream(lambda message: [])
+
+    async def trickle(connection: Connection) -> None:
+        for _ in range(60):
+            stream.heard_at = asyncio.get_running_loop().time()
+            await asyncio.sleep(1.0)
+
+    at, error = ended(stream, within=1000, meanwhile=trickle)
+    assert "said nothing for 2." in str(error)
+    assert at == pytest.approx(59 + CONFIG.silence_seconds, abs=0.01)
+
+
+def test_whatever_one_stream_carries_holds_up_the_others():
+    line, busy = Line(), ScriptedStream(lambda message: [])
+    line.carries(busy, 10 * MEGABYTE)
+    at, _ = ended(ScriptedStream(lambda message: []), within=1000, line=line)
+    assert at == pytest.approx(0.15 + CONFIG.silence_seconds + 10 * MEGABYTE / SLOWEST_LINK, abs=0.01)
+
+
+def test_whatever_one_stream_brings_says_that_the_server_is_there():
+    line, busy = Line(), ScriptedStream(lambda message: [])
+    line.carries(busy, 0)
+    busy.heard_at = 50.0
+    at, _ = ended(ScriptedStream(lambda message: []), within=1000, line=line)
+    assert at == pytest.approx(50.0 + CONFIG.silence_seconds, abs=0.01)
+
+
+def test_a_stream_that_has_ended_holds_up_nobody():
+    line = Line()
+    for _ in range(2):
+        ended(ScriptedStream(lambda message: []), within=1000, line=line, bytes_in_flight=MEGABYTE)
+    assert line.bytes_in_flight == 0
 
 
 def test_the_end_of_the_stream_is_noticed_at_once():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -262,3 +262,33 @@ def test_the_real_clock_is_used_unless_another_is_given() -> None:
     record = seal(ALICE, announcement(expires=soon))
     digest = routing.DHTID.generate(block_key(MODEL.key, 3)).to_bytes()
     assert directory.SignedRecords().validate(crypto.DHTRecord(digest, pack(ALICE.peer), pack(record), soon))
+
+
+class LateDirectory(directory.DhtDirectory):
+    """A table whose answers are known beforehand."""
+
+    def __init__(self, *answers: list[Announcement]) -> None:
+        super().__init__(ALICE, keeps_records=False, clock=lambda: self.now)
+        self.now = NOW
+        self._answers = iter(answers)
+
+    async def _read(self, keys: Sequence[str]) -> list[Announcement]:
+        return next(self._answers)
+
+
+@pytest.mark.anyio
+async def test_what_was_announced_holds_until_it_ends_whoever_is_late_to_repeat_it() -> None:
+    table = LateDirectory([announcement()], [], [])
+    assert await table.servers(MODEL) == (info(),)
+    assert await table.servers(MODEL) == (info(),)
+    table.now = NOW + 60
+    assert await table.servers(MODEL) == ()
+
+
+@pytest.mark.anyio
+async def test_what_was_announced_later_holds_in_whatever_order_it_is_heard() -> None:
+    goodbye = announcement(state=ServerState.LEAVING, expires=NOW + 61)
+    table = LateDirectory([announcement(), goodbye], [announcement()], [announcement(expires=NOW + 62)])
+    assert [server.state for server in await table.servers(MODEL)] == [ServerState.LEAVING]
+    assert [server.state for server in await table.servers(MODEL)] == [ServerState.LEAVING]
+    assert await table.servers(MODEL) == (info(),)

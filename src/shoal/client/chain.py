@@ -20,6 +20,7 @@ import torch
 from shoal.client.clock import now
 from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
+from shoal.client.line import Line
 from shoal.client.pairs import BrokenPairs
 from shoal.client.picture import Picture
 from shoal.client.store import Store
@@ -72,6 +73,7 @@ class Chain:
         self._node = node
         self._picture = Picture(node, model, fingerprint, config, self.round_trips)
         self._suspects = Suspects(clock=now)
+        self._lines: dict[str, Line] = {}  # to each server
         self._under_way = UnderWay()
         self._head_found = True
 
@@ -196,7 +198,8 @@ class Chain:
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server. Raises `ServerLost`."""
         measured = functools.partial(self.round_trips.measured, server.peer)
-        return await Connection.open(self._node.transport, server, self.config, round_trip=measured)
+        line = self._lines.setdefault(server.peer, Line())
+        return await Connection.open(self._node.transport, server, self.config, line=line, round_trip=measured)
 
     def blame(self, error: PeerError, *, since: float | None = None) -> None:
         """A server has failed, in something that began at `since`: it is avoided from now on, as that deserves."""

@@ -15,10 +15,11 @@ from typing import Self
 import torch
 
 from shoal.client.config import ClientConfig
+from shoal.client.line import Line
 from shoal.concurrency import first_of
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, UserError
 from shoal.net import codec
-from shoal.net.transport import Stream, StreamBroken, Transport
+from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
 from shoal.protocol import (
     MAX_PAYLOAD_BYTES,
     TENSOR_ALIGNMENT,
@@ -34,8 +35,6 @@ from shoal.protocol import (
 from shoal.spans import ServerInfo
 
 OPEN_SECONDS = 6.0
-SLOWEST_LINK = 128 * 1024
-"""Bytes per second: what is in flight over a link that is slower than this looks like silence."""
 SOON = 1.0
 PING_SECONDS = 0.5
 """After so long a silence the server is asked whether it is there."""
@@ -57,7 +56,7 @@ class CannotRewind(PeerError):
 class Connection:
     """A stream to one server. What it says is given to `heard`, in order; when it is of no more use, `error` says why.
 
-    `heard` is then called no more, and `ended` once.
+    `heard` is then called no more, and `ended` once. `line` is what it shares with other streams to the same server.
     """
 
     def __init__(
@@ -66,6 +65,7 @@ class Connection:
         server: ServerInfo,
         config: ClientConfig,
         *,
+        line: Line | None = None,
         round_trip: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.peer = server.peer
@@ -75,13 +75,15 @@ class Connection:
         self.ended: Callable[[], None] = lambda: None
         self._stream = stream
         self._config = config
+        self._line = line or Line()
+        self._line.carries(stream, 0)
         self._round_trip = round_trip
         self._sending = asyncio.Lock()
         self._clock = asyncio.get_running_loop().time
         self._usual_seconds: float | None = None  # that what is awaited takes; None while nothing is
-        self._bytes_in_flight = 0
-        self._heard_at = self._patient_since = self._clock()
+        self._patient_since = self._clock()
         self._pinged_at: float | None = None
+        self._ping_is_last = False  # nothing was sent or announced behind it: its answer says that all has arrived
         self._worked_at: float | None = None  # since when it works without getting anywhere
         self._num_passes = 0
         self._task = asyncio.create_task(self._live())
@@ -93,6 +95,7 @@ class Connection:
         server: ServerInfo,
         config: ClientConfig,
         *,
+        line: Line | None = None,
         round_trip: Callable[[float], None] = lambda seconds: None,
     ) -> Self:
         """Connect. Raises `ServerLost`."""
@@ -101,7 +104,7 @@ class Connection:
                 stream = await transport.open(server.peer, server.addresses)
         except (StreamBroken, TimeoutError) as error:
             raise ServerLost(f"{server.peer} cannot be reached: {error}", peer=server.peer) from None
-        return cls(stream, server, config, round_trip=round_trip)
+        return cls(stream, server, config, line=line, round_trip=round_trip)
 
     async def send(self, message: Message, tensors: codec.Tensors | None = None) -> None:
         """Send a message. Raises `PeerError`s, and `UserError` for tensors that are too large for one."""
@@ -113,24 +116,32 @@ class Connection:
                 f"{MAX_PAYLOAD_BYTES >> 20} MiB",
                 hint="use shorter sequences, or a dtype of fewer bytes",
             )
-        if self.error is not None:
-            raise self.error
-        try:
-            async with asyncio.timeout(self._config.silence_seconds + num_bytes / SLOWEST_LINK), self._sending:
-                await codec.send(self._stream, message, tensors, self.encoding)
-        except (StreamBroken, TimeoutError) as failure:
-            self.fail(self.lost(failure if str(failure) else "takes nothing more"))
-            raise self.error from None  # type: ignore[misc]
+        async with self._sending:  # whoever waits for a turn, waits for us and not for the server
+            if self.error is not None:
+                raise self.error
+            self._ping_is_last = isinstance(message, Ping)
+            if self._ping_is_last:
+                self._pinged_at = self._clock()
+            try:
+                async with asyncio.timeout(self._config.silence_seconds + num_bytes / SLOWEST_LINK):
+                    await codec.send(self._stream, message, tensors, self.encoding)
+            except (StreamBroken, TimeoutError) as failure:
+                self.fail(self.lost(failure if str(failure) else "takes nothing more"))
+                raise self.error from None  # type: ignore[misc]
 
     def expect(self, *, usual_seconds: float | None, bytes_in_flight: int) -> None:
-        """What is awaited from now on: how long it usually takes, and how much travels meanwhile, both ways."""
-        self._usual_seconds, self._bytes_in_flight = usual_seconds, bytes_in_flight
+        """What is awaited from now on: how long it usually takes, and how much is on its way to the server for it."""
+        self._usual_seconds = usual_seconds
+        if self.error is None:
+            self._line.carries(self._stream, bytes_in_flight)
+        self._ping_is_last = False
         self._patient_since = self._clock()
 
     def fail(self, error: PeerError) -> None:
         """It is of no more use, for this reason."""
         if self.error is None:
             self.error = error
+            self._line.leave(self._stream)
             self._task.cancel()
             self.ended()
 
@@ -166,8 +177,9 @@ class Connection:
 
         self.heard, self.ended = heard, ended
         size = sum(tensor.nbytes for _, tensors in questions for tensor in tensors.values())
-        self.expect(usual_seconds=usual_seconds, bytes_in_flight=2 * size)
-        limit = self._config.longest_answer_seconds + STUCK_FACTOR * usual_seconds  # others may be computed before
+        self.expect(usual_seconds=usual_seconds, bytes_in_flight=size)
+        limit = self._config.longest_answer_seconds + 2 * size / SLOWEST_LINK
+        limit += STUCK_FACTOR * usual_seconds  # others may be computed before
         try:
             for message, tensors in questions:
                 await self.send(message, tensors)
@@ -205,7 +217,6 @@ class Connection:
     async def _read(self) -> None:
         while self.error is None:
             message, tensors = await codec.receive(self._stream)
-            self._heard_at = self._clock()
             if isinstance(message, Failure):
                 self.fail(self._error(message))
                 return
@@ -213,8 +224,10 @@ class Connection:
                 if self._pinged_at is None:
                     self.fail(self.unasked(message))
                     return
-                if not self._bytes_in_flight:
-                    self._round_trip(self._heard_at - self._pinged_at)
+                if not self._line.bytes_in_flight:
+                    self._round_trip(self._stream.heard_at - self._pinged_at)
+                if self._ping_is_last:
+                    self._line.carries(self._stream, 0)
                 self._pinged_at = None
                 self._check_progress(message)
             else:
@@ -234,15 +247,14 @@ class Connection:
         while self.error is None:
             now = self._clock()
             if self._pinged_at is not None:
-                patience = self._config.silence_seconds + self._bytes_in_flight / SLOWEST_LINK
-                wait = max(self._pinged_at, self._patient_since) + patience - now
+                patience = self._config.silence_seconds + self._line.bytes_in_flight / SLOWEST_LINK
+                wait = max(self._pinged_at, self._patient_since, self._line.heard_at) + patience - now
                 if wait <= 0:
-                    self.fail(self.lost(f"said nothing for {now - self._heard_at:.1f} s"))
+                    self.fail(self.lost(f"said nothing for {now - self._line.heard_at:.1f} s"))
                     return
             else:
-                wait = self._heard_at + self._interval() - now
+                wait = self._stream.heard_at + self._interval() - now
                 if wait <= 0:
-                    self._pinged_at = now
                     with contextlib.suppress(PeerError):
                         await self.send(Ping())
                     continue

@@ -260,7 +260,7 @@ class Lane:
             after=after,
         )
         with contextlib.suppress(PeerError):  # found with the server
-            await share.open(request, digests, token_bytes=like.nbytes)
+            await share.open(request, digests)
         return digests is not None
 
     async def _opened(self, share: Share) -> None:

@@ -40,10 +40,8 @@ class Request:
 
     @property
     def num_bytes(self) -> int:
-        """What travels, there and back."""
-        there = self.inputs.numel() * self.dtype.itemsize
-        width = 0 if self.question is None else self.question.width
-        return 2 * there + self.inputs[0] * self.num_logits * width * self.dtype.itemsize
+        """What travels to the server."""
+        return self.inputs.numel() * self.dtype.itemsize
 
     def wrong(self, result: Result, tensors: Tensors, encoding: Encoding) -> str | None:
         """What is wrong with an answer, as far as shapes and kinds tell; `encoding` is that which was asked for."""

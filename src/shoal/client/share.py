@@ -161,13 +161,13 @@ class Share:
         connection.heard, connection.ended = self._heard, self._ended
         self._ended()
 
-    async def open(self, request: Open, digests: torch.Tensor | None, *, token_bytes: int) -> None:
-        """Ask for a session; the outputs of a token that the server may know are so long. Raises `PeerError`s."""
+    async def open(self, request: Open, digests: torch.Tensor | None) -> None:
+        """Ask for a session. Raises `PeerError`s."""
         assert self.connection is not None
         self.epoch, self.before, self.after = request.epoch, request.before, request.after
         self._num_skipped = request.skip
         self._num_offered = 0 if digests is None else digests.shape[1] * PAGE_TOKENS
-        size = self._num_offered * token_bytes
+        size = 0 if digests is None else digests.nbytes
         self.connection.expect(usual_seconds=OPENING_SECONDS, bytes_in_flight=size)
         request = request.model_copy(update={"encoding": self.connection.encoding})
         await self.connection.send(request, {} if digests is None else {"digests": digests})

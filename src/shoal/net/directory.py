@@ -59,6 +59,7 @@ class DhtDirectory:
         self._node: Any = None
         self._others = Acquaintances(identity.peer, initial_peers=initial_peers, keeps_records=keeps_records)
         self._last_expiry: dict[str, float] = {}
+        self._newest: dict[str, dict[str, Announcement]] = {}  # of each model, of each peer
 
     async def attach(self, daemon: Daemon, peers: Sequence[str]) -> None:
         """Join the table through these peers; none begins a new one. What we kept for others is kept on.
@@ -127,11 +128,16 @@ class DhtDirectory:
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
         keys = [block_key(model.key, block) for block in range(model.num_blocks)]
+        found = await self._read(keys)
+        # What was announced holds until it ends. Those who keep it may be late with their answer, and are then silently
+        # passed over: all links are busy when a batch goes over them.
+        known = [each for each in self._newest.get(model.key, {}).values() if each.expires > self._clock()]
         newest: dict[str, Announcement] = {}
-        for announcement in await self._read(keys):
-            known = newest.get(announcement.peer)
-            if announcement.num_blocks == model.num_blocks and (known is None or known.expires < announcement.expires):
-                newest[announcement.peer] = announcement
+        for announcement in known + found:
+            if announcement.num_blocks == model.num_blocks:
+                other = newest.setdefault(announcement.peer, announcement)
+                newest[announcement.peer] = max(other, announcement, key=lambda each: each.expires)
+        self._newest[model.key] = newest
         return tuple(newest[peer].server_info for peer in sorted(newest))
 
     async def models(self) -> tuple[ModelInfo, ...]:

@@ -226,6 +226,7 @@ class MemoryStream:
         self._link = link
         self._me = me
         self._closed = False
+        self.heard_at = asyncio.get_running_loop().time()
 
     @property
     def peer(self) -> str:
@@ -240,6 +241,7 @@ class MemoryStream:
     async def receive(self) -> tuple[bytes, bytearray]:
         self._check_open()
         frame = await self._link.receive(self._me)
+        self.heard_at = asyncio.get_running_loop().time()
         return frame.header, bytearray(frame.payload)
 
     async def close(self) -> None:

@@ -6,7 +6,7 @@ stream. A crash, a reset and a close all look like the end of the file there: wh
 
 from __future__ import annotations
 
-from asyncio import StreamReader, StreamWriter
+from asyncio import StreamReader, StreamWriter, get_running_loop
 from collections.abc import Callable, Sequence
 
 from shoal.net.frames import PREFIX_BYTES, pack_prefix, payload_bytes, unpack_prefix
@@ -33,6 +33,8 @@ class Libp2pStream:
     ) -> None:
         self._peer = peer
         self.address = address
+        self._clock = get_running_loop().time
+        self.heard_at = self._clock()
         self._on_close = on_close
         self._reader = reader
         self._writer = writer
@@ -74,12 +76,14 @@ class Libp2pStream:
             header_size, payload_size = self._lengths
             if self._header is None:
                 self._header = await self._reader.readexactly(header_size)
+                self.heard_at = self._clock()
             # It grows with what arrives, so that a promise of 256 MiB costs nothing; large blocks grow in place.
             while missing := payload_size - len(self._payload):
                 chunk = await self._reader.read(min(missing, CHUNK_BYTES))
                 if not chunk:
                     raise EOFError("in the middle of a frame")
                 self._payload += chunk
+                self.heard_at = self._clock()
         except ProtocolViolation as violation:
             await self.close()
             raise StreamBroken(f"{self._peer} sent {violation}") from None

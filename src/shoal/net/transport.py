@@ -14,6 +14,8 @@ from shoal.spans import ServerInfo
 
 Buffer = bytes | bytearray | memoryview
 
+SLOWEST_LINK = 128 * 1024
+"""Bytes per second: what is in flight over a link that is slower than this looks like silence."""
 MAX_LIFETIME = 300.0
 """Seconds that an announcement may be valid for: the longest that a vanished server can haunt the directory."""
 
@@ -28,6 +30,11 @@ class Stream(Protocol):
     @property
     def peer(self) -> str:
         """The other side's peer id."""
+        ...
+
+    @property
+    def heard_at(self) -> float:
+        """When anything came last, be it a part of a frame, by the event loop's clock; at first, when it was opened."""
         ...
 
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:

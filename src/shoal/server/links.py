@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoal.net import codec
-from shoal.net.transport import Stream, StreamBroken, Transport
+from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
 from shoal.protocol import After, Before, Encoding, Step
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,8 @@ class _Road:
             await self._disconnect()
             await self._open()
         assert self._stream is not None
-        async with asyncio.timeout(SEND_SECONDS):
+        num_bytes = sum(tensor.nbytes for tensor in parcel.tensors.values())
+        async with asyncio.timeout(SEND_SECONDS + num_bytes / SLOWEST_LINK):
             await codec.send(self._stream, parcel.step, parcel.tensors, parcel.encoding)
 
     async def _open(self) -> None:
