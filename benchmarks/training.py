@@ -58,15 +58,18 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     load_before = os.getloadavg()[0]
     scale = Scale(reference_model(num_blocks=arguments.blocks), arguments.blocks, arguments.rounds)
-    found = {name: table for name in arguments.only if (table := PARTS[name](scale)) is not None}
+    if not arguments.json:
+        print(f"{describe_machine()}; load before {load_before:.1f}\n")
+    found: dict[str, Table] = {}
+    for name in arguments.only:
+        if (table := PARTS[name](scale)) is not None:
+            found[name] = table
+            if not arguments.json:  # as soon as it is known: the next part may take half an hour
+                table.print()
     if arguments.json:
         about = {"machine": describe_machine(), "date": str(date.today()), "load_before": load_before}
         tables = {name: asdict(table) for name, table in found.items()}
         print(json.dumps({**about, "rounds": scale.rounds, "blocks": scale.num_blocks, "parts": tables}, indent=2))
-    else:
-        print(f"{describe_machine()}; load before {load_before:.1f}\n")
-        for table in found.values():
-            table.print()
     return 0 if all(found[name].is_met for name in EXACT if name in found) else 1
 
 

@@ -37,7 +37,7 @@ class Table:
         print("|---" * (len(self.columns) + 1) + "|")
         for row in self.rows:
             print("| " + " | ".join(map(_cell, row)) + " |")
-        print()
+        print(flush=True)
 
     @property
     def is_met(self) -> bool:

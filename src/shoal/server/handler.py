@@ -124,42 +124,45 @@ class Handler:
     async def _converse(self, stream: Stream) -> None:
         ear = _Ear(stream)
         try:
-            await self._answer(stream, ear)
+            await self._listen(stream, ear)
         finally:
             await ear.close()
 
-    async def _answer(self, stream: Stream, ear: _Ear) -> None:
-        while True:
+    async def _listen(self, stream: Stream, ear: _Ear) -> None:
+        goes_on = True
+        while goes_on:
             async with asyncio.timeout(self._idle_seconds):
                 message, tensors = await ear.next()
-            match message:
-                case Ping():
-                    await self._say(stream, self._pong(working=False))
-                case Close():
-                    return
-                case Open():
-                    try:
-                        await self._hold_session(stream, message, tensors)
-                        return
-                    except Lacks as lacks:
-                        await self._say(stream, _lacking(lacks))
-                case Adapter():
-                    await self._engine.adapters.keep(stream.peer, message, tensors)
-                    await self._say(stream, Learned())
-                case Step() if message.link is not None:
-                    await self._links.listen(stream, message, tensors, idle_seconds=self._idle_seconds)
-                    return
-                case Norms():
-                    norms = await self._alive(stream, ear, self._engine.norms(message))
-                    await self._say(stream, Result(), {"factors": norms})
-                case Forward() | Backward():
-                    try:
-                        result, outcome = await self._alive(stream, ear, self._pass(stream.peer, message, tensors))
-                        await self._say(stream, result, outcome, message.encoding_of(_TELLING[message.kind]))
-                    except Lacks as lacks:
-                        await self._say(stream, _lacking(lacks))
-                case _:
-                    raise rejected(f"a message of kind {message.kind!r} makes no sense here")
+            try:
+                goes_on = await self._answer(stream, ear, message, tensors)
+            except Lacks as lacks:
+                await self._say(stream, Lacking(adapters=lacks.adapters, kept=lacks.kept))
+
+    async def _answer(self, stream: Stream, ear: _Ear, message: Message, tensors: codec.Tensors) -> bool:
+        """Do what a message asks for. Returns whether the stream is of further use."""
+        match message:
+            case Ping():
+                await self._say(stream, self._pong(working=False))
+            case Close():
+                return False
+            case Open():
+                await self._hold_session(stream, message, tensors)
+                return False
+            case Step() if message.link is not None:
+                await self._links.listen(stream, message, tensors, idle_seconds=self._idle_seconds)
+                return False
+            case Adapter():
+                await self._engine.adapters.keep(stream.peer, message, tensors)
+                await self._say(stream, Learned())
+            case Norms():
+                norms = await self._alive(stream, ear, self._engine.norms(message))
+                await self._say(stream, Result(), {"factors": norms})
+            case Forward() | Backward():
+                result, outcome = await self._alive(stream, ear, self._pass(stream.peer, message, tensors))
+                await self._say(stream, result, outcome, message.encoding_of(_TELLING[message.kind]))
+            case _:
+                raise rejected(f"a message of kind {message.kind!r} makes no sense here")
+        return True
 
     async def _pass(
         self, peer: str, request: Forward | Backward, tensors: codec.Tensors
@@ -252,10 +255,6 @@ class _Ear:
         if self._hearing is not None:
             self._hearing.cancel()
             await asyncio.gather(self._hearing, return_exceptions=True)
-
-
-def _lacking(lacks: Lacks) -> Lacking:
-    return Lacking(adapters=lacks.adapters, kept=lacks.kept)
 
 
 async def _told(session: Conversation, seconds: float) -> None:
