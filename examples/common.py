@@ -1,4 +1,10 @@
-"""What the examples share: their options, the accuracy of answers, and a picture of the loss."""
+"""What the examples share: their options, the model, and the loss and accuracy of answers.
+
+They need a swarm that serves the bundled model, for example one server on this machine (from a clone, after
+`source .venv/bin/activate` and `pip install -e '.[examples]'`); it prints the ADDRESS:
+
+    shoal serve src/shoal/bundled/stories --new-swarm --dtype float32
+"""
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -6,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from shoal import AutoDistributedModelForCausalLM
@@ -52,16 +57,3 @@ def exact_answers(model: Any, tokenizer: Any, tasks: Sequence[dict[str, str]]) -
     ids = model.eval().generate(**prompts, max_new_tokens=8, do_sample=False)[:, prompts.input_ids.shape[1] :]
     answers = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return sum(answer == task["completion"] for answer, task in zip(answers, tasks, strict=True)) / len(tasks)
-
-
-def plot(losses: dict[str, Sequence[float]], title: str, path: Path) -> None:
-    """Draw the losses of the steps, by the name of whose they are."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, values in losses.items():
-        axes.plot(range(1, len(values) + 1), values, label=name)
-    axes.set(xlabel="step", ylabel="loss", title=title, ylim=(0, None))
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

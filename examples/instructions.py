@@ -7,10 +7,11 @@ data stay here. The answers are then generated through the swarm, with the adapt
 """
 
 import torch
-from common import exact_answers, load, options, plot
+from common import exact_answers, load, options
 from data import tasks
 from datasets import Dataset
 from peft import LoraConfig
+from picture import plot
 from trl import SFTConfig, SFTTrainer
 
 

@@ -34,7 +34,7 @@ def participate(number: int, parent: Connection, chosen: Namespace) -> None:
     if chosen.private and chosen.noise_seed is None:
         torch.seed()  # nobody may know the noise
     else:
-        torch.manual_seed((chosen.noise_seed or chosen.seed) + number)
+        torch.manual_seed((chosen.seed if chosen.noise_seed is None else chosen.noise_seed) + number)
     averaging = by_hivemind if chosen.decentralized else by_coordinator
     with averaging(factors, parent) as average:
         for step in range(1, chosen.steps + 1):

@@ -7,8 +7,9 @@ this side. Nothing is downloaded: `data.py` writes the texts.
 """
 
 import torch
-from common import options, plot
+from common import options
 from data import reviews
+from picture import plot
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, BatchEncoding
 

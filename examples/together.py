@@ -11,10 +11,11 @@ text, but what goes into their blocks.
 from contextlib import nullcontext
 
 import private
-from common import options, plot
+from common import options
 from decentralized import introduced
 from federated import coordinate, participants, receive
 from participant import NUM_STORIES, QUESTIONS, participate
+from picture import plot
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def main(
 
 def plot(curve: Path) -> None:
     """Draws the curve next to its numbers."""
-    from matplotlib import pyplot as plt  # nothing but this script needs it
+    from matplotlib import pyplot as plt
 
     with curve.open() as file:
         rows = list(csv.DictReader(file))

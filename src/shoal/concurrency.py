@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def first_of(*works: Coroutine[Any, Any, None]) -> None:
@@ -18,3 +20,24 @@ async def first_of(*works: Coroutine[Any, Any, None]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def while_moving(work: Coroutine[Any, Any, T], moved_at: Callable[[], float], *, seconds: float) -> T:
+    """What `work` returns. Raises `TimeoutError` when nothing has moved for so many seconds, by the loop's clock."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    looking = loop.call_at(began + seconds, lambda: look())
+
+    def look() -> None:
+        nonlocal looking
+        until = max(began, moved_at()) + seconds
+        if until <= loop.time():
+            limit.reschedule(until)
+        else:
+            looking = loop.call_at(until, look)
+
+    try:
+        async with asyncio.timeout(None) as limit:
+            return await work
+    finally:
+        looking.cancel()

@@ -3,7 +3,7 @@
     ShoalError
     ├── UserError                what somebody asked for cannot be done; ask differently
     │   ├── UnsupportedModel     no certified way to cut this family
-    │   ├── UnsupportedOperation the model cannot do this, such as rewinding a recurrent state
+    │   ├── UnsupportedOperation the model, or whoever serves it, cannot do this, such as rewinding a recurrent state
     │   └── CheckpointError      weights that are missing, damaged or of another shape
     └── SwarmError               the swarm cannot do it now
         ├── MissingBlocks        nobody serves some blocks
@@ -40,7 +40,7 @@ class UnsupportedModel(UserError):
 
 
 class UnsupportedOperation(UserError):
-    """The model cannot do this: its recurrent state does not rewind, for example."""
+    """The model, or whoever serves it, cannot do this: its recurrent state does not rewind, for example."""
 
 
 class CheckpointError(UserError):

@@ -34,6 +34,7 @@ MAX_BLOCKS = 4096
 MAX_HOPS = 256
 MAX_FACTORS = 1 << 20
 """Tensors of factors in a span."""
+MAX_TEXT = 256
 MAX_STEPS_AHEAD = 16
 """The steps of one session that a server keeps beside the one that it computes."""
 
@@ -52,7 +53,7 @@ ENCODED = frozenset({"hidden", "grad"})
 INT8_BLOCK = 64
 """The values that share one peak in the encoding int8."""
 TensorName = Literal["hidden", "positions", "mask", "grad", "digests", "logits", "ids", "factors", "factor_grads"]
-Text = Annotated[str, Field(max_length=256)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # it ends up on terminals
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 Position = Annotated[int, Field(ge=0, le=MAX_LENGTH)]

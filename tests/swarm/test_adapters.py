@@ -13,6 +13,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from shoal.errors import UnsupportedOperation, UserError
+from shoal.model.peft_folder import PeftFolder
 
 from .harness import Swarm
 
@@ -100,7 +101,7 @@ def test_what_servers_host_is_not_sent_to_them(
     theirs.save_pretrained(tmp_path)
     net = swarm()
     servers = [net.start(span, adapters=(str(tmp_path),) if name in hosts else ()) for name, span in SPANS.items()]
-    model = net.model(active_adapter=tmp_path)
+    model = net.model(active_adapter=PeftFolder.open(tmp_path))
     found = model.generate(TOKENS, max_new_tokens=8, do_sample=False)
     assert found.tolist() == theirs.generate(input_ids=TOKENS, max_new_tokens=8, do_sample=False).tolist()
     with torch.no_grad():
@@ -112,7 +113,7 @@ def test_a_folder_without_safetensors_is_refused(swarm: Callable[..., Swarm], tm
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"anything")
     with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
-        swarm("0:4").model(active_adapter=tmp_path)
+        swarm("0:4").model(active_adapter=PeftFolder.open(tmp_path))
 
 
 def test_servers_that_offer_no_training_generate_all_the_same(swarm: Callable[..., Swarm], whole: PreTrainedModel):
@@ -150,7 +151,7 @@ def test_servers_keep_what_several_clients_have_used_and_say_so(
     adapters = net.servers["s0"].engine.adapters
     for num_users in (1, 2, 3):
         assert bool(adapters.announced) == (num_users > 2)
-        model = net.model(active_adapter=tmp_path)
+        model = net.model(active_adapter=PeftFolder.open(tmp_path))
         assert model.generate(TOKENS, max_new_tokens=4, do_sample=False).tolist() == expected
         model.close()
         net.settle(lambda num_users=num_users: bool(adapters.num_bytes) == (num_users > 1))

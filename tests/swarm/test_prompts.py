@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from shoal import AutoDistributedModelForSequenceClassification
@@ -110,6 +112,29 @@ def test_a_session_over_several_calls_has_one_prompt(model: Any, whole: PreTrain
         found = model.generate(None, max_new_tokens=5, session=session, do_sample=False)
     expected = model.generate(TOKENS[:1], max_new_tokens=10, do_sample=False)
     assert torch.cat((first, found), dim=1).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_what_was_trained_is_saved_and_loaded_as_docs_finetuning_says(
+    mode: str, swarm: Callable[..., Swarm], tmp_path: Path
+):
+    net = swarm("0:2", "2:4")
+
+    def new() -> Any:
+        return net.model(
+            AutoDistributedModelForSequenceClassification, tuning_mode=mode, pre_seq_len=NUM_PROMPT, num_labels=2
+        )
+
+    model, other = new(), new()
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    for each in trained.values():
+        torch.nn.init.normal_(each)
+    save_file(trained, tmp_path / "prompt.safetensors")
+    unexpected = other.load_state_dict(load_file(tmp_path / "prompt.safetensors"), strict=False).unexpected_keys
+    assert not unexpected
+    with torch.no_grad():
+        found, expected = (each(input_ids=PADDED, attention_mask=MASK).logits for each in (other, model))
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_prompt_and_a_new_head_classify(swarm: Callable[..., Swarm]):

@@ -15,7 +15,7 @@ from shoal.client.connection import PING_SECONDS, STUCK_SECONDS, Connection
 from shoal.client.line import Line
 from shoal.errors import PeerError, ServerLost
 from shoal.net.frames import payload_bytes
-from shoal.net.transport import SLOWEST_LINK, Buffer, StreamBroken
+from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Buffer, StreamBroken
 from shoal.protocol import Leaving, Message, Ping, Pong, Result, Step, dump, parse
 from shoal.spans import ServerInfo, ServerState, Span
 
@@ -51,7 +51,7 @@ class ScriptedStream:
         bytes_per_second: float = math.inf,
     ) -> None:
         self.sent: list[Message] = []
-        self.heard_at = 0.0
+        self.heard_at = self.taken_at = 0.0
         self._answer = answer
         self._delay = delay
         self._bytes_per_second = bytes_per_second
@@ -59,7 +59,10 @@ class ScriptedStream:
 
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         message = parse(header)
-        await asyncio.sleep(payload_bytes(payload) / self._bytes_per_second)
+        for start in range(0, payload_bytes(payload), CHUNK_BYTES):
+            part = min(CHUNK_BYTES, payload_bytes(payload) - start)
+            await asyncio.sleep(part / self._bytes_per_second)
+            self.taken_at = asyncio.get_running_loop().time()
         self.sent.append(message)
         for answer in self._answer(message):
             asyncio.get_running_loop().call_later(self._delay, self._arriving.put_nowait, answer)
@@ -187,7 +190,7 @@ def test_a_server_that_takes_nothing_is_lost():
             await connection.send(Step(epoch=0, position=0), {"hidden": torch.zeros(MEGABYTE, dtype=torch.uint8)})
 
     at, error = ended(stream, within=100, meanwhile=send)
-    assert at == pytest.approx(CONFIG.silence_seconds + MEGABYTE / SLOWEST_LINK)
+    assert at == pytest.approx(CONFIG.silence_seconds + CHUNK_BYTES / SLOWEST_LINK)
     assert isinstance(error, ServerLost)
 
 

@@ -83,7 +83,10 @@ Announce = Annotated[
 ]
 Relay = Annotated[
     list[str] | None,
-    typer.Option(metavar="ADDRESS", help="A peer that carries our streams when nobody can dial us. Give several."),
+    typer.Option(
+        metavar="ADDRESS",
+        help="A peer that carries our streams when nobody can dial us. Give four: fewer take minutes to be used.",
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option(metavar="REVISION", help="A branch, tag or commit of the model on the hub.")
@@ -107,7 +110,9 @@ ClientDType = Annotated[
 OnTheWire = Annotated[
     Wire,
     typer.Option(
-        "--wire", metavar="ENCODING", help="How it travels: raw (auto), or bfloat16, int8: fewer bytes, less precise."
+        "--wire",
+        metavar="ENCODING",
+        help="How hidden states travel: raw (auto), or bfloat16, int8: fewer bytes, less precise.",
     ),
 ]
 HistoryKept = Annotated[
@@ -120,10 +125,15 @@ HistoryKept = Annotated[
 ]
 HistoryMemory = Annotated[
     int | None,
-    typer.Option(min=0, metavar="MIB", help="Keep so much of that in memory, the rest in a temporary file."),
+    typer.Option(
+        min=0,
+        metavar="MIB",
+        help="Of what is kept for successors, so much stays in memory, the rest in a temporary file.",
+    ),
 ]
 Standby = Annotated[
-    bool, typer.Option("--standby", help="Keep a second server warm for each in use: then a failure costs one step.")
+    bool,
+    typer.Option("--standby", help="Keep a second server warm for each in use: a failure then costs a step or two."),
 ]
 Pin = Annotated[
     list[str] | None,

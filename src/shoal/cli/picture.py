@@ -33,6 +33,8 @@ _SHARED: dict[str, Callable[[ServerInfo], str]] = {
 _REMARKABLE: dict[str, Callable[[ServerInfo], str]] = {
     "queue": lambda server: str(server.queue_length) if server.queue_length else "",
     "head": lambda server: "yes" if server.head else "",
+    "training": lambda server: "" if server.training else "no",
+    "adapters": lambda server: str(len(server.adapters)) if server.adapters else "",
 }
 
 
@@ -62,7 +64,7 @@ def _table(view: SwarmView, columns: Mapping[str, Callable[[ServerInfo], str]], 
     for title in ("tokens/s", "prefill", "cache"):
         table.add_column(title, justify="right")
     for title in columns:
-        table.add_column(title, justify="right" if title == "queue" else "left")
+        table.add_column(title, justify="right" if title in ("queue", "adapters") else "left")
     for server in sorted(view.servers, key=lambda server: (server.span, server.name, server.peer)):
         style = STATE_STYLES[server.state]
         table.add_row(

@@ -189,7 +189,7 @@ class Chain:
                 await asyncio.sleep(wait)
 
     def _exhausted(self, span: Span, excluded: Set[Holding]) -> MissingBlocks:
-        unavailable = self._askable(excluded).missing(span)
+        unavailable = self._askable(excluded).missing(span) or tuple(span)
         return MissingBlocks(
             f"no server for blocks {format_blocks(unavailable)} answers: {'; '.join(self._suspects.reasons())}",
             blocks=unavailable,

@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from shoal.errors import UserError
-from shoal.protocol import Encoding
+from shoal.protocol import MAX_TEXT, Encoding
 from shoal.routing.route import Chooser
 from shoal.spans import Span
 
@@ -77,8 +77,11 @@ class ClientConfig:
         history_folder: Path | None = None,
         remote_head: bool = False,
         head_top_k: int | None = None,
+        salt: str = "",
     ) -> ClientConfig:
         """The default, with the user's lists of servers and what the user wants of them. Raises `UserError`."""
+        if len(salt) > MAX_TEXT:
+            raise UserError(f"a salt of {len(salt)} characters", hint=f"{MAX_TEXT} are the most")
         known = [each for each in CHOOSERS if each == chooser]
         if not known:
             raise UserError(
@@ -96,6 +99,7 @@ class ClientConfig:
             history_folder=history_folder,
             remote_head=remote_head,
             head_top_k=head_top_k,
+            salt=salt,
         )
 
 

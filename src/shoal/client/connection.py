@@ -16,7 +16,7 @@ import torch
 
 from shoal.client.config import ClientConfig
 from shoal.client.line import Line
-from shoal.concurrency import first_of
+from shoal.concurrency import first_of, while_moving
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, UserError
 from shoal.net import codec
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
@@ -122,9 +122,10 @@ class Connection:
             self._ping_is_last = isinstance(message, Ping)
             if self._ping_is_last:
                 self._pinged_at = self._clock()
+            sending = codec.send(self._stream, message, tensors, self.encoding)
+            patience = self._config.silence_seconds + self._line.seconds_for(num_bytes)
             try:
-                async with asyncio.timeout(self._config.silence_seconds + num_bytes / SLOWEST_LINK):
-                    await codec.send(self._stream, message, tensors, self.encoding)
+                await while_moving(sending, lambda: self._stream.taken_at, seconds=patience)
             except (StreamBroken, TimeoutError) as failure:
                 self.fail(self.lost(failure if str(failure) else "takes nothing more"))
                 raise self.error from None  # type: ignore[misc]

@@ -5,7 +5,7 @@ So a ping waits for what another stream carries, and whatever comes on any of th
 
 from __future__ import annotations
 
-from shoal.net.transport import Stream
+from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Stream
 
 
 class Line:
@@ -26,6 +26,10 @@ class Line:
     def bytes_in_flight(self) -> int:
         """Of all streams."""
         return sum(self._carried.values())
+
+    def seconds_for(self, num_bytes: int) -> float:
+        """How long it may take until a part of what is sent on one of them is taken, if all take turns."""
+        return len(self._carried) * min(num_bytes, CHUNK_BYTES) / SLOWEST_LINK
 
     @property
     def heard_at(self) -> float:

@@ -43,6 +43,7 @@ from shoal.model.checkpoint import Checkpoint
 from shoal.model.factors import check_configs
 from shoal.model.families import text_config
 from shoal.model.head import HeadCache, build_head
+from shoal.model.peft_folder import PeftFolder
 from shoal.model.prompts import PROMPT, check_mode
 from shoal.model.skeleton import skeletons
 from shoal.net import NetworkConfig, join
@@ -88,6 +89,7 @@ class _AutoDistributed:
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
         active_adapter: str | Path | None = None,
+        salt: str = "",
         allow_uncertified: bool = False,
         **config_changes: Any,
     ) -> Any:
@@ -113,8 +115,11 @@ class _AutoDistributed:
 
         With `tuning_mode="ptune"`, `pre_seq_len` trainable vectors stand before every text: `model.prompt_embeddings`;
         with "deep_ptune", as many are added in every block too (`docs/finetuning.md`). All else is then frozen, but
-        for the head of a task that the checkpoint was not trained for. `active_adapter` is a PEFT adapter, a Hugging
-        Face id or a folder, to compute with; servers that host it are not sent it.
+        for the head of a task, such as a classifier's. `active_adapter` is a PEFT adapter, a Hugging Face id or a
+        folder, to compute with; servers that host it are not sent it.
+
+        Servers compute once what several sessions begin with, of whoever has the same `salt`: with one of your own,
+        nobody can find out by the time that it takes what you have asked.
 
         Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
         it to the end of the process.
@@ -142,7 +147,11 @@ class _AutoDistributed:
             history_folder=None if history_folder is None else Path(history_folder).expanduser(),
             remote_head=remote_head,
             head_top_k=head_top_k,
+            salt=salt,
         )
+        adapter = None
+        if active_adapter is not None:
+            adapter = PeftFolder.open(active_adapter, token=token, cache_dir=cache_dir)
         runtime = Runtime()
         try:
             network = join(NetworkConfig(initial_peers=peers, client_mode=True))
@@ -157,7 +166,7 @@ class _AutoDistributed:
                 head_quantization=head_quantization,
                 tuning_mode=tuning_mode,
                 pre_seq_len=pre_seq_len,
-                active_adapter=active_adapter,
+                active_adapter=adapter,
                 **config_changes,
             )
         except BaseException:
@@ -177,7 +186,7 @@ class _AutoDistributed:
         head_quantization: str = "none",
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
-        active_adapter: str | Path | None = None,
+        active_adapter: PeftFolder | None = None,
         **config_changes: Any,
     ) -> Any:
         """The same on a network that is there already; the model closes `runtime` when it is closed."""

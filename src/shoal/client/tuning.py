@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +12,15 @@ from shoal.model.peft_folder import PeftFolder
 from shoal.model.prompts import PROMPT, new_prompt
 
 
-def add_adapter(model: Any, adapter: str | Path) -> None:
+def add_adapter(model: Any, adapter: PeftFolder) -> None:
     """A trained adapter, which is not sent to servers that host it."""
-    folder = PeftFolder.open(adapter)
-    if strange := folder.put_into(model):
-        raise UserError(f"the adapter {adapter} is another model's: this one has no {strange[0]}")
-    model.blocks.hosted = folder.name
+    if strange := adapter.put_into(model):
+        raise UserError(f"the adapter {adapter.origin} is another model's: this one has no {strange[0]}")
+    model.blocks.hosted = adapter.name
 
 
 def add_prompts(model: Any, num_tokens: int, *, deep: bool) -> None:
-    """Soft prompts, which are trained together with a head that is new; everything else is frozen."""
+    """Soft prompts, which are trained together with the head of a task, if there is one; everything else is frozen."""
     model.requires_grad_(False)
     if not model.can_generate():
         known = {id(parameter) for parameter in model.base_model.parameters()}

@@ -36,8 +36,9 @@ HOSTED = "hosted"
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """An adapter as PEFT saves it. Folders of the same files have the same `name`, wherever they are."""
+    """An adapter as PEFT saves it. Folders of the same files have the same `name`, wherever their `origin` is."""
 
+    origin: str
     name: str
     config: Mapping[str, Any]
     weights: Mapping[str, Tensor]
@@ -63,7 +64,7 @@ class PeftFolder:
             raise CheckpointError(f"{adapter}: {CONFIG} is not what PEFT writes")
         digest = hashlib.blake2b(path.read_bytes(), digest_size=8)
         digest.update(weights.read_bytes())
-        return cls(digest.hexdigest(), read_json(files, CONFIG), load_file(weights))
+        return cls(str(adapter), digest.hexdigest(), read_json(files, CONFIG), load_file(weights))
 
     def put_into(self, model: nn.Module) -> list[str]:
         """Add it to a model, active and frozen; returns the names of weights for which the model has no place.

@@ -226,7 +226,7 @@ class MemoryStream:
         self._link = link
         self._me = me
         self._closed = False
-        self.heard_at = asyncio.get_running_loop().time()
+        self.heard_at = self.taken_at = asyncio.get_running_loop().time()
 
     @property
     def peer(self) -> str:
@@ -237,6 +237,7 @@ class MemoryStream:
         pack_prefix(len(header), payload_bytes(payload))
         frame = Frame(self._link.peers[self._me], self.peer, header, b"".join(payload))
         await self._link.send(self._me, frame)
+        self.taken_at = asyncio.get_running_loop().time()
 
     async def receive(self) -> tuple[bytes, bytearray]:
         self._check_open()

@@ -10,10 +10,8 @@ from asyncio import StreamReader, StreamWriter, get_running_loop
 from collections.abc import Callable, Sequence
 
 from shoal.net.frames import PREFIX_BYTES, pack_prefix, payload_bytes, unpack_prefix
-from shoal.net.transport import Buffer, StreamBroken
+from shoal.net.transport import CHUNK_BYTES, Buffer, StreamBroken
 from shoal.protocol import ProtocolViolation
-
-CHUNK_BYTES = 256 * 1024
 
 
 class Libp2pStream:
@@ -34,7 +32,7 @@ class Libp2pStream:
         self._peer = peer
         self.address = address
         self._clock = get_running_loop().time
-        self.heard_at = self._clock()
+        self.heard_at = self.taken_at = self._clock()
         self._on_close = on_close
         self._reader = reader
         self._writer = writer
@@ -102,3 +100,4 @@ class Libp2pStream:
     async def _write(self, data: Buffer) -> None:
         self._writer.write(data)
         await self._writer.drain()
+        self.taken_at = self._clock()

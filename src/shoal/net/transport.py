@@ -14,6 +14,8 @@ from shoal.spans import ServerInfo
 
 Buffer = bytes | bytearray | memoryview
 
+CHUNK_BYTES = 256 * 1024
+"""A large frame is sent in parts of this size."""
 SLOWEST_LINK = 128 * 1024
 """Bytes per second: what is in flight over a link that is slower than this looks like silence."""
 MAX_LIFETIME = 300.0
@@ -35,6 +37,11 @@ class Stream(Protocol):
     @property
     def heard_at(self) -> float:
         """When anything came last, be it a part of a frame, by the event loop's clock; at first, when it was opened."""
+        ...
+
+    @property
+    def taken_at(self) -> float:
+        """When anything was last taken of what we send, be it a part of a frame."""
         ...
 
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:

@@ -12,8 +12,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from shoal.concurrency import while_moving
 from shoal.net import codec
-from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
+from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.protocol import After, Before, Encoding, Step
 
 log = logging.getLogger(__name__)
@@ -184,9 +185,9 @@ class _Road:
             await self._disconnect()
             await self._open()
         assert self._stream is not None
-        num_bytes = sum(tensor.nbytes for tensor in parcel.tensors.values())
-        async with asyncio.timeout(SEND_SECONDS + num_bytes / SLOWEST_LINK):
-            await codec.send(self._stream, parcel.step, parcel.tensors, parcel.encoding)
+        stream = self._stream
+        sending = codec.send(stream, parcel.step, parcel.tensors, parcel.encoding)
+        await while_moving(sending, lambda: stream.taken_at, seconds=SEND_SECONDS)
 
     async def _open(self) -> None:
         async with asyncio.timeout(OPEN_SECONDS):
