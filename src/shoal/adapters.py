@@ -83,10 +83,13 @@ def adapter_name(block: int, layers: Sequence[Lora | IA3 | Prompt], dtype: str, 
 
 
 def salted(salt: str, names: Sequence[str | None]) -> str:
-    """A tenant's salt for what is computed with these adapters, one for each block: no others' pages are the same."""
+    """A tenant's salt for what is computed with these adapters, one for each block: no others' pages are the same.
+
+    Whatever a tenant chooses, it is none that adapters give: nobody can pass off pages without them as pages with them.
+    """
     if not any(names):
-        return salt
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for part in (salt, *(name or "-" for name in names)):
-        digest.update(part.encode() + b"\n")
+        return f"plain {salt}"
+    digest = hashlib.blake2b(f"{len(salt)} {salt}".encode(), digest_size=DIGEST_BYTES)
+    for name in names:
+        digest.update(b"\n" + (name or "-").encode())
     return f"adapted {digest.hexdigest()}"

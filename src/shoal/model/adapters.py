@@ -10,7 +10,8 @@ others. How a client describes it is in `shoal.model.factors`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ class BlockAdapter:
         self.dtype = values_N.dtype
         self.layers: dict[str, nn.Module] = {}
         self.prompt_PD: Tensor | None = None
-        self._dropouts: list[_Dropout] = []
+        self._dropouts: list[tuple[nn.Module, _Dropout]] = []  # and the layers that they are in
         bases = [None if isinstance(layer, Prompt) else _linear(block, layer.module) for layer in layers]
         shapes = [_shapes(layer, base, hidden_size) for layer, base in zip(layers, bases, strict=True)]
         counts = [math.prod(shape) for each in shapes for shape in each]
@@ -73,7 +74,7 @@ class BlockAdapter:
         if isinstance(layer, Lora) and layer.dropout:
             dropout = _Dropout(layer.dropout)
             added.lora_dropout[THE_ONE] = dropout
-            self._dropouts.append(dropout)
+            self._dropouts.append((added, dropout))
         self.layers[layer.module] = added
 
     def on(self, block: nn.Module, start: int = 0) -> nn.Module:
@@ -84,11 +85,20 @@ class BlockAdapter:
             return adapted
         return entering(adapted, lambda hidden_BTD: with_prompt(hidden_BTD, prompt_PD, start))
 
-    def seed(self, seed: int | None) -> None:
-        """What is dropped from now on follows from this number, whatever the device; without one, nothing is."""
+    @contextmanager
+    def dropping(self, seed: int | None) -> Iterator[None]:
+        """What is dropped inside follows from this number, on every device; without one, and outside, nothing is."""
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        for dropout in self._dropouts:
+        self._drop_by(generator)
+        try:
+            yield
+        finally:
+            self._drop_by(None)  # sessions compute with the same layers
+
+    def _drop_by(self, generator: torch.Generator | None) -> None:
+        for layer, dropout in self._dropouts:
             dropout.generator = generator
+            layer.training = generator is not None  # PEFT's DoRA looks at that before it drops anything
 
 
 def with_prompt(hidden_BTD: Tensor, prompt_PD: Tensor, start: int) -> Tensor:

@@ -122,9 +122,10 @@ class QuickLinear(nn.Linear):
             self._copy = None
             return super().forward(x)
         weight = (self.weight.data_ptr(), self.weight._version, id(self.bias))
-        if self._copy is None or self._copy[0] != weight:
-            self._copy = (weight, PackedLinear(self))
-        return self._copy[1].product(x)
+        copy = self._copy  # another thread, which trains, may take it away meanwhile
+        if copy is None or copy[0] != weight:
+            self._copy = copy = (weight, PackedLinear(self))
+        return copy[1].product(x)
 
     def __getstate__(self) -> dict[str, Any]:
         """A tensor in this layout can be neither copied nor saved; it is made again."""

@@ -34,8 +34,12 @@ class Blocks:
 
     def __call__(self, block: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
         adapter = self.adapters.get(block)
-        if adapter is not None:
-            adapter.seed(None if self._seed is None else self._seed + block)
+        if adapter is None:
+            return self._computed(block, hidden_BTD, None)
+        with adapter.dropping(None if self._seed is None else self._seed + block):
+            return self._computed(block, hidden_BTD, adapter)
+
+    def _computed(self, block: int, hidden_BTD: torch.Tensor, adapter: BlockAdapter | None) -> torch.Tensor:
         output_BTD: torch.Tensor = self._body(
             hidden_BTD,
             span=Span(block, block + 1),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -56,15 +57,15 @@ def adapters(number: int, dropout: float) -> Mapping[int, BlockAdapter]:
 def computed(hidden_BSD: Tensor, mask_BS: Tensor, own: Mapping[int, BlockAdapter], *, seed: int | None) -> Tensor:
     """What leaves the blocks in one piece."""
     for block, adapter in ((block, own.get(block)) for block in WHOLE):
-        if adapter is not None:
-            adapter.seed(None if seed is None else seed + block)
-        hidden_BSD = oracle().body(WHOLE)(
-            hidden_BSD,
-            span=Span(block, block + 1),
-            attention_mask=mask_BS,
-            position_ids=positions_of(mask_BS),
-            changes=None if adapter is None else {block: adapter.on},
-        )
+        drops = nullcontext() if adapter is None else adapter.dropping(None if seed is None else seed + block)
+        with drops:
+            hidden_BSD = oracle().body(WHOLE)(
+                hidden_BSD,
+                span=Span(block, block + 1),
+                attention_mask=mask_BS,
+                position_ids=positions_of(mask_BS),
+                changes=None if adapter is None else {block: adapter.on},
+            )
     return hidden_BSD
 
 
