@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -75,6 +76,26 @@ def test_every_connection_passes_a_door(swarm, expected):
         model.close()
     assert len({process.pid for process, _ in talks}) == 4
     assert all(is_proxy(other) for _, other in talks)
+
+
+def test_a_batch_that_is_long_on_its_way_loses_no_server(swarm, caplog: pytest.LogCaptureFixture):
+    """Each message takes seconds, and pings and announcements go over the same links."""
+    tokens = torch.arange(8 * 128).view(8, 128) % 200 + 3
+    whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype="float32")
+    whole(input_ids=tokens, labels=tokens).loss.backward()
+    expected = whole.get_input_embeddings().weight.grad
+    model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=swarm.addresses, dtype="float32")
+    try:
+        for server in swarm.servers:
+            server.link(Link(bytes_per_second=400e3))
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        gradient = model.get_input_embeddings().weight.grad
+    finally:
+        for server in swarm.servers:
+            server.link(Link())
+        model.close()
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_server_that_is_killed_and_started_again_is_the_same_peer_behind_the_same_door(swarm, expected):
