@@ -80,14 +80,14 @@ def test_every_connection_passes_a_door(swarm, expected):
 
 def test_a_batch_that_is_long_on_its_way_loses_no_server(swarm, caplog: pytest.LogCaptureFixture):
     """Each message takes seconds, and pings and announcements go over the same links."""
-    tokens = torch.arange(8 * 128).view(8, 128) % 200 + 3
+    tokens = torch.arange(32 * 128).view(32, 128) % 200 + 3
     whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype="float32")
     whole(input_ids=tokens, labels=tokens).loss.backward()
     expected = whole.get_input_embeddings().weight.grad
     model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=swarm.addresses, dtype="float32")
     try:
         for server in swarm.servers:
-            server.link(Link(bytes_per_second=400e3))
+            server.link(Link(bytes_per_second=700e3))
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         gradient = model.get_input_embeddings().weight.grad
     finally:
