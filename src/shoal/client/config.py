@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -62,45 +62,20 @@ class ClientConfig:
         """How inputs are kept in fact: what was rounded to travel loses nothing if it is kept the way it travels."""
         return max(self.history, self.wire, key=FEWER_BYTES.index)
 
-    @classmethod
-    def choosing(
-        cls,
-        allowed: Sequence[str] | None,
-        blocked: Sequence[str] | None,
-        *,
-        pinned: Mapping[str, str] | None = None,
-        chooser: str = "shortest",
-        wire: Encoding = "raw",
-        standby: bool = False,
-        history: Encoding = "raw",
-        history_memory: int | None = None,
-        history_folder: Path | None = None,
-        remote_head: bool = False,
-        head_top_k: int | None = None,
-        salt: str = "",
-    ) -> ClientConfig:
-        """The default, with the user's lists of servers and what the user wants of them. Raises `UserError`."""
-        if len(salt) > MAX_TEXT:
-            raise UserError(f"a salt of {len(salt)} characters", hint=f"{MAX_TEXT} are the most")
-        known = [each for each in CHOOSERS if each == chooser]
-        if not known:
-            raise UserError(
-                f"no way of choosing routes is called {chooser!r}", hint=f"use one of {', '.join(CHOOSERS)}"
-            )
-        return cls(
-            allowed_servers=None if allowed is None else frozenset(allowed),
-            blocked_servers=frozenset(blocked or ()),
-            pinned=pins_of(pinned or {}),
-            chooser=known[0],
-            wire=wire,
-            standby=standby,
-            history=history,
-            history_memory=history_memory,
-            history_folder=history_folder,
-            remote_head=remote_head,
-            head_top_k=head_top_k,
-            salt=salt,
-        )
+
+def chooser_of(name: str) -> Chooser:
+    """A way of choosing routes, by its name. Raises `UserError`."""
+    for chooser in CHOOSERS:
+        if chooser == name:
+            return chooser
+    raise UserError(f"no way of choosing routes is called {name!r}", hint=f"use one of {', '.join(CHOOSERS)}")
+
+
+def salt_of(salt: str) -> str:
+    """A salt that can travel. Raises `UserError`."""
+    if len(salt) > MAX_TEXT:
+        raise UserError(f"a salt of {len(salt)} characters", hint=f"{MAX_TEXT} are the most")
+    return salt
 
 
 def pins_of(pinned: Mapping[str, str]) -> tuple[tuple[Span, str], ...]:

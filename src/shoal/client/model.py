@@ -21,7 +21,7 @@ from transformers import (
 
 from shoal.client.blocks import RemoteBlocks
 from shoal.client.chain import Chain
-from shoal.client.config import ClientConfig
+from shoal.client.config import ClientConfig, chooser_of, pins_of, salt_of
 from shoal.client.continuation import Continuation
 from shoal.client.inference import InferenceSession, closing_new_sessions
 from shoal.client.logits import RemoteHead
@@ -135,11 +135,11 @@ class _AutoDistributed:
                 "which swarm? initial_peers is empty",
                 hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
             )
-        config = ClientConfig.choosing(
-            allowed_servers,
-            blocked_servers,
-            pinned=pinned,
-            chooser=chooser,
+        config = ClientConfig(
+            allowed_servers=None if allowed_servers is None else frozenset(allowed_servers),
+            blocked_servers=frozenset(blocked_servers or ()),
+            pinned=pins_of(pinned or {}),
+            chooser=chooser_of(chooser),
             wire=encoding_of(wire),
             standby=standby,
             history=kept_as(history),
@@ -147,7 +147,7 @@ class _AutoDistributed:
             history_folder=None if history_folder is None else Path(history_folder).expanduser(),
             remote_head=remote_head,
             head_top_k=head_top_k,
-            salt=salt,
+            salt=salt_of(salt),
         )
         adapter = None
         if active_adapter is not None:
