@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
@@ -158,6 +159,20 @@ def test_generate_says_what_the_whole_model_says(shoal, peers, second):
     assert streamed.out == expected + "\n"
     assert "through first 0:6, second 6:12" in streamed.err
     assert streamed.is_plain
+
+
+def test_generate_computes_with_an_adapter(shoal, peers, second, tmp_path: Path):
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype="float32")
+    tuned = get_peft_model(whole, LoraConfig(init_lora_weights=False, target_modules="all-linear"))
+    tuned.save_pretrained(tmp_path)
+    inputs = AutoTokenizer.from_pretrained(STORIES)(PROMPT, return_tensors="pt")
+    expected = tuned.generate(**inputs, do_sample=False, max_new_tokens=16)[0, -16:].tolist()
+    options = ("--dtype", "float32", "--max-new-tokens", "16", "--json", "--adapter")
+    assert shoal("generate", str(STORIES), PROMPT, *options, str(tmp_path)).json["tokens"] == expected
+    refused = shoal("generate", str(STORIES), PROMPT, *options, str(STORIES))
+    assert refused.code == 1
+    assert "has no adapter_config.json" in refused.err
 
 
 def test_a_seed_is_enough_to_sample_the_same_text_again(shoal, peers, second):

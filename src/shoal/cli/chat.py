@@ -33,6 +33,7 @@ def command(
     max_length: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Tokens of the whole conversation. Default: up to 2048.")
     ] = None,
+    adapter: options.Adapter = None,
     dtype: options.ClientDType = options.DType.auto,
     wire: options.OnTheWire = options.Wire.auto,
     history: options.HistoryKept = options.Kept.exact,
@@ -58,6 +59,7 @@ def command(
         model,
         peers,
         revision=revision,
+        active_adapter=adapter,
         dtype=dtype,
         wire=wire,
         history=history,

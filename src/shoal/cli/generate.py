@@ -31,6 +31,7 @@ def command(
     top_k: options.TopK = None,
     seed: options.Seed = None,
     num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with so many beams.")] = 1,
+    adapter: options.Adapter = None,
     dtype: options.ClientDType = options.DType.auto,
     wire: options.OnTheWire = options.Wire.auto,
     history: options.HistoryKept = options.Kept.exact,
@@ -59,6 +60,7 @@ def command(
         model,
         peers,
         revision=revision,
+        active_adapter=adapter,
         dtype=dtype,
         wire=wire,
         history=history,
@@ -121,18 +123,13 @@ def connected(
     peers: tuple[str, ...],
     *,
     revision: str | None,
-    dtype: options.DType,
-    wire: options.Wire,
-    history: options.Kept,
     history_memory: int | None,
-    standby: bool,
-    pinned: dict[str, str],
-    chooser: options.Chooser,
-    remote_head: bool,
-    head_quantization: options.Quantization,
-    allow_uncertified: bool,
+    **wishes: Any,
 ) -> Iterator[tuple[Any, Any]]:
-    """The model in the swarm, and its tokenizer; leaves the swarm with the context."""
+    """The model in the swarm, and its tokenizer; leaves the swarm with the context.
+
+    `history_memory` is in MiB, all other `wishes` are what `from_pretrained` takes.
+    """
     with waiting("Importing PyTorch and Transformers") as wait:
         from shoal.client import AutoDistributedModelForCausalLM
 
@@ -142,16 +139,8 @@ def connected(
             model,
             initial_peers=peers,
             revision=revision,
-            dtype=dtype.value,
-            wire=wire.value,
-            history=history.value,
             history_memory=None if history_memory is None else history_memory << 20,
-            standby=standby,
-            pinned=pinned,
-            chooser=chooser.value,
-            remote_head=remote_head,
-            head_quantization=head_quantization.value,
-            allow_uncertified=allow_uncertified,
+            **wishes,
         )
     try:
         yield llm, load_tokenizer(model, revision)

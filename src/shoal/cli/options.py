@@ -94,6 +94,9 @@ Revision = Annotated[
 AllowUncertified = Annotated[
     bool, typer.Option("--allow-uncertified", help="Also models of families that were never checked.")
 ]
+Adapter = Annotated[
+    str | None, typer.Option(metavar="ADAPTER", help="Compute with this PEFT adapter, a Hugging Face id or a folder.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")]
 Temperature = Annotated[
     float | None,
