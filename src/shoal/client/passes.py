@@ -5,13 +5,13 @@ first. For every server on its way a microbatch keeps its inputs there: should t
 comes back, another one computes it from them.
 """
 
-# B sequences, T tokens, D hidden size, N factors
+# B sequences, T tokens, D hidden size
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Coroutine, Iterable, Mapping, Sequence, Set
+from collections.abc import Coroutine, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,9 +19,10 @@ import torch
 
 from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import Connection, finite, plausible
+from shoal.client.gradients import Gradients, by_block
 from shoal.client.pool import Pool
 from shoal.errors import ServerLost
-from shoal.model.factors import FactorGradients, Factors, Tuning
+from shoal.model.factors import FactorGradients, Tuning
 from shoal.net.codec import Tensors
 from shoal.net.encodings import as_received
 from shoal.protocol import Backward, Forward, Lacking, Norms, Result, TensorName
@@ -67,14 +68,6 @@ class Plan:
     def wants(self, span: Span) -> bool:
         """Whether anything of these blocks, or before them, needs a gradient."""
         return self.wanted_from is not None and self.wanted_from < span.end
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What a backward pass finds: the gradient [B, T, D] of the inputs, if wanted, and those of blocks' factors."""
-
-    inputs_BTD: torch.Tensor | None
-    factors: Mapping[int, FactorGradients]
 
 
 class Passes:
@@ -236,7 +229,7 @@ class Passes:
     async def _ask_backward(
         self, plan: Plan, hop: Hop, piece: Piece, grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, dict[int, FactorGradients]] | None:
-        """The gradients of a piece's inputs and factors; `None` if the server has not kept what was computed."""
+        """The gradients of a piece's inputs and wanted factors; `None` if the server has not kept what was computed."""
         assert plan.wanted_from is not None
         inputs = plan.inputs_wanted or plan.wanted_from < piece.span.start
         request = Backward(
@@ -256,8 +249,11 @@ class Passes:
                 raise _wrong(connection, "that it lacks what it was just sent")
             return None
         gradient = self._received(connection, result, found, "grad", piece) if inputs else None
-        own = _factor_gradients(connection, plan.tuning.of(piece.span), found.get("factor_grads"), result.unused)
-        return gradient, own
+        own = by_block(plan.tuning.of(piece.span), found.get("factor_grads"), result.unused)
+        if own is None:
+            raise _wrong(connection, "something else than was asked")
+        # Where a way is cut differs between microbatches: those of frozen blocks before come from some servers only.
+        return gradient, {block: each for block, each in own.items() if block >= plan.wanted_from}
 
     async def _ask(
         self, plan: Plan, hop: Hop, request: Forward | Backward, tensors: Tensors, piece: Piece
@@ -282,22 +278,6 @@ class Passes:
             raise _wrong(connection, "with numbers that are not finite")  # gradients may overflow: scalers look at that
         # The same from a server that does not know the encoding: which one it was must not make a difference.
         return found if encoding == wire else as_received(found, wire)
-
-
-def _factor_gradients(
-    connection: Connection, factors: Sequence[Factors], found: torch.Tensor | None, unused: Sequence[int]
-) -> dict[int, FactorGradients]:
-    sizes = [len(each.values) for each in factors]
-    if not factors and found is None:
-        return {}
-    if found is None or found.shape != (sum(sizes),) or not found.is_floating_point():
-        raise _wrong(connection, "something else than was asked")
-    gradients, start = {}, 0
-    for each, part in zip(factors, found.split(sizes), strict=True):
-        own = range(start, start + each.num_tensors)
-        gradients[each.block] = FactorGradients(part, frozenset(index - start for index in unused if index in own))
-        start = own.stop
-    return gradients
 
 
 def _wrong(connection: Connection, what: str) -> ServerLost:
