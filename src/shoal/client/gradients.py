@@ -1,15 +1,19 @@
-"""What a backward pass finds, and what of an answer belongs to which block."""
+"""What a backward pass finds: how much of it fits into one answer, and what of that belongs to which block."""
 
 # B sequences, T tokens, D hidden size, N factors
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from shoal.model.factors import FactorGradients, Factors
+from shoal.errors import UserError
+from shoal.model.factors import FactorGradients, Factors, Tuning
+from shoal.protocol import MAX_DIMENSION, MAX_PAYLOAD_BYTES, TENSOR_ALIGNMENT
+from shoal.spans import Span
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,35 @@ class Gradients:
 
     inputs_BTD: torch.Tensor | None
     factors: Mapping[int, FactorGradients]
+
+
+def answerable(span: Span, tuning: Tuning, *, hidden_bytes: int) -> list[Span]:
+    """A span in as few parts as it takes for the gradients of each part's factors and inputs to fit into one answer.
+
+    Raises `UserError` if those of a single block do not.
+    """
+    parts, start = list[Span](), span.start
+    for block in span:
+        if not _is_one_answer(tuning.of(Span(start, block + 1)), hidden_bytes):
+            if not _is_one_answer(tuning.of(Span(block, block + 1)), hidden_bytes):
+                raise UserError(
+                    f"the gradients of block {block}'s factors and of its inputs do not fit into a message of "
+                    f"{MAX_PAYLOAD_BYTES >> 20} MiB",
+                    hint="train factors of a smaller rank, or use shorter sequences or a dtype of fewer bytes",
+                )
+            parts.append(Span(start, block))
+            start = block
+    return [*parts, Span(start, span.end)]
+
+
+def _is_one_answer(factors: Sequence[Factors], hidden_bytes: int) -> bool:
+    """Whether a server can return the gradients of these factors, in a row, and of hidden states together."""
+    if not factors:
+        return True
+    dtype = functools.reduce(torch.promote_types, (each.values.dtype for each in factors))
+    num_factors = sum(len(each.values) for each in factors)
+    num_bytes = num_factors * dtype.itemsize + hidden_bytes
+    return num_factors <= MAX_DIMENSION and num_bytes + 2 * TENSOR_ALIGNMENT <= MAX_PAYLOAD_BYTES
 
 
 def by_block(

@@ -19,7 +19,7 @@ import torch
 
 from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import Connection, finite, plausible
-from shoal.client.gradients import Gradients, by_block
+from shoal.client.gradients import Gradients, answerable, by_block
 from shoal.client.pool import Pool
 from shoal.errors import ServerLost
 from shoal.model.factors import FactorGradients, Tuning
@@ -168,7 +168,7 @@ class Passes:
                 return hidden
             route = await self._chain.route(Span(start, end), excluded, needs=_single_pass(hidden))
             with self._chain.using(route):
-                for hop in route.hops:
+                for hop in (part for each in route.hops for part in _parts(plan, each, hidden)):
                     keep = secrets.token_hex(16) if plan.wants(hop.span) else None
                     piece = replace(whole, span=hop.span, hidden=hidden, hop=hop, kept=keep)
                     hidden = await self._ask_forward(plan, hop, piece)
@@ -278,6 +278,13 @@ class Passes:
             raise _wrong(connection, "with numbers that are not finite")  # gradients may overflow: scalers look at that
         # The same from a server that does not know the encoding: which one it was must not make a difference.
         return found if encoding == wire else as_received(found, wire)
+
+
+def _parts(plan: Plan, hop: Hop, hidden_BTD: torch.Tensor) -> list[Hop]:
+    """A hop, or several on its server if the gradients that will be asked for are too large for one answer."""
+    if not plan.wants(hop.span):
+        return [hop]
+    return [Hop(hop.server, part) for part in answerable(hop.span, plan.tuning, hidden_bytes=hidden_BTD.nbytes)]
 
 
 def _wrong(connection: Connection, what: str) -> ServerLost:
