@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -42,8 +43,8 @@ class RemoteBlocks(nn.Module):
         self.max_length = max_length
         self.num_prompt_tokens = 0
         """Before the tokens of a sequence come so many that its callers do not count: those of a soft prompt."""
-        self.hosted: str | None = None
-        """The name of the adapter that these blocks have, if servers may host it."""
+        self._hosted: Mapping[str, str] = {}
+        """What servers may host: by the name of a block's factors, the adapter that these belong to."""
         self._runtime = runtime
         self._chain = chain
         self._passes = passes or _passes_of(runtime, chain)
@@ -75,7 +76,7 @@ class RemoteBlocks(nn.Module):
             passes=self._passes,
             skeletons=[skeletons[str(block)] for block in span if str(block) in skeletons],
         )
-        blocks.hosted = self.hosted
+        blocks._hosted = self._hosted
         return blocks
 
     def __iter__(self) -> Iterator[RemoteBlocks]:
@@ -110,9 +111,16 @@ class RemoteBlocks(nn.Module):
         work = Work(self._runtime, self._passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
         return cast(torch.Tensor, ThroughSwarm.apply(hidden_BTD, work, *parameters))
 
+    def note_hosted(self, adapter: str) -> None:
+        """What these blocks have now, and nothing that becomes of it, is the adapter that servers host by this name."""
+        self._hosted = {each.factors().name: adapter for each in self._described()}
+
     def _tuned(self) -> list[Tuned]:
         """What the caller has added to the blocks, as it is now."""
         self._measure()
+        return self._described()
+
+    def _described(self) -> list[Tuned]:
         found = (
             tuned_block(int(name), skeleton, getattr(skeleton, PROMPT, None))
             for name, skeleton in self.named_children()
@@ -120,7 +128,8 @@ class RemoteBlocks(nn.Module):
         return [each for each in found if each is not None]
 
     def _tuning(self, tuned: Sequence[Tuned]) -> Tuning:
-        return Tuning({each.block: each.factors(hosted=self.hosted) for each in tuned})
+        found = (each.factors() for each in tuned)
+        return Tuning({each.block: replace(each, hosted=self._hosted.get(each.name)) for each in found})
 
     def _measure(self) -> None:
         """Find the magnitudes with which DoRA begins: those of the weights, which servers hold."""
