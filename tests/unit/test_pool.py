@@ -131,6 +131,47 @@ def test_adapters_of_the_same_block_that_are_not_versions_of_each_other_are_both
     virtual_time.run(scene())
 
 
+def test_a_session_keeps_its_version_while_passes_go_on():
+    async def scene() -> None:
+        server, taught = Server(), Taught()
+        pool, connection = Pool(server.connect, taught), Connection(server)
+        await ask(pool, version(1))
+        for number in (2, 3):
+            await taught.teach(connection, SERVER, [version(0)], session=True)
+            await ask(pool, version(number))
+            assert server.known == {version(0).name, version(number).name}
+        assert [each.replaces for each in server.lessons] == [None, None, version(1).name, version(2).name]
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_a_session_that_has_what_passes_leave_is_sent_it_again():
+    async def scene() -> None:
+        server, taught = Server(), Taught()
+        pool, connection = Pool(server.connect, taught), Connection(server)
+        await taught.teach(connection, SERVER, [version(0)], session=True)
+        await ask(pool, version(0))
+        await ask(pool, version(1))
+        for _ in range(2):
+            await taught.teach(connection, SERVER, [version(0)], session=True)
+            assert server.known == {version(0).name, version(1).name}
+        assert len(server.lessons) == 4
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_only_what_a_server_was_asked_for_can_be_lacking():
+    taught = Taught()
+    hosted, own = (replace(version(number), hosted="a" * 16) for number in (0, 1))
+    for number in range(9):
+        taught.forget("server", [hosted, version(2)], [own.name, version(2).name, f"{number:032x}"])
+    assert not taught._lacking["server"]
+    taught.forget("server", [hosted, own], [own.name])
+    assert taught._lacking["server"] == {own.name}
+
+
 def test_what_a_server_has_forgotten_is_sent_again():
     async def scene() -> None:
         server = Server()

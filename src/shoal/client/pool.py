@@ -51,7 +51,7 @@ class Pool:
                 assert isinstance(reply, Result | Lacking)
                 if isinstance(reply, Result) or reply.kept:
                     return connection, reply, answered
-                self._taught.forget(server.peer, reply.adapters)
+                self._taught.forget(server.peer, adapters, reply.adapters)
             raise Misrouted(f"{server.peer} has no room for these adapters", peer=server.peer)
 
     async def close(self) -> None:
