@@ -24,6 +24,27 @@ class Gradients:
     factors: Mapping[int, FactorGradients]
 
 
+class FactorSums:
+    """Gradients of factors, summed over the microbatches in the order of the batch: it decides how sums are rounded.
+
+    Those of one microbatch may take hundreds of megabytes. What came before its turn is kept until then, the rest is
+    only in the sums.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, FactorGradients] = {}
+        self._early: dict[int, Mapping[int, FactorGradients]] = {}
+        self._next = 0
+
+    def add(self, number: int, found: Mapping[int, FactorGradients]) -> None:
+        """Add those of the microbatch of this number in the batch; each is added once."""
+        self._early[number] = found
+        while (in_turn := self._early.pop(self._next, None)) is not None:
+            self._next += 1
+            for block, each in in_turn.items():
+                self.blocks[block] = self.blocks[block] + each if block in self.blocks else each
+
+
 def answerable(span: Span, tuning: Tuning, *, hidden_bytes: int) -> list[Span]:
     """A span in as few parts as it takes for the gradients of each part's factors and inputs to fit into one answer.
 

@@ -19,7 +19,7 @@ import torch
 
 from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import Connection, finite, plausible
-from shoal.client.gradients import Gradients, answerable, by_block
+from shoal.client.gradients import FactorSums, Gradients, answerable, by_block
 from shoal.client.pool import Pool
 from shoal.errors import ServerLost
 from shoal.model.factors import FactorGradients, Tuning
@@ -107,16 +107,18 @@ class Passes:
         """The gradients of what went into `forward` and of the factors, from that of what came out."""
         sizes = [pieces[0].hidden.shape[0] for pieces in batches]
         grads = as_received(grad_BTD, self._chain.config.wire).split(sizes)
+        sums = FactorSums()
+
+        async def one(number: int, pieces: Sequence[Piece], grad: torch.Tensor) -> torch.Tensor | None:
+            found = await self._backward(plan, list(pieces), grad)
+            sums.add(number, found.factors)
+            return found.inputs_BTD
+
         found = await self._together(
-            self._backward(plan, list(pieces), grad) for pieces, grad in zip(batches, grads, strict=True)
+            one(number, pieces, grad) for number, (pieces, grad) in enumerate(zip(batches, grads, strict=True))
         )
-        inputs = [each.inputs_BTD for each in found if each.inputs_BTD is not None]
-        factors = {
-            # In the order of the batch, whoever was ready first: sums of floating-point numbers depend on it.
-            block: FactorGradients.sum([each.factors[block] for each in found])
-            for block in found[0].factors
-        }
-        return Gradients(_joined(inputs) if inputs else None, factors)
+        inputs = [each for each in found if each is not None]
+        return Gradients(_joined(inputs) if inputs else None, sums.blocks)
 
     async def _together(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         """The results of all, some at a time. The first error ends the others and is raised."""
