@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import LoraConfig
 
 from shoal.client.gradients import Gradients
 from shoal.client.passes import Passes, Piece, Plan
+from shoal.net.memory import Frame
 from shoal.spans import Span
 
 from .harness import Swarm
@@ -42,7 +44,7 @@ class Trained:
         return found
 
     def gradients(self, *batches: list[Piece]) -> Gradients:
-        return self.blocks._runtime.run(self.passes.backward(self.plan, batches, GRAD))
+        return self.blocks._runtime.run(self.passes.backward(self.plan, batches, GRAD[: len(batches)]))
 
 
 def test_microbatches_that_are_cut_in_other_places_have_gradients_of_the_same_blocks(swarm: Callable[..., Swarm]):
@@ -54,3 +56,20 @@ def test_microbatches_that_are_cut_in_other_places_have_gradients_of_the_same_bl
         found = client.gradients(client.pieces(0, *spans), one).factors
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[block].values, expected[block].values) for block in expected)
+
+
+def test_servers_before_the_first_wanted_block_are_not_asked_for_gradients(swarm: Callable[..., Swarm]):
+    net = swarm("0:2", "2:4")
+    client = Trained(net.model(), first=2)
+    pieces = client.pieces(0, Span(0, 4))
+    asked: list[str] = []
+
+    def note(frame: Frame) -> Frame:
+        kind = json.loads(bytes(frame.header))["kind"]
+        if kind in ("forward", "backward"):
+            asked.append(f"{kind} {frame.receiver}")
+        return frame
+
+    net.network.on_frame = note
+    assert client.gradients(pieces).factors.keys() == {2, 3}
+    assert asked == ["forward s0", "forward s1", "backward s1"]

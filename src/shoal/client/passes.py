@@ -110,7 +110,7 @@ class Passes:
         sums = FactorSums()
 
         async def one(number: int, pieces: Sequence[Piece], grad: torch.Tensor) -> torch.Tensor | None:
-            found = await self._backward(plan, list(pieces), grad)
+            found = await self._backward(plan, pieces, grad)
             sums.add(number, found.factors)
             return found.inputs_BTD
 
@@ -179,11 +179,10 @@ class Passes:
 
         return await self._chain.persist(whole.span, walk), pieces
 
-    async def _backward(self, plan: Plan, pieces: list[Piece], grad: torch.Tensor) -> Gradients:
+    async def _backward(self, plan: Plan, visited: Sequence[Piece], grad: torch.Tensor) -> Gradients:
         factors: dict[int, FactorGradients] = {}
-        whole = Span(pieces[0].span.start, pieces[-1].span.end)
-        while pieces and not plan.wants(pieces[0].span):
-            pieces.pop(0)
+        whole = Span(visited[0].span.start, visited[-1].span.end)
+        pieces = _wanted(plan, visited)
 
         async def walk_back(excluded: Set[Holding]) -> torch.Tensor:
             nonlocal grad
@@ -196,7 +195,7 @@ class Passes:
                     route = await self._chain.route(piece.span, excluded, needs=_single_pass(grad))
                     if len(route.hops) > 1:  # its server is gone, several take its place: find out what goes into each
                         _, finer = await self._forward(plan, piece)
-                        pieces[-1:] = finer
+                        pieces[-1:] = _wanted(plan, finer)
                         continue
                     hop = route.hops[0]
                 found = await self._ask_backward(plan, hop, piece, grad)
@@ -280,6 +279,11 @@ class Passes:
             raise _wrong(connection, "with numbers that are not finite")  # gradients may overflow: scalers look at that
         # The same from a server that does not know the encoding: which one it was must not make a difference.
         return found if encoding == wire else as_received(found, wire)
+
+
+def _wanted(plan: Plan, pieces: Sequence[Piece]) -> list[Piece]:
+    """Those that have to be visited on the way back."""
+    return [piece for piece in pieces if plan.wants(piece.span)]
 
 
 def _parts(plan: Plan, hop: Hop, hidden_BTD: torch.Tensor) -> list[Hop]:
