@@ -16,6 +16,7 @@ from shoal.adapters import Prompt
 from shoal.client.config import ClientConfig
 from shoal.client.gradients import answerable
 from shoal.client.passes import Passes, Plan
+from shoal.client.sizes import check_size
 from shoal.client.taught import Taught
 from shoal.errors import UserError
 from shoal.model.factors import Factors, Tuning
@@ -148,3 +149,33 @@ def test_a_pass_is_kept_for_the_same_blocks_as_its_gradients_are_asked_for():
 def test_blocks_of_which_no_gradient_is_wanted_are_asked_together():
     server = trained(Plan(WHOLE, tuning(40 * MIB), wanted_from=None), zeros(1, 3, 8))
     assert server.asked == [("forward", WHOLE)]
+
+
+@pytest.mark.parametrize(("wanted_from", "mib", "refused"), [(None, 150, False), (0, 120, False), (0, 150, True)])
+def test_a_sequence_whose_gradient_would_not_fit_beside_it_is_refused_before_it_is_computed(
+    wanted_from: int | None, mib: int, refused: bool
+):
+    hidden_BTD, server = zeros(1, mib << 10, 256), OneServer()
+    passes = Passes(server)  # type: ignore[arg-type]
+    forward = passes.forward(Plan(WHOLE, Tuning(), wanted_from=wanted_from), hidden_BTD, None, None)
+    if refused:
+        with pytest.raises(UserError, match="153600 tokens of one sequence and a gradient for each of them do not fit"):
+            virtual_time.run(forward)
+    else:
+        virtual_time.run(forward)
+    assert bool(server.asked) != refused
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"hidden": zeros(1, 300 << 10, 256)}, "307200 tokens of one sequence do not fit into a message of 256 MiB"),
+        ({"grad": zeros(1, 300 << 10, 256)}, "307200 tokens of one sequence and a gradient"),
+        ({"factors": zeros(65 * MIB)}, "68157440 factors of one block do not fit"),
+        ({"factors": zeros(65 * MIB, dtype=torch.bfloat16)}, "68157440 factors of one block do not fit"),
+    ],
+)
+def test_what_is_too_large_for_a_message_is_called_by_its_name(tensors: Any, reason: str):
+    check_size({"positions": zeros(1, 4), "factors": zeros(MIB)})
+    with pytest.raises(UserError, match=reason):
+        check_size(tensors)

@@ -21,6 +21,7 @@ from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import Connection, finite, plausible
 from shoal.client.gradients import FactorSums, Gradients, answerable, by_block
 from shoal.client.pool import Pool
+from shoal.client.sizes import check_size
 from shoal.errors import ServerLost
 from shoal.model.factors import FactorGradients, Tuning
 from shoal.net.codec import Tensors
@@ -85,7 +86,10 @@ class Passes:
     async def forward(
         self, plan: Plan, hidden_BTD: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[list[Piece]]]:
-        """The outputs [B, T, D] of a span and, for each microbatch, the pieces that `backward` needs."""
+        """The outputs [B, T, D] of a span and, for each microbatch, the pieces that `backward` needs.
+
+        Raises `PeerError`s, and `UserError` for a sequence that is too long, alone or with the gradient that is wanted.
+        """
         hidden_BTD = as_received(hidden_BTD, self._chain.config.wire)
         batch_size, num_tokens, _ = hidden_BTD.shape
         num_servers = await self._chain.num_servers(plan.span)
@@ -100,6 +104,8 @@ class Passes:
             )
             for start, part in zip(range(0, batch_size, rows), hidden_BTD.split(rows), strict=True)
         ]
+        if plan.wanted_from is not None:  # should a server be lost on the way back, the next is sent all of this
+            check_size({**batches[0].tensors(), "grad": batches[0].hidden})
         results = await self._together(self._forward(plan, batch) for batch in batches)
         return _joined([output for output, _ in results]), [pieces for _, pieces in results]
 
