@@ -180,7 +180,9 @@ class RemoteBlocks(nn.Module):
         self._runtime.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteBlocks:
-        return self._like(self.span, {name: copy.deepcopy(child, memo) for name, child in self.named_children()})
+        blocks = self._like(self.span, {name: copy.deepcopy(child, memo) for name, child in self.named_children()})
+        blocks.num_prompt_tokens = self.num_prompt_tokens  # slices have none: the prompt stands before all blocks
+        return blocks
 
 
 def _passes_of(runtime: Runtime, chain: Chain) -> Passes:
