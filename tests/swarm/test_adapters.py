@@ -6,6 +6,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,27 @@ def test_dora_begins_with_the_weights_that_servers_hold(swarm: Callable[..., Swa
     assert mine.keys() == expected.keys()
     for name, magnitudes in expected.items():
         torch.testing.assert_close(mine[name], magnitudes)
+
+
+def test_threads_that_begin_together_measure_doras_magnitudes_once(swarm: Callable[..., Swarm]):
+    net = swarm("0:4")
+    blocks = get_peft_model(net.model(), LoraConfig(use_dora=True, target_modules=["q_proj"])).base_model.model.blocks
+    kinds = Counter[str]()
+    with ThreadPoolExecutor() as pool:
+        outputs: list[Future[torch.Tensor]] = []
+
+        def note(frame: Frame) -> Frame:
+            kinds[kind := json.loads(bytes(frame.header))["kind"]] += 1
+            if kind == "norms":  # somebody is about to measure a block
+                outputs.append(pool.submit(blocks[0:4], torch.ones(1, 5, 32)))
+            return frame
+
+        net.network.on_frame = note
+        outputs.append(pool.submit(blocks, torch.ones(1, 5, 32)))
+        net.settle(lambda: len(outputs) >= 5 and all(each.done() for each in outputs))
+    assert kinds["norms"] == 4
+    for each in outputs:
+        each.result().sum().backward()
 
 
 def test_servers_keep_what_several_clients_have_used_and_say_so(

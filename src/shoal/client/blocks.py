@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -45,6 +46,7 @@ class RemoteBlocks(nn.Module):
         """Before the tokens of a sequence come so many that its callers do not count: those of a soft prompt."""
         self._hosted: Mapping[str, str] = {}
         """What servers may host: by the name of a block's factors, the adapter that these belong to."""
+        self._measuring = threading.Lock()
         self._runtime = runtime
         self._chain = chain
         self._passes = passes or _passes_of(runtime, chain)
@@ -76,7 +78,7 @@ class RemoteBlocks(nn.Module):
             passes=self._passes,
             skeletons=[skeletons[str(block)] for block in span if str(block) in skeletons],
         )
-        blocks._hosted = self._hosted
+        blocks._hosted, blocks._measuring = self._hosted, self._measuring
         return blocks
 
     def __iter__(self) -> Iterator[RemoteBlocks]:
@@ -134,12 +136,13 @@ class RemoteBlocks(nn.Module):
     def _measure(self) -> None:
         """Find the magnitudes with which DoRA begins: those of the weights, which servers hold."""
         for name, skeleton in self.named_children():
-            if new := unmeasured(skeleton):
-                sizes = [len(magnitudes) for magnitudes in new.values()]
-                norms = self._runtime.run(self._passes.norms(int(name), list(new), sum(sizes)))
-                with torch.no_grad():
-                    for magnitudes, found in zip(new.values(), norms.split(sizes), strict=True):
-                        magnitudes.copy_(found)
+            with self._measuring:  # whoever waited finds them measured: a parameter that changes ends others' gradients
+                if new := unmeasured(skeleton):
+                    sizes = [len(magnitudes) for magnitudes in new.values()]
+                    norms = self._runtime.run(self._passes.norms(int(name), list(new), sum(sizes)))
+                    with torch.no_grad():
+                        for magnitudes, found in zip(new.values(), norms.split(sizes), strict=True):
+                            magnitudes.copy_(found)
 
     def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
         tuning = self._tuning(tuned)
