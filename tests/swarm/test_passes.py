@@ -23,6 +23,20 @@ HIDDEN = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 GRAD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
 
 
+class Asked:
+    """Which passes were asked of whom."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self.passes: list[str] = []
+        swarm.network.on_frame = self._note
+
+    def _note(self, frame: Frame) -> Frame:
+        kind = json.loads(bytes(frame.header))["kind"]
+        if kind in ("forward", "backward"):
+            self.passes.append(f"{kind} {frame.receiver}")
+        return frame
+
+
 class Trained:
     """A client whose adapter is frozen in the blocks before `first`."""
 
@@ -58,18 +72,19 @@ def test_microbatches_that_are_cut_in_other_places_have_gradients_of_the_same_bl
         assert all(torch.equal(found[block].values, expected[block].values) for block in expected)
 
 
+def test_microbatches_are_as_many_as_the_servers_that_train_can_share(swarm: Callable[..., Swarm]):
+    net = swarm("0:4")
+    for _ in range(7):
+        net.start("0:4", training=False)
+    model, asked = net.model(), Asked(net)
+    model(inputs_embeds=torch.zeros(8, 256, 32))
+    assert asked.passes == ["forward s0"] * 2
+
+
 def test_servers_before_the_first_wanted_block_are_not_asked_for_gradients(swarm: Callable[..., Swarm]):
     net = swarm("0:2", "2:4")
     client = Trained(net.model(), first=2)
     pieces = client.pieces(0, Span(0, 4))
-    asked: list[str] = []
-
-    def note(frame: Frame) -> Frame:
-        kind = json.loads(bytes(frame.header))["kind"]
-        if kind in ("forward", "backward"):
-            asked.append(f"{kind} {frame.receiver}")
-        return frame
-
-    net.network.on_frame = note
+    asked = Asked(net)
     assert client.gradients(pieces).factors.keys() == {2, 3}
-    assert asked == ["forward s0", "forward s1", "backward s1"]
+    assert asked.passes == ["forward s0", "forward s1", "backward s1"]
