@@ -10,6 +10,7 @@ from data import tasks
 from decentralized import by_hivemind
 from federated import by_coordinator
 from peft import LoraConfig, get_peft_model
+from picture import plot
 
 QUESTIONS = ("Who?", "With?")
 """What the stories of each participant ask."""
@@ -17,7 +18,7 @@ NUM_STORIES = 2000
 
 
 def participate(number: int, parent: Connection, chosen: Namespace) -> None:
-    """Train, and send the accuracy before and after and the losses of the steps."""
+    """Train, and send the accuracy before and after and, unless they are private, the losses of the steps."""
     torch.manual_seed(chosen.seed)  # all begin with the same factors
     tokenizer, model = load(chosen)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj"]))
@@ -51,4 +52,6 @@ def participate(number: int, parent: Connection, chosen: Namespace) -> None:
             print(f"participant {number}, step {step}: loss {losses[-1]:.3f}", flush=True)
             if step % chosen.local_steps == 0:
                 average()
-    parent.send((before, exact_answers(model, tokenizer, held_out), losses))
+    if chosen.private:  # losses tell of single stories, and have no noise: the picture is for this participant's eyes
+        plot({"loss": losses}, f"Participant {number}", chosen.folder / f"participant-{number}.png")
+    parent.send((before, exact_answers(model, tokenizer, held_out), None if chosen.private else losses))

@@ -36,8 +36,9 @@ def main() -> None:
     if chosen.private:
         spent = private.epsilon(chosen, num_examples=NUM_STORIES)
         print(f"epsilon: {spent:.2f}, delta: {chosen.delta:g}, for each of a participant's {NUM_STORIES} stories")
-    losses = {f"participant {number}": losses for number, (*_, losses) in enumerate(results)}
-    plot(losses, "Two participants, one adapter", chosen.folder / "together.png")
+    else:
+        losses = {f"participant {number}": losses for number, (*_, losses) in enumerate(results)}
+        plot(losses, "Two participants, one adapter", chosen.folder / "together.png")
 
 
 if __name__ == "__main__":

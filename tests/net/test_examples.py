@@ -117,4 +117,5 @@ def test_the_same_without_anybody_in_charge_and_differentially_private(example):
     assert min(run.figures("after")) > max(run.figures("accuracy before")) + 0.25
     (epsilon,) = run.figures("epsilon")
     assert 0 < epsilon < 100
-    assert run.has_plot("together.png")
+    assert all(run.has_plot(f"participant-{number}.png") for number in range(2))
+    assert not (run.folder / "together.png").exists()  # exact losses do not leave who has the stories

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from transformers import PreTrainedModel
 
 from shoal.errors import UnsupportedOperation, UserError
 from shoal.model.peft_folder import PeftFolder
+from shoal.net.memory import Frame
+from shoal.server.adapters import EVERYBODY
 
 from .harness import Swarm
 
@@ -109,6 +114,30 @@ def test_what_servers_host_is_not_sent_to_them(
     assert [bool(server.engine.adapters.num_bytes) for server in servers] == [name not in hosts for name in SPANS]
 
 
+def test_what_becomes_of_a_hosted_adapter_is_sent_first_and_is_not_for_others(
+    folder: Path, swarm: Callable[..., Swarm], whole: PreTrainedModel, tmp_path: Path
+):
+    theirs = adapted(copy.deepcopy(whole), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path)
+    net = swarm("0:4", adapters=(str(tmp_path),))
+    kinds, adapters = Counter[str](), net.servers["s0"].engine.adapters
+
+    def count(frame: Frame) -> Frame:
+        kinds[json.loads(bytes(frame.header))["kind"]] += 1
+        return frame
+
+    net.network.on_frame = count
+    model = net.model(active_adapter=PeftFolder.open(tmp_path), tuning_mode="deep_ptune", pre_seq_len=2)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert kinds["adapter"] == kinds["learned"] == 3 * 4
+    assert not kinds["lacking"]
+    assert {each.shared for each in adapters._entries.values() if EVERYBODY not in each.holders} == {None}
+
+
 def test_a_folder_without_safetensors_is_refused(swarm: Callable[..., Swarm], tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"anything")
@@ -139,6 +168,27 @@ def test_dora_begins_with_the_weights_that_servers_hold(swarm: Callable[..., Swa
     assert mine.keys() == expected.keys()
     for name, magnitudes in expected.items():
         torch.testing.assert_close(mine[name], magnitudes)
+
+
+def test_threads_that_begin_together_measure_doras_magnitudes_once(swarm: Callable[..., Swarm]):
+    net = swarm("0:4")
+    blocks = get_peft_model(net.model(), LoraConfig(use_dora=True, target_modules=["q_proj"])).base_model.model.blocks
+    kinds = Counter[str]()
+    with ThreadPoolExecutor() as pool:
+        outputs: list[Future[torch.Tensor]] = []
+
+        def note(frame: Frame) -> Frame:
+            kinds[kind := json.loads(bytes(frame.header))["kind"]] += 1
+            if kind == "norms":  # somebody is about to measure a block
+                outputs.append(pool.submit(blocks[0:4], torch.ones(1, 5, 32)))
+            return frame
+
+        net.network.on_frame = note
+        outputs.append(pool.submit(blocks, torch.ones(1, 5, 32)))
+        net.settle(lambda: len(outputs) >= 5 and all(each.done() for each in outputs))
+    assert kinds["norms"] == 4
+    for each in outputs:
+        each.result().sum().backward()
 
 
 def test_servers_keep_what_several_clients_have_used_and_say_so(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,17 @@ def test_a_session_over_several_calls_has_one_prompt(model: Any, whole: PreTrain
         found = model.generate(None, max_new_tokens=5, session=session, do_sample=False)
     expected = model.generate(TOKENS[:1], max_new_tokens=10, do_sample=False)
     assert torch.cat((first, found), dim=1).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
+def test_a_copy_generates_from_its_prompt_and_slices_have_none(mode: str, swarm: Callable[..., Swarm]):
+    model = swarm("0:4").model(tuning_mode=mode, pre_seq_len=NUM_PROMPT)
+    other = copy.deepcopy(model)
+    expected = model.generate(TOKENS, max_new_tokens=6, do_sample=False)
+    assert other.generate(TOKENS, max_new_tokens=6, do_sample=False).tolist() == expected.tolist()
+    with other.blocks[1:3].inference_session(max_length=8) as session:
+        session.step(torch.ones(1, 8, 32))
+        assert session.num_tokens == 8
 
 
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -40,6 +40,7 @@ class Server:
     connections: list[Connection] = field(default_factory=list)
     forgetful: bool = False
     fails: bool = False
+    seconds_to_close: float = 0.0
 
     async def connect(self, _: object) -> Any:
         self.num_connected += 1
@@ -81,13 +82,14 @@ class Connection:
         return (Lacking(adapters=wanted) if wanted else Result()), {}
 
     async def close(self) -> None:
+        await asyncio.sleep(self.server.seconds_to_close)
         self.is_closed = True
 
 
-async def ask(pool: Pool, *adapters: Factors) -> Any:
+async def ask(pool: Pool, *adapters: Factors, to: str = SERVER.peer) -> Any:
     names = tuple(each.name for each in adapters)
     request = ASKED.model_copy(update={"adapters": names})
-    _, reply, _ = await pool.ask(SERVER, request, {}, adapters, usual_seconds=1.0)
+    _, reply, _ = await pool.ask(replace(SERVER, peer=to), request, {}, adapters, usual_seconds=1.0)
     return reply
 
 
@@ -127,6 +129,47 @@ def test_adapters_of_the_same_block_that_are_not_versions_of_each_other_are_both
         await pool.close()
 
     virtual_time.run(scene())
+
+
+def test_a_session_keeps_its_version_while_passes_go_on():
+    async def scene() -> None:
+        server, taught = Server(), Taught()
+        pool, connection = Pool(server.connect, taught), Connection(server)
+        await ask(pool, version(1))
+        for number in (2, 3):
+            await taught.teach(connection, SERVER, [version(0)], session=True)
+            await ask(pool, version(number))
+            assert server.known == {version(0).name, version(number).name}
+        assert [each.replaces for each in server.lessons] == [None, None, version(1).name, version(2).name]
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_a_session_that_has_what_passes_leave_is_sent_it_again():
+    async def scene() -> None:
+        server, taught = Server(), Taught()
+        pool, connection = Pool(server.connect, taught), Connection(server)
+        await taught.teach(connection, SERVER, [version(0)], session=True)
+        await ask(pool, version(0))
+        await ask(pool, version(1))
+        for _ in range(2):
+            await taught.teach(connection, SERVER, [version(0)], session=True)
+            assert server.known == {version(0).name, version(1).name}
+        assert len(server.lessons) == 4
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_only_what_a_server_was_asked_for_can_be_lacking():
+    taught = Taught()
+    hosted, own = (replace(version(number), hosted="a" * 16) for number in (0, 1))
+    for number in range(9):
+        taught.forget("server", [hosted, version(2)], [own.name, version(2).name, f"{number:032x}"])
+    assert not taught._lacking["server"]
+    taught.forget("server", [hosted, own], [own.name])
+    assert taught._lacking["server"] == {own.name}
 
 
 def test_what_a_server_has_forgotten_is_sent_again():
@@ -186,6 +229,23 @@ def test_a_connection_is_used_again_until_it_fails_or_has_been_idle_for_long():
         assert server.num_connected == 3
         await pool.close()
         assert server.connections[2].is_closed
+
+    virtual_time.run(scene())
+
+
+def test_connections_are_closed_while_others_are_taken_and_given_back():
+    async def scene() -> None:
+        slow, other = Server(seconds_to_close=5.0), Server(peer="other")
+        servers = {each.peer: each for each in (slow, other)}
+        pool = Pool(lambda info: servers[info.peer].connect(info), Taught())
+        await asyncio.gather(*(ask(pool) for _ in range(3)))
+        await asyncio.sleep(IDLE_SECONDS * 5 / 4 + 2)  # the first of the three is being closed
+        assert [each.is_closed for each in slow.connections] == [False, False, False]
+        await asyncio.gather(ask(pool), ask(pool, to="other"))
+        assert slow.num_connected == 4
+        await asyncio.sleep(2 * IDLE_SECONDS)
+        assert all(each.is_closed for each in slow.connections + other.connections)
+        await pool.close()
 
     virtual_time.run(scene())
 

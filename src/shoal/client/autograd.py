@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from shoal.client.gradients import Gradients
 from shoal.client.inputs import on_cpu
-from shoal.client.passes import Gradients, Passes, Piece, Plan
+from shoal.client.passes import Passes, Piece, Plan
 from shoal.client.runtime import Runtime
 from shoal.errors import UnsupportedOperation
 from shoal.model.factors import Tuned

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -42,8 +44,9 @@ class RemoteBlocks(nn.Module):
         self.max_length = max_length
         self.num_prompt_tokens = 0
         """Before the tokens of a sequence come so many that its callers do not count: those of a soft prompt."""
-        self.hosted: str | None = None
-        """The name of the adapter that these blocks have, if servers may host it."""
+        self._hosted: Mapping[str, str] = {}
+        """What servers may host: by the name of a block's factors, the adapter that these belong to."""
+        self._measuring = threading.Lock()
         self._runtime = runtime
         self._chain = chain
         self._passes = passes or _passes_of(runtime, chain)
@@ -75,7 +78,7 @@ class RemoteBlocks(nn.Module):
             passes=self._passes,
             skeletons=[skeletons[str(block)] for block in span if str(block) in skeletons],
         )
-        blocks.hosted = self.hosted
+        blocks._hosted, blocks._measuring = self._hosted, self._measuring
         return blocks
 
     def __iter__(self) -> Iterator[RemoteBlocks]:
@@ -110,9 +113,16 @@ class RemoteBlocks(nn.Module):
         work = Work(self._runtime, self._passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
         return cast(torch.Tensor, ThroughSwarm.apply(hidden_BTD, work, *parameters))
 
+    def note_hosted(self, adapter: str) -> None:
+        """What these blocks have now, and nothing that becomes of it, is the adapter that servers host by this name."""
+        self._hosted = {each.factors().name: adapter for each in self._described()}
+
     def _tuned(self) -> list[Tuned]:
         """What the caller has added to the blocks, as it is now."""
         self._measure()
+        return self._described()
+
+    def _described(self) -> list[Tuned]:
         found = (
             tuned_block(int(name), skeleton, getattr(skeleton, PROMPT, None))
             for name, skeleton in self.named_children()
@@ -120,17 +130,19 @@ class RemoteBlocks(nn.Module):
         return [each for each in found if each is not None]
 
     def _tuning(self, tuned: Sequence[Tuned]) -> Tuning:
-        return Tuning({each.block: each.factors(hosted=self.hosted) for each in tuned})
+        found = (each.factors() for each in tuned)
+        return Tuning({each.block: replace(each, hosted=self._hosted.get(each.name)) for each in found})
 
     def _measure(self) -> None:
         """Find the magnitudes with which DoRA begins: those of the weights, which servers hold."""
         for name, skeleton in self.named_children():
-            if new := unmeasured(skeleton):
-                sizes = [len(magnitudes) for magnitudes in new.values()]
-                norms = self._runtime.run(self._passes.norms(int(name), list(new), sum(sizes)))
-                with torch.no_grad():
-                    for magnitudes, found in zip(new.values(), norms.split(sizes), strict=True):
-                        magnitudes.copy_(found)
+            with self._measuring:  # whoever waited finds them measured: a parameter that changes ends others' gradients
+                if new := unmeasured(skeleton):
+                    sizes = [len(magnitudes) for magnitudes in new.values()]
+                    norms = self._runtime.run(self._passes.norms(int(name), list(new), sum(sizes)))
+                    with torch.no_grad():
+                        for magnitudes, found in zip(new.values(), norms.split(sizes), strict=True):
+                            magnitudes.copy_(found)
 
     def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
         tuning = self._tuning(tuned)
@@ -171,7 +183,9 @@ class RemoteBlocks(nn.Module):
         self._runtime.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteBlocks:
-        return self._like(self.span, {name: copy.deepcopy(child, memo) for name, child in self.named_children()})
+        blocks = self._like(self.span, {name: copy.deepcopy(child, memo) for name, child in self.named_children()})
+        blocks.num_prompt_tokens = self.num_prompt_tokens  # slices have none: the prompt stands before all blocks
+        return blocks
 
 
 def _passes_of(runtime: Runtime, chain: Chain) -> Passes:

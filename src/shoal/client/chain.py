@@ -238,9 +238,12 @@ class Chain:
             self._under_way = self._under_way.without(route)
 
     async def num_servers(self, span: Span) -> int:
-        """How many servers share the work on these blocks. Raises `SwarmError` if the directory never answered."""
+        """How many servers share single passes on these blocks.
+
+        Raises `SwarmError` if the directory has never answered.
+        """
         await self._picture.keep_fresh()
-        trusted = self._trusted(frozenset()).servers
+        trusted = self._trusted(frozenset(), Needs(ring=False)).servers
         return sum(server.span.start < span.end and span.start < server.span.end for server in trusted)
 
     def avoids(self, peer: str) -> bool:

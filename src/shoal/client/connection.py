@@ -16,13 +16,12 @@ import torch
 
 from shoal.client.config import ClientConfig
 from shoal.client.line import Line
+from shoal.client.sizes import check_size
 from shoal.concurrency import first_of, while_moving
-from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, UserError
+from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost
 from shoal.net import codec
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
 from shoal.protocol import (
-    MAX_PAYLOAD_BYTES,
-    TENSOR_ALIGNMENT,
     Close,
     Encoding,
     Failure,
@@ -109,13 +108,8 @@ class Connection:
     async def send(self, message: Message, tensors: codec.Tensors | None = None) -> None:
         """Send a message. Raises `PeerError`s, and `UserError` for tensors that are too large for one."""
         tensors = tensors or {}
+        check_size(tensors)
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if num_bytes + len(tensors) * TENSOR_ALIGNMENT > MAX_PAYLOAD_BYTES:
-            raise UserError(
-                f"{tensors['hidden'].shape[1]} tokens of one sequence do not fit into a message of "
-                f"{MAX_PAYLOAD_BYTES >> 20} MiB",
-                hint="use shorter sequences, or a dtype of fewer bytes",
-            )
         async with self._sending:  # whoever waits for a turn, waits for us and not for the server
             if self.error is not None:
                 raise self.error

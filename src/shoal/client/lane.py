@@ -229,7 +229,8 @@ class Lane:
         try:
             connection = await self._chain.connect(share.hop.server)
             try:
-                await self._chain.taught.teach(connection, share.hop.server, self._tuning.of(share.hop.span))
+                adapters = self._tuning.of(share.hop.span)
+                await self._chain.taught.teach(connection, share.hop.server, adapters, session=True)
             except BaseException:
                 await connection.close()
                 raise
@@ -280,7 +281,7 @@ class Lane:
         except TimeoutError:
             share.connection.fail(share.connection.lost("does not open a session"))
         if (lacking := share.lacking) is not None:
-            self._chain.taught.forget(share.peer, lacking.adapters)
+            self._chain.taught.forget(share.peer, self._tuning.of(share.hop.span), lacking.adapters)
             await share.reset()  # it is opened again, and taught before
 
     def _digests(self, index: int) -> torch.Tensor | None:

@@ -5,13 +5,13 @@ first. For every server on its way a microbatch keeps its inputs there: should t
 comes back, another one computes it from them.
 """
 
-# B sequences, T tokens, D hidden size, N factors
+# B sequences, T tokens, D hidden size
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Coroutine, Iterable, Mapping, Sequence, Set
+from collections.abc import Coroutine, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,9 +19,11 @@ import torch
 
 from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import Connection, finite, plausible
+from shoal.client.gradients import FactorSums, Gradients, answerable, by_block
 from shoal.client.pool import Pool
+from shoal.client.sizes import check_size
 from shoal.errors import ServerLost
-from shoal.model.factors import FactorGradients, Factors, Tuning
+from shoal.model.factors import FactorGradients, Tuning
 from shoal.net.codec import Tensors
 from shoal.net.encodings import as_received
 from shoal.protocol import Backward, Forward, Lacking, Norms, Result, TensorName
@@ -69,14 +71,6 @@ class Plan:
         return self.wanted_from is not None and self.wanted_from < span.end
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """What a backward pass finds: the gradient [B, T, D] of the inputs, if wanted, and those of blocks' factors."""
-
-    inputs_BTD: torch.Tensor | None
-    factors: Mapping[int, FactorGradients]
-
-
 class Passes:
     """Forward and backward passes of one client."""
 
@@ -92,7 +86,10 @@ class Passes:
     async def forward(
         self, plan: Plan, hidden_BTD: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[list[Piece]]]:
-        """The outputs [B, T, D] of a span and, for each microbatch, the pieces that `backward` needs."""
+        """The outputs [B, T, D] of a span and, for each microbatch, the pieces that `backward` needs.
+
+        Raises `PeerError`s, and `UserError` for a sequence that is too long, alone or with the gradient that is wanted.
+        """
         hidden_BTD = as_received(hidden_BTD, self._chain.config.wire)
         batch_size, num_tokens, _ = hidden_BTD.shape
         num_servers = await self._chain.num_servers(plan.span)
@@ -107,6 +104,8 @@ class Passes:
             )
             for start, part in zip(range(0, batch_size, rows), hidden_BTD.split(rows), strict=True)
         ]
+        if plan.wanted_from is not None:  # should a server be lost on the way back, the next is sent all of this
+            check_size({**batches[0].tensors(), "grad": batches[0].hidden})
         results = await self._together(self._forward(plan, batch) for batch in batches)
         return _joined([output for output, _ in results]), [pieces for _, pieces in results]
 
@@ -114,16 +113,18 @@ class Passes:
         """The gradients of what went into `forward` and of the factors, from that of what came out."""
         sizes = [pieces[0].hidden.shape[0] for pieces in batches]
         grads = as_received(grad_BTD, self._chain.config.wire).split(sizes)
+        sums = FactorSums()
+
+        async def one(number: int, pieces: Sequence[Piece], grad: torch.Tensor) -> torch.Tensor | None:
+            found = await self._backward(plan, pieces, grad)
+            sums.add(number, found.factors)
+            return found.inputs_BTD
+
         found = await self._together(
-            self._backward(plan, list(pieces), grad) for pieces, grad in zip(batches, grads, strict=True)
+            one(number, pieces, grad) for number, (pieces, grad) in enumerate(zip(batches, grads, strict=True))
         )
-        inputs = [each.inputs_BTD for each in found if each.inputs_BTD is not None]
-        factors = {
-            # In the order of the batch, whoever was ready first: sums of floating-point numbers depend on it.
-            block: FactorGradients.sum([each.factors[block] for each in found])
-            for block in found[0].factors
-        }
-        return Gradients(_joined(inputs) if inputs else None, factors)
+        inputs = [each for each in found if each is not None]
+        return Gradients(_joined(inputs) if inputs else None, sums.blocks)
 
     async def _together(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         """The results of all, some at a time. The first error ends the others and is raised."""
@@ -175,7 +176,7 @@ class Passes:
                 return hidden
             route = await self._chain.route(Span(start, end), excluded, needs=_single_pass(hidden))
             with self._chain.using(route):
-                for hop in route.hops:
+                for hop in (part for each in route.hops for part in _parts(plan, each, hidden)):
                     keep = secrets.token_hex(16) if plan.wants(hop.span) else None
                     piece = replace(whole, span=hop.span, hidden=hidden, hop=hop, kept=keep)
                     hidden = await self._ask_forward(plan, hop, piece)
@@ -184,11 +185,10 @@ class Passes:
 
         return await self._chain.persist(whole.span, walk), pieces
 
-    async def _backward(self, plan: Plan, pieces: list[Piece], grad: torch.Tensor) -> Gradients:
+    async def _backward(self, plan: Plan, visited: Sequence[Piece], grad: torch.Tensor) -> Gradients:
         factors: dict[int, FactorGradients] = {}
-        whole = Span(pieces[0].span.start, pieces[-1].span.end)
-        while pieces and not plan.wants(pieces[0].span):
-            pieces.pop(0)
+        whole = Span(visited[0].span.start, visited[-1].span.end)
+        pieces = _wanted(plan, visited)
 
         async def walk_back(excluded: Set[Holding]) -> torch.Tensor:
             nonlocal grad
@@ -201,7 +201,7 @@ class Passes:
                     route = await self._chain.route(piece.span, excluded, needs=_single_pass(grad))
                     if len(route.hops) > 1:  # its server is gone, several take its place: find out what goes into each
                         _, finer = await self._forward(plan, piece)
-                        pieces[-1:] = finer
+                        pieces[-1:] = _wanted(plan, finer)
                         continue
                     hop = route.hops[0]
                 found = await self._ask_backward(plan, hop, piece, grad)
@@ -236,7 +236,7 @@ class Passes:
     async def _ask_backward(
         self, plan: Plan, hop: Hop, piece: Piece, grad: torch.Tensor
     ) -> tuple[torch.Tensor | None, dict[int, FactorGradients]] | None:
-        """The gradients of a piece's inputs and factors; `None` if the server has not kept what was computed."""
+        """The gradients of a piece's inputs and wanted factors; `None` if the server has not kept what was computed."""
         assert plan.wanted_from is not None
         inputs = plan.inputs_wanted or plan.wanted_from < piece.span.start
         request = Backward(
@@ -256,8 +256,11 @@ class Passes:
                 raise _wrong(connection, "that it lacks what it was just sent")
             return None
         gradient = self._received(connection, result, found, "grad", piece) if inputs else None
-        own = _factor_gradients(connection, plan.tuning.of(piece.span), found.get("factor_grads"), result.unused)
-        return gradient, own
+        own = by_block(plan.tuning.of(piece.span), found.get("factor_grads"), result.unused)
+        if own is None:
+            raise _wrong(connection, "something else than was asked")
+        # Where a way is cut differs between microbatches: those of frozen blocks before come from some servers only.
+        return gradient, {block: each for block, each in own.items() if block >= plan.wanted_from}
 
     async def _ask(
         self, plan: Plan, hop: Hop, request: Forward | Backward, tensors: Tensors, piece: Piece
@@ -284,20 +287,16 @@ class Passes:
         return found if encoding == wire else as_received(found, wire)
 
 
-def _factor_gradients(
-    connection: Connection, factors: Sequence[Factors], found: torch.Tensor | None, unused: Sequence[int]
-) -> dict[int, FactorGradients]:
-    sizes = [len(each.values) for each in factors]
-    if not factors and found is None:
-        return {}
-    if found is None or found.shape != (sum(sizes),) or not found.is_floating_point():
-        raise _wrong(connection, "something else than was asked")
-    gradients, start = {}, 0
-    for each, part in zip(factors, found.split(sizes), strict=True):
-        own = range(start, start + each.num_tensors)
-        gradients[each.block] = FactorGradients(part, frozenset(index - start for index in unused if index in own))
-        start = own.stop
-    return gradients
+def _wanted(plan: Plan, pieces: Sequence[Piece]) -> list[Piece]:
+    """Those that have to be visited on the way back."""
+    return [piece for piece in pieces if plan.wants(piece.span)]
+
+
+def _parts(plan: Plan, hop: Hop, hidden_BTD: torch.Tensor) -> list[Hop]:
+    """A hop, or several on its server if the gradients that will be asked for are too large for one answer."""
+    if not plan.wants(hop.span):
+        return [hop]
+    return [Hop(hop.server, part) for part in answerable(hop.span, plan.tuning, hidden_bytes=hidden_BTD.nbytes)]
 
 
 def _wrong(connection: Connection, what: str) -> ServerLost:

@@ -51,7 +51,7 @@ class Pool:
                 assert isinstance(reply, Result | Lacking)
                 if isinstance(reply, Result) or reply.kept:
                     return connection, reply, answered
-                self._taught.forget(server.peer, reply.adapters)
+                self._taught.forget(server.peer, adapters, reply.adapters)
             raise Misrouted(f"{server.peer} has no room for these adapters", peer=server.peer)
 
     async def close(self) -> None:
@@ -89,10 +89,18 @@ class Pool:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(IDLE_SECONDS / 4)
-            for connections in self._idle.values():
-                for each in list(connections):
-                    since, connection = each
-                    if connection.error is not None or now() - since > IDLE_SECONDS:
-                        connections.remove(each)
-                        with contextlib.suppress(PeerError):
-                            await connection.close()
+            for connection in self._take_stale():  # whoever takes one meanwhile finds none of these
+                with contextlib.suppress(PeerError):
+                    await connection.close()
+
+    def _take_stale(self) -> list[Connection]:
+        """Those that have failed, or that nobody has used for long: they are idle no more."""
+        stale: list[Connection] = []
+        idle, self._idle = self._idle, defaultdict(list)
+        for peer, connections in idle.items():
+            for since, connection in connections:
+                if connection.error is not None or now() - since > IDLE_SECONDS:
+                    stale.append(connection)
+                else:
+                    self._idle[peer].append((since, connection))
+        return stale

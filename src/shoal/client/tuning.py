@@ -16,7 +16,7 @@ def add_adapter(model: Any, adapter: PeftFolder) -> None:
     """A trained adapter, which is not sent to servers that host it."""
     if strange := adapter.put_into(model):
         raise UserError(f"the adapter {adapter.origin} is another model's: this one has no {strange[0]}")
-    model.blocks.hosted = adapter.name
+    model.blocks.note_hosted(adapter.name)
 
 
 def add_prompts(model: Any, num_tokens: int, *, deep: bool) -> None:

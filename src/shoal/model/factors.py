@@ -54,11 +54,9 @@ class FactorGradients:
     values: Tensor
     unused: frozenset[int] = frozenset()
 
-    @classmethod
-    def sum(cls, each: Sequence[FactorGradients]) -> FactorGradients:
-        """Those of several computations together."""
-        unused = frozenset.intersection(*(one.unused for one in each))
-        return cls(torch.stack([one.values for one in each]).sum(0), unused)
+    def __add__(self, other: FactorGradients) -> FactorGradients:
+        """Those of both computations together, in no less than float32: more may be added to them."""
+        return FactorGradients(self.values.float() + other.values, self.unused & other.unused)
 
 
 @dataclass(frozen=True)

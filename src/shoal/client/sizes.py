@@ -1,0 +1,27 @@
+"""What fits into one message, and what to say of what does not."""
+
+# B sequences, T tokens, D hidden size, N factors
+
+from __future__ import annotations
+
+from shoal.errors import UserError
+from shoal.net.codec import Tensors
+from shoal.protocol import MAX_DIMENSION, MAX_PAYLOAD_BYTES, TENSOR_ALIGNMENT
+
+
+def check_size(tensors: Tensors) -> None:
+    """Raises `UserError` for tensors that are too large to be sent together."""
+    num_bytes = sum(tensor.nbytes + TENSOR_ALIGNMENT for tensor in tensors.values())
+    longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if num_bytes <= MAX_PAYLOAD_BYTES and longest <= MAX_DIMENSION:
+        return
+    if "factors" in tensors:
+        what, instead = f"{len(tensors['factors'])} factors of one block", "a smaller rank, fewer layers"
+    else:
+        gradient = " and a gradient for each of them" if "grad" in tensors else ""
+        hidden_BTD = tensors["hidden" if "hidden" in tensors else "grad"]
+        what, instead = f"{hidden_BTD.shape[1]} tokens of one sequence{gradient}", "shorter sequences"
+    raise UserError(
+        f"{what} do not fit into a message of {MAX_PAYLOAD_BYTES >> 20} MiB",
+        hint=f"use {instead}, or a dtype of fewer bytes",
+    )
