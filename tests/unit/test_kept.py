@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,3 +145,13 @@ def test_what_autograd_keeps_is_counted_once_and_without_weights(shared: bool):
         (y * y).sum()
     expected = x.nbytes + y.nbytes + (0 if shared else weight.nbytes)
     assert num_bytes() == expected
+
+
+def test_an_operator_that_keeps_its_own_output_is_let_go_of():
+    x = torch.ones(4, requires_grad=True)
+    with counting(frozenset()):
+        y = x.exp()
+    there = weakref.ref(x)
+    del x, y
+    gc.collect()
+    assert there() is None

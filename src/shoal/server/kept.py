@@ -134,7 +134,7 @@ def counting(weights: Set[int]) -> Iterator[Callable[[], int]]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operator that saves its own output would keep itself, where no gc sees it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield lambda: sum(sizes.values())
