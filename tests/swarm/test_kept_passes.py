@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from typing import Any
@@ -12,15 +13,20 @@ import torch
 from shoal.adapters import Lora
 from shoal.model.adapters import BlockAdapter, get_ready
 from shoal.model.body import Body
+from shoal.protocol import Backward, Forward
 from shoal.server.blocks import Blocks
 from shoal.server.kept import Kept, Room
-from shoal.server.refusal import Inputs
+from shoal.server.refusal import Inputs, Refused
+from shoal.server.shares import Shares
 from shoal.server.training import backward, forward_to_keep
 
 from .tiny_models import NUM_BLOCKS
-from .visitors import random_inputs, tiny_body
+from .visitors import engine_of, random_inputs, tiny_body
 
 pytestmark = pytest.mark.anyio
+
+PASS = "a" * 32
+ON_SPAN: dict[str, Any] = {"model": "", "fingerprint": "", "start": 0, "end": NUM_BLOCKS}
 
 
 @pytest.fixture
@@ -75,3 +81,17 @@ def test_graphs_that_nobody_walks_to_their_end_are_let_go_of(body: Body, end: An
     del kept
     gc.collect()
     assert [each() for each in there] == [None] * NUM_BLOCKS
+
+
+async def test_who_is_told_to_come_back_takes_no_room_meanwhile(body: Body):
+    inputs = random_inputs(1, body, 1, 5)
+    async with engine_of(body, num_pages=4, shares=Shares(waiting_bytes=inputs.nbytes)) as engine:
+        await engine.forward("trainer", Forward(**ON_SPAN, keep=PASS), {"hidden": inputs})
+        taken = Shares().kept_bytes - engine._passes.room._num_bytes_left
+        waiting = asyncio.create_task(engine.forward("another", Forward(**ON_SPAN), {"hidden": inputs}))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="too many passes are waiting"):
+            await engine.backward("trainer", Backward(**ON_SPAN, kept=PASS), {"grad": inputs})
+        assert taken > 0
+        assert engine._passes.room._num_bytes_left == Shares().kept_bytes
+        await waiting

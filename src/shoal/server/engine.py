@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TypeVar
 
 import torch
@@ -273,18 +273,24 @@ class Engine:
         return Blocks(self._body, span, inputs, self.adapters.of(peer, request, span), request.seed)
 
     async def _in_line(self, tensors: Tensors, pieces: training.Pieces[T], kept: Kept | None = None) -> T:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._waiting_bytes and self._waiting_bytes + size > self._shares.waiting_bytes:
-            raise busy("too many passes are waiting")
-        self._waiting_bytes += size
         try:
-            return await self._turns.of_pass(pieces)
+            with self._waiting(sum(tensor.nbytes for tensor in tensors.values())):
+                return await self._turns.of_pass(pieces)
         except BaseException:
             if kept is not None:
                 kept.drop()
             raise
+
+    @contextlib.contextmanager
+    def _waiting(self, num_bytes: int) -> Iterator[None]:
+        """Meanwhile, so much more waits. Raises `Refused` where too much does."""
+        if self._waiting_bytes and self._waiting_bytes + num_bytes > self._shares.waiting_bytes:
+            raise busy("too many passes are waiting")
+        self._waiting_bytes += num_bytes
+        try:
+            yield
         finally:
-            self._waiting_bytes -= size
+            self._waiting_bytes -= num_bytes
 
     async def norms(self, request: Norms) -> torch.Tensor:
         """The norms [N] of rows of weights. Raises `Refused`."""
