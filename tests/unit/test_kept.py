@@ -32,7 +32,10 @@ def left(room: Room) -> int:
 
 
 def kept_in(room: Room, *sizes: int) -> Kept:
-    kept = Kept(None, room)  # type: ignore[arg-type]
+    return filled(Kept(None, room), *sizes)  # type: ignore[arg-type]
+
+
+def filled(kept: Kept, *sizes: int) -> Kept:
     for size in sizes:
         kept.add(graph(size))
     return kept
@@ -80,7 +83,7 @@ def passes(*, seconds: float = 10.0) -> Passes:
 
 
 def keep(store: Passes, peer: str, name: str, size: int) -> Kept:
-    kept = kept_in(store.room, size)
+    kept = filled(store.new(None), size)  # type: ignore[arg-type]
     store.keep(peer, name, kept)
     return kept
 
@@ -108,6 +111,16 @@ def test_a_pass_that_nobody_asks_for_goes_when_another_comes():
         keep(store, "b", "new", 20)
         assert store.take("a", "old") is None
         assert left(store.room) == 70
+
+    virtual_time.run(scene())
+
+
+def test_a_pass_that_nobody_asks_for_makes_room_for_one_that_needs_it():
+    async def scene() -> None:
+        store = passes(seconds=10.0)
+        keep(store, "a", "abandoned", ROOM)
+        await asyncio.sleep(11)
+        assert keep(store, "a", "new", ROOM).is_whole
 
     virtual_time.run(scene())
 

@@ -91,7 +91,10 @@ class Kept:
 
 
 class Passes:
-    """The passes that are kept, each for the client who made it and under the id that he gave it."""
+    """The passes that are kept, each for the client who made it and under the id that he gave it.
+
+    Those that nobody has asked for in a long time go when another begins, which may need their room.
+    """
 
     def __init__(self, body: Body, *, most_bytes: int, seconds: float) -> None:
         self.weights = frozenset(parameter.untyped_storage().data_ptr() for parameter in body.parameters())
@@ -101,18 +104,19 @@ class Passes:
         self._passes: dict[tuple[str, str], tuple[float, Kept]] = {}
 
     def new(self, blocks: Blocks) -> Kept:
-        return Kept(blocks, self.room)
-
-    def keep(self, peer: str, name: str, kept: Kept) -> None:
-        """A pass is to be kept. Those that nobody has asked for in a long time go, and one that had its name."""
+        """What a pass that comes now is to be kept in."""
         now = self._clock()
-        if (namesake := self.take(peer, name)) is not None:
-            namesake.drop()
         for key, (since, old) in list(self._passes.items()):
             if now - since > self._seconds:
                 old.drop()
                 del self._passes[key]
-        self._passes[peer, name] = now, kept
+        return Kept(blocks, self.room)
+
+    def keep(self, peer: str, name: str, kept: Kept) -> None:
+        """A pass is to be kept, in place of one that had its name."""
+        if (namesake := self.take(peer, name)) is not None:
+            namesake.drop()
+        self._passes[peer, name] = self._clock(), kept
 
     def take(self, peer: str, name: str) -> Kept | None:
         """A pass that this client has made, once."""
