@@ -205,16 +205,19 @@ class Learned(_Message):
 class Norms(_OnSpan):
     """Client: how long the rows of these linear layers' weights are, in the one block of this span.
 
-    With these DoRA's magnitudes begin. Answered by a `Result` with `factors` [N], float32, layer after layer.
+    With these DoRA's magnitudes begin, where training is offered. No layer is named twice. Answered by a `Result` with
+    `factors` [N], float32, layer after layer.
     """
 
     kind: Literal["norms"] = "norms"
     modules: Annotated[tuple[Module, ...], Field(min_length=1, max_length=MAX_LAYERS, strict=False)]
 
     @model_validator(mode="after")
-    def _of_one_block(self) -> Norms:
+    def _of_one_block_and_once_each(self) -> Norms:
         if self.end - self.start != 1:
             raise ValueError("norms of several blocks")
+        if len(set(self.modules)) != len(self.modules):
+            raise ValueError("norms of one layer twice")
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ def changed(**fields: Any) -> Raw:
 def graded(kept: str | None = PASS, **fields: Any) -> Raw:
     """A question for the gradient of a pass that was kept."""
     return raw("backward", {"grad": hidden()}, **{**ON_SPAN, "kept": kept, **fields})
+
+
+def norms(*modules: str, end: int = 1) -> Raw:
+    return raw("norms", **{**ON_SPAN, "end": end}, modules=list(modules))
 
 
 def spoilt(number: float) -> torch.Tensor:
@@ -117,6 +121,10 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
         [forward({"hidden": hidden(2)}, keep=PASS), graded()],
         "needs a gradient of its output's shape",
     ),
+    # norms
+    "norms of a layer for ever": ([norms(*["mlp.up_proj"] * 256)], INVALID),
+    "norms of several blocks": ([norms("mlp.up_proj", end=2)], INVALID),
+    "norms of a layer that there is not": ([norms("mlp.up_proj", "mlp.qkv")], "blocks of this model have no mlp.qkv"),
     "no gradient": ([forward(keep=PASS), raw("backward", **ON_SPAN, kept=PASS)], "needs a gradient of its output's"),
 }
 
@@ -292,3 +300,16 @@ def test_who_sends_most_loses_first(town):
     assert not modest.finish(own)
     assert not intruder.finish(stream)
     check_nothing_left(swarm)
+
+
+def test_norms_are_computed_where_training_is_and_a_layer_at_a_time(swarm: Callable[..., Swarm]):
+    net = swarm()
+    net.start("0:2", training=False)
+    engine = net.start("0:2").engine
+    (failure,) = Intruder(net, "s0").ask(norms("mlp.up_proj"))
+    assert isinstance(failure, Failure)
+    assert (failure.code, failure.reason) == ("misrouted", "this server offers no forward and backward passes")
+    before = engine.num_passes
+    (answer,) = Intruder(net, "s1", name="another").ask(norms("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"))
+    assert isinstance(answer, Result)
+    assert engine.num_passes - before >= 3

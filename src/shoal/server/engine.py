@@ -14,7 +14,6 @@ import torch
 
 from shoal.adapters import salted
 from shoal.errors import UnsupportedOperation
-from shoal.model.adapters import row_norms
 from shoal.model.body import Body
 from shoal.model.cache import BodyCache
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS
@@ -295,8 +294,9 @@ class Engine:
     async def norms(self, request: Norms) -> torch.Tensor:
         """The norms [N] of rows of weights. Raises `Refused`."""
         (block,) = self._checks.span_of(request)
+        self._checks.check_training()
         try:
-            return await self._executor.run(lambda: row_norms(self._body.block(block), request.modules))
+            return await self._in_line({}, training.norms(self._body, block, request.modules))
         except ValueError as error:
             raise rejected(str(error)) from None
 

@@ -123,10 +123,14 @@ class Checks:
             raise rejected("the padding mask must be uint8 zeros and ones of shape [batch, tokens]")
         return Inputs(hidden, positions, None if mask is None or mask.all() else mask.long())
 
-    def check_pass(self, inputs: Inputs) -> None:
-        """Raises `Refused` for more than is computed in a single pass, and where none are computed."""
+    def check_training(self) -> None:
+        """Raises `Refused` where nothing is computed for those who train."""
         if not self.training:
             raise misrouted("this server offers no forward and backward passes")
+
+    def check_pass(self, inputs: Inputs) -> None:
+        """Raises `Refused` for more than is computed in a single pass, and where none are computed."""
+        self.check_training()
         if inputs.num_tokens > self.max_length:
             raise rejected(f"{inputs.num_tokens} tokens; the model allows {self.max_length}")
         size = inputs.batch_size * inputs.num_tokens
