@@ -14,13 +14,14 @@ from pydantic import TypeAdapter
 from shoal.adapters import Layer
 from shoal.model.factors import name_of
 from shoal.protocol import Failure, Lacking, Learned, Opened, Result
+from shoal.server.adapters import LAYER_BYTES
 from shoal.server.shares import Shares
 
 from .harness import Swarm, swarm_of
 from .intruder import Intruder, Raw, declaring, raw
 from .test_hostile_clients import HIDDEN_SIZE, INVALID, ON_SPAN, Peace, forward, hidden, opening, step
 
-MOST_BYTES = 1 << 16
+MOST_BYTES = 1 << 20
 LORA: dict[str, Any] = {"kind": "lora", "module": "self_attn.q_proj", "rank": 2, "scaling": 1.0}
 PROMPT: dict[str, Any] = {"kind": "prompt", "num_tokens": 3}
 IA3: dict[str, Any] = {"kind": "ia3", "module": "mlp.down_proj", "feedforward": True}
@@ -131,8 +132,8 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
 MISROUTED: dict[str, tuple[list[Raw], str]] = {
     "a block of another server": ([lesson(block=2)], "this server holds blocks 0:2, not 2"),
     "more than the server has room for": (
-        [lesson({**PROMPT, "num_tokens": 600}, factors=torch.ones(600 * HIDDEN_SIZE))],
-        f"an adapter of {600 * HIDDEN_SIZE * 4} bytes; this server has room for {MOST_BYTES}",
+        [lesson({**PROMPT, "num_tokens": 9000}, factors=torch.ones(9000 * HIDDEN_SIZE))],
+        f"an adapter of {9000 * HIDDEN_SIZE * 4 + LAYER_BYTES} bytes; this server has room for {MOST_BYTES}",
     ),
 }
 
@@ -278,6 +279,7 @@ def test_thousands_of_adapters_take_no_more_room_than_there_is(town, whole):
             intruder.tell(stream, *lessons)
             assert {type(answer) for answer, _ in intruder.hear(stream, 10)} == {Learned}
             assert engine.adapters.num_bytes <= MOST_BYTES
+            assert len(engine.adapters._entries) <= MOST_BYTES // LAYER_BYTES
         assert engine.adapters.num_bytes > MOST_BYTES // 2
         assert not intruder.finish(stream)
     check_nothing_left(swarm)

@@ -69,8 +69,8 @@ class Engine:
         self._shares = shares
         self._pool = PagePool(num_pages)
         self._turns = Turns(compute, executor, self._pool, head=head, cores=cores, pace=pace, shares=shares)
-        self.adapters = Adapters(body, most_bytes=shares.adapter_bytes)
         self._passes = Passes(body, most_bytes=shares.kept_bytes, seconds=shares.kept_seconds)
+        self.adapters = Adapters(body, most_bytes=shares.adapter_bytes, let_go=self._passes.let_go)
         self._num_opened = itertools.count()
         self._waiting_bytes = 0
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import dataclass, field
 
 import torch
 
+from shoal.model.adapters import BlockAdapter
 from shoal.model.body import Body
 from shoal.server.blocks import Blocks
 
@@ -127,6 +128,12 @@ class Passes:
         """A client is gone."""
         for key in [key for key in self._passes if key[0] == peer]:
             self._passes.pop(key)[1].drop()
+
+    def let_go(self, adapters: Collection[BlockAdapter]) -> None:
+        """Keep nothing that was computed with these."""
+        for key, (_, kept) in list(self._passes.items()):
+            if any(adapter in adapters for adapter in kept.blocks.adapters.values()):
+                self._passes.pop(key)[1].drop()
 
 
 @contextlib.contextmanager
