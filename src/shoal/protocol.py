@@ -24,7 +24,9 @@ MAX_PAYLOAD_BYTES = 256 * 1024 * 1024
 MAX_STEP_TOKENS = 1024
 """The tokens, over all sequences of a batch, that one message carries at most; clients cut longer work in pieces.
 
-A single token of every sequence always fits, and so does one sequence of a `Forward` or `Backward`."""
+A single token of every sequence always fits; for one sequence of a `Forward` or `Backward`, see `MAX_PASS_TOKENS`."""
+MAX_PASS_TOKENS = 16 * 1024
+"""The tokens of one sequence of a `Forward` or `Backward`: it cannot be cut, and some attention needs their square."""
 MAX_LOGITS_BYTES = 64 * 1024 * 1024
 """The logits of one answer: a small question must not cost much memory. Beyond, clients compute the head themselves."""
 MAX_BATCH = 1024

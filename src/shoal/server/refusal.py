@@ -15,6 +15,7 @@ import torch
 from shoal.protocol import (
     MAX_BATCH,
     MAX_LOGITS_BYTES,
+    MAX_PASS_TOKENS,
     MAX_STEP_TOKENS,
     Backward,
     Failure,
@@ -136,6 +137,8 @@ class Checks:
         size = inputs.batch_size * inputs.num_tokens
         if inputs.batch_size > 1 and size > MAX_STEP_TOKENS:
             raise rejected(f"{size} tokens in one batch; {MAX_STEP_TOKENS} are allowed")
+        if size > MAX_PASS_TOKENS:
+            raise rejected(f"{size} tokens in one pass; {MAX_PASS_TOKENS} are allowed")
 
     def check_step(
         self,
