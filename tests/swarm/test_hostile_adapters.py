@@ -18,7 +18,7 @@ from shoal.server.adapters import LAYER_BYTES
 from shoal.server.shares import Shares
 
 from .harness import Swarm, swarm_of
-from .intruder import Intruder, Raw, declaring, raw
+from .intruder import ANSWERED, Intruder, Raw, declaring, raw
 from .test_hostile_clients import HIDDEN_SIZE, INVALID, ON_SPAN, Peace, forward, hidden, opening, step
 
 MOST_BYTES = 1 << 20
@@ -115,18 +115,21 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "an answer of a server's": ([raw("learned")], "'learned' makes no sense here"),
     "that the server should send something again": ([raw("lacking", kept=True)], "'lacking' makes no sense here"),
     "a gradient of another span than was kept": (
-        [forward(keep=PASS), graded(start=1)],
+        [forward(keep=PASS), ANSWERED, graded(start=1)],
         "blocks 1:2 of a pass through 0:2",
     ),
     "a gradient of another shape than was kept": (
-        [forward({"hidden": hidden(2)}, keep=PASS), graded()],
+        [forward({"hidden": hidden(2)}, keep=PASS), ANSWERED, graded()],
         "needs a gradient of its output's shape",
+    ),
+    "no gradient": (
+        [forward(keep=PASS), ANSWERED, raw("backward", **ON_SPAN, kept=PASS)],
+        "needs a gradient of its output's",
     ),
     # norms
     "norms of a layer for ever": ([norms(*["mlp.up_proj"] * 256)], INVALID),
     "norms of several blocks": ([norms("mlp.up_proj", end=2)], INVALID),
     "norms of a layer that there is not": ([norms("mlp.up_proj", "mlp.qkv")], "blocks of this model have no mlp.qkv"),
-    "no gradient": ([forward(keep=PASS), raw("backward", **ON_SPAN, kept=PASS)], "needs a gradient of its output's"),
 }
 
 MISROUTED: dict[str, tuple[list[Raw], str]] = {
@@ -203,8 +206,14 @@ LACKING: dict[str, tuple[list[Raw], Lacking]] = {
         Lacking(adapters=(named(),)),
     ),
     "a pass that was never kept": ([graded()], Lacking(kept=True)),
-    "a pass that was kept and given": ([forward(keep=PASS), graded(), graded()], Lacking(kept=True)),
-    "a pass that was kept under another name": ([forward(keep=PASS), graded(OTHER_PASS)], Lacking(kept=True)),
+    "a pass that was kept and given": (
+        [forward(keep=PASS), ANSWERED, graded(), ANSWERED, graded()],
+        Lacking(kept=True),
+    ),
+    "a pass that was kept under another name": (
+        [forward(keep=PASS), ANSWERED, graded(OTHER_PASS)],
+        Lacking(kept=True),
+    ),
 }
 
 
