@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.protocol import MAX_LENGTH, MAX_PASS_TOKENS
+from shoal.protocol import MAX_FACTORS, MAX_LENGTH, MAX_PASS_TOKENS
 from shoal.server.refusal import Checks, Inputs, Refused
 from shoal.spans import Span
 
@@ -22,3 +22,9 @@ def test_a_sequence_whose_attention_would_fill_the_memory_is_refused():
     with pytest.raises(Refused, match="16385 tokens in one pass; 16384 are allowed") as refusal:
         CHECKS.check_pass(sequence_of(MAX_PASS_TOKENS + 1))
     assert refusal.value.failure.code == "rejected"
+
+
+def test_more_tensors_of_factors_than_an_answer_can_name_are_refused():
+    CHECKS.check_factors(MAX_FACTORS)
+    with pytest.raises(Refused, match="200001 tensors of factors in one span; 200000 are allowed"):
+        CHECKS.check_factors(MAX_FACTORS + 1)

@@ -269,7 +269,9 @@ class Engine:
 
     def _blocks(self, peer: str, request: Forward | Backward, inputs: Inputs) -> Blocks:
         span = self._checks.span_of(request)
-        return Blocks(self._body, span, inputs, self.adapters.of(peer, request, span), request.seed)
+        adapters = self.adapters.of(peer, request, span)
+        self._checks.check_factors(sum(len(adapter.parameters) for adapter in adapters.values()))
+        return Blocks(self._body, span, inputs, adapters, request.seed)
 
     async def _in_line(self, tensors: Tensors, pieces: training.Pieces[T], kept: Kept | None = None) -> T:
         try:

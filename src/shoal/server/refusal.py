@@ -14,6 +14,7 @@ import torch
 
 from shoal.protocol import (
     MAX_BATCH,
+    MAX_FACTORS,
     MAX_LOGITS_BYTES,
     MAX_PASS_TOKENS,
     MAX_STEP_TOKENS,
@@ -139,6 +140,11 @@ class Checks:
             raise rejected(f"{size} tokens in one batch; {MAX_STEP_TOKENS} are allowed")
         if size > MAX_PASS_TOKENS:
             raise rejected(f"{size} tokens in one pass; {MAX_PASS_TOKENS} are allowed")
+
+    def check_factors(self, num_tensors: int) -> None:
+        """Raises `Refused` for adapters of more tensors than an answer can speak of."""
+        if num_tensors > MAX_FACTORS:
+            raise rejected(f"{num_tensors} tensors of factors in one span; {MAX_FACTORS} are allowed")
 
     def check_step(
         self,
