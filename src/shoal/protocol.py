@@ -11,7 +11,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from shoal.adapters import MAX_LAYERS, AdapterName, HostedName, Layers, Module
@@ -24,7 +33,9 @@ MAX_PAYLOAD_BYTES = 256 * 1024 * 1024
 MAX_STEP_TOKENS = 1024
 """The tokens, over all sequences of a batch, that one message carries at most; clients cut longer work in pieces.
 
-A single token of every sequence always fits, and so does one sequence of a `Forward` or `Backward`."""
+A single token of every sequence always fits; for one sequence of a `Forward` or `Backward`, see `MAX_PASS_TOKENS`."""
+MAX_PASS_TOKENS = 16 * 1024
+"""The tokens of one sequence of a `Forward` or `Backward`: it cannot be cut, and some attention needs their square."""
 MAX_LOGITS_BYTES = 64 * 1024 * 1024
 """The logits of one answer: a small question must not cost much memory. Beyond, clients compute the head themselves."""
 MAX_BATCH = 1024
@@ -32,8 +43,8 @@ MAX_LENGTH = 1 << 22
 MAX_DIMENSION = 1 << 26
 MAX_BLOCKS = 4096
 MAX_HOPS = 256
-MAX_FACTORS = 1 << 20
-"""Tensors of factors in a span."""
+MAX_FACTORS = 200_000
+"""Tensors of factors in a span: a bit for each fits into a header."""
 MAX_TEXT = 256
 MAX_STEPS_AHEAD = 16
 """The steps of one session that a server keeps beside the one that it computes."""
@@ -65,8 +76,29 @@ Link = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Adapted = Annotated[tuple[AdapterName | None, ...], Field(max_length=MAX_BLOCKS, strict=False)]
 """The adapter of each block of a span; nothing at all if no block has one."""
 PassId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-FactorIndex = Annotated[int, Field(ge=0, le=MAX_FACTORS)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 53)]
+
+
+def _packed(indices: tuple[int, ...]) -> str:
+    packed = bytearray(max(indices, default=-1) // 8 + 1)
+    for index in indices:
+        packed[index // 8] |= 1 << index % 8
+    return packed.hex()
+
+
+def _unpacked(indices: object) -> object:
+    if isinstance(indices, tuple):  # ours: nothing that is parsed is a tuple
+        return indices
+    if not isinstance(indices, str) or len(indices) > MAX_FACTORS // 4:
+        raise ValueError(f"not up to {MAX_FACTORS} bits in hexadecimal digits")
+    packed = bytes.fromhex(indices)
+    return tuple(index for index in range(8 * len(packed)) if packed[index // 8] >> index % 8 & 1)
+
+
+FactorIndices = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MAX_FACTORS)], ...], BeforeValidator(_unpacked), PlainSerializer(_packed)
+]
+"""Numbers of factors' tensors, which travel as bits: in hexadecimal digits, eight bits a byte, the lowest first."""
 
 
 class ProtocolViolation(ValueError):
@@ -205,16 +237,19 @@ class Learned(_Message):
 class Norms(_OnSpan):
     """Client: how long the rows of these linear layers' weights are, in the one block of this span.
 
-    With these DoRA's magnitudes begin. Answered by a `Result` with `factors` [N], float32, layer after layer.
+    With these DoRA's magnitudes begin, where training is offered. No layer is named twice. Answered by a `Result` with
+    `factors` [N], float32, layer after layer.
     """
 
     kind: Literal["norms"] = "norms"
     modules: Annotated[tuple[Module, ...], Field(min_length=1, max_length=MAX_LAYERS, strict=False)]
 
     @model_validator(mode="after")
-    def _of_one_block(self) -> Norms:
+    def _of_one_block_and_once_each(self) -> Norms:
         if self.end - self.start != 1:
             raise ValueError("norms of several blocks")
+        if len(set(self.modules)) != len(self.modules):
+            raise ValueError("norms of one layer twice")
         return self
 
 
@@ -360,7 +395,7 @@ class Result(_Message):
     epoch: Epoch = 0
     position: Position = 0
     seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] | None = None
-    unused: Annotated[tuple[FactorIndex, ...], Field(max_length=8192, strict=False)] = ()
+    unused: FactorIndices = ()
 
 
 class Unreached(_Message):

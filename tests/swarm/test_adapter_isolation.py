@@ -14,6 +14,7 @@ from peft import IA3Config, LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from shoal.model.head import HeadCache
+from shoal.server.adapters import LAYER_BYTES
 from shoal.server.shares import Shares
 
 from .harness import Swarm, swarm_of
@@ -25,8 +26,8 @@ CONFIGS = (
     lambda: LoraConfig(r=2, use_dora=True, target_modules=["v_proj", "down_proj"]),
     lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
 )
-SMALL = Shares(kept_bytes=60_000, adapter_bytes=36_000)
-"""Room for a few of the graphs of one pass, and for one version of each client's factors."""
+SMALL = Shares(kept_bytes=60_000, adapter_bytes=36_000 + 22 * LAYER_BYTES)
+"""Room for a few of the graphs of one pass, and for one version of each client's factors: 22 layers in two blocks."""
 NONE = Shares(kept_bytes=0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from pydantic import TypeAdapter
 from shoal.adapters import Layer
 from shoal.model.factors import name_of
 from shoal.protocol import Failure, Lacking, Learned, Opened, Result
+from shoal.server.adapters import LAYER_BYTES
 from shoal.server.shares import Shares
 
 from .harness import Swarm, swarm_of
-from .intruder import Intruder, Raw, declaring, raw
+from .intruder import ANSWERED, Intruder, Raw, declaring, raw
 from .test_hostile_clients import HIDDEN_SIZE, INVALID, ON_SPAN, Peace, forward, hidden, opening, step
 
-MOST_BYTES = 1 << 16
+MOST_BYTES = 1 << 20
 LORA: dict[str, Any] = {"kind": "lora", "module": "self_attn.q_proj", "rank": 2, "scaling": 1.0}
 PROMPT: dict[str, Any] = {"kind": "prompt", "num_tokens": 3}
 IA3: dict[str, Any] = {"kind": "ia3", "module": "mlp.down_proj", "feedforward": True}
@@ -42,6 +43,10 @@ def changed(**fields: Any) -> Raw:
 def graded(kept: str | None = PASS, **fields: Any) -> Raw:
     """A question for the gradient of a pass that was kept."""
     return raw("backward", {"grad": hidden()}, **{**ON_SPAN, "kept": kept, **fields})
+
+
+def norms(*modules: str, end: int = 1) -> Raw:
+    return raw("norms", **{**ON_SPAN, "end": end}, modules=list(modules))
 
 
 def spoilt(number: float) -> torch.Tensor:
@@ -110,21 +115,28 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "an answer of a server's": ([raw("learned")], "'learned' makes no sense here"),
     "that the server should send something again": ([raw("lacking", kept=True)], "'lacking' makes no sense here"),
     "a gradient of another span than was kept": (
-        [forward(keep=PASS), graded(start=1)],
+        [forward(keep=PASS), ANSWERED, graded(start=1)],
         "blocks 1:2 of a pass through 0:2",
     ),
     "a gradient of another shape than was kept": (
-        [forward({"hidden": hidden(2)}, keep=PASS), graded()],
+        [forward({"hidden": hidden(2)}, keep=PASS), ANSWERED, graded()],
         "needs a gradient of its output's shape",
     ),
-    "no gradient": ([forward(keep=PASS), raw("backward", **ON_SPAN, kept=PASS)], "needs a gradient of its output's"),
+    "no gradient": (
+        [forward(keep=PASS), ANSWERED, raw("backward", **ON_SPAN, kept=PASS)],
+        "needs a gradient of its output's",
+    ),
+    # norms
+    "norms of a layer for ever": ([norms(*["mlp.up_proj"] * 256)], INVALID),
+    "norms of several blocks": ([norms("mlp.up_proj", end=2)], INVALID),
+    "norms of a layer that there is not": ([norms("mlp.up_proj", "mlp.qkv")], "blocks of this model have no mlp.qkv"),
 }
 
 MISROUTED: dict[str, tuple[list[Raw], str]] = {
     "a block of another server": ([lesson(block=2)], "this server holds blocks 0:2, not 2"),
     "more than the server has room for": (
-        [lesson({**PROMPT, "num_tokens": 600}, factors=torch.ones(600 * HIDDEN_SIZE))],
-        f"an adapter of {600 * HIDDEN_SIZE * 4} bytes; this server has room for {MOST_BYTES}",
+        [lesson({**PROMPT, "num_tokens": 9000}, factors=torch.ones(9000 * HIDDEN_SIZE))],
+        f"an adapter of {9000 * HIDDEN_SIZE * 4 + LAYER_BYTES} bytes; this server has room for {MOST_BYTES}",
     ),
 }
 
@@ -194,8 +206,14 @@ LACKING: dict[str, tuple[list[Raw], Lacking]] = {
         Lacking(adapters=(named(),)),
     ),
     "a pass that was never kept": ([graded()], Lacking(kept=True)),
-    "a pass that was kept and given": ([forward(keep=PASS), graded(), graded()], Lacking(kept=True)),
-    "a pass that was kept under another name": ([forward(keep=PASS), graded(OTHER_PASS)], Lacking(kept=True)),
+    "a pass that was kept and given": (
+        [forward(keep=PASS), ANSWERED, graded(), ANSWERED, graded()],
+        Lacking(kept=True),
+    ),
+    "a pass that was kept under another name": (
+        [forward(keep=PASS), ANSWERED, graded(OTHER_PASS)],
+        Lacking(kept=True),
+    ),
 }
 
 
@@ -270,6 +288,7 @@ def test_thousands_of_adapters_take_no_more_room_than_there_is(town, whole):
             intruder.tell(stream, *lessons)
             assert {type(answer) for answer, _ in intruder.hear(stream, 10)} == {Learned}
             assert engine.adapters.num_bytes <= MOST_BYTES
+            assert len(engine.adapters._entries) <= MOST_BYTES // LAYER_BYTES
         assert engine.adapters.num_bytes > MOST_BYTES // 2
         assert not intruder.finish(stream)
     check_nothing_left(swarm)
@@ -292,3 +311,16 @@ def test_who_sends_most_loses_first(town):
     assert not modest.finish(own)
     assert not intruder.finish(stream)
     check_nothing_left(swarm)
+
+
+def test_norms_are_computed_where_training_is_and_a_layer_at_a_time(swarm: Callable[..., Swarm]):
+    net = swarm()
+    net.start("0:2", training=False)
+    engine = net.start("0:2").engine
+    (failure,) = Intruder(net, "s0").ask(norms("mlp.up_proj"))
+    assert isinstance(failure, Failure)
+    assert (failure.code, failure.reason) == ("misrouted", "this server offers no forward and backward passes")
+    before = engine.num_passes
+    (answer,) = Intruder(net, "s1", name="another").ask(norms("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"))
+    assert isinstance(answer, Result)
+    assert engine.num_passes - before >= 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import threading
@@ -435,7 +436,7 @@ STRANGE: dict[str, list[Raw]] = {
     "a precision that changes": [*stepping({"hidden": hidden().bfloat16()}), step(2)],
     "a pass in another precision": [forward({"hidden": hidden().bfloat16()})],
     "a gradient in another precision": [backward(hidden=hidden().bfloat16(), grad=hidden().half())],
-    "passes before a session": [forward(), backward(grad=hidden()), opening(), step()],
+    "passes before a session": [forward(), ANSWERED, backward(grad=hidden()), ANSWERED, opening(), step()],
     "the same step again and again": [opening(), *[step()] * 20],
     "digests that nobody has computed": [offering(1, 1, 16), step()],
     "digests of a long session": [
@@ -652,22 +653,57 @@ def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, whe
     assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
 
 
+@contextlib.contextmanager
+def busy_thread(swarm_: Swarm) -> Iterator[None]:
+    """Meanwhile, the server computes nothing."""
+    free = threading.Event()
+    executor = swarm_.servers["s0"].engine._executor
+    holding = asyncio.run_coroutine_threadsafe(executor.run(free.wait), swarm_.runtime.loop)
+    try:
+        yield
+    finally:
+        free.set()
+        holding.result()
+
+
+@pytest.mark.parametrize("more", [forward(), opening(), raw("rewind", epoch=1, position=0)], ids=["pass", "open", "no"])
+def test_who_asks_for_more_before_a_pass_is_answered_is_refused(swarm: MakeSwarm, more: Raw):
+    """Else what is sent meanwhile, 256 MiB a stream, would wait here, and nobody would count it."""
+    swarm_ = swarm("0:4")
+    with busy_thread(swarm_):
+        pong, failure = Intruder(swarm_, "s0").ask(forward(), raw("ping"), more)
+        assert pong == Pong(working=True, num_passes=pong.num_passes)
+        assert isinstance(failure, Failure)
+        assert failure.code == "rejected"
+        assert failure.reason.endswith("before the last one is answered")
+        swarm_.settle(lambda: not swarm_.servers["s0"].engine.queue_length)
+
+
+def test_who_hangs_up_after_a_goodbye_is_not_computed_for(swarm: MakeSwarm):
+    swarm_ = swarm("0:4")
+    intruder = Intruder(swarm_, "s0")
+    stream = intruder.open()
+    with busy_thread(swarm_):
+        intruder.tell(stream, forward(), raw("close"), raw("ping"))
+        assert isinstance(intruder.hear(stream)[0][0], Pong)
+        swarm_.kill("intruder")
+        swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+        assert not swarm_.servers["s0"].engine.queue_length
+
+
 def test_passes_beyond_what_memory_holds_are_asked_to_come_back(swarm: MakeSwarm):
     most = 3 * hidden(1, 512).nbytes
     swarm_ = swarm("0:4", shares=Shares(waiting_bytes=most))
     server = swarm_.servers["s0"].engine
-    free = threading.Event()
-    holding = asyncio.run_coroutine_threadsafe(server._executor.run(free.wait), swarm_.runtime.loop)
     crowd, late = Intruder(swarm_, "s0", name="crowd"), Intruder(swarm_, "s0", name="late")
     streams = [crowd.open() for _ in range(3)]
-    for stream in streams:
-        crowd.tell(stream, forward({"hidden": hidden(1, 512)}))
-    swarm_.settle(lambda: server._waiting_bytes == most)
-    (busy,) = late.ask(forward())
+    with busy_thread(swarm_):
+        for stream in streams:
+            crowd.tell(stream, forward({"hidden": hidden(1, 512)}))
+        swarm_.settle(lambda: server._waiting_bytes == most)
+        (busy,) = late.ask(forward())
     assert isinstance(busy, Failure)
     assert (busy.code, busy.reason) == ("busy", "too many passes are waiting")
-    free.set()
-    holding.result()
     swarm_.settle(lambda: server._waiting_bytes == 0)
     (answer,) = late.ask(forward())
     assert isinstance(answer, Result)

@@ -16,6 +16,7 @@ from shoal.net.frames import pack_prefix, unpack_prefix
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Stream
 from shoal.protocol import (
+    MAX_FACTORS,
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     TENSOR_ALIGNMENT,
@@ -25,8 +26,11 @@ from shoal.protocol import (
     Forward,
     Message,
     ProtocolViolation,
+    Result,
     Rewind,
     Step,
+    dump,
+    parse,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
@@ -56,6 +60,9 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Forward, **spans),
     st.builds(Backward, **spans),
     st.builds(Failure, code=st.just("busy"), reason=words, retry_after=st.floats(0, 3600)),
+    st.builds(
+        Result, unused=st.sets(st.integers(0, MAX_FACTORS - 1), max_size=20).map(lambda found: tuple(sorted(found)))
+    ),
     st.just(Close()),
 )
 
@@ -64,7 +71,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
 def frames(draw: st.DrawFn) -> tuple[Message, dict[Any, torch.Tensor]]:
     """A message and tensors that it may carry."""
     message = draw(messages)
-    names = draw(st.lists(st.sampled_from(message.carries), unique=True)) if message.carries else []
+    names = draw(st.lists(st.sampled_from(message.carries), unique=True, max_size=4)) if message.carries else []
     return message, {name: draw(tensors()) for name in names}
 
 
@@ -172,6 +179,20 @@ def test_a_header_that_is_no_message_is_refused_in_one_short_line(header: bytes)
         decode(header, bytearray())
     assert len(str(violation.value)) < 400
     assert "\n" not in str(violation.value)
+
+
+def test_a_result_has_room_for_all_factors_that_are_unused() -> None:
+    result = Result(unused=tuple(range(MAX_FACTORS)))
+    assert parse(dump(result)) == result
+    beyond = json.dumps({"kind": "result", "unused": "0" * (MAX_FACTORS // 4 + 2)})
+    with pytest.raises(ProtocolViolation, match="not up to 200000 bits"):
+        parse(beyond.encode())
+
+
+@pytest.mark.parametrize("unused", [[1, 2], 7, "xy", "abc"])
+def test_what_is_unused_is_said_in_bits(unused: Any) -> None:
+    with pytest.raises(ProtocolViolation, match="result: unused"):
+        parse(json.dumps({"kind": "result", "unused": unused}).encode())
 
 
 def test_only_computations_carry_tensors() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,10 @@ def left(room: Room) -> int:
 
 
 def kept_in(room: Room, *sizes: int) -> Kept:
-    kept = Kept(None, room)  # type: ignore[arg-type]
+    return filled(Kept(None, room), *sizes)  # type: ignore[arg-type]
+
+
+def filled(kept: Kept, *sizes: int) -> Kept:
     for size in sizes:
         kept.add(graph(size))
     return kept
@@ -78,7 +83,7 @@ def passes(*, seconds: float = 10.0) -> Passes:
 
 
 def keep(store: Passes, peer: str, name: str, size: int) -> Kept:
-    kept = kept_in(store.room, size)
+    kept = filled(store.new(None), size)  # type: ignore[arg-type]
     store.keep(peer, name, kept)
     return kept
 
@@ -106,6 +111,16 @@ def test_a_pass_that_nobody_asks_for_goes_when_another_comes():
         keep(store, "b", "new", 20)
         assert store.take("a", "old") is None
         assert left(store.room) == 70
+
+    virtual_time.run(scene())
+
+
+def test_a_pass_that_nobody_asks_for_makes_room_for_one_that_needs_it():
+    async def scene() -> None:
+        store = passes(seconds=10.0)
+        keep(store, "a", "abandoned", ROOM)
+        await asyncio.sleep(11)
+        assert keep(store, "a", "new", ROOM).is_whole
 
     virtual_time.run(scene())
 
@@ -143,3 +158,13 @@ def test_what_autograd_keeps_is_counted_once_and_without_weights(shared: bool):
         (y * y).sum()
     expected = x.nbytes + y.nbytes + (0 if shared else weight.nbytes)
     assert num_bytes() == expected
+
+
+def test_an_operator_that_keeps_its_own_output_is_let_go_of():
+    x = torch.ones(4, requires_grad=True)
+    with counting(frozenset()):
+        y = x.exp()
+    there = weakref.ref(x)
+    del x, y
+    gc.collect()
+    assert there() is None

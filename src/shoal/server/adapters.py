@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -15,13 +15,11 @@ from shoal.model.body import Body
 from shoal.model.factors import Factors, Layer, name_of
 from shoal.protocol import Adapter, Backward, Forward, Open
 from shoal.server.executor import alone
-from shoal.server.refusal import Tensors, misrouted, rejected
+from shoal.server.refusal import Tensors, busy, misrouted, rejected
 from shoal.spans import MAX_HOSTED, Span
 
-ASIDE_BYTES = 1 << 20
-"""Factors of so many bytes take long enough to be read that others should not wait for it."""
-
-
+LAYER_BYTES = 32 * 1024
+"""What PEFT's layer takes beside its factors (26 KB were measured): small adapters count for what they are."""
 EVERYBODY = "everybody"
 """Who holds what is hosted: no peer's id."""
 POPULAR = "popular"
@@ -44,8 +42,17 @@ class Lacks(Exception):
 class _Entry:
     adapter: BlockAdapter
     block: int
+    num_bytes: int
     shared: str | None = None
     holders: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Holding:
+    """What one client holds: the names, those used last at the end, and how much room that takes."""
+
+    names: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    num_bytes: int = 0
 
 
 class Adapters:
@@ -53,18 +60,25 @@ class Adapters:
 
     What the operator hosts stays. Adapters that are shared and that several clients have used stay when these are gone,
     as long as nobody needs the room.
+
+    What left is still there while a session or a pass computes with it: as much again at most, together with what is
+    here. Before anybody is told to come back, `let_go` is asked to do without adapters that left, where it can.
     """
 
-    def __init__(self, body: Body, *, most_bytes: int) -> None:
+    def __init__(self, body: Body, *, most_bytes: int, let_go: Callable[[Collection[BlockAdapter]], None]) -> None:
         self._body = body
         self._most_bytes = most_bytes
+        self._let_go = let_go
+        self._num_bytes = 0
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # those used last at the end
+        self._holdings: defaultdict[str, _Holding] = defaultdict(_Holding)
+        self._left: WeakKeyDictionary[BlockAdapter, int] = WeakKeyDictionary()
         self._users: OrderedDict[str, set[str]] = OrderedDict()  # of shared adapters, whoever is here or was
 
     @property
     def num_bytes(self) -> int:
         """Of those that clients have sent."""
-        return sum(entry.adapter.nbytes for entry in self._entries.values() if EVERYBODY not in entry.holders)
+        return self._num_bytes
 
     @property
     def announced(self) -> tuple[str, ...]:
@@ -80,32 +94,41 @@ class Adapters:
     def host(self, factors: Factors) -> None:
         """Keep an adapter for everybody, as long as the server runs. Raises `Refused` for one that does not fit."""
         adapter = self._made(factors.block, factors.layers, factors.values, factors.name)
-        entry = self._entries.setdefault(factors.name, _Entry(adapter, factors.block, factors.hosted))
+        entry = self._entries.setdefault(factors.name, _Entry(adapter, factors.block, 0, factors.hosted))
         entry.holders.add(EVERYBODY)
 
     async def keep(self, peer: str, request: Adapter, tensors: Tensors) -> None:
-        """Keep what a client sends. Raises `Refused` for what is no adapter of a block here, or too large."""
+        """Keep what a client sends.
+
+        Raises `Refused` for what is no adapter of a block here, or too large, and while too much that left is in use.
+        """
         values_N = tensors.get("factors")
         if request.block not in self._body.span:
             raise misrouted(f"this server holds blocks {self._body.span}, not {request.block}")
         if values_N is None or values_N.dim() != 1 or not values_N.is_floating_point():
             raise rejected("the factors of an adapter must be floating-point numbers in a row")
-        if values_N.nbytes > self._most_bytes:
-            raise misrouted(f"an adapter of {values_N.nbytes} bytes; this server has room for {self._most_bytes}")
-        if values_N.nbytes < ASIDE_BYTES and "peft" in sys.modules:  # to import it takes seconds
-            adapter = self._read(request, values_N)
-        else:
-            adapter = await asyncio.to_thread(alone, lambda: self._read(request, values_N))
+        num_bytes = values_N.nbytes + len(request.layers) * LAYER_BYTES
+        if num_bytes > self._most_bytes:
+            raise misrouted(f"an adapter of {num_bytes} bytes; this server has room for {self._most_bytes}")
+        # PEFT takes two milliseconds to make a layer, a thread a tenth of one.
+        adapter = await asyncio.to_thread(alone, lambda: self._read(request, values_N))
         if request.replaces is not None and request.replaces != adapter.name:
             self._release(peer, request.replaces)
-        self._entries.setdefault(adapter.name, _Entry(adapter, request.block, request.shared))
+        if adapter.name not in self._entries:
+            self._make_room(num_bytes)
+            self._left.pop(adapter, None)  # it went while it was being read
+            self._entries[adapter.name] = _Entry(adapter, request.block, num_bytes, request.shared)
+            self._num_bytes += num_bytes
         self._use(peer, adapter.name)
-        self._make_room()
 
     def _use(self, peer: str, name: str) -> None:
         entry = self._entries[name]
-        entry.holders.add(peer)
         self._entries.move_to_end(name)
+        if EVERYBODY in entry.holders:
+            return
+        self._hold(peer, name)
+        for holder in entry.holders:
+            self._holdings[holder].names.move_to_end(name)
         if entry.shared is not None:
             users = self._users.setdefault(entry.shared, set())
             if len(users) < FEW_USERS:
@@ -113,6 +136,13 @@ class Adapters:
             self._users.move_to_end(entry.shared)
             if len(self._users) > MANY_NAMES:
                 self._users.popitem(last=False)
+
+    def _hold(self, holder: str, name: str) -> None:
+        entry, holding = self._entries[name], self._holdings[holder]
+        if holder not in entry.holders:
+            entry.holders.add(holder)
+            holding.names[name] = None
+            holding.num_bytes += entry.num_bytes
 
     def _read(self, request: Adapter, values_N: torch.Tensor) -> BlockAdapter:
         if not torch.isfinite(values_N).all():
@@ -144,27 +174,36 @@ class Adapters:
 
     def release(self, peer: str) -> None:
         """A client is gone: what nobody else holds is forgotten."""
-        for name in list(self._entries):
-            self._release(peer, name)
+        if (holding := self._holdings.get(peer)) is not None:
+            for name in list(holding.names):
+                self._release(peer, name)
 
-    def _release(self, peer: str, name: str) -> None:
-        if (entry := self._entries.get(name)) is not None:
-            entry.holders.discard(peer)
-            if not entry.holders and peer != POPULAR and self._is_popular(entry):
-                entry.holders.add(POPULAR)
-            if not entry.holders:
-                del self._entries[name]
+    def _release(self, holder: str, name: str) -> None:
+        entry = self._entries.get(name)
+        if entry is None or holder not in entry.holders:
+            return
+        holding = self._holdings[holder]
+        entry.holders.remove(holder)
+        del holding.names[name]
+        holding.num_bytes -= entry.num_bytes
+        if not holding.names:
+            del self._holdings[holder]
+        if not entry.holders and holder != POPULAR and self._is_popular(entry):
+            self._hold(POPULAR, name)
+        if not entry.holders:
+            del self._entries[name]
+            self._num_bytes -= entry.num_bytes
+            self._left[entry.adapter] = entry.num_bytes
 
-    def _make_room(self) -> None:
-        while self.num_bytes > self._most_bytes:
-            held = self._held()
-            greediest = max(held, key=lambda peer: held[peer])
-            oldest = next(name for name, entry in self._entries.items() if greediest in entry.holders)
-            self._release(greediest, oldest)
+    def _make_room(self, num_bytes: int) -> None:
+        """Raises `Refused` if there is none, because those who compute with what left need it."""
+        while self._num_bytes + num_bytes > self._most_bytes:
+            greediest = max(self._holdings, key=lambda holder: self._holdings[holder].num_bytes)
+            self._release(greediest, next(iter(self._holdings[greediest].names)))
+        if not self._fits_beside_what_left(num_bytes):
+            self._let_go(frozenset(self._left))
+        if not self._fits_beside_what_left(num_bytes):
+            raise busy("sessions and passes need the room for adapters that were replaced")
 
-    def _held(self) -> Mapping[str, int]:
-        held: dict[str, int] = {}
-        for entry in self._entries.values():
-            for peer in entry.holders if EVERYBODY not in entry.holders else ():
-                held[peer] = held.get(peer, 0) + entry.adapter.nbytes
-        return held
+    def _fits_beside_what_left(self, num_bytes: int) -> bool:
+        return self._num_bytes + num_bytes + sum(self._left.values()) <= 2 * self._most_bytes

@@ -7,14 +7,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TypeVar
 
 import torch
 
 from shoal.adapters import salted
 from shoal.errors import UnsupportedOperation
-from shoal.model.adapters import row_norms
 from shoal.model.body import Body
 from shoal.model.cache import BodyCache
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS
@@ -70,8 +69,8 @@ class Engine:
         self._shares = shares
         self._pool = PagePool(num_pages)
         self._turns = Turns(compute, executor, self._pool, head=head, cores=cores, pace=pace, shares=shares)
-        self.adapters = Adapters(body, most_bytes=shares.adapter_bytes)
         self._passes = Passes(body, most_bytes=shares.kept_bytes, seconds=shares.kept_seconds)
+        self.adapters = Adapters(body, most_bytes=shares.adapter_bytes, let_go=self._passes.let_go)
         self._num_opened = itertools.count()
         self._waiting_bytes = 0
 
@@ -270,27 +269,36 @@ class Engine:
 
     def _blocks(self, peer: str, request: Forward | Backward, inputs: Inputs) -> Blocks:
         span = self._checks.span_of(request)
-        return Blocks(self._body, span, inputs, self.adapters.of(peer, request, span), request.seed)
+        adapters = self.adapters.of(peer, request, span)
+        self._checks.check_factors(sum(len(adapter.parameters) for adapter in adapters.values()))
+        return Blocks(self._body, span, inputs, adapters, request.seed)
 
     async def _in_line(self, tensors: Tensors, pieces: training.Pieces[T], kept: Kept | None = None) -> T:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._waiting_bytes and self._waiting_bytes + size > self._shares.waiting_bytes:
-            raise busy("too many passes are waiting")
-        self._waiting_bytes += size
         try:
-            return await self._turns.of_pass(pieces)
+            with self._waiting(sum(tensor.nbytes for tensor in tensors.values())):
+                return await self._turns.of_pass(pieces)
         except BaseException:
             if kept is not None:
                 kept.drop()
             raise
+
+    @contextlib.contextmanager
+    def _waiting(self, num_bytes: int) -> Iterator[None]:
+        """Meanwhile, so much more waits. Raises `Refused` where too much does."""
+        if self._waiting_bytes and self._waiting_bytes + num_bytes > self._shares.waiting_bytes:
+            raise busy("too many passes are waiting")
+        self._waiting_bytes += num_bytes
+        try:
+            yield
         finally:
-            self._waiting_bytes -= size
+            self._waiting_bytes -= num_bytes
 
     async def norms(self, request: Norms) -> torch.Tensor:
         """The norms [N] of rows of weights. Raises `Refused`."""
         (block,) = self._checks.span_of(request)
+        self._checks.check_training()
         try:
-            return await self._executor.run(lambda: row_norms(self._body.block(block), request.modules))
+            return await self._in_line({}, training.norms(self._body, block, request.modules))
         except ValueError as error:
             raise rejected(str(error)) from None
 

@@ -130,7 +130,7 @@ class Handler:
 
     async def _listen(self, stream: Stream, ear: _Ear) -> None:
         goes_on = True
-        while goes_on:
+        while goes_on and not ear.has_heard_all:
             async with asyncio.timeout(self._idle_seconds):
                 message, tensors = await ear.next()
             try:
@@ -191,19 +191,19 @@ class Handler:
     async def _alive(self, stream: Stream, ear: _Ear, work: Coroutine[Any, Any, T]) -> T:
         """The outcome of `work`, while pings are answered.
 
-        Raises `StreamBroken` when the client is gone; the work is then dropped.
+        Raises `StreamBroken` when the client is gone, also after his `Close`; the work is then dropped. So it is, with
+        `Refused`, when he asks for something else before he is answered: what he sends must not pile up here.
         """
         computing = asyncio.create_task(work)
         try:
             while not computing.done():
-                waiting = {computing} if ear.has_heard else {computing, ear.hearing()}
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                if not ear.has_heard and ear.hearing().done():
-                    message, tensors = await ear.next()
+                await asyncio.wait({computing, ear.hearing()}, return_when=asyncio.FIRST_COMPLETED)
+                if ear.hearing().done():
+                    message, _ = await ear.next()
                     if isinstance(message, Ping):
                         await self._say(stream, self._pong(working=True))
-                    else:
-                        ear.put_back(message, tensors)
+                    elif not isinstance(message, Close):
+                        raise rejected(f"a message of kind {message.kind!r} before the last one is answered")
             return computing.result()
         finally:
             computing.cancel()
@@ -224,14 +224,9 @@ class _Ear:
     """What a client says, message after message. Whoever stops listening in the middle of one does not lose it."""
 
     def __init__(self, stream: Stream) -> None:
+        self.has_heard_all = False  # there was a `Close`
         self._stream = stream
         self._hearing: asyncio.Task[Arrived] | None = None
-        self._heard: Arrived | None = None
-
-    @property
-    def has_heard(self) -> bool:
-        """Whether there is a message that was put back."""
-        return self._heard is not None
 
     def hearing(self) -> asyncio.Task[Arrived]:
         """The next message's coming."""
@@ -240,16 +235,10 @@ class _Ear:
 
     async def next(self) -> Arrived:
         """The next message. Raises `StreamBroken`, and `ProtocolViolation`."""
-        if self._heard is not None:
-            heard, self._heard = self._heard, None
-            return heard
-        heard = await self.hearing()
+        message, tensors = await self.hearing()
         self._hearing = None
-        return heard
-
-    def put_back(self, message: Message, tensors: dict[TensorName, torch.Tensor]) -> None:
-        """It is for later."""
-        self._heard = message, tensors
+        self.has_heard_all |= isinstance(message, Close)
+        return message, tensors
 
     async def close(self) -> None:
         if self._hearing is not None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import dataclass, field
 
 import torch
 
+from shoal.model.adapters import BlockAdapter
 from shoal.model.body import Body
 from shoal.server.blocks import Blocks
 
@@ -91,7 +92,10 @@ class Kept:
 
 
 class Passes:
-    """The passes that are kept, each for the client who made it and under the id that he gave it."""
+    """The passes that are kept, each for the client who made it and under the id that he gave it.
+
+    Those that nobody has asked for in a long time go when another begins, which may need their room.
+    """
 
     def __init__(self, body: Body, *, most_bytes: int, seconds: float) -> None:
         self.weights = frozenset(parameter.untyped_storage().data_ptr() for parameter in body.parameters())
@@ -101,18 +105,19 @@ class Passes:
         self._passes: dict[tuple[str, str], tuple[float, Kept]] = {}
 
     def new(self, blocks: Blocks) -> Kept:
-        return Kept(blocks, self.room)
-
-    def keep(self, peer: str, name: str, kept: Kept) -> None:
-        """A pass is to be kept. Those that nobody has asked for in a long time go, and one that had its name."""
+        """What a pass that comes now is to be kept in."""
         now = self._clock()
-        if (namesake := self.take(peer, name)) is not None:
-            namesake.drop()
         for key, (since, old) in list(self._passes.items()):
             if now - since > self._seconds:
                 old.drop()
                 del self._passes[key]
-        self._passes[peer, name] = now, kept
+        return Kept(blocks, self.room)
+
+    def keep(self, peer: str, name: str, kept: Kept) -> None:
+        """A pass is to be kept, in place of one that had its name."""
+        if (namesake := self.take(peer, name)) is not None:
+            namesake.drop()
+        self._passes[peer, name] = self._clock(), kept
 
     def take(self, peer: str, name: str) -> Kept | None:
         """A pass that this client has made, once."""
@@ -124,6 +129,12 @@ class Passes:
         for key in [key for key in self._passes if key[0] == peer]:
             self._passes.pop(key)[1].drop()
 
+    def let_go(self, adapters: Collection[BlockAdapter]) -> None:
+        """Keep nothing that was computed with these."""
+        for key, (_, kept) in list(self._passes.items()):
+            if any(adapter in adapters for adapter in kept.blocks.adapters.values()):
+                self._passes.pop(key)[1].drop()
+
 
 @contextlib.contextmanager
 def counting(weights: Set[int]) -> Iterator[Callable[[], int]]:
@@ -134,7 +145,7 @@ def counting(weights: Set[int]) -> Iterator[Callable[[], int]]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operator that saves its own output would keep itself, where no gc sees it
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield lambda: sum(sizes.values())

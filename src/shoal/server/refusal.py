@@ -14,7 +14,9 @@ import torch
 
 from shoal.protocol import (
     MAX_BATCH,
+    MAX_FACTORS,
     MAX_LOGITS_BYTES,
+    MAX_PASS_TOKENS,
     MAX_STEP_TOKENS,
     Backward,
     Failure,
@@ -123,15 +125,26 @@ class Checks:
             raise rejected("the padding mask must be uint8 zeros and ones of shape [batch, tokens]")
         return Inputs(hidden, positions, None if mask is None or mask.all() else mask.long())
 
-    def check_pass(self, inputs: Inputs) -> None:
-        """Raises `Refused` for more than is computed in a single pass, and where none are computed."""
+    def check_training(self) -> None:
+        """Raises `Refused` where nothing is computed for those who train."""
         if not self.training:
             raise misrouted("this server offers no forward and backward passes")
+
+    def check_pass(self, inputs: Inputs) -> None:
+        """Raises `Refused` for more than is computed in a single pass, and where none are computed."""
+        self.check_training()
         if inputs.num_tokens > self.max_length:
             raise rejected(f"{inputs.num_tokens} tokens; the model allows {self.max_length}")
         size = inputs.batch_size * inputs.num_tokens
         if inputs.batch_size > 1 and size > MAX_STEP_TOKENS:
             raise rejected(f"{size} tokens in one batch; {MAX_STEP_TOKENS} are allowed")
+        if size > MAX_PASS_TOKENS:
+            raise rejected(f"{size} tokens in one pass; {MAX_PASS_TOKENS} are allowed")
+
+    def check_factors(self, num_tensors: int) -> None:
+        """Raises `Refused` for adapters of more tensors than an answer can speak of."""
+        if num_tensors > MAX_FACTORS:
+            raise rejected(f"{num_tensors} tensors of factors in one span; {MAX_FACTORS} are allowed")
 
     def check_step(
         self,

@@ -1,16 +1,21 @@
-"""Single passes, forward and backward, a block at a time: whoever decodes meanwhile gets in between."""
+"""What those who train ask for, in pieces: whoever decodes meanwhile gets in between.
+
+Single passes, forward and backward, come a block at a time, and norms of weights a layer at a time.
+"""
 
 # B sequences, T tokens, D hidden size, N factors
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from shoal.model.adapters import row_norms
+from shoal.model.body import Body
 from shoal.server.blocks import Blocks
 from shoal.server.kept import Graph, Kept, counting
 
@@ -83,6 +88,15 @@ def backward(
     values = [torch.zeros_like(own) if found is None else found for own, found in factors]
     factors_N = torch.cat([each.flatten() for each in values]) if values else None
     return Gradients(gradient if inputs else None, factors_N, unused)
+
+
+def norms(body: Body, block: int, modules: Sequence[str]) -> Pieces[torch.Tensor]:
+    """The norms [N] of the rows of some linear layers' weights, a layer at a time. Raises `ValueError`."""
+    found: list[torch.Tensor] = []
+    for module in modules:
+        found.append(row_norms(body.block(block), [module]))
+        yield
+    return torch.cat(found)
 
 
 def _gradients(

@@ -1,0 +1,147 @@
+"""What a server keeps of clients' adapters, and what it still counts of those that left: never more than its room."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shoal.adapters import Prompt
+from shoal.model.adapters import BlockAdapter
+from shoal.model.body import Body
+from shoal.model.factors import name_of
+from shoal.protocol import Adapter, Forward
+from shoal.server.adapters import LAYER_BYTES, POPULAR, Adapters
+from shoal.server.refusal import Refused
+from shoal.spans import Span
+
+from .tiny_models import NUM_BLOCKS
+from .virtual_time import run
+from .visitors import tiny_body
+
+ROOM = 5
+LAYER = Prompt(num_tokens=1)
+ON_SPAN: dict[str, Any] = {"model": "", "fingerprint": "", "start": 0, "end": NUM_BLOCKS}
+
+
+@pytest.fixture(scope="module")
+def body() -> Body:
+    return tiny_body("llama")
+
+
+class Clients:
+    """Those who send adapters of one prompt each, known by their numbers, and compute with them."""
+
+    def __init__(self, body: Body) -> None:
+        self._hidden_size = body.backbone.config.hidden_size
+        self.size = LAYER_BYTES + self._values(0).nbytes
+        self.kept: list[BlockAdapter] = []
+        self.adapters = Adapters(body, most_bytes=ROOM * self.size, let_go=self._let_go)
+
+    def _values(self, number: int) -> torch.Tensor:
+        return torch.full((self._hidden_size,), float(number))
+
+    def _let_go(self, gone: Collection[BlockAdapter]) -> None:
+        self.kept = [each for each in self.kept if each not in gone]
+
+    def name(self, number: int) -> str:
+        return name_of(0, (LAYER,), self._values(number))
+
+    async def send(self, peer: str, number: int, **fields: Any) -> None:
+        lesson = Adapter(block=0, layers=(LAYER,), **fields)
+        await self.adapters.keep(peer, lesson, {"factors": self._values(number)})
+
+    def use(self, peer: str, number: int) -> BlockAdapter:
+        request = Forward(**ON_SPAN, adapters=(self.name(number), *[None] * (NUM_BLOCKS - 1)))
+        return self.adapters.of(peer, request, Span(0, NUM_BLOCKS))[0]
+
+    def check(self) -> None:
+        """The sums are those of what is there."""
+        entries = self.adapters._entries.values()
+        assert self.adapters.num_bytes == len(entries) * self.size <= ROOM * self.size
+        held: dict[str, int] = {}
+        for holder in itertools.chain.from_iterable(entry.holders for entry in entries):
+            held[holder] = held.get(holder, 0) + self.size
+        assert {name: each.num_bytes for name, each in self.adapters._holdings.items()} == held
+
+
+numbers = st.integers(0, 9)
+peers = st.sampled_from("abc")
+acts = st.one_of(
+    st.tuples(st.just("send"), peers, numbers, st.sampled_from([None, "0123456789abcdef"])),
+    st.tuples(st.just("replace"), peers, numbers, numbers),
+    st.tuples(st.just("use"), peers, numbers, st.none()),
+    st.tuples(st.just("leave"), peers, st.none(), st.none()),
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(story=st.lists(acts, max_size=30))
+def test_what_is_held_is_counted_whatever_clients_do(body: Body, story: list[Any]):
+    async def scene() -> None:
+        clients = Clients(body)
+        for act, peer, number, other in story:
+            match act:
+                case "send":
+                    await clients.send(peer, number, shared=other)
+                case "replace":
+                    await clients.send(peer, number, replaces=clients.name(other))
+                case "use" if clients.name(number) in clients.adapters._entries:
+                    clients.use(peer, number)
+                case "leave":
+                    clients.adapters.release(peer)
+            clients.check()
+        for peer in (*"abc", POPULAR):
+            clients.adapters.release(peer)
+        clients.check()
+        assert not clients.adapters.num_bytes
+
+    run(scene())
+
+
+def test_whoever_holds_most_loses_first_what_nobody_has_used_for_longest(body: Body):
+    async def scene() -> None:
+        clients = Clients(body)
+        await clients.send("modest", 0)
+        for number in (1, 2, 3, 4):
+            await clients.send("greedy", number)
+        clients.use("greedy", 1)
+        await clients.send("modest", 5)
+        gone = [number for number in range(6) if clients.name(number) not in clients.adapters._entries]
+        assert gone == [2]
+
+    run(scene())
+
+
+def test_sessions_cannot_hold_more_of_what_was_replaced_than_there_is_room(body: Body):
+    async def scene() -> None:
+        clients, sessions = Clients(body), list[BlockAdapter]()
+        await clients.send("greedy", 0)
+        for number in range(1, 2 * ROOM):
+            sessions.append(clients.use("greedy", number - 1))
+            await clients.send("greedy", number, replaces=clients.name(number - 1))
+        sessions.append(clients.use("greedy", number))
+        with pytest.raises(Refused, match="need the room for adapters that were replaced") as refusal:
+            await clients.send("greedy", 100, replaces=clients.name(number))
+        assert refusal.value.failure.code == "busy"
+        sessions.pop()
+        await clients.send("greedy", 100)
+
+    run(scene())
+
+
+def test_passes_that_are_kept_make_room_before_anybody_is_told_to_come_back(body: Body):
+    async def scene() -> None:
+        clients = Clients(body)
+        await clients.send("trainer", 0)
+        for number in range(1, 5 * ROOM):
+            clients.kept.append(clients.use("trainer", number - 1))
+            await clients.send("trainer", number, replaces=clients.name(number - 1))
+            assert len(clients.kept) <= 2 * ROOM
+
+    run(scene())
