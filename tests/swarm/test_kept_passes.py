@@ -95,3 +95,18 @@ async def test_who_is_told_to_come_back_takes_no_room_meanwhile(body: Body):
         assert taken > 0
         assert engine._passes.room._num_bytes_left == Shares().kept_bytes
         await waiting
+
+
+async def test_only_passes_of_adapters_that_left_are_let_go_of(body: Body):
+    inputs, (mine, theirs) = random_inputs(1, body, 1, 5), (lora_of(body, 1), lora_of(body, 1))
+    async with engine_of(body, num_pages=4) as engine:
+        for peer, adapter in (("a", mine), ("b", theirs)):
+            blocks = Blocks(body, body.span, Inputs(inputs, None, None), {1: adapter}, None)
+            kept = engine._passes.new(blocks)
+            finished(forward_to_keep(blocks, kept, frozenset()))
+            engine._passes.keep(peer, PASS, kept)
+        engine._passes.let_go({mine})
+        assert engine._passes.take("a", PASS) is None
+        assert engine._passes.take("b", PASS) is kept
+        kept.drop()
+        assert engine._passes.room._num_bytes_left == Shares().kept_bytes
