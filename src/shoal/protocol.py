@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 
 from shoal.adapters import MAX_LAYERS, AdapterName, HostedName, Layers, Module
 
-PROTOCOL = "/shoal/3"
+PROTOCOL = "/shoal/4"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -354,7 +354,8 @@ class Forward(_Computation):
 class Backward(_Computation):
     """Client: the gradient of the span's factors and, unless that is not wanted, of its `inputs`.
 
-    Tensors: `grad` [B, T, D] of its output; and those of the `Forward`, unless the server has `kept` what it needs.
+    The factors of `frozen` blocks need none. Tensors: `grad` [B, T, D] of the output; and those of the `Forward`,
+    unless the server has `kept` what it needs.
     """
 
     carries = ("hidden", "positions", "mask", "grad")
@@ -362,6 +363,13 @@ class Backward(_Computation):
     kept: PassId | None = None
     seed: Seed | None = None
     inputs: bool = True
+    frozen: Annotated[tuple[Block, ...], Field(max_length=MAX_BLOCKS, strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _frozen_blocks_are_here(self) -> Backward:
+        if any(not self.start <= block < self.end for block in self.frozen):
+            raise ValueError("frozen blocks outside of the span")
+        return self
 
 
 class Lacking(_Message):

@@ -114,6 +114,37 @@ def test_what_servers_host_is_not_sent_to_them(
     assert [bool(server.engine.adapters.num_bytes) for server in servers] == [name not in hosts for name in SPANS]
 
 
+@pytest.mark.parametrize("trained", [(), (1,), (0, 3)], ids=str)
+def test_gradients_of_frozen_factors_are_neither_computed_nor_sent(
+    trained: tuple[int, ...], swarm: Callable[..., Swarm], whole: PreTrainedModel
+):
+    """A prompt is trained beside them, and the factors of some blocks."""
+    net, sizes = swarm("0:2", "2:4"), list[int]()
+
+    def note(frame: Frame) -> Frame:
+        for tensor in json.loads(bytes(frame.header))["tensors"]:
+            if tensor["name"] == "factor_grads":
+                sizes.extend(tensor["shape"])
+        return frame
+
+    net.network.on_frame = note
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    found = []
+    for model in (adapted(net.model(), config), adapted(copy.deepcopy(whole), config)):
+        model.requires_grad_(False)
+        factors = [
+            own.requires_grad_()
+            for name, own in model.named_parameters()
+            if "lora_" in name and any(f"layers.{block}." in name for block in trained)
+        ]
+        embeds = model.get_input_embeddings()(TOKENS).requires_grad_()
+        model(inputs_embeds=embeds, labels=TOKENS, use_cache=False).loss.backward()
+        found.append([embeds.grad, *(own.grad for own in factors)])
+    assert len(found[0]) == 1 + 2 * len(trained)
+    assert all(close(mine, expected) for mine, expected in zip(*found, strict=True))
+    assert sum(sizes) == len(trained) * (4 * 32 + 4 * 32)
+
+
 def test_what_becomes_of_a_hosted_adapter_is_sent_first_and_is_not_for_others(
     folder: Path, swarm: Callable[..., Swarm], whole: PreTrainedModel, tmp_path: Path
 ):

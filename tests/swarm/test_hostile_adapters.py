@@ -122,6 +122,7 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
         [forward({"hidden": hidden(2)}, keep=PASS), ANSWERED, graded()],
         "needs a gradient of its output's shape",
     ),
+    "gradients but for blocks elsewhere": ([forward(keep=PASS), ANSWERED, graded(frozen=[2])], INVALID),
     "no gradient": (
         [forward(keep=PASS), ANSWERED, raw("backward", **ON_SPAN, kept=PASS)],
         "needs a gradient of its output's",

@@ -70,7 +70,16 @@ def drop(kept: Kept) -> None:
 
 def walk_back_to_the_factors(kept: Kept) -> None:
     blocks = kept.blocks
-    finished(backward(blocks, torch.ones_like(blocks.inputs_BTD), kept, frozenset(), inputs=False))
+    finished(
+        backward(
+            blocks,
+            torch.ones_like(blocks.inputs_BTD),
+            kept,
+            frozenset(),
+            inputs=False,
+            learning=frozenset(blocks.adapters),
+        )
+    )
 
 
 @pytest.mark.parametrize("end", [forget, drop, walk_back_to_the_factors], ids=lambda end: end.__name__)

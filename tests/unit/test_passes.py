@@ -20,7 +20,7 @@ from shoal.client.sizes import check_size
 from shoal.client.taught import Taught
 from shoal.errors import UserError
 from shoal.model.factors import Factors, Tuning
-from shoal.protocol import MAX_DIMENSION, MAX_PAYLOAD_BYTES, Adapter, Forward, Learned, Message, Result
+from shoal.protocol import MAX_DIMENSION, MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES, Adapter, Forward, Learned, Message, Result
 from shoal.routing.route import Hop
 from shoal.spans import Span
 
@@ -155,15 +155,25 @@ def test_blocks_of_which_no_gradient_is_wanted_are_asked_together():
 def test_a_sequence_whose_gradient_would_not_fit_beside_it_is_refused_before_it_is_computed(
     wanted_from: int | None, mib: int, refused: bool
 ):
-    hidden_BTD, server = zeros(1, mib << 10, 256), OneServer()
+    hidden_BTD, server = zeros(1, 8192, mib << 5), OneServer()
     passes = Passes(server)  # type: ignore[arg-type]
     forward = passes.forward(Plan(WHOLE, Tuning(), wanted_from=wanted_from), hidden_BTD, None, None)
     if refused:
-        with pytest.raises(UserError, match="153600 tokens of one sequence and a gradient for each of them do not fit"):
+        with pytest.raises(UserError, match="8192 tokens of one sequence and a gradient for each of them do not fit"):
             virtual_time.run(forward)
     else:
         virtual_time.run(forward)
     assert bool(server.asked) != refused
+
+
+def test_a_sequence_that_is_too_long_for_a_pass_is_refused_before_anybody_is_asked():
+    server = OneServer()
+    passes = Passes(server)  # type: ignore[arg-type]
+    virtual_time.run(passes.forward(Plan(WHOLE, Tuning()), zeros(1, MAX_PASS_TOKENS, 4), None, None))
+    assert len(server.asked) == 1
+    with pytest.raises(UserError, match="16385 tokens of one sequence; a pass without a cache has 16384 at most"):
+        virtual_time.run(passes.forward(Plan(WHOLE, Tuning()), zeros(1, MAX_PASS_TOKENS + 1, 4), None, None))
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(

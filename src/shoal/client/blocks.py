@@ -147,6 +147,7 @@ class RemoteBlocks(nn.Module):
     def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
         tuning = self._tuning(tuned)
         trainable = [each.block for each in tuned if any(own.requires_grad for own in each.parameters)]
+        frozen = frozenset(each.block for each in tuned).difference(trainable)
         inputs_wanted = hidden_BTD.requires_grad and torch.is_grad_enabled()
         wanted = [self.span.start] * inputs_wanted + trainable * torch.is_grad_enabled()
         return Plan(
@@ -154,6 +155,7 @@ class RemoteBlocks(nn.Module):
             tuning,
             inputs_wanted=inputs_wanted,
             wanted_from=min(wanted, default=None),
+            frozen=frozen,
             seed=int(torch.randint(1 << 32, ())) << 20 if tuning.drops else None,
         )
 

@@ -10,6 +10,7 @@ comes back, another one computes it from them.
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 from collections.abc import Coroutine, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from shoal.client.chain import Chain, Holding, named_tensors
 from shoal.client.connection import Connection, finite, plausible
 from shoal.client.gradients import FactorSums, Gradients, answerable, by_block
 from shoal.client.pool import Pool
-from shoal.client.sizes import check_size
+from shoal.client.sizes import check_length, check_size
 from shoal.errors import ServerLost
 from shoal.model.factors import FactorGradients, Tuning
 from shoal.net.codec import Tensors
@@ -57,18 +58,25 @@ class Piece:
 class Plan:
     """What is to be computed: blocks with adapters, and what gradients will be asked for.
 
-    `wanted_from` is the first block whose factors or inputs need one; without it, none will be asked for.
+    `wanted_from` is the first block whose factors or inputs need one; without it, none will be asked for. The factors
+    of `frozen` blocks need none.
     """
 
     span: Span
     tuning: Tuning
     inputs_wanted: bool = False
     wanted_from: int | None = None
+    frozen: frozenset[int] = frozenset()
     seed: int | None = None
 
     def wants(self, span: Span) -> bool:
         """Whether anything of these blocks, or before them, needs a gradient."""
         return self.wanted_from is not None and self.wanted_from < span.end
+
+    @functools.cached_property
+    def learning(self) -> Tuning:
+        """The adapters whose factors need gradients."""
+        return Tuning({block: each for block, each in self.tuning.blocks.items() if block not in self.frozen})
 
 
 class Passes:
@@ -92,6 +100,7 @@ class Passes:
         """
         hidden_BTD = as_received(hidden_BTD, self._chain.config.wire)
         batch_size, num_tokens, _ = hidden_BTD.shape
+        check_length(num_tokens)
         num_servers = await self._chain.num_servers(plan.span)
         rows = microbatch_rows(batch_size, num_tokens, num_servers=num_servers)
         batches = [
@@ -248,6 +257,7 @@ class Passes:
             kept=piece.kept,
             seed=piece.seed,
             inputs=inputs,
+            frozen=tuple(block for block in piece.span if block in plan.frozen),
         )
         tensors: Tensors = {"grad": grad} if piece.kept is not None else {**piece.tensors(), "grad": grad}
         connection, result, found = await self._ask(plan, hop, request, tensors, piece)
@@ -256,11 +266,10 @@ class Passes:
                 raise _wrong(connection, "that it lacks what it was just sent")
             return None
         gradient = self._received(connection, result, found, "grad", piece) if inputs else None
-        own = by_block(plan.tuning.of(piece.span), found.get("factor_grads"), result.unused)
+        own = by_block(plan.learning.of(piece.span), found.get("factor_grads"), result.unused)
         if own is None:
             raise _wrong(connection, "something else than was asked")
-        # Where a way is cut differs between microbatches: those of frozen blocks before come from some servers only.
-        return gradient, {block: each for block, each in own.items() if block >= plan.wanted_from}
+        return gradient, own
 
     async def _ask(
         self, plan: Plan, hop: Hop, request: Forward | Backward, tensors: Tensors, piece: Piece
@@ -296,7 +305,7 @@ def _parts(plan: Plan, hop: Hop, hidden_BTD: torch.Tensor) -> list[Hop]:
     """A hop, or several on its server if the gradients that will be asked for are too large for one answer."""
     if not plan.wants(hop.span):
         return [hop]
-    return [Hop(hop.server, part) for part in answerable(hop.span, plan.tuning, hidden_bytes=hidden_BTD.nbytes)]
+    return [Hop(hop.server, part) for part in answerable(hop.span, plan.learning, hidden_bytes=hidden_BTD.nbytes)]
 
 
 def _wrong(connection: Connection, what: str) -> ServerLost:

@@ -6,7 +6,16 @@ from __future__ import annotations
 
 from shoal.errors import UserError
 from shoal.net.codec import Tensors
-from shoal.protocol import MAX_DIMENSION, MAX_PAYLOAD_BYTES, TENSOR_ALIGNMENT
+from shoal.protocol import MAX_DIMENSION, MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES, TENSOR_ALIGNMENT
+
+
+def check_length(num_tokens: int) -> None:
+    """Raises `UserError` for more tokens of a sequence than a single pass may have."""
+    if num_tokens > MAX_PASS_TOKENS:
+        raise UserError(
+            f"{num_tokens} tokens of one sequence; a pass without a cache has {MAX_PASS_TOKENS} at most",
+            hint="use shorter sequences, or a session to generate",
+        )
 
 
 def check_size(tensors: Tensors) -> None:

@@ -259,7 +259,8 @@ class Engine:
         if grad is None or grad.shape != blocks.inputs_BTD.shape or not grad.is_floating_point():
             kept.drop()
             raise rejected("a backward pass needs a gradient of its output's shape")
-        pieces = training.backward(blocks, grad, kept, self._passes.weights, inputs=request.inputs)
+        learning = frozenset(blocks.adapters).difference(request.frozen)
+        pieces = training.backward(blocks, grad, kept, self._passes.weights, inputs=request.inputs, learning=learning)
         return await self._in_line(tensors, pieces, kept)
 
     def _inputs_of(self, tensors: Tensors) -> Inputs:

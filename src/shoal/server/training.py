@@ -67,19 +67,29 @@ def graph_of(blocks: Blocks, block: int, hidden_BTD: torch.Tensor, weights: froz
 
 
 def backward(
-    blocks: Blocks, grad_BTD: torch.Tensor, kept: Kept, weights: frozenset[int], *, inputs: bool
+    blocks: Blocks,
+    grad_BTD: torch.Tensor,
+    kept: Kept,
+    weights: frozenset[int],
+    *,
+    inputs: bool,
+    learning: frozenset[int],
 ) -> Pieces[Gradients]:
-    """The gradients of a span's factors and, if wanted, of its inputs; what is not kept is computed again."""
+    """The gradients of the factors of `learning` blocks and, if wanted, of the span's inputs.
+
+    What is not kept is computed again.
+    """
     if not kept.graphs:
         yield from forward_to_keep(blocks, kept, weights)
     gradient = grad_BTD.to(blocks.inputs_BTD)
-    first = blocks.span.start if inputs else min(blocks.adapters, default=blocks.span.end)
+    first = blocks.span.start if inputs else min(learning, default=blocks.span.end)
     factors: list[tuple[nn.Parameter, torch.Tensor | None]] = []
     for block in reversed(range(first, blocks.span.end)):
         graph = kept.pop()
         if graph.left_BTD is None:
             graph = graph_of(blocks, block, graph.entered_BTD, weights)
-        gradient, found = _gradients(blocks, block, graph, gradient, inputs=inputs or block > first)
+        own = blocks.adapters[block].parameters if block in learning else []
+        gradient, found = _gradients(graph, own, gradient, inputs=inputs or block > first)
         factors = found + factors
         yield
     kept.drop()
@@ -100,11 +110,9 @@ def norms(body: Body, block: int, modules: Sequence[str]) -> Pieces[torch.Tensor
 
 
 def _gradients(
-    blocks: Blocks, block: int, graph: Graph, gradient: torch.Tensor, *, inputs: bool
+    graph: Graph, parameters: Sequence[nn.Parameter], gradient: torch.Tensor, *, inputs: bool
 ) -> tuple[torch.Tensor, list[tuple[nn.Parameter, torch.Tensor | None]]]:
-    """The gradient of what entered a block, if wanted, and those of the block's factors."""
-    adapter = blocks.adapters.get(block)
-    parameters = [] if adapter is None else adapter.parameters
+    """The gradient of what entered a block, if wanted, and those of its parameters."""
     assert graph.left_BTD is not None
     wanted = [graph.entered_BTD, *parameters] if inputs else list(parameters)
     found = torch.autograd.grad(graph.left_BTD, wanted, gradient, allow_unused=bool(parameters))
