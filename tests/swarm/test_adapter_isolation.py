@@ -121,13 +121,13 @@ def forgets(swarm: Swarm, name: str) -> None:
         swarm.call(engine.release, peer)
 
 
-def check_empty(swarm: Swarm, name: str, shares: Shares) -> None:
+def check_empty(swarm: Swarm, name: str) -> None:
     """Nothing of any client is left on a server."""
     swarm.settle(lambda: not num_conversations(swarm, name))
     engine = swarm.servers[name].engine
     assert engine.adapters.num_bytes == 0
     assert not engine._passes._passes
-    assert engine._passes.room._num_bytes_left == shares.kept_bytes
+    assert engine._passes.room.num_bytes == 0
     assert not num_sessions(swarm, name)
     assert engine.cache_tokens_left == engine.cache_tokens
 
@@ -158,4 +158,4 @@ def test_clients_who_train_and_generate_do_not_notice_each_other(
             tenant.end()
             tenant.model.close()
         for name in swarm.servers:
-            check_empty(swarm, name, shares)
+            check_empty(swarm, name)

@@ -158,7 +158,7 @@ def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
 def check_nothing_left(swarm: Swarm) -> None:
     engine = swarm.servers["s0"].engine
     swarm.settle(lambda: not engine.adapters.num_bytes and not engine._passes._passes)
-    assert engine._passes.room._num_bytes_left == Shares().kept_bytes
+    assert engine._passes.room.num_bytes == 0
 
 
 @pytest.mark.parametrize(("frames", "code", "reason"), ATTACKS)
@@ -268,13 +268,13 @@ def test_a_pass_that_is_kept_twice_under_one_name_is_kept_once(town):
     for _ in range(5):
         intruder.tell(stream, forward(keep=PASS))
         intruder.hear(stream)
-    taken = Shares().kept_bytes - kept.room._num_bytes_left
+    taken = kept.room.num_bytes
     assert len(kept._passes) == 1
     intruder.tell(stream, graded())
     ((answer, _),) = intruder.hear(stream)
     assert isinstance(answer, Result)
     assert taken > 0
-    assert kept.room._num_bytes_left == Shares().kept_bytes
+    assert kept.room.num_bytes == 0
     assert not intruder.finish(stream)
     check_nothing_left(swarm)
 

@@ -96,13 +96,13 @@ async def test_who_is_told_to_come_back_takes_no_room_meanwhile(body: Body):
     inputs = random_inputs(1, body, 1, 5)
     async with engine_of(body, num_pages=4, shares=Shares(waiting_bytes=inputs.nbytes)) as engine:
         await engine.forward("trainer", Forward(**ON_SPAN, keep=PASS), {"hidden": inputs})
-        taken = Shares().kept_bytes - engine._passes.room._num_bytes_left
+        taken = engine._passes.room.num_bytes
         waiting = asyncio.create_task(engine.forward("another", Forward(**ON_SPAN), {"hidden": inputs}))
         await asyncio.sleep(0)
         with pytest.raises(Refused, match="too many passes are waiting"):
             await engine.backward("trainer", Backward(**ON_SPAN, kept=PASS), {"grad": inputs})
         assert taken > 0
-        assert engine._passes.room._num_bytes_left == Shares().kept_bytes
+        assert engine._passes.room.num_bytes == 0
         await waiting
 
 
@@ -118,4 +118,4 @@ async def test_only_passes_of_adapters_that_left_are_let_go_of(body: Body):
         assert engine._passes.take("a", PASS) is None
         assert engine._passes.take("b", PASS) is kept
         kept.drop()
-        assert engine._passes.room._num_bytes_left == Shares().kept_bytes
+        assert engine._passes.room.num_bytes == 0

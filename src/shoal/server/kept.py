@@ -35,22 +35,23 @@ class Graph:
 
 
 class Room:
-    """How much more may be kept. It is used up on the compute thread, and may be given back on another."""
+    """How much may be kept. It is taken on the compute thread, and may be given back on another."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self._num_bytes_left = num_bytes
+    def __init__(self, most_bytes: int) -> None:
+        self.num_bytes = 0  # that are taken
+        self._most_bytes = most_bytes
         self._lock = threading.Lock()
 
     def take(self, num_bytes: int) -> bool:
         """Whether there was room."""
         with self._lock:
-            fits = num_bytes <= self._num_bytes_left
-            self._num_bytes_left -= num_bytes * fits
+            fits = self.num_bytes + num_bytes <= self._most_bytes
+            self.num_bytes += num_bytes * fits
             return fits
 
     def give_back(self, num_bytes: int) -> None:
         with self._lock:
-            self._num_bytes_left += num_bytes
+            self.num_bytes -= num_bytes
 
 
 @dataclass(eq=False)
