@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig
 
 from shoal.client.gradients import Gradients
-from shoal.client.passes import Passes, Piece, Plan
+from shoal.client.passes import Passes
+from shoal.client.plan import Piece, Plan
 from shoal.net.memory import Frame
 from shoal.spans import Span
 

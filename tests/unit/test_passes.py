@@ -15,7 +15,8 @@ import torch
 from shoal.adapters import Prompt
 from shoal.client.config import ClientConfig
 from shoal.client.gradients import answerable
-from shoal.client.passes import Passes, Plan
+from shoal.client.passes import Passes
+from shoal.client.plan import Plan
 from shoal.client.sizes import check_size
 from shoal.client.taught import Taught
 from shoal.errors import UserError

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from shoal.client.gradients import Gradients
 from shoal.client.inputs import on_cpu
-from shoal.client.passes import Passes, Piece, Plan
+from shoal.client.passes import Passes
+from shoal.client.plan import Piece, Plan
 from shoal.client.runtime import Runtime
 from shoal.errors import UnsupportedOperation
 from shoal.model.factors import Tuned

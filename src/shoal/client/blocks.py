@@ -17,7 +17,8 @@ from shoal.client.autograd import ThroughSwarm, Work
 from shoal.client.chain import Chain
 from shoal.client.inference import InferenceSession, note_opened
 from shoal.client.inputs import check_inputs, mask_of, positions_of
-from shoal.client.passes import Passes, Plan
+from shoal.client.passes import Passes
+from shoal.client.plan import Plan
 from shoal.client.runtime import Runtime
 from shoal.errors import UserError
 from shoal.model.factors import Tuned, Tuning, tuned_block, unmeasured

@@ -10,21 +10,21 @@ comes back, another one computes it from them.
 from __future__ import annotations
 
 import asyncio
-import functools
 import secrets
 from collections.abc import Coroutine, Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
-from shoal.client.chain import Chain, Holding, named_tensors
+from shoal.client.chain import Chain, Holding
 from shoal.client.connection import Connection, finite, plausible
-from shoal.client.gradients import FactorSums, Gradients, answerable, by_block
+from shoal.client.gradients import FactorSums, Gradients, by_block
+from shoal.client.plan import Piece, Plan
 from shoal.client.pool import Pool
 from shoal.client.sizes import check_length, check_size
 from shoal.errors import ServerLost
-from shoal.model.factors import FactorGradients, Tuning
+from shoal.model.factors import FactorGradients
 from shoal.net.codec import Tensors
 from shoal.net.encodings import as_received
 from shoal.protocol import Backward, Forward, Lacking, Norms, Result, TensorName
@@ -36,47 +36,6 @@ T = TypeVar("T")
 
 PASSES_AT_ONCE = 16
 """Microbatches under way together: enough to keep a chain of servers busy, and few enough for their limits."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A microbatch at one server: its inputs [B, T, D] there; what follows from them is kept there, by a name."""
-
-    span: Span
-    hidden: torch.Tensor
-    positions: torch.Tensor | None
-    mask: torch.Tensor | None
-    seed: int | None = None
-    hop: Hop | None = None
-    kept: str | None = None
-
-    def tensors(self) -> dict[TensorName, torch.Tensor]:
-        return named_tensors(self.hidden, self.positions, self.mask)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be computed: blocks with adapters, and what gradients will be asked for.
-
-    `wanted_from` is the first block whose factors or inputs need one; without it, none will be asked for. The factors
-    of `frozen` blocks need none.
-    """
-
-    span: Span
-    tuning: Tuning
-    inputs_wanted: bool = False
-    wanted_from: int | None = None
-    frozen: frozenset[int] = frozenset()
-    seed: int | None = None
-
-    def wants(self, span: Span) -> bool:
-        """Whether anything of these blocks, or before them, needs a gradient."""
-        return self.wanted_from is not None and self.wanted_from < span.end
-
-    @functools.cached_property
-    def learning(self) -> Tuning:
-        """The adapters whose factors need gradients."""
-        return Tuning({block: each for block, each in self.tuning.blocks.items() if block not in self.frozen})
 
 
 class Passes:
@@ -103,16 +62,7 @@ class Passes:
         check_length(num_tokens)
         num_servers = await self._chain.num_servers(plan.span)
         rows = microbatch_rows(batch_size, num_tokens, num_servers=num_servers)
-        batches = [
-            Piece(
-                plan.span,
-                part,
-                _rows(positions, start, rows),
-                _rows(mask, start, rows),
-                None if plan.seed is None else plan.seed + (start << 16),
-            )
-            for start, part in zip(range(0, batch_size, rows), hidden_BTD.split(rows), strict=True)
-        ]
+        batches = plan.microbatches(hidden_BTD, positions, mask, rows=rows)
         if plan.wanted_from is not None:  # should a server be lost on the way back, the next is sent all of this
             check_size({**batches[0].tensors(), "grad": batches[0].hidden})
         results = await self._together(self._forward(plan, batch) for batch in batches)
@@ -185,7 +135,7 @@ class Passes:
                 return hidden
             route = await self._chain.route(Span(start, end), excluded, needs=_single_pass(hidden))
             with self._chain.using(route):
-                for hop in (part for each in route.hops for part in _parts(plan, each, hidden)):
+                for hop in (part for each in route.hops for part in plan.parts(each, hidden)):
                     keep = secrets.token_hex(16) if plan.wants(hop.span) else None
                     piece = replace(whole, span=hop.span, hidden=hidden, hop=hop, kept=keep)
                     hidden = await self._ask_forward(plan, hop, piece)
@@ -197,7 +147,7 @@ class Passes:
     async def _backward(self, plan: Plan, visited: Sequence[Piece], grad: torch.Tensor) -> Gradients:
         factors: dict[int, FactorGradients] = {}
         whole = Span(visited[0].span.start, visited[-1].span.end)
-        pieces = _wanted(plan, visited)
+        pieces = plan.wanted(visited)
 
         async def walk_back(excluded: Set[Holding]) -> torch.Tensor:
             nonlocal grad
@@ -210,7 +160,7 @@ class Passes:
                     route = await self._chain.route(piece.span, excluded, needs=_single_pass(grad))
                     if len(route.hops) > 1:  # its server is gone, several take its place: find out what goes into each
                         _, finer = await self._forward(plan, piece)
-                        pieces[-1:] = _wanted(plan, finer)
+                        pieces[-1:] = plan.wanted(finer)
                         continue
                     hop = route.hops[0]
                 found = await self._ask_backward(plan, hop, piece, grad)
@@ -296,18 +246,6 @@ class Passes:
         return found if encoding == wire else as_received(found, wire)
 
 
-def _wanted(plan: Plan, pieces: Sequence[Piece]) -> list[Piece]:
-    """Those that have to be visited on the way back."""
-    return [piece for piece in pieces if plan.wants(piece.span)]
-
-
-def _parts(plan: Plan, hop: Hop, hidden_BTD: torch.Tensor) -> list[Hop]:
-    """A hop, or several on its server if the gradients that will be asked for are too large for one answer."""
-    if not plan.wants(hop.span):
-        return [hop]
-    return [Hop(hop.server, part) for part in answerable(hop.span, plan.learning, hidden_bytes=hidden_BTD.nbytes)]
-
-
 def _wrong(connection: Connection, what: str) -> ServerLost:
     error = connection.wrong(what)
     connection.fail(error)
@@ -322,7 +260,3 @@ def _single_pass(hidden_BTD: torch.Tensor) -> Needs:
 
 def _joined(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
-
-
-def _rows(tensor: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
-    return None if tensor is None else tensor[start : start + count]

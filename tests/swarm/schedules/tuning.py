@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from shoal.adapters import Lora
-from shoal.client.passes import Passes, Plan
+from shoal.client.passes import Passes
+from shoal.client.plan import Plan
 from shoal.client.session import Session
 from shoal.model.adapters import BlockAdapter
 from shoal.model.factors import Tuning

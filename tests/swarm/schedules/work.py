@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 import torch
 from torch import Tensor
 
-from shoal.client.passes import Passes, Plan
+from shoal.client.passes import Passes
+from shoal.client.plan import Plan
 from shoal.client.session import Session
 from shoal.model.factors import Tuning
 
