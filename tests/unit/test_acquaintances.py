@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ class Table:
         self.awake: set[PeerID] = set()
         self.called: list[str] = []
         self.answered = asyncio.Event()
+        self.on_call: Callable[[], None] = lambda: None
         self.blacklist = Blacklist(base_time=30, backoff_rate=2)
         self.routing_table = SimpleNamespace(peer_id_to_uid={PeerID.from_base58(peer): 1 for peer in present})
         self.protocol = self
@@ -34,6 +36,7 @@ class Table:
 
     async def call_ping(self, peer: PeerID) -> int | None:
         self.called.append(peer.to_base58())
+        self.on_call()
         if peer not in self.awake:
             return None
         self.routing_table.peer_id_to_uid[peer] = 1
@@ -71,6 +74,26 @@ async def test_a_peer_that_is_banned_though_it_is_back_is_as_good_as_missing() -
         table.awake.add(PeerID.from_base58(only))
         await others.rejoin()
         assert not others.lost
+    finally:
+        await others.close()
+
+
+async def test_who_calls_the_others_is_lost_until_one_of_them_answers() -> None:
+    one, other = peers(2)
+    table = Table(one, other)
+    others = acquaintances(table)
+    lost = []
+    table.on_call = lambda: lost.append(others.lost)
+    try:
+        for peer in (one, other):
+            table.blacklist.register_failure(PeerID.from_base58(peer))
+        await others.rejoin()
+        assert others.lost
+        assert lost == [True] * 4
+        table.awake.add(PeerID.from_base58(other))
+        await others.rejoin()
+        assert not others.lost
+        assert PeerID.from_base58(one) not in table.blacklist  # it may be asked again
     finally:
         await others.close()
 

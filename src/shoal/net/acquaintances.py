@@ -121,14 +121,15 @@ class Acquaintances:
                 await self.rejoin()
 
     async def _rejoin(self) -> None:
-        # When all are silent at once it is not for their sake that we did not hear them.
-        self._node.blacklist.clear()
         known = self._known()
         await self._call(known)
         if not self._present():
             await asyncio.gather(*(self._dial(peer) for peer in known))
             await self._call(known)
         if known and self._present():
+            # All were silent at once: it was not for their sake that we did not hear them. But until one of them
+            # answers they stay banned, for those who are in the table and not banned count as there.
+            self._node.blacklist.clear()
             logger.info("in touch with the directory again")
 
     async def _call(self, peers: Iterable[str]) -> None:
