@@ -48,7 +48,10 @@ def command(
         typer.Option(metavar="KIND", help=f"How to hold the blocks' weights: {options.QUANTIZATIONS}."),
     ] = options.Quantization.none,
     cache_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Room for so many tokens of all sessions together.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Room for so many tokens of all sessions together. Default: what memory allows."
+        ),
     ] = None,
     cache_dtype: Annotated[
         options.CacheDType,

@@ -118,7 +118,7 @@ class InferenceSession:
         if self.num_tokens + num_tokens > self.max_length:
             raise UserError(
                 f"{self.num_tokens + num_tokens} tokens in a session of at most {self.max_length}",
-                hint="open it with a larger max_length",
+                hint="open it with a larger max_length (shoal chat: --max-length, or begin anew with /new)",
             )
         if self.num_tokens == 0:
             self._session.batch_size = batch_size

@@ -41,7 +41,8 @@ def choose_blocks(
     if config.blocks is not None:
         if config.blocks.end > checkpoint.num_blocks:
             raise UserError(
-                f"{checkpoint.name} has {checkpoint.num_blocks} blocks; there is no span {config.blocks} of them"
+                f"{checkpoint.name} has {checkpoint.num_blocks} blocks; there is no span {config.blocks} of them",
+                hint=f"--blocks 0:{checkpoint.num_blocks} are all of them",
             )
         if config.serve_head and config.blocks.end < checkpoint.num_blocks:
             raise UserError(
@@ -61,7 +62,10 @@ def choose_blocks(
             hint="free some memory, or name the blocks yourself: --num-blocks 1",
         )
     if num_blocks > checkpoint.num_blocks:
-        raise UserError(f"{checkpoint.name} has only {checkpoint.num_blocks} blocks")
+        raise UserError(
+            f"{checkpoint.name} has only {checkpoint.num_blocks} blocks",
+            hint="leave --num-blocks out, and as many are served as fit into memory",
+        )
     span = choose_span(view.throughput(), num_blocks=num_blocks)
     log.info("serving blocks %s of %d: %.1f GiB are free", span, checkpoint.num_blocks, memory / 2**30)
     if config.serve_head and span.end < checkpoint.num_blocks:
