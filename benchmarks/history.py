@@ -27,7 +27,7 @@ from machine import describe_machine
 from shoal.client.history import History
 from shoal.client.store import Store
 from shoal.net.encodings import as_received
-from shoal.protocol import Encoding
+from shoal.tensors import Encoding
 
 HIDDEN_SIZE = 2048
 SETTINGS: dict[str, tuple[torch.dtype, Encoding, bool]] = {

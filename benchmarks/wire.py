@@ -26,7 +26,8 @@ from machine import describe_machine
 from shoal.net import NetworkConfig, codec, join
 from shoal.net.encodings import as_received
 from shoal.net.transport import Stream
-from shoal.protocol import Encoding, Result, Step
+from shoal.protocol import Result, Step
+from shoal.tensors import Encoding
 
 HIDDEN_SIZE = 2048
 SIZES = {"16 KiB": 4, "1 MiB": 256}  # tokens of 4 KiB

@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from shoal.strict import Strict
 
 MAX_RANK = 4096
 MAX_LAYERS = 256
@@ -25,11 +27,7 @@ HostedName = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 AdapterName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-class _Layer(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Lora(_Layer):
+class Lora(Strict):
     """`y + scaling * B(A(dropout(x)))` for a linear layer (arXiv 2106.09685), or what DoRA makes of it (2402.09353).
 
     Factors: A [rank, inputs], B [outputs, rank], with `bias` that of B [outputs], with `dora` the magnitudes [outputs].
@@ -49,7 +47,7 @@ class Lora(_Layer):
         return [(self.rank, num_inputs), (num_outputs, self.rank), *optional]
 
 
-class IA3(_Layer):
+class IA3(Strict):
     """A linear layer whose outputs, or as `feedforward` its inputs, are multiplied by factors (arXiv 2205.05638)."""
 
     kind: Literal["ia3"] = "ia3"
@@ -61,7 +59,7 @@ class IA3(_Layer):
         return [(1, num_inputs) if self.feedforward else (num_outputs, 1)]
 
 
-class Prompt(_Layer):
+class Prompt(Strict):
     """Factors [tokens, hidden size] that are added to what the first tokens of a sequence bring into the block."""
 
     kind: Literal["prompt"] = "prompt"

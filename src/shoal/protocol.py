@@ -8,13 +8,10 @@ parsed here before anything else looks at it: an unknown kind, field or type, or
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     TypeAdapter,
@@ -24,6 +21,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from shoal.adapters import MAX_LAYERS, AdapterName, HostedName, Layers, Module
+from shoal.strict import Strict
+from shoal.tensors import Encoding, TensorName, TensorSpec
 
 PROTOCOL = "/shoal/4"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
@@ -40,7 +39,6 @@ MAX_LOGITS_BYTES = 64 * 1024 * 1024
 """The logits of one answer: a small question must not cost much memory. Beyond, clients compute the head themselves."""
 MAX_BATCH = 1024
 MAX_LENGTH = 1 << 22
-MAX_DIMENSION = 1 << 26
 MAX_BLOCKS = 4096
 MAX_HOPS = 256
 MAX_FACTORS = 200_000
@@ -49,21 +47,6 @@ MAX_TEXT = 256
 MAX_STEPS_AHEAD = 16
 """The steps of one session that a server keeps beside the one that it computes."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "uint8": 1}
-TENSOR_ALIGNMENT = 16
-
-DType = Literal["float32", "bfloat16", "float16", "int64", "uint8"]
-Encoding = Literal["raw", "bfloat16", "int8"]
-LOSSY: dict[Encoding, frozenset[DType]] = {
-    "bfloat16": frozenset({"float32"}),
-    "int8": frozenset({"float32", "bfloat16", "float16"}),
-}
-"""The encodings that lose precision, and the dtypes that they make smaller."""
-ENCODED = frozenset({"hidden", "grad"})
-"""The tensors that may travel in fewer bytes."""
-INT8_BLOCK = 64
-"""The values that share one peak in the encoding int8."""
-TensorName = Literal["hidden", "positions", "mask", "grad", "digests", "logits", "ids", "factors", "factor_grads"]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # it ends up on terminals
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
@@ -105,52 +88,7 @@ class ProtocolViolation(ValueError):
     """Bytes that are no message of ours. The stream that carried them is closed."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class TensorSpec(_Frozen):
-    """One tensor of the frame's payload, in the order of declaration, each starting at a multiple of 16 bytes.
-
-    `dtype` is what it is for the computation, `encoding` how it travels.
-    """
-
-    name: TensorName
-    dtype: DType
-    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_DIMENSION)], ...], Field(max_length=4, strict=False)]
-    encoding: Encoding = "raw"
-
-    @model_validator(mode="after")
-    def _encoding_fits(self) -> TensorSpec:
-        if self.encoding != "raw" and (
-            self.name not in ENCODED or self.dtype not in LOSSY[self.encoding] or not self.shape
-        ):
-            raise ValueError("an encoding that does not fit the tensor")
-        return self
-
-    @property
-    def num_peaks(self) -> int:
-        """How many blocks int8 cuts it into."""
-        return math.prod(self.shape[:-1]) * -(-self.shape[-1] // INT8_BLOCK)
-
-    @property
-    def nbytes(self) -> int:
-        """Its size on the wire."""
-        match self.encoding:
-            case "raw":
-                return self.decoded_nbytes
-            case "bfloat16":
-                return math.prod(self.shape) * DTYPE_BYTES["bfloat16"]
-            case "int8":
-                return self.num_peaks * DTYPE_BYTES["bfloat16"] + math.prod(self.shape)
-
-    @property
-    def decoded_nbytes(self) -> int:
-        """Its size in memory."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-class _Message(_Frozen):
+class _Message(Strict):
     carries: ClassVar[tuple[TensorName, ...]] = ()
     tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=4, strict=False)] = ()
 
@@ -169,17 +107,17 @@ class _Message(_Frozen):
 
     @property
     def payload_bytes(self) -> int:
-        return sum(-(-spec.nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT for spec in self.tensors)
+        return sum(spec.aligned_nbytes for spec in self.tensors)
 
 
-class Before(_Frozen):
+class Before(Strict):
     """The server from which a session's steps are pushed, and by which link."""
 
     peer: PeerId
     link: Link
 
 
-class After(_Frozen):
+class After(Strict):
     """The server to which a session's outputs are pushed, where it may be reached, and by which link."""
 
     peer: PeerId

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from shoal.model.body import Body
 from shoal.model.cache import BodyCache
 from shoal.net.encodings import as_received
-from shoal.protocol import Encoding
 from shoal.spans import Span
+from shoal.tensors import Encoding
 
 
 class LocalSession:

@@ -15,8 +15,8 @@ from shoal.errors import UnsupportedOperation
 from shoal.model.body import build_body
 from shoal.model.families import family_of
 from shoal.model.head import HeadCache, build_head
-from shoal.protocol import Encoding
 from shoal.spans import Span
+from shoal.tensors import Encoding
 
 from .local_blocks import LocalBlocks, NoBlocks
 from .tiny_models import VOCABULARY, tiny_config, tiny_model

@@ -18,7 +18,7 @@ from shoal.client.store import Store
 from shoal.client.wishes import HISTORIES, kept_as
 from shoal.model import families
 from shoal.net.encodings import as_received
-from shoal.protocol import Encoding
+from shoal.tensors import Encoding
 
 from .harness import QUICK, Swarm
 from .test_failures import AfterTokens

@@ -9,7 +9,7 @@ import pytest
 from transformers import logging
 
 from shoal.model.families import CERTIFIED, CERTIFIED_WITH_VISION, PACKED, certified_encodings, text_config
-from shoal.protocol import LOSSY
+from shoal.tensors import LOSSY
 
 from .parity import CHECKS, ROUNDING, Pair, check_encoding, check_rewind
 from .tiny_models import SPECIAL, VARIANTS

@@ -19,8 +19,9 @@ from shoal.model import families
 from shoal.net import codec
 from shoal.net.memory import Frame
 from shoal.net.transport import ModelInfo
-from shoal.protocol import Backward, Encoding, Message, Open, Opened, Step
+from shoal.protocol import Backward, Message, Open, Opened, Step
 from shoal.spans import ServerInfo
+from shoal.tensors import Encoding
 
 from .harness import QUICK, Swarm
 from .intruder import raw

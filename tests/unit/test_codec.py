@@ -19,7 +19,6 @@ from shoal.protocol import (
     MAX_FACTORS,
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
-    TENSOR_ALIGNMENT,
     Backward,
     Close,
     Failure,
@@ -32,6 +31,7 @@ from shoal.protocol import (
     dump,
     parse,
 )
+from shoal.tensors import TENSOR_ALIGNMENT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
 

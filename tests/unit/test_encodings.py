@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from shoal.net.codec import decode, encode
 from shoal.net.encodings import SERIAL, SMALLEST, as_received, from_int8, to_int8
-from shoal.protocol import INT8_BLOCK, LOSSY, MAX_PAYLOAD_BYTES, Encoding, ProtocolViolation, Result
+from shoal.protocol import MAX_PAYLOAD_BYTES, ProtocolViolation, Result
+from shoal.tensors import INT8_BLOCK, LOSSY, Encoding
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [1.0, 1e-3, 1e3, 1e-30, 1e30, SMALLEST, 6e-8, 1e-40, 3e38, 6e4]

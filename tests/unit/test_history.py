@@ -18,7 +18,7 @@ from shoal.client.history import BLOCK_TOKENS, History
 from shoal.client.spill import Room, SpillFile
 from shoal.client.store import Store
 from shoal.net.encodings import as_received
-from shoal.protocol import Encoding
+from shoal.tensors import Encoding
 
 WIDTH = 128
 TOKEN_BYTES = WIDTH * 4

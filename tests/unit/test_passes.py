@@ -21,9 +21,10 @@ from shoal.client.sizes import check_size
 from shoal.client.taught import Taught
 from shoal.errors import UserError
 from shoal.model.factors import Factors, Tuning
-from shoal.protocol import MAX_DIMENSION, MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES, Adapter, Forward, Learned, Message, Result
+from shoal.protocol import MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES, Adapter, Forward, Learned, Message, Result
 from shoal.routing.route import Hop
 from shoal.spans import Span
+from shoal.tensors import MAX_DIMENSION
 
 from . import virtual_time
 from .test_connection import SERVER

@@ -20,9 +20,10 @@ from shoal.client.ring import PUSH_PONGS, Ring
 from shoal.client.share import LACKING_PONGS, Share
 from shoal.client.store import Store
 from shoal.errors import PeerError, ServerLost
-from shoal.protocol import Close, Leaving, Message, Opened, Ping, Pong, Result, TensorName, Unreached
+from shoal.protocol import Close, Leaving, Message, Opened, Ping, Pong, Result, Unreached
 from shoal.routing.route import Hop
 from shoal.spans import ServerInfo, ServerState, Span
+from shoal.tensors import TensorName
 
 SIZE = 4
 

@@ -28,12 +28,12 @@ from shoal.client.suspects import Suspects
 from shoal.client.taught import Taught
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, UnsupportedOperation
 from shoal.net.transport import ModelInfo, Node
-from shoal.protocol import TensorName
 from shoal.routing.latency import RoundTrips
 from shoal.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.routing.spread import UnderWay
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, Span
+from shoal.tensors import TensorName
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

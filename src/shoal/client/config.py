@@ -8,9 +8,10 @@ from itertools import combinations
 from pathlib import Path
 
 from shoal.errors import UserError
-from shoal.protocol import MAX_TEXT, Encoding
+from shoal.protocol import MAX_TEXT
 from shoal.routing.route import Chooser
 from shoal.spans import Span
+from shoal.tensors import Encoding
 
 CHOOSERS: tuple[Chooser, ...] = ("shortest", "nsga2")
 

@@ -21,17 +21,9 @@ from shoal.concurrency import first_of, while_moving
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost
 from shoal.net import codec
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
-from shoal.protocol import (
-    Close,
-    Encoding,
-    Failure,
-    Leaving,
-    Message,
-    Ping,
-    Pong,
-    ProtocolViolation,
-)
+from shoal.protocol import Close, Failure, Leaving, Message, Ping, Pong, ProtocolViolation
 from shoal.spans import ServerInfo
+from shoal.tensors import Encoding
 
 OPEN_SECONDS = 6.0
 SOON = 1.0

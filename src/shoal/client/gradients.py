@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from shoal.client.sizes import is_one_message
 from shoal.errors import UserError
 from shoal.model.factors import FactorGradients, Factors, Tuning
-from shoal.protocol import MAX_DIMENSION, MAX_PAYLOAD_BYTES, TENSOR_ALIGNMENT
+from shoal.protocol import MAX_PAYLOAD_BYTES
 from shoal.spans import Span
 
 
@@ -70,8 +71,7 @@ def _is_one_answer(factors: Sequence[Factors], hidden_bytes: int) -> bool:
         return True
     dtype = functools.reduce(torch.promote_types, (each.values.dtype for each in factors))
     num_factors = sum(len(each.values) for each in factors)
-    num_bytes = num_factors * dtype.itemsize + hidden_bytes
-    return num_factors <= MAX_DIMENSION and num_bytes + 2 * TENSOR_ALIGNMENT <= MAX_PAYLOAD_BYTES
+    return is_one_message(num_factors * dtype.itemsize + hidden_bytes, 2, longest=num_factors)
 
 
 def by_block(

@@ -28,9 +28,10 @@ from shoal.client.tokens import Tokens
 from shoal.errors import PeerError
 from shoal.model.factors import Tuning
 from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
-from shoal.protocol import MAX_STEP_TOKENS, Open, TensorName
+from shoal.protocol import MAX_STEP_TOKENS, Open
 from shoal.routing.route import SLOWEST, Hop
 from shoal.spans import Span
+from shoal.tensors import TensorName
 
 log = logging.getLogger(__name__)
 

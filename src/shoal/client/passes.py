@@ -27,10 +27,11 @@ from shoal.errors import ServerLost
 from shoal.model.factors import FactorGradients
 from shoal.net.codec import Tensors
 from shoal.net.encodings import as_received
-from shoal.protocol import Backward, Forward, Lacking, Norms, Result, TensorName
+from shoal.protocol import Backward, Forward, Lacking, Norms, Result
 from shoal.routing.route import SLOWEST, Hop, Needs
 from shoal.routing.spread import microbatch_rows
 from shoal.spans import Span
+from shoal.tensors import TensorName
 
 T = TypeVar("T")
 

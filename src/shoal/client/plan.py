@@ -13,9 +13,9 @@ import torch
 from shoal.client.chain import named_tensors
 from shoal.client.gradients import answerable
 from shoal.model.factors import Tuning
-from shoal.protocol import TensorName
 from shoal.routing.route import Hop
 from shoal.spans import Span
+from shoal.tensors import TensorName
 
 
 @dataclass(frozen=True)

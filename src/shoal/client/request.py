@@ -10,7 +10,8 @@ import torch
 
 from shoal.client.logits import Question
 from shoal.net.codec import Tensors
-from shoal.protocol import Encoding, Result
+from shoal.protocol import Result
+from shoal.tensors import Encoding
 
 
 @dataclass(frozen=True)

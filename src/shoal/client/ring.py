@@ -8,7 +8,8 @@ from itertools import pairwise
 
 from shoal.client.pairs import BrokenPairs
 from shoal.client.share import Share
-from shoal.protocol import After, Before, Encoding
+from shoal.protocol import After, Before
+from shoal.tensors import Encoding
 
 PUSH_PONGS = 6
 """So many answers in a row without a step say that it was not pushed. Each takes a round trip and a pause: two servers

@@ -22,7 +22,6 @@ from shoal.net.encodings import as_received
 from shoal.protocol import (
     After,
     Before,
-    Encoding,
     Lacking,
     Leaving,
     Message,
@@ -36,6 +35,7 @@ from shoal.protocol import (
     Unreached,
 )
 from shoal.routing.route import Hop
+from shoal.tensors import Encoding
 
 OPENING_SECONDS = 0.1
 LACKING_PONGS = 2

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from shoal.errors import UserError
 from shoal.net.codec import Tensors
-from shoal.protocol import MAX_DIMENSION, MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES, TENSOR_ALIGNMENT
+from shoal.protocol import MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES
+from shoal.tensors import MAX_DIMENSION, TENSOR_ALIGNMENT
 
 
 def check_length(num_tokens: int) -> None:
@@ -18,11 +19,16 @@ def check_length(num_tokens: int) -> None:
         )
 
 
+def is_one_message(num_bytes: int, num_tensors: int, *, longest: int) -> bool:
+    """Whether so many bytes, in so many tensors with dimensions of at most `longest`, can be sent together."""
+    return num_bytes + num_tensors * TENSOR_ALIGNMENT <= MAX_PAYLOAD_BYTES and longest <= MAX_DIMENSION
+
+
 def check_size(tensors: Tensors) -> None:
     """Raises `UserError` for tensors that are too large to be sent together."""
-    num_bytes = sum(tensor.nbytes + TENSOR_ALIGNMENT for tensor in tensors.values())
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
-    if num_bytes <= MAX_PAYLOAD_BYTES and longest <= MAX_DIMENSION:
+    if is_one_message(num_bytes, len(tensors), longest=longest):
         return
     if "factors" in tensors:
         what, instead = f"{len(tensors['factors'])} factors of one block", "a smaller rank, fewer layers"

@@ -20,7 +20,7 @@ import torch
 from shoal.client.spill import Room, SpillFile
 from shoal.errors import UserError
 from shoal.net import codec
-from shoal.protocol import Encoding
+from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
 

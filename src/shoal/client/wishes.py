@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from shoal.client.config import ClientConfig
 from shoal.errors import UnsupportedOperation, UserError
 from shoal.model.families import Family
-from shoal.protocol import LOSSY, Encoding
+from shoal.tensors import LOSSY, Encoding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those in which hidden states travel
 

@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from shoal.errors import UnsupportedModel
-from shoal.protocol import LOSSY, Encoding
+from shoal.tensors import LOSSY, Encoding
 
 # Families whose layers return a tuple, hidden states first: what stands in for such a layer must return one too.
 LAYERS_RETURN_TUPLE = frozenset(

@@ -9,18 +9,8 @@ import torch
 
 from shoal.net.encodings import converted, from_int8, to_int8
 from shoal.net.transport import Buffer, Stream
-from shoal.protocol import (
-    ENCODED,
-    LOSSY,
-    TENSOR_ALIGNMENT,
-    Encoding,
-    Message,
-    ProtocolViolation,
-    TensorName,
-    TensorSpec,
-    dump,
-    parse,
-)
+from shoal.protocol import Message, ProtocolViolation, dump, parse
+from shoal.tensors import ENCODED, LOSSY, Encoding, TensorName, TensorSpec
 
 _DTYPES = {
     "float32": torch.float32,
@@ -45,7 +35,7 @@ def encode(message: Message, tensors: Tensors, encoding: Encoding = "raw") -> tu
         spec = _spec_of(name, tensor, encoding)
         specs.append(spec)
         buffers.extend(_bytes_of(part) for part in _encoded(tensor.detach().cpu(), spec.encoding))
-        if padding := -spec.nbytes % TENSOR_ALIGNMENT:
+        if padding := spec.aligned_nbytes - spec.nbytes:
             buffers.append(bytes(padding))
     return dump(message.model_copy(update={"tensors": tuple(specs)})), buffers
 
@@ -94,7 +84,7 @@ def decode(header: bytes | bytearray, payload: bytearray) -> tuple[Message, dict
     offset = 0
     for spec in message.tensors:
         tensors[spec.name] = unpacked(spec, payload, offset)
-        offset += -(-spec.nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+        offset += spec.aligned_nbytes
     return message, tensors
 
 

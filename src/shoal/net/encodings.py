@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from shoal.protocol import INT8_BLOCK, Encoding
+from shoal.tensors import INT8_BLOCK, Encoding
 
 STEPS = 127
 SMALLEST = 2.0**-110

@@ -12,7 +12,6 @@ from shoal.protocol import (
     After,
     Before,
     Close,
-    Encoding,
     Leaving,
     Message,
     Open,
@@ -29,6 +28,7 @@ from shoal.server.engine import Engine
 from shoal.server.links import Links, Way
 from shoal.server.order import Arrived, Order
 from shoal.server.refusal import Refused, rejected
+from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
 

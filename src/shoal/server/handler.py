@@ -17,7 +17,6 @@ from shoal.protocol import (
     Adapter,
     Backward,
     Close,
-    Encoding,
     Failure,
     Forward,
     Lacking,
@@ -30,13 +29,13 @@ from shoal.protocol import (
     ProtocolViolation,
     Result,
     Step,
-    TensorName,
 )
 from shoal.server.adapters import Lacks
 from shoal.server.conversation import Conversation
 from shoal.server.engine import Engine
 from shoal.server.links import Links
 from shoal.server.refusal import Refused, rejected
+from shoal.tensors import Encoding, TensorName
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

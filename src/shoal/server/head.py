@@ -22,8 +22,8 @@ from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import text_config
 from shoal.model.head import build_head
 from shoal.model.linear import pack_linears
-from shoal.protocol import TensorName
 from shoal.server.batch import Chunk
+from shoal.tensors import TensorName
 
 Answer = Mapping[TensorName, torch.Tensor]
 """What a step is answered with: hidden states, or logits."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from shoal.concurrency import while_moving
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken, Transport
-from shoal.protocol import After, Before, Encoding, Step
+from shoal.protocol import After, Before, Step
+from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from shoal.protocol import (
     Norms,
     Open,
     Step,
-    TensorName,
 )
 from shoal.spans import Span
+from shoal.tensors import TensorName
 
 Tensors = Mapping[TensorName, torch.Tensor]
 

@@ -17,7 +17,6 @@ from shoal.model.load import load_body
 from shoal.model.peft_folder import PeftFolder
 from shoal.model.quantize import stored_quantization
 from shoal.net.transport import ModelInfo, Node
-from shoal.protocol import LOSSY
 from shoal.routing.view import SwarmView
 from shoal.server.batch import OneByOne, Packed
 from shoal.server.cache import Int8Pages, PagedCache, Pages, key_value_shapes
@@ -45,6 +44,7 @@ from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
 from shoal.server.throughput import Speeds, speeds_of
 from shoal.spans import ServerInfo, ServerState
+from shoal.tensors import LOSSY
 
 VERSION = importlib.metadata.version("shoal")
 ASSUMED_SPEED = 1.0
