@@ -34,6 +34,10 @@ class Refused:
     hint: str
     unless: tuple[Any, ...] = (None, False)
 
+    def allows(self, value: Any) -> bool:
+        """Whether this value asks for nothing."""
+        return any(value is each for each in self.unless)
+
 
 Fate = Taken | Renamed | Refused
 
@@ -88,7 +92,7 @@ TRANSFORMERS: Mapping[str, Fate] = {
     "ignore_mismatched_sizes": Refused(_EXACT_CHECKPOINT),
     "key_mapping": Refused(_EXACT_CHECKPOINT),
     "variant": Refused(_EXACT_CHECKPOINT + ': only model.safetensors is read, in any dtype="float32"|"bfloat16"'),
-    "subfolder": Refused("name the folder itself: from_pretrained(FOLDER)", unless=(None, False, "")),
+    "subfolder": Refused("name the folder itself: from_pretrained(FOLDER)", unless=(None, "")),
     "gguf_file": Refused(
         "convert it: AutoModelForCausalLM.from_pretrained(MODEL, gguf_file=...).save_pretrained(FOLDER)"
     ),
@@ -168,9 +172,9 @@ def resolve(brought: Mapping[str, Any], own: Mapping[str, Any]) -> Keywords:
                 if meant[to] not in (DEFAULTS[to], converted):
                     raise UserError(f"{name}={value!r}, and {to}={meant[to]!r}", hint=f"say {to}= only")
                 meant[to] = converted
-            case Refused(hint, unless):
-                if not any(value is each for each in unless):
-                    raise UserError(f"from_pretrained takes no {name}={_short(value)} here", hint=hint)
+            case Refused() as refused:
+                if not refused.allows(value):
+                    raise UserError(f"from_pretrained takes no {name}={_short(value)} here", hint=refused.hint)
     return Keywords(meant, changes)
 
 

@@ -249,8 +249,13 @@ class _AutoDistributed:
             add_adapter(model, active_adapter)
         if tuning_mode is not None:
             add_prompts(model, pre_seq_len, deep=tuning_mode == "deep_ptune")
-        adapter_name = None if active_adapter is None else active_adapter.origin
-        blocks.watch(ConfigAttributes(model.config, chain, initial_peers=initial_peers, active_adapter=adapter_name))
+        opened_with = {
+            "initial_peers": list(initial_peers),
+            "active_adapter": None if active_adapter is None else active_adapter.origin,
+            "tuning_mode": tuning_mode,
+            "pre_seq_len": pre_seq_len,
+        }
+        blocks.watch(ConfigAttributes(model.config, chain, opened_with))
         model._as_opened = versions_of(model)
         return model.eval()
 

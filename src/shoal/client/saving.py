@@ -41,6 +41,9 @@ def save_trained(
             hint="save what you train: get_peft_model(model, ...) saves a PEFT folder, and with tuning_mode=, or "
             "after model.requires_grad_(False) of the rest, save_pretrained writes the trainable parameters",
         )
+    tensors = model.state_dict() if state_dict is None else state_dict
+    if not (written := [name for name in trained if name in tensors]):
+        raise UserError("this state_dict has none of the model's trainable parameters")
     path = Path(folder)
     if (path / CONFIG).exists():
         raise UserError(
@@ -48,10 +51,9 @@ def save_trained(
             hint="name another folder",
         )
     path.mkdir(parents=True, exist_ok=True)
-    tensors = model.state_dict() if state_dict is None else state_dict
     origin = str(getattr(model, "name_or_path", ""))
     save_file(
-        {name: tensors[name].detach().contiguous().clone() for name in trained},
+        {name: tensors[name].detach().contiguous().clone() for name in written},
         path / SINGLE_FILE,
         metadata={"format": "pt", "shoal": "trained parameters only, not a model", "base_model": origin},
     )

@@ -18,13 +18,17 @@ class NotPickled:
             "with from_pretrained in each process",
         )
 
+    def _state(self) -> dict[str, Any]:
+        # Without what `compile()` has made of the original: it would be called in place of the copy.
+        return {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+
     def __copy__(self) -> Self:
         other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
+        other.__dict__.update(self._state())
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        other.__dict__.update(copy.deepcopy(self._state(), memo))
         return other
