@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         AutoDistributedModelForSequenceClassification,
         InferenceSession,
         RemoteBlocks,
+        RemoteSequential,
     )
     from shoal.errors import (
         BootstrapFailed,
@@ -39,6 +40,7 @@ _CLIENT = (
     "AutoDistributedModelForSequenceClassification",
     "InferenceSession",
     "RemoteBlocks",
+    "RemoteSequential",
 )
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "MissingBlocks",
     "PeerError",
     "RemoteBlocks",
+    "RemoteSequential",
     "RequestRejected",
     "ServerBusy",
     "ServerLost",

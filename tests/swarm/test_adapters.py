@@ -202,8 +202,9 @@ def test_dora_begins_with_the_weights_that_servers_hold(swarm: Callable[..., Swa
 
 
 def test_threads_that_begin_together_measure_doras_magnitudes_once(swarm: Callable[..., Swarm]):
-    net = swarm("0:4")
+    net = swarm()  # so that nothing can be measured when the adapter is made
     blocks = get_peft_model(net.model(), LoraConfig(use_dora=True, target_modules=["q_proj"])).base_model.model.blocks
+    net.start("0:4")
     kinds = Counter[str]()
     with ThreadPoolExecutor() as pool:
         outputs: list[Future[torch.Tensor]] = []

@@ -193,3 +193,25 @@ def test_a_file_that_the_index_names_and_the_hub_lacks_is_named(hub: FakeHub) ->
 
     with pytest.raises(CheckpointError, match=f"{REPO} has no file {shard}"):
         checkpoint.block_tensors(Span(2, 3))
+
+
+def test_with_local_files_only_the_hub_is_not_asked(hub: FakeHub) -> None:
+    before = Checkpoint.open(REPO).head_tensors()
+    hub.close()
+    hub.sent.clear()
+    found = Checkpoint.open(REPO, local_files_only=True)
+    assert found.head_tensors().keys() == before.keys()
+    with pytest.raises(UserError, match=r"model-.*\.safetensors of someone/tiny is not in the cache") as error:
+        found.block_tensors(Span(0, 4))
+    assert error.value.hint == "leave out local_files_only to download it"
+    assert not hub.sent
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["nothing is known", "the commit is known"])
+def test_what_is_not_in_the_cache_is_not_downloaded_with_local_files_only(hub: FakeHub, known: bool) -> None:
+    if known:
+        Checkpoint.open(REPO)
+    hub.sent.clear()
+    with pytest.raises(UserError, match="someone/tiny is not in the cache"):
+        Checkpoint.open(REPO, local_files_only=True).head_tensors()
+    assert not hub.sent

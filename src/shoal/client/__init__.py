@@ -8,10 +8,14 @@ from shoal.client.model import (
     AutoDistributedModelForSequenceClassification,
 )
 
+RemoteSequential = RemoteBlocks
+"""What PETALS calls them."""
+
 __all__ = [
     "AutoDistributedModel",
     "AutoDistributedModelForCausalLM",
     "AutoDistributedModelForSequenceClassification",
     "InferenceSession",
     "RemoteBlocks",
+    "RemoteSequential",
 ]

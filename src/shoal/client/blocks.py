@@ -6,28 +6,30 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from shoal.client.attributes import ConfigAttributes
 from shoal.client.autograd import ThroughSwarm, Work
 from shoal.client.chain import Chain
 from shoal.client.inference import InferenceSession, note_opened
 from shoal.client.inputs import check_inputs, mask_of, positions_of
 from shoal.client.passes import Passes
 from shoal.client.plan import Plan
-from shoal.client.runtime import Runtime
+from shoal.client.runtime import Hold, Runtime
 from shoal.errors import UserError
+from shoal.model.copying import NotPickled
 from shoal.model.factors import Tuned, Tuning, tuned_block, unmeasured
 from shoal.model.head import HeadCache
 from shoal.model.prompts import PROMPT
 from shoal.spans import Span
 
 
-class RemoteBlocks(nn.Module):
+class RemoteBlocks(NotPickled, nn.Module):
     """The blocks of a span, served by others. Slices like a list: `blocks[3:6]`."""
 
     def __init__(
@@ -47,11 +49,27 @@ class RemoteBlocks(nn.Module):
         """Before the tokens of a sequence come so many that its callers do not count: those of a soft prompt."""
         self._hosted: Mapping[str, str] = {}
         """What servers may host: by the name of a block's factors, the adapter that these belong to."""
+        self._adapters: Mapping[str, Any] = {}
         self._measuring = threading.Lock()
-        self._runtime = runtime
+        self._attributes: ConfigAttributes | None = None
+        self._hold = Hold(runtime)
         self._chain = chain
         self._passes = passes or _passes_of(runtime, chain)
+        self.register_state_dict_pre_hook(_measure_before)
         self.mount(skeletons)
+
+    @property
+    def _runtime(self) -> Runtime:
+        """Where this model's network lives. Raises `UserError` once the model is closed."""
+        return self._hold.runtime
+
+    def watch(self, attributes: ConfigAttributes) -> None:
+        """Follow what the user sets on the model's config."""
+        self._attributes = attributes
+
+    def _follow(self) -> None:
+        if self._attributes is not None:
+            self._attributes.follow()
 
     def mount(self, skeletons: Sequence[nn.Module]) -> None:
         """Let these stand for the blocks, wherever somebody looks for their layers: PEFT puts its own around them."""
@@ -80,6 +98,7 @@ class RemoteBlocks(nn.Module):
             skeletons=[skeletons[str(block)] for block in span if str(block) in skeletons],
         )
         blocks._hosted, blocks._measuring = self._hosted, self._measuring
+        blocks._hold, blocks._attributes, blocks._adapters = self._hold, self._attributes, self._adapters
         return blocks
 
     def __iter__(self) -> Iterator[RemoteBlocks]:
@@ -88,6 +107,7 @@ class RemoteBlocks(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.span} of {self._chain.model.name}, in the swarm"
 
+    @torch.compiler.disable(reason="blocks are computed by servers")  # type: ignore[untyped-decorator]
     def forward(
         self,
         hidden_BTD: torch.Tensor,
@@ -101,6 +121,7 @@ class RemoteBlocks(nn.Module):
         `attention_mask` [B, S] is 0 where a token is padding; `position_ids` are [B, T]. With `past_key_values` the
         tokens are appended to its session; without, the call is differentiable with respect to the hidden states.
         """
+        self._follow()
         if past_key_values is not None:
             session = cast(InferenceSession, past_key_values.session)
             return session.step(
@@ -120,7 +141,7 @@ class RemoteBlocks(nn.Module):
 
     def _tuned(self) -> list[Tuned]:
         """What the caller has added to the blocks, as it is now."""
-        self._measure()
+        self.measure()
         return self._described()
 
     def _described(self) -> list[Tuned]:
@@ -134,11 +155,19 @@ class RemoteBlocks(nn.Module):
         found = (each.factors() for each in tuned)
         return Tuning({each.block: replace(each, hosted=self._hosted.get(each.name)) for each in found})
 
-    def _measure(self) -> None:
+    def note_adapters(self, configs: Mapping[str, Any]) -> None:
+        """PEFT has added these adapters, and may add more to the same mapping."""
+        self._adapters = configs
+
+    def measure_new(self) -> None:
+        """Find the magnitudes of adapters that are not about to be loaded. Raises `SwarmError`s."""
+        self.measure([name for name, config in self._adapters.items() if config.inference_mode])
+
+    def measure(self, loaded: Collection[str] = ()) -> None:
         """Find the magnitudes with which DoRA begins: those of the weights, which servers hold."""
         for name, skeleton in self.named_children():
             with self._measuring:  # whoever waited finds them measured: a parameter that changes ends others' gradients
-                if new := unmeasured(skeleton):
+                if new := unmeasured(skeleton, loaded=loaded):
                     sizes = [len(magnitudes) for magnitudes in new.values()]
                     norms = self._runtime.run(self._passes.norms(int(name), list(new), sum(sizes)))
                     with torch.no_grad():
@@ -165,6 +194,7 @@ class RemoteBlocks(nn.Module):
 
         What has been added to the blocks stays, in this session, as it is now.
         """
+        self._follow()
         return InferenceSession(
             self._runtime,
             self._chain,
@@ -182,13 +212,19 @@ class RemoteBlocks(nn.Module):
         return session
 
     def close(self) -> None:
-        """Leave the swarm, with all that belongs to this model. May be called twice."""
-        self._runtime.close()
+        """Leave the swarm, with all that belongs to this model, once its copies do too. May be called twice."""
+        self._hold.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteBlocks:
         blocks = self._like(self.span, {name: copy.deepcopy(child, memo) for name, child in self.named_children()})
+        blocks._hold, blocks._attributes = self._hold.another(), copy.deepcopy(self._attributes, memo)
         blocks.num_prompt_tokens = self.num_prompt_tokens  # slices have none: the prompt stands before all blocks
         return blocks
+
+
+def _measure_before(blocks: RemoteBlocks, *_: Any) -> None:
+    """Before the state of the blocks is read: what DoRA begins with is a part of it."""
+    blocks.measure_new()
 
 
 def _passes_of(runtime: Runtime, chain: Chain) -> Passes:

@@ -211,6 +211,11 @@ class Chain:
             case _:
                 self._suspects.lost(error.peer, str(error), since=now() if since is None else since)
 
+    def permit(self, allowed: frozenset[str] | None, blocked: frozenset[str]) -> None:
+        """From now on, routes go through these servers only, and not through those."""
+        self.config = replace(self.config, allowed_servers=allowed, blocked_servers=blocked)
+        self._picture.permit(self.config)
+
     def answered(self, hop: Hop, took: Iterable[tuple[int, float]] = ()) -> None:
         """A server did its work: whatever was held against it is forgotten.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -77,6 +77,11 @@ def salt_of(salt: str) -> str:
     if len(salt) > MAX_TEXT:
         raise UserError(f"a salt of {len(salt)} characters", hint=f"{MAX_TEXT} are the most")
     return salt
+
+
+def peers_of(peers: str | Iterable[object]) -> frozenset[str]:
+    """Peers by their ids: in a list, or in one string with spaces or commas between them."""
+    return frozenset(peers.replace(",", " ").split() if isinstance(peers, str) else map(str, peers))
 
 
 def pins_of(pinned: Mapping[str, str]) -> tuple[tuple[Span, str], ...]:

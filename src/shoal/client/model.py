@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -19,14 +20,17 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shoal.client.attributes import ConfigAttributes
 from shoal.client.blocks import RemoteBlocks
 from shoal.client.chain import Chain
-from shoal.client.config import ClientConfig, chooser_of, pins_of, salt_of
+from shoal.client.config import ClientConfig, chooser_of, peers_of, pins_of, salt_of
 from shoal.client.continuation import Continuation
 from shoal.client.inference import InferenceSession, closing_new_sessions
+from shoal.client.keywords import resolve
 from shoal.client.logits import RemoteHead
 from shoal.client.projection import prepare_projection
 from shoal.client.runtime import Runtime
+from shoal.client.saving import SavesTrained, versions_of
 from shoal.client.tuning import add_adapter, add_prompts
 from shoal.client.wishes import (
     addresses_of,
@@ -34,11 +38,12 @@ from shoal.client.wishes import (
     check_encoding,
     check_pins,
     check_top_k,
+    device_of,
     dtype_of,
     encoding_of,
     kept_as,
 )
-from shoal.errors import UnsupportedModel, UserError
+from shoal.errors import SwarmError, UnsupportedModel, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.factors import check_configs
 from shoal.model.families import text_config
@@ -49,6 +54,8 @@ from shoal.model.skeleton import skeletons
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import ModelInfo, Node
 from shoal.spans import Span
+
+log = logging.getLogger(__name__)
 
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 GENERATION_CONFIG = "generation_config.json"
@@ -91,7 +98,8 @@ class _AutoDistributed:
         active_adapter: str | Path | None = None,
         salt: str = "",
         allow_uncertified: bool = False,
-        **config_changes: Any,
+        local_files_only: bool = False,
+        **others: Any,
     ) -> Any:
         """Join a swarm and load what of the model is not blocks: the Transformers model, ready to be used as always.
 
@@ -121,13 +129,21 @@ class _AutoDistributed:
         Servers compute once what several sessions begin with, of whoever has the same `salt`: with one of your own,
         nobody can find out by the time that it takes what you have asked.
 
-        Other keyword arguments change the model's config, such as `num_labels=3`. Call `close()` on the model, or leave
-        it to the end of the process.
+        With `local_files_only`, nothing is downloaded. Other keyword arguments change the model's config, such as
+        `num_labels=3`; those of Transformers and PETALS are taken, or refused with a hint (`shoal.client.keywords`).
+        Call `close()` on the model, or leave it to the end of the process.
 
         Raises `UserError`s for what can never work and `BootstrapFailed` if none of the peers answers.
         """
+        keywords = resolve(others, {"dtype": dtype, "device": device, "token": token})
+        token = keywords.own["token"]
         checkpoint = Checkpoint.open(
-            model, revision=revision, token=token, cache_dir=cache_dir, allow_uncertified=allow_uncertified
+            model,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            allow_uncertified=allow_uncertified,
+            local_files_only=local_files_only,
         )
         peers = addresses_of(os.environ.get(INITIAL_PEERS, "") if initial_peers is None else initial_peers)
         if not peers:
@@ -136,8 +152,8 @@ class _AutoDistributed:
                 hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
             )
         config = ClientConfig(
-            allowed_servers=None if allowed_servers is None else frozenset(allowed_servers),
-            blocked_servers=frozenset(blocked_servers or ()),
+            allowed_servers=None if allowed_servers is None else peers_of(allowed_servers),
+            blocked_servers=peers_of(blocked_servers or ()),
             pinned=pins_of(pinned or {}),
             chooser=chooser_of(chooser),
             wire=encoding_of(wire),
@@ -151,7 +167,9 @@ class _AutoDistributed:
         )
         adapter = None
         if active_adapter is not None:
-            adapter = PeftFolder.open(active_adapter, token=token, cache_dir=cache_dir)
+            adapter = PeftFolder.open(
+                active_adapter, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            )
         runtime = Runtime()
         try:
             network = join(NetworkConfig(initial_peers=peers, client_mode=True))
@@ -161,13 +179,14 @@ class _AutoDistributed:
                 node,
                 runtime,
                 config=config,
-                dtype=dtype,
-                device=device,
+                initial_peers=peers,
+                dtype=keywords.own["dtype"],
+                device=device_of(keywords.own["device"]),
                 head_quantization=head_quantization,
                 tuning_mode=tuning_mode,
                 pre_seq_len=pre_seq_len,
                 active_adapter=adapter,
-                **config_changes,
+                **keywords.config_changes,
             )
         except BaseException:
             runtime.close()
@@ -181,6 +200,7 @@ class _AutoDistributed:
         runtime: Runtime,
         *,
         config: ClientConfig,
+        initial_peers: Sequence[str] = (),
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         head_quantization: str = "none",
@@ -190,7 +210,8 @@ class _AutoDistributed:
         **config_changes: Any,
     ) -> Any:
         """The same on a network that is there already; the model closes `runtime` when it is closed."""
-        model_config = changed_config(text_config(checkpoint.config), config_changes)
+        known = inspect.signature(cls.from_pretrained).parameters
+        model_config = changed_config(text_config(checkpoint.config), config_changes, known)
         model_class = cls._class_for(model_config)
         chosen_dtype = dtype_of(dtype, model_config)
         check_encoding(config.wire, checkpoint.family, chosen_dtype, "travel in")
@@ -199,9 +220,10 @@ class _AutoDistributed:
         check_mode(tuning_mode, pre_seq_len)
         check_pins(config, checkpoint.num_blocks)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
+        chain = Chain(node, model_info, checkpoint.fingerprint, config)
         blocks = RemoteBlocks(
             runtime,
-            Chain(node, model_info, checkpoint.fingerprint, config),
+            chain,
             Span(0, checkpoint.num_blocks),
             max_length=min(
                 getattr(model_config, "max_position_embeddings", None) or DEFAULT_SESSION_LENGTH, DEFAULT_SESSION_LENGTH
@@ -227,6 +249,14 @@ class _AutoDistributed:
             add_adapter(model, active_adapter)
         if tuning_mode is not None:
             add_prompts(model, pre_seq_len, deep=tuning_mode == "deep_ptune")
+        opened_with = {
+            "initial_peers": list(initial_peers),
+            "active_adapter": None if active_adapter is None else active_adapter.origin,
+            "tuning_mode": tuning_mode,
+            "pre_seq_len": pre_seq_len,
+        }
+        blocks.watch(ConfigAttributes(model.config, chain, opened_with))
+        model._as_opened = versions_of(model)
         return model.eval()
 
     @classmethod
@@ -262,7 +292,7 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
     _auto_class = AutoModelForSequenceClassification
 
 
-class _InSwarm:
+class _InSwarm(SavesTrained):
     """Mixed into the model's class: what a distributed model can do beyond what Transformers' can."""
 
     blocks: RemoteBlocks
@@ -280,6 +310,12 @@ class _InSwarm:
         if name == "peft_config":  # this is how PEFT says what it has added
             check_configs(value)
         super().__setattr__(name, value)
+        if name == "peft_config":
+            self.blocks.note_adapters(value)
+            try:
+                self.blocks.measure_new()  # before somebody saves or copies what DoRA begins with
+            except SwarmError as error:
+                log.warning("the magnitudes of DoRA are measured later: %s", error)
 
     @property
     def prompt_embeddings(self: Any) -> nn.Embedding:
@@ -290,10 +326,10 @@ class _InSwarm:
         return prompt
 
     @property
-    def transformer(self) -> Any:
-        """`model.transformer.h` are the remote blocks, whatever the family calls them."""
+    def transformer(self: Any) -> Any:
+        """What surrounds the blocks, whatever the family calls it: `.h` are the blocks, `.word_embeddings` theirs."""
         own: nn.Module | None = self.__dict__["_modules"].get("transformer")
-        return SimpleNamespace(h=self.blocks) if own is None else own
+        return self.backbone if own is None else own
 
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
         """A cache in the swarm that several calls share: `with model.inference_session(max_length=512) as session`."""

@@ -39,6 +39,10 @@ class Picture:
         self._viewed_at = float("-inf")
         self._refreshing = asyncio.Lock()
 
+    def permit(self, config: ClientConfig) -> None:
+        """The user permits other servers than before."""
+        self._config = config
+
     async def keep_fresh(self) -> None:
         """Take it anew if it is old. Raises `SwarmError` if the directory has never answered."""
         if now() - self._viewed_at > self._config.refresh_seconds:

@@ -82,6 +82,37 @@ class Runtime:
             self._closing()
 
 
+class Hold:
+    """A model's part in a runtime that it shares with its copies: the last of them to be closed closes it.
+
+    A copy that is forgotten needs not be closed.
+    """
+
+    def __init__(self, runtime: Runtime, holders: weakref.WeakSet[Hold] | None = None) -> None:
+        self._runtime = runtime
+        self._holders = weakref.WeakSet[Hold]() if holders is None else holders
+        self._closed = False
+        self._holders.add(self)
+
+    @property
+    def runtime(self) -> Runtime:
+        """Raises `UserError` once it is closed, though others may still use it."""
+        if self._closed:
+            raise UserError("this model is closed")
+        return self._runtime
+
+    def another(self) -> Hold:
+        """For a copy of the model. Raises `UserError` once it is closed."""
+        return Hold(self.runtime, self._holders)
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._closed = True
+        self._holders.discard(self)
+        if not self._holders:
+            self._runtime.close()
+
+
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
     try:
         loop.run_forever()

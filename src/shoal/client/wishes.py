@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from shoal.client.config import ClientConfig
+from shoal.client.keywords import similar
 from shoal.errors import UnsupportedOperation, UserError
 from shoal.model.families import Family
 from shoal.tensors import LOSSY, Encoding
@@ -25,12 +26,18 @@ def addresses_of(peers: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(peers.replace(",", " ").split() if isinstance(peers, str) else peers)
 
 
-def changed_config(config: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedConfig:
-    """A config with what the user changes about it. Raises `UserError`s."""
+def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any], known: Iterable[str] = ()) -> PreTrainedConfig:
+    """A config with what the user changes about it; `known` are keywords that they may have meant.
+
+    Raises `UserError`s.
+    """
     num_blocks = config.num_hidden_layers
     for name, value in changes.items():
         if not hasattr(config, name):
-            raise UserError(f"neither from_pretrained nor the config of {config.model_type!r} knows {name!r}")
+            raise UserError(
+                f"neither from_pretrained nor the config of {config.model_type!r} knows {name!r}",
+                hint=similar(name, [*known, *config.to_dict()]),
+            )
         setattr(config, name, value)
     if config.num_hidden_layers != num_blocks:  # by whatever name
         raise UserError(
@@ -74,6 +81,11 @@ def dtype_of(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:
     if found not in DTYPES:
         raise UserError(f"{dtype} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
     return found
+
+
+def device_of(device: torch.device | str) -> torch.device | str:
+    """Where this side computes: "auto" is a GPU if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def check_pins(config: ClientConfig, num_blocks: int) -> None:

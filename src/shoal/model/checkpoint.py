@@ -50,13 +50,16 @@ class Checkpoint:
         token: str | None = None,
         cache_dir: str | Path | None = None,
         allow_uncertified: bool = False,
+        local_files_only: bool = False,
     ) -> Checkpoint:
         """Open a local folder or a model on the hub, without reading any weights.
 
         Raises `UserError` if there is no such model, `UnsupportedModel` if it cannot be cut into blocks, and
         `CheckpointError` if its description is damaged.
         """
-        files = find_files(model, revision=revision, token=token, cache_dir=cache_dir)
+        files = find_files(
+            model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         if CONFIG not in files:
             raise CheckpointError(
                 f"{model} has no {CONFIG}", hint="is it the folder or the id of a Transformers model?"
@@ -152,7 +155,14 @@ class Checkpoint:
             )
 
 
-def find_files(model: str | Path, *, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Files:
+def find_files(
+    model: str | Path,
+    *,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool = False,
+) -> Files:
     """The files of a folder, or of a repository on the hub. Raises `UserError` if there is none."""
     folder = Path(model).expanduser()
     if model and folder.is_dir():
@@ -161,7 +171,9 @@ def find_files(model: str | Path, *, revision: str | None, token: str | None, ca
         raise UserError(f"{model} is a file", hint="name the folder that the model's files are in")
     if isinstance(model, Path) or model.startswith(("/", "./", "../", "~")):
         raise UserError(f"there is no folder {model}")
-    return open_repository(model, revision=revision, token=token, cache_dir=cache_dir)
+    return open_repository(
+        model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
 
 
 def read_json(files: Files, file: str) -> dict[str, Any]:

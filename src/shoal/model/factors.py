@@ -7,7 +7,7 @@ On a server they become PEFT's layers again (`shoal.model.adapters`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,15 +179,16 @@ def _described(path: str, module: nn.Module) -> Layer | None:
     )
 
 
-def unmeasured(skeleton: nn.Module) -> dict[str, Tensor]:
+def unmeasured(skeleton: nn.Module, *, loaded: Collection[str] = ()) -> dict[str, Tensor]:
     """DoRA's magnitudes that are still to be found, by their layers: those of new layers are norms of the weights.
 
+    Those of the adapters `loaded` are about to be read from a file.
     Raises `UnsupportedOperation` where they are norms of something else as well.
     """
     found: dict[str, Tensor] = {}
     for path, module in skeleton.named_modules():
         for name, magnitudes in getattr(module, "lora_magnitude_vector", {}).items():
-            if not magnitudes.weight.any():
+            if name not in loaded and not magnitudes.weight.is_meta and not magnitudes.weight.any():
                 if module.lora_B[name].weight.any():
                     raise UnsupportedOperation(
                         f"{path}: DoRA whose B is not zero at first", hint="leave init_lora_weights at its default"

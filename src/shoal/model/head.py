@@ -24,6 +24,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
 from shoal.model.body import check_loaded
+from shoal.model.copying import NotPickled
 from shoal.model.families import LAYERS_RETURN_TUPLE, Family, find_backbone, text_config
 from shoal.model.prompts import PROMPT, with_prompt, without_prompt
 from shoal.model.view import StandIn, view_of
@@ -144,13 +145,25 @@ class _BlocksCall(StandIn):
         return output_BTD
 
 
-class _HeadBackbone:
+class _HeadBackbone(NotPickled):
     """Mixed into a client's backbone: each forward runs on a view whose only layer calls the blocks."""
 
     _layers_name: str
     _layers_elsewhere: list[nn.Module]  # in a list, so that they are no submodules: they have no weights
     config: PreTrainedConfig
 
+    def __getattr__(self: Any, name: str) -> Any:
+        """What is called `h` and `word_embeddings` in BLOOM is there by these names in any family."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name == "h":
+                return self._modules[self._layers_name]
+            if name == "word_embeddings":
+                return self.get_input_embeddings()
+            raise
+
+    @torch.compiler.disable(reason="blocks are computed by servers")  # type: ignore[untyped-decorator]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         names = inspect.signature(super().forward).parameters  # type: ignore[misc]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -177,7 +190,7 @@ class _HeadBackbone:
         layer = _BlocksCall(
             self._layers_elsewhere[0],
             returns_tuple=self.config.model_type in LAYERS_RETURN_TUPLE,
-            blocks=getattr(self, self._layers_name),
+            blocks=self._modules[self._layers_name],
             attention_mask=mask,
             position_ids=kwargs.get("position_ids"),
             past_key_values=cache,
@@ -241,7 +254,8 @@ class _Head:
 
     @property
     def blocks(self: Any) -> Any:
-        return getattr(self.backbone, self.backbone._layers_name)
+        owner = self if "_layers_name" in self.__dict__ else self.backbone  # MPT's backbone has `blocks` of its own
+        return owner._modules[owner._layers_name]
 
     def _prepare_cache_for_generation(
         self: Any,

@@ -60,6 +60,7 @@ class HubFiles:
     entries: Mapping[str, HubFile] = field(repr=False)
     cache_dir: Path
     token: str | None = field(repr=False)
+    local_files_only: bool = False
 
     @property
     def origin(self) -> str:
@@ -74,8 +75,10 @@ class HubFiles:
     def path(self, file: str) -> Path:
         if (path := self._path_in_cache(file)) is not None:
             return path
+        entry = self._entry(file)
+        if self.local_files_only:
+            raise _not_here(f"{file} of {self.name}")
         with _explained(self.name):
-            entry = self._entry(file)
             # Files too large for plain HTTP are left to the hub's client, which does not resume them.
             if entry.sha256 is not None and entry.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
                 self._fetch(file, size=entry.size, sha256=entry.sha256)
@@ -113,6 +116,8 @@ class HubFiles:
         }
 
     def _fetch_header(self, file: str) -> dict[str, Any]:
+        if self.local_files_only:
+            raise _not_here(f"{file} of {self.name}")
         with _explained(self.name):
             header = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit, token=self.token)
         return {
@@ -151,14 +156,36 @@ class HubFiles:
             partial.replace(blob)
 
 
-def open_repository(repo: str, *, revision: str | None, token: str | None, cache_dir: str | Path | None) -> Files:
-    """The files of a model on the hub, as of now: later changes of the revision are not followed."""
+def _not_here(what: str) -> _HubUnreachable:
+    return _HubUnreachable(f"{what} is not in the cache", hint="leave out local_files_only to download it")
+
+
+def open_repository(
+    repo: str, *, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool = False
+) -> Files:
+    """The files of a model on the hub, as of now: later changes of the revision are not followed.
+
+    With `local_files_only`, those that are in the cache; the hub is not asked.
+    """
     folder = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
     with _explained(repo):
-        commit = HfApi().resolve_revision(repo, revision=revision, token=token, cache_dir=folder).resolved
+        try:
+            commit = (
+                HfApi()
+                .resolve_revision(
+                    repo, revision=revision, token=token, cache_dir=folder, local_files_only=local_files_only
+                )
+                .resolved
+            )
+        except RevisionResolutionError:
+            if local_files_only:
+                raise _not_here(repo) from None
+            raise
     try:
         with _explained(repo):
-            listing = remembered(f"files of {repo} at {commit}", lambda: _list_files(repo, commit, token))
+            listing = remembered(
+                f"files of {repo} at {commit}", lambda: _list_files(repo, commit, token, local_files_only)
+            )
     except _HubUnreachable:
         # Another program may have downloaded it.
         snapshot = folder / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
@@ -166,10 +193,12 @@ def open_repository(repo: str, *, revision: str | None, token: str | None, cache
             raise
         return LocalFiles(snapshot, name=repo)
     entries = {name: HubFile(size, sha256) for name, (size, sha256) in listing.items()}
-    return HubFiles(repo, commit, entries, folder, token)
+    return HubFiles(repo, commit, entries, folder, token, local_files_only)
 
 
-def _list_files(repo: str, commit: str, token: str | None) -> dict[str, Any]:
+def _list_files(repo: str, commit: str, token: str | None, local_files_only: bool) -> dict[str, Any]:
+    if local_files_only:
+        raise _not_here(repo)
     info = HfApi().model_info(repo, revision=commit, files_metadata=True, token=token)
     return {
         file.rfilename: [file.size or 0, file.lfs.sha256 if file.lfs is not None else None]

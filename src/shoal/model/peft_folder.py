@@ -51,9 +51,12 @@ class PeftFolder:
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> PeftFolder:
         """Read a local folder or a repository on the hub. Raises `UserError` for what is no adapter."""
-        files = find_files(adapter, revision=revision, token=token, cache_dir=cache_dir)
+        files = find_files(
+            adapter, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         for file in (CONFIG, WEIGHTS):
             if file not in files:
                 raise CheckpointError(

@@ -9,7 +9,8 @@ for, and the parameters that they make are the client's (`shoal.client.blocks` s
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -81,6 +82,38 @@ class Conv1DSkeleton(Conv1D):  # type: ignore[misc]
         raise UnsupportedOperation("this layer is computed by servers")
 
 
+class _Parameters(Iterator[nn.Parameter]):
+    """The parameters of a skeleton: those that were added to it. `next` says why there are none."""
+
+    def __init__(self, found: Iterator[nn.Parameter], kind: str) -> None:
+        self._found = found
+        self._kind = kind
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return self._found
+
+    def __next__(self) -> nn.Parameter:
+        for parameter in self._found:
+            return parameter
+        raise UnsupportedOperation(
+            f"servers hold the parameters of {self._kind}, and nothing is derived from them here",
+            hint="LoRA (with rsLoRA and DoRA), IA3 and soft prompts can be trained: docs/finetuning.md",
+        )
+
+
+class _Skeleton(nn.Module):
+    """Mixed into a layer whose weights are elsewhere."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        # PEFT's AdaptionPrompt, for one, takes the first without a look whether there is any.
+        return _Parameters(super().parameters(recurse), type(self).__name__)
+
+
+@functools.cache
+def _skeleton_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Skeleton, kind), {"__module__": kind.__module__})
+
+
 def num_features(linear: nn.Module) -> tuple[int, int]:
     """The number of a linear layer's inputs and outputs."""
     if isinstance(linear, Conv1D):
@@ -101,6 +134,7 @@ def _skeleton(module: nn.Module, like: Tensor) -> nn.Module:
     if isinstance(module, Conv1D):
         return Conv1DSkeleton(num_inputs, num_outputs, like=like)
     bare = copy.copy(module)
+    bare.__class__ = _skeleton_class(type(module))  # type: ignore[arg-type]
     bare.__dict__["_parameters"] = {}
     for name, parameter in module._parameters.items():
         bare.__dict__[name] = None if parameter is None else WeightSkeleton.of(parameter.shape, like)

@@ -1,0 +1,94 @@
+"""What users bring along from Transformers and PETALS is taken, renamed, or refused with a way to do it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shoal.client.keywords import DEFAULTS, KEYWORDS, Refused, Renamed, Taken, resolve, similar
+from shoal.client.wishes import device_of
+from shoal.errors import UserError
+
+
+@pytest.mark.parametrize("name", sorted(name for name, fate in KEYWORDS.items() if isinstance(fate, Taken)))
+def test_what_means_nothing_here_is_taken(name: str):
+    assert resolve({name: "anything"}, DEFAULTS) == resolve({}, DEFAULTS)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, fate in KEYWORDS.items() if isinstance(fate, Refused)))
+def test_what_cannot_be_had_is_refused_with_a_hint(name: str):
+    with pytest.raises(UserError, match=f"no {name}='such'") as error:
+        resolve({name: "such"}, DEFAULTS)
+    assert error.value.hint
+    assert "\n" not in f"{error.value}{error.value.hint}"
+
+
+@pytest.mark.parametrize("name", sorted(KEYWORDS))
+def test_what_asks_for_nothing_is_taken(name: str):
+    assert resolve({name: None}, DEFAULTS) == resolve({}, DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("brought", "own", "value"),
+    [
+        ({"torch_dtype": "float16"}, "dtype", "float16"),
+        ({"torch_dtype": "auto"}, "dtype", "auto"),
+        ({"device_map": "cuda"}, "device", "cuda"),
+        ({"device_map": "auto"}, "device", "auto"),
+        ({"device_map": 1}, "device", "cuda:1"),
+        ({"device_map": {"": "cuda:0"}}, "device", "cuda:0"),
+        ({"device_map": {"model.embed_tokens": 0, "lm_head": 0}}, "device", "cuda:0"),
+        ({"use_auth_token": "hf_x"}, "token", "hf_x"),
+        ({"use_auth_token": True}, "token", None),
+    ],
+    ids=str,
+)
+def test_what_has_another_name_is_understood(brought: dict[str, Any], own: str, value: Any):
+    assert resolve(brought, DEFAULTS).own == {**DEFAULTS, own: value}
+
+
+def test_every_new_name_is_one_of_ours():
+    assert {fate.to for fate in KEYWORDS.values() if isinstance(fate, Renamed)} == set(DEFAULTS)
+
+
+@pytest.mark.parametrize("device_map", [{"a": "cpu", "b": "cuda"}, "disk", {}], ids=str)
+def test_there_is_nothing_to_divide_among_devices(device_map: Any):
+    with pytest.raises(UserError, match="device_map") as error:
+        resolve({"device_map": device_map}, DEFAULTS)
+    assert error.value.hint == 'what is not blocks is on one device: device="cuda"'
+
+
+def test_two_names_of_one_thing_agree():
+    assert resolve({"torch_dtype": "float16"}, {**DEFAULTS, "dtype": "float16"}).own["dtype"] == "float16"
+    with pytest.raises(UserError, match="torch_dtype='float16', and dtype='float32'") as error:
+        resolve({"torch_dtype": "float16"}, {**DEFAULTS, "dtype": "float32"})
+    assert error.value.hint == "say dtype= only"
+
+
+@pytest.mark.parametrize(("name", "value"), [("use_safetensors", False), ("use_server_to_server", False)])
+def test_what_is_always_so_cannot_be_turned_off(name: str, value: bool):
+    assert resolve({name: not value}, DEFAULTS) == resolve({}, DEFAULTS)
+    with pytest.raises(UserError, match=f"no {name}=False"):
+        resolve({name: value}, DEFAULTS)
+
+
+def test_a_long_value_does_not_fill_the_screen():
+    with pytest.raises(UserError) as error:
+        resolve({"state_dict": {"weight": [0] * 1000}}, DEFAULTS)
+    assert len(str(error.value)) < 120
+
+
+def test_other_keywords_change_the_config():
+    assert resolve({"num_labels": 3, "show_route": True}, DEFAULTS).config_changes == {"num_labels": 3}
+
+
+def test_a_keyword_that_is_nearly_right_is_recognized():
+    assert similar("initial_peer", ["initial_peers", "dtype"]) == "did you mean initial_peers?"
+    assert similar("colour", ["initial_peers", "dtype"]) is None
+
+
+def test_an_automatic_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    for available, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda available=available: available)
+        assert (device_of("auto"), device_of("cpu")) == (expected, "cpu")
