@@ -26,13 +26,14 @@ from shoal.server.engine import Engine
 from shoal.server.executor import Executor
 from shoal.server.fit import (
     cache_dtype_of,
+    check_blocks,
     choose_blocks,
     choose_device,
-    choose_dtype,
     choose_kept_bytes,
     choose_num_pages,
     choose_quantization,
     free_memory,
+    join_dtype,
     max_length_of,
 )
 from shoal.server.handler import Handler
@@ -86,15 +87,17 @@ async def serve(
         view = view.only(lambda server: server.peer != node.transport.peer)  # what we were before a crash
         device = choose_device(config.device)
         memory = free_memory(device)
-        dtype = choose_dtype(config.dtype, checkpoint)
         quantization = choose_quantization(config.quantization)
-        span = choose_blocks(config, checkpoint, view, dtype, device)
+        check_blocks(config, checkpoint)
         report(Phase.FINGERPRINTING)
+        fingerprint = await executor.run(lambda: checkpoint.fingerprint)
+        dtype = join_dtype(config.dtype, checkpoint, view)
+        span = choose_blocks(config, checkpoint, view, dtype, device)
         joining = ServerInfo(
             peer=node.transport.peer,
             span=span,
             state=ServerState.JOINING,
-            fingerprint=await executor.run(lambda: checkpoint.fingerprint),
+            fingerprint=fingerprint,
             decode_speed=ASSUMED_SPEED,
             prefill_speed=ASSUMED_SPEED,
             cache_tokens_left=0,
