@@ -108,7 +108,12 @@ TopP = Annotated[
 TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="Sample from so many of the likeliest tokens.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed samples the same text.")]
 ClientDType = Annotated[
-    DType, typer.Option("--dtype", metavar="DTYPE", help=f"What to compute in here, and to send: {DTYPES}.")
+    DType,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help=f"What to compute in here, and to send: {DTYPES}; auto is what the swarm computes in.",
+    ),
 ]
 OnTheWire = Annotated[
     Wire,

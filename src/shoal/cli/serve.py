@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ import typer
 from shoal.cli import options
 from shoal.cli.console import WrongUsage, hush_transformers, start_logging, waiting
 from shoal.cli.identity import identity_file
+from shoal.cli.invitation import invitation
 from shoal.cli.lifetime import end_with_parent, run_until_signalled
 from shoal.server.shares import Shares
 from shoal.spans import Span
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from shoal.net import NetworkConfig
     from shoal.server.config import ServerConfig
     from shoal.server.server import Server
-
-EXAMPLE_PROMPT = "Once upon a time"
 
 
 def command(
@@ -41,7 +39,10 @@ def command(
         int | None, typer.Option(min=1, metavar="N", help="Threads of the processor to compute with; all by default.")
     ] = None,
     dtype: Annotated[
-        options.DType, typer.Option(metavar="DTYPE", help=f"What to compute in: {options.DTYPES}.")
+        options.DType,
+        typer.Option(
+            metavar="DTYPE", help=f"What to compute in: {options.DTYPES}; auto is what the swarm computes in."
+        ),
     ] = options.DType.auto,
     quantization: Annotated[
         options.Quantization,
@@ -180,9 +181,6 @@ async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
 def describe(server: Server, config: ServerConfig) -> str:
     """What a server says when it is ready: a line for each fact, and the commands with which others go on."""
     info, model = server.info, server.model
-    address = info.addresses[0]
-    model_argument = shlex.quote(config.model)
-    revision = f" --revision {shlex.quote(config.revision)}" if config.revision else ""
     facts = [
         ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
         ("blocks", f"{info.span} and the output head" if info.head else str(info.span)),
@@ -196,14 +194,7 @@ def describe(server: Server, config: ServerConfig) -> str:
         *(("address", each) for each in info.addresses),
     ]
     lines = [f"{fact:<10}{value}" for fact, value in facts]
-    lines += [
-        "",
-        "Join this swarm from another machine:",
-        f"  shoal serve {model_argument}{revision} --initial-peers {address}",
-        "Use the model:",
-        f'  shoal generate {model_argument}{revision} "{EXAMPLE_PROMPT}" --initial-peers {address}',
-        "",
-    ]
+    lines += ["", *invitation(config, info.addresses[0]), ""]
     if config.name:
         lines.insert(0, f"{'name':<10}{config.name}")
     return "\n".join(lines)

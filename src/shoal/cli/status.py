@@ -16,6 +16,7 @@ from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
 from shoal.cli.picture import render, render_route
 from shoal.errors import UserError
+from shoal.routing.dtypes import mixture
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import Span
 
@@ -46,6 +47,7 @@ class ModelStatus:
         return asdict(self.model) | {
             "complete": not missing,
             "missing": missing,
+            "mixture": mixture(self.view.servers),
             "missing_spans": format_blocks(missing).split(", ") if missing else [],
             "servers": servers,
             **({"route": None if self.route is None else _route_as_json(self.route)} if route else {}),

@@ -2,10 +2,10 @@
 
 Servers announce the dtype that each computes in, and how its weights are quantized. A server that joins and a client
 compute in the *swarm's dtype*, unless the user names another. That is the dtype in which most blocks are held: a server
-counts once for each block that it holds, is loading, or serves with quantized weights, and not at all once it is
-leaving. Only servers of the same weights count, and where blocks are pinned to a peer, only that peer. If two dtypes are
-equal in this, the model's own wins if it is one of them, else the more precise one. Where there is no server yet, servers
-and clients take the model's own.
+counts once for each block that it holds or is loading, also with quantized weights, until it is leaving. Only servers
+of the same weights count, and where blocks are pinned to a peer, only that peer. If two dtypes are equal in this, the
+model's own wins if it is one of them, else the more precise one. Where there is no server yet, servers and clients take
+the model's own.
 """
 
 from __future__ import annotations
