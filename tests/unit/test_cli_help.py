@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -22,6 +23,44 @@ def test_help_is_quick_because_it_imports_nothing_slow():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert all(command in done.stdout for command in ("demo", "serve", "dht", "generate", "chat", "status"))
+
+
+def test_what_is_wrong_at_first_sight_is_refused_before_anything_slow_is_imported(tmp_path):
+    peer = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
+    (tmp_path / "no-model").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    refused = {
+        "not the address of a peer": [
+            *(["serve", "m"], ["generate", "m", "hi"], ["chat", "m"], ["status"], ["dht"]),
+        ],
+        "there is no folder ./nowhere": [
+            *(["serve", "./nowhere"], ["generate", "./nowhere", "hi"], ["chat", "./nowhere"], ["status", "./nowhere"]),
+            *(["serve", "model", "--adapter", "./nowhere"], ["generate", "model", "hi", "--adapter", "./nowhere"]),
+        ],
+        "no-model has no config.json": [["serve", "no-model"], ["generate", "no-model", "hi"], ["chat", "no-model"]],
+        "not an IP address to listen on": [["serve", "model", "--host", "localhost"], ["dht", "--host", "localhost"]],
+        "not an address to announce": [["serve", "model", "--announce", "here"], ["dht", "--announce", "here"]],
+        "not the address of a peer: 'a-relay'": [["serve", "model", "--relay", "a-relay"]],
+    }
+    program = (
+        "import json, sys\nfrom shoal.cli import run\n"
+        "for command in json.loads(sys.argv[1]):\n    print(run(command))\n"
+        f"print([name for name in {SLOW} if name in sys.modules])"
+    )
+    commands = [
+        (error, [*command, "--initial-peers", "127.0.0.1:31337" if error == "not the address of a peer" else peer])
+        for error, of_error in refused.items()
+        for command in of_error
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps([command for _, command in commands])],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["1"] * len(commands) + ["[]"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for (expected, command), error in zip(commands, errors, strict=True):
+        assert expected in error, command
 
 
 def test_several_peers_may_follow_one_option():

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli.console import WrongUsage
+from shoal.model.places import check_model, folder_of
 
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
@@ -172,14 +173,23 @@ def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
-    """The same, where there must be some."""
+    """The same, where there must be some. Raises `UserError` for what is no address."""
+    from shoal.net.addresses import check_peers
+
     peers = peers_of(initial_peers)
     if not peers:
         raise WrongUsage(
             "which swarm? No --initial-peers are given",
             hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
         )
-    return peers
+    return check_peers(peers)
+
+
+def check_places(model: str, adapter: str | None) -> None:
+    """Raises `UserError` for a model and an adapter that cannot be there, before anything slow is imported."""
+    check_model(model)
+    if adapter is not None:
+        folder_of(adapter)
 
 
 def pins(given: Sequence[str] | None) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,11 +14,12 @@ from shoal.cli.console import WrongUsage, hush_transformers, start_logging, wait
 from shoal.cli.identity import identity_file
 from shoal.cli.invitation import invitation
 from shoal.cli.lifetime import end_with_parent, run_until_signalled
+from shoal.model.places import check_model, folder_of
+from shoal.net import NetworkConfig, check_addresses
 from shoal.server.shares import Shares
 from shoal.spans import Span
 
 if TYPE_CHECKING:
-    from shoal.net import NetworkConfig
     from shoal.server.config import ServerConfig
     from shoal.server.server import Server
 
@@ -116,24 +118,22 @@ def command(
     if blocks is not None and num_blocks is not None:
         raise WrongUsage("--blocks and --num-blocks exclude each other", hint="--blocks 0:8 says which and how many")
     span = _parse_span(blocks)
+    network = NetworkConfig(
+        initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
+    )
+    check_addresses(network)
+    check_model(model)
+    for each in adapter or ():
+        folder_of(each)
 
     with waiting("Importing PyTorch and Transformers"):
         import torch
 
-        from shoal.net import NetworkConfig
         from shoal.server.config import ServerConfig
         from shoal.server.server import serve  # noqa: F401 - slow, so it is named while it is awaited
 
         hush_transformers()
     with identity_file(identity, kind="serve") as path:
-        network = NetworkConfig(
-            initial_peers=peers,
-            identity=path,
-            host=host,
-            port=port,
-            announce=tuple(announce or ()),
-            relays=tuple(relay or ()),
-        )
         config = ServerConfig(
             model=model,
             revision=revision,
@@ -159,7 +159,7 @@ def command(
             allow_uncertified=allow_uncertified,
         )
         torch.set_num_threads(1)  # of this thread, the event loop's: see shoal.server.executor
-        run_until_signalled(_serve(config, network))
+        run_until_signalled(_serve(config, replace(network, identity=path)))
 
 
 async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
