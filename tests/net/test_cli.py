@@ -77,7 +77,7 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
 
 
 def serve(children: Children, name: str, *arguments: str) -> Child:
-    options = ("--name", name, "--host", "127.0.0.1", "--dtype", "float32", "--cache-tokens", "4096")
+    options = ("--name", name, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096")
     return children.start(name, "serve", str(STORIES), *options, *arguments)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from shoal.cli import run
 from shoal.cli.console import WrongUsage
-from shoal.cli.options import peers_of, pins, sampling, spread_peers, swarm_peers
+from shoal.cli.options import peers_of, pins, sampling, server_name, spread_peers, swarm_peers
 
 A, B = "/ip4/127.0.0.1/tcp/1/p2p/A", "/ip4/127.0.0.1/tcp/2/p2p/B"
 SLOW = ("torch", "transformers", "hivemind", "huggingface_hub")
@@ -23,6 +25,40 @@ def test_help_is_quick_because_it_imports_nothing_slow():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert all(command in done.stdout for command in ("demo", "serve", "dht", "generate", "chat", "status"))
+
+
+def test_shoal_alone_prints_its_help_as_it_is_and_is_wrong_usage(capsys):
+    assert run([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert run(["--help"]) == 0
+    assert err == capsys.readouterr().out
+    assert "\nCommands:\n  demo " in err
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("shoal st", {"status"}), ("shoal serve m --dtype f", {"float32", "float16"})]
+)
+def test_a_shell_completes_commands_and_options_without_importing_anything_slow(words, found):
+    program = (
+        "import atexit, sys\nfrom shoal.cli import main\n"
+        f"atexit.register(lambda: print([name for name in {SLOW} if name in sys.modules]))\nmain([])"
+    )
+    asked = {"_SHOAL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | asked, capture_output=True, text=True, timeout=60, check=True
+    )
+    *completions, slow = done.stdout.splitlines()
+    assert set(completions) == found
+    assert slow == "[]"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_of_a_shell_can_be_shown(capsys, shell):
+    with pytest.raises(SystemExit) as ended:
+        run(["--show-completion", shell])
+    assert ended.value.code == 0
+    assert "_SHOAL_COMPLETE" in capsys.readouterr().out
 
 
 def test_what_is_wrong_at_first_sight_is_refused_before_anything_slow_is_imported(tmp_path):
@@ -92,6 +128,22 @@ def test_peers_come_from_the_options_or_else_from_the_environment(monkeypatch):
     assert peers_of(None) == ()
     with pytest.raises(WrongUsage, match="which swarm"):
         swarm_peers(None)
+
+
+def test_a_server_is_called_like_its_host_unless_it_is_told_otherwise():
+    assert server_name(None, "alpha.example.org") == "alpha"
+    assert server_name("beta", "alpha") == "beta"
+    assert server_name("", "alpha") == ""
+    assert server_name(None, "") == ""
+    assert server_name(None, "a\x1b[31m" + "b" * 100) == "a[31m" + "b" * 27
+
+
+def test_a_name_that_no_peer_would_accept_is_refused():
+    assert len(server_name("n" * 128, "alpha")) == 128
+    with pytest.raises(WrongUsage, match="a name of 129 characters"):
+        server_name("n" * 129, "alpha")
+    with pytest.raises(WrongUsage, match="control characters"):
+        server_name("a\x1b[31m", "alpha")
 
 
 def test_text_is_greedy_unless_chance_is_asked_for():

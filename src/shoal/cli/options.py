@@ -15,10 +15,13 @@ from shoal.cli.console import WrongUsage
 from shoal.model.places import check_model, folder_of
 
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
+MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
+MOST_OF_HOST = 32
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
 
 
 class Device(StrEnum):
+    auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
     mps = "mps"
@@ -190,6 +193,22 @@ def check_places(model: str, adapter: str | None) -> None:
     check_model(model)
     if adapter is not None:
         folder_of(adapter)
+
+
+def server_name(given: str | None, host: str) -> str:
+    """What a server is called: as it was told, or like its host, `host`, as far as that can be shown.
+
+    Raises `WrongUsage` for a name that no peer would accept.
+    """
+    if given is None:
+        short = host.partition(".")[0]
+        return "".join(letter for letter in short if letter.isprintable())[:MOST_OF_HOST]
+    if len(given) > MOST_OF_NAME or not given.isprintable():
+        raise WrongUsage(
+            f"a name of {len(given)} characters" if given.isprintable() else "a name with control characters",
+            hint=f"--name takes up to {MOST_OF_NAME} printable characters",
+        )
+    return given
 
 
 def pins(given: Sequence[str] | None) -> dict[str, str]:

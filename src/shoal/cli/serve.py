@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,8 +36,11 @@ def command(
         int | None, typer.Option(min=1, metavar="N", help="So many blocks. Default: as many as fit into memory.")
     ] = None,
     device: Annotated[
-        options.Device, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda or mps.")
-    ] = options.Device.cpu,
+        options.Device,
+        typer.Option(
+            metavar="DEVICE", help="Where to compute: cpu, cuda or mps (untested); auto is cuda if it is there."
+        ),
+    ] = options.Device.auto,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads of the processor to compute with; all by default.")
     ] = None,
@@ -87,7 +91,9 @@ def command(
         float,
         typer.Option(min=0.0, metavar="SECONDS", help="At the end, leave clients so long to go on elsewhere."),
     ] = 30.0,
-    name: Annotated[str, typer.Option(metavar="NAME", help="What people shall call this server.")] = "",
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What people shall call this server. Default: this host's name.")
+    ] = None,
     host: options.Host = "0.0.0.0",  # noqa: S104
     port: options.Port = 0,
     identity: options.IdentityFile = None,
@@ -117,7 +123,7 @@ def command(
         )
     if blocks is not None and num_blocks is not None:
         raise WrongUsage("--blocks and --num-blocks exclude each other", hint="--blocks 0:8 says which and how many")
-    span = _parse_span(blocks)
+    span, called = _parse_span(blocks), options.server_name(name, socket.gethostname())
     network = NetworkConfig(
         initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
     )
@@ -130,6 +136,7 @@ def command(
         import torch
 
         from shoal.server.config import ServerConfig
+        from shoal.server.fit import choose_device
         from shoal.server.server import serve  # noqa: F401 - slow, so it is named while it is awaited
 
         hush_transformers()
@@ -139,7 +146,7 @@ def command(
             revision=revision,
             blocks=span,
             num_blocks=num_blocks,
-            device=device.value,
+            device=choose_device(device.value).type,
             num_threads=threads or torch.get_num_threads(),
             dtype=dtype.value,
             quantization=quantization.value,
@@ -155,7 +162,7 @@ def command(
             adapters=tuple(adapter or ()),
             serve_head=serve_head,
             drain_seconds=drain_timeout,
-            name=name,
+            name=called,
             allow_uncertified=allow_uncertified,
         )
         torch.set_num_threads(1)  # of this thread, the event loop's: see shoal.server.executor

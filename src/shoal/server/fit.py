@@ -79,8 +79,21 @@ def choose_blocks(
     return span
 
 
+def default_device(*, cuda: bool) -> str:
+    """Where to compute on a machine that has this: a GPU if there is one.
+
+    Apple's GPUs are not chosen without being asked for, because nothing of shoal has been tested on them.
+    """
+    return "cuda" if cuda else "cpu"
+
+
 def choose_device(name: str) -> torch.device:
-    """The device that was asked for. Raises `UserError` if this machine, or its PyTorch, has none."""
+    """The device that was asked for; "auto" is the first that `default_device` finds.
+
+    Raises `UserError` if this machine, or its PyTorch, has none.
+    """
+    if name == "auto":
+        name = default_device(cuda=torch.cuda.is_available())
     device = torch.device(name)
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not usable.get(device.type, False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -46,6 +47,8 @@ from shoal.server.scheduler import Pace
 from shoal.server.throughput import Speeds, speeds_of
 from shoal.spans import ServerInfo, ServerState
 from shoal.tensors import LOSSY
+
+log = logging.getLogger(__name__)
 
 VERSION = importlib.metadata.version("shoal")
 ASSUMED_SPEED = 1.0
@@ -92,6 +95,7 @@ async def serve(
         report(Phase.FINGERPRINTING)
         fingerprint = await executor.run(lambda: checkpoint.fingerprint)
         dtype = join_dtype(config.dtype, checkpoint, view)
+        log.info("computing in %s on %s", dtype, device)
         span = choose_blocks(config, checkpoint, view, dtype, device)
         joining = ServerInfo(
             peer=node.transport.peer,
