@@ -70,7 +70,8 @@ def not_read(name: str, file: str, *, place: str | Path) -> CheckpointError:
     if file.endswith(GGUF):
         hint = (
             f"convert it once, after `pip install gguf`: AutoModelForCausalLM.from_pretrained({str(place)!r}, "
-            f"gguf_file={file!r}, dtype='bfloat16').save_pretrained(FOLDER), and its tokenizer in the same way with "
-            "AutoTokenizer; or name the model that it was made from"
+            f"gguf_file={file!r}, quantization_config=GgufConfig(dequantize=True), dtype='bfloat16')"
+            f".save_pretrained(FOLDER), and AutoTokenizer.from_pretrained({str(place)!r}, gguf_file={file!r})"
+            ".save_pretrained(FOLDER); or name the model that it was made from"
         )
     return CheckpointError(f"{name} has its weights in {file}, and only {SINGLE_FILE} (or {INDEX}) is read", hint=hint)
