@@ -154,7 +154,8 @@ def test_generate_says_what_the_whole_model_says(shoal, peers, second):
         ("second", "6:12"),
     ]
 
-    streamed = shoal(*command, "-", stdin=PROMPT)
+    in_the_swarms_dtype = ("generate", str(STORIES), "--max-new-tokens", "16")
+    streamed = shoal(*in_the_swarms_dtype, "-", stdin=PROMPT)
     assert streamed.code == 0
     assert streamed.out == expected + "\n"
     assert "through first 0:6, second 6:12" in streamed.err

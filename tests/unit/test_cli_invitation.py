@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from shoal.cli.invitation import invitation
+from shoal.cli.serve import describe
+from shoal.net.transport import ModelInfo
 from shoal.server.config import ServerConfig
+from shoal.spans import ServerInfo, ServerState, Span
 
 ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/A"
 
@@ -16,6 +21,19 @@ def commands(config: ServerConfig) -> tuple[list[str], list[str]]:
     """What follows `shoal`, for joining and for using."""
     join, use = (line.strip() for line in invitation(config, ADDRESS) if line.startswith("  shoal "))
     return shlex.split(join)[1:], shlex.split(use)[1:]
+
+
+def test_a_server_that_is_ready_prints_both_with_the_dtype_that_it_was_told():
+    info = ServerInfo(
+        peer="A", span=Span(0, 4), state=ServerState.ONLINE, fingerprint="f" * 32, decode_speed=1.0, prefill_speed=1.0,
+        cache_tokens_left=0, dtype="float32", quantization="none", version="0.1.0", addresses=(ADDRESS,),
+    )  # fmt: skip
+    ready: Any = SimpleNamespace(
+        info=info, model=ModelInfo("key", "name", "llama", 4), engine=SimpleNamespace(cache_tokens=64)
+    )
+    lines = describe(ready, ServerConfig(model="org/model", dtype="float32")).splitlines()
+    assert f"  shoal serve org/model --dtype float32 --initial-peers {ADDRESS}" in lines
+    assert f'  shoal generate org/model --dtype float32 "Once upon a time" --initial-peers {ADDRESS}' in lines
 
 
 def test_without_options_they_are_short():
