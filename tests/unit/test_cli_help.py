@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from shoal.cli import run
 from shoal.cli.console import WrongUsage
 from shoal.cli.options import peers_of, pins, sampling, server_name, spread_peers, swarm_peers
 
@@ -27,13 +26,18 @@ def test_help_is_quick_because_it_imports_nothing_slow():
     assert all(command in done.stdout for command in ("demo", "serve", "dht", "generate", "chat", "status"))
 
 
-def test_shoal_alone_prints_its_help_as_it_is_and_is_wrong_usage(capsys):
-    assert run([]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert run(["--help"]) == 0
-    assert err == capsys.readouterr().out
-    assert "\nCommands:\n  demo " in err
+def shoal(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own: it changes how this one logs."""
+    return subprocess.run(
+        [sys.executable, "-m", "shoal", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_shoal_alone_prints_its_help_as_it_is_and_is_wrong_usage():
+    alone, asked = shoal(), shoal("--help")
+    assert (alone.returncode, asked.returncode) == (2, 0)
+    assert (alone.stdout, alone.stderr) == ("", asked.stdout)
+    assert "\nCommands:\n  demo " in alone.stderr
 
 
 @pytest.mark.parametrize(
@@ -54,11 +58,10 @@ def test_a_shell_completes_commands_and_options_without_importing_anything_slow(
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_completion_of_a_shell_can_be_shown(capsys, shell):
-    with pytest.raises(SystemExit) as ended:
-        run(["--show-completion", shell])
-    assert ended.value.code == 0
-    assert "_SHOAL_COMPLETE" in capsys.readouterr().out
+def test_the_completion_of_a_shell_can_be_shown(shell):
+    done = shoal("--show-completion", shell)
+    assert done.returncode == 0
+    assert "_SHOAL_COMPLETE" in done.stdout
 
 
 def test_what_is_wrong_at_first_sight_is_refused_before_anything_slow_is_imported(tmp_path):
