@@ -41,7 +41,8 @@ def _only_on(core: int) -> Iterator[None]:
 
 
 def _start(stack: contextlib.ExitStack, model: Path, span: str, *options: str) -> str:
-    command = [sys.executable, "-m", "shoal", "serve", str(model), "--host", "127.0.0.1", "--blocks", span, *options]
+    placed = ("--host", "127.0.0.1", "--device", "cpu", "--blocks", span)
+    command = [sys.executable, "-m", "shoal", "serve", str(model), *placed, *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     stack.callback(server.wait)
     stack.callback(server.terminate)

@@ -8,6 +8,7 @@ model.generate(**inputs, max_new_tokens=20)
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ __all__ = [
     "UnsupportedOperation",
     "UserError",
 ]
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Not that bitsandbytes lacks a kernel that it can do without, which it says whenever PEFT imports it."""
+    return "kernels-community" not in record.getMessage()
+
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
 
 
 def __getattr__(name: str) -> Any:

@@ -77,7 +77,7 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
 
 
 def serve(children: Children, name: str, *arguments: str) -> Child:
-    options = ("--name", name, "--host", "127.0.0.1", "--dtype", "float32", "--cache-tokens", "4096")
+    options = ("--name", name, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096")
     return children.start(name, "serve", str(STORIES), *options, *arguments)
 
 
@@ -154,7 +154,8 @@ def test_generate_says_what_the_whole_model_says(shoal, peers, second):
         ("second", "6:12"),
     ]
 
-    streamed = shoal(*command, "-", stdin=PROMPT)
+    in_the_swarms_dtype = ("generate", str(STORIES), "--max-new-tokens", "16")
+    streamed = shoal(*in_the_swarms_dtype, "-", stdin=PROMPT)
     assert streamed.code == 0
     assert streamed.out == expected + "\n"
     assert "through first 0:6, second 6:12" in streamed.err
@@ -222,8 +223,11 @@ def test_blocks_that_are_pinned_to_a_peer_without_them_fail_in_two_lines(shoal, 
 
 
 def test_a_model_that_the_swarm_does_not_know_is_an_error_that_says_what_it_knows(shoal, peers):
-    done = shoal("status", "./nowhere")
-    assert (done.code, done.err) == (1, "error: this swarm serves no model called ./nowhere\nhint: it serves stories\n")
+    done = shoal("status", "not a model")
+    assert (done.code, done.err) == (
+        1,
+        "error: this swarm serves no model called not a model\nhint: it serves stories\n",
+    )
 
 
 def test_a_bootstrap_node_joins_and_lets_others_join(children, shoal, peers):

@@ -48,7 +48,7 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a swarm that serves the bundled model in two halves."""
     with pytest.MonkeyPatch.context() as patch, Children() as children:
         patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        options = ("--host", "127.0.0.1", "--dtype", "float32", "--cache-tokens", "4096")
+        options = ("--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096")
         first = children.start("first", "serve", str(STORIES), "--new-swarm", "--blocks", "0:6", *options)
         for _ in children.wait_for([first], seconds=SECONDS):
             pass

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from shoal.cli.console import WrongUsage
-from shoal.cli.options import peers_of, pins, sampling, spread_peers, swarm_peers
+from shoal.cli.options import peers_of, pins, sampling, server_name, spread_peers, swarm_peers
 
 A, B = "/ip4/127.0.0.1/tcp/1/p2p/A", "/ip4/127.0.0.1/tcp/2/p2p/B"
 SLOW = ("torch", "transformers", "hivemind", "huggingface_hub")
@@ -22,6 +24,82 @@ def test_help_is_quick_because_it_imports_nothing_slow():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert all(command in done.stdout for command in ("demo", "serve", "dht", "generate", "chat", "status"))
+
+
+def shoal(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own: it changes how this one logs."""
+    return subprocess.run(
+        [sys.executable, "-m", "shoal", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_shoal_alone_prints_its_help_as_it_is_and_is_wrong_usage():
+    alone, asked = shoal(), shoal("--help")
+    assert (alone.returncode, asked.returncode) == (2, 0)
+    assert (alone.stdout, alone.stderr) == ("", asked.stdout)
+    assert "\nCommands:\n  demo " in alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("shoal st", {"status"}), ("shoal serve m --dtype f", {"float32", "float16"})]
+)
+def test_a_shell_completes_commands_and_options_without_importing_anything_slow(words, found):
+    program = (
+        "import atexit, sys\nfrom shoal.cli import main\n"
+        f"atexit.register(lambda: print([name for name in {SLOW} if name in sys.modules]))\nmain([])"
+    )
+    asked = {"_SHOAL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | asked, capture_output=True, text=True, timeout=60, check=True
+    )
+    *completions, slow = done.stdout.splitlines()
+    assert set(completions) == found
+    assert slow == "[]"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_of_a_shell_can_be_shown(shell):
+    done = shoal("--show-completion", shell)
+    assert done.returncode == 0
+    assert "_SHOAL_COMPLETE" in done.stdout
+
+
+def test_what_is_wrong_at_first_sight_is_refused_before_anything_slow_is_imported(tmp_path):
+    peer = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
+    (tmp_path / "no-model").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    refused = {
+        "not the address of a peer": [
+            *(["serve", "m"], ["generate", "m", "hi"], ["chat", "m"], ["status"], ["dht"]),
+        ],
+        "there is no folder ./nowhere": [
+            *(["serve", "./nowhere"], ["generate", "./nowhere", "hi"], ["chat", "./nowhere"], ["status", "./nowhere"]),
+            *(["serve", "model", "--adapter", "./nowhere"], ["generate", "model", "hi", "--adapter", "./nowhere"]),
+        ],
+        "no-model has no config.json": [["serve", "no-model"], ["generate", "no-model", "hi"], ["chat", "no-model"]],
+        "not an IP address to listen on": [["serve", "model", "--host", "localhost"], ["dht", "--host", "localhost"]],
+        "not an address to announce": [["serve", "model", "--announce", "here"], ["dht", "--announce", "here"]],
+        "not the address of a peer: 'a-relay'": [["serve", "model", "--relay", "a-relay"]],
+    }
+    program = (
+        "import json, sys\nfrom shoal.cli import run\n"
+        "for command in json.loads(sys.argv[1]):\n    print(run(command))\n"
+        f"print([name for name in {SLOW} if name in sys.modules])"
+    )
+    commands = [
+        (error, [*command, "--initial-peers", "127.0.0.1:31337" if error == "not the address of a peer" else peer])
+        for error, of_error in refused.items()
+        for command in of_error
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps([command for _, command in commands])],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["1"] * len(commands) + ["[]"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for (expected, command), error in zip(commands, errors, strict=True):
+        assert expected in error, command
 
 
 def test_several_peers_may_follow_one_option():
@@ -53,6 +131,22 @@ def test_peers_come_from_the_options_or_else_from_the_environment(monkeypatch):
     assert peers_of(None) == ()
     with pytest.raises(WrongUsage, match="which swarm"):
         swarm_peers(None)
+
+
+def test_a_server_is_called_like_its_host_unless_it_is_told_otherwise():
+    assert server_name(None, "alpha.example.org") == "alpha"
+    assert server_name("beta", "alpha") == "beta"
+    assert server_name("", "alpha") == ""
+    assert server_name(None, "") == ""
+    assert server_name(None, "a\x1b[31m" + "b" * 100) == "a[31m" + "b" * 27
+
+
+def test_a_name_that_no_peer_would_accept_is_refused():
+    assert len(server_name("n" * 128, "alpha")) == 128
+    with pytest.raises(WrongUsage, match="a name of 129 characters"):
+        server_name("n" * 129, "alpha")
+    with pytest.raises(WrongUsage, match="control characters"):
+        server_name("a\x1b[31m", "alpha")
 
 
 def test_text_is_greedy_unless_chance_is_asked_for():

@@ -68,7 +68,15 @@ def test_what_all_servers_share_is_said_once_and_the_rest_in_columns():
     assert same.count("bfloat16") == 1
     differing = picture(server("a", "0:4"), replace(server("b", "4:8"), dtype="float32", quantization="nf4"))
     assert "float32, nf4" in differing
-    assert differing.count("bfloat16") == 1
+    assert differing.count("bfloat16") == 2  # in the column, and in the line that says who differs
+
+
+def test_servers_that_compute_in_different_dtypes_are_named_in_one_line():
+    line = "servers of equal weights compute differently: bfloat16: a; float32: b"
+    assert line in picture(server("a", "0:4"), replace(server("b", "4:8"), dtype="float32")).splitlines()
+    assert "differently" not in picture(server("a", "0:4"), server("b", "4:8"))
+    other_weights = replace(server("b", "4:8"), dtype="float32", fingerprint="0" * 32)
+    assert "differently" not in picture(server("a", "0:4"), other_weights)
 
 
 def test_queues_and_heads_are_shown_where_there_are_any():

@@ -135,6 +135,8 @@ def test_what_was_downloaded_works_without_the_hub(hub: FakeHub, tmp_path: Path,
     if facts == "kept":
         with pytest.raises(UserError, match="cannot reach the hub at http"):
             offline.block_tensors(Span(3, 4))
+    with pytest.raises(UserError, match=r"cannot reach the hub .* there is no folder of this name"):
+        Checkpoint.open("someone/never-seen")
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,6 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 app = typer.Typer(
     name="shoal",
     help="One large language model on many ordinary machines that come and go.",
-    no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -39,14 +37,17 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _shoal(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave."),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(WRONG_USAGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -54,6 +54,7 @@ def command(
     """
     start_logging(verbose=verbose)
     peers = options.swarm_peers(initial_peers)
+    options.check_places(model, adapter)
     chosen = options.sampling(temperature, top_p, top_k, seed)
     with connected(
         model,

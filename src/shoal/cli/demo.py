@@ -71,6 +71,7 @@ def _demonstrate(
     """The demo itself; returns whether the swarm said what the whole model says."""
     stdout.print(f"A swarm of {num_servers} servers and a bootstrap node, each a process of its own", style="bold")
     local = ("--host", "127.0.0.1")
+    computing = ("--dtype", "float32", "--device", "cpu")  # as the whole model does, to which the story is compared
     with waiting("Starting a bootstrap node, and importing PyTorch") as wait:
         bootstrap = children.start("bootstrap", "dht", *local, "--identity", str(children.folder / "bootstrap"))
         import torch
@@ -87,7 +88,7 @@ def _demonstrate(
         address = bootstrap.facts["address"]
         holders = [
             children.start(
-                *(name, "serve", str(STORIES), "--name", name, "--blocks", str(span), "--dtype", "float32", *local),
+                *(name, "serve", str(STORIES), "--name", name, "--blocks", str(span), *computing, *local),
                 *("--initial-peers", address, "--identity", str(children.folder / name)),
             )
             for name, span in plan(num_servers)

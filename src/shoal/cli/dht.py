@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,18 +41,18 @@ def command(
     start_logging(verbose=verbose, default="warning")
     if exit_with_stdin:
         end_with_parent()
-    from shoal.net import NetworkConfig
+    from shoal.net import NetworkConfig, check_addresses
 
+    network = NetworkConfig(
+        initial_peers=options.peers_of(initial_peers),
+        host=host,
+        port=port,
+        announce=tuple(announce or ()),
+        serve_relay=serve_relay,
+    )
+    check_addresses(network)
     with identity_file(identity, kind="dht") as path:
-        network = NetworkConfig(
-            initial_peers=options.peers_of(initial_peers),
-            identity=path,
-            host=host,
-            port=port,
-            announce=tuple(announce or ()),
-            serve_relay=serve_relay,
-        )
-        run_until_signalled(_keep(network))
+        run_until_signalled(_keep(replace(network, identity=path)))
 
 
 async def _keep(network: NetworkConfig) -> None:

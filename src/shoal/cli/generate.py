@@ -52,6 +52,7 @@ def command(
     """
     start_logging(verbose=verbose)
     peers = options.swarm_peers(initial_peers)
+    options.check_places(model, adapter)
     if prompt == "-":
         prompt = sys.stdin.read()
     chosen = options.sampling(temperature, top_p, top_k, seed, num_beams)

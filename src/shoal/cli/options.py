@@ -12,12 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli.console import WrongUsage
+from shoal.model.places import check_model, folder_of
 
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
+MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
+MOST_OF_HOST = 32
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
 
 
 class Device(StrEnum):
+    auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
     mps = "mps"
@@ -108,7 +112,12 @@ TopP = Annotated[
 TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="Sample from so many of the likeliest tokens.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed samples the same text.")]
 ClientDType = Annotated[
-    DType, typer.Option("--dtype", metavar="DTYPE", help=f"What to compute in here, and to send: {DTYPES}.")
+    DType,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help=f"What to compute in here, and to send: {DTYPES}; auto is what the swarm computes in.",
+    ),
 ]
 OnTheWire = Annotated[
     Wire,
@@ -167,14 +176,39 @@ def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
-    """The same, where there must be some."""
+    """The same, where there must be some. Raises `UserError` for what is no address."""
+    from shoal.net.addresses import check_peers
+
     peers = peers_of(initial_peers)
     if not peers:
         raise WrongUsage(
             "which swarm? No --initial-peers are given",
             hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
         )
-    return peers
+    return check_peers(peers)
+
+
+def check_places(model: str, adapter: str | None) -> None:
+    """Raises `UserError` for a model and an adapter that cannot be there, before anything slow is imported."""
+    check_model(model)
+    if adapter is not None:
+        folder_of(adapter)
+
+
+def server_name(given: str | None, host: str) -> str:
+    """What a server is called: as it was told, or like its host, `host`, as far as that can be shown.
+
+    Raises `WrongUsage` for a name that no peer would accept.
+    """
+    if given is None:
+        short = host.partition(".")[0]
+        return "".join(letter for letter in short if letter.isprintable())[:MOST_OF_HOST]
+    if len(given) > MOST_OF_NAME or not given.isprintable():
+        raise WrongUsage(
+            f"a name of {len(given)} characters" if given.isprintable() else "a name with control characters",
+            hint=f"--name takes up to {MOST_OF_NAME} printable characters",
+        )
+    return given
 
 
 def pins(given: Sequence[str] | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shoal.routing.dtypes import computes_in, mixture
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, ServerState
 
@@ -24,7 +25,7 @@ OTHER_COLUMNS = 60
 
 # What most swarms have in common is said once, above the table.
 _SHARED: dict[str, Callable[[ServerInfo], str]] = {
-    "dtype": lambda server: server.dtype + ("" if server.quantization == "none" else f", {server.quantization}"),
+    "dtype": computes_in,
     "weights": lambda server: server.fingerprint[:8],
     "version": lambda server: server.version,
 }
@@ -52,6 +53,8 @@ def render(model: ModelInfo, view: SwarmView, *, width: int) -> Iterator[Rendera
     yield _table(view, columns, num_cells=min(view.num_blocks, WIDEST_PICTURE, max(8, width - OTHER_COLUMNS)))
     yield _coverage(online)
     yield _verdict(view)
+    if (found := mixture(view.servers)) is not None:
+        yield Text(f"servers of equal weights compute differently: {found}", style="yellow")
 
 
 def _table(view: SwarmView, columns: Mapping[str, Callable[[ServerInfo], str]], *, num_cells: int) -> Table:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
+import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,16 +13,16 @@ import typer
 from shoal.cli import options
 from shoal.cli.console import WrongUsage, hush_transformers, start_logging, waiting
 from shoal.cli.identity import identity_file
+from shoal.cli.invitation import invitation
 from shoal.cli.lifetime import end_with_parent, run_until_signalled
+from shoal.model.places import check_model, folder_of
+from shoal.net import NetworkConfig, check_addresses
 from shoal.server.shares import Shares
 from shoal.spans import Span
 
 if TYPE_CHECKING:
-    from shoal.net import NetworkConfig
     from shoal.server.config import ServerConfig
     from shoal.server.server import Server
-
-EXAMPLE_PROMPT = "Once upon a time"
 
 
 def command(
@@ -35,13 +36,19 @@ def command(
         int | None, typer.Option(min=1, metavar="N", help="So many blocks. Default: as many as fit into memory.")
     ] = None,
     device: Annotated[
-        options.Device, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda or mps.")
-    ] = options.Device.cpu,
+        options.Device,
+        typer.Option(
+            metavar="DEVICE", help="Where to compute: cpu, cuda or mps (untested); auto is cuda if it is there."
+        ),
+    ] = options.Device.auto,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads of the processor to compute with; all by default.")
     ] = None,
     dtype: Annotated[
-        options.DType, typer.Option(metavar="DTYPE", help=f"What to compute in: {options.DTYPES}.")
+        options.DType,
+        typer.Option(
+            metavar="DTYPE", help=f"What to compute in: {options.DTYPES}; auto is what the swarm computes in."
+        ),
     ] = options.DType.auto,
     quantization: Annotated[
         options.Quantization,
@@ -84,7 +91,9 @@ def command(
         float,
         typer.Option(min=0.0, metavar="SECONDS", help="At the end, leave clients so long to go on elsewhere."),
     ] = 30.0,
-    name: Annotated[str, typer.Option(metavar="NAME", help="What people shall call this server.")] = "",
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What people shall call this server. Default: this host's name.")
+    ] = None,
     host: options.Host = "0.0.0.0",  # noqa: S104
     port: options.Port = 0,
     identity: options.IdentityFile = None,
@@ -114,31 +123,30 @@ def command(
         )
     if blocks is not None and num_blocks is not None:
         raise WrongUsage("--blocks and --num-blocks exclude each other", hint="--blocks 0:8 says which and how many")
-    span = _parse_span(blocks)
+    span, called = _parse_span(blocks), options.server_name(name, socket.gethostname())
+    network = NetworkConfig(
+        initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
+    )
+    check_addresses(network)
+    check_model(model)
+    for each in adapter or ():
+        folder_of(each)
 
     with waiting("Importing PyTorch and Transformers"):
         import torch
 
-        from shoal.net import NetworkConfig
         from shoal.server.config import ServerConfig
+        from shoal.server.fit import choose_device
         from shoal.server.server import serve  # noqa: F401 - slow, so it is named while it is awaited
 
         hush_transformers()
     with identity_file(identity, kind="serve") as path:
-        network = NetworkConfig(
-            initial_peers=peers,
-            identity=path,
-            host=host,
-            port=port,
-            announce=tuple(announce or ()),
-            relays=tuple(relay or ()),
-        )
         config = ServerConfig(
             model=model,
             revision=revision,
             blocks=span,
             num_blocks=num_blocks,
-            device=device.value,
+            device=choose_device(device.value).type,
             num_threads=threads or torch.get_num_threads(),
             dtype=dtype.value,
             quantization=quantization.value,
@@ -154,11 +162,11 @@ def command(
             adapters=tuple(adapter or ()),
             serve_head=serve_head,
             drain_seconds=drain_timeout,
-            name=name,
+            name=called,
             allow_uncertified=allow_uncertified,
         )
         torch.set_num_threads(1)  # of this thread, the event loop's: see shoal.server.executor
-        run_until_signalled(_serve(config, network))
+        run_until_signalled(_serve(config, replace(network, identity=path)))
 
 
 async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
@@ -180,9 +188,6 @@ async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
 def describe(server: Server, config: ServerConfig) -> str:
     """What a server says when it is ready: a line for each fact, and the commands with which others go on."""
     info, model = server.info, server.model
-    address = info.addresses[0]
-    model_argument = shlex.quote(config.model)
-    revision = f" --revision {shlex.quote(config.revision)}" if config.revision else ""
     facts = [
         ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
         ("blocks", f"{info.span} and the output head" if info.head else str(info.span)),
@@ -196,14 +201,7 @@ def describe(server: Server, config: ServerConfig) -> str:
         *(("address", each) for each in info.addresses),
     ]
     lines = [f"{fact:<10}{value}" for fact, value in facts]
-    lines += [
-        "",
-        "Join this swarm from another machine:",
-        f"  shoal serve {model_argument}{revision} --initial-peers {address}",
-        "Use the model:",
-        f'  shoal generate {model_argument}{revision} "{EXAMPLE_PROMPT}" --initial-peers {address}',
-        "",
-    ]
+    lines += ["", *invitation(config, info.addresses[0]), ""]
     if config.name:
         lines.insert(0, f"{'name':<10}{config.name}")
     return "\n".join(lines)

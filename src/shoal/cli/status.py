@@ -16,6 +16,8 @@ from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
 from shoal.cli.picture import render, render_route
 from shoal.errors import UserError
+from shoal.model.places import check_model, is_path
+from shoal.routing.dtypes import mixture
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import Span
 
@@ -46,6 +48,7 @@ class ModelStatus:
         return asdict(self.model) | {
             "complete": not missing,
             "missing": missing,
+            "mixture": mixture(self.view.servers),
             "missing_spans": format_blocks(missing).split(", ") if missing else [],
             "servers": servers,
             **({"route": None if self.route is None else _route_as_json(self.route)} if route else {}),
@@ -77,6 +80,8 @@ def command(
     """
     start_logging(verbose=verbose)
     peers = options.swarm_peers(initial_peers)
+    if model is not None and is_path(model):
+        check_model(model)
     with waiting("Asking the swarm"):
         found = asyncio.run(look(peers, model, route=route))
     if as_json:

@@ -242,6 +242,14 @@ class Chain:
         finally:
             self._under_way = self._under_way.without(route)
 
+    async def dtype(self, *, own: str) -> str | None:
+        """What the swarm computes in, None if it has no server yet; `own` is the model's dtype.
+
+        Raises `SwarmError` if the directory has never answered.
+        """
+        await self._picture.keep_fresh()
+        return self._picture.dtype(own=own)
+
     async def num_servers(self, span: Span) -> int:
         """How many servers share single passes on these blocks.
 

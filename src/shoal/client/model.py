@@ -106,9 +106,9 @@ class _AutoDistributed:
         `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them, in a list
         or in one string (by default those in $SHOAL_INITIAL_PEERS). `pinned={"0:4": PEER}` has these blocks computed by
         that server and no other; `chooser` says how the others are chosen, "shortest" or "nsga2" (`shoal.routing`).
-        `dtype` is what this side computes and sends in;
-        `wire` is how that travels: "raw" as it is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less
-        precisely.
+        `dtype` is what this side computes and sends in, by default what the servers compute in
+        (`shoal.routing.dtypes`), or the model's own dtype if there is none yet; `wire` is how that travels: "raw" as it
+        is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less precisely.
 
         What servers were sent is kept, so that others can take their place: `history` is how, "exact" or, less
         precisely, "bfloat16" or "int8", which may change what is generated after a failure. `history_memory` bytes of
@@ -213,14 +213,17 @@ class _AutoDistributed:
         known = inspect.signature(cls.from_pretrained).parameters
         model_config = changed_config(text_config(checkpoint.config), config_changes, known)
         model_class = cls._class_for(model_config)
-        chosen_dtype = dtype_of(dtype, model_config)
-        check_encoding(config.wire, checkpoint.family, chosen_dtype, "travel in")
-        check_encoding(config.history, checkpoint.family, chosen_dtype, "are kept as")
         check_top_k(config)
         check_mode(tuning_mode, pre_seq_len)
         check_pins(config, checkpoint.num_blocks)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
         chain = Chain(node, model_info, checkpoint.fingerprint, config)
+        chosen_dtype = dtype_of(dtype, model_config)
+        if dtype == "auto":
+            of_swarm = runtime.run(chain.dtype(own=str(chosen_dtype).removeprefix("torch.")))
+            chosen_dtype = dtype_of(of_swarm or chosen_dtype, model_config)
+        check_encoding(config.wire, checkpoint.family, chosen_dtype, "travel in")
+        check_encoding(config.history, checkpoint.family, chosen_dtype, "are kept as")
         blocks = RemoteBlocks(
             runtime,
             chain,

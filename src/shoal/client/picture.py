@@ -12,6 +12,7 @@ from shoal.client.config import ClientConfig
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.ping import distances
 from shoal.net.transport import ModelInfo, Node
+from shoal.routing.dtypes import mixture, swarm_dtype
 from shoal.routing.latency import RoundTrips
 from shoal.routing.view import SwarmView, format_blocks
 from shoal.spans import ServerInfo, Span
@@ -37,6 +38,7 @@ class Picture:
         self._met: set[str] = set()
         self._view: SwarmView | None = None
         self._viewed_at = float("-inf")
+        self._mixture: str | None = None
         self._refreshing = asyncio.Lock()
 
     def permit(self, config: ClientConfig) -> None:
@@ -69,6 +71,7 @@ class Picture:
             random.shuffle(servers)  # among equals, different clients take different servers
             self._view = SwarmView(self._model.num_blocks, tuple(servers), self._config.pinned)
             self.out_of_touch = None
+            self._say_mixture()
             await self._meet()
             self._viewed_at = now()
 
@@ -87,19 +90,35 @@ class Picture:
             if seconds is not None:
                 self._round_trips.measured(peer, seconds)
 
+    def _say_mixture(self) -> None:
+        """Log who computes in what, if servers that may be used differ, and again when that has changed."""
+        found = mixture(self._known().only(self._is_usable).servers)
+        if found is not None and found != self._mixture:
+            log.warning("servers of this model compute differently: %s", found)
+        self._mixture = found
+
+    def _known(self) -> SwarmView:
+        return self._view or SwarmView(self._model.num_blocks, pinned=self._config.pinned)
+
+    def _is_usable(self, server: ServerInfo) -> bool:
+        allowed, blocked = self._config.allowed_servers, self._config.blocked_servers
+        permitted = (allowed is None or server.peer in allowed) and server.peer not in blocked
+        return permitted and server.fingerprint == self._fingerprint
+
+    def dtype(self, *, own: str) -> str | None:
+        """What the servers that may be used compute in, those that are still loading among them; None without any.
+
+        `own` is the model's (`shoal.routing.dtypes`).
+        """
+        return swarm_dtype(self._known().only(self._is_usable), fingerprint=self._fingerprint, own=own)
+
     def known(self) -> SwarmView:
         """Those who say that they serve this model now."""
-        return (self._view or SwarmView(self._model.num_blocks, pinned=self._config.pinned)).online()
+        return self._known().online()
 
     def usable(self) -> SwarmView:
         """Of these, those with our weights whom the user permits."""
-        allowed, blocked = self._config.allowed_servers, self._config.blocked_servers
-
-        def usable(server: ServerInfo) -> bool:
-            permitted = (allowed is None or server.peer in allowed) and server.peer not in blocked
-            return permitted and server.fingerprint == self._fingerprint
-
-        return self.known().only(usable)
+        return self.known().only(self._is_usable)
 
     def missing(self, blocks: Sequence[int]) -> MissingBlocks:
         """Why none of the usable servers may compute these blocks."""

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoal.errors import CheckpointError, UnsupportedOperation, UserError
-from shoal.model.checkpoint import CONFIG, SINGLE_FILE
 from shoal.model.copying import NotPickled
+from shoal.model.places import CONFIG, SINGLE_FILE
 
 Versions = Mapping[str, tuple[tuple[int, ...], int]]
 

@@ -22,12 +22,10 @@ from shoal.model.families import Family, family_of, text_config
 from shoal.model.files import Files, LocalFiles
 from shoal.model.fingerprint import fingerprint, model_key
 from shoal.model.hub import open_repository
+from shoal.model.places import CONFIG, INDEX, SINGLE_FILE, folder_of, no_config, not_read
 from shoal.model.weights import TensorInfo, read_tensors
 from shoal.spans import Span
 
-CONFIG = "config.json"
-SINGLE_FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _NOT_READ = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ckpt")
 
 
@@ -61,9 +59,7 @@ class Checkpoint:
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         if CONFIG not in files:
-            raise CheckpointError(
-                f"{model} has no {CONFIG}", hint="is it the folder or the id of a Transformers model?"
-            )
+            raise no_config(model, files.listing())
         description = read_json(files, CONFIG)
         config = _read_config(files)
         family = family_of(config, allow_uncertified=allow_uncertified)
@@ -164,15 +160,10 @@ def find_files(
     local_files_only: bool = False,
 ) -> Files:
     """The files of a folder, or of a repository on the hub. Raises `UserError` if there is none."""
-    folder = Path(model).expanduser()
-    if model and folder.is_dir():
+    if (folder := folder_of(model)) is not None:
         return LocalFiles(folder, name=folder.resolve().name)
-    if model and folder.exists():
-        raise UserError(f"{model} is a file", hint="name the folder that the model's files are in")
-    if isinstance(model, Path) or model.startswith(("/", "./", "../", "~")):
-        raise UserError(f"there is no folder {model}")
     return open_repository(
-        model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        str(model), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
 
 
@@ -215,10 +206,7 @@ def _locate_tensors(files: Files) -> Mapping[str, str]:
     others = [file for file in files.listing() if file.endswith((*_NOT_READ, ".safetensors"))]
     if not others:
         raise CheckpointError(f"{files.name} has no weights: neither {SINGLE_FILE} nor {INDEX}")
-    raise CheckpointError(
-        f"{files.name} has its weights in {others[0]}, and only {SINGLE_FILE} (or {INDEX}) is read",
-        hint="convert them: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), if you trust it",
-    )
+    raise not_read(files.name, others[0], place=files.origin)
 
 
 def _is_plain_name(file: Any) -> bool:

@@ -227,8 +227,9 @@ def _explained(repo: str) -> Iterator[None]:
         raise UserError(f"{repo} has no such revision", hint=f"see {constants.ENDPOINT}/{repo}/commits") from error
     except (TransportError, OfflineModeIsEnabled, RevisionResolutionError, LocalEntryNotFoundError) as error:
         raise _HubUnreachable(
-            f"cannot reach the hub at {constants.ENDPOINT} for {repo}, and not all of it is in the cache",
-            hint="check the network, or name a local folder; a download goes on where it stopped",
+            f"cannot reach the hub at {constants.ENDPOINT} for {repo}: there is no folder of this name, and not all of "
+            "it is in the cache",
+            hint="check the network, or the path if you mean a folder; a download goes on where it stopped",
         ) from error
     except EntryNotFoundError as error:
         raise CheckpointError(f"{repo} lacks a file that it lists", hint="try again: it may have changed") from error

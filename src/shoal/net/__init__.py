@@ -37,6 +37,17 @@ class NetworkConfig:
     serve_relay: bool = False
 
 
+def check_addresses(config: NetworkConfig) -> None:
+    """Raises `UserError` for an address that is none; imports nothing slow."""
+    from shoal.net.addresses import check_announced, check_peers, listen_address
+
+    check_peers(config.initial_peers)
+    check_peers(config.relays)
+    check_announced(config.announce)
+    if not config.client_mode:
+        listen_address(config.host, config.port)
+
+
 @asynccontextmanager
 async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     """Take part in a swarm over the real network.

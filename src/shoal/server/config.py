@@ -17,9 +17,11 @@ class ServerConfig:
     blocks: Span | None = None
     num_blocks: int | None = None
     device: str = "cpu"
+    """"auto" is the GPU, if this machine has one that PyTorch's CUDA can use."""
     num_threads: int | None = None
     """Of the processor, for computing; `None` leaves it to torch."""
     dtype: str = "auto"
+    """"auto" is what the swarm computes in (`shoal.routing.dtypes`)."""
     quantization: str = "none"
     cache_tokens: int | None = None
     cache_dtype: str = "auto"

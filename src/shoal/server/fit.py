@@ -20,6 +20,7 @@ from shoal.model.quantize import (
     stored_quantization,
 )
 from shoal.model.weights import TensorInfo
+from shoal.routing.dtypes import swarm_dtype
 from shoal.routing.placement import CACHE_SHARE, choose_num_blocks, choose_span
 from shoal.routing.view import SwarmView
 from shoal.server.cache import KeyValueShape
@@ -34,10 +35,8 @@ MOST_OF_WHAT_IS_LEFT = 0.8
 KEPT_PARTS = 8
 
 
-def choose_blocks(
-    config: ServerConfig, checkpoint: Checkpoint, view: SwarmView, dtype: torch.dtype, device: torch.device
-) -> Span:
-    """The span that was asked for, or the one that helps the swarm most and fits into memory."""
+def check_blocks(config: ServerConfig, checkpoint: Checkpoint) -> None:
+    """Raises `UserError` for blocks that the model does not have."""
     if config.blocks is not None:
         if config.blocks.end > checkpoint.num_blocks:
             raise UserError(
@@ -49,6 +48,18 @@ def choose_blocks(
                 f"the output head follows the last block, which is not among {config.blocks}",
                 hint=f"serve it with blocks that end at {checkpoint.num_blocks}",
             )
+    elif config.num_blocks is not None and config.num_blocks > checkpoint.num_blocks:
+        raise UserError(
+            f"{checkpoint.name} has only {checkpoint.num_blocks} blocks",
+            hint="leave --num-blocks out, and as many are served as fit into memory",
+        )
+
+
+def choose_blocks(
+    config: ServerConfig, checkpoint: Checkpoint, view: SwarmView, dtype: torch.dtype, device: torch.device
+) -> Span:
+    """The span that was asked for, or the one that helps the swarm most and fits into memory."""
+    if config.blocks is not None:
         return config.blocks
     memory = free_memory(device)
     if config.serve_head:
@@ -61,11 +72,6 @@ def choose_blocks(
             f"a block of {checkpoint.name} takes {largest / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB are free",
             hint="free some memory, or name the blocks yourself: --num-blocks 1",
         )
-    if num_blocks > checkpoint.num_blocks:
-        raise UserError(
-            f"{checkpoint.name} has only {checkpoint.num_blocks} blocks",
-            hint="leave --num-blocks out, and as many are served as fit into memory",
-        )
     span = choose_span(view.throughput(), num_blocks=num_blocks)
     log.info("serving blocks %s of %d: %.1f GiB are free", span, checkpoint.num_blocks, memory / 2**30)
     if config.serve_head and span.end < checkpoint.num_blocks:
@@ -73,8 +79,21 @@ def choose_blocks(
     return span
 
 
+def default_device(*, cuda: bool) -> str:
+    """Where to compute on a machine that has this: a GPU if there is one.
+
+    Apple's GPUs are not chosen without being asked for, because nothing of shoal has been tested on them.
+    """
+    return "cuda" if cuda else "cpu"
+
+
 def choose_device(name: str) -> torch.device:
-    """The device that was asked for. Raises `UserError` if this machine, or its PyTorch, has none."""
+    """The device that was asked for; "auto" is the first that `default_device` finds.
+
+    Raises `UserError` if this machine, or its PyTorch, has none.
+    """
+    if name == "auto":
+        name = default_device(cuda=torch.cuda.is_available())
     device = torch.device(name)
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not usable.get(device.type, False):
@@ -83,6 +102,17 @@ def choose_device(name: str) -> torch.device:
             hint="use --device cpu, or install a PyTorch and a driver that know it",
         )
     return device
+
+
+def join_dtype(name: str, checkpoint: Checkpoint, view: SwarmView) -> torch.dtype:
+    """The dtype that was asked for; "auto" is the swarm's (`shoal.routing.dtypes`)."""
+    own = str(choose_dtype("auto", checkpoint)).removeprefix("torch.")
+    of_swarm = swarm_dtype(view, fingerprint=checkpoint.fingerprint, own=own)
+    if name == "auto":
+        return choose_dtype(of_swarm or own, checkpoint)
+    if of_swarm not in (None, name):
+        log.warning("the swarm computes in %s, and this server in %s, as it was told", of_swarm, name)
+    return choose_dtype(name, checkpoint)
 
 
 def choose_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from shoal.errors import SwarmError
 from shoal.net.ping import distances
 from shoal.net.transport import ModelInfo, Node
+from shoal.routing.dtypes import mixture
 from shoal.routing.latency import RoundTrips
 from shoal.routing.view import SwarmView
 from shoal.spans import MAX_NEIGHBOURS, ServerInfo, short
@@ -62,6 +63,7 @@ class Neighbours:
         self._every_seconds = every_seconds
         self._changed = changed
         self._known = RoundTrips(asyncio.get_running_loop().time)
+        self._mixture: str | None = None
         self._chance = random.Random()  # noqa: S311 - nothing secret
 
     @contextlib.asynccontextmanager
@@ -85,6 +87,7 @@ class Neighbours:
     async def measure(self) -> None:
         """One round. Raises `SwarmError` if the directory does not answer."""
         view = SwarmView(self._model.num_blocks, await self._node.directory.servers(self._model))
+        self._say_mixture(view)
         for peer in self._known.picture().round_trips.keys() - {server.peer for server in view.online().servers}:
             self._known.forget(peer)
         chosen = choose_neighbours(view, self._server, self._known.picture().round_trips, self._chance)
@@ -100,3 +103,11 @@ class Neighbours:
         ]
         if {peer for peer, _ in self.round_trips} - before:
             self._changed()
+
+    def _say_mixture(self, view: SwarmView) -> None:
+        """Log who computes in what, if servers of our weights differ, and again when that has changed."""
+        others = view.only(lambda each: each.peer != self._server.peer and each.fingerprint == self._server.fingerprint)
+        found = mixture([*others.servers, self._server])
+        if found is not None and found != self._mixture:
+            log.warning("servers of this model compute differently: %s", found)
+        self._mixture = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -26,13 +27,14 @@ from shoal.server.engine import Engine
 from shoal.server.executor import Executor
 from shoal.server.fit import (
     cache_dtype_of,
+    check_blocks,
     choose_blocks,
     choose_device,
-    choose_dtype,
     choose_kept_bytes,
     choose_num_pages,
     choose_quantization,
     free_memory,
+    join_dtype,
     max_length_of,
 )
 from shoal.server.handler import Handler
@@ -45,6 +47,8 @@ from shoal.server.scheduler import Pace
 from shoal.server.throughput import Speeds, speeds_of
 from shoal.spans import ServerInfo, ServerState
 from shoal.tensors import LOSSY
+
+log = logging.getLogger(__name__)
 
 VERSION = importlib.metadata.version("shoal")
 ASSUMED_SPEED = 1.0
@@ -86,15 +90,18 @@ async def serve(
         view = view.only(lambda server: server.peer != node.transport.peer)  # what we were before a crash
         device = choose_device(config.device)
         memory = free_memory(device)
-        dtype = choose_dtype(config.dtype, checkpoint)
         quantization = choose_quantization(config.quantization)
-        span = choose_blocks(config, checkpoint, view, dtype, device)
+        check_blocks(config, checkpoint)
         report(Phase.FINGERPRINTING)
+        fingerprint = await executor.run(lambda: checkpoint.fingerprint)
+        dtype = join_dtype(config.dtype, checkpoint, view)
+        log.info("computing in %s on %s", dtype, device)
+        span = choose_blocks(config, checkpoint, view, dtype, device)
         joining = ServerInfo(
             peer=node.transport.peer,
             span=span,
             state=ServerState.JOINING,
-            fingerprint=await executor.run(lambda: checkpoint.fingerprint),
+            fingerprint=fingerprint,
             decode_speed=ASSUMED_SPEED,
             prefill_speed=ASSUMED_SPEED,
             cache_tokens_left=0,

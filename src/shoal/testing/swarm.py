@@ -80,7 +80,7 @@ class ShapedServer:
         children = self._swarm.children
         self._child = children.start(
             *(f"{self.name}.{start}" if start else self.name, "serve", self._swarm.model, "--name", self.name),
-            *("--blocks", self.span, "--host", HOST, "--port", str(self._port)),
+            *("--blocks", self.span, "--device", "cpu", "--host", HOST, "--port", str(self._port)),
             *("--announce", f"/ip4/{HOST}/tcp/{self._door}", "--identity", str(children.folder / self.name)),
             *self._swarm.how_to_join(self),
             *self._options,

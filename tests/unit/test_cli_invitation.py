@@ -1,0 +1,69 @@
+"""The commands that a server prints for others to join its swarm and to use its model."""
+
+from __future__ import annotations
+
+import shlex
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shoal.cli.invitation import invitation
+from shoal.cli.serve import describe
+from shoal.net.transport import ModelInfo
+from shoal.server.config import ServerConfig
+from shoal.spans import ServerInfo, ServerState, Span
+
+ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/A"
+
+
+def commands(config: ServerConfig) -> tuple[list[str], list[str]]:
+    """What follows `shoal`, for joining and for using."""
+    join, use = (line.strip() for line in invitation(config, ADDRESS) if line.startswith("  shoal "))
+    return shlex.split(join)[1:], shlex.split(use)[1:]
+
+
+def test_a_server_that_is_ready_prints_both_with_the_dtype_that_it_was_told():
+    info = ServerInfo(
+        peer="A", span=Span(0, 4), state=ServerState.ONLINE, fingerprint="f" * 32, decode_speed=1.0, prefill_speed=1.0,
+        cache_tokens_left=0, dtype="float32", quantization="none", version="0.1.0", addresses=(ADDRESS,),
+    )  # fmt: skip
+    ready: Any = SimpleNamespace(
+        info=info, model=ModelInfo("key", "name", "llama", 4), engine=SimpleNamespace(cache_tokens=64)
+    )
+    lines = describe(ready, ServerConfig(model="org/model", dtype="float32")).splitlines()
+    assert f"  shoal serve org/model --dtype float32 --initial-peers {ADDRESS}" in lines
+    assert f'  shoal generate org/model --dtype float32 "Once upon a time" --initial-peers {ADDRESS}' in lines
+
+
+def test_without_options_they_are_short():
+    join, use = commands(ServerConfig(model="org/model"))
+    assert join == ["serve", "org/model", "--initial-peers", ADDRESS]
+    assert use == ["generate", "org/model", "Once upon a time", "--initial-peers", ADDRESS]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dtype": "float32"}, ["--dtype", "float32"]),
+        ({"revision": "a branch"}, ["--revision", "a branch"]),
+        ({"allow_uncertified": True}, ["--allow-uncertified"]),
+    ],
+)
+def test_what_changes_the_model_or_its_numbers_is_in_both(options, expected):
+    join, use = commands(ServerConfig(model="a folder", **options))
+    assert join == ["serve", "a folder", *expected, "--initial-peers", ADDRESS]
+    assert use == ["generate", "a folder", *expected, "Once upon a time", "--initial-peers", ADDRESS]
+
+
+def test_how_weights_and_sessions_are_held_concerns_servers_alone():
+    join, use = commands(ServerConfig(model="m", dtype="float16", quantization="nf4", cache_dtype="int8"))
+    assert join[2:8] == ["--dtype", "float16", "--quantization", "nf4", "--cache-dtype", "int8"]
+    assert use[2:4] == ["--dtype", "float16"]
+    assert "nf4" not in use
+    assert "int8" not in use
+
+
+def test_what_one_machine_alone_decides_is_in_neither():
+    config = ServerConfig(model="m", device="cuda", num_threads=3, cache_tokens=99, name="me", num_blocks=2)
+    assert commands(config) == commands(ServerConfig(model="m"))
