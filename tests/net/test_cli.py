@@ -121,10 +121,12 @@ def test_a_server_says_what_it_serves_and_how_others_join(first):
 
 def test_status_names_the_hole(shoal, peers):
     done = shoal("status", "--initial-peers", peers)
-    assert done.code == 0
+    assert done.code == 1
     assert "missing: blocks 6:12" in done.out
     assert done.is_plain
-    (model,) = shoal("status", "--json").json["models"]
+    as_json = shoal("status", "--json")
+    assert as_json.code == 1
+    (model,) = as_json.json["models"]
     assert not model["complete"]
     assert model["missing"] == [6, 7, 8, 9, 10, 11]
     assert model["missing_spans"] == ["6:12"]
@@ -189,7 +191,9 @@ def test_chat_goes_on_in_one_session(shoal, peers, second):
 
 
 def test_status_shows_everybody(shoal, peers, second):
-    assert "complete: every block is served" in shoal("status").out
+    done = shoal("status")
+    assert done.code == 0
+    assert "complete: every block is served" in done.out
     (model,) = shoal("status", str(STORIES), "--json").json["models"]
     assert model["complete"]
     servers = {server["name"]: server for server in model["servers"]}

@@ -105,7 +105,7 @@ def command(
             "text": text,
             "tokens": ids[0, num_prompt:].tolist(),
             "seconds": round(seconds, 3),
-            "tokens_per_second": round(num_tokens / seconds, 2),
+            "tokens_per_second": float(f"{num_tokens / seconds:.4g}"),
             "servers": servers,
         }
         print(json.dumps(answer, ensure_ascii=False))
