@@ -225,6 +225,18 @@ def test_blocks_that_are_pinned_to_a_peer_without_them_fail_in_two_lines(shoal, 
     assert shoal("generate", str(STORIES), PROMPT, "--max-new-tokens", "4", *right).code == 0
 
 
+def test_blocks_are_pinned_by_the_names_and_short_ids_that_status_shows(shoal, peers, first, second):
+    shown = shoal("status").out
+    short = second.facts["peer"][-6:]
+    assert f"second  {short}" in shown
+    right = ("--pin", "0:6=first", "--pin", f"6:12={short}")
+    assert shoal("generate", str(STORIES), PROMPT, "--max-new-tokens", "4", *right).code == 0
+    wrong = shoal("generate", str(STORIES), PROMPT, "--pin", "0:6=third")
+    assert wrong.code == 1
+    assert wrong.err.startswith("error: no server is called 'third', and no peer id begins or ends like that\nhint: ")
+    assert f"second {short} (blocks 6:12)" in wrong.err
+
+
 def test_a_model_that_the_swarm_does_not_know_is_an_error_that_says_what_it_knows(shoal, peers):
     done = shoal("status", "./nowhere")
     assert (done.code, done.err) == (1, "error: this swarm serves no model called ./nowhere\nhint: it serves stories\n")
