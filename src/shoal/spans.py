@@ -72,7 +72,8 @@ class ServerInfo:
     """What a server announces of itself: a signed, expiring record for every block that it holds.
 
     Speeds are in tokens per second through the whole of its span: `decode_speed` one token at a time, `prefill_speed`
-    for long inputs. `fingerprint` names the exact weights (`shoal.model.checkpoint`), before any quantization.
+    for long inputs; both are None until the server has measured them. `fingerprint` names the exact weights
+    (`shoal.model.checkpoint`), before any quantization.
     `encodings` are the ways beside raw in which it takes and sends tensors (`shoal.protocol`).
     `queue_length` counts the steps and passes that wait. With a `head` it computes the final norm and the output
     projection too, after the last block; without `training` it computes sessions only. `adapters` are the names of
@@ -84,8 +85,8 @@ class ServerInfo:
     span: Span
     state: ServerState
     fingerprint: str
-    decode_speed: float
-    prefill_speed: float
+    decode_speed: float | None
+    prefill_speed: float | None
     cache_tokens_left: int
     dtype: str
     quantization: str

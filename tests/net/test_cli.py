@@ -121,10 +121,12 @@ def test_a_server_says_what_it_serves_and_how_others_join(first):
 
 def test_status_names_the_hole(shoal, peers):
     done = shoal("status", "--initial-peers", peers)
-    assert done.code == 0
+    assert done.code == 1
     assert "missing: blocks 6:12" in done.out
     assert done.is_plain
-    (model,) = shoal("status", "--json").json["models"]
+    as_json = shoal("status", "--json")
+    assert as_json.code == 1
+    (model,) = as_json.json["models"]
     assert not model["complete"]
     assert model["missing"] == [6, 7, 8, 9, 10, 11]
     assert model["missing_spans"] == ["6:12"]
@@ -190,7 +192,9 @@ def test_chat_goes_on_in_one_session(shoal, peers, second):
 
 
 def test_status_shows_everybody(shoal, peers, second):
-    assert "complete: every block is served" in shoal("status").out
+    done = shoal("status")
+    assert done.code == 0
+    assert "complete: every block is served" in done.out
     (model,) = shoal("status", str(STORIES), "--json").json["models"]
     assert model["complete"]
     servers = {server["name"]: server for server in model["servers"]}
@@ -220,6 +224,18 @@ def test_blocks_that_are_pinned_to_a_peer_without_them_fail_in_two_lines(shoal, 
     assert done.err.startswith(f"error: blocks 0:6 are pinned to {second.facts['peer']}, which holds 6:12\nhint: ")
     right = ("--pin", f"0:6={first.facts['peer']}", "--pin", pinned.replace("0:6", "6:12"), "--chooser", "nsga2")
     assert shoal("generate", str(STORIES), PROMPT, "--max-new-tokens", "4", *right).code == 0
+
+
+def test_blocks_are_pinned_by_the_names_and_short_ids_that_status_shows(shoal, peers, first, second):
+    shown = shoal("status").out
+    short = second.facts["peer"][-6:]
+    assert f"second  {short}" in shown
+    right = ("--pin", "0:6=first", "--pin", f"6:12={short}")
+    assert shoal("generate", str(STORIES), PROMPT, "--max-new-tokens", "4", *right).code == 0
+    wrong = shoal("generate", str(STORIES), PROMPT, "--pin", "0:6=third")
+    assert wrong.code == 1
+    assert wrong.err.startswith("error: no server is called 'third', and no peer id begins or ends like that\nhint: ")
+    assert f"second {short} (blocks 6:12)" in wrong.err
 
 
 def test_a_model_that_the_swarm_does_not_know_is_an_error_that_says_what_it_knows(shoal, peers):

@@ -189,9 +189,15 @@ async def test_a_frame_that_is_cut_short_is_a_broken_stream(sent: bytes) -> None
 
 async def test_nobody_is_reached_who_is_not_there_or_does_not_listen() -> None:
     async with swarm(CLIENT) as (server, client):
-        for peer in server.transport.peer, Identity.temporary().peer, "nonsense":
-            with pytest.raises(StreamBroken):
-                await client.transport.open(peer)
+        stranger, nowhere = Identity.temporary().peer, "/ip4/127.0.0.1/tcp/9/p2p/"
+        for peer, why in (
+            (server.transport.peer, "cannot be reached: it does not speak our version of the protocol"),
+            (stranger, "cannot be reached: its address is not known"),
+            (stranger, "cannot be reached: nothing listens there"),
+            ("nonsense", "not a peer id: 'nonsense'"),
+        ):
+            with pytest.raises(StreamBroken, match=f"{why}$"):
+                await client.transport.open(peer, [nowhere + peer] if "listens" in why else [])
 
 
 async def test_a_peer_is_reached_by_an_address_that_was_only_heard_of() -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from shoal import MissingBlocks
 from shoal.errors import UserError
+from shoal.net.identity import Identity
 from shoal.net.memory import Frame
 from shoal.net.ping import distance, distances
 from shoal.routing.route import Needs
@@ -102,11 +103,29 @@ def test_blocks_that_are_pinned_to_the_wrong_peer_are_an_error_that_says_what_it
     with pytest.raises(MissingBlocks, match="blocks 1:4 are pinned to s1, which holds 0:2") as error:
         model.generate(PROMPT, max_new_tokens=2)
     assert "shoal status --json" in str(error.value.hint)
-    nobody = swarm_.model(config=replace(QUICK, pinned=((Span(0, 4), "nobody"),)))
-    with pytest.raises(MissingBlocks, match="pinned to nobody, which does not serve this model"):
+    absent = Identity.temporary().peer
+    nobody = swarm_.model(config=replace(QUICK, pinned=((Span(0, 4), absent),)))
+    with pytest.raises(MissingBlocks, match=f"pinned to {absent}, which does not serve this model"):
         nobody.generate(PROMPT, max_new_tokens=2)
     with pytest.raises(UserError, match="blocks 2:5 cannot be pinned: the model has 4"):
         swarm_.model(config=replace(QUICK, pinned=((Span(2, 5), "s0"),)))
+
+
+def test_servers_are_pinned_allowed_and_blocked_by_their_names(swarm: MakeSwarm):
+    swarm_ = swarm("0:4", "0:4", "0:4")
+    for name, server in zip(("mia", "hugo", "lily"), swarm_.servers.values(), strict=True):
+        swarm_.call(rename, swarm_, server.info.peer, name)
+    for options, expected in (
+        ({"pinned": ((Span(0, 4), "hugo"),)}, "s1"),
+        ({"allowed_servers": frozenset({"lily"})}, "s2"),
+        ({"blocked_servers": frozenset({"hugo", "lily"})}, "s0"),
+    ):
+        model = swarm_.model(config=replace(QUICK, **options))
+        with model.inference_session(max_length=20) as session:
+            model.generate(PROMPT, max_new_tokens=2, session=session)
+            assert session.servers == (expected,)
+    with pytest.raises(UserError, match="no server is called 'toby'"):
+        swarm_.model(config=replace(QUICK, blocked_servers=frozenset({"toby"})))
 
 
 def test_the_other_chooser_finds_the_same_tokens(swarm: MakeSwarm, whole: PreTrainedModel):
@@ -140,6 +159,13 @@ def even(swarm: Swarm) -> None:
     """Let all servers announce the same speed, whatever was measured."""
     for key, (model, info, expires) in swarm.network._announced.items():
         swarm.network._announced[key] = model, replace(info, decode_speed=100.0, prefill_speed=1000.0), expires
+
+
+def rename(swarm: Swarm, peer: str, name: str) -> None:
+    """Let a server announce another name."""
+    for key, (model, info, expires) in swarm.network._announced.items():
+        if info.peer == peer:
+            swarm.network._announced[key] = model, replace(info, name=name), expires
 
 
 def test_a_peer_that_does_not_answer_has_no_distance(swarm: MakeSwarm):

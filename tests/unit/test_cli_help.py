@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import types
+from typing import Any
 
 import pytest
 
+from shoal.__main__ import main
 from shoal.cli.console import WrongUsage
 from shoal.cli.options import peers_of, pins, sampling, server_name, spread_peers, swarm_peers
 
@@ -173,3 +176,15 @@ def test_blocks_are_pinned_to_peers_by_an_option_that_is_repeated():
             pins([wrong])
     with pytest.raises(WrongUsage, match="pinned to two peers"):
         pins(["0:4=A", "0:4=B"])
+
+
+def test_ctrl_c_while_the_program_is_being_imported_prints_no_traceback(monkeypatch, capsys):
+    class Importing(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "shoal.cli", Importing("shoal.cli"))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130
+    assert capsys.readouterr() == ("", "")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from shoal.cli.picture import render, render_route
@@ -85,6 +87,69 @@ def test_queues_and_heads_are_shown_where_there_are_any():
     assert text.splitlines()[2].split()[-2:] == ["queue", "head"]
     assert text.splitlines()[4].split()[-2:] == ["17", "yes"]
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+def busy(name: str, span: str, **changes: Any) -> ServerInfo:
+    """A server with something in every column."""
+    other = {"dtype": "float32", "quantization": "nf4", "version": "0.2.0", "fingerprint": "e" * 32}
+    more = {"queue_length": 12345, "head": True, "training": False, "adapters": ("one", "two")}
+    return replace(server(name, span), **other | more | changes)
+
+
+NARROW, USUAL, WIDE = 60, 80, 160
+
+
+@pytest.mark.parametrize("width", [NARROW, USUAL, 100, 140, WIDE])
+def test_server_peer_blocks_and_state_are_whole_at_every_width(width):
+    model = replace(MODEL, num_blocks=126)
+    name = "a-long-name-1234"
+    text = picture(server(name, "0:126"), busy("b", "120:126", state=ServerState.JOINING), model=model, width=width)
+    lines = text.splitlines()
+    assert max(map(cell_len, lines)) <= width
+    header, first, second = (
+        next(line.split() for line in lines if word in line) for word in ("peer", "0:126", "120:126")
+    )
+    assert header[:3] == ["server", "peer", "blocks"]
+    assert first[1:3] == ["e-1234", "0:126"]
+    assert second[:3] == ["b", "bbbbbb", "120:126"]
+    assert "online" in first
+    assert "joining" in second
+
+
+def test_what_has_no_room_is_left_out_whole_and_named():
+    servers = server("a-long-name-1234", "0:4"), busy("b", "4:8")
+    wide = picture(*servers, width=WIDE)
+    assert "not shown" not in wide
+    assert all(title in wide for title in ("tokens/s", "prefill", "cache", "queue", "head", "training", "adapters"))
+    assert all(title in wide for title in ("dtype", "weights", "version"))
+    narrow = picture(*servers, width=NARROW)
+    header = next(line for line in narrow.splitlines() if line.startswith("server "))
+    note = narrow.partition("not shown")[2]
+    assert all((title in header) != (title in note) for title in ("tokens/s", "prefill", "cache", "queue", "version"))
+    assert "dtype" in header  # a mixture matters more than room
+    assert "--json" in narrow
+
+
+def test_a_speed_that_was_not_measured_is_not_shown():
+    joining = replace(
+        server("b", "4:8", ServerState.JOINING), decode_speed=None, prefill_speed=None, cache_tokens_left=0
+    )
+    line = next(line for line in picture(server("a", "0:4"), joining).splitlines() if "joining" in line)
+    assert line.split() == ["b", "bbbbbb", "4:8", "····████", "joining", "…", "…", "…"]
+
+
+def test_a_speed_below_one_is_shown_with_its_digits():
+    slow = replace(server("a", "0:8"), decode_speed=0.333, prefill_speed=4.56)
+    line = next(line for line in picture(slow).splitlines() if "online" in line)
+    assert line.split()[-3:] == ["0.333", "4.56", "1.0M"]
+
+
+def test_a_name_with_markup_in_it_is_shown_as_it_is():
+    text = picture(server("[/red]", "0:4"), server("[bold]b", "4:8"))
+    assert "[/red]" in text
+    assert "[bold]b" in text
+    view = SwarmView(8, (server("[/red]", "0:8"),))
+    assert way(choose_route(view, Span(0, 8), needs=Needs(), known=Measured({})))[2].startswith("[/red]")
 
 
 def way(route: Route | None) -> list[str]:

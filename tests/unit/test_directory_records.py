@@ -138,6 +138,15 @@ def test_noise_is_refused_signed_or_not(noise: bytes) -> None:
     assert not is_kept(noise, packed=bytes)
 
 
+def test_a_speed_that_was_not_measured_yet_is_announced_as_absent() -> None:
+    joining = info(state=ServerState.JOINING, decode_speed=None, prefill_speed=None)
+    record = seal(ALICE, Announcement.of(MODEL, joining, expires=NOW + 60))
+    read = unseal(record)
+    assert read is not None
+    assert read.server_info == joining
+    assert is_kept(record)
+
+
 def test_a_signature_for_something_else_does_not_count() -> None:
     raw = json.dumps(body()).encode()
     assert unseal(ALICE.sign(raw) + raw) is None

@@ -355,5 +355,18 @@ def test_a_leaving_server_counts_for_nothing_and_a_joining_one_does():
     assert view.online().missing() == [0, 1]
 
 
+def test_a_server_that_has_not_measured_its_speed_counts_a_little_where_blocks_are_chosen():
+    joining = replace(server("a", "0:1", 3, ServerState.JOINING), decode_speed=None, prefill_speed=None)
+    assert SwarmView(2, (joining,)).throughput() == [1.0, 0.0]
+
+
+def test_a_server_without_a_speed_is_used_only_if_there_is_nobody_else():
+    view = SwarmView(
+        4, (replace(server("new", "0:4"), decode_speed=None, prefill_speed=None), server("slow", "0:4", 1))
+    )
+    assert hops(view) == ["slow 0:4"]
+    assert hops(view.only(lambda server: server.peer == "new")) == ["new 0:4"]
+
+
 def test_blocks_are_named_as_spans():
     assert format_blocks([7, 0, 2, 1]) == "0:3, 7:8"

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from shoal.cli import options
 from shoal.cli.console import print_error, start_logging, stderr
-from shoal.cli.generate import connected, pad_token_of, print_now, seed_everything, streamer
+from shoal.cli.generate import connected, cut_mark, is_cut, pad_token_of, print_now, seed_everything, streamer
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from shoal.client import InferenceSession
 
 SYSTEM = "system"
+
+COMMANDS = {
+    "/new": "begins a new conversation",
+    "/bye": "leaves; so do /exit, /quit and Ctrl-D",
+    "/help": "shows this; so does /?",
+    "Ctrl-C": "stops an answer",
+    "//...": "says ... to the model with one slash before it",
+}
+SAME = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}
 
 
 def command(
@@ -49,8 +58,8 @@ def command(
 ) -> None:
     """Talk with a model.
 
-    Ctrl-C stops an answer, Ctrl-D leaves, /new begins anew. A model without a chat template goes on with what you
-    write, as if it had written it itself.
+    Ctrl-C stops an answer, Ctrl-D or /bye leaves, /new begins anew, /help tells more. A model without a chat template
+    goes on with what you write, as if it had written it itself.
     """
     start_logging(verbose=verbose)
     peers = options.swarm_peers(initial_peers)
@@ -75,7 +84,7 @@ def command(
         llm, tokenizer = client
         seed_everything(seed)
         chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
-        stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new begins anew", style="dim"))
+        stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new begins anew, /help tells more", style="dim"))
         while True:
             conversation = Conversation(tokenizer, system)
             with llm.inference_session(max_length=max_length) as session:
@@ -86,15 +95,18 @@ def command(
 def _converse(llm: Any, conversation: Conversation, session: InferenceSession, chosen: dict[str, Any]) -> bool:
     """Question and answer, until somebody leaves; returns whether another conversation shall follow."""
     while (line := _read_line()) is not None:
-        if line.strip() == "/new":
-            return True
-        if not line.strip():
+        command, said = parsed(line)
+        if command in ("/new", "/bye"):
+            return command == "/new"
+        if command is not None:
+            _list_commands(None if command == "/help" else command)
+        if not said.strip():
             continue
-        ids = conversation.ask(line)
+        ids, cut = conversation.ask(said), False
         printer = streamer(conversation.tokenizer, strip=True)
         try:
             go_back(session, ids)
-            llm.generate(ids, session=session, streamer=printer, **chosen)
+            answer = llm.generate(ids, session=session, streamer=printer, **chosen)
         except KeyboardInterrupt:
             conversation.answered(printer.text)
             print_now(" …")
@@ -105,8 +117,28 @@ def _converse(llm: Any, conversation: Conversation, session: InferenceSession, c
             continue
         else:
             conversation.answered(printer.text)
+            cut = is_cut(llm, answer[0, ids.shape[1] :].tolist(), max_new_tokens=chosen["max_new_tokens"])
         print_now("\n")
+        if cut:
+            stderr.print(Text(cut_mark(chosen["max_new_tokens"]), style="dim"))
     return False
+
+
+def parsed(line: str) -> tuple[str | None, str]:
+    """The command that a line is, if any, and what it says to the model. Two slashes stand for one that is said."""
+    text = line.strip()
+    if not text.startswith("/"):
+        return None, line
+    if text.startswith("//"):
+        return None, text[1:]
+    return SAME.get(text, text), ""
+
+
+def _list_commands(unknown: str | None) -> None:
+    lines = [f"{command:<8}{does}" for command, does in COMMANDS.items()]
+    if unknown is not None:
+        lines.insert(0, f"there is no command {unknown}")
+    stderr.print(Text("\n".join(lines), style="dim"), soft_wrap=True)
 
 
 class Conversation:

@@ -18,6 +18,7 @@ from shoal.bundled import STORIES
 from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
 from shoal.cli.generate import load_tokenizer, seed_everything
+from shoal.cli.rates import tokens_per_second
 from shoal.cli.story import Page, Teller
 from shoal.errors import SwarmError
 from shoal.processes import Child, Children, interruptible
@@ -194,8 +195,10 @@ class _Telling:
         times = self.teller.times
         steps = [after - before for before, after in pairwise(times)]
         num_tokens, usual = len(self.teller.token_ids), statistics.median(steps)
-        facts = [("through the swarm", f"{1 / usual:.0f} tokens/s by {len(self._session.hops)} servers in a chain")]
-        facts.append(("on one machine", f"{local_speed:.0f} tokens/s"))
+        facts = [
+            ("through the swarm", f"{tokens_per_second(1 / usual)} by {len(self._session.hops)} servers in a chain")
+        ]
+        facts.append(("on one machine", tokens_per_second(local_speed)))
         if self.kill is not None and self.kill.seconds is not None:
             facts.append(("the kill cost", f"{self.kill.seconds:.2f} s; a token usually takes {usual:.3f} s"))
         stdout.print()

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stderr, stdout, waiting
+from shoal.cli.rates import tokens_per_second
 from shoal.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,23 +100,26 @@ def command(
                 {"peer": hop.server.peer, "name": hop.server.name, "blocks": str(hop.span)} for hop in session.hops
             ]
         num_tokens = ids.shape[1] - num_prompt
+        cut = is_cut(llm, ids[0, num_prompt:].tolist(), max_new_tokens=max_new_tokens)
         text = tokenizer.decode(ids[0, num_prompt:], skip_special_tokens=True)
     if as_json:
         answer = {
             "prompt": prompt,
             "text": text,
             "tokens": ids[0, num_prompt:].tolist(),
+            "finish_reason": "length" if cut else "stop",
             "seconds": round(seconds, 3),
-            "tokens_per_second": round(num_tokens / seconds, 2),
+            "tokens_per_second": float(f"{num_tokens / seconds:.4g}"),
             "servers": servers,
         }
         print(json.dumps(answer, ensure_ascii=False))
         return
     print_now("\n" if streams else f"{text}\n")
     way = ", ".join(f"{server['name'] or server['peer'][-6:]} {server['blocks']}" for server in servers)
-    stderr.print(
-        f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.1f} tokens/s, through {way}", style="dim"
-    )
+    if cut:
+        stderr.print(Text(cut_mark(max_new_tokens), style="dim"))
+    rate = tokens_per_second(num_tokens / seconds)
+    stderr.print(Text(f"{num_tokens} tokens in {seconds:.1f} s, {rate}, through {way}", style="dim"))
 
 
 @contextlib.contextmanager
@@ -191,6 +195,17 @@ def print_now(text: str, style: str = "") -> None:
     else:
         sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def is_cut(llm: Any, new: list[int], *, max_new_tokens: int) -> bool:
+    """Whether what was generated stops at the length limit, and not because the model has ended it."""
+    end = llm.generation_config.eos_token_id
+    ends = set() if end is None else {end} if isinstance(end, int) else set(end)
+    return len(new) >= max_new_tokens and ends.isdisjoint(new)
+
+
+def cut_mark(max_new_tokens: int) -> str:
+    return f"[cut at {max_new_tokens} tokens: --max-new-tokens]"
 
 
 def check_length(llm: Any, num_tokens: int, max_new_tokens: int) -> None:

@@ -149,7 +149,11 @@ Standby = Annotated[
 ]
 Pin = Annotated[
     list[str] | None,
-    typer.Option("--pin", metavar="SPAN=PEER", help="Let only this peer compute these blocks, 0:4=12D3KooW..."),
+    typer.Option(
+        "--pin",
+        metavar="SPAN=PEER",
+        help="Let only this server compute these blocks: 0:4=NAME, or its id as status shows it.",
+    ),
 ]
 ChooseBy = Annotated[
     Chooser,
@@ -217,7 +221,9 @@ def pins(given: Sequence[str] | None) -> dict[str, str]:
     for each in given or ():
         span, _, peer = each.partition("=")
         if not span or not peer:
-            raise WrongUsage(f"not a span and a peer: {each!r}", hint="write --pin 0:4=12D3KooW...")
+            raise WrongUsage(
+                f"not a span and a peer: {each!r}", hint="write --pin 0:4=PEER, a name or an id that shoal status shows"
+            )
         if found.setdefault(span, peer) != peer:
             raise WrongUsage(f"blocks {span} are pinned to two peers")
     return found

@@ -15,6 +15,7 @@ from shoal.cli.console import WrongUsage, hush_transformers, start_logging, wait
 from shoal.cli.identity import identity_file
 from shoal.cli.invitation import invitation
 from shoal.cli.lifetime import end_with_parent, run_until_signalled
+from shoal.cli.rates import tokens_per_second
 from shoal.model.places import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
 from shoal.server.shares import Shares
@@ -193,8 +194,8 @@ def describe(server: Server, config: ServerConfig) -> str:
         ("blocks", f"{info.span} and the output head" if info.head else str(info.span)),
         ("computes", f"in {info.dtype} on {config.device}"),
         *([("quantized", info.quantization)] if info.quantization != "none" else []),
-        ("decoding", f"{info.decode_speed:,.0f} tokens/s through its blocks"),
-        ("prefill", f"{info.prefill_speed:,.0f} tokens/s"),
+        ("decoding", f"{tokens_per_second(info.decode_speed)} through its blocks"),
+        ("prefill", tokens_per_second(info.prefill_speed)),
         ("cache", f"{server.engine.cache_tokens:,} tokens"),
         ("weights", info.fingerprint),
         ("peer", info.peer),

@@ -34,8 +34,13 @@ class ModelStatus:
     view: SwarmView
     route: Route | None = None
 
+    @property
+    def missing(self) -> list[int]:
+        """The blocks that no server computes now."""
+        return self.view.online().missing()
+
     def as_json(self, *, route: bool = False) -> dict[str, Any]:
-        missing = self.view.online().missing()
+        missing = self.missing
         servers = [
             asdict(server)
             | {
@@ -76,7 +81,8 @@ def command(
 ) -> None:
     """Show who serves which blocks, and what is missing.
 
-    Without MODEL, of all models that the swarm serves.
+    Without MODEL, of all models that the swarm serves. The exit status is 1 if blocks of a model that is shown are
+    missing, also with --json, and 0 if each has all of its blocks.
     """
     start_logging(verbose=verbose)
     peers = options.swarm_peers(initial_peers)
@@ -86,7 +92,13 @@ def command(
         found = asyncio.run(look(peers, model, route=route))
     if as_json:
         print(json.dumps({"models": [status.as_json(route=route) for status in found]}, indent=2, ensure_ascii=False))
-        return
+    else:
+        _show(found, route=route)
+    if any(status.missing for status in found):
+        raise typer.Exit(1)
+
+
+def _show(found: Sequence[ModelStatus], *, route: bool) -> None:
     if not found:
         stdout.print("This swarm serves no model.")
     for number, status in enumerate(found):

@@ -24,7 +24,7 @@ class ClientConfig:
     """How a client chooses its servers and how long it waits for them. Times are in seconds."""
 
     allowed_servers: frozenset[str] | None = None
-    """Use these peers only; `None` allows all."""
+    """Use these peers only; `None` allows all. What names a peer here and below: `shoal.client.peer_names`."""
     blocked_servers: frozenset[str] = frozenset()
     pinned: tuple[tuple[Span, str], ...] = ()
     """These blocks go through this peer and no other."""

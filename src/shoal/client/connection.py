@@ -94,7 +94,8 @@ class Connection:
             async with asyncio.timeout(OPEN_SECONDS):
                 stream = await transport.open(server.peer, server.addresses)
         except (StreamBroken, TimeoutError) as error:
-            raise ServerLost(f"{server.peer} cannot be reached: {error}", peer=server.peer) from None
+            why = str(error) or f"{server.peer} did not answer within {OPEN_SECONDS:.0f} s"
+            raise ServerLost(why, peer=server.peer) from None
         return cls(stream, server, config, line=line, round_trip=round_trip)
 
     async def send(self, message: Message, tensors: codec.Tensors | None = None) -> None:

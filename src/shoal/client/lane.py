@@ -315,4 +315,4 @@ def _usual_seconds(hop: Hop, num_tokens: int) -> float:
     """What a server says that it takes for so many tokens, without waiting for others."""
     server = hop.server
     speed = server.decode_speed if num_tokens == 1 else server.prefill_speed
-    return num_tokens * len(hop.span) / len(server.span) / max(speed, SLOWEST)
+    return num_tokens * len(hop.span) / len(server.span) / max(speed or 0.0, SLOWEST)

@@ -28,6 +28,7 @@ from shoal.client.continuation import Continuation
 from shoal.client.inference import InferenceSession, closing_new_sessions
 from shoal.client.keywords import resolve
 from shoal.client.logits import RemoteHead
+from shoal.client.peer_names import found_in_directory
 from shoal.client.projection import prepare_projection
 from shoal.client.runtime import Runtime
 from shoal.client.saving import SavesTrained, versions_of
@@ -106,6 +107,8 @@ class _AutoDistributed:
         `model` is a Hugging Face id or a folder; `initial_peers` are addresses as `shoal serve` prints them, in a list
         or in one string (by default those in $SHOAL_INITIAL_PEERS). `pinned={"0:4": PEER}` has these blocks computed by
         that server and no other; `chooser` says how the others are chosen, "shortest" or "nsga2" (`shoal.routing`).
+        Here, in `allowed_servers` and in `blocked_servers` a peer is a whole id, the end of one, or a server's name, as
+        `shoal status` shows them; the last two are looked up once, now, and have to name one server that is there.
         `dtype` is what this side computes and sends in, by default what the servers compute in
         (`shoal.routing.dtypes`), or the model's own dtype if there is none yet; `wire` is how that travels: "raw" as it
         is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less precisely.
@@ -217,6 +220,7 @@ class _AutoDistributed:
         check_mode(tuning_mode, pre_seq_len)
         check_pins(config, checkpoint.num_blocks)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
+        config = runtime.run(found_in_directory(config, node, model_info))
         chain = Chain(node, model_info, checkpoint.fingerprint, config)
         chosen_dtype = dtype_of(dtype, model_config)
         if dtype == "auto":

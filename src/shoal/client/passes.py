@@ -226,7 +226,7 @@ class Passes:
         self, plan: Plan, hop: Hop, request: Forward | Backward, tensors: Tensors, piece: Piece
     ) -> tuple[Connection, Result | Lacking, Tensors]:
         batch_size, num_tokens, _ = piece.hidden.shape
-        usual = batch_size * num_tokens / max(hop.server.prefill_speed, SLOWEST)
+        usual = batch_size * num_tokens / max(hop.server.prefill_speed or 0.0, SLOWEST)
         answer = await self._pool.ask(hop.server, request, tensors, plan.tuning.of(piece.span), usual_seconds=usual)
         self._chain.answered(hop)
         return answer

@@ -86,4 +86,9 @@ class Suspects:
 
     def reasons(self) -> list[str]:
         """Why each of them is avoided, for an error message."""
-        return [f"{peer[-8:]}: {s.reason}" for peer, s in self._suspicions.items() if self.avoided(peer)]
+        return [_reason(peer, s.reason) for peer, s in self._suspicions.items() if self.avoided(peer)]
+
+
+def _reason(peer: str, reason: str) -> str:
+    """Why a peer is avoided, naming it once and shortly."""
+    return peer[-8:] + (reason.removeprefix(peer) if reason.startswith(f"{peer} ") else f": {reason}")

@@ -26,6 +26,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from shoal.net.addresses import decode, encode
+from shoal.net.daemon_reasons import in_our_words
 from shoal.net.identity import Identity, peer_id_of, peer_id_to_bytes
 
 logger = logging.getLogger("shoal.net.daemon")
@@ -52,7 +53,7 @@ Accept = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], None]
 
 
 class DaemonFailed(OSError):
-    """The daemon did not start, or could not do what it was asked; the message is its own."""
+    """The daemon did not start, or could not do what it was asked."""
 
 
 class DaemonGone(DaemonFailed):
@@ -146,7 +147,8 @@ class Daemon:
             async with asyncio.timeout(START_SECONDS):
                 await ready.wait()
             if self.closed.is_set():
-                raise DaemonFailed(self._last_line or "the libp2p daemon ended as soon as it was started")
+                logger.debug("the libp2p daemon ended, and said last: %s", self._last_line)
+                raise DaemonFailed("the libp2p daemon ended as soon as it was started")
         except TimeoutError:
             await self.stop()
             raise DaemonFailed(f"the libp2p daemon did not start in {START_SECONDS:.0f} s") from None
@@ -230,7 +232,7 @@ class Daemon:
             await write_pbmsg(writer, request)
             await read_pbmsg_safe(reader, response)
             if response.type == p2pd_pb2.Response.ERROR:
-                raise DaemonFailed(response.error.msg)
+                raise DaemonFailed(in_our_words(response.error.msg))
         except (ConnectionError, EOFError) as failure:
             writer.close()
             raise DaemonGone(f"the libp2p daemon is gone: {failure}") from None

@@ -23,6 +23,7 @@ from hivemind.utils import MSGPackSerializer
 from shoal.errors import BootstrapFailed, SwarmError
 from shoal.net.acquaintances import Acquaintances
 from shoal.net.daemon import Daemon
+from shoal.net.daemon_reasons import in_our_words
 from shoal.net.identity import Identity
 from shoal.net.records import (
     MAX_RECORD_BYTES,
@@ -193,8 +194,11 @@ def _translated_errors() -> Iterator[None]:
     """The table's ways of failing, such as a daemon that is being restarted, as one of ours."""
     try:
         yield
-    except (P2PDaemonError, OSError, EOFError) as failure:
-        raise SwarmError(f"the directory cannot be reached: {failure or type(failure).__name__}") from failure
+    except P2PDaemonError as failure:
+        raise SwarmError(f"the directory cannot be reached: {in_our_words(str(failure))}") from failure
+    except (OSError, EOFError) as failure:
+        reason = "this machine's libp2p daemon does not answer"
+        raise SwarmError(f"the directory cannot be reached: {reason}") from failure
 
 
 class SignedRecords(RecordValidatorBase):  # type: ignore[misc]

@@ -81,7 +81,8 @@ class Libp2pTransport:
         except (DaemonFailed, TimeoutError) as failure:
             await self.close()
             hint = "is the port free, and the host one of this machine's addresses?" if self._config.listen else None
-            raise SwarmError(f"the network could not be started: {failure}", hint=hint) from None
+            why = failure if str(failure) else "the libp2p daemon does not answer"
+            raise SwarmError(f"the network could not be started: {why}", hint=hint) from None
         except BaseException:
             await self.close()
             raise

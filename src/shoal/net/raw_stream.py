@@ -6,7 +6,7 @@ stream. A crash, a reset and a close all look like the end of the file there: wh
 
 from __future__ import annotations
 
-from asyncio import StreamReader, StreamWriter, get_running_loop
+from asyncio import IncompleteReadError, StreamReader, StreamWriter, get_running_loop
 from collections.abc import Callable, Sequence
 
 from shoal.net.frames import PREFIX_BYTES, pack_prefix, payload_bytes, unpack_prefix
@@ -64,7 +64,7 @@ class Libp2pStream:
                     for start in range(0, len(view), CHUNK_BYTES):
                         await self._write(view[start : start + CHUNK_BYTES])
         except OSError as failure:
-            raise StreamBroken(f"the stream to {self._peer} broke: {failure}") from None
+            raise StreamBroken(f"the stream to {self._peer} broke: {failure.strerror or failure}") from None
         self._intact = True
 
     async def receive(self) -> tuple[bytes, bytearray]:
@@ -85,8 +85,12 @@ class Libp2pStream:
         except ProtocolViolation as violation:
             await self.close()
             raise StreamBroken(f"{self._peer} sent {violation}") from None
-        except (OSError, EOFError) as failure:
-            raise StreamBroken(f"the stream from {self._peer} ended: {failure}") from None
+        except OSError as failure:
+            raise StreamBroken(f"the stream from {self._peer} broke: {failure.strerror or failure}") from None
+        except EOFError as end:
+            is_between_frames = self._lengths is None and isinstance(end, IncompleteReadError) and not end.partial
+            where = "" if is_between_frames else " in the middle of a frame"
+            raise StreamBroken(f"the stream from {self._peer} ended{where}") from None
         frame = self._header, self._payload
         self._lengths, self._header, self._payload = None, None, bytearray()
         return frame

@@ -64,8 +64,8 @@ class Announcement(BaseModel):
     end: Block
     state: Annotated[ServerState, Field(strict=False)]
     fingerprint: Text
-    decode_speed: Speed
-    prefill_speed: Speed
+    decode_speed: Speed | None
+    prefill_speed: Speed | None
     cache_tokens_left: Count
     dtype: Text
     quantization: Text
@@ -99,8 +99,8 @@ class Announcement(BaseModel):
             end=info.span.end,
             state=info.state,
             fingerprint=info.fingerprint,
-            decode_speed=float(info.decode_speed),
-            prefill_speed=float(info.prefill_speed),
+            decode_speed=None if info.decode_speed is None else float(info.decode_speed),
+            prefill_speed=None if info.prefill_speed is None else float(info.prefill_speed),
             cache_tokens_left=info.cache_tokens_left,
             dtype=info.dtype,
             quantization=info.quantization,

@@ -82,7 +82,7 @@ class HopCost:
 
 def announced_seconds(server: ServerInfo, num_blocks: int, num_tokens: int) -> float:
     """How long so many tokens take in so many of a server's blocks, by its own word."""
-    decode, prefill = max(server.decode_speed, SLOWEST), max(server.prefill_speed, SLOWEST)
+    decode, prefill = max(server.decode_speed or 0.0, SLOWEST), max(server.prefill_speed or 0.0, SLOWEST)
     return max(1 / decode, num_tokens / prefill) * num_blocks / len(server.span)
 
 
@@ -126,7 +126,7 @@ class Costs:
 
     def queue(self, server: ServerInfo) -> float:
         """Waiting for others: each of those that wait costs about a step, and our own work what it costs."""
-        step = 1 / max(server.decode_speed, SLOWEST)
+        step = 1 / max(server.decode_speed or 0.0, SLOWEST)
         return server.queue_length * step + self.known.under_way.get(server.peer, 0.0)
 
     def handicap(self, server: ServerInfo) -> float:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 from shoal.spans import ServerInfo, ServerState, Span
 
+ASSUMED_SPEED = 1.0
+"""Tokens per second that a server counts for, where blocks are chosen, before it has measured its own speed."""
+
 
 @dataclass(frozen=True)
 class SwarmView:
@@ -45,7 +48,7 @@ class SwarmView:
         for server in self.servers:
             if server.state is not ServerState.LEAVING:
                 for block in server.span:
-                    total[block] += server.decode_speed
+                    total[block] += ASSUMED_SPEED if server.decode_speed is None else server.decode_speed
         return total
 
     def missing(self, span: Span | None = None) -> list[int]:

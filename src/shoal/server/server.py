@@ -51,8 +51,6 @@ from shoal.tensors import LOSSY
 log = logging.getLogger(__name__)
 
 VERSION = importlib.metadata.version("shoal")
-ASSUMED_SPEED = 1.0
-"""Tokens per second, until they are measured: those who join meanwhile see that somebody will hold these blocks."""
 
 
 class Phase(StrEnum):
@@ -102,8 +100,8 @@ async def serve(
             span=span,
             state=ServerState.JOINING,
             fingerprint=fingerprint,
-            decode_speed=ASSUMED_SPEED,
-            prefill_speed=ASSUMED_SPEED,
+            decode_speed=None,
+            prefill_speed=None,
             cache_tokens_left=0,
             dtype=str(dtype).removeprefix("torch."),
             quantization=stored_quantization(checkpoint.config) or quantization.value,

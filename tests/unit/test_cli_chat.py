@@ -1,0 +1,126 @@
+"""A conversation on the terminal, with a model that says what a test wants."""
+
+from __future__ import annotations
+
+import io
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from shoal.bundled import STORIES
+from shoal.cli.chat import Conversation, _converse, parsed
+from shoal.cli.generate import is_cut
+
+
+@pytest.mark.parametrize(
+    ("line", "command", "said"),
+    [
+        ("hello", None, "hello"),
+        (" /new ", "/new", ""),
+        ("/help", "/help", ""),
+        ("/?", "/help", ""),
+        ("/exit", "/bye", ""),
+        ("/quit", "/bye", ""),
+        ("/bye", "/bye", ""),
+        ("/set temperature 1", "/set temperature 1", ""),
+        ("//etc/hosts is what?", None, "/etc/hosts is what?"),
+        ("and/or", None, "and/or"),
+        ("", None, ""),
+    ],
+)
+def test_a_line_with_a_slash_is_a_command_and_two_slashes_send_one(line, command, said):
+    assert parsed(line) == (command, said)
+
+
+class Talker:
+    """Says the same to everything, and remembers what it was told."""
+
+    generation_config = SimpleNamespace(eos_token_id=1)
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer = answer
+        self.told: list[torch.Tensor] = []
+
+    def generate(self, ids: torch.Tensor, *, streamer: Any, **_: Any) -> torch.Tensor:
+        self.told.append(ids)
+        streamer.put(ids)
+        for token in self.answer:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+        return torch.cat([ids, torch.tensor([self.answer])], dim=1)
+
+
+class Session:
+    """As a session that holds nothing yet."""
+
+    output_ids = attention_mask = None
+    num_tokens = 0
+
+    def crop(self, num_tokens: int) -> None: ...
+
+
+Chat = Any
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
+    """Say some lines; returns the model, whether it begins anew, and what was printed."""
+
+    def chat(*lines: str, answer: str = "Once", max_new_tokens: int = 100, ended: bool = True) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(STORIES)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        talker = Talker([*tokenizer(answer)["input_ids"], *([1] if ended else [])])
+        capsys.readouterr()
+        again = _converse(talker, Conversation(tokenizer), Session(), {"max_new_tokens": max_new_tokens})  # type: ignore[arg-type]
+        out, err = capsys.readouterr()
+        said = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in talker.told]
+        return SimpleNamespace(said=said, again=again, out=out, err=err, num_tokens=len(talker.answer))
+
+    return chat
+
+
+def test_commands_never_reach_the_model(chat):
+    done = chat("/help", "/set x", "hello")
+    assert done.said == ["hello"]
+    assert done.out == "Once\n"
+    assert done.err.count("/new") == done.err.count("/bye") == done.err.count("//") == 2
+    assert "there is no command /set x" in done.err
+
+
+def test_a_command_may_begin_anew_or_leave(chat):
+    assert chat("/new", "hello").again is True
+    assert chat("/bye", "hello").again is False
+    assert chat("hello").again is False
+    assert not chat("/bye", "hello").said
+
+
+def test_two_slashes_send_one_to_the_model(chat):
+    assert chat("//hello").said == ["/hello"]
+
+
+def test_an_answer_that_was_cut_says_so_beside_it_and_not_in_it(chat):
+    whole = chat("hello", answer="Once upon a time")
+    assert not whole.err
+    cut = chat("hello", answer="Once upon a time", max_new_tokens=whole.num_tokens - 1, ended=False)
+    assert cut.out == whole.out == "Once upon a time\n"
+    assert cut.err.strip() == f"[cut at {whole.num_tokens - 1} tokens: --max-new-tokens]"
+
+
+@pytest.mark.parametrize(
+    ("new", "end", "expected"),
+    [
+        ([5, 6, 7], 1, True),
+        ([5, 6, 1], 1, False),
+        ([5, 6, 1], [2, 1], False),
+        ([5, 6, 7], None, True),
+        ([5, 6], None, False),
+        ([5, 1, 0], 1, False),
+    ],
+)
+def test_an_answer_is_cut_if_it_is_as_long_as_it_may_be_and_does_not_end(new, end, expected):
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=end))
+    assert is_cut(model, new, max_new_tokens=3) is expected

@@ -1,0 +1,60 @@
+"""What `shoal status` ends with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from shoal.cli import run, status
+from shoal.cli.status import ModelStatus
+from shoal.net.transport import ModelInfo
+from shoal.routing.view import SwarmView
+from shoal.spans import ServerInfo, ServerState, Span
+
+MODEL = ModelInfo(key="llama-8x64-1a2b3c4d", name="org/tiny", family="llama", num_blocks=8)
+SERVER = ServerInfo(
+    peer="12D3KooWalice",
+    span=Span(0, 8),
+    state=ServerState.ONLINE,
+    fingerprint="f" * 32,
+    decode_speed=10.0,
+    prefill_speed=100.0,
+    cache_tokens_left=1024,
+    dtype="float32",
+    quantization="none",
+    version="0.1.0",
+)
+WHOLE = ModelStatus(MODEL, SwarmView(8, (SERVER,)))
+HALF = ModelStatus(MODEL, SwarmView(8, (replace(SERVER, span=Span(0, 4)),)))
+LOADING = ModelStatus(MODEL, SwarmView(8, (replace(SERVER, state=ServerState.JOINING, decode_speed=None),)))
+UNSERVED = ModelStatus(MODEL, SwarmView(8))
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--route",)])
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [([WHOLE], 0), ([], 0), ([HALF], 1), ([LOADING], 1), ([UNSERVED], 1), ([WHOLE, HALF], 1), ([WHOLE, WHOLE], 0)],
+)
+def test_it_ends_with_1_while_blocks_of_a_model_are_missing(monkeypatch, capsys, options, found, code):
+    async def look(*_: Any, **__: Any) -> list[ModelStatus]:
+        return list(found)
+
+    monkeypatch.setattr(status, "look", look)
+    assert run(["status", "--initial-peers", "/ip4/127.0.0.1/tcp/1/p2p/A", *options]) == code
+    out, err = capsys.readouterr()
+    assert not err
+    if "--json" in options:
+        assert [model["complete"] for model in json.loads(out)["models"]] == [each is WHOLE for each in found]
+
+
+def test_a_speed_that_was_not_measured_is_null_in_json():
+    (server,) = LOADING.as_json()["servers"]
+    assert server["decode_speed"] is None
+
+
+def test_help_says_what_the_exit_status_means(capsys):
+    assert run(["status", "--help"]) == 0
+    assert "exit status is 1" in " ".join(capsys.readouterr().out.split()).lower()
