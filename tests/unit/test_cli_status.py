@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +33,16 @@ WHOLE = ModelStatus(MODEL, SwarmView(8, (SERVER,)))
 HALF = ModelStatus(MODEL, SwarmView(8, (replace(SERVER, span=Span(0, 4)),)))
 LOADING = ModelStatus(MODEL, SwarmView(8, (replace(SERVER, state=ServerState.JOINING, decode_speed=None),)))
 UNSERVED = ModelStatus(MODEL, SwarmView(8))
+
+
+@pytest.fixture(autouse=True)
+def same_log() -> Iterator[None]:
+    """A command sets up the log of its process; here, other tests follow."""
+    logger = logging.getLogger("shoal")
+    before = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.mark.parametrize("options", [(), ("--json",), ("--route",)])

@@ -26,7 +26,7 @@ DIAL = f"failed to dial: failed to dial {PEER}: all dials failed\n  * "
         (DIAL + "[/ip4/127.0.0.1/tcp/9] dial tcp4 127.0.0.1:9: connect: connection refused", "nothing listens there"),
         (DIAL + "[/ip4/10.0.0.7/tcp/9] dial tcp4 10.0.0.7:9: i/o timeout", "it does not answer"),
         (DIAL + "[/ip4/10.0.0.7/tcp/9] dial tcp4 10.0.0.7:9: connect: no route to host", "there is no route to it"),
-        (DIAL + "[/ip4/127.0.0.1/tcp/9] dial backoff", "it could not be reached a moment ago"),
+        (DIAL + "[/ip4/127.0.0.1/tcp/9] dial backoff", "tried in vain a moment ago"),
         (
             DIAL + "[/ip4/127.0.0.1/tcp/9] dial backoff\n  * [/ip4/127.0.0.1/tcp/38425] failed to negotiate security "
             f"protocol: peer id mismatch: expected {PEER}, but remote key matches 12D3KooWLbXUy5g9hnzYe6MKYhJMevP7",

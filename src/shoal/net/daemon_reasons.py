@@ -23,7 +23,7 @@ REASONS = {
     "failed to find": "its address is not known",
     "not found": "its address is not known",
     "no addresses": "its address is not known",
-    "dial backoff": "it could not be reached a moment ago",
+    "dial backoff": "tried in vain a moment ago",
 }
 """By a part of what the daemon says, which may tell of several attempts: what explains most comes first."""
 
