@@ -22,6 +22,7 @@ from shoal.client.runtime import Runtime
 from shoal.errors import MissingBlocks, UnsupportedOperation, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.net import NetworkConfig
+from shoal.net.identity import Identity
 from shoal.net.memory import MemoryNetwork
 
 from .harness import QUICK, Swarm, swarm_of
@@ -231,8 +232,9 @@ def test_keywords_that_cannot_be_honoured_are_refused_with_a_hint(
 
 
 def test_peers_that_may_be_used_may_be_one_string(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    model = opened(folder, monkeypatch, allowed_servers="one, two", blocked_servers="two")
-    assert (model.config.allowed_servers, model.config.blocked_servers) == (["one", "two"], ["two"])
+    one, two = sorted(Identity.temporary().peer for _ in range(2))
+    model = opened(folder, monkeypatch, allowed_servers=f"{one}, {two}", blocked_servers=two)
+    assert (model.config.allowed_servers, model.config.blocked_servers) == ([one, two], [two])
     model.close()
 
 
@@ -277,9 +279,20 @@ def test_servers_that_the_config_allows_are_used_from_then_on(swarm: MakeSwarm):
 def test_servers_that_the_config_does_not_allow_are_not_used_at_all(use: Callable[[Any], Any], swarm: MakeSwarm):
     model = swarm("0:4").model()
     use(model)
-    model.config.allowed_servers = ["somebody else"]
+    model.config.allowed_servers = [Identity.temporary().peer]
     with pytest.raises(MissingBlocks, match="that you do not allow"):
         use(model)
+
+
+def test_the_config_may_name_servers_as_status_shows_them(swarm: MakeSwarm):
+    town = swarm("0:4")
+    town.start("0:4", name="a desk")
+    model = town.model()
+    model.config.allowed_servers = ["a desk"]
+    assert used(model) == ("s1",)
+    model.config.allowed_servers = ["a chair"]
+    with pytest.raises(UserError, match="no server is called 'a chair'"):
+        used(model)
 
 
 def test_a_copys_config_is_followed_as_well(swarm: MakeSwarm):
@@ -320,17 +333,18 @@ def test_attributes_that_mean_nothing_are_left_alone(swarm: MakeSwarm):
 
 
 def test_the_config_says_how_the_model_was_opened(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    one, two = sorted(Identity.temporary().peer for _ in range(2))
     model = opened(
         folder,
         monkeypatch,
         initial_peers=["/a", "/b"],
-        blocked_servers=["two", "one"],
+        blocked_servers=[two, one],
         tuning_mode="ptune",
         pre_seq_len=4,
     )
     config = model.config
     assert (config.initial_peers, config.tuning_mode, config.pre_seq_len) == (["/a", "/b"], "ptune", 4)
-    assert (config.allowed_servers, config.blocked_servers, config.active_adapter) == (None, ["one", "two"], None)
+    assert (config.allowed_servers, config.blocked_servers, config.active_adapter) == (None, [one, two], None)
     model.close()
 
 

@@ -55,7 +55,17 @@ def test_it_ends_with_1_while_blocks_of_a_model_are_missing(monkeypatch, capsys,
         return list(found)
 
     monkeypatch.setattr(status, "look", look)
-    assert run(["status", "--initial-peers", "/ip4/127.0.0.1/tcp/1/p2p/A", *options]) == code
+    assert (
+        run(
+            [
+                "status",
+                "--initial-peers",
+                "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K",
+                *options,
+            ]
+        )
+        == code
+    )
     out, err = capsys.readouterr()
     assert not err
     if "--json" in options:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from shoal.client.chain import Chain
-from shoal.client.config import peers_of
+from shoal.client.config import ClientConfig, peers_of
 from shoal.client.keywords import PETALS, Fate, Refused
 from shoal.errors import UserError
 
@@ -30,9 +31,17 @@ class ConfigAttributes:
     They are looked at whenever the blocks are used, because a config tells nothing of its changes.
     """
 
-    def __init__(self, config: PreTrainedConfig, chain: Chain, opened_with: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        chain: Chain,
+        opened_with: Mapping[str, Any],
+        *,
+        with_whole_ids: Callable[[ClientConfig], ClientConfig],
+    ) -> None:
         self._config = config
         self._chain = chain
+        self._with_whole_ids = with_whole_ids
         allowed, blocked = chain.config.allowed_servers, chain.config.blocked_servers
         config.allowed_servers = None if allowed is None else sorted(allowed)
         config.blocked_servers = sorted(blocked)
@@ -44,7 +53,7 @@ class ConfigAttributes:
     def follow(self) -> None:
         """Let the client use the servers that the config allows now.
 
-        Raises `UserError` if anything else was changed.
+        Raises `UserError` if anything else was changed, or for a name that no server has.
         """
         given = vars(self._config)
         for name in _FATES.keys() & given.keys():
@@ -54,8 +63,11 @@ class ConfigAttributes:
         allowed, blocked = given.get("allowed_servers"), given.get("blocked_servers")
         permitted = None if allowed is None else peers_of(allowed), peers_of(blocked or ())
         if permitted != self._permitted:
+            allowed_servers, blocked_servers = permitted
+            wanted = replace(self._chain.config, allowed_servers=allowed_servers, blocked_servers=blocked_servers)
+            found = self._with_whole_ids(wanted)
+            self._chain.permit(found.allowed_servers, found.blocked_servers)
             self._permitted = permitted
-            self._chain.permit(*permitted)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConfigAttributes:
         """A copied model has its own config and shares the connection, so a change concerns both."""

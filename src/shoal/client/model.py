@@ -262,7 +262,14 @@ class _AutoDistributed:
             "tuning_mode": tuning_mode,
             "pre_seq_len": pre_seq_len,
         }
-        blocks.watch(ConfigAttributes(model.config, chain, opened_with))
+        blocks.watch(
+            ConfigAttributes(
+                model.config,
+                chain,
+                opened_with,
+                with_whole_ids=lambda wanted: runtime.run(found_in_directory(wanted, node, model_info)),
+            )
+        )
         model._as_opened = versions_of(model)
         return model.eval()
 
