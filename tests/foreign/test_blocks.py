@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import shoal
 from shoal import UserError
 from shoal.model.body import Body
 from shoal.spans import Span
@@ -18,7 +19,7 @@ from tests.swarm.parity import assert_equal
 from tests.swarm.tiny_models import NUM_BLOCKS, tiny_config, tiny_model
 from tests.swarm.visitors import random_inputs, tiny_body
 
-from .pair import TEXTS, Pair
+from .pair import NEVER, TEXTS, Pair
 
 SPANS = ["0:1", "2:3", "4:5", "1:4", "0:5"]
 STEPS = {"one by one": [1] * 8, "all at once": [8], "of many lengths": [3, 1, 2, 1, 1]}
@@ -152,3 +153,38 @@ def test_servers_compute_as_precisely_as_they_were_told(family: str, tmp_path: P
         assert found.dtype == torch.float32
         error = (found - expected).norm() / expected.norm()
         assert 1e-6 < error < 0.02, "neither float32 nor near it"
+
+
+def test_the_blocks_bear_the_name_that_petals_gave_them(pair: Pair):
+    assert isinstance(pair.model.transformer.h, shoal.RemoteSequential)
+    assert isinstance(pair.model.transformer.h[1:3], shoal.RemoteSequential)
+    assert torch.equal(pair.model.transformer.word_embeddings(TEXTS), pair.model.get_input_embeddings()(TEXTS))
+
+
+def test_a_position_that_is_set_takes_tokens_back(pair: Pair):
+    first, second = (inputs_of(pair, seed=seed) for seed in (1, 2))
+    edited = torch.cat((first[:, :2], second[:, 2:]), dim=1)
+    with pair.model.transformer.h.inference_session(max_length=8) as session:
+        before = session.step(first)
+        assert session.position == 8
+        session.position = 2
+        after = session.step(edited[:, 2:])
+        assert session.position == 8
+    assert_equal(torch.cat((before[:, :2], after), dim=1), local(pair)(edited))
+
+
+def test_a_step_of_no_tokens_changes_nothing(pair: Pair):
+    hidden = inputs_of(pair)
+    with pair.model.transformer.h.inference_session(max_length=8) as session:
+        parts = [session.step(hidden[:, :4]), session.step(hidden[:, :0]), session.step(hidden[:, 4:])]
+    assert parts[1].shape == (1, 0, hidden.shape[2])
+    assert_equal(torch.cat(parts, dim=1), local(pair)(hidden))
+
+
+def test_calls_inside_a_session_go_on_with_it(pair: Pair):
+    expected = pair.whole.generate(TEXTS[:1], max_new_tokens=8, eos_token_id=NEVER)
+    with pair.model.inference_session(max_length=32) as session:
+        first = pair.model.generate(TEXTS[:1], max_new_tokens=4, eos_token_id=NEVER)
+        rest = pair.model.generate(None, max_new_tokens=4, eos_token_id=NEVER)
+        assert session.position == TEXTS.shape[1] + 7
+    assert torch.cat((first, rest), dim=1).tolist() == expected.tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from .pair import NEVER, TEXTS, Pair, assert_same_generation
+from .pair import NEVER, TEXTS, Pair, assert_close, assert_same_generation
 
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "greedy": {},
@@ -51,7 +51,10 @@ def test_a_strategy_gives_the_tokens_scores_and_logits_of_transformers(pair: Pai
     assert_same_generation(actual, expected)
 
 
-@pytest.mark.parametrize(("guesses", "sampled"), [("prompt lookup", False), ("assistant", False), ("assistant", True)])
+@pytest.mark.parametrize(
+    ("guesses", "sampled"),
+    [("prompt lookup", False), ("prompt lookup", True), ("assistant", False), ("assistant", True)],
+)
 def test_guessed_tokens_change_nothing(pair: Pair, guesses: str, sampled: bool):
     text = TEXTS[:1, :5].repeat(1, 3)
     how = {"prompt_lookup_num_tokens": 4} if guesses == "prompt lookup" else {"assistant_model": pair.whole}
@@ -162,3 +165,50 @@ def test_a_text_goes_on_where_a_cache_ends(pair: Pair):
 def test_a_kind_of_cache_that_changes_no_number_changes_none_here(pair: Pair, cache: str):
     found = pair.model.generate(TEXTS, max_new_tokens=6, eos_token_id=NEVER, cache_implementation=cache)
     assert found.tolist() == pair.whole.generate(TEXTS, max_new_tokens=6, eos_token_id=NEVER).tolist()
+
+
+def test_a_model_in_the_swarm_guesses_for_another(pair: Pair):
+    text = TEXTS[:1, :5].repeat(1, 3)
+    options = {"max_new_tokens": 8, "eos_token_id": NEVER}
+    expected = pair.whole.generate(text, **options)
+    for model, assistant in ((pair.model, pair.swarm.model()), (pair.whole, pair.model)):
+        assert model.generate(text, assistant_model=assistant, **options).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_guidance_gives_the_tokens_and_scores_of_transformers(pair: Pair, negative: bool):
+    options = {"negative_prompt_ids": TEXTS.flip(0)[:, :4]} if negative else {}
+    actual, expected = pair.generate(input_ids=TEXTS, guidance_scale=1.5, output_scores=True, **options)
+    assert_same_generation(actual, expected)
+
+
+def test_a_text_goes_on_with_the_cache_that_generate_returned(pair: Pair):
+    results = []
+    for said in pair.generate(input_ids=TEXTS, max_new_tokens=4):
+        model = pair.whole if results else pair.model
+        more = torch.cat((said.sequences, TEXTS[:, :2]), dim=1)
+        options = {"max_new_tokens": 8, "eos_token_id": NEVER, "past_key_values": said.past_key_values}
+        results.append(model.generate(more, **options).tolist())
+    assert results[0] == results[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", ["no padding", "padding on the left"])
+def test_a_loop_written_by_hand_keeps_a_cache(pair: Pair, mask: str):
+    inputs = pair.inputs(mask)
+    steps = []
+    for model in (pair.model, pair.whole):
+        attention_mask = inputs.get("attention_mask", torch.ones_like(TEXTS))
+        output = model(inputs["input_ids"], attention_mask=attention_mask, use_cache=True)
+        logits = [output.logits[:, -1]]
+        for _ in range(4):
+            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(3, 1)), dim=1)
+            output = model(
+                logits[-1].argmax(dim=-1, keepdim=True),
+                attention_mask=attention_mask,
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+            logits.append(output.logits[:, -1])
+        steps.append(torch.stack(logits))
+    assert_close(*steps)
