@@ -107,6 +107,7 @@ class InferenceSession:
     ) -> torch.Tensor:
         """Append inputs [B, T, D] and return the blocks' outputs for them. Raises `UserError` when it gets too long.
 
+        `attention_mask` is of these tokens or of all, 0 where a token is padding; without one, they are none.
         If the output head was `asked` for logits and has answered, what is returned means nothing.
         """
         if not self._closing.alive:
@@ -130,7 +131,7 @@ class InferenceSession:
             hidden_BTD.detach().to("cpu", copy=True).contiguous(),  # kept for a replay; the caller may reuse its own
             position,
             positions_of(position_ids, hidden_BTD),
-            mask_of(attention_mask, hidden_BTD),
+            mask_of(attention_mask, hidden_BTD, num_past=position),
             None if asked is None else asked.question(hidden_BTD),
         )
         output = self._runtime.run(work)

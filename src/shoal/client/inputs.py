@@ -22,16 +22,17 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def mask_of(attention_mask: torch.Tensor | None, hidden_BTD: torch.Tensor) -> torch.Tensor | None:
-    """The new tokens' part of a mask, [B, T] uint8."""
+def mask_of(attention_mask: torch.Tensor | None, hidden_BTD: torch.Tensor, *, num_past: int = 0) -> torch.Tensor | None:
+    """A mask as it travels, uint8: of the new tokens, [B, T], or also of the `num_past` before them, [B, S]."""
     if attention_mask is None:
         return None
     batch_size, num_tokens, _ = hidden_BTD.shape
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < num_tokens:
+    if tuple(attention_mask.shape) not in ((batch_size, num_tokens), (batch_size, num_past + num_tokens)):
+        after = f" after {num_past} others" * (num_past > 0)
         raise UserError(
-            f"an attention mask of shape {list(attention_mask.shape)} for {batch_size} by {num_tokens} tokens"
+            f"an attention mask of shape {list(attention_mask.shape)} for {batch_size} by {num_tokens} tokens{after}"
         )
-    return (attention_mask[:, -num_tokens:] != 0).to("cpu", torch.uint8)
+    return (attention_mask != 0).to("cpu", torch.uint8)
 
 
 def positions_of(position_ids: torch.Tensor | None, hidden_BTD: torch.Tensor) -> torch.Tensor | None:

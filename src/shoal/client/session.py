@@ -94,7 +94,7 @@ class Session:
         hidden_BTD: torch.Tensor,
         position: int,
         positions_BT: torch.Tensor | None,
-        mask_BT: torch.Tensor | None,
+        mask_BS: torch.Tensor | None,
         question: Question | None = None,
     ) -> torch.Tensor | Logits:
         """Append the inputs of the tokens from `position` on; returns the span's outputs for them, [B, T, D].
@@ -109,7 +109,7 @@ class Session:
             try:
                 self._changes.append(position)  # what an interrupted step may have left
                 await self._make_changes()
-                self._tokens.append(as_received(hidden_BTD, self._chain.config.wire), positions_BT, mask_BT)
+                self._tokens.append(as_received(hidden_BTD, self._chain.config.wire), positions_BT, mask_BS)
                 outputs = Outputs(position)
                 await self._reach(self._is_answered, outputs, question)
                 return outputs.joined()

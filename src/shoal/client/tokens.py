@@ -10,6 +10,7 @@ import torch
 
 from shoal.client.history import History
 from shoal.client.store import Store
+from shoal.errors import UserError
 
 
 class Tokens:
@@ -38,16 +39,32 @@ class Tokens:
     def are_padded(self) -> bool:
         return self._masks is not None
 
-    def append(self, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None, mask_BT: torch.Tensor | None) -> None:
-        """Add tokens."""
-        if mask_BT is not None and mask_BT.all():
-            mask_BT = None
+    def append(self, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None, mask_BS: torch.Tensor | None) -> None:
+        """Add tokens. The mask is of the new ones, or of all.
+
+        Raises `UserError` for a mask that says something else about the old ones than before: servers have them.
+        """
+        mask_BT = None
+        if mask_BS is not None:
+            self._check_past(mask_BS[:, : -hidden_BTD.shape[1]])
+            mask_BT = mask_BS[:, -hidden_BTD.shape[1] :]
+            mask_BT = None if mask_BT.all() else mask_BT
         start = self.num_tokens
         self._positions = _logged(self._positions, positions_BT, start, torch.arange, hidden_BTD)
         self._masks = _logged(
             self._masks, mask_BT, start, lambda start, end: torch.ones(end - start, dtype=torch.uint8), hidden_BTD
         )
         self.inputs.append(hidden_BTD)
+
+    def _check_past(self, mask_BS: torch.Tensor) -> None:
+        if not mask_BS.shape[1]:
+            return
+        known_BS = self.mask(0, self.num_tokens)
+        if not (mask_BS.all() if known_BS is None else torch.equal(mask_BS, known_BS)):
+            raise UserError(
+                "the attention mask says of tokens that the session has what it did not say before",
+                hint="pass the mask of all tokens, the padding that came before included",
+            )
 
     def crop(self, num_tokens: int) -> None:
         """Forget everything after so many tokens."""

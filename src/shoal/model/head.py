@@ -23,6 +23,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 
 from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
+from shoal.model.asked import check_cache_choice, check_outputs
 from shoal.model.body import check_loaded
 from shoal.model.copying import NotPickled
 from shoal.model.families import LAYERS_RETURN_TUPLE, Family, find_backbone, text_config
@@ -172,20 +173,21 @@ class _HeadBackbone(NotPickled):
             kwargs["use_cache"] = False  # a cache is a session, which somebody has to open
         elif not isinstance(cache, HeadCache):
             raise UnsupportedOperation(f"the blocks are elsewhere: {type(cache).__name__} cannot hold their state")
-        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
-            raise UnsupportedOperation("what is inside the blocks stays on the servers: ask for their output only")
+        check_outputs(self.config, kwargs)
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise UnsupportedOperation("only attention masks of shape [batch, tokens] can be sent to servers")
         if cache is not None and mask is not None:
             _check_length(mask, cache, kwargs)
+        if mask is None and cache is not None and cache.session.num_tokens and "past_key_values" in names:
+            kwargs["attention_mask"] = mask = _no_padding(cache, kwargs)  # recurrent families leave it out
         prompt: nn.Embedding | None = getattr(self, PROMPT, None)
         is_prompted = False
         if prompt is not None:
             num_seen = 0 if cache is None else cache.session.num_tokens
             is_prompted = with_prompt(kwargs, prompt, self.get_input_embeddings(), num_seen=num_seen)
             mask = kwargs.get("attention_mask")
-        if cache is not None and mask is not None and mask.all():
+        if cache is not None and mask is not None and mask.all() and not cache.session.num_tokens:
             mask = None  # `generate` always gives one; what says nothing need not travel
         layer = _BlocksCall(
             self._layers_elsewhere[0],
@@ -202,6 +204,13 @@ class _HeadBackbone(NotPickled):
             kwargs.pop("position_ids", None)
         output = super(_HeadBackbone, view).forward(**kwargs)  # type: ignore[misc]
         return output if prompt is None or not is_prompted else without_prompt(output, prompt.num_embeddings)
+
+
+def _no_padding(cache: HeadCache, inputs: Mapping[str, Any]) -> Tensor:
+    """What Transformers takes no mask for: no token is padding, of those either that the cache has."""
+    tokens = inputs.get("input_ids")
+    new = inputs["inputs_embeds"] if tokens is None else tokens
+    return torch.ones(new.shape[0], cache.session.num_tokens + new.shape[1], dtype=torch.long, device=new.device)
 
 
 def _check_length(mask_BS: Tensor, cache: HeadCache, inputs: Mapping[str, Any]) -> None:
@@ -268,6 +277,7 @@ class _Head:
         """Open a session where Transformers would make a cache, under the name by which the family calls it."""
         name = "cache_params" if "cache_params" in inspect.signature(self.forward).parameters else "past_key_values"
         cache = model_kwargs.get(name)
+        check_cache_choice(generation_config.cache_implementation, cache)
         if isinstance(cache, HeadCache) and generation_mode == GenerationMode.ASSISTED_GENERATION:
             cache.session.crop(0)  # it begins with the whole prompt, whatever has been computed of it
         if generation_config.use_cache is False or cache is not None:

@@ -78,6 +78,18 @@ class Group:
         return _additive(seen, dtype)[:, None, None]
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What a sequence's new tokens see.
+
+    `mask` `[H / J * T, S]` is added to the scores, for each of the heads that share keys. `blind_T` is true for tokens
+    that see nothing, as padding before the text. `None` means that none is. Their output is 0, as in Transformers.
+    """
+
+    mask: Tensor
+    blind_T: Tensor | None
+
+
 class PackedAttention:
     """The `Attend` of one pass: writes what is new into its pages, and attends to what is there."""
 
@@ -86,7 +98,7 @@ class PackedAttention:
         self._slots = slots_T
         self._groups = groups_of([each for each in sequences if each.decodes], device=slots_T.device)
         self._others = [each for each in sequences if not each.decodes]
-        self._masks: dict[tuple[int, int | None, int], Tensor] = {}
+        self._sights: dict[tuple[int, int | None, int], Sight] = {}
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """The outputs [1, T, H, V] of a block. Raises `UnsupportedOperation` for an attention that it does not know."""
@@ -103,29 +115,32 @@ class PackedAttention:
         for index, each in enumerate(self._others):
             new = slice(each.start, each.end)
             if each.num_cached == 0 and each.mask is None and window is None:
-                keys, values, mask = key[:, :, new], value[:, :, new], None
+                keys, values, sight = key[:, :, new], value[:, :, new], None
             else:
                 keys, values = self._cache.read_one(block, each.pages, each.num_tokens)
-                mask = self._mask(index, each, window, query, num_shared=query.shape[1] // key.shape[1])
-            output_THV[new] = core.attend(query[:, :, new], keys, values, mask)[0].transpose(0, 1)
+                sight = self._sight(index, each, window, query, num_shared=query.shape[1] // key.shape[1])
+            output_THV[new] = core.attend(query[:, :, new], keys, values, sight)[0].transpose(0, 1)
         return output_THV[None]
 
-    def _mask(self, index: int, each: NewTokens, window: int | None, query: Tensor, *, num_shared: int) -> Tensor:
-        """What a sequence's new tokens see, to be added to the scores, for each of the heads that share keys.
+    def _sight(self, index: int, each: NewTokens, window: int | None, query: Tensor, *, num_shared: int) -> Sight:
+        """What a sequence's new tokens see: the same for all blocks with this window, so it is made once."""
+        if (index, window, num_shared) not in self._sights:
+            self._sights[index, window, num_shared] = _sight_of(each, window, query, num_shared)
+        return self._sights[index, window, num_shared]
 
-        [num_shared * T, S]: the same for all blocks with this window, so it is made once.
-        """
-        if (index, window, num_shared) not in self._masks:
-            keys = torch.arange(each.num_tokens, device=query.device)
-            queries = torch.arange(each.num_cached, each.num_tokens, device=query.device)[:, None]
-            seen = keys <= queries
-            if window is not None:
-                seen &= keys > queries - window
-            if each.mask is not None:
-                seen &= each.mask.to(query.device)
-                seen |= keys == queries  # padding sees itself, so that it stays a number
-            self._masks[index, window, num_shared] = _additive(seen, query.dtype).repeat(num_shared, 1)
-        return self._masks[index, window, num_shared]
+
+def _sight_of(each: NewTokens, window: int | None, query: Tensor, num_shared: int) -> Sight:
+    keys = torch.arange(each.num_tokens, device=query.device)
+    queries = torch.arange(each.num_cached, each.num_tokens, device=query.device)[:, None]
+    seen_TS = keys <= queries
+    if window is not None:
+        seen_TS &= keys > queries - window
+    blind_T = None
+    if each.mask is not None:
+        seen_TS &= each.mask.to(query.device)
+        blind_T = ~seen_TS.any(dim=1)
+        seen_TS |= blind_T[:, None] & (keys == queries)  # a softmax over nothing is no number
+    return Sight(_additive(seen_TS, query.dtype).repeat(num_shared, 1), blind_T)
 
 
 def groups_of(sequences: Sequence[NewTokens], *, device: torch.device) -> list[Group]:
@@ -176,11 +191,9 @@ class _Core:
             output = self._in_steps(query, keys, values, mask, sinks)
         return output.reshape(num_groups, num_heads, values.shape[-1])
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """The outputs [1, H, T, V] of a sequence; without a mask, its tokens see those before them.
-
-        A mask is [H / J * T, S], for each of the heads that share keys.
-        """
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, sight: Sight | None) -> Tensor:
+        """The outputs [1, H, T, V] of a sequence; without a sight, its tokens see all those before them."""
+        mask = None if sight is None else sight.mask
         num_heads, num_key_heads, num_queries = query.shape[1], keys.shape[1], query.shape[2]
         num_shared = num_heads // num_key_heads
         plain = self._softcap is None and self._sinks is None
@@ -198,7 +211,10 @@ class _Core:
             sinks = None if self._sinks is None else self._sinks.view(num_key_heads, num_shared, 1)
             sinks = None if sinks is None else sinks.expand(-1, -1, num_queries).flatten(1)
             output = self._in_steps(query, keys, values, mask, sinks)
-        return output.reshape(1, num_heads, num_queries, values.shape[-1])
+        output = output.reshape(1, num_heads, num_queries, values.shape[-1])
+        if sight is not None and sight.blind_T is not None:
+            output = output.masked_fill(sight.blind_T[:, None], 0.0)
+        return output
 
     def _in_steps(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None

@@ -123,7 +123,7 @@ class Checks:
                 raise rejected(f"positions must be in 0:{self.max_length}")
         if mask is not None and (mask.shape != hidden.shape[:2] or mask.dtype != torch.uint8 or mask.max() > 1):
             raise rejected("the padding mask must be uint8 zeros and ones of shape [batch, tokens]")
-        return Inputs(hidden, positions, None if mask is None or mask.all() else mask.long())
+        return Inputs(hidden, positions, None if mask is None else mask.long())
 
     def check_training(self) -> None:
         """Raises `Refused` where nothing is computed for those who train."""

@@ -150,7 +150,7 @@ class Session:
         self._extend_mask(rows, inputs)
 
     def _extend_mask(self, rows: Sequence[int] | None, inputs: Inputs) -> None:
-        if self.mask_BS is None and inputs.mask_BT is None:
+        if self.mask_BS is None and (inputs.mask_BT is None or inputs.mask_BT.all()):
             return
         if self.mask_BS is None:
             mask_BS = torch.ones((self.batch_size, self.num_tokens), dtype=torch.int64)

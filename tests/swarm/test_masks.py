@@ -1,0 +1,58 @@
+"""Attention masks with zeros anywhere: before a text, in it and after it."""
+
+# B sequences, T new tokens, S all tokens
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.model.families import CERTIFIED, PACKED
+
+from .tiny_models import VARIANTS
+from .visitors import PATIENT, Visitor, engine_of, random_inputs, tiny_body
+
+pytestmark = pytest.mark.anyio
+
+# A row each: padding before the text, after it, in it, on both sides and in it, and none.
+MASK = torch.tensor(
+    [
+        [0, 0, 0, 1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0, 1, 1, 0, 1, 1],
+        [0, 1, 1, 1, 0, 0, 0, 0, 1, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    ],
+    dtype=torch.uint8,
+)
+IN_PARTS, AT_ONCE = 7, 1024
+FAMILIES = [
+    pytest.param(family, changes, IN_PARTS, id=f"{family} {variant}".strip())
+    for family in sorted(CERTIFIED)
+    for variant, changes in [("", {}), *VARIANTS.get(family, {}).items()]
+]
+FAMILIES += [
+    pytest.param(family, {}, AT_ONCE, id=f"{family} at once")
+    for family in ("bloom", "gemma2", "gemma3_text", "gpt_oss", "llama", "qwen3")
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "pass_tokens"), FAMILIES)
+async def test_a_session_of_any_family_sees_what_a_single_pass_sees(
+    family: str, changes: Mapping[str, Any], pass_tokens: int
+):
+    body = tiny_body(family, **changes)
+    async with engine_of(body, num_pages=40, shares=replace(PATIENT, pass_tokens=pass_tokens)) as engine:
+        visitor = Visitor(engine, body)
+        await visitor.step(random_inputs(1, body, *MASK.shape), mask_BT=MASK)
+        for seed in (2, 3):
+            await visitor.step(random_inputs(seed, body, len(MASK), 1))
+        if family in PACKED:  # recurrent state takes no padding after its first pass
+            more = MASK[:, -4:]
+            await visitor.step(random_inputs(4, body, *more.shape), mask_BT=more, position=visitor.num_tokens - 1)
+        visitor.leave()
+        visitor.check()
