@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import torch
 
@@ -40,6 +39,7 @@ from shoal.server.head import ServerHead, load_head
 from shoal.server.links import Links
 from shoal.server.neighbours import Neighbours
 from shoal.server.presence import Presence
+from shoal.server.progress import Phase, Progress, Report, reporter
 from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
 from shoal.server.throughput import Speeds, speeds_of
@@ -49,14 +49,6 @@ from shoal.tensors import LOSSY
 VERSION = importlib.metadata.version("shoal")
 ASSUMED_SPEED = 1.0
 """Tokens per second, until they are measured: those who join meanwhile see that somebody will hold these blocks."""
-
-
-class Phase(StrEnum):
-    """What a server does before it serves, in this order; the values are for people."""
-
-    OPENING = "Looking at the model"
-    FINGERPRINTING = "Fingerprinting the weights"
-    LOADING = "Loading the blocks and measuring their speed"
 
 
 @dataclass(frozen=True)
@@ -69,17 +61,17 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serve(
-    config: ServerConfig, node: Node, *, report: Callable[[Phase], None] = lambda phase: None
-) -> AsyncIterator[Server]:
+async def serve(config: ServerConfig, node: Node, *, report: Report = lambda progress: None) -> AsyncIterator[Server]:
     """Run a server until the context is left; then it tells the swarm and stops. `report` hears what it is doing.
 
+    If it is cancelled before it serves, what it computes meanwhile is not waited for.
     Raises `UserError`s (`CheckpointError`, `UnsupportedModel`) for what cannot be served.
     """
     executor = Executor(config.num_threads)
     cores: Cores | None = None
+    serves = False
     try:
-        report(Phase.OPENING)
+        report(Progress(Phase.OPENING))
         checkpoint = await executor.run(lambda: open_checkpoint(config))
         model = model_info(checkpoint)
         view = SwarmView(model.num_blocks, await node.directory.servers(model))
@@ -89,7 +81,7 @@ async def serve(
         dtype = choose_dtype(config.dtype, checkpoint)
         quantization = choose_quantization(config.quantization)
         span = choose_blocks(config, checkpoint, view, dtype, device)
-        report(Phase.FINGERPRINTING)
+        report(Progress(Phase.FINGERPRINTING))
         joining = ServerInfo(
             peer=node.transport.peer,
             span=span,
@@ -107,9 +99,12 @@ async def serve(
             training=config.training,
         )
         async with Presence(node, model, joining, every_seconds=config.announce_seconds) as presence:
-            report(Phase.LOADING)
+            report(Progress(Phase.LOADING))
+            progress = reporter(report, executor, span)
             body = await executor.run(
-                lambda: load_body(checkpoint, span, dtype=dtype, device=device, quantization=quantization)
+                lambda: load_body(
+                    checkpoint, span, dtype=dtype, device=device, quantization=quantization, progress=progress
+                )
             )
             await executor.run(get_ready)
             head = None
@@ -129,6 +124,7 @@ async def serve(
                 if uses_all_cores(device, config.num_threads or torch.get_num_threads())
                 else None
             )
+            report(Progress(Phase.MEASURING))
             engine, speeds = await make_engine(config, body, executor, checks, cores, memory, head)
             online = replace(
                 joining,
@@ -138,12 +134,17 @@ async def serve(
                 head=head is not None,
             )
             await executor.run(lambda: host_adapters(config, checkpoint, engine))
+            report(Progress(Phase.ANNOUNCING))
             async with answering(config, node, model, presence, online, engine):
+                serves = True
                 yield Server(online, model, engine)
     finally:
-        executor.close()
-        if cores is not None:
-            cores.close()
+        if serves:
+            executor.close()
+            if cores is not None:
+                cores.close()
+        else:
+            executor.abandon(None if cores is None else cores.close)
 
 
 @contextlib.asynccontextmanager
