@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from shoal.bundled import STORIES
+from shoal.model import memo
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.load import load_body
 from shoal.model.quantize import Quantization
 from shoal.net.memory import MemoryNetwork
+from shoal.server.batch import Chunk
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Abandoned
 from shoal.server.progress import Phase, Progress
 from shoal.server.server import serve
+from shoal.server.session import Growth
+from shoal.server.speeds import Speeds, Watch
 from shoal.spans import ServerState, Span
 
 
@@ -116,3 +122,35 @@ async def test_a_server_tells_what_it_does_block_by_block() -> None:
         Progress(Phase.MEASURING),
         Progress(Phase.ANNOUNCING),
     ]
+
+
+@pytest.mark.anyio
+async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    watches: list[Watch] = []
+    facts: list[str] = []
+
+    def measured(*_: object, fact: str, **__: object) -> Speeds:
+        facts.append(fact)
+        memo.keep(fact, 1)
+        return Speeds(0.33, 1.0)
+
+    def watch(*arguments: Any, **options: Any) -> Watch:
+        watches.append(Watch(*arguments, **options))
+        return watches[0]
+
+    monkeypatch.setattr("shoal.server.server.Watch", watch)
+    monkeypatch.setattr("shoal.server.server.speeds_of", measured)
+    config = ServerConfig(model=str(STORIES), blocks=Span(0, 1), dtype="float32", cache_tokens=64)
+    network, announced = MemoryNetwork(), asyncio.Event()
+    publish = network.publish
+    monkeypatch.setattr(network, "publish", lambda *record: (publish(*record), announced.set()))
+    async with serve(replace(config, announce_seconds=0.01), network.node("s0")):
+        assert [memo.recall(fact) for fact in facts] == [1]
+        step = Chunk(Span(0, 1), torch.zeros(1, 1, 4), None, None, 0, (), Growth((), ()), None)
+        for second in range(60):
+            watches[0].decoded([step], 0.05, now=float(second))
+        for _ in range(2):  # one may have been under way
+            announced.clear()
+            await announced.wait()
+        assert [info.decode_speed for _, info in network.announced()] == [pytest.approx(20.0)]
+        assert [memo.recall(fact) for fact in facts] == [None], "what was measured is not believed at the next start"

@@ -25,7 +25,8 @@ def hearing(family: Family, heard: Callable[[int], None]) -> Iterator[None]:
 
     def hook(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if threading.get_ident() == thread and options.get("desc") == WEIGHTS and arguments:
-            return factory(_telling(family, arguments[0], heard), *arguments[1:], **options)
+            weights, *others = arguments
+            return factory(_telling(family, weights, heard), *others, total=len(weights), **options)
         return factory(*arguments, **options)
 
     former = set_tqdm_hook(hook)

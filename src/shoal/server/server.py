@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shoal.model import memo
 from shoal.model.adapters import get_ready
 from shoal.model.body import Body
 from shoal.model.checkpoint import Checkpoint
@@ -42,7 +43,8 @@ from shoal.server.presence import Presence
 from shoal.server.progress import Phase, Progress, Report, reporter
 from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
-from shoal.server.throughput import Speeds, speeds_of
+from shoal.server.speeds import Speeds, Watch
+from shoal.server.throughput import name_of, speeds_of
 from shoal.spans import ServerInfo, ServerState
 from shoal.tensors import LOSSY
 
@@ -160,6 +162,8 @@ async def answering(
             await presence.become(
                 lambda: replace(
                     info,
+                    decode_speed=engine.speeds.decode if engine.speeds else info.decode_speed,
+                    prefill_speed=engine.speeds.prefill if engine.speeds else info.prefill_speed,
                     cache_tokens_left=engine.cache_tokens_left,
                     queue_length=engine.queue_length,
                     adapters=engine.adapters.announced,
@@ -214,7 +218,11 @@ async def make_engine(
     compute = OneByOne(body) if cache is None else Packed(body, cache)
     weights = f"{checks.fingerprint}, quantization {config.quantization},"
     async with turn_of(cores):
-        speeds = await executor.run(lambda: speeds_of(body, compute, weights=weights, num_pages=num_pages))
+        fact = await executor.run(lambda: name_of(body, weights=weights))
+        speeds = await executor.run(
+            lambda: speeds_of(body, compute, fact=fact, num_pages=num_pages, check=executor.check)
+        )
+
     engine = Engine(
         body,
         executor,
@@ -226,5 +234,6 @@ async def make_engine(
         pace=Pace(1 / speeds.decode, 1 / speeds.prefill),
         shares=replace(config.shares, kept_bytes=choose_kept_bytes(config, body)),
         head=head,
+        watch=Watch(speeds, body.span, corrected=lambda _: memo.forget(fact)),
     )
     return engine, speeds
