@@ -540,3 +540,21 @@ async def test_a_wrong_clock_is_told_once_and_lost_neighbours_are_no_wrong_clock
         "others refuse this server's announcement, because the clocks differ: this machine's is 3600 s ahead of theirs",
         "others keep this server's announcement again",
     ]
+
+
+async def test_a_peer_finds_out_whether_its_own_identity_answers_elsewhere(tmp_path: Any) -> None:
+    async with swarm(SERVER) as (first, other):
+        assert await first.answers_elsewhere(first.transport.addresses)
+        nowhere = f"/ip4/127.0.0.1/tcp/9/p2p/{first.transport.peer}"
+        assert not await first.answers_elsewhere([nowhere])
+        whose = other.transport.addresses[0].replace(other.transport.peer, first.transport.peer)
+        assert not await first.answers_elsewhere([whose]), "somebody else is there"
+
+
+async def test_a_copied_identity_joins_no_second_time(tmp_path: Any) -> None:
+    original, copy = tmp_path / "identity", tmp_path / "copy"
+    async with asyncio.timeout(PATIENCE), join(NetworkConfig(host="127.0.0.1", identity=original)) as node:
+        copy.write_bytes(original.read_bytes())
+        with pytest.raises(UserError, match="another process of this machine is the peer"):
+            async with join(NetworkConfig(host="127.0.0.1", identity=copy, initial_peers=node.transport.addresses)):
+                pass

@@ -38,6 +38,7 @@ from shoal.net.records import (
     unseal,
 )
 from shoal.net.transport import MAX_LIFETIME, ModelInfo
+from shoal.net.twin import Twins
 from shoal.spans import ServerInfo, ServerState
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class DhtDirectory:
         self._clock = clock
         self._node: Any = None
         self._others = Acquaintances(identity.peer, initial_peers=initial_peers, keeps_records=keeps_records)
+        self._twins = Twins(identity.peer, started_at=clock())
         self._answers = Answers()
         self._reception = Reception()
         self._last_expiry: dict[str, float] = {}
@@ -85,7 +87,7 @@ class DhtDirectory:
                 node_id=former.node_id if former else None,
                 initial_peers=[f"/p2p/{peer}" for peer in peers],
                 client_mode=not self._keeps_records,
-                record_validator=SignedRecords(self._clock, heard=self._others.hear),
+                record_validator=SignedRecords(self._clock, heard=self._hear),
                 ensure_bootstrap_success=former is None,
                 strict=False,
                 # The defaults wait for seconds on each of the nodes that are gone.
@@ -130,6 +132,7 @@ class DhtDirectory:
         record = seal(self._identity, announcement)
         self._last_expiry[model.key] = expires
         self._answers.clear()
+        self._twins.announces(info.addresses)
         keys = list(announcement.table_keys)
         peer = self._identity.peer
         stored = await self._ask(
@@ -139,6 +142,10 @@ class DhtDirectory:
         ahead = None if is_kept else await self._seconds_ahead()
         fault = fault_of(is_kept=is_kept, num_refused=len(self._answers.refused), seconds_ahead=ahead)
         self._reception.becomes(fault, seconds_ahead=ahead)
+
+    def _hear(self, announcement: Announcement) -> None:
+        self._others.hear(announcement)
+        self._twins.hear(announcement)
 
     async def _seconds_ahead(self) -> float | None:
         """How far our clock is before that of a peer that has just refused a record; `None` if none tells."""

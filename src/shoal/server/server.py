@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from shoal.errors import UserError
 from shoal.model import memo
 from shoal.model.adapters import get_ready
 from shoal.model.body import Body
@@ -77,6 +78,7 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
         checkpoint = await executor.run(lambda: open_checkpoint(config))
         model = model_info(checkpoint)
         view = SwarmView(model.num_blocks, await node.directory.servers(model))
+        await check_identity(node, view)
         view = view.only(lambda server: server.peer != node.transport.peer)  # what we were before a crash
         device = choose_device(config.device)
         memory = free_memory(device)
@@ -177,6 +179,18 @@ async def answering(
             if config.drain_seconds:
                 await handler.drain(config.drain_seconds)
             await handler.leave()
+
+
+async def check_identity(node: Node, view: SwarmView) -> None:
+    """Raise `UserError` if another server has our identity: the two would hide each other."""
+    for server in view.servers:
+        elsewhere = tuple(place for place in server.addresses if place not in node.transport.addresses)
+        is_another = server.peer == node.transport.peer and len(elsewhere) == len(server.addresses) > 0
+        if is_another and server.state is not ServerState.LEAVING and await node.answers_elsewhere(elsewhere):
+            raise UserError(
+                f"another server is the peer {server.peer} already, at {', '.join(elsewhere)}",
+                hint="an identity file was copied: name another one (--identity), or leave it out",
+            )
 
 
 def host_adapters(config: ServerConfig, checkpoint: Checkpoint, engine: Engine) -> None:
