@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from shoal import AutoDistributedModelForCausalLM
 from shoal.client.config import ClientConfig
-from shoal.client.runtime import Runtime
+from shoal.client.runtime import Runtime, close_in_order
 from shoal.model.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
 from shoal.server.config import ServerConfig
@@ -112,9 +113,10 @@ class _Borrowed(Runtime):
     def __init__(self, runtime: Runtime) -> None:
         self.__dict__.update(runtime.__dict__)
         self.resources = contextlib.AsyncExitStack()
+        self.sessions = weakref.WeakSet()
 
     def close(self) -> None:
-        self.run(self.resources.aclose())
+        self.run(close_in_order(self.sessions, self.resources))
 
 
 @contextlib.contextmanager
