@@ -92,11 +92,11 @@ def said_by(peer: str, place: str, *, expires: float, state: ServerState = Serve
 
 def test_a_second_server_that_started_with_the_first_is_noticed_once(caplog: pytest.LogCaptureFixture) -> None:
     late = STARTED_AT + MAX_LIFETIME + 1
-    twins = Twins(ME, started_at=STARTED_AT)
+    twins = Twins(ME)
     with caplog.at_level(logging.WARNING, "shoal"):
         twins.hear(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=late))  # we have not said yet where we are
         for place in "/ip4/10.0.0.1/tcp/1", "/ip4/10.0.0.9/tcp/1":  # a new address, from the router
-            twins.announces([f"{place}/p2p/{ME}"])
+            twins.announces([f"{place}/p2p/{ME}"], now=STARTED_AT)
         twins.hear(said_by(ME, "/ip4/10.0.0.1/tcp/1", expires=late))
         twins.hear(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=STARTED_AT + 60))  # before it crashed
         twins.hear(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=late, state=ServerState.LEAVING))

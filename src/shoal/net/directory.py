@@ -65,7 +65,7 @@ class DhtDirectory:
         self._clock = clock
         self._node: Any = None
         self._others = Acquaintances(identity.peer, initial_peers=initial_peers, keeps_records=keeps_records)
-        self._twins = Twins(identity.peer, started_at=clock())
+        self._twins = Twins(identity.peer)
         self._answers = Answers()
         self._reception = Reception()
         self._last_expiry: dict[str, float] = {}
@@ -132,7 +132,7 @@ class DhtDirectory:
         record = seal(self._identity, announcement)
         self._last_expiry[model.key] = expires
         self._answers.clear()
-        self._twins.announces(info.addresses)
+        self._twins.announces(info.addresses, now=now)
         keys = list(announcement.table_keys)
         peer = self._identity.peer
         stored = await self._ask(

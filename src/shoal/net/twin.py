@@ -72,14 +72,15 @@ async def answers_elsewhere(peer: str, addresses: Sequence[str]) -> bool:
 class Twins:
     """Notices that another process announces itself under our identity, and says so once."""
 
-    def __init__(self, peer: str, *, started_at: float) -> None:
+    def __init__(self, peer: str) -> None:
         self._peer = peer
-        self._started_at = started_at
+        self._started_at = 0.0
         self._places: set[str] = set()
         self._noticed = False
 
-    def announces(self, addresses: Sequence[str]) -> None:
+    def announces(self, addresses: Sequence[str], *, now: float) -> None:
         """We say that we are here; all that we ever said is ours."""
+        self._started_at = self._started_at or now
         self._places.update(addresses)
 
     def hear(self, announcement: Announcement) -> None:
