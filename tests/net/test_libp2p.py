@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from hivemind.dht import node as node_module
 from shoal.errors import BootstrapFailed, SwarmError, UserError
 from shoal.net import NetworkConfig, join
 from shoal.net import daemon as daemons
+from shoal.net.daemon import DaemonConfig
+from shoal.net.directory import DhtDirectory
 from shoal.net.identity import Identity
 from shoal.net.libp2p import MAX_STREAMS_PER_PEER, Libp2pTransport
 from shoal.net.records import Announcement, block_key, seal
@@ -516,3 +519,48 @@ async def test_whoever_sends_faster_than_the_other_receives_waits() -> None:
         proceed.set()
         await sending
         assert await received.get() == 8 * len(block)
+
+
+async def test_a_wrong_clock_is_told_once_and_lost_neighbours_are_no_wrong_clock(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ahead = 3600.0
+    identity, daemon = Identity.temporary(), DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+    async with swarm(SERVER) as (first, other):
+        peers = first.transport.addresses
+        directory = DhtDirectory(identity, keeps_records=True, initial_peers=peers, clock=lambda: time.time() + ahead)
+        transport = Libp2pTransport(identity, daemon, initial_peers=peers, attach=directory.attach)
+        await transport.start()
+        try:
+            mine = info(Node(transport, directory), 0, 5)
+            for seconds in 3600.0, 3600.0, 0.0, 0.0:  # then the clock is set right
+                ahead = seconds
+                await directory.announce(MODEL, mine, lifetime=60)
+            await other.transport.close()
+            await directory.announce(MODEL, mine, lifetime=60)
+        finally:
+            await transport.close()
+            await directory.close()
+    said = [each.getMessage() for each in caplog.records if each.name == "shoal.net.reception"]
+    assert said == [
+        "others refuse this server's announcement, because the clocks differ: this machine's is 3600 s ahead of theirs",
+        "others keep this server's announcement again",
+    ]
+
+
+async def test_a_peer_finds_out_whether_its_own_identity_answers_elsewhere(tmp_path: Any) -> None:
+    async with swarm(SERVER) as (first, other):
+        assert await first.answers_elsewhere(first.transport.addresses)
+        nowhere = f"/ip4/127.0.0.1/tcp/9/p2p/{first.transport.peer}"
+        assert not await first.answers_elsewhere([nowhere])
+        whose = other.transport.addresses[0].replace(other.transport.peer, first.transport.peer)
+        assert not await first.answers_elsewhere([whose]), "somebody else is there"
+
+
+async def test_a_copied_identity_joins_no_second_time(tmp_path: Any) -> None:
+    original, copy = tmp_path / "identity", tmp_path / "copy"
+    async with asyncio.timeout(PATIENCE), join(NetworkConfig(host="127.0.0.1", identity=original)) as node:
+        copy.write_bytes(original.read_bytes())
+        with pytest.raises(UserError, match="another process of this machine is the peer"):
+            async with join(NetworkConfig(host="127.0.0.1", identity=copy, initial_peers=node.transport.addresses)):
+                pass

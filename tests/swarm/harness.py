@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from shoal import AutoDistributedModelForCausalLM
 from shoal.client.config import ClientConfig
-from shoal.client.runtime import Runtime
+from shoal.client.runtime import Runtime, close_in_order
 from shoal.model.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
 from shoal.server.config import ServerConfig
@@ -53,7 +54,7 @@ class Swarm:
         self.stop(name)
         return self._start(name, span, **options)
 
-    def _start(self, name: str, span: str, **options: Any) -> Server:
+    def _start(self, name: str, span: str, /, **options: Any) -> Server:
         config = ServerConfig(
             model=str(options.pop("folder", self.folder)), blocks=Span.parse(span), dtype="float32", cache_tokens=4096
         )
@@ -112,9 +113,10 @@ class _Borrowed(Runtime):
     def __init__(self, runtime: Runtime) -> None:
         self.__dict__.update(runtime.__dict__)
         self.resources = contextlib.AsyncExitStack()
+        self.sessions = weakref.WeakSet()
 
     def close(self) -> None:
-        self.run(self.resources.aclose())
+        self.run(close_in_order(self.sessions, self.resources))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from shoal.server.executor import Executor
+from shoal.server.executor import Abandoned, Executor
 
 pytestmark = pytest.mark.anyio
 
@@ -59,3 +59,25 @@ async def test_what_a_function_raises_is_raised_to_its_caller_and_the_thread_goe
         assert await executor.run(lambda: 7) == 7
     finally:
         executor.close()
+
+
+async def test_an_abandoned_thread_ends_at_its_next_check_and_is_not_waited_for() -> None:
+    executor, started, go_on = Executor(), threading.Event(), threading.Event()
+    ended, checked = threading.Event(), list[str]()
+
+    def load() -> None:
+        started.set()
+        go_on.wait()
+        try:
+            executor.check()
+            checked.append("goes on")
+        except Abandoned:
+            checked.append("ends")
+
+    work = asyncio.create_task(executor.run(load))
+    await asyncio.to_thread(started.wait)
+    work.cancel()
+    executor.abandon(ended.set)  # returns, although the thread is busy
+    go_on.set()
+    assert ended.wait(60)
+    assert checked == ["ends"]

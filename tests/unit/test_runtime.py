@@ -95,3 +95,30 @@ def test_a_forked_process_is_told_to_open_its_own():
     assert os.waitpid(child, 0)[1] == 0
     assert runtime.run(answer()) == 42
     runtime.close()
+
+
+def test_what_runs_is_ended_before_the_network_that_it_uses():
+    runtime, running, ends = Runtime(), threading.Event(), list[str]()
+
+    class Session:
+        async def close(self) -> None:
+            await asyncio.sleep(0)
+            ends.append("session")
+
+    async def work() -> None:
+        try:
+            running.set()
+            await asyncio.sleep(3600)
+        finally:
+            ends.append("work")
+
+    async def close() -> None:
+        ends.append("network")
+
+    session = Session()
+    runtime.sessions.add(session)
+    runtime.resources.push_async_callback(close)
+    runtime.start(work())
+    running.wait()
+    runtime.close()
+    assert ends == ["work", "session", "network"]

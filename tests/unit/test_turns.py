@@ -17,6 +17,7 @@ from shoal.server.refusal import Inputs, Refused
 from shoal.server.scheduler import Pace
 from shoal.server.session import Session
 from shoal.server.shares import Shares
+from shoal.server.speeds import Speeds, Watch
 from shoal.server.turns import Turns
 from shoal.spans import Span
 
@@ -50,12 +51,14 @@ class AtOnce(Executor):
 class Server:
     """Turns over a pass that computes nothing and takes a second, and the seconds that each side has had."""
 
-    def __init__(self, shares: Shares, *, num_pages: int = 100) -> None:
+    def __init__(self, shares: Shares, *, num_pages: int = 100, watch: Watch | None = None) -> None:
         self.clock = Clock()
         self.inference = self.training = 0.0
         self.pool = PagePool(num_pages)
         pace = Pace(PASS_SECONDS, 1e-3)
-        self.turns = Turns(self._compute, AtOnce(), self.pool, cores=None, pace=pace, shares=shares, clock=self.clock)
+        self.turns = Turns(
+            self._compute, AtOnce(), self.pool, cores=None, pace=pace, shares=shares, watch=watch, clock=self.clock
+        )
         self._num_opened = 0
 
     def _compute(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
@@ -224,3 +227,14 @@ async def test_whose_first_tokens_are_being_computed_is_not_told_that_there_is_n
         step = asyncio.create_task(server.step(server.session(), 30))
         asyncio.get_running_loop().call_later(0.1, slow.set)
         await step
+
+
+async def test_passes_that_take_much_less_or_longer_than_announced_correct_what_is_announced():
+    watch = Watch(Speeds(decode=0.01, prefill=1e6), Span(0, 1))
+    server = Server(Shares(), watch=watch)
+    async with running(server, server.decode_for_ever(), server.decode_for_ever()):
+        await server.until(lambda: server.clock.now > 60)
+        assert watch.speeds.decode == pytest.approx(1 / PASS_SECONDS)
+    async with running(server, server.decode_for_ever(256)):
+        await server.until(lambda: server.clock.now > 180)
+    assert watch.speeds.prefill == pytest.approx(256 / PASS_SECONDS)

@@ -38,7 +38,7 @@ def command(
     It is small, and steady while servers come and go. Without --initial-peers it starts a swarm. Its address stays the
     same if its --port does.
     """
-    start_logging(verbose=verbose, default="warning")
+    start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
         end_with_parent()
     from shoal.net import NetworkConfig, check_addresses

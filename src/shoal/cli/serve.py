@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import options
-from shoal.cli.console import WrongUsage, hush_transformers, start_logging, waiting
+from shoal.cli.console import Wait, WrongUsage, hush_transformers, start_logging, waiting
 from shoal.cli.identity import identity_file
 from shoal.cli.invitation import invitation
 from shoal.cli.lifetime import end_with_parent, run_until_signalled
@@ -109,7 +109,7 @@ def command(
 
     Start a swarm with --new-swarm. The address that it prints lets other machines join, with --initial-peers.
     """
-    start_logging(verbose=verbose, default="warning")
+    start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
         end_with_parent()
     if new_swarm and initial_peers:
@@ -172,18 +172,30 @@ def command(
 
 async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
     from shoal.net import join
-    from shoal.server.server import Phase, serve
+    from shoal.server.progress import Phase, Progress
+    from shoal.server.server import serve
 
-    def show(phase: Phase) -> None:
+    def show(progress: Progress) -> None:
         # These two draw progress bars of their own: hashing, and downloading.
         is_local = Path(config.model).expanduser().is_dir()
-        wait.for_(phase, spin=phase is not Phase.FINGERPRINTING and (is_local or phase is not Phase.LOADING))
+        draws = progress.phase is Phase.FINGERPRINTING or (progress == Progress(Phase.LOADING) and not is_local)
+        wait.for_(progress.phase, step=progress.step, spin=not draws)
 
     with waiting("Joining the swarm" if network.initial_peers else "Starting the network") as wait:
-        async with join(network) as node, serve(config, node, report=show) as server:
-            wait.stop()
-            print(describe(server, config), flush=True)
-            await asyncio.Event().wait()
+        reminding = asyncio.create_task(_remind(wait))
+        try:
+            async with join(network) as node, serve(config, node, report=show) as server:
+                wait.stop()
+                print(describe(server, config), flush=True)
+                await asyncio.Event().wait()
+        finally:
+            reminding.cancel()
+
+
+async def _remind(wait: Wait) -> None:
+    while True:
+        await asyncio.sleep(1)
+        wait.remind()
 
 
 def describe(server: Server, config: ServerConfig) -> str:

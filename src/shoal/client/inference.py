@@ -80,6 +80,7 @@ class InferenceSession:
         self._session = Session(
             chain, span, batch_size=batch_size, max_length=max_length + num_prompt_tokens, tuning=tuning
         )
+        runtime.sessions.add(self._session)
         self._closing = weakref.finalize(self, _close, runtime, self._session)
         self._closing.atexit = False  # by then the loop is gone, and so are the streams
 

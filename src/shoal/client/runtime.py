@@ -14,8 +14,9 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from shoal.errors import UserError
 
@@ -24,20 +25,32 @@ T = TypeVar("T")
 
 CLOSE_SECONDS = 10.0
 """A network that takes longer to say goodbye is left without."""
+SESSIONS_SECONDS = 2.0
+"""The same of all sessions."""
+
+
+class Closable(Protocol):
+    async def close(self) -> None: ...
 
 
 class Runtime:
-    """An event loop on a daemon thread, and `resources` that are closed with it."""
+    """An event loop on a daemon thread, and `resources` that are closed with it, after `sessions` and all other work.
+
+    In this order, or what still runs would take the end of our own network for the loss of the servers.
+    """
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.resources = contextlib.AsyncExitStack()
+        self.sessions: weakref.WeakSet[Closable] = weakref.WeakSet()
+        self._works: set[concurrent.futures.Future[Any]] = set()
         self._thread = threading.Thread(target=_serve, args=(self.loop,), name="shoal-client", daemon=True)
         self._thread.start()
         self._process = os.getpid()
         self._closed = False
         self._lock = threading.RLock()  # what is started after `close` would never end
-        self._closing = weakref.finalize(self, _close, self._process, self.loop, self._thread, self.resources)
+        leave = partial(_leave, self._works, self.sessions, self.resources)
+        self._closing = weakref.finalize(self, _close, self._process, self.loop, self._thread, leave)
 
     @property
     def usable(self) -> bool:
@@ -70,7 +83,10 @@ class Runtime:
         if os.getpid() == self._process:
             with self._lock:
                 if not self._closed:
-                    return asyncio.run_coroutine_threadsafe(work, self.loop)
+                    future = asyncio.run_coroutine_threadsafe(work, self.loop)
+                    self._works.add(future)
+                    future.add_done_callback(self._works.discard)
+                    return future
         work.close()
         return None
 
@@ -121,11 +137,14 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _close(
-    process: int, loop: asyncio.AbstractEventLoop, thread: threading.Thread, resources: contextlib.AsyncExitStack
+    process: int,
+    loop: asyncio.AbstractEventLoop,
+    thread: threading.Thread,
+    leave: Callable[[], Coroutine[Any, Any, None]],
 ) -> None:
     if os.getpid() != process:
         return
-    leaving = asyncio.run_coroutine_threadsafe(_leave(resources), loop)
+    leaving = asyncio.run_coroutine_threadsafe(leave(), loop)
     leaving.add_done_callback(lambda _: loop.call_soon_threadsafe(loop.stop))
     if threading.current_thread() is thread:
         return  # garbage is collected on any thread; this one cannot wait for itself
@@ -137,9 +156,26 @@ def _close(
         thread.join(CLOSE_SECONDS)
 
 
-async def _leave(resources: contextlib.AsyncExitStack) -> None:
+async def close_in_order(sessions: Iterable[Closable], resources: contextlib.AsyncExitStack) -> None:
+    """Close the sessions, unless that takes long, and then what they use."""
     try:
+        async with asyncio.timeout(SESSIONS_SECONDS):
+            await asyncio.gather(*(session.close() for session in list(sessions)), return_exceptions=True)
+    except TimeoutError:
+        log.debug("the sessions did not close within %g s", SESSIONS_SECONDS)
+    finally:
         await resources.aclose()
+
+
+async def _leave(
+    works: Iterable[concurrent.futures.Future[Any]],
+    sessions: Iterable[Closable],
+    resources: contextlib.AsyncExitStack,
+) -> None:
+    try:
+        for work in list(works):
+            work.cancel()
+        await close_in_order(sessions, resources)
     finally:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:

@@ -10,7 +10,7 @@ import importlib.metadata
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,14 @@ from shoal.model.body import Body, build_body
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import text_config
 from shoal.model.memo import cache_folder
+from shoal.model.progress import hearing
 from shoal.model.quantize import Quantization, stored_quantization
 from shoal.model.weights import read_header, read_tensors
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
+
+Progress = Callable[[int, bool], None]
 
 
 def load_body(
@@ -38,27 +41,33 @@ def load_body(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantization: Quantization = Quantization.NONE,
+    progress: Progress = lambda block, quantizes: None,
 ) -> Body:
-    """The blocks of `span`. Raises what `Checkpoint.block_tensors` and `build_body` raise."""
+    """The blocks of `span`. Raises what `Checkpoint.block_tensors`, `build_body` and `progress` raise.
+
+    `progress` hears before each weight which block it belongs to, and whether it is quantized now.
+    """
     family = checkpoint.family
     kept: KeptBlocks | None = None
     if quantization is not Quantization.NONE and stored_quantization(checkpoint.config) is None:
         kept = KeptBlocks(checkpoint, dtype, quantization)
         try:
-            return build_body(family, kept.config(), span, kept.read(span), dtype=dtype, device=device)
+            with hearing(family, lambda block: progress(block, False)):
+                return build_body(family, kept.config(), span, kept.read(span), dtype=dtype, device=device)
         except CheckpointError as error:
             log.info("quantizing blocks %s: %s", span, error)
-    return build_body(
-        family,
-        checkpoint.config,
-        span,
-        # Passed on without a name: so each tensor is let go of once the body has it in another form.
-        checkpoint.block_tensors(span),
-        dtype=dtype,
-        device=device,
-        quantization_config=quantization.config(dtype),
-        keep=None if kept is None else functools.partial(kept.write, span),
-    )
+    with hearing(family, lambda block: progress(block, kept is not None)):
+        return build_body(
+            family,
+            checkpoint.config,
+            span,
+            # Passed on without a name: so each tensor is let go of once the body has it in another form.
+            checkpoint.block_tensors(span),
+            dtype=dtype,
+            device=device,
+            quantization_config=quantization.config(dtype),
+            keep=None if kept is None else functools.partial(kept.write, span),
+        )
 
 
 @dataclass(frozen=True)

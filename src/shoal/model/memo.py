@@ -40,6 +40,12 @@ def keep(fact: str, value: Any) -> None:
         os.replace(draft, file)
 
 
+def forget(fact: str) -> None:
+    """It was no fact."""
+    with contextlib.suppress(OSError):
+        _file(fact).unlink(missing_ok=True)
+
+
 def remembered(fact: str, find_out: Callable[[], Any]) -> Any:
     """The value kept under this name, found out now if it is not known yet."""
     value = recall(fact)

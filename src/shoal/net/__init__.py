@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from shoal.net.transport import Node
@@ -52,8 +53,8 @@ def check_addresses(config: NetworkConfig) -> None:
 async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     """Take part in a swarm over the real network.
 
-    Raises `UserError` for an address or an identity that is none, `BootstrapFailed` if no initial peer answers, and
-    `SwarmError` if the network cannot be started.
+    Raises `UserError` for an address or an identity that is none, or an identity that another process has,
+    `BootstrapFailed` if no initial peer answers, and `SwarmError` if the network cannot be started.
     """
     # hivemind takes seconds to import, and `shoal --help` does not need it; mistakes are told before that, too.
     from shoal.net.addresses import check_announced, check_peers, listen_address, peer_of
@@ -69,14 +70,16 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     from shoal.net.daemon import DaemonConfig
     from shoal.net.directory import DhtDirectory
     from shoal.net.libp2p import Libp2pTransport
+    from shoal.net.twin import answers_elsewhere, only_here
 
     daemon = DaemonConfig(listen=listen, announce=announce, relays=relays, serve_relay=config.serve_relay)
     directory = DhtDirectory(identity, keeps_records=daemon.reachable, initial_peers=initial_peers)
     transport = Libp2pTransport(identity, daemon, initial_peers=initial_peers, attach=directory.attach)
-    await transport.start()
-    try:
-        yield Node(transport, directory)
-    finally:
-        # In this order: the daemon ends, whatever it still has to send, when the directory's connection to it does.
-        await transport.close()
-        await directory.close()
+    with nullcontext() if config.identity is None else only_here(identity.peer):
+        await transport.start()
+        try:
+            yield Node(transport, directory, partial(answers_elsewhere, identity.peer))
+        finally:
+            # In this order: the daemon ends, whatever it still has to send, when the directory's connection does.
+            await transport.close()
+            await directory.close()

@@ -18,6 +18,7 @@ from hivemind.dht.storage import DHTLocalStorage
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
 from shoal.errors import BootstrapFailed, SwarmError
@@ -25,7 +26,9 @@ from shoal.net.acquaintances import Acquaintances
 from shoal.net.daemon import Daemon
 from shoal.net.daemon_reasons import in_our_words
 from shoal.net.identity import Identity
+from shoal.net.reception import Answers, Reception, fault_of
 from shoal.net.records import (
+    CLOCK_SKEW,
     MAX_RECORD_BYTES,
     REGISTRY_SHARDS,
     Announcement,
@@ -36,11 +39,15 @@ from shoal.net.records import (
     unseal,
 )
 from shoal.net.transport import MAX_LIFETIME, ModelInfo
+from shoal.net.twin import Twins
 from shoal.spans import ServerInfo, ServerState
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+ASKED_FOR_TIME = 3
+"""So many of the peers that refuse a record are asked what time it is, until one tells."""
 
 
 class DhtDirectory:
@@ -59,6 +66,9 @@ class DhtDirectory:
         self._clock = clock
         self._node: Any = None
         self._others = Acquaintances(identity.peer, initial_peers=initial_peers, keeps_records=keeps_records)
+        self._twins = Twins(identity.peer)
+        self._answers = Answers()
+        self._reception = Reception()
         self._last_expiry: dict[str, float] = {}
         self._newest: dict[str, dict[str, Announcement]] = {}  # of each model, of each peer
 
@@ -78,7 +88,7 @@ class DhtDirectory:
                 node_id=former.node_id if former else None,
                 initial_peers=[f"/p2p/{peer}" for peer in peers],
                 client_mode=not self._keeps_records,
-                record_validator=SignedRecords(self._clock, heard=self._others.hear),
+                record_validator=SignedRecords(self._clock, heard=self._hear),
                 ensure_bootstrap_success=former is None,
                 strict=False,
                 # The defaults wait for seconds on each of the nodes that are gone.
@@ -100,6 +110,7 @@ class DhtDirectory:
             await p2p.shutdown()
             raise
         node.protocol.cache = _NoCache()
+        self._answers.listen(node.protocol)
         if former is not None:
             node.protocol.storage = former.protocol.storage
         self._others.attach(daemon, node)
@@ -115,17 +126,38 @@ class DhtDirectory:
         if not 0 < lifetime <= MAX_LIFETIME:
             raise ValueError(f"a lifetime of {lifetime} s")
         # Of two announcements the one that ends later wins, so a short goodbye must still end after what it replaces.
-        expires = max(self._clock() + lifetime, self._last_expiry.get(model.key, 0.0) + 0.001)
+        # One that nobody could keep, because the clock was wrong then, need not be replaced.
+        now, last = self._clock(), self._last_expiry.get(model.key, 0.0)
+        expires = max(now + lifetime, last + 0.001 if last <= now + MAX_LIFETIME + CLOCK_SKEW else 0.0)
         announcement = Announcement.of(model, info, expires=expires)
         record = seal(self._identity, announcement)
         self._last_expiry[model.key] = expires
+        self._answers.clear()
+        self._twins.announces(info.addresses, now=now)
         keys = list(announcement.table_keys)
         peer = self._identity.peer
         stored = await self._ask(
             lambda node: node.store_many(keys, [record] * len(keys), expires, subkeys=[peer] * len(keys))
         )
-        if not all(stored.values()):
-            logger.warning("others refuse our announcement: are this machine's clock and theirs the same?")
+        is_kept = all(stored.values())
+        ahead = None if is_kept else await self._seconds_ahead()
+        fault = fault_of(is_kept=is_kept, num_refused=len(self._answers.refused), seconds_ahead=ahead)
+        self._reception.becomes(fault, seconds_ahead=ahead)
+
+    def _hear(self, announcement: Announcement) -> None:
+        self._others.hear(announcement)
+        self._twins.hear(announcement)
+
+    async def _seconds_ahead(self) -> float | None:
+        """How far our clock is before that of a peer that has just refused a record; `None` if none tells."""
+        protocol = self._joined().protocol
+        for peer in sorted(self._answers.refused)[:ASKED_FOR_TIME]:
+            request = dht_pb2.PingRequest(peer=protocol.node_info)
+            with contextlib.suppress(Exception):  # whatever it is, this peer does not tell
+                answer = await protocol.get_stub(peer).rpc_ping(request, timeout=protocol.wait_timeout)
+                if answer.dht_time:
+                    return float(self._clock() - answer.dht_time)
+        return None
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
         keys = [block_key(model.key, block) for block in range(model.num_blocks)]

@@ -128,9 +128,17 @@ class Directory(Protocol):
         ...
 
 
+async def _nowhere(addresses: Sequence[str]) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Node:
-    """A peer's whole view of the network."""
+    """A peer's whole view of the network.
+
+    `answers_elsewhere` tells whether another process that has this peer's identity answers at one of these addresses.
+    """
 
     transport: Transport
     directory: Directory
+    answers_elsewhere: Callable[[Sequence[str]], Awaitable[bool]] = _nowhere

@@ -32,6 +32,7 @@ from shoal.server.refusal import Checks, Inputs, Refused, Tensors, busy, misrout
 from shoal.server.scheduler import Pace
 from shoal.server.session import Session
 from shoal.server.shares import Shares
+from shoal.server.speeds import Speeds, Watch
 from shoal.server.turns import Turns, preempted
 from shoal.spans import Span
 
@@ -61,6 +62,7 @@ class Engine:
         pace: Pace,
         shares: Shares,
         head: ServerHead | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self._body = body
         self._executor = executor
@@ -68,7 +70,10 @@ class Engine:
         self._cache = cache
         self._shares = shares
         self._pool = PagePool(num_pages)
-        self._turns = Turns(compute, executor, self._pool, head=head, cores=cores, pace=pace, shares=shares)
+        self._watch = watch
+        self._turns = Turns(
+            compute, executor, self._pool, head=head, cores=cores, pace=pace, shares=shares, watch=watch
+        )
         self._passes = Passes(body, most_bytes=shares.kept_bytes, seconds=shares.kept_seconds)
         self.adapters = Adapters(body, most_bytes=shares.adapter_bytes, let_go=self._passes.let_go)
         self._num_opened = itertools.count()
@@ -88,6 +93,11 @@ class Engine:
     def span(self) -> Span:
         """The blocks that are computed here."""
         return self._body.span
+
+    @property
+    def speeds(self) -> Speeds | None:
+        """How fast it is, as far as that is known."""
+        return None if self._watch is None else self._watch.speeds
 
     @property
     def cache_tokens(self) -> int:

@@ -18,6 +18,10 @@ import torch
 T = TypeVar("T")
 
 
+class Abandoned(Exception):
+    """The server stops: what is computed is of no use any more."""
+
+
 class Executor:
     """Runs functions on one thread of its own, in the order in which they were asked for.
 
@@ -30,6 +34,7 @@ class Executor:
                 torch.set_num_threads(num_threads)
 
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shoal-compute", initializer=begin)
+        self._is_abandoned = False
 
     async def run(self, function: Callable[[], T]) -> T:
         """What `function` returns or raises. If the caller is cancelled before its turn, it never runs."""
@@ -38,6 +43,21 @@ class Executor:
     def close(self) -> None:
         """Finish what was asked for, then end the thread."""
         self._thread.shutdown()
+
+    def check(self) -> None:
+        """Called now and then by a function that takes long. Raises `Abandoned` if nobody waits for it any more."""
+        if self._is_abandoned:
+            raise Abandoned
+
+    def abandon(self, last: Callable[[], object] | None = None) -> None:
+        """End the thread without waiting for it: at the next `check`, or with the function that it runs.
+
+        If there is a `last` function, the thread runs it before it ends.
+        """
+        self._is_abandoned = True
+        if last is not None:
+            self._thread.submit(last)
+        self._thread.shutdown(wait=False)
 
 
 def alone(function: Callable[[], T]) -> T:

@@ -20,6 +20,10 @@ LIFETIMES = 3
 """A record lives as long as so many renewals take: one may fail, and a server that vanished is forgotten soon."""
 
 
+GOODBYE_SECONDS = 3.0
+"""What the goodbye may take: a peer that leaves at the same time may never answer, and the record ends anyway."""
+
+
 class Presence:
     """Keeps a server's record fresh while the context lasts, and takes it back at the end, so that nobody waits."""
 
@@ -30,6 +34,8 @@ class Presence:
         self._every_seconds = every_seconds
         self._task: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
+        self._announcing = asyncio.Lock()
+        self._is_cut_off = False
 
     async def become(self, describe: Callable[[], ServerInfo]) -> None:
         """From now on the record is what `describe` says at each renewal."""
@@ -52,7 +58,11 @@ class Presence:
             return
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await self._announce(replace(self._describe(), state=ServerState.LEAVING))
+        try:
+            async with asyncio.timeout(GOODBYE_SECONDS):
+                await self._announce(replace(self._describe(), state=ServerState.LEAVING))
+        except TimeoutError:
+            log.info("not everybody could be told within %g s that this server leaves", GOODBYE_SECONDS)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
@@ -68,7 +78,14 @@ class Presence:
             await self._announce(self._describe())
 
     async def _announce(self, info: ServerInfo) -> None:
-        try:
-            await self._directory.announce(self._model, info, lifetime=LIFETIMES * self._every_seconds)
-        except SwarmError as failure:  # the network may be away for a while: the next renewal tries again
-            log.warning("the swarm could not be told that this server is %s: %s", info.state, failure)
+        async with self._announcing:  # an older one that comes later is refused
+            try:
+                await self._directory.announce(self._model, info, lifetime=LIFETIMES * self._every_seconds)
+            except SwarmError as failure:  # the network may be away for a while: the next renewal tries again
+                level = logging.DEBUG if self._is_cut_off else logging.WARNING
+                log.log(level, "the swarm could not be told that this server is %s: %s", info.state, failure)
+                self._is_cut_off = True
+            else:
+                if self._is_cut_off:
+                    log.warning("the swarm is told again that this server is %s", info.state)
+                self._is_cut_off = False

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import torch
 
+from shoal.errors import UserError
+from shoal.model import memo
 from shoal.model.adapters import get_ready
 from shoal.model.body import Body
 from shoal.model.checkpoint import Checkpoint
@@ -42,23 +43,17 @@ from shoal.server.head import ServerHead, load_head
 from shoal.server.links import Links
 from shoal.server.neighbours import Neighbours
 from shoal.server.presence import Presence
+from shoal.server.progress import Phase, Progress, Report, reporter
 from shoal.server.refusal import Checks
 from shoal.server.scheduler import Pace
-from shoal.server.throughput import Speeds, speeds_of
+from shoal.server.speeds import Speeds, Watch
+from shoal.server.throughput import name_of, speeds_of
 from shoal.spans import ServerInfo, ServerState
 from shoal.tensors import LOSSY
 
 log = logging.getLogger(__name__)
 
 VERSION = importlib.metadata.version("shoal")
-
-
-class Phase(StrEnum):
-    """What a server does before it serves, in this order; the values are for people."""
-
-    OPENING = "Looking at the model"
-    FINGERPRINTING = "Fingerprinting the weights"
-    LOADING = "Loading the blocks and measuring their speed"
 
 
 @dataclass(frozen=True)
@@ -71,26 +66,27 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serve(
-    config: ServerConfig, node: Node, *, report: Callable[[Phase], None] = lambda phase: None
-) -> AsyncIterator[Server]:
+async def serve(config: ServerConfig, node: Node, *, report: Report = lambda progress: None) -> AsyncIterator[Server]:
     """Run a server until the context is left; then it tells the swarm and stops. `report` hears what it is doing.
 
+    If it is cancelled before it serves, what it computes meanwhile is not waited for.
     Raises `UserError`s (`CheckpointError`, `UnsupportedModel`) for what cannot be served.
     """
     executor = Executor(config.num_threads)
     cores: Cores | None = None
+    serves = False
     try:
-        report(Phase.OPENING)
+        report(Progress(Phase.OPENING))
         checkpoint = await executor.run(lambda: open_checkpoint(config))
         model = model_info(checkpoint)
         view = SwarmView(model.num_blocks, await node.directory.servers(model))
+        await check_identity(node, view)
         view = view.only(lambda server: server.peer != node.transport.peer)  # what we were before a crash
         device = choose_device(config.device)
         memory = free_memory(device)
         quantization = choose_quantization(config.quantization)
         check_blocks(config, checkpoint)
-        report(Phase.FINGERPRINTING)
+        report(Progress(Phase.FINGERPRINTING))
         fingerprint = await executor.run(lambda: checkpoint.fingerprint)
         dtype = join_dtype(config.dtype, checkpoint, view)
         log.info("computing in %s on %s", dtype, device)
@@ -112,9 +108,12 @@ async def serve(
             training=config.training,
         )
         async with Presence(node, model, joining, every_seconds=config.announce_seconds) as presence:
-            report(Phase.LOADING)
+            report(Progress(Phase.LOADING))
+            progress = reporter(report, executor, span)
             body = await executor.run(
-                lambda: load_body(checkpoint, span, dtype=dtype, device=device, quantization=quantization)
+                lambda: load_body(
+                    checkpoint, span, dtype=dtype, device=device, quantization=quantization, progress=progress
+                )
             )
             await executor.run(get_ready)
             head = None
@@ -134,6 +133,7 @@ async def serve(
                 if uses_all_cores(device, config.num_threads or torch.get_num_threads())
                 else None
             )
+            report(Progress(Phase.MEASURING))
             engine, speeds = await make_engine(config, body, executor, checks, cores, memory, head)
             online = replace(
                 joining,
@@ -143,12 +143,17 @@ async def serve(
                 head=head is not None,
             )
             await executor.run(lambda: host_adapters(config, checkpoint, engine))
+            report(Progress(Phase.ANNOUNCING))
             async with answering(config, node, model, presence, online, engine):
+                serves = True
                 yield Server(online, model, engine)
     finally:
-        executor.close()
-        if cores is not None:
-            cores.close()
+        if serves:
+            executor.close()
+            if cores is not None:
+                cores.close()
+        else:
+            executor.abandon(None if cores is None else cores.close)
 
 
 @contextlib.asynccontextmanager
@@ -164,6 +169,8 @@ async def answering(
             await presence.become(
                 lambda: replace(
                     info,
+                    decode_speed=engine.speeds.decode if engine.speeds else info.decode_speed,
+                    prefill_speed=engine.speeds.prefill if engine.speeds else info.prefill_speed,
                     cache_tokens_left=engine.cache_tokens_left,
                     queue_length=engine.queue_length,
                     adapters=engine.adapters.announced,
@@ -177,6 +184,18 @@ async def answering(
             if config.drain_seconds:
                 await handler.drain(config.drain_seconds)
             await handler.leave()
+
+
+async def check_identity(node: Node, view: SwarmView) -> None:
+    """Raise `UserError` if another server has our identity: the two would hide each other."""
+    for server in view.servers:
+        elsewhere = tuple(place for place in server.addresses if place not in node.transport.addresses)
+        is_another = server.peer == node.transport.peer and len(elsewhere) == len(server.addresses) > 0
+        if is_another and server.state is not ServerState.LEAVING and await node.answers_elsewhere(elsewhere):
+            raise UserError(
+                f"another server is the peer {server.peer} already, at {', '.join(elsewhere)}",
+                hint="an identity file was copied: name another one (--identity), or leave it out",
+            )
 
 
 def host_adapters(config: ServerConfig, checkpoint: Checkpoint, engine: Engine) -> None:
@@ -218,7 +237,11 @@ async def make_engine(
     compute = OneByOne(body) if cache is None else Packed(body, cache)
     weights = f"{checks.fingerprint}, quantization {config.quantization},"
     async with turn_of(cores):
-        speeds = await executor.run(lambda: speeds_of(body, compute, weights=weights, num_pages=num_pages))
+        fact = await executor.run(lambda: name_of(body, weights=weights))
+        speeds = await executor.run(
+            lambda: speeds_of(body, compute, fact=fact, num_pages=num_pages, check=executor.check)
+        )
+
     engine = Engine(
         body,
         executor,
@@ -230,5 +253,6 @@ async def make_engine(
         pace=Pace(1 / speeds.decode, 1 / speeds.prefill),
         shares=replace(config.shares, kept_bytes=choose_kept_bytes(config, body)),
         head=head,
+        watch=Watch(speeds, body.span, corrected=lambda _: memo.forget(fact)),
     )
     return engine, speeds

@@ -21,6 +21,7 @@ from shoal.server.refusal import Inputs, Refused, Wanted, busy
 from shoal.server.scheduler import Pace, gathering_seconds, schedule, training_is_due
 from shoal.server.session import Session
 from shoal.server.shares import Shares
+from shoal.server.speeds import Watch
 from shoal.server.training import Pieces
 from shoal.server.work import PassWork, StepWork, settle
 
@@ -46,6 +47,7 @@ class Turns:
         head: ServerHead | None = None,
         pace: Pace,
         shares: Shares,
+        watch: Watch | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.sessions: set[Session] = set()
@@ -59,6 +61,7 @@ class Turns:
         self._pool = pool
         self._cores = cores
         self._shares = shares
+        self._watch = watch
         self._clock = clock or asyncio.get_running_loop().time
         self._news = asyncio.Event()
         self._decoded_at = float("-inf")
@@ -246,6 +249,11 @@ class Turns:
         self.num_passes += 1
         now = self._clock()
         self.pace = self.pace.after(num_prefill_tokens=num_prefill, seconds=now - began)
+        if self._watch is not None and not any(isinstance(answer, Exception) for answer in answers):
+            if not num_prefill:
+                self._watch.decoded(chunks, now - began, now=now)
+            elif not decoding:
+                self._watch.prefilled(chunks, now - began, now=now)
         if decoding:
             self._decoded_at = now
         for (step, num_tokens), answer in zip(chosen, answers, strict=True):

@@ -1,0 +1,156 @@
+"""What a server says while it loads its blocks, and how it is stopped meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.bundled import STORIES
+from shoal.model import memo
+from shoal.model.checkpoint import Checkpoint
+from shoal.model.load import load_body
+from shoal.model.quantize import Quantization
+from shoal.net.memory import MemoryNetwork
+from shoal.server.batch import Chunk
+from shoal.server.config import ServerConfig
+from shoal.server.executor import Abandoned
+from shoal.server.progress import Phase, Progress
+from shoal.server.server import serve
+from shoal.server.session import Growth
+from shoal.server.speeds import Speeds, Watch
+from shoal.spans import ServerState, Span
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+
+
+def test_loading_tells_each_block_in_its_order() -> None:
+    told: list[tuple[int, bool]] = []
+    load_body(
+        Checkpoint.open(STORIES), Span(2, 5), dtype=torch.float32, progress=lambda block, now: told.append((block, now))
+    )
+    assert list(dict.fromkeys(told)) == [(2, False), (3, False), (4, False)]
+    assert len(told) > 3, "after each weight, not only after each block"
+
+
+def test_what_is_quantized_is_told_so_and_what_was_kept_is_only_loaded() -> None:
+    for is_quantized_now in True, False:
+        told: list[tuple[int, bool]] = []
+        load_body(
+            Checkpoint.open(STORIES),
+            Span(0, 2),
+            dtype=torch.float32,
+            quantization=Quantization.NF4,
+            progress=lambda block, now: told.append((block, now)),  # noqa: B023 - called before the next round
+        )
+        assert list(dict.fromkeys(told)) == [(0, is_quantized_now), (1, is_quantized_now)]
+
+
+def test_loading_ends_at_the_next_weight_when_it_is_told_to() -> None:
+    told: list[int] = []
+
+    def stop(block: int, _: bool) -> None:
+        told.append(block)
+        if len(told) == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        load_body(Checkpoint.open(STORIES), Span(0, 12), dtype=torch.float32, progress=stop)
+    assert told == [0, 0, 0]
+
+
+@pytest.mark.anyio
+async def test_a_server_that_is_told_to_stop_while_it_loads_says_goodbye_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network, loads, goes_on = MemoryNetwork(), threading.Event(), threading.Event()
+    stopped: list[type[BaseException]] = []
+
+    def load(*_: object, progress: Callable[[int, bool], None], **__: object) -> None:
+        loads.set()
+        goes_on.wait()
+        try:
+            progress(0, True)
+        except BaseException as error:
+            stopped.append(type(error))
+            raise
+
+    monkeypatch.setattr("shoal.server.server.load_body", load)
+    config = ServerConfig(model=str(STORIES), blocks=Span(0, 12), dtype="float32")
+
+    async def hold() -> None:
+        async with serve(config, network.node("s0")):
+            raise AssertionError("it serves")
+
+    serving = asyncio.create_task(hold())
+    await asyncio.to_thread(loads.wait)
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)  # although the compute thread is busy
+    assert serving.cancelled()
+    assert [info.state for _, info in network.announced()] == [ServerState.LEAVING]
+    assert not stopped
+    goes_on.set()
+    (thread,) = (each for each in threading.enumerate() if each.name.startswith("shoal-compute"))
+    thread.join()
+    assert stopped == [Abandoned]
+
+
+@pytest.mark.anyio
+async def test_a_server_tells_what_it_does_block_by_block() -> None:
+    config = ServerConfig(model=str(STORIES), blocks=Span(3, 6), dtype="float32", cache_tokens=64)
+    told: list[Progress] = []
+    async with serve(config, MemoryNetwork().node("s0"), report=told.append):
+        pass
+    assert told == [
+        Progress(Phase.OPENING),
+        Progress(Phase.FINGERPRINTING),
+        Progress(Phase.LOADING),
+        *(Progress(Phase.LOADING, block, 3) for block in (1, 2, 3)),
+        Progress(Phase.MEASURING),
+        Progress(Phase.ANNOUNCING),
+    ]
+
+
+@pytest.mark.anyio
+async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    watches: list[Watch] = []
+    facts: list[str] = []
+
+    def measured(*_: object, fact: str, **__: object) -> Speeds:
+        facts.append(fact)
+        memo.keep(fact, 1)
+        return Speeds(0.33, 1.0)
+
+    def watch(*arguments: Any, **options: Any) -> Watch:
+        watches.append(Watch(*arguments, **options))
+        return watches[0]
+
+    monkeypatch.setattr("shoal.server.server.Watch", watch)
+    monkeypatch.setattr("shoal.server.server.speeds_of", measured)
+    config = ServerConfig(model=str(STORIES), blocks=Span(0, 1), dtype="float32", cache_tokens=64)
+    network, announced = MemoryNetwork(), asyncio.Event()
+    publish = network.publish
+    monkeypatch.setattr(network, "publish", lambda *record: (publish(*record), announced.set()))
+    async with serve(replace(config, announce_seconds=0.01), network.node("s0")):
+        assert [memo.recall(fact) for fact in facts] == [1]
+        step = Chunk(Span(0, 1), torch.zeros(1, 1, 4), None, None, 0, (), Growth((), ()), None)
+        for second in range(60):
+            watches[0].decoded([step], 0.05, now=float(second))
+        for _ in range(2):  # one may have been under way
+            announced.clear()
+            await announced.wait()
+        assert [info.decode_speed for _, info in network.announced()] == [pytest.approx(20.0)]
+        assert [memo.recall(fact) for fact in facts] == [None], "what was measured is not believed at the next start"
