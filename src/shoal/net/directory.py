@@ -34,12 +34,15 @@ from shoal.net.records import (
     seal,
     unseal,
 )
+from shoal.net.table import install
 from shoal.net.transport import MAX_LIFETIME, ModelInfo
 from shoal.spans import ServerInfo, ServerState
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+install()
 
 
 class DhtDirectory:
