@@ -421,6 +421,13 @@ Message = (
     | Close
 )
 
+QUESTIONS = frozenset({"open", "tie", "rewind", "step", "adapter", "norms", "forward", "backward", "ping", "close"})
+"""The kinds of messages that a server hears, from clients and from the servers before it."""
+IN_SESSION = frozenset({"step", "rewind", "tie", "ping", "close"})
+"""Those of them that may follow `Open`."""
+ANSWERS = frozenset({"opened", "learned", "lacking", "result", "unreached", "pong", "leaving", "failure"})
+"""The kinds that a server says."""
+
 _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 

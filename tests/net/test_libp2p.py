@@ -16,6 +16,8 @@ import psutil
 import pytest
 from hivemind import p2p as p2p_module
 from hivemind.dht import node as node_module
+from hivemind.p2p import P2PHandlerError
+from hivemind.proto import dht_pb2
 
 from shoal.errors import BootstrapFailed, SwarmError, UserError
 from shoal.net import NetworkConfig, join
@@ -399,6 +401,21 @@ async def test_forged_announcements_are_not_seen_and_hide_nobody() -> None:
         seen = {one.peer for one in await client.directory.servers(MODEL)}
         assert seen == {victim, mallory.peer}
         assert info(server, 0, 8) in await client.directory.servers(MODEL)
+        await p2p.shutdown()
+
+
+async def test_one_key_looked_up_many_times_is_answered_once_and_the_table_goes_on() -> None:
+    async with swarm(SERVER, CLIENT) as (first, server, client), stranger(first) as (daemon, _):
+        await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
+        p2p = await p2p_module.P2P.replicate(daemon.control)
+        table = await node_module.DHTNode.create(p2p=p2p, initial_peers=[f"/p2p/{first.transport.peer}"])
+        key = node_module.DHTID.generate(block_key(MODEL.key, 0)).to_bytes()
+        stub = table.protocol.get_stub(p2p_module.PeerID.from_base58(first.transport.peer))
+        answer = await stub.rpc_find(dht_pb2.FindRequest(keys=[key] * 100), timeout=PATIENCE)
+        assert [bool(result.value) for result in answer.results] == [True] + [False] * 99
+        with pytest.raises(P2PHandlerError, match="1000 keys"):
+            await stub.rpc_find(dht_pb2.FindRequest(keys=[key] * 1000), timeout=PATIENCE)
+        assert await client.directory.servers(MODEL) == (info(server, 0, 8),)
         await p2p.shutdown()
 
 

@@ -181,7 +181,7 @@ async def test_the_youngest_gives_its_pages_up_and_is_told_at_its_next_step(body
         await old.step(random_inputs(3, body, 1, 10))
         lost = young.session
         assert lost is not None
-        with pytest.raises(Refused, match="an older session needed this one's pages"):
+        with pytest.raises(Refused, match="others needed this session's pages"):
             await engine.step(lost, Step(position=30), {"hidden": random_inputs(4, body, 1, 1)})
         old.leave()
         await young.step(random_inputs(4, body, 1, 1))

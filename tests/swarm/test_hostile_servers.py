@@ -265,7 +265,7 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "a push that failed, of the step": (always(raw("unreached", epoch=0, position=0)), UNHEARD),
     "a tie": (always(raw("tie")), "answered with 'tie', which nobody asked for"),
     "a step back": (always(raw("rewind", epoch=9, position=0)), "answered with 'rewind', which nobody asked for"),
-    "a step": (always(raw("step", TENSOR, position=0)), "answered with 'step', which nobody asked for"),
+    "a step": (always(raw("step", TENSOR, position=0)), "is lost: a message of kind 'step' makes no sense here"),
     "leaving since before": (always(raw("leaving", seconds=-1)), "is lost: not a valid message"),
     "leaving in NaN seconds": (always(raw("leaving", seconds=float("nan"))), "is lost: not a valid message"),
     "leaving in a thousand years": (always(raw("leaving", seconds=3e10)), "is lost: not a valid message"),

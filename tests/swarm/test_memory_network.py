@@ -345,3 +345,22 @@ async def test_announcements_are_seen_by_all_replaced_and_expire(network: Memory
 async def test_nobody_announces_another(network: MemoryNetwork) -> None:
     with pytest.raises(ValueError, match="announces itself"):
         await network.node("one").directory.announce(MODEL, info("other"), lifetime=60)
+
+
+async def test_a_header_that_is_refused_ends_what_can_be_received_and_not_what_can_be_sent() -> None:
+    network = MemoryNetwork()
+    client, server = network.node("client").transport, network.node("server").transport
+
+    async def refusing(stream: Stream) -> None:
+        def admit(header: bytes, payload_bytes: int) -> None:
+            raise ProtocolViolation(f"{header!r} and {payload_bytes} bytes")
+
+        for expected in (ProtocolViolation, StreamBroken):
+            with pytest.raises(expected):
+                await stream.receive(admit)
+        await stream.send(b"refused")
+
+    await server.listen(refusing)
+    stream = await client.open("server")
+    await stream.send(b"hello", [b"payload"])
+    assert (await stream.receive())[0] == b"refused"

@@ -15,7 +15,7 @@ from shoal.client.connection import PING_SECONDS, STUCK_SECONDS, Connection
 from shoal.client.line import Line
 from shoal.errors import PeerError, ServerLost
 from shoal.net.frames import payload_bytes
-from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Buffer, StreamBroken
+from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Admit, Buffer, StreamBroken
 from shoal.protocol import Leaving, Message, Ping, Pong, Result, Step, dump, parse
 from shoal.spans import ServerInfo, ServerState, Span
 
@@ -72,11 +72,13 @@ class ScriptedStream:
         for message in messages:
             self._arriving.put_nowait(message)
 
-    async def receive(self) -> tuple[bytes, bytearray]:
+    async def receive(self, admit: Admit | None = None) -> tuple[bytes, bytearray]:
         message = await self._arriving.get()
         if message is None:
             raise StreamBroken("the end")
         self.heard_at = asyncio.get_running_loop().time()
+        if admit is not None:
+            admit(dump(message), 0)
         return dump(message), bytearray()
 
     async def close(self) -> None:

@@ -73,10 +73,12 @@ class Server:
             yield
         return torch.zeros(1)
 
-    def session(self) -> Session:
-        session = Session(self.pool, Span(0, 1), opened=self._num_opened, max_length=1 << 20, salt="", batch_size=1)
+    def session(self, peer: str = "peer") -> Session:
+        session = Session(
+            self.pool, Span(0, 1), opened=self._num_opened, peer=peer, max_length=1 << 20, salt="", batch_size=1
+        )
         self._num_opened += 1
-        self.turns.sessions.add(session)
+        self.turns.join(session)
         return session
 
     async def step(self, session: Session, num_tokens: int = 1) -> None:
@@ -238,3 +240,63 @@ async def test_passes_that_take_much_less_or_longer_than_announced_correct_what_
     async with running(server, server.decode_for_ever(256)):
         await server.until(lambda: server.clock.now > 180)
     assert watch.speeds.prefill == pytest.approx(256 / PASS_SECONDS)
+
+
+async def test_sessions_that_are_left_alone_keep_no_other_out():
+    server = Server(Shares(queue_seconds=600.0), num_pages=20)
+    async with running(server):
+        idle = [server.session("greedy") for _ in range(20)]
+        for session in idle:
+            await server.step(session)
+        server.clock.now += 31
+        honest = server.session("honest")
+        await server.step(honest, 40)
+        for _ in range(200):
+            await server.step(honest)
+        assert not honest.preempted
+        assert honest.num_tokens == 240
+
+
+async def test_one_peer_that_holds_everything_and_is_at_work_lets_another_one_begin_after_a_while():
+    server = Server(Shares(queue_seconds=600.0), num_pages=20)
+
+    async def work(session: Session) -> None:
+        while True:
+            await server.step(session)
+
+    async with running(server):
+        greedy = [server.session("greedy") for _ in range(5)]
+        for session in greedy:
+            await server.step(session, 4 * 16 - 1)
+        honest = server.session("honest")
+        begun = asyncio.create_task(server.step(honest, 30))
+        for _ in range(50):
+            for session in greedy:
+                if not session.preempted:
+                    await asyncio.gather(server.step(session), return_exceptions=True)
+                    if session.num_tokens == 64:
+                        session.begin(48, None, Inputs(torch.zeros(1, 1, 1), None, None))  # it does not grow
+        await begun
+        assert server.clock.now > 30
+        assert sum(session.preempted for session in greedy) == 1
+
+
+async def test_whose_peer_holds_less_begins_before_others_of_a_peer_that_holds_much():
+    server, order = Server(Shares(queue_seconds=600.0), num_pages=4), list[str]()
+    first = server.session("greedy")
+
+    async def come(peer: str) -> None:
+        session = server.session(peer)
+        await server.step(session, 32)
+        order.append(peer)
+        session.release()
+        server.turns.look()
+
+    async with running(server):
+        await server.step(first, 48)
+        visits = [asyncio.create_task(come(peer)) for peer in ("greedy", "greedy", "honest")]
+        await server.until(lambda: len(server.turns.steps) == 3)
+        first.begin(32, None, Inputs(torch.zeros(1, 1, 1), None, None))
+        server.turns.look()
+        await asyncio.gather(*visits)
+    assert order == ["honest", "greedy", "greedy"]

@@ -21,6 +21,7 @@ from shoal.client.clock import now
 from shoal.client.config import ClientConfig
 from shoal.client.connection import Connection
 from shoal.client.line import Line
+from shoal.client.meeting import Meeting
 from shoal.client.pairs import BrokenPairs
 from shoal.client.picture import Picture
 from shoal.client.store import Store
@@ -71,7 +72,10 @@ class Chain:
         self.round_trips = RoundTrips(now)
         self.taught = Taught()
         self._node = node
-        self._picture = Picture(node, model, fingerprint, config, self.round_trips)
+        self._picture = Picture(node, model, fingerprint, config)
+        self._meeting = Meeting(
+            node.transport, self.round_trips, seconds=config.measure_seconds, patience=config.patience_seconds
+        )
         self._suspects = Suspects(clock=now)
         self._lines: dict[str, Line] = {}  # to each server
         self._under_way = UnderWay()
@@ -90,7 +94,8 @@ class Chain:
     ) -> Route:
         """The fastest chain of usable servers over a span, which may be a part of a ring, between two other servers.
 
-        A head that is needed is found if anybody offers one.
+        Where there is a choice, it is among those that have answered. A head that is needed is found if anybody offers
+        one.
 
         Raises `MissingBlocks`, and `SwarmError` if the directory has never answered.
         """
@@ -99,8 +104,9 @@ class Chain:
         if view.missing(span):
             await self._picture.refresh()
             view = self._trusted(excluded, needs)
+        view = await self._answering(view, span, needs)
         if view.missing(span):  # better a server that failed lately than none
-            view = self._askable(excluded, needs)
+            view = await self._answering(self._askable(excluded, needs), span, needs)
             self._check_offered(span, needs)
         route = choose_route(
             view,
@@ -114,6 +120,19 @@ class Chain:
         )
         log.info("blocks %s: %s", span, route.explain())
         return route
+
+    async def _answering(self, view: SwarmView, span: Span, needs: Needs) -> SwarmView:
+        """Of these, those that answer."""
+        if view.missing(span):
+            return view
+        return await self._meeting.answering(
+            view,
+            span,
+            needs,
+            everybody=self._picture.usable(),
+            is_new=self._picture.is_new(),
+            known=self.round_trips.picture(),
+        )
 
     def _check_offered(self, span: Span, needs: Needs) -> None:
         """Raises `UnsupportedOperation` if there are servers for all blocks, but not for single passes."""
@@ -190,8 +209,9 @@ class Chain:
 
     def _exhausted(self, span: Span, excluded: Set[Holding]) -> MissingBlocks:
         unavailable = self._askable(excluded).missing(span) or tuple(span)
+        reasons = "; ".join((*self._suspects.reasons(), *self._meeting.reasons()))
         return MissingBlocks(
-            f"no server for blocks {format_blocks(unavailable)} answers: {'; '.join(self._suspects.reasons())}",
+            f"no server for blocks {format_blocks(unavailable)} answers: {reasons}",
             blocks=unavailable,
         )
 
@@ -210,6 +230,7 @@ class Chain:
                 self._suspects.unfit(error.peer, str(error))
             case _:
                 self._suspects.lost(error.peer, str(error), since=now() if since is None else since)
+                self._meeting.lost(error.peer)
 
     def permit(self, allowed: frozenset[str] | None, blocked: frozenset[str]) -> None:
         """From now on, routes go through these servers only, and not through those."""
@@ -222,6 +243,7 @@ class Chain:
         What so many tokens `took` it, in seconds, corrects what it announces.
         """
         self._suspects.forgive(hop.server.peer)
+        self._meeting.answered(hop.server.peer)
         for num_tokens, seconds in took:
             announced = announced_seconds(hop.server, len(hop.span), num_tokens)
             self.round_trips.measured_step(hop.server.peer, announced, seconds)

@@ -42,7 +42,8 @@ class ClientConfig:
     refresh_seconds: float = 20.0
     """The age at which a picture of the swarm is taken anew."""
     measure_seconds: float = 1.0
-    """How long to wait for servers that were never measured to tell how far they are; 0 measures none in advance."""
+    """How long to wait for servers that were never measured to tell how far they are. Those that do not answer are used
+    only if nobody else holds their blocks; 0 measures none in advance, and then nothing has to answer first."""
     remote_head: bool = False
     """Let the last server compute the output head in sessions, if any offers to."""
     head_top_k: int | None = None

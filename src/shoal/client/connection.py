@@ -21,7 +21,7 @@ from shoal.concurrency import first_of, while_moving
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost
 from shoal.net import codec
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
-from shoal.protocol import Close, Failure, Leaving, Message, Ping, Pong, ProtocolViolation
+from shoal.protocol import ANSWERS, Close, Failure, Leaving, Message, Ping, Pong, ProtocolViolation
 from shoal.spans import ServerInfo
 from shoal.tensors import Encoding
 
@@ -204,7 +204,7 @@ class Connection:
 
     async def _read(self) -> None:
         while self.error is None:
-            message, tensors = await codec.receive(self._stream)
+            message, tensors = await codec.receive(self._stream, ANSWERS)
             if isinstance(message, Failure):
                 self.fail(self._error(message))
                 return

@@ -1,4 +1,4 @@
-"""The swarm as a client sees it: who serves its model, who of them may be used, and how far they are."""
+"""The swarm as a client sees it: who serves its model, and who of them may be used."""
 
 from __future__ import annotations
 
@@ -10,35 +10,27 @@ from collections.abc import Sequence
 from shoal.client.clock import now
 from shoal.client.config import ClientConfig
 from shoal.errors import MissingBlocks, SwarmError
-from shoal.net.ping import distances
 from shoal.net.transport import ModelInfo, Node
 from shoal.routing.dtypes import mixture, swarm_dtype
-from shoal.routing.latency import RoundTrips
 from shoal.routing.view import SwarmView, format_blocks
-from shoal.spans import ServerInfo, Span
+from shoal.spans import ServerInfo
 
 log = logging.getLogger(__name__)
-
-STRANGERS = 32
-"""Servers that are measured at once, before they are used."""
 
 
 class Picture:
     """What the directory said last. `out_of_touch` is why it says nothing now, None if it does."""
 
-    def __init__(
-        self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig, round_trips: RoundTrips
-    ) -> None:
+    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig) -> None:
         self.out_of_touch: SwarmError | None = None
         self._node = node
         self._model = model
         self._fingerprint = fingerprint
         self._config = config
-        self._round_trips = round_trips
-        self._met: set[str] = set()
         self._view: SwarmView | None = None
         self._viewed_at = float("-inf")
         self._mixture: str | None = None
+        self._num_taken = self._num_used = 0
         self._refreshing = asyncio.Lock()
 
     def permit(self, config: ClientConfig) -> None:
@@ -72,23 +64,13 @@ class Picture:
             self._view = SwarmView(self._model.num_blocks, tuple(servers), self._config.pinned)
             self.out_of_touch = None
             self._say_mixture()
-            await self._meet()
+            self._num_taken += 1
             self._viewed_at = now()
 
-    async def _meet(self) -> None:
-        """Measure how far servers are of whom nothing is known, where there is a choice."""
-        view = self.usable()
-        strangers = [server for server in view.servers if server.peer not in self._met][:STRANGERS]
-        has_choice = any(len(holders) > 1 for holders in view.holders(Span(0, view.num_blocks)))
-        if not (strangers and has_choice and self._config.measure_seconds):
-            return
-        self._met.update(server.peer for server in strangers)
-        found = await distances(
-            self._node.transport, strangers, at_once=STRANGERS, seconds=self._config.measure_seconds
-        )
-        for peer, seconds in found.items():
-            if seconds is not None:
-                self._round_trips.measured(peer, seconds)
+    def is_new(self) -> bool:
+        """Whether it has been taken since this was asked last."""
+        used, self._num_used = self._num_used, self._num_taken
+        return used != self._num_taken
 
     def _say_mixture(self) -> None:
         """Log who computes in what, if servers that may be used differ, and again when that has changed."""

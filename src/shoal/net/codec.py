@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -77,15 +77,30 @@ def decode(header: bytes | bytearray, payload: bytearray) -> tuple[Message, dict
 
     Raises `ProtocolViolation` unless the payload is exactly what the header declares.
     """
+    message = announced(header, len(payload))
+    return message, _tensors(message, payload)
+
+
+def announced(header: bytes | bytearray, payload_bytes: int, kinds: Collection[str] | None = None) -> Message:
+    """The message of a frame with so long a payload, which need not be here yet.
+
+    Raises `ProtocolViolation` unless the payload is exactly as long as the header declares, and for one of other kinds.
+    """
     message = parse(header)
-    if message.payload_bytes != len(payload):
-        raise ProtocolViolation(f"{message.payload_bytes} bytes declared, {len(payload)} sent")
+    if payload_bytes and kinds is not None and message.kind not in kinds:  # others take no room
+        raise ProtocolViolation(f"a message of kind {message.kind!r} makes no sense here")
+    if message.payload_bytes != payload_bytes:
+        raise ProtocolViolation(f"{message.payload_bytes} bytes declared, {payload_bytes} sent")
+    return message
+
+
+def _tensors(message: Message, payload: bytearray) -> dict[TensorName, torch.Tensor]:
     tensors: dict[TensorName, torch.Tensor] = {}
     offset = 0
     for spec in message.tensors:
         tensors[spec.name] = unpacked(spec, payload, offset)
         offset += spec.aligned_nbytes
-    return message, tensors
+    return tensors
 
 
 def unpacked(spec: TensorSpec, payload: bytearray, offset: int = 0) -> torch.Tensor:
@@ -112,7 +127,19 @@ async def send(stream: Stream, message: Message, tensors: Tensors | None = None,
     await stream.send(header, payload)
 
 
-async def receive(stream: Stream) -> tuple[Message, dict[TensorName, torch.Tensor]]:
-    """The next message. Raises `StreamBroken`, or `ProtocolViolation` for bytes that are none."""
-    header, payload = await stream.receive()
-    return decode(header, payload)
+async def receive(
+    stream: Stream, kinds: Collection[str] | None = None
+) -> tuple[Message, dict[TensorName, torch.Tensor]]:
+    """The next message, of one of these kinds.
+
+    Raises `StreamBroken`, or `ProtocolViolation` for bytes that are none. That is found out by the header, before the
+    payload is taken.
+    """
+    admitted: list[Message] = []  # parsed once, unless a receive was cancelled in the middle of a frame
+
+    def admit(header: bytes, payload_bytes: int) -> None:
+        admitted.append(announced(header, payload_bytes, kinds))
+
+    _, payload = await stream.receive(admit)
+    (message,) = admitted
+    return message, _tensors(message, payload)

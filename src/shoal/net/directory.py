@@ -38,6 +38,7 @@ from shoal.net.records import (
     seal,
     unseal,
 )
+from shoal.net.table import install
 from shoal.net.transport import MAX_LIFETIME, ModelInfo
 from shoal.net.twin import Twins
 from shoal.spans import ServerInfo, ServerState
@@ -48,6 +49,7 @@ Answer = TypeVar("Answer")
 
 ASKED_FOR_TIME = 3
 """So many of the peers that refuse a record are asked what time it is, until one tells."""
+install()
 
 
 class DhtDirectory:

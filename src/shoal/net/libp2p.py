@@ -15,6 +15,7 @@ from shoal.net.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, 
 from shoal.net.identity import Identity, public_key
 from shoal.net.raw_stream import Libp2pStream
 from shoal.net.transport import StreamBroken, StreamHandler
+from shoal.net.unfinished import UnfinishedFrames
 from shoal.protocol import PROTOCOL
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Libp2pTransport:
         self._up = asyncio.Event()
         self._addresses: tuple[str, ...] = ()
         self._handler: StreamHandler | None = None
+        self._unfinished = UnfinishedFrames()
         self._accepted: Counter[str] = Counter()
         self._streams: set[Libp2pStream] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,7 +105,9 @@ class Libp2pTransport:
             raise StreamBroken(f"{peer} did not answer within {OPEN_SECONDS:.0f} s") from None
         except DaemonFailed as failure:
             raise StreamBroken(f"{peer} cannot be reached: {failure}") from None
-        stream = Libp2pStream(peer, reader, writer, address=address, on_close=self._streams.discard)
+        stream = Libp2pStream(
+            peer, reader, writer, address=address, unfinished=self._unfinished, on_close=self._streams.discard
+        )
         self._streams.add(stream)
         return stream
 
@@ -221,7 +225,7 @@ class Libp2pTransport:
             writer.close()
             return
         self._accepted[peer] += 1
-        stream = Libp2pStream(peer, reader, writer)
+        stream = Libp2pStream(peer, reader, writer, unfinished=self._unfinished)
         task = asyncio.create_task(self._serve(handler, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -21,7 +21,8 @@ from typing import Any
 from shoal.errors import SwarmError
 from shoal.net.faults import Faults
 from shoal.net.frames import pack_prefix, payload_bytes
-from shoal.net.transport import MAX_LIFETIME, Buffer, ModelInfo, Node, StreamBroken, StreamHandler
+from shoal.net.transport import MAX_LIFETIME, Admit, Buffer, ModelInfo, Node, StreamBroken, StreamHandler
+from shoal.protocol import ProtocolViolation
 from shoal.spans import ServerInfo
 
 logger = logging.getLogger(__name__)
@@ -226,6 +227,7 @@ class MemoryStream:
         self._link = link
         self._me = me
         self._closed = False
+        self._refused = False
         self.heard_at = self.taken_at = asyncio.get_running_loop().time()
 
     @property
@@ -239,10 +241,18 @@ class MemoryStream:
         await self._link.send(self._me, frame)
         self.taken_at = asyncio.get_running_loop().time()
 
-    async def receive(self) -> tuple[bytes, bytearray]:
+    async def receive(self, admit: Admit | None = None) -> tuple[bytes, bytearray]:
         self._check_open()
+        if self._refused:
+            raise StreamBroken(f"what {self.peer} sent was refused")
         frame = await self._link.receive(self._me)
         self.heard_at = asyncio.get_running_loop().time()
+        try:
+            if admit is not None:
+                admit(frame.header, len(frame.payload))
+        except ProtocolViolation:
+            self._refused = True
+            raise
         return frame.header, bytearray(frame.payload)
 
     async def close(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken, Transport
-from shoal.protocol import Close, Ping, Pong, ProtocolViolation
+from shoal.protocol import ANSWERS, Close, Ping, Pong, ProtocolViolation
 from shoal.spans import ServerInfo
 
 DIAL_SECONDS = 5.0
@@ -27,7 +27,7 @@ async def round_trip(stream: Stream) -> float | None:
             async with asyncio.timeout(PONG_SECONDS):
                 sent = loop.time()
                 await codec.send(stream, Ping())
-                answer, _ = await codec.receive(stream)
+                answer, _ = await codec.receive(stream, ANSWERS)
                 if not isinstance(answer, Pong):
                     break
                 seconds.append(loop.time() - sent)

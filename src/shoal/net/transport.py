@@ -14,6 +14,9 @@ from shoal.spans import ServerInfo
 
 Buffer = bytes | bytearray | memoryview
 
+Admit = Callable[[bytes, int], None]
+"""Given a frame's header and how long the payload behind it is: raises `ProtocolViolation` unless that is wanted."""
+
 CHUNK_BYTES = 256 * 1024
 """A large frame is sent in parts of this size."""
 SLOWEST_LINK = 128 * 1024
@@ -52,9 +55,11 @@ class Stream(Protocol):
         """
         ...
 
-    async def receive(self) -> tuple[bytes, bytearray]:
+    async def receive(self, admit: Admit | None = None) -> tuple[bytes, bytearray]:
         """The next frame: its header and its payload.
 
+        `admit` sees the header before anything of the payload is taken, and again when a receive that was cancelled
+        goes on. What it raises is raised here, and nothing more can be received then; an answer can be sent still.
         Raises `StreamBroken` at the end of the stream, however it came, and for frames beyond the protocol's limits.
         """
         ...

@@ -9,6 +9,7 @@ from shoal.concurrency import first_of
 from shoal.net import codec
 from shoal.net.transport import Stream
 from shoal.protocol import (
+    IN_SESSION,
     After,
     Before,
     Close,
@@ -83,7 +84,7 @@ class Conversation:
     async def _hear(self) -> None:
         while True:
             async with asyncio.timeout(self._idle_seconds):
-                message, tensors = await codec.receive(self._stream)
+                message, tensors = await codec.receive(self._stream, IN_SESSION)
             match message:
                 case Step():
                     self._accept(Arrived(message, tensors))
@@ -109,7 +110,7 @@ class Conversation:
 
     async def _until_gone(self) -> None:
         """Raises `StreamBroken` when the client does not wait for the answers any more."""
-        await codec.receive(self._stream)
+        await codec.receive(self._stream, IN_SESSION)
 
     def _pushed(self, step: Step, tensors: codec.Tensors) -> None:
         """The server before has pushed a step."""

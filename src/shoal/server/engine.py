@@ -144,12 +144,13 @@ class Engine:
             self._pool,
             span,
             opened=next(self._num_opened),
+            peer=peer,
             max_length=request.max_length,
             batch_size=request.batch_size,
             salt=salted(request.salt, request.adapters),
             adapters=adapters,
         )
-        self._turns.sessions.add(session)
+        self._turns.join(session)
         if self._cache is None:
             session.cache = self._body.new_cache(span)
             return session, None

@@ -14,6 +14,7 @@ import torch
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken
 from shoal.protocol import (
+    QUESTIONS,
     Adapter,
     Backward,
     Close,
@@ -229,7 +230,7 @@ class _Ear:
 
     def hearing(self) -> asyncio.Task[Arrived]:
         """The next message's coming."""
-        self._hearing = self._hearing or asyncio.create_task(codec.receive(self._stream))
+        self._hearing = self._hearing or asyncio.create_task(codec.receive(self._stream, QUESTIONS))
         return self._hearing
 
     async def next(self) -> Arrived:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from shoal.concurrency import while_moving
 from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken, Transport
-from shoal.protocol import After, Before, Step
+from shoal.protocol import ANSWERS, QUESTIONS, After, Before, ProtocolViolation, Step
 from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Links:
             else:
                 log.debug("%s pushes what nobody expects", stream.peer)
             async with asyncio.timeout(idle_seconds):
-                message, tensors = await codec.receive(stream)
+                message, tensors = await codec.receive(stream, QUESTIONS)
             if not isinstance(message, Step):
                 return
             step = message
@@ -206,5 +206,5 @@ class _Road:
 
 
 async def _until_end(stream: Stream) -> None:
-    with contextlib.suppress(StreamBroken):
-        await stream.receive()
+    with contextlib.suppress(StreamBroken, ProtocolViolation):
+        await codec.receive(stream, ANSWERS)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Set
 
 from shoal.errors import SwarmError
 from shoal.net.ping import distances
@@ -31,7 +31,11 @@ def may_be_next(server: ServerInfo, other: ServerInfo) -> bool:
 
 
 def choose_neighbours(
-    view: SwarmView, server: ServerInfo, known: Mapping[str, float], chance: random.Random
+    view: SwarmView,
+    server: ServerInfo,
+    known: Mapping[str, float],
+    chance: random.Random,
+    silent: Set[str] = frozenset(),
 ) -> tuple[ServerInfo, ...]:
     """Those whose distance is to be measured now: the nearest that are known, and some strangers."""
     others = [each for each in view.online().servers if each.peer != server.peer and may_be_next(server, each)]
@@ -39,8 +43,8 @@ def choose_neighbours(
     others.sort(key=lambda each: known.get(each.peer, float("inf")))
     nearest = [each for each in others if each.peer in known][: MAX_NEIGHBOURS - STRANGERS]
     strangers = [each for each in others if each not in nearest]
-    # Who was measured and was far comes back when all others have been tried.
-    strangers.sort(key=lambda each: each.peer in known)
+    # Who was measured and was far comes back when all others have been tried, and last who did not answer.
+    strangers.sort(key=lambda each: (each.peer in silent, each.peer in known))
     return (*nearest, *strangers[: MAX_NEIGHBOURS - len(nearest)])
 
 
@@ -64,6 +68,7 @@ class Neighbours:
         self._changed = changed
         self._known = RoundTrips(asyncio.get_running_loop().time)
         self._mixture: str | None = None
+        self._silent: set[str] = set()  # those that were asked in vain
         self._chance = random.Random()  # noqa: S311 - nothing secret
 
     @contextlib.asynccontextmanager
@@ -90,11 +95,14 @@ class Neighbours:
         self._say_mixture(view)
         for peer in self._known.picture().round_trips.keys() - {server.peer for server in view.online().servers}:
             self._known.forget(peer)
-        chosen = choose_neighbours(view, self._server, self._known.picture().round_trips, self._chance)
+        self._silent &= {server.peer for server in view.servers}
+        chosen = choose_neighbours(view, self._server, self._known.picture().round_trips, self._chance, self._silent)
         for peer, seconds in (await distances(self._node.transport, chosen)).items():
             if seconds is None:
                 self._known.forget(peer)
+                self._silent.add(peer)
             else:
+                self._silent.discard(peer)
                 self._known.measured(peer, seconds)
         known = self._known.picture().round_trips
         before = {peer for peer, _ in self.round_trips}

@@ -40,11 +40,13 @@ class Waiting:
 class Plan:
     """The next pass: which of those that wait, by their index, and how many tokens of each row.
 
-    `short_of_pages`: a session that has begun cannot go on; another has to give its pages up first.
+    `short_of_pages`: a session that has begun cannot go on; another has to give its pages up first. `kept_out` is the
+    first of those that wait for pages to begin, and how many it lacks.
     """
 
     chunks: tuple[tuple[int, int], ...] = ()
     short_of_pages: bool = False
+    kept_out: tuple[int, int] | None = None
 
 
 def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: int, prefill_tokens: int) -> Plan:
@@ -59,6 +61,7 @@ def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: in
     room, prefill_room, pages = pass_tokens, prefill_tokens, num_free_pages
     pages_to_begin = num_free_pages - sum(step.num_pages(step.num_tokens) for step in waiting if step.begun)
     may_begin = may_be_one_by_one = True
+    kept_out: tuple[int, int] | None = None
     for index in sorted(range(len(waiting)), key=lambda each: not waiting[each].decodes):
         step = waiting[index]
         if not step.begun and not may_begin:
@@ -78,7 +81,7 @@ def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: in
         else:
             needed = step.num_pages(step.num_tokens)
             if needed > pages_to_begin:
-                may_begin = False
+                may_begin, kept_out = False, (index, needed - pages_to_begin)
                 continue
             pages_to_begin -= needed
         chunks.append((index, num_tokens))
@@ -87,7 +90,7 @@ def schedule(waiting: Sequence[Waiting], *, num_free_pages: int, pass_tokens: in
         if not step.decodes:
             prefill_room -= num_tokens * step.num_rows
             may_be_one_by_one = False
-    return Plan(tuple(chunks))
+    return Plan(tuple(chunks), kept_out=kept_out)
 
 
 def training_is_due(*, inference_seconds: float, training_seconds: float, share: float) -> bool:

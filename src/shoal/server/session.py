@@ -83,6 +83,7 @@ class Session:
         span: Span,
         *,
         opened: int,
+        peer: str,
         max_length: int,
         salt: str,
         batch_size: int,
@@ -91,6 +92,8 @@ class Session:
         self.span = span
         self.adapters = adapters or {}
         self.opened = opened  # the number of those that were opened before: its age
+        self.peer = peer  # whose it is
+        self.used_at = self.began_at = float("-inf")  # when it was asked for something last; when it was let in
         self.max_length = max_length
         self.num_tokens = 0
         self.batch_size = batch_size

@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from shoal.server.batch import Chunk, Pass
 from shoal.server.cores import Cores, turn_of
 from shoal.server.executor import Executor
+from shoal.server.giving_way import Holder, gives_way, makes_room
 from shoal.server.head import Answer, ServerHead, answers_of
 from shoal.server.pages import PagePool
 from shoal.server.refusal import Inputs, Refused, Wanted, busy
-from shoal.server.scheduler import Pace, gathering_seconds, schedule, training_is_due
+from shoal.server.scheduler import Pace, Plan, gathering_seconds, schedule, training_is_due
 from shoal.server.session import Session
 from shoal.server.shares import Shares
 from shoal.server.speeds import Watch
@@ -30,6 +32,8 @@ T = TypeVar("T")
 
 GLANCE_SECONDS = 0.003
 """After so long it is looked at again whether waiting for others is still right."""
+LOOK_SECONDS = 1.0
+"""After so long it is looked at again whether others rest meanwhile, whose pages are wanted."""
 DECODING_SECONDS = 0.5
 """Sessions that got a token so lately are thought to be decoding still, although nothing of them waits just now."""
 
@@ -67,13 +71,19 @@ class Turns:
         self._decoded_at = float("-inf")
         self._inference_seconds = self._training_seconds = 0.0  # of the time for which both were waiting
 
+    def join(self, session: Session) -> None:
+        """A session is opened. It may hold pages already, which were known."""
+        session.used_at = session.began_at = self._clock()
+        self.sessions.add(session)
+
     async def of_step(self, session: Session, inputs: Inputs, wanted: Wanted | None = None) -> Answer:
         """The outputs [B, T, D] of a session's next tokens, or the logits that are wanted.
 
         Raises `Refused` if there is no room for them for long.
         """
-        step = StepWork(session, inputs, wanted)
-        session.arrives(self._clock(), decodes=step.waiting().decodes)
+        step = StepWork(session, inputs, wanted, arrived_at=self._clock())
+        session.used_at = step.arrived_at
+        session.arrives(step.arrived_at, decodes=step.waiting().decodes)
         self._steps.append(step)
         self.look()
         timer = asyncio.get_running_loop().call_later(self._shares.queue_seconds, self._give_up, step)
@@ -117,7 +127,7 @@ class Turns:
             self._news.clear()
             try:
                 if not await self._turn():
-                    await self._news.wait()
+                    await self._something_new()
             except Exception as error:  # ours: whoever waits is told, and the server goes on for those who come
                 log.exception("the engine failed")
                 for step in self.steps:
@@ -145,6 +155,12 @@ class Turns:
         else:
             return False
         return True
+
+    async def _something_new(self) -> None:
+        """Until there is news, or it is time to look whether those who wait for pages may have some now."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_SECONDS if self.steps else None):
+                await self._news.wait()
 
     def _seconds_to_next(self, within: float) -> float:
         """How soon somebody who decodes is expected, if that is `within` so many seconds."""
@@ -176,16 +192,18 @@ class Turns:
 
     async def _decide(self) -> bool:
         while True:
-            steps = self.steps
+            steps = self._in_order()
             plan = schedule(
                 [step.waiting() for step in steps],
                 num_free_pages=self._pool.num_available,
                 pass_tokens=self._shares.pass_tokens,
                 prefill_tokens=self._prefill_tokens(),
             )
-            if not plan.short_of_pages:
+            yielding = self._yielding(steps, plan)
+            if yielding is None:
                 break
-            self._preempt()
+            log.info("a session of %d tokens gives its pages to others", yielding.num_tokens)
+            self.preempt(yielding)
         if not plan.chunks:
             return False
         await self._pass([(steps[index], num_tokens) for index, num_tokens in plan.chunks])
@@ -224,14 +242,52 @@ class Turns:
         """Whether somebody decodes, although nothing of it may wait just now."""
         return self._clock() - self._decoded_at < max(DECODING_SECONDS, 4 * self.pace.decode_seconds)
 
-    def _preempt(self) -> None:
-        """The youngest session gives up its pages; its client brings everything again, here or elsewhere.
+    def _in_order(self) -> list[StepWork]:
+        """The steps as they came, but those that are still to begin come after others whose peers hold less."""
+        if sum(not step.session.begun for step in self.steps) < 2:
+            return self._steps
+        held = Counter[str]()
+        for session in self.sessions:
+            held[session.peer] += len(session.pages)
+        return sorted(self.steps, key=lambda step: 0 if step.session.begun else held[step.session.peer])
 
-        It may have been given pages that were known, and not be heard of since.
+    def _yielding(self, steps: Sequence[StepWork], plan: Plan) -> Session | None:
+        """The session that gives its pages up before there is a pass, if one has to or should.
+
+        Its client brings everything again, here or elsewhere. It may have been given pages that were known, and not be
+        heard of since.
         """
-        youngest = max((each for each in self.sessions if each.pages), key=lambda session: session.opened)
-        log.info("a session of %d tokens gives its pages to an older one", youngest.num_tokens)
-        self.preempt(youngest)
+        if not plan.short_of_pages and plan.kept_out is None:
+            return None
+        sessions = [session for session in self.sessions if session.pages]
+        at_work = {step.session for step in steps}
+        holders = [
+            Holder(
+                session.peer,
+                len(set(session.pages)),
+                used_at=session.used_at,
+                began_at=session.began_at,
+                opened=session.opened,
+                at_work=session in at_work,
+            )
+            for session in sessions
+        ]
+        now = self._clock()
+        if plan.short_of_pages:
+            return sessions[gives_way(holders, now=now)]
+        assert plan.kept_out is not None
+        index, num_missing = plan.kept_out
+        step = steps[index]
+        others = [number for number, session in enumerate(sessions) if session is not step.session]
+        found = makes_room(
+            [holders[number] for number in others],
+            peer=step.session.peer,
+            num_pages=step.waiting().num_pages(step.num_left),
+            num_missing=num_missing,
+            waited=now - step.arrived_at,
+            now=now,
+        )
+        return None if found is None else sessions[others[found]]
 
     def preempt(self, session: Session) -> None:
         """A session gives up its pages, and whoever waits for its steps is told."""
@@ -243,8 +299,11 @@ class Turns:
     async def _pass(self, chosen: Sequence[tuple[StepWork, int]]) -> None:
         decoding = [step for step, _ in chosen if step.waiting().decodes]
         num_prefill = sum(tokens * len(step.session.rows) for step, tokens in chosen if step not in decoding)
-        chunks = [step.chunk(num_tokens) for step, num_tokens in chosen]
         began = self._clock()
+        for step, _ in chosen:
+            if not step.session.begun:
+                step.session.began_at = began
+        chunks = [step.chunk(num_tokens) for step, num_tokens in chosen]
         answers = await self._executor.run(lambda: self._computed(chunks))
         self.num_passes += 1
         now = self._clock()
@@ -257,6 +316,7 @@ class Turns:
         if decoding:
             self._decoded_at = now
         for (step, num_tokens), answer in zip(chosen, answers, strict=True):
+            step.session.used_at = now
             if isinstance(answer, Exception):
                 settle(step.result, answer)
             else:
@@ -272,4 +332,4 @@ class Turns:
 
 def preempted() -> Refused:
     """What the client of a session is told that had to give up its pages."""
-    return busy("an older session needed this one's pages")
+    return busy("others needed this session's pages")

@@ -29,6 +29,7 @@ class StepWork:
     session: Session
     inputs: Inputs
     wanted: Wanted | None = None
+    arrived_at: float = 0.0
     result: asyncio.Future[Answer] = field(default_factory=_future)
     num_computed: int = 0
     answers: list[Answer] = field(default_factory=list)
