@@ -71,7 +71,7 @@ class Server:
         return torch.zeros(1)
 
     def session(self) -> Session:
-        session = Session(self.pool, Span(0, 1), opened=self._num_opened, max_length=1 << 20, salt="", batch_size=1)
+        session = Session(self.pool, Span(0, 1), opened=self._num_opened, salt="", batch_size=1)
         self._num_opened += 1
         self.turns.sessions.add(session)
         return session

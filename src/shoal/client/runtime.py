@@ -69,7 +69,7 @@ class Runtime:
     def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T] | None:
         if os.getpid() == self._process:
             with self._lock:
-                if not self._closed:
+                if not self._closed and not self.loop.is_closed():
                     return asyncio.run_coroutine_threadsafe(work, self.loop)
         work.close()
         return None

@@ -134,7 +134,6 @@ class Engine:
             self._pool,
             span,
             opened=next(self._num_opened),
-            max_length=request.max_length,
             batch_size=request.batch_size,
             salt=salted(request.salt, request.adapters),
             adapters=adapters,
@@ -183,7 +182,6 @@ class Engine:
             rows=rows,
             num_tokens=session.num_tokens,
             batch_size=session.batch_size,
-            max_length=session.max_length,
         )
         wanted = self._checks.wanted_of(request, inputs, session.span)
         self._check_fits(inputs.batch_size, request.position + inputs.num_tokens)

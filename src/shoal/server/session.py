@@ -83,7 +83,6 @@ class Session:
         span: Span,
         *,
         opened: int,
-        max_length: int,
         salt: str,
         batch_size: int,
         adapters: Mapping[int, BlockAdapter] | None = None,
@@ -91,7 +90,6 @@ class Session:
         self.span = span
         self.adapters = adapters or {}
         self.opened = opened  # the number of those that were opened before: its age
-        self.max_length = max_length
         self.num_tokens = 0
         self.batch_size = batch_size
         self.rows: list[Row] = []
