@@ -181,7 +181,7 @@ class _HeadBackbone:
         cache = _cache_of(kwargs)
         if cache is None:
             saves_memory = self.training and getattr(self, "gradient_checkpointing", False)  # as in Transformers
-            cache = new_cache(blocks, kwargs, by_default=self.config.use_cache and not saves_memory)
+            cache = new_cache(blocks, kwargs, by_default=getattr(self.config, "use_cache", False) and not saves_memory)
             kwargs["use_cache"] = cache is not None
             kwargs[cache_name(names)] = cache
         elif not isinstance(cache, HeadCache):
