@@ -58,7 +58,7 @@ def test_a_loop_written_by_hand_gives_the_tokens_of_the_whole_model(
     swarm_.settle(lambda: free_tokens(swarm_) == before)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bloom", "mamba", "falcon_h1", "gemma3_text"])
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "mamba", "falcon_h1", "gemma3_text", "xglm"])
 @torch.no_grad()
 def test_every_family_returns_its_cache_under_its_own_name(family: str, tmp_path: Path):
     torch.manual_seed(0)
@@ -184,6 +184,19 @@ def test_a_call_that_does_not_ask_for_a_cache_has_gradients_and_one_yet(swarm: M
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+def test_a_family_that_resolves_the_default_itself_has_gradients_too(tmp_path: Path):
+    torch.manual_seed(0)
+    whole = with_noise(AutoModelForCausalLM.from_config(tiny_config("xglm")).eval())
+    whole.save_pretrained(tmp_path)
+    with swarm_of(tmp_path, "0:2", "2:5") as swarm_:
+        gradients = []
+        for each in (whole, swarm_.model()):
+            embeds = whole.get_input_embeddings()(PROMPT).detach().requires_grad_()
+            each(inputs_embeds=embeds, labels=PROMPT).loss.backward()
+            gradients.append(embeds.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4)
+
+
 def test_a_cache_that_was_not_asked_for_survives_servers_that_die(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:4", "0:4", "0:4")
     model = swarm_.model()
@@ -235,6 +248,17 @@ def test_a_thin_client_asks_for_logits_where_it_asks_for_a_cache(swarm: MakeSwar
     model.lm_head.forward = None  # is not to be used
     ones = torch.ones_like(PROMPT)
     assert decoded(model, PROMPT, ones, 6, use_cache=True) == decoded(whole, PROMPT, ones, 6, use_cache=True)
+
+
+def test_guidance_is_not_computed_from_the_likeliest_tokens_only(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm()
+    swarm_.start("0:4", serve_head=True)
+    options = {"max_new_tokens": 8, "guidance_scale": 1.5}
+    model = swarm_.model(config=replace(QUICK, remote_head=True))
+    assert model.generate(PROMPT, **options).tolist() == whole.generate(PROMPT, **options).tolist()
+    likeliest = swarm_.model(config=replace(QUICK, remote_head=True, head_top_k=5))
+    with pytest.raises(UserError, match="guidance compares the logits of all tokens"):
+        likeliest.generate(PROMPT, **options)
 
 
 @torch.no_grad()

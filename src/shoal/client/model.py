@@ -322,6 +322,8 @@ class _InSwarm:
         returned begins with what was passed.
         """
         generate = super().generate  # type: ignore[misc]
+        if self._remote_head is not None:
+            self._remote_head.check_options(kwargs)
         has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         uses_none = kwargs.get("use_cache") is False
         if session is not None and (has_cache or uses_none):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,8 @@ from shoal.model.view import StandIn, view_of
 
 CACHE_NAMES = ("past_key_values", "cache_params")
 """What families call their cache."""
+UNSAID = "not said"
+"""In the place of a `use_cache` that was not given: some families put the config's in its place on the way in."""
 NO_ATTENTION = "shoal"  # the name of an attention implementation that is never run: it has masks of one element
 
 
@@ -238,11 +240,12 @@ def new_cache(blocks: Any, arguments: Mapping[str, Any], *, by_default: bool) ->
     gradients: its session is opened only if the cache is used.
     """
     use_cache = arguments.get("use_cache")
-    if use_cache is False:
+    is_said = use_cache is not None and use_cache is not UNSAID
+    if is_said and not use_cache:
         return None
     if (session := blocks.active_session()) is not None:
         return HeadCache(session)
-    if use_cache:
+    if is_said:
         return HeadCache(blocks.new_session(batch_size=1, max_length=1))
     return HeadCache(NotBegun()) if by_default else None
 
@@ -329,7 +332,22 @@ class _Head:
 
 def distributed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of a client's half of a `cls`."""
-    return _subclass(_Head, cls)  # type: ignore[arg-type]
+    made = _subclass(_Head, cls)  # type: ignore[arg-type]
+    if "forward" not in made.__dict__:
+        made.forward = _noting_what_is_unsaid(cls.forward)
+    return made
+
+
+def _noting_what_is_unsaid(forward: Callable[..., Any]) -> Callable[..., Any]:
+    names = list(inspect.signature(forward).parameters)
+
+    @functools.wraps(forward)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "use_cache" in names[len(args) + 1 :] and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = UNSAID
+        return forward(self, *args, **kwargs)
+
+    return wrapper
 
 
 @functools.cache
