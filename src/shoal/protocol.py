@@ -24,7 +24,7 @@ from shoal.adapters import MAX_LAYERS, AdapterName, HostedName, Layers, Module
 from shoal.strict import Strict
 from shoal.tensors import Encoding, TensorName, TensorSpec
 
-PROTOCOL = "/shoal/4"
+PROTOCOL = "/shoal/5"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -192,12 +192,13 @@ class Norms(_OnSpan):
 
 
 class Open(_Computation):
-    """Client: begin a session on these blocks, for up to `max_length` tokens of `batch_size` sequences.
+    """Client: begin a session on these blocks, which is expected to get `max_length` tokens of `batch_size` sequences.
 
-    `digests` [B, N, 16] uint8 (optional) name the first N pages of every sequence's inputs (`shoal.model.prefix`),
-    which need not be sent if the server has computed the same. `salt` is the tenant's: only sessions of equal salts
-    share what was computed. `encoding` is how the outputs of these pages shall travel; those of the first `skip` tokens
-    are not wanted. The session is in the ring between `before` and `after`, and its first epoch is `epoch`.
+    It may get longer, as far as the model and the server's cache allow. `digests` [B, N, 16] uint8 (optional) name
+    the first N pages of every sequence's inputs (`shoal.model.prefix`), which need not be sent if the server has
+    computed the same. `salt` is the tenant's: only sessions of equal salts share what was computed. `encoding` is
+    how the outputs of these pages shall travel; those of the first `skip` tokens are not wanted. The session is in
+    the ring between `before` and `after`, and its first epoch is `epoch`.
     """
 
     carries = ("digests",)

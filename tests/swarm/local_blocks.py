@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shoal.model.body import Body
 from shoal.model.cache import BodyCache
+from shoal.model.head import NotBegun
 from shoal.net.encodings import as_received
 from shoal.spans import Span
 from shoal.tensors import Encoding
@@ -29,6 +30,12 @@ class LocalSession:
     def crop(self, num_tokens: int) -> None:
         for cache in self.caches:
             cache.crop(num_tokens)
+
+    def expect(self, num_tokens: int) -> None:
+        pass
+
+    def note_ids(self, ids_BT: Tensor | None, mask_BS: Tensor | None) -> None:
+        pass
 
     def select_rows(self, rows: Sequence[int]) -> None:
         for cache in self.caches:
@@ -55,7 +62,7 @@ class LocalBlocks(nn.Module):
         past_key_values: object | None,
     ) -> Tensor:
         caches: Sequence[BodyCache | None] = [None] * len(self.hops)
-        if past_key_values is not None:
+        if past_key_values is not None and not isinstance(past_key_values.session, NotBegun):  # type: ignore[attr-defined]
             caches = past_key_values.session.caches  # type: ignore[attr-defined]
         hidden_BTD = Travel.apply(hidden_BTD, self.encoding)
         for (body, span), cache in zip(self.hops, caches, strict=True):
@@ -64,6 +71,9 @@ class LocalBlocks(nn.Module):
             )
             hidden_BTD = Travel.apply(hidden_BTD, self.encoding)
         return hidden_BTD
+
+    def active_session(self) -> None:
+        return None
 
     def new_session(self, *, batch_size: int, max_length: int) -> LocalSession:
         return LocalSession([body.new_cache(span) for body, span in self.hops], batch_size)
@@ -87,3 +97,6 @@ class NoBlocks(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, **_: object) -> Tensor:
         return hidden_BTD
+
+    def active_session(self) -> None:
+        return None

@@ -139,8 +139,10 @@ def test_a_cache_that_is_no_session_is_refused(pair: Pair) -> None:
         pair.cut(PROMPT, past_key_values=DynamicCache(config=pair.config))
 
 
-def test_without_a_session_there_is_no_cache(pair: Pair) -> None:
-    assert pair.cut(PROMPT).past_key_values is None
+def test_a_cache_is_there_unless_none_is_wanted(pair: Pair) -> None:
+    assert isinstance(pair.cut(PROMPT).past_key_values, HeadCache)
+    assert isinstance(pair.cut(PROMPT, use_cache=True).past_key_values, HeadCache)
+    assert pair.cut(PROMPT, use_cache=False).past_key_values is None
 
 
 def test_recurrent_state_refuses_to_rewind_and_stays_as_it_was() -> None:

@@ -208,11 +208,14 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a single number": (stepping({"hidden": torch.tensor(1.0)}), "hidden states must be floating-point numbers"),
     "another hidden size": (stepping({"hidden": hidden(size=16)}), "hidden size 16; this model's is 32"),
     "a hidden size of millions": (stepping({"hidden": hidden(size=1 << 20)}), "hidden size 1048576"),
-    "more tokens than it was opened for": (
-        stepping({"hidden": hidden(num_tokens=17)}),
-        "17 tokens in a session opened",
+    "more tokens than the model allows": (
+        stepping({"hidden": hidden(num_tokens=MAX_LENGTH + 1)}),
+        "513 tokens in a session; the model allows 512",
     ),
-    "more tokens, in two steps": ([opening(max_length=3), step(), step(2)], "4 tokens in a session opened for 3"),
+    "more tokens, in two steps": (
+        [opening(), step(tensors={"hidden": hidden(num_tokens=MAX_LENGTH)}), step(MAX_LENGTH)],
+        "514 tokens in a session; the model allows 512",
+    ),
     "tokens beyond what was sent": ([opening(), rewind(3), step(3, epoch=1)], "position 3 of a session with 0 tokens"),
     "a hole in the tokens": (
         [opening(), step(), ANSWERED, rewind(5), step(5, epoch=1)],

@@ -148,9 +148,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(num_rows=st.integers(1, 3), tokens=st.integers(0, 1), num_tokens=st.integers(1, 40))
     def open(self, num_rows: int, tokens: int, num_tokens: int) -> None:
-        session = Session(
-            self.pool, SPAN, opened=self.num_opened, peer="peer", max_length=64, salt="", batch_size=num_rows
-        )
+        session = Session(self.pool, SPAN, opened=self.num_opened, peer="peer", salt="", batch_size=num_rows)
         self.num_opened += 1
         hidden = torch.full((num_tokens, 1), float(tokens))
         names = page_names(root(SPAN, ""), hidden, torch.arange(num_tokens))

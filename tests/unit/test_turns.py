@@ -74,9 +74,7 @@ class Server:
         return torch.zeros(1)
 
     def session(self, peer: str = "peer") -> Session:
-        session = Session(
-            self.pool, Span(0, 1), opened=self._num_opened, peer=peer, max_length=1 << 20, salt="", batch_size=1
-        )
+        session = Session(self.pool, Span(0, 1), opened=self._num_opened, peer=peer, salt="", batch_size=1)
         self._num_opened += 1
         self.turns.join(session)
         return session

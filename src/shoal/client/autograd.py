@@ -67,7 +67,7 @@ class NoGradient(torch.autograd.Function):
     """Marks what came out of a session: servers keep a cache there and nothing to differentiate."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         return output.view_as(output)
 
     @staticmethod

@@ -8,13 +8,14 @@ import copy
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
+from shoal.client.active import active_session
 from shoal.client.attributes import ConfigAttributes
-from shoal.client.autograd import ThroughSwarm, Work
+from shoal.client.autograd import NoGradient, ThroughSwarm, Work
 from shoal.client.chain import Chain
 from shoal.client.inference import InferenceSession, note_opened
 from shoal.client.inputs import check_inputs, mask_of, positions_of
@@ -24,9 +25,12 @@ from shoal.client.runtime import Hold, Runtime
 from shoal.errors import UserError
 from shoal.model.copying import NotPickled
 from shoal.model.factors import Tuned, Tuning, tuned_block, unmeasured
-from shoal.model.head import HeadCache
+from shoal.model.head import HeadCache, NotBegun
 from shoal.model.prompts import PROMPT
 from shoal.spans import Span
+
+DEFAULT_SESSION_LENGTH = 2048
+"""What a session is expected to get long if its user has not said."""
 
 
 class RemoteBlocks(NotPickled, nn.Module):
@@ -45,6 +49,8 @@ class RemoteBlocks(NotPickled, nn.Module):
         super().__init__()
         self.span = span
         self.max_length = max_length
+        self.owner = object()
+        """Whose a session is: that of these blocks, and not of those that were cut from them."""
         self.num_prompt_tokens = 0
         """Before the tokens of a sequence come so many that its callers do not count: those of a soft prompt."""
         self._hosted: Mapping[str, str] = {}
@@ -114,26 +120,42 @@ class RemoteBlocks(NotPickled, nn.Module):
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: HeadCache | None = None,
+        past_key_values: HeadCache | Literal["active"] | None = "active",
     ) -> torch.Tensor:
         """Hidden states [B, T, D] after the blocks.
 
         `attention_mask` [B, S] is 0 where a token is padding; `position_ids` are [B, T]. With `past_key_values` the
-        tokens are appended to its session; without, the call is differentiable with respect to the hidden states.
+        tokens are appended to its session, and so they are to the session of these blocks in whose `with` block this
+        is called. Without, the call is differentiable with respect to the hidden states.
         """
         self._follow()
-        if past_key_values is not None:
+        if past_key_values == "active":
+            session = active_session(self.owner)
+            past_key_values = None if session is None else HeadCache(session)
+        if past_key_values is not None and not isinstance(past_key_values.session, NotBegun):
             session = cast(InferenceSession, past_key_values.session)
-            return session.step(
+            output = session.step(
                 hidden_BTD, attention_mask=attention_mask, position_ids=position_ids, asked=past_key_values.asked
             )
+            if not torch.is_grad_enabled():
+                return output
+            return cast(torch.Tensor, NoGradient.apply(output, *self._parameters_of(self._described())))
         check_inputs(hidden_BTD)
         mask = mask_of(attention_mask, hidden_BTD)
         positions = positions_of(position_ids, hidden_BTD)
         tuned = self._tuned()
-        parameters = [parameter for each in tuned for parameter in each.parameters]
         work = Work(self._runtime, self._passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
-        return cast(torch.Tensor, ThroughSwarm.apply(hidden_BTD, work, *parameters))
+        output = cast(torch.Tensor, ThroughSwarm.apply(hidden_BTD, work, *self._parameters_of(tuned)))
+        if past_key_values is not None:  # whoever asks for more has the same numbers computed again, in a session
+            session = self._session(1, max_length=None, expected_length=1, tuning=work.plan.tuning)
+            session.in_call = True
+            session.defer(hidden_BTD, positions_BT=positions, mask_BT=mask)
+            past_key_values.session = session
+        return output
+
+    @staticmethod
+    def _parameters_of(tuned: Sequence[Tuned]) -> list[torch.Tensor]:
+        return [parameter for each in tuned for parameter in each.parameters]
 
     def note_hosted(self, adapter: str) -> None:
         """What these blocks have now, and nothing that becomes of it, is the adapter that servers host by this name."""
@@ -192,24 +214,38 @@ class RemoteBlocks(NotPickled, nn.Module):
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
         """A session on these blocks, for up to `max_length` tokens; use it as a context manager.
 
-        What has been added to the blocks stays, in this session, as it is now.
+        Without a `max_length`, the model sets the limit. What has been added to the blocks stays, in this session, as
+        it is now.
         """
+        expected = max_length or min(self.max_length, DEFAULT_SESSION_LENGTH)
+        return self._session(batch_size, max_length=max_length, expected_length=expected)
+
+    def new_session(self, *, batch_size: int, max_length: int) -> InferenceSession:
+        """The session of one `generate()`, which expects `max_length` tokens; others that use it may go on."""
+        session = self._session(batch_size, max_length=None, expected_length=max_length)
+        session.in_call = True  # who has opened it knows its tokens
+        note_opened(session)
+        return session
+
+    def active_session(self) -> InferenceSession | None:
+        """That in whose `with` block this is called."""
+        return active_session(self.owner)
+
+    def _session(
+        self, batch_size: int, *, max_length: int | None, expected_length: int, tuning: Tuning | None = None
+    ) -> InferenceSession:
         self._follow()
         return InferenceSession(
             self._runtime,
             self._chain,
             self.span,
             batch_size=batch_size,
-            max_length=max_length or self.max_length,
+            max_length=max_length or self.max_length - self.num_prompt_tokens,
+            expected_length=expected_length,
             num_prompt_tokens=self.num_prompt_tokens,
-            tuning=self._tuning(self._tuned()),
+            tuning=self._tuning(self._tuned()) if tuning is None else tuning,
+            owner=self.owner,
         )
-
-    def new_session(self, *, batch_size: int, max_length: int) -> InferenceSession:
-        """The session of one `generate()`."""
-        session = self.inference_session(batch_size=batch_size, max_length=max_length)
-        note_opened(session)
-        return session
 
     def close(self) -> None:
         """Leave the swarm, with all that belongs to this model, once its copies do too. May be called twice."""

@@ -27,8 +27,17 @@ class Continuation:
         """What to generate from, given the session's past and what the caller passed.
 
         Raises `UserError` for tokens that repeat the session's beginning and then differ: they would be read twice.
+        And where the session has read what is no text, or not known as one: hidden states, or embeddings.
         """
         past_ids, past_mask = session.output_ids, session.attention_mask
+        num_told = 0 if past_ids is None else past_ids.shape[1]
+        if session.num_tokens > num_told and not session.in_call:
+            raise UserError(
+                f"the session has read {session.num_tokens} tokens, of which generate() knows {num_told}",
+                hint="set session.position to what it shall go on from, or session.output_ids to the tokens",
+            )
+        if past_ids is not None:
+            past_mask = _mask_for(past_ids, past_mask)
         # An interrupted call leaves tokens that nobody was told, or the sequences of its beams.
         num_known, rows = (0, 0) if past_ids is None else (past_ids.shape[1] - 1, past_ids.shape[0])
         session.crop(min(session.num_tokens, num_known) if session.batch_size == rows else 0)
@@ -63,6 +72,7 @@ class Continuation:
         grown = sequences.shape[1] - self.attention_mask.shape[1]
         repeats = sequences.shape[0] // self.attention_mask.shape[0]
         mask = self.attention_mask.repeat_interleave(repeats, dim=0)
+        session.in_call = False
         session.output_ids = sequences
         session.attention_mask = torch.cat((mask, mask.new_ones((mask.shape[0], grown))), dim=1)
         # The last token is yet to be computed. After a beam search, the cache is that of other sequences.
@@ -72,3 +82,12 @@ class Continuation:
             return sequences[:, self.num_hidden :]
         result.sequences = sequences[:, self.num_hidden :]
         return result
+
+
+def _mask_for(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mask of a text that the caller may have shortened, or made longer."""
+    fitted = torch.ones_like(ids)
+    if mask is not None:
+        num_tokens = min(ids.shape[1], mask.shape[1])
+        fitted[:, :num_tokens] = mask[:, :num_tokens]
+    return fitted

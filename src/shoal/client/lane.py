@@ -54,7 +54,7 @@ class Lane:
         hops: Sequence[Hop],
         history: History,
         *,
-        max_length: int,
+        expected_length: Callable[[], int],
         outputs: Outputs,
         news: Callable[[], None],
     ) -> None:
@@ -63,7 +63,7 @@ class Lane:
         self._chain = chain
         self._tokens = tokens
         self._tuning = tuning
-        self._max_length = max_length
+        self._expected_length = expected_length
         self.news = news
         self._ring = Ring(chain.broken_pairs, wire=chain.config.wire)
         self.shares = self.shares_on(hops, history)
@@ -254,7 +254,7 @@ class Lane:
             end=share.hop.span.end,
             adapters=self._tuning.names(share.hop.span),
             batch_size=like.shape[0],
-            max_length=self._max_length,
+            max_length=self._expected_length(),
             salt=self._chain.config.salt,
             skip=self.sink(index).num_tokens,
             epoch=self._tokens.epoch,

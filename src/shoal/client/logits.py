@@ -181,6 +181,16 @@ class RemoteHead:
             return None
         return Asked(num_tokens, cache=cache, vocabulary=self._vocabulary, top_k=self._top_k)
 
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises `UserError` for options of `generate()` that need the logits of other tokens than the likeliest."""
+        config = options.get("generation_config")
+        scale = options.get("guidance_scale", getattr(config, "guidance_scale", None))
+        if self._top_k is not None and scale not in (None, 1):
+            raise UserError(
+                "guidance compares the logits of all tokens, and head_top_k leaves most of them out",
+                hint="open the model without head_top_k",
+            )
+
     def view_of(self, model: M, asked: Asked) -> M:
         """The model itself, but for its projection."""
         view = copy.copy(model)

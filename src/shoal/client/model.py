@@ -20,12 +20,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from shoal.client.active import active_session, none_active
 from shoal.client.attributes import ConfigAttributes
 from shoal.client.blocks import RemoteBlocks
 from shoal.client.chain import Chain
 from shoal.client.config import ClientConfig, chooser_of, peers_of, pins_of, salt_of
 from shoal.client.continuation import Continuation
-from shoal.client.inference import InferenceSession, closing_new_sessions
+from shoal.client.inference import InferenceSession, closing_new_sessions, note_opened
 from shoal.client.keywords import resolve
 from shoal.client.logits import RemoteHead
 from shoal.client.peer_names import found_in_directory
@@ -48,19 +49,19 @@ from shoal.errors import SwarmError, UnsupportedModel, UserError
 from shoal.model.checkpoint import Checkpoint
 from shoal.model.factors import check_configs
 from shoal.model.families import text_config
-from shoal.model.head import HeadCache, build_head
+from shoal.model.head import CACHE_NAMES, HeadCache, build_head, cache_name, new_cache
 from shoal.model.peft_folder import PeftFolder
 from shoal.model.prompts import PROMPT, check_mode
 from shoal.model.skeleton import skeletons
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import ModelInfo, Node
+from shoal.protocol import MAX_LENGTH
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 GENERATION_CONFIG = "generation_config.json"
-DEFAULT_SESSION_LENGTH = 2048
 
 
 class _AutoDistributed:
@@ -232,9 +233,7 @@ class _AutoDistributed:
             runtime,
             chain,
             Span(0, checkpoint.num_blocks),
-            max_length=min(
-                getattr(model_config, "max_position_embeddings", None) or DEFAULT_SESSION_LENGTH, DEFAULT_SESSION_LENGTH
-            ),
+            max_length=getattr(model_config, "max_position_embeddings", None) or MAX_LENGTH,
         )
         model = build_head(
             _with_swarm(model_class),
@@ -313,12 +312,23 @@ class _InSwarm(SavesTrained):
     _remote_head: RemoteHead | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._remote_head is not None:
+            self._open_cache(args, kwargs)  # a server is asked for logits of a session, so that has to be there
         asked = None if self._remote_head is None else self._remote_head.asked(self, kwargs)
         if self._remote_head is None or asked is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         view: Any = self._remote_head.view_of(self, asked)  # type: ignore[type-var]
         with asked:
             return asked.finished(super(_InSwarm, view).__call__(*args, **kwargs))  # type: ignore[misc]
+
+    def _open_cache(self: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Do here what the backbone would do a little later."""
+        names = inspect.signature(self.forward).parameters
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(given.get(name) is not None for name in CACHE_NAMES):
+            return
+        if (cache := new_cache(self.blocks, given, by_default=False)) is not None:
+            kwargs.update({"use_cache": True, cache_name(names): cache})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "peft_config":  # this is how PEFT says what it has added
@@ -346,34 +356,48 @@ class _InSwarm(SavesTrained):
         return self.backbone if own is None else own
 
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
-        """A cache in the swarm that several calls share: `with model.inference_session(max_length=512) as session`."""
+        """A cache in the swarm that several calls share: `with model.inference_session(max_length=512) as session`.
+
+        Inside of the `with` block, calls of `generate()` and of the model go on with it by themselves. Without
+        `max_length` it may get as long as the model allows.
+        """
         return self.blocks.inference_session(max_length=max_length, batch_size=batch_size)
 
     def generate(self, inputs: Any = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any) -> Any:
         """Transformers' `generate`, which see; with `session`, it goes on where the session's last call ended.
 
-        Then `inputs` are the new tokens only, or everything so far and the new tokens, or nothing: just go on. What is
+        So it does inside of `with model.inference_session():`, unless it is given a cache or told to use none. Then
+        `inputs` are the new tokens only, or everything so far and the new tokens, or nothing: just go on. What is
         returned begins with what was passed.
         """
         generate = super().generate  # type: ignore[misc]
-        if session is None:
-            with closing_new_sessions() as opened:
+        if self._remote_head is not None:
+            self._remote_head.check_options(kwargs)
+        has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+        uses_none = kwargs.get("use_cache") is False
+        if session is not None and (has_cache or uses_none):
+            raise UserError("a session is a cache: pass it alone, without past_key_values or use_cache=False")
+        if session is None and not has_cache and not uses_none:
+            session = active_session(self.blocks.owner)
+        handed_out: list[InferenceSession] = []
+        with none_active(), closing_new_sessions() as opened:
+            if session is None:
                 result = generate(inputs, *args, **kwargs)
-                cache = getattr(result, "past_key_values", None)
-                if isinstance(cache, HeadCache):
-                    opened.clear()  # the caller has it now
-                return result
-        if inputs is None:
-            inputs = kwargs.pop("input_ids", None)
-        continuation = Continuation.of(session, inputs, kwargs.pop("attention_mask", None))
-        result = generate(
-            continuation.input_ids,
-            *args,
-            attention_mask=continuation.attention_mask,
-            past_key_values=HeadCache(session),
-            **kwargs,
-        )
-        return continuation.finish(session, result)
+            else:
+                if inputs is None:
+                    inputs = kwargs.pop("input_ids", None)
+                continuation = Continuation.of(session, inputs, kwargs.pop("attention_mask", None))
+                session.in_call = True
+                kwargs |= {"attention_mask": continuation.attention_mask, "past_key_values": HeadCache(session)}
+                result = generate(continuation.input_ids, *args, **kwargs)
+                result = continuation.finish(session, result)
+            cache = next((each for name in CACHE_NAMES if (each := getattr(result, name, None)) is not None), None)
+            if isinstance(cache, HeadCache):
+                handed_out = [each for each in opened if each is cache.session]
+                opened[:] = [each for each in opened if each is not cache.session]
+        for each in handed_out:
+            note_opened(each)  # whoever has called has it now: perhaps another `generate()`, to which we only assist
+        return result
 
     def close(self) -> None:
         """Leave the swarm. The model is of no more use. May be called twice."""

@@ -14,16 +14,34 @@ from shoal.model.factors import Tuning
 from shoal.routing.route import Needs, Route
 from shoal.spans import ServerInfo, Span
 
+OPEN_ENDED_STEPS = 128
+"""So many more steps are expected of a session that has got as long as anybody has said that it would."""
+
 
 class Routes:
     """Finds routes for what a session holds, and for what it is still going to hold."""
 
-    def __init__(self, chain: Chain, tokens: Tokens, tuning: Tuning, *, batch_size: int, max_length: int) -> None:
+    def __init__(
+        self, chain: Chain, tokens: Tokens, tuning: Tuning, *, batch_size: int, max_length: int, announced_length: int
+    ) -> None:
         self.batch_size = batch_size
-        self.max_length = max_length
+        self.announced_length = announced_length
+        self._max_length = max_length
         self._chain = chain
         self._tokens = tokens
         self._tuning = tuning
+
+    @property
+    def expected_length(self) -> int:
+        """How many tokens a server has to have room for: as many as the caller has said, and at least those of now."""
+        return max(self.announced_length, self._tokens.num_tokens)
+
+    @property
+    def num_steps_left(self) -> int:
+        """How many more steps are expected; 0 for a session that may not grow."""
+        num_tokens = self._tokens.num_tokens
+        expected = self.announced_length - num_tokens
+        return expected if expected > 0 else min(OPEN_ENDED_STEPS, self._max_length - num_tokens)
 
     async def over(self, span: Span, excluded: Set[Holding]) -> Route:
         """Servers for a whole ring. Raises as `Chain.route` does."""
@@ -47,7 +65,7 @@ class Routes:
             self._tuning,
             route.hops,
             history,
-            max_length=self.max_length,
+            expected_length=lambda: self.expected_length,
             outputs=Nowhere(),
             news=news,
         )
@@ -57,8 +75,8 @@ class Routes:
         return Needs(
             step_tokens=self.batch_size,
             prompt_tokens=self.batch_size * num_tokens,
-            num_steps=max(1, self.max_length - num_tokens),
-            needed_tokens=self.batch_size * self.max_length,
+            num_steps=max(1, self.num_steps_left),
+            needed_tokens=self.batch_size * self.expected_length,
             head=self._chain.config.remote_head and span.end == self._chain.model.num_blocks,
             dtype=str(self._tokens.like.dtype).removeprefix("torch.") if num_tokens else None,
         )

@@ -82,7 +82,7 @@ class Runtime:
     def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T] | None:
         if os.getpid() == self._process:
             with self._lock:
-                if not self._closed:
+                if not self._closed and not self.loop.is_closed():
                     future = asyncio.run_coroutine_threadsafe(work, self.loop)
                     self._works.add(future)
                     future.add_done_callback(self._works.discard)

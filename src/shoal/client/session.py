@@ -37,15 +37,32 @@ Change = int | tuple[int, ...]
 
 
 class Session:
-    """The decoding state of a batch of sequences across a route. Runs on the client's event loop."""
+    """The decoding state of a batch of sequences across a route. Runs on the client's event loop.
+
+    It may get `max_length` tokens long. Servers are chosen that have room for `expected_length`, by default the same.
+    """
 
     def __init__(
-        self, chain: Chain, span: Span, *, batch_size: int, max_length: int, tuning: Tuning | None = None
+        self,
+        chain: Chain,
+        span: Span,
+        *,
+        batch_size: int,
+        max_length: int,
+        expected_length: int | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         self.span = span
         self._chain = chain
         self._tokens = Tokens(chain.store)
-        self._routes = Routes(chain, self._tokens, tuning or Tuning(), batch_size=batch_size, max_length=max_length)
+        self._routes = Routes(
+            chain,
+            self._tokens,
+            tuning or Tuning(),
+            batch_size=batch_size,
+            max_length=max_length,
+            announced_length=max_length if expected_length is None else min(expected_length, max_length),
+        )
         self._changes: list[Change] = []
         self._news = asyncio.Event()
         self._busy = asyncio.Lock()
@@ -60,6 +77,15 @@ class Session:
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
         self._routes.batch_size = batch_size
+
+    def expect(self, num_tokens: int) -> None:
+        """It will perhaps get so long: servers that are chosen from now on need room for that."""
+        self._routes.announced_length = max(self._routes.announced_length, num_tokens)
+
+    @property
+    def was_opened(self) -> bool:
+        """Whether any server knows of it."""
+        return self._tending is not None or self._step is not None
 
     @property
     def _lanes(self) -> list[Lane]:

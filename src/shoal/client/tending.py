@@ -142,7 +142,7 @@ class Tending:
                 better_step_seconds=better.seconds,
                 replay_seconds=replay_seconds(better.hops, self._routes.batch_size * num_tokens),
                 # as many as it has had, perhaps
-                num_steps_left=min(num_tokens, self._routes.max_length - num_tokens),
+                num_steps_left=min(num_tokens, self._routes.num_steps_left),
             )
             if share.leaves:
                 log.info("%s takes %.3g s a step; elsewhere, %.3g s", share.peer, present.seconds, better.seconds)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,10 @@ from shoal.model.families import LAYERS_RETURN_TUPLE, Family, find_backbone, tex
 from shoal.model.prompts import PROMPT, with_prompt, without_prompt
 from shoal.model.view import StandIn, view_of
 
+CACHE_NAMES = ("past_key_values", "cache_params")
+"""What families call their cache."""
+UNSAID = "not said"
+"""In the place of a `use_cache` that was not given: some families put the config's in its place on the way in."""
 NO_ATTENTION = "shoal"  # the name of an attention implementation that is never run: it has masks of one element
 
 
@@ -49,6 +53,23 @@ class Session(Protocol):
     def batch_size(self) -> int: ...
     def crop(self, num_tokens: int) -> None: ...
     def select_rows(self, rows: Sequence[int]) -> None: ...
+    def expect(self, num_tokens: int) -> None: ...
+    def note_ids(self, ids_BT: Tensor | None, mask_BS: Tensor | None) -> None: ...
+
+
+class NotBegun:
+    """In the place of a session that nobody may ever need: that of a call that did not say whether it wants a cache.
+
+    The blocks compute such a call without a session, and put one here that is opened when it is used.
+    """
+
+    num_tokens = 0
+    batch_size = 1
+
+    def crop(self, num_tokens: int) -> None: ...
+    def select_rows(self, rows: Sequence[int]) -> None: ...
+    def expect(self, num_tokens: int) -> None: ...
+    def note_ids(self, ids_BT: Tensor | None, mask_BS: Tensor | None) -> None: ...
 
 
 class Blocks(Protocol):
@@ -63,7 +84,11 @@ class Blocks(Protocol):
         past_key_values: Cache | None,
     ) -> Tensor: ...
 
-    def new_session(self, *, batch_size: int, max_length: int) -> Session: ...
+    def new_session(self, *, batch_size: int, max_length: int) -> Session:
+        """A session that is expected to get `max_length` tokens long, and may get longer."""
+
+    def active_session(self) -> Session | None:
+        """That in whose `with` block this is called."""
 
 
 class HeadCache(Cache):  # type: ignore[misc]
@@ -168,19 +193,24 @@ class _HeadBackbone(NotPickled):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         names = inspect.signature(super().forward).parameters  # type: ignore[misc]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+        blocks = self._modules[self._layers_name]
+        cache = _cache_of(kwargs)
         if cache is None:
-            kwargs["use_cache"] = False  # a cache is a session, which somebody has to open
+            saves_memory = self.training and getattr(self, "gradient_checkpointing", False)  # as in Transformers
+            cache = new_cache(blocks, kwargs, by_default=getattr(self.config, "use_cache", False) and not saves_memory)
+            kwargs["use_cache"] = cache is not None
+            kwargs[cache_name(names)] = cache
         elif not isinstance(cache, HeadCache):
             raise UnsupportedOperation(f"the blocks are elsewhere: {type(cache).__name__} cannot hold their state")
         check_outputs(self.config, kwargs)
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise UnsupportedOperation("only attention masks of shape [batch, tokens] can be sent to servers")
-        if cache is not None and mask is not None:
+        if cache is not None and mask is not None and not isinstance(cache.session, NotBegun):
             _check_length(mask, cache, kwargs)
         if mask is None and cache is not None and cache.session.num_tokens and "past_key_values" in names:
             kwargs["attention_mask"] = mask = _no_padding(cache, kwargs)  # recurrent families leave it out
+        ids_and_mask = kwargs.get("input_ids"), mask
         prompt: nn.Embedding | None = getattr(self, PROMPT, None)
         is_prompted = False
         if prompt is not None:
@@ -192,7 +222,7 @@ class _HeadBackbone(NotPickled):
         layer = _BlocksCall(
             self._layers_elsewhere[0],
             returns_tuple=self.config.model_type in LAYERS_RETURN_TUPLE,
-            blocks=self._modules[self._layers_name],
+            blocks=blocks,
             attention_mask=mask,
             position_ids=kwargs.get("position_ids"),
             past_key_values=cache,
@@ -203,6 +233,8 @@ class _HeadBackbone(NotPickled):
         if prompt is not None and "position_ids" not in names:
             kwargs.pop("position_ids", None)
         output = super(_HeadBackbone, view).forward(**kwargs)  # type: ignore[misc]
+        if cache is not None:
+            cache.session.note_ids(*ids_and_mask)
         return output if prompt is None or not is_prompted else without_prompt(output, prompt.num_embeddings)
 
 
@@ -211,6 +243,33 @@ def _no_padding(cache: HeadCache, inputs: Mapping[str, Any]) -> Tensor:
     tokens = inputs.get("input_ids")
     new = inputs["inputs_embeds"] if tokens is None else tokens
     return torch.ones(new.shape[0], cache.session.num_tokens + new.shape[1], dtype=torch.long, device=new.device)
+
+
+def cache_name(parameters: Container[str]) -> str:
+    """What a family with these parameters calls its cache."""
+    return "cache_params" if "cache_params" in parameters else "past_key_values"
+
+
+def _cache_of(arguments: Mapping[str, Any]) -> Any:
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def new_cache(blocks: Any, arguments: Mapping[str, Any], *, by_default: bool) -> HeadCache | None:
+    """The cache of a call that was given none; None if it is to have none.
+
+    A call goes on with the active session, unless it says that it uses no cache. One that says that it uses a cache
+    opens a session. One that does not say gets a cache as in Transformers, but stays a single pass, of which there are
+    gradients: its session is opened only if the cache is used.
+    """
+    use_cache = arguments.get("use_cache")
+    is_said = use_cache is not None and use_cache is not UNSAID
+    if is_said and not use_cache:
+        return None
+    if (session := blocks.active_session()) is not None:
+        return HeadCache(session)
+    if is_said:
+        return HeadCache(blocks.new_session(batch_size=1, max_length=1))
+    return HeadCache(NotBegun()) if by_default else None
 
 
 def _check_length(mask_BS: Tensor, cache: HeadCache, inputs: Mapping[str, Any]) -> None:
@@ -275,11 +334,13 @@ class _Head:
         max_cache_length: int,
     ) -> None:
         """Open a session where Transformers would make a cache, under the name by which the family calls it."""
-        name = "cache_params" if "cache_params" in inspect.signature(self.forward).parameters else "past_key_values"
+        name = cache_name(inspect.signature(self.forward).parameters)
         cache = model_kwargs.get(name)
         check_cache_choice(generation_config.cache_implementation, cache)
-        if isinstance(cache, HeadCache) and generation_mode == GenerationMode.ASSISTED_GENERATION:
-            cache.session.crop(0)  # it begins with the whole prompt, whatever has been computed of it
+        if isinstance(cache, HeadCache):
+            cache.session.expect(max_cache_length)
+            if generation_mode == GenerationMode.ASSISTED_GENERATION:
+                cache.session.crop(0)  # it begins with the whole prompt, whatever has been computed of it
         if generation_config.use_cache is False or cache is not None:
             return
         rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
@@ -295,7 +356,22 @@ class _Head:
 
 def distributed_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of a client's half of a `cls`."""
-    return _subclass(_Head, cls)  # type: ignore[arg-type]
+    made = _subclass(_Head, cls)  # type: ignore[arg-type]
+    if "forward" not in made.__dict__:
+        made.forward = _noting_what_is_unsaid(cls.forward)
+    return made
+
+
+def _noting_what_is_unsaid(forward: Callable[..., Any]) -> Callable[..., Any]:
+    names = list(inspect.signature(forward).parameters)
+
+    @functools.wraps(forward)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "use_cache" in names[len(args) + 1 :] and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = UNSAID
+        return forward(self, *args, **kwargs)
+
+    return wrapper
 
 
 @functools.cache

@@ -145,7 +145,6 @@ class Engine:
             span,
             opened=next(self._num_opened),
             peer=peer,
-            max_length=request.max_length,
             batch_size=request.batch_size,
             salt=salted(request.salt, request.adapters),
             adapters=adapters,
@@ -194,7 +193,6 @@ class Engine:
             rows=rows,
             num_tokens=session.num_tokens,
             batch_size=session.batch_size,
-            max_length=session.max_length,
         )
         wanted = self._checks.wanted_of(request, inputs, session.span)
         self._check_fits(inputs.batch_size, request.position + inputs.num_tokens)

@@ -54,7 +54,8 @@ class ServerHead:
         hook = self._model.get_output_embeddings().register_forward_hook(take)
         try:
             # Each token is a sequence of its own, so that there are as many positions as every model has.
-            self._model(input_ids=torch.zeros(len(hidden_ND), 1, dtype=torch.int64, device=self._model.device))
+            ids_N1 = torch.zeros(len(hidden_ND), 1, dtype=torch.int64, device=self._model.device)
+            self._model(input_ids=ids_N1, use_cache=False)
         finally:
             hook.remove()
             self._blocks.hidden_N1D = None

@@ -154,7 +154,6 @@ class Checks:
         rows: Sequence[int] | None,
         num_tokens: int,
         batch_size: int,
-        max_length: int,
     ) -> None:
         """Raises `Refused` for a step that does not continue these rows of a session as it is."""
         if request.position > num_tokens:
@@ -167,8 +166,8 @@ class Checks:
             if max(rows) >= batch_size or len(rows) != inputs.batch_size:
                 raise rejected(f"{inputs.batch_size} sequences that do not continue those of the session")
         end = request.position + inputs.num_tokens
-        if end > max_length:
-            raise rejected(f"{end} tokens in a session opened for {max_length}")
+        if end > self.max_length:
+            raise rejected(f"{end} tokens in a session; the model allows {self.max_length}")
         self.check_size(inputs)
 
     def check_size(self, inputs: Inputs) -> None:

@@ -84,7 +84,6 @@ class Session:
         *,
         opened: int,
         peer: str,
-        max_length: int,
         salt: str,
         batch_size: int,
         adapters: Mapping[int, BlockAdapter] | None = None,
@@ -94,7 +93,6 @@ class Session:
         self.opened = opened  # the number of those that were opened before: its age
         self.peer = peer  # whose it is
         self.used_at = self.began_at = float("-inf")  # when it was asked for something last; when it was let in
-        self.max_length = max_length
         self.num_tokens = 0
         self.batch_size = batch_size
         self.rows: list[Row] = []
