@@ -19,6 +19,8 @@ from shoal.tensors import Encoding
 class LocalSession:
     """One cache a hop; what happens to the session happens to each of them."""
 
+    max_length = 1 << 20
+
     def __init__(self, caches: Sequence[BodyCache], batch_size: int) -> None:
         self.caches = caches
         self.batch_size = batch_size

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -51,6 +52,8 @@ class Session(Protocol):
     def num_tokens(self) -> int: ...
     @property
     def batch_size(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
     def crop(self, num_tokens: int) -> None: ...
     def select_rows(self, rows: Sequence[int]) -> None: ...
     def expect(self, num_tokens: int) -> None: ...
@@ -65,6 +68,7 @@ class NotBegun:
 
     num_tokens = 0
     batch_size = 1
+    max_length = sys.maxsize
 
     def crop(self, num_tokens: int) -> None: ...
     def select_rows(self, rows: Sequence[int]) -> None: ...
@@ -282,7 +286,7 @@ def _check_length(mask_BS: Tensor, cache: HeadCache, inputs: Mapping[str, Any]) 
 
 
 class _Bounded:
-    """Mixed into a candidate generator: Transformers' own may guess beyond the end of the text."""
+    """Mixed into a candidate generator: Transformers' own may guess more tokens than the session may hold."""
 
     max_candidate_length: int
 
@@ -346,11 +350,11 @@ class _Head:
         rows = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1) * batch_size
         model_kwargs[name] = HeadCache(self.blocks.new_session(batch_size=rows, max_length=max_cache_length))
 
-    def _get_candidate_generator(self: Any, generation_config: Any, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        """Of assisted decoding: what guesses the next tokens, here never more than the session has room for."""
-        generator: Any = super()._get_candidate_generator(generation_config, *args, **kwargs)  # type: ignore[misc]
+    def _get_candidate_generator(self: Any, **arguments: Any) -> CandidateGenerator:
+        """What guesses the next tokens in assisted decoding, never beyond the session's `max_length`."""
+        generator: Any = super()._get_candidate_generator(**arguments)  # type: ignore[misc]
         generator.__class__ = _subclass(_Bounded, type(generator))  # type: ignore[arg-type]
-        generator.max_candidate_length = generation_config.max_length - 1
+        generator.max_candidate_length = _cache_of(arguments["model_kwargs"]).session.max_length
         return generator
 
 
