@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -134,7 +135,7 @@ def test_a_server_that_stays_lost_is_named_when_patience_ends(swarm: MakeSwarm):
 def test_a_full_server_is_not_a_dead_one(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:4", cache_tokens=64, shares=Shares(queue_seconds=0.1))
     model = swarm_.model()
-    with model.inference_session(max_length=60) as session:
+    with contextlib.closing(model.inference_session(max_length=60)) as session:  # not the active one
         said = model.generate(PROMPT, max_new_tokens=50, session=session)
         with pytest.raises(MissingBlocks, match=r"s0 is busy: no room in the cache for 0\.1 s"):
             model.generate(PROMPT, max_length=31)
