@@ -24,7 +24,7 @@ def without_retries(model: Any) -> None:
     async def once(span: object, act: Callable[[Set[Any]], Awaitable[Any]]) -> Any:
         return await act(frozenset())
 
-    model.blocks._chain.persist = once
+    model.blocks._swarm.with_failover = once
 
 
 def restarting(model: Any, prompt: torch.Tensor, num_tokens: int, *, cap: float) -> float | None:

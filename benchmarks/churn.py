@@ -34,7 +34,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conversations import Conversation, conversations, write_conversations
+from conversations import SessionStream, conversations, write_conversations
 from machine import describe_machine
 from soak import IDLE_SECONDS, MODEL, MOST_GROWTH, open_model
 from talkers import Talkers
@@ -153,7 +153,7 @@ def missing_pages(swarm: ShapedSwarm) -> list[str]:
     deadline = time.monotonic() + IDLE_SECONDS
     try:
         while True:
-            found = blocks._runtime.run(blocks._chain._node.directory.servers(blocks._chain.model))
+            found = blocks._runtime.run(blocks._swarm._node.directory.servers(blocks._swarm.model))
             left = {info.peer: info.cache_tokens_left for info in found}
             missing = [each.name for each in swarm.servers if left.get(each.peer) != CACHE_TOKENS]
             if not missing or time.monotonic() > deadline:
@@ -231,7 +231,7 @@ def with_tracebacks(logs: Path) -> list[str]:
     return sorted(log.stem for log in logs.glob("*.log") if "Traceback" in log.read_text(errors="replace"))
 
 
-def soak(talks: list[Conversation], seconds: float, every: float, seed: int, logs: Path | None) -> int:
+def soak(talks: list[SessionStream], seconds: float, every: float, seed: int, logs: Path | None) -> int:
     """All of it; the exit status."""
     drawn = random_churn(
         SPANS,

@@ -26,7 +26,7 @@ import transformers
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import Stream, StreamBroken, StreamHandler, Transport
 from shoal.server.config import ServerConfig
-from shoal.server.engine import Engine
+from shoal.server.engine.engine import Engine
 from shoal.server.server import serve
 from shoal.spans import Span
 
@@ -104,8 +104,8 @@ async def run(config: ServerConfig, peers: Sequence[str]) -> None:
         async with serve(config, replace(node, transport=transport)) as server:
             amnesia = Amnesia(server.engine, transport)
             say({"peer": server.info.peer, "address": server.info.addresses[0]})
-            while line := await asyncio.to_thread(sys.stdin.readline):
-                say({"failures": amnesia.obey(json.loads(line))})
+            while in_flight := await asyncio.to_thread(sys.stdin.readline):
+                say({"failures": amnesia.obey(json.loads(in_flight))})
 
 
 def say(what: dict[str, Any]) -> None:

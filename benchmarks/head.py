@@ -51,7 +51,7 @@ def client(folder: str, address: str, options: dict[str, Any], num_tokens: int) 
         walls.append(time.perf_counter() - start)
         computing.append(time.process_time() - began)
     model.close()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(in_flight.split(":", 1) for in_flight in Path("/proc/self/status").read_text().splitlines())
     mapped, private = (int(status[field].split()[0]) * 1024 / 1e6 for field in ("RssFile", "RssAnon"))
     return {
         "mapped_mb": mapped,

@@ -24,9 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe_machine
 
-from shoal.client.history import History
-from shoal.client.store import Store
-from shoal.net.encodings import as_received
+from shoal.client.history.history import History
+from shoal.client.history.history_store import HistoryStore
+from shoal.net.wire.encodings import as_received
 from shoal.tensors import Encoding
 
 HIDDEN_SIZE = 2048
@@ -50,8 +50,8 @@ def tokens(dtype: torch.dtype, count: int) -> Iterator[torch.Tensor]:
 def measure(setting: str, count: int) -> dict[str, object]:
     dtype, encoding, limited = SETTINGS[setting]
     whole_bytes = count * HIDDEN_SIZE * dtype.itemsize
-    store = Store(encoding, memory_bytes=whole_bytes // 10 if limited else None)
-    warm = History(Store(encoding))
+    store = HistoryStore(encoding, memory_bytes=whole_bytes // 10 if limited else None)
+    warm = History(HistoryStore(encoding))
     for token in tokens(dtype, 200):
         warm.append(token)
         warm.settle(warm.num_tokens)

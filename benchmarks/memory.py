@@ -30,7 +30,7 @@ def load_blocks(folder: Path, blocks: str) -> None:
     import torch
 
     from shoal.model.body import build_body
-    from shoal.model.checkpoint import Checkpoint
+    from shoal.model.weights.checkpoint import Checkpoint
     from shoal.spans import Span
 
     checkpoint, span = Checkpoint.open(folder), Span.parse(blocks)
@@ -42,7 +42,7 @@ def load_blocks(folder: Path, blocks: str) -> None:
 
 def import_only() -> None:
     import shoal.model.body
-    import shoal.model.checkpoint  # noqa: F401
+    import shoal.model.weights.checkpoint  # noqa: F401
 
 
 def measure(*task: str) -> dict[str, int]:
@@ -53,7 +53,7 @@ def measure(*task: str) -> dict[str, int]:
 
 def report() -> None:
     # Not `resource.getrusage`, whose peak includes that of the process which started this one.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(in_flight.split(":", 1) for in_flight in Path("/proc/self/status").read_text().splitlines())
     peak, private = (int(status[field].split()[0]) * 1024 // 10**6 for field in ("VmHWM", "RssAnon"))
     print(json.dumps({"peak": peak, "private": private}))
 

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe_machine
 from simulated import Place, Simulated, Traffic
 
-from shoal.routing.route import Chooser, Hop, Measured, Needs, choose_route
-from shoal.routing.view import SwarmView
-from shoal.spans import Span, short
+from shoal.peers import short
+from shoal.policy.routing.route import Chooser, Hop, Measured, Needs, choose_route
+from shoal.policy.view import SwarmView
+from shoal.spans import Span
 
 WAVES = 8
 SECONDS = 20.0

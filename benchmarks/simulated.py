@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from shoal.routing.placement import choose_span
-from shoal.routing.route import Hop, Measured
-from shoal.routing.view import SwarmView
-from shoal.server.neighbours import may_be_next
-from shoal.spans import MAX_NEIGHBOURS, ServerInfo, ServerState, Span
+from shoal.peers import MAX_NEIGHBORS, ServerInfo, ServerState
+from shoal.policy.placement import choose_span
+from shoal.policy.routing.route import Hop, Measured
+from shoal.policy.view import SwarmView
+from shoal.server.neighbors import may_be_next
+from shoal.spans import Span
 
 OCEAN = 0.09
 """Seconds of a round trip between the continents; within one it takes 2 to 30 ms."""
@@ -91,7 +92,7 @@ def _server(peer: str, span: Span, speed: float) -> ServerInfo:
 def _nearest(server: ServerInfo, servers: Sequence[ServerInfo], places: dict[str, Place]) -> list[tuple[str, float]]:
     here = places[server.peer]
     found = [(other.peer[-12:], here.round_trip(places[other.peer])) for other in servers if may_be_next(server, other)]
-    return sorted(found, key=lambda each: each[1])[:MAX_NEIGHBOURS]
+    return sorted(found, key=lambda each: each[1])[:MAX_NEIGHBORS]
 
 
 def pass_seconds(hop: Hop, num_tokens: int) -> float:

@@ -123,8 +123,8 @@ def server_processes() -> list[psutil.Process]:
 def tokens_left(model: Any) -> list[int]:
     """What each server announces that it has room for."""
     blocks = model.transformer.h
-    directory = blocks._chain._node.directory
-    return [server.cache_tokens_left for server in blocks._runtime.run(directory.servers(blocks._chain.model))]
+    directory = blocks._swarm._node.directory
+    return [server.cache_tokens_left for server in blocks._runtime.run(directory.servers(blocks._swarm.model))]
 
 
 def main() -> int:

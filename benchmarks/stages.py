@@ -64,10 +64,10 @@ class FailingServer:
 
 def _said(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
+    in_flight = process.stdout.readline()
+    if not in_flight:
         raise SystemExit(f"a server ended with status {process.wait()}")
-    said: dict[str, Any] = json.loads(line)
+    said: dict[str, Any] = json.loads(in_flight)
     return said
 
 

@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe_machine
 from reference import reference_model
 
-from shoal.model.checkpoint import Checkpoint
-from shoal.model.load import load_body
-from shoal.model.quantize import Quantization
-from shoal.server.batch import Chunk, Packed
-from shoal.server.cache import PagedCache, key_value_shapes
-from shoal.server.pages import pages_for
-from shoal.server.session import Growth
+from shoal.model.linear.quantization import Quantization
+from shoal.model.loading import load_body
+from shoal.model.weights.checkpoint import Checkpoint
+from shoal.server.kv.batch import Chunk, PackedPass
+from shoal.server.kv.paged_cache import PagedCache, key_value_shapes
+from shoal.server.kv.pages import pages_for
+from shoal.server.kv.session_cache import Growth
 from shoal.spans import Span
 
 REPEATS = 15
@@ -106,7 +106,7 @@ def main() -> None:
     weight_bytes = round(weight_bytes * arguments.quantization.weight_bytes(torch.bfloat16) / torch.bfloat16.itemsize)
     body = load_body(checkpoint, span, dtype=torch.bfloat16, quantization=arguments.quantization)
     num_pages = max(arguments.sessions) * pages_for(arguments.past + 1)
-    compute = Packed(body, PagedCache(body, key_value_shapes(body), num_pages))
+    compute = PackedPass(body, PagedCache(body, key_value_shapes(body), num_pages))
     bandwidth = read_bandwidth()
     steps = []
     for num_sessions in arguments.sessions:

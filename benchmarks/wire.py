@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from machine import describe_machine
 
 from shoal.net import NetworkConfig, codec, join
-from shoal.net.encodings import as_received
 from shoal.net.transport import Stream
+from shoal.net.wire.encodings import as_received
 from shoal.protocol import Result, Step
 from shoal.tensors import Encoding
 

@@ -41,3 +41,8 @@ async def while_moving(work: Coroutine[Any, Any, T], moved_at: Callable[[], floa
             return await work
     finally:
         looking.cancel()
+
+
+def now() -> float:
+    """The event loop's time: the monotonic clock, unless somebody runs the loop in a time of his own."""
+    return asyncio.get_running_loop().time()

@@ -21,7 +21,7 @@ NUM_TOKENS = 8
 """Of each part of a sentence."""
 
 
-class After(TextStreamer):
+class Downstream(TextStreamer):
     """Does something when so many tokens are there; the prompt counts as one."""
 
     def __init__(self, num_tokens: int, act: Callable[[], None]) -> None:
@@ -93,7 +93,7 @@ def test_a_sentence_goes_on_when_servers_are(swarm: ShapedSwarm, whole, how: str
             mends.callback(mend, victim)
             act(victim)
 
-        def go_on(streamer: After | None = None) -> None:
+        def go_on(streamer: Downstream | None = None) -> None:
             prompt = None if said else PROMPT
             said.append(
                 model.generate(prompt, max_new_tokens=NUM_TOKENS, do_sample=False, streamer=streamer, session=session)
@@ -101,7 +101,7 @@ def test_a_sentence_goes_on_when_servers_are(swarm: ShapedSwarm, whole, how: str
 
         for while_decoding, while_idle in ((0, 1), (1, 0)):
             swarm.wait_until_ready()
-            go_on(After(NUM_TOKENS // 2, partial(strike, while_decoding)))
+            go_on(Downstream(NUM_TOKENS // 2, partial(strike, while_decoding)))
             strike(while_idle)
             go_on()
             mends.close()

@@ -21,15 +21,16 @@ from hivemind.proto import dht_pb2
 
 from shoal.errors import BootstrapFailed, SwarmError, UserError
 from shoal.net import NetworkConfig, join
-from shoal.net import daemon as daemons
-from shoal.net.daemon import DaemonConfig
-from shoal.net.directory import DhtDirectory
 from shoal.net.identity import Identity
-from shoal.net.libp2p import MAX_STREAMS_PER_PEER, Libp2pTransport
+from shoal.net.libp2p import daemon as daemons
+from shoal.net.libp2p.daemon import DaemonConfig
+from shoal.net.libp2p.dht_directory import DhtDirectory
+from shoal.net.libp2p.libp2p_transport import MAX_STREAMS_PER_PEER, Libp2pTransport
 from shoal.net.records import Announcement, block_key, seal
-from shoal.net.transport import ModelInfo, Node, Stream, StreamBroken
+from shoal.net.transport import Node, Stream, StreamBroken
+from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, ProtocolViolation
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.spans import Span
 
 pytestmark = pytest.mark.anyio
 
@@ -558,7 +559,7 @@ async def test_a_wrong_clock_is_told_once_and_lost_neighbours_are_no_wrong_clock
         finally:
             await transport.close()
             await directory.close()
-    said = [each.getMessage() for each in caplog.records if each.name == "shoal.net.reception"]
+    said = [each.getMessage() for each in caplog.records if each.name == "shoal.net.libp2p.reception"]
     assert said == [
         "others refuse this server's announcement, because the clocks differ: this machine's is 3600 s ahead of theirs",
         "others keep this server's announcement again",

@@ -120,12 +120,12 @@ def test_a_sentence_is_finished_whatever_is_done_to_one_of_two(swarm, expected, 
 
 
 def test_bytes_are_counted_where_they_pass(swarm, expected):
-    door = swarm.servers[0]
-    before = door.traffic
-    door.link(Link(delay_seconds=0.005), Link())
+    proxy = swarm.servers[0]
+    before = proxy.traffic
+    proxy.link(Link(delay_seconds=0.005), Link())
     assert generate(swarm) == expected
-    door.link(Link())
-    after = door.traffic
+    proxy.link(Link())
+    after = proxy.traffic
     assert after.num_connections > before.num_connections
     assert after.inward_bytes - before.inward_bytes > 12 * 768
     assert after.outward_bytes - before.outward_bytes > 12 * 768

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal import AutoDistributedModelForCausalLM
-from shoal.client.config import ClientConfig
+from shoal.client.options.client_config import ClientConfig
 from shoal.client.runtime import Runtime, close_in_order
-from shoal.model.checkpoint import Checkpoint
+from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
 from shoal.server.config import ServerConfig
 from shoal.server.server import Server, serve

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken
-from shoal.protocol import Close, Message, Result
+from shoal.net.wire import codec
+from shoal.protocol import AnyMessage, Close, Result
 
 from .harness import Swarm
 
@@ -66,15 +66,15 @@ class Intruder:
         """Send frames, for as long as they are taken."""
         self._swarm.runtime.run(self._tell(stream, frames))
 
-    def ask(self, *frames: Raw) -> list[Message]:
+    def ask(self, *frames: Raw) -> list[AnyMessage]:
         """Send frames, and then a `Close`, and return every message that is answered until the server closes too."""
         return [message for message, _ in self.exchange(*frames)]
 
-    def exchange(self, *frames: Raw) -> list[tuple[Message, codec.Tensors]]:
+    def exchange(self, *frames: Raw) -> list[tuple[AnyMessage, codec.Tensors]]:
         """The same with the tensors of the answers."""
         stream = self.open()
 
-        async def exchange() -> list[tuple[Message, codec.Tensors]]:
+        async def exchange() -> list[tuple[AnyMessage, codec.Tensors]]:
             answered = asyncio.Semaphore(0)
 
             async def tell() -> None:
@@ -85,7 +85,7 @@ class Intruder:
                         await self._tell(stream, [frame])
 
             sending = asyncio.create_task(tell())
-            answers: list[tuple[Message, codec.Tensors]] = []
+            answers: list[tuple[AnyMessage, codec.Tensors]] = []
             with contextlib.suppress(StreamBroken):
                 async with asyncio.timeout(20):
                     while True:
@@ -99,21 +99,21 @@ class Intruder:
 
         return self._swarm.runtime.run(exchange())
 
-    def hear(self, stream: Stream, num_messages: int = 1) -> list[tuple[Message, codec.Tensors]]:
+    def hear(self, stream: Stream, num_messages: int = 1) -> list[tuple[AnyMessage, codec.Tensors]]:
         """The next so many messages on a stream, with their tensors."""
 
-        async def hear() -> list[tuple[Message, codec.Tensors]]:
+        async def hear() -> list[tuple[AnyMessage, codec.Tensors]]:
             async with asyncio.timeout(20):
                 return [await codec.receive(stream) for _ in range(num_messages)]
 
         return self._swarm.runtime.run(hear())
 
-    def finish(self, stream: Stream) -> list[Message]:
+    def finish(self, stream: Stream) -> list[AnyMessage]:
         """Say goodbye on a stream, and return every message that comes until the server closes it."""
         self.tell(stream, raw("close"))
 
-        async def rest() -> list[Message]:
-            answers: list[Message] = []
+        async def rest() -> list[AnyMessage]:
+            answers: list[AnyMessage] = []
             with contextlib.suppress(StreamBroken):
                 async with asyncio.timeout(20):
                     while True:
@@ -144,4 +144,4 @@ def num_roads(swarm: Swarm) -> int:
 
 def num_sessions(swarm: Swarm, server: str) -> int:
     """The sessions that are open on a server."""
-    return len(swarm.servers[server].engine._turns.sessions)
+    return len(swarm.servers[server].engine._loop.sessions)

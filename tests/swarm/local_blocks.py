@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from shoal.model.body import Body
-from shoal.model.cache import BodyCache
+from shoal.model.body_cache import BodyCache
 from shoal.model.head import NotBegun
-from shoal.net.encodings import as_received
+from shoal.net.wire.encodings import as_received
 from shoal.spans import Span
 from shoal.tensors import Encoding
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from shoal.adapters import IA3, Lora, Prompt
 from shoal.model.body import Body
-from shoal.model.factors import Factors, Layer, Tuning, name_of
 from shoal.model.families import text_config
-from shoal.model.linear import FrozenLinear
-from shoal.model.skeleton import LINEAR, num_features
+from shoal.model.linear.packed_linear import FrozenLinear
+from shoal.model.peft.factors import Factors, Layer, Tuning, name_of
+from shoal.model.peft.skeleton import LINEAR, num_features
 from shoal.spans import Span
 
 

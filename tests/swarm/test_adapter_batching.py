@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from shoal.model.body import Body
-from shoal.server.engine import Engine
+from shoal.server.engine.engine import Engine
 
 from .random_adapters import some_tuning
 from .test_batching import Crowd, Visit

@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from shoal.adapters import Lora
-from shoal.model.adapters import BlockAdapter
 from shoal.model.body import Body
 from shoal.model.families import text_config
-from shoal.model.skeleton import num_features
+from shoal.model.peft.block_adapters import BlockAdapter
+from shoal.model.peft.skeleton import num_features
 from shoal.spans import Span
 
 from .harness import Swarm

@@ -14,8 +14,8 @@ from peft import IA3Config, LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from shoal.model.head import HeadCache
-from shoal.server.adapters import LAYER_BYTES
-from shoal.server.shares import Shares
+from shoal.server.engine.engine_limits import Limits
+from shoal.server.training.adapter_store import LAYER_BYTES
 
 from .harness import Swarm, swarm_of
 from .intruder import num_conversations, num_sessions
@@ -26,9 +26,9 @@ CONFIGS = (
     lambda: LoraConfig(r=2, use_dora=True, target_modules=["v_proj", "down_proj"]),
     lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
 )
-SMALL = Shares(kept_bytes=60_000, adapter_bytes=36_000 + 22 * LAYER_BYTES)
+SMALL = Limits(activation_bytes=60_000, adapter_bytes=36_000 + 22 * LAYER_BYTES)
 """Room for a few of the graphs of one pass, and for one version of each client's factors: 22 layers in two blocks."""
-NONE = Shares(kept_bytes=0)
+NONE = Limits(activation_bytes=0)
 
 
 def factors_of(model: PeftModel) -> list[torch.nn.Parameter]:
@@ -126,8 +126,8 @@ def check_empty(swarm: Swarm, name: str) -> None:
     swarm.settle(lambda: not num_conversations(swarm, name))
     engine = swarm.servers[name].engine
     assert engine.adapters.num_bytes == 0
-    assert not engine._passes._passes
-    assert engine._passes.room.num_bytes == 0
+    assert not engine._activations._activations
+    assert engine._activations.room.num_bytes == 0
     assert not num_sessions(swarm, name)
     assert engine.cache_tokens_left == engine.cache_tokens
 
@@ -140,9 +140,9 @@ def check_empty(swarm: Swarm, name: str) -> None:
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(story=st.lists(acts, min_size=12, max_size=30), shares=st.sampled_from([Shares(), SMALL, NONE]))
+@given(story=st.lists(acts, min_size=12, max_size=30), shares=st.sampled_from([Limits(), SMALL, NONE]))
 def test_clients_who_train_and_generate_do_not_notice_each_other(
-    folder: Path, whole: PreTrainedModel, story: list[Any], shares: Shares
+    folder: Path, whole: PreTrainedModel, story: list[Any], shares: Limits
 ):
     with swarm_of(folder, "0:2", "2:4", shares=shares) as swarm:
         tenants = [Tenant(swarm, whole, number) for number in range(len(CONFIGS))]

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.adapters import Prompt
-from shoal.model.adapters import BlockAdapter
 from shoal.model.body import Body
-from shoal.model.factors import name_of
+from shoal.model.peft.block_adapters import BlockAdapter
+from shoal.model.peft.factors import name_of
 from shoal.protocol import Adapter, Forward
-from shoal.server.adapters import LAYER_BYTES, POPULAR, Adapters
-from shoal.server.refusal import Refused
+from shoal.server.refusals import Refused
+from shoal.server.training.adapter_store import LAYER_BYTES, POPULAR, AdapterStore
 from shoal.spans import Span
 
 from .tiny_models import NUM_BLOCKS
@@ -41,7 +41,7 @@ class Clients:
         self._hidden_size = body.backbone.config.hidden_size
         self.size = LAYER_BYTES + self._values(0).nbytes
         self.kept: list[BlockAdapter] = []
-        self.adapters = Adapters(body, most_bytes=ROOM * self.size, let_go=self._let_go)
+        self.adapters = AdapterStore(body, most_bytes=ROOM * self.size, drop_adapters=self._let_go)
 
     def _values(self, number: int) -> torch.Tensor:
         return torch.full((self._hidden_size,), float(number))

@@ -16,9 +16,9 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from shoal.errors import UnsupportedOperation, UserError
-from shoal.model.peft_folder import PeftFolder
+from shoal.model.peft.peft_folder import PeftFolder
 from shoal.net.memory import Frame
-from shoal.server.adapters import EVERYBODY
+from shoal.server.training.adapter_store import OPERATOR
 
 from .harness import Swarm
 
@@ -164,9 +164,9 @@ def test_what_becomes_of_a_hosted_adapter_is_sent_first_and_is_not_for_others(
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert kinds["adapter"] == kinds["learned"] == 3 * 4
-    assert not kinds["lacking"]
-    assert {each.shared for each in adapters._entries.values() if EVERYBODY not in each.holders} == {None}
+    assert kinds["adapter"] == kinds["adapter_stored"] == 3 * 4
+    assert not kinds["not_cached"]
+    assert {each.shared for each in adapters._entries.values() if OPERATOR not in each.holders} == {None}
 
 
 def test_a_folder_without_safetensors_is_refused(swarm: Callable[..., Swarm], tmp_path: Path):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from shoal.model.body import Body
 from shoal.model.families import CERTIFIED
-from shoal.server.engine import Engine
-from shoal.server.scheduler import Pace
+from shoal.policy.scheduling import PassTimeModel
+from shoal.server.engine.engine import Engine
 from shoal.spans import Span
 
 from .tiny_models import NUM_BLOCKS, VARIANTS
@@ -50,7 +50,7 @@ class Visit:
     batch_size: int
     num_padding: int
     seed: int
-    turns: tuple[Turn, ...]
+    loop: tuple[Turn, ...]
 
 
 def a_visit(chance: Random) -> Visit:
@@ -59,7 +59,7 @@ def a_visit(chance: Random) -> Visit:
     span = Span(start, chance.choice([NUM_BLOCKS, NUM_BLOCKS, start + 1, start + 2]))
     batch_size = chance.choice([1, 1, 2, 3])
     prompt = chance.choice([1, 3, 7, 16, 17, 30, 40])
-    turns, num_tokens, num_rows = [Turn(prompt)], prompt, batch_size
+    loop, num_tokens, num_rows = [Turn(prompt)], prompt, batch_size
     restless = chance.random() < 0.5
     for _ in range(chance.randrange(5)):
         turn = Turn(chance.choice([1, 1, 1, 1, 2, 12]))
@@ -73,9 +73,9 @@ def a_visit(chance: Random) -> Visit:
         if num_tokens - turn.num_back + turn.num_tokens > MOST_TOKENS:
             break
         num_tokens += turn.num_tokens - turn.num_back
-        turns.append(turn)
+        loop.append(turn)
     padding = chance.randrange(prompt) if batch_size > 1 and chance.random() < 0.4 else 0
-    return Visit(chance.choice([0, 0, 2, 5]), span, batch_size, padding, chance.choice([1, 1, 2, 3]), tuple(turns))
+    return Visit(chance.choice([0, 0, 2, 5]), span, batch_size, padding, chance.choice([1, 1, 2, 3]), tuple(loop))
 
 
 class Crowd:
@@ -85,15 +85,17 @@ class Crowd:
         self._body = body
         self._visits = [a_visit(chance) for _ in range(NUM_VISITS)]
         self._num_pages = chance.choice([13, 20, 40, 100])
-        self._shares = replace(PATIENT, pass_tokens=chance.choice([2, 7, 32, 1024]))
-        self._pace = Pace(1e-3, chance.choice([1e-3, 1e-5]))
+        self._limits = replace(PATIENT, max_num_batched_tokens=chance.choice([2, 7, 32, 1024]))
+        self._pace = PassTimeModel(1e-3, chance.choice([1e-3, 1e-5]))
         self._num_steps = self._num_there = 0
         self._news = asyncio.Condition()
         self.num_replays = 0
 
     async def come(self) -> None:
         """All visits, and then the comparison of everything with what each would have seen alone."""
-        async with engine_of(self._body, num_pages=self._num_pages, shares=self._shares, pace=self._pace) as engine:
+        async with engine_of(
+            self._body, num_pages=self._num_pages, limits=self._limits, pass_time=self._pace
+        ) as engine:
             visitors = [self.visitor(engine, number, visit) for number, visit in enumerate(self._visits)]
             async with asyncio.TaskGroup() as group:
                 for visit, visitor in zip(self._visits, visitors, strict=True):
@@ -110,7 +112,7 @@ class Crowd:
             await self._news.wait_for(lambda: self._num_steps >= visit.after or not self._num_there)
             self._num_there += 1
         batch_size = visit.batch_size
-        for index, turn in enumerate(visit.turns):
+        for index, turn in enumerate(visit.loop):
             batch_size = len(turn.rows) if turn.rows else batch_size
             hidden_BTD = random_inputs(100 * visit.seed + index, self._body, batch_size, turn.num_tokens)
             mask_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.uint8)

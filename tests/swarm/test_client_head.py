@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shoal import AutoDistributedModel, UserError
-from shoal.model.linear import FrozenLinear
+from shoal.model.linear.packed_linear import FrozenLinear
 
 from .harness import QUICK, Swarm, swarm_of
 

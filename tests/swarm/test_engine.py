@@ -11,9 +11,10 @@ import torch
 
 from shoal.model.body import Body
 from shoal.protocol import Open, Step
-from shoal.server.engine import Engine
-from shoal.server.refusal import Inputs, Refused
-from shoal.server.session import Session
+from shoal.server.engine.engine import Engine
+from shoal.server.kv.session_cache import SessionCache
+from shoal.server.refusals import Refused
+from shoal.server.step_inputs import StepInputs
 from shoal.spans import Span
 
 from .tiny_models import NUM_BLOCKS
@@ -209,15 +210,15 @@ async def test_who_is_preempted_while_a_long_prompt_is_being_named_begins_again(
 ):
     named, go_on = threading.Event(), threading.Event()
 
-    def name(session: Session, inputs: Inputs) -> None:
+    def name(session: SessionCache, inputs: StepInputs) -> None:
         if session.span != body.span:
             named.set()
             go_on.wait()
         usual(session, inputs)
 
-    usual = Session.name
-    monkeypatch.setattr(Session, "name", name)
-    monkeypatch.setattr("shoal.server.engine.NAMED_ASIDE", 2)
+    usual = SessionCache.name
+    monkeypatch.setattr(SessionCache, "name", name)
+    monkeypatch.setattr("shoal.server.engine.engine.NAMED_ASIDE", 2)
     async with engine_of(body, num_pages=12) as engine:
         old, young = Visitor(engine, body), Visitor(engine, body, span=Span(0, 1))
         await old.step(random_inputs(1, body, 3, 40))

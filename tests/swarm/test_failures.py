@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TextStreamer
 
 from shoal import MissingBlocks, RequestRejected
 from shoal.net.memory import Frame
-from shoal.server.shares import Shares
+from shoal.server.engine.engine_limits import Limits
 
 from .harness import QUICK, Swarm
 
@@ -133,7 +133,7 @@ def test_a_server_that_stays_lost_is_named_when_patience_ends(swarm: MakeSwarm):
 
 
 def test_a_full_server_is_not_a_dead_one(swarm: MakeSwarm, whole: PreTrainedModel):
-    swarm_ = swarm("0:4", cache_tokens=64, shares=Shares(queue_seconds=0.1))
+    swarm_ = swarm("0:4", cache_tokens=64, limits=Limits(queue_seconds=0.1))
     model = swarm_.model()
     with contextlib.closing(model.inference_session(max_length=60)) as session:  # not the active one
         said = model.generate(PROMPT, max_new_tokens=50, session=session)

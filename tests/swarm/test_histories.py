@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from shoal import UnsupportedOperation, UserError
 from shoal.cli.options import Kept
-from shoal.client.history import BLOCK_TOKENS
-from shoal.client.store import Store
-from shoal.client.wishes import HISTORIES, kept_as
+from shoal.client.history.history import BLOCK_TOKENS
+from shoal.client.history.history_store import HistoryStore
+from shoal.client.options.requested_options import HISTORIES, history_encoding_of
 from shoal.model import families
-from shoal.net.encodings import as_received
+from shoal.net.wire.encodings import as_received
 from shoal.tensors import Encoding
 
 from .harness import QUICK, Swarm
@@ -32,8 +32,8 @@ MASK = PADDED.ne(0).long()
 TOKEN_BYTES = 32 * 4
 
 
-def store_of(model: Any) -> Store:
-    store: Store = model.blocks._chain.store
+def store_of(model: Any) -> HistoryStore:
+    store: HistoryStore = model.blocks._swarm.store
     return store
 
 
@@ -156,4 +156,4 @@ def test_the_command_line_has_the_same_words():
 
 def test_an_unknown_way_to_keep_a_history_is_a_mistake():
     with pytest.raises(UserError, match="'zip' is no way to keep a history"):
-        kept_as("zip")
+        history_encoding_of("zip")

@@ -12,10 +12,10 @@ import torch
 from pydantic import TypeAdapter
 
 from shoal.adapters import Layer
-from shoal.model.factors import name_of
-from shoal.protocol import Failure, Lacking, Learned, Opened, Result
-from shoal.server.adapters import LAYER_BYTES
-from shoal.server.shares import Shares
+from shoal.model.peft.factors import name_of
+from shoal.protocol import AdapterStored, Failure, NotCached, Opened, Result
+from shoal.server.engine.engine_limits import Limits
+from shoal.server.training.adapter_store import LAYER_BYTES
 
 from .harness import Swarm, swarm_of
 from .intruder import ANSWERED, Intruder, Raw, declaring, raw
@@ -112,8 +112,8 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a seed that is a float": ([forward(seed=0.5)], INVALID),
     "a pass that is kept under a word": ([forward(keep="mine")], INVALID),
     "a pass that is kept in a session": ([opening(), step(keep=PASS)], INVALID),
-    "an answer of a server's": ([raw("learned")], "'learned' makes no sense here"),
-    "that the server should send something again": ([raw("lacking", kept=True)], "'lacking' makes no sense here"),
+    "an answer of a server's": ([raw("adapter_stored")], "'adapter_stored' makes no sense here"),
+    "that the server should send something again": ([raw("not_cached", kept=True)], "'not_cached' makes no sense here"),
     "a gradient of another span than was kept": (
         [forward(keep=PASS), ANSWERED, graded(start=1)],
         "blocks 1:2 of a pass through 0:2",
@@ -151,14 +151,14 @@ ATTACKS = [
 @pytest.fixture(scope="module")
 def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
     """A swarm, an honest client's model, and a stranger."""
-    with swarm_of(folder, "0:2", "2:4", shares=Shares(adapter_bytes=MOST_BYTES)) as swarm:
+    with swarm_of(folder, "0:2", "2:4", limits=Limits(adapter_bytes=MOST_BYTES)) as swarm:
         yield swarm, swarm.model(), Intruder(swarm, "s0")
 
 
 def check_nothing_left(swarm: Swarm) -> None:
     engine = swarm.servers["s0"].engine
-    swarm.settle(lambda: not engine.adapters.num_bytes and not engine._passes._passes)
-    assert engine._passes.room.num_bytes == 0
+    swarm.settle(lambda: not engine.adapters.num_bytes and not engine._activations._activations)
+    assert engine._activations.room.num_bytes == 0
 
 
 @pytest.mark.parametrize(("frames", "code", "reason"), ATTACKS)
@@ -171,7 +171,7 @@ def test_what_is_no_adapter_is_refused_and_touches_nobody(town, whole, frames, c
         assert re.search(reason, failure.reason)
         assert failure.reason.isprintable()
         assert len(failure.reason) < 400
-        assert all(isinstance(answer, Opened | Result | Learned) for answer in before)
+        assert all(isinstance(answer, Opened | Result | AdapterStored) for answer in before)
     check_nothing_left(swarm)
 
 
@@ -184,19 +184,19 @@ def named_as(layer: dict[str, Any], factors: torch.Tensor, *, block: int = 0) ->
     return name_of(block, (TypeAdapter(Layer).validate_python(layer),), factors)
 
 
-LACKING: dict[str, tuple[list[Raw], Lacking]] = {
+LACKING: dict[str, tuple[list[Raw], NotCached]] = {
     "a pass with an adapter that nobody has sent": (
         [forward(adapters=[UNKNOWN, None])],
-        Lacking(adapters=(UNKNOWN,)),
+        NotCached(adapters=(UNKNOWN,)),
     ),
     "a gradient with one": (
         [raw("backward", {"hidden": hidden(), "grad": hidden()}, **ON_SPAN, adapters=[None, UNKNOWN])],
-        Lacking(adapters=(UNKNOWN,)),
+        NotCached(adapters=(UNKNOWN,)),
     ),
-    "a session with one": ([opening(adapters=[UNKNOWN, UNKNOWN])], Lacking(adapters=(UNKNOWN,))),
+    "a session with one": ([opening(adapters=[UNKNOWN, UNKNOWN])], NotCached(adapters=(UNKNOWN,))),
     "an adapter of the same numbers in another block": (
         [lesson(), forward(adapters=[None, named(1)])],
-        Lacking(adapters=(named(1),)),
+        NotCached(adapters=(named(1),)),
     ),
     "one that was replaced": (
         [
@@ -204,16 +204,16 @@ LACKING: dict[str, tuple[list[Raw], Lacking]] = {
             lesson(PROMPT, factors=torch.ones(3 * HIDDEN_SIZE), replaces=named()),
             forward(adapters=[named(), None]),
         ],
-        Lacking(adapters=(named(),)),
+        NotCached(adapters=(named(),)),
     ),
-    "a pass that was never kept": ([graded()], Lacking(kept=True)),
+    "a pass that was never kept": ([graded()], NotCached(kept=True)),
     "a pass that was kept and given": (
         [forward(keep=PASS), ANSWERED, graded(), ANSWERED, graded()],
-        Lacking(kept=True),
+        NotCached(kept=True),
     ),
     "a pass that was kept under another name": (
         [forward(keep=PASS), ANSWERED, graded(OTHER_PASS)],
-        Lacking(kept=True),
+        NotCached(kept=True),
     ),
 }
 
@@ -253,7 +253,7 @@ def test_a_kept_pass_is_its_clients_alone(town, whole):
     thief, stream = Intruder(swarm, "s0", name="thief"), intruder.open()
     intruder.tell(stream, forward(keep=PASS))
     intruder.hear(stream)
-    assert thief.ask(graded())[-1] == Lacking(kept=True)
+    assert thief.ask(graded())[-1] == NotCached(kept=True)
     intruder.tell(stream, graded())
     ((answer, tensors),) = intruder.hear(stream)
     assert isinstance(answer, Result)
@@ -264,12 +264,12 @@ def test_a_kept_pass_is_its_clients_alone(town, whole):
 
 def test_a_pass_that_is_kept_twice_under_one_name_is_kept_once(town):
     swarm, _, intruder = town
-    stream, kept = intruder.open(), swarm.servers["s0"].engine._passes
+    stream, kept = intruder.open(), swarm.servers["s0"].engine._activations
     for _ in range(5):
         intruder.tell(stream, forward(keep=PASS))
         intruder.hear(stream)
     taken = kept.room.num_bytes
-    assert len(kept._passes) == 1
+    assert len(kept._activations) == 1
     intruder.tell(stream, graded())
     ((answer, _),) = intruder.hear(stream)
     assert isinstance(answer, Result)
@@ -287,7 +287,7 @@ def test_thousands_of_adapters_take_no_more_room_than_there_is(town, whole):
         for number in range(40):
             lessons = [lesson(factors=torch.full((SIZE,), 10.0 * number + each)) for each in range(10)]
             intruder.tell(stream, *lessons)
-            assert {type(answer) for answer, _ in intruder.hear(stream, 10)} == {Learned}
+            assert {type(answer) for answer, _ in intruder.hear(stream, 10)} == {AdapterStored}
             assert engine.adapters.num_bytes <= MOST_BYTES
             assert len(engine.adapters._entries) <= MOST_BYTES // LAYER_BYTES
         assert engine.adapters.num_bytes > MOST_BYTES // 2

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, MAX_STEPS_AHEAD, Failure, Opened, Pong, Result, Unreached
-from shoal.server.shares import Shares
+from shoal.server.engine.engine_limits import Limits
 
 from .harness import Swarm, swarm_of
 from .intruder import (
@@ -131,22 +131,22 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a rewind without an epoch": ([opening(), raw("rewind", position=0)], INVALID),
     "a rewind with tensors": ([opening(), raw("rewind", {"hidden": hidden()}, position=0, epoch=1)], INVALID),
     "a skip before the first token": ([opening(), step(skip=-1)], INVALID),
-    "onward for ever": ([opening(), step(onward=257)], INVALID),
-    "onward to before": ([opening(), step(onward=-1)], INVALID),
+    "onward for ever": ([opening(), step(hops_left=257)], INVALID),
+    "onward to before": ([opening(), step(hops_left=-1)], INVALID),
     "the likeliest of nothing": ([opening(), step(top_k=3)], INVALID),
     # places in the ring
-    "a next server without a name": ([opening(after=place(""))], INVALID),
-    "a next server whose name has no end": ([opening(after=place("p" * 65))], INVALID),
-    "a next server that is a number": ([opening(after=place(7))], INVALID),
+    "a next server without a name": ([opening(downstream=place(""))], INVALID),
+    "a next server whose name has no end": ([opening(downstream=place("p" * 65))], INVALID),
+    "a next server that is a number": ([opening(downstream=place(7))], INVALID),
     "a next server without a link": ([opening(after={"peer": "s1"})], INVALID),
-    "a link that is short": ([opening(), raw("tie", before=place(link="abc"))], INVALID),
-    "a link that is long": ([opening(), raw("tie", before=place(link=LINK + "0"))], INVALID),
-    "a link of other letters": ([opening(), raw("tie", after=place(link="Z" * 32))], INVALID),
-    "thousands of addresses": ([opening(after=place(addresses=["/memory/s1"] * 3000))], INVALID),
-    "an address without end": ([opening(after=place(addresses=["/" * 301]))], INVALID),
-    "an address that upsets terminals": ([opening(after=place(addresses=["\x1b]0;pwned\x07"]))], INVALID),
-    "an address of the server before": ([opening(before=place(addresses=[]))], INVALID),
-    "a tie of two before": ([opening(), raw("tie", before=[place(), place()])], INVALID),
+    "a link that is short": ([opening(), raw("set_neighbors", upstream=place(link="abc"))], INVALID),
+    "a link that is long": ([opening(), raw("set_neighbors", upstream=place(link=LINK + "0"))], INVALID),
+    "a link of other letters": ([opening(), raw("set_neighbors", downstream=place(link="Z" * 32))], INVALID),
+    "thousands of addresses": ([opening(downstream=place(addresses=["/memory/s1"] * 3000))], INVALID),
+    "an address without end": ([opening(downstream=place(addresses=["/" * 301]))], INVALID),
+    "an address that upsets terminals": ([opening(downstream=place(addresses=["\x1b]0;pwned\x07"]))], INVALID),
+    "an address of the server before": ([opening(upstream=place(addresses=[]))], INVALID),
+    "a tie of two before": ([opening(), raw("set_neighbors", upstream=[place(), place()])], INVALID),
     "a backward span": ([opening(start=2, end=1)], INVALID),
     "an empty span": ([opening(start=1, end=1)], INVALID),
     "a negative span": ([opening(start=-1)], INVALID),
@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "an answer from a client": ([raw("opened")], "a message of kind 'opened' makes no sense here"),
     "a result from a client": ([opening(), raw("result", {"hidden": hidden()})], "'result' makes no sense here"),
     "a heartbeat as it was in another version": ([raw("working")], INVALID),
-    "a tie before a session": ([raw("tie")], "a message of kind 'tie' makes no sense here"),
+    "a tie before a session": ([raw("set_neighbors")], "a message of kind 'set_neighbors' makes no sense here"),
     "a rewind before a session": ([rewind()], "a message of kind 'rewind' makes no sense here"),
     "a pass in the middle of a session": ([opening(), step(), forward()], "'forward' makes no sense here"),
     "a gradient in the middle of a session": ([opening(), backward(grad=hidden())], "'backward' makes no sense here"),
@@ -449,7 +449,7 @@ STRANGE: dict[str, list[Raw]] = {
     "a skip of everything": [opening(skip=99), step(skip=2)],
     "a skip beyond the step": [opening(), step(skip=1 << 22), step(2)],
     "the last step again, which nobody wanted to see": [opening(), step(skip=2), step(skip=2)],
-    "onward to nobody": [opening(), step(onward=256)],
+    "onward to nobody": [opening(), step(hops_left=256)],
     "a rewind of nothing": [opening(), rewind(), step(epoch=1)],
     "rewinds one after another": [
         opening(),
@@ -466,11 +466,15 @@ STRANGE: dict[str, list[Raw]] = {
         rewind(epoch=2),
         step(epoch=2),
     ],
-    "a next server that is none": [opening(after=place("?!")), step(onward=1), step(2)],
-    "a next server that is oneself": [opening(after=place("s0"), before=place("s0")), step(onward=256), step(2)],
+    "a next server that is none": [opening(downstream=place("?!")), step(hops_left=1), step(2)],
+    "a next server that is oneself": [
+        opening(downstream=place("s0"), upstream=place("s0")),
+        step(hops_left=256),
+        step(2),
+    ],
     "ties without end": [
         opening(),
-        *(raw("tie", after=place(f"p{n}", addresses=["/"] * 8)) for n in range(300)),
+        *(raw("set_neighbors", downstream=place(f"p{n}", addresses=["/"] * 8)) for n in range(300)),
         step(),
     ],
     "a salt of any characters": [opening(salt="\x00\n\u202e\U0001f9c2"), step()],
@@ -491,9 +495,9 @@ VALID = [
     offering(1, 1, 16, salt="s"),
     step(),
     rewind(2, rows=[0]),
-    step(2, epoch=1, onward=2),
+    step(2, epoch=1, hops_left=2),
     step(link=LINK),
-    raw("tie", before=place("intruder"), after=place("s0")),
+    raw("set_neighbors", upstream=place("intruder"), downstream=place("s0")),
     forward(),
     backward(grad=hidden()),
     raw("ping"),
@@ -585,7 +589,7 @@ def test_those_who_wait_for_room_get_it_when_silent_sessions_are_ended(swarm: Ma
 
 
 def test_those_who_wait_for_room_in_vain_are_asked_to_come_back(swarm: MakeSwarm):
-    swarm_ = swarm("0:4", cache_tokens=64, shares=Shares(queue_seconds=0.1))
+    swarm_ = swarm("0:4", cache_tokens=64, limits=Limits(queue_seconds=0.1))
     streams = crowd_in(swarm_)
     *_, busy = Intruder(swarm_, "s0").ask(opening(), step())
     assert isinstance(busy, Failure)
@@ -595,7 +599,7 @@ def test_those_who_wait_for_room_in_vain_are_asked_to_come_back(swarm: MakeSwarm
 
 
 def test_those_who_find_a_long_queue_are_asked_to_come_back_at_once(swarm: MakeSwarm):
-    swarm_ = swarm("0:4", cache_tokens=64, shares=Shares(queue_length=2))
+    swarm_ = swarm("0:4", cache_tokens=64, limits=Limits(queue_length=2))
     crowd_in(swarm_)
     waiting = Intruder(swarm_, "s0", name="waiting")
     for stream in [waiting.open() for _ in range(2)]:
@@ -696,7 +700,7 @@ def test_who_hangs_up_after_a_goodbye_is_not_computed_for(swarm: MakeSwarm):
 
 def test_passes_beyond_what_memory_holds_are_asked_to_come_back(swarm: MakeSwarm):
     most = 3 * hidden(1, 512).nbytes
-    swarm_ = swarm("0:4", shares=Shares(waiting_bytes=most))
+    swarm_ = swarm("0:4", limits=Limits(waiting_bytes=most))
     server = swarm_.servers["s0"].engine
     crowd, late = Intruder(swarm_, "s0", name="crowd"), Intruder(swarm_, "s0", name="late")
     streams = [crowd.open() for _ in range(3)]

@@ -14,8 +14,8 @@ import torch
 from shoal.net.memory import QUEUE_FRAMES
 from shoal.net.transport import Stream
 from shoal.protocol import MAX_STEPS_AHEAD, Failure, Pong, Result, Unreached
-from shoal.server.conversation import RESULTS_AHEAD
-from shoal.server.order import TOKENS_AHEAD, Order
+from shoal.server.rpc.session_stream import MAX_PENDING_RESULTS
+from shoal.server.rpc.step_queue import MAX_QUEUED_TOKENS, StepQueue
 
 from .harness import Swarm, swarm_of
 from .intruder import FINGERPRINT, MODEL, Intruder, Raw, num_conversations, num_roads, num_sessions, raw
@@ -82,7 +82,7 @@ def held(swarm: Swarm) -> list[int]:
     """How many tokens wait in each session of the whole swarm, step by step."""
 
     def look() -> list[int]:
-        orders = [each for each in gc.get_objects() if type(each) is Order]
+        orders = [each for each in gc.get_objects() if type(each) is StepQueue]
         return [arrived.size for order in orders for arrived in order._waiting.values()]
 
     return swarm.call(look)
@@ -122,14 +122,14 @@ IGNORED: dict[str, list[Raw]] = {
 
 @pytest.mark.parametrize("frames", IGNORED.values(), ids=IGNORED.keys())
 def test_what_is_pushed_wrongly_neither_ends_a_session_nor_gets_into_it(town, guest, frames):
-    pusher = stranger(town, "before")
+    pusher = stranger(town, "upstream")
     reference = guest.open()
     _, expected = answered(guest, reference, opening(), step()), guest.hear(reference)[0][1]
     stream = guest.open()
-    answered(guest, stream, opening(epoch=2, before=place(pusher.name)))
+    answered(guest, stream, opening(epoch=2, upstream=place(pusher.name)))
     assert not pusher.ask(*frames)
     assert len(held(town)) <= MAX_STEPS_AHEAD
-    assert sum(held(town)) <= TOKENS_AHEAD
+    assert sum(held(town)) <= MAX_QUEUED_TOKENS
     result, tensors = answered(guest, stream, step(epoch=2))
     assert isinstance(result, Result)
     assert torch.equal(tensors["hidden"], expected["hidden"])
@@ -141,7 +141,7 @@ def test_what_is_pushed_wrongly_neither_ends_a_session_nor_gets_into_it(town, gu
 def test_a_push_that_is_no_message_ends_only_its_own_stream(town, guest, frames):
     pusher = stranger(town)
     stream = guest.open()
-    answered(guest, stream, opening(before=place(pusher.name)))
+    answered(guest, stream, opening(upstream=place(pusher.name)))
     (failure,) = pusher.ask(*frames)
     assert isinstance(failure, Failure)
     assert failure.code == "rejected"
@@ -152,7 +152,7 @@ def test_a_push_that_is_no_message_ends_only_its_own_stream(town, guest, frames)
 def test_only_the_peer_that_the_client_named_may_push(town, guest):
     pusher, thief = stranger(town), stranger(town, "thief")
     stream = guest.open()
-    answered(guest, stream, opening(before=place(pusher.name)))
+    answered(guest, stream, opening(upstream=place(pusher.name)))
     assert not thief.ask(pushed(hidden=-HIDDEN))
     assert not pusher.ask(pushed())
     ((_, tensors),) = guest.hear(stream)
@@ -164,7 +164,7 @@ def test_only_the_peer_that_the_client_named_may_push(town, guest):
 def test_a_push_that_overtakes_the_rewind_of_its_epoch_waits_for_it(town, guest):
     pusher = stranger(town)
     stream = guest.open()
-    answered(guest, stream, opening(before=place(pusher.name)), step())
+    answered(guest, stream, opening(upstream=place(pusher.name)), step())
     guest.hear(stream)
     assert not pusher.ask(pushed(1, epoch=1))
     assert held(town) == [2]
@@ -178,10 +178,10 @@ def test_what_a_server_has_pushed_means_nothing_once_another_has_its_place(town,
     """Garbage for the steps to come, also for those of the next epoch."""
     pusher = stranger(town)
     stream = guest.open()
-    answered(guest, stream, opening(before=place(pusher.name)))
+    answered(guest, stream, opening(upstream=place(pusher.name)))
     assert not pusher.ask(pushed(2, -HIDDEN), pushed(0, -HIDDEN, epoch=1), pushed(2, -HIDDEN, epoch=1))
     assert len(held(town)) == 3
-    first = answered(guest, stream, raw("tie"), raw("rewind", epoch=1, position=0), step(epoch=1))
+    first = answered(guest, stream, raw("set_neighbors"), raw("rewind", epoch=1, position=0), step(epoch=1))
     second = answered(guest, stream, step(2, epoch=1))
     assert [message.position for message, _ in (first, second)] == [0, 2]
     assert not held(town)
@@ -197,7 +197,7 @@ def test_what_the_client_sends_itself_counts_more_than_what_is_pushed(town, gues
     """Steps that are pushed fill all the room there is, and stand where the client's own belong."""
     pusher = stranger(town)
     stream = guest.open()
-    answered(guest, stream, opening(before=place(pusher.name)))
+    answered(guest, stream, opening(upstream=place(pusher.name)))
     assert not pusher.ask(*(pushed(2 * n, -HIDDEN) for n in range(1, 40)))
     assert len(held(town)) == MAX_STEPS_AHEAD
     guest.tell(stream, *(step(2 * n) for n in range(MAX_STEPS_AHEAD - 1, -1, -1)))
@@ -217,7 +217,7 @@ def test_what_the_client_sends_itself_counts_more_than_what_is_pushed(town, gues
 def test_pushes_go_on_after_a_client_has_said_goodbye_for_nobody(town, guest):
     pusher = stranger(town)
     stream = guest.open()
-    answered(guest, stream, opening(before=place(pusher.name)))
+    answered(guest, stream, opening(upstream=place(pusher.name)))
     assert not guest.finish(stream)
     assert not pusher.ask(*(pushed(2 * n) for n in range(50)))
     assert not held(town)
@@ -227,7 +227,7 @@ def test_a_session_that_is_opened_again_over_its_old_link_keeps_it(town, guest):
     pusher = stranger(town)
     old, new = guest.open(), guest.open()
     for stream in (old, new):
-        answered(guest, stream, opening(before=place(pusher.name)))
+        answered(guest, stream, opening(upstream=place(pusher.name)))
     assert not guest.finish(old)
     assert not pusher.ask(pushed())
     assert isinstance(guest.hear(new)[0][0], Result)
@@ -250,10 +250,10 @@ def test_a_ring_that_is_tied_to_a_loop_does_not_turn(town, guest):
     weaver = Intruder(town, "s1", name=f"{guest.name}-again")
     passes = [server.engine.num_passes for server in town.servers.values()]
     first, second = guest.open(), weaver.open()
-    answered(guest, first, opening("0:2", before=place("s1", OTHER_LINK), after=place("s1", LINK)))
-    answered(weaver, second, opening("2:4", before=place("s0", LINK), after=place("s0", OTHER_LINK)))
+    answered(guest, first, opening("0:2", upstream=place("s1", OTHER_LINK), downstream=place("s1", LINK)))
+    answered(weaver, second, opening("2:4", upstream=place("s0", LINK), downstream=place("s0", OTHER_LINK)))
     for position in (0, 2, 4):
-        guest.tell(first, step(position, onward=256))
+        guest.tell(first, step(position, hops_left=256))
         assert guest.hear(first)[0][0].position == position
         assert weaver.hear(second)[0][0].position == position
     assert not [message for message in guest.finish(first) if isinstance(message, Result)]
@@ -263,15 +263,15 @@ def test_a_ring_that_is_tied_to_a_loop_does_not_turn(town, guest):
 
 def test_a_server_that_pushes_to_itself_comes_to_an_end(town, guest):
     stream = guest.open()
-    answered(guest, stream, opening(before=place("s0"), after=place("s0")))
-    assert isinstance(answered(guest, stream, step(onward=256))[0], Result)
+    answered(guest, stream, opening(upstream=place("s0"), downstream=place("s0")))
+    assert isinstance(answered(guest, stream, step(hops_left=256))[0], Result)
     assert not [message for message in guest.finish(stream) if isinstance(message, Result)]
 
 
-@pytest.mark.parametrize("after", [None, place("nobody"), place("?!")], ids=["no server", "nobody", "no name"])
-def test_a_client_hears_what_could_not_be_pushed(town, guest, after):
+@pytest.mark.parametrize("downstream", [None, place("nobody"), place("?!")], ids=["no server", "nobody", "no name"])
+def test_a_client_hears_what_could_not_be_pushed(town, guest, downstream):
     stream = guest.open()
-    answered(guest, stream, opening(**{} if after is None else {"after": after}), step(onward=3))
+    answered(guest, stream, opening(**{} if downstream is None else {"downstream": downstream}), step(hops_left=3))
     heard = [message for message, _ in guest.hear(stream, 2)]
     assert {type(message) for message in heard} == {Result, Unreached}
     assert {(message.epoch, message.position) for message in heard} == {(0, 0)}
@@ -287,17 +287,17 @@ def test_a_next_server_that_never_reads_holds_up_only_its_own_session(town, gues
 
     town.runtime.run(deaf.transport.listen(ignore))
     stream = guest.open()
-    answered(guest, stream, opening(after=place(deaf.transport.peer)))
-    engine, taken = town.servers["s0"].engine, QUEUE_FRAMES + RESULTS_AHEAD
+    answered(guest, stream, opening(downstream=place(deaf.transport.peer)))
+    engine, taken = town.servers["s0"].engine, QUEUE_FRAMES + MAX_PENDING_RESULTS
     for number in range(taken):
-        assert isinstance(answered(guest, stream, step(2 * number, onward=1))[0], Result)
+        assert isinstance(answered(guest, stream, step(2 * number, hops_left=1))[0], Result)
     num_passes = engine.num_passes
-    guest.tell(stream, step(2 * taken, onward=1))
+    guest.tell(stream, step(2 * taken, hops_left=1))
     for _ in range(30):
         pong, _ = answered(guest, stream, raw("ping"))
         assert (type(pong), pong.working, pong.position) == (Pong, True, 2 * taken)
     assert engine.num_passes == num_passes
-    guest.tell(stream, raw("tie"))
+    guest.tell(stream, raw("set_neighbors"))
     assert {type(message) for message, _ in guest.hear(stream, 2)} == {Result, Unreached}
     assert not guest.finish(stream)
     town.kill(deaf.transport.peer)
@@ -307,7 +307,7 @@ def test_steps_again_and_again_to_a_client_that_does_not_read_are_not_piled_up(t
     stream = guest.open()
     answered(guest, stream, opening(), step())
     guest.hear(stream)
-    guest.tell(stream, *[step(onward=1)] * 500)
+    guest.tell(stream, *[step(hops_left=1)] * 500)
     heard = guest.finish(stream)
     assert 0 < len(heard) < 500
     assert {type(message) for message in heard} == {Result, Unreached}

@@ -16,16 +16,17 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal import MissingBlocks, RequestRejected
-from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken
-from shoal.protocol import Backward, Close, Forward, Message, Open, Ping, Rewind, Step, Tie
-from shoal.spans import Span, short
+from shoal.net.wire import codec
+from shoal.peers import short
+from shoal.protocol import AnyMessage, Backward, Close, Forward, Open, Ping, Rewind, SetNeighbors, Step
+from shoal.spans import Span
 
 from .harness import QUICK, Swarm
 from .intruder import Raw, declaring, raw
 
 MakeSwarm = Callable[..., Swarm]
-Answer = Callable[[Message, codec.Tensors], list[Raw]]
+Answer = Callable[[AnyMessage, codec.Tensors], list[Raw]]
 
 PROMPT = torch.tensor([[5, 17, 42, 9, 33]])
 IMPATIENT = replace(QUICK, longest_answer_seconds=0.5)
@@ -71,7 +72,7 @@ class Rogue:
                 case Ping():
                     self.num_pings += 1
                     frames = self._pong(message, tensors)
-                case Tie():
+                case SetNeighbors():
                     frames = []
                 case Rewind():
                     self._next = message.epoch, message.position
@@ -122,15 +123,15 @@ class Impostor:
             while True:
                 header, payload = await stream.receive()
                 fields = json.loads(header)
-                self._after = fields.get("after", self._after)
+                self._after = fields.get("downstream", self._after)
                 if fields["kind"] == "step":
                     self.num_steps += 1
                     _, tensors = codec.decode(header, payload)
-                    if fields["onward"] and self._pushes is not None and self._after is not None:
+                    if fields["hops_left"] and self._pushes is not None and self._after is not None:
                         await self._push(fields, tensors["hidden"])
-                    fields["onward"] = 0
-                if fields["kind"] != "tie":
-                    await honest.send(framed({**fields, "before": None, "after": None}).header, [payload])
+                    fields["hops_left"] = 0
+                if fields["kind"] != "set_neighbors":
+                    await honest.send(framed({**fields, "upstream": None, "downstream": None}).header, [payload])
         finally:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
@@ -160,7 +161,7 @@ def always(*frames: Raw) -> Answer:
     return politely(lambda message, tensors: [addressed(frame, message) for frame in frames])
 
 
-def addressed(frame: Raw, message: Message, **changes: int) -> Raw:
+def addressed(frame: Raw, message: AnyMessage, **changes: int) -> Raw:
     """The same frame; a result as one to this message."""
     if not frame.header.startswith(b'{"kind": "result"') or not isinstance(message, Step):
         return frame
@@ -263,7 +264,7 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
         UNHEARD,
     ),
     "a push that failed, of the step": (always(raw("unreached", epoch=0, position=0)), UNHEARD),
-    "a tie": (always(raw("tie")), "answered with 'tie', which nobody asked for"),
+    "a tie": (always(raw("set_neighbors")), "answered with 'set_neighbors', which nobody asked for"),
     "a step back": (always(raw("rewind", epoch=9, position=0)), "answered with 'rewind', which nobody asked for"),
     "a step": (always(raw("step", TENSOR, position=0)), "is lost: a message of kind 'step' makes no sense here"),
     "leaving since before": (always(raw("leaving", seconds=-1)), "is lost: not a valid message"),
@@ -287,7 +288,7 @@ def test_a_server_that_answers_anything_else_is_left(honest: Swarm, whole, caplo
     assert generated.tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
     told = [record.getMessage() for record in caplog.records if re.match("rogue ", record.getMessage())]
     assert re.search(reason, told[0])
-    assert all(line.isprintable() and len(line) < 500 for line in told)
+    assert all(in_flight.isprintable() and len(in_flight) < 500 for in_flight in told)
 
 
 PONGS: dict[str, Callable[[int], Raw]] = {
@@ -420,7 +421,7 @@ def test_a_server_that_is_pushed_nonsense_is_not_blamed(
     assert rogue.num_steps
     told = [record.getMessage() for record in caplog.records]
     assert "rogue cannot push to s1" in told
-    assert not [line for line in told if re.match("s1 ", line)]
+    assert not [in_flight for in_flight in told if re.match("s1 ", in_flight)]
 
 
 def test_a_server_that_is_wrong_by_itself_is_blamed_although_it_was_pushed_to(
@@ -431,13 +432,13 @@ def test_a_server_that_is_wrong_by_itself_is_blamed_although_it_was_pushed_to(
     model = swarm_.model()
     assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
     lost = [record.getMessage() for record in caplog.records if "looking for another" in record.getMessage()]
-    assert [line.split(";")[0] for line in lost] == ["rogue answered with numbers that are not finite"]
+    assert [in_flight.split(";")[0] for in_flight in lost] == ["rogue answered with numbers that are not finite"]
 
 
 def test_a_server_that_never_goes_on_is_left(honest: Swarm, whole: PreTrainedModel):
     """The first piece of a long prompt is answered, the second never fits: again from the start would never end."""
 
-    def answer(message: Message, tensors: codec.Tensors) -> list[Raw]:
+    def answer(message: AnyMessage, tensors: codec.Tensors) -> list[Raw]:
         assert isinstance(message, Step)
         if message.position:
             return [failure("rewind")]
@@ -466,7 +467,7 @@ def test_a_server_that_only_ever_rewinds_is_left(honest: Swarm, whole: PreTraine
 
 
 def test_passes_and_gradients_come_from_somebody_else(honest: Swarm, whole: PreTrainedModel):
-    def answer(message: Message, tensors: codec.Tensors) -> list[Raw]:
+    def answer(message: AnyMessage, tensors: codec.Tensors) -> list[Raw]:
         if isinstance(message, Forward):
             return [raw("result", {"hidden": tensors["hidden"] / 0})]
         assert isinstance(message, Backward)

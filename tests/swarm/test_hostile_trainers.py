@@ -14,8 +14,8 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from shoal import MissingBlocks
-from shoal.net import codec
-from shoal.protocol import Adapter, Backward, Forward, Message
+from shoal.net.wire import codec
+from shoal.protocol import Adapter, AnyMessage, Backward, Forward
 
 from .harness import Swarm
 from .intruder import Raw, raw
@@ -36,14 +36,14 @@ class Trainer:
     def __init__(
         self,
         *,
-        learns: Callable[[], list[Raw]] = lambda: [raw("learned")],
+        learns: Callable[[], list[Raw]] = lambda: [raw("adapter_stored")],
         forward: Callable[[torch.Tensor], list[Raw]] = lambda hidden: [raw("result", {"hidden": hidden})],
         backward: Callable[[torch.Tensor, int], list[Raw]] | None = None,
     ) -> None:
         self._learns, self._forward, self._backward = learns, forward, backward
         self._num_factors: dict[int, int] = {}
 
-    def __call__(self, message: Message, tensors: codec.Tensors) -> list[Raw]:
+    def __call__(self, message: AnyMessage, tensors: codec.Tensors) -> list[Raw]:
         match message:
             case Adapter():
                 self._num_factors[message.block] = len(tensors["factors"])
@@ -56,20 +56,29 @@ class Trainer:
 
 
 def asks(*names: str, kept: bool = False) -> Callable[..., list[Raw]]:
-    return lambda *_: [raw("lacking", adapters=names, kept=kept)]
+    return lambda *_: [raw("not_cached", adapters=names, kept=kept)]
 
 
 ANSWERS: dict[str, tuple[Answer, str]] = {
     "nothing learned, but computed": (Trainer(learns=lambda: [raw("result")]), "'result', which nobody asked for"),
-    "learned, three times": (Trainer(learns=lambda: [raw("learned")] * 3), "'learned', which nobody asked for"),
+    "learned, three times": (
+        Trainer(learns=lambda: [raw("adapter_stored")] * 3),
+        "'adapter_stored', which nobody asked for",
+    ),
     "it has no room": (Trainer(learns=lambda: [failure("misrouted")]), "rogue cannot do this: because"),
     "it offers no training": (Trainer(forward=lambda _: [failure("misrouted")]), "rogue cannot do this: because"),
-    "an adapter that it does not know": (Trainer(learns=lambda: [raw("lacking")]), "'lacking', which nobody asked for"),
+    "an adapter that it does not know": (
+        Trainer(learns=lambda: [raw("not_cached")]),
+        "'not_cached', which nobody asked for",
+    ),
     "it lacks what it was sent, for ever": (Trainer(forward=asks()), "rogue has no room for these adapters"),
     "it lacks what nobody has": (Trainer(forward=asks(NOBODYS)), "rogue has no room for these adapters"),
     "it lacks inputs that it was just sent": (Trainer(forward=asks(kept=True)), "it lacks what it was just sent"),
     "a name that is none": (Trainer(forward=asks("q_proj")), "rogue is lost: not a valid message"),
-    "learned, unasked": (Trainer(forward=lambda _: [raw("learned")]), "'learned', which nobody asked for"),
+    "learned, unasked": (
+        Trainer(forward=lambda _: [raw("adapter_stored")]),
+        "'adapter_stored', which nobody asked for",
+    ),
 }
 
 
@@ -123,7 +132,7 @@ def test_a_server_that_cannot_compute_an_adapter_is_left(
     assert all(close(found[name], gradient) for name, gradient in expected.items())
     told = [record.getMessage() for record in caplog.records if re.match("rogue ", record.getMessage())]
     assert re.search(reason, told[0])
-    assert all(line.isprintable() and len(line) < 500 for line in told)
+    assert all(in_flight.isprintable() and len(in_flight) < 500 for in_flight in told)
 
 
 @pytest.mark.parametrize(("answer", "reason"), LATE_ANSWERS.values(), ids=LATE_ANSWERS.keys())

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from shoal.bundled import STORIES
 from shoal.errors import UserError
 from shoal.model.head import HeadCache
-from shoal.server.cache import KeyValueShape
+from shoal.server.kv.paged_cache import KeyValueShape
 
 from .harness import Swarm, swarm_of
 from .tiny_models import tiny_config, tiny_model

@@ -8,15 +8,16 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.client.chain import Chain
-from shoal.client.config import ClientConfig
+from shoal.client.options.client_config import ClientConfig
+from shoal.client.swarm.swarm import Swarm
 from shoal.errors import MissingBlocks, ServerLost
-from shoal.net import codec
 from shoal.net.memory import MemoryNetwork
-from shoal.net.transport import ModelInfo, Stream, StreamBroken
+from shoal.net.transport import Stream, StreamBroken
+from shoal.net.wire import codec
+from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.routing.route import Needs
 from shoal.protocol import Ping, Pong
-from shoal.routing.route import Needs
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.spans import Span
 
 from .virtual_time import run
 
@@ -56,7 +57,7 @@ class Scene:
     def __init__(self, config: ClientConfig | None = None) -> None:
         self.network = MemoryNetwork()
         self.network.delay(0.02)
-        self.chain = Chain(self.network.node("client"), MODEL, "f", config or ClientConfig())
+        self.chain = Swarm(self.network.node("client"), MODEL, "f", config or ClientConfig())
 
     async def server(self, peer: str, span: str, speed: float, behaviour: Behaviour) -> None:
         node = self.network.node(peer)
@@ -131,7 +132,7 @@ def test_where_all_who_hold_a_block_are_silent_there_is_no_route_and_the_error_s
             return await scene.route()
 
         with pytest.raises(MissingBlocks, match="3 servers were asked and did not answer"):
-            await scene.chain.persist(ALL, ask)
+            await scene.chain.with_failover(ALL, ask)
 
     play(act, ClientConfig(patience_seconds=20.0))
 

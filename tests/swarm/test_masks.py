@@ -43,10 +43,12 @@ FAMILIES += [
 
 @pytest.mark.parametrize(("family", "changes", "pass_tokens"), FAMILIES)
 async def test_a_session_of_any_family_sees_what_a_single_pass_sees(
-    family: str, changes: Mapping[str, Any], pass_tokens: int
+    family: str, changes: Mapping[str, Any], max_num_batched_tokens: int
 ):
     body = tiny_body(family, **changes)
-    async with engine_of(body, num_pages=40, shares=replace(PATIENT, pass_tokens=pass_tokens)) as engine:
+    async with engine_of(
+        body, num_pages=40, limits=replace(PATIENT, max_num_batched_tokens=max_num_batched_tokens)
+    ) as engine:
         visitor = Visitor(engine, body)
         await visitor.step(random_inputs(1, body, *MASK.shape), mask_BT=MASK)
         for seed in (2, 3):

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from shoal.net.memory import QUEUE_FRAMES, Frame, MemoryNetwork
-from shoal.net.transport import ModelInfo, Stream, StreamBroken
+from shoal.net.transport import Stream, StreamBroken
+from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.protocol import MAX_HEADER_BYTES, ProtocolViolation
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.spans import Span
 
 pytestmark = pytest.mark.anyio
 

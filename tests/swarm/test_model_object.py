@@ -20,7 +20,7 @@ import shoal
 from shoal import AutoDistributedModel, AutoDistributedModelForCausalLM
 from shoal.client.runtime import Runtime
 from shoal.errors import MissingBlocks, UnsupportedOperation, UserError
-from shoal.model.checkpoint import Checkpoint
+from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net import NetworkConfig
 from shoal.net.identity import Identity
 from shoal.net.memory import MemoryNetwork

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from shoal.client.gradients import Gradients
-from shoal.client.passes import Passes
-from shoal.client.plan import Piece, Plan
+from shoal.client.training.gradients import Gradients
+from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
+from shoal.client.training.remote_passes import RemotePasses
 from shoal.net.memory import Frame
 from shoal.spans import Span
 
@@ -24,7 +24,7 @@ HIDDEN = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 GRAD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
 
 
-class Asked:
+class HeadCall:
     """Which passes were asked of whom."""
 
     def __init__(self, swarm: Swarm) -> None:
@@ -46,19 +46,19 @@ class Trained:
         self.blocks = tuned.base_model.model.blocks
         for block, skeleton in self.blocks.named_children():
             skeleton.requires_grad_(int(block) >= first)
-        self.passes: Passes = self.blocks._passes
-        self.plan: Plan = self.blocks._plan(self.blocks._tuned(), HIDDEN)
+        self.passes: RemotePasses = self.blocks._passes
+        self.plan: PassPlan = self.blocks._plan(self.blocks._tuned(), HIDDEN)
 
     @torch.no_grad()
-    def pieces(self, row: int, *spans: Span) -> list[Piece]:
+    def pieces(self, row: int, *spans: Span) -> list[MicrobatchPiece]:
         """A microbatch of one sequence as it went through these spans, on servers that are gone."""
         hidden, found = HIDDEN[row : row + 1], []
         for span in spans:
-            found.append(Piece(span, hidden, None, None))
+            found.append(MicrobatchPiece(span, hidden, None, None))
             hidden = self.blocks[span.start : span.end](hidden)
         return found
 
-    def gradients(self, *batches: list[Piece]) -> Gradients:
+    def gradients(self, *batches: list[MicrobatchPiece]) -> Gradients:
         return self.blocks._runtime.run(self.passes.backward(self.plan, batches, GRAD[: len(batches)]))
 
 
@@ -77,7 +77,7 @@ def test_microbatches_are_as_many_as_the_servers_that_train_can_share(swarm: Cal
     net = swarm("0:4")
     for _ in range(7):
         net.start("0:4", training=False)
-    model, asked = net.model(), Asked(net)
+    model, asked = net.model(), HeadCall(net)
     model(inputs_embeds=torch.zeros(8, 256, 32))
     assert asked.passes == ["forward s0"] * 2
 
@@ -86,6 +86,6 @@ def test_servers_before_the_first_wanted_block_are_not_asked_for_gradients(swarm
     net = swarm("0:2", "2:4")
     client = Trained(net.model(), first=2)
     pieces = client.pieces(0, Span(0, 4))
-    asked = Asked(net)
+    asked = HeadCall(net)
     assert client.gradients(pieces).factors.keys() == {2, 3}
     assert asked.passes == ["forward s0", "forward s1", "backward s1"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from shoal.server.session import Session
+from shoal.server.kv.session_cache import SessionCache
 
 from .harness import QUICK, Swarm
 
@@ -22,16 +22,16 @@ PATIENT = replace(QUICK, patience_seconds=60.0, silence_seconds=10.0)
 
 @pytest.mark.parametrize("spans", [["0:4"], ["0:4", "0:4"], ["0:2", "2:4"]], ids=" and ".join)
 def test_generations_that_push_each_other_out_end_with_the_right_tokens(
-    swarm: MakeSwarm, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, spans: list[str]
+    swarm: MakeSwarm, unsplittable: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, spans: list[str]
 ):
     preempted: list[int] = []
-    usual = Session.preempt
+    usual = SessionCache.preempt
 
-    def preempt(session: Session) -> None:
+    def preempt(session: SessionCache) -> None:
         preempted.append(session.num_tokens)
         usual(session)
 
-    monkeypatch.setattr(Session, "preempt", preempt)
+    monkeypatch.setattr(SessionCache, "preempt", preempt)
     swarm_ = swarm(*spans, cache_tokens=96)
     models = [swarm_.model(config=PATIENT) for _ in range(NUM_CLIENTS)]
     prompts = [torch.randint(2, 97, (1, 14), generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
@@ -47,7 +47,7 @@ def test_generations_that_push_each_other_out_end_with_the_right_tokens(
         thread.start()
     for thread in threads:
         thread.join()
-    expected = [whole.generate(prompt, max_new_tokens=NUM_TOKENS).tolist() for prompt in prompts]
+    expected = [unsplittable.generate(prompt, max_new_tokens=NUM_TOKENS).tolist() for prompt in prompts]
     assert [answers.get(index) for index in range(NUM_CLIENTS)] == expected
     assert preempted
     for server in swarm_.servers.values():

@@ -24,16 +24,16 @@ from transformers import PreTrainedModel as Whole
 
 from shoal.bundled import STORIES
 from shoal.errors import UserError
-from shoal.model import load
+from shoal.model import loading as load
 from shoal.model.body import Body
-from shoal.model.checkpoint import Checkpoint
 from shoal.model.families import CERTIFIED
-from shoal.model.linear import FrozenLinear
-from shoal.model.load import load_body
-from shoal.model.quantize import Quantization, dequantized_bytes, quantizable_weights
-from shoal.routing.view import SwarmView
+from shoal.model.linear.packed_linear import FrozenLinear
+from shoal.model.linear.quantization import Quantization, dequantized_bytes, quantizable_weights
+from shoal.model.loading import load_body
+from shoal.model.weights.checkpoint import Checkpoint
+from shoal.policy.view import SwarmView
+from shoal.server.capacity import choose_blocks
 from shoal.server.config import ServerConfig
-from shoal.server.fit import choose_blocks
 from shoal.spans import Span
 
 from .harness import swarm_of
@@ -250,7 +250,7 @@ def test_more_quantized_blocks_fit(
     config = LlamaConfig.from_pretrained(folder, num_hidden_layers=12)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "deep")
     checkpoint = Checkpoint.open(tmp_path / "deep")
-    monkeypatch.setattr("shoal.server.fit.free_memory", lambda device: int(1.3 * checkpoint.block_bytes[0]))
+    monkeypatch.setattr("shoal.server.capacity.free_memory", lambda device: int(1.3 * checkpoint.block_bytes[0]))
 
     def num_blocks(quantization: str) -> int:
         options = ServerConfig(model="", quantization=quantization)

@@ -236,7 +236,7 @@ def test_a_head_that_the_client_has_changed_is_its_own(swarm: MakeSwarm):
 def test_logits_that_would_be_too_many_are_computed_by_the_client(
     swarm: MakeSwarm, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("shoal.client.logits.MAX_LOGITS_BYTES", 97 * 4 * 2)
+    monkeypatch.setattr("shoal.client.head.logits.MAX_LOGITS_BYTES", 97 * 4 * 2)
     model = swarm_with_head(swarm, "0:4").model(config=REMOTE)
     with torch.no_grad():
         logits = model(PADDED, past_key_values=model_cache(model), attention_mask=MASK).logits
@@ -292,12 +292,12 @@ def test_a_wrong_question_to_the_head_is_rejected(swarm: MakeSwarm, fields: dict
 
 
 def test_more_logits_than_a_question_is_worth_are_rejected(swarm: MakeSwarm, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shoal.server.refusal.MAX_LOGITS_BYTES", 128 * 97 * 2)
+    monkeypatch.setattr("shoal.server.engine.validator.MAX_LOGITS_BYTES", 128 * 97 * 2)
     whole_batch = raw("step", {"hidden": torch.ones(128, 1, 32, dtype=torch.bfloat16)}, position=0, logits=1)
     made = swarm_with_head(swarm, "0:4")
     _, answered = Intruder(made, "s0").ask(OPENING, whole_batch)
     assert isinstance(answered, Result)
-    monkeypatch.setattr("shoal.server.refusal.MAX_LOGITS_BYTES", 128 * 97 * 2 - 1)
+    monkeypatch.setattr("shoal.server.engine.validator.MAX_LOGITS_BYTES", 128 * 97 * 2 - 1)
     *_, answer = Intruder(made, "s0", name="another").ask(OPENING, whole_batch)
     assert isinstance(answer, Failure)
     assert (answer.code, answer.reason) == ("rejected", "more than 0 MiB of logits")

@@ -16,8 +16,9 @@ from shoal.errors import UserError
 from shoal.net.identity import Identity
 from shoal.net.memory import Frame
 from shoal.net.ping import distance, distances
-from shoal.routing.route import Needs
-from shoal.spans import ServerInfo, Span
+from shoal.peers import ServerInfo
+from shoal.policy.routing.route import Needs
+from shoal.spans import Span
 
 from .harness import QUICK, Swarm
 
@@ -62,7 +63,7 @@ def test_a_ring_goes_over_the_shorter_link_between_two_servers(swarm: MakeSwarm,
     swarm_.start("2:4", announce_seconds=0.05)
     swarm_.start("2:4", announce_seconds=0.05)
     swarm_.settle(lambda: all(announced(swarm_)[peer].round_trips for peer in ("s1", "s2")))
-    chain = swarm_.model().blocks._chain
+    chain = swarm_.model().blocks._swarm
     route = swarm_.runtime.run(chain.route(Span(0, 4), needs=Needs()))
     assert [hop.server.peer for hop in route.hops] == ["s0", near]
     assert near in route.explain()
@@ -74,7 +75,7 @@ def test_a_client_asks_how_far_everybody_is_before_its_first_route(swarm: MakeSw
     model = swarm_.model(config=replace(QUICK, measure_seconds=5.0))
     (client,) = (peer for peer in swarm_.network._transports if peer.startswith("client"))
     far_apart(swarm_, (client, "s0"), (client, "s2"))
-    route = swarm_.runtime.run(model.blocks._chain.route(Span(0, 4), needs=Needs()))
+    route = swarm_.runtime.run(model.blocks._swarm.route(Span(0, 4), needs=Needs()))
     assert [hop.server.peer for hop in route.hops] == ["s1"]
 
 

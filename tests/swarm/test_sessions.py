@@ -21,14 +21,14 @@ from shoal import (
     UnsupportedOperation,
     UserError,
 )
-from shoal.client.inference import InferenceSession
+from shoal.client.inference_session import InferenceSession
 from shoal.client.model import INITIAL_PEERS
 from shoal.client.runtime import Runtime
-from shoal.model.checkpoint import Checkpoint
 from shoal.model.head import HeadCache
-from shoal.model.prefix import PAGE_TOKENS
+from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net import NetworkConfig
 from shoal.net.memory import MemoryNetwork
+from shoal.prefix import PAGE_TOKENS
 
 from .harness import QUICK, Swarm, swarm_of
 from .tiny_models import tiny_config, with_noise

@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal import UnsupportedOperation, UserError
 from shoal.cli.options import Wire
-from shoal.client.config import ClientConfig
-from shoal.client.wishes import WIRES, encoding_of
+from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.requested_options import WIRES, encoding_of
 from shoal.model import families
-from shoal.net import codec
 from shoal.net.memory import Frame
-from shoal.net.transport import ModelInfo
-from shoal.protocol import Backward, Message, Open, Opened, Step
-from shoal.spans import ServerInfo
+from shoal.net.wire import codec
+from shoal.peers import ModelInfo, ServerInfo
+from shoal.protocol import AnyMessage, Backward, Open, Opened, Step
 from shoal.tensors import Encoding
 
 from .harness import QUICK, Swarm
@@ -42,7 +41,7 @@ def asking_for(wire: Encoding) -> ClientConfig:
 class Tap:
     """Everything that is sent in a swarm, read along."""
 
-    frames: list[tuple[Frame, Message, codec.Tensors]] = field(default_factory=list)
+    frames: list[tuple[Frame, AnyMessage, codec.Tensors]] = field(default_factory=list)
 
     def __call__(self, frame: Frame) -> Frame:
         self.frames.append((frame, *codec.decode(frame.header, bytearray(frame.payload))))
@@ -182,7 +181,7 @@ def test_what_a_server_has_computed_before_travels_in_the_encoding_too(swarm: Ma
 def test_a_server_that_loses_what_nobody_asked_it_to_lose_is_left(swarm: MakeSwarm, whole: PreTrainedModel, caplog):
     swarm_ = swarm("0:4")
 
-    def answer(message: Message, tensors: codec.Tensors) -> list[Any]:
+    def answer(message: AnyMessage, tensors: codec.Tensors) -> list[Any]:
         frame = raw("result", {"hidden": tensors["hidden"]})
         header, buffers = codec.encode(codec.parse(frame.header), {"hidden": tensors["hidden"]}, "int8")
         return [replace(frame, header=header, payload=b"".join(buffers))]

@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from shoal.adapters import salted
-from shoal.model.adapters import BlockAdapter
 from shoal.model.body import Body, build_body
-from shoal.model.factors import Factors, Tuning
 from shoal.model.families import family_of, text_config
-from shoal.model.prefix import DIGEST_BYTES, page_names, root
+from shoal.model.peft.block_adapters import BlockAdapter
+from shoal.model.peft.factors import Factors, Tuning
+from shoal.policy.scheduling import PassTimeModel
+from shoal.prefix import DIGEST_BYTES, page_names, root
 from shoal.protocol import Adapter, Open, Step
-from shoal.server.adapters import Lacks
-from shoal.server.batch import OneByOne, Packed
-from shoal.server.cache import PagedCache, key_value_shapes
-from shoal.server.engine import Engine
+from shoal.server.engine.engine import Engine
+from shoal.server.engine.engine_limits import Limits
+from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor
-from shoal.server.refusal import Checks, Refused
-from shoal.server.scheduler import Pace
-from shoal.server.session import Session
-from shoal.server.shares import Shares
+from shoal.server.kv.batch import PackedPass, SequentialPass
+from shoal.server.kv.paged_cache import PagedCache, key_value_shapes
+from shoal.server.kv.session_cache import SessionCache
+from shoal.server.refusals import Refused
+from shoal.server.training.adapter_store import MissingFromCache
 from shoal.spans import Span
 
 from .parity import assert_equal
@@ -35,8 +36,8 @@ from .tiny_models import NUM_BLOCKS, tiny_config, tiny_model
 
 MOST_TOKENS = 64
 NARROWEST_WINDOW = 4
-PATIENT = Shares(queue_seconds=600.0)
-QUICK = Pace(decode_seconds=1e-3, prefill_token_seconds=1e-4)
+PATIENT = Limits(queue_seconds=600.0)
+QUICK = PassTimeModel(decode_seconds=1e-3, prefill_token_seconds=1e-4)
 
 
 @functools.lru_cache(maxsize=8)
@@ -55,7 +56,7 @@ def random_inputs(seed: int, body: Body, batch_size: int, num_tokens: int) -> Te
 
 @contextlib.asynccontextmanager
 async def engine_of(
-    body: Body, *, num_pages: int, shares: Shares = PATIENT, pace: Pace = QUICK
+    body: Body, *, num_pages: int, limits: Limits = PATIENT, pass_time: PassTimeModel = QUICK
 ) -> AsyncIterator[Engine]:
     """An engine that runs; when it is left, nobody is there any more, and every page is accounted for."""
     hidden_size = text_config(body.backbone.config).hidden_size
@@ -64,13 +65,13 @@ async def engine_of(
     engine = Engine(
         body,
         executor,
-        Checks(model="", fingerprint="", span=body.span, hidden_size=hidden_size, max_length=MOST_TOKENS),
-        compute=OneByOne(body) if cache is None else Packed(body, cache),
+        RequestValidator(model="", fingerprint="", span=body.span, hidden_size=hidden_size, max_length=MOST_TOKENS),
+        compute=SequentialPass(body) if cache is None else PackedPass(body, cache),
         cache=cache,
         num_pages=num_pages,
-        cores=None,
-        pace=pace,
-        shares=shares,
+        cpu_turns=None,
+        pass_time=pass_time,
+        limits=limits,
     )
     try:
         async with engine.running():
@@ -100,7 +101,7 @@ class Visitor:
         self.tuning = tuning or Tuning()
         self.num_replays = 0
         self.num_known = 0
-        self.session: Session | None = None
+        self.session: SessionCache | None = None
         self.inputs_BSD = random_inputs(0, body, 1, 0)
         self.outputs_BSD = self.inputs_BSD
         self._mask_BS = torch.ones(1, 0, dtype=torch.uint8)
@@ -160,7 +161,7 @@ class Visitor:
         """The same as `_open`, after teaching the engine what it lacks, if that is anything."""
         try:
             return self._open()
-        except Lacks as lacks:
+        except MissingFromCache as lacks:
             for each in self.tuning.of(self.span):
                 if each.name in lacks.adapters:
                     lesson = Adapter(block=each.block, layers=each.layers)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoal.errors import CheckpointError, UnsupportedModel, UserError
-from shoal.model.checkpoint import Checkpoint
-from shoal.model.weights import read_header
+from shoal.model.weights.checkpoint import Checkpoint
+from shoal.model.weights.safetensors_file import read_header
 from shoal.spans import Span
 
 from .tiny_checkpoint import save_tiny

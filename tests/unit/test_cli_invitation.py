@@ -10,9 +10,9 @@ import pytest
 
 from shoal.cli.invitation import invitation
 from shoal.cli.serve import describe
-from shoal.net.transport import ModelInfo
+from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.server.config import ServerConfig
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.spans import Span
 
 ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/A"
 

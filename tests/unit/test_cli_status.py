@@ -12,9 +12,9 @@ import pytest
 
 from shoal.cli import run, status
 from shoal.cli.status import ModelStatus
-from shoal.net.transport import ModelInfo
-from shoal.routing.view import SwarmView
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.view import SwarmView
+from shoal.spans import Span
 
 MODEL = ModelInfo(key="llama-8x64-1a2b3c4d", name="org/tiny", family="llama", num_blocks=8)
 SERVER = ServerInfo(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.client.config import CHOOSERS, chooser_of, pins_of, salt_of
+from shoal.client.options.client_config import CHOOSERS, chooser_of, pins_of, salt_of
 from shoal.errors import UserError
 from shoal.spans import Span
 

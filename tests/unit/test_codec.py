@@ -11,19 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.net.codec import decode, encode, receive, send
-from shoal.net.frames import pack_prefix, unpack_prefix
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Stream
+from shoal.net.wire.codec import decode, encode, receive, send
+from shoal.net.wire.frames import pack_prefix, unpack_prefix
 from shoal.protocol import (
     MAX_FACTORS,
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
+    AnyMessage,
     Backward,
     Close,
     Failure,
     Forward,
-    Message,
     ProtocolViolation,
     Result,
     Rewind,
@@ -48,12 +48,12 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 words = st.text(st.characters(categories=["L", "N", "P"]), max_size=20)
 spans = {"model": words, "fingerprint": words, "start": st.just(0), "end": st.just(2)}
-messages: st.SearchStrategy[Message] = st.one_of(
+messages: st.SearchStrategy[AnyMessage] = st.one_of(
     st.builds(
         Step,
         epoch=st.integers(0, (1 << 53) - 1),
         position=st.integers(0, 1 << 22),
-        onward=st.integers(0, 256),
+        hops_left=st.integers(0, 256),
         link=st.none() | st.just("0123456789abcdef" * 2),
     ),
     st.builds(Rewind, epoch=st.integers(0, 9), position=st.integers(0, 1 << 22), rows=st.none() | st.just((3, 1, 1))),
@@ -68,7 +68,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
 
 
 @st.composite
-def frames(draw: st.DrawFn) -> tuple[Message, dict[Any, torch.Tensor]]:
+def frames(draw: st.DrawFn) -> tuple[AnyMessage, dict[Any, torch.Tensor]]:
     """A message and tensors that it may carry."""
     message = draw(messages)
     names = draw(st.lists(st.sampled_from(message.carries), unique=True, max_size=4)) if message.carries else []
@@ -84,7 +84,7 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
 
 
 @given(frames())
-def test_a_message_and_its_tensors_come_back_bit_by_bit(frame: tuple[Message, dict[Any, torch.Tensor]]) -> None:
+def test_a_message_and_its_tensors_come_back_bit_by_bit(frame: tuple[AnyMessage, dict[Any, torch.Tensor]]) -> None:
     message, given_tensors = frame
     header, buffers = encode(message, given_tensors)
     decoded, received = decode(header, joined(buffers))
@@ -96,7 +96,7 @@ def test_a_message_and_its_tensors_come_back_bit_by_bit(frame: tuple[Message, di
 
 
 @given(frames(), st.integers(1, 64))
-def test_a_payload_of_another_length_is_refused(frame: tuple[Message, dict[Any, torch.Tensor]], extra: int) -> None:
+def test_a_payload_of_another_length_is_refused(frame: tuple[AnyMessage, dict[Any, torch.Tensor]], extra: int) -> None:
     header, buffers = encode(*frame)
     payload = joined(buffers)
     with pytest.raises(ProtocolViolation):
@@ -108,7 +108,7 @@ def test_a_payload_of_another_length_is_refused(frame: tuple[Message, dict[Any, 
 
 @given(frames(), st.data())
 def test_a_garbled_header_is_refused_or_still_a_valid_message(
-    frame: tuple[Message, dict[Any, torch.Tensor]], data: st.DataObject
+    frame: tuple[AnyMessage, dict[Any, torch.Tensor]], data: st.DataObject
 ) -> None:
     header, buffers = encode(*frame)
     garbled = bytearray(header)
@@ -119,7 +119,7 @@ def test_a_garbled_header_is_refused_or_still_a_valid_message(
 
 
 @given(messages, st.integers(0, 200))
-def test_a_truncated_header_is_refused(message: Message, length: int) -> None:
+def test_a_truncated_header_is_refused(message: AnyMessage, length: int) -> None:
     header, _ = encode(message, {})
     with pytest.raises(ProtocolViolation):
         decode(header[: min(length, len(header) - 1)], bytearray())

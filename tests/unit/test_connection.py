@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.client.config import ClientConfig
-from shoal.client.connection import PING_SECONDS, STUCK_SECONDS, Connection
-from shoal.client.line import Line
+from shoal.client.options.client_config import ClientConfig
+from shoal.client.swarm.connection import PING_SECONDS, STUCK_SECONDS, Connection
+from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.errors import PeerError, ServerLost
-from shoal.net.frames import payload_bytes
 from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Admit, Buffer, StreamBroken
-from shoal.protocol import Leaving, Message, Ping, Pong, Result, Step, dump, parse
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.net.wire.frames import payload_bytes
+from shoal.peers import ServerInfo, ServerState
+from shoal.protocol import AnyMessage, Leaving, Ping, Pong, Result, Step, dump, parse
+from shoal.spans import Span
 
 from . import virtual_time
 
@@ -45,17 +46,17 @@ class ScriptedStream:
 
     def __init__(
         self,
-        answer: Callable[[Message], Sequence[Message]],
+        answer: Callable[[AnyMessage], Sequence[AnyMessage]],
         *,
         delay: float = 0.01,
         bytes_per_second: float = math.inf,
     ) -> None:
-        self.sent: list[Message] = []
+        self.sent: list[AnyMessage] = []
         self.heard_at = self.taken_at = 0.0
         self._answer = answer
         self._delay = delay
         self._bytes_per_second = bytes_per_second
-        self._arriving: asyncio.Queue[Message | None] = asyncio.Queue()
+        self._arriving: asyncio.Queue[AnyMessage | None] = asyncio.Queue()
 
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         message = parse(header)
@@ -67,7 +68,7 @@ class ScriptedStream:
         for answer in self._answer(message):
             asyncio.get_running_loop().call_later(self._delay, self._arriving.put_nowait, answer)
 
-    def say(self, *messages: Message | None) -> None:
+    def say(self, *messages: AnyMessage | None) -> None:
         """Of itself; None is the end."""
         for message in messages:
             self._arriving.put_nowait(message)
@@ -91,14 +92,14 @@ def ended(
     within: float,
     usual_seconds: float | None = 0.05,
     bytes_in_flight: int = 0,
-    line: Line | None = None,
+    in_flight: PeerInFlight | None = None,
     meanwhile: Callable[[Connection], Coroutine[Any, Any, None]] | None = None,
 ) -> tuple[float, PeerError | None]:
     """When, and why, a connection to somebody who is asked for something ends, in so many seconds."""
 
     async def live() -> tuple[float, PeerError | None]:
         loop = asyncio.get_running_loop()
-        connection = Connection(stream, SERVER, CONFIG, line=line)
+        connection = Connection(stream, SERVER, CONFIG, in_flight=in_flight)
         over = asyncio.Event()
         connection.ended = over.set
         connection.expect(usual_seconds=usual_seconds, bytes_in_flight=bytes_in_flight)
@@ -157,7 +158,7 @@ def test_a_server_whose_work_takes_long_is_not_stuck_so_soon():
 
 
 def test_a_server_that_answers_now_and_then_is_not_stuck():
-    def answer(message: Message) -> list[Message]:
+    def answer(message: AnyMessage) -> list[AnyMessage]:
         return [Pong(working=True, num_passes=7)] + [Result()] * (len(stream.sent) % 20 == 0)
 
     stream = ScriptedStream(answer)
@@ -165,7 +166,7 @@ def test_a_server_that_answers_now_and_then_is_not_stuck():
 
 
 @pytest.mark.parametrize("said", [[Pong()], [Result(), Pong()], [Leaving(seconds=1.0), Pong(working=True)]])
-def test_a_pong_without_a_ping_ends_it_at_once(said: list[Message]):
+def test_a_pong_without_a_ping_ends_it_at_once(said: list[AnyMessage]):
     stream = ScriptedStream(lambda message: [])
     stream.say(*said)
     at, error = ended(stream, within=100)
@@ -221,25 +222,25 @@ def test_a_server_whose_answer_is_arriving_is_kept():
 
 
 def test_whatever_one_stream_carries_holds_up_the_others():
-    line, busy = Line(), ScriptedStream(lambda message: [])
-    line.carries(busy, 10 * MEGABYTE)
-    at, _ = ended(ScriptedStream(lambda message: []), within=1000, line=line)
+    in_flight, busy = PeerInFlight(), ScriptedStream(lambda message: [])
+    in_flight.set_bytes(busy, 10 * MEGABYTE)
+    at, _ = ended(ScriptedStream(lambda message: []), within=1000, in_flight=in_flight)
     assert at == pytest.approx(0.15 + CONFIG.silence_seconds + 10 * MEGABYTE / SLOWEST_LINK, abs=0.01)
 
 
 def test_whatever_one_stream_brings_says_that_the_server_is_there():
-    line, busy = Line(), ScriptedStream(lambda message: [])
-    line.carries(busy, 0)
+    in_flight, busy = PeerInFlight(), ScriptedStream(lambda message: [])
+    in_flight.set_bytes(busy, 0)
     busy.heard_at = 50.0
-    at, _ = ended(ScriptedStream(lambda message: []), within=1000, line=line)
+    at, _ = ended(ScriptedStream(lambda message: []), within=1000, in_flight=in_flight)
     assert at == pytest.approx(50.0 + CONFIG.silence_seconds, abs=0.01)
 
 
 def test_a_stream_that_has_ended_holds_up_nobody():
-    line = Line()
+    in_flight = PeerInFlight()
     for _ in range(2):
-        ended(ScriptedStream(lambda message: []), within=1000, line=line, bytes_in_flight=MEGABYTE)
-    assert line.bytes_in_flight == 0
+        ended(ScriptedStream(lambda message: []), within=1000, in_flight=in_flight, bytes_in_flight=MEGABYTE)
+    assert in_flight.bytes_in_flight == 0
 
 
 def test_the_end_of_the_stream_is_noticed_at_once():

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.suspects import Suspects
+from shoal.client.swarm.peer_health import PeerHealth
 from shoal.errors import SwarmError
-from shoal.net.daemon_reasons import OTHER, REASONS, in_our_words
-from shoal.net.directory import P2PDaemonError, _translated_errors
-from shoal.net.raw_stream import Libp2pStream
+from shoal.net.libp2p.daemon_reasons import OTHER, REASONS, in_our_words
+from shoal.net.libp2p.dht_directory import P2PDaemonError, _translated_errors
+from shoal.net.libp2p.raw_stream import Libp2pStream
 from shoal.net.transport import StreamBroken
 
 PEER = "12D3KooWRm79h2YaX8WVAdg3x2xhztzXFqCMRZD4N5yHmNxRWU1X"
@@ -88,6 +88,6 @@ class _Writer:
 
 
 def test_a_server_that_failed_is_named_once():
-    suspects = Suspects(lambda: 0.0)
-    suspects.lost(PEER, f"{PEER} cannot be reached: nothing listens there", since=0.0)
+    suspects = PeerHealth(lambda: 0.0)
+    suspects.record_failure(PEER, f"{PEER} cannot be reached: nothing listens there", since=0.0)
     assert suspects.reasons() == [f"{PEER[-8:]} cannot be reached: nothing listens there"]

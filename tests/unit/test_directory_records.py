@@ -14,8 +14,8 @@ from hivemind.dht import crypto, routing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.net import directory
 from shoal.net.identity import Identity
+from shoal.net.libp2p import dht_directory as directory
 from shoal.net.records import (
     CLOCK_SKEW,
     MAX_RECORD_BYTES,
@@ -27,8 +27,9 @@ from shoal.net.records import (
     shard_of,
     unseal,
 )
-from shoal.net.transport import MAX_LIFETIME, ModelInfo
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.net.transport import MAX_LIFETIME
+from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.spans import Span
 
 NOW = 1_800_000_000.0
 ALICE, MALLORY = Identity.temporary(), Identity.temporary()

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.routing.dtypes import mixture, swarm_dtype
-from shoal.routing.view import SwarmView
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.peers import ServerInfo, ServerState
+from shoal.policy.dtypes import mixture, swarm_dtype
+from shoal.policy.view import SwarmView
+from shoal.spans import Span
 
 ONE = ServerInfo(
     peer="12D3KooWone",

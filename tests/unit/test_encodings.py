@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.net.codec import decode, encode
-from shoal.net.encodings import SERIAL, SMALLEST, as_received, from_int8, to_int8
+from shoal.net.wire.codec import decode, encode
+from shoal.net.wire.encodings import SERIAL, SMALLEST, as_received, from_int8, to_int8
 from shoal.protocol import MAX_PAYLOAD_BYTES, ProtocolViolation, Result
 from shoal.tensors import INT8_BLOCK, LOSSY, Encoding
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.gradients import FactorSums
-from shoal.model.factors import FactorGradients
+from shoal.client.training.gradients import FactorSums
+from shoal.model.peft.factors import FactorGradients
 
 ROUNDED = (1e8, 1.0, -1e8, 3.0, 1e-3)
 """Numbers whose sum depends on the order."""

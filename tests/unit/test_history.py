@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal import UserError
-from shoal.client import history as history_module
-from shoal.client.config import ClientConfig
-from shoal.client.history import BLOCK_TOKENS, History
-from shoal.client.spill import Room, SpillFile
-from shoal.client.store import Store
-from shoal.net.encodings import as_received
+from shoal.client.history import history as history_module
+from shoal.client.history.history import BLOCK_TOKENS, History
+from shoal.client.history.history_store import HistoryStore
+from shoal.client.history.spill_file import FileRegion, SpillFile
+from shoal.client.options.client_config import ClientConfig
+from shoal.net.wire.encodings import as_received
 from shoal.tensors import Encoding
 
 WIDTH = 128
@@ -33,7 +33,7 @@ def test_a_history_is_what_was_appended_rearranged_and_cropped(
     data: st.DataObject, encoding: Encoding, memory_bytes: int | None
 ):
     """Against the plainest implementation: one tensor that is rebuilt at every operation."""
-    store = Store(encoding, memory_bytes=memory_bytes)
+    store = HistoryStore(encoding, memory_bytes=memory_bytes)
     block_tokens = data.draw(st.sampled_from([1, 3, BLOCK_TOKENS]))
     with patch.object(history_module, "BLOCK_TOKENS", block_tokens):
         history, plain = History(store), torch.zeros(2, 0, WIDTH)
@@ -66,7 +66,7 @@ def test_a_history_is_what_was_appended_rearranged_and_cropped(
 
 
 def test_a_history_that_was_cropped_to_nothing_may_begin_with_another_batch():
-    history = History(Store())
+    history = History(HistoryStore())
     history.append(torch.zeros(2, 3, 1))
     history.select_rows([1, 1, 0])
     history.crop(0)
@@ -79,7 +79,7 @@ def test_a_history_that_was_cropped_to_nothing_may_begin_with_another_batch():
 
 def test_an_exact_history_is_exact_in_a_file_too():
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).view(1, 512, WIDTH)
-    store = Store(memory_bytes=0)
+    store = HistoryStore(memory_bytes=0)
     history = History(store)
     history.append(bits)
     history.settle(history.num_tokens)
@@ -89,7 +89,7 @@ def test_an_exact_history_is_exact_in_a_file_too():
 
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
 def test_what_was_appended_is_exact_until_it_is_settled(encoding: Encoding):
-    history, piece = History(Store(encoding)), inputs(1, 3 * BLOCK_TOKENS, 0)
+    history, piece = History(HistoryStore(encoding)), inputs(1, 3 * BLOCK_TOKENS, 0)
     history.append(piece)
     assert torch.equal(history.since(0), piece)
     history.settle(2 * BLOCK_TOKENS + 1)
@@ -101,7 +101,7 @@ def test_what_was_appended_is_exact_until_it_is_settled(encoding: Encoding):
 @pytest.mark.parametrize("encoding", ["bfloat16", "int8"])
 @pytest.mark.parametrize("values", [torch.arange(200), torch.arange(200, dtype=torch.uint8)], ids=["int64", "uint8"])
 def test_masks_and_positions_are_always_exact(encoding: Encoding, values: torch.Tensor):
-    history = History(Store(encoding, memory_bytes=0))
+    history = History(HistoryStore(encoding, memory_bytes=0))
     for piece in values[None].split(7, dim=1):
         history.append(piece)
         history.settle(history.num_tokens)
@@ -109,7 +109,7 @@ def test_masks_and_positions_are_always_exact(encoding: Encoding, values: torch.
 
 
 def test_all_histories_of_a_store_share_its_memory_and_the_oldest_pieces_leave_it_first():
-    store = Store(memory_bytes=3 * BLOCK_TOKENS * TOKEN_BYTES)
+    store = HistoryStore(memory_bytes=3 * BLOCK_TOKENS * TOKEN_BYTES)
     histories = [History(store) for _ in range(2)]
     for step in range(4 * BLOCK_TOKENS):
         for history in histories:
@@ -118,11 +118,11 @@ def test_all_histories_of_a_store_share_its_memory_and_the_oldest_pieces_leave_i
         assert store.memory_bytes <= 3 * BLOCK_TOKENS * TOKEN_BYTES
     assert store.memory_bytes + store.file_bytes == 2 * 4 * BLOCK_TOKENS * TOKEN_BYTES
     kept = [entry.place for history in histories for entry in history._log]
-    assert [isinstance(place, Room) for place in kept] == [True, True, True, False, True, True, False, False]
+    assert [isinstance(place, FileRegion) for place in kept] == [True, True, True, False, True, True, False, False]
 
 
 def test_tokens_that_come_one_by_one_are_written_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch):
-    store, sizes = Store(memory_bytes=0), list[int]()
+    store, sizes = HistoryStore(memory_bytes=0), list[int]()
     monkeypatch.setattr(SpillFile, "write", _counting(SpillFile.write, sizes))
     history = History(store)
     for step in range(3 * BLOCK_TOKENS):
@@ -133,8 +133,8 @@ def test_tokens_that_come_one_by_one_are_written_a_block_at_a_time(monkeypatch: 
     assert len(history._log) <= 2 * 3 + 1
 
 
-def _counting(write: Callable[[SpillFile, bytearray], Room], sizes: list[int]) -> Callable[..., Room]:
-    def counting(file: SpillFile, data: bytearray) -> Room:
+def _counting(write: Callable[[SpillFile, bytearray], FileRegion], sizes: list[int]) -> Callable[..., FileRegion]:
+    def counting(file: SpillFile, data: bytearray) -> FileRegion:
         sizes.append(len(data))
         return write(file, data)
 
@@ -142,7 +142,7 @@ def _counting(write: Callable[[SpillFile, bytearray], Room], sizes: list[int]) -
 
 
 def test_blocks_of_a_wide_batch_have_fewer_tokens():
-    store = Store()
+    store = HistoryStore()
     history = History(store)
     wide = torch.zeros(16, 100, 4096)
     history.append(wide)
@@ -152,7 +152,7 @@ def test_blocks_of_a_wide_batch_have_fewer_tokens():
 
 
 def test_a_token_does_not_keep_the_tensor_alive_that_it_was_cut_from():
-    history, whole = History(Store()), inputs(1, 1000, 0)
+    history, whole = History(HistoryStore()), inputs(1, 1000, 0)
     history.append(whole[:, 999:])
     assert history.since(0).untyped_storage().nbytes() == TOKEN_BYTES
     history.append(whole)
@@ -164,20 +164,20 @@ def test_a_token_does_not_keep_the_tensor_alive_that_it_was_cut_from():
 
 @pytest.mark.parametrize("memory_bytes", [None, 0])
 def test_a_history_that_nobody_holds_takes_no_room(memory_bytes: int | None):
-    store = Store(memory_bytes=memory_bytes)
+    store = HistoryStore(memory_bytes=memory_bytes)
     histories = [History(store) for _ in range(3)]
     for history in histories:
         history.append(inputs(1, 5 * BLOCK_TOKENS, 0))
         history.settle(history.num_tokens)
-    room = store.memory_bytes + store.file_bytes
-    assert room == 3 * 5 * BLOCK_TOKENS * TOKEN_BYTES
+    region = store.memory_bytes + store.file_bytes
+    assert region == 3 * 5 * BLOCK_TOKENS * TOKEN_BYTES
     del histories[1], history
     histories[0].crop(2 * BLOCK_TOKENS)
     gc.collect()
     other = History(store)
     other.append(inputs(1, 8 * BLOCK_TOKENS, 1))
     other.settle(other.num_tokens)
-    assert store.memory_bytes + store.file_bytes == room
+    assert store.memory_bytes + store.file_bytes == region
     histories.clear()
     del other
     gc.collect()
@@ -188,25 +188,25 @@ def test_a_history_that_nobody_holds_takes_no_room(memory_bytes: int | None):
 def test_a_file_returns_what_was_written_and_ends_where_the_last_of_it_does(
     steps: list[tuple[bool, int, int]],
 ):
-    file, written = SpillFile(), dict[Room, bytearray]()
+    file, written = SpillFile(), dict[FileRegion, bytearray]()
     for index, (gives_back, size, which) in enumerate(steps):
         if gives_back and written:
-            room = sorted(written)[which % len(written)]
-            del written[room]
-            file.give_back(room)
+            region = sorted(written)[which % len(written)]
+            del written[region]
+            file.give_back(region)
         else:
             data = bytearray([index]) * size
-            room = file.write(data)
-            written[room] = data
+            region = file.write(data)
+            written[region] = data
         assert all(
             before.end <= after.start for before, after in zip(sorted(written), sorted(written)[1:], strict=False)
         )
-        assert file.num_bytes == max((room.end for room in written), default=0)
-    assert all(file.read(room) == data for room, data in written.items())
+        assert file.num_bytes == max((region.end for region in written), default=0)
+    assert all(file.read(region) == data for region, data in written.items())
 
 
 def test_nothing_is_seen_in_the_folder_and_nothing_stays_there(tmp_path: Path):
-    store = Store(memory_bytes=0, folder=tmp_path)
+    store = HistoryStore(memory_bytes=0, folder=tmp_path)
     kept = store.put(inputs(1, 10, 0))
     assert store.file_bytes == 10 * TOKEN_BYTES
     assert list(tmp_path.iterdir()) == []
@@ -214,7 +214,7 @@ def test_nothing_is_seen_in_the_folder_and_nothing_stays_there(tmp_path: Path):
 
 
 def test_a_disk_without_room_leaves_a_history_in_memory(caplog: pytest.LogCaptureFixture):
-    store = Store(memory_bytes=0)
+    store = HistoryStore(memory_bytes=0)
 
     def full(data: object) -> int:
         raise OSError(28, "No space left on device")
@@ -232,15 +232,15 @@ def test_a_disk_without_room_leaves_a_history_in_memory(caplog: pytest.LogCaptur
 
 def test_a_folder_that_is_not_there_is_a_mistake(tmp_path: Path):
     with pytest.raises(UserError, match=r"no file can be made in .*nowhere: No such file"):
-        Store(memory_bytes=0, folder=tmp_path / "nowhere")
+        HistoryStore(memory_bytes=0, folder=tmp_path / "nowhere")
     with pytest.raises(UserError, match="history_folder is for what does not fit into history_memory"):
-        Store(folder=tmp_path)
+        HistoryStore(folder=tmp_path)
     with pytest.raises(UserError, match="at least 0"):
-        Store(memory_bytes=-1)
+        HistoryStore(memory_bytes=-1)
 
 
 def test_a_store_that_nobody_holds_closes_its_file():
-    store = Store(memory_bytes=0)
+    store = HistoryStore(memory_bytes=0)
     assert store._file is not None
     descriptor = store._file._file.fileno()
     kept = store.put(inputs(1, 1, 0))
@@ -254,7 +254,7 @@ def test_a_store_that_nobody_holds_closes_its_file():
 
 
 def test_a_long_prompt_that_is_settled_piece_by_piece_is_not_copied_each_time():
-    history, prompt = History(Store()), inputs(1, 10 * BLOCK_TOKENS + 3, 0)
+    history, prompt = History(HistoryStore()), inputs(1, 10 * BLOCK_TOKENS + 3, 0)
     history.append(prompt)
     for num_tokens in range(0, 9 * BLOCK_TOKENS + 1, BLOCK_TOKENS // 2):
         history.settle(num_tokens)

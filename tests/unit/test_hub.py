@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 
 from shoal.errors import CheckpointError, ShoalError, UserError
-from shoal.model.checkpoint import Checkpoint
+from shoal.model.weights.checkpoint import Checkpoint
 from shoal.spans import Span
 
 from .fake_hub import COMMIT, FakeHub

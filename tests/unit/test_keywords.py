@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from shoal.client.keywords import DEFAULTS, KEYWORDS, Refused, Renamed, Taken, resolve, similar
-from shoal.client.wishes import device_of
+from shoal.client.options.keywords import DEFAULTS, KEYWORDS, Refused, Renamed, Taken, resolve, similar
+from shoal.client.options.requested_options import device_of
 from shoal.errors import UserError
 
 

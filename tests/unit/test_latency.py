@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.routing.latency import HALF_LIFE, SLOWNESS, RoundTrips
-from shoal.routing.moving import pays_to_move, replay_seconds
-from shoal.routing.route import Hop
+from shoal.policy.moving import pays_to_move, replay_seconds
+from shoal.policy.routing.latency import HALF_LIFE, SLOWNESS, RoundTrips
+from shoal.policy.routing.route import Hop
 from shoal.spans import Span
 
 from .test_routing import server

@@ -6,43 +6,43 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.testing.link import Lane, Link
+from shoal.testing.link import Link, LinkDirection
 
 SENDS = st.lists(st.tuples(st.floats(0, 10), st.integers(1, 1 << 20)), min_size=1, max_size=50)
 """Pauses before, and bytes."""
 
 
 def test_a_plain_link_changes_nothing():
-    lane = Lane(Link())
+    lane = LinkDirection(Link())
     assert lane.link.is_transparent
     assert [lane.send(1 << 20, now) for now in (1.0, 1.0, 2.5)] == [1.0, 1.0, 2.5]
     assert lane.room_at() < 2.5
 
 
 def test_delay_is_added_to_all_alike():
-    lane = Lane(Link(delay_seconds=0.05))
+    lane = LinkDirection(Link(delay_seconds=0.05))
     assert [lane.send(size, 10.0) for size in (1, 1 << 30)] == [10.05, 10.05]
 
 
 def test_who_comes_while_the_link_is_busy_comes_after():
-    lane = Lane(Link(delay_seconds=1.0, bytes_per_second=100.0))
+    lane = LinkDirection(Link(delay_seconds=1.0, bytes_per_second=100.0))
     assert [lane.send(200, 0.0), lane.send(100, 0.0), lane.send(100, 1.0)] == [3.0, 4.0, 5.0]
 
 
 def test_an_idle_link_saves_nothing_up():
-    lane = Lane(Link(bytes_per_second=100.0))
+    lane = LinkDirection(Link(bytes_per_second=100.0))
     assert [lane.send(100, 0.0), lane.send(100, 50.0)] == [1.0, 51.0]
 
 
 def test_whoever_has_filled_the_queue_waits_until_there_is_room():
-    lane = Lane(Link(bytes_per_second=100.0, queue_seconds=0.5))
+    lane = LinkDirection(Link(bytes_per_second=100.0, queue_seconds=0.5))
     lane.send(100, 0.0)
     assert lane.room_at() == 0.5
 
 
 @given(SENDS)
 def test_a_link_never_carries_more_than_it_can(sends):
-    lane = Lane(Link(bytes_per_second=1e6))
+    lane = LinkDirection(Link(bytes_per_second=1e6))
     now, first, last, total = 0.0, sends[0][0], 0.0, 0
     for pause, size in sends:
         now += pause
@@ -56,7 +56,7 @@ def test_a_link_never_carries_more_than_it_can(sends):
 
 @given(st.lists(st.integers(1, 1 << 20), min_size=1, max_size=50), st.floats(0, 1))
 def test_for_who_waits_for_room_the_queue_has_an_end(sizes, queue_seconds):
-    lane, now = Lane(Link(bytes_per_second=1e6, queue_seconds=queue_seconds)), 0.0
+    lane, now = LinkDirection(Link(bytes_per_second=1e6, queue_seconds=queue_seconds)), 0.0
     for size in sizes:
         now = max(now, lane.room_at())
         assert lane.send(size, now) - now <= queue_seconds + size / 1e6 + 1e-6
@@ -65,14 +65,17 @@ def test_for_who_waits_for_room_the_queue_has_an_end(sizes, queue_seconds):
 @given(st.integers(0, 1000))
 def test_jitter_has_a_bound_and_is_the_same_again_with_the_same_seed(seed):
     link = Link(delay_seconds=1.0, jitter_seconds=0.5)
-    first, second = ([lane.send(1, 0.0) for _ in range(20)] for lane in (Lane(link, seed=seed), Lane(link, seed=seed)))
+    first, second = (
+        [lane.send(1, 0.0) for _ in range(20)]
+        for lane in (LinkDirection(link, seed=seed), LinkDirection(link, seed=seed))
+    )
     assert first == second
     assert all(1.0 <= arrival <= 1.5 for arrival in first)
     assert len(set(first)) > 1
 
 
 def test_a_link_that_changes_owes_nothing_to_what_it_was():
-    lane = Lane(Link(bytes_per_second=1.0))
+    lane = LinkDirection(Link(bytes_per_second=1.0))
     lane.send(1000, 0.0)
     lane.change(Link(delay_seconds=0.5))
     assert lane.send(1000, 1.0) == 1.5

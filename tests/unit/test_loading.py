@@ -13,19 +13,20 @@ import pytest
 import torch
 
 from shoal.bundled import STORIES
-from shoal.model import memo
-from shoal.model.checkpoint import Checkpoint
-from shoal.model.load import load_body
-from shoal.model.quantize import Quantization
+from shoal.model.linear.quantization import Quantization
+from shoal.model.loading import load_body
+from shoal.model.weights import disk_cache as memo
+from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
-from shoal.server.batch import Chunk
+from shoal.peers import ServerState
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Abandoned
-from shoal.server.progress import Phase, Progress
+from shoal.server.kv.batch import Chunk
+from shoal.server.kv.session_cache import Growth
 from shoal.server.server import serve
-from shoal.server.session import Growth
-from shoal.server.speeds import Speeds, Watch
-from shoal.spans import ServerState, Span
+from shoal.server.speed_watch import Speeds, Watch
+from shoal.server.startup_progress import Phase, Progress
+from shoal.spans import Span
 
 
 class Stopped(Exception):

@@ -8,9 +8,9 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.routing.nsga2 import crowding, dominates, fronts
-from shoal.routing.route import Measured, Needs, choose_route
-from shoal.routing.view import SwarmView
+from shoal.policy.routing.nsga2 import crowding, dominates, fronts
+from shoal.policy.routing.route import Measured, Needs, choose_route
+from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
 from .test_routing import RING, knowledge, server, swarms
@@ -34,10 +34,10 @@ def test_fronts_are_peeled_off_one_after_another():
 def test_whoever_is_in_a_front_is_dominated_from_the_one_before_only(scores: list[tuple[int, int]]):
     found = fronts(scores)
     assert sorted(index for front in found for index in front) == list(range(len(scores)))
-    for before, front in zip([[], *found], found, strict=False):
+    for upstream, front in zip([[], *found], found, strict=False):
         for index in front:
             assert not any(dominates(scores[other], scores[index]) for other in front)
-            assert not before or any(dominates(scores[other], scores[index]) for other in before)
+            assert not upstream or any(dominates(scores[other], scores[index]) for other in upstream)
 
 
 def test_the_ends_of_a_front_are_kept_and_then_those_with_few_neighbours():

@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shoal.model.prefix import PAGE_TOKENS, page_names, root
-from shoal.server.pages import PagePool, pages_for
-from shoal.server.refusal import Inputs
-from shoal.server.session import Session
+from shoal.prefix import PAGE_TOKENS, page_names, root
+from shoal.server.kv.pages import PagePool, pages_for
+from shoal.server.kv.session_cache import SessionCache
+from shoal.server.step_inputs import StepInputs
 from shoal.spans import Span
 
 NUM_PAGES = 12
@@ -138,17 +138,17 @@ class Sessions(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(NUM_PAGES)
-        self.sessions: dict[Session, list[tuple[int, ...]]] = {}  # each row's tokens so far
+        self.sessions: dict[SessionCache, list[tuple[int, ...]]] = {}  # each row's tokens so far
         self.memory: dict[int, tuple[int, ...]] = {}  # a page's tokens, with all that come before them
         self.num_opened = 0
 
-    def _inputs(self, rows: list[tuple[int, ...]], start: int) -> Inputs:
+    def _inputs(self, rows: list[tuple[int, ...]], start: int) -> StepInputs:
         hidden = torch.tensor([row[start:] for row in rows], dtype=torch.float32)[..., None]
-        return Inputs(hidden, None, None)
+        return StepInputs(hidden, None, None)
 
     @rule(num_rows=st.integers(1, 3), tokens=st.integers(0, 1), num_tokens=st.integers(1, 40))
     def open(self, num_rows: int, tokens: int, num_tokens: int) -> None:
-        session = Session(self.pool, SPAN, opened=self.num_opened, peer="peer", salt="", batch_size=num_rows)
+        session = SessionCache(self.pool, SPAN, opened=self.num_opened, peer="peer", salt="", batch_size=num_rows)
         self.num_opened += 1
         hidden = torch.full((num_tokens, 1), float(tokens))
         names = page_names(root(SPAN, ""), hidden, torch.arange(num_tokens))
@@ -182,7 +182,7 @@ class Sessions(RuleBasedStateMachine):
                 return
             self._grow(session, rows, some)
 
-    def _grow(self, session: Session, rows: list[tuple[int, ...]], num_tokens: int) -> None:
+    def _grow(self, session: SessionCache, rows: list[tuple[int, ...]], num_tokens: int) -> None:
         promised, available = session.pages_needed(num_tokens), self.pool.num_available
         growth = session.grow(num_tokens)
         assert available - self.pool.num_available <= promised

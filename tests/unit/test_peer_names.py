@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.client.config import ClientConfig
-from shoal.client.peer_names import all_are_whole, find_peer, with_whole_ids
+from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.peer_names import all_are_whole, find_peer, with_whole_ids
 from shoal.errors import UserError
 from shoal.net.identity import Identity
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.peers import ServerInfo, ServerState
+from shoal.spans import Span
 
 A, B, C, ABSENT = (Identity.temporary().peer for _ in range(4))
 

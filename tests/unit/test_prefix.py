@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.model.prefix import DIGEST_BYTES, PAGE_TOKENS, following, page_names, root
-from shoal.server.session import Row
+from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS, following, page_names, root
+from shoal.server.kv.session_cache import Row
 from shoal.spans import Span
 
 FIRST = root(Span(0, 4), "salt")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.routing.costs import Costs, Measured, Needs
-from shoal.routing.proof import BY_CHANCE, to_ask, without_choice
-from shoal.routing.view import SwarmView
+from shoal.policy.routing.costs import Costs, Measured, Needs
+from shoal.policy.routing.proof import BY_CHANCE, to_ask, without_choice
+from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
 from .test_routing import server

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoal.model.quantized_linear import FourBitLinear, Int8Linear, replace_quantized_linears
+from shoal.model.linear.quantized_linear import FourBitLinear, Int8Linear, replace_quantized_linears
 
 SHAPES = [(192, 128), (60, 128), (48, 32)]  # outputs and inputs: the last two are none that bitsandbytes' kernel knows
 DTYPES = [torch.float32, torch.bfloat16]

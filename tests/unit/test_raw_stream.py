@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from shoal.net import codec
-from shoal.net.frames import PREFIX_BYTES, pack_prefix
-from shoal.net.raw_stream import Libp2pStream
+from shoal.net.libp2p.raw_stream import Libp2pStream
 from shoal.net.transport import CHUNK_BYTES, StreamBroken
-from shoal.net.unfinished import UnfinishedFrames
-from shoal.protocol import IN_SESSION, QUESTIONS, Forward, Message, Ping, ProtocolViolation, Result, dump
+from shoal.net.wire import codec
+from shoal.net.wire.frames import PREFIX_BYTES, pack_prefix
+from shoal.net.wire.unfinished_frames import UnfinishedFrames
+from shoal.protocol import REQUEST_KINDS, SESSION_KINDS, AnyMessage, Forward, Ping, ProtocolViolation, Result, dump
 from shoal.tensors import TensorSpec
 
 pytestmark = pytest.mark.anyio
@@ -56,7 +56,7 @@ class Wire:
         self.closed = True
 
 
-def forward(num_tokens: int = 1024, hidden: int = 1024) -> Message:
+def forward(num_tokens: int = 1024, hidden: int = 1024) -> AnyMessage:
     spec = TensorSpec(name="hidden", dtype="float32", shape=(1, num_tokens, hidden))
     return Forward(model="m", fingerprint="f", start=0, end=1, tensors=(spec,))
 
@@ -86,39 +86,39 @@ async def test_a_frame_is_refused_by_its_header_before_anything_of_the_payload_i
     wire = Wire()
     wire.come(head(header, payload) + bytes(1000))
     with pytest.raises(ProtocolViolation):
-        await soon(codec.receive(wire.stream, QUESTIONS))
+        await soon(codec.receive(wire.stream, REQUEST_KINDS))
     assert wire.untouched == 1000
     await wire.stream.send(b"that is refused")  # an answer can be sent still, and nothing more be received
     assert wire.written.endswith(b"that is refused")
     with pytest.raises(StreamBroken):
-        await soon(codec.receive(wire.stream, QUESTIONS))
+        await soon(codec.receive(wire.stream, REQUEST_KINDS))
 
 
 async def test_only_messages_that_make_sense_in_a_session_are_taken_there():
     wire = Wire()
     wire.come(head(dump(forward()), 4 * MIB))
     with pytest.raises(ProtocolViolation, match="forward"):
-        await soon(codec.receive(wire.stream, IN_SESSION))
+        await soon(codec.receive(wire.stream, SESSION_KINDS))
 
 
 async def test_what_is_admitted_arrives_whole_also_after_a_cancelled_receive():
     wire, message = Wire(), forward(256, 512)
     data = bytes(range(256)) * (message.payload_bytes // 256)
     wire.come(head(dump(message), len(data)) + data[: 3 * PREFIX_BYTES])
-    receiving = asyncio.create_task(codec.receive(wire.stream, QUESTIONS))
+    receiving = asyncio.create_task(codec.receive(wire.stream, REQUEST_KINDS))
     for _ in range(5):
         await asyncio.sleep(0)
     receiving.cancel()
     await asyncio.gather(receiving, return_exceptions=True)
     wire.come(data[3 * PREFIX_BYTES :])
-    received, tensors = await soon(codec.receive(wire.stream, QUESTIONS))
+    received, tensors = await soon(codec.receive(wire.stream, REQUEST_KINDS))
     assert received == message
     assert tensors["hidden"].numpy().tobytes() == data
 
 
 async def taken_of(wires: list[Wire], num_bytes: int) -> tuple[int, list[asyncio.Task[Any]]]:
     """How much is taken of so many bytes on each of these, and who waits for the rest."""
-    tasks = [asyncio.create_task(codec.receive(wire.stream, QUESTIONS)) for wire in wires]
+    tasks = [asyncio.create_task(codec.receive(wire.stream, REQUEST_KINDS)) for wire in wires]
     for wire in wires:
         wire.come(bytes(num_bytes))
     for _ in range(2 * num_bytes // CHUNK_BYTES + 10):
@@ -143,7 +143,7 @@ async def test_of_one_peer_not_more_is_taken_than_a_payload_may_have_however_man
     ((from_other, more), small) = await taken_of([other], 2 * MIB), Wire(unfinished=unfinished)
     assert from_other == 2 * MIB
     small.come(head(dump(forward(1, 16)), 64) + bytes(64))
-    await soon(codec.receive(small.stream, QUESTIONS))  # small frames need no room
+    await soon(codec.receive(small.stream, REQUEST_KINDS))  # small frames need no room
     await ended(*tasks, *more)
 
 
@@ -152,7 +152,7 @@ async def test_a_frame_that_waits_for_room_is_taken_when_another_one_is_whole_or
     wires = [Wire(unfinished=unfinished) for _ in range(4)]
     for wire in wires:
         wire.come(head(dump(forward()), 4 * MIB))
-    first, second, third, fourth = (asyncio.create_task(codec.receive(w.stream, QUESTIONS)) for w in wires)
+    first, second, third, fourth = (asyncio.create_task(codec.receive(w.stream, REQUEST_KINDS)) for w in wires)
     for wire in wires:
         wire.come(bytes(4 * MIB))
     await soon(first)
@@ -162,7 +162,7 @@ async def test_a_frame_that_waits_for_room_is_taken_when_another_one_is_whole_or
     await soon(fourth)
     largest = Wire(unfinished=unfinished)
     largest.come(head(dump(forward(1024, 4096)), 16 * MIB) + bytes(16 * MIB))
-    await soon(codec.receive(largest.stream, QUESTIONS))  # by itself, whatever its size
+    await soon(codec.receive(largest.stream, REQUEST_KINDS))  # by itself, whatever its size
     assert not unfinished._shares
 
 

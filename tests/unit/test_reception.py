@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shoal.net.reception import Answers, Fault, Reception, fault_of
+from shoal.net.libp2p.reception import Answers, Fault, Reception, fault_of
 from shoal.net.records import CLOCK_SKEW
 
 

@@ -9,11 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal.errors import MissingBlocks
-from shoal.routing.costs import HOP_OVERHEAD, NO_ROOM, OTHER_DTYPE, RELAYED, UNKNOWN_ROUND_TRIP
-from shoal.routing.placement import choose_num_blocks, choose_span
-from shoal.routing.route import Measured, Needs, Route, announced_seconds, choose_route, price_route
-from shoal.routing.view import SwarmView, format_blocks
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.peers import ServerInfo, ServerState
+from shoal.policy.placement import choose_num_blocks, choose_span
+from shoal.policy.routing.costs import HOP_OVERHEAD, NO_ROOM, OTHER_DTYPE, RELAYED, UNKNOWN_ROUND_TRIP
+from shoal.policy.routing.route import Measured, Needs, Route, announced_seconds, choose_route, price_route
+from shoal.policy.view import SwarmView, format_blocks
+from shoal.spans import Span
 
 WALK, RING = Needs(ring=False), Needs()
 
@@ -116,11 +117,14 @@ def test_servers_that_cannot_reach_one_another_cost_the_way_through_the_client()
 
 
 def test_a_part_of_a_ring_is_chosen_for_its_neighbours():
-    before, after = server("before", "0:2", to={"x": 0.2, "y": 0.01}), server("after", "4:6", to={"x": 0.2, "y": 0.01})
-    view = SwarmView(6, (before, server("x", "2:4"), server("y", "2:4"), after))
+    upstream, downstream = (
+        server("before", "0:2", to={"x": 0.2, "y": 0.01}),
+        server("after", "4:6", to={"x": 0.2, "y": 0.01}),
+    )
+    view = SwarmView(6, (upstream, server("x", "2:4"), server("y", "2:4"), downstream))
     known = Measured({"x": 0.001, "y": 0.2, "before": 0.001, "after": 0.001})
     alone = choose_route(view, Span(2, 4), needs=RING, known=known)
-    between = choose_route(view, Span(2, 4), needs=RING, known=known, before=before, after=after)
+    between = choose_route(view, Span(2, 4), needs=RING, known=known, upstream=upstream, downstream=downstream)
     assert [hop.server.peer for hop in (*alone.hops, *between.hops)] == ["x", "y"]
     assert between.seconds == pytest.approx(0.005 + HOP_OVERHEAD + announced_seconds(view.servers[2], 2, 1) + 0.005)
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from shoal.errors import UnsupportedOperation
-from shoal.model.skeleton import LINEAR, num_features, skeletons
+from shoal.model.peft.skeleton import LINEAR, num_features, skeletons
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 MODELS: dict[str, PreTrainedModel] = {

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.policy.routing.route import Measured, Needs, choose_route
+from shoal.policy.routing.spread import SMALLEST_PASS, WorkInFlight, microbatch_rows
+from shoal.policy.view import SwarmView
 from shoal.protocol import MAX_STEP_TOKENS
-from shoal.routing.route import Measured, Needs, choose_route
-from shoal.routing.spread import SMALLEST_PASS, UnderWay, microbatch_rows
-from shoal.routing.view import SwarmView
 from shoal.spans import Span
 
 from .test_routing import server
@@ -21,7 +21,7 @@ PASS = Needs(step_tokens=1024, ring=False)
 
 def spread(view: SwarmView, number: int, known: Measured | None = None) -> Counter[str]:
     """How many of so many passes each server gets, all at once."""
-    under_way, found = UnderWay(), Counter[str]()
+    under_way, found = WorkInFlight(), Counter[str]()
     for _ in range(number):
         known = Measured((known or Measured()).round_trips, under_way=under_way.seconds)
         route = choose_route(view, Span(0, view.num_blocks), needs=PASS, known=known)
@@ -54,14 +54,14 @@ def test_a_far_server_gets_less_and_still_some():
 @given(st.lists(st.floats(1, 1000), min_size=1, max_size=4), st.integers(1, 12))
 def test_when_all_passes_are_done_nothing_is_under_way(speeds: list[float], number: int):
     view = SwarmView(4, tuple(server(f"s{index}", "0:4", speed) for index, speed in enumerate(speeds)))
-    under_way, routes = UnderWay(), []
+    under_way, routes = WorkInFlight(), []
     for _ in range(number):
         routes.append(choose_route(view, Span(0, 4), needs=PASS, known=Measured(under_way=under_way.seconds)))
         under_way = under_way.with_(routes[-1])
     assert sum(under_way.seconds.values()) == pytest.approx(sum(cost.compute for r in routes for cost in r.costs))
     for route in reversed(routes):
         under_way = under_way.without(route)
-    assert under_way == UnderWay()
+    assert under_way == WorkInFlight()
 
 
 @given(batch_size=st.integers(1, 4096), num_tokens=st.integers(1, 5000), num_servers=st.integers(0, 100))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.model import memo
-from shoal.server.batch import Chunk
-from shoal.server.session import Growth
-from shoal.server.speeds import MANY_PASSES, WHILE_SECONDS, Seen, Speeds, Watch
+from shoal.model.weights import disk_cache as memo
+from shoal.server.kv.batch import Chunk
+from shoal.server.kv.session_cache import Growth
+from shoal.server.speed_watch import MANY_PASSES, WHILE_SECONDS, Seen, Speeds, Watch
 from shoal.server.throughput import KEPT_SECONDS, ROUNDS, Measurement, Runs, processor_name, speeds_kept
 from shoal.spans import Span
 

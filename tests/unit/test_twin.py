@@ -11,15 +11,16 @@ import pytest
 
 from shoal.bundled import STORIES
 from shoal.errors import UserError
-from shoal.model.checkpoint import Checkpoint
+from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.identity import Identity
+from shoal.net.libp2p.twin import Twins, only_here
 from shoal.net.memory import MemoryNetwork
 from shoal.net.records import Announcement
-from shoal.net.transport import MAX_LIFETIME, ModelInfo
-from shoal.net.twin import Twins, only_here
+from shoal.net.transport import MAX_LIFETIME
+from shoal.peers import ModelInfo, ServerState
 from shoal.server.config import ServerConfig
 from shoal.server.server import model_info, serve
-from shoal.spans import ServerState, Span
+from shoal.spans import Span
 
 from .test_routing import server
 
@@ -94,15 +95,15 @@ def test_a_second_server_that_started_with_the_first_is_noticed_once(caplog: pyt
     late = STARTED_AT + MAX_LIFETIME + 1
     twins = Twins(ME)
     with caplog.at_level(logging.WARNING, "shoal"):
-        twins.hear(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=late))  # we have not said yet where we are
+        twins.record(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=late))  # we have not said yet where we are
         for place in "/ip4/10.0.0.1/tcp/1", "/ip4/10.0.0.9/tcp/1":  # a new address, from the router
             twins.announces([f"{place}/p2p/{ME}"], now=STARTED_AT)
-        twins.hear(said_by(ME, "/ip4/10.0.0.1/tcp/1", expires=late))
-        twins.hear(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=STARTED_AT + 60))  # before it crashed
-        twins.hear(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=late, state=ServerState.LEAVING))
-        twins.hear(said_by(Identity.temporary().peer, "/ip4/10.0.0.2/tcp/1", expires=late))
+        twins.record(said_by(ME, "/ip4/10.0.0.1/tcp/1", expires=late))
+        twins.record(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=STARTED_AT + 60))  # before it crashed
+        twins.record(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=late, state=ServerState.LEAVING))
+        twins.record(said_by(Identity.temporary().peer, "/ip4/10.0.0.2/tcp/1", expires=late))
         assert not caplog.records
         for _ in range(3):
-            twins.hear(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=late))
+            twins.record(said_by(ME, "/ip4/10.0.0.2/tcp/1", expires=late))
     (record,) = caplog.records
     assert "another server has this one's identity, at /ip4/10.0.0.2/tcp/1" in record.getMessage()

@@ -77,7 +77,7 @@ def _demonstrate(
         bootstrap = children.start("bootstrap", "dht", *local, "--identity", str(children.folder / "bootstrap"))
         import torch
 
-        from shoal.cli.picture import render
+        from shoal.cli.render import render
         from shoal.cli.status import look
         from shoal.client import AutoDistributedModelForCausalLM
 

@@ -129,11 +129,11 @@ def connected(
     *,
     revision: str | None,
     history_memory: int | None,
-    **wishes: Any,
+    **config: Any,
 ) -> Iterator[tuple[Any, Any]]:
     """The model in the swarm, and its tokenizer; leaves the swarm with the context.
 
-    `history_memory` is in MiB, all other `wishes` are what `from_pretrained` takes.
+    `history_memory` is in MiB, all other `config` are what `from_pretrained` takes.
     """
     with waiting("Importing PyTorch and Transformers") as wait:
         from shoal.client import AutoDistributedModelForCausalLM
@@ -145,7 +145,7 @@ def connected(
             initial_peers=peers,
             revision=revision,
             history_memory=None if history_memory is None else history_memory << 20,
-            **wishes,
+            **config,
         )
     try:
         yield llm, load_tokenizer(model, revision)

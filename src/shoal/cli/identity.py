@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shoal.errors import UserError
-from shoal.model.memo import cache_folder
+from shoal.model.weights.disk_cache import cache_folder
 
 
 @contextlib.contextmanager

@@ -16,9 +16,9 @@ from shoal.cli.identity import identity_file
 from shoal.cli.invitation import invitation
 from shoal.cli.lifetime import end_with_parent, run_until_signalled
 from shoal.cli.rates import tokens_per_second
-from shoal.model.places import check_model, folder_of
+from shoal.model.weights.places import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
-from shoal.server.shares import Shares
+from shoal.server.engine.engine_limits import Limits
 from shoal.spans import Span
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def command(
     ] = options.CacheDType.auto,
     prefill_share: Annotated[
         float, typer.Option(min=0.0, max=0.95, metavar="PART", help="Of a pass, for prompts while others decode.")
-    ] = Shares.prefill,
+    ] = Limits.prefill,
     training_share: Annotated[
         float, typer.Option(min=0.0, max=1.0, metavar="PART", help="Of the time, for training while others generate.")
-    ] = Shares.training,
+    ] = Limits.training,
     training: Annotated[
         bool, typer.Option("--training/--no-training", help="Compute forward and backward passes too.")
     ] = True,
@@ -80,10 +80,10 @@ def command(
     ] = None,
     adapter_memory: Annotated[
         int, typer.Option(min=1, metavar="MIB", help="For adapters that clients bring.")
-    ] = Shares.adapter_bytes >> 20,
+    ] = Limits.adapter_bytes >> 20,
     training_memory: Annotated[
         int, typer.Option(min=0, metavar="MIB", help="To keep what backward passes need; the rest is computed again.")
-    ] = Shares.kept_bytes >> 20,
+    ] = Limits.activation_bytes >> 20,
     serve_head: Annotated[
         bool,
         typer.Option("--serve-head", help="Hold the output head too, after the last block, for clients that ask."),
@@ -136,8 +136,8 @@ def command(
     with waiting("Importing PyTorch and Transformers"):
         import torch
 
+        from shoal.server.capacity import choose_device
         from shoal.server.config import ServerConfig
-        from shoal.server.fit import choose_device
         from shoal.server.server import serve  # noqa: F401 - slow, so it is named while it is awaited
 
         hush_transformers()
@@ -153,11 +153,11 @@ def command(
             quantization=quantization.value,
             cache_tokens=cache_tokens,
             cache_dtype=cache_dtype.value,
-            shares=Shares(
+            limits=Limits(
                 prefill=prefill_share,
                 training=training_share,
                 adapter_bytes=adapter_memory << 20,
-                kept_bytes=training_memory << 20,
+                activation_bytes=training_memory << 20,
             ),
             training=training,
             adapters=tuple(adapter or ()),
@@ -172,8 +172,8 @@ def command(
 
 async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
     from shoal.net import join
-    from shoal.server.progress import Phase, Progress
     from shoal.server.server import serve
+    from shoal.server.startup_progress import Phase, Progress
 
     def show(progress: Progress) -> None:
         # These two draw progress bars of their own: hashing, and downloading.

@@ -14,16 +14,17 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
-from shoal.cli.picture import render, render_route
+from shoal.cli.render import render, render_route
 from shoal.errors import UserError
-from shoal.model.places import check_model, is_path
-from shoal.routing.dtypes import mixture
-from shoal.routing.view import SwarmView, format_blocks
+from shoal.model.weights.places import check_model, is_path
+from shoal.policy.dtypes import mixture
+from shoal.policy.view import SwarmView, format_blocks
 from shoal.spans import Span
 
 if TYPE_CHECKING:
-    from shoal.net.transport import ModelInfo, Node
-    from shoal.routing.route import Route
+    from shoal.net.transport import Node
+    from shoal.peers import ModelInfo
+    from shoal.policy.routing.route import Route
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ async def way(node: Node, view: SwarmView) -> Route | None:
     Where servers have different weights, through those that most of them have.
     """
     from shoal.net.ping import distances
-    from shoal.routing.route import Measured, Needs, choose_route
+    from shoal.policy.routing.route import Measured, Needs, choose_route
 
     weights = Counter(server.fingerprint for server in view.online().servers).most_common(1)
     view = view.online().only(lambda server: server.fingerprint == weights[0][0])
@@ -149,8 +150,8 @@ def _named(wanted: str, models: Iterable[ModelInfo]) -> ModelInfo:
     for model in models:
         if wanted in (model.key, model.name) and not is_folder:
             return model
-    from shoal.model.checkpoint import Checkpoint
-    from shoal.net.transport import ModelInfo
+    from shoal.model.weights.checkpoint import Checkpoint
+    from shoal.peers import ModelInfo
 
     hush_transformers()
     try:

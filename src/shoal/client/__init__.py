@@ -1,7 +1,7 @@
 """The client: a Transformers model whose blocks are elsewhere."""
 
 from shoal.client.blocks import RemoteBlocks
-from shoal.client.inference import InferenceSession
+from shoal.client.inference_session import InferenceSession
 from shoal.client.model import (
     AutoDistributedModel,
     AutoDistributedModelForCausalLM,

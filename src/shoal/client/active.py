@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shoal.client.inference import InferenceSession
+    from shoal.client.inference_session import InferenceSession
 
 _entered: ContextVar[tuple[InferenceSession, ...]] = ContextVar("_entered", default=())
 

@@ -14,19 +14,19 @@ import torch
 from torch import nn
 
 from shoal.client.active import active_session
-from shoal.client.attributes import ConfigAttributes
-from shoal.client.autograd import NoGradient, ThroughSwarm, Work
-from shoal.client.chain import Chain
-from shoal.client.inference import InferenceSession, note_opened
-from shoal.client.inputs import check_inputs, mask_of, positions_of
-from shoal.client.passes import Passes
-from shoal.client.plan import Plan
+from shoal.client.call_inputs import check_inputs, mask_of, positions_of
+from shoal.client.inference_session import InferenceSession, note_opened
+from shoal.client.options.config_attributes import ConfigAttributes
 from shoal.client.runtime import Hold, Runtime
+from shoal.client.swarm.swarm import Swarm
+from shoal.client.training.autograd import NoGradient, PassCall, SwarmFunction
+from shoal.client.training.pass_plan import PassPlan
+from shoal.client.training.remote_passes import RemotePasses
 from shoal.errors import UserError
 from shoal.model.copying import NotPickled
-from shoal.model.factors import Tuned, Tuning, tuned_block, unmeasured
 from shoal.model.head import HeadCache, NotBegun
-from shoal.model.prompts import PROMPT
+from shoal.model.peft.factors import Tuned, Tuning, tuned_block, unmeasured
+from shoal.model.peft.prompts import PROMPT
 from shoal.spans import Span
 
 DEFAULT_SESSION_LENGTH = 2048
@@ -39,11 +39,11 @@ class RemoteBlocks(NotPickled, nn.Module):
     def __init__(
         self,
         runtime: Runtime,
-        chain: Chain,
+        swarm: Swarm,
         span: Span,
         *,
         max_length: int,
-        passes: Passes | None = None,
+        passes: RemotePasses | None = None,
         skeletons: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class RemoteBlocks(NotPickled, nn.Module):
         self._measuring = threading.Lock()
         self._attributes: ConfigAttributes | None = None
         self._hold = Hold(runtime)
-        self._chain = chain
-        self._passes = passes or _passes_of(runtime, chain)
+        self._swarm = swarm
+        self._passes = passes or _remote_passes(runtime, swarm)
         self.register_state_dict_pre_hook(_measure_before)
         self.mount(skeletons)
 
@@ -97,7 +97,7 @@ class RemoteBlocks(NotPickled, nn.Module):
     def _like(self, span: Span, skeletons: Mapping[str, nn.Module]) -> RemoteBlocks:
         blocks = RemoteBlocks(
             self._runtime,
-            self._chain,
+            self._swarm,
             span,
             max_length=self.max_length,
             passes=self._passes,
@@ -111,7 +111,7 @@ class RemoteBlocks(NotPickled, nn.Module):
         return (self[index] for index in range(len(self)))
 
     def extra_repr(self) -> str:
-        return f"{self.span} of {self._chain.model.name}, in the swarm"
+        return f"{self.span} of {self._swarm.model.name}, in the swarm"
 
     @torch.compiler.disable(reason="blocks are computed by servers")  # type: ignore[untyped-decorator]
     def forward(
@@ -135,7 +135,10 @@ class RemoteBlocks(NotPickled, nn.Module):
         if past_key_values is not None and not isinstance(past_key_values.session, NotBegun):
             session = cast(InferenceSession, past_key_values.session)
             output = session.step(
-                hidden_BTD, attention_mask=attention_mask, position_ids=position_ids, asked=past_key_values.asked
+                hidden_BTD,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                head_call=past_key_values.head_call,
             )
             if not torch.is_grad_enabled():
                 return output
@@ -144,8 +147,8 @@ class RemoteBlocks(NotPickled, nn.Module):
         mask = mask_of(attention_mask, hidden_BTD)
         positions = positions_of(position_ids, hidden_BTD)
         tuned = self._tuned()
-        work = Work(self._runtime, self._passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
-        output = cast(torch.Tensor, ThroughSwarm.apply(hidden_BTD, work, *self._parameters_of(tuned)))
+        work = PassCall(self._runtime, self._passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
+        output = cast(torch.Tensor, SwarmFunction.apply(hidden_BTD, work, *self._parameters_of(tuned)))
         if past_key_values is not None:  # whoever asks for more has the same numbers computed again, in a session
             session = self._session(1, max_length=None, expected_length=1, tuning=work.plan.tuning)
             session.in_call = True
@@ -196,13 +199,13 @@ class RemoteBlocks(NotPickled, nn.Module):
                         for magnitudes, found in zip(new.values(), norms.split(sizes), strict=True):
                             magnitudes.copy_(found)
 
-    def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> Plan:
+    def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> PassPlan:
         tuning = self._tuning(tuned)
         trainable = [each.block for each in tuned if any(own.requires_grad for own in each.parameters)]
         frozen = frozenset(each.block for each in tuned).difference(trainable)
         inputs_wanted = hidden_BTD.requires_grad and torch.is_grad_enabled()
         wanted = [self.span.start] * inputs_wanted + trainable * torch.is_grad_enabled()
-        return Plan(
+        return PassPlan(
             self.span,
             tuning,
             inputs_wanted=inputs_wanted,
@@ -237,7 +240,7 @@ class RemoteBlocks(NotPickled, nn.Module):
         self._follow()
         return InferenceSession(
             self._runtime,
-            self._chain,
+            self._swarm,
             self.span,
             batch_size=batch_size,
             max_length=max_length or self.max_length - self.num_prompt_tokens,
@@ -263,8 +266,8 @@ def _measure_before(blocks: RemoteBlocks, *_: Any) -> None:
     blocks.measure_new()
 
 
-def _passes_of(runtime: Runtime, chain: Chain) -> Passes:
+def _remote_passes(runtime: Runtime, swarm: Swarm) -> RemotePasses:
     """Single passes, until the network is closed."""
-    passes = Passes(chain)
+    passes = RemotePasses(swarm)
     runtime.resources.push_async_callback(passes.close)
     return passes

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from shoal.client.inference import InferenceSession
+from shoal.client.inference_session import InferenceSession
 from shoal.errors import UserError
 
 REPEATED_TOKENS = 8

@@ -21,20 +21,16 @@ from transformers import (
 )
 
 from shoal.client.active import active_session, none_active
-from shoal.client.attributes import ConfigAttributes
 from shoal.client.blocks import RemoteBlocks
-from shoal.client.chain import Chain
-from shoal.client.config import ClientConfig, chooser_of, peers_of, pins_of, salt_of
 from shoal.client.continuation import Continuation
-from shoal.client.inference import InferenceSession, closing_new_sessions, note_opened
-from shoal.client.keywords import resolve
-from shoal.client.logits import RemoteHead
-from shoal.client.peer_names import found_in_directory
-from shoal.client.projection import prepare_projection
-from shoal.client.runtime import Runtime
-from shoal.client.saving import SavesTrained, versions_of
-from shoal.client.tuning import add_adapter, add_prompts
-from shoal.client.wishes import (
+from shoal.client.head.logits import RemoteHead
+from shoal.client.head.projection import prepare_projection
+from shoal.client.inference_session import InferenceSession, closing_new_sessions, note_opened
+from shoal.client.options.client_config import ClientConfig, chooser_of, peers_of, pins_of, salt_of
+from shoal.client.options.config_attributes import ConfigAttributes
+from shoal.client.options.keywords import resolve
+from shoal.client.options.peer_names import found_in_directory
+from shoal.client.options.requested_options import (
     addresses_of,
     changed_config,
     check_encoding,
@@ -43,18 +39,23 @@ from shoal.client.wishes import (
     device_of,
     dtype_of,
     encoding_of,
-    kept_as,
+    history_encoding_of,
 )
+from shoal.client.runtime import Runtime
+from shoal.client.saving import SavesTrained, versions_of
+from shoal.client.swarm.swarm import Swarm
+from shoal.client.tuning import add_adapter, add_prompts
 from shoal.errors import SwarmError, UnsupportedModel, UserError
-from shoal.model.checkpoint import Checkpoint
-from shoal.model.factors import check_configs
 from shoal.model.families import text_config
 from shoal.model.head import CACHE_NAMES, HeadCache, build_head, cache_name, new_cache
-from shoal.model.peft_folder import PeftFolder
-from shoal.model.prompts import PROMPT, check_mode
-from shoal.model.skeleton import skeletons
+from shoal.model.peft.factors import check_configs
+from shoal.model.peft.peft_folder import PeftFolder
+from shoal.model.peft.prompts import PROMPT, check_mode
+from shoal.model.peft.skeleton import skeletons
+from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net import NetworkConfig, join
-from shoal.net.transport import ModelInfo, Node
+from shoal.net.transport import Node
+from shoal.peers import ModelInfo
 from shoal.protocol import MAX_LENGTH
 from shoal.spans import Span
 
@@ -111,7 +112,7 @@ class _AutoDistributed:
         Here, in `allowed_servers` and in `blocked_servers` a peer is a whole id, the end of one, or a server's name, as
         `shoal status` shows them; the last two are looked up once, now, and have to name one server that is there.
         `dtype` is what this side computes and sends in, by default what the servers compute in
-        (`shoal.routing.dtypes`), or the model's own dtype if there is none yet; `wire` is how that travels: "raw" as it
+        (`shoal.policy.dtypes`), or the model's own dtype if there is none yet; `wire` is how that travels: "raw" as it
         is, which "auto" means too, "bfloat16" or "int8" in fewer bytes and less precisely.
 
         What servers were sent is kept, so that others can take their place: `history` is how, "exact" or, less
@@ -134,8 +135,8 @@ class _AutoDistributed:
         nobody can find out by the time that it takes what you have asked.
 
         With `local_files_only`, nothing is downloaded. Other keyword arguments change the model's config, such as
-        `num_labels=3`; those of Transformers and PETALS are taken, or refused with a hint (`shoal.client.keywords`).
-        Call `close()` on the model, or leave it to the end of the process.
+        `num_labels=3`; those of Transformers and PETALS are taken, or refused with a hint
+        (`shoal.client.options.keywords`). Call `close()` on the model, or leave it to the end of the process.
 
         Raises `UserError`s for what can never work and `BootstrapFailed` if none of the peers answers.
         """
@@ -162,7 +163,7 @@ class _AutoDistributed:
             chooser=chooser_of(chooser),
             wire=encoding_of(wire),
             standby=standby,
-            history=kept_as(history),
+            history=history_encoding_of(history),
             history_memory=history_memory,
             history_folder=None if history_folder is None else Path(history_folder).expanduser(),
             remote_head=remote_head,
@@ -222,16 +223,16 @@ class _AutoDistributed:
         check_pins(config, checkpoint.num_blocks)
         model_info = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
         config = runtime.run(found_in_directory(config, node, model_info))
-        chain = Chain(node, model_info, checkpoint.fingerprint, config)
+        swarm = Swarm(node, model_info, checkpoint.fingerprint, config)
         chosen_dtype = dtype_of(dtype, model_config)
         if dtype == "auto":
-            of_swarm = runtime.run(chain.dtype(own=str(chosen_dtype).removeprefix("torch.")))
+            of_swarm = runtime.run(swarm.dtype(own=str(chosen_dtype).removeprefix("torch.")))
             chosen_dtype = dtype_of(of_swarm or chosen_dtype, model_config)
         check_encoding(config.wire, checkpoint.family, chosen_dtype, "travel in")
         check_encoding(config.history, checkpoint.family, chosen_dtype, "are kept as")
         blocks = RemoteBlocks(
             runtime,
-            chain,
+            swarm,
             Span(0, checkpoint.num_blocks),
             max_length=getattr(model_config, "max_position_embeddings", None) or MAX_LENGTH,
         )
@@ -264,7 +265,7 @@ class _AutoDistributed:
         blocks.watch(
             ConfigAttributes(
                 model.config,
-                chain,
+                swarm,
                 opened_with,
                 with_whole_ids=lambda wanted: runtime.run(found_in_directory(wanted, node, model_info)),
             )
@@ -314,12 +315,12 @@ class _InSwarm(SavesTrained):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._remote_head is not None:
             self._open_cache(args, kwargs)  # a server is asked for logits of a session, so that has to be there
-        asked = None if self._remote_head is None else self._remote_head.asked(self, kwargs)
-        if self._remote_head is None or asked is None:
+        head_call = None if self._remote_head is None else self._remote_head.head_call(self, kwargs)
+        if self._remote_head is None or head_call is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        view: Any = self._remote_head.view_of(self, asked)  # type: ignore[type-var]
-        with asked:
-            return asked.finished(super(_InSwarm, view).__call__(*args, **kwargs))  # type: ignore[misc]
+        view: Any = self._remote_head.view_of(self, head_call)  # type: ignore[type-var]
+        with head_call:
+            return head_call.finished(super(_InSwarm, view).__call__(*args, **kwargs))  # type: ignore[misc]
 
     def _open_cache(self: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Do here what the backbone would do a little later."""

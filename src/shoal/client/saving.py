@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shoal.errors import CheckpointError, UnsupportedOperation, UserError
 from shoal.model.copying import NotPickled
-from shoal.model.places import CONFIG, SINGLE_FILE
+from shoal.model.weights.places import CONFIG, SINGLE_FILE
 
 Versions = Mapping[str, tuple[tuple[int, ...], int]]
 

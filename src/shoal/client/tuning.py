@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from shoal.errors import UserError
-from shoal.model.peft_folder import PeftFolder
-from shoal.model.prompts import PROMPT, new_prompt
+from shoal.model.peft.peft_folder import PeftFolder
+from shoal.model.peft.prompts import PROMPT, new_prompt
 
 
 def add_adapter(model: Any, adapter: PeftFolder) -> None:

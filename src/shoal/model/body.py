@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from shoal.errors import CheckpointError
-from shoal.model.cache import BodyCache
+from shoal.model.body_cache import BodyCache
 from shoal.model.families import Family, text_config
-from shoal.model.linear import pack_linears
-from shoal.model.quantize import check_quantizer, quantized_config, stored_quantization
-from shoal.model.quantized_linear import replace_quantized_linears
-from shoal.model.view import StandIn, entered_with, left_through, view_of
+from shoal.model.linear.packed_linear import pack_linears
+from shoal.model.linear.quantization import check_quantizer, quantized_config, stored_quantization
+from shoal.model.linear.quantized_linear import replace_quantized_linears
+from shoal.model.module_view import StandIn, entered_with, left_through, view_of
 from shoal.spans import Span
 
 PACKED = "shoal_packed"

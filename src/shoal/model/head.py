@@ -24,12 +24,12 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.configuration_utils import GenerationMode
 
 from shoal.errors import UnsupportedModel, UnsupportedOperation, UserError
-from shoal.model.asked import check_cache_choice, check_outputs
 from shoal.model.body import check_loaded
 from shoal.model.copying import NotPickled
 from shoal.model.families import LAYERS_RETURN_TUPLE, Family, find_backbone, text_config
-from shoal.model.prompts import PROMPT, with_prompt, without_prompt
-from shoal.model.view import StandIn, view_of
+from shoal.model.module_view import StandIn, view_of
+from shoal.model.peft.prompts import PROMPT, with_prompt, without_prompt
+from shoal.model.unsupported_outputs import check_cache_choice, check_outputs
 
 CACHE_NAMES = ("past_key_values", "cache_params")
 """What families call their cache."""
@@ -101,7 +101,7 @@ class HeadCache(Cache):  # type: ignore[misc]
     def __init__(self, session: Session) -> None:
         super().__init__(layers=[])
         self.session = session
-        self.asked: Any = None  # what the call that is under way wants of the blocks beside hidden states
+        self.head_call: Any = None  # what the call that is under way wants of the blocks beside hidden states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.session.num_tokens

@@ -67,10 +67,10 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     announce = check_announced(config.announce)
     identity = Identity.at(config.identity) if config.identity is not None else Identity.temporary()
 
-    from shoal.net.daemon import DaemonConfig
-    from shoal.net.directory import DhtDirectory
-    from shoal.net.libp2p import Libp2pTransport
-    from shoal.net.twin import answers_elsewhere, only_here
+    from shoal.net.libp2p.daemon import DaemonConfig
+    from shoal.net.libp2p.dht_directory import DhtDirectory
+    from shoal.net.libp2p.libp2p_transport import Libp2pTransport
+    from shoal.net.libp2p.twin import answers_elsewhere, only_here
 
     daemon = DaemonConfig(listen=listen, announce=announce, relays=relays, serve_relay=config.serve_relay)
     directory = DhtDirectory(identity, keeps_records=daemon.reachable, initial_peers=initial_peers)

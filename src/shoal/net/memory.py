@@ -20,10 +20,10 @@ from typing import Any
 
 from shoal.errors import SwarmError
 from shoal.net.faults import Faults
-from shoal.net.frames import pack_prefix, payload_bytes
-from shoal.net.transport import MAX_LIFETIME, Admit, Buffer, ModelInfo, Node, StreamBroken, StreamHandler
+from shoal.net.transport import MAX_LIFETIME, Admit, Buffer, Node, StreamBroken, StreamHandler
+from shoal.net.wire.frames import pack_prefix, payload_bytes
+from shoal.peers import ModelInfo, ServerInfo
 from shoal.protocol import ProtocolViolation
-from shoal.spans import ServerInfo
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import Iterable, Sequence
 
-from shoal.net import codec
 from shoal.net.transport import Stream, StreamBroken, Transport
-from shoal.protocol import ANSWERS, Close, Ping, Pong, ProtocolViolation
-from shoal.spans import ServerInfo
+from shoal.net.wire import codec
+from shoal.peers import ServerInfo
+from shoal.protocol import REPLY_KINDS, Close, Ping, Pong, ProtocolViolation
 
 DIAL_SECONDS = 5.0
 """How long connecting may take; then nobody is there, or so far away that it does not matter."""
@@ -27,7 +27,7 @@ async def round_trip(stream: Stream) -> float | None:
             async with asyncio.timeout(PONG_SECONDS):
                 sent = loop.time()
                 await codec.send(stream, Ping())
-                answer, _ = await codec.receive(stream, ANSWERS)
+                answer, _ = await codec.receive(stream, REPLY_KINDS)
                 if not isinstance(answer, Pong):
                     break
                 seconds.append(loop.time() - sent)

@@ -19,9 +19,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from shoal.adapters import HostedName
 from shoal.net.addresses import peer_of
 from shoal.net.identity import SIGNATURE_BYTES, Identity, verify
-from shoal.net.transport import MAX_LIFETIME, ModelInfo
+from shoal.net.transport import MAX_LIFETIME
+from shoal.peers import MAX_HOSTED, MAX_NEIGHBORS, ModelInfo, ServerInfo, ServerState
 from shoal.protocol import MAX_BLOCKS
-from shoal.spans import MAX_HOSTED, MAX_NEIGHBOURS, ServerInfo, ServerState, Span
+from shoal.spans import Span
 
 MAX_RECORD_BYTES = 4096
 CLOCK_SKEW = 5.0
@@ -77,7 +78,7 @@ class Announcement(BaseModel):
     head: bool = False
     training: bool = True
     adapters: Annotated[tuple[HostedName, ...], Field(max_length=MAX_HOSTED, strict=False)] = ()
-    round_trips: Annotated[dict[Short, Seconds], Field(max_length=MAX_NEIGHBOURS)] = {}
+    round_trips: Annotated[dict[Short, Seconds], Field(max_length=MAX_NEIGHBORS)] = {}
 
     @model_validator(mode="after")
     def _span_is_in_the_model(self) -> Announcement:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shoal.spans import ServerInfo
+from shoal.peers import ModelInfo, ServerInfo
 
 Buffer = bytes | bytearray | memoryview
 
@@ -102,16 +102,6 @@ class Transport(Protocol):
     async def close(self) -> None:
         """End the handlers and the streams, and release everything. What was sent before is still delivered."""
         ...
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """One model of the swarm, as its servers announce it."""
-
-    key: str
-    name: str
-    family: str
-    num_blocks: int
 
 
 class Directory(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shoal.server.shares import Shares
+from shoal.server.engine.engine_limits import Limits
 from shoal.spans import Span
 
 
@@ -21,7 +21,7 @@ class ServerConfig:
     num_threads: int | None = None
     """Of the processor, for computing; `None` leaves it to torch."""
     dtype: str = "auto"
-    """"auto" is what the swarm computes in (`shoal.routing.dtypes`)."""
+    """"auto" is what the swarm computes in (`shoal.policy.dtypes`)."""
     quantization: str = "none"
     cache_tokens: int | None = None
     cache_dtype: str = "auto"
@@ -41,7 +41,7 @@ class ServerConfig:
     """A client that says nothing for so long, not even a ping, is gone."""
     drain_seconds: float = 0.0
     """At the end, so much time is left to clients for taking their sessions elsewhere."""
-    shares: Shares = field(default_factory=Shares)
+    limits: Limits = field(default_factory=Limits)
     """How time and room are divided."""
     max_length: int = 1 << 17
     """Tokens of one sequence, where the model itself sets no lower limit."""

@@ -11,44 +11,44 @@ from dataclasses import dataclass, replace
 import torch
 
 from shoal.errors import UserError
-from shoal.model import memo
-from shoal.model.adapters import get_ready
 from shoal.model.body import Body
-from shoal.model.checkpoint import Checkpoint
-from shoal.model.load import load_body
-from shoal.model.peft_folder import PeftFolder
-from shoal.model.quantize import stored_quantization
-from shoal.net.transport import ModelInfo, Node
-from shoal.routing.view import SwarmView
-from shoal.server.batch import OneByOne, Packed
-from shoal.server.cache import Int8Pages, PagedCache, Pages, key_value_shapes
-from shoal.server.config import ServerConfig
-from shoal.server.cores import Cores, folder_of_turns, turn_of, uses_all_cores
-from shoal.server.engine import Engine
-from shoal.server.executor import Executor
-from shoal.server.fit import (
+from shoal.model.linear.quantization import stored_quantization
+from shoal.model.loading import load_body
+from shoal.model.peft.block_adapters import get_ready
+from shoal.model.peft.peft_folder import PeftFolder
+from shoal.model.weights import disk_cache as memo
+from shoal.model.weights.checkpoint import Checkpoint
+from shoal.net.transport import Node
+from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.scheduling import PassTimeModel
+from shoal.policy.view import SwarmView
+from shoal.server.announcer import Announcer
+from shoal.server.capacity import (
     cache_dtype_of,
     check_blocks,
+    choose_activation_bytes,
     choose_blocks,
     choose_device,
-    choose_kept_bytes,
     choose_num_pages,
     choose_quantization,
     free_memory,
     join_dtype,
     max_length_of,
 )
-from shoal.server.handler import Handler
-from shoal.server.head import ServerHead, load_head
-from shoal.server.links import Links
-from shoal.server.neighbours import Neighbours
-from shoal.server.presence import Presence
-from shoal.server.progress import Phase, Progress, Report, reporter
-from shoal.server.refusal import Checks
-from shoal.server.scheduler import Pace
-from shoal.server.speeds import Speeds, Watch
+from shoal.server.config import ServerConfig
+from shoal.server.engine.cpu_turns import CpuTurns, folder_of_turns, turn_of, uses_all_cores
+from shoal.server.engine.engine import Engine
+from shoal.server.engine.validator import RequestValidator
+from shoal.server.executor import Executor
+from shoal.server.kv.batch import PackedPass, SequentialPass
+from shoal.server.kv.output_head import ServerHead, load_head
+from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages, key_value_shapes
+from shoal.server.neighbors import NeighborMonitor
+from shoal.server.rpc.push import PushService
+from shoal.server.rpc.streams import Handler
+from shoal.server.speed_watch import Speeds, Watch
+from shoal.server.startup_progress import Phase, Progress, Report, reporter
 from shoal.server.throughput import name_of, speeds_of
-from shoal.spans import ServerInfo, ServerState
 from shoal.tensors import LOSSY
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
     Raises `UserError`s (`CheckpointError`, `UnsupportedModel`) for what cannot be served.
     """
     executor = Executor(config.num_threads)
-    cores: Cores | None = None
+    cpu_turns: CpuTurns | None = None
     serves = False
     try:
         report(Progress(Phase.OPENING))
@@ -107,7 +107,7 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
             encodings=tuple(LOSSY),
             training=config.training,
         )
-        async with Presence(node, model, joining, every_seconds=config.announce_seconds) as presence:
+        async with Announcer(node, model, joining, every_seconds=config.announce_seconds) as announcer:
             report(Progress(Phase.LOADING))
             progress = reporter(report, executor, span)
             body = await executor.run(
@@ -119,7 +119,7 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
             head = None
             if config.serve_head and span.end == checkpoint.num_blocks:
                 head = await executor.run(lambda: load_head(checkpoint, dtype, device))
-            checks = Checks(
+            validator = RequestValidator(
                 model=model.key,
                 fingerprint=joining.fingerprint,
                 span=span,
@@ -128,13 +128,13 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
                 training=config.training,
                 vocabulary=None if head is None else head.vocabulary,
             )
-            cores = (
-                Cores(executor, folder_of_turns())
+            cpu_turns = (
+                CpuTurns(executor, folder_of_turns())
                 if uses_all_cores(device, config.num_threads or torch.get_num_threads())
                 else None
             )
             report(Progress(Phase.MEASURING))
-            engine, speeds = await make_engine(config, body, executor, checks, cores, memory, head)
+            engine, speeds = await make_engine(config, body, executor, validator, cpu_turns, memory, head)
             online = replace(
                 joining,
                 state=ServerState.ONLINE,
@@ -144,29 +144,31 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
             )
             await executor.run(lambda: host_adapters(config, checkpoint, engine))
             report(Progress(Phase.ANNOUNCING))
-            async with answering(config, node, model, presence, online, engine):
+            async with answering(config, node, model, announcer, online, engine):
                 serves = True
                 yield Server(online, model, engine)
     finally:
         if serves:
             executor.close()
-            if cores is not None:
-                cores.close()
+            if cpu_turns is not None:
+                cpu_turns.close()
         else:
-            executor.abandon(None if cores is None else cores.close)
+            executor.abandon(None if cpu_turns is None else cpu_turns.close)
 
 
 @contextlib.asynccontextmanager
 async def answering(
-    config: ServerConfig, node: Node, model: ModelInfo, presence: Presence, info: ServerInfo, engine: Engine
+    config: ServerConfig, node: Node, model: ModelInfo, announcer: Announcer, info: ServerInfo, engine: Engine
 ) -> AsyncIterator[None]:
     """Answer clients with what is loaded, and announce that, until the context is left; then tell all of them."""
-    handler = Handler(engine, Links(node.transport), idle_seconds=config.idle_seconds)
-    neighbours = Neighbours(node, model, info, every_seconds=config.announce_seconds, changed=presence.hurry)
+    handler = Handler(engine, PushService(node.transport), idle_seconds=config.idle_seconds)
+    neighbours = NeighborMonitor(
+        node, model, info, every_seconds=config.announce_seconds, changed=announcer.announce_soon
+    )
     async with engine.running(), neighbours.measuring():
         await node.transport.listen(handler)
         try:
-            await presence.become(
+            await announcer.set_description(
                 lambda: replace(
                     info,
                     decode_speed=engine.speeds.decode if engine.speeds else info.decode_speed,
@@ -180,7 +182,7 @@ async def answering(
             )
             yield
         finally:
-            await presence.leave()  # before the clients are told, who look for others at once
+            await announcer.leave()  # before the clients are told, who look for others at once
             if config.drain_seconds:
                 await handler.drain(config.drain_seconds)
             await handler.leave()
@@ -224,8 +226,8 @@ async def make_engine(
     config: ServerConfig,
     body: Body,
     executor: Executor,
-    checks: Checks,
-    cores: Cores | None,
+    validator: RequestValidator,
+    cpu_turns: CpuTurns | None,
     memory: int,
     head: ServerHead | None = None,
 ) -> tuple[Engine, Speeds]:
@@ -234,9 +236,9 @@ async def make_engine(
     num_pages = choose_num_pages(config, body, shapes, memory)
     kind = Int8Pages if cache_dtype_of(config, body) == torch.int8 else Pages
     cache = None if shapes is None else PagedCache(body, shapes, num_pages, kind=kind)
-    compute = OneByOne(body) if cache is None else Packed(body, cache)
-    weights = f"{checks.fingerprint}, quantization {config.quantization},"
-    async with turn_of(cores):
+    compute = SequentialPass(body) if cache is None else PackedPass(body, cache)
+    weights = f"{validator.fingerprint}, quantization {config.quantization},"
+    async with turn_of(cpu_turns):
         fact = await executor.run(lambda: name_of(body, weights=weights))
         speeds = await executor.run(
             lambda: speeds_of(body, compute, fact=fact, num_pages=num_pages, check=executor.check)
@@ -245,13 +247,13 @@ async def make_engine(
     engine = Engine(
         body,
         executor,
-        checks,
+        validator,
         compute=compute,
         cache=cache,
         num_pages=num_pages,
-        cores=cores,
-        pace=Pace(1 / speeds.decode, 1 / speeds.prefill),
-        shares=replace(config.shares, kept_bytes=choose_kept_bytes(config, body)),
+        cpu_turns=cpu_turns,
+        pass_time=PassTimeModel(1 / speeds.decode, 1 / speeds.prefill),
+        limits=replace(config.limits, activation_bytes=choose_activation_bytes(config, body)),
         head=head,
         watch=Watch(speeds, body.span, corrected=lambda _: memo.forget(fact)),
     )

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from shoal.model import memo
 from shoal.model.body import Body
-from shoal.model.prefix import PAGE_TOKENS
-from shoal.server.batch import Chunk, Pass
-from shoal.server.pages import pages_for
-from shoal.server.session import Growth
-from shoal.server.speeds import MEASURED_PREFILL, Speeds
+from shoal.model.weights import disk_cache as memo
+from shoal.prefix import PAGE_TOKENS
+from shoal.server.kv.batch import Chunk, Pass
+from shoal.server.kv.pages import pages_for
+from shoal.server.kv.session_cache import Growth
+from shoal.server.speed_watch import MEASURED_PREFILL, Speeds
 
 log = logging.getLogger(__name__)
 

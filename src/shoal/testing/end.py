@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import cast
 
-from shoal.testing.link import MAX_SLICE_BYTES, Lane
+from shoal.testing.link import MAX_SLICE_BYTES, LinkDirection
 
 SOCKET_BUFFER_BYTES = 256 << 10
 """The system's buffers on both sides of a door: small, so that a slow link is felt by who sends."""
@@ -17,18 +17,18 @@ PUNCTUAL_SECONDS = 50e-6
 """What arrives so little later is delivered along."""
 
 
-class End(asyncio.BufferedProtocol):
+class ProxySocket(asyncio.BufferedProtocol):
     """One socket, and what is on its way from it to the other one."""
 
     _shared = bytearray(MAX_SLICE_BYTES)  # what has been read into it is copied before anybody else reads
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: LinkDirection) -> None:
         self.lost = asyncio.Event()
         self._lane = lane
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._other: End | None = None
-        self._on_the_way: deque[tuple[float, Callable[[End], None]]] = deque()
+        self._other: ProxySocket | None = None
+        self._on_the_way: deque[tuple[float, Callable[[ProxySocket], None]]] = deque()
         self._arrival: asyncio.TimerHandle | None = None
         self._is_held = False  # by a black hole
         self._is_full = False  # what is written here is not taken
@@ -77,13 +77,13 @@ class End(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self._saw_end = True
-        self._send(End._end, self._lane.send(0, self._loop.time()))
+        self._send(ProxySocket._end, self._lane.send(0, self._loop.time()))
         return True  # the other direction goes on
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost.set()
         if not self._saw_end:
-            self._send(End.reset, self._lane.send(0, self._loop.time()))
+            self._send(ProxySocket.reset, self._lane.send(0, self._loop.time()))
 
     def pause_writing(self) -> None:
         self._is_full = True
@@ -97,7 +97,7 @@ class End(asyncio.BufferedProtocol):
 
     # What is done to it.
 
-    def join(self, other: End) -> None:
+    def join(self, other: ProxySocket) -> None:
         """Send to the other end from now on."""
         self._other = other
         self._flow()
@@ -140,7 +140,7 @@ class End(asyncio.BufferedProtocol):
 
     # What travels.
 
-    def _send(self, deliver: Callable[[End], None], at: float) -> None:
+    def _send(self, deliver: Callable[[ProxySocket], None], at: float) -> None:
         """Do something to the other end at a time, but not before what was sent earlier."""
         if self._on_the_way:
             at = max(at, self._on_the_way[-1][0])

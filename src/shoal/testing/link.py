@@ -53,7 +53,7 @@ class Link:
         return cls(**fields)  # type: ignore[arg-type]
 
 
-class Lane:
+class LinkDirection:
     """A link in use: all connections that pass it ask the same lane, which knows until when it is busy."""
 
     def __init__(self, link: Link, *, seed: int = 0) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from shoal.errors import SwarmError
 from shoal.testing.link import Link
-from shoal.testing.reach import Reach
+from shoal.testing.reach import ProxyCommand
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Network:
         """Be another link for those who come to this peer's door."""
         self._order("link", peer_port, inward=inward.to_json(), outward=outward.to_json())
 
-    def set_reach(self, peer_port: int, reach: Reach) -> None:
+    def set_reach(self, peer_port: int, reach: ProxyCommand) -> None:
         self._order("reach", peer_port, reach=reach.value)
 
     def traffic(self, peer_port: int) -> Traffic:

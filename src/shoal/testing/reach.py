@@ -7,7 +7,7 @@ from enum import StrEnum
 HOST = "127.0.0.1"
 
 
-class Reach(StrEnum):
+class ProxyCommand(StrEnum):
     """Whether a peer is connected to the others."""
 
     OPEN = "open"

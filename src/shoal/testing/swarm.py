@@ -16,7 +16,7 @@ from shoal.processes import Child, Children
 from shoal.testing.churn import Act
 from shoal.testing.link import Link
 from shoal.testing.network import Network, Traffic
-from shoal.testing.reach import HOST, Reach
+from shoal.testing.reach import HOST, ProxyCommand
 
 START_SECONDS = 180.0
 END_SECONDS = 60.0
@@ -41,7 +41,7 @@ class ShapedServer:
         self._swarm = swarm
         self._options = options
         self._port = _free_port()
-        self._door = swarm.network.open_door(self._port, link, link)
+        self._proxy = swarm.network.open_door(self._port, link, link)
         self._starts = itertools.count()
         self._child: Child | None = None
         self._family: list[psutil.Process] = []
@@ -50,7 +50,7 @@ class ShapedServer:
     @property
     def address(self) -> str:
         """Where others dial it: its door."""
-        return f"/ip4/{HOST}/tcp/{self._door}/p2p/{self.peer}"
+        return f"/ip4/{HOST}/tcp/{self._proxy}/p2p/{self.peer}"
 
     @property
     def process(self) -> subprocess.Popen[str]:
@@ -81,7 +81,7 @@ class ShapedServer:
         self._child = children.start(
             *(f"{self.name}.{start}" if start else self.name, "serve", self._swarm.model, "--name", self.name),
             *("--blocks", self.span, "--device", "cpu", "--host", HOST, "--port", str(self._port)),
-            *("--announce", f"/ip4/{HOST}/tcp/{self._door}", "--identity", str(children.folder / self.name)),
+            *("--announce", f"/ip4/{HOST}/tcp/{self._proxy}", "--identity", str(children.folder / self.name)),
             *self._swarm.how_to_join(self),
             *self._options,
         )
@@ -144,15 +144,15 @@ class ShapedServer:
 
     def cut(self) -> None:
         """Reset all its connections, also those that it dialled, and refuse new ones until `heal`."""
-        self._swarm.network.set_reach(self._port, Reach.CUT)
+        self._swarm.network.set_reach(self._port, ProxyCommand.CUT)
 
     def black_hole(self) -> None:
         """Let nothing through in either direction, and tell nobody, until `heal`."""
-        self._swarm.network.set_reach(self._port, Reach.BLACK_HOLE)
+        self._swarm.network.set_reach(self._port, ProxyCommand.BLACK_HOLE)
 
     def heal(self) -> None:
         """Undo `cut` and `black_hole`. What was held back arrives."""
-        self._swarm.network.set_reach(self._port, Reach.OPEN)
+        self._swarm.network.set_reach(self._port, ProxyCommand.OPEN)
 
     @property
     def traffic(self) -> Traffic:

@@ -12,20 +12,21 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self, TypeVar
 
-from shoal.client.chain import Chain
-from shoal.client.config import ClientConfig
+from shoal.client.options.client_config import ClientConfig
+from shoal.client.swarm.swarm import Swarm
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node
-from shoal.server.batch import Packed
-from shoal.server.cache import PagedCache
+from shoal.peers import ServerInfo, ServerState
+from shoal.policy.scheduling import PassTimeModel
+from shoal.server.announcer import Announcer
 from shoal.server.config import ServerConfig
-from shoal.server.engine import Engine
+from shoal.server.engine.engine import Engine
+from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor
-from shoal.server.presence import Presence
-from shoal.server.refusal import Checks
-from shoal.server.scheduler import Pace
+from shoal.server.kv.batch import PackedPass
+from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.server import answering
-from shoal.spans import ServerInfo, ServerState, Span
+from shoal.spans import Span
 
 from .oracle import FINGERPRINT, MAX_LENGTH, MODEL, NUM_BLOCKS, oracle
 
@@ -114,19 +115,19 @@ class Bed:
         engine = Engine(
             body,
             executor,
-            Checks(
+            RequestValidator(
                 model=MODEL.key,
                 fingerprint=FINGERPRINT,
                 span=span,
                 hidden_size=oracle().hidden_size,
                 max_length=MAX_LENGTH,
             ),
-            compute=Packed(body, cache),
+            compute=PackedPass(body, cache),
             cache=cache,
             num_pages=self._cache_pages,
-            cores=None,
-            pace=Pace(decode_seconds=PASS_SECONDS, prefill_token_seconds=PASS_SECONDS / 100),
-            shares=SERVER.shares,
+            cpu_turns=None,
+            pass_time=PassTimeModel(decode_seconds=PASS_SECONDS, prefill_token_seconds=PASS_SECONDS / 100),
+            limits=SERVER.limits,
         )
         member = Member(name, span, speed, self.network.node(name), engine, executor)
         member.task = asyncio.create_task(_serve(member, self._config), name=f"server {name}")
@@ -214,7 +215,7 @@ async def _serve(member: Member, config: ServerConfig) -> None:
     )
     online = replace(info, state=ServerState.ONLINE)
     async with (
-        Presence(member.node, MODEL, info, every_seconds=config.announce_seconds) as presence,
+        Announcer(member.node, MODEL, info, every_seconds=config.announce_seconds) as presence,
         answering(config, member.node, MODEL, presence, online, member.engine),
     ):
         await member.leaving.wait()
@@ -228,7 +229,7 @@ class Client:
     def __init__(self, name: str, bed: Bed, node: Node, config: ClientConfig) -> None:
         self.name = name
         self.span = Span(0, NUM_BLOCKS)
-        self.chain = Chain(node, MODEL, FINGERPRINT, config)
+        self.chain = Swarm(node, MODEL, FINGERPRINT, config)
         self._bed = bed
         self._node = node
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from shoal.model.body import Body, build_body
 from shoal.model.families import family_of
-from shoal.net.transport import ModelInfo
-from shoal.server.cache import KeyValueShape, key_value_shapes
+from shoal.peers import ModelInfo
+from shoal.server.kv.paged_cache import KeyValueShape, key_value_shapes
 from shoal.spans import Span
 
 from ..tiny_models import tiny_config, tiny_model

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.client.config import ClientConfig
+from shoal.client.options.client_config import ClientConfig
 
 from ..virtual_time import run
 from .bed import PATIENT, Bed

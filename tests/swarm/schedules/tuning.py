@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from shoal.adapters import Lora
-from shoal.client.passes import Passes
-from shoal.client.plan import Plan
-from shoal.client.session import Session
-from shoal.model.adapters import BlockAdapter
-from shoal.model.factors import Tuning
-from shoal.model.skeleton import num_features
+from shoal.client.decoding.session import Session
+from shoal.client.training.pass_plan import PassPlan
+from shoal.client.training.remote_passes import RemotePasses
+from shoal.model.peft.block_adapters import BlockAdapter
+from shoal.model.peft.factors import Tuning
+from shoal.model.peft.skeleton import num_features
 from shoal.spans import Span
 
 from ..parity import assert_equal
@@ -72,7 +72,7 @@ def computed(hidden_BSD: Tensor, mask_BS: Tensor, own: Mapping[int, BlockAdapter
 
 async def tuning(client: Client) -> None:
     """Forward and backward passes with factors that drop at random, and that are others each time."""
-    passes = Passes(client.chain)
+    passes = RemotePasses(client.chain)
     try:
         for number in range(2):
             await _tune(client, passes, number)
@@ -80,10 +80,10 @@ async def tuning(client: Client) -> None:
         await passes.close()
 
 
-async def _tune(client: Client, passes: Passes, number: int) -> None:
+async def _tune(client: Client, passes: RemotePasses, number: int) -> None:
     client.enters("forward")
     inputs_BSD, positions_BS, seed = oracle().embed(IDS), positions_of(MASK), SEED + (number << 10)
-    plan = Plan(client.span, version(number, dropout=DROPOUT), inputs_wanted=True, wanted_from=0, seed=seed)
+    plan = PassPlan(client.span, version(number, dropout=DROPOUT), inputs_wanted=True, wanted_from=0, seed=seed)
     output_BSD, pieces = await passes.forward(plan, inputs_BSD, positions_BS, MASK.to(torch.uint8))
     own, entered_BSD = adapters(number, DROPOUT), inputs_BSD.clone().requires_grad_(True)
     expected_BSD = computed(entered_BSD, MASK, own, seed=seed)

@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 import torch
 from torch import Tensor
 
-from shoal.client.passes import Passes
-from shoal.client.plan import Plan
-from shoal.client.session import Session
-from shoal.model.factors import Tuning
+from shoal.client.decoding.session import Session
+from shoal.client.training.pass_plan import PassPlan
+from shoal.client.training.remote_passes import RemotePasses
+from shoal.model.peft.factors import Tuning
 
 from ..parity import assert_equal
 from .bed import Client
@@ -172,16 +172,16 @@ async def microbatches(client: Client) -> None:
 
 async def _gradient(client: Client, ids_BS: Tensor, mask_BS: Tensor) -> None:
     client.enters("forward")
-    passes = Passes(client.chain)
+    passes = RemotePasses(client.chain)
     try:
         await _pass(client, passes, ids_BS, mask_BS)
     finally:
         await passes.close()
 
 
-async def _pass(client: Client, passes: Passes, ids_BS: Tensor, mask_BS: Tensor) -> None:
+async def _pass(client: Client, passes: RemotePasses, ids_BS: Tensor, mask_BS: Tensor) -> None:
     is_padded = not mask_BS.all()
-    plan = Plan(client.span, Tuning(), inputs_wanted=True, wanted_from=client.span.start)
+    plan = PassPlan(client.span, Tuning(), inputs_wanted=True, wanted_from=client.span.start)
     output_BSD, pieces = await passes.forward(
         plan,
         oracle().embed(ids_BS),

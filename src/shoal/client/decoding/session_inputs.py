@@ -1,0 +1,109 @@
+"""What all servers of a session are told of its tokens, and which version of them is meant."""
+
+# B sequences, T new tokens, S all tokens, D hidden size
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shoal.client.history.history import History
+from shoal.client.history.history_store import HistoryStore
+from shoal.errors import UserError
+
+
+class SessionInputs:
+    """The inputs of a session's first block, and the positions and the padding of its tokens.
+
+    The `epoch` grows whenever servers must not confuse what was with what is: when tokens are forgotten or rearranged,
+    and when a server fails that may have pushed something wrong.
+    """
+
+    def __init__(self, store: HistoryStore) -> None:
+        self.inputs = History(store)
+        self.epoch = 0
+        self._masks: History | None = None  # None while no sequence is padded
+        self._positions: History | None = None  # None while they just count
+
+    @property
+    def num_tokens(self) -> int:
+        return self.inputs.num_tokens
+
+    @property
+    def like(self) -> torch.Tensor:
+        """Inputs [B, 1, D] of a token."""
+        return self.inputs.since(self.num_tokens - 1)
+
+    @property
+    def are_padded(self) -> bool:
+        return self._masks is not None
+
+    def append(self, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None, mask_BS: torch.Tensor | None) -> None:
+        """Add tokens. The mask is of the new ones, or of all.
+
+        Raises `UserError` for a mask that says something else about the old ones than before: servers have them.
+        """
+        mask_BT = None
+        if mask_BS is not None:
+            self._check_past(mask_BS[:, : -hidden_BTD.shape[1]])
+            mask_BT = mask_BS[:, -hidden_BTD.shape[1] :]
+            mask_BT = None if mask_BT.all() else mask_BT
+        start = self.num_tokens
+        self._positions = _logged(self._positions, positions_BT, start, torch.arange, hidden_BTD)
+        self._masks = _logged(
+            self._masks, mask_BT, start, lambda start, end: torch.ones(end - start, dtype=torch.uint8), hidden_BTD
+        )
+        self.inputs.append(hidden_BTD)
+
+    def _check_past(self, mask_BS: torch.Tensor) -> None:
+        if not mask_BS.shape[1]:
+            return
+        known_BS = self.mask(0, self.num_tokens)
+        if not (mask_BS.all() if known_BS is None else torch.equal(mask_BS, known_BS)):
+            raise UserError(
+                "the attention mask says of tokens that the session has what it did not say before",
+                hint="pass the mask of all tokens, the padding that came before included",
+            )
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget everything after so many tokens."""
+        for log in (self.inputs, self._masks, self._positions):
+            if log is not None:
+                log.crop(num_tokens)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """From now on, sequence i is the one that was `rows[i]`."""
+        for log in (self.inputs, self._masks, self._positions):
+            if log is not None:
+                log.select_rows(rows)
+
+    def positions(self, start: int, end: int) -> torch.Tensor | None:
+        """Those of some tokens, [B, end - start]; None if they just count."""
+        return None if self._positions is None else self._positions.between(start, end)
+
+    def mask(self, start: int, end: int) -> torch.Tensor | None:
+        """0 where one of these tokens is padding, [B, end - start]; None if none ever was."""
+        return None if self._masks is None else self._masks.between(start, end)
+
+
+def _logged(
+    log: History | None,
+    piece_BT: torch.Tensor | None,
+    position: int,
+    default: Callable[[int, int], torch.Tensor],
+    hidden_BTD: torch.Tensor,
+) -> History | None:
+    """A log of something that every token has, kept from the first time that it is not what it is by default."""
+    if log is None and piece_BT is None:
+        return None
+    batch_size, num_tokens, _ = hidden_BTD.shape
+    if log is None:
+        log = History(HistoryStore())  # a few bytes a token, which stay exact and in memory
+        if position:
+            log.append(default(0, position).expand(batch_size, -1))
+    if piece_BT is None:
+        piece_BT = default(position, position + num_tokens).expand(batch_size, -1)
+    log.append(piece_BT)
+    log.settle(log.num_tokens)
+    return log

@@ -1,0 +1,4 @@
+"""The output head of a client: computed by a server, or here, packed or quantized.
+
+It imports `shoal.model` and below.
+"""

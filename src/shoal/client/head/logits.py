@@ -1,0 +1,199 @@
+"""What a client asks a server's output head, and what it does with the answer.
+
+Transformers' code runs as ever, around the blocks and after the projection. Only the projection itself is replaced for
+the length of a call, by one that returns what came from the server: so soft caps and scalings of logits, which families
+have, are applied here, to logits from anywhere.
+"""
+
+# B sequences, T tokens of a step, N last of them, V vocabulary, K likeliest tokens
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from shoal.client.head.projection import projection_of
+from shoal.errors import UserError
+from shoal.model.head import HeadCache
+from shoal.protocol import MAX_LOGITS_BYTES, MAX_STEP_TOKENS
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LogitsRequest:
+    """The logits of so many of a step's last tokens: of the whole vocabulary, or of the likeliest tokens."""
+
+    num_tokens: int
+    vocabulary: int
+    top_k: int | None
+
+    @property
+    def width(self) -> int:
+        """How many logits there are for a token."""
+        return self.vocabulary if self.top_k is None else self.top_k
+
+    def num_bytes(self, hidden_BTD: torch.Tensor, num_tokens: int) -> int:
+        """The size of the answer for so many tokens of a batch."""
+        each = hidden_BTD.itemsize + (0 if self.top_k is None else torch.int64.itemsize)
+        return hidden_BTD.shape[0] * num_tokens * self.width * each
+
+    def fits(self, hidden_BTD: torch.Tensor) -> bool:
+        """Whether a server may be asked this of a batch; one message has a limited number of tokens in any case."""
+        at_once = max(1, MAX_STEP_TOKENS // hidden_BTD.shape[0])
+        return self.num_bytes(hidden_BTD, min(self.num_tokens, at_once)) <= MAX_LOGITS_BYTES
+
+    def within(self, end: int, *, start: int, num_tokens: int) -> int:
+        """How many of the tokens from `start` on it is about, in a session of `num_tokens` tokens."""
+        return max(0, end - max(start, num_tokens - self.num_tokens))
+
+    def are_tokens(self, ids: torch.Tensor) -> bool:
+        """Whether these are numbers of tokens, no two equal for one position."""
+        if ids.dtype != torch.int64 or ids.min() < 0 or ids.max() >= self.vocabulary:
+            return False
+        return bool((ids.sort(dim=-1).values.diff(dim=-1) != 0).all())
+
+
+@dataclass(frozen=True)
+class Logits:
+    """A server's answer: logits [B, N, V], or those [B, N, K] of the tokens `ids`."""
+
+    values: torch.Tensor
+    ids: torch.Tensor | None
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Logits]) -> Logits:
+        """One after another."""
+        if len(pieces) == 1:
+            return pieces[0]
+        ids = [piece.ids for piece in pieces if piece.ids is not None]
+        return cls(torch.cat([piece.values for piece in pieces], dim=1), torch.cat(ids, dim=1) if ids else None)
+
+    def to(self, device: torch.device) -> Logits:
+        return Logits(self.values.to(device), None if self.ids is None else self.ids.to(device))
+
+    def of_all(self, vocabulary: int) -> torch.Tensor:
+        """Logits [B, N, V]: a token that is not among the likeliest has the logit of the last that is, for now."""
+        if self.ids is None:
+            return self.values
+        all_BNV = self.values.amin(dim=-1, keepdim=True).repeat(1, 1, vocabulary)
+        return all_BNV.scatter_(-1, self.ids, self.values)
+
+    def without_others(self, logits_BNV: torch.Tensor) -> torch.Tensor:
+        """The family's own logits with nothing but the likeliest tokens left."""
+        if self.ids is None:
+            return logits_BNV
+        others = torch.ones_like(logits_BNV, dtype=torch.bool).scatter_(-1, self.ids, value=False)
+        return logits_BNV.masked_fill(others, float("-inf"))
+
+
+class HeadCall:
+    """What one call of the model wants of the head, as `logits_to_keep` says: 0 for all tokens. Holds the answer.
+
+    While it is entered, the cache tells the blocks of it.
+    """
+
+    def __init__(self, num_tokens: int, *, cache: HeadCache, vocabulary: int, top_k: int | None) -> None:
+        self.vocabulary = vocabulary
+        self.answer: Logits | None = None
+        self._num_tokens = num_tokens
+        self._cache = cache
+        self._top_k = top_k
+
+    def __enter__(self) -> Self:
+        self._cache.head_call = self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._cache.head_call = None
+
+    def logits_request(self, hidden_BTD: torch.Tensor) -> LogitsRequest | None:
+        """What to ask about these inputs; None if it would be too much for a server."""
+        num_tokens = min(self._num_tokens or hidden_BTD.shape[1], hidden_BTD.shape[1])
+        logits_request = LogitsRequest(num_tokens, self.vocabulary, self._top_k)
+        return logits_request if logits_request.fits(hidden_BTD) else None
+
+    def finished(self, outputs: Any) -> Any:
+        """The model's outputs, with logits of none but the likeliest tokens if only these were asked for."""
+        if self.answer is None or self.answer.ids is None:
+            return outputs
+        if isinstance(outputs, tuple):
+            return (self.answer.without_others(outputs[0]), *outputs[1:])
+        outputs.logits = self.answer.without_others(outputs.logits)
+        return outputs
+
+
+class AnsweredProjection(nn.Module):
+    """The output projection, for one call: what the server computed, or the real one if no server has."""
+
+    def __init__(self, projection: nn.Module, head_call: HeadCall) -> None:
+        super().__init__()
+        self.__dict__["_projection"] = projection  # not a submodule: nothing of it is this one's
+        self._asked = head_call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_projection"], name)
+
+    def forward(self, hidden_BND: torch.Tensor) -> torch.Tensor:
+        answer = self._asked.answer
+        if answer is None:
+            projected: torch.Tensor = self._projection(hidden_BND)
+            return projected
+        if hidden_BND.shape[:2] != answer.values.shape[:2]:
+            raise UserError(
+                f"logits of {list(hidden_BND.shape[:2])} tokens, where {list(answer.values.shape[:2])} were asked for",
+                hint="this model needs remote_head=False",
+            )
+        return answer.of_all(self._asked.vocabulary)
+
+
+class RemoteHead:
+    """How a model calls itself so that a server computes the output projection."""
+
+    def __init__(self, model: PreTrainedModel, *, top_k: int | None) -> None:
+        if (found := projection_of(model)) is None:
+            raise UserError(f"{type(model).__name__} has no output head that a server could compute")
+        self._name, projection = found
+        self._projection = [projection]  # in a list, so that nobody takes it for a submodule
+        self._version = projection.weight._version
+        self._vocabulary = projection.out_features
+        self._top_k = None if top_k is None else min(top_k, projection.out_features)
+
+    def head_call(self, model: PreTrainedModel, arguments: Mapping[str, Any]) -> HeadCall | None:
+        """What a call with these arguments asks a server; None where this side has to compute the head.
+
+        That is without a session, for a loss, for tokens somewhere in the middle, and once the head has been changed.
+        """
+        cache = arguments.get("past_key_values", arguments.get("cache_params"))
+        num_tokens = arguments.get("logits_to_keep", 0)
+        (projection,) = self._projection
+        changed = model.get_output_embeddings() is not projection or projection.weight._version != self._version
+        if not isinstance(cache, HeadCache) or not isinstance(num_tokens, int) or changed:
+            return None
+        if arguments.get("labels") is not None:
+            return None
+        return HeadCall(num_tokens, cache=cache, vocabulary=self._vocabulary, top_k=self._top_k)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises `UserError` for options of `generate()` that need the logits of other tokens than the likeliest."""
+        config = options.get("generation_config")
+        scale = options.get("guidance_scale", getattr(config, "guidance_scale", None))
+        if self._top_k is not None and scale not in (None, 1):
+            raise UserError(
+                "guidance compares the logits of all tokens, and head_top_k leaves most of them out",
+                hint="open the model without head_top_k",
+            )
+
+    def view_of(self, model: M, head_call: HeadCall) -> M:
+        """The model itself, but for its projection."""
+        view = copy.copy(model)
+        projection = AnsweredProjection(self._projection[0], head_call)
+        view.__dict__["_modules"] = {**model._modules, self._name: projection}
+        return view

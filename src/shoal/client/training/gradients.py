@@ -1,0 +1,91 @@
+"""What a backward pass finds: how much of it fits into one answer, and what of that belongs to which block."""
+
+# B sequences, T tokens, D hidden size, N factors
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shoal.client.swarm.message_sizes import is_one_message
+from shoal.errors import UserError
+from shoal.model.peft.factors import FactorGradients, Factors, Tuning
+from shoal.protocol import MAX_PAYLOAD_BYTES
+from shoal.spans import Span
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward pass finds: the gradient [B, T, D] of the inputs, if wanted, and those of blocks' factors."""
+
+    inputs_BTD: torch.Tensor | None
+    factors: Mapping[int, FactorGradients]
+
+
+class FactorSums:
+    """Gradients of factors, summed over the microbatches in the order of the batch: it decides how sums are rounded.
+
+    Those of one microbatch may take hundreds of megabytes. What came before its turn is kept until then, the rest is
+    only in the sums.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, FactorGradients] = {}
+        self._early: dict[int, Mapping[int, FactorGradients]] = {}
+        self._next = 0
+
+    def add(self, number: int, found: Mapping[int, FactorGradients]) -> None:
+        """Add those of the microbatch of this number in the batch; each is added once."""
+        self._early[number] = found
+        while (in_turn := self._early.pop(self._next, None)) is not None:
+            self._next += 1
+            for block, each in in_turn.items():
+                self.blocks[block] = self.blocks[block] + each if block in self.blocks else each
+
+
+def answerable(span: Span, tuning: Tuning, *, hidden_bytes: int) -> list[Span]:
+    """A span in as few parts as it takes for the gradients of each part's factors and inputs to fit into one answer.
+
+    Raises `UserError` if those of a single block do not.
+    """
+    parts, start = list[Span](), span.start
+    for block in span:
+        if not _is_one_answer(tuning.of(Span(start, block + 1)), hidden_bytes):
+            if not _is_one_answer(tuning.of(Span(block, block + 1)), hidden_bytes):
+                raise UserError(
+                    f"the gradients of block {block}'s factors and of its inputs do not fit into a message of "
+                    f"{MAX_PAYLOAD_BYTES >> 20} MiB",
+                    hint="train factors of a smaller rank, or use shorter sequences or a dtype of fewer bytes",
+                )
+            parts.append(Span(start, block))
+            start = block
+    return [*parts, Span(start, span.end)]
+
+
+def _is_one_answer(factors: Sequence[Factors], hidden_bytes: int) -> bool:
+    """Whether a server can return the gradients of these factors, in a row, and of hidden states together."""
+    if not factors:
+        return True
+    dtype = functools.reduce(torch.promote_types, (each.values.dtype for each in factors))
+    num_factors = sum(len(each.values) for each in factors)
+    return is_one_message(num_factors * dtype.itemsize + hidden_bytes, 2, longest=num_factors)
+
+
+def by_block(
+    factors: Sequence[Factors], found_N: torch.Tensor | None, unused: Sequence[int]
+) -> dict[int, FactorGradients] | None:
+    """A server's answer for the factors of a span, block after block; `None` if it is of something else."""
+    sizes = [len(each.values) for each in factors]
+    if not factors and found_N is None:
+        return {}
+    if found_N is None or found_N.shape != (sum(sizes),) or not found_N.is_floating_point():
+        return None
+    gradients, start = {}, 0
+    for each, part in zip(factors, found_N.split(sizes), strict=True):
+        own = range(start, start + each.num_tensors)
+        gradients[each.block] = FactorGradients(part, frozenset(index - start for index in unused if index in own))
+        start = own.stop
+    return gradients

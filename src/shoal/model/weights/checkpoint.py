@@ -1,0 +1,215 @@
+"""A model's weights: known from the headers of their files, and read only where they are needed.
+
+A server reads the tensors of its blocks, a client those of everything else. From the hub, only the files that hold them
+are downloaded. Only safetensors files are read, because reading the pickles of older checkpoints runs their code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from shoal.errors import CheckpointError, UnsupportedModel, UserError
+from shoal.model.families import Family, family_of, text_config
+from shoal.model.weights.files import Files, LocalFiles
+from shoal.model.weights.fingerprint import fingerprint, model_key
+from shoal.model.weights.hub import open_repository
+from shoal.model.weights.places import CONFIG, INDEX, SINGLE_FILE, folder_of, no_config, not_read
+from shoal.model.weights.safetensors_file import TensorInfo, read_tensors
+from shoal.spans import Span
+
+_NOT_READ = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that could be loaded: what it is, how large its blocks are, and where each tensor is."""
+
+    files: Files
+    config: PreTrainedConfig
+    family: Family
+    key: str  # the swarm's name for the model: equal for its copies and revisions
+    file_of: Mapping[str, str] = field(repr=False)  # tensor -> file
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        allow_uncertified: bool = False,
+        local_files_only: bool = False,
+    ) -> Checkpoint:
+        """Open a local folder or a model on the hub, without reading any weights.
+
+        Raises `UserError` if there is no such model, `UnsupportedModel` if it cannot be cut into blocks, and
+        `CheckpointError` if its description is damaged.
+        """
+        files = find_files(
+            model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        if CONFIG not in files:
+            raise no_config(model, files.listing())
+        description = read_json(files, CONFIG)
+        config = _read_config(files)
+        family = family_of(config, allow_uncertified=allow_uncertified)
+        key = model_key(description, num_blocks=family.num_blocks, hidden_size=text_config(config).hidden_size)
+        checkpoint = cls(files, config, family, key, _locate_tensors(files))
+        checkpoint._check_blocks()
+        return checkpoint
+
+    @property
+    def name(self) -> str:
+        return self.files.name
+
+    @property
+    def num_blocks(self) -> int:
+        return self.family.num_blocks
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The name of these exact weights (see `shoal.model.weights.fingerprint`); may take a while for a local folder.
+
+        Raises `CheckpointError` for a folder that lacks some of the files.
+        """
+        return fingerprint(self.key, self.files.digests(self._weight_files))
+
+    @cached_property
+    def block_bytes(self) -> tuple[int, ...]:
+        """The size of each block's tensors, as they are stored."""
+        return self.block_sizes(lambda name, tensor: tensor.nbytes)
+
+    def block_sizes(self, size_of: Callable[[str, TensorInfo], float]) -> tuple[int, ...]:
+        """The same where tensors are held in another form: what `size_of` gives for each, by the checkpoint's name."""
+        sizes = [0.0] * self.num_blocks
+        for name, tensor in self._headers.items():
+            if (block := self.family.block_of(name)) is not None and block < self.num_blocks:
+                sizes[block] += size_of(name, tensor)
+        return tuple(map(round, sizes))
+
+    @cached_property
+    def head_bytes(self) -> int:
+        """The size of all that is not blocks, as it is stored."""
+        return sum(tensor.nbytes for name, tensor in self._headers.items() if self.family.block_of(name) is None)
+
+    def block_tensors(self, span: Span) -> dict[str, Tensor]:
+        """The tensors of these blocks, under the checkpoint's own names.
+
+        They are mapped, not read: see `shoal.model.weights.safetensors_file.read_tensors`. Downloads the files that
+        hold them.
+        """
+        if span.end > self.num_blocks:
+            raise UserError(f"{self.name} has {self.num_blocks} blocks; there is no span {span} of them")
+        return self._read(
+            name for name in self.file_of if (block := self.family.block_of(name)) is not None and block in span
+        )
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """All tensors that are not blocks', in the same way.
+
+        Where the output head is tied to the embeddings, only the one that is stored.
+        """
+        return self._read(name for name in self.file_of if self.family.block_of(name) is None)
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        names_in: dict[str, list[str]] = {}
+        for name in names:
+            names_in.setdefault(self.file_of[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(names_in):
+            tensors |= read_tensors(self.files.path(file), names_in[file])
+        return tensors
+
+    @property
+    def _weight_files(self) -> list[str]:
+        return sorted(set(self.file_of.values()))
+
+    @cached_property
+    def _headers(self) -> Mapping[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        for file, header in self.files.headers(self._weight_files).items():
+            tensors |= {name: tensor for name, tensor in header.items() if self.file_of.get(name) == file}
+        return tensors
+
+    def _check_blocks(self) -> None:
+        blocks = {self.family.block_of(name) for name in self.file_of}
+        if not self.num_blocks:
+            raise CheckpointError(f"{CONFIG} of {self.name} describes no model: it has no blocks")
+        if missing := sorted(set(range(self.num_blocks)) - blocks):
+            raise CheckpointError(
+                f"{self.name} has {self.num_blocks} blocks by its {CONFIG}, but no tensor of block {missing[0]}",
+                hint=f"{CONFIG} and weights are not of one model, or the index of the weights is incomplete",
+            )
+
+
+def find_files(
+    model: str | Path,
+    *,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool = False,
+) -> Files:
+    """The files of a folder, or of a repository on the hub. Raises `UserError` if there is none."""
+    if (folder := folder_of(model)) is not None:
+        return LocalFiles(folder, name=folder.resolve().name)
+    return open_repository(
+        str(model), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+
+
+def read_json(files: Files, file: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises `CheckpointError` for anything else."""
+    try:
+        content = json.loads(files.path(file).read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} of {files.name} is damaged: it is not a JSON object", hint="download it again")
+    return content
+
+
+def _read_config(files: Files) -> PreTrainedConfig:
+    folder = files.path(CONFIG).parent
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"Transformers does not know the architecture of {files.name}: {_in_one_line(error)}",
+            hint="code that comes with a model is never run",
+        ) from error
+    except (StrictDataclassError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{CONFIG} of {files.name} describes no model: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _locate_tensors(files: Files) -> Mapping[str, str]:
+    if SINGLE_FILE in files:
+        return dict.fromkeys(files.headers([SINGLE_FILE])[SINGLE_FILE], SINGLE_FILE)
+    if INDEX in files:
+        file_of = read_json(files, INDEX).get("weight_map")
+        if not isinstance(file_of, dict) or not all(map(_is_plain_name, file_of.values())):
+            raise CheckpointError(f"{INDEX} of {files.name} is damaged: its weight_map does not map tensors to files")
+        return file_of
+    others = [file for file in files.listing() if file.endswith((*_NOT_READ, ".safetensors"))]
+    if not others:
+        raise CheckpointError(f"{files.name} has no weights: neither {SINGLE_FILE} nor {INDEX}")
+    raise not_read(files.name, others[0], place=files.origin)
+
+
+def _is_plain_name(file: Any) -> bool:
+    """Whether a file is of the checkpoint itself: an index may come from anybody, and point anywhere."""
+    return isinstance(file, str) and PurePosixPath(file).name == file and file.endswith(".safetensors")

@@ -1,0 +1,70 @@
+"""A checkpoint's files, wherever they are: a folder here, a repository on the hub in `shoal.model.weights.hub`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shoal.errors import CheckpointError
+from shoal.model.weights.fingerprint import file_digests
+from shoal.model.weights.safetensors_file import Header, read_header
+
+
+class Files(Protocol):
+    """Asking for a file's path brings the file here; nothing else does, whatever its size."""
+
+    @property
+    def name(self) -> str:
+        """A short name to show."""
+
+    @property
+    def origin(self) -> str:
+        """Where Transformers would find them: the folder, or the id on the hub."""
+
+    def __contains__(self, file: object) -> bool: ...
+
+    def listing(self) -> Iterable[str]:
+        """All files there are."""
+
+    def path(self, file: str) -> Path:
+        """The file, on this machine."""
+
+    def headers(self, files: Sequence[str]) -> dict[str, Header]:
+        """What these safetensors files declare."""
+
+    def digests(self, files: Sequence[str]) -> list[str]:
+        """The SHA-256 digests of these files, in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """The files of a folder."""
+
+    folder: Path
+    name: str
+
+    @property
+    def origin(self) -> str:
+        return str(self.folder)
+
+    def __contains__(self, file: object) -> bool:
+        return isinstance(file, str) and (self.folder / file).is_file()
+
+    def listing(self) -> Iterable[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+
+    def path(self, file: str) -> Path:
+        if file not in self:
+            raise CheckpointError(
+                f"{self.folder} has no file {file}",
+                hint="copy it there, or name the model by its id on the hub to download only what is needed",
+            )
+        return self.folder / file
+
+    def headers(self, files: Sequence[str]) -> dict[str, Header]:
+        return {file: read_header(self.path(file)) for file in files}
+
+    def digests(self, files: Sequence[str]) -> list[str]:
+        return file_digests([self.path(file) for file in files])

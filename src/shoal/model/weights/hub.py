@@ -1,0 +1,243 @@
+"""A model's files on the Hugging Face hub, brought here one by one.
+
+Files are kept in the hub's own cache folder, so that what any program has downloaded is downloaded once. Its client
+begins an interrupted file anew; large files, of which there are some of 10 GB, are therefore fetched here, into the
+very place where the client looks for them, and go on where they stopped. What a commit holds never changes and is
+remembered, so that what was downloaded works without a network too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from httpx2 import TransportError
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+    SafetensorsParsingError,
+)
+from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
+
+from shoal.errors import CheckpointError, UserError
+from shoal.model.weights.disk_cache import remembered
+from shoal.model.weights.files import Files, LocalFiles
+from shoal.model.weights.fingerprint import file_digests
+from shoal.model.weights.safetensors_file import Header, TensorInfo, read_header
+
+_HEADERS_AT_ONCE = 8
+
+
+class _HubUnreachable(UserError):
+    """The hub does not answer, and what is needed is not here."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    size: int
+    sha256: str | None  # of large files only: small ones are kept in git
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """The files of one commit of a repository on the hub."""
+
+    name: str
+    commit: str
+    entries: Mapping[str, HubFile] = field(repr=False)
+    cache_dir: Path
+    token: str | None = field(repr=False)
+    local_files_only: bool = False
+
+    @property
+    def origin(self) -> str:
+        return self.name
+
+    def __contains__(self, file: object) -> bool:
+        return file in self.entries
+
+    def listing(self) -> Iterable[str]:
+        return sorted(self.entries)
+
+    def path(self, file: str) -> Path:
+        if (path := self._path_in_cache(file)) is not None:
+            return path
+        entry = self._entry(file)
+        if self.local_files_only:
+            raise _not_here(f"{file} of {self.name}")
+        with _explained(self.name):
+            # Files too large for plain HTTP are left to the hub's client, which does not resume them.
+            if entry.sha256 is not None and entry.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+                self._fetch(file, size=entry.size, sha256=entry.sha256)
+            path_of_link = hf_hub_download(
+                self.name, file, revision=self.commit, cache_dir=self.cache_dir, token=self.token
+            )
+            return Path(path_of_link)
+
+    def headers(self, files: Sequence[str]) -> dict[str, Header]:
+        """Read from the beginnings of the files, as long as the files are not here."""
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+            return dict(zip(files, pool.map(self._header, files), strict=True))
+
+    def digests(self, files: Sequence[str]) -> list[str]:
+        return [self._entry(file).sha256 or file_digests([self.path(file)])[0] for file in files]
+
+    def _entry(self, file: str) -> HubFile:
+        if file not in self.entries:
+            raise CheckpointError(
+                f"{self.name} has no file {file}", hint="its index names it: tell the model's authors"
+            )
+        return self.entries[file]
+
+    def _path_in_cache(self, file: str) -> Path | None:
+        path = try_to_load_from_cache(self.name, file, cache_dir=self.cache_dir, revision=self.commit)
+        return Path(path) if isinstance(path, str) else None
+
+    def _header(self, file: str) -> Header:
+        self._entry(file)
+        if (path := self._path_in_cache(file)) is not None:
+            return read_header(path)
+        declared = remembered(f"header of {file} of {self.name} at {self.commit}", lambda: self._fetch_header(file))
+        return {
+            name: TensorInfo(dtype, tuple(shape), nbytes, end) for name, (dtype, shape, nbytes, end) in declared.items()
+        }
+
+    def _fetch_header(self, file: str) -> dict[str, Any]:
+        if self.local_files_only:
+            raise _not_here(f"{file} of {self.name}")
+        with _explained(self.name):
+            header = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit, token=self.token)
+        return {
+            name: [
+                tensor.dtype,
+                list(tensor.shape),
+                tensor.data_offsets[1] - tensor.data_offsets[0],
+                tensor.data_offsets[1],
+            ]
+            for name, tensor in header.tensors.items()
+        }
+
+    def _fetch(self, file: str, *, size: int, sha256: str) -> None:
+        """Download a file to where the hub's client keeps its content, going on from what is there of it."""
+        folder = repo_folder_name(repo_id=self.name, repo_type="model")
+        blob = self.cache_dir / folder / "blobs" / sha256
+        lock = self.cache_dir / ".locks" / folder / f"{sha256}.lock"
+        for parent in (blob.parent, lock.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if blob.exists():
+                return
+            partial = blob.with_name(f"{sha256}.partial")
+            with partial.open("ab") as out:
+                http_get(
+                    hf_hub_url(self.name, file, revision=self.commit),
+                    out,
+                    resume_size=out.tell(),
+                    headers=build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"},
+                    expected_size=size,
+                    displayed_filename=file,
+                )
+            if file_digests([partial]) != [sha256]:
+                partial.unlink()
+                raise CheckpointError(f"{file} of {self.name} was damaged on its way here", hint="try again")
+            partial.replace(blob)
+
+
+def _not_here(what: str) -> _HubUnreachable:
+    return _HubUnreachable(f"{what} is not in the cache", hint="leave out local_files_only to download it")
+
+
+def open_repository(
+    repo: str, *, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool = False
+) -> Files:
+    """The files of a model on the hub, as of now: later changes of the revision are not followed.
+
+    With `local_files_only`, those that are in the cache; the hub is not asked.
+    """
+    folder = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
+    with _explained(repo):
+        try:
+            commit = (
+                HfApi()
+                .resolve_revision(
+                    repo, revision=revision, token=token, cache_dir=folder, local_files_only=local_files_only
+                )
+                .resolved
+            )
+        except RevisionResolutionError:
+            if local_files_only:
+                raise _not_here(repo) from None
+            raise
+    try:
+        with _explained(repo):
+            listing = remembered(
+                f"files of {repo} at {commit}", lambda: _list_files(repo, commit, token, local_files_only)
+            )
+    except _HubUnreachable:
+        # Another program may have downloaded it.
+        snapshot = folder / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
+        if not snapshot.is_dir():
+            raise
+        return LocalFiles(snapshot, name=repo)
+    entries = {name: HubFile(size, sha256) for name, (size, sha256) in listing.items()}
+    return HubFiles(repo, commit, entries, folder, token, local_files_only)
+
+
+def _list_files(repo: str, commit: str, token: str | None, local_files_only: bool) -> dict[str, Any]:
+    if local_files_only:
+        raise _not_here(repo)
+    info = HfApi().model_info(repo, revision=commit, files_metadata=True, token=token)
+    return {
+        file.rfilename: [file.size or 0, file.lfs.sha256 if file.lfs is not None else None]
+        for file in info.siblings or ()
+    }
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn whatever the hub's client raises into one of our errors."""
+    try:
+        yield
+    except HFValidationError:
+        raise UserError(f"{repo!r} is neither a folder nor the id of a model on the hub") from None
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repo} is only for those who have accepted its conditions",
+            hint=f"accept them at {constants.ENDPOINT}/{repo}, then run `hf auth login` or set HF_TOKEN",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"there is no model {repo} on the hub that you may see, and no folder of this name",
+            hint="check its spelling; for a private model, run `hf auth login` or set HF_TOKEN",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repo} has no such revision", hint=f"see {constants.ENDPOINT}/{repo}/commits") from error
+    except (TransportError, OfflineModeIsEnabled, RevisionResolutionError, LocalEntryNotFoundError) as error:
+        raise _HubUnreachable(
+            f"cannot reach the hub at {constants.ENDPOINT} for {repo}: there is no folder of this name, and not all of "
+            "it is in the cache",
+            hint="check the network, or the path if you mean a folder; a download goes on where it stopped",
+        ) from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{repo} lacks a file that it lists", hint="try again: it may have changed") from error
+    except SafetensorsParsingError as error:
+        raise CheckpointError(f"a file of {repo} is damaged: it is not a safetensors file") from error
+    except HfHubHTTPError as error:
+        raise _HubUnreachable(
+            f"the hub answered {error.response.status_code} for {repo}", hint="try again later; a download goes on"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot store {repo}: {error.strerror or error}") from error

@@ -1,0 +1,118 @@
+"""Which servers a client sends its tokens through, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shoal.errors import MissingBlocks
+from shoal.peers import ServerInfo
+from shoal.policy.routing.costs import SLOWEST, Costs, Hop, HopCost, Measured, Needs, announced_seconds
+from shoal.policy.routing.nsga2 import nsga2
+from shoal.policy.routing.shortest import shortest
+from shoal.policy.view import SwarmView, format_blocks
+from shoal.spans import Span
+
+__all__ = [
+    "SLOWEST",
+    "Chooser",
+    "Hop",
+    "HopCost",
+    "Measured",
+    "Needs",
+    "Route",
+    "announced_seconds",
+    "choose_route",
+    "price_route",
+]
+
+Chooser = Literal["shortest", "nsga2"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """A chain of servers, and the seconds of a step that each costs; `back` is the way to the client, or to the server
+    that goes on."""
+
+    hops: tuple[Hop, ...]
+    costs: tuple[HopCost, ...]
+    back: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, handicaps included."""
+        return sum(cost.seconds for cost in self.costs) + self.back
+
+    def explain(self) -> str:
+        """One line that says where a step's time is expected to go, in milliseconds."""
+        hops = (_explained(hop, cost) for hop, cost in zip(self.hops, self.costs, strict=True))
+        back = f", back {_ms(self.back)}" if self.back else ""
+        return f"{_ms(self.seconds)} ms a step: {', '.join(hops)}{back}"
+
+
+def _explained(hop: Hop, cost: HopCost) -> str:
+    parts = {"network": cost.network, "compute": cost.compute, "queue": cost.queue, "handicap": cost.handicap}
+    name = hop.server.name or hop.server.peer[-8:]
+    return f"{name} {hop.span} ({', '.join(f'{part} {_ms(each)}' for part, each in parts.items() if each)})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:,.0f}"
+
+
+def choose_route(
+    view: SwarmView,
+    span: Span,
+    *,
+    needs: Needs,
+    known: Measured,
+    upstream: ServerInfo | None = None,
+    downstream: ServerInfo | None = None,
+    chooser: Chooser = "shortest",
+    seed: int = 0,
+) -> Route:
+    """The fastest chain of servers over a span (arXiv 2312.08361, section 3.2), by what `costs.py` says of each.
+
+    Where the span is a part of a ring that stands, `upstream` and `downstream` are the servers at its ends; else
+    these are the client. The chooser "shortest" is exact; "nsga2" weighs the time of a step against the load that the
+    slowest server can bear, by chance that `seed` decides.
+
+    Raises `MissingBlocks` naming the blocks that nobody in the view may compute.
+    """
+    if missing := view.missing(span):
+        raise MissingBlocks(f"no server holds blocks {format_blocks(missing)}", blocks=missing)
+    last = Span(span.end - 1, span.end)
+    if needs.head and not any(server.head for server in view.holders(last)[0]):
+        raise MissingBlocks(f"no server holds block {last} and the output head", blocks=last)
+    costs = Costs(_with(view.servers, upstream, downstream), needs, known)
+    if chooser == "nsga2":
+        hops = nsga2(view, span, costs, upstream=upstream, downstream=downstream, seed=seed)
+    else:
+        hops = shortest(view, span, costs, upstream=upstream, downstream=downstream)
+    return _priced(hops, costs, upstream, downstream)
+
+
+def price_route(
+    hops: Sequence[Hop],
+    *,
+    needs: Needs,
+    known: Measured,
+    upstream: ServerInfo | None = None,
+    downstream: ServerInfo | None = None,
+) -> Route:
+    """What a step costs on a chain that was chosen already."""
+    servers = (hop.server for hop in hops)
+    return _priced(hops, Costs(_with(servers, upstream, downstream), needs, known), upstream, downstream)
+
+
+def _priced(hops: Sequence[Hop], costs: Costs, upstream: ServerInfo | None, downstream: ServerInfo | None) -> Route:
+    senders = (upstream, *(hop.server for hop in hops))
+    priced = tuple(costs.hop(hop, sender) for hop, sender in zip(hops, senders, strict=False))
+    return Route(tuple(hops), priced, costs.link(hops[-1].server, downstream))
+
+
+def _with(servers: Iterable[ServerInfo], *others: ServerInfo | None) -> list[ServerInfo]:
+    """The servers, and those of the others that are not among them."""
+    found = {server.peer: server for server in others if server is not None}
+    return list((found | {server.peer: server for server in servers}).values())

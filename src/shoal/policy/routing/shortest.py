@@ -1,0 +1,101 @@
+"""The fastest chain: a shortest path over (server, block), exact.
+
+    block             0       1       2       3
+    server A  0:3     o ───── o ───── o           an edge to the right computes a block,
+                               ╲       ╲          an edge down enters another server
+    server B  1:4              o ───── o ───── o
+
+Any server may follow any other at any block: a thousand servers have millions of edges, which are arrays here.
+"""
+
+# S servers of the span, F those that one may come from, T those that are worth going to
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from shoal.peers import ServerInfo
+from shoal.policy.routing.costs import Costs, Hop
+from shoal.policy.view import SwarmView
+from shoal.spans import Span
+
+_Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+
+def shortest(
+    view: SwarmView,
+    span: Span,
+    costs: Costs,
+    *,
+    upstream: ServerInfo | None = None,
+    downstream: ServerInfo | None = None,
+) -> tuple[Hop, ...]:
+    """The chain with the fewest seconds; the view must hold every block. Among equals the view's order decides."""
+    holders = view.holders(span)
+    if costs.needs.head:
+        holders[-1] = [server for server in holders[-1] if server.head]
+    servers = list({server.peer: server for here in holders for server in here}.values())
+    index_of = {server.peer: index for index, server in enumerate(servers)}
+    compute_S = np.array([costs.block(server) for server in servers])
+    entry_S = np.array([costs.entry(server) for server in servers])
+    links_SS = _links(servers, index_of, costs)
+    shortest_to_S, shortest_from_S = links_SS.min(axis=0), links_SS.min(axis=1)
+
+    came_from: list[_Array] = []  # the server of the block before, by that of this one
+    from_F = np.arange(0)
+    seconds_S = np.array([costs.link(upstream, server) for server in servers]) + entry_S
+    for index, here in enumerate(holders):
+        sender_S = np.arange(len(servers))
+        here_H = np.array([index_of[server.peer] for server in here])
+        if index:
+            # Whoever cannot be reached sooner from the best server over its shortest link stays; and whoever could not
+            # send over the shortest of its links sooner than the best server over its longest one, sends nothing.
+            best = from_F[seconds_S[from_F].argmin()]
+            to_T = here_H[seconds_S[best] + shortest_to_S[here_H] + entry_S[here_H] < seconds_S[here_H]]
+            if len(to_T):
+                latest = seconds_S[best] + links_SS[best, to_T].max()
+                from_F = from_F[seconds_S[from_F] + shortest_from_S[from_F] <= latest]
+                arrival_FT = seconds_S[from_F, None] + links_SS[np.ix_(from_F, to_T)]
+                first_T = arrival_FT.argmin(axis=0)
+                arrival_T = arrival_FT[first_T, np.arange(len(to_T))] + entry_S[to_T]
+                is_sooner_T = arrival_T < seconds_S[to_T]
+                sender_S[to_T] = np.where(is_sooner_T, from_F[first_T], to_T)
+                seconds_S[to_T] = np.where(is_sooner_T, arrival_T, seconds_S[to_T])
+        computed_S = np.full(len(servers), np.inf)
+        computed_S[here_H] = seconds_S[here_H] + compute_S[here_H]
+        seconds_S, from_F = computed_S, here_H
+        came_from.append(sender_S)
+    last = min(from_F.tolist(), key=lambda each: seconds_S[each] + costs.link(servers[each], downstream))
+    return _hops(servers, came_from, last, span)
+
+
+def _links(servers: list[ServerInfo], index_of: dict[str, int], costs: Costs) -> _Array:
+    """The seconds from each server to each other one."""
+    leave_S = np.array([costs.leave(server) for server in servers])
+    reach_S = np.array([costs.reach(server) for server in servers])
+    links_SS: _Array = leave_S[:, None] + reach_S
+    np.minimum(links_SS, costs.unknown, out=links_SS)  # in place: these are the largest arrays
+    np.maximum(links_SS, abs(leave_S[:, None] - reach_S), out=links_SS)
+    known = [
+        (index_of[sender], index, seconds)
+        for receiver, index in index_of.items()
+        for sender, seconds in costs.near.get(receiver, {}).items()
+        if sender in index_of
+    ]
+    if known:
+        senders, receivers, seconds = zip(*known, strict=True)
+        links_SS[list(senders), list(receivers)] = seconds
+    return links_SS
+
+
+def _hops(servers: list[ServerInfo], came_from: list[_Array], last: int, span: Span) -> tuple[Hop, ...]:
+    hops: list[Hop] = []
+    end, current = span.end, last
+    for block in range(span.end - 1, span.start - 1, -1):
+        sender = int(came_from[block - span.start][current])
+        if sender != current or block == span.start:
+            hops.append(Hop(servers[current], Span(block, end)))
+            end, current = block, sender
+    return tuple(reversed(hops))

@@ -1,0 +1,69 @@
+"""A picture of the swarm at one moment: who serves what. Decisions are made on it, never on the network itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from shoal.peers import ServerInfo, ServerState
+from shoal.spans import Span
+
+ASSUMED_SPEED = 1.0
+"""Tokens per second that a server counts for, where blocks are chosen, before it has measured its own speed."""
+
+
+@dataclass(frozen=True)
+class SwarmView:
+    """The servers of one model, as last read from the directory.
+
+    Blocks that are `pinned` to a peer count as held by that peer alone, whoever else announces them.
+    """
+
+    num_blocks: int
+    servers: tuple[ServerInfo, ...] = ()
+    pinned: tuple[tuple[Span, str], ...] = ()
+
+    def only(self, keep: Callable[[ServerInfo], bool]) -> SwarmView:
+        """The same picture with some servers left out."""
+        return replace(self, servers=tuple(server for server in self.servers if keep(server)))
+
+    def holders(self, span: Span) -> list[list[ServerInfo]]:
+        """Who may compute each block of a span."""
+        found: list[list[ServerInfo]] = [[] for _ in span]
+        for server in self.servers:
+            for block in range(max(span.start, server.span.start), min(span.end, server.span.end)):
+                found[block - span.start].append(server)
+        for pinned, peer in self.pinned:
+            for block in range(max(span.start, pinned.start), min(span.end, pinned.end)):
+                holders = found[block - span.start]
+                found[block - span.start] = [server for server in holders if server.peer == peer]
+        return found
+
+    def online(self) -> SwarmView:
+        """Those that take requests now."""
+        return self.only(lambda server: server.state is ServerState.ONLINE)
+
+    def throughput(self) -> list[float]:
+        """Tokens per second of every block (the paper's `t_i`), summed over those who hold it or are about to."""
+        total = [0.0] * self.num_blocks
+        for server in self.servers:
+            if server.state is not ServerState.LEAVING:
+                for block in server.span:
+                    total[block] += ASSUMED_SPEED if server.decode_speed is None else server.decode_speed
+        return total
+
+    def missing(self, span: Span | None = None) -> list[int]:
+        """The blocks that no server of this picture may compute."""
+        span = span or Span(0, self.num_blocks)
+        return [block for block, holders in zip(span, self.holders(span), strict=True) if not holders]
+
+
+def format_blocks(blocks: Iterable[int]) -> str:
+    """`[0, 1, 2, 7]` as `0:3, 7:8`: how blocks are named to people."""
+    spans: list[tuple[int, int]] = []
+    for block in sorted(set(blocks)):
+        if spans and spans[-1][1] == block:
+            spans[-1] = (spans[-1][0], block + 1)
+        else:
+            spans.append((block, block + 1))
+    return ", ".join(f"{start}:{end}" for start, end in spans)

@@ -1,0 +1,97 @@
+"""Every message that peers exchange, typed, with its limits. It imports the words of the ground only.
+
+A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
+The first message of a stream is `Open` for a session, `Forward` or `Backward` for single computations, or a `Step`
+with a `link`, which one server pushes to the next; before the former three there may be `Adapter`s. Whatever arrives is
+parsed here before anything else looks at it: an unknown kind, field or type, or a number beyond its limit, is refused.
+"""
+
+from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
+from shoal.protocol.control import Close, Leaving, Ping, Pong
+from shoal.protocol.failures import Failure
+from shoal.protocol.limits import (
+    MAX_BATCH,
+    MAX_BLOCKS,
+    MAX_FACTORS,
+    MAX_HEADER_BYTES,
+    MAX_HOPS,
+    MAX_LENGTH,
+    MAX_LOGITS_BYTES,
+    MAX_PASS_TOKENS,
+    MAX_PAYLOAD_BYTES,
+    MAX_STEP_TOKENS,
+    MAX_STEPS_AHEAD,
+    MAX_TEXT,
+    PROTOCOL,
+    Adapted,
+    Address,
+    Block,
+    Epoch,
+    Link,
+    PassId,
+    PeerId,
+    Position,
+    Reason,
+    Seed,
+    Text,
+)
+from shoal.protocol.message import Message
+from shoal.protocol.parsing import REPLY_KINDS, REQUEST_KINDS, SESSION_KINDS, AnyMessage, ProtocolViolation, dump, parse
+from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, Result
+from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, Unreached, Upstream
+
+__all__ = [
+    "MAX_BATCH",
+    "MAX_BLOCKS",
+    "MAX_FACTORS",
+    "MAX_HEADER_BYTES",
+    "MAX_HOPS",
+    "MAX_LENGTH",
+    "MAX_LOGITS_BYTES",
+    "MAX_PASS_TOKENS",
+    "MAX_PAYLOAD_BYTES",
+    "MAX_STEPS_AHEAD",
+    "MAX_STEP_TOKENS",
+    "MAX_TEXT",
+    "PROTOCOL",
+    "REPLY_KINDS",
+    "REQUEST_KINDS",
+    "SESSION_KINDS",
+    "Adapted",
+    "Adapter",
+    "AdapterStored",
+    "Address",
+    "AnyMessage",
+    "Backward",
+    "Block",
+    "Close",
+    "Downstream",
+    "Epoch",
+    "FactorIndices",
+    "Failure",
+    "Forward",
+    "Leaving",
+    "Link",
+    "Message",
+    "Norms",
+    "NotCached",
+    "Open",
+    "Opened",
+    "PassId",
+    "PeerId",
+    "Ping",
+    "Pong",
+    "Position",
+    "ProtocolViolation",
+    "Reason",
+    "Result",
+    "Rewind",
+    "Seed",
+    "SetNeighbors",
+    "Step",
+    "Text",
+    "Unreached",
+    "Upstream",
+    "dump",
+    "parse",
+]

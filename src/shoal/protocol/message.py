@@ -1,0 +1,62 @@
+"""What every message has: the tensors that it declares, and the blocks that it is about."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field, model_validator
+
+from shoal.protocol.limits import (
+    Adapted,
+    Block,
+    Text,
+)
+from shoal.strict import Strict
+from shoal.tensors import Encoding, TensorName, TensorSpec
+
+
+class Message(Strict):
+    carries: ClassVar[tuple[TensorName, ...]] = ()
+    tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=4, strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _tensors_belong_here(self) -> Message:
+        names = [spec.name for spec in self.tensors]
+        if len(set(names)) != len(names):
+            raise ValueError("a tensor is declared twice")
+        if strangers := [name for name in names if name not in self.carries]:
+            raise ValueError(f"it carries no {strangers[0]}")
+        return self
+
+    def encoding_of(self, name: TensorName) -> Encoding:
+        """How one of its tensors travels; "raw" for one that it lacks."""
+        return next((spec.encoding for spec in self.tensors if spec.name == name), "raw")
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(spec.aligned_nbytes for spec in self.tensors)
+
+
+class SpanMessage(Message):
+    model: Text
+    fingerprint: Text
+    start: Block
+    end: Block
+
+    @model_validator(mode="after")
+    def _span_is_not_empty(self) -> SpanMessage:
+        if self.start >= self.end:
+            raise ValueError("an empty span")
+        return self
+
+
+class ComputationMessage(SpanMessage):
+    """Something to be computed on a span with `adapters`, which the server must have been sent (`Adapter`)."""
+
+    adapters: Adapted = ()
+
+    @model_validator(mode="after")
+    def _every_block_is_named(self) -> ComputationMessage:
+        if len(self.adapters) not in (0, self.end - self.start):
+            raise ValueError("adapters for other blocks than the span's")
+        return self

@@ -1,0 +1,91 @@
+"""From the bytes of a header to a message, and back."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
+from shoal.protocol.control import Close, Leaving, Ping, Pong
+from shoal.protocol.failures import Failure
+from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
+from shoal.protocol.passes import Backward, Forward, Norms, Result
+from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, Unreached
+
+
+class ProtocolViolation(ValueError):
+    """Bytes that are no message of ours. The stream that carried them is closed."""
+
+
+AnyMessage = (
+    Open
+    | Opened
+    | SetNeighbors
+    | Rewind
+    | Step
+    | Unreached
+    | Adapter
+    | AdapterStored
+    | NotCached
+    | Norms
+    | Forward
+    | Backward
+    | Result
+    | Ping
+    | Pong
+    | Leaving
+    | Failure
+    | Close
+)
+
+REQUEST_KINDS = frozenset(
+    {"open", "set_neighbors", "rewind", "step", "adapter", "norms", "forward", "backward", "ping", "close"}
+)
+"""The kinds of messages that a server hears, from clients and from the servers before it."""
+
+SESSION_KINDS = frozenset({"step", "rewind", "set_neighbors", "ping", "close"})
+"""Those of them that may follow `Open`."""
+
+REPLY_KINDS = frozenset({"opened", "adapter_stored", "not_cached", "result", "unreached", "pong", "leaving", "failure"})
+"""The kinds that a server says."""
+
+_MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="kind")])
+
+
+def parse(header: bytes | bytearray) -> AnyMessage:
+    """The message that these bytes are.
+
+    Raises `ProtocolViolation` for anything else, in one line and without echoing what was sent.
+    """
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolViolation(f"a header of {len(header)} bytes")
+    try:
+        message = _MESSAGES.validate_json(header)
+    except ValidationError as invalid:
+        error = invalid.errors(include_input=False, include_url=False)[0]
+        raise ProtocolViolation(f"not a valid message: {_described(error)}") from None
+    if message.payload_bytes > MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"a payload of {message.payload_bytes} bytes")
+    decoded_bytes = sum(spec.decoded_nbytes for spec in message.tensors)
+    if decoded_bytes > MAX_PAYLOAD_BYTES:
+        raise ProtocolViolation(f"tensors of {decoded_bytes} bytes")
+    return message
+
+
+def _described(error: ErrorDetails) -> str:
+    """Where and why, without the words of who sent it: names of fields, tags of kinds."""
+    match error["type"]:
+        case "extra_forbidden":
+            where, why = error["loc"][:-1], "a field that it does not have"
+        case "union_tag_invalid":
+            where, why = error["loc"], "an unknown kind"
+        case _:
+            where, why = error["loc"], error["msg"][:200]
+    return ": ".join((*(str(part) for part in where), why))
+
+
+def dump(message: AnyMessage) -> bytes:
+    """The header bytes of a message."""
+    return message.model_dump_json(exclude_none=True).encode()

@@ -1,0 +1,98 @@
+"""What waits for the compute thread: steps of sessions, and single passes."""
+
+# B sequences, T new tokens, S all tokens of a session, D hidden size
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar, cast
+
+from shoal.policy.scheduling import RequestView
+from shoal.server.kv.batch import Chunk
+from shoal.server.kv.output_head import Answer, joined
+from shoal.server.kv.session_cache import SessionCache
+from shoal.server.step_inputs import StepInputs, WantedLogits
+from shoal.server.training.block_passes import Pieces
+
+T = TypeVar("T")
+
+
+def _future() -> asyncio.Future[T]:
+    return asyncio.get_running_loop().create_future()
+
+
+@dataclass(eq=False)
+class StepRequest:
+    """A step that waits for its tokens: `num_computed` of them are done."""
+
+    session: SessionCache
+    inputs: StepInputs
+    wanted: WantedLogits | None = None
+    arrived_at: float = 0.0
+    result: asyncio.Future[Answer] = field(default_factory=_future)
+    num_computed: int = 0
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        return self.inputs.num_tokens - self.num_computed
+
+    def view(self) -> RequestView:
+        session = self.session
+        # Recurrent layers of Transformers take no notice of padding in a token that comes alone.
+        unsplittable = session.cache is not None and session.mask_BS is not None
+        return RequestView(len(session.rows), self.num_left, session.running, session.pages_needed, unsplittable)
+
+    def chunk(self, num_tokens: int) -> Chunk:
+        """Its next tokens, with pages to put them in."""
+        session, inputs = self.session, self.inputs
+        part = slice(self.num_computed, self.num_computed + num_tokens)
+        growth = session.grow(num_tokens)
+        end = session.num_tokens + num_tokens
+        return Chunk(
+            span=session.span,
+            hidden_BTD=inputs.hidden_BTD[:, part],
+            positions_BT=None if inputs.positions_BT is None else inputs.positions_BT[:, part],
+            mask_BS=None if session.mask_BS is None else session.mask_BS[:, :end],
+            num_cached=session.num_tokens,
+            pages=tuple(tuple(row.pages) for row in session.rows),
+            growth=growth,
+            cache=session.cache,
+            adapters=session.adapters,
+            wanted=None if self.wanted is None else self.wanted.before(self.num_left - num_tokens),
+        )
+
+    def advance(self, num_tokens: int, answer: Answer) -> None:
+        """So many more of its tokens are computed."""
+        self.answers.append(answer)
+        self.num_computed += num_tokens
+        self.session.computed(num_tokens)
+        if not self.num_left:
+            settle(self.result, joined(self.answers))
+
+
+@dataclass(eq=False)
+class PassRequest(Generic[T]):
+    """A single pass, forward or backward, that is computed in pieces."""
+
+    pieces: Pieces[T]
+    result: asyncio.Future[T] = field(default_factory=_future)
+
+    def advance(self) -> T | None:
+        """Compute the next piece; returns the outcome once it is there. To be called on the compute thread."""
+        try:
+            next(self.pieces)
+        except StopIteration as end:
+            return cast(T, end.value)
+        return None
+
+
+def settle(result: asyncio.Future[T], outcome: T | Exception) -> None:
+    """Tell whoever waits for it, if he still does."""
+    if result.done():
+        return
+    if isinstance(outcome, Exception):
+        result.set_exception(outcome)
+    else:
+        result.set_result(outcome)

@@ -1,0 +1,247 @@
+"""One client's session: what its client and the server before it send, computed in order, answered and pushed on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from shoal.concurrency import first_of
+from shoal.net.transport import Stream
+from shoal.net.wire import codec
+from shoal.protocol import (
+    SESSION_KINDS,
+    AnyMessage,
+    Close,
+    Downstream,
+    Leaving,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    Result,
+    Rewind,
+    SetNeighbors,
+    Step,
+    Unreached,
+    Upstream,
+)
+from shoal.server.engine.engine import Engine
+from shoal.server.refusals import Refused, rejected
+from shoal.server.rpc.push import PushHandle, PushService
+from shoal.server.rpc.step_queue import ReceivedStep, StepQueue
+from shoal.tensors import Encoding
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING_RESULTS = 4
+"""Results that wait for a slow client, or a slow server after; then nothing more is computed."""
+MAX_REPLAYED_RESULT_BYTES = 1 << 20
+"""The answer to the last step is kept, should it be asked for again; a longer one is computed again."""
+
+
+class SessionStream:
+    """A session on its client's stream, as long as that lasts. Three tasks: one hears, one computes, one answers."""
+
+    def __init__(self, stream: Stream, engine: Engine, links: PushService, *, idle_seconds: float) -> None:
+        self._stream = stream
+        self._engine = engine
+        self._links = links
+        self._idle_seconds = idle_seconds
+        self._upstream: Upstream | None = None
+        self._downstream: Downstream | None = None
+        self._push_handle: PushHandle | None = None  # to the server after
+        self._computing: Step | None = None
+        self._answered: tuple[Result, codec.Tensors, Encoding] | None = None  # the last, if it is not long
+        self._news = asyncio.Event()
+        self._finished = asyncio.Event()
+        self._sending = asyncio.Lock()
+        self._answers: asyncio.Queue[tuple[AnyMessage, codec.Tensors, Encoding]] = asyncio.Queue()
+        self._refused: Refused | None = None
+
+    async def run(self, request: Open, tensors: codec.Tensors) -> None:
+        """Until the client closes. Raises `MissingFromCache` at the start, and what else may end it.
+
+        That is `Refused`, `StreamBroken`, or `TimeoutError`.
+        """
+        self._session, known = self._engine.open(self._stream.peer, request, tensors)
+        self._queue = StepQueue(request.epoch, self._session.num_tokens)
+        try:
+            self._set_neighbors(request.upstream, request.downstream)
+            known = None if known is None or request.skip >= known.shape[1] else known[:, request.skip :]
+            outputs: codec.Tensors = {} if known is None else {"hidden": known}
+            await self._send(Opened(num_tokens=self._session.num_tokens), outputs, request.encoding)
+            await first_of(self._receive_messages(), self._compute(), self._answer())
+        finally:
+            self._set_neighbors(None, None)
+            self._engine.close(self._session)
+
+    async def leave(self, seconds: float) -> None:
+        """Tell the client that the server will be gone in so many seconds."""
+        await self._send(Leaving(seconds=seconds))
+
+    # -- hearing ------------------------------------------------------------------------------------------------------
+
+    async def _receive_messages(self) -> None:
+        while True:
+            async with asyncio.timeout(self._idle_seconds):
+                message, tensors = await codec.receive(self._stream, SESSION_KINDS)
+            match message:
+                case Step():
+                    self._accept(ReceivedStep(message, tensors))
+                case Rewind():
+                    self._queue.rewind(message)
+                    self._news.set()
+                case Ping():
+                    await self._send(self._pong())
+                case SetNeighbors():
+                    self._set_neighbors(message.upstream, message.downstream)
+                case Close():
+                    if self._upstream is not None:
+                        self._links.forget(self._upstream, self._pushed)
+                    await first_of(self._finish(), self._until_gone())
+                    return
+                case _:
+                    raise rejected(f"a message of kind {message.kind!r} makes no sense here")
+
+    async def _finish(self) -> None:
+        """All that was asked is answered."""
+        await self._finished.wait()
+        await self._answers.join()
+
+    async def _until_gone(self) -> None:
+        """Raises `StreamBroken` when the client does not wait for the answers any more."""
+        await codec.receive(self._stream, SESSION_KINDS)
+
+    def _pushed(self, step: Step, tensors: codec.Tensors) -> None:
+        """The server before has pushed a step."""
+        self._accept(ReceivedStep(step, tensors, link=step.link))
+
+    def _accept(self, received: ReceivedStep) -> None:
+        """A step has come, from wherever. What is wrong with one that was pushed is not the client's fault."""
+        try:
+            self._engine.check_inputs(received.tensors)
+            is_last = self._queue.add(received)
+        except Refused as refused:
+            if received.link is not None:
+                log.debug("what was pushed is refused: %s", refused.failure.reason)
+                return
+            self._refused, is_last = refused, False
+        if is_last and received.link is None and self._computing is None:
+            self._repeat(received)
+        self._finished.clear()
+        self._news.set()
+
+    def _repeat(self, received: ReceivedStep) -> None:
+        """The client sends the last step again: its answer may be lost, or it may not have got to the next server.
+
+        One that is pushed again is ignored: a ring that is tied to a loop would turn for long.
+        """
+        if self._answered is None:
+            self._queue.again(received)
+        elif self._has_room:
+            _, answer, encoding = self._answered
+            if received.step.hops_left:
+                self._push(received.step, {**received.tensors, **answer}, encoding)
+            self._answers.put_nowait(self._answered)
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether results may be added to those that wait."""
+        num_pushed = 0 if self._push_handle is None else self._push_handle.num_waiting
+        return max(self._answers.qsize(), num_pushed) < MAX_PENDING_RESULTS
+
+    def _set_neighbors(self, upstream: Upstream | None, downstream: Downstream | None) -> None:
+        """Take the session's place in the ring."""
+        if upstream != self._upstream:
+            if self._upstream is not None:
+                self._links.forget(self._upstream, self._pushed)
+                self._queue.forget(self._upstream.link)
+            if upstream is not None:
+                self._links.expect(upstream, self._pushed)
+        if downstream != self._downstream:
+            if self._push_handle is not None:
+                self._push_handle.close()
+            self._push_handle = None if downstream is None else self._links.handle_to(downstream)
+            self._news.set()
+        self._upstream, self._downstream = upstream, downstream
+
+    def _pong(self) -> Pong:
+        computing = self._computing
+        return Pong(
+            working=computing is not None or self._queue.is_ready or not self._answers.empty(),
+            num_passes=self._engine.num_passes,
+            epoch=self._queue.epoch if computing is None else computing.epoch,
+            position=self._queue.position if computing is None else computing.position,
+        )
+
+    # -- computing ----------------------------------------------------------------------------------------------------
+
+    async def _compute(self) -> None:
+        while True:
+            while self._queue.is_ready and self._has_room:
+                await self._compute_step(self._queue.take())
+            if self._refused is not None:
+                raise self._refused
+            if not self._queue.is_ready:
+                self._finished.set()
+            self._news.clear()
+            await self._news.wait()
+
+    async def _compute_step(self, received: ReceivedStep) -> None:
+        step, tensors = received.step, received.tensors
+        goes_on = step.hops_left > 0
+        request = step.model_copy(update={"logits": None, "top_k": None}) if goes_on else step
+        self._computing, self._answered = step, None
+        began = asyncio.get_running_loop().time()
+        try:
+            answer = await self._engine.step(self._session, request, tensors, rows=received.rows)
+        except Refused as refused:
+            if received.link is None or refused.failure.code not in ("rejected", "misrouted"):
+                raise
+            # It is wrong as it was pushed. The client, who misses it, will send its own.
+            log.debug("what was pushed is refused: %s", refused.failure.reason)
+            self._queue.drop(received)
+            return
+        finally:
+            self._computing = None
+        encoding = step.encoding_of("hidden")
+        if goes_on:
+            self._push(step, {**tensors, **answer}, encoding)
+        if "hidden" in answer:
+            outputs = answer["hidden"][:, step.skip :]
+            answer = {"hidden": outputs} if outputs.shape[1] else {}
+        else:
+            encoding = "raw"
+        seconds = asyncio.get_running_loop().time() - began
+        result = Result(epoch=step.epoch, position=step.position, seconds=seconds)
+        if not step.skip and sum(tensor.nbytes for tensor in answer.values()) <= MAX_REPLAYED_RESULT_BYTES:
+            self._answered = (result, answer, encoding)
+        self._answers.put_nowait((result, answer, encoding))
+
+    def _push(self, step: Step, tensors: codec.Tensors, encoding: Encoding) -> None:
+        def done(sent: bool) -> None:
+            if not sent:
+                self._answers.put_nowait((Unreached(epoch=step.epoch, position=step.position), {}, "raw"))
+            self._news.set()
+
+        if self._push_handle is None:
+            done(False)
+            return
+        hops_left = step.model_copy(update={"onward": step.hops_left - 1, "skip": 0, "tensors": ()})
+        self._push_handle.push(hops_left, tensors, encoding, done=done)
+
+    # -- answering ----------------------------------------------------------------------------------------------------
+
+    async def _answer(self) -> None:
+        while True:
+            message, tensors, encoding = await self._answers.get()
+            await self._send(message, tensors, encoding)
+            self._answers.task_done()
+            self._news.set()
+
+    async def _send(
+        self, message: AnyMessage, tensors: codec.Tensors | None = None, encoding: Encoding = "raw"
+    ) -> None:
+        """Raises `TimeoutError` for a client that does not read: it would keep its room for ever."""
+        async with asyncio.timeout(self._idle_seconds), self._sending:
+            await codec.send(self._stream, message, tensors, encoding)

@@ -1,0 +1,24 @@
+"""What a server takes on, where it was not told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shoal.errors import UserError
+from shoal.server.capacity import choose_device, default_device
+
+
+def test_a_server_computes_on_the_gpu_if_there_is_one():
+    assert default_device(cuda=True) == "cuda"
+    assert default_device(cuda=False) == "cpu"
+
+
+def test_a_device_that_is_named_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cuda"
+    assert choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="finds no device 'cuda' here"):
+        choose_device("cuda")

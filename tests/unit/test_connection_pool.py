@@ -1,0 +1,279 @@
+"""Connections for single passes, and what servers are taught over them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.adapters import Prompt
+from shoal.client.swarm.adapter_sync import AdapterSync
+from shoal.client.training.connection_pool import IDLE_SECONDS, MAX_ADAPTER_UPLOADS, ConnectionPool
+from shoal.errors import Misrouted, PeerError, ServerLost
+from shoal.model.peft.factors import Factors, name_of
+from shoal.protocol import Adapter, AdapterStored, AnyMessage, Forward, NotCached, Result
+
+from . import virtual_time
+from .test_connection import SERVER
+
+ASKED = Forward(model="", fingerprint="", start=0, end=1)
+
+
+def version(number: int, *, origin: int = 1, block: int = 0) -> Factors:
+    """The factors of some origin at some moment."""
+    layers, values = (Prompt(num_tokens=1),), torch.full((4,), float(number))
+    return Factors(name_of(block, layers, values), block, layers, values, origin)
+
+
+@dataclass(eq=False)
+class Server:
+    """Learns, answers, and forgets when it is told to."""
+
+    peer: str = "server"
+    known: set[str] = field(default_factory=set)
+    lessons: list[Adapter] = field(default_factory=list)
+    num_connected: int = 0
+    connections: list[Connection] = field(default_factory=list)
+    forgetful: bool = False
+    fails: bool = False
+    seconds_to_close: float = 0.0
+
+    async def connect(self, _: object) -> Any:
+        self.num_connected += 1
+        self.connections.append(Connection(self))
+        return self.connections[-1]
+
+
+@dataclass(eq=False)
+class Connection:
+    server: Server
+    error: PeerError | None = None
+    is_closed: bool = False
+    is_busy: bool = False
+
+    @property
+    def peer(self) -> str:
+        return self.server.peer
+
+    async def ask_all(self, questions: Sequence[tuple[AnyMessage, Any]], **_: Any) -> list[Any]:
+        await asyncio.sleep(1)
+        for message, tensors in questions:
+            assert isinstance(message, Adapter)
+            self.server.lessons.append(message)
+            if self.server.fails:
+                raise ServerLost("gone", peer=self.peer)
+            if message.replaces is not None:
+                self.server.known.discard(message.replaces)
+            self.server.known.add(name_of(message.block, message.layers, tensors["factors"]))
+        return [(AdapterStored(), {})] * len(questions)
+
+    async def ask(self, request: Any, tensors: Any, **_: Any) -> Any:
+        assert not self.is_busy
+        self.is_busy = True
+        await asyncio.sleep(1)
+        self.is_busy = False
+        if self.server.forgetful:
+            self.server.known.clear()
+        wanted = tuple(name for name in request.adapters if name is not None and name not in self.server.known)
+        return (NotCached(adapters=wanted) if wanted else Result()), {}
+
+    async def close(self) -> None:
+        await asyncio.sleep(self.server.seconds_to_close)
+        self.is_closed = True
+
+
+async def ask(pool: ConnectionPool, *adapters: Factors, to: str = SERVER.peer) -> Any:
+    names = tuple(each.name for each in adapters)
+    request = ASKED.model_copy(update={"adapters": names})
+    _, reply, _ = await pool.ask(replace(SERVER, peer=to), request, {}, adapters, usual_seconds=1.0)
+    return reply
+
+
+def test_a_version_is_sent_once_and_takes_the_place_of_the_one_before():
+    async def scene() -> None:
+        server = Server()
+        pool = ConnectionPool(server.connect, AdapterSync())
+        for number in (0, 0, 1, 1):
+            assert isinstance(await ask(pool, version(number)), Result)
+        assert [each.replaces for each in server.lessons] == [None, version(0).name]
+        assert server.known == {version(1).name}
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_two_that_need_the_same_send_it_once():
+    async def scene() -> None:
+        server = Server()
+        pool = ConnectionPool(server.connect, AdapterSync())
+        await asyncio.gather(*(ask(pool, version(0)) for _ in range(3)))
+        assert len(server.lessons) == 1
+        assert server.num_connected == 3
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_adapters_of_the_same_block_that_are_not_versions_of_each_other_are_both_kept():
+    async def scene() -> None:
+        server, adapter_sync = Server(), AdapterSync()
+        pool = ConnectionPool(server.connect, adapter_sync)
+        for _ in range(2):
+            await ask(pool, version(0, origin=1))
+            await ask(pool, version(1, origin=2))
+        assert [each.replaces for each in server.lessons] == [None, None]
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_a_session_keeps_its_version_while_passes_go_on():
+    async def scene() -> None:
+        server, adapter_sync = Server(), AdapterSync()
+        pool, connection = ConnectionPool(server.connect, adapter_sync), Connection(server)
+        await ask(pool, version(1))
+        for number in (2, 3):
+            await adapter_sync.ensure_loaded(connection, SERVER, [version(0)], session=True)
+            await ask(pool, version(number))
+            assert server.known == {version(0).name, version(number).name}
+        assert [each.replaces for each in server.lessons] == [None, None, version(1).name, version(2).name]
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_a_session_that_has_what_passes_leave_is_sent_it_again():
+    async def scene() -> None:
+        server, adapter_sync = Server(), AdapterSync()
+        pool, connection = ConnectionPool(server.connect, adapter_sync), Connection(server)
+        await adapter_sync.ensure_loaded(connection, SERVER, [version(0)], session=True)
+        await ask(pool, version(0))
+        await ask(pool, version(1))
+        for _ in range(2):
+            await adapter_sync.ensure_loaded(connection, SERVER, [version(0)], session=True)
+            assert server.known == {version(0).name, version(1).name}
+        assert len(server.lessons) == 4
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_only_what_a_server_was_asked_for_can_be_lacking():
+    adapter_sync = AdapterSync()
+    hosted, own = (replace(version(number), hosted="a" * 16) for number in (0, 1))
+    for number in range(9):
+        adapter_sync.forget("server", [hosted, version(2)], [own.name, version(2).name, f"{number:032x}"])
+    assert not adapter_sync._not_hosted["server"]
+    adapter_sync.forget("server", [hosted, own], [own.name])
+    assert adapter_sync._not_hosted["server"] == {own.name}
+
+
+def test_what_a_server_has_forgotten_is_sent_again():
+    async def scene() -> None:
+        server = Server()
+        pool = ConnectionPool(server.connect, AdapterSync())
+        await ask(pool, version(0))
+        server.known.clear()
+        assert isinstance(await ask(pool, version(0)), Result)
+        assert len(server.lessons) == 2
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_a_server_that_never_remembers_is_asked_no_more():
+    async def scene() -> None:
+        server = Server(forgetful=True)
+        pool = ConnectionPool(server.connect, AdapterSync())
+        with pytest.raises(Misrouted, match="server has no room for these adapters"):
+            await ask(pool, version(0))
+        assert len(server.lessons) == MAX_ADAPTER_UPLOADS
+        assert all(each.is_closed for each in server.connections)
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_a_lesson_that_failed_is_given_again():
+    async def scene() -> None:
+        server = Server(fails=True)
+        pool = ConnectionPool(server.connect, AdapterSync())
+        with pytest.raises(ServerLost):
+            await ask(pool, version(0))
+        server.fails = False
+        assert isinstance(await ask(pool, version(0)), Result)
+        assert len(server.lessons) == 2
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_a_connection_is_used_again_until_it_fails_or_has_been_idle_for_long():
+    async def scene() -> None:
+        server = Server()
+        pool = ConnectionPool(server.connect, AdapterSync())
+        await ask(pool)
+        await ask(pool)
+        assert server.num_connected == 1
+        server.connections[0].error = ServerLost("gone", peer="server")
+        await ask(pool)
+        assert server.num_connected == 2
+        assert server.connections[0].is_closed
+        await asyncio.sleep(2 * IDLE_SECONDS)
+        assert server.connections[1].is_closed
+        await ask(pool)
+        assert server.num_connected == 3
+        await pool.close()
+        assert server.connections[2].is_closed
+
+    virtual_time.run(scene())
+
+
+def test_connections_are_closed_while_others_are_taken_and_given_back():
+    async def scene() -> None:
+        slow, other = Server(seconds_to_close=5.0), Server(peer="other")
+        servers = {each.peer: each for each in (slow, other)}
+        pool = ConnectionPool(lambda info: servers[info.peer].connect(info), AdapterSync())
+        await asyncio.gather(*(ask(pool) for _ in range(3)))
+        await asyncio.sleep(IDLE_SECONDS * 5 / 4 + 2)  # the first of the three is being closed
+        assert [each.is_closed for each in slow.connections] == [False, False, False]
+        await asyncio.gather(ask(pool), ask(pool, to="other"))
+        assert slow.num_connected == 4
+        await asyncio.sleep(2 * IDLE_SECONDS)
+        assert all(each.is_closed for each in slow.connections + other.connections)
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_a_connection_whose_question_was_given_up_is_closed():
+    async def scene() -> None:
+        server = Server()
+        pool = ConnectionPool(server.connect, AdapterSync())
+        asking = asyncio.create_task(ask(pool))
+        await asyncio.sleep(0.5)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert server.connections[0].is_closed
+        await ask(pool)
+        assert server.num_connected == 2
+        await pool.close()
+
+    virtual_time.run(scene())
+
+
+def test_what_is_in_use_when_the_pool_is_closed_is_closed_after_it():
+    async def scene() -> None:
+        server = Server()
+        pool = ConnectionPool(server.connect, AdapterSync())
+        asking = asyncio.create_task(ask(pool))
+        await asyncio.sleep(0.5)
+        await pool.close()
+        assert isinstance(await asking, Result)
+        assert server.connections[0].is_closed
+
+    virtual_time.run(scene())

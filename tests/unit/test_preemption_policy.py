@@ -1,0 +1,168 @@
+"""Whose pages are taken when there are too few: nobody keeps them for nothing, and all who work come to an end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.policy.preemption import (
+    IDLE_SECONDS,
+    MANY_TIMES,
+    PATIENCE_SECONDS,
+    TURN_SECONDS,
+    Holder,
+    gives_way,
+    makes_room,
+)
+from shoal.policy.scheduling import RequestView, schedule
+
+NOW = 1000.0
+
+
+def holder(peer: str, num_pages: int, *, unused: float = 0.0, old: float = 500.0, opened: int = 0, at_work=False):
+    return Holder(peer, num_pages, NOW - unused, NOW - old, opened, at_work)
+
+
+holders = st.builds(
+    holder,
+    st.sampled_from("abcd"),
+    st.integers(1, 50),
+    unused=st.floats(0, 100),
+    old=st.floats(0, 100),
+    opened=st.integers(0, 100),
+    at_work=st.booleans(),
+)
+
+
+def held(some: list[Holder]) -> Counter[str]:
+    total = Counter[str]()
+    for each in some:
+        total[each.peer] += each.num_pages
+    return total
+
+
+@given(st.lists(holders, min_size=1, max_size=12))
+def test_what_is_idle_gives_way_first_and_then_the_largest_holder(some):
+    chosen = some[gives_way(some, now=NOW)]
+    idle = [each for each in some if each.is_idle(NOW)]
+    assert chosen in idle or not idle
+    assert all(held(some)[chosen.peer] >= held(some)[each.peer] for each in idle or some)
+    mine = [each for each in idle or some if each.peer == chosen.peer]
+    assert all(chosen.at_work <= each.at_work for each in mine)
+    assert all(chosen.used_at <= each.used_at for each in mine if each.at_work == chosen.at_work)
+
+
+def test_sessions_that_are_opened_early_and_grow_by_a_token_do_not_outlast_one_that_works():
+    many = [holder("greedy", 16, unused=1.0, opened=number) for number in range(20)]
+    late = holder("honest", 30, opened=99, at_work=True)
+    assert gives_way([*many, late], now=NOW) < 20
+    spread = [holder(f"identity {number}", 16, unused=31.0, opened=number) for number in range(20)]
+    assert gives_way([*spread, late], now=NOW) < 20
+
+
+@given(st.lists(holders, max_size=12), st.sampled_from("abcd"), st.integers(1, 30), st.floats(0, 5))
+def test_one_that_is_still_to_begin_takes_what_is_idle_or_of_a_peer_that_has_many_times_as_much(
+    some, peer, num, waited
+):
+    found = makes_room(some, peer=peer, num_pages=num, num_missing=num, waited=waited, now=NOW)
+    if found is None:
+        return
+    chosen = some[found]
+    if not chosen.is_idle(NOW) or sum(each.num_pages for each in some if each.is_idle(NOW)) < num:
+        assert waited >= PATIENCE_SECONDS
+        assert held(some)[chosen.peer] > MANY_TIMES * (held(some)[peer] + num)
+        assert NOW - chosen.began_at >= TURN_SECONDS
+
+
+def test_what_is_idle_is_not_taken_for_nothing():
+    idle = holder("a", 3, unused=IDLE_SECONDS)
+    assert makes_room([idle], peer="b", num_pages=3, num_missing=3, waited=0, now=NOW) == 0
+    assert makes_room([idle], peer="b", num_pages=3, num_missing=0, waited=9, now=NOW) is None
+    assert makes_room([idle], peer="b", num_pages=9, num_missing=9, waited=9, now=NOW) is None
+    resting = holder("a", 3, unused=IDLE_SECONDS - 1)
+    assert makes_room([resting], peer="b", num_pages=3, num_missing=3, waited=9, now=NOW) is None
+
+
+@pytest.mark.parametrize("peer", ["greedy", "other"])
+def test_who_has_just_begun_and_who_holds_little_more_is_let_be(peer: str):
+    new, old = holder("greedy", 60, old=TURN_SECONDS - 1), holder("greedy", 40, at_work=True)
+    found = makes_room([new, old], peer=peer, num_pages=20, num_missing=20, waited=2.0, now=NOW)
+    assert found == (1 if peer == "other" else None)
+    assert makes_room([new, old], peer=peer, num_pages=60, num_missing=60, waited=2.0, now=NOW) is None
+
+
+@dataclass
+class Client:
+    """Decodes up to so many tokens; what it is answered stays, whatever happens to its pages."""
+
+    peer: str
+    prompt: int
+    target: int
+    answered: int = 0
+    cached: int = 0
+    pages: int = 0
+    used_at: float = 0.0
+    began_at: float = 0.0
+
+    @property
+    def lacks(self) -> int:
+        """The tokens of its step: all that the server has not, and at least one more than was answered."""
+        return max(self.answered + 1, self.prompt) - self.cached
+
+    def needs(self, num_tokens: int) -> int:
+        return -(-(self.cached + num_tokens) // 16) - self.pages
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 100), st.integers(1, 60)), min_size=1, max_size=6),
+    st.integers(0, 6),
+    st.sampled_from([1e-3, 1.0, 20.0]),
+)
+@settings(deadline=None)
+def test_clients_that_have_room_for_one_only_all_come_to_an_end(each, spare, pass_seconds):
+    clients = [Client(peer, prompt, prompt + more) for peer, prompt, more in each]
+    num_pages = max(-(-client.target // 16) for client in clients) + spare
+    now, passes = 0.0, 0
+    while working := [client for client in clients if client.answered < client.target]:
+        passes += 1
+        assert passes < 20_000, "it never ends"
+        now += pass_seconds
+        for client in clients:
+            if client not in working:
+                client.pages = client.cached = 0
+        _pass(working, clients, num_pages, now)
+
+
+def _pass(working: list[Client], clients: list[Client], num_pages: int, now: float) -> None:
+    while True:
+        waiting = [RequestView(1, client.lacks, client.pages > 0, client.needs) for client in working]
+        free = num_pages - sum(client.pages for client in clients)
+        plan = schedule(waiting, num_free_pages=free, max_num_batched_tokens=64, prefill_tokens=32)
+        holding = [client for client in working if client.pages]
+        picture = [
+            Holder(client.peer, client.pages, client.used_at, client.began_at, clients.index(client), at_work=True)
+            for client in holding
+        ]
+        index: int | None = None
+        if plan.short_of_pages:
+            index = gives_way(picture, now=now)
+        elif plan.kept_out is not None:
+            out, missing = plan.kept_out
+            need = waiting[out].num_pages(working[out].lacks)
+            index = makes_room(
+                picture, peer=working[out].peer, num_pages=need, num_missing=missing, waited=9.0, now=now
+            )
+        if index is None:
+            break
+        holding[index].pages = holding[index].cached = 0
+    for index, num_tokens in plan.chunks:
+        client = working[index]
+        if not client.pages:
+            client.began_at = now
+        client.pages += client.needs(num_tokens)
+        client.cached, client.used_at = client.cached + num_tokens, now
+        client.answered = max(client.answered, client.cached if client.cached >= client.prompt else 0)

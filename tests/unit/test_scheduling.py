@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.policy.scheduling import (
+    DECODE_TOKENS,
+    MIN_PREFILL_TOKENS,
+    PassTimeModel,
+    RequestView,
+    SchedulerOutput,
+    batching_delay,
+    is_training_due,
+    schedule,
+)
+
+PAGE = 16
+
+
+def requests(
+    num_tokens: int, *, rows: int = 1, running: bool = True, held: int = 0, unsplittable: bool = False
+) -> RequestView:
+    """A step of a session that has room for `held` more tokens of each row."""
+    return RequestView(
+        rows, num_tokens, running, lambda tokens: rows * max(0, -(-(tokens - held) // PAGE)), unsplittable
+    )
+
+
+def beginner(num_tokens: int, *, rows: int = 1, unsplittable: bool = False) -> RequestView:
+    return requests(num_tokens, rows=rows, running=False, unsplittable=unsplittable)
+
+
+def plan(*steps: RequestView, pages: int = 1000, tokens: int = 1024, prefill: int = 64) -> SchedulerOutput:
+    return schedule(steps, num_free_pages=pages, max_num_batched_tokens=tokens, prefill_tokens=prefill)
+
+
+steps = st.builds(
+    requests,
+    st.integers(1, 200),
+    rows=st.integers(1, 12),
+    running=st.booleans(),
+    held=st.integers(0, 20),
+    unsplittable=st.booleans(),
+)
+
+
+def test_nothing_waits_and_nothing_is_computed():
+    assert plan() == SchedulerOutput()
+
+
+@given(st.lists(steps, max_size=12), st.integers(0, 60), st.integers(1, 128), st.integers(1, 64))
+def test_a_pass_never_exceeds_its_budgets_except_for_a_turn_of_its_own(steps, pages, tokens, prefill):
+    chosen = plan(*steps, pages=pages, tokens=tokens, prefill=prefill).chunks
+    sizes = [(steps[index], num_tokens, num_tokens * steps[index].num_rows) for index, num_tokens in chosen]
+    assert all(1 <= num_tokens <= step.num_tokens for step, num_tokens, _ in sizes)
+    assert len({index for index, _ in chosen}) == len(chosen)
+    assert sum(step.num_pages(num_tokens) for step, num_tokens, _ in sizes) <= pages
+    prefills = [size for step, _, size in sizes if not step.decodes]
+    assert sum(prefills) <= prefill or len(prefills) == 1
+    small = all(num_tokens == 1 or step.unsplittable for step, num_tokens, _ in sizes if not step.decodes)
+    assert sum(size for _, _, size in sizes) <= tokens or len(sizes) == 1 or (len(prefills) == 1 and small)
+    assert all(num_tokens == step.num_tokens for step, num_tokens, _ in sizes if step.unsplittable)
+
+
+@given(st.lists(steps, min_size=1, max_size=12), st.integers(1, 128), st.integers(1, 64))
+def test_while_there_are_pages_somebody_gets_a_turn(steps, tokens, prefill):
+    assert plan(*steps, pages=10_000, tokens=tokens, prefill=prefill).chunks
+
+
+@given(st.lists(st.builds(requests, st.integers(1, DECODE_TOKENS), rows=st.integers(1, 4)), max_size=8), st.data())
+def test_all_who_decode_are_in_every_pass_whoever_else_waits(decoders, data):
+    others = data.draw(st.lists(steps.filter(lambda step: not step.decodes), max_size=6))
+    everybody = data.draw(st.permutations([*decoders, *others]))
+    chosen = dict(plan(*everybody, pages=10_000).chunks)
+    assert all(chosen.get(index) == step.num_tokens for index, step in enumerate(everybody) if step.decodes)
+
+
+def test_a_prefill_takes_what_decoding_leaves_of_its_share():
+    assert plan(beginner(500), requests(1), prefill=64).chunks == ((1, 1), (0, 64))
+    assert plan(beginner(500), requests(8, rows=4), tokens=40).chunks == ((1, 8), (0, 8))
+    assert plan(beginner(500), requests(8, rows=4), tokens=32).chunks == ((1, 8), (0, 1))
+
+
+def test_prefills_have_their_turn_in_the_order_in_which_they_came():
+    assert plan(beginner(50), requests(50), beginner(50), prefill=80).chunks == ((0, 50), (1, 30))
+
+
+def test_a_batch_with_more_rows_than_there_is_room_gets_a_token_of_each():
+    assert plan(beginner(9, rows=100), prefill=16, tokens=64).chunks == ((0, 1),)
+    assert plan(beginner(9, rows=50), beginner(9), requests(1), prefill=16, tokens=64).chunks == ((2, 1), (0, 1))
+
+
+def test_what_is_not_to_be_cut_is_computed_at_once():
+    assert plan(beginner(90, unsplittable=True), requests(1), prefill=64).chunks == ((1, 1), (0, 90))
+    assert plan(beginner(20), beginner(90, unsplittable=True), prefill=64).chunks == ((0, 20),)
+
+
+def test_nobody_begins_before_one_who_waits_for_room():
+    assert plan(beginner(100), beginner(10), pages=2).chunks == ()
+    assert plan(beginner(30), beginner(100), beginner(10), pages=5).chunks == ((0, 30),)
+
+
+def test_a_session_begins_only_with_room_for_all_that_it_came_with():
+    assert plan(beginner(64), pages=3, prefill=16).chunks == ()
+    assert plan(beginner(64), pages=4, prefill=16).chunks == ((0, 16),)
+
+
+def test_nobody_begins_with_pages_that_others_need_to_go_on():
+    assert plan(beginner(16), requests(64), pages=4, prefill=16).chunks == ((1, 16),)
+    assert plan(beginner(16), requests(64), pages=5, prefill=32).chunks == ((0, 16), (1, 16))
+
+
+@given(st.lists(steps, max_size=12), st.integers(0, 60), st.integers(1, 128), st.integers(1, 64))
+def test_only_who_has_begun_makes_others_give_up_their_pages(steps, pages, tokens, prefill):
+    chosen = plan(*steps, pages=pages, tokens=tokens, prefill=prefill)
+    alone = plan(*(step for step in steps if step.running), pages=pages, tokens=tokens, prefill=prefill)
+    assert not chosen.short_of_pages or alone.short_of_pages
+    assert not (chosen.short_of_pages and chosen.chunks)
+
+
+@dataclass
+class Client:
+    """A session whose next step comes as soon as the last one is computed."""
+
+    next_step: Callable[[], int]
+    rows: int
+    num_left: int = 0
+    running: bool = False
+    since: int = 0
+
+
+clients = st.lists(st.tuples(st.sampled_from([1, 1, 3, 8, 9, 20]), st.integers(1, 20)), min_size=2, max_size=6)
+
+
+@settings(max_examples=60)
+@given(clients, st.integers(1, 64), st.integers(1, 32))
+def test_nobody_starves_although_everybody_always_has_more(kinds, tokens, prefill):
+    longest_wait = sum(size for size, _ in kinds)
+    everybody = [Client(lambda size=size: size, rows) for size, rows in kinds]
+    queue: list[Client] = []
+    for number in range(3 * longest_wait):
+        for client in everybody:
+            if not client.num_left:
+                client.num_left, client.since = client.next_step(), number
+                queue.append(client)
+        picture = [requests(each.num_left, rows=each.rows, running=each.running) for each in queue]
+        chosen = plan(*picture, pages=1 << 20, tokens=tokens, prefill=prefill).chunks
+        for index, num_tokens in chosen:
+            queue[index].num_left -= num_tokens
+            queue[index].running = True
+        queue = [each for each in queue if each.num_left]
+        assert all(number - each.since <= longest_wait for each in queue)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+@given(costs=st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), min_size=1, max_size=20))
+def test_training_gets_its_share_of_the_time_in_which_both_are_wanted(share, costs):
+    inference = training = 0.0
+    for of_inference, of_training in costs * 20:
+        if is_training_due(inference_seconds=inference, training_seconds=training, share=share):
+            training += of_training
+        else:
+            inference += of_inference
+        assert training - share * (inference + training) <= 1 + 1e-9
+        assert share * (inference + training) - training <= share + 1e-9
+
+
+moments = st.lists(st.floats(-2, 2), max_size=8)
+
+
+@given(moments, st.integers(1, 8), st.floats(1e-3, 2))
+def test_nobody_waits_as_long_as_a_pass_takes(expected: list[float], num_ready: int, pass_seconds: float):
+    wait = batching_delay(expected, num_ready=num_ready, now=0.0, pass_seconds=pass_seconds)
+    assert 0 <= wait < pass_seconds
+    assert wait == 0 or any(abs(moment) == wait for moment in expected)
+
+
+def test_a_pass_waits_for_those_who_come_in_a_moment_and_for_nobody_else():
+    assert batching_delay([], num_ready=1, now=5.0, pass_seconds=1.0) == 0
+    assert batching_delay([5.1], num_ready=1, now=5.0, pass_seconds=1.0) == pytest.approx(0.1)
+    assert batching_delay([5.1, 5.2, 7.0], num_ready=2, now=5.0, pass_seconds=1.0) == pytest.approx(0.2)
+    assert batching_delay([5.9], num_ready=8, now=5.0, pass_seconds=1.0) == 0
+    assert batching_delay([3.0], num_ready=1, now=5.0, pass_seconds=1.0) == 0
+
+
+def test_a_prefill_takes_its_share_of_a_pass():
+    pass_time = PassTimeModel(decode_seconds=0.1, prefill_token_seconds=0.001)
+    assert pass_time.prefill_tokens(0.5) == 100
+    assert pass_time.prefill_tokens(0.2) == 25
+    assert pass_time.prefill_tokens(0.01) == MIN_PREFILL_TOKENS
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 5, 32, 500]), st.floats(0, 10)), max_size=30))
+def test_the_pace_stays_between_what_was_believed_and_what_was_seen(passes):
+    pass_time = PassTimeModel(0.1, 0.001)
+    for num_prefill_tokens, seconds in passes:
+        pass_time = pass_time.updated(num_prefill_tokens=num_prefill_tokens, seconds=seconds)
+    assert 0 <= pass_time.decode_seconds <= 10
+    assert 0 <= pass_time.prefill_token_seconds <= 10 / MIN_PREFILL_TOKENS
+    assert pass_time.prefill_tokens(0.5) >= MIN_PREFILL_TOKENS
+
+
+def test_the_pace_is_learned():
+    pass_time = PassTimeModel(decode_seconds=1.0, prefill_token_seconds=1.0)
+    for _ in range(100):
+        pass_time = pass_time.updated(num_prefill_tokens=0, seconds=0.1).updated(num_prefill_tokens=100, seconds=0.3)
+    assert pass_time.decode_seconds == pytest.approx(0.1)
+    assert pass_time.prefill_token_seconds == pytest.approx(0.002)
