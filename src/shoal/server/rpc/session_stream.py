@@ -227,7 +227,7 @@ class SessionStream:
         if self._push_handle is None:
             done(False)
             return
-        hops_left = step.model_copy(update={"onward": step.hops_left - 1, "skip": 0, "tensors": ()})
+        hops_left = step.model_copy(update={"hops_left": step.hops_left - 1, "skip": 0, "tensors": ()})
         self._push_handle.push(hops_left, tensors, encoding, done=done)
 
     # -- answering ----------------------------------------------------------------------------------------------------
