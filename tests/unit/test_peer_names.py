@@ -35,7 +35,11 @@ def server(peer: str, name: str = "", span: str = "0:4") -> ServerInfo:
 SERVERS = (server(A, "mia"), server(B, "hugo", "4:8"), server(C))
 
 
-@pytest.mark.parametrize("text", ["mia", A[-6:], A[-12:], A[:20], A])
+@pytest.mark.parametrize(
+    "text",
+    ["mia", A[-6:], A[-12:], A[:20], A],
+    ids=["its name", "six characters", "twelve", "its beginning", "its whole id"],
+)
 def test_a_server_is_found_by_its_name_by_either_end_of_its_id_and_by_the_whole_id(text):
     assert find_peer(text, SERVERS) == A
 
