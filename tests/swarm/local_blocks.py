@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shoal.model.body import Body
 from shoal.model.body_cache import BodyCache
-from shoal.model.head import NotBegun
+from shoal.model.remote_cache import UnopenedSession
 from shoal.net.wire.encodings import as_received
 from shoal.spans import Span
 from shoal.tensors import Encoding
@@ -36,7 +36,7 @@ class LocalSession:
     def expect(self, num_tokens: int) -> None:
         pass
 
-    def note_ids(self, ids_BT: Tensor | None, mask_BS: Tensor | None) -> None:
+    def record_token_ids(self, ids_BT: Tensor | None, mask_BS: Tensor | None) -> None:
         pass
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -64,7 +64,7 @@ class LocalBlocks(nn.Module):
         past_key_values: object | None,
     ) -> Tensor:
         caches: Sequence[BodyCache | None] = [None] * len(self.hops)
-        if past_key_values is not None and not isinstance(past_key_values.session, NotBegun):  # type: ignore[attr-defined]
+        if past_key_values is not None and not isinstance(past_key_values.session, UnopenedSession):  # type: ignore[attr-defined]
             caches = past_key_values.session.caches  # type: ignore[attr-defined]
         hidden_BTD = Travel.apply(hidden_BTD, self.encoding)
         for (body, span), cache in zip(self.hops, caches, strict=True):

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from shoal.errors import UnsupportedOperation
 from shoal.model.body import build_body
 from shoal.model.families import family_of
-from shoal.model.head import HeadCache, build_head
+from shoal.model.head import build_head
+from shoal.model.remote_cache import RemoteCache
 from shoal.spans import Span
 from shoal.tensors import Encoding
 
@@ -52,8 +53,8 @@ class Pair:
         heads = {name: checkpoint[name] for name, block in of_block.items() if block is None}
         self.cut = build_head(type(self.whole), self.family, self.config, heads, blocks=self.blocks, dtype=dtype)
 
-    def new_cache(self) -> HeadCache:
-        return HeadCache(self.blocks.new_session(batch_size=2, max_length=64))
+    def new_cache(self) -> RemoteCache:
+        return RemoteCache(self.blocks.new_session(batch_size=2, max_length=64))
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:

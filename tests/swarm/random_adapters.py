@@ -12,7 +12,7 @@ from shoal.adapters import IA3, Lora, Prompt
 from shoal.model.body import Body
 from shoal.model.families import text_config
 from shoal.model.linear.packed_linear import FrozenLinear
-from shoal.model.peft.factors import Factors, Layer, Tuning, name_of
+from shoal.model.peft.factors import ActiveAdapters, AdapterFactors, Layer, factors_name
 from shoal.model.peft.skeleton import LINEAR, num_features
 from shoal.spans import Span
 
@@ -22,7 +22,7 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in block.named_modules() if isinstance(module, (*LINEAR, FrozenLinear))}
 
 
-def some_factors(body: Body, block: int, chance: Random, *, dropout: float = 0.0) -> Factors:
+def some_factors(body: Body, block: int, chance: Random, *, dropout: float = 0.0) -> AdapterFactors:
     """An adapter of one block: LoRA, DoRA or IA3 on some of its layers, or a prompt, or both."""
     own = linears(body.block(block))
     paths = chance.sample(sorted(own), k=min(len(own), chance.choice([0, 1, 2, 3])))
@@ -33,15 +33,15 @@ def some_factors(body: Body, block: int, chance: Random, *, dropout: float = 0.0
     return factors_of(block, tuple(layers), torch.cat(parts))
 
 
-def factors_of(block: int, layers: tuple[Layer, ...], values_N: torch.Tensor, *, origin: int = 0) -> Factors:
-    return Factors(name_of(block, layers, values_N), block, layers, values_N, origin)
+def factors_of(block: int, layers: tuple[Layer, ...], values_N: torch.Tensor, *, origin: int = 0) -> AdapterFactors:
+    return AdapterFactors(factors_name(block, layers, values_N), block, layers, values_N, origin)
 
 
-def some_tuning(body: Body, span: Span, chance: Random, *, dropout: float = 0.0) -> Tuning:
+def some_tuning(body: Body, span: Span, chance: Random, *, dropout: float = 0.0) -> ActiveAdapters:
     """Adapters of some blocks, often of none."""
     part = chance.choice([0.0, 0.6, 1.0])
     blocks = [block for block in span if chance.random() < part]
-    return Tuning({block: some_factors(body, block, chance, dropout=dropout) for block in blocks})
+    return ActiveAdapters({block: some_factors(body, block, chance, dropout=dropout) for block in blocks})
 
 
 def _layer(path: str, chance: Random, *, dropout: float) -> Layer:

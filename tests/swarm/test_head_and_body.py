@@ -19,7 +19,8 @@ from transformers import (
 from shoal.errors import CheckpointError, UnsupportedOperation
 from shoal.model.body import Body, build_body
 from shoal.model.families import family_of
-from shoal.model.head import HeadCache, build_head
+from shoal.model.head import build_head
+from shoal.model.remote_cache import RemoteCache
 from shoal.spans import Span
 
 from .local_blocks import LocalBlocks
@@ -140,8 +141,8 @@ def test_a_cache_that_is_no_session_is_refused(pair: Pair) -> None:
 
 
 def test_a_cache_is_there_unless_none_is_wanted(pair: Pair) -> None:
-    assert isinstance(pair.cut(PROMPT).past_key_values, HeadCache)
-    assert isinstance(pair.cut(PROMPT, use_cache=True).past_key_values, HeadCache)
+    assert isinstance(pair.cut(PROMPT).past_key_values, RemoteCache)
+    assert isinstance(pair.cut(PROMPT, use_cache=True).past_key_values, RemoteCache)
     assert pair.cut(PROMPT, use_cache=False).past_key_values is None
 
 
@@ -188,7 +189,7 @@ def test_a_padded_prompt_may_come_in_parts(model_type: str) -> None:
                     hidden[:, start:end],
                     attention_mask=mask[:, :end],
                     position_ids=positions[:, start:end],
-                    past_key_values=HeadCache(session),
+                    past_key_values=RemoteCache(session),
                 )
             )
         return torch.cat(parts, dim=1)
@@ -215,7 +216,7 @@ def test_several_threads_may_use_one_model(pair: Pair) -> None:
 
     @torch.no_grad()
     def use(prompt: Tensor) -> Tensor:
-        cache = HeadCache(pair.blocks.new_session(batch_size=2, max_length=16))
+        cache = RemoteCache(pair.blocks.new_session(batch_size=2, max_length=16))
         parts = [pair.cut(prompt[:, i : i + 1], past_key_values=cache).logits for i in range(prompt.shape[1])]
         return torch.cat(parts, dim=1)
 

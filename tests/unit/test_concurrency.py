@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from shoal.concurrency import while_moving
+from shoal.concurrency import with_progress_timeout
 
 from . import virtual_time
 
@@ -32,7 +32,7 @@ def waited(belt: Belt, *, seconds: float) -> tuple[str, float]:
 
     async def wait() -> tuple[str, float]:
         try:
-            outcome = await while_moving(belt.run(), lambda: belt.moved_at, seconds=seconds)
+            outcome = await with_progress_timeout(belt.run(), lambda: belt.moved_at, seconds=seconds)
         except TimeoutError:
             outcome = "given up"
         return outcome, asyncio.get_running_loop().time()
@@ -57,7 +57,7 @@ def test_an_error_is_raised_as_it_is():
             raise KeyError("of its own")
 
         with pytest.raises(KeyError, match="of its own"):
-            await while_moving(fail(), lambda: 0.0, seconds=3.0)
+            await with_progress_timeout(fail(), lambda: 0.0, seconds=3.0)
         await asyncio.sleep(10.0)  # whatever was to look after it does nothing any more
 
     virtual_time.run(wait())

@@ -110,7 +110,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub: FakeHub, monkeypa
 def test_a_file_that_was_damaged_on_its_way_is_not_kept(hub: FakeHub) -> None:
     checkpoint = Checkpoint.open(REPO)
     hub.garbles = True
-    with pytest.raises(CheckpointError, match=f"of {REPO} was damaged on its way here"):
+    with pytest.raises(CheckpointError, match=f"of {REPO} was damaged during the download"):
         checkpoint.block_tensors(Span(0, 1))
 
     hub.garbles = False
@@ -162,8 +162,8 @@ def test_a_revision_that_is_not_there_is_refused(hub: FakeHub) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (403, "GatedRepo", "only for those who have accepted its conditions"),
-        (401, "GatedRepo", "only for those who have accepted its conditions"),
+        (403, "GatedRepo", "requires that you accept its conditions"),
+        (401, "GatedRepo", "requires that you accept its conditions"),
         (401, "RepoNotFound", "there is no model"),
         (403, "", "the hub answered 403"),
         (429, "", "the hub answered 429"),

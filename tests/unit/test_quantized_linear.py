@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoal.model.linear.quantized_linear import FourBitLinear, Int8Linear, replace_quantized_linears
+from shoal.model.linear.quantized_linear import Frozen4bitLinear, Frozen8bitLinear, replace_quantized_linears
 
 SHAPES = [(192, 128), (60, 128), (48, 32)]  # outputs and inputs: the last two are none that bitsandbytes' kernel knows
 DTYPES = [torch.float32, torch.bfloat16]
@@ -48,7 +48,7 @@ def test_four_bits_are_multiplied_as_their_dequantized_weight(
 ) -> None:
     linear, dense = four_bit(*shape, dtype, double=double)
     bias = linear.bias.double()
-    layer = FourBitLinear(linear, dtype=dtype)
+    layer = Frozen4bitLinear(linear, dtype=dtype)
     assert relative_error(layer.weight, dense) < 4e-3  # the CPU kernel holds scales in bfloat16
     for rows in (torch.randn(shape[1]), torch.randn(0, shape[1]), torch.randn(2, 9, shape[1])):
         x = rows.to(dtype)
@@ -63,7 +63,7 @@ def test_eight_bits_are_multiplied_as_bitsandbytes_multiplies_a_row_alone(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     linear, _ = int8(*shape, dtype)
-    layer = Int8Linear(linear, dtype=dtype)
+    layer = Frozen8bitLinear(linear, dtype=dtype)
     x = torch.randn(5, shape[1]).to(dtype)
     x[0, 3], x[1, 7], x[1, 8] = 30.0, -10.0, 7.0  # outliers, not the same in every row
     expected = torch.cat([linear(row[None]) for row in x])
@@ -109,5 +109,5 @@ def test_other_layers_stay() -> None:
     around = nn.Sequential(plain, nn.Sequential(four_bit(64, 64, torch.float32)[0]), int8(64, 64, torch.float32)[0])
     replace_quantized_linears(around, dtype=torch.float32)
     assert around[0] is plain
-    assert isinstance(around[1][0], FourBitLinear)
-    assert isinstance(around[2], Int8Linear)
+    assert isinstance(around[1][0], Frozen4bitLinear)
+    assert isinstance(around[2], Frozen8bitLinear)

@@ -8,7 +8,7 @@ import pytest
 
 from shoal.errors import CheckpointError, UserError
 from shoal.model.weights.checkpoint import Checkpoint
-from shoal.model.weights.places import check_model, folder_of
+from shoal.model.weights.location import check_model, folder_of
 
 
 def test_a_folder_that_is_there_is_meant_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
