@@ -45,9 +45,9 @@ class ServerInfo:
 
     `decode_speed` (one token at a time) and `prefill_speed` (long inputs) are in tokens per second through its whole
     span; both are None until the server has measured them. `fingerprint` names the exact weights before quantization
-    (`shoal.model.weights.fingerprint`). `encodings` are the encodings beside raw in which it takes and sends tensors
-    (`shoal.tensors`). `cache_tokens_left` is in tokens. `queue_length` counts the waiting steps and passes. A server
-    with a `head` also computes the final norm and the output projection after the last block. A server without
+    (`shoal.model.weights.fingerprint`). `encodings` are those in which it takes and sends tensors, in addition to
+    raw (`shoal.tensors`). `cache_tokens_left` is in tokens. `queue_length` counts the waiting steps and passes. A
+    server with a `head` also computes the final norm and the output projection after the last block. A server without
     `training` computes only sessions. `adapters` are the names of the adapters that it hosts for all clients
     (`shoal.model.peft.peft_folder`). `round_trips` are round-trip times in seconds to servers that may precede or
     follow it in a route, by the `short` form of their peer ids.

@@ -1,4 +1,4 @@
-"""Adapters of all kinds, as a client might have trained them."""
+"""Random adapters of all kinds, such as a client might have trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shoal.spans import Span
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """A block's linear layers, by their paths."""
+    """The linear layers of a block, by their paths."""
     return {path: module for path, module in block.named_modules() if isinstance(module, (*LINEAR, FrozenLinear))}
 
 
@@ -38,7 +38,7 @@ def factors_of(block: int, layers: tuple[Layer, ...], values_N: torch.Tensor, *,
 
 
 def some_tuning(body: Body, span: Span, chance: Random, *, dropout: float = 0.0) -> ActiveAdapters:
-    """Adapters of some blocks, often of none."""
+    """Adapters of some blocks, often of no block."""
     part = chance.choice([0.0, 0.6, 1.0])
     blocks = [block for block in span if chance.random() < part]
     return ActiveAdapters({block: some_factors(body, block, chance, dropout=dropout) for block in blocks})
@@ -58,7 +58,7 @@ def _layer(path: str, chance: Random, *, dropout: float) -> Layer:
 
 
 def _values(layer: Layer, linears: dict[str, nn.Module], hidden_size: int, chance: Random) -> torch.Tensor:
-    """Small enough that the block does much the same, and large enough that it is seen."""
+    """Values that change the block's output a little but measurably."""
     generator = torch.Generator().manual_seed(chance.getrandbits(32))
     if isinstance(layer, Prompt):
         return 0.3 * torch.randn(layer.num_tokens * hidden_size, generator=generator)

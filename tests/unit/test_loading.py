@@ -1,4 +1,4 @@
-"""What a server says while it loads its blocks, and how it is stopped meanwhile."""
+"""Progress of loading blocks, and stopping a server while it loads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
 
 
-def test_loading_tells_each_block_in_its_order() -> None:
+def test_loading_reports_the_blocks_in_order() -> None:
     told: list[tuple[int, bool]] = []
     load_body(
         Checkpoint.open(STORIES), Span(2, 5), dtype=torch.float32, progress=lambda block, now: told.append((block, now))
@@ -47,7 +47,7 @@ def test_loading_tells_each_block_in_its_order() -> None:
     assert len(told) > 3, "after each weight, not only after each block"
 
 
-def test_what_is_quantized_is_told_so_and_what_was_kept_is_only_loaded() -> None:
+def test_loading_reports_quantization_and_reads_cached_blocks_without_it() -> None:
     for is_quantized_now in True, False:
         told: list[tuple[int, bool]] = []
         load_body(
@@ -60,7 +60,7 @@ def test_what_is_quantized_is_told_so_and_what_was_kept_is_only_loaded() -> None
         assert list(dict.fromkeys(told)) == [(0, is_quantized_now), (1, is_quantized_now)]
 
 
-def test_loading_ends_at_the_next_weight_when_it_is_told_to() -> None:
+def test_loading_stops_at_the_next_weight_when_progress_raises() -> None:
     told: list[int] = []
 
     def stop(block: int, _: bool) -> None:

@@ -276,13 +276,13 @@ def _span_class(family: Family, span: Span) -> type[PreTrainedModel]:
     def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:  # noqa: N807
         family.backbone.__init__(self, config)
         layers = self.get_submodule(family.layers_name)
-        kept = nn.ModuleList()
+        of_span = nn.ModuleList()
         for block in span:
-            kept.add_module(str(block), layers.get_submodule(str(block)))
+            of_span.add_module(str(block), layers.get_submodule(str(block)))
         for name, child in list(self.named_children()):
             if next(child.parameters(), None) is not None:
                 setattr(self, name, ClientModuleStub())
-        setattr(self, family.layers_name, kept)
+        setattr(self, family.layers_name, of_span)
         self.all_layers = list(layers)  # in a list, so that they are not registered as submodules and get no weights
         for name in self._parameters:
             self._parameters[name] = None

@@ -89,7 +89,7 @@ class Family:
     num_blocks: int
     packable: bool  # whether the tokens of several sequences can be computed in one row
     renamings: tuple[WeightRenaming, ...] = field(default=(), compare=False)  # from a checkpoint's names to the model's
-    encodings: frozenset[Encoding] = frozenset()  # allowed for its hidden states and gradients, beside raw
+    encodings: frozenset[Encoding] = frozenset()  # allowed for its hidden states and gradients, in addition to raw
 
     @property
     def layers_return_tuple(self) -> bool:

@@ -64,7 +64,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
     def __init__(self, session: Session) -> None:
         super().__init__(layers=[])
         self.session = session
-        self.head_call: Any = None  # what the current call wants from the blocks beside hidden states
+        self.head_call: Any = None  # what the current call wants from the blocks in addition to hidden states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.session.num_tokens
