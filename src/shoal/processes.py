@@ -43,6 +43,7 @@ class Child:
 
     @property
     def is_ready(self) -> bool:
+        """Whether it has printed its address."""
         return "address" in self.facts
 
     def kill(self) -> None:

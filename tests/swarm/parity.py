@@ -71,7 +71,7 @@ def check_logits(pair: Pair) -> None:
     without = pair.cut(PROMPT).logits
     pair.cut.attach_blocks(pair.blocks)
     assert (without - expected).norm() > 0.05 * expected.norm(), (
-        "the blocks of this tiny model do too little to be seen"
+        "the blocks of this tiny model change the logits too little to be noticed"
     )
 
 

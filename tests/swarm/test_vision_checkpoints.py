@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 
 from shoal.errors import UnsupportedModel
 from shoal.model.body import build_body
@@ -91,7 +97,7 @@ def test_a_vision_language_class_is_refused() -> None:
     config = config_with_vision("gemma3")
     with pytest.raises(UnsupportedModel, match="more than a language model"):
         build_head(
-            AutoModelForImageTextToText._model_mapping[type(config)],
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)],
             family_of(config),
             config,
             {},

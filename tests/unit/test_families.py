@@ -22,7 +22,7 @@ def tiny(model_type: str) -> Family:
         ("llama", "model.layers.3.mlp.up_proj.weight", 3),
         ("llama", "layers.3.mlp.up_proj.weight", 3),  # saved from the base model
         ("llama", "model.layers.12.mlp.up_proj.weight", 12),
-        ("llama", "model.language_model.layers.3.mlp.up_proj.weight", 3),  # saved from a model that sees
+        ("llama", "model.language_model.layers.3.mlp.up_proj.weight", 3),  # saved from a vision-language model
         ("llama", "language_model.model.layers.3.mlp.up_proj.weight", 3),
         ("llama", "vision_tower.layers.3.mlp.up_proj.weight", None),
         ("llama", "vision_tower.encoder.layers.3.mlp.up_proj.weight", None),

@@ -39,38 +39,41 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_loading_reports_the_blocks_in_order() -> None:
-    told: list[tuple[int, bool]] = []
+    reported: list[tuple[int, bool]] = []
     load_body(
-        Checkpoint.open(STORIES), Span(2, 5), dtype=torch.float32, progress=lambda block, now: told.append((block, now))
+        Checkpoint.open(STORIES),
+        Span(2, 5),
+        dtype=torch.float32,
+        progress=lambda block, now: reported.append((block, now)),
     )
-    assert list(dict.fromkeys(told)) == [(2, False), (3, False), (4, False)]
-    assert len(told) > 3, "after each weight, not only after each block"
+    assert list(dict.fromkeys(reported)) == [(2, False), (3, False), (4, False)]
+    assert len(reported) > 3, "after each weight, not only after each block"
 
 
 def test_loading_reports_quantization_and_reads_cached_blocks_without_it() -> None:
     for is_quantized_now in True, False:
-        told: list[tuple[int, bool]] = []
+        reported: list[tuple[int, bool]] = []
         load_body(
             Checkpoint.open(STORIES),
             Span(0, 2),
             dtype=torch.float32,
             quantization=Quantization.NF4,
-            progress=lambda block, now: told.append((block, now)),  # noqa: B023 - called before the next round
+            progress=lambda block, now: reported.append((block, now)),  # noqa: B023 - called before the next round
         )
-        assert list(dict.fromkeys(told)) == [(0, is_quantized_now), (1, is_quantized_now)]
+        assert list(dict.fromkeys(reported)) == [(0, is_quantized_now), (1, is_quantized_now)]
 
 
 def test_loading_stops_at_the_next_weight_when_progress_raises() -> None:
-    told: list[int] = []
+    reported: list[int] = []
 
     def stop(block: int, _: bool) -> None:
-        told.append(block)
-        if len(told) == 3:
+        reported.append(block)
+        if len(reported) == 3:
             raise Stopped
 
     with pytest.raises(Stopped):
         load_body(Checkpoint.open(STORIES), Span(0, 12), dtype=torch.float32, progress=stop)
-    assert told == [0, 0, 0]
+    assert reported == [0, 0, 0]
 
 
 @pytest.mark.anyio

@@ -52,6 +52,7 @@ class BodyCache:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens that the cache has."""
         return self.state.num_tokens
 
     def advance(self, num_tokens: int) -> None:
@@ -82,5 +83,5 @@ class BodyCache:
         self.state.num_tokens = num_tokens
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows of the batch, in this order; a row may be repeated, dropped or moved."""
+        """Keep these rows of the batch, in this order. A row may be repeated, dropped or moved."""
         self.state.reorder_cache(torch.tensor(rows, dtype=torch.long))

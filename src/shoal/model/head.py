@@ -105,6 +105,10 @@ class _BackboneMixin(NotPicklable):
 
     @torch.compiler.disable(reason="blocks are computed by servers")  # type: ignore[untyped-decorator]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the backbone's own forward pass with the blocks in place of its layers.
+
+        Raises `UnsupportedOperation` or `UserError` for a cache, a mask or an output that servers do not support.
+        """
         names = inspect.signature(super().forward).parameters  # type: ignore[misc]
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         cache = self._choose_cache(kwargs, cache_argument(names))

@@ -28,13 +28,23 @@ class Session(Protocol):
     """The client's session, as far as a cache needs it."""
 
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        """The number of tokens in the cache, without a soft prompt."""
+
     @property
-    def batch_size(self) -> int: ...
+    def batch_size(self) -> int:
+        """The number of sequences."""
+
     @property
-    def max_length(self) -> int: ...
-    def crop(self, num_tokens: int) -> None: ...
-    def select_rows(self, rows: Sequence[int]) -> None: ...
+    def max_length(self) -> int:
+        """The largest possible number of tokens."""
+
+    def crop(self, num_tokens: int) -> None:
+        """Go back to the first `num_tokens` tokens."""
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep these rows of the batch, in this order. A row may be repeated, dropped or moved."""
+
     def expect(self, num_tokens: int) -> None:
         """Prepare for a session of `num_tokens` tokens in all."""
 

@@ -75,6 +75,7 @@ class Checkpoint:
 
     @property
     def num_blocks(self) -> int:
+        """The number of blocks of the whole model."""
         return self.family.num_blocks
 
     @cached_property
