@@ -1,8 +1,8 @@
-"""What a client adds to a block: small layers of its own, called an *adapter*, described in a few words.
+"""Adapters, as messages describe them: the layers that a client adds to a block.
 
-The numbers of an adapter are its *factors*, one flat tensor for each block. An adapter of a block is known by the
-digest of its description and its factors: whoever says the name means exactly these numbers, and a server that checks
-what it is sent cannot be made to mistake one client's for another's.
+The numbers of an adapter are its *factors*, one flat tensor for each block. The name of a block's adapter is the digest
+of its description and its factors. A server checks the name, so that one client's adapter cannot be passed off as
+another's.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from shoal.strict import Strict
 
 MAX_RANK = 4096
 MAX_LAYERS = 256
-"""Of an adapter, in one block."""
+"""The number of layers of an adapter in one block."""
 DIGEST_BYTES = 16
 
 Module = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
-"""Where in the block, in the model's own names: "self_attn.q_proj"."""
+"""The path of a layer in the block, such as "self_attn.q_proj"."""
 HostedName = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-"""Of an adapter that others have trained and everybody may have, in all blocks: the digest of its files."""
+"""The name of a hosted adapter in all blocks: the digest of its files."""
 AdapterName = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+"""The name of an adapter in one block."""
 
 
 class Lora(Strict):
-    """`y + scaling * B(A(dropout(x)))` for a linear layer (arXiv 2106.09685), or what DoRA makes of it (2402.09353).
+    """LoRA on a linear layer: `y + scaling * B(A(dropout(x)))` (arXiv 2106.09685), or DoRA (arXiv 2402.09353).
 
-    Factors: A [rank, inputs], B [outputs, rank], with `bias` that of B [outputs], with `dora` the magnitudes [outputs].
+    The factors are A [rank, inputs] and B [outputs, rank], then B's bias [outputs] with `bias`, then the magnitudes
+    [outputs] with `dora`.
     """
 
     kind: Literal["lora"] = "lora"
@@ -42,25 +44,25 @@ class Lora(Strict):
     dora: bool = False
 
     def shapes(self, num_inputs: int, num_outputs: int) -> list[tuple[int, ...]]:
-        """The shapes of its factors."""
+        """The shapes of the factors."""
         optional = [(num_outputs,)] * (self.bias + self.dora)
         return [(self.rank, num_inputs), (num_outputs, self.rank), *optional]
 
 
 class IA3(Strict):
-    """A linear layer whose outputs, or as `feedforward` its inputs, are multiplied by factors (arXiv 2205.05638)."""
+    """IA3: factors multiply the outputs of a linear layer, or its inputs with `feedforward` (arXiv 2205.05638)."""
 
     kind: Literal["ia3"] = "ia3"
     module: Module
     feedforward: bool
 
     def shapes(self, num_inputs: int, num_outputs: int) -> list[tuple[int, ...]]:
-        """The shape of its factors, as PEFT has it."""
+        """The shape of the factors, as in PEFT."""
         return [(1, num_inputs) if self.feedforward else (num_outputs, 1)]
 
 
 class Prompt(Strict):
-    """Factors [tokens, hidden size] that are added to what the first tokens of a sequence bring into the block."""
+    """A prompt: factors [tokens, hidden size] are added to the block's input at the first tokens of a sequence."""
 
     kind: Literal["prompt"] = "prompt"
     num_tokens: Annotated[int, Field(ge=1, le=1 << 16)]
@@ -71,7 +73,7 @@ Layers = Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MAX_LAYERS,
 
 
 def adapter_name(block: int, layers: Sequence[Lora | IA3 | Prompt], dtype: str, factors: bytes | memoryview) -> str:
-    """What an adapter of a block is called."""
+    """The name of an adapter of a block, from its description and the bytes of its factors."""
     digest = hashlib.blake2b(f"{block}\n".encode(), digest_size=DIGEST_BYTES)
     for layer in layers:
         digest.update(layer.model_dump_json().encode() + b"\n")
@@ -80,10 +82,11 @@ def adapter_name(block: int, layers: Sequence[Lora | IA3 | Prompt], dtype: str, 
     return digest.hexdigest()
 
 
-def salted(salt: str, names: Sequence[str | None]) -> str:
-    """A tenant's salt for what is computed with these adapters, one for each block: no others' pages are the same.
+def adapter_cache_salt(salt: str, names: Sequence[str | None]) -> str:
+    """The salt of cached pages that are computed with these adapters, one name or None for each block.
 
-    Whatever a tenant chooses, it is none that adapters give: nobody can pass off pages without them as pages with them.
+    Pages with other adapters, or of another tenant, get another salt. No choice of `salt` makes a salt without adapters
+    equal to one with adapters, so that cached pages cannot be passed off as others.
     """
     if not any(names):
         return f"plain {salt}"

@@ -1,4 +1,4 @@
-"""What asyncio lacks."""
+"""Helpers that asyncio lacks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-async def first_of(*works: Coroutine[Any, Any, None]) -> None:
-    """Run these until the first of them ends; the others are cancelled. Raises what that one raised."""
-    tasks = [asyncio.create_task(work) for work in works]
+async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
+    """Run coroutines until the first of them ends, then cancel the others. Raises what the first one raised."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -22,27 +22,33 @@ async def first_of(*works: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def while_moving(work: Coroutine[Any, Any, T], moved_at: Callable[[], float], *, seconds: float) -> T:
-    """What `work` returns. Raises `TimeoutError` when nothing has moved for so many seconds, by the loop's clock."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    looking = loop.call_at(began + seconds, lambda: look())
+async def with_progress_timeout(
+    coroutine: Coroutine[Any, Any, T], progressed_at: Callable[[], float], *, seconds: float
+) -> T:
+    """Run a coroutine for as long as it makes progress; returns its result.
 
-    def look() -> None:
-        nonlocal looking
-        until = max(began, moved_at()) + seconds
-        if until <= loop.time():
-            limit.reschedule(until)
+    `progressed_at` is the time of the last progress by the loop's clock. Raises `TimeoutError` if there is none for
+    `seconds`.
+    """
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    checking = loop.call_at(started + seconds, lambda: check())
+
+    def check() -> None:
+        nonlocal checking
+        deadline = max(started, progressed_at()) + seconds
+        if deadline <= loop.time():
+            limit.reschedule(deadline)
         else:
-            looking = loop.call_at(until, look)
+            checking = loop.call_at(deadline, check)
 
     try:
         async with asyncio.timeout(None) as limit:
-            return await work
+            return await coroutine
     finally:
-        looking.cancel()
+        checking.cancel()
 
 
 def now() -> float:
-    """The event loop's time: the monotonic clock, unless somebody runs the loop in a time of his own."""
+    """The event loop's time in seconds: the monotonic clock, or virtual time in tests."""
     return asyncio.get_running_loop().time()

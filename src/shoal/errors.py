@@ -1,21 +1,21 @@
-"""Everything that can go wrong, as one tree.
+"""All errors that shoal raises, as one tree.
 
     ShoalError
-    ├── UserError                what somebody asked for cannot be done; ask differently
-    │   ├── UnsupportedModel     no certified way to cut this family
-    │   ├── UnsupportedOperation the model, or whoever serves it, cannot do this, such as rewinding a recurrent state
-    │   └── CheckpointError      weights that are missing, damaged or of another shape
+    ├── UserError                the request cannot be fulfilled; the user has to change it
+    │   ├── UnsupportedModel     the model's family is not certified to be cut into blocks
+    │   ├── UnsupportedOperation the model or its servers cannot do this, such as rewinding recurrent state
+    │   └── CheckpointError      weights are missing, damaged or of another shape
     └── SwarmError               the swarm cannot do it now
-        ├── MissingBlocks        nobody serves some blocks
+        ├── MissingBlocks        no server has some of the blocks
         ├── BootstrapFailed      none of the initial peers answered
-        └── PeerError            one peer, one request; `peer` says who
-            ├── ServerLost       it vanished, fell silent or spoke nonsense: go elsewhere
-            ├── ServerBusy       it is alive but full: come back later, or go elsewhere
-            ├── Misrouted        it cannot do this one: other blocks, other weights, or too small
-            └── RequestRejected  it understood and refuses: the request itself is wrong
+        └── PeerError            one peer failed one request; `peer` is its id
+            ├── ServerLost       it is gone, silent or violates the protocol: use another server
+            ├── ServerBusy       it has no capacity left: try later, or use another server
+            ├── Misrouted        it cannot serve this request: other blocks, other weights, or too small
+            └── RequestRejected  it refuses the request, because the request is wrong
 
-The first three of these are handled by the client's one retry loop; everything else reaches the user. Foreign
-errors become one of these at the border where they arise. Each may carry a `hint`: what to do about it.
+The client's retry loop handles `ServerLost`, `ServerBusy` and `Misrouted`. All other errors reach the user. Errors of
+other libraries are translated into these where they arise. Each error may have a `hint` that says what to do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Iterable
 
 
 class ShoalError(Exception):
-    """The root: catch it to catch whatever shoal raises on purpose."""
+    """The base class of all errors that shoal raises on purpose."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -32,27 +32,27 @@ class ShoalError(Exception):
 
 
 class UserError(ShoalError, ValueError):
-    """What was asked for cannot be done, now or later."""
+    """The request cannot be fulfilled, now or later. The user has to change it."""
 
 
 class UnsupportedModel(UserError):
-    """The model's family has not been certified to be cut into blocks."""
+    """The model's family is not certified to be cut into blocks, or cannot be."""
 
 
 class UnsupportedOperation(UserError):
-    """The model, or whoever serves it, cannot do this: its recurrent state does not rewind, for example."""
+    """The model or its servers cannot do this. For example, recurrent state cannot be rewound."""
 
 
 class CheckpointError(UserError):
-    """A tensor or a file of the checkpoint is missing, damaged or of the wrong shape."""
+    """A tensor or a file of a checkpoint is missing, damaged or of the wrong shape."""
 
 
 class SwarmError(ShoalError):
-    """The swarm, as it is now, cannot do what was asked."""
+    """The swarm cannot fulfill the request at present."""
 
 
 class MissingBlocks(SwarmError):
-    """No reachable server holds these blocks."""
+    """No reachable server holds `blocks`."""
 
     def __init__(self, message: str, *, blocks: Iterable[int] = (), hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -64,7 +64,7 @@ class BootstrapFailed(SwarmError):
 
 
 class PeerError(SwarmError):
-    """One peer failed one request."""
+    """One peer failed one request; `peer` is its id."""
 
     def __init__(self, message: str, *, peer: str, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -72,14 +72,11 @@ class PeerError(SwarmError):
 
 
 class ServerLost(PeerError):
-    """The peer is gone, silent, or answers what nobody asked."""
+    """The peer is gone, silent, or violates the protocol."""
 
 
 class ServerBusy(PeerError):
-    """The peer is alive and has no room.
-
-    `retry_after` is in seconds.
-    """
+    """The peer is alive but has no capacity left. A client may try again after `retry_after` seconds."""
 
     def __init__(self, message: str, *, peer: str, retry_after: float, hint: str | None = None) -> None:
         super().__init__(message, peer=peer, hint=hint)
@@ -87,8 +84,8 @@ class ServerBusy(PeerError):
 
 
 class Misrouted(PeerError):
-    """The peer cannot do this request, now or later; another may."""
+    """The peer cannot serve this request, now or later, but another peer may."""
 
 
 class RequestRejected(PeerError):
-    """The peer understood the request and refuses it; no other peer would accept it either."""
+    """The peer refuses the request because it is wrong. No other peer would accept it."""

@@ -1,4 +1,4 @@
-"""What peers say of themselves: the model, and what a server of it announces."""
+"""What servers announce: the model, and themselves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shoal.spans import Span
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """One model of the swarm, as its servers announce it."""
+    """A model of the swarm, as its servers announce it. `key` identifies it (`shoal.model.weights.fingerprint`)."""
 
     key: str
     name: str
@@ -19,38 +19,38 @@ class ModelInfo:
 
 
 class ServerState(StrEnum):
-    """Where a server is in its life."""
+    """The phase of a server's life."""
 
-    JOINING = "joining"  # loading its blocks: counted by those who join after it, not routed to
+    JOINING = "joining"  # it is loading its blocks: other joining servers count them, clients do not route to it
     ONLINE = "online"
-    LEAVING = "leaving"  # said goodbye: nobody waits for it
+    LEAVING = "leaving"  # it is shutting down: clients do not wait for it
 
 
 MAX_NEIGHBORS = 16
-"""Servers to which one announces its distance."""
+"""The number of servers to which a server announces its round-trip time. It keeps records small."""
 
 
-MAX_HOSTED = 16
-"""Adapters that one announces to host."""
+MAX_HOSTED_ADAPTERS = 16
+"""The number of hosted adapters that a server announces. It keeps records small."""
 
 
 def short(peer: str) -> str:
-    """The end of a peer id: enough to tell peers apart, in a record that has to be small."""
+    """The last 12 characters of a peer id. They tell peers apart where space is limited, as in records."""
     return peer[-12:]
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server announces of itself: a signed, expiring record for every block that it holds.
+    """What a server announces about itself, in a signed and expiring record for each of its blocks.
 
-    Speeds are in tokens per second through the whole of its span: `decode_speed` one token at a time, `prefill_speed`
-    for long inputs; both are None until the server has measured them. `fingerprint` names the exact weights
-    (`shoal.model.weights.checkpoint`), before any quantization.
-    `encodings` are the ways beside raw in which it takes and sends tensors (`shoal.protocol`).
-    `queue_length` counts the steps and passes that wait. With a `head` it computes the final norm and the output
-    projection too, after the last block; without `training` it computes sessions only. `adapters` are the names of
-    those that it hosts for everybody (`shoal.model.peft.peft_folder`). `round_trips` are the seconds to other servers
-    and back, by the `short` form of their peer ids: to those that may come before or after it in a route.
+    `decode_speed` (one token at a time) and `prefill_speed` (long inputs) are in tokens per second through its whole
+    span; both are None until the server has measured them. `fingerprint` names the exact weights before quantization
+    (`shoal.model.weights.fingerprint`). `encodings` are those in which it takes and sends tensors, in addition to
+    raw (`shoal.tensors`). `cache_tokens_left` is in tokens. `queue_length` counts the waiting steps and passes. A
+    server with a `head` also computes the final norm and the output projection after the last block. A server without
+    `training` computes only sessions. `adapters` are the names of the adapters that it hosts for all clients
+    (`shoal.model.peft.peft_folder`). `round_trips` are round-trip times in seconds to servers that may precede or
+    follow it in a route, by the `short` form of their peer ids.
     """
 
     peer: str
@@ -74,5 +74,5 @@ class ServerInfo:
 
     @property
     def is_relayed(self) -> bool:
-        """Whether it can be reached through relays only."""
+        """Whether it can be reached only through relays."""
         return bool(self.addresses) and all("/p2p-circuit" in address for address in self.addresses)

@@ -1,9 +1,9 @@
-"""Names for what a sequence begins with: both sides of a session compute them, each from what it sent or received.
+"""Hashes of a sequence's pages, for prefix caching. Client and server compute them from the same inputs.
 
-A page of a sequence is named by a digest of its inputs, their positions, and the name of the page before it; so equal
-names mean equal beginnings, and the same keys and values. A server only ever names what it was sent and has computed
-itself: nobody can plant a cache for somebody else. The first name is that of the blocks and of the tenant, whose secret
-`salt` keeps others from asking what he has computed.
+The hash of a page is computed from its inputs, their positions, and the hash of the page before it. Equal hashes mean
+equal prefixes, and therefore equal keys and values. A server hashes only inputs that it has received and computed
+itself, so a client cannot plant a cache for other clients. The first hash is that of the blocks and of the tenant's
+secret `salt`, which keeps others from asking what the tenant has computed.
 """
 
 # T tokens of a page, D hidden size
@@ -18,32 +18,33 @@ from torch import Tensor
 from shoal.spans import Span
 
 PAGE_TOKENS = 16
-"""How many tokens a name stands for; also what a server keeps together, small enough that little of it is wasted."""
+"""Tokens in a page. A hash stands for one page, and a server's cache is divided into pages of this size. It is small,
+so that little memory is wasted in the last page of a sequence."""
 DIGEST_BYTES = 16
 
 
-def root(span: Span, salt: str) -> bytes:
-    """The name that precedes a sequence's first page."""
+def root_hash(span: Span, salt: str) -> bytes:
+    """The hash before a sequence's first page."""
     return _digest(f"{span}\n{salt}".encode())
 
 
-def following(name: bytes, hidden_TD: Tensor, positions_T: Tensor) -> bytes:
-    """The name of the page after the one called `name`."""
+def next_hash(previous: bytes, hidden_TD: Tensor, positions_T: Tensor) -> bytes:
+    """The hash of a page, from the hash of the page before it."""
     return _digest(
-        name,
+        previous,
         str(hidden_TD.dtype).encode(),
         _bytes(hidden_TD),
         _bytes(positions_T),
     )
 
 
-def page_names(first: bytes, hidden_TD: Tensor, positions_T: Tensor) -> list[bytes]:
-    """The names of all full pages of inputs [T, D] that follow the page called `first`."""
-    names = [first]
+def page_hashes(previous: bytes, hidden_TD: Tensor, positions_T: Tensor) -> list[bytes]:
+    """The hashes of all full pages of inputs [T, D], from the hash of the page before them."""
+    hashes = [previous]
     for start in range(0, hidden_TD.shape[0] - PAGE_TOKENS + 1, PAGE_TOKENS):
         page = slice(start, start + PAGE_TOKENS)
-        names.append(following(names[-1], hidden_TD[page], positions_T[page]))
-    return names[1:]
+        hashes.append(next_hash(hashes[-1], hidden_TD[page], positions_T[page]))
+    return hashes[1:]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

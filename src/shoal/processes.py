@@ -1,7 +1,8 @@
-"""`shoal` processes that belong to this one, and none of which outlives it.
+"""Child processes that run `shoal` and that do not outlive this process.
 
-Each is given the reading end of a pipe as its stdin and `--exit-with-stdin`: when we are gone, even by SIGKILL, the
-pipe ends and so do they. They are in sessions of their own, so that a Ctrl-C reaches us alone and we end them in order.
+The stdin of each child is a pipe from this process, and the child runs with `--exit-with-stdin`. When this process
+ends, even by SIGKILL, the pipe closes and the children exit. Each child is in a session of its own, so that Ctrl-C
+reaches only this process, which then ends the children in order.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import psutil
 from shoal.errors import SwarmError
 
 GRACE_SECONDS = 3.0
-"""What a process gets for saying goodbye."""
+"""The time that a child gets to exit after SIGTERM, before it is killed."""
 END_SECONDS = 5.0
-"""What those that it has started get for noticing that it is gone."""
+"""The time that the processes a child has started get to exit after it."""
 
 
 @dataclass
 class Child:
-    """A `shoal` process. `facts` are the lines that it has printed, by their first word: its peer, its address."""
+    """A `shoal` process. `facts` are the lines that it has printed, by their first word, such as its address."""
 
     name: str
     process: subprocess.Popen[str]
@@ -42,34 +43,35 @@ class Child:
 
     @property
     def is_ready(self) -> bool:
+        """Whether it has printed its address."""
         return "address" in self.facts
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """End it at once by SIGKILL, as a power cut would."""
         self.process.kill()
         self.process.wait()
 
     def failure(self) -> SwarmError:
-        """What to say when it ended before its time: what it said itself."""
+        """The error to raise when it ended too early, with the error and the hint from its log."""
         code = self.process.wait()
-        said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")] or said[-1:]
-        hints = [line.removeprefix("hint: ") for line in said if line.startswith("hint: ")]
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
+        hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
         reason = f": {errors[-1]}" if errors else ""
         return SwarmError(f"{self.name} ended with status {code}{reason}", hint=hints[-1] if hints else None)
 
 
 class Children:
-    """A context in which processes are started; all of them, and theirs, are gone when it is left.
+    """A context in which processes are started. On exit, they and the processes that they started are ended.
 
-    Each has `num_threads` to compute with, unless it is told otherwise; None leaves that to PyTorch. They share the
-    cores with each other: a second thread each would often only wait, spinning, for a busy core.
+    Each process computes with `num_threads` threads; None leaves the number to PyTorch. The default is 1, because the
+    processes share the cores: a second thread would often only spin while it waits for a busy core.
     """
 
     def __init__(self, *, num_threads: int | None = 1) -> None:
         self.running: list[Child] = []
         self._num_threads = num_threads
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="shoal-")
@@ -77,7 +79,7 @@ class Children:
         return self
 
     def start(self, name: str, *arguments: str) -> Child:
-        """Run `shoal` with these arguments."""
+        """Start `shoal` with these arguments. `name` is for messages and the log file."""
         environment = dict(os.environ, NO_COLOR="1")
         environment.pop("SHOAL_INITIAL_PEERS", None)
         if self._num_threads is not None:
@@ -102,24 +104,24 @@ class Children:
         assert child.process.stdout is not None
         for line in child.process.stdout:
             fact, _, value = line.rstrip("\n").partition(" ")
-            with self._news:
+            with self._changed:
                 child.facts.setdefault(fact, value.strip())
-                self._news.notify_all()
-        with self._news:
+                self._changed.notify_all()
+        with self._changed:
             child.has_ended = True
-            self._news.notify_all()
+            self._changed.notify_all()
 
     def wait_for(self, children: Sequence[Child], *, seconds: float) -> Iterator[list[Child]]:
-        """Yield those that are not ready yet, each time that one of them is.
+        """Wait until all children are ready. Yields those that are not, first and after each change.
 
-        Raises `SwarmError` when one ends instead, or if it takes longer than `seconds`.
+        Raises `SwarmError` if a child ends, or if `seconds` pass.
         """
         until = time.monotonic() + seconds
         while waiting := [child for child in children if not child.is_ready]:
             yield waiting
-            with self._news:
+            with self._changed:
                 while not any(child.is_ready or child.has_ended for child in waiting) and time.monotonic() < until:
-                    self._news.wait(until - time.monotonic())
+                    self._changed.wait(until - time.monotonic())
             if time.monotonic() >= until:
                 names = ", ".join(child.name for child in waiting)
                 raise SwarmError(
@@ -130,7 +132,7 @@ class Children:
                     raise child.failure()
 
     def __exit__(self, *_: object) -> None:
-        with _undisturbed():
+        with _ignoring_interrupts():
             self._stop()
             self._folder.cleanup()
 
@@ -160,10 +162,10 @@ class Children:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """Let SIGTERM and a closed terminal end us as Ctrl-C does: by an exception, so that contexts are left.
+    """In this context, SIGTERM and a closed terminal raise `KeyboardInterrupt`, as Ctrl-C does, so that contexts exit.
 
-    The exception may come up where a library swallows it. So it is raised again by what this yields, which is to be
-    called now and then, and at the end.
+    A library may swallow the exception. Therefore the function that this yields raises it again. The caller calls it
+    now and then; it is also called at the end of the context.
     """
     interrupted = False
 
@@ -176,20 +178,20 @@ def interruptible() -> Iterator[Callable[[], None]]:
         if interrupted:
             raise KeyboardInterrupt
 
-    with _handling({signal.SIGTERM: interrupt, signal.SIGHUP: interrupt, signal.SIGINT: interrupt}):
+    with _with_handlers({signal.SIGTERM: interrupt, signal.SIGHUP: interrupt, signal.SIGINT: interrupt}):
         yield check
         check()
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore what would interrupt us: what we do now is what it asks for, and takes a few seconds at most."""
-    with _handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN)):
+def _ignoring_interrupts() -> Iterator[None]:
+    """In this context, ignore interrupts: the process is ending already, which takes a few seconds at most."""
+    with _with_handlers(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN)):
         yield
 
 
 @contextlib.contextmanager
-def _handling(handlers: dict[signal.Signals, signal._HANDLER]) -> Iterator[None]:
+def _with_handlers(handlers: dict[signal.Signals, signal._HANDLER]) -> Iterator[None]:
     former = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """The blocks `[start, end)` of a model; never empty."""
+    """The blocks [start, end) of a model; never empty."""
 
     start: int
     end: int
@@ -25,7 +25,7 @@ class Span:
         return iter(range(self.start, self.end))
 
     def __contains__(self, block: int | Span) -> bool:
-        """Whether a block, or every block of another span, is in this one."""
+        """Whether a block, or every block of another span, is in this span."""
         if isinstance(block, Span):
             return self.start <= block.start and block.end <= self.end
         return self.start <= block < self.end
@@ -35,10 +35,7 @@ class Span:
 
     @classmethod
     def parse(cls, text: str) -> Span:
-        """Read `"4:8"`.
-
-        Raises `ValueError` for anything else.
-        """
+        """Parse a span such as "4:8". Raises `ValueError` for any other text."""
         match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip())
         if match is None:
             raise ValueError(f"not a span of blocks: {text!r} (write it as 0:8)")

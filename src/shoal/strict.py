@@ -1,4 +1,4 @@
-"""What comes from others is parsed strictly."""
+"""Strict parsing of what comes from other peers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """Parsed, it has its own fields, each of its own type, and nothing else. It never changes."""
+    """A frozen model that refuses unknown fields and values of another type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -1,4 +1,4 @@
-"""How a message declares its tensors: what they are called, of which dtype, in which encoding, and how long that is."""
+"""How a message declares its tensors: their names, dtypes, shapes and encodings, and the bytes that they take."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ LOSSY: dict[Encoding, frozenset[DType]] = {
     "bfloat16": frozenset({"float32"}),
     "int8": frozenset({"float32", "bfloat16", "float16"}),
 }
-"""The encodings that lose precision, and the dtypes that they make smaller."""
+"""The encodings that lose precision, each with the dtypes that it may be used for."""
 ENCODED = frozenset({"hidden", "grad"})
-"""The tensors that may travel in fewer bytes."""
+"""The names of tensors that may be sent in a lossy encoding."""
 INT8_BLOCK = 64
-"""The values that share one peak in the encoding int8."""
+"""The number of values with a common scale (their peak) in the int8 encoding."""
 TensorName = Literal["hidden", "positions", "mask", "grad", "digests", "logits", "ids", "factors", "factor_grads"]
 
 
 class TensorSpec(Strict):
-    """One tensor of the frame's payload, in the order of declaration, each starting at a multiple of 16 bytes.
+    """One tensor of a frame's payload. Tensors are in the order of declaration, aligned to 16 bytes.
 
-    `dtype` is what it is for the computation, `encoding` how it travels.
+    `dtype` is that of the computation, `encoding` the form in which the tensor is sent.
     """
 
     name: TensorName
@@ -43,17 +43,17 @@ class TensorSpec(Strict):
         if self.encoding != "raw" and (
             self.name not in ENCODED or self.dtype not in LOSSY[self.encoding] or not self.shape
         ):
-            raise ValueError("an encoding that does not fit the tensor")
+            raise ValueError("this encoding cannot be used for this tensor")
         return self
 
     @property
     def num_peaks(self) -> int:
-        """How many blocks int8 cuts it into."""
+        """The number of scales in the int8 encoding."""
         return math.prod(self.shape[:-1]) * -(-self.shape[-1] // INT8_BLOCK)
 
     @property
     def nbytes(self) -> int:
-        """Its size on the wire."""
+        """The size on the wire, in bytes."""
         match self.encoding:
             case "raw":
                 return self.decoded_nbytes
@@ -64,10 +64,10 @@ class TensorSpec(Strict):
 
     @property
     def aligned_nbytes(self) -> int:
-        """The same, up to where the next tensor starts."""
+        """The size on the wire with padding, up to the start of the next tensor."""
         return -(-self.nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
 
     @property
     def decoded_nbytes(self) -> int:
-        """Its size in memory."""
+        """The size in memory after decoding, in bytes."""
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]

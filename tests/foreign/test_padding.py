@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoal import UserError
-from shoal.model.head import HeadCache
+from shoal.model.remote_cache import RemoteCache
 from tests.swarm.visitors import sees_text
 
 from .pair import HOLES, LEFT, MASKS, NEVER, RIGHT, TEXTS, Pair, assert_close, assert_same_generation
@@ -40,7 +40,7 @@ def test_a_session_gives_the_logits_of_transformers_wherever_they_are_defined(pa
     defined = sees_text(inputs["attention_mask"])
     expected = pair.whole(**inputs).logits
     with pair.model.inference_session(max_length=32, batch_size=3) as session:
-        cache = HeadCache(session)
+        cache = RemoteCache(session)
         parts = []
         for start, end in ((0, 4), (4, 5), (5, 9)):
             part = {"input_ids": inputs["input_ids"][:, start:end], "attention_mask": inputs["attention_mask"][:, :end]}
@@ -115,7 +115,7 @@ def test_a_server_that_is_lost_after_padding_leaves_no_trace(pair: Pair):
 def test_a_mask_that_contradicts_what_a_session_was_told_is_refused(pair: Pair):
     inputs = pair.inputs("padding on the left")
     with pair.model.inference_session(max_length=32, batch_size=3) as session:
-        cache = HeadCache(session)
+        cache = RemoteCache(session)
         pair.model(**inputs, past_key_values=cache)
         for mask in (None, torch.ones(3, 10)):
             with pytest.raises(UserError, match="says of tokens that the session has") as caught:

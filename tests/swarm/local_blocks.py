@@ -1,4 +1,4 @@
-"""All the blocks of a model in this process: what a swarm does, without the swarm."""
+"""All blocks of a model in this process, as a swarm would compute them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from shoal.model.body import Body
 from shoal.model.body_cache import BodyCache
-from shoal.model.head import NotBegun
+from shoal.model.remote_cache import UnopenedSession
 from shoal.net.wire.encodings import as_received
 from shoal.spans import Span
 from shoal.tensors import Encoding
 
 
 class LocalSession:
-    """One cache a hop; what happens to the session happens to each of them."""
+    """A session with one cache for each hop."""
 
     max_length = 1 << 20
 
@@ -36,7 +36,7 @@ class LocalSession:
     def expect(self, num_tokens: int) -> None:
         pass
 
-    def note_ids(self, ids_BT: Tensor | None, mask_BS: Tensor | None) -> None:
+    def record_token_ids(self, ids_BT: Tensor | None, mask_BS: Tensor | None) -> None:
         pass
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -47,7 +47,7 @@ class LocalSession:
 class LocalBlocks(nn.Module):
     """Calls bodies one after another, each on its hop's span.
 
-    Between them and at both ends, hidden states and gradients become what they are after they have travelled.
+    Before, between and after them, hidden states and gradients are rounded as by sending them in `encoding`.
     """
 
     def __init__(self, hops: Sequence[tuple[Body, Span]], *, encoding: Encoding = "raw") -> None:
@@ -64,14 +64,14 @@ class LocalBlocks(nn.Module):
         past_key_values: object | None,
     ) -> Tensor:
         caches: Sequence[BodyCache | None] = [None] * len(self.hops)
-        if past_key_values is not None and not isinstance(past_key_values.session, NotBegun):  # type: ignore[attr-defined]
+        if past_key_values is not None and not isinstance(past_key_values.session, UnopenedSession):  # type: ignore[attr-defined]
             caches = past_key_values.session.caches  # type: ignore[attr-defined]
-        hidden_BTD = Travel.apply(hidden_BTD, self.encoding)
+        hidden_BTD = Transfer.apply(hidden_BTD, self.encoding)
         for (body, span), cache in zip(self.hops, caches, strict=True):
             hidden_BTD = body(
                 hidden_BTD, span=span, attention_mask=attention_mask, position_ids=position_ids, cache=cache
             )
-            hidden_BTD = Travel.apply(hidden_BTD, self.encoding)
+            hidden_BTD = Transfer.apply(hidden_BTD, self.encoding)
         return hidden_BTD
 
     def active_session(self) -> None:
@@ -81,8 +81,8 @@ class LocalBlocks(nn.Module):
         return LocalSession([body.new_cache(span) for body, span in self.hops], batch_size)
 
 
-class Travel(torch.autograd.Function):
-    """What a journey does to hidden states, and to their gradient on its way back."""
+class Transfer(torch.autograd.Function):
+    """The rounding of hidden states, and of their gradient, by sending them."""
 
     @staticmethod
     def forward(ctx: Any, hidden_BTD: Tensor, encoding: Encoding) -> Tensor:
@@ -95,7 +95,7 @@ class Travel(torch.autograd.Function):
 
 
 class NoBlocks(nn.Module):
-    """Returns the hidden states as they came: a model without blocks, which must not pass for the model."""
+    """Returns the hidden states unchanged. A model with no blocks must give other results."""
 
     def forward(self, hidden_BTD: Tensor, **_: object) -> Tensor:
         return hidden_BTD

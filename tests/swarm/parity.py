@@ -1,4 +1,4 @@
-"""What it takes to be certified: a model that is cut, and put together again, gives what the whole model gives."""
+"""The checks of certification: a model that is cut into spans gives the results of the whole model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from shoal.errors import UnsupportedOperation
 from shoal.model.body import build_body
 from shoal.model.families import family_of
-from shoal.model.head import HeadCache, build_head
+from shoal.model.head import build_head
+from shoal.model.remote_cache import RemoteCache
 from shoal.spans import Span
 from shoal.tensors import Encoding
 
@@ -25,9 +26,9 @@ PROMPT = torch.arange(3, 3 + 14).reshape(2, 7) * 5 % VOCABULARY
 
 
 class Pair:
-    """A whole model, which is the oracle, and the same model in three bodies and a head, from the same checkpoint.
+    """A whole model as the oracle, and the same model in three bodies and a head, from one checkpoint.
 
-    The hops are uneven, and the first two use a part of what their body holds.
+    The hops have different lengths, and the first two use only a part of their body's blocks.
     """
 
     def __init__(self, model_type: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
@@ -52,12 +53,12 @@ class Pair:
         heads = {name: checkpoint[name] for name, block in of_block.items() if block is None}
         self.cut = build_head(type(self.whole), self.family, self.config, heads, blocks=self.blocks, dtype=dtype)
 
-    def new_cache(self) -> HeadCache:
-        return HeadCache(self.blocks.new_session(batch_size=2, max_length=64))
+    def new_cache(self) -> RemoteCache:
+        return RemoteCache(self.blocks.new_session(batch_size=2, max_length=64))
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to the rounding of float32."""
+    """Check that two tensors are equal up to the rounding of float32."""
     scale = expected.abs().max().item()
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * scale)
 
@@ -70,7 +71,7 @@ def check_logits(pair: Pair) -> None:
     without = pair.cut(PROMPT).logits
     pair.cut.attach_blocks(pair.blocks)
     assert (without - expected).norm() > 0.05 * expected.norm(), (
-        "the blocks of this tiny model do too little to be seen"
+        "the blocks of this tiny model change the logits too little to be noticed"
     )
 
 
@@ -80,10 +81,10 @@ def cache_name(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def check_cached(pair: Pair) -> None:
-    """Two sessions take their steps in turn, and each is as if its tokens had come at once.
+    """Check that two sessions with alternating steps give the same logits as a single pass for each.
 
-    So nothing of a session may stay in a module; and a session that is rebuilt in one pass is the session that was
-    lost. (Not every family is like that in plain Transformers.)
+    So modules must not keep state of a session, and a session that is rebuilt in one pass is equal to the lost one. (In
+    plain Transformers this is not true of every family.)
     """
     sessions = [(tokens, {cache_name(pair.cut): pair.new_cache()}) for tokens in (PROMPT, PROMPT.flip(1))]
     steps = [
@@ -96,7 +97,7 @@ def check_cached(pair: Pair) -> None:
 
 @torch.no_grad()
 def check_chunks(pair: Pair) -> None:
-    """A prompt that comes in two parts, the second of several tokens: as if it had come at once."""
+    """Check that a prompt in two parts, the second of several tokens, gives the same logits as in one pass."""
     cache = {cache_name(pair.cut): pair.new_cache()}
     logits = [pair.cut(part, use_cache=True, **cache).logits for part in PROMPT.split([4, 3], dim=1)]
     assert_equal(torch.cat(logits, dim=1), pair.whole(PROMPT).logits)
@@ -108,7 +109,7 @@ def check_gradients(pair: Pair) -> None:
 
 
 def logits_and_gradient(pair: Pair, model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of these tokens, and the gradient of some function of them at the embeddings."""
+    """The logits of these tokens, and the gradient of a function of them with respect to the embeddings."""
     embeds = pair.whole.get_input_embeddings()(tokens).detach().requires_grad_()
     logits = model(inputs_embeds=embeds, use_cache=False).logits
     weights = torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)
@@ -124,7 +125,7 @@ def generate(model: PreTrainedModel, **options: Any) -> Any:
 
 
 def check_padded(pair: Pair) -> None:
-    """Greedy generation from prompts of 7 and 4 tokens: the same tokens, and the same logits at every step."""
+    """Check greedy generation from prompts of 7 and 4 tokens: equal tokens, and equal logits at every step."""
     prompt, mask = PROMPT.clone(), torch.ones_like(PROMPT)
     prompt[1, :3], mask[1, :3] = 0, 0
     expected = generate(pair.whole, inputs=prompt, attention_mask=mask, output_logits=True)
@@ -142,7 +143,7 @@ def check_beams(pair: Pair) -> None:
 
 @torch.no_grad()
 def check_rewind(pair: Pair) -> bool:
-    """Whether a session can go back; if it says so, what follows must be as if it had never gone further."""
+    """Whether a session can rewind. If it can, the logits after rewinding must be those of the shorter session."""
     name = cache_name(pair.cut)
     cache = pair.new_cache()
     pair.cut(PROMPT, **{name: cache})
@@ -158,20 +159,20 @@ def check_rewind(pair: Pair) -> bool:
 LONGER = torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0))
 
 ROUNDING: dict[Encoding, float] = {"bfloat16": 1 / 256, "int8": 2.5 / 254}
-"""How far one journey may move a hidden state, of its length.
+"""The relative error that sending a hidden state once may cause.
 
-bfloat16 moves a number by at most 1/256 of itself. int8 moves it by at most half of one of 127 steps to the peak of its
-block, and the peak of a block is some two and a half times its root mean square. Three hops are four journeys, in
-which the errors may all add up, but not grow: the tolerance of the logits is four times this. A gradient makes four
-more on its way back.
+bfloat16 changes a number by at most 1/256 of itself. int8 changes it by at most half of one of 127 steps to the peak of
+its block, and the peak of a block is about two and a half times its root mean square. With three hops, hidden states
+are sent four times. The errors may add up but not grow, so the tolerance of the logits is four times this value. A
+gradient is sent four more times.
 
-It is the median over the tokens that has to keep to it. A router whose two best experts are nearly equal may choose the
-other one for a token, after this rounding as after any other, and such a model is not moved a little but seldom.
+The median over the tokens must be within the tolerance. A router whose two best experts are nearly equal may choose the
+other one for a token after any rounding, which rarely happens but changes that token a lot.
 """
 
 
 def check_encoding(pair: Pair, encoding: Encoding) -> None:
-    """Hidden states and gradients that travel in an encoding move the results by no more than its tolerance."""
+    """Check that an encoding of hidden states and gradients changes the results by no more than its tolerance."""
     expected = logits_and_gradient(pair, pair.whole, LONGER)
     pair.blocks.encoding = encoding
     actual = logits_and_gradient(pair, pair.cut, LONGER)

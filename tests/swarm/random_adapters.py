@@ -1,4 +1,4 @@
-"""Adapters of all kinds, as a client might have trained them."""
+"""Random adapters of all kinds, such as a client might have trained."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from shoal.adapters import IA3, Lora, Prompt
 from shoal.model.body import Body
 from shoal.model.families import text_config
 from shoal.model.linear.packed_linear import FrozenLinear
-from shoal.model.peft.factors import Factors, Layer, Tuning, name_of
+from shoal.model.peft.factors import ActiveAdapters, AdapterFactors, Layer, factors_name
 from shoal.model.peft.skeleton import LINEAR, num_features
 from shoal.spans import Span
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """A block's linear layers, by their paths."""
+    """The linear layers of a block, by their paths."""
     return {path: module for path, module in block.named_modules() if isinstance(module, (*LINEAR, FrozenLinear))}
 
 
-def some_factors(body: Body, block: int, chance: Random, *, dropout: float = 0.0) -> Factors:
+def some_factors(body: Body, block: int, chance: Random, *, dropout: float = 0.0) -> AdapterFactors:
     """An adapter of one block: LoRA, DoRA or IA3 on some of its layers, or a prompt, or both."""
     own = linears(body.block(block))
     paths = chance.sample(sorted(own), k=min(len(own), chance.choice([0, 1, 2, 3])))
@@ -33,15 +33,15 @@ def some_factors(body: Body, block: int, chance: Random, *, dropout: float = 0.0
     return factors_of(block, tuple(layers), torch.cat(parts))
 
 
-def factors_of(block: int, layers: tuple[Layer, ...], values_N: torch.Tensor, *, origin: int = 0) -> Factors:
-    return Factors(name_of(block, layers, values_N), block, layers, values_N, origin)
+def factors_of(block: int, layers: tuple[Layer, ...], values_N: torch.Tensor, *, origin: int = 0) -> AdapterFactors:
+    return AdapterFactors(factors_name(block, layers, values_N), block, layers, values_N, origin)
 
 
-def some_tuning(body: Body, span: Span, chance: Random, *, dropout: float = 0.0) -> Tuning:
-    """Adapters of some blocks, often of none."""
+def some_tuning(body: Body, span: Span, chance: Random, *, dropout: float = 0.0) -> ActiveAdapters:
+    """Adapters of some blocks, often of no block."""
     part = chance.choice([0.0, 0.6, 1.0])
     blocks = [block for block in span if chance.random() < part]
-    return Tuning({block: some_factors(body, block, chance, dropout=dropout) for block in blocks})
+    return ActiveAdapters({block: some_factors(body, block, chance, dropout=dropout) for block in blocks})
 
 
 def _layer(path: str, chance: Random, *, dropout: float) -> Layer:
@@ -58,7 +58,7 @@ def _layer(path: str, chance: Random, *, dropout: float) -> Layer:
 
 
 def _values(layer: Layer, linears: dict[str, nn.Module], hidden_size: int, chance: Random) -> torch.Tensor:
-    """Small enough that the block does much the same, and large enough that it is seen."""
+    """Values that change the block's output a little but measurably."""
     generator = torch.Generator().manual_seed(chance.getrandbits(32))
     if isinstance(layer, Prompt):
         return 0.3 * torch.randn(layer.num_tokens * hidden_size, generator=generator)

@@ -12,7 +12,7 @@ import torch
 
 from shoal.adapters import Lora
 from shoal.model.body import Body
-from shoal.model.peft.block_adapters import BlockAdapter, get_ready
+from shoal.model.peft.block_adapters import BlockAdapter, import_peft
 from shoal.protocol import Backward, Forward
 from shoal.server.engine.engine_limits import Limits
 from shoal.server.refusals import Refused
@@ -32,7 +32,7 @@ ON_SPAN: dict[str, Any] = {"model": "", "fingerprint": "", "start": 0, "end": NU
 
 @pytest.fixture
 def body() -> Body:
-    get_ready()  # what its import logs, tests keep, and with it whatever was computed just then
+    import_peft()  # what its import logs, tests keep, and with it whatever was computed just then
     return tiny_body("llama")
 
 

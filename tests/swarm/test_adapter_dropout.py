@@ -43,7 +43,7 @@ def seeded(seed: int) -> torch.Generator:
 def computed(body: Body, own: BlockAdapter) -> torch.Tensor:
     hidden = torch.randn(2, 5, text_config(body.backbone.config).hidden_size, generator=seeded(2))
     with torch.no_grad():
-        return body(hidden, span=Span(0, 1), changes={0: own.on})
+        return body(hidden, span=Span(0, 1), overrides={0: own.on})
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
@@ -52,7 +52,7 @@ def test_what_is_dropped_follows_from_the_seed_and_ends_with_it(body: Body, dora
     dropping = adapter(body, dropout=0.5, dora=dora)
     found = []
     for seed in (7, 7, 8):
-        with dropping.dropping(seed):
+        with dropping.seeded_dropout(seed):
             found.append(computed(body, dropping))
         torch.testing.assert_close(computed(body, dropping), plain)
     assert torch.equal(found[0], found[1])

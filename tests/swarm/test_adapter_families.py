@@ -1,4 +1,4 @@
-"""LoRA in every kind of block: losses, gradients and tokens of families cut in three are those of PEFT in one piece."""
+"""LoRA in every kind of block: losses, gradients and tokens in three spans equal those of PEFT on one machine."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TARGETS: dict[str, str | list[str]] = {
     "opt": "all-linear",  # projections around the blocks
     "phi3": "all-linear",  # fused projections
     "qwen3": "all-linear",
-    # Here PEFT's "all-linear" means the experts too, which are no linear layers.
+    # For these, PEFT's "all-linear" includes the experts, which are not linear layers.
     "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],  # latent attention
     "hunyuan_v1_moe": [*ATTENTION, "wg"],  # a router that asks for its weight's dtype
     "mixtral": ATTENTION,
     "qwen3_moe": ATTENTION,
     "qwen3_next": [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"],  # recurrent state
-    # And here it means layers that PEFT refuses.
-    "mamba": ["in_proj", "x_proj", "dt_proj"],  # of dt_proj its code reads the weight: no gradient
+    # For these, it includes layers that PEFT refuses.
+    "mamba": ["in_proj", "x_proj", "dt_proj"],  # the code reads the weight of dt_proj, so it gets no gradient
 }
 
 
@@ -46,19 +46,19 @@ def factors_of(model: PeftModel) -> dict[str, torch.nn.Parameter]:
 
 
 def gradients_of(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Of all factors that had a part in what was computed."""
+    """The gradients of all factors that the computation used."""
     return {name: each.grad for name, each in factors_of(model).items() if each.grad is not None}
 
 
 def generate(model: Any) -> list[list[int]]:
-    """Greedy tokens after a prompt."""
+    """The tokens of greedy generation after a prompt."""
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     tokens: list[list[int]] = model.generate(input_ids=TOKENS[:, :5], **options).tolist()
     return tokens
 
 
 @pytest.mark.parametrize("family", TARGETS)
-def test_lora_in_a_swarm_is_that_of_peft_on_one_machine(family: str, tmp_path: Path):
+def test_lora_in_a_swarm_gives_the_results_of_peft_on_one_machine(family: str, tmp_path: Path):
     tiny_model(tiny_config(family)).save_pretrained(tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     plain = generate(whole)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from shoal.model.head import HeadCache
+from shoal.model.remote_cache import RemoteCache
 from shoal.server.engine.engine_limits import Limits
 from shoal.server.training.adapter_store import LAYER_BYTES
 
@@ -91,7 +91,7 @@ class Tenant:
             self._text = Text(self.model.inference_session(max_length=64), self._now())
         text, ids = self._text, torch.randint(3, 97, (1, 3), generator=self._generator)
         text.ids = torch.cat((text.ids, ids), dim=1)
-        found = self.ours(input_ids=ids, past_key_values=HeadCache(text.session), use_cache=True).logits
+        found = self.ours(input_ids=ids, past_key_values=RemoteCache(text.session), use_cache=True).logits
         assert close(found, self._alone(text.factors)(input_ids=text.ids).logits[:, -3:])
         if text.ids.shape[1] > 50:
             self.end()

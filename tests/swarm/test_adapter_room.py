@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from shoal.adapters import Prompt
 from shoal.model.body import Body
 from shoal.model.peft.block_adapters import BlockAdapter
-from shoal.model.peft.factors import name_of
+from shoal.model.peft.factors import factors_name
 from shoal.protocol import Adapter, Forward
 from shoal.server.refusals import Refused
 from shoal.server.training.adapter_store import LAYER_BYTES, POPULAR, AdapterStore
@@ -50,7 +50,7 @@ class Clients:
         self.kept = [each for each in self.kept if each not in gone]
 
     def name(self, number: int) -> str:
-        return name_of(0, (LAYER,), self._values(number))
+        return factors_name(0, (LAYER,), self._values(number))
 
     async def send(self, peer: str, number: int, **fields: Any) -> None:
         lesson = Adapter(block=0, layers=(LAYER,), **fields)

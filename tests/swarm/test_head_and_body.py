@@ -1,4 +1,4 @@
-"""What the parity suite does not look at: errors, other tasks, other ways to generate, several threads."""
+"""What the parity suite does not cover: errors, other tasks, other ways to generate, several threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from transformers import (
 from shoal.errors import CheckpointError, UnsupportedOperation
 from shoal.model.body import Body, build_body
 from shoal.model.families import family_of
-from shoal.model.head import HeadCache, build_head
+from shoal.model.head import build_head
+from shoal.model.remote_cache import RemoteCache
 from shoal.spans import Span
 
 from .local_blocks import LocalBlocks
@@ -41,20 +42,20 @@ def build(pair: Pair, span: Span, tensors: dict[str, Tensor]) -> Body:
     return build_body(pair.family, pair.config, span, tensors, dtype=torch.float32)
 
 
-def test_a_missing_tensor_is_named_instead_of_made_up(pair: Pair, tensors: dict[str, Tensor]) -> None:
+def test_a_missing_tensor_is_named_instead_of_initialized(pair: Pair, tensors: dict[str, Tensor]) -> None:
     del tensors["model.layers.3.mlp.up_proj.weight"]
     with pytest.raises(CheckpointError, match=r"lacks layers\.3\.mlp\.up_proj\.weight"):
         build(pair, Span(2, 4), tensors)
     build(pair, Span(0, 2), tensors)
 
 
-def test_a_misshapen_tensor_is_named(pair: Pair, tensors: dict[str, Tensor]) -> None:
+def test_a_tensor_of_another_shape_is_named(pair: Pair, tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.3.input_layernorm.weight"] = torch.ones(5)
     with pytest.raises(CheckpointError, match=r"layers\.3\.input_layernorm\.weight is \[5\]"):
         build(pair, Span(2, 4), tensors)
 
 
-def test_a_tensor_that_the_model_does_not_know_is_not_ignored(pair: Pair, tensors: dict[str, Tensor]) -> None:
+def test_an_unknown_tensor_is_not_ignored(pair: Pair, tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.3.mlp.up_proj.scale"] = torch.ones(5)
     with pytest.raises(CheckpointError, match=r"no place for layers\.3\.mlp\.up_proj\.scale"):
         build(pair, Span(2, 4), tensors)
@@ -80,7 +81,7 @@ def test_a_body_holds_its_blocks_and_nothing_else() -> None:
     )
 
 
-def test_a_client_holds_no_block_and_says_how_many_there_are(pair: Pair) -> None:
+def test_a_client_holds_no_block_but_knows_their_number(pair: Pair) -> None:
     assert not any(".layers." in name for name, _ in pair.cut.named_parameters())
     assert pair.cut.config.num_hidden_layers == 5
     assert type(pair.cut).__name__ == "LlamaForCausalLM"
@@ -134,18 +135,18 @@ def test_assisted_generation_gives_the_same_tokens(pair: Pair) -> None:
     assert torch.equal(pair.cut.generate(PROMPT[:1], assistant_model=assistant, **options), expected)
 
 
-def test_a_cache_that_is_no_session_is_refused(pair: Pair) -> None:
+def test_a_cache_without_a_session_is_refused(pair: Pair) -> None:
     with pytest.raises(UnsupportedOperation, match="DynamicCache"):
         pair.cut(PROMPT, past_key_values=DynamicCache(config=pair.config))
 
 
-def test_a_cache_is_there_unless_none_is_wanted(pair: Pair) -> None:
-    assert isinstance(pair.cut(PROMPT).past_key_values, HeadCache)
-    assert isinstance(pair.cut(PROMPT, use_cache=True).past_key_values, HeadCache)
+def test_a_call_returns_a_cache_unless_use_cache_is_false(pair: Pair) -> None:
+    assert isinstance(pair.cut(PROMPT).past_key_values, RemoteCache)
+    assert isinstance(pair.cut(PROMPT, use_cache=True).past_key_values, RemoteCache)
     assert pair.cut(PROMPT, use_cache=False).past_key_values is None
 
 
-def test_recurrent_state_refuses_to_rewind_and_stays_as_it_was() -> None:
+def test_recurrent_state_refuses_to_rewind_and_does_not_change() -> None:
     pair = Pair("qwen3_next")
     cache = pair.new_cache()
     with torch.no_grad():
@@ -171,7 +172,7 @@ def test_rows_may_be_dropped_and_repeated(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mamba", "jamba", "qwen3_next"])
-def test_a_padded_prompt_may_come_in_parts(model_type: str) -> None:
+def test_a_padded_prompt_may_come_in_several_calls(model_type: str) -> None:
     pair = Pair(model_type)
     mask = torch.ones_like(PROMPT)
     mask[1, :2] = 0
@@ -188,7 +189,7 @@ def test_a_padded_prompt_may_come_in_parts(model_type: str) -> None:
                     hidden[:, start:end],
                     attention_mask=mask[:, :end],
                     position_ids=positions[:, start:end],
-                    past_key_values=HeadCache(session),
+                    past_key_values=RemoteCache(session),
                 )
             )
         return torch.cat(parts, dim=1)
@@ -203,7 +204,7 @@ def test_a_mask_of_another_length_is_refused(pair: Pair) -> None:
         body(torch.randn(1, 4, 32), attention_mask=torch.ones(1, 3))
 
 
-def test_what_stays_on_the_servers_cannot_be_asked_for(pair: Pair) -> None:
+def test_outputs_inside_the_blocks_are_refused(pair: Pair) -> None:
     with pytest.raises(UnsupportedOperation):
         pair.cut(PROMPT, output_hidden_states=True)
 
@@ -215,7 +216,7 @@ def test_several_threads_may_use_one_model(pair: Pair) -> None:
 
     @torch.no_grad()
     def use(prompt: Tensor) -> Tensor:
-        cache = HeadCache(pair.blocks.new_session(batch_size=2, max_length=16))
+        cache = RemoteCache(pair.blocks.new_session(batch_size=2, max_length=16))
         parts = [pair.cut(prompt[:, i : i + 1], past_key_values=cache).logits for i in range(prompt.shape[1])]
         return torch.cat(parts, dim=1)
 
@@ -234,7 +235,7 @@ def test_hops_may_change_from_call_to_call(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("method", ["PromptTuningConfig", "PromptEncoderConfig"])
-def test_prompts_of_peft_are_trained_as_on_the_whole_model(method: str) -> None:
+def test_prompts_of_peft_are_trained_as_on_one_machine(method: str) -> None:
     import peft
 
     pair = Pair("llama")

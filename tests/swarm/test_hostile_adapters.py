@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 
 from shoal.adapters import Layer
-from shoal.model.peft.factors import name_of
+from shoal.model.peft.factors import factors_name
 from shoal.protocol import AdapterStored, Failure, NotCached, Opened, Result
 from shoal.server.engine.engine_limits import Limits
 from shoal.server.training.adapter_store import LAYER_BYTES
@@ -181,7 +181,7 @@ def named(block: int = 0) -> str:
 
 
 def named_as(layer: dict[str, Any], factors: torch.Tensor, *, block: int = 0) -> str:
-    return name_of(block, (TypeAdapter(Layer).validate_python(layer),), factors)
+    return factors_name(block, (TypeAdapter(Layer).validate_python(layer),), factors)
 
 
 LACKING: dict[str, tuple[list[Raw], NotCached]] = {

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.bundled import STORIES
 from shoal.errors import UserError
-from shoal.model.head import HeadCache
+from shoal.model.remote_cache import RemoteCache
 from shoal.server.kv.paged_cache import KeyValueShape
 
 from .harness import Swarm, swarm_of
@@ -41,7 +41,7 @@ def test_the_next_tokens_are_as_likely_as_they_were(town: Swarm, stories: PreTra
     tokens = AutoTokenizer.from_pretrained(STORIES)(STORY, return_tensors="pt").input_ids
     model = town.model()
     with model.inference_session(max_length=tokens.shape[1], batch_size=1) as session:
-        cache = HeadCache(session)
+        cache = RemoteCache(session)
         # One by one, so that every token attends to what is in the cache.
         logits = torch.cat([model(token, past_key_values=cache).logits for token in tokens.split(1, dim=1)], dim=1)
     expected = stories(tokens).logits

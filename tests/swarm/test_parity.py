@@ -1,4 +1,4 @@
-"""Every certified family, cut in three and put together again, against plain Transformers; writes docs/models.md."""
+"""Every certified family in three spans, compared with plain Transformers. Writes docs/models.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet() -> Iterator[None]:
-    """No bars for checkpoints of a few tensors."""
+    """No progress bars for checkpoints of a few tensors."""
     logging.disable_progress_bar()
     yield
     logging.enable_progress_bar()
@@ -32,7 +32,7 @@ def quiet() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def passed() -> Iterator[dict[str, tuple[str, str, bool]]]:
-    """What was seen of each family that passed; once it is all of them, the document is written."""
+    """The findings for each family that passed. When all families have passed, the document is written."""
     rows: dict[str, tuple[str, str, bool]] = {}
     yield rows
     if rows.keys() == CERTIFIED:
@@ -40,7 +40,7 @@ def passed() -> Iterator[dict[str, tuple[str, str, bool]]]:
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES)
-def test_a_family_that_is_cut_gives_what_it_gives_whole(
+def test_a_family_in_three_spans_gives_the_results_of_the_whole_model(
     family: str, changes: dict[str, object], passed: dict[str, tuple[str, str, bool]]
 ) -> None:
     pair = Pair(family, **changes)
@@ -53,7 +53,7 @@ def test_a_family_that_is_cut_gives_what_it_gives_whole(
     passed.setdefault(family, (type(pair.whole).__name__, kinds_of_blocks(pair), rewinds))
 
 
-def test_every_special_size_is_of_a_certified_family() -> None:
+def test_special_sizes_are_given_only_for_certified_families() -> None:
     assert {*SPECIAL, *VARIANTS} <= CERTIFIED
 
 
@@ -92,45 +92,45 @@ def encodings_of(family: str) -> str:
 INTRODUCTION = """\
 # Models
 
-<!-- Written by tests/swarm/test_parity.py; run it to bring this page up to date. -->
+<!-- Written by tests/swarm/test_parity.py; run it to update this page. -->
 
-shoal has no code for any one model: a server runs a span of the family's own Transformers layers, a client the rest.
-{num_families} families are certified to compute the same that way as the whole model does on one machine. A family that
-is not in this table is refused, unless you insist (`--allow-uncertified`).
+shoal has no code for individual models: a server runs a span of the family's own Transformers layers, and a client runs
+the rest. {num_families} families are certified to give the same results in this way as the whole model on one
+machine. Other families are refused unless you pass `--allow-uncertified`.
 
-For each family the test suite makes a tiny random model of five blocks, of every kind the family has, saves its
-checkpoint, and loads from it plain Transformers on one side, a head and three bodies on the other. These must be equal
-up to the rounding of float32:
+For each family the test suite makes a tiny random model of five blocks with all kinds of blocks of the family, and
+saves its checkpoint. It loads the checkpoint twice: with plain Transformers, and as a head with three bodies. Both must
+give the same results up to the rounding of float32:
 
 - the logits of a forward pass;
-- the logits of a prompt and then of single tokens, with caches, two sessions taking turns;
-- the logits of a prompt that comes in two parts;
+- the logits of a prompt and then of single tokens, with caches, in two sessions with alternating steps;
+- the logits of a prompt in two parts;
 - greedy generation from prompts of different lengths, padded on the left: the tokens, and the logits of every step;
 - beam search: the tokens and the scores;
 - the gradients of the input embeddings.
 
-Of checkpoints that hold a vision tower too, the language model is served: {with_vision} (its logits without images, and
-greedy generation, are equal to those of the model that sees).
+From checkpoints with a vision tower, the language model is served: {with_vision} (its logits without images, and
+greedy generation, are equal to those of the vision-language model).
 
-*Rewinds* says whether a server's cache can drop its last tokens. Recurrent state cannot, nor can a sliding window that
-has slid; a session of such a model is rebuilt from its inputs instead, when assisted generation takes tokens back.
+*Rewinds* says whether a server's cache can drop its last tokens. Recurrent state cannot, and neither can a sliding
+window that is full. When assisted generation rejects tokens, a session of such a model is rebuilt from its inputs.
 
-*Packed* says whether a server computes the tokens of several sessions in one pass over the weights; the others are
-computed one session after another. Of both kinds, eight sessions that share a server and come, go, branch and go back
-at random are compared with the same sessions computed alone. A model whose rotary embeddings depend on the longest
-sequence of a call (`dynamic`, `longrope`) is not packed, whatever its family.
+*Packed* says whether a server computes the tokens of several sessions in one pass over the weights. Sessions of other
+families are computed one after another. For both kinds, eight sessions on one server that open, close, branch and
+rewind at random are compared with the same sessions computed alone. A model of any family whose rotary embeddings
+depend on the longest sequence of a call (`dynamic`, `longrope`) is not packed.
 
-*On the wire* says in which encodings (`--wire`) hidden states and gradients may travel beside raw. The same models are
-run with every tensor rounded on each of four journeys. What that does to the median token's logits, relative to plain
-Transformers, must stay below {tolerances}, and below twice that for its gradient
-(`tests/swarm/parity.py` says why). Where a router's two best experts are nearly equal, single tokens may change more,
-as they do by any rounding. An encoding that is not named here is refused for that family.
+*On the wire* lists the encodings (`--wire`) in which hidden states and gradients may be sent, in addition to raw. The
+same models run with every tensor rounded each of the four times that it is sent. The relative error of the median
+token's logits must stay below {tolerances}, and that of its gradient below twice that
+(`tests/swarm/parity.py` explains the tolerance). If a router's two best experts are nearly equal, single tokens may
+change more, as with any rounding. An encoding that is not listed is refused for the family.
 
 | family | class | kinds of blocks tested | rewinds | packed | on the wire | also tested |
 |---|---|---|---|---|---|---|
 {table}
 
-Not certified: models whose layers share state with each other, so that a span is not a function of its input alone
+Not certified are models whose layers share state with each other, so that a span depends on more than its input
 (`gemma3n`, `gemma4`, `glm_moe_dsa`, `zamba`, `zamba2`, `inkling2`); whose hidden states are several streams
 (`deepseek_v4`, `hy_v4`, `qwen4_exp`); that keep their state in modules or in caches of their own (`recurrent_gemma`,
 `minimax`, `rwkv`, `xlstm`); whose logits in Transformers 5.23 depend on how the tokens were split into calls, so that a

@@ -1,4 +1,4 @@
-"""Quantized servers give what Transformers gives with the same settings on the blocks; the head is never quantized."""
+"""Quantized servers give the results of Transformers with the same settings on the blocks. Heads stay unquantized."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 4 blocks, of sizes that bitsandbytes' kernels know."""
+    """A Llama of 4 blocks, of sizes that the kernels of bitsandbytes support."""
     path = tmp_path_factory.mktemp("quantized")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -81,7 +81,7 @@ def whole(folder: Path, kind: Quantization, dtype: torch.dtype) -> Whole:
 
 
 def blocks_of(model: Whole, hidden: Tensor) -> Tensor:
-    """What a whole model's blocks make of hidden states."""
+    """The output of all blocks of a model for these hidden states."""
     outputs: list[Tensor] = []
     handle = model.model.norm.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def blocks_of(model: Whole, hidden: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantized_swarm_decodes_the_tokens_of_transformers(kind: Quantization, dtype: str) -> None:
-    # A trained model, which knows what it wants to say: the kernel for 4 bits computes in bfloat16, also in float32.
+    # A trained model with confident predictions, because the 4-bit kernel computes in bfloat16 even for float32.
     expected = whole(STORIES, kind, getattr(torch, dtype)).generate(PROMPT, max_new_tokens=24, do_sample=False)
     with swarm_of(STORIES, "0:5", "5:12", quantization=kind.value, dtype=dtype) as swarm:
         assert [server.info.quantization for server in swarm.servers.values()] == [kind.value] * 2
@@ -102,7 +102,7 @@ def test_a_quantized_swarm_decodes_the_tokens_of_transformers(kind: Quantization
 
 
 def dequantized(body: Body) -> nn.Module:
-    """The same blocks with plain linears, whose weights are those that the quantized ones stand for."""
+    """The same blocks with ordinary linear layers that have the dequantized weights."""
     plain = {}
     for name, module in body.named_modules():
         if isinstance(module, FrozenLinear):
@@ -124,17 +124,17 @@ def test_gradients_are_those_of_the_dequantized_blocks(folder: Path, kind: Quant
     for prepare in (lambda body: body, dequantized):
         body = load_body(checkpoint, Span(1, 4), dtype=torch.float32, quantization=kind)
         assert sum(isinstance(module, FrozenLinear) for module in body.modules()) == 3 * 7
-        body(hidden)  # a pass without gradients, as a server's first one is
+        body(hidden)  # a pass without gradients, like the first one of a server
         body = prepare(body)
         x = hidden.clone().requires_grad_(True)
         body(x).backward(towards)
         gradients.append(x.grad)
-    # the inputs of every product are rounded to 8 bits; to bfloat16 in the kernel for 4 bits
+    # Inputs of products are rounded to 8 bits, or to bfloat16 by the 4-bit kernel.
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[1].norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_second_start_reads_what_the_first_one_quantized(
+def test_a_second_start_reads_the_blocks_that_the_first_one_quantized(
     folder: Path, cache: Path, kind: Quantization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(folder)
@@ -148,15 +148,15 @@ def test_the_second_start_reads_what_the_first_one_quantized(
     files = sorted(cache.glob("quantized/*/*"))
     assert [file.name for file in files] == ["block-1.safetensors", "block-2.safetensors"]
     with monkeypatch.context() as context:
-        context.setattr(Checkpoint, "block_tensors", None)  # nobody reads the weights themselves
+        context.setattr(Checkpoint, "block_tensors", None)  # the original weights are not read
         assert torch.equal(start(Span(1, 3)), first)
-    assert torch.isfinite(start(Span(0, 3))).all()  # block 0 is not there yet
+    assert torch.isfinite(start(Span(0, 3))).all()  # block 0 is not cached yet
     files[0].write_bytes(files[0].read_bytes()[:-100])
     assert torch.equal(start(Span(1, 3)), first)
     assert set(load_file(files[0])) == {name.replace(".2.", ".1.") for name in load_file(files[1])}
 
 
-def test_nothing_is_kept_where_nothing_can_be_written(
+def test_quantization_works_if_the_cache_cannot_be_written(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -179,7 +179,7 @@ def test_nothing_is_kept_where_nothing_can_be_written(
         ),
     ],
 )
-def test_a_checkpoint_that_is_quantized_is_used_as_it_is(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_quantized_checkpoint_is_used_without_change(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32, device_map={"": "cpu"}
     ).eval()
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_is_quantized_is_used_as_it_is(folder: Path, tmp_path:
         load_body(checkpoint, Span(0, 4), dtype=torch.float32, quantization=Quantization.NF4)
 
 
-def test_mxfp4_is_used_as_transformers_uses_it(tmp_path: Path) -> None:
+def test_mxfp4_gives_the_results_of_transformers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = tiny_config("gpt_oss", hidden_size=64, intermediate_size=64)
     model = GptOssForCausalLM(config).bfloat16()
@@ -218,7 +218,7 @@ def test_mxfp4_is_used_as_transformers_uses_it(tmp_path: Path) -> None:
         checkpoint = Checkpoint.open(tmp_path)
         body = load_body(checkpoint, Span(0, 5), dtype=torch.bfloat16)
         torch.testing.assert_close(body(hidden), expected, rtol=0.02, atol=0.02)
-    # on a CPU the codes become plain weights, which is what has to fit
+    # On a CPU the codes become ordinary weights, so those have to fit.
     held = tuple(sum(weight.nbytes for weight in body.block(block).parameters()) for block in range(5))
     assert dequantized_bytes(checkpoint.family, checkpoint.config, torch.bfloat16) == held
 
@@ -232,7 +232,7 @@ def test_mxfp4_is_used_as_transformers_uses_it(tmp_path: Path) -> None:
         ({"quant_method": "of another age"}, "of another age"),
     ],
 )
-def test_a_quantization_that_lacks_something_here_is_refused_in_one_line(
+def test_a_quantization_that_this_machine_cannot_use_is_refused_in_one_line(
     folder: Path, tmp_path: Path, described: dict[str, Any], message: str
 ) -> None:
     shutil.copytree(folder, tmp_path / "copy")

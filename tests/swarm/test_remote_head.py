@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal import AutoDistributedModel, UserError
-from shoal.model.head import HeadCache
+from shoal.model.remote_cache import RemoteCache
 from shoal.protocol import Failure, Result
 
 from .harness import QUICK, Swarm, swarm_of
@@ -112,7 +112,7 @@ def test_logits_that_are_spread_over_several_messages_come_together(swarm: MakeS
 
 
 def model_cache(model: Any) -> Any:
-    return HeadCache(model.blocks.new_session(batch_size=4, max_length=512))
+    return RemoteCache(model.blocks.new_session(batch_size=4, max_length=512))
 
 
 def test_what_a_server_has_computed_before_is_not_sent_and_its_last_token_has_logits(

@@ -24,7 +24,7 @@ from shoal import (
 from shoal.client.inference_session import InferenceSession
 from shoal.client.model import INITIAL_PEERS
 from shoal.client.runtime import Runtime
-from shoal.model.head import HeadCache
+from shoal.model.remote_cache import RemoteCache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net import NetworkConfig
 from shoal.net.memory import MemoryNetwork
@@ -172,7 +172,7 @@ def test_guesses_of_tokens_end_where_the_text_does(swarm: MakeSwarm, whole: PreT
 def test_a_mask_of_another_length_than_the_tokens_is_refused(swarm: MakeSwarm):
     model = swarm("0:4").model()
     with model.inference_session(max_length=64) as session:
-        cache = HeadCache(session)
+        cache = RemoteCache(session)
         model(PROMPT, past_key_values=cache)
         with pytest.raises(UserError, match="a mask of 5 tokens for 2 tokens after the session's 5"):
             model(MORE, attention_mask=torch.ones(1, 5), past_key_values=cache)

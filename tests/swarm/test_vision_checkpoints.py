@@ -1,4 +1,4 @@
-"""Checkpoints that hold a vision tower too: their language model can be served, and gives what the whole gives."""
+"""Checkpoints with a vision tower: their language model can be served and gives the results of the whole model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 
 from shoal.errors import UnsupportedModel
 from shoal.model.body import build_body
@@ -30,7 +36,7 @@ LANGUAGE_MODELS = {
 EYES = {
     "hidden_size": 16,
     "intermediate_size": 16,
-    "num_hidden_layers": 5,  # as many as the language model has: these are not the blocks
+    "num_hidden_layers": 5,  # as many as in the language model, but these are not its blocks
     "depth": 5,
     "num_attention_heads": 2,
     "num_heads": 2,
@@ -55,12 +61,12 @@ def config_with_vision(model_type: str) -> PreTrainedConfig:
     )
 
 
-def test_all_that_are_certified_are_tested() -> None:
+def test_every_certified_vision_model_is_tested() -> None:
     assert set(LANGUAGE_MODELS) == CERTIFIED_WITH_VISION
 
 
 @pytest.mark.parametrize("model_type", sorted(LANGUAGE_MODELS))
-def test_the_language_model_of_a_checkpoint_that_sees_gives_what_the_whole_gives(model_type: str) -> None:
+def test_the_language_model_of_a_vision_checkpoint_gives_the_results_of_the_whole_model(model_type: str) -> None:
     config = config_with_vision(model_type)
     torch.manual_seed(0)
     model = with_noise(AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval())
@@ -81,17 +87,17 @@ def test_the_language_model_of_a_checkpoint_that_sees_gives_what_the_whole_gives
     assert torch.equal(generate(cut, inputs=PROMPT).sequences, generate(whole, inputs=PROMPT).sequences)
 
 
-def test_a_model_whose_vision_changes_how_it_reads_text_is_refused() -> None:
+def test_a_model_whose_vision_part_changes_the_attention_to_text_is_refused() -> None:
     config = CONFIG_MAPPING["paligemma"]()  # attends in both directions within a prompt
     with pytest.raises(UnsupportedModel, match="'paligemma'"):
         family_of(config)
 
 
-def test_a_class_that_sees_is_refused() -> None:
+def test_a_vision_language_class_is_refused() -> None:
     config = config_with_vision("gemma3")
     with pytest.raises(UnsupportedModel, match="more than a language model"):
         build_head(
-            AutoModelForImageTextToText._model_mapping[type(config)],
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)],
             family_of(config),
             config,
             {},

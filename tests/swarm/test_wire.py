@@ -24,7 +24,7 @@ from shoal.tensors import Encoding
 
 from .harness import QUICK, Swarm
 from .intruder import raw
-from .local_blocks import Travel
+from .local_blocks import Transfer
 from .test_hostile_servers import Rogue, politely
 
 MakeSwarm = Callable[..., Swarm]
@@ -151,8 +151,8 @@ def test_logits_and_gradients_are_those_of_a_model_that_rounds_between_its_hops(
     rounding = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = rounding.model.layers
     for hop in (0, 2, 3):
-        layers[hop].register_forward_pre_hook(lambda _, inputs: (Travel.apply(inputs[0], wire), *inputs[1:]))
-    layers[3].register_forward_hook(lambda _, inputs, output: Travel.apply(output, wire))
+        layers[hop].register_forward_pre_hook(lambda _, inputs: (Transfer.apply(inputs[0], wire), *inputs[1:]))
+    layers[3].register_forward_hook(lambda _, inputs, output: Transfer.apply(output, wire))
     swarm_ = swarm("0:2", "2:3", "3:4")
     tap = tapped(swarm_)
     results = []

@@ -1,4 +1,4 @@
-"""A tiny random model of any family: every kind of block that the family has, in five blocks."""
+"""A tiny random model of any family, with every kind of block of the family in five blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 NUM_BLOCKS = 5
 VOCABULARY = 96
 
-# Sizes, by the names that configs have for them; a config takes those that it has.
+# Sizes by the names of their config fields. A config takes those that it has.
 SIZES: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "num_hidden_layers": NUM_BLOCKS,
@@ -63,7 +63,7 @@ SIZES: Mapping[str, Any] = {
 }
 
 LATENT = {"num_key_value_heads": 4}  # latent attention has as many key heads as query heads
-# So many heads that no two keys have the same score by chance: who wins a draw depends on how many keys there are.
+# Enough heads that no two keys have equal scores: the choice between equal ones depends on the number of keys.
 INDEXED = {**LATENT, "index_topk": 4, "index_n_heads": 16, "index_head_dim": 16}
 MULTIPLIERS = {
     "embedding_multiplier": 3.0,
@@ -75,7 +75,7 @@ MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_st
 SLIDING_AND_FULL = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 CONVOLUTION_AND_FULL = ["conv", "full_attention", "conv", "conv", "full_attention"]
 
-# What a family needs beside that: mostly what makes its blocks differ, and what keeps its multipliers from being 1.
+# Further fields of families: they make blocks differ from each other, and multipliers differ from 1.
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "afmoe": {"num_dense_layers": 1},
     "axk1": LATENT,
@@ -126,7 +126,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "youtu": LATENT,
 }
 
-# Other ways to build a family, checked as well.
+# Variants of families that are checked as well.
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "falcon": {
         "alibi": {"alibi": True, "multi_query": False},
@@ -138,7 +138,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """The config of a tiny model whose blocks are as diverse as the family's."""
+    """The config of a tiny model that has all kinds of blocks of the family."""
     config_class = CONFIG_MAPPING[model_type]
     usual = config_class()
     known = {name: value for name, value in SIZES.items() if is_settable(usual, name)}
@@ -149,20 +149,20 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 
 def is_settable(config: PreTrainedConfig, name: str) -> bool:
-    """Whether a config has this field, and does not compute it from others."""
+    """Whether a config has this field and does not compute it from others."""
     computed = getattr(type(config), config.attribute_map.get(name, name), None)
     return hasattr(config, name) and not (isinstance(computed, property) and computed.fset is None)
 
 
 def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A whole random model."""
+    """A complete random model."""
     torch.manual_seed(0)
     return with_noise(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
 
 
 @torch.no_grad()
 def with_noise(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, every parameter random: norms and biases too, which are born as ones and zeros."""
+    """Add noise to all parameters, because norms and biases are initialized with ones and zeros."""
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
     return model

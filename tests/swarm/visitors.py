@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.adapters import salted
+from shoal.adapters import adapter_cache_salt
 from shoal.model.body import Body, build_body
 from shoal.model.families import family_of, text_config
 from shoal.model.peft.block_adapters import BlockAdapter
-from shoal.model.peft.factors import Factors, Tuning
+from shoal.model.peft.factors import ActiveAdapters, AdapterFactors
 from shoal.policy.scheduling import PassTimeModel
-from shoal.prefix import DIGEST_BYTES, page_names, root
+from shoal.prefix import DIGEST_BYTES, page_hashes, root_hash
 from shoal.protocol import Adapter, Open, Step
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.engine_limits import Limits
@@ -93,12 +93,12 @@ class Visitor:
         span: Span | None = None,
         salt: str = "",
         peer: str = "visitor",
-        tuning: Tuning | None = None,
+        tuning: ActiveAdapters | None = None,
     ) -> None:
         self.span = span or body.span
         self.salt = salt
         self.peer = peer
-        self.tuning = tuning or Tuning()
+        self.tuning = tuning or ActiveAdapters()
         self.num_replays = 0
         self.num_known = 0
         self.session: SessionCache | None = None
@@ -162,7 +162,7 @@ class Visitor:
         try:
             return self._open()
         except MissingFromCache as lacks:
-            for each in self.tuning.of(self.span):
+            for each in self.tuning.in_span(self.span):
                 if each.name in lacks.adapters:
                     lesson = Adapter(block=each.block, layers=each.layers)
                     await self._engine.adapters.keep(self.peer, lesson, {"factors": each.values})
@@ -194,9 +194,9 @@ class Visitor:
         """Those of the full pages of each sequence, one after another; none of padded sequences."""
         if not self._mask_BS.all():
             return [b""] * len(self.inputs_BSD)
-        first = root(self.span, salted(self.salt, self.tuning.names(self.span)))
+        first = root_hash(self.span, adapter_cache_salt(self.salt, self.tuning.names(self.span)))
         positions = torch.arange(self.num_tokens)
-        return [b"".join(page_names(first, hidden, positions)) for hidden in self.inputs_BSD]
+        return [b"".join(page_hashes(first, hidden, positions)) for hidden in self.inputs_BSD]
 
     def _tensors(self, start: int) -> dict[Any, Tensor]:
         tensors = {"hidden": self.inputs_BSD[:, start:]}
@@ -216,7 +216,7 @@ class Visitor:
 
         To be called when the engine is idle: it is the same blocks.
         """
-        changes = {each.block: self._adapter(each).on for each in self.tuning.of(self.span)}
+        changes = {each.block: self._adapter(each).on for each in self.tuning.in_span(self.span)}
         for inputs_BSD, mask_BS, outputs_BSD in (*self._branches, (self.inputs_BSD, self._mask_BS, self.outputs_BSD)):
             if not inputs_BSD.shape[1]:
                 continue
@@ -226,13 +226,13 @@ class Visitor:
                 span=self.span,
                 attention_mask=mask_BS.long() if padded else None,
                 position_ids=_positions(mask_BS) if padded else None,
-                changes=changes,
+                overrides=changes,
             )
             defined_BS = sees_text(mask_BS)
             assert_equal(outputs_BSD[defined_BS], expected_BSD[defined_BS])
             assert outputs_BSD.isfinite().all()
 
-    def _adapter(self, factors: Factors) -> BlockAdapter:
+    def _adapter(self, factors: AdapterFactors) -> BlockAdapter:
         """An own copy."""
         block, hidden_size = self._body.block(factors.block), self.inputs_BSD.shape[-1]
         return BlockAdapter(block, factors.layers, factors.values, name=factors.name, hidden_size=hidden_size)

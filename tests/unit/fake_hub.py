@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub, on this machine, as its client needs to download a model."""
+"""A local server with the parts of the Hugging Face hub that its client needs to download a model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ COMMIT = "c0ffee" + "0" * 34
 
 @dataclass
 class FakeHub:
-    """Serves one folder as the repository `someone/tiny`; `sent` says how many bytes of each file went out."""
+    """Serves one folder as the repository `someone/tiny`. `sent` counts the bytes that were sent of each file."""
 
     folder: Path
     sent: dict[str, int] = field(default_factory=dict)
-    breaks_after: int | None = None  # bytes: then the connection is cut, and no other request is answered
+    breaks_after: int | None = None  # bytes, after which the connection is cut and no other request is answered
     refuses_with: tuple[int, str] | None = None  # status and the hub's error code, for every request
     garbles: bool = False
 

@@ -1,4 +1,4 @@
-"""The bundled model: small, whole, and able to tell a story."""
+"""The bundled model is small and complete, and it tells stories."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(STORIES)
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[None]:
-    """The grammar and the training can be imported as the script that uses them imports them."""
+    """Makes the grammar and the training importable in the same way as for the script that uses them."""
     folder = str(Path(__file__).parents[2] / "scripts")
     sys.path.insert(0, folder)
     yield
@@ -29,7 +29,7 @@ def scripts() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def vocabulary(scripts: None) -> set[str]:
-    """Every word that the grammar writes in so many stories that it has written each."""
+    """All words of the grammar: 5,000 stories contain each of them."""
     from stories.grammar import write_story
 
     rng = Random(1)
@@ -50,7 +50,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z']+", text)
 
 
-def test_all_of_it_is_at_most_ten_megabytes():
+def test_the_bundled_model_takes_at_most_ten_megabytes():
     assert sum(file.stat().st_size for file in STORIES.iterdir()) <= 10_000_000
 
 
@@ -70,7 +70,7 @@ def test_its_greedy_story_has_only_words_of_the_grammar_and_an_end(vocabulary, t
     assert set(words(story)) <= vocabulary
 
 
-def test_its_greedy_story_names_its_hero_and_a_friend_and_nobody_else(model, tokenizer, scripts):
+def test_its_greedy_story_names_only_its_hero_and_a_friend(model, tokenizer, scripts):
     from stories.grammar import NAMES
 
     ids = model.generate(**tokenizer(PROMPT, return_tensors="pt"), do_sample=False, max_new_tokens=300)[0]
@@ -94,7 +94,7 @@ def test_it_predicts_stories_that_it_was_not_trained_on(model, tokenizer, script
 
     loss = held_out_loss(model, tokenizer, num_stories=20)
     assert loss.mean < 0.29
-    assert loss.repeated_names < 0.3  # what a guess among the names would cost: 2.6
+    assert loss.repeated_names < 0.3  # a random guess among the names would give 2.6
 
 
 def test_prompts_of_different_lengths_are_padded_on_the_left(tokenizer):
@@ -105,5 +105,5 @@ def test_prompts_of_different_lengths_are_padded_on_the_left(tokenizer):
 
 @settings(deadline=None)
 @given(st.text())
-def test_the_tokenizer_gives_back_any_text(text):
+def test_the_tokenizer_decodes_what_it_encodes(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text), skip_special_tokens=True) == text

@@ -41,7 +41,7 @@ def shard_of(folder: Path, tensor: str) -> Path:
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_spans_and_head_share_out_the_tensors(tmp_path: Path, sharded: bool, tied: bool) -> None:
+def test_each_tensor_belongs_to_one_span_or_to_the_head(tmp_path: Path, sharded: bool, tied: bool) -> None:
     folder = save_tiny(tmp_path / "tiny", sharded=sharded, tied=tied)
     checkpoint = Checkpoint.open(folder)
 
@@ -57,7 +57,7 @@ def test_spans_and_head_share_out_the_tensors(tmp_path: Path, sharded: bool, tie
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_sizes_are_known_without_reading_weights(tmp_path: Path, sharded: bool) -> None:
+def test_block_sizes_are_known_without_reading_weights(tmp_path: Path, sharded: bool) -> None:
     checkpoint = Checkpoint.open(save_tiny(tmp_path / "tiny", sharded=sharded))
 
     blocks = checkpoint.block_tensors(Span(0, 4)).values()
@@ -105,7 +105,7 @@ def test_a_truncated_file_is_refused_with_its_first_incomplete_tensor(tmp_path: 
 @pytest.mark.parametrize(
     "content", [b"", b"abc", b"\xff" * 64, (8).to_bytes(8, "little") + b"not json", (2).to_bytes(8, "little") + b"[]"]
 )
-def test_a_file_that_is_no_safetensors_file_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_in_the_safetensors_format_is_refused(tmp_path: Path, content: bytes) -> None:
     folder = save_tiny(tmp_path / "tiny")
     (folder / "model.safetensors").write_bytes(content)
 
@@ -132,7 +132,7 @@ def test_a_header_that_describes_no_tensors_is_refused(tmp_path: Path, entry: ob
         Checkpoint.open(folder)
 
 
-def test_a_shape_that_is_not_that_of_its_bytes_is_refused(tmp_path: Path) -> None:
+def test_a_shape_that_does_not_match_its_bytes_is_refused(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny", sharded=True)
     file = shard_of(folder, Q_PROJ)
     content = file.read_bytes()
@@ -142,7 +142,7 @@ def test_a_shape_that_is_not_that_of_its_bytes_is_refused(tmp_path: Path) -> Non
         Checkpoint.open(folder).block_tensors(Span(3, 4))
 
 
-def test_a_tensor_that_the_index_promises_in_vain_is_named(tmp_path: Path) -> None:
+def test_a_tensor_that_the_index_lists_and_its_file_lacks_is_named(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny", sharded=True)
     file = shard_of(folder, Q_PROJ)
     tensors = load_file(file)
@@ -166,7 +166,7 @@ def test_a_checkpoint_without_one_of_its_blocks_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("file", ["../elsewhere.safetensors", "/etc/passwd", "model.bin", 3, ""])
-def test_an_index_that_points_out_of_the_checkpoint_is_refused(tmp_path: Path, file: object) -> None:
+def test_an_index_that_points_outside_of_the_checkpoint_is_refused(tmp_path: Path, file: object) -> None:
     folder = save_tiny(tmp_path / "tiny", sharded=True)
     edit_json(folder / "model.safetensors.index.json", lambda index: index["weight_map"].update({Q_PROJ: file}))
 
@@ -176,7 +176,7 @@ def test_an_index_that_points_out_of_the_checkpoint_is_refused(tmp_path: Path, f
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("content", ["", "{", "[]", "\N{NULL}"])
-def test_damaged_descriptions_are_refused(tmp_path: Path, file: str, content: str) -> None:
+def test_a_damaged_config_or_index_is_refused(tmp_path: Path, file: str, content: str) -> None:
     folder = save_tiny(tmp_path / "tiny", sharded=True)
     (folder / file).write_text(content)
 
@@ -194,7 +194,7 @@ def test_weights_in_other_files_are_refused_with_a_hint(tmp_path: Path, file: st
     assert "save_pretrained" in (error.value.hint or "")
 
 
-def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_place_without_a_model_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     (folder / "model.safetensors").unlink()
     (tmp_path / "empty").mkdir()
@@ -226,7 +226,7 @@ def test_a_config_that_describes_no_model_is_refused_in_one_line(tmp_path: Path,
     assert "\n" not in str(error.value)
 
 
-def test_copies_have_one_fingerprint_and_other_weights_another(tmp_path: Path) -> None:
+def test_copies_have_the_same_fingerprint_and_other_weights_have_another(tmp_path: Path) -> None:
     original = Checkpoint.open(save_tiny(tmp_path / "tiny", sharded=True))
     copy = Checkpoint.open(shutil.copytree(tmp_path / "tiny", tmp_path / "copy"))
     tuned = Checkpoint.open(save_tiny(tmp_path / "tuned", sharded=True, seed=1))
@@ -262,7 +262,7 @@ def test_a_digest_is_computed_once_until_the_file_changes(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", "{}", '{"fact": "another", "value": "?"}'])
-def test_damaged_facts_are_found_out_again(tmp_path: Path, content: str) -> None:
+def test_damaged_cache_entries_are_computed_again(tmp_path: Path, content: str) -> None:
     folder = save_tiny(tmp_path / "tiny")
     before = Checkpoint.open(folder).fingerprint
     for fact in (tmp_path / "cache").rglob("*.json"):
@@ -271,13 +271,13 @@ def test_damaged_facts_are_found_out_again(tmp_path: Path, content: str) -> None
     assert Checkpoint.open(folder).fingerprint == before
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
 
     assert Checkpoint.open(save_tiny(tmp_path / "tiny")).fingerprint
 
 
-def test_the_key_is_of_what_is_computed(tmp_path: Path) -> None:
+def test_the_key_depends_only_on_the_computation(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     key = Checkpoint.open(folder).key
     assert key.startswith("llama-4x32-")

@@ -1,4 +1,4 @@
-"""Waiting for something that moves, in virtual time."""
+"""Timeouts that depend on progress, in virtual time."""
 
 from __future__ import annotations
 
@@ -6,58 +6,64 @@ import asyncio
 
 import pytest
 
-from shoal.concurrency import while_moving
+from shoal.concurrency import with_progress_timeout
 
 from . import virtual_time
 
 
-class Belt:
-    """Something that moves once a second, so many times, and is done after so many seconds."""
+class Job:
+    """A task that makes progress once a second, `num_steps` times, and that ends after `seconds`."""
 
-    def __init__(self, *, moves: int, seconds: float) -> None:
-        self.moved_at = 0.0
-        self._moves = moves
+    def __init__(self, *, num_steps: int, seconds: float) -> None:
+        self.progressed_at = 0.0
+        self._num_steps = num_steps
         self._seconds = seconds
 
     async def run(self) -> str:
-        for _ in range(self._moves):
+        for _ in range(self._num_steps):
             await asyncio.sleep(1.0)
-            self.moved_at = asyncio.get_running_loop().time()
-        await asyncio.sleep(self._seconds - self._moves)
+            self.progressed_at = asyncio.get_running_loop().time()
+        await asyncio.sleep(self._seconds - self._num_steps)
         return "done"
 
 
-def waited(belt: Belt, *, seconds: float) -> tuple[str, float]:
-    """What came of it, and when."""
+def waited(job: Job, *, seconds: float) -> tuple[str, float]:
+    """The outcome, and the time in seconds when it came."""
 
     async def wait() -> tuple[str, float]:
         try:
-            outcome = await while_moving(belt.run(), lambda: belt.moved_at, seconds=seconds)
+            outcome = await with_progress_timeout(job.run(), lambda: job.progressed_at, seconds=seconds)
         except TimeoutError:
-            outcome = "given up"
+            outcome = "timed out"
         return outcome, asyncio.get_running_loop().time()
 
     return virtual_time.run(wait())
 
 
-@pytest.mark.parametrize("moves", [0, 1, 100])
-def test_what_stands_still_is_given_up(moves: int):
-    assert waited(Belt(moves=moves, seconds=1000.0), seconds=3.0) == ("given up", pytest.approx(moves + 3.0))
+@pytest.mark.parametrize("num_steps", [0, 1, 100])
+def test_a_coroutine_without_progress_times_out(num_steps: int):
+    assert waited(Job(num_steps=num_steps, seconds=1000.0), seconds=3.0) == (
+        "timed out",
+        pytest.approx(num_steps + 3.0),
+    )
 
 
-@pytest.mark.parametrize("moves", [0, 1, 100])
-def test_what_moves_is_waited_for(moves: int):
-    assert waited(Belt(moves=moves, seconds=moves + 2.9), seconds=3.0) == ("done", pytest.approx(moves + 2.9))
+@pytest.mark.parametrize("num_steps", [0, 1, 100])
+def test_a_coroutine_with_progress_is_awaited(num_steps: int):
+    assert waited(Job(num_steps=num_steps, seconds=num_steps + 2.9), seconds=3.0) == (
+        "done",
+        pytest.approx(num_steps + 2.9),
+    )
 
 
-def test_an_error_is_raised_as_it_is():
+def test_an_error_of_the_coroutine_is_raised_unchanged():
     async def wait() -> None:
         async def fail() -> None:
             await asyncio.sleep(1.0)
             raise KeyError("of its own")
 
         with pytest.raises(KeyError, match="of its own"):
-            await while_moving(fail(), lambda: 0.0, seconds=3.0)
-        await asyncio.sleep(10.0)  # whatever was to look after it does nothing any more
+            await with_progress_timeout(fail(), lambda: 0.0, seconds=3.0)
+        await asyncio.sleep(10.0)  # the timer of the timeout does nothing any more
 
     virtual_time.run(wait())

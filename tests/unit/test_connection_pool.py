@@ -14,7 +14,7 @@ from shoal.adapters import Prompt
 from shoal.client.swarm.adapter_sync import AdapterSync
 from shoal.client.training.connection_pool import IDLE_SECONDS, MAX_ADAPTER_UPLOADS, ConnectionPool
 from shoal.errors import Misrouted, PeerError, ServerLost
-from shoal.model.peft.factors import Factors, name_of
+from shoal.model.peft.factors import AdapterFactors, factors_name
 from shoal.protocol import Adapter, AdapterStored, AnyMessage, Forward, NotCached, Result
 
 from . import virtual_time
@@ -23,10 +23,10 @@ from .test_connection import SERVER
 ASKED = Forward(model="", fingerprint="", start=0, end=1)
 
 
-def version(number: int, *, origin: int = 1, block: int = 0) -> Factors:
+def version(number: int, *, origin: int = 1, block: int = 0) -> AdapterFactors:
     """The factors of some origin at some moment."""
     layers, values = (Prompt(num_tokens=1),), torch.full((4,), float(number))
-    return Factors(name_of(block, layers, values), block, layers, values, origin)
+    return AdapterFactors(factors_name(block, layers, values), block, layers, values, origin)
 
 
 @dataclass(eq=False)
@@ -68,7 +68,7 @@ class Connection:
                 raise ServerLost("gone", peer=self.peer)
             if message.replaces is not None:
                 self.server.known.discard(message.replaces)
-            self.server.known.add(name_of(message.block, message.layers, tensors["factors"]))
+            self.server.known.add(factors_name(message.block, message.layers, tensors["factors"]))
         return [(AdapterStored(), {})] * len(questions)
 
     async def ask(self, request: Any, tensors: Any, **_: Any) -> Any:
@@ -86,7 +86,7 @@ class Connection:
         self.is_closed = True
 
 
-async def ask(pool: ConnectionPool, *adapters: Factors, to: str = SERVER.peer) -> Any:
+async def ask(pool: ConnectionPool, *adapters: AdapterFactors, to: str = SERVER.peer) -> Any:
     names = tuple(each.name for each in adapters)
     request = ASKED.model_copy(update={"adapters": names})
     _, reply, _ = await pool.ask(replace(SERVER, peer=to), request, {}, adapters, usual_seconds=1.0)

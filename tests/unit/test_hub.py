@@ -55,7 +55,7 @@ def test_a_client_downloads_only_the_files_of_its_head(hub: FakeHub) -> None:
     assert weights_sent(hub) == shards_with(hub, "embed") | shards_with(hub, "model.norm") | shards_with(hub, "lm_head")
 
 
-def test_what_is_downloaded_is_downloaded_once(hub: FakeHub) -> None:
+def test_a_file_is_downloaded_once(hub: FakeHub) -> None:
     Checkpoint.open(REPO).block_tensors(Span(0, 2))
     hub.sent.clear()
 
@@ -64,14 +64,14 @@ def test_what_is_downloaded_is_downloaded_once(hub: FakeHub) -> None:
     assert not hub.sent
 
 
-def test_a_copy_on_disk_meets_the_hub_without_a_download(hub: FakeHub) -> None:
+def test_a_local_copy_has_the_hubs_key_and_fingerprint_without_a_download(hub: FakeHub) -> None:
     here, there = Checkpoint.open(hub.folder), Checkpoint.open(REPO)
 
     assert (here.key, here.fingerprint) == (there.key, there.fingerprint)
     assert not weights_sent(hub)
 
 
-def test_sizes_are_read_from_the_headers_alone(hub: FakeHub) -> None:
+def test_block_sizes_are_read_from_the_headers_alone(hub: FakeHub) -> None:
     here, there = Checkpoint.open(hub.folder), Checkpoint.open(REPO)
 
     assert here.block_bytes == there.block_bytes
@@ -79,7 +79,7 @@ def test_sizes_are_read_from_the_headers_alone(hub: FakeHub) -> None:
     assert not list((Path(constants.HF_HUB_CACHE)).rglob("*.safetensors"))
 
 
-def test_a_single_file_is_listed_by_its_header(hub: FakeHub) -> None:
+def test_the_tensors_of_a_single_file_are_listed_from_its_header(hub: FakeHub) -> None:
     for file in (*hub.folder.glob("*.safetensors"), hub.folder / "model.safetensors.index.json"):
         file.unlink()
     save_tiny(hub.folder)
@@ -90,7 +90,7 @@ def test_a_single_file_is_listed_by_its_header(hub: FakeHub) -> None:
     assert len(checkpoint.block_tensors(Span(1, 2))) == 9
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_is_resumed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(REPO)
     (shard,) = shards_with(hub, "layers.2.self_attn.q_proj")
     size = (hub.folder / shard).stat().st_size
@@ -107,10 +107,10 @@ def test_an_interrupted_download_goes_on_where_it_stopped(hub: FakeHub, monkeypa
     assert hub.sent[shard] < size + 1000
 
 
-def test_a_file_that_was_damaged_on_its_way_is_not_kept(hub: FakeHub) -> None:
+def test_a_file_that_was_damaged_during_the_download_is_deleted(hub: FakeHub) -> None:
     checkpoint = Checkpoint.open(REPO)
     hub.garbles = True
-    with pytest.raises(CheckpointError, match=f"of {REPO} was damaged on its way here"):
+    with pytest.raises(CheckpointError, match=f"of {REPO} was damaged during the download"):
         checkpoint.block_tensors(Span(0, 1))
 
     hub.garbles = False
@@ -118,7 +118,7 @@ def test_a_file_that_was_damaged_on_its_way_is_not_kept(hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize("facts", ["kept", "lost"])
-def test_what_was_downloaded_works_without_the_hub(hub: FakeHub, tmp_path: Path, facts: str) -> None:
+def test_a_downloaded_model_works_without_the_hub(hub: FakeHub, tmp_path: Path, facts: str) -> None:
     online = Checkpoint.open(REPO)
     fingerprint = online.fingerprint
     online.block_tensors(Span(0, 4 if facts == "lost" else 1))
@@ -148,12 +148,12 @@ def test_what_was_downloaded_works_without_the_hub(hub: FakeHub, tmp_path: Path,
         ("", "'' is neither a folder nor the id of a model"),
     ],
 )
-def test_a_model_that_is_not_there_is_refused(hub: FakeHub, model: str, message: str) -> None:
+def test_a_model_that_does_not_exist_is_refused(hub: FakeHub, model: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         Checkpoint.open(model)
 
 
-def test_a_revision_that_is_not_there_is_refused(hub: FakeHub) -> None:
+def test_a_revision_that_does_not_exist_is_refused(hub: FakeHub) -> None:
     assert Checkpoint.open(REPO, revision=COMMIT).num_blocks == 4
     with pytest.raises(UserError, match=f"{REPO} has no such revision"):
         Checkpoint.open(REPO, revision="v9")
@@ -162,8 +162,8 @@ def test_a_revision_that_is_not_there_is_refused(hub: FakeHub) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (403, "GatedRepo", "only for those who have accepted its conditions"),
-        (401, "GatedRepo", "only for those who have accepted its conditions"),
+        (403, "GatedRepo", "requires that you accept its conditions"),
+        (401, "GatedRepo", "requires that you accept its conditions"),
         (401, "RepoNotFound", "there is no model"),
         (403, "", "the hub answered 403"),
         (429, "", "the hub answered 429"),
@@ -210,7 +210,7 @@ def test_with_local_files_only_the_hub_is_not_asked(hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["nothing is known", "the commit is known"])
-def test_what_is_not_in_the_cache_is_not_downloaded_with_local_files_only(hub: FakeHub, known: bool) -> None:
+def test_with_local_files_only_a_model_that_is_not_cached_is_not_downloaded(hub: FakeHub, known: bool) -> None:
     if known:
         Checkpoint.open(REPO)
     hub.sent.clear()

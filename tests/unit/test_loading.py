@@ -1,4 +1,4 @@
-"""What a server says while it loads its blocks, and how it is stopped meanwhile."""
+"""Progress of loading blocks, and stopping a server while it loads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from shoal.bundled import STORIES
 from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body
-from shoal.model.weights import disk_cache as memo
+from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
 from shoal.peers import ServerState
@@ -38,39 +38,42 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
 
 
-def test_loading_tells_each_block_in_its_order() -> None:
-    told: list[tuple[int, bool]] = []
+def test_loading_reports_the_blocks_in_order() -> None:
+    reported: list[tuple[int, bool]] = []
     load_body(
-        Checkpoint.open(STORIES), Span(2, 5), dtype=torch.float32, progress=lambda block, now: told.append((block, now))
+        Checkpoint.open(STORIES),
+        Span(2, 5),
+        dtype=torch.float32,
+        progress=lambda block, now: reported.append((block, now)),
     )
-    assert list(dict.fromkeys(told)) == [(2, False), (3, False), (4, False)]
-    assert len(told) > 3, "after each weight, not only after each block"
+    assert list(dict.fromkeys(reported)) == [(2, False), (3, False), (4, False)]
+    assert len(reported) > 3, "after each weight, not only after each block"
 
 
-def test_what_is_quantized_is_told_so_and_what_was_kept_is_only_loaded() -> None:
+def test_loading_reports_quantization_and_reads_cached_blocks_without_it() -> None:
     for is_quantized_now in True, False:
-        told: list[tuple[int, bool]] = []
+        reported: list[tuple[int, bool]] = []
         load_body(
             Checkpoint.open(STORIES),
             Span(0, 2),
             dtype=torch.float32,
             quantization=Quantization.NF4,
-            progress=lambda block, now: told.append((block, now)),  # noqa: B023 - called before the next round
+            progress=lambda block, now: reported.append((block, now)),  # noqa: B023 - called before the next round
         )
-        assert list(dict.fromkeys(told)) == [(0, is_quantized_now), (1, is_quantized_now)]
+        assert list(dict.fromkeys(reported)) == [(0, is_quantized_now), (1, is_quantized_now)]
 
 
-def test_loading_ends_at_the_next_weight_when_it_is_told_to() -> None:
-    told: list[int] = []
+def test_loading_stops_at_the_next_weight_when_progress_raises() -> None:
+    reported: list[int] = []
 
     def stop(block: int, _: bool) -> None:
-        told.append(block)
-        if len(told) == 3:
+        reported.append(block)
+        if len(reported) == 3:
             raise Stopped
 
     with pytest.raises(Stopped):
         load_body(Checkpoint.open(STORIES), Span(0, 12), dtype=torch.float32, progress=stop)
-    assert told == [0, 0, 0]
+    assert reported == [0, 0, 0]
 
 
 @pytest.mark.anyio
@@ -132,7 +135,7 @@ async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypat
 
     def measured(*_: object, fact: str, **__: object) -> Speeds:
         facts.append(fact)
-        memo.keep(fact, 1)
+        disk_cache.store(fact, 1)
         return Speeds(0.33, 1.0)
 
     def watch(*arguments: Any, **options: Any) -> Watch:
@@ -146,7 +149,7 @@ async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypat
     publish = network.publish
     monkeypatch.setattr(network, "publish", lambda *record: (publish(*record), announced.set()))
     async with serve(replace(config, announce_seconds=0.01), network.node("s0")):
-        assert [memo.recall(fact) for fact in facts] == [1]
+        assert [disk_cache.load(fact) for fact in facts] == [1]
         step = Chunk(Span(0, 1), torch.zeros(1, 1, 4), None, None, 0, (), Growth((), ()), None)
         for second in range(60):
             watches[0].decoded([step], 0.05, now=float(second))
@@ -154,4 +157,6 @@ async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypat
             announced.clear()
             await announced.wait()
         assert [info.decode_speed for _, info in network.announced()] == [pytest.approx(20.0)]
-        assert [memo.recall(fact) for fact in facts] == [None], "what was measured is not believed at the next start"
+        assert [disk_cache.load(fact) for fact in facts] == [None], (
+            "what was measured is not believed at the next start"
+        )

@@ -1,9 +1,9 @@
-"""Packed linears compute what ordinary ones do. On a machine without the kernels all of this holds trivially."""
+"""Packed linear layers compute what ordinary ones compute. Without the kernels these tests pass trivially."""
 
 from __future__ import annotations
 
 import copy
-import sys
+import inspect
 import weakref
 from collections.abc import Callable
 
@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from shoal.model.body import Body, build_body
 from shoal.model.families import CERTIFIED, family_of, find_backbone
 from shoal.model.linear import packed_linear as linear
-from shoal.model.linear.packed_linear import COPIES, PackedLinear, QuickLinear, can_pack, pack_linears, quicken
+from shoal.model.linear.packed_linear import (
+    MIN_FREE_COPIES,
+    LinearWithPackedCopy,
+    PackedLinear,
+    can_pack,
+    enable_packed_copy,
+    pack_linears,
+)
 from shoal.spans import Span
 
 from ..swarm.tiny_models import tiny_config
@@ -48,7 +55,7 @@ def packed(module: nn.Linear) -> nn.Module:
         pytest.param(lambda: torch.randn(1, 1, IN).expand(2, 3, IN), id="expanded"),
     ],
 )
-def test_the_product_is_as_near_to_the_exact_one(make_input: Callable[[], Tensor], bias: bool) -> None:
+def test_a_packed_product_is_as_accurate_as_an_ordinary_one(make_input: Callable[[], Tensor], bias: bool) -> None:
     plain = make_linear(bias=bias)
     x = make_input().bfloat16()
     exact = nn.functional.linear(x.double(), plain.weight.double(), plain.bias.double() if bias else None)
@@ -73,7 +80,7 @@ def test_the_gradient_of_the_input_is_that_of_an_ordinary_linear(shape: tuple[in
     assert torch.equal(gradients[1], gradients[0])
 
 
-def test_what_was_packed_without_autograd_has_gradients_nevertheless() -> None:
+def test_a_layer_that_is_packed_without_autograd_has_gradients() -> None:
     with torch.inference_mode():
         module = packed(make_linear())
         assert module(torch.ones(1, IN).bfloat16()).shape == (1, OUT)
@@ -82,7 +89,7 @@ def test_what_was_packed_without_autograd_has_gradients_nevertheless() -> None:
     assert x.grad.abs().sum() > 0
 
 
-def test_the_weight_is_held_once_and_can_be_read() -> None:
+def test_a_packed_layer_holds_its_weight_once_and_can_return_it() -> None:
     plain = make_linear()
     expected, original = plain.weight.clone(), weakref.ref(plain.weight)
     around = nn.Sequential(plain)
@@ -94,7 +101,7 @@ def test_the_weight_is_held_once_and_can_be_read() -> None:
     assert (around[0].in_features, around[0].out_features) == (IN, OUT)
 
 
-def test_what_gains_nothing_stays_as_it_is() -> None:
+def test_layers_that_gain_nothing_are_not_packed() -> None:
     class Special(nn.Linear):
         pass
 
@@ -133,7 +140,7 @@ def bodies(config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Body, 
     return plain, build()
 
 
-def test_packed_blocks_give_what_unpacked_ones_give(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_blocks_compute_what_ordinary_blocks_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = LlamaConfig(num_hidden_layers=4, vocab_size=32, attention_bias=True, **sizes)
@@ -152,13 +159,14 @@ def test_packed_blocks_give_what_unpacked_ones_give(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0.02, atol=0.02 * gradients[0].abs().max().item())
 
 
-def test_no_certified_family_reads_a_weight_that_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To make it anew at every call would cost more than is gained: what is read belongs into `READ_BY_MODELS`."""
+def test_no_certified_family_reads_a_packed_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacking it in every call would cost more than packing gains. Such layers belong in `LINEARS_READ_DIRECTLY`."""
     reads: list[str] = []
+    unpack = PackedLinear.weight.fget
 
     def weight(module: PackedLinear) -> Tensor:
-        reads.append(f"{model_type}: {sys._getframe(1).f_code.co_qualname}")
-        return module._packed_OI.to_dense()
+        reads.append(f"{model_type}: {inspect.stack()[1].frame.f_code.co_qualname}")
+        return unpack(module)
 
     monkeypatch.setattr(linear, "MIN_WEIGHTS", 1)
     monkeypatch.setattr(PackedLinear, "weight", property(weight))
@@ -172,15 +180,15 @@ def test_no_certified_family_reads_a_weight_that_is_packed(monkeypatch: pytest.M
     assert reads == []
 
 
-def quick() -> nn.Linear:
+def with_packed_copy() -> nn.Linear:
     layer = make_linear().requires_grad_(True)
-    quicken(layer, free_bytes=1 << 40)
-    assert isinstance(layer, QuickLinear) == can_pack()
+    enable_packed_copy(layer, free_bytes=1 << 40)
+    assert isinstance(layer, LinearWithPackedCopy) == can_pack()
     return layer
 
 
-def test_a_quick_layer_follows_its_weight_whoever_changes_it() -> None:
-    layer, x = quick(), torch.randn(2, IN).bfloat16()
+def test_a_packed_copy_follows_its_weight_in_every_way_to_change_it() -> None:
+    layer, x = with_packed_copy(), torch.randn(2, IN).bfloat16()
 
     def same() -> bool:
         with torch.no_grad():
@@ -205,8 +213,8 @@ def test_a_quick_layer_follows_its_weight_whoever_changes_it() -> None:
     assert same()
 
 
-def test_a_quick_layer_is_a_linear_layer_in_all_else() -> None:
-    plain, layer, x = make_linear(), quick(), torch.randn(2, IN).bfloat16()
+def test_a_layer_with_a_packed_copy_is_an_ordinary_linear_layer_otherwise() -> None:
+    plain, layer, x = make_linear(), with_packed_copy(), torch.randn(2, IN).bfloat16()
     with torch.no_grad():
         layer(x)
         copied = copy.deepcopy(layer)
@@ -218,7 +226,7 @@ def test_a_quick_layer_is_a_linear_layer_in_all_else() -> None:
     assert "_copy" not in layer.__getstate__()
 
 
-def test_where_memory_is_short_a_layer_stays_as_it_is() -> None:
+def test_a_layer_gets_no_packed_copy_when_memory_is_short() -> None:
     layer = make_linear()
-    quicken(layer, free_bytes=layer.weight.nbytes * COPIES - 1)
+    enable_packed_copy(layer, free_bytes=layer.weight.nbytes * MIN_FREE_COPIES - 1)
     assert type(layer) is nn.Linear

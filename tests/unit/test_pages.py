@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shoal.prefix import PAGE_TOKENS, page_names, root
+from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
 from shoal.server.kv.pages import PagePool, pages_for
 from shoal.server.kv.session_cache import SessionCache
 from shoal.server.step_inputs import StepInputs
@@ -151,7 +151,7 @@ class Sessions(RuleBasedStateMachine):
         session = SessionCache(self.pool, SPAN, opened=self.num_opened, peer="peer", salt="", batch_size=num_rows)
         self.num_opened += 1
         hidden = torch.full((num_tokens, 1), float(tokens))
-        names = page_names(root(SPAN, ""), hidden, torch.arange(num_tokens))
+        names = page_hashes(root_hash(SPAN, ""), hidden, torch.arange(num_tokens))
         session.adopt([names] * num_rows, most_pages=3)
         adopted = (tokens,) * session.num_tokens
         self.sessions[session] = [adopted] * num_rows

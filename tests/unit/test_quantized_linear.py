@@ -1,4 +1,4 @@
-"""Layers with bitsandbytes' weights: what they compute, their gradients, and that rows do not depend on each other."""
+"""Layers with the weights of bitsandbytes: their outputs, their gradients, and the independence of rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shoal.model.linear.quantized_linear import FourBitLinear, Int8Linear, replace_quantized_linears
+from shoal.model.linear.quantized_linear import Frozen4bitLinear, Frozen8bitLinear, replace_quantized_linears
 
-SHAPES = [(192, 128), (60, 128), (48, 32)]  # outputs and inputs: the last two are none that bitsandbytes' kernel knows
+SHAPES = [(192, 128), (60, 128), (48, 32)]  # outputs and inputs; bitsandbytes' kernel does not support the last two
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def four_bit(num_out: int, num_in: int, dtype: torch.dtype, *, double: bool = False) -> tuple[Any, Tensor]:
-    """bitsandbytes' layer, and its weight dequantized."""
+    """A layer of bitsandbytes, and its dequantized weight."""
     torch.manual_seed(0)
     plain = nn.Linear(num_in, num_out, dtype=dtype)
     linear = bnb.nn.Linear4bit(num_in, num_out, True, dtype, double, "nf4")
@@ -43,12 +43,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
-def test_four_bits_are_multiplied_as_their_dequantized_weight(
+def test_a_4_bit_layer_computes_with_its_dequantized_weight(
     shape: tuple[int, int], dtype: torch.dtype, double: bool
 ) -> None:
     linear, dense = four_bit(*shape, dtype, double=double)
     bias = linear.bias.double()
-    layer = FourBitLinear(linear, dtype=dtype)
+    layer = Frozen4bitLinear(linear, dtype=dtype)
     assert relative_error(layer.weight, dense) < 4e-3  # the CPU kernel holds scales in bfloat16
     for rows in (torch.randn(shape[1]), torch.randn(0, shape[1]), torch.randn(2, 9, shape[1])):
         x = rows.to(dtype)
@@ -59,13 +59,13 @@ def test_four_bits_are_multiplied_as_their_dequantized_weight(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_eight_bits_are_multiplied_as_bitsandbytes_multiplies_a_row_alone(
+def test_an_8_bit_layer_computes_each_row_as_bitsandbytes_computes_it_alone(
     shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     linear, _ = int8(*shape, dtype)
-    layer = Int8Linear(linear, dtype=dtype)
+    layer = Frozen8bitLinear(linear, dtype=dtype)
     x = torch.randn(5, shape[1]).to(dtype)
-    x[0, 3], x[1, 7], x[1, 8] = 30.0, -10.0, 7.0  # outliers, not the same in every row
+    x[0, 3], x[1, 7], x[1, 8] = 30.0, -10.0, 7.0  # outliers, in different columns of each row
     expected = torch.cat([linear(row[None]) for row in x])
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
     assert layer(x[:0]).shape == (0, shape[0])
@@ -74,7 +74,7 @@ def test_eight_bits_are_multiplied_as_bitsandbytes_multiplies_a_row_alone(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", [four_bit, int8])
-def test_a_row_does_not_depend_on_the_others(kind: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_other_rows(kind: Any, shape: tuple[int, int], dtype: torch.dtype) -> None:
     around = nn.Sequential(kind(*shape, dtype)[0])
     replace_quantized_linears(around, dtype=dtype)
     x = torch.randn(40, shape[1]).to(dtype)
@@ -89,7 +89,7 @@ def test_a_row_does_not_depend_on_the_others(kind: Any, shape: tuple[int, int], 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", [four_bit, int8])
-def test_gradients_are_those_of_the_dequantized_weight_whatever_was_computed_before(
+def test_gradients_are_those_of_the_dequantized_weight_also_after_a_pass_without_gradients(
     kind: Any, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     linear, dense = kind(*shape, dtype)
@@ -104,10 +104,10 @@ def test_gradients_are_those_of_the_dequantized_weight_whatever_was_computed_bef
         assert relative_error(x.grad, towards.double() @ dense.double()) < 8e-3
 
 
-def test_other_layers_stay() -> None:
+def test_layers_that_are_not_quantized_are_not_replaced() -> None:
     plain = nn.Linear(8, 8)
     around = nn.Sequential(plain, nn.Sequential(four_bit(64, 64, torch.float32)[0]), int8(64, 64, torch.float32)[0])
     replace_quantized_linears(around, dtype=torch.float32)
     assert around[0] is plain
-    assert isinstance(around[1][0], FourBitLinear)
-    assert isinstance(around[2], Int8Linear)
+    assert isinstance(around[1][0], Frozen4bitLinear)
+    assert isinstance(around[2], Frozen8bitLinear)

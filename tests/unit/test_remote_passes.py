@@ -20,7 +20,7 @@ from shoal.client.training.gradients import answerable
 from shoal.client.training.pass_plan import PassPlan
 from shoal.client.training.remote_passes import RemotePasses
 from shoal.errors import UserError
-from shoal.model.peft.factors import Factors, Tuning
+from shoal.model.peft.factors import ActiveAdapters, AdapterFactors
 from shoal.policy.routing.route import Hop
 from shoal.protocol import MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES, Adapter, AdapterStored, AnyMessage, Forward, Result
 from shoal.spans import Span
@@ -38,10 +38,12 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(1, dtype=dtype).expand(shape)
 
 
-def tuning(num_factors: int, *, blocks: Span = WHOLE, dtype: torch.dtype = torch.float32) -> Tuning:
+def tuning(num_factors: int, *, blocks: Span = WHOLE, dtype: torch.dtype = torch.float32) -> ActiveAdapters:
     """So many factors in each block."""
     values = zeros(num_factors, dtype=dtype)
-    return Tuning({block: Factors(f"{block:032x}", block, (Prompt(num_tokens=1),), values) for block in blocks})
+    return ActiveAdapters(
+        {block: AdapterFactors(f"{block:032x}", block, (Prompt(num_tokens=1),), values) for block in blocks}
+    )
 
 
 class OneServer:
@@ -118,11 +120,11 @@ def trained(plan: PassPlan, hidden_BTD: torch.Tensor) -> OneServer:
         (tuning(40 * MIB), 0, ["0:1", "1:2", "2:3", "3:4"]),
         (tuning(40 * MIB, blocks=Span(1, 3)), 0, ["0:2", "2:4"]),
         (tuning(20 * MIB, dtype=torch.bfloat16), 0, ["0:3", "3:4"]),  # MAX_DIMENSION numbers take 128 MiB
-        (Tuning(), MAX_PAYLOAD_BYTES, ["0:4"]),
+        (ActiveAdapters(), MAX_PAYLOAD_BYTES, ["0:4"]),
     ],
 )
 def test_a_span_is_cut_where_its_gradients_are_too_large_for_one_answer(
-    factors: Tuning, hidden_bytes: int, parts: list[str]
+    factors: ActiveAdapters, hidden_bytes: int, parts: list[str]
 ):
     assert [str(part) for part in answerable(WHOLE, factors, hidden_bytes=hidden_bytes)] == parts
 
@@ -159,7 +161,7 @@ def test_a_sequence_whose_gradient_would_not_fit_beside_it_is_refused_before_it_
 ):
     hidden_BTD, server = zeros(1, 8192, mib << 5), OneServer()
     passes = RemotePasses(server)  # type: ignore[arg-type]
-    forward = passes.forward(PassPlan(WHOLE, Tuning(), wanted_from=wanted_from), hidden_BTD, None, None)
+    forward = passes.forward(PassPlan(WHOLE, ActiveAdapters(), wanted_from=wanted_from), hidden_BTD, None, None)
     if refused:
         with pytest.raises(UserError, match="8192 tokens of one sequence and a gradient for each of them do not fit"):
             virtual_time.run(forward)
@@ -171,10 +173,12 @@ def test_a_sequence_whose_gradient_would_not_fit_beside_it_is_refused_before_it_
 def test_a_sequence_that_is_too_long_for_a_pass_is_refused_before_anybody_is_asked():
     server = OneServer()
     passes = RemotePasses(server)  # type: ignore[arg-type]
-    virtual_time.run(passes.forward(PassPlan(WHOLE, Tuning()), zeros(1, MAX_PASS_TOKENS, 4), None, None))
+    virtual_time.run(passes.forward(PassPlan(WHOLE, ActiveAdapters()), zeros(1, MAX_PASS_TOKENS, 4), None, None))
     assert len(server.asked) == 1
     with pytest.raises(UserError, match="16385 tokens of one sequence; a pass without a cache has 16384 at most"):
-        virtual_time.run(passes.forward(PassPlan(WHOLE, Tuning()), zeros(1, MAX_PASS_TOKENS + 1, 4), None, None))
+        virtual_time.run(
+            passes.forward(PassPlan(WHOLE, ActiveAdapters()), zeros(1, MAX_PASS_TOKENS + 1, 4), None, None)
+        )
     assert len(server.asked) == 1
 
 

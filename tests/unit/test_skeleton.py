@@ -1,4 +1,4 @@
-"""Blocks without weights: what PEFT looks for is there, and nothing else."""
+"""Skeletons of blocks have what PEFT looks for, and no weights."""
 
 from __future__ import annotations
 
@@ -27,55 +27,55 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @pytest.fixture(params=MODELS)
-def whole(request: pytest.FixtureRequest) -> PreTrainedModel:
+def original(request: pytest.FixtureRequest) -> PreTrainedModel:
     return MODELS[request.param]
 
 
 @pytest.fixture
-def bare(whole: PreTrainedModel) -> nn.ModuleList:
-    return nn.ModuleList(skeletons(list(layers_of(whole)), torch.empty(0, dtype=torch.bfloat16)))
+def skeleton(original: PreTrainedModel) -> nn.ModuleList:
+    return nn.ModuleList(skeletons(list(layers_of(original)), torch.empty(0, dtype=torch.bfloat16)))
 
 
-def test_modules_have_the_same_names_and_sizes(whole: PreTrainedModel, bare: nn.ModuleList):
-    own = dict(bare.named_modules())
-    assert own.keys() == dict(layers_of(whole).named_modules()).keys()
-    for name, module in layers_of(whole).named_modules():
+def test_a_skeleton_has_modules_of_the_same_names_and_sizes(original: PreTrainedModel, skeleton: nn.ModuleList):
+    own = dict(skeleton.named_modules())
+    assert own.keys() == dict(layers_of(original).named_modules()).keys()
+    for name, module in layers_of(original).named_modules():
         if isinstance(module, LINEAR):
             assert isinstance(own[name], LINEAR)
             assert num_features(own[name]) == num_features(module)
             assert (own[name].bias is None) == (module.bias is None)
         for kind, parameter in module.named_parameters(recurse=False):
-            stand_in = getattr(own[name], kind)
-            assert stand_in.shape == parameter.shape
-            assert stand_in.dtype == torch.bfloat16
-            assert stand_in.untyped_storage().nbytes() == 2
+            weight = getattr(own[name], kind)
+            assert weight.shape == parameter.shape
+            assert weight.dtype == torch.bfloat16
+            assert weight.untyped_storage().nbytes() == 2
 
 
-def test_nothing_is_in_them(bare: nn.ModuleList):
-    for each in (bare, copy.deepcopy(bare), bare.to(torch.float64)):
+def test_a_skeleton_has_no_parameters_and_takes_no_memory(skeleton: nn.ModuleList):
+    for each in (skeleton, copy.deepcopy(skeleton), skeleton.to(torch.float64)):
         assert not list(each.parameters())
         assert not list(each.buffers())
         assert not each.state_dict()
         assert repr(each)
 
 
-def test_the_model_that_they_are_made_of_is_as_it_was(whole: PreTrainedModel, bare: nn.ModuleList):
-    assert all(parameter.numel() > 0 for parameter in layers_of(whole).parameters())
-    assert whole(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
-    assert len(bare) == 2
+def test_the_original_model_is_not_changed(original: PreTrainedModel, skeleton: nn.ModuleList):
+    assert all(parameter.numel() > 0 for parameter in layers_of(original).parameters())
+    assert original(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    assert len(skeleton) == 2
 
 
-def test_peft_finds_the_linear_layers_that_it_finds_in_the_whole(whole: PreTrainedModel, bare: nn.ModuleList):
+def test_peft_finds_the_same_linear_layers_as_in_the_original(original: PreTrainedModel, skeleton: nn.ModuleList):
     def added(blocks: nn.Module) -> set[str]:
         model: Any = nn.Sequential(blocks, nn.Embedding(2, 2))
-        tuned = get_peft_model(model, LoraConfig(target_modules="all-linear"))
-        return {name for name, each in tuned.named_parameters() if each.requires_grad}
+        with_peft = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        return {name for name, each in with_peft.named_parameters() if each.requires_grad}
 
-    assert added(bare) == added(copy.deepcopy(layers_of(whole)))
+    assert added(skeleton) == added(copy.deepcopy(layers_of(original)))
 
 
-def test_what_cannot_be_done_with_them_is_said(bare: nn.ModuleList):
-    linear = next(module for module in bare.modules() if isinstance(module, LINEAR))
+def test_computing_and_merging_are_refused(skeleton: nn.ModuleList):
+    linear = next(module for module in skeleton.modules() if isinstance(module, LINEAR))
     with pytest.raises(UnsupportedOperation, match="computed by servers"):
         linear(torch.zeros(1, 32))
     for change in (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.model.weights import disk_cache as memo
+from shoal.model.weights import disk_cache
 from shoal.server.kv.batch import Chunk
 from shoal.server.kv.session_cache import Growth
 from shoal.server.speed_watch import MANY_PASSES, WHILE_SECONDS, Seen, Speeds, Watch
@@ -69,7 +69,7 @@ def test_a_machine_that_takes_long_to_measure_is_measured_once() -> None:
 
 @pytest.mark.parametrize("damaged", [[0.33, 1.0], {"decode": 0.0, "prefill": 1.0, "measured_at": 0.0}, "fast", {}])
 def test_what_is_kept_in_another_form_is_measured_again(damaged: object) -> None:
-    memo.keep("here", damaged)
+    disk_cache.store("here", damaged)
     assert speeds_kept("here", Machine(QUIET), clock=lambda: 1.0) == QUIET.speeds
 
 

@@ -1,4 +1,4 @@
-"""A model of 4 blocks on disk, in whatever layout a test needs."""
+"""A model of 4 blocks on disk, in the layout that a test needs."""
 
 from __future__ import annotations
 

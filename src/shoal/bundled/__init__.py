@@ -1,4 +1,4 @@
-"""A small trained model, so that a first run needs no download; `docs/stories.md` tells how it was made."""
+"""A small trained model, so that a first run needs no download. `docs/stories.md` describes how it was made."""
 
 from pathlib import Path
 

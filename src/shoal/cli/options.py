@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli.console import WrongUsage
-from shoal.model.weights.places import check_model, folder_of
+from shoal.model.weights.location import check_model, folder_of
 
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)

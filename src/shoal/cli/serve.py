@@ -16,7 +16,7 @@ from shoal.cli.identity import identity_file
 from shoal.cli.invitation import invitation
 from shoal.cli.lifetime import end_with_parent, run_until_signalled
 from shoal.cli.rates import tokens_per_second
-from shoal.model.weights.places import check_model, folder_of
+from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
 from shoal.server.engine.engine_limits import Limits
 from shoal.spans import Span

@@ -16,7 +16,7 @@ from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
 from shoal.cli.render import render, render_route
 from shoal.errors import UserError
-from shoal.model.weights.places import check_model, is_path
+from shoal.model.weights.location import check_model, is_path
 from shoal.policy.dtypes import mixture
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.spans import Span

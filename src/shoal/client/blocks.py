@@ -23,17 +23,18 @@ from shoal.client.training.autograd import NoGradient, PassCall, SwarmFunction
 from shoal.client.training.pass_plan import PassPlan
 from shoal.client.training.remote_passes import RemotePasses
 from shoal.errors import UserError
-from shoal.model.copying import NotPickled
-from shoal.model.head import HeadCache, NotBegun
-from shoal.model.peft.factors import Tuned, Tuning, tuned_block, unmeasured
+from shoal.model.copying import NotPicklable
+from shoal.model.peft.factors import ActiveAdapters
+from shoal.model.peft.peft_layers import ClientAdapter, find_adapter, unset_magnitudes
 from shoal.model.peft.prompts import PROMPT
+from shoal.model.remote_cache import RemoteCache, UnopenedSession
 from shoal.spans import Span
 
 DEFAULT_SESSION_LENGTH = 2048
 """What a session is expected to get long if its user has not said."""
 
 
-class RemoteBlocks(NotPickled, nn.Module):
+class RemoteBlocks(NotPicklable, nn.Module):
     """The blocks of a span, served by others. Slices like a list: `blocks[3:6]`."""
 
     def __init__(
@@ -120,7 +121,7 @@ class RemoteBlocks(NotPickled, nn.Module):
         *,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: HeadCache | Literal["active"] | None = "active",
+        past_key_values: RemoteCache | Literal["active"] | None = "active",
     ) -> torch.Tensor:
         """Hidden states [B, T, D] after the blocks.
 
@@ -131,8 +132,8 @@ class RemoteBlocks(NotPickled, nn.Module):
         self._follow()
         if past_key_values == "active":
             session = active_session(self.owner)
-            past_key_values = None if session is None else HeadCache(session)
-        if past_key_values is not None and not isinstance(past_key_values.session, NotBegun):
+            past_key_values = None if session is None else RemoteCache(session)
+        if past_key_values is not None and not isinstance(past_key_values.session, UnopenedSession):
             session = cast(InferenceSession, past_key_values.session)
             output = session.step(
                 hidden_BTD,
@@ -157,28 +158,28 @@ class RemoteBlocks(NotPickled, nn.Module):
         return output
 
     @staticmethod
-    def _parameters_of(tuned: Sequence[Tuned]) -> list[torch.Tensor]:
+    def _parameters_of(tuned: Sequence[ClientAdapter]) -> list[torch.Tensor]:
         return [parameter for each in tuned for parameter in each.parameters]
 
     def note_hosted(self, adapter: str) -> None:
         """What these blocks have now, and nothing that becomes of it, is the adapter that servers host by this name."""
         self._hosted = {each.factors().name: adapter for each in self._described()}
 
-    def _tuned(self) -> list[Tuned]:
+    def _tuned(self) -> list[ClientAdapter]:
         """What the caller has added to the blocks, as it is now."""
         self.measure()
         return self._described()
 
-    def _described(self) -> list[Tuned]:
+    def _described(self) -> list[ClientAdapter]:
         found = (
-            tuned_block(int(name), skeleton, getattr(skeleton, PROMPT, None))
+            find_adapter(int(name), skeleton, getattr(skeleton, PROMPT, None))
             for name, skeleton in self.named_children()
         )
         return [each for each in found if each is not None]
 
-    def _tuning(self, tuned: Sequence[Tuned]) -> Tuning:
+    def _tuning(self, tuned: Sequence[ClientAdapter]) -> ActiveAdapters:
         found = (each.factors() for each in tuned)
-        return Tuning({each.block: replace(each, hosted=self._hosted.get(each.name)) for each in found})
+        return ActiveAdapters({each.block: replace(each, hosted=self._hosted.get(each.name)) for each in found})
 
     def note_adapters(self, configs: Mapping[str, Any]) -> None:
         """PEFT has added these adapters, and may add more to the same mapping."""
@@ -192,14 +193,14 @@ class RemoteBlocks(NotPickled, nn.Module):
         """Find the magnitudes with which DoRA begins: those of the weights, which servers hold."""
         for name, skeleton in self.named_children():
             with self._measuring:  # whoever waited finds them measured: a parameter that changes ends others' gradients
-                if new := unmeasured(skeleton, loaded=loaded):
+                if new := unset_magnitudes(skeleton, loaded=loaded):
                     sizes = [len(magnitudes) for magnitudes in new.values()]
                     norms = self._runtime.run(self._passes.norms(int(name), list(new), sum(sizes)))
                     with torch.no_grad():
                         for magnitudes, found in zip(new.values(), norms.split(sizes), strict=True):
                             magnitudes.copy_(found)
 
-    def _plan(self, tuned: Sequence[Tuned], hidden_BTD: torch.Tensor) -> PassPlan:
+    def _plan(self, tuned: Sequence[ClientAdapter], hidden_BTD: torch.Tensor) -> PassPlan:
         tuning = self._tuning(tuned)
         trainable = [each.block for each in tuned if any(own.requires_grad for own in each.parameters)]
         frozen = frozenset(each.block for each in tuned).difference(trainable)
@@ -211,7 +212,7 @@ class RemoteBlocks(NotPickled, nn.Module):
             inputs_wanted=inputs_wanted,
             wanted_from=min(wanted, default=None),
             frozen=frozen,
-            seed=int(torch.randint(1 << 32, ())) << 20 if tuning.drops else None,
+            seed=int(torch.randint(1 << 32, ())) << 20 if tuning.has_dropout else None,
         )
 
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
@@ -235,7 +236,7 @@ class RemoteBlocks(NotPickled, nn.Module):
         return active_session(self.owner)
 
     def _session(
-        self, batch_size: int, *, max_length: int | None, expected_length: int, tuning: Tuning | None = None
+        self, batch_size: int, *, max_length: int | None, expected_length: int, tuning: ActiveAdapters | None = None
     ) -> InferenceSession:
         self._follow()
         return InferenceSession(

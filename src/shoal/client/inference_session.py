@@ -22,7 +22,7 @@ from shoal.client.runtime import Runtime
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.autograd import NoGradient
 from shoal.errors import UserError
-from shoal.model.peft.factors import Tuning
+from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.routing.route import Hop
 from shoal.protocol import MAX_BATCH, MAX_LENGTH
 from shoal.spans import Span
@@ -89,7 +89,7 @@ class InferenceSession:
         max_length: int,
         expected_length: int | None = None,
         num_prompt_tokens: int = 0,
-        tuning: Tuning | None = None,
+        tuning: ActiveAdapters | None = None,
         owner: object = None,
     ) -> None:
         if not (1 <= batch_size <= MAX_BATCH and 1 <= max_length <= MAX_LENGTH):
@@ -158,7 +158,7 @@ class InferenceSession:
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[:, :num_tokens] if num_tokens else None
 
-    def note_ids(self, ids_BT: torch.Tensor | None, mask_BS: torch.Tensor | None) -> None:
+    def record_token_ids(self, ids_BT: torch.Tensor | None, mask_BS: torch.Tensor | None) -> None:
         """These were the tokens of the last step, as far as the caller knows them, and the mask of all."""
         if self.in_call:
             return

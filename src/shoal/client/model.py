@@ -47,11 +47,12 @@ from shoal.client.swarm.swarm import Swarm
 from shoal.client.tuning import add_adapter, add_prompts
 from shoal.errors import SwarmError, UnsupportedModel, UserError
 from shoal.model.families import text_config
-from shoal.model.head import CACHE_NAMES, HeadCache, build_head, cache_name, new_cache
-from shoal.model.peft.factors import check_configs
+from shoal.model.head import build_head
 from shoal.model.peft.peft_folder import PeftFolder
+from shoal.model.peft.peft_layers import check_peft_configs
 from shoal.model.peft.prompts import PROMPT, check_mode
 from shoal.model.peft.skeleton import skeletons
+from shoal.model.remote_cache import CACHE_NAMES, RemoteCache, cache_argument, cache_for_call
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import Node
@@ -245,7 +246,7 @@ class _AutoDistributed:
             dtype=chosen_dtype,
             device=device,
         )
-        blocks.mount(skeletons(model.layers_elsewhere, torch.empty(0, dtype=chosen_dtype, device=device)))
+        blocks.mount(skeletons(model.meta_layers, torch.empty(0, dtype=chosen_dtype, device=device)))
         model.name_or_path = model.config._name_or_path = checkpoint.files.origin  # PEFT writes it into its adapters
         if GENERATION_CONFIG in checkpoint.files and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.files.path(GENERATION_CONFIG).parent)
@@ -328,12 +329,12 @@ class _InSwarm(SavesTrained):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if any(given.get(name) is not None for name in CACHE_NAMES):
             return
-        if (cache := new_cache(self.blocks, given, by_default=False)) is not None:
-            kwargs.update({"use_cache": True, cache_name(names): cache})
+        if (cache := cache_for_call(self.blocks, given, by_default=False)) is not None:
+            kwargs.update({"use_cache": True, cache_argument(names): cache})
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "peft_config":  # this is how PEFT says what it has added
-            check_configs(value)
+            check_peft_configs(value)
         super().__setattr__(name, value)
         if name == "peft_config":
             self.blocks.note_adapters(value)
@@ -389,11 +390,11 @@ class _InSwarm(SavesTrained):
                     inputs = kwargs.pop("input_ids", None)
                 continuation = Continuation.of(session, inputs, kwargs.pop("attention_mask", None))
                 session.in_call = True
-                kwargs |= {"attention_mask": continuation.attention_mask, "past_key_values": HeadCache(session)}
+                kwargs |= {"attention_mask": continuation.attention_mask, "past_key_values": RemoteCache(session)}
                 result = generate(continuation.input_ids, *args, **kwargs)
                 result = continuation.finish(session, result)
             cache = next((each for name in CACHE_NAMES if (each := getattr(result, name, None)) is not None), None)
-            if isinstance(cache, HeadCache):
+            if isinstance(cache, RemoteCache):
                 handed_out = [each for each in opened if each is cache.session]
                 opened[:] = [each for each in opened if each is not cache.session]
         for each in handed_out:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shoal.errors import CheckpointError, UnsupportedOperation, UserError
-from shoal.model.copying import NotPickled
-from shoal.model.weights.places import CONFIG, SINGLE_FILE
+from shoal.model.copying import NotPicklable
+from shoal.model.weights.location import CONFIG, SINGLE_FILE
 
 Versions = Mapping[str, tuple[tuple[int, ...], int]]
 
@@ -78,7 +78,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
     model.load_state_dict(found, strict=False)
 
 
-class SavesTrained(NotPickled):
+class SavesTrained(NotPicklable):
     """Mixed into a distributed model's class: `save_pretrained` writes what is trained here."""
 
     _as_opened: Versions

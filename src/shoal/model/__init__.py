@@ -1,4 +1,4 @@
-"""What is computed: a model cut into the blocks of a server and the head of a client.
+"""The computation: a model that is cut into the blocks of servers and the head of a client.
 
-It knows PyTorch, Transformers and PEFT, and nothing of networks, servers or sessions. It imports the ground only.
+It uses PyTorch, Transformers and PEFT, and knows nothing about networks, servers or decoding. It imports the ground.
 """

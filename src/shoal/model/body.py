@@ -1,10 +1,10 @@
 """The server's half of a model: a span of its blocks, run by the family's own backbone.
 
-The backbone keeps everything that it does between its layers and around them (masks, rotary embeddings, recurrent
-state); its embeddings and its final norm are the client's and are left out. It is built from the config of the whole
-model, so each layer is what it would be there, and *a block keeps its number*: in parameter names, in `layer_idx`, in
-the cache, and in the backbone's loop over its layers, where stand-ins that do nothing precede the span. So nothing is
-renamed, no config is cut, and whatever depends on a layer's depth (`config.layer_types[i]`) is right.
+The backbone keeps its own code around the layers (masks, rotary embeddings, recurrent state). The client computes the
+embeddings and the final norm, so they are left out. The backbone is built from the config of the whole model, and *a
+block keeps its number*: in parameter names, in `layer_idx`, in the cache, and in the backbone's loop over its layers,
+where pass-through layers precede the span. Therefore no parameter is renamed, and settings that depend on a layer's
+depth (`config.layer_types[i]`) are right.
 """
 
 # B rows, T new tokens, S tokens so far with the new ones, D hidden size
@@ -21,33 +21,38 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from shoal.errors import CheckpointError
 from shoal.model.body_cache import BodyCache
 from shoal.model.families import Family, text_config
 from shoal.model.linear.packed_linear import pack_linears
 from shoal.model.linear.quantization import check_quantizer, quantized_config, stored_quantization
 from shoal.model.linear.quantized_linear import replace_quantized_linears
-from shoal.model.module_view import StandIn, entered_with, left_through, view_of
+from shoal.model.module_view import with_fixed_input, with_layers, with_output_observer
+from shoal.model.placeholders import ClientModuleStub, PassThroughLayer
+from shoal.model.weights.completeness import check_loaded
 from shoal.spans import Span
 
 PACKED = "shoal_packed"
-"""The name under which Transformers finds the attention of packed passes."""
+"""The name of packed attention in Transformers' attention interface."""
 
 
-Changes = Mapping[int, Callable[[nn.Module], nn.Module]]
-"""What stands in the place of some blocks for one call: a copy of each, with what a client adds to it."""
-ChangesAt = Mapping[int, Callable[[nn.Module, int], nn.Module]]
-"""The same for tokens that follow so many others."""
+BlockOverrides = Mapping[int, Callable[[nn.Module], nn.Module]]
+"""For some blocks, a function from the block to the module that replaces it in one call, usually with an adapter."""
+BlockOverridesAt = Mapping[int, Callable[[nn.Module, int], nn.Module]]
+"""The same, but the function is also given the number of tokens that precede the new ones."""
 
 
-class Attend(Protocol):
-    """The attention of one packed pass: from queries `[1, H, T, K]`, new keys and new values to `[1, T, H, V]`."""
+class AttentionFunction(Protocol):
+    """The attention of one packed pass.
+
+    It is given queries [1, H, T, K], new keys and new values, and returns [1, T, H, V]: H heads, K and V sizes of a
+    head's key and value.
+    """
 
     def __call__(self, block: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor: ...
 
 
 class Body(nn.Module):
-    """A span of blocks. Its weights are frozen; it is differentiable with respect to what goes in."""
+    """A span of blocks. Its weights are frozen; gradients reach its inputs."""
 
     def __init__(self, backbone: PreTrainedModel, family: Family, span: Span) -> None:
         super().__init__()
@@ -55,8 +60,9 @@ class Body(nn.Module):
         self.family = family
         self.span = span
         self._parameters_of_forward = inspect.signature(backbone.forward).parameters
-        self._stand_ins = [
-            StandIn(layer, returns_tuple=family.layers_return_tuple) for layer in backbone.all_layers[: span.end]
+        self._pass_through = [
+            PassThroughLayer(layer, returns_tuple=family.layers_return_tuple)
+            for layer in backbone.all_layers[: span.end]
         ]
 
     def forward(
@@ -67,24 +73,25 @@ class Body(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: BodyCache | None = None,
-        changes: ChangesAt | None = None,
+        overrides: BlockOverridesAt | None = None,
     ) -> Tensor:
-        """Run the blocks of `span` (all of them by default) on hidden states; returns hidden states `[B, T, D]`.
+        """Run the blocks of `span` (all blocks by default) on hidden states; returns hidden states [B, T, D].
 
-        `attention_mask` `[B, S]` is 0 where a token is padding; `None` means that none is. `position_ids` `[B, T]`
-        count on from the cache by default. What `cache` holds is attended to, and the new tokens are added to it;
-        with a cache nothing is differentiable. `changes` are made to blocks for this call, at the tokens that are new.
+        `attention_mask` [B, S] is 0 where a token is padding; None means that there is no padding. `position_ids`
+        [B, T] continue from the cache by default. The new tokens attend to those in `cache` and are added to it. With
+        a cache there are no gradients. `overrides` replace blocks in this call. Raises `ValueError` if a span, a mask
+        or a cache does not fit.
         """
         span = span or self.span
         if span not in self.span or (cache is not None and cache.span != span):
-            raise ValueError(f"blocks {span}: not of this body ({self.span}), or not those of the cache")
+            raise ValueError(f"blocks {span} are not in this body ({self.span}), or the cache is of other blocks")
         num_tokens = hidden_BTD.shape[1]
         num_seen = num_tokens if cache is None else cache.num_tokens + num_tokens
         if attention_mask is not None and attention_mask.shape[1] != num_seen:
             raise ValueError(f"a mask of {attention_mask.shape[1]} tokens, where there are {num_seen}")
         if cache is None:
             return self._compute(
-                hidden_BTD, span, attention_mask=attention_mask, position_ids=position_ids, changes=_at(0, changes)
+                hidden_BTD, span, attention_mask=attention_mask, position_ids=position_ids, overrides=_at(0, overrides)
             )
         step = 1 if self.family.step_by_step and cache.num_tokens > 0 else num_tokens
         outputs = []
@@ -100,7 +107,7 @@ class Body(nn.Module):
                         attention_mask=mask,
                         position_ids=positions,
                         cache=cache,
-                        changes=_at(cache.num_tokens, changes),
+                        overrides=_at(cache.num_tokens, overrides),
                     )
                 )
                 cache.advance(step)
@@ -112,29 +119,33 @@ class Body(nn.Module):
         positions_T: Tensor,
         *,
         span: Span,
-        attend: Attend,
-        changes: Changes | None = None,
+        attend: AttentionFunction,
+        overrides: BlockOverrides | None = None,
     ) -> Tensor:
-        """Run the blocks of `span` on tokens of many sequences in a row; returns hidden states `[T, D]`.
+        """Run the blocks of `span` on the tokens of several sequences in one row; returns hidden states [T, D].
 
-        Only `attend` knows which token belongs to which sequence, and where the sequences' pasts are. For families
-        that are certified for it (`Family.packable`).
+        Only `attend` knows which token belongs to which sequence, and where the earlier keys and values are. The family
+        must be certified for it (`Family.packable`).
         """
         with self._attention(PACKED):
-            return self._compute(hidden_TD[None], span, position_ids=positions_T[None], attend=attend, changes=changes)[
-                0
-            ]
+            output_1TD = self._compute(
+                hidden_TD[None], span, position_ids=positions_T[None], attend=attend, overrides=overrides
+            )
+            return output_1TD[0]
 
     @contextlib.contextmanager
     def _attention(self, name: str) -> Iterator[None]:
-        """Attention as `name` says: layers ask their config at every call. One thread at a time uses a body."""
+        """Use this attention implementation: layers read it from their config at every call.
+
+        Only one thread at a time may use a body.
+        """
         config = self.backbone.config
-        usual = config._attn_implementation
+        former = config._attn_implementation
         config._attn_implementation = name
         try:
             yield
         finally:
-            config._attn_implementation = usual
+            config._attn_implementation = former
 
     def _compute(
         self,
@@ -144,17 +155,17 @@ class Body(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: BodyCache | None = None,
-        attend: Attend | None = None,
-        changes: Changes | None = None,
+        attend: AttentionFunction | None = None,
+        overrides: BlockOverrides | None = None,
     ) -> Tensor:
         outputs: list[Tensor] = []
         layers = [self.block(block) for block in span]
-        layers[0] = entered_with(layers[0], hidden_BTD)
+        layers[0] = with_fixed_input(layers[0], hidden_BTD)
         for block in span:
-            if changes is not None and block in changes:
-                layers[block - span.start] = changes[block](layers[block - span.start])
-        layers[-1] = left_through(layers[-1], outputs.append)
-        view = view_of(self.backbone, self.family.layers_name, [*self._stand_ins[: span.start], *layers])
+            if overrides is not None and block in overrides:
+                layers[block - span.start] = overrides[block](layers[block - span.start])
+        layers[-1] = with_output_observer(layers[-1], outputs.append)
+        view = with_layers(self.backbone, self.family.layers_name, [*self._pass_through[: span.start], *layers])
         accepted = self._parameters_of_forward
         arguments: dict[str, Any] = {"inputs_embeds": hidden_BTD, "use_cache": cache is not None}
         if position_ids is not None and "position_ids" in accepted:
@@ -163,7 +174,7 @@ class Body(nn.Module):
             arguments["attend"] = attend
         state = None if cache is None else cache.state
         if "cache_params" in accepted:
-            # purely recurrent: the past is in the state, and the mask is of the new tokens alone
+            # A purely recurrent family has the past in its state, and its mask covers the new tokens only.
             mask = None if attention_mask is None else attention_mask[:, -hidden_BTD.shape[1] :]
             view(**arguments, attention_mask=mask, cache_params=state)
         else:
@@ -180,14 +191,15 @@ class Body(nn.Module):
         return layer
 
 
-def _at(num_tokens: int, changes: ChangesAt | None) -> Changes | None:
-    if changes is None:
+def _at(num_tokens: int, overrides: BlockOverridesAt | None) -> BlockOverrides | None:
+    """The overrides for tokens that follow `num_tokens` others."""
+    if overrides is None:
         return None
-    return {block: functools.partial(_changed, change, num_tokens) for block, change in changes.items()}
+    return {block: functools.partial(_apply, override, num_tokens) for block, override in overrides.items()}
 
 
-def _changed(change: Callable[[nn.Module, int], nn.Module], num_tokens: int, layer: nn.Module) -> nn.Module:
-    return change(layer, num_tokens)
+def _apply(override: Callable[[nn.Module, int], nn.Module], num_tokens: int, layer: nn.Module) -> nn.Module:
+    return override(layer, num_tokens)
 
 
 def _packed_attention(
@@ -197,27 +209,14 @@ def _packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    attend: Attend,
+    attend: AttentionFunction,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface, handed on to the pass that is under way."""
+    """Call the attention function of the current pass, from Transformers' attention interface."""
     return attend(module.layer_idx, query, key, value, **options), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(PACKED, _packed_attention)
-
-
-class ClientSide(nn.Module):
-    """Stands in a server's backbone for a module whose work the client does.
-
-    What it returns is never used, but must pass for the real thing: hidden states come back as they are, anything else
-    (token or position numbers, a mask) gives a zero that can be added to hidden states.
-    """
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        tensors = [argument for argument in (*args, *kwargs.values()) if isinstance(argument, Tensor)]
-        hidden = (tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() == 3)
-        return next(hidden, torch.zeros((), device=tensors[0].device))
 
 
 def build_body(
@@ -229,14 +228,14 @@ def build_body(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantization_config: Any = None,
-    keep: Callable[[Mapping[str, Tensor]], None] | None = None,
+    save: Callable[[Mapping[str, Tensor]], None] | None = None,
 ) -> Body:
-    """Build the blocks of `span` from a checkpoint's tensors, under the checkpoint's own names.
+    """Build the blocks of `span` from a checkpoint's tensors, given by the checkpoint's names.
 
-    Transformers converts and quantizes the weights as when it loads the whole model. Tensors that are not the span's
-    are ignored, and need not be there. `keep` is given the tensors as they were loaded, converted and quantized, by
-    the backbone's names. Raises `CheckpointError` for a tensor that is missing, unknown or misshapen, and `UserError`
-    for a quantization that this machine lacks something for.
+    Transformers converts and quantizes the weights, as when it loads the whole model. Tensors outside of the span are
+    ignored and may be missing. `save` is called with the converted and quantized tensors, by their names in the
+    backbone. Raises `CheckpointError` for a tensor that is missing, unknown or of another shape, and `UserError` for a
+    quantization that this machine lacks something for.
     """
     config = quantized_config(family, config, text_config(config), quantization_config)
     check_quantizer(config, quantization_config, dtype=dtype, device=device)
@@ -254,12 +253,12 @@ def build_body(
         device_map={"": device} if is_quantized else None,
         quantization_config=quantization_config,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below, all of them, as our own error
+        ignore_mismatched_sizes=True,  # check_loaded reports them
     )
-    del state_dict, weights  # a weight that is packed is let go of at once, unless the caller keeps it
+    del state_dict, weights  # so that packing can free each weight at once, unless the caller still has it
     check_loaded(info)
-    if keep is not None:
-        keep(backbone.state_dict())
+    if save is not None:
+        save(backbone.state_dict())
     if is_quantized:
         replace_quantized_linears(backbone, dtype=dtype)
     else:
@@ -268,41 +267,23 @@ def build_body(
     return Body(backbone, family, span)
 
 
-def check_loaded(info: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` unless every tensor of a model was in the checkpoint, and the other way round."""
-    if info["missing_keys"]:
-        raise CheckpointError(f"the checkpoint lacks {_some(sorted(info['missing_keys']))}")
-    if info["mismatched_keys"]:
-        name, found, expected = sorted(info["mismatched_keys"])[0]
-        raise CheckpointError(f"{name} is {list(found)} in the checkpoint but {list(expected)} in the model")
-    if info["unexpected_keys"]:
-        raise CheckpointError(f"the model has no place for {_some(sorted(info['unexpected_keys']))}")
-    if info.get("error_msgs"):
-        raise CheckpointError("; ".join(info["error_msgs"]))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
 def _span_class(family: Family, span: Span) -> type[PreTrainedModel]:
-    """The family's backbone, without what the client holds and the blocks outside `span`.
+    """The family's backbone without the client's modules and without the blocks outside `span`.
 
-    It bears the backbone's own name and module, by which Transformers finds a class's weight conversions.
+    The class has the backbone's own name and module, because Transformers finds weight conversions by them.
     """
 
     def __init__(self: PreTrainedModel, config: PreTrainedConfig) -> None:  # noqa: N807
         family.backbone.__init__(self, config)
         layers = self.get_submodule(family.layers_name)
-        kept = nn.ModuleList()
+        of_span = nn.ModuleList()
         for block in span:
-            kept.add_module(str(block), layers.get_submodule(str(block)))
+            of_span.add_module(str(block), layers.get_submodule(str(block)))
         for name, child in list(self.named_children()):
             if next(child.parameters(), None) is not None:
-                setattr(self, name, ClientSide())
-        setattr(self, family.layers_name, kept)
-        self.all_layers = list(layers)  # a list is no submodule: those not kept stay without weights
+                setattr(self, name, ClientModuleStub())
+        setattr(self, family.layers_name, of_span)
+        self.all_layers = list(layers)  # in a list, so that they are not registered as submodules and get no weights
         for name in self._parameters:
             self._parameters[name] = None
 

@@ -1,4 +1,4 @@
-"""What a server keeps of one session for one span: keys and values, or recurrent state."""
+"""A server's cache of one session for one span: keys and values, or recurrent state."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from shoal.spans import Span
 
 
 class _SpanCache(DynamicCache):  # type: ignore[misc]
-    """A cache of the whole model that stores nothing for the blocks outside a span.
+    """A cache of the whole model that stores nothing for the blocks outside of a span.
 
-    Blocks keep their numbers, so their layers find their place in it. A span of recurrent blocks alone has nothing that
-    counts tokens; then it answers for them.
+    Blocks keep their numbers, so each layer finds its own entry. Recurrent layers do not count tokens. In a span that
+    has no other layers, this class counts them.
     """
 
     def __init__(self, config: PreTrainedConfig, span: Span) -> None:
@@ -44,7 +44,7 @@ class _SpanCache(DynamicCache):  # type: ignore[misc]
 
 
 class BodyCache:
-    """The state of one session in one span of a body; `num_tokens` is how far it got."""
+    """The state of one session in one span of a body, after `num_tokens` tokens."""
 
     def __init__(self, config: PreTrainedConfig, span: Span) -> None:
         self.span = span
@@ -52,16 +52,18 @@ class BodyCache:
 
     @property
     def num_tokens(self) -> int:
+        """The number of tokens that the cache has."""
         return self.state.num_tokens
 
     def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` tokens that the blocks have added."""
         self.state.num_tokens += num_tokens
 
     def crop(self, num_tokens: int) -> None:
         """Go back to the first `num_tokens` tokens.
 
-        Raises `UnsupportedOperation`, and changes nothing, where the state does not rewind: recurrent state never
-        does, a sliding window not once it has slid.
+        Raises `UnsupportedOperation` and changes nothing if the state cannot be rewound. Recurrent state never can; a
+        sliding window cannot once it is full. Raises `ValueError` for more tokens than there are.
         """
         surplus = self.num_tokens - num_tokens
         if surplus < 0 or num_tokens < 0:
@@ -71,13 +73,15 @@ class BodyCache:
         for block in self.span:
             layer = self.state.layers[block]
             if isinstance(layer, LinearAttentionCacheLayerMixin):
-                raise UnsupportedOperation(f"the recurrent state of block {block} does not rewind")
+                raise UnsupportedOperation(f"the recurrent state of block {block} cannot be rewound")
             window = getattr(layer, "sliding_window", None)
             if window is not None and self.num_tokens >= window:
-                raise UnsupportedOperation(f"the sliding window of block {block} has dropped what a crop would need")
+                raise UnsupportedOperation(
+                    f"the sliding window of block {block} has dropped tokens that this crop needs"
+                )
         self.state.crop(-surplus)
         self.state.num_tokens = num_tokens
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Keep these rows of the batch, in this order; a row may be repeated, dropped or moved."""
+        """Keep these rows of the batch, in this order. A row may be repeated, dropped or moved."""
         self.state.reorder_cache(torch.tensor(rows, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Modules that are copied within their process only: what they are connected to, no file can hold."""
+"""Modules that can be copied within their process but not pickled, because they hold connections."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NoReturn, Self
 from shoal.errors import UnsupportedOperation
 
 
-class NotPickled:
-    """Mixed into a distributed model and its parts. They can be copied, and say clearly that they cannot be pickled."""
+class NotPicklable:
+    """Mixed into a distributed model and its parts: they can be copied, and pickling raises `UnsupportedOperation`."""
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
         raise UnsupportedOperation(
@@ -19,7 +19,7 @@ class NotPickled:
         )
 
     def _state(self) -> dict[str, Any]:
-        # Without what `compile()` has made of the original: it would be called in place of the copy.
+        # The compiled forward of the original is left out: it would be called instead of the copy's own.
         return {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
 
     def __copy__(self) -> Self:

@@ -1,8 +1,8 @@
-"""Where a model's blocks live, and which families are certified to be cut into them.
+"""Where the blocks of a model are, and which families are certified to be cut into blocks.
 
-Almost everything is read off the model's own class, built on the meta device: which module owns the list of layers, and
-under which name. What cannot be seen there is in the one small table below; what has not passed the parity suite
-(`tests/swarm/test_parity.py`) is refused.
+Almost everything is read from the model's own class, built on the meta device: which module owns the list of layers,
+and the name of that list. The tables below have what cannot be read there. A family that has not passed the parity
+suite (`tests/swarm/test_parity.py`) is refused.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from transformers.core_model_loading import WeightRenaming, apply_renamings
 from shoal.errors import UnsupportedModel
 from shoal.tensors import LOSSY, Encoding
 
-# Families whose layers return a tuple, hidden states first: what stands in for such a layer must return one too.
+# Families whose layers return a tuple that begins with the hidden states. A placeholder for such a layer does the same.
 LAYERS_RETURN_TUPLE = frozenset(
     {"bloom", "codegen", "falcon", "falcon_h1", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"}
 )
 
-# Families that forget their recurrent state when several new tokens come at once: a body gives them one by one.
+# Families that lose their recurrent state when several new tokens come at once. A body gives them one token at a time.
 STEP_BY_STEP = frozenset({"falcon_mamba", "jamba", "mamba"})
 
-# Families whose tokens can be computed in one row with those of other sequences: their layers take the past of a
-# sequence through Transformers' attention interface, and nowhere else. The others are computed one session at a time.
+# Families that can compute tokens of several sequences in one row, because their layers reach a sequence's past only
+# through Transformers' attention interface. The other families are computed one session at a time.
 PACKED = frozenset(
     """
     afmoe apertus arcee aria_text axk1 beam biogpt bitnet cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3
@@ -43,10 +43,10 @@ PACKED = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Rotary embeddings that depend on the longest sequence of a call, whosever it is.
+# Rotary embeddings that depend on the longest sequence of a call. They would let one client change another's results.
 ROTARY_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
-# Families that pass every check of the parity suite; docs/models.md says what was checked.
+# Families that pass every check of the parity suite. docs/models.md lists the checks.
 CERTIFIED = frozenset(
     """
     afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid beam biogpt bitnet bloom codegen cohere cohere2
@@ -62,7 +62,8 @@ CERTIFIED = frozenset(
     """.split()  # noqa: SIM905
 )
 
-# Of these, families in which the errors of an encoding grow beyond its tolerance: recurrent state, and chosen keys.
+# Certified families in which the errors of an encoding exceed its tolerance, because of recurrent state or because they
+# select keys.
 TOO_SENSITIVE: Mapping[Encoding, frozenset[str]] = {
     "bfloat16": frozenset({"deepseek_v32", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"}),
     "int8": frozenset(
@@ -73,49 +74,54 @@ TOO_SENSITIVE: Mapping[Encoding, frozenset[str]] = {
     ),
 }
 
-# Models that see as well, of which the language model may be used alone: without images it gives what they give.
+# Vision-language models whose language model may be used alone: without images it gives the same results.
 CERTIFIED_WITH_VISION = frozenset({"gemma3", "llama4", "mistral3", "qwen3_5", "qwen3_5_moe"})
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one family are built, as far as cutting them is concerned."""
+    """How the models of one family are cut into blocks."""
 
     model_type: str
     backbone: type[PreTrainedModel]
-    backbone_path: str  # of the backbone in the causal language model, "model.decoder" for OPT
-    layers_name: str  # of the list of layers in the backbone: "layers", "h", "blocks"
+    backbone_path: str  # from the causal language model to its backbone, such as "model.decoder" for OPT
+    layers_name: str  # the name of the list of layers in the backbone: "layers", "h", "blocks"
     num_blocks: int
     packable: bool  # whether the tokens of several sequences can be computed in one row
     renamings: tuple[WeightRenaming, ...] = field(default=(), compare=False)  # from a checkpoint's names to the model's
-    encodings: frozenset[Encoding] = frozenset()  # in which its hidden states may travel, beside raw
+    encodings: frozenset[Encoding] = frozenset()  # allowed for its hidden states and gradients, in addition to raw
 
     @property
     def layers_return_tuple(self) -> bool:
+        """Whether a layer returns a tuple that begins with the hidden states."""
         return self.model_type in LAYERS_RETURN_TUPLE
 
     @property
     def step_by_step(self) -> bool:
+        """Whether a call with a cache may have only one new token."""
         return self.model_type in STEP_BY_STEP
 
     def block_of(self, name: str) -> int | None:
-        """The number of the block that a checkpoint's tensor belongs to; `None` if it is the client's.
+        """The number of the block that a checkpoint's tensor belongs to; None if the tensor belongs to the client.
 
-        Names may lack the model's prefix ("h.0.ln_1.weight") or come from a checkpoint that holds a vision tower too
+        The name may lack the model's prefix ("h.0.ln_1.weight"). It may also be from a checkpoint with a vision tower
         ("model.language_model.layers.0...").
         """
         match = self._split(name)
         return None if match is None else match[0]
 
     def name_in_backbone(self, name: str) -> str | None:
-        """A block's tensor as the backbone calls it: "model.layers.3.mlp.weight" -> "layers.3.mlp.weight"."""
+        """The backbone's name for a block's tensor: "model.layers.3.mlp.weight" -> "layers.3.mlp.weight".
+
+        None for a tensor that belongs to the client.
+        """
         match = self._split(name)
         return None if match is None else f"{self.layers_name}.{match[0]}.{match[1]}"
 
     def name_in_head(self, name: str) -> str | None:
-        """A client's tensor as a language model calls it: "model.language_model.norm.weight" -> "model.norm.weight".
+        """A language model's name for a client's tensor: "model.language_model.norm.weight" -> "model.norm.weight".
 
-        `None` for a block's tensor.
+        None for a block's tensor.
         """
         if self._split(name) is not None:
             return None
@@ -130,7 +136,7 @@ class Family:
         path = self.backbone_path.split(".") if self.backbone_path else []
         if path[len(path) - len(owner) :] != owner:
             return None
-        # the rest keeps the checkpoint's name: Transformers renames it when it loads the tensor
+        # The rest of the name stays as in the checkpoint: Transformers renames it when it loads the tensor.
         in_checkpoint = pattern.match(name) or in_model
         return int(in_model[2]), in_checkpoint[3]
 
@@ -141,21 +147,25 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if text is config:
         return config
     text = copy.copy(text)
-    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # it is the outer config that decides
+    text.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # the outer config decides
     return text
 
 
 def family_of(config: PreTrainedConfig, *, allow_uncertified: bool = False) -> Family:
     """The family of a model.
 
-    Raises `UnsupportedModel` for one that has not been certified, unless asked not to, and for one that cannot be cut.
+    Raises `UnsupportedModel` for a family that cannot be cut into blocks, and for one that is not certified unless
+    `allow_uncertified`.
     """
-    whole, config = config, text_config(config)
-    certified = config.model_type in CERTIFIED and (whole is config or whole.model_type in CERTIFIED_WITH_VISION)
-    if not certified and not allow_uncertified:
+    full_config, config = config, text_config(config)
+    is_certified = config.model_type in CERTIFIED and (
+        full_config is config or full_config.model_type in CERTIFIED_WITH_VISION
+    )
+    if not is_certified and not allow_uncertified:
         raise UnsupportedModel(
-            f"the family {whole.model_type!r} is not certified to give the same outputs when it is cut into blocks",
-            hint="docs/models.md lists those that are; --allow-uncertified tries anyway",
+            f"the family {full_config.model_type!r} is not certified to give the same outputs when it is cut into "
+            "blocks",
+            hint="docs/models.md lists the certified families; --allow-uncertified tries anyway",
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(f"{config.model_type!r} is not a causal language model")
@@ -176,22 +186,26 @@ def family_of(config: PreTrainedConfig, *, allow_uncertified: bool = False) -> F
 
 
 def _rotary_types(config: PreTrainedConfig) -> list[str]:
-    """The kinds of rotary embeddings of a model: one for all layers, or one for each kind of layer."""
+    """The types of a model's rotary embeddings: one for all layers, or one for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return [str(one["rope_type"]) for one in each if "rope_type" in one]
+    candidates = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return [str(candidate["rope_type"]) for candidate in candidates if "rope_type" in candidate]
 
 
 def certified_encodings(model_type: str) -> frozenset[Encoding]:
-    """The encodings that a family's hidden states and gradients have been seen to bear."""
+    """The encodings in which a family's hidden states and gradients stay within the tolerance."""
     return frozenset(encoding for encoding in LOSSY if model_type not in TOO_SENSITIVE[encoding])
 
 
 def find_backbone(model: PreTrainedModel, config: PreTrainedConfig) -> tuple[str, PreTrainedModel, str]:
-    """The module that owns the list of a model's layers: its path in the model, itself, and the name of the list."""
+    """Find the module that owns a model's list of layers.
+
+    Returns its path in the model, the module itself, and the name of the list. Raises `UnsupportedModel` if there is no
+    such list.
+    """
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             for name, child in module.named_children():
                 if isinstance(child, nn.ModuleList) and len(child) == config.num_hidden_layers:
                     return path, module, name
-    raise UnsupportedModel(f"{config.model_type!r} keeps its layers in no list that can be cut")
+    raise UnsupportedModel(f"{config.model_type!r} has no list of layers that can be cut into blocks")

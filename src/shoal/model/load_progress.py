@@ -1,4 +1,4 @@
-"""How far the loading of blocks is: Transformers tells it by a progress bar, which is heard here and not drawn."""
+"""Progress of loading blocks, taken from Transformers' progress bar over the weights."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from transformers.utils.logging import set_tqdm_hook
 from shoal.model.families import Family
 
 WEIGHTS = "Loading weights"
-"""How Transformers names the bar that advances with each weight."""
+"""The description of the bar that advances with each weight."""
 
 
 @contextlib.contextmanager
-def hearing(family: Family, heard: Callable[[int], None]) -> Iterator[None]:
-    """While this is entered, `heard` is called with a block's number before each of its weights is loaded.
+def reporting_blocks(family: Family, report: Callable[[int], None]) -> Iterator[None]:
+    """In this context, call `report` with the number of a block before each weight of the block is loaded.
 
-    It is called on this thread, for what this thread loads, and may raise: then the loading ends there.
+    It is called in the current thread, for what this thread loads. An exception from it ends the loading.
     """
     thread = threading.get_ident()
 
     def hook(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if threading.get_ident() == thread and options.get("desc") == WEIGHTS and arguments:
             weights, *others = arguments
-            return factory(_telling(family, weights, heard), *others, total=len(weights), **options)
+            return factory(_reported(family, weights, report), *others, total=len(weights), **options)
         return factory(*arguments, **options)
 
     former = set_tqdm_hook(hook)
@@ -36,9 +36,9 @@ def hearing(family: Family, heard: Callable[[int], None]) -> Iterator[None]:
         set_tqdm_hook(former)
 
 
-def _telling(family: Family, weights: Iterable[tuple[str, Any]], heard: Callable[[int], None]) -> Iterator[Any]:
+def _reported(family: Family, weights: Iterable[tuple[str, Any]], report: Callable[[int], None]) -> Iterator[Any]:
     for name, weight in weights:
         block = family.block_of(name)
         if block is not None:
-            heard(block)
+            report(block)
         yield name, weight

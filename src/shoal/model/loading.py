@@ -1,4 +1,4 @@
-"""From a checkpoint to blocks that compute; quantized once, and read quantized from then on."""
+"""Loading the blocks of a checkpoint. Blocks are quantized once, and the quantized weights are cached on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from shoal.errors import CheckpointError
 from shoal.model.body import Body, build_body
 from shoal.model.families import text_config
 from shoal.model.linear.quantization import Quantization, stored_quantization
-from shoal.model.load_progress import hearing
+from shoal.model.load_progress import reporting_blocks
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.model.weights.safetensors_file import read_header, read_tensors
@@ -32,6 +32,7 @@ from shoal.spans import Span
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, bool], None]
+"""Called before each weight is loaded, with its block and with whether the weight is quantized now."""
 
 
 def load_body(
@@ -43,38 +44,39 @@ def load_body(
     quantization: Quantization = Quantization.NONE,
     progress: Progress = lambda block, quantizes: None,
 ) -> Body:
-    """The blocks of `span`. Raises what `Checkpoint.block_tensors`, `build_body` and `progress` raise.
+    """Load the blocks of `span`.
 
-    `progress` hears before each weight which block it belongs to, and whether it is quantized now.
+    Raises what `Checkpoint.block_tensors`, `build_body` and `progress` raise.
     """
     family = checkpoint.family
-    kept: CachedBlocks | None = None
+    cache: QuantizedBlockCache | None = None
     if quantization is not Quantization.NONE and stored_quantization(checkpoint.config) is None:
-        kept = CachedBlocks(checkpoint, dtype, quantization)
+        cache = QuantizedBlockCache(checkpoint, dtype, quantization)
         try:
-            with hearing(family, lambda block: progress(block, False)):
-                return build_body(family, kept.config(), span, kept.read(span), dtype=dtype, device=device)
+            with reporting_blocks(family, lambda block: progress(block, False)):
+                return build_body(family, cache.config(), span, cache.read(span), dtype=dtype, device=device)
         except CheckpointError as error:
             log.info("quantizing blocks %s: %s", span, error)
-    with hearing(family, lambda block: progress(block, kept is not None)):
+    with reporting_blocks(family, lambda block: progress(block, cache is not None)):
         return build_body(
             family,
             checkpoint.config,
             span,
-            # Passed on without a name: so each tensor is let go of once the body has it in another form.
+            # No variable holds the tensors, so that each is freed once the body has it in another form.
             checkpoint.block_tensors(span),
             dtype=dtype,
             device=device,
             quantization_config=quantization.config(dtype),
-            keep=None if kept is None else functools.partial(kept.write, span),
+            save=None if cache is None else functools.partial(cache.write, span),
         )
 
 
 @dataclass(frozen=True)
-class CachedBlocks:
-    """Quantized blocks on disk, a safetensors file for each: exact weights in, the same quantized weights out.
+class QuantizedBlockCache:
+    """Quantized blocks on disk, in one safetensors file per block.
 
-    What is missing, damaged or cannot be written is quantized again: nothing depends on these files.
+    Files are named by the exact weights, the quantization, the dtype and the versions of the libraries. A block whose
+    file is missing, damaged or cannot be written is quantized again.
     """
 
     checkpoint: Checkpoint
@@ -82,13 +84,13 @@ class CachedBlocks:
     quantization: Quantization
 
     def config(self) -> PreTrainedConfig:
-        """The config of a checkpoint that consists of these blocks."""
+        """The config of a checkpoint that would hold these quantized blocks."""
         config = copy.copy(text_config(self.checkpoint.config))
         config.quantization_config = self.quantization.config(self.dtype)
         return config
 
     def read(self, span: Span) -> dict[str, Tensor]:
-        """The tensors of these blocks. Raises `CheckpointError` if one of them is not there or damaged."""
+        """The tensors of these blocks. Raises `CheckpointError` if a file is missing or damaged."""
         tensors: dict[str, Tensor] = {}
         for block in span:
             file = self._file(block)
@@ -96,6 +98,7 @@ class CachedBlocks:
         return tensors
 
     def write(self, span: Span, tensors: Mapping[str, Tensor]) -> None:
+        """Store the tensors of these blocks, given by their names in the backbone. Disk errors are ignored."""
         for block in span:
             of_block = {
                 name: tensor.contiguous()
@@ -107,13 +110,13 @@ class CachedBlocks:
 
     def _file(self, block: int) -> Path:
         versions = [f"{package} {importlib.metadata.version(package)}" for package in ("bitsandbytes", "transformers")]
-        fact = [self.checkpoint.fingerprint, self.quantization.value, str(self.dtype), *versions]
-        digest = hashlib.sha256("\n".join(fact).encode()).hexdigest()[:32]
+        key = [self.checkpoint.fingerprint, self.quantization.value, str(self.dtype), *versions]
+        digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
         return cache_folder() / "quantized" / digest / f"block-{block}.safetensors"
 
 
 def _replace(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file so that nobody ever sees a part of it, not even after a crash."""
+    """Write a file atomically: readers never see a part of it, not even after a crash."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(dir=file.parent)
     os.close(handle)

@@ -20,7 +20,7 @@ from shoal.adapters import HostedName
 from shoal.net.addresses import peer_of
 from shoal.net.identity import SIGNATURE_BYTES, Identity, verify
 from shoal.net.transport import MAX_LIFETIME
-from shoal.peers import MAX_HOSTED, MAX_NEIGHBORS, ModelInfo, ServerInfo, ServerState
+from shoal.peers import MAX_HOSTED_ADAPTERS, MAX_NEIGHBORS, ModelInfo, ServerInfo, ServerState
 from shoal.protocol import MAX_BLOCKS
 from shoal.spans import Span
 
@@ -77,7 +77,7 @@ class Announcement(BaseModel):
     queue_length: Count = 0
     head: bool = False
     training: bool = True
-    adapters: Annotated[tuple[HostedName, ...], Field(max_length=MAX_HOSTED, strict=False)] = ()
+    adapters: Annotated[tuple[HostedName, ...], Field(max_length=MAX_HOSTED_ADAPTERS, strict=False)] = ()
     round_trips: Annotated[dict[Short, Seconds], Field(max_length=MAX_NEIGHBORS)] = {}
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from shoal.errors import UserError
 from shoal.model.body import Body
 from shoal.model.families import text_config
 from shoal.model.linear.quantization import (
-    DEQUANTIZED_ON_CPUS,
+    DEQUANTIZED_ON_CPU,
     Quantization,
     dequantized_bytes,
     quantizable_weights,
@@ -139,7 +139,7 @@ def _block_bytes(
 ) -> Sequence[int]:
     """What each block will take in memory."""
     stored = stored_quantization(checkpoint.config)
-    if stored in DEQUANTIZED_ON_CPUS and device.type == "cpu":
+    if stored in DEQUANTIZED_ON_CPU and device.type == "cpu":
         return dequantized_bytes(checkpoint.family, checkpoint.config, dtype)
     if stored is not None:
         return checkpoint.block_bytes

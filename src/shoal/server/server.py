@@ -14,9 +14,9 @@ from shoal.errors import UserError
 from shoal.model.body import Body
 from shoal.model.linear.quantization import stored_quantization
 from shoal.model.loading import load_body
-from shoal.model.peft.block_adapters import get_ready
+from shoal.model.peft.block_adapters import import_peft
 from shoal.model.peft.peft_folder import PeftFolder
-from shoal.model.weights import disk_cache as memo
+from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
@@ -115,7 +115,7 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
                     checkpoint, span, dtype=dtype, device=device, quantization=quantization, progress=progress
                 )
             )
-            await executor.run(get_ready)
+            await executor.run(import_peft)
             head = None
             if config.serve_head and span.end == checkpoint.num_blocks:
                 head = await executor.run(lambda: load_head(checkpoint, dtype, device))
@@ -255,6 +255,6 @@ async def make_engine(
         pass_time=PassTimeModel(1 / speeds.decode, 1 / speeds.prefill),
         limits=replace(config.limits, activation_bytes=choose_activation_bytes(config, body)),
         head=head,
-        watch=Watch(speeds, body.span, corrected=lambda _: memo.forget(fact)),
+        watch=Watch(speeds, body.span, corrected=lambda _: disk_cache.remove(fact)),
     )
     return engine, speeds

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from shoal.model.body import Body
-from shoal.model.weights import disk_cache as memo
+from shoal.model.weights import disk_cache
 from shoal.prefix import PAGE_TOKENS
 from shoal.server.kv.batch import Chunk, Pass
 from shoal.server.kv.pages import pages_for
@@ -123,7 +123,7 @@ def speeds_of(
 
 def speeds_kept(fact: str, measure: Callable[[], Measurement], *, clock: Callable[[], float] = time.time) -> Speeds:
     """The speeds kept under this name, unless they are too old; else measured, and kept if the machine is quiet."""
-    match memo.recall(fact):
+    match disk_cache.load(fact):
         case {"decode": float(decode), "prefill": float(prefill), "measured_at": float(measured_at)} if (
             decode > 0 and prefill > 0 and 0 <= clock() - measured_at < KEPT_SECONDS
         ):
@@ -133,7 +133,7 @@ def speeds_kept(fact: str, measure: Callable[[], Measurement], *, clock: Callabl
         measurements.append(measure())
         if measurements[-1].is_quiet:
             speeds = measurements[-1].speeds
-            memo.keep(fact, {"decode": speeds.decode, "prefill": speeds.prefill, "measured_at": clock()})
+            disk_cache.store(fact, {"decode": speeds.decode, "prefill": speeds.prefill, "measured_at": clock()})
             return speeds
     log.info("the machine is busy: its speed will be measured again at the next start")
     return best_of(measurements)

@@ -16,7 +16,7 @@ from shoal.client.decoding.session import Session
 from shoal.client.training.pass_plan import PassPlan
 from shoal.client.training.remote_passes import RemotePasses
 from shoal.model.peft.block_adapters import BlockAdapter
-from shoal.model.peft.factors import Tuning
+from shoal.model.peft.factors import ActiveAdapters
 from shoal.model.peft.skeleton import num_features
 from shoal.spans import Span
 
@@ -32,7 +32,7 @@ IDS = torch.tensor([[0, 0, 5, 17, 42], [7, 8, 9, 10, 11]])
 MASK = (IDS != 0).long()
 
 
-def version(number: int, *, dropout: float = 0.0) -> Tuning:
+def version(number: int, *, dropout: float = 0.0) -> ActiveAdapters:
     """LoRA in all blocks but one; in each version the numbers are others."""
     generator = torch.Generator().manual_seed(number)
     found = {}
@@ -42,7 +42,7 @@ def version(number: int, *, dropout: float = 0.0) -> Tuning:
         layers = tuple(Lora(module=path, rank=2, scaling=2.0, dropout=dropout) for path in paths)
         size = sum(2 * sum(num_features(own[path])) for path in paths)
         found[block] = factors_of(block, layers, 0.3 * torch.randn(size, generator=generator), origin=block)
-    return Tuning(found)
+    return ActiveAdapters(found)
 
 
 @functools.cache
@@ -58,14 +58,14 @@ def adapters(number: int, dropout: float) -> Mapping[int, BlockAdapter]:
 def computed(hidden_BSD: Tensor, mask_BS: Tensor, own: Mapping[int, BlockAdapter], *, seed: int | None) -> Tensor:
     """What leaves the blocks in one piece."""
     for block, adapter in ((block, own.get(block)) for block in WHOLE):
-        drops = nullcontext() if adapter is None else adapter.dropping(None if seed is None else seed + block)
+        drops = nullcontext() if adapter is None else adapter.seeded_dropout(None if seed is None else seed + block)
         with drops:
             hidden_BSD = oracle().body(WHOLE)(
                 hidden_BSD,
                 span=Span(block, block + 1),
                 attention_mask=mask_BS,
                 position_ids=positions_of(mask_BS),
-                changes=None if adapter is None else {block: adapter.on},
+                overrides=None if adapter is None else {block: adapter.on},
             )
     return hidden_BSD
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from shoal.client.decoding.session import Session
 from shoal.client.training.pass_plan import PassPlan
 from shoal.client.training.remote_passes import RemotePasses
-from shoal.model.peft.factors import Tuning
+from shoal.model.peft.factors import ActiveAdapters
 
 from ..parity import assert_equal
 from .bed import Client
@@ -181,7 +181,7 @@ async def _gradient(client: Client, ids_BS: Tensor, mask_BS: Tensor) -> None:
 
 async def _pass(client: Client, passes: RemotePasses, ids_BS: Tensor, mask_BS: Tensor) -> None:
     is_padded = not mask_BS.all()
-    plan = PassPlan(client.span, Tuning(), inputs_wanted=True, wanted_from=client.span.start)
+    plan = PassPlan(client.span, ActiveAdapters(), inputs_wanted=True, wanted_from=client.span.start)
     output_BSD, pieces = await passes.forward(
         plan,
         oracle().embed(ids_BS),

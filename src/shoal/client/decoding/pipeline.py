@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from shoal.adapters import salted
+from shoal.adapters import adapter_cache_salt
 from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.decoding.push_links import PushLinks
@@ -26,9 +26,9 @@ from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.swarm import Swarm, named_tensors
 from shoal.errors import PeerError
-from shoal.model.peft.factors import Tuning
+from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.routing.route import SLOWEST, Hop
-from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
+from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS, page_hashes, root_hash
 from shoal.protocol import MAX_STEP_TOKENS, Open
 from shoal.spans import Span
 from shoal.tensors import TensorName
@@ -50,7 +50,7 @@ class Pipeline:
         self,
         swarm: Swarm,
         tokens: SessionInputs,
-        tuning: Tuning,
+        tuning: ActiveAdapters,
         hops: Sequence[Hop],
         history: History,
         *,
@@ -230,7 +230,7 @@ class Pipeline:
         try:
             connection = await self._swarm.connect(stage.hop.server)
             try:
-                adapters = self._tuning.of(stage.hop.span)
+                adapters = self._tuning.in_span(stage.hop.span)
                 await self._swarm.adapter_sync.ensure_loaded(connection, stage.hop.server, adapters, session=True)
             except BaseException:
                 await connection.close()
@@ -282,7 +282,7 @@ class Pipeline:
         except TimeoutError:
             stage.connection.fail(stage.connection.lost("does not open a session"))
         if (not_cached := stage.not_cached) is not None:
-            self._swarm.adapter_sync.forget(stage.peer, self._tuning.of(stage.hop.span), not_cached.adapters)
+            self._swarm.adapter_sync.forget(stage.peer, self._tuning.in_span(stage.hop.span), not_cached.adapters)
             await stage.reset()  # it is opened again, and taught before
 
     def _digests(self, index: int) -> torch.Tensor | None:
@@ -297,9 +297,9 @@ class Pipeline:
         if positions_BS is None:
             positions_BS = torch.arange(num_tokens).expand(batch_size, -1)
         span = self.stages[index].hop.span
-        first = root(span, salted(self._swarm.config.salt, self._tuning.names(span)))
+        first = root_hash(span, adapter_cache_salt(self._swarm.config.salt, self._tuning.names(span)))
         names = [
-            b"".join(page_names(first, hidden, positions))
+            b"".join(page_hashes(first, hidden, positions))
             for hidden, positions in zip(inputs_BSD, positions_BS, strict=True)
         ]
         digests = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)

@@ -10,7 +10,7 @@ from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
 from shoal.client.history.history import History
 from shoal.client.swarm.swarm import Holding, Swarm
-from shoal.model.peft.factors import Tuning
+from shoal.model.peft.factors import ActiveAdapters
 from shoal.peers import ServerInfo
 from shoal.policy.routing.route import Needs, Route
 from shoal.spans import Span
@@ -26,7 +26,7 @@ class RoutePlanner:
         self,
         swarm: Swarm,
         tokens: SessionInputs,
-        tuning: Tuning,
+        tuning: ActiveAdapters,
         *,
         batch_size: int,
         max_length: int,

@@ -27,7 +27,7 @@ from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.connection import CannotRewind
 from shoal.client.swarm.swarm import Holding, Swarm
 from shoal.errors import ServerBusy, ServerLost, UserError
-from shoal.model.peft.factors import Tuning
+from shoal.model.peft.factors import ActiveAdapters
 from shoal.net.wire.encodings import as_received
 from shoal.policy.routing.route import Hop
 from shoal.spans import Span
@@ -50,7 +50,7 @@ class Session:
         batch_size: int,
         max_length: int,
         expected_length: int | None = None,
-        tuning: Tuning | None = None,
+        tuning: ActiveAdapters | None = None,
     ) -> None:
         self.span = span
         self._swarm = swarm
@@ -58,7 +58,7 @@ class Session:
         self._planner = RoutePlanner(
             swarm,
             self._tokens,
-            tuning or Tuning(),
+            tuning or ActiveAdapters(),
             batch_size=batch_size,
             max_length=max_length,
             announced_length=max_length if expected_length is None else min(expected_length, max_length),

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from shoal.client.head.projection import projection_of
 from shoal.errors import UserError
-from shoal.model.head import HeadCache
+from shoal.model.remote_cache import RemoteCache
 from shoal.protocol import MAX_LOGITS_BYTES, MAX_STEP_TOKENS
 
 M = TypeVar("M", bound=nn.Module)
@@ -100,7 +100,7 @@ class HeadCall:
     While it is entered, the cache tells the blocks of it.
     """
 
-    def __init__(self, num_tokens: int, *, cache: HeadCache, vocabulary: int, top_k: int | None) -> None:
+    def __init__(self, num_tokens: int, *, cache: RemoteCache, vocabulary: int, top_k: int | None) -> None:
         self.vocabulary = vocabulary
         self.answer: Logits | None = None
         self._num_tokens = num_tokens
@@ -175,7 +175,7 @@ class RemoteHead:
         num_tokens = arguments.get("logits_to_keep", 0)
         (projection,) = self._projection
         changed = model.get_output_embeddings() is not projection or projection.weight._version != self._version
-        if not isinstance(cache, HeadCache) or not isinstance(num_tokens, int) or changed:
+        if not isinstance(cache, RemoteCache) or not isinstance(num_tokens, int) or changed:
             return None
         if arguments.get("labels") is not None:
             return None

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.model.linear.packed_linear import quicken
+from shoal.model.linear.packed_linear import enable_packed_copy
 from shoal.model.linear.quantization import Quantization, check_quantizer
-from shoal.model.linear.quantized_linear import quantized
+from shoal.model.linear.quantized_linear import quantize_linear
 
 
 def projection_of(model: PreTrainedModel) -> tuple[str, nn.Linear] | None:
@@ -30,7 +30,7 @@ def prepare_projection(model: PreTrainedModel, *, quantization: str, remote: boo
     found, settings = projection_of(model), Quantization(quantization).config(dtype)
     if settings is None:
         if found is not None:
-            quicken(found[1], free_bytes=psutil.virtual_memory().available)
+            enable_packed_copy(found[1], free_bytes=psutil.virtual_memory().available)
         return
     if found is None:
         raise UserError(f"{type(model).__name__} has no output head that could be quantized")
@@ -42,4 +42,4 @@ def prepare_projection(model: PreTrainedModel, *, quantization: str, remote: boo
     name, projection = found
     device = projection.weight.device
     check_quantizer(model.config, settings, dtype=dtype, device=device)
-    setattr(model, name, quantized(projection, settings, dtype=dtype))
+    setattr(model, name, quantize_linear(projection, settings, dtype=dtype))

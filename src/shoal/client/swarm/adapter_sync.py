@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 
 from shoal.client.swarm.connection import Connection
-from shoal.model.peft.factors import Factors
+from shoal.model.peft.factors import AdapterFactors
 from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
 from shoal.protocol import Adapter, AdapterStored, AnyMessage
@@ -34,7 +34,7 @@ class AdapterSync:
         self._uploading: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def ensure_loaded(
-        self, connection: Connection, server: ServerInfo, adapters: Iterable[Factors], *, session: bool = False
+        self, connection: Connection, server: ServerInfo, adapters: Iterable[AdapterFactors], *, session: bool = False
     ) -> None:
         """Send what the server does not have, for passes or a session. Once this returns, it has it.
 
@@ -59,7 +59,7 @@ class AdapterSync:
             await connection.ask_all(questions, expect=AdapterStored, usual_seconds=USUAL_UPLOAD_SECONDS)
             known.update({(each.block, each.origin): each.name for each in new})
 
-    def _left(self, peer: str, new: Factors) -> str | None:
+    def _left(self, peer: str, new: AdapterFactors) -> str | None:
         """The version that passes have used until now, and that the server need not keep."""
         key = new.block, new.origin
         name, known = self._for_passes[peer].pop(key, None), self._for_sessions[peer]
@@ -67,7 +67,7 @@ class AdapterSync:
             del known[key]
         return name
 
-    def forget(self, peer: str, asked: Iterable[Factors], names: Collection[str]) -> None:
+    def forget(self, peer: str, asked: Iterable[AdapterFactors], names: Collection[str]) -> None:
         """A server that was asked to compute with adapters says that it does not have those of these names."""
         missing = [each for each in asked if each.name in names]
         self._not_hosted[peer].update(each.name for each in missing if each.hosted is not None)

@@ -17,7 +17,7 @@ import torch
 from shoal.client.options.client_config import ClientConfig
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.message_sizes import check_size
-from shoal.concurrency import first_of, while_moving
+from shoal.concurrency import first_of, with_progress_timeout
 from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
 from shoal.net.wire import codec
@@ -113,7 +113,7 @@ class Connection:
             sending = codec.send(self._stream, message, tensors, self.encoding)
             patience = self._config.silence_seconds + self._in_flight.seconds_for(num_bytes)
             try:
-                await while_moving(sending, lambda: self._stream.taken_at, seconds=patience)
+                await with_progress_timeout(sending, lambda: self._stream.taken_at, seconds=patience)
             except (StreamBroken, TimeoutError) as failure:
                 self.fail(self.lost(failure if str(failure) else "takes nothing more"))
                 raise self.error from None  # type: ignore[misc]

@@ -17,7 +17,7 @@ from shoal.client.training.gradients import Gradients
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
 from shoal.client.training.remote_passes import RemotePasses
 from shoal.errors import UnsupportedOperation
-from shoal.model.peft.factors import Tuned
+from shoal.model.peft.peft_layers import ClientAdapter
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PassCall:
     runtime: Runtime
     passes: RemotePasses
     plan: PassPlan
-    tuned: Sequence[Tuned]
+    tuned: Sequence[ClientAdapter]
     positions: torch.Tensor | None
     mask: torch.Tensor | None
 

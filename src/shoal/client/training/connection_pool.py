@@ -11,7 +11,7 @@ from shoal.client.swarm.adapter_sync import AdapterSync
 from shoal.client.swarm.connection import Connection
 from shoal.concurrency import now
 from shoal.errors import Misrouted, PeerError
-from shoal.model.peft.factors import Factors
+from shoal.model.peft.factors import AdapterFactors
 from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
 from shoal.protocol import Backward, Forward, Norms, NotCached, Result
@@ -37,7 +37,7 @@ class ConnectionPool:
         server: ServerInfo,
         request: Forward | Backward | Norms,
         tensors: Tensors,
-        adapters: Collection[Factors],
+        adapters: Collection[AdapterFactors],
         *,
         usual_seconds: float,
     ) -> tuple[Connection, Result | NotCached, Tensors]:

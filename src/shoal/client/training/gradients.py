@@ -12,7 +12,7 @@ import torch
 
 from shoal.client.swarm.message_sizes import is_one_message
 from shoal.errors import UserError
-from shoal.model.peft.factors import FactorGradients, Factors, Tuning
+from shoal.model.peft.factors import ActiveAdapters, AdapterFactors, FactorGradients
 from shoal.protocol import MAX_PAYLOAD_BYTES
 from shoal.spans import Span
 
@@ -46,15 +46,15 @@ class FactorSums:
                 self.blocks[block] = self.blocks[block] + each if block in self.blocks else each
 
 
-def answerable(span: Span, tuning: Tuning, *, hidden_bytes: int) -> list[Span]:
+def answerable(span: Span, tuning: ActiveAdapters, *, hidden_bytes: int) -> list[Span]:
     """A span in as few parts as it takes for the gradients of each part's factors and inputs to fit into one answer.
 
     Raises `UserError` if those of a single block do not.
     """
     parts, start = list[Span](), span.start
     for block in span:
-        if not _is_one_answer(tuning.of(Span(start, block + 1)), hidden_bytes):
-            if not _is_one_answer(tuning.of(Span(block, block + 1)), hidden_bytes):
+        if not _is_one_answer(tuning.in_span(Span(start, block + 1)), hidden_bytes):
+            if not _is_one_answer(tuning.in_span(Span(block, block + 1)), hidden_bytes):
                 raise UserError(
                     f"the gradients of block {block}'s factors and of its inputs do not fit into a message of "
                     f"{MAX_PAYLOAD_BYTES >> 20} MiB",
@@ -65,7 +65,7 @@ def answerable(span: Span, tuning: Tuning, *, hidden_bytes: int) -> list[Span]:
     return [*parts, Span(start, span.end)]
 
 
-def _is_one_answer(factors: Sequence[Factors], hidden_bytes: int) -> bool:
+def _is_one_answer(factors: Sequence[AdapterFactors], hidden_bytes: int) -> bool:
     """Whether a server can return the gradients of these factors, in a row, and of hidden states together."""
     if not factors:
         return True
@@ -75,7 +75,7 @@ def _is_one_answer(factors: Sequence[Factors], hidden_bytes: int) -> bool:
 
 
 def by_block(
-    factors: Sequence[Factors], found_N: torch.Tensor | None, unused: Sequence[int]
+    factors: Sequence[AdapterFactors], found_N: torch.Tensor | None, unused: Sequence[int]
 ) -> dict[int, FactorGradients] | None:
     """A server's answer for the factors of a span, block after block; `None` if it is of something else."""
     sizes = [len(each.values) for each in factors]

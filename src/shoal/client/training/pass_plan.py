@@ -12,7 +12,7 @@ import torch
 
 from shoal.client.swarm.swarm import named_tensors
 from shoal.client.training.gradients import answerable
-from shoal.model.peft.factors import Tuning
+from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.routing.route import Hop
 from shoal.spans import Span
 from shoal.tensors import TensorName
@@ -43,7 +43,7 @@ class PassPlan:
     """
 
     span: Span
-    tuning: Tuning
+    tuning: ActiveAdapters
     inputs_wanted: bool = False
     wanted_from: int | None = None
     frozen: frozenset[int] = frozenset()
@@ -54,9 +54,9 @@ class PassPlan:
         return self.wanted_from is not None and self.wanted_from < span.end
 
     @functools.cached_property
-    def learning(self) -> Tuning:
+    def learning(self) -> ActiveAdapters:
         """The adapters whose factors need gradients."""
-        return Tuning({block: each for block, each in self.tuning.blocks.items() if block not in self.frozen})
+        return ActiveAdapters({block: each for block, each in self.tuning.blocks.items() if block not in self.frozen})
 
     def wanted(self, pieces: Sequence[MicrobatchPiece]) -> list[MicrobatchPiece]:
         """Those that have to be visited on the way back."""

@@ -219,7 +219,7 @@ class RemotePasses:
                 raise _wrong(connection, "that it lacks what it was just sent")
             return None
         gradient = self._received(connection, result, found, "grad", piece) if inputs else None
-        own = by_block(plan.learning.of(piece.span), found.get("factor_grads"), result.unused)
+        own = by_block(plan.learning.in_span(piece.span), found.get("factor_grads"), result.unused)
         if own is None:
             raise _wrong(connection, "something else than was asked")
         return gradient, own
@@ -229,7 +229,9 @@ class RemotePasses:
     ) -> tuple[Connection, Result | NotCached, Tensors]:
         batch_size, num_tokens, _ = piece.hidden.shape
         usual = batch_size * num_tokens / max(hop.server.prefill_speed or 0.0, SLOWEST)
-        answer = await self._pool.ask(hop.server, request, tensors, plan.tuning.of(piece.span), usual_seconds=usual)
+        answer = await self._pool.ask(
+            hop.server, request, tensors, plan.tuning.in_span(piece.span), usual_seconds=usual
+        )
         self._swarm.record_answer(hop)
         return answer
 

@@ -1,4 +1,4 @@
-"""Linear layers in the forms in which they compute fastest or take least memory: packed, int8, NF4.
+"""Linear layers whose weights are held in another form, to compute faster or to take less memory: packed, int8, NF4.
 
-It imports the ground only.
+It imports the ground and `shoal.model.families`.
 """

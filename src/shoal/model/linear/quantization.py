@@ -1,4 +1,4 @@
-"""How a server's weights are quantized: by Transformers' own quantizers, for the blocks alone."""
+"""Quantization of a server's blocks, by the quantizers of Transformers."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from shoal.errors import UserError
 from shoal.model.families import Family, text_config
-from shoal.model.linear.packed_linear import READ_BY_MODELS
+from shoal.model.linear.packed_linear import LINEARS_READ_DIRECTLY
 
-DEQUANTIZED_ON_CPUS = frozenset({"fp8", "mxfp4"})
-"""Stored quantizations without a kernel for CPUs: Transformers makes plain weights of them."""
+DEQUANTIZED_ON_CPU = frozenset({"fp8", "mxfp4"})
+"""Quantization methods of checkpoints that have no CPU kernel: Transformers dequantizes their weights at loading."""
 
 
 class Quantization(StrEnum):
-    """What becomes of the weights of linear layers when a server loads them; the values are announced."""
+    """How a server quantizes the weights of linear layers when it loads them. Servers announce these values."""
 
     NONE = "none"
     INT8 = "int8"
     NF4 = "nf4"
 
     def config(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-        """What Transformers is told."""
+        """The config for Transformers' quantizer; None for no quantization."""
         if self is Quantization.NONE:
             return None
-        # Without a list Transformers leaves out what it takes for the output head, and a body has none.
-        skipped = sorted(READ_BY_MODELS)
+        # Without this list, Transformers skips what it takes for the output head, but a body has no output head.
+        skipped = sorted(LINEARS_READ_DIRECTLY)
         if self is Quantization.INT8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
         return BitsAndBytesConfig(
@@ -46,30 +46,30 @@ class Quantization(StrEnum):
         )
 
     def weight_bytes(self, dtype: torch.dtype) -> float:
-        """What a weight of a linear layer takes, with its share of the scales: one for every 64, or for every row."""
+        """The bytes per weight of a linear layer, including scales: one for each row (int8) or 64 weights (NF4)."""
         return {Quantization.NONE: float(dtype.itemsize), Quantization.INT8: 1.01, Quantization.NF4: 0.5 + 4 / 64}[self]
 
 
 def quantizable_weights(family: Family, config: PreTrainedConfig) -> frozenset[str]:
-    """The weights of a model's blocks that are quantized, by their names in the backbone: those of linear layers."""
+    """The names, in the backbone, of the weights that are quantized: those of the linear layers of the blocks."""
     with torch.device("meta"):
         layers = family.backbone(text_config(config)).get_submodule(family.layers_name)
     return frozenset(
         f"{family.layers_name}.{name}.weight"
         for name, module in layers.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and name.rpartition(".")[2] not in READ_BY_MODELS
+        if type(module) in (nn.Linear, Conv1D) and name.rpartition(".")[2] not in LINEARS_READ_DIRECTLY
     )
 
 
 def dequantized_bytes(family: Family, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[int, ...]:
-    """The size of each block with plain weights."""
+    """The size of each block in bytes with ordinary weights of `dtype`."""
     with torch.device("meta"):
         layers = family.backbone(text_config(config)).get_submodule(family.layers_name)
     return tuple(sum(weight.numel() for weight in layer.parameters()) * dtype.itemsize for layer in layers)
 
 
 def stored_quantization(config: PreTrainedConfig) -> str | None:
-    """The method by which a checkpoint's weights are quantized already ("gptq", "fp8", ...), or `None`."""
+    """The method ("gptq", "fp8", ...) by which the weights in a checkpoint are quantized; None for ordinary weights."""
     described = getattr(config, "quantization_config", None)
     if described is None:
         return None
@@ -79,22 +79,22 @@ def stored_quantization(config: PreTrainedConfig) -> str | None:
 
 
 def quantized_config(
-    family: Family, whole: PreTrainedConfig, text: PreTrainedConfig, added: BitsAndBytesConfig | None
+    family: Family, full: PreTrainedConfig, text: PreTrainedConfig, added: BitsAndBytesConfig | None
 ) -> PreTrainedConfig:
-    """The config of a body: the language model's, and how the checkpoint is quantized already, if it is.
+    """The config of a body: that of the language model `text`, with the quantization that the checkpoint has.
 
-    That says which modules are left out, by their names in the whole model: they are given the names of the body.
-    Raises `UserError` if weights are to be quantized (`added`) that are quantized already.
+    A stored quantization lists the modules that it skips by their names in the model. They are replaced by their names
+    in the body. Raises `UserError` if `added` would quantize weights that are quantized already.
     """
-    method = stored_quantization(whole) or stored_quantization(text)
+    method = stored_quantization(full) or stored_quantization(text)
     if method is None:
         return text
     if added is not None:
         raise UserError(
             f"the weights of this checkpoint are quantized already ({method})",
-            hint="leave --quantization out: they are used as they are",
+            hint="leave --quantization out: a server uses them as they are",
         )
-    described = getattr(whole, "quantization_config", None) or text.quantization_config
+    described = getattr(full, "quantization_config", None) or text.quantization_config
     settings = described if isinstance(described, Mapping) else described.to_dict()
     text = copy.copy(text)
     text.quantization_config = {name: _as_in_body(family, value) for name, value in settings.items()}
@@ -112,11 +112,14 @@ def _as_in_body(family: Family, value: Any) -> Any:
 def check_quantizer(
     config: PreTrainedConfig, added: BitsAndBytesConfig | None, *, dtype: torch.dtype, device: torch.device | str
 ) -> None:
-    """Raise `UserError` unless everything that this quantization needs is installed here."""
+    """Raise `UserError` unless this machine has everything that the quantization needs.
+
+    The quantization is that of `config`, or `added` if it happens at loading.
+    """
     stored = getattr(config, "quantization_config", None)
     if stored is None and added is None:
         return
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that it can do without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that are not needed
     method = stored_quantization(config) or "bitsandbytes"
     try:
         settings = AutoHfQuantizer.merge_quantization_configs(stored, None) if added is None else added
@@ -125,5 +128,5 @@ def check_quantizer(
     except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"weights quantized by {method!r} cannot be used here: {' '.join(str(error).split())[:300]}",
-            hint="install what is missing, or use a checkpoint or a --quantization that this machine can compute with",
+            hint="install what is missing, or choose a checkpoint or a --quantization that this machine supports",
         ) from error

@@ -1,4 +1,4 @@
-"""What a client adds to a model: adapters and prompts, on the client as PEFT's layers, on the server as factors.
+"""Adapters and soft prompts that clients add to a model, described by their factors or as layers of PEFT.
 
-It imports the ground and the modules of `shoal.model` itself.
+It imports the ground and the other modules of `shoal.model`, except for head and body.
 """

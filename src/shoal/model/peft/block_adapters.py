@@ -1,18 +1,17 @@
-"""Clients' adapters in a server's blocks: PEFT's own layers around linear layers that everybody shares.
+"""Clients' adapters in a server's blocks: PEFT's own layers around linear layers that all clients share.
 
-What such a layer computes is PEFT's code, here as on one machine. It stands in a copy of the block that has nothing
-else of its own (`shoal.model.module_view`). So a client's adapter is there for those computations that name it, and
-for no others. How a client describes it is in `shoal.model.peft.factors`.
+The layers run PEFT's code, as on one machine. They are put into a copy of the block that shares everything else
+(`shoal.model.module_view`), so that an adapter affects only computations that name it. `shoal.adapters` has the
+descriptions of adapters.
 """
 
-# B sequences, T tokens, D hidden size, P tokens of a prompt, N factors
+# B sequences, T tokens, D hidden size, P tokens of a prompt, N factors or rows
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,39 +20,40 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.adapters import IA3, Lora, Prompt
 from shoal.model.linear.packed_linear import FrozenLinear
-from shoal.model.module_view import entering, with_submodules
+from shoal.model.module_view import with_input_change, with_submodules
 from shoal.model.peft.factors import Layer
 from shoal.model.peft.skeleton import LINEAR, Conv1DSkeleton, LinearSkeleton, num_features
 
-THE_ONE = "adapter"
-"""What PEFT calls the only adapter of a server's layers."""
+PEFT_ADAPTER_NAME = "adapter"
+"""The name by which PEFT knows the adapter of a layer. A server's layers have one adapter each."""
 
 
-def get_ready() -> None:
-    """Import PEFT: that takes seconds, in which a server that is sent an adapter would answer nobody."""
+def import_peft() -> None:
+    """Import PEFT. This takes seconds, during which a server that received an adapter would not answer."""
     from peft.tuners import ia3, lora  # noqa: F401
 
 
 class BlockAdapter:
-    """One client's adapter of one block, ready to be computed with. Its factors never change."""
+    """One client's adapter of one block, as PEFT's layers. Its factors never change."""
 
     def __init__(
         self, block: nn.Module, layers: Sequence[Layer], values_N: Tensor, *, name: str, hidden_size: int
     ) -> None:
-        """`values_N` are on the block's device. Raises `ValueError` for layers that the block does not have, and for
-        another number of factors than they need.
+        """Make the layers for `block` from their factors `values_N`, which are on the block's device.
+
+        Raises `ValueError` for layers that the block does not have, and for a wrong number of factors.
         """
         self.name = name
         self.nbytes = values_N.nbytes
         self.dtype = values_N.dtype
         self.layers: dict[str, nn.Module] = {}
         self.prompt_PD: Tensor | None = None
-        self._dropouts: list[tuple[nn.Module, _Dropout]] = []  # and the layers that they are in
+        self._dropouts: list[tuple[nn.Module, _Dropout]] = []  # each with its layer
         bases = [None if isinstance(layer, Prompt) else _linear(block, layer.module) for layer in layers]
         shapes = [_shapes(layer, base, hidden_size) for layer, base in zip(layers, bases, strict=True)]
         counts = [math.prod(shape) for each in shapes for shape in each]
         if sum(counts) != len(values_N):
-            raise ValueError(f"{len(values_N)} factors, where these layers have {sum(counts)}")
+            raise ValueError(f"{len(values_N)} factors for layers that have {sum(counts)}")
         parts = iter(values_N.split(counts))
         self.parameters: list[nn.Parameter] = []
         for layer, base, each in zip(layers, bases, shapes, strict=True):
@@ -73,43 +73,49 @@ class BlockAdapter:
         added = _lora(layer, base, own) if isinstance(layer, Lora) else _ia3(layer, base, own)
         if isinstance(layer, Lora) and layer.dropout:
             dropout = _Dropout(layer.dropout)
-            added.lora_dropout[THE_ONE] = dropout
+            added.lora_dropout[PEFT_ADAPTER_NAME] = dropout
             self._dropouts.append((added, dropout))
         self.layers[layer.module] = added
 
     def on(self, block: nn.Module, start: int = 0) -> nn.Module:
-        """A copy of the block with this adapter; what enters is of the tokens from `start` on."""
+        """A copy of the block with this adapter, for the tokens from `start` on."""
         adapted = with_submodules(block, self.layers)
         prompt_PD = self.prompt_PD
         if prompt_PD is None or start >= len(prompt_PD):
             return adapted
-        return entering(adapted, lambda hidden_BTD: with_prompt(hidden_BTD, prompt_PD, start))
+        return with_input_change(adapted, lambda hidden_BTD: add_prompt(hidden_BTD, prompt_PD, start))
 
     @contextmanager
-    def dropping(self, seed: int | None) -> Iterator[None]:
-        """What is dropped inside follows from this number, on every device; without one, and outside, nothing is."""
+    def seeded_dropout(self, seed: int | None) -> Iterator[None]:
+        """In this context, apply dropout that depends on `seed` only, equal on every device.
+
+        Without a seed, and outside of the context, there is no dropout.
+        """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        self._drop_by(generator)
+        self._set_generator(generator)
         try:
             yield
         finally:
-            self._drop_by(None)  # sessions compute with the same layers
+            self._set_generator(None)  # because sessions compute with the same layers
 
-    def _drop_by(self, generator: torch.Generator | None) -> None:
+    def _set_generator(self, generator: torch.Generator | None) -> None:
         for layer, dropout in self._dropouts:
             dropout.generator = generator
-            layer.training = generator is not None  # PEFT's DoRA looks at that before it drops anything
+            layer.training = generator is not None  # PEFT's DoRA applies dropout only in training
 
 
-def with_prompt(hidden_BTD: Tensor, prompt_PD: Tensor, start: int) -> Tensor:
-    """Hidden states of the tokens from `start` on, to the first of which a prompt is added."""
+def add_prompt(hidden_BTD: Tensor, prompt_PD: Tensor, start: int) -> Tensor:
+    """Add a prompt to hidden states of the tokens from `start` on: row i of it to token i of the sequence."""
     some_PD = prompt_PD[start : start + hidden_BTD.shape[1]].to(hidden_BTD.dtype)
     num_some = len(some_PD)
     return torch.cat((hidden_BTD[:, :num_some] + some_PD, hidden_BTD[:, num_some:]), dim=1)
 
 
-def row_norms(block: nn.Module, paths: Sequence[str]) -> Tensor:
-    """The norms [N] of the rows of some linear layers' weights, as PEFT finds them. Raises `ValueError`."""
+def weight_row_norms(block: nn.Module, paths: Sequence[str]) -> Tensor:
+    """The norms [N] of the rows of these linear layers' weights, computed as in PEFT, one layer after the other.
+
+    Raises `ValueError` if the block has no such layer.
+    """
     weights = ((base, base.weight) for base in (_linear(block, path) for path in paths))
     each = [torch.linalg.norm(weight.T if isinstance(base, Conv1D) else weight, dim=1) for base, weight in weights]
     return torch.cat(each).float()
@@ -121,7 +127,7 @@ def _linear(block: nn.Module, path: str) -> nn.Module:
     except AttributeError:
         raise ValueError(f"blocks of this model have no {path}") from None
     if not isinstance(found, (*LINEAR, FrozenLinear)):
-        raise ValueError(f"{path} is no linear layer")
+        raise ValueError(f"{path} is not a linear layer")
     return found
 
 
@@ -133,7 +139,7 @@ def _shapes(layer: Layer, base: nn.Module | None, hidden_size: int) -> list[tupl
 
 
 def _lora(layer: Lora, base: nn.Module, own: list[nn.Parameter]) -> Any:
-    """PEFT's LoRA layer around a linear one. It is made on the meta device, where making it costs nothing."""
+    """PEFT's LoRA layer around a linear layer. It is made on the meta device, where this is fast."""
     from peft import LoraConfig
     from peft.tuners import lora
 
@@ -146,34 +152,35 @@ def _lora(layer: Lora, base: nn.Module, own: list[nn.Parameter]) -> Any:
         fan_in_fan_out=isinstance(base, Conv1D),
     )
     with torch.device("meta"):
-        made = lora.Linear(_stand_in(base), THE_ONE, config, r=layer.rank, lora_alpha=layer.rank)
+        made = lora.Linear(_skeleton(base), PEFT_ADAPTER_NAME, config, r=layer.rank, lora_alpha=layer.rank)
     made.eval()
     made.base_layer = base
-    made.scaling[THE_ONE] = layer.scaling
+    made.scaling[PEFT_ADAPTER_NAME] = layer.scaling
     weights = iter(own)
-    made.lora_A[THE_ONE].weight, made.lora_B[THE_ONE].weight = next(weights), next(weights)
+    made.lora_A[PEFT_ADAPTER_NAME].weight, made.lora_B[PEFT_ADAPTER_NAME].weight = next(weights), next(weights)
     if layer.bias:
-        made.lora_B[THE_ONE].bias = next(weights)
+        made.lora_B[PEFT_ADAPTER_NAME].bias = next(weights)
     if layer.dora:
-        made.lora_magnitude_vector[THE_ONE].weight = next(weights)
+        made.lora_magnitude_vector[PEFT_ADAPTER_NAME].weight = next(weights)
     return made
 
 
 def _ia3(layer: IA3, base: nn.Module, own: list[nn.Parameter]) -> Any:
+    """PEFT's IA3 layer around a linear layer, made in the same way."""
     from peft import IA3Config
     from peft.tuners import ia3
 
     config = IA3Config(init_ia3_weights=False, fan_in_fan_out=isinstance(base, Conv1D))
     with torch.device("meta"):
-        made = ia3.Linear(_stand_in(base), THE_ONE, config, is_feedforward=layer.feedforward)
+        made = ia3.Linear(_skeleton(base), PEFT_ADAPTER_NAME, config, is_feedforward=layer.feedforward)
     made.eval()
     made.base_layer = base
-    (made.ia3_l[THE_ONE],) = own
+    (made.ia3_l[PEFT_ADAPTER_NAME],) = own
     return made
 
 
-def _stand_in(base: nn.Module) -> nn.Module:
-    """What PEFT looks at while it makes a layer: our linears would unpack their weights to be looked at."""
+def _skeleton(base: nn.Module) -> nn.Module:
+    """The base layer that PEFT inspects when it makes a layer. A packed layer would have to unpack its weight."""
     num_inputs, num_outputs = num_features(base)
     like = torch.empty(0, device="meta")
     if isinstance(base, Conv1D):
@@ -182,7 +189,7 @@ def _stand_in(base: nn.Module) -> nn.Module:
 
 
 class _Dropout(nn.Module):
-    """Drops the same on every device and at every attempt: what the generator says, drawn on the CPU."""
+    """Dropout that is the same on every device and in every attempt, because its mask is drawn on the CPU."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -192,94 +199,5 @@ class _Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.generator is None:
             return x
-        kept = torch.empty(x.shape, dtype=torch.float32).bernoulli_(1 - self._probability, generator=self.generator)
-        return x * (kept / (1 - self._probability)).to(x)
-
-
-# -- several clients in one pass ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a packed pass that are one client's: the tokens from `position` on of so many sequences, one by one."""
-
-    rows: slice
-    num_sequences: int
-    position: int
-    adapter: BlockAdapter
-
-
-def mixed(block: nn.Module, parts: Sequence[Part], *, num_rows: int) -> nn.Module:
-    """A copy of a block that computes packed tokens [1, N, D], each with its own client's adapter.
-
-    The weights are multiplied by all tokens at once; only what an adapter adds is computed for its rows alone.
-    """
-    paths = dict.fromkeys(path for part in parts for path in part.adapter.layers)
-    shared = {path: _Shared(block.get_submodule(path), _at(path, parts), num_rows) for path in paths}
-    view = with_submodules(block, shared)
-    prompted = [
-        part for part in parts if part.adapter.prompt_PD is not None and part.position < len(part.adapter.prompt_PD)
-    ]
-    return entering(view, lambda hidden: _prompted(hidden, prompted)) if prompted else view
-
-
-def _at(path: str, parts: Sequence[Part]) -> list[tuple[slice, nn.Module]]:
-    return [(part.rows, part.adapter.layers[path]) for part in parts if path in part.adapter.layers]
-
-
-def _prompted(hidden_1ND: Tensor, parts: Sequence[Part]) -> Tensor:
-    hidden_1ND = hidden_1ND.clone()
-    for part in parts:
-        assert part.adapter.prompt_PD is not None
-        own_1ND = hidden_1ND[:, part.rows]
-        own_BTD = own_1ND.view(part.num_sequences, -1, own_1ND.shape[-1])
-        hidden_1ND[:, part.rows] = with_prompt(own_BTD, part.adapter.prompt_PD, part.position).view(own_1ND.shape)
-    return hidden_1ND
-
-
-class _InPlaceOf(nn.Module):
-    """Stands where a linear layer was, whose weights PEFT, and some routers, look at."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["_base"] = base  # not a submodule: it is everybody's
-
-    @property
-    def weight(self) -> Any:
-        return self.__dict__["_base"].weight
-
-    @property
-    def bias(self) -> Any:
-        return self.__dict__["_base"].bias
-
-
-class _Shared(_InPlaceOf):
-    """A linear layer for rows [.., N, inputs] of several clients: one product, and what their layers make of it."""
-
-    def __init__(self, base: nn.Module, layers: Sequence[tuple[slice, nn.Module]], num_rows: int) -> None:
-        super().__init__(base)
-        self._layers = layers
-        self._num_rows = num_rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2] != self._num_rows:
-            raise ValueError(f"{x.shape[-2]} rows, where there are {self._num_rows}: whose they are cannot be told")
-        base: nn.Module = self.__dict__["_base"]
-        result: Tensor = base(x)
-        for rows, layer in self._layers:
-            if not getattr(layer, "is_feedforward", False):  # those change what goes into the product
-                layer = with_submodules(layer, {"base_layer": _Given(base, result[..., rows, :])})
-            result[..., rows, :] = layer(x[..., rows, :])
-        return result
-
-
-class _Given(_InPlaceOf):
-    """A linear layer whose outputs are known already."""
-
-    def __init__(self, base: nn.Module, output: Tensor) -> None:
-        super().__init__(base)
-        self.__dict__["_output"] = output
-
-    def forward(self, _: Tensor) -> Tensor:
-        output: Tensor = self.__dict__["_output"]
-        return output
+        mask = torch.empty(x.shape, dtype=torch.float32).bernoulli_(1 - self._probability, generator=self.generator)
+        return x * (mask / (1 - self._probability)).to(x)

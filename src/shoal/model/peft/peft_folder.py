@@ -1,8 +1,8 @@
-"""Adapters that others have trained: a PEFT folder, on this machine or on the hub, put into a model.
+"""Trained adapters in PEFT's folder format, from this machine or from the hub.
 
-Client and server do it the same way, the one to the model that it uses, the other to a skeleton of it, so that both
-find the same factors under the same names: a client does not send what a server hosts. Weights are read from
-safetensors only; a folder that has nothing else is refused.
+The client puts such an adapter into its model, and a server puts it into a skeleton of the model. Both find the same
+factors with the same names, so that a client does not send an adapter that the server hosts. Weights are read only from
+safetensors files.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from transformers import AutoModelForCausalLM
 
 from shoal.errors import CheckpointError, UserError
 from shoal.model.families import find_backbone, text_config
-from shoal.model.peft.factors import Factors, tuned_block
+from shoal.model.peft.factors import AdapterFactors
+from shoal.model.peft.peft_layers import find_adapter
 from shoal.model.peft.skeleton import skeletons
 from shoal.model.weights.checkpoint import Checkpoint, find_files, read_json
 from shoal.spans import Span
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-MOST_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 20
+"""The largest config that is read. Those that PEFT writes have a few kilobytes."""
 PREFIX = "base_model.model."
-"""Of the names of weights in a folder: that of the model around the model."""
+"""The prefix of weights in a PEFT folder, from the `PeftModel` around the model."""
 HOSTED = "hosted"
-"""What PEFT calls it."""
+"""The adapter's name in PEFT's layers."""
 
 
 @dataclass(frozen=True)
 class PeftFolder:
-    """An adapter as PEFT saves it. Folders of the same files have the same `name`, wherever their `origin` is."""
+    """An adapter as PEFT saves it. `name` is a digest of its files; `origin` is the folder or the id on the hub."""
 
     origin: str
     name: str
@@ -53,7 +55,7 @@ class PeftFolder:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> PeftFolder:
-        """Read a local folder or a repository on the hub. Raises `UserError` for what is no adapter."""
+        """Read a local folder or a repository on the hub. Raises `UserError` if it is not a PEFT adapter."""
         files = find_files(
             adapter, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -63,16 +65,16 @@ class PeftFolder:
                     f"{adapter} has no {file}", hint="is it a PEFT adapter, saved with save_pretrained as safetensors?"
                 )
         path, weights = files.path(CONFIG), files.path(WEIGHTS)
-        if path.stat().st_size > MOST_CONFIG_BYTES:
-            raise CheckpointError(f"{adapter}: {CONFIG} is not what PEFT writes")
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{adapter}: {CONFIG} is too large to be that of a PEFT adapter")
         digest = hashlib.blake2b(path.read_bytes(), digest_size=8)
         digest.update(weights.read_bytes())
         return cls(str(adapter), digest.hexdigest(), read_json(files, CONFIG), load_file(weights))
 
     def put_into(self, model: nn.Module) -> list[str]:
-        """Add it to a model, active and frozen; returns the names of weights for which the model has no place.
+        """Add the adapter to a model, active and frozen. Returns the names of weights that have no place in the model.
 
-        Raises `UserError` for an adapter of another model.
+        Raises `UserError` if the adapter does not fit the model.
         """
         from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
         from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -88,14 +90,14 @@ class PeftFolder:
         model.eval()
         return sorted(loaded.unexpected_keys)
 
-    def factors(self, checkpoint: Checkpoint, span: Span) -> list[Factors]:
-        """What it adds to the blocks of a span, as clients would send it: in float32, as PEFT computes with it."""
+    def factors(self, checkpoint: Checkpoint, span: Span) -> list[AdapterFactors]:
+        """The adapters of the blocks of a span, as a client would send them: in float32, as in PEFT."""
         config = text_config(checkpoint.config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         _, backbone, layers_name = find_backbone(model, config)
-        bare = skeletons(list(backbone.get_submodule(layers_name)), torch.empty(0))
-        setattr(backbone, layers_name, nn.ModuleList(bare))
+        layers = skeletons(list(backbone.get_submodule(layers_name)), torch.empty(0))
+        setattr(backbone, layers_name, nn.ModuleList(layers))
         self.put_into(model)
-        found = (tuned_block(block, bare[block]) for block in span)
+        found = (find_adapter(block, layers[block]) for block in span)
         return [each.factors(hosted=self.name) for each in found if each is not None]

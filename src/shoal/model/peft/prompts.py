@@ -1,8 +1,8 @@
-"""Soft prompts: trained vectors before every text (arXiv 2104.08691), and in every block (arXiv 2110.07602).
+"""Soft prompts: trained vectors before the input (arXiv 2104.08691) and in every block (arXiv 2110.07602).
 
-They are the client's. Those of the input stand before the embeddings of the tokens and are computed like tokens: the
-first ones of every sequence, also before its padding. The model's code outside of the backbone never sees them. Those
-of the blocks are added there to the hidden states of the same positions (`shoal.model.peft.block_adapters`).
+The client holds them. The prompt of the input precedes the embeddings of the tokens, also before padding, and is
+computed like tokens. The model's code outside of the backbone does not see it. The prompts of the blocks are added to
+the hidden states of the same positions, in the blocks (`shoal.model.peft.block_adapters`).
 """
 
 # B rows, T new tokens, P tokens of the prompt, D hidden size
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from shoal.errors import UserError
 
 PROMPT = "soft_prompt"
-"""What the module is called in a client's backbone."""
+"""The name of the prompt's module in a client's backbone."""
 
 
 def new_prompt(embeddings: nn.Module, num_tokens: int) -> nn.Embedding:
-    """A prompt to be trained, in float32; it begins as spread out as the model's own embeddings."""
+    """A new prompt in float32, drawn with the standard deviation of the model's embeddings."""
     weight: Tensor = embeddings.weight  # type: ignore[assignment]
     prompt = nn.Embedding(num_tokens, weight.shape[1], device=weight.device, dtype=torch.float32)
     nn.init.normal_(prompt.weight, std=float(weight.detach().float().std()))
@@ -29,17 +29,23 @@ def new_prompt(embeddings: nn.Module, num_tokens: int) -> nn.Embedding:
 
 
 def check_mode(mode: str | None, num_tokens: int) -> None:
-    """Raises `UserError` for modes that do not exist, or lack their length."""
+    """Raise `UserError` for a tuning mode that does not exist, and for a mode without a length or the reverse."""
     if mode not in (None, "ptune", "deep_ptune"):
         raise UserError(f"no tuning mode is called {mode!r}", hint='use "ptune" or "deep_ptune"')
     if (mode is None) != (num_tokens == 0) or num_tokens < 0:
         raise UserError(
-            "soft prompts have a mode and a length", hint='write tuning_mode="ptune", pre_seq_len=16, or neither'
+            "soft prompts have a mode and a length",
+            hint='give both, such as tuning_mode="ptune", pre_seq_len=16, or neither',
         )
 
 
 def with_prompt(arguments: dict[str, Any], prompt: nn.Embedding, embeddings: nn.Module, *, num_seen: int) -> bool:
-    """Put the prompt before what a backbone is called with after `num_seen` tokens; returns whether it is new."""
+    """Account for the prompt in the arguments of a backbone's call, which are changed.
+
+    `num_seen` tokens precede the call in its session, not counting the prompt. If there are none, the prompt is
+    inserted before the new tokens. Otherwise only mask and positions are extended. Returns whether the prompt was
+    inserted.
+    """
     num_prompt = prompt.num_embeddings
     ids = arguments.pop("input_ids", None)
     embeds: Tensor = embeddings(ids) if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
@@ -64,7 +70,7 @@ def with_prompt(arguments: dict[str, Any], prompt: nn.Embedding, embeddings: nn.
 
 
 def without_prompt(output: Any, num_prompt: int) -> Any:
-    """What a backbone returns, without that of the prompt."""
+    """The output of a backbone without the positions of the prompt."""
     if isinstance(output, tuple):
         return (output[0][:, num_prompt:], *output[1:])
     output.last_hidden_state = output.last_hidden_state[:, num_prompt:]

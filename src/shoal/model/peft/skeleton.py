@@ -1,9 +1,9 @@
-"""A block without its weights: where PEFT puts a client's own layers, although the block is computed elsewhere.
+"""Skeletons: blocks without weights, into which PEFT puts a client's adapters.
 
-A client's model keeps the layers that Transformers has built for it, under their names, but nothing is in them: of
-weights only the sizes are left, and no layer can be called. PEFT looks for names and kinds of modules, so that
-`get_peft_model`, `target_modules="all-linear"`, `save_pretrained` and `PeftModel.from_pretrained` find what they look
-for, and the parameters that they make are the client's (`shoal.client.blocks` sends them to the servers).
+A client's model keeps the layers that Transformers built, with their names. Their weights have shapes but no values,
+and no layer can be called. PEFT looks only for names and types of modules. Therefore `get_peft_model`,
+`target_modules="all-linear"`, `save_pretrained` and `PeftModel.from_pretrained` work. The parameters that they create
+are the client's; `shoal.client.blocks` sends them to the servers.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from transformers.pytorch_utils import Conv1D
 from shoal.errors import UnsupportedOperation
 
 LINEAR = (nn.Linear, Conv1D)
-"""The kinds of layers to which PEFT adds factors, in the models of Transformers."""
+"""The types of linear layers in the models of Transformers."""
 
 
 class WeightSkeleton(Tensor):
-    """Has the shape of a weight and takes no memory: it is a single zero, everywhere, and nobody's parameter.
+    """A tensor with the shape of a weight that takes no memory: a single zero, expanded. It is not a parameter.
 
-    To copy it or to change it, as merging does, raises `UnsupportedOperation`.
+    Cloning or changing it, as merging does, raises `UnsupportedOperation`.
     """
 
-    # What is computed from it is a plain tensor.
+    # Results of computations with it are plain tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def of(cls, shape: Sequence[int], like: Tensor) -> WeightSkeleton:
+        """A skeleton of this shape, with the dtype and the device of `like`."""
         return like.new_zeros(()).expand(*shape).as_subclass(cls)
 
     @property
@@ -42,22 +43,22 @@ class WeightSkeleton(Tensor):
 
     @data.setter
     def data(self, _: Tensor) -> None:
-        self._is_elsewhere()
+        self._refuse()
 
-    def _is_elsewhere(self, *_: Any, **__: Any) -> NoReturn:
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise UnsupportedOperation(
             "servers hold these weights: nothing is merged into them here, nor derived from them",
             hint="PEFT merges an adapter that was saved on one machine with all weights",
         )
 
-    clone = __iadd__ = __isub__ = _is_elsewhere
+    clone = __iadd__ = __isub__ = _refuse
 
     def __deepcopy__(self, _: dict[int, Any]) -> WeightSkeleton:
         return self
 
 
 class LinearSkeleton(nn.Linear):
-    """Says what a linear layer is like: PEFT asks for its sizes, and where its weight is and as what."""
+    """A linear layer without values. PEFT reads its sizes, and the device and dtype of its weight."""
 
     def __init__(self, num_inputs: int, num_outputs: int, *, bias: bool, like: Tensor) -> None:
         nn.Module.__init__(self)
@@ -70,7 +71,7 @@ class LinearSkeleton(nn.Linear):
 
 
 class Conv1DSkeleton(Conv1D):  # type: ignore[misc]
-    """The same for GPT-2's linear layers, whose weights are transposed."""
+    """The same for the linear layers of GPT-2, whose weights are transposed."""
 
     def __init__(self, num_inputs: int, num_outputs: int, *, like: Tensor) -> None:
         nn.Module.__init__(self)
@@ -83,7 +84,7 @@ class Conv1DSkeleton(Conv1D):  # type: ignore[misc]
 
 
 class _Parameters(Iterator[nn.Parameter]):
-    """The parameters of a skeleton: those that were added to it. `next` says why there are none."""
+    """The parameters that were added to a skeleton. If there are none, `next` raises `UnsupportedOperation`."""
 
     def __init__(self, found: Iterator[nn.Parameter], kind: str) -> None:
         self._found = found
@@ -102,10 +103,10 @@ class _Parameters(Iterator[nn.Parameter]):
 
 
 class _Skeleton(nn.Module):
-    """Mixed into a layer whose weights are elsewhere."""
+    """Mixed into the class of a layer whose weights are on servers."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        # PEFT's AdaptionPrompt, for one, takes the first without a look whether there is any.
+        # Some methods of PEFT, such as AdaptionPrompt, take the first parameter without checking that there is one.
         return _Parameters(super().parameters(recurse), type(self).__name__)
 
 
@@ -115,7 +116,7 @@ def _skeleton_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def num_features(linear: nn.Module) -> tuple[int, int]:
-    """The number of a linear layer's inputs and outputs."""
+    """The number of inputs and of outputs of a linear layer."""
     if isinstance(linear, Conv1D):
         num_inputs, num_outputs = linear.weight.shape
         return num_inputs, num_outputs
@@ -123,7 +124,7 @@ def num_features(linear: nn.Module) -> tuple[int, int]:
 
 
 def skeletons(layers: Sequence[nn.Module], like: Tensor) -> list[nn.Module]:
-    """The same layers without weights, where `like` is, in its dtype. They share what is no module."""
+    """Copies of layers without weights, with the device and dtype of `like`. Other attributes are shared."""
     return [_skeleton(layer, like) for layer in layers]
 
 
@@ -133,13 +134,13 @@ def _skeleton(module: nn.Module, like: Tensor) -> nn.Module:
         return LinearSkeleton(num_inputs, num_outputs, bias=module.bias is not None, like=like)
     if isinstance(module, Conv1D):
         return Conv1DSkeleton(num_inputs, num_outputs, like=like)
-    bare = copy.copy(module)
-    bare.__class__ = _skeleton_class(type(module))  # type: ignore[arg-type]
-    bare.__dict__["_parameters"] = {}
+    skeleton = copy.copy(module)
+    skeleton.__class__ = _skeleton_class(type(module))  # type: ignore[arg-type]
+    skeleton.__dict__["_parameters"] = {}
     for name, parameter in module._parameters.items():
-        bare.__dict__[name] = None if parameter is None else WeightSkeleton.of(parameter.shape, like)
-    bare.__dict__["_buffers"] = dict.fromkeys(module._buffers)
-    bare.__dict__["_modules"] = {
+        skeleton.__dict__[name] = None if parameter is None else WeightSkeleton.of(parameter.shape, like)
+    skeleton.__dict__["_buffers"] = dict.fromkeys(module._buffers)
+    skeleton.__dict__["_modules"] = {
         name: None if child is None else _skeleton(child, like) for name, child in module._modules.items()
     }
-    return bare
+    return skeleton

@@ -1,7 +1,7 @@
-"""A model's weights: known from the headers of their files, and read only where they are needed.
+"""A model's checkpoint: tensors are found by the headers of their files, and read only by those that need them.
 
-A server reads the tensors of its blocks, a client those of everything else. From the hub, only the files that hold them
-are downloaded. Only safetensors files are read, because reading the pickles of older checkpoints runs their code.
+A server reads the tensors of its blocks; a client reads all others. From the hub, only the files with these tensors are
+downloaded. Only safetensors files are read, because unpickling an older checkpoint runs code from it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from shoal.model.families import Family, family_of, text_config
 from shoal.model.weights.files import Files, LocalFiles
 from shoal.model.weights.fingerprint import fingerprint, model_key
 from shoal.model.weights.hub import open_repository
-from shoal.model.weights.places import CONFIG, INDEX, SINGLE_FILE, folder_of, no_config, not_read
+from shoal.model.weights.location import CONFIG, INDEX, SINGLE_FILE, folder_of, missing_config, unreadable_weights
 from shoal.model.weights.safetensors_file import TensorInfo, read_tensors
 from shoal.spans import Span
 
-_NOT_READ = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ckpt")
+_UNREADABLE = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that could be loaded: what it is, how large its blocks are, and where each tensor is."""
+    """A model that can be loaded: its config, the sizes of its blocks, and the file of each tensor."""
 
     files: Files
     config: PreTrainedConfig
     family: Family
-    key: str  # the swarm's name for the model: equal for its copies and revisions
+    key: str  # the swarm's name for the model, equal for its copies and revisions
     file_of: Mapping[str, str] = field(repr=False)  # tensor -> file
 
     @classmethod
@@ -53,13 +53,13 @@ class Checkpoint:
         """Open a local folder or a model on the hub, without reading any weights.
 
         Raises `UserError` if there is no such model, `UnsupportedModel` if it cannot be cut into blocks, and
-        `CheckpointError` if its description is damaged.
+        `CheckpointError` if its config or its list of files is damaged.
         """
         files = find_files(
             model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         if CONFIG not in files:
-            raise no_config(model, files.listing())
+            raise missing_config(model, files.listing())
         description = read_json(files, CONFIG)
         config = _read_config(files)
         family = family_of(config, allow_uncertified=allow_uncertified)
@@ -70,27 +70,33 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
+        """A short name to show: that of the folder, or the id on the hub."""
         return self.files.name
 
     @property
     def num_blocks(self) -> int:
+        """The number of blocks of the whole model."""
         return self.family.num_blocks
 
     @cached_property
     def fingerprint(self) -> str:
-        """The name of these exact weights (see `shoal.model.weights.fingerprint`); may take a while for a local folder.
+        """The name of these exact weights (`shoal.model.weights.fingerprint`).
 
-        Raises `CheckpointError` for a folder that lacks some of the files.
+        For a local folder this reads all weights, which may take minutes. Raises `CheckpointError` for a folder that
+        lacks some of the files.
         """
         return fingerprint(self.key, self.files.digests(self._weight_files))
 
     @cached_property
     def block_bytes(self) -> tuple[int, ...]:
-        """The size of each block's tensors, as they are stored."""
+        """The size in bytes of each block's tensors as they are stored."""
         return self.block_sizes(lambda name, tensor: tensor.nbytes)
 
     def block_sizes(self, size_of: Callable[[str, TensorInfo], float]) -> tuple[int, ...]:
-        """The same where tensors are held in another form: what `size_of` gives for each, by the checkpoint's name."""
+        """The size of each block if its tensors are held in another form.
+
+        `size_of` gives the size in bytes of one tensor, from its name in the checkpoint and its header.
+        """
         sizes = [0.0] * self.num_blocks
         for name, tensor in self._headers.items():
             if (block := self.family.block_of(name)) is not None and block < self.num_blocks:
@@ -99,14 +105,14 @@ class Checkpoint:
 
     @cached_property
     def head_bytes(self) -> int:
-        """The size of all that is not blocks, as it is stored."""
+        """The size in bytes of all tensors outside of the blocks as they are stored."""
         return sum(tensor.nbytes for name, tensor in self._headers.items() if self.family.block_of(name) is None)
 
     def block_tensors(self, span: Span) -> dict[str, Tensor]:
-        """The tensors of these blocks, under the checkpoint's own names.
+        """The tensors of these blocks, by their names in the checkpoint.
 
-        They are mapped, not read: see `shoal.model.weights.safetensors_file.read_tensors`. Downloads the files that
-        hold them.
+        They are mapped into memory (`shoal.model.weights.safetensors_file.read_tensors`). Missing files are downloaded.
+        Raises `UserError` for a span beyond the model, and `CheckpointError` for a damaged file.
         """
         if span.end > self.num_blocks:
             raise UserError(f"{self.name} has {self.num_blocks} blocks; there is no span {span} of them")
@@ -115,9 +121,9 @@ class Checkpoint:
         )
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """All tensors that are not blocks', in the same way.
+        """All tensors outside of the blocks, read in the same way.
 
-        Where the output head is tied to the embeddings, only the one that is stored.
+        If the output head is tied to the embeddings, the checkpoint has only one of them.
         """
         return self._read(name for name in self.file_of if self.family.block_of(name) is None)
 
@@ -148,7 +154,7 @@ class Checkpoint:
         if missing := sorted(set(range(self.num_blocks)) - blocks):
             raise CheckpointError(
                 f"{self.name} has {self.num_blocks} blocks by its {CONFIG}, but no tensor of block {missing[0]}",
-                hint=f"{CONFIG} and weights are not of one model, or the index of the weights is incomplete",
+                hint=f"{CONFIG} and the weights belong to different models, or the index of the weights is incomplete",
             )
 
 
@@ -160,7 +166,7 @@ def find_files(
     cache_dir: str | Path | None,
     local_files_only: bool = False,
 ) -> Files:
-    """The files of a folder, or of a repository on the hub. Raises `UserError` if there is none."""
+    """The files of a folder or of a repository on the hub. Raises `UserError` if there is neither."""
     if (folder := folder_of(model)) is not None:
         return LocalFiles(folder, name=folder.resolve().name)
     return open_repository(
@@ -169,7 +175,7 @@ def find_files(
 
 
 def read_json(files: Files, file: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises `CheckpointError` for anything else."""
+    """The JSON object in a file. Raises `CheckpointError` if the file holds anything else."""
     try:
         content = json.loads(files.path(file).read_bytes())
     except (ValueError, RecursionError):
@@ -186,7 +192,7 @@ def _read_config(files: Files) -> PreTrainedConfig:
     except ValueError as error:
         raise UnsupportedModel(
             f"Transformers does not know the architecture of {files.name}: {_in_one_line(error)}",
-            hint="code that comes with a model is never run",
+            hint="shoal never runs code that comes with a model",
         ) from error
     except (StrictDataclassError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{CONFIG} of {files.name} describes no model: {_in_one_line(error)}") from error
@@ -204,12 +210,12 @@ def _locate_tensors(files: Files) -> Mapping[str, str]:
         if not isinstance(file_of, dict) or not all(map(_is_plain_name, file_of.values())):
             raise CheckpointError(f"{INDEX} of {files.name} is damaged: its weight_map does not map tensors to files")
         return file_of
-    others = [file for file in files.listing() if file.endswith((*_NOT_READ, ".safetensors"))]
+    others = [file for file in files.listing() if file.endswith((*_UNREADABLE, ".safetensors"))]
     if not others:
         raise CheckpointError(f"{files.name} has no weights: neither {SINGLE_FILE} nor {INDEX}")
-    raise not_read(files.name, others[0], place=files.origin)
+    raise unreadable_weights(files.name, others[0], place=files.origin)
 
 
 def _is_plain_name(file: Any) -> bool:
-    """Whether a file is of the checkpoint itself: an index may come from anybody, and point anywhere."""
+    """Whether a file is in the checkpoint's own folder: an index is not trusted and could name any path."""
     return isinstance(file, str) and PurePosixPath(file).name == file and file.endswith(".safetensors")

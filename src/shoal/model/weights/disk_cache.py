@@ -1,4 +1,7 @@
-"""Facts that never change, kept on disk: the digest of a file, what a commit holds."""
+"""A cache on disk for JSON values that can be computed again, such as the digest of a file or the files of a commit.
+
+Each value has a text key that says what it is, including everything that it depends on.
+"""
 
 from __future__ import annotations
 
@@ -13,47 +16,47 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """Where shoal keeps what it can find out again: `SHOAL_CACHE`, or `shoal` in the user's cache folder."""
+    """The folder for everything that shoal can compute again: `SHOAL_CACHE`, or `shoal` in the user's cache folder."""
     if folder := os.environ.get("SHOAL_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoal"
 
 
-def recall(fact: str) -> Any | None:
-    """What was kept under this name, or `None`; a damaged entry counts as forgotten."""
+def load(key: str) -> Any | None:
+    """The value stored under this key; None if there is none or its file is damaged."""
     try:
-        kept = json.loads(_file(fact).read_bytes())
+        entry = json.loads(_file(key).read_bytes())
     except (OSError, ValueError):
         return None
-    return kept["value"] if isinstance(kept, dict) and kept.get("fact") == fact else None
+    return entry["value"] if isinstance(entry, dict) and entry.get("fact") == key else None
 
 
-def keep(fact: str, value: Any) -> None:
-    """Keep a JSON value under this name; where nothing can be written, it is simply found out again next time."""
-    file = _file(fact)
+def store(key: str, value: Any) -> None:
+    """Store a JSON value under this key. If the disk cannot be written, the value is computed again next time."""
+    file = _file(key)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        # One file a fact, and renamed into place: processes that start together cannot lose each other's facts.
+        # Each entry has its own file, renamed into place, so that processes cannot lose each other's entries.
         handle, draft = tempfile.mkstemp(dir=file.parent)
         with os.fdopen(handle, "w") as out:
-            json.dump({"fact": fact, "value": value}, out)
+            json.dump({"fact": key, "value": value}, out)
         os.replace(draft, file)
 
 
-def forget(fact: str) -> None:
-    """It was no fact."""
+def remove(key: str) -> None:
+    """Remove the value stored under this key, if there is one."""
     with contextlib.suppress(OSError):
-        _file(fact).unlink(missing_ok=True)
+        _file(key).unlink(missing_ok=True)
 
 
-def remembered(fact: str, find_out: Callable[[], Any]) -> Any:
-    """The value kept under this name, found out now if it is not known yet."""
-    value = recall(fact)
+def load_or_compute(key: str, compute: Callable[[], Any]) -> Any:
+    """The value stored under this key, or that of `compute`, which is then stored."""
+    value = load(key)
     if value is None:
-        value = find_out()
-        keep(fact, value)
+        value = compute()
+        store(key, value)
     return value
 
 
-def _file(fact: str) -> Path:
-    return cache_folder() / "facts" / f"{hashlib.sha256(fact.encode()).hexdigest()[:32]}.json"
+def _file(key: str) -> Path:
+    return cache_folder() / "facts" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

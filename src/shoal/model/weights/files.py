@@ -1,4 +1,4 @@
-"""A checkpoint's files, wherever they are: a folder here, a repository on the hub in `shoal.model.weights.hub`."""
+"""The files of a checkpoint, in a local folder or in a repository on the hub (`shoal.model.weights.hub`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoal.model.weights.safetensors_file import Header, read_header
 
 
 class Files(Protocol):
-    """Asking for a file's path brings the file here; nothing else does, whatever its size."""
+    """The files of a checkpoint. Only `path`, and `digests` of small files, download anything."""
 
     @property
     def name(self) -> str:
@@ -21,18 +21,18 @@ class Files(Protocol):
 
     @property
     def origin(self) -> str:
-        """Where Transformers would find them: the folder, or the id on the hub."""
+        """The name by which Transformers finds them: the folder, or the id on the hub."""
 
     def __contains__(self, file: object) -> bool: ...
 
     def listing(self) -> Iterable[str]:
-        """All files there are."""
+        """The names of all files."""
 
     def path(self, file: str) -> Path:
-        """The file, on this machine."""
+        """The path of a file on this machine. Raises `CheckpointError` if the checkpoint has no such file."""
 
     def headers(self, files: Sequence[str]) -> dict[str, Header]:
-        """What these safetensors files declare."""
+        """The headers of these safetensors files."""
 
     def digests(self, files: Sequence[str]) -> list[str]:
         """The SHA-256 digests of these files, in hexadecimal."""
@@ -59,7 +59,7 @@ class LocalFiles:
         if file not in self:
             raise CheckpointError(
                 f"{self.folder} has no file {file}",
-                hint="copy it there, or name the model by its id on the hub to download only what is needed",
+                hint="copy it there, or name the model by its id on the hub to download only the needed files",
             )
         return self.folder / file
 

@@ -1,9 +1,9 @@
-"""A model's files on the Hugging Face hub, brought here one by one.
+"""A model's files on the Hugging Face hub, downloaded one by one.
 
-Files are kept in the hub's own cache folder, so that what any program has downloaded is downloaded once. Its client
-begins an interrupted file anew; large files, of which there are some of 10 GB, are therefore fetched here, into the
-very place where the client looks for them, and go on where they stopped. What a commit holds never changes and is
-remembered, so that what was downloaded works without a network too.
+Files are stored in the hub client's own cache folder, which all programs share. That client restarts an interrupted
+download from the beginning, and some files have 10 GB. Therefore large files are downloaded here, into the same place,
+and an interrupted download is resumed. The list of a commit's files never changes and is cached, so that a downloaded
+model works without a network.
 """
 
 from __future__ import annotations
@@ -33,22 +33,25 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
 from shoal.errors import CheckpointError, UserError
-from shoal.model.weights.disk_cache import remembered
+from shoal.model.weights.disk_cache import load_or_compute
 from shoal.model.weights.files import Files, LocalFiles
 from shoal.model.weights.fingerprint import file_digests
 from shoal.model.weights.safetensors_file import Header, TensorInfo, read_header
 
-_HEADERS_AT_ONCE = 8
+_MAX_PARALLEL_HEADERS = 8
+"""Headers that are requested at once."""
 
 
 class _HubUnreachable(UserError):
-    """The hub does not answer, and what is needed is not here."""
+    """The hub does not answer, and the cache lacks something that is needed."""
 
 
 @dataclass(frozen=True)
 class HubFile:
-    size: int
-    sha256: str | None  # of large files only: small ones are kept in git
+    """A file as the hub lists it."""
+
+    size: int  # in bytes
+    sha256: str | None  # None for small files, which the hub stores in git
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ class HubFiles:
             return path
         entry = self._entry(file)
         if self.local_files_only:
-            raise _not_here(f"{file} of {self.name}")
-        with _explained(self.name):
-            # Files too large for plain HTTP are left to the hub's client, which does not resume them.
+            raise _not_cached(f"{file} of {self.name}")
+        with _translated_errors(self.name):
+            # Files that are too large for plain HTTP are downloaded by the hub's client, which does not resume them.
             if entry.sha256 is not None and entry.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
                 self._fetch(file, size=entry.size, sha256=entry.sha256)
             path_of_link = hf_hub_download(
@@ -88,8 +91,8 @@ class HubFiles:
             return Path(path_of_link)
 
     def headers(self, files: Sequence[str]) -> dict[str, Header]:
-        """Read from the beginnings of the files, as long as the files are not here."""
-        with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+        """The headers of these safetensors files. A file that is not in the cache is not downloaded for its header."""
+        with ThreadPoolExecutor(_MAX_PARALLEL_HEADERS) as pool:
             return dict(zip(files, pool.map(self._header, files), strict=True))
 
     def digests(self, files: Sequence[str]) -> list[str]:
@@ -98,7 +101,7 @@ class HubFiles:
     def _entry(self, file: str) -> HubFile:
         if file not in self.entries:
             raise CheckpointError(
-                f"{self.name} has no file {file}", hint="its index names it: tell the model's authors"
+                f"{self.name} has no file {file}", hint="the model's index names it: tell the authors of the model"
             )
         return self.entries[file]
 
@@ -110,15 +113,17 @@ class HubFiles:
         self._entry(file)
         if (path := self._path_in_cache(file)) is not None:
             return read_header(path)
-        declared = remembered(f"header of {file} of {self.name} at {self.commit}", lambda: self._fetch_header(file))
+        declared = load_or_compute(
+            f"header of {file} of {self.name} at {self.commit}", lambda: self._fetch_header(file)
+        )
         return {
             name: TensorInfo(dtype, tuple(shape), nbytes, end) for name, (dtype, shape, nbytes, end) in declared.items()
         }
 
     def _fetch_header(self, file: str) -> dict[str, Any]:
         if self.local_files_only:
-            raise _not_here(f"{file} of {self.name}")
-        with _explained(self.name):
+            raise _not_cached(f"{file} of {self.name}")
+        with _translated_errors(self.name):
             header = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit, token=self.token)
         return {
             name: [
@@ -131,7 +136,7 @@ class HubFiles:
         }
 
     def _fetch(self, file: str, *, size: int, sha256: str) -> None:
-        """Download a file to where the hub's client keeps its content, going on from what is there of it."""
+        """Download a file into the hub client's cache, or the rest of it if a part is there already."""
         folder = repo_folder_name(repo_id=self.name, repo_type="model")
         blob = self.cache_dir / folder / "blobs" / sha256
         lock = self.cache_dir / ".locks" / folder / f"{sha256}.lock"
@@ -152,23 +157,23 @@ class HubFiles:
                 )
             if file_digests([partial]) != [sha256]:
                 partial.unlink()
-                raise CheckpointError(f"{file} of {self.name} was damaged on its way here", hint="try again")
+                raise CheckpointError(f"{file} of {self.name} was damaged during the download", hint="try again")
             partial.replace(blob)
 
 
-def _not_here(what: str) -> _HubUnreachable:
+def _not_cached(what: str) -> _HubUnreachable:
     return _HubUnreachable(f"{what} is not in the cache", hint="leave out local_files_only to download it")
 
 
 def open_repository(
     repo: str, *, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool = False
 ) -> Files:
-    """The files of a model on the hub, as of now: later changes of the revision are not followed.
+    """The files of a model on the hub, at the commit that `revision` names now.
 
-    With `local_files_only`, those that are in the cache; the hub is not asked.
+    With `local_files_only` the hub is not asked, and only files in the cache can be used. Raises `UserError`.
     """
     folder = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
-    with _explained(repo):
+    with _translated_errors(repo):
         try:
             commit = (
                 HfApi()
@@ -179,15 +184,15 @@ def open_repository(
             )
         except RevisionResolutionError:
             if local_files_only:
-                raise _not_here(repo) from None
+                raise _not_cached(repo) from None
             raise
     try:
-        with _explained(repo):
-            listing = remembered(
+        with _translated_errors(repo):
+            listing = load_or_compute(
                 f"files of {repo} at {commit}", lambda: _list_files(repo, commit, token, local_files_only)
             )
     except _HubUnreachable:
-        # Another program may have downloaded it.
+        # Another program may have downloaded the model.
         snapshot = folder / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
         if not snapshot.is_dir():
             raise
@@ -198,7 +203,7 @@ def open_repository(
 
 def _list_files(repo: str, commit: str, token: str | None, local_files_only: bool) -> dict[str, Any]:
     if local_files_only:
-        raise _not_here(repo)
+        raise _not_cached(repo)
     info = HfApi().model_info(repo, revision=commit, files_metadata=True, token=token)
     return {
         file.rfilename: [file.size or 0, file.lfs.sha256 if file.lfs is not None else None]
@@ -207,15 +212,15 @@ def _list_files(repo: str, commit: str, token: str | None, local_files_only: boo
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
-    """Turn whatever the hub's client raises into one of our errors."""
+def _translated_errors(repo: str) -> Iterator[None]:
+    """Translate the errors of the hub's client into ours."""
     try:
         yield
     except HFValidationError:
         raise UserError(f"{repo!r} is neither a folder nor the id of a model on the hub") from None
     except GatedRepoError as error:
         raise UserError(
-            f"{repo} is only for those who have accepted its conditions",
+            f"{repo} requires that you accept its conditions",
             hint=f"accept them at {constants.ENDPOINT}/{repo}, then run `hf auth login` or set HF_TOKEN",
         ) from error
     except RepositoryNotFoundError as error:
@@ -229,7 +234,7 @@ def _explained(repo: str) -> Iterator[None]:
         raise _HubUnreachable(
             f"cannot reach the hub at {constants.ENDPOINT} for {repo}: there is no folder of this name, and not all of "
             "it is in the cache",
-            hint="check the network, or the path if you mean a folder; a download goes on where it stopped",
+            hint="check the network, or the path if you mean a folder; an interrupted download is resumed",
         ) from error
     except EntryNotFoundError as error:
         raise CheckpointError(f"{repo} lacks a file that it lists", hint="try again: it may have changed") from error
@@ -237,7 +242,8 @@ def _explained(repo: str) -> Iterator[None]:
         raise CheckpointError(f"a file of {repo} is damaged: it is not a safetensors file") from error
     except HfHubHTTPError as error:
         raise _HubUnreachable(
-            f"the hub answered {error.response.status_code} for {repo}", hint="try again later; a download goes on"
+            f"the hub answered {error.response.status_code} for {repo}",
+            hint="try again later; an interrupted download is resumed",
         ) from error
     except OSError as error:
         raise UserError(f"cannot store {repo}: {error.strerror or error}") from error

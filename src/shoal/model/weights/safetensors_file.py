@@ -1,4 +1,4 @@
-"""One safetensors file: what it says it holds, whether that is true, and tensors out of it."""
+"""Reading one safetensors file: its header, a check of the header against the file, and its tensors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from safetensors import SafetensorError, safe_open
 
 from shoal.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # what the format allows
+MAX_HEADER_BYTES = 100_000_000
+"""The longest header that the format allows."""
 OWN_MAPPING_BYTES = 1 << 23
-"""A mapping stays in memory as long as any of its tensors: larger tensors than this have one each."""
+"""Tensors of at least this size get a memory mapping of their own, because a mapping lives as long as any of its
+tensors. Smaller ones share a mapping."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its file's header declares it; `end` is where its bytes end, counted from the header's end."""
+    """A tensor as its file's header declares it. Its bytes end at offset `end` from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -32,18 +34,19 @@ Header = Mapping[str, TensorInfo]
 
 
 def parse_header(text: bytes, *, file: str) -> Header:
-    """The tensors that a safetensors header declares."""
+    """The tensors that a safetensors header declares. Raises `CheckpointError` if the header is malformed."""
     try:
         declared = json.loads(text)
         return {name: _tensor_info(entry) for name, entry in declared.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        raise _damaged(file, "its header is not one of a safetensors file") from None
+        raise _damaged(file, "its header is not that of a safetensors file") from None
 
 
 def read_header(path: Path) -> Header:
-    """The tensors of a file.
+    """The tensors that a file declares.
 
-    Raises `CheckpointError` if the header is garbage, or if the file is too short for the tensors that it declares.
+    Raises `CheckpointError` if the file cannot be read, if its header is malformed, or if the file is too short for the
+    tensors that it declares.
     """
     try:
         file = path.open("rb")
@@ -53,7 +56,7 @@ def read_header(path: Path) -> Header:
         length = int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
         if not 2 <= length <= MAX_HEADER_BYTES or length + 8 > size:
-            raise _damaged(path.name, "its header is not one of a safetensors file")
+            raise _damaged(path.name, "its header is not that of a safetensors file")
         header = parse_header(file.read(length), file=path.name)
     for name, tensor in header.items():
         if tensor.end > size - 8 - length:
@@ -67,8 +70,8 @@ def read_header(path: Path) -> Header:
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
     """These tensors of a file, mapped into memory: their bytes are read from disk when they are first used.
 
-    The pages belong to the system's file cache, so that servers of one machine share them, and memory that is short
-    takes them back first. The file must not be changed while its tensors are in use.
+    The pages belong to the file cache of the operating system. Servers on one machine share them, and the system drops
+    them first when memory is short. The file must not change while its tensors are in use. Raises `CheckpointError`.
     """
     header = read_header(path)
     for name in names:

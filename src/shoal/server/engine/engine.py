@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from shoal.adapters import salted
+from shoal.adapters import adapter_cache_salt
 from shoal.errors import UnsupportedOperation
 from shoal.model.body import Body
 from shoal.model.body_cache import BodyCache
@@ -157,7 +157,7 @@ class Engine:
             opened=next(self._num_opened),
             peer=peer,
             batch_size=request.batch_size,
-            salt=salted(request.salt, request.adapters),
+            salt=adapter_cache_salt(request.salt, request.adapters),
             adapters=adapters,
         )
         self._loop.join(session)

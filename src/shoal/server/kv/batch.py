@@ -18,9 +18,10 @@ from typing import Protocol
 
 import torch
 
-from shoal.model.body import Body, Changes
+from shoal.model.body import BlockOverrides, Body
 from shoal.model.body_cache import BodyCache
-from shoal.model.peft.block_adapters import BlockAdapter, Part, mixed
+from shoal.model.peft.block_adapters import BlockAdapter
+from shoal.model.peft.packed_adapters import AdapterRows, with_row_adapters
 from shoal.prefix import PAGE_TOKENS
 from shoal.server.kv.packed_attention import NewTokens, PackedAttention
 from shoal.server.kv.paged_cache import PagedCache
@@ -82,7 +83,7 @@ class SequentialPass:
             attention_mask=None if chunk.mask_BS is None else chunk.mask_BS.to(device),
             position_ids=None if chunk.positions_BT is None else chunk.positions_BT.to(device),
             cache=chunk.cache,
-            changes={block: adapter.on for block, adapter in chunk.adapters.items()},
+            overrides={block: adapter.on for block, adapter in chunk.adapters.items()},
         )
         return output_BTD
 
@@ -127,7 +128,7 @@ class PackedPass:
         positions_N = torch.cat([each.positions for each in tokens])
         attend = PackedAttention(self._cache, sequences, torch.cat([each.slots for each in tokens]))
         output_ND = self._body.forward_packed(
-            hidden_ND, positions_N, span=segment, attend=attend, changes=_changes(segment, tokens)
+            hidden_ND, positions_N, span=segment, attend=attend, overrides=_overrides(segment, tokens)
         )
         for each, hidden in zip(tokens, output_ND.split([len(each.hidden_ND) for each in tokens]), strict=True):
             each.hidden_ND = hidden
@@ -164,17 +165,17 @@ class _Tokens:
         ]
 
 
-def _changes(segment: Span, tokens: Sequence[_Tokens]) -> Changes:
+def _overrides(segment: Span, tokens: Sequence[_Tokens]) -> BlockOverrides:
     """What the adapters of those whose tokens are in a pack change about its blocks."""
-    parts: dict[int, list[Part]] = defaultdict(list)
+    parts: dict[int, list[AdapterRows]] = defaultdict(list)
     num_rows = 0
     for each in tokens:
         rows = slice(num_rows, num_rows + len(each.hidden_ND))
         num_rows = rows.stop
         for block, adapter in each.adapters.items():
             if block in segment:
-                parts[block].append(Part(rows, each.num_sequences, each.num_cached, adapter))
-    return {block: functools.partial(mixed, parts=some, num_rows=num_rows) for block, some in parts.items()}
+                parts[block].append(AdapterRows(rows, each.num_sequences, each.num_cached, adapter))
+    return {block: functools.partial(with_row_adapters, parts=some, num_rows=num_rows) for block, some in parts.items()}
 
 
 def segments(spans: Sequence[Span]) -> list[Span]:

@@ -91,7 +91,7 @@ class Sight:
 
 
 class PackedAttention:
-    """The `Attend` of one pass: writes what is new into its pages, and attends to what is there."""
+    """The `AttentionFunction` of one pass: writes what is new into its pages, and attends to what is there."""
 
     def __init__(self, cache: PagedCache, sequences: Sequence[NewTokens], slots_T: Tensor) -> None:
         self._cache = cache

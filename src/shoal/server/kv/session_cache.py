@@ -11,7 +11,7 @@ import torch
 
 from shoal.model.body_cache import BodyCache
 from shoal.model.peft.block_adapters import BlockAdapter
-from shoal.prefix import PAGE_TOKENS, page_names, root
+from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
 from shoal.server.kv.pages import PagePool, pages_for
 from shoal.server.step_inputs import StepInputs
 from shoal.spans import Span
@@ -64,7 +64,7 @@ class Row:
         if sum(len(positions) for _, positions in self._unnamed) < PAGE_TOKENS:
             return
         hidden, positions = (torch.cat(parts) for parts in zip(*self._unnamed, strict=True))
-        names = page_names(self.names[-1] if self.names else self._first_name, hidden, positions)
+        names = page_hashes(self.names[-1] if self.names else self._first_name, hidden, positions)
         self.names += names
         rest = len(names) * PAGE_TOKENS
         self._unnamed = [(hidden[rest:].clone(), positions[rest:])]
@@ -103,7 +103,7 @@ class SessionCache:
         self.arrived_at: float | None = None  # its last step of decoding, and how long after the one before
         self.period: float | None = None
         self._pool = pool
-        self._root = root(span, salt)
+        self._root = root_hash(span, salt)
 
     @property
     def pages(self) -> list[int]:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shoal.concurrency import while_moving
+from shoal.concurrency import with_progress_timeout
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
 from shoal.protocol import REPLY_KINDS, REQUEST_KINDS, Downstream, ProtocolViolation, Step, Upstream
@@ -190,7 +190,7 @@ class PushConnection:
         assert self._stream is not None
         stream = self._stream
         sending = codec.send(stream, pushed.step, pushed.tensors, pushed.encoding)
-        await while_moving(sending, lambda: stream.taken_at, seconds=SEND_SECONDS)
+        await with_progress_timeout(sending, lambda: stream.taken_at, seconds=SEND_SECONDS)
 
     async def _open(self) -> None:
         async with asyncio.timeout(OPEN_SECONDS):

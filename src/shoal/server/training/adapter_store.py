@@ -12,8 +12,8 @@ import torch
 
 from shoal.model.body import Body
 from shoal.model.peft.block_adapters import BlockAdapter
-from shoal.model.peft.factors import Factors, Layer, name_of
-from shoal.peers import MAX_HOSTED
+from shoal.model.peft.factors import AdapterFactors, Layer, factors_name
+from shoal.peers import MAX_HOSTED_ADAPTERS
 from shoal.protocol import Adapter, Backward, Forward, Open
 from shoal.server.executor import alone
 from shoal.server.refusals import busy, misrouted, rejected
@@ -90,12 +90,12 @@ class AdapterStore:
         kept = [entry for entry in self._entries.values() if entry.shared is not None]
         hosted = [entry.shared for entry in kept if OPERATOR in entry.holders]
         popular = [entry.shared for entry in reversed(kept) if self._is_popular(entry)]
-        return tuple(dict.fromkeys(name for name in (*hosted, *popular) if name is not None))[:MAX_HOSTED]
+        return tuple(dict.fromkeys(name for name in (*hosted, *popular) if name is not None))[:MAX_HOSTED_ADAPTERS]
 
     def _is_popular(self, entry: _Entry) -> bool:
         return entry.shared is not None and len(self._users.get(entry.shared, ())) >= FEW_USERS
 
-    def host(self, factors: Factors) -> None:
+    def host(self, factors: AdapterFactors) -> None:
         """Keep an adapter for everybody, as long as the server runs. Raises `Refused` for one that does not fit."""
         adapter = self._made(factors.block, factors.layers, factors.values, factors.name)
         entry = self._entries.setdefault(factors.name, _Entry(adapter, factors.block, 0, factors.hosted))
@@ -151,7 +151,7 @@ class AdapterStore:
     def _read(self, request: Adapter, values_N: torch.Tensor) -> BlockAdapter:
         if not torch.isfinite(values_N).all():
             raise rejected("factors that are not finite")
-        name = name_of(request.block, request.layers, values_N)
+        name = factors_name(request.block, request.layers, values_N)
         if (entry := self._entries.get(name)) is not None:
             return entry.adapter
         return self._made(request.block, request.layers, values_N, name)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shoal.model.body import Body
-from shoal.model.peft.block_adapters import row_norms
+from shoal.model.peft.block_adapters import weight_row_norms
 from shoal.server.training.pass_blocks import PassBlocks
 from shoal.server.training.saved_activations import BlockActivations, SavedActivations, counting_saved_bytes
 
@@ -104,7 +104,7 @@ def norms(body: Body, block: int, modules: Sequence[str]) -> Pieces[torch.Tensor
     """The norms [N] of the rows of some linear layers' weights, a layer at a time. Raises `ValueError`."""
     found: list[torch.Tensor] = []
     for module in modules:
-        found.append(row_norms(body.block(block), [module]))
+        found.append(weight_row_norms(body.block(block), [module]))
         yield
     return torch.cat(found)
 

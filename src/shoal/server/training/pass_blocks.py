@@ -36,7 +36,7 @@ class PassBlocks:
         adapter = self.adapters.get(block)
         if adapter is None:
             return self._computed(block, hidden_BTD, None)
-        with adapter.dropping(None if self._seed is None else self._seed + block):
+        with adapter.seeded_dropout(None if self._seed is None else self._seed + block):
             return self._computed(block, hidden_BTD, adapter)
 
     def _computed(self, block: int, hidden_BTD: torch.Tensor, adapter: BlockAdapter | None) -> torch.Tensor:
@@ -45,6 +45,6 @@ class PassBlocks:
             span=Span(block, block + 1),
             attention_mask=self._mask,
             position_ids=self._positions,
-            changes=None if adapter is None else {block: adapter.on},
+            overrides=None if adapter is None else {block: adapter.on},
         )
         return output_BTD

@@ -1,4 +1,4 @@
-"""Whether a user means a folder or a model on the hub, and what is wrong with it at first sight."""
+"""Telling a folder from a model on the hub, and refusing a bad name before anything is read."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from shoal.errors import CheckpointError, UserError
 from shoal.model.weights.checkpoint import Checkpoint
-from shoal.model.weights.places import check_model, folder_of
+from shoal.model.weights.location import check_model, folder_of
 
 
-def test_a_folder_that_is_there_is_meant_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_existing_folder_takes_precedence_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "owner" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -25,21 +25,21 @@ def test_a_folder_that_is_there_is_meant_whatever_it_is_called(tmp_path: Path, m
 @pytest.mark.parametrize(
     "place", ["/nowhere/at/all", "./nowhere", "../nowhere", "~/nowhere-at-all", "~nowho/x", Path("nowhere")]
 )
-def test_a_path_without_a_folder_is_no_model_on_the_hub(place):
+def test_a_path_without_a_folder_is_not_taken_for_a_model_on_the_hub(place):
     with pytest.raises(UserError, match="there is no folder") as refused:
         folder_of(place)
     assert refused.value.hint
 
 
 @pytest.mark.parametrize("name", ["", "models/llama/8b", "a model", "models/", "https://huggingface.co/a/b"])
-def test_what_no_repository_is_called_is_refused(name, tmp_path, monkeypatch):
+def test_a_text_that_cannot_be_a_repository_id_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="is neither a folder nor the id of a model on the hub"):
         folder_of(name)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "meta-llama/Llama-3.1-8B", "01-ai/Yi_6b"])
-def test_ids_on_the_hub_are_left_to_the_hub(model, tmp_path, monkeypatch):
+def test_repository_ids_are_accepted_without_asking_the_hub(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert folder_of(model) is None
     check_model(model)
@@ -54,7 +54,7 @@ def test_a_folder_without_a_config_is_refused_before_it_is_read(tmp_path: Path):
 
 @pytest.mark.parametrize("what", ["the file", "the folder"])
 @pytest.mark.parametrize("check", [check_model, Checkpoint.open])
-def test_a_gguf_model_is_refused_with_the_way_to_convert_it(tmp_path: Path, what, check):
+def test_a_gguf_model_is_refused_with_a_hint_how_to_convert_it(tmp_path: Path, what, check):
     file = tmp_path / "tiny-q4.gguf"
     file.touch()
     with pytest.raises(CheckpointError, match=r"has its weights in tiny-q4\.gguf, and only model\.safeten") as refused:

@@ -1,6 +1,6 @@
-"""Where a model is: in a folder here, or in a repository on the hub. Told without importing anything slow.
+"""Where a model is: in a local folder or in a repository on the hub.
 
-So a mistyped path is refused at once, and not after PyTorch has been imported and the hub has been asked.
+This module imports nothing slow, so that a mistyped path is refused before PyTorch is imported and the hub is asked.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ _HUB_ID = re.compile(r"([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 
 
 def is_path(model: str | Path) -> bool:
-    """Whether this can only be a place on this machine, be anything there or not."""
+    """Whether this can only be a path on this machine, whether or not the path exists."""
     return isinstance(model, Path) or model in (".", "..") or model.startswith(_PATH_BEGINNINGS)
 
 
 def folder_of(model: str | Path) -> Path | None:
-    """The folder that is meant; None if it is the id of a repository on the hub.
+    """The local folder that `model` names; None if it names a repository on the hub.
 
-    Raises `UserError` for a file, for a path where no folder is, and for what no repository is called.
+    Raises `UserError` for a file, for a path without a folder, and for a text that cannot be the id of a repository.
     """
     try:
         folder = Path(model).expanduser()
-    except RuntimeError:  # of a user who does not exist
+    except RuntimeError:  # "~name" of a user that does not exist
         folder = Path(model)
     if str(model) and folder.is_dir():
         return folder
     if str(model) and folder.exists():
         if folder.suffix == GGUF:
-            raise not_read(folder.name, folder.name, place=folder.parent)
-        raise UserError(f"{model} is a file", hint="name the folder that the model's files are in")
+            raise unreadable_weights(folder.name, folder.name, place=folder.parent)
+        raise UserError(f"{model} is a file", hint="name the folder of the model's files")
     if is_path(model):
         raise UserError(f"there is no folder {model}", hint="check the path; a model on the hub is named OWNER/NAME")
     if not _HUB_ID.fullmatch(str(model)):
@@ -50,22 +50,25 @@ def folder_of(model: str | Path) -> Path | None:
 
 
 def check_model(model: str | Path) -> None:
-    """What is wrong with a model that can be seen without reading it. Raises `UserError`, and `CheckpointError`."""
+    """Check what can be checked without reading the model. Raises `UserError` or `CheckpointError`."""
     folder = folder_of(model)
     if folder is not None and not (folder / CONFIG).is_file():
-        raise no_config(model, sorted(path.name for path in folder.iterdir()))
+        raise missing_config(model, sorted(path.name for path in folder.iterdir()))
 
 
-def no_config(model: str | Path, files: Iterable[str]) -> CheckpointError:
-    """Why a model with these files cannot be opened: it has no config, which is a hint of what it is instead."""
+def missing_config(model: str | Path, files: Iterable[str]) -> CheckpointError:
+    """The error for a model with these files, none of which is a config."""
     gguf = next((file for file in files if file.endswith(GGUF)), None)
     if gguf is not None:
-        return not_read(str(model), gguf, place=model)
+        return unreadable_weights(str(model), gguf, place=model)
     return CheckpointError(f"{model} has no {CONFIG}", hint="is it the folder or the id of a Transformers model?")
 
 
-def not_read(name: str, file: str, *, place: str | Path) -> CheckpointError:
-    """Why a model, at some place, whose weights are in this file cannot be opened, and how to convert it."""
+def unreadable_weights(name: str, file: str, *, place: str | Path) -> CheckpointError:
+    """The error for a model whose weights are in a file of an unsupported format. Its hint says how to convert them.
+
+    `place` is the folder or the id on the hub, as Transformers takes it.
+    """
     hint = "convert them: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), if you trust it"
     if file.endswith(GGUF):
         hint = (
