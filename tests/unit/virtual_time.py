@@ -1,4 +1,4 @@
-"""An event loop on which waiting costs nothing: its clock jumps to whatever comes next."""
+"""An event loop on which waiting takes no time: its clock jumps to the next timer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class _Jumping(selectors.DefaultSelector):
-    """Never waits. Whoever would wait for ever waits for something that nobody does."""
+    """Never waits. An endless wait is an error."""
 
     now = 0.0
 
