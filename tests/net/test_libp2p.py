@@ -116,7 +116,7 @@ async def remote() -> AsyncIterator[Remote]:
 
 
 @asynccontextmanager
-async def stranger(victim: Node) -> AsyncIterator[tuple[Any, Identity]]:
+async def foreign_daemon(victim: Node) -> AsyncIterator[tuple[Any, Identity]]:
     """A daemon without shoal's protocols, connected to the victim."""
     identity = Identity.temporary()
     daemon = await daemons.Daemon.start(identity, daemons.DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",)))
@@ -147,7 +147,7 @@ async def test_frames_are_echoed_and_the_peer_is_authenticated(size: int) -> Non
 
 
 async def test_a_frame_beyond_the_limits_is_neither_sent_nor_received() -> None:
-    async with swarm() as (server,), stranger(server) as (daemon, _):
+    async with swarm() as (server,), foreign_daemon(server) as (daemon, _):
         failures: asyncio.Queue[str] = asyncio.Queue()
 
         async def handler(stream: Stream) -> None:
@@ -176,7 +176,7 @@ async def test_a_sender_refuses_a_frame_that_is_too_large() -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"\0\0", bytes(3) + b"\5" + bytes(8) + b"head", bytes(11) + b"\5" + b"body"])
 async def test_a_frame_that_is_cut_short_is_a_broken_stream(sent: bytes) -> None:
-    async with swarm() as (server,), stranger(server) as (daemon, _):
+    async with swarm() as (server,), foreign_daemon(server) as (daemon, _):
         outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         async def handler(stream: Stream) -> None:
@@ -195,11 +195,11 @@ async def test_a_frame_that_is_cut_short_is_a_broken_stream(sent: bytes) -> None
 
 async def test_a_peer_that_is_absent_or_does_not_listen_cannot_be_reached() -> None:
     async with swarm(CLIENT) as (server, client):
-        stranger, nowhere = Identity.temporary().peer, "/ip4/127.0.0.1/tcp/9/p2p/"
+        unknown, nowhere = Identity.temporary().peer, "/ip4/127.0.0.1/tcp/9/p2p/"
         for peer, why in (
-            (server.transport.peer, "cannot be reached: it does not speak our version of the protocol"),
-            (stranger, "cannot be reached: its address is not known"),
-            (stranger, "cannot be reached: nothing listens there"),
+            (server.transport.peer, "cannot be reached: it speaks another version of the protocol"),
+            (unknown, "cannot be reached: its address is not known"),
+            (unknown, "cannot be reached: nothing listens there"),
             ("nonsense", "not a peer id: 'nonsense'"),
         ):
             with pytest.raises(StreamBroken, match=f"{why}$"):
@@ -329,7 +329,7 @@ async def test_one_initial_peer_that_answers_is_enough() -> None:
 
 
 async def test_a_peer_outside_of_a_swarm_cannot_be_joined() -> None:
-    async with swarm() as (first,), stranger(first) as (daemon, identity):
+    async with swarm() as (first,), foreign_daemon(first) as (daemon, identity):
         address = f"{(await daemon.addresses())[0]}/p2p/{identity.peer}"
         with pytest.raises(BootstrapFailed, match="not to a swarm"):
             async with join(NetworkConfig(initial_peers=(address,), client_mode=True)):
@@ -380,7 +380,7 @@ async def test_all_peers_see_announcements_and_a_goodbye_replaces_them() -> None
 
 
 async def test_forged_announcements_are_not_seen_and_hide_no_server() -> None:
-    async with swarm(SERVER, CLIENT) as (first, server, client), stranger(first) as (daemon, mallory):
+    async with swarm(SERVER, CLIENT) as (first, server, client), foreign_daemon(first) as (daemon, mallory):
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
         p2p = await p2p_module.P2P.replicate(daemon.control)
         table = await node_module.DHTNode.create(p2p=p2p, initial_peers=[f"/p2p/{first.transport.peer}"])
@@ -397,8 +397,8 @@ async def test_forged_announcements_are_not_seen_and_hide_no_server() -> None:
             peer = p2p_module.PeerID.from_base58(node.transport.peer)
             expires = [latest.expires] * len(packed)
             for in_cache in False, True:
-                kept = await table.protocol.call_store(peer, [digest] * 5, packed, expires, subkeys, in_cache)
-                assert kept == [False, False, False, False, not in_cache]  # only its own record
+                stored = await table.protocol.call_store(peer, [digest] * 5, packed, expires, subkeys, in_cache)
+                assert stored == [False, False, False, False, not in_cache]  # only its own record
         seen = {one.peer for one in await client.directory.servers(MODEL)}
         assert seen == {victim, mallory.peer}
         assert info(server, 0, 8) in await client.directory.servers(MODEL)
@@ -406,7 +406,7 @@ async def test_forged_announcements_are_not_seen_and_hide_no_server() -> None:
 
 
 async def test_a_repeated_key_is_answered_once_and_the_directory_keeps_working() -> None:
-    async with swarm(SERVER, CLIENT) as (first, server, client), stranger(first) as (daemon, _):
+    async with swarm(SERVER, CLIENT) as (first, server, client), foreign_daemon(first) as (daemon, _):
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
         p2p = await p2p_module.P2P.replicate(daemon.control)
         table = await node_module.DHTNode.create(p2p=p2p, initial_peers=[f"/p2p/{first.transport.peer}"])

@@ -92,7 +92,7 @@ async def test_a_frame_comes_back_as_it_was_sent(network: MemoryNetwork) -> None
 async def test_a_peer_that_is_unknown_or_does_not_listen_cannot_be_reached(network: MemoryNetwork) -> None:
     client = network.node("client").transport
     network.node("deaf")
-    for peer in "nobody", "deaf":
+    for peer in "unknown", "deaf":
         with pytest.raises(StreamBroken):
             await client.open(peer)
 

@@ -37,7 +37,7 @@ class Wire:
     @property
     def num_unread(self) -> int:
         """The delivered bytes that the stream has not read."""
-        return len(self.reader._buffer)  # type: ignore[attr-defined]
+        return len(self.reader._buffer)  # type: ignore[attr-defined]  # asyncio does not publish the number
 
     # Called as a StreamWriter and its transport.
 

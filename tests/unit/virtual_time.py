@@ -1,4 +1,7 @@
-"""An event loop on which waiting takes no time: its clock jumps to the next timer."""
+"""An event loop on which waiting takes no time: its clock jumps to the next timer.
+
+Unlike `tests.swarm.virtual_time`, it works with threads, and a test may leave tasks behind.
+"""
 
 from __future__ import annotations
 

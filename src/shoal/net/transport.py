@@ -77,7 +77,7 @@ class Transport(Protocol):
 
     @property
     def peer(self) -> str:
-        """Our own peer id."""
+        """This peer's own id."""
         ...
 
     @property

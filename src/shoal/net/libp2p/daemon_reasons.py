@@ -8,7 +8,7 @@ logger = logging.getLogger("shoal.net.libp2p.daemon")
 
 REASONS = {
     "peer id mismatch": "another peer has its address now",
-    "protocols not supported": "it does not speak our version of the protocol",
+    "protocols not supported": "it speaks another version of the protocol",
     "no_reservation": "its relay is not connected to it",
     "connection refused": "nothing listens there",
     "no route to host": "there is no route to it",

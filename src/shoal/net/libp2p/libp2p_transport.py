@@ -182,7 +182,7 @@ class Libp2pTransport:
             self._config = replace(self._config, listen=listen)
 
     async def _connect(self, daemon: Daemon) -> list[str]:
-        """Connect to the initial peers and, after a restart, to those that were dialled. Returns the ones that answer."""
+        """Connect to the initial peers and, after a restart, to those dialled before. Returns the ones that answer."""
 
         async def dial(peer: str, addresses: Sequence[str]) -> str | None:
             try:
