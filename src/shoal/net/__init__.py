@@ -25,10 +25,11 @@ class NetworkConfig:
     """How to join a swarm.
 
     `initial_peers`: multiaddresses of peers to join by; none starts a new swarm. `identity`: the file of the key behind
-    the peer id; None makes a temporary key. `port`: 0 lets the system choose one. `announce`: the addresses that other
-    peers use, where they differ from this machine's own (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, and
-    store no records for other peers. `relays`: multiaddresses of peers, `MIN_RELAYS` or more, that relay the streams
-    of a machine that cannot be dialled. `serve_relay`: be such a relay.
+    the peer id; None makes a temporary key. `host`: the IP address to listen on. `port`: 0 lets the system choose one.
+    `announce`: the addresses that other peers use, where they differ from this machine's own
+    (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, and store no records for other peers. `relays`:
+    multiaddresses of peers, `MIN_RELAYS` or more, that relay the streams of a machine that cannot be dialled.
+    `serve_relay`: be such a relay.
     """
 
     initial_peers: tuple[str, ...] = ()
