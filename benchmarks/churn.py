@@ -41,7 +41,7 @@ from talkers import Talkers
 
 from shoal.spans import Span
 from shoal.testing import ShapedServer, ShapedSwarm, shaped_swarm
-from shoal.testing.churn import CURES, Act, Event, churning, is_spared, random_churn
+from shoal.testing.churn import CURES, Act, Event, churning, is_redundant, random_churn
 
 SPANS = ("0:4", "4:8", "8:12", "0:3", "3:6", "6:9", "9:12", "0:5", "5:10", "10:12")
 STEADY = (2, 4)
@@ -93,7 +93,7 @@ class Guarded:
             well = [
                 index for index, each in enumerate(self._swarm.servers) if index not in self._down and each.is_ready
             ]
-            if server not in well or not is_spared(server, well, self._held):
+            if server not in well or not is_redundant(server, well, self._held):
                 self._spared.add(server)
                 self.num_spared += 1
                 return

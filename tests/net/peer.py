@@ -1,4 +1,4 @@
-"""A peer in a process of its own, to be killed: echoes frames, says `goodbye` on SIGINT, ends with its stdin."""
+"""A peer in a process of its own, which tests kill. It echoes frames, and sends `goodbye` on SIGINT."""
 
 from __future__ import annotations
 

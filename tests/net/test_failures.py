@@ -1,4 +1,4 @@
-"""Real processes that die, hang, are cut off or leave in the middle of a sentence: its tokens are always the same."""
+"""Real servers that die, hang, are cut off or leave during a generation: its tokens are always the same."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])
 LONG_PROMPT = torch.arange(300)[None] % 200 + 3
 OPTIONS = ("--dtype", "float32", "--cache-tokens", "4096")
 NUM_TOKENS = 8
-"""Of each part of a sentence."""
+"""The tokens of each call of `generate`."""
 
 
-class Downstream(TextStreamer):
-    """Does something when so many tokens are there; the prompt counts as one."""
+class CallAfter(TextStreamer):
+    """Calls `act` when it was given `num_tokens` tokens; the prompt counts as one."""
 
     def __init__(self, num_tokens: int, act: Callable[[], None]) -> None:
         self._left = num_tokens
@@ -51,14 +51,14 @@ def whole() -> object:
 
 
 def in_use(swarm: ShapedSwarm, session: object, place: int) -> ShapedServer:
-    """The server that a session is on, at this place of its route."""
+    """The server at this place of a session's route."""
     peer = session.servers[place]
     (server,) = [server for server in swarm.servers if server.peer == peer]
     return server
 
 
 def restart(server: ShapedServer) -> None:
-    """Start it again, while others may start too: all are waited for before the next is lost."""
+    """Start it again without waiting: the test waits for all servers before the next one fails."""
     server.restart(wait=False)
 
 
@@ -73,39 +73,39 @@ ACTS: dict[str, tuple[Act, Act]] = {
 
 
 @pytest.mark.parametrize("how", ACTS)
-def test_a_sentence_goes_on_when_servers_are(swarm: ShapedSwarm, whole, how: str):
-    """The first and the last of two, while it is decoded and while it is not.
+def test_a_generation_continues_when_servers_are(swarm: ShapedSwarm, whole, how: str):
+    """The first and the last of two servers fail, during a call of `generate` and between two.
 
-    In its second half those are lost that had taken the places of others, which are back, with nothing left of it.
+    In the second half the replacements fail; the first servers are back by then, without anything of the session.
     """
-    act, mend = ACTS[how]
+    act, repair = ACTS[how]
     expected = whole.generate(PROMPT, max_new_tokens=4 * NUM_TOKENS, do_sample=False).tolist()
     model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=swarm.addresses, dtype="float32")
     with (
         contextlib.closing(model),
-        contextlib.ExitStack() as mends,
+        contextlib.ExitStack() as repairs,
         model.inference_session(max_length=64) as session,
     ):
-        said: list[torch.Tensor] = []
+        parts: list[torch.Tensor] = []
 
-        def strike(place: int) -> None:
+        def fail(place: int) -> None:
             victim = in_use(swarm, session, place)
-            mends.callback(mend, victim)
+            repairs.callback(repair, victim)
             act(victim)
 
-        def go_on(streamer: Downstream | None = None) -> None:
-            prompt = None if said else PROMPT
-            said.append(
+        def continue_generation(streamer: CallAfter | None = None) -> None:
+            prompt = None if parts else PROMPT
+            parts.append(
                 model.generate(prompt, max_new_tokens=NUM_TOKENS, do_sample=False, streamer=streamer, session=session)
             )
 
         for while_decoding, while_idle in ((0, 1), (1, 0)):
             swarm.wait_until_ready()
-            go_on(Downstream(NUM_TOKENS // 2, partial(strike, while_decoding)))
-            strike(while_idle)
-            go_on()
-            mends.close()
-        assert torch.cat(said, dim=1).tolist() == expected
+            continue_generation(CallAfter(NUM_TOKENS // 2, partial(fail, while_decoding)))
+            fail(while_idle)
+            continue_generation()
+            repairs.close()
+        assert torch.cat(parts, dim=1).tolist() == expected
 
 
 def test_a_long_prompt_survives_the_death_of_two_servers_at_once(swarm: ShapedSwarm, whole):
@@ -114,12 +114,12 @@ def test_a_long_prompt_survives_the_death_of_two_servers_at_once(swarm: ShapedSw
     model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=swarm.addresses, dtype="float32")
     with (
         contextlib.closing(model),
-        contextlib.ExitStack() as mends,
+        contextlib.ExitStack() as repairs,
         model.inference_session(max_length=320) as session,
     ):
         first = model.generate(LONG_PROMPT, max_new_tokens=4, do_sample=False, session=session)
         for victim in [in_use(swarm, session, place) for place in (0, 1)]:
-            mends.callback(restart, victim)
+            repairs.callback(restart, victim)
             victim.kill()
         rest = model.generate(None, max_new_tokens=4, do_sample=False, session=session)
         assert torch.cat((first, rest), dim=1).tolist() == expected

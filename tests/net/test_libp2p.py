@@ -36,12 +36,12 @@ pytestmark = pytest.mark.anyio
 
 MODEL = ModelInfo(key="m" * 32, name="org/tiny", family="llama", num_blocks=8)
 PATIENCE = 30.0
-"""Nothing below takes that long; a test that waits for it has failed."""
+"""No step below takes this long; a test that waits for it has failed."""
 
 
 @asynccontextmanager
 async def swarm(*members: NetworkConfig) -> AsyncIterator[list[Node]]:
-    """One node, and others that join through it; within `PATIENCE`."""
+    """A node, and others that join through it. The context times out after `PATIENCE`."""
     async with asyncio.timeout(PATIENCE), AsyncExitStack() as stack:
         first = await stack.enter_async_context(join(NetworkConfig(host="127.0.0.1")))
         nodes = [first]
@@ -116,8 +116,8 @@ async def remote() -> AsyncIterator[Remote]:
 
 
 @asynccontextmanager
-async def stranger(victim: Node) -> AsyncIterator[tuple[Any, Identity]]:
-    """A daemon of somebody who follows no protocol, connected to the victim."""
+async def foreign_daemon(victim: Node) -> AsyncIterator[tuple[Any, Identity]]:
+    """A daemon without shoal's protocols, connected to the victim."""
     identity = Identity.temporary()
     daemon = await daemons.Daemon.start(identity, daemons.DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",)))
     try:
@@ -128,7 +128,7 @@ async def stranger(victim: Node) -> AsyncIterator[tuple[Any, Identity]]:
 
 
 @pytest.mark.parametrize("size", [0, 16 * 1024, 8 * 1024 * 1024])
-async def test_frames_come_back_whole_and_the_peer_is_known(size: int) -> None:
+async def test_frames_are_echoed_and_the_peer_is_authenticated(size: int) -> None:
     payload = os.urandom(size)
     async with swarm(CLIENT) as (server, client):
         callers = []
@@ -147,7 +147,7 @@ async def test_frames_come_back_whole_and_the_peer_is_known(size: int) -> None:
 
 
 async def test_a_frame_beyond_the_limits_is_neither_sent_nor_received() -> None:
-    async with swarm() as (server,), stranger(server) as (daemon, _):
+    async with swarm() as (server,), foreign_daemon(server) as (daemon, _):
         failures: asyncio.Queue[str] = asyncio.Queue()
 
         async def handler(stream: Stream) -> None:
@@ -164,7 +164,7 @@ async def test_a_frame_beyond_the_limits_is_neither_sent_nor_received() -> None:
             writer.close()
 
 
-async def test_a_frame_too_large_is_refused_by_its_sender() -> None:
+async def test_a_sender_refuses_a_frame_that_is_too_large() -> None:
     async with swarm(CLIENT) as (server, client):
         await server.transport.listen(echo)
         stream = await client.transport.open(server.transport.peer)
@@ -176,7 +176,7 @@ async def test_a_frame_too_large_is_refused_by_its_sender() -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"\0\0", bytes(3) + b"\5" + bytes(8) + b"head", bytes(11) + b"\5" + b"body"])
 async def test_a_frame_that_is_cut_short_is_a_broken_stream(sent: bytes) -> None:
-    async with swarm() as (server,), stranger(server) as (daemon, _):
+    async with swarm() as (server,), foreign_daemon(server) as (daemon, _):
         outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         async def handler(stream: Stream) -> None:
@@ -193,20 +193,20 @@ async def test_a_frame_that_is_cut_short_is_a_broken_stream(sent: bytes) -> None
         assert await outcome == "broken"
 
 
-async def test_nobody_is_reached_who_is_not_there_or_does_not_listen() -> None:
+async def test_a_peer_that_is_absent_or_does_not_listen_cannot_be_reached() -> None:
     async with swarm(CLIENT) as (server, client):
-        stranger, nowhere = Identity.temporary().peer, "/ip4/127.0.0.1/tcp/9/p2p/"
+        unknown, nowhere = Identity.temporary().peer, "/ip4/127.0.0.1/tcp/9/p2p/"
         for peer, why in (
-            (server.transport.peer, "cannot be reached: it does not speak our version of the protocol"),
-            (stranger, "cannot be reached: its address is not known"),
-            (stranger, "cannot be reached: nothing listens there"),
+            (server.transport.peer, "cannot be reached: it speaks another version of the protocol"),
+            (unknown, "cannot be reached: its address is not known"),
+            (unknown, "cannot be reached: nothing listens there"),
             ("nonsense", "not a peer id: 'nonsense'"),
         ):
             with pytest.raises(StreamBroken, match=f"{why}$"):
                 await client.transport.open(peer, [nowhere + peer] if "listens" in why else [])
 
 
-async def test_a_peer_is_reached_by_an_address_that_was_only_heard_of() -> None:
+async def test_a_peer_of_another_swarm_is_reached_by_its_address() -> None:
     async with swarm() as (one,), swarm() as (other,):
         await other.transport.listen(echo)
         foreign = one.transport.addresses
@@ -215,7 +215,7 @@ async def test_a_peer_is_reached_by_an_address_that_was_only_heard_of() -> None:
         assert (await stream.receive())[0] == b"hello"
 
 
-async def test_the_death_of_a_process_is_noticed_and_takes_its_daemon_along() -> None:
+async def test_a_dead_process_is_noticed_and_its_daemon_ends() -> None:
     async with asyncio.timeout(PATIENCE), remote() as server:
         orphans = daemons_of(server.process.pid)
         assert len(orphans) == 1
@@ -256,7 +256,7 @@ async def test_what_was_sent_before_a_transport_closes_still_arrives() -> None:
         assert [await received.get() for _ in range(20)] == [size * 1000 for size in range(20)]
 
 
-async def test_a_daemon_that_dies_is_started_again_with_the_same_identity_and_port() -> None:
+async def test_a_daemon_that_dies_is_restarted_with_the_same_identity_and_port() -> None:
     async with swarm(SERVER, CLIENT) as (first, server, client):
         await server.transport.listen(echo)
         await first.transport.listen(echo)
@@ -281,7 +281,7 @@ async def test_a_daemon_that_dies_is_started_again_with_the_same_identity_and_po
 
 
 @pytest.mark.parametrize("failure", [OSError("no more processes"), RuntimeError("a bug")])
-async def test_a_daemon_is_started_again_whatever_went_wrong_at_the_last_attempt(failure: Exception) -> None:
+async def test_a_daemon_is_restarted_even_after_an_attempt_that_failed(failure: Exception) -> None:
     attempts: list[daemons.Daemon] = []
 
     async def attach(daemon: daemons.Daemon, peers: Sequence[str]) -> None:
@@ -308,7 +308,7 @@ def _listens_on(process: psutil.Process, port: int) -> bool:
     return any(connection.laddr.port == port for connection in process.net_connections("tcp"))
 
 
-async def test_joining_through_nobody_says_who_was_tried() -> None:
+async def test_joining_without_an_answer_names_the_addresses_that_were_tried() -> None:
     dead = f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.temporary().peer}"
     before = set(psutil.Process().children(recursive=True))
     with pytest.raises(BootstrapFailed) as failure:
@@ -328,22 +328,22 @@ async def test_one_initial_peer_that_answers_is_enough() -> None:
             assert await client.directory.servers(MODEL) == (info(first, 0, 8),)
 
 
-async def test_a_peer_outside_of_any_swarm_is_no_way_in() -> None:
-    async with swarm() as (first,), stranger(first) as (daemon, identity):
+async def test_a_peer_outside_of_a_swarm_cannot_be_joined() -> None:
+    async with swarm() as (first,), foreign_daemon(first) as (daemon, identity):
         address = f"{(await daemon.addresses())[0]}/p2p/{identity.peer}"
         with pytest.raises(BootstrapFailed, match="not to a swarm"):
             async with join(NetworkConfig(initial_peers=(address,), client_mode=True)):
                 pass
 
 
-async def test_a_malformed_address_is_told_before_anything_is_started() -> None:
+async def test_a_malformed_address_is_refused_before_the_daemon_starts() -> None:
     with pytest.raises(UserError) as error:
         async with join(NetworkConfig(initial_peers=("localhost:31337",))):
             pass
     assert "/ip4/" in (error.value.hint or "")
 
 
-async def test_a_port_that_is_taken_is_told() -> None:
+async def test_a_port_that_is_in_use_is_reported() -> None:
     async with swarm() as (first,):
         port = int(first.transport.addresses[0].split("/")[4])
         with pytest.raises(SwarmError) as failure:
@@ -352,17 +352,17 @@ async def test_a_port_that_is_taken_is_told() -> None:
         assert "port" in (failure.value.hint or "")
 
 
-async def test_an_identity_that_is_kept_is_the_peer_id(tmp_path: Any) -> None:
+async def test_a_stored_identity_gives_the_same_peer_id(tmp_path: Any) -> None:
     config = NetworkConfig(host="127.0.0.1", identity=tmp_path / "identity")
     async with asyncio.timeout(PATIENCE):
         async with join(config) as node:
             first = node.transport.peer
         async with join(config) as node:
-            assert node.transport.peer == first == Identity.at(tmp_path / "identity").peer
+            assert node.transport.peer == first == Identity.load_or_create(tmp_path / "identity").peer
             assert node.transport.addresses[0].endswith(first)
 
 
-async def test_announcements_are_seen_by_all_and_a_goodbye_replaces_them() -> None:
+async def test_all_peers_see_announcements_and_a_goodbye_replaces_them() -> None:
     async with swarm(SERVER, SERVER, CLIENT) as (first, one, other, client):
         await one.directory.announce(MODEL, info(one, 0, 5), lifetime=60)
         await other.directory.announce(MODEL, info(other, 3, 8), lifetime=60)
@@ -379,34 +379,34 @@ async def test_announcements_are_seen_by_all_and_a_goodbye_replaces_them() -> No
         }
 
 
-async def test_forged_announcements_are_not_seen_and_hide_nobody() -> None:
-    async with swarm(SERVER, CLIENT) as (first, server, client), stranger(first) as (daemon, mallory):
+async def test_forged_announcements_are_not_seen_and_hide_no_server() -> None:
+    async with swarm(SERVER, CLIENT) as (first, server, client), foreign_daemon(first) as (daemon, mallory):
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
         p2p = await p2p_module.P2P.replicate(daemon.control)
         table = await node_module.DHTNode.create(p2p=p2p, initial_peers=[f"/p2p/{first.transport.peer}"])
         victim = server.transport.peer
-        loud = Announcement.of(MODEL, info(server, 0, 8), expires=_now() + 200).model_copy(
+        latest = Announcement.of(MODEL, info(server, 0, 8), expires=time.time() + 200).model_copy(
             update={"peer": mallory.peer}
         )
-        own = seal(mallory, loud)
-        posing = own.replace(mallory.peer.encode(), victim.encode())
+        own = seal(mallory, latest)
+        forged = own.replace(mallory.peer.encode(), victim.encode())
         digest = node_module.DHTID.generate(block_key(MODEL.key, 0))
-        packed = [table.protocol.serializer.dumps(value) for value in (posing, own, b"", own, own)]
+        packed = [table.protocol.serializer.dumps(value) for value in (forged, own, b"", own, own)]
         subkeys = [victim, victim, victim, None, mallory.peer]
         for node in first, server:
             peer = p2p_module.PeerID.from_base58(node.transport.peer)
-            expires = [loud.expires] * len(packed)
+            expires = [latest.expires] * len(packed)
             for in_cache in False, True:
-                kept = await table.protocol.call_store(peer, [digest] * 5, packed, expires, subkeys, in_cache)
-                assert kept == [False, False, False, False, not in_cache]  # of all this, only what is its own
+                stored = await table.protocol.call_store(peer, [digest] * 5, packed, expires, subkeys, in_cache)
+                assert stored == [False, False, False, False, not in_cache]  # only its own record
         seen = {one.peer for one in await client.directory.servers(MODEL)}
         assert seen == {victim, mallory.peer}
         assert info(server, 0, 8) in await client.directory.servers(MODEL)
         await p2p.shutdown()
 
 
-async def test_one_key_looked_up_many_times_is_answered_once_and_the_table_goes_on() -> None:
-    async with swarm(SERVER, CLIENT) as (first, server, client), stranger(first) as (daemon, _):
+async def test_a_repeated_key_is_answered_once_and_the_directory_keeps_working() -> None:
+    async with swarm(SERVER, CLIENT) as (first, server, client), foreign_daemon(first) as (daemon, _):
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
         p2p = await p2p_module.P2P.replicate(daemon.control)
         table = await node_module.DHTNode.create(p2p=p2p, initial_peers=[f"/p2p/{first.transport.peer}"])
@@ -422,7 +422,7 @@ async def test_one_key_looked_up_many_times_is_answered_once_and_the_table_goes_
 
 @contextmanager
 def silence(*nodes: Node) -> Iterator[None]:
-    """The daemons of these peers answer nobody, as if their network were down."""
+    """The daemons of these peers do not answer, as if their network were down."""
     silenced = [
         process
         for process in daemons_of(os.getpid())
@@ -438,7 +438,7 @@ def silence(*nodes: Node) -> Iterator[None]:
             process.resume()
 
 
-async def test_a_client_finds_back_to_a_swarm_that_was_silent_for_a_while() -> None:
+async def test_a_client_rejoins_a_swarm_after_a_silence() -> None:
     async with swarm(SERVER, CLIENT) as (first, server, client):
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=60)
         assert await client.directory.servers(MODEL) == (info(server, 0, 8),)
@@ -451,9 +451,9 @@ async def test_a_client_finds_back_to_a_swarm_that_was_silent_for_a_while() -> N
         assert await client.directory.models() == (MODEL,)
 
 
-async def test_servers_that_lost_each_other_find_each_other_again() -> None:
+async def test_servers_rejoin_each_other_after_a_silence() -> None:
     async with swarm(SERVER) as (one, other):
-        everybody = {one.transport.peer, other.transport.peer}
+        all_peers = {one.transport.peer, other.transport.peer}
         await one.directory.announce(MODEL, info(one, 0, 4), lifetime=60)
         await other.directory.announce(MODEL, info(other, 4, 8), lifetime=60)
         with silence(one, other):
@@ -464,10 +464,10 @@ async def test_servers_that_lost_each_other_find_each_other_again() -> None:
         await one.directory.announce(MODEL, info(one, 0, 4), lifetime=60)
         await other.directory.announce(MODEL, info(other, 4, 8), lifetime=60)
         for node in one, other:
-            assert {server.peer for server in await node.directory.servers(MODEL)} == everybody
+            assert {server.peer for server in await node.directory.servers(MODEL)} == all_peers
 
 
-async def test_whoever_stays_when_all_others_said_goodbye_is_alone_and_not_lost() -> None:
+async def test_a_peer_whose_others_have_all_left_continues_alone() -> None:
     async with swarm() as (first,):
         async with join(NetworkConfig(initial_peers=first.transport.addresses, host="127.0.0.1")) as guest:
             await guest.directory.announce(MODEL, info(guest, 0, 4), lifetime=60)
@@ -477,13 +477,7 @@ async def test_whoever_stays_when_all_others_said_goodbye_is_alone_and_not_lost(
         assert info(first, 0, 8) in await first.directory.servers(MODEL)
 
 
-def _now() -> float:
-    import time
-
-    return time.time()
-
-
-async def test_one_peer_opens_so_many_streams_and_no_more() -> None:
+async def test_the_streams_of_one_peer_are_limited() -> None:
     async with swarm(CLIENT, CLIENT) as (server, greedy, modest):
         await server.transport.listen(echo)
         streams = [await greedy.transport.open(server.transport.peer) for _ in range(MAX_STREAMS_PER_PEER)]
@@ -498,7 +492,7 @@ async def test_one_peer_opens_so_many_streams_and_no_more() -> None:
         assert (await other.receive())[0] == b"hello"
 
 
-async def test_a_handler_that_raises_hurts_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_handler_that_raises_ends_only_its_own_stream(caplog: pytest.LogCaptureFixture) -> None:
     async with swarm(CLIENT) as (server, client):
 
         async def moody(stream: Stream) -> None:
@@ -518,7 +512,7 @@ async def test_a_handler_that_raises_hurts_nobody_else(caplog: pytest.LogCapture
         assert (await stream.receive())[0] == b"fine"
 
 
-async def test_whoever_sends_faster_than_the_other_receives_waits() -> None:
+async def test_a_sender_that_is_faster_than_the_receiver_waits() -> None:
     async with swarm(CLIENT) as (server, client):
         proceed = asyncio.Event()
         received: asyncio.Queue[int] = asyncio.Queue()
@@ -539,14 +533,14 @@ async def test_whoever_sends_faster_than_the_other_receives_waits() -> None:
         assert await received.get() == 8 * len(block)
 
 
-async def test_a_wrong_clock_is_told_once_and_lost_neighbours_are_no_wrong_clock(
+async def test_a_wrong_clock_is_reported_once_and_lost_peers_are_not_taken_for_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     ahead = 3600.0
     identity, daemon = Identity.temporary(), DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",))
     async with swarm(SERVER) as (first, other):
         peers = first.transport.addresses
-        directory = DhtDirectory(identity, keeps_records=True, initial_peers=peers, clock=lambda: time.time() + ahead)
+        directory = DhtDirectory(identity, stores_records=True, initial_peers=peers, clock=lambda: time.time() + ahead)
         transport = Libp2pTransport(identity, daemon, initial_peers=peers, attach=directory.attach)
         await transport.start()
         try:
@@ -559,23 +553,24 @@ async def test_a_wrong_clock_is_told_once_and_lost_neighbours_are_no_wrong_clock
         finally:
             await transport.close()
             await directory.close()
-    said = [each.getMessage() for each in caplog.records if each.name == "shoal.net.libp2p.reception"]
-    assert said == [
-        "others refuse this server's announcement, because the clocks differ: this machine's is 3600 s ahead of theirs",
-        "others keep this server's announcement again",
+    messages = [each.getMessage() for each in caplog.records if each.name == "shoal.net.libp2p.store_failures"]
+    assert messages == [
+        "other peers refuse this server's announcement because the clocks differ: "
+        "this machine's is 3600 s ahead of theirs",
+        "other peers store this server's announcement again",
     ]
 
 
-async def test_a_peer_finds_out_whether_its_own_identity_answers_elsewhere(tmp_path: Any) -> None:
+async def test_a_peer_finds_out_whether_its_identity_is_in_use_elsewhere(tmp_path: Any) -> None:
     async with swarm(SERVER) as (first, other):
         assert await first.answers_elsewhere(first.transport.addresses)
         nowhere = f"/ip4/127.0.0.1/tcp/9/p2p/{first.transport.peer}"
         assert not await first.answers_elsewhere([nowhere])
-        whose = other.transport.addresses[0].replace(other.transport.peer, first.transport.peer)
-        assert not await first.answers_elsewhere([whose]), "somebody else is there"
+        wrong = other.transport.addresses[0].replace(other.transport.peer, first.transport.peer)
+        assert not await first.answers_elsewhere([wrong]), "another peer is there"
 
 
-async def test_a_copied_identity_joins_no_second_time(tmp_path: Any) -> None:
+async def test_a_copied_identity_cannot_join(tmp_path: Any) -> None:
     original, copy = tmp_path / "identity", tmp_path / "copy"
     async with asyncio.timeout(PATIENCE), join(NetworkConfig(host="127.0.0.1", identity=original)) as node:
         copy.write_bytes(original.read_bytes())

@@ -1,4 +1,4 @@
-"""Doors in front of a peer that echoes, with real sockets."""
+"""Proxies in front of a peer that echoes, with real sockets."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import pytest
 
 from shoal.errors import SwarmError
 from shoal.testing.link import Link
-from shoal.testing.network import Network, Traffic
-from shoal.testing.reach import HOST, ProxyCommand
+from shoal.testing.proxy_process import ProxyProcess, Traffic
+from shoal.testing.proxy_state import HOST, ProxyState
 
 SECONDS = 60.0
-"""Nothing below takes that long; a test that waits for it has failed."""
+"""No step below takes this long; a test that waits for it has failed."""
 FOR_EVER = Link(delay_seconds=10 * SECONDS)
 DATA = os.urandom(3 << 20)
 
 
 class Echo:
-    """A peer that sends back what it hears, and closes when it hears no more."""
+    """A peer that sends back what it receives, and closes its side when the other side ends."""
 
     def __init__(self) -> None:
-        self._listening = socket.create_server((HOST, 0), reuse_port=True)  # others dial from it
+        self._listening = socket.create_server((HOST, 0), reuse_port=True)  # tests dial from its port as well
         self.port: int = self._listening.getsockname()[1]
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
@@ -69,20 +69,22 @@ def other() -> Iterator[Echo]:
 
 
 @pytest.fixture
-def network(echo: Echo, other: Echo) -> Iterator[Network]:
-    """It ends before the peers do, and so do all connections that they serve."""
-    with Network() as network:
-        yield network
+def proxies(echo: Echo, other: Echo) -> Iterator[ProxyProcess]:
+    """It ends before the peers do, and so do the connections that they serve."""
+    with ProxyProcess() as proxies:
+        yield proxies
 
 
 @pytest.fixture
-def proxy(network: Network, echo: Echo) -> int:
-    return network.open_door(echo.port, Link(), Link())
+def proxy(proxies: ProxyProcess, echo: Echo) -> int:
+    """The port of a proxy in front of `echo`."""
+    return proxies.open_proxy(echo.port, Link(), Link())
 
 
 @pytest.fixture
-def other_door(network: Network, other: Echo) -> int:
-    return network.open_door(other.port, Link(), Link())
+def other_proxy(proxies: ProxyProcess, other: Echo) -> int:
+    """The port of a proxy in front of `other`."""
+    return proxies.open_proxy(other.port, Link(), Link())
 
 
 @contextlib.contextmanager
@@ -95,7 +97,7 @@ def dialled(port: int, *, from_port: int = 0) -> Iterator[socket.socket]:
         yield ours
 
 
-def heard(ours: socket.socket, num_bytes: int) -> bytes:
+def received(ours: socket.socket, num_bytes: int) -> bytes:
     data = b""
     while len(data) < num_bytes and (more := ours.recv(1 << 16)):
         data += more
@@ -103,16 +105,16 @@ def heard(ours: socket.socket, num_bytes: int) -> bytes:
 
 
 def echoes(ours: socket.socket, data: bytes = b"hello") -> bool:
-    """Whether what is said comes back."""
+    """Whether the same data comes back."""
     sender = threading.Thread(target=ours.sendall, args=(data,))
     sender.start()
-    answer = heard(ours, len(data))
+    answer = received(ours, len(data))
     sender.join()
     return answer == data
 
 
 def is_silent(ours: socket.socket) -> bool:
-    """Whether there is nothing to hear: no data and no end."""
+    """Whether there is nothing to read: neither data nor an end."""
     return not select.select([ours], [], [], 0)[0]
 
 
@@ -125,74 +127,74 @@ def is_silent(ours: socket.socket) -> bool:
         Link(delay_seconds=0.001, jitter_seconds=0.001, bytes_per_second=50e6, queue_seconds=0.001),
     ],
 )
-def test_everything_arrives_in_its_order(network, echo, link):
-    proxy = network.open_door(echo.port, link, link)
+def test_everything_arrives_in_its_order(proxies, echo, link):
+    proxy = proxies.open_proxy(echo.port, link, link)
     with dialled(proxy) as one, dialled(proxy) as other:
         for ours in (one, other):
             assert echoes(ours, DATA)
-    assert network.traffic(echo.port) == Traffic(2, 2 * len(DATA), 2 * len(DATA))
+    assert proxies.traffic(echo.port) == Traffic(2, 2 * len(DATA), 2 * len(DATA))
 
 
-def test_what_has_a_longer_way_arrives_later(network, echo, proxy, other_door):
-    with dialled(proxy) as slow, dialled(other_door) as fast:
+def test_data_over_a_slow_link_arrives_later(proxies, echo, proxy, other_proxy):
+    with dialled(proxy) as slow, dialled(other_proxy) as fast:
         assert echoes(slow)
-        network.link(echo.port, FOR_EVER, Link())
+        proxies.set_link(echo.port, FOR_EVER, Link())
         slow.sendall(b"first")
         assert all(echoes(fast) for _ in range(100))
         assert is_silent(slow)
 
 
-def test_the_two_directions_differ(network, echo, proxy):
+def test_the_two_directions_of_a_link_may_differ(proxies, echo, proxy):
     with dialled(proxy) as ours:
         assert echoes(ours)
-        network.link(echo.port, Link(), FOR_EVER)
+        proxies.set_link(echo.port, Link(), FOR_EVER)
         ours.sendall(b"hello")
-        while network.traffic(echo.port).outward_bytes < 10:  # it has been heard, and answered
+        while proxies.traffic(echo.port).outward_bytes < 10:  # the peer has received it, and answered
             pass
         assert is_silent(ours)
 
 
-def test_an_end_is_passed_on_after_what_was_said_before(network, echo):
+def test_an_end_is_forwarded_after_the_data_before_it(proxies, echo):
     slow = Link(delay_seconds=0.002, jitter_seconds=0.002, bytes_per_second=50e6)
-    with dialled(network.open_door(echo.port, slow, slow)) as ours:
+    with dialled(proxies.open_proxy(echo.port, slow, slow)) as ours:
         sender = threading.Thread(target=lambda: (ours.sendall(DATA), ours.shutdown(socket.SHUT_WR)))
         sender.start()
-        assert heard(ours, len(DATA) + 1) == DATA
+        assert received(ours, len(DATA) + 1) == DATA
         sender.join()
 
 
-def test_who_is_cut_off_is_reset_and_refused_until_the_link_is_healed(network, echo, proxy):
+def test_a_cut_proxy_resets_and_refuses_connections_until_it_is_opened(proxies, echo, proxy):
     with dialled(proxy) as ours:
         assert echoes(ours)
-        network.set_reach(echo.port, ProxyCommand.CUT)
+        proxies.set_state(echo.port, ProxyState.CUT)
         with pytest.raises(ConnectionResetError):
             ours.recv(1)
     with pytest.raises(ConnectionRefusedError), dialled(proxy):
         pass
-    network.set_reach(echo.port, ProxyCommand.OPEN)
+    proxies.set_state(echo.port, ProxyState.OPEN)
     with dialled(proxy) as ours:
         assert echoes(ours)
 
 
-def test_a_black_hole_swallows_nothing_and_says_nothing(network, echo, proxy, other_door):
-    with dialled(proxy) as before, dialled(other_door) as elsewhere:
+def test_a_black_hole_loses_nothing_and_reports_nothing(proxies, echo, proxy, other_proxy):
+    with dialled(proxy) as before, dialled(other_proxy) as elsewhere:
         assert echoes(before)
-        network.set_reach(echo.port, ProxyCommand.BLACK_HOLE)
+        proxies.set_state(echo.port, ProxyState.BLACK_HOLE)
         with dialled(proxy) as during:
             for ours in (before, during):
                 ours.sendall(b"hello")
             assert all(echoes(elsewhere) for _ in range(100))
             assert is_silent(before)
             assert is_silent(during)
-            network.set_reach(echo.port, ProxyCommand.OPEN)
+            proxies.set_state(echo.port, ProxyState.OPEN)
             for ours in (before, during):
-                assert heard(ours, 5) == b"hello"
+                assert received(ours, 5) == b"hello"
 
 
-def test_who_sends_into_a_black_hole_has_to_stop(network, echo, proxy):
+def test_a_sender_into_a_black_hole_has_to_stop(proxies, echo, proxy):
     with dialled(proxy) as ours:
         assert echoes(ours)
-        network.set_reach(echo.port, ProxyCommand.BLACK_HOLE)
+        proxies.set_state(echo.port, ProxyState.BLACK_HOLE)
         ours.setblocking(False)
         num_sent = 0
         with contextlib.suppress(BlockingIOError):
@@ -200,28 +202,28 @@ def test_who_sends_into_a_black_hole_has_to_stop(network, echo, proxy):
                 num_sent += ours.send(DATA)
         assert num_sent < 64 << 20
         ours.settimeout(SECONDS)
-        network.set_reach(echo.port, ProxyCommand.OPEN)
-        assert len(heard(ours, num_sent)) == num_sent
+        proxies.set_state(echo.port, ProxyState.OPEN)
+        assert len(received(ours, num_sent)) == num_sent
 
 
-@pytest.mark.parametrize("reach", [ProxyCommand.CUT, ProxyCommand.BLACK_HOLE])
-def test_a_peer_is_also_cut_off_from_those_that_it_has_dialled(network, echo, proxy, other_door, reach):
-    with dialled(other_door, from_port=echo.port) as its, dialled(other_door) as ours:
+@pytest.mark.parametrize("state", [ProxyState.CUT, ProxyState.BLACK_HOLE])
+def test_a_cut_peer_also_loses_the_connections_that_it_dialled(proxies, echo, proxy, other_proxy, state):
+    with dialled(other_proxy, from_port=echo.port) as its, dialled(other_proxy) as ours:
         assert echoes(its)
         assert echoes(ours)
-        network.set_reach(echo.port, reach)
-        if reach is ProxyCommand.CUT:
+        proxies.set_state(echo.port, state)
+        if state is ProxyState.CUT:
             with pytest.raises(ConnectionResetError):
                 its.recv(1)
         else:
             its.sendall(b"hello")
         assert all(echoes(ours) for _ in range(100))
-        assert reach is ProxyCommand.CUT or is_silent(its)
-        network.set_reach(echo.port, ProxyCommand.OPEN)
-        assert reach is ProxyCommand.CUT or heard(its, 5) == b"hello"
+        assert state is ProxyState.CUT or is_silent(its)
+        proxies.set_state(echo.port, ProxyState.OPEN)
+        assert state is ProxyState.CUT or received(its, 5) == b"hello"
 
 
-def test_a_peer_that_is_gone_resets_who_comes_to_its_door(network, echo, proxy):
+def test_connections_to_a_peer_that_is_gone_are_reset(proxies, echo, proxy):
     with dialled(proxy) as ours:
         assert echoes(ours)
     echo.close()
@@ -229,32 +231,33 @@ def test_a_peer_that_is_gone_resets_who_comes_to_its_door(network, echo, proxy):
         ours.recv(1)
 
 
-def test_a_link_that_was_slow_is_not_waited_for_when_it_is_slow_no_more(network, echo, proxy):
+def test_a_link_that_becomes_fast_is_not_delayed_by_its_slow_past(proxies, echo, proxy):
     with dialled(proxy) as one, dialled(proxy) as other:
         assert echoes(one)
         assert echoes(other)
-        network.link(echo.port, Link(bytes_per_second=1.0), Link())
-        one.sendall(b"a word for whose sake the link is busy")
-        while network.traffic(echo.port).inward_bytes < 40:
+        proxies.set_link(echo.port, Link(bytes_per_second=1.0), Link())
+        one.sendall(b"some words that keep the slow link busy")
+        while proxies.traffic(echo.port).inward_bytes < 40:
             pass
-        network.link(echo.port, Link(), Link())
+        proxies.set_link(echo.port, Link(), Link())
         assert echoes(other)
 
 
-def test_the_proxies_end_with_whoever_started_them():
+def test_the_proxies_end_with_the_process_that_started_them():
     script = (
-        "import sys; from shoal.testing.network import Network\nwith Network(): print(flush=True); sys.stdin.read()"
+        "import sys; from shoal.testing.proxy_process import ProxyProcess\n"
+        "with ProxyProcess(): print(flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        proxies = psutil.Process(process.pid).children()
+        children = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGKILL)
-    assert len(proxies) == 1
-    assert not psutil.wait_procs(proxies, timeout=SECONDS)[1]
+    assert len(children) == 1
+    assert not psutil.wait_procs(children, timeout=SECONDS)[1]
 
 
-def test_proxies_that_are_gone_are_told_of(network, echo):
-    network._process.kill()
+def test_a_dead_proxy_process_is_reported(proxies, echo):
+    os.kill(proxies.pid, signal.SIGKILL)
     with pytest.raises(SwarmError, match="the proxies ended with status -9"):
-        network.traffic(echo.port)
+        proxies.traffic(echo.port)

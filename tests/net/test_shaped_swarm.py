@@ -1,4 +1,4 @@
-"""Real servers behind doors: that nobody gets around them, and what may be done to the servers."""
+"""Real servers behind proxies: every connection takes one, and the servers can be made to fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shoal.bundled import STORIES
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
 
 SECONDS = 120.0
-"""Nothing below takes that long; a test that waits for it has failed."""
+"""No step below takes this long; a test that waits for it has failed."""
 PROMPT = torch.tensor([[3, 14, 15, 92, 65]])
 OPTIONS = ("--dtype", "float32", "--cache-tokens", "2048")
 
@@ -32,7 +32,7 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShapedSwarm]:
 
 
 def generate(swarm: ShapedSwarm) -> list[int]:
-    """What a client says that joins for it."""
+    """The tokens that a new client generates."""
     model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=swarm.addresses, dtype="float32")
     try:
         return model.generate(PROMPT, do_sample=False, max_new_tokens=12)[0].tolist()
@@ -46,12 +46,12 @@ def expected() -> list[int]:
     return whole.generate(PROMPT, do_sample=False, max_new_tokens=12)[0].tolist()
 
 
-def who_talks_to_whom() -> Iterator[tuple[psutil.Process, psutil.Process | None]]:
-    """The two processes of every connection of a libp2p daemon of ours; None for one that is not ours."""
-    family = psutil.Process().children(recursive=True)
+def connected_processes() -> Iterator[tuple[psutil.Process, psutil.Process | None]]:
+    """Both processes of every connection of this test's libp2p daemons; None for a process of another program."""
+    descendants = psutil.Process().children(recursive=True)
     owners = {
         (connection.laddr, connection.raddr): process
-        for process in family
+        for process in descendants
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_ESTABLISHED
     }
@@ -64,22 +64,22 @@ def is_proxy(process: psutil.Process | None) -> bool:
     return process is not None and "shoal.testing.proxy" in process.cmdline()
 
 
-# These tests run in this order: in the end the servers are gone.
+# These tests run in this order; the last ones end the servers.
 
 
-def test_every_connection_passes_a_door(swarm, expected):
+def test_every_connection_takes_a_proxy(swarm, expected):
     model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=[swarm.address], dtype="float32")
     try:
         assert model.generate(PROMPT, do_sample=False, max_new_tokens=12)[0].tolist() == expected
-        talks = [*who_talks_to_whom()]
+        connections = [*connected_processes()]
     finally:
         model.close()
-    assert len({process.pid for process, _ in talks}) == 4
-    assert all(is_proxy(other) for _, other in talks)
+    assert len({process.pid for process, _ in connections}) == 4
+    assert all(is_proxy(other) for _, other in connections)
 
 
-def test_a_batch_that_is_long_on_its_way_loses_no_server(swarm, caplog: pytest.LogCaptureFixture):
-    """Each message takes seconds, and pings and announcements go over the same links."""
+def test_a_batch_that_takes_long_to_send_loses_no_server(swarm, caplog: pytest.LogCaptureFixture):
+    """Each message takes seconds, and pings and announcements share its links."""
     tokens = torch.arange(32 * 128).view(32, 128) % 200 + 3
     whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype="float32")
     whole(input_ids=tokens, labels=tokens).loss.backward()
@@ -98,34 +98,35 @@ def test_a_batch_that_is_long_on_its_way_loses_no_server(swarm, caplog: pytest.L
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_server_that_is_killed_and_started_again_is_the_same_peer_behind_the_same_door(swarm, expected):
+def test_a_restarted_server_is_the_same_peer_behind_the_same_proxy(swarm, expected):
     server = swarm.servers[0]
-    before, peer = server.address, server.process.pid
+    address, pid = server.address, server.process.pid
     server.kill()
     assert not server.is_running
     server.restart()
-    assert (server.address, server.process.pid != peer) == (before, True)
+    assert server.address == address
+    assert server.process.pid != pid
     assert generate(swarm) == expected
-    assert all(is_proxy(other) for _, other in who_talks_to_whom())
+    assert all(is_proxy(other) for _, other in connected_processes())
 
 
-@pytest.mark.parametrize("harm", ["cut", "black_hole", "hang"])
-def test_a_sentence_is_finished_whatever_is_done_to_one_of_two(swarm, expected, harm):
-    server, cure = swarm.servers[1], "resume" if harm == "hang" else "heal"
-    getattr(server, harm)()
+@pytest.mark.parametrize("failure", ["cut", "black_hole", "hang"])
+def test_generation_survives_a_failure_of_one_of_two_servers(swarm, expected, failure):
+    server, cure = swarm.servers[1], "resume" if failure == "hang" else "heal"
+    getattr(server, failure)()
     try:
         assert generate(swarm) == expected
     finally:
         getattr(server, cure)()
 
 
-def test_bytes_are_counted_where_they_pass(swarm, expected):
-    proxy = swarm.servers[0]
-    before = proxy.traffic
-    proxy.link(Link(delay_seconds=0.005), Link())
+def test_a_proxy_counts_the_bytes_that_it_forwards(swarm, expected):
+    server = swarm.servers[0]
+    before = server.traffic
+    server.link(Link(delay_seconds=0.005), Link())
     assert generate(swarm) == expected
-    proxy.link(Link())
-    after = proxy.traffic
+    server.link(Link())
+    after = server.traffic
     assert after.num_connections > before.num_connections
     assert after.inward_bytes - before.inward_bytes > 12 * 768
     assert after.outward_bytes - before.outward_bytes > 12 * 768
@@ -154,7 +155,7 @@ def test_a_server_that_hangs_can_be_killed(swarm):
     assert server.process.returncode == -9
 
 
-def test_nothing_is_left_when_the_swarms_owner_is_killed_while_a_server_hangs(tmp_path):
+def test_no_process_is_left_when_the_swarms_owner_is_killed_while_a_server_hangs(tmp_path):
     script = (
         "from shoal.testing import shaped_swarm\n"
         f"with shaped_swarm({str(STORIES)!r}, ['0:12'], options={OPTIONS}) as swarm:\n"
@@ -171,7 +172,7 @@ def test_nothing_is_left_when_the_swarms_owner_is_killed_while_a_server_hangs(tm
     with owner:
         assert owner.stdout is not None
         owner.stdout.readline()
-        family = psutil.Process(owner.pid).children(recursive=True)
+        descendants = psutil.Process(owner.pid).children(recursive=True)
         owner.kill()
-    assert {process.name() for process in family} >= {"p2pd", "sh"}
-    assert not psutil.wait_procs(family, timeout=SECONDS)[1]
+    assert {process.name() for process in descendants} >= {"p2pd", "sh"}
+    assert not psutil.wait_procs(descendants, timeout=SECONDS)[1]

@@ -86,7 +86,7 @@ class Swarm:
         self, kind: type[Any] = AutoDistributedModelForCausalLM, *, config: ClientConfig = QUICK, **options: Any
     ) -> Any:
         """A client's model, in float32."""
-        name = f"client{self.call(lambda: len(self.network._transports))}"
+        name = f"client{self.call(lambda: len(self.network.peers))}"
         checkpoint = Checkpoint.open(options.pop("folder", self.folder))
         node = self.call(self.network.node, name)
         client = _Borrowed(self.runtime)

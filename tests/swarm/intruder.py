@@ -134,7 +134,7 @@ class Intruder:
 
 def num_conversations(swarm: Swarm, server: str) -> int:
     """The streams that a server is busy with."""
-    return len(swarm.network._transports[server]._tasks)
+    return swarm.network.num_handlers(server)
 
 
 def num_roads(swarm: Swarm) -> int:

@@ -250,5 +250,5 @@ def test_a_server_that_could_not_announce_itself_does_at_the_next_renewal(swarm:
 
 def expired(swarm: Swarm, peer: str) -> bool:
     """Whether a server's record has ended without having been renewed."""
-    records = [entry for (_, each), entry in swarm.network._announced.items() if each == peer]
-    return all(expires <= swarm.runtime.loop.time() for _, _, expires in records)
+    records = [record for record in swarm.network.records if record.info.peer == peer]
+    return all(record.expires <= swarm.runtime.loop.time() for record in records)

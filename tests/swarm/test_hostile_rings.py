@@ -60,13 +60,13 @@ def town(folder: Path) -> Iterator[Swarm]:
 @pytest.fixture
 def guest(town: Swarm) -> Iterator[Intruder]:
     """A client of the first server; when it has gone, nothing is left of it on any."""
-    name = f"guest{town.call(lambda: len(town.network._transports))}"
+    name = f"guest{town.call(lambda: len(town.network.peers))}"
     yield Intruder(town, "s0", name=name)
     check_idle(town)
 
 
 def stranger(swarm: Swarm, name: str = "stranger") -> Intruder:
-    number = swarm.call(lambda: len(swarm.network._transports))
+    number = swarm.call(lambda: len(swarm.network.peers))
     return Intruder(swarm, "s0", name=f"{name}{number}")
 
 

@@ -74,8 +74,7 @@ class Scene:
         return [hop.server.peer for hop in (await self.chain.route(ALL, needs=Needs())).hops]
 
     async def close(self) -> None:
-        for transport in self.network._transports.values():
-            await transport.close()
+        await self.network.close()
 
 
 def play(act: Callable[[Scene], Awaitable[None]], config: ClientConfig | None = None) -> None:

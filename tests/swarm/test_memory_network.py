@@ -1,4 +1,4 @@
-"""The network that other tests stand on does what it says."""
+"""The network in memory, on which other tests rely, keeps its promises."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def echo(stream: Stream) -> None:
 
 
 class Clock:
-    """The loop's own time, which can be put forward."""
+    """The loop's own time, which a test can advance."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -67,7 +67,7 @@ async def clock() -> AsyncIterator[Clock]:
 
 
 async def settle() -> None:
-    """Let everything run that can run now."""
+    """Run all tasks that are ready, and those that they make ready."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -89,10 +89,10 @@ async def test_a_frame_comes_back_as_it_was_sent(network: MemoryNetwork) -> None
     assert await stream.receive() == (b"header", bytearray(b"payload"))
 
 
-async def test_nobody_is_reached_who_is_unknown_or_does_not_listen(network: MemoryNetwork) -> None:
+async def test_a_peer_that_is_unknown_or_does_not_listen_cannot_be_reached(network: MemoryNetwork) -> None:
     client = network.node("client").transport
     network.node("deaf")
-    for peer in "nobody", "deaf":
+    for peer in "unknown", "deaf":
         with pytest.raises(StreamBroken):
             await client.open(peer)
 
@@ -121,7 +121,7 @@ async def test_a_killed_peer_can_be_started_again(network: MemoryNetwork) -> Non
     assert await stream.receive() == (b"hello", bytearray())
 
 
-async def test_a_hung_peer_accepts_everything_and_says_nothing_until_it_is_healed(network: MemoryNetwork) -> None:
+async def test_a_hung_peer_accepts_frames_and_answers_when_it_is_healed(network: MemoryNetwork) -> None:
     stream = await connected(network)
     network.hang("server")
     await stream.send(b"anyone?")
@@ -138,7 +138,7 @@ async def test_a_cut_link_refuses_new_streams_until_it_is_healed(network: Memory
     network.cut("client", "server")
     with pytest.raises(StreamBroken):
         await stream.receive()
-    await (await client.open("server")).send(b"others are not concerned")
+    await (await client.open("server")).send(b"other links still work")
     network.cut("second", "server")
     with pytest.raises(StreamBroken):
         await client.open("server")
@@ -147,14 +147,14 @@ async def test_a_cut_link_refuses_new_streams_until_it_is_healed(network: Memory
 
 
 async def answers_of(stream: Stream) -> asyncio.Task[tuple[bytes, bytearray]]:
-    """What comes back for one more frame, once everything has run that can run."""
+    """Send one more frame, and receive its answer in a task."""
     await stream.send(b"anyone?")
     answer = asyncio.create_task(stream.receive())
     await settle()
     return answer
 
 
-async def test_a_black_hole_between_two_swallows_nothing_of_others(network: MemoryNetwork) -> None:
+async def test_a_black_hole_between_two_peers_does_not_affect_others(network: MemoryNetwork) -> None:
     stream = await connected(network)
     other = await network.node("other").transport.open("server")
     network.hang("server", "client")
@@ -166,20 +166,20 @@ async def test_a_black_hole_between_two_swallows_nothing_of_others(network: Memo
 
 
 @pytest.mark.parametrize(("sender", "arrived"), [("server", [b"anyone?"]), ("client", [])])
-async def test_one_direction_of_a_link_may_be_silent(network: MemoryNetwork, sender: str, arrived: list[bytes]) -> None:
+async def test_one_direction_of_a_link_may_be_muted(network: MemoryNetwork, sender: str, arrived: list[bytes]) -> None:
     client, server = network.node("client"), network.node("server")
-    heard: list[bytes] = []
+    received: list[bytes] = []
 
     async def listen(stream: Stream) -> None:
         header, _ = await stream.receive()
-        heard.append(header)
+        received.append(header)
         await stream.send(header)
 
     await server.transport.listen(listen)
     stream = await client.transport.open("server")
     network.mute(sender)
     answer = await answers_of(stream)
-    assert heard == arrived
+    assert received == arrived
     assert not answer.done()
     network.heal()
     assert (await answer)[0] == b"anyone?"
@@ -205,7 +205,7 @@ async def test_streams_that_break_can_be_opened_again(network: MemoryNetwork) ->
     assert (await answers_of(await network.node("other").transport.open("server"))).done()
 
 
-async def test_the_way_between_two_may_be_long(network: MemoryNetwork, clock: Clock) -> None:
+async def test_the_link_between_two_peers_may_be_slow(network: MemoryNetwork, clock: Clock) -> None:
     stream = await connected(network)
     other = await network.node("other").transport.open("server")
     network.delay(1800, "server", "client")
@@ -218,7 +218,7 @@ async def test_the_way_between_two_may_be_long(network: MemoryNetwork, clock: Cl
     assert (await answer)[0] == b"anyone?"
 
 
-async def test_what_is_left_of_a_killed_peer_does_not_speak_for_the_next(network: MemoryNetwork) -> None:
+async def test_the_remains_of_a_killed_peer_do_not_affect_its_successor(network: MemoryNetwork) -> None:
     before = network.node("server")
     network.kill("server")
     after = network.node("server")
@@ -230,7 +230,7 @@ async def test_what_is_left_of_a_killed_peer_does_not_speak_for_the_next(network
     assert (await answers_of(await network.node("client").transport.open("server"))).done()
 
 
-async def test_drop_after_ends_the_stream_right_behind_that_frame(network: MemoryNetwork) -> None:
+async def test_drop_after_ends_the_stream_behind_that_frame(network: MemoryNetwork) -> None:
     stream = await connected(network)
     network.drop_after("server", 2)
     for number in b"1", b"2":
@@ -240,7 +240,7 @@ async def test_drop_after_ends_the_stream_right_behind_that_frame(network: Memor
         await stream.receive()
 
 
-async def test_a_hook_rewrites_and_swallows_frames(network: MemoryNetwork) -> None:
+async def test_a_hook_alters_and_loses_frames(network: MemoryNetwork) -> None:
     stream = await connected(network)
     network.on_frame = lambda frame: replace(frame, payload=b"garbled") if frame.sender == "server" else frame
     await stream.send(b"x", [b"clean"])
@@ -275,7 +275,7 @@ async def receive_two(stream: Stream) -> list[bytes]:
     return [(await stream.receive())[0], (await stream.receive())[0]]
 
 
-async def test_whoever_sends_faster_than_the_other_receives_waits(network: MemoryNetwork) -> None:
+async def test_a_sender_that_is_faster_than_the_receiver_waits(network: MemoryNetwork) -> None:
     client, server = network.node("client"), network.node("server")
     accepted: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
     done = asyncio.Event()
@@ -299,10 +299,10 @@ async def test_whoever_sends_faster_than_the_other_receives_waits(network: Memor
 async def test_what_was_sent_before_a_close_is_still_received(network: MemoryNetwork) -> None:
     client, server = network.node("client"), network.node("server")
 
-    async def talk(stream: Stream) -> None:
+    async def say_goodbye(stream: Stream) -> None:
         await stream.send(b"goodbye")
 
-    await server.transport.listen(talk)
+    await server.transport.listen(say_goodbye)
     stream = await client.transport.open("server")
     await asyncio.sleep(0)
     await server.transport.close()
@@ -332,7 +332,9 @@ async def test_a_frame_beyond_the_limits_is_not_sent(network: MemoryNetwork) -> 
         await stream.send(bytes(MAX_HEADER_BYTES + 1))
 
 
-async def test_announcements_are_seen_by_all_replaced_and_expire(network: MemoryNetwork, clock: Clock) -> None:
+async def test_all_peers_see_announcements_until_they_are_replaced_or_expire(
+    network: MemoryNetwork, clock: Clock
+) -> None:
     one, other = network.node("one").directory, network.node("other").directory
     await one.announce(MODEL, info("one"), lifetime=60)
     await one.announce(MODEL, info("one", state=ServerState.LEAVING), lifetime=5)
@@ -343,22 +345,22 @@ async def test_announcements_are_seen_by_all_replaced_and_expire(network: Memory
     assert await one.servers(MODEL) == (info("other", 4, 8),)
 
 
-async def test_nobody_announces_another(network: MemoryNetwork) -> None:
+async def test_a_peer_cannot_announce_another(network: MemoryNetwork) -> None:
     with pytest.raises(ValueError, match="announces itself"):
         await network.node("one").directory.announce(MODEL, info("other"), lifetime=60)
 
 
-async def test_a_header_that_is_refused_ends_what_can_be_received_and_not_what_can_be_sent() -> None:
+async def test_a_refused_header_ends_receiving_and_not_sending() -> None:
     network = MemoryNetwork()
     client, server = network.node("client").transport, network.node("server").transport
 
     async def refusing(stream: Stream) -> None:
-        def admit(header: bytes, payload_bytes: int) -> None:
+        def check_header(header: bytes, payload_bytes: int) -> None:
             raise ProtocolViolation(f"{header!r} and {payload_bytes} bytes")
 
         for expected in (ProtocolViolation, StreamBroken):
             with pytest.raises(expected):
-                await stream.receive(admit)
+                await stream.receive(check_header)
         await stream.send(b"refused")
 
     await server.listen(refusing)

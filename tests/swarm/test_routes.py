@@ -15,7 +15,7 @@ from shoal import MissingBlocks
 from shoal.errors import UserError
 from shoal.net.identity import Identity
 from shoal.net.memory import Frame
-from shoal.net.ping import distance, distances
+from shoal.net.ping import measure_round_trip, measure_round_trips
 from shoal.peers import ServerInfo
 from shoal.policy.routing.route import Needs
 from shoal.spans import Span
@@ -29,7 +29,7 @@ PROMPT = torch.tensor([[5, 17, 42, 9, 33]])
 
 def announced(swarm: Swarm) -> dict[str, ServerInfo]:
     """What each server says of itself at present."""
-    return {peer: info for (_, peer), (_, info, _) in swarm.network._announced.items()}
+    return {record.info.peer: record.info for record in swarm.network.records}
 
 
 def neighbours(swarm: Swarm) -> dict[str, set[str]]:
@@ -73,7 +73,7 @@ def test_a_client_asks_how_far_everybody_is_before_its_first_route(swarm: MakeSw
     swarm_ = swarm("0:4", "0:4", "0:4")
     swarm_.call(even, swarm_)
     model = swarm_.model(config=replace(QUICK, measure_seconds=5.0))
-    (client,) = (peer for peer in swarm_.network._transports if peer.startswith("client"))
+    (client,) = (peer for peer in swarm_.network.peers if peer.startswith("client"))
     far_apart(swarm_, (client, "s0"), (client, "s2"))
     route = swarm_.runtime.run(model.blocks._swarm.route(Span(0, 4), needs=Needs()))
     assert [hop.server.peer for hop in route.hops] == ["s1"]
@@ -158,15 +158,12 @@ def test_eight_microbatches_go_to_two_equal_servers_in_halves(swarm: MakeSwarm, 
 
 def even(swarm: Swarm) -> None:
     """Let all servers announce the same speed, whatever was measured."""
-    for key, (model, info, expires) in swarm.network._announced.items():
-        swarm.network._announced[key] = model, replace(info, decode_speed=100.0, prefill_speed=1000.0), expires
+    swarm.network.edit_announcements(lambda info: replace(info, decode_speed=100.0, prefill_speed=1000.0))
 
 
 def rename(swarm: Swarm, peer: str, name: str) -> None:
     """Let a server announce another name."""
-    for key, (model, info, expires) in swarm.network._announced.items():
-        if info.peer == peer:
-            swarm.network._announced[key] = model, replace(info, name=name), expires
+    swarm.network.edit_announcements(lambda info: replace(info, name=name) if info.peer == peer else info)
 
 
 def test_a_peer_that_does_not_answer_has_no_distance(swarm: MakeSwarm):
@@ -174,9 +171,9 @@ def test_a_peer_that_does_not_answer_has_no_distance(swarm: MakeSwarm):
     swarm_.kill("s1")
     asker = swarm_.call(swarm_.network.node, "asker")
     found: dict[str, Any] = swarm_.runtime.run(
-        distances(asker.transport, [server.info for server in swarm_.servers.values()])
+        measure_round_trips(asker.transport, [server.info for server in swarm_.servers.values()])
     )
     assert found["s0"] > 0
     assert found["s1"] is None
-    assert swarm_.runtime.run(distance(asker.transport, "nobody")) is None
+    assert swarm_.runtime.run(measure_round_trip(asker.transport, "nobody")) is None
     swarm_.runtime.run(asker.transport.close())

@@ -1,4 +1,4 @@
-"""The clock that the schedules are run by."""
+"""The virtual clock of the schedules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from .virtual_time import Deadlock, run
 
 
-def test_a_day_of_sleep_takes_no_time_and_comes_in_the_right_order():
+def test_a_day_of_sleep_takes_no_time_and_keeps_its_order():
     async def scene() -> list[str]:
         woken: list[str] = []
 
@@ -26,7 +26,7 @@ def test_a_day_of_sleep_takes_no_time_and_comes_in_the_right_order():
     assert run(scene()) == ["1 hours", "5 hours", "24 hours"]
 
 
-def test_a_timeout_ends_what_would_wait_for_ever():
+def test_a_timeout_ends_an_endless_wait():
     async def scene() -> float:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(3600):
@@ -36,7 +36,7 @@ def test_a_timeout_ends_what_would_wait_for_ever():
     assert run(scene()) == pytest.approx(3600)
 
 
-def test_what_threads_are_meant_for_is_computed_at_once():
+def test_work_for_threads_is_computed_at_once():
     async def scene() -> int:
         with pytest.raises(ZeroDivisionError):
             await asyncio.to_thread(lambda: 1 // 0)
@@ -49,15 +49,15 @@ async def wait_for_nothing() -> None:
     await asyncio.Event().wait()
 
 
-async def go_round_in_circles() -> None:
-    while True:  # noqa: ASYNC110 - that is the point
+async def spin() -> None:
+    while True:  # noqa: ASYNC110 - the loop is what is tested
         await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(
-    ("stuck", "what"), [(wait_for_nothing, "nobody will ever go on"), (go_round_in_circles, "time stands still")]
+    ("stuck", "what"), [(wait_for_nothing, "no task can ever continue"), (spin, "time stands still")]
 )
-def test_what_hangs_is_an_error_that_names_the_task(stuck: Any, what: str):
+def test_a_hanging_task_is_an_error_that_names_it(stuck: Any, what: str):
     async def scene() -> None:
         await asyncio.sleep(7)
         await asyncio.gather(asyncio.create_task(stuck(), name="the culprit"))
@@ -66,7 +66,7 @@ def test_what_hangs_is_an_error_that_names_the_task(stuck: Any, what: str):
         run(scene())
 
 
-def test_a_task_that_is_left_behind_is_an_error():
+def test_a_task_that_is_left_running_is_an_error():
     async def scene(work: Coroutine[Any, Any, None]) -> None:
         scene.left = asyncio.create_task(work, name="the one left")  # type: ignore[attr-defined]
 

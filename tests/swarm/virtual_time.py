@@ -1,4 +1,4 @@
-"""An event loop whose time jumps to the next timer as soon as nothing else is left to do."""
+"""An event loop whose time jumps to the next timer as soon as no task is ready."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 ROUND_SECONDS = 1e-9
-"""What a round of the loop takes: who waits for the smallest time that a number can express has waited for it then."""
+"""The time of one iteration of the loop, so that even the shortest sleep ends."""
 MOMENT_SECONDS = 1e-3
-LONGEST_MOMENT = 20_000
-"""After so many rounds in one moment, somebody is going round in circles."""
+"""The time within which iterations are counted."""
+MAX_ROUNDS = 20_000
+"""More iterations within `MOMENT_SECONDS` mean that a task loops without waiting."""
 
 
 class Deadlock(AssertionError):
-    """Nothing is ready, and nothing will be."""
+    """No task is ready and no timer is set, or time stands still."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Runs what is ready, then jumps. Threads have no part in it: what is meant for them is computed at once.
+    """Runs the ready tasks, then jumps to the next timer. Work for threads is computed at once, on this thread.
 
-    Seconds are counted from 0, and right to a microsecond for some days.
-    Raises `Deadlock` when there is nothing to run and no timer to wait for, and when time stands still for too long.
+    Seconds are counted from 0, and precise to a microsecond for some days.
+    Raises `Deadlock` when no task is ready and no timer is set, and when time stands still.
     """
 
     def __init__(self) -> None:
@@ -37,13 +38,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _jump(self, seconds: float | None) -> None:
         if seconds is None:
-            raise Deadlock(f"nobody will ever go on at {self._now:.3f} s:\n{self._tasks()}")
+            raise Deadlock(f"no task can ever continue at {self._now:.3f} s:\n{self._tasks()}")
         self._now += max(seconds, ROUND_SECONDS)
         self._num_rounds += 1
         if self._now - self._moment > MOMENT_SECONDS:
             self._moment, self._num_rounds = self._now, 0
-        elif self._num_rounds > LONGEST_MOMENT:
-            self._num_rounds = 0  # whoever cancels them needs some too
+        elif self._num_rounds > MAX_ROUNDS:
+            self._num_rounds = 0  # cancelling the tasks takes iterations too
             raise Deadlock(f"time stands still at {self._now:.3f} s:\n{self._tasks()}")
 
     def _tasks(self) -> str:
@@ -59,7 +60,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _Jumping(selectors.SelectSelector):
-    """Never waits: it says how long it would have waited."""
+    """Never waits: it reports how long it would have waited."""
 
     def __init__(self, jump: Callable[[float | None], None]) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class _Jumping(selectors.SelectSelector):
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns, in virtual time that begins at 0. No task must be left when it is done."""
+    """The result of a coroutine, in virtual time that begins at 0. Raises `AssertionError` if it leaves a task."""
 
     async def alone() -> T:
         result = await work

@@ -1,4 +1,4 @@
-"""What goes wrong and when."""
+"""Failures of servers: how they are drawn, and how they are applied."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ def churn(seed: int, spans: list[str] = SPANS) -> tuple[Event, ...]:
 
 
 @given(st.integers(0, 10_000))
-def test_at_random_every_block_keeps_a_server_that_is_well(seed):
-    ill: dict[int, Act] = {}
-    well_at = dict.fromkeys(range(len(SPANS)), 0.0)
+def test_every_block_always_has_a_healthy_server(seed):
+    down: dict[int, Act] = {}
+    healthy_at = dict.fromkeys(range(len(SPANS)), 0.0)
     events = churn(seed)
     assert events
     for event in events:
         if event.act in CURES:
-            assert event.server not in ill
-            ill[event.server] = event.act
-            well = [index for index, at in well_at.items() if index not in ill and at <= event.seconds]
-            assert {block for index in well for block in Span.parse(SPANS[index])} == set(range(8))
+            assert event.server not in down
+            down[event.server] = event.act
+            healthy = [index for index, at in healthy_at.items() if index not in down and at <= event.seconds]
+            assert {block for index in healthy for block in Span.parse(SPANS[index])} == set(range(8))
         else:
-            assert CURES[ill.pop(event.server)] is event.act
-            well_at[event.server] = event.seconds + SETTLE_SECONDS
-    assert not ill
+            assert CURES[down.pop(event.server)] is event.act
+            healthy_at[event.server] = event.seconds + SETTLE_SECONDS
+    assert not down
     assert events[-1].seconds <= 600
 
 
-def test_a_seed_is_enough_to_see_the_same_again():
+def test_the_same_seed_draws_the_same_events():
     assert churn(1) == churn(1) != churn(2)
 
 
-def test_whoever_is_needed_is_left_alone():
+def test_the_only_server_of_a_block_does_not_fail():
     assert churn(0, ["0:4", "4:8"]) == ()
 
 
-class Diary:
-    """A swarm to which nothing happens but that somebody writes it down."""
+class RecordingSwarm:
+    """A swarm that only records the acts."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.lines: list[tuple[float, int, Act]] = []
@@ -68,7 +68,7 @@ class Diary:
         self.lines.append((self._clock(), server, act))
 
 
-def test_events_happen_in_their_order_and_at_their_time():
+def test_events_are_applied_in_order_and_at_their_times():
     now = 0.0
 
     def sleep(until: float) -> bool:
@@ -76,12 +76,12 @@ def test_events_happen_in_their_order_and_at_their_time():
         now = until
         return now < 10
 
-    diary = Diary(lambda: now)
-    play(diary, [Event(7.0, 1, Act.RESTART), Event(11.0, 0, Act.CUT), Event(3.0, 1, Act.KILL)], sleep)
-    assert diary.lines == [(3.0, 1, Act.KILL), (7.0, 1, Act.RESTART)]
+    recorded = RecordingSwarm(lambda: now)
+    play(recorded, [Event(7.0, 1, Act.RESTART), Event(11.0, 0, Act.CUT), Event(3.0, 1, Act.KILL)], sleep)
+    assert recorded.lines == [(3.0, 1, Act.KILL), (7.0, 1, Act.RESTART)]
 
 
-def test_what_has_not_happened_at_the_end_does_not_happen():
+def test_events_after_the_end_are_not_applied():
     acts: queue.Queue[Act] = queue.Queue()
 
     class Listener:
@@ -93,7 +93,7 @@ def test_what_has_not_happened_at_the_end_does_not_happen():
     assert acts.empty()
 
 
-def test_an_event_that_fails_is_told_at_the_end():
+def test_a_failing_event_is_raised_at_the_end():
     failed = threading.Event()
 
     class Broken:

@@ -1,4 +1,4 @@
-"""What is encoded comes back; whatever else arrives is a `ProtocolViolation` and nothing worse."""
+"""A decoded frame is what was encoded; any other bytes raise `ProtocolViolation`."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_a_tensor_cannot_be_declared_twice() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
-def test_lengths_come_back_or_are_beyond_the_limits(header: int, payload: int) -> None:
+def test_lengths_are_packed_and_unpacked_or_refused(header: int, payload: int) -> None:
     if header <= MAX_HEADER_BYTES and payload <= MAX_PAYLOAD_BYTES:
         assert unpack_prefix(pack_prefix(header, payload)) == (header, payload)
         return
@@ -235,7 +235,7 @@ def test_lengths_come_back_or_are_beyond_the_limits(header: int, payload: int) -
 
 
 @pytest.mark.anyio
-async def test_messages_travel_over_a_stream() -> None:
+async def test_messages_are_sent_over_a_stream() -> None:
     network = MemoryNetwork()
     client, server = network.node("client").transport, network.node("server").transport
 
@@ -245,8 +245,8 @@ async def test_messages_travel_over_a_stream() -> None:
 
     await server.listen(answer)
     stream = await client.open("server")
-    question = Forward(model="m", fingerprint="f", start=0, end=1)
-    await send(stream, question, {"hidden": torch.ones(1, 3, 2, dtype=torch.bfloat16)})
+    request = Forward(model="m", fingerprint="f", start=0, end=1)
+    await send(stream, request, {"hidden": torch.ones(1, 3, 2, dtype=torch.bfloat16)})
     message, received = await receive(stream)
     assert isinstance(message, Forward)
     assert torch.equal(received["hidden"], torch.full((1, 3, 2), 2.0, dtype=torch.bfloat16))

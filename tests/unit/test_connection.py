@@ -14,7 +14,7 @@ from shoal.client.options.client_config import ClientConfig
 from shoal.client.swarm.connection import PING_SECONDS, STUCK_SECONDS, Connection
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.errors import PeerError, ServerLost
-from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Admit, Buffer, StreamBroken
+from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Buffer, HeaderCheck, StreamBroken
 from shoal.net.wire.frames import payload_bytes
 from shoal.peers import ServerInfo, ServerState
 from shoal.protocol import AnyMessage, Leaving, Ping, Pong, Result, Step, dump, parse
@@ -73,13 +73,13 @@ class ScriptedStream:
         for message in messages:
             self._arriving.put_nowait(message)
 
-    async def receive(self, admit: Admit | None = None) -> tuple[bytes, bytearray]:
+    async def receive(self, check_header: HeaderCheck | None = None) -> tuple[bytes, bytearray]:
         message = await self._arriving.get()
         if message is None:
             raise StreamBroken("the end")
         self.heard_at = asyncio.get_running_loop().time()
-        if admit is not None:
-            admit(dump(message), 0)
+        if check_header is not None:
+            check_header(dump(message), 0)
         return dump(message), bytearray()
 
     async def close(self) -> None:

@@ -1,11 +1,11 @@
-"""Every forgery is refused: by who stores it, and by who reads it."""
+"""Every forged record is refused, by the peer that would store it and by the peer that reads it."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.net.identity import Identity
-from shoal.net.libp2p import dht_directory as directory
+from shoal.net.latest_announcements import LatestAnnouncements
+from shoal.net.libp2p.record_validator import RecordValidator
 from shoal.net.records import (
     CLOCK_SKEW,
     MAX_RECORD_BYTES,
@@ -35,7 +36,7 @@ NOW = 1_800_000_000.0
 ALICE, MALLORY = Identity.temporary(), Identity.temporary()
 MODEL = ModelInfo(key="m" * 32, name="org/model", family="llama", num_blocks=8)
 pack = hivemind_utils.MSGPackSerializer.dumps
-validator = directory.SignedRecords(lambda: NOW)
+validator = RecordValidator(lambda: NOW)
 
 
 def info(identity: Identity = ALICE, **changes: Any) -> ServerInfo:
@@ -65,7 +66,7 @@ def announcement(**changes: Any) -> Announcement:
 
 
 def signed(body: object, identity: Identity = ALICE) -> bytes:
-    """A record whose signature is right, whatever its body is."""
+    """A record with this body and a valid signature."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return identity.sign(b"shoal announcement 1\0" + raw) + raw
 
@@ -75,7 +76,7 @@ def body(**changes: Any) -> dict[str, Any]:
     return fields | changes
 
 
-def is_kept(
+def is_stored(
     value: bytes,
     *,
     key: str = block_key(MODEL.key, 3),
@@ -83,14 +84,14 @@ def is_kept(
     expires: float = NOW + 60,
     packed: Callable[[bytes], bytes] = pack,
 ) -> bool:
-    """Whether a node of the table keeps this for others."""
+    """Whether a DHT node stores this record for other peers."""
     digest = routing.DHTID.generate(key).to_bytes()
     record = crypto.DHTRecord(digest, pack(ALICE.peer) if subkey is None else subkey, packed(value), expires)
-    kept: bool = validator.validate(record)
-    return kept
+    stored: bool = validator.validate(record)
+    return stored
 
 
-def test_an_announcement_comes_back_as_it_was_made() -> None:
+def test_an_announcement_is_read_as_it_was_made() -> None:
     opened = unseal(seal(ALICE, announcement()))
     assert opened is not None
     assert opened.server_info == info()
@@ -98,34 +99,34 @@ def test_an_announcement_comes_back_as_it_was_made() -> None:
     assert opened.expires == NOW + 60
 
 
-def test_a_record_is_kept_under_each_of_its_blocks_and_in_the_list_of_models_and_nowhere_else() -> None:
+def test_a_record_is_stored_under_its_blocks_and_in_the_list_of_models_only() -> None:
     record = seal(ALICE, announcement())
     blocks = [block_key(MODEL.key, block) for block in range(8)]
-    assert [is_kept(record, key=key) for key in blocks] == [False, False, True, True, True, False, False, False]
+    assert [is_stored(record, key=key) for key in blocks] == [False, False, True, True, True, False, False, False]
     shard = shard_of(ALICE.peer)
-    assert is_kept(record, key=registry_key(shard))
-    assert not is_kept(record, key=registry_key(shard + 1))
-    assert not is_kept(record, key=block_key("another", 3))
-    assert not is_kept(record, key="anything else")
+    assert is_stored(record, key=registry_key(shard))
+    assert not is_stored(record, key=registry_key(shard + 1))
+    assert not is_stored(record, key=block_key("another", 3))
+    assert not is_stored(record, key="anything else")
 
 
-def test_a_record_is_kept_under_its_own_peer_only() -> None:
+def test_a_record_is_stored_under_its_own_peer_only() -> None:
     record = seal(ALICE, announcement())
     for subkey in pack(MALLORY.peer), pack(None), b"", pack(ALICE.peer.encode()), pack([ALICE.peer]):
-        assert not is_kept(record, subkey=subkey)
+        assert not is_stored(record, subkey=subkey)
 
 
-def test_nobody_announces_another() -> None:
+def test_a_peer_cannot_announce_another() -> None:
     with pytest.raises(ValueError, match="announces itself"):
         seal(MALLORY, announcement())
-    assert not is_kept(signed(body(), MALLORY))
+    assert not is_stored(signed(body(), MALLORY))
     mallory = signed(body(peer=MALLORY.peer), MALLORY)
     assert unseal(mallory) is not None
-    assert not is_kept(mallory)
+    assert not is_stored(mallory)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 255))
-def test_a_record_with_one_other_byte_is_refused(position: int, flip: int) -> None:
+def test_a_record_with_a_changed_byte_is_refused(position: int, flip: int) -> None:
     record = bytearray(seal(ALICE, announcement()))
     record[position % len(record)] ^= flip
     assert unseal(bytes(record)) is None
@@ -135,8 +136,8 @@ def test_a_record_with_one_other_byte_is_refused(position: int, flip: int) -> No
 def test_noise_is_refused_signed_or_not(noise: bytes) -> None:
     assert unseal(noise) is None
     assert unseal(signed(noise)) is None
-    assert not is_kept(noise)
-    assert not is_kept(noise, packed=bytes)
+    assert not is_stored(noise)
+    assert not is_stored(noise, packed=bytes)
 
 
 def test_a_speed_that_was_not_measured_yet_is_announced_as_absent() -> None:
@@ -145,7 +146,7 @@ def test_a_speed_that_was_not_measured_yet_is_announced_as_absent() -> None:
     read = unseal(record)
     assert read is not None
     assert read.server_info == joining
-    assert is_kept(record)
+    assert is_stored(record)
 
 
 def test_a_signature_for_something_else_does_not_count() -> None:
@@ -204,12 +205,12 @@ def test_a_signature_for_something_else_does_not_count() -> None:
         ("round_trips", [["abc", 0.1]]),
     ],
 )
-def test_a_field_that_makes_no_sense_is_refused_however_well_it_is_signed(field: str, value: object) -> None:
+def test_an_invalid_field_is_refused_even_with_a_valid_signature(field: str, value: object) -> None:
     assert unseal(signed(body())) is not None
     assert unseal(signed(body(**{field: value}))) is None
 
 
-def test_a_missing_field_is_refused_and_a_later_versions_field_is_not() -> None:
+def test_a_missing_field_is_refused_and_an_unknown_one_is_not() -> None:
     incomplete = body()
     del incomplete["span" if "span" in incomplete else "start"]
     assert unseal(signed(incomplete)) is None
@@ -217,39 +218,39 @@ def test_a_missing_field_is_refused_and_a_later_versions_field_is_not() -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"null", b"[]", b"{}", b"{", b"\xff", b"[" * 3000])
-def test_what_is_no_announcement_is_refused_however_well_it_is_signed(raw: bytes) -> None:
+def test_another_body_is_refused_even_with_a_valid_signature(raw: bytes) -> None:
     assert unseal(signed(raw)) is None
 
 
-def test_an_oversized_record_is_neither_made_nor_kept() -> None:
+def test_an_oversized_record_is_neither_made_nor_read() -> None:
     with pytest.raises(ValueError, match="bytes"):
         seal(ALICE, announcement(name="x" * MAX_RECORD_BYTES))
     assert unseal(signed(body(padding="x" * MAX_RECORD_BYTES))) is None
 
 
-def test_sixteen_neighbours_and_eight_relayed_addresses_fit_into_a_record() -> None:
+def test_sixteen_neighbors_and_eight_relayed_addresses_fit_into_a_record() -> None:
     relay = f"/ip4/203.0.113.5/tcp/31337/p2p/{MALLORY.peer}/p2p-circuit/p2p/{ALICE.peer}"
-    neighbours = tuple((f"{index:012d}", 1.23456789) for index in range(16))
-    crowded = info(addresses=(relay,) * 8, round_trips=neighbours, name="x" * 128)
+    neighbors = tuple((f"{index:012d}", 1.23456789) for index in range(16))
+    crowded = info(addresses=(relay,) * 8, round_trips=neighbors, name="x" * 128)
     record = seal(ALICE, Announcement.of(MODEL, crowded, expires=NOW + 60))
     opened = unseal(record)
     assert opened is not None
-    assert opened.server_info.round_trips == tuple((peer, 1.23457) for peer, _ in neighbours)
+    assert opened.server_info.round_trips == tuple((peer, 1.23457) for peer, _ in neighbors)
 
 
-def test_a_round_trip_of_nothing_is_announced_as_hardly_anything() -> None:
+def test_a_round_trip_is_announced_with_at_least_ten_microseconds() -> None:
     near = Announcement.of(MODEL, info(round_trips=(("here", 1e-9),)), expires=NOW + 60)
     assert near.server_info.round_trips == (("here", 1e-5),)
 
 
-def test_a_record_lasts_as_long_as_it_was_signed_for_and_no_record_for_long() -> None:
+def test_a_record_expires_when_it_says_and_within_the_longest_lifetime() -> None:
     record = seal(ALICE, announcement())
     for expires in NOW + 59, NOW + 61, math.nan, math.inf:
-        assert not is_kept(record, expires=expires)
+        assert not is_stored(record, expires=expires)
     longest = NOW + MAX_LIFETIME
-    assert is_kept(seal(ALICE, announcement(expires=longest)), expires=longest)
+    assert is_stored(seal(ALICE, announcement(expires=longest)), expires=longest)
     for expires in NOW - CLOCK_SKEW - 1, longest + CLOCK_SKEW + 1:
-        assert not is_kept(seal(ALICE, announcement(expires=expires)), expires=expires)
+        assert not is_stored(seal(ALICE, announcement(expires=expires)), expires=expires)
         assert not is_timely(announcement(expires=expires), now=NOW)
 
 
@@ -257,10 +258,10 @@ def test_a_record_lasts_as_long_as_it_was_signed_for_and_no_record_for_long() ->
     "packed", [bytes, lambda value: pack(value.hex()), lambda value: pack([value]), pack(b"").__add__]
 )
 def test_only_plain_bytes_are_unpacked(packed: Callable[[bytes], bytes]) -> None:
-    assert not is_kept(seal(ALICE, announcement()), packed=packed)
+    assert not is_stored(seal(ALICE, announcement()), packed=packed)
 
 
-def test_an_address_in_a_record_is_a_hint_about_its_own_peer_only() -> None:
+def test_only_the_addresses_of_the_announcing_peer_count() -> None:
     elsewhere = f"/ip4/10.0.0.2/tcp/1/p2p/{MALLORY.peer}"
     opened = unseal(signed(body(addresses=[elsewhere, "nonsense"])))
     assert opened is not None
@@ -271,34 +272,19 @@ def test_the_real_clock_is_used_unless_another_is_given() -> None:
     soon = time.time() + 60
     record = seal(ALICE, announcement(expires=soon))
     digest = routing.DHTID.generate(block_key(MODEL.key, 3)).to_bytes()
-    assert directory.SignedRecords().validate(crypto.DHTRecord(digest, pack(ALICE.peer), pack(record), soon))
+    assert RecordValidator().validate(crypto.DHTRecord(digest, pack(ALICE.peer), pack(record), soon))
 
 
-class LateDirectory(directory.DhtDirectory):
-    """A table whose answers are known beforehand."""
-
-    def __init__(self, *answers: list[Announcement]) -> None:
-        super().__init__(ALICE, keeps_records=False, clock=lambda: self.now)
-        self.now = NOW
-        self._answers = iter(answers)
-
-    async def _read(self, keys: Sequence[str]) -> list[Announcement]:
-        return next(self._answers)
+def test_an_announcement_is_valid_until_it_expires_even_if_lookups_miss_it() -> None:
+    latest = LatestAnnouncements()
+    assert latest.update(MODEL, [announcement()], now=NOW) == (announcement(),)
+    assert latest.update(MODEL, [], now=NOW) == (announcement(),)
+    assert latest.update(MODEL, [], now=NOW + 60) == ()
 
 
-@pytest.mark.anyio
-async def test_what_was_announced_holds_until_it_ends_whoever_is_late_to_repeat_it() -> None:
-    table = LateDirectory([announcement()], [], [])
-    assert await table.servers(MODEL) == (info(),)
-    assert await table.servers(MODEL) == (info(),)
-    table.now = NOW + 60
-    assert await table.servers(MODEL) == ()
-
-
-@pytest.mark.anyio
-async def test_what_was_announced_later_holds_in_whatever_order_it_is_heard() -> None:
+def test_the_latest_announcement_counts_in_any_order_of_arrival() -> None:
     goodbye = announcement(state=ServerState.LEAVING, expires=NOW + 61)
-    table = LateDirectory([announcement(), goodbye], [announcement()], [announcement(expires=NOW + 62)])
-    assert [server.state for server in await table.servers(MODEL)] == [ServerState.LEAVING]
-    assert [server.state for server in await table.servers(MODEL)] == [ServerState.LEAVING]
-    assert await table.servers(MODEL) == (info(),)
+    latest, renewed = LatestAnnouncements(), announcement(expires=NOW + 62)
+    assert latest.update(MODEL, [announcement(), goodbye], now=NOW) == (goodbye,)
+    assert latest.update(MODEL, [announcement()], now=NOW) == (goodbye,)
+    assert latest.update(MODEL, [renewed], now=NOW) == (renewed,)

@@ -1,4 +1,4 @@
-"""An encoding loses what it says, once; and nothing that arrives in it does more than be wrong."""
+"""An encoding loses the precision that it promises, once; any received bytes decode to some numbers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.net.wire.codec import decode, encode
-from shoal.net.wire.encodings import SERIAL, SMALLEST, as_received, from_int8, to_int8
+from shoal.net.wire.encodings import MIN_PEAK, SERIAL_VALUES, as_received, from_int8, to_int8
 from shoal.protocol import MAX_PAYLOAD_BYTES, ProtocolViolation, Result
 from shoal.tensors import INT8_BLOCK, LOSSY, Encoding
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-SCALES = [1.0, 1e-3, 1e3, 1e-30, 1e30, SMALLEST, 6e-8, 1e-40, 3e38, 6e4]
+SCALES = [1.0, 1e-3, 1e3, 1e-30, 1e30, MIN_PEAK, 6e-8, 1e-40, 3e38, 6e4]
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
-    """Any bits, or bells of any height, in any shape."""
+    """Tensors of any shape, with random bits or normally distributed values of any scale."""
     dtype = draw(st.sampled_from(FLOATS))
     shape = [draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from([1, 3, 63, 64, 65, 128, 200]))]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -38,7 +38,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32)
 
 
-def travelled(tensor: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+def sent(tensor: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     header, buffers = encode(Result(), {"hidden": tensor}, encoding)
     _, received = decode(header, bytearray(b"".join(buffers)))
     return received["hidden"]
@@ -49,22 +49,22 @@ encodings = st.sampled_from(["raw", *LOSSY])
 
 @given(tensors(), encodings)
 def test_a_client_knows_what_the_server_received(tensor: torch.Tensor, encoding: Encoding) -> None:
-    received = travelled(tensor, encoding)
+    received = sent(tensor, encoding)
     assert (received.dtype, received.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(bits_of(received), bits_of(as_received(tensor, encoding)))
 
 
 @given(tensors(), encodings)
-def test_what_was_received_travels_again_without_loss(tensor: torch.Tensor, encoding: Encoding) -> None:
+def test_received_values_are_sent_again_without_loss(tensor: torch.Tensor, encoding: Encoding) -> None:
     received = as_received(tensor, encoding)
     assert torch.equal(bits_of(as_received(received, encoding)), bits_of(received))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_value_that_int8_can_stand_for_stays_what_it_is(dtype: torch.dtype) -> None:
-    """All 255 steps of all peaks of a dtype: each block has one peak, and two of its steps."""
+def test_every_value_that_int8_can_represent_is_kept(dtype: torch.dtype) -> None:
+    """All 255 steps of all peaks of a dtype, in blocks with one peak each."""
     patterns = torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16)
-    peaks = patterns[(patterns.float() >= SMALLEST) & (patterns.to(dtype).bfloat16() == patterns)]
+    peaks = patterns[(patterns.float() >= MIN_PEAK) & (patterns.to(dtype).bfloat16() == patterns)]
     peaks = peaks[peaks.to(dtype).isfinite()]
     steps = torch.arange(-127, 128, dtype=torch.int8)
     for some in peaks.split(1024):
@@ -76,15 +76,17 @@ def test_every_value_that_int8_can_stand_for_stays_what_it_is(dtype: torch.dtype
 
 
 @given(tensors(), encodings, st.data())
-def test_a_slice_is_encoded_as_within_the_whole(tensor: torch.Tensor, encoding: Encoding, data: st.DataObject) -> None:
+def test_a_slice_is_encoded_as_it_is_within_the_tensor(
+    tensor: torch.Tensor, encoding: Encoding, data: st.DataObject
+) -> None:
     start = data.draw(st.integers(0, tensor.shape[1] - 1))
     end = data.draw(st.integers(start + 1, tensor.shape[1]))
     whole = as_received(tensor, encoding)[:, start:end]
     assert torch.equal(bits_of(whole), bits_of(as_received(tensor[:, start:end], encoding)))
 
 
-def test_a_long_tensor_is_encoded_piece_by_piece_as_in_one() -> None:
-    tensor = torch.randn(3, SERIAL // 64, 192, generator=torch.Generator().manual_seed(0))
+def test_a_long_tensor_is_encoded_like_its_rows() -> None:
+    tensor = torch.randn(3, SERIAL_VALUES // 64, 192, generator=torch.Generator().manual_seed(0))
     for encoding in LOSSY:
         rows = torch.stack([as_received(row, encoding) for row in tensor.view(-1, 192)])
         assert torch.equal(as_received(tensor, encoding).view(-1, 192), rows)
@@ -99,29 +101,29 @@ def test_int8_moves_a_number_by_half_a_step_of_its_block_at_most(tensor: torch.T
                 assert result.isnan().all()
                 continue
             peak = block.abs().max()
-            # Half a step, the rounding of the peak and of the result to their dtypes; nothing at all below SMALLEST.
+            # Half a step, the rounding of the peak and of the result to their dtypes; everything below MIN_PEAK.
             rounding = torch.finfo(tensor.dtype).eps * peak + torch.finfo(tensor.dtype).smallest_normal * 2**-10
-            assert (result - block).abs().max() <= peak / 254 * (1 + 1 / 100) + rounding + SMALLEST * 1.01
+            assert (result - block).abs().max() <= peak / 254 * (1 + 1 / 100) + rounding + MIN_PEAK * 1.01
             assert result.isfinite().all()
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_what_is_not_finite_is_still_seen(odd: float, dtype: torch.dtype) -> None:
+def test_infinities_and_nan_stay_visible(odd: float, dtype: torch.dtype) -> None:
     tensor = torch.ones(1, 2, 3 * INT8_BLOCK, dtype=dtype)
     tensor[0, 1, 70] = odd
     for encoding in ("raw", "bfloat16"):
-        assert torch.equal(travelled(tensor, encoding).nan_to_num(), tensor.nan_to_num())
-    received = travelled(tensor, "int8")
+        assert torch.equal(sent(tensor, encoding).nan_to_num(), tensor.nan_to_num())
+    received = sent(tensor, "int8")
     assert received[0, 1, INT8_BLOCK : 2 * INT8_BLOCK].isnan().all()
     assert received.isnan().sum() == INT8_BLOCK
 
 
-def test_zeros_stay_zeros_and_what_is_hardly_more_becomes_zero() -> None:
-    assert not travelled(torch.zeros(1, 2, 100), "int8").any()
-    assert not travelled(torch.full((1, 2, 100), 1e-40), "int8").any()
+def test_zeros_stay_zeros_and_tiny_values_become_zeros() -> None:
+    assert not sent(torch.zeros(1, 2, 100), "int8").any()
+    assert not sent(torch.full((1, 2, 100), 1e-40), "int8").any()
     smallest = torch.full((1, 1, 64), 2.0**-24, dtype=torch.float16)
-    assert torch.equal(travelled(smallest, "int8"), smallest)
+    assert torch.equal(sent(smallest, "int8"), smallest)
 
 
 def test_int8_takes_half_of_the_bytes_of_bfloat16() -> None:
@@ -141,15 +143,15 @@ def test_the_declared_size_is_the_size(tensor: torch.Tensor, encoding: Encoding)
 
 
 @pytest.mark.parametrize("tensor", [torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.uint8)])
-def test_positions_and_masks_always_travel_raw(tensor: torch.Tensor) -> None:
+def test_integers_are_always_sent_raw(tensor: torch.Tensor) -> None:
     for encoding in LOSSY:
-        assert torch.equal(travelled(tensor, encoding), tensor)
+        assert torch.equal(sent(tensor, encoding), tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_would_not_get_smaller_travels_raw(dtype: torch.dtype) -> None:
+def test_a_tensor_that_would_not_get_smaller_is_sent_raw(dtype: torch.dtype) -> None:
     tensor = torch.randn(1, 3, 64).to(dtype)
-    assert torch.equal(travelled(tensor, "bfloat16"), tensor)
+    assert torch.equal(sent(tensor, "bfloat16"), tensor)
 
 
 def declared(**spec: Any) -> bytes:
@@ -179,7 +181,7 @@ def test_an_encoding_that_does_not_fit_is_refused(spec: dict[str, Any]) -> None:
 
 
 def test_a_tensor_that_would_be_too_large_in_memory_is_refused() -> None:
-    """A payload within the limit that would take four times of it when it is decoded."""
+    """The payload is within the limit, but the decoded tensor would take four times its size."""
     num_tokens = MAX_PAYLOAD_BYTES // 4 // 1024 + 1
     with pytest.raises(ProtocolViolation, match="tensors of"):
         decode(declared(shape=[1, num_tokens, 1024]), bytearray())
@@ -192,7 +194,7 @@ def test_any_bytes_are_some_numbers(payload: bytes) -> None:
         assert received["hidden"].shape == (1, 1, size)
 
 
-def test_steps_and_peaks_are_half_of_what_they_stand_for() -> None:
+def test_steps_are_fractions_of_the_peak() -> None:
     steps, peaks = to_int8(torch.tensor([[0.0, 1.0, -2.0, 0.5]]))
     assert steps.tolist() == [[0, 64, -127, 32]]
     assert peaks.tolist() == [[2.0]]

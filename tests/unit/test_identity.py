@@ -13,10 +13,10 @@ from shoal.net.addresses import check_announced, check_peers, listen_address, pe
 from shoal.net.identity import Identity, verify
 
 ALICE, BOB = (Identity(Ed25519PrivateKey.from_private_bytes(bytes(31) + seed)) for seed in (b"a", b"b"))
-"""Always the same: their ids are in the names of tests."""
+"""Always the same ones: the names of some tests contain their ids."""
 
 
-def test_a_signature_is_checked_with_nothing_but_the_peer_id() -> None:
+def test_the_peer_id_is_enough_to_check_a_signature() -> None:
     signature = ALICE.sign(b"data")
     assert verify(ALICE.peer, b"data", signature)
     assert not verify(BOB.peer, b"data", signature)
@@ -25,16 +25,16 @@ def test_a_signature_is_checked_with_nothing_but_the_peer_id() -> None:
 
 
 @given(st.one_of(st.text(max_size=80), st.text("123ABCabc", min_size=40, max_size=60)), st.binary(max_size=80))
-def test_ids_and_signatures_that_are_none_verify_nothing(peer: str, signature: bytes) -> None:
+def test_malformed_ids_and_signatures_verify_nothing(peer: str, signature: bytes) -> None:
     assert not verify(peer, b"data", signature)
 
 
-def test_an_id_is_written_in_one_way_only() -> None:
+def test_an_id_has_one_form_only() -> None:
     assert not verify("1" + ALICE.peer, b"data", ALICE.sign(b"data"))
     assert not verify(ALICE.peer + "1", b"data", ALICE.sign(b"data"))
 
 
-def test_the_peer_id_is_what_libp2p_makes_of_this_key() -> None:
+def test_the_peer_id_is_the_one_that_libp2p_derives() -> None:
     # The test vector of libp2p's specification of peer ids.
     key = bytes.fromhex(
         "080112407e0830617c4a7de83925dfb2694556b12936c477a0e1feb2e148ec9da60fee7d"
@@ -45,31 +45,31 @@ def test_the_peer_id_is_what_libp2p_makes_of_this_key() -> None:
     assert identity.peer == "12D3KooWBtg3aaRMjxwedh83aGiUkwSxDwUZkzuJcfaqUmo7R3pq"
 
 
-def test_an_identity_is_made_once_and_kept_for_its_owner_only(tmp_path: Path) -> None:
+def test_an_identity_is_created_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "new" / "identity"
-    first = Identity.at(path)
+    first = Identity.load_or_create(path)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert Identity.at(path).peer == first.peer
+    assert Identity.load_or_create(path).peer == first.peer
 
 
 @pytest.mark.parametrize("content", [b"", b"not a key", ALICE.to_bytes()[:-1], ALICE.to_bytes()[:36] + bytes(32)])
-def test_a_file_that_is_no_identity_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_an_identity_is_refused_and_not_changed(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "identity"
     path.write_bytes(content)
     with pytest.raises(UserError, match="not an Ed25519 identity"):
-        Identity.at(path)
+        Identity.load_or_create(path)
     assert path.read_bytes() == content
 
 
-def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:
-        Identity.at(tmp_path / "file" / "identity")
+        Identity.load_or_create(tmp_path / "file" / "identity")
     assert error.value.hint
 
 
 @pytest.mark.parametrize(
-    "place",
+    "prefix",
     [
         "/ip4/1.2.3.4/tcp/31337",
         "/ip6/::1/tcp/1",
@@ -77,8 +77,8 @@ def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
         f"/ip4/1.2.3.4/tcp/1/p2p/{BOB.peer}/p2p-circuit",
     ],
 )
-def test_an_address_names_its_peer(place: str) -> None:
-    assert peer_of(f"{place}/p2p/{ALICE.peer}") == ALICE.peer
+def test_an_address_names_its_peer(prefix: str) -> None:
+    assert peer_of(f"{prefix}/p2p/{ALICE.peer}") == ALICE.peer
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_an_address_names_its_peer(place: str) -> None:
         f"/ip4/1.2.3.4/tcp/1/p2p/{ALICE.peer}/p2p-circuit",
     ],
 )
-def test_an_address_that_nobody_could_dial_is_refused_with_a_hint(address: str) -> None:
+def test_an_address_that_cannot_be_dialled_is_refused_with_a_hint(address: str) -> None:
     assert peer_of(address) is None
     with pytest.raises(UserError) as error:
         check_peers([address])

@@ -1,4 +1,4 @@
-"""Finding back into the table, without a network: a table that is a dict, and peers that answer or do not."""
+"""Rejoining the DHT, without a network: a routing table that is a dict, and peers that answer or do not."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.anyio
 
 
 class Table:
-    """What hivemind's node has that is used here; `awake` are those who answer."""
+    """The parts of hivemind's node that `KnownPeers` uses. The peers in `awake` answer."""
 
     def __init__(self, *present: str) -> None:
         self.awake: set[PeerID] = set()
-        self.called: list[str] = []
+        self.pinged: list[str] = []
         self.answered = asyncio.Event()
-        self.on_call: Callable[[], None] = lambda: None
+        self.on_ping: Callable[[], None] = lambda: None
         self.blacklist = Blacklist(base_time=30, backoff_rate=2)
         self.routing_table = SimpleNamespace(peer_id_to_uid={PeerID.from_base58(peer): 1 for peer in present})
         self.protocol = self
@@ -35,8 +35,8 @@ class Table:
         self.blacklist.register_failure(peer_id)
 
     async def call_ping(self, peer: PeerID) -> int | None:
-        self.called.append(peer.to_base58())
-        self.on_call()
+        self.pinged.append(peer.to_base58())
+        self.on_ping()
         if peer not in self.awake:
             return None
         self.routing_table.peer_id_to_uid[peer] = 1
@@ -48,87 +48,87 @@ def peers(count: int) -> list[str]:
     return [Identity.temporary().peer for _ in range(count)]
 
 
-async def test_whoever_is_missing_is_called_until_it_answers_while_others_are_left_alone() -> None:
+async def test_a_missing_peer_is_pinged_until_it_answers_and_the_others_are_not() -> None:
     stays, vanishes = peers(2)
     table = Table(stays, vanishes)
-    others = known_peers(table, check_seconds=0.0)
+    known = known_peers(table, check_seconds=0.0)
     try:
         table.lose(vanishes)
-        assert not others.lost
+        assert not known.is_isolated
         table.awake.add(PeerID.from_base58(vanishes))
         async with asyncio.timeout(5):
             await table.answered.wait()
-        assert set(table.called) == {vanishes}
+        assert set(table.pinged) == {vanishes}
         assert PeerID.from_base58(vanishes) not in table.blacklist
     finally:
-        await others.close()
+        await known.close()
 
 
-async def test_a_peer_that_is_banned_though_it_is_back_is_as_good_as_missing() -> None:
+async def test_a_banned_peer_counts_as_missing_even_if_it_is_back() -> None:
     (only,) = peers(1)
     table = Table(only)
-    others = known_peers(table)
+    known = known_peers(table)
     try:
         table.blacklist.register_failure(PeerID.from_base58(only))
-        assert others.lost
+        assert known.is_isolated
         table.awake.add(PeerID.from_base58(only))
-        await others.rejoin()
-        assert not others.lost
+        await known.rejoin()
+        assert not known.is_isolated
     finally:
-        await others.close()
+        await known.close()
 
 
-async def test_who_calls_the_others_is_lost_until_one_of_them_answers() -> None:
+async def test_a_peer_is_isolated_until_one_of_the_others_answers() -> None:
     one, other = peers(2)
     table = Table(one, other)
-    others = known_peers(table)
-    lost = []
-    table.on_call = lambda: lost.append(others.lost)
+    known = known_peers(table)
+    isolated = []
+    table.on_ping = lambda: isolated.append(known.is_isolated)
     try:
         for peer in (one, other):
             table.blacklist.register_failure(PeerID.from_base58(peer))
-        await others.rejoin()
-        assert others.lost
-        assert lost == [True] * 4
+        await known.rejoin()
+        assert known.is_isolated
+        assert isolated == [True] * 4
         table.awake.add(PeerID.from_base58(other))
-        await others.rejoin()
-        assert not others.lost
-        assert PeerID.from_base58(one) not in table.blacklist  # it may be asked again
+        await known.rejoin()
+        assert not known.is_isolated
+        assert PeerID.from_base58(one) not in table.blacklist  # its ban is lifted too
     finally:
-        await others.close()
+        await known.close()
 
 
-async def test_who_never_met_anybody_is_not_lost() -> None:
-    others = known_peers(Table())
+async def test_a_peer_that_never_had_others_is_not_isolated() -> None:
+    known = known_peers(Table())
     try:
-        assert not others.lost
+        assert not known.is_isolated
     finally:
-        await others.close()
+        await known.close()
 
 
-async def test_the_latest_are_remembered_and_no_more() -> None:
+async def test_only_the_latest_peers_are_remembered() -> None:
     table = Table(*peers(MAX_KNOWN + 10))
-    others = known_peers(table)
+    known = known_peers(table)
     try:
-        assert not others.lost
+        assert not known.is_isolated
         table.routing_table.peer_id_to_uid.clear()
-        await others.rejoin()
-        assert len(set(table.called)) == MAX_KNOWN
+        await known.rejoin()
+        assert len(set(table.pinged)) == MAX_KNOWN
     finally:
-        await others.close()
+        await known.close()
 
 
-async def test_all_who_wait_for_the_way_back_wait_for_one_attempt() -> None:
+async def test_concurrent_calls_share_one_attempt_to_rejoin() -> None:
     (only,) = peers(1)
     table = Table(only)
-    others = known_peers(table)
+    known = known_peers(table)
     try:
         table.lose(only)
         table.awake.add(PeerID.from_base58(only))
-        await asyncio.gather(*(others.rejoin() for _ in range(10)))
-        assert table.called == [only]
+        await asyncio.gather(*(known.rejoin() for _ in range(10)))
+        assert table.pinged == [only]
     finally:
-        await others.close()
+        await known.close()
 
 
 class DeadDaemon:
@@ -138,7 +138,7 @@ class DeadDaemon:
 
 def known_peers(table: Table, *, check_seconds: float = 60.0) -> KnownPeers:
     own = Identity.temporary().peer
-    others = KnownPeers(own, initial_peers=(), keeps_records=True, check_seconds=check_seconds)
+    known = KnownPeers(own, initial_peers=(), stores_records=True, check_seconds=check_seconds)
     daemon: Any = DeadDaemon()
-    others.attach(daemon, table)
-    return others
+    known.attach(daemon, table)
+    return known

@@ -1,4 +1,7 @@
-"""An event loop on which waiting costs nothing: its clock jumps to whatever comes next."""
+"""An event loop on which waiting takes no time: its clock jumps to the next timer.
+
+Unlike `tests.swarm.virtual_time`, it works with threads, and a test may leave tasks behind.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ T = TypeVar("T")
 
 
 class _Jumping(selectors.DefaultSelector):
-    """Never waits. Whoever would wait for ever waits for something that nobody does."""
+    """Never waits. An endless wait is an error."""
 
     now = 0.0
 

@@ -130,12 +130,12 @@ async def way(node: Node, view: SwarmView) -> Route | None:
 
     Where servers have different weights, through those that most of them have.
     """
-    from shoal.net.ping import distances
+    from shoal.net.ping import measure_round_trips
     from shoal.policy.routing.route import Measured, Needs, choose_route
 
     weights = Counter(server.fingerprint for server in view.online().servers).most_common(1)
     view = view.online().only(lambda server: server.fingerprint == weights[0][0])
-    found = await distances(node.transport, view.servers, at_once=16)
+    found = await measure_round_trips(node.transport, view.servers, max_concurrent=16)
     view = view.only(lambda server: found[server.peer] is not None)
     if view.missing():
         return None

@@ -1,4 +1,4 @@
-"""Multiaddresses as users write them, `/ip4/203.0.113.5/tcp/31337/p2p/12D3Koo...`, checked before anything starts."""
+"""Multiaddresses, `/ip4/203.0.113.5/tcp/31337/p2p/12D3Koo...`: checks of what users write, and the binary form."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from collections.abc import Iterable, Sequence
 from shoal.errors import UserError
 from shoal.net.identity import peer_id_of, peer_id_to_bytes, public_key
 
-_HINT = "an address looks like /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW..., as printed by the peer when it starts"
+_HINT = "an address looks like /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW...; a peer prints its own when it starts"
 _CODES = {"ip4": 4, "tcp": 6, "ip6": 41, "dns": 53, "dns4": 54, "dns6": 55, "p2p": 421, "p2p-circuit": 290}
 _NAMES = {code: name for name, code in _CODES.items()}
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
 def peer_of(address: str) -> str | None:
-    """The peer at the end of an address that can be dialled over TCP; None if the address is malformed."""
+    """The peer id at the end of an address that can be dialled over TCP; None for any other address."""
     parts = address.split("/")
-    if len(parts) < 7 or parts[0] or len(address) > 1000 or not _is_place(parts[1:5]):
+    if len(parts) < 7 or parts[0] or len(address) > 1000 or not _is_dialable(parts[1:5]):
         return None
     rest = parts[5:]
     relayed = rest[0] == "p2p" and rest[2:4] == ["p2p-circuit", "p2p"] and len(rest) == 5
@@ -30,7 +30,7 @@ def peer_of(address: str) -> str | None:
 
 
 def check_peers(addresses: Iterable[str]) -> tuple[str, ...]:
-    """The addresses of peers to join by. Raises `UserError`, naming the first that is none."""
+    """The addresses of peers, without blanks and trailing slashes. Raises `UserError` for the first malformed one."""
     checked = tuple(address.strip().rstrip("/") for address in addresses)
     for address in checked:
         if peer_of(address) is None:
@@ -38,29 +38,29 @@ def check_peers(addresses: Iterable[str]) -> tuple[str, ...]:
     return checked
 
 
-def by_peer(addresses: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Each peer's addresses. Raises `UserError` for what is no address of a peer."""
-    places: dict[str, tuple[str, ...]] = {}
+def group_by_peer(addresses: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The addresses of each peer. Raises `UserError` for a malformed one."""
+    grouped: dict[str, tuple[str, ...]] = {}
     for address in check_peers(addresses):
         peer = peer_of(address)
         assert peer is not None
-        places[peer] = (*places.get(peer, ()), address)
-    return places
+        grouped[peer] = (*grouped.get(peer, ()), address)
+    return grouped
 
 
 def check_announced(addresses: Iterable[str]) -> tuple[str, ...]:
-    """Addresses that others shall use for us, without our id. Raises `UserError`."""
+    """The addresses that a peer announces for itself, without its peer id. Raises `UserError` for a malformed one."""
     checked = tuple(address.strip().rstrip("/") for address in addresses)
     for address in checked:
         parts = address.split("/")
-        if len(parts) != 5 or parts[0] or not _is_place(parts[1:]):
-            hint = "write where others reach this machine, /ip4/203.0.113.5/tcp/31337 or /dns4/example.org/tcp/31337"
+        if len(parts) != 5 or parts[0] or not _is_dialable(parts[1:]):
+            hint = "write how other peers reach this one, /ip4/203.0.113.5/tcp/31337 or /dns4/example.org/tcp/31337"
             raise UserError(f"not an address to announce: {address!r}", hint=hint)
     return checked
 
 
 def listen_address(host: str, port: int) -> str:
-    """Where to listen. Raises `UserError` for a host that is not an IP address."""
+    """The address to listen on. Raises `UserError` for a host that is not an IP address, and for a wrong port."""
     try:
         version = ipaddress.ip_address(host).version
     except ValueError:
@@ -72,7 +72,7 @@ def listen_address(host: str, port: int) -> str:
 
 
 def port_of(address: str) -> int | None:
-    """The TCP port of an address."""
+    """The TCP port of an address; None if it has none."""
     match = re.search(r"/tcp/(\d+)", address)
     return int(match[1]) if match else None
 
@@ -80,8 +80,8 @@ def port_of(address: str) -> int | None:
 def encode(address: str) -> bytes:
     """The binary form of an address that `peer_of` or `check_announced` accepts.
 
-    hivemind's own encoder writes a peer id inside an address as a CID, which libp2p does not read: no relay's address
-    gets through it.
+    hivemind's own encoder writes a peer id inside an address as a CID, which libp2p does not read. So hivemind cannot
+    encode the address of a relay.
     """
     parts = iter(address.split("/")[1:])
     encoded = b""
@@ -98,7 +98,7 @@ def encode(address: str) -> bytes:
 
 
 def decode(encoded: bytes) -> str | None:
-    """The reverse of `encode`; None for an address that we would not dial, such as one over UDP."""
+    """The reverse of `encode`; None for an address that shoal does not dial, such as one over UDP."""
     address, rest = "", encoded
     while rest:
         code, rest = _read_varint(rest)
@@ -121,13 +121,13 @@ def decode(encoded: bytes) -> str | None:
     return address
 
 
-def best_first(addresses: Sequence[str]) -> tuple[str, ...]:
-    """The addresses that most others can use, first: those of this machine alone come last."""
+def loopback_last(addresses: Sequence[str]) -> tuple[str, ...]:
+    """The addresses in their order, with those that only this machine can use at the end."""
     return tuple(sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/"))))
 
 
-def _is_place(parts: Sequence[str]) -> bool:
-    """Whether this is a host and a TCP port that can be dialled."""
+def _is_dialable(parts: Sequence[str]) -> bool:
+    """Whether these four parts are a host and a TCP port that can be dialled."""
     kind, host, protocol, port = parts
     if protocol != "tcp" or not re.fullmatch(r"\d{1,5}", port) or not 0 < int(port) < 1 << 16:
         return False
@@ -144,7 +144,7 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(data: bytes) -> tuple[int, bytes]:
-    """The number at the beginning, and what follows it."""
+    """The number at the beginning, and the bytes behind it; -1 if there is no complete number."""
     number = 0
     for index, byte in enumerate(data):
         number += (byte % 128) << (7 * index)

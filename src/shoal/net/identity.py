@@ -1,8 +1,8 @@
-"""Who a peer is: an Ed25519 key, whose public half is its peer id.
+"""A peer's identity: an Ed25519 key pair. The peer id is derived from the public key.
 
-libp2p writes a peer id as the base58 of a multihash; for Ed25519 that is the "identity" hash, so the id *contains* the
-public key and a signature can be checked by anybody who knows the id (libp2p specs, peer-ids). The same key encrypts
-the streams, so what a peer signs and what it sends are provably its own.
+libp2p writes a peer id as the base58 of a multihash. For Ed25519 that is the "identity" hash, so the id *contains* the
+public key, and the id is enough to check a signature (libp2p specs, peer-ids). The same key authenticates the streams,
+so both the records and the streams of a peer are provably its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from shoal.errors import UserError
 
 SIGNATURE_BYTES = 64
-# Protobuf messages with two fields, the key's type (1 is Ed25519) and its bytes: 64 (seed, public key) or 32.
+# The beginning of protobuf messages with two fields: the key's type (1 is Ed25519), and its bytes (64: seed and public
+# key, or 32: public key).
 _PRIVATE_KEY = bytes.fromhex("08011240")
 _PUBLIC_KEY = bytes.fromhex("08011220")
 _MULTIHASH = bytes.fromhex("0024")  # the "identity" hash of 36 bytes
@@ -25,7 +26,7 @@ _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
 class Identity:
-    """A private key: signs, and proves to be `peer`."""
+    """A private key, and the peer id `peer` that belongs to it."""
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
@@ -33,14 +34,14 @@ class Identity:
 
     @classmethod
     def temporary(cls) -> Identity:
-        """A new identity that nobody keeps."""
+        """A new identity, which is not stored."""
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
-    def at(cls, path: Path) -> Identity:
-        """The identity kept at `path`; created, readable by its owner only, if there is none.
+    def load_or_create(cls, path: Path) -> Identity:
+        """The identity in the file `path`. A missing file is created, readable by its owner only.
 
-        Raises `UserError` for a file that is no Ed25519 key.
+        Raises `UserError` for a file that holds no Ed25519 key, or cannot be read or created.
         """
         try:
             try:
@@ -52,34 +53,34 @@ class Identity:
                     file.write(identity.to_bytes())
                 return identity
         except ValueError:
-            hint = "name a file that does not exist, and a new identity is created there"
+            hint = "name a file that does not exist: a new identity is created there"
             raise UserError(f"{path} is not an Ed25519 identity", hint=hint) from None
         except OSError as failure:
-            hint = "choose a place that you may read and write"
+            hint = "choose a file that you may read and write"
             raise UserError(f"the identity {path} cannot be used: {failure.strerror}", hint=hint) from None
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Identity:
-        """The reverse of `to_bytes`. Raises `ValueError`."""
+        """The reverse of `to_bytes`. Raises `ValueError` for anything else."""
         prefix, seed, public = data[:4], data[4:36], data[36:]
         if prefix != _PRIVATE_KEY or len(data) != 68:
             raise ValueError("not a libp2p Ed25519 private key")
         key = Ed25519PrivateKey.from_private_bytes(seed)
         if key.public_key().public_bytes_raw() != public:
-            raise ValueError("the halves of the key do not belong together")
+            raise ValueError("the public key does not belong to the private key")
         return cls(key)
 
     def to_bytes(self) -> bytes:
-        """The key as libp2p's daemon reads it."""
+        """The private key in the form that libp2p's daemon reads: 68 bytes."""
         return _PRIVATE_KEY + self._key.private_bytes_raw() + self._key.public_key().public_bytes_raw()
 
     def sign(self, data: bytes) -> bytes:
-        """64 bytes that only this identity can make for this data."""
+        """The signature of `data`: `SIGNATURE_BYTES` bytes."""
         return self._key.sign(data)
 
 
 def verify(peer: str, data: bytes, signature: bytes) -> bool:
-    """Whether `peer` signed exactly this. False, never an error, for ids and signatures that are none."""
+    """Whether `signature` is that of `peer` for `data`. False, without an error, for malformed ids and signatures."""
     key = public_key(peer)
     if key is None:
         return False
@@ -92,7 +93,7 @@ def verify(peer: str, data: bytes, signature: bytes) -> bool:
 
 @lru_cache(maxsize=4096)
 def public_key(peer: str) -> Ed25519PublicKey | None:
-    """The key inside a peer id; None if it is not the id of an Ed25519 key, in its one way of writing."""
+    """The key inside a peer id; None unless it is the id of an Ed25519 key in its canonical form."""
     raw = _base58_decode(peer) if len(peer) <= 64 else None
     if raw is None or len(raw) != 38 or raw[:6] != _MULTIHASH + _PUBLIC_KEY or _peer_id(raw[6:]) != peer:
         return None
@@ -103,7 +104,7 @@ def public_key(peer: str) -> Ed25519PublicKey | None:
 
 
 def peer_id_to_bytes(peer: str) -> bytes:
-    """A peer id as it stands in messages. Raises `ValueError` for what is none."""
+    """The binary form of a peer id. Raises `ValueError` for text that is not base58."""
     raw = _base58_decode(peer)
     if raw is None:
         raise ValueError(f"not a peer id: {peer[:64]!r}")

@@ -1,4 +1,4 @@
-"""How far another peer is."""
+"""Measures the round-trip time to other peers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from shoal.peers import ServerInfo
 from shoal.protocol import REPLY_KINDS, Close, Ping, Pong, ProtocolViolation
 
 DIAL_SECONDS = 5.0
-"""How long connecting may take; then nobody is there, or so far away that it does not matter."""
+"""How long connecting may take. A peer that needs longer is too far away to be useful."""
 PONG_SECONDS = 2.0
+"""How long the answer to a ping may take."""
 PINGS = 2
-AT_ONCE = 4
+"""The pings of one measurement; the quickest counts, because any one may meet a busy moment."""
+MAX_CONCURRENT = 4
+"""The measurements at the same time: more would delay each other on a slow link."""
 
 
-async def round_trip(stream: Stream) -> float | None:
-    """Seconds until a ping on this stream is answered, the quickest of a few; None if it is not."""
+async def ping(stream: Stream) -> float | None:
+    """The round-trip time in seconds over this stream, the quickest of `PINGS`; None if the peer does not answer."""
     loop = asyncio.get_running_loop()
     seconds: list[float] = []
     with contextlib.suppress(StreamBroken, ProtocolViolation, TimeoutError):
@@ -34,15 +37,18 @@ async def round_trip(stream: Stream) -> float | None:
     return min(seconds, default=None)
 
 
-async def distance(transport: Transport, peer: str, addresses: Sequence[str] = ()) -> float | None:
-    """The same on a stream of its own, which does not count; None if nobody answers. Never raises."""
+async def measure_round_trip(transport: Transport, peer: str, addresses: Sequence[str] = ()) -> float | None:
+    """The round-trip time to a peer in seconds, over a new stream; None if the peer does not answer. Never raises.
+
+    The time for opening the stream does not count.
+    """
     try:
         async with asyncio.timeout(DIAL_SECONDS):
             stream = await transport.open(peer, addresses)
     except (StreamBroken, TimeoutError):
         return None
     try:
-        seconds = await round_trip(stream)
+        seconds = await ping(stream)
         if seconds is not None:
             with contextlib.suppress(StreamBroken, TimeoutError):
                 async with asyncio.timeout(PONG_SECONDS):
@@ -52,17 +58,24 @@ async def distance(transport: Transport, peer: str, addresses: Sequence[str] = (
         await stream.close()
 
 
-async def distances(
-    transport: Transport, servers: Iterable[ServerInfo], *, at_once: int = AT_ONCE, seconds: float | None = None
+async def measure_round_trips(
+    transport: Transport,
+    servers: Iterable[ServerInfo],
+    *,
+    max_concurrent: int = MAX_CONCURRENT,
+    seconds: float | None = None,
 ) -> dict[str, float | None]:
-    """Of many, a few at a time, by peer id; of those who have not answered after so many seconds it is not known."""
-    few = asyncio.Semaphore(at_once)
+    """The round-trip times to servers in seconds, by peer id; None for a server that has not answered.
+
+    At most `max_concurrent` are measured at the same time, and all of it takes at most `seconds`.
+    """
+    slots = asyncio.Semaphore(max_concurrent)
     found: dict[str, float | None] = {}
 
     async def measure(server: ServerInfo) -> None:
         found[server.peer] = None
-        async with few:
-            found[server.peer] = await distance(transport, server.peer, server.addresses)
+        async with slots:
+            found[server.peer] = await measure_round_trip(transport, server.peer, server.addresses)
 
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:

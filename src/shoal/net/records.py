@@ -1,11 +1,11 @@
-"""Announcements: what a server says of itself, signed, for a while.
+"""Announcements: signed records, which expire, in which a server describes itself.
 
     record = signature (64 bytes) | JSON body
 
-One announcement is stored under one key for each of its blocks and one key of the list of models. The body names the
-peer, the model, the span and the moment when it ends, and the keys follow from these; so one signature covers all of
-its copies, none can be moved elsewhere, made to last longer or be published by another. Whoever stores and whoever
-reads checks the same things, here.
+One record is stored in the DHT under one key for each block of its span, and under one key of the list of models. The
+body holds the peer, the model, the span and the expiration time, and the keys follow from these. So one signature
+covers all copies: no copy can be moved to another key, made to last longer, or be published by another peer. The peer
+that stores a record and the peer that reads it make the same checks, which are here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from shoal.protocol import MAX_BLOCKS
 from shoal.spans import Span
 
 MAX_RECORD_BYTES = 4096
+"""Enough for all addresses, adapters and neighbors that an announcement may have."""
 CLOCK_SKEW = 5.0
-"""Seconds that clocks may differ by: a record that has just ended in transit is not a forgery."""
+"""Seconds by which the clocks of two peers may differ."""
 REGISTRY_SHARDS = 16
-"""The list of models is spread over so many keys: what is under one key travels as one message of at most 4 MiB."""
+"""The list of models is spread over this number of keys, because the records of one key travel in one message of at
+most 4 MiB."""
 _DOMAIN = b"shoal announcement 1\0"
 
 
@@ -38,7 +40,7 @@ def _printable(text: str) -> str:
     return text
 
 
-# Strangers' words end up on terminals, so they hold no escape sequences.
+# Text from other peers is printed on terminals, so it must not hold escape sequences.
 Text = Annotated[str, Field(max_length=128), AfterValidator(_printable)]
 Word = Annotated[str, Field(max_length=16), AfterValidator(_printable)]
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
@@ -51,7 +53,7 @@ Address = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
 
 
 class Announcement(BaseModel):
-    """The body of a record. Fields that a later version may add are ignored, those of this one are strict."""
+    """The body of a record. Its fields are strict; unknown fields, which a later version may add, are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
@@ -88,7 +90,7 @@ class Announcement(BaseModel):
 
     @classmethod
     def of(cls, model: ModelInfo, info: ServerInfo, *, expires: float) -> Announcement:
-        """Raises `ValueError` for what no peer would accept."""
+        """The announcement of `info` until the Unix time `expires`. Raises `ValueError` for a field out of bounds."""
         return cls(
             peer=info.peer,
             expires=expires,
@@ -113,15 +115,17 @@ class Announcement(BaseModel):
             head=info.head,
             training=info.training,
             adapters=info.adapters,
-            round_trips={peer: _precise(seconds) for peer, seconds in info.round_trips},
+            round_trips={peer: _rounded(seconds) for peer, seconds in info.round_trips},
         )
 
     @property
     def model_info(self) -> ModelInfo:
+        """The model that the server serves."""
         return ModelInfo(self.model, self.model_name, self.family, self.num_blocks)
 
     @property
     def server_info(self) -> ServerInfo:
+        """The server's description of itself."""
         return ServerInfo(
             peer=self.peer,
             span=Span(self.start, self.end),
@@ -134,7 +138,7 @@ class Announcement(BaseModel):
             quantization=self.quantization,
             version=self.version,
             name=self.name,
-            # Hints only, and never somebody else's place.
+            # Addresses are hints, and only those of the peer itself count.
             addresses=tuple(address for address in self.addresses if peer_of(address) == self.peer),
             encodings=self.encodings,
             queue_length=self.queue_length,
@@ -145,31 +149,34 @@ class Announcement(BaseModel):
         )
 
     @property
-    def table_keys(self) -> tuple[str, ...]:
-        """Every key that this announcement belongs under, and no other."""
+    def dht_keys(self) -> tuple[str, ...]:
+        """All keys under which this announcement is valid."""
         blocks = (block_key(self.model, block) for block in range(self.start, self.end))
         return (registry_key(shard_of(self.peer)), *blocks)
 
 
-def _precise(seconds: float) -> float:
-    """To a hundredth of a millisecond: more digits would say nothing, and take room."""
+def _rounded(seconds: float) -> float:
+    """Rounded to 10 microseconds, which is more precise than the measurement, to keep the record small."""
     return max(round(seconds, 5), 1e-5)
 
 
 def block_key(model: str, block: int) -> str:
+    """The DHT key of the servers that hold a block of the model with this key."""
     return f"shoal:1:{model}:{block}"
 
 
 def registry_key(shard: int) -> str:
+    """The DHT key of one part of the list of models."""
     return f"shoal:1::models:{shard}"
 
 
 def shard_of(peer: str) -> int:
+    """The part of the list of models in which a peer announces itself."""
     return hashlib.sha256(peer.encode()).digest()[0] % REGISTRY_SHARDS
 
 
 def seal(identity: Identity, announcement: Announcement) -> bytes:
-    """The record of an announcement. Raises `ValueError` when it is not the identity's own, or too long."""
+    """The signed record of an announcement. Raises `ValueError` if it is about another peer, or too long."""
     if announcement.peer != identity.peer:
         raise ValueError("a peer announces itself")
     body = announcement.model_dump_json().encode()
@@ -181,7 +188,7 @@ def seal(identity: Identity, announcement: Announcement) -> bytes:
 
 @lru_cache(maxsize=4096)
 def unseal(record: bytes) -> Announcement | None:
-    """The announcement that its peer signed; None for anything else, whoever made it up. The time is not looked at."""
+    """The announcement in a record; None unless the peer that it is about signed it. The time is not checked."""
     if not SIGNATURE_BYTES < len(record) <= MAX_RECORD_BYTES:
         return None
     signature, body = record[:SIGNATURE_BYTES], record[SIGNATURE_BYTES:]
@@ -193,5 +200,5 @@ def unseal(record: bytes) -> Announcement | None:
 
 
 def is_timely(announcement: Announcement, *, now: float) -> bool:
-    """Whether it has not ended, and does not claim to last longer than any may."""
+    """Whether it has not expired at the Unix time `now`, and does not last longer than `MAX_LIFETIME`."""
     return now - CLOCK_SKEW <= announcement.expires <= now + MAX_LIFETIME + CLOCK_SKEW

@@ -1,7 +1,7 @@
-"""What shoal asks of a network: two small interfaces, so that tests need none.
+"""What shoal needs of a network, as interfaces: `Stream`, `Transport` and `Directory`.
 
-`net/libp2p.py` is the real one, `net/memory.py` the one for tests. A `Stream` is ordered and reliable until it breaks,
-and everything about breaking is one exception.
+`shoal.net.libp2p` implements them on the real network, `shoal.net.memory` inside one process for tests. A stream is
+ordered and reliable until it breaks, and every way of breaking is one exception, `StreamBroken`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from shoal.peers import ModelInfo, ServerInfo
 
 Buffer = bytes | bytearray | memoryview
 
-Admit = Callable[[bytes, int], None]
-"""Given a frame's header and how long the payload behind it is: raises `ProtocolViolation` unless that is wanted."""
+HeaderCheck = Callable[[bytes, int], None]
+"""Called with a frame's header and the bytes of its payload. Raises `ProtocolViolation` to refuse the frame."""
 
 CHUNK_BYTES = 256 * 1024
-"""A large frame is sent in parts of this size."""
+"""Bytes. A larger frame is sent in parts of this size, and counts against its sender while it is received."""
 SLOWEST_LINK = 128 * 1024
-"""Bytes per second: what is in flight over a link that is slower than this looks like silence."""
+"""Bytes per second. Timeouts assume that every link has this speed at least: a slower one looks like a silent peer."""
 MAX_LIFETIME = 300.0
-"""Seconds that an announcement may be valid for: the longest that a vanished server can haunt the directory."""
+"""Seconds. An announcement is valid for at most this long, so a vanished server leaves the directory after it."""
 
 
 class StreamBroken(ConnectionError):
-    """The other side is gone, or never was: refused, reset, crashed, closed or timed out."""
+    """The stream has ended or could not be opened: refused, reset, crashed, closed or timed out."""
 
 
 class Stream(Protocol):
@@ -39,28 +39,28 @@ class Stream(Protocol):
 
     @property
     def heard_at(self) -> float:
-        """When anything came last, be it a part of a frame, by the event loop's clock; at first, when it was opened."""
+        """The event loop's time when any part of a frame was last received; at first, when the stream was opened."""
         ...
 
     @property
     def taken_at(self) -> float:
-        """When anything was last taken of what we send, be it a part of a frame."""
+        """The event loop's time when any part of a frame was last sent; at first, when the stream was opened."""
         ...
 
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
-        """Send one frame. Returns when it is buffered, waits when the other side is slow.
+        """Send one frame. Returns when the frame is buffered; waits while the other side reads too slowly.
 
-        The payload's buffers may be used again once this returns. Raises `StreamBroken`, and `ProtocolViolation` for a
-        frame beyond the protocol's limits; a cancelled `send` leaves half a frame behind, so close the stream then.
+        The caller may reuse the payload's buffers afterwards. A cancelled `send` may leave half a frame behind: close
+        the stream then. Raises `StreamBroken`, and `ProtocolViolation` for a frame beyond the protocol's limits.
         """
         ...
 
-    async def receive(self, admit: Admit | None = None) -> tuple[bytes, bytearray]:
+    async def receive(self, check_header: HeaderCheck | None = None) -> tuple[bytes, bytearray]:
         """The next frame: its header and its payload.
 
-        `admit` sees the header before anything of the payload is taken, and again when a receive that was cancelled
-        goes on. What it raises is raised here, and nothing more can be received then; an answer can be sent still.
-        Raises `StreamBroken` at the end of the stream, however it came, and for frames beyond the protocol's limits.
+        `check_header` is called before any of the payload is read, and once more if a cancelled `receive` is repeated.
+        If it refuses the frame, its `ProtocolViolation` is raised and nothing more can be received; sending still
+        works. Raises `StreamBroken` at the end of the stream, and for a frame beyond the protocol's limits.
         """
         ...
 
@@ -77,63 +77,60 @@ class Transport(Protocol):
 
     @property
     def peer(self) -> str:
-        """Our own peer id."""
+        """This peer's own id."""
         ...
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where others can reach us, as they would write it after `--initial-peers`."""
+        """The multiaddresses at which other peers reach this one, in the form that `--initial-peers` takes."""
         ...
 
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> Stream:
-        """A new stream to a peer; `addresses` are hints of where it may be.
-
-        Raises `StreamBroken`.
-        """
+        """Open a stream to a peer. `addresses` are multiaddresses to try first. Raises `StreamBroken`."""
         ...
 
     async def listen(self, handler: StreamHandler) -> None:
-        """From now until the transport closes, run `handler` for every stream that a peer opens.
+        """Run `handler` for every stream that a peer opens, until the transport closes.
 
-        The stream is closed when its handler returns; a handler that raises is logged and hurts nobody else.
+        The stream is closed when its handler returns. If a handler raises, that is logged; other streams continue.
         """
         ...
 
     async def close(self) -> None:
-        """End the handlers and the streams, and release everything. What was sent before is still delivered."""
+        """Cancel the handlers and close the streams. What was sent before is still delivered."""
         ...
 
 
 class Directory(Protocol):
-    """Who serves what: a distributed table of signed records that expire."""
+    """Which servers hold which blocks of which model: a distributed table of signed records that expire."""
 
     async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
-        """Publish `info` for `lifetime` seconds, at most `MAX_LIFETIME`; a later call replaces it.
+        """Publish `info` for `lifetime` seconds, at most `MAX_LIFETIME`. A later call replaces it.
 
-        Raises `SwarmError`, also when none of the others answers.
+        Raises `SwarmError`, also when no other peer answers, and `ValueError` for a wrong lifetime.
         """
         ...
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
-        """The valid records of all blocks of a model, one a peer. Raises `SwarmError`, also when nobody answers."""
+        """The servers of a model, by their latest valid records. Raises `SwarmError`, also when no peer answers."""
         ...
 
     async def models(self) -> tuple[ModelInfo, ...]:
-        """The models that anybody serves. Raises `SwarmError`, also when nobody answers."""
+        """The models that are served. Raises `SwarmError`, also when no peer answers."""
         ...
 
 
-async def _nowhere(addresses: Sequence[str]) -> bool:
+async def _answers_nowhere(addresses: Sequence[str]) -> bool:
     return False
 
 
 @dataclass(frozen=True)
 class Node:
-    """A peer's whole view of the network.
+    """A peer's access to the network.
 
-    `answers_elsewhere` tells whether another process that has this peer's identity answers at one of these addresses.
+    `answers_elsewhere` checks whether a process with this peer's identity answers at one of the given addresses.
     """
 
     transport: Transport
     directory: Directory
-    answers_elsewhere: Callable[[Sequence[str]], Awaitable[bool]] = _nowhere
+    answers_elsewhere: Callable[[Sequence[str]], Awaitable[bool]] = _answers_nowhere

@@ -9,7 +9,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Mapping, Set
 
 from shoal.errors import SwarmError
-from shoal.net.ping import distances
+from shoal.net.ping import measure_round_trips
 from shoal.net.transport import Node
 from shoal.peers import MAX_NEIGHBORS, ModelInfo, ServerInfo, short
 from shoal.policy.dtypes import mixture
@@ -97,7 +97,7 @@ class NeighborMonitor:
             self._known.forget(peer)
         self._silent &= {server.peer for server in view.servers}
         chosen = choose_neighbors(view, self._server, self._known.picture().round_trips, self._chance, self._silent)
-        for peer, seconds in (await distances(self._node.transport, chosen)).items():
+        for peer, seconds in (await measure_round_trips(self._node.transport, chosen)).items():
             if seconds is None:
                 self._known.forget(peer)
                 self._silent.add(peer)

@@ -1,4 +1,4 @@
-"""What goes wrong and when: as a list of events, written by hand or drawn at random."""
+"""Failures of servers, as a list of timed events that is written by hand or drawn at random."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoal.spans import Span
 
 
 class Act(StrEnum):
-    """What may be done to a server; each is a method of `ShapedServer`."""
+    """What can be done to a server. Each act is a method of `ShapedServer`."""
 
     KILL = "kill"
     STOP = "stop"
@@ -34,11 +34,12 @@ CURES = {
     Act.CUT: Act.HEAL,
     Act.BLACK_HOLE: Act.HEAL,
 }
+"""The act that undoes each failure."""
 
 
 @dataclass(frozen=True, order=True)
 class Event:
-    """Something that happens to a server, counted from 0, so many seconds after the beginning."""
+    """An act on a server, which is counted from 0, this many seconds after the beginning."""
 
     seconds: float
     server: int
@@ -46,10 +47,10 @@ class Event:
 
 
 class Swarm(Protocol):
-    """What events happen to."""
+    """What `churning` needs of a swarm."""
 
     def do(self, server: int, act: Act) -> None:
-        """Begin it; do not wait for what comes of it."""
+        """Begin the act, and return without waiting for its effect."""
 
 
 def random_churn(
@@ -62,35 +63,39 @@ def random_churn(
     acts: Sequence[Act] = (Act.KILL, Act.STOP),
     seed: int = 0,
 ) -> tuple[Event, ...]:
-    """Failures of servers with these spans, at random, such that every block always has a server that is well.
+    """Random failures of servers with these spans, such that every block always has a healthy server.
 
-    A failure comes every `every_seconds` on average, is one of `acts`, and is cured after about `down_seconds`, at the
-    end at the latest; `settle_seconds` later the server counts as well again. One that nobody can spare is left alone.
+    A failure is one of `acts`; one comes every `every_seconds` on average, and is undone after about `down_seconds`,
+    at the latest after `seconds`. The server counts as healthy again `settle_seconds` later. A server that is the only
+    healthy one of some block does not fail. The same `seed` gives the same events.
     """
-    chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
+    generator = random.Random(seed)  # noqa: S311 - repeatable, not secret
     held = [span if isinstance(span, Span) else Span.parse(span) for span in spans]
-    well_at = [0.0] * len(held)
+    healthy_at = [0.0] * len(held)
     events: list[Event] = []
     now = 0.0
-    while (now := now + chance.expovariate(1 / every_seconds)) < seconds:
-        well = [index for index, at in enumerate(well_at) if at <= now]
-        spared = [index for index in well if is_spared(index, well, held)]
-        if not spared:
+    while (now := now + generator.expovariate(1 / every_seconds)) < seconds:
+        healthy = [index for index, at in enumerate(healthy_at) if at <= now]
+        redundant = [index for index in healthy if is_redundant(index, healthy, held)]
+        if not redundant:
             continue
-        server, act = chance.choice(spared), chance.choice(acts)
-        cured = min(seconds, now + down_seconds * chance.uniform(0.5, 1.5))
+        server, act = generator.choice(redundant), generator.choice(acts)
+        cured = min(seconds, now + down_seconds * generator.uniform(0.5, 1.5))
         events += [Event(now, server, act), Event(cured, server, CURES[act])]
-        well_at[server] = cured + settle_seconds
+        healthy_at[server] = cured + settle_seconds
     return tuple(sorted(events))
 
 
-def is_spared(server: int, well: Sequence[int], held: Sequence[Span]) -> bool:
-    """Whether the others that are well hold all that this one holds."""
-    return all(any(block in held[other] for other in well if other != server) for block in held[server])
+def is_redundant(server: int, healthy: Sequence[int], held: Sequence[Span]) -> bool:
+    """Whether the other healthy servers hold every block of this one."""
+    return all(any(block in held[other] for other in healthy if other != server) for block in held[server])
 
 
 def play(swarm: Swarm, events: Sequence[Event], sleep: Callable[[float], bool]) -> None:
-    """Let the events happen; `sleep` waits until so many seconds after the beginning, and says whether to go on."""
+    """Apply the events in the order of their times.
+
+    `sleep` waits until this many seconds after the beginning, and returns whether to continue.
+    """
     for event in sorted(events):
         if not sleep(event.seconds):
             return
@@ -99,7 +104,7 @@ def play(swarm: Swarm, events: Sequence[Event], sleep: Callable[[float], bool]) 
 
 @contextlib.contextmanager
 def churning(swarm: Swarm, events: Sequence[Event]) -> Iterator[None]:
-    """Let the events happen, on a thread of their own, until the context is left. Raises what they raised."""
+    """A context in which a thread applies the events. Leaving it stops them, and raises what an event raised."""
     began = time.monotonic()
     is_over = threading.Event()
     failures: list[BaseException] = []

@@ -1,10 +1,11 @@
-"""TCP proxies that delay, throttle, hold back and break what passes: a door in front of each peer.
+"""TCP proxies that delay, throttle, hold back and break connections: one proxy in front of each peer.
 
-A peer announces its door's address, so whoever dials the peer passes its door. A connection passes one link, that of
-the peer that was dialled; but it is held or broken with either of its peers. libp2p dials from the port on which it
-listens, which tells whose connection comes in at another's door.
+A peer announces its proxy's address, so other peers dial the proxy. A connection takes the link of the peer that was
+dialled, but the state of either of its two peers holds it back or breaks it. libp2p dials from the port on which it
+listens, so the source port of a connection names the peer that dialled.
 
-This is a process of its own (`shoal.testing.network` starts it), because its timers must not wait for anybody's Python.
+The proxies run in a process of their own, which `shoal.testing.proxy_process` starts: their timers must not wait for
+another program's Python code. Each line of stdin is a command in JSON, each line of stdout its answer.
 """
 
 from __future__ import annotations
@@ -19,99 +20,102 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from shoal.testing.end import ProxySocket
 from shoal.testing.link import Link, LinkDirection
-from shoal.testing.reach import HOST, ProxyCommand
+from shoal.testing.proxy_socket import ProxySocket
+from shoal.testing.proxy_state import HOST, ProxyState
 
 PRIORITY = -10
+"""The process's niceness, where the system permits it: the busy servers beside it must not delay its timers."""
 BACKLOG = 1024
+"""Connections that may wait to be accepted."""
 
-Greet = Callable[[ProxySocket, "Proxy", int], None]
-"""Called with somebody's end, the door that he has come to, and the port that he has dialled from."""
+OnAccept = Callable[[ProxySocket, "Proxy", int], None]
+"""Called with the socket that a proxy accepted, the proxy, and the port that the connection was dialled from."""
 
 
 class Proxies:
-    """All the doors, by the ports of the peers behind them."""
+    """All proxies, by the ports of the peers behind them. `tasks` owns their connections."""
 
-    def __init__(self) -> None:
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
         self._proxies: dict[int, Proxy] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = tasks
 
     async def open(self, peer_port: int, inward: Link, outward: Link) -> int:
-        """Make a door for the peer that listens on this port; returns the port to announce."""
-        proxy = self._proxies[peer_port] = Proxy(peer_port, inward, outward, self._greet, seed=2 * len(self._proxies))
-        await proxy.set_reach(ProxyCommand.OPEN)
+        """Open a proxy for the peer that listens on this port. Returns the port to announce."""
+        proxy = self._proxies[peer_port] = Proxy(peer_port, inward, outward, self._accept, seed=2 * len(self._proxies))
+        await proxy.set_state(ProxyState.OPEN)
         return proxy.port
 
     def __getitem__(self, peer_port: int) -> Proxy:
         return self._proxies[peer_port]
 
-    def _greet(self, near: ProxySocket, proxy: Proxy, dialled_from: int) -> None:
-        """Somebody has come to a door."""
-        proxies = [proxy, *filter(None, [self._proxies.get(dialled_from)])]
-        task = asyncio.create_task(Connection(near, proxy, proxies).run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _accept(self, near: ProxySocket, proxy: Proxy, source_port: int) -> None:
+        proxies = [proxy, *filter(None, [self._proxies.get(source_port)])]
+        self._tasks.create_task(Connection(near, proxy, proxies).run())
 
 
 class Proxy:
-    """Where a peer is reached: its link, whether anything passes, and the connections that it has."""
+    """Where a peer is reached: its link, its state, and its connections."""
 
-    def __init__(self, peer_port: int, inward: Link, outward: Link, greet: Greet, *, seed: int) -> None:
+    def __init__(self, peer_port: int, inward: Link, outward: Link, on_accept: OnAccept, *, seed: int) -> None:
         self.peer_port = peer_port
         self.inward, self.outward = LinkDirection(inward, seed=seed), LinkDirection(outward, seed=seed + 1)
-        self.reach = ProxyCommand.OPEN
+        self.state = ProxyState.OPEN
         self.connections: set[Connection] = set()
         self.num_connections = 0
-        self._reserved = _bind(0)  # so that nobody else gets the port while nobody listens there
+        self._reserved = _bind(0)  # keeps the port while the proxy does not listen on it
         self.port: int = self._reserved.getsockname()[1]
-        self._greet = greet
+        self._on_accept = on_accept
         self._server: asyncio.Server | None = None
 
-    def change_link(self, inward: Link, outward: Link) -> None:
-        self.inward.change(inward)
-        self.outward.change(outward)
+    def set_link(self, inward: Link, outward: Link) -> None:
+        """Replace the link; a connection that waited for room on the old one continues."""
+        self.inward.set_link(inward)
+        self.outward.set_link(outward)
         for connection in self.connections:
-            connection.near.have_room()
-            connection.far.have_room()
+            connection.near.on_link_free()
+            connection.far.on_link_free()
 
-    async def set_reach(self, reach: ProxyCommand) -> None:
-        self.reach = reach
-        if reach is ProxyCommand.CUT and self._server is not None:
+    async def set_state(self, state: ProxyState) -> None:
+        """Start or stop listening as `state` says, and apply it to the connections."""
+        self.state = state
+        if state is ProxyState.CUT and self._server is not None:
             self._server.close()
             self._server = None
-        elif reach is not ProxyCommand.CUT and self._server is None:
+        elif state is not ProxyState.CUT and self._server is None:
             loop, listening = asyncio.get_running_loop(), _bind(self.port)
-            self._server = await loop.create_server(lambda: _Near(self, self._greet), sock=listening, backlog=BACKLOG)
+            self._server = await loop.create_server(
+                lambda: _AcceptedSocket(self, self._on_accept), sock=listening, backlog=BACKLOG
+            )
         for connection in [*self.connections]:
             connection.update()
 
 
 class Connection:
-    """Two sockets: `near` came to the door, `far` is ours to the peer behind it."""
+    """Two sockets: the proxy accepted `near`, and opens `far` to the peer behind it."""
 
     def __init__(self, near: ProxySocket, proxy: Proxy, proxies: list[Proxy]) -> None:
         self.near, self.far = near, ProxySocket(proxy.outward)
         self._proxy = proxy
         self._proxies = proxies
-        self._flows = asyncio.Event()
+        self._may_dial = asyncio.Event()
 
     async def run(self) -> None:
-        """Until it has ended."""
+        """Open `far`, join it with `near`, and return when both are closed."""
         self._proxy.num_connections += 1
         for proxy in self._proxies:
             proxy.connections.add(self)
         try:
             self.update()
-            # A handshake goes there and back before anything that is said.
+            # TCP's handshake takes one round trip before any data.
             await asyncio.sleep(self._proxy.inward.link.delay_seconds + self._proxy.outward.link.delay_seconds)
-            await self._flows.wait()
+            await self._may_dial.wait()
             if not self.near.is_closing:
                 with contextlib.suppress(OSError):
                     await asyncio.get_running_loop().create_connection(lambda: self.far, HOST, self._proxy.peer_port)
             if not self.far.is_connected:
                 self.near.reset()
-            elif self.near.is_closing:  # cut off, and healed meanwhile
+            elif self.near.is_closing:  # it was cut meanwhile
                 self.far.reset()
             self.near.join(self.far)
             self.far.join(self.near)
@@ -124,49 +128,52 @@ class Connection:
                 proxy.connections.discard(self)
 
     def update(self) -> None:
-        """Do what the doors say now."""
-        reaches = {proxy.reach for proxy in self._proxies}
-        flows = reaches == {ProxyCommand.OPEN}
-        (self._flows.set if flows or ProxyCommand.CUT in reaches else self._flows.clear)()
+        """Apply the states of the proxies."""
+        states = {proxy.state for proxy in self._proxies}
+        is_open = states == {ProxyState.OPEN}
+        if is_open or ProxyState.CUT in states:
+            self._may_dial.set()
+        else:
+            self._may_dial.clear()
         for end in (self.near, self.far):
-            if ProxyCommand.CUT in reaches:
+            if ProxyState.CUT in states:
                 end.reset()
-            end.hold(not flows)
+            end.hold(not is_open)
 
 
-class _Near(ProxySocket):
-    """The end of somebody who has come to a door."""
+class _AcceptedSocket(ProxySocket):
+    """The socket of a connection that a proxy accepted."""
 
-    def __init__(self, proxy: Proxy, greet: Greet) -> None:
+    def __init__(self, proxy: Proxy, on_accept: OnAccept) -> None:
         super().__init__(proxy.inward)
         self._proxy = proxy
-        self._greet = greet
+        self._on_accept = on_accept
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._greet(self, self._proxy, transport.get_extra_info("peername")[1])
+        self._on_accept(self, self._proxy, transport.get_extra_info("peername")[1])
 
 
 def _bind(port: int) -> socket.socket:
     bound = socket.socket()
-    # For us to bind it twice: once to keep it, once to listen.
+    # The proxy binds a port twice: once to keep it, once to listen on it.
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     bound.bind((HOST, port))
     return bound
 
 
-async def obey(proxies: Proxies, order: dict[str, Any]) -> dict[str, Any]:
-    """Do what one line says; returns the answer."""
-    peer_port: int = order["peer_port"]
-    match order["do"]:
+async def execute(proxies: Proxies, command: dict[str, Any]) -> dict[str, Any]:
+    """Carry out one command. Returns its answer; raises `ValueError` for an unknown command."""
+    peer_port: int = command["peer_port"]
+    match command["command"]:
         case "open":
-            port = await proxies.open(peer_port, Link.from_json(order["inward"]), Link.from_json(order["outward"]))
+            port = await proxies.open(peer_port, Link.from_json(command["inward"]), Link.from_json(command["outward"]))
             return {"port": port}
-        case "link":
-            proxies[peer_port].change_link(Link.from_json(order["inward"]), Link.from_json(order["outward"]))
+        case "set_link":
+            proxies[peer_port].set_link(Link.from_json(command["inward"]), Link.from_json(command["outward"]))
             return {}
-        case "reach":
-            await proxies[peer_port].set_reach(ProxyCommand(order["reach"]))
+        case "set_state":
+            await proxies[peer_port].set_state(ProxyState(command["state"]))
             return {}
         case "count":
             proxy = proxies[peer_port]
@@ -175,21 +182,30 @@ async def obey(proxies: Proxies, order: dict[str, Any]) -> dict[str, Any]:
                 "inward": proxy.inward.num_bytes,
                 "outward": proxy.outward.num_bytes,
             }
-    raise ValueError(f"an order that nobody knows: {order}")
+    raise ValueError(f"an unknown command: {command}")
 
 
 async def main() -> None:
-    """Obey the lines that come in, until they end."""
+    """Execute the commands on stdin until it ends; then the connections end with the process."""
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
-    proxies = Proxies()
-    while line := await lines.readline():
-        print(json.dumps(await obey(proxies, json.loads(line))), flush=True)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            proxies = Proxies(tasks)
+            while line := await lines.readline():
+                print(json.dumps(await execute(proxies, json.loads(line))), flush=True)
+            raise _StdinEnded
+    except* _StdinEnded:
+        pass
+
+
+class _StdinEnded(Exception):
+    """Ends the task group, and with it the connections."""
 
 
 if __name__ == "__main__":
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, 0, PRIORITY)
-    # The only selector whose timeouts are finer than a millisecond; it knows up to some five hundred connections.
+    # The only selector whose timeouts are finer than a millisecond. It handles about five hundred connections.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         runner.run(main())

@@ -33,11 +33,11 @@ class StoredPiece:
         self.place: bytearray | FileRegion
         """Its bytes, or where in the file they are."""
         self._store = store
-        self._spec, self.place = codec.packed(tensor, encoding)
+        self._spec, self.place = codec.pack_tensor(tensor, encoding)
 
     def get(self) -> torch.Tensor:
         """The tensor, as precise as it is kept. Not to be written to."""
-        return codec.unpacked(self._spec, self._store.read(self))
+        return codec.unpack_tensor(self._spec, self._store.read(self))
 
 
 class HistoryStore:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from shoal.concurrency import now
-from shoal.net.ping import DIAL_SECONDS, PONG_SECONDS, distance
+from shoal.net.ping import DIAL_SECONDS, PONG_SECONDS, measure_round_trip
 from shoal.net.transport import Transport
 from shoal.peers import ServerInfo
 from shoal.policy.routing.costs import Costs, Measured, Needs
@@ -111,7 +111,7 @@ class Meeting:
                 self._silent[server.peer] = now()
 
     async def _ask_one(self, server: ServerInfo) -> None:
-        seconds = await distance(self._transport, server.peer, server.addresses)
+        seconds = await measure_round_trip(self._transport, server.peer, server.addresses)
         if seconds is not None:
             self._round_trips.measured(server.peer, seconds)
             self.record_answer(server.peer)

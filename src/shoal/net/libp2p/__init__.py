@@ -1,4 +1,4 @@
-"""The network on hivemind's libp2p daemon and hash table.
+"""The real network, on hivemind's libp2p daemon and DHT.
 
-The only place that imports hivemind; above it, everything is `shoal.net.transport`.
+Only this package imports hivemind. It imports `shoal.net` (not `shoal.net.memory`) and below.
 """

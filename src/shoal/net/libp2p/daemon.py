@@ -1,8 +1,9 @@
-"""The libp2p daemon: a child process that dials, listens and encrypts, asked over a Unix socket.
+"""The libp2p daemon: a child process that dials, listens and encrypts, and takes requests over a Unix socket.
 
-hivemind ships it (`p2pd`) and its messages. We start it ourselves, because it must outlive a Ctrl-C (we say goodbye
-through it) and must not outlive us, whatever ends us: a shell reads a pipe that only we hold, and ends the daemon when
-the pipe ends. That needs no signal handler, no `preexec_fn` and no Linux.
+hivemind ships the daemon (`p2pd`) and its messages. shoal starts it itself, for two reasons. It must outlive a Ctrl-C,
+because the server says goodbye through it. It must not outlive this process, not even after a SIGKILL: a shell reads a
+pipe that only this process holds, and ends the daemon when the pipe ends. That needs no signal handler, no `preexec_fn`
+and no feature of Linux.
 """
 
 from __future__ import annotations
@@ -27,45 +28,48 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from shoal.net.addresses import decode, encode
 from shoal.net.identity import Identity, peer_id_of, peer_id_to_bytes
-from shoal.net.libp2p.daemon_reasons import in_our_words
+from shoal.net.libp2p.daemon_reasons import plain_reason
 
 logger = logging.getLogger("shoal.net.libp2p.daemon")
 
 START_SECONDS = 15.0
+"""How long the daemon may take to start."""
 STOP_SECONDS = 5.0
+"""How long the daemon may take to end before it is killed."""
 READ_BUFFER_BYTES = 256 * 1024
+"""The buffer of each stream between this process and the daemon."""
 
-# The daemon's end closes our pipe to its output, which is how we learn of it: the shell keeps no copy of that pipe.
-_WATCHED = """
+# The end of the daemon closes the pipe of its output, which this process notices: the shell keeps no copy of that pipe.
+_WATCH_SCRIPT = """
 directory=$1; shift
 "$@" </dev/null & exec >/dev/null 2>&1
 read -r _
 kill -TERM $!; wait; rm -rf "$directory"
 """
 
-# hivemind logs to the terminal, and renames a level for the whole process, as soon as it is imported.
+# Importing hivemind makes it log to the terminal, and renames a level for the whole process. This undoes both.
 use_hivemind_log_handler("nowhere")
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)
 logging.addLevelName(logging.WARNING, "WARNING")
 
-Accept = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], None]
-"""Called with the id of a peer that opened a stream, and the stream."""
+OnStream = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], None]
+"""Called with the id of the peer that opened a stream, and the stream."""
 
 
 class DaemonFailed(OSError):
-    """The daemon did not start, or could not do what it was asked."""
+    """The daemon did not start, or could not carry out a request."""
 
 
 class DaemonGone(DaemonFailed):
-    """The daemon does not answer: it is dead, or dying."""
+    """The daemon does not answer: it has ended, or is ending."""
 
 
 @dataclass(frozen=True)
 class DaemonConfig:
-    """How the daemon takes part in the network.
+    """The daemon's part in the network, by multiaddresses.
 
-    Without `listen` it only dials. `relays` carry the streams of a machine that cannot be dialled; `serve_relay` makes
-    this one such a relay.
+    Without `listen` it only dials. `announce` replaces the addresses that other peers learn. `relays` carry the streams
+    of a machine that cannot be dialled; `serve_relay` makes this daemon such a relay.
     """
 
     listen: tuple[str, ...] = ()
@@ -74,17 +78,19 @@ class DaemonConfig:
     serve_relay: bool = False
 
     @property
-    def reachable(self) -> bool:
-        """Whether others dial this machine directly, so that it can keep a part of the directory."""
+    def is_reachable(self) -> bool:
+        """Whether other peers dial this one directly, so that it can store records of the directory."""
         return bool(self.listen) and not self.relays
 
     @property
-    def relayed(self) -> tuple[str, ...]:
-        """Where it is reached through its relays."""
+    def relay_addresses(self) -> tuple[str, ...]:
+        """Its addresses through its relays, without its peer id."""
         return tuple(f"{relay}/p2p-circuit" for relay in self.relays)
 
     def arguments(self) -> list[str]:
-        # TCP only: the daemon's QUIC loses what was sent before a close. UPnP would open a port that nobody asked for.
+        """The daemon's command-line options."""
+        # TCP only: over QUIC the daemon loses data that was sent before a close. No UPnP: it would open a port of the
+        # router without being asked to.
         options: dict[str, object] = {
             "tls": 1,
             "natPortMap": 0,
@@ -92,7 +98,7 @@ class DaemonConfig:
             "connManager": 1,
             "relay": 1,
             "relayService": int(self.serve_relay),
-            "dhtServer" if self.reachable else "dhtClient": 1,
+            "dhtServer" if self.is_reachable else "dhtClient": 1,
         }
         if self.listen:
             options["hostAddrs"] = ",".join(self.listen)
@@ -107,16 +113,17 @@ class DaemonConfig:
         return [f"-{name}={value}" for name, value in options.items()]
 
     def environment(self) -> dict[str, str]:
+        """The daemon's environment variables."""
         environment = dict(os.environ, GOLOG_LOG_LEVEL="error")
         if self.serve_relay:
-            # With several threads the daemon races at its start between generous relay limits and 128 KiB.
+            # With several threads, a race at the daemon's start decides whether its relay has large limits or 128 KiB.
             environment["GOMAXPROCS"] = "1"
         return environment
 
 
 @dataclass
 class Daemon:
-    """A running daemon. `closed` is set when it has ended, for whatever reason."""
+    """A running daemon. `closed` is set when it has ended, for any reason. Make it with `start`, end it with `stop`."""
 
     process: asyncio.subprocess.Process
     directory: Path
@@ -127,7 +134,7 @@ class Daemon:
 
     @classmethod
     async def start(cls, identity: Identity, config: DaemonConfig) -> Daemon:
-        """Start it and wait until it answers. Raises `DaemonFailed`."""
+        """Start a daemon and wait until it answers. Raises `DaemonFailed`."""
         for address in config.listen:
             _check_free(address)
         try:
@@ -147,7 +154,7 @@ class Daemon:
             async with asyncio.timeout(START_SECONDS):
                 await ready.wait()
             if self.closed.is_set():
-                logger.debug("the libp2p daemon ended, and said last: %s", self._last_line)
+                logger.debug("the libp2p daemon ended; its last line was: %s", self._last_line)
                 raise DaemonFailed("the libp2p daemon ended as soon as it was started")
         except TimeoutError:
             await self.stop()
@@ -160,53 +167,56 @@ class Daemon:
 
     @property
     def control(self) -> Any:
-        """Where it is asked, as hivemind's own client wants it."""
+        """The address of its Unix socket, for hivemind's own client."""
         return Multiaddr(f"/unix{self.directory}/control")
 
     async def addresses(self) -> tuple[str, ...]:
-        """Where it can be reached, without its peer id."""
-        response, _, writer = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
+        """The addresses that it listens on, without its peer id. Raises `DaemonFailed`."""
+        response, _, writer = await self._request(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         writer.close()
-        places = (decode(address) for address in response.identify.addrs)
-        return tuple(place for place in places if place is not None)
+        decoded = (decode(address) for address in response.identify.addrs)
+        return tuple(address for address in decoded if address is not None)
 
     async def connect(self, peer: str, addresses: Sequence[str]) -> None:
-        """Have a connection to a peer, dialled at these addresses if there is none. Raises `DaemonFailed`."""
-        # Without the peer at their end, which is sent beside them.
-        places = [encode(address.removesuffix(f"/p2p/{peer}")) for address in addresses]
-        connect = p2pd_pb2.ConnectRequest(peer=peer_id_to_bytes(peer), addrs=places)
-        _, _, writer = await self._ask(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
+        """Connect to a peer at these addresses, unless it is connected. Raises `DaemonFailed`."""
+        # The peer id at their end is a field of its own.
+        encoded = [encode(address.removesuffix(f"/p2p/{peer}")) for address in addresses]
+        connect = p2pd_pb2.ConnectRequest(peer=peer_id_to_bytes(peer), addrs=encoded)
+        _, _, writer = await self._request(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
         writer.close()
 
     async def open(self, peer: str, protocol: str) -> tuple[str | None, asyncio.StreamReader, asyncio.StreamWriter]:
-        """A new stream to a peer, and the address where it was reached. Raises `DaemonFailed`."""
+        """Open a stream to a peer. Returns the address of the peer on this connection, and the stream.
+
+        Raises `DaemonFailed`.
+        """
         stream_open = p2pd_pb2.StreamOpenRequest(peer=peer_id_to_bytes(peer), proto=[protocol])
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=stream_open)
-        response, reader, writer = await self._ask(request)
+        response, reader, writer = await self._request(request)
         return decode(response.streamInfo.addr), reader, writer
 
-    async def handle(self, protocol: str, accept: Accept) -> None:
-        """Call `accept` for each stream that a peer opens. Raises `DaemonFailed`."""
+    async def handle(self, protocol: str, on_stream: OnStream) -> None:
+        """Call `on_stream` for each stream of this protocol that a peer opens. Raises `DaemonFailed`."""
         path = self.directory / "streams"
 
-        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             info = p2pd_pb2.StreamInfo()
             try:
                 await read_pbmsg_safe(reader, info)
             except (OSError, EOFError, asyncio.CancelledError):
                 writer.close()
                 return
-            accept(peer_id_of(info.peer), reader, writer)
+            on_stream(peer_id_of(info.peer), reader, writer)
 
-        self._servers.append(await asyncio.start_unix_server(greet, path, limit=READ_BUFFER_BYTES))
+        self._servers.append(await asyncio.start_unix_server(accept, path, limit=READ_BUFFER_BYTES))
         address = Multiaddr(f"/unix{path}").to_bytes()
         handler = p2pd_pb2.StreamHandlerRequest(addr=address, proto=[protocol], balanced=False)
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_HANDLER, streamHandler=handler)
-        _, _, writer = await self._ask(request)
+        _, _, writer = await self._request(request)
         writer.close()
 
     async def stop(self) -> None:
-        """End it, and leave nothing behind. May be called twice."""
+        """End it, and remove its files. May be called twice."""
         for server in self._servers:
             server.close()
         if self.process.stdin is not None:
@@ -221,8 +231,8 @@ class Daemon:
         if self._reader is not None:
             await self._reader
 
-    async def _ask(self, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
-        """Its answer, and the connection, which for a stream becomes the stream."""
+    async def _request(self, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
+        """The answer to a request, and the connection, which becomes the stream if the request opens one."""
         try:
             reader, writer = await asyncio.open_unix_connection(self.directory / "control", limit=READ_BUFFER_BYTES)
         except OSError as failure:
@@ -232,7 +242,7 @@ class Daemon:
             await write_pbmsg(writer, request)
             await read_pbmsg_safe(reader, response)
             if response.type == p2pd_pb2.Response.ERROR:
-                raise DaemonFailed(in_our_words(response.error.msg))
+                raise DaemonFailed(plain_reason(response.error.msg))
         except (ConnectionError, EOFError) as failure:
             writer.close()
             raise DaemonGone(f"the libp2p daemon is gone: {failure}") from None
@@ -249,8 +259,8 @@ class Daemon:
                 logger.debug("%s", self._last_line)
                 if self._last_line.startswith("Peer ID:"):
                     ready.set()
-        except ValueError:  # a line without end
-            logger.debug("the daemon's output is not read any longer")
+        except ValueError:  # a line that is too long
+            logger.debug("the output of the libp2p daemon is no longer read")
         self.closed.set()
         ready.set()
 
@@ -259,9 +269,9 @@ async def _spawn(identity: Identity, config: DaemonConfig, directory: Path, key:
     with os.fdopen(os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(identity.to_bytes())
     program = Path(hivemind_cli.__file__).with_name("p2pd")
-    # In a session of its own, so that the terminal's Ctrl-C is for us alone.
+    # In a session of its own, so that it does not receive the terminal's Ctrl-C.
     return await asyncio.create_subprocess_exec(
-        *("/bin/sh", "-c", _WATCHED, "shoal-net", str(directory)),
+        *("/bin/sh", "-c", _WATCH_SCRIPT, "shoal-net", str(directory)),
         *(str(program), f"-listen=/unix{directory}/control", f"-id={key}", *config.arguments()),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
@@ -272,9 +282,9 @@ async def _spawn(identity: Identity, config: DaemonConfig, directory: Path, key:
 
 
 def _check_free(address: str) -> None:
-    """Raises `DaemonFailed` if another process listens there.
+    """Raise `DaemonFailed` if another process listens on this address.
 
-    The daemon would not notice: it shares ports, and of two daemons on one port each gets half of the streams.
+    The daemon would not notice that: it shares ports, and two daemons on one port would each get half of the streams.
     """
     _, version, host, _, port = address.split("/")
     with socket.socket(socket.AF_INET6 if version == "ip6" else socket.AF_INET) as probe:

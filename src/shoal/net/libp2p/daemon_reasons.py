@@ -1,4 +1,4 @@
-"""Why the libp2p daemon could not do something, in our own words: its own are for the log of everything."""
+"""Translates the error messages of the libp2p daemon into plain English."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ logger = logging.getLogger("shoal.net.libp2p.daemon")
 
 REASONS = {
     "peer id mismatch": "another peer has its address now",
-    "protocols not supported": "it does not speak our version of the protocol",
+    "protocols not supported": "it speaks another version of the protocol",
     "no_reservation": "its relay is not connected to it",
     "connection refused": "nothing listens there",
     "no route to host": "there is no route to it",
@@ -16,22 +16,23 @@ REASONS = {
     "no such host": "its host name is not known",
     "i/o timeout": "it does not answer",
     "deadline exceeded": "it does not answer",
-    "resource limit exceeded": "it has too many connections, or this machine does",
+    "resource limit exceeded": "it has too many connections, or this machine has",
     "dial to self": "it is this peer itself",
     "connection reset": "the connection was cut",
     "stream reset": "the connection was cut",
     "failed to find": "its address is not known",
     "not found": "its address is not known",
     "no addresses": "its address is not known",
-    "dial backoff": "tried in vain a moment ago",
+    "dial backoff": "dialling it failed a moment ago",
 }
-"""By a part of what the daemon says, which may tell of several attempts: what explains most comes first."""
+"""By a part of the daemon's message. A message may list several attempts, so the most informative parts come first."""
 
 OTHER = "the connection failed"
+"""For a message without any of these parts."""
 
 
-def in_our_words(said: str) -> str:
-    """The reason that the daemon gives. What it says itself goes to the log at DEBUG."""
-    logger.debug("the libp2p daemon says: %s", said)
-    lowered = said.lower()
-    return next((reason for sign, reason in REASONS.items() if sign in lowered), OTHER)
+def plain_reason(message: str) -> str:
+    """The reason in the daemon's error message, in plain English. The message itself goes to the log at DEBUG."""
+    logger.debug("the libp2p daemon reports: %s", message)
+    lowered = message.lower()
+    return next((reason for part, reason in REASONS.items() if part in lowered), OTHER)

@@ -1,4 +1,4 @@
-"""`Directory` on hivemind's Kademlia table: one node, on our own event loop, that only keeps signed announcements."""
+"""`Directory` on hivemind's Kademlia DHT: one DHT node on this event loop, which stores signed announcements only."""
 
 from __future__ import annotations
 
@@ -8,30 +8,24 @@ import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, TypeVar
 
-from hivemind.dht.crypto import DHTRecord
-from hivemind.dht.node import DHTNode
-from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DHTLocalStorage
-from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
-from hivemind.utils import MSGPackSerializer
 
 from shoal.errors import BootstrapFailed, SwarmError
 from shoal.net.identity import Identity
+from shoal.net.latest_announcements import LatestAnnouncements
 from shoal.net.libp2p.daemon import Daemon
-from shoal.net.libp2p.daemon_reasons import in_our_words
+from shoal.net.libp2p.daemon_reasons import plain_reason
+from shoal.net.libp2p.dht_limits import create_node
+from shoal.net.libp2p.duplicate_identity import DuplicateIdentityWatch
 from shoal.net.libp2p.known_peers import KnownPeers
-from shoal.net.libp2p.reception import Answers, Reception, fault_of
-from shoal.net.libp2p.table_limits import install
-from shoal.net.libp2p.twin import Twins
+from shoal.net.libp2p.record_validator import RecordValidator
+from shoal.net.libp2p.store_failures import StoreFailureLog, StoreResponses, store_failure
 from shoal.net.records import (
     CLOCK_SKEW,
-    MAX_RECORD_BYTES,
     REGISTRY_SHARDS,
     Announcement,
     block_key,
@@ -47,62 +41,60 @@ logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-ASKED_FOR_TIME = 3
-"""So many of the peers that refuse a record are asked what time it is, until one tells."""
-install()
+MAX_CLOCK_REQUESTS = 3
+"""The peers that are asked for their time, one after the other, after they refused a record."""
+BAN_SECONDS = 30
+"""How long hivemind sends nothing to a peer that did not answer."""
 
 
 class DhtDirectory:
-    """A part of the swarm's table, and the way to the rest. `attach` it to every daemon that is started."""
+    """This peer's node of the DHT. Its owner calls `attach` with every daemon that is started, and `close` at the end.
+
+    `stores_records`: store records for other peers. `initial_peers`: multiaddresses by which the node rejoins the DHT.
+    `clock`: the Unix time.
+    """
 
     def __init__(
         self,
         identity: Identity,
         *,
-        keeps_records: bool,
+        stores_records: bool,
         initial_peers: Sequence[str] = (),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._identity = identity
-        self._keeps_records = keeps_records
+        self._stores_records = stores_records
         self._clock = clock
         self._node: Any = None
-        self._others = KnownPeers(identity.peer, initial_peers=initial_peers, keeps_records=keeps_records)
-        self._twins = Twins(identity.peer)
-        self._answers = Answers()
-        self._reception = Reception()
-        self._last_expiry: dict[str, float] = {}
-        self._newest: dict[str, dict[str, Announcement]] = {}  # of each model, of each peer
+        self._known_peers = KnownPeers(identity.peer, initial_peers=initial_peers, stores_records=stores_records)
+        self._duplicates = DuplicateIdentityWatch(identity.peer)
+        self._store_responses = StoreResponses()
+        self._store_failures = StoreFailureLog()
+        self._last_expiry: dict[str, float] = {}  # of this peer's own announcement, by model key
+        self._latest = LatestAnnouncements()
 
     async def attach(self, daemon: Daemon, peers: Sequence[str]) -> None:
-        """Join the table through these peers; none begins a new one. What we kept for others is kept on.
+        """Join the DHT through these peer ids; none starts a new DHT. A later node takes over the stored records.
 
-        Raises `BootstrapFailed` if this is the first time and none of them is part of a table.
+        Raises `BootstrapFailed` if this is the first call and none of the peers is part of a DHT.
         """
         former = self._node
         if former is not None:
-            former.is_alive = False
-            await former.p2p.shutdown()
+            await _shut_down(former)
         p2p = await P2P.replicate(daemon.control)
         try:
-            self._node = node = await DHTNode.create(
+            self._node = node = await create_node(
                 p2p=p2p,
                 node_id=former.node_id if former else None,
                 initial_peers=[f"/p2p/{peer}" for peer in peers],
-                client_mode=not self._keeps_records,
-                record_validator=SignedRecords(self._clock, heard=self._hear),
+                client_mode=not self._stores_records,
+                record_validator=RecordValidator(self._clock, on_valid=self._on_announcement),
                 ensure_bootstrap_success=former is None,
                 strict=False,
-                # The defaults wait for seconds on each of the nodes that are gone.
+                # hivemind's defaults wait several seconds for each peer that is gone.
                 wait_timeout=1,
                 num_workers=16,
-                blacklist_time=30,
-                # Reads must be fresh, see `_NoCache`.
-                cache_locally=False,
-                cache_nearest=0,
-                cache_on_store=False,
-                cache_refresh_before_expiry=0,
-                reuse_get_requests=False,
+                blacklist_time=BAN_SECONDS,
             )
         except RuntimeError:
             await p2p.shutdown()
@@ -111,180 +103,120 @@ class DhtDirectory:
         except BaseException:
             await p2p.shutdown()
             raise
-        node.protocol.cache = _NoCache()
-        self._answers.listen(node.protocol)
+        self._store_responses.watch(node.protocol)
         if former is not None:
             node.protocol.storage = former.protocol.storage
-        self._others.attach(daemon, node)
+        self._known_peers.attach(daemon, node)
 
     async def close(self) -> None:
-        """Leave the table. What we announced stays until it ends: announce `LEAVING` before."""
-        await self._others.close()
+        """Leave the DHT. The announcements stay until they expire: announce `LEAVING` before."""
+        await self._known_peers.close()
         if self._node is not None:
-            self._node.is_alive = False
-            await self._node.p2p.shutdown()
+            await _shut_down(self._node)
 
     async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
         if not 0 < lifetime <= MAX_LIFETIME:
             raise ValueError(f"a lifetime of {lifetime} s")
-        # Of two announcements the one that ends later wins, so a short goodbye must still end after what it replaces.
-        # One that nobody could keep, because the clock was wrong then, need not be replaced.
+        # Of two announcements the DHT keeps the one that expires later. So a goodbye with a short lifetime must still
+        # expire after the announcement that it replaces. If that one expires too late for any peer to have stored it,
+        # because the clock was wrong, it need not be replaced.
         now, last = self._clock(), self._last_expiry.get(model.key, 0.0)
         expires = max(now + lifetime, last + 0.001 if last <= now + MAX_LIFETIME + CLOCK_SKEW else 0.0)
         announcement = Announcement.of(model, info, expires=expires)
         record = seal(self._identity, announcement)
         self._last_expiry[model.key] = expires
-        self._answers.clear()
-        self._twins.announces(info.addresses, now=now)
-        keys = list(announcement.table_keys)
-        peer = self._identity.peer
-        stored = await self._ask(
-            lambda node: node.store_many(keys, [record] * len(keys), expires, subkeys=[peer] * len(keys))
+        self._store_responses.clear()
+        self._duplicates.add_own(info.addresses, now=now)
+        keys = list(announcement.dht_keys)
+        subkeys = [self._identity.peer] * len(keys)
+        stored = await self._request(lambda node: node.store_many(keys, [record] * len(keys), expires, subkeys=subkeys))
+        is_stored = all(stored.values())
+        ahead = None if is_stored else await self._seconds_ahead()
+        failure = store_failure(
+            is_stored=is_stored, num_refused=len(self._store_responses.refused), seconds_ahead=ahead
         )
-        is_kept = all(stored.values())
-        ahead = None if is_kept else await self._seconds_ahead()
-        fault = fault_of(is_kept=is_kept, num_refused=len(self._answers.refused), seconds_ahead=ahead)
-        self._reception.becomes(fault, seconds_ahead=ahead)
+        self._store_failures.update(failure, seconds_ahead=ahead)
 
-    def _hear(self, announcement: Announcement) -> None:
-        self._others.record(announcement)
-        self._twins.record(announcement)
+    def _on_announcement(self, announcement: Announcement) -> None:
+        self._known_peers.record(announcement)
+        self._duplicates.record(announcement)
 
     async def _seconds_ahead(self) -> float | None:
-        """How far our clock is before that of a peer that has just refused a record; `None` if none tells."""
-        protocol = self._joined().protocol
-        for peer in sorted(self._answers.refused)[:ASKED_FOR_TIME]:
+        """How far this clock is ahead of that of a peer that has just refused a record; None if none answers."""
+        protocol = self._joined_node().protocol
+        for peer in sorted(self._store_responses.refused)[:MAX_CLOCK_REQUESTS]:
             request = dht_pb2.PingRequest(peer=protocol.node_info)
-            with contextlib.suppress(Exception):  # whatever it is, this peer does not tell
+            with contextlib.suppress(Exception):  # hivemind raises many kinds; the next peer may answer
                 answer = await protocol.get_stub(peer).rpc_ping(request, timeout=protocol.wait_timeout)
                 if answer.dht_time:
                     return float(self._clock() - answer.dht_time)
         return None
 
     async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
-        keys = [block_key(model.key, block) for block in range(model.num_blocks)]
-        found = await self._read(keys)
-        # What was announced holds until it ends. Those who keep it may be late with their answer, and are then silently
-        # passed over: all links are busy when a batch goes over them.
-        known = [each for each in self._newest.get(model.key, {}).values() if each.expires > self._clock()]
-        newest: dict[str, Announcement] = {}
-        for announcement in known + found:
-            if announcement.num_blocks == model.num_blocks:
-                other = newest.setdefault(announcement.peer, announcement)
-                newest[announcement.peer] = max(other, announcement, key=lambda each: each.expires)
-        self._newest[model.key] = newest
-        return tuple(newest[peer].server_info for peer in sorted(newest))
+        found = await self._lookup([block_key(model.key, block) for block in range(model.num_blocks)])
+        return tuple(each.server_info for each in self._latest.update(model, found, now=self._clock()))
 
     async def models(self) -> tuple[ModelInfo, ...]:
-        announcements = await self._read([registry_key(shard) for shard in range(REGISTRY_SHARDS)])
-        votes = Counter(one.model_info for one in announcements if one.state is not ServerState.LEAVING)
-        # A key names the weights; where peers differ on what else to call them, most are right.
+        announcements = await self._lookup([registry_key(shard) for shard in range(REGISTRY_SHARDS)])
+        votes = Counter(each.model_info for each in announcements if each.state is not ServerState.LEAVING)
+        # The key names the weights. Where peers differ in the other fields, the majority counts.
         chosen: dict[str, ModelInfo] = {}
         for model, _ in votes.most_common():
             chosen.setdefault(model.key, model)
         return tuple(chosen[key] for key in sorted(chosen))
 
-    async def _read(self, keys: Sequence[str]) -> list[Announcement]:
-        """The valid announcements under these keys, in no order, some several times."""
-        # NaN is later than nothing and nothing is later than it: no answer is late enough to end the search early, so
-        # a stranger who claims that his is the last word does not silence the others.
-        found = await self._ask(lambda node: node.get_many(keys, sufficient_expiration_time=math.nan))
+    async def _lookup(self, keys: Sequence[str]) -> list[Announcement]:
+        """The valid announcements under these keys, unordered, some several times."""
+        # hivemind ends a lookup at an answer that expires late enough. No number is later than NaN, so no peer can end
+        # the lookup early and hide the answers of the others.
+        found = await self._request(lambda node: node.get_many(keys, sufficient_expiration_time=math.nan))
         now = self._clock()
         valid = []
         for key, entry in found.items():
             for peer, value in entry.value.items() if entry is not None and isinstance(entry.value, dict) else ():
                 announcement = unseal(value.value) if isinstance(value.value, bytes) else None
-                if announcement is not None and announcement.peer == peer and key in announcement.table_keys:
+                if announcement is not None and announcement.peer == peer and key in announcement.dht_keys:
                     valid.append(announcement)
-        return [one for one in valid if is_timely(one, now=now) and one.expires > now]
+        return [each for each in valid if is_timely(each, now=now) and each.expires > now]
 
-    async def _ask(self, call: Callable[[Any], Awaitable[Answer]]) -> Answer:
-        """What the table answers; asked again if the others were lost, which is often noticed by asking.
+    async def _request(self, call: Callable[[Any], Awaitable[Answer]]) -> Answer:
+        """What `call` returns for the node. Rejoins the DHT and repeats the call if no other peer was left in it.
 
-        Raises `SwarmError` if nobody answers. Even then a record was kept here, for whoever still reaches us.
+        Raises `SwarmError` if no peer answers. A record has been stored on this peer even then.
         """
-        node = self._joined()
-        with _translated_errors():
+        node = self._joined_node()
+        with translated_errors():
             for _ in range(2):
-                was_lost = self._others.lost
-                if was_lost:
-                    await self._others.rejoin()
-                    node = self._joined()
+                was_isolated = self._known_peers.is_isolated
+                if was_isolated:
+                    await self._known_peers.rejoin()
+                    node = self._joined_node()
                 answer = await call(node)
-                if not self._others.lost:
+                if not self._known_peers.is_isolated:  # often the call itself finds out that no peer answers
                     return answer
-                if was_lost:
+                if was_isolated:
                     break
         raise SwarmError("the directory does not answer", hint="is this machine's network up?")
 
-    def _joined(self) -> Any:
+    def _joined_node(self) -> Any:
         if self._node is None:
             raise SwarmError("this peer has not joined a swarm")
         return self._node
 
 
+async def _shut_down(node: Any) -> None:
+    node.is_alive = False
+    await node.protocol.close()
+    await node.p2p.shutdown()
+
+
 @contextlib.contextmanager
-def _translated_errors() -> Iterator[None]:
-    """The table's ways of failing, such as a daemon that is being restarted, as one of ours."""
+def translated_errors() -> Iterator[None]:
+    """Raises `SwarmError` for hivemind's errors, for example while the daemon is being restarted."""
     try:
         yield
     except P2PDaemonError as failure:
-        raise SwarmError(f"the directory cannot be reached: {in_our_words(str(failure))}") from failure
+        raise SwarmError(f"the directory cannot be reached: {plain_reason(str(failure))}") from failure
     except (OSError, EOFError) as failure:
         reason = "this machine's libp2p daemon does not answer"
         raise SwarmError(f"the directory cannot be reached: {reason}") from failure
-
-
-class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
-    """Refuses whatever is not an announcement, under one of its own keys, by the peer that it is about.
-
-    The table asks before it keeps a record for others and again when it reads one. Values without a subkey and keys
-    that are none of ours are refused too: otherwise anybody overwrites them for ever.
-    """
-
-    def __init__(
-        self, clock: Callable[[], float] = time.time, heard: Callable[[Announcement], None] = lambda _: None
-    ) -> None:
-        self._clock = clock
-        self._heard = heard
-
-    def validate(self, record: DHTRecord) -> bool:
-        value = _bytes_in_msgpack(record.value)
-        announcement = unseal(value) if value is not None else None
-        valid = (
-            announcement is not None
-            and record.expiration_time == announcement.expires
-            and record.subkey == MSGPackSerializer.dumps(announcement.peer)
-            and is_timely(announcement, now=self._clock())
-            and record.key in _digests(announcement.table_keys)
-        )
-        if valid and announcement is not None:
-            self._heard(announcement)
-        return valid
-
-
-class _NoCache(DHTLocalStorage):  # type: ignore[misc]
-    """Keeps nothing. hivemind answers from its cache *instead of* its storage when the cache ends later, and anybody
-    may put a record of his own there: one would hide all others under that key."""
-
-    def store(self, *_: object, **__: object) -> bool:
-        return False
-
-    def store_subkey(self, *_: object, **__: object) -> bool:
-        return False
-
-
-@lru_cache(maxsize=1024)
-def _digests(keys: tuple[str, ...]) -> frozenset[bytes]:
-    """The keys as the table knows them."""
-    return frozenset(DHTID.generate(key).to_bytes() for key in keys)
-
-
-def _bytes_in_msgpack(raw: object) -> bytes | None:
-    """The byte string that this is the msgpack encoding of; None for anything else, which is not even decoded."""
-    if not isinstance(raw, bytes) or len(raw) > MAX_RECORD_BYTES + 3:
-        return None
-    for value in raw[2:], raw[3:]:  # behind one byte of length, or two
-        if MSGPackSerializer.dumps(value) == raw:
-            return value
-    return None

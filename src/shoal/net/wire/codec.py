@@ -1,4 +1,4 @@
-"""Messages and tensors to frames and back. Little-endian bytes: nothing is executed, nothing is guessed."""
+"""Turns messages and tensors into frames and back. Tensors travel as little-endian bytes, never as pickled objects."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Tensors = Mapping[TensorName, torch.Tensor]
 
 
 def encode(message: AnyMessage, tensors: Tensors, encoding: Encoding = "raw") -> tuple[bytes, list[Buffer]]:
-    """A message and its tensors as a header and buffers, which share the tensors' memory where they can.
+    """A message and its tensors as a header and buffers, which share the tensors' memory where possible.
 
-    Tensors that `encoding` would not make smaller travel raw.
+    A tensor that `encoding` would not make smaller is sent raw.
     """
     specs: list[TensorSpec] = []
     buffers: list[Buffer] = []
@@ -49,7 +49,7 @@ def _spec_of(name: TensorName, tensor: torch.Tensor, encoding: Encoding) -> Tens
 
 
 def _encoded(tensor: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, ...]:
-    """What travels of a tensor, in this order."""
+    """The parts of an encoded tensor, in the order in which they are sent."""
     match encoding:
         case "raw":
             return (tensor,)
@@ -60,34 +60,35 @@ def _encoded(tensor: torch.Tensor, encoding: Encoding) -> tuple[torch.Tensor, ..
             return peaks, steps
 
 
-def packed(tensor: torch.Tensor, encoding: Encoding) -> tuple[TensorSpec, bytearray]:
-    """A tensor by itself, as bytes that share no memory with it, and what `unpacked` needs to know of it."""
+def pack_tensor(tensor: torch.Tensor, encoding: Encoding) -> tuple[TensorSpec, bytearray]:
+    """One tensor as bytes, which share no memory with it, and the spec by which `unpack_tensor` reads them."""
     spec = _spec_of("hidden", tensor, encoding)
     return spec, bytearray().join(_bytes_of(part) for part in _encoded(tensor.detach(), spec.encoding))
 
 
 def _bytes_of(tensor: torch.Tensor) -> Buffer:
-    """A tensor's own memory, if it is in one piece."""
+    """The bytes of a tensor; they share its memory if it is contiguous."""
     buffer: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     return buffer
 
 
 def decode(header: bytes | bytearray, payload: bytearray) -> tuple[AnyMessage, dict[TensorName, torch.Tensor]]:
-    """What `encode` was given, or `as_received` of it. Raw tensors share the payload's memory.
+    """The reverse of `encode`. Lossy encodings give `as_received` of a tensor; raw tensors share the payload's memory.
 
     Raises `ProtocolViolation` unless the payload is exactly what the header declares.
     """
-    message = announced(header, len(payload))
+    message = parse_header(header, len(payload))
     return message, _tensors(message, payload)
 
 
-def announced(header: bytes | bytearray, payload_bytes: int, kinds: Collection[str] | None = None) -> AnyMessage:
-    """The message of a frame with so long a payload, which need not be here yet.
+def parse_header(header: bytes | bytearray, payload_bytes: int, kinds: Collection[str] | None = None) -> AnyMessage:
+    """The message of a frame, before its payload of `payload_bytes` has been received.
 
-    Raises `ProtocolViolation` unless the payload is exactly as long as the header declares, and for one of other kinds.
+    Raises `ProtocolViolation` unless the payload has exactly the length that the header declares, and for a payload
+    of a message that is none of these `kinds`.
     """
     message = parse(header)
-    if payload_bytes and kinds is not None and message.kind not in kinds:  # others take no room
+    if payload_bytes and kinds is not None and message.kind not in kinds:  # without a payload, the caller decides
         raise ProtocolViolation(f"a message of kind {message.kind!r} makes no sense here")
     if message.payload_bytes != payload_bytes:
         raise ProtocolViolation(f"{message.payload_bytes} bytes declared, {payload_bytes} sent")
@@ -98,13 +99,13 @@ def _tensors(message: AnyMessage, payload: bytearray) -> dict[TensorName, torch.
     tensors: dict[TensorName, torch.Tensor] = {}
     offset = 0
     for spec in message.tensors:
-        tensors[spec.name] = unpacked(spec, payload, offset)
+        tensors[spec.name] = unpack_tensor(spec, payload, offset)
         offset += spec.aligned_nbytes
     return tensors
 
 
-def unpacked(spec: TensorSpec, payload: bytearray, offset: int = 0) -> torch.Tensor:
-    """The tensor that begins there; a raw one shares the payload's memory."""
+def unpack_tensor(spec: TensorSpec, payload: bytearray, offset: int = 0) -> torch.Tensor:
+    """The tensor whose bytes begin at `offset`. A raw one shares the payload's memory."""
 
     def part(dtype: torch.dtype, count: int, start: int = offset) -> torch.Tensor:
         return torch.frombuffer(payload, dtype=dtype, count=count, offset=start)
@@ -130,16 +131,16 @@ async def send(stream: Stream, message: AnyMessage, tensors: Tensors | None = No
 async def receive(
     stream: Stream, kinds: Collection[str] | None = None
 ) -> tuple[AnyMessage, dict[TensorName, torch.Tensor]]:
-    """The next message, of one of these kinds.
+    """The next message and its tensors.
 
-    Raises `StreamBroken`, or `ProtocolViolation` for bytes that are none. That is found out by the header, before the
-    payload is taken.
+    Raises `StreamBroken`, and `ProtocolViolation` for bytes that are no message or for a payload of a message of
+    another kind. The header decides that, before any of the payload is read.
     """
-    admitted: list[AnyMessage] = []  # parsed once, unless a receive was cancelled in the middle of a frame
+    parsed: list[AnyMessage] = []
 
-    def admit(header: bytes, payload_bytes: int) -> None:
-        admitted.append(announced(header, payload_bytes, kinds))
+    def check_header(header: bytes, payload_bytes: int) -> None:
+        parsed.append(parse_header(header, payload_bytes, kinds))
 
-    _, payload = await stream.receive(admit)
-    (message,) = admitted
+    _, payload = await stream.receive(check_header)
+    (message,) = parsed
     return message, _tensors(message, payload)

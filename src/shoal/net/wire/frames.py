@@ -1,8 +1,8 @@
-"""A frame: a header and a payload, each behind its length.
+"""A frame on the wire: the lengths of its header and its payload, the header, the payload.
 
     u32 header length | u64 payload length | header | payload        (lengths big-endian)
 
-Both transports measure frames by the same limits, before they reserve memory for them.
+Both transports check the lengths against the same limits before they reserve memory for a frame.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, ProtocolViolatio
 
 _LENGTHS = struct.Struct(">IQ")
 PREFIX_BYTES = _LENGTHS.size
+"""The two lengths in front of every frame."""
 
 
 def payload_bytes(payload: Sequence[Buffer]) -> int:
-    """How long the buffers are, put together."""
+    """The bytes of all buffers together."""
     return sum(memoryview(buffer).nbytes for buffer in payload)
 
 
 def pack_prefix(header: int, payload: int) -> bytes:
-    """The lengths of a frame, as they go over the wire.
+    """The prefix of a frame whose header and payload have these lengths in bytes.
 
-    Raises `ProtocolViolation` for a frame that nobody would accept.
+    Raises `ProtocolViolation` for a length beyond the limits.
     """
     _check(header, payload)
     return _LENGTHS.pack(header, payload)
 
 
 def unpack_prefix(prefix: bytes) -> tuple[int, int]:
-    """The lengths of the header and of the payload that follow.
+    """The lengths of the header and of the payload in bytes.
 
-    Raises `ProtocolViolation` when they are beyond the limits.
+    Raises `ProtocolViolation` for a length beyond the limits.
     """
     header, payload = _LENGTHS.unpack(prefix)
     _check(header, payload)

@@ -1,7 +1,8 @@
-"""Our frames on one raw stream of the libp2p daemon.
+"""`Stream` on one raw stream of the libp2p daemon.
 
-The daemon's protobuf streams truncate silently and its unary calls stop at 4 MiB, so each of our streams is one raw
-stream. A crash, a reset and a close all look like the end of the file there: what matters is said in band, as `Close`.
+The daemon's protobuf streams truncate data without an error, and its unary calls are limited to 4 MiB, so shoal sends
+its frames over raw streams. There a crash, a reset and a close all look like the end of a file: a peer that ends a
+stream on purpose sends the message `Close` first.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 from asyncio import IncompleteReadError, StreamReader, StreamWriter, get_running_loop
 from collections.abc import Callable, Sequence
 
-from shoal.net.transport import CHUNK_BYTES, Admit, Buffer, StreamBroken
+from shoal.net.transport import CHUNK_BYTES, Buffer, HeaderCheck, StreamBroken
 from shoal.net.wire.frames import PREFIX_BYTES, pack_prefix, payload_bytes, unpack_prefix
-from shoal.net.wire.unfinished_frames import UnfinishedFrames
+from shoal.net.wire.receive_budget import ReceiveBudget
 from shoal.protocol import ProtocolViolation
 
 
 class Libp2pStream:
     """One raw stream. A cancelled `receive` loses nothing; after a cancelled `send` the stream is broken.
 
-    `address` is where the peer was reached, if we opened the stream; with `/p2p-circuit` in it, a relay carries it.
-    What is held of a frame that is not whole has to have room among the `unfinished` ones of this peer.
+    `address` is the peer's multiaddress if this side opened the stream; a relayed one contains `/p2p-circuit`. Large
+    frames wait until the peer's `budget` has room for them. `on_close` is called with the stream.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class Libp2pStream:
         writer: StreamWriter,
         *,
         address: str | None = None,
-        unfinished: UnfinishedFrames | None = None,
+        budget: ReceiveBudget | None = None,
         on_close: Callable[[Libp2pStream], None] | None = None,
     ) -> None:
         self._peer = peer
@@ -39,15 +40,15 @@ class Libp2pStream:
         self._on_close = on_close
         self._reader = reader
         self._writer = writer
-        self._intact = True
+        self._can_send = True
         self._lengths: tuple[int, int] | None = None
         self._header: bytes | None = None
         self._payload = bytearray()
         self._refused = False
-        self._unfinished = unfinished or UnfinishedFrames()
-        self._taken = 0  # the room that this stream has there
-        # `drain` returns when the socket has taken everything: no second queue behind the daemon's, and the caller's
-        # buffers are free again.
+        self._budget = budget or ReceiveBudget()
+        self._num_acquired = 0  # the bytes of the budget that this stream holds
+        # `drain` returns when the socket has accepted all data: there is no queue in addition to the daemon's, and the
+        # caller may reuse its buffers.
         writer.transport.set_write_buffer_limits(high=0)
 
     @property
@@ -57,9 +58,9 @@ class Libp2pStream:
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         size = payload_bytes(payload)
         prefix = pack_prefix(len(header), size)
-        if not self._intact:
+        if not self._can_send:
             raise StreamBroken(f"the stream to {self._peer} has ended")
-        self._intact = False
+        self._can_send = False
         try:
             if size <= CHUNK_BYTES:
                 await self._write(b"".join((prefix, header, *payload)))
@@ -71,27 +72,27 @@ class Libp2pStream:
                         await self._write(view[start : start + CHUNK_BYTES])
         except OSError as failure:
             raise StreamBroken(f"the stream to {self._peer} broke: {failure.strerror or failure}") from None
-        self._intact = True
+        self._can_send = True
 
-    async def receive(self, admit: Admit | None = None) -> tuple[bytes, bytearray]:
+    async def receive(self, check_header: HeaderCheck | None = None) -> tuple[bytes, bytearray]:
         if self._refused:
-            raise StreamBroken(f"what {self._peer} sent was refused")
+            raise StreamBroken(f"a frame from {self._peer} was refused")
         try:
             header, payload_size = await self._receive_header()
-            if admit is not None:
-                self._admit(admit, header, payload_size)
+            if check_header is not None:
+                self._check(check_header, header, payload_size)
             await self._receive_payload(payload_size)
         except OSError as failure:
-            self._give_back()
+            self._release_budget()
             raise StreamBroken(f"the stream from {self._peer} broke: {failure.strerror or failure}") from None
         except EOFError as end:
-            self._give_back()
+            self._release_budget()
             is_between_frames = self._lengths is None and isinstance(end, IncompleteReadError) and not end.partial
             where = "" if is_between_frames else " in the middle of a frame"
             raise StreamBroken(f"the stream from {self._peer} ended{where}") from None
         frame = header, self._payload
         self._lengths, self._header, self._payload = None, None, bytearray()
-        self._give_back()
+        self._release_budget()
         return frame
 
     async def _receive_header(self) -> tuple[bytes, int]:
@@ -107,18 +108,18 @@ class Libp2pStream:
             self.heard_at = self._clock()
         return self._header, payload_size
 
-    def _admit(self, admit: Admit, header: bytes, payload_size: int) -> None:
+    def _check(self, check_header: HeaderCheck, header: bytes, payload_size: int) -> None:
         try:
-            admit(header, payload_size)
+            check_header(header, payload_size)
         except ProtocolViolation:
             self._refused = True
             raise
 
     async def _receive_payload(self, size: int) -> None:
-        if size > CHUNK_BYTES and not self._taken:
-            await self._unfinished.take(self._peer, size)
-            self._taken = size
-        # It grows with what arrives, so that a promise of 256 MiB costs nothing; large blocks grow in place.
+        if size > CHUNK_BYTES and not self._num_acquired:
+            await self._budget.acquire(self._peer, size)
+            self._num_acquired = size
+        # The buffer grows as data arrives, so announcing 256 MiB costs no memory. Large buffers grow in place.
         while missing := size - len(self._payload):
             chunk = await self._reader.read(min(missing, CHUNK_BYTES))
             if not chunk:
@@ -126,15 +127,15 @@ class Libp2pStream:
             self._payload += chunk
             self.heard_at = self._clock()
 
-    def _give_back(self) -> None:
-        """The frame is whole, or will never be."""
-        if self._taken:
-            self._unfinished.give_back(self._peer, self._taken)
-            self._taken = 0
+    def _release_budget(self) -> None:
+        """The frame is complete, or was lost."""
+        if self._num_acquired:
+            self._budget.release(self._peer, self._num_acquired)
+            self._num_acquired = 0
 
     async def close(self) -> None:
-        self._intact = False
-        self._give_back()
+        self._can_send = False
+        self._release_budget()
         self._writer.close()
         if self._on_close is not None:
             self._on_close(self)

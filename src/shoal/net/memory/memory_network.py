@@ -1,0 +1,246 @@
+"""The network in memory: its peers, their transports and directories, and the ways to break it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from shoal.errors import SwarmError
+from shoal.net.handler_tasks import HandlerTasks
+from shoal.net.memory.faults import Faults
+from shoal.net.memory.memory_stream import Frame, MemoryLink, MemoryStream
+from shoal.net.transport import MAX_LIFETIME, Node, StreamBroken, StreamHandler
+from shoal.peers import ModelInfo, ServerInfo
+
+
+@dataclass(frozen=True)
+class MemoryRecord:
+    """One announcement, and the loop's time when it expires."""
+
+    model: ModelInfo
+    info: ServerInfo
+    expires: float
+
+
+class MemoryNetwork:
+    """The peers, their streams, the faults between them, and the announcements.
+
+    `on_frame`, if set, is given every frame that is sent and returns the one to deliver, or None to lose it. It may
+    also break the network itself. While `directory_answers` is false, every directory raises `SwarmError`.
+    """
+
+    def __init__(self) -> None:
+        self.on_frame: Callable[[Frame], Frame | None] | None = None
+        self.directory_answers = True
+        self.faults = Faults()
+        self._transports: dict[str, MemoryTransport] = {}
+        self._links: dict[MemoryLink, None] = {}  # in the order of opening: nothing depends on memory addresses
+        self._ended: dict[MemoryLink, None] = {}  # those with frames that can still be received
+        self._records: dict[tuple[str, str], MemoryRecord] = {}  # by model key and peer
+
+    # The peers.
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """All peers that were ever made, dead ones too, in the order of their making."""
+        return tuple(self._transports)
+
+    def num_streams(self, peer: str) -> int:
+        """The number of open streams that `peer` opened."""
+        return sum(link.peers[0] == peer for link in self._links)
+
+    def num_handlers(self, peer: str) -> int:
+        """The number of streams, opened by other peers, that `peer` is handling."""
+        return self._transports[peer].num_handlers
+
+    def node(self, name: str) -> Node:
+        """Make a peer of this name; after `kill`, this is the same peer started again.
+
+        Raises `ValueError` if the peer is alive.
+        """
+        if name in self._transports and not self.faults.is_dead(name):
+            raise ValueError(f"there is a peer {name!r} already")
+        self.faults.revive(name)
+        transport = MemoryTransport(self, name)
+        self._transports[name] = transport
+        return Node(transport, MemoryDirectory(self, transport))
+
+    async def close(self) -> None:
+        """Close all transports."""
+        for transport in self._transports.values():
+            await transport.close()
+
+    # The faults.
+
+    def kill(self, peer: str) -> None:
+        """End the process of `peer`: its streams break at once, frames in transit are lost, no peer can reach it."""
+        self.faults.kill(peer)
+        self.disconnect(peer)
+        if peer in self._transports:
+            self._transports[peer].abandon()
+
+    def hang(self, peer: str, other: str | None = None) -> None:
+        """Make `peer` a black hole for all peers, or for one: streams to it open, frames are held back.
+
+        `heal` delivers the frames that were held back.
+        """
+        self.mute(peer, other)
+        self.faults.mute(other, peer)
+
+    def mute(self, sender: str, receiver: str | None = None) -> None:
+        """Hold back what `sender` sends, to all peers or to one, until `heal`. It still receives."""
+        self.faults.mute(sender, receiver)
+
+    def disconnect(self, one: str, other: str | None = None) -> None:
+        """Break the streams of a peer, or those between two, and lose the frames in transit. New streams can open."""
+        for link in [*self._links]:
+            if one in link.peers and (other is None or other in link.peers):
+                link.break_()
+
+    def cut(self, one: str, other: str | None = None) -> None:
+        """Break the streams between two peers, or all of one, and refuse new ones until `heal`."""
+        self.faults.cut(one, other)
+        self.disconnect(one, other)
+
+    def heal(self, *peers: str) -> None:
+        """Undo `hang`, `mute`, `cut`, `delay` and `drop_after` for these peers, or for all. Dead peers stay dead."""
+        self.faults.heal(*peers)
+        self._ended = {link: None for link in self._ended if link.holds_frames}
+        for link in [*self._links, *self._ended]:
+            link.wake()
+
+    def delay(self, seconds: float, *peers: str) -> None:
+        """Delay all frames, those of one peer, or those between two. Their order is kept; senders do not wait."""
+        self.faults.delay(seconds, *peers)
+
+    def drop_after(self, peer: str, frames: int) -> None:
+        """End the stream that carries the `frames`-th next frame of `peer`, right behind that frame."""
+        self.faults.drop_after(peer, frames)
+
+    # Called by the transports.
+
+    def connect(self, opener: str, peer: str) -> MemoryStream:
+        """The opener's side of a new stream. Raises `StreamBroken`."""
+        acceptor = self._transports.get(peer)
+        if acceptor is None or not self.faults.can_connect(opener, peer):
+            raise StreamBroken(f"{peer} cannot be reached")
+        link = MemoryLink(opener, peer, faults=self.faults, alter=self._alter, on_end=self._on_end)
+        acceptor.accept(MemoryStream(link, me=1))
+        self._links[link] = None
+        return MemoryStream(link, me=0)
+
+    def is_current(self, transport: MemoryTransport) -> bool:
+        """Whether its peer is alive and was not started again since."""
+        return self._transports[transport.peer] is transport and not self.faults.is_dead(transport.peer)
+
+    def _alter(self, frame: Frame) -> Frame | None:
+        return frame if self.on_frame is None else self.on_frame(frame)
+
+    def _on_end(self, link: MemoryLink) -> None:
+        self._links.pop(link, None)
+        if link.holds_frames:
+            self._ended[link] = None
+
+    # The announcements.
+
+    @property
+    def records(self) -> tuple[MemoryRecord, ...]:
+        """The latest announcements, also those that have expired, whether or not the directory answers."""
+        return tuple(self._records.values())
+
+    def edit_announcements(self, edit: Callable[[ServerInfo], ServerInfo]) -> None:
+        """Replace each announced info by what `edit` returns for it."""
+        for key, record in self._records.items():
+            self._records[key] = replace(record, info=edit(record.info))
+
+    def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
+        """Announce `info` until the loop's time is `expires`. Raises `SwarmError`."""
+        self._check_directory()
+        self._records[model.key, peer] = MemoryRecord(model, info, expires)
+
+    def announced(self) -> list[tuple[ModelInfo, ServerInfo]]:
+        """The valid announcements, sorted by model key and peer. Raises `SwarmError`."""
+        self._check_directory()
+        now = asyncio.get_running_loop().time()
+        self._records = {key: record for key, record in self._records.items() if record.expires > now}
+        return [(self._records[key].model, self._records[key].info) for key in sorted(self._records)]
+
+    def _check_directory(self) -> None:
+        if not self.directory_answers:
+            raise SwarmError("the directory does not answer")
+
+
+class MemoryTransport:
+    """`Transport` among the peers of one `MemoryNetwork`."""
+
+    def __init__(self, network: MemoryNetwork, peer: str) -> None:
+        self._network = network
+        self._peer = peer
+        self._handler: StreamHandler | None = None
+        self._handlers = HandlerTasks()
+        self._streams: list[MemoryStream] = []
+        self._closed = False
+
+    @property
+    def peer(self) -> str:
+        return self._peer
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return (f"/memory/{self._peer}",)
+
+    @property
+    def num_handlers(self) -> int:
+        """The number of streams that are being handled."""
+        return len(self._handlers)
+
+    async def open(self, peer: str, addresses: Sequence[str] = ()) -> MemoryStream:
+        if self._closed:
+            raise StreamBroken("this transport is closed")
+        await asyncio.sleep(0)  # other tasks get their turn, as with a real network
+        stream = self._network.connect(self._peer, peer)
+        self._streams.append(stream)
+        return stream
+
+    async def listen(self, handler: StreamHandler) -> None:
+        self._handler = handler
+
+    async def close(self) -> None:
+        self.abandon()
+        for stream in self._streams:
+            await stream.close()
+        await self._handlers.wait()
+        if self._network.is_current(self):
+            self._network.kill(self._peer)
+
+    def accept(self, stream: MemoryStream) -> None:
+        """Handle a stream that another peer opened. Raises `StreamBroken` if this peer does not listen."""
+        if self._handler is None or self._closed:
+            raise StreamBroken(f"{self._peer} does not listen")
+        self._handlers.start(self._handler, stream)
+
+    def abandon(self) -> None:
+        """Cancel all handlers and refuse new streams, as the end of a process would."""
+        self._closed = True
+        self._handlers.cancel(include_current=True)
+
+
+class MemoryDirectory:
+    """`Directory` among the peers of one `MemoryNetwork`."""
+
+    def __init__(self, network: MemoryNetwork, transport: MemoryTransport) -> None:
+        self._network = network
+        self._transport = transport
+
+    async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
+        if info.peer != self._transport.peer or not 0 < lifetime <= MAX_LIFETIME:
+            raise ValueError("a peer announces itself, for a while")
+        if self._network.is_current(self._transport):
+            self._network.publish(info.peer, model, info, asyncio.get_running_loop().time() + lifetime)
+
+    async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
+        return tuple(info for announced, info in self._network.announced() if announced.key == model.key)
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        return tuple(sorted({model for model, _ in self._network.announced()}, key=lambda model: model.key))

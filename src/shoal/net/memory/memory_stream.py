@@ -1,0 +1,153 @@
+"""Streams of a network in memory: two bounded queues of frames between two peers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shoal.net.memory.faults import Faults
+from shoal.net.transport import Buffer, HeaderCheck, StreamBroken
+from shoal.net.wire.frames import pack_prefix, payload_bytes
+from shoal.protocol import ProtocolViolation
+
+QUEUE_FRAMES = 16
+"""Frames in transit in one direction of a stream: a sender that exceeds it waits for the receiver."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame in transit."""
+
+    sender: str
+    receiver: str
+    header: bytes
+    payload: bytes
+
+
+class MemoryLink:
+    """Both directions of one stream.
+
+    `faults` are asked for every frame. `alter` is given each frame that is sent, and returns the one to deliver, or
+    None to lose it. `on_end` is called when nothing more can be sent.
+    """
+
+    def __init__(
+        self,
+        opener: str,
+        acceptor: str,
+        *,
+        faults: Faults,
+        alter: Callable[[Frame], Frame | None],
+        on_end: Callable[[MemoryLink], None],
+    ) -> None:
+        self.peers = (opener, acceptor)
+        self._faults = faults
+        self._alter = alter
+        self._on_end = on_end
+        self._queues: tuple[deque[tuple[float, Frame]], ...] = (deque(), deque())  # by the time of arrival
+        self._ended = False
+        self._broken = False
+        self._changed = asyncio.Event()
+
+    @property
+    def holds_frames(self) -> bool:
+        """Whether a frame in transit can still arrive."""
+        return not self._broken and any(self._queues)
+
+    def wake(self) -> None:
+        """Let all waiting senders and receivers look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def break_(self) -> None:
+        """End both directions at once, and lose the frames in transit."""
+        self._broken = True
+        self.end()
+
+    def end(self) -> None:
+        """Refuse more frames; those in transit can still be received."""
+        self._ended = True
+        self._on_end(self)
+        self.wake()
+
+    async def send(self, me: int, frame: Frame) -> None:
+        """Send a frame as the opener (`me` is 0) or the acceptor (1). Raises `StreamBroken`."""
+        queue = self._queues[me]
+        while len(queue) >= QUEUE_FRAMES and not self._ended:
+            await self._changed.wait()
+        if self._ended:
+            raise StreamBroken(f"the stream to {frame.receiver} has ended")
+        delivered = self._alter(frame)
+        if delivered is not None:
+            arrives_at = asyncio.get_running_loop().time() + self._faults.latency(*self.peers)
+            queue.append((arrives_at, delivered))
+        if self._faults.count_frame(frame.sender):
+            self.end()
+        self.wake()
+
+    async def receive(self, me: int) -> Frame:
+        """The next frame for the opener (`me` is 0) or the acceptor (1). Raises `StreamBroken`."""
+        queue = self._queues[1 - me]
+        while True:
+            if self._broken:
+                raise StreamBroken(f"{self.peers[1 - me]} is gone")
+            wait: float | None = None
+            if not self._faults.is_muted(self.peers[1 - me], self.peers[me]):
+                if queue:
+                    wait = queue[0][0] - asyncio.get_running_loop().time()
+                    if wait <= 0:
+                        self.wake()
+                        return queue.popleft()[1]
+                elif self._ended:
+                    raise StreamBroken(f"{self.peers[1 - me]} has closed the stream")
+            try:
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+
+class MemoryStream:
+    """One side of a link: the opener's (`me` is 0) or the acceptor's (1)."""
+
+    def __init__(self, link: MemoryLink, *, me: int) -> None:
+        self._link = link
+        self._me = me
+        self._closed = False
+        self._refused = False
+        self.heard_at = self.taken_at = asyncio.get_running_loop().time()
+
+    @property
+    def peer(self) -> str:
+        return self._link.peers[1 - self._me]
+
+    async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
+        self._check_open()
+        pack_prefix(len(header), payload_bytes(payload))
+        frame = Frame(self._link.peers[self._me], self.peer, header, b"".join(payload))
+        await self._link.send(self._me, frame)
+        self.taken_at = asyncio.get_running_loop().time()
+
+    async def receive(self, check_header: HeaderCheck | None = None) -> tuple[bytes, bytearray]:
+        self._check_open()
+        if self._refused:
+            raise StreamBroken(f"a frame from {self.peer} was refused")
+        frame = await self._link.receive(self._me)
+        self.heard_at = asyncio.get_running_loop().time()
+        try:
+            if check_header is not None:
+                check_header(frame.header, len(frame.payload))
+        except ProtocolViolation:
+            self._refused = True
+            raise
+        return frame.header, bytearray(frame.payload)
+
+    async def close(self) -> None:
+        self._closed = True
+        self._link.end()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StreamBroken("this side has closed the stream")

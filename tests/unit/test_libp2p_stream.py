@@ -1,0 +1,185 @@
+"""Frames on a raw stream: the header is checked before the payload is read, and incomplete frames have a budget."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from shoal.net.libp2p.libp2p_stream import Libp2pStream
+from shoal.net.transport import CHUNK_BYTES, StreamBroken
+from shoal.net.wire import codec
+from shoal.net.wire.frames import PREFIX_BYTES, pack_prefix
+from shoal.net.wire.receive_budget import ReceiveBudget
+from shoal.protocol import REQUEST_KINDS, SESSION_KINDS, AnyMessage, Forward, Ping, ProtocolViolation, Result, dump
+from shoal.tensors import TensorSpec
+
+pytestmark = pytest.mark.anyio
+
+MIB = 1 << 20
+
+
+class Wire:
+    """A stream, and the bytes that the daemon has delivered to it and taken from it."""
+
+    def __init__(self, *, peer: str = "peer", budget: ReceiveBudget | None = None) -> None:
+        self.reader = asyncio.StreamReader(limit=256 * 1024)
+        self.reader.set_transport(self)  # type: ignore[arg-type]
+        self.transport: Any = self
+        self.written = bytearray()
+        self.closed = False
+        self.stream = Libp2pStream(peer, self.reader, self, budget=budget)  # type: ignore[arg-type]
+
+    def deliver(self, data: bytes) -> None:
+        self.reader.feed_data(data)
+
+    @property
+    def num_unread(self) -> int:
+        """The delivered bytes that the stream has not read."""
+        return len(self.reader._buffer)  # type: ignore[attr-defined]  # asyncio does not publish the number
+
+    # Called as a StreamWriter and its transport.
+
+    def set_write_buffer_limits(self, high: int) -> None: ...
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    async def drain(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def forward(num_tokens: int = 1024, hidden: int = 1024) -> AnyMessage:
+    spec = TensorSpec(name="hidden", dtype="float32", shape=(1, num_tokens, hidden))
+    return Forward(model="m", fingerprint="f", start=0, end=1, tensors=(spec,))
+
+
+def head(header: bytes, payload: int) -> bytes:
+    return pack_prefix(len(header), payload) + header
+
+
+async def soon(act: Any) -> Any:
+    """The result, or a failure where the test would hang."""
+    async with asyncio.timeout(5):
+        return await act
+
+
+@pytest.mark.parametrize(
+    ("header", "payload"),
+    [
+        (b"no message", 200 * MIB),
+        (dump(Ping()), 200 * MIB),
+        (dump(forward(1, 16)), 200 * MIB),
+        (dump(forward()), 4),
+        (dump(Result(tensors=forward().tensors)), 4 * MIB),
+    ],
+    ids=["garbage", "a ping with a payload", "more than is declared", "less than is declared", "an answer"],
+)
+async def test_a_frame_is_refused_by_its_header_before_its_payload_is_read(header: bytes, payload: int):
+    wire = Wire()
+    wire.deliver(head(header, payload) + bytes(1000))
+    with pytest.raises(ProtocolViolation):
+        await soon(codec.receive(wire.stream, REQUEST_KINDS))
+    assert wire.num_unread == 1000
+    await wire.stream.send(b"that is refused")  # sending still works, receiving does not
+    assert wire.written.endswith(b"that is refused")
+    with pytest.raises(StreamBroken):
+        await soon(codec.receive(wire.stream, REQUEST_KINDS))
+
+
+async def test_a_session_receives_only_messages_of_a_session():
+    wire = Wire()
+    wire.deliver(head(dump(forward()), 4 * MIB))
+    with pytest.raises(ProtocolViolation, match="forward"):
+        await soon(codec.receive(wire.stream, SESSION_KINDS))
+
+
+async def test_a_cancelled_receive_loses_nothing_of_the_frame():
+    wire, message = Wire(), forward(256, 512)
+    data = bytes(range(256)) * (message.payload_bytes // 256)
+    wire.deliver(head(dump(message), len(data)) + data[: 3 * PREFIX_BYTES])
+    receiving = asyncio.create_task(codec.receive(wire.stream, REQUEST_KINDS))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    receiving.cancel()
+    await asyncio.gather(receiving, return_exceptions=True)
+    wire.deliver(data[3 * PREFIX_BYTES :])
+    received, tensors = await soon(codec.receive(wire.stream, REQUEST_KINDS))
+    assert received == message
+    assert tensors["hidden"].numpy().tobytes() == data
+
+
+async def read_of(wires: list[Wire], num_bytes: int) -> tuple[int, list[asyncio.Task[Any]]]:
+    """Deliver this number of bytes to each stream. Returns how many were read, and the tasks that wait for the rest."""
+    tasks = [asyncio.create_task(codec.receive(wire.stream, REQUEST_KINDS)) for wire in wires]
+    for wire in wires:
+        wire.deliver(bytes(num_bytes))
+    for _ in range(2 * num_bytes // CHUNK_BYTES + 10):
+        await asyncio.sleep(0)
+    return sum(num_bytes - wire.num_unread for wire in wires), tasks
+
+
+async def cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_all_streams_of_one_peer_share_its_budget():
+    budget = ReceiveBudget(8 * MIB)
+    many = [Wire(budget=budget) for _ in range(40)]
+    other = Wire(peer="another", budget=budget)
+    for wire in (*many, other):
+        wire.deliver(head(dump(forward()), 4 * MIB))
+    num_read, tasks = await read_of(many, 2 * MIB)
+    assert num_read == 2 * 2 * MIB
+    ((from_other, more), small) = await read_of([other], 2 * MIB), Wire(budget=budget)
+    assert from_other == 2 * MIB
+    small.deliver(head(dump(forward(1, 16)), 64) + bytes(64))
+    await soon(codec.receive(small.stream, REQUEST_KINDS))  # small frames do not count
+    await cancel(*tasks, *more)
+
+
+async def test_a_waiting_frame_is_received_when_another_is_complete_or_its_stream_ends():
+    budget = ReceiveBudget(4 * MIB)
+    wires = [Wire(budget=budget) for _ in range(4)]
+    for wire in wires:
+        wire.deliver(head(dump(forward()), 4 * MIB))
+    first, second, third, fourth = (asyncio.create_task(codec.receive(w.stream, REQUEST_KINDS)) for w in wires)
+    for wire in wires:
+        wire.deliver(bytes(4 * MIB))
+    await soon(first)
+    await soon(second)
+    await cancel(third)
+    await wires[2].stream.close()
+    await soon(fourth)
+    largest = Wire(budget=budget)
+    largest.deliver(head(dump(forward(1024, 4096)), 16 * MIB) + bytes(16 * MIB))
+    await soon(codec.receive(largest.stream, REQUEST_KINDS))  # a frame of any size fits alone
+    assert not budget.num_peers
+
+
+async def test_a_frame_that_stops_waiting_leaves_its_turn_to_the_next():
+    budget = ReceiveBudget(10)
+    await budget.acquire("peer", 6)
+    large = asyncio.create_task(budget.acquire("peer", 8))
+    small = asyncio.create_task(budget.acquire("peer", 4))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not small.done()  # the large one came first
+    await cancel(large)
+    await soon(small)
+    leaving = asyncio.create_task(budget.acquire("peer", 5))
+    await asyncio.sleep(0)
+    budget.release("peer", 6)
+    leaving.cancel()  # at the moment of its admission
+    await asyncio.gather(leaving, return_exceptions=True)
+    budget.release("peer", 4)
+    assert not budget.num_peers
