@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.client.decoding.epoch import Epoch, EpochReason
@@ -67,9 +67,10 @@ def happen(event: str, progress: StageProgress, data: st.DataObject) -> StagePro
         case "entered epoch":
             return progress.entered_epoch((progress.epoch or 0) + 1)
         case _:
-            return StageProgress()
+            return progress.disconnected()
 
 
+@settings(deadline=None)
 @given(st.data(), progresses, st.lists(st.sampled_from(EVENTS), max_size=30))
 def test_what_is_computed_and_what_is_pending_fit_together_after_any_events(
     data: st.DataObject, progress: StageProgress, events: list[str]
@@ -80,6 +81,7 @@ def test_what_is_computed_and_what_is_pending_fit_together_after_any_events(
         check(progress)
 
 
+@settings(deadline=None)
 @given(st.data(), progresses, st.lists(st.sampled_from(EVENTS), max_size=30))
 def test_only_an_answer_moves_what_is_computed_up_and_exactly_to_the_end_of_its_step(
     data: st.DataObject, progress: StageProgress, events: list[str]
@@ -93,12 +95,14 @@ def test_only_an_answer_moves_what_is_computed_up_and_exactly_to_the_end_of_its_
             assert progress.num_computed <= before.num_computed
 
 
+@settings(deadline=None)
 @given(progresses, st.integers(0, 60))
 def test_nothing_is_left_beyond_the_position_that_a_server_goes_back_to(progress: StageProgress, position: int):
     back = progress.rewound_to(position)
     assert back.num_computed == back.num_requested == min(progress.num_computed, position)
 
 
+@settings(deadline=None)
 @given(progresses, st.integers(0, 60))
 def test_what_is_unrequested_is_requested_again_from_the_same_position(progress: StageProgress, position: int):
     """The steps that end before stay, and none that reaches beyond does, not even one that began before."""
@@ -118,6 +122,7 @@ def test_what_a_server_has_computed_is_not_requested_again_when_a_push_before_it
     assert progress.unrequested_from(40).num_requested == 100
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.lists(st.permutations(range(4)), min_size=1, max_size=5))
 def test_rearrangements_that_a_server_was_not_told_become_one(num_computed: int, many: list[list[int]]):
     progress, batch = asked(3, num_computed=num_computed), [0, 1, 2, 3]
@@ -134,6 +139,12 @@ def test_a_server_that_has_computed_nothing_has_nothing_to_rearrange():
     assert asked(3).rearranged([1, 0]).rows is None
     assert asked(num_computed=5).rearranged([1, 0]).rewound_to(0).rows is None
     assert not asked(3).rewound_to(0).entered_epoch(1).is_rewound
+
+
+def test_a_server_that_is_disconnected_knows_nothing_and_its_error_can_still_be_judged():
+    rewound = asked(3, num_computed=5).entered_epoch(1).requested(step(8, 2, epoch=1))
+    assert rewound.disconnected() == StageProgress(is_rewound=True)
+    assert rewound.disconnected().entered_epoch(2) == StageProgress(epoch=2)
 
 
 def test_a_server_accepts_another_epoch_once_nothing_is_pending():

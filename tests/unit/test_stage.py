@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.client.decoding.outputs import Outputs
@@ -118,6 +118,7 @@ class Scene:
         return self.stage.error
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_answers_are_taken_once_and_in_order_among_others(data: st.DataObject):
     """Each result comes, in order; between them come results twice, of the past, of other epochs and positions."""

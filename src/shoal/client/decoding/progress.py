@@ -82,6 +82,13 @@ class StageProgress:
         """The server said whether it is idle while an answer is awaited."""
         return replace(self, num_idle_pongs=self.num_idle_pongs + 1 if idle else 0)
 
+    def disconnected(self) -> StageProgress:
+        """The connection is gone, and the server's state with it.
+
+        `is_rewound` stays until the next `entered_epoch`, for the error that ended the connection may be about that.
+        """
+        return StageProgress(is_rewound=self.is_rewound)
+
     # -- what the session takes back ----------------------------------------------------------------------------------
 
     def unrequested_from(self, position: int) -> StageProgress:

@@ -198,7 +198,7 @@ class Stage:
         """Give up the server's state. The history stays, and so does the error of a server that failed."""
         connection, self.connection = self.connection, None
         goodbye = goodbye and not self.progress.pending  # a server finishes what it was asked before it hears a goodbye
-        self.progress = StageProgress()
+        self.progress = self.progress.disconnected()
         self.unreached = self._opening = None
         self._neighbors = None, None
         self._results.clear()
