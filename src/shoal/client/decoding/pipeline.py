@@ -165,9 +165,10 @@ class Pipeline:
                 return
             epoch = self._inputs.epoch.number
             for each in run:
-                await each.sync(epoch, self._links.neighbors_of(each))
-            if self._inputs.epoch.number != epoch:
-                continue  # something happened meanwhile, perhaps to a standby: these servers are told the new epoch
+                if each.is_open:
+                    await each.sync(epoch, self._links.neighbors_of(each))
+            if self._inputs.epoch.number != epoch or not all(each.is_open for each in run):
+                continue  # something happened meanwhile, perhaps to a standby: begin again with what is so now
             steps, tensors = self._steps(index, run, limit, max_tokens or MAX_STEP_TOKENS)
             for each, step in zip(run, steps, strict=True):
                 each.expect(step)

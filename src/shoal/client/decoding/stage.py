@@ -76,6 +76,11 @@ class StageStatus(Enum):
     REPORTED = auto()
     """The same, and the session has seen the error."""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the server can be asked."""
+        return self in (StageStatus.OPEN, StageStatus.MISLED)
+
 
 class Stage:
     """A session on the server of a hop.
@@ -114,7 +119,7 @@ class Stage:
     @property
     def is_open(self) -> bool:
         """Whether the server can be asked."""
-        return self.status in (StageStatus.OPEN, StageStatus.MISLED)
+        return self.status.is_open
 
     @property
     def needs_opening(self) -> bool:

@@ -23,7 +23,7 @@ class StageState:
     @property
     def is_open(self) -> bool:
         """Whether the server can be asked."""
-        return self.status in (StageStatus.OPEN, StageStatus.MISLED)
+        return self.status.is_open
 
 
 @dataclass(frozen=True)
