@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 
 class EpochReason(Enum):
-    """Why servers must not confuse what was with what is."""
+    """Why steps that are still on their way have become wrong."""
 
     CROPPED = "tokens were forgotten"
     REARRANGED = "the batch was rearranged"

@@ -1,6 +1,6 @@
 """The servers of a route in a row, and what each of them is asked for next.
 
-    client ──> stage 0 ──> stage 1 ──> ... ──> stage n ──> client       a step: n + 1 trips around the ring
+    client ──> stage 1 ──> stage 2 ──> ... ──> stage n ──> client       a step: n + 1 trips around the ring
                   │            │
                   └─> client   └─> client                               outputs: the inputs of the next stage
 
@@ -9,7 +9,7 @@ it where that one can push, by the client where it cannot. The outputs of a serv
 critical path. There they become the history of the next stage, from which any server can rebuild that stage's cache.
 
 So the pipeline has no code for recovery. A server that takes another's place has computed nothing, and is asked for
-everything. Which server that is, is decided by the session (`shoal.client.decoding.session`).
+everything. The session chooses that server (`shoal.client.decoding.session`).
 """
 
 # B sequences, T new tokens, S all tokens, D hidden size

@@ -1,4 +1,4 @@
-"""A generation in progress, on servers of which any may vanish at any moment.
+"""A generation in progress, on servers any of which may vanish at any moment.
 
 The rule that everything follows from: **the client's copy of the inputs is the truth.** The session keeps the inputs of
 every server of its route (`shoal.client.history`). A server's cache can be rebuilt from them anywhere, so a server that
@@ -18,8 +18,8 @@ What belongs to a session:
     │  └─ Stage       the talk with one server; its StageProgress says how far that server has come
     └─ StandbyManager what is done between two steps
 
-A step is named by its epoch and position. When servers must not confuse what was with what is (tokens are forgotten,
-beams are rearranged, a server may have pushed something wrong), the session begins a new epoch.
+A step is named by its epoch and position. Steps that are still on their way can become wrong: tokens are forgotten,
+beams are rearranged, or a server that fails may have pushed something wrong. Then the session begins a new epoch.
 """
 
 # B sequences, T new tokens, D hidden size

@@ -1,8 +1,8 @@
 """A session on one server: the client's side of the talk with that server.
 
 A `Stage` sends what the server has to know and to compute, and checks what the server says. How far the server has come
-is a frozen value, its `progress` (`shoal.client.decoding.progress`). The stage alone replaces it. What to ask next is
-decided by the pipeline.
+is a frozen value, its `progress` (`shoal.client.decoding.progress`). The stage alone replaces it. The pipeline decides
+what to ask next.
 """
 
 # B sequences, T new tokens, D hidden size
