@@ -1,4 +1,4 @@
-"""What a client keeps of its inputs may be in a file, or rounded: a server that dies is replaced all the same."""
+"""A client may keep its inputs in a file, or rounded: a server that dies is replaced all the same."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_rounded_history_changes_nothing_until_a_server_is_lost_and_only_what_
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])
-def test_what_travelled_in_fewer_bytes_is_kept_in_as_few_and_no_token_changes(swarm: MakeSwarm, wire: Encoding):
+def test_inputs_that_travelled_in_fewer_bytes_are_kept_in_as_few_and_no_token_changes(swarm: MakeSwarm, wire: Encoding):
     config = replace(QUICK, wire=wire, history_memory=0)
     undisturbed = swarm("0:2", "2:4").model(config=config).generate(PROMPT, max_new_tokens=90)
     swarm_ = swarm("0:2", "2:4")
@@ -142,7 +142,7 @@ def test_a_failure_in_mid_prompt_is_recovered_from_a_file(swarm: MakeSwarm, whol
     assert model.generate(PROMPT, max_new_tokens=80, streamer=streamer).tolist() == expected.tolist()
 
 
-def test_a_family_that_cannot_bear_an_encoding_keeps_no_history_in_it(swarm: MakeSwarm, monkeypatch):
+def test_a_family_whose_tokens_an_encoding_changes_keeps_no_history_in_it(swarm: MakeSwarm, monkeypatch):
     monkeypatch.setitem(families.TOO_SENSITIVE, "int8", frozenset({"llama"}))
     swarm_ = swarm("0:4")
     with pytest.raises(UnsupportedOperation, match="'llama' is not certified for hidden states that are kept as int8"):
@@ -150,10 +150,10 @@ def test_a_family_that_cannot_bear_an_encoding_keeps_no_history_in_it(swarm: Mak
     swarm_.model(config=replace(QUICK, history="bfloat16"))
 
 
-def test_the_command_line_has_the_same_words():
+def test_the_command_line_offers_the_same_encodings():
     assert {*Kept} == {*HISTORIES}
 
 
-def test_an_unknown_way_to_keep_a_history_is_a_mistake():
+def test_an_unknown_encoding_of_a_history_is_refused():
     with pytest.raises(UserError, match="'zip' is no way to keep a history"):
         history_encoding_of("zip")

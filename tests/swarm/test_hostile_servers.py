@@ -374,8 +374,8 @@ def test_results_that_come_between_two_steps_are_not_kept(honest: Swarm, whole: 
     with model.inference_session(max_length=40) as session:
         first = model.generate(PROMPT, max_new_tokens=1, session=session)
         assert rogue.num_steps
-        (share,) = session._session._shares
-        assert not share._results
+        (stage,) = session.state.stages
+        assert not stage.num_unsettled
         rest = model.generate(None, max_new_tokens=3, session=session)
     assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
 

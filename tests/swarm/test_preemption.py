@@ -1,4 +1,4 @@
-"""Servers with too little room for everybody: clients push each other out, begin again, and notice nothing."""
+"""Servers with too little room for all sessions: these preempt each other, begin again, and lose nothing."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PATIENT = replace(QUICK, patience_seconds=60.0, silence_seconds=10.0)
 
 
 @pytest.mark.parametrize("spans", [["0:4"], ["0:4", "0:4"], ["0:2", "2:4"]], ids=" and ".join)
-def test_generations_that_push_each_other_out_end_with_the_right_tokens(
-    swarm: MakeSwarm, unsplittable: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, spans: list[str]
+def test_generations_that_preempt_each_other_end_with_the_right_tokens(
+    swarm: MakeSwarm, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, spans: list[str]
 ):
     preempted: list[int] = []
     usual = SessionCache.preempt
@@ -47,7 +47,7 @@ def test_generations_that_push_each_other_out_end_with_the_right_tokens(
         thread.start()
     for thread in threads:
         thread.join()
-    expected = [unsplittable.generate(prompt, max_new_tokens=NUM_TOKENS).tolist() for prompt in prompts]
+    expected = [whole.generate(prompt, max_new_tokens=NUM_TOKENS).tolist() for prompt in prompts]
     assert [answers.get(index) for index in range(NUM_CLIENTS)] == expected
     assert preempted
     for server in swarm_.servers.values():

@@ -1,4 +1,4 @@
-"""Steps go from server to server, and by the client where they cannot."""
+"""Servers push steps to each other, and the client carries them where servers cannot."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Traffic:
 
     def __init__(self, swarm: Swarm) -> None:
         self.steps: Counter[tuple[str, str]] = Counter()
-        swarm.network.on_frame = self._count
+        swarm.network.on_frame = self.count
 
-    def _count(self, frame: Frame) -> Frame:
+    def count(self, frame: Frame) -> Frame:
         if json.loads(frame.header)["kind"] == "step":
             self.steps[frame.sender, frame.receiver] += 1
         return frame
@@ -55,7 +55,7 @@ def test_the_client_carries_between_two_servers_that_cannot_reach_each_other(
         if {frame.sender, frame.receiver} == {"s0", "s1"}:
             lost += 1
             return None
-        return traffic._count(frame)
+        return traffic.count(frame)
 
     if how == "cut":
         swarm_.call(swarm_.network.cut, "s0", "s1")
@@ -80,7 +80,7 @@ def test_a_link_between_servers_that_breaks_in_the_middle_costs_nothing(swarm: M
     assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
 
 
-def test_a_long_prompt_goes_in_pieces_of_which_several_are_under_way(swarm: MakeSwarm, whole: PreTrainedModel):
+def test_a_long_prompt_goes_in_pieces_and_several_are_in_flight(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:2", "2:4")
     traffic = Traffic(swarm_)
     prompt = torch.arange(480)[None] % 90 + 2
@@ -89,19 +89,18 @@ def test_a_long_prompt_goes_in_pieces_of_which_several_are_under_way(swarm: Make
     assert traffic.steps == {("client2", "s0"): 4, ("s0", "s1"): 4}
 
 
-def test_a_spare_server_takes_over_without_a_replay(swarm: MakeSwarm, whole: PreTrainedModel):
+def test_a_standby_takes_over_without_a_replay(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:2", "2:4", "0:2", "2:4")
     model = swarm_.model(config=replace(QUICK, standby=True))
     prompt = PROMPT.repeat(1, 10)
     with model.inference_session(max_length=120) as session:
         first = model.generate(prompt, max_new_tokens=20, session=session)
-        inner = session._session
-        swarm_.settle(
-            lambda: (
-                len(inner.spares) == 2
-                and all(share.num_computed >= 48 for lane in inner._lanes[1:] for share in lane.shares)
-            )
-        )
+
+        def are_warm() -> bool:
+            standbys = session.state.standbys
+            return len(standbys) == 2 and all(each.is_open and each.progress.num_computed >= 48 for each in standbys)
+
+        swarm_.settle(are_warm)
         traffic = Traffic(swarm_)
         sizes: list[int] = []
         count = swarm_.network.on_frame
@@ -139,16 +138,14 @@ def test_a_server_that_drains_is_left_before_it_goes(swarm: MakeSwarm, whole: Pr
     assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=34).tolist()
 
 
-def test_a_server_that_dies_while_nobody_speaks_is_replaced_before_somebody_does(
-    swarm: MakeSwarm, whole: PreTrainedModel
-):
+def test_a_server_that_dies_between_two_steps_is_replaced_before_the_next(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:2", "2:4", "0:2")
     model = swarm_.model()
     with model.inference_session(max_length=60) as session:
         first = model.generate(PROMPT, max_new_tokens=4, session=session)
         victim = session.servers[0]
         swarm_.kill(victim)
-        swarm_.settle(lambda: victim not in session.servers and session._session._lanes[0].is_open)
+        swarm_.settle(lambda: victim not in session.servers and session.state.is_open)
         rest = model.generate(None, max_new_tokens=4, session=session)
     assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
 

@@ -1,4 +1,4 @@
-"""Whatever befalls servers, at whatever moment: what clients compute is right, nothing hangs, and nothing is left."""
+"""Servers fail in any way at any moment: clients compute what is right, nothing hangs, and nothing is left over."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .schedules.schedule import Schedule, play
 from .schedules.strategies import schedules
 
 NUM_EXAMPLES = int(os.environ.get("SHOAL_SCHEDULES", "0"))
-"""So many schedules that nobody has tried, instead of those that are tried each time."""
+"""The number of new random schedules to play, instead of the fixed ones."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet() -> Iterator[None]:
-    """No warnings: everything that is warned of happens, many thousand times."""
+    """No log lines: every warning that there is would be printed many thousand times."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -40,7 +40,7 @@ def test_any_schedule_ends_well(schedule: Schedule):
 
 FAST = ("0:1", "1:3", "3:4")
 """Servers s0, s1 and s2 are asked first; s3, s4 and s5 can take their places, with other cuts."""
-SPARES = ("0:2", "2:4", "0:4")
+RESERVES = ("0:2", "2:4", "0:4")
 MOMENTS = {
     "opening": ("short", Failure("", after=1, phase="prefill")),
     "prefill": ("long", Failure("", after=3, phase="prefill")),
@@ -58,8 +58,8 @@ MOMENTS = {
 def test_each_failure_at_each_moment(kind: str, moment: str, hop: str):
     work, when = MOMENTS[moment]
     failure = Failure(kind, victim=hop, after=when.after, late=when.late, phase=when.phase)
-    story = play(Schedule(FAST, (work,), (failure,), spares=SPARES, drain_seconds=5.0))
-    assert any(kind in in_flight for in_flight in story)
+    story = play(Schedule(FAST, (work,), (failure,), reserves=RESERVES, drain_seconds=5.0))
+    assert any(kind in event for event in story)
 
 
 WITH_ADAPTERS = {
@@ -74,35 +74,35 @@ WITH_ADAPTERS = {
 def test_each_failure_while_a_clients_adapters_are_computed(kind: str, moment: str):
     work, when = WITH_ADAPTERS[moment]
     failure = Failure(kind, victim="s1", after=when.after, late=when.late, phase=when.phase)
-    story = play(Schedule(FAST, (work, "short"), (failure,), spares=SPARES, drain_seconds=5.0))
-    assert any(kind in in_flight for in_flight in story)
+    story = play(Schedule(FAST, (work, "short"), (failure,), reserves=RESERVES, drain_seconds=5.0))
+    assert any(kind in event for event in story)
 
 
 @pytest.mark.parametrize("hop", ["s0", "s1", "s2"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_failure_with_a_server_that_stands_by(kind: str, hop: str):
+def test_each_failure_with_standbys(kind: str, hop: str):
     failure = Failure(kind, victim=hop, after=6, phase="decode")
-    story = play(Schedule(FAST, ("paged",), (failure, failure), spares=SPARES, standby=True))
-    assert any(kind in in_flight for in_flight in story)
+    story = play(Schedule(FAST, ("paged",), (failure, failure), reserves=RESERVES, standby=True))
+    assert any(kind in event for event in story)
 
 
 @pytest.mark.parametrize("second", ["s0", "s1", "s2"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("delay", ["at once", "in the recovery"])
 def test_a_second_failure_on_the_heels_of_the_first(kind: str, second: str, delay: str):
-    """At the same moment on another hop, or by whoever has just taken the place of the first."""
+    """At the same moment on another hop, or on the server that has just taken the place of the first."""
     first = "s1" if second != "s1" else "s0"
     victim = {"s0": "s3", "s1": "s4", "s2": "s5"}[second] if delay == "in the recovery" else second
     if delay == "in the recovery":
         first = second
     failures = (Failure("dies", first, after=3, phase="decode"), Failure(kind, victim, after=2 * (victim != second)))
-    story = play(Schedule(FAST, ("paged",), failures, spares=("0:1", "1:3", "3:4")))
-    assert any(kind in in_flight for in_flight in story[1:])
+    story = play(Schedule(FAST, ("paged",), failures, reserves=("0:1", "1:3", "3:4")))
+    assert any(kind in event for event in story[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("work", ["paged", "beams", "turns", "training"])
-def test_what_befalls_a_server_befalls_all_of_them_one_after_another(kind: str, work: str):
+def test_all_servers_fail_in_the_same_way_one_after_another(kind: str, work: str):
     failures = [Failure(kind, "receiver", after=4, lasts=5.0) for _ in range(6)]
     play(Schedule(("0:2", "2:4"), (work, "short"), failures))
 
@@ -111,20 +111,20 @@ def test_what_befalls_a_server_befalls_all_of_them_one_after_another(kind: str, 
 
 DOUBLED = ("0:2", "2:4", "0:2", "2:4")
 ONCE_WRONG = {
-    "nonsense of one server is held against the client by the next": Schedule(
+    "nonsense of one server makes the next reject the client": Schedule(
         FAST, ("short",), (Failure("sends a tensor of another shape", "s0", phase="decode"),)
     ),
     "nonsense of one server is too much for the next": Schedule(
         ("0:2", "2:4"), ("long",), (Failure("sends a tensor of another shape"),)
     ),
-    "a spare server knew a beginning that nobody had been told": Schedule(
+    "a standby had computed tokens whose outputs the client never got": Schedule(
         DOUBLED,
         ("paged", "paged"),
         (Failure("dies", after=0, late=1.0), Failure("hangs", "s3")),
         seed=2,
         standby=True,
     ),
-    "the same, and others fail": Schedule(
+    "the same, and other servers fail": Schedule(
         DOUBLED,
         ("paged",),
         (
@@ -141,7 +141,7 @@ ONCE_WRONG = {
         (Failure("dies", "s1", after=5, late=0.02), Failure("dies", "receiver", after=2, late=0.007)),
         standby=True,
     ),
-    "a server that follows itself has no room for two": Schedule(
+    "a server that follows itself has no room for two sessions": Schedule(
         ("0:3", "3:4", "0:1", "1:4"),
         ("beams",),
         (
@@ -170,7 +170,7 @@ def test_the_same_schedule_goes_the_same_way_twice():
     assert play(schedule) == play(schedule)
 
 
-def test_who_cannot_be_helped_is_told_and_the_story_is_with_the_error():
+def test_a_client_without_servers_is_told_so_and_the_story_is_with_the_error():
     with pytest.raises(Exception, match="no server holds blocks 3:4") as error:
         play(Schedule(("0:2", "1:3"), ("short",)))
     assert "client0 fails: MissingBlocks" in error.value.__notes__[0]

@@ -43,7 +43,7 @@ def free_tokens(swarm: Swarm) -> list[int]:
     return [server.engine.cache_tokens_left for server in swarm.servers.values()]
 
 
-def test_a_session_over_several_calls_goes_on_where_it_was(swarm: MakeSwarm, whole: PreTrainedModel):
+def test_each_call_of_a_session_continues_the_one_before(swarm: MakeSwarm, whole: PreTrainedModel):
     model = swarm("0:2", "2:4").model()
     with model.inference_session(max_length=64) as session:
         first = model.generate(PROMPT, max_new_tokens=4, session=session)
@@ -55,7 +55,7 @@ def test_a_session_over_several_calls_goes_on_where_it_was(swarm: MakeSwarm, who
     assert torch.cat((spoken, third), dim=1).tolist() == expected.tolist()
 
 
-def test_a_session_may_be_given_everything_so_far(swarm: MakeSwarm, whole: PreTrainedModel):
+def test_a_session_may_be_given_the_whole_text_so_far(swarm: MakeSwarm, whole: PreTrainedModel):
     model = swarm("0:4").model()
     with model.inference_session(max_length=64) as session:
         first = model.generate(PROMPT, max_new_tokens=4, session=session)
@@ -157,7 +157,7 @@ def test_padded_sequences_of_a_session_become_beams(swarm: MakeSwarm, whole: Pre
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_guesses_of_tokens_end_where_the_text_does(swarm: MakeSwarm, whole: PreTrainedModel, explicit: bool):
+def test_guessed_tokens_end_where_the_text_does(swarm: MakeSwarm, whole: PreTrainedModel, explicit: bool):
     model = swarm("0:4").model()
     repetitive = PROMPT[:, :2].repeat(1, 5)
     for num_tokens in range(1, 13):
@@ -178,7 +178,7 @@ def test_a_mask_of_another_length_than_the_tokens_is_refused(swarm: MakeSwarm):
             model(MORE, attention_mask=torch.ones(1, 5), past_key_values=cache)
 
 
-def test_a_closed_session_gives_its_room_back(swarm: MakeSwarm):
+def test_a_closed_session_frees_its_cache(swarm: MakeSwarm):
     swarm_ = swarm("0:2", "2:4")
     model = swarm_.model()
     before = free_tokens(swarm_)
@@ -194,7 +194,7 @@ def test_a_closed_session_gives_its_room_back(swarm: MakeSwarm):
     swarm_.settle(lambda: free_tokens(swarm_) == before)
 
 
-def test_a_failed_call_gives_its_room_back_while_its_error_is_looked_at(swarm: MakeSwarm):
+def test_a_failed_call_frees_its_cache_while_its_error_is_still_referenced(swarm: MakeSwarm):
     swarm_ = swarm("0:2", "2:4")
     model = swarm_.model()
     before = free_tokens(swarm_)
@@ -295,7 +295,7 @@ def test_a_module_may_stand_between_two_slices(swarm: MakeSwarm, whole: PreTrain
     assert between.weight.grad.abs().sum() > 0
 
 
-def test_gradients_do_not_pretend_to_flow_through_a_session(swarm: MakeSwarm):
+def test_a_backward_pass_through_a_session_is_refused(swarm: MakeSwarm):
     model = swarm("0:4").model()
     with model.inference_session(max_length=10) as session:
         output = session.step(torch.randn(1, 2, 32, requires_grad=True))
@@ -346,7 +346,7 @@ def test_empty_inputs_are_refused(swarm: MakeSwarm):
         session.step(torch.zeros(0, 1, 32))
 
 
-def test_what_can_never_work_is_refused_when_the_model_is_opened(swarm: MakeSwarm):
+def test_options_that_can_never_work_are_refused_when_the_model_is_opened(swarm: MakeSwarm):
     swarm_ = swarm()
     with pytest.raises(UserError, match="has 4 blocks, not 2"):
         swarm_.model(num_hidden_layers=2)
@@ -373,8 +373,9 @@ def test_peers_may_be_given_in_one_string(
 
 
 def test_blocks_outlive_the_model_that_they_were_taken_from(folder: Path):
+    others = set(threading.enumerate())
     runtime = Runtime()
-    thread = runtime._thread
+    (thread,) = set(threading.enumerate()) - others
     node = MemoryNetwork().node("client")
     blocks = AutoDistributedModel.from_checkpoint(
         Checkpoint.open(folder), node, runtime, config=QUICK, dtype="float32"

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
+from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal import UserError
@@ -28,6 +30,7 @@ def inputs(batch_size: int, num_tokens: int, seed: int) -> torch.Tensor:
     return torch.randn(batch_size, num_tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
+@settings(deadline=None)
 @given(st.data(), st.sampled_from(["raw", "bfloat16", "int8"]), st.sampled_from([None, 0, 3000, 20_000]))
 def test_a_history_is_what_was_appended_rearranged_and_cropped(
     data: st.DataObject, encoding: Encoding, memory_bytes: int | None
@@ -117,8 +120,9 @@ def test_all_histories_of_a_store_share_its_memory_and_the_oldest_pieces_leave_i
             history.settle(step + 1)
         assert store.memory_bytes <= 3 * BLOCK_TOKENS * TOKEN_BYTES
     assert store.memory_bytes + store.file_bytes == 2 * 4 * BLOCK_TOKENS * TOKEN_BYTES
-    kept = [entry.place for history in histories for entry in history._log]
-    assert [isinstance(place, FileRegion) for place in kept] == [True, True, True, False, True, True, False, False]
+    assert all(history.num_entries == 4 for history in histories)
+    pieces = [piece for history in histories for piece in history.stored_pieces]
+    assert [piece.is_in_file for piece in pieces] == [True, True, True, False, True, True, False, False]
 
 
 def test_tokens_that_come_one_by_one_are_written_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch):
@@ -130,7 +134,7 @@ def test_tokens_that_come_one_by_one_are_written_a_block_at_a_time(monkeypatch: 
         history.settle(step + 1)
         history.select_rows([1, 0])
     assert sizes == [BLOCK_TOKENS * 2 * TOKEN_BYTES] * 3
-    assert len(history._log) <= 2 * 3 + 1
+    assert history.num_entries <= 2 * 3 + 1
 
 
 def _counting(write: Callable[[SpillFile, bytearray], FileRegion], sizes: list[int]) -> Callable[..., FileRegion]:
@@ -147,7 +151,8 @@ def test_blocks_of_a_wide_batch_have_fewer_tokens():
     wide = torch.zeros(16, 100, 4096)
     history.append(wide)
     history.settle(history.num_tokens)
-    assert {entry.shape[1] for entry in history._log} == {4}
+    assert {piece.shape[1] for piece in history.stored_pieces} == {4}
+    assert history.num_entries == 25
     assert store.memory_bytes == wide.nbytes
 
 
@@ -163,7 +168,7 @@ def test_a_token_does_not_keep_the_tensor_alive_that_it_was_cut_from():
 
 
 @pytest.mark.parametrize("memory_bytes", [None, 0])
-def test_a_history_that_nobody_holds_takes_no_room(memory_bytes: int | None):
+def test_a_history_that_is_not_referenced_takes_no_bytes(memory_bytes: int | None):
     store = HistoryStore(memory_bytes=memory_bytes)
     histories = [History(store) for _ in range(3)]
     for history in histories:
@@ -184,16 +189,17 @@ def test_a_history_that_nobody_holds_takes_no_room(memory_bytes: int | None):
     assert (store.memory_bytes, store.file_bytes) == (0, 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 50), st.integers(0, 20)), max_size=40))
 def test_a_file_returns_what_was_written_and_ends_where_the_last_of_it_does(
     steps: list[tuple[bool, int, int]],
 ):
     file, written = SpillFile(), dict[FileRegion, bytearray]()
-    for index, (gives_back, size, which) in enumerate(steps):
-        if gives_back and written:
+    for index, (frees, size, which) in enumerate(steps):
+        if frees and written:
             region = sorted(written)[which % len(written)]
             del written[region]
-            file.give_back(region)
+            file.free(region)
         else:
             data = bytearray([index]) * size
             region = file.write(data)
@@ -213,16 +219,25 @@ def test_nothing_is_seen_in_the_folder_and_nothing_stays_there(tmp_path: Path):
     assert torch.equal(kept.get(), inputs(1, 10, 0))
 
 
-def test_a_disk_without_room_leaves_a_history_in_memory(caplog: pytest.LogCaptureFixture):
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> list[Mock]:
+    """The temporary files that are made, each wrapped so that a test can let it fail."""
+    made, usual = list[Mock](), tempfile.TemporaryFile
+
+    def make(*args: Any, **kwargs: Any) -> Mock:
+        made.append(Mock(wraps=usual(*args, **kwargs)))
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", make)
+    return made
+
+
+def test_a_full_disk_leaves_a_history_in_memory(files: list[Mock], caplog: pytest.LogCaptureFixture):
     store = HistoryStore(memory_bytes=0)
-
-    def full(data: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    assert store._file is not None
-    with patch.object(store._file, "_file", wraps=store._file._file) as file:
-        file.write.side_effect = full
-        kept = [store.put(inputs(1, 10, seed)) for seed in range(3)]
+    (file,) = files
+    file.write.side_effect = OSError(28, "No space left on device")
+    kept = [store.put(inputs(1, 10, seed)) for seed in range(3)]
+    file.write.side_effect = None
     assert store.memory_bytes == 3 * 10 * TOKEN_BYTES
     assert caplog.text.count("histories stay in memory, beyond the limit: [Errno 28] No space left on device") == 1
     kept.append(store.put(inputs(1, 10, 3)))
@@ -230,19 +245,18 @@ def test_a_disk_without_room_leaves_a_history_in_memory(caplog: pytest.LogCaptur
     assert all(torch.equal(each.get(), inputs(1, 10, seed)) for seed, each in enumerate(kept))
 
 
-def test_a_folder_that_is_not_there_is_a_mistake(tmp_path: Path):
+def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"no file can be made in .*nowhere: No such file"):
         HistoryStore(memory_bytes=0, folder=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="history_folder is for what does not fit into history_memory"):
+    with pytest.raises(UserError, match="history_folder is for histories that do not fit into history_memory"):
         HistoryStore(folder=tmp_path)
-    with pytest.raises(UserError, match="at least 0"):
+    with pytest.raises(UserError, match="it has to be at least 0"):
         HistoryStore(memory_bytes=-1)
 
 
-def test_a_store_that_nobody_holds_closes_its_file():
+def test_a_store_that_is_not_referenced_closes_its_file(files: list[Mock]):
     store = HistoryStore(memory_bytes=0)
-    assert store._file is not None
-    descriptor = store._file._file.fileno()
+    descriptor = files[0].fileno()
     kept = store.put(inputs(1, 1, 0))
     del store
     gc.collect()
@@ -277,5 +291,7 @@ def test_a_long_prompt_that_is_settled_piece_by_piece_is_not_copied_each_time():
         ("int8", "bfloat16", "int8"),
     ],
 )
-def test_what_was_rounded_to_travel_is_kept_the_way_it_travelled(history: Encoding, wire: Encoding, kept: Encoding):
+def test_inputs_that_were_rounded_to_travel_are_kept_as_they_travelled(
+    history: Encoding, wire: Encoding, kept: Encoding
+):
     assert ClientConfig(history=history, wire=wire).kept == kept

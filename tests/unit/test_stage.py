@@ -1,20 +1,22 @@
-"""What a client believes of what a server says about a session, and how servers are tied to a ring."""
+"""What a stage believes of what its server says, and how servers become neighbors in a ring."""
 
 # B sequences, T new tokens, D hidden size
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.client.decoding.outputs import Outputs
 from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.decoding.push_links import UNPUSHED_PONGS, PushLinks
-from shoal.client.decoding.stage import IDLE_PONGS, Stage
+from shoal.client.decoding.stage import IDLE_PONGS, Stage, StageStatus
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
 from shoal.client.swarm.broken_pairs import RETRY_PUSH_SECONDS, BrokenPairs
@@ -22,7 +24,7 @@ from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError, ServerLost
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.routing.route import Hop
-from shoal.protocol import AnyMessage, Close, Leaving, Opened, Ping, Pong, Result, Unreached
+from shoal.protocol import AnyMessage, Close, Leaving, Open, Opened, Ping, Pong, Result, Unreached
 from shoal.spans import Span
 from shoal.tensors import TensorName
 
@@ -47,13 +49,18 @@ def server(peer: str) -> ServerInfo:
 
 
 class FakeConnection(Connection):
-    """Keeps what is said of it. Nothing is sent."""
+    """Keeps the error, and what is sent."""
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
         self.encoding = "raw"
         self.error: PeerError | None = None
         self.ended = lambda: None
+        self.heard = lambda message, tensors: None
+        self.sent: list[AnyMessage] = []
+
+    async def send(self, message: AnyMessage, tensors: Any = None) -> None:
+        self.sent.append(message)
 
     def expect(self, *, usual_seconds: float | None, bytes_in_flight: int) -> None:
         pass
@@ -63,26 +70,42 @@ class FakeConnection(Connection):
         self.ended()
 
 
-class Shared:
-    """A share whose server is asked for steps of some tokens, and says what it is told to say."""
+OPEN = Open(
+    model="m",
+    fingerprint="f" * 64,
+    start=0,
+    end=2,
+    adapters=(),
+    batch_size=1,
+    max_length=128,
+    upstream=None,
+    downstream=None,
+)
+
+
+class Scene:
+    """A stage whose server is asked for steps of some tokens, and says what the test lets it say."""
 
     def __init__(self, peer: str = "b", *, num_known: int = 100) -> None:
         self.stage = Stage(Hop(server(peer), Span(0, 2)), History(HistoryStore()), lambda: None)
         self.stage.history.append(torch.ones(1, num_known, SIZE))
-        self.stage.adopt(FakeConnection(peer))
-        self.stage.is_open = True
+        self.connection = FakeConnection(peer)
+        self.stage.adopt(self.connection)
+        asyncio.run(self.stage.open(OPEN, None))
         self.outputs = Outputs(0)
+        self.says(Opened())
+        assert self.stage.settle_opening(self.outputs, like=torch.ones(1, 1, SIZE), wire="raw")
 
     def expect(self, *lengths: int, epoch: int = 0, pushed: bool = False, skip: int = 0) -> None:
         for length in lengths:
             shape = torch.Size((1, length, SIZE))
-            position = self.stage.num_requested
-            request = PendingStep(epoch, position, shape, torch.float32, None, 0, 0.1, skip=skip, pushed=pushed)
-            self.stage.expect(request)
+            position = self.stage.progress.num_requested
+            step = PendingStep(epoch, position, shape, torch.float32, None, 0, 0.1, skip=skip, pushed=pushed)
+            self.stage.expect(step)
 
     def says(self, message: AnyMessage, **tensors: torch.Tensor) -> None:
         named: dict[TensorName, torch.Tensor] = dict(tensors)  # type: ignore[arg-type]
-        self.stage._on_message(message, named)
+        self.connection.heard(message, named)
 
     def answers(self, position: int, num_tokens: int, *, epoch: int = 0, number: float = 1.0) -> None:
         self.says(Result(epoch=epoch, position=position), hidden=torch.full((1, num_tokens, SIZE), number))
@@ -95,11 +118,12 @@ class Shared:
         return self.stage.error
 
 
+@settings(deadline=None)
 @given(st.data())
-def test_answers_are_taken_once_and_in_order_whatever_else_comes(data: st.DataObject):
+def test_answers_are_taken_once_and_in_order_among_others(data: st.DataObject):
     """Each result comes, in order; between them come results twice, of the past, of other epochs and positions."""
     lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
-    steps = Shared()
+    steps = Scene()
     steps.expect(*lengths, epoch=2)
     others = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), max_size=6)
     wanted = {(2, sum(lengths[:n])) for n in range(len(lengths))}
@@ -111,20 +135,20 @@ def test_answers_are_taken_once_and_in_order_whatever_else_comes(data: st.DataOb
             steps.answers(sum(lengths[:n]), length, epoch=2, number=float(n))
         if data.draw(st.booleans()):
             steps.settle()
-        assert len(steps.stage._results) <= len(lengths)
+        assert steps.stage.num_unsettled <= len(lengths)
     steps.settle()
     assert steps.error is None
     expected = torch.cat([torch.full((1, length, SIZE), float(n)) for n, length in enumerate(lengths)], dim=1)
     assert torch.equal(steps.outputs.joined(), expected)
-    assert steps.stage.num_computed == sum(lengths)
-    assert not steps.stage.requests
+    assert steps.stage.progress.num_computed == sum(lengths)
+    assert not steps.stage.progress.pending
 
 
-def test_results_that_nobody_asked_for_are_not_kept():
-    steps = Shared()
+def test_results_that_were_not_asked_for_are_not_kept():
+    steps = Scene()
     for n in range(1000):
         steps.answers(n, 1)
-    assert not steps.stage._results
+    assert not steps.stage.num_unsettled
     assert not steps.settle()
 
 
@@ -141,8 +165,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("tensors", WRONG.values(), ids=WRONG.keys())
-def test_who_answers_wrongly_what_we_sent_is_lost(tensors: dict[str, torch.Tensor]):
-    steps = Shared()
+def test_a_server_that_answers_wrongly_what_the_client_sent_is_lost(tensors: dict[str, torch.Tensor]):
+    steps = Scene()
     steps.expect(3)
     steps.says(Result(), **tensors)
     assert not steps.settle()
@@ -151,29 +175,29 @@ def test_who_answers_wrongly_what_we_sent_is_lost(tensors: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("tensors", WRONG.values(), ids=WRONG.keys())
-def test_who_answers_wrongly_what_another_pushed_is_not_blamed_at_first(tensors: dict[str, torch.Tensor]):
-    steps = Shared()
+def test_a_server_that_answers_wrongly_what_another_pushed_is_not_blamed_at_first(tensors: dict[str, torch.Tensor]):
+    steps = Scene()
     steps.expect(3, pushed=True)
     steps.says(Result(), **tensors)
     assert not steps.settle()
     assert steps.error is None
-    assert steps.stage.is_misled
+    assert steps.stage.status is StageStatus.MISLED
     assert steps.outputs.num_tokens == 0
 
 
 def test_numbers_that_are_not_finite_are_judged_when_their_inputs_are_known():
-    steps = Shared(num_known=2)
+    steps = Scene(num_known=2)
     steps.expect(3)
     steps.answers(0, 3, number=float("nan"))
     assert not steps.settle()
     assert steps.error is None
     steps.stage.append(torch.full((1, 1, SIZE), float("nan")), 2)
     assert steps.settle()
-    assert steps.stage.num_computed == 3
+    assert steps.stage.progress.num_computed == 3
 
 
 def test_a_skipped_answer_has_no_tensor():
-    steps = Shared()
+    steps = Scene()
     steps.expect(3, 3, skip=3)
     steps.says(Result())
     assert steps.settle()
@@ -183,7 +207,7 @@ def test_a_skipped_answer_has_no_tensor():
 
 
 def test_a_server_that_says_twice_that_it_does_not_have_a_step_is_lost():
-    steps = Shared()
+    steps = Scene()
     steps.expect(3)
     steps.says(Pong())
     assert steps.error is None
@@ -201,24 +225,24 @@ def test_a_server_that_says_twice_that_it_does_not_have_a_step_is_lost():
     ids=["now and then", "working", "working on something"],
 )
 def test_a_server_that_works_in_between_has_the_step(pongs: list[Pong]):
-    steps = Shared()
+    steps = Scene()
     steps.expect(3)
     for pong in pongs:
         steps.says(pong)
     assert steps.error is None
 
 
-def test_a_server_that_has_done_what_it_never_answered_is_lost():
-    steps = Shared()
+def test_a_server_that_says_it_has_done_what_it_never_answered_is_lost():
+    steps = Scene()
     steps.expect(3)
     for _ in range(IDLE_PONGS):
         steps.says(Pong(position=3))
     assert isinstance(steps.error, ServerLost)
 
 
-def test_an_answer_that_is_not_looked_at_yet_is_an_answer():
-    """It waits for its inputs, which the server before has not told us yet."""
-    steps = Shared(num_known=1)
+def test_an_answer_that_waits_for_its_inputs_is_an_answer():
+    """The server before has not told the client these inputs yet."""
+    steps = Scene(num_known=1)
     steps.expect(3)
     steps.answers(0, 3, number=float("nan"))
     for _ in range(9):
@@ -227,16 +251,15 @@ def test_an_answer_that_is_not_looked_at_yet_is_an_answer():
 
 
 @pytest.mark.parametrize("message", [Ping(), Close(), Opened()])
-def test_who_says_what_only_others_say_is_lost(message: AnyMessage):
-    steps = Shared()
-    steps.says(Opened())
+def test_a_server_that_says_what_only_clients_say_or_opens_twice_is_lost(message: AnyMessage):
+    steps = Scene()
     assert steps.error is None
     steps.says(message)
     assert isinstance(steps.error, ServerLost)
 
 
 def test_a_server_that_leaves_says_so():
-    steps = Shared()
+    steps = Scene()
     steps.says(Leaving(seconds=3.0))
     assert steps.stage.is_leaving
     assert steps.error is None
@@ -250,14 +273,14 @@ def time() -> Iterator[list[float]]:
     return [0.0]
 
 
-def ring_of(time: list[float], *peers: str) -> tuple[PushLinks, list[Shared]]:
+def ring_of(time: list[float], *peers: str) -> tuple[PushLinks, list[Scene]]:
     ring = PushLinks(BrokenPairs(lambda: time[0]), wire="raw")
-    all_steps = [Shared(peer) for peer in peers]
+    all_steps = [Scene(peer) for peer in peers]
     ring.link([each.stage for each in all_steps])
     return ring, all_steps
 
 
-def test_every_server_is_told_of_its_neighbours_and_of_one_link_for_each_pair(time):
+def test_every_server_is_told_of_its_neighbors_and_of_one_link_for_each_pair(time):
     ring, steps = ring_of(time, "a", "b", "c")
     places = [ring.neighbors_of(each.stage) for each in steps]
     assert [before and before.peer for before, _ in places] == [None, "a", "b"]
@@ -271,7 +294,7 @@ def test_every_server_is_told_of_its_neighbours_and_of_one_link_for_each_pair(ti
 def test_pairs_that_stay_keep_their_link_and_new_ones_get_another(time):
     ring, (a, b, c) = ring_of(time, "a", "b", "c")
     kept, lost = ring.neighbors_of(a.stage)[1], ring.neighbors_of(b.stage)[1]
-    other = Shared("d")
+    other = Scene("d")
     ring.link([a.stage, b.stage, other.stage])
     assert ring.neighbors_of(a.stage)[1] == kept
     assert ring.neighbors_of(b.stage)[1].peer == "d"
@@ -280,16 +303,16 @@ def test_pairs_that_stay_keep_their_link_and_new_ones_get_another(time):
     assert not ring.pushes(b.stage, c.stage)
 
 
-def test_nobody_pushes_to_itself(time):
+def test_a_server_does_not_push_to_itself(time):
     ring, (one, other) = ring_of(time, "a", "a")
     assert not ring.pushes(one.stage, other.stage)
     assert ring.neighbors_of(one.stage) == ring.neighbors_of(other.stage) == (None, None)
 
 
-def broken(ring: PushLinks, one: Shared, other: Shared) -> int | None:
+def broken(ring: PushLinks, one: Scene, other: Scene) -> int | None:
     one.settle()
     other.settle()
-    return ring.broken_at(one.stage, other.stage)
+    return ring.break_failed(one.stage, other.stage)
 
 
 def test_a_push_that_failed_breaks_the_pair_at_its_step_for_a_while(time):
@@ -309,7 +332,7 @@ def test_a_push_that_failed_breaks_the_pair_at_its_step_for_a_while(time):
 
 
 @pytest.mark.parametrize(("epoch", "position"), [(1, 0), (0, 1), (0, 4)])
-def test_a_push_that_failed_of_a_step_that_there_is_not_breaks_nothing(time, epoch: int, position: int):
+def test_a_failed_push_of_an_unknown_step_breaks_nothing(time, epoch: int, position: int):
     ring, (a, b) = ring_of(time, "a", "b")
     b.expect(2, 2, pushed=True)
     a.says(Unreached(epoch=epoch, position=position))
@@ -317,7 +340,7 @@ def test_a_push_that_failed_of_a_step_that_there_is_not_breaks_nothing(time, epo
     assert ring.pushes(a.stage, b.stage)
 
 
-def test_a_step_that_was_not_pushed_cannot_have_failed_to_be(time):
+def test_a_failed_push_of_a_step_that_the_client_sent_breaks_nothing(time):
     ring, (a, b) = ring_of(time, "a", "b")
     b.expect(2)
     a.says(Unreached(epoch=0, position=0))
@@ -339,13 +362,13 @@ def test_a_step_that_one_has_computed_and_the_next_lacks_was_not_pushed(time):
     assert b.error is None
 
 
-def test_a_server_that_was_misled_is_asked_by_us(time):
+def test_a_server_that_was_misled_is_asked_by_the_client(time):
     ring, (a, b) = ring_of(time, "a", "b")
     b.expect(2, 2, pushed=True)
     b.answers(0, 1)
     assert broken(ring, a, b) == 0
-    assert not b.stage.is_misled
     b.stage.unrequest_from(0)
+    assert b.stage.status is StageStatus.OPEN
     b.expect(2, epoch=1)
     b.answers(0, 2)  # what was on its way
     b.answers(0, 1, epoch=1)

@@ -17,6 +17,7 @@ import torch
 from shoal.client.active import enter, leave
 from shoal.client.call_inputs import check_inputs, mask_of, positions_of
 from shoal.client.decoding.session import Session
+from shoal.client.decoding.state import SessionState
 from shoal.client.head.logits import HeadCall, Logits
 from shoal.client.runtime import Runtime
 from shoal.client.swarm.swarm import Swarm
@@ -129,6 +130,11 @@ class InferenceSession:
     def hops(self) -> tuple[Hop, ...]:
         """The same with what each of them announces, and the blocks that it computes here."""
         return self._session.hops
+
+    @property
+    def state(self) -> SessionState:
+        """How far each server has come, and which are kept warm, at this moment."""
+        return self._session.state
 
     @property
     def is_closed(self) -> bool:

@@ -33,17 +33,17 @@ from .oracle import FINGERPRINT, MAX_LENGTH, MODEL, NUM_BLOCKS, oracle
 T = TypeVar("T")
 
 TRIP_SECONDS = 0.005
-"""What a frame takes from peer to peer."""
+"""How long a frame travels from peer to peer."""
 PASS_SECONDS = 0.02
-"""What anything takes that is computed on a server."""
-SPARE_SPEED = 0.1
-"""Tokens per second: so few that no other server is left for this one."""
+"""How long a server computes a pass."""
+RESERVE_SPEED = 0.1
+"""Tokens per second of a reserve: so few that a client uses it only when the other servers fail."""
 PATIENT = ClientConfig(patience_seconds=200.0)
 SERVER = ServerConfig(model="", idle_seconds=20.0)
 
 
 class VirtualExecutor(Executor):
-    """Computes on the event loop, one function after another, each of which takes virtual time first."""
+    """Computes on the event loop, one function after another. Each takes virtual time first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,14 +60,14 @@ class VirtualExecutor(Executor):
         return function()
 
     def recover(self) -> None:
-        """Be as quick as ever."""
+        """Be as quick as before a failure."""
         self.slowness = 1.0
         self.thawed.set()
 
 
 @dataclass(eq=False)
 class Member:
-    """A server, or what is left of it. It is `sound` while nothing is wrong with it."""
+    """A server, dead or alive. It is `sound` while nothing is wrong with it."""
 
     name: str
     span: Span
@@ -85,21 +85,24 @@ class Member:
 
 
 class Bed:
-    """The swarm. When the context is left, all servers are asked to leave, and nothing is left of anything."""
+    """The swarm. When the context is left, all servers leave, and every page of their caches has to be free.
+
+    `reserves` are the spans of slow servers that take the places of others.
+    """
 
     def __init__(
-        self, spans: Sequence[str], spares: Sequence[str] = (), *, cache_pages: int, drain_seconds: float
+        self, spans: Sequence[str], reserves: Sequence[str] = (), *, cache_pages: int, drain_seconds: float
     ) -> None:
         self.network = MemoryNetwork()
         self.network.delay(TRIP_SECONDS)
-        self.members: list[Member] = []  # all that ever were
+        self.members: list[Member] = []  # dead ones included
         self.story: list[str] = []
         self.on_phase: Callable[[str], None] = lambda phase: None
         self.phases: dict[str, str] = {}
         self._cache_pages = cache_pages
         self._config = replace(SERVER, drain_seconds=drain_seconds)
         self._spans = spans
-        self._spares = spares
+        self._reserves = reserves
 
     # -- servers ------------------------------------------------------------------------------------------------------
 
@@ -108,7 +111,7 @@ class Bed:
         return [member for member in self.members if member.alive]
 
     def start(self, span: Span, name: str | None = None, *, speed: float = 1 / PASS_SECONDS) -> Member:
-        """A server that is there when the event loop has gone round once."""
+        """A server that is online after one turn of the event loop."""
         name = name or f"s{len({member.name for member in self.members})}"
         body, executor = oracle().body(span), VirtualExecutor()
         cache = PagedCache(body, oracle().shapes(span), self._cache_pages)
@@ -146,8 +149,8 @@ class Bed:
         member.sound = False
         member.leaving.set()
 
-    def spare(self, member: Member) -> None:
-        """See to it that nothing is lost with it: for blocks that no other sound server has, one more joins."""
+    def keep_blocks_served(self, member: Member) -> None:
+        """Start one more server if no other sound one has some of the blocks of this one."""
         others = [each for each in self.living if each.sound and each is not member]
         if any(all(block not in other.span for other in others) for block in member.span):
             self.tell(f"{self.start(member.span)} joins")
@@ -158,12 +161,12 @@ class Bed:
         return Client(name, self, self.network.node(name), config)
 
     def enters(self, client: str, phase: str) -> None:
-        """What a client does from now on; there may be an appointment with that."""
+        """A client begins a phase of its work. A failure may be due at that moment."""
         self.phases[client] = phase
         self.on_phase(phase)
 
     def tell(self, what: str) -> None:
-        """Remember something for whoever has to understand a failure."""
+        """Note an event, for the story that is shown when a schedule fails."""
         self.story.append(f"{asyncio.get_running_loop().time():9.3f} s  {what}")
 
     # -- beginning and end --------------------------------------------------------------------------------------------
@@ -171,8 +174,8 @@ class Bed:
     async def __aenter__(self) -> Self:
         for span in self._spans:
             self.start(Span.parse(span))
-        for span in self._spares:
-            self.start(Span.parse(span), speed=SPARE_SPEED)
+        for span in self._reserves:
+            self.start(Span.parse(span), speed=RESERVE_SPEED)
         await asyncio.sleep(0)
         return self
 
@@ -180,7 +183,7 @@ class Bed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            await asyncio.sleep(2 * SERVER.idle_seconds)  # whoever never heard that the clients are gone guesses so
+            await asyncio.sleep(2 * SERVER.idle_seconds)  # servers that missed a goodbye close idle sessions
             self._check_pages(self.living)
         for member in self.living:
             self.dismiss(member)
@@ -197,7 +200,7 @@ class Bed:
         for member in members:
             member.engine.check_integrity()
             used = member.engine.cache_tokens - member.engine.cache_tokens_left
-            assert not used, f"{member} keeps room for {used} tokens of nobody"
+            assert not used, f"{member} keeps room for {used} tokens of no session"
 
 
 async def _serve(member: Member, config: ServerConfig) -> None:
@@ -224,12 +227,12 @@ async def _serve(member: Member, config: ServerConfig) -> None:
 
 
 class Client:
-    """Who uses the swarm: a chain, and a name for what it is doing."""
+    """A client: its view of the swarm, and the phase of its work."""
 
     def __init__(self, name: str, bed: Bed, node: Node, config: ClientConfig) -> None:
         self.name = name
         self.span = Span(0, NUM_BLOCKS)
-        self.chain = Swarm(node, MODEL, FINGERPRINT, config)
+        self.swarm = Swarm(node, MODEL, FINGERPRINT, config)
         self._bed = bed
         self._node = node
 
@@ -237,9 +240,9 @@ class Client:
         self._bed.enters(self.name, phase)
 
     def check_streams(self) -> None:
-        """Whatever it opened it has closed."""
+        """Check that it has closed every stream that it opened."""
         num_streams = self._bed.network.num_streams(self.name)
-        assert not num_streams, f"{num_streams} streams of {self.name} are open, and nobody uses them"
+        assert not num_streams, f"{num_streams} streams of {self.name} are open and unused"
 
     async def close(self) -> None:
         await self._node.transport.close()

@@ -1,4 +1,4 @@
-"""What may befall a server, and when."""
+"""The ways in which a server can fail, and the moments."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Failure:
 
     The moment is `late` seconds after the `after`-th frame since the last failure, of those that are sent while a
     client is in `phase` (in any, if that is empty). With 0 it is when that begins: at once, or when a client enters
-    the phase. The `victim` is who sends or who receives that frame, or has a name; then only its own frames are
-    counted. It lasts for so many seconds, or for ever; what starts again does so after so many.
+    the phase. The `victim` is the sender or the receiver of that frame, or the server of that name; then only frames
+    of that server are counted. The failure lasts for `lasts` seconds, or for ever if that is None. A server that
+    restarts does so after `lasts` seconds, with `blocks` if they are given.
     """
 
     kind: str
@@ -54,7 +55,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Blow:
-    """A failure as it happens: to whom, and who was at the other end of the frame."""
+    """A failure as it happens: the server that it hits, and the peer at the other end of the frame."""
 
     bed: Bed
     victim: Member
@@ -62,7 +63,7 @@ class Blow:
     failure: Failure
 
     def lasting(self) -> None:
-        """Something is wrong from now on, until it is over: then nothing is."""
+        """The server is unsound from now on, until the failure is over."""
         self.victim.sound = False
         if self.failure.lasts is not None:
             asyncio.get_running_loop().call_later(self.failure.lasts, self._recover)
@@ -80,7 +81,7 @@ def dies(blow: Blow) -> None:
 
 
 def restarts(blow: Blow) -> None:
-    """With amnesia, and perhaps with other blocks."""
+    """With an empty cache, and perhaps with other blocks."""
     bed, victim = blow.bed, blow.victim
     bed.kill(victim)
     span = Span.parse(blow.failure.blocks) if blow.failure.blocks else victim.span
@@ -100,7 +101,7 @@ def is_cut_off(blow: Blow) -> None:
 
 
 def loses_one(blow: Blow) -> None:
-    """The link to whoever is at the other end breaks."""
+    """The link to the peer at the other end breaks."""
     blow.bed.network.cut(blow.victim.name, blow.other)
     blow.lasting()
 
@@ -117,7 +118,7 @@ def hangs_for_one(blow: Blow) -> None:
 
 
 def freezes(blow: Blow) -> None:
-    """The process is stopped: it neither hears nor computes."""
+    """The process is stopped: it neither receives nor computes."""
     blow.bed.network.hang(blow.victim.name)
     blow.victim.executor.thawed.clear()
     blow.lasting()
@@ -175,7 +176,7 @@ HAPPENINGS: Mapping[str, Callable[[Blow], None]] = {
     )
 }
 ONE_TIME = frozenset({"loses its stream", "breaks its streams"})
-"""What leaves the server as it was."""
+"""Failures after which the server is as it was."""
 
 
 # -- nonsense: what becomes of the next answer -------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def _of_another_shape(frame: Frame) -> Frame:
 
 
 def _of_no_number(frame: Frame) -> Frame:
-    """Not of gradients: these may well overflow, and it is for whoever trains to notice."""
+    """Gradients are spared: they may overflow in earnest, and the trainer has to notice that itself."""
     tensors = json.loads(frame.header).get("tensors", ())
     if not any(tensor["name"] == "hidden" for tensor in tensors) or any(tensor["name"] == "grad" for tensor in tensors):
         return frame
@@ -262,7 +263,7 @@ class Director:
                 self._strike(blow)
 
     def _blow(self, failure: Failure, frame: Frame | None) -> Blow | None:
-        """Whom it meets."""
+        """The failure with its victim; None if there is no server that it could hit."""
         bed, living = self._bed, {member.name: member for member in self._bed.living}
         ends = [] if frame is None else [frame.receiver, frame.sender]
         if failure.victim == "sender":
@@ -287,7 +288,7 @@ class Director:
             self._nonsense[victim.name] = kind
             return
         if kind not in ONE_TIME:
-            bed.spare(victim)
+            bed.keep_blocks_served(victim)
         HAPPENINGS[kind](blow)
 
     def _during(self, bed: Bed) -> str:

@@ -1,4 +1,4 @@
-"""The tiny model: in one piece, which knows what is right, and in spans, which all servers of all swarms share."""
+"""The tiny model: in one piece, which gives the expected results, and in spans, which the servers of all swarms use."""
 
 # B sequences, S all tokens, D hidden size, V vocabulary
 
@@ -25,7 +25,7 @@ FINGERPRINT = "f" * 64
 
 
 class Oracle:
-    """A Llama of 4 blocks. What it says is computed once for every question."""
+    """A Llama of 4 blocks. Results are computed once for equal inputs."""
 
     def __init__(self) -> None:
         self._config = tiny_config(
@@ -47,18 +47,18 @@ class Oracle:
         return key_value_shapes(self.body(span))
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """What a client sends into the blocks."""
+        """The inputs [B, T, D] that a client sends into the blocks."""
         embedded: Tensor = self._whole.get_input_embeddings()(ids_BT)
         return embedded
 
     def head(self, hidden_BTD: Tensor) -> Tensor:
-        """What a client makes of what comes out of them, [B, T, V]."""
+        """The logits [B, T, V] that a client computes from the outputs of the blocks."""
         logits: Tensor = self._whole.lm_head(self._whole.model.norm(hidden_BTD))
         return logits
 
     @torch.no_grad()
     def logits(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """What the model in one piece says of some tokens, [B, S, V]."""
+        """The logits [B, S, V] of the model in one piece."""
         key = _key(ids_BS, mask_BS)
         if key not in self._logits:
             output = self._whole(ids_BS, attention_mask=mask_BS, position_ids=positions_of(mask_BS), use_cache=False)
@@ -77,7 +77,7 @@ class Oracle:
 
 
 def loss(logits_BSV: Tensor, mask_BS: Tensor) -> Tensor:
-    """Something to differentiate, of all tokens that are no padding."""
+    """Something to differentiate, over all tokens that are not padding."""
     return (logits_BSV * mask_BS[..., None]).square().mean()
 
 

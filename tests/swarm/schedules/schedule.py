@@ -1,7 +1,7 @@
-"""A schedule: who serves, what clients do, what befalls whom. It is played in virtual time, the same way each time.
+"""A schedule: the servers, the work of the clients, and the failures. Equal schedules go the same way, in virtual time.
 
-However it goes, every block keeps a sound server (a new one joins where the last one is about to fail), and so
-whatever clients compute is right, nothing hangs, and nothing is left.
+Every block keeps a sound server: a new one joins where the last one is about to fail. So everything that clients
+compute has to be right, nothing may hang, and no stream and no page may be left over.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from .work import WORK
 
 CALM_SECONDS = 400.0
 TROUBLE_SECONDS = 400.0
-"""What a failure may cost: a server that says for so long that it is working is believed for five minutes."""
+"""How long one failure may delay a client: a server that keeps saying that it works is believed for five minutes."""
 CACHE_PAGES = 160
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What is to be played. Equal ones go the same way."""
+    """What is played. Equal schedules go the same way."""
 
     spans: Sequence[str]
     work: Sequence[str]
     failures: Sequence[Failure] = ()
     seed: int = 0
     cache_pages: int = CACHE_PAGES
-    spares: Sequence[str] = ()
-    """Servers that say that they are slower, so that they are asked only in place of others."""
+    reserves: Sequence[str] = ()
+    """The spans of servers that announce less speed, so that clients use them only in place of others."""
     standby: bool = False
     drain_seconds: float = 0.0
 
     def __str__(self) -> str:
-        spares = f", and to spare {', '.join(self.spares)}" if self.spares else ""
+        reserves = f", and reserves of {', '.join(self.reserves)}" if self.reserves else ""
         lines = [
-            f"servers of {', '.join(self.spans)}{spares}, each with {self.cache_pages} pages"
+            f"servers of {', '.join(self.spans)}{reserves}, each with {self.cache_pages} pages"
             + (f", that take {self.drain_seconds:g} s to leave" if self.drain_seconds else ""),
             *(
-                f"client{number}: {work}{', with servers standing by' if self.standby else ''}"
+                f"client{number}: {work}{', with standbys' if self.standby else ''}"
                 for number, work in enumerate(self.work)
             ),
             *map(str, self.failures),
@@ -53,7 +53,7 @@ class Schedule:
 
 
 def play(schedule: Schedule) -> list[str]:
-    """Returns what happened. Raises whatever went wrong, with the schedule and what happened in a note."""
+    """Returns the story. Raises the first error of a client or a server, with the schedule and the story in a note."""
     random.seed(schedule.seed)
     story: list[str] = []
     try:
@@ -66,7 +66,7 @@ def play(schedule: Schedule) -> list[str]:
 
 async def _play(schedule: Schedule, story: list[str]) -> None:
     async with Bed(
-        schedule.spans, schedule.spares, cache_pages=schedule.cache_pages, drain_seconds=schedule.drain_seconds
+        schedule.spans, schedule.reserves, cache_pages=schedule.cache_pages, drain_seconds=schedule.drain_seconds
     ) as bed:
         bed.story = story
         config = replace(PATIENT, standby=schedule.standby)

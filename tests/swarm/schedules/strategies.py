@@ -1,4 +1,4 @@
-"""All the schedules that there are, the simple ones first."""
+"""All schedules, the simple ones first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .schedule import CACHE_PAGES, Schedule
 from .work import SLOW, WORK
 
 TIGHT_PAGES = 10
-"""Enough for any one client but the one with the long prompt, and not for all at once."""
+"""Enough for any client alone, except for the one with the long prompt, and not for all clients at once."""
 LAYOUTS = [
     ("0:4",),
     ("0:2", "2:4"),

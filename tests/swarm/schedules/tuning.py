@@ -1,4 +1,4 @@
-"""What clients with adapters do: what comes back is compared with the same adapters on blocks in one piece."""
+"""The work of clients with adapters. Results are compared with the same adapters on blocks in one piece."""
 
 # B sequences, S all tokens, D hidden size, N factors
 
@@ -33,7 +33,7 @@ MASK = (IDS != 0).long()
 
 
 def version(number: int, *, dropout: float = 0.0) -> ActiveAdapters:
-    """LoRA in all blocks but one; in each version the numbers are others."""
+    """LoRA in all blocks but one. Each version has other numbers."""
     generator = torch.Generator().manual_seed(number)
     found = {}
     for block in (0, 1, 3):
@@ -47,7 +47,7 @@ def version(number: int, *, dropout: float = 0.0) -> ActiveAdapters:
 
 @functools.cache
 def adapters(number: int, dropout: float) -> Mapping[int, BlockAdapter]:
-    """The same, to compute with on one machine."""
+    """The same adapters, to compute with on one machine."""
     body, hidden_size = oracle().body(WHOLE), oracle().hidden_size
     return {
         block: BlockAdapter(body.block(block), each.layers, each.values, name=each.name, hidden_size=hidden_size)
@@ -56,7 +56,7 @@ def adapters(number: int, dropout: float) -> Mapping[int, BlockAdapter]:
 
 
 def computed(hidden_BSD: Tensor, mask_BS: Tensor, own: Mapping[int, BlockAdapter], *, seed: int | None) -> Tensor:
-    """What leaves the blocks in one piece."""
+    """The outputs of the blocks in one piece."""
     for block, adapter in ((block, own.get(block)) for block in WHOLE):
         drops = nullcontext() if adapter is None else adapter.seeded_dropout(None if seed is None else seed + block)
         with drops:
@@ -71,8 +71,8 @@ def computed(hidden_BSD: Tensor, mask_BS: Tensor, own: Mapping[int, BlockAdapter
 
 
 async def tuning(client: Client) -> None:
-    """Forward and backward passes with factors that drop at random, and that are others each time."""
-    passes = RemotePasses(client.chain)
+    """Forward and backward passes with dropout in the adapters, and with other adapters each time."""
+    passes = RemotePasses(client.swarm)
     try:
         for number in range(2):
             await _tune(client, passes, number)
@@ -103,7 +103,7 @@ async def _tune(client: Client, passes: RemotePasses, number: int) -> None:
 
 async def tuned(client: Client) -> None:
     """A session with an adapter: a prompt, and more tokens one by one."""
-    session = Session(client.chain, client.span, batch_size=1, max_length=48, tuning=version(0))
+    session = Session(client.swarm, client.span, batch_size=1, max_length=48, tuning=version(0))
     ids = torch.randint(3, oracle().vocabulary, (1, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected_BSD = computed(oracle().embed(ids), torch.ones_like(ids), adapters(0, 0.0), seed=None)

@@ -1,4 +1,4 @@
-"""What clients do while servers come and go: everything that comes back is compared with the model in one piece."""
+"""The work of clients while servers come and go. Results are compared with the model in one piece."""
 
 # B sequences, T new tokens, S all tokens, D hidden size, V vocabulary
 
@@ -23,7 +23,7 @@ from .tuning import tuned, tuning
 
 
 class Reading:
-    """A session, the tokens that were read in it, and which of them are padding."""
+    """A session, the tokens that it has read, and which of them are padding."""
 
     def __init__(self, client: Client, session: Session, batch_size: int) -> None:
         self._client = client
@@ -37,7 +37,7 @@ class Reading:
 
     @torch.no_grad()
     async def read(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Read more tokens; returns which is the likeliest after them, [B, 1]."""
+        """Read more tokens; returns the likeliest next token, [B, 1]."""
         position, num_new = self.num_tokens, ids_BT.shape[1]
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         self._ids_BS = torch.cat((self._ids_BS, ids_BT), dim=1)
@@ -58,7 +58,7 @@ class Reading:
         return likeliest
 
     async def say(self, first_B1: Tensor, num_tokens: int) -> Tensor:
-        """Read a token, and so many of those that the model says then; returns the one that it would say next."""
+        """Read a token and then the likeliest ones, `num_tokens` in all; returns the likeliest next token."""
         self._client.enters("decode")
         for _ in range(num_tokens):
             first_B1 = await self.read(first_B1)
@@ -75,8 +75,8 @@ class Reading:
 
 @contextlib.asynccontextmanager
 async def reading(client: Client, *, batch_size: int = 1, max_length: int = 48) -> AsyncIterator[Reading]:
-    """A session that is closed at the end, and that begins with a prompt."""
-    session = Session(client.chain, client.span, batch_size=batch_size, max_length=max_length)
+    """A session that begins with a prompt, and is closed at the end."""
+    session = Session(client.swarm, client.span, batch_size=batch_size, max_length=max_length)
     client.enters("prefill")
     try:
         yield Reading(client, session, batch_size)
@@ -119,7 +119,7 @@ async def padded(client: Client) -> None:
 
 
 async def beams(client: Client) -> None:
-    """Three sequences that are continued after each other's beginnings, and taken back as they are then arranged."""
+    """Three sequences that continue each other, and are cropped in the arrangement that they have then."""
     async with reading(client) as text:
         await text.read(prompt(1, 18))
         client.enters("decode")
@@ -136,7 +136,7 @@ async def beams(client: Client) -> None:
 
 
 async def guesses(client: Client) -> None:
-    """Several tokens at once, of which some are taken back."""
+    """Several tokens at once, some of which are taken back."""
     async with reading(client) as text:
         await text.read(prompt(1, 14))
         client.enters("decode")
@@ -172,7 +172,7 @@ async def microbatches(client: Client) -> None:
 
 async def _gradient(client: Client, ids_BS: Tensor, mask_BS: Tensor) -> None:
     client.enters("forward")
-    passes = RemotePasses(client.chain)
+    passes = RemotePasses(client.swarm)
     try:
         await _pass(client, passes, ids_BS, mask_BS)
     finally:

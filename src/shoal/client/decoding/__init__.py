@@ -1,4 +1,4 @@
-"""A session: a pipeline of stages on servers, what they were given, and how a lost one is replaced.
+"""A session: a pipeline of stages on servers, the inputs that each was given, and how a lost server is replaced.
 
 It imports `shoal.client.swarm` and below, and nothing of training.
 """

@@ -1,4 +1,4 @@
-"""Where what servers answer goes."""
+"""Where the answers of servers go."""
 
 # B sequences, T new tokens, D hidden size
 
@@ -13,20 +13,20 @@ from shoal.protocol import MAX_LENGTH
 
 
 class Sink(Protocol):
-    """Where a server's outputs go: into the history of the next, or to who asked for the step."""
+    """Where a server's outputs go: into the history of the next stage, or to the caller of the step."""
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens it has already."""
+        """Of how many tokens the outputs are known."""
         ...
 
     def append(self, outputs_BTD: torch.Tensor, start: int) -> None:
-        """Outputs for the tokens from `start` on, which is no gap away; what is known already is left out."""
+        """Add outputs of the tokens from `start` on, which leaves no gap. Those that are known already are ignored."""
         ...
 
 
 class Outputs:
-    """What the last server gives for the tokens from `position` on: hidden states, or the answer to a question."""
+    """What the last server answers for the tokens from `position` on: hidden states, or logits."""
 
     def __init__(self, position: int) -> None:
         self.num_tokens = position
@@ -41,14 +41,14 @@ class Outputs:
             self.num_tokens += new_BTD.shape[1]
 
     def joined(self) -> torch.Tensor | Logits:
-        """All of it."""
+        """The hidden states [B, T, D] of all tokens, or all logits."""
         if self.logits:
             return Logits.joined(self.logits)
         return self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces, dim=1)
 
 
 class NoOutputs(Outputs):
-    """For whom nobody wants outputs of."""
+    """Takes outputs that nothing needs: those of a standby, or of a replay."""
 
     def __init__(self) -> None:
         super().__init__(MAX_LENGTH)

@@ -1,4 +1,4 @@
-"""What a server has been asked for, and whether that is what it answers."""
+"""A step that a server was asked for, and whether an answer fits it."""
 
 # B sequences, T new tokens, D hidden size
 
@@ -16,9 +16,10 @@ from shoal.tensors import Encoding
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that the server is to answer: sent by us or, in the ring, by the server before.
+    """A step that a server has to answer. The client sends it or, if it is `pushed`, the server before in the ring.
 
-    With `num_logits`, the output head's answer for so many tokens is wanted, not the outputs that are not skipped.
+    `inputs` is the shape of its inputs. The first `skip` outputs are not wanted. With a `logits_request`, the logits
+    of the last `num_logits` tokens are wanted instead of outputs. The server usually takes `usual_seconds`.
     """
 
     epoch: int
@@ -33,6 +34,7 @@ class PendingStep:
 
     @property
     def key(self) -> tuple[int, int]:
+        """The epoch and position by which the server names the step."""
         return self.epoch, self.position
 
     @property
@@ -41,11 +43,14 @@ class PendingStep:
 
     @property
     def num_bytes(self) -> int:
-        """What travels to the server."""
+        """The size of the inputs that travel to the server."""
         return self.inputs.numel() * self.dtype.itemsize
 
     def wrong(self, result: Result, tensors: Tensors, encoding: Encoding) -> str | None:
-        """What is wrong with an answer, as far as shapes and kinds tell; `encoding` is that which was asked for."""
+        """What is wrong with an answer, as far as shapes and dtypes tell; None if nothing is.
+
+        `encoding` is the one that was asked for.
+        """
         batch_size, num_tokens, hidden_size = self.inputs
         other = "something else than was asked"
         if self.logits_request is None:
@@ -55,7 +60,7 @@ class PendingStep:
             if hidden is None or hidden.shape != (batch_size, num_wanted, hidden_size) or hidden.dtype != self.dtype:
                 return other
             if (found := result.encoding_of("hidden")) not in ("raw", encoding):
-                return f"in {found}, which nobody asked for"
+                return f"in {found}, which was not asked for"
             return None
         values, ids = tensors.get("logits"), tensors.get("ids")
         if not self.num_logits:

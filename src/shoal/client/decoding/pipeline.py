@@ -1,7 +1,15 @@
-"""Servers in a row that compute a span for a session: how they are opened, asked, and listened to.
+"""The servers of a route in a row, and what each of them is asked for next.
 
-Every server is asked for whatever of its inputs it has not been asked for yet: by the server before it where that can
-push, by us where it cannot. Nothing here knows of failures; a server that takes another's place simply lacks all.
+    client ──> stage 1 ──> stage 2 ──> ... ──> stage n ──> client       a step: n + 1 trips around the ring
+                  │            │
+                  └─> client   └─> client                               outputs: the inputs of the next stage
+
+A server is asked for every token that the session has and that the server was not asked for yet: by the server before
+it where that one can push, by the client where it cannot. The outputs of a server also go to the client, off the
+critical path. There they become the history of the next stage, from which any server can rebuild that stage's cache.
+
+So the pipeline has no code for recovery. A server that takes another's place has computed nothing, and is asked for
+everything. The session chooses that server (`shoal.client.decoding.session`).
 """
 
 # B sequences, T new tokens, S all tokens, D hidden size
@@ -17,11 +25,12 @@ from itertools import pairwise
 import torch
 
 from shoal.adapters import adapter_cache_salt
+from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.decoding.push_links import PushLinks
 from shoal.client.decoding.session_inputs import SessionInputs
-from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage
+from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage, StageStatus
 from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.swarm import Swarm, named_tensors
@@ -36,20 +45,23 @@ from shoal.tensors import TensorName
 log = logging.getLogger(__name__)
 
 PREFILL_PIECE_TOKENS = 256
-"""A long prompt goes through the ring in pieces of so many tokens: the servers work on several of them at once."""
+"""A long prompt goes through the ring in pieces of this length: the servers then work on several pieces at once."""
 OPEN_TIMEOUT_SECONDS = 10.0
+"""A server that has not opened a session after this time is lost. Usually it takes a round trip."""
 
 
 class Pipeline:
-    """The shares of a session on the servers of a route, in order. What the last of them answers goes to `outputs`.
+    """The stages of a session on the servers of a route, in order.
 
-    `history` are the inputs of the first. With a `logits_request`, the last one is asked for logits if it has a head.
+    `history` has the inputs of the first stage. What the last server answers goes to `outputs`; with a
+    `logits_request` it is asked for logits instead of hidden states, if it has a head. `expected_length` says for how
+    many tokens a server needs room. `notify` is called when something came from a server.
     """
 
     def __init__(
         self,
         swarm: Swarm,
-        tokens: SessionInputs,
+        inputs: SessionInputs,
         tuning: ActiveAdapters,
         hops: Sequence[Hop],
         history: History,
@@ -61,7 +73,7 @@ class Pipeline:
         self.outputs = outputs
         self.logits_request: LogitsRequest | None = None
         self._swarm = swarm
-        self._tokens = tokens
+        self._inputs = inputs
         self._tuning = tuning
         self._expected_length = expected_length
         self.notify = notify
@@ -69,21 +81,23 @@ class Pipeline:
         self.stages = self.stages_on(hops, history)
 
     def stages_on(self, hops: Sequence[Hop], history: History) -> list[Stage]:
-        """Shares on other servers. The first has this history; those of the others follow from it."""
+        """New stages on these hops. The first has this history; the histories of the others follow from it."""
         histories = (history, *(History(self._swarm.store) for _ in hops[1:]))
         return [Stage(hop, each, self.notify) for hop, each in zip(hops, histories, strict=True)]
 
     def replace(self, stage: Stage, others: Sequence[Stage]) -> None:
-        """These take the place of a share."""
+        """These stages take the place of one, and report to this pipeline."""
         index = self.stages.index(stage)
+        for other in others:
+            other.notify = self.notify
         self.stages[index : index + 1] = others
 
     async def merge(self) -> None:
-        """Where one server has come to follow itself, it gets one session, which takes half of the room of two."""
+        """Where two stages in a row are on one server, make them one: one session takes half the room of two."""
         index = 0
         while index + 1 < len(self.stages):
             first, second = self.stages[index : index + 2]
-            new = next((stage for stage in (second, first) if not stage.is_open), None)
+            new = next((stage for stage in (second, first) if stage.needs_opening), None)
             span = Span(first.hop.span.start, second.hop.span.end)
             if new is None or first.peer != second.peer or span not in new.hop.server.span:
                 index += 1
@@ -94,105 +108,108 @@ class Pipeline:
 
     @property
     def is_open(self) -> bool:
+        """Whether every server can be asked."""
         return all(stage.is_open for stage in self.stages)
 
     def sink(self, index: int) -> Sink:
-        """Where the outputs of a server go."""
+        """Where the outputs of the stage at `index` go."""
         return self.outputs if index == len(self.stages) - 1 else self.stages[index + 1]
 
     # -- listening ----------------------------------------------------------------------------------------------------
 
     def settle(self) -> bool:
-        """Take in what has come. Returns whether that was anything."""
+        """Look at the answers that have come; returns whether any was right."""
         has_progress = False
         for index, stage in enumerate(self.stages):
-            if stage.settle(self.sink(index), self.outputs, wire=self._swarm.config.wire, mask=self._tokens.mask):
+            if stage.settle(self.sink(index), self.outputs, wire=self._swarm.config.wire, mask=self._inputs.mask):
                 has_progress = True
-                self._swarm.record_answer(stage.hop, stage.took)
-                stage.took.clear()
-            stage.history.settle(stage.num_computed)
+                self._swarm.record_answer(stage.hop, stage.take_timings())
+            stage.history.settle(stage.progress.num_computed)
         for index, (upstream, downstream) in enumerate(pairwise(self.stages)):
-            if (position := self._links.broken_at(upstream, downstream)) is not None:
+            if (position := self._links.break_failed(upstream, downstream)) is not None:
                 log.info("%s cannot push to %s", upstream.peer, downstream.peer)
-                self._tokens.epoch += 1  # what is pushed nevertheless comes too late
+                self._inputs.epoch.advance(EpochReason.PUSH_FAILED)  # a push that arrives nevertheless is too late
                 for later in self.stages[index + 1 :]:
                     later.unrequest_from(position)
         return has_progress
 
     def next_failure(self) -> Stage | None:
-        """A server to which something has happened, each once. What it has pushed may be wrong: that is asked anew."""
+        """A stage whose server has failed, each once. What that server pushed may be wrong, so it is asked again."""
         for index, stage in enumerate(self.stages):
-            if stage.error is not None and not stage.is_reported:
-                stage.is_reported = True
+            if stage.status is StageStatus.FAILED:
+                stage.mark_reported()
                 if later := self.stages[index + 1 :]:
-                    self._tokens.epoch += 1
+                    self._inputs.epoch.advance(EpochReason.SERVER_FAILED)
                 for each in later:
-                    each.forget_unanswered()
+                    each.forget_pending()
                 return stage
         return None
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
     async def ask(self, limit: int, *, max_tokens: int | None = None) -> None:
-        """Ask all for what they have not been asked for and can be now, of the first `limit` tokens.
+        """Ask the servers for those of the first `limit` tokens that they were not asked for, as far as they can be.
 
-        With `max_tokens`, one step at a time, and of no more tokens than that.
+        With `max_tokens`, a server gets one step at a time, of at most that many tokens.
         """
         for index in reversed(range(len(self.stages))):
-            with contextlib.suppress(PeerError):  # found with the server that it happened to
+            with contextlib.suppress(PeerError):  # the stage keeps the error
                 await self._ask(index, limit, max_tokens)
 
     async def _ask(self, index: int, limit: int, max_tokens: int | None) -> None:
         stage = self.stages[index]
         steps_ahead = MAX_STEPS_IN_FLIGHT if max_tokens is None else 1
-        while stage.num_requested < min(stage.num_tokens, limit):
+        while stage.progress.num_requested < min(stage.num_tokens, limit):
             run = self._run(index)
-            if not run or any(len(each.requests) >= steps_ahead for each in run):
+            if not run or any(len(each.progress.pending) >= steps_ahead for each in run):
                 return
-            epoch = self._tokens.epoch
+            epoch = self._inputs.epoch.number
             for each in run:
-                await each.sync_neighbors(epoch, *self._links.neighbors_of(each))
-            if self._tokens.epoch != epoch:
-                continue  # something happened meanwhile, perhaps to another lane: these are to be told of it first
-            requests, tensors = self._requests(index, run, limit, max_tokens or MAX_STEP_TOKENS)
-            for each, request in zip(run, requests, strict=True):
-                each.expect(request)
-            await stage.ask(requests[0], tensors, hops_left=len(run) - 1, last=requests[-1])
+                if each.is_open:
+                    await each.sync(epoch, self._links.neighbors_of(each))
+            if self._inputs.epoch.number != epoch or not all(each.is_open for each in run):
+                continue  # something happened meanwhile, perhaps to a standby: begin again with what is so now
+            steps, tensors = self._steps(index, run, limit, max_tokens or MAX_STEP_TOKENS)
+            for each, step in zip(run, steps, strict=True):
+                each.expect(step)
+            await stage.send(steps[0], tensors, hops_left=len(run) - 1, last=steps[-1])
 
     def _run(self, index: int) -> list[Stage]:
-        """A server, and those after it to which its next step goes on by itself; none if it cannot be asked now."""
+        """The stage at `index` and those to which its next step is pushed on; empty if its server cannot be asked."""
         stage = self.stages[index]
-        if not stage.is_usable or not stage.is_in(self._tokens.epoch):
+        if not self._can_ask(stage):
             return []
-        run, position = [stage], stage.num_requested
+        run, position = [stage], stage.progress.num_requested
         for upstream, downstream in pairwise(self.stages[index:]):
-            in_step = downstream.num_requested == position and downstream.num_tokens <= position
-            usable = downstream.is_usable and downstream.is_in(self._tokens.epoch)
-            if not (in_step and usable and self._links.pushes(upstream, downstream)):
+            lacks_step = downstream.progress.num_requested == position and downstream.num_tokens <= position
+            if not (lacks_step and self._can_ask(downstream) and self._links.pushes(upstream, downstream)):
                 break
             run.append(downstream)
         return run
 
-    def _requests(
+    def _can_ask(self, stage: Stage) -> bool:
+        return stage.is_open and stage.progress.accepts(self._inputs.epoch.number)
+
+    def _steps(
         self, index: int, run: Sequence[Stage], limit: int, max_tokens: int
     ) -> tuple[list[PendingStep], dict[TensorName, torch.Tensor]]:
-        """The next step for these servers, and the tensors for the first of them."""
-        stage, start = run[0], run[0].num_requested
-        batch_size = self._tokens.like.shape[0]
+        """The next step of each server of a run that begins at `index`, and the tensors for the first of them."""
+        stage, start = run[0], run[0].progress.num_requested
+        batch_size = self._inputs.like.shape[0]
         if len(run) > 1:
             max_tokens = min(max_tokens, PREFILL_PIECE_TOKENS)
         end = min(start + max(1, max_tokens // batch_size), stage.num_tokens, limit)
         inputs_BTD = stage.history.between(start, end)
-        requests: list[PendingStep] = []
+        steps: list[PendingStep] = []
         for offset, each in enumerate(run):
             logits_request = self._logits_request_for(index + offset)
             known = self.sink(index + offset).num_tokens if logits_request is None else 0
             num_logits = 0
             if logits_request is not None:
-                num_logits = logits_request.within(end, start=start, num_tokens=self._tokens.num_tokens)
-            requests.append(
+                num_logits = logits_request.within(end, start=start, num_tokens=self._inputs.num_tokens)
+            steps.append(
                 PendingStep(
-                    epoch=self._tokens.epoch,
+                    epoch=self._inputs.epoch.number,
                     position=start,
                     inputs=inputs_BTD.shape,
                     dtype=inputs_BTD.dtype,
@@ -203,22 +220,22 @@ class Pipeline:
                     pushed=offset > 0,
                 )
             )
-        return requests, named_tensors(inputs_BTD, self._tokens.positions(start, end), self._tokens.mask(start, end))
+        return steps, named_tensors(inputs_BTD, self._inputs.positions(start, end), self._inputs.mask(start, end))
 
     def _logits_request_for(self, index: int) -> LogitsRequest | None:
-        """What is to be asked instead of outputs."""
+        """The logits that the stage at `index` is asked for instead of hidden states, if any."""
         return self.logits_request if index == len(self.stages) - 1 and self.stages[index].hop.server.head else None
 
     # -- opening ------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Have a session open on every server, as far as none of them fails."""
-        new = [stage for stage in self.stages if not stage.is_open]
+        """Open the session on every server that has not opened it. Stops if a server fails; its stage has the error."""
+        new = [stage for stage in self.stages if stage.needs_opening]
         await asyncio.gather(*(self._connect(stage) for stage in new))
-        if any(stage.error is not None for stage in self.stages):
+        if any(stage.has_failed for stage in self.stages):
             return
         self._links.link(self.stages)
-        # What one server knows already may be what the next knows, so that is waited for.
+        # The outputs that one server has in its cache may be inputs that the next one has, so they are waited for.
         for stage in new:
             if await self._send_open(stage):
                 await self._await_opened(stage)
@@ -226,7 +243,7 @@ class Pipeline:
             await self._await_opened(stage)
 
     async def _connect(self, stage: Stage) -> None:
-        await stage.disconnect()  # if it was interrupted while it was being opened
+        await stage.disconnect()  # an earlier attempt may have been interrupted
         try:
             connection = await self._swarm.connect(stage.hop.server)
             try:
@@ -237,16 +254,16 @@ class Pipeline:
                 raise
             stage.adopt(connection)
         except PeerError as error:
-            stage.error = error
+            stage.fail(error)
 
     async def _send_open(self, stage: Stage) -> bool:
-        """Ask for a session; returns whether the server may know its beginning."""
+        """Ask the server to open the session; returns whether it may have the first tokens in its cache."""
         index = self.stages.index(stage)
         if index == len(self.stages) - 1:
             self.outputs.logits.clear()
         upstream, downstream = self._links.neighbors_of(stage)
         digests = self._digests(index) if stage.num_tokens else None
-        like = self._tokens.like
+        like = self._inputs.like
         request = Open(
             model=self._swarm.model.key,
             fingerprint=self._swarm.fingerprint,
@@ -257,25 +274,25 @@ class Pipeline:
             max_length=self._expected_length(),
             salt=self._swarm.config.salt,
             skip=self.sink(index).num_tokens,
-            epoch=self._tokens.epoch,
+            epoch=self._inputs.epoch.number,
             upstream=upstream,
             downstream=downstream,
         )
-        with contextlib.suppress(PeerError):  # found with the server
+        with contextlib.suppress(PeerError):  # the stage keeps the error
             await stage.open(request, digests)
         return digests is not None
 
     async def _await_opened(self, stage: Stage) -> None:
-        """Wait until a session is open, or cannot be; one that lacks its adapters is to be connected anew."""
+        """Wait until the server has opened the session or has failed. One that lacks adapters is left closed."""
         if stage.connection is None:
             return
         sink, wire = self.sink(self.stages.index(stage)), self._swarm.config.wire
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_SECONDS):
-                while (
-                    stage.error is None
-                    and stage.not_cached is None
-                    and not stage.opened(sink, like=self._tokens.like, wire=wire)
+                while not (
+                    stage.has_failed
+                    or stage.not_cached is not None
+                    or stage.settle_opening(sink, like=self._inputs.like, wire=wire)
                 ):
                     await stage.has_news.wait()
                     stage.has_news.clear()
@@ -283,17 +300,20 @@ class Pipeline:
             stage.connection.fail(stage.connection.lost("does not open a session"))
         if (not_cached := stage.not_cached) is not None:
             self._swarm.adapter_sync.forget(stage.peer, self._tuning.in_span(stage.hop.span), not_cached.adapters)
-            await stage.reset()  # it is opened again, and taught before
+            await stage.reset()  # the next attempt uploads the adapters first
 
     def _digests(self, index: int) -> torch.Tensor | None:
-        """The names [B, pages, 16] of the inputs with which sequences begin. Padded ones have none."""
+        """The names [B, pages, 16] of the pages with which the inputs of a stage begin; None if there are none.
+
+        A server that has pages of these names in its cache need not compute them. Padded sequences have no names.
+        """
         inputs_BSD, logits_request = self.stages[index].history.since(0), self._logits_request_for(index)
-        if logits_request is not None:  # of tokens that need no computing, a server knows no logits
+        if logits_request is not None:  # a server keeps no logits, so it has to compute these tokens
             inputs_BSD = inputs_BSD[:, : -logits_request.num_tokens]
         batch_size, num_tokens, _ = inputs_BSD.shape
-        if num_tokens < PAGE_TOKENS or self._tokens.are_padded:
+        if num_tokens < PAGE_TOKENS or self._inputs.are_padded:
             return None
-        positions_BS = self._tokens.positions(0, num_tokens)
+        positions_BS = self._inputs.positions(0, num_tokens)
         if positions_BS is None:
             positions_BS = torch.arange(num_tokens).expand(batch_size, -1)
         span = self.stages[index].hop.span
@@ -306,13 +326,13 @@ class Pipeline:
         return digests.view(batch_size, -1, DIGEST_BYTES)
 
     async def disconnect(self) -> None:
-        """Let the servers forget it."""
+        """Let the servers forget the session."""
         for stage in self.stages:
             await stage.disconnect()
 
 
 def _usual_seconds(hop: Hop, num_tokens: int) -> float:
-    """What a server says that it takes for so many tokens, without waiting for others."""
+    """How many seconds a server takes for a step of `num_tokens` tokens, as it announces, if nothing else runs."""
     server = hop.server
     speed = server.decode_speed if num_tokens == 1 else server.prefill_speed
     return num_tokens * len(hop.span) / len(server.span) / max(speed or 0.0, SLOWEST)

@@ -1,4 +1,4 @@
-"""Which servers of a session push their outputs straight to the next, and which pairs cannot."""
+"""Which servers of a session push their outputs to the next server, and which pairs of servers cannot."""
 
 from __future__ import annotations
 
@@ -6,27 +6,33 @@ import secrets
 from collections.abc import Sequence
 from itertools import pairwise
 
-from shoal.client.decoding.stage import Stage
+from shoal.client.decoding.stage import Neighbors, Stage, StageStatus
 from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.protocol import Downstream, Upstream
 from shoal.tensors import Encoding
 
 UNPUSHED_PONGS = 6
-"""So many answers in a row without a step say that it was not pushed. Each takes a round trip and a pause: two servers
-that have not met need about as many round trips to get to know each other."""
+"""A server that says this often in a row that it is idle was not pushed its step.
+
+A pong takes a round trip and a pause. Two servers that have not met need about as many round trips to connect.
+"""
 
 
 class PushLinks:
-    """Each server's place between two others, and the links by which they know each other."""
+    """Who are the neighbors of each server in the ring, and by which link the servers of a pair recognize each other.
+
+    A link is a random name of 32 hex digits. `broken` has the pairs that could not push lately, in any session; `wire`
+    is the encoding of what is pushed, which both servers have to know.
+    """
 
     def __init__(self, broken: BrokenPairs, *, wire: Encoding) -> None:
         self._broken = broken
         self._wire: Encoding = wire
         self._links: dict[tuple[Stage, Stage], str] = {}
-        self._neighbors: dict[Stage, tuple[Upstream | None, Downstream | None]] = {}
+        self._neighbors: dict[Stage, Neighbors] = {}
 
     def link(self, stages: Sequence[Stage]) -> None:
-        """These servers, in this order. Pairs that stay as they are keep their link."""
+        """Connect these servers in this order. Pairs that stay as they are keep their link."""
         pairs = [
             (upstream, downstream) for upstream, downstream in pairwise(stages) if self._can_push(upstream, downstream)
         ]
@@ -45,27 +51,25 @@ class PushLinks:
         knows_wire = all(self._wire in ("raw", *stage.hop.server.encodings) for stage in (upstream, downstream))
         return knows_wire and upstream.peer != downstream.peer and peers not in self._broken
 
-    def neighbors_of(self, stage: Stage) -> tuple[Upstream | None, Downstream | None]:
-        """Between whom a server is."""
+    def neighbors_of(self, stage: Stage) -> Neighbors:
+        """The servers from which and to which a server pushes."""
         return self._neighbors.get(stage, (None, None))
 
     def pushes(self, upstream: Stage, downstream: Stage) -> bool:
-        """Whether a server's outputs go straight to the next."""
+        """Whether the first server pushes its outputs to the second."""
         return (upstream, downstream) in self._links
 
-    def broken_at(self, upstream: Stage, downstream: Stage) -> int | None:
-        """The position of a step that has not got from one server to the next as it should; None if all went well.
+    def break_failed(self, upstream: Stage, downstream: Stage) -> int | None:
+        """The position of a step that did not get from one server to the next as it should; None if there is none.
 
-        From then on, they are no pair any more.
+        The two are no pair from then on.
         """
-        unreached, upstream.unreached = upstream.unreached, None
-        is_misled, downstream.is_misled = downstream.is_misled, False
-        pushed = [request for request in downstream.requests if request.pushed]
-        if unreached is not None and any(each.key == (unreached.epoch, unreached.position) for each in pushed):
+        unreached = upstream.take_unreached()
+        pending = downstream.progress.pending
+        pushed = [step for step in pending if step.pushed]
+        if unreached is not None and any(step.key == (unreached.epoch, unreached.position) for step in pushed):
             position = unreached.position
-        elif (
-            pushed and pushed[0] is downstream.requests[0] and (is_misled or _lacks(downstream, upstream.num_computed))
-        ):
+        elif pushed and pushed[0] is pending[0] and (_is_misled(downstream) or _lacks_push(upstream, downstream)):
             position = pushed[0].position
         else:
             return None
@@ -76,8 +80,12 @@ class PushLinks:
         return position
 
 
-def _lacks(stage: Stage, num_pushed: int) -> bool:
-    """Whether a server lacks what the one before it has computed, and was to push to it."""
-    if num_pushed < stage.requests[0].end:
-        stage.num_idle_pongs = 0  # it cannot have it yet
-    return stage.num_idle_pongs >= UNPUSHED_PONGS
+def _is_misled(stage: Stage) -> bool:
+    return stage.status is StageStatus.MISLED
+
+
+def _lacks_push(upstream: Stage, downstream: Stage) -> bool:
+    """Whether `downstream` lacks its oldest step although `upstream`, which has to push it, has computed it."""
+    if upstream.progress.num_computed < downstream.progress.pending[0].end:
+        downstream.forget_idle_pongs()
+    return downstream.progress.num_idle_pongs >= UNPUSHED_PONGS

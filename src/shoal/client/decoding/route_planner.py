@@ -1,4 +1,4 @@
-"""What a session asks of servers, and which it could be on: for all of its blocks, or in the place of one of them."""
+"""Which servers a session could use: for all of its blocks, or in the place of one server."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from shoal.policy.routing.route import Needs, Route
 from shoal.spans import Span
 
 OPEN_ENDED_STEPS = 128
-"""So many more steps are expected of a session that has got as long as anybody has said that it would."""
+"""The steps that are expected of a session which has reached its announced length and may grow on."""
 
 
 class RoutePlanner:
-    """Finds routes for what a session holds, and for what it is still going to hold."""
+    """Finds routes for the tokens that a session has, and for those that it is expected to get.
+
+    `announced_length` is the number of tokens that the caller expects, `max_length` the most that it allows.
+    """
 
     def __init__(
         self,
         swarm: Swarm,
-        tokens: SessionInputs,
+        inputs: SessionInputs,
         tuning: ActiveAdapters,
         *,
         batch_size: int,
@@ -36,44 +39,44 @@ class RoutePlanner:
         self.announced_length = announced_length
         self._max_length = max_length
         self._swarm = swarm
-        self._tokens = tokens
+        self._inputs = inputs
         self._tuning = tuning
 
     @property
     def expected_length(self) -> int:
-        """How many tokens a server has to have room for: as many as the caller has said, and at least those of now."""
-        return max(self.announced_length, self._tokens.num_tokens)
+        """For how many tokens a server needs room: those that the caller expects, and at least the present ones."""
+        return max(self.announced_length, self._inputs.num_tokens)
 
     @property
     def num_steps_left(self) -> int:
         """How many more steps are expected; 0 for a session that may not grow."""
-        num_tokens = self._tokens.num_tokens
+        num_tokens = self._inputs.num_tokens
         expected = self.announced_length - num_tokens
         return expected if expected > 0 else min(OPEN_ENDED_STEPS, self._max_length - num_tokens)
 
     async def whole_route(self, span: Span, excluded: Set[Holding]) -> Route:
-        """Servers for a whole ring. Raises as `Swarm.route` does."""
+        """A route through all blocks of `span`. Raises as `Swarm.route` does."""
         return await self._swarm.route(span, excluded, needs=self._needs(span))
 
     async def replacement(self, stage: Stage, pipeline: Pipeline, excluded: Set[Holding]) -> Route:
-        """Servers for the blocks of one that stands between others. Raises as `Swarm.route` does."""
-        span, (upstream, downstream) = stage.hop.span, _neighbours(stage, pipeline)
+        """A route through the blocks of one stage, between its neighbors. Raises as `Swarm.route` does."""
+        span, (upstream, downstream) = stage.hop.span, _neighbors(stage, pipeline)
         return await self._swarm.route(
             span, excluded, needs=self._needs(span), upstream=upstream, downstream=downstream
         )
 
     def price(self, stage: Stage, pipeline: Pipeline) -> Route:
-        """What a step costs on a server that stands between others."""
-        upstream, downstream = _neighbours(stage, pipeline)
+        """The present hop of a stage as a route, with what a step costs on it."""
+        upstream, downstream = _neighbors(stage, pipeline)
         return self._swarm.price(
             (stage.hop,), needs=self._needs(stage.hop.span), upstream=upstream, downstream=downstream
         )
 
     def pipeline(self, route: Route, history: History, notify: Callable[[], None]) -> Pipeline:
-        """The servers of a route, on which nothing is open yet; `history` are the inputs of the first."""
+        """A pipeline over a route, on which nothing is open yet; `history` has the inputs of the first server."""
         return Pipeline(
             self._swarm,
-            self._tokens,
+            self._inputs,
             self._tuning,
             route.hops,
             history,
@@ -83,19 +86,19 @@ class RoutePlanner:
         )
 
     def _needs(self, span: Span) -> Needs:
-        num_tokens = self._tokens.num_tokens
+        num_tokens = self._inputs.num_tokens
         return Needs(
             step_tokens=self.batch_size,
             prompt_tokens=self.batch_size * num_tokens,
             num_steps=max(1, self.num_steps_left),
             needed_tokens=self.batch_size * self.expected_length,
             head=self._swarm.config.remote_head and span.end == self._swarm.model.num_blocks,
-            dtype=str(self._tokens.like.dtype).removeprefix("torch.") if num_tokens else None,
+            dtype=str(self._inputs.like.dtype).removeprefix("torch.") if num_tokens else None,
         )
 
 
-def _neighbours(stage: Stage, pipeline: Pipeline) -> tuple[ServerInfo | None, ServerInfo | None]:
-    """The servers before and after one in the ring; None where that is the client."""
+def _neighbors(stage: Stage, pipeline: Pipeline) -> tuple[ServerInfo | None, ServerInfo | None]:
+    """The servers before and after a stage in the ring; None where that is the client."""
     index = pipeline.stages.index(stage)
     upstream = pipeline.stages[index - 1].hop.server if index else None
     downstream = pipeline.stages[index + 1].hop.server if index + 1 < len(pipeline.stages) else None

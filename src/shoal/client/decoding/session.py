@@ -1,9 +1,25 @@
-"""A generation in progress: what the servers cache, and what the client keeps so that any of them can be replaced.
+"""A generation in progress, on servers any of which may vanish at any moment.
 
-A step goes around a ring: to the first server, from each straight to the next, and from the last one back. Each also
-sends its outputs to us, off the critical path: they are the inputs of the next, from which that could be rebuilt
-anywhere. So there is nothing special about a failure: a replacement lacks everything, and is asked for that as any
-server is asked for what it lacks (`shoal.client.decoding.pipeline`).
+The rule that everything follows from: **the client's copy of the inputs is the truth.** The session keeps the inputs of
+every server of its route (`shoal.client.history`). A server's cache can be rebuilt from them anywhere, so a server that
+is lost is replaced by one that has computed nothing, and that one is asked for everything, just as a server in a long
+prefill is. There is no other recovery.
+
+`Session._run_until` is the one loop that does this. It repeats three things until a condition holds: replace the
+servers that have failed, open the session on new ones, and exchange steps and answers. A step, a crop that has to wait
+for inputs, and the repair of an idle session differ only in the condition.
+
+What belongs to a session:
+
+    Session           what the caller asks for, in order; owns the pipeline and the task of the standby manager
+    ├─ SessionInputs  the tokens: inputs of the first block, positions, padding, and the epoch
+    ├─ RoutePlanner   which servers could be used
+    ├─ Pipeline       which server is asked for what
+    │  └─ Stage       the talk with one server; its StageProgress says how far that server has come
+    └─ StandbyManager what is done between two steps
+
+A step is named by its epoch and position. Steps that are still on their way can become wrong: tokens are forgotten,
+beams are rearranged, or a server that fails may have pushed something wrong. Then the session begins a new epoch.
 """
 
 # B sequences, T new tokens, D hidden size
@@ -17,12 +33,14 @@ from typing import Any
 
 import torch
 
+from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import NoOutputs, Outputs
 from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
 from shoal.client.decoding.standby import StandbyManager
+from shoal.client.decoding.state import SessionState, states_of
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.connection import CannotRewind
 from shoal.client.swarm.swarm import Holding, Swarm
@@ -33,13 +51,14 @@ from shoal.policy.routing.route import Hop
 from shoal.spans import Span
 
 Change = int | tuple[int, ...]
-"""What is to be done before the next step: forget everything after so many tokens, or rearrange the batch."""
+"""What is due before the next step: to forget all tokens after the first n, or to rearrange the rows of the batch."""
 
 
 class Session:
-    """The decoding state of a batch of sequences across a route. Runs on the client's event loop.
+    """The decoding of a batch of sequences through the blocks of `span`. Runs on the client's event loop.
 
-    It may get `max_length` tokens long. Servers are chosen that have room for `expected_length`, by default the same.
+    It has at most `max_length` tokens. Servers are chosen that have room for `expected_length` tokens, by default for
+    `max_length`.
     """
 
     def __init__(
@@ -54,10 +73,10 @@ class Session:
     ) -> None:
         self.span = span
         self._swarm = swarm
-        self._tokens = SessionInputs(swarm.store)
+        self._inputs = SessionInputs(swarm.store)
         self._planner = RoutePlanner(
             swarm,
-            self._tokens,
+            self._inputs,
             tuning or ActiveAdapters(),
             batch_size=batch_size,
             max_length=max_length,
@@ -66,8 +85,10 @@ class Session:
         self._changes: list[Change] = []
         self._news = asyncio.Event()
         self._busy = asyncio.Lock()
-        self._step: asyncio.Task[Any] | None = None  # the one that runs
-        self._standby: StandbyManager | None = None  # from the first step on
+        self._step: asyncio.Task[Any] | None = None  # the task that runs a step now
+        self._pipeline: Pipeline | None = None  # from the first step on
+        self._standby = StandbyManager(swarm, self._inputs, self._planner, self._busy)
+        self._maintenance: asyncio.Task[None] | None = None  # as long as there is a pipeline
         self._closed = False
 
     @property
@@ -79,35 +100,43 @@ class Session:
         self._planner.batch_size = batch_size
 
     def expect(self, num_tokens: int) -> None:
-        """It will perhaps get so long: servers that are chosen from now on need room for that."""
+        """Servers that are chosen from now on need room for this many tokens."""
         self._planner.announced_length = max(self._planner.announced_length, num_tokens)
 
     @property
     def was_opened(self) -> bool:
-        """Whether any server knows of it."""
-        return self._standby is not None or self._step is not None
+        """Whether any server may know of the session."""
+        return self._pipeline is not None or self._step is not None
 
     @property
     def _pipelines(self) -> list[Pipeline]:
-        """The one on which steps run, and those of the spare servers."""
-        return [] if self._standby is None else [self._standby.pipeline, *self._standby.standbys.values()]
+        """The one on which steps run, and those of the standbys."""
+        return [] if self._pipeline is None else [self._pipeline, *self._standby.standbys.values()]
 
     @property
     def _stages(self) -> list[Stage]:
-        return self._pipelines[0].stages if self._pipelines else []
+        return [] if self._pipeline is None else self._pipeline.stages
 
     @property
     def hops(self) -> tuple[Hop, ...]:
-        """Where it runs at present."""
+        """The servers that the session runs on at present, in the order of their blocks."""
         return tuple(stage.hop for stage in self._stages)
 
     @property
     def standbys(self) -> tuple[Hop, ...]:
         """The servers that are kept warm to take another's place."""
-        return tuple(stage.hop for pipeline in self._pipelines[1:] for stage in pipeline.stages if pipeline.is_open)
+        return tuple(
+            stage.hop for pipeline in self._standby.standbys.values() for stage in pipeline.stages if pipeline.is_open
+        )
+
+    @property
+    def state(self) -> SessionState:
+        """What the session looks like at this moment."""
+        standbys = [stage for pipeline in self._standby.standbys.values() for stage in pipeline.stages]
+        return SessionState(self._inputs.epoch.number, states_of(self._stages), states_of(standbys))
 
     def crop(self, num_tokens: int) -> None:
-        """Forget everything after the first `num_tokens` tokens."""
+        """Forget all tokens after the first `num_tokens`, before the next step."""
         self._changes.append(num_tokens)
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -125,164 +154,170 @@ class Session:
     ) -> torch.Tensor | Logits:
         """Append the inputs of the tokens from `position` on; returns the span's outputs for them, [B, T, D].
 
-        With a `logits_request` to the output head, its answer instead, if the last server has a head. If it fails or is
-        cancelled, the session is as if it had never been called.
+        `positions_BT` are the position ids, None if the tokens are simply counted; `mask_BS` is 0 where a token is
+        padding. With a `logits_request` it returns logits instead, if the last server has an output head. A step that
+        fails or is cancelled leaves the session as it was before. Raises `UserError` when the session is closed, and
+        `SwarmError`s as `Swarm.with_failover` does.
         """
         async with self._busy:
             if self._closed:
                 raise UserError("this session is closed")
             self._step = asyncio.current_task()
             try:
-                self._changes.append(position)  # what an interrupted step may have left
+                self._changes.append(position)  # an interrupted step may have left tokens
                 await self._make_changes()
-                self._tokens.append(as_received(hidden_BTD, self._swarm.config.wire), positions_BT, mask_BS)
+                self._inputs.append(as_received(hidden_BTD, self._swarm.config.wire), positions_BT, mask_BS)
                 outputs = Outputs(position)
                 await self._run_until(self._is_answered, outputs, logits_request)
                 return outputs.joined()
             finally:
                 self._step = None
-                if self._standby is not None:
+                if self._pipeline is not None:
                     self._standby.wake()
 
     # -- going back, and rearranging ----------------------------------------------------------------------------------
 
     async def _make_changes(self) -> None:
-        """Do what was asked for since the last step, once the inputs of all servers are known up to there."""
+        """Make the changes that were asked for since the last step, once all inputs are known up to there."""
         while self._changes:
             change = self._changes[0]
             if isinstance(change, tuple):
                 await self._run_until(self._is_settled)
-                self._tokens.select_rows(change)
+                self._inputs.select_rows(change)
                 others = dict.fromkeys(stage.history for stage in self._all_stages())
-                others.pop(self._tokens.inputs, None)
-                for history in others:  # each once: that of a spare server is that of the one that it may replace
+                others.pop(self._inputs.hidden, None)
+                for history in others:  # each once: a standby has the history of the stage that it may replace
                     history.select_rows(change)
                 for stage in self._all_stages():
                     stage.select_rows(change)
-                self._tokens.epoch += 1
+                self._inputs.epoch.advance(EpochReason.REARRANGED)
             elif self._reaches_beyond(change):
-                self._tokens.crop(change)
+                self._inputs.crop(change)
                 await self._run_until(self._is_settled)
                 for stage in self._all_stages():
                     stage.crop(change)
-                self._tokens.epoch += 1
+                self._inputs.epoch.advance(EpochReason.CROPPED)
             self._changes.pop(0)
 
     def _all_stages(self) -> list[Stage]:
-        """Those of the spare servers too."""
+        """The stages of the pipeline and of the standbys."""
         return [stage for pipeline in self._pipelines for stage in pipeline.stages]
 
     def _reaches_beyond(self, num_tokens: int) -> bool:
-        """Whether anything is known or asked beyond so many tokens."""
-        ends = (max(stage.num_tokens, stage.num_requested) for stage in self._all_stages())
-        return max((self._tokens.num_tokens, *ends)) > num_tokens
+        """Whether any token after the first `num_tokens` is known, or was asked for."""
+        ends = (max(stage.num_tokens, stage.progress.num_requested) for stage in self._all_stages())
+        return max((self._inputs.num_tokens, *ends)) > num_tokens
 
     def _is_settled(self) -> bool:
-        """Whether all inputs are known that any server was given: then nothing depends on what is on its way."""
-        return all(stage.num_tokens >= self._tokens.num_tokens for stage in self._stages)
+        """Whether the client knows the inputs of every server: then it needs no answer that is on its way."""
+        return all(stage.num_tokens >= self._inputs.num_tokens for stage in self._stages)
 
     def _is_answered(self) -> bool:
-        """Whether the outputs, or the answer to the question, are here."""
-        return bool(self._stages) and self._stages[-1].num_computed >= self._tokens.num_tokens
+        """Whether the outputs, or the logits, of all tokens are here."""
+        return bool(self._stages) and self._stages[-1].progress.num_computed >= self._inputs.num_tokens
 
     def _is_caught_up(self) -> bool:
-        """Whether every server is there, and has computed all that there is."""
-        num_tokens = self._tokens.num_tokens
-        return all(stage.is_open and stage.error is None and stage.num_computed >= num_tokens for stage in self._stages)
+        """Whether every server is there and has computed all tokens."""
+        num_tokens = self._inputs.num_tokens
+        return all(stage.is_open and stage.progress.num_computed >= num_tokens for stage in self._stages)
 
     # -- the one procedure --------------------------------------------------------------------------------------------
 
     async def _run_until(
         self, is_done: Callable[[], bool], outputs: Outputs | None = None, logits_request: LogitsRequest | None = None
     ) -> None:
-        """Let the servers compute what they have not, until this is so, replacing those that fail."""
+        """Let the servers compute what they have not computed until `is_done`, and replace those that fail.
+
+        Raises as `Swarm.with_failover` does.
+        """
         outputs = outputs or NoOutputs()
 
         async def act(excluded: Set[Holding]) -> None:
             while not is_done():
-                if self._standby is None:
-                    route = await self._planner.whole_route(self.span, excluded)
-                    self._standby = self._maintain(self._planner.pipeline(route, self._tokens.inputs, self._on_news))
-                pipeline = self._standby.pipeline
+                pipeline = self._pipeline or await self._begin(excluded)
                 pipeline.outputs, pipeline.logits_request = outputs, logits_request
-                await self._check(pipeline)
-                await self._repair_pipeline(self._standby, excluded)
+                await self._raise_failures(pipeline)
+                await self._repair(pipeline, excluded)
                 await self._exchange(pipeline, is_done)
 
         if not is_done():
             await self._swarm.with_failover(self.span, act)
 
+    async def _begin(self, excluded: Set[Holding]) -> Pipeline:
+        """Choose the first route, and look after its servers until the session is closed."""
+        route = await self._planner.whole_route(self.span, excluded)
+        self._pipeline = self._planner.pipeline(route, self._inputs.hidden, self._on_news)
+        repair = partial(self._run_until, self._is_caught_up)
+        self._maintenance = asyncio.create_task(self._standby.run(self._pipeline, repair))
+        return self._pipeline
+
     async def _exchange(self, pipeline: Pipeline, is_done: Callable[[], bool]) -> None:
-        """Ask, and look at what comes. Returns when it is done, or a session has to be opened again."""
+        """Ask the servers and look at their answers until `is_done`, or until a server has to open the session again.
+
+        Raises the error of a server that fails.
+        """
         clock, limit = asyncio.get_running_loop().time, self._swarm.config.longest_answer_seconds
         heard_at = clock()
         while True:
             self._news.clear()
             if pipeline.settle():
                 heard_at = clock()
-            await self._check(pipeline)
+            await self._raise_failures(pipeline)
             if is_done() or not pipeline.is_open:
                 return
-            await pipeline.ask(self._tokens.num_tokens)
-            await self._check(pipeline)
+            await pipeline.ask(self._inputs.num_tokens)
+            await self._raise_failures(pipeline)
             try:
                 async with asyncio.timeout_at(heard_at + limit):
                     await self._news.wait()
             except TimeoutError:
-                silent = next((stage for stage in pipeline.stages if stage.requests), pipeline.stages[-1])
+                silent = next((stage for stage in pipeline.stages if stage.progress.pending), pipeline.stages[-1])
                 assert silent.connection is not None
                 silent.connection.fail(silent.connection.lost(f"no answer within {limit:g} s"))
 
-    async def _check(self, pipeline: Pipeline) -> None:
-        """Raise what has befallen a server, once."""
+    async def _raise_failures(self, pipeline: Pipeline) -> None:
+        """Raise the error of a server that has failed, once. One that only lost its cache is left closed instead."""
         while (stage := pipeline.next_failure()) is not None:
             error = stage.error
             assert error is not None
             if isinstance(error, CannotRewind):
-                if not stage.is_rewound:
+                if not stage.progress.is_rewound:
                     raise ServerLost(f"{error.peer} cannot go on with what it was just sent", peer=error.peer)
                 await stage.reset()
                 continue
             if isinstance(error, ServerBusy):
-                # Whoever waits for room holds none: two who wait for each other's would wait for ever.
+                # A session that waits for room holds none. Two that wait for each other's would wait for ever.
                 for each in self._pipelines:
                     await each.disconnect()
             raise error
 
-    async def _repair_pipeline(self, standby_manager: StandbyManager, excluded: Set[Holding]) -> None:
-        """Have a session open on a server for every block."""
-        pipeline = standby_manager.pipeline
-        for stage in [each for each in pipeline.stages if each.error is not None]:
-            if not standby_manager.promote(stage):
+    async def _repair(self, pipeline: Pipeline, excluded: Set[Holding]) -> None:
+        """Replace the servers that have failed, and open the session on every new one."""
+        for stage in [each for each in pipeline.stages if each.has_failed]:
+            if not self._standby.promote(stage, pipeline):
                 route = await self._planner.replacement(stage, pipeline, excluded)
                 pipeline.replace(stage, pipeline.stages_on(route.hops, stage.history))
             await stage.disconnect(goodbye=False)
         await pipeline.merge()
         await pipeline.open()
-        await self._check(pipeline)
+        await self._raise_failures(pipeline)
 
-    # -- meanwhile ----------------------------------------------------------------------------------------------------
-
-    def _maintain(self, pipeline: Pipeline) -> StandbyManager:
-        """Look after these servers until the session is closed."""
-        repair_pipeline = partial(self._run_until, self._is_caught_up)
-        return StandbyManager(
-            self._swarm, self._tokens, self._planner, pipeline, busy=self._busy, repair_pipeline=repair_pipeline
-        )
+    # -- between two steps --------------------------------------------------------------------------------------------
 
     def _on_news(self) -> None:
-        """Something came from a server."""
+        """Something came from a server of the pipeline."""
         self._news.set()
-        if self._standby is not None and any(stage.is_leaving or stage.error is not None for stage in self._stages):
+        if any(stage.is_leaving or stage.has_failed for stage in self._stages):
             self._standby.wake()
 
     async def close(self) -> None:
-        """Let the servers forget it. May be called twice."""
+        """End the step that runs, and let the servers forget the session. May be called twice."""
         self._closed = True
         if self._step is not None:
             self._step.cancel()
-        if self._standby is not None:
-            self._standby.stop()
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+            await asyncio.wait([self._maintenance])
         async with self._busy:
             for pipeline in self._pipelines:
                 await pipeline.disconnect()

@@ -1,4 +1,4 @@
-"""What all servers of a session are told of its tokens, and which version of them is meant."""
+"""The tokens of a session as all its servers are told of them: inputs, positions, padding, and the epoch."""
 
 # B sequences, T new tokens, S all tokens, D hidden size
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from shoal.client.decoding.epoch import Epoch
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
 from shoal.errors import UserError
@@ -16,33 +17,32 @@ from shoal.errors import UserError
 class SessionInputs:
     """The inputs of a session's first block, and the positions and the padding of its tokens.
 
-    The `epoch` grows whenever servers must not confuse what was with what is: when tokens are forgotten or rearranged,
-    and when a server fails that may have pushed something wrong.
+    The `epoch` says which version of them a step belongs to. `store` keeps the inputs.
     """
 
     def __init__(self, store: HistoryStore) -> None:
-        self.inputs = History(store)
-        self.epoch = 0
+        self.hidden = History(store)
+        self.epoch = Epoch()
         self._masks: History | None = None  # None while no sequence is padded
-        self._positions: History | None = None  # None while they just count
+        self._positions: History | None = None  # None while the tokens are simply counted
 
     @property
     def num_tokens(self) -> int:
-        return self.inputs.num_tokens
+        return self.hidden.num_tokens
 
     @property
     def like(self) -> torch.Tensor:
-        """Inputs [B, 1, D] of a token."""
-        return self.inputs.since(self.num_tokens - 1)
+        """Inputs [B, 1, D] of the last token, as an example of shape and dtype."""
+        return self.hidden.since(self.num_tokens - 1)
 
     @property
     def are_padded(self) -> bool:
         return self._masks is not None
 
     def append(self, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None, mask_BS: torch.Tensor | None) -> None:
-        """Add tokens. The mask is of the new ones, or of all.
+        """Add tokens. `mask_BS`, 0 where a token is padding, covers the new tokens or all tokens.
 
-        Raises `UserError` for a mask that says something else about the old ones than before: servers have them.
+        Raises `UserError` for a mask that changes the padding of old tokens: servers have computed them.
         """
         mask_BT = None
         if mask_BS is not None:
@@ -54,7 +54,7 @@ class SessionInputs:
         self._masks = _logged(
             self._masks, mask_BT, start, lambda start, end: torch.ones(end - start, dtype=torch.uint8), hidden_BTD
         )
-        self.inputs.append(hidden_BTD)
+        self.hidden.append(hidden_BTD)
 
     def _check_past(self, mask_BS: torch.Tensor) -> None:
         if not mask_BS.shape[1]:
@@ -62,28 +62,28 @@ class SessionInputs:
         known_BS = self.mask(0, self.num_tokens)
         if not (mask_BS.all() if known_BS is None else torch.equal(mask_BS, known_BS)):
             raise UserError(
-                "the attention mask says of tokens that the session has what it did not say before",
-                hint="pass the mask of all tokens, the padding that came before included",
+                "the attention mask differs from the earlier one for tokens that the session has read",
+                hint="pass the mask of all tokens, with the same padding as before",
             )
 
     def crop(self, num_tokens: int) -> None:
-        """Forget everything after so many tokens."""
-        for log in (self.inputs, self._masks, self._positions):
+        """Forget all tokens after the first `num_tokens`."""
+        for log in (self.hidden, self._masks, self._positions):
             if log is not None:
                 log.crop(num_tokens)
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """From now on, sequence i is the one that was `rows[i]`."""
-        for log in (self.inputs, self._masks, self._positions):
+        """From now on, sequence i continues the one that was `rows[i]`."""
+        for log in (self.hidden, self._masks, self._positions):
             if log is not None:
                 log.select_rows(rows)
 
     def positions(self, start: int, end: int) -> torch.Tensor | None:
-        """Those of some tokens, [B, end - start]; None if they just count."""
+        """The positions [B, end - start] of some tokens; None if they are simply counted."""
         return None if self._positions is None else self._positions.between(start, end)
 
     def mask(self, start: int, end: int) -> torch.Tensor | None:
-        """0 where one of these tokens is padding, [B, end - start]; None if none ever was."""
+        """The padding mask [B, end - start] of some tokens, 0 where one is padding; None if no token ever was."""
         return None if self._masks is None else self._masks.between(start, end)
 
 
@@ -94,7 +94,10 @@ def _logged(
     default: Callable[[int, int], torch.Tensor],
     hidden_BTD: torch.Tensor,
 ) -> History | None:
-    """A log of something that every token has, kept from the first time that it is not what it is by default."""
+    """The log with a piece for new tokens. There is none as long as every token has its `default`.
+
+    `default(start, end)` gives the values of some tokens; `position` is that of the first new token.
+    """
     if log is None and piece_BT is None:
         return None
     batch_size, num_tokens, _ = hidden_BTD.shape

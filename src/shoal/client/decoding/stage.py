@@ -1,17 +1,26 @@
-"""A session's part on one server: what that was sent, what it has answered, and what it still has to be told."""
+"""A session on one server: the client's side of the talk with that server.
 
-# B sequences, T new tokens, S all tokens, D hidden size, N tokens whose logits are wanted
+A `Stage` sends what the server has to know and to compute, and checks what the server says. How far the server has come
+is a frozen value, its `progress` (`shoal.client.decoding.progress`). The stage alone replaces it. The pipeline decides
+what to ask next.
+"""
+
+# B sequences, T new tokens, D hidden size
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import Enum, auto
 
 import torch
 
+from shoal.client.decoding.opening import Opening
 from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep
+from shoal.client.decoding.progress import StageProgress
 from shoal.client.head.logits import Logits
 from shoal.client.history.history import History
 from shoal.client.swarm.connection import Connection, finite, plausible
@@ -19,7 +28,6 @@ from shoal.errors import PeerError
 from shoal.net.wire.codec import Tensors
 from shoal.net.wire.encodings import as_received
 from shoal.policy.routing.route import Hop
-from shoal.prefix import PAGE_TOKENS
 from shoal.protocol import (
     AnyMessage,
     Downstream,
@@ -38,62 +46,105 @@ from shoal.protocol import (
 from shoal.tensors import Encoding
 
 USUAL_OPEN_SECONDS = 0.1
+"""How long a server usually takes to open a session."""
 IDLE_PONGS = 2
-"""So many answers in a row, the first of which may have crossed the step, say that the step has not come."""
+"""A server that says this often in a row that it is idle does not have the step. The first pong may have crossed it."""
 MAX_ADAPTER_UPLOADS = 3
-"""A server that forgets its adapters so often has no room for them."""
+"""A server that forgets its adapters this often has no memory for them."""
 MAX_STEPS_IN_FLIGHT = 4
-"""Steps that are under way to one server: enough to keep it busy while others come, and few enough for its memory."""
+"""Pending steps of one server: enough to keep it busy while others arrive, and few enough for its memory."""
+
+Neighbors = tuple[Upstream | None, Downstream | None]
+"""The servers before and after one in the ring; None where that is the client."""
+Mask = Callable[[int, int], torch.Tensor | None]
+"""The padding mask of the tokens between two positions; None if no token is padding."""
+
+
+class StageStatus(Enum):
+    """How a stage stands with its server. One at a time."""
+
+    CLOSED = auto()
+    """There is no connection. The server knows nothing of the session."""
+    OPENING = auto()
+    """There is a connection, and the server has not opened the session yet."""
+    OPEN = auto()
+    """The server can be asked."""
+    MISLED = auto()
+    """The server can be asked. Its oldest answer is wrong, but another server pushed that step, perhaps wrongly."""
+    FAILED = auto()
+    """The server is of no more use. `error` says why, and the session has not seen it."""
+    REPORTED = auto()
+    """The same, and the session has seen the error."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server can be asked."""
+        return self in (StageStatus.OPEN, StageStatus.MISLED)
 
 
 class Stage:
-    """A session on one server.
+    """A session on the server of a hop.
 
-    `history` is what its blocks were given. `num_requested` tokens of that the server has been asked to compute, and
-    `num_computed` of them it has answered. Decoding, a long prefill and the replay after a failure are all the bringing
-    of the second up to the first.
+    `history` has the inputs of its first block. `notify` is called when something came from the server.
     """
 
     def __init__(self, hop: Hop, history: History, notify: Callable[[], None]) -> None:
         self.hop = hop
         self.history = history
-        self.num_computed = 0
-        self.num_requested = 0
-        self.epoch: int | None = None  # that the server knows
-        self.connection: Connection | None = None
-        self.error: PeerError | None = None
-        self.is_reported = False
-        self.is_rewound = False
-        self.is_leaving = False
-        self.upstream: Upstream | None = None  # as the server knows them
-        self.downstream: Downstream | None = None
-        self.requests: deque[PendingStep] = deque()
-        self.unreached: Unreached | None = None
-        self.is_misled = False
-        self.not_cached: NotCached | None = None  # what the server has to be sent before it can open the session
-        self._num_uploads = 0
-        self._rows: tuple[int, ...] | None = None  # a rearrangement that the server has not been told
-        self._results: deque[tuple[Result, Tensors]] = deque()  # as they came, not looked at
-        self.is_open = False
-        self._opened: tuple[Opened, Tensors] | None = None
-        self._num_offered = self._num_skipped = 0  # tokens whose names were sent, and whose outputs are not wanted
-        self.num_idle_pongs = 0
-        self.took: list[tuple[int, float]] = []  # tokens of steps, and the seconds that they took, to be taken note of
-        self.has_news = asyncio.Event()
         self.notify = notify
+        self.has_news = asyncio.Event()
+        self.status = StageStatus.CLOSED
+        self.error: PeerError | None = None
+        self.connection: Connection | None = None
+        self.progress = StageProgress()
+        self.is_leaving = False
+        """Whether the session should move to another server. The server still answers."""
+        self.unreached: Unreached | None = None
+        """What the server said of a step that it could not push to the next."""
+        self._neighbors: Neighbors = None, None  # as the server knows them
+        self._opening: Opening | NotCached | None = None
+        self._num_uploads = 0
+        self._results: deque[tuple[Result, Tensors]] = deque()  # as they came, unchecked
+        self._timings: list[tuple[int, float]] = []
 
     @property
     def peer(self) -> str:
         return self.hop.server.peer
 
     @property
-    def is_usable(self) -> bool:
-        """Whether the server can be asked."""
-        return self.connection is not None and self.error is None
+    def num_tokens(self) -> int:
+        """How many of its inputs the client knows."""
+        return self.history.num_tokens
 
-    def is_in(self, epoch: int) -> bool:
-        """Whether it can be asked for steps of this epoch: nothing of another one is on its way."""
-        return self.epoch == epoch or not self.requests
+    @property
+    def is_open(self) -> bool:
+        """Whether the server can be asked."""
+        return self.status.is_open
+
+    @property
+    def needs_opening(self) -> bool:
+        """Whether the server has not opened the session, and nothing keeps it from doing so."""
+        return self.status in (StageStatus.CLOSED, StageStatus.OPENING)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the server is of no more use."""
+        return self.status in (StageStatus.FAILED, StageStatus.REPORTED)
+
+    @property
+    def num_unsettled(self) -> int:
+        """How many answers have come and were not looked at."""
+        return len(self._results)
+
+    @property
+    def not_cached(self) -> NotCached | None:
+        """The adapters that the server has to be sent before it can open the session."""
+        return self._opening if isinstance(self._opening, NotCached) else None
+
+    def take_timings(self) -> list[tuple[int, float]]:
+        """The tokens of each step that was answered since the last call, and the seconds that it took."""
+        timings, self._timings = self._timings, []
+        return timings
 
     # -- what the session does with it --------------------------------------------------------------------------------
 
@@ -104,124 +155,135 @@ class Stage:
         if new_BTD.shape[1]:
             self.history.append(new_BTD)
 
-    @property
-    def num_tokens(self) -> int:
-        return self.history.num_tokens
-
     def select_rows(self, rows: Sequence[int]) -> None:
-        """The history was rearranged; the server is told before its next step."""
-        self.forget_unanswered()
-        if self.num_computed:
-            self._rows = tuple(rows) if self._rows is None else tuple(self._rows[row] for row in rows)
+        """The history was rearranged. The server is told before its next step."""
+        self._advance(self.progress.rearranged(rows))
 
     def crop(self, num_tokens: int) -> None:
-        """Forget what follows, also of what the server was asked and has not answered."""
+        """Forget all tokens after the first `num_tokens`, those included that the server has not answered."""
         self.history.crop(num_tokens)
-        self.num_computed = min(self.num_computed, num_tokens)
-        self.forget_unanswered()
+        self.rewind_to(num_tokens)
 
     def rewind_to(self, position: int) -> None:
-        """What it has computed from here on is lost: it has to do it again."""
-        self.num_computed = min(self.num_computed, position)
-        self.forget_unanswered()
+        """Let the server compute everything from `position` on again."""
+        self._advance(self.progress.rewound_to(position))
 
-    def forget_unanswered(self) -> None:
-        """Whatever it was asked and has not answered may be wrong, or may never have come."""
-        self.unrequest_from(self.num_computed)
+    def forget_pending(self) -> None:
+        """Ask again for everything that is not answered: the inputs may have been wrong, or may not have arrived."""
+        self.unrequest_from(self.progress.num_computed)
 
     def unrequest_from(self, position: int) -> None:
-        """The steps from here on have not got to the server."""
-        while self.requests and self.requests[-1].position >= position:
-            self.requests.pop()
-        self.num_requested = min(self.num_requested, position)
-        self._await()
+        """Ask again for the steps from `position` on: they did not get to the server."""
+        self._advance(self.progress.unrequested_from(position))
+
+    def forget_idle_pongs(self) -> None:
+        """The server cannot have the step yet, and is rightly idle."""
+        self.progress = self.progress.ponged(idle=False)
+
+    def take_unreached(self) -> Unreached | None:
+        """The first push that the server said had failed, once."""
+        unreached, self.unreached = self.unreached, None
+        return unreached
+
+    def leave(self) -> None:
+        """The session should move to another server."""
+        self.is_leaving = True
+
+    def fail(self, error: PeerError) -> None:
+        """The server is of no more use. The first reason counts."""
+        if not self.has_failed:
+            self.error, self.status = error, StageStatus.FAILED
+
+    def mark_reported(self) -> None:
+        """The session has seen the error."""
+        assert self.has_failed
+        self.status = StageStatus.REPORTED
 
     async def disconnect(self, *, goodbye: bool = True) -> None:
-        """Give up the server's state; the history stays."""
+        """Give up the server's state. The history stays, and so does the error of a server that failed."""
         connection, self.connection = self.connection, None
-        goodbye = goodbye and not self.requests  # a server that hears one does first what it was asked before
-        self.num_computed = self.num_requested = self.num_idle_pongs = 0
-        self.is_open = False
-        self._rows = self.epoch = self.upstream = self.downstream = self.unreached = self._opened = self.not_cached = (
-            None
-        )
-        self.requests.clear()
+        goodbye = goodbye and not self.progress.pending  # a server finishes what it was asked before it hears a goodbye
+        self.progress = self.progress.disconnected()
+        self.unreached = self._opening = None
+        self._neighbors = None, None
         self._results.clear()
+        if not self.has_failed:
+            self.status = StageStatus.CLOSED
         if connection is not None:
             await connection.close(goodbye=goodbye)
 
     async def reset(self) -> None:
-        """The server cannot go on with its state: it is to be sent everything again."""
+        """The server cannot go on with its state, but is sound: it is to be sent everything again."""
         await self.disconnect()
-        self.error, self.is_reported, self.is_rewound = None, False, False
+        self.error, self.status = None, StageStatus.CLOSED
 
     # -- to the server ------------------------------------------------------------------------------------------------
 
     def adopt(self, connection: Connection) -> None:
-        """From now on, this connection is to its server."""
-        self.connection = connection
+        """Use this connection from now on."""
+        self.connection, self.status = connection, StageStatus.OPENING
         connection.heard, connection.ended = self._on_message, self._on_end
         self._on_end()
 
     async def open(self, request: Open, digests: torch.Tensor | None) -> None:
-        """Ask for a session. Raises `PeerError`s."""
+        """Ask for a session. `digests` [B, pages, 16] name its first tokens. Raises `PeerError`s."""
         assert self.connection is not None
-        self.epoch, self.upstream, self.downstream = request.epoch, request.upstream, request.downstream
-        self._num_skipped = request.skip
-        self._num_offered = 0 if digests is None else digests.shape[1] * PAGE_TOKENS
+        self.progress = self.progress.entered_epoch(request.epoch)
+        self._neighbors = request.upstream, request.downstream
+        self._opening = Opening.of(request, digests)
         size = 0 if digests is None else digests.nbytes
         self.connection.expect(usual_seconds=USUAL_OPEN_SECONDS, bytes_in_flight=size)
         request = request.model_copy(update={"encoding": self.connection.encoding})
         await self.connection.send(request, {} if digests is None else {"digests": digests})
 
-    async def sync_neighbors(self, epoch: int, upstream: Upstream | None, downstream: Downstream | None) -> None:
-        """What the server has to know before the next step, as far as it does not know it. Raises `PeerError`s."""
+    async def sync(self, epoch: int, neighbors: Neighbors) -> None:
+        """Tell the server its neighbors and the epoch, as far as it does not know them. Raises `PeerError`s."""
         assert self.connection is not None
-        if (self.upstream, self.downstream) != (upstream, downstream):
-            self.upstream, self.downstream = upstream, downstream
-            await self.connection.send(SetNeighbors(upstream=upstream, downstream=downstream))
-        if self.epoch != epoch:
-            rows, self._rows, self.epoch = self._rows, None, epoch
-            self.is_rewound = self.num_computed > 0
-            rows = rows if self.num_computed else None
-            await self.connection.send(Rewind(epoch=epoch, position=self.num_computed, rows=rows))
+        if self._neighbors != neighbors:
+            self._neighbors = neighbors
+            await self.connection.send(SetNeighbors(upstream=neighbors[0], downstream=neighbors[1]))
+        if self.progress.epoch != epoch:
+            rewind = Rewind(epoch=epoch, position=self.progress.num_computed, rows=self.progress.rows)
+            self.progress = self.progress.entered_epoch(epoch)
+            await self.connection.send(rewind)
 
-    async def ask(self, request: PendingStep, tensors: Tensors, *, hops_left: int, last: PendingStep) -> None:
-        """Ask for a step, which goes `hops_left` to so many servers, and is the request `last` to the last of them.
+    def expect(self, step: PendingStep) -> None:
+        """The server is going to get this step, from the client or from the server before it."""
+        self._advance(self.progress.requested(step))
+
+    async def send(self, step: PendingStep, tensors: Tensors, *, hops_left: int, last: PendingStep) -> None:
+        """Send a step, which `hops_left` more servers get after this one; `last` is the step of the last of them.
 
         Raises `PeerError`s.
         """
         assert self.connection is not None
         logits_request = last.logits_request
-        step = Step(
-            epoch=request.epoch,
-            position=request.position,
-            skip=request.skip,
+        message = Step(
+            epoch=step.epoch,
+            position=step.position,
+            skip=step.skip,
             hops_left=hops_left,
             logits=None if logits_request is None else last.num_logits,
             top_k=None if logits_request is None else logits_request.top_k,
         )
-        await self.connection.send(step, tensors)
+        await self.connection.send(message, tensors)
 
-    def expect(self, request: PendingStep) -> None:
-        """The server is going to answer this."""
-        self.requests.append(request)
-        self.num_requested = request.end
-        self.num_idle_pongs = 0
-        self._await()
-
-    def _await(self) -> None:
+    def _advance(self, progress: StageProgress) -> None:
+        """Replace the progress, and tell the connection which answers to expect now."""
+        if self.status is StageStatus.MISLED and progress.pending[:1] != self.progress.pending[:1]:
+            self.status = StageStatus.OPEN
+        self.progress = progress
         if self.connection is not None:
-            usual_seconds = sum(request.usual_seconds for request in self.requests) if self.requests else None
-            size = sum(request.num_bytes for request in self.requests)
+            usual_seconds = sum(step.usual_seconds for step in progress.pending) if progress.pending else None
+            size = sum(step.num_bytes for step in progress.pending)
             self.connection.expect(usual_seconds=usual_seconds, bytes_in_flight=size)
 
     # -- from the server ----------------------------------------------------------------------------------------------
 
     def _on_end(self) -> None:
         assert self.connection is not None
-        self.error = self.error or self.connection.error
-        if self.error is not None:
+        if self.connection.error is not None:
+            self.fail(self.connection.error)
             self._notify()
 
     def _notify(self) -> None:
@@ -230,114 +292,103 @@ class Stage:
 
     def _on_message(self, message: AnyMessage, tensors: Tensors) -> None:
         assert self.connection is not None
+        opening = self._opening if isinstance(self._opening, Opening) and self._opening.answer is None else None
         match message:
             case Result():
-                if self._awaits(message):
+                if self._is_new(message):
                     self._results.append((message, tensors))
-            case Opened() if self._opened is None:
-                self._opened = message, tensors
-            case NotCached() if self._opened is None and self._num_uploads < MAX_ADAPTER_UPLOADS:
-                self.not_cached = message
+            case Opened() if opening is not None:
+                self._opening = replace(opening, answer=(message, tensors))
+            case NotCached() if opening is not None and self._num_uploads < MAX_ADAPTER_UPLOADS:
+                self._opening = message
                 self._num_uploads += 1
             case Pong():
                 self._check_idle(message)
             case Unreached():
                 self.unreached = self.unreached or message
             case Leaving():
-                self.is_leaving = True
+                self.leave()
             case _:
                 self.connection.fail(self.connection.unasked(message))
         self._notify()
 
-    def _awaits(self, result: Result) -> bool:
-        """Whether it answers what was asked and is not answered: others are of the past, or nobody asked for them."""
+    def _is_new(self, result: Result) -> bool:
+        """Whether it is the first answer to a pending step. Other results are late, or were never asked for."""
         key = result.epoch, result.position
-        is_here = any((each.epoch, each.position) == key for each, _ in self._results)
-        return not is_here and any(request.key == key for request in self.requests)
+        return self.progress.awaits(*key) and all((each.epoch, each.position) != key for each, _ in self._results)
 
     def _check_idle(self, pong: Pong) -> None:
-        """Count how often in a row the server says that it has nothing to do, although an answer is awaited.
+        """A server that is idle although an answer is awaited does not have the step, or has lost the answer."""
+        pending = self.progress.pending
+        self.progress = self.progress.ponged(idle=bool(pending) and not self._results and not pong.working)
+        is_idle = self.progress.num_idle_pongs >= IDLE_PONGS
+        if is_idle and not pending[0].pushed and self.connection is not None:
+            self.connection.fail(self.connection.lost("does not do what it was asked"))
 
-        It does not have the step; or it says that it has done it, but the answer would have come before that.
+    def settle_opening(self, sink: Sink, *, like: torch.Tensor, wire: Encoding) -> bool:
+        """Look at the answer to `open`; returns whether the session is open.
+
+        The outputs of the tokens that the server had in its cache go to `sink`. `like` [B, 1, D] are inputs of a token.
         """
-        if self.requests and not self._results and not pong.working:
-            self.num_idle_pongs += 1
-            if self.num_idle_pongs >= IDLE_PONGS and not self.requests[0].pushed and self.connection is not None:
-                self.connection.fail(self.connection.lost("does not do what it was asked"))
-        else:
-            self.num_idle_pongs = 0
-
-    def opened(self, sink: Sink, *, like: torch.Tensor, wire: Encoding) -> bool:
-        """Whether the server has opened the session. What it knew of its beginning goes to `sink`.
-
-        `like` [B, 1, D] are inputs of a token.
-        """
-        if self.is_open or self._opened is None or self.connection is None or self.error is not None:
+        opening = self._opening
+        if self.status is not StageStatus.OPENING or not isinstance(opening, Opening) or opening.answer is None:
             return self.is_open
-        opened, tensors = self._opened
-        known, outputs = opened.num_tokens, tensors.get("hidden")
-        batch_size, _, hidden_size = like.shape
-        wrong = known > self._num_offered or (outputs is not None) != (known > self._num_skipped)
-        if outputs is not None and not wrong:
-            wrong = (
-                outputs.shape != (batch_size, known - self._num_skipped, hidden_size)
-                or not outputs.is_floating_point()
-                or not finite(outputs)
-                or opened.encoding_of("hidden") not in ("raw", self.connection.encoding)
-            )
-        if wrong:
+        assert self.connection is not None
+        opened, tensors = opening.answer
+        outputs = tensors.get("hidden")
+        if opening.is_wrong(opened, outputs, like, self.connection.encoding):
             self.connection.fail(self.connection.lost("it knows something else than was asked"))
             return False
-        self.is_open = True
-        self.num_computed = self.num_requested = known
-        self._await()
+        self.status = StageStatus.OPEN
+        self._advance(self.progress.opened_with(opened.num_tokens))
         if outputs is not None:
-            sink.append(as_received(outputs.to(like.dtype), wire), self._num_skipped)
+            sink.append(as_received(outputs.to(like.dtype), wire), opening.num_skipped)
         return True
 
-    def settle(
-        self, sink: Sink, outputs: Outputs, *, wire: Encoding, mask: Callable[[int, int], torch.Tensor | None]
-    ) -> bool:
-        """Look at what has come: what is right goes to `sink`, logits to `outputs`; a server that is wrong is lost.
+    def settle(self, sink: Sink, outputs: Outputs, *, wire: Encoding, mask: Mask) -> bool:
+        """Look at the answers that have come; returns whether any was right.
 
-        Returns whether anything was right. Whether numbers that are not finite are the server's fault is known only
-        once its inputs are. A server may be wrong because it was misled by the one that pushed to it: that is found out
-        by asking it again.
+        Outputs go to `sink`, logits to `outputs`. A server whose answer is wrong is lost, except if another server
+        pushed the step: that one may have misled it, which shows when the client asks it itself.
         """
         has_progress = False
-        while self._results and self.connection is not None and self.error is None:
+        while self._results and self.is_open and self.connection is not None:
             result, tensors = self._results[0]
-            request = self.requests[0] if self.requests else None
-            if request is None or (result.epoch, result.position) != request.key:
+            step = self.progress.pending[0] if self.progress.pending else None
+            if step is None or (result.epoch, result.position) != step.key:
                 self._results.popleft()  # of the past
                 continue
-            wrong = request.wrong(result, tensors, self.connection.encoding)
-            answer = tensors.get("hidden" if request.logits_request is None else "logits")
+            wrong = step.wrong(result, tensors, self.connection.encoding)
+            answer = tensors.get("hidden" if step.logits_request is None else "logits")
             if wrong is None and answer is not None and not finite(answer):
-                if self.history.num_tokens < request.end:
-                    break
-                inputs = self.history.between(request.position, request.end)
-                if not plausible(answer, inputs, mask(request.position, request.end)):
+                if self.num_tokens < step.end:
+                    break  # whether that is the server's fault depends on its inputs
+                inputs_BTD = self.history.between(step.position, step.end)
+                if not plausible(answer, inputs_BTD, mask(step.position, step.end)):
                     wrong = "with numbers that are not finite"
             if wrong is not None:
-                if request.pushed:
-                    self.is_misled = True
+                if step.pushed:
+                    self.status = StageStatus.MISLED
                 else:
                     self.connection.fail(self.connection.wrong(wrong))
                 break
             has_progress = True
             self._results.popleft()
-            self.requests.popleft()
-            self.num_computed, self.num_idle_pongs = request.end, 0
-            self._await()
-            if result.seconds is not None:
-                self.took.append((request.inputs[0] * request.inputs[1], result.seconds))
-            if request.logits_request is not None:
-                if answer is not None:
-                    outputs.logits.append(Logits(answer, tensors.get("ids")))
-            elif answer is not None:
-                if result.encoding_of("hidden") != wire:
-                    # The same from a server that does not know the encoding: which one it was makes no difference.
-                    answer = as_received(answer, wire)
-                sink.append(answer, request.position + request.skip)
+            self._take(step, result, tensors, sink, outputs, wire)
         return has_progress
+
+    def _take(
+        self, step: PendingStep, result: Result, tensors: Tensors, sink: Sink, outputs: Outputs, wire: Encoding
+    ) -> None:
+        """Take a right answer to the oldest pending step."""
+        self._advance(self.progress.answered())
+        if result.seconds is not None:
+            self._timings.append((step.inputs[0] * step.inputs[1], result.seconds))
+        if step.logits_request is not None:
+            if (logits := tensors.get("logits")) is not None:
+                outputs.logits.append(Logits(logits, tensors.get("ids")))
+        elif (hidden_BTD := tensors.get("hidden")) is not None:
+            if result.encoding_of("hidden") != wire:
+                # The client then goes on with the same numbers, whether or not the server knows the encoding.
+                hidden_BTD = as_received(hidden_BTD, wire)
+            sink.append(hidden_BTD, step.position + step.skip)

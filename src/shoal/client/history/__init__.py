@@ -1,4 +1,4 @@
-"""What servers were given: the client's copy, in memory or in a file, exact or in fewer bytes.
+"""The inputs that servers were given: the client's copy, in memory or in a file, exact or in fewer bytes.
 
 It imports `shoal.net.wire` and below.
 """

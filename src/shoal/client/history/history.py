@@ -1,4 +1,4 @@
-"""The inputs that a server was sent: what its cache can be rebuilt from, anywhere (arXiv 2312.08361, algorithm 1)."""
+"""The inputs of one server: its cache can be rebuilt from them on any server (arXiv 2312.08361, algorithm 1)."""
 
 # B sequences, T new tokens, S all tokens, D hidden size
 
@@ -11,22 +11,24 @@ import torch
 from shoal.client.history.history_store import HistoryStore, StoredPiece
 
 Rows = tuple[int, ...]
+"""A rearrangement of the batch: sequence i continues the one that was `rows[i]`."""
 
 BLOCK_TOKENS = 64
+"""The most tokens of a sequence that are put into the store as one piece, so that a crop opens little."""
 BLOCK_BYTES = 1 << 20
-"""What is put into the store together: at most so many tokens, and bytes, but at least one token of every sequence."""
+"""The most bytes of such a piece, unless one token of every sequence is larger: a wide batch gets shorter pieces."""
 
 
 class History:
-    """A log of [B, T, D] pieces and of rearrangements of the batch, rebuilt into one tensor only when it is needed.
+    """A log of [B, T, D] pieces and of rearrangements of the batch. It becomes one tensor only when that is needed.
 
-    Appending and rearranging cost nothing that grows with the length, although beam search rearranges at every step.
+    The cost of appending and rearranging does not grow with the length. Beam search rearranges at every step.
 
-        appended     64 tokens │ 64 tokens │ rows │ 64 tokens │ 1 │ rows │ 1 │ rows │ 1
-        the store's  ══════════╪═══════════╪══════╪══════════>│ open: less than a block, as it was appended
+        appended      64 tokens │ 64 tokens │ rows │ 64 tokens │ 1 │ rows │ 1 │ rows │ 1
+        in the store  ══════════╪═══════════╪══════╪══════════>│ open: less than a block, as it was appended
 
-    A block is put into the store as it is arranged by then; the rearrangements that came with it become one that stands
-    before it. A crop opens the block in which it ends.
+    A block goes into the store in its present arrangement. The rearrangements since the block before become one entry
+    in front of it. A crop opens the block in which it ends.
     """
 
     def __init__(self, store: HistoryStore) -> None:
@@ -36,19 +38,29 @@ class History:
         self._num_open = 0  # tokens, all of them after those in the store
         self._block_tokens = BLOCK_TOKENS
 
+    @property
+    def num_entries(self) -> int:
+        """The length of the log."""
+        return len(self._log)
+
+    @property
+    def stored_pieces(self) -> tuple[StoredPiece, ...]:
+        """The pieces that are in the store, the oldest first."""
+        return tuple(entry for entry in self._log if isinstance(entry, StoredPiece))
+
     def append(self, piece_BTD: torch.Tensor) -> None:
-        """Add inputs. They are kept exactly as they are until they are settled."""
+        """Add inputs [B, T, D]. They stay exact until they are settled."""
         self._block_tokens = max(1, min(BLOCK_TOKENS, BLOCK_BYTES // piece_BTD[:, :1].nbytes))
         self._log.append(self._compact(piece_BTD))
         self.num_tokens += piece_BTD.shape[1]
         self._num_open += piece_BTD.shape[1]
 
     def _compact(self, piece_BTD: torch.Tensor) -> torch.Tensor:
-        """A piece that will be here for long: it must not keep alive the large tensor that it was cut from."""
+        """A piece that stays open for long. It must not keep the large tensor alive that it was cut from."""
         return piece_BTD.clone() if piece_BTD.shape[1] < self._block_tokens else piece_BTD
 
     def settle(self, num_tokens: int) -> None:
-        """The first so many tokens are computed, and needed only if a server fails: let the store have them."""
+        """Put the first `num_tokens` into the store, in whole blocks: they are needed only if a server fails."""
         start = self.num_tokens - self._num_open
         num_blocks = (min(num_tokens, self.num_tokens) - start) // self._block_tokens
         if num_blocks <= 0:
@@ -65,12 +77,12 @@ class History:
         self._num_open = self.num_tokens - middle
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """From now on, sequence i is the one that was `rows[i]`."""
+        """From now on, sequence i continues the one that was `rows[i]`."""
         if self._log:
             self._log.append(tuple(rows))
 
     def crop(self, num_tokens: int) -> None:
-        """Forget what follows the first `num_tokens` tokens; the rearrangements since then stay."""
+        """Forget all tokens after the first `num_tokens`. The rearrangements since then stay."""
         later: list[torch.Tensor | Rows] = []
         while self.num_tokens > num_tokens:
             entry = self._log.pop()
@@ -86,14 +98,14 @@ class History:
                 later.append(self._compact(_tensor_of(entry)[:, :num_left]))
         self._log.extend(reversed(later))
         if not self.num_tokens:
-            self._log.clear()  # another batch may follow, to which old rearrangements mean nothing
+            self._log.clear()  # old rearrangements mean nothing to the batch that may follow
 
     def since(self, position: int) -> torch.Tensor:
-        """The inputs from `position` on, [B, S - position, D], as the batch is arranged now."""
+        """The inputs [B, S - position, D] from `position` on, in the present arrangement of the batch."""
         return self.between(position, self.num_tokens)
 
     def between(self, start: int, end: int) -> torch.Tensor:
-        """The inputs [B, end - start, D] of some tokens, at least one, as the batch is arranged now."""
+        """The inputs [B, end - start, D] of at least one token, in the present arrangement of the batch."""
         return _joined(self._parts(start, end))
 
     def _parts(self, start: int, end: int) -> list[torch.Tensor]:
@@ -123,7 +135,7 @@ def _tensor_of(entry: torch.Tensor | StoredPiece) -> torch.Tensor:
 
 
 def _composed(latest_first: Iterable[Rows]) -> Rows | None:
-    """One rearrangement for several; None for none."""
+    """One rearrangement that has the effect of several; None if there are none."""
     result: Rows | None = None
     for rows in latest_first:
         result = rows if result is None else tuple(rows[row] for row in result)

@@ -1,4 +1,4 @@
-"""Room for bytes in a file that has no name: it is gone with the process, however that ends."""
+"""Bytes in a file without a name, which vanishes with the process, however that ends."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class FileRegion:
 
 
 class SpillFile:
-    """Bytes are written where there is room, and their room is given back; the file ends where the last of them does.
+    """A file of regions that are written, read and freed. It is never longer than up to the end of its last region.
 
-    `folder` is that of the system for temporary files, unless one is given. Raises `UserError` if no file can be there.
+    It is in `folder`, by default in the system's folder for temporary files. Raises `UserError` if it cannot be made.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -34,15 +34,15 @@ class SpillFile:
         except OSError as error:
             raise UserError(
                 f"no file can be made in {folder or tempfile.gettempdir()}: {error.strerror}",
-                hint="history_folder= is a folder that you may write to",
+                hint="history_folder= has to be a folder that you may write to",
             ) from None
         weakref.finalize(self, self._file.close)
-        self._free: list[FileRegion] = []  # sorted; between any two of them is something that is in use
+        self._free: list[FileRegion] = []  # sorted; any two of them have a used region between them
         self.num_bytes = 0
-        """How long the file is."""
+        """The length of the file."""
 
     def write(self, data: bytearray) -> FileRegion:
-        """Put bytes somewhere. Raises `OSError`, and has put them nowhere then."""
+        """Write bytes to a free region. Raises `OSError`; the region is free again then."""
         region = self._take(len(data))
         try:
             self._file.seek(region.start)
@@ -50,12 +50,12 @@ class SpillFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
-            self.give_back(region)
+            self.free(region)
             raise
         return region
 
     def read(self, region: FileRegion) -> bytearray:
-        """The bytes that were written there."""
+        """The bytes of a region."""
         data = bytearray(len(region))
         self._file.seek(region.start)
         rest = memoryview(data)
@@ -76,8 +76,8 @@ class SpillFile:
         self.num_bytes = region.end
         return region
 
-    def give_back(self, region: FileRegion) -> None:
-        """What was written there is needed no more."""
+    def free(self, region: FileRegion) -> None:
+        """The bytes of a region are not needed any more."""
         index = bisect.bisect(self._free, region)
         if index < len(self._free) and self._free[index].start == region.end:
             region = FileRegion(region.start, self._free.pop(index).end)
