@@ -88,6 +88,6 @@ class _Writer:
 
 
 def test_a_server_that_failed_is_named_once():
-    suspects = PeerHealth(lambda: 0.0)
-    suspects.record_failure(PEER, f"{PEER} cannot be reached: nothing listens there", since=0.0)
-    assert suspects.reasons() == [f"{PEER[-8:]} cannot be reached: nothing listens there"]
+    health = PeerHealth(lambda: 0.0)
+    health.record_failure(PEER, f"{PEER} cannot be reached: nothing listens there", since=0.0)
+    assert health.reasons() == [f"{PEER[-8:]} cannot be reached: nothing listens there"]

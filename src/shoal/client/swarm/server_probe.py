@@ -6,13 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from shoal.client.swarm.peer_timings import PeerTimings
 from shoal.concurrency import now
 from shoal.net.ping import DIAL_SECONDS, PONG_SECONDS, distance
 from shoal.net.transport import Transport
 from shoal.peers import ServerInfo
 from shoal.policy.routing.costs import Costs, Measured, Needs
-from shoal.policy.routing.latency import RoundTrips
-from shoal.policy.routing.proof import to_ask, without_choice
+from shoal.policy.routing.proof import servers_to_probe, sole_holders
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
@@ -33,9 +33,9 @@ class Meeting:
     With `seconds` of 0 none is asked, and all count as if they had answered.
     """
 
-    def __init__(self, transport: Transport, round_trips: RoundTrips, *, seconds: float, patience: float) -> None:
+    def __init__(self, transport: Transport, timings: PeerTimings, *, seconds: float, patience: float) -> None:
         self._transport = transport
-        self._round_trips = round_trips
+        self._timings = timings
         self._seconds = seconds
         self._patience = min(patience, PATIENCE_SECONDS)
         self._answered: set[str] = set()
@@ -66,7 +66,7 @@ class Meeting:
         """
         if not self._seconds:
             return view
-        alone = without_choice(everybody, span)
+        alone = sole_holders(everybody, span)
 
         def usable() -> SwarmView:
             return view.only(lambda server: server.peer in self._answered or server.peer in alone)
@@ -81,13 +81,13 @@ class Meeting:
             num, asks = FIRST_ASKED, is_new
             while asks or not suffices():
                 silent = {peer for peer, at in self._silent.items() if now() - at < SILENT_SECONDS}
-                strangers = to_ask(view, span, costs, known=self._answered | alone | silent, most=num)
+                strangers = servers_to_probe(view, span, costs, known=self._answered | alone | silent, most=num)
                 if not strangers:
                     break
                 await self._ask(strangers, self._seconds, enough=suffices if not asks else lambda: False)
                 num, asks = min(2 * num, MOST_ASKED), False
             if not suffices():
-                strangers = to_ask(view, span, costs, known=self._answered | alone, most=MOST_ASKED)
+                strangers = servers_to_probe(view, span, costs, known=self._answered | alone, most=MOST_ASKED)
                 await self._ask(strangers, self._patience, enough=suffices)
         return usable()
 
@@ -113,5 +113,5 @@ class Meeting:
     async def _ask_one(self, server: ServerInfo) -> None:
         seconds = await distance(self._transport, server.peer, server.addresses)
         if seconds is not None:
-            self._round_trips.measured(server.peer, seconds)
+            self._timings.record_round_trip(server.peer, seconds)
             self.record_answer(server.peer)

@@ -25,12 +25,12 @@ from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.directory_cache import DirectoryCache
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.peer_health import PeerHealth
+from shoal.client.swarm.peer_timings import PeerTimings
 from shoal.client.swarm.server_probe import Meeting
 from shoal.concurrency import now
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, UnsupportedOperation
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo
-from shoal.policy.routing.latency import RoundTrips
 from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.routing.spread import WorkInFlight
 from shoal.policy.view import SwarmView, format_blocks
@@ -70,12 +70,12 @@ class Swarm:
         self.store = HistoryStore(config.kept, memory_bytes=config.history_memory, folder=config.history_folder)
         """Where the histories of all sessions are."""
         self.broken_pairs = BrokenPairs(now)
-        self.round_trips = RoundTrips(now)
+        self.timings = PeerTimings(now)
         self.adapter_sync = AdapterSync()
         self._node = node
         self._directory = DirectoryCache(node, model, fingerprint, config)
         self._meeting = Meeting(
-            node.transport, self.round_trips, seconds=config.measure_seconds, patience=config.patience_seconds
+            node.transport, self.timings, seconds=config.measure_seconds, patience=config.patience_seconds
         )
         self._health = PeerHealth(clock=now)
         self._in_flight: dict[str, PeerInFlight] = {}  # to each server
@@ -113,11 +113,11 @@ class Swarm:
             view,
             span,
             needs=replace(needs, head=needs.head and self._has_head(view)),
-            known=self.round_trips.picture(apart=self.broken_pairs.now(), under_way=self._under_way.seconds),
+            known=self.timings.measured(broken_pairs=self.broken_pairs.now(), work_in_flight=self._under_way.seconds),
             upstream=upstream,
             downstream=downstream,
             chooser=self.config.chooser,
-            seed=random.getrandbits(32),
+            rng=random.Random(random.getrandbits(32)),  # noqa: S311 - nothing secret
         )
         log.info("blocks %s: %s", span, route.explain())
         return route
@@ -132,7 +132,7 @@ class Swarm:
             needs,
             everybody=self._directory.usable(),
             is_new=self._directory.is_new(),
-            known=self.round_trips.picture(),
+            known=self.timings.measured(),
         )
 
     def _check_offered(self, span: Span, needs: Needs) -> None:
@@ -220,7 +220,7 @@ class Swarm:
 
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server. Raises `ServerLost`."""
-        measured = functools.partial(self.round_trips.measured, server.peer)
+        measured = functools.partial(self.timings.record_round_trip, server.peer)
         in_flight = self._in_flight.setdefault(server.peer, PeerInFlight())
         return await Connection.open(
             self._node.transport, server, self.config, in_flight=in_flight, round_trip=measured
@@ -251,7 +251,7 @@ class Swarm:
         self._meeting.record_answer(hop.server.peer)
         for num_tokens, seconds in took:
             announced = announced_seconds(hop.server, len(hop.span), num_tokens)
-            self.round_trips.measured_step(hop.server.peer, announced, seconds)
+            self.timings.record_step(hop.server.peer, announced, seconds)
 
     def price(
         self,
@@ -262,7 +262,7 @@ class Swarm:
         downstream: ServerInfo | None = None,
     ) -> Route:
         """What a step costs on a chain that stands, where a session is open already."""
-        known = self.round_trips.picture(apart=self.broken_pairs.now(), under_way=self._under_way.seconds)
+        known = self.timings.measured(broken_pairs=self.broken_pairs.now(), work_in_flight=self._under_way.seconds)
         return price_route(
             hops, needs=replace(needs, needed_tokens=0), known=known, upstream=upstream, downstream=downstream
         )
@@ -270,11 +270,11 @@ class Swarm:
     @contextlib.contextmanager
     def reserving(self, route: Route) -> Iterator[None]:
         """Other passes see that this one is on its way, and take other servers where that is faster."""
-        self._under_way = self._under_way.with_(route)
+        self._under_way = self._under_way.added(route)
         try:
             yield
         finally:
-            self._under_way = self._under_way.without(route)
+            self._under_way = self._under_way.removed(route)
 
     async def dtype(self, *, own: str) -> str | None:
         """What the swarm computes in, None if it has no server yet; `own` is the model's dtype.
