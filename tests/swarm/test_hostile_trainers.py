@@ -60,16 +60,16 @@ def asks(*names: str, kept: bool = False) -> Callable[..., list[Raw]]:
 
 
 ANSWERS: dict[str, tuple[Answer, str]] = {
-    "nothing learned, but computed": (Trainer(learns=lambda: [raw("result")]), "'result', which nobody asked for"),
+    "nothing learned, but computed": (Trainer(learns=lambda: [raw("result")]), "'result', which was not asked for"),
     "learned, three times": (
         Trainer(learns=lambda: [raw("adapter_stored")] * 3),
-        "'adapter_stored', which nobody asked for",
+        "'adapter_stored', which was not asked for",
     ),
     "it has no room": (Trainer(learns=lambda: [failure("misrouted")]), "rogue cannot do this: because"),
     "it offers no training": (Trainer(forward=lambda _: [failure("misrouted")]), "rogue cannot do this: because"),
     "an adapter that it does not know": (
         Trainer(learns=lambda: [raw("not_cached")]),
-        "'not_cached', which nobody asked for",
+        "'not_cached', which was not asked for",
     ),
     "it lacks what it was sent, for ever": (Trainer(forward=asks()), "rogue has no room for these adapters"),
     "it lacks what nobody has": (Trainer(forward=asks(NOBODYS)), "rogue has no room for these adapters"),
@@ -77,7 +77,7 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "a name that is none": (Trainer(forward=asks("q_proj")), "rogue is lost: not a valid message"),
     "learned, unasked": (
         Trainer(forward=lambda _: [raw("adapter_stored")]),
-        "'adapter_stored', which nobody asked for",
+        "'adapter_stored', which was not asked for",
     ),
 }
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from shoal.client.options.client_config import ClientConfig
-from shoal.client.swarm.connection import PING_SECONDS, STUCK_SECONDS, Connection
+from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.errors import PeerError, ServerLost
 from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Admit, Buffer, StreamBroken
 from shoal.net.wire.frames import payload_bytes
 from shoal.peers import ServerInfo, ServerState
+from shoal.policy.liveness import PING_SECONDS, STUCK_SECONDS
 from shoal.protocol import AnyMessage, Leaving, Ping, Pong, Result, Step, dump, parse
 from shoal.spans import Span
 
@@ -101,7 +102,8 @@ def ended(
         loop = asyncio.get_running_loop()
         connection = Connection(stream, SERVER, CONFIG, in_flight=in_flight)
         over = asyncio.Event()
-        connection.ended = over.set
+        connection.on_end = over.set
+        connection.start()
         connection.expect(usual_seconds=usual_seconds, bytes_in_flight=bytes_in_flight)
         other = None if meanwhile is None else asyncio.create_task(meanwhile(connection))
         try:
@@ -170,7 +172,7 @@ def test_a_pong_without_a_ping_ends_it_at_once(said: list[AnyMessage]):
     stream = ScriptedStream(lambda message: [])
     stream.say(*said)
     at, error = ended(stream, within=100)
-    assert "'pong', which nobody asked for" in str(error)
+    assert "'pong', which was not asked for" in str(error)
     assert at < 0.01
 
 

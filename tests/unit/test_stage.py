@@ -53,14 +53,14 @@ class FakeConnection(Connection):
         self.peer = peer
         self.encoding = "raw"
         self.error: PeerError | None = None
-        self.ended = lambda: None
+        self.on_end = lambda: None
 
     def expect(self, *, usual_seconds: float | None, bytes_in_flight: int) -> None:
         pass
 
     def fail(self, error: PeerError) -> None:
         self.error = self.error or error
-        self.ended()
+        self.on_end()
 
 
 class Shared:

@@ -14,7 +14,8 @@ from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.head.logits import Logits
 from shoal.client.history.history import History
-from shoal.client.swarm.connection import Connection, finite, plausible
+from shoal.client.swarm.answers import finite, plausible, rounded_like
+from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError
 from shoal.net.wire.codec import Tensors
 from shoal.net.wire.encodings import as_received
@@ -160,7 +161,7 @@ class Stage:
     def adopt(self, connection: Connection) -> None:
         """From now on, this connection is to its server."""
         self.connection = connection
-        connection.heard, connection.ended = self._on_message, self._on_end
+        connection.on_message, connection.on_end = self._on_message, self._on_end
         self._on_end()
 
     async def open(self, request: Open, digests: torch.Tensor | None) -> None:
@@ -336,8 +337,6 @@ class Stage:
                 if answer is not None:
                     outputs.logits.append(Logits(answer, tensors.get("ids")))
             elif answer is not None:
-                if result.encoding_of("hidden") != wire:
-                    # The same from a server that does not know the encoding: which one it was makes no difference.
-                    answer = as_received(answer, wire)
+                answer = rounded_like(answer, result.encoding_of("hidden"), wire=wire)
                 sink.append(answer, request.position + request.skip)
         return has_progress

@@ -15,8 +15,6 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, S
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
-
 from shoal.client.history.history_store import HistoryStore
 from shoal.client.options.client_config import ClientConfig
 from shoal.client.swarm.adapter_sync import AdapterSync
@@ -35,7 +33,6 @@ from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, cho
 from shoal.policy.routing.spread import WorkInFlight
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.spans import Span
-from shoal.tensors import TensorName
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,18 +43,6 @@ Holding = tuple[str, Span, bool]
 
 def holding(server: ServerInfo) -> Holding:
     return server.peer, server.span, server.head
-
-
-def named_tensors(
-    hidden: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
-) -> dict[TensorName, torch.Tensor]:
-    """The tensors of a message, without those that are absent."""
-    tensors: dict[TensorName, torch.Tensor] = {"hidden": hidden}
-    if positions is not None:
-        tensors["positions"] = positions
-    if mask is not None:
-        tensors["mask"] = mask
-    return tensors
 
 
 class Swarm:
@@ -223,7 +208,7 @@ class Swarm:
         measured = functools.partial(self.timings.record_round_trip, server.peer)
         in_flight = self._in_flight.setdefault(server.peer, PeerInFlight())
         return await Connection.open(
-            self._node.transport, server, self.config, in_flight=in_flight, round_trip=measured
+            self._node.transport, server, self.config, in_flight=in_flight, on_round_trip=measured
         )
 
     def blame(self, error: PeerError, *, since: float | None = None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.client.swarm.swarm import named_tensors
+from shoal.client.swarm.answers import named_tensors
 from shoal.client.training.gradients import answerable
 from shoal.model.peft.factors import Tuning
 from shoal.policy.routing.route import Hop

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from shoal.client.swarm.connection import Connection, finite, plausible
+from shoal.client.swarm.answers import OTHER_THAN_ASKED, finite, joined, plausible, rounded_like, wrong_with
+from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.message_sizes import check_length, check_size
 from shoal.client.swarm.swarm import Holding, Swarm
 from shoal.client.training.connection_pool import ConnectionPool
@@ -67,7 +68,7 @@ class RemotePasses:
         if plan.wanted_from is not None:  # should a server be lost on the way back, the next is sent all of this
             check_size({**batches[0].tensors(), "grad": batches[0].hidden})
         results = await self._together(self._forward(plan, batch) for batch in batches)
-        return _joined([output for output, _ in results]), [pieces for _, pieces in results]
+        return joined([output for output, _ in results]), [pieces for _, pieces in results]
 
     async def backward(
         self, plan: PassPlan, batches: Sequence[Sequence[MicrobatchPiece]], grad_BTD: torch.Tensor
@@ -86,7 +87,7 @@ class RemotePasses:
             one(number, pieces, grad) for number, (pieces, grad) in enumerate(zip(batches, grads, strict=True))
         )
         inputs = [each for each in found if each is not None]
-        return Gradients(_joined(inputs) if inputs else None, sums.blocks)
+        return Gradients(joined(inputs) if inputs else None, sums.blocks)
 
     async def _together(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         """The results of all, some at a time. The first error ends the others and is raised."""
@@ -121,7 +122,7 @@ class RemotePasses:
             connection, _, tensors = await self._pool.ask(hop.server, request, {}, (), usual_seconds=1.0)
             found = tensors.get("factors")
             if found is None or found.shape != (num_rows,) or not finite(found):
-                raise _wrong(connection, "something else than was asked")
+                raise _wrong(connection, OTHER_THAN_ASKED)
             return found
 
         return await self._swarm.with_failover(span, ask)
@@ -221,7 +222,7 @@ class RemotePasses:
         gradient = self._received(connection, result, found, "grad", piece) if inputs else None
         own = by_block(plan.learning.of(piece.span), found.get("factor_grads"), result.unused)
         if own is None:
-            raise _wrong(connection, "something else than was asked")
+            raise _wrong(connection, OTHER_THAN_ASKED)
         return gradient, own
 
     async def _ask(
@@ -239,14 +240,12 @@ class RemotePasses:
         """A tensor of the shape of the hidden states, as precise as the user wants tensors to travel."""
         found, encoding, wire = tensors.get(name), result.encoding_of(name), self._swarm.config.wire
         hidden = piece.hidden
-        if found is None or found.shape != hidden.shape or found.dtype != hidden.dtype:
-            raise _wrong(connection, "something else than was asked")
-        if encoding not in ("raw", connection.encoding):
-            raise _wrong(connection, f"in {encoding}, which nobody asked for")
+        wrong = wrong_with(found, encoding, shape=hidden.shape, dtype=hidden.dtype, allowed=connection.encoding)
+        if found is None or wrong is not None:
+            raise _wrong(connection, wrong or OTHER_THAN_ASKED)
         if name == "hidden" and not plausible(found, hidden, piece.mask):
             raise _wrong(connection, "with numbers that are not finite")  # gradients may overflow: scalers look at that
-        # The same from a server that does not know the encoding: which one it was must not make a difference.
-        return found if encoding == wire else as_received(found, wire)
+        return rounded_like(found, encoding, wire=wire)
 
 
 def _wrong(connection: Connection, what: str) -> ServerLost:
@@ -259,7 +258,3 @@ def _pass_needs(hidden_BTD: torch.Tensor) -> Needs:
     """What a route is needed for: one answer of each server to the client, which leaves nothing there."""
     batch_size, num_tokens, _ = hidden_BTD.shape
     return Needs(step_tokens=batch_size * num_tokens, ring=False, dtype=str(hidden_BTD.dtype).removeprefix("torch."))
-
-
-def _joined(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    return rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
