@@ -50,7 +50,7 @@ def after_failure(record: HealthRecord | None, reason: str, *, now: float, since
 
 
 def after_busy(record: HealthRecord | None, reason: str, *, now: float, seconds: float) -> HealthRecord:
-    """The record after a server said that it has room again in so many seconds, which is no failure."""
+    """The record after a server said that it has room again in `seconds`, which is no failure."""
     return HealthRecord(_num_failures(record), reason, now, now + seconds, now + seconds)
 
 

@@ -13,7 +13,7 @@ PING_SECONDS = 0.5
 MIN_PING_SECONDS = 0.1
 """The shortest silence after which a server is pinged, however fast it usually answers."""
 PING_FACTOR = 3
-"""A server that is late by so many times the usual seconds of an answer is pinged before `PING_SECONDS` are over."""
+"""A server that is silent for this multiple of an answer's usual seconds is pinged, even before `PING_SECONDS`."""
 STUCK_SECONDS = 30.0
 """A server is stuck if it works and computes nothing for so long. One without room says after 20 s that it is busy."""
 STUCK_FACTOR = 20
@@ -46,7 +46,7 @@ class Liveness:
         return replace(self, usual_seconds=usual_seconds, awaited_since=now, ping_is_last=False)
 
     def after_pong(self, *, working: bool, num_passes: int, now: float) -> Liveness:
-        """The ping was answered by a server that is `working` on a request, or not, and counts so many passes."""
+        """The ping was answered by a server that is `working` on a request, or not, and has computed `num_passes`."""
         stands_still = working and num_passes == self.num_passes and self.working_since is not None
         return replace(
             self,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from shoal.policy.routing.costs import Hop, announced_seconds
 
 SAVING_FACTOR = 1.2
-"""A move must be expected to save so many times its cost, because announcements and measurements are inexact."""
+"""A move must be expected to save this multiple of its cost, because announcements and measurements are inexact."""
 BETTER_FRACTION = 0.8
 """A route is better if its step takes at most this part of the present one's: else noise moves sessions around."""
 

@@ -21,7 +21,7 @@ TURN_SECONDS = 30.0
 PATIENCE_SECONDS = 1.0
 """How long a session that has not begun waits for others to end, before a working session is preempted for it."""
 IMBALANCE = 2
-"""A working session is preempted for a new one only if its peer holds more than so many times the new one's peer."""
+"""A working session is preempted for a new one only if its peer holds more than this multiple of the new one's peer."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def preempted_for_new(
 ) -> int | None:
     """The index of the session to preempt for one that has not begun; None if none is to be preempted now.
 
-    The new session is of `peer`, needs `num_pages`, of which `num_missing` are not free, and has `waited` so many
-    seconds.
+    The new session is of `peer`, needs `num_pages`, of which `num_missing` are not free, and has `waited`,
+    in seconds.
     """
     idle = [index for index, holder in enumerate(holders) if holder.is_idle(now)]
     if sum(holders[index].num_pages for index in idle) >= num_missing > 0:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 DECODE_TOKENS = 8
-"""A step with at most so many new tokens a sequence is decoding: a person waits for a token, or for checked guesses."""
+"""The most new tokens a sequence of a decoding step: a person waits for one token, or for a few checked guesses."""
 MIN_PREFILL_TOKENS = 16
 """Prefill tokens that a pass takes at least: with fewer, reading the weights costs more than computing them."""
 GROUPING_WEIGHT = 4
@@ -135,7 +135,7 @@ class PassTimeModel:
         return max(MIN_PREFILL_TOKENS, int(seconds / self.prefill_token_seconds))
 
     def updated(self, *, num_prefill_tokens: int, seconds: float) -> PassTimeModel:
-        """The model after one more pass, which had so many prefill tokens and took so many seconds."""
+        """The model after one more pass, which had `num_prefill_tokens` and took `seconds`."""
         if not num_prefill_tokens:
             return PassTimeModel(_averaged(self.decode_seconds, seconds), self.prefill_token_seconds)
         if num_prefill_tokens < MIN_PREFILL_TOKENS:

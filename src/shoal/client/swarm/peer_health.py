@@ -34,7 +34,7 @@ class PeerHealth:
         self._records[peer] = after_failure(self._records.get(peer), reason, now=self._clock(), since=since)
 
     def record_busy(self, peer: str, seconds: float, reason: str) -> None:
-        """The server said that it has room again in so many seconds."""
+        """The server said that it has room again in `seconds`."""
         self._records[peer] = after_busy(self._records.get(peer), reason, now=self._clock(), seconds=seconds)
 
     def record_misrouted(self, peer: str, reason: str) -> None:

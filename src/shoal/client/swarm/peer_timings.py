@@ -17,7 +17,7 @@ class PeerTimings:
         self._slowness: dict[str, Slowness] = {}
 
     def record_round_trip(self, peer: str, seconds: float) -> None:
-        """A ping on an open stream was answered after so many seconds."""
+        """A ping on an open stream was answered in `seconds`."""
         self._round_trips[peer] = average_round_trip(self._round_trips.get(peer), seconds)
 
     def record_step(self, peer: str, predicted_seconds: float, seen_seconds: float) -> None:

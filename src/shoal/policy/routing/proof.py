@@ -15,7 +15,7 @@ from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
 RANDOM_FRACTION = 4
-"""One in so many of the pinged servers is chosen at random: else the boldest claims would fill all rounds."""
+"""One in four pinged servers is chosen at random: else the boldest claims would fill all rounds."""
 
 
 def sole_holders(view: SwarmView, span: Span) -> frozenset[str]:
