@@ -1,4 +1,4 @@
-"""Which way a client goes through servers that measure, announce and serve as they always do."""
+"""Which routes a client takes through servers that measure, announce and serve as usual."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ PROMPT = torch.tensor([[5, 17, 42, 9, 33]])
 
 
 def announced(swarm: Swarm) -> dict[str, ServerInfo]:
-    """What each server says of itself at present."""
+    """What each server announces now."""
     return {peer: info for (_, peer), (_, info, _) in swarm.network._announced.items()}
 
 
-def neighbours(swarm: Swarm) -> dict[str, set[str]]:
-    """To whom each server says how far it is."""
+def neighbors(swarm: Swarm) -> dict[str, set[str]]:
+    """The servers to which each server announces a round trip."""
     return {peer: {name for name, _ in info.round_trips} for peer, info in announced(swarm).items()}
 
 
 def far_apart(swarm: Swarm, *pairs: tuple[str, str]) -> None:
-    """Everything between these peers takes a while."""
+    """Delay all messages between these pairs of peers."""
     for pair in pairs:
         swarm.call(swarm.network.delay, 0.05, *pair)
 
 
-def test_servers_announce_how_far_those_are_that_may_come_before_or_after_them(swarm: MakeSwarm):
+def test_servers_announce_their_round_trips_to_those_that_may_be_next_to_them_in_a_route(swarm: MakeSwarm):
     swarm_ = swarm("0:2", "2:4", "1:3", announce_seconds=0.05)
     expected = {"s0": {"s1", "s2"}, "s1": {"s0", "s2"}, "s2": {"s0", "s1"}}
-    swarm_.settle(lambda: neighbours(swarm_) == expected)
+    swarm_.settle(lambda: neighbors(swarm_) == expected)
     swarm_.kill("s2")
-    swarm_.settle(lambda: neighbours(swarm_)["s0"] == {"s1"})
+    swarm_.settle(lambda: neighbors(swarm_)["s0"] == {"s1"})
 
 
 def test_a_server_that_joins_is_known_to_be_near_long_before_the_next_renewal(swarm: MakeSwarm):
     swarm_ = swarm("0:2", "2:4", announce_seconds=100.0)
-    swarm_.settle(lambda: neighbours(swarm_) == {"s0": set(), "s1": {"s0"}})
+    swarm_.settle(lambda: neighbors(swarm_) == {"s0": set(), "s1": {"s0"}})
 
 
 @pytest.mark.parametrize("near", ["s1", "s2"])
@@ -63,13 +63,13 @@ def test_a_ring_goes_over_the_shorter_link_between_two_servers(swarm: MakeSwarm,
     swarm_.start("2:4", announce_seconds=0.05)
     swarm_.start("2:4", announce_seconds=0.05)
     swarm_.settle(lambda: all(announced(swarm_)[peer].round_trips for peer in ("s1", "s2")))
-    chain = swarm_.model().blocks._swarm
-    route = swarm_.runtime.run(chain.route(Span(0, 4), needs=Needs()))
+    client = swarm_.model().blocks._swarm
+    route = swarm_.runtime.run(client.route(Span(0, 4), needs=Needs()))
     assert [hop.server.peer for hop in route.hops] == ["s0", near]
     assert near in route.explain()
 
 
-def test_a_client_asks_how_far_everybody_is_before_its_first_route(swarm: MakeSwarm):
+def test_a_client_measures_the_round_trips_of_all_servers_before_its_first_route(swarm: MakeSwarm):
     swarm_ = swarm("0:4", "0:4", "0:4")
     swarm_.call(even, swarm_)
     model = swarm_.model(config=replace(QUICK, measure_seconds=5.0))
@@ -79,7 +79,7 @@ def test_a_client_asks_how_far_everybody_is_before_its_first_route(swarm: MakeSw
     assert [hop.server.peer for hop in route.hops] == ["s1"]
 
 
-def test_a_client_does_not_wait_long_for_those_who_do_not_answer(swarm: MakeSwarm, whole: PreTrainedModel):
+def test_a_client_does_not_wait_long_for_servers_that_do_not_answer(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:4", "0:4")
     swarm_.call(swarm_.network.hang, "s0")
     model = swarm_.model(config=replace(QUICK, measure_seconds=0.05))
