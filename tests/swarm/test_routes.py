@@ -105,9 +105,9 @@ def test_blocks_that_are_pinned_to_the_wrong_peer_are_an_error_that_says_what_it
         model.generate(PROMPT, max_new_tokens=2)
     assert "shoal status --json" in str(error.value.hint)
     absent = Identity.temporary().peer
-    nobody = swarm_.model(config=replace(QUICK, pinned=((Span(0, 4), absent),)))
+    unserved = swarm_.model(config=replace(QUICK, pinned=((Span(0, 4), absent),)))
     with pytest.raises(MissingBlocks, match=f"pinned to {absent}, which does not serve this model"):
-        nobody.generate(PROMPT, max_new_tokens=2)
+        unserved.generate(PROMPT, max_new_tokens=2)
     with pytest.raises(UserError, match="blocks 2:5 cannot be pinned: the model has 4"):
         swarm_.model(config=replace(QUICK, pinned=((Span(2, 5), "s0"),)))
 
@@ -157,7 +157,7 @@ def test_eight_microbatches_go_to_two_equal_servers_in_halves(swarm: MakeSwarm, 
 
 
 def even(swarm: Swarm) -> None:
-    """Let all servers announce the same speed, whatever was measured."""
+    """Let all servers announce the same speed, instead of the measured ones."""
     for key, (model, info, expires) in swarm.network._announced.items():
         swarm.network._announced[key] = model, replace(info, decode_speed=100.0, prefill_speed=1000.0), expires
 
@@ -178,5 +178,5 @@ def test_a_peer_that_does_not_answer_has_no_distance(swarm: MakeSwarm):
     )
     assert found["s0"] > 0
     assert found["s1"] is None
-    assert swarm_.runtime.run(distance(asker.transport, "nobody")) is None
+    assert swarm_.runtime.run(distance(asker.transport, "absent")) is None
     swarm_.runtime.run(asker.transport.close())

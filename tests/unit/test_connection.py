@@ -41,7 +41,7 @@ SERVER = ServerInfo(
 
 
 class ScriptedStream:
-    """The other side answers each message as it is told, so many seconds later."""
+    """The other side answers each message as it is told, `delay` seconds later."""
 
     peer = "server"
 

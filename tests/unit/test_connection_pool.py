@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from shoal.adapters import Prompt
-from shoal.client.swarm.adapter_sync import AdapterSync
-from shoal.client.training.connection_pool import IDLE_SECONDS, MAX_ADAPTER_UPLOADS, ConnectionPool
+from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS, AdapterSync
+from shoal.client.training.connection_pool import IDLE_SECONDS, ConnectionPool
 from shoal.errors import Misrouted, PeerError, ServerLost
 from shoal.model.peft.factors import Factors, name_of
 from shoal.protocol import Adapter, AdapterStored, AnyMessage, Forward, NotCached, Result

@@ -95,7 +95,7 @@ def test_a_session_that_has_just_begun_and_a_peer_that_holds_little_more_keep_th
 
 @dataclass
 class Client:
-    """Decodes up to so many tokens; what it is answered stays, whatever happens to its pages."""
+    """Decodes some tokens; the answers that it has stay, also when it loses its pages."""
 
     peer: str
     prompt: int

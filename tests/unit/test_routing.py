@@ -72,10 +72,10 @@ def test_a_fast_server_is_worth_the_detour_and_a_far_one_is_not():
 def test_a_ring_goes_over_the_shorter_links_between_servers():
     first = server("first", "0:2", to={"near": 0.01, "far": 0.3})
     view = SwarmView(4, (first, server("far", "2:4"), server("near", "2:4")))
-    everybody_is_at = {"first": 0.1, "far": 0.1, "near": 0.1}
-    assert hops(view, RING, **everybody_is_at) == ["first 0:2", "near 2:4"]
-    assert hops(view, WALK, **everybody_is_at) == ["first 0:2", "far 2:4"]
-    nearer = everybody_is_at | {"far": 0.01}
+    round_trips = {"first": 0.1, "far": 0.1, "near": 0.1}
+    assert hops(view, RING, **round_trips) == ["first 0:2", "near 2:4"]
+    assert hops(view, WALK, **round_trips) == ["first 0:2", "far 2:4"]
+    nearer = round_trips | {"far": 0.01}
     assert hops(view, WALK, **nearer) == ["first 0:2", "far 2:4"]
     assert hops(view, RING, **nearer) == ["first 0:2", "near 2:4"]
 
@@ -294,7 +294,7 @@ def plain_seconds(servers: Sequence[ServerInfo], needs: Needs, known: Measured) 
     return total
 
 
-@example(  # a detour over two known links is shorter than a link that nobody knows
+@example(  # a detour over two known links is shorter than a link that was never measured
     SwarmView(
         3,
         (

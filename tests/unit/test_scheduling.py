@@ -74,9 +74,9 @@ def test_while_there_are_pages_some_request_is_computed(steps, tokens, prefill):
 @given(st.lists(st.builds(requests, st.integers(1, DECODE_TOKENS), rows=st.integers(1, 4)), max_size=8), st.data())
 def test_all_decoding_steps_are_in_every_pass(decoders, data):
     others = data.draw(st.lists(steps.filter(lambda step: not step.decodes), max_size=6))
-    everybody = data.draw(st.permutations([*decoders, *others]))
-    chosen = dict(plan(*everybody, pages=10_000).chunks)
-    assert all(chosen.get(index) == step.num_tokens for index, step in enumerate(everybody) if step.decodes)
+    everyone = data.draw(st.permutations([*decoders, *others]))
+    chosen = dict(plan(*everyone, pages=10_000).chunks)
+    assert all(chosen.get(index) == step.num_tokens for index, step in enumerate(everyone) if step.decodes)
 
 
 def test_a_prefill_takes_what_decoding_leaves_of_its_share():
@@ -140,10 +140,10 @@ clients = st.lists(st.tuples(st.sampled_from([1, 1, 3, 8, 9, 20]), st.integers(1
 @given(clients, st.integers(1, 64), st.integers(1, 32))
 def test_no_request_starves_although_each_always_has_more(kinds, tokens, prefill):
     longest_wait = sum(size for size, _ in kinds)
-    everybody = [Client(lambda size=size: size, rows) for size, rows in kinds]
+    everyone = [Client(lambda size=size: size, rows) for size, rows in kinds]
     queue: list[Client] = []
     for number in range(3 * longest_wait):
-        for client in everybody:
+        for client in everyone:
             if not client.num_left:
                 client.num_left, client.since = client.next_step(), number
                 queue.append(client)

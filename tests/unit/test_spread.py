@@ -20,7 +20,7 @@ PASS = Needs(step_tokens=1024, ring=False)
 
 
 def spread(view: SwarmView, number: int, known: Measured | None = None) -> Counter[str]:
-    """How many of so many passes each server gets, all at once."""
+    """How many of `number` passes each server gets, if all are sent at once."""
     in_flight, found = WorkInFlight(), Counter[str]()
     for _ in range(number):
         known = Measured((known or Measured()).round_trips, work_in_flight=in_flight.seconds)

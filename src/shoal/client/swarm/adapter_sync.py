@@ -14,7 +14,8 @@ from shoal.protocol import Adapter, AdapterStored, AnyMessage
 
 USUAL_UPLOAD_SECONDS = 1.0
 """How long a server usually takes to store the adapters of some blocks, once they have arrived."""
-
+MAX_ADAPTER_UPLOADS = 3
+"""How often a server is sent an adapter that it misses: after that, it has no room for the adapter."""
 
 Versions = dict[tuple[int, int], str]
 """By block and origin, the name of the version that was sent last."""

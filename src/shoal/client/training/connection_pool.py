@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from types import TracebackType
 from typing import Self
 
-from shoal.client.swarm.adapter_sync import AdapterSync
+from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS, AdapterSync
 from shoal.client.swarm.connection import Connection
 from shoal.concurrency import now
 from shoal.errors import Misrouted, PeerError
@@ -20,8 +20,6 @@ from shoal.protocol import Backward, Forward, Norms, NotCached, Result
 
 IDLE_SECONDS = 60.0
 """A connection that was idle for so long is closed. The server then forgets the adapters that it was sent over it."""
-MAX_ADAPTER_UPLOADS = 3
-"""A server that misses an adapter after so many uploads has no room for it."""
 
 
 class ConnectionPool:
