@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEPRIORITIZE_SECONDS = 15.0
-"""How long a server is deprioritized after its first failure: enough to restart, or for the directory to notice."""
+"""How long a server is deprioritized after its first failure: long enough for a restart."""
 BLOCK_SECONDS = 0.25
 """How long a server is blocked after its first failure, so that the only server of a block is not asked in a loop."""
 LONGEST_SECONDS = 300.0

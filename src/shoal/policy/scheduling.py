@@ -13,7 +13,7 @@ from dataclasses import dataclass
 DECODE_TOKENS = 8
 """The most new tokens a sequence of a decoding step: a person waits for one token, or for a few checked guesses."""
 MIN_PREFILL_TOKENS = 16
-"""Prefill tokens that a pass takes at least: with fewer, reading the weights costs more than computing them."""
+"""Prefill tokens that every pass may take, so that prefills go on beside decoding. Fewer are too few to be timed."""
 GROUPING_WEIGHT = 4
 """How many times a step counts that misses a pass: steps that are computed together come together again next time."""
 SMOOTHING = 0.2
