@@ -39,7 +39,7 @@ Choose = Callable[[SwarmView, Measured, int], tuple[Hop, ...]]
 def by(chooser: Chooser) -> Choose:
     def choose(view: SwarmView, known: Measured, seed: int) -> tuple[Hop, ...]:
         span = Span(0, view.num_blocks)
-        return choose_route(view, span, needs=Needs(), known=known, chooser=chooser, seed=seed).hops
+        return choose_route(view, span, needs=Needs(), known=known, chooser=chooser, rng=random.Random(seed)).hops
 
     return choose
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from shoal.peers import MAX_NEIGHBORS, ServerInfo, ServerState
+from shoal.policy.nearest import may_be_next
 from shoal.policy.placement import choose_span
 from shoal.policy.routing.route import Hop, Measured
 from shoal.policy.view import SwarmView
-from shoal.server.neighbors import may_be_next
 from shoal.spans import Span
 
 OCEAN = 0.09

@@ -211,7 +211,7 @@ def test_threads_that_begin_together_measure_doras_magnitudes_once(swarm: Callab
 
         def note(frame: Frame) -> Frame:
             kinds[kind := json.loads(bytes(frame.header))["kind"]] += 1
-            if kind == "norms":  # somebody is about to measure a block
+            if kind == "norms":  # a client is about to measure a block
                 outputs.append(pool.submit(blocks[0:4], torch.ones(1, 5, 32)))
             return frame
 

@@ -114,7 +114,7 @@ def test_gradients_survive_servers_that_are_lost_in_forward_and_in_backward(swar
         torch.testing.assert_close(embeds.grad, expected.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_that_nobody_serves_are_named_at_once(swarm: MakeSwarm):
+def test_the_error_names_blocks_without_a_server_at_once(swarm: MakeSwarm):
     model = swarm("0:1", "3:4").model()
     with pytest.raises(MissingBlocks, match="no server holds blocks 1:3") as error:
         model.generate(PROMPT, max_new_tokens=2)

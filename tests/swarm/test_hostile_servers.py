@@ -1,4 +1,4 @@
-"""Whatever a server answers, the client gets what the whole model says, from somebody else."""
+"""A server may answer anything: the client gets the outputs of the whole model, from another server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IMPATIENT = replace(QUICK, longest_answer_seconds=0.5)
 
 
 def announce(swarm: Swarm, converse: Callable[[Stream], Any], **announced: Any) -> Any:
-    """A peer named "rogue", which says whatever it likes about itself; returns its node."""
+    """A peer named "rogue", which announces false facts about itself; returns its node."""
     honest = next(iter(swarm.servers.values()))
     near = tuple((short(name), 1e-6) for name in swarm.servers)
     lies = {"peer": "rogue", "span": Span(0, 4), "decode_speed": 1e9, "cache_tokens_left": 4096, "round_trips": near}
@@ -50,7 +50,7 @@ def announce(swarm: Swarm, converse: Callable[[Stream], Any], **announced: Any) 
 
 
 class Rogue:
-    """A server that announces whatever it likes, opens sessions, and answers as it likes.
+    """A server that announces false facts, opens sessions, and answers as it is told.
 
     Its answers to a ping are those of a server that waits for the step after the last one; or `pong`, again and again.
     """
@@ -222,9 +222,9 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "half precision": (echo(torch.Tensor.half), "answered something else than was asked"),
     "NaN": (echo(spoilt(float("nan"))), "answered with numbers that are not finite"),
     "infinity": (echo(spoilt(float("-inf"))), "answered with numbers that are not finite"),
-    "a greeting": (always(raw("opened")), "answered with 'opened', which nobody asked for"),
-    "a question": (always(raw("ping")), "answered with 'ping', which nobody asked for"),
-    "a goodbye": (always(raw("close")), "answered with 'close', which nobody asked for"),
+    "a greeting": (always(raw("opened")), "answered with 'opened', which was not asked for"),
+    "a question": (always(raw("ping")), "answered with 'ping', which was not asked for"),
+    "a goodbye": (always(raw("close")), "answered with 'close', which was not asked for"),
     "an unknown failure": (always(failure("evil")), "is lost: not a valid message"),
     "a failure without reason": (always(failure("broken", None)), "is lost: not a valid message"),
     "a reason without end": (always(failure("broken", "x" * 10_000)), "is lost: not a valid message"),
@@ -250,9 +250,9 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
         politely(lambda *_: [raw("result", TENSOR, epoch=-1, position=0)]),
         "is lost: not a valid message",
     ),
-    "a pong that nobody asked for": (always(raw("pong")), "answered with 'pong', which nobody asked for"),
+    "a pong without a ping": (always(raw("pong")), "answered with 'pong', which was not asked for"),
     "a pong with a word": (always(raw("pong", working="yes")), "is lost: not a valid message"),
-    "a session that is opened twice": (always(raw("opened")), "answered with 'opened', which nobody asked for"),
+    "a session that is opened twice": (always(raw("opened")), "answered with 'opened', which was not asked for"),
     "more tokens known than were offered": (
         lambda *_: [raw("opened", {"hidden": torch.ones(1, 16, 32)}, num_tokens=16)],
         "is lost: it knows something else than was asked",
@@ -264,8 +264,8 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
         UNHEARD,
     ),
     "a push that failed, of the step": (always(raw("unreached", epoch=0, position=0)), UNHEARD),
-    "a tie": (always(raw("set_neighbors")), "answered with 'set_neighbors', which nobody asked for"),
-    "a step back": (always(raw("rewind", epoch=9, position=0)), "answered with 'rewind', which nobody asked for"),
+    "neighbors": (always(raw("set_neighbors")), "answered with 'set_neighbors', which was not asked for"),
+    "a step back": (always(raw("rewind", epoch=9, position=0)), "answered with 'rewind', which was not asked for"),
     "a step": (always(raw("step", TENSOR, position=0)), "is lost: a message of kind 'step' makes no sense here"),
     "leaving since before": (always(raw("leaving", seconds=-1)), "is lost: not a valid message"),
     "leaving in NaN seconds": (always(raw("leaving", seconds=float("nan"))), "is lost: not a valid message"),
@@ -316,8 +316,8 @@ def test_a_server_that_works_for_ever_is_left(
 
 UNPONGS: dict[str, tuple[Answer, str]] = {
     "nothing": (lambda *_: [], "rogue is lost: said nothing for"),
-    "twice": (lambda *_: [raw("pong", working=True)] * 2, "rogue answered with 'pong', which nobody asked for"),
-    "a ping": (lambda *_: [raw("ping")], "rogue answered with 'ping', which nobody asked for"),
+    "twice": (lambda *_: [raw("pong", working=True)] * 2, "rogue answered with 'pong', which was not asked for"),
+    "a ping": (lambda *_: [raw("ping")], "rogue answered with 'ping', which was not asked for"),
     "that it lacks the step": (lambda *_: [raw("pong")], "rogue is lost: does not do what it was asked"),
     "in negative numbers": (lambda *_: [raw("pong", num_passes=-1)], "rogue is lost: not a valid message"),
 }
@@ -359,7 +359,7 @@ NOISES: dict[str, Callable[[dict[str, Any], bytes], list[Raw]]] = {
 
 
 @pytest.mark.parametrize("says", NOISES.values(), ids=NOISES.keys())
-def test_what_nobody_asked_for_changes_no_token(honest: Swarm, whole: PreTrainedModel, says):
+def test_messages_that_were_not_asked_for_change_no_token(honest: Swarm, whole: PreTrainedModel, says):
     rogue = Impostor(honest, says=says)
     model = honest.model()
     assert model.generate(PROMPT, max_new_tokens=6).tolist() == whole.generate(PROMPT, max_new_tokens=6).tolist()
@@ -466,7 +466,7 @@ def test_a_server_that_only_ever_rewinds_is_left(honest: Swarm, whole: PreTraine
     assert len(rogue.asked) < 20
 
 
-def test_passes_and_gradients_come_from_somebody_else(honest: Swarm, whole: PreTrainedModel):
+def test_passes_and_gradients_come_from_another_server(honest: Swarm, whole: PreTrainedModel):
     def answer(message: AnyMessage, tensors: codec.Tensors) -> list[Raw]:
         if isinstance(message, Forward):
             return [raw("result", {"hidden": tensors["hidden"] / 0})]
@@ -483,7 +483,7 @@ def test_passes_and_gradients_come_from_somebody_else(honest: Swarm, whole: PreT
     assert rogue.asked == ["forward"]
 
 
-def test_inputs_that_are_not_finite_are_nobodys_fault(honest: Swarm):
+def test_inputs_that_are_not_finite_are_no_servers_fault(honest: Swarm):
     model = honest.model()
     embeds = model.get_input_embeddings()(PROMPT).detach()
     embeds[0, 1, 3] = float("nan")
@@ -521,7 +521,7 @@ def test_a_span_that_the_server_does_not_hold_is_looked_for_elsewhere(swarm: Mak
     assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
 
 
-def test_a_rejection_names_who_rejects(honest: Swarm):
+def test_a_rejection_names_the_server(honest: Swarm):
     Rogue(honest, always(failure("rejected", "I do not like your words")))
     with pytest.raises(RequestRejected, match=r"^rogue rejects this: I do not like your words$") as rejection:
         honest.model().generate(PROMPT, max_new_tokens=4)

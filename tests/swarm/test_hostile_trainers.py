@@ -1,4 +1,4 @@
-"""Whatever a server answers who is sent adapters, losses and gradients are those of one machine, from somebody else."""
+"""A server may answer uploads and passes with anything: losses and gradients are those of one machine."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class Trainer:
     def __init__(
         self,
         *,
-        learns: Callable[[], list[Raw]] = lambda: [raw("adapter_stored")],
+        stores: Callable[[], list[Raw]] = lambda: [raw("adapter_stored")],
         forward: Callable[[torch.Tensor], list[Raw]] = lambda hidden: [raw("result", {"hidden": hidden})],
         backward: Callable[[torch.Tensor, int], list[Raw]] | None = None,
     ) -> None:
-        self._learns, self._forward, self._backward = learns, forward, backward
+        self._stores, self._forward, self._backward = stores, forward, backward
         self._num_factors: dict[int, int] = {}
 
     def __call__(self, message: AnyMessage, tensors: codec.Tensors) -> list[Raw]:
         match message:
             case Adapter():
                 self._num_factors[message.block] = len(tensors["factors"])
-                return self._learns()
+                return self._stores()
             case Forward():
                 return self._forward(tensors["hidden"])
             case Backward() if self._backward is not None:
@@ -60,24 +60,24 @@ def asks(*names: str, kept: bool = False) -> Callable[..., list[Raw]]:
 
 
 ANSWERS: dict[str, tuple[Answer, str]] = {
-    "nothing learned, but computed": (Trainer(learns=lambda: [raw("result")]), "'result', which nobody asked for"),
+    "nothing stored, but computed": (Trainer(stores=lambda: [raw("result")]), "'result', which was not asked for"),
     "learned, three times": (
-        Trainer(learns=lambda: [raw("adapter_stored")] * 3),
-        "'adapter_stored', which nobody asked for",
+        Trainer(stores=lambda: [raw("adapter_stored")] * 3),
+        "'adapter_stored', which was not asked for",
     ),
-    "it has no room": (Trainer(learns=lambda: [failure("misrouted")]), "rogue cannot do this: because"),
+    "it has no room": (Trainer(stores=lambda: [failure("misrouted")]), "rogue cannot do this: because"),
     "it offers no training": (Trainer(forward=lambda _: [failure("misrouted")]), "rogue cannot do this: because"),
     "an adapter that it does not know": (
-        Trainer(learns=lambda: [raw("not_cached")]),
-        "'not_cached', which nobody asked for",
+        Trainer(stores=lambda: [raw("not_cached")]),
+        "'not_cached', which was not asked for",
     ),
     "it lacks what it was sent, for ever": (Trainer(forward=asks()), "rogue has no room for these adapters"),
-    "it lacks what nobody has": (Trainer(forward=asks(NOBODYS)), "rogue has no room for these adapters"),
+    "it misses what no server has": (Trainer(forward=asks(NOBODYS)), "rogue has no room for these adapters"),
     "it lacks inputs that it was just sent": (Trainer(forward=asks(kept=True)), "it lacks what it was just sent"),
     "a name that is none": (Trainer(forward=asks("q_proj")), "rogue is lost: not a valid message"),
     "learned, unasked": (
         Trainer(forward=lambda _: [raw("adapter_stored")]),
-        "'adapter_stored', which nobody asked for",
+        "'adapter_stored', which was not asked for",
     ),
 }
 
@@ -136,7 +136,7 @@ def test_a_server_that_cannot_compute_an_adapter_is_left(
 
 
 @pytest.mark.parametrize(("answer", "reason"), LATE_ANSWERS.values(), ids=LATE_ANSWERS.keys())
-def test_gradients_of_another_shape_are_computed_by_somebody_else(
+def test_gradients_of_another_shape_are_computed_by_another_server(
     swarm: Callable[..., Swarm], whole: PreTrainedModel, caplog: pytest.LogCaptureFixture, answer: Answer, reason: str
 ):
     """The rogue's outputs were believed: it returns its inputs. The gradients that follow are the honest server's."""
@@ -161,7 +161,7 @@ def test_gradients_of_another_shape_are_computed_by_somebody_else(
     assert re.search(reason, told[0])
 
 
-def test_where_nobody_has_room_for_an_adapter_the_user_is_told(swarm: Callable[..., Swarm]):
+def test_if_no_server_has_room_for_an_adapter_the_error_says_so(swarm: Callable[..., Swarm]):
     honest = swarm("0:4")
     Rogue(honest, Trainer(forward=asks(NOBODYS)))
     honest.kill("s0")

@@ -57,7 +57,7 @@ class Scene:
     def __init__(self, config: ClientConfig | None = None) -> None:
         self.network = MemoryNetwork()
         self.network.delay(0.02)
-        self.chain = Swarm(self.network.node("client"), MODEL, "f", config or ClientConfig())
+        self.swarm = Swarm(self.network.node("client"), MODEL, "f", config or ClientConfig())
 
     async def server(self, peer: str, span: str, speed: float, behaviour: Behaviour) -> None:
         node = self.network.node(peer)
@@ -71,7 +71,7 @@ class Scene:
 
     async def route(self) -> list[str]:
         """The peers of the best route for a token."""
-        return [hop.server.peer for hop in (await self.chain.route(ALL, needs=Needs())).hops]
+        return [hop.server.peer for hop in (await self.swarm.route(ALL, needs=Needs())).hops]
 
     async def close(self) -> None:
         await self.network.close()
@@ -100,7 +100,7 @@ def test_three_hundred_that_claim_to_be_the_fastest_and_say_nothing_are_in_no_ro
         began = seconds()
         assert await scene.route() == ["first", "last"]
         assert seconds() - began < 5.0
-        for _ in range(3):  # and later, with a new picture each time
+        for _ in range(3):  # and later, with a new view each time
             await asyncio.sleep(30.0)
             began = seconds()
             assert await scene.route() == ["first", "last"]
@@ -122,7 +122,7 @@ def test_a_server_is_used_whose_first_connection_takes_many_seconds_if_no_other_
     play(act)
 
 
-def test_where_all_who_hold_a_block_are_silent_there_is_no_route_and_the_error_says_why():
+def test_if_all_servers_of_a_block_are_silent_there_is_no_route_and_the_error_says_why():
     async def act(scene: Scene) -> None:
         await scene.server("honest", "0:4", 10.0, honest)
         await scene.liars(3, "0:8")
@@ -131,12 +131,12 @@ def test_where_all_who_hold_a_block_are_silent_there_is_no_route_and_the_error_s
             return await scene.route()
 
         with pytest.raises(MissingBlocks, match="3 servers were asked and did not answer"):
-            await scene.chain.with_failover(ALL, ask)
+            await scene.swarm.with_failover(ALL, ask)
 
     play(act, ClientConfig(patience_seconds=20.0))
 
 
-def test_where_there_is_no_choice_the_only_server_is_not_asked_first():
+def test_where_there_is_no_choice_the_only_server_is_not_pinged_first():
     async def act(scene: Scene) -> None:
         await scene.liars(1, "0:8")
         began = seconds()
@@ -152,9 +152,9 @@ def test_a_server_that_answered_and_was_lost_has_to_answer_again():
         await scene.server("b", "0:8", 10.0, honest)
         assert await scene.route() == ["a"]
         scene.network.hang("a")
-        scene.chain.blame(ServerLost("a is lost", peer="a"))
+        scene.swarm.blame(ServerLost("a is lost", peer="a"))
         assert await scene.route() == ["b"]
-        await asyncio.sleep(60.0)  # nobody avoids it any more, and it is silent still
+        await asyncio.sleep(60.0)  # it is not deprioritized any more, and still silent
         assert await scene.route() == ["b"]
         scene.network.heal("a")
         await asyncio.sleep(90.0)
@@ -163,7 +163,7 @@ def test_a_server_that_answered_and_was_lost_has_to_answer_again():
     play(act)
 
 
-def test_of_a_thousand_honest_servers_not_all_are_asked():
+def test_of_a_thousand_honest_servers_not_all_are_pinged():
     async def act(scene: Scene) -> None:
         asked: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""Passes of training: what is found, and what servers are asked for, wherever the way through them is cut."""
+"""Passes of training: which gradients are found and which servers are asked, wherever a route is cut."""
 
 # B sequences, T tokens, D hidden size
 
@@ -24,8 +24,8 @@ HIDDEN = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 GRAD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
 
 
-class HeadCall:
-    """Which passes were asked of whom."""
+class AskedPasses:
+    """Which passes each server was asked for."""
 
     def __init__(self, swarm: Swarm) -> None:
         self.passes: list[str] = []
@@ -77,7 +77,7 @@ def test_microbatches_are_as_many_as_the_servers_that_train_can_share(swarm: Cal
     net = swarm("0:4")
     for _ in range(7):
         net.start("0:4", training=False)
-    model, asked = net.model(), HeadCall(net)
+    model, asked = net.model(), AskedPasses(net)
     model(inputs_embeds=torch.zeros(8, 256, 32))
     assert asked.passes == ["forward s0"] * 2
 
@@ -86,6 +86,6 @@ def test_servers_before_the_first_wanted_block_are_not_asked_for_gradients(swarm
     net = swarm("0:2", "2:4")
     client = Trained(net.model(), first=2)
     pieces = client.pieces(0, Span(0, 4))
-    asked = HeadCall(net)
+    asked = AskedPasses(net)
     assert client.gradients(pieces).factors.keys() == {2, 3}
     assert asked.passes == ["forward s0", "forward s1", "backward s1"]

@@ -175,7 +175,7 @@ def test_where_no_head_is_left_the_client_computes_it(
         answer = model.generate(PROMPT, max_new_tokens=10, streamer=AfterTokens(4, lambda: made.kill("s1")))
         again = model.generate(PROMPT, max_new_tokens=10)
     assert answer.tolist() == again.tolist() == whole.generate(PROMPT, max_new_tokens=10).tolist()
-    assert caplog.text.count("the output head is computed here: no server offers it now") == 1
+    assert caplog.text.count("no server offers the output head: this client computes it") == 1
 
 
 def test_a_swarm_without_heads_serves_those_who_would_like_one(swarm: MakeSwarm, whole: PreTrainedModel):

@@ -1,4 +1,4 @@
-"""Which way a client goes through servers that measure, announce and serve as they always do."""
+"""Which routes a client takes through servers that measure, announce and serve as usual."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def announced(swarm: Swarm) -> dict[str, ServerInfo]:
     return {record.info.peer: record.info for record in swarm.network.records}
 
 
-def neighbours(swarm: Swarm) -> dict[str, set[str]]:
-    """To whom each server says how far it is."""
+def neighbors(swarm: Swarm) -> dict[str, set[str]]:
+    """The servers to which each server announces a round trip."""
     return {peer: {name for name, _ in info.round_trips} for peer, info in announced(swarm).items()}
 
 
 def far_apart(swarm: Swarm, *pairs: tuple[str, str]) -> None:
-    """Everything between these peers takes a while."""
+    """Delay all messages between these pairs of peers."""
     for pair in pairs:
         swarm.call(swarm.network.delay, 0.05, *pair)
 
 
-def test_servers_announce_how_far_those_are_that_may_come_before_or_after_them(swarm: MakeSwarm):
+def test_servers_announce_their_round_trips_to_those_that_may_be_next_to_them_in_a_route(swarm: MakeSwarm):
     swarm_ = swarm("0:2", "2:4", "1:3", announce_seconds=0.05)
     expected = {"s0": {"s1", "s2"}, "s1": {"s0", "s2"}, "s2": {"s0", "s1"}}
-    swarm_.settle(lambda: neighbours(swarm_) == expected)
+    swarm_.settle(lambda: neighbors(swarm_) == expected)
     swarm_.kill("s2")
-    swarm_.settle(lambda: neighbours(swarm_)["s0"] == {"s1"})
+    swarm_.settle(lambda: neighbors(swarm_)["s0"] == {"s1"})
 
 
 def test_a_server_that_joins_is_known_to_be_near_long_before_the_next_renewal(swarm: MakeSwarm):
     swarm_ = swarm("0:2", "2:4", announce_seconds=100.0)
-    swarm_.settle(lambda: neighbours(swarm_) == {"s0": set(), "s1": {"s0"}})
+    swarm_.settle(lambda: neighbors(swarm_) == {"s0": set(), "s1": {"s0"}})
 
 
 @pytest.mark.parametrize("near", ["s1", "s2"])
@@ -63,13 +63,13 @@ def test_a_ring_goes_over_the_shorter_link_between_two_servers(swarm: MakeSwarm,
     swarm_.start("2:4", announce_seconds=0.05)
     swarm_.start("2:4", announce_seconds=0.05)
     swarm_.settle(lambda: all(announced(swarm_)[peer].round_trips for peer in ("s1", "s2")))
-    chain = swarm_.model().blocks._swarm
-    route = swarm_.runtime.run(chain.route(Span(0, 4), needs=Needs()))
+    client = swarm_.model().blocks._swarm
+    route = swarm_.runtime.run(client.route(Span(0, 4), needs=Needs()))
     assert [hop.server.peer for hop in route.hops] == ["s0", near]
     assert near in route.explain()
 
 
-def test_a_client_asks_how_far_everybody_is_before_its_first_route(swarm: MakeSwarm):
+def test_a_client_measures_the_round_trips_of_all_servers_before_its_first_route(swarm: MakeSwarm):
     swarm_ = swarm("0:4", "0:4", "0:4")
     swarm_.call(even, swarm_)
     model = swarm_.model(config=replace(QUICK, measure_seconds=5.0))
@@ -79,7 +79,7 @@ def test_a_client_asks_how_far_everybody_is_before_its_first_route(swarm: MakeSw
     assert [hop.server.peer for hop in route.hops] == ["s1"]
 
 
-def test_a_client_does_not_wait_long_for_those_who_do_not_answer(swarm: MakeSwarm, whole: PreTrainedModel):
+def test_a_client_does_not_wait_long_for_servers_that_do_not_answer(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:4", "0:4")
     swarm_.call(swarm_.network.hang, "s0")
     model = swarm_.model(config=replace(QUICK, measure_seconds=0.05))
@@ -105,9 +105,9 @@ def test_blocks_that_are_pinned_to_the_wrong_peer_are_an_error_that_says_what_it
         model.generate(PROMPT, max_new_tokens=2)
     assert "shoal status --json" in str(error.value.hint)
     absent = Identity.temporary().peer
-    nobody = swarm_.model(config=replace(QUICK, pinned=((Span(0, 4), absent),)))
+    unserved = swarm_.model(config=replace(QUICK, pinned=((Span(0, 4), absent),)))
     with pytest.raises(MissingBlocks, match=f"pinned to {absent}, which does not serve this model"):
-        nobody.generate(PROMPT, max_new_tokens=2)
+        unserved.generate(PROMPT, max_new_tokens=2)
     with pytest.raises(UserError, match="blocks 2:5 cannot be pinned: the model has 4"):
         swarm_.model(config=replace(QUICK, pinned=((Span(2, 5), "s0"),)))
 
@@ -157,7 +157,7 @@ def test_eight_microbatches_go_to_two_equal_servers_in_halves(swarm: MakeSwarm, 
 
 
 def even(swarm: Swarm) -> None:
-    """Let all servers announce the same speed, whatever was measured."""
+    """Let all servers announce the same speed, instead of the measured ones."""
     swarm.network.edit_announcements(lambda info: replace(info, decode_speed=100.0, prefill_speed=1000.0))
 
 
@@ -175,5 +175,5 @@ def test_a_peer_that_does_not_answer_has_no_distance(swarm: MakeSwarm):
     )
     assert found["s0"] > 0
     assert found["s1"] is None
-    assert swarm_.runtime.run(measure_round_trip(asker.transport, "nobody")) is None
+    assert swarm_.runtime.run(measure_round_trip(asker.transport, "absent")) is None
     swarm_.runtime.run(asker.transport.close())

@@ -189,7 +189,7 @@ def test_a_server_that_loses_what_nobody_asked_it_to_lose_is_left(swarm: MakeSwa
     rogue = Rogue(swarm_, politely(answer))
     generated = swarm_.model().generate(PROMPT, max_new_tokens=4)
     assert generated.tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
-    assert "answered in int8, which nobody asked for" in caplog.text
+    assert "answered in int8, which was not asked for" in caplog.text
     assert rogue.asked == ["open", "step"]
 
 

@@ -1,4 +1,4 @@
-"""When a server is taken for lost, and when not, in virtual time."""
+"""When a connection takes its server for lost, and when not, in virtual time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from shoal.client.options.client_config import ClientConfig
-from shoal.client.swarm.connection import PING_SECONDS, STUCK_SECONDS, Connection
+from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.errors import PeerError, ServerLost
 from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Buffer, HeaderCheck, StreamBroken
 from shoal.net.wire.frames import payload_bytes
 from shoal.peers import ServerInfo, ServerState
+from shoal.policy.liveness import PING_SECONDS, STUCK_SECONDS
 from shoal.protocol import AnyMessage, Leaving, Ping, Pong, Result, Step, dump, parse
 from shoal.spans import Span
 
@@ -40,7 +41,7 @@ SERVER = ServerInfo(
 
 
 class ScriptedStream:
-    """The other side answers each message as it is told, so many seconds later."""
+    """The other side answers each message as it is told, `delay` seconds later."""
 
     peer = "server"
 
@@ -69,7 +70,7 @@ class ScriptedStream:
             asyncio.get_running_loop().call_later(self._delay, self._arriving.put_nowait, answer)
 
     def say(self, *messages: AnyMessage | None) -> None:
-        """Of itself; None is the end."""
+        """Send these without being asked; None is the end of the stream."""
         for message in messages:
             self._arriving.put_nowait(message)
 
@@ -95,13 +96,14 @@ def ended(
     in_flight: PeerInFlight | None = None,
     meanwhile: Callable[[Connection], Coroutine[Any, Any, None]] | None = None,
 ) -> tuple[float, PeerError | None]:
-    """When, and why, a connection to somebody who is asked for something ends, in so many seconds."""
+    """When and why a connection that awaits an answer ends, at most `within` seconds from now."""
 
     async def live() -> tuple[float, PeerError | None]:
         loop = asyncio.get_running_loop()
         connection = Connection(stream, SERVER, CONFIG, in_flight=in_flight)
         over = asyncio.Event()
-        connection.ended = over.set
+        connection.on_end = over.set
+        connection.start()
         connection.expect(usual_seconds=usual_seconds, bytes_in_flight=bytes_in_flight)
         other = None if meanwhile is None else asyncio.create_task(meanwhile(connection))
         try:
@@ -125,7 +127,7 @@ def test_a_silent_server_is_lost_when_it_has_not_answered_a_ping_for_long():
     assert at == pytest.approx(PING_SECONDS + CONFIG.silence_seconds, abs=0.01)
 
 
-def test_a_server_that_is_usually_fast_is_asked_earlier():
+def test_a_server_that_is_usually_fast_is_pinged_earlier():
     at, error = ended(ScriptedStream(lambda message: []), within=100, usual_seconds=0.05)
     assert isinstance(error, ServerLost)
     assert at == pytest.approx(0.15 + CONFIG.silence_seconds, abs=0.01)
@@ -140,12 +142,12 @@ def test_a_server_that_answers_pings_is_kept(usual_seconds: float | None, delay:
     assert sum(isinstance(message, Ping) for message in stream.sent) > 100
 
 
-def test_a_server_that_works_and_gets_on_is_kept():
+def test_a_server_that_works_and_computes_passes_is_kept():
     stream = ScriptedStream(lambda message: [Pong(working=True, num_passes=len(stream.sent))])
     assert ended(stream, within=1000)[1] is None
 
 
-def test_a_server_that_works_and_does_not_get_on_is_stuck():
+def test_a_server_that_works_and_computes_no_pass_is_stuck():
     at, error = ended(ScriptedStream(lambda message: [Pong(working=True, num_passes=7)]), within=1000)
     assert "has computed nothing" in str(error)
     assert STUCK_SECONDS + 20 * 0.05 < at < STUCK_SECONDS + 20 * 0.05 + 2 * PING_SECONDS
@@ -170,7 +172,7 @@ def test_a_pong_without_a_ping_ends_it_at_once(said: list[AnyMessage]):
     stream = ScriptedStream(lambda message: [])
     stream.say(*said)
     at, error = ended(stream, within=100)
-    assert "'pong', which nobody asked for" in str(error)
+    assert "'pong', which was not asked for" in str(error)
     assert at < 0.01
 
 
@@ -197,7 +199,7 @@ def test_a_server_that_takes_nothing_is_lost():
     assert isinstance(error, ServerLost)
 
 
-def test_whoever_was_sent_something_large_may_answer_later():
+def test_a_server_that_was_sent_something_large_may_answer_later():
     at, _ = ended(ScriptedStream(lambda message: []), within=1000, bytes_in_flight=10 * MEGABYTE)
     assert at == pytest.approx(0.15 + CONFIG.silence_seconds + 10 * MEGABYTE / SLOWEST_LINK, abs=0.01)
 
@@ -221,14 +223,14 @@ def test_a_server_whose_answer_is_arriving_is_kept():
     assert at == pytest.approx(59 + CONFIG.silence_seconds, abs=0.01)
 
 
-def test_whatever_one_stream_carries_holds_up_the_others():
+def test_bytes_in_flight_on_one_stream_delay_the_others():
     in_flight, busy = PeerInFlight(), ScriptedStream(lambda message: [])
     in_flight.set_bytes(busy, 10 * MEGABYTE)
     at, _ = ended(ScriptedStream(lambda message: []), within=1000, in_flight=in_flight)
     assert at == pytest.approx(0.15 + CONFIG.silence_seconds + 10 * MEGABYTE / SLOWEST_LINK, abs=0.01)
 
 
-def test_whatever_one_stream_brings_says_that_the_server_is_there():
+def test_a_message_on_one_stream_shows_that_the_server_is_alive():
     in_flight, busy = PeerInFlight(), ScriptedStream(lambda message: [])
     in_flight.set_bytes(busy, 0)
     busy.heard_at = 50.0
@@ -236,7 +238,7 @@ def test_whatever_one_stream_brings_says_that_the_server_is_there():
     assert at == pytest.approx(50.0 + CONFIG.silence_seconds, abs=0.01)
 
 
-def test_a_stream_that_has_ended_holds_up_nobody():
+def test_a_stream_that_has_ended_delays_no_other():
     in_flight = PeerInFlight()
     for _ in range(2):
         ended(ScriptedStream(lambda message: []), within=1000, in_flight=in_flight, bytes_in_flight=MEGABYTE)

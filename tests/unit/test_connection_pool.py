@@ -1,4 +1,4 @@
-"""Connections for single passes, and what servers are taught over them."""
+"""Connections for single passes, and the adapters that servers are sent over them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from shoal.adapters import Prompt
-from shoal.client.swarm.adapter_sync import AdapterSync
-from shoal.client.training.connection_pool import IDLE_SECONDS, MAX_ADAPTER_UPLOADS, ConnectionPool
+from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS, AdapterSync
+from shoal.client.training.connection_pool import IDLE_SECONDS, ConnectionPool
 from shoal.errors import Misrouted, PeerError, ServerLost
 from shoal.model.peft.factors import AdapterFactors, factors_name
 from shoal.protocol import Adapter, AdapterStored, AnyMessage, Forward, NotCached, Result
@@ -31,11 +31,11 @@ def version(number: int, *, origin: int = 1, block: int = 0) -> AdapterFactors:
 
 @dataclass(eq=False)
 class Server:
-    """Learns, answers, and forgets when it is told to."""
+    """Stores adapters, answers, and drops adapters when it is told to."""
 
     peer: str = "server"
     known: set[str] = field(default_factory=set)
-    lessons: list[Adapter] = field(default_factory=list)
+    uploads: list[Adapter] = field(default_factory=list)
     num_connected: int = 0
     connections: list[Connection] = field(default_factory=list)
     forgetful: bool = False
@@ -63,7 +63,7 @@ class Connection:
         await asyncio.sleep(1)
         for message, tensors in questions:
             assert isinstance(message, Adapter)
-            self.server.lessons.append(message)
+            self.server.uploads.append(message)
             if self.server.fails:
                 raise ServerLost("gone", peer=self.peer)
             if message.replaces is not None:
@@ -96,24 +96,22 @@ async def ask(pool: ConnectionPool, *adapters: AdapterFactors, to: str = SERVER.
 def test_a_version_is_sent_once_and_takes_the_place_of_the_one_before():
     async def scene() -> None:
         server = Server()
-        pool = ConnectionPool(server.connect, AdapterSync())
-        for number in (0, 0, 1, 1):
-            assert isinstance(await ask(pool, version(number)), Result)
-        assert [each.replaces for each in server.lessons] == [None, version(0).name]
-        assert server.known == {version(1).name}
-        await pool.close()
+        async with ConnectionPool(server.connect, AdapterSync()) as pool:
+            for number in (0, 0, 1, 1):
+                assert isinstance(await ask(pool, version(number)), Result)
+            assert [each.replaces for each in server.uploads] == [None, version(0).name]
+            assert server.known == {version(1).name}
 
     virtual_time.run(scene())
 
 
-def test_two_that_need_the_same_send_it_once():
+def test_two_passes_that_need_the_same_adapter_send_it_once():
     async def scene() -> None:
         server = Server()
-        pool = ConnectionPool(server.connect, AdapterSync())
-        await asyncio.gather(*(ask(pool, version(0)) for _ in range(3)))
-        assert len(server.lessons) == 1
-        assert server.num_connected == 3
-        await pool.close()
+        async with ConnectionPool(server.connect, AdapterSync()) as pool:
+            await asyncio.gather(*(ask(pool, version(0)) for _ in range(3)))
+            assert len(server.uploads) == 1
+            assert server.num_connected == 3
 
     virtual_time.run(scene())
 
@@ -121,12 +119,11 @@ def test_two_that_need_the_same_send_it_once():
 def test_adapters_of_the_same_block_that_are_not_versions_of_each_other_are_both_kept():
     async def scene() -> None:
         server, adapter_sync = Server(), AdapterSync()
-        pool = ConnectionPool(server.connect, adapter_sync)
-        for _ in range(2):
-            await ask(pool, version(0, origin=1))
-            await ask(pool, version(1, origin=2))
-        assert [each.replaces for each in server.lessons] == [None, None]
-        await pool.close()
+        async with ConnectionPool(server.connect, adapter_sync) as pool:
+            for _ in range(2):
+                await ask(pool, version(0, origin=1))
+                await ask(pool, version(1, origin=2))
+            assert [each.replaces for each in server.uploads] == [None, None]
 
     virtual_time.run(scene())
 
@@ -134,80 +131,77 @@ def test_adapters_of_the_same_block_that_are_not_versions_of_each_other_are_both
 def test_a_session_keeps_its_version_while_passes_go_on():
     async def scene() -> None:
         server, adapter_sync = Server(), AdapterSync()
-        pool, connection = ConnectionPool(server.connect, adapter_sync), Connection(server)
-        await ask(pool, version(1))
-        for number in (2, 3):
-            await adapter_sync.ensure_loaded(connection, SERVER, [version(0)], session=True)
-            await ask(pool, version(number))
-            assert server.known == {version(0).name, version(number).name}
-        assert [each.replaces for each in server.lessons] == [None, None, version(1).name, version(2).name]
-        await pool.close()
+        connection = Connection(server)
+        async with ConnectionPool(server.connect, adapter_sync) as pool:
+            await ask(pool, version(1))
+            for number in (2, 3):
+                await adapter_sync.ensure_loaded(connection, SERVER, [version(0)], session=True)
+                await ask(pool, version(number))
+                assert server.known == {version(0).name, version(number).name}
+            assert [each.replaces for each in server.uploads] == [None, None, version(1).name, version(2).name]
 
     virtual_time.run(scene())
 
 
-def test_a_session_that_has_what_passes_leave_is_sent_it_again():
+def test_a_session_with_a_version_that_passes_leave_has_it_sent_again():
     async def scene() -> None:
         server, adapter_sync = Server(), AdapterSync()
-        pool, connection = ConnectionPool(server.connect, adapter_sync), Connection(server)
-        await adapter_sync.ensure_loaded(connection, SERVER, [version(0)], session=True)
-        await ask(pool, version(0))
-        await ask(pool, version(1))
-        for _ in range(2):
+        connection = Connection(server)
+        async with ConnectionPool(server.connect, adapter_sync) as pool:
             await adapter_sync.ensure_loaded(connection, SERVER, [version(0)], session=True)
-            assert server.known == {version(0).name, version(1).name}
-        assert len(server.lessons) == 4
-        await pool.close()
+            await ask(pool, version(0))
+            await ask(pool, version(1))
+            for _ in range(2):
+                await adapter_sync.ensure_loaded(connection, SERVER, [version(0)], session=True)
+                assert server.known == {version(0).name, version(1).name}
+            assert len(server.uploads) == 4
 
     virtual_time.run(scene())
 
 
-def test_only_what_a_server_was_asked_for_can_be_lacking():
+def test_a_server_can_miss_only_adapters_that_it_was_requested_to_use():
     adapter_sync = AdapterSync()
     hosted, own = (replace(version(number), hosted="a" * 16) for number in (0, 1))
     for number in range(9):
         adapter_sync.forget("server", [hosted, version(2)], [own.name, version(2).name, f"{number:032x}"])
-    assert not adapter_sync._not_hosted["server"]
+    assert not adapter_sync.missing_of("server")
     adapter_sync.forget("server", [hosted, own], [own.name])
-    assert adapter_sync._not_hosted["server"] == {own.name}
+    assert adapter_sync.missing_of("server") == {own.name}
 
 
-def test_what_a_server_has_forgotten_is_sent_again():
+def test_an_adapter_that_a_server_has_dropped_is_sent_again():
     async def scene() -> None:
         server = Server()
-        pool = ConnectionPool(server.connect, AdapterSync())
-        await ask(pool, version(0))
-        server.known.clear()
-        assert isinstance(await ask(pool, version(0)), Result)
-        assert len(server.lessons) == 2
-        await pool.close()
+        async with ConnectionPool(server.connect, AdapterSync()) as pool:
+            await ask(pool, version(0))
+            server.known.clear()
+            assert isinstance(await ask(pool, version(0)), Result)
+            assert len(server.uploads) == 2
 
     virtual_time.run(scene())
 
 
-def test_a_server_that_never_remembers_is_asked_no_more():
+def test_a_server_that_always_drops_adapters_is_not_asked_again():
     async def scene() -> None:
         server = Server(forgetful=True)
-        pool = ConnectionPool(server.connect, AdapterSync())
-        with pytest.raises(Misrouted, match="server has no room for these adapters"):
-            await ask(pool, version(0))
-        assert len(server.lessons) == MAX_ADAPTER_UPLOADS
-        assert all(each.is_closed for each in server.connections)
-        await pool.close()
+        async with ConnectionPool(server.connect, AdapterSync()) as pool:
+            with pytest.raises(Misrouted, match="server has no room for these adapters"):
+                await ask(pool, version(0))
+            assert len(server.uploads) == MAX_ADAPTER_UPLOADS
+            assert all(each.is_closed for each in server.connections)
 
     virtual_time.run(scene())
 
 
-def test_a_lesson_that_failed_is_given_again():
+def test_an_upload_that_failed_is_repeated():
     async def scene() -> None:
         server = Server(fails=True)
-        pool = ConnectionPool(server.connect, AdapterSync())
-        with pytest.raises(ServerLost):
-            await ask(pool, version(0))
-        server.fails = False
-        assert isinstance(await ask(pool, version(0)), Result)
-        assert len(server.lessons) == 2
-        await pool.close()
+        async with ConnectionPool(server.connect, AdapterSync()) as pool:
+            with pytest.raises(ServerLost):
+                await ask(pool, version(0))
+            server.fails = False
+            assert isinstance(await ask(pool, version(0)), Result)
+            assert len(server.uploads) == 2
 
     virtual_time.run(scene())
 
@@ -215,19 +209,18 @@ def test_a_lesson_that_failed_is_given_again():
 def test_a_connection_is_used_again_until_it_fails_or_has_been_idle_for_long():
     async def scene() -> None:
         server = Server()
-        pool = ConnectionPool(server.connect, AdapterSync())
-        await ask(pool)
-        await ask(pool)
-        assert server.num_connected == 1
-        server.connections[0].error = ServerLost("gone", peer="server")
-        await ask(pool)
-        assert server.num_connected == 2
-        assert server.connections[0].is_closed
-        await asyncio.sleep(2 * IDLE_SECONDS)
-        assert server.connections[1].is_closed
-        await ask(pool)
-        assert server.num_connected == 3
-        await pool.close()
+        async with ConnectionPool(server.connect, AdapterSync()) as pool:
+            await ask(pool)
+            await ask(pool)
+            assert server.num_connected == 1
+            server.connections[0].error = ServerLost("gone", peer="server")
+            await ask(pool)
+            assert server.num_connected == 2
+            assert server.connections[0].is_closed
+            await asyncio.sleep(2 * IDLE_SECONDS)
+            assert server.connections[1].is_closed
+            await ask(pool)
+            assert server.num_connected == 3
         assert server.connections[2].is_closed
 
     virtual_time.run(scene())
@@ -237,42 +230,39 @@ def test_connections_are_closed_while_others_are_taken_and_given_back():
     async def scene() -> None:
         slow, other = Server(seconds_to_close=5.0), Server(peer="other")
         servers = {each.peer: each for each in (slow, other)}
-        pool = ConnectionPool(lambda info: servers[info.peer].connect(info), AdapterSync())
-        await asyncio.gather(*(ask(pool) for _ in range(3)))
-        await asyncio.sleep(IDLE_SECONDS * 5 / 4 + 2)  # the first of the three is being closed
-        assert [each.is_closed for each in slow.connections] == [False, False, False]
-        await asyncio.gather(ask(pool), ask(pool, to="other"))
-        assert slow.num_connected == 4
-        await asyncio.sleep(2 * IDLE_SECONDS)
-        assert all(each.is_closed for each in slow.connections + other.connections)
-        await pool.close()
+        async with ConnectionPool(lambda info: servers[info.peer].connect(info), AdapterSync()) as pool:
+            await asyncio.gather(*(ask(pool) for _ in range(3)))
+            await asyncio.sleep(IDLE_SECONDS * 5 / 4 + 2)  # the first of the three is being closed
+            assert [each.is_closed for each in slow.connections] == [False, False, False]
+            await asyncio.gather(ask(pool), ask(pool, to="other"))
+            assert slow.num_connected == 4
+            await asyncio.sleep(2 * IDLE_SECONDS)
+            assert all(each.is_closed for each in slow.connections + other.connections)
 
     virtual_time.run(scene())
 
 
-def test_a_connection_whose_question_was_given_up_is_closed():
+def test_a_connection_is_closed_if_its_request_is_cancelled():
     async def scene() -> None:
         server = Server()
-        pool = ConnectionPool(server.connect, AdapterSync())
-        asking = asyncio.create_task(ask(pool))
-        await asyncio.sleep(0.5)
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
-        assert server.connections[0].is_closed
-        await ask(pool)
-        assert server.num_connected == 2
-        await pool.close()
+        async with ConnectionPool(server.connect, AdapterSync()) as pool:
+            asking = asyncio.create_task(ask(pool))
+            await asyncio.sleep(0.5)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            assert server.connections[0].is_closed
+            await ask(pool)
+            assert server.num_connected == 2
 
     virtual_time.run(scene())
 
 
-def test_what_is_in_use_when_the_pool_is_closed_is_closed_after_it():
+def test_a_connection_in_use_is_closed_after_its_pass_if_the_pool_is_closed():
     async def scene() -> None:
         server = Server()
-        pool = ConnectionPool(server.connect, AdapterSync())
-        asking = asyncio.create_task(ask(pool))
-        await asyncio.sleep(0.5)
-        await pool.close()
+        async with ConnectionPool(server.connect, AdapterSync()) as pool:
+            asking = asyncio.create_task(ask(pool))
+            await asyncio.sleep(0.5)
         assert isinstance(await asking, Result)
         assert server.connections[0].is_closed
 

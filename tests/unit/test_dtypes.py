@@ -71,7 +71,7 @@ def test_of_pinned_blocks_their_peer_alone_counts():
     assert dtype(*servers, pinned=((Span(0, 8), servers[0].peer),)) == "float32"
 
 
-def test_a_mixture_says_in_one_line_who_computes_in_what():
+def test_a_mixture_says_in_one_line_which_servers_compute_in_what():
     servers = server("b", "0:4", "bfloat16"), server("a", "0:4", "bfloat16"), server("c", "4:8", "float32")
     assert mixture(servers) == "bfloat16: a, b; float32: c"
     assert mixture([replace(servers[0], name=""), servers[2]]) == "bfloat16: peer-b; float32: c"

@@ -1,4 +1,4 @@
-"""Sums of gradients over the microbatches of a batch, whoever is ready first."""
+"""Sums of gradients over the microbatches of a batch, in all orders of arrival."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is learnt of servers by using them, and what follows from it."""
+"""What a client learns of servers by using them, and what follows from it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.client.swarm.peer_timings import PeerTimings
 from shoal.policy.moving import pays_to_move, replay_seconds
-from shoal.policy.routing.latency import HALF_LIFE, SLOWNESS, RoundTrips
+from shoal.policy.routing.latency import HALF_LIFE, SLOWNESS, average_round_trip
 from shoal.policy.routing.route import Hop
 from shoal.spans import Span
 
@@ -22,37 +23,36 @@ class Clock:
 
 
 def test_a_round_trip_is_the_first_measurement_and_then_moves_towards_the_later_ones():
-    found = RoundTrips()
-    assert found.of("a") is None
-    found.measured("a", 0.1)
-    assert found.of("a") == 0.1
-    found.measured("a", 0.2)
-    assert found.of("a") == pytest.approx(0.12)
-    found.forget("a")
-    assert found.of("a") is None
+    assert average_round_trip(None, 0.1) == 0.1
+    found = PeerTimings(Clock())
+    assert found.measured().round_trips == {}
+    found.record_round_trip("a", 0.1)
+    assert found.measured().round_trips == {"a": 0.1}
+    found.record_round_trip("a", 0.2)
+    assert found.measured().round_trips == {"a": pytest.approx(0.12)}
 
 
 def test_a_server_that_takes_longer_than_it_says_becomes_as_slow_as_it_is():
-    found = RoundTrips(Clock())
+    found = PeerTimings(Clock())
     assert found.slowness("a") == 1.0
     for _ in range(40):
-        found.measured_step("a", 0.01, 0.05)
+        found.record_step("a", 0.01, 0.05)
     assert found.slowness("a") == pytest.approx(5.0)
-    assert found.picture().slowness == {"a": pytest.approx(5.0)}
+    assert found.measured().slowness == {"a": pytest.approx(5.0)}
 
 
 def test_one_hiccup_does_not_condemn_a_server():
-    found = RoundTrips(Clock())
+    found = PeerTimings(Clock())
     for _ in range(20):
-        found.measured_step("a", 0.01, 0.01)
-    found.measured_step("a", 0.01, 10.0)
+        found.record_step("a", 0.01, 0.01)
+    found.record_step("a", 0.01, 10.0)
     assert 1 < found.slowness("a") < 2.5
 
 
-def test_slowness_is_forgotten_when_nobody_looks():
+def test_slowness_decays_with_time():
     clock = Clock()
-    found = RoundTrips(clock)
-    found.measured_step("a", 0.01, 0.16)
+    found = PeerTimings(clock)
+    found.record_step("a", 0.01, 0.16)
     clock.now = HALF_LIFE
     assert found.slowness("a") == pytest.approx(4.0)
     clock.now = 20 * HALF_LIFE
@@ -60,10 +60,10 @@ def test_slowness_is_forgotten_when_nobody_looks():
 
 
 @given(st.lists(st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False))))
-def test_slowness_stays_within_its_limits_whatever_is_measured(steps: list[tuple[float, float]]):
-    found = RoundTrips(Clock())
+def test_slowness_stays_within_its_limits_for_all_measurements(steps: list[tuple[float, float]]):
+    found = PeerTimings(Clock())
     for predicted, seen in steps:
-        found.measured_step("a", predicted, seen)
+        found.record_step("a", predicted, seen)
     low, high = SLOWNESS
     assert low - 1e-9 <= found.slowness("a") <= high + 1e-9
 
@@ -83,7 +83,7 @@ def test_moving_pays_when_enough_steps_are_left():
 
 
 @given(st.floats(0.001, 10), st.floats(0.001, 10), st.floats(0, 100), st.integers(0, 10_000))
-def test_nobody_moves_back_and_forth(step: float, better: float, replay: float, steps: int):
+def test_a_session_does_not_move_back_and_forth(step: float, better: float, replay: float, steps: int):
     there = pays_to_move(step_seconds=step, better_step_seconds=better, replay_seconds=replay, num_steps_left=steps)
     back = pays_to_move(step_seconds=better, better_step_seconds=step, replay_seconds=replay, num_steps_left=steps)
     assert not (there and back)

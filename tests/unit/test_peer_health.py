@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from shoal.client.swarm.peer_health import BLOCK_SECONDS, DEPRIORITIZE_SECONDS, LONGEST_SECONDS, PeerHealth
+from shoal.client.swarm.peer_health import PeerHealth
+from shoal.policy.health import BLOCK_SECONDS, DEPRIORITIZE_SECONDS, LONGEST_SECONDS
 
 
 class Clock:
@@ -10,7 +11,7 @@ class Clock:
         return self.now
 
 
-def test_a_suspect_is_avoided_at_once_barred_shortly_and_forgiven_when_it_answers():
+def test_a_server_that_failed_is_deprioritized_at_once_blocked_shortly_and_neither_once_it_succeeds():
     clock = Clock()
     health = PeerHealth(clock)
     health.record_failure("a", "it hung up", since=clock.now)
@@ -27,7 +28,7 @@ def test_a_suspect_is_avoided_at_once_barred_shortly_and_forgiven_when_it_answer
     assert not health.deprioritized("a")
 
 
-def test_suspicion_doubles_with_every_failure_up_to_a_limit():
+def test_both_times_double_with_every_failure_up_to_a_limit():
     clock = Clock()
     health = PeerHealth(clock)
     for growth in (1, 2, 4):
@@ -39,7 +40,7 @@ def test_suspicion_doubles_with_every_failure_up_to_a_limit():
     assert not health.deprioritized("a")
 
 
-def test_a_busy_server_is_left_alone_until_it_said_and_is_not_blamed():
+def test_a_busy_server_is_not_asked_until_the_time_that_it_named_and_has_not_failed():
     clock = Clock()
     health = PeerHealth(clock)
     health.record_busy("a", 3.0, "full")
@@ -52,7 +53,7 @@ def test_a_busy_server_is_left_alone_until_it_said_and_is_not_blamed():
     assert health.seconds_left() == BLOCK_SECONDS
 
 
-def test_requests_that_were_under_way_when_a_server_went_are_one_failure():
+def test_requests_that_were_in_flight_when_a_server_died_are_one_failure():
     clock = Clock()
     health = PeerHealth(clock)
     clock.now = 10.0

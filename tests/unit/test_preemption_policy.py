@@ -1,4 +1,4 @@
-"""Whose pages are taken when there are too few: nobody keeps them for nothing, and all who work come to an end."""
+"""Which session is preempted: no session keeps pages idly, and all sessions that work come to an end."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from shoal.policy.preemption import (
     IDLE_SECONDS,
-    MANY_TIMES,
+    IMBALANCE,
     PATIENCE_SECONDS,
     TURN_SECONDS,
     Holder,
-    gives_way,
-    makes_room,
+    preempted_for_new,
+    preempted_for_running,
 )
 from shoal.policy.scheduling import RequestView, schedule
 
@@ -46,8 +46,8 @@ def held(some: list[Holder]) -> Counter[str]:
 
 
 @given(st.lists(holders, min_size=1, max_size=12))
-def test_what_is_idle_gives_way_first_and_then_the_largest_holder(some):
-    chosen = some[gives_way(some, now=NOW)]
+def test_what_is_idle_is_preempted_first_and_then_the_largest_holder(some):
+    chosen = some[preempted_for_running(some, now=NOW)]
     idle = [each for each in some if each.is_idle(NOW)]
     assert chosen in idle or not idle
     assert all(held(some)[chosen.peer] >= held(some)[each.peer] for each in idle or some)
@@ -59,45 +59,43 @@ def test_what_is_idle_gives_way_first_and_then_the_largest_holder(some):
 def test_sessions_that_are_opened_early_and_grow_by_a_token_do_not_outlast_one_that_works():
     many = [holder("greedy", 16, unused=1.0, opened=number) for number in range(20)]
     late = holder("honest", 30, opened=99, at_work=True)
-    assert gives_way([*many, late], now=NOW) < 20
+    assert preempted_for_running([*many, late], now=NOW) < 20
     spread = [holder(f"identity {number}", 16, unused=31.0, opened=number) for number in range(20)]
-    assert gives_way([*spread, late], now=NOW) < 20
+    assert preempted_for_running([*spread, late], now=NOW) < 20
 
 
 @given(st.lists(holders, max_size=12), st.sampled_from("abcd"), st.integers(1, 30), st.floats(0, 5))
-def test_one_that_is_still_to_begin_takes_what_is_idle_or_of_a_peer_that_has_many_times_as_much(
-    some, peer, num, waited
-):
-    found = makes_room(some, peer=peer, num_pages=num, num_missing=num, waited=waited, now=NOW)
+def test_a_new_session_takes_idle_pages_or_those_of_a_peer_that_has_many_times_as_many(some, peer, num, waited):
+    found = preempted_for_new(some, peer=peer, num_pages=num, num_missing=num, waited=waited, now=NOW)
     if found is None:
         return
     chosen = some[found]
     if not chosen.is_idle(NOW) or sum(each.num_pages for each in some if each.is_idle(NOW)) < num:
         assert waited >= PATIENCE_SECONDS
-        assert held(some)[chosen.peer] > MANY_TIMES * (held(some)[peer] + num)
+        assert held(some)[chosen.peer] > IMBALANCE * (held(some)[peer] + num)
         assert NOW - chosen.began_at >= TURN_SECONDS
 
 
-def test_what_is_idle_is_not_taken_for_nothing():
+def test_idle_sessions_are_not_preempted_in_vain():
     idle = holder("a", 3, unused=IDLE_SECONDS)
-    assert makes_room([idle], peer="b", num_pages=3, num_missing=3, waited=0, now=NOW) == 0
-    assert makes_room([idle], peer="b", num_pages=3, num_missing=0, waited=9, now=NOW) is None
-    assert makes_room([idle], peer="b", num_pages=9, num_missing=9, waited=9, now=NOW) is None
+    assert preempted_for_new([idle], peer="b", num_pages=3, num_missing=3, waited=0, now=NOW) == 0
+    assert preempted_for_new([idle], peer="b", num_pages=3, num_missing=0, waited=9, now=NOW) is None
+    assert preempted_for_new([idle], peer="b", num_pages=9, num_missing=9, waited=9, now=NOW) is None
     resting = holder("a", 3, unused=IDLE_SECONDS - 1)
-    assert makes_room([resting], peer="b", num_pages=3, num_missing=3, waited=9, now=NOW) is None
+    assert preempted_for_new([resting], peer="b", num_pages=3, num_missing=3, waited=9, now=NOW) is None
 
 
 @pytest.mark.parametrize("peer", ["greedy", "other"])
-def test_who_has_just_begun_and_who_holds_little_more_is_let_be(peer: str):
+def test_a_session_that_has_just_begun_and_a_peer_that_holds_little_more_keep_their_pages(peer: str):
     new, old = holder("greedy", 60, old=TURN_SECONDS - 1), holder("greedy", 40, at_work=True)
-    found = makes_room([new, old], peer=peer, num_pages=20, num_missing=20, waited=2.0, now=NOW)
+    found = preempted_for_new([new, old], peer=peer, num_pages=20, num_missing=20, waited=2.0, now=NOW)
     assert found == (1 if peer == "other" else None)
-    assert makes_room([new, old], peer=peer, num_pages=60, num_missing=60, waited=2.0, now=NOW) is None
+    assert preempted_for_new([new, old], peer=peer, num_pages=60, num_missing=60, waited=2.0, now=NOW) is None
 
 
 @dataclass
 class Client:
-    """Decodes up to so many tokens; what it is answered stays, whatever happens to its pages."""
+    """Decodes some tokens; the answers that it has stay, also when it loses its pages."""
 
     peer: str
     prompt: int
@@ -123,7 +121,7 @@ class Client:
     st.sampled_from([1e-3, 1.0, 20.0]),
 )
 @settings(deadline=None)
-def test_clients_that_have_room_for_one_only_all_come_to_an_end(each, spare, pass_seconds):
+def test_sessions_with_room_for_one_only_all_come_to_an_end(each, spare, pass_seconds):
     clients = [Client(peer, prompt, prompt + more) for peer, prompt, more in each]
     num_pages = max(-(-client.target // 16) for client in clients) + spare
     now, passes = 0.0, 0
@@ -143,18 +141,18 @@ def _pass(working: list[Client], clients: list[Client], num_pages: int, now: flo
         free = num_pages - sum(client.pages for client in clients)
         plan = schedule(waiting, num_free_pages=free, max_num_batched_tokens=64, prefill_tokens=32)
         holding = [client for client in working if client.pages]
-        picture = [
+        view = [
             Holder(client.peer, client.pages, client.used_at, client.began_at, clients.index(client), at_work=True)
             for client in holding
         ]
         index: int | None = None
         if plan.short_of_pages:
-            index = gives_way(picture, now=now)
+            index = preempted_for_running(view, now=now)
         elif plan.kept_out is not None:
             out, missing = plan.kept_out
             need = waiting[out].num_pages(working[out].lacks)
-            index = makes_room(
-                picture, peer=working[out].peer, num_pages=need, num_missing=missing, waited=9.0, now=now
+            index = preempted_for_new(
+                view, peer=working[out].peer, num_pages=need, num_missing=missing, waited=9.0, now=now
             )
         if index is None:
             break

@@ -1,11 +1,11 @@
-"""Which servers are asked whether they are there, before a route goes over them."""
+"""Which servers are pinged before a route is chosen."""
 
 from __future__ import annotations
 
 import pytest
 
 from shoal.policy.routing.costs import Costs, Measured, Needs
-from shoal.policy.routing.proof import BY_CHANCE, to_ask, without_choice
+from shoal.policy.routing.proof import RANDOM_FRACTION, servers_to_probe, sole_holders
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
@@ -15,31 +15,31 @@ ALL = Span(0, 8)
 
 
 def asked(view: SwarmView, *, known: frozenset[str] = frozenset(), most: int = 8, head: bool = False) -> list[str]:
-    chosen = to_ask(view, ALL, Costs((), Needs(head=head), Measured()), known=known, most=most)
+    chosen = servers_to_probe(view, ALL, Costs((), Needs(head=head), Measured()), known=known, most=most)
     return [each.peer for each in chosen]
 
 
-def test_whoever_holds_a_block_alone_is_not_asked_for_there_is_no_choice():
+def test_a_server_that_holds_a_block_alone_is_not_pinged():
     view = SwarmView(8, (server("a", "0:6"), server("b", "4:8"), server("c", "4:6")))
-    assert without_choice(view, ALL) == {"a", "b"}
-    assert without_choice(view, Span(4, 6)) == frozenset()
+    assert sole_holders(view, ALL) == {"a", "b"}
+    assert sole_holders(view, Span(4, 6)) == frozenset()
     assert set(asked(view)) == {"a", "b", "c"}
     assert asked(SwarmView(8, (server("a", "0:4"), server("b", "4:8")))) == []
 
 
-def test_the_best_of_each_block_are_asked_first_and_some_by_chance():
+def test_the_best_of_each_block_are_pinged_first_and_some_at_random():
     slow = [server(f"slow{index}", "0:4", 1.0) for index in range(30)]
     fast = [server(f"fast{index}", "0:4", 100.0) for index in range(30)]
     tail = [server(f"tail{index}", "4:8", 0.1) for index in range(30)]
     chosen = asked(SwarmView(8, (*slow, *fast, *tail)), most=32)
     assert len(set(chosen)) == 32
-    best = chosen[: 32 - 32 // BY_CHANCE]
+    best = chosen[: 32 - 32 // RANDOM_FRACTION]
     assert sum(peer.startswith("fast") for peer in best) == sum(peer.startswith("tail") for peer in best) == 12
-    assert chosen[len(best) :] == [f"slow{index}" for index in range(32 // BY_CHANCE)]
+    assert chosen[len(best) :] == [f"slow{index}" for index in range(32 // RANDOM_FRACTION)]
 
 
 @pytest.mark.parametrize("most", [8, 32, 1000])
-def test_those_that_are_known_already_are_not_asked_and_all_others_in_the_end(most: int):
+def test_servers_that_are_known_are_not_pinged_and_all_others_in_the_end(most: int):
     servers = tuple(server(f"s{index}", "0:8", float(index)) for index in range(300))
     view, known, rounds = SwarmView(8, servers), frozenset[str](), 0
     while chosen := asked(view, known=known, most=most):
@@ -50,7 +50,7 @@ def test_those_that_are_known_already_are_not_asked_and_all_others_in_the_end(mo
     assert rounds == -(-300 // most)
 
 
-def test_where_a_head_is_needed_those_who_offer_one_are_asked():
+def test_where_a_head_is_needed_servers_that_offer_one_are_pinged():
     plain = [server(f"plain{index}", "0:8", 1000.0) for index in range(5)]
     headed = server("headed", "4:8", 0.1, head=True)
     assert "headed" in asked(SwarmView(8, (*plain, headed)), most=4, head=True)

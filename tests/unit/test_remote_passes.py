@@ -16,7 +16,7 @@ from shoal.adapters import Prompt
 from shoal.client.options.client_config import ClientConfig
 from shoal.client.swarm.adapter_sync import AdapterSync
 from shoal.client.swarm.message_sizes import check_size
-from shoal.client.training.gradients import answerable
+from shoal.client.training.gradients import spans_of_one_answer
 from shoal.client.training.pass_plan import PassPlan
 from shoal.client.training.remote_passes import RemotePasses
 from shoal.errors import UserError
@@ -47,7 +47,7 @@ def tuning(num_factors: int, *, blocks: Span = WHOLE, dtype: torch.dtype = torch
 
 
 class OneServer:
-    """A chain to one server, and the connection to it: its outputs are its inputs, and all gradients are zero."""
+    """A swarm of one server, and the connection to it: its outputs are its inputs, and all gradients are zero."""
 
     model = SimpleNamespace(key="model")
     fingerprint = "f" * 64
@@ -102,10 +102,9 @@ def trained(plan: PassPlan, hidden_BTD: torch.Tensor) -> OneServer:
 
     async def step() -> OneServer:
         server = OneServer()
-        passes = RemotePasses(server)  # type: ignore[arg-type]
-        output_BTD, pieces = await passes.forward(plan, hidden_BTD, None, None)
-        await passes.backward(plan, pieces, torch.zeros_like(output_BTD))
-        await passes.close()
+        async with RemotePasses(server) as passes:  # type: ignore[arg-type]
+            output_BTD, pieces = await passes.forward(plan, hidden_BTD, None, None)
+            await passes.backward(plan, pieces, torch.zeros_like(output_BTD))
         return server
 
     return virtual_time.run(step())
@@ -126,7 +125,7 @@ def trained(plan: PassPlan, hidden_BTD: torch.Tensor) -> OneServer:
 def test_a_span_is_cut_where_its_gradients_are_too_large_for_one_answer(
     factors: ActiveAdapters, hidden_bytes: int, parts: list[str]
 ):
-    assert [str(part) for part in answerable(WHOLE, factors, hidden_bytes=hidden_bytes)] == parts
+    assert [str(part) for part in spans_of_one_answer(WHOLE, factors, hidden_bytes=hidden_bytes)] == parts
 
 
 @pytest.mark.parametrize(
@@ -137,10 +136,10 @@ def test_a_block_whose_gradients_never_fit_is_an_error_that_says_so(
     num_factors: int, dtype: torch.dtype, hidden_bytes: int
 ):
     with pytest.raises(UserError, match="gradients of block 2's factors and of its inputs do not fit into a message"):
-        answerable(WHOLE, tuning(num_factors, blocks=Span(2, 4), dtype=dtype), hidden_bytes=hidden_bytes)
+        spans_of_one_answer(WHOLE, tuning(num_factors, blocks=Span(2, 4), dtype=dtype), hidden_bytes=hidden_bytes)
 
 
-def test_a_pass_is_kept_for_the_same_blocks_as_its_gradients_are_asked_for():
+def test_a_pass_is_saved_for_the_same_blocks_as_its_gradients_are_asked_for():
     server = trained(PassPlan(WHOLE, tuning(20 * MIB), wanted_from=0), zeros(1, 3, 8))
     assert server.asked == [
         ("forward", Span(0, 3)),
@@ -170,7 +169,7 @@ def test_a_sequence_whose_gradient_would_not_fit_beside_it_is_refused_before_it_
     assert bool(server.asked) != refused
 
 
-def test_a_sequence_that_is_too_long_for_a_pass_is_refused_before_anybody_is_asked():
+def test_a_sequence_that_is_too_long_for_a_pass_is_refused_before_any_server_is_asked():
     server = OneServer()
     passes = RemotePasses(server)  # type: ignore[arg-type]
     virtual_time.run(passes.forward(PassPlan(WHOLE, ActiveAdapters()), zeros(1, MAX_PASS_TOKENS, 4), None, None))
@@ -191,7 +190,7 @@ def test_a_sequence_that_is_too_long_for_a_pass_is_refused_before_anybody_is_ask
         ({"factors": zeros(65 * MIB, dtype=torch.bfloat16)}, "68157440 factors of one block do not fit"),
     ],
 )
-def test_what_is_too_large_for_a_message_is_called_by_its_name(tensors: Any, reason: str):
+def test_the_error_names_what_is_too_large_for_a_message(tensors: Any, reason: str):
     check_size({"positions": zeros(1, 4), "factors": zeros(MIB)})
     with pytest.raises(UserError, match=reason):
         check_size(tensors)

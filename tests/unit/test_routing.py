@@ -72,10 +72,10 @@ def test_a_fast_server_is_worth_the_detour_and_a_far_one_is_not():
 def test_a_ring_goes_over_the_shorter_links_between_servers():
     first = server("first", "0:2", to={"near": 0.01, "far": 0.3})
     view = SwarmView(4, (first, server("far", "2:4"), server("near", "2:4")))
-    everybody_is_at = {"first": 0.1, "far": 0.1, "near": 0.1}
-    assert hops(view, RING, **everybody_is_at) == ["first 0:2", "near 2:4"]
-    assert hops(view, WALK, **everybody_is_at) == ["first 0:2", "far 2:4"]
-    nearer = everybody_is_at | {"far": 0.01}
+    round_trips = {"first": 0.1, "far": 0.1, "near": 0.1}
+    assert hops(view, RING, **round_trips) == ["first 0:2", "near 2:4"]
+    assert hops(view, WALK, **round_trips) == ["first 0:2", "far 2:4"]
+    nearer = round_trips | {"far": 0.01}
     assert hops(view, WALK, **nearer) == ["first 0:2", "far 2:4"]
     assert hops(view, RING, **nearer) == ["first 0:2", "near 2:4"]
 
@@ -93,13 +93,13 @@ def test_of_two_servers_that_disagree_on_their_distance_the_farther_is_believed(
     assert route(view, RING, a=0.1, b=0.1).costs[1].network == pytest.approx(0.2 + HOP_OVERHEAD)
 
 
-def test_a_link_that_nobody_knows_costs_no_more_than_the_way_through_the_client():
+def test_a_link_that_was_never_measured_costs_no_more_than_the_way_through_the_client():
     view = SwarmView(4, (server("a", "0:2"), server("b", "2:4")))
     assert route(view, RING, a=0.01, b=0.03).costs[1].network == pytest.approx(0.02 + HOP_OVERHEAD)
     assert route(view, RING, a=1.0, b=1.1).costs[1].network == pytest.approx(UNKNOWN_ROUND_TRIP / 2 + HOP_OVERHEAD)
 
 
-def test_a_link_from_a_near_server_to_a_far_one_is_long_although_nobody_knows_it():
+def test_a_link_from_a_near_server_to_a_far_one_is_long_although_it_was_never_measured():
     view = SwarmView(4, (server("a", "0:2"), server("b", "2:4")))
     assert route(view, RING, a=0.1, b=0.7).costs[1].network == pytest.approx(0.3 + HOP_OVERHEAD)
 
@@ -108,15 +108,15 @@ def test_servers_that_cannot_reach_one_another_cost_the_way_through_the_client()
     view = SwarmView(4, (server("a", "0:2", to={"b": 0.001, "c": 0.1}), server("b", "2:4"), server("c", "2:4")))
     round_trips = {"a": 0.5, "b": 0.5, "c": 0.5}
     assert hops(view, RING, **round_trips) == ["a 0:2", "b 2:4"]
-    apart = Measured(round_trips, apart=frozenset({("a", "b")}))
-    assert hops(view, RING, known=apart) == ["a 0:2", "c 2:4"]
+    known = Measured(round_trips, broken_pairs=frozenset({("a", "b")}))
+    assert hops(view, RING, known=known) == ["a 0:2", "c 2:4"]
     only_b = view.only(lambda each: each.peer != "c")
-    assert route(only_b, RING, known=apart).costs[1].network == pytest.approx(0.5 + HOP_OVERHEAD)
-    reverse = Measured(round_trips, apart=frozenset({("b", "a")}))
+    assert route(only_b, RING, known=known).costs[1].network == pytest.approx(0.5 + HOP_OVERHEAD)
+    reverse = Measured(round_trips, broken_pairs=frozenset({("b", "a")}))
     assert hops(view, RING, known=reverse) == ["a 0:2", "b 2:4"]
 
 
-def test_a_part_of_a_ring_is_chosen_for_its_neighbours():
+def test_a_part_of_a_ring_is_chosen_for_its_neighbors():
     upstream, downstream = (
         server("before", "0:2", to={"x": 0.2, "y": 0.01}),
         server("after", "4:6", to={"x": 0.2, "y": 0.01}),
@@ -139,7 +139,7 @@ def test_long_inputs_go_where_prefill_is_fast_and_single_tokens_where_decoding_i
     assert hops(view, replace(WALK, prompt_tokens=1000, num_steps=1000)) == ["decodes 0:4"]
 
 
-def test_a_server_without_room_is_left_to_others_but_used_if_there_are_none():
+def test_a_server_without_room_is_used_only_if_there_are_no_others():
     full, slow = server("full", "0:4", 100), replace(server("slow", "0:4", 1), cache_tokens_left=512)
     session = replace(WALK, needed_tokens=512)
     assert hops(SwarmView(4, (full, slow)), session) == ["slow 0:4"]
@@ -148,7 +148,7 @@ def test_a_server_without_room_is_left_to_others_but_used_if_there_are_none():
     assert route(SwarmView(4, (full,)), session).costs[0].handicap == NO_ROOM
 
 
-def test_a_queue_costs_a_step_for_each_of_those_who_wait():
+def test_a_queue_costs_a_step_for_each_request_in_it():
     busy, slower = replace(server("busy", "0:4", 10), queue_length=5), server("slower", "0:4", 5)
     assert hops(SwarmView(4, (busy, slower))) == ["slower 0:4"]
     assert route(SwarmView(4, (busy,))).costs[0].queue == pytest.approx(0.5)
@@ -190,14 +190,14 @@ def test_blocks_that_are_pinned_to_a_peer_without_them_are_missing():
         hops(view)
 
 
-def test_blocks_that_nobody_holds_are_named():
+def test_the_error_names_blocks_that_no_server_holds():
     view = SwarmView(8, (server("a", "0:2"), server("b", "5:7")))
     with pytest.raises(MissingBlocks, match="no server holds blocks 2:5, 7:8") as error:
         hops(view)
     assert error.value.blocks == (2, 3, 4, 7)
 
 
-def test_a_route_to_a_head_ends_there_and_runs_as_it_likes_before():
+def test_a_route_to_a_head_ends_there_and_is_free_before_it():
     whole, middle, last = server("whole", "0:4", 99), server("middle", "1:3"), server("last", "2:4", 1, head=True)
     view = SwarmView(4, (whole, middle, last, server("inside", "0:3", 999, head=True)))
 
@@ -221,7 +221,7 @@ def test_a_route_says_where_its_time_goes():
     )
 
 
-def test_the_price_of_a_chosen_chain_is_what_was_said_when_it_was_chosen():
+def test_the_price_of_a_chosen_route_is_the_one_that_it_was_chosen_for():
     view = SwarmView(4, (server("a", "0:3", to={"b": 0.02}), server("b", "2:4")))
     chosen = route(view, RING, a=0.1, b=0.3)
     assert price_route(chosen.hops, needs=RING, known=Measured({"a": 0.1, "b": 0.3})) == chosen
@@ -274,7 +274,7 @@ def plain_seconds(servers: Sequence[ServerInfo], needs: Needs, known: Measured) 
             for n, s in each.round_trips
             if n == other.peer
         ]
-        if (sender.peer, receiver.peer) in known.apart:
+        if (sender.peer, receiver.peer) in known.broken_pairs:
             return through_client
         return (
             max(said) / 2
@@ -288,13 +288,13 @@ def plain_seconds(servers: Sequence[ServerInfo], needs: Needs, known: Measured) 
         total += sum(link(one, other) for one, other in pairwise(servers) if one is not other)
     for index, each in enumerate(servers):
         if index == 0 or servers[index - 1] is not each:
-            total += HOP_OVERHEAD + each.queue_length / each.decode_speed + known.under_way.get(each.peer, 0.0)
+            total += HOP_OVERHEAD + each.queue_length / each.decode_speed + known.work_in_flight.get(each.peer, 0.0)
             total += 0.0 if needs.ring else client(each)
         total += known.slowness.get(each.peer, 1.0) / (each.decode_speed * len(each.span))
     return total
 
 
-@example(  # a detour over two known links is shorter than a link that nobody knows
+@example(  # a detour over two known links is shorter than a link that was never measured
     SwarmView(
         3,
         (
@@ -327,7 +327,7 @@ def test_no_other_assignment_of_blocks_is_faster(view: SwarmView, known: Measure
     assert found.seconds == pytest.approx(fastest)
 
 
-def test_among_equals_the_first_is_taken_so_that_whoever_asks_may_shuffle():
+def test_among_equals_the_first_is_taken_so_that_the_caller_may_shuffle():
     one, other = server("one", "0:4"), server("other", "0:4")
     assert hops(SwarmView(4, (one, other))) == ["one 0:4"]
     assert hops(SwarmView(4, (other, one))) == ["other 0:4"]
@@ -340,7 +340,7 @@ def test_a_new_server_goes_where_the_swarm_is_weakest():
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())
-def test_the_chosen_window_is_the_smallest_when_sorted(throughput: list[int], data: st.DataObject):
+def test_the_chosen_span_has_the_least_throughput_when_sorted(throughput: list[int], data: st.DataObject):
     num_blocks = data.draw(st.integers(1, len(throughput)))
     span = choose_span(throughput, num_blocks=num_blocks)
     windows = [sorted(throughput[s : s + num_blocks]) for s in range(len(throughput) - num_blocks + 1)]
@@ -359,12 +359,12 @@ def test_a_leaving_server_counts_for_nothing_and_a_joining_one_does():
     assert view.online().missing() == [0, 1]
 
 
-def test_a_server_that_has_not_measured_its_speed_counts_a_little_where_blocks_are_chosen():
+def test_a_server_that_has_not_measured_its_speed_counts_a_little_when_a_span_is_chosen():
     joining = replace(server("a", "0:1", 3, ServerState.JOINING), decode_speed=None, prefill_speed=None)
     assert SwarmView(2, (joining,)).throughput() == [1.0, 0.0]
 
 
-def test_a_server_without_a_speed_is_used_only_if_there_is_nobody_else():
+def test_a_server_without_a_speed_is_used_only_if_there_is_no_other():
     view = SwarmView(
         4, (replace(server("new", "0:4"), decode_speed=None, prefill_speed=None), server("slow", "0:4", 1))
     )

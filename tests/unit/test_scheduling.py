@@ -48,12 +48,12 @@ steps = st.builds(
 )
 
 
-def test_nothing_waits_and_nothing_is_computed():
+def test_without_requests_nothing_is_computed():
     assert plan() == SchedulerOutput()
 
 
 @given(st.lists(steps, max_size=12), st.integers(0, 60), st.integers(1, 128), st.integers(1, 64))
-def test_a_pass_never_exceeds_its_budgets_except_for_a_turn_of_its_own(steps, pages, tokens, prefill):
+def test_a_pass_never_exceeds_its_budgets_except_for_one_large_request(steps, pages, tokens, prefill):
     chosen = plan(*steps, pages=pages, tokens=tokens, prefill=prefill).chunks
     sizes = [(steps[index], num_tokens, num_tokens * steps[index].num_rows) for index, num_tokens in chosen]
     assert all(1 <= num_tokens <= step.num_tokens for step, num_tokens, _ in sizes)
@@ -67,16 +67,16 @@ def test_a_pass_never_exceeds_its_budgets_except_for_a_turn_of_its_own(steps, pa
 
 
 @given(st.lists(steps, min_size=1, max_size=12), st.integers(1, 128), st.integers(1, 64))
-def test_while_there_are_pages_somebody_gets_a_turn(steps, tokens, prefill):
+def test_while_there_are_pages_some_request_is_computed(steps, tokens, prefill):
     assert plan(*steps, pages=10_000, tokens=tokens, prefill=prefill).chunks
 
 
 @given(st.lists(st.builds(requests, st.integers(1, DECODE_TOKENS), rows=st.integers(1, 4)), max_size=8), st.data())
-def test_all_who_decode_are_in_every_pass_whoever_else_waits(decoders, data):
+def test_all_decoding_steps_are_in_every_pass(decoders, data):
     others = data.draw(st.lists(steps.filter(lambda step: not step.decodes), max_size=6))
-    everybody = data.draw(st.permutations([*decoders, *others]))
-    chosen = dict(plan(*everybody, pages=10_000).chunks)
-    assert all(chosen.get(index) == step.num_tokens for index, step in enumerate(everybody) if step.decodes)
+    everyone = data.draw(st.permutations([*decoders, *others]))
+    chosen = dict(plan(*everyone, pages=10_000).chunks)
+    assert all(chosen.get(index) == step.num_tokens for index, step in enumerate(everyone) if step.decodes)
 
 
 def test_a_prefill_takes_what_decoding_leaves_of_its_share():
@@ -85,7 +85,7 @@ def test_a_prefill_takes_what_decoding_leaves_of_its_share():
     assert plan(beginner(500), requests(8, rows=4), tokens=32).chunks == ((1, 8), (0, 1))
 
 
-def test_prefills_have_their_turn_in_the_order_in_which_they_came():
+def test_prefills_are_computed_in_the_order_of_arrival():
     assert plan(beginner(50), requests(50), beginner(50), prefill=80).chunks == ((0, 50), (1, 30))
 
 
@@ -94,28 +94,28 @@ def test_a_batch_with_more_rows_than_there_is_room_gets_a_token_of_each():
     assert plan(beginner(9, rows=50), beginner(9), requests(1), prefill=16, tokens=64).chunks == ((2, 1), (0, 1))
 
 
-def test_what_is_not_to_be_cut_is_computed_at_once():
+def test_an_unsplittable_step_is_computed_in_one_pass():
     assert plan(beginner(90, unsplittable=True), requests(1), prefill=64).chunks == ((1, 1), (0, 90))
     assert plan(beginner(20), beginner(90, unsplittable=True), prefill=64).chunks == ((0, 20),)
 
 
-def test_nobody_begins_before_one_who_waits_for_room():
+def test_no_session_begins_before_an_earlier_one_that_waits_for_room():
     assert plan(beginner(100), beginner(10), pages=2).chunks == ()
     assert plan(beginner(30), beginner(100), beginner(10), pages=5).chunks == ((0, 30),)
 
 
-def test_a_session_begins_only_with_room_for_all_that_it_came_with():
+def test_a_session_begins_only_with_room_for_its_whole_first_step():
     assert plan(beginner(64), pages=3, prefill=16).chunks == ()
     assert plan(beginner(64), pages=4, prefill=16).chunks == ((0, 16),)
 
 
-def test_nobody_begins_with_pages_that_others_need_to_go_on():
+def test_no_session_begins_with_pages_that_running_ones_need():
     assert plan(beginner(16), requests(64), pages=4, prefill=16).chunks == ((1, 16),)
     assert plan(beginner(16), requests(64), pages=5, prefill=32).chunks == ((0, 16), (1, 16))
 
 
 @given(st.lists(steps, max_size=12), st.integers(0, 60), st.integers(1, 128), st.integers(1, 64))
-def test_only_who_has_begun_makes_others_give_up_their_pages(steps, pages, tokens, prefill):
+def test_only_a_running_session_makes_others_give_up_their_pages(steps, pages, tokens, prefill):
     chosen = plan(*steps, pages=pages, tokens=tokens, prefill=prefill)
     alone = plan(*(step for step in steps if step.running), pages=pages, tokens=tokens, prefill=prefill)
     assert not chosen.short_of_pages or alone.short_of_pages
@@ -138,12 +138,12 @@ clients = st.lists(st.tuples(st.sampled_from([1, 1, 3, 8, 9, 20]), st.integers(1
 
 @settings(max_examples=60)
 @given(clients, st.integers(1, 64), st.integers(1, 32))
-def test_nobody_starves_although_everybody_always_has_more(kinds, tokens, prefill):
+def test_no_request_starves_although_each_always_has_more(kinds, tokens, prefill):
     longest_wait = sum(size for size, _ in kinds)
-    everybody = [Client(lambda size=size: size, rows) for size, rows in kinds]
+    everyone = [Client(lambda size=size: size, rows) for size, rows in kinds]
     queue: list[Client] = []
     for number in range(3 * longest_wait):
-        for client in everybody:
+        for client in everyone:
             if not client.num_left:
                 client.num_left, client.since = client.next_step(), number
                 queue.append(client)
@@ -158,7 +158,7 @@ def test_nobody_starves_although_everybody_always_has_more(kinds, tokens, prefil
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
 @given(costs=st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), min_size=1, max_size=20))
-def test_training_gets_its_share_of_the_time_in_which_both_are_wanted(share, costs):
+def test_training_gets_its_share_of_the_time_in_which_both_have_requests(share, costs):
     inference = training = 0.0
     for of_inference, of_training in costs * 20:
         if is_training_due(inference_seconds=inference, training_seconds=training, share=share):
@@ -173,13 +173,13 @@ moments = st.lists(st.floats(-2, 2), max_size=8)
 
 
 @given(moments, st.integers(1, 8), st.floats(1e-3, 2))
-def test_nobody_waits_as_long_as_a_pass_takes(expected: list[float], num_ready: int, pass_seconds: float):
+def test_no_step_waits_as_long_as_a_pass_takes(expected: list[float], num_ready: int, pass_seconds: float):
     wait = batching_delay(expected, num_ready=num_ready, now=0.0, pass_seconds=pass_seconds)
     assert 0 <= wait < pass_seconds
     assert wait == 0 or any(abs(moment) == wait for moment in expected)
 
 
-def test_a_pass_waits_for_those_who_come_in_a_moment_and_for_nobody_else():
+def test_a_pass_waits_for_steps_that_come_in_a_moment_and_for_no_others():
     assert batching_delay([], num_ready=1, now=5.0, pass_seconds=1.0) == 0
     assert batching_delay([5.1], num_ready=1, now=5.0, pass_seconds=1.0) == pytest.approx(0.1)
     assert batching_delay([5.1, 5.2, 7.0], num_ready=2, now=5.0, pass_seconds=1.0) == pytest.approx(0.2)
@@ -195,7 +195,7 @@ def test_a_prefill_takes_its_share_of_a_pass():
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 5, 32, 500]), st.floats(0, 10)), max_size=30))
-def test_the_pace_stays_between_what_was_believed_and_what_was_seen(passes):
+def test_pass_times_stay_between_what_was_believed_and_what_was_seen(passes):
     pass_time = PassTimeModel(0.1, 0.001)
     for num_prefill_tokens, seconds in passes:
         pass_time = pass_time.updated(num_prefill_tokens=num_prefill_tokens, seconds=seconds)
@@ -204,7 +204,7 @@ def test_the_pace_stays_between_what_was_believed_and_what_was_seen(passes):
     assert pass_time.prefill_tokens(0.5) >= MIN_PREFILL_TOKENS
 
 
-def test_the_pace_is_learned():
+def test_pass_times_are_learned():
     pass_time = PassTimeModel(decode_seconds=1.0, prefill_token_seconds=1.0)
     for _ in range(100):
         pass_time = pass_time.updated(num_prefill_tokens=0, seconds=0.1).updated(num_prefill_tokens=100, seconds=0.3)

@@ -20,12 +20,12 @@ PASS = Needs(step_tokens=1024, ring=False)
 
 
 def spread(view: SwarmView, number: int, known: Measured | None = None) -> Counter[str]:
-    """How many of so many passes each server gets, all at once."""
-    under_way, found = WorkInFlight(), Counter[str]()
+    """How many of `number` passes each server gets, if all are sent at once."""
+    in_flight, found = WorkInFlight(), Counter[str]()
     for _ in range(number):
-        known = Measured((known or Measured()).round_trips, under_way=under_way.seconds)
+        known = Measured((known or Measured()).round_trips, work_in_flight=in_flight.seconds)
         route = choose_route(view, Span(0, view.num_blocks), needs=PASS, known=known)
-        under_way = under_way.with_(route)
+        in_flight = in_flight.added(route)
         found.update(hop.server.peer for hop in route.hops)
     return found
 
@@ -52,16 +52,16 @@ def test_a_far_server_gets_less_and_still_some():
 
 
 @given(st.lists(st.floats(1, 1000), min_size=1, max_size=4), st.integers(1, 12))
-def test_when_all_passes_are_done_nothing_is_under_way(speeds: list[float], number: int):
+def test_when_all_passes_are_done_no_work_is_in_flight(speeds: list[float], number: int):
     view = SwarmView(4, tuple(server(f"s{index}", "0:4", speed) for index, speed in enumerate(speeds)))
-    under_way, routes = WorkInFlight(), []
+    in_flight, routes = WorkInFlight(), []
     for _ in range(number):
-        routes.append(choose_route(view, Span(0, 4), needs=PASS, known=Measured(under_way=under_way.seconds)))
-        under_way = under_way.with_(routes[-1])
-    assert sum(under_way.seconds.values()) == pytest.approx(sum(cost.compute for r in routes for cost in r.costs))
+        routes.append(choose_route(view, Span(0, 4), needs=PASS, known=Measured(work_in_flight=in_flight.seconds)))
+        in_flight = in_flight.added(routes[-1])
+    assert sum(in_flight.seconds.values()) == pytest.approx(sum(cost.compute for r in routes for cost in r.costs))
     for route in reversed(routes):
-        under_way = under_way.without(route)
-    assert under_way == WorkInFlight()
+        in_flight = in_flight.removed(route)
+    assert in_flight == WorkInFlight()
 
 
 @given(batch_size=st.integers(1, 4096), num_tokens=st.integers(1, 5000), num_servers=st.integers(0, 100))

@@ -55,8 +55,8 @@ class FakeConnection(Connection):
         self.peer = peer
         self.encoding = "raw"
         self.error: PeerError | None = None
-        self.ended = lambda: None
-        self.heard = lambda message, tensors: None
+        self.on_end = lambda: None
+        self.on_message = lambda message, tensors: None
         self.sent: list[AnyMessage] = []
 
     async def send(self, message: AnyMessage, tensors: Any = None) -> None:
@@ -67,7 +67,7 @@ class FakeConnection(Connection):
 
     def fail(self, error: PeerError) -> None:
         self.error = self.error or error
-        self.ended()
+        self.on_end()
 
 
 OPEN = Open(
@@ -105,7 +105,7 @@ class Scene:
 
     def says(self, message: AnyMessage, **tensors: torch.Tensor) -> None:
         named: dict[TensorName, torch.Tensor] = dict(tensors)  # type: ignore[arg-type]
-        self.connection.heard(message, named)
+        self.connection.on_message(message, named)
 
     def answers(self, position: int, num_tokens: int, *, epoch: int = 0, number: float = 1.0) -> None:
         self.says(Result(epoch=epoch, position=position), hidden=torch.full((1, num_tokens, SIZE), number))

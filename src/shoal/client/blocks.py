@@ -269,6 +269,4 @@ def _measure_before(blocks: RemoteBlocks, *_: Any) -> None:
 
 def _remote_passes(runtime: Runtime, swarm: Swarm) -> RemotePasses:
     """Single passes, until the network is closed."""
-    passes = RemotePasses(swarm)
-    runtime.resources.push_async_callback(passes.close)
-    return passes
+    return runtime.run(runtime.resources.enter_async_context(RemotePasses(swarm)))

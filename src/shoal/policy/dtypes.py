@@ -1,11 +1,11 @@
-"""What a swarm computes in, and who differs.
+"""What dtype a swarm computes in, and which servers differ.
 
 Servers announce the dtype that each computes in, and how its weights are quantized. A server that joins and a client
 compute in the *swarm's dtype*, unless the user names another. That is the dtype in which most blocks are held: a server
 counts once for each block that it holds or is loading, also with quantized weights, until it is leaving. Only servers
-of the same weights count, and where blocks are pinned to a peer, only that peer. If two dtypes are equal in this, the
-model's own wins if it is one of them, else the more precise one. Where there is no server yet, servers and clients take
-the model's own.
+of the same weights count, and where blocks are pinned to a peer, only that peer. If two dtypes hold equally many
+blocks, the model's own wins if it is one of them, else the more precise one. Where there is no server yet, servers and
+clients take the model's own.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""What can be computed in, the most precise first. Whatever else a server announces counts for nothing."""
+"""The dtypes that can be computed in, the most precise first. Others that a server announces do not count."""
 
 MOST_NAMES = 4
-"""Servers that are named for each way of computing."""
+"""Servers that a message names for each way of computing: it has to stay a line."""
 
 
 def swarm_dtype(view: SwarmView, *, fingerprint: str, own: str) -> str | None:
@@ -33,11 +33,11 @@ def swarm_dtype(view: SwarmView, *, fingerprint: str, own: str) -> str | None:
 
 
 def mixture(servers: Iterable[ServerInfo]) -> str | None:
-    """Who computes in what, if servers of the same weights differ: their numbers differ too. None if all agree.
+    """Which servers compute in which dtype, if servers of the same weights differ; None if all agree.
 
-    Quantized weights are a difference like another dtype.
+    Their outputs differ then. Quantized weights are a difference as another dtype is.
     """
-    peers: dict[str, dict[str, list[str]]] = {}  # of each weights, of each way of computing
+    peers: dict[str, dict[str, list[str]]] = {}  # by fingerprint and by way of computing
     for server in servers:
         if server.state is not ServerState.LEAVING:
             peers.setdefault(server.fingerprint, {}).setdefault(computes_in(server), []).append(_name(server))
@@ -48,7 +48,7 @@ def mixture(servers: Iterable[ServerInfo]) -> str | None:
 
 
 def computes_in(server: ServerInfo) -> str:
-    """The dtype of a server's numbers, and how its weights are quantized if they are."""
+    """The dtype that a server computes in, and how its weights are quantized if they are."""
     return server.dtype if server.quantization == "none" else f"{server.dtype}, {server.quantization}"
 
 

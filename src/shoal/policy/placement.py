@@ -1,4 +1,4 @@
-"""Which blocks a server takes."""
+"""Which blocks a server holds, and how many."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from shoal.spans import Span
 
 CACHE_SHARE = 0.2
-"""The part of a server's memory that is kept for sessions' caches when it chooses how many blocks to hold."""
+"""The fraction of a server's memory that is reserved for sessions' caches when it chooses how many blocks to hold."""
 
 
 def choose_num_blocks(memory: int, block_bytes: Sequence[int]) -> int:
-    """How many blocks fit into `memory` bytes together with the caches of those who use them; 0 if none does.
+    """How many blocks fit into `memory` bytes beside the caches of their sessions; 0 if none does.
 
-    Any window may be chosen afterwards, so the largest blocks are counted.
+    Any span may be chosen afterwards, so the largest blocks are counted.
     """
     room = memory * (1 - CACHE_SHARE)
     largest = sorted(block_bytes, reverse=True)
@@ -25,7 +25,10 @@ def choose_num_blocks(memory: int, block_bytes: Sequence[int]) -> int:
 
 
 def choose_span(throughput: Sequence[float], *, num_blocks: int) -> Span:
-    """Where `num_blocks` more blocks help the swarm's weakest ones most (arXiv 2312.08361, appendix D)."""
+    """The span of `num_blocks` where one more server helps the slowest blocks most (arXiv 2312.08361, appendix D).
+
+    `throughput` is that of each block, in tokens per second.
+    """
     starts = range(len(throughput) - num_blocks + 1)
     start = min(starts, key=lambda s: sorted(throughput[s : s + num_blocks]))
     return Span(start, start + num_blocks)

@@ -1,11 +1,11 @@
-"""Which session gives its pages up: decisions only, from a picture of who holds how many and since when it rests.
+"""Which session is preempted: it gives up its pages to another and is computed again later.
 
-Pages are shared between peers, not sessions: of the peer that holds most, the session that has been unused for longest
-gives way. What is unused for `IDLE_SECONDS` goes first, whichever peer holds it. So sessions that are opened early and
-left alone keep no other session out, however many they are.
+Pages are shared fairly between peers, not between sessions. Of the peer that holds the most pages, the session that has
+been unused for longest is preempted. A session that has been idle for `IDLE_SECONDS` is preempted before all others,
+whichever peer holds it. So sessions that are opened early and left idle cannot keep other sessions out.
 
-Two that have room for one only, both at work, end nevertheless: the one that gives way begins again when there is room
-for all that it had, and until then the other one goes on.
+Two working sessions end even if there is room for one only: the preempted one begins again when there is room for all
+its pages, and until then the other goes on.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 IDLE_SECONDS = 30.0
-"""A session that nothing was asked of for so long gives way to any other."""
+"""A session without a request for so long is preempted before any that works."""
 TURN_SECONDS = 30.0
-"""A session that is at work has so long at least, before one that has not begun may have its pages."""
+"""The least time that a working session runs before its pages may go to a session that has not begun."""
 PATIENCE_SECONDS = 1.0
-"""One that has not begun waits so long for others to end, before it has the pages of one that is at work."""
-MANY_TIMES = 2
-"""It has them only of a peer that holds more than so many times what its own peer would hold then."""
+"""How long a session that has not begun waits for others to end, before a working session is preempted for it."""
+IMBALANCE = 2
+"""A working session is preempted for a new one only if its peer holds more than this multiple of the new one's peer."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A session that holds pages: whose it is, when it was asked for something last, and when it began.
+    """A session that holds pages: its peer, the time of its last request, and the time when it began.
 
-    It is `at_work` while it waits for a step. Of two sessions the one `opened` earlier has the smaller number.
+    It is `at_work` while a step of it waits or is computed. `opened` numbers sessions in the order of opening.
     """
 
     peer: str
@@ -39,21 +39,23 @@ class Holder:
     at_work: bool = False
 
     def is_idle(self, now: float) -> bool:
+        """Whether it may be preempted for any other."""
         return not self.at_work and now - self.used_at >= IDLE_SECONDS
 
 
-def gives_way(holders: Sequence[Holder], *, now: float) -> int:
-    """Who gives its pages to a session that has begun and cannot go on: an index. There must be a holder."""
+def preempted_for_running(holders: Sequence[Holder], *, now: float) -> int:
+    """The index of the session to preempt for a running one that cannot go on. There must be a holder."""
     idle = [index for index, holder in enumerate(holders) if holder.is_idle(now)]
     return _of_the_largest(holders, idle or range(len(holders)))
 
 
-def makes_room(
+def preempted_for_new(
     holders: Sequence[Holder], *, peer: str, num_pages: int, num_missing: int, waited: float, now: float
 ) -> int | None:
-    """Who gives its pages to a session of a peer that needs so many to begin, of which some are missing, if any does.
+    """The index of the session to preempt for one that has not begun; None if none is to be preempted now.
 
-    It has waited for so long already.
+    The new session is of `peer`, needs `num_pages`, of which `num_missing` are not free, and has `waited`,
+    in seconds.
     """
     idle = [index for index, holder in enumerate(holders) if holder.is_idle(now)]
     if sum(holders[index].num_pages for index in idle) >= num_missing > 0:
@@ -61,30 +63,30 @@ def makes_room(
     if waited < PATIENCE_SECONDS or num_missing <= 0:
         return None
     held = _held(holders)
-    at_least = MANY_TIMES * (held[peer] + num_pages)
-    have_had_a_turn = [
+    at_least = IMBALANCE * (held[peer] + num_pages)
+    had_their_turn = [
         index
         for index, holder in enumerate(holders)
         if held[holder.peer] > at_least and now - holder.began_at >= TURN_SECONDS
     ]
-    return _of_the_largest(holders, have_had_a_turn) if have_had_a_turn else None
+    return _of_the_largest(holders, had_their_turn) if had_their_turn else None
 
 
 def _of_the_largest(holders: Sequence[Holder], among: Sequence[int]) -> int:
-    """Of the peer that holds most, the one that was unused for longest; of equal peers, the one that came last."""
-    held, came = _held(holders), dict[str, int]()
+    """Of the peer with the most pages, the session unused for longest; of equal peers, that which opened last."""
+    held, first_opened = _held(holders), dict[str, int]()
     for holder in holders:
-        came[holder.peer] = min(holder.opened, came.get(holder.peer, holder.opened))
+        first_opened[holder.peer] = min(holder.opened, first_opened.get(holder.peer, holder.opened))
 
     def key(index: int) -> tuple[int, int, bool, float, int]:
         holder = holders[index]
-        return held[holder.peer], came[holder.peer], not holder.at_work, -holder.used_at, holder.opened
+        return held[holder.peer], first_opened[holder.peer], not holder.at_work, -holder.used_at, holder.opened
 
     return max(among, key=key)
 
 
 def _held(holders: Sequence[Holder]) -> Counter[str]:
-    """The pages of each peer."""
+    """The number of pages of each peer."""
     held = Counter[str]()
     for holder in holders:
         held[holder.peer] += holder.num_pages

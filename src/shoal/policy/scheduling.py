@@ -1,8 +1,8 @@
-"""Whose tokens are computed next: decisions only, from a picture of who is waiting.
+"""Which tokens an engine computes next, decided from a view of the requests that wait.
 
-A pass takes tokens of many sessions. Those who decode come first, all of them: somebody waits for each of their tokens,
-and the weights are read once for all. What room is left goes to prefills, in the order in which they came, and cut so
-that a pass with a part of a long prompt takes not much longer than one without.
+A pass takes tokens of many sessions. All decoding steps come first: a person waits for each of their tokens, and the
+weights are read once for all of them. The rest of the pass goes to prefills in order of arrival. Prefills are cut, so
+that a pass with a part of a long prompt takes little longer than a pass without.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 DECODE_TOKENS = 8
-"""Up to so many new tokens of a sequence, somebody is waiting for them: a decoding step, a guess being checked."""
+"""The most new tokens a sequence of a decoding step: a person waits for one token, or for a few checked guesses."""
 MIN_PREFILL_TOKENS = 16
+"""Prefill tokens that every pass may take, so that prefills go on beside decoding. Fewer are too few to be timed."""
 GROUPING_WEIGHT = 4
+"""How many times a step counts that misses a pass: steps that are computed together come together again next time."""
 SMOOTHING = 0.2
+"""The weight of a new measurement in a moving average."""
 
 
 @dataclass(frozen=True)
 class RequestView:
-    """A step that is not computed yet: `num_tokens` more of each of `num_rows` sequences.
+    """A step that waits: `num_tokens` more tokens of each of `num_rows` sequences.
 
-    `num_pages` tells how many pages must be free to compute so many of its tokens. It has `running` if its session
-    holds pages already. A `unsplittable` one is not cut.
+    `num_pages(n)` is how many free pages it takes to compute n tokens of each sequence. The request is `running` if its
+    session holds pages already. An `unsplittable` request is computed in one pass.
     """
 
     num_rows: int
@@ -38,10 +41,10 @@ class RequestView:
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """The next pass: which of those that wait, by their index, and how many tokens of each row.
+    """The next pass: `chunks` are pairs of a request's index and how many tokens of each of its rows to compute.
 
-    `short_of_pages`: a session that has begun cannot go on; another has to give its pages up first. `kept_out` is the
-    first of those that wait for pages to begin, and how many it lacks.
+    If `short_of_pages`, a running session cannot go on until another session is preempted. `kept_out` is the index of
+    the first request that waits for pages to begin, and how many pages are missing.
     """
 
     chunks: tuple[tuple[int, int], ...] = ()
@@ -52,13 +55,12 @@ class SchedulerOutput:
 def schedule(
     requests: Sequence[RequestView], *, num_free_pages: int, max_num_batched_tokens: int, prefill_tokens: int
 ) -> SchedulerOutput:
-    """The next pass, of at most `max_num_batched_tokens` tokens, `prefill_tokens` of them of prefills; `requests` as
-    they came.
+    """The next pass, of at most `max_num_batched_tokens` tokens, of which at most `prefill_tokens` are of prefills.
 
-    Nobody waits for ever: a step that is too large for a pass gets one for itself, and the first of the prefills is in
-    every pass, with a token of each row at least, or all of it if it is not to be cut.
-    A session begins only when there is room for all that it came with, beside what those need who have begun, and no
-    other begins before one that waits for that.
+    The `requests` are in order of arrival. No request waits for ever: a step that is too large for a pass gets a pass
+    of its own, and the first prefill is in every pass, with at least one token of each row, or all of it if it is
+    unsplittable. A session begins only when there are pages for its whole first step beside the pages that running
+    sessions need, and later sessions do not begin before it.
     """
     chunks: list[tuple[int, int]] = []
     room, prefill_room, pages = max_num_batched_tokens, prefill_tokens, num_free_pages
@@ -69,7 +71,7 @@ def schedule(
         step = requests[index]
         if not step.running and not may_begin:
             continue
-        left = max(0, room if step.decodes else min(room, prefill_room))  # a turn of its own may have taken more
+        left = max(0, room if step.decodes else min(room, prefill_room))  # a pass of its own may exceed the limit
         num_tokens = min(step.num_tokens, left // step.num_rows)
         if step.unsplittable and num_tokens < step.num_tokens:
             num_tokens = 0
@@ -97,17 +99,17 @@ def schedule(
 
 
 def is_training_due(*, inference_seconds: float, training_seconds: float, share: float) -> bool:
-    """Whether training has had less than its share of the time in which both were wanted."""
+    """Whether training has had less than its share of the time in which both training and inference had requests."""
     return training_seconds < share * (inference_seconds + training_seconds)
 
 
 def batching_delay(expected: Sequence[float], *, num_ready: int, now: float, pass_seconds: float) -> float:
-    """How long the steps that are ready should wait for others, which are expected at these times.
+    """Seconds that the `num_ready` steps should wait for other steps, which are `expected` at these times.
 
-    Whoever comes just after a pass has begun waits until it ends; whoever is ready loses what the pass is delayed. A
-    pass for all costs what a pass for some costs, so the pass begins when the sum of all these waits is the least;
-    what is missed counts several times, because those who are computed together now will come together again. Somebody
-    who is late already will take about as long again as he is late.
+    A step that arrives just after a pass has begun waits until the pass ends, and the steps that are ready lose the
+    time by which the pass is delayed. A pass takes about as long for all as for some, so it begins when the sum of all
+    these waits is least. A step that misses the pass counts `GROUPING_WEIGHT` times. A session that is late by t is
+    expected after another t.
     """
     waits = sorted(wait for wait in (abs(time - now) for time in expected) if wait < pass_seconds)
     best, least = 0.0, GROUPING_WEIGHT * sum(pass_seconds - wait for wait in waits)
@@ -122,25 +124,25 @@ def batching_delay(expected: Sequence[float], *, num_ready: int, now: float, pas
 
 @dataclass(frozen=True)
 class PassTimeModel:
-    """How long passes take here: one that only decodes, and each token of a prefill beside."""
+    """How long passes take on this machine: the seconds of a decoding pass, and what each prefill token adds."""
 
     decode_seconds: float
     prefill_token_seconds: float
 
     def prefill_tokens(self, share: float) -> int:
-        """How many tokens of prefills take `share` of a pass's time beside those who decode."""
+        """How many prefill tokens take `share` of the time of a pass that decodes too."""
         seconds = self.decode_seconds * share / (1 - share)
         return max(MIN_PREFILL_TOKENS, int(seconds / self.prefill_token_seconds))
 
     def updated(self, *, num_prefill_tokens: int, seconds: float) -> PassTimeModel:
-        """What is believed after one more pass."""
+        """The model after one more pass, which had `num_prefill_tokens` and took `seconds`."""
         if not num_prefill_tokens:
-            return PassTimeModel(_moved(self.decode_seconds, seconds), self.prefill_token_seconds)
+            return PassTimeModel(_averaged(self.decode_seconds, seconds), self.prefill_token_seconds)
         if num_prefill_tokens < MIN_PREFILL_TOKENS:
             return self
         beside = max(seconds - self.decode_seconds, 0.1 * seconds)
-        return PassTimeModel(self.decode_seconds, _moved(self.prefill_token_seconds, beside / num_prefill_tokens))
+        return PassTimeModel(self.decode_seconds, _averaged(self.prefill_token_seconds, beside / num_prefill_tokens))
 
 
-def _moved(believed: float, seen: float) -> float:
+def _averaged(believed: float, seen: float) -> float:
     return (1 - SMOOTHING) * believed + SMOOTHING * seen

@@ -1,4 +1,4 @@
-"""A picture of the swarm at one moment: who serves what. Decisions are made on it, never on the network itself."""
+"""The servers of a model at one moment, and which blocks each holds. All decisions are made on such a view."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from shoal.peers import ServerInfo, ServerState
 from shoal.spans import Span
 
 ASSUMED_SPEED = 1.0
-"""Tokens per second that a server counts for, where blocks are chosen, before it has measured its own speed."""
+"""Tokens per second assumed of a server that has not measured its speed yet, when a span is chosen."""
 
 
 @dataclass(frozen=True)
 class SwarmView:
     """The servers of one model, as last read from the directory.
 
-    Blocks that are `pinned` to a peer count as held by that peer alone, whoever else announces them.
+    Blocks that are `pinned` to a peer count as held by that peer alone, also if others announce them.
     """
 
     num_blocks: int
@@ -24,11 +24,11 @@ class SwarmView:
     pinned: tuple[tuple[Span, str], ...] = ()
 
     def only(self, keep: Callable[[ServerInfo], bool]) -> SwarmView:
-        """The same picture with some servers left out."""
+        """The same view with those servers only for which `keep` is true."""
         return replace(self, servers=tuple(server for server in self.servers if keep(server)))
 
     def holders(self, span: Span) -> list[list[ServerInfo]]:
-        """Who may compute each block of a span."""
+        """For each block of a span, the servers that may compute it."""
         found: list[list[ServerInfo]] = [[] for _ in span]
         for server in self.servers:
             for block in range(max(span.start, server.span.start), min(span.end, server.span.end)):
@@ -40,11 +40,11 @@ class SwarmView:
         return found
 
     def online(self) -> SwarmView:
-        """Those that take requests now."""
+        """The same view with those servers only that take requests now."""
         return self.only(lambda server: server.state is ServerState.ONLINE)
 
     def throughput(self) -> list[float]:
-        """Tokens per second of every block (the paper's `t_i`), summed over those who hold it or are about to."""
+        """Tokens per second of every block (the paper's `t_i`), summed over servers that hold or are loading it."""
         total = [0.0] * self.num_blocks
         for server in self.servers:
             if server.state is not ServerState.LEAVING:
@@ -53,13 +53,13 @@ class SwarmView:
         return total
 
     def missing(self, span: Span | None = None) -> list[int]:
-        """The blocks that no server of this picture may compute."""
+        """The blocks of a span, by default of the model, that no server of this view may compute."""
         span = span or Span(0, self.num_blocks)
         return [block for block, holders in zip(span, self.holders(span), strict=True) if not holders]
 
 
 def format_blocks(blocks: Iterable[int]) -> str:
-    """`[0, 1, 2, 7]` as `0:3, 7:8`: how blocks are named to people."""
+    """Blocks as people read them: `[0, 1, 2, 7]` is `0:3, 7:8`."""
     spans: list[tuple[int, int]] = []
     for block in sorted(set(blocks)):
         if spans and spans[-1][1] == block:

@@ -72,12 +72,9 @@ def computed(hidden_BSD: Tensor, mask_BS: Tensor, own: Mapping[int, BlockAdapter
 
 async def tuning(client: Client) -> None:
     """Forward and backward passes with dropout in the adapters, and with other adapters each time."""
-    passes = RemotePasses(client.swarm)
-    try:
+    async with RemotePasses(client.swarm) as passes:
         for number in range(2):
             await _tune(client, passes, number)
-    finally:
-        await passes.close()
 
 
 async def _tune(client: Client, passes: RemotePasses, number: int) -> None:

@@ -172,11 +172,8 @@ async def microbatches(client: Client) -> None:
 
 async def _gradient(client: Client, ids_BS: Tensor, mask_BS: Tensor) -> None:
     client.enters("forward")
-    passes = RemotePasses(client.swarm)
-    try:
+    async with RemotePasses(client.swarm) as passes:
         await _pass(client, passes, ids_BS, mask_BS)
-    finally:
-        await passes.close()
 
 
 async def _pass(client: Client, passes: RemotePasses, ids_BS: Tensor, mask_BS: Tensor) -> None:

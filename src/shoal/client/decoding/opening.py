@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.client.swarm.connection import finite
+from shoal.client.swarm.answers import finite
 from shoal.net.wire.codec import Tensors
 from shoal.prefix import PAGE_TOKENS
 from shoal.protocol import Open, Opened

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from shoal.client.head.logits import Logits
+from shoal.client.swarm.answers import joined
 from shoal.protocol import MAX_LENGTH
 
 
@@ -44,7 +45,7 @@ class Outputs:
         """The hidden states [B, T, D] of all tokens, or all logits."""
         if self.logits:
             return Logits.joined(self.logits)
-        return self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces, dim=1)
+        return joined(self._pieces, dim=1)
 
 
 class NoOutputs(Outputs):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.client.head.logits import LogitsRequest
+from shoal.client.swarm.answers import OTHER_THAN_ASKED, wrong_with
 from shoal.net.wire.codec import Tensors
 from shoal.protocol import Result
 from shoal.tensors import Encoding
@@ -52,20 +53,17 @@ class PendingStep:
         `encoding` is the one that was asked for.
         """
         batch_size, num_tokens, hidden_size = self.inputs
-        other = "something else than was asked"
+        other = OTHER_THAN_ASKED
         if self.logits_request is None:
             hidden, num_wanted = tensors.get("hidden"), num_tokens - self.skip
             if not num_wanted:
                 return None if hidden is None else other
-            if hidden is None or hidden.shape != (batch_size, num_wanted, hidden_size) or hidden.dtype != self.dtype:
-                return other
-            if (found := result.encoding_of("hidden")) not in ("raw", encoding):
-                return f"in {found}, which was not asked for"
-            return None
+            shape = torch.Size((batch_size, num_wanted, hidden_size))
+            return wrong_with(hidden, result.encoding_of("hidden"), shape=shape, dtype=self.dtype, allowed=encoding)
         values, ids = tensors.get("logits"), tensors.get("ids")
         if not self.num_logits:
             return None if values is None and ids is None else other
-        shape = (batch_size, self.num_logits, self.logits_request.width)
+        shape = torch.Size((batch_size, self.num_logits, self.logits_request.width))
         if values is None or values.shape != shape or values.dtype != self.dtype:
             return other
         if result.encoding_of("logits") != "raw" or (ids is None) != (self.logits_request.top_k is None):

@@ -33,7 +33,8 @@ from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage, StageStatus
 from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
-from shoal.client.swarm.swarm import Swarm, named_tensors
+from shoal.client.swarm.answers import named_tensors
+from shoal.client.swarm.swarm import Swarm
 from shoal.errors import PeerError
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.routing.route import SLOWEST, Hop

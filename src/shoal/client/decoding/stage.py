@@ -23,7 +23,8 @@ from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.decoding.progress import StageProgress
 from shoal.client.head.logits import Logits
 from shoal.client.history.history import History
-from shoal.client.swarm.connection import Connection, finite, plausible
+from shoal.client.swarm.answers import finite, plausible
+from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError
 from shoal.net.wire.codec import Tensors
 from shoal.net.wire.encodings import as_received
@@ -222,7 +223,7 @@ class Stage:
     def adopt(self, connection: Connection) -> None:
         """Use this connection from now on."""
         self.connection, self.status = connection, StageStatus.OPENING
-        connection.heard, connection.ended = self._on_message, self._on_end
+        connection.on_message, connection.on_end = self._on_message, self._on_end
         self._on_end()
 
     async def open(self, request: Open, digests: torch.Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""The swarm as a client sees it: who serves its model, and who of them may be used."""
+"""The directory as a client read it last: which servers hold blocks of its model, and which of them it may use."""
 
 from __future__ import annotations
 
@@ -14,66 +14,77 @@ from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.dtypes import mixture, swarm_dtype
 from shoal.policy.view import SwarmView, format_blocks
+from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
 
+Holding = tuple[str, Span, bool]
+"""A peer with the blocks that it announces, and whether it offers the head: with others, it is another server."""
+
+
+def holding(server: ServerInfo) -> Holding:
+    """What a server announces to hold."""
+    return server.peer, server.span, server.head
+
+
 class DirectoryCache:
-    """What the directory said last. `directory_error` is why it says nothing now, None if it does."""
+    """The servers that the directory named last.
+
+    `version` grows with every answer of the directory. `error` is why its last answer failed; None if it did not.
+    """
 
     def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig) -> None:
-        self.directory_error: SwarmError | None = None
+        self.error: SwarmError | None = None
+        self.version = 0
         self._node = node
         self._model = model
         self._fingerprint = fingerprint
         self._config = config
         self._view: SwarmView | None = None
-        self._viewed_at = float("-inf")
+        self._read_at = float("-inf")
         self._mixture: str | None = None
-        self._num_taken = self._num_used = 0
         self._refreshing = asyncio.Lock()
 
     def permit(self, config: ClientConfig) -> None:
-        """The user permits other servers than before."""
+        """Use other servers than before, as a changed config says."""
         self._config = config
 
     async def ensure_fresh(self) -> None:
-        """Take it anew if it is old. Raises `SwarmError` if the directory has never answered."""
-        if now() - self._viewed_at > self._config.refresh_seconds:
+        """Read the directory if the cache is old. Raises `SwarmError` if the directory has never answered."""
+        if now() - self._read_at > self._config.refresh_seconds:
             await self.refresh()
 
     def expire(self) -> None:
-        """It is not true any more."""
-        self._viewed_at = float("-inf")
+        """The cache is wrong: read the directory before the next use."""
+        self._read_at = float("-inf")
 
     async def refresh(self) -> None:
-        """Take it anew. If the directory does not answer, the last one has to do."""
+        """Read the directory. If it does not answer, the last answer stays.
+
+        Raises `SwarmError` if the directory has never answered.
+        """
         asked_at = now()
         async with self._refreshing:
-            if self._viewed_at >= asked_at:  # by another task, in the meantime
+            if self._read_at >= asked_at:  # another task has read it meanwhile
                 return
             try:
                 servers = list(await self._node.directory.servers(self._model))
             except SwarmError as failure:
                 if self._view is None:
                     raise
-                log.warning("%s; going on with what was known", failure)
-                self.directory_error = failure
+                log.warning("%s; using what the directory said last", failure)
+                self.error = failure
                 return
-            random.shuffle(servers)  # among equals, different clients take different servers
+            random.shuffle(servers)  # of equal servers, different clients use different ones
             self._view = SwarmView(self._model.num_blocks, tuple(servers), self._config.pinned)
-            self.directory_error = None
-            self._say_mixture()
-            self._num_taken += 1
-            self._viewed_at = now()
+            self.error = None
+            self._log_mixture()
+            self.version += 1
+            self._read_at = now()
 
-    def is_new(self) -> bool:
-        """Whether it has been taken since this was asked last."""
-        used, self._num_used = self._num_used, self._num_taken
-        return used != self._num_taken
-
-    def _say_mixture(self) -> None:
-        """Log who computes in what, if servers that may be used differ, and again when that has changed."""
+    def _log_mixture(self) -> None:
+        """Log which servers compute in which dtype, if those that may be used differ, and again when that changes."""
         found = mixture(self._known().only(self._is_usable).servers)
         if found is not None and found != self._mixture:
             log.warning("servers of this model compute differently: %s", found)
@@ -88,22 +99,26 @@ class DirectoryCache:
         return permitted and server.fingerprint == self._fingerprint
 
     def dtype(self, *, own: str) -> str | None:
-        """What the servers that may be used compute in, those that are still loading among them; None without any.
+        """The dtype of the servers that may be used, those that are loading included; None if there is none.
 
-        `own` is the model's (`shoal.policy.dtypes`).
+        `own` is the model's dtype (`shoal.policy.dtypes`).
         """
         return swarm_dtype(self._known().only(self._is_usable), fingerprint=self._fingerprint, own=own)
 
     def known(self) -> SwarmView:
-        """Those who say that they serve this model now."""
+        """The servers of this model that are online."""
         return self._known().online()
 
     def usable(self) -> SwarmView:
-        """Of these, those with our weights whom the user permits."""
+        """Of these, the servers with this client's weights that the user permits."""
         return self.known().only(self._is_usable)
 
+    def holdings(self, peer: str) -> set[Holding]:
+        """What a peer announces to hold."""
+        return {holding(server) for server in self.known().servers if server.peer == peer}
+
     def missing(self, blocks: Sequence[int]) -> MissingBlocks:
-        """Why none of the usable servers may compute these blocks."""
+        """An error that says why no usable server may compute these blocks."""
         names = format_blocks(blocks)
         for span, peer in self._config.pinned:
             if any(block in span for block in blocks):
@@ -112,7 +127,7 @@ class DirectoryCache:
                 return MissingBlocks(
                     f"blocks {span} are pinned to {peer}, which {but}",
                     blocks=blocks,
-                    hint="pin blocks that it holds (shoal status --json tells), or let others serve them",
+                    hint="pin blocks that it holds (see shoal status --json), or pin them to no peer",
                 )
         holders = [server for server in self.known().servers if any(block in server.span for block in blocks)]
         if any(server.fingerprint == self._fingerprint for server in holders):
@@ -122,7 +137,7 @@ class DirectoryCache:
             return MissingBlocks(
                 f"blocks {names} are served only with other weights ({others}) than yours ({self._fingerprint[:12]})",
                 blocks=blocks,
-                hint="use the revision of the model that the servers use, or serve yours",
+                hint="use the revision of the model that the servers use, or serve your own",
             )
         return MissingBlocks(
             f"no server holds blocks {names} of {self._model.name}",

@@ -1,6 +1,7 @@
-"""What the streams to one server have in common: they travel over one connection, one behind the other.
+"""What is in flight to one server, over all streams to it.
 
-So a ping waits for what another stream carries, and whatever comes on any of them says that the server is there.
+The streams share one network connection. So a ping waits behind what another stream carries, and anything that comes on
+one of the streams shows that the server is alive.
 """
 
 from __future__ import annotations
@@ -9,29 +10,29 @@ from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Stream
 
 
 class PeerInFlight:
-    """The streams to one server that are of use, and what is on its way to it."""
+    """The open streams to one server, and how many bytes of each may be in flight."""
 
     def __init__(self) -> None:
-        self._carried: dict[Stream, int] = {}
+        self._bytes: dict[Stream, int] = {}
 
     def set_bytes(self, stream: Stream, num_bytes: int) -> None:
-        """So many bytes of a stream may be on their way now."""
-        self._carried[stream] = num_bytes
+        """Up to `num_bytes` of a stream are in flight now."""
+        self._bytes[stream] = num_bytes
 
     def discard(self, stream: Stream) -> None:
-        """It is of no more use."""
-        self._carried.pop(stream, None)
+        """The stream is of no more use."""
+        self._bytes.pop(stream, None)
 
     @property
     def bytes_in_flight(self) -> int:
-        """Of all streams."""
-        return sum(self._carried.values())
+        """The bytes in flight on all streams."""
+        return sum(self._bytes.values())
 
     def seconds_for(self, num_bytes: int) -> float:
-        """How long it may take until a part of what is sent on one of them is taken, if all take turns."""
-        return len(self._carried) * min(num_bytes, CHUNK_BYTES) / SLOWEST_LINK
+        """Seconds until a part of a message of `num_bytes` must have been taken, if all streams take turns."""
+        return len(self._bytes) * min(num_bytes, CHUNK_BYTES) / SLOWEST_LINK
 
     @property
     def heard_at(self) -> float:
-        """When anything came last, on any of them."""
-        return max((stream.heard_at for stream in self._carried), default=float("-inf"))
+        """When anything came last on any of the streams, by the event loop's clock."""
+        return max((stream.heard_at for stream in self._bytes), default=float("-inf"))

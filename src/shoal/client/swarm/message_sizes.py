@@ -1,4 +1,4 @@
-"""What fits into one message, and what to say of what does not."""
+"""How large a message may be, and the errors for what does not fit."""
 
 # B sequences, T tokens, D hidden size, N factors
 
@@ -11,7 +11,7 @@ from shoal.tensors import MAX_DIMENSION, TENSOR_ALIGNMENT
 
 
 def check_length(num_tokens: int) -> None:
-    """Raises `UserError` for more tokens of a sequence than a single pass may have."""
+    """Raises `UserError` if a sequence has more tokens than a pass without a cache may have."""
     if num_tokens > MAX_PASS_TOKENS:
         raise UserError(
             f"{num_tokens} tokens of one sequence; a pass without a cache has {MAX_PASS_TOKENS} at most",
@@ -20,12 +20,12 @@ def check_length(num_tokens: int) -> None:
 
 
 def is_one_message(num_bytes: int, num_tensors: int, *, longest: int) -> bool:
-    """Whether so many bytes, in so many tensors with dimensions of at most `longest`, can be sent together."""
+    """Whether `num_bytes` in `num_tensors` tensors fit into a message; `longest` is their largest dimension."""
     return num_bytes + num_tensors * TENSOR_ALIGNMENT <= MAX_PAYLOAD_BYTES and longest <= MAX_DIMENSION
 
 
 def check_size(tensors: Tensors) -> None:
-    """Raises `UserError` for tensors that are too large to be sent together."""
+    """Raises `UserError` if the tensors do not fit into one message. The error names what is too large."""
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     longest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     if is_one_message(num_bytes, len(tensors), longest=longest):

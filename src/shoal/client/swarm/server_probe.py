@@ -1,4 +1,4 @@
-"""The servers that have answered this client: routes go over no others where there is a choice."""
+"""Pings servers before a route is chosen: where there is a choice, routes use servers that have answered."""
 
 from __future__ import annotations
 
@@ -6,67 +6,70 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from shoal.client.swarm.peer_timings import PeerTimings
 from shoal.concurrency import now
 from shoal.net.ping import DIAL_SECONDS, PONG_SECONDS, measure_round_trip
 from shoal.net.transport import Transport
 from shoal.peers import ServerInfo
 from shoal.policy.routing.costs import Costs, Measured, Needs
-from shoal.policy.routing.latency import RoundTrips
-from shoal.policy.routing.proof import to_ask, without_choice
+from shoal.policy.routing.proof import servers_to_probe, sole_holders
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
-FIRST_ASKED = 32
-"""Servers that are asked at once; twice as many each time that those who answered do not hold all blocks."""
-MOST_ASKED = 256
+FIRST_PINGED = 32
+"""Servers of the first round. Each round has twice as many, until those that answered hold all blocks."""
+MOST_PINGED = 256
+"""Servers of the largest round: all of them are dialed at once."""
 SILENT_SECONDS = 60.0
-"""A server that did not answer is asked again after so long, or when there is no way without it."""
+"""A server that did not answer is pinged again after so long, or when there is no route without it."""
 PATIENCE_SECONDS = DIAL_SECONDS + 2 * PONG_SECONDS
-"""So long it has then, or as long as the client is patient: first connections over relays take many round trips."""
+"""How long such a server has, unless the client is less patient: a first connection over a relay takes long."""
 
 
-class Meeting:
-    """Asks servers whether they are there, and measures how far they are.
+class ServerProbe:
+    """Pings servers, remembers which of them answered, and records their round trips in `timings`.
 
-    With `seconds` of 0 none is asked, and all count as if they had answered.
+    A round takes at most `seconds`. If that is 0, no server is pinged, and all count as if they had answered.
     """
 
-    def __init__(self, transport: Transport, round_trips: RoundTrips, *, seconds: float, patience: float) -> None:
+    def __init__(self, transport: Transport, timings: PeerTimings, *, seconds: float, patience: float) -> None:
         self._transport = transport
-        self._round_trips = round_trips
+        self._timings = timings
         self._seconds = seconds
         self._patience = min(patience, PATIENCE_SECONDS)
         self._answered: set[str] = set()
-        self._silent: dict[str, float] = {}  # when each was asked in vain
-        self._asking = asyncio.Lock()
+        self._silent: dict[str, float] = {}  # when each was pinged in vain
+        self._probed_version = 0
+        self._probing = asyncio.Lock()
 
     def record_answer(self, peer: str) -> None:
-        """A server has done something for us, or has told us that it is there."""
+        """A server has answered a request or a ping."""
         self._answered.add(peer)
         self._silent.pop(peer, None)
 
-    def lost(self, peer: str) -> None:
-        """It has to answer again before it is used."""
+    def record_failure(self, peer: str) -> None:
+        """A server is lost: it has to answer again before it is used."""
         self._answered.discard(peer)
 
     def reasons(self) -> list[str]:
-        """Who was asked in vain, for an error message."""
+        """How many servers were pinged in vain lately, for an error message."""
         recent = [peer for peer, at in self._silent.items() if now() - at < SILENT_SECONDS]
         return [f"{len(recent)} servers were asked and did not answer"] if recent else []
 
     async def answering(
-        self, view: SwarmView, span: Span, needs: Needs, *, everybody: SwarmView, is_new: bool, known: Measured
+        self, view: SwarmView, span: Span, needs: Needs, *, everyone: SwarmView, version: int, known: Measured
     ) -> SwarmView:
-        """Of a view, those that a route over a span may use; some have to be asked first.
+        """The same view with those servers only that a route over a span may use. Some are pinged first.
 
-        `everybody` are those that hold blocks, also those that are not to be used now. If the view `is_new`, others
-        than those that have answered already are asked too: there may be better ones.
+        `everyone` is a view of all servers, with those that are not to be used now. With each new `version` of the
+        directory, a round is pinged even if the servers that have answered suffice: there may be better ones.
         """
         if not self._seconds:
             return view
-        alone = without_choice(everybody, span)
+        is_new, self._probed_version = version != self._probed_version, version
+        alone = sole_holders(everyone, span)
 
         def usable() -> SwarmView:
             return view.only(lambda server: server.peer in self._answered or server.peer in alone)
@@ -76,42 +79,42 @@ class Meeting:
 
         if suffices() and not is_new:
             return usable()
-        async with self._asking:
+        async with self._probing:
             costs = Costs((), needs, known)
-            num, asks = FIRST_ASKED, is_new
-            while asks or not suffices():
+            num_pinged, must_ping = FIRST_PINGED, is_new
+            while must_ping or not suffices():
                 silent = {peer for peer, at in self._silent.items() if now() - at < SILENT_SECONDS}
-                strangers = to_ask(view, span, costs, known=self._answered | alone | silent, most=num)
+                strangers = servers_to_probe(view, span, costs, known=self._answered | alone | silent, most=num_pinged)
                 if not strangers:
                     break
-                await self._ask(strangers, self._seconds, enough=suffices if not asks else lambda: False)
-                num, asks = min(2 * num, MOST_ASKED), False
+                await self._ping(strangers, self._seconds, enough=(lambda: False) if must_ping else suffices)
+                num_pinged, must_ping = min(2 * num_pinged, MOST_PINGED), False
             if not suffices():
-                strangers = to_ask(view, span, costs, known=self._answered | alone, most=MOST_ASKED)
-                await self._ask(strangers, self._patience, enough=suffices)
+                strangers = servers_to_probe(view, span, costs, known=self._answered | alone, most=MOST_PINGED)
+                await self._ping(strangers, self._patience, enough=suffices)
         return usable()
 
-    async def _ask(self, servers: Sequence[ServerInfo], seconds: float, *, enough: Callable[[], bool]) -> None:
-        """Ask all of these at once, until there are enough that answered, or time is up."""
-        asked_at = now()
-        asking = {asyncio.create_task(self._ask_one(server)) for server in servers}
-        waiting = set(asking)
+    async def _ping(self, servers: Sequence[ServerInfo], seconds: float, *, enough: Callable[[], bool]) -> None:
+        """Ping all of these at once, until `enough` of them have answered or the seconds are over."""
+        began = now()
+        pinging = {asyncio.create_task(self._ping_one(server)) for server in servers}
+        waiting = set(pinging)
         try:
-            while waiting and not enough() and (left := asked_at + seconds - now()) > 0:
+            while waiting and not enough() and (left := began + seconds - now()) > 0:
                 _, waiting = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in asking:
+            for task in pinging:
                 task.cancel()
-            await asyncio.gather(*asking, return_exceptions=True)
+            await asyncio.gather(*pinging, return_exceptions=True)
         if waiting and enough():
-            return  # the others may have answered a moment later
+            return  # the others were not given their time
         for server in servers:
             if server.peer not in self._answered:
                 log.debug("%s does not answer", server.peer)
                 self._silent[server.peer] = now()
 
-    async def _ask_one(self, server: ServerInfo) -> None:
+    async def _ping_one(self, server: ServerInfo) -> None:
         seconds = await measure_round_trip(self._transport, server.peer, server.addresses)
         if seconds is not None:
-            self._round_trips.measured(server.peer, seconds)
+            self._timings.record_round_trip(server.peer, seconds)
             self.record_answer(server.peer)

@@ -1,7 +1,7 @@
-"""The way through the swarm: which servers, in which order, and what happens when one fails.
+"""Which servers of the swarm a client uses, in which order, and what happens when one fails.
 
-`with_failover` is the only retry loop of the client. What it retries keeps its place: a walk that failed at block 8
-goes on at block 8, by another server.
+`Swarm.with_failover` is the only retry loop of the client. What it retries keeps its progress: a pass that failed at
+block 8 goes on at block 8, on another server.
 """
 
 from __future__ import annotations
@@ -15,72 +15,55 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, S
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
-
 from shoal.client.history.history_store import HistoryStore
 from shoal.client.options.client_config import ClientConfig
 from shoal.client.swarm.adapter_sync import AdapterSync
 from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.client.swarm.connection import Connection
-from shoal.client.swarm.directory_cache import DirectoryCache
+from shoal.client.swarm.directory_cache import DirectoryCache, Holding, holding
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.peer_health import PeerHealth
-from shoal.client.swarm.server_probe import Meeting
+from shoal.client.swarm.peer_timings import PeerTimings
+from shoal.client.swarm.server_probe import ServerProbe
 from shoal.concurrency import now
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, UnsupportedOperation
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo
-from shoal.policy.routing.latency import RoundTrips
-from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
+from shoal.policy.routing.route import Hop, Measured, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.routing.spread import WorkInFlight
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.spans import Span
-from shoal.tensors import TensorName
+
+__all__ = ["Holding", "Swarm", "holding"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-Holding = tuple[str, Span, bool]
-"""A peer and what it announces to hold, blocks and head: started again with others, it is another server."""
-
-
-def holding(server: ServerInfo) -> Holding:
-    return server.peer, server.span, server.head
-
-
-def named_tensors(
-    hidden: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None
-) -> dict[TensorName, torch.Tensor]:
-    """The tensors of a message, without those that are absent."""
-    tensors: dict[TensorName, torch.Tensor] = {"hidden": hidden}
-    if positions is not None:
-        tensors["positions"] = positions
-    if mask is not None:
-        tensors["mask"] = mask
-    return tensors
+RETRY_SECONDS = 1.0
+"""How long to wait for servers if none is blocked: the directory may name another soon."""
 
 
 class Swarm:
-    """One model in the swarm, as one client sees it."""
+    """The servers of one model as one client sees them: routes over them, connections, and failover."""
 
     def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig) -> None:
         self.model = model
         self.fingerprint = fingerprint
         self.config = config
         self.store = HistoryStore(config.kept, memory_bytes=config.history_memory, folder=config.history_folder)
-        """Where the histories of all sessions are."""
+        """The histories of all sessions."""
         self.broken_pairs = BrokenPairs(now)
-        self.round_trips = RoundTrips(now)
+        self.timings = PeerTimings(now)
         self.adapter_sync = AdapterSync()
         self._node = node
         self._directory = DirectoryCache(node, model, fingerprint, config)
-        self._meeting = Meeting(
-            node.transport, self.round_trips, seconds=config.measure_seconds, patience=config.patience_seconds
+        self._probe = ServerProbe(
+            node.transport, self.timings, seconds=config.measure_seconds, patience=config.patience_seconds
         )
         self._health = PeerHealth(clock=now)
-        self._in_flight: dict[str, PeerInFlight] = {}  # to each server
-        self._under_way = WorkInFlight()
-        self._head_found = True
+        self._in_flight: dict[str, PeerInFlight] = {}  # by peer
+        self._work_in_flight = WorkInFlight()
+        self._head_is_offered = True
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
@@ -93,12 +76,13 @@ class Swarm:
         upstream: ServerInfo | None = None,
         downstream: ServerInfo | None = None,
     ) -> Route:
-        """The fastest chain of usable servers over a span, which may be a part of a ring, between two other servers.
+        """The fastest route over a span through servers that may be used and have answered this client.
 
-        Where there is a choice, it is among those that have answered. A head that is needed is found if anybody offers
-        one.
+        The span may be a part of a ring, between the servers `upstream` and `downstream` of it. Servers that hold a
+        block alone need not have answered. A head that is needed is dropped from the needs if no server offers one.
 
-        Raises `MissingBlocks`, and `SwarmError` if the directory has never answered.
+        Raises `MissingBlocks`, `UnsupportedOperation` if all servers of a block refuse single passes, and `SwarmError`
+        if the directory has never answered.
         """
         await self._directory.ensure_fresh()
         view = self._healthy(excluded, needs)
@@ -106,60 +90,61 @@ class Swarm:
             await self._directory.refresh()
             view = self._healthy(excluded, needs)
         view = await self._answering(view, span, needs)
-        if view.missing(span):  # better a server that failed lately than none
+        if view.missing(span):  # rather a server that failed lately than none
             view = await self._answering(self._not_blocked(excluded, needs), span, needs)
             self._check_offered(span, needs)
         route = choose_route(
             view,
             span,
             needs=replace(needs, head=needs.head and self._has_head(view)),
-            known=self.round_trips.picture(apart=self.broken_pairs.now(), under_way=self._under_way.seconds),
+            known=self.timings.measured(
+                broken_pairs=self.broken_pairs.now(), work_in_flight=self._work_in_flight.seconds
+            ),
             upstream=upstream,
             downstream=downstream,
             chooser=self.config.chooser,
-            seed=random.getrandbits(32),
+            rng=random.Random(random.getrandbits(32)),  # noqa: S311 - nothing secret
         )
         log.info("blocks %s: %s", span, route.explain())
         return route
 
     async def _answering(self, view: SwarmView, span: Span, needs: Needs) -> SwarmView:
-        """Of these, those that answer."""
+        """The same view with those servers only that a route may use, after some were pinged."""
         if view.missing(span):
             return view
-        return await self._meeting.answering(
+        return await self._probe.answering(
             view,
             span,
             needs,
-            everybody=self._directory.usable(),
-            is_new=self._directory.is_new(),
-            known=self.round_trips.picture(),
+            everyone=self._directory.usable(),
+            version=self._directory.version,
+            known=self.timings.measured(),
         )
 
     def _check_offered(self, span: Span, needs: Needs) -> None:
-        """Raises `UnsupportedOperation` if there are servers for all blocks, but not for single passes."""
+        """Raises `UnsupportedOperation` if the servers of some block all refuse single passes, which are needed."""
         usable = self._directory.usable()
-        trained = usable.only(lambda server: server.training)
-        if not needs.ring and not usable.missing(span) and (blocks := trained.missing(span)):
+        training = usable.only(lambda server: server.training)
+        if not needs.ring and not usable.missing(span) and (blocks := training.missing(span)):
             raise UnsupportedOperation(
                 f"blocks {format_blocks(blocks)} are served for generating only",
                 hint="servers that were started with --no-training offer no forward and backward passes",
             )
 
     def _has_head(self, view: SwarmView) -> bool:
-        """Whether a server offers the output head; the log tells when that changes."""
+        """Whether a server offers the output head. The log says when that changes."""
         (last,) = view.holders(Span(view.num_blocks - 1, view.num_blocks))
         found = any(server.head for server in last)
-        if found != self._head_found:
-            self._head_found = found
-            log.log(
-                logging.INFO if found else logging.WARNING,
-                "the output head is computed %s",
-                "by servers" if found else "here: no server offers it now",
-            )
+        if found != self._head_is_offered:
+            self._head_is_offered = found
+            if found:
+                log.info("servers compute the output head")
+            else:
+                log.warning("no server offers the output head: this client computes it")
         return found
 
     def _not_blocked(self, excluded: Set[Holding], needs: Needs | None = None) -> SwarmView:
-        """Of those that are usable, those who may be asked now, for this."""
+        """The servers that may be asked now for what is needed: not blocked, not excluded, not refusing training."""
         return self._directory.usable().only(
             lambda each: (
                 holding(each) not in excluded
@@ -169,17 +154,18 @@ class Swarm:
         )
 
     def _healthy(self, excluded: Set[Holding], needs: Needs | None = None) -> SwarmView:
-        """Of these, those that have not failed lately."""
+        """Of these, the servers that are not deprioritized: they have not failed lately."""
         return self._not_blocked(excluded, needs).only(lambda server: not self._health.deprioritized(server.peer))
 
     async def with_failover(self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]]) -> T:
-        """Do `act` until it succeeds, each time avoiding the servers that have failed.
+        """Call `act` until it succeeds, and after each failure keep away from the server that failed.
 
-        It is given the servers that, as they are now, cannot do this. Raises `MissingBlocks` at once if nobody serves
-        some blocks of the span, and after the client's patience if those who do keep failing or have no room.
+        `act` is given the servers that cannot do this with the blocks that they hold now. Raises `MissingBlocks` at
+        once if no server holds some blocks of the span, and after the client's patience if all that hold them keep
+        failing or have no room.
         """
-        give_up_at: float | None = None
         excluded: set[Holding] = set()
+        give_up_at: float | None = None
         while True:
             began = now()
             try:
@@ -193,41 +179,45 @@ class Swarm:
             except Misrouted as misrouted:
                 log.info("%s", misrouted)
                 self.blame(misrouted)
-                excluded.update(
-                    holding(each) for each in self._directory.known().servers if each.peer == misrouted.peer
-                )
-                self._directory.expire()  # it may hold other blocks by now
+                excluded |= self._directory.holdings(misrouted.peer)
+                self._directory.expire()  # the server may hold other blocks by now
             except MissingBlocks:
-                if self._directory.directory_error is None:
-                    if missing := self._directory.usable().missing(span):
-                        raise self._directory.missing(missing) from None
-                    if self._directory.usable().only(lambda server: holding(server) not in excluded).missing(span):
-                        raise self._exhausted(span, excluded) from None
-                wait = self._health.seconds_left() or 1.0
+                self._check_held(span, excluded)
+                wait = self._health.seconds_left() or RETRY_SECONDS
                 give_up_at = give_up_at or now() + self.config.patience_seconds
                 if now() + wait > give_up_at:
-                    raise self._directory.directory_error or self._exhausted(span, excluded) from None
+                    raise self._directory.error or self._exhausted(span, excluded) from None
                 log.warning("waiting %.1f s for a server that holds blocks %s", wait, span)
                 await asyncio.sleep(wait)
 
+    def _check_held(self, span: Span, excluded: Set[Holding]) -> None:
+        """Raises `MissingBlocks` if waiting is in vain: no server that may be used holds some blocks of the span."""
+        if self._directory.error is not None:  # then the servers are not known
+            return
+        usable = self._directory.usable()
+        if missing := usable.missing(span):
+            raise self._directory.missing(missing) from None
+        if usable.only(lambda server: holding(server) not in excluded).missing(span):
+            raise self._exhausted(span, excluded) from None
+
     def _exhausted(self, span: Span, excluded: Set[Holding]) -> MissingBlocks:
         unavailable = self._not_blocked(excluded).missing(span) or tuple(span)
-        reasons = "; ".join((*self._health.reasons(), *self._meeting.reasons()))
+        reasons = "; ".join((*self._health.reasons(), *self._probe.reasons()))
         return MissingBlocks(
             f"no server for blocks {format_blocks(unavailable)} answers: {reasons}",
             blocks=unavailable,
         )
 
     async def connect(self, server: ServerInfo) -> Connection:
-        """A new connection to a server. Raises `ServerLost`."""
-        measured = functools.partial(self.round_trips.measured, server.peer)
+        """A new connection to a server, which the caller has to close. Raises `ServerLost`."""
+        on_round_trip = functools.partial(self.timings.record_round_trip, server.peer)
         in_flight = self._in_flight.setdefault(server.peer, PeerInFlight())
         return await Connection.open(
-            self._node.transport, server, self.config, in_flight=in_flight, round_trip=measured
+            self._node.transport, server, self.config, in_flight=in_flight, on_round_trip=on_round_trip
         )
 
     def blame(self, error: PeerError, *, since: float | None = None) -> None:
-        """A server has failed, in something that began at `since`: it is avoided from now on, as that deserves."""
+        """Keep away from a server that failed a request which began at the time `since`, now by default."""
         match error:
             case ServerBusy():
                 self._health.record_busy(error.peer, error.retry_after, str(error))
@@ -235,23 +225,24 @@ class Swarm:
                 self._health.record_misrouted(error.peer, str(error))
             case _:
                 self._health.record_failure(error.peer, str(error), since=now() if since is None else since)
-                self._meeting.lost(error.peer)
+                self._probe.record_failure(error.peer)
 
     def permit(self, allowed: frozenset[str] | None, blocked: frozenset[str]) -> None:
-        """From now on, routes go through these servers only, and not through those."""
+        """From now on, routes go through `allowed` servers only (None: all), and not through `blocked` ones."""
         self.config = replace(self.config, allowed_servers=allowed, blocked_servers=blocked)
         self._directory.permit(self.config)
 
     def record_answer(self, hop: Hop, took: Iterable[tuple[int, float]] = ()) -> None:
-        """A server did its work: whatever was held against it is forgotten.
+        """A server did its work: its failures are forgotten.
 
-        What so many tokens `took` it, in seconds, corrects what it announces.
+        `took` are pairs of a number of tokens and the seconds that the server took for them. They correct the speeds
+        that it announces.
         """
         self._health.record_success(hop.server.peer)
-        self._meeting.record_answer(hop.server.peer)
+        self._probe.record_answer(hop.server.peer)
         for num_tokens, seconds in took:
             announced = announced_seconds(hop.server, len(hop.span), num_tokens)
-            self.round_trips.measured_step(hop.server.peer, announced, seconds)
+            self.timings.record_step(hop.server.peer, announced, seconds)
 
     def price(
         self,
@@ -261,23 +252,25 @@ class Swarm:
         upstream: ServerInfo | None = None,
         downstream: ServerInfo | None = None,
     ) -> Route:
-        """What a step costs on a chain that stands, where a session is open already."""
-        known = self.round_trips.picture(apart=self.broken_pairs.now(), under_way=self._under_way.seconds)
-        return price_route(
-            hops, needs=replace(needs, needed_tokens=0), known=known, upstream=upstream, downstream=downstream
-        )
+        """What a step costs on hops where a session is open already."""
+        needs = replace(needs, needed_tokens=0)
+        return price_route(hops, needs=needs, known=self._measured(), upstream=upstream, downstream=downstream)
+
+    def _measured(self) -> Measured:
+        """All that this client knows now of its own, for choosing and pricing routes."""
+        return self.timings.measured(broken_pairs=self.broken_pairs.now(), work_in_flight=self._work_in_flight.seconds)
 
     @contextlib.contextmanager
     def reserving(self, route: Route) -> Iterator[None]:
-        """Other passes see that this one is on its way, and take other servers where that is faster."""
-        self._under_way = self._under_way.with_(route)
+        """While this is open, other passes know of one on this route, and take other servers where that is faster."""
+        self._work_in_flight = self._work_in_flight.added(route)
         try:
             yield
         finally:
-            self._under_way = self._under_way.without(route)
+            self._work_in_flight = self._work_in_flight.removed(route)
 
     async def dtype(self, *, own: str) -> str | None:
-        """What the swarm computes in, None if it has no server yet; `own` is the model's dtype.
+        """The dtype that the swarm computes in; None if it has no server yet. `own` is the model's dtype.
 
         Raises `SwarmError` if the directory has never answered.
         """
@@ -285,14 +278,14 @@ class Swarm:
         return self._directory.dtype(own=own)
 
     async def num_servers(self, span: Span) -> int:
-        """How many servers share single passes on these blocks.
+        """How many servers share single passes on the blocks of a span.
 
         Raises `SwarmError` if the directory has never answered.
         """
         await self._directory.ensure_fresh()
-        trusted = self._healthy(frozenset(), Needs(ring=False)).servers
-        return sum(server.span.start < span.end and span.start < server.span.end for server in trusted)
+        healthy = self._healthy(frozenset(), Needs(ring=False)).servers
+        return sum(server.span.start < span.end and span.start < server.span.end for server in healthy)
 
     def is_avoided(self, peer: str) -> bool:
-        """Whether a server has failed lately."""
+        """Whether a server has failed lately, or said that it is busy."""
         return self._health.deprioritized(peer) or self._health.blocked(peer)

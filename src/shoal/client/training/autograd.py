@@ -1,4 +1,4 @@
-"""Where PyTorch's gradients leave for the swarm, and come back."""
+"""Where PyTorch's autograd calls the swarm: a forward pass, and the backward pass that follows it."""
 
 # B sequences, T tokens, D hidden size
 
@@ -22,7 +22,7 @@ from shoal.model.peft.peft_layers import ClientAdapter
 
 @dataclass(frozen=True)
 class PassCall:
-    """A forward pass: what is to be computed, and with what of the caller's."""
+    """A forward pass: the plan, the caller's adapters `tuned`, and the positions and mask [B, T] of the tokens."""
 
     runtime: Runtime
     passes: RemotePasses
@@ -33,30 +33,30 @@ class PassCall:
 
 
 class SwarmFunction(torch.autograd.Function):
-    """A forward pass through the swarm whose backward pass goes through it too."""
+    """A forward pass through the swarm, whose backward pass goes through the swarm too."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_BTD: torch.Tensor, work: PassCall, *parameters: torch.Tensor) -> torch.Tensor:
-        output, pieces = work.runtime.run(work.passes.forward(work.plan, on_cpu(hidden_BTD), work.positions, work.mask))
-        ctx.work, ctx.pieces = work, pieces
-        ctx.save_for_backward(hidden_BTD, *parameters)  # the pieces may share the memory of the former
+    def forward(ctx: Any, hidden_BTD: torch.Tensor, call: PassCall, *parameters: torch.Tensor) -> torch.Tensor:
+        output, pieces = call.runtime.run(call.passes.forward(call.plan, on_cpu(hidden_BTD), call.positions, call.mask))
+        ctx.call, ctx.pieces = call, pieces
+        ctx.save_for_backward(hidden_BTD, *parameters)  # a piece may share the memory of `hidden_BTD`
         return output.to(hidden_BTD.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises if any has been changed since
+        _ = ctx.saved_tensors  # raises if one was changed in place meanwhile
         (grad,) = grads
-        work: PassCall = ctx.work
+        call: PassCall = ctx.call
         pieces: list[list[MicrobatchPiece]] = ctx.pieces
-        found: Gradients = work.runtime.run(work.passes.backward(work.plan, pieces, on_cpu(grad)))
-        inputs = None if found.inputs_BTD is None else found.inputs_BTD.to(grad.device)
+        gradients: Gradients = call.runtime.run(call.passes.backward(call.plan, pieces, on_cpu(grad)))
+        inputs = None if gradients.inputs_BTD is None else gradients.inputs_BTD.to(grad.device)
         factors = [
-            gradient
-            for each in work.tuned
-            for gradient in (
-                each.gradients(found.factors[each.block])
-                if each.block in found.factors
+            own
+            for each in call.tuned
+            for own in (
+                each.gradients(gradients.factors[each.block])
+                if each.block in gradients.factors
                 else [None] * len(each.parameters)
             )
         ]
@@ -64,7 +64,7 @@ class SwarmFunction(torch.autograd.Function):
 
 
 class NoGradient(torch.autograd.Function):
-    """Marks what came out of a session: servers keep a cache there and nothing to differentiate."""
+    """Marks the outputs of a session: its servers have a cache, and nothing that a backward pass could use."""
 
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Connections that stay open between single passes."""
+"""Connections that stay open between the single passes of one client."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from types import TracebackType
+from typing import Self
 
-from shoal.client.swarm.adapter_sync import AdapterSync
+from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS, AdapterSync
 from shoal.client.swarm.connection import Connection
 from shoal.concurrency import now
 from shoal.errors import Misrouted, PeerError
@@ -17,13 +19,14 @@ from shoal.peers import ServerInfo
 from shoal.protocol import Backward, Forward, Norms, NotCached, Result
 
 IDLE_SECONDS = 60.0
-"""A connection that nobody has used for so long is closed. The server then forgets what it was taught."""
-MAX_ADAPTER_UPLOADS = 3
-"""A server that lacks an adapter that it was sent so often has no room for it."""
+"""A connection that was idle for so long is closed. The server then forgets the adapters that it was sent over it."""
 
 
 class ConnectionPool:
-    """Connections for single passes, one at a time on each."""
+    """Connections for single passes, with one pass at a time on each.
+
+    While it is open (`async with`), a task of it closes idle connections.
+    """
 
     def __init__(self, connect: Callable[[ServerInfo], Awaitable[Connection]], adapter_sync: AdapterSync) -> None:
         self._connect = connect
@@ -31,6 +34,23 @@ class ConnectionPool:
         self._idle: dict[str, list[tuple[float, Connection]]] = defaultdict(list)
         self._sweeping: asyncio.Task[None] | None = None
         self._closed = False
+
+    async def __aenter__(self) -> Self:
+        self._sweeping = asyncio.create_task(self._sweep())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close all idle connections. Those in use are closed when their pass ends."""
+        self._closed = True
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
+        while self._idle:
+            _, connections = self._idle.popitem()
+            for _, connection in connections:
+                await connection.close()
 
     async def ask(
         self,
@@ -41,28 +61,21 @@ class ConnectionPool:
         *,
         usual_seconds: float,
     ) -> tuple[Connection, Result | NotCached, Tensors]:
-        """A server's answer; one that lacks adapters is sent them. Raises `PeerError`s."""
+        """A server's answer, and the connection that it came over. The server is sent the adapters that it misses.
+
+        Raises `PeerError`s.
+        """
         async with self._connection(server) as connection:
             for _ in range(MAX_ADAPTER_UPLOADS):
                 await self._adapter_sync.ensure_loaded(connection, server, adapters)
-                reply, record_answer = await connection.ask(
+                reply, answer = await connection.ask(
                     request, tensors, expect=Result | NotCached, usual_seconds=usual_seconds
                 )
                 assert isinstance(reply, Result | NotCached)
                 if isinstance(reply, Result) or reply.kept:
-                    return connection, reply, record_answer
+                    return connection, reply, answer
                 self._adapter_sync.forget(server.peer, adapters, reply.adapters)
             raise Misrouted(f"{server.peer} has no room for these adapters", peer=server.peer)
-
-    async def close(self) -> None:
-        """Close all that nobody uses just now, and keep none from now on."""
-        self._closed = True
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-        while self._idle:
-            _, connections = self._idle.popitem()
-            for _, connection in connections:
-                await connection.close()
 
     @contextlib.asynccontextmanager
     async def _connection(self, server: ServerInfo) -> AsyncIterator[Connection]:
@@ -76,7 +89,6 @@ class ConnectionPool:
             await connection.close()
             return
         self._idle[server.peer].append((now(), connection))
-        self._sweeping = self._sweeping or asyncio.create_task(self._sweep())
 
     async def _take(self, server: ServerInfo) -> Connection:
         while self._idle[server.peer]:
@@ -89,12 +101,12 @@ class ConnectionPool:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(IDLE_SECONDS / 4)
-            for connection in self._take_stale():  # whoever takes one meanwhile finds none of these
+            for connection in self._take_stale():  # a pass that begins meanwhile does not take one of these
                 with contextlib.suppress(PeerError):
                     await connection.close()
 
     def _take_stale(self) -> list[Connection]:
-        """Those that have failed, or that nobody has used for long: they are idle no more."""
+        """Take the connections out of the pool that have failed, or that were idle for long."""
         stale: list[Connection] = []
         idle, self._idle = self._idle, defaultdict(list)
         for peer, connections in idle.items():

@@ -1,4 +1,4 @@
-"""What a backward pass finds: how much of it fits into one answer, and what of that belongs to which block."""
+"""The gradients of a backward pass: what fits into one answer, which block each belongs to, and how they are summed."""
 
 # B sequences, T tokens, D hidden size, N factors
 
@@ -19,17 +19,17 @@ from shoal.spans import Span
 
 @dataclass(frozen=True)
 class Gradients:
-    """What a backward pass finds: the gradient [B, T, D] of the inputs, if wanted, and those of blocks' factors."""
+    """The gradient [B, T, D] of the inputs, if it is wanted, and those of the factors, by block."""
 
     inputs_BTD: torch.Tensor | None
     factors: Mapping[int, FactorGradients]
 
 
 class FactorSums:
-    """Gradients of factors, summed over the microbatches in the order of the batch: it decides how sums are rounded.
+    """Gradients of factors, summed over the microbatches in the order of the batch, which decides how sums are rounded.
 
-    Those of one microbatch may take hundreds of megabytes. What came before its turn is kept until then, the rest is
-    only in the sums.
+    The gradients of one microbatch may take hundreds of megabytes. So only those that come before their turn are kept
+    until then; the others are in the sums only.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class FactorSums:
         self._next = 0
 
     def add(self, number: int, found: Mapping[int, FactorGradients]) -> None:
-        """Add those of the microbatch of this number in the batch; each is added once."""
+        """Add the gradients that the microbatch of this number `found`. Each microbatch is added once."""
         self._early[number] = found
         while (in_turn := self._early.pop(self._next, None)) is not None:
             self._next += 1
@@ -46,10 +46,10 @@ class FactorSums:
                 self.blocks[block] = self.blocks[block] + each if block in self.blocks else each
 
 
-def answerable(span: Span, tuning: ActiveAdapters, *, hidden_bytes: int) -> list[Span]:
-    """A span in as few parts as it takes for the gradients of each part's factors and inputs to fit into one answer.
+def spans_of_one_answer(span: Span, tuning: ActiveAdapters, *, hidden_bytes: int) -> list[Span]:
+    """A span in as few parts as possible: the gradients of each part's factors and inputs fit into one answer.
 
-    Raises `UserError` if those of a single block do not.
+    `hidden_bytes` is the size of the inputs. Raises `UserError` if the gradients of a single block do not fit.
     """
     parts, start = list[Span](), span.start
     for block in span:
@@ -66,7 +66,7 @@ def answerable(span: Span, tuning: ActiveAdapters, *, hidden_bytes: int) -> list
 
 
 def _is_one_answer(factors: Sequence[AdapterFactors], hidden_bytes: int) -> bool:
-    """Whether a server can return the gradients of these factors, in a row, and of hidden states together."""
+    """Whether the gradients of these factors, in one tensor, and of hidden states fit into one message."""
     if not factors:
         return True
     dtype = functools.reduce(torch.promote_types, (each.values.dtype for each in factors))
@@ -77,7 +77,10 @@ def _is_one_answer(factors: Sequence[AdapterFactors], hidden_bytes: int) -> bool
 def by_block(
     factors: Sequence[AdapterFactors], found_N: torch.Tensor | None, unused: Sequence[int]
 ) -> dict[int, FactorGradients] | None:
-    """A server's answer for the factors of a span, block after block; `None` if it is of something else."""
+    """A server's gradients [N] of the factors of a span, by block; `None` if they are not of these factors.
+
+    `unused` are the numbers, over all blocks, of the factors' tensors that have no gradient.
+    """
     sizes = [len(each.values) for each in factors]
     if not factors and found_N is None:
         return {}

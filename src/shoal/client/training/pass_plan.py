@@ -1,4 +1,4 @@
-"""What a forward pass is to compute, and in which pieces; what the backward pass after it will ask for."""
+"""What a forward pass computes, in which pieces, and which gradients the backward pass after it needs."""
 
 # B sequences, T tokens, D hidden size
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.client.swarm.swarm import named_tensors
-from shoal.client.training.gradients import answerable
+from shoal.client.swarm.answers import named_tensors
+from shoal.client.training.gradients import spans_of_one_answer
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.routing.route import Hop
 from shoal.spans import Span
@@ -20,7 +20,11 @@ from shoal.tensors import TensorName
 
 @dataclass(frozen=True)
 class MicrobatchPiece:
-    """A microbatch at one server: its inputs [B, T, D] there; what follows from them is kept there, by a name."""
+    """A microbatch in the span of one server: its inputs there, `hidden` [B, T, D], and what else a server needs.
+
+    `hop` is the server that computed it. That server has saved what a backward pass needs under the name `saved_as`, if
+    there is one. `seed` decides what the adapters drop at random.
+    """
 
     span: Span
     hidden: torch.Tensor
@@ -28,18 +32,19 @@ class MicrobatchPiece:
     mask: torch.Tensor | None
     seed: int | None = None
     hop: Hop | None = None
-    kept: str | None = None
+    saved_as: str | None = None
 
     def tensors(self) -> dict[TensorName, torch.Tensor]:
+        """The tensors that a server is sent to compute it."""
         return named_tensors(self.hidden, self.positions, self.mask)
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What is to be computed: blocks with adapters, and what gradients will be asked for.
+    """The blocks of a pass, their adapters, and the gradients that the backward pass needs.
 
-    `wanted_from` is the first block whose factors or inputs need one; without it, none will be asked for. The factors
-    of `frozen` blocks need none.
+    `wanted_from` is the first block whose factors or inputs need a gradient; `None` if there will be no backward pass.
+    The factors of `frozen` blocks need no gradient. `inputs_wanted` tells whether the inputs of the span do.
     """
 
     span: Span
@@ -50,29 +55,33 @@ class PassPlan:
     seed: int | None = None
 
     def wants(self, span: Span) -> bool:
-        """Whether anything of these blocks, or before them, needs a gradient."""
+        """Whether a backward pass visits these blocks: they, or blocks before them, need a gradient."""
         return self.wanted_from is not None and self.wanted_from < span.end
 
+    def needs_inputs_of(self, span: Span) -> bool:
+        """Whether a backward pass needs the gradient of the inputs of these blocks."""
+        return self.inputs_wanted or (self.wanted_from is not None and self.wanted_from < span.start)
+
     @functools.cached_property
-    def learning(self) -> ActiveAdapters:
+    def trained(self) -> ActiveAdapters:
         """The adapters whose factors need gradients."""
         return ActiveAdapters({block: each for block, each in self.tuning.blocks.items() if block not in self.frozen})
 
     def wanted(self, pieces: Sequence[MicrobatchPiece]) -> list[MicrobatchPiece]:
-        """Those that have to be visited on the way back."""
+        """The pieces that a backward pass visits."""
         return [piece for piece in pieces if self.wants(piece.span)]
 
     def parts(self, hop: Hop, hidden_BTD: torch.Tensor) -> list[Hop]:
-        """A hop, or several on its server if the gradients that will be asked for are too large for one answer."""
+        """A hop, in several parts on its server if the gradients that will be needed do not fit into one answer."""
         if not self.wants(hop.span):
             return [hop]
-        spans = answerable(hop.span, self.learning, hidden_bytes=hidden_BTD.nbytes)
+        spans = spans_of_one_answer(hop.span, self.trained, hidden_bytes=hidden_BTD.nbytes)
         return [Hop(hop.server, span) for span in spans]
 
     def microbatches(
         self, hidden_BTD: torch.Tensor, positions: torch.Tensor | None, mask: torch.Tensor | None, *, rows: int
     ) -> list[MicrobatchPiece]:
-        """A batch in pieces of so many sequences, each of which drops others at random."""
+        """A batch in microbatches of `rows` sequences, each with its own seed."""
         return [
             MicrobatchPiece(
                 self.span,

@@ -1,4 +1,4 @@
-"""Which servers a client goes through: what a step costs on each, and the best chain of them.
+"""Which servers a client goes through: what a step costs on each, and the best route over them.
 
-Pure, as all of `shoal.policy`. It imports the ground and `shoal.policy.view`.
+It is pure, as all of `shoal.policy` is, and imports the ground, the limits of `shoal.protocol` and `shoal.policy.view`.
 """

@@ -1,8 +1,8 @@
-"""Which servers a route may go over: those that have answered, and those without which there is none.
+"""Which servers are pinged before a route is chosen, and which may be used without an answer.
 
-What a server announces of itself is a claim: a speed of 1e9 costs nothing to say. So before a choice the best of the
-servers that have never answered a ping are asked, and the choice is among those that did. Decisions only;
-`client/meeting.py` asks.
+What a server announces of itself is a claim: a speed of 1e9 costs nothing to announce. So before each choice the client
+pings the best of the servers that have never answered it, and chooses among the servers that did. Servers that hold a
+block alone are used in any case. `client/swarm/server_probe.py` does the pinging.
 """
 
 from __future__ import annotations
@@ -14,47 +14,49 @@ from shoal.policy.routing.costs import Costs
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
-BY_CHANCE = 4
-"""One in so many of those that are asked is chosen by chance: else those that claim most would be asked for ever."""
+RANDOM_FRACTION = 4
+"""One in four pinged servers is chosen at random: else the boldest claims would fill all rounds."""
 
 
-def without_choice(view: SwarmView, span: Span) -> frozenset[str]:
-    """The servers that hold some block of a span alone: a route has to go over them, whether they answer or not."""
+def sole_holders(view: SwarmView, span: Span) -> frozenset[str]:
+    """The servers that hold some block of a span alone: every route goes over them, whether they answer or not."""
     return frozenset(holders[0].peer for holders in view.holders(span) if len(holders) == 1)
 
 
-def to_ask(view: SwarmView, span: Span, costs: Costs, *, known: Collection[str], most: int) -> tuple[ServerInfo, ...]:
-    """Who is asked next, of those that are not `known` already: for each block in turn the best, and some by chance.
+def servers_to_probe(
+    view: SwarmView, span: Span, costs: Costs, *, known: Collection[str], most: int
+) -> tuple[ServerInfo, ...]:
+    """At most `most` servers to ping next, without those that are `known`: the best of each block, and some at random.
 
-    Chance is the order of the view.
+    The blocks take turns. The order of the view, which is random, decides which others are pinged.
     """
     holders = [[server for server in here if server.peer not in known] for here in view.holders(span) if len(here) > 1]
     if costs.needs.head and span.end == view.num_blocks and holders and any(server.head for server in holders[-1]):
         holders[-1] = [server for server in holders[-1] if server.head]
     strangers = {server.peer: server for here in holders for server in here}
-    by_chance = [server for server in view.servers if server.peer in strangers]
-    seconds = {peer: _seconds_a_block(server, span, costs) for peer, server in strangers.items()}
+    at_random = [server for server in view.servers if server.peer in strangers]
+    seconds = {peer: _seconds_per_block(server, span, costs) for peer, server in strangers.items()}
     best = _in_turns([sorted(here, key=lambda server: seconds[server.peer]) for here in holders])
     chosen: dict[str, ServerInfo] = {}
     for server in best:
-        if len(chosen) >= most - most // BY_CHANCE:
+        if len(chosen) >= most - most // RANDOM_FRACTION:
             break
         chosen[server.peer] = server
-    for server in by_chance:
+    for server in at_random:
         if len(chosen) >= most:
             break
         chosen[server.peer] = server
     return tuple(chosen.values())
 
 
-def _seconds_a_block(server: ServerInfo, span: Span, costs: Costs) -> float:
-    """What a block costs there, if all are used that it holds."""
+def _seconds_per_block(server: ServerInfo, span: Span, costs: Costs) -> float:
+    """What a block costs on a server, if all blocks of the span that it holds are computed there."""
     num_blocks = min(span.end, server.span.end) - max(span.start, server.span.start)
     return costs.block(server) + (costs.entry(server) + costs.reach(server)) / num_blocks
 
 
 def _in_turns(lists: list[list[ServerInfo]]) -> Iterator[ServerInfo]:
-    """The first of each, then the second of each, and so on."""
+    """The first of each list, then the second of each, and so on."""
     for index in range(max(map(len, lists), default=0)):
         for each in lists:
             if index < len(each):

@@ -1,10 +1,10 @@
-"""Which servers a client sends its tokens through, and why."""
+"""Which servers a client sends its tokens through, and why: routes are chosen and priced here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shoal.errors import MissingBlocks
 from shoal.peers import ServerInfo
@@ -13,6 +13,9 @@ from shoal.policy.routing.nsga2 import nsga2
 from shoal.policy.routing.shortest import shortest
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.spans import Span
+
+if TYPE_CHECKING:
+    import random
 
 __all__ = [
     "SLOWEST",
@@ -32,8 +35,10 @@ Chooser = Literal["shortest", "nsga2"]
 
 @dataclass(frozen=True)
 class Route:
-    """A chain of servers, and the seconds of a step that each costs; `back` is the way to the client, or to the server
-    that goes on."""
+    """The servers of a span in order, and what each hop costs a step.
+
+    `back` are the seconds from the last server to the client, or to the server downstream of the span.
+    """
 
     hops: tuple[Hop, ...]
     costs: tuple[HopCost, ...]
@@ -41,11 +46,11 @@ class Route:
 
     @property
     def seconds(self) -> float:
-        """Of a step, handicaps included."""
+        """The seconds of a step, handicaps included."""
         return sum(cost.seconds for cost in self.costs) + self.back
 
     def explain(self) -> str:
-        """One line that says where a step's time is expected to go, in milliseconds."""
+        """One line that says what a step is expected to spend its time on, in milliseconds."""
         hops = (_explained(hop, cost) for hop, cost in zip(self.hops, self.costs, strict=True))
         back = f", back {_ms(self.back)}" if self.back else ""
         return f"{_ms(self.seconds)} ms a step: {', '.join(hops)}{back}"
@@ -70,15 +75,15 @@ def choose_route(
     upstream: ServerInfo | None = None,
     downstream: ServerInfo | None = None,
     chooser: Chooser = "shortest",
-    seed: int = 0,
+    rng: random.Random | None = None,
 ) -> Route:
-    """The fastest chain of servers over a span (arXiv 2312.08361, section 3.2), by what `costs.py` says of each.
+    """The fastest route over a span (arXiv 2312.08361, section 3.2), by the prices of `costs.py`.
 
-    Where the span is a part of a ring that stands, `upstream` and `downstream` are the servers at its ends; else
-    these are the client. The chooser "shortest" is exact; "nsga2" weighs the time of a step against the load that the
-    slowest server can bear, by chance that `seed` decides.
+    If the span is a part of an open ring, `upstream` and `downstream` are the servers before and after it; `None` is
+    the client. The chooser "shortest" is exact. "nsga2" weighs the time of a step against the load on the slowest
+    server; it searches at random and needs an `rng`.
 
-    Raises `MissingBlocks` naming the blocks that nobody in the view may compute.
+    Raises `MissingBlocks` with the blocks that no server of the view may compute.
     """
     if missing := view.missing(span):
         raise MissingBlocks(f"no server holds blocks {format_blocks(missing)}", blocks=missing)
@@ -87,7 +92,9 @@ def choose_route(
         raise MissingBlocks(f"no server holds block {last} and the output head", blocks=last)
     costs = Costs(_with(view.servers, upstream, downstream), needs, known)
     if chooser == "nsga2":
-        hops = nsga2(view, span, costs, upstream=upstream, downstream=downstream, seed=seed)
+        if rng is None:
+            raise ValueError('the chooser "nsga2" needs a source of randomness')
+        hops = nsga2(view, span, costs, rng, upstream=upstream, downstream=downstream)
     else:
         hops = shortest(view, span, costs, upstream=upstream, downstream=downstream)
     return _priced(hops, costs, upstream, downstream)
@@ -101,7 +108,7 @@ def price_route(
     upstream: ServerInfo | None = None,
     downstream: ServerInfo | None = None,
 ) -> Route:
-    """What a step costs on a chain that was chosen already."""
+    """The route over hops that were chosen before, with the prices of this moment."""
     servers = (hop.server for hop in hops)
     return _priced(hops, Costs(_with(servers, upstream, downstream), needs, known), upstream, downstream)
 
@@ -113,6 +120,6 @@ def _priced(hops: Sequence[Hop], costs: Costs, upstream: ServerInfo | None, down
 
 
 def _with(servers: Iterable[ServerInfo], *others: ServerInfo | None) -> list[ServerInfo]:
-    """The servers, and those of the others that are not among them."""
+    """The servers, and those of `others` that are not among them."""
     found = {server.peer: server for server in others if server is not None}
     return list((found | {server.peer: server for server in servers}).values())

@@ -1,14 +1,14 @@
-"""The fastest chain: a shortest path over (server, block), exact.
+"""The fastest route: an exact shortest path over (server, block).
 
     block             0       1       2       3
     server A  0:3     o ───── o ───── o           an edge to the right computes a block,
                                ╲       ╲          an edge down enters another server
     server B  1:4              o ───── o ───── o
 
-Any server may follow any other at any block: a thousand servers have millions of edges, which are arrays here.
+Any server may follow any other at any block. A thousand servers have millions of edges, which are arrays here.
 """
 
-# S servers of the span, F those that one may come from, T those that are worth going to
+# S servers of the span, H those that hold a block, F senders worth leaving, T receivers worth entering
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def shortest(
     upstream: ServerInfo | None = None,
     downstream: ServerInfo | None = None,
 ) -> tuple[Hop, ...]:
-    """The chain with the fewest seconds; the view must hold every block. Among equals the view's order decides."""
+    """The hops with the fewest seconds in sum. The view must hold every block; among equals, its order decides."""
     holders = view.holders(span)
     if costs.needs.head:
         holders[-1] = [server for server in holders[-1] if server.head]
@@ -43,15 +43,15 @@ def shortest(
     links_SS = _links(servers, index_of, costs)
     shortest_to_S, shortest_from_S = links_SS.min(axis=0), links_SS.min(axis=1)
 
-    came_from: list[_Array] = []  # the server of the block before, by that of this one
+    came_from: list[_Array] = []  # for each block and server, the server of the block before on the fastest path
     from_F = np.arange(0)
     seconds_S = np.array([costs.link(upstream, server) for server in servers]) + entry_S
     for index, here in enumerate(holders):
         sender_S = np.arange(len(servers))
         here_H = np.array([index_of[server.peer] for server in here])
         if index:
-            # Whoever cannot be reached sooner from the best server over its shortest link stays; and whoever could not
-            # send over the shortest of its links sooner than the best server over its longest one, sends nothing.
+            # A receiver is skipped if even its shortest link from the best sender gains nothing. A sender is skipped
+            # if even its shortest link arrives after the best sender's longest link.
             best = from_F[seconds_S[from_F].argmin()]
             to_T = here_H[seconds_S[best] + shortest_to_S[here_H] + entry_S[here_H] < seconds_S[here_H]]
             if len(to_T):
@@ -72,16 +72,16 @@ def shortest(
 
 
 def _links(servers: list[ServerInfo], index_of: dict[str, int], costs: Costs) -> _Array:
-    """The seconds from each server to each other one."""
+    """The seconds [S, S] from each server to each other one."""
     leave_S = np.array([costs.leave(server) for server in servers])
     reach_S = np.array([costs.reach(server) for server in servers])
     links_SS: _Array = leave_S[:, None] + reach_S
-    np.minimum(links_SS, costs.unknown, out=links_SS)  # in place: these are the largest arrays
+    np.minimum(links_SS, costs.unknown_link, out=links_SS)  # in place: these are the largest arrays
     np.maximum(links_SS, abs(leave_S[:, None] - reach_S), out=links_SS)
     known = [
         (index_of[sender], index, seconds)
         for receiver, index in index_of.items()
-        for sender, seconds in costs.near.get(receiver, {}).items()
+        for sender, seconds in costs.known_links.get(receiver, {}).items()
         if sender in index_of
     ]
     if known:

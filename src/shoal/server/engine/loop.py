@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from shoal.policy.preemption import Holder, gives_way, makes_room
+from shoal.policy.preemption import Holder, preempted_for_new, preempted_for_running
 from shoal.policy.scheduling import PassTimeModel, SchedulerOutput, batching_delay, is_training_due, schedule
 from shoal.server.engine.cpu_turns import CpuTurns, turn_of
 from shoal.server.engine.engine_limits import Limits
@@ -277,12 +277,12 @@ class EngineLoop:
         ]
         now = self._clock()
         if plan.short_of_pages:
-            return sessions[gives_way(holders, now=now)]
+            return sessions[preempted_for_running(holders, now=now)]
         assert plan.kept_out is not None
         index, num_missing = plan.kept_out
         step = steps[index]
         others = [number for number, session in enumerate(sessions) if session is not step.session]
-        found = makes_room(
+        found = preempted_for_new(
             [holders[number] for number in others],
             peer=step.session.peer,
             num_pages=step.view().num_pages(step.num_left),
