@@ -41,7 +41,7 @@ FAMILIES += [
 ]
 
 
-@pytest.mark.parametrize(("family", "changes", "pass_tokens"), FAMILIES)
+@pytest.mark.parametrize(("family", "changes", "max_num_batched_tokens"), FAMILIES)
 async def test_a_session_of_any_family_sees_what_a_single_pass_sees(
     family: str, changes: Mapping[str, Any], max_num_batched_tokens: int
 ):

@@ -26,42 +26,42 @@ def test_tokens_take_whole_pages():
 
 def test_a_page_that_was_known_is_given_away_last_and_the_longest_unused_first():
     pool = PagePool(4)
-    first, second, third, _ = pool.take(4)
+    first, second, third, _ = pool.allocate(4)
     for page in (first, second, third):
-        pool.know(page, bytes([page]))
+        pool.register(page, bytes([page]))
     pool.release([third])
     pool.release([first])
     pool.release([second])
-    pool.share(pool.known([bytes([first])]))
+    pool.share(pool.find([bytes([first])]))
     pool.release([first])
-    assert pool.take(3) == [third, second, first]
-    assert pool.known([bytes([third])]) == []
+    assert pool.allocate(3) == [third, second, first]
+    assert pool.find([bytes([third])]) == []
 
 
 def test_the_end_of_a_sequence_is_given_away_before_its_beginning():
     pool = PagePool(3)
-    pages = pool.take(3)
+    pages = pool.allocate(3)
     for page in pages:
-        pool.know(page, bytes([page]))
+        pool.register(page, bytes([page]))
     pool.release(pages)
-    assert pool.take(2) == pages[:0:-1]
-    assert pool.known([bytes([page]) for page in pages]) == pages[:1]
+    assert pool.allocate(2) == pages[:0:-1]
+    assert pool.find([bytes([page]) for page in pages]) == pages[:1]
 
 
 def test_names_are_known_as_far_as_there_is_no_gap():
     pool = PagePool(3)
-    for page, name in zip(pool.take(3), (b"a", b"b", b"d"), strict=True):
-        pool.know(page, name)
-    assert pool.known([b"a", b"b", b"c", b"d"]) == [0, 1]
-    assert pool.known([b"c", b"a"]) == []
+    for page, name in zip(pool.allocate(3), (b"a", b"b", b"d"), strict=True):
+        pool.register(page, name)
+    assert pool.find([b"a", b"b", b"c", b"d"]) == [0, 1]
+    assert pool.find([b"c", b"a"]) == []
 
 
 def test_of_two_equal_pages_the_first_is_shared():
     pool = PagePool(2)
-    first, second = pool.take(2)
-    pool.know(first, b"same")
-    pool.know(second, b"same")
-    assert pool.known([b"same"]) == [first]
+    first, second = pool.allocate(2)
+    pool.register(first, b"same")
+    pool.register(second, b"same")
+    assert pool.find([b"same"]) == [first]
     pool.release([first, second])
     pool.check_integrity([])
     assert pool.num_available == 2
@@ -105,8 +105,8 @@ def known_by_two_names(pool: PagePool) -> Iterable[int]:
 )
 def test_damage_is_found(damage: Callable[[PagePool], Iterable[int]]):
     pool = PagePool(4)
-    pool.take(2)
-    pool.know(0, b"zero")
+    pool.allocate(2)
+    pool.register(0, b"zero")
     pool.check_integrity([0, 1])
     with pytest.raises(AssertionError):
         pool.check_integrity(damage(pool))
@@ -114,18 +114,18 @@ def test_damage_is_found(damage: Callable[[PagePool], Iterable[int]]):
 
 def test_a_pool_that_forgets_knows_no_page_and_loses_none():
     pool = PagePool(4)
-    held, *others = pool.take(3)
+    held, *others = pool.allocate(3)
     for page in (held, *others):
-        pool.know(page, bytes([page]))
+        pool.register(page, bytes([page]))
     pool.release(others)
-    pool.forget()
-    assert pool.known([bytes([held])]) == []
+    pool.reset_prefixes()
+    assert pool.find([bytes([held])]) == []
     assert pool.num_available == 3
     assert not pool.is_shared(held)
     pool.check_integrity([held])
-    pool.know(held, b"again")
+    pool.register(held, b"again")
     pool.release([held])
-    assert pool.known([b"again"]) == [held]
+    assert pool.find([b"again"]) == [held]
     pool.check_integrity([])
 
 
@@ -152,7 +152,7 @@ class Sessions(RuleBasedStateMachine):
         self.num_opened += 1
         hidden = torch.full((num_tokens, 1), float(tokens))
         names = page_names(root(SPAN, ""), hidden, torch.arange(num_tokens))
-        session.adopt([names] * num_rows, most_pages=3)
+        session.adopt([names] * num_rows, max_pages=3)
         adopted = (tokens,) * session.num_tokens
         self.sessions[session] = [adopted] * num_rows
         for row in session.rows:
@@ -171,8 +171,8 @@ class Sessions(RuleBasedStateMachine):
             rows = [rows[index] for index in order]
         rows = [row[:position] + (token,) * num_tokens for row in rows]
         inputs = self._inputs(rows, position)
-        session.begin(position, order, inputs)
-        session.name(inputs)
+        session.begin_step(position, order, inputs)
+        session.append_inputs(inputs)
         self.sessions[session] = [row[:position] for row in rows]
         while (num_left := position + num_tokens - session.num_tokens) and session.rows:
             some = data.draw(st.integers(1, num_left))
@@ -188,14 +188,14 @@ class Sessions(RuleBasedStateMachine):
         assert available - self.pool.num_available <= promised
         for source, target in growth.copies:
             self.memory[target] = self.memory[source]
-        for page in growth.taken:
+        for page in growth.new_pages:
             self.memory[page] = ()
         for row, tokens in zip(session.rows, rows, strict=True):
             for slot in range(session.num_tokens, session.num_tokens + num_tokens):
                 page = row.pages[slot // PAGE_TOKENS]
                 assert not self.pool.is_shared(page), "what others have, or may come to have, is written"
                 self.memory[page] = tokens[: slot + 1]
-        session.computed(num_tokens)
+        session.record_computed(num_tokens)
         self.sessions[session] = [row[: session.num_tokens] for row in rows]
 
     @precondition(lambda self: self.sessions)
@@ -208,7 +208,7 @@ class Sessions(RuleBasedStateMachine):
 
     @rule()
     def forget(self) -> None:
-        self.pool.forget()
+        self.pool.reset_prefixes()
         assert self.pool.num_available == NUM_PAGES - len({page for each in self.sessions for page in each.pages})
 
     @invariant()

@@ -34,22 +34,22 @@ def test_equal_sequences_have_equal_names_in_whatever_pieces_they_come(sizes):
     hidden, positions = inputs(num_tokens), torch.arange(num_tokens)
     row = Row(FIRST)
     for piece, where in zip(hidden.split(sizes), positions.split(sizes), strict=True):
-        row.name(piece, where)
-    assert row.names == page_names(FIRST, hidden, positions)
+        row.append_inputs(piece, where)
+    assert row.digests == page_names(FIRST, hidden, positions)
 
 
 @given(st.integers(1, 99), st.integers(0, 99))
 def test_a_sequence_that_goes_back_has_the_names_of_what_it_becomes_or_none(cut, keep):
     hidden = inputs()
     row = Row(FIRST)
-    row.name(hidden[:cut], POSITIONS[:cut])
+    row.append_inputs(hidden[:cut], POSITIONS[:cut])
     keep = min(keep, cut)
     row.crop(keep)
     other = hidden + 1
-    row.name(other[keep:], POSITIONS[keep:])
+    row.append_inputs(other[keep:], POSITIONS[keep:])
     becomes = page_names(FIRST, torch.cat((hidden[:keep], other[keep:])), POSITIONS)
-    assert row.names == becomes[: len(row.names)]
-    assert len(row.names) >= keep // PAGE_TOKENS
+    assert row.digests == becomes[: len(row.digests)]
+    assert len(row.digests) >= keep // PAGE_TOKENS
 
 
 def test_names_depend_on_what_comes_before_a_page():

@@ -91,7 +91,7 @@ def chunk(num_tokens: int = 1, *, rows: int = 1, cached: int = 64, span: Span = 
         hidden_BTD=torch.zeros(rows, num_tokens, 4),
         positions_BT=None,
         mask_BS=None,
-        num_cached=cached,
+        num_computed_tokens=cached,
         pages=((),) * rows,
         growth=Growth((), ()),
         cache=None,

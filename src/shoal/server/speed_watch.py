@@ -91,7 +91,7 @@ def _is_plain(chunks: Sequence[Chunk], num_tokens: int | None = None) -> bool:
     (chunk,) = chunks
     rows, tokens, _ = chunk.hidden_BTD.shape
     is_so_long = rows == 1 and tokens == (num_tokens or tokens)
-    return is_so_long and chunk.num_cached <= COMPARABLE_PAST and not chunk.adapters and chunk.wanted is None
+    return is_so_long and chunk.num_computed_tokens <= COMPARABLE_PAST and not chunk.adapters and chunk.wanted is None
 
 
 class Watch:

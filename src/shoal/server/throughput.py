@@ -140,9 +140,9 @@ def speeds_kept(fact: str, measure: Callable[[], Measurement], *, clock: Callabl
 
 
 def _measure(body: Body, compute: Pass, *, num_pages: int, check: Callable[[], None]) -> Measurement:
-    def run(num_cached: int, num_tokens: int) -> float:
+    def run(num_computed_tokens: int, num_tokens: int) -> float:
         check()
-        chunk = _chunk(body, num_cached, num_tokens, num_pages)
+        chunk = _chunk(body, num_computed_tokens, num_tokens, num_pages)
         start = time.perf_counter()
         (output,) = compute([chunk])
         if isinstance(output, Exception):
@@ -150,35 +150,37 @@ def _measure(body: Body, compute: Pass, *, num_pages: int, check: Callable[[], N
         output.cpu()  # which waits for it
         return time.perf_counter() - start
 
-    def runs(num_cached: int, num_tokens: int) -> Runs:
+    def runs(num_computed_tokens: int, num_tokens: int) -> Runs:
         busy, start = time.thread_time(), time.perf_counter()
-        seconds = tuple(run(num_cached, num_tokens) for _ in range(REPEATS))
+        seconds = tuple(run(num_computed_tokens, num_tokens) for _ in range(REPEATS))
         attention = (time.thread_time() - busy) / (time.perf_counter() - start)
         return Runs(seconds, attention if body.backbone.device.type == "cpu" else None)
 
-    num_cached = min(PAST_TOKENS, num_pages * PAGE_TOKENS - 1)
+    num_computed_tokens = min(PAST_TOKENS, num_pages * PAGE_TOKENS - 1)
     num_tokens = min(MEASURED_PREFILL, num_pages * PAGE_TOKENS)
     for _ in range(2):  # the first passes pay for what happens only once
-        run(num_cached, 1)
-    return Measurement(runs(num_cached, 1), runs(0, num_tokens), num_tokens)
+        run(num_computed_tokens, 1)
+    return Measurement(runs(num_computed_tokens, 1), runs(0, num_tokens), num_tokens)
 
 
-def _chunk(body: Body, num_cached: int, num_tokens: int, num_pages: int) -> Chunk:
+def _chunk(body: Body, num_computed_tokens: int, num_tokens: int, num_pages: int) -> Chunk:
     """Tokens of a session whose past is nothing but zeros: they take as long as any others."""
     backbone = body.backbone
-    pages = tuple(range(min(num_pages, pages_for(num_cached + num_tokens))))
+    pages = tuple(range(min(num_pages, pages_for(num_computed_tokens + num_tokens))))
     cache = None
     if not body.family.packable:
         cache = body.new_cache()
-        if num_cached:
-            past = torch.zeros(1, num_cached, backbone.config.hidden_size, dtype=backbone.dtype, device=backbone.device)
+        if num_computed_tokens:
+            past = torch.zeros(
+                1, num_computed_tokens, backbone.config.hidden_size, dtype=backbone.dtype, device=backbone.device
+            )
             body(past, cache=cache)
     return Chunk(
         span=body.span,
         hidden_BTD=torch.zeros(1, num_tokens, backbone.config.hidden_size, dtype=backbone.dtype),
         positions_BT=None,
         mask_BS=None,
-        num_cached=num_cached,
+        num_computed_tokens=num_computed_tokens,
         pages=(pages,),
         growth=Growth((), pages),
         cache=cache,

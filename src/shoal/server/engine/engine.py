@@ -165,10 +165,10 @@ class Engine:
             session.cache = self._body.new_cache(span)
             return session, None
         token_bytes = request.batch_size * self._validator.hidden_size * 4
-        session.adopt(names, most_pages=MAX_PAYLOAD_BYTES // 2 // (token_bytes * PAGE_TOKENS))
+        session.adopt(names, max_pages=MAX_PAYLOAD_BYTES // 2 // (token_bytes * PAGE_TOKENS))
         if not session.num_tokens:
             return session, None
-        return session, torch.stack([self._cache.outputs(row.pages) for row in session.rows]).cpu()
+        return session, torch.stack([self._cache.read_outputs(row.pages) for row in session.rows]).cpu()
 
     def close(self, session: SessionCache) -> None:
         """Give a session's pages back. May be called twice."""
@@ -180,7 +180,7 @@ class Engine:
         """Let go of all sessions and of all that is known by name, as if the server had just started."""
         for session in self._loop.sessions:
             self._loop.preempt(session)
-        self._pool.forget()
+        self._pool.reset_prefixes()
         self._loop.wake()
 
     def check_inputs(self, tensors: Tensors) -> None:
@@ -213,11 +213,11 @@ class Engine:
             session.cache = await self._rewound(session, request.position, rows)
             if session.preempted:  # meanwhile
                 raise preempted()
-        session.begin(request.position, rows, inputs)
+        session.begin_step(request.position, rows, inputs)
         if inputs.num_tokens < HASH_ASIDE_TOKENS:
-            session.name(inputs)
+            session.append_inputs(inputs)
         else:
-            await asyncio.to_thread(alone, lambda: session.name(inputs))
+            await asyncio.to_thread(alone, lambda: session.append_inputs(inputs))
             if session.preempted:  # meanwhile
                 raise preempted()
         return await self._loop.submit_step(session, inputs, wanted)
