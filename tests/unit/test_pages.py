@@ -1,4 +1,4 @@
-"""Pages of the cache: whose they are, whatever sessions do."""
+"""Which sequences hold which pages of the cache, in any order of what sessions do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_tokens_take_whole_pages():
     assert [pages_for(number) for number in (0, 1, 16, 17, 32)] == [0, 1, 1, 2, 2]
 
 
-def test_a_page_that_was_known_is_given_away_last_and_the_longest_unused_first():
+def test_pages_with_digests_are_allocated_last_and_the_least_recently_used_first():
     pool = PagePool(4)
     first, second, third, _ = pool.allocate(4)
     for page in (first, second, third):
@@ -38,7 +38,7 @@ def test_a_page_that_was_known_is_given_away_last_and_the_longest_unused_first()
     assert pool.find([bytes([third])]) == []
 
 
-def test_the_end_of_a_sequence_is_given_away_before_its_beginning():
+def test_the_end_of_a_sequence_is_evicted_before_its_beginning():
     pool = PagePool(3)
     pages = pool.allocate(3)
     for page in pages:
@@ -48,7 +48,7 @@ def test_the_end_of_a_sequence_is_given_away_before_its_beginning():
     assert pool.find([bytes([page]) for page in pages]) == pages[:1]
 
 
-def test_names_are_known_as_far_as_there_is_no_gap():
+def test_digests_are_found_up_to_the_first_that_is_missing():
     pool = PagePool(3)
     for page, name in zip(pool.allocate(3), (b"a", b"b", b"d"), strict=True):
         pool.register(page, name)
@@ -71,7 +71,7 @@ def held_twice(pool: PagePool) -> Iterable[int]:
     return [0, 0, 1]
 
 
-def held_by_nobody(pool: PagePool) -> Iterable[int]:
+def held_by_no_session(pool: PagePool) -> Iterable[int]:
     return [0]
 
 
@@ -90,18 +90,18 @@ def lost(pool: PagePool) -> Iterable[int]:
     return [0, 1]
 
 
-def known_and_free(pool: PagePool) -> Iterable[int]:
+def free_with_digest(pool: PagePool) -> Iterable[int]:
     pool._digest_of[3], pool._page_of[b"x"] = 3, 3  # type: ignore[assignment]
     return [0, 1]
 
 
-def known_by_two_names(pool: PagePool) -> Iterable[int]:
+def with_two_digests(pool: PagePool) -> Iterable[int]:
     pool._page_of[b"other"] = 0
     return [0, 1]
 
 
 @pytest.mark.parametrize(
-    "damage", [held_twice, held_by_nobody, held_and_free, free_twice, lost, known_and_free, known_by_two_names]
+    "damage", [held_twice, held_by_no_session, held_and_free, free_twice, lost, free_with_digest, with_two_digests]
 )
 def test_damage_is_found(damage: Callable[[PagePool], Iterable[int]]):
     pool = PagePool(4)
@@ -112,7 +112,7 @@ def test_damage_is_found(damage: Callable[[PagePool], Iterable[int]]):
         pool.check_integrity(damage(pool))
 
 
-def test_a_pool_that_forgets_knows_no_page_and_loses_none():
+def test_a_pool_whose_prefixes_are_reset_finds_no_page_and_loses_none():
     pool = PagePool(4)
     held, *others = pool.allocate(3)
     for page in (held, *others):
@@ -130,9 +130,9 @@ def test_a_pool_that_forgets_knows_no_page_and_loses_none():
 
 
 class Sessions(RuleBasedStateMachine):
-    """Sessions that come, grow, go back, branch and leave in any order.
+    """Sessions that open, grow, go back, branch and close in any order.
 
-    A model of the memory says what was written where: a page's content is what its tokens and all before them were.
+    `memory` models what was written where: the content of a page is its tokens and all tokens before them.
     """
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class Sessions(RuleBasedStateMachine):
         self.sessions[session] = [adopted] * num_rows
         for row in session.rows:
             for index, page in enumerate(row.pages):
-                assert self.memory[page] == adopted[: (index + 1) * PAGE_TOKENS], "a name of something else"
+                assert self.memory[page] == adopted[: (index + 1) * PAGE_TOKENS], "the digest of other inputs"
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data(), token=st.integers(0, 1), num_tokens=st.integers(1, 20))
@@ -193,7 +193,7 @@ class Sessions(RuleBasedStateMachine):
         for row, tokens in zip(session.rows, rows, strict=True):
             for slot in range(session.num_tokens, session.num_tokens + num_tokens):
                 page = row.pages[slot // PAGE_TOKENS]
-                assert not self.pool.is_shared(page), "what others have, or may come to have, is written"
+                assert not self.pool.is_shared(page), "a page is written that other sequences hold or can find"
                 self.memory[page] = tokens[: slot + 1]
         session.record_computed(num_tokens)
         self.sessions[session] = [row[: session.num_tokens] for row in rows]
@@ -207,7 +207,7 @@ class Sessions(RuleBasedStateMachine):
         del self.sessions[session]
 
     @rule()
-    def forget(self) -> None:
+    def reset_prefixes(self) -> None:
         self.pool.reset_prefixes()
         assert self.pool.num_available == NUM_PAGES - len({page for each in self.sessions for page in each.pages})
 
@@ -216,7 +216,7 @@ class Sessions(RuleBasedStateMachine):
         self.pool.check_integrity(page for session in self.sessions for page in session.pages)
 
     @invariant()
-    def every_sequence_has_what_it_was_given(self) -> None:
+    def every_sequence_has_its_own_tokens(self) -> None:
         for session, rows in self.sessions.items():
             for row, tokens in zip(session.rows, rows, strict=True):
                 for index in range(session.num_tokens // PAGE_TOKENS):

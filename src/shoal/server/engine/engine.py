@@ -83,10 +83,8 @@ class Engine:
             limits=limits,
             watch=watch,
         )
-        self._activations = ActivationStore(body, most_bytes=limits.activation_bytes, seconds=limits.activation_seconds)
-        self.adapters = AdapterStore(
-            body, most_bytes=limits.adapter_bytes, drop_adapters=self._activations.drop_adapters
-        )
+        self.activations = ActivationStore(body, max_bytes=limits.activation_bytes, seconds=limits.activation_seconds)
+        self.adapters = AdapterStore(body, max_bytes=limits.adapter_bytes, drop_adapters=self.activations.drop_adapters)
         self._num_opened = itertools.count()
         self._waiting_bytes = 0
 
@@ -255,10 +253,12 @@ class Engine:
         blocks = self._blocks(peer, request, self._inputs_of(tensors))
         if request.keep is None:
             return await self._in_line(tensors, training.forward(blocks))
-        kept = self._activations.new(blocks)
-        outputs = await self._in_line(tensors, training.forward_to_keep(blocks, kept, self._activations.weights), kept)
+        kept = self.activations.new(blocks)
+        outputs = await self._in_line(
+            tensors, training.forward_saving(blocks, kept, self.activations.weight_pointers), kept
+        )
         if kept.is_complete:
-            self._activations.keep(peer, request.keep, kept)
+            self.activations.save(peer, request.keep, kept)
         else:
             kept.drop()
         return outputs
@@ -266,12 +266,12 @@ class Engine:
     async def backward(self, peer: str, request: Backward, tensors: Tensors) -> training.Gradients:
         """The gradients of a span's inputs and factors. Raises `Refused`, and `MissingFromCache`."""
         span, grad = self._validator.span_of(request), tensors.get("grad")
-        kept = None if request.kept is None else self._activations.take(peer, request.kept)
+        kept = None if request.kept is None else self.activations.take(peer, request.kept)
         if kept is None:
             if "hidden" not in tensors and request.kept is not None:
-                raise MissingFromCache(kept=True)
+                raise MissingFromCache(activations=True)
             blocks = self._blocks(peer, request, self._inputs_of(tensors))
-            kept = self._activations.new(blocks)
+            kept = self.activations.new(blocks)
         blocks = kept.blocks
         if blocks.span != span:
             kept.drop()
@@ -279,9 +279,9 @@ class Engine:
         if grad is None or grad.shape != blocks.inputs_BTD.shape or not grad.is_floating_point():
             kept.drop()
             raise rejected("a backward pass needs a gradient of its output's shape")
-        learning = frozenset(blocks.adapters).difference(request.frozen)
+        trained = frozenset(blocks.adapters).difference(request.frozen)
         pieces = training.backward(
-            blocks, grad, kept, self._activations.weights, inputs=request.inputs, learning=learning
+            blocks, grad, kept, self.activations.weight_pointers, inputs=request.inputs, trained=trained
         )
         return await self._in_line(tensors, pieces, kept)
 
@@ -328,7 +328,7 @@ class Engine:
     def release(self, peer: str) -> None:
         """A client is gone: nothing of it is left."""
         self.adapters.release(peer)
-        self._activations.release(peer)
+        self.activations.release(peer)
 
 
 def _names_of(request: Open, tensors: Tensors) -> list[list[bytes]]:
