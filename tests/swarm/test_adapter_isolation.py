@@ -142,9 +142,9 @@ def check_empty(swarm: Swarm, name: str) -> None:
 )
 @given(story=st.lists(acts, min_size=12, max_size=30), limits=st.sampled_from([Limits(), SMALL, NONE]))
 def test_clients_who_train_and_generate_do_not_notice_each_other(
-    folder: Path, whole: PreTrainedModel, story: list[Any], shares: Limits
+    folder: Path, whole: PreTrainedModel, story: list[Any], limits: Limits
 ):
-    with swarm_of(folder, "0:2", "2:4", limits=shares) as swarm:
+    with swarm_of(folder, "0:2", "2:4", limits=limits) as swarm:
         tenants = [Tenant(swarm, whole, number) for number in range(len(CONFIGS))]
         for each in story:
             if isinstance(each, str):
@@ -153,7 +153,7 @@ def test_clients_who_train_and_generate_do_not_notice_each_other(
                 number, act = each
                 act(tenants[number])
             for server in swarm.servers.values():
-                assert server.engine.adapters.num_bytes <= shares.adapter_bytes
+                assert server.engine.adapters.num_bytes <= limits.adapter_bytes
         for tenant in tenants:
             tenant.end()
             tenant.model.close()

@@ -31,15 +31,15 @@ def stories() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def town() -> Iterator[Swarm]:
-    with swarm_of(STORIES, "0:6", "6:12", cache_dtype="int8") as swarm:
-        yield swarm
+def swarm() -> Iterator[Swarm]:
+    with swarm_of(STORIES, "0:6", "6:12", cache_dtype="int8") as started:
+        yield started
 
 
 @torch.no_grad()
-def test_the_next_tokens_are_as_likely_as_they_were(town: Swarm, stories: PreTrainedModel):
+def test_the_next_tokens_are_as_likely_as_with_an_exact_cache(swarm: Swarm, stories: PreTrainedModel):
     tokens = AutoTokenizer.from_pretrained(STORIES)(STORY, return_tensors="pt").input_ids
-    model = town.model()
+    model = swarm.model()
     with model.inference_session(max_length=tokens.shape[1], batch_size=1) as session:
         cache = HeadCache(session)
         # One by one, so that every token attends to what is in the cache.

@@ -25,7 +25,7 @@ def stored_in_bfloat16(whole: PreTrainedModel, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def float32_swarm(swarm: Callable[..., Swarm], stored_in_bfloat16: Path) -> Swarm:
-    """A swarm of one server that was told to compute in float32, and holds the first half of the model."""
+    """A swarm of one server whose options name float32, and that holds the first half of the model."""
     started = swarm()
     started.start("0:2", folder=stored_in_bfloat16)
     return started
@@ -70,8 +70,8 @@ def test_a_client_computes_in_the_dtype_of_the_servers_that_it_may_use(float32_s
 
 
 def test_a_server_and_a_client_compute_in_the_dtype_that_their_options_name(float32_swarm, stored_in_bfloat16, caplog):
-    told = float32_swarm.start("2:4", folder=stored_in_bfloat16, dtype="bfloat16")
-    assert told.info.dtype == "bfloat16"
+    named = float32_swarm.start("2:4", folder=stored_in_bfloat16, dtype="bfloat16")
+    assert named.info.dtype == "bfloat16"
     assert "the swarm computes in float32, but this server in bfloat16, as its options say" in caplog.text
     assert float32_swarm.model(folder=stored_in_bfloat16, dtype="bfloat16").dtype is torch.bfloat16
 

@@ -24,7 +24,7 @@ EVERY_SECONDS = 20.0
 
 @dataclass
 class Table:
-    """A directory that records states, unless it is told not to answer or not to move on."""
+    """A directory that records states, unless it does not answer or does not move."""
 
     states: list[ServerState] = field(default_factory=list)
     answers: bool = True

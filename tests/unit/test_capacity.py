@@ -20,5 +20,5 @@ def test_a_device_that_the_config_names_is_used_or_refused(monkeypatch: pytest.M
     assert choose_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto").type == "cpu"
-    with pytest.raises(UserError, match="finds no device 'cuda' here"):
+    with pytest.raises(UserError, match="finds no device 'cuda' on this machine"):
         choose_device("cuda")

@@ -127,11 +127,11 @@ def test_a_short_disturbance_corrects_nothing() -> None:
 
 
 def test_a_correction_is_reported_once_and_then_stays() -> None:
-    told: list[Speeds] = []
-    watch = Watch(Speeds(0.33, 1000.0), SPAN, on_correction=told.append)
+    reported: list[Speeds] = []
+    watch = Watch(Speeds(0.33, 1000.0), SPAN, on_correction=reported.append)
     for number in range(5 * MAX_PASSES):
         watch.decoded((chunk(),), 0.05, now=float(number))
-    assert told == [Speeds(pytest.approx(20.0), 1000.0)]
+    assert reported == [Speeds(pytest.approx(20.0), 1000.0)]
 
 
 def test_a_pass_with_more_work_can_show_that_a_server_is_faster_but_not_that_it_is_slower() -> None:

@@ -104,7 +104,7 @@ def choose_device(name: str) -> torch.device:
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not usable.get(device.type, False):
         raise UserError(
-            f"PyTorch {torch.__version__} finds no device {name!r} here",
+            f"PyTorch {torch.__version__} finds no device {name!r} on this machine",
             hint="use --device cpu, or install a driver and a PyTorch that support the device",
         )
     return device

@@ -265,7 +265,7 @@ async def make_cache(config: ServerConfig, body: Body, executor: Executor, *, fr
 
 
 def make_validator(config: ServerConfig, choice: Choice, loaded: Loaded) -> RequestValidator:
-    """What decides whether a request can be computed here."""
+    """The check whether this server can compute a request."""
     return RequestValidator(
         model=choice.model.key,
         fingerprint=choice.fingerprint,

@@ -27,7 +27,7 @@ from shoal.errors import UnsupportedOperation
 M = TypeVar("M")
 
 WITHOUT_EFFECT = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"})
-"""Options that Transformers' layers pass and that change nothing here: each is decided by the pass itself."""
+"""Options that Transformers' layers pass and that have no effect on a packed pass."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class PagePool:
         self._digest_of.clear()
 
     def check_integrity(self, held: Iterable[int]) -> None:
-        """Raise `AssertionError` unless exactly these pages are held, each by as many holders as it is named here."""
+        """Raise `AssertionError` unless these pages are held, each as often as it occurs in `held`."""
         assert Counter(held) == Counter(self._num_holders), "the pages that are held are not those of the sessions"
         free, evictable, held = set(self._free), set(self._evictable), set(self._num_holders)
         assert len(free) == len(self._free), "a page is free twice"

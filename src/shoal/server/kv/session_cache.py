@@ -116,7 +116,7 @@ class SessionCache:
     The keys and values of a body that computes packed are in pages. For other bodies `cache` is Transformers' own, and
     the pages only count its memory. `opened` is how many sessions the server opened before. `used_at` is when the
     session last asked for something, and `began_at` when it was admitted, both in seconds. `running` says whether
-    any of its tokens were computed here, or are being computed. `mask_BS` is `None` while no sequence has padding.
+    the server has computed any of its tokens, or is computing them. `mask_BS` is `None` while no sequence has padding.
     """
 
     def __init__(

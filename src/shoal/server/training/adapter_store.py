@@ -94,15 +94,15 @@ class AdapterStore:
 
     @property
     def names(self) -> Collection[str]:
-        """The names of all adapters here, hosted ones too."""
+        """The names of all adapters in the store, hosted ones too."""
         return self._entries.keys()
 
     def shared_name(self, name: str) -> str | None:
-        """The name under which a client shares an adapter that is here; `None` if it is private."""
+        """The name under which an adapter of the store is shared; `None` if it is private."""
         return self._entries[name].shared
 
     def is_hosted(self, name: str) -> bool:
-        """Whether the operator hosts an adapter that is here."""
+        """Whether the operator hosts an adapter of the store."""
         return OPERATOR in self._entries[name].holders
 
     @property
@@ -125,8 +125,8 @@ class AdapterStore:
     async def store(self, peer: str, request: Adapter, tensors: Tensors) -> None:
         """Hold an adapter that a client sends.
 
-        Raises `Refused` if it is no adapter of a block here or too large, and as busy while removed adapters that are
-        still in use leave no room.
+        Raises `Refused` if it is no adapter of a block of this server or too large, and as busy while removed
+        adapters that are still in use leave no memory.
         """
         values_N = tensors.get("factors")
         if request.block not in self._body.span:
@@ -225,7 +225,7 @@ class AdapterStore:
             self._removed[entry.adapter] = entry.num_bytes
 
     def _make_room(self, num_bytes: int) -> None:
-        """Remove adapters until `num_bytes` more fit. Raises `Refused` if removed ones are in use and leave no room."""
+        """Remove adapters until `num_bytes` more fit. Raises `Refused` if removed ones in use leave no memory."""
         while self._num_bytes + num_bytes > self._max_bytes:
             largest = max(self._holdings, key=lambda holder: self._holdings[holder].num_bytes)
             self._release(largest, next(iter(self._holdings[largest].names)))
@@ -238,7 +238,7 @@ class AdapterStore:
         return self._num_bytes + num_bytes + sum(self._removed.values()) <= 2 * self._max_bytes
 
     def check_integrity(self) -> None:
-        """Raise `AssertionError` unless the sums of bytes are those of the adapters that are here."""
+        """Raise `AssertionError` unless the sums of bytes are those of the adapters in the store."""
         assert self._num_bytes == sum(entry.num_bytes for entry in self._entries.values()) <= self._max_bytes
         held: dict[str, int] = defaultdict(int)
         for entry in self._entries.values():
