@@ -69,7 +69,7 @@ def chunks_of(num_sessions: int, past: int, span: Span, hidden_size: int) -> lis
             hidden_BTD=torch.randn(1, 1, hidden_size).bfloat16(),
             positions_BT=None,
             mask_BS=None,
-            num_cached=past,
+            num_computed_tokens=past,
             pages=(own_pages := tuple(range(index * pages, (index + 1) * pages)),),
             growth=Growth((), own_pages),
             cache=None,

@@ -1,4 +1,4 @@
-"""What an engine keeps of forward passes: whatever becomes of a pass, nothing of it stays."""
+"""What an engine saves of forward passes: however a pass ends, nothing of it stays in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shoal.protocol import Backward, Forward
 from shoal.server.engine.engine_limits import Limits
 from shoal.server.refusals import Refused
 from shoal.server.step_inputs import StepInputs
-from shoal.server.training.block_passes import backward, forward_to_keep
+from shoal.server.training.block_passes import backward, forward_saving
 from shoal.server.training.pass_blocks import PassBlocks
 from shoal.server.training.saved_activations import ByteBudget, SavedActivations
 
@@ -32,7 +32,7 @@ ON_SPAN: dict[str, Any] = {"model": "", "fingerprint": "", "start": 0, "end": NU
 
 @pytest.fixture
 def body() -> Body:
-    import_peft()  # what its import logs, tests keep, and with it whatever was computed just then
+    import_peft()  # pytest keeps the log records of PEFT's import, and with them the frames of a pass
     return tiny_body("llama")
 
 
@@ -45,13 +45,13 @@ def finished(pieces: Any) -> Any:
             return end.value
 
 
-def kept_pass(body: Body) -> SavedActivations:
+def saved_pass(body: Body) -> SavedActivations:
     """A pass with an adapter in every second block."""
     inputs = StepInputs(random_inputs(1, body, 1, 5), None, None)
     adapters = {block: lora_of(body, block) for block in range(1, NUM_BLOCKS, 2)}
-    kept = SavedActivations(PassBlocks(body, body.span, inputs, adapters, None), ByteBudget(1 << 30))
-    finished(forward_to_keep(kept.blocks, kept, frozenset()))
-    return kept
+    saved = SavedActivations(PassBlocks(body, body.span, inputs, adapters, None), ByteBudget(1 << 30))
+    finished(forward_saving(saved.blocks, saved, frozenset()))
+    return saved
 
 
 def lora_of(body: Body, block: int) -> BlockAdapter:
@@ -60,63 +60,63 @@ def lora_of(body: Body, block: int) -> BlockAdapter:
     return BlockAdapter(body.block(block), [layer], values_N, name="", hidden_size=body.backbone.config.hidden_size)
 
 
-def forget(kept: SavedActivations) -> None:
-    for graph in kept.graphs:
-        graph.forget()
+def drop_graphs(saved: SavedActivations) -> None:
+    for activations in saved.of_blocks:
+        activations.drop_graph()
 
 
-def drop(kept: SavedActivations) -> None:
-    kept.drop()
+def drop(saved: SavedActivations) -> None:
+    saved.drop()
 
 
-def walk_back_to_the_factors(kept: SavedActivations) -> None:
-    blocks = kept.blocks
+def walk_back_to_the_factors(saved: SavedActivations) -> None:
+    blocks = saved.blocks
     finished(
         backward(
             blocks,
             torch.ones_like(blocks.inputs_BTD),
-            kept,
+            saved,
             frozenset(),
             inputs=False,
-            learning=frozenset(blocks.adapters),
+            trained=frozenset(blocks.adapters),
         )
     )
 
 
-@pytest.mark.parametrize("end", [forget, drop, walk_back_to_the_factors], ids=lambda end: end.__name__)
-def test_graphs_that_nobody_walks_to_their_end_are_let_go_of(body: Body, end: Any):
-    kept = kept_pass(body)
-    there = [weakref.ref(graph.entered_BTD) for graph in kept.graphs]
-    end(kept)
-    del kept
+@pytest.mark.parametrize("end", [drop_graphs, drop, walk_back_to_the_factors], ids=lambda end: end.__name__)
+def test_graphs_are_freed_even_if_no_backward_pass_goes_through_all_of_them(body: Body, end: Any):
+    saved = saved_pass(body)
+    references = [weakref.ref(activations.inputs_BTD) for activations in saved.of_blocks]
+    end(saved)
+    del saved
     gc.collect()
-    assert [each() for each in there] == [None] * NUM_BLOCKS
+    assert [each() for each in references] == [None] * NUM_BLOCKS
 
 
-async def test_who_is_told_to_come_back_takes_no_room_meanwhile(body: Body):
+async def test_a_client_that_is_refused_as_busy_takes_none_of_the_budget_meanwhile(body: Body):
     inputs = random_inputs(1, body, 1, 5)
     async with engine_of(body, num_pages=4, limits=Limits(waiting_bytes=inputs.nbytes)) as engine:
         await engine.forward("trainer", Forward(**ON_SPAN, keep=PASS), {"hidden": inputs})
-        taken = engine._activations.room.num_bytes
-        view = asyncio.create_task(engine.forward("another", Forward(**ON_SPAN), {"hidden": inputs}))
+        taken = engine.activations.budget.used_bytes
+        waiting = asyncio.create_task(engine.forward("another", Forward(**ON_SPAN), {"hidden": inputs}))
         await asyncio.sleep(0)
         with pytest.raises(Refused, match="too many passes are waiting"):
             await engine.backward("trainer", Backward(**ON_SPAN, kept=PASS), {"grad": inputs})
         assert taken > 0
-        assert engine._activations.room.num_bytes == 0
-        await view
+        assert engine.activations.budget.used_bytes == 0
+        await waiting
 
 
-async def test_only_passes_of_adapters_that_left_are_let_go_of(body: Body):
+async def test_only_passes_of_removed_adapters_are_dropped(body: Body):
     inputs, (mine, theirs) = random_inputs(1, body, 1, 5), (lora_of(body, 1), lora_of(body, 1))
     async with engine_of(body, num_pages=4) as engine:
         for peer, adapter in (("a", mine), ("b", theirs)):
             blocks = PassBlocks(body, body.span, StepInputs(inputs, None, None), {1: adapter}, None)
-            kept = engine._activations.new(blocks)
-            finished(forward_to_keep(blocks, kept, frozenset()))
-            engine._activations.keep(peer, PASS, kept)
-        engine._activations.drop_adapters({mine})
-        assert engine._activations.take("a", PASS) is None
-        assert engine._activations.take("b", PASS) is kept
-        kept.drop()
-        assert engine._activations.room.num_bytes == 0
+            saved = engine.activations.new(blocks)
+            finished(forward_saving(blocks, saved, frozenset()))
+            engine.activations.save(peer, PASS, saved)
+        engine.activations.drop_adapters({mine})
+        assert engine.activations.take("a", PASS) is None
+        assert engine.activations.take("b", PASS) is saved
+        saved.drop()
+        assert engine.activations.budget.used_bytes == 0

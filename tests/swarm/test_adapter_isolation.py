@@ -126,8 +126,8 @@ def check_empty(swarm: Swarm, name: str) -> None:
     swarm.settle(lambda: not num_conversations(swarm, name))
     engine = swarm.servers[name].engine
     assert engine.adapters.num_bytes == 0
-    assert not engine._activations._activations
-    assert engine._activations.room.num_bytes == 0
+    assert len(engine.activations) == 0
+    assert engine.activations.budget.used_bytes == 0
     assert not num_sessions(swarm, name)
     assert engine.cache_tokens_left == engine.cache_tokens
 
@@ -140,11 +140,11 @@ def check_empty(swarm: Swarm, name: str) -> None:
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(story=st.lists(acts, min_size=12, max_size=30), shares=st.sampled_from([Limits(), SMALL, NONE]))
+@given(story=st.lists(acts, min_size=12, max_size=30), limits=st.sampled_from([Limits(), SMALL, NONE]))
 def test_clients_who_train_and_generate_do_not_notice_each_other(
-    folder: Path, whole: PreTrainedModel, story: list[Any], shares: Limits
+    folder: Path, whole: PreTrainedModel, story: list[Any], limits: Limits
 ):
-    with swarm_of(folder, "0:2", "2:4", shares=shares) as swarm:
+    with swarm_of(folder, "0:2", "2:4", limits=limits) as swarm:
         tenants = [Tenant(swarm, whole, number) for number in range(len(CONFIGS))]
         for each in story:
             if isinstance(each, str):
@@ -153,7 +153,7 @@ def test_clients_who_train_and_generate_do_not_notice_each_other(
                 number, act = each
                 act(tenants[number])
             for server in swarm.servers.values():
-                assert server.engine.adapters.num_bytes <= shares.adapter_bytes
+                assert server.engine.adapters.num_bytes <= limits.adapter_bytes
         for tenant in tenants:
             tenant.end()
             tenant.model.close()

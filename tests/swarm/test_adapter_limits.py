@@ -1,4 +1,4 @@
-"""What PEFT can add to a model on one machine and not to blocks that servers hold: one clear error, never less."""
+"""What PEFT can add to a model on one machine but not to blocks that servers hold ends in one clear error."""
 
 from __future__ import annotations
 
@@ -119,22 +119,22 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def town(folder: Path) -> Any:
-    """A swarm, for all of them."""
-    with swarm_of(folder, "0:2", "2:4") as net:
-        yield net
+def swarm(folder: Path) -> Any:
+    """One swarm for all tests of this module."""
+    with swarm_of(folder, "0:2", "2:4") as started:
+        yield started
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_servers_cannot_do_is_refused_in_one_line(town: Swarm, what: str):
+def test_what_servers_cannot_compute_is_refused_in_one_line(swarm: Swarm, what: str):
     attempt, reason = REFUSED[what]
-    model = town.model()
+    model = swarm.model()
     with pytest.raises(UnsupportedOperation, match=reason) as refusal:
         attempt(model)
     assert "\n" not in str(refusal.value)
 
 
-def test_where_all_linear_means_experts_too_the_others_are_named(tmp_path: Path):
+def test_if_all_linear_includes_experts_the_hint_names_the_other_layers(tmp_path: Path):
     tiny_model(tiny_config("mixtral")).save_pretrained(tmp_path)
     with swarm_of(tmp_path, "0:5") as net:
         model = net.model()
@@ -156,8 +156,8 @@ ALIKE: dict[str, Callable[[], LoraConfig]] = {
 
 
 @pytest.mark.parametrize("kind", ALIKE)
-def test_what_is_around_the_blocks_is_trained_too(town: Swarm, whole: PreTrainedModel, kind: str):
-    ours, theirs = adapted(town.model(), ALIKE[kind]()), adapted(copy.deepcopy(whole), ALIKE[kind]())
+def test_parts_around_the_blocks_are_trained_too(swarm: Swarm, whole: PreTrainedModel, kind: str):
+    ours, theirs = adapted(swarm.model(), ALIKE[kind]()), adapted(copy.deepcopy(whole), ALIKE[kind]())
     for model in (ours, theirs):
         loss(model).backward()
     mine, expected = ({n: p.grad for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs))
@@ -167,8 +167,8 @@ def test_what_is_around_the_blocks_is_trained_too(town: Swarm, whole: PreTrained
         assert close(mine[name], gradient), name
 
 
-def test_gradient_checkpointing_changes_nothing(town: Swarm, whole: PreTrainedModel):
-    ours, theirs = adapted(town.model(), lora()), adapted(copy.deepcopy(whole), lora())
+def test_gradient_checkpointing_changes_nothing(swarm: Swarm, whole: PreTrainedModel):
+    ours, theirs = adapted(swarm.model(), lora()), adapted(copy.deepcopy(whole), lora())
     ours.gradient_checkpointing_enable()
     ours.enable_input_require_grads()
     for model in (ours, theirs):
@@ -179,22 +179,22 @@ def test_gradient_checkpointing_changes_nothing(town: Swarm, whole: PreTrainedMo
             assert close(each.grad, gradients[name])
 
 
-def test_an_adapter_that_is_taken_off_leaves_the_model_as_it_was(town: Swarm, whole: PreTrainedModel):
-    model = adapted(town.model(), lora())
+def test_a_model_whose_adapter_is_unloaded_is_as_before(swarm: Swarm, whole: PreTrainedModel):
+    model = adapted(swarm.model(), lora())
     assert not close(loss(model), loss(whole))
     assert close(loss(model.unload()), loss(whole))
 
 
-def test_adapters_are_added_to_each_other_as_on_one_machine(town: Swarm, whole: PreTrainedModel):
-    models = [with_another(adapted(model, lora())) for model in (town.model(), copy.deepcopy(whole))]
+def test_adapters_are_added_to_each_other_as_on_one_machine(swarm: Swarm, whole: PreTrainedModel):
+    models = [with_another(adapted(model, lora())) for model in (swarm.model(), copy.deepcopy(whole))]
     for model in models:
         model.add_weighted_adapter(["default", "other"], [0.5, 0.3], "sum", combination_type="linear")
         model.set_adapter("sum")
     assert close(*(loss(model) for model in models))
 
 
-def test_a_copy_of_the_model_has_factors_of_its_own(town: Swarm, whole: PreTrainedModel):
-    model = adapted(town.model(), lora())
+def test_a_copy_of_the_model_has_factors_of_its_own(swarm: Swarm, whole: PreTrainedModel):
+    model = adapted(swarm.model(), lora())
     before, other = loss(model), copy.deepcopy(model)
     for parameter in other.parameters():
         if parameter.requires_grad:
@@ -204,9 +204,9 @@ def test_a_copy_of_the_model_has_factors_of_its_own(town: Swarm, whole: PreTrain
     assert "LlamaRMSNorm" in repr(other)
 
 
-def test_an_adapter_is_saved_and_loaded_here_and_there(town: Swarm, whole: PreTrainedModel, tmp_path: Path):
-    expected = adapted(town.model(), lora())
+def test_an_adapter_is_saved_and_loaded_in_both_kinds_of_model(swarm: Swarm, whole: PreTrainedModel, tmp_path: Path):
+    expected = adapted(swarm.model(), lora())
     expected.save_pretrained(tmp_path)
-    for model in (copy.deepcopy(whole), town.model()):
+    for model in (copy.deepcopy(whole), swarm.model()):
         assert close(loss(PeftModel.from_pretrained(model, tmp_path)), loss(expected))
-    assert close(loss(PeftModel.from_pretrained(town.model(), tmp_path, low_cpu_mem_usage=True)), loss(expected))
+    assert close(loss(PeftModel.from_pretrained(swarm.model(), tmp_path, low_cpu_mem_usage=True)), loss(expected))

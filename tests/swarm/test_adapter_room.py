@@ -1,8 +1,7 @@
-"""What a server keeps of clients' adapters, and what it still counts of those that left: never more than its room."""
+"""What a server holds of clients' adapters, removed ones included: never more than its budget."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection
 from typing import Any
 
@@ -24,7 +23,7 @@ from .tiny_models import NUM_BLOCKS
 from .virtual_time import run
 from .visitors import tiny_body
 
-ROOM = 5
+MAX_ADAPTERS = 5
 LAYER = Prompt(num_tokens=1)
 ON_SPAN: dict[str, Any] = {"model": "", "fingerprint": "", "start": 0, "end": NUM_BLOCKS}
 
@@ -35,39 +34,35 @@ def body() -> Body:
 
 
 class Clients:
-    """Those who send adapters of one prompt each, known by their numbers, and compute with them."""
+    """Clients that send adapters of one prompt each, told apart by numbers, and compute with them."""
 
     def __init__(self, body: Body) -> None:
         self._hidden_size = body.backbone.config.hidden_size
         self.size = LAYER_BYTES + self._values(0).nbytes
-        self.kept: list[BlockAdapter] = []
-        self.adapters = AdapterStore(body, most_bytes=ROOM * self.size, drop_adapters=self._let_go)
+        self.saved: list[BlockAdapter] = []  # the adapters of saved passes
+        self.adapters = AdapterStore(body, max_bytes=MAX_ADAPTERS * self.size, drop_adapters=self._drop)
 
     def _values(self, number: int) -> torch.Tensor:
         return torch.full((self._hidden_size,), float(number))
 
-    def _let_go(self, gone: Collection[BlockAdapter]) -> None:
-        self.kept = [each for each in self.kept if each not in gone]
+    def _drop(self, removed: Collection[BlockAdapter]) -> None:
+        self.saved = [each for each in self.saved if each not in removed]
 
     def name(self, number: int) -> str:
         return factors_name(0, (LAYER,), self._values(number))
 
     async def send(self, peer: str, number: int, **fields: Any) -> None:
         lesson = Adapter(block=0, layers=(LAYER,), **fields)
-        await self.adapters.keep(peer, lesson, {"factors": self._values(number)})
+        await self.adapters.store(peer, lesson, {"factors": self._values(number)})
 
     def use(self, peer: str, number: int) -> BlockAdapter:
         request = Forward(**ON_SPAN, adapters=(self.name(number), *[None] * (NUM_BLOCKS - 1)))
         return self.adapters.of(peer, request, Span(0, NUM_BLOCKS))[0]
 
     def check(self) -> None:
-        """The sums are those of what is there."""
-        entries = self.adapters._entries.values()
-        assert self.adapters.num_bytes == len(entries) * self.size <= ROOM * self.size
-        held: dict[str, int] = {}
-        for holder in itertools.chain.from_iterable(entry.holders for entry in entries):
-            held[holder] = held.get(holder, 0) + self.size
-        assert {name: each.num_bytes for name, each in self.adapters._holdings.items()} == held
+        """The sums are those of the adapters that are there."""
+        assert self.adapters.num_bytes == len(self.adapters.names) * self.size <= MAX_ADAPTERS * self.size
+        self.adapters.check_integrity()
 
 
 numbers = st.integers(0, 9)
@@ -82,7 +77,7 @@ acts = st.one_of(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(story=st.lists(acts, max_size=30))
-def test_what_is_held_is_counted_whatever_clients_do(body: Body, story: list[Any]):
+def test_every_adapter_is_counted_in_any_order_of_acts(body: Body, story: list[Any]):
     async def scene() -> None:
         clients = Clients(body)
         for act, peer, number, other in story:
@@ -91,7 +86,7 @@ def test_what_is_held_is_counted_whatever_clients_do(body: Body, story: list[Any
                     await clients.send(peer, number, shared=other)
                 case "replace":
                     await clients.send(peer, number, replaces=clients.name(other))
-                case "use" if clients.name(number) in clients.adapters._entries:
+                case "use" if clients.name(number) in clients.adapters.names:
                     clients.use(peer, number)
                 case "leave":
                     clients.adapters.release(peer)
@@ -104,7 +99,7 @@ def test_what_is_held_is_counted_whatever_clients_do(body: Body, story: list[Any
     run(scene())
 
 
-def test_whoever_holds_most_loses_first_what_nobody_has_used_for_longest(body: Body):
+def test_the_client_that_holds_most_loses_its_least_recently_used_adapter(body: Body):
     async def scene() -> None:
         clients = Clients(body)
         await clients.send("modest", 0)
@@ -112,21 +107,21 @@ def test_whoever_holds_most_loses_first_what_nobody_has_used_for_longest(body: B
             await clients.send("greedy", number)
         clients.use("greedy", 1)
         await clients.send("modest", 5)
-        gone = [number for number in range(6) if clients.name(number) not in clients.adapters._entries]
+        gone = [number for number in range(6) if clients.name(number) not in clients.adapters.names]
         assert gone == [2]
 
     run(scene())
 
 
-def test_sessions_cannot_hold_more_of_what_was_replaced_than_there_is_room(body: Body):
+def test_replaced_adapters_that_sessions_still_use_are_limited(body: Body):
     async def scene() -> None:
         clients, sessions = Clients(body), list[BlockAdapter]()
         await clients.send("greedy", 0)
-        for number in range(1, 2 * ROOM):
+        for number in range(1, 2 * MAX_ADAPTERS):
             sessions.append(clients.use("greedy", number - 1))
             await clients.send("greedy", number, replaces=clients.name(number - 1))
         sessions.append(clients.use("greedy", number))
-        with pytest.raises(Refused, match="need the room for adapters that were replaced") as refusal:
+        with pytest.raises(Refused, match="still use adapters that were replaced") as refusal:
             await clients.send("greedy", 100, replaces=clients.name(number))
         assert refusal.value.failure.code == "busy"
         sessions.pop()
@@ -135,13 +130,13 @@ def test_sessions_cannot_hold_more_of_what_was_replaced_than_there_is_room(body:
     run(scene())
 
 
-def test_passes_that_are_kept_make_room_before_anybody_is_told_to_come_back(body: Body):
+def test_saved_passes_are_dropped_before_a_client_is_refused_as_busy(body: Body):
     async def scene() -> None:
         clients = Clients(body)
         await clients.send("trainer", 0)
-        for number in range(1, 5 * ROOM):
-            clients.kept.append(clients.use("trainer", number - 1))
+        for number in range(1, 5 * MAX_ADAPTERS):
+            clients.saved.append(clients.use("trainer", number - 1))
             await clients.send("trainer", number, replaces=clients.name(number - 1))
-            assert len(clients.kept) <= 2 * ROOM
+            assert len(clients.saved) <= 2 * MAX_ADAPTERS
 
     run(scene())

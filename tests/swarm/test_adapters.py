@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from shoal.errors import UnsupportedOperation, UserError
 from shoal.model.peft.peft_folder import PeftFolder
 from shoal.net.memory import Frame
-from shoal.server.training.adapter_store import OPERATOR
 
 from .harness import Swarm
 
@@ -166,7 +165,7 @@ def test_what_becomes_of_a_hosted_adapter_is_sent_first_and_is_not_for_others(
         optimizer.zero_grad()
     assert kinds["adapter"] == kinds["adapter_stored"] == 3 * 4
     assert not kinds["not_cached"]
-    assert {each.shared for each in adapters._entries.values() if OPERATOR not in each.holders} == {None}
+    assert {adapters.shared_name(name) for name in adapters.names if not adapters.is_hosted(name)} == {None}
 
 
 def test_a_folder_without_safetensors_is_refused(swarm: Callable[..., Swarm], tmp_path: Path):

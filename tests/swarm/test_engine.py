@@ -210,15 +210,15 @@ async def test_who_is_preempted_while_a_long_prompt_is_being_named_begins_again(
 ):
     named, go_on = threading.Event(), threading.Event()
 
-    def name(session: SessionCache, inputs: StepInputs) -> None:
+    def append_inputs(session: SessionCache, inputs: StepInputs) -> None:
         if session.span != body.span:
             named.set()
             go_on.wait()
         usual(session, inputs)
 
-    usual = SessionCache.name
-    monkeypatch.setattr(SessionCache, "name", name)
-    monkeypatch.setattr("shoal.server.engine.engine.NAMED_ASIDE", 2)
+    usual = SessionCache.append_inputs
+    monkeypatch.setattr(SessionCache, "append_inputs", append_inputs)
+    monkeypatch.setattr("shoal.server.engine.engine.HASH_ASIDE_TOKENS", 2)
     async with engine_of(body, num_pages=12) as engine:
         old, young = Visitor(engine, body), Visitor(engine, body, span=Span(0, 1))
         await old.step(random_inputs(1, body, 3, 40))

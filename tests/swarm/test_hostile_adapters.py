@@ -81,14 +81,14 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "two layers at one module": ([lesson(LORA, LORA, factors=torch.ones(2 * SIZE))], "q_proj has two adapters"),
     "two prompts": ([lesson(PROMPT, PROMPT, factors=torch.ones(6 * HIDDEN_SIZE))], "two prompts"),
     # factors that do not belong to them
-    "no factors": ([raw("adapter", block=0, layers=[LORA])], "must be floating-point numbers in a row"),
-    "factors in two dimensions": ([lesson(factors=torch.ones(2, SIZE // 2))], "numbers in a row"),
-    "integers": ([lesson(factors=torch.ones(SIZE).long())], "must be floating-point numbers in a row"),
+    "no factors": ([raw("adapter", block=0, layers=[LORA])], r"must be floating-point numbers of shape \[N\]"),
+    "factors in two dimensions": ([lesson(factors=torch.ones(2, SIZE // 2))], r"floating-point numbers of shape \[N\]"),
+    "integers": ([lesson(factors=torch.ones(SIZE).long())], r"must be floating-point numbers of shape \[N\]"),
     "too few factors": ([lesson(factors=torch.ones(SIZE - 1))], f"{SIZE - 1} factors, where these layers have {SIZE}"),
     "too many factors": ([lesson(factors=torch.ones(SIZE + 1))], f"{SIZE + 1} factors, where these layers have"),
     "a rank that its factors have not": ([changed(rank=4096)], f"{SIZE} factors, where these layers have"),
-    "NaN": ([lesson(factors=spoilt(float("nan")))], "factors that are not finite"),
-    "infinity": ([lesson(factors=spoilt(float("-inf")))], "factors that are not finite"),
+    "NaN": ([lesson(factors=spoilt(float("nan")))], "the factors of an adapter must be finite"),
+    "infinity": ([lesson(factors=spoilt(float("-inf")))], "the factors of an adapter must be finite"),
     "hidden states beside them": (
         [raw("adapter", {"factors": torch.ones(SIZE), "hidden": hidden()}, block=0, layers=[LORA])],
         INVALID,
@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
 }
 
 MISROUTED: dict[str, tuple[list[Raw], str]] = {
-    "a block of another server": ([lesson(block=2)], "this server holds blocks 0:2, not 2"),
+    "a block of another server": ([lesson(block=2)], "this server holds blocks 0:2, not block 2"),
     "more than the server has room for": (
         [lesson({**PROMPT, "num_tokens": 9000}, factors=torch.ones(9000 * HIDDEN_SIZE))],
         f"an adapter of {9000 * HIDDEN_SIZE * 4 + LAYER_BYTES} bytes; this server has room for {MOST_BYTES}",
@@ -157,8 +157,8 @@ def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
 
 def check_nothing_left(swarm: Swarm) -> None:
     engine = swarm.servers["s0"].engine
-    swarm.settle(lambda: not engine.adapters.num_bytes and not engine._activations._activations)
-    assert engine._activations.room.num_bytes == 0
+    swarm.settle(lambda: not engine.adapters.num_bytes and not len(engine.activations))
+    assert engine.activations.budget.used_bytes == 0
 
 
 @pytest.mark.parametrize(("frames", "code", "reason"), ATTACKS)
@@ -231,7 +231,7 @@ def test_an_adapter_of_another_block_is_refused(town, whole):
     with Peace(swarm, model, whole):
         failure = intruder.ask(lesson(), forward(adapters=[None, named()]))[-1]
         assert isinstance(failure, Failure)
-        assert (failure.code, failure.reason) == ("rejected", "an adapter of block 0 for block 1")
+        assert (failure.code, failure.reason) == ("rejected", "the adapter for block 1 is one of block 0")
     check_nothing_left(swarm)
 
 
@@ -262,24 +262,24 @@ def test_a_kept_pass_is_its_clients_alone(town, whole):
     check_nothing_left(swarm)
 
 
-def test_a_pass_that_is_kept_twice_under_one_name_is_kept_once(town):
+def test_a_pass_that_is_saved_twice_under_one_id_is_saved_once(town):
     swarm, _, intruder = town
-    stream, kept = intruder.open(), swarm.servers["s0"].engine._activations
+    stream, activations = intruder.open(), swarm.servers["s0"].engine.activations
     for _ in range(5):
         intruder.tell(stream, forward(keep=PASS))
         intruder.hear(stream)
-    taken = kept.room.num_bytes
-    assert len(kept._activations) == 1
+    taken = activations.budget.used_bytes
+    assert len(activations) == 1
     intruder.tell(stream, graded())
     ((answer, _),) = intruder.hear(stream)
     assert isinstance(answer, Result)
     assert taken > 0
-    assert kept.room.num_bytes == 0
+    assert activations.budget.used_bytes == 0
     assert not intruder.finish(stream)
     check_nothing_left(swarm)
 
 
-def test_thousands_of_adapters_take_no_more_room_than_there_is(town, whole):
+def test_hundreds_of_adapters_take_no_more_than_their_budget(town, whole):
     swarm, model, intruder = town
     engine = swarm.servers["s0"].engine
     with Peace(swarm, model, whole):
@@ -289,7 +289,7 @@ def test_thousands_of_adapters_take_no_more_room_than_there_is(town, whole):
             intruder.tell(stream, *lessons)
             assert {type(answer) for answer, _ in intruder.hear(stream, 10)} == {AdapterStored}
             assert engine.adapters.num_bytes <= MOST_BYTES
-            assert len(engine.adapters._entries) <= MOST_BYTES // LAYER_BYTES
+            assert len(engine.adapters.names) <= MOST_BYTES // LAYER_BYTES
         assert engine.adapters.num_bytes > MOST_BYTES // 2
         assert not intruder.finish(stream)
     check_nothing_left(swarm)

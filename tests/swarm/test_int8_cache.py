@@ -1,4 +1,4 @@
-"""Sessions kept in int8: half of the room, and hardly another text. Asked of a model that has learnt something."""
+"""A cache in int8 takes half of the memory and hardly changes the text of a trained model."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def stories() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def town() -> Iterator[Swarm]:
-    with swarm_of(STORIES, "0:6", "6:12", cache_dtype="int8") as swarm:
-        yield swarm
+def swarm() -> Iterator[Swarm]:
+    with swarm_of(STORIES, "0:6", "6:12", cache_dtype="int8") as started:
+        yield started
 
 
 @torch.no_grad()
-def test_the_next_tokens_are_as_likely_as_they_were(town: Swarm, stories: PreTrainedModel):
+def test_the_next_tokens_are_as_likely_as_with_an_exact_cache(swarm: Swarm, stories: PreTrainedModel):
     tokens = AutoTokenizer.from_pretrained(STORIES)(STORY, return_tensors="pt").input_ids
-    model = town.model()
+    model = swarm.model()
     with model.inference_session(max_length=tokens.shape[1], batch_size=1) as session:
         cache = RemoteCache(session)
         # One by one, so that every token attends to what is in the cache.
@@ -55,12 +55,12 @@ def test_the_next_tokens_are_as_likely_as_they_were(town: Swarm, stories: PreTra
     assert losses[0] == pytest.approx(losses[1], rel=0.005)
 
 
-def test_keys_and_values_take_half_of_the_room_of_bfloat16():
+def test_keys_and_values_take_half_of_the_memory_of_bfloat16():
     shape = KeyValueShape(num_heads=8, key_size=64, value_size=64)
     assert shape.nbytes(torch.int8) < 0.54 * shape.nbytes(torch.bfloat16)
 
 
-def test_where_sessions_are_no_pages_int8_is_refused(tmp_path: Path):
+def test_int8_is_refused_for_a_family_whose_sessions_are_not_in_pages(tmp_path: Path):
     tiny_model(tiny_config("mamba")).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot be in int8"), swarm_of(tmp_path, "0:5", cache_dtype="int8"):
+    with pytest.raises(UserError, match="their cache cannot be in int8"), swarm_of(tmp_path, "0:5", cache_dtype="int8"):
         pass

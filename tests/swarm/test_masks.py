@@ -1,4 +1,4 @@
-"""Attention masks with zeros anywhere: before a text, in it and after it."""
+"""Attention masks with zeros before a text, in it and after it."""
 
 # B sequences, T new tokens, S all tokens
 
@@ -29,20 +29,20 @@ MASK = torch.tensor(
     ],
     dtype=torch.uint8,
 )
-IN_PARTS, AT_ONCE = 7, 1024
+IN_CHUNKS, IN_ONE = 7, 1024
 FAMILIES = [
-    pytest.param(family, changes, IN_PARTS, id=f"{family} {variant}".strip())
+    pytest.param(family, changes, IN_CHUNKS, id=f"{family} {variant}".strip())
     for family in sorted(CERTIFIED)
     for variant, changes in [("", {}), *VARIANTS.get(family, {}).items()]
 ]
 FAMILIES += [
-    pytest.param(family, {}, AT_ONCE, id=f"{family} at once")
+    pytest.param(family, {}, IN_ONE, id=f"{family} in one chunk")
     for family in ("bloom", "gemma2", "gemma3_text", "gpt_oss", "llama", "qwen3")
 ]
 
 
 @pytest.mark.parametrize(("family", "changes", "max_num_batched_tokens"), FAMILIES)
-async def test_a_session_of_any_family_sees_what_a_single_pass_sees(
+async def test_a_session_with_padding_computes_what_a_single_pass_computes(
     family: str, changes: Mapping[str, Any], max_num_batched_tokens: int
 ):
     body = tiny_body(family, **changes)
@@ -53,7 +53,7 @@ async def test_a_session_of_any_family_sees_what_a_single_pass_sees(
         await visitor.step(random_inputs(1, body, *MASK.shape), mask_BT=MASK)
         for seed in (2, 3):
             await visitor.step(random_inputs(seed, body, len(MASK), 1))
-        if family in PACKED:  # recurrent state takes no padding after its first pass
+        if family in PACKED:  # recurrent layers ignore padding after their first pass
             more = MASK[:, -4:]
             await visitor.step(random_inputs(4, body, *more.shape), mask_BT=more, position=visitor.num_tokens - 1)
         visitor.leave()

@@ -1,4 +1,4 @@
-"""Servers that join and clients compute in the swarm's dtype, unless they are told another."""
+"""Servers that join and clients compute in the swarm's dtype, unless their options name another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stored_in_bfloat16(whole: PreTrainedModel, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def float32_swarm(swarm: Callable[..., Swarm], stored_in_bfloat16: Path) -> Swarm:
-    """A swarm of one server that was told to compute in float32, and holds the first half of the model."""
+    """A swarm of one server whose options name float32, and that holds the first half of the model."""
     started = swarm()
     started.start("0:2", folder=stored_in_bfloat16)
     return started
@@ -54,7 +54,7 @@ def test_a_server_that_comes_back_alone_takes_the_models_own_dtype_and_not_its_f
     assert float32_swarm.restart("s0", "0:2", folder=stored_in_bfloat16, dtype="auto").info.dtype == "bfloat16"
 
 
-def test_servers_of_other_weights_do_not_say_what_to_compute_in(swarm, stored_in_bfloat16):
+def test_servers_of_other_weights_do_not_decide_the_dtype(swarm, stored_in_bfloat16):
     of_others = swarm("0:4")
     joined = of_others.start("0:4", folder=stored_in_bfloat16, dtype="auto")
     assert joined.model.key == of_others.servers["s0"].model.key
@@ -69,14 +69,14 @@ def test_a_client_computes_in_the_dtype_of_the_servers_that_it_may_use(float32_s
     assert float32_swarm.model(folder=stored_in_bfloat16, dtype="auto", config=config).dtype is torch.float32
 
 
-def test_what_a_server_or_a_client_is_told_is_what_it_computes_in(float32_swarm, stored_in_bfloat16, caplog):
-    told = float32_swarm.start("2:4", folder=stored_in_bfloat16, dtype="bfloat16")
-    assert told.info.dtype == "bfloat16"
-    assert "the swarm computes in float32, and this server in bfloat16, as it was told" in caplog.text
+def test_a_server_and_a_client_compute_in_the_dtype_that_their_options_name(float32_swarm, stored_in_bfloat16, caplog):
+    named = float32_swarm.start("2:4", folder=stored_in_bfloat16, dtype="bfloat16")
+    assert named.info.dtype == "bfloat16"
+    assert "the swarm computes in float32, but this server in bfloat16, as its options say" in caplog.text
     assert float32_swarm.model(folder=stored_in_bfloat16, dtype="bfloat16").dtype is torch.bfloat16
 
 
-def test_a_mixture_is_said_once_in_the_logs_of_servers_and_of_clients(float32_swarm, stored_in_bfloat16, caplog):
+def test_a_mixture_of_dtypes_is_logged_once_by_servers_and_by_clients(float32_swarm, stored_in_bfloat16, caplog):
     model = float32_swarm.model(folder=stored_in_bfloat16, dtype="auto")
     assert "compute differently" not in caplog.text
     float32_swarm.start("2:4", folder=stored_in_bfloat16, dtype="bfloat16")
@@ -85,9 +85,9 @@ def test_a_mixture_is_said_once_in_the_logs_of_servers_and_of_clients(float32_sw
     def said(logger: str) -> list[str]:
         return [record.message for record in caplog.records if record.name == logger and "differ" in record.message]
 
-    in_flight = f"servers of this model compute differently: bfloat16: {other}; float32: {first}"
+    expected = f"servers of this model compute differently: bfloat16: {other}; float32: {first}"
     float32_swarm.settle(lambda: bool(said("shoal.server.neighbors")))
-    assert said("shoal.server.neighbors") == [in_flight]
+    assert said("shoal.server.neighbors") == [expected]
     for _ in range(2):
         model(PROMPT)
-    assert said("shoal.client.swarm.directory_cache") == [in_flight]
+    assert said("shoal.client.swarm.directory_cache") == [expected]

@@ -165,7 +165,7 @@ class Visitor:
             for each in self.tuning.in_span(self.span):
                 if each.name in lacks.adapters:
                     lesson = Adapter(block=each.block, layers=each.layers)
-                    await self._engine.adapters.keep(self.peer, lesson, {"factors": each.values})
+                    await self._engine.adapters.store(self.peer, lesson, {"factors": each.values})
             return self._open()
 
     def _open(self) -> int:

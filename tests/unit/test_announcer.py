@@ -1,8 +1,9 @@
-"""How a server keeps its record fresh, and takes it back."""
+"""How a server renews its record, and announces that it leaves."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +24,7 @@ EVERY_SECONDS = 20.0
 
 @dataclass
 class Table:
-    """A directory that keeps what it is told, as long as nothing is wrong with it."""
+    """A directory that records states, unless it does not answer or does not move."""
 
     states: list[ServerState] = field(default_factory=list)
     answers: bool = True
@@ -39,7 +40,7 @@ class Table:
         self.states.append(info.state)
 
 
-def presence_of(table: Table, peer: str = "s0") -> Announcer:
+def announcer_of(table: Table, peer: str = "s0") -> Announcer:
     node = Node(MemoryNetwork().node(peer).transport, table)  # type: ignore[arg-type]
     return Announcer(node, MODEL, replace(server(peer, "0:8"), state=ServerState.JOINING), every_seconds=EVERY_SECONDS)
 
@@ -49,28 +50,30 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_servers_that_leave_together_do_not_wait_for_each_other() -> None:
-    async def leave() -> float:
+    async def leave_together() -> float:
         tables = [Table() for _ in range(6)]
-        presences = [await presence_of(table, f"s{index}").__aenter__() for index, table in enumerate(tables)]
-        for table in tables:
-            table.moves.clear()  # each waits for others, who are gone
-        began = asyncio.get_running_loop().time()
-        await asyncio.gather(*(presence.leave() for presence in presences))
-        return asyncio.get_running_loop().time() - began
+        async with contextlib.AsyncExitStack() as stack:
+            announcers = [announcer_of(table, f"s{index}").announcing() for index, table in enumerate(tables)]
+            entered = [await stack.enter_async_context(announcer) for announcer in announcers]
+            for table in tables:
+                table.moves.clear()  # each waits for the others, which are gone
+            began = asyncio.get_running_loop().time()
+            await asyncio.gather(*(announcer.leave() for announcer in entered))
+            return asyncio.get_running_loop().time() - began
 
-    assert virtual_time.run(leave()) <= GOODBYE_SECONDS
+    assert virtual_time.run(leave_together()) <= GOODBYE_SECONDS
 
 
-def test_a_goodbye_comes_last_also_while_a_renewal_is_under_way() -> None:
+def test_the_last_announcement_is_that_the_server_leaves_even_while_a_renewal_is_in_flight() -> None:
     table = Table()
 
     async def leave() -> None:
-        async with presence_of(table) as presence:
+        async with announcer_of(table).announcing() as announcer:
             table.moves.clear()
-            presence.announce_soon()
+            announcer.announce_soon()
             await asyncio.sleep(0.1)
             table.moves.set()
-            await presence.leave()
+            await announcer.leave()
             await asyncio.sleep(10 * EVERY_SECONDS)
 
     virtual_time.run(leave())
@@ -80,34 +83,34 @@ def test_a_goodbye_comes_last_also_while_a_renewal_is_under_way() -> None:
 def test_no_announcement_overtakes_another() -> None:
     table = Table()
 
-    async def set_description() -> None:
-        async with presence_of(table) as presence:
+    async def change_description() -> None:
+        async with announcer_of(table).announcing() as announcer:
             table.moves.clear()
-            presence.announce_soon()
+            announcer.announce_soon()
             await asyncio.sleep(0.1)  # the renewal says that it joins, and is stuck
 
-            async def let_go() -> None:
+            async def move_on() -> None:
                 await asyncio.sleep(0.1)
                 table.moves.set()
 
-            await asyncio.gather(presence.set_description(lambda: server("s0", "0:8")), let_go())
+            await asyncio.gather(announcer.set_description(lambda: server("s0", "0:8")), move_on())
 
-    virtual_time.run(set_description())
+    virtual_time.run(change_description())
     assert table.states == [ServerState.JOINING, ServerState.JOINING, ServerState.ONLINE, ServerState.LEAVING]
 
 
-def test_a_directory_that_is_away_is_told_of_once_and_so_is_its_return(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_directory_that_does_not_answer_is_logged_once_and_so_is_its_return(caplog: pytest.LogCaptureFixture) -> None:
     table = Table()
 
     async def serve() -> None:
-        async with presence_of(table):
+        async with announcer_of(table).announcing():
             for answers in False, True, False:
                 table.answers = answers
                 await asyncio.sleep(10 * EVERY_SECONDS)
 
     virtual_time.run(serve())
-    assert [line.partition(" that this")[0] for line in warnings(caplog)] == [
-        "the swarm could not be told",
-        "the swarm is told again",
-        "the swarm could not be told",
+    assert [line.partition(" that it")[0] for line in warnings(caplog)] == [
+        "the server could not announce",
+        "the server can announce again",
+        "the server could not announce",
     ]

@@ -1,4 +1,4 @@
-"""What a server takes on, where it was not told."""
+"""What a server takes on where its config does not say."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def test_a_server_computes_on_the_gpu_if_there_is_one():
     assert default_device(cuda=False) == "cpu"
 
 
-def test_a_device_that_is_named_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_device_that_the_config_names_is_used_or_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto").type == "cuda"
     assert choose_device("cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto").type == "cpu"
-    with pytest.raises(UserError, match="finds no device 'cuda' here"):
+    with pytest.raises(UserError, match="finds no device 'cuda' on this machine"):
         choose_device("cuda")

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from shoal.concurrency import with_progress_timeout
+from shoal.concurrency import background, with_progress_timeout
 
 from . import virtual_time
 
@@ -67,3 +67,34 @@ def test_an_error_of_the_coroutine_is_raised_unchanged():
         await asyncio.sleep(10.0)  # the timer of the timeout does nothing any more
 
     virtual_time.run(wait())
+
+
+async def hold(started: asyncio.Event) -> None:
+    started.set()
+    await asyncio.Event().wait()
+
+
+@pytest.mark.anyio
+async def test_background_work_is_cancelled_when_its_context_is_left() -> None:
+    started = asyncio.Event()
+    async with background(hold(started)) as task:
+        await started.wait()
+    assert task.cancelled()
+
+
+@pytest.mark.anyio
+async def test_an_error_beside_background_work_is_raised_as_it_is() -> None:
+    with pytest.raises(KeyError, match="here"):
+        async with background(hold(asyncio.Event())) as task:
+            raise KeyError("here")
+    assert task.cancelled()
+
+
+@pytest.mark.anyio
+async def test_background_work_that_fails_ends_its_context_with_its_error() -> None:
+    async def fail() -> None:
+        raise ValueError("the work failed")
+
+    with pytest.raises(ValueError, match="the work failed"):
+        async with background(fail()):
+            await asyncio.Event().wait()

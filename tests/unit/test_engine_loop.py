@@ -89,7 +89,7 @@ class Server:
 
     async def step(self, session: SessionCache, num_tokens: int = 1) -> None:
         inputs = StepInputs(torch.zeros(1, num_tokens, 1), None, None)
-        session.begin(session.num_tokens, None, inputs)
+        session.begin_step(session.num_tokens, None, inputs)
         await self.loop.submit_step(session, inputs)
 
     async def train_for_ever(self, num_pieces: int = 7) -> None:
@@ -281,7 +281,7 @@ async def test_one_peer_that_holds_everything_and_is_at_work_lets_another_one_be
                 if not session.preempted:
                     await asyncio.gather(server.step(session), return_exceptions=True)
                     if session.num_tokens == 64:
-                        session.begin(48, None, StepInputs(torch.zeros(1, 1, 1), None, None))  # it does not grow
+                        session.begin_step(48, None, StepInputs(torch.zeros(1, 1, 1), None, None))  # it does not grow
         await begun
         assert server.clock.now > 30
         assert sum(session.preempted for session in greedy) == 1
@@ -302,7 +302,7 @@ async def test_whose_peer_holds_less_begins_before_others_of_a_peer_that_holds_m
         await server.step(first, 48)
         visits = [asyncio.create_task(come(peer)) for peer in ("greedy", "greedy", "honest")]
         await server.until(lambda: len(server.loop.steps) == 3)
-        first.begin(32, None, StepInputs(torch.zeros(1, 1, 1), None, None))
+        first.begin_step(32, None, StepInputs(torch.zeros(1, 1, 1), None, None))
         server.loop.wake()
         await asyncio.gather(*visits)
     assert order == ["honest", "greedy", "greedy"]

@@ -131,11 +131,11 @@ async def test_a_server_tells_what_it_does_block_by_block() -> None:
 @pytest.mark.anyio
 async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     watches: list[Watch] = []
-    facts: list[str] = []
+    keys: list[str] = []
 
-    def measured(*_: object, fact: str, **__: object) -> Speeds:
-        facts.append(fact)
-        disk_cache.store(fact, 1)
+    def measured(*_: object, key: str, **__: object) -> Speeds:
+        keys.append(key)
+        disk_cache.store(key, 1)
         return Speeds(0.33, 1.0)
 
     def watch(*arguments: Any, **options: Any) -> Watch:
@@ -149,7 +149,7 @@ async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypat
     publish = network.publish
     monkeypatch.setattr(network, "publish", lambda *record: (publish(*record), announced.set()))
     async with serve(replace(config, announce_seconds=0.01), network.node("s0")):
-        assert [disk_cache.load(fact) for fact in facts] == [1]
+        assert [disk_cache.load(key) for key in keys] == [1]
         step = Chunk(Span(0, 1), torch.zeros(1, 1, 4), None, None, 0, (), Growth((), ()), None)
         for second in range(60):
             watches[0].decoded([step], 0.05, now=float(second))
@@ -157,6 +157,4 @@ async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypat
             announced.clear()
             await announced.wait()
         assert [info.decode_speed for _, info in network.announced()] == [pytest.approx(20.0)]
-        assert [disk_cache.load(fact) for fact in facts] == [None], (
-            "what was measured is not believed at the next start"
-        )
+        assert [disk_cache.load(key) for key in keys] == [None], "what was measured is not believed at the next start"

@@ -1,4 +1,4 @@
-"""Which servers a server measures its round trip to."""
+"""Which servers a server measures its round trips to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 from shoal.peers import MAX_NEIGHBORS, ServerState
-from shoal.policy.nearest import STRANGERS, choose_neighbors, may_be_next
+from shoal.policy.nearest import choose_neighbors, may_be_next
 from shoal.policy.view import SwarmView
 
 from .test_routing import server
@@ -14,12 +14,12 @@ from .test_routing import server
 ME = server("me", "4:8")
 
 
-def test_servers_may_be_next_to_each_other_if_the_span_of_one_goes_on_where_the_other_ends():
+def test_a_server_can_be_next_if_its_span_continues_this_one_or_is_continued_by_it():
     assert all(may_be_next(ME, server("other", span)) for span in ("8:12", "6:12", "5:9", "0:4", "2:6", "3:7"))
     assert not any(may_be_next(ME, server("other", span)) for span in ("4:8", "5:7", "0:12", "9:12", "0:3"))
 
 
-def test_servers_with_other_weights_are_never_next_to_each_other():
+def test_servers_with_different_weights_are_never_neighbors():
     assert not may_be_next(ME, replace(server("other", "8:12"), fingerprint="g"))
 
 
@@ -29,7 +29,7 @@ def test_neighbors_are_other_servers_that_are_online():
     assert [each.peer for each in choose_neighbors(view, ME, {}, random.Random(0))] == ["next"]
 
 
-def test_the_nearest_are_measured_again_and_some_strangers_too():
+def test_the_nearest_servers_are_measured_again_and_some_others_are_tried():
     others = [server(f"n{index}", "8:12") for index in range(40)]
     known = {f"n{index}": 0.001 * index for index in range(20)}
     chosen = [each.peer for each in choose_neighbors(SwarmView(12, (ME, *others)), ME, known, random.Random(0))]

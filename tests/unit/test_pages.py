@@ -1,4 +1,4 @@
-"""Pages of the cache: whose they are, whatever sessions do."""
+"""Which sequences hold which pages of the cache, in any order of what sessions do."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ def test_tokens_take_whole_pages():
     assert [pages_for(number) for number in (0, 1, 16, 17, 32)] == [0, 1, 1, 2, 2]
 
 
-def test_a_page_that_was_known_is_given_away_last_and_the_longest_unused_first():
+def test_pages_with_digests_are_allocated_last_and_the_least_recently_used_first():
     pool = PagePool(4)
-    first, second, third, _ = pool.take(4)
+    first, second, third, _ = pool.allocate(4)
     for page in (first, second, third):
-        pool.know(page, bytes([page]))
+        pool.register(page, bytes([page]))
     pool.release([third])
     pool.release([first])
     pool.release([second])
-    pool.share(pool.known([bytes([first])]))
+    pool.share(pool.find([bytes([first])]))
     pool.release([first])
-    assert pool.take(3) == [third, second, first]
-    assert pool.known([bytes([third])]) == []
+    assert pool.allocate(3) == [third, second, first]
+    assert pool.find([bytes([third])]) == []
 
 
-def test_the_end_of_a_sequence_is_given_away_before_its_beginning():
+def test_the_end_of_a_sequence_is_evicted_before_its_beginning():
     pool = PagePool(3)
-    pages = pool.take(3)
+    pages = pool.allocate(3)
     for page in pages:
-        pool.know(page, bytes([page]))
+        pool.register(page, bytes([page]))
     pool.release(pages)
-    assert pool.take(2) == pages[:0:-1]
-    assert pool.known([bytes([page]) for page in pages]) == pages[:1]
+    assert pool.allocate(2) == pages[:0:-1]
+    assert pool.find([bytes([page]) for page in pages]) == pages[:1]
 
 
-def test_names_are_known_as_far_as_there_is_no_gap():
+def test_digests_are_found_up_to_the_first_that_is_missing():
     pool = PagePool(3)
-    for page, name in zip(pool.take(3), (b"a", b"b", b"d"), strict=True):
-        pool.know(page, name)
-    assert pool.known([b"a", b"b", b"c", b"d"]) == [0, 1]
-    assert pool.known([b"c", b"a"]) == []
+    for page, name in zip(pool.allocate(3), (b"a", b"b", b"d"), strict=True):
+        pool.register(page, name)
+    assert pool.find([b"a", b"b", b"c", b"d"]) == [0, 1]
+    assert pool.find([b"c", b"a"]) == []
 
 
 def test_of_two_equal_pages_the_first_is_shared():
     pool = PagePool(2)
-    first, second = pool.take(2)
-    pool.know(first, b"same")
-    pool.know(second, b"same")
-    assert pool.known([b"same"]) == [first]
+    first, second = pool.allocate(2)
+    pool.register(first, b"same")
+    pool.register(second, b"same")
+    assert pool.find([b"same"]) == [first]
     pool.release([first, second])
     pool.check_integrity([])
     assert pool.num_available == 2
@@ -71,7 +71,7 @@ def held_twice(pool: PagePool) -> Iterable[int]:
     return [0, 0, 1]
 
 
-def held_by_nobody(pool: PagePool) -> Iterable[int]:
+def held_by_no_session(pool: PagePool) -> Iterable[int]:
     return [0]
 
 
@@ -90,49 +90,49 @@ def lost(pool: PagePool) -> Iterable[int]:
     return [0, 1]
 
 
-def known_and_free(pool: PagePool) -> Iterable[int]:
+def free_with_digest(pool: PagePool) -> Iterable[int]:
     pool._digest_of[3], pool._page_of[b"x"] = 3, 3  # type: ignore[assignment]
     return [0, 1]
 
 
-def known_by_two_names(pool: PagePool) -> Iterable[int]:
+def with_two_digests(pool: PagePool) -> Iterable[int]:
     pool._page_of[b"other"] = 0
     return [0, 1]
 
 
 @pytest.mark.parametrize(
-    "damage", [held_twice, held_by_nobody, held_and_free, free_twice, lost, known_and_free, known_by_two_names]
+    "damage", [held_twice, held_by_no_session, held_and_free, free_twice, lost, free_with_digest, with_two_digests]
 )
 def test_damage_is_found(damage: Callable[[PagePool], Iterable[int]]):
     pool = PagePool(4)
-    pool.take(2)
-    pool.know(0, b"zero")
+    pool.allocate(2)
+    pool.register(0, b"zero")
     pool.check_integrity([0, 1])
     with pytest.raises(AssertionError):
         pool.check_integrity(damage(pool))
 
 
-def test_a_pool_that_forgets_knows_no_page_and_loses_none():
+def test_a_pool_whose_prefixes_are_reset_finds_no_page_and_loses_none():
     pool = PagePool(4)
-    held, *others = pool.take(3)
+    held, *others = pool.allocate(3)
     for page in (held, *others):
-        pool.know(page, bytes([page]))
+        pool.register(page, bytes([page]))
     pool.release(others)
-    pool.forget()
-    assert pool.known([bytes([held])]) == []
+    pool.reset_prefixes()
+    assert pool.find([bytes([held])]) == []
     assert pool.num_available == 3
     assert not pool.is_shared(held)
     pool.check_integrity([held])
-    pool.know(held, b"again")
+    pool.register(held, b"again")
     pool.release([held])
-    assert pool.known([b"again"]) == [held]
+    assert pool.find([b"again"]) == [held]
     pool.check_integrity([])
 
 
 class Sessions(RuleBasedStateMachine):
-    """Sessions that come, grow, go back, branch and leave in any order.
+    """Sessions that open, grow, go back, branch and close in any order.
 
-    A model of the memory says what was written where: a page's content is what its tokens and all before them were.
+    `memory` models what was written where: the content of a page is its tokens and all tokens before them.
     """
 
     def __init__(self) -> None:
@@ -152,12 +152,12 @@ class Sessions(RuleBasedStateMachine):
         self.num_opened += 1
         hidden = torch.full((num_tokens, 1), float(tokens))
         names = page_hashes(root_hash(SPAN, ""), hidden, torch.arange(num_tokens))
-        session.adopt([names] * num_rows, most_pages=3)
+        session.adopt([names] * num_rows, max_pages=3)
         adopted = (tokens,) * session.num_tokens
         self.sessions[session] = [adopted] * num_rows
         for row in session.rows:
             for index, page in enumerate(row.pages):
-                assert self.memory[page] == adopted[: (index + 1) * PAGE_TOKENS], "a name of something else"
+                assert self.memory[page] == adopted[: (index + 1) * PAGE_TOKENS], "the digest of other inputs"
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data(), token=st.integers(0, 1), num_tokens=st.integers(1, 20))
@@ -171,8 +171,8 @@ class Sessions(RuleBasedStateMachine):
             rows = [rows[index] for index in order]
         rows = [row[:position] + (token,) * num_tokens for row in rows]
         inputs = self._inputs(rows, position)
-        session.begin(position, order, inputs)
-        session.name(inputs)
+        session.begin_step(position, order, inputs)
+        session.append_inputs(inputs)
         self.sessions[session] = [row[:position] for row in rows]
         while (num_left := position + num_tokens - session.num_tokens) and session.rows:
             some = data.draw(st.integers(1, num_left))
@@ -188,14 +188,14 @@ class Sessions(RuleBasedStateMachine):
         assert available - self.pool.num_available <= promised
         for source, target in growth.copies:
             self.memory[target] = self.memory[source]
-        for page in growth.taken:
+        for page in growth.new_pages:
             self.memory[page] = ()
         for row, tokens in zip(session.rows, rows, strict=True):
             for slot in range(session.num_tokens, session.num_tokens + num_tokens):
                 page = row.pages[slot // PAGE_TOKENS]
-                assert not self.pool.is_shared(page), "what others have, or may come to have, is written"
+                assert not self.pool.is_shared(page), "a page is written that other sequences hold or can find"
                 self.memory[page] = tokens[: slot + 1]
-        session.computed(num_tokens)
+        session.record_computed(num_tokens)
         self.sessions[session] = [row[: session.num_tokens] for row in rows]
 
     @precondition(lambda self: self.sessions)
@@ -207,8 +207,8 @@ class Sessions(RuleBasedStateMachine):
         del self.sessions[session]
 
     @rule()
-    def forget(self) -> None:
-        self.pool.forget()
+    def reset_prefixes(self) -> None:
+        self.pool.reset_prefixes()
         assert self.pool.num_available == NUM_PAGES - len({page for each in self.sessions for page in each.pages})
 
     @invariant()
@@ -216,7 +216,7 @@ class Sessions(RuleBasedStateMachine):
         self.pool.check_integrity(page for session in self.sessions for page in session.pages)
 
     @invariant()
-    def every_sequence_has_what_it_was_given(self) -> None:
+    def every_sequence_has_its_own_tokens(self) -> None:
         for session, rows in self.sessions.items():
             for row, tokens in zip(session.rows, rows, strict=True):
                 for index in range(session.num_tokens // PAGE_TOKENS):

@@ -34,22 +34,22 @@ def test_equal_sequences_have_equal_hashes_in_any_division_into_steps(sizes):
     hidden, positions = inputs(num_tokens), torch.arange(num_tokens)
     row = Row(FIRST)
     for piece, where in zip(hidden.split(sizes), positions.split(sizes), strict=True):
-        row.name(piece, where)
-    assert row.names == page_hashes(FIRST, hidden, positions)
+        row.append_inputs(piece, where)
+    assert row.digests == page_hashes(FIRST, hidden, positions)
 
 
 @given(st.integers(1, 99), st.integers(0, 99))
 def test_a_cropped_sequence_has_the_hashes_of_its_new_content_or_none(cut, keep):
     hidden = inputs()
     row = Row(FIRST)
-    row.name(hidden[:cut], POSITIONS[:cut])
+    row.append_inputs(hidden[:cut], POSITIONS[:cut])
     keep = min(keep, cut)
     row.crop(keep)
     other = hidden + 1
-    row.name(other[keep:], POSITIONS[keep:])
-    expected = page_hashes(FIRST, torch.cat((hidden[:keep], other[keep:])), POSITIONS)
-    assert row.names == expected[: len(row.names)]
-    assert len(row.names) >= keep // PAGE_TOKENS
+    row.append_inputs(other[keep:], POSITIONS[keep:])
+    becomes = page_hashes(FIRST, torch.cat((hidden[:keep], other[keep:])), POSITIONS)
+    assert row.digests == becomes[: len(row.digests)]
+    assert len(row.digests) >= keep // PAGE_TOKENS
 
 
 def test_a_hash_depends_on_all_pages_before():

@@ -1,4 +1,4 @@
-"""What a server keeps of forward passes: its room is used, given back, and never used twice."""
+"""What a server saves of forward passes: its budget is used, given back, and never exceeded."""
 
 from __future__ import annotations
 
@@ -23,123 +23,123 @@ from shoal.server.training.saved_activations import (
 
 from . import virtual_time
 
-ROOM = 100
+MAX_BYTES = 100
 
 
-def graph(num_bytes: int) -> BlockActivations:
+def block(num_bytes: int) -> BlockActivations:
     return BlockActivations(torch.zeros(1), torch.zeros(1), num_bytes)
 
 
-def left(room: ByteBudget) -> int:
-    """How much is left, as whoever takes it sees it."""
-    size = next(size for size in range(ROOM, -1, -1) if room.take(size))
-    room.release(size)
+def left(budget: ByteBudget) -> int:
+    """The most bytes that can be reserved."""
+    size = next(size for size in range(MAX_BYTES, -1, -1) if budget.reserve(size))
+    budget.release(size)
     return size
 
 
-def kept_in(room: ByteBudget, *sizes: int) -> SavedActivations:
-    return filled(SavedActivations(None, room), *sizes)  # type: ignore[arg-type]
+def saved_in(budget: ByteBudget, *sizes: int) -> SavedActivations:
+    return filled(SavedActivations(None, budget), *sizes)  # type: ignore[arg-type]
 
 
-def filled(kept: SavedActivations, *sizes: int) -> SavedActivations:
+def filled(saved: SavedActivations, *sizes: int) -> SavedActivations:
     for size in sizes:
-        kept.add(graph(size))
-    return kept
+        saved.add(block(size))
+    return saved
 
 
-def test_what_does_not_fit_keeps_only_what_went_in():
-    room = ByteBudget(ROOM)
-    kept = kept_in(room, 60, 60, 30)
-    assert [each.left_BTD is None for each in kept.graphs] == [False, True, False]
-    assert kept.is_complete
-    assert left(room) == 6
-    assert [kept.pop().num_bytes for _ in range(3)] == [30, 4, 60]
-    assert left(room) == ROOM
+def test_a_block_that_does_not_fit_keeps_its_inputs_only():
+    budget = ByteBudget(MAX_BYTES)
+    saved = saved_in(budget, 60, 60, 30)
+    assert [each.outputs_BTD is None for each in saved.of_blocks] == [False, True, False]
+    assert saved.is_complete
+    assert left(budget) == 6
+    assert [saved.pop().num_bytes for _ in range(3)] == [30, 4, 60]
+    assert left(budget) == MAX_BYTES
 
 
-def test_a_pass_of_which_not_even_the_inputs_fit_is_not_whole():
-    room = ByteBudget(ROOM)
-    kept = kept_in(room, 98, 60)
-    assert not kept.is_complete
-    assert kept.graphs[1].entered_BTD is not None  # for whoever goes back at once
-    kept.drop()
-    assert left(room) == ROOM
+def test_a_pass_whose_inputs_do_not_fit_is_not_complete():
+    budget = ByteBudget(MAX_BYTES)
+    saved = saved_in(budget, 98, 60)
+    assert not saved.is_complete
+    assert saved.of_blocks[1].inputs_BTD is not None  # for a backward pass that follows at once
+    saved.drop()
+    assert left(budget) == MAX_BYTES
 
 
-def test_what_is_dropped_while_it_is_computed_takes_no_more_room():
-    room = ByteBudget(ROOM)
-    kept = kept_in(room, 60)
-    kept.drop()
-    kept.drop()
-    kept.add(graph(20))
-    assert kept.pop().left_BTD is None
-    assert left(room) == ROOM
+def test_a_pass_that_is_dropped_while_it_is_computed_takes_no_more_of_the_budget():
+    budget = ByteBudget(MAX_BYTES)
+    saved = saved_in(budget, 60)
+    saved.drop()
+    saved.drop()
+    saved.add(block(20))
+    assert saved.pop().outputs_BTD is None
+    assert left(budget) == MAX_BYTES
 
 
 @dataclass
 class Weights:
-    """All that `ActivationStore` asks of a body."""
+    """The part of a body that `ActivationStore` uses."""
 
     def parameters(self) -> Any:
         return iter(())
 
 
-def passes(*, seconds: float = 10.0) -> ActivationStore:
-    return ActivationStore(Weights(), most_bytes=ROOM, seconds=seconds)  # type: ignore[arg-type]
+def new_store(*, seconds: float = 10.0) -> ActivationStore:
+    return ActivationStore(Weights(), max_bytes=MAX_BYTES, seconds=seconds)  # type: ignore[arg-type]
 
 
-def keep(store: ActivationStore, peer: str, name: str, size: int) -> SavedActivations:
-    kept = filled(store.new(None), size)  # type: ignore[arg-type]
-    store.keep(peer, name, kept)
-    return kept
+def save(store: ActivationStore, peer: str, name: str, size: int) -> SavedActivations:
+    saved = filled(store.new(None), size)  # type: ignore[arg-type]
+    store.save(peer, name, saved)
+    return saved
 
 
-def test_a_pass_is_given_to_who_made_it_and_once():
+def test_a_pass_is_given_to_the_client_that_made_it_and_once():
     async def scene() -> None:
-        store = passes()
-        kept = keep(store, "a", "one", 60)
+        store = new_store()
+        saved = save(store, "a", "one", 60)
         assert store.take("b", "one") is None
-        assert store.take("a", "one") is kept
+        assert store.take("a", "one") is saved
         assert store.take("a", "one") is None
-        kept.drop()
-        assert left(store.room) == ROOM
+        saved.drop()
+        assert left(store.budget) == MAX_BYTES
 
     virtual_time.run(scene())
 
 
-def test_a_pass_that_nobody_asks_for_goes_when_another_comes():
+def test_an_old_pass_is_dropped_when_a_new_one_begins():
     async def scene() -> None:
-        store = passes(seconds=10.0)
-        keep(store, "a", "old", 60)
+        store = new_store(seconds=10.0)
+        save(store, "a", "old", 60)
         await asyncio.sleep(9)
-        keep(store, "a", "young", 10)
+        save(store, "a", "young", 10)
         await asyncio.sleep(2)
-        keep(store, "b", "new", 20)
+        save(store, "b", "new", 20)
         assert store.take("a", "old") is None
-        assert left(store.room) == 70
+        assert left(store.budget) == 70
 
     virtual_time.run(scene())
 
 
-def test_a_pass_that_nobody_asks_for_makes_room_for_one_that_needs_it():
+def test_an_old_pass_makes_room_for_a_new_one():
     async def scene() -> None:
-        store = passes(seconds=10.0)
-        keep(store, "a", "abandoned", ROOM)
+        store = new_store(seconds=10.0)
+        save(store, "a", "abandoned", MAX_BYTES)
         await asyncio.sleep(11)
-        assert keep(store, "a", "new", ROOM).is_complete
+        assert save(store, "a", "new", MAX_BYTES).is_complete
 
     virtual_time.run(scene())
 
 
-@given(st.lists(st.tuples(st.sampled_from(["keep", "take", "leave"]), st.sampled_from("ab"), st.sampled_from("xy"))))
-def test_room_is_what_those_who_are_here_have_kept(acts: list[tuple[str, str, str]]):
+@given(st.lists(st.tuples(st.sampled_from(["save", "take", "leave"]), st.sampled_from("ab"), st.sampled_from("xy"))))
+def test_the_budget_in_use_is_that_of_the_passes_in_the_store(acts: list[tuple[str, str, str]]):
     async def scene() -> None:
-        store, here = passes(), dict[tuple[str, str], int]()
+        store, here = new_store(), dict[tuple[str, str], int]()
         for size, (act, peer, name) in enumerate(acts, start=1):
             match act:
-                case "keep":
-                    kept = keep(store, peer, name, size)
-                    here[peer, name] = kept.graphs[0].num_bytes
+                case "save":
+                    saved = save(store, peer, name, size)
+                    here[peer, name] = saved.of_blocks[0].num_bytes
                 case "take":
                     found = store.take(peer, name)
                     assert (found is not None) == ((peer, name) in here)
@@ -149,28 +149,28 @@ def test_room_is_what_those_who_are_here_have_kept(acts: list[tuple[str, str, st
                 case _:
                     store.release(peer)
                     here = {key: size for key, size in here.items() if key[0] != peer}
-            assert left(store.room) == ROOM - sum(here.values())
+            assert left(store.budget) == MAX_BYTES - sum(here.values())
 
     virtual_time.run(scene())
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_autograd_keeps_is_counted_once_and_without_weights(shared: bool):
+def test_the_bytes_that_autograd_saves_are_counted_once_and_without_weights(shared: bool):
     weight = torch.ones(8, 8, requires_grad=True)
     x = torch.ones(4, 8, requires_grad=True)
-    weights = frozenset({weight.untyped_storage().data_ptr()}) if shared else frozenset[int]()
-    with counting_saved_bytes(weights) as num_bytes:
+    pointers = frozenset({weight.untyped_storage().data_ptr()}) if shared else frozenset[int]()
+    with counting_saved_bytes(pointers) as num_bytes:
         y = x @ weight
         (y * y).sum()
     expected = x.nbytes + y.nbytes + (0 if shared else weight.nbytes)
     assert num_bytes() == expected
 
 
-def test_an_operator_that_keeps_its_own_output_is_let_go_of():
+def test_an_operator_that_saves_its_own_output_is_freed():
     x = torch.ones(4, requires_grad=True)
     with counting_saved_bytes(frozenset()):
         y = x.exp()
-    there = weakref.ref(x)
+    reference = weakref.ref(x)
     del x, y
     gc.collect()
-    assert there() is None
+    assert reference() is None

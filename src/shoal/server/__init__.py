@@ -1,5 +1,5 @@
-"""The server: it chooses blocks, loads them, announces them, and computes them for everybody.
+"""The server: it chooses blocks, loads them, announces them, and computes them for clients.
 
-Here is the assembly and what a server does once or now and then; requests live in the rooms below. It imports
+These modules assemble a server, and do what it does once or now and then. Requests are the packages' below. It imports
 `shoal.model`, `shoal.net`, `shoal.policy` and below, and nothing of the client.
 """

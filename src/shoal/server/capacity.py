@@ -1,4 +1,4 @@
-"""What a server takes on, where it was not told: which device, dtype and blocks, and how much room for caches."""
+"""What a server takes on where its config does not say: device, dtype, blocks, and memory for caches."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
-MOST_CACHE_TOKENS = 1 << 20
-MOST_OF_WHAT_IS_LEFT = 0.8
-KEPT_PARTS = 8
+MAX_CACHE_TOKENS = 1 << 20
+"""The most tokens of a cache whose size the server chooses. A machine with much memory may have other uses for it."""
+MAX_FREE_FRACTION = 0.8
+"""The most that such a cache takes of the memory that is free after the blocks are loaded. Passes need the rest."""
+MAX_ACTIVATION_FRACTION = 1 / 8
+"""The most that saved activations take of the memory that is free after the cache is allocated."""
 
 
 def check_blocks(config: ServerConfig, checkpoint: Checkpoint) -> None:
-    """Raises `UserError` for blocks that the model does not have."""
+    """Raise `UserError` if the config names blocks that the model does not have."""
     if config.blocks is not None:
         if config.blocks.end > checkpoint.num_blocks:
             raise UserError(
@@ -46,19 +49,22 @@ def check_blocks(config: ServerConfig, checkpoint: Checkpoint) -> None:
         if config.serve_head and config.blocks.end < checkpoint.num_blocks:
             raise UserError(
                 f"the output head follows the last block, which is not among {config.blocks}",
-                hint=f"serve it with blocks that end at {checkpoint.num_blocks}",
+                hint=f"serve the head with blocks that end at {checkpoint.num_blocks}",
             )
     elif config.num_blocks is not None and config.num_blocks > checkpoint.num_blocks:
         raise UserError(
             f"{checkpoint.name} has only {checkpoint.num_blocks} blocks",
-            hint="leave --num-blocks out, and as many are served as fit into memory",
+            hint="without --num-blocks, the server takes as many blocks as fit into memory",
         )
 
 
 def choose_blocks(
     config: ServerConfig, checkpoint: Checkpoint, view: SwarmView, dtype: torch.dtype, device: torch.device
 ) -> Span:
-    """The span that was asked for, or the one that helps the swarm most and fits into memory."""
+    """The configured blocks, or the span that helps the swarm most and fits into memory.
+
+    Raises `UserError` if not even one block fits.
+    """
     if config.blocks is not None:
         return config.blocks
     memory = free_memory(device)
@@ -70,27 +76,27 @@ def choose_blocks(
         largest = max(block_bytes)
         raise UserError(
             f"a block of {checkpoint.name} takes {largest / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB are free",
-            hint="free some memory, or name the blocks yourself: --num-blocks 1",
+            hint="free some memory, or choose the number yourself: --num-blocks 1",
         )
     span = choose_span(view.throughput(), num_blocks=num_blocks)
-    log.info("serving blocks %s of %d: %.1f GiB are free", span, checkpoint.num_blocks, memory / 2**30)
+    log.info("the server takes blocks %s of %d: %.1f GiB are free", span, checkpoint.num_blocks, memory / 2**30)
     if config.serve_head and span.end < checkpoint.num_blocks:
-        log.warning("serving no output head: it follows the last block, and others are needed more")
+        log.warning("the server does not serve the output head: other blocks than the last are needed more")
     return span
 
 
 def default_device(*, cuda: bool) -> str:
-    """Where to compute on a machine that has this: a GPU if there is one.
+    """The device of a machine that has a CUDA GPU or not: the GPU if there is one.
 
-    Apple's GPUs are not chosen without being asked for, because nothing of shoal has been tested on them.
+    Apple's GPUs are used only if the config names them, because shoal has not been tested on them.
     """
     return "cuda" if cuda else "cpu"
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that was asked for; "auto" is the first that `default_device` finds.
+    """The device of this name; "auto" is `default_device`.
 
-    Raises `UserError` if this machine, or its PyTorch, has none.
+    Raises `UserError` if this machine, or its PyTorch, does not have it.
     """
     if name == "auto":
         name = default_device(cuda=torch.cuda.is_available())
@@ -98,36 +104,39 @@ def choose_device(name: str) -> torch.device:
     usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not usable.get(device.type, False):
         raise UserError(
-            f"PyTorch {torch.__version__} finds no device {name!r} here",
-            hint="use --device cpu, or install a PyTorch and a driver that know it",
+            f"PyTorch {torch.__version__} finds no device {name!r} on this machine",
+            hint="use --device cpu, or install a driver and a PyTorch that support the device",
         )
     return device
 
 
 def join_dtype(name: str, checkpoint: Checkpoint, view: SwarmView) -> torch.dtype:
-    """The dtype that was asked for; "auto" is the swarm's (`shoal.policy.dtypes`)."""
+    """The dtype of this name; "auto" is the swarm's (`shoal.policy.dtypes`), or the checkpoint's without a swarm.
+
+    Raises `UserError` for a name that is no dtype.
+    """
     own = str(choose_dtype("auto", checkpoint)).removeprefix("torch.")
     of_swarm = swarm_dtype(view, fingerprint=checkpoint.fingerprint, own=own)
     if name == "auto":
         return choose_dtype(of_swarm or own, checkpoint)
     if of_swarm not in (None, name):
-        log.warning("the swarm computes in %s, and this server in %s, as it was told", of_swarm, name)
+        log.warning("the swarm computes in %s, but this server in %s, as its options say", of_swarm, name)
     return choose_dtype(name, checkpoint)
 
 
 def choose_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that was asked for; "auto" is the checkpoint's own."""
+    """The dtype of this name; "auto" is the checkpoint's. Raises `UserError` for a name that is no dtype."""
     if name == "auto":
         stored = text_config(checkpoint.config).dtype
         return stored if isinstance(stored, torch.dtype) else torch.float32
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in dtypes:
-        raise UserError(f"{name!r} is no dtype to compute in", hint="auto, float32, bfloat16 or float16")
+        raise UserError(f"cannot compute in the dtype {name!r}", hint="auto, float32, bfloat16 or float16")
     return dtypes[name]
 
 
 def choose_quantization(name: str) -> Quantization:
-    """The quantization that was asked for."""
+    """The quantization of this name. Raises `UserError` for a name that is none."""
     try:
         return Quantization(name)
     except ValueError:
@@ -137,7 +146,7 @@ def choose_quantization(name: str) -> Quantization:
 def _block_bytes(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantization: Quantization
 ) -> Sequence[int]:
-    """What each block will take in memory."""
+    """How many bytes of memory each block of the model will take."""
     stored = stored_quantization(checkpoint.config)
     if stored in DEQUANTIZED_ON_CPU and device.type == "cpu":
         return dequantized_bytes(checkpoint.family, checkpoint.config, dtype)
@@ -157,25 +166,28 @@ def _block_bytes(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may be used on a device."""
+    """How many bytes of a device's memory are free; for CPUs, what the system can provide without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 
 
-def choose_num_pages(config: ServerConfig, body: Body, shapes: Mapping[int, KeyValueShape] | None, memory: int) -> int:
-    """How many pages of the cache there are: those that were asked for, or a fair part of what memory is left.
+def choose_num_pages(
+    config: ServerConfig, body: Body, shapes: Mapping[int, KeyValueShape] | None, free_bytes: int
+) -> int:
+    """The number of pages of the cache: as the config says, or as memory allows.
 
-    `memory` is what was free before the blocks were loaded: a server that chose its own blocks kept a part of it.
+    `free_bytes` of memory were free before the blocks were loaded. `CACHE_SHARE` of that was set aside for caches when
+    the blocks were chosen.
     """
     token_bytes = _token_bytes(body, shapes, cache_dtype_of(config, body))
     if config.cache_tokens is not None:
         num_tokens = config.cache_tokens
     else:
-        room = min(CACHE_SHARE * memory, MOST_OF_WHAT_IS_LEFT * free_memory(body.backbone.device))
-        num_tokens = int(min(room // token_bytes, MOST_CACHE_TOKENS))
+        cache_bytes = min(CACHE_SHARE * free_bytes, MAX_FREE_FRACTION * free_memory(body.backbone.device))
+        num_tokens = int(min(cache_bytes // token_bytes, MAX_CACHE_TOKENS))
     log.info(
-        "the cache has room for %d tokens of sessions, %.2f GiB: %.1f KiB a token in %d blocks",
+        "the KV cache holds %d tokens in %.2f GiB: %.1f KiB for each token in %d blocks",
         num_tokens,
         num_tokens * token_bytes / 2**30,
         token_bytes / 2**10,
@@ -185,32 +197,32 @@ def choose_num_pages(config: ServerConfig, body: Body, shapes: Mapping[int, KeyV
 
 
 def choose_activation_bytes(config: ServerConfig, body: Body) -> int:
-    """How much of forward passes is kept for backward passes: no more than a part of what memory is left."""
-    return min(config.limits.activation_bytes, free_memory(body.backbone.device) // KEPT_PARTS)
+    """How many bytes of activations are saved for backward passes: as the config says, if memory allows."""
+    return min(config.limits.activation_bytes, int(MAX_ACTIVATION_FRACTION * free_memory(body.backbone.device)))
 
 
 def cache_dtype_of(config: ServerConfig, body: Body) -> torch.dtype:
-    """The dtype of keys and values in the cache. Raises `UserError` where the one that was asked for cannot be."""
+    """The dtype of keys and values in the cache. Raises `UserError` if the config's dtype cannot be used."""
     if config.cache_dtype == "auto":
         dtype: torch.dtype = body.backbone.dtype
         return dtype
     if config.cache_dtype != "int8":
-        raise UserError(f"{config.cache_dtype!r} is no dtype for the cache", hint="auto or int8")
+        raise UserError(f"the cache cannot be in the dtype {config.cache_dtype!r}", hint="auto or int8")
     if not body.family.packable:
         raise UserError(
-            f"the sessions of {body.family.model_type!r} are kept as they are: they cannot be in int8",
-            hint="leave out --cache-dtype",
+            f"the sessions of {body.family.model_type!r} are not in pages, so their cache cannot be in int8",
+            hint="leave --cache-dtype out",
         )
     return torch.int8
 
 
 def _token_bytes(body: Body, shapes: Mapping[int, KeyValueShape] | None, dtype: torch.dtype) -> int:
-    """What a token of a session takes in all blocks, with the span's output for it."""
+    """How many bytes of the cache a token takes in all blocks, with the span's output for it."""
     config = body.backbone.config
     if shapes is not None:
         outputs: int = config.hidden_size * body.backbone.dtype.itemsize
         return outputs + sum(shape.nbytes(dtype) for shape in shapes.values())
-    # for recurrent state, which does not grow, this is more than enough
+    # An upper bound: the state of recurrent layers does not grow with the tokens.
     num_heads = getattr(config, "num_attention_heads", None) or 1
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
@@ -218,5 +230,5 @@ def _token_bytes(body: Body, shapes: Mapping[int, KeyValueShape] | None, dtype: 
 
 
 def max_length_of(config: ServerConfig, checkpoint: Checkpoint) -> int:
-    """The longest sequence that the model was made for."""
+    """How many tokens the longest sequence may have: the model's limit, or the config's if the model has none."""
     return getattr(text_config(checkpoint.config), "max_position_embeddings", None) or config.max_length

@@ -1,4 +1,4 @@
-"""What a server is told at its start."""
+"""What can be chosen about a server."""
 
 from __future__ import annotations
 
@@ -10,38 +10,46 @@ from shoal.spans import Span
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Everything that can be chosen about a server. `None` means: decide for me."""
+    """All options of a server. Where `None` is allowed, the server chooses."""
 
     model: str
+    """A Hugging Face id, or the path of a folder with a checkpoint."""
     revision: str | None = None
+    """The branch, tag or commit of a Hugging Face model; `None` is the default branch."""
     blocks: Span | None = None
+    """The blocks to serve; `None` is those that help the swarm most."""
     num_blocks: int | None = None
+    """How many blocks to serve if `blocks` is `None`; `None` is as many as fit into memory."""
     device: str = "cpu"
-    """"auto" is the GPU, if this machine has one that PyTorch's CUDA can use."""
+    """"cpu", "cuda" or "mps"; "auto" is the GPU if this machine has one that PyTorch's CUDA can use."""
     num_threads: int | None = None
-    """Of the processor, for computing; `None` leaves it to torch."""
+    """Threads of the processor that compute; `None` is PyTorch's choice."""
     dtype: str = "auto"
-    """"auto" is what the swarm computes in (`shoal.policy.dtypes`)."""
+    """"float32", "bfloat16" or "float16"; "auto" is the swarm's dtype (`shoal.policy.dtypes`)."""
     quantization: str = "none"
+    """How the blocks' weights are held: a value of `shoal.model.linear.quantization.Quantization`."""
     cache_tokens: int | None = None
+    """The size of the KV cache, in tokens of all sessions together; `None` is what memory allows."""
     cache_dtype: str = "auto"
-    """"auto" is the dtype of the computation; "int8" takes half of bfloat16's room, and is not exact."""
+    """"auto" is the dtype of the computation; "int8" takes half of the memory of bfloat16, and is not exact."""
     name: str = ""
+    """What people call this server; it need not be unique."""
     allow_uncertified: bool = False
+    """Serve models of families whose outputs were not compared with Transformers'."""
     training: bool = True
-    """Compute forward and backward passes too, not sessions only."""
+    """Compute forward and backward passes for training, and not sessions only."""
     adapters: tuple[str, ...] = ()
-    """Folders and Hugging Face ids of adapters to host for everybody."""
+    """Folders and Hugging Face ids of PEFT adapters that the server hosts for all clients."""
     serve_head: bool = False
-    """Hold the output head too, so that clients need not; of use where the last block is held."""
+    """Serve the output head too. It has an effect only if the last block is served."""
 
     announce_seconds: float = 20.0
-    """Records are renewed this often, and live three times as long."""
+    """Seconds between renewals of the server's record, which expires after three times as long."""
     idle_seconds: float = 300.0
-    """A client that says nothing for so long, not even a ping, is gone."""
+    """A client that sends nothing for this many seconds, not even a ping, counts as gone."""
     drain_seconds: float = 0.0
-    """At the end, so much time is left to clients for taking their sessions elsewhere."""
+    """How many seconds a server that stops leaves to its clients for moving their sessions to other servers."""
     limits: Limits = field(default_factory=Limits)
-    """How time and room are divided."""
+    """How the server divides its time and its memory between requests."""
     max_length: int = 1 << 17
-    """Tokens of one sequence, where the model itself sets no lower limit."""
+    """The most tokens of one sequence, for models whose config sets no limit."""

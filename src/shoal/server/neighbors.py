@@ -1,4 +1,4 @@
-"""How far a server is from those that may come before or after it in a route."""
+"""The round-trip times from a server to the servers that can come before or after it in a route."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
+from shoal.concurrency import background
 from shoal.errors import SwarmError
 from shoal.net.ping import measure_round_trips
 from shoal.net.transport import Node
@@ -21,7 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class NeighborMonitor:
-    """Measures them again and again; `round_trips` is what a server announces of them."""
+    """Measures the round trips to a server's neighbors, one round every `every_seconds` seconds.
+
+    `round_trips` is what the server announces: the short peer ids and seconds of the nearest `MAX_NEIGHBORS`.
+    `on_new` is called when a round adds a neighbor to them.
+    """
 
     def __init__(
         self,
@@ -30,45 +35,39 @@ class NeighborMonitor:
         server: ServerInfo,
         *,
         every_seconds: float,
-        changed: Callable[[], None] = lambda: None,
+        on_new: Callable[[], None] = lambda: None,
     ) -> None:
         self.round_trips: tuple[tuple[str, float], ...] = ()
         self._node = node
         self._model = model
         self._server = server
         self._every_seconds = every_seconds
-        self._changed = changed
+        self._on_new = on_new
         self._known: dict[str, float] = {}  # round trips in seconds, by peer id
         self._mixture: str | None = None
-        self._silent: set[str] = set()  # those that were asked in vain
-        self._chance = random.Random()  # noqa: S311 - nothing secret
+        self._silent: set[str] = set()  # peers that did not answer
+        self._rng = random.Random()  # noqa: S311 - nothing secret
 
-    @contextlib.asynccontextmanager
-    async def measuring(self) -> AsyncIterator[None]:
-        """From now on and until the context is left, beside everything else."""
-        task = asyncio.create_task(self._measure_for_ever())
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+    def measuring(self) -> contextlib.AbstractAsyncContextManager[object]:
+        """Measure rounds until the context is left."""
+        return background(self._measure_rounds(), name="shoal-neighbors")
 
-    async def _measure_for_ever(self) -> None:
+    async def _measure_rounds(self) -> None:
         while True:
             try:
                 await self.measure()
-            except SwarmError as failure:  # the directory may be away for a while
-                log.debug("the neighbours are not known: %s", failure)
+            except SwarmError as failure:  # the next round tries again
+                log.debug("the directory did not name the neighbors: %s", failure)
             await asyncio.sleep(self._every_seconds)
 
     async def measure(self) -> None:
-        """One round. Raises `SwarmError` if the directory does not answer."""
+        """Measure one round. Raises `SwarmError` if the directory does not answer."""
         view = SwarmView(self._model.num_blocks, await self._node.directory.servers(self._model))
-        self._say_mixture(view)
+        self._warn_of_mixture(view)
         for peer in self._known.keys() - {server.peer for server in view.online().servers}:
             del self._known[peer]
         self._silent &= {server.peer for server in view.servers}
-        chosen = choose_neighbors(view, self._server, self._known, self._chance, self._silent)
+        chosen = choose_neighbors(view, self._server, self._known, self._rng, self._silent)
         for peer, seconds in (await measure_round_trips(self._node.transport, chosen)).items():
             if seconds is None:
                 self._known.pop(peer, None)
@@ -82,10 +81,10 @@ class NeighborMonitor:
             :MAX_NEIGHBORS
         ]
         if {peer for peer, _ in self.round_trips} - before:
-            self._changed()
+            self._on_new()
 
-    def _say_mixture(self, view: SwarmView) -> None:
-        """Log who computes in what, if servers of our weights differ, and again when that has changed."""
+    def _warn_of_mixture(self, view: SwarmView) -> None:
+        """Log which servers of these weights compute in which dtype, if they differ, and again when that changes."""
         others = view.only(lambda each: each.peer != self._server.peer and each.fingerprint == self._server.fingerprint)
         found = mixture([*others.servers, self._server])
         if found is not None and found != self._mixture:

@@ -1,8 +1,8 @@
-"""How fast a server says that it is, and when its own passes show that this is wrong.
+"""The speed that a server announces, and its correction by the passes that the server computes.
 
-A measurement at the start takes a moment, and the moment may be a bad one. So each pass that can be compared with the
-announced figures is: if most of them take less than half, or more than twice, as long for a while, the figure becomes
-what they took.
+The measurement at the start is short, and other programs may have run meanwhile. So the server compares each pass that
+it can with the announced speed. If most recent passes took more than twice as long, or less than half as long, the
+server announces the speed of these passes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
-FEW_PASSES, MANY_PASSES = 20, 60
-"""At least so many passes have to agree; the latest of so many are looked at."""
-WHILE_SECONDS = 30.0
-"""Something that passes sooner, such as another program that starts, corrects nothing."""
+MIN_PASSES, MAX_PASSES = 20, 60
+"""A correction needs at least this many passes, and considers at most the latest of this many."""
+MIN_SECONDS = 30.0
+"""A correction needs passes over at least this time. Shorter disturbances, such as a program that starts, pass."""
 FACTOR = 2.0
-AGREEING = 0.75
-COMPARABLE_PAST = 1024
-"""With more tokens in its past, a step takes longer than the one that was measured."""
-MEASURED_PREFILL = 128
-"""Tokens of the prompt that is measured: shorter ones are slower for each token, longer ones often faster."""
+"""A pass contradicts the announced speed if it is this many times slower or faster."""
+MIN_AGREEMENT = 0.75
+"""The fraction of the passes that have to contradict the announced speed in the same direction."""
+MAX_PAST_TOKENS = 1024
+"""Steps with more tokens in the cache are not compared: they take longer than the step that was measured."""
+MEASURED_PREFILL_TOKENS = 128
+"""The length of the prompt that is measured. Shorter prompts are slower for each token, longer ones often faster."""
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """Tokens per second through a whole span: one at a time, and many at once."""
+    """Tokens per second through a whole span, when one session decodes and when a prompt is read."""
 
     decode: float
     prefill: float
@@ -41,31 +43,31 @@ class Speeds:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the latest passes took, in multiples of what was announced, and when they ended."""
+class RecentPasses:
+    """When the latest passes ended, in seconds, and how many times the announced time each took."""
 
     passes: tuple[tuple[float, float], ...] = ()
 
-    def after(self, ratio: float, *, now: float) -> Seen:
-        """With one more pass."""
-        return Seen((*self.passes[1 - MANY_PASSES :], (now, ratio)))
+    def with_pass(self, ratio: float, *, now: float) -> RecentPasses:
+        """These passes and one more."""
+        return RecentPasses((*self.passes[1 - MAX_PASSES :], (now, ratio)))
 
     @property
     def correction(self) -> float | None:
-        """How many times as long a pass takes as announced, if what was announced is to be corrected."""
-        if len(self.passes) < FEW_PASSES or self.passes[-1][0] - self.passes[0][0] < WHILE_SECONDS:
+        """How many times the announced time a pass takes, if the passes contradict the announcement; else `None`."""
+        if len(self.passes) < MIN_PASSES or self.passes[-1][0] - self.passes[0][0] < MIN_SECONDS:
             return None
         ratios = [ratio for _, ratio in self.passes]
-        enough = AGREEING * len(ratios)
+        enough = MIN_AGREEMENT * len(ratios)
         if sum(ratio > FACTOR for ratio in ratios) >= enough or sum(ratio < 1 / FACTOR for ratio in ratios) >= enough:
             return statistics.median(ratios)
         return None
 
 
 def decoding_ratio(speeds: Speeds, span: Span, chunks: Sequence[Chunk], seconds: float) -> float | None:
-    """What a pass that only decodes took beside one of a single token; `None` if it says nothing about that.
+    """How many times the announced time a pass that only decodes took; `None` if the two cannot be compared.
 
-    A pass with more work than a single token can only show that a token takes less.
+    A pass of more work than one token can only show that the server is faster than announced.
     """
     if any(chunk.span != span for chunk in chunks):
         return None
@@ -74,58 +76,59 @@ def decoding_ratio(speeds: Speeds, span: Span, chunks: Sequence[Chunk], seconds:
 
 
 def prefill_ratio(speeds: Speeds, span: Span, chunks: Sequence[Chunk], seconds: float) -> float | None:
-    """What a pass of a prompt took beside the announced time for so many tokens; `None` if it says nothing."""
+    """How many times the announced time a pass of prompts took; `None` if the two cannot be compared."""
     num_tokens = sum(chunk.hidden_BTD.shape[0] * chunk.hidden_BTD.shape[1] for chunk in chunks)
-    if num_tokens < MEASURED_PREFILL or any(chunk.span != span for chunk in chunks):
+    if num_tokens < MEASURED_PREFILL_TOKENS or any(chunk.span != span for chunk in chunks):
         return None
     per_token = seconds * speeds.prefill / num_tokens
     if per_token > 1:
         return per_token if _is_plain(chunks) else None
-    return min(1.0, seconds * speeds.prefill / MEASURED_PREFILL)  # more tokens in less time, or as announced
+    return min(1.0, seconds * speeds.prefill / MEASURED_PREFILL_TOKENS)  # below 1 if more tokens took less time
 
 
 def _is_plain(chunks: Sequence[Chunk], num_tokens: int | None = None) -> bool:
-    """Whether it is one sequence, of so many tokens, without anything that takes time beside the blocks."""
+    """Whether a pass is one sequence, of `num_tokens` tokens if given, and nothing but blocks takes time in it."""
     if len(chunks) != 1:
         return False
     (chunk,) = chunks
     rows, tokens, _ = chunk.hidden_BTD.shape
-    is_so_long = rows == 1 and tokens == (num_tokens or tokens)
-    return is_so_long and chunk.num_cached <= COMPARABLE_PAST and not chunk.adapters and chunk.wanted is None
+    if rows != 1 or tokens != (num_tokens or tokens):
+        return False
+    return chunk.num_computed_tokens <= MAX_PAST_TOKENS and not chunk.adapters and chunk.wanted is None
 
 
 class Watch:
-    """The figures that a server announces, corrected by its passes. `corrected` is called when they change."""
+    """The speeds that a server announces, corrected by its passes. `on_correction` is called with new speeds."""
 
     def __init__(
-        self, speeds: Speeds, span: Span, *, corrected: Callable[[Speeds], None] = lambda speeds: None
+        self, speeds: Speeds, span: Span, *, on_correction: Callable[[Speeds], None] = lambda speeds: None
     ) -> None:
         self.speeds = speeds
         self._span = span
-        self._corrected = corrected
-        self._decoding = self._prefill = Seen()
+        self._on_correction = on_correction
+        self._decoding = self._prefill = RecentPasses()
 
     def decoded(self, chunks: Sequence[Chunk], seconds: float, *, now: float) -> None:
-        """A pass in which sessions got their next tokens, and nothing else."""
+        """Record a pass that only decoded, and took `seconds`."""
         ratio = decoding_ratio(self.speeds, self._span, chunks, seconds)
         if ratio is None:
             return
-        self._decoding = self._decoding.after(ratio, now=now)
+        self._decoding = self._decoding.with_pass(ratio, now=now)
         if factor := self._decoding.correction:
-            self._decoding = Seen()
+            self._decoding = RecentPasses()
             self._correct(replace(self.speeds, decode=self.speeds.decode / factor))
 
     def prefilled(self, chunks: Sequence[Chunk], seconds: float, *, now: float) -> None:
-        """A pass that read prompts, and did nothing else."""
+        """Record a pass that only read prompts, and took `seconds`."""
         ratio = prefill_ratio(self.speeds, self._span, chunks, seconds)
         if ratio is None:
             return
-        self._prefill = self._prefill.after(ratio, now=now)
+        self._prefill = self._prefill.with_pass(ratio, now=now)
         if factor := self._prefill.correction:
-            self._prefill = Seen()
+            self._prefill = RecentPasses()
             self._correct(replace(self.speeds, prefill=self.speeds.prefill / factor))
 
     def _correct(self, speeds: Speeds) -> None:
-        log.warning("this server announces %s instead of %s from now on, as its passes have shown", speeds, self.speeds)
+        log.warning("the passes contradict the measured speed: announcing %s, not %s", speeds, self.speeds)
         self.speeds = speeds
-        self._corrected(speeds)
+        self._on_correction(speeds)

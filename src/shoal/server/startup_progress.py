@@ -1,4 +1,4 @@
-"""What a server does before it serves, in words."""
+"""The phases of a server's start, for people who wait for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shoal.spans import Span
 
 
 class Phase(StrEnum):
-    """In this order, apart from the two ways of loading; the values are for people."""
+    """What a server is doing, in this order; blocks are either loaded or quantized. The values are shown to people."""
 
     OPENING = "Looking at the model"
     FINGERPRINTING = "Fingerprinting the weights"
@@ -24,7 +24,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """A phase and, if it goes from block to block, the one that it has come to: the first is 1."""
+    """A phase and, while blocks are loaded, the block that is next: the first of `num_blocks` is 1."""
 
     phase: Phase
     block: int | None = None
@@ -32,7 +32,7 @@ class Progress:
 
     @property
     def step(self) -> str:
-        """How far the phase is; empty if that is not known."""
+        """How far the phase is, such as "2 of 8"; empty if that is not known."""
         return "" if self.block is None else f"{self.block} of {self.num_blocks}"
 
 
@@ -40,14 +40,15 @@ Report = Callable[[Progress], None]
 
 
 def reporter(report: Report, executor: Executor, span: Span) -> Callable[[int, bool], None]:
-    """What the compute thread calls for each weight that it loads: the event loop hears of each block once.
+    """What the compute thread calls for each weight that it loads. `report` is called once a block, by the event loop.
 
-    It raises `Abandoned` when nobody waits for the blocks any more.
+    The callback's arguments are the block and whether its weights are quantized now. It raises `Abandoned` once the
+    start is cancelled.
     """
     loop = asyncio.get_running_loop()
     last: Progress | None = None
 
-    def heard(block: int, quantizes: bool) -> None:
+    def on_weight(block: int, quantizes: bool) -> None:
         nonlocal last
         executor.check()
         phase = Phase.QUANTIZING if quantizes else Phase.LOADING
@@ -56,4 +57,4 @@ def reporter(report: Report, executor: Executor, span: Span) -> Callable[[int, b
             last = progress
             loop.call_soon_threadsafe(report, progress)
 
-    return heard
+    return on_weight

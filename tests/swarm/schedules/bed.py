@@ -218,8 +218,8 @@ async def _serve(member: Member, config: ServerConfig) -> None:
     )
     online = replace(info, state=ServerState.ONLINE)
     async with (
-        Announcer(member.node, MODEL, info, every_seconds=config.announce_seconds) as presence,
-        answering(config, member.node, MODEL, presence, online, member.engine),
+        Announcer(member.node, MODEL, info, every_seconds=config.announce_seconds).announcing() as announcer,
+        answering(config, member.node, MODEL, announcer, online, member.engine),
     ):
         await member.leaving.wait()
     member.alive = False

@@ -83,10 +83,8 @@ class Engine:
             limits=limits,
             watch=watch,
         )
-        self._activations = ActivationStore(body, most_bytes=limits.activation_bytes, seconds=limits.activation_seconds)
-        self.adapters = AdapterStore(
-            body, most_bytes=limits.adapter_bytes, drop_adapters=self._activations.drop_adapters
-        )
+        self.activations = ActivationStore(body, max_bytes=limits.activation_bytes, seconds=limits.activation_seconds)
+        self.adapters = AdapterStore(body, max_bytes=limits.adapter_bytes, drop_adapters=self.activations.drop_adapters)
         self._num_opened = itertools.count()
         self._waiting_bytes = 0
 
@@ -165,10 +163,10 @@ class Engine:
             session.cache = self._body.new_cache(span)
             return session, None
         token_bytes = request.batch_size * self._validator.hidden_size * 4
-        session.adopt(names, most_pages=MAX_PAYLOAD_BYTES // 2 // (token_bytes * PAGE_TOKENS))
+        session.adopt(names, max_pages=MAX_PAYLOAD_BYTES // 2 // (token_bytes * PAGE_TOKENS))
         if not session.num_tokens:
             return session, None
-        return session, torch.stack([self._cache.outputs(row.pages) for row in session.rows]).cpu()
+        return session, torch.stack([self._cache.read_outputs(row.pages) for row in session.rows]).cpu()
 
     def close(self, session: SessionCache) -> None:
         """Give a session's pages back. May be called twice."""
@@ -180,7 +178,7 @@ class Engine:
         """Let go of all sessions and of all that is known by name, as if the server had just started."""
         for session in self._loop.sessions:
             self._loop.preempt(session)
-        self._pool.forget()
+        self._pool.reset_prefixes()
         self._loop.wake()
 
     def check_inputs(self, tensors: Tensors) -> None:
@@ -213,11 +211,11 @@ class Engine:
             session.cache = await self._rewound(session, request.position, rows)
             if session.preempted:  # meanwhile
                 raise preempted()
-        session.begin(request.position, rows, inputs)
+        session.begin_step(request.position, rows, inputs)
         if inputs.num_tokens < HASH_ASIDE_TOKENS:
-            session.name(inputs)
+            session.append_inputs(inputs)
         else:
-            await asyncio.to_thread(alone, lambda: session.name(inputs))
+            await asyncio.to_thread(alone, lambda: session.append_inputs(inputs))
             if session.preempted:  # meanwhile
                 raise preempted()
         return await self._loop.submit_step(session, inputs, wanted)
@@ -255,10 +253,12 @@ class Engine:
         blocks = self._blocks(peer, request, self._inputs_of(tensors))
         if request.keep is None:
             return await self._in_line(tensors, training.forward(blocks))
-        kept = self._activations.new(blocks)
-        outputs = await self._in_line(tensors, training.forward_to_keep(blocks, kept, self._activations.weights), kept)
+        kept = self.activations.new(blocks)
+        outputs = await self._in_line(
+            tensors, training.forward_saving(blocks, kept, self.activations.weight_pointers), kept
+        )
         if kept.is_complete:
-            self._activations.keep(peer, request.keep, kept)
+            self.activations.save(peer, request.keep, kept)
         else:
             kept.drop()
         return outputs
@@ -266,12 +266,12 @@ class Engine:
     async def backward(self, peer: str, request: Backward, tensors: Tensors) -> training.Gradients:
         """The gradients of a span's inputs and factors. Raises `Refused`, and `MissingFromCache`."""
         span, grad = self._validator.span_of(request), tensors.get("grad")
-        kept = None if request.kept is None else self._activations.take(peer, request.kept)
+        kept = None if request.kept is None else self.activations.take(peer, request.kept)
         if kept is None:
             if "hidden" not in tensors and request.kept is not None:
-                raise MissingFromCache(kept=True)
+                raise MissingFromCache(activations=True)
             blocks = self._blocks(peer, request, self._inputs_of(tensors))
-            kept = self._activations.new(blocks)
+            kept = self.activations.new(blocks)
         blocks = kept.blocks
         if blocks.span != span:
             kept.drop()
@@ -279,9 +279,9 @@ class Engine:
         if grad is None or grad.shape != blocks.inputs_BTD.shape or not grad.is_floating_point():
             kept.drop()
             raise rejected("a backward pass needs a gradient of its output's shape")
-        learning = frozenset(blocks.adapters).difference(request.frozen)
+        trained = frozenset(blocks.adapters).difference(request.frozen)
         pieces = training.backward(
-            blocks, grad, kept, self._activations.weights, inputs=request.inputs, learning=learning
+            blocks, grad, kept, self.activations.weight_pointers, inputs=request.inputs, trained=trained
         )
         return await self._in_line(tensors, pieces, kept)
 
@@ -328,7 +328,7 @@ class Engine:
     def release(self, peer: str) -> None:
         """A client is gone: nothing of it is left."""
         self.adapters.release(peer)
-        self._activations.release(peer)
+        self.activations.release(peer)
 
 
 def _names_of(request: Open, tensors: Tensors) -> list[list[bytes]]:

@@ -86,7 +86,7 @@ class EngineLoop:
         """
         step = StepRequest(session, inputs, wanted, arrived_at=self._clock())
         session.used_at = step.arrived_at
-        session.arrives(step.arrived_at, decodes=step.view().decodes)
+        session.record_arrival(step.arrived_at, decodes=step.view().decodes)
         self._steps.append(step)
         self.wake()
         timer = asyncio.get_running_loop().call_later(self._limits.queue_seconds, self._give_up, step)

@@ -55,7 +55,7 @@ class StepRequest:
             hidden_BTD=inputs.hidden_BTD[:, part],
             positions_BT=None if inputs.positions_BT is None else inputs.positions_BT[:, part],
             mask_BS=None if session.mask_BS is None else session.mask_BS[:, :end],
-            num_cached=session.num_tokens,
+            num_computed_tokens=session.num_tokens,
             pages=tuple(tuple(row.pages) for row in session.rows),
             growth=growth,
             cache=session.cache,
@@ -67,7 +67,7 @@ class StepRequest:
         """So many more of its tokens are computed."""
         self.answers.append(answer)
         self.num_computed += num_tokens
-        self.session.computed(num_tokens)
+        self.session.record_computed(num_tokens)
         if not self.num_left:
             settle(self.result, joined(self.answers))
 

@@ -1,10 +1,11 @@
-"""One pass over the weights, for the tokens of many sessions.
+"""One pass over the weights, for the new tokens of many sessions.
 
-Sessions may use different blocks of the server: a pass goes through the blocks in segments, and in each of them through
-those sessions' tokens that are due there.
+Sessions may use different blocks of the server. So a pass goes through the blocks in segments, and through each segment
+with the tokens of the sessions that use it.
 """
 
-# B sequences of a session, T new tokens, S all its tokens, N packed tokens of all sessions, D hidden size
+# B sequences of a session, T new tokens, S all its tokens, P pages of a sequence, D hidden size
+# N new tokens of all sessions of a pass
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,8 +24,9 @@ from shoal.model.body_cache import BodyCache
 from shoal.model.peft.block_adapters import BlockAdapter
 from shoal.model.peft.packed_adapters import AdapterRows, with_row_adapters
 from shoal.prefix import PAGE_TOKENS
-from shoal.server.kv.packed_attention import NewTokens, PackedAttention
+from shoal.server.kv.attention import AttentionBackend, PackedBatch, PackedSequence, attend_with
 from shoal.server.kv.paged_cache import PagedCache
+from shoal.server.kv.sdpa_attention import SdpaAttention
 from shoal.server.kv.session_cache import Growth
 from shoal.server.step_inputs import WantedLogits
 from shoal.spans import Span
@@ -34,33 +36,42 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next tokens of one session, and where they go."""
+    """The next tokens of one session, and where they go in the cache.
+
+    `span` are the session's blocks. `positions_BT` count on from the cache if they are `None`, and no token is padding
+    if `mask_BS` is. Before the new tokens, `num_computed_tokens` tokens of each sequence are in the cache; `pages` are
+    each sequence's, those for the new tokens included. `growth` is what the cache has to do first. `cache` is for
+    bodies that do not compute packed. `adapters` are by block. If logits are `wanted`, they are the answer.
+    """
 
     span: Span
     hidden_BTD: torch.Tensor
     positions_BT: torch.Tensor | None
     mask_BS: torch.Tensor | None
-    num_cached: int
+    num_computed_tokens: int
     pages: tuple[tuple[int, ...], ...]
     growth: Growth
     cache: BodyCache | None
     adapters: Mapping[int, BlockAdapter] = field(default_factory=dict)
-    wanted: WantedLogits | None = None  # logits instead of hidden states
+    wanted: WantedLogits | None = None
 
 
 class Pass(Protocol):
     """How a body computes chunks: together, or one by one."""
 
     def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
-        """Outputs [B, T, D] for each chunk, as precise as the body, or why there are none.
+        """For each chunk its outputs [B, T, D] in the body's dtype, or the exception of that chunk alone.
 
-        One chunk's failure is not another's. To be called on the compute thread.
+        It is called on the compute thread.
         """
         ...
 
 
 class SequentialPass:
-    """For families that keep more than keys and values, or have an attention of their own: Transformers' caches."""
+    """One chunk after another, with Transformers' caches.
+
+    It is for families that keep more than keys and values, or that have an attention of their own.
+    """
 
     def __init__(self, body: Body) -> None:
         self._body = body
@@ -89,11 +100,15 @@ class SequentialPass:
 
 
 class PackedPass:
-    """All tokens in a row, whosever they are; only attention tells them apart."""
+    """The tokens of all chunks in a row, which only the attention tells apart.
 
-    def __init__(self, body: Body, cache: PagedCache) -> None:
+    `attention` works on `cache`; by default it is the reference, `SdpaAttention`.
+    """
+
+    def __init__(self, body: Body, cache: PagedCache, attention: AttentionBackend[Any] | None = None) -> None:
         self._body = body
         self._cache = cache
+        self._attention: AttentionBackend[Any] = attention or SdpaAttention(cache)
 
     @torch.inference_mode()
     def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
@@ -101,85 +116,88 @@ class PackedPass:
         return self._outcomes(chunks)
 
     def _outcomes(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
-        """If a pass fails, each chunk is tried alone: only who is to blame shall notice."""
+        """If a pass fails, each chunk is computed alone, so that only the chunk at fault fails."""
         try:
             return list(self._compute(chunks))
         except Exception as error:
             if len(chunks) == 1:
                 return [error]
-            log.exception("a pass over %d sessions failed: trying them one by one", len(chunks))
+            log.exception("a pass over %d sessions failed; the server computes them one by one", len(chunks))
             return [outcome for chunk in chunks for outcome in self._outcomes([chunk])]
 
     def _compute(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
-        tokens = [_Tokens(chunk, self._body) for chunk in chunks]
+        packed = [_PackedChunk(chunk, self._body) for chunk in chunks]
         for segment in segments([chunk.span for chunk in chunks]):
-            self._run(segment, [each for each in tokens if segment in each.span])
-        for each in tokens:
-            self._cache.keep_outputs(each.slots, each.hidden_ND)
-        return [each.hidden_ND.view(chunk.hidden_BTD.shape) for each, chunk in zip(tokens, chunks, strict=True)]
+            self._run(segment, [each for each in packed if segment in each.chunk.span])
+        for each in packed:
+            self._cache.write_outputs(each.slot_mapping_N, each.hidden_ND)
+        return [each.hidden_ND.view(chunk.hidden_BTD.shape) for each, chunk in zip(packed, chunks, strict=True)]
 
-    def _run(self, segment: Span, tokens: Sequence[_Tokens]) -> None:
-        sequences: list[NewTokens] = []
+    def _run(self, segment: Span, packed: Sequence[_PackedChunk]) -> None:
+        """Take chunks through a segment of the blocks."""
+        sequences: list[PackedSequence] = []
         start = 0
-        for each in tokens:
+        for each in packed:
             sequences += each.sequences(start)
             start += len(each.hidden_ND)
-        hidden_ND = torch.cat([each.hidden_ND for each in tokens])
-        positions_N = torch.cat([each.positions for each in tokens])
-        attend = PackedAttention(self._cache, sequences, torch.cat([each.slots for each in tokens]))
+        slot_mapping_N = torch.cat([each.slot_mapping_N for each in packed])
+        metadata = self._attention.metadata(PackedBatch(tuple(sequences), slot_mapping_N))
         output_ND = self._body.forward_packed(
-            hidden_ND, positions_N, span=segment, attend=attend, overrides=_overrides(segment, tokens)
+            torch.cat([each.hidden_ND for each in packed]),
+            torch.cat([each.positions_N for each in packed]),
+            span=segment,
+            attend=functools.partial(attend_with, self._attention, metadata),
+            overrides=_overrides(segment, packed),
         )
-        for each, hidden in zip(tokens, output_ND.split([len(each.hidden_ND) for each in tokens]), strict=True):
-            each.hidden_ND = hidden
+        for each, hidden_ND in zip(packed, output_ND.split([len(each.hidden_ND) for each in packed]), strict=True):
+            each.hidden_ND = hidden_ND
 
 
-class _Tokens:
+class _PackedChunk:
     """A chunk on its way through the blocks, its sequences one after another."""
 
     def __init__(self, chunk: Chunk, body: Body) -> None:
         device = body.backbone.device
         batch_size, num_tokens, _ = chunk.hidden_BTD.shape
-        self.span = chunk.span
-        self.hidden_ND = chunk.hidden_BTD.to(device, body.backbone.dtype).flatten(0, 1)
-        index_T = torch.arange(chunk.num_cached, chunk.num_cached + num_tokens)
+        index_T = torch.arange(chunk.num_computed_tokens, chunk.num_computed_tokens + num_tokens)
         positions_BT = index_T.expand(batch_size, -1) if chunk.positions_BT is None else chunk.positions_BT
-        self.positions = positions_BT.flatten().to(device)
-        first = chunk.num_cached // PAGE_TOKENS
-        pages_BP = torch.tensor([pages[first:] for pages in chunk.pages])
-        slots_BT = pages_BP[:, index_T // PAGE_TOKENS - first] * PAGE_TOKENS + index_T % PAGE_TOKENS
-        self.slots = slots_BT.flatten().to(device)
-        self.adapters = chunk.adapters
-        self.num_cached = chunk.num_cached
-        self.num_sequences = batch_size
-        self._chunk = chunk
+        first_page = chunk.num_computed_tokens // PAGE_TOKENS  # the one with the first new token
+        pages_BP = torch.tensor([pages[first_page:] for pages in chunk.pages])
+        slots_BT = pages_BP[:, index_T // PAGE_TOKENS - first_page] * PAGE_TOKENS + index_T % PAGE_TOKENS
+        self.chunk = chunk
+        self.hidden_ND = chunk.hidden_BTD.to(device, body.backbone.dtype).flatten(0, 1)
+        self.positions_N = positions_BT.flatten().to(device)
+        self.slot_mapping_N = slots_BT.flatten().to(device)
 
-    def sequences(self, start: int) -> list[NewTokens]:
-        """Its sequences in a pack where they begin at `start`."""
-        chunk = self._chunk
+    def sequences(self, start: int) -> list[PackedSequence]:
+        """Its sequences in a pass where its tokens begin at `start`."""
+        chunk = self.chunk
         num_tokens = chunk.hidden_BTD.shape[1]
         masks = [None] * len(chunk.pages) if chunk.mask_BS is None else list(chunk.mask_BS.bool())
         return [
-            NewTokens(pages, chunk.num_cached, start + row * num_tokens, start + (row + 1) * num_tokens, mask)
+            PackedSequence(
+                pages, chunk.num_computed_tokens, start + row * num_tokens, start + (row + 1) * num_tokens, mask
+            )
             for row, (pages, mask) in enumerate(zip(chunk.pages, masks, strict=True))
         ]
 
 
-def _overrides(segment: Span, tokens: Sequence[_Tokens]) -> BlockOverrides:
-    """What the adapters of those whose tokens are in a pack change about its blocks."""
+def _overrides(segment: Span, packed: Sequence[_PackedChunk]) -> BlockOverrides:
+    """What the chunks' adapters change about the blocks of a segment."""
     parts: dict[int, list[AdapterRows]] = defaultdict(list)
     num_rows = 0
-    for each in tokens:
+    for each in packed:
         rows = slice(num_rows, num_rows + len(each.hidden_ND))
         num_rows = rows.stop
-        for block, adapter in each.adapters.items():
+        for block, adapter in each.chunk.adapters.items():
             if block in segment:
-                parts[block].append(AdapterRows(rows, each.num_sequences, each.num_cached, adapter))
+                num_sequences = each.chunk.hidden_BTD.shape[0]
+                parts[block].append(AdapterRows(rows, num_sequences, each.chunk.num_computed_tokens, adapter))
     return {block: functools.partial(with_row_adapters, parts=some, num_rows=num_rows) for block, some in parts.items()}
 
 
 def segments(spans: Sequence[Span]) -> list[Span]:
-    """The runs of blocks through which the same sessions go, in order; blocks that nobody uses are left out."""
+    """The longest runs of blocks that the same sessions use, in order. Blocks that no session uses are left out."""
     bounds = sorted({bound for span in spans for bound in (span.start, span.end)})
     pieces = [Span(start, end) for start, end in itertools.pairwise(bounds)]
     return [piece for piece in pieces if any(piece in span for span in spans)]

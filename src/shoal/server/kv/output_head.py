@@ -1,8 +1,8 @@
-"""The output head on a server: final norm and projection of the tokens that clients want to know the logits of.
+"""The output head on a server: the final norm, and the projection to logits of the tokens that clients ask for.
 
-It is Transformers' own model of the family, given the hidden states of the last block in place of its blocks. What the
-projection returns is taken out raw: soft caps and scalings, which some families apply to logits, are the client's, who
-runs the rest of the same code.
+It is Transformers' own model of the family, with the hidden states of the last block in place of its blocks. The server
+returns what the projection returns. Some families then cap or scale the logits: the client does that, with the same
+Transformers code.
 """
 
 # B sequences, T new tokens, N tokens of all sessions, D hidden size, V vocabulary, K likeliest tokens
@@ -26,13 +26,16 @@ from shoal.server.kv.batch import Chunk
 from shoal.tensors import TensorName
 
 Answer = Mapping[TensorName, torch.Tensor]
-"""What a step is answered with: hidden states, or logits."""
-AT_ONCE = 256
-"""Rows of one product: enough for any processor, and few enough that a pass full of them needs little memory."""
+"""The tensors that answer a step, by name: hidden states, or logits."""
+ROWS_OF_PRODUCT = 256
+"""The most rows of one product: enough for any processor to be busy, and few enough to need little memory."""
 
 
 class ServerHead:
-    """From hidden states [N, D] after the last block to logits [N, V], as precise as the blocks."""
+    """From hidden states [N, D] after the last block to logits [N, V], in the dtype of the blocks.
+
+    `vocabulary` is V, the number of logits of a token.
+    """
 
     def __init__(self, model: PreTrainedModel, blocks: _GivenBlocks) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -41,8 +44,8 @@ class ServerHead:
 
     @torch.inference_mode()
     def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """To be called on the compute thread."""
-        return torch.cat([self._project(rows) for rows in hidden_ND.split(AT_ONCE)])
+        """The logits [N, V]. It is called on the compute thread."""
+        return torch.cat([self._project(rows) for rows in hidden_ND.split(ROWS_OF_PRODUCT)])
 
     def _project(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         found: list[torch.Tensor] = []
@@ -53,7 +56,7 @@ class ServerHead:
         self._blocks.hidden_N1D = hidden_ND.to(self._model.device, self._model.dtype)[:, None]
         hook = self._model.get_output_embeddings().register_forward_hook(take)
         try:
-            # Each token is a sequence of its own, so that there are as many positions as every model has.
+            # Each token is a sequence of its own: models with few positions refuse long sequences.
             ids_N1 = torch.zeros(len(hidden_ND), 1, dtype=torch.int64, device=self._model.device)
             self._model(input_ids=ids_N1, use_cache=False)
         finally:
@@ -63,7 +66,7 @@ class ServerHead:
 
 
 class _GivenBlocks(nn.Module):
-    """In place of the blocks: what comes out of them is known already."""
+    """Stands in for the blocks, and returns their outputs, which are known already."""
 
     hidden_N1D: torch.Tensor | None = None
 
@@ -73,11 +76,11 @@ class _GivenBlocks(nn.Module):
 
 
 class _NoEmbeddings(nn.Module):
-    """In place of the embeddings, which nobody looks at: so they are neither read from disk nor moved to a device."""
+    """Stands in for the embeddings, whose values are not used, so they are neither read from disk nor moved."""
 
     def __init__(self, size: int, like: torch.Tensor) -> None:
         super().__init__()
-        # Some models ask their embeddings where they are and how precise.
+        # Some models ask their embeddings for their device and dtype.
         self.register_buffer("weight", torch.zeros(1, size, dtype=like.dtype), persistent=False)
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -86,7 +89,7 @@ class _NoEmbeddings(nn.Module):
 
 
 def load_head(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> ServerHead:
-    """The head of a checkpoint. Raises `UnsupportedModel` for a model that has none."""
+    """Load the head of a checkpoint. Raises `UnsupportedModel` for a model without one that a server can hold."""
     config = text_config(checkpoint.config)
     blocks = _GivenBlocks()
     model = build_head(
@@ -110,27 +113,28 @@ def load_head(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) 
 def answers_of(
     head: ServerHead | None, outputs: Sequence[torch.Tensor | Exception], chunks: Sequence[Chunk]
 ) -> list[Answer | Exception]:
-    """What clients are answered whose chunks have these outputs [B, T, D]: in their dtypes, and off the device.
+    """The answers to chunks with these outputs [B, T, D], in the dtypes of the chunks' inputs and on the CPU.
 
-    The logits that several of them want are one product, because the head's weights are read once for it.
+    The logits that several clients ask for are computed together, so that the head's weights are read once. If the head
+    fails, only the chunks that ask for logits fail.
     """
     answers: list[Answer | Exception] = []
-    asking: dict[int, torch.Tensor] = {}
+    for_head: dict[int, torch.Tensor] = {}
     for index, (output, chunk) in enumerate(zip(outputs, chunks, strict=True)):
         if isinstance(output, Exception):
             answers.append(output)
             continue
         answers.append({} if chunk.wanted else {"hidden": output.to(chunk.hidden_BTD)})
         if chunk.wanted and chunk.wanted.num_tokens:
-            asking[index] = output[:, -chunk.wanted.num_tokens :].flatten(0, 1)
-    if not asking:
+            for_head[index] = output[:, -chunk.wanted.num_tokens :].flatten(0, 1)
+    if not for_head:
         return answers
-    assert head is not None, "checked before the step was queued"
+    assert head is not None, "the validator refuses such a step where there is no head"
     try:
-        logits_NV = head(torch.cat(list(asking.values())))
-    except Exception as error:  # the tokens themselves are computed: only who wanted logits shall notice
-        return [error if index in asking else answer for index, answer in enumerate(answers)]
-    for index, logits in zip(asking, logits_NV.split([len(rows) for rows in asking.values()]), strict=True):
+        logits_NV = head(torch.cat(list(for_head.values())))
+    except Exception as error:
+        return [error if index in for_head else answer for index, answer in enumerate(answers)]
+    for index, logits in zip(for_head, logits_NV.split([len(rows) for rows in for_head.values()]), strict=True):
         answers[index] = _answer(logits, chunks[index])
     return answers
 
@@ -140,7 +144,7 @@ def _answer(logits_NV: torch.Tensor, chunk: Chunk) -> Answer:
     logits_BTV, top_k = logits_NV.view(-1, chunk.wanted.num_tokens, logits_NV.shape[1]), chunk.wanted.top_k
     if top_k is None:
         return {"logits": logits_BTV.to(chunk.hidden_BTD)}
-    if top_k == 1:  # of equals the first, as whoever looks for the largest among all of them finds
+    if top_k == 1:  # argmax returns the first of equal logits, as it does on one machine; topk need not
         ids_BTK = logits_BTV.argmax(dim=-1, keepdim=True)
         best_BTK = logits_BTV.gather(-1, ids_BTK)
     else:

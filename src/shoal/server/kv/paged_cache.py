@@ -1,11 +1,11 @@
 """The memory of the KV cache: pages of keys and values, one layout for all blocks of a server.
 
-Which page belongs to whom is not known here: see `shoal.server.kv.pages`. A page holds `PAGE_TOKENS` tokens of one
-sequence in *every* block of the span, and the span's outputs for them, which whoever begins with the same inputs gets
-without a computation.
+`shoal.server.kv.pages` knows which sequence has which page; this module does not. A page holds `PAGE_TOKENS` tokens of
+one sequence in *every* block of the span. It also holds the span's outputs for these tokens: a session that begins with
+the same inputs gets them without a computation.
 """
 
-# T tokens, P pages, G sequences, S tokens of the longest, J heads of keys, K their size, D hidden size
+# T tokens, P pages, G sequences, S tokens of the longest of them, J heads of keys, K size of a key, D hidden size
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from shoal.server.kv.session_cache import Growth
 
 @dataclass(frozen=True)
 class KeyValueShape:
-    """What one token of one block takes: heads, and the sizes of a key and of a value."""
+    """What one block caches for one token: the number of heads, and the sizes of a head's key and value in numbers."""
 
     num_heads: int
     key_size: int
     value_size: int
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """In keys and values of a dtype; int8 has scales beside."""
+        """Bytes of a token's keys and values in a dtype. For int8 this includes the scales."""
         scales = 2 * self.num_heads * torch.float32.itemsize if dtype == torch.int8 else 0
         return self.num_heads * (self.key_size + self.value_size) * dtype.itemsize + scales
 
 
 def key_value_shapes(body: Body) -> dict[int, KeyValueShape]:
-    """What each block of a body caches for a token: found out by passing one through."""
+    """What each block of a body caches for a token, found by running the body on one token."""
     shapes: dict[int, KeyValueShape] = {}
 
-    def wake(block: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    def attend(block: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         shapes[block] = KeyValueShape(key.shape[1], key.shape[3], value.shape[3])
         return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
 
     backbone = body.backbone
     hidden_TD = torch.zeros(1, backbone.config.hidden_size, dtype=backbone.dtype, device=backbone.device)
     with torch.inference_mode():
-        body.forward_packed(hidden_TD, torch.zeros(1, dtype=torch.long), span=body.span, attend=wake)
+        body.forward_packed(hidden_TD, torch.zeros(1, dtype=torch.long), span=body.span, attend=attend)
     return shapes
 
 
@@ -54,26 +54,28 @@ class Pages:
     """One kind of tensor, of every token in every page: `[P, PAGE_TOKENS, ...]`."""
 
     def __init__(self, num_pages: int, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        # Not zeros: writing them would take all of the memory at once. Pages are cleared when they are taken.
+        # Not zeros: writing zeros would occupy all of the memory at once. Pages are cleared when they are allocated.
         self._values = torch.empty((num_pages, PAGE_TOKENS, *sizes), dtype=dtype, device=device)
 
     def write(self, slots_T: Tensor, values: Tensor) -> None:
-        """Put new tokens where they belong: slot s is token `s % PAGE_TOKENS` of page `s // PAGE_TOKENS`."""
+        """Write tokens into their slots: slot s is token `s % PAGE_TOKENS` of page `s // PAGE_TOKENS`."""
         self._values.flatten(0, 1)[slots_T] = values
 
     def read(self, pages: Tensor | slice) -> Tensor:
-        """Pages by their numbers, or a run of them, which is not copied."""
+        """The pages of these numbers. A slice of pages is a view, not a copy."""
         return self._values[pages]
 
     def copy(self, source: int, target: int) -> None:
+        """Overwrite one page with another."""
         self._values[target] = self._values[source]
 
     def clear(self, pages: Sequence[int]) -> None:
+        """Fill pages with zeros."""
         self._values[list(pages)] = 0
 
 
 class Int8Pages(Pages):
-    """The same in int8, each head of each token with a scale of its own: about half of bfloat16's memory."""
+    """Pages in int8, with one float32 scale for each head of each token: about half of bfloat16's memory."""
 
     def __init__(self, num_pages: int, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(num_pages, sizes, torch.int8, device)
@@ -99,7 +101,7 @@ class Int8Pages(Pages):
 
 
 class PagedCache:
-    """Keys, values and outputs of `num_pages` pages. Memory that was never written is not taken from the system."""
+    """Keys, values and outputs of `num_pages` pages. The system provides memory only for pages that were written."""
 
     def __init__(
         self, body: Body, shapes: Mapping[int, KeyValueShape], num_pages: int, *, kind: type[Pages] = Pages
@@ -115,12 +117,12 @@ class PagedCache:
         self._outputs = pages(Pages, backbone.config.hidden_size)
 
     def write(self, block: int, slots_T: Tensor, keys_TJK: Tensor, values_TJK: Tensor) -> None:
-        """Put new tokens into their slots."""
+        """Write the keys and values of new tokens of a block into their slots (see `Pages.write`)."""
         self._keys[block].write(slots_T, keys_TJK)
         self._values[block].write(slots_T, values_TJK)
 
     def read(self, block: int, pages_GP: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """The first tokens of several sequences, [G, J, S, K]."""
+        """Keys and values of the first `num_tokens` tokens of several sequences, each [G, J, S, K]."""
 
         def gather(pages: Pages) -> Tensor:
             return pages.read(pages_GP).flatten(1, 2)[:, :num_tokens].transpose(1, 2)
@@ -128,7 +130,7 @@ class PagedCache:
         return gather(self._keys[block]), gather(self._values[block])
 
     def read_one(self, block: int, pages: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """The first tokens of one sequence, [1, J, S, K]; where its pages lie in a row, nothing is copied."""
+        """Keys and values of the first tokens of one sequence, [1, J, S, K]. Consecutive pages are not copied."""
         first, last = pages[0], pages[-1]
         if list(pages) != list(range(first, last + 1)):
             return self.read(block, torch.tensor([list(pages)], device=self._device), num_tokens)
@@ -138,24 +140,26 @@ class PagedCache:
 
         return run(self._keys[block]), run(self._values[block])
 
-    def keep_outputs(self, slots_T: Tensor, outputs_TD: Tensor) -> None:
+    def write_outputs(self, slots_T: Tensor, outputs_TD: Tensor) -> None:
+        """Write the span's outputs for new tokens into their slots."""
         self._outputs.write(slots_T, outputs_TD)
 
-    def outputs(self, pages: Sequence[int]) -> Tensor:
+    def read_outputs(self, pages: Sequence[int]) -> Tensor:
         """The span's outputs for full pages, [T, D]."""
         return self._outputs.read(torch.tensor(list(pages), device=self._device)).flatten(0, 1)
 
     def prepare(self, growths: Sequence[Growth]) -> None:
-        """Make pages ready to be written: what was shared is copied, and what others left in new pages is cleared.
+        """Do what sessions' new tokens require: copy the pages that are copied on write, and clear new pages.
 
-        Nobody attends to what is behind his last token, but a number there that is not finite would spoil his sums.
+        A sequence gives no weight to what is behind its last token. But an infinity or NaN that another session left
+        there would still make its outputs NaN.
         """
         copies = [copy for growth in growths for copy in growth.copies]
-        taken = [page for growth in growths for page in growth.taken]
+        new_pages = [page for growth in growths for page in growth.new_pages]
         for pages in (*self._keys.values(), *self._values.values()):
             for source, target in copies:
                 pages.copy(source, target)
-            if taken:
-                pages.clear(taken)
+            if new_pages:
+                pages.clear(new_pages)
         for source, target in copies:
             self._outputs.copy(source, target)

@@ -1,4 +1,12 @@
-"""One client's decoding state in this server's blocks: which pages are whose, and what they are called."""
+"""What a server keeps of one session: the pages of its sequences, and the digests of those that are full.
+
+One sequence with 6 tokens, if a page had 4 (it has `PAGE_TOKENS`):
+
+    tokens     0 1 2 3 | 4 5 . .      the last page has room for two more
+    pages      7       | 2            numbers of pages need not be in order
+    digests    digest  |              only full pages have digests
+    inputs               4 5          the server keeps the inputs behind the last digest, for the next one
+"""
 
 # B sequences, T new tokens, S all tokens, D hidden size
 
@@ -19,62 +27,96 @@ from shoal.spans import Span
 
 @dataclass(frozen=True)
 class Growth:
-    """What is to be done in the cache before a session's next tokens: first pages to copy, then new ones to clear."""
+    """What the cache does before it takes a session's next tokens: pages that it copies, and pages that it clears.
+
+    `copies` are pairs of a source and a target.
+    """
 
     copies: tuple[tuple[int, int], ...]
-    taken: tuple[int, ...]
+    new_pages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When a session's last step came, and how long after the one before, in seconds."""
+
+    arrived_at: float | None = None
+    period: float | None = None
+
+    def after_arrival(self, now: float, *, decodes: bool) -> Rhythm:
+        """With one more step. Only steps that decode one token tell when the next one comes."""
+        return Rhythm(now, now - self.arrived_at if decodes and self.arrived_at is not None else None)
+
+    @property
+    def expected_at(self) -> float | None:
+        """When the next step comes if the session keeps its pace."""
+        return None if self.arrived_at is None or self.period is None else self.arrived_at + self.period
 
 
 class Row:
-    """One sequence: its pages, and the names of those that are full, as far as they are known.
+    """One sequence of a session: its pages, and the digests of the full ones, as far as they are known.
 
-    A name needs all inputs of its page, so those of the last page, which is not full, are kept.
+    A digest needs all inputs of its page, so the row keeps the inputs behind the last digest. `root` is the digest
+    before the first page; `None` means that the row's pages get no more digests.
     """
 
-    def __init__(self, first_name: bytes | None, pages: Sequence[int] = (), names: Sequence[bytes] = ()) -> None:
+    def __init__(self, root_hash: bytes | None, pages: Sequence[int] = (), digests: Sequence[bytes] = ()) -> None:
         self.pages = list(pages)
-        self.names = list(names)
-        self._first_name = first_name  # None: this sequence is nobody's beginning
-        self._unnamed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.digests = list(digests)
+        self._root = root_hash
+        self._inputs: list[tuple[torch.Tensor, torch.Tensor]] = []  # hidden states and positions behind the last digest
 
     def copy(self) -> Row:
-        """The same sequence, continued otherwise."""
-        row = Row(self._first_name, self.pages, self.names)
-        row._unnamed = list(self._unnamed)
+        """A second sequence with the same beginning."""
+        row = Row(self._root, self.pages, self.digests)
+        row._inputs = list(self._inputs)
         return row
 
     def crop(self, num_tokens: int) -> list[int]:
-        """Forget what follows the first `num_tokens` tokens; returns the pages that this takes."""
-        keep = pages_for(num_tokens)
-        dropped, self.pages = self.pages[keep:], self.pages[:keep]
-        in_names = len(self.names) * PAGE_TOKENS
-        if num_tokens >= in_names:
-            self._unnamed = _first(self._unnamed, num_tokens - in_names)
+        """Keep the first `num_tokens` tokens only. Returns the pages that the row gives up, for the caller to release.
+
+        The end of the row is in one of three places:
+
+            tokens     0 .......... 16 .......... 32 .......... 40
+            digests    |   first    |   second    |
+            inputs                                |  8 inputs   |
+
+            from 32 on    the row keeps its digests, and the inputs up to its end
+            at 16         the row keeps the first digest
+            at 20         the inputs from 16 to 20 are gone already, so no page after the first gets a digest again
+        """
+        num_pages = pages_for(num_tokens)
+        dropped, self.pages = self.pages[num_pages:], self.pages[:num_pages]
+        num_digested = len(self.digests) * PAGE_TOKENS
+        if num_tokens >= num_digested:
+            self._inputs = _first(self._inputs, num_tokens - num_digested)
         elif num_tokens % PAGE_TOKENS == 0:
-            self.names, self._unnamed = self.names[:keep], []
-        else:  # the inputs of the page that is cut are gone: what follows can have no name
-            self.names, self._unnamed, self._first_name = self.names[: keep - 1], [], None
+            self.digests, self._inputs = self.digests[:num_pages], []
+        else:
+            self.digests, self._inputs, self._root = self.digests[: num_pages - 1], [], None
         return dropped
 
-    def name(self, hidden_TD: torch.Tensor, positions_T: torch.Tensor) -> None:
-        """Find the names of the pages that these inputs fill."""
-        if self._first_name is None:
+    def append_inputs(self, hidden_TD: torch.Tensor, positions_T: torch.Tensor) -> None:
+        """Compute the digests of the pages that these inputs fill."""
+        if self._root is None:
             return
-        self._unnamed.append((hidden_TD, positions_T))
-        if sum(len(positions) for _, positions in self._unnamed) < PAGE_TOKENS:
+        self._inputs.append((hidden_TD, positions_T))
+        if sum(len(positions) for _, positions in self._inputs) < PAGE_TOKENS:
             return
-        hidden, positions = (torch.cat(parts) for parts in zip(*self._unnamed, strict=True))
-        names = page_hashes(self.names[-1] if self.names else self._first_name, hidden, positions)
-        self.names += names
-        rest = len(names) * PAGE_TOKENS
-        self._unnamed = [(hidden[rest:].clone(), positions[rest:])]
+        hidden, positions = (torch.cat(parts) for parts in zip(*self._inputs, strict=True))
+        digests = page_hashes(self.digests[-1] if self.digests else self._root, hidden, positions)
+        self.digests += digests
+        rest = len(digests) * PAGE_TOKENS
+        self._inputs = [(hidden[rest:].clone(), positions[rest:])]
 
 
 class SessionCache:
-    """The state of a batch of sequences that are continued together.
+    """The state of one session: a batch of sequences that take their steps together, `num_tokens` of each cached.
 
-    A body that computes packed keeps it in pages; for others `cache` is Transformers' own, and the pages only count
-    what memory that takes.
+    The keys and values of a body that computes packed are in pages. For other bodies `cache` is Transformers' own, and
+    the pages only count its memory. `opened` is how many sessions the server opened before. `used_at` is when the
+    session last asked for something, and `began_at` when it was admitted, both in seconds. `running` says whether
+    the server has computed any of its tokens, or is computing them. `mask_BS` is `None` while no sequence has padding.
     """
 
     def __init__(
@@ -90,48 +132,53 @@ class SessionCache:
     ) -> None:
         self.span = span
         self.adapters = adapters or {}
-        self.opened = opened  # the number of those that were opened before: its age
-        self.peer = peer  # whose it is
-        self.used_at = self.began_at = float("-inf")  # when it was asked for something last; when it was let in
+        self.opened = opened
+        self.peer = peer
+        self.used_at = self.began_at = float("-inf")
         self.num_tokens = 0
         self.batch_size = batch_size
         self.rows: list[Row] = []
-        self.mask_BS: torch.Tensor | None = None  # None while no sequence is padded
+        self.mask_BS: torch.Tensor | None = None
         self.cache: BodyCache | None = None
-        self.running = False  # whether anything of it was computed here, or is just now
+        self.running = False
         self.preempted = False
-        self.arrived_at: float | None = None  # its last step of decoding, and how long after the one before
-        self.period: float | None = None
+        self._rhythm = Rhythm()
         self._pool = pool
         self._root = root_hash(span, salt)
 
     @property
     def pages(self) -> list[int]:
-        """All that it holds; a page that several of its rows share is named for each."""
+        """The pages that the session holds. A page that several rows share occurs once for each of them."""
         return [page for row in self.rows for page in row.pages]
 
-    def arrives(self, now: float, *, decodes: bool) -> None:
-        """A step of it came: the next one may be expected as long after it as this came after the last."""
-        self.period = now - self.arrived_at if decodes and self.arrived_at is not None else None
-        self.arrived_at = now
+    def record_arrival(self, now: float, *, decodes: bool) -> None:
+        """A step came. If it decodes, the next one is expected after the same time again."""
+        self._rhythm = self._rhythm.after_arrival(now, decodes=decodes)
 
     @property
     def expected_at(self) -> float | None:
-        """When its next step of decoding will come, if it goes on as it did."""
-        return None if self.arrived_at is None or self.period is None else self.arrived_at + self.period
+        """When the next step is expected; `None` if the session does not decode."""
+        return self._rhythm.expected_at
 
-    def adopt(self, names: Sequence[Sequence[bytes]], most_pages: int) -> None:
-        """Begin with the pages of these names, for each row, as far as all rows have them."""
-        known = [self._pool.known(each[:most_pages]) for each in names]
-        num_pages = min(len(pages) for pages in known)
+    def adopt(self, digests: Sequence[Sequence[bytes]], *, max_pages: int) -> None:
+        """Begin with the pages that have these digests, for each row. All rows begin with the same number of pages."""
+        found = [self._pool.find(each[:max_pages]) for each in digests]
+        num_pages = min(len(pages) for pages in found)
         self.rows = [
-            Row(self._root, pages[:num_pages], each[:num_pages]) for pages, each in zip(known, names, strict=True)
+            Row(self._root, pages[:num_pages], each[:num_pages]) for pages, each in zip(found, digests, strict=True)
         ]
         self._pool.share(self.pages)
         self.num_tokens = num_pages * PAGE_TOKENS
 
-    def begin(self, position: int, rows: Sequence[int] | None, inputs: StepInputs) -> None:
-        """Go back to where a step starts, with the rows that it continues."""
+    def begin_step(self, position: int, rows: Sequence[int] | None, inputs: StepInputs) -> None:
+        """Go back to the `position` where a step starts. Row i then continues what was row `rows[i]`.
+
+            tokens   0 ........ position ........ num_tokens (before)
+                     |   kept     |    dropped      |
+                     |   kept     |    inputs ............    (after the step)
+
+        Without `rows` all rows stay in their order. At position 0 the session starts anew, with the inputs' batch size.
+        """
         if position == 0:
             self.release()
             self.mask_BS = None
@@ -143,7 +190,7 @@ class SessionCache:
             self.rows = [before[index].copy() for index in rows]
             if self.cache is None:
                 self._pool.share(self.pages)
-            else:  # Transformers' cache has copied its rows: each takes memory of its own
+            else:  # Transformers' cache has copied its rows, so none of them shares memory
                 self.rows = [Row(None) for _ in rows]
             self._pool.release(page for row in before for page in row.pages)
         self.num_tokens = position
@@ -162,8 +209,8 @@ class SessionCache:
             new_BT = torch.ones((self.batch_size, inputs.num_tokens), dtype=torch.int64)
         self.mask_BS = torch.cat((mask_BS[:, : self.num_tokens], new_BT), dim=1)
 
-    def name(self, inputs: StepInputs) -> None:
-        """Find the names of the pages that a step's inputs fill. Padded sequences have none."""
+    def append_inputs(self, inputs: StepInputs) -> None:
+        """Compute the digests of the pages that a step's inputs fill. Pages of padded sequences have none."""
         if self.cache is not None or self.mask_BS is not None:
             return
         positions_BT = inputs.positions_BT
@@ -171,55 +218,59 @@ class SessionCache:
             positions_T = torch.arange(self.num_tokens, self.num_tokens + inputs.num_tokens)
             positions_BT = positions_T.expand(self.batch_size, -1)
         rows = self.rows
-        if not rows:  # they were given up meanwhile
+        if not rows:  # the session was preempted meanwhile
             return
         for row, hidden_TD, positions_T in zip(rows, inputs.hidden_BTD, positions_BT, strict=True):
-            row.name(hidden_TD, positions_T)
+            row.append_inputs(hidden_TD, positions_T)
 
     def pages_needed(self, num_tokens: int) -> int:
-        """How many pages are taken at most for so many more tokens of every row."""
+        """The most pages that `grow` allocates for `num_tokens` more tokens of every row."""
         pages = pages_for(self.num_tokens + num_tokens)
-        return sum(pages - len(row.pages) + self._is_to_be_copied(row) for row in self.rows)
+        return sum(pages - len(row.pages) + self._needs_copy(row) for row in self.rows)
 
     def grow(self, num_tokens: int) -> Growth:
-        """Take pages for more tokens of every row. It is for the caller to know that they are available."""
+        """Allocate pages for `num_tokens` more tokens of every row. The caller makes sure that they are available."""
         self.running = True
-        taken: list[int] = []
+        new_pages: list[int] = []
         copies: list[tuple[int, int]] = []
         for row in self.rows:
-            if self._is_to_be_copied(row):
-                (page,) = self._pool.take(1)
+            if self._needs_copy(row):
+                (page,) = self._pool.allocate(1)
                 copies.append((row.pages[-1], page))
                 self._pool.release([row.pages[-1]])
                 row.pages[-1] = page
-            pages = self._pool.take(pages_for(self.num_tokens + num_tokens) - len(row.pages))
+            pages = self._pool.allocate(pages_for(self.num_tokens + num_tokens) - len(row.pages))
             row.pages += pages
-            taken += pages
-        return Growth(tuple(copies), tuple(taken))
+            new_pages += pages
+        return Growth(tuple(copies), tuple(new_pages))
 
-    def _is_to_be_copied(self, row: Row) -> bool:
-        """Whether its next token goes into a page that is not its alone."""
-        running = self.num_tokens % PAGE_TOKENS > 0 and pages_for(self.num_tokens) == len(row.pages)
-        return running and self._pool.is_shared(row.pages[-1])
+    def _needs_copy(self, row: Row) -> bool:
+        """Copy on write: whether the row's next token goes into a page that other sequences hold or can find."""
+        has_room = self.num_tokens % PAGE_TOKENS > 0 and pages_for(self.num_tokens) == len(row.pages)
+        return has_room and self._pool.is_shared(row.pages[-1])
 
-    def computed(self, num_tokens: int) -> None:
-        """So many more tokens of every row are in the cache; the pages that are full now may be found by others."""
-        before = self.num_tokens // PAGE_TOKENS
+    def record_computed(self, num_tokens: int) -> None:
+        """The cache holds `num_tokens` more tokens of every row. Other sessions can find the pages that are full now.
+
+        tokens   0 ....... num_tokens (before) ....... num_tokens (after)
+        pages    | full_before |       newly full       | the last one, not full
+        """
+        full_before = self.num_tokens // PAGE_TOKENS
         self.num_tokens += num_tokens
         full = self.num_tokens // PAGE_TOKENS
         for row in self.rows:
-            for page, name in zip(row.pages[before:full], row.names[before:full], strict=False):
-                self._pool.know(page, name)
+            for page, digest in zip(row.pages[full_before:full], row.digests[full_before:full], strict=False):
+                self._pool.register(page, digest)
 
     def release(self) -> None:
-        """Give all pages back. May be called twice."""
+        """Release all pages. May be called twice."""
         self._pool.release(self.pages)
         self.rows = []
         self.num_tokens = 0
         self.running = False
 
     def preempt(self) -> None:
-        """Give all pages to somebody else. The session is of no more use: its client has to begin another."""
+        """Release all pages for another session. This one takes no more steps: its client opens another."""
         self.preempted = True
         self.release()
 
@@ -227,10 +278,11 @@ class SessionCache:
 def _first(
     pieces: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    """The pieces of the first `num_tokens` tokens, the last one cut."""
+    first: list[tuple[torch.Tensor, torch.Tensor]] = []
     for hidden, positions in pieces:
         if num_tokens <= 0:
             break
-        kept.append((hidden[:num_tokens], positions[:num_tokens]))
+        first.append((hidden[:num_tokens], positions[:num_tokens]))
         num_tokens -= len(positions)
-    return kept
+    return first

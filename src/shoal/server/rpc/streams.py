@@ -136,7 +136,7 @@ class Handler:
             try:
                 goes_on = await self._answer(stream, reader, message, tensors)
             except MissingFromCache as lacks:
-                await self._send(stream, NotCached(adapters=lacks.adapters, kept=lacks.kept))
+                await self._send(stream, NotCached(adapters=lacks.adapters, kept=lacks.activations))
 
     async def _answer(self, stream: Stream, reader: MessageReader, message: AnyMessage, tensors: codec.Tensors) -> bool:
         """Do what a message asks for. Returns whether the stream is of further use."""
@@ -152,7 +152,7 @@ class Handler:
                 await self._links.listen(stream, message, tensors, idle_seconds=self._idle_seconds)
                 return False
             case Adapter():
-                await self._engine.adapters.keep(stream.peer, message, tensors)
+                await self._engine.adapters.store(stream.peer, message, tensors)
                 await self._send(stream, AdapterStored())
             case Norms():
                 norms = await self._while_answering_pings(stream, reader, self._engine.norms(message))

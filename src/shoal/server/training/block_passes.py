@@ -1,6 +1,6 @@
-"""What those who train ask for, in pieces: whoever decodes meanwhile gets in between.
+"""Forward and backward passes without a cache, in pieces, so that steps of sessions can run in between.
 
-Single passes, forward and backward, come a block at a time, and norms of weights a layer at a time.
+A piece of a forward or backward pass is a block; a piece of the norms of weights is a layer.
 """
 
 # B sequences, T tokens, D hidden size, N factors
@@ -21,14 +21,14 @@ from shoal.server.training.saved_activations import BlockActivations, SavedActiv
 
 T = TypeVar("T")
 Pieces = Generator[None, None, T]
-"""Work in pieces: whoever drives it may do something else at every `yield`."""
+"""Work in pieces: its caller may do something else at every `yield`."""
 
 
 @dataclass(frozen=True)
 class Gradients:
     """What a backward pass finds: the gradient [B, T, D] of its inputs, if wanted, and that [N] of the factors.
 
-    `unused` are the numbers of the factors' tensors with which nothing was computed.
+    `unused` are the indices of the factor tensors that took no part in the forward pass.
     """
 
     inputs_BTD: torch.Tensor | None
@@ -46,54 +46,61 @@ def forward(blocks: PassBlocks) -> Pieces[torch.Tensor]:
     return hidden_BTD
 
 
-def forward_to_keep(blocks: PassBlocks, kept: SavedActivations, weights: frozenset[int]) -> Pieces[torch.Tensor]:
-    """The same, and whatever there is room for is kept for a backward pass."""
+def forward_saving(
+    blocks: PassBlocks, saved: SavedActivations, weight_pointers: frozenset[int]
+) -> Pieces[torch.Tensor]:
+    """The outputs [B, T, D] of a span. The activations are added to `saved`, as far as its budget allows.
+
+    `weight_pointers` are the addresses of the body's weights, which do not count.
+    """
     hidden_BTD = blocks.inputs_BTD
     for block in blocks.span:
-        graph = graph_of(blocks, block, hidden_BTD, weights)
-        assert graph.left_BTD is not None
-        hidden_BTD = graph.left_BTD.detach()
-        kept.add(graph)
+        activations = activations_of(blocks, block, hidden_BTD, weight_pointers)
+        assert activations.outputs_BTD is not None
+        hidden_BTD = activations.outputs_BTD.detach()
+        saved.add(activations)
         yield
     return hidden_BTD
 
 
-def graph_of(blocks: PassBlocks, block: int, hidden_BTD: torch.Tensor, weights: frozenset[int]) -> BlockActivations:
-    """A block's outputs with all that its gradient needs."""
-    entered_BTD = hidden_BTD.detach().requires_grad_(True)
-    with torch.enable_grad(), counting_saved_bytes(weights) as num_bytes:
-        left_BTD = blocks(block, entered_BTD)
-    return BlockActivations(entered_BTD, left_BTD, num_bytes())
+def activations_of(
+    blocks: PassBlocks, block: int, hidden_BTD: torch.Tensor, weight_pointers: frozenset[int]
+) -> BlockActivations:
+    """Compute a block and return its outputs with their autograd graph."""
+    inputs_BTD = hidden_BTD.detach().requires_grad_(True)
+    with torch.enable_grad(), counting_saved_bytes(weight_pointers) as num_bytes:
+        outputs_BTD = blocks(block, inputs_BTD)
+    return BlockActivations(inputs_BTD, outputs_BTD, num_bytes())
 
 
 def backward(
     blocks: PassBlocks,
     grad_BTD: torch.Tensor,
-    kept: SavedActivations,
-    weights: frozenset[int],
+    saved: SavedActivations,
+    weight_pointers: frozenset[int],
     *,
     inputs: bool,
-    learning: frozenset[int],
+    trained: frozenset[int],
 ) -> Pieces[Gradients]:
-    """The gradients of the factors of `learning` blocks and, if wanted, of the span's inputs.
+    """The gradients of the factors in the blocks `trained` and, if `inputs`, of the span's inputs.
 
-    What is not kept is computed again.
+    `grad_BTD` is the gradient of the span's outputs. Activations that are not in `saved` are computed again.
     """
-    if not kept.graphs:
-        yield from forward_to_keep(blocks, kept, weights)
+    if not saved.of_blocks:
+        yield from forward_saving(blocks, saved, weight_pointers)
     gradient = grad_BTD.to(blocks.inputs_BTD)
-    first = blocks.span.start if inputs else min(learning, default=blocks.span.end)
+    first = blocks.span.start if inputs else min(trained, default=blocks.span.end)
     factors: list[tuple[nn.Parameter, torch.Tensor | None]] = []
     for block in reversed(range(first, blocks.span.end)):
-        graph = kept.pop()
-        if graph.left_BTD is None:
-            graph = graph_of(blocks, block, graph.entered_BTD, weights)
-        own = blocks.adapters[block].parameters if block in learning else []
-        gradient, found = _gradients(graph, own, gradient, inputs=inputs or block > first)
+        activations = saved.pop()
+        if activations.outputs_BTD is None:
+            activations = activations_of(blocks, block, activations.inputs_BTD, weight_pointers)
+        own = blocks.adapters[block].parameters if block in trained else []
+        gradient, found = _gradients(activations, own, gradient, inputs=inputs or block > first)
         factors = found + factors
         yield
-    kept.drop()
-    # An expert that no token was sent to has used none of its factors: they have no gradient, which is not zero.
+    saved.drop()
+    # The factors of an expert that no token was sent to have no gradient, which is not the same as a gradient of 0.
     unused = tuple(index for index, (_, found) in enumerate(factors) if found is None)
     values = [torch.zeros_like(own) if found is None else found for own, found in factors]
     factors_N = torch.cat([each.flatten() for each in values]) if values else None
@@ -101,7 +108,10 @@ def backward(
 
 
 def norms(body: Body, block: int, modules: Sequence[str]) -> Pieces[torch.Tensor]:
-    """The norms [N] of the rows of some linear layers' weights, a layer at a time. Raises `ValueError`."""
+    """The norms [N] of the rows of the weights of some linear layers of a block.
+
+    Raises `ValueError` for a module that is no linear layer.
+    """
     found: list[torch.Tensor] = []
     for module in modules:
         found.append(weight_row_norms(body.block(block), [module]))
@@ -110,10 +120,10 @@ def norms(body: Body, block: int, modules: Sequence[str]) -> Pieces[torch.Tensor
 
 
 def _gradients(
-    graph: BlockActivations, parameters: Sequence[nn.Parameter], gradient: torch.Tensor, *, inputs: bool
+    activations: BlockActivations, parameters: Sequence[nn.Parameter], gradient: torch.Tensor, *, inputs: bool
 ) -> tuple[torch.Tensor, list[tuple[nn.Parameter, torch.Tensor | None]]]:
-    """The gradient of what entered a block, if wanted, and those of its parameters."""
-    assert graph.left_BTD is not None
-    wanted = [graph.entered_BTD, *parameters] if inputs else list(parameters)
-    found = torch.autograd.grad(graph.left_BTD, wanted, gradient, allow_unused=bool(parameters))
+    """The gradient of a block's inputs, if wanted, and those of its parameters."""
+    assert activations.outputs_BTD is not None
+    wanted = [activations.inputs_BTD, *parameters] if inputs else list(parameters)
+    found = torch.autograd.grad(activations.outputs_BTD, wanted, gradient, allow_unused=bool(parameters))
     return found[0] if inputs else gradient, list(zip(parameters, found[inputs:], strict=True))

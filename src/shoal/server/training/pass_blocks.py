@@ -1,4 +1,4 @@
-"""The blocks of a span, as one pass without a cache computes them."""
+"""The blocks of a span, for one forward or backward pass without a cache."""
 
 # B sequences, T tokens, D hidden size
 
@@ -15,9 +15,9 @@ from shoal.spans import Span
 
 
 class PassBlocks:
-    """One block after another, computed where its weights are and as precisely as they are.
+    """The blocks of a span, with the inputs of one pass. They are computed on the body's device, in its dtype.
 
-    `adapters` change some of them; what these drop at random follows from the `seed`.
+    `adapters` are by block. Their dropout is drawn from `seed`, so that a block that is computed again drops the same.
     """
 
     def __init__(
@@ -33,13 +33,14 @@ class PassBlocks:
         self._positions = None if inputs.positions_BT is None else inputs.positions_BT.to(device)
 
     def __call__(self, block: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """The outputs [B, T, D] of one block."""
         adapter = self.adapters.get(block)
         if adapter is None:
-            return self._computed(block, hidden_BTD, None)
+            return self._compute(block, hidden_BTD, None)
         with adapter.seeded_dropout(None if self._seed is None else self._seed + block):
-            return self._computed(block, hidden_BTD, adapter)
+            return self._compute(block, hidden_BTD, adapter)
 
-    def _computed(self, block: int, hidden_BTD: torch.Tensor, adapter: BlockAdapter | None) -> torch.Tensor:
+    def _compute(self, block: int, hidden_BTD: torch.Tensor, adapter: BlockAdapter | None) -> torch.Tensor:
         output_BTD: torch.Tensor = self._body(
             hidden_BTD,
             span=Span(block, block + 1),

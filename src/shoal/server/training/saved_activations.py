@@ -1,7 +1,8 @@
-"""What is kept of forward passes for the backward passes that follow, as far as there is room.
+"""The activations that a server saves in forward passes, for the backward passes that follow.
 
-PyTorch keeps what each operator will need for its gradient: of a block, some fifty times its inputs. Whatever is not
-kept is computed again from the inputs of the block, which are always kept, or the pass, which the client has.
+PyTorch saves what each operator needs for its gradient: about fifty times a block's inputs. A server saves as much of
+that as its budget allows, and computes the rest again. For that it needs the inputs of each block, which it also saves,
+or the inputs of the pass, which the client has.
 """
 
 # B sequences, T tokens, D hidden size
@@ -23,68 +24,76 @@ from shoal.server.training.pass_blocks import PassBlocks
 
 @dataclass
 class BlockActivations:
-    """One block of one pass: what went in, and what came out with all that its gradient needs, if that is kept."""
+    """One block of one pass: its inputs, and its outputs with their autograd graph, or `None` if that was dropped.
 
-    entered_BTD: torch.Tensor
-    left_BTD: torch.Tensor | None
+    `num_bytes` is how much memory it takes.
+    """
+
+    inputs_BTD: torch.Tensor
+    outputs_BTD: torch.Tensor | None
     num_bytes: int
 
-    def forget(self) -> None:
-        """Keep only what went in."""
-        self.left_BTD, self.num_bytes = None, self.entered_BTD.nbytes
+    def drop_graph(self) -> None:
+        """Keep only the inputs."""
+        self.outputs_BTD, self.num_bytes = None, self.inputs_BTD.nbytes
 
 
 class ByteBudget:
-    """How much may be kept. It is taken on the compute thread, and may be given back on another."""
+    """At most `max_bytes` bytes, reserved on the compute thread and released on any thread."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self.num_bytes = 0  # that are taken
-        self._most_bytes = most_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self.used_bytes = 0
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
 
-    def take(self, num_bytes: int) -> bool:
-        """Whether there was room."""
+    def reserve(self, num_bytes: int) -> bool:
+        """Reserve bytes, if that many are left. Returns whether they were."""
         with self._lock:
-            fits = self.num_bytes + num_bytes <= self._most_bytes
-            self.num_bytes += num_bytes * fits
+            fits = self.used_bytes + num_bytes <= self._max_bytes
+            self.used_bytes += num_bytes * fits
             return fits
 
     def release(self, num_bytes: int) -> None:
+        """Give reserved bytes back."""
         with self._lock:
-            self.num_bytes -= num_bytes
+            self.used_bytes -= num_bytes
 
 
 @dataclass(eq=False)
 class SavedActivations:
-    """What one pass has computed so far, block after block."""
+    """The activations of one pass, block after block in `of_blocks`.
+
+    It `is_complete` if the budget had room for the inputs of every block.
+    """
 
     blocks: PassBlocks
-    room: ByteBudget
-    graphs: list[BlockActivations] = field(default_factory=list)
+    budget: ByteBudget
+    of_blocks: list[BlockActivations] = field(default_factory=list)
     is_dropped: bool = False
-    is_complete: bool = True  # whether there was room for what went in, everywhere
+    is_complete: bool = True
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, graph: BlockActivations) -> None:
-        """Keep what went into a block and, if there is room, what its gradient needs.
+    def add(self, activations: BlockActivations) -> None:
+        """Save the next block's activations: all if the budget allows, or the inputs only.
 
-        Who goes back at once needs the former in any case; who comes later must not find more than there is room for.
+        The inputs are added in any case, since a backward pass may follow at once. But they are `is_complete` only
+        within the budget, and a pass that is not is never stored for later.
         """
-        with self._lock:  # it may be dropped just now, on another thread
-            if self.is_dropped or not self.room.take(graph.num_bytes):
-                graph.forget()
-                if self.is_dropped or not self.room.take(graph.num_bytes):
-                    graph.num_bytes, self.is_complete = 0, False
-            self.graphs.append(graph)
+        with self._lock:  # another thread may drop the pass now
+            if self.is_dropped or not self.budget.reserve(activations.num_bytes):
+                activations.drop_graph()
+                if self.is_dropped or not self.budget.reserve(activations.num_bytes):
+                    activations.num_bytes, self.is_complete = 0, False
+            self.of_blocks.append(activations)
 
     def pop(self) -> BlockActivations:
-        """The last block that is left; it is for the caller to compute with, at once."""
-        graph = self.graphs.pop()
-        self.room.release(graph.num_bytes)
-        return graph
+        """Remove the last block's activations from the budget. The caller computes with them at once."""
+        activations = self.of_blocks.pop()
+        self.budget.release(activations.num_bytes)
+        return activations
 
     def drop(self) -> None:
-        """Nobody is going to ask for it. May be called twice."""
+        """Release everything: no backward pass will follow. May be called twice."""
         with self._lock:
             self.is_dropped = True
         with contextlib.suppress(IndexError):
@@ -93,60 +102,63 @@ class SavedActivations:
 
 
 class ActivationStore:
-    """The passes that are kept, each for the client who made it and under the id that he gave it.
+    """The activations of clients' passes, by the client's peer id and the id that it gave to the pass.
 
-    Those that nobody has asked for in a long time go when another begins, which may need their room.
+    When a new pass begins, the store drops those that were saved more than `seconds` ago.
     """
 
-    def __init__(self, body: Body, *, most_bytes: int, seconds: float) -> None:
-        self.weights = frozenset(parameter.untyped_storage().data_ptr() for parameter in body.parameters())
-        self.room = ByteBudget(most_bytes)
+    def __init__(self, body: Body, *, max_bytes: int, seconds: float) -> None:
+        self.weight_pointers = frozenset(parameter.untyped_storage().data_ptr() for parameter in body.parameters())
+        self.budget = ByteBudget(max_bytes)
         self._seconds = seconds
         self._clock = asyncio.get_running_loop().time
-        self._activations: dict[tuple[str, str], tuple[float, SavedActivations]] = {}
+        self._passes: dict[tuple[str, str], tuple[float, SavedActivations]] = {}
+
+    def __len__(self) -> int:
+        return len(self._passes)
 
     def new(self, blocks: PassBlocks) -> SavedActivations:
-        """What a pass that comes now is to be kept in."""
+        """The activations of a pass that begins now, still empty."""
         now = self._clock()
-        for key, (since, old) in list(self._activations.items()):
-            if now - since > self._seconds:
+        for key, (saved_at, old) in list(self._passes.items()):
+            if now - saved_at > self._seconds:
                 old.drop()
-                del self._activations[key]
-        return SavedActivations(blocks, self.room)
+                del self._passes[key]
+        return SavedActivations(blocks, self.budget)
 
-    def keep(self, peer: str, name: str, kept: SavedActivations) -> None:
-        """A pass is to be kept, in place of one that had its name."""
-        if (namesake := self.take(peer, name)) is not None:
-            namesake.drop()
-        self._activations[peer, name] = self._clock(), kept
+    def save(self, peer: str, pass_id: str, activations: SavedActivations) -> None:
+        """Store the activations of a pass, in place of an earlier pass of the same id."""
+        if (replaced := self.take(peer, pass_id)) is not None:
+            replaced.drop()
+        self._passes[peer, pass_id] = self._clock(), activations
 
-    def take(self, peer: str, name: str) -> SavedActivations | None:
-        """A pass that this client has made, once."""
-        found = self._activations.pop((peer, name), None)
+    def take(self, peer: str, pass_id: str) -> SavedActivations | None:
+        """Remove and return the activations of a pass of this client, or `None` if there are none."""
+        found = self._passes.pop((peer, pass_id), None)
         return None if found is None else found[1]
 
     def release(self, peer: str) -> None:
-        """A client is gone."""
-        for key in [key for key in self._activations if key[0] == peer]:
-            self._activations.pop(key)[1].drop()
+        """Drop all passes of a client, which is gone."""
+        for key in [key for key in self._passes if key[0] == peer]:
+            self._passes.pop(key)[1].drop()
 
     def drop_adapters(self, adapters: Collection[BlockAdapter]) -> None:
-        """Keep nothing that was computed with these."""
-        for key, (_, kept) in list(self._activations.items()):
-            if any(adapter in adapters for adapter in kept.blocks.adapters.values()):
-                self._activations.pop(key)[1].drop()
+        """Drop the passes that were computed with any of these adapters."""
+        for key, (_, activations) in list(self._passes.items()):
+            if any(adapter in adapters for adapter in activations.blocks.adapters.values()):
+                self._passes.pop(key)[1].drop()
 
 
 @contextlib.contextmanager
-def counting_saved_bytes(weights: Set[int]) -> Iterator[Callable[[], int]]:
-    """What autograd keeps meanwhile: how many bytes that takes beside the weights."""
+def counting_saved_bytes(weight_pointers: Set[int]) -> Iterator[Callable[[], int]]:
+    """Count the bytes that autograd saves while the context lasts, except those of the weights."""
     sizes: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weight_pointers:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an operator that saves its own output would keep itself, where no gc sees it
+        return tensor.detach()  # an operator that saves its own output would form a cycle that gc does not see
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield lambda: sum(sizes.values())
