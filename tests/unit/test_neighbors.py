@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 from shoal.peers import MAX_NEIGHBORS, ServerState
-from shoal.policy.nearest import choose_neighbors, may_be_next
+from shoal.policy.nearest import EXPLORED, choose_neighbors, may_be_next
 from shoal.policy.view import SwarmView
 
 from .test_routing import server
@@ -33,7 +33,7 @@ def test_the_nearest_servers_are_measured_again_and_some_others_are_tried():
     others = [server(f"n{index}", "8:12") for index in range(40)]
     known = {f"n{index}": 0.001 * index for index in range(20)}
     chosen = [each.peer for each in choose_neighbors(SwarmView(12, (ME, *others)), ME, known, random.Random(0))]
-    nearest = MAX_NEIGHBORS - STRANGERS
+    nearest = MAX_NEIGHBORS - EXPLORED
     assert len(set(chosen)) == MAX_NEIGHBORS
     assert chosen[:nearest] == [f"n{index}" for index in range(nearest)]
     assert not any(peer in known for peer in chosen[nearest:])

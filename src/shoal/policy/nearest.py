@@ -11,7 +11,7 @@ from shoal.policy.view import SwarmView
 if TYPE_CHECKING:
     import random
 
-STRANGERS = 4
+EXPLORED = 4
 """Servers of each round that are not among the nearest so far: there may be nearer ones among them."""
 
 
@@ -38,7 +38,7 @@ def choose_neighbors(
     others = [each for each in view.online().servers if each.peer != server.peer and may_be_next(server, each)]
     rng.shuffle(others)
     others.sort(key=lambda each: known.get(each.peer, float("inf")))
-    nearest = [each for each in others if each.peer in known][: MAX_NEIGHBORS - STRANGERS]
+    nearest = [each for each in others if each.peer in known][: MAX_NEIGHBORS - EXPLORED]
     strangers = [each for each in others if each not in nearest]
     strangers.sort(key=lambda each: (each.peer in silent, each.peer in known))
     return (*nearest, *strangers[: MAX_NEIGHBORS - len(nearest)])

@@ -110,5 +110,5 @@ class AttentionBackend(Protocol[M]):
 def attend_with(
     backend: AttentionBackend[M], metadata: M, block: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
 ) -> Tensor:
-    """`AttentionBackend.attend` with a layer's keywords: an `AttentionFunction` once its first two arguments are bound."""
+    """`AttentionBackend.attend` with a layer's keywords: an `AttentionFunction` once the first two are bound."""
     return backend.attend(metadata, block, query, key, value, AttentionOptions.from_layer(options))
