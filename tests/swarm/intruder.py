@@ -13,7 +13,7 @@ import torch
 
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
-from shoal.protocol import AnyMessage, Close, Result
+from shoal.protocol import AnyMessage, Close, NormsResult, PassResult, StepResult
 
 from .harness import Swarm
 
@@ -90,7 +90,7 @@ class Intruder:
                 async with asyncio.timeout(20):
                     while True:
                         answers.append(await codec.receive(stream))
-                        if isinstance(answers[-1][0], Result):
+                        if isinstance(answers[-1][0], StepResult | PassResult | NormsResult):
                             answered.release()
             sending.cancel()
             await stream.close()

@@ -218,7 +218,7 @@ async def test_who_is_preempted_while_a_long_prompt_is_being_named_begins_again(
 
     usual = SessionCache.name
     monkeypatch.setattr(SessionCache, "name", name)
-    monkeypatch.setattr("shoal.server.engine.engine.NAMED_ASIDE", 2)
+    monkeypatch.setattr("shoal.server.engine.engine.HASH_ASIDE_TOKENS", 2)
     async with engine_of(body, num_pages=12) as engine:
         old, young = Visitor(engine, body), Visitor(engine, body, span=Span(0, 1))
         await old.step(random_inputs(1, body, 3, 40))
@@ -324,7 +324,7 @@ async def test_padding_before_recurrent_blocks_is_not_cut_off(family: str):
 
 
 def open_and_close(engine: Engine, **changes: object) -> None:
-    fields = {"model": "", "fingerprint": "", "start": 0, "end": NUM_BLOCKS, "batch_size": 1, "max_length": 8}
+    fields = {"model": "", "fingerprint": "", "start": 0, "end": NUM_BLOCKS, "batch_size": 1, "expected_length": 8}
     session, _ = engine.open("client", Open(**{**fields, **changes}), {})
     engine.close(session)
     engine.close(session)
@@ -335,9 +335,9 @@ async def test_a_session_may_be_closed_twice_and_before_it_began(body: Body):
         open_and_close(engine)
         engine.check_integrity()
         with pytest.raises(Refused, match="65 tokens"):
-            open_and_close(engine, max_length=65)
+            open_and_close(engine, expected_length=65)
         with pytest.raises(Refused, match="can never fit"):
-            open_and_close(engine, max_length=40, batch_size=2)
+            open_and_close(engine, expected_length=40, batch_size=2)
 
 
 # -- a server that forgets ----------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ class Visitor:
             adapters=self.tuning.names(self.span),
             salt=self.salt,
             batch_size=batch_size,
-            max_length=MOST_TOKENS,
+            expected_length=MOST_TOKENS,
         )
         names = self.names()
         digests = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8) if names[0] else None

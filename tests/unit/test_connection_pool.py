@@ -15,7 +15,7 @@ from shoal.client.swarm.adapter_sync import AdapterSync
 from shoal.client.training.connection_pool import IDLE_SECONDS, MAX_ADAPTER_UPLOADS, ConnectionPool
 from shoal.errors import Misrouted, PeerError, ServerLost
 from shoal.model.peft.factors import Factors, name_of
-from shoal.protocol import Adapter, AdapterStored, AnyMessage, Forward, NotCached, Result
+from shoal.protocol import Adapter, AdapterStored, AnyMessage, Forward, NotCached, PassResult
 
 from . import virtual_time
 from .test_connection import SERVER
@@ -79,7 +79,7 @@ class Connection:
         if self.server.forgetful:
             self.server.known.clear()
         wanted = tuple(name for name in request.adapters if name is not None and name not in self.server.known)
-        return (NotCached(adapters=wanted) if wanted else Result()), {}
+        return (NotCached(adapters=wanted) if wanted else PassResult()), {}
 
     async def close(self) -> None:
         await asyncio.sleep(self.server.seconds_to_close)
@@ -98,7 +98,7 @@ def test_a_version_is_sent_once_and_takes_the_place_of_the_one_before():
         server = Server()
         pool = ConnectionPool(server.connect, AdapterSync())
         for number in (0, 0, 1, 1):
-            assert isinstance(await ask(pool, version(number)), Result)
+            assert isinstance(await ask(pool, version(number)), PassResult)
         assert [each.replaces for each in server.lessons] == [None, version(0).name]
         assert server.known == {version(1).name}
         await pool.close()
@@ -178,7 +178,7 @@ def test_what_a_server_has_forgotten_is_sent_again():
         pool = ConnectionPool(server.connect, AdapterSync())
         await ask(pool, version(0))
         server.known.clear()
-        assert isinstance(await ask(pool, version(0)), Result)
+        assert isinstance(await ask(pool, version(0)), PassResult)
         assert len(server.lessons) == 2
         await pool.close()
 
@@ -205,7 +205,7 @@ def test_a_lesson_that_failed_is_given_again():
         with pytest.raises(ServerLost):
             await ask(pool, version(0))
         server.fails = False
-        assert isinstance(await ask(pool, version(0)), Result)
+        assert isinstance(await ask(pool, version(0)), PassResult)
         assert len(server.lessons) == 2
         await pool.close()
 
@@ -273,7 +273,7 @@ def test_what_is_in_use_when_the_pool_is_closed_is_closed_after_it():
         asking = asyncio.create_task(ask(pool))
         await asyncio.sleep(0.5)
         await pool.close()
-        assert isinstance(await asking, Result)
+        assert isinstance(await asking, PassResult)
         assert server.connections[0].is_closed
 
     virtual_time.run(scene())

@@ -22,7 +22,7 @@ from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError, ServerLost
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.routing.route import Hop
-from shoal.protocol import AnyMessage, Close, Leaving, Opened, Ping, Pong, Result, Unreached
+from shoal.protocol import AnyMessage, Close, Leaving, Opened, Ping, Pong, StepResult, Unreached
 from shoal.spans import Span
 from shoal.tensors import TensorName
 
@@ -85,7 +85,7 @@ class Shared:
         self.stage._on_message(message, named)
 
     def answers(self, position: int, num_tokens: int, *, epoch: int = 0, number: float = 1.0) -> None:
-        self.says(Result(epoch=epoch, position=position), hidden=torch.full((1, num_tokens, SIZE), number))
+        self.says(StepResult(epoch=epoch, position=position), hidden=torch.full((1, num_tokens, SIZE), number))
 
     def settle(self) -> bool:
         return self.stage.settle(self.outputs, self.outputs, wire="raw", mask=lambda start, end: None)
@@ -144,7 +144,7 @@ WRONG = {
 def test_who_answers_wrongly_what_we_sent_is_lost(tensors: dict[str, torch.Tensor]):
     steps = Shared()
     steps.expect(3)
-    steps.says(Result(), **tensors)
+    steps.says(StepResult(), **tensors)
     assert not steps.settle()
     assert isinstance(steps.error, ServerLost)
     assert steps.outputs.num_tokens == 0
@@ -154,7 +154,7 @@ def test_who_answers_wrongly_what_we_sent_is_lost(tensors: dict[str, torch.Tenso
 def test_who_answers_wrongly_what_another_pushed_is_not_blamed_at_first(tensors: dict[str, torch.Tensor]):
     steps = Shared()
     steps.expect(3, pushed=True)
-    steps.says(Result(), **tensors)
+    steps.says(StepResult(), **tensors)
     assert not steps.settle()
     assert steps.error is None
     assert steps.stage.is_misled
@@ -175,7 +175,7 @@ def test_numbers_that_are_not_finite_are_judged_when_their_inputs_are_known():
 def test_a_skipped_answer_has_no_tensor():
     steps = Shared()
     steps.expect(3, 3, skip=3)
-    steps.says(Result())
+    steps.says(StepResult())
     assert steps.settle()
     steps.answers(3, 3)
     steps.settle()

@@ -37,8 +37,8 @@ from shoal.protocol.limits import (
 )
 from shoal.protocol.message import Message
 from shoal.protocol.parsing import REPLY_KINDS, REQUEST_KINDS, SESSION_KINDS, AnyMessage, ProtocolViolation, dump, parse
-from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, Result
-from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, Unreached, Upstream
+from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, NormsResult, PassResult
+from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
 
 __all__ = [
     "MAX_BATCH",
@@ -74,21 +74,23 @@ __all__ = [
     "Link",
     "Message",
     "Norms",
+    "NormsResult",
     "NotCached",
     "Open",
     "Opened",
     "PassId",
+    "PassResult",
     "PeerId",
     "Ping",
     "Pong",
     "Position",
     "ProtocolViolation",
     "Reason",
-    "Result",
     "Rewind",
     "Seed",
     "SetNeighbors",
     "Step",
+    "StepResult",
     "Text",
     "Unreached",
     "Upstream",

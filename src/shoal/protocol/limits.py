@@ -9,7 +9,7 @@ from pydantic import Field
 
 from shoal.adapters import AdapterName
 
-PROTOCOL = "/shoal/5"
+PROTOCOL = "/shoal/6"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
 MAX_HEADER_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 256 * 1024 * 1024

@@ -11,8 +11,8 @@ from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
 from shoal.protocol.control import Close, Leaving, Ping, Pong
 from shoal.protocol.failures import Failure
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
-from shoal.protocol.passes import Backward, Forward, Norms, Result
-from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, Unreached
+from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassResult
+from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached
 
 
 class ProtocolViolation(ValueError):
@@ -25,14 +25,16 @@ AnyMessage = (
     | SetNeighbors
     | Rewind
     | Step
+    | StepResult
     | Unreached
     | Adapter
     | AdapterStored
     | NotCached
     | Norms
+    | NormsResult
     | Forward
     | Backward
-    | Result
+    | PassResult
     | Ping
     | Pong
     | Leaving
@@ -48,7 +50,20 @@ REQUEST_KINDS = frozenset(
 SESSION_KINDS = frozenset({"step", "rewind", "set_neighbors", "ping", "close"})
 """Those of them that may follow `Open`."""
 
-REPLY_KINDS = frozenset({"opened", "adapter_stored", "not_cached", "result", "unreached", "pong", "leaving", "failure"})
+REPLY_KINDS = frozenset(
+    {
+        "opened",
+        "step_result",
+        "unreached",
+        "adapter_stored",
+        "not_cached",
+        "pass_result",
+        "norms_result",
+        "pong",
+        "leaving",
+        "failure",
+    }
+)
 """The kinds that a server says."""
 
 _MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="kind")])

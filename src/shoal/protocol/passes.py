@@ -11,9 +11,7 @@ from shoal.protocol.limits import (
     MAX_BLOCKS,
     MAX_FACTORS,
     Block,
-    Epoch,
     PassId,
-    Position,
     Seed,
 )
 from shoal.protocol.message import ComputationMessage, Message, SpanMessage
@@ -94,24 +92,23 @@ class Backward(ComputationMessage):
         return self
 
 
-class Result(Message):
-    """Server: the answer to `Step`, `Forward` (`hidden`), `Norms` (`factors`) or `Backward`.
+class PassResult(Message):
+    """Server: the answer to a `Forward` or a `Backward`.
 
-    That has `grad`, if it is wanted, and `factor_grads`; of the factors' tensors, counted over all blocks, those
-    `unused` had no part in the computation, and have no gradient.
-
-    `factor_grads` [N] are the gradients of the factors of the span's adapters, block after block, in their dtype. Its
-    dtype and its encoding are those of the question's `hidden`. To a step it has the step's `epoch` and `position`,
-    the `seconds` that it took on the server, waiting for others included, and the outputs of the tokens that are not
-    skipped, or nothing if all are.
-
-    To a `Step` that wants logits of N positions (`logits` in it) it has `logits` [B, N, V] instead, always raw, or
-    `logits` and `ids` [B, N, top_k] int64; for N = 0, nothing.
+    To a `Forward` it has `hidden` [B, T, D], the outputs of the span. To a `Backward` it has `grad` [B, T, D], the
+    gradient of the inputs, if that was wanted, and `factor_grads` [F], the gradients of the factors of the span's
+    adapters, block after block, in the dtype of the factors. The other tensors have the dtype and the encoding of the
+    request's `hidden` or `grad`. `unused` are the numbers, counted over all blocks, of the factors' tensors that had no
+    part in the computation: they have no gradient.
     """
 
-    carries = ("hidden", "grad", "logits", "ids", "factor_grads", "factors")
-    kind: Literal["result"] = "result"
-    epoch: Epoch = 0
-    position: Position = 0
-    seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] | None = None
+    carries = ("hidden", "grad", "factor_grads")
+    kind: Literal["pass_result"] = "pass_result"
     unused: FactorIndices = ()
+
+
+class NormsResult(Message):
+    """Server: the answer to `Norms`. Tensor: `factors` [F], float32, the norms of one layer's rows after another's."""
+
+    carries = ("factors",)
+    kind: Literal["norms_result"] = "norms_result"

@@ -39,9 +39,10 @@ class Downstream(Strict):
 
 
 class Open(ComputationMessage):
-    """Client: begin a session on these blocks, which is expected to get `max_length` tokens of `batch_size` sequences.
+    """Client: begin a session of `batch_size` sequences on these blocks.
 
-    It may get longer, as far as the model and the server's cache allow. `digests` [B, N, 16] uint8 (optional) name
+    The client expects each sequence to get `expected_length` tokens. It may get longer, as far as the model and the
+    server's cache allow. `digests` [B, N, 16] uint8 (optional) name
     the first N pages of every sequence's inputs (`shoal.prefix`), which need not be sent if the server has
     computed the same. `salt` is the tenant's: only sessions of equal salts share what was computed. `encoding` is
     how the outputs of these pages shall travel; those of the first `skip` tokens are not wanted. The session is in
@@ -54,7 +55,7 @@ class Open(ComputationMessage):
     encoding: Encoding = "raw"
     skip: Position = 0
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
-    max_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+    expected_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
     epoch: Epoch = 0
     upstream: Upstream | None = None
     downstream: Downstream | None = None
@@ -122,6 +123,22 @@ class Step(Message):
         if self.top_k is not None and self.logits is None:
             raise ValueError("the likeliest tokens without logits")
         return self
+
+
+class StepResult(Message):
+    """Server: the answer to the `Step` of the same `epoch` and `position`.
+
+    Tensors: `hidden` [B, T, D], the outputs of the tokens that are not skipped, in the dtype and the encoding of the
+    step's `hidden`; nothing if all are skipped. A step that asks for the logits of N tokens is answered with `logits`
+    [B, N, V], or with `logits` and `ids` [B, N, top_k] int64, always raw; with nothing if N is 0. `seconds` is how long
+    the step took on the server, waiting for other sessions included.
+    """
+
+    carries = ("hidden", "logits", "ids")
+    kind: Literal["step_result"] = "step_result"
+    epoch: Epoch = 0
+    position: Position = 0
+    seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] | None = None
 
 
 class Unreached(Message):

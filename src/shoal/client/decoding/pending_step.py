@@ -10,7 +10,7 @@ import torch
 
 from shoal.client.head.logits import LogitsRequest
 from shoal.net.wire.codec import Tensors
-from shoal.protocol import Result
+from shoal.protocol import StepResult
 from shoal.tensors import Encoding
 
 
@@ -44,7 +44,7 @@ class PendingStep:
         """What travels to the server."""
         return self.inputs.numel() * self.dtype.itemsize
 
-    def wrong(self, result: Result, tensors: Tensors, encoding: Encoding) -> str | None:
+    def wrong(self, result: StepResult, tensors: Tensors, encoding: Encoding) -> str | None:
         """What is wrong with an answer, as far as shapes and kinds tell; `encoding` is that which was asked for."""
         batch_size, num_tokens, hidden_size = self.inputs
         other = "something else than was asked"

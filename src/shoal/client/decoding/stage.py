@@ -28,10 +28,10 @@ from shoal.protocol import (
     Open,
     Opened,
     Pong,
-    Result,
     Rewind,
     SetNeighbors,
     Step,
+    StepResult,
     Unreached,
     Upstream,
 )
@@ -73,7 +73,7 @@ class Stage:
         self.not_cached: NotCached | None = None  # what the server has to be sent before it can open the session
         self._num_uploads = 0
         self._rows: tuple[int, ...] | None = None  # a rearrangement that the server has not been told
-        self._results: deque[tuple[Result, Tensors]] = deque()  # as they came, not looked at
+        self._results: deque[tuple[StepResult, Tensors]] = deque()  # as they came, not looked at
         self.is_open = False
         self._opened: tuple[Opened, Tensors] | None = None
         self._num_offered = self._num_skipped = 0  # tokens whose names were sent, and whose outputs are not wanted
@@ -231,7 +231,7 @@ class Stage:
     def _on_message(self, message: AnyMessage, tensors: Tensors) -> None:
         assert self.connection is not None
         match message:
-            case Result():
+            case StepResult():
                 if self._awaits(message):
                     self._results.append((message, tensors))
             case Opened() if self._opened is None:
@@ -249,7 +249,7 @@ class Stage:
                 self.connection.fail(self.connection.unasked(message))
         self._notify()
 
-    def _awaits(self, result: Result) -> bool:
+    def _awaits(self, result: StepResult) -> bool:
         """Whether it answers what was asked and is not answered: others are of the past, or nobody asked for them."""
         key = result.epoch, result.position
         is_here = any((each.epoch, each.position) == key for each, _ in self._results)

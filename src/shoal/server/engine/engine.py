@@ -147,9 +147,11 @@ class Engine:
         """
         span = self._validator.span_of(request)
         adapters = self.adapters.of(peer, request, span)
-        if request.max_length > self._validator.max_length:
-            raise rejected(f"a session of {request.max_length} tokens; the model allows {self._validator.max_length}")
-        self._check_fits(request.batch_size, request.max_length)
+        if request.expected_length > self._validator.max_length:
+            raise rejected(
+                f"a session of {request.expected_length} tokens; the model allows {self._validator.max_length}"
+            )
+        self._check_fits(request.batch_size, request.expected_length)
         names = _names_of(request, tensors)
         session = SessionCache(
             self._pool,
@@ -338,6 +340,6 @@ def _names_of(request: Open, tensors: Tensors) -> list[list[bytes]]:
         return [[] for _ in range(request.batch_size)]
     if digests.dtype != torch.uint8 or digests.dim() != 3 or digests.shape[::2] != (request.batch_size, DIGEST_BYTES):
         raise rejected(f"digests must be uint8 of shape [batch, pages, {DIGEST_BYTES}]")
-    if digests.shape[1] * PAGE_TOKENS > request.max_length:
-        raise rejected(f"digests of {digests.shape[1]} pages for a session of {request.max_length} tokens")
+    if digests.shape[1] * PAGE_TOKENS > request.expected_length:
+        raise rejected(f"digests of {digests.shape[1]} pages for a session of {request.expected_length} tokens")
     return [[bytes(name) for name in row.numpy()] for row in digests]

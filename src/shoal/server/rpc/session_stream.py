@@ -18,10 +18,10 @@ from shoal.protocol import (
     Opened,
     Ping,
     Pong,
-    Result,
     Rewind,
     SetNeighbors,
     Step,
+    StepResult,
     Unreached,
     Upstream,
 )
@@ -51,7 +51,7 @@ class SessionStream:
         self._downstream: Downstream | None = None
         self._push_handle: PushHandle | None = None  # to the server after
         self._computing: Step | None = None
-        self._answered: tuple[Result, codec.Tensors, Encoding] | None = None  # the last, if it is not long
+        self._answered: tuple[StepResult, codec.Tensors, Encoding] | None = None  # the last, if it is not long
         self._news = asyncio.Event()
         self._finished = asyncio.Event()
         self._sending = asyncio.Lock()
@@ -213,7 +213,7 @@ class SessionStream:
         else:
             encoding = "raw"
         seconds = asyncio.get_running_loop().time() - began
-        result = Result(epoch=step.epoch, position=step.position, seconds=seconds)
+        result = StepResult(epoch=step.epoch, position=step.position, seconds=seconds)
         if not step.skip and sum(tensor.nbytes for tensor in answer.values()) <= MAX_REPLAYED_RESULT_BYTES:
             self._answered = (result, answer, encoding)
         self._answers.put_nowait((result, answer, encoding))
@@ -227,8 +227,8 @@ class SessionStream:
         if self._push_handle is None:
             done(False)
             return
-        hops_left = step.model_copy(update={"onward": step.hops_left - 1, "skip": 0, "tensors": ()})
-        self._push_handle.push(hops_left, tensors, encoding, done=done)
+        onward = step.model_copy(update={"hops_left": step.hops_left - 1, "skip": 0, "tensors": ()})
+        self._push_handle.push(onward, tensors, encoding, done=done)
 
     # -- answering ----------------------------------------------------------------------------------------------------
 

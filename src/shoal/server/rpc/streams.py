@@ -23,12 +23,13 @@ from shoal.protocol import (
     Failure,
     Forward,
     Norms,
+    NormsResult,
     NotCached,
     Open,
+    PassResult,
     Ping,
     Pong,
     ProtocolViolation,
-    Result,
     Step,
 )
 from shoal.server.engine.engine import Engine
@@ -156,7 +157,7 @@ class Handler:
                 await self._send(stream, AdapterStored())
             case Norms():
                 norms = await self._while_answering_pings(stream, reader, self._engine.norms(message))
-                await self._send(stream, Result(), {"factors": norms})
+                await self._send(stream, NormsResult(), {"factors": norms})
             case Forward() | Backward():
                 result, outcome = await self._while_answering_pings(
                     stream, reader, self._pass(stream.peer, message, tensors)
@@ -168,16 +169,16 @@ class Handler:
 
     async def _pass(
         self, peer: str, request: Forward | Backward, tensors: codec.Tensors
-    ) -> tuple[Result, codec.Tensors]:
+    ) -> tuple[PassResult, codec.Tensors]:
         if isinstance(request, Forward):
-            return Result(), {"hidden": (await self._engine.forward(peer, request, tensors)).to(tensors["hidden"])}
+            return PassResult(), {"hidden": (await self._engine.forward(peer, request, tensors)).to(tensors["hidden"])}
         found = await self._engine.backward(peer, request, tensors)
         answer: dict[TensorName, torch.Tensor] = {}
         if found.inputs_BTD is not None:
             answer["grad"] = found.inputs_BTD.to(tensors["grad"])
         if found.factors_N is not None:
             answer["factor_grads"] = found.factors_N
-        return Result(unused=found.unused), answer
+        return PassResult(unused=found.unused), answer
 
     async def _hold_session(self, stream: Stream, request: Open, tensors: codec.Tensors) -> None:
         if self._leaves_at is not None:
