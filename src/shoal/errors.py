@@ -12,7 +12,8 @@
             ├── ServerLost       it vanished, fell silent or spoke nonsense: go elsewhere
             ├── ServerBusy       it is alive but full: come back later, or go elsewhere
             ├── Misrouted        it cannot do this one: other blocks, other weights, or too small
-            └── RequestRejected  it understood and refuses: the request itself is wrong
+            ├── RequestRejected  it understood and refuses: the request itself is wrong
+            └── CannotRewind     its session cannot go back: everything is to be sent again
 
 The first three of these are handled by the client's one retry loop; everything else reaches the user. Foreign
 errors become one of these at the border where they arise. Each may carry a `hint`: what to do about it.
@@ -92,3 +93,7 @@ class Misrouted(PeerError):
 
 class RequestRejected(PeerError):
     """The peer understood the request and refuses it; no other peer would accept it either."""
+
+
+class CannotRewind(PeerError):
+    """The peer cannot take its session back; the client has to send everything again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from shoal.net.transport import Stream
 from shoal.net.wire.codec import decode, encode, receive, send
 from shoal.net.wire.frames import pack_prefix, unpack_prefix
 from shoal.protocol import (
+    FAILURES,
     MAX_FACTORS,
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -23,6 +24,7 @@ from shoal.protocol import (
     Backward,
     Close,
     Failure,
+    FailureCode,
     Forward,
     PassResult,
     ProtocolViolation,
@@ -250,3 +252,7 @@ async def test_messages_travel_over_a_stream() -> None:
     message, received = await receive(stream)
     assert isinstance(message, Forward)
     assert torch.equal(received["hidden"], torch.full((1, 3, 2), 2.0, dtype=torch.bfloat16))
+
+
+def test_the_client_has_an_error_for_every_code_of_a_failure() -> None:
+    assert set(FAILURES) == set(get_args(FailureCode))

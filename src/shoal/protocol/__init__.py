@@ -8,7 +8,7 @@ parsed here before anything else looks at it: an unknown kind, field or type, or
 
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
 from shoal.protocol.control import Close, Leaving, Ping, Pong
-from shoal.protocol.failures import Failure
+from shoal.protocol.failures import FAILURES, Failure, FailureCode
 from shoal.protocol.limits import (
     MAX_BATCH,
     MAX_BLOCKS,
@@ -41,6 +41,7 @@ from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, Norms
 from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
 
 __all__ = [
+    "FAILURES",
     "MAX_BATCH",
     "MAX_BLOCKS",
     "MAX_FACTORS",
@@ -69,6 +70,7 @@ __all__ = [
     "Epoch",
     "FactorIndices",
     "Failure",
+    "FailureCode",
     "Forward",
     "Leaving",
     "Link",

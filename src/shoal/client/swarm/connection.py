@@ -18,11 +18,11 @@ from shoal.client.options.client_config import ClientConfig
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.message_sizes import check_size
 from shoal.concurrency import first_of, while_moving
-from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost
+from shoal.errors import PeerError, ServerBusy, ServerLost
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo
-from shoal.protocol import REPLY_KINDS, AnyMessage, Close, Failure, Leaving, Ping, Pong, ProtocolViolation
+from shoal.protocol import FAILURES, REPLY_KINDS, AnyMessage, Close, Failure, Leaving, Ping, Pong, ProtocolViolation
 from shoal.tensors import Encoding
 
 OPEN_SECONDS = 6.0
@@ -38,10 +38,6 @@ One that has no room computes nothing either, but after 20 seconds it says that 
 """
 
 Heard = Callable[[AnyMessage, codec.Tensors], None]
-
-
-class CannotRewind(PeerError):
-    """The server cannot take its session back; it has to be sent everything again."""
 
 
 class Connection:
@@ -256,19 +252,12 @@ class Connection:
         return min(PING_SECONDS, max(MIN_PING_SECONDS, 3 * self._usual_seconds))
 
     def _error(self, failure: Failure) -> PeerError:
-        peer = self.peer
-        match failure.code:
-            case "busy":
-                seconds = max(failure.retry_after or 0.0, MIN_RETRY_SECONDS)
-                return ServerBusy(f"{peer} is busy: {failure.reason}", peer=peer, retry_after=seconds)
-            case "misrouted":
-                return Misrouted(f"{peer} cannot do this: {failure.reason}", peer=peer)
-            case "rejected":
-                return RequestRejected(f"{peer} rejects this: {failure.reason}", peer=peer)
-            case "rewind":
-                return CannotRewind(f"{peer} gave up: {failure.reason}", peer=peer)
-            case _:
-                return ServerLost(f"{peer} gave up: {failure.reason}", peer=peer)
+        error_type, said = FAILURES[failure.code]
+        message = f"{self.peer} {said}: {failure.reason}"
+        if error_type is ServerBusy:
+            seconds = max(failure.retry_after or 0.0, MIN_RETRY_SECONDS)
+            return ServerBusy(message, peer=self.peer, retry_after=seconds)
+        return error_type(message, peer=self.peer)
 
     async def close(self, *, goodbye: bool = True) -> None:
         """Release the stream, telling the server if it may still be listening. May be called twice."""

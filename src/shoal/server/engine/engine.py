@@ -18,10 +18,10 @@ from shoal.model.body import Body
 from shoal.model.body_cache import BodyCache
 from shoal.policy.scheduling import PassTimeModel
 from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS
-from shoal.protocol import MAX_PAYLOAD_BYTES, Backward, Failure, Forward, Norms, Open, Step
+from shoal.protocol import MAX_PAYLOAD_BYTES, Backward, Forward, Norms, Open, Step
 from shoal.server.engine.cpu_turns import CpuTurns
 from shoal.server.engine.engine_limits import Limits
-from shoal.server.engine.loop import EngineLoop, preempted
+from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor, alone
 from shoal.server.kv.batch import Pass
@@ -29,7 +29,7 @@ from shoal.server.kv.output_head import Answer, ServerHead
 from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.kv.pages import PagePool, pages_for
 from shoal.server.kv.session_cache import SessionCache
-from shoal.server.refusals import Refused, busy, misrouted, rejected
+from shoal.server.refusals import busy, cannot_rewind, misrouted, preempted, rejected
 from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.step_inputs import StepInputs, Tensors
 from shoal.server.training import block_passes as training
@@ -240,7 +240,7 @@ class Engine:
         try:
             await self._executor.run(rewind)
         except UnsupportedOperation as impossible:
-            raise Refused(Failure(code="rewind", reason=str(impossible))) from impossible
+            raise cannot_rewind(str(impossible)) from impossible
         return cache
 
     def _check_fits(self, batch_size: int, num_tokens: int) -> None:

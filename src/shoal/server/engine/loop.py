@@ -23,7 +23,7 @@ from shoal.server.kv.batch import Chunk, Pass
 from shoal.server.kv.output_head import Answer, ServerHead, answers_of
 from shoal.server.kv.pages import PagePool
 from shoal.server.kv.session_cache import SessionCache
-from shoal.server.refusals import Refused, busy
+from shoal.server.refusals import busy, preempted
 from shoal.server.speed_watch import Watch
 from shoal.server.step_inputs import StepInputs, WantedLogits
 from shoal.server.training.block_passes import Pieces
@@ -331,8 +331,3 @@ class EngineLoop:
             return answers_of(self._head, self._compute(chunks), chunks)
         except Exception as error:
             return [error] * len(chunks)
-
-
-def preempted() -> Refused:
-    """What the client of a session is told that had to give up its pages."""
-    return busy("others needed this session's pages")

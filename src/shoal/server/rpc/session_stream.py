@@ -196,7 +196,7 @@ class SessionStream:
         try:
             answer = await self._engine.step(self._session, request, tensors, rows=received.rows)
         except Refused as refused:
-            if received.link is None or refused.failure.code not in ("rejected", "misrouted"):
+            if received.link is None or not refused.is_request_at_fault:
                 raise
             # It is wrong as it was pushed. The client, who misses it, will send its own.
             log.debug("what was pushed is refused: %s", refused.failure.reason)

@@ -33,7 +33,7 @@ from shoal.protocol import (
     Step,
 )
 from shoal.server.engine.engine import Engine
-from shoal.server.refusals import Refused, rejected
+from shoal.server.refusals import Refused, failure_of, leaving, rejected
 from shoal.server.rpc.push import PushService
 from shoal.server.rpc.session_stream import SessionStream
 from shoal.server.training.adapter_store import MissingFromCache
@@ -44,7 +44,6 @@ T = TypeVar("T")
 
 FAILURE_SEND_SECONDS = 2.0
 """How long a client may take to hear why its stream ends."""
-LEAVING = Failure(code="leaving", reason="this server is going away")
 
 _ANSWER_ENCODING_FROM: dict[str, TensorName] = {"forward": "hidden", "backward": "grad"}
 """The tensor of a question whose encoding the answer has too."""
@@ -101,19 +100,16 @@ class Handler:
         except asyncio.CancelledError:
             if not self._leaving:
                 raise
-            await _fail(stream, LEAVING)
+            await _fail(stream, leaving().failure)
         except StreamBroken:
             log.debug("%s hung up", stream.peer)
         except TimeoutError:
             log.debug("%s said or read nothing for %.0f s", stream.peer, self._idle_seconds)
-        except ProtocolViolation as violation:
-            await _fail(stream, Failure(code="rejected", reason=str(violation)))
-        except Refused as refused:
-            await _fail(stream, refused.failure)
-        except Exception as error:
-            # Whatever a model's code may raise: this client is told, the others go on.
+        except (ProtocolViolation, Refused) as refusal:
+            await _fail(stream, failure_of(refusal))
+        except Exception as error:  # a model's code may raise anything: this client is told, the others go on
             log.exception("a request of %s failed", stream.peer)
-            await _fail(stream, Failure(code="broken", reason=f"{type(error).__name__} while computing"))
+            await _fail(stream, failure_of(error))
         finally:
             self._streams_open.discard(stream_task)
             self._streams[stream.peer] -= 1
@@ -182,7 +178,7 @@ class Handler:
 
     async def _hold_session(self, stream: Stream, request: Open, tensors: codec.Tensors) -> None:
         if self._leaves_at is not None:
-            raise Refused(LEAVING)
+            raise leaving()
         stream_task = SessionStream(stream, self._engine, self._links, idle_seconds=self._idle_seconds)
         self._sessions.add(stream_task)
         try:
