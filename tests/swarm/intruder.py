@@ -132,16 +132,16 @@ class Intruder:
                 await stream.send(header, [frame.payload])
 
 
-def num_conversations(swarm: Swarm, server: str) -> int:
-    """The streams that a server is busy with."""
+def num_streams(swarm: Swarm, server: str) -> int:
+    """The streams that a server serves."""
     return len(swarm.network._transports[server]._tasks)
 
 
-def num_roads(swarm: Swarm) -> int:
-    """The roads from server to server, of all servers."""
-    return sum("shoal-road" in task.get_name() for task in asyncio.all_tasks(swarm.runtime.loop))
+def num_push_connections(swarm: Swarm) -> int:
+    """The connections over which servers push to each other, of all servers."""
+    return sum("shoal-push" in task.get_name() for task in asyncio.all_tasks(swarm.runtime.loop))
 
 
 def num_sessions(swarm: Swarm, server: str) -> int:
     """The sessions that are open on a server."""
-    return len(swarm.servers[server].engine._loop.sessions)
+    return swarm.servers[server].engine.num_sessions

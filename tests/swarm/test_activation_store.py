@@ -96,14 +96,14 @@ def test_graphs_that_nobody_walks_to_their_end_are_let_go_of(body: Body, end: An
 async def test_who_is_told_to_come_back_takes_no_room_meanwhile(body: Body):
     inputs = random_inputs(1, body, 1, 5)
     async with engine_of(body, num_pages=4, limits=Limits(waiting_bytes=inputs.nbytes)) as engine:
-        await engine.forward("trainer", Forward(**ON_SPAN, keep=PASS), {"hidden": inputs})
-        taken = engine._activations.room.num_bytes
-        view = asyncio.create_task(engine.forward("another", Forward(**ON_SPAN), {"hidden": inputs}))
+        await engine.passes.forward("trainer", Forward(**ON_SPAN, keep=PASS), StepInputs(inputs, None, None))
+        taken = engine.passes.activations.room.num_bytes
+        view = asyncio.create_task(engine.passes.forward("another", Forward(**ON_SPAN), StepInputs(inputs, None, None)))
         await asyncio.sleep(0)
         with pytest.raises(Refused, match="too many passes are waiting"):
-            await engine.backward("trainer", Backward(**ON_SPAN, kept=PASS), {"grad": inputs})
+            await engine.passes.backward("trainer", Backward(**ON_SPAN, kept=PASS), inputs, None)
         assert taken > 0
-        assert engine._activations.room.num_bytes == 0
+        assert engine.passes.activations.room.num_bytes == 0
         await view
 
 
@@ -112,11 +112,11 @@ async def test_only_passes_of_adapters_that_left_are_let_go_of(body: Body):
     async with engine_of(body, num_pages=4) as engine:
         for peer, adapter in (("a", mine), ("b", theirs)):
             blocks = PassBlocks(body, body.span, StepInputs(inputs, None, None), {1: adapter}, None)
-            kept = engine._activations.new(blocks)
+            kept = engine.passes.activations.new(blocks)
             finished(forward_to_keep(blocks, kept, frozenset()))
-            engine._activations.keep(peer, PASS, kept)
-        engine._activations.drop_adapters({mine})
-        assert engine._activations.take("a", PASS) is None
-        assert engine._activations.take("b", PASS) is kept
+            engine.passes.activations.keep(peer, PASS, kept)
+        engine.passes.activations.drop_adapters({mine})
+        assert engine.passes.activations.take("a", PASS) is None
+        assert engine.passes.activations.take("b", PASS) is kept
         kept.drop()
-        assert engine._activations.room.num_bytes == 0
+        assert engine.passes.activations.room.num_bytes == 0

@@ -18,7 +18,7 @@ from shoal.server.engine.engine_limits import Limits
 from shoal.server.training.adapter_store import LAYER_BYTES
 
 from .harness import Swarm, swarm_of
-from .intruder import num_conversations, num_sessions
+from .intruder import num_sessions, num_streams
 from .test_adapters import adapted, close
 
 CONFIGS = (
@@ -118,16 +118,16 @@ acts = st.tuples(st.integers(0, 2), st.sampled_from(ACTS)) | st.sampled_from(["s
 def forgets(swarm: Swarm, name: str) -> None:
     engine = swarm.servers[name].engine
     for peer in [*swarm.network._transports]:
-        swarm.call(engine.release, peer)
+        swarm.call(engine.passes.release, peer)
 
 
 def check_empty(swarm: Swarm, name: str) -> None:
     """Nothing of any client is left on a server."""
-    swarm.settle(lambda: not num_conversations(swarm, name))
+    swarm.settle(lambda: not num_streams(swarm, name))
     engine = swarm.servers[name].engine
     assert engine.adapters.num_bytes == 0
-    assert not engine._activations._activations
-    assert engine._activations.room.num_bytes == 0
+    assert not engine.passes.activations._activations
+    assert engine.passes.activations.room.num_bytes == 0
     assert not num_sessions(swarm, name)
     assert engine.cache_tokens_left == engine.cache_tokens
 

@@ -183,7 +183,7 @@ async def test_the_youngest_gives_its_pages_up_and_is_told_at_its_next_step(body
         lost = young.session
         assert lost is not None
         with pytest.raises(Refused, match="others needed this session's pages"):
-            await engine.step(lost, Step(position=30), {"hidden": random_inputs(4, body, 1, 1)})
+            await engine.step(lost, Step(position=30), StepInputs(random_inputs(4, body, 1, 1), None, None))
         old.leave()
         await young.step(random_inputs(4, body, 1, 1))
         assert (old.num_replays, young.num_replays) == (0, 1)

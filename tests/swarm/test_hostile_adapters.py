@@ -157,8 +157,8 @@ def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
 
 def check_nothing_left(swarm: Swarm) -> None:
     engine = swarm.servers["s0"].engine
-    swarm.settle(lambda: not engine.adapters.num_bytes and not engine._activations._activations)
-    assert engine._activations.room.num_bytes == 0
+    swarm.settle(lambda: not engine.adapters.num_bytes and not engine.passes.activations._activations)
+    assert engine.passes.activations.room.num_bytes == 0
 
 
 @pytest.mark.parametrize(("frames", "code", "reason"), ATTACKS)
@@ -264,7 +264,7 @@ def test_a_kept_pass_is_its_clients_alone(town, whole):
 
 def test_a_pass_that_is_kept_twice_under_one_name_is_kept_once(town):
     swarm, _, intruder = town
-    stream, kept = intruder.open(), swarm.servers["s0"].engine._activations
+    stream, kept = intruder.open(), swarm.servers["s0"].engine.passes.activations
     for _ in range(5):
         intruder.tell(stream, forward(keep=PASS))
         intruder.hear(stream)

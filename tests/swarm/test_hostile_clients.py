@@ -38,9 +38,9 @@ from .intruder import (
     Intruder,
     Raw,
     declaring,
-    num_conversations,
-    num_roads,
+    num_push_connections,
     num_sessions,
+    num_streams,
     raw,
 )
 
@@ -339,7 +339,7 @@ def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
 
 def check_idle(swarm: Swarm) -> None:
     """Nobody is there: all room is free, and every page is accounted for."""
-    swarm.settle(lambda: not num_roads(swarm))
+    swarm.settle(lambda: not num_push_connections(swarm))
     engine = swarm.servers["s0"].engine
     assert engine.cache_tokens_left == engine.cache_tokens
     assert num_sessions(swarm, "s0") == 0
@@ -365,11 +365,11 @@ class Peace:
             assert self._session.servers == ("s0", "s1")
             assert answer.tolist() == self._whole.generate(PROMPT, max_new_tokens=4).tolist()
         self._session.close()
-        self._swarm.settle(lambda: not num_conversations(self._swarm, "s0"))
+        self._swarm.settle(lambda: not num_streams(self._swarm, "s0"))
         check_idle(self._swarm)
 
     def _state(self) -> tuple[int, int]:
-        return self._swarm.servers["s0"].engine.cache_tokens_left, num_conversations(self._swarm, "s0")
+        return self._swarm.servers["s0"].engine.cache_tokens_left, num_streams(self._swarm, "s0")
 
 
 @pytest.mark.parametrize(("frames", "code", "reason"), ATTACKS)
@@ -559,7 +559,7 @@ def test_whatever_is_sent_is_answered_or_refused(town, frames):
     assert all(isinstance(answer, Opened | StepResult | PassResult | Pong | Unreached | Failure) for answer in answers)
     assert not any(isinstance(answer, Failure) for answer in answers[:-1])
     assert not any(isinstance(answer, Failure) and answer.code == "broken" for answer in answers)
-    swarm.settle(lambda: not num_conversations(swarm, "s0"))
+    swarm.settle(lambda: not num_streams(swarm, "s0"))
     check_idle(swarm)
 
 
@@ -583,7 +583,7 @@ def test_sessions_that_are_never_used_take_no_room_and_are_ended(swarm: MakeSwar
     assert swarm_.servers["s0"].engine.cache_tokens_left == 64
     answer = swarm_.model().generate(PROMPT, max_new_tokens=4)
     assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
     check_idle(swarm_)
     assert len(silent) == 50
 
@@ -603,7 +603,7 @@ def test_those_who_wait_for_room_get_it_when_silent_sessions_are_ended(swarm: Ma
     crowd_in(swarm_)
     answers = Intruder(swarm_, "s0").ask(opening(), step(), step(2))
     assert isinstance(answers[-1], StepResult)
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
     check_idle(swarm_)
 
 
@@ -640,7 +640,7 @@ def test_a_client_that_never_reads_its_answers_is_ended(swarm: MakeSwarm):
     intruder = Intruder(swarm_, "s0")
     stream = intruder.open()
     intruder.tell(stream, opening(end=4), *[raw("ping")] * 40)
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
     check_idle(swarm_)
 
 
@@ -651,7 +651,7 @@ def test_a_server_leaves_although_somebody_never_reads_its_answers(swarm: MakeSw
     intruder.tell(stream, opening(end=4), *[raw("ping")] * 20)
     swarm_.settle(lambda: num_sessions(swarm_, "s0") == 1)
     swarm_.stop("s0")
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
 
 
 @pytest.mark.parametrize("when", ["before its first step", "in the middle of a step", "between steps"])
@@ -674,7 +674,7 @@ def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, whe
     }[when]
     swarm_.settle(has_come)
     swarm_.kill("intruder")
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
     check_idle(swarm_)
     assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
 
@@ -683,7 +683,7 @@ def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, whe
 def busy_thread(swarm_: Swarm) -> Iterator[None]:
     """Meanwhile, the server computes nothing."""
     free = threading.Event()
-    executor = swarm_.servers["s0"].engine._executor
+    executor = swarm_.servers["s0"].engine.executor
     holding = asyncio.run_coroutine_threadsafe(executor.run(free.wait), swarm_.runtime.loop)
     try:
         yield
@@ -713,7 +713,7 @@ def test_who_hangs_up_after_a_goodbye_is_not_computed_for(swarm: MakeSwarm):
         intruder.tell(stream, forward(), raw("close"), raw("ping"))
         assert isinstance(intruder.hear(stream)[0][0], Pong)
         swarm_.kill("intruder")
-        swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+        swarm_.settle(lambda: not num_streams(swarm_, "s0"))
         assert not swarm_.servers["s0"].engine.queue_length
 
 
@@ -726,10 +726,10 @@ def test_passes_beyond_what_memory_holds_are_asked_to_come_back(swarm: MakeSwarm
     with busy_thread(swarm_):
         for stream in streams:
             crowd.tell(stream, forward({"hidden": hidden(1, 512)}))
-        swarm_.settle(lambda: server._waiting_bytes == most)
+        swarm_.settle(lambda: server.passes.waiting_bytes == most)
         (busy,) = late.ask(forward())
     assert isinstance(busy, Failure)
     assert (busy.code, busy.reason) == ("busy", "too many passes are waiting")
-    swarm_.settle(lambda: server._waiting_bytes == 0)
+    swarm_.settle(lambda: server.passes.waiting_bytes == 0)
     (answer,) = late.ask(forward())
     assert isinstance(answer, PassResult)

@@ -18,7 +18,7 @@ from shoal.server.rpc.session_stream import MAX_PENDING_RESULTS
 from shoal.server.rpc.step_queue import MAX_QUEUED_TOKENS, StepQueue
 
 from .harness import Swarm, swarm_of
-from .intruder import FINGERPRINT, MODEL, Intruder, Raw, num_conversations, num_roads, num_sessions, raw
+from .intruder import FINGERPRINT, MODEL, Intruder, Raw, num_push_connections, num_sessions, num_streams, raw
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -72,10 +72,10 @@ def stranger(swarm: Swarm, name: str = "stranger") -> Intruder:
 
 def check_idle(swarm: Swarm) -> None:
     for name, server in swarm.servers.items():
-        swarm.settle(lambda name=name: not num_conversations(swarm, name) and not num_sessions(swarm, name))
+        swarm.settle(lambda name=name: not num_streams(swarm, name) and not num_sessions(swarm, name))
         assert server.engine.cache_tokens_left == server.engine.cache_tokens
         swarm.call(server.engine.check_integrity)
-    swarm.settle(lambda: not num_roads(swarm))
+    swarm.settle(lambda: not num_push_connections(swarm))
 
 
 def held(swarm: Swarm) -> list[int]:
@@ -83,7 +83,7 @@ def held(swarm: Swarm) -> list[int]:
 
     def look() -> list[int]:
         orders = [each for each in gc.get_objects() if type(each) is StepQueue]
-        return [arrived.size for order in orders for arrived in order._waiting.values()]
+        return [arrived.size for order in orders for arrived in order.waiting]
 
     return swarm.call(look)
 
@@ -239,7 +239,7 @@ def test_a_stream_that_only_pushes_once_is_ended(swarm: MakeSwarm):
     silent = stranger(swarm_)
     for _ in range(20):
         silent.tell(silent.open(), pushed())
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
 
 
 # -- from clients who tie rings -------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from shoal.server.kv.batch import PackedPass, SequentialPass
 from shoal.server.kv.output_head import ServerHead, load_head
 from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages, key_value_shapes
 from shoal.server.neighbors import NeighborMonitor
-from shoal.server.rpc.push import PushService
+from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.streams import Handler
 from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.startup_progress import Phase, Progress, Report, reporter
@@ -161,11 +161,12 @@ async def answering(
     config: ServerConfig, node: Node, model: ModelInfo, announcer: Announcer, info: ServerInfo, engine: Engine
 ) -> AsyncIterator[None]:
     """Answer clients with what is loaded, and announce that, until the context is left; then tell all of them."""
-    handler = Handler(engine, PushService(node.transport), idle_seconds=config.idle_seconds)
+    push_service = PushService(node.transport)
+    handler = Handler(engine, push_service, idle_seconds=config.idle_seconds)
     neighbours = NeighborMonitor(
         node, model, info, every_seconds=config.announce_seconds, changed=announcer.announce_soon
     )
-    async with engine.running(), neighbours.measuring():
+    async with engine.running(), push_service.running(), neighbours.measuring():
         await node.transport.listen(handler)
         try:
             await announcer.set_description(
