@@ -11,16 +11,24 @@ T = TypeVar("T")
 
 
 async def first_of(*works: Coroutine[Any, Any, None]) -> None:
-    """Run these until the first of them ends; the others are cancelled. Raises what that one raised."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
+    """Run these until the first of them ends, and cancel the others. Raises what the first one raised."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_error_of(work)) for work in works]
+        done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        if error := task.result():
+            raise error
+
+
+async def _error_of(work: Coroutine[Any, Any, None]) -> Exception | None:
+    """The error of `work` as a value: raised in a task group, it would come out as a group of errors."""
+    try:
+        await work
+    except Exception as error:
+        return error
+    return None
 
 
 @contextlib.asynccontextmanager

@@ -16,7 +16,7 @@ from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, Ste
 
 
 class ProtocolViolation(ValueError):
-    """Bytes that are no message of ours. The stream that carried them is closed."""
+    """Bytes that are not a message of this protocol. The stream that carried them is closed."""
 
 
 AnyMessage = (
@@ -45,10 +45,10 @@ AnyMessage = (
 REQUEST_KINDS = frozenset(
     {"open", "set_neighbors", "rewind", "step", "adapter", "norms", "forward", "backward", "ping", "close"}
 )
-"""The kinds of messages that a server hears, from clients and from the servers before it."""
+"""The kinds of messages that a server receives, from clients and from upstream servers."""
 
 SESSION_KINDS = frozenset({"step", "rewind", "set_neighbors", "ping", "close"})
-"""Those of them that may follow `Open`."""
+"""The request kinds that may follow `Open`."""
 
 REPLY_KINDS = frozenset(
     {
@@ -64,15 +64,15 @@ REPLY_KINDS = frozenset(
         "failure",
     }
 )
-"""The kinds that a server says."""
+"""The kinds of messages that a server sends to clients."""
 
 _MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="kind")])
 
 
 def parse(header: bytes | bytearray) -> AnyMessage:
-    """The message that these bytes are.
+    """The message that a header contains.
 
-    Raises `ProtocolViolation` for anything else, in one line and without echoing what was sent.
+    Raises `ProtocolViolation` for any other bytes, in one line that repeats nothing of what was sent.
     """
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolViolation(f"a header of {len(header)} bytes")
@@ -90,7 +90,7 @@ def parse(header: bytes | bytearray) -> AnyMessage:
 
 
 def _described(error: ErrorDetails) -> str:
-    """Where and why, without the words of who sent it: names of fields, tags of kinds."""
+    """Where and why a header is invalid, without the words of its sender: names of fields, tags of kinds."""
     match error["type"]:
         case "extra_forbidden":
             where, why = error["loc"][:-1], "a field that it does not have"
