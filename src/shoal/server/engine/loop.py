@@ -211,7 +211,7 @@ class EngineLoop:
         return True
 
     async def _run_pass(self, chosen: Sequence[tuple[StepRequest, int]]) -> None:
-        """Compute so many tokens of each row of these steps."""
+        """Compute one pass: of each step, the number of tokens of every row that stands beside it."""
         decoding = [step for step, _ in chosen if step.view().decodes]
         num_prefill = sum(tokens * len(step.session.rows) for step, tokens in chosen if step not in decoding)
         began = self._clock()
@@ -256,7 +256,7 @@ class EngineLoop:
         return batching_delay(expected, num_ready=len(ready), now=self._clock(), pass_seconds=pass_seconds)
 
     def _seconds_to_next(self, within: float) -> float:
-        """In how many seconds the next decoding step is expected, if that is `within` so many; otherwise 0."""
+        """In how many seconds the next decoding step is expected, if that is less than `within`; otherwise 0."""
         now = self._clock()
         waits = [each.expected_at - now for each in self.sessions if each.expected_at is not None]
         return min((wait for wait in waits if 0 < wait < within), default=0.0)

@@ -1,4 +1,4 @@
-"""The border between the event loop and the compute thread: whatever the loop has chosen is computed there."""
+"""The border between the event loop and the compute thread: what the loop has chosen is computed there."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class PushConnection:
         return None
 
     async def _next(self, seconds: float | None) -> PushedStep | None:
-        """The step that is to be sent next; None if there is none for so many seconds."""
+        """The step that is to be sent next; None if there is none for `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self._queue:

@@ -35,7 +35,7 @@ from shoal.tensors import Encoding
 log = logging.getLogger(__name__)
 
 MAX_PENDING_RESULTS = 4
-"""Results that wait for a slow client or a slow downstream server: with so many, the session computes nothing more."""
+"""Results that wait for a slow client or a slow downstream server: at this number the session stops computing."""
 MAX_REPLAYED_RESULT_BYTES = 1 << 20
 """The last answer is kept if it is not larger, in case the client asks again; a larger one is computed again."""
 
@@ -78,7 +78,7 @@ class SessionStream:
             self._engine.close(self._session)
 
     async def leave(self, seconds: float) -> None:
-        """Tell the client that the server goes away in so many seconds."""
+        """Tell the client that the server goes away in `seconds`."""
         await self._send(Leaving(seconds=seconds))
 
     # -- receiving ----------------------------------------------------------------------------------------------------
