@@ -65,7 +65,7 @@ class Handler:
         self._is_leaving = False
 
     async def drain(self, seconds: float) -> None:
-        """Refuse new sessions, ask the clients of the open ones to go elsewhere, and wait for that, `seconds` at most."""
+        """Refuse new sessions, ask clients to take the open ones elsewhere, and wait for that, `seconds` at most."""
         self._leaves_at = asyncio.get_running_loop().time() + seconds
         if self._sessions:
             log.warning("%d sessions have %.0f s to go on elsewhere", len(self._sessions), seconds)
