@@ -75,7 +75,7 @@ class Amnesia:
         self.num_failures = 0
         self._engine: Engine = engine
         self._transport = transport
-        engine.step, engine.forward = self._drawing(engine.step), self._drawing(engine.forward)
+        engine.step, engine.passes.forward = self._drawing(engine.step), self._drawing(engine.passes.forward)
 
     def _drawing(self, compute: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def draw(*args: Any, **options: Any) -> Any:

@@ -26,7 +26,7 @@ from machine import describe_machine
 from shoal.net import NetworkConfig, codec, join
 from shoal.net.transport import Stream
 from shoal.net.wire.encodings import as_received
-from shoal.protocol import Result, Step
+from shoal.protocol import Step, StepResult
 from shoal.tensors import Encoding
 
 HIDDEN_SIZE = 2048
@@ -43,7 +43,7 @@ CASES: list[tuple[torch.dtype, Encoding]] = [
 async def echo(stream: Stream) -> None:
     while True:
         message, tensors = await codec.receive(stream)
-        await codec.send(stream, Result(), {"hidden": tensors["hidden"]}, message.encoding_of("hidden"))
+        await codec.send(stream, StepResult(), {"hidden": tensors["hidden"]}, message.encoding_of("hidden"))
 
 
 async def serve() -> None:

@@ -10,17 +10,36 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-async def first_of(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Run coroutines until the first of them ends, then cancel the others. Raises what the first one raised."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
+async def first_of(*works: Coroutine[Any, Any, None]) -> None:
+    """Run these until the first of them ends, and cancel the others. Raises what the first one raised."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_error_of(work)) for work in works]
+        done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        if error := task.result():
+            raise error
+
+
+async def _error_of(work: Coroutine[Any, Any, None]) -> Exception | None:
+    """The error of `work` as a value: raised in a task group, it would come out as a group of errors."""
+    try:
+        await work
+    except Exception as error:
+        return error
+    return None
+
+
+@contextlib.asynccontextmanager
+async def owned_task(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task[T]]:
+    """The task of `work`, which ends with the context at the latest. Its result and its error are for the caller."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager

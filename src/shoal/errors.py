@@ -12,7 +12,8 @@
             ├── ServerLost       it is gone, silent or violates the protocol: use another server
             ├── ServerBusy       it has no capacity left: try later, or use another server
             ├── Misrouted        it cannot serve this request: other blocks, other weights, or too small
-            └── RequestRejected  it refuses the request, because the request is wrong
+            ├── RequestRejected  it refuses the request, because the request is wrong
+            └── CannotRewind     it cannot rewind its session: send it all inputs again
 
 The client's retry loop handles `ServerLost`, `ServerBusy` and `Misrouted`. All other errors reach the user. Errors of
 other libraries are translated into these where they arise. Each error may have a `hint` that says what to do.
@@ -89,3 +90,7 @@ class Misrouted(PeerError):
 
 class RequestRejected(PeerError):
     """The peer refuses the request because it is wrong. No other peer would accept it."""
+
+
+class CannotRewind(PeerError):
+    """The peer cannot rewind its session. The client has to send it all inputs again."""

@@ -13,7 +13,7 @@ import torch
 
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
-from shoal.protocol import AnyMessage, Close, Result
+from shoal.protocol import AnyMessage, Close, NormsResult, PassResult, StepResult
 
 from .harness import Swarm
 
@@ -90,7 +90,7 @@ class Intruder:
                 async with asyncio.timeout(20):
                     while True:
                         answers.append(await codec.receive(stream))
-                        if isinstance(answers[-1][0], Result):
+                        if isinstance(answers[-1][0], StepResult | PassResult | NormsResult):
                             answered.release()
             sending.cancel()
             await stream.close()
@@ -137,11 +137,11 @@ def num_conversations(swarm: Swarm, server: str) -> int:
     return swarm.network.num_handlers(server)
 
 
-def num_roads(swarm: Swarm) -> int:
-    """The roads from server to server, of all servers."""
-    return sum("shoal-road" in task.get_name() for task in asyncio.all_tasks(swarm.runtime.loop))
+def num_push_connections(swarm: Swarm) -> int:
+    """The connections over which servers push to each other, of all servers."""
+    return sum("shoal-push" in task.get_name() for task in asyncio.all_tasks(swarm.runtime.loop))
 
 
 def num_sessions(swarm: Swarm, server: str) -> int:
     """The sessions that are open on a server."""
-    return len(swarm.servers[server].engine._loop.sessions)
+    return swarm.servers[server].engine.num_sessions

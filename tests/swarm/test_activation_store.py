@@ -97,13 +97,13 @@ async def test_a_client_that_is_refused_as_busy_takes_none_of_the_budget_meanwhi
     inputs = random_inputs(1, body, 1, 5)
     async with engine_of(body, num_pages=4, limits=Limits(waiting_bytes=inputs.nbytes)) as engine:
         await engine.forward("trainer", Forward(**ON_SPAN, keep=PASS), {"hidden": inputs})
-        taken = engine.activations.budget.used_bytes
+        taken = engine.passes.activations.budget.used_bytes
         waiting = asyncio.create_task(engine.forward("another", Forward(**ON_SPAN), {"hidden": inputs}))
         await asyncio.sleep(0)
         with pytest.raises(Refused, match="too many passes are waiting"):
-            await engine.backward("trainer", Backward(**ON_SPAN, kept=PASS), {"grad": inputs})
+            await engine.passes.backward("trainer", Backward(**ON_SPAN, kept=PASS), inputs, None)
         assert taken > 0
-        assert engine.activations.budget.used_bytes == 0
+        assert engine.passes.activations.budget.used_bytes == 0
         await waiting
 
 
@@ -112,11 +112,11 @@ async def test_only_passes_of_removed_adapters_are_dropped(body: Body):
     async with engine_of(body, num_pages=4) as engine:
         for peer, adapter in (("a", mine), ("b", theirs)):
             blocks = PassBlocks(body, body.span, StepInputs(inputs, None, None), {1: adapter}, None)
-            saved = engine.activations.new(blocks)
+            saved = engine.passes.activations.new(blocks)
             finished(forward_saving(blocks, saved, frozenset()))
-            engine.activations.save(peer, PASS, saved)
-        engine.activations.drop_adapters({mine})
-        assert engine.activations.take("a", PASS) is None
-        assert engine.activations.take("b", PASS) is saved
+            engine.passes.activations.save(peer, PASS, saved)
+        engine.passes.activations.drop_adapters({mine})
+        assert engine.passes.activations.take("a", PASS) is None
+        assert engine.passes.activations.take("b", PASS) is saved
         saved.drop()
-        assert engine.activations.budget.used_bytes == 0
+        assert engine.passes.activations.budget.used_bytes == 0

@@ -18,7 +18,7 @@ from shoal.server.engine.engine_limits import Limits
 from shoal.server.training.adapter_store import LAYER_BYTES
 
 from .harness import Swarm, swarm_of
-from .intruder import num_conversations, num_sessions
+from .intruder import num_sessions, num_streams
 from .test_adapters import adapted, close
 
 CONFIGS = (
@@ -123,11 +123,11 @@ def forgets(swarm: Swarm, name: str) -> None:
 
 def check_empty(swarm: Swarm, name: str) -> None:
     """Nothing of any client is left on a server."""
-    swarm.settle(lambda: not num_conversations(swarm, name))
+    swarm.settle(lambda: not num_streams(swarm, name))
     engine = swarm.servers[name].engine
     assert engine.adapters.num_bytes == 0
-    assert len(engine.activations) == 0
-    assert engine.activations.budget.used_bytes == 0
+    assert len(engine.passes.activations) == 0
+    assert engine.passes.activations.budget.used_bytes == 0
     assert not num_sessions(swarm, name)
     assert engine.cache_tokens_left == engine.cache_tokens
 

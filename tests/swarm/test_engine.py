@@ -183,7 +183,7 @@ async def test_the_youngest_gives_its_pages_up_and_is_told_at_its_next_step(body
         lost = young.session
         assert lost is not None
         with pytest.raises(Refused, match="others needed this session's pages"):
-            await engine.step(lost, Step(position=30), {"hidden": random_inputs(4, body, 1, 1)})
+            await engine.step(lost, Step(position=30), StepInputs(random_inputs(4, body, 1, 1), None, None))
         old.leave()
         await young.step(random_inputs(4, body, 1, 1))
         assert (old.num_replays, young.num_replays) == (0, 1)
@@ -324,7 +324,7 @@ async def test_padding_before_recurrent_blocks_is_not_cut_off(family: str):
 
 
 def open_and_close(engine: Engine, **changes: object) -> None:
-    fields = {"model": "", "fingerprint": "", "start": 0, "end": NUM_BLOCKS, "batch_size": 1, "max_length": 8}
+    fields = {"model": "", "fingerprint": "", "start": 0, "end": NUM_BLOCKS, "batch_size": 1, "expected_length": 8}
     session, _ = engine.open("client", Open(**{**fields, **changes}), {})
     engine.close(session)
     engine.close(session)
@@ -335,9 +335,9 @@ async def test_a_session_may_be_closed_twice_and_before_it_began(body: Body):
         open_and_close(engine)
         engine.check_integrity()
         with pytest.raises(Refused, match="65 tokens"):
-            open_and_close(engine, max_length=65)
+            open_and_close(engine, expected_length=65)
         with pytest.raises(Refused, match="can never fit"):
-            open_and_close(engine, max_length=40, batch_size=2)
+            open_and_close(engine, expected_length=40, batch_size=2)
 
 
 # -- a server that forgets ----------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_a_server_that_answers_nonsense_is_replaced(swarm: MakeSwarm, whole: Pre
 
     def garble(frame: Frame) -> Frame:
         nonlocal replies
-        if frame.sender == "s0" and b'"result"' in frame.header:
+        if frame.sender == "s0" and b'"step_result"' in frame.header:
             replies += 1
             if replies > 2:
                 return Frame(

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from shoal.adapters import Layer
 from shoal.model.peft.factors import factors_name
-from shoal.protocol import AdapterStored, Failure, NotCached, Opened, Result
+from shoal.protocol import AdapterStored, Failure, NormsResult, NotCached, Opened, PassResult, StepResult
 from shoal.server.engine.engine_limits import Limits
 from shoal.server.training.adapter_store import LAYER_BYTES
 
@@ -157,8 +157,8 @@ def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
 
 def check_nothing_left(swarm: Swarm) -> None:
     engine = swarm.servers["s0"].engine
-    swarm.settle(lambda: not engine.adapters.num_bytes and not len(engine.activations))
-    assert engine.activations.budget.used_bytes == 0
+    swarm.settle(lambda: not engine.adapters.num_bytes and not len(engine.passes.activations))
+    assert engine.passes.activations.budget.used_bytes == 0
 
 
 @pytest.mark.parametrize(("frames", "code", "reason"), ATTACKS)
@@ -171,7 +171,7 @@ def test_what_is_no_adapter_is_refused_and_touches_nobody(town, whole, frames, c
         assert re.search(reason, failure.reason)
         assert failure.reason.isprintable()
         assert len(failure.reason) < 400
-        assert all(isinstance(answer, Opened | Result | AdapterStored) for answer in before)
+        assert all(isinstance(answer, Opened | StepResult | PassResult | AdapterStored) for answer in before)
     check_nothing_left(swarm)
 
 
@@ -242,8 +242,8 @@ def test_numbers_beyond_all_others_stay_with_who_sent_them(town, whole, layer: d
     huge = lesson(layer, factors=torch.full((size,), 3e38))
     names = [named_as(layer, torch.full((size,), 3e38)), None]
     with Peace(swarm, model, whole):
-        assert isinstance(intruder.ask(huge, forward(adapters=names))[-1], Result)
-        assert isinstance(intruder.ask(huge, opening(adapters=names), step())[-1], Result)
+        assert isinstance(intruder.ask(huge, forward(adapters=names))[-1], PassResult)
+        assert isinstance(intruder.ask(huge, opening(adapters=names), step())[-1], StepResult)
     check_nothing_left(swarm)
 
 
@@ -256,7 +256,7 @@ def test_a_kept_pass_is_its_clients_alone(town, whole):
     assert thief.ask(graded())[-1] == NotCached(kept=True)
     intruder.tell(stream, graded())
     ((answer, tensors),) = intruder.hear(stream)
-    assert isinstance(answer, Result)
+    assert isinstance(answer, PassResult)
     assert tensors["grad"].isfinite().all()
     assert not intruder.finish(stream)
     check_nothing_left(swarm)
@@ -264,7 +264,7 @@ def test_a_kept_pass_is_its_clients_alone(town, whole):
 
 def test_a_pass_that_is_saved_twice_under_one_id_is_saved_once(town):
     swarm, _, intruder = town
-    stream, activations = intruder.open(), swarm.servers["s0"].engine.activations
+    stream, activations = intruder.open(), swarm.servers["s0"].engine.passes.activations
     for _ in range(5):
         intruder.tell(stream, forward(keep=PASS))
         intruder.hear(stream)
@@ -272,7 +272,7 @@ def test_a_pass_that_is_saved_twice_under_one_id_is_saved_once(town):
     assert len(activations) == 1
     intruder.tell(stream, graded())
     ((answer, _),) = intruder.hear(stream)
-    assert isinstance(answer, Result)
+    assert isinstance(answer, PassResult)
     assert taken > 0
     assert activations.budget.used_bytes == 0
     assert not intruder.finish(stream)
@@ -308,7 +308,7 @@ def test_who_sends_most_loses_first(town):
         intruder.hear(stream)
     modest.tell(own, forward(adapters=[named(), None]))
     ((answer, _),) = modest.hear(own)
-    assert isinstance(answer, Result)
+    assert isinstance(answer, PassResult)
     assert not modest.finish(own)
     assert not intruder.finish(stream)
     check_nothing_left(swarm)
@@ -323,5 +323,5 @@ def test_norms_are_computed_where_training_is_and_a_layer_at_a_time(swarm: Calla
     assert (failure.code, failure.reason) == ("misrouted", "this server offers no forward and backward passes")
     before = engine.num_passes
     (answer,) = Intruder(net, "s1", name="another").ask(norms("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"))
-    assert isinstance(answer, Result)
+    assert isinstance(answer, NormsResult)
     assert engine.num_passes - before >= 3

@@ -17,7 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from shoal.protocol import MAX_BATCH, MAX_STEP_TOKENS, MAX_STEPS_AHEAD, Failure, Opened, Pong, Result, Unreached
+from shoal.protocol import (
+    MAX_BATCH,
+    MAX_STEP_TOKENS,
+    MAX_STEPS_AHEAD,
+    Failure,
+    Opened,
+    PassResult,
+    Pong,
+    StepResult,
+    Unreached,
+)
 from shoal.server.engine.engine_limits import Limits
 
 from .harness import Swarm, swarm_of
@@ -28,9 +38,9 @@ from .intruder import (
     Intruder,
     Raw,
     declaring,
-    num_conversations,
-    num_roads,
+    num_push_connections,
     num_sessions,
+    num_streams,
     raw,
 )
 
@@ -49,7 +59,7 @@ def hidden(batch_size: int = 1, num_tokens: int = 2, size: int = HIDDEN_SIZE) ->
 
 
 def opening(tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> Raw:
-    return raw("open", tensors, **{**ON_SPAN, "batch_size": 1, "max_length": 16, **changes})
+    return raw("open", tensors, **{**ON_SPAN, "batch_size": 1, "expected_length": 16, **changes})
 
 
 def offering(*shape: int, **changes: Any) -> Raw:
@@ -107,13 +117,13 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     # fields that are not there, or of another type
     "somebody else's session": ([opening(), step(session="s0-1")], INVALID),
     "a session without a length": ([raw("open", **ON_SPAN, batch_size=1)], INVALID),
-    "a length that is a float": ([opening(max_length=16.0)], INVALID),
-    "a length that is a string": ([opening(max_length="16")], INVALID),
-    "a length that is a truth": ([opening(max_length=True)], INVALID),
-    "a length that is NaN": ([opening(max_length=float("nan"))], INVALID),
-    "a length that is infinite": ([opening(max_length=float("inf"))], INVALID),
-    "a negative length": ([opening(max_length=-1)], INVALID),
-    "no length": ([opening(max_length=0)], INVALID),
+    "a length that is a float": ([opening(expected_length=16.0)], INVALID),
+    "a length that is a string": ([opening(expected_length="16")], INVALID),
+    "a length that is a truth": ([opening(expected_length=True)], INVALID),
+    "a length that is NaN": ([opening(expected_length=float("nan"))], INVALID),
+    "a length that is infinite": ([opening(expected_length=float("inf"))], INVALID),
+    "a negative length": ([opening(expected_length=-1)], INVALID),
+    "no length": ([opening(expected_length=0)], INVALID),
     "no sequences": ([opening(batch_size=0)], INVALID),
     "too many sequences": ([opening(batch_size=MAX_BATCH + 1)], INVALID),
     "a number of thousands of digits": ([Raw(step().header.replace(b": 0", f": {HUGE}".encode()))], INVALID),
@@ -166,7 +176,10 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a shape of five": ([opening(), declaring(step(), spec(shape=[1, 1, 1, 2, HIDDEN_SIZE]))], INVALID),
     "a shape of floats": ([opening(), declaring(step(), spec(shape=[1.0, 2, HIDDEN_SIZE]))], INVALID),
     "a tensor of weights": ([opening(), declaring(step(), spec("weights"))], INVALID),
-    "a greeting with tensors": ([raw("open", {"hidden": hidden()}, **ON_SPAN, batch_size=1, max_length=8)], INVALID),
+    "a greeting with tensors": (
+        [raw("open", {"hidden": hidden()}, **ON_SPAN, batch_size=1, expected_length=8)],
+        INVALID,
+    ),
     "a ping with tensors": ([raw("ping", {"hidden": hidden()})], INVALID),
     "a step with a gradient": (stepping({"grad": hidden()}), INVALID),
     "a step with digests": (stepping({"digests": torch.zeros(1, 1, 16, dtype=torch.uint8)}), INVALID),
@@ -174,7 +187,10 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a step before a session": ([step()], "a message of kind 'step' makes no sense here"),
     "two sessions on one stream": ([opening(), opening()], "a message of kind 'open' makes no sense here"),
     "an answer from a client": ([raw("opened")], "a message of kind 'opened' makes no sense here"),
-    "a result from a client": ([opening(), raw("result", {"hidden": hidden()})], "'result' makes no sense here"),
+    "a result from a client": (
+        [opening(), raw("step_result", {"hidden": hidden()})],
+        "'step_result' makes no sense here",
+    ),
     "a heartbeat as it was in another version": ([raw("working")], INVALID),
     "a tie before a session": ([raw("set_neighbors")], "a message of kind 'set_neighbors' makes no sense here"),
     "a rewind before a session": ([rewind()], "a message of kind 'rewind' makes no sense here"),
@@ -199,9 +215,9 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "digests of another batch": ([offering(2, 1, 16)], "digests must be uint8 of shape"),
     "digests of a smaller batch": ([offering(1, 1, 16, batch_size=2)], "digests must be uint8 of shape"),
     "more digests than pages": ([offering(1, 2, 16)], "digests of 2 pages for a session of 16 tokens"),
-    "a million digests": ([offering(1, 1 << 20, 16, max_length=512)], "digests of 1048576 pages"),
+    "a million digests": ([offering(1, 1 << 20, 16, expected_length=512)], "digests of 1048576 pages"),
     # a session's tokens
-    "too long a session": ([opening(max_length=MAX_LENGTH + 1)], "513 tokens; the model allows 512"),
+    "too long a session": ([opening(expected_length=MAX_LENGTH + 1)], "513 tokens; the model allows 512"),
     "a step without inputs": ([opening(), step(tensors={})], "hidden states must be floating-point numbers"),
     "words for numbers": (stepping({"hidden": hidden().long()}), "hidden states must be floating-point numbers"),
     "a flat tensor": (stepping({"hidden": hidden()[0]}), "hidden states must be floating-point numbers"),
@@ -233,7 +249,7 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     ),
     "more tokens ahead than allowed": (
         [
-            opening(batch_size=2, max_length=512),
+            opening(batch_size=2, expected_length=512),
             *(step(n, {"hidden": hidden(2, 512)}, epoch=1) for n in range(9)),
         ],
         "more than 16 steps, or 8192 tokens, at once",
@@ -243,11 +259,11 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
         "1500 tokens in one step",
     ),
     "too many tokens at once": (
-        [opening(batch_size=4, max_length=512), step(tensors={"hidden": hidden(4, 300)})],
+        [opening(batch_size=4, expected_length=512), step(tensors={"hidden": hidden(4, 300)})],
         f"1200 tokens in one step; {MAX_STEP_TOKENS} are allowed",
     ),
     "more sequences than any session has": (
-        [opening(max_length=1), step(tensors={"hidden": hidden(MAX_BATCH + 1, 1)})],
+        [opening(expected_length=1), step(tensors={"hidden": hidden(MAX_BATCH + 1, 1)})],
         "1025 sequences; 1024 are allowed",
     ),
     "rows of a session that begins anew": (
@@ -301,7 +317,10 @@ MISROUTED: dict[str, tuple[list[Raw], str]] = {
     "blocks beyond the model's": ([opening(start=7, end=9)], "this server holds blocks 0:2, not 7:9"),
     "a pass through blocks that are elsewhere": ([forward(start=2, end=4)], "holds blocks 0:2, not 2:4"),
     "a pass through another model": ([forward(model="")], "this server holds blocks of"),
-    "more than the whole cache": ([opening(batch_size=9, max_length=512)], "can never fit into this server's cache"),
+    "more than the whole cache": (
+        [opening(batch_size=9, expected_length=512)],
+        "can never fit into this server's cache",
+    ),
 }
 
 ATTACKS = [
@@ -320,7 +339,7 @@ def town(folder: Path) -> Iterator[tuple[Swarm, Any, Intruder]]:
 
 def check_idle(swarm: Swarm) -> None:
     """Nobody is there: all room is free, and every page is accounted for."""
-    swarm.settle(lambda: not num_roads(swarm))
+    swarm.settle(lambda: not num_push_connections(swarm))
     engine = swarm.servers["s0"].engine
     assert engine.cache_tokens_left == engine.cache_tokens
     assert num_sessions(swarm, "s0") == 0
@@ -346,11 +365,11 @@ class Peace:
             assert self._session.servers == ("s0", "s1")
             assert answer.tolist() == self._whole.generate(PROMPT, max_new_tokens=4).tolist()
         self._session.close()
-        self._swarm.settle(lambda: not num_conversations(self._swarm, "s0"))
+        self._swarm.settle(lambda: not num_streams(self._swarm, "s0"))
         check_idle(self._swarm)
 
     def _state(self) -> tuple[int, int]:
-        return self._swarm.servers["s0"].engine.cache_tokens_left, num_conversations(self._swarm, "s0")
+        return self._swarm.servers["s0"].engine.cache_tokens_left, num_streams(self._swarm, "s0")
 
 
 @pytest.mark.parametrize(("frames", "code", "reason"), ATTACKS)
@@ -363,7 +382,7 @@ def test_a_wrong_request_gets_one_clear_answer_and_touches_nobody(town, whole, f
         assert re.search(reason, failure.reason)
         assert failure.reason.isprintable()
         assert len(failure.reason) < 400
-        assert all(isinstance(answer, Opened | Result) for answer in before)
+        assert all(isinstance(answer, Opened | StepResult) for answer in before)
 
 
 UNANSWERED: dict[str, tuple[list[Raw], int]] = {
@@ -383,7 +402,7 @@ UNANSWERED: dict[str, tuple[list[Raw], int]] = {
 def test_a_step_whose_turn_it_is_not_is_held_or_ignored(town, whole, frames, num_results):
     swarm, model, intruder = town
     with Peace(swarm, model, whole):
-        assert [type(answer) for answer in intruder.ask(*frames)] == [Opened, *[Result] * num_results]
+        assert [type(answer) for answer in intruder.ask(*frames)] == [Opened, *[StepResult] * num_results]
 
 
 def test_a_step_that_comes_again_is_answered_again_and_computed_once(town, whole):
@@ -396,7 +415,7 @@ def test_a_step_that_comes_again_is_answered_again_and_computed_once(town, whole
         for _ in range(5):
             intruder.tell(stream, step())
             heard += intruder.hear(stream)
-        assert [type(message) for message, _ in heard] == [Opened, *[Result] * 5]
+        assert [type(message) for message, _ in heard] == [Opened, *[StepResult] * 5]
         assert all(torch.equal(tensors["hidden"], heard[1][1]["hidden"]) for _, tensors in heard[1:])
         assert engine.num_passes == before + 1
         assert not intruder.finish(stream)
@@ -413,7 +432,7 @@ def test_numbers_that_are_none_stay_with_who_sent_them(town, whole, number, kind
         "backward": [backward(hidden=bad, grad=bad)],
     }[kind]
     with Peace(swarm, model, whole):
-        assert isinstance(intruder.ask(*frames)[-1], Result)
+        assert isinstance(intruder.ask(*frames)[-1], StepResult if kind == "step" else PassResult)
 
 
 STRANGE: dict[str, list[Raw]] = {
@@ -443,7 +462,7 @@ STRANGE: dict[str, list[Raw]] = {
     "the same step again and again": [opening(), *[step()] * 20],
     "digests that nobody has computed": [offering(1, 1, 16), step()],
     "digests of a long session": [
-        offering(3, 32, 16, batch_size=3, max_length=512),
+        offering(3, 32, 16, batch_size=3, expected_length=512),
         step(tensors={"hidden": hidden(3)}),
     ],
     "a skip of everything": [opening(skip=99), step(skip=2)],
@@ -486,7 +505,7 @@ def test_what_is_strange_but_allowed_is_computed(town, whole, frames):
     swarm, model, intruder = town
     with Peace(swarm, model, whole):
         *_, (answer, tensors) = intruder.exchange(*frames)
-        assert isinstance(answer, Result)
+        assert isinstance(answer, StepResult | PassResult)
         assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
@@ -537,10 +556,10 @@ noise = st.builds(Raw, st.binary(max_size=200), st.binary(max_size=64))
 def test_whatever_is_sent_is_answered_or_refused(town, frames):
     swarm, _, intruder = town
     answers = intruder.ask(*frames)
-    assert all(isinstance(answer, Opened | Result | Pong | Unreached | Failure) for answer in answers)
+    assert all(isinstance(answer, Opened | StepResult | PassResult | Pong | Unreached | Failure) for answer in answers)
     assert not any(isinstance(answer, Failure) for answer in answers[:-1])
     assert not any(isinstance(answer, Failure) and answer.code == "broken" for answer in answers)
-    swarm.settle(lambda: not num_conversations(swarm, "s0"))
+    swarm.settle(lambda: not num_streams(swarm, "s0"))
     check_idle(swarm)
 
 
@@ -559,12 +578,12 @@ def test_sessions_that_are_never_used_take_no_room_and_are_ended(swarm: MakeSwar
     intruder = Intruder(swarm_, "s0")
     silent = [intruder.open() for _ in range(50)]
     for stream in [intruder.open() for _ in range(50)]:
-        intruder.tell(stream, opening(max_length=64))
+        intruder.tell(stream, opening(expected_length=64))
     swarm_.settle(lambda: num_sessions(swarm_, "s0") == 50)
     assert swarm_.servers["s0"].engine.cache_tokens_left == 64
     answer = swarm_.model().generate(PROMPT, max_new_tokens=4)
     assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
     check_idle(swarm_)
     assert len(silent) == 50
 
@@ -583,8 +602,8 @@ def test_those_who_wait_for_room_get_it_when_silent_sessions_are_ended(swarm: Ma
     swarm_ = swarm("0:4", cache_tokens=64, idle_seconds=0.5)
     crowd_in(swarm_)
     answers = Intruder(swarm_, "s0").ask(opening(), step(), step(2))
-    assert isinstance(answers[-1], Result)
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    assert isinstance(answers[-1], StepResult)
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
     check_idle(swarm_)
 
 
@@ -610,10 +629,10 @@ def test_those_who_find_a_long_queue_are_asked_to_come_back_at_once(swarm: MakeS
     assert isinstance(busy, Failure)
     assert (busy.code, busy.reason) == ("busy", "2 others wait for room in the cache")
     assert [type(answer) for answer in late.ask(opening())] == [Opened]
-    assert isinstance(late.ask(forward())[0], Result)
+    assert isinstance(late.ask(forward())[0], PassResult)
     swarm_.kill("crowd")
     swarm_.settle(lambda: swarm_.servers["s0"].engine.queue_length == 0)
-    assert isinstance(late.ask(opening(), step())[-1], Result)
+    assert isinstance(late.ask(opening(), step())[-1], StepResult)
 
 
 def test_a_client_that_never_reads_its_answers_is_ended(swarm: MakeSwarm):
@@ -621,7 +640,7 @@ def test_a_client_that_never_reads_its_answers_is_ended(swarm: MakeSwarm):
     intruder = Intruder(swarm_, "s0")
     stream = intruder.open()
     intruder.tell(stream, opening(end=4), *[raw("ping")] * 40)
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
     check_idle(swarm_)
 
 
@@ -632,7 +651,7 @@ def test_a_server_leaves_although_somebody_never_reads_its_answers(swarm: MakeSw
     intruder.tell(stream, opening(end=4), *[raw("ping")] * 20)
     swarm_.settle(lambda: num_sessions(swarm_, "s0") == 1)
     swarm_.stop("s0")
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
 
 
 @pytest.mark.parametrize("when", ["before its first step", "in the middle of a step", "between steps"])
@@ -644,7 +663,7 @@ def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, whe
     stream = intruder.open()
     frames = {
         "before its first step": [opening()],
-        "in the middle of a step": [opening(max_length=512), step(tensors={"hidden": hidden(1, 512)})],
+        "in the middle of a step": [opening(expected_length=512), step(tensors={"hidden": hidden(1, 512)})],
         "between steps": [opening(), step(), step(2)],
     }[when]
     intruder.tell(stream, *frames)
@@ -655,7 +674,7 @@ def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, whe
     }[when]
     swarm_.settle(has_come)
     swarm_.kill("intruder")
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
     check_idle(swarm_)
     assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
 
@@ -664,7 +683,7 @@ def test_a_client_that_vanishes_gives_its_room_back(swarm: MakeSwarm, whole, whe
 def busy_thread(swarm_: Swarm) -> Iterator[None]:
     """Meanwhile, the server computes nothing."""
     free = threading.Event()
-    executor = swarm_.servers["s0"].engine._executor
+    executor = swarm_.servers["s0"].engine.executor
     holding = asyncio.run_coroutine_threadsafe(executor.run(free.wait), swarm_.runtime.loop)
     try:
         yield
@@ -694,7 +713,7 @@ def test_who_hangs_up_after_a_goodbye_is_not_computed_for(swarm: MakeSwarm):
         intruder.tell(stream, forward(), raw("close"), raw("ping"))
         assert isinstance(intruder.hear(stream)[0][0], Pong)
         swarm_.kill("intruder")
-        swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+        swarm_.settle(lambda: not num_streams(swarm_, "s0"))
         assert not swarm_.servers["s0"].engine.queue_length
 
 
@@ -707,10 +726,10 @@ def test_passes_beyond_what_memory_holds_are_asked_to_come_back(swarm: MakeSwarm
     with busy_thread(swarm_):
         for stream in streams:
             crowd.tell(stream, forward({"hidden": hidden(1, 512)}))
-        swarm_.settle(lambda: server._waiting_bytes == most)
+        swarm_.settle(lambda: server.passes.waiting_bytes == most)
         (busy,) = late.ask(forward())
     assert isinstance(busy, Failure)
     assert (busy.code, busy.reason) == ("busy", "too many passes are waiting")
-    swarm_.settle(lambda: server._waiting_bytes == 0)
+    swarm_.settle(lambda: server.passes.waiting_bytes == 0)
     (answer,) = late.ask(forward())
-    assert isinstance(answer, Result)
+    assert isinstance(answer, PassResult)

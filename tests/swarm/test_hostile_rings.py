@@ -13,12 +13,12 @@ import torch
 
 from shoal.net.memory import QUEUE_FRAMES
 from shoal.net.transport import Stream
-from shoal.protocol import MAX_STEPS_AHEAD, Failure, Pong, Result, Unreached
+from shoal.protocol import MAX_STEPS_AHEAD, Failure, Pong, StepResult, Unreached
 from shoal.server.rpc.session_stream import MAX_PENDING_RESULTS
 from shoal.server.rpc.step_queue import MAX_QUEUED_TOKENS, StepQueue
 
 from .harness import Swarm, swarm_of
-from .intruder import FINGERPRINT, MODEL, Intruder, Raw, num_conversations, num_roads, num_sessions, raw
+from .intruder import FINGERPRINT, MODEL, Intruder, Raw, num_push_connections, num_sessions, num_streams, raw
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -34,7 +34,7 @@ def opening(span: str = "0:2", **changes: Any) -> Raw:
         "start": start,
         "end": end,
         "batch_size": 1,
-        "max_length": 512,
+        "expected_length": 512,
     }
     return raw("open", **fields | changes)
 
@@ -72,10 +72,10 @@ def stranger(swarm: Swarm, name: str = "stranger") -> Intruder:
 
 def check_idle(swarm: Swarm) -> None:
     for name, server in swarm.servers.items():
-        swarm.settle(lambda name=name: not num_conversations(swarm, name) and not num_sessions(swarm, name))
+        swarm.settle(lambda name=name: not num_streams(swarm, name) and not num_sessions(swarm, name))
         assert server.engine.cache_tokens_left == server.engine.cache_tokens
         swarm.call(server.engine.check_integrity)
-    swarm.settle(lambda: not num_roads(swarm))
+    swarm.settle(lambda: not num_push_connections(swarm))
 
 
 def held(swarm: Swarm) -> list[int]:
@@ -83,7 +83,7 @@ def held(swarm: Swarm) -> list[int]:
 
     def look() -> list[int]:
         orders = [each for each in gc.get_objects() if type(each) is StepQueue]
-        return [arrived.size for order in orders for arrived in order._waiting.values()]
+        return [arrived.size for order in orders for arrived in order.waiting]
 
     return swarm.call(look)
 
@@ -131,7 +131,7 @@ def test_what_is_pushed_wrongly_neither_ends_a_session_nor_gets_into_it(town, gu
     assert len(held(town)) <= MAX_STEPS_AHEAD
     assert sum(held(town)) <= MAX_QUEUED_TOKENS
     result, tensors = answered(guest, stream, step(epoch=2))
-    assert isinstance(result, Result)
+    assert isinstance(result, StepResult)
     assert torch.equal(tensors["hidden"], expected["hidden"])
     assert not guest.finish(stream)
     assert not guest.finish(reference)
@@ -145,7 +145,7 @@ def test_a_push_that_is_no_message_ends_only_its_own_stream(town, guest, frames)
     (failure,) = pusher.ask(*frames)
     assert isinstance(failure, Failure)
     assert failure.code == "rejected"
-    assert isinstance(answered(guest, stream, step())[0], Result)
+    assert isinstance(answered(guest, stream, step())[0], StepResult)
     assert not guest.finish(stream)
 
 
@@ -230,7 +230,7 @@ def test_a_session_that_is_opened_again_over_its_old_link_keeps_it(town, guest):
         answered(guest, stream, opening(upstream=place(pusher.name)))
     assert not guest.finish(old)
     assert not pusher.ask(pushed())
-    assert isinstance(guest.hear(new)[0][0], Result)
+    assert isinstance(guest.hear(new)[0][0], StepResult)
     assert not guest.finish(new)
 
 
@@ -239,7 +239,7 @@ def test_a_stream_that_only_pushes_once_is_ended(swarm: MakeSwarm):
     silent = stranger(swarm_)
     for _ in range(20):
         silent.tell(silent.open(), pushed())
-    swarm_.settle(lambda: not num_conversations(swarm_, "s0"))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
 
 
 # -- from clients who tie rings -------------------------------------------------------------------------------------
@@ -256,16 +256,16 @@ def test_a_ring_that_is_tied_to_a_loop_does_not_turn(town, guest):
         guest.tell(first, step(position, hops_left=256))
         assert guest.hear(first)[0][0].position == position
         assert weaver.hear(second)[0][0].position == position
-    assert not [message for message in guest.finish(first) if isinstance(message, Result)]
-    assert not [message for message in weaver.finish(second) if isinstance(message, Result)]
+    assert not [message for message in guest.finish(first) if isinstance(message, StepResult)]
+    assert not [message for message in weaver.finish(second) if isinstance(message, StepResult)]
     assert [server.engine.num_passes for server in town.servers.values()] == [number + 3 for number in passes]
 
 
 def test_a_server_that_pushes_to_itself_comes_to_an_end(town, guest):
     stream = guest.open()
     answered(guest, stream, opening(upstream=place("s0"), downstream=place("s0")))
-    assert isinstance(answered(guest, stream, step(hops_left=256))[0], Result)
-    assert not [message for message in guest.finish(stream) if isinstance(message, Result)]
+    assert isinstance(answered(guest, stream, step(hops_left=256))[0], StepResult)
+    assert not [message for message in guest.finish(stream) if isinstance(message, StepResult)]
 
 
 @pytest.mark.parametrize("downstream", [None, place("nobody"), place("?!")], ids=["no server", "nobody", "no name"])
@@ -273,7 +273,7 @@ def test_a_client_hears_what_could_not_be_pushed(town, guest, downstream):
     stream = guest.open()
     answered(guest, stream, opening(**{} if downstream is None else {"downstream": downstream}), step(hops_left=3))
     heard = [message for message, _ in guest.hear(stream, 2)]
-    assert {type(message) for message in heard} == {Result, Unreached}
+    assert {type(message) for message in heard} == {StepResult, Unreached}
     assert {(message.epoch, message.position) for message in heard} == {(0, 0)}
     assert not guest.finish(stream)
 
@@ -290,7 +290,7 @@ def test_a_next_server_that_never_reads_holds_up_only_its_own_session(town, gues
     answered(guest, stream, opening(downstream=place(deaf.transport.peer)))
     engine, taken = town.servers["s0"].engine, QUEUE_FRAMES + MAX_PENDING_RESULTS
     for number in range(taken):
-        assert isinstance(answered(guest, stream, step(2 * number, hops_left=1))[0], Result)
+        assert isinstance(answered(guest, stream, step(2 * number, hops_left=1))[0], StepResult)
     num_passes = engine.num_passes
     guest.tell(stream, step(2 * taken, hops_left=1))
     for _ in range(30):
@@ -298,7 +298,7 @@ def test_a_next_server_that_never_reads_holds_up_only_its_own_session(town, gues
         assert (type(pong), pong.working, pong.position) == (Pong, True, 2 * taken)
     assert engine.num_passes == num_passes
     guest.tell(stream, raw("set_neighbors"))
-    assert {type(message) for message, _ in guest.hear(stream, 2)} == {Result, Unreached}
+    assert {type(message) for message, _ in guest.hear(stream, 2)} == {StepResult, Unreached}
     assert not guest.finish(stream)
     town.kill(deaf.transport.peer)
 
@@ -310,4 +310,4 @@ def test_steps_again_and_again_to_a_client_that_does_not_read_are_not_piled_up(t
     guest.tell(stream, *[step(hops_left=1)] * 500)
     heard = guest.finish(stream)
     assert 0 < len(heard) < 500
-    assert {type(message) for message in heard} == {Result, Unreached}
+    assert {type(message) for message in heard} == {StepResult, Unreached}

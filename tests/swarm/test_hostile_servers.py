@@ -163,7 +163,7 @@ def always(*frames: Raw) -> Answer:
 
 def addressed(frame: Raw, message: AnyMessage, **changes: int) -> Raw:
     """The same frame; a result as one to this message."""
-    if not frame.header.startswith(b'{"kind": "result"') or not isinstance(message, Step):
+    if not frame.header.startswith(b'{"kind": "step_result"') or not isinstance(message, Step):
         return frame
     to = {"epoch": message.epoch, "position": message.position}
     to = {name: value + changes.get(name, 0) for name, value in to.items()}
@@ -172,13 +172,15 @@ def addressed(frame: Raw, message: AnyMessage, **changes: int) -> Raw:
 
 def echo(change: Callable[[torch.Tensor], torch.Tensor]) -> Answer:
     """The inputs come back as outputs, changed."""
-    return politely(lambda message, tensors: [addressed(raw("result", {"hidden": change(tensors["hidden"])}), message)])
+    return politely(
+        lambda message, tensors: [addressed(raw("step_result", {"hidden": change(tensors["hidden"])}), message)]
+    )
 
 
 def elsewhere(**changes: int) -> Answer:
     """The results are as they should be, but of other steps."""
     return politely(
-        lambda message, tensors: [addressed(raw("result", {"hidden": tensors["hidden"]}), message, **changes)]
+        lambda message, tensors: [addressed(raw("step_result", {"hidden": tensors["hidden"]}), message, **changes)]
     )
 
 
@@ -202,16 +204,16 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "noise": (always(Raw(bytes(range(256)), b"\xff" * 100)), "is lost: not a valid message"),
     "a pickle": (always(Raw(b"\x80\x04K\x01.")), "is lost: not a valid message"),
     "an answer that stops short": (
-        always(Raw(raw("result", TENSOR).header, b"\0" * 16)),
+        always(Raw(raw("step_result", TENSOR).header, b"\0" * 16)),
         "640 bytes declared, 16 sent",
     ),
-    "a payload of 32 MiB": (always(Raw(raw("result", TENSOR).header, bytes(32 << 20))), "33554432 sent"),
+    "a payload of 32 MiB": (always(Raw(raw("step_result", TENSOR).header, bytes(32 << 20))), "33554432 sent"),
     "a tensor of 2^90 bytes": (
-        always(declaring(raw("result", TENSOR), {"name": "hidden", "dtype": "float32", "shape": [1 << 22] * 4})),
+        always(declaring(raw("step_result", TENSOR), {"name": "hidden", "dtype": "float32", "shape": [1 << 22] * 4})),
         "is lost: a payload of",
     ),
-    "no tensor": (always(raw("result")), "answered something else than was asked"),
-    "another tensor": (always(raw("result", {"grad": TENSOR["hidden"]})), "answered something else than was asked"),
+    "no tensor": (always(raw("step_result")), "answered something else than was asked"),
+    "another tensor": (always(raw("step_result", {"ids": TENSOR["hidden"]})), "answered something else than was asked"),
     "fewer tokens": (
         echo(lambda hidden: hidden[:, 1:].clone() if hidden.shape[1] > 1 else hidden[..., 1:]),
         "else than",
@@ -243,11 +245,11 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "results of another epoch": (elsewhere(epoch=1), UNHEARD),
     "results of another position": (elsewhere(position=3), UNHEARD),
     "results of everything else": (
-        politely(lambda message, tensors: [raw("result", TENSOR, epoch=7, position=n) for n in range(500)]),
+        politely(lambda message, tensors: [raw("step_result", TENSOR, epoch=7, position=n) for n in range(500)]),
         UNHEARD,
     ),
     "a result of a negative epoch": (
-        politely(lambda *_: [raw("result", TENSOR, epoch=-1, position=0)]),
+        politely(lambda *_: [raw("step_result", TENSOR, epoch=-1, position=0)]),
         "is lost: not a valid message",
     ),
     "a pong without a ping": (always(raw("pong")), "answered with 'pong', which was not asked for"),
@@ -335,14 +337,14 @@ def test_a_server_that_is_asked_whether_it_is_there_has_to_say_so(
 
 
 def twice(fields: dict[str, Any], payload: bytes) -> list[Raw]:
-    return [framed(fields, payload)] * (2 if fields["kind"] == "result" else 1)
+    return [framed(fields, payload)] * (2 if fields["kind"] == "step_result" else 1)
 
 
 def crowded(*others: dict[str, Any]) -> Callable[[dict[str, Any], bytes], list[Raw]]:
     """These messages stand before and after every result."""
 
     def says(fields: dict[str, Any], payload: bytes) -> list[Raw]:
-        frames = [framed(other) for other in others] if fields["kind"] == "result" else []
+        frames = [framed(other) for other in others] if fields["kind"] == "step_result" else []
         return [*frames, framed(fields, payload), *frames]
 
     return says
@@ -350,8 +352,10 @@ def crowded(*others: dict[str, Any]) -> Callable[[dict[str, Any], bytes], list[R
 
 NOISES: dict[str, Callable[[dict[str, Any], bytes], list[Raw]]] = {
     "every result twice": twice,
-    "results of other epochs": crowded(*({"kind": "result", "epoch": n, "position": 0} for n in range(50, 90))),
-    "results of other positions": crowded(*({"kind": "result", "epoch": 0, "position": n} for n in range(300, 340))),
+    "results of other epochs": crowded(*({"kind": "step_result", "epoch": n, "position": 0} for n in range(50, 90))),
+    "results of other positions": crowded(
+        *({"kind": "step_result", "epoch": 0, "position": n} for n in range(300, 340))
+    ),
     "pushes that failed": crowded(*({"kind": "unreached", "epoch": n, "position": n} for n in range(40))),
     "a farewell at once": crowded({"kind": "leaving", "seconds": 0}),
     "farewells": crowded(*({"kind": "leaving", "seconds": n} for n in (86400, 0.5, 0, 7))),
@@ -368,7 +372,7 @@ def test_messages_that_were_not_asked_for_change_no_token(honest: Swarm, whole: 
 
 def test_results_that_come_between_two_steps_are_not_kept(honest: Swarm, whole: PreTrainedModel):
     """A flood of them while the user thinks: the client forgets each as it comes."""
-    flood = [{"kind": "result", "epoch": 0, "position": n} for n in range(2000)]
+    flood = [{"kind": "step_result", "epoch": 0, "position": n} for n in range(2000)]
     rogue = Impostor(honest, says=crowded(*flood))
     model = honest.model()
     with model.inference_session(max_length=40) as session:
@@ -442,7 +446,7 @@ def test_a_server_that_never_goes_on_is_left(honest: Swarm, whole: PreTrainedMod
         assert isinstance(message, Step)
         if message.position:
             return [failure("rewind")]
-        return [addressed(raw("result", {"hidden": tensors["hidden"]}), message)]
+        return [addressed(raw("step_result", {"hidden": tensors["hidden"]}), message)]
 
     rogue = Rogue(honest, politely(answer))
     model = honest.model()
@@ -469,9 +473,9 @@ def test_a_server_that_only_ever_rewinds_is_left(honest: Swarm, whole: PreTraine
 def test_passes_and_gradients_come_from_another_server(honest: Swarm, whole: PreTrainedModel):
     def answer(message: AnyMessage, tensors: codec.Tensors) -> list[Raw]:
         if isinstance(message, Forward):
-            return [raw("result", {"hidden": tensors["hidden"] / 0})]
+            return [raw("pass_result", {"hidden": tensors["hidden"] / 0})]
         assert isinstance(message, Backward)
-        return [raw("result", {"hidden": tensors["hidden"]})]
+        return [raw("pass_result", {"hidden": tensors["hidden"]})]
 
     rogue = Rogue(honest, answer)
     model = honest.model()

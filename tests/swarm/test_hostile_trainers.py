@@ -37,7 +37,7 @@ class Trainer:
         self,
         *,
         stores: Callable[[], list[Raw]] = lambda: [raw("adapter_stored")],
-        forward: Callable[[torch.Tensor], list[Raw]] = lambda hidden: [raw("result", {"hidden": hidden})],
+        forward: Callable[[torch.Tensor], list[Raw]] = lambda hidden: [raw("pass_result", {"hidden": hidden})],
         backward: Callable[[torch.Tensor, int], list[Raw]] | None = None,
     ) -> None:
         self._stores, self._forward, self._backward = stores, forward, backward
@@ -60,7 +60,10 @@ def asks(*names: str, kept: bool = False) -> Callable[..., list[Raw]]:
 
 
 ANSWERS: dict[str, tuple[Answer, str]] = {
-    "nothing stored, but computed": (Trainer(stores=lambda: [raw("result")]), "'result', which was not asked for"),
+    "nothing stored, but computed": (
+        Trainer(stores=lambda: [raw("pass_result")]),
+        "'pass_result', which was not asked for",
+    ),
     "learned, three times": (
         Trainer(stores=lambda: [raw("adapter_stored")] * 3),
         "'adapter_stored', which was not asked for",
@@ -87,23 +90,23 @@ def gradients(*, name: str = "factor_grads", **changes: Any) -> Callable[[torch.
 
     def answer(grad: torch.Tensor, num_factors: int) -> list[Raw]:
         found = torch.ones(num_factors + changes.get("more", 0), dtype=changes.get("dtype", torch.float32))
-        return [raw("result", {"grad": grad, name: found.view(changes.get("shape", (-1,)))})]
+        return [raw("pass_result", {"grad": grad, name: found.view(changes.get("shape", (-1,)))})]
 
     return answer
 
 
 LATE_ANSWERS: dict[str, tuple[Answer, str]] = {
     "no gradients of factors": (
-        Trainer(backward=lambda grad, _: [raw("result", {"grad": grad})]),
+        Trainer(backward=lambda grad, _: [raw("pass_result", {"grad": grad})]),
         "answered something else than was asked",
     ),
     "too few": (Trainer(backward=gradients(more=-1)), "answered something else than was asked"),
     "too many": (Trainer(backward=gradients(more=1)), "answered something else than was asked"),
     "integers": (Trainer(backward=gradients(dtype=torch.int64)), "answered something else than was asked"),
     "in two dimensions": (Trainer(backward=gradients(shape=(2, -1))), "answered something else than was asked"),
-    "under another name": (Trainer(backward=gradients(name="logits")), "answered something else than was asked"),
+    "under another name": (Trainer(backward=gradients(name="hidden")), "answered something else than was asked"),
     "no gradient of the inputs": (
-        Trainer(backward=lambda _, num: [raw("result", {"factor_grads": torch.ones(num)})]),
+        Trainer(backward=lambda _, num: [raw("pass_result", {"factor_grads": torch.ones(num)})]),
         "answered something else than was asked",
     ),
     "it lacks the adapters, for ever": (Trainer(backward=asks(NOBODYS)), "rogue has no room for these adapters"),

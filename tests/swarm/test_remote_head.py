@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal import AutoDistributedModel, UserError
 from shoal.model.remote_cache import RemoteCache
-from shoal.protocol import Failure, Result
+from shoal.protocol import Failure, StepResult
 
 from .harness import QUICK, Swarm, swarm_of
 from .intruder import FINGERPRINT, MODEL, Intruder, Raw, raw
@@ -261,7 +261,7 @@ def test_models_without_a_head_and_numbers_below_one_are_refused(swarm: MakeSwar
 
 # -- strangers --------------------------------------------------------------------------------------------------------
 
-OPENING = raw("open", model=MODEL, fingerprint=FINGERPRINT, start=0, end=4, batch_size=2, max_length=16)
+OPENING = raw("open", model=MODEL, fingerprint=FINGERPRINT, start=0, end=4, batch_size=2, expected_length=16)
 
 
 def asking(**fields: Any) -> Raw:
@@ -296,7 +296,7 @@ def test_more_logits_than_a_question_is_worth_are_rejected(swarm: MakeSwarm, mon
     whole_batch = raw("step", {"hidden": torch.ones(128, 1, 32, dtype=torch.bfloat16)}, position=0, logits=1)
     made = swarm_with_head(swarm, "0:4")
     _, answered = Intruder(made, "s0").ask(OPENING, whole_batch)
-    assert isinstance(answered, Result)
+    assert isinstance(answered, StepResult)
     monkeypatch.setattr("shoal.server.engine.validator.MAX_LOGITS_BYTES", 128 * 97 * 2 - 1)
     *_, answer = Intruder(made, "s0", name="another").ask(OPENING, whole_batch)
     assert isinstance(answer, Failure)
@@ -306,7 +306,7 @@ def test_more_logits_than_a_question_is_worth_are_rejected(swarm: MakeSwarm, mon
 @pytest.mark.parametrize("end", [3, 4])
 def test_logits_that_this_server_cannot_know_are_to_be_had_elsewhere(swarm: MakeSwarm, end: int):
     made = swarm("0:4") if end == 4 else swarm_with_head(swarm, "0:4")
-    opening = raw("open", model=MODEL, fingerprint=FINGERPRINT, start=0, end=end, batch_size=2, max_length=16)
+    opening = raw("open", model=MODEL, fingerprint=FINGERPRINT, start=0, end=end, batch_size=2, expected_length=16)
     *_, answer = Intruder(made, "s0").ask(opening, asking(logits=1))
     assert isinstance(answer, Failure)
     assert answer.code == "misrouted"
@@ -326,7 +326,7 @@ def test_logits_come_in_the_dtype_of_the_question_and_raw(swarm: MakeSwarm):
 def test_where_nothing_is_wanted_nothing_is_sent(swarm: MakeSwarm):
     made = swarm_with_head(swarm, "0:4")
     (_, _), (result, tensors) = Intruder(made, "s0").exchange(OPENING, asking(logits=0))
-    assert isinstance(result, Result)
+    assert isinstance(result, StepResult)
     assert not tensors
 
 
@@ -361,7 +361,7 @@ def test_a_head_that_answers_anything_else_is_left(
     swarm: MakeSwarm, whole: PreTrainedModel, top_k: int | None, tensors: dict[str, torch.Tensor]
 ):
     made = swarm_with_head(swarm, "0:4")
-    rogue = Rogue(made, always(raw("result", tensors)), head=True)
+    rogue = Rogue(made, always(raw("step_result", tensors)), head=True)
     model = without_head(made.model(config=replace(REMOTE, head_top_k=top_k)))
     answer = model.generate(PROMPT, max_new_tokens=4)
     assert rogue.asked == ["open", "step"]

@@ -182,7 +182,7 @@ def test_a_server_that_loses_what_nobody_asked_it_to_lose_is_left(swarm: MakeSwa
     swarm_ = swarm("0:4")
 
     def answer(message: AnyMessage, tensors: codec.Tensors) -> list[Any]:
-        frame = raw("result", {"hidden": tensors["hidden"]})
+        frame = raw("step_result", {"hidden": tensors["hidden"]})
         header, buffers = codec.encode(codec.parse(frame.header), {"hidden": tensors["hidden"]}, "int8")
         return [replace(frame, header=header, payload=b"".join(buffers))]
 

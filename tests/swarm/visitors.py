@@ -28,6 +28,7 @@ from shoal.server.kv.batch import PackedPass, SequentialPass
 from shoal.server.kv.paged_cache import PagedCache, key_value_shapes
 from shoal.server.kv.session_cache import SessionCache
 from shoal.server.refusals import Refused
+from shoal.server.step_inputs import StepInputs
 from shoal.server.training.adapter_store import MissingFromCache
 from shoal.spans import Span
 
@@ -135,7 +136,7 @@ class Visitor:
                 if start < self.num_tokens:
                     rearranged = None if rows is None else tuple(rows)
                     answer = await self._engine.step(
-                        self.session, Step(position=start), self._tensors(start), rows=rearranged
+                        self.session, Step(position=start), self._inputs(start), rows=rearranged
                     )
                     self.outputs_BSD = torch.cat((self.outputs_BSD[:, :start], answer["hidden"]), dim=1)
                 return self.outputs_BSD[:, position:]
@@ -179,7 +180,7 @@ class Visitor:
             adapters=self.tuning.names(self.span),
             salt=self.salt,
             batch_size=batch_size,
-            max_length=MOST_TOKENS,
+            expected_length=MOST_TOKENS,
         )
         names = self.names()
         digests = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8) if names[0] else None
@@ -198,11 +199,11 @@ class Visitor:
         positions = torch.arange(self.num_tokens)
         return [b"".join(page_hashes(first, hidden, positions)) for hidden in self.inputs_BSD]
 
-    def _tensors(self, start: int) -> dict[Any, Tensor]:
-        tensors = {"hidden": self.inputs_BSD[:, start:]}
+    def _inputs(self, start: int) -> StepInputs:
+        tensors: dict[Any, Tensor] = {"hidden": self.inputs_BSD[:, start:]}
         if not self._mask_BS.all():
             tensors |= {"mask": self._mask_BS[:, start:], "positions": _positions(self._mask_BS)[:, start:]}
-        return tensors
+        return self._engine.validator.step_inputs(tensors)
 
     def leave(self) -> None:
         """Close the session. May be called twice."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from shoal.net.transport import Stream
 from shoal.net.wire.codec import decode, encode, receive, send
 from shoal.net.wire.frames import pack_prefix, unpack_prefix
 from shoal.protocol import (
+    FAILURES,
     MAX_FACTORS,
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -23,9 +24,10 @@ from shoal.protocol import (
     Backward,
     Close,
     Failure,
+    FailureCode,
     Forward,
+    PassResult,
     ProtocolViolation,
-    Result,
     Rewind,
     Step,
     dump,
@@ -61,7 +63,7 @@ messages: st.SearchStrategy[AnyMessage] = st.one_of(
     st.builds(Backward, **spans),
     st.builds(Failure, code=st.just("busy"), reason=words, retry_after=st.floats(0, 3600)),
     st.builds(
-        Result, unused=st.sets(st.integers(0, MAX_FACTORS - 1), max_size=20).map(lambda found: tuple(sorted(found)))
+        PassResult, unused=st.sets(st.integers(0, MAX_FACTORS - 1), max_size=20).map(lambda found: tuple(sorted(found)))
     ),
     st.just(Close()),
 )
@@ -133,7 +135,7 @@ def test_noise_is_refused(header: bytes, payload: bytes) -> None:
 
 def declared(**spec: Any) -> bytes:
     tensor = {"name": "hidden", "dtype": "float32", "shape": [1, 1, 4]} | spec
-    return json.dumps({"kind": "result", "tensors": [tensor]}).encode()
+    return json.dumps({"kind": "step_result", "tensors": [tensor]}).encode()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_a_tensor_that_no_message_has_is_refused(spec: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        b'{"kind":"result","tensors":[],"extra":1}',
+        b'{"kind":"step_result","tensors":[],"extra":1}',
         b'{"kind":"unknown"}',
         b'{"position":1}',
         b'{"kind":"step","position":NaN}',
@@ -182,17 +184,17 @@ def test_a_header_that_is_no_message_is_refused_in_one_short_line(header: bytes)
 
 
 def test_a_result_has_room_for_all_factors_that_are_unused() -> None:
-    result = Result(unused=tuple(range(MAX_FACTORS)))
+    result = PassResult(unused=tuple(range(MAX_FACTORS)))
     assert parse(dump(result)) == result
-    beyond = json.dumps({"kind": "result", "unused": "0" * (MAX_FACTORS // 4 + 2)})
+    beyond = json.dumps({"kind": "pass_result", "unused": "0" * (MAX_FACTORS // 4 + 2)})
     with pytest.raises(ProtocolViolation, match="not up to 200000 bits"):
         parse(beyond.encode())
 
 
 @pytest.mark.parametrize("unused", [[1, 2], 7, "xy", "abc"])
 def test_what_is_unused_is_said_in_bits(unused: Any) -> None:
-    with pytest.raises(ProtocolViolation, match="result: unused"):
-        parse(json.dumps({"kind": "result", "unused": unused}).encode())
+    with pytest.raises(ProtocolViolation, match="pass_result: unused"):
+        parse(json.dumps({"kind": "pass_result", "unused": unused}).encode())
 
 
 def test_only_computations_carry_tensors() -> None:
@@ -218,7 +220,7 @@ def test_what_was_sent_is_not_repeated(word: str, value: str) -> None:
 
 def test_a_tensor_cannot_be_declared_twice() -> None:
     tensor = {"name": "hidden", "dtype": "uint8", "shape": [16]}
-    header = json.dumps({"kind": "result", "tensors": [tensor, tensor]}).encode()
+    header = json.dumps({"kind": "step_result", "tensors": [tensor, tensor]}).encode()
     with pytest.raises(ProtocolViolation, match="twice"):
         decode(header, bytearray(32))
 
@@ -250,3 +252,7 @@ async def test_messages_are_sent_over_a_stream() -> None:
     message, received = await receive(stream)
     assert isinstance(message, Forward)
     assert torch.equal(received["hidden"], torch.full((1, 3, 2), 2.0, dtype=torch.bfloat16))
+
+
+def test_the_client_has_an_error_for_every_code_of_a_failure() -> None:
+    assert set(FAILURES) == set(get_args(FailureCode))

@@ -18,7 +18,7 @@ from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Buffer, HeaderCheck, 
 from shoal.net.wire.frames import payload_bytes
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.liveness import PING_SECONDS, STUCK_SECONDS
-from shoal.protocol import AnyMessage, Leaving, Ping, Pong, Result, Step, dump, parse
+from shoal.protocol import AnyMessage, Leaving, Ping, Pong, Step, StepResult, dump, parse
 from shoal.spans import Span
 
 from . import virtual_time
@@ -161,13 +161,13 @@ def test_a_server_whose_work_takes_long_is_not_stuck_so_soon():
 
 def test_a_server_that_answers_now_and_then_is_not_stuck():
     def answer(message: AnyMessage) -> list[AnyMessage]:
-        return [Pong(working=True, num_passes=7)] + [Result()] * (len(stream.sent) % 20 == 0)
+        return [Pong(working=True, num_passes=7)] + [StepResult()] * (len(stream.sent) % 20 == 0)
 
     stream = ScriptedStream(answer)
     assert ended(stream, within=300)[1] is None
 
 
-@pytest.mark.parametrize("said", [[Pong()], [Result(), Pong()], [Leaving(seconds=1.0), Pong(working=True)]])
+@pytest.mark.parametrize("said", [[Pong()], [StepResult(), Pong()], [Leaving(seconds=1.0), Pong(working=True)]])
 def test_a_pong_without_a_ping_ends_it_at_once(said: list[AnyMessage]):
     stream = ScriptedStream(lambda message: [])
     stream.say(*said)

@@ -15,7 +15,7 @@ from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS, AdapterSync
 from shoal.client.training.connection_pool import IDLE_SECONDS, ConnectionPool
 from shoal.errors import Misrouted, PeerError, ServerLost
 from shoal.model.peft.factors import AdapterFactors, factors_name
-from shoal.protocol import Adapter, AdapterStored, AnyMessage, Forward, NotCached, Result
+from shoal.protocol import Adapter, AdapterStored, AnyMessage, Forward, NotCached, PassResult
 
 from . import virtual_time
 from .test_connection import SERVER
@@ -79,7 +79,7 @@ class Connection:
         if self.server.forgetful:
             self.server.known.clear()
         wanted = tuple(name for name in request.adapters if name is not None and name not in self.server.known)
-        return (NotCached(adapters=wanted) if wanted else Result()), {}
+        return (NotCached(adapters=wanted) if wanted else PassResult()), {}
 
     async def close(self) -> None:
         await asyncio.sleep(self.server.seconds_to_close)
@@ -98,7 +98,7 @@ def test_a_version_is_sent_once_and_takes_the_place_of_the_one_before():
         server = Server()
         async with ConnectionPool(server.connect, AdapterSync()) as pool:
             for number in (0, 0, 1, 1):
-                assert isinstance(await ask(pool, version(number)), Result)
+                assert isinstance(await ask(pool, version(number)), PassResult)
             assert [each.replaces for each in server.uploads] == [None, version(0).name]
             assert server.known == {version(1).name}
 
@@ -175,7 +175,7 @@ def test_an_adapter_that_a_server_has_dropped_is_sent_again():
         async with ConnectionPool(server.connect, AdapterSync()) as pool:
             await ask(pool, version(0))
             server.known.clear()
-            assert isinstance(await ask(pool, version(0)), Result)
+            assert isinstance(await ask(pool, version(0)), PassResult)
             assert len(server.uploads) == 2
 
     virtual_time.run(scene())
@@ -200,7 +200,7 @@ def test_an_upload_that_failed_is_repeated():
             with pytest.raises(ServerLost):
                 await ask(pool, version(0))
             server.fails = False
-            assert isinstance(await ask(pool, version(0)), Result)
+            assert isinstance(await ask(pool, version(0)), PassResult)
             assert len(server.uploads) == 2
 
     virtual_time.run(scene())
@@ -263,7 +263,7 @@ def test_a_connection_in_use_is_closed_after_its_pass_if_the_pool_is_closed():
         async with ConnectionPool(server.connect, AdapterSync()) as pool:
             asking = asyncio.create_task(ask(pool))
             await asyncio.sleep(0.5)
-        assert isinstance(await asking, Result)
+        assert isinstance(await asking, PassResult)
         assert server.connections[0].is_closed
 
     virtual_time.run(scene())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shoal.net.wire.codec import decode, encode
 from shoal.net.wire.encodings import MIN_PEAK, SERIAL_VALUES, as_received, from_int8, to_int8
-from shoal.protocol import MAX_PAYLOAD_BYTES, ProtocolViolation, Result
+from shoal.protocol import MAX_PAYLOAD_BYTES, ProtocolViolation, StepResult
 from shoal.tensors import INT8_BLOCK, LOSSY, Encoding
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,7 +39,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sent(tensor: torch.Tensor, encoding: Encoding) -> torch.Tensor:
-    header, buffers = encode(Result(), {"hidden": tensor}, encoding)
+    header, buffers = encode(StepResult(), {"hidden": tensor}, encoding)
     _, received = decode(header, bytearray(b"".join(buffers)))
     return received["hidden"]
 
@@ -128,14 +128,14 @@ def test_zeros_stay_zeros_and_tiny_values_become_zeros() -> None:
 
 def test_int8_takes_half_of_the_bytes_of_bfloat16() -> None:
     tensor = torch.randn(2, 5, 2048)
-    sizes = {name: sum(len(b) for b in encode(Result(), {"hidden": tensor}, name)[1]) for name in ("raw", *LOSSY)}
+    sizes = {name: sum(len(b) for b in encode(StepResult(), {"hidden": tensor}, name)[1]) for name in ("raw", *LOSSY)}
     assert sizes["bfloat16"] * 2 == sizes["raw"]
     assert sizes["int8"] <= 0.516 * sizes["bfloat16"]
 
 
 @given(tensors(), encodings)
 def test_the_declared_size_is_the_size(tensor: torch.Tensor, encoding: Encoding) -> None:
-    header, buffers = encode(Result(), {"hidden": tensor}, encoding)
+    header, buffers = encode(StepResult(), {"hidden": tensor}, encoding)
     payload = bytearray(b"".join(buffers))
     for wrong in (payload[:-1], payload + bytes(1)):
         with pytest.raises(ProtocolViolation, match="bytes declared"):
@@ -156,7 +156,7 @@ def test_a_tensor_that_would_not_get_smaller_is_sent_raw(dtype: torch.dtype) -> 
 
 def declared(**spec: Any) -> bytes:
     tensor = {"name": "hidden", "dtype": "float32", "shape": [1, 1, 64], "encoding": "int8"} | spec
-    return json.dumps({"kind": "result", "tensors": [tensor]}).encode()
+    return json.dumps({"kind": "step_result", "tensors": [tensor]}).encode()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from shoal.policy.scheduling import PassTimeModel
 from shoal.server.engine.engine_limits import Limits
 from shoal.server.engine.loop import EngineLoop
+from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.executor import Executor
 from shoal.server.kv.batch import Chunk
 from shoal.server.kv.pages import PagePool
@@ -52,16 +53,16 @@ class AtOnce(Executor):
 class Server:
     """Turns over a pass that computes nothing and takes a second, and the seconds that each side has had."""
 
-    def __init__(self, limits: Limits, *, num_pages: int = 100, watch: Watch | None = None) -> None:
+    def __init__(
+        self, limits: Limits, *, num_pages: int = 100, watch: Watch | None = None, executor: Executor | None = None
+    ) -> None:
         self.clock = Clock()
         self.inference = self.training = 0.0
         self.pool = PagePool(num_pages)
         pass_time = PassTimeModel(PASS_SECONDS, 1e-3)
         self.loop = EngineLoop(
-            self._compute,
-            AtOnce(),
+            ModelRunner(self._compute, executor or AtOnce()),
             self.pool,
-            cpu_turns=None,
             pass_time=pass_time,
             limits=limits,
             watch=watch,
@@ -223,14 +224,14 @@ async def test_who_waits_for_room_in_vain_is_told():
 
 
 async def test_whose_first_tokens_are_being_computed_is_not_told_that_there_is_no_room():
-    server = Server(Limits(queue_seconds=0.05))
     slow = asyncio.Event()
 
-    async def run(function: Callable[[], T]) -> T:
-        await slow.wait()
-        return function()
+    class Slow(AtOnce):
+        async def run(self, function: Callable[[], T]) -> T:
+            await slow.wait()
+            return function()
 
-    server.loop._executor.run = run  # type: ignore[method-assign]
+    server = Server(Limits(queue_seconds=0.05), executor=Slow())
     async with running(server):
         step = asyncio.create_task(server.step(server.session(), 30))
         asyncio.get_running_loop().call_later(0.1, slow.set)

@@ -12,7 +12,7 @@ from shoal.net.transport import CHUNK_BYTES, StreamBroken
 from shoal.net.wire import codec
 from shoal.net.wire.frames import PREFIX_BYTES, pack_prefix
 from shoal.net.wire.receive_budget import ReceiveBudget
-from shoal.protocol import REQUEST_KINDS, SESSION_KINDS, AnyMessage, Forward, Ping, ProtocolViolation, Result, dump
+from shoal.protocol import REQUEST_KINDS, SESSION_KINDS, AnyMessage, Forward, Ping, ProtocolViolation, StepResult, dump
 from shoal.tensors import TensorSpec
 
 pytestmark = pytest.mark.anyio
@@ -78,7 +78,7 @@ async def soon(act: Any) -> Any:
         (dump(Ping()), 200 * MIB),
         (dump(forward(1, 16)), 200 * MIB),
         (dump(forward()), 4),
-        (dump(Result(tensors=forward().tensors)), 4 * MIB),
+        (dump(StepResult(tensors=forward().tensors)), 4 * MIB),
     ],
     ids=["garbage", "a ping with a payload", "more than is declared", "less than is declared", "an answer"],
 )

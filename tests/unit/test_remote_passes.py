@@ -22,7 +22,7 @@ from shoal.client.training.remote_passes import RemotePasses
 from shoal.errors import UserError
 from shoal.model.peft.factors import ActiveAdapters, AdapterFactors
 from shoal.policy.routing.route import Hop
-from shoal.protocol import MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES, Adapter, AdapterStored, AnyMessage, Forward, Result
+from shoal.protocol import MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES, Adapter, AdapterStored, AnyMessage, Forward, PassResult
 from shoal.spans import Span
 from shoal.tensors import MAX_DIMENSION
 
@@ -92,9 +92,9 @@ class OneServer:
         span = Span(request.start, request.end)
         self.asked.append((request.kind, span))
         if isinstance(request, Forward):
-            return Result(), {"hidden": tensors["hidden"]}
+            return PassResult(), {"hidden": tensors["hidden"]}
         found = {"factor_grads": zeros(sum(self.num_factors.get(block, 0) for block in span))}
-        return Result(), found | ({"grad": tensors["grad"]} if request.inputs else {})
+        return PassResult(), found | ({"grad": tensors["grad"]} if request.inputs else {})
 
 
 def trained(plan: PassPlan, hidden_BTD: torch.Tensor) -> OneServer:

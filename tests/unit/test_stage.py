@@ -24,7 +24,7 @@ from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError, ServerLost
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.routing.route import Hop
-from shoal.protocol import AnyMessage, Close, Leaving, Open, Opened, Ping, Pong, Result, Unreached
+from shoal.protocol import AnyMessage, Close, Leaving, Open, Opened, Ping, Pong, StepResult, Unreached
 from shoal.spans import Span
 from shoal.tensors import TensorName
 
@@ -108,7 +108,7 @@ class Scene:
         self.connection.on_message(message, named)
 
     def answers(self, position: int, num_tokens: int, *, epoch: int = 0, number: float = 1.0) -> None:
-        self.says(Result(epoch=epoch, position=position), hidden=torch.full((1, num_tokens, SIZE), number))
+        self.says(StepResult(epoch=epoch, position=position), hidden=torch.full((1, num_tokens, SIZE), number))
 
     def settle(self) -> bool:
         return self.stage.settle(self.outputs, self.outputs, wire="raw", mask=lambda start, end: None)
@@ -168,7 +168,7 @@ WRONG = {
 def test_a_server_that_answers_wrongly_what_the_client_sent_is_lost(tensors: dict[str, torch.Tensor]):
     steps = Scene()
     steps.expect(3)
-    steps.says(Result(), **tensors)
+    steps.says(StepResult(), **tensors)
     assert not steps.settle()
     assert isinstance(steps.error, ServerLost)
     assert steps.outputs.num_tokens == 0
@@ -178,7 +178,7 @@ def test_a_server_that_answers_wrongly_what_the_client_sent_is_lost(tensors: dic
 def test_a_server_that_answers_wrongly_what_another_pushed_is_not_blamed_at_first(tensors: dict[str, torch.Tensor]):
     steps = Scene()
     steps.expect(3, pushed=True)
-    steps.says(Result(), **tensors)
+    steps.says(StepResult(), **tensors)
     assert not steps.settle()
     assert steps.error is None
     assert steps.stage.status is StageStatus.MISLED
@@ -199,7 +199,7 @@ def test_numbers_that_are_not_finite_are_judged_when_their_inputs_are_known():
 def test_a_skipped_answer_has_no_tensor():
     steps = Scene()
     steps.expect(3, 3, skip=3)
-    steps.says(Result())
+    steps.says(StepResult())
     assert steps.settle()
     steps.answers(3, 3)
     steps.settle()

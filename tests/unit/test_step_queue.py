@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shoal.protocol import MAX_STEPS_AHEAD, Rewind, Step
 from shoal.server.refusals import Refused
 from shoal.server.rpc.step_queue import MAX_QUEUED_TOKENS, ReceivedStep, StepQueue
+from shoal.server.step_inputs import StepInputs
 
 LINK, OTHER_LINK = "0" * 32, "1" * 32
 
@@ -20,7 +21,7 @@ def received(
     position: int, num_tokens: int = 1, *, epoch: int = 0, link: str | None = None, batch_size: int = 1
 ) -> ReceivedStep:
     hidden_BTD = torch.zeros(batch_size, num_tokens, 1)
-    return ReceivedStep(Step(epoch=epoch, position=position), {"hidden": hidden_BTD}, link=link)
+    return ReceivedStep(Step(epoch=epoch, position=position), StepInputs(hidden_BTD, None, None), link=link)
 
 
 def taken(queue: StepQueue) -> list[ReceivedStep]:
@@ -140,7 +141,7 @@ def test_a_rearrangement_is_not_lost_with_its_step_when_a_rewind_comes_meanwhile
 
 
 def held(queue: StepQueue) -> list[ReceivedStep]:
-    return list(queue._waiting.values())
+    return list(queue.waiting)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 60), st.sampled_from([1, 512, 1024])), max_size=60))

@@ -8,25 +8,25 @@ import torch
 from shoal.protocol import MAX_FACTORS, MAX_LENGTH, MAX_PASS_TOKENS
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.refusals import Refused
-from shoal.server.step_inputs import StepInputs
+from shoal.server.step_inputs import Tensors
 from shoal.spans import Span
 
-CHECKS = RequestValidator(model="", fingerprint="", span=Span(0, 1), hidden_size=1, max_length=MAX_LENGTH)
+VALIDATOR = RequestValidator(model="", fingerprint="", span=Span(0, 1), hidden_size=1, max_length=MAX_LENGTH)
 
 
-def sequence_of(num_tokens: int) -> StepInputs:
-    return StepInputs(torch.zeros(1, num_tokens, 1), None, None)
+def sequence_of(num_tokens: int) -> Tensors:
+    return {"hidden": torch.zeros(1, num_tokens, 1)}
 
 
 def test_a_sequence_whose_attention_would_fill_the_memory_is_refused():
     """Whatever the model and a payload allow: masks and scores have the square of its tokens."""
-    CHECKS.check_pass(sequence_of(MAX_PASS_TOKENS))
+    VALIDATOR.pass_inputs(sequence_of(MAX_PASS_TOKENS))
     with pytest.raises(Refused, match="16385 tokens in one pass; 16384 are allowed") as refusal:
-        CHECKS.check_pass(sequence_of(MAX_PASS_TOKENS + 1))
+        VALIDATOR.pass_inputs(sequence_of(MAX_PASS_TOKENS + 1))
     assert refusal.value.failure.code == "rejected"
 
 
 def test_more_tensors_of_factors_than_an_answer_can_name_are_refused():
-    CHECKS.check_factors(MAX_FACTORS)
+    VALIDATOR.check_factors(MAX_FACTORS)
     with pytest.raises(Refused, match="200001 tensors of factors in one span; 200000 are allowed"):
-        CHECKS.check_factors(MAX_FACTORS + 1)
+        VALIDATOR.check_factors(MAX_FACTORS + 1)

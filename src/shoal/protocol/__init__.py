@@ -1,14 +1,14 @@
-"""Every message that peers exchange, typed, with its limits. It imports the words of the ground only.
+"""Every message that peers exchange, typed, with its limits. It imports the ground only.
 
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
-The first message of a stream is `Open` for a session, `Forward` or `Backward` for single computations, or a `Step`
-with a `link`, which one server pushes to the next; before the former three there may be `Adapter`s. Whatever arrives is
-parsed here before anything else looks at it: an unknown kind, field or type, or a number beyond its limit, is refused.
+The first message of a stream is `Open` for a session, `Forward`, `Backward` or `Norms` for single computations, or a
+`Step` with a `link`, which one server pushes to the next. `Adapter`s may come before the first four. Every header is
+parsed here before any other code sees it: an unknown kind, field or type, or a number beyond its limit, is refused.
 """
 
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
 from shoal.protocol.control import Close, Leaving, Ping, Pong
-from shoal.protocol.failures import Failure
+from shoal.protocol.failures import FAILURES, Failure, FailureCode
 from shoal.protocol.limits import (
     MAX_BATCH,
     MAX_BLOCKS,
@@ -37,10 +37,11 @@ from shoal.protocol.limits import (
 )
 from shoal.protocol.message import Message
 from shoal.protocol.parsing import REPLY_KINDS, REQUEST_KINDS, SESSION_KINDS, AnyMessage, ProtocolViolation, dump, parse
-from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, Result
-from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, Unreached, Upstream
+from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, NormsResult, PassResult
+from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
 
 __all__ = [
+    "FAILURES",
     "MAX_BATCH",
     "MAX_BLOCKS",
     "MAX_FACTORS",
@@ -69,26 +70,29 @@ __all__ = [
     "Epoch",
     "FactorIndices",
     "Failure",
+    "FailureCode",
     "Forward",
     "Leaving",
     "Link",
     "Message",
     "Norms",
+    "NormsResult",
     "NotCached",
     "Open",
     "Opened",
     "PassId",
+    "PassResult",
     "PeerId",
     "Ping",
     "Pong",
     "Position",
     "ProtocolViolation",
     "Reason",
-    "Result",
     "Rewind",
     "Seed",
     "SetNeighbors",
     "Step",
+    "StepResult",
     "Text",
     "Unreached",
     "Upstream",

@@ -1,4 +1,4 @@
-"""The messages by which a client's adapters reach a server, or turn out not to be there."""
+"""The messages by which a client's adapters reach a server, or by which the server says that it lacks them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from shoal.protocol.message import Message
 
 
 class Adapter(Message):
-    """Client: keep this adapter of a block for me, under the name that its contents have (`shoal.adapters`).
+    """Client: keep this adapter of a block, under the name that follows from its contents (`shoal.adapters`).
 
-    Tensor: `factors` [N], those of all its layers, one after another. It is kept as long as the client has a stream to
-    the server and there is room; the one that it `replaces` is not needed any more. If it is of an adapter that is
-    `shared`, the server may keep it for others. Answered by `AdapterStored`.
+    Tensor: `factors` [F], those of all layers, one layer after another. The server keeps the adapter as long as the
+    client has a stream to it and there is room. The one that it `replaces` is not needed any more. An adapter of a PEFT
+    folder that several clients use is `shared`: the server may keep it for others. Answered by `AdapterStored`.
     """
 
     carries = ("factors",)
@@ -31,15 +31,15 @@ class Adapter(Message):
 
 
 class AdapterStored(Message):
-    """Server: the adapter is here."""
+    """Server: the adapter is stored."""
 
     kind: Literal["adapter_stored"] = "adapter_stored"
 
 
 class NotCached(Message):
-    """Server: what was asked needs these `adapters`, or what was to be `kept`, and they are not here (any more).
+    """Server: the request needs these `adapters`, or the pass that was to be `kept`, and the server does not have them.
 
-    Send them, and ask again.
+    The client sends the adapters, or the inputs of the pass, and asks again.
     """
 
     kind: Literal["not_cached"] = "not_cached"

@@ -1,4 +1,4 @@
-"""The messages that say how a peer is: there, leaving, or done."""
+"""The messages that say what state a peer is in: alive, leaving, or done."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from shoal.protocol.message import Message
 
 
 class Ping(Message):
-    """Client: are you there, and is this still wanted? Answered by `Pong`, at any time."""
+    """Client: is the server alive? The request is still wanted. Answered by `Pong`, at any time."""
 
     kind: Literal["ping"] = "ping"
 
 
 class Pong(Message):
-    """Server: here. `working` on what was asked here, or waiting for its turn; all that it computes, it counts.
+    """Server: it is alive. It is `working` if it computes what was asked on this stream, or has it in a queue.
 
-    A session expects the step of this `epoch` and `position` next, or computes it. `num_passes` grows with every pass
-    of the whole server: a server that works, and whose count stands still for long, is stuck.
+    A session computes the step of this `epoch` and `position`, or expects it next. `num_passes` grows with every pass
+    that the server computes, for any client: a server that is working while its count stands still for long is stuck.
     """
 
     kind: Literal["pong"] = "pong"
@@ -34,13 +34,13 @@ class Pong(Message):
 
 
 class Leaving(Message):
-    """Server: it goes away in so many `seconds`. Continue elsewhere before."""
+    """Server: it goes away in `seconds`. The client should continue on another server before that."""
 
     kind: Literal["leaving"] = "leaving"
     seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 
 
 class Close(Message):
-    """Client: the end, in band, because a crash and a clean close of a stream look alike."""
+    """Client: the end of the stream. It is a message because a crash and a clean close of a stream look alike."""
 
     kind: Literal["close"] = "close"

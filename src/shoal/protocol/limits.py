@@ -1,5 +1,4 @@
-"""How large, how long and how many: the limits of everything that peers send, and the types of fields that carry
-them."""
+"""The limits of everything that peers send, and the types of the fields that they bound."""
 
 from __future__ import annotations
 
@@ -9,37 +8,44 @@ from pydantic import Field
 
 from shoal.adapters import AdapterName
 
-PROTOCOL = "/shoal/5"
+PROTOCOL = "/shoal/6"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
 MAX_HEADER_BYTES = 64 * 1024
+"""The JSON of one message: room for the longest lists that the limits below allow."""
 MAX_PAYLOAD_BYTES = 256 * 1024 * 1024
+"""The tensors of one message, on the wire and decoded: `MAX_STEP_TOKENS` of the widest models, and little memory."""
 MAX_STEP_TOKENS = 1024
-"""The tokens, over all sequences of a batch, that one message carries at most; clients cut longer work in pieces.
+"""The tokens, of all sequences of a batch, that one message carries at most; clients cut longer inputs into pieces.
 
-A single token of every sequence always fits; for one sequence of a `Forward` or `Backward`, see `MAX_PASS_TOKENS`."""
+A single token of every sequence always fits. `MAX_PASS_TOKENS` is for one sequence of a `Forward` or `Backward`."""
 MAX_PASS_TOKENS = 16 * 1024
 """The tokens of one sequence of a `Forward` or `Backward`: it cannot be cut, and some attention needs their square."""
 MAX_LOGITS_BYTES = 64 * 1024 * 1024
-"""The logits of one answer: a small question must not cost much memory. Beyond, clients compute the head themselves."""
+"""The logits of one answer: a small request must not cost much memory. For more, clients use their own head."""
 MAX_BATCH = 1024
+"""The sequences of a batch: as many as one message has tokens."""
 MAX_LENGTH = 1 << 22
+"""The tokens of a sequence, and the likeliest tokens of one position: beyond every model there is."""
 MAX_BLOCKS = 4096
+"""The blocks of a model: beyond every model there is."""
 MAX_HOPS = 256
+"""The servers that a step may be pushed through: more than a route has, and an end to rings linked into a loop."""
 MAX_FACTORS = 200_000
 """Tensors of factors in a span: a bit for each fits into a header."""
 MAX_TEXT = 256
+"""The characters of a name."""
 MAX_STEPS_AHEAD = 16
-"""The steps of one session that a server keeps beside the one that it computes."""
+"""The steps of one session that wait on a server beside the one that it computes: their inputs stay in memory."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # it ends up on terminals
+Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # users see it on terminals
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 Position = Annotated[int, Field(ge=0, le=MAX_LENGTH)]
 Epoch = Annotated[int, Field(ge=0, lt=1 << 53)]
 PeerId = Annotated[str, Field(min_length=1, max_length=64)]
 Address = Annotated[str, Field(max_length=300, pattern=r"^[^\p{C}]*$")]
 Link = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-"""A secret of the client and two servers: by it the one may push to the other's session."""
+"""A secret that the client gives two servers: it allows the one to push steps to the session on the other."""
 Adapted = Annotated[tuple[AdapterName | None, ...], Field(max_length=MAX_BLOCKS, strict=False)]
-"""The adapter of each block of a span; nothing at all if no block has one."""
+"""The name of the adapter of each block of a span; empty if no block has one."""
 PassId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Seed = Annotated[int, Field(ge=0, lt=1 << 53)]

@@ -16,6 +16,8 @@ from shoal.tensors import Encoding, TensorName, TensorSpec
 
 
 class Message(Strict):
+    """One header: the fields of a message, and the `tensors` that follow it, of those that its kind `carries`."""
+
     carries: ClassVar[tuple[TensorName, ...]] = ()
     tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=4, strict=False)] = ()
 
@@ -24,20 +26,23 @@ class Message(Strict):
         names = [spec.name for spec in self.tensors]
         if len(set(names)) != len(names):
             raise ValueError("a tensor is declared twice")
-        if strangers := [name for name in names if name not in self.carries]:
-            raise ValueError(f"it carries no {strangers[0]}")
+        if unexpected := [name for name in names if name not in self.carries]:
+            raise ValueError(f"it carries no {unexpected[0]}")
         return self
 
     def encoding_of(self, name: TensorName) -> Encoding:
-        """How one of its tensors travels; "raw" for one that it lacks."""
+        """How one of its tensors travels; "raw" for one that it does not have."""
         return next((spec.encoding for spec in self.tensors if spec.name == name), "raw")
 
     @property
     def payload_bytes(self) -> int:
+        """The length of the payload that carries its tensors."""
         return sum(spec.aligned_nbytes for spec in self.tensors)
 
 
 class SpanMessage(Message):
+    """A request about the blocks `start` to `end` of a model, whose weights have this `fingerprint`."""
+
     model: Text
     fingerprint: Text
     start: Block
@@ -51,7 +56,7 @@ class SpanMessage(Message):
 
 
 class ComputationMessage(SpanMessage):
-    """Something to be computed on a span with `adapters`, which the server must have been sent (`Adapter`)."""
+    """A computation on a span with `adapters`, by the names under which the server has stored them (`Adapter`)."""
 
     adapters: Adapted = ()
 

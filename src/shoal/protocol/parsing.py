@@ -11,12 +11,12 @@ from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
 from shoal.protocol.control import Close, Leaving, Ping, Pong
 from shoal.protocol.failures import Failure
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
-from shoal.protocol.passes import Backward, Forward, Norms, Result
-from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, Unreached
+from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassResult
+from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached
 
 
 class ProtocolViolation(ValueError):
-    """Bytes that are no message of ours. The stream that carried them is closed."""
+    """Bytes that are not a message of this protocol. The stream that carried them is closed."""
 
 
 AnyMessage = (
@@ -25,14 +25,16 @@ AnyMessage = (
     | SetNeighbors
     | Rewind
     | Step
+    | StepResult
     | Unreached
     | Adapter
     | AdapterStored
     | NotCached
     | Norms
+    | NormsResult
     | Forward
     | Backward
-    | Result
+    | PassResult
     | Ping
     | Pong
     | Leaving
@@ -43,21 +45,34 @@ AnyMessage = (
 REQUEST_KINDS = frozenset(
     {"open", "set_neighbors", "rewind", "step", "adapter", "norms", "forward", "backward", "ping", "close"}
 )
-"""The kinds of messages that a server hears, from clients and from the servers before it."""
+"""The kinds of messages that a server receives, from clients and from upstream servers."""
 
 SESSION_KINDS = frozenset({"step", "rewind", "set_neighbors", "ping", "close"})
-"""Those of them that may follow `Open`."""
+"""The request kinds that may follow `Open`."""
 
-REPLY_KINDS = frozenset({"opened", "adapter_stored", "not_cached", "result", "unreached", "pong", "leaving", "failure"})
-"""The kinds that a server says."""
+REPLY_KINDS = frozenset(
+    {
+        "opened",
+        "step_result",
+        "unreached",
+        "adapter_stored",
+        "not_cached",
+        "pass_result",
+        "norms_result",
+        "pong",
+        "leaving",
+        "failure",
+    }
+)
+"""The kinds of messages that a server sends to clients."""
 
 _MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(Annotated[AnyMessage, Field(discriminator="kind")])
 
 
 def parse(header: bytes | bytearray) -> AnyMessage:
-    """The message that these bytes are.
+    """The message that a header contains.
 
-    Raises `ProtocolViolation` for anything else, in one line and without echoing what was sent.
+    Raises `ProtocolViolation` for any other bytes, in one line that repeats nothing of what was sent.
     """
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolViolation(f"a header of {len(header)} bytes")
@@ -75,7 +90,7 @@ def parse(header: bytes | bytearray) -> AnyMessage:
 
 
 def _described(error: ErrorDetails) -> str:
-    """Where and why, without the words of who sent it: names of fields, tags of kinds."""
+    """Where and why a header is invalid, without the words of its sender: names of fields, tags of kinds."""
     match error["type"]:
         case "extra_forbidden":
             where, why = error["loc"][:-1], "a field that it does not have"

@@ -11,9 +11,7 @@ from shoal.protocol.limits import (
     MAX_BLOCKS,
     MAX_FACTORS,
     Block,
-    Epoch,
     PassId,
-    Position,
     Seed,
 )
 from shoal.protocol.message import ComputationMessage, Message, SpanMessage
@@ -27,7 +25,7 @@ def _packed(indices: tuple[int, ...]) -> str:
 
 
 def _unpacked(indices: object) -> object:
-    if isinstance(indices, tuple):  # ours: nothing that is parsed is a tuple
+    if isinstance(indices, tuple):  # made by our own code: JSON has no tuples
         return indices
     if not isinstance(indices, str) or len(indices) > MAX_FACTORS // 4:
         raise ValueError(f"not up to {MAX_FACTORS} bits in hexadecimal digits")
@@ -38,14 +36,13 @@ def _unpacked(indices: object) -> object:
 FactorIndices = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=MAX_FACTORS)], ...], BeforeValidator(_unpacked), PlainSerializer(_packed)
 ]
-"""Numbers of factors' tensors, which travel as bits: in hexadecimal digits, eight bits a byte, the lowest first."""
+"""Numbers of factors' tensors. They travel as bits in hexadecimal digits, eight bits a byte, the lowest bit first."""
 
 
 class Norms(SpanMessage):
-    """Client: how long the rows of these linear layers' weights are, in the one block of this span.
+    """Client: what are the norms of the rows of these linear layers' weights, in the one block of this span?
 
-    With these DoRA's magnitudes begin, where training is offered. No layer is named twice. Answered by a `Result` with
-    `factors` [N], float32, layer after layer.
+    DoRA's magnitudes begin with them. Servers that offer training answer with `NormsResult`. No layer is named twice.
     """
 
     kind: Literal["norms"] = "norms"
@@ -61,10 +58,11 @@ class Norms(SpanMessage):
 
 
 class Forward(ComputationMessage):
-    """Client: compute the span without a cache. Tensors: `hidden` [B, T, D]; optionally `positions`, `mask` [B, T].
+    """Client: compute the span without a cache. Answered by `PassResult` or `NotCached`.
 
-    With `keep`, a `Backward` of that id is going to follow: what it needs may be kept. The layers of the adapters that
-    have a dropout drop what the `seed` says; without one, nothing.
+    Tensors: `hidden` [B, T, D]; optionally `positions` [B, T] int64 and the padding `mask` [B, T] uint8. With `keep`, a
+    `Backward` of that id will follow, and the server may keep what it needs. What adapters with a dropout drop follows
+    from the `seed`; without one, they drop nothing.
     """
 
     carries = ("hidden", "positions", "mask")
@@ -74,10 +72,11 @@ class Forward(ComputationMessage):
 
 
 class Backward(ComputationMessage):
-    """Client: the gradient of the span's factors and, unless that is not wanted, of its `inputs`.
+    """Client: compute the gradients of the span's factors and, if `inputs` is true, of its inputs.
 
-    The factors of `frozen` blocks need none. Tensors: `grad` [B, T, D] of the output; and those of the `Forward`,
-    unless the server has `kept` what it needs.
+    Answered by `PassResult` or `NotCached`. Tensors: `grad` [B, T, D], the gradient of the outputs; and the tensors of
+    the `Forward`, unless the server should have `kept` what it needs under that id. The factors of `frozen` blocks need
+    no gradient.
     """
 
     carries = ("hidden", "positions", "mask", "grad")
@@ -94,24 +93,23 @@ class Backward(ComputationMessage):
         return self
 
 
-class Result(Message):
-    """Server: the answer to `Step`, `Forward` (`hidden`), `Norms` (`factors`) or `Backward`.
+class PassResult(Message):
+    """Server: the answer to a `Forward` or a `Backward`.
 
-    That has `grad`, if it is wanted, and `factor_grads`; of the factors' tensors, counted over all blocks, those
-    `unused` had no part in the computation, and have no gradient.
-
-    `factor_grads` [N] are the gradients of the factors of the span's adapters, block after block, in their dtype. Its
-    dtype and its encoding are those of the question's `hidden`. To a step it has the step's `epoch` and `position`,
-    the `seconds` that it took on the server, waiting for others included, and the outputs of the tokens that are not
-    skipped, or nothing if all are.
-
-    To a `Step` that wants logits of N positions (`logits` in it) it has `logits` [B, N, V] instead, always raw, or
-    `logits` and `ids` [B, N, top_k] int64; for N = 0, nothing.
+    To a `Forward` it has `hidden` [B, T, D], the outputs of the span. To a `Backward` it has `grad` [B, T, D], the
+    gradient of the inputs, if that was wanted, and `factor_grads` [F], the gradients of the factors of the span's
+    adapters, block after block, in the dtype of the factors. The other tensors have the dtype and the encoding of the
+    request's `hidden` or `grad`. `unused` are the numbers, counted over all blocks, of the factors' tensors that had no
+    part in the computation: they have no gradient.
     """
 
-    carries = ("hidden", "grad", "logits", "ids", "factor_grads", "factors")
-    kind: Literal["result"] = "result"
-    epoch: Epoch = 0
-    position: Position = 0
-    seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] | None = None
+    carries = ("hidden", "grad", "factor_grads")
+    kind: Literal["pass_result"] = "pass_result"
     unused: FactorIndices = ()
+
+
+class NormsResult(Message):
+    """Server: the answer to `Norms`. Tensor: `factors` [F], float32, the norms of one layer's rows after another's."""
+
+    carries = ("factors",)
+    kind: Literal["norms_result"] = "norms_result"

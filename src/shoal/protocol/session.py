@@ -24,14 +24,14 @@ from shoal.tensors import Encoding
 
 
 class Upstream(Strict):
-    """The server from which a session's steps are pushed, and by which link."""
+    """The server that pushes steps to a session, and the link over which it does."""
 
     peer: PeerId
     link: Link
 
 
 class Downstream(Strict):
-    """The server to which a session's outputs are pushed, where it may be reached, and by which link."""
+    """The server to which a session's outputs are pushed, its addresses, and the link over which they are pushed."""
 
     peer: PeerId
     link: Link
@@ -39,13 +39,14 @@ class Downstream(Strict):
 
 
 class Open(ComputationMessage):
-    """Client: begin a session on these blocks, which is expected to get `max_length` tokens of `batch_size` sequences.
+    """Client: begin a session of `batch_size` sequences on these blocks.
 
-    It may get longer, as far as the model and the server's cache allow. `digests` [B, N, 16] uint8 (optional) name
-    the first N pages of every sequence's inputs (`shoal.prefix`), which need not be sent if the server has
-    computed the same. `salt` is the tenant's: only sessions of equal salts share what was computed. `encoding` is
-    how the outputs of these pages shall travel; those of the first `skip` tokens are not wanted. The session is in
-    the ring between `upstream` and `downstream`, and its first epoch is `epoch`.
+    The client expects each sequence to get `expected_length` tokens. It may get longer, as far as the model and the
+    server's cache allow. Tensor: `digests` [B, N, 16] uint8 (optional), the names of the first N pages of every
+    sequence's inputs (`shoal.prefix`). The client need not send inputs of pages that the server has computed before;
+    only sessions of equal `salt` share them. `encoding` is how the outputs of these pages travel, without those of the
+    first `skip` tokens. The session's place in the ring is between `upstream` and `downstream`, and its first epoch is
+    `epoch`. Answered by `Opened` or `NotCached`.
     """
 
     carries = ("digests",)
@@ -54,14 +55,17 @@ class Open(ComputationMessage):
     encoding: Encoding = "raw"
     skip: Position = 0
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
-    max_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
+    expected_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
     epoch: Epoch = 0
     upstream: Upstream | None = None
     downstream: Downstream | None = None
 
 
 class Opened(Message):
-    """Server: send a step. The session holds `num_tokens` tokens already; `hidden` [B, T, D] are the wanted outputs."""
+    """Server: the session is open, and holds `num_tokens` tokens already.
+
+    Tensor: `hidden` [B, T, D], the outputs of these tokens, but for those that the client skips.
+    """
 
     carries = ("hidden",)
     kind: Literal["opened"] = "opened"
@@ -77,11 +81,10 @@ class SetNeighbors(Message):
 
 
 class Rewind(Message):
-    """Client: the next step begins at `position`, and is of this `epoch`, which is later than all before.
+    """Client: the next step begins at `position`, and belongs to this `epoch`, which is later than all before.
 
-    First, `rows` (if given) says which old sequence each sequence continues, as beam search and batch changes need;
-    then whatever the session holds beyond `position` is forgotten. Steps of former epochs that are still on their way
-    mean nothing any more.
+    First, `rows` (if given) says which old sequence each sequence continues, as beam search and batch changes need.
+    Then the session forgets what it holds beyond `position`. It ignores steps of former epochs from now on.
     """
 
     kind: Literal["rewind"] = "rewind"
@@ -94,17 +97,17 @@ class Rewind(Message):
 
 
 class Step(Message):
-    """Client, or the server before: append tokens to the session and compute them.
+    """Client or upstream server: append tokens to the session and compute them. Answered by `StepResult`.
 
     Tensors: `hidden` [B, T, D]; optionally `positions` [B, T] int64 and the padding `mask` [B, T] uint8 of the new
-    tokens. A step is known by its epoch and position: sent twice, it is computed once; one that comes too early waits
-    for those before it. The outputs of its first `skip` tokens are not wanted back.
+    tokens. `epoch` and `position` identify a step: sent twice, it is computed once; sent too early, it waits for the
+    steps before it. The outputs of its first `skip` tokens are not sent back.
 
-    If it goes `hops_left`, the outputs are also pushed to the session's next server, as a step which goes onward once
-    less. A step that is pushed names the `link` by which its receiver knows whose it is.
+    With `hops_left`, the server also pushes the outputs to the downstream server, as a step with one hop less.
+    A pushed step names the `link` that tells the receiver which session it belongs to.
 
-    With `logits`, the last server of the ring answers with what its output head says instead of hidden states: for so
-    many of the last positions, and of the `top_k` likeliest tokens only if that is given.
+    With `logits`, the last server of the ring answers with the output head's logits of that many last positions instead
+    of hidden states; with `top_k`, only those of the likeliest tokens.
     """
 
     carries = ("hidden", "positions", "mask")
@@ -124,8 +127,24 @@ class Step(Message):
         return self
 
 
+class StepResult(Message):
+    """Server: the answer to the `Step` of the same `epoch` and `position`.
+
+    Tensors: `hidden` [B, T, D], the outputs of the tokens that are not skipped, in the dtype and the encoding of the
+    step's `hidden`; nothing if all are skipped. A step that asks for the logits of N tokens is answered with `logits`
+    [B, N, V], or with `logits` and `ids` [B, N, top_k] int64, always raw; with nothing if N is 0. `seconds` is how long
+    the step took on the server, waiting for other sessions included.
+    """
+
+    carries = ("hidden", "logits", "ids")
+    kind: Literal["step_result"] = "step_result"
+    epoch: Epoch = 0
+    position: Position = 0
+    seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)] | None = None
+
+
 class Unreached(Message):
-    """Server: the outputs of this step could not be pushed to the next server. Carry them there yourself."""
+    """Server: the outputs of this step could not be pushed to the downstream server. The client has to send them."""
 
     kind: Literal["unreached"] = "unreached"
     epoch: Epoch

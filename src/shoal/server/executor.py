@@ -1,9 +1,9 @@
 """The compute thread: everything that touches weights runs here, one function after another.
 
-It should be the only thread of its process that shares work out to others. Each thread that does keeps a team of
-threads, and as soon as the teams together have more threads than there are cores, OpenMP lets them sleep between
-products instead of waiting awake: on two cores that costs a decoding step 6 ms of 18. So a server's event loop, and
-whoever reads a prompt's names beside it, compute alone (`alone`).
+It should be the only thread of its process that splits its work among several threads. Each thread that does so keeps a
+team of threads. As soon as the teams together have more threads than the machine has cores, OpenMP lets them sleep
+between products instead of spinning: on two cores that costs a decoding step 6 ms of 18. So a server's event loop, and
+the threads that name a prompt's pages, compute without a team (`alone`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 
 class Abandoned(Exception):
-    """The server stops: what is computed is of no use any more."""
+    """The server stops: the result of this computation is not needed any more."""
 
 
 class Executor:
-    """Runs functions on one thread of its own, in the order in which they were asked for.
+    """Runs functions on one thread of its own, in the order in which they were submitted.
 
-    `num_threads` is how many threads, of which it is one, share the work of an operator; `None` leaves that to torch.
+    `num_threads` is how many threads, this one included, share the work of an operator; None leaves that to torch.
     """
 
     def __init__(self, num_threads: int | None = None) -> None:
@@ -37,22 +37,22 @@ class Executor:
         self._is_abandoned = False
 
     async def run(self, function: Callable[[], T]) -> T:
-        """What `function` returns or raises. If the caller is cancelled before its turn, it never runs."""
+        """What `function` returns or raises. It never runs if the caller is cancelled before its turn."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     def close(self) -> None:
-        """Finish what was asked for, then end the thread."""
+        """Run the functions that were submitted, then end the thread."""
         self._thread.shutdown()
 
     def check(self) -> None:
-        """Called now and then by a function that takes long. Raises `Abandoned` if nobody waits for it any more."""
+        """To be called now and then by a function that takes long. Raises `Abandoned` when the server stops."""
         if self._is_abandoned:
             raise Abandoned
 
     def abandon(self, last: Callable[[], object] | None = None) -> None:
-        """End the thread without waiting for it: at the next `check`, or with the function that it runs.
+        """End the thread without waiting for it: at the next `check`, or when the function that it runs returns.
 
-        If there is a `last` function, the thread runs it before it ends.
+        The thread runs the `last` function, if there is one, before it ends.
         """
         self._is_abandoned = True
         if last is not None:
@@ -61,6 +61,6 @@ class Executor:
 
 
 def alone(function: Callable[[], T]) -> T:
-    """What `function` returns, computed by this thread without help, from now on."""
+    """What `function` returns. From now on, the calling thread computes without a team of threads."""
     torch.set_num_threads(1)
     return function()

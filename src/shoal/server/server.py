@@ -49,7 +49,7 @@ from shoal.server.kv.output_head import ServerHead, load_head
 from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages, key_value_shapes
 from shoal.server.kv.sdpa_attention import SdpaAttention
 from shoal.server.neighbors import NeighborMonitor
-from shoal.server.rpc.push import PushService
+from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.streams import Handler
 from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.startup_progress import Phase, Progress, Report, reporter
@@ -282,7 +282,8 @@ async def answering(
     config: ServerConfig, node: Node, model: ModelInfo, announcer: Announcer, info: ServerInfo, engine: Engine
 ) -> AsyncIterator[None]:
     """Answer clients and announce the state of the engine until the context is left. Then tell clients and swarm."""
-    handler = Handler(engine, PushService(node.transport), idle_seconds=config.idle_seconds)
+    push_service = PushService(node.transport)
+    handler = Handler(engine, push_service, idle_seconds=config.idle_seconds)
     neighbors = NeighborMonitor(
         node, model, info, every_seconds=config.announce_seconds, on_new=announcer.announce_soon
     )
@@ -299,7 +300,7 @@ async def answering(
             round_trips=neighbors.round_trips,
         )
 
-    async with engine.running(), neighbors.measuring():
+    async with engine.running(), push_service.running(), neighbors.measuring():
         await node.transport.listen(handler)
         try:
             await announcer.set_description(describe)

@@ -1,4 +1,4 @@
-"""What a step or a pass is computed from, once it has been validated."""
+"""What a step or a pass is computed from, once a server has validated it."""
 
 # B sequences, T new tokens, D hidden size
 
@@ -16,7 +16,10 @@ Tensors = Mapping[TensorName, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepInputs:
-    """The tensors of a step or a pass, of one batch and one length."""
+    """The inputs of a step or a pass: floating-point hidden states, int64 positions, and an int64 mask of padding.
+
+    All are of the same batch size and number of tokens. The mask is 0 where a token is padding.
+    """
 
     hidden_BTD: torch.Tensor
     positions_BT: torch.Tensor | None
@@ -28,16 +31,37 @@ class StepInputs:
 
     @property
     def num_tokens(self) -> int:
+        """The new tokens of each sequence."""
         return self.hidden_BTD.shape[1]
+
+    @property
+    def size(self) -> int:
+        """The new tokens of all sequences."""
+        return self.batch_size * self.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that all tensors take."""
+        tensors = (self.hidden_BTD, self.positions_BT, self.mask_BT)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def onward(self, outputs_BTD: torch.Tensor) -> Tensors:
+        """The tensors of the same step on the next server, whose inputs are these outputs."""
+        tensors: dict[TensorName, torch.Tensor] = {"hidden": outputs_BTD}
+        if self.positions_BT is not None:
+            tensors["positions"] = self.positions_BT
+        if self.mask_BT is not None:
+            tensors["mask"] = self.mask_BT.to(torch.uint8)
+        return tensors
 
 
 @dataclass(frozen=True)
 class WantedLogits:
-    """The logits of so many of the last tokens, instead of hidden states: of all tokens, or of the likeliest only."""
+    """The logits of the last `num_tokens` tokens, instead of hidden states: of the `top_k` likeliest, or of all."""
 
     num_tokens: int
     top_k: int | None
 
     def before(self, num_left: int) -> WantedLogits:
-        """What is wanted of a step's first tokens, if so many others follow."""
+        """What is wanted of a step's first tokens when `num_left` others follow them."""
         return WantedLogits(max(0, self.num_tokens - num_left), self.top_k)

@@ -11,7 +11,7 @@ import torch
 from shoal.client.head.logits import LogitsRequest
 from shoal.client.swarm.answers import OTHER_THAN_ASKED, wrong_with
 from shoal.net.wire.codec import Tensors
-from shoal.protocol import Result
+from shoal.protocol import StepResult
 from shoal.tensors import Encoding
 
 
@@ -47,7 +47,7 @@ class PendingStep:
         """The size of the inputs that travel to the server."""
         return self.inputs.numel() * self.dtype.itemsize
 
-    def wrong(self, result: Result, tensors: Tensors, encoding: Encoding) -> str | None:
+    def wrong(self, result: StepResult, tensors: Tensors, encoding: Encoding) -> str | None:
         """What is wrong with an answer, as far as shapes and dtypes tell; None if nothing is.
 
         `encoding` is the one that was asked for.

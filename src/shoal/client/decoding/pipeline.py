@@ -272,7 +272,7 @@ class Pipeline:
             end=stage.hop.span.end,
             adapters=self._tuning.names(stage.hop.span),
             batch_size=like.shape[0],
-            max_length=self._expected_length(),
+            expected_length=self._expected_length(),
             salt=self._swarm.config.salt,
             skip=self.sink(index).num_tokens,
             epoch=self._inputs.epoch.number,

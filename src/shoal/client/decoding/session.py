@@ -42,9 +42,8 @@ from shoal.client.decoding.stage import Stage
 from shoal.client.decoding.standby import StandbyManager
 from shoal.client.decoding.state import SessionState, states_of
 from shoal.client.head.logits import Logits, LogitsRequest
-from shoal.client.swarm.connection import CannotRewind
 from shoal.client.swarm.swarm import Holding, Swarm
-from shoal.errors import ServerBusy, ServerLost, UserError
+from shoal.errors import CannotRewind, ServerBusy, ServerLost, UserError
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.net.wire.encodings import as_received
 from shoal.policy.routing.route import Hop

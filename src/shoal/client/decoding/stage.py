@@ -37,10 +37,10 @@ from shoal.protocol import (
     Open,
     Opened,
     Pong,
-    Result,
     Rewind,
     SetNeighbors,
     Step,
+    StepResult,
     Unreached,
     Upstream,
 )
@@ -105,7 +105,7 @@ class Stage:
         self._neighbors: Neighbors = None, None  # as the server knows them
         self._opening: Opening | NotCached | None = None
         self._num_uploads = 0
-        self._results: deque[tuple[Result, Tensors]] = deque()  # as they came, unchecked
+        self._results: deque[tuple[StepResult, Tensors]] = deque()  # as they came, unchecked
         self._timings: list[tuple[int, float]] = []
 
     @property
@@ -295,7 +295,7 @@ class Stage:
         assert self.connection is not None
         opening = self._opening if isinstance(self._opening, Opening) and self._opening.answer is None else None
         match message:
-            case Result():
+            case StepResult():
                 if self._is_new(message):
                     self._results.append((message, tensors))
             case Opened() if opening is not None:
@@ -313,7 +313,7 @@ class Stage:
                 self.connection.fail(self.connection.unasked(message))
         self._notify()
 
-    def _is_new(self, result: Result) -> bool:
+    def _is_new(self, result: StepResult) -> bool:
         """Whether it is the first answer to a pending step. Other results are late, or were never asked for."""
         key = result.epoch, result.position
         return self.progress.awaits(*key) and all((each.epoch, each.position) != key for each, _ in self._results)
@@ -379,7 +379,7 @@ class Stage:
         return has_progress
 
     def _take(
-        self, step: PendingStep, result: Result, tensors: Tensors, sink: Sink, outputs: Outputs, wire: Encoding
+        self, step: PendingStep, result: StepResult, tensors: Tensors, sink: Sink, outputs: Outputs, wire: Encoding
     ) -> None:
         """Take a right answer to the oldest pending step."""
         self._advance(self.progress.answered())

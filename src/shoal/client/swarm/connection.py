@@ -15,12 +15,12 @@ from shoal.client.options.client_config import ClientConfig
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.message_sizes import check_size
 from shoal.concurrency import first_of, with_progress_timeout
-from shoal.errors import Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost
+from shoal.errors import PeerError, ServerBusy, ServerLost
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo
 from shoal.policy.liveness import STUCK_FACTOR, Liveness
-from shoal.protocol import REPLY_KINDS, AnyMessage, Close, Failure, Leaving, Ping, Pong, ProtocolViolation
+from shoal.protocol import FAILURES, REPLY_KINDS, AnyMessage, Close, Failure, Leaving, Ping, Pong, ProtocolViolation
 from shoal.tensors import Encoding
 
 OPEN_SECONDS = 6.0
@@ -31,10 +31,6 @@ CLOSE_SECONDS = 1.0
 """How long telling a server that the stream is closed may take."""
 
 OnMessage = Callable[[AnyMessage, codec.Tensors], None]
-
-
-class CannotRewind(PeerError):
-    """The server cannot rewind its session: it has to be sent all inputs again."""
 
 
 class Connection:
@@ -260,16 +256,9 @@ class Connection:
             await asyncio.sleep(min(wait, self._liveness.ping_interval))  # what comes meanwhile changes the wait
 
     def _error(self, failure: Failure) -> PeerError:
-        peer = self.peer
-        match failure.code:
-            case "busy":
-                seconds = max(failure.retry_after or 0.0, MIN_RETRY_SECONDS)
-                return ServerBusy(f"{peer} is busy: {failure.reason}", peer=peer, retry_after=seconds)
-            case "misrouted":
-                return Misrouted(f"{peer} cannot do this: {failure.reason}", peer=peer)
-            case "rejected":
-                return RequestRejected(f"{peer} rejects this: {failure.reason}", peer=peer)
-            case "rewind":
-                return CannotRewind(f"{peer} gave up: {failure.reason}", peer=peer)
-            case _:
-                return ServerLost(f"{peer} gave up: {failure.reason}", peer=peer)
+        error_type, said = FAILURES[failure.code]
+        message = f"{self.peer} {said}: {failure.reason}"
+        if error_type is ServerBusy:
+            seconds = max(failure.retry_after or 0.0, MIN_RETRY_SECONDS)
+            return ServerBusy(message, peer=self.peer, retry_after=seconds)
+        return error_type(message, peer=self.peer)

@@ -16,7 +16,7 @@ from shoal.errors import Misrouted, PeerError
 from shoal.model.peft.factors import AdapterFactors
 from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
-from shoal.protocol import Backward, Forward, Norms, NotCached, Result
+from shoal.protocol import Backward, Forward, Norms, NormsResult, NotCached, PassResult
 
 IDLE_SECONDS = 60.0
 """A connection that was idle for so long is closed. The server then forgets the adapters that it was sent over it."""
@@ -60,19 +60,20 @@ class ConnectionPool:
         adapters: Collection[AdapterFactors],
         *,
         usual_seconds: float,
-    ) -> tuple[Connection, Result | NotCached, Tensors]:
+    ) -> tuple[Connection, PassResult | NormsResult | NotCached, Tensors]:
         """A server's answer, and the connection that it came over. The server is sent the adapters that it misses.
 
         Raises `PeerError`s.
         """
+        result_type = NormsResult if isinstance(request, Norms) else PassResult
         async with self._connection(server) as connection:
             for _ in range(MAX_ADAPTER_UPLOADS):
                 await self._adapter_sync.ensure_loaded(connection, server, adapters)
                 reply, answer = await connection.ask(
-                    request, tensors, expect=Result | NotCached, usual_seconds=usual_seconds
+                    request, tensors, expect=result_type | NotCached, usual_seconds=usual_seconds
                 )
-                assert isinstance(reply, Result | NotCached)
-                if isinstance(reply, Result) or reply.kept:
+                assert isinstance(reply, PassResult | NormsResult | NotCached)
+                if not isinstance(reply, NotCached) or reply.kept:
                     return connection, reply, answer
                 self._adapter_sync.forget(server.peer, adapters, reply.adapters)
             raise Misrouted(f"{server.peer} has no room for these adapters", peer=server.peer)

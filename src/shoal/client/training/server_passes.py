@@ -21,7 +21,7 @@ from shoal.model.peft.factors import FactorGradients
 from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
 from shoal.policy.routing.route import SLOWEST, Hop
-from shoal.protocol import Backward, Forward, Norms, NotCached, Result
+from shoal.protocol import Backward, Forward, Norms, NotCached, PassResult
 from shoal.spans import Span
 from shoal.tensors import TensorName
 
@@ -119,17 +119,17 @@ class ServerPasses:
 
     async def _ask(
         self, plan: PassPlan, hop: Hop, request: Forward | Backward, tensors: Tensors, piece: MicrobatchPiece
-    ) -> tuple[Connection, Result | NotCached, Tensors]:
+    ) -> tuple[Connection, PassResult | NotCached, Tensors]:
         batch_size, num_tokens, _ = piece.hidden.shape
         usual = batch_size * num_tokens / max(hop.server.prefill_speed or 0.0, SLOWEST)
-        answer = await self._pool.ask(
-            hop.server, request, tensors, plan.tuning.in_span(piece.span), usual_seconds=usual
-        )
+        adapters = plan.tuning.in_span(piece.span)
+        connection, reply, answer = await self._pool.ask(hop.server, request, tensors, adapters, usual_seconds=usual)
         self._swarm.record_answer(hop)
-        return answer
+        assert isinstance(reply, PassResult | NotCached)
+        return connection, reply, answer
 
     def _received(
-        self, connection: Connection, result: Result, tensors: Tensors, name: TensorName, piece: MicrobatchPiece
+        self, connection: Connection, result: PassResult, tensors: Tensors, name: TensorName, piece: MicrobatchPiece
     ) -> torch.Tensor:
         """A tensor of the shape of the piece's inputs, as precise as the user wants tensors to travel."""
         found, encoding, hidden_BTD = tensors.get(name), result.encoding_of(name), piece.hidden

@@ -1,4 +1,4 @@
-"""How a server divides its time and its room."""
+"""How a server divides its compute time and its memory among clients."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """What is settable about who computes when, and who waits."""
+    """What an operator may set about who computes when, and how much may wait."""
 
     max_num_batched_tokens: int = 1024
-    """The most tokens of a pass."""
+    """The tokens of one pass, of all sessions together. A step that is larger gets a pass for itself."""
     prefill: float = 0.5
-    """The most that prefills take of a pass's time while others decode."""
+    """The part of a pass's time that prefills may take while other sessions decode: 0 up to, but not, 1."""
     training: float = 0.2
-    """What training gets of the time while sessions are waiting too."""
+    """The part of the time that training gets while sessions wait too: 0 to 1."""
     queue_length: int = 64
-    """So many steps that need pages may wait for them; those who come after them are told to come back."""
+    """The steps that may wait for pages. A client whose step comes later is told to come back."""
     queue_seconds: float = 20.0
-    """So long they wait at most."""
+    """How long a step may wait for pages before its client is told to come back."""
     waiting_bytes: int = 1 << 30
-    """Inputs of single passes that are kept until their turn. Whoever comes with more is told to come back."""
+    """The inputs of single passes that wait for their turn. A client with more is told to come back."""
     adapter_bytes: int = 1 << 30
-    """Factors of clients' adapters that are kept, of all clients together."""
+    """The factors of all clients' adapters that the server keeps."""
     activation_bytes: int = 1 << 31
-    """What is kept of forward passes for backward passes; beyond, blocks are computed again."""
+    """What the server saves of forward passes for backward passes; beyond that, it computes blocks again."""
     activation_seconds: float = 120.0
-    """So long at least."""
+    """How long a forward pass is saved at least, while its client has a stream to the server."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.prefill < 1 and 0 <= self.training <= 1):

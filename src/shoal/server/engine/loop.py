@@ -1,7 +1,7 @@
-"""Who computes next: one task plans and computes a pass at a time, and training in between.
+"""The engine's loop: one task that chooses and computes a pass at a time, and pieces of training in between.
 
-Everybody else only adds to what is waiting. Pages change hands on the event loop between passes; tensors are touched on
-the compute thread during them.
+All other tasks only add to what waits. Pages change hands on the event loop, between passes; tensors are touched on the
+compute thread, during them.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from shoal.policy.preemption import Holder, preempted_for_new, preempted_for_running
-from shoal.policy.scheduling import PassTimeModel, SchedulerOutput, batching_delay, is_training_due, schedule
-from shoal.server.engine.cpu_turns import CpuTurns, turn_of
+from shoal.policy.scheduling import PassTimeModel, batching_delay, schedule
 from shoal.server.engine.engine_limits import Limits
+from shoal.server.engine.model_runner import ModelRunner
+from shoal.server.engine.page_holders import in_order, session_to_preempt
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
-from shoal.server.executor import Executor
-from shoal.server.kv.batch import Chunk, Pass
-from shoal.server.kv.output_head import Answer, ServerHead, answers_of
+from shoal.server.engine.time_shares import TimeShares
+from shoal.server.kv.output_head import Answer
 from shoal.server.kv.pages import PagePool
 from shoal.server.kv.session_cache import SessionCache
-from shoal.server.refusals import Refused, busy
+from shoal.server.refusals import busy, preempted
 from shoal.server.speed_watch import Watch
 from shoal.server.step_inputs import StepInputs, WantedLogits
 from shoal.server.training.block_passes import Pieces
@@ -32,24 +30,22 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RECHECK_SECONDS = 0.003
-"""After so long it is looked at again whether waiting for others is still right."""
-LOOK_SECONDS = 1.0
-"""After so long it is looked at again whether others rest meanwhile, whose pages are wanted."""
+"""How often the loop reconsiders whether ready steps should wait for others: a fraction of the fastest pass."""
+IDLE_CHECK_SECONDS = 1.0
+"""How often steps that wait for pages are reconsidered without news: sessions become idle without saying so."""
 RECENTLY_DECODED_SECONDS = 0.5
-"""Sessions that got a token so lately are thought to be decoding still, although nothing of them waits just now."""
+"""After a decoding pass, sessions count as decoding for this long, although none of their steps waits: a client needs
+about this long at most to send its next token."""
 
 
 class EngineLoop:
-    """Gives the compute thread to what waits."""
+    """Gives the compute thread to the steps and the passes that wait. `clock` tells seconds."""
 
     def __init__(
         self,
-        compute: Pass,
-        executor: Executor,
+        runner: ModelRunner,
         pool: PagePool,
         *,
-        cpu_turns: CpuTurns | None = None,
-        head: ServerHead | None = None,
         pass_time: PassTimeModel,
         limits: Limits,
         watch: Watch | None = None,
@@ -59,21 +55,20 @@ class EngineLoop:
         self.num_passes = 0
         self._steps: list[StepRequest] = []
         self._passes: list[PassRequest[Any]] = []
-        self.pass_time = pass_time
-        self._compute = compute
-        self._head = head
-        self._executor = executor
+        self._runner = runner
         self._pool = pool
-        self._cpu_turns = cpu_turns
         self._limits = limits
         self._watch = watch
         self._clock = clock or asyncio.get_running_loop().time
         self._news = asyncio.Event()
+        self._pass_time = pass_time
         self._decoded_at = float("-inf")
-        self._inference_seconds = self._training_seconds = 0.0  # of the time for which both were waiting
+        self._time_shares = TimeShares()
+
+    # -- what the engine adds -----------------------------------------------------------------------------------------
 
     def join(self, session: SessionCache) -> None:
-        """A session is opened. It may hold pages already, which were known."""
+        """Add a session that has been opened. It may hold pages already, which the server had computed before."""
         session.used_at = session.began_at = self._clock()
         self.sessions.add(session)
 
@@ -82,7 +77,7 @@ class EngineLoop:
     ) -> Answer:
         """The outputs [B, T, D] of a session's next tokens, or the logits that are wanted.
 
-        Raises `Refused` if there is no room for them for long.
+        Raises `Refused` when the step has waited too long for pages, or the session was preempted.
         """
         step = StepRequest(session, inputs, wanted, arrived_at=self._clock())
         session.used_at = step.arrived_at
@@ -96,26 +91,33 @@ class EngineLoop:
             timer.cancel()
 
     async def submit_pass(self, pieces: Pieces[T]) -> T:
-        """The outcome of a single pass."""
-        work = PassRequest(pieces)
-        self._passes.append(work)
+        """The outcome of a single pass, which is computed piece by piece. Raises what its pieces raise."""
+        request = PassRequest(pieces)
+        self._passes.append(request)
         self.wake()
-        return await work.result
+        return await request.result
 
     def wake(self) -> None:
-        """Something has changed: there may be more to do, or room for what waits."""
+        """Something has changed: there may be more to compute, or room for steps that wait."""
         self._news.set()
+
+    def preempt(self, session: SessionCache) -> None:
+        """Take a session's pages away, and refuse its steps that wait."""
+        session.preempt()
+        for step in self.steps:
+            if step.session is session:
+                settle(step.result, preempted())
 
     @property
     def steps(self) -> list[StepRequest]:
-        """Those that wait: not those whose client is gone meanwhile."""
+        """The steps that wait or are computed, but for those whose caller is gone."""
         self._steps = [step for step in self._steps if not step.result.done()]
         return self._steps
 
     @property
     def passes(self) -> list[PassRequest[Any]]:
-        """The same of single passes."""
-        self._passes = [work for work in self._passes if not work.result.done()]
+        """The single passes that wait or are computed, but for those whose caller is gone."""
+        self._passes = [request for request in self._passes if not request.result.done()]
         return self._passes
 
     def _give_up(self, step: StepRequest) -> None:
@@ -125,63 +127,59 @@ class EngineLoop:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Compute whatever waits, for ever."""
+        """Compute what waits, until the task is cancelled."""
         while True:
             self._news.clear()
             try:
                 if not await self._iterate():
-                    await self._something_new()
-            except Exception as error:  # ours: whoever waits is told, and the server goes on for those who come
+                    await self._wait_for_news(IDLE_CHECK_SECONDS if self.steps else None)
+            except Exception as error:  # a defect of ours: all callers are told, and the server goes on
                 log.exception("the engine failed")
                 for step in self.steps:
                     settle(step.result, error)
-                for work in self.passes:
-                    settle(work.result, error)
+                for request in self.passes:
+                    settle(request.result, error)
 
     async def _iterate(self) -> bool:
         """Compute one pass, or one piece of training. Returns whether there was anything to do."""
         both = bool(self.passes) and (bool(self.steps) or self._is_decoding)
         began = self._clock()
-        due = is_training_due(
-            inference_seconds=self._inference_seconds,
-            training_seconds=self._training_seconds,
-            share=self._limits.training,
-        )
-        if not (both and due) and await self._run_inference():
-            self._inference_seconds += both * (self._clock() - began)
+        is_due = self._time_shares.is_training_due(self._limits.training)
+        if not (both and is_due) and await self._run_inference():
+            if both:
+                self._time_shares = self._time_shares.after_inference(self._clock() - began)
         elif self.passes:
-            if both and not due and (wait := self._seconds_to_next(self.pass_time.decode_seconds)):
-                await self._news_within(wait)  # a piece may take longer than those who decode would like
+            if both and not is_due and (wait := self._seconds_to_next(self._pass_time.decode_seconds)):
+                await self._news_within(wait)  # a piece may take longer than a decoding session should wait
                 return True
             await self._run_training()
-            self._training_seconds += (both and due) * (self._clock() - began)  # else nobody else could use the time
+            if both and is_due:  # otherwise inference had no use for the time
+                self._time_shares = self._time_shares.after_training(self._clock() - began)
         else:
             return False
         return True
 
-    async def _something_new(self) -> None:
-        """Until there is news, or it is time to look whether those who wait for pages may have some now."""
+    async def _wait_for_news(self, seconds: float | None) -> None:
+        """Wait until something has changed, at most this long."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_SECONDS if self.steps else None):
+            async with asyncio.timeout(seconds):
                 await self._news.wait()
 
-    def _seconds_to_next(self, within: float) -> float:
-        """How soon somebody who decodes is expected, if that is `within` so many seconds."""
-        now = self._clock()
-        waits = [each.expected_at - now for each in self.sessions if each.expected_at is not None]
-        return min((wait for wait in waits if 0 < wait < within), default=0.0)
+    async def _news_within(self, seconds: float) -> None:
+        self._news.clear()
+        await self._wait_for_news(seconds)
 
     async def _run_training(self) -> None:
-        work = self.passes[0]
+        request = self.passes[0]
         self.num_passes += 1
         outcome: Any
         try:
-            async with turn_of(self._cpu_turns):
-                outcome = await self._executor.run(work.advance)
+            async with self._runner.turn():
+                outcome = await self._runner.advance(request)
         except Exception as error:
             outcome = error
         if outcome is not None:
-            settle(work.result, outcome)
+            settle(request.result, outcome)
 
     async def _run_inference(self) -> bool:
         if not self.steps:
@@ -189,117 +187,31 @@ class EngineLoop:
         while True:
             while wait := self._batching_delay():
                 await self._news_within(min(wait, RECHECK_SECONDS))
-            async with turn_of(self._cpu_turns):
-                if not self._batching_delay():  # those who have come while others had their turn may expect more
+            async with self._runner.turn():
+                if not self._batching_delay():  # steps that came during another server's turn may expect more
                     return await self._schedule_pass()
 
     async def _schedule_pass(self) -> bool:
         while True:
-            steps = self._in_order()
-            plan = schedule(
+            steps = in_order(self.steps, self.sessions)
+            output = schedule(
                 [step.view() for step in steps],
                 num_free_pages=self._pool.num_available,
                 max_num_batched_tokens=self._limits.max_num_batched_tokens,
                 prefill_tokens=self._prefill_tokens(),
             )
-            yielding = self._yielding(steps, plan)
+            yielding = session_to_preempt(self.sessions, steps, output, now=self._clock())
             if yielding is None:
                 break
             log.info("a session of %d tokens gives its pages to others", yielding.num_tokens)
             self.preempt(yielding)
-        if not plan.chunks:
+        if not output.chunks:
             return False
-        await self._pass([(steps[index], num_tokens) for index, num_tokens in plan.chunks])
+        await self._run_pass([(steps[index], num_tokens) for index, num_tokens in output.chunks])
         return True
 
-    def _batching_delay(self) -> float:
-        """For how long the steps that are ready should wait for others that will come in a moment.
-
-        Prefills without company wait for it where another server of this machine would have to wait for them.
-        """
-        contended = self._cpu_turns is not None and self._cpu_turns.contended
-        ready = [step.session for step in self.steps if step.view().decodes]
-        if not ready:
-            return self._seconds_to_next(4 * self.pass_time.decode_seconds) if contended and self._is_decoding else 0.0
-        here = {step.session for step in self.steps}
-        expected = [each.expected_at for each in self.sessions - here if each.expected_at is not None]
-        seconds = self.pass_time.decode_seconds
-        if contended:
-            seconds *= 2  # whoever misses this pass waits for other servers' passes too
-        return batching_delay(expected, num_ready=len(ready), now=self._clock(), pass_seconds=seconds)
-
-    async def _news_within(self, seconds: float) -> None:
-        self._news.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._news.wait()
-
-    def _prefill_tokens(self) -> int:
-        """How many tokens of prefills the next pass may have, so that those who decode do not wait for them."""
-        if not self._is_decoding:
-            return self._limits.max_num_batched_tokens
-        return self.pass_time.prefill_tokens(self._limits.prefill)
-
-    @property
-    def _is_decoding(self) -> bool:
-        """Whether somebody decodes, although nothing of it may wait just now."""
-        return self._clock() - self._decoded_at < max(RECENTLY_DECODED_SECONDS, 4 * self.pass_time.decode_seconds)
-
-    def _in_order(self) -> list[StepRequest]:
-        """The steps as they came, but those that are still to begin come after others whose peers hold less."""
-        if sum(not step.session.running for step in self.steps) < 2:
-            return self._steps
-        held = Counter[str]()
-        for session in self.sessions:
-            held[session.peer] += len(session.pages)
-        return sorted(self.steps, key=lambda step: 0 if step.session.running else held[step.session.peer])
-
-    def _yielding(self, steps: Sequence[StepRequest], plan: SchedulerOutput) -> SessionCache | None:
-        """The session that gives its pages up before there is a pass, if one has to or should.
-
-        Its client brings everything again, here or elsewhere. It may have been given pages that were known, and not be
-        heard of since.
-        """
-        if not plan.short_of_pages and plan.kept_out is None:
-            return None
-        sessions = [session for session in self.sessions if session.pages]
-        at_work = {step.session for step in steps}
-        holders = [
-            Holder(
-                session.peer,
-                len(set(session.pages)),
-                used_at=session.used_at,
-                began_at=session.began_at,
-                opened=session.opened,
-                at_work=session in at_work,
-            )
-            for session in sessions
-        ]
-        now = self._clock()
-        if plan.short_of_pages:
-            return sessions[preempted_for_running(holders, now=now)]
-        assert plan.kept_out is not None
-        index, num_missing = plan.kept_out
-        step = steps[index]
-        others = [number for number, session in enumerate(sessions) if session is not step.session]
-        found = preempted_for_new(
-            [holders[number] for number in others],
-            peer=step.session.peer,
-            num_pages=step.view().num_pages(step.num_left),
-            num_missing=num_missing,
-            waited=now - step.arrived_at,
-            now=now,
-        )
-        return None if found is None else sessions[others[found]]
-
-    def preempt(self, session: SessionCache) -> None:
-        """A session gives up its pages, and whoever waits for its steps is told."""
-        session.preempt()
-        for step in self.steps:
-            if step.session is session:
-                settle(step.result, preempted())
-
-    async def _pass(self, chosen: Sequence[tuple[StepRequest, int]]) -> None:
+    async def _run_pass(self, chosen: Sequence[tuple[StepRequest, int]]) -> None:
+        """Compute one pass: of each step, the number of tokens of every row that stands beside it."""
         decoding = [step for step, _ in chosen if step.view().decodes]
         num_prefill = sum(tokens * len(step.session.rows) for step, tokens in chosen if step not in decoding)
         began = self._clock()
@@ -307,10 +219,10 @@ class EngineLoop:
             if not step.session.running:
                 step.session.began_at = began
         chunks = [step.chunk(num_tokens) for step, num_tokens in chosen]
-        answers = await self._executor.run(lambda: self._computed(chunks))
+        answers = await self._runner.run(chunks)
         self.num_passes += 1
         now = self._clock()
-        self.pass_time = self.pass_time.updated(num_prefill_tokens=num_prefill, seconds=now - began)
+        self._pass_time = self._pass_time.updated(num_prefill_tokens=num_prefill, seconds=now - began)
         if self._watch is not None and not any(isinstance(answer, Exception) for answer in answers):
             if not num_prefill:
                 self._watch.decoded(chunks, now - began, now=now)
@@ -325,14 +237,38 @@ class EngineLoop:
             else:
                 step.advance(num_tokens, answer)
 
-    def _computed(self, chunks: Sequence[Chunk]) -> list[Answer | Exception]:
-        """What is answered to each chunk."""
-        try:
-            return answers_of(self._head, self._compute(chunks), chunks)
-        except Exception as error:
-            return [error] * len(chunks)
+    # -- how long to wait, and how much to take -----------------------------------------------------------------------
 
+    def _batching_delay(self) -> float:
+        """How many seconds the steps that are ready should wait for others that are expected soon.
 
-def preempted() -> Refused:
-    """What the client of a session is told that had to give up its pages."""
-    return busy("others needed this session's pages")
+        Prefills alone wait for decoding steps where another server of this machine would have to wait for the prefills.
+        """
+        is_contended = self._runner.is_contended
+        decode_seconds = self._pass_time.decode_seconds
+        ready = [step.session for step in self.steps if step.view().decodes]
+        if not ready:
+            return self._seconds_to_next(4 * decode_seconds) if is_contended and self._is_decoding else 0.0
+        here = {step.session for step in self.steps}
+        expected = [each.expected_at for each in self.sessions - here if each.expected_at is not None]
+        # A step that misses this pass waits for the passes of other servers too.
+        pass_seconds = 2 * decode_seconds if is_contended else decode_seconds
+        return batching_delay(expected, num_ready=len(ready), now=self._clock(), pass_seconds=pass_seconds)
+
+    def _seconds_to_next(self, within: float) -> float:
+        """In how many seconds the next decoding step is expected, if that is less than `within`; otherwise 0."""
+        now = self._clock()
+        waits = [each.expected_at - now for each in self.sessions if each.expected_at is not None]
+        return min((wait for wait in waits if 0 < wait < within), default=0.0)
+
+    def _prefill_tokens(self) -> int:
+        """How many tokens of prefills the next pass may have, so that decoding sessions do not wait for them."""
+        if not self._is_decoding:
+            return self._limits.max_num_batched_tokens
+        return self._pass_time.prefill_tokens(self._limits.prefill)
+
+    @property
+    def _is_decoding(self) -> bool:
+        """Whether sessions are decoding, although none of their steps may wait just now."""
+        recently = max(RECENTLY_DECODED_SECONDS, 4 * self._pass_time.decode_seconds)
+        return self._clock() - self._decoded_at < recently

@@ -24,7 +24,10 @@ def _future() -> asyncio.Future[T]:
 
 @dataclass(eq=False)
 class StepRequest:
-    """A step that waits for its tokens: `num_computed` of them are done."""
+    """A step of a session, in the queue or being computed: `num_computed` of its tokens per sequence are done.
+
+    `arrived_at` is in seconds of the loop's clock. `result` becomes the outputs, the logits or the error.
+    """
 
     session: SessionCache
     inputs: StepInputs
@@ -36,16 +39,18 @@ class StepRequest:
 
     @property
     def num_left(self) -> int:
+        """The tokens of each sequence that are not computed yet."""
         return self.inputs.num_tokens - self.num_computed
 
     def view(self) -> RequestView:
+        """What the scheduler needs to know of it."""
         session = self.session
         # Recurrent layers of Transformers take no notice of padding in a token that comes alone.
         unsplittable = session.cache is not None and session.mask_BS is not None
         return RequestView(len(session.rows), self.num_left, session.running, session.pages_needed, unsplittable)
 
     def chunk(self, num_tokens: int) -> Chunk:
-        """Its next tokens, with pages to put them in."""
+        """Its next `num_tokens` tokens of each sequence, with pages to put them in."""
         session, inputs = self.session, self.inputs
         part = slice(self.num_computed, self.num_computed + num_tokens)
         growth = session.grow(num_tokens)
@@ -64,7 +69,7 @@ class StepRequest:
         )
 
     def advance(self, num_tokens: int, answer: Answer) -> None:
-        """So many more of its tokens are computed."""
+        """`num_tokens` more tokens of each sequence are computed, with this answer."""
         self.answers.append(answer)
         self.num_computed += num_tokens
         self.session.record_computed(num_tokens)
@@ -74,13 +79,13 @@ class StepRequest:
 
 @dataclass(eq=False)
 class PassRequest(Generic[T]):
-    """A single pass, forward or backward, that is computed in pieces."""
+    """A single pass, or norms of weights, computed piece by piece. `result` becomes its outcome or the error."""
 
     pieces: Pieces[T]
     result: asyncio.Future[T] = field(default_factory=_future)
 
     def advance(self) -> T | None:
-        """Compute the next piece; returns the outcome once it is there. To be called on the compute thread."""
+        """Compute the next piece, on the compute thread. Returns the outcome when that was the last one, else None."""
         try:
             next(self.pieces)
         except StopIteration as end:
@@ -89,7 +94,7 @@ class PassRequest(Generic[T]):
 
 
 def settle(result: asyncio.Future[T], outcome: T | Exception) -> None:
-    """Tell whoever waits for it, if he still does."""
+    """Set the outcome, if the caller still waits for it."""
     if result.done():
         return
     if isinstance(outcome, Exception):

@@ -1,9 +1,9 @@
-"""What is not computed, and why: a request is checked completely before it is queued.
+"""Which requests a server computes: each is validated completely before it is queued.
 
-So whatever reaches the compute thread can be computed, and a wrong request leaves its session as it was.
+So every request that reaches the compute thread can be computed, and a wrong one leaves its session as it was.
 """
 
-# B sequences, T new tokens, D hidden size
+# B sequences, T new tokens, N pages, D hidden size
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS
 from shoal.protocol import (
     MAX_BATCH,
     MAX_FACTORS,
@@ -31,18 +32,18 @@ from shoal.spans import Span
 
 @dataclass(frozen=True)
 class RequestValidator:
-    """What a server may be asked for."""
+    """What a server may be asked for. All methods raise `Refused`."""
 
     model: str
     fingerprint: str
     span: Span
     hidden_size: int
     max_length: int
-    training: bool = True  # whether single passes are computed
-    vocabulary: int | None = None  # that of the output head, if it is held here: then the span ends at the last block
+    training: bool = True  # whether single passes are offered
+    vocabulary: int | None = None  # of the output head, if the server holds it: then the span ends at the last block
 
     def span_of(self, request: Open | Forward | Backward | Norms) -> Span:
-        """The blocks that a request is about. Raises `Refused` if they are not this server's."""
+        """The blocks that a request names, which have to be this server's."""
         if request.model != self.model:
             raise misrouted(f"this server holds blocks of {self.model}")
         if request.fingerprint != self.fingerprint:
@@ -52,8 +53,36 @@ class RequestValidator:
             raise misrouted(f"this server holds blocks {self.span}, not {span}")
         return span
 
-    def inputs_of(self, tensors: Tensors) -> StepInputs:
-        """Raises `Refused` for tensors that are no inputs of this model."""
+    def step_inputs(self, tensors: Tensors) -> StepInputs:
+        """The inputs of a step: of this model, and not more than one step may have."""
+        inputs = self._inputs_of(tensors)
+        if inputs.batch_size > MAX_BATCH:
+            raise rejected(f"{inputs.batch_size} sequences; {MAX_BATCH} are allowed")
+        if inputs.size > max(MAX_STEP_TOKENS, inputs.batch_size):
+            raise rejected(f"{inputs.size} tokens in one step; {MAX_STEP_TOKENS} are allowed")
+        return inputs
+
+    def pass_inputs(self, tensors: Tensors) -> StepInputs:
+        """The inputs of a single pass: of this model, and not more than one pass may have."""
+        inputs = self._inputs_of(tensors)
+        self.check_training()
+        self._check_model_length(inputs)
+        if inputs.batch_size > 1 and inputs.size > MAX_STEP_TOKENS:
+            raise rejected(f"{inputs.size} tokens in one batch; {MAX_STEP_TOKENS} are allowed")
+        if inputs.size > MAX_PASS_TOKENS:
+            raise rejected(f"{inputs.size} tokens in one pass; {MAX_PASS_TOKENS} are allowed")
+        return inputs
+
+    def backward_inputs(self, request: Backward, tensors: Tensors) -> tuple[torch.Tensor, StepInputs | None]:
+        """The gradient [B, T, D] of a pass's outputs, and its inputs; None if the server should have saved them."""
+        is_saved = request.kept is not None and "hidden" not in tensors
+        inputs = None if is_saved else self.pass_inputs(tensors)
+        grad = tensors.get("grad")
+        if grad is None or grad.dim() != 3 or not grad.is_floating_point():
+            raise rejected("a backward pass needs a gradient of its output's shape")
+        return grad, inputs
+
+    def _inputs_of(self, tensors: Tensors) -> StepInputs:
         hidden = tensors.get("hidden")
         if hidden is None or hidden.dim() != 3 or not hidden.is_floating_point():
             raise rejected("hidden states must be floating-point numbers of shape [batch, tokens, hidden size]")
@@ -70,23 +99,33 @@ class RequestValidator:
         return StepInputs(hidden, positions, None if mask is None else mask.long())
 
     def check_training(self) -> None:
-        """Raises `Refused` where nothing is computed for those who train."""
+        """The server has to offer single passes."""
         if not self.training:
             raise misrouted("this server offers no forward and backward passes")
 
-    def check_pass(self, inputs: StepInputs) -> None:
-        """Raises `Refused` for more than is computed in a single pass, and where none are computed."""
-        self.check_training()
+    def _check_model_length(self, inputs: StepInputs) -> None:
         if inputs.num_tokens > self.max_length:
             raise rejected(f"{inputs.num_tokens} tokens; the model allows {self.max_length}")
-        size = inputs.batch_size * inputs.num_tokens
-        if inputs.batch_size > 1 and size > MAX_STEP_TOKENS:
-            raise rejected(f"{size} tokens in one batch; {MAX_STEP_TOKENS} are allowed")
-        if size > MAX_PASS_TOKENS:
-            raise rejected(f"{size} tokens in one pass; {MAX_PASS_TOKENS} are allowed")
+
+    def check_length(self, request: Open) -> None:
+        """The model has to allow a session as long as the client expects."""
+        if request.expected_length > self.max_length:
+            raise rejected(f"a session of {request.expected_length} tokens; the model allows {self.max_length}")
+
+    def page_names_of(self, request: Open, tensors: Tensors) -> list[list[bytes]]:
+        """The names of the pages with which each sequence begins, as the client says; none if it says nothing."""
+        digests = tensors.get("digests")
+        if digests is None:
+            return [[] for _ in range(request.batch_size)]
+        is_uint8 = digests.dtype == torch.uint8 and digests.dim() == 3
+        if not is_uint8 or digests.shape[::2] != (request.batch_size, DIGEST_BYTES):
+            raise rejected(f"digests must be uint8 of shape [batch, pages, {DIGEST_BYTES}]")
+        if digests.shape[1] * PAGE_TOKENS > request.expected_length:
+            raise rejected(f"digests of {digests.shape[1]} pages for a session of {request.expected_length} tokens")
+        return [[bytes(name) for name in row.numpy()] for row in digests]
 
     def check_factors(self, num_tensors: int) -> None:
-        """Raises `Refused` for adapters of more tensors than an answer can speak of."""
+        """The adapters of a pass may have as many tensors as its answer can name (`PassResult.unused`)."""
         if num_tensors > MAX_FACTORS:
             raise rejected(f"{num_tensors} tensors of factors in one span; {MAX_FACTORS} are allowed")
 
@@ -99,7 +138,7 @@ class RequestValidator:
         num_tokens: int,
         batch_size: int,
     ) -> None:
-        """Raises `Refused` for a step that does not continue these rows of a session as it is."""
+        """A step has to continue these rows of its session, which holds `num_tokens` of `batch_size` sequences."""
         if request.position > num_tokens:
             raise rejected(f"position {request.position} of a session with {num_tokens} tokens")
         if request.position == 0:  # nothing is continued: the batch may be another
@@ -112,18 +151,9 @@ class RequestValidator:
         end = request.position + inputs.num_tokens
         if end > self.max_length:
             raise rejected(f"{end} tokens in a session; the model allows {self.max_length}")
-        self.check_size(inputs)
-
-    def check_size(self, inputs: StepInputs) -> None:
-        """Raises `Refused` for more than is computed in one step."""
-        if inputs.batch_size > MAX_BATCH:
-            raise rejected(f"{inputs.batch_size} sequences; {MAX_BATCH} are allowed")
-        size = inputs.batch_size * inputs.num_tokens
-        if size > max(MAX_STEP_TOKENS, inputs.batch_size):
-            raise rejected(f"{size} tokens in one step; {MAX_STEP_TOKENS} are allowed")
 
     def logits_of(self, request: Step, inputs: StepInputs, span: Span) -> WantedLogits | None:
-        """The logits that a step asks for. Raises `Refused` if they cannot be had here, or are too many."""
+        """The logits that a step asks for, which this server has to be able to compute and to answer in one message."""
         if request.logits is None:
             return None
         if self.vocabulary is None or span.end != self.span.end:

@@ -1,4 +1,4 @@
-"""One client's session: what its client and the server before it send, computed in order, answered and pushed on."""
+"""One client's session: steps of the client and the upstream server, computed in order, answered and pushed on."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ from shoal.protocol import (
     Opened,
     Ping,
     Pong,
-    Result,
     Rewind,
     SetNeighbors,
     Step,
+    StepResult,
     Unreached,
     Upstream,
 )
 from shoal.server.engine.engine import Engine
 from shoal.server.refusals import Refused, rejected
-from shoal.server.rpc.push import PushHandle, PushService
+from shoal.server.rpc.push_connection import PushHandle
+from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.step_queue import ReceivedStep, StepQueue
 from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
 
 MAX_PENDING_RESULTS = 4
-"""Results that wait for a slow client, or a slow server after; then nothing more is computed."""
+"""Results that wait for a slow client or a slow downstream server: at this number the session stops computing."""
 MAX_REPLAYED_RESULT_BYTES = 1 << 20
-"""The answer to the last step is kept, should it be asked for again; a longer one is computed again."""
+"""The last answer is kept if it is not larger, in case the client asks again; a larger one is computed again."""
 
 
 class SessionStream:
-    """A session on its client's stream, as long as that lasts. Three tasks: one hears, one computes, one answers."""
+    """A session, as long as its client's stream lasts. Three tasks: one receives, one computes, one answers."""
 
-    def __init__(self, stream: Stream, engine: Engine, links: PushService, *, idle_seconds: float) -> None:
+    def __init__(self, stream: Stream, engine: Engine, push_service: PushService, *, idle_seconds: float) -> None:
         self._stream = stream
         self._engine = engine
-        self._links = links
+        self._push_service = push_service
         self._idle_seconds = idle_seconds
         self._upstream: Upstream | None = None
         self._downstream: Downstream | None = None
-        self._push_handle: PushHandle | None = None  # to the server after
+        self._push_handle: PushHandle | None = None  # to the downstream server
         self._computing: Step | None = None
-        self._answered: tuple[Result, codec.Tensors, Encoding] | None = None  # the last, if it is not long
+        self._answered: tuple[StepResult, codec.Tensors, Encoding] | None = None  # the last, unless it is large
         self._news = asyncio.Event()
         self._finished = asyncio.Event()
         self._sending = asyncio.Lock()
@@ -59,9 +60,10 @@ class SessionStream:
         self._refused: Refused | None = None
 
     async def run(self, request: Open, tensors: codec.Tensors) -> None:
-        """Until the client closes. Raises `MissingFromCache` at the start, and what else may end it.
+        """Serve the session until the client closes it.
 
-        That is `Refused`, `StreamBroken`, or `TimeoutError`.
+        Raises `MissingFromCache` at the start, and later `Refused`, `StreamBroken`, `ProtocolViolation` and
+        `TimeoutError`, which end the session.
         """
         self._session, known = self._engine.open(self._stream.peer, request, tensors)
         self._queue = StepQueue(request.epoch, self._session.num_tokens)
@@ -76,10 +78,10 @@ class SessionStream:
             self._engine.close(self._session)
 
     async def leave(self, seconds: float) -> None:
-        """Tell the client that the server will be gone in so many seconds."""
+        """Tell the client that the server goes away in `seconds`."""
         await self._send(Leaving(seconds=seconds))
 
-    # -- hearing ------------------------------------------------------------------------------------------------------
+    # -- receiving ----------------------------------------------------------------------------------------------------
 
     async def _receive_messages(self) -> None:
         while True:
@@ -87,7 +89,7 @@ class SessionStream:
                 message, tensors = await codec.receive(self._stream, SESSION_KINDS)
             match message:
                 case Step():
-                    self._accept(ReceivedStep(message, tensors))
+                    self._accept(message, tensors)
                 case Rewind():
                     self._queue.rewind(message)
                     self._news.set()
@@ -97,71 +99,73 @@ class SessionStream:
                     self._set_neighbors(message.upstream, message.downstream)
                 case Close():
                     if self._upstream is not None:
-                        self._links.forget(self._upstream, self._pushed)
+                        self._push_service.forget(self._upstream, self._pushed)
                     await first_of(self._finish(), self._until_gone())
                     return
                 case _:
                     raise rejected(f"a message of kind {message.kind!r} makes no sense here")
 
     async def _finish(self) -> None:
-        """All that was asked is answered."""
+        """Wait until all that was asked is answered."""
         await self._finished.wait()
         await self._answers.join()
 
     async def _until_gone(self) -> None:
-        """Raises `StreamBroken` when the client does not wait for the answers any more."""
+        """Raises `StreamBroken` when the client stops waiting for the answers."""
         await codec.receive(self._stream, SESSION_KINDS)
 
     def _pushed(self, step: Step, tensors: codec.Tensors) -> None:
-        """The server before has pushed a step."""
-        self._accept(ReceivedStep(step, tensors, link=step.link))
+        """The upstream server has pushed a step."""
+        self._accept(step, tensors, link=step.link)
 
-    def _accept(self, received: ReceivedStep) -> None:
-        """A step has come, from wherever. What is wrong with one that was pushed is not the client's fault."""
+    def _accept(self, step: Step, tensors: codec.Tensors, *, link: str | None = None) -> None:
+        """Validate and queue a step. A pushed one that is wrong is dropped: that is not the client's fault."""
         try:
-            self._engine.check_inputs(received.tensors)
+            received = ReceivedStep(step, self._engine.validator.step_inputs(tensors), link=link)
             is_last = self._queue.add(received)
         except Refused as refused:
-            if received.link is not None:
-                log.debug("what was pushed is refused: %s", refused.failure.reason)
+            if link is not None:
+                log.debug("a pushed step is refused: %s", refused.failure.reason)
                 return
-            self._refused, is_last = refused, False
-        if is_last and received.link is None and self._computing is None:
-            self._repeat(received)
+            self._refused = refused
+        else:
+            if is_last and link is None and self._computing is None:
+                self._repeat(received)
         self._finished.clear()
         self._news.set()
 
     def _repeat(self, received: ReceivedStep) -> None:
-        """The client sends the last step again: its answer may be lost, or it may not have got to the next server.
+        """The client sends the last step again: its answer was lost, or the step did not reach the next server.
 
-        One that is pushed again is ignored: a ring that is tied to a loop would turn for long.
+        A step that is pushed again is ignored: in a ring that is linked into a loop, it would go round for long.
         """
-        if self._answered is None:
+        hops_left = received.step.hops_left
+        if self._answered is None or (hops_left and "hidden" not in self._answered[1]):
             self._queue.again(received)
         elif self._has_room:
             _, answer, encoding = self._answered
-            if received.step.hops_left:
-                self._push(received.step, {**received.tensors, **answer}, encoding)
+            if hops_left:
+                self._push(received, answer, encoding)
             self._answers.put_nowait(self._answered)
 
     @property
     def _has_room(self) -> bool:
-        """Whether results may be added to those that wait."""
+        """Whether another result may wait."""
         num_pushed = 0 if self._push_handle is None else self._push_handle.num_waiting
         return max(self._answers.qsize(), num_pushed) < MAX_PENDING_RESULTS
 
     def _set_neighbors(self, upstream: Upstream | None, downstream: Downstream | None) -> None:
-        """Take the session's place in the ring."""
+        """Change the session's place in the ring."""
         if upstream != self._upstream:
             if self._upstream is not None:
-                self._links.forget(self._upstream, self._pushed)
+                self._push_service.forget(self._upstream, self._pushed)
                 self._queue.forget(self._upstream.link)
             if upstream is not None:
-                self._links.expect(upstream, self._pushed)
+                self._push_service.expect(upstream, self._pushed)
         if downstream != self._downstream:
             if self._push_handle is not None:
                 self._push_handle.close()
-            self._push_handle = None if downstream is None else self._links.handle_to(downstream)
+            self._push_handle = None if downstream is None else self._push_service.handle_to(downstream)
             self._news.set()
         self._upstream, self._downstream = upstream, downstream
 
@@ -188,37 +192,40 @@ class SessionStream:
             await self._news.wait()
 
     async def _compute_step(self, received: ReceivedStep) -> None:
-        step, tensors = received.step, received.tensors
+        step = received.step
         goes_on = step.hops_left > 0
         request = step.model_copy(update={"logits": None, "top_k": None}) if goes_on else step
         self._computing, self._answered = step, None
         began = asyncio.get_running_loop().time()
         try:
-            answer = await self._engine.step(self._session, request, tensors, rows=received.rows)
+            answer = await self._engine.step(self._session, request, received.inputs, rows=received.rows)
         except Refused as refused:
-            if received.link is None or refused.failure.code not in ("rejected", "misrouted"):
+            if received.link is None or not refused.is_request_at_fault:
                 raise
-            # It is wrong as it was pushed. The client, who misses it, will send its own.
-            log.debug("what was pushed is refused: %s", refused.failure.reason)
+            # The step is wrong as it was pushed. The client misses its answer, and sends the step itself.
+            log.debug("a pushed step is refused: %s", refused.failure.reason)
             self._queue.drop(received)
             return
         finally:
             self._computing = None
         encoding = step.encoding_of("hidden")
         if goes_on:
-            self._push(step, {**tensors, **answer}, encoding)
+            self._push(received, answer, encoding)
         if "hidden" in answer:
             outputs = answer["hidden"][:, step.skip :]
             answer = {"hidden": outputs} if outputs.shape[1] else {}
         else:
             encoding = "raw"
         seconds = asyncio.get_running_loop().time() - began
-        result = Result(epoch=step.epoch, position=step.position, seconds=seconds)
+        result = StepResult(epoch=step.epoch, position=step.position, seconds=seconds)
         if not step.skip and sum(tensor.nbytes for tensor in answer.values()) <= MAX_REPLAYED_RESULT_BYTES:
             self._answered = (result, answer, encoding)
         self._answers.put_nowait((result, answer, encoding))
 
-    def _push(self, step: Step, tensors: codec.Tensors, encoding: Encoding) -> None:
+    def _push(self, received: ReceivedStep, answer: codec.Tensors, encoding: Encoding) -> None:
+        """Push a step's outputs to the downstream server; tell the client if they do not get there."""
+        step = received.step
+
         def done(sent: bool) -> None:
             if not sent:
                 self._answers.put_nowait((Unreached(epoch=step.epoch, position=step.position), {}, "raw"))
@@ -227,8 +234,8 @@ class SessionStream:
         if self._push_handle is None:
             done(False)
             return
-        hops_left = step.model_copy(update={"hops_left": step.hops_left - 1, "skip": 0, "tensors": ()})
-        self._push_handle.push(hops_left, tensors, encoding, done=done)
+        onward = step.model_copy(update={"hops_left": step.hops_left - 1, "skip": 0, "tensors": ()})
+        self._push_handle.push(onward, received.inputs.onward(answer["hidden"]), encoding, done=done)
 
     # -- answering ----------------------------------------------------------------------------------------------------
 
@@ -242,6 +249,6 @@ class SessionStream:
     async def _send(
         self, message: AnyMessage, tensors: codec.Tensors | None = None, encoding: Encoding = "raw"
     ) -> None:
-        """Raises `TimeoutError` for a client that does not read: it would keep its room for ever."""
+        """Raises `TimeoutError` for a client that does not read: otherwise it would hold its pages for ever."""
         async with asyncio.timeout(self._idle_seconds), self._sending:
             await codec.send(self._stream, message, tensors, encoding)

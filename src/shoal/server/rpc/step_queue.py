@@ -1,29 +1,31 @@
-"""Which of a session's steps is computed next, whoever sends them and in whatever order they arrive."""
+"""Which of a session's steps is computed next, whether its client or a server sent it, in any order of arrival."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.net.wire.codec import Tensors
 from shoal.protocol import MAX_STEP_TOKENS, MAX_STEPS_AHEAD, Rewind, Step
 from shoal.server.refusals import rejected
+from shoal.server.step_inputs import StepInputs
 
 MAX_QUEUED_TOKENS = 8 * MAX_STEP_TOKENS
-"""The tokens of all steps of one session that wait, over all sequences."""
+"""The tokens, of all sequences, of the steps of one session that wait: their inputs stay in memory meanwhile."""
 
 Key = tuple[int, int]  # epoch, position
 
 
 @dataclass(frozen=True)
 class ReceivedStep:
-    """A step and its inputs `hidden` [B, T, D], and how the batch is rearranged before it."""
+    """A step and its validated inputs. `rows` says which old sequence each sequence continues, if any.
+
+    `link` is the link over which a server pushed it; None if the client sent it itself.
+    """
 
     step: Step
-    tensors: Tensors
+    inputs: StepInputs
     rows: tuple[int, ...] | None = None
     link: str | None = None
-    """Over which it was pushed; None if the client sent it itself."""
 
     @property
     def key(self) -> Key:
@@ -31,20 +33,20 @@ class ReceivedStep:
 
     @property
     def num_tokens(self) -> int:
-        return self.tensors["hidden"].shape[1]
+        """The new tokens of each sequence."""
+        return self.inputs.num_tokens
 
     @property
     def size(self) -> int:
-        """The tokens of all its sequences."""
-        return self.tensors["hidden"].shape[0] * self.num_tokens
+        """The new tokens of all sequences."""
+        return self.inputs.size
 
 
 class StepQueue:
-    """Steps come from the client and from the server before, twice or too early; each is begun once, in its turn.
+    """Steps come from the client and from the upstream server, twice or too early; each is begun once, in its turn.
 
-    The next step is that of `epoch` and `position`. Only the client, by a `Rewind`, makes it another one than that
-    which follows the last. What it sends itself counts more than what is pushed: who pushes may be anybody, and cannot
-    keep it from being heard.
+    The next step is that of `epoch` and `position`. Only the client, by a `Rewind`, makes another one the next. The
+    client's own steps come before pushed ones: any peer may push, and must not keep the client's steps out.
     """
 
     def __init__(self, epoch: int, position: int) -> None:
@@ -54,19 +56,24 @@ class StepQueue:
         self._waiting: dict[Key, ReceivedStep] = {}
         self._last: Key | None = None
 
+    @property
+    def waiting(self) -> tuple[ReceivedStep, ...]:
+        """The steps that are here and not taken."""
+        return tuple(self._waiting.values())
+
     def rewind(self, message: Rewind) -> None:
-        """Raises `Refused` for an epoch that is not later than all before."""
+        """Begin another epoch. Raises `Refused` if it is not later than all before."""
         if message.epoch <= self.epoch:
             raise rejected(f"epoch {message.epoch} after epoch {self.epoch}")
         self.epoch, self.position, self._last = message.epoch, message.position, None
-        # What begins anew continues nothing, however it was to be rearranged.
+        # A session that begins anew continues no sequence: earlier rearrangements mean nothing.
         self._rows = _then(self._rows if message.position else None, message.rows)
         self._waiting = {key: received for key, received in self._waiting.items() if key[0] >= self.epoch}
 
     def add(self, received: ReceivedStep) -> bool:
-        """Take a step, unless it is of the past; returns whether it is the last one again.
+        """Hold a step, unless it is of the past. Returns whether it is the last one again.
 
-        Raises `Refused` if too many of the client's wait; those that are pushed are then ignored.
+        Raises `Refused` if too many of the client's steps wait. Pushed steps are ignored in that case.
         """
         key, is_pushed = received.key, received.link is not None
         if key < (self.epoch, self.position):
@@ -83,11 +90,11 @@ class StepQueue:
         return False
 
     def forget(self, link: str) -> None:
-        """Whatever was pushed over this link and is not begun means nothing any more."""
+        """Drop the steps that were pushed over this link and are not taken."""
         self._waiting = {key: received for key, received in self._waiting.items() if received.link != link}
 
     def again(self, received: ReceivedStep) -> None:
-        """Let the last step be computed once more."""
+        """Make the last step the next one, to be computed once more."""
         self.position = received.step.position
         self._waiting[received.key] = received
 
@@ -105,20 +112,20 @@ class StepQueue:
         return replace(received, rows=rows)
 
     def drop(self, taken: ReceivedStep) -> None:
-        """The step that was taken last could not be computed: it is as if it had never come."""
+        """Undo taking the last step, which could not be computed: it is as if it had never come."""
         if self._last == taken.key:
             self.position, self._last = taken.step.position, None
         if self.position:
             self._rows = _then(taken.rows, self._rows)
 
 
-def _has_room(view: dict[Key, ReceivedStep], received: ReceivedStep) -> bool:
-    size = received.size + sum(each.size for each in view.values())
-    return len(view) < MAX_STEPS_AHEAD and size <= MAX_QUEUED_TOKENS
+def _has_room(waiting: dict[Key, ReceivedStep], received: ReceivedStep) -> bool:
+    size = received.size + sum(each.size for each in waiting.values())
+    return len(waiting) < MAX_STEPS_AHEAD and size <= MAX_QUEUED_TOKENS
 
 
 def _then(first: Sequence[int] | None, second: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Two rearrangements as one. Raises `Refused` if the second is not of what the first left."""
+    """Two rearrangements as one. Raises `Refused` if the second names sequences that the first did not leave."""
     if first is None or second is None:
         rows = second if first is None else first
         return None if rows is None else tuple(rows)

@@ -1,0 +1,165 @@
+"""One connection over which a server pushes the steps of its sessions to the next server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shoal.concurrency import owned_task, with_progress_timeout
+from shoal.net.transport import Stream, StreamBroken, Transport
+from shoal.net.wire import codec
+from shoal.protocol import REPLY_KINDS, Downstream, ProtocolViolation, Step
+from shoal.tensors import Encoding
+
+log = logging.getLogger(__name__)
+
+OPEN_SECONDS = 6.0
+"""How long a stream may take to open: as long as clients give a server."""
+SEND_SECONDS = 30.0
+"""A push of which nothing was taken for this long is given up: the next server is stopped, or as good as stopped."""
+IDLE_SECONDS = 60.0
+"""A stream over which nothing was pushed for this long is closed, and opened again when it is needed."""
+
+
+class PushHandle:
+    """The use that one session makes of a connection. `num_waiting` of its steps are not sent yet."""
+
+    def __init__(self, connection: PushConnection, link: str) -> None:
+        self.num_waiting = 0
+        self._connection = connection
+        self._link = link
+        connection.handles.add(self)
+
+    def push(self, step: Step, tensors: codec.Tensors, encoding: Encoding, *, done: Callable[[bool], None]) -> None:
+        """Queue a step. `done` is called with whether it was sent; if not, it is certain not to arrive."""
+        self.num_waiting += 1
+        step = step.model_copy(update={"link": self._link})
+        self._connection.send(PushedStep(self, step, tensors, encoding, done))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session still uses the connection."""
+        return self in self._connection.handles
+
+    def close(self) -> None:
+        """Forget the steps that were not sent. May be called twice."""
+        self._connection.leave(self)
+
+
+@dataclass(frozen=True, eq=False)
+class PushedStep:
+    """A step in the queue of a connection."""
+
+    handle: PushHandle
+    step: Step
+    tensors: codec.Tensors
+    encoding: Encoding
+    done: Callable[[bool], None]
+
+    def settle(self, *, sent: bool) -> None:
+        """Tell the session what has become of it, if the session still uses the connection."""
+        if self.handle.is_open:
+            self.handle.num_waiting -= 1
+            self.done(sent)
+
+
+class PushConnection:
+    """Sends the steps of its handles to one server, while `run` runs. `abandoned` is called when the last one leaves.
+
+    The next server never says anything on the stream.
+    """
+
+    def __init__(self, transport: Transport, downstream: Downstream, *, abandoned: Callable[[], None]) -> None:
+        self.handles: set[PushHandle] = set()
+        self._transport = transport
+        self._downstream = downstream
+        self._abandoned = abandoned
+        self._queue: deque[PushedStep] = deque()
+        self._news = asyncio.Event()
+        self._is_broken = False
+
+    def send(self, pushed: PushedStep) -> None:
+        """Queue a step."""
+        if self._is_broken:
+            pushed.settle(sent=False)
+            return
+        self._queue.append(pushed)
+        self._news.set()
+
+    def leave(self, handle: PushHandle) -> None:
+        """A session needs the connection no more."""
+        if handle in self.handles:
+            self.handles.remove(handle)
+            self._queue = deque(pushed for pushed in self._queue if pushed.handle is not handle)
+            if not self.handles:
+                self._abandoned()
+
+    async def run(self) -> None:
+        """Open a stream at once, and send over it; open another one when a step is to be sent and that one broke."""
+        try:
+            pushed = await self._use_stream(None)
+            while True:
+                pushed = await self._use_stream(pushed or await self._next(None))
+        except Exception:  # a defect of ours: the sessions are told, and other connections go on
+            log.exception("the connection to push to %s failed", self._downstream.peer)
+            self._is_broken = True
+            while self._queue:
+                self._queue.popleft().settle(sent=False)
+
+    async def _use_stream(self, pushed: PushedStep | None) -> PushedStep | None:
+        """Open a stream, and send this step and those that follow over it until it breaks or is idle.
+
+        Returns the step that is to be sent over another stream, because this one had ended before.
+        """
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                stream = await self._transport.open(self._downstream.peer, self._downstream.addresses)
+        except (StreamBroken, TimeoutError) as failure:
+            if pushed is not None:
+                self._fail(pushed, failure)
+            return None
+        try:
+            async with owned_task(_until_end(stream)) as ending:
+                return await self._send_all(stream, pushed, ending)
+        finally:
+            await stream.close()
+
+    async def _send_all(
+        self, stream: Stream, pushed: PushedStep | None, ending: asyncio.Task[None]
+    ) -> PushedStep | None:
+        while pushed := pushed or await self._next(IDLE_SECONDS):
+            if ending.done():
+                return pushed
+            sending = codec.send(stream, pushed.step, pushed.tensors, pushed.encoding)
+            try:
+                await with_progress_timeout(sending, lambda: stream.taken_at, seconds=SEND_SECONDS)
+            except (StreamBroken, TimeoutError) as failure:
+                self._fail(pushed, failure)
+                return None
+            pushed.settle(sent=True)
+            pushed = None
+        return None
+
+    async def _next(self, seconds: float | None) -> PushedStep | None:
+        """The step that is to be sent next; None if there is none for `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._queue:
+                    self._news.clear()
+                    await self._news.wait()
+                return self._queue.popleft()
+        return None
+
+    def _fail(self, pushed: PushedStep, failure: Exception) -> None:
+        reason = str(failure) or "it takes too long"
+        log.info("a step could not be pushed to %s: %s", self._downstream.peer, reason)
+        pushed.settle(sent=False)
+
+
+async def _until_end(stream: Stream) -> None:
+    with contextlib.suppress(StreamBroken, ProtocolViolation):
+        await codec.receive(stream, REPLY_KINDS)
