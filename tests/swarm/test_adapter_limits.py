@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a prefix of keys and values": (
         lambda model: loss(get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))),
-        "the blocks are elsewhere",
+        "the blocks are on servers",
     ),
     "factors of parameters": (
         lambda model: get_peft_model(model, lora(target_modules=["v_proj"], target_parameters=["q_proj.weight"])),
