@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         AutoDistributedModelForCausalLM,
         AutoDistributedModelForSequenceClassification,
         InferenceSession,
-        RemoteBlocks,
         RemoteSequential,
     )
     from shoal.errors import (
@@ -40,7 +39,6 @@ _CLIENT = (
     "AutoDistributedModelForCausalLM",
     "AutoDistributedModelForSequenceClassification",
     "InferenceSession",
-    "RemoteBlocks",
     "RemoteSequential",
 )
 
@@ -53,7 +51,6 @@ __all__ = [
     "InferenceSession",
     "MissingBlocks",
     "PeerError",
-    "RemoteBlocks",
     "RemoteSequential",
     "RequestRejected",
     "ServerBusy",

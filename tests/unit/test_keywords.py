@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shoal.client.options.keywords import DEFAULTS, KEYWORDS, Refused, Renamed, Taken, resolve, similar
-from shoal.client.options.requested_options import device_of
+from shoal.client.options.model_checks import device_of
 from shoal.errors import UserError
 
 

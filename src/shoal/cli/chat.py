@@ -9,8 +9,9 @@ import typer
 from rich.text import Text
 
 from shoal.cli import options
-from shoal.cli.console import print_error, start_logging, stderr
+from shoal.cli.console import print_error, stderr
 from shoal.cli.generate import connected, cut_mark, is_cut, pad_token_of, print_now, seed_everything, streamer
+from shoal.client.options.client_options import ClientOptions
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ COMMANDS = {
 SAME = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}
 
 
+@options.with_client_options
 def command(
     model: options.Model,
-    initial_peers: options.InitialPeers = None,
+    client: ClientOptions,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -42,46 +44,15 @@ def command(
     max_length: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Tokens of the whole conversation. Default: up to 2048.")
     ] = None,
-    adapter: options.Adapter = None,
-    dtype: options.ClientDType = options.DType.auto,
-    wire: options.OnTheWire = options.Wire.auto,
-    history: options.HistoryKept = options.Kept.exact,
-    history_memory: options.HistoryMemory = None,
-    standby: options.Standby = False,
-    pin: options.Pin = None,
-    chooser: options.ChooseBy = options.Chooser.shortest,
-    remote_head: options.RemoteHead = False,
-    head_quantization: options.HeadQuantization = options.Quantization.none,
-    revision: options.Revision = None,
-    allow_uncertified: options.AllowUncertified = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Talk with a model.
 
     Ctrl-C stops an answer, Ctrl-D or /bye leaves, /new begins anew, /help tells more. A model without a chat template
     goes on with what you write, as if it had written it itself.
     """
-    start_logging(verbose=verbose)
-    peers = options.swarm_peers(initial_peers)
-    options.check_places(model, adapter)
+    options.check_places(model, client.model.active_adapter)
     chosen = options.sampling(temperature, top_p, top_k, seed)
-    with connected(
-        model,
-        peers,
-        revision=revision,
-        active_adapter=adapter,
-        dtype=dtype,
-        wire=wire,
-        history=history,
-        history_memory=history_memory,
-        standby=standby,
-        pinned=options.pins(pin),
-        chooser=chooser,
-        remote_head=remote_head,
-        head_quantization=head_quantization,
-        allow_uncertified=allow_uncertified,
-    ) as client:
-        llm, tokenizer = client
+    with connected(model, client) as (llm, tokenizer):
         seed_everything(seed)
         chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
         stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new begins anew, /help tells more", style="dim"))

@@ -14,67 +14,38 @@ import typer
 from rich.text import Text
 
 from shoal.cli import options
-from shoal.cli.console import hush_transformers, start_logging, stderr, stdout, waiting
+from shoal.cli.console import hush_transformers, stderr, stdout, waiting
 from shoal.cli.rates import tokens_per_second
+from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 
 if TYPE_CHECKING:
     from shoal.client import InferenceSession
 
 
+@options.with_client_options
 def command(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to go on from; - reads it from stdin.")],
-    initial_peers: options.InitialPeers = None,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")],
+    client: ClientOptions,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
     num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with so many beams.")] = 1,
-    adapter: options.Adapter = None,
-    dtype: options.ClientDType = options.DType.auto,
-    wire: options.OnTheWire = options.Wire.auto,
-    history: options.HistoryKept = options.Kept.exact,
-    history_memory: options.HistoryMemory = None,
-    standby: options.Standby = False,
-    pin: options.Pin = None,
-    chooser: options.ChooseBy = options.Chooser.shortest,
-    remote_head: options.RemoteHead = False,
-    head_quantization: options.HeadQuantization = options.Quantization.none,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, at the end.")] = False,
-    revision: options.Revision = None,
-    allow_uncertified: options.AllowUncertified = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Continue a prompt, and stream the text to stdout.
 
     The likeliest token is taken each time, unless a --temperature is given.
     """
-    start_logging(verbose=verbose)
-    peers = options.swarm_peers(initial_peers)
-    options.check_places(model, adapter)
+    options.check_places(model, client.model.active_adapter)
     if prompt == "-":
         prompt = sys.stdin.read()
     chosen = options.sampling(temperature, top_p, top_k, seed, num_beams)
 
-    with connected(
-        model,
-        peers,
-        revision=revision,
-        active_adapter=adapter,
-        dtype=dtype,
-        wire=wire,
-        history=history,
-        history_memory=history_memory,
-        standby=standby,
-        pinned=options.pins(pin),
-        chooser=chooser,
-        remote_head=remote_head,
-        head_quantization=head_quantization,
-        allow_uncertified=allow_uncertified,
-    ) as client:
-        llm, tokenizer = client
+    with connected(model, client) as (llm, tokenizer):
         inputs = tokenizer(prompt, return_tensors="pt")
         num_prompt = inputs.input_ids.shape[1]
         if not num_prompt:
@@ -123,32 +94,16 @@ def command(
 
 
 @contextlib.contextmanager
-def connected(
-    model: str,
-    peers: tuple[str, ...],
-    *,
-    revision: str | None,
-    history_memory: int | None,
-    **config: Any,
-) -> Iterator[tuple[Any, Any]]:
-    """The model in the swarm, and its tokenizer; leaves the swarm with the context.
-
-    `history_memory` is in MiB, all other `config` are what `from_pretrained` takes.
-    """
+def connected(model: str, client: ClientOptions) -> Iterator[tuple[Any, Any]]:
+    """The model in the swarm, and its tokenizer. The client leaves the swarm at the end of the context."""
     with waiting("Importing PyTorch and Transformers") as wait:
         from shoal.client import AutoDistributedModelForCausalLM
 
         hush_transformers()
         wait.for_("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
-        llm = AutoDistributedModelForCausalLM.from_pretrained(
-            model,
-            initial_peers=peers,
-            revision=revision,
-            history_memory=None if history_memory is None else history_memory << 20,
-            **config,
-        )
+        llm = AutoDistributedModelForCausalLM.from_options(model, client)
     try:
-        yield llm, load_tokenizer(model, revision)
+        yield llm, load_tokenizer(model, client.model.revision)
     finally:
         llm.close()
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from shoal.cli.console import WrongUsage
+from shoal.cli.console import WrongUsage, start_logging
+from shoal.client.options.client_options import INITIAL_PEERS, ClientOptions, parse_initial_peers
 from shoal.model.weights.places import check_model, folder_of
 
-INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
 MOST_OF_HOST = 32
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
@@ -46,7 +47,7 @@ class Wire(StrEnum):
     int8 = "int8"
 
 
-class Kept(StrEnum):
+class History(StrEnum):
     exact = "exact"
     bfloat16 = "bfloat16"
     int8 = "int8"
@@ -127,8 +128,8 @@ OnTheWire = Annotated[
         help="How hidden states travel: raw (auto), or bfloat16, int8: fewer bytes, less precise.",
     ),
 ]
-HistoryKept = Annotated[
-    Kept,
+HistoryEncoding = Annotated[
+    History,
     typer.Option(
         "--history",
         metavar="ENCODING",
@@ -174,13 +175,12 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log everything t
 
 
 def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
-    """The peers that were named here or in the environment; none if nobody named any."""
-    named = initial_peers or [os.environ.get(INITIAL_PEERS, "")]
-    return tuple(" ".join(named).replace(",", " ").split())
+    """The peers that `--initial-peers` names, or else the environment. May be empty."""
+    return parse_initial_peers(" ".join(initial_peers) if initial_peers else None)
 
 
 def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
-    """The same, where there must be some. Raises `UserError` for what is no address."""
+    """The same, for a command that needs some. Raises `UserError` for text that is not the address of a peer."""
     from shoal.net.addresses import check_peers
 
     peers = peers_of(initial_peers)
@@ -192,11 +192,69 @@ def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
     return check_peers(peers)
 
 
-def check_places(model: str, adapter: str | None) -> None:
+def client_options(  # the first parameter stands first in the help of a command
+    initial_peers: InitialPeers = None,
+    adapter: Adapter = None,
+    dtype: ClientDType = DType.auto,
+    wire: OnTheWire = Wire.auto,
+    history: HistoryEncoding = History.exact,
+    history_memory: HistoryMemory = None,
+    standby: Standby = False,
+    pin: Pin = None,
+    chooser: ChooseBy = Chooser.shortest,
+    remote_head: RemoteHead = False,
+    head_quantization: HeadQuantization = Quantization.none,
+    revision: Revision = None,
+    allow_uncertified: AllowUncertified = False,
+) -> ClientOptions:
+    """The options of a client, from those of the command line. Imports nothing slow. Raises `UserError`."""
+    return ClientOptions.from_keywords(
+        initial_peers=swarm_peers(initial_peers),
+        active_adapter=adapter,
+        dtype=dtype,
+        wire=wire,
+        history=history,
+        history_memory=None if history_memory is None else history_memory << 20,
+        standby=standby,
+        pinned=pins(pin),
+        chooser=chooser,
+        remote_head=remote_head,
+        head_quantization=head_quantization,
+        revision=revision,
+        allow_uncertified=allow_uncertified,
+    )
+
+
+def with_client_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `client_options`, and --verbose, in place of its parameter `client`.
+
+    The command is called with the finished `ClientOptions`, once the log is set up.
+    """
+    shared = inspect.signature(client_options, eval_str=True).parameters
+    verbose = inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose)
+
+    @functools.wraps(command)
+    def wrapped(*, verbose: bool, **values: Any) -> None:
+        start_logging(verbose=verbose)
+        client = client_options(**{name: values.pop(name) for name in shared})
+        command(client=client, **values)
+
+    first, *others = shared.values()  # --initial-peers stands in the place of `client`, the others at the end
+    own = [
+        first if each.name == "client" else each
+        for each in inspect.signature(command, eval_str=True).parameters.values()
+    ]
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *others, verbose)]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+    return wrapped
+
+
+def check_places(model: str, adapter: str | Path | None) -> None:
     """Raises `UserError` for a model and an adapter that cannot be there, before anything slow is imported."""
     check_model(model)
     if adapter is not None:
-        folder_of(adapter)
+        folder_of(str(adapter))
 
 
 def server_name(given: str | None, host: str) -> str:

@@ -15,6 +15,7 @@ import typer
 from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
 from shoal.cli.render import render, render_route
+from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.model.weights.places import check_model, is_path
 from shoal.policy.dtypes import mixture
@@ -86,11 +87,11 @@ def command(
     missing, also with --json, and 0 if each has all of its blocks.
     """
     start_logging(verbose=verbose)
-    peers = options.swarm_peers(initial_peers)
+    client = options.client_options(initial_peers)
     if model is not None and is_path(model):
         check_model(model)
     with waiting("Asking the swarm"):
-        found = asyncio.run(look(peers, model, route=route))
+        found = asyncio.run(look(client, model, route=route))
     if as_json:
         print(json.dumps({"models": [status.as_json(route=route) for status in found]}, indent=2, ensure_ascii=False))
     else:
@@ -113,11 +114,11 @@ def _show(found: Sequence[ModelStatus], *, route: bool) -> None:
                 stdout.print(part)
 
 
-async def look(peers: tuple[str, ...], wanted: str | None = None, *, route: bool = False) -> list[ModelStatus]:
+async def look(client: ClientOptions, wanted: str | None = None, *, route: bool = False) -> list[ModelStatus]:
     """What the swarm says of one model, or of all. Raises `UserError` for a model that neither it nor we know."""
-    from shoal.net import NetworkConfig, join
+    from shoal.net import join
 
-    async with join(NetworkConfig(initial_peers=peers, client_mode=True)) as node:
+    async with join(client.network) as node:
         models: Sequence[ModelInfo] = await node.directory.models()
         if wanted is not None:
             models = [_named(wanted, models)]

@@ -33,7 +33,7 @@ DEFAULT_SESSION_LENGTH = 2048
 """What a session is expected to get long if its user has not said."""
 
 
-class RemoteBlocks(NotPickled, nn.Module):
+class RemoteSequential(NotPickled, nn.Module):
     """The blocks of a span, served by others. Slices like a list: `blocks[3:6]`."""
 
     def __init__(
@@ -85,7 +85,7 @@ class RemoteBlocks(NotPickled, nn.Module):
     def __len__(self) -> int:
         return len(self.span)
 
-    def __getitem__(self, index: int | slice) -> RemoteBlocks:
+    def __getitem__(self, index: int | slice) -> RemoteSequential:
         """Some of the blocks, counted from this span's first. Steps other than 1 are refused."""
         blocks = range(self.span.start, self.span.end)[index]
         if isinstance(blocks, int):
@@ -94,8 +94,8 @@ class RemoteBlocks(NotPickled, nn.Module):
             raise UserError(f"blocks run in order, and at least one of them: not {index}")
         return self._like(Span(blocks.start, blocks.stop), dict(self.named_children()))
 
-    def _like(self, span: Span, skeletons: Mapping[str, nn.Module]) -> RemoteBlocks:
-        blocks = RemoteBlocks(
+    def _like(self, span: Span, skeletons: Mapping[str, nn.Module]) -> RemoteSequential:
+        blocks = RemoteSequential(
             self._runtime,
             self._swarm,
             span,
@@ -107,7 +107,7 @@ class RemoteBlocks(NotPickled, nn.Module):
         blocks._hold, blocks._attributes, blocks._adapters = self._hold, self._attributes, self._adapters
         return blocks
 
-    def __iter__(self) -> Iterator[RemoteBlocks]:
+    def __iter__(self) -> Iterator[RemoteSequential]:
         return (self[index] for index in range(len(self)))
 
     def extra_repr(self) -> str:
@@ -254,14 +254,14 @@ class RemoteBlocks(NotPickled, nn.Module):
         """Leave the swarm, with all that belongs to this model, once its copies do too. May be called twice."""
         self._hold.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteBlocks:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
         blocks = self._like(self.span, {name: copy.deepcopy(child, memo) for name, child in self.named_children()})
         blocks._hold, blocks._attributes = self._hold.another(), copy.deepcopy(self._attributes, memo)
         blocks.num_prompt_tokens = self.num_prompt_tokens  # slices have none: the prompt stands before all blocks
         return blocks
 
 
-def _measure_before(blocks: RemoteBlocks, *_: Any) -> None:
+def _measure_before(blocks: RemoteSequential, *_: Any) -> None:
     """Before the state of the blocks is read: what DoRA begins with is a part of it."""
     blocks.measure_new()
 

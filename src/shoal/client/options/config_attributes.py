@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from shoal.client.options.client_config import ClientConfig, peers_of
+from shoal.client.options.client_options import ClientOptions, parse_peers
 from shoal.client.options.keywords import PETALS, Fate, Refused
 from shoal.client.swarm.swarm import Swarm
 from shoal.errors import UserError
@@ -37,7 +37,7 @@ class ConfigAttributes:
         swarm: Swarm,
         opened_with: Mapping[str, Any],
         *,
-        with_whole_ids: Callable[[ClientConfig], ClientConfig],
+        with_whole_ids: Callable[[ClientOptions], ClientOptions],
     ) -> None:
         self._config = config
         self._swarm = swarm
@@ -61,7 +61,7 @@ class ConfigAttributes:
             if isinstance(fate, Refused) and not fate.allows(value) and value != self._opened_with.get(name):
                 raise UserError(f"model.config.{name} cannot be changed while the model is open", hint=fate.hint)
         allowed, blocked = given.get("allowed_servers"), given.get("blocked_servers")
-        permitted = None if allowed is None else peers_of(allowed), peers_of(blocked or ())
+        permitted = None if allowed is None else parse_peers(allowed), parse_peers(blocked or ())
         if permitted != self._permitted:
             allowed_servers, blocked_servers = permitted
             wanted = replace(self._swarm.config, allowed_servers=allowed_servers, blocked_servers=blocked_servers)

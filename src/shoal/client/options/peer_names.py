@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.net.identity import public_key
 from shoal.net.transport import Node
@@ -18,7 +18,7 @@ SHORTEST_START = 12
 MOST_LISTED = 8
 
 
-async def found_in_directory(config: ClientConfig, node: Node, model: ModelInfo) -> ClientConfig:
+async def found_in_directory(config: ClientOptions, node: Node, model: ModelInfo) -> ClientOptions:
     """The config with whole ids for all servers that it names. The directory is read once, and only if it is needed.
 
     Raises `UserError` for what names no server, or several, and `SwarmError` if the directory does not answer.
@@ -28,13 +28,13 @@ async def found_in_directory(config: ClientConfig, node: Node, model: ModelInfo)
     return with_whole_ids(config, await node.directory.servers(model))
 
 
-def all_are_whole(config: ClientConfig) -> bool:
+def all_are_whole(config: ClientOptions) -> bool:
     """Whether every server that the config names is named by its whole id."""
     pinned = (peer for _, peer in config.pinned)
     return all(public_key(text) for text in (*(config.allowed_servers or ()), *config.blocked_servers, *pinned))
 
 
-def with_whole_ids(config: ClientConfig, servers: Sequence[ServerInfo]) -> ClientConfig:
+def with_whole_ids(config: ClientOptions, servers: Sequence[ServerInfo]) -> ClientOptions:
     """The config with whole ids in place of what names these servers. Raises `UserError`."""
     allowed = config.allowed_servers
     return replace(

@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.message_sizes import check_size
 from shoal.concurrency import first_of, while_moving
@@ -55,7 +55,7 @@ class Connection:
         self,
         stream: Stream,
         server: ServerInfo,
-        config: ClientConfig,
+        config: ClientOptions,
         *,
         in_flight: PeerInFlight | None = None,
         round_trip: Callable[[float], None] = lambda seconds: None,
@@ -85,7 +85,7 @@ class Connection:
         cls,
         transport: Transport,
         server: ServerInfo,
-        config: ClientConfig,
+        config: ClientOptions,
         *,
         in_flight: PeerInFlight | None = None,
         round_trip: Callable[[float], None] = lambda seconds: None,

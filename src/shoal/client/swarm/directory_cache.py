@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Sequence
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.transport import Node
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class DirectoryCache:
     """What the directory said last. `directory_error` is why it says nothing now, None if it does."""
 
-    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig) -> None:
+    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientOptions) -> None:
         self.directory_error: SwarmError | None = None
         self._node = node
         self._model = model
@@ -33,7 +33,7 @@ class DirectoryCache:
         self._num_taken = self._num_used = 0
         self._refreshing = asyncio.Lock()
 
-    def permit(self, config: ClientConfig) -> None:
+    def permit(self, config: ClientOptions) -> None:
         """The user permits other servers than before."""
         self._config = config
 

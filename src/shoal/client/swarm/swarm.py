@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from shoal.client.history.history_store import HistoryStore
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.adapter_sync import AdapterSync
 from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.client.swarm.connection import Connection
@@ -63,11 +63,13 @@ def named_tensors(
 class Swarm:
     """One model in the swarm, as one client sees it."""
 
-    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig) -> None:
+    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientOptions) -> None:
         self.model = model
         self.fingerprint = fingerprint
         self.config = config
-        self.store = HistoryStore(config.kept, memory_bytes=config.history_memory, folder=config.history_folder)
+        self.store = HistoryStore(
+            config.history_encoding, memory_bytes=config.history_memory, folder=config.history_folder
+        )
         """Where the histories of all sessions are."""
         self.broken_pairs = BrokenPairs(now)
         self.round_trips = RoundTrips(now)

@@ -1,0 +1,128 @@
+"""What a distributed model can do beyond what its Transformers class can."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from shoal.client.active import active_session, none_active
+from shoal.client.blocks import RemoteSequential
+from shoal.client.continuation import Continuation
+from shoal.client.head.logits import RemoteHead
+from shoal.client.inference_session import InferenceSession, closing_new_sessions, note_opened
+from shoal.client.saving import SavesTrained
+from shoal.errors import SwarmError, UserError
+from shoal.model.head import CACHE_NAMES, HeadCache, cache_name, new_cache
+from shoal.model.peft.factors import check_configs
+from shoal.model.peft.prompts import PROMPT
+
+log = logging.getLogger(__name__)
+
+
+class DistributedModel(SavesTrained):
+    """Mixed into the model's class: what a distributed model can do beyond what Transformers' can."""
+
+    blocks: RemoteSequential
+    _remote_head: RemoteHead | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._remote_head is not None:
+            self._open_cache(args, kwargs)  # a server is asked for logits of a session, so that has to be there
+        head_call = None if self._remote_head is None else self._remote_head.head_call(self, kwargs)
+        if self._remote_head is None or head_call is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        view: Any = self._remote_head.view_of(self, head_call)  # type: ignore[type-var]
+        with head_call:
+            return head_call.finished(super(DistributedModel, view).__call__(*args, **kwargs))  # type: ignore[misc]
+
+    def _open_cache(self: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Do here what the backbone would do a little later."""
+        names = inspect.signature(self.forward).parameters
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(given.get(name) is not None for name in CACHE_NAMES):
+            return
+        if (cache := new_cache(self.blocks, given, by_default=False)) is not None:
+            kwargs.update({"use_cache": True, cache_name(names): cache})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_config":  # this is how PEFT says what it has added
+            check_configs(value)
+        super().__setattr__(name, value)
+        if name == "peft_config":
+            self.blocks.note_adapters(value)
+            try:
+                self.blocks.measure_new()  # before somebody saves or copies what DoRA begins with
+            except SwarmError as error:
+                log.warning("the magnitudes of DoRA are measured later: %s", error)
+
+    @property
+    def prompt_embeddings(self: Any) -> nn.Embedding:
+        """The soft prompt (`tuning_mode`)."""
+        prompt: nn.Embedding | None = getattr(self.backbone, PROMPT, None)
+        if prompt is None:
+            raise AttributeError('this model has no soft prompt: tuning_mode="ptune", pre_seq_len=16 gives it one')
+        return prompt
+
+    @property
+    def transformer(self: Any) -> Any:
+        """What surrounds the blocks, whatever the family calls it: `.h` are the blocks, `.word_embeddings` theirs."""
+        own: nn.Module | None = self.__dict__["_modules"].get("transformer")
+        return self.backbone if own is None else own
+
+    def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
+        """A cache in the swarm that several calls share: `with model.inference_session(max_length=512) as session`.
+
+        Inside of the `with` block, calls of `generate()` and of the model go on with it by themselves. Without
+        `max_length` it may get as long as the model allows.
+        """
+        return self.blocks.inference_session(max_length=max_length, batch_size=batch_size)
+
+    def generate(self, inputs: Any = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any) -> Any:
+        """Transformers' `generate`, which see; with `session`, it goes on where the session's last call ended.
+
+        So it does inside of `with model.inference_session():`, unless it is given a cache or told to use none. Then
+        `inputs` are the new tokens only, or everything so far and the new tokens, or nothing: just go on. What is
+        returned begins with what was passed.
+        """
+        generate = super().generate  # type: ignore[misc]
+        if self._remote_head is not None:
+            self._remote_head.check_options(kwargs)
+        has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+        uses_none = kwargs.get("use_cache") is False
+        if session is not None and (has_cache or uses_none):
+            raise UserError("a session is a cache: pass it alone, without past_key_values or use_cache=False")
+        if session is None and not has_cache and not uses_none:
+            session = active_session(self.blocks.owner)
+        handed_out: list[InferenceSession] = []
+        with none_active(), closing_new_sessions() as opened:
+            if session is None:
+                result = generate(inputs, *args, **kwargs)
+            else:
+                if inputs is None:
+                    inputs = kwargs.pop("input_ids", None)
+                continuation = Continuation.of(session, inputs, kwargs.pop("attention_mask", None))
+                session.in_call = True
+                kwargs |= {"attention_mask": continuation.attention_mask, "past_key_values": HeadCache(session)}
+                result = generate(continuation.input_ids, *args, **kwargs)
+                result = continuation.finish(session, result)
+            cache = next((each for name in CACHE_NAMES if (each := getattr(result, name, None)) is not None), None)
+            if isinstance(cache, HeadCache):
+                handed_out = [each for each in opened if each is cache.session]
+                opened[:] = [each for each in opened if each is not cache.session]
+        for each in handed_out:
+            note_opened(each)  # whoever has called has it now: perhaps another `generate()`, to which we only assist
+        return result
+
+    def close(self) -> None:
+        """Leave the swarm. The model is of no more use. May be called twice."""
+        self.blocks.close()
+
+
+def distributed(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of the same name and module, by which Transformers decides much."""
+    return type(model_class.__name__, (DistributedModel, model_class), {"__module__": model_class.__module__})
