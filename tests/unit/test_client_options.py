@@ -76,7 +76,7 @@ def test_every_option_that_has_a_keyword_is_filled_by_it(monkeypatch: pytest.Mon
         "chooser": "nsga2", "wire": "int8", "standby": True, "history": "bfloat16", "history_memory": 7,
         "history_folder": "/h", "remote_head": True, "head_top_k": 5, "head_quantization": "nf4",
         "tuning_mode": "ptune", "pre_seq_len": 3, "active_adapter": "/d", "salt": "s", "allow_uncertified": True,
-        "local_files_only": True, "num_labels": 3,
+        "local_files_only": True, "observers": [print], "num_labels": 3,
     }  # fmt: skip
     keywords = {*inspect.signature(ClientOptions.from_keywords).parameters} - {"others"}
     assert keywords == {*given} - {"num_labels"}

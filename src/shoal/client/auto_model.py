@@ -89,6 +89,8 @@ class _AutoDistributed:
         - `standby=True`: sessions keep a second server warm for each of theirs.
         - `salt`: servers reuse cached prefixes among sessions with equal salts only. With a salt of your own, others
           cannot learn from response times which prompts you have sent.
+        - `observers`: functions that are called with every event of this model, such as a chosen route or a lost
+          server (`shoal.events`), each on a thread of its own.
 
         What is computed here, and how it travels:
 
@@ -182,6 +184,7 @@ class _AutoDistributed:
         with_whole_ids = partial(_with_whole_ids, runtime, node, model_info)
         options = with_whole_ids(options)
         swarm = Swarm(node, model_info, checkpoint.fingerprint, options)
+        runtime.resources.push_async_callback(swarm.events.close)
         dtype = _chosen_dtype(wanted.dtype, model_config, swarm, runtime)
         check_encodings(options, checkpoint.family, dtype)
         blocks = RemoteSequential(

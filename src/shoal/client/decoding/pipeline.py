@@ -26,6 +26,7 @@ from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.swarm import Swarm, named_tensors
 from shoal.errors import PeerError
+from shoal.events import StageReplaced
 from shoal.model.peft.factors import Tuning
 from shoal.policy.routing.route import SLOWEST, Hop
 from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS, page_names, root
@@ -77,6 +78,7 @@ class Pipeline:
         """These take the place of a share."""
         index = self.stages.index(stage)
         self.stages[index : index + 1] = others
+        self._swarm.events.emit(StageReplaced(stage.peer, tuple(each.peer for each in others)))
 
     async def merge(self) -> None:
         """Where one server has come to follow itself, it gets one session, which takes half of the room of two."""

@@ -27,6 +27,7 @@ from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.connection import CannotRewind
 from shoal.client.swarm.swarm import Holding, Swarm
 from shoal.errors import ServerBusy, ServerLost, UserError
+from shoal.events import SessionClosed, SessionOpened
 from shoal.model.peft.factors import Tuning
 from shoal.net.wire.encodings import as_received
 from shoal.policy.routing.route import Hop
@@ -203,6 +204,7 @@ class Session:
                 if self._standby is None:
                     route = await self._planner.whole_route(self.span, excluded)
                     self._standby = self._maintain(self._planner.pipeline(route, self._tokens.inputs, self._on_news))
+                    self._swarm.events.emit(SessionOpened(id(self), self._swarm.model.name, self.span, self.batch_size))
                 pipeline = self._standby.pipeline
                 pipeline.outputs, pipeline.logits_request = outputs, logits_request
                 await self._check(pipeline)
@@ -278,6 +280,8 @@ class Session:
 
     async def close(self) -> None:
         """Let the servers forget it. May be called twice."""
+        if self._standby is not None and not self._closed:
+            self._swarm.events.emit(SessionClosed(id(self), self._swarm.model.name, self._tokens.num_tokens))
         self._closed = True
         if self._step is not None:
             self._step.cancel()

@@ -80,7 +80,6 @@ class StandbyManager:
         standby = self.standbys.get(stage)
         if standby is None or not standby.is_open or any(each.error is not None for each in standby.stages):
             return False
-        log.info("%s takes the place of %s", ", ".join(each.peer for each in standby.stages), stage.peer)
         del self.standbys[stage]
         for each in standby.stages:
             each.notify = self.pipeline.notify

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.client.options.keywords import resolve
 from shoal.errors import UserError
+from shoal.events import Observer
 from shoal.net import NetworkConfig
 from shoal.policy.routing.route import Chooser
 from shoal.protocol import MAX_TEXT
@@ -104,6 +105,8 @@ class ClientOptions:
     """The bytes of history that stay in memory, for all sessions together; `None` keeps all of it there."""
     history_folder: Path | None = None
     """The folder of the file that takes the rest; `None` is the system's folder for temporary files."""
+    observers: tuple[Observer, ...] = ()
+    """What is told of this model's events, beside the log (`shoal.events`)."""
     model: ModelOptions = ModelOptions()
 
     def __post_init__(self) -> None:
@@ -154,6 +157,7 @@ class ClientOptions:
         salt: str = "",
         allow_uncertified: bool = False,
         local_files_only: bool = False,
+        observers: Sequence[Observer] = (),
         **others: Any,
     ) -> ClientOptions:
         """The options that the keywords of `from_pretrained` ask for; its docstring describes them.
@@ -190,6 +194,7 @@ class ClientOptions:
             history=parse_history(history),
             history_memory=history_memory,
             history_folder=None if history_folder is None else Path(history_folder).expanduser(),
+            observers=tuple(observers),
             model=model,
         )
 

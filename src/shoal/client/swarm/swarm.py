@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 
+from shoal import events
 from shoal.client.history.history_store import HistoryStore
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.adapter_sync import AdapterSync
@@ -67,6 +68,8 @@ class Swarm:
         self.model = model
         self.fingerprint = fingerprint
         self.config = config
+        self.events = events.Observers(config.observers)
+        """What is told of this model's events. It has to be closed."""
         self.store = HistoryStore(
             config.history_encoding, memory_bytes=config.history_memory, folder=config.history_folder
         )
@@ -121,7 +124,8 @@ class Swarm:
             chooser=self.config.chooser,
             seed=random.getrandbits(32),
         )
-        log.info("blocks %s: %s", span, route.explain())
+        chosen = tuple((hop.server.peer, hop.span) for hop in route.hops)
+        self.events.emit(events.RouteChosen(self.model.name, span, chosen, route.seconds, route.explain))
         return route
 
     async def _answering(self, view: SwarmView, span: Span, needs: Needs) -> SwarmView:
@@ -187,7 +191,7 @@ class Swarm:
             try:
                 return await act(excluded)
             except ServerLost as lost:
-                log.warning("%s; looking for another server", lost)
+                self.events.emit(events.ServerLost(lost.peer, str(lost)))
                 self.blame(lost, since=began)
             except ServerBusy as busy:
                 log.info("%s", busy)
