@@ -1,8 +1,8 @@
 """What happens in a client or a server, as frozen events, and the observers that are told of it.
 
-`Observers.emit` is called on the event loop and returns at once, whatever the observers do: every observer is called on
-a thread of its own, behind a bounded queue. An observer that raises is logged once and told nothing more. The log is an
-observer too, and the only one that is called directly.
+`Observers.emit` is called on the event loop and returns at once: each observer is called on its own thread, behind a
+bounded queue. An observer that raises is logged once and told nothing more. The log is an observer too, and the only
+one that is called directly.
 """
 
 from __future__ import annotations

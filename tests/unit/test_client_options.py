@@ -27,7 +27,7 @@ def test_pins_are_spans_and_peers_in_the_order_of_the_blocks():
     assert pinned == ((Span(0, 4), "A"), (Span(4, 8), "B"))
 
 
-def test_what_is_no_span_cannot_be_pinned():
+def test_text_that_is_not_a_span_cannot_be_pinned():
     with pytest.raises(UserError, match="not a span of blocks: 'first'") as error:
         parse_pins({"first": "A"})
     assert "0:4" in str(error.value.hint)
@@ -39,14 +39,14 @@ def test_a_block_is_pinned_to_one_peer_only():
     assert len(parse_pins({"0:5": "A", "4:8": "A"})) == 2
 
 
-def test_a_chooser_that_is_not_there_is_named_with_those_that_are():
+def test_an_unknown_chooser_is_refused_with_the_known_ones():
     assert [parse_chooser(each) for each in CHOOSERS] == ["shortest", "nsga2"]
     with pytest.raises(UserError, match="'luck'") as error:
         parse_chooser("luck")
     assert error.value.hint == "use one of shortest, nsga2"
 
 
-def test_a_salt_that_could_not_travel_is_refused_before_anybody_is_asked():
+def test_a_salt_that_is_too_long_to_send_is_refused_before_the_swarm_is_asked():
     assert ClientOptions(salt="s" * 256).salt == "s" * 256
     with pytest.raises(UserError, match="a salt of 257 characters"):
         ClientOptions(salt="s" * 257)

@@ -100,7 +100,7 @@ def test_pinned_allowed_and_blocked_servers_are_all_found():
     assert all_are_whole(found)
 
 
-def test_whom_the_user_allows_is_not_changed_where_nobody_is_named():
+def test_options_that_name_no_server_stay_as_they_are():
     assert all_are_whole(ClientOptions())
     assert with_whole_ids(ClientOptions(), SERVERS) == ClientOptions()
     assert with_whole_ids(ClientOptions(allowed_servers=frozenset()), SERVERS).allowed_servers == frozenset()

@@ -16,7 +16,7 @@ async def answer() -> int:
     return 42
 
 
-def test_what_belongs_to_a_runtime_is_closed_when_nobody_holds_it_any_more():
+def test_a_runtime_that_is_garbage_collected_closes_its_resources():
     closed: list[str] = []
     runtime = Runtime()
     thread = runtime.thread
@@ -28,7 +28,7 @@ def test_what_belongs_to_a_runtime_is_closed_when_nobody_holds_it_any_more():
     assert not thread.is_alive()
 
 
-def test_a_runtime_may_be_forgotten_on_its_own_thread():
+def test_a_runtime_may_be_garbage_collected_on_its_own_thread():
     runtime = Runtime()
     thread, held = runtime.thread, [runtime]
     gone = weakref.ref(runtime)
@@ -88,7 +88,8 @@ def test_a_forked_process_is_told_to_open_its_own():
             runtime.run(answer())
         except UserError:
             runtime.close()
-            runtime._closing()
+            del runtime
+            gc.collect()
             status = 0
         finally:
             os._exit(status)
@@ -97,7 +98,7 @@ def test_a_forked_process_is_told_to_open_its_own():
     runtime.close()
 
 
-def test_what_runs_is_ended_before_the_network_that_it_uses():
+def test_running_calls_end_before_the_network_that_they_use():
     runtime, running, ends = Runtime(), threading.Event(), list[str]()
 
     class Session:

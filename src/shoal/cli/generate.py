@@ -1,4 +1,4 @@
-"""`shoal generate`: one prompt, one answer, streamed as it comes."""
+"""`shoal generate`: continue one prompt, and stream the text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def command(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
-    num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with so many beams.")] = 1,
+    num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with this many beams.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, at the end.")] = False,
 ) -> None:
     """Continue a prompt, and stream the text to stdout.
@@ -49,7 +49,7 @@ def command(
         inputs = tokenizer(prompt, return_tensors="pt")
         num_prompt = inputs.input_ids.shape[1]
         if not num_prompt:
-            raise UserError("the prompt is empty", hint="this model's tokenizer adds nothing to it: say something")
+            raise UserError("the prompt is empty", hint="this model's tokenizer adds no tokens to it: write some text")
         check_length(llm, num_prompt, max_new_tokens)
         streams = num_beams == 1 and not as_json
         seed_everything(seed)
@@ -86,11 +86,11 @@ def command(
         print(json.dumps(answer, ensure_ascii=False))
         return
     print_now("\n" if streams else f"{text}\n")
-    way = ", ".join(f"{server['name'] or server['peer'][-6:]} {server['blocks']}" for server in servers)
+    route = ", ".join(f"{server['name'] or server['peer'][-6:]} {server['blocks']}" for server in servers)
     if cut:
         stderr.print(Text(cut_mark(max_new_tokens), style="dim"))
     rate = tokens_per_second(num_tokens / seconds)
-    stderr.print(Text(f"{num_tokens} tokens in {seconds:.1f} s, {rate}, through {way}", style="dim"))
+    stderr.print(Text(f"{num_tokens} tokens in {seconds:.1f} s, {rate}, through {route}", style="dim"))
 
 
 @contextlib.contextmanager
@@ -124,9 +124,9 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
 
 
 def streamer(tokenizer: Any, *, prompt: str = "", strip: bool = False) -> Any:
-    """Prints what is generated as soon as its words are complete, behind the prompt; `text` is what was printed.
+    """Prints the prompt and then the generated text, word by word; its `text` is what was printed.
 
-    With `strip`, not the space that the text begins with.
+    With `strip`, without the spaces at the beginning.
     """
     from transformers import TextStreamer
 
@@ -144,7 +144,7 @@ def streamer(tokenizer: Any, *, prompt: str = "", strip: bool = False) -> Any:
 
 
 def print_now(text: str, style: str = "") -> None:
-    """Exactly this text, at once."""
+    """Print exactly this text, and flush."""
     if style and stdout.is_terminal:
         stdout.print(Text(text, style=style), end="", soft_wrap=True)
     else:
@@ -153,7 +153,7 @@ def print_now(text: str, style: str = "") -> None:
 
 
 def is_cut(llm: Any, new: list[int], *, max_new_tokens: int) -> bool:
-    """Whether what was generated stops at the length limit, and not because the model has ended it."""
+    """Whether the text ends at the length limit, and not with the model's end-of-text token."""
     end = llm.generation_config.eos_token_id
     ends = set() if end is None else {end} if isinstance(end, int) else set(end)
     return len(new) >= max_new_tokens and ends.isdisjoint(new)
@@ -164,7 +164,7 @@ def cut_mark(max_new_tokens: int) -> str:
 
 
 def check_length(llm: Any, num_tokens: int, max_new_tokens: int) -> None:
-    """Raises `UserError` if so many tokens are more than the model was made for."""
+    """Raises `UserError` if the prompt and the new tokens are more than the model allows."""
     longest = getattr(llm.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and num_tokens + max_new_tokens > longest:
         raise UserError(
@@ -174,7 +174,7 @@ def check_length(llm: Any, num_tokens: int, max_new_tokens: int) -> None:
 
 
 def pad_token_of(tokenizer: Any) -> int:
-    """What Transformers pads with; if it had to choose, it would say so at every call."""
+    """The padding token for `generate()`. Without one, Transformers would log its choice at every call."""
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if found is None else int(found)
 

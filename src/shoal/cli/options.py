@@ -1,4 +1,4 @@
-"""Options that several commands have, so that they are called the same and mean the same everywhere."""
+"""Options that several commands share, with the same names and meanings, and the `ClientOptions` made from them."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ Relay = Annotated[
     list[str] | None,
     typer.Option(
         metavar="ADDRESS",
-        help="A peer that carries our streams when nobody can dial us. Give four: fewer take minutes to be used.",
+        help="A peer that carries our streams when others cannot dial us. Give four: fewer take minutes to be used.",
     ),
 ]
 Revision = Annotated[
@@ -102,22 +102,27 @@ AllowUncertified = Annotated[
 Adapter = Annotated[
     str | None, typer.Option(metavar="ADAPTER", help="Compute with this PEFT adapter, a Hugging Face id or a folder.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Stop after this many tokens.")]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0.0, metavar="T", help="Sample, the more freely the higher; 1 is the model's own distribution."),
+    typer.Option(
+        min=0.0, metavar="T", help="Sample, with more variety the higher it is; 1 is the model's own distribution."
+    ),
 ]
 TopP = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens of this share.")
+    float | None,
+    typer.Option(
+        min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens that together have this probability."
+    ),
 ]
-TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="Sample from so many of the likeliest tokens.")]
+TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="Sample from this many of the likeliest tokens.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed samples the same text.")]
 ClientDType = Annotated[
     DType,
     typer.Option(
         "--dtype",
         metavar="DTYPE",
-        help=f"What to compute in here, and to send: {DTYPES}; auto is what the swarm computes in.",
+        help=f"What this machine computes in and sends: {DTYPES}; auto is what the swarm computes in.",
     ),
 ]
 OnTheWire = Annotated[
@@ -133,7 +138,8 @@ HistoryEncoding = Annotated[
     typer.Option(
         "--history",
         metavar="ENCODING",
-        help="How to keep what a lost server's successor needs: exact, or bfloat16, int8: fewer bytes, less precise.",
+        help="How to keep the inputs that a replacement of a lost server needs: exact, or bfloat16, int8: fewer bytes, "
+        "less precise.",
     ),
 ]
 HistoryMemory = Annotated[
@@ -141,7 +147,7 @@ HistoryMemory = Annotated[
     typer.Option(
         min=0,
         metavar="MIB",
-        help="Of what is kept for successors, so much stays in memory, the rest in a temporary file.",
+        help="How much of these inputs stays in memory; the rest is in a temporary file.",
     ),
 ]
 Standby = Annotated[
@@ -251,14 +257,14 @@ def with_client_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_places(model: str, adapter: str | Path | None) -> None:
-    """Raises `UserError` for a model and an adapter that cannot be there, before anything slow is imported."""
+    """Raises `UserError` for a model or an adapter that cannot exist, before anything slow is imported."""
     check_model(model)
     if adapter is not None:
         folder_of(str(adapter))
 
 
 def server_name(given: str | None, host: str) -> str:
-    """What a server is called: as it was told, or like its host, `host`, as far as that can be shown.
+    """A server's name: the given one, or the first part of its host's name, without characters that cannot be printed.
 
     Raises `WrongUsage` for a name that no peer would accept.
     """
@@ -274,7 +280,7 @@ def server_name(given: str | None, host: str) -> str:
 
 
 def pins(given: Sequence[str] | None) -> dict[str, str]:
-    """What `--pin 0:4=PEER` says, as `from_pretrained` wants it."""
+    """What `--pin 0:4=PEER` says, in the form of the keyword `pinned`. Raises `WrongUsage`."""
     found: dict[str, str] = {}
     for each in given or ():
         span, _, peer = each.partition("=")
@@ -290,12 +296,15 @@ def pins(given: Sequence[str] | None) -> dict[str, str]:
 def sampling(
     temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None, num_beams: int = 1
 ) -> dict[str, Any]:
-    """What `generate()` is told about choosing tokens: greedy, unless one of the options asks for chance."""
+    """The arguments of `generate()` that say how tokens are chosen: greedily, unless an option asks for sampling.
+
+    Raises `WrongUsage` for options that contradict each other.
+    """
     if not temperature and temperature is not None and (top_p is not None or top_k is not None):
-        raise WrongUsage("a temperature of 0 leaves nothing to --top-p and --top-k", hint="leave --temperature out")
+        raise WrongUsage("a temperature of 0 makes --top-p and --top-k useless", hint="leave --temperature out")
     is_random = bool(temperature) or (temperature is None and (top_p is not None or top_k is not None))
     if seed is not None and not is_random:
-        raise WrongUsage("--seed without chance changes nothing", hint="add --temperature 0.8")
+        raise WrongUsage("--seed changes nothing without sampling", hint="add --temperature 0.8")
     chosen: dict[str, Any] = {"do_sample": is_random, "num_beams": num_beams}
     if is_random:
         chosen |= {"temperature": temperature or 1.0, "top_p": top_p, "top_k": top_k or 0}

@@ -266,21 +266,27 @@ def _built(
 
 
 class AutoDistributedModel(_AutoDistributed):
-    """`transformers.AutoModel`, its blocks in the swarm: hidden states without an output head."""
+    """`transformers.AutoModel` with its blocks on servers: it returns hidden states [B, T, D], without an output head.
+
+    Open it with `from_pretrained`.
+    """
 
     _auto_class = AutoModel
 
 
 class AutoDistributedModelForCausalLM(_AutoDistributed):
-    """`transformers.AutoModelForCausalLM`, its blocks in the swarm."""
+    """`transformers.AutoModelForCausalLM` with its blocks on servers: it returns logits [B, T, V], and generates text.
+
+    Open it with `from_pretrained`.
+    """
 
     _auto_class = AutoModelForCausalLM
 
 
 class AutoDistributedModelForSequenceClassification(_AutoDistributed):
-    """`transformers.AutoModelForSequenceClassification`, its blocks in the swarm.
+    """`transformers.AutoModelForSequenceClassification` with its blocks on servers: it returns logits [B, num_labels].
 
-    The classification head is yours to train if the checkpoint has none.
+    Open it with `from_pretrained`. If the checkpoint has no classification head, the client makes one to train.
     """
 
     _auto_class = AutoModelForSequenceClassification

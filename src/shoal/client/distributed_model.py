@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 class DistributedModel(SavesTrained):
-    """Mixed into the model's class: what a distributed model can do beyond what Transformers' can."""
+    """Mixed into a Transformers model class: sessions, a remote head, PETALS' names, and `close()`."""
 
     blocks: RemoteSequential
     _remote_head: RemoteHead | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._remote_head is not None:
-            self._open_cache(args, kwargs)  # a server is asked for logits of a session, so that has to be there
+            self._open_cache(args, kwargs)  # a server computes logits in a session only
         head_call = None if self._remote_head is None else self._remote_head.head_call(self, kwargs)
         if self._remote_head is None or head_call is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -41,7 +41,7 @@ class DistributedModel(SavesTrained):
             return head_call.finished(super(DistributedModel, view).__call__(*args, **kwargs))  # type: ignore[misc]
 
     def _open_cache(self: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Do here what the backbone would do a little later."""
+        """Open the cache that the backbone would open a little later."""
         names = inspect.signature(self.forward).parameters
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if any(given.get(name) is not None for name in CACHE_NAMES):
@@ -56,38 +56,42 @@ class DistributedModel(SavesTrained):
         if name == "peft_config":
             self.blocks.note_adapters(value)
             try:
-                self.blocks.measure_new()  # before somebody saves or copies what DoRA begins with
+                self.blocks.measure_new()  # before the initial magnitudes of DoRA are saved or copied
             except SwarmError as error:
                 log.warning("the magnitudes of DoRA are measured later: %s", error)
 
     @property
     def prompt_embeddings(self: Any) -> nn.Embedding:
-        """The soft prompt (`tuning_mode`)."""
+        """The soft prompt, [P, D]. Raises `AttributeError` if the model was opened without a `tuning_mode`."""
         prompt: nn.Embedding | None = getattr(self.backbone, PROMPT, None)
         if prompt is None:
-            raise AttributeError('this model has no soft prompt: tuning_mode="ptune", pre_seq_len=16 gives it one')
+            raise AttributeError('this model has no soft prompt: open it with tuning_mode="ptune", pre_seq_len=16')
         return prompt
 
     @property
     def transformer(self: Any) -> Any:
-        """What surrounds the blocks, whatever the family calls it: `.h` are the blocks, `.word_embeddings` theirs."""
+        """The backbone by PETALS' name, in every family: `.h` are the blocks, `.word_embeddings` the embeddings."""
         own: nn.Module | None = self.__dict__["_modules"].get("transformer")
         return self.backbone if own is None else own
 
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
-        """A cache in the swarm that several calls share: `with model.inference_session(max_length=512) as session`.
+        """A session, which is a cache on the servers: `with model.inference_session(max_length=512) as session`.
 
-        Inside of the `with` block, calls of `generate()` and of the model go on with it by themselves. Without
-        `max_length` it may get as long as the model allows.
+        Inside the `with` block, calls of `generate()` and of the model continue the session. `max_length` is in tokens;
+        by default the session may get as long as the model allows. Raises `UserError` for a length or a batch beyond
+        the protocol's limits.
         """
         return self.blocks.inference_session(max_length=max_length, batch_size=batch_size)
 
     def generate(self, inputs: Any = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any) -> Any:
-        """Transformers' `generate`, which see; with `session`, it goes on where the session's last call ended.
+        """Transformers' `generate()`. With a `session` it continues where the session's last call ended.
 
-        So it does inside of `with model.inference_session():`, unless it is given a cache or told to use none. Then
-        `inputs` are the new tokens only, or everything so far and the new tokens, or nothing: just go on. What is
-        returned begins with what was passed.
+        The same holds inside `with model.inference_session():`, unless the call has `past_key_values` or
+        `use_cache=False`. In a session, `inputs` [B, T] are only the new tokens, or all tokens so far and the new ones,
+        or `None` to continue without new ones. The returned sequences begin with what was passed.
+
+        Raises `UserError` for inputs that do not fit the session, `MissingBlocks` when no server can take the place of
+        a lost one, and `SwarmError` if the swarm cannot be asked.
         """
         generate = super().generate  # type: ignore[misc]
         if self._remote_head is not None:
@@ -115,14 +119,14 @@ class DistributedModel(SavesTrained):
                 handed_out = [each for each in opened if each is cache.session]
                 opened[:] = [each for each in opened if each is not cache.session]
         for each in handed_out:
-            note_opened(each)  # whoever has called has it now: perhaps another `generate()`, to which we only assist
+            note_opened(each)  # the caller owns it now, such as the `generate()` that this model assists
         return result
 
     def close(self) -> None:
-        """Leave the swarm. The model is of no more use. May be called twice."""
+        """Leave the swarm. The model cannot be used any more; its copies can. May be called twice."""
         self.blocks.close()
 
 
 def distributed(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of the same name and module, by which Transformers decides much."""
+    """The distributed subclass of a model class. Transformers decides by name and module, so they stay."""
     return type(model_class.__name__, (DistributedModel, model_class), {"__module__": model_class.__module__})
