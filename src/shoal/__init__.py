@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         AutoDistributedModelForCausalLM,
         AutoDistributedModelForSequenceClassification,
         InferenceSession,
-        RemoteBlocks,
         RemoteSequential,
     )
     from shoal.errors import (
@@ -40,7 +39,6 @@ _CLIENT = (
     "AutoDistributedModelForCausalLM",
     "AutoDistributedModelForSequenceClassification",
     "InferenceSession",
-    "RemoteBlocks",
     "RemoteSequential",
 )
 
@@ -53,7 +51,6 @@ __all__ = [
     "InferenceSession",
     "MissingBlocks",
     "PeerError",
-    "RemoteBlocks",
     "RemoteSequential",
     "RequestRejected",
     "ServerBusy",
@@ -67,7 +64,7 @@ __all__ = [
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """Not that bitsandbytes lacks a kernel that it can do without, which it says whenever PEFT imports it."""
+    """Whether to show a log line of bitsandbytes: not the one about a kernel that it can do without."""
     return "kernels-community" not in record.getMessage()
 
 
@@ -75,7 +72,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: PyTorch takes seconds, and `shoal --help` should not."""
+    """Import a public name on first use, because PyTorch takes seconds and `shoal --help` does not need it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _CLIENT:

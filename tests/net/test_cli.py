@@ -239,7 +239,7 @@ def test_blocks_are_pinned_by_the_names_and_short_ids_that_status_shows(shoal, p
     assert shoal("generate", str(STORIES), PROMPT, "--max-new-tokens", "4", *right).code == 0
     wrong = shoal("generate", str(STORIES), PROMPT, "--pin", "0:6=third")
     assert wrong.code == 1
-    assert wrong.err.startswith("error: no server is called 'third', and no peer id begins or ends like that\nhint: ")
+    assert wrong.err.startswith("error: no server is called 'third', and no peer id begins or ends with that\nhint: ")
     assert f"second {short} (blocks 6:12)" in wrong.err
 
 

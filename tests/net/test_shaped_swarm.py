@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import psutil
@@ -76,6 +77,29 @@ def test_every_connection_takes_a_proxy(swarm, expected):
         model.close()
     assert len({process.pid for process, _ in connections}) == 4
     assert all(is_proxy(other) for _, other in connections)
+
+
+def num_daemons() -> int:
+    """How many libp2p daemons run for this process and its servers."""
+    return [each.name() for each in psutil.Process().children(recursive=True)].count("p2pd")
+
+
+def test_two_models_of_one_process_share_a_daemon_and_a_thread_until_the_last_is_closed(swarm, expected):
+    num_before = num_daemons()
+    models = [
+        AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=[swarm.address], dtype="float32")
+        for _ in range(2)
+    ]
+    try:
+        assert num_daemons() == num_before + 1
+        assert [thread.name for thread in threading.enumerate()].count("shoal-client") == 1
+        models[0].close()
+        assert models[1].generate(PROMPT, do_sample=False, max_new_tokens=12)[0].tolist() == expected
+    finally:
+        for model in models:
+            model.close()
+    assert num_daemons() == num_before
+    assert "shoal-client" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_batch_that_takes_long_to_send_loses_no_server(swarm, caplog: pytest.LogCaptureFixture):

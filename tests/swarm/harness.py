@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal import AutoDistributedModelForCausalLM
-from shoal.client.options.client_config import ClientConfig
-from shoal.client.runtime import Runtime, close_in_order
+from shoal.client.options.client_options import ClientOptions, ModelOptions
+from shoal.client.runtime import Runtime
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
 from shoal.server.config import ServerConfig
@@ -22,7 +21,8 @@ from shoal.spans import Span
 
 T = TypeVar("T")
 
-QUICK = ClientConfig(silence_seconds=1.5, patience_seconds=1.0, refresh_seconds=0.0, measure_seconds=0.0)
+QUICK = ClientOptions(silence_seconds=1.5, patience_seconds=1.0, refresh_seconds=0.0, measure_seconds=0.0)
+FLOAT32 = replace(QUICK, model=ModelOptions(dtype="float32"))
 
 
 @dataclass
@@ -83,16 +83,19 @@ class Swarm:
         self.call(self.network.kill, name)
 
     def model(
-        self, kind: type[Any] = AutoDistributedModelForCausalLM, *, config: ClientConfig = QUICK, **options: Any
+        self, kind: type[Any] = AutoDistributedModelForCausalLM, *, config: ClientOptions = QUICK, **options: Any
     ) -> Any:
-        """A client's model, in float32."""
+        """A client's model, in float32. `options` are those of `ModelOptions`, or changes of the model's config."""
         name = f"client{self.call(lambda: len(self.network.peers))}"
         checkpoint = Checkpoint.open(options.pop("folder", self.folder))
+        adapter = options.pop("active_adapter", None)
         node = self.call(self.network.node, name)
-        client = _Borrowed(self.runtime)
+        self.runtime.loop_thread.acquire()
+        client = Runtime(self.runtime.loop_thread)
         client.resources.push_async_callback(node.transport.close)
-        options = {"dtype": "float32", **options}
-        model = kind.from_checkpoint(checkpoint, node, client, config=config, **options)
+        own = {each.name: options.pop(each.name) for each in fields(ModelOptions) if each.name in options}
+        config = replace(config, model=ModelOptions(**{"dtype": "float32", **own}, config_changes=options))
+        model = kind.from_checkpoint(checkpoint, node, client, options=config, adapter=adapter)
         self.stack.callback(model.close)
         return model
 
@@ -105,18 +108,6 @@ class Swarm:
                     await asyncio.sleep(0)
 
         self.runtime.run(wait())
-
-
-class _Borrowed(Runtime):
-    """The swarm's event loop, which a client that is closed leaves running."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.__dict__.update(runtime.__dict__)
-        self.resources = contextlib.AsyncExitStack()
-        self.sessions = weakref.WeakSet()
-
-    def close(self) -> None:
-        self.run(close_in_order(self.sessions, self.resources))
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ def test_a_position_may_be_gone_back_to_after_beams(model: Any, whole: PreTraine
 def test_a_position_that_was_never_reached_is_refused(model: Any, position: int):
     with model.inference_session(max_length=64) as session:
         model.generate(PROMPT, max_new_tokens=4)
-        with pytest.raises(UserError, match=f"position {position} of a session that has read 8 tokens"):
+        with pytest.raises(UserError, match=f"a session that has read 8 tokens has no position {position}"):
             session.position = position
 
 

@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal import UnsupportedOperation, UserError
-from shoal.cli.options import Kept
+from shoal.cli.options import History
 from shoal.client.history.history import BLOCK_TOKENS
 from shoal.client.history.history_store import HistoryStore
-from shoal.client.options.requested_options import HISTORIES, history_encoding_of
+from shoal.client.options.client_options import HISTORIES, parse_history
 from shoal.model import families
 from shoal.net.wire.encodings import as_received
 from shoal.tensors import Encoding
@@ -145,15 +145,15 @@ def test_a_failure_in_mid_prompt_is_recovered_from_a_file(swarm: MakeSwarm, whol
 def test_a_family_whose_tokens_an_encoding_changes_keeps_no_history_in_it(swarm: MakeSwarm, monkeypatch):
     monkeypatch.setitem(families.TOO_SENSITIVE, "int8", frozenset({"llama"}))
     swarm_ = swarm("0:4")
-    with pytest.raises(UnsupportedOperation, match="'llama' is not certified for hidden states that are kept as int8"):
+    with pytest.raises(UnsupportedOperation, match="'llama' is not certified for hidden states that are kept in int8"):
         swarm_.model(config=replace(QUICK, history="int8"))
     swarm_.model(config=replace(QUICK, history="bfloat16"))
 
 
 def test_the_command_line_offers_the_same_encodings():
-    assert {*Kept} == {*HISTORIES}
+    assert {*History} == {*HISTORIES}
 
 
 def test_an_unknown_encoding_of_a_history_is_refused():
-    with pytest.raises(UserError, match="'zip' is no way to keep a history"):
-        history_encoding_of("zip")
+    with pytest.raises(UserError, match="'zip' is not a way to keep a history"):
+        parse_history("zip")

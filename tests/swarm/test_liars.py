@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.swarm import Swarm
 from shoal.errors import MissingBlocks, ServerLost
 from shoal.net.memory import MemoryNetwork
@@ -54,10 +54,10 @@ async def silent(stream: Stream) -> None:
 class Scene:
     """A network, servers that are announced in it, and one client."""
 
-    def __init__(self, config: ClientConfig | None = None) -> None:
+    def __init__(self, config: ClientOptions | None = None) -> None:
         self.network = MemoryNetwork()
         self.network.delay(0.02)
-        self.swarm = Swarm(self.network.node("client"), MODEL, "f", config or ClientConfig())
+        self.swarm = Swarm(self.network.node("client"), MODEL, "f", config or ClientOptions())
 
     async def server(self, peer: str, span: str, speed: float, behaviour: Behaviour) -> None:
         node = self.network.node(peer)
@@ -77,7 +77,7 @@ class Scene:
         await self.network.close()
 
 
-def play(act: Callable[[Scene], Awaitable[None]], config: ClientConfig | None = None) -> None:
+def play(act: Callable[[Scene], Awaitable[None]], config: ClientOptions | None = None) -> None:
     async def scene() -> None:
         here = Scene(config)
         try:
@@ -133,7 +133,7 @@ def test_if_all_servers_of_a_block_are_silent_there_is_no_route_and_the_error_sa
         with pytest.raises(MissingBlocks, match="3 servers were asked and did not answer"):
             await scene.swarm.with_failover(ALL, ask)
 
-    play(act, ClientConfig(patience_seconds=20.0))
+    play(act, ClientOptions(patience_seconds=20.0))
 
 
 def test_where_there_is_no_choice_the_only_server_is_not_pinged_first():

@@ -25,7 +25,7 @@ from shoal.net import NetworkConfig
 from shoal.net.identity import Identity
 from shoal.net.memory import MemoryNetwork
 
-from .harness import QUICK, Swarm, swarm_of
+from .harness import FLOAT32, QUICK, Swarm, swarm_of
 from .tiny_models import tiny_config, tiny_model
 
 MakeSwarm = Callable[..., Swarm]
@@ -99,7 +99,7 @@ def test_two_models_of_one_checkpoint_have_a_config_each(folder: Path):
     checkpoint, network = Checkpoint.open(folder), MemoryNetwork()
     first, second = (
         AutoDistributedModel.from_checkpoint(
-            checkpoint, network.node(name), Runtime(), config=QUICK, initial_peers=[name]
+            checkpoint, network.node(name), Runtime(), options=replace(QUICK, initial_peers=(name,))
         )
         for name in ("/a", "/b")
     )
@@ -132,9 +132,7 @@ def test_closing_a_copy_leaves_the_original_open(swarm: MakeSwarm, whole: PreTra
 def test_closing_the_original_leaves_a_copy_open_and_the_last_one_ends_the_network(folder: Path):
     runtime = Runtime()
     node = MemoryNetwork().node("client")
-    model: Any = AutoDistributedModel.from_checkpoint(
-        Checkpoint.open(folder), node, runtime, config=QUICK, dtype="float32"
-    )
+    model: Any = AutoDistributedModel.from_checkpoint(Checkpoint.open(folder), node, runtime, options=FLOAT32)
     twin = copy.deepcopy(copy.deepcopy(model))
     for _ in range(2):
         model.close()
@@ -186,7 +184,7 @@ def opened(folder: Path, monkeypatch: pytest.MonkeyPatch, **keywords: Any) -> An
         async def __aexit__(self, *_: object) -> None:
             await self._node.transport.close()
 
-    monkeypatch.setattr("shoal.client.model.join", Joined)
+    monkeypatch.setattr("shoal.client.shared_network.join", Joined)
     return AutoDistributedModelForCausalLM.from_pretrained(folder, **{"initial_peers": "/a", **keywords})
 
 
@@ -369,7 +367,7 @@ def test_every_family_has_word_embeddings_and_blocks_by_petals_names(family: str
     tiny_model(tiny_config(family)).save_pretrained(tmp_path)
     runtime = Runtime()
     node = MemoryNetwork().node("client")
-    model: Any = kind.from_checkpoint(Checkpoint.open(tmp_path), node, runtime, config=QUICK, dtype="float32")
+    model: Any = kind.from_checkpoint(Checkpoint.open(tmp_path), node, runtime, options=FLOAT32)
     names = [name for name, _ in model.named_modules()]
     assert model.transformer.h is model.blocks
     assert model.transformer.word_embeddings is model.get_input_embeddings()

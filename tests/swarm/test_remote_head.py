@@ -255,7 +255,7 @@ def test_models_without_a_head_and_numbers_below_one_are_refused(swarm: MakeSwar
         made.model(AutoDistributedModel, config=REMOTE)
     with pytest.raises(UserError, match="head_top_k is for a head that a server computes"):
         made.model(config=replace(QUICK, head_top_k=5))
-    with pytest.raises(UserError, match="at least one"):
+    with pytest.raises(UserError, match="head_top_k=0: it must be at least 1"):
         made.model(config=replace(REMOTE, head_top_k=0))
 
 

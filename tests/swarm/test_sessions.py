@@ -22,7 +22,7 @@ from shoal import (
     UserError,
 )
 from shoal.client.inference_session import InferenceSession
-from shoal.client.model import INITIAL_PEERS
+from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.client.runtime import Runtime
 from shoal.model.remote_cache import RemoteCache
 from shoal.model.weights.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ from shoal.net import NetworkConfig
 from shoal.net.memory import MemoryNetwork
 from shoal.prefix import PAGE_TOKENS
 
-from .harness import QUICK, Swarm, swarm_of
+from .harness import FLOAT32, Swarm, swarm_of
 from .tiny_models import tiny_config, with_noise
 
 MakeSwarm = Callable[..., Swarm]
@@ -350,7 +350,7 @@ def test_options_that_can_never_work_are_refused_when_the_model_is_opened(swarm:
     swarm_ = swarm()
     with pytest.raises(UserError, match="has 4 blocks, not 2"):
         swarm_.model(num_hidden_layers=2)
-    with pytest.raises(UserError, match="float64 is no dtype to compute in"):
+    with pytest.raises(UserError, match="float64 is not a dtype to compute in"):
         swarm_.model(dtype="float64")
 
 
@@ -365,7 +365,7 @@ def test_peers_may_be_given_in_one_string(
         asked.append(config.initial_peers)
         raise UserError("enough")
 
-    monkeypatch.setattr("shoal.client.model.join", join)
+    monkeypatch.setattr("shoal.client.shared_network.join", join)
     monkeypatch.setenv(INITIAL_PEERS, peers if isinstance(peers, str) else " ".join(peers))
     with pytest.raises(UserError, match="enough"):
         AutoDistributedModel.from_pretrained(folder, initial_peers=peers if where == "argument" else None)
@@ -373,13 +373,10 @@ def test_peers_may_be_given_in_one_string(
 
 
 def test_blocks_outlive_the_model_that_they_were_taken_from(folder: Path):
-    others = set(threading.enumerate())
     runtime = Runtime()
-    (thread,) = set(threading.enumerate()) - others
+    thread = runtime.thread
     node = MemoryNetwork().node("client")
-    blocks = AutoDistributedModel.from_checkpoint(
-        Checkpoint.open(folder), node, runtime, config=QUICK, dtype="float32"
-    ).transformer.h
+    blocks = AutoDistributedModel.from_checkpoint(Checkpoint.open(folder), node, runtime, options=FLOAT32).transformer.h
     del runtime
     gc.collect()
     with pytest.raises(MissingBlocks):

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal import UnsupportedOperation, UserError
 from shoal.cli.options import Wire
-from shoal.client.options.client_config import ClientConfig
-from shoal.client.options.requested_options import WIRES, encoding_of
+from shoal.client.options.client_options import WIRES, ClientOptions, parse_wire
 from shoal.model import families
 from shoal.net.memory import Frame
 from shoal.net.wire import codec
@@ -33,7 +32,7 @@ PROMPT = torch.tensor([[5, 17, 42, 9, 33]])
 LONG_PROMPT = torch.arange(40)[None] * 7 % 90 + 2
 
 
-def asking_for(wire: Encoding) -> ClientConfig:
+def asking_for(wire: Encoding) -> ClientOptions:
     return replace(QUICK, wire=wire)
 
 
@@ -126,7 +125,7 @@ def test_nothing_is_lost_unless_the_user_asks_for_it(swarm: MakeSwarm, whole: Pr
     assert model.generate(PROMPT, max_new_tokens=8).tolist() == whole.generate(PROMPT, max_new_tokens=8).tolist()
     model(PROMPT, labels=PROMPT).loss.backward()
     assert tap.encodings() == {"raw"}
-    assert WIRES["auto"] == ClientConfig().wire == "raw"
+    assert WIRES["auto"] == ClientOptions().wire == "raw"
 
 
 def test_int8_is_half_of_bfloat16_on_the_wire(swarm: MakeSwarm):
@@ -227,5 +226,5 @@ def test_the_command_line_has_the_same_words():
 
 
 def test_an_unknown_way_to_travel_is_a_mistake():
-    with pytest.raises(UserError, match="'int4' is no way for tensors to travel"):
-        encoding_of("int4")
+    with pytest.raises(UserError, match="'int4' is not a way to send tensors"):
+        parse_wire("int4")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.errors import PeerError, ServerLost
@@ -23,7 +23,7 @@ from shoal.spans import Span
 
 from . import virtual_time
 
-CONFIG = ClientConfig(silence_seconds=2.0)
+CONFIG = ClientOptions(silence_seconds=2.0)
 MEGABYTE = 2**20
 SERVER = ServerInfo(
     peer="server",

@@ -18,7 +18,7 @@ from shoal.client.history import history as history_module
 from shoal.client.history.history import BLOCK_TOKENS, History
 from shoal.client.history.history_store import HistoryStore
 from shoal.client.history.spill_file import FileRegion, SpillFile
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.net.wire.encodings import as_received
 from shoal.tensors import Encoding
 
@@ -294,4 +294,4 @@ def test_a_long_prompt_that_is_settled_piece_by_piece_is_not_copied_each_time():
 def test_inputs_that_were_rounded_to_travel_are_kept_as_they_travelled(
     history: Encoding, wire: Encoding, kept: Encoding
 ):
-    assert ClientConfig(history=history, wire=wire).kept == kept
+    assert ClientOptions(history=history, wire=wire).history_encoding == kept

@@ -1,4 +1,4 @@
-"""What users bring along from Transformers and PETALS is taken, renamed, or refused with a way to do it."""
+"""Keywords of Transformers and PETALS are accepted, renamed, or refused with a hint."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from shoal.client.options.keywords import DEFAULTS, KEYWORDS, Refused, Renamed, Taken, resolve, similar
-from shoal.client.options.requested_options import device_of
+from shoal.client.options.model_checks import device_of
 from shoal.errors import UserError
 
 
 @pytest.mark.parametrize("name", sorted(name for name, fate in KEYWORDS.items() if isinstance(fate, Taken)))
-def test_what_means_nothing_here_is_taken(name: str):
+def test_a_keyword_that_changes_nothing_is_accepted(name: str):
     assert resolve({name: "anything"}, DEFAULTS) == resolve({}, DEFAULTS)
 
 
 @pytest.mark.parametrize("name", sorted(name for name, fate in KEYWORDS.items() if isinstance(fate, Refused)))
-def test_what_cannot_be_had_is_refused_with_a_hint(name: str):
+def test_a_keyword_that_is_not_supported_is_refused_with_a_hint(name: str):
     with pytest.raises(UserError, match=f"no {name}='such'") as error:
         resolve({name: "such"}, DEFAULTS)
     assert error.value.hint
@@ -25,7 +25,7 @@ def test_what_cannot_be_had_is_refused_with_a_hint(name: str):
 
 
 @pytest.mark.parametrize("name", sorted(KEYWORDS))
-def test_what_asks_for_nothing_is_taken(name: str):
+def test_a_value_that_asks_for_nothing_is_accepted(name: str):
     assert resolve({name: None}, DEFAULTS) == resolve({}, DEFAULTS)
 
 
@@ -44,7 +44,7 @@ def test_what_asks_for_nothing_is_taken(name: str):
     ],
     ids=str,
 )
-def test_what_has_another_name_is_understood(brought: dict[str, Any], own: str, value: Any):
+def test_a_keyword_with_another_name_is_renamed(brought: dict[str, Any], own: str, value: Any):
     assert resolve(brought, DEFAULTS).own == {**DEFAULTS, own: value}
 
 
@@ -53,21 +53,21 @@ def test_every_new_name_is_one_of_ours():
 
 
 @pytest.mark.parametrize("device_map", [{"a": "cpu", "b": "cuda"}, "disk", {}], ids=str)
-def test_there_is_nothing_to_divide_among_devices(device_map: Any):
+def test_a_device_map_of_several_devices_is_refused(device_map: Any):
     with pytest.raises(UserError, match="device_map") as error:
         resolve({"device_map": device_map}, DEFAULTS)
-    assert error.value.hint == 'what is not blocks is on one device: device="cuda"'
+    assert error.value.hint == 'everything except the blocks is on one device: device="cuda"'
 
 
-def test_two_names_of_one_thing_agree():
+def test_two_names_of_one_keyword_have_to_agree():
     assert resolve({"torch_dtype": "float16"}, {**DEFAULTS, "dtype": "float16"}).own["dtype"] == "float16"
     with pytest.raises(UserError, match="torch_dtype='float16', and dtype='float32'") as error:
         resolve({"torch_dtype": "float16"}, {**DEFAULTS, "dtype": "float32"})
-    assert error.value.hint == "say dtype= only"
+    assert error.value.hint == "pass only dtype="
 
 
 @pytest.mark.parametrize(("name", "value"), [("use_safetensors", False), ("use_server_to_server", False)])
-def test_what_is_always_so_cannot_be_turned_off(name: str, value: bool):
+def test_a_fixed_behavior_cannot_be_turned_off(name: str, value: bool):
     assert resolve({name: not value}, DEFAULTS) == resolve({}, DEFAULTS)
     with pytest.raises(UserError, match=f"no {name}=False"):
         resolve({name: value}, DEFAULTS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.options.peer_names import all_are_whole, find_peer, with_whole_ids
 from shoal.errors import UserError
 from shoal.net.identity import Identity
@@ -91,7 +91,7 @@ def test_many_servers_are_listed_in_part():
 
 
 def test_pinned_allowed_and_blocked_servers_are_all_found():
-    config = ClientConfig(
+    config = ClientOptions(
         allowed_servers=frozenset({"mia", B, C[-6:]}),
         blocked_servers=frozenset({"hugo"}),
         pinned=((Span(0, 2), "mia"), (Span(2, 4), ABSENT)),
@@ -104,7 +104,7 @@ def test_pinned_allowed_and_blocked_servers_are_all_found():
     assert all_are_whole(found)
 
 
-def test_whom_the_user_allows_is_not_changed_where_nobody_is_named():
-    assert all_are_whole(ClientConfig())
-    assert with_whole_ids(ClientConfig(), SERVERS) == ClientConfig()
-    assert with_whole_ids(ClientConfig(allowed_servers=frozenset()), SERVERS).allowed_servers == frozenset()
+def test_options_that_name_no_server_stay_as_they_are():
+    assert all_are_whole(ClientOptions())
+    assert with_whole_ids(ClientOptions(), SERVERS) == ClientOptions()
+    assert with_whole_ids(ClientOptions(allowed_servers=frozenset()), SERVERS).allowed_servers == frozenset()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from shoal.adapters import Prompt
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.adapter_sync import AdapterSync
 from shoal.client.swarm.message_sizes import check_size
 from shoal.client.training.gradients import spans_of_one_answer
@@ -51,7 +51,7 @@ class OneServer:
 
     model = SimpleNamespace(key="model")
     fingerprint = "f" * 64
-    config = ClientConfig()
+    config = ClientOptions()
     encoding = "raw"
     error = None
 

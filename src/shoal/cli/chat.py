@@ -1,4 +1,4 @@
-"""`shoal chat`: a conversation in one session, so that only what is new is computed."""
+"""`shoal chat`: a conversation in one session, so that servers compute only the new tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import typer
 from rich.text import Text
 
 from shoal.cli import options
-from shoal.cli.console import print_error, start_logging, stderr
+from shoal.cli.console import print_error, stderr
 from shoal.cli.generate import connected, cut_mark, is_cut, pad_token_of, print_now, seed_everything, streamer
+from shoal.client.options.client_options import ClientOptions
 from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
@@ -25,75 +26,50 @@ COMMANDS = {
     "/bye": "leaves; so do /exit, /quit and Ctrl-D",
     "/help": "shows this; so does /?",
     "Ctrl-C": "stops an answer",
-    "//...": "says ... to the model with one slash before it",
+    "//...": "sends /... to the model",
 }
 SAME = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}
 
 
+@options.with_client_options
 def command(
     model: options.Model,
-    initial_peers: options.InitialPeers = None,
+    client: ClientOptions,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before the conversation.")] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="The system message, before the conversation.")] = "",
     max_length: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Tokens of the whole conversation. Default: up to 2048.")
     ] = None,
-    adapter: options.Adapter = None,
-    dtype: options.ClientDType = options.DType.auto,
-    wire: options.OnTheWire = options.Wire.auto,
-    history: options.HistoryKept = options.Kept.exact,
-    history_memory: options.HistoryMemory = None,
-    standby: options.Standby = False,
-    pin: options.Pin = None,
-    chooser: options.ChooseBy = options.Chooser.shortest,
-    remote_head: options.RemoteHead = False,
-    head_quantization: options.HeadQuantization = options.Quantization.none,
-    revision: options.Revision = None,
-    allow_uncertified: options.AllowUncertified = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Talk with a model.
 
-    Ctrl-C stops an answer, Ctrl-D or /bye leaves, /new begins anew, /help tells more. A model without a chat template
-    goes on with what you write, as if it had written it itself.
+    Ctrl-C stops an answer, Ctrl-D or /bye leaves, /new begins a new conversation, /help lists the commands. A model
+    without a chat template continues your text.
     """
-    start_logging(verbose=verbose)
-    peers = options.swarm_peers(initial_peers)
-    options.check_places(model, adapter)
+    options.check_places(model, client.model.active_adapter)
     chosen = options.sampling(temperature, top_p, top_k, seed)
-    with connected(
-        model,
-        peers,
-        revision=revision,
-        active_adapter=adapter,
-        dtype=dtype,
-        wire=wire,
-        history=history,
-        history_memory=history_memory,
-        standby=standby,
-        pinned=options.pins(pin),
-        chooser=chooser,
-        remote_head=remote_head,
-        head_quantization=head_quantization,
-        allow_uncertified=allow_uncertified,
-    ) as client:
-        llm, tokenizer = client
+    with connected(model, client) as (llm, tokenizer):
         seed_everything(seed)
         chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
-        stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new begins anew, /help tells more", style="dim"))
+        stderr.print(
+            Text(
+                "Ctrl-C stops an answer, Ctrl-D leaves, /new begins a new conversation, /help lists the commands",
+                style="dim",
+            )
+        )
         while True:
-            conversation = SessionStream(tokenizer, system)
+            conversation = ChatHistory(tokenizer, system)
             with llm.inference_session(max_length=max_length) as session:
                 if not _converse(llm, conversation, session, chosen):
                     return
 
 
-def _converse(llm: Any, conversation: SessionStream, session: InferenceSession, chosen: dict[str, Any]) -> bool:
-    """Question and answer, until somebody leaves; returns whether another conversation shall follow."""
+def _converse(llm: Any, conversation: ChatHistory, session: InferenceSession, chosen: dict[str, Any]) -> bool:
+    """One conversation; returns whether the user wants a new one."""
     while (line := _read_line()) is not None:
         command, said = parsed(line)
         if command in ("/new", "/bye"):
@@ -125,7 +101,7 @@ def _converse(llm: Any, conversation: SessionStream, session: InferenceSession, 
 
 
 def parsed(line: str) -> tuple[str | None, str]:
-    """The command that a line is, if any, and what it says to the model. Two slashes stand for one that is said."""
+    """The command in a line, or `None`, and the text for the model. Two slashes at the beginning stand for one."""
     text = line.strip()
     if not text.startswith("/"):
         return None, line
@@ -141,15 +117,15 @@ def _list_commands(unknown: str | None) -> None:
     stderr.print(Text("\n".join(lines), style="dim"), soft_wrap=True)
 
 
-class SessionStream:
-    """What was said, and how it reads as tokens: by the tokenizer's chat template, or simply one after the other."""
+class ChatHistory:
+    """The messages so far, as tokens: by the tokenizer's chat template, or joined by spaces if it has none."""
 
     def __init__(self, tokenizer: Any, system: str = "") -> None:
         self.tokenizer = tokenizer
         self.messages = [{"role": SYSTEM, "content": system}] if system else []
 
     def ask(self, text: str) -> torch.Tensor:
-        """Add what the user says; returns all tokens so far, [1, S], up to where the answer begins."""
+        """Add a message of the user; returns all tokens so far, [1, S], up to where the answer begins."""
         self.messages.append({"role": "user", "content": text})
         if self.tokenizer.chat_template is None:
             said = " ".join(message["content"].strip() for message in self.messages)
@@ -161,16 +137,19 @@ class SessionStream:
         return cast("torch.Tensor", inputs["input_ids"])
 
     def answered(self, text: str) -> None:
-        """Add what the model said."""
+        """Add an answer of the model."""
         self.messages.append({"role": "assistant", "content": text})
 
     def take_back(self) -> None:
-        """Forget a question that was not answered."""
+        """Remove the last message, which was not answered."""
         self.messages.pop()
 
 
 def go_back(session: InferenceSession, ids: torch.Tensor) -> None:
-    """Take a session back to where it and these tokens part: an interrupted answer, or one that is quoted otherwise."""
+    """Set a session back to the last token that it shares with these, [1, S].
+
+    They differ after an interrupted answer, or where the template writes an answer differently than the model did.
+    """
     past = session.output_ids
     num_common = 0
     if past is not None:
@@ -183,7 +162,7 @@ def go_back(session: InferenceSession, ids: torch.Tensor) -> None:
 
 
 def _read_line() -> str | None:
-    """What the user writes next; None at the end."""
+    """The next line of the user, or `None` at the end of the input."""
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.removesuffix("\n") if line else None

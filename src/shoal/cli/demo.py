@@ -20,6 +20,7 @@ from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
 from shoal.cli.generate import load_tokenizer, seed_everything
 from shoal.cli.rates import tokens_per_second
 from shoal.cli.story import Page, Teller
+from shoal.client.options.client_options import ClientOptions
 from shoal.errors import SwarmError
 from shoal.processes import Child, Children, interruptible
 from shoal.spans import Span
@@ -102,7 +103,7 @@ def _demonstrate(
             names = ", ".join(child.name for child in missing)
             wait.for_(f"Starting {num_servers} servers; waiting for {names}")
         wait.for_("Asking the swarm who holds what")
-        (status,) = asyncio.run(look((address,)))
+        (status,) = asyncio.run(look(ClientOptions(initial_peers=(address,))))
     for part in render(status.model, status.view, width=stdout.width):
         stdout.print(part)
     stdout.print()

@@ -1,4 +1,4 @@
-"""`shoal generate`: one prompt, one answer, streamed as it comes."""
+"""`shoal generate`: continue one prompt, and stream the text."""
 
 from __future__ import annotations
 
@@ -14,71 +14,42 @@ import typer
 from rich.text import Text
 
 from shoal.cli import options
-from shoal.cli.console import hush_transformers, start_logging, stderr, stdout, waiting
+from shoal.cli.console import hush_transformers, stderr, stdout, waiting
 from shoal.cli.rates import tokens_per_second
+from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 
 if TYPE_CHECKING:
     from shoal.client import InferenceSession
 
 
+@options.with_client_options
 def command(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to go on from; - reads it from stdin.")],
-    initial_peers: options.InitialPeers = None,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")],
+    client: ClientOptions,
     max_new_tokens: options.MaxNewTokens = 64,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
-    num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with so many beams.")] = 1,
-    adapter: options.Adapter = None,
-    dtype: options.ClientDType = options.DType.auto,
-    wire: options.OnTheWire = options.Wire.auto,
-    history: options.HistoryKept = options.Kept.exact,
-    history_memory: options.HistoryMemory = None,
-    standby: options.Standby = False,
-    pin: options.Pin = None,
-    chooser: options.ChooseBy = options.Chooser.shortest,
-    remote_head: options.RemoteHead = False,
-    head_quantization: options.HeadQuantization = options.Quantization.none,
+    num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with this many beams.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, at the end.")] = False,
-    revision: options.Revision = None,
-    allow_uncertified: options.AllowUncertified = False,
-    verbose: options.Verbose = False,
 ) -> None:
     """Continue a prompt, and stream the text to stdout.
 
     The likeliest token is taken each time, unless a --temperature is given.
     """
-    start_logging(verbose=verbose)
-    peers = options.swarm_peers(initial_peers)
-    options.check_places(model, adapter)
+    options.check_places(model, client.model.active_adapter)
     if prompt == "-":
         prompt = sys.stdin.read()
     chosen = options.sampling(temperature, top_p, top_k, seed, num_beams)
 
-    with connected(
-        model,
-        peers,
-        revision=revision,
-        active_adapter=adapter,
-        dtype=dtype,
-        wire=wire,
-        history=history,
-        history_memory=history_memory,
-        standby=standby,
-        pinned=options.pins(pin),
-        chooser=chooser,
-        remote_head=remote_head,
-        head_quantization=head_quantization,
-        allow_uncertified=allow_uncertified,
-    ) as client:
-        llm, tokenizer = client
+    with connected(model, client) as (llm, tokenizer):
         inputs = tokenizer(prompt, return_tensors="pt")
         num_prompt = inputs.input_ids.shape[1]
         if not num_prompt:
-            raise UserError("the prompt is empty", hint="this model's tokenizer adds nothing to it: say something")
+            raise UserError("the prompt is empty", hint="this model's tokenizer adds no tokens to it: write some text")
         check_length(llm, num_prompt, max_new_tokens)
         streams = num_beams == 1 and not as_json
         seed_everything(seed)
@@ -115,40 +86,24 @@ def command(
         print(json.dumps(answer, ensure_ascii=False))
         return
     print_now("\n" if streams else f"{text}\n")
-    way = ", ".join(f"{server['name'] or server['peer'][-6:]} {server['blocks']}" for server in servers)
+    route = ", ".join(f"{server['name'] or server['peer'][-6:]} {server['blocks']}" for server in servers)
     if cut:
         stderr.print(Text(cut_mark(max_new_tokens), style="dim"))
     rate = tokens_per_second(num_tokens / seconds)
-    stderr.print(Text(f"{num_tokens} tokens in {seconds:.1f} s, {rate}, through {way}", style="dim"))
+    stderr.print(Text(f"{num_tokens} tokens in {seconds:.1f} s, {rate}, through {route}", style="dim"))
 
 
 @contextlib.contextmanager
-def connected(
-    model: str,
-    peers: tuple[str, ...],
-    *,
-    revision: str | None,
-    history_memory: int | None,
-    **config: Any,
-) -> Iterator[tuple[Any, Any]]:
-    """The model in the swarm, and its tokenizer; leaves the swarm with the context.
-
-    `history_memory` is in MiB, all other `config` are what `from_pretrained` takes.
-    """
+def connected(model: str, client: ClientOptions) -> Iterator[tuple[Any, Any]]:
+    """The model in the swarm, and its tokenizer. The client leaves the swarm at the end of the context."""
     with waiting("Importing PyTorch and Transformers") as wait:
         from shoal.client import AutoDistributedModelForCausalLM
 
         hush_transformers()
         wait.for_("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
-        llm = AutoDistributedModelForCausalLM.from_pretrained(
-            model,
-            initial_peers=peers,
-            revision=revision,
-            history_memory=None if history_memory is None else history_memory << 20,
-            **config,
-        )
+        llm = AutoDistributedModelForCausalLM.from_options(model, client)
     try:
-        yield llm, load_tokenizer(model, revision)
+        yield llm, load_tokenizer(model, client.model.revision)
     finally:
         llm.close()
 
@@ -169,9 +124,9 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
 
 
 def streamer(tokenizer: Any, *, prompt: str = "", strip: bool = False) -> Any:
-    """Prints what is generated as soon as its words are complete, behind the prompt; `text` is what was printed.
+    """Prints the prompt and then the generated text, word by word; its `text` is what was printed.
 
-    With `strip`, not the space that the text begins with.
+    With `strip`, without the spaces at the beginning.
     """
     from transformers import TextStreamer
 
@@ -189,7 +144,7 @@ def streamer(tokenizer: Any, *, prompt: str = "", strip: bool = False) -> Any:
 
 
 def print_now(text: str, style: str = "") -> None:
-    """Exactly this text, at once."""
+    """Print exactly this text, and flush."""
     if style and stdout.is_terminal:
         stdout.print(Text(text, style=style), end="", soft_wrap=True)
     else:
@@ -198,7 +153,7 @@ def print_now(text: str, style: str = "") -> None:
 
 
 def is_cut(llm: Any, new: list[int], *, max_new_tokens: int) -> bool:
-    """Whether what was generated stops at the length limit, and not because the model has ended it."""
+    """Whether the text ends at the length limit, and not with the model's end-of-text token."""
     end = llm.generation_config.eos_token_id
     ends = set() if end is None else {end} if isinstance(end, int) else set(end)
     return len(new) >= max_new_tokens and ends.isdisjoint(new)
@@ -209,7 +164,7 @@ def cut_mark(max_new_tokens: int) -> str:
 
 
 def check_length(llm: Any, num_tokens: int, max_new_tokens: int) -> None:
-    """Raises `UserError` if so many tokens are more than the model was made for."""
+    """Raises `UserError` if the prompt and the new tokens are more than the model allows."""
     longest = getattr(llm.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and num_tokens + max_new_tokens > longest:
         raise UserError(
@@ -219,7 +174,7 @@ def check_length(llm: Any, num_tokens: int, max_new_tokens: int) -> None:
 
 
 def pad_token_of(tokenizer: Any) -> int:
-    """What Transformers pads with; if it had to choose, it would say so at every call."""
+    """The padding token for `generate()`. Without one, Transformers would log its choice at every call."""
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if found is None else int(found)
 

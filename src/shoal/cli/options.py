@@ -1,20 +1,21 @@
-"""Options that several commands have, so that they are called the same and mean the same everywhere."""
+"""Options that several commands share, with the same names and meanings, and the `ClientOptions` made from them."""
 
 from __future__ import annotations
 
-import os
+import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from shoal.cli.console import WrongUsage
+from shoal.cli.console import WrongUsage, start_logging
+from shoal.client.options.client_options import INITIAL_PEERS, ClientOptions, parse_initial_peers
 from shoal.model.weights.location import check_model, folder_of
 
-INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
 MOST_OF_HOST = 32
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
@@ -46,7 +47,7 @@ class Wire(StrEnum):
     int8 = "int8"
 
 
-class Kept(StrEnum):
+class History(StrEnum):
     exact = "exact"
     bfloat16 = "bfloat16"
     int8 = "int8"
@@ -89,7 +90,7 @@ Relay = Annotated[
     list[str] | None,
     typer.Option(
         metavar="ADDRESS",
-        help="A peer that carries our streams when nobody can dial us. Give four: fewer take minutes to be used.",
+        help="A peer that carries our streams when others cannot dial us. Give four: fewer take minutes to be used.",
     ),
 ]
 Revision = Annotated[
@@ -101,22 +102,27 @@ AllowUncertified = Annotated[
 Adapter = Annotated[
     str | None, typer.Option(metavar="ADAPTER", help="Compute with this PEFT adapter, a Hugging Face id or a folder.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Stop after this many tokens.")]
 Temperature = Annotated[
     float | None,
-    typer.Option(min=0.0, metavar="T", help="Sample, the more freely the higher; 1 is the model's own distribution."),
+    typer.Option(
+        min=0.0, metavar="T", help="Sample, with more variety the higher it is; 1 is the model's own distribution."
+    ),
 ]
 TopP = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens of this share.")
+    float | None,
+    typer.Option(
+        min=0.0, max=1.0, metavar="P", help="Sample from the likeliest tokens that together have this probability."
+    ),
 ]
-TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="Sample from so many of the likeliest tokens.")]
+TopK = Annotated[int | None, typer.Option(min=1, metavar="N", help="Sample from this many of the likeliest tokens.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="The same seed samples the same text.")]
 ClientDType = Annotated[
     DType,
     typer.Option(
         "--dtype",
         metavar="DTYPE",
-        help=f"What to compute in here, and to send: {DTYPES}; auto is what the swarm computes in.",
+        help=f"What this machine computes in and sends: {DTYPES}; auto is what the swarm computes in.",
     ),
 ]
 OnTheWire = Annotated[
@@ -127,12 +133,13 @@ OnTheWire = Annotated[
         help="How hidden states travel: raw (auto), or bfloat16, int8: fewer bytes, less precise.",
     ),
 ]
-HistoryKept = Annotated[
-    Kept,
+HistoryEncoding = Annotated[
+    History,
     typer.Option(
         "--history",
         metavar="ENCODING",
-        help="How to keep what a lost server's successor needs: exact, or bfloat16, int8: fewer bytes, less precise.",
+        help="How to keep the inputs that a replacement of a lost server needs: exact, or bfloat16, int8: fewer bytes, "
+        "less precise.",
     ),
 ]
 HistoryMemory = Annotated[
@@ -140,7 +147,7 @@ HistoryMemory = Annotated[
     typer.Option(
         min=0,
         metavar="MIB",
-        help="Of what is kept for successors, so much stays in memory, the rest in a temporary file.",
+        help="How much of these inputs stays in memory; the rest is in a temporary file.",
     ),
 ]
 Standby = Annotated[
@@ -174,13 +181,12 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log everything t
 
 
 def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
-    """The peers that were named here or in the environment; none if nobody named any."""
-    named = initial_peers or [os.environ.get(INITIAL_PEERS, "")]
-    return tuple(" ".join(named).replace(",", " ").split())
+    """The peers that `--initial-peers` names, or else the environment. May be empty."""
+    return parse_initial_peers(" ".join(initial_peers) if initial_peers else None)
 
 
 def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
-    """The same, where there must be some. Raises `UserError` for what is no address."""
+    """The same, for a command that needs some. Raises `UserError` for text that is not the address of a peer."""
     from shoal.net.addresses import check_peers
 
     peers = peers_of(initial_peers)
@@ -192,15 +198,73 @@ def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
     return check_peers(peers)
 
 
-def check_places(model: str, adapter: str | None) -> None:
-    """Raises `UserError` for a model and an adapter that cannot be there, before anything slow is imported."""
+def client_options(  # the first parameter stands first in the help of a command
+    initial_peers: InitialPeers = None,
+    adapter: Adapter = None,
+    dtype: ClientDType = DType.auto,
+    wire: OnTheWire = Wire.auto,
+    history: HistoryEncoding = History.exact,
+    history_memory: HistoryMemory = None,
+    standby: Standby = False,
+    pin: Pin = None,
+    chooser: ChooseBy = Chooser.shortest,
+    remote_head: RemoteHead = False,
+    head_quantization: HeadQuantization = Quantization.none,
+    revision: Revision = None,
+    allow_uncertified: AllowUncertified = False,
+) -> ClientOptions:
+    """The options of a client, from those of the command line. Imports nothing slow. Raises `UserError`."""
+    return ClientOptions.from_keywords(
+        initial_peers=swarm_peers(initial_peers),
+        active_adapter=adapter,
+        dtype=dtype,
+        wire=wire,
+        history=history,
+        history_memory=None if history_memory is None else history_memory << 20,
+        standby=standby,
+        pinned=pins(pin),
+        chooser=chooser,
+        remote_head=remote_head,
+        head_quantization=head_quantization,
+        revision=revision,
+        allow_uncertified=allow_uncertified,
+    )
+
+
+def with_client_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `client_options`, and --verbose, in place of its parameter `client`.
+
+    The command is called with the finished `ClientOptions`, once the log is set up.
+    """
+    shared = inspect.signature(client_options, eval_str=True).parameters
+    verbose = inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose)
+
+    @functools.wraps(command)
+    def wrapped(*, verbose: bool, **values: Any) -> None:
+        start_logging(verbose=verbose)
+        client = client_options(**{name: values.pop(name) for name in shared})
+        command(client=client, **values)
+
+    first, *others = shared.values()  # --initial-peers stands in the place of `client`, the others at the end
+    own = [
+        first if each.name == "client" else each
+        for each in inspect.signature(command, eval_str=True).parameters.values()
+    ]
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *others, verbose)]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+    return wrapped
+
+
+def check_places(model: str, adapter: str | Path | None) -> None:
+    """Raises `UserError` for a model or an adapter that cannot exist, before anything slow is imported."""
     check_model(model)
     if adapter is not None:
-        folder_of(adapter)
+        folder_of(str(adapter))
 
 
 def server_name(given: str | None, host: str) -> str:
-    """What a server is called: as it was told, or like its host, `host`, as far as that can be shown.
+    """A server's name: the given one, or the first part of its host's name, without characters that cannot be printed.
 
     Raises `WrongUsage` for a name that no peer would accept.
     """
@@ -216,7 +280,7 @@ def server_name(given: str | None, host: str) -> str:
 
 
 def pins(given: Sequence[str] | None) -> dict[str, str]:
-    """What `--pin 0:4=PEER` says, as `from_pretrained` wants it."""
+    """What `--pin 0:4=PEER` says, in the form of the keyword `pinned`. Raises `WrongUsage`."""
     found: dict[str, str] = {}
     for each in given or ():
         span, _, peer = each.partition("=")
@@ -232,12 +296,15 @@ def pins(given: Sequence[str] | None) -> dict[str, str]:
 def sampling(
     temperature: float | None, top_p: float | None, top_k: int | None, seed: int | None, num_beams: int = 1
 ) -> dict[str, Any]:
-    """What `generate()` is told about choosing tokens: greedy, unless one of the options asks for chance."""
+    """The arguments of `generate()` that say how tokens are chosen: greedily, unless an option asks for sampling.
+
+    Raises `WrongUsage` for options that contradict each other.
+    """
     if not temperature and temperature is not None and (top_p is not None or top_k is not None):
-        raise WrongUsage("a temperature of 0 leaves nothing to --top-p and --top-k", hint="leave --temperature out")
+        raise WrongUsage("a temperature of 0 makes --top-p and --top-k useless", hint="leave --temperature out")
     is_random = bool(temperature) or (temperature is None and (top_p is not None or top_k is not None))
     if seed is not None and not is_random:
-        raise WrongUsage("--seed without chance changes nothing", hint="add --temperature 0.8")
+        raise WrongUsage("--seed changes nothing without sampling", hint="add --temperature 0.8")
     chosen: dict[str, Any] = {"do_sample": is_random, "num_beams": num_beams}
     if is_random:
         chosen |= {"temperature": temperature or 1.0, "top_p": top_p, "top_k": top_k or 0}

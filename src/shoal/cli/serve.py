@@ -16,6 +16,7 @@ from shoal.cli.identity import identity_file
 from shoal.cli.invitation import invitation
 from shoal.cli.lifetime import end_with_parent, run_until_signalled
 from shoal.cli.rates import tokens_per_second
+from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
 from shoal.server.engine.engine_limits import Limits
@@ -120,7 +121,7 @@ def command(
     if not new_swarm and not peers:
         raise WrongUsage(
             "neither --new-swarm nor --initial-peers is given",
-            hint=f"start a swarm with --new-swarm, or name a peer of one (also in {options.INITIAL_PEERS})",
+            hint=f"start a swarm with --new-swarm, or name a peer of one (also in {INITIAL_PEERS})",
         )
     if blocks is not None and num_blocks is not None:
         raise WrongUsage("--blocks and --num-blocks exclude each other", hint="--blocks 0:8 says which and how many")

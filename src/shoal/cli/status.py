@@ -1,4 +1,4 @@
-"""`shoal status`: who serves which blocks, how fast, and what is missing."""
+"""`shoal status`: which servers hold which blocks, how fast they are, and which blocks are missing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from shoal.cli import options
 from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
 from shoal.cli.render import render, render_route
+from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.model.weights.location import check_model, is_path
 from shoal.policy.dtypes import mixture
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model, everybody who serves some of it, and the way that a client on this machine would take."""
+    """A model, its servers, and the route that a client on this machine would choose."""
 
     model: ModelInfo
     view: SwarmView
@@ -37,7 +38,7 @@ class ModelStatus:
 
     @property
     def missing(self) -> list[int]:
-        """The blocks that no server computes now."""
+        """The blocks that no server is online for."""
         return self.view.online().missing()
 
     def as_json(self, *, route: bool = False) -> dict[str, Any]:
@@ -75,22 +76,22 @@ def command(
     ] = None,
     initial_peers: options.InitialPeers = None,
     route: Annotated[
-        bool, typer.Option("--route", help="Show the way that a client on this machine would take, and why.")
+        bool, typer.Option("--route", help="Show the route that a client on this machine would choose, and why.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Show who serves which blocks, and what is missing.
+    """Show which servers hold which blocks, and which blocks are missing.
 
-    Without MODEL, of all models that the swarm serves. The exit status is 1 if blocks of a model that is shown are
-    missing, also with --json, and 0 if each has all of its blocks.
+    Without MODEL, it shows all models that the swarm serves. The exit status is 1 if blocks of a shown model are
+    missing, also with --json, and 0 otherwise.
     """
     start_logging(verbose=verbose)
-    peers = options.swarm_peers(initial_peers)
+    client = options.client_options(initial_peers)
     if model is not None and is_path(model):
         check_model(model)
     with waiting("Asking the swarm"):
-        found = asyncio.run(look(peers, model, route=route))
+        found = asyncio.run(look(client, model, route=route))
     if as_json:
         print(json.dumps({"models": [status.as_json(route=route) for status in found]}, indent=2, ensure_ascii=False))
     else:
@@ -113,22 +114,22 @@ def _show(found: Sequence[ModelStatus], *, route: bool) -> None:
                 stdout.print(part)
 
 
-async def look(peers: tuple[str, ...], wanted: str | None = None, *, route: bool = False) -> list[ModelStatus]:
-    """What the swarm says of one model, or of all. Raises `UserError` for a model that neither it nor we know."""
-    from shoal.net import NetworkConfig, join
+async def look(client: ClientOptions, wanted: str | None = None, *, route: bool = False) -> list[ModelStatus]:
+    """The status of one model, or of all. Raises `UserError` for a model that neither the swarm nor the hub has."""
+    from shoal.net import join
 
-    async with join(NetworkConfig(initial_peers=peers, client_mode=True)) as node:
+    async with join(client.network) as node:
         models: Sequence[ModelInfo] = await node.directory.models()
         if wanted is not None:
             models = [_named(wanted, models)]
         views = [(model, SwarmView(model.num_blocks, await node.directory.servers(model))) for model in models]
-        return [ModelStatus(model, view, await way(node, view) if route else None) for model, view in views]
+        return [ModelStatus(model, view, await find_route(node, view) if route else None) for model, view in views]
 
 
-async def way(node: Node, view: SwarmView) -> Route | None:
-    """The way of a token from this machine, after measuring how far everybody is; None if there is none.
+async def find_route(node: Node, view: SwarmView) -> Route | None:
+    """The route that a client on this machine would choose, after pinging all servers; `None` if blocks are missing.
 
-    Where servers have different weights, through those that most of them have.
+    Where servers have different weights, the route is through the servers of the commonest ones.
     """
     from shoal.net.ping import measure_round_trips
     from shoal.policy.routing.route import Measured, Needs, choose_route
@@ -144,7 +145,7 @@ async def way(node: Node, view: SwarmView) -> Route | None:
 
 
 def _named(wanted: str, models: Iterable[ModelInfo]) -> ModelInfo:
-    """The model of this key or name, or at this place."""
+    """The model of this key or name, in this folder, or with this id on the hub. Raises `UserError`."""
     models = list(models)
     is_folder = Path(wanted).expanduser().is_dir()
     for model in models:

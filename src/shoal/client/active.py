@@ -1,7 +1,7 @@
-"""Which session the calls inside a `with` block go on with, without being told.
+"""The active session: the one that calls inside its `with` block use without naming it.
 
-`with model.inference_session() as session:` makes the session the active one of its blocks, as in PETALS. It is so in
-the thread and the tasks that entered the block: another thread that uses the same model has its own calls.
+`with model.inference_session() as session:` makes the session the active one of its blocks, as in PETALS. That holds in
+the thread and the tasks that entered the block; calls of another thread are not affected.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ _entered: ContextVar[tuple[InferenceSession, ...]] = ContextVar("_entered", defa
 
 
 def enter(session: InferenceSession) -> None:
-    """From now on, until it is left or closed, it is the active one of its blocks."""
+    """Make a session the active one of its blocks, until it is left or closed."""
     _entered.set((*_entered.get(), session))
 
 
 def leave(session: InferenceSession) -> None:
-    """The one that was active before is so again."""
+    """Make the session that was active before active again."""
     _entered.set(tuple(other for other in _entered.get() if other is not session))
 
 
 def active_session(owner: object) -> InferenceSession | None:
-    """The innermost open session of these blocks.
+    """The innermost open session of the blocks with this owner, or `None`.
 
-    A task that was started inside of a block may outlive it; a session that was closed meanwhile is not active.
+    A task that was started inside a `with` block may outlive it, so a closed session is never active.
     """
     return next((each for each in reversed(_entered.get()) if each.owner is owner and not each.is_closed), None)
 
 
 @contextlib.contextmanager
 def none_active() -> Iterator[None]:
-    """Meanwhile no session is: what `generate()` calls deep inside has caches of its own."""
+    """Let no session be active in the context: the calls that `generate()` makes inside bring their own caches."""
     before = _entered.get()
     _entered.set(())
     try:

@@ -1,4 +1,4 @@
-"""The model's blocks as a module, wherever they run: called, sliced, differentiated, or stepped through."""
+"""The model's blocks as one PyTorch module, which servers compute: call it, slice it, or differentiate through it."""
 
 # B sequences, T new tokens, S all tokens, D hidden size
 
@@ -31,11 +31,15 @@ from shoal.model.remote_cache import RemoteCache, UnopenedSession
 from shoal.spans import Span
 
 DEFAULT_SESSION_LENGTH = 2048
-"""What a session is expected to get long if its user has not said."""
+"""The tokens that a session without a `max_length` asks its servers to have room for. It may grow beyond that."""
 
 
-class RemoteBlocks(NotPicklable, nn.Module):
-    """The blocks of a span, served by others. Slices like a list: `blocks[3:6]`."""
+class RemoteSequential(NotPicklable, nn.Module):
+    """The blocks of a span, computed by servers. It slices like a list: `blocks[3:6]`.
+
+    `max_length` is how many tokens a sequence may have. A `skeleton` stands for each block: a module with the block's
+    layers and without its weights, for PEFT to put adapters into.
+    """
 
     def __init__(
         self,
@@ -51,11 +55,11 @@ class RemoteBlocks(NotPicklable, nn.Module):
         self.span = span
         self.max_length = max_length
         self.owner = object()
-        """Whose a session is: that of these blocks, and not of those that were cut from them."""
+        """Identifies these blocks as the owner of sessions. A slice is another owner."""
         self.num_prompt_tokens = 0
-        """Before the tokens of a sequence come so many that its callers do not count: those of a soft prompt."""
+        """The length of the soft prompt that stands before every sequence. Callers do not count these tokens."""
         self._hosted: Mapping[str, str] = {}
-        """What servers may host: by the name of a block's factors, the adapter that these belong to."""
+        """Adapters that servers may host already, by the content name of a block's factors."""
         self._adapters: Mapping[str, Any] = {}
         self._measuring = threading.Lock()
         self._attributes: ConfigAttributes | None = None
@@ -67,11 +71,11 @@ class RemoteBlocks(NotPicklable, nn.Module):
 
     @property
     def _runtime(self) -> Runtime:
-        """Where this model's network lives. Raises `UserError` once the model is closed."""
+        """The runtime of this model. Raises `UserError` once the model is closed."""
         return self._hold.runtime
 
     def watch(self, attributes: ConfigAttributes) -> None:
-        """Follow what the user sets on the model's config."""
+        """From now on, apply what the user sets on the model's config before each call."""
         self._attributes = attributes
 
     def _follow(self) -> None:
@@ -79,24 +83,29 @@ class RemoteBlocks(NotPicklable, nn.Module):
             self._attributes.follow()
 
     def mount(self, skeletons: Sequence[nn.Module]) -> None:
-        """Let these stand for the blocks, wherever somebody looks for their layers: PEFT puts its own around them."""
+        """Register a skeleton for each block, in order."""
         for block, skeleton in zip(self.span, skeletons, strict=False):
             self.add_module(str(block), skeleton)
 
     def __len__(self) -> int:
         return len(self.span)
 
-    def __getitem__(self, index: int | slice) -> RemoteBlocks:
-        """Some of the blocks, counted from this span's first. Steps other than 1 are refused."""
+    def __getitem__(self, index: int | slice) -> RemoteSequential:
+        """A part of the blocks, counted from the first of this span.
+
+        Raises `UserError` for an empty part, and for a slice with another step than 1.
+        """
         blocks = range(self.span.start, self.span.end)[index]
         if isinstance(blocks, int):
             blocks = range(blocks, blocks + 1)
         if blocks.step != 1 or not blocks:
-            raise UserError(f"blocks run in order, and at least one of them: not {index}")
+            raise UserError(
+                f"blocks cannot be indexed with {index}", hint="a slice has at least one block and the step 1"
+            )
         return self._like(Span(blocks.start, blocks.stop), dict(self.named_children()))
 
-    def _like(self, span: Span, skeletons: Mapping[str, nn.Module]) -> RemoteBlocks:
-        blocks = RemoteBlocks(
+    def _like(self, span: Span, skeletons: Mapping[str, nn.Module]) -> RemoteSequential:
+        blocks = RemoteSequential(
             self._runtime,
             self._swarm,
             span,
@@ -108,7 +117,7 @@ class RemoteBlocks(NotPicklable, nn.Module):
         blocks._hold, blocks._attributes, blocks._adapters = self._hold, self._attributes, self._adapters
         return blocks
 
-    def __iter__(self) -> Iterator[RemoteBlocks]:
+    def __iter__(self) -> Iterator[RemoteSequential]:
         return (self[index] for index in range(len(self)))
 
     def extra_repr(self) -> str:
@@ -125,9 +134,11 @@ class RemoteBlocks(NotPicklable, nn.Module):
     ) -> torch.Tensor:
         """Hidden states [B, T, D] after the blocks.
 
-        `attention_mask` [B, S] is 0 where a token is padding; `position_ids` are [B, T]. With `past_key_values` the
-        tokens are appended to its session, and so they are to the session of these blocks in whose `with` block this
-        is called. Without, the call is differentiable with respect to the hidden states.
+        `attention_mask` [B, S] is 0 where a token is padding; `position_ids` are [B, T]. With `past_key_values`, or
+        inside the `with` block of a session, the tokens are appended to that session. Otherwise the call is
+        differentiable with respect to the hidden states and to what was added to the blocks.
+
+        Raises `UserError` for inputs of another shape, and `SwarmError` if the servers cannot compute it now.
         """
         self._follow()
         if past_key_values == "active":
@@ -150,7 +161,7 @@ class RemoteBlocks(NotPicklable, nn.Module):
         tuned = self._tuned()
         work = PassCall(self._runtime, self._passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
         output = cast(torch.Tensor, SwarmFunction.apply(hidden_BTD, work, *self._parameters_of(tuned)))
-        if past_key_values is not None:  # whoever asks for more has the same numbers computed again, in a session
+        if past_key_values is not None:  # it begins without a server, which computes these tokens only if others follow
             session = self._session(1, max_length=None, expected_length=1, tuning=work.plan.tuning)
             session.in_call = True
             session.defer(hidden_BTD, positions_BT=positions, mask_BT=mask)
@@ -162,11 +173,11 @@ class RemoteBlocks(NotPicklable, nn.Module):
         return [parameter for each in tuned for parameter in each.parameters]
 
     def note_hosted(self, adapter: str) -> None:
-        """What these blocks have now, and nothing that becomes of it, is the adapter that servers host by this name."""
+        """Record that what is added to these blocks now is the adapter that servers may host by this name."""
         self._hosted = {each.factors().name: adapter for each in self._described()}
 
     def _tuned(self) -> list[ClientAdapter]:
-        """What the caller has added to the blocks, as it is now."""
+        """What the caller has added to the blocks, with its present values."""
         self.measure()
         return self._described()
 
@@ -182,17 +193,20 @@ class RemoteBlocks(NotPicklable, nn.Module):
         return ActiveAdapters({each.block: replace(each, hosted=self._hosted.get(each.name)) for each in found})
 
     def note_adapters(self, configs: Mapping[str, Any]) -> None:
-        """PEFT has added these adapters, and may add more to the same mapping."""
+        """Keep the configs of PEFT's adapters, by name. PEFT adds more to the same mapping."""
         self._adapters = configs
 
     def measure_new(self) -> None:
-        """Find the magnitudes of adapters that are not about to be loaded. Raises `SwarmError`s."""
+        """Set the initial magnitudes of new DoRA adapters that are not loaded from a file. Raises `SwarmError`."""
         self.measure([name for name, config in self._adapters.items() if config.inference_mode])
 
     def measure(self, loaded: Collection[str] = ()) -> None:
-        """Find the magnitudes with which DoRA begins: those of the weights, which servers hold."""
+        """Set the initial magnitudes of DoRA adapters: the norms of the weights, which the servers hold.
+
+        `loaded` are adapters whose magnitudes come from a file. Raises `SwarmError`.
+        """
         for name, skeleton in self.named_children():
-            with self._measuring:  # whoever waited finds them measured: a parameter that changes ends others' gradients
+            with self._measuring:  # each is set once: changing a parameter in place would break a backward pass
                 if new := unset_magnitudes(skeleton, loaded=loaded):
                     sizes = [len(magnitudes) for magnitudes in new.values()]
                     norms = self._runtime.run(self._passes.norms(int(name), list(new), sum(sizes)))
@@ -218,21 +232,21 @@ class RemoteBlocks(NotPicklable, nn.Module):
     def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
         """A session on these blocks, for up to `max_length` tokens; use it as a context manager.
 
-        Without a `max_length`, the model sets the limit. What has been added to the blocks stays, in this session, as
-        it is now.
+        Default: as many tokens as the model allows. The session computes with what is added to the blocks now, even if
+        that changes later. Raises `UserError` for a length or a batch beyond the protocol's limits.
         """
         expected = max_length or min(self.max_length, DEFAULT_SESSION_LENGTH)
         return self._session(batch_size, max_length=max_length, expected_length=expected)
 
     def new_session(self, *, batch_size: int, max_length: int) -> InferenceSession:
-        """The session of one `generate()`, which expects `max_length` tokens; others that use it may go on."""
+        """The session of one call of `generate()`, expected to reach `max_length` tokens. It may grow beyond that."""
         session = self._session(batch_size, max_length=None, expected_length=max_length)
-        session.in_call = True  # who has opened it knows its tokens
+        session.in_call = True  # Transformers keeps account of the tokens
         note_opened(session)
         return session
 
     def active_session(self) -> InferenceSession | None:
-        """That in whose `with` block this is called."""
+        """The session whose `with` block the caller is in, or `None`."""
         return active_session(self.owner)
 
     def _session(
@@ -252,18 +266,18 @@ class RemoteBlocks(NotPicklable, nn.Module):
         )
 
     def close(self) -> None:
-        """Leave the swarm, with all that belongs to this model, once its copies do too. May be called twice."""
+        """Leave the swarm, once all copies of the model are closed too. May be called twice."""
         self._hold.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteBlocks:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteSequential:
         blocks = self._like(self.span, {name: copy.deepcopy(child, memo) for name, child in self.named_children()})
         blocks._hold, blocks._attributes = self._hold.another(), copy.deepcopy(self._attributes, memo)
         blocks.num_prompt_tokens = self.num_prompt_tokens  # slices have none: the prompt stands before all blocks
         return blocks
 
 
-def _measure_before(blocks: RemoteBlocks, *_: Any) -> None:
-    """Before the state of the blocks is read: what DoRA begins with is a part of it."""
+def _measure_before(blocks: RemoteSequential, *_: Any) -> None:
+    """Set the initial magnitudes of DoRA before the state of the blocks is read, which they are part of."""
     blocks.measure_new()
 
 

@@ -1,4 +1,4 @@
-"""What a caller passes to blocks, checked, and as it travels."""
+"""What a caller passes to blocks, checked and brought into the form in which it travels."""
 
 # B sequences, T new tokens, S all tokens, D hidden size
 
@@ -10,7 +10,7 @@ from shoal.errors import UnsupportedOperation, UserError
 
 
 def check_inputs(hidden_BTD: torch.Tensor) -> None:
-    """Raises `UserError` for what is no batch of sequences of hidden states."""
+    """Raises `UserError` for a tensor that is not a batch of hidden states, [B, T, D] with no dimension 0."""
     if hidden_BTD.dim() != 3 or not hidden_BTD.numel():
         raise UserError(
             f"inputs of shape {list(hidden_BTD.shape)}", hint="blocks take [batch, tokens, hidden size], none of them 0"
@@ -18,12 +18,15 @@ def check_inputs(hidden_BTD: torch.Tensor) -> None:
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as it is sent."""
+    """A tensor as it is sent: detached, contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous()
 
 
 def mask_of(attention_mask: torch.Tensor | None, hidden_BTD: torch.Tensor, *, num_past: int = 0) -> torch.Tensor | None:
-    """A mask as it travels, uint8: of the new tokens, [B, T], or also of the `num_past` before them, [B, S]."""
+    """A mask as it travels, uint8: of the new tokens, [B, T], or also of the `num_past` tokens before them, [B, S].
+
+    Raises `UserError` for another shape.
+    """
     if attention_mask is None:
         return None
     batch_size, num_tokens, _ = hidden_BTD.shape
@@ -36,7 +39,7 @@ def mask_of(attention_mask: torch.Tensor | None, hidden_BTD: torch.Tensor, *, nu
 
 
 def positions_of(position_ids: torch.Tensor | None, hidden_BTD: torch.Tensor) -> torch.Tensor | None:
-    """Positions as they travel, [B, T] int64."""
+    """Positions as they travel, [B, T] int64. Raises `UnsupportedOperation` for another shape."""
     if position_ids is None:
         return None
     if position_ids.dim() != 2 or position_ids.shape[1] != hidden_BTD.shape[1]:

@@ -1,4 +1,4 @@
-"""How a call of `generate()` goes on from the one before it in the same session."""
+"""How a call of `generate()` continues the previous one in the same session."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shoal.client.inference_session import InferenceSession
 from shoal.errors import UserError
 
 REPEATED_TOKENS = 8
-"""New tokens that begin with so many of the session's first ones are hardly meant to be said again."""
+"""New inputs that repeat this many of the session's first tokens, and then differ, are refused as a mistake."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """All tokens of a session with the new ones, [B, S], and how many of them the caller did not pass."""
+    """The tokens of a session and the new ones, [B, S]. The caller did not pass the first `num_hidden` of them."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -26,19 +26,19 @@ class Continuation:
     def of(cls, session: InferenceSession, new_ids: torch.Tensor | None, new_mask: torch.Tensor | None) -> Self:
         """What to generate from, given the session's past and what the caller passed.
 
-        Raises `UserError` for tokens that repeat the session's beginning and then differ: they would be read twice.
-        And where the session has read what is no text, or not known as one: hidden states, or embeddings.
+        Raises `UserError` for tokens that repeat the session's beginning and then differ, because they would be read
+        twice, and for a session whose tokens are not known, because it was given hidden states or embeddings.
         """
         past_ids, past_mask = session.output_ids, session.attention_mask
         num_told = 0 if past_ids is None else past_ids.shape[1]
         if session.num_tokens > num_told and not session.in_call:
             raise UserError(
                 f"the session has read {session.num_tokens} tokens, of which generate() knows {num_told}",
-                hint="set session.position to what it shall go on from, or session.output_ids to the tokens",
+                hint="set session.position to where it shall continue, or session.output_ids to its tokens",
             )
         if past_ids is not None:
             past_mask = _mask_for(past_ids, past_mask)
-        # An interrupted call leaves tokens that nobody was told, or the sequences of its beams.
+        # An interrupted call leaves tokens that it did not return, or the sequences of its beams.
         num_known, rows = (0, 0) if past_ids is None else (past_ids.shape[1] - 1, past_ids.shape[0])
         session.crop(min(session.num_tokens, num_known) if session.batch_size == rows else 0)
         if past_ids is None or past_mask is None:
@@ -67,7 +67,7 @@ class Continuation:
         return cls(torch.cat((past_ids, new_ids), dim=1), torch.cat((past_mask, mask), dim=1), num_past)
 
     def finish(self, session: InferenceSession, result: Any) -> Any:
-        """Remember what was generated, and return it without what the caller did not pass."""
+        """Record in the session what was generated, and return it without the tokens that the caller did not pass."""
         sequences: torch.Tensor = result if isinstance(result, torch.Tensor) else result.sequences
         grown = sequences.shape[1] - self.attention_mask.shape[1]
         repeats = sequences.shape[0] // self.attention_mask.shape[0]
@@ -75,7 +75,7 @@ class Continuation:
         session.in_call = False
         session.output_ids = sequences
         session.attention_mask = torch.cat((mask, mask.new_ones((mask.shape[0], grown))), dim=1)
-        # The last token is yet to be computed. After a beam search, the cache is that of other sequences.
+        # The last token is not computed yet. After a beam search, the cache belongs to other sequences.
         same_rows = session.batch_size == sequences.shape[0] == self.input_ids.shape[0]
         session.crop(min(session.num_tokens, sequences.shape[1] - 1) if same_rows else 0)
         if isinstance(result, torch.Tensor):
@@ -85,7 +85,7 @@ class Continuation:
 
 
 def _mask_for(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mask of a text that the caller may have shortened, or made longer."""
+    """The mask [B, S] of a text that the caller may have made shorter or longer than its old mask."""
     fitted = torch.ones_like(ids)
     if mask is not None:
         num_tokens = min(ids.shape[1], mask.shape[1])

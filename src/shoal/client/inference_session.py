@@ -1,4 +1,4 @@
-"""A session as its user holds it: a cache in the swarm, over as many calls as he likes."""
+"""A session as the user sees it: a cache on the servers, for any number of calls."""
 
 # B sequences, T new tokens, S all tokens, D hidden size
 
@@ -33,9 +33,9 @@ _opened: ContextVar[list[InferenceSession] | None] = ContextVar("_opened", defau
 
 @contextlib.contextmanager
 def closing_new_sessions() -> Iterator[list[InferenceSession]]:
-    """What this thread opens with `new_session` meanwhile; what is still in the list at the end is closed.
+    """Collect the sessions that `new_session` opens in the context; at its end, those still in the list are closed.
 
-    Transformers opens the cache of a `generate()` deep inside, and a traceback would keep it alive.
+    Transformers opens the cache of a `generate()` deep inside, where a traceback would keep it alive.
     """
     opened: list[InferenceSession] = []
     token = _opened.set(opened)
@@ -45,39 +45,40 @@ def closing_new_sessions() -> Iterator[list[InferenceSession]]:
         _opened.reset(token)
         for session in opened:
             session.abandon()
-        opened.clear()  # tasks that were started meanwhile, and live on, hold a copy of the context
+        opened.clear()  # a task that outlives the context has a copy of it
 
 
 def note_opened(session: InferenceSession) -> None:
-    """Let `closing_new_sessions` know of a session."""
+    """Add a session to the list of the enclosing `closing_new_sessions`, if there is one."""
     if (opened := _opened.get()) is not None:
         opened.append(session)
 
 
 @dataclass
 class _Deferred:
-    """Inputs of a session whose outputs are known already: servers compute them when others follow."""
+    """Inputs whose outputs are known already. Servers compute them only when others follow."""
 
     hidden_BTD: torch.Tensor
     positions_BT: torch.Tensor | None
     mask_BT: torch.Tensor | None
 
     def change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Rearrange or shorten all of it."""
+        """Apply a function to all tensors."""
         self.hidden_BTD = change(self.hidden_BTD)
         self.positions_BT = None if self.positions_BT is None else change(self.positions_BT)
         self.mask_BT = None if self.mask_BT is None else change(self.mask_BT)
 
 
 class InferenceSession:
-    """A cache in the swarm, for one batch of sequences, over as many calls as you like.
+    """A cache on the servers, for one batch of sequences and any number of calls.
 
-    Inside `with model.inference_session() as session:`, calls of `model.generate()` and of the model go on with it;
-    elsewhere give it to `model.generate(..., session=session)`, or `step` through the blocks yourself. It survives the
-    loss of servers. Not for several threads at once.
+    Inside `with model.inference_session() as session:`, calls of `model.generate()` and of the model continue it.
+    Elsewhere, pass it to `model.generate(..., session=session)`, or call `step` yourself. It survives the loss of
+    servers. One thread at a time may use it.
 
-    It gets at most `max_length` tokens long. Servers are chosen that have room for `expected_length` of them, by
-    default for all. `owner` says whose active session it may be.
+    Lengths are in tokens: the session may reach `max_length`, and its servers have room for `expected_length`, by
+    default for all of it. `owner` identifies the blocks whose active session it may be. Raises `UserError` for a length
+    or a `batch_size` beyond the protocol's limits.
     """
 
     def __init__(
@@ -94,14 +95,17 @@ class InferenceSession:
         owner: object = None,
     ) -> None:
         if not (1 <= batch_size <= MAX_BATCH and 1 <= max_length <= MAX_LENGTH):
-            raise UserError(f"a session of {batch_size} sequences of {max_length} tokens: too many, or too few")
+            raise UserError(
+                f"a session cannot have {batch_size} sequences of {max_length} tokens",
+                hint=f"it may have 1 to {MAX_BATCH} sequences of 1 to {MAX_LENGTH} tokens",
+            )
         self.max_length = max_length
         self.owner = owner
         self.num_tokens = 0
         self.output_ids: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
         self.in_call = False
-        """Whether a call of `generate()` keeps account of the tokens: one that was interrupted has left some."""
+        """Whether a call of `generate()` keeps account of the tokens. After an interrupted call it is still true."""
         self._num_prompt_tokens = num_prompt_tokens
         self._deferred: _Deferred | None = None
         self._runtime = runtime
@@ -115,7 +119,7 @@ class InferenceSession:
         )
         runtime.sessions.add(self._session)
         self._closing = weakref.finalize(self, _close, runtime, self._session)
-        self._closing.atexit = False  # by then the loop is gone, and so are the streams
+        self._closing.atexit = False  # at exit, the runtime closes all sessions
 
     @property
     def batch_size(self) -> int:
@@ -123,12 +127,12 @@ class InferenceSession:
 
     @property
     def servers(self) -> tuple[str, ...]:
-        """The peers that hold it at present, in the order of their blocks."""
+        """The peer ids of the servers that hold it now, in the order of their blocks."""
         return tuple(hop.server.peer for hop in self.hops)
 
     @property
     def hops(self) -> tuple[Hop, ...]:
-        """The same with what each of them announces, and the blocks that it computes here."""
+        """The same servers with what each announces and which blocks it computes for this session."""
         return self._session.hops
 
     @property
@@ -142,18 +146,21 @@ class InferenceSession:
 
     @property
     def position(self) -> int:
-        """How many tokens it has read. Set it to go back: what follows is forgotten, the text of it too."""
+        """How many tokens it has read. Set it to go back: the session then forgets all later tokens.
+
+        Setting it raises `UserError` for a position beyond the present one.
+        """
         if self.output_ids is None:
             return 0 if self.in_call else self.num_tokens
-        num_told = self.output_ids.shape[1] - 1  # the last token of a text is read by the next call
+        num_told = self.output_ids.shape[1] - 1  # the next call reads the last token of a text
         return num_told if self.in_call else max(num_told, self.num_tokens)
 
     @position.setter
     def position(self, num_tokens: int) -> None:
         if not 0 <= num_tokens <= self.position:
             raise UserError(
-                f"position {num_tokens} of a session that has read {self.position} tokens",
-                hint="a session goes back by its position, and forward by being given tokens",
+                f"a session that has read {self.position} tokens has no position {num_tokens}",
+                hint="set the position to go back; pass tokens to go forward",
             )
         if num_tokens == self.position:
             return
@@ -165,7 +172,7 @@ class InferenceSession:
             self.attention_mask = self.attention_mask[:, :num_tokens] if num_tokens else None
 
     def record_token_ids(self, ids_BT: torch.Tensor | None, mask_BS: torch.Tensor | None) -> None:
-        """These were the tokens of the last step, as far as the caller knows them, and the mask of all."""
+        """Record the tokens [B, T] of the last step, or `None` where they are not known, and the mask [B, S] of all."""
         if self.in_call:
             return
         past = self.output_ids
@@ -181,13 +188,13 @@ class InferenceSession:
         self.output_ids, self.attention_mask = ids, mask_BS
 
     def expect(self, num_tokens: int) -> None:
-        """It will perhaps get so long. That is no promise, and no limit."""
+        """Let servers that are chosen from now on have room for this many tokens. It is not a limit."""
         self._session.expect(min(num_tokens, self.max_length) + self._num_prompt_tokens)
 
     def defer(
         self, hidden_BTD: torch.Tensor, *, positions_BT: torch.Tensor | None, mask_BT: torch.Tensor | None
     ) -> None:
-        """Begin with inputs [B, T, D] whose outputs are known: servers compute them before the next step."""
+        """Begin with inputs [B, T, D] whose outputs are known. Servers compute them before the next step."""
         self._deferred = _Deferred(hidden_BTD.detach().to("cpu", copy=True).contiguous(), positions_BT, mask_BT)
         self._session.batch_size = hidden_BTD.shape[0]
         self.num_tokens = hidden_BTD.shape[1] - self._num_prompt_tokens
@@ -200,11 +207,14 @@ class InferenceSession:
         position_ids: torch.Tensor | None = None,
         head_call: HeadCall | None = None,
     ) -> torch.Tensor:
-        """Append inputs [B, T, D] and return the blocks' outputs for them. Raises `UserError` when it gets too long.
+        """Append inputs [B, T, D]; returns the blocks' outputs for them, [B, T, D].
 
-        `attention_mask` is of these tokens or of all, 0 where a token is padding; without one, they are none. Of no
-        tokens at all there are no outputs, and nothing is sent. If the output head was `head_call` for logits and has
-        answered, what is returned means nothing.
+        `attention_mask` is that of these tokens [B, T] or of all tokens [B, S], 0 where a token is padding; by default
+        none is. `position_ids` are [B, T]. With T = 0 nothing is sent. If a server answered the `head_call`, the answer
+        is there, and the returned tensor has no meaning.
+
+        Raises `UserError` when the session is closed or would get longer than `max_length`, `MissingBlocks` when no
+        server can take the place of a lost one, and `SwarmError` if the swarm cannot be asked.
         """
         if not self._closing.alive:
             raise UserError("this session is closed")
@@ -218,7 +228,7 @@ class InferenceSession:
         if self.num_tokens + num_tokens > self.max_length:
             raise UserError(
                 f"{self.num_tokens + num_tokens} tokens in a session of at most {self.max_length}",
-                hint="open it with a larger max_length, as far as the model allows (shoal chat: --max-length, or /new)",
+                hint="open it with a larger max_length, if the model allows it (shoal chat: --max-length, or /new)",
             )
         if self.num_tokens == 0:
             self._session.batch_size = batch_size
@@ -242,7 +252,7 @@ class InferenceSession:
         return cast(torch.Tensor, NoGradient.apply(output.to(hidden_BTD.device), hidden_BTD))
 
     def crop(self, num_tokens: int) -> None:
-        """Let the servers forget everything after the first `num_tokens` tokens; they may be given it again."""
+        """Forget everything after the first `num_tokens` tokens. Other tokens may follow them then."""
         num_inputs = num_tokens and num_tokens + self._num_prompt_tokens
         if self._deferred is not None:
             self._deferred.change(lambda each: each[:, :num_inputs])
@@ -252,7 +262,7 @@ class InferenceSession:
         self.num_tokens = min(self.num_tokens, num_tokens)
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """From now on, sequence i continues the one that was `rows[i]`."""
+        """Rearrange the batch: from now on, sequence i continues the former sequence `rows[i]`."""
         if self._deferred is not None:
             self._deferred.change(lambda each: each[list(rows)])
             self._session.batch_size = len(rows)
@@ -260,24 +270,24 @@ class InferenceSession:
             self._session.select_rows(rows)
 
     def _catch_up(self) -> None:
-        """Let the servers compute what was deferred."""
+        """Let the servers compute the deferred inputs."""
         if (deferred := self._deferred) is None:
             return
         self._runtime.run(self._session.step(deferred.hidden_BTD, 0, deferred.positions_BT, deferred.mask_BT))
         self._deferred = None
 
     def _spread(self, num_each: int) -> None:
-        """Each sequence becomes several: the first step of beams, or of several samples."""
+        """Repeat each sequence: beams and samples begin like this."""
         if num_each > 1:
             self.select_rows([row for row in range(self.batch_size) for _ in range(num_each)])
 
     def close(self) -> None:
-        """Let the servers forget it. May be called twice."""
+        """End the session: its servers free their caches. May be called twice."""
         if self._closing.detach() is not None and self._runtime.usable:
             self._runtime.run(self._session.close())
 
     def abandon(self) -> None:
-        """Close it without waiting for that."""
+        """Close it without waiting for the servers."""
         self._closing()
 
     def __enter__(self) -> Self:

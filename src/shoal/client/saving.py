@@ -1,7 +1,7 @@
-"""What a distributed model writes to a folder: the parameters that are trained here, and never what looks like a model.
+"""What a distributed model writes to a folder: the trained parameters, in a form that cannot be taken for a model.
 
-The file is the one in which `Trainer` looks for a checkpoint's weights, so that it resumes from it and finds its best
-one. There is no config beside it, so that nothing takes it for a model and makes up the blocks.
+The file has the name under which `Trainer` looks for a checkpoint's weights, so that `Trainer` can resume from it and
+load the best one. No config is written beside it, so that nothing loads it as a model and makes up the blocks.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Versions = Mapping[str, tuple[tuple[int, ...], int]]
 
 
 def versions_of(model: nn.Module) -> Versions:
-    """Something that differs once a parameter has been changed in place, or another has taken its place."""
+    """The shapes and versions of all parameters. It differs once a parameter is changed in place or replaced."""
     return {name: (tuple(own.shape), own._version) for name, own in model.named_parameters()}
 
 
 def save_trained(
     model: nn.Module, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None, as_opened: Versions
 ) -> None:
-    """Write the trainable parameters of a model. They are loaded with `load_trained`.
+    """Write the trainable parameters of a model to a folder, for `load_trained`.
 
-    Raises `UnsupportedOperation` for a model of which nothing is trained: nothing is frozen, or all of it, and no
-    parameter differs from when it was opened. Raises `UserError` for a folder that a model is in.
+    Raises `UnsupportedOperation` if nothing was trained: all parameters are frozen, or none is and all are `as_opened`.
+    Raises `UserError` for a folder that holds a model.
     """
     names = {name: own.requires_grad for name, own in model.named_parameters()}
     trained = [name for name, trains in names.items() if trains]
@@ -60,13 +60,13 @@ def save_trained(
 
 
 def load_trained(model: nn.Module, folder: str | Path) -> None:
-    """Put what `save_trained` has written into a model of the same kind.
+    """Load what `save_trained` wrote into a model that was opened in the same way.
 
-    Raises `CheckpointError` if there is nothing, or something for which the model has no place.
+    Raises `CheckpointError` if the folder has no such file, or a parameter that the model has not.
     """
     path = Path(folder) / SINGLE_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {SINGLE_FILE}", hint="is it what save_pretrained has written?")
+        raise CheckpointError(f"{folder} has no {SINGLE_FILE}", hint="name a folder that save_pretrained wrote")
     found: dict[str, Tensor] = load_file(path)
     places: dict[str, Any] = dict(model.named_parameters())
     for name, tensor in found.items():
@@ -79,7 +79,7 @@ def load_trained(model: nn.Module, folder: str | Path) -> None:
 
 
 class SavesTrained(NotPicklable):
-    """Mixed into a distributed model's class: `save_pretrained` writes what is trained here."""
+    """Mixed into a distributed model's class: `save_pretrained` writes what was trained."""
 
     _as_opened: Versions
 
@@ -96,10 +96,10 @@ class SavesTrained(NotPicklable):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the parameters that are trained here; adapters of `model.add_adapter` as PEFT does.
+        """Write the trained parameters, or, after `model.add_adapter`, the adapters as PEFT does.
 
-        `load_trained` loads them into a model that was opened in the same way. What has nothing of its own to save is
-        refused: the blocks are on servers.
+        `load_trained` loads the parameters into a model that was opened in the same way. Raises `UnsupportedOperation`
+        if nothing was trained, because the blocks are on servers, and `UserError` for a folder that holds a model.
         """
         if push_to_hub:
             raise UserError("save_pretrained writes a folder here", hint="upload it: hf upload REPOSITORY FOLDER")
@@ -109,5 +109,5 @@ class SavesTrained(NotPicklable):
             save_trained(self, save_directory, state_dict=state_dict, as_opened=self._as_opened)
 
     def load_trained(self: Any, folder: str | Path) -> None:
-        """Load what `save_pretrained` has written. Raises `CheckpointError` for what does not fit."""
+        """Load what `save_pretrained` wrote. Raises `CheckpointError` if it does not fit this model."""
         load_trained(self, folder)

@@ -1,4 +1,4 @@
-"""What is added to a model when it is opened: an adapter of others, or soft prompts to be trained."""
+"""What is added to a model as it is opened: a trained adapter, or soft prompts to train."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from shoal.model.peft.prompts import PROMPT, new_prompt
 
 
 def add_adapter(model: Any, adapter: PeftFolder) -> None:
-    """A trained adapter, which is not sent to servers that host it."""
+    """Add a trained adapter, which is not sent to servers that host it. Raises `UserError` if it does not fit."""
     if strange := adapter.put_into(model):
-        raise UserError(f"the adapter {adapter.origin} is another model's: this one has no {strange[0]}")
+        raise UserError(f"the adapter {adapter.origin} is for another model: this one has no {strange[0]}")
     model.blocks.note_hosted(adapter.name)
 
 
 def add_prompts(model: Any, num_tokens: int, *, deep: bool) -> None:
-    """Soft prompts, which are trained together with the head of a task, if there is one; everything else is frozen."""
+    """Add a soft prompt of `num_tokens` tokens, and with `deep` one in every block too.
+
+    They are trained together with the head of a task, if there is one. All other parameters are frozen.
+    """
     model.requires_grad_(False)
     if not model.can_generate():
         known = {id(parameter) for parameter in model.base_model.parameters()}

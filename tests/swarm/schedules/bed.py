@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self, TypeVar
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.swarm import Swarm
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node
@@ -38,7 +38,7 @@ PASS_SECONDS = 0.02
 """How long a server computes a pass."""
 RESERVE_SPEED = 0.1
 """Tokens per second of a reserve: so few that a client uses it only when the other servers fail."""
-PATIENT = ClientConfig(patience_seconds=200.0)
+PATIENT = ClientOptions(patience_seconds=200.0)
 SERVER = ServerConfig(model="", idle_seconds=20.0)
 
 
@@ -157,7 +157,7 @@ class Bed:
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
-    def client(self, name: str, config: ClientConfig) -> Client:
+    def client(self, name: str, config: ClientOptions) -> Client:
         return Client(name, self, self.network.node(name), config)
 
     def enters(self, client: str, phase: str) -> None:
@@ -229,7 +229,7 @@ async def _serve(member: Member, config: ServerConfig) -> None:
 class Client:
     """A client: its view of the swarm, and the phase of its work."""
 
-    def __init__(self, name: str, bed: Bed, node: Node, config: ClientConfig) -> None:
+    def __init__(self, name: str, bed: Bed, node: Node, config: ClientOptions) -> None:
         self.name = name
         self.span = Span(0, NUM_BLOCKS)
         self.swarm = Swarm(node, MODEL, FINGERPRINT, config)

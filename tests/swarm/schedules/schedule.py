@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 
 from ..virtual_time import run
 from .bed import PATIENT, Bed
@@ -80,7 +80,7 @@ async def _play(schedule: Schedule, story: list[str]) -> None:
                 raise errors.exceptions[0] from None
 
 
-async def _work(bed: Bed, name: str, work: str, config: ClientConfig) -> None:
+async def _work(bed: Bed, name: str, work: str, config: ClientOptions) -> None:
     client = bed.client(name, config)
     try:
         await WORK[work](client)

@@ -36,6 +36,7 @@ from shoal.client.history.history import History
 from shoal.client.swarm.answers import named_tensors
 from shoal.client.swarm.swarm import Swarm
 from shoal.errors import PeerError
+from shoal.events import StageReplaced
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.routing.route import SLOWEST, Hop
 from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS, page_hashes, root_hash
@@ -92,6 +93,7 @@ class Pipeline:
         for other in others:
             other.notify = self.notify
         self.stages[index : index + 1] = others
+        self._swarm.events.emit(StageReplaced(stage.peer, tuple(each.peer for each in others)))
 
     async def merge(self) -> None:
         """Where two stages in a row are on one server, make them one: one session takes half the room of two."""

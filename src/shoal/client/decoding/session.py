@@ -44,6 +44,7 @@ from shoal.client.decoding.state import SessionState, states_of
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.swarm import Holding, Swarm
 from shoal.errors import CannotRewind, ServerBusy, ServerLost, UserError
+from shoal.events import SessionClosed
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.net.wire.encodings import as_received
 from shoal.policy.routing.route import Hop
@@ -248,6 +249,7 @@ class Session:
         self._pipeline = self._planner.pipeline(route, self._inputs.hidden, self._on_news)
         repair = partial(self._run_until, self._is_caught_up)
         self._maintenance = asyncio.create_task(self._standby.run(self._pipeline, repair))
+        self._swarm.events.emit(SessionOpened(id(self), self._swarm.model.name, self.span, self.batch_size))
         return self._pipeline
 
     async def _exchange(self, pipeline: Pipeline, is_done: Callable[[], bool]) -> None:
@@ -311,6 +313,8 @@ class Session:
 
     async def close(self) -> None:
         """End the step that runs, and let the servers forget the session. May be called twice."""
+        if self._pipeline is not None and not self._closed:
+            self._swarm.events.emit(SessionClosed(id(self), self._swarm.model.name, self._inputs.num_tokens))
         self._closed = True
         if self._step is not None:
             self._step.cancel()

@@ -61,7 +61,6 @@ class StandbyManager:
         standby = self.standbys.get(stage)
         if standby is None or not standby.is_open:
             return False
-        log.info("%s takes the place of %s", ", ".join(each.peer for each in standby.stages), stage.peer)
         del self.standbys[stage]
         sink = pipeline.sink(pipeline.stages.index(stage))
         last = standby.stages[-1]

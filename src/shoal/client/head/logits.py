@@ -1,8 +1,8 @@
-"""What a client asks a server's output head, and what it does with the answer.
+"""What a client asks a server's output head, and how the answer gets into the model's outputs.
 
-Transformers' code runs as ever, around the blocks and after the projection. Only the projection itself is replaced for
-the length of a call, by one that returns what came from the server: so soft caps and scalings of logits, which families
-have, are applied here, to logits from anywhere.
+Transformers' code runs unchanged around the blocks and after the projection. Only the projection is replaced during a
+call, by one that returns the server's answer. So the soft caps and scalings that some families apply to logits are
+applied by the client, to logits of either origin.
 """
 
 # B sequences, T tokens of a step, N last of them, V vocabulary, K likeliest tokens
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LogitsRequest:
-    """The logits of so many of a step's last tokens: of the whole vocabulary, or of the likeliest tokens."""
+    """Asks for logits of the last `num_tokens` tokens of a step: of the whole vocabulary, or the `top_k` likeliest."""
 
     num_tokens: int
     vocabulary: int
@@ -37,25 +37,25 @@ class LogitsRequest:
 
     @property
     def width(self) -> int:
-        """How many logits there are for a token."""
+        """How many logits the answer has for each token."""
         return self.vocabulary if self.top_k is None else self.top_k
 
     def num_bytes(self, hidden_BTD: torch.Tensor, num_tokens: int) -> int:
-        """The size of the answer for so many tokens of a batch."""
+        """The size of the answer for `num_tokens` tokens of each sequence of a batch."""
         each = hidden_BTD.itemsize + (0 if self.top_k is None else torch.int64.itemsize)
         return hidden_BTD.shape[0] * num_tokens * self.width * each
 
     def fits(self, hidden_BTD: torch.Tensor) -> bool:
-        """Whether a server may be asked this of a batch; one message has a limited number of tokens in any case."""
+        """Whether the answer for a batch fits into one message, which has at most `MAX_STEP_TOKENS` tokens."""
         at_once = max(1, MAX_STEP_TOKENS // hidden_BTD.shape[0])
         return self.num_bytes(hidden_BTD, min(self.num_tokens, at_once)) <= MAX_LOGITS_BYTES
 
     def within(self, end: int, *, start: int, num_tokens: int) -> int:
-        """How many of the tokens from `start` on it is about, in a session of `num_tokens` tokens."""
+        """How many of the tokens from `start` to `end` it asks for, in a session of `num_tokens` tokens."""
         return max(0, end - max(start, num_tokens - self.num_tokens))
 
     def are_tokens(self, ids: torch.Tensor) -> bool:
-        """Whether these are numbers of tokens, no two equal for one position."""
+        """Whether these are ids of tokens in the vocabulary, int64, all different within a position."""
         if ids.dtype != torch.int64 or ids.min() < 0 or ids.max() >= self.vocabulary:
             return False
         return bool((ids.sort(dim=-1).values.diff(dim=-1) != 0).all())
@@ -63,14 +63,14 @@ class LogitsRequest:
 
 @dataclass(frozen=True)
 class Logits:
-    """A server's answer: logits [B, N, V], or those [B, N, K] of the tokens `ids`."""
+    """A server's answer: logits [B, N, V], or [B, N, K] for the tokens `ids`, also [B, N, K]."""
 
     values: torch.Tensor
     ids: torch.Tensor | None
 
     @classmethod
     def joined(cls, pieces: Sequence[Logits]) -> Logits:
-        """One after another."""
+        """The answers for consecutive tokens as one."""
         if len(pieces) == 1:
             return pieces[0]
         ids = [piece.ids for piece in pieces if piece.ids is not None]
@@ -80,14 +80,14 @@ class Logits:
         return Logits(self.values.to(device), None if self.ids is None else self.ids.to(device))
 
     def of_all(self, vocabulary: int) -> torch.Tensor:
-        """Logits [B, N, V]: a token that is not among the likeliest has the logit of the last that is, for now."""
+        """Logits [B, N, V], in which the tokens that were not sent have, for now, the smallest logit that was."""
         if self.ids is None:
             return self.values
         all_BNV = self.values.amin(dim=-1, keepdim=True).repeat(1, 1, vocabulary)
         return all_BNV.scatter_(-1, self.ids, self.values)
 
     def without_others(self, logits_BNV: torch.Tensor) -> torch.Tensor:
-        """The family's own logits with nothing but the likeliest tokens left."""
+        """The same logits, with -inf for the tokens that were not sent."""
         if self.ids is None:
             return logits_BNV
         others = torch.ones_like(logits_BNV, dtype=torch.bool).scatter_(-1, self.ids, value=False)
@@ -95,9 +95,9 @@ class Logits:
 
 
 class HeadCall:
-    """What one call of the model wants of the head, as `logits_to_keep` says: 0 for all tokens. Holds the answer.
+    """One call of the model that asks a server for logits of its last `num_tokens` tokens, 0 for all; then the answer.
 
-    While it is entered, the cache tells the blocks of it.
+    While its context is entered, the cache passes it to the blocks.
     """
 
     def __init__(self, num_tokens: int, *, cache: RemoteCache, vocabulary: int, top_k: int | None) -> None:
@@ -115,13 +115,13 @@ class HeadCall:
         self._cache.head_call = None
 
     def logits_request(self, hidden_BTD: torch.Tensor) -> LogitsRequest | None:
-        """What to ask about these inputs; None if it would be too much for a server."""
+        """What to ask about these inputs, or `None` if the answer would not fit into a message."""
         num_tokens = min(self._num_tokens or hidden_BTD.shape[1], hidden_BTD.shape[1])
         logits_request = LogitsRequest(num_tokens, self.vocabulary, self._top_k)
         return logits_request if logits_request.fits(hidden_BTD) else None
 
     def finished(self, outputs: Any) -> Any:
-        """The model's outputs, with logits of none but the likeliest tokens if only these were asked for."""
+        """The model's outputs, with -inf for the tokens whose logits were not asked for."""
         if self.answer is None or self.answer.ids is None:
             return outputs
         if isinstance(outputs, tuple):
@@ -131,45 +131,47 @@ class HeadCall:
 
 
 class AnsweredProjection(nn.Module):
-    """The output projection, for one call: what the server computed, or the real one if no server has."""
+    """The output projection during one call: it returns the server's answer, or without one computes the logits."""
 
     def __init__(self, projection: nn.Module, head_call: HeadCall) -> None:
         super().__init__()
-        self.__dict__["_projection"] = projection  # not a submodule: nothing of it is this one's
-        self._asked = head_call
+        self.__dict__["_projection"] = projection  # not a submodule: its parameters stay where they are
+        self._head_call = head_call
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_projection"], name)
 
     def forward(self, hidden_BND: torch.Tensor) -> torch.Tensor:
-        answer = self._asked.answer
+        answer = self._head_call.answer
         if answer is None:
             projected: torch.Tensor = self._projection(hidden_BND)
             return projected
         if hidden_BND.shape[:2] != answer.values.shape[:2]:
             raise UserError(
-                f"logits of {list(hidden_BND.shape[:2])} tokens, where {list(answer.values.shape[:2])} were asked for",
+                f"the model needs logits of shape {list(hidden_BND.shape[:2])}, and the server was asked for "
+                f"{list(answer.values.shape[:2])}",
                 hint="this model needs remote_head=False",
             )
-        return answer.of_all(self._asked.vocabulary)
+        return answer.of_all(self._head_call.vocabulary)
 
 
 class RemoteHead:
-    """How a model calls itself so that a server computes the output projection."""
+    """How a model is called so that a server computes its output projection. Raises `UserError` if it has none."""
 
     def __init__(self, model: PreTrainedModel, *, top_k: int | None) -> None:
         if (found := projection_of(model)) is None:
             raise UserError(f"{type(model).__name__} has no output head that a server could compute")
         self._name, projection = found
-        self._projection = [projection]  # in a list, so that nobody takes it for a submodule
+        self._projection = [projection]  # in a list, so that it is not registered as a submodule
         self._version = projection.weight._version
         self._vocabulary = projection.out_features
         self._top_k = None if top_k is None else min(top_k, projection.out_features)
 
     def head_call(self, model: PreTrainedModel, arguments: Mapping[str, Any]) -> HeadCall | None:
-        """What a call with these arguments asks a server; None where this side has to compute the head.
+        """What a call with these arguments asks a server, or `None` if the client has to compute the head.
 
-        That is without a session, for a loss, for tokens somewhere in the middle, and once the head has been changed.
+        The client computes it without a session, for a loss, for a choice of single tokens, and once the head was
+        changed.
         """
         cache = arguments.get("past_key_values", arguments.get("cache_params"))
         num_tokens = arguments.get("logits_to_keep", 0)
@@ -182,7 +184,7 @@ class RemoteHead:
         return HeadCall(num_tokens, cache=cache, vocabulary=self._vocabulary, top_k=self._top_k)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Raises `UserError` for options of `generate()` that need the logits of other tokens than the likeliest."""
+        """Raises `UserError` for options of `generate()` that need the logits of all tokens, if not all are sent."""
         config = options.get("generation_config")
         scale = options.get("guidance_scale", getattr(config, "guidance_scale", None))
         if self._top_k is not None and scale not in (None, 1):
@@ -192,7 +194,7 @@ class RemoteHead:
             )
 
     def view_of(self, model: M, head_call: HeadCall) -> M:
-        """The model itself, but for its projection."""
+        """A shallow copy of the model with another projection, for one call."""
         view = copy.copy(model)
         projection = AnsweredProjection(self._projection[0], head_call)
         view.__dict__["_modules"] = {**model._modules, self._name: projection}

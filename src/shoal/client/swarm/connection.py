@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Self
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.message_sizes import check_size
 from shoal.concurrency import first_of, with_progress_timeout
@@ -45,7 +45,7 @@ class Connection:
         self,
         stream: Stream,
         server: ServerInfo,
-        config: ClientConfig,
+        config: ClientOptions,
         *,
         in_flight: PeerInFlight | None = None,
         on_round_trip: Callable[[float], None] = lambda seconds: None,
@@ -70,7 +70,7 @@ class Connection:
         cls,
         transport: Transport,
         server: ServerInfo,
-        config: ClientConfig,
+        config: ClientOptions,
         *,
         in_flight: PeerInFlight | None = None,
         on_round_trip: Callable[[float], None] = lambda seconds: None,

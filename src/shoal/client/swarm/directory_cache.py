@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Sequence
 
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.transport import Node
@@ -34,7 +34,7 @@ class DirectoryCache:
     `version` grows with every answer of the directory. `error` is why its last answer failed; None if it did not.
     """
 
-    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig) -> None:
+    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientOptions) -> None:
         self.error: SwarmError | None = None
         self.version = 0
         self._node = node
@@ -46,7 +46,7 @@ class DirectoryCache:
         self._mixture: str | None = None
         self._refreshing = asyncio.Lock()
 
-    def permit(self, config: ClientConfig) -> None:
+    def permit(self, config: ClientOptions) -> None:
         """Use other servers than before, as a changed config says."""
         self._config = config
 

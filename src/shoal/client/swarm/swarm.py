@@ -15,8 +15,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, S
 from dataclasses import replace
 from typing import TypeVar
 
+from shoal import events
 from shoal.client.history.history_store import HistoryStore
-from shoal.client.options.client_config import ClientConfig
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.adapter_sync import AdapterSync
 from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.client.swarm.connection import Connection
@@ -46,12 +47,16 @@ RETRY_SECONDS = 1.0
 class Swarm:
     """The servers of one model as one client sees them: routes over them, connections, and failover."""
 
-    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientConfig) -> None:
+    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientOptions) -> None:
         self.model = model
         self.fingerprint = fingerprint
         self.config = config
-        self.store = HistoryStore(config.kept, memory_bytes=config.history_memory, folder=config.history_folder)
-        """The histories of all sessions."""
+        self.events = events.Observers(config.observers)
+        """What is told of this model's events. It has to be closed."""
+        self.store = HistoryStore(
+            config.history_encoding, memory_bytes=config.history_memory, folder=config.history_folder
+        )
+        """Where the histories of all sessions are."""
         self.broken_pairs = BrokenPairs(now)
         self.timings = PeerTimings(now)
         self.adapter_sync = AdapterSync()
@@ -105,7 +110,8 @@ class Swarm:
             chooser=self.config.chooser,
             rng=random.Random(random.getrandbits(32)),  # noqa: S311 - nothing secret
         )
-        log.info("blocks %s: %s", span, route.explain())
+        chosen = tuple((hop.server.peer, hop.span) for hop in route.hops)
+        self.events.emit(events.RouteChosen(self.model.name, span, chosen, route.seconds, route.explain))
         return route
 
     async def _answering(self, view: SwarmView, span: Span, needs: Needs) -> SwarmView:
@@ -171,7 +177,7 @@ class Swarm:
             try:
                 return await act(excluded)
             except ServerLost as lost:
-                log.warning("%s; looking for another server", lost)
+                self.events.emit(events.ServerLost(lost.peer, str(lost)))
                 self.blame(lost, since=began)
             except ServerBusy as busy:
                 log.info("%s", busy)

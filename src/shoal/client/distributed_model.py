@@ -1,0 +1,132 @@
+"""What a distributed model can do beyond what its Transformers class can."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from shoal.client.active import active_session, none_active
+from shoal.client.blocks import RemoteSequential
+from shoal.client.continuation import Continuation
+from shoal.client.head.logits import RemoteHead
+from shoal.client.inference_session import InferenceSession, closing_new_sessions, note_opened
+from shoal.client.saving import SavesTrained
+from shoal.errors import SwarmError, UserError
+from shoal.model.peft.peft_layers import check_peft_configs
+from shoal.model.peft.prompts import PROMPT
+from shoal.model.remote_cache import CACHE_NAMES, RemoteCache, cache_argument, cache_for_call
+
+log = logging.getLogger(__name__)
+
+
+class DistributedModel(SavesTrained):
+    """Mixed into a Transformers model class: sessions, a remote head, PETALS' names, and `close()`."""
+
+    blocks: RemoteSequential
+    _remote_head: RemoteHead | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._remote_head is not None:
+            self._open_cache(args, kwargs)  # a server computes logits in a session only
+        head_call = None if self._remote_head is None else self._remote_head.head_call(self, kwargs)
+        if self._remote_head is None or head_call is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        view: Any = self._remote_head.view_of(self, head_call)  # type: ignore[type-var]
+        with head_call:
+            return head_call.finished(super(DistributedModel, view).__call__(*args, **kwargs))  # type: ignore[misc]
+
+    def _open_cache(self: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Open the cache that the backbone would open a little later."""
+        names = inspect.signature(self.forward).parameters
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(given.get(name) is not None for name in CACHE_NAMES):
+            return
+        if (cache := cache_for_call(self.blocks, given, by_default=False)) is not None:
+            kwargs.update({"use_cache": True, cache_argument(names): cache})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_config":  # this is how PEFT says what it has added
+            check_peft_configs(value)
+        super().__setattr__(name, value)
+        if name == "peft_config":
+            self.blocks.note_adapters(value)
+            try:
+                self.blocks.measure_new()  # before the initial magnitudes of DoRA are saved or copied
+            except SwarmError as error:
+                log.warning("the magnitudes of DoRA are measured later: %s", error)
+
+    @property
+    def prompt_embeddings(self: Any) -> nn.Embedding:
+        """The soft prompt, [P, D]. Raises `AttributeError` if the model was opened without a `tuning_mode`."""
+        prompt: nn.Embedding | None = getattr(self.backbone, PROMPT, None)
+        if prompt is None:
+            raise AttributeError('this model has no soft prompt: open it with tuning_mode="ptune", pre_seq_len=16')
+        return prompt
+
+    @property
+    def transformer(self: Any) -> Any:
+        """The backbone by PETALS' name, in every family: `.h` are the blocks, `.word_embeddings` the embeddings."""
+        own: nn.Module | None = self.__dict__["_modules"].get("transformer")
+        return self.backbone if own is None else own
+
+    def inference_session(self, *, max_length: int | None = None, batch_size: int = 1) -> InferenceSession:
+        """A session, which is a cache on the servers: `with model.inference_session(max_length=512) as session`.
+
+        Inside the `with` block, calls of `generate()` and of the model continue the session. `max_length` is in tokens;
+        by default the session may get as long as the model allows. Raises `UserError` for a length or a batch beyond
+        the protocol's limits.
+        """
+        return self.blocks.inference_session(max_length=max_length, batch_size=batch_size)
+
+    def generate(self, inputs: Any = None, *args: Any, session: InferenceSession | None = None, **kwargs: Any) -> Any:
+        """Transformers' `generate()`. With a `session` it continues where the session's last call ended.
+
+        The same holds inside `with model.inference_session():`, unless the call has `past_key_values` or
+        `use_cache=False`. In a session, `inputs` [B, T] are only the new tokens, or all tokens so far and the new ones,
+        or `None` to continue without new ones. The returned sequences begin with what was passed.
+
+        Raises `UserError` for inputs that do not fit the session, `MissingBlocks` when no server can take the place of
+        a lost one, and `SwarmError` if the swarm cannot be asked.
+        """
+        generate = super().generate  # type: ignore[misc]
+        if self._remote_head is not None:
+            self._remote_head.check_options(kwargs)
+        has_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+        uses_none = kwargs.get("use_cache") is False
+        if session is not None and (has_cache or uses_none):
+            raise UserError("a session is a cache: pass it alone, without past_key_values or use_cache=False")
+        if session is None and not has_cache and not uses_none:
+            session = active_session(self.blocks.owner)
+        handed_out: list[InferenceSession] = []
+        with none_active(), closing_new_sessions() as opened:
+            if session is None:
+                result = generate(inputs, *args, **kwargs)
+            else:
+                if inputs is None:
+                    inputs = kwargs.pop("input_ids", None)
+                continuation = Continuation.of(session, inputs, kwargs.pop("attention_mask", None))
+                session.in_call = True
+                kwargs |= {"attention_mask": continuation.attention_mask, "past_key_values": RemoteCache(session)}
+                result = generate(continuation.input_ids, *args, **kwargs)
+                result = continuation.finish(session, result)
+            cache = next((each for name in CACHE_NAMES if (each := getattr(result, name, None)) is not None), None)
+            if isinstance(cache, RemoteCache):
+                handed_out = [each for each in opened if each is cache.session]
+                opened[:] = [each for each in opened if each is not cache.session]
+        for each in handed_out:
+            note_opened(each)  # the caller owns it now, such as the `generate()` that this model assists
+        return result
+
+    def close(self) -> None:
+        """Leave the swarm. The model cannot be used any more; its copies can. May be called twice."""
+        self.blocks.close()
+
+
+def distributed(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The distributed subclass of a model class. Transformers decides by name and module, so they stay."""
+    return type(model_class.__name__, (DistributedModel, model_class), {"__module__": model_class.__module__})
