@@ -132,8 +132,8 @@ class Intruder:
                 await stream.send(header, [frame.payload])
 
 
-def num_conversations(swarm: Swarm, server: str) -> int:
-    """The streams that a server is busy with."""
+def num_streams(swarm: Swarm, server: str) -> int:
+    """The streams that a server serves."""
     return swarm.network.num_handlers(server)
 
 

@@ -96,9 +96,11 @@ def test_graphs_are_freed_even_if_no_backward_pass_goes_through_all_of_them(body
 async def test_a_client_that_is_refused_as_busy_takes_none_of_the_budget_meanwhile(body: Body):
     inputs = random_inputs(1, body, 1, 5)
     async with engine_of(body, num_pages=4, limits=Limits(waiting_bytes=inputs.nbytes)) as engine:
-        await engine.forward("trainer", Forward(**ON_SPAN, keep=PASS), {"hidden": inputs})
+        await engine.passes.forward("trainer", Forward(**ON_SPAN, keep=PASS), StepInputs(inputs, None, None))
         taken = engine.passes.activations.budget.used_bytes
-        waiting = asyncio.create_task(engine.forward("another", Forward(**ON_SPAN), {"hidden": inputs}))
+        waiting = asyncio.create_task(
+            engine.passes.forward("another", Forward(**ON_SPAN), StepInputs(inputs, None, None))
+        )
         await asyncio.sleep(0)
         with pytest.raises(Refused, match="too many passes are waiting"):
             await engine.passes.backward("trainer", Backward(**ON_SPAN, kept=PASS), inputs, None)

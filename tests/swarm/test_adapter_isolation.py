@@ -118,7 +118,7 @@ acts = st.tuples(st.integers(0, 2), st.sampled_from(ACTS)) | st.sampled_from(["s
 def forgets(swarm: Swarm, name: str) -> None:
     engine = swarm.servers[name].engine
     for peer in swarm.network.peers:
-        swarm.call(engine.release, peer)
+        swarm.call(engine.passes.release, peer)
 
 
 def check_empty(swarm: Swarm, name: str) -> None:

@@ -77,7 +77,7 @@ OPEN = Open(
     end=2,
     adapters=(),
     batch_size=1,
-    max_length=128,
+    expected_length=128,
     upstream=None,
     downstream=None,
 )

@@ -44,7 +44,7 @@ from shoal.client.decoding.state import SessionState, states_of
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.swarm import Holding, Swarm
 from shoal.errors import CannotRewind, ServerBusy, ServerLost, UserError
-from shoal.events import SessionClosed
+from shoal.events import SessionClosed, SessionOpened
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.net.wire.encodings import as_received
 from shoal.policy.routing.route import Hop
