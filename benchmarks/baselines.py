@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Set
 from typing import Any
 
 import torch
-from clients import Generation, TookTooLong, generate
 
+from benchmarks.clients import Generation, TookTooLong, generate
 from shoal import ShoalError
 
 PASSES_MEASURED = 8

@@ -1,6 +1,6 @@
 """Ten servers that join, leave, are killed, hang and are cut off, and three clients that talk through all of it.
 
-    python benchmarks/churn.py [--seconds 1800] [--seed 0] [--every 8] [--logs FOLDER]
+    python -m benchmarks.churn [--seconds 1800] [--seed 0] [--every 8] [--logs FOLDER]
 
 The servers are processes of their own, behind doors (docs/testing.md), with the bundled model in float32; each block is
 held by three of them, with different cut points. Something happens to one of them every few seconds, at random, such
@@ -33,12 +33,10 @@ import psutil
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from conversations import SessionStream, conversations, write_conversations
-from machine import describe_machine
-from soak import IDLE_SECONDS, MODEL, MOST_GROWTH, open_model
-from talkers import Talkers
-
+from benchmarks.conversations import Conversation, conversations, write_conversations
+from benchmarks.machine import describe_machine
+from benchmarks.soak import IDLE_SECONDS, MODEL, MOST_GROWTH, open_model
+from benchmarks.soak_clients import SoakClients
 from shoal.spans import Span
 from shoal.testing import ShapedServer, ShapedSwarm, shaped_swarm
 from shoal.testing.churn import CURES, Act, Event, churning, is_spared, random_churn
@@ -163,19 +161,19 @@ def missing_pages(swarm: ShapedSwarm) -> list[str]:
         model.close()
 
 
-def watch(talkers: Talkers, guarded: Guarded, memory: Memory, seconds: float) -> None:
+def watch(clients: SoakClients, guarded: Guarded, memory: Memory, seconds: float) -> None:
     """Look at everybody until all has happened and the clients have ended, or should have."""
     began = time.monotonic()
     print("   time  sentences  failed  differ  happened  worst gap  MiB: " + ", ".join(memory._processes))
     for turn in itertools.count(1):
         time.sleep(SAMPLE_SECONDS)
         passed = time.monotonic() - began
-        is_over = passed > seconds + SAMPLE_SECONDS and not talkers.are_talking
+        is_over = passed > seconds + SAMPLE_SECONDS and not clients.are_running
         if is_over or passed > seconds + LAST_SENTENCE_SECONDS:
             return
         memory.sample(passed)
         if turn % (REPORT_SECONDS // SAMPLE_SECONDS) == 0:
-            said = talkers.sentences
+            said = clients.sentences
             print(
                 f"{passed:6.0f}s  {len(said):9}  {sum(each.failure is not None for each in said):6}"
                 f"  {sum(each.difference is not None for each in said):6}  {guarded.done.total():8}"
@@ -186,17 +184,17 @@ def watch(talkers: Talkers, guarded: Guarded, memory: Memory, seconds: float) ->
 
 
 def judge(
-    talkers: Talkers, guarded: Guarded, memory: Memory, missing: Sequence[str], logs: Path, seconds: float
+    clients: SoakClients, guarded: Guarded, memory: Memory, missing: Sequence[str], logs: Path, seconds: float
 ) -> int:
     """Print what was seen; 1 if anything of it is wrong."""
-    said = talkers.sentences
-    failed = [f"{client.name}: {each.failure}" for client in talkers.all for each in client.sentences if each.failure]
+    said = clients.sentences
+    failed = [f"{client.name}: {each.failure}" for client in clients.all for each in client.sentences if each.failure]
     differing = [
-        f"{client.name}: {each.difference}" for client in talkers.all for each in client.sentences if each.difference
+        f"{client.name}: {each.difference}" for client in clients.all for each in client.sentences if each.difference
     ]
     gaps = [gap for each in said for gap in each.gaps]
     print(f"\n{len(said)} sentences, {len(failed)} failed, {len(differing)} with differing tokens")
-    print("by client: " + ", ".join(f"{each.name} {len(each.sentences)}" for each in talkers.all))
+    print("by client: " + ", ".join(f"{each.name} {len(each.sentences)}" for each in clients.all))
     print("events: " + ", ".join(f"{num} {act}" for act, num in guarded.done.items()), end="")
     print(f"; {guarded.num_spared} left out")
     if gaps:
@@ -210,10 +208,10 @@ def judge(
     faults = {
         "sentences were not finished; " + "; ".join(failed[:5]): failed,
         "sentences have other tokens; " + "; ".join(differing[:5]): differing,
-        "a client said nothing": not all(each.sentences for each in talkers.all),
+        "a client said nothing": not all(each.sentences for each in clients.all),
         "a client failed or did not end: "
-        + ", ".join(f"{each.name} {each.process.poll()}" for each in talkers.all): any(
-            each.process.poll() != 0 for each in talkers.all
+        + ", ".join(f"{each.name} {each.process.poll()}" for each in clients.all): any(
+            each.process.poll() != 0 for each in clients.all
         ),
         "servers ended by themselves: " + ", ".join(each.name for each in guarded.dead()): guarded.dead(),
         "tracebacks in the logs of " + ", ".join(confused := with_tracebacks(logs)): confused,
@@ -231,7 +229,7 @@ def with_tracebacks(logs: Path) -> list[str]:
     return sorted(log.stem for log in logs.glob("*.log") if "Traceback" in log.read_text(errors="replace"))
 
 
-def soak(talks: list[SessionStream], seconds: float, every: float, seed: int, logs: Path | None) -> int:
+def soak(talks: list[Conversation], seconds: float, every: float, seed: int, logs: Path | None) -> int:
     """All of it; the exit status."""
     drawn = random_churn(
         SPANS,
@@ -248,17 +246,17 @@ def soak(talks: list[SessionStream], seconds: float, every: float, seed: int, lo
         file = folder / "talks.json"
         write_conversations(file, talks)
         try:
-            with Talkers(swarm.addresses, file, seconds, seed, folder) as talkers:
-                processes = {each.name: each.process.pid for each in talkers.all}
+            with SoakClients(swarm.addresses, file, seconds, seed, folder) as clients:
+                processes = {each.name: each.process.pid for each in clients.all}
                 steady = {swarm.servers[index].name: swarm.servers[index].process.pid for index in STEADY}
                 memory = Memory(processes | steady)
-                talkers.wait_until_talking()
+                clients.wait_until_running()
                 with churning(guarded, events):
-                    watch(talkers, guarded, memory, seconds)
-                for talker in talkers.all:
-                    talker.hear_out()
+                    watch(clients, guarded, memory, seconds)
+                for client in clients.all:
+                    client.hear_out()
                 swarm.wait_until_ready()
-                return judge(talkers, guarded, memory, missing_pages(swarm), folder, seconds)
+                return judge(clients, guarded, memory, missing_pages(swarm), folder, seconds)
         finally:
             if logs is not None:
                 shutil.copytree(folder, logs, ignore=lambda _, names: [each for each in names if "." not in each])

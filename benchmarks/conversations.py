@@ -27,17 +27,17 @@ class Turn:
     answer: tuple[int, ...]
 
 
-SessionStream = tuple[Turn, ...]
+Conversation = tuple[Turn, ...]
 
 
-def conversations(model: Path, count: int, *, seed: int) -> list[SessionStream]:
+def conversations(model: Path, count: int, *, seed: int) -> list[Conversation]:
     """So many of one to four turns, with first prompts of 1 to 250 tokens, answered greedily in float32.
 
     Where the model hesitates between two tokens, a conversation is left out: what rounding decides proves nothing.
     """
     chance = random.Random(seed)
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
-    found: list[SessionStream] = []
+    found: list[Conversation] = []
     while len(found) < count:
         turns = tuple(_turns(whole, chance))
         if all(turn.answer for turn in turns):
@@ -76,11 +76,11 @@ def _answer(whole: Any, past: list[int], num_tokens: int) -> list[int]:
     return answer
 
 
-def write_conversations(path: Path, talks: Sequence[SessionStream]) -> None:
+def write_conversations(path: Path, talks: Sequence[Conversation]) -> None:
     path.write_text(json.dumps([[asdict(turn) for turn in turns] for turns in talks]))
 
 
-def read_conversations(path: Path) -> list[SessionStream]:
+def read_conversations(path: Path) -> list[Conversation]:
     return [
         tuple(Turn(tuple(turn["said"]), tuple(turn["answer"])) for turn in turns)
         for turns in json.loads(path.read_text())

@@ -1,6 +1,6 @@
 """A server that fails by chance: it serves as `shoal serve` does, and now and then loses all that it knows.
 
-    python benchmarks/failing_server.py MODEL --blocks 0:4 [--initial-peers ADDRESS] [--threads 1]
+    python -m benchmarks.failing_server MODEL --blocks 0:4 [--initial-peers ADDRESS] [--threads 1]
 
 Each time that it is to compute a step of a session, or a single pass, it draws; with the probability that it was told,
 it does not compute it but forgets all sessions and all pages that it knows by name, closes all of its streams, and
@@ -104,8 +104,8 @@ async def run(config: ServerConfig, peers: Sequence[str]) -> None:
         async with serve(config, replace(node, transport=transport)) as server:
             amnesia = Amnesia(server.engine, transport)
             say({"peer": server.info.peer, "address": server.info.addresses[0]})
-            while in_flight := await asyncio.to_thread(sys.stdin.readline):
-                say({"failures": amnesia.obey(json.loads(in_flight))})
+            while line := await asyncio.to_thread(sys.stdin.readline):
+                say({"failures": amnesia.obey(json.loads(line))})
 
 
 def say(what: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """How fast a client decodes through servers that fail, against the same chain without failures.
 
-    python benchmarks/failures.py [--tokens 128 1024] [--window N] [--rates 1e-3 1e-2 1e-1] [--rounds 1] [--cap 30]
+    python -m benchmarks.failures [--tokens 128 1024] [--window N] [--rates 1e-3 1e-2 1e-1] [--rounds 1] [--cap 30]
         [--modes ours standby restarting no-caches] [--kills 8] [--threads 1] [--quick] [--json]
 
 The reference model in bf16, four stages of four blocks with two servers each, one client: nine processes on this
@@ -46,15 +46,19 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from baselines import expected_restarting, expected_without_caches, restarting, without_caches, without_retries
-from clients import Generation, TookTooLong, generate
-from failure_tables import MODES, Gap, Run, print_gaps, print_runs
-from machine import describe_machine
-from reference import reference_model
-from stages import FailingServer, Stages, stages_of
-
 import shoal
+from benchmarks.baselines import (
+    expected_restarting,
+    expected_without_caches,
+    restarting,
+    without_caches,
+    without_retries,
+)
+from benchmarks.clients import Generation, TookTooLong, generate
+from benchmarks.failure_tables import MODES, Gap, Run, print_gaps, print_runs
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
+from benchmarks.stages import FailingServer, Stages, stages_of
 from shoal import AutoDistributedModelForCausalLM
 
 QUICK_MODEL = Path(shoal.__file__).parent / "bundled" / "stories"

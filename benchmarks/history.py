@@ -1,6 +1,6 @@
 """What a client keeps so that servers can be replaced: bytes per token and hop, and what that costs.
 
-    python benchmarks/history.py [--tokens 4096] [--json]
+    python -m benchmarks.history [--tokens 4096] [--json]
 
 Hidden states of the reference model's width, appended one by one as decoding does it, to one hop's history. "limited"
 keeps a tenth in memory and the rest in a file. Process memory is what the whole process grew by, files are what the
@@ -16,14 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-
+from benchmarks.machine import describe_machine
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
 from shoal.net.wire.encodings import as_received
@@ -94,7 +91,7 @@ def main() -> None:
         return
     results = []
     for setting in SETTINGS:
-        command = [sys.executable, __file__, "--setting", setting, "--tokens", str(arguments.tokens)]
+        command = [sys.executable, "-m", "benchmarks.history", "--setting", setting, "--tokens", str(arguments.tokens)]
         results.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     if arguments.json:
         print(json.dumps({"machine": describe_machine(), "histories": results}, indent=2))

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from reference import reference_config, reference_model
+from benchmarks.reference import reference_config, reference_model
 
 NUM_TOKENS = 128
 LIMIT = 1 / 3
@@ -47,13 +47,13 @@ def import_only() -> None:
 
 def measure(*task: str) -> dict[str, int]:
     """Peak and private memory, in MB, of a fresh process that does this."""
-    done = subprocess.run([sys.executable, __file__, *task], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *task], check=True, stdout=subprocess.PIPE)
     return dict(json.loads(done.stdout))
 
 
 def report() -> None:
     # Not `resource.getrusage`, whose peak includes that of the process which started this one.
-    status = dict(in_flight.split(":", 1) for in_flight in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     peak, private = (int(status[field].split()[0]) * 1024 // 10**6 for field in ("VmHWM", "RssAnon"))
     print(json.dumps({"peak": peak, "private": private}))
 

@@ -1,6 +1,6 @@
 """What slow links cost: one client and a chain of four servers, on networks from none to 100 Mbit/s with 100 ms.
 
-    python benchmarks/networks.py [--quick] [--networks NAME ...] [--contexts 128 2048]
+    python -m benchmarks.networks [--quick] [--networks NAME ...] [--contexts 128 2048]
                                   [--batches 1 64] [--rounds 3] [--no-offload] [--json]
 
 Real servers on this machine, each behind a proxy that shapes its link (docs/testing.md): the reference model in bf16,
@@ -36,11 +36,9 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
-from clients import generate
-from machine import describe_machine
-from reference import reference_model
-
+from benchmarks.clients import generate
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
@@ -192,7 +190,7 @@ def measure(networks: Sequence[str], scale: Scale) -> list[Figure]:
 
 def offloaded(scale: Scale) -> dict[str, Any]:
     """In a process of its own, which ends before others map the same files: pages in use are not dropped."""
-    command = [sys.executable, str(Path(__file__).with_name("offload.py")), "--model", str(scale.model), "--json"]
+    command = [sys.executable, "-m", "benchmarks.offload", "--model", str(scale.model), "--json"]
     command += ["--contexts", *map(str, scale.contexts), "--batches", *map(str, scale.batch_sizes)]
     done: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return done

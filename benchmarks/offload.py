@@ -1,6 +1,6 @@
 """What one machine does whose memory is too small: Transformers and Accelerate read the blocks from disk at each step.
 
-    python benchmarks/offload.py [--model FOLDER] [--contexts 128] [--steps 5] [--batches 1 64] [--json]
+    python -m benchmarks.offload [--model FOLDER] [--contexts 128] [--steps 5] [--batches 1 64] [--json]
 
 Before every step the files' pages are dropped from the system's cache (POSIX_FADV_DONTNEED, which needs no root); how
 much was then really read is in the result, as the system counts it. A cache below the system, such as a virtual
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,9 +24,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from reference import reference_model
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
 
 FORWARD_TOKENS = 128
 

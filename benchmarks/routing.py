@@ -1,6 +1,6 @@
 """What choosing routes by evolution gains or loses against the shortest path, in simulated swarms on two continents.
 
-    python benchmarks/routing.py [--servers 10 100 1000] [--clients 64] [--seeds 3] [--json]
+    python -m benchmarks.routing [--servers 10 100 1000] [--clients 64] [--seeds 3] [--json]
 
 For each chooser: the step of a client who is alone, as it really is, against that of somebody who knows every link; all
 tokens per second of many clients who choose at once, from the same picture, and of as many who come in eight waves and
@@ -19,12 +19,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from simulated import Place, Simulated, Traffic
-
+from benchmarks.machine import describe_machine
+from benchmarks.simulated import Place, Simulated, Traffic
 from shoal.peers import short
 from shoal.policy.routing.route import Chooser, Hop, Measured, Needs, choose_route
 from shoal.policy.view import SwarmView

@@ -1,6 +1,6 @@
 """A small swarm under clients that come, use it, and are killed in the middle of it: does it wear out?
 
-    python benchmarks/soak.py [--seconds 300] [--clients 64] [--servers 2] [--cache-tokens 16384]
+    python -m benchmarks.soak [--seconds 300] [--clients 64] [--servers 2] [--cache-tokens 16384]
 
 Servers are processes of their own on loopback. The clients are threads of four processes, each of which is killed and
 replaced again and again, so that sessions are closed, left without a word, and cut off by a dead client. A probe of its
@@ -28,11 +28,9 @@ import psutil
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from swarm import servers
-
 import shoal
+from benchmarks.machine import describe_machine
+from benchmarks.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
 
 MODEL = Path(shoal.__file__).parent / "bundled" / "stories"
@@ -86,7 +84,15 @@ def work(address: str, num_clients: int) -> None:
 
 def crowd(address: str, num_clients: int, seconds: float) -> Iterator[float]:
     """Keep the processes coming and going; yields the time every few seconds."""
-    command = [sys.executable, __file__, "--work", address, "--clients", str(num_clients // NUM_PROCESSES)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.soak",
+        "--work",
+        address,
+        "--clients",
+        str(num_clients // NUM_PROCESSES),
+    ]
     processes = [subprocess.Popen(command) for _ in range(NUM_PROCESSES)]
     start = time.monotonic()
     try:

@@ -1,8 +1,8 @@
 """Clients of a soak, each a process of its own, which have conversations and compare what they are answered.
 
-    python benchmarks/talkers.py standby --talks FILE --seconds 300 --seed 0 --addresses ADDRESS ...
+    python -m benchmarks.soak_clients standby --talks FILE --seconds 300 --seed 0 --addresses ADDRESS ...
 
-Prints a line of JSON for each sentence. `Talkers` starts all of them and reads what they print.
+Prints a line of JSON for each sentence. `SoakClients` starts all of them and reads what they print.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from typing import Any, Self
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from clients import generate
-from conversations import SessionStream, read_conversations
-from soak import MODEL
-
 import shoal
+from benchmarks.clients import generate
+from benchmarks.conversations import Conversation, read_conversations
+from benchmarks.soak import MODEL
 from shoal import AutoDistributedModelForCausalLM
 from shoal.cli.lifetime import end_with_parent
 
@@ -60,7 +58,7 @@ class Sentence:
     difference: str | None = None
 
 
-def talk(name: str, addresses: list[str], talks: Sequence[SessionStream], seconds: float, seed: int) -> None:
+def talk(name: str, addresses: list[str], talks: Sequence[Conversation], seconds: float, seed: int) -> None:
     """Have conversations for so long."""
     kind, chance, until = KINDS[name], random.Random(f"{seed} {name}"), time.monotonic() + seconds
     model = AutoDistributedModelForCausalLM.from_pretrained(
@@ -72,9 +70,7 @@ def talk(name: str, addresses: list[str], talks: Sequence[SessionStream], second
     model.close()
 
 
-def converse(
-    model: Any, conversation: SessionStream, chance: random.Random, longest_pause: float
-) -> Iterator[Sentence]:
+def converse(model: Any, conversation: Conversation, chance: random.Random, longest_pause: float) -> Iterator[Sentence]:
     """A session, up to the first turn that goes wrong: what follows would, too."""
     with model.inference_session(max_length=512) as session:
         for index, turn in enumerate(conversation):
@@ -114,8 +110,8 @@ class Talker:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for in_flight in self.process.stdout:
-            self.sentences.append(Sentence(**json.loads(in_flight)))
+        for line in self.process.stdout:
+            self.sentences.append(Sentence(**json.loads(line)))
 
     @property
     def is_running(self) -> bool:
@@ -127,7 +123,7 @@ class Talker:
             self._reader.join()
 
 
-class Talkers:
+class SoakClients:
     """One of each kind; those that still run when the context is left are killed. They log to a folder."""
 
     def __init__(self, addresses: Sequence[str], talks: Path, seconds: float, seed: int, logs: Path) -> None:
@@ -139,7 +135,7 @@ class Talkers:
         for name in KINDS:
             with (self._logs / f"{name}.log").open("w") as log:
                 process = subprocess.Popen(
-                    [sys.executable, __file__, name, *self._words],
+                    [sys.executable, "-m", "benchmarks.soak_clients", name, *self._words],
                     stdin=subprocess.PIPE,  # which ends when we do
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -149,18 +145,18 @@ class Talkers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for talker in self.all:
-            talker.process.kill()
-            talker.process.wait()
+        for client in self.all:
+            client.process.kill()
+            client.process.wait()
 
-    def wait_until_talking(self) -> None:
+    def wait_until_running(self) -> None:
         """Until each has had its first sentence, or has ended, or should have by now."""
         until = time.monotonic() + START_SECONDS
         while any(each.is_running and not each.sentences for each in self.all) and time.monotonic() < until:
             time.sleep(0.1)
 
     @property
-    def are_talking(self) -> bool:
+    def are_running(self) -> bool:
         return any(each.is_running for each in self.all)
 
     @property

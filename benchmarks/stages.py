@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROGRAM = Path(__file__).parent / "failing_server.py"
+PROGRAM = "benchmarks.failing_server"
 
 
 @dataclass
@@ -29,7 +29,7 @@ class FailingServer:
         joining = ["--initial-peers", *peers] if peers else []
         options = ["--blocks", span, "--dtype", dtype, "--threads", str(num_threads), *joining]
         process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(model), *options],
+            [sys.executable, "-m", PROGRAM, str(model), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -64,10 +64,10 @@ class FailingServer:
 
 def _said(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
-    in_flight = process.stdout.readline()
-    if not in_flight:
+    line = process.stdout.readline()
+    if not line:
         raise SystemExit(f"a server ended with status {process.wait()}")
-    said: dict[str, Any] = json.loads(in_flight)
+    said: dict[str, Any] = json.loads(line)
     return said
 
 

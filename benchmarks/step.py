@@ -1,6 +1,6 @@
 """Where the time of one decoding step goes, against what reading its weights from memory must take.
 
-    python benchmarks/step.py [--sessions 1 8] [--past 128] [--blocks 8] [--quantization none] [--json]
+    python -m benchmarks.step [--sessions 1 8] [--past 128] [--blocks 8] [--quantization none] [--json]
 
 A span of the reference model computes steps as a server does, in this process, without a network. The profiler's times
 are sorted by what the operators are for; what is left of a step's time is Python and dispatch. The limit is the bytes
@@ -12,20 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from reference import reference_model
-
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
 from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body
 from shoal.model.weights.checkpoint import Checkpoint

@@ -47,7 +47,7 @@ def _start(stack: contextlib.ExitStack, model: Path, span: str, *options: str) -
     stack.callback(server.wait)
     stack.callback(server.terminate)
     assert server.stdout is not None
-    for in_flight in server.stdout:
-        if in_flight.startswith("address"):
-            return in_flight.split()[1]
+    for line in server.stdout:
+        if line.startswith("address"):
+            return line.split()[1]
     raise SystemExit(f"the server of blocks {span} ended with status {server.wait()}")

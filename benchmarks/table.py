@@ -1,6 +1,6 @@
 """What a swarm on this machine gives, against plain Transformers on the whole model, in one run.
 
-    python benchmarks/table.py [--rounds 3] [--only decode-1 decode-8 ...] [--json]
+    python -m benchmarks.table [--rounds 3] [--only decode-1 decode-8 ...] [--json]
 
 The reference model in bf16 (or NF4, where a row says so), two servers of 8 blocks as processes of their own on
 loopback, clients as threads of this process; where several decode, the last server holds the output head. Local and
@@ -21,19 +21,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
-from clients import decoding_speed, generate, generate_together, local_batch_speed, median
-from machine import describe_machine
-from reference import reference_model
-from swarm import servers
-
+from benchmarks.clients import decoding_speed, generate, generate_together, local_batch_speed, median
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
+from benchmarks.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
 
 SPANS = ("0:8", "8:16")

@@ -1,6 +1,6 @@
 """Fine-tuning over a swarm, against plain Transformers and PEFT on one machine, in one run.
 
-    python benchmarks/training.py [--only exactness speed ...] [--rounds 2] [--blocks 16] [--json]
+    python -m benchmarks.training [--only exactness speed ...] [--rounds 2] [--blocks 16] [--json]
 
 exactness   gradients of LoRA factors, soft prompts and inputs, in several precisions (the bundled model)
 speed       LoRA of rank 8 on all linear layers, 8x128 tokens: two servers of half of the blocks on loopback, as users
@@ -24,18 +24,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
-from pathlib import Path
 
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from reference import NUM_BLOCKS, reference_model
-from training_exactness import exactness
-from training_kills import kills
-from training_memory import memory
-from training_speed import Scale, of_local, of_one_server, of_unshaped
-from tuning import Table
+from benchmarks.machine import describe_machine
+from benchmarks.reference import NUM_BLOCKS, reference_model
+from benchmarks.training_exactness import exactness
+from benchmarks.training_kills import kills
+from benchmarks.training_memory import memory
+from benchmarks.training_speed import Scale, of_local, of_one_server, of_unshaped
+from benchmarks.tuning import Table
 
 PARTS: dict[str, Callable[[Scale], Table | None]] = {
     "exactness": lambda scale: exactness(),

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from swarm import servers
 from transformers import BitsAndBytesConfig
-from tuning import Table, Tuner, client, relative_error, tell, tokens_of, whole
 
+from benchmarks.swarm import servers
+from benchmarks.tuning import Table, Tuner, client, relative_error, tell, tokens_of, whole
 from shoal.bundled import STORIES
 
 SPANS = ("0:6", "6:12")

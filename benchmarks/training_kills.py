@@ -10,8 +10,8 @@ from enum import Enum
 from typing import Any
 
 import torch
-from tuning import Table, Tuner, client, relative_error, tell, tokens_of, whole
 
+from benchmarks.tuning import Table, Tuner, client, relative_error, tell, tokens_of, whole
 from shoal.bundled import STORIES
 from shoal.testing import ShapedServer, shaped_swarm
 

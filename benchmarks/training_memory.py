@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from swarm import servers
-from training_speed import DTYPE, Scale
-from tuning import Table, Tuner, client, tokens_of, whole
+
+from benchmarks.swarm import servers
+from benchmarks.training_speed import DTYPE, Scale
+from benchmarks.tuning import Table, Tuner, client, tokens_of, whole
 
 OF_ADAMW = 4
 """A parameter, its gradient and its two moments."""
@@ -42,7 +43,9 @@ def tune(folder: Path, address: str | None) -> dict[str, int]:
 
 
 def measure(*task: str) -> dict[str, int]:
-    done = subprocess.run([sys.executable, __file__, *task], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training_memory", *task], check=True, stdout=subprocess.PIPE
+    )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

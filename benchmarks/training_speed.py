@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from swarm import servers
-from tuning import NUM_TOKENS, Table, Tuner, client, speed, speed_table, tell, tokens_of, whole
 
+from benchmarks.swarm import servers
+from benchmarks.tuning import NUM_TOKENS, Table, Tuner, client, speed, speed_table, tell, tokens_of, whole
 from shoal.testing import Link, shaped_swarm
 
 BATCH, LARGE_BATCH, WARM_UP_BATCH = 8, 64, 4

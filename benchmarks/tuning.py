@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clients import median
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.clients import median
 from shoal import AutoDistributedModelForCausalLM
 
 RANK = 8

@@ -1,6 +1,6 @@
 """What a hop costs beside its computation: hidden states over libp2p on loopback, there and back, in each encoding.
 
-    python benchmarks/wire.py [--rounds 200] [--json]
+    python -m benchmarks.wire [--rounds 200] [--json]
 
 A client and, in a process of its own, a server that computes nothing: it decodes what it is asked and sends it back.
 The sizes are those of bfloat16, whatever the encoding makes of them on the wire; the encodings take turns.
@@ -16,15 +16,13 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-
-from shoal.net import NetworkConfig, codec, join
+from benchmarks.machine import describe_machine
+from shoal.net import NetworkConfig, join
 from shoal.net.transport import Stream
+from shoal.net.wire import codec
 from shoal.net.wire.encodings import as_received
 from shoal.protocol import Result, Step
 from shoal.tensors import Encoding
@@ -104,7 +102,7 @@ def main() -> None:
         return
     load = os.getloadavg()[2]
     with subprocess.Popen(
-        [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "benchmarks.wire", "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdin is not None
         assert server.stdout is not None

@@ -85,9 +85,9 @@ def test_a_mixture_is_said_once_in_the_logs_of_servers_and_of_clients(float32_sw
     def said(logger: str) -> list[str]:
         return [record.message for record in caplog.records if record.name == logger and "differ" in record.message]
 
-    in_flight = f"servers of this model compute differently: bfloat16: {other}; float32: {first}"
+    line = f"servers of this model compute differently: bfloat16: {other}; float32: {first}"
     float32_swarm.settle(lambda: bool(said("shoal.server.neighbors")))
-    assert said("shoal.server.neighbors") == [in_flight]
+    assert said("shoal.server.neighbors") == [line]
     for _ in range(2):
         model(PROMPT)
-    assert said("shoal.client.swarm.directory_cache") == [in_flight]
+    assert said("shoal.client.swarm.directory_cache") == [line]

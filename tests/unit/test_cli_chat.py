@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from shoal.bundled import STORIES
-from shoal.cli.chat import SessionStream, _converse, parsed
+from shoal.cli.chat import Conversation, _converse, parsed
 from shoal.cli.generate import is_cut
 
 
@@ -75,7 +75,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         talker = Talker([*tokenizer(answer)["input_ids"], *([1] if ended else [])])
         capsys.readouterr()
-        again = _converse(talker, SessionStream(tokenizer), Session(), {"max_new_tokens": max_new_tokens})  # type: ignore[arg-type]
+        again = _converse(talker, Conversation(tokenizer), Session(), {"max_new_tokens": max_new_tokens})  # type: ignore[arg-type]
         out, err = capsys.readouterr()
         said = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in talker.told]
         return SimpleNamespace(said=said, again=again, out=out, err=err, num_tokens=len(talker.answer))

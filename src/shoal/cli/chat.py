@@ -86,13 +86,13 @@ def command(
         chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
         stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new begins anew, /help tells more", style="dim"))
         while True:
-            conversation = SessionStream(tokenizer, system)
+            conversation = Conversation(tokenizer, system)
             with llm.inference_session(max_length=max_length) as session:
                 if not _converse(llm, conversation, session, chosen):
                     return
 
 
-def _converse(llm: Any, conversation: SessionStream, session: InferenceSession, chosen: dict[str, Any]) -> bool:
+def _converse(llm: Any, conversation: Conversation, session: InferenceSession, chosen: dict[str, Any]) -> bool:
     """Question and answer, until somebody leaves; returns whether another conversation shall follow."""
     while (line := _read_line()) is not None:
         command, said = parsed(line)
@@ -141,7 +141,7 @@ def _list_commands(unknown: str | None) -> None:
     stderr.print(Text("\n".join(lines), style="dim"), soft_wrap=True)
 
 
-class SessionStream:
+class Conversation:
     """What was said, and how it reads as tokens: by the tokenizer's chat template, or simply one after the other."""
 
     def __init__(self, tokenizer: Any, system: str = "") -> None:
