@@ -1,4 +1,4 @@
-"""`shoal status`: who serves which blocks, how fast, and what is missing."""
+"""`shoal status`: the servers of each model, their blocks and speeds, and the blocks that are missing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model, everybody who serves some of it, and the way that a client on this machine would take."""
+    """A model, its servers, and the route that a client on this machine would choose."""
 
     model: ModelInfo
     view: SwarmView
@@ -37,7 +37,7 @@ class ModelStatus:
 
     @property
     def missing(self) -> list[int]:
-        """The blocks that no server computes now."""
+        """The blocks that no online server holds."""
         return self.view.online().missing()
 
     def as_json(self, *, route: bool = False) -> dict[str, Any]:
@@ -71,19 +71,19 @@ def _route_as_json(route: Route) -> dict[str, Any]:
 
 def command(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A folder, an id on the hub, or a name as listed here.")
+        str | None, typer.Argument(metavar="MODEL", help="A folder, a Hugging Face id, or a name from this list.")
     ] = None,
     initial_peers: options.InitialPeers = None,
     route: Annotated[
-        bool, typer.Option("--route", help="Show the way that a client on this machine would take, and why.")
+        bool, typer.Option("--route", help="Show the route that a client on this machine would choose, and its cost.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Show who serves which blocks, and what is missing.
+    """Show the servers of a model, and the blocks that are missing.
 
-    Without MODEL, of all models that the swarm serves. The exit status is 1 if blocks of a model that is shown are
-    missing, also with --json, and 0 if each has all of its blocks.
+    Without MODEL, all models of the swarm are shown. The exit status is 1 if a model that is shown lacks blocks, and 0
+    if all models are complete.
     """
     start_logging(verbose=verbose)
     peers = options.swarm_peers(initial_peers)
@@ -114,7 +114,7 @@ def _show(found: Sequence[ModelStatus], *, route: bool) -> None:
 
 
 async def look(peers: tuple[str, ...], wanted: str | None = None, *, route: bool = False) -> list[ModelStatus]:
-    """What the swarm says of one model, or of all. Raises `UserError` for a model that neither it nor we know."""
+    """Ask the swarm for one model, or for all. Raises `UserError` for a model that is known neither to it nor here."""
     from shoal.net import NetworkConfig, join
 
     async with join(NetworkConfig(initial_peers=peers, client_mode=True)) as node:
@@ -122,13 +122,13 @@ async def look(peers: tuple[str, ...], wanted: str | None = None, *, route: bool
         if wanted is not None:
             models = [_named(wanted, models)]
         views = [(model, SwarmView(model.num_blocks, await node.directory.servers(model))) for model in models]
-        return [ModelStatus(model, view, await way(node, view) if route else None) for model, view in views]
+        return [ModelStatus(model, view, await find_route(node, view) if route else None) for model, view in views]
 
 
-async def way(node: Node, view: SwarmView) -> Route | None:
-    """The way of a token from this machine, after measuring how far everybody is; None if there is none.
+async def find_route(node: Node, view: SwarmView) -> Route | None:
+    """The route of a token from this machine, by round trips that are measured now. None if there is none.
 
-    Where servers have different weights, through those that most of them have.
+    Where servers have different weights, only those with the most common weights are used.
     """
     from shoal.net.ping import distances
     from shoal.policy.routing.route import Measured, Needs, choose_route
@@ -144,7 +144,7 @@ async def way(node: Node, view: SwarmView) -> Route | None:
 
 
 def _named(wanted: str, models: Iterable[ModelInfo]) -> ModelInfo:
-    """The model of this key or name, or at this place."""
+    """The model with this key or name, or in this folder."""
     models = list(models)
     is_folder = Path(wanted).expanduser().is_dir()
     for model in models:
@@ -160,6 +160,6 @@ def _named(wanted: str, models: Iterable[ModelInfo]) -> ModelInfo:
         if is_folder or not models:
             raise
         names = ", ".join(sorted({model.name for model in models}))
-        raise UserError(f"this swarm serves no model called {wanted}", hint=f"it serves {names}") from error
+        raise UserError(f"this swarm serves no model named {wanted}", hint=f"it serves {names}") from error
     own = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
     return next((model for model in models if model.key == own.key), own)
