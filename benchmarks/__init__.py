@@ -1,5 +1,5 @@
-"""Benchmarks, soaks and studies, each run as a module: `python -m benchmarks.table`.
+"""Benchmarks, soak tests and studies. Each is run as a module: `python -m benchmarks.table`.
 
-They compare in one run on one machine, and print ratios and medians. Results are in `benchmarks/results`, dated, with
-the machine named. They may import all of shoal; nothing imports them.
+Each compares both sides in one run on one machine, and prints ratios and medians. `benchmarks/results` has dated
+results with the name of the machine. Benchmarks may import all of shoal; nothing imports them.
 """

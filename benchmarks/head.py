@@ -1,10 +1,10 @@
-"""What a thin client gains from a server that holds the output head: memory, and the time that it computes itself.
+"""What a client saves if a server computes the output head: memory, and its own computing time.
 
     python -m benchmarks.head [--tokens 48] [--rounds 3] [--json]
 
-The reference model in bf16, one server of all blocks and the head, on loopback. Every client is a process of its own,
-with one thread, and they take turns. `mapped` is what is resident of files (the weights, and the libraries), `private`
-what is not; `computing` is the processor time that the client itself takes for a token.
+One server on loopback holds all blocks and the head of the reference model in bf16. Each client is a process with one
+thread, and the clients take turns. `mapped` is the resident memory of files (weights and libraries), `private` is the
+other resident memory, and `computing` is the client's own CPU time for a token.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.swarm import servers
 
 PROMPT_TOKENS = 64
 CLIENTS: dict[str, dict[str, Any]] = {
-    "the head here": {},
-    "the head here, in int8": {"head_quantization": "int8"},
-    "the head here, in nf4": {"head_quantization": "nf4"},
-    "the head on the server": {"remote_head": True},
-    "the same, 40 likeliest tokens": {"remote_head": True, "head_top_k": 40},
+    "head on the client": {},
+    "head on the client, int8": {"head_quantization": "int8"},
+    "head on the client, nf4": {"head_quantization": "nf4"},
+    "head on the server": {"remote_head": True},
+    "head on the server, top 40 tokens": {"remote_head": True, "head_top_k": 40},
 }
 
 

@@ -1,4 +1,4 @@
-"""Names the machine that a result was measured on."""
+"""A description of the machine, for results."""
 
 from __future__ import annotations
 

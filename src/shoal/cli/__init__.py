@@ -1,8 +1,8 @@
 """The command line: one module for each command, and what several commands share.
 
 It may import everything but `shoal.testing`. Modules import PyTorch, Transformers and hivemind inside functions only:
-these imports take seconds, and `--help` and wrong usage need an immediate answer. This file lists the commands. It is the
-only place that turns exceptions into error messages and exit statuses.
+these imports take seconds, and `--help` and wrong usage need an immediate answer. This file lists the commands, and is
+the only place that turns exceptions into error messages and exit statuses.
 """
 
 from __future__ import annotations
