@@ -16,7 +16,7 @@ QUESTIONS = ("Who?", "With?", "Where?")
 
 
 def reviews(count: int, *, seed: int) -> list[tuple[str, int]]:
-    """Stories of a day. The label says how the day ended, 1 for well and 0 for badly. What happened before does not count."""
+    """Stories of a day. The label says how the day ended: 1 for well, 0 for badly. Earlier events do not count."""
     rng = Random(seed)
     return [_review(rng) for _ in range(count)]
 

@@ -3,7 +3,8 @@
 The gradient of each example is clipped to the norm `--clip`. Gaussian noise is added to their sum; its standard
 deviation is `--noise` times `--clip`. Each example is drawn independently with the same probability, so batches differ
 in size. Opacus computes the guarantee: the shared adapters change the odds of a guess about one example by at most a
-factor of e^epsilon, except with probability `--delta`. The guarantee does not cover the servers, which compute with every example.
+factor of e^epsilon, except with probability `--delta`. The guarantee does not cover the servers, which compute with
+every example.
 """
 
 from argparse import ArgumentParser, Namespace
