@@ -1,6 +1,6 @@
 """What the examples share: their options, the model, and the loss and accuracy of answers.
 
-The examples need a swarm that serves the bundled model. One server on this machine is enough. Start it in a clone,
+They need a swarm that serves the bundled model. One server on this machine is enough. Start it in a clone,
 after `source .venv/bin/activate` and `pip install -e '.[examples]'`; it prints the ADDRESS:
 
     shoal serve src/shoal/bundled/stories --new-swarm --dtype float32

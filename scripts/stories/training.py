@@ -63,7 +63,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Losses in nats per token: of all tokens, of names that occurred before in their story, and of all other tokens."""
+    """Losses in nats per token: of all tokens, of names that occurred before in the story, and of all other tokens."""
 
     mean: float
     repeated_names: float
@@ -180,7 +180,7 @@ def held_out_loss(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
-    """Save model and tokenizer for Transformers. Returns the model as loaded again, with weights rounded to bfloat16."""
+    """Save model and tokenizer for Transformers. Returns the saved model, with weights rounded to bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.backend_tokenizer.no_padding()  # the measurement of the held-out loss has turned it on
