@@ -21,9 +21,7 @@ from shoal.bundled import STORIES
 def options(description: str | None, *, steps: int, lr: float) -> ArgumentParser:
     """A parser with the options of all examples."""
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--initial-peers", nargs="*", help="addresses of peers of the swarm; default: $SHOAL_INITIAL_PEERS"
-    )
+    parser.add_argument("--initial-peers", nargs="*", help="peers of the swarm; default: $SHOAL_INITIAL_PEERS")
     parser.add_argument("--model", default=str(STORIES), help="the model of the swarm")
     parser.add_argument("--folder", type=Path, default=Path("results"), help="the folder for results")
     parser.add_argument("--steps", type=int, default=steps, help="number of training steps")
