@@ -1,4 +1,4 @@
-"""The two ways to live with failing servers that the paper compares its own with (arXiv 2312.08361, section 4.1)."""
+"""The two baselines for failing servers in the PETALS paper (arXiv 2312.08361, section 4.1)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from collections.abc import Awaitable, Callable, Set
 from typing import Any
 
 import torch
-from clients import Generation, TookTooLong, generate
 
+from benchmarks.clients import Generation, TookTooLong, generate
 from shoal import ShoalError
 
-PASSES_MEASURED = 8
-EACH_MEASURED = 3
+NUM_LENGTHS = 8
+"""How many lengths between the shortest and the longest are measured; others are interpolated."""
+REPEATS = 3
 
 
 def without_retries(model: Any) -> None:
-    """Take the retry loop away from a client: every failure reaches the user."""
+    """Turn off the retry loop of a client, so that every failure reaches its caller."""
 
     async def once(span: object, act: Callable[[Set[Any]], Awaitable[Any]]) -> Any:
         return await act(frozenset())
@@ -28,7 +29,7 @@ def without_retries(model: Any) -> None:
 
 
 def restarting(model: Any, prompt: torch.Tensor, num_tokens: int, *, cap: float) -> float | None:
-    """Seconds until a generation came to its end without a failure, all those before counted; None beyond the cap."""
+    """Seconds until a generation ends without a failure, including all failed attempts. None after `cap` seconds."""
     began = time.perf_counter()
     while time.perf_counter() < began + cap:
         with contextlib.suppress(ShoalError):
@@ -41,7 +42,7 @@ def restarting(model: Any, prompt: torch.Tensor, num_tokens: int, *, cap: float)
 
 
 def expected_restarting(undisturbed: Generation, num_tokens: int) -> Callable[[float], float]:
-    """Seconds to expect for so many tokens in a row, if a step fails with a probability."""
+    """The expected seconds for `num_tokens` tokens in a row, as a function of the probability that a step fails."""
     step = statistics.median(seconds for _, seconds in undisturbed.gaps())
 
     def expected(failing: float) -> float:
@@ -51,7 +52,7 @@ def expected_restarting(undisturbed: Generation, num_tokens: int) -> Callable[[f
 
 
 def without_caches(model: Any, prompt: torch.Tensor, num_tokens: int, *, cap: float) -> float | None:
-    """Seconds for a generation each of whose tokens is a pass over all before; None beyond the cap."""
+    """Seconds for a generation that computes all tokens again for each new one. None after `cap` seconds."""
     began, ids = time.perf_counter(), prompt
     while ids.shape[1] < prompt.shape[1] + num_tokens:
         if time.perf_counter() > began + cap:
@@ -62,9 +63,9 @@ def without_caches(model: Any, prompt: torch.Tensor, num_tokens: int, *, cap: fl
 
 
 def expected_without_caches(model: Any, prompt: torch.Tensor, num_tokens: int) -> Callable[[float], float]:
-    """The same as for `expected_restarting`, from passes of a few lengths that are measured here."""
+    """Like `expected_restarting`, for generation without caches. Measures passes of a few lengths."""
     first, last = prompt.shape[1], prompt.shape[1] + num_tokens - 1
-    lengths = sorted({first + (last - first) * index // PASSES_MEASURED for index in range(PASSES_MEASURED + 1)})
+    lengths = sorted({first + (last - first) * index // NUM_LENGTHS for index in range(NUM_LENGTHS + 1)})
     seconds = [_pass_seconds(model, prompt, length) for length in lengths]
     total = sum(_between(lengths, seconds, length) for length in range(first, last + 1))
     return lambda failing: total / (1 - failing)
@@ -73,7 +74,7 @@ def expected_without_caches(model: Any, prompt: torch.Tensor, num_tokens: int) -
 def _pass_seconds(model: Any, prompt: torch.Tensor, length: int) -> float:
     ids = prompt.repeat(1, -(-length // prompt.shape[1]))[:, :length]
     taken = []
-    for _ in range(EACH_MEASURED):
+    for _ in range(REPEATS):
         began = time.perf_counter()
         _next(model, ids)
         taken.append(time.perf_counter() - began)
@@ -81,7 +82,7 @@ def _pass_seconds(model: Any, prompt: torch.Tensor, length: int) -> float:
 
 
 def _between(lengths: list[int], seconds: list[float], length: int) -> float:
-    """Of a line from point to point."""
+    """Linear interpolation between the measured lengths."""
     index = max(1, bisect.bisect_left(lengths, length))
     if len(lengths) == 1:
         return seconds[0]

@@ -1,19 +1,19 @@
-"""Ten servers that join, leave, are killed, hang and are cut off, and three clients that talk through all of it.
+"""Soak test: ten servers join, leave, are killed, hang and lose their network, while three clients use them.
 
-    python benchmarks/churn.py [--seconds 1800] [--seed 0] [--every 8] [--logs FOLDER]
+    python -m benchmarks.churn [--seconds 1800] [--seed 0] [--every 8] [--logs FOLDER]
 
-The servers are processes of their own, behind doors (docs/testing.md), with the bundled model in float32; each block is
-held by three of them, with different cut points. Something happens to one of them every few seconds, at random, such
-that every block always has a server that is well. Two of them, which others cut off and which hang, never die, so that
-it can be seen whether they grow.
+Each server is a process behind a proxy (docs/testing.md), with blocks of the bundled model in float32. Three servers
+hold each block, and their spans are cut at different blocks. Every few seconds a random event hits a server, chosen so
+that every block always has a healthy server. Two servers never die, so that their memory can be followed: they only
+hang or lose their network.
 
-The clients are processes too. They have conversations of one to four turns, one after another: one client asks once
-each time, one keeps spare servers warm and pauses between the turns, one keeps a bounded history in memory. Whatever
-they are answered is compared with the tokens of plain Transformers on one machine.
+Each client is a process. It has one conversation of one to four turns after another. The client "plain" has one turn in
+each, "standby" keeps standby servers warm and pauses between turns, and "bounded" limits the memory of its history. All
+answers are compared with the tokens of plain Transformers on one machine.
 
-Ends with status 1 if a sentence was not finished or has other tokens, a client or a server ended by itself or never
-ended, the memory of a client or of one of the two servers grew by more than `MOST_GROWTH` after the first third of
-the time, or pages of a cache are missing at the end.
+The exit status is 1 if a turn failed or has other tokens, if a client or a server ended by itself or did not end, if
+the memory of a client or of one of the two servers grew by more than `MAX_GROWTH` bytes after the first third of the
+time, or if pages of a cache are missing at the end.
 """
 
 from __future__ import annotations
@@ -33,19 +33,17 @@ import psutil
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from conversations import SessionStream, conversations, write_conversations
-from machine import describe_machine
-from soak import IDLE_SECONDS, MODEL, MOST_GROWTH, open_model
-from talkers import Talkers
-
+from benchmarks.conversations import Conversation, conversations, write_conversations
+from benchmarks.machine import describe_machine
+from benchmarks.soak import IDLE_SECONDS, MAX_GROWTH, MODEL, open_model
+from benchmarks.soak_clients import SoakClients
 from shoal.spans import Span
 from shoal.testing import ShapedServer, ShapedSwarm, shaped_swarm
 from shoal.testing.churn import CURES, Act, Event, churning, is_redundant, random_churn
 
 SPANS = ("0:4", "4:8", "8:12", "0:3", "3:6", "6:9", "9:12", "0:5", "5:10", "10:12")
 STEADY = (2, 4)
-"""These never die: what kills others cuts them off, and where others leave, they hang."""
+"""Servers that never die: they lose their network where others are killed, and hang where others leave."""
 CACHE_TOKENS = 2048
 OPTIONS = ("--dtype", "float32", "--cache-tokens", str(CACHE_TOKENS), "--drain-timeout", "10")
 ACTS = (Act.KILL, Act.STOP, Act.HANG, Act.CUT, Act.BLACK_HOLE)
@@ -55,15 +53,15 @@ NUM_CONVERSATIONS = 48
 SAMPLE_SECONDS = 5.0
 REPORT_SECONDS = 30.0
 LONG_GAP_SECONDS = 3.0
-LAST_SENTENCE_SECONDS = 120.0
-"""What a client gets for the conversation that it is in when the time is over."""
+LAST_CONVERSATION_SECONDS = 120.0
+"""How long a client may go on with its conversation after the end of the soak."""
 
 
-# -- what happens to the servers --------------------------------------------------------------------------------------
+# -- events of the servers ---------------------------------------------------------------------------------------------
 
 
 def without_deaths(events: Sequence[Event], steady: Sequence[int]) -> tuple[Event, ...]:
-    """The same, but that these servers keep their process."""
+    """The events, with milder ones for the servers in `steady`, whose processes have to live."""
     milder = {Act.KILL: Act.CUT, Act.STOP: Act.HANG}
     mildest: list[Event] = []
     last: dict[int, Act] = {}
@@ -77,29 +75,29 @@ def without_deaths(events: Sequence[Event], steady: Sequence[int]) -> tuple[Even
     return tuple(mildest)
 
 
-class Guarded:
-    """A swarm to which only happens what it can bear: a server may be slower to come back than was foreseen."""
+class GuardedSwarm:
+    """A swarm that skips events which would leave a block without a server, because another server restarts slowly."""
 
     def __init__(self, swarm: ShapedSwarm) -> None:
         self.done = Counter[Act]()
-        self.num_spared = 0
+        self.num_skipped = 0
         self._swarm = swarm
-        self._held = [Span.parse(server.span) for server in swarm.servers]
+        self._spans = [Span.parse(server.span) for server in swarm.servers]
         self._down: set[int] = set()
-        self._spared: set[int] = set()
+        self._skipped: set[int] = set()
 
     def do(self, server: int, act: Act) -> None:
         if act in CURES:
-            well = [
+            healthy = [
                 index for index, each in enumerate(self._swarm.servers) if index not in self._down and each.is_ready
             ]
-            if server not in well or not is_redundant(server, well, self._held):
-                self._spared.add(server)
-                self.num_spared += 1
+            if server not in healthy or not is_redundant(server, healthy, self._spans):
+                self._skipped.add(server)
+                self.num_skipped += 1
                 return
             self._down.add(server)
-        elif server in self._spared:
-            self._spared.remove(server)
+        elif server in self._skipped:
+            self._skipped.remove(server)
             return
         else:
             self._down.remove(server)
@@ -107,17 +105,17 @@ class Guarded:
         self.done[act] += 1
 
     def dead(self) -> list[ShapedServer]:
-        """Servers that have ended, and were not told to."""
+        """Servers that have ended without an event."""
         return [
             each for index, each in enumerate(self._swarm.servers) if index not in self._down and not each.is_running
         ]
 
 
-# -- what is looked at ------------------------------------------------------------------------------------------------
+# -- measurements ----------------------------------------------------------------------------------------------------
 
 
 class Memory:
-    """What processes take, with those that they have started, over time."""
+    """Resident memory over time of processes and their descendants, in bytes."""
 
     def __init__(self, processes: dict[str, int]) -> None:
         self._processes = processes
@@ -136,7 +134,7 @@ class Memory:
         return {name: samples[-1][1] for name, samples in self._samples.items() if samples}
 
     def growth(self, seconds: float) -> dict[str, tuple[int, int]]:
-        """For each process, the most that it took in the first third of the time, and the most since."""
+        """For each process, its maximum in the first third of the time, and its maximum after that."""
         found = {}
         for name, samples in self._samples.items():
             first = [rss for at, rss in samples if at <= seconds / 3]
@@ -147,7 +145,7 @@ class Memory:
 
 
 def missing_pages(swarm: ShapedSwarm) -> list[str]:
-    """Servers that do not announce, within a minute of the last client's end, that their caches are empty."""
+    """Servers that do not announce an empty cache within `IDLE_SECONDS` after the last client."""
     model = open_model(swarm.address)
     blocks = model.transformer.h
     deadline = time.monotonic() + IDLE_SECONDS
@@ -163,62 +161,64 @@ def missing_pages(swarm: ShapedSwarm) -> list[str]:
         model.close()
 
 
-def watch(talkers: Talkers, guarded: Guarded, memory: Memory, seconds: float) -> None:
-    """Look at everybody until all has happened and the clients have ended, or should have."""
+def watch(clients: SoakClients, guarded: GuardedSwarm, memory: Memory, seconds: float) -> None:
+    """Sample and report until the clients have ended, or should have ended."""
     began = time.monotonic()
-    print("   time  sentences  failed  differ  happened  worst gap  MiB: " + ", ".join(memory._processes))
+    print("   time      turns  failed  differ    events  worst gap  MiB: " + ", ".join(memory._processes))
     for turn in itertools.count(1):
         time.sleep(SAMPLE_SECONDS)
         passed = time.monotonic() - began
-        is_over = passed > seconds + SAMPLE_SECONDS and not talkers.are_talking
-        if is_over or passed > seconds + LAST_SENTENCE_SECONDS:
+        is_over = passed > seconds + SAMPLE_SECONDS and not clients.are_running
+        if is_over or passed > seconds + LAST_CONVERSATION_SECONDS:
             return
         memory.sample(passed)
         if turn % (REPORT_SECONDS // SAMPLE_SECONDS) == 0:
-            said = talkers.sentences
+            turns = clients.turns
             print(
-                f"{passed:6.0f}s  {len(said):9}  {sum(each.failure is not None for each in said):6}"
-                f"  {sum(each.difference is not None for each in said):6}  {guarded.done.total():8}"
-                f"  {max((gap for each in said for gap in each.gaps), default=0.0):8.2f}s"
+                f"{passed:6.0f}s  {len(turns):9}  {sum(each.failure is not None for each in turns):6}"
+                f"  {sum(each.difference is not None for each in turns):6}  {guarded.done.total():8}"
+                f"  {max((gap for each in turns for gap in each.gaps), default=0.0):8.2f}s"
                 f"  {' '.join(f'{rss / 2**20:.0f}' for rss in memory.last().values())}",
                 flush=True,
             )
 
 
 def judge(
-    talkers: Talkers, guarded: Guarded, memory: Memory, missing: Sequence[str], logs: Path, seconds: float
+    clients: SoakClients, guarded: GuardedSwarm, memory: Memory, missing: Sequence[str], logs: Path, seconds: float
 ) -> int:
-    """Print what was seen; 1 if anything of it is wrong."""
-    said = talkers.sentences
-    failed = [f"{client.name}: {each.failure}" for client in talkers.all for each in client.sentences if each.failure]
+    """Print the results. Returns the exit status."""
+    turns = clients.turns
+    failed = [f"{client.name}: {each.failure}" for client in clients.all for each in client.turns if each.failure]
     differing = [
-        f"{client.name}: {each.difference}" for client in talkers.all for each in client.sentences if each.difference
+        f"{client.name}: {each.difference}" for client in clients.all for each in client.turns if each.difference
     ]
-    gaps = [gap for each in said for gap in each.gaps]
-    print(f"\n{len(said)} sentences, {len(failed)} failed, {len(differing)} with differing tokens")
-    print("by client: " + ", ".join(f"{each.name} {len(each.sentences)}" for each in talkers.all))
+    gaps = [gap for each in turns for gap in each.gaps]
+    print(f"\n{len(turns)} turns, {len(failed)} failed, {len(differing)} with other tokens")
+    print("by client: " + ", ".join(f"{each.name} {len(each.turns)}" for each in clients.all))
     print("events: " + ", ".join(f"{num} {act}" for act, num in guarded.done.items()), end="")
-    print(f"; {guarded.num_spared} left out")
+    print(f"; {guarded.num_skipped} skipped")
     if gaps:
         print(
-            f"between two tokens: {1000 * statistics.median(gaps):.1f} ms in the median, {max(gaps):.2f} s at worst,"
-            f" more than {LONG_GAP_SECONDS:.0f} s {sum(gap > LONG_GAP_SECONDS for gap in gaps)} times of {len(gaps)}"
+            f"between two tokens: {1000 * statistics.median(gaps):.1f} ms (median), {max(gaps):.2f} s (worst);"
+            f" {sum(gap > LONG_GAP_SECONDS for gap in gaps)} of {len(gaps)} above {LONG_GAP_SECONDS:.0f} s"
         )
     growth = memory.growth(seconds)
     for name, (first, later) in growth.items():
-        print(f"memory of {name}: {first / 2**20:.0f} MiB at most in the first third, {later / 2**20:.0f} since")
+        print(
+            f"memory of {name}: {first / 2**20:.0f} MiB in the first third, {later / 2**20:.0f} MiB after it (maxima)"
+        )
     faults = {
-        "sentences were not finished; " + "; ".join(failed[:5]): failed,
-        "sentences have other tokens; " + "; ".join(differing[:5]): differing,
-        "a client said nothing": not all(each.sentences for each in talkers.all),
+        "turns failed; " + "; ".join(failed[:5]): failed,
+        "turns have other tokens; " + "; ".join(differing[:5]): differing,
+        "a client finished no turn": not all(each.turns for each in clients.all),
         "a client failed or did not end: "
-        + ", ".join(f"{each.name} {each.process.poll()}" for each in talkers.all): any(
-            each.process.poll() != 0 for each in talkers.all
+        + ", ".join(f"{each.name} {each.process.poll()}" for each in clients.all): any(
+            each.process.poll() != 0 for each in clients.all
         ),
         "servers ended by themselves: " + ", ".join(each.name for each in guarded.dead()): guarded.dead(),
-        "tracebacks in the logs of " + ", ".join(confused := with_tracebacks(logs)): confused,
-        f"memory grew by more than {MOST_GROWTH >> 20} MiB": any(
-            later - first > MOST_GROWTH for first, later in growth.values()
+        "tracebacks in the logs of " + ", ".join(broken := with_tracebacks(logs)): broken,
+        f"memory grew by more than {MAX_GROWTH >> 20} MiB": any(
+            later - first > MAX_GROWTH for first, later in growth.values()
         ),
         "pages are missing at " + ", ".join(missing): missing,
     }
@@ -231,8 +231,8 @@ def with_tracebacks(logs: Path) -> list[str]:
     return sorted(log.stem for log in logs.glob("*.log") if "Traceback" in log.read_text(errors="replace"))
 
 
-def soak(talks: list[SessionStream], seconds: float, every: float, seed: int, logs: Path | None) -> int:
-    """All of it; the exit status."""
+def soak(script: list[Conversation], seconds: float, every: float, seed: int, logs: Path | None) -> int:
+    """Run the soak test. Returns the exit status."""
     drawn = random_churn(
         SPANS,
         seconds=seconds,
@@ -244,21 +244,21 @@ def soak(talks: list[SessionStream], seconds: float, every: float, seed: int, lo
     )
     events = without_deaths(drawn, STEADY)
     with shaped_swarm(MODEL, SPANS, options=OPTIONS) as swarm:
-        folder, guarded = swarm.children.folder, Guarded(swarm)
-        file = folder / "talks.json"
-        write_conversations(file, talks)
+        folder, guarded = swarm.children.folder, GuardedSwarm(swarm)
+        file = folder / "conversations.json"
+        write_conversations(file, script)
         try:
-            with Talkers(swarm.addresses, file, seconds, seed, folder) as talkers:
-                processes = {each.name: each.process.pid for each in talkers.all}
+            with SoakClients(swarm.addresses, file, seconds, seed, folder) as clients:
+                processes = {each.name: each.process.pid for each in clients.all}
                 steady = {swarm.servers[index].name: swarm.servers[index].process.pid for index in STEADY}
                 memory = Memory(processes | steady)
-                talkers.wait_until_talking()
+                clients.wait_until_running()
                 with churning(guarded, events):
-                    watch(talkers, guarded, memory, seconds)
-                for talker in talkers.all:
-                    talker.hear_out()
+                    watch(clients, guarded, memory, seconds)
+                for client in clients.all:
+                    client.read_rest()
                 swarm.wait_until_ready()
-                return judge(talkers, guarded, memory, missing_pages(swarm), folder, seconds)
+                return judge(clients, guarded, memory, missing_pages(swarm), folder, seconds)
         finally:
             if logs is not None:
                 shutil.copytree(folder, logs, ignore=lambda _, names: [each for each in names if "." not in each])
@@ -269,13 +269,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--every", type=float, default=8, help="seconds from one failure to the next, on average")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--logs", type=Path, help="a new folder for what everybody has logged")
+    parser.add_argument("--logs", type=Path, help="a new folder for the logs of all processes")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     print(describe_machine(), flush=True)
-    talks = conversations(MODEL, NUM_CONVERSATIONS, seed=arguments.seed)
-    return soak(talks, arguments.seconds, arguments.every, arguments.seed, arguments.logs)
+    script = conversations(MODEL, NUM_CONVERSATIONS, seed=arguments.seed)
+    return soak(script, arguments.seconds, arguments.every, arguments.seed, arguments.logs)
 
 
 if __name__ == "__main__":

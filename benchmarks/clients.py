@@ -1,4 +1,4 @@
-"""Clients of a swarm for a benchmark: several at once, each generating on its own, and when their tokens came."""
+"""Clients of a benchmark: they generate, alone or at the same time, and note when each token arrived."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Generation:
-    """When a generation began, when each of its tokens came (in seconds), and which they were."""
+    """The start of a generation, the arrival of each token (both in seconds of `perf_counter`), and the tokens."""
 
     began: float
     times: Sequence[float]
@@ -27,16 +27,16 @@ class Generation:
         return self.times[0] - self.began
 
     def gaps(self) -> list[tuple[float, float]]:
-        """For each token after the first: when it came, and how long after the one before."""
+        """For each token after the first: its arrival, and the seconds since the token before."""
         return [(later, later - earlier) for earlier, later in itertools.pairwise(self.times)]
 
 
 class TookTooLong(Exception):
-    """A generation was ended because its time was over."""
+    """A generation was stopped at its deadline."""
 
 
 class _Clock:
-    """A streamer that keeps nothing but the time. The first call brings the prompt."""
+    """A streamer that notes the time of each token. The first call has the prompt."""
 
     def __init__(self, deadline: float, came: Callable[[int], None] | None) -> None:
         self.times: list[float] = []
@@ -66,7 +66,7 @@ def generate(
     came: Callable[[int], None] | None = None,
     **options: Any,
 ) -> Generation:
-    """Greedy decoding of one prompt [1, T]. `came` is told how many tokens have come, whenever one has.
+    """Greedy decoding of one prompt [1, T]. After each token, `came` is called with the number of tokens so far.
 
     Raises `TookTooLong` at the first token after the `deadline`, a time of `perf_counter`.
     """
@@ -85,7 +85,7 @@ def generate(
 
 
 def generate_together(model: Any, prompts: Sequence[torch.Tensor], num_tokens: int) -> list[Generation]:
-    """Each prompt by a client of its own, all at the same time."""
+    """Generate from all prompts at the same time, each in a thread of its own."""
     generations: list[Generation | None] = [None] * len(prompts)
 
     def run(index: int) -> None:
@@ -100,7 +100,7 @@ def generate_together(model: Any, prompts: Sequence[torch.Tensor], num_tokens: i
 
 
 def decoding_speed(generations: Sequence[Generation]) -> float:
-    """Tokens per second of all, while all of them decode."""
+    """Tokens per second of all generations together, while all of them decode."""
     start = max(generation.times[0] for generation in generations)
     end = min(generation.times[-1] for generation in generations)
     num_tokens = sum(start < time <= end for generation in generations for time in generation.times)
@@ -108,7 +108,7 @@ def decoding_speed(generations: Sequence[Generation]) -> float:
 
 
 def local_batch_speed(model: Any, prompts: torch.Tensor, num_tokens: int) -> float:
-    """Tokens per second of plain Transformers that decodes the prompts [B, T] as one batch, after their first token."""
+    """Tokens per second after the first, of plain Transformers that decodes the prompts [B, T] as one batch."""
     seconds = []
     for new in (1, num_tokens + 1):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What clients say in a soak, and what they have to be answered: the tokens of plain Transformers on one machine."""
+"""Conversations of a soak test, with the expected answers: the tokens of plain Transformers on one machine."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ import torch
 import transformers
 
 NEAR_TIE = 1e-3
-"""Two logits that are closer may change places when others are computed in the same pass."""
+"""Two logits that are closer than this may swap places when the pass also has other tokens."""
 VOCABULARY = range(3, 1000)
 COMMON = tuple(range(10, 42))
-"""Half of the conversations begin with it."""
+"""Half of the conversations begin with this prefix."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a client says, and the tokens that have to follow."""
+    """The tokens that a client sends, and the expected answer."""
 
-    said: tuple[int, ...]
+    prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
-SessionStream = tuple[Turn, ...]
+Conversation = tuple[Turn, ...]
 
 
-def conversations(model: Path, count: int, *, seed: int) -> list[SessionStream]:
-    """So many of one to four turns, with first prompts of 1 to 250 tokens, answered greedily in float32.
+def conversations(model: Path, count: int, *, seed: int) -> list[Conversation]:
+    """`count` conversations of one to four turns, with first prompts of 1 to 250 tokens and greedy answers in float32.
 
-    Where the model hesitates between two tokens, a conversation is left out: what rounding decides proves nothing.
+    A conversation with a near tie between two tokens is left out, because rounding would decide it.
     """
     chance = random.Random(seed)
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
-    found: list[SessionStream] = []
+    found: list[Conversation] = []
     while len(found) < count:
         turns = tuple(_turns(whole, chance))
         if all(turn.answer for turn in turns):
@@ -50,15 +50,15 @@ def _turns(whole: Any, chance: random.Random) -> Iterator[Turn]:
     for index in range(chance.choice((1, 1, 2, 3, 4))):
         common = COMMON if index == 0 and chance.random() < 0.5 else ()
         longest = chance.choice((1, 16, 60, 250)) if index == 0 else 12
-        said = (*common, *(chance.choice(VOCABULARY) for _ in range(chance.randint(1, longest))))
-        past += said
+        prompt = (*common, *(chance.choice(VOCABULARY) for _ in range(chance.randint(1, longest))))
+        past += prompt
         answer = _answer(whole, past, chance.randint(4, 48))
         past += answer
-        yield Turn(said, tuple(answer))
+        yield Turn(prompt, tuple(answer))
 
 
 def _answer(whole: Any, past: list[int], num_tokens: int) -> list[int]:
-    """So many tokens; none if one of them is a near tie."""
+    """The next `num_tokens` tokens; empty if one of them is a near tie."""
     prompt = torch.tensor([past])
     output = whole.generate(
         prompt,
@@ -76,12 +76,12 @@ def _answer(whole: Any, past: list[int], num_tokens: int) -> list[int]:
     return answer
 
 
-def write_conversations(path: Path, talks: Sequence[SessionStream]) -> None:
-    path.write_text(json.dumps([[asdict(turn) for turn in turns] for turns in talks]))
+def write_conversations(path: Path, script: Sequence[Conversation]) -> None:
+    path.write_text(json.dumps([[asdict(turn) for turn in turns] for turns in script]))
 
 
-def read_conversations(path: Path) -> list[SessionStream]:
+def read_conversations(path: Path) -> list[Conversation]:
     return [
-        tuple(Turn(tuple(turn["said"]), tuple(turn["answer"])) for turn in turns)
+        tuple(Turn(tuple(turn["prompt"]), tuple(turn["answer"])) for turn in turns)
         for turns in json.loads(path.read_text())
     ]

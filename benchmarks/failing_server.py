@@ -1,11 +1,11 @@
-"""A server that fails by chance: it serves as `shoal serve` does, and now and then loses all that it knows.
+"""A server that fails at random: it serves like `shoal serve`, and sometimes loses all of its state.
 
-    python benchmarks/failing_server.py MODEL --blocks 0:4 [--initial-peers ADDRESS] [--threads 1]
+    python -m benchmarks.failing_server MODEL --blocks 0:4 [--initial-peers ADDRESS] [--threads 1]
 
-Each time that it is to compute a step of a session, or a single pass, it draws; with the probability that it was told,
-it does not compute it but forgets all sessions and all pages that it knows by name, closes all of its streams, and
-serves on. It says on stdout where it is, then waits for lines on stdin, `{"rate": 0.01, "seed": 1}`: it forgets, goes
-on with that rate, and answers how often it has failed since the last such line. It ends with its stdin.
+Before each step of a session, and before each forward pass, it draws a random number. With the given probability it
+fails: it forgets all sessions and all cached prefixes, closes all of its streams, and goes on serving. It prints its
+address to stdout, then reads lines such as `{"rate": 0.01, "seed": 1}` from stdin. For each line it forgets everything,
+sets the rate, and prints how often it has failed since the line before. It ends when stdin ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from shoal.spans import Span
 
 
 class BreakableTransport:
-    """A transport whose streams can all be closed at once, those that it opened and those that it accepted."""
+    """A transport that can close all of its streams together, those that it opened and those that it accepted."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -67,7 +67,7 @@ class BreakableTransport:
 
 
 class Amnesia:
-    """Makes an engine draw before each computation that is asked of it."""
+    """Makes an engine fail at random before a computation."""
 
     def __init__(self, engine: Any, transport: BreakableTransport) -> None:
         self.rate = 0.0
@@ -83,13 +83,13 @@ class Amnesia:
                 self.num_failures += 1
                 await self._transport.break_all()
                 self._engine.forget()
-                raise StreamBroken("it has forgotten everything")
+                raise StreamBroken("the server has lost its state")
             return await compute(*args, **options)
 
         return draw
 
     def obey(self, command: dict[str, Any]) -> int:
-        """Start afresh, with another rate; returns the number of failures until now."""
+        """Forget everything and set the rate. Returns the number of failures since the last command."""
         num_failures, self.num_failures = self.num_failures, 0
         self.rate = float(command["rate"])
         self.chance.seed(f"{command['seed']} {self._transport.peer}")
@@ -104,8 +104,8 @@ async def run(config: ServerConfig, peers: Sequence[str]) -> None:
         async with serve(config, replace(node, transport=transport)) as server:
             amnesia = Amnesia(server.engine, transport)
             say({"peer": server.info.peer, "address": server.info.addresses[0]})
-            while in_flight := await asyncio.to_thread(sys.stdin.readline):
-                say({"failures": amnesia.obey(json.loads(in_flight))})
+            while line := await asyncio.to_thread(sys.stdin.readline):
+                say({"failures": amnesia.obey(json.loads(line))})
 
 
 def say(what: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--cache-tokens", type=int, default=8192)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)  # of the event loop's thread
+    torch.set_num_threads(1)  # of the event loop's thread; the compute thread has its own
     config = ServerConfig(
         model=arguments.model,
         blocks=arguments.blocks,

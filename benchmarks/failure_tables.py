@@ -1,4 +1,4 @@
-"""The tables of `failures.py`."""
+"""The tables that `failures.py` prints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GOALS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One generation: None for the speed of one that did not finish, and for tokens that are not to be compared."""
+    """One generation. `speed` is in tokens/s, and None if it did not finish. `same_tokens` is None if not compared."""
 
     mode: str
     num_tokens: int
@@ -30,7 +30,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Gap:
-    """What a client noticed of a server that was killed, in seconds, and what a step took it otherwise."""
+    """The longest gap between two tokens after a server was killed, and the median step before that, in seconds."""
 
     mode: str
     seconds: float
@@ -38,15 +38,13 @@ class Gap:
 
 
 def median_of(values: Sequence[float | None]) -> float | None:
-    """None if there is none among them, or one that did not finish."""
+    """The median; None if there are no values, or if a run did not finish."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known and len(known) == len(values) else None
 
 
 def print_runs(runs: Sequence[Run]) -> None:
-    print(
-        "| mode | tokens | p | tokens/s | of p = 0 | goal | expected tokens/s | failures | runs with the same tokens |"
-    )
+    print("| mode | tokens | p | tokens/s | ratio to p = 0 | goal | expected tokens/s | failures | same tokens |")
     print("|---|---|---|---|---|---|---|---|---|")
     keys = list(dict.fromkeys((run.num_tokens, MODES.index(run.mode), run.rate) for run in runs))
     for num_tokens, mode, rate in sorted(keys):

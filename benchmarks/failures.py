@@ -1,29 +1,31 @@
-"""How fast a client decodes through servers that fail, against the same chain without failures.
+"""The speed of decoding through servers that fail, compared with the same servers without failures.
 
-    python benchmarks/failures.py [--tokens 128 1024] [--window N] [--rates 1e-3 1e-2 1e-1] [--rounds 1] [--cap 30]
+    python -m benchmarks.failures [--tokens 128 1024] [--window N] [--rates 1e-3 1e-2 1e-1] [--rounds 1] [--cap 30]
         [--modes ours standby restarting no-caches] [--kills 8] [--threads 1] [--quick] [--json]
 
-The reference model in bf16, four stages of four blocks with two servers each, one client: nine processes on this
-machine, of `--threads` each. With `--quick` it is the bundled model in float32, in which no failure may change a token:
-status 1 if one does. Each server draws for itself, before each step, whether it fails (`failing_server.py`).
+The model is the reference model in bf16, in four stages of four blocks with two servers each. With one client that is
+nine processes on this machine, with `--threads` threads each. With `--quick` it is the bundled model in float32, where
+no failure may change a token; the exit status is 1 if one does. Before each step, each server draws at random whether
+it fails (`failing_server.py`).
 
-* ours: a failed server is replaced, and what it was sent is replayed. With `standby`, a second server is kept warm.
-* restarting: the client has no retry loop; when a server fails, it begins with the first token again.
-* no-caches: each token is a forward pass over all tokens so far; when a server fails, that pass is done again.
+* ours: a failed server is replaced, and its inputs are replayed.
+* standby: the same, with a second server of each stage kept warm.
+* restarting: the client has no retry loop. When a server fails, it starts again from the first token.
+* no-caches: each token is a forward pass over all tokens so far. When a server fails, the pass is repeated.
 
-The last two are the baselines of the paper (arXiv 2312.08361, table 1). They get `--cap` seconds; whoever has not got
-to the end by then "did not finish". What they were to expect is computed from measured steps: with q = 1 - (1 - p)^4
-for a step in which any stage fails, restarting takes ((1 - q)^-N - 1) / q steps for N tokens, and a pass without caches
-is done 1 / (1 - q) times. Speeds are tokens per second of the whole generation; ratios are those to ours without
-failures, of the same round.
+The last two are the baselines of the paper (arXiv 2312.08361, table 1). A baseline that is not done after `--cap`
+seconds "did not finish". Its expected speed is computed from measured steps. Let q = 1 - (1 - p)^4 be the probability
+that a stage fails in a step. Then restarting takes ((1 - q)^-N - 1) / q steps for N tokens, and a pass without caches
+is computed 1 / (1 - q) times. Speeds are tokens per second of the whole generation. Ratios compare with ours without
+failures, in the same round.
 
-A run of everything generates some 22,000 tokens, beside the baselines: half an hour at 12 tokens per second. With
-`--window N`, of a generation that is longer than N only the N tokens in its middle are made, behind a prompt of as many
-as come before them: what a failure costs grows evenly with the place, so that its mean is that of the whole generation.
-Baselines are then computed only.
+A full run generates about 22,000 tokens besides the baselines: half an hour at 12 tokens per second. With `--window N`,
+only the N tokens in the middle of a longer generation are computed, after a prompt of as many tokens as come before
+them. The cost of a failure grows linearly with its position, so the mean is that of the whole generation. Baselines are
+then not run; only their expected speeds are printed.
 
-At the end, a server that is in use is killed (SIGKILL) with 1,024 tokens in the session, `--kills` times: the longest
-gap between two tokens then, in steps.
+At the end, a server in use is killed (SIGKILL) with 1,024 tokens in the session, `--kills` times. The result is the
+longest gap between two tokens, in steps.
 """
 
 from __future__ import annotations
@@ -46,24 +48,28 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from baselines import expected_restarting, expected_without_caches, restarting, without_caches, without_retries
-from clients import Generation, TookTooLong, generate
-from failure_tables import MODES, Gap, Run, print_gaps, print_runs
-from machine import describe_machine
-from reference import reference_model
-from stages import FailingServer, Stages, stages_of
-
 import shoal
+from benchmarks.baselines import (
+    expected_restarting,
+    expected_without_caches,
+    restarting,
+    without_caches,
+    without_retries,
+)
+from benchmarks.clients import Generation, TookTooLong, generate
+from benchmarks.failure_tables import MODES, Gap, Run, print_gaps, print_runs
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
+from benchmarks.stages import FailingServer, Stages, stages_of
 from shoal import AutoDistributedModelForCausalLM
 
 QUICK_MODEL = Path(shoal.__file__).parent / "bundled" / "stories"
 NUM_STAGES = 4
-PROMPT_TOKENS = 8  # less than a page, so that no server knows a prompt
+PROMPT_TOKENS = 8  # less than a page, so that no server has cached the prompt
 TOKENS_PER_ROUND = 512
-"""Short generations are repeated until they have so many tokens together: at low rates, few of them meet a failure."""
-LONGEST_SECONDS = 900.0
-"""For ours, which always gets to the end; if it does not, that should be seen."""
+"""Short generations are repeated until they have this many tokens, since at low rates few of them meet a failure."""
+MAX_SECONDS = 900.0
+"""The limit for ours, which always finishes. A run that reaches it is reported as not finished."""
 
 
 class Bench:
@@ -106,10 +112,10 @@ class Bench:
     def _prompt(self, seed: int, num_tokens: int) -> torch.Tensor:
         return torch.randint(3, self._vocabulary, (1, num_tokens), generator=torch.Generator().manual_seed(seed))
 
-    # -- failures that are drawn --------------------------------------------------------------------------------------
+    # -- random failures ---------------------------------------------------------------------------------------------
 
     def runs(self, lengths: Sequence[int], rates: Sequence[float], rounds: int) -> Iterator[Run]:
-        """All runs, each length and round beginning with ours without failures."""
+        """All runs. Each length and round begins with ours without failures."""
         for num_tokens in lengths:
             repeats = max(1, TOKENS_PER_ROUND // num_tokens)
             for index in range(rounds * repeats):
@@ -124,21 +130,21 @@ class Bench:
                         yield from self._baseline(mode, num_tokens, rates, index, undisturbed)
 
     def _timed(self, mode: str, num_tokens: int, rate: float, seed: int) -> tuple[float, Generation | None, int]:
-        """Seconds, the generation if it got to its end, and how often a server failed."""
+        """The seconds, the generation (None if it did not finish), and the number of failures."""
         self._stages.fail_at(rate, seed)
         began = time.perf_counter()
         generation = None
         with contextlib.suppress(TookTooLong):
-            deadline = began + LONGEST_SECONDS
+            deadline = began + MAX_SECONDS
             num_prompt, num_new = self._part_of(num_tokens)
             generation = generate(self._clients[mode], self._prompt(seed, num_prompt), num_new, deadline=deadline)
         seconds = time.perf_counter() - began
-        if generation is not None and num_new < num_tokens:  # the prompt is none of it
+        if generation is not None and num_new < num_tokens:  # scale the window to the whole generation
             seconds = (generation.times[-1] - generation.times[0]) * num_tokens / (num_new - 1)
         return seconds, generation, self._stages.fail_at(0.0, seed)
 
     def _part_of(self, num_tokens: int) -> tuple[int, int]:
-        """How long a prompt and how many new tokens stand for a generation of so many."""
+        """The numbers of prompt tokens and new tokens that stand for a generation of `num_tokens`."""
         if self._window is None or num_tokens <= self._window:
             return PROMPT_TOKENS, num_tokens
         return (num_tokens - self._window) // 2, self._window
@@ -199,10 +205,10 @@ class Bench:
                 None,
             )
 
-    # -- servers that are killed --------------------------------------------------------------------------------------
+    # -- killed servers ----------------------------------------------------------------------------------------------
 
     def gaps(self, num_kills: int, num_prompt: int, *, before: int = 48, after: int = 16) -> Iterator[Gap]:
-        """Kill a server of each stage in turn, at any moment of a step, with so long a prompt in the session."""
+        """Kill a server of each stage in turn, at a random moment of a step, after a prompt of `num_prompt` tokens."""
         for mode, client in self._clients.items():
             if mode in self._modes:
                 for index in range(num_kills):
@@ -248,9 +254,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cap", type=float, default=30.0, help="seconds for a run of a baseline")
     parser.add_argument("--kills", type=int, default=8)
-    parser.add_argument("--window", type=int, help="of a longer generation, make so many tokens in its middle")
-    parser.add_argument("--threads", type=int, default=1, help="of each server; with all cores they take turns")
-    parser.add_argument("--quick", action="store_true", help="the bundled model, and less of everything")
+    parser.add_argument(
+        "--window", type=int, help="compute only this many tokens, in the middle of a longer generation"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of each server")
+    parser.add_argument("--quick", action="store_true", help="use the bundled model and shorter runs")
     parser.add_argument("--json", action="store_true")
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(tokens=[32, 64], rates=[1e-2, 1e-1], cap=10.0, kills=4)

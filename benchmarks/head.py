@@ -1,10 +1,10 @@
-"""What a thin client gains from a server that holds the output head: memory, and the time that it computes itself.
+"""What a client saves if a server computes the output head: memory, and its own computing time.
 
-    python benchmarks/head.py [--tokens 48] [--rounds 3] [--json]
+    python -m benchmarks.head [--tokens 48] [--rounds 3] [--json]
 
-The reference model in bf16, one server of all blocks and the head, on loopback. Every client is a process of its own,
-with one thread, and they take turns. `mapped` is what is resident of files (the weights, and the libraries), `private`
-what is not; `computing` is the processor time that the client itself takes for a token.
+One server on loopback holds all blocks and the head of the reference model in bf16. Each client is a process with one
+thread, and the clients take turns. `mapped` is the resident memory of files (weights and libraries), `private` is the
+other resident memory, and `computing` is the client's own CPU time for a token.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from reference import reference_model
-from swarm import servers
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
+from benchmarks.swarm import servers
 
 PROMPT_TOKENS = 64
 CLIENTS: dict[str, dict[str, Any]] = {
-    "the head here": {},
-    "the head here, in int8": {"head_quantization": "int8"},
-    "the head here, in nf4": {"head_quantization": "nf4"},
-    "the head on the server": {"remote_head": True},
-    "the same, 40 likeliest tokens": {"remote_head": True, "head_top_k": 40},
+    "head on the client": {},
+    "head on the client, int8": {"head_quantization": "int8"},
+    "head on the client, nf4": {"head_quantization": "nf4"},
+    "head on the server": {"remote_head": True},
+    "head on the server, top 40 tokens": {"remote_head": True, "head_top_k": 40},
 }
 
 
@@ -51,7 +50,7 @@ def client(folder: str, address: str, options: dict[str, Any], num_tokens: int) 
         walls.append(time.perf_counter() - start)
         computing.append(time.process_time() - began)
     model.close()
-    status = dict(in_flight.split(":", 1) for in_flight in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     mapped, private = (int(status[field].split()[0]) * 1024 / 1e6 for field in ("RssFile", "RssAnon"))
     return {
         "mapped_mb": mapped,
@@ -74,7 +73,9 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for name, options in CLIENTS.items():
                 task = json.dumps([folder, address, options, arguments.tokens])
-                done = subprocess.run([sys.executable, __file__, "--client", task], check=True, stdout=subprocess.PIPE)
+                done = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.head", "--client", task], check=True, stdout=subprocess.PIPE
+                )
                 runs[name].append(json.loads(done.stdout))
     exact = [name for name, options in CLIENTS.items() if "head_quantization" not in options]
     if len({str(run["tokens"]) for name in exact for run in runs[name]}) != 1:

@@ -1,10 +1,10 @@
-"""What a client keeps so that servers can be replaced: bytes per token and hop, and what that costs.
+"""The cost of a client's history, from which servers are replaced: bytes and time for each token and hop.
 
-    python benchmarks/history.py [--tokens 4096] [--json]
+    python -m benchmarks.history [--tokens 4096] [--json]
 
-Hidden states of the reference model's width, appended one by one as decoding does it, to one hop's history. "limited"
-keeps a tenth in memory and the rest in a file. Process memory is what the whole process grew by, files are what the
-operating system has of them. The settings take turns, each in a process of its own.
+Hidden states as wide as the reference model's are appended one by one to the history of one hop, as decoding does.
+"limited" keeps a tenth in memory and the rest in a file. "process" is the growth of the whole process. Each setting has
+a process of its own.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-
+from benchmarks.machine import describe_machine
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
 from shoal.net.wire.encodings import as_received
@@ -42,15 +39,15 @@ SETTINGS: dict[str, tuple[torch.dtype, Encoding, bool]] = {
 
 
 def tokens(dtype: torch.dtype, count: int) -> Iterator[torch.Tensor]:
-    """Hidden states, each in memory of its own, as they come from a network."""
+    """Hidden states, [1, 1, D], each in memory of its own, as they arrive from a network."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randn(1, 1, HIDDEN_SIZE, generator=generator).to(dtype) for _ in range(count))
 
 
 def measure(setting: str, count: int) -> dict[str, object]:
     dtype, encoding, limited = SETTINGS[setting]
-    whole_bytes = count * HIDDEN_SIZE * dtype.itemsize
-    store = HistoryStore(encoding, memory_bytes=whole_bytes // 10 if limited else None)
+    total_bytes = count * HIDDEN_SIZE * dtype.itemsize
+    store = HistoryStore(encoding, memory_bytes=total_bytes // 10 if limited else None)
     warm = History(HistoryStore(encoding))
     for token in tokens(dtype, 200):
         warm.append(token)
@@ -66,12 +63,12 @@ def measure(setting: str, count: int) -> dict[str, object]:
         seconds.append(time.perf_counter() - start)
     grown = process.memory_info().rss - before
     start = time.perf_counter()
-    kept = history.since(0)
+    stored = history.since(0)
     read_seconds = time.perf_counter() - start
     expected = torch.cat(list(tokens(dtype, count)), dim=1)
     settled = count // 64 * 64
-    if not torch.equal(kept[:, :settled], as_received(expected[:, :settled], encoding)):
-        raise SystemExit("what was kept is not what was appended")
+    if not torch.equal(stored[:, :settled], as_received(expected[:, :settled], encoding)):
+        raise SystemExit("the stored states differ from those that were appended")
     return {
         "setting": setting,
         "memory_bytes_per_token": store.memory_bytes / count,
@@ -94,7 +91,7 @@ def main() -> None:
         return
     results = []
     for setting in SETTINGS:
-        command = [sys.executable, __file__, "--setting", setting, "--tokens", str(arguments.tokens)]
+        command = [sys.executable, "-m", "benchmarks.history", "--setting", setting, "--tokens", str(arguments.tokens)]
         results.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
     if arguments.json:
         print(json.dumps({"machine": describe_machine(), "histories": results}, indent=2))

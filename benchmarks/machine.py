@@ -1,4 +1,4 @@
-"""Names the machine that a result was measured on."""
+"""A description of the machine, for results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def describe_machine() -> str:
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for in_flight in cpuinfo.read_text().splitlines():
-            if in_flight.startswith("model name"):
-                return in_flight.partition(":")[2].strip()
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -1,7 +1,9 @@
-"""How much memory a server of 2 of the reference model's 16 blocks needs, against the whole model.
+"""The memory of a server of 2 of the reference model's 16 blocks, compared with the whole model.
 
-Each is loaded, and computes one pass, in a process of its own; Python and torch count in both. `peak` is the largest
-resident size that the process ever had, `private` what is not shared with the system's file cache at the end.
+    python -m benchmarks.memory
+
+Each process loads one of them and computes one pass. Python and PyTorch count in both. `peak` is the maximum of the
+process's resident memory. `private` is the memory at the end that is not shared with the system's file cache.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from reference import reference_config, reference_model
+from benchmarks.reference import reference_config, reference_model
 
 NUM_TOKENS = 128
 LIMIT = 1 / 3
@@ -46,14 +48,14 @@ def import_only() -> None:
 
 
 def measure(*task: str) -> dict[str, int]:
-    """Peak and private memory, in MB, of a fresh process that does this."""
-    done = subprocess.run([sys.executable, __file__, *task], check=True, stdout=subprocess.PIPE)
+    """Peak and private memory, in MB, of a new process that does this task."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.memory", *task], check=True, stdout=subprocess.PIPE)
     return dict(json.loads(done.stdout))
 
 
 def report() -> None:
-    # Not `resource.getrusage`, whose peak includes that of the process which started this one.
-    status = dict(in_flight.split(":", 1) for in_flight in Path("/proc/self/status").read_text().splitlines())
+    # The peak of `resource.getrusage` would include that of the parent process.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     peak, private = (int(status[field].split()[0]) * 1024 // 10**6 for field in ("VmHWM", "RssAnon"))
     print(json.dumps({"peak": peak, "private": private}))
 
@@ -71,7 +73,7 @@ def main() -> int:
         print(f"{name:32}{row['peak']:8}{row['private']:10}")
     whole, *blocks = [row["peak"] for row in list(rows.values())[1:]]
     ratio = max(blocks) / whole
-    print(f"2 of 16 blocks take {ratio:.2f} of the whole model's peak (limit {LIMIT:.2f})")
+    print(f"the peak of 2 of 16 blocks is {ratio:.2f} of that of the whole model (limit {LIMIT:.2f})")
     return 0 if ratio < LIMIT else 1
 
 
@@ -79,6 +81,9 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case []:
             sys.exit(main())
+        case ["-h" | "--help"]:
+            print(__doc__)
+            sys.exit()
         case ["nothing"]:
             import_only()
         case ["whole", folder]:

@@ -1,17 +1,16 @@
-"""What slow links cost: one client and a chain of four servers, on networks from none to 100 Mbit/s with 100 ms.
+"""The cost of slow networks: one client and four servers, from loopback to 100 Mbit/s with a round trip of 100 ms.
 
-    python benchmarks/networks.py [--quick] [--networks NAME ...] [--contexts 128 2048]
+    python -m benchmarks.networks [--quick] [--networks NAME ...] [--contexts 128 2048]
                                   [--batches 1 64] [--rounds 3] [--no-offload] [--json]
 
-Real servers on this machine, each behind a proxy that shapes its link (docs/testing.md): the reference model in bf16,
-four blocks each. The networks take turns on the same servers; ratios are of the same round, and medians over the
-rounds. Each figure is compared with that of the same servers unshaped, and with the bound: what is left if n + 1 trips
-(client, n servers, client), one after another, are added to the unshaped time, each a delay and the bytes of one
-message. Messages of a forward pass have at most 1,024 tokens; all but the first may travel while others are computed.
-The last row is one machine that reads the blocks from its disk at each step (benchmarks/offload.py), measured before
-the servers start.
+Each server is a process behind a proxy that shapes its link (docs/testing.md), with four blocks of the reference model
+in bf16. The networks take turns on the same servers. Ratios compare figures of the same round; the table has their
+medians. Each figure is compared with the unshaped servers, and with a bound: the unshaped time plus n + 1 trips
+(client, n servers, client), one after another, each with the delay and the bytes of one message. Messages of a forward
+pass have at most 1,024 tokens; all but the first may travel while others are computed. The last row is one machine that
+reads the blocks from its disk at each step (benchmarks/offload.py). It is measured before the servers start.
 
-`--quick` tries the script with the bundled model; its figures say nothing.
+`--quick` only checks that the script runs, with the bundled model.
 """
 
 from __future__ import annotations
@@ -36,11 +35,9 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
-from clients import generate
-from machine import describe_machine
-from reference import reference_model
-
+from benchmarks.clients import generate
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
@@ -85,7 +82,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Load:
-    """Something that is measured: steps of decoding after a context, or forward passes of a batch."""
+    """A workload: decoding steps after a context, or forward passes of a batch."""
 
     kind: str  # "decode" or "forward"
     size: int
@@ -101,13 +98,13 @@ class Load:
 
     @property
     def num_units(self) -> int:
-        """What its speed counts: a step, or the tokens of a pass."""
+        """The units that its speed counts: one step, or the tokens of a pass."""
         return 1 if self.kind == "decode" else self.size * FORWARD_TOKENS
 
 
 @dataclass(frozen=True)
 class Figure:
-    """The median time of a load on a network, in seconds, and how near to others it comes: 1 is as fast."""
+    """The median seconds of a workload on a network, and its ratios to the unshaped network and to the bound."""
 
     network: str
     load: Load
@@ -121,23 +118,23 @@ class Figure:
 
 
 def bound_seconds(unshaped_seconds: float, link: Link, message_bytes: int) -> float:
-    """What a step takes whose messages make n + 1 trips, one after another."""
+    """Seconds of a step whose messages make n + 1 trips, one after another."""
     trip = link.delay_seconds + (message_bytes / link.bytes_per_second if link.bytes_per_second else 0.0)
     return unshaped_seconds + (NUM_STAGES + 1) * trip
 
 
 def decode(model: Any, load: Load, num_steps: int) -> float:
-    """Seconds of a step: the median of a generation."""
+    """Median seconds of a decoding step."""
     chance = torch.Generator().manual_seed(load.size)
     prompt = torch.randint(3, model.config.vocab_size, (1, load.size), generator=chance)
-    # Before the first token the prompt is computed; the second may still wait for what that has left behind.
+    # The first token waits for the prompt, and the second may still wait for its remains.
     _, *gaps = generate(model, prompt, num_steps + 2).gaps()
     return statistics.median(seconds for _, seconds in gaps)
 
 
 @torch.no_grad()
 def forward(model: Any, load: Load) -> float:
-    """Seconds of a pass of a batch through all blocks, without a cache."""
+    """Seconds of a forward pass of a batch through all blocks, without a cache."""
     hidden = torch.randn(load.size, FORWARD_TOKENS, model.config.hidden_size, dtype=model.dtype)
     began = time.perf_counter()
     model.transformer.h(hidden)
@@ -147,7 +144,7 @@ def forward(model: Any, load: Load) -> float:
 def seconds_of(
     swarm: ShapedSwarm, model: Any, networks: Sequence[str], scale: Scale
 ) -> Iterator[tuple[str, Load, float]]:
-    """Everything that is to be measured, in turns; the first round warms up, on the unshaped network only."""
+    """All measurements, in turns. The first round warms up, on the unshaped network only."""
     loads = [Load("decode", each) for each in scale.contexts] + [Load("forward", each) for each in scale.batch_sizes]
     for index in range(scale.rounds + 1):
         for network in networks if index else [UNSHAPED]:
@@ -191,8 +188,8 @@ def measure(networks: Sequence[str], scale: Scale) -> list[Figure]:
 
 
 def offloaded(scale: Scale) -> dict[str, Any]:
-    """In a process of its own, which ends before others map the same files: pages in use are not dropped."""
-    command = [sys.executable, str(Path(__file__).with_name("offload.py")), "--model", str(scale.model), "--json"]
+    """The figures of the disk. Its process ends before servers map the same files, whose pages could not be dropped."""
+    command = [sys.executable, "-m", "benchmarks.offload", "--model", str(scale.model), "--json"]
     command += ["--contexts", *map(str, scale.contexts), "--batches", *map(str, scale.batch_sizes)]
     done: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return done
@@ -203,7 +200,7 @@ def print_table(
 ) -> None:
     of_kind = {(figure.network, figure.load): figure for figure in figures if figure.load.kind == kind}
     loads = sorted({load for _, load in of_kind}, key=lambda load: load.size)
-    columns = [f"{load.title}, {unit} | of unshaped | of the bound" for load in loads]
+    columns = [f"{load.title}, {unit} | ratio to unshaped | ratio to the bound" for load in loads]
     print(f"| {kind} | " + " | ".join(columns) + " |")
     print("|---" * (3 * len(loads) + 1) + "|")
     for network in networks:
@@ -250,7 +247,7 @@ def main() -> None:
     print_table("forward", "tokens/s", networks, figures, disk.get("forward_tokens_per_second", {}))
     if disk:
         print(
-            f"From the disk: {disk['read_bytes'] / 1e9:.2f} GB read for a step, of {disk['weight_bytes'] / 1e9:.2f} GB."
+            f"From the disk: {disk['read_bytes'] / 1e9:.2f} GB read per step, of {disk['weight_bytes'] / 1e9:.2f} GB."
         )
     for each in figures:
         if not arguments.quick and each.network == "100mbit-100ms" and each.load.kind == "decode":

@@ -1,10 +1,9 @@
-"""What one machine does whose memory is too small: Transformers and Accelerate read the blocks from disk at each step.
+"""One machine with too little memory: Transformers and Accelerate read the blocks from its disk at each step.
 
-    python benchmarks/offload.py [--model FOLDER] [--contexts 128] [--steps 5] [--batches 1 64] [--json]
+    python -m benchmarks.offload [--model FOLDER] [--contexts 128] [--steps 5] [--batches 1 64] [--json]
 
-Before every step the files' pages are dropped from the system's cache (POSIX_FADV_DONTNEED, which needs no root); how
-much was then really read is in the result, as the system counts it. A cache below the system, such as a virtual
-machine's host has, cannot be dropped from here.
+Before each step, the files' pages are dropped from the system's cache (POSIX_FADV_DONTNEED, which needs no root). The
+result has the bytes that the system then read. The cache of a virtual machine's host cannot be dropped from here.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,15 +23,14 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from reference import reference_model
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
 
 FORWARD_TOKENS = 128
 
 
-def forget(folder: Path) -> None:
-    """Let the system drop what it has cached of a model's files."""
+def drop_cached_pages(folder: Path) -> None:
+    """Make the system drop the cached pages of a model's files."""
     for path in folder.glob("*.safetensors"):
         file = os.open(path, os.O_RDONLY)
         os.fsync(file)
@@ -42,7 +39,7 @@ def forget(folder: Path) -> None:
 
 
 def open_model(folder: Path, scratch: str) -> Any:
-    """The model, all of whose blocks stay on the disk; what a client of a swarm would hold is in memory."""
+    """The model with its blocks on disk. The parts that a client of a swarm holds are in memory."""
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     decoder = meta.get_decoder()
@@ -54,7 +51,7 @@ def open_model(folder: Path, scratch: str) -> Any:
 
 
 class Measurement:
-    """Runs something from a cold disk, and keeps how long it took and how much it read."""
+    """Runs functions without cached pages, and notes the bytes that were read."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -62,7 +59,7 @@ class Measurement:
         self.read_bytes: list[int] = []
 
     def seconds_of(self, act: Callable[[], Any]) -> float:
-        forget(self._folder)
+        drop_cached_pages(self._folder)
         before, began = psutil.Process().io_counters().read_bytes, time.perf_counter()
         act()
         seconds = time.perf_counter() - began
@@ -75,7 +72,7 @@ class Measurement:
 
 @torch.no_grad()
 def decode(model: Any, context: int, num_steps: int, measurement: Measurement) -> float:
-    """Decoding steps per second, after a prompt of so many tokens: the median."""
+    """Decoding steps per second after a prompt of `context` tokens; the median."""
     prompt = torch.randint(3, model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
     seen = model(prompt, use_cache=True, logits_to_keep=1)
 
@@ -120,7 +117,7 @@ def main() -> None:
         print(json.dumps(result, indent=2))
         return
     print(f"{describe_machine()}\n")
-    print(f"{result['read_bytes'] / 1e9:.2f} GB read for a step, of {result['weight_bytes'] / 1e9:.2f} GB of weights")
+    print(f"{result['read_bytes'] / 1e9:.2f} GB read per step, of {result['weight_bytes'] / 1e9:.2f} GB of weights")
     for context, speed in result["steps_per_second"].items():
         print(f"context {context}: {speed:.3g} steps/s")
     for batch_size, speed in result["forward_tokens_per_second"].items():

@@ -1,6 +1,8 @@
 """The reference model of all benchmarks: Llama's architecture, random weights, 1.10 B parameters in bf16.
 
-Run as a script, it makes the model and prints its folder.
+    python -m benchmarks.reference [FOLDER]
+
+makes the model, if it is not there, and prints its folder.
 """
 
 from __future__ import annotations
@@ -34,14 +36,14 @@ def reference_config(num_blocks: int = NUM_BLOCKS) -> LlamaConfig:
 
 
 def default_folder() -> Path:
-    """`SHOAL_REFERENCE_MODEL`, or a folder among the temporary ones: 2.2 GB."""
+    """`SHOAL_REFERENCE_MODEL`, or a folder among the temporary files. The model takes 2.2 GB."""
     return Path(os.environ.get("SHOAL_REFERENCE_MODEL") or Path(tempfile.gettempdir()) / "shoal-reference-model")
 
 
 def reference_model(folder: Path | None = None, *, num_blocks: int = NUM_BLOCKS) -> Path:
-    """The folder of the reference model; it is made there unless it is there already. The seed is fixed.
+    """The folder of the reference model. Makes the model if it is not there; the seed is fixed.
 
-    One with fewer blocks, for trials, has a folder of its own.
+    A model with fewer blocks, for trials, has a folder of its own.
     """
     folder = folder or default_folder()
     if num_blocks != NUM_BLOCKS:
@@ -49,7 +51,7 @@ def reference_model(folder: Path | None = None, *, num_blocks: int = NUM_BLOCKS)
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Made next to its place and renamed into it, so that benchmarks that start together see all of it or nothing.
+    # Made beside its place and then renamed, so that benchmarks that start together see all of it or nothing.
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
     try:
         random = torch.Generator().manual_seed(0)
@@ -66,7 +68,7 @@ def reference_model(folder: Path | None = None, *, num_blocks: int = NUM_BLOCKS)
         model.save_pretrained(draft, state_dict=weights, max_shard_size=SHARD_SIZE)
         draft.rename(folder)
     except OSError:
-        if not (folder / "config.json").exists():  # otherwise somebody else was faster
+        if not (folder / "config.json").exists():  # otherwise another process made it first
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -74,4 +76,7 @@ def reference_model(folder: Path | None = None, *, num_blocks: int = NUM_BLOCKS)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit()
     print(reference_model(Path(sys.argv[1]) if len(sys.argv) > 1 else None))

@@ -1,10 +1,11 @@
-"""What choosing routes by evolution gains or loses against the shortest path, in simulated swarms on two continents.
+"""NSGA-II against the shortest path as ways to choose routes, in simulated swarms on two continents.
 
-    python benchmarks/routing.py [--servers 10 100 1000] [--clients 64] [--seeds 3] [--json]
+    python -m benchmarks.routing [--servers 10 100 1000] [--clients 64] [--seeds 3] [--json]
 
-For each chooser: the step of a client who is alone, as it really is, against that of somebody who knows every link; all
-tokens per second of many clients who choose at once, from the same picture, and of as many who come in eight waves and
-see the queues of those before; the slowest twentieth of their steps; and the processor time that choosing takes.
+The table has for each chooser: the true step time of a client that is alone, and its ratio to that of a client that
+knows every link; the tokens per second of many clients that choose at the same time, from the same view; the same
+for clients that arrive in eight waves and see the queues of the waves before; the 95th percentiles of their step times;
+and the CPU time of a choice.
 """
 
 from __future__ import annotations
@@ -19,12 +20,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from simulated import Place, Simulated, Traffic
-
+from benchmarks.machine import describe_machine
+from benchmarks.simulated import Place, Simulated, Traffic
 from shoal.peers import short
 from shoal.policy.routing.route import Chooser, Hop, Measured, Needs, choose_route
 from shoal.policy.view import SwarmView
@@ -45,7 +43,7 @@ def by(chooser: Chooser) -> Choose:
 
 
 def by_chance(view: SwarmView, known: Measured, seed: int) -> tuple[Hop, ...]:
-    """Any server that holds the next block, as far as it goes."""
+    """A random route: any server that holds the next block, up to its last block."""
     chance, hops, block = random.Random(seed), list[Hop](), 0
     while block < view.num_blocks:
         server = chance.choice([server for server in view.servers if block in server.span])
@@ -57,8 +55,8 @@ def by_chance(view: SwarmView, known: Measured, seed: int) -> tuple[Hop, ...]:
 CHOOSERS: dict[str, Choose] = {"shortest": by("shortest"), "nsga2": by("nsga2"), "chance": by_chance}
 
 
-def knowing_all(swarm: Simulated) -> SwarmView:
-    """The same swarm, in which every link is announced."""
+def with_all_links(swarm: Simulated) -> SwarmView:
+    """The view of the same swarm in which every link is announced."""
     view, places = swarm.view, swarm.places
     links = {
         one: tuple((short(other), places[one].round_trip(places[other])) for other in places if other != one)
@@ -68,14 +66,14 @@ def knowing_all(swarm: Simulated) -> SwarmView:
 
 
 def shuffled(view: SwarmView, seed: int) -> SwarmView:
-    """As each client has it."""
+    """The view with its servers in another order, as each client has its own."""
     servers = list(view.servers)
     random.Random(seed).shuffle(servers)
     return replace(view, servers=tuple(servers))
 
 
 def alone(swarm: Simulated, choose: Choose, clients: list[Place]) -> tuple[float, float]:
-    """The step of a client that is alone, and the time of choosing; medians."""
+    """The step of a client that is alone, and the CPU time of its choice; medians, in seconds."""
     steps, seconds = [], []
     for index, place in enumerate(clients):
         view, known = shuffled(swarm.view, index), swarm.measured_from(place)
@@ -87,7 +85,7 @@ def alone(swarm: Simulated, choose: Choose, clients: list[Place]) -> tuple[float
 
 
 def together(swarm: Simulated, choose: Choose, clients: list[Place], *, waves: int) -> tuple[float, float]:
-    """Tokens per second of all, and the slowest twentieth of their steps."""
+    """Tokens per second of all clients, and the 95th percentile of their steps, in seconds."""
     traffic, queues = Traffic(swarm), Counter[str]()
     for wave in range(waves):
         servers = (replace(server, queue_length=queues[server.peer]) for server in swarm.view.servers)
@@ -105,7 +103,7 @@ def measure(num_servers: int, num_clients: int, num_seeds: int) -> list[dict[str
         swarm = Simulated.of(num_servers, NUM_BLOCKS.get(num_servers, 32), seed=seed)
         chance = random.Random(1000 + seed)
         clients = [Place.anywhere(chance) for _ in range(num_clients)]
-        best, _ = alone(replace(swarm, view=knowing_all(swarm)), CHOOSERS["shortest"], clients[:8])
+        best, _ = alone(replace(swarm, view=with_all_links(swarm)), CHOOSERS["shortest"], clients[:8])
         for name, choose in CHOOSERS.items():
             step, seconds = alone(swarm, choose, clients[:8])
             at_once = together(swarm, choose, clients, waves=1)
@@ -134,7 +132,7 @@ def main() -> None:
         return
     print(f"{describe_machine()}; load before: {load:.1f}\n")
     print(
-        "| servers | chooser | step, ms | of the best | at once, tokens/s | 95 %, ms "
+        "| servers | chooser | step, ms | ratio to the best | at once, tokens/s | 95 %, ms "
         "| in waves, tokens/s | 95 %, ms | to choose, ms |"
     )
     print("|---|---|---|---|---|---|---|---|---|")

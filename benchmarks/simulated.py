@@ -1,4 +1,4 @@
-"""A swarm that exists on paper: servers on two continents, what they announce, and what it is like to use them."""
+"""A simulated swarm: servers on two continents, their announcements, and the time of steps through them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
 OCEAN = 0.09
-"""Seconds of a round trip between the continents; within one it takes 2 to 30 ms."""
+"""Seconds that a round trip between the continents adds. Within a continent it takes 2 to 30 ms."""
 PREFILL = 30
-"""Tokens of many sequences that a server computes in the time of one (`docs/performance.md`)."""
+"""How many tokens of a prompt a server computes in the time of one decoded token (`docs/performance.md`)."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Somewhere on one of two continents."""
+    """A place on one of two continents."""
 
     continent: int
     x: float
@@ -42,21 +42,21 @@ class Place:
 
 @dataclass(frozen=True)
 class Simulated:
-    """A swarm, and where everybody is."""
+    """A swarm, and the place of each server."""
 
     view: SwarmView
     places: dict[str, Place]
 
     @classmethod
     def of(cls, num_servers: int, num_blocks: int, *, seed: int) -> Simulated:
-        """Servers join one after another where the swarm is weakest, and announce their nearest neighbours."""
+        """Servers join one after another where the swarm is weakest, and announce their nearest neighbors."""
         chance = random.Random(seed)
         places = {f"server{index:06d}": Place.anywhere(chance) for index in range(num_servers)}
         throughput, servers = [0.0] * num_blocks, list[ServerInfo]()
         for peer in places:
             largest = max(2, num_blocks // 4)
             span = choose_span(throughput, num_blocks=chance.randint(max(1, largest // 4), largest))
-            speed = chance.lognormvariate(math.log(400), 0.7) / len(span)  # of a block: 400 tokens/s, or half, or twice
+            speed = chance.lognormvariate(math.log(400), 0.7) / len(span)  # the median is 400 tokens/s for one block
             for block in span:
                 throughput[block] += speed
             servers.append(_server(peer, span, speed))
@@ -64,11 +64,11 @@ class Simulated:
         return cls(SwarmView(num_blocks, tuple(known)), places)
 
     def measured_from(self, place: Place) -> Measured:
-        """What a client there knows."""
+        """The round trips that a client there has measured."""
         return Measured({peer: place.round_trip(other) for peer, other in self.places.items()})
 
     def step_seconds(self, hops: Sequence[Hop], client: Place) -> float:
-        """What a step takes on a route when nobody else is there."""
+        """Seconds of a step on a route without other clients."""
         stops = [client, *(self.places[hop.server.peer] for hop in hops), client]
         network = sum(one.round_trip(other) / 2 for one, other in itertools.pairwise(stops))
         return network + sum(pass_seconds(hop, 1) for hop in hops)
@@ -96,23 +96,23 @@ def _nearest(server: ServerInfo, servers: Sequence[ServerInfo], places: dict[str
 
 
 def pass_seconds(hop: Hop, num_tokens: int) -> float:
-    """What a server takes for the tokens of so many sessions together."""
+    """Seconds of a pass with one token of each of `num_tokens` sessions."""
     server = hop.server
     return max(1 / server.decode_speed, num_tokens / server.prefill_speed) * len(hop.span) / len(server.span)
 
 
 @dataclass
 class Traffic:
-    """Clients that decode without a pause: what each of them and every server does, event by event.
+    """Clients that decode without a pause, simulated event by event.
 
-    A server computes everybody who waits in one pass.
+    A server computes all waiting clients in one pass.
     """
 
     swarm: Simulated
     clients: list[tuple[Place, tuple[Hop, ...]]] = field(default_factory=list)
 
     def run(self, seconds: float) -> tuple[float, list[float], Counter[str]]:
-        """Tokens per second of all, the seconds of each step, and how many wait at each server on the average."""
+        """Tokens per second of all clients, the seconds of each step, and the mean queue length of each server."""
         waiting: dict[str, list[tuple[int, int]]] = {}
         busy: set[str] = set()
         began = [0.0] * len(self.clients)
@@ -122,7 +122,7 @@ class Traffic:
         events: list[tuple[float, int, str, list[tuple[int, int]]]] = []
 
         def travel(now: float, client: int, hop: int) -> None:
-            """On to the next server, or home."""
+            """Send a step to the next server, or back to the client."""
             place, hops = self.clients[client]
             one = self.swarm.places[hops[hop - 1].server.peer] if hop else place
             other = self.swarm.places[hops[hop].server.peer] if hop < len(hops) else place
@@ -138,16 +138,16 @@ class Traffic:
         for client in range(len(self.clients)):
             travel(0.0, client, 0)
         while events and events[0][0] < seconds:
-            now, _, kind, who = heapq.heappop(events)
+            now, _, kind, members = heapq.heappop(events)
             if kind == "done":
-                peer = self.clients[who[0][0]][1][who[0][1]].server.peer
+                peer = self.clients[members[0][0]][1][members[0][1]].server.peer
                 busy.discard(peer)
-                for client, hop in who:
+                for client, hop in members:
                     travel(now, client, hop + 1)
                 if peer in waiting:
                     begin(now, peer)
                 continue
-            ((client, hop),) = who
+            ((client, hop),) = members
             hops = self.clients[client][1]
             if hop == len(hops):
                 steps.append(now - began[client])

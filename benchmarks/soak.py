@@ -1,12 +1,12 @@
-"""A small swarm under clients that come, use it, and are killed in the middle of it: does it wear out?
+"""Soak test of a small swarm: clients come, use it and are killed. Its memory and speed have to stay the same.
 
-    python benchmarks/soak.py [--seconds 300] [--clients 64] [--servers 2] [--cache-tokens 16384]
+    python -m benchmarks.soak [--seconds 300] [--clients 64] [--servers 2] [--cache-tokens 16384]
 
-Servers are processes of their own on loopback. The clients are threads of four processes, each of which is killed and
-replaced again and again, so that sessions are closed, left without a word, and cut off by a dead client. A probe of its
-own measures what a token takes before and after. Ends with status 1 if a server's memory grows by more than
-`MOST_GROWTH` from the first third of the time to the end, if the probe takes more than `MOST_SLOWDOWN` times as long as
-before, if it gets other tokens, or if pages of the cache are missing once all clients are gone.
+Each server is a process on loopback. The clients are threads of four processes, which are killed and replaced again and
+again. So some sessions are closed, some are abandoned, and some end with their client. A separate client measures the
+time of a token before and after. The exit status is 1 if a server's memory grows by more than `MAX_GROWTH` bytes from
+the first third of the time to the end, if a token takes more than `MAX_SLOWDOWN` times as long as before, if the tokens
+differ, or if pages of the cache are missing after all clients have ended.
 """
 
 from __future__ import annotations
@@ -28,20 +28,18 @@ import psutil
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from swarm import servers
-
 import shoal
+from benchmarks.machine import describe_machine
+from benchmarks.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
 
 MODEL = Path(shoal.__file__).parent / "bundled" / "stories"
 NUM_BLOCKS = 12
 NUM_PROCESSES = 4
-MOST_GROWTH = 64 << 20
-MOST_SLOWDOWN = 1.5
+MAX_GROWTH = 64 << 20
+MAX_SLOWDOWN = 1.5
 IDLE_SECONDS = 60
-"""So long after the last client the servers must have announced that their caches are empty."""
+"""The servers must announce an empty cache within this time after the last client."""
 
 
 def open_model(address: str) -> Any:
@@ -49,13 +47,13 @@ def open_model(address: str) -> Any:
 
 
 def a_prompt(chance: random.Random) -> torch.Tensor:
-    """Half of the prompts begin as others do."""
+    """A random prompt. Half of the prompts begin with the same prefix."""
     common = list(range(10, 42)) if chance.random() < 0.5 else []
     return torch.tensor([common + [chance.randrange(3, 60) for _ in range(chance.randrange(1, 40))]])
 
 
 def use(model: Any, chance: random.Random, abandoned: deque[Any]) -> None:
-    """Open a session, generate some, and close it or leave it as it is."""
+    """Open a session, generate in it, and close or abandon it."""
     session = model.inference_session(max_length=128)
     try:
         model.generate(a_prompt(chance), max_new_tokens=chance.randrange(1, 24), session=session)
@@ -70,23 +68,31 @@ def use(model: Any, chance: random.Random, abandoned: deque[Any]) -> None:
 
 
 def work(address: str, num_clients: int) -> None:
-    """What each of the processes does until it is killed."""
+    """Run clients until the process is killed."""
     model = open_model(address)
 
-    def come_and_go(seed: int) -> None:
+    def use_forever(seed: int) -> None:
         chance = random.Random(f"{seed} {time.time()}")
         abandoned = deque[Any](maxlen=2)
         while True:
             use(model, chance, abandoned)
 
     for seed in range(num_clients):
-        threading.Thread(target=come_and_go, args=(seed,), daemon=True).start()
+        threading.Thread(target=use_forever, args=(seed,), daemon=True).start()
     threading.Event().wait()
 
 
-def crowd(address: str, num_clients: int, seconds: float) -> Iterator[float]:
-    """Keep the processes coming and going; yields the time every few seconds."""
-    command = [sys.executable, __file__, "--work", address, "--clients", str(num_clients // NUM_PROCESSES)]
+def run_clients(address: str, num_clients: int, seconds: float) -> Iterator[float]:
+    """Run the client processes, and replace one every 25 s. Yields the seconds that have passed, every 5 s."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.soak",
+        "--work",
+        address,
+        "--clients",
+        str(num_clients // NUM_PROCESSES),
+    ]
     processes = [subprocess.Popen(command) for _ in range(NUM_PROCESSES)]
     start = time.monotonic()
     try:
@@ -107,7 +113,7 @@ def crowd(address: str, num_clients: int, seconds: float) -> Iterator[float]:
 
 
 def probe(model: Any) -> tuple[float, list[int]]:
-    """What a token takes, in milliseconds, with nobody else there; and the tokens."""
+    """The median time of a token without other clients, in ms, and the tokens."""
     prompt, seconds = torch.tensor([list(range(5, 25))]), []
     for _ in range(7):
         start = time.perf_counter()
@@ -121,7 +127,7 @@ def server_processes() -> list[psutil.Process]:
 
 
 def tokens_left(model: Any) -> list[int]:
-    """What each server announces that it has room for."""
+    """The free cache tokens that each server announces."""
     blocks = model.transformer.h
     directory = blocks._swarm._node.directory
     return [server.cache_tokens_left for server in blocks._runtime.run(directory.servers(blocks._swarm.model))]
@@ -148,8 +154,8 @@ def main() -> int:
         model = open_model(address)
         probe(model)
         before, expected = probe(model)
-        print(f"probe before: {before:.1f} ms a token\n  time   RSS MiB  threads  files  room announced")
-        for passed in crowd(address, arguments.clients, arguments.seconds):
+        print(f"probe before: {before:.1f} ms a token\n  time   RSS MiB  threads  files  free cache tokens")
+        for passed in run_clients(address, arguments.clients, arguments.seconds):
             processes = server_processes()
             memory.append((passed, max(process.memory_info().rss for process in processes)))
             print(
@@ -167,11 +173,11 @@ def main() -> int:
 
     settled = max(rss for passed, rss in memory if passed <= max(arguments.seconds / 3, memory[0][0]))
     growth = memory[-1][1] - settled
-    print(f"probe after: {after:.1f} ms a token; RSS grew by {growth / 2**20:.1f} MiB; room announced: {left}")
+    print(f"probe after: {after:.1f} ms a token; RSS grew by {growth / 2**20:.1f} MiB; free cache tokens: {left}")
     faults = {
-        f"memory grew by more than {MOST_GROWTH >> 20} MiB": growth > MOST_GROWTH,
-        f"the probe takes more than {MOST_SLOWDOWN} times as long": after > MOST_SLOWDOWN * before,
-        "the probe gets other tokens": found != expected,
+        f"memory grew by more than {MAX_GROWTH >> 20} MiB": growth > MAX_GROWTH,
+        f"a token takes more than {MAX_SLOWDOWN} times as long": after > MAX_SLOWDOWN * before,
+        "the tokens differ": found != expected,
         "pages are missing": left != [arguments.cache_tokens] * arguments.servers,
     }
     for fault in (name for name, found_it in faults.items() if found_it):

@@ -1,4 +1,4 @@
-"""Stages of a model with several servers each, which fail as often as they are told, and can be killed."""
+"""Stages of a model with several servers each, which fail at a given rate and can be killed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROGRAM = Path(__file__).parent / "failing_server.py"
+PROGRAM = "benchmarks.failing_server"
 
 
 @dataclass
 class FailingServer:
-    """One server, a process of its own, which ends when its stdin does."""
+    """The process of one server. It ends when its stdin ends."""
 
     span: str
     process: subprocess.Popen[str]
@@ -29,29 +29,29 @@ class FailingServer:
         joining = ["--initial-peers", *peers] if peers else []
         options = ["--blocks", span, "--dtype", dtype, "--threads", str(num_threads), *joining]
         process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(model), *options],
+            [sys.executable, "-m", PROGRAM, str(model), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(num_threads)},
         )
         try:
-            said = _said(process)
+            facts = _read_line(process)
         except BaseException:
             process.kill()
             process.wait()
             raise
-        return cls(span, process, said["peer"], said["address"])
+        return cls(span, process, facts["peer"], facts["address"])
 
     def fail_at(self, rate: float, seed: int) -> int:
-        """Start afresh and fail at this rate; returns how often it has failed since the last such call."""
+        """Forget everything and fail at this rate. Returns the number of failures since the last call."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"rate": rate, "seed": seed}) + "\n")
         self.process.stdin.flush()
-        return int(_said(self.process)["failures"])
+        return int(_read_line(self.process)["failures"])
 
     def end(self) -> None:
-        """Let it leave, or end it. May be called twice."""
+        """Let the server leave, and kill it after 20 s. May be called twice."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -62,17 +62,17 @@ class FailingServer:
             self.process.wait()
 
 
-def _said(process: subprocess.Popen[str]) -> dict[str, Any]:
+def _read_line(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
-    in_flight = process.stdout.readline()
-    if not in_flight:
+    line = process.stdout.readline()
+    if not line:
         raise SystemExit(f"a server ended with status {process.wait()}")
-    said: dict[str, Any] = json.loads(in_flight)
-    return said
+    values: dict[str, Any] = json.loads(line)
+    return values
 
 
 class Stages:
-    """All servers of a model that is cut into stages."""
+    """All servers of all stages of a model."""
 
     def __init__(self, model: Path, dtype: str, num_threads: int) -> None:
         self._model = model
@@ -82,7 +82,7 @@ class Stages:
 
     @property
     def address(self) -> str:
-        """One to join by."""
+        """The address of a server, to join by."""
         return self._servers[0].address
 
     def add(self, span: str) -> None:
@@ -91,14 +91,14 @@ class Stages:
         print(f"serving {span}: {self._servers[-1].peer[-8:]}", file=sys.stderr)
 
     def fail_at(self, rate: float, seed: int) -> int:
-        """All start afresh and fail at this rate; returns how often they have failed since the last such call."""
+        """Make all servers forget everything and fail at this rate. Returns their failures since the last call."""
         return sum(server.fail_at(rate, seed) for server in self._servers)
 
     def of_peer(self, peer: str) -> FailingServer:
         return next(server for server in self._servers if server.peer == peer)
 
     def replace(self, killed: FailingServer) -> None:
-        """Another one in place of a server that was killed."""
+        """Start a new server in place of one that was killed."""
         killed.end()
         self._servers.remove(killed)
         self.add(killed.span)
@@ -112,7 +112,7 @@ class Stages:
 def stages_of(
     model: Path, num_blocks: int, *, dtype: str, num_stages: int = 4, servers_each: int = 2, num_threads: int = 1
 ) -> Iterator[Stages]:
-    """Start the servers, one after another, so that each measures its own speed; end them with the context."""
+    """Start the servers one after another, so that none disturbs another's measurement; end them with the context."""
     stages = Stages(model, dtype, num_threads)
     try:
         size = num_blocks // num_stages

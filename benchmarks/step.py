@@ -1,10 +1,10 @@
-"""Where the time of one decoding step goes, against what reading its weights from memory must take.
+"""The parts of a decoding step's time, compared with the time to read its weights from memory.
 
-    python benchmarks/step.py [--sessions 1 8] [--past 128] [--blocks 8] [--quantization none] [--json]
+    python -m benchmarks.step [--sessions 1 8] [--past 128] [--blocks 8] [--quantization none] [--json]
 
-A span of the reference model computes steps as a server does, in this process, without a network. The profiler's times
-are sorted by what the operators are for; what is left of a step's time is Python and dispatch. The limit is the bytes
-of the span's weights over the speed at which this machine reads memory, measured in the same run.
+A span of the reference model computes steps as a server does, but in this process and without a network. The profiler's
+times are grouped by the purpose of the operators; the rest of a step's time is Python and dispatch. The limit is the
+bytes of the span's weights divided by the memory bandwidth, which is measured in the same run.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from reference import reference_model
-
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
 from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body
 from shoal.model.weights.checkpoint import Checkpoint
@@ -39,13 +35,13 @@ REPEATS = 15
 KINDS = {
     "matrix products": ("linear", "addmm", "aten::mm", "aten::bmm", "bitsandbytes::", "int8_"),
     "attention": ("scaled_dot_product",),
-    "reading and writing the cache": ("aten::index", "_index_put"),
+    "cache reads and writes": ("aten::index", "_index_put"),
 }
 ELSE = "norms, activations, positions"
 
 
 def seconds_of(act: Callable[[], Any]) -> float:
-    """The median of several runs, after two that do not count."""
+    """Median seconds of several runs, after two warm-up runs."""
     seconds = []
     for index in range(REPEATS + 2):
         began = time.perf_counter()
@@ -56,7 +52,7 @@ def seconds_of(act: Callable[[], Any]) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second at which all threads together read memory."""
+    """Memory bandwidth of all threads together, in bytes per second."""
     numbers = torch.ones(1 << 28)
     return numbers.nbytes / seconds_of(numbers.sum)
 
@@ -79,7 +75,7 @@ def chunks_of(num_sessions: int, past: int, span: Span, hidden_size: int) -> lis
 
 
 def profile_of(act: Callable[[], Any], seconds: float) -> dict[str, float]:
-    """The parts of a step's time, by what they are for."""
+    """Seconds of a step by purpose."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(REPEATS):
             act()
@@ -129,12 +125,12 @@ def main() -> None:
         return
     print(f"{result['machine']}\n")
     print(
-        f"{arguments.blocks} blocks, {weight_bytes / 1e9:.2f} GB; memory is read at {bandwidth / 1e9:.0f} GB/s:",
+        f"{arguments.blocks} blocks, {weight_bytes / 1e9:.2f} GB; memory bandwidth {bandwidth / 1e9:.0f} GB/s:",
         end=" ",
     )
-    print(f"no step can take less than {1e3 * weight_bytes / bandwidth:.1f} ms\n")
+    print(f"a step takes at least {1e3 * weight_bytes / bandwidth:.1f} ms\n")
     names = list(steps[0]["parts"])
-    print("| sessions | step, ms | times the limit | " + " | ".join(names) + " |")
+    print("| sessions | step, ms | multiple of the limit | " + " | ".join(names) + " |")
     print("|---|---|---|" + "---|" * len(names))
     for step in steps:
         parts = " | ".join(f"{1e3 * step['parts'][name]:.1f}" for name in names)

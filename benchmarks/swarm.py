@@ -1,4 +1,4 @@
-"""A swarm of real servers for a benchmark: one `shoal serve` process for each span, on loopback."""
+"""A swarm for a benchmark: one `shoal serve` process for each span, on loopback."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 def servers(
     model: Path, spans: Sequence[str], *options: str, of_last: Sequence[str] = (), cores: Sequence[int] | None = None
 ) -> Iterator[str]:
-    """Start a server for each span and wait until all serve; yields the first one's address, to join by.
+    """Start a server for each span and wait until all are ready. Yields the first server's address.
 
-    All have the same options; the last one has those `of_last` as well. With `cores`, each has one of them to itself.
+    All have the same options, and the last one also those in `of_last`. With `cores`, each runs on its own core.
     """
     with contextlib.ExitStack() as stack:
         address = ""
@@ -31,7 +31,7 @@ def servers(
 
 @contextlib.contextmanager
 def _only_on(core: int) -> Iterator[None]:
-    """Processes that this thread starts meanwhile run there and nowhere else, and so do those that they start."""
+    """Bind processes that this thread starts in the context, and their children, to one core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -47,7 +47,7 @@ def _start(stack: contextlib.ExitStack, model: Path, span: str, *options: str) -
     stack.callback(server.wait)
     stack.callback(server.terminate)
     assert server.stdout is not None
-    for in_flight in server.stdout:
-        if in_flight.startswith("address"):
-            return in_flight.split()[1]
+    for line in server.stdout:
+        if line.startswith("address"):
+            return line.split()[1]
     raise SystemExit(f"the server of blocks {span} ended with status {server.wait()}")

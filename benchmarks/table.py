@@ -1,11 +1,11 @@
-"""What a swarm on this machine gives, against plain Transformers on the whole model, in one run.
+"""The speed of a swarm on this machine, compared with plain Transformers and the whole model, in one run.
 
-    python benchmarks/table.py [--rounds 3] [--only decode-1 decode-8 ...] [--json]
+    python -m benchmarks.table [--rounds 3] [--only decode-1 decode-8 ...] [--json]
 
-The reference model in bf16 (or NF4, where a row says so), two servers of 8 blocks as processes of their own on
-loopback, clients as threads of this process; where several decode, the last server holds the output head. Local and
-swarm take turns, so that whatever else the machine does hits both; ratios are of the same round, and medians over the
-rounds.
+The model is the reference model in bf16, or NF4 where a row says so. Two servers of 8 blocks are processes on loopback;
+the clients are threads of this process. Where several clients decode, the last server computes the output head. The
+local model and the swarm take turns, so that other load on the machine affects both. Ratios compare figures of the same
+round; the table has their medians.
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
-from clients import decoding_speed, generate, generate_together, local_batch_speed, median
-from machine import describe_machine
-from reference import reference_model
-from swarm import servers
-
+from benchmarks.clients import decoding_speed, generate, generate_together, local_batch_speed, median
+from benchmarks.machine import describe_machine
+from benchmarks.reference import reference_model
+from benchmarks.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
 
 SPANS = ("0:8", "8:16")
@@ -43,7 +40,7 @@ DECODED_TOKENS = 64
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: the swarm's figure, what it is compared with, and what their ratio should be."""
+    """One line of the table: the figure of the swarm, the figure to compare it with, their ratio, and the goal."""
 
     name: str
     unit: str
@@ -55,7 +52,7 @@ class Row:
 
 
 class Bench:
-    """The models that the rows need, each made when it is first asked for."""
+    """The models that the rows need. Each is made at its first use."""
 
     def __init__(self, rounds: int, stack: contextlib.ExitStack) -> None:
         self.rounds = rounds
@@ -78,12 +75,12 @@ class Bench:
 
     @functools.cached_property
     def swarm(self) -> Any:
-        """A client with an output head of its own."""
+        """A client that computes the output head itself."""
         return self._client(self._address(), remote_head=False)
 
     @functools.cached_property
     def thin(self) -> Any:
-        """A client whose last server holds the head."""
+        """A client that leaves the output head to the last server."""
         return self._client(self._address(), remote_head=True)
 
     @functools.cached_property
@@ -94,7 +91,7 @@ class Bench:
     def thin_nf4(self) -> Any:
         return self._client(self._address("--quantization", "nf4"), remote_head=True)
 
-    @functools.cache  # noqa: B019 - it lives as long as the script
+    @functools.cache  # noqa: B019 - the object lives as long as the script
     def _address(self, *options: str) -> str:
         return self._stack.enter_context(servers(self.folder, SPANS, *options, of_last=("--serve-head",)))
 
@@ -106,7 +103,7 @@ class Bench:
         return model
 
     def each_round(self, name: str, act: Callable[[int], tuple[float, float]]) -> list[tuple[float, float]]:
-        """The outcomes of `act` in every round but the first, which warms up."""
+        """The results of `act` in all rounds, without the first, which warms up."""
         outcomes = []
         for index in range(self.rounds + 1):
             swarm, other = act(index)
@@ -117,7 +114,7 @@ class Bench:
 
 
 def prompts_of(num_prompts: int, num_tokens: int, seed: int) -> torch.Tensor:
-    """Random tokens: what they are makes no difference to how long they take."""
+    """Random tokens, [B, T]. Their values do not affect the speed."""
     return torch.randint(2, 32000, (num_prompts, num_tokens), generator=torch.Generator().manual_seed(seed))
 
 
@@ -135,7 +132,7 @@ def row(name: str, unit: str, outcomes: list[tuple[float, float]], *, at_least: 
 
 
 def decode(bench: Bench, *, num_clients: int, goal: float) -> Row:
-    """Clients that decode at the same time, against one batch of the same size."""
+    """Clients that decode at the same time, compared with one local batch of the same size."""
 
     def act(index: int) -> tuple[float, float]:
         prompts = prompts_of(num_clients, PROMPT_TOKENS, seed=index)
@@ -154,7 +151,7 @@ def nf4_one(bench: Bench) -> Row:
         other = decoding_speed(generate_together(bench.swarm, [prompt], DECODED_TOKENS + 1))
         return decoding_speed(generate_together(bench.swarm_nf4, [prompt], DECODED_TOKENS + 1)), other
 
-    name = "1 client, NF4, of the bf16 swarm"
+    name = "1 client, NF4 swarm vs. bf16 swarm"
     return row(name, "tok/s", bench.each_round(name, act), at_least=3.0)
 
 
@@ -164,7 +161,7 @@ def nf4_eight(bench: Bench) -> Row:
         other = local_batch_speed(bench.local_nf4, prompts, DECODED_TOKENS)
         return decoding_speed(generate_together(bench.thin_nf4, prompts.split(1), DECODED_TOKENS + 1)), other
 
-    name = "8 clients, NF4, of local NF4"
+    name = "8 clients, NF4 swarm vs. local NF4"
     return row(name, "tok/s", bench.each_round(name, act), at_least=0.8)
 
 
@@ -179,7 +176,7 @@ def prefill(bench: Bench) -> Row:
 
 
 def prefix(bench: Bench) -> Row:
-    """The second request with a prefix of 1,000 tokens: what it waits for its first token, of what the first did."""
+    """Seconds to the first token of a second request with the same prefix of 1,000 tokens, compared with the first."""
 
     def act(index: int) -> tuple[float, float]:
         begin = prompts_of(1, 1000, seed=1000 + index)
@@ -192,35 +189,35 @@ def prefix(bench: Bench) -> Row:
     outcomes = bench.each_round("prefix", act)
     ratio = median([second / first for second, first in outcomes])
     seconds = (median([second for second, _ in outcomes]), median([first for _, first in outcomes]))
-    return Row("first token, prefix known, of unknown", "s", *seconds, ratio, "≤ 0.15", ratio <= 0.15)
+    return Row("first token, cached prefix vs. new prefix", "s", *seconds, ratio, "≤ 0.15", ratio <= 0.15)
 
 
 def beside_a_prefill(bench: Bench) -> list[Row]:
-    """How long 8 clients wait for a token while a prompt of 4,096 tokens is computed, of what they wait else."""
+    """Seconds per token of 8 clients during a prefill of 4,096 tokens, compared with those without it."""
     prompts = prompts_of(8, PROMPT_TOKENS, seed=0).split(1)
     long_prompt = prompts_of(1, 4096, seed=7)
     span: dict[str, float] = {}
 
-    def come_with_a_long_prompt() -> None:
+    def prefill_long_prompt() -> None:
         time.sleep(4)
         span["start"] = time.perf_counter()
         generate(bench.thin, long_prompt, 1)
         span["end"] = time.perf_counter()
 
     generate_together(bench.thin, prompts, 8)
-    guest = threading.Thread(target=come_with_a_long_prompt)
+    guest = threading.Thread(target=prefill_long_prompt)
     guest.start()
     gaps = [gap for each in generate_together(bench.thin, prompts, 400) for gap in each.gaps()]
     guest.join()
     alone = median([gap for came, gap in gaps if came < span["start"] or came > span["end"] + 1])
     beside = [gap for came, gap in gaps if span["start"] < came <= span["end"]]
     if not beside:
-        raise SystemExit("the long prompt was computed when nobody decoded")
+        raise SystemExit("no client decoded while the long prompt was computed")
     print(f"a prompt of 4,096 tokens took {span['end'] - span['start']:.1f} s beside 8 clients", file=sys.stderr)
     return [
-        Row("token beside a prefill, median, of alone", "s", median(beside), alone, median(beside) / alone, "≤ 2",
+        Row("token during a prefill vs. alone, median", "s", median(beside), alone, median(beside) / alone, "≤ 2",
             median(beside) <= 2 * alone),
-        Row("token beside a prefill, worst, of alone", "s", max(beside), alone, max(beside) / alone, "≤ 4",
+        Row("token during a prefill vs. alone, worst", "s", max(beside), alone, max(beside) / alone, "≤ 4",
             max(beside) <= 4 * alone),
     ]  # fmt: skip
 

@@ -1,18 +1,18 @@
-"""Fine-tuning over a swarm, against plain Transformers and PEFT on one machine, in one run.
+"""Fine-tuning through a swarm, compared with plain Transformers and PEFT on one machine, in one run.
 
-    python benchmarks/training.py [--only exactness speed ...] [--rounds 2] [--blocks 16] [--json]
+    python -m benchmarks.training [--only exactness speed ...] [--rounds 2] [--blocks 16] [--json]
 
-exactness   gradients of LoRA factors, soft prompts and inputs, in several precisions (the bundled model)
-speed       LoRA of rank 8 on all linear layers, 8x128 tokens: two servers of half of the blocks on loopback, as users
-            run them, against one process; training steps, and forward passes alone
-servers     two servers of all blocks instead of one, each with a core of its own
-network     64x128 tokens over 100 Mbit/s with a round trip of 100 ms, against the same servers unshaped
-memory      of the client's process
-kills       50 steps, a SIGKILL every 10: is it the adapter of the undisturbed run? (the bundled model, float32)
+exactness   errors of the gradients of LoRA factors, soft prompts and inputs, in several dtypes (bundled model)
+speed       LoRA of rank 8 on all linear layers, 8x128 tokens: two servers with half of the blocks each, on loopback,
+            compared with one process; for training steps and for forward passes alone
+servers     two servers with all blocks, each on its own core, compared with one of them
+network     64x128 tokens at 100 Mbit/s with a round trip of 100 ms, compared with the same servers unshaped
+memory      memory of the client's process
+kills       50 steps with a SIGKILL every 10 steps; the adapter has to equal that of an undisturbed run (bundled model)
 
-The speeds are those of the reference model in bf16. Whatever is compared takes turns, so that the machine's other work
-hits both; ratios are of the same round, and medians over the rounds. Ends with status 1 if gradients or an adapter are
-not as exact as they have to be. `--blocks 4` tries the script; its figures say little.
+Speeds are measured with the reference model in bf16. Both sides of a comparison take turns, so that other load on the
+machine affects both. Ratios compare figures of the same round; the table has their medians. The exit status is 1 if
+gradients or the adapter are less exact than their limits. `--blocks 4` only checks that the script runs.
 """
 
 from __future__ import annotations
@@ -24,24 +24,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
-from pathlib import Path
 
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-from reference import NUM_BLOCKS, reference_model
-from training_exactness import exactness
-from training_kills import kills
-from training_memory import memory
-from training_speed import Scale, of_local, of_one_server, of_unshaped
-from tuning import Table
+from benchmarks.machine import describe_machine
+from benchmarks.reference import NUM_BLOCKS, reference_model
+from benchmarks.training_exactness import exactness
+from benchmarks.training_kills import kills
+from benchmarks.training_memory import memory
+from benchmarks.training_speed import Scale, compare_with_local, compare_with_one_server, compare_with_unshaped
+from benchmarks.tuning import Table
 
 PARTS: dict[str, Callable[[Scale], Table | None]] = {
     "exactness": lambda scale: exactness(),
-    "speed": of_local,
-    "servers": of_one_server,
-    "network": of_unshaped,
+    "speed": compare_with_local,
+    "servers": compare_with_one_server,
+    "network": compare_with_unshaped,
     "memory": memory,
     "kills": lambda scale: kills(),
 }
@@ -52,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=NUM_BLOCKS, help="of the reference model")
+    parser.add_argument("--blocks", type=int, default=NUM_BLOCKS, help="number of blocks of the reference model")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -64,7 +62,7 @@ def main() -> int:
     for name in arguments.only:
         if (table := PARTS[name](scale)) is not None:
             found[name] = table
-            if not arguments.json:  # as soon as it is known: the next part may take half an hour
+            if not arguments.json:  # immediately, because the next part may take half an hour
                 table.print()
     if arguments.json:
         about = {"machine": describe_machine(), "date": str(date.today()), "load_before": load_before}

@@ -1,4 +1,4 @@
-"""How exact gradients are that come out of a swarm: those of LoRA factors, soft prompts and inputs."""
+"""The errors of gradients that a swarm computes: those of LoRA factors, soft prompts and inputs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from swarm import servers
 from transformers import BitsAndBytesConfig
-from tuning import Table, Tuner, client, relative_error, tell, tokens_of, whole
 
+from benchmarks.swarm import servers
+from benchmarks.tuning import Table, Tuner, client, local_model, log, relative_error, tokens_of
 from shoal.bundled import STORIES
 
 SPANS = ("0:6", "6:12")
@@ -24,7 +24,7 @@ Gradients = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A precision in which both sides compute, and what only a swarm has: servers' options and the wire."""
+    """The dtype of both sides, and the options that only a swarm has: those of the servers, and the wire encoding."""
 
     name: str
     dtype: torch.dtype
@@ -49,7 +49,7 @@ CASES = (
 
 
 def gradients(new_model: Any) -> Gradients:
-    """Those of one pass each; what PEFT adds to a model stays there, so each kind has a model of its own."""
+    """The gradients of one pass for each kind. PEFT changes the model, so each kind has its own."""
     return {**_of_factors_and_inputs(new_model()), **_of_prompt(new_model())}
 
 
@@ -57,7 +57,7 @@ def _of_factors_and_inputs(model: Any) -> Gradients:
     tuner = Tuner(model)
     chance = torch.Generator().manual_seed(1)
     for name, parameter in tuner.parameters.items():
-        if "lora_B" in name:  # zeros: no gradient would reach the other factors
+        if "lora_B" in name:  # they begin as zeros, which would give the A factors no gradient
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=chance))
     tokens = tokens_of(model, 8, seed=0)
     inputs = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
@@ -96,13 +96,15 @@ def in_swarm(case: Case) -> Gradients:
 
 def exactness() -> Table:
     rows = []
-    exact = gradients(lambda: whole(STORIES, torch.float32))
+    exact = gradients(lambda: local_model(STORIES, torch.float32))
     for case in CASES:
-        local = gradients(lambda case=case: whole(STORIES, case.dtype, **case.local))
+        local = gradients(lambda case=case: local_model(STORIES, case.dtype, **case.local))
         found = errors(in_swarm(case), local)
         goal = None if case.limit is None else f"≤ {case.limit:g}"
         rows.append((case.name, *found, goal, None if case.limit is None else max(found) <= case.limit))
-        tell(f"exactness, {case.name}: {found}")
+        log(f"exactness, {case.name}: {found}")
         if case.dtype != torch.float32 and case.wire == "raw":
-            rows.append((f"(PEFT alone: {case.name} of float32)", *errors(local, exact), None, None))
-    return Table("Relative error of gradients, against PEFT on one machine", ("both in", *KINDS, "goal"), tuple(rows))
+            rows.append((f"(PEFT alone: {case.name} vs. float32)", *errors(local, exact), None, None))
+    return Table(
+        "Relative error of gradients, compared with PEFT on one machine", ("both in", *KINDS, "goal"), tuple(rows)
+    )

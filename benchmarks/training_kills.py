@@ -1,4 +1,4 @@
-"""Whether a training run in which servers are killed ends with the same adapter as one in which none is."""
+"""Training while servers are killed. It has to end with the same adapter as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from enum import Enum
 from typing import Any
 
 import torch
-from tuning import Table, Tuner, client, relative_error, tell, tokens_of, whole
 
+from benchmarks.tuning import Table, Tuner, client, local_model, log, relative_error, tokens_of
 from shoal.bundled import STORIES
 from shoal.testing import ShapedServer, shaped_swarm
 
 SPANS = ("0:6", "6:12", "0:6", "6:12")
 BATCH = 8
-"""Sequences: enough microbatches for all servers."""
+"""Sequences in a batch: enough microbatches for all servers."""
 NUM_STEPS = 50
 KILL_EVERY = 10
 LEARNING_RATE = 1e-3
@@ -27,7 +27,7 @@ Adapter = dict[str, torch.Tensor]
 
 
 class Moment(Enum):
-    """When in a step a server is killed."""
+    """The moment of a step at which a server is killed."""
 
     FORWARD = "in the forward pass"
     BETWEEN = "between the passes"
@@ -35,15 +35,15 @@ class Moment(Enum):
 
 
 class Run:
-    """Training of the same adapter on the same batches, whatever happens to the servers meanwhile."""
+    """Trains an adapter. Each run begins with the same adapter and has the same batches."""
 
     def __init__(self, model: Any) -> None:
         self._tuner = Tuner(model, learning_rate=LEARNING_RATE)
-        self.begun_with = self._adapter()
+        self.initial = self._adapter()
         self._seconds: dict[Moment, list[float]] = {Moment.FORWARD: [], Moment.BACKWARD: []}
 
     def train(self, disturb: Callable[[int, Moment], Callable[[], None] | None] = lambda step, moment: None) -> Adapter:
-        """What comes of it. `disturb` says what is to happen in a moment of a step."""
+        """Train, and return the adapter. `disturb` gives the event for a step and a moment, or None."""
         for step in range(1, NUM_STEPS + 1):
             tokens = tokens_of(self._tuner.model, BATCH, seed=step)
             loss = self._during(Moment.FORWARD, disturb(step, Moment.FORWARD), lambda: self._tuner.loss(tokens))  # noqa: B023
@@ -57,7 +57,7 @@ class Run:
         return {name: each.detach().clone() for name, each in self._tuner.parameters.items()}
 
     def _during(self, moment: Moment, event: Callable[[], None] | None, act: Callable[[], Any]) -> Any:
-        """Do it; in the middle of it, as long as it usually takes, the event happens."""
+        """Run `act`, and the event after half of its usual time."""
         if event is None:
             began = time.perf_counter()
             result = act()
@@ -72,7 +72,7 @@ class Run:
 
 
 class Killer:
-    """Kills one server after another, each in another moment of a step, and starts it again after the step."""
+    """Kills one server after another, at alternating moments of a step, and restarts it after the step."""
 
     def __init__(self, servers: Sequence[ShapedServer]) -> None:
         self._servers = servers
@@ -91,7 +91,7 @@ class Killer:
         def kill() -> None:
             victim.kill()
             self._killed, self.num_kills = victim, self.num_kills + 1
-            tell(f"step {step}: {victim.name} ({victim.span}) killed {moment.value}")
+            log(f"step {step}: {victim.name} ({victim.span}) killed {moment.value}")
 
         return kill
 
@@ -106,7 +106,7 @@ def difference(found: Adapter, expected: Adapter) -> float:
 
 
 def kills() -> Table:
-    local = Run(whole(STORIES, torch.float32)).train()
+    local = Run(local_model(STORIES, torch.float32)).train()
     with shaped_swarm(STORIES, SPANS, options=["--dtype", "float32"]) as swarm:
         models = [client(STORIES, swarm.addresses, torch.float32) for _ in range(2)]
         try:
@@ -123,12 +123,12 @@ def kills() -> Table:
         ("run", "largest relative error of a factor", "goal"),
         (
             (
-                f"{killer.num_kills} servers killed, against the undisturbed run",
+                f"{killer.num_kills} servers killed, vs. the undisturbed run",
                 error,
                 f"≤ {LIMIT:g}",
                 killer.num_kills == NUM_STEPS // KILL_EVERY and error <= LIMIT,
             ),
-            ("(the undisturbed run, against one machine)", difference(undisturbed, local), None, None),
-            ("(what it began with, against the undisturbed run)", difference(run.begun_with, undisturbed), None, None),
+            ("(the undisturbed run vs. one machine)", difference(undisturbed, local), None, None),
+            ("(the initial adapter vs. the undisturbed run)", difference(run.initial, undisturbed), None, None),
         ),
     )

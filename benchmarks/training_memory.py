@@ -1,7 +1,7 @@
-"""How much memory a client needs that trains, against what it has to hold and against the whole model.
+"""The memory of a client that trains, compared with its own weights and with the whole model.
 
-Each is measured in a process of its own, after a step with a few tokens: what a batch needs meanwhile depends on the
-batch. Pages of files that are mapped count; those of Python and its libraries are taken off.
+Each is measured in a process of its own, after a step with a few tokens, because the memory during a step depends on
+the batch. Mapped pages of files count. The memory of Python and its libraries is subtracted.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from swarm import servers
-from training_speed import DTYPE, Scale
-from tuning import Table, Tuner, client, tokens_of, whole
 
-OF_ADAMW = 4
+from benchmarks.swarm import servers
+from benchmarks.training_speed import DTYPE, Scale
+from benchmarks.tuning import Table, Tuner, client, local_model, tokens_of
+
+ADAMW_COPIES = 4
 """A parameter, its gradient and its two moments."""
 LIMIT = 1.1
 
@@ -28,13 +29,13 @@ def used() -> dict[str, int]:
 
 
 def tune(folder: Path, address: str | None) -> dict[str, int]:
-    """What is resident with a model of which a step was trained, and what of it the client has to hold."""
-    model = whole(folder, DTYPE) if address is None else client(folder, address, DTYPE)
+    """Resident bytes after a training step, and the bytes that a client cannot do without."""
+    model = local_model(folder, DTYPE) if address is None else client(folder, address, DTYPE)
     tuner = Tuner(model)
     tuner.loss(tokens_of(model, 1, seed=0, num_tokens=8)).backward()
     tuner.optimizer.step()
     ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    trained = OF_ADAMW * sum(each.nbytes for each in tuner.parameters.values())
+    trained = ADAMW_COPIES * sum(each.nbytes for each in tuner.parameters.values())
     found = {**used(), "ends": sum(each.nbytes for each in ends), "trained": trained}
     if address is not None:
         model.close()
@@ -42,7 +43,9 @@ def tune(folder: Path, address: str | None) -> dict[str, int]:
 
 
 def measure(*task: str) -> dict[str, int]:
-    done = subprocess.run([sys.executable, __file__, *task], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training_memory", *task], check=True, stdout=subprocess.PIPE
+    )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -52,15 +55,22 @@ def memory(scale: Scale) -> Table:
     with servers(scale.folder, [scale.all], "--cache-tokens", "1024") as address:
         swarm = measure("tune", str(scale.folder), address)
     needed = swarm["ends"] + swarm["trained"]
-    taken, of_local = swarm["resident"] - nothing, local["resident"] - nothing
+    client_bytes, local_bytes = swarm["resident"] - nothing, local["resident"] - nothing
     return Table(
         "Resident memory of a process that trains, MB, without Python and its libraries",
-        ("what", "MB", "of what it has to hold", "of the whole model", "goal"),
+        ("what", "MB", "ratio to the minimum", "ratio to the whole model", "goal"),
         (
             ("embeddings and output head", swarm["ends"] / 1e6, None, None, None, None),
             ("factors, gradients, moments", swarm["trained"] / 1e6, None, None, None, None),
-            ("the client", taken / 1e6, taken / needed, taken / of_local, f"≤ {LIMIT:g}", taken <= LIMIT * needed),
-            ("the whole model, with PEFT", of_local / 1e6, None, 1.0, None, None),
+            (
+                "the client",
+                client_bytes / 1e6,
+                client_bytes / needed,
+                client_bytes / local_bytes,
+                f"≤ {LIMIT:g}",
+                client_bytes <= LIMIT * needed,
+            ),
+            ("the whole model, with PEFT", local_bytes / 1e6, None, 1.0, None, None),
             ("(Python and its libraries)", nothing / 1e6, None, None, None, None),
         ),
     )

@@ -1,4 +1,4 @@
-"""How fast a swarm trains: against one machine, with more servers, and over slow links."""
+"""The training speed of a swarm: compared with one machine, with more servers, and over slow links."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from swarm import servers
-from tuning import NUM_TOKENS, Table, Tuner, client, speed, speed_table, tell, tokens_of, whole
 
+from benchmarks.swarm import servers
+from benchmarks.tuning import NUM_TOKENS, Table, Tuner, client, local_model, log, speed, speed_table, tokens_of
 from shoal.testing import Link, shaped_swarm
 
 BATCH, LARGE_BATCH, WARM_UP_BATCH = 8, 64, 4
@@ -25,7 +25,7 @@ Act = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured, of which model."""
+    """The model, and the number of rounds."""
 
     folder: Path
     num_blocks: int
@@ -41,13 +41,13 @@ class Scale:
 
 
 def in_turns(name: str, sides: Sequence[Act], batches: Sequence[torch.Tensor]) -> list[tuple[float, float]]:
-    """The speeds of both sides with each batch. They take turns, and the one who begins changes too."""
+    """The speeds of both sides with each batch, in tokens/s. They take turns, and the side that begins alternates."""
     found = []
     for index, tokens in enumerate(batches):
         order = (0, 1) if index % 2 == 0 else (1, 0)
         speeds = {side: speed(sides[side], tokens) for side in order}
         found.append((speeds[0], speeds[1]))
-        tell(f"{name}, round {index + 1}: {speeds[0]:.4g} {speeds[1]:.4g} tokens/s, {speeds[0] / speeds[1]:.3f}")
+        log(f"{name}, round {index + 1}: {speeds[0]:.4g} {speeds[1]:.4g} tokens/s, {speeds[0] / speeds[1]:.3f}")
     return found
 
 
@@ -55,9 +55,9 @@ def batches_of(model: Any, scale: Scale, batch_size: int) -> list[torch.Tensor]:
     return [tokens_of(model, batch_size, seed) for seed in range(scale.rounds)]
 
 
-def of_local(scale: Scale) -> Table:
-    """Two servers of half of the blocks, as users run them, beside one process with all of them."""
-    local = Tuner(whole(scale.folder, DTYPE))
+def compare_with_local(scale: Scale) -> Table:
+    """Two servers with half of the blocks each, compared with one process with all blocks."""
+    local = Tuner(local_model(scale.folder, DTYPE))
     with servers(scale.folder, scale.halves, *CACHE_TOKENS) as address, _client(scale.folder, address) as model:
         swarm = Tuner(model)
         _warm_up(swarm.step, local.step, model=model)
@@ -66,16 +66,16 @@ def of_local(scale: Scale) -> Table:
         _warm_up(swarm.forward, local.forward, model=model)
         forwarded = in_turns("forward", (swarm.forward, local.forward), batches)
     return speed_table(
-        f"Two servers on loopback against one machine, LoRA, {BATCH}x{NUM_TOKENS}",
+        f"Two servers on loopback vs. one machine, LoRA, {BATCH}x{NUM_TOKENS}",
         [("training", trained, 0.85), ("forward", forwarded, 0.95)],
     )
 
 
-def of_one_server(scale: Scale) -> Table | None:
-    """Two servers of all blocks, a core for each, beside one of them."""
+def compare_with_one_server(scale: Scale) -> Table | None:
+    """Two servers with all blocks, each on its own core, compared with one of them."""
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
-        tell("one core: two servers cannot be faster than one")
+        log("one core: two servers cannot be faster than one")
         return None
     options = ("--threads", "1", *CACHE_TOKENS)
     with contextlib.ExitStack() as stack:
@@ -85,15 +85,15 @@ def of_one_server(scale: Scale) -> Table | None:
         one = stack.enter_context(_client(scale.folder, address, allowed_servers=[first]))
         sides = [Tuner(each).step for each in (both, one)]
         _warm_up(*sides, model=both)
-        rounds = in_turns("two servers, of one", sides, batches_of(both, scale, BATCH))
+        rounds = in_turns("two servers vs. one", sides, batches_of(both, scale, BATCH))
     return speed_table(
-        f"Servers that have a core each, LoRA, {BATCH}x{NUM_TOKENS}",
-        [("two servers of all blocks, against one", rounds, 1.6)],
+        f"Servers with one core each, LoRA, {BATCH}x{NUM_TOKENS}",
+        [("two servers with all blocks vs. one", rounds, 1.6)],
     )
 
 
-def of_unshaped(scale: Scale) -> Table:
-    """The same servers over slow links and over none. Each step takes minutes, so there is one of each."""
+def compare_with_unshaped(scale: Scale) -> Table:
+    """The same servers over slow links and unshaped. Each step takes minutes, so there is one of each."""
     with contextlib.ExitStack() as stack:
         swarm = stack.enter_context(shaped_swarm(scale.folder, scale.halves, options=CACHE_TOKENS, num_threads=None))
         model = stack.enter_context(_client(scale.folder, swarm.addresses))
@@ -109,10 +109,10 @@ def of_unshaped(scale: Scale) -> Table:
             return act
 
         batch = tokens_of(model, LARGE_BATCH, seed=0)
-        rounds = in_turns("slow links, of none", (over(SLOW), over(Link())), [batch])
+        rounds = in_turns("slow links vs. loopback", (over(SLOW), over(Link())), [batch])
     return speed_table(
         f"Slow links, LoRA, {LARGE_BATCH}x{NUM_TOKENS}",
-        [("100 Mbit/s, round trip 100 ms, against loopback", rounds, 0.7)],
+        [("100 Mbit/s, round trip 100 ms, vs. loopback", rounds, 0.7)],
     )
 
 

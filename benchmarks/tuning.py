@@ -1,4 +1,4 @@
-"""What the training benchmarks train, with plain Transformers and PEFT or over a swarm, and how they report."""
+"""What the training benchmarks share: models, LoRA training, and tables of results."""
 
 # B sequences, T tokens
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clients import median
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.clients import median
 from shoal import AutoDistributedModelForCausalLM
 
 RANK = 8
 NUM_TOKENS = 128
-"""Of a sequence."""
+"""Tokens of a sequence."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a part of the benchmark has found. A row ends with whether its goal is met; `None`: no goal."""
+    """The results of a part of the benchmark. The last value of a row is whether its goal is met; None: no goal."""
 
     title: str
     columns: tuple[str, ...]
@@ -56,10 +56,10 @@ def _cell(value: str | float | bool | None) -> str:
 
 
 def speed_table(title: str, rows: Sequence[tuple[str, Sequence[tuple[float, float]], float]]) -> Table:
-    """Of each row: its name, the speeds of both sides in every round, and what the median of their ratios should be."""
+    """A table of rows with a name, the speeds of both sides in each round, and the goal for their median ratio."""
     return Table(
         title,
-        ("what", "tokens/s", "against", "ratio", "goal"),
+        ("what", "tokens/s", "compared with", "ratio", "goal"),
         tuple(
             (
                 name,
@@ -75,7 +75,7 @@ def speed_table(title: str, rows: Sequence[tuple[str, Sequence[tuple[float, floa
 
 
 class Tuner:
-    """A model with LoRA factors on all linear layers of its blocks, and their optimizer. The seed is fixed."""
+    """A model with LoRA factors on all linear layers of its blocks, and an optimizer. The seed is fixed."""
 
     def __init__(self, model: Any, *, learning_rate: float = 1e-4) -> None:
         torch.manual_seed(0)
@@ -101,18 +101,18 @@ class Tuner:
         self.model(input_ids=tokens_BT, use_cache=False)
 
 
-def whole(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
-    """All of the model, on this machine."""
+def local_model(folder: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """The whole model on this machine."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
 
 def client(folder: Path, addresses: str | list[str], dtype: torch.dtype, **options: Any) -> Any:
-    """The same with its blocks in a swarm. To be closed."""
+    """The model with its blocks in a swarm. The caller closes it."""
     return AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=addresses, dtype=dtype, **options)
 
 
 def tokens_of(model: Any, batch_size: int, seed: int, num_tokens: int = NUM_TOKENS) -> torch.Tensor:
-    """Random tokens [B, T]: what they are makes no difference to how long they take."""
+    """Random tokens [B, T]. Their values do not affect the speed."""
     chance = torch.Generator().manual_seed(seed)
     return torch.randint(3, model.config.vocab_size, (batch_size, num_tokens), generator=chance)
 
@@ -125,11 +125,11 @@ def speed(act: Callable[[torch.Tensor], None], tokens_BT: torch.Tensor) -> float
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference, of the norm of what is expected."""
+    """The norm of the difference, divided by the norm of `expected`."""
     difference = found.double() - expected.double()
     return float(difference.norm() / expected.double().norm())
 
 
-def tell(text: str) -> None:
-    """Say how it goes."""
+def log(text: str) -> None:
+    """Print a line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)

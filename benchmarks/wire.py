@@ -1,9 +1,9 @@
-"""What a hop costs beside its computation: hidden states over libp2p on loopback, there and back, in each encoding.
+"""The cost of a hop without its computation: hidden states to a server and back over libp2p, in each encoding.
 
-    python benchmarks/wire.py [--rounds 200] [--json]
+    python -m benchmarks.wire [--rounds 200] [--json]
 
-A client and, in a process of its own, a server that computes nothing: it decodes what it is asked and sends it back.
-The sizes are those of bfloat16, whatever the encoding makes of them on the wire; the encodings take turns.
+The server is another process on loopback. It decodes each message and sends the tensor back without computing. The
+sizes in the table are those of bfloat16, before encoding. The encodings take turns.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import describe_machine
-
-from shoal.net import NetworkConfig, codec, join
+from benchmarks.machine import describe_machine
+from shoal.net import NetworkConfig, join
 from shoal.net.transport import Stream
+from shoal.net.wire import codec
 from shoal.net.wire.encodings import as_received
 from shoal.protocol import Step, StepResult
 from shoal.tensors import Encoding
@@ -47,7 +45,7 @@ async def echo(stream: Stream) -> None:
 
 
 async def serve() -> None:
-    """Until stdin ends."""
+    """Echo messages until stdin ends."""
     async with join(NetworkConfig(host="127.0.0.1")) as node:
         await node.transport.listen(echo)
         print(node.transport.addresses[0], flush=True)
@@ -55,13 +53,13 @@ async def serve() -> None:
 
 
 async def ask(stream: Stream, hidden: torch.Tensor, encoding: Encoding) -> float:
-    """Seconds until the answer is a tensor again; and is it the one that it should be?"""
+    """Seconds until the answer is decoded. The answer is checked."""
     start = time.perf_counter()
     await codec.send(stream, Step(position=0), {"hidden": hidden}, encoding)
-    _, answered = await codec.receive(stream)
+    _, answer = await codec.receive(stream)
     seconds = time.perf_counter() - start
-    if not torch.equal(answered["hidden"], as_received(hidden, encoding)):
-        raise SystemExit("what came back is not what was sent")
+    if not torch.equal(answer["hidden"], as_received(hidden, encoding)):
+        raise SystemExit("the answer differs from the tensor that was sent")
     return seconds
 
 
@@ -75,7 +73,7 @@ async def measure(address: str, rounds: int) -> list[dict[str, object]]:
             for index in range(rounds + rounds // 10):
                 for (dtype, encoding), found in zip(CASES, seconds, strict=True):
                     taken = await ask(stream, inputs.to(dtype), encoding)
-                    if index >= rounds // 10:  # those before warm up
+                    if index >= rounds // 10:  # the rounds before warm up
                         found.append(taken)
             for (dtype, encoding), found in zip(CASES, seconds, strict=True):
                 _, buffers = codec.encode(Step(position=0), {"hidden": inputs.to(dtype)}, encoding)
@@ -104,7 +102,7 @@ def main() -> None:
         return
     load = os.getloadavg()[2]
     with subprocess.Popen(
-        [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "benchmarks.wire", "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdin is not None
         assert server.stdout is not None

@@ -1,7 +1,7 @@
 """What the examples share: their options, the model, and the loss and accuracy of answers.
 
-They need a swarm that serves the bundled model, for example one server on this machine (from a clone, after
-`source .venv/bin/activate` and `pip install -e '.[examples]'`); it prints the ADDRESS:
+They need a swarm that serves the bundled model. One server on this machine is enough. Start it in a clone,
+after `source .venv/bin/activate` and `pip install -e '.[examples]'`; it prints the ADDRESS:
 
     shoal serve src/shoal/bundled/stories --new-swarm --dtype float32
 """
@@ -19,12 +19,12 @@ from shoal.bundled import STORIES
 
 
 def options(description: str | None, *, steps: int, lr: float) -> ArgumentParser:
-    """Which swarm, for how long, and where the results go."""
+    """A parser with the options of all examples."""
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--initial-peers", nargs="*", help="addresses of the swarm; else those in $SHOAL_INITIAL_PEERS")
-    parser.add_argument("--model", default=str(STORIES), help="what the swarm serves")
-    parser.add_argument("--folder", type=Path, default=Path("results"), help="where the results go")
-    parser.add_argument("--steps", type=int, default=steps, help="of training")
+    parser.add_argument("--initial-peers", nargs="*", help="peers of the swarm; default: $SHOAL_INITIAL_PEERS")
+    parser.add_argument("--model", default=str(STORIES), help="the model of the swarm")
+    parser.add_argument("--folder", type=Path, default=Path("results"), help="the folder for results")
+    parser.add_argument("--steps", type=int, default=steps, help="number of training steps")
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -32,7 +32,7 @@ def options(description: str | None, *, steps: int, lr: float) -> ArgumentParser
 
 
 def load(chosen: Namespace) -> tuple[Any, Any]:
-    """The tokenizer, and the model whose blocks are in the swarm."""
+    """The tokenizer, and the model, whose blocks are in the swarm."""
     model = AutoDistributedModelForCausalLM.from_pretrained(
         chosen.model, initial_peers=chosen.initial_peers, dtype="float32"
     )
@@ -40,7 +40,7 @@ def load(chosen: Namespace) -> tuple[Any, Any]:
 
 
 def answer_loss(model: Any, tokenizer: Any, tasks: Sequence[dict[str, str]]) -> torch.Tensor:
-    """What the completions cost the model after their prompts, a token."""
+    """The mean loss of a token of the completions, after their prompts."""
     answers = [task["completion"] + tokenizer.eos_token for task in tasks]
     texts = [task["prompt"] + answer for task, answer in zip(tasks, answers, strict=True)]
     inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
@@ -52,7 +52,7 @@ def answer_loss(model: Any, tokenizer: Any, tasks: Sequence[dict[str, str]]) -> 
 
 @torch.no_grad()
 def exact_answers(model: Any, tokenizer: Any, tasks: Sequence[dict[str, str]]) -> float:
-    """The share of the prompts that the model continues with their completion, as it generates through the swarm."""
+    """The fraction of prompts that greedy decoding through the swarm continues with exactly their completion."""
     prompts = tokenizer([task["prompt"] for task in tasks], padding=True, padding_side="left", return_tensors="pt")
     ids = model.eval().generate(**prompts, max_new_tokens=8, do_sample=False)[:, prompts.input_ids.shape[1] :]
     answers = tokenizer.batch_decode(ids, skip_special_tokens=True)

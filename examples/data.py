@@ -1,4 +1,4 @@
-"""Texts for the examples, in the world of the bundled stories: a small grammar writes them, with no download."""
+"""Training texts for the examples, in the style of the bundled stories. A small grammar generates them."""
 
 from collections.abc import Sequence
 from random import Random
@@ -16,7 +16,7 @@ QUESTIONS = ("Who?", "With?", "Where?")
 
 
 def reviews(count: int, *, seed: int) -> list[tuple[str, int]]:
-    """How days went. The label says how each ended, 1 is well and 0 is badly; what came before does not count."""
+    """Stories of a day. The label says how the day ended: 1 for well, 0 for badly. Earlier events do not count."""
     rng = Random(seed)
     return [_review(rng) for _ in range(count)]
 
@@ -29,7 +29,7 @@ def _review(rng: Random) -> tuple[str, int]:
 
 
 def tasks(count: int, *, seed: int, questions: Sequence[str] = QUESTIONS) -> list[dict[str, str]]:
-    """Stories of a sentence that end in a question: the `prompt`. The `completion` is the answer, a word or three."""
+    """Stories of one sentence with a question, as `prompt`, and the answer of one to three words, as `completion`."""
     rng = Random(seed)
     return [_task(rng, rng.choice(questions)) for _ in range(count)]
 

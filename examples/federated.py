@@ -1,4 +1,4 @@
-"""Federated averaging (FedAvg, arXiv 1602.05629): participants, each in a process of its own, and a coordinator."""
+"""Federated averaging (FedAvg, arXiv 1602.05629), with a coordinator and a process for each participant."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-Average = Callable[[], object]  # puts the mean of all participants' factors in the place of one's own
+Average = Callable[[], object]  # replaces a participant's factors by the mean of all participants' factors
 
 
 @contextmanager
 def participants(count: int, participate: Callable[..., None], *arguments: Any) -> Iterator[list[Connection]]:
-    """Let so many `participate(number, connection, *arguments)`; yields the other ends of their connections."""
-    context = multiprocessing.get_context("fork")  # as hivemind starts its own
+    """Run `participate(number, connection, *arguments)` in `count` processes. Yields our ends of their connections."""
+    context = multiprocessing.get_context("fork")  # hivemind uses fork too
     processes, connections = [], []
     for number in range(count):
         ours, theirs = context.Pipe()
         connections.append(ours)
         processes.append(context.Process(target=participate, args=(number, theirs, *arguments)))
         processes[-1].start()
-        theirs.close()  # so that it is noticed here when they end
+        theirs.close()  # so that our end notices when the process ends
     try:
         yield connections
     except BaseException:
@@ -31,16 +31,16 @@ def participants(count: int, participate: Callable[..., None], *arguments: Any) 
 
 
 def receive(connections: Sequence[Connection]) -> list[Any]:
-    """What each of them sends next. Raises `EOFError` as soon as one has ended instead."""
-    found: dict[Connection, Any] = {}
-    while waiting := [connection for connection in connections if connection not in found]:
-        for connection in wait(waiting):
-            found[connection] = connection.recv()
-    return [found[connection] for connection in connections]
+    """The next message of each participant. Raises `EOFError` as soon as one has ended."""
+    received: dict[Connection, Any] = {}
+    while pending := [connection for connection in connections if connection not in received]:
+        for connection in wait(pending):
+            received[connection] = connection.recv()
+    return [received[connection] for connection in connections]
 
 
 def coordinate(connections: Sequence[Connection], *, rounds: int) -> None:
-    """In each round, take everybody's factors and give everybody their mean."""
+    """In each round, receive the factors of all participants and send their mean to each."""
     for _ in range(rounds):
         means = [sum(factors) / len(factors) for factors in zip(*receive(connections), strict=True)]
         for connection in connections:
@@ -49,7 +49,7 @@ def coordinate(connections: Sequence[Connection], *, rounds: int) -> None:
 
 @contextmanager
 def by_coordinator(factors: Sequence[torch.Tensor], coordinator: Connection) -> Iterator[Average]:
-    """A participant's side of it."""
+    """A participant's side of the averaging."""
 
     def average() -> None:
         coordinator.send([factor.detach().numpy() for factor in factors])

@@ -1,7 +1,7 @@
 """LoRA: a model that tells stories learns to answer questions.
 
-TRL's SFTTrainer trains factors for every linear layer of the blocks in the swarm; the factors, their optimizer and the
-data stay here. The answers are then generated through the swarm, with the adapter, and have to be exact.
+TRL's SFTTrainer trains factors for every linear layer of the blocks in the swarm. The factors, their optimizer and the
+data stay on this machine. The swarm then generates answers with the adapter; only exact answers count.
 
     python examples/instructions.py --initial-peers ADDRESS --folder results
 """
@@ -11,7 +11,7 @@ from common import exact_answers, load, options
 from data import tasks
 from datasets import Dataset
 from peft import LoraConfig
-from picture import plot
+from plot import plot
 from trl import SFTConfig, SFTTrainer
 
 

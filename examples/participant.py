@@ -1,4 +1,4 @@
-"""A participant of `together.py`: it learns from its own stories, and of the others' what is in their adapters."""
+"""A participant of `together.py`. It trains on its own stories; from the others it gets only their adapters."""
 
 from argparse import Namespace
 from multiprocessing.connection import Connection
@@ -10,19 +10,21 @@ from data import tasks
 from decentralized import by_hivemind
 from federated import by_coordinator
 from peft import LoraConfig, get_peft_model
-from picture import plot
+from plot import plot
 
 QUESTIONS = ("Who?", "With?")
-"""What the stories of each participant ask."""
+"""The question in the stories of each participant."""
 NUM_STORIES = 2000
 
 
 def participate(number: int, parent: Connection, chosen: Namespace) -> None:
-    """Train, and send the accuracy before and after and, unless they are private, the losses of the steps."""
-    torch.manual_seed(chosen.seed)  # all begin with the same factors
+    """Train, and send the accuracy before and after, and the losses of the steps unless they are private."""
+    torch.manual_seed(chosen.seed)  # all participants begin with the same factors
     tokenizer, model = load(chosen)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj"]))
-    model.requires_grad_(False)  # A stays as it is, so that the mean of Bs is the mean of products (arXiv 2403.12313)
+    model.requires_grad_(
+        False
+    )  # A is fixed, so that the mean of the Bs gives the mean of the products (arXiv 2403.12313)
     factors = [factor.requires_grad_() for name, factor in model.named_parameters() if "lora_B" in name]
     optimizer = torch.optim.Adam(factors, lr=chosen.lr)
 
@@ -33,7 +35,7 @@ def participate(number: int, parent: Connection, chosen: Namespace) -> None:
     held_out = tasks(64, seed=chosen.seed + len(QUESTIONS), questions=QUESTIONS)
     losses, before = [], exact_answers(model, tokenizer, held_out)
     if chosen.private and chosen.noise_seed is None:
-        torch.seed()  # nobody may know the noise
+        torch.seed()  # the noise must be unpredictable
     else:
         torch.manual_seed((chosen.seed if chosen.noise_seed is None else chosen.noise_seed) + number)
     averaging = by_hivemind if chosen.decentralized else by_coordinator
@@ -52,6 +54,6 @@ def participate(number: int, parent: Connection, chosen: Namespace) -> None:
             print(f"participant {number}, step {step}: loss {losses[-1]:.3f}", flush=True)
             if step % chosen.local_steps == 0:
                 average()
-    if chosen.private:  # losses tell of single stories, and have no noise: the picture is for this participant's eyes
+    if chosen.private:  # exact losses reveal single stories, so the plot stays with this participant
         plot({"loss": losses}, f"Participant {number}", chosen.folder / f"participant-{number}.png")
     parent.send((before, exact_answers(model, tokenizer, held_out), None if chosen.private else losses))

@@ -1,7 +1,7 @@
 """Soft prompts: did the day end well or badly?
 
-The model in the swarm stays as it is. Trained are a few vectors before each text and a linear layer after it, both on
-this side. Nothing is downloaded: `data.py` writes the texts.
+The model in the swarm does not change. Training changes a few vectors before each text and a linear layer after it,
+both on this machine. `data.py` generates the texts.
 
     python examples/sentiment.py --initial-peers ADDRESS --folder results
 """
@@ -9,7 +9,7 @@ this side. Nothing is downloaded: `data.py` writes the texts.
 import torch
 from common import options
 from data import reviews
-from picture import plot
+from plot import plot
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, BatchEncoding
 

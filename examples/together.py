@@ -1,9 +1,9 @@
 """Two participants train one adapter, and neither sees the other's data.
 
-Each has stories with a kind of question of its own (`participant.py`), trains LoRA factors on them for a few steps, and
-goes on from the mean of both adapters. A coordinator computes it (`federated.py`) or, with --decentralized, nobody in
-particular (`decentralized.py`). With --private, adapters tell little about any one story (`private.py`). Servers see no
-text, but what goes into their blocks.
+Each participant has stories with another kind of question (`participant.py`). It trains LoRA factors on them for a few
+steps, and continues from the mean of both adapters. A coordinator computes the mean (`federated.py`); with
+--decentralized, the participants compute it together (`decentralized.py`). With --private, the adapters reveal little
+about any single story (`private.py`). Servers see hidden states, and no text.
 
     python examples/together.py --initial-peers ADDRESS --folder results [--decentralized] [--private]
 """
@@ -12,22 +12,22 @@ from contextlib import nullcontext
 
 import private
 from common import options
-from decentralized import introduced
+from decentralized import hash_table
 from federated import coordinate, participants, receive
 from participant import NUM_STORIES, QUESTIONS, participate
-from picture import plot
+from plot import plot
 
 
 def main() -> None:
     parser = options(__doc__, steps=40, lr=1e-2)
-    parser.add_argument("--local-steps", type=int, default=4, help="between two means")
+    parser.add_argument("--local-steps", type=int, default=4, help="steps between two means")
     parser.add_argument("--decentralized", action="store_true")
     private.add_options(parser)
     chosen = parser.parse_args()
     rounds = 0 if chosen.decentralized else chosen.steps // chosen.local_steps
     with (
         participants(len(QUESTIONS), participate, chosen) as connections,
-        introduced(connections) if chosen.decentralized else nullcontext(),
+        hash_table(connections) if chosen.decentralized else nullcontext(),
     ):
         coordinate(connections, rounds=rounds)
         results = receive(connections)

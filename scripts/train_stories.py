@@ -1,6 +1,6 @@
-"""Trains the bundled model: `python scripts/train_stories.py`.
+"""Train the bundled model: `python scripts/train_stories.py`.
 
-Writes the model and its tokenizer to src/shoal/bundled/stories, and the curve of the loss to docs/stories.
+The model and its tokenizer go to src/shoal/bundled/stories, and the loss curve to docs/stories.
 """
 
 import csv
@@ -23,13 +23,13 @@ stderr = Console(stderr=True)
 
 
 def main(
-    model_folder: Annotated[Path, typer.Option(help="Where the model goes.")] = ROOT / "src/shoal/bundled/stories",
-    docs_folder: Annotated[Path, typer.Option(help="Where the curve goes.")] = ROOT / "docs/stories",
+    model_folder: Annotated[Path, typer.Option(help="Folder for the model.")] = ROOT / "src/shoal/bundled/stories",
+    docs_folder: Annotated[Path, typer.Option(help="Folder for the loss curve.")] = ROOT / "docs/stories",
     steps: Annotated[int, typer.Option(min=1)] = Recipe.num_steps,
     seed: int = Recipe.seed,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Train the bundled model, and print what it came to."""
+    """Train the bundled model, and print its losses and samples of its text."""
     torch.set_num_threads(threads)
     recipe = Recipe(num_steps=steps, seed=seed)
     started = time.perf_counter()
@@ -69,7 +69,7 @@ def main(
     print(f"training loss  {mean:.4f}  (mean of the last steps)")
     held = held_out_loss(model, tokenizer)
     print(f"held-out loss  {held.mean:.4f}  (weights rounded to bfloat16)")
-    print(f"  names        {held.repeated_names:.4f}  (that the story has told before; all else {held.others:.4f})")
+    print(f"  names        {held.repeated_names:.4f}  (names that occurred before; all other tokens {held.others:.4f})")
     print(f"wall time      {(time.perf_counter() - started) / 60:.1f} minutes on {threads} threads")
 
     prompt = tokenizer(PROMPT, return_tensors="pt")
@@ -82,7 +82,7 @@ def main(
 
 
 def plot(curve: Path) -> None:
-    """Draws the curve next to its numbers."""
+    """Plot the loss curve, and save it beside its CSV file."""
     from matplotlib import pyplot as plt
 
     with curve.open() as file:
@@ -92,9 +92,9 @@ def plot(curve: Path) -> None:
     held_out = [r for r in rows if r["held_out_loss"]]
     steps = [int(r["step"]) for r in held_out]
     axes.plot(steps, [float(r["held_out_loss"]) for r in held_out], "o", ms=4, label="held out")
-    axes.plot(steps, [float(r["held_out_names"]) for r in held_out], "^", ms=4, label="held out, names told before")
+    axes.plot(steps, [float(r["held_out_names"]) for r in held_out], "^", ms=4, label="held out, repeated names")
     axes.set(
-        xlabel="step", ylabel="loss (nats a token)", yscale="log", title="Stories: 12 blocks, trained from scratch"
+        xlabel="step", ylabel="loss (nats per token)", yscale="log", title="Stories: 12 blocks, trained from scratch"
     )
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()

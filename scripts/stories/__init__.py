@@ -1,1 +1,1 @@
-"""How the bundled model is made: a grammar that writes stories, and the training of a small decoder on them."""
+"""The making of the bundled model: a grammar that generates stories, and the training of a small decoder on them."""

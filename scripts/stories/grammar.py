@@ -119,7 +119,7 @@ class Character:
 
 
 def pick(rng: Random, options: Sequence[Option]) -> Option:
-    """One of the options; earlier ones are likelier."""
+    """A random option. Earlier options are more likely."""
     return rng.choices(options, weights=[1 / (rank + 2) for rank in range(len(options))])[0]
 
 
@@ -143,7 +143,7 @@ def write_story(rng: Random) -> str:
 
 
 def write_scene(rng: Random) -> str:
-    """A few sentences with little but names in them: what to learn first, before there is a plot to follow."""
+    """A few sentences that consist mostly of names. The model learns them first, before stories with a plot."""
     hero, friend = _draw_cast(rng)
     lines = rng.choices(SCENES, k=rng.randint(3, 6))
     return _tell(rng, (SCENE_OPENING, *lines), _slots(rng, hero, friend))

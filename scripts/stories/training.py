@@ -1,4 +1,4 @@
-"""The training of the bundled model: a tokenizer and a small Llama, on stories that are written as they are needed.
+"""The training of the bundled model: a tokenizer and a small Llama, on stories that are generated during training.
 
 No story is seen twice: each batch is written fresh, so the training loss is a loss on text that the model has not met,
 and the held-out stories (of a seed of their own) only confirm it.
@@ -21,13 +21,13 @@ from stories.grammar import NAMES, write_scene, write_story
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 NUM_TOKENIZER_STORIES = 20_000
-HELD_OUT_SEED = 2**32  # far from any seed that the training would be given
+HELD_OUT_SEED = 2**32  # far from all seeds of the training
 NUM_HELD_OUT_STORIES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """All that decides what the training makes."""
+    """The parameters of the training. They determine the model."""
 
     seed: int = 0
     num_steps: int = 800
@@ -63,7 +63,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """In nats a token: of all tokens, of the names that their story has told before, and of all but these."""
+    """Losses in nats per token: of all tokens, of names that occurred before in the story, and of all other tokens."""
 
     mean: float
     repeated_names: float
@@ -71,7 +71,7 @@ class HeldOutLoss:
 
 
 def train_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: any text is encodable, and spaces come back as they were."""
+    """Train a byte-level BPE: it encodes any text, and decoding restores all spaces."""
     rng = Random(recipe.seed)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -136,7 +136,7 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[torc
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[float]:
-    """Trains the model; yields the mean loss of each step, in nats a token."""
+    """Trains the model; yields the mean loss of each step, in nats per token."""
     embeddings = model.get_input_embeddings().weight
     decayed = [p for p in model.parameters() if p.dim() > 1 and p is not embeddings]
     kept = [embeddings, *(p for p in model.parameters() if p.dim() == 1)]
@@ -161,7 +161,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: R
 def held_out_loss(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_stories: int = NUM_HELD_OUT_STORIES
 ) -> HeldOutLoss:
-    """The loss on stories of another seed: each alone, and with its end."""
+    """The loss on held-out stories, each in a row of its own, with its end-of-text token."""
     rng = Random(HELD_OUT_SEED)
     model.eval()
     stories = [write_story(rng) + EOS for _ in range(num_stories)]
@@ -180,9 +180,9 @@ def held_out_loss(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
-    """Writes both as Transformers reads them; returns what a reader gets, with weights rounded to bfloat16."""
+    """Save model and tokenizer for Transformers. Returns the saved model, with weights rounded to bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.backend_tokenizer.no_padding()  # measuring the held-out loss has left it on
+    tokenizer.backend_tokenizer.no_padding()  # the measurement of the held-out loss has turned it on
     tokenizer.save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)

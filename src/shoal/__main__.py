@@ -1,12 +1,13 @@
-"""The program: `shoal`, or `python -m shoal`."""
+"""The program `shoal`, also run as `python -m shoal`."""
 
 import sys
 
 INTERRUPTED = 130
+"""The exit status after Ctrl-C: 128 plus the number of SIGINT, as shells have it."""
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C ends it quietly also while it is still being imported."""
+    """Run the command line. Ctrl-C ends it without a traceback, even during the imports."""
     try:
         from shoal.cli import main as run_command
 

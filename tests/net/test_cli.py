@@ -1,4 +1,4 @@
-"""The commands, as a user runs them: servers are processes, and the network is the real one, on loopback."""
+"""The commands as users run them: each server is a process, and the network is libp2p on loopback."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from shoal.processes import Child, Children
 
 PROMPT = "Once upon a time"
 SECONDS = 120.0
-"""Nothing below takes that long; a test that waits for it has failed."""
+"""The limit for a wait. A test that reaches it fails."""
 
 
 @dataclass
 class Done:
-    """What a command came to."""
+    """The exit status and the output of a command."""
 
     code: int
     out: str
@@ -43,21 +43,21 @@ class Done:
 
     @property
     def is_plain(self) -> bool:
-        """Neither a traceback nor colours, nor what a library has to say."""
+        """Whether the output has no traceback, no color and no message of a library."""
         return not any(word in self.out + self.err for word in ("Traceback", "\x1b", "Warning", "it/s"))
 
 
 Shoal = Callable[..., Done]
 
 
-def said(err: str) -> list[str]:
-    """The lines of stderr, without those that name what a server waits for."""
+def without_progress(err: str) -> list[str]:
+    """The lines of stderr that are not about progress."""
     return [line for line in err.splitlines() if " INFO shoal.progress: " not in line]
 
 
 @pytest.fixture
 def shoal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Shoal]:
-    """Run a command that ends by itself, in this process, which has imported everything slow already."""
+    """Run a command that ends by itself. It runs in this process, where the slow imports are done."""
     logger = logging.getLogger("shoal")
     before = logger.handlers, logger.level, logger.propagate
 
@@ -75,7 +75,7 @@ def shoal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
-    """Processes that are gone after the last test, however it ends."""
+    """Processes that end after the last test."""
     with pytest.MonkeyPatch.context() as patch, Children() as children:
         patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield children
@@ -93,7 +93,7 @@ def ready(children: Children, *wanted: Child) -> None:
 
 @pytest.fixture(scope="module")
 def first(children: Children) -> Child:
-    """A server that started a swarm, with the first half of the model."""
+    """A server of the first half of the model, which starts the swarm."""
     server = serve(children, "first", "--new-swarm", "--blocks", "0:6")
     ready(children, server)
     return server
@@ -101,7 +101,7 @@ def first(children: Children) -> Child:
 
 @pytest.fixture(scope="module")
 def second(children: Children, first: Child) -> Child:
-    """One that joined, and chose the other half."""
+    """A server that joins the swarm and chooses the other half."""
     server = serve(children, "second", "--initial-peers", first.facts["address"], "--num-blocks", "6")
     ready(children, server)
     return server
@@ -109,22 +109,22 @@ def second(children: Children, first: Child) -> Child:
 
 @pytest.fixture
 def peers(first: Child, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The swarm's address, and where every command looks for it."""
+    """The swarm's address, which is also in the environment of the commands."""
     address = first.facts["address"]
     monkeypatch.setenv("SHOAL_INITIAL_PEERS", address)
     return address
 
 
-def test_a_server_says_what_it_serves_and_how_others_join(first):
+def test_a_server_prints_its_blocks_address_and_speed(first):
     assert first.facts["blocks"] == "0:6"
     assert first.facts["address"].endswith("/p2p/" + first.facts["peer"])
     assert "tokens/s" in first.facts["decoding"]
 
 
-# The tests of the swarm run in this order: it grows, and shrinks again.
+# These tests need this order: the swarm grows, then shrinks.
 
 
-def test_status_names_the_hole(shoal, peers):
+def test_status_names_the_missing_blocks(shoal, peers):
     done = shoal("status", "--initial-peers", peers)
     assert done.code == 1
     assert "missing: blocks 6:12" in done.out
@@ -135,10 +135,10 @@ def test_status_names_the_hole(shoal, peers):
     assert not model["complete"]
     assert model["missing"] == [6, 7, 8, 9, 10, 11]
     assert model["missing_spans"] == ["6:12"]
-    assert "there is no way from here" in shoal("status", "--route").out
+    assert "no route from this machine" in shoal("status", "--route").out
 
 
-def test_generating_with_a_hole_fails_in_two_lines_that_name_it(shoal, peers):
+def test_generate_names_the_missing_blocks_in_two_lines(shoal, peers):
     done = shoal("generate", str(STORIES), PROMPT)
     assert done.code == 1
     assert done.out == ""
@@ -146,7 +146,7 @@ def test_generating_with_a_hole_fails_in_two_lines_that_name_it(shoal, peers):
     assert done.err.count("\n") == 2
 
 
-def test_generate_says_what_the_whole_model_says(shoal, peers, second):
+def test_generate_gives_the_tokens_of_the_whole_model(shoal, peers, second):
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype="float32")
     ids = whole.generate(**tokenizer(PROMPT, return_tensors="pt"), do_sample=False, max_new_tokens=16)[0]
@@ -169,7 +169,7 @@ def test_generate_says_what_the_whole_model_says(shoal, peers, second):
     assert streamed.is_plain
 
 
-def test_generate_computes_with_an_adapter(shoal, peers, second, tmp_path: Path):
+def test_generate_uses_an_adapter(shoal, peers, second, tmp_path: Path):
     torch.manual_seed(0)
     whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype="float32")
     tuned = get_peft_model(whole, LoraConfig(init_lora_weights=False, target_modules="all-linear"))
@@ -183,7 +183,7 @@ def test_generate_computes_with_an_adapter(shoal, peers, second, tmp_path: Path)
     assert "has no adapter_config.json" in refused.err
 
 
-def test_a_seed_is_enough_to_sample_the_same_text_again(shoal, peers, second):
+def test_the_same_seed_samples_the_same_text(shoal, peers, second):
     command = ("generate", str(STORIES), PROMPT, "--max-new-tokens", "12", "--temperature", "1.5", "--seed")
     assert shoal(*command, "1").out == shoal(*command, "1").out != shoal(*command, "2").out
 
@@ -196,7 +196,7 @@ def test_chat_goes_on_in_one_session(shoal, peers, second):
     assert done.is_plain
 
 
-def test_status_shows_everybody(shoal, peers, second):
+def test_status_shows_all_servers(shoal, peers, second):
     done = shoal("status")
     assert done.code == 0
     assert "complete: every block is served" in done.out
@@ -209,10 +209,10 @@ def test_status_shows_everybody(shoal, peers, second):
     assert servers["second"]["decode_speed"] > 0
 
 
-def test_status_shows_the_way_from_here_and_what_it_costs(shoal, peers, second):
+def test_status_shows_the_route_from_this_machine_and_its_cost(shoal, peers, second):
     done = shoal("status", str(STORIES), "--route")
     assert done.code == 0
-    assert "from here, a token would take" in done.out
+    assert "from this machine, a token is expected to take" in done.out
     assert done.is_plain
     (model,) = shoal("status", "--route", "--json").json["models"]
     route = model["route"]
@@ -222,7 +222,7 @@ def test_status_shows_the_way_from_here_and_what_it_costs(shoal, peers, second):
     assert route["seconds"] == pytest.approx(route["back"] + sum(hop[part] for hop in route["hops"] for part in parts))
 
 
-def test_blocks_that_are_pinned_to_a_peer_without_them_fail_in_two_lines(shoal, peers, first, second):
+def test_pinning_blocks_to_a_peer_without_them_fails_in_two_lines(shoal, peers, first, second):
     pinned = f"0:6={second.facts['peer']}"
     done = shoal("generate", str(STORIES), PROMPT, "--pin", pinned)
     assert done.code == 1
@@ -231,7 +231,7 @@ def test_blocks_that_are_pinned_to_a_peer_without_them_fail_in_two_lines(shoal, 
     assert shoal("generate", str(STORIES), PROMPT, "--max-new-tokens", "4", *right).code == 0
 
 
-def test_blocks_are_pinned_by_the_names_and_short_ids_that_status_shows(shoal, peers, first, second):
+def test_blocks_may_be_pinned_by_the_names_and_short_ids_that_status_shows(shoal, peers, first, second):
     shown = shoal("status").out
     short = second.facts["peer"][-6:]
     assert f"second  {short}" in shown
@@ -243,15 +243,15 @@ def test_blocks_are_pinned_by_the_names_and_short_ids_that_status_shows(shoal, p
     assert f"second {short} (blocks 6:12)" in wrong.err
 
 
-def test_a_model_that_the_swarm_does_not_know_is_an_error_that_says_what_it_knows(shoal, peers):
+def test_the_error_for_an_unknown_model_lists_those_of_the_swarm(shoal, peers):
     done = shoal("status", "not a model")
     assert (done.code, done.err) == (
         1,
-        "error: this swarm serves no model called not a model\nhint: it serves stories\n",
+        "error: this swarm serves no model named not a model\nhint: it serves stories\n",
     )
 
 
-def test_a_bootstrap_node_joins_and_lets_others_join(children, shoal, peers):
+def test_a_bootstrap_peer_joins_and_lets_others_join(children, shoal, peers):
     bootstrap = children.start("dht", "dht", "--host", "127.0.0.1", "--initial-peers", peers)
     ready(children, bootstrap)
     assert "stories" in shoal("status", "--initial-peers", bootstrap.facts["address"]).out
@@ -259,22 +259,22 @@ def test_a_bootstrap_node_joins_and_lets_others_join(children, shoal, peers):
     assert bootstrap.process.wait(SECONDS) == 0
 
 
-def test_servers_of_one_machine_are_different_peers_and_keep_their_keys(first, second):
+def test_two_servers_of_one_machine_have_keys_of_their_own(first, second):
     assert first.facts["peer"] != second.facts["peer"]
     kept = Path(os.environ["SHOAL_CACHE"]) / "identities"
     assert {path.name for path in kept.glob("serve-*[0-9]")} == {"serve-0", "serve-1"}
 
 
-def test_a_server_that_is_told_to_stop_says_goodbye(shoal, peers, second):
+def test_a_server_that_is_stopped_announces_that_it_leaves(shoal, peers, second):
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(SECONDS) == 0
-    assert said(second.log.read_text()) == ["leaving the swarm (again to end at once)"]
+    assert without_progress(second.log.read_text()) == ["leaving the swarm; a second Ctrl-C quits immediately"]
     (model,) = shoal("status", "--json").json["models"]
     assert {server["name"]: server["state"] for server in model["servers"]}["second"] == "leaving"
     assert model["missing_spans"] == ["6:12"]
 
 
-NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
+UNREACHABLE = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw
     [
         (["serve", "m"], "neither --new-swarm nor --initial-peers is given"),
         (
-            ["serve", "m", "--new-swarm", "--initial-peers", NOBODY],
+            ["serve", "m", "--new-swarm", "--initial-peers", UNREACHABLE],
             "--new-swarm and --initial-peers exclude each other",
         ),
         (["serve", "m", "--new-swarm", "--blocks", "8"], "not a span of blocks: '8' (write it as 0:8)"),
@@ -293,7 +293,7 @@ NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw
         (["swim"], "No such command 'swim'"),
     ],
 )
-def test_wrong_usage_is_told_in_two_lines_and_status_2(shoal, monkeypatch, arguments, error):
+def test_wrong_usage_gives_two_lines_and_exit_status_2(shoal, monkeypatch, arguments, error):
     monkeypatch.delenv("SHOAL_INITIAL_PEERS", raising=False)
     done = shoal(*arguments)
     assert done.code == 2
@@ -306,27 +306,27 @@ def test_wrong_usage_is_told_in_two_lines_and_status_2(shoal, monkeypatch, argum
     [
         (["serve", "./nowhere", "--new-swarm", "--host", "127.0.0.1"], "there is no folder ./nowhere"),
         (["serve", str(STORIES), "--new-swarm", "--host", "localhost"], "not an IP address to listen on: 'localhost'"),
-        (["serve", str(STORIES), "--initial-peers", NOBODY], "no initial peer answers: " + NOBODY),
+        (["serve", str(STORIES), "--initial-peers", UNREACHABLE], "no initial peer answers: " + UNREACHABLE),
         (["generate", str(STORIES), "hi", "--initial-peers", "127.0.0.1:31337"], "not the address of a peer"),
-        (["status", "--initial-peers", NOBODY], "no initial peer answers: " + NOBODY),
+        (["status", "--initial-peers", UNREACHABLE], "no initial peer answers: " + UNREACHABLE),
     ],
 )
-def test_what_cannot_be_done_is_told_in_two_lines_and_status_1(shoal, monkeypatch, tmp_path, arguments, error):
+def test_a_failure_gives_two_lines_and_exit_status_1(shoal, monkeypatch, tmp_path, arguments, error):
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
     done = shoal(*arguments)
     assert done.code == 1
-    assert said(done.err)[0].startswith(f"error: {error}")
+    assert without_progress(done.err)[0].startswith(f"error: {error}")
     assert done.is_plain
 
 
-def test_a_bug_is_told_in_two_lines_too(shoal, monkeypatch):
+def test_a_bug_gives_two_lines_too(shoal, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: 1 / 0)
     monkeypatch.setattr("shoal.cli.options.swarm_peers", lambda peers: 1 / 0)
-    done = shoal("status", "--initial-peers", NOBODY)
+    done = shoal("status", "--initial-peers", UNREACHABLE)
     assert done.code == 1
     assert done.err.splitlines() == [
         "error: ZeroDivisionError: division by zero",
-        "hint: this is a bug in shoal; run it with --verbose or SHOAL_LOG=debug for the details",
+        "hint: this is a bug in shoal; --verbose or SHOAL_LOG=debug prints the traceback",
     ]
     assert "Traceback" in shoal("status", "--verbose").err
 
@@ -336,7 +336,7 @@ def test_a_bug_is_told_in_two_lines_too(shoal, monkeypatch):
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start the demo; afterwards it is gone, and so is all that it started."""
+    """Start the demo. It ends with the test."""
     started: list[subprocess.Popen[str]] = []
 
     def demo(*arguments: str) -> subprocess.Popen[str]:
@@ -357,7 +357,7 @@ def demo(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def line_with(process: subprocess.Popen[str], beginning: str) -> str:
-    """The first line of its output that begins so."""
+    """The next line of the output with this beginning."""
     assert process.stdout is not None
     return next(line for line in process.stdout if line.startswith(beginning))
 
@@ -366,7 +366,7 @@ def are_gone(processes: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(processes, timeout=SECONDS)[1]
 
 
-def test_the_demo_kills_a_server_and_tells_the_same_story(demo):
+def test_the_demo_kills_a_server_and_gets_the_same_story(demo):
     process = demo("--servers", "5")
     listed = {int(entry.partition("=")[2]) for entry in line_with(process, "processes ").split()[1:]}
     line_with(process, "complete: ")
@@ -377,18 +377,18 @@ def test_the_demo_kills_a_server_and_tells_the_same_story(demo):
     assert process.returncode == 0
     assert "with SIGKILL" in out
     assert "took over after" in out
-    assert "the same as the whole model on one machine: yes" in out
-    assert "nothing is left running" in out
+    assert "same story as the whole model on one machine: yes" in out
+    assert "all processes have ended" in out
     assert err == ""
     assert are_gone(members)
 
 
 @pytest.mark.parametrize(
     ("number", "codes", "moment"),
-    # Python, interrupted while it executes generated code, cleans up, and then ends by the signal: also 130 to a shell.
+    # An interrupt during generated code makes Python end by the signal, after its cleanup: a shell sees 130 too.
     [(signal.SIGINT, {130, -signal.SIGINT}, "complete: "), (signal.SIGKILL, {-signal.SIGKILL}, "processes ")],
 )
-def test_a_demo_that_is_broken_off_leaves_nothing_behind(demo, number, codes, moment):
+def test_an_interrupted_demo_leaves_no_process_behind(demo, number, codes, moment):
     process = demo("--servers", "4")
     line_with(process, moment)
     members = psutil.Process(process.pid).children(recursive=True)

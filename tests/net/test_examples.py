@@ -1,4 +1,4 @@
-"""The examples, as a user runs them: each against a swarm of two processes, and it has to learn."""
+"""The examples as users run them, against a swarm of two processes. Each has to learn its task."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from shoal.processes import Children
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SECONDS = 300.0
-"""No example takes that long; one that does has failed."""
+"""The limit for one example."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What an example has said, and the folder that it wrote into."""
+    """The output of an example, and the folder with its files."""
 
-    said: str
+    out: str
     folder: Path
 
     def figures(self, name: str) -> list[float]:
-        """All that it said under this name."""
-        return [float(figure) for figure in re.findall(rf"\b{name}: ([0-9.]+)", self.said)]
+        """The numbers that follow `name:` in the output."""
+        return [float(figure) for figure in re.findall(rf"\b{name}: ([0-9.]+)", self.out)]
 
     def has_plot(self, file: str) -> bool:
-        """Whether a picture is there that shows a line: coloured pixels on white."""
+        """Whether the file is a PNG with a plot in it: colored pixels on white."""
         path = self.folder / file
         if not path.read_bytes().startswith(PNG):
             return False
-        colours = imread(path)[..., :3]
-        return bool(colours.shape[0] >= 300 and np.ptp(colours, axis=-1).max() > 0.3)
+        pixels = imread(path)[..., :3]
+        return bool(pixels.shape[0] >= 300 and np.ptp(pixels, axis=-1).max() > 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def example(peers: str, tmp_path: Path) -> Callable[..., Run]:
-    """Run an example to its end."""
+    """Run an example to its end. It has to succeed."""
 
     def run(name: str, *arguments: str) -> Run:
         done = subprocess.run(
@@ -81,7 +81,7 @@ def example(peers: str, tmp_path: Path) -> Callable[..., Run]:
 def test_a_soft_prompt_learns_how_a_day_ended(example):
     run = example("sentiment", "--steps", "50")
     (before,), (after,) = run.figures("accuracy before"), run.figures("accuracy after")
-    assert before < 0.65  # it guesses
+    assert before < 0.65  # chance is 0.5
     assert after > before + 0.25
     assert run.has_plot("sentiment.png")
 
@@ -95,16 +95,16 @@ def test_lora_learns_to_follow_instructions(example):
     assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_two_participants_learn_from_each_other_what_only_one_has_data_for(example):
+def test_two_participants_learn_tasks_for_which_only_one_has_data(example):
     run = example("together", "--steps", "16")
     before, after = run.figures("accuracy before"), run.figures("after")
     assert len(before) == len(after) == 2
-    assert after[0] == after[1]  # they have one adapter
-    assert after[0] > max(before) + 0.6  # either, by itself, has stories with half of the questions
+    assert after[0] == after[1]  # both have the same adapter
+    assert after[0] > max(before) + 0.6  # each has data for half of the questions
     assert run.has_plot("together.png")
 
 
-def test_the_same_without_anybody_in_charge_and_differentially_private(example):
+def test_participants_learn_without_a_coordinator_and_with_differential_privacy(example):
     little = (
         "--noise",
         "0.2",
@@ -112,10 +112,10 @@ def test_the_same_without_anybody_in_charge_and_differentially_private(example):
         "12",
         "--noise-seed",
         "1",
-    )  # so few steps learn nothing under noise that hides much
+    )  # with more noise, 16 steps learn nothing
     run = example("together", "--steps", "16", "--decentralized", "--private", *little)
     assert min(run.figures("after")) > max(run.figures("accuracy before")) + 0.25
     (epsilon,) = run.figures("epsilon")
     assert 0 < epsilon < 100
     assert all(run.has_plot(f"participant-{number}.png") for number in range(2))
-    assert not (run.folder / "together.png").exists()  # exact losses do not leave who has the stories
+    assert not (run.folder / "together.png").exists()  # exact losses stay with their participant

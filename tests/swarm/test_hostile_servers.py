@@ -290,7 +290,7 @@ def test_a_server_that_answers_anything_else_is_left(honest: Swarm, whole, caplo
     assert generated.tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
     told = [record.getMessage() for record in caplog.records if re.match("rogue ", record.getMessage())]
     assert re.search(reason, told[0])
-    assert all(in_flight.isprintable() and len(in_flight) < 500 for in_flight in told)
+    assert all(line.isprintable() and len(line) < 500 for line in told)
 
 
 PONGS: dict[str, Callable[[int], Raw]] = {
@@ -425,7 +425,7 @@ def test_a_server_that_is_pushed_nonsense_is_not_blamed(
     assert rogue.num_steps
     told = [record.getMessage() for record in caplog.records]
     assert "rogue cannot push to s1" in told
-    assert not [in_flight for in_flight in told if re.match("s1 ", in_flight)]
+    assert not [line for line in told if re.match("s1 ", line)]
 
 
 def test_a_server_that_is_wrong_by_itself_is_blamed_although_it_was_pushed_to(
@@ -436,7 +436,7 @@ def test_a_server_that_is_wrong_by_itself_is_blamed_although_it_was_pushed_to(
     model = swarm_.model()
     assert model.generate(PROMPT, max_new_tokens=4).tolist() == whole.generate(PROMPT, max_new_tokens=4).tolist()
     lost = [record.getMessage() for record in caplog.records if "looking for another" in record.getMessage()]
-    assert [in_flight.split(";")[0] for in_flight in lost] == ["rogue answered with numbers that are not finite"]
+    assert [line.split(";")[0] for line in lost] == ["rogue answered with numbers that are not finite"]
 
 
 def test_a_server_that_never_goes_on_is_left(honest: Swarm, whole: PreTrainedModel):

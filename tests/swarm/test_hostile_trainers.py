@@ -135,7 +135,7 @@ def test_a_server_that_cannot_compute_an_adapter_is_left(
     assert all(close(found[name], gradient) for name, gradient in expected.items())
     told = [record.getMessage() for record in caplog.records if re.match("rogue ", record.getMessage())]
     assert re.search(reason, told[0])
-    assert all(in_flight.isprintable() and len(in_flight) < 500 for in_flight in told)
+    assert all(line.isprintable() and len(line) < 500 for line in told)
 
 
 @pytest.mark.parametrize(("answer", "reason"), LATE_ANSWERS.values(), ids=LATE_ANSWERS.keys())

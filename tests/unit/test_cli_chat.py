@@ -1,4 +1,4 @@
-"""A conversation on the terminal, with a model that says what a test wants."""
+"""A conversation on the terminal, with a model that gives the answer of the test."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from transformers import AutoTokenizer
 
 from shoal.bundled import STORIES
-from shoal.cli.chat import ChatHistory, _converse, parsed
+from shoal.cli.chat import Conversation, _converse, parse_line
 from shoal.cli.generate import is_cut
 
 
 @pytest.mark.parametrize(
-    ("line", "command", "said"),
+    ("line", "command", "text"),
     [
         ("hello", None, "hello"),
         (" /new ", "/new", ""),
@@ -32,21 +32,21 @@ from shoal.cli.generate import is_cut
         ("", None, ""),
     ],
 )
-def test_a_line_with_a_slash_is_a_command_and_two_slashes_send_one(line, command, said):
-    assert parsed(line) == (command, said)
+def test_a_line_with_a_slash_is_a_command_and_two_slashes_send_one(line, command, text):
+    assert parse_line(line) == (command, text)
 
 
-class Talker:
-    """Says the same to everything, and remembers what it was told."""
+class FakeModel:
+    """Gives the same answer to every prompt, and records the prompts."""
 
     generation_config = SimpleNamespace(eos_token_id=1)
 
     def __init__(self, answer: list[int]) -> None:
         self.answer = answer
-        self.told: list[torch.Tensor] = []
+        self.prompts: list[torch.Tensor] = []
 
     def generate(self, ids: torch.Tensor, *, streamer: Any, **_: Any) -> torch.Tensor:
-        self.told.append(ids)
+        self.prompts.append(ids)
         streamer.put(ids)
         for token in self.answer:
             streamer.put(torch.tensor([token]))
@@ -55,7 +55,7 @@ class Talker:
 
 
 class Session:
-    """As a session that holds nothing yet."""
+    """A session that holds no tokens."""
 
     output_ids = attention_mask = None
     num_tokens = 0
@@ -68,46 +68,46 @@ Chat = Any
 
 @pytest.fixture
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
-    """Say some lines; returns the model, whether it begins anew, and what was printed."""
+    """Run a chat with these input lines. Returns the prompts, whether a new conversation follows, and the output."""
 
     def chat(*lines: str, answer: str = "Once", max_new_tokens: int = 100, ended: bool = True) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(STORIES)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        talker = Talker([*tokenizer(answer)["input_ids"], *([1] if ended else [])])
+        model = FakeModel([*tokenizer(answer)["input_ids"], *([1] if ended else [])])
         capsys.readouterr()
-        again = _converse(talker, ChatHistory(tokenizer), Session(), {"max_new_tokens": max_new_tokens})  # type: ignore[arg-type]
+        again = _converse(model, Conversation(tokenizer), Session(), {"max_new_tokens": max_new_tokens})  # type: ignore[arg-type]
         out, err = capsys.readouterr()
-        said = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in talker.told]
-        return SimpleNamespace(said=said, again=again, out=out, err=err, num_tokens=len(talker.answer))
+        prompts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in model.prompts]
+        return SimpleNamespace(prompts=prompts, again=again, out=out, err=err, num_tokens=len(model.answer))
 
     return chat
 
 
 def test_commands_never_reach_the_model(chat):
     done = chat("/help", "/set x", "hello")
-    assert done.said == ["hello"]
+    assert done.prompts == ["hello"]
     assert done.out == "Once\n"
     assert done.err.count("/new") == done.err.count("/bye") == done.err.count("//") == 2
-    assert "there is no command /set x" in done.err
+    assert "unknown command /set x" in done.err
 
 
-def test_a_command_may_begin_anew_or_leave(chat):
+def test_a_command_may_start_a_new_conversation_or_leave(chat):
     assert chat("/new", "hello").again is True
     assert chat("/bye", "hello").again is False
     assert chat("hello").again is False
-    assert not chat("/bye", "hello").said
+    assert not chat("/bye", "hello").prompts
 
 
 def test_two_slashes_send_one_to_the_model(chat):
-    assert chat("//hello").said == ["/hello"]
+    assert chat("//hello").prompts == ["/hello"]
 
 
-def test_an_answer_that_was_cut_says_so_beside_it_and_not_in_it(chat):
+def test_the_note_on_a_cut_answer_goes_to_stderr(chat):
     whole = chat("hello", answer="Once upon a time")
     assert not whole.err
     cut = chat("hello", answer="Once upon a time", max_new_tokens=whole.num_tokens - 1, ended=False)
     assert cut.out == whole.out == "Once upon a time\n"
-    assert cut.err.strip() == f"[cut at {whole.num_tokens - 1} tokens: --max-new-tokens]"
+    assert cut.err.strip() == f"[cut after {whole.num_tokens - 1} tokens; see --max-new-tokens]"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,6 @@ def test_an_answer_that_was_cut_says_so_beside_it_and_not_in_it(chat):
         ([5, 1, 0], 1, False),
     ],
 )
-def test_an_answer_is_cut_if_it_is_as_long_as_it_may_be_and_does_not_end(new, end, expected):
+def test_an_answer_is_cut_if_it_reaches_the_limit_without_an_end_token(new, end, expected):
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=end))
     assert is_cut(model, new, max_new_tokens=3) is expected

@@ -1,9 +1,11 @@
-"""What the command line says before it does anything."""
+"""Help, completion, and the errors that need no slow import."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from shoal.__main__ import main
+from shoal.cli import serve
 from shoal.cli.console import WrongUsage
 from shoal.cli.options import peers_of, pins, sampling, server_name, spread_peers, swarm_peers
 
@@ -29,14 +32,26 @@ def test_help_is_quick_because_it_imports_nothing_slow():
     assert all(command in done.stdout for command in ("demo", "serve", "dht", "generate", "chat", "status"))
 
 
+def test_the_options_of_a_large_command_stand_in_groups_and_none_is_lost():
+    text = shoal("serve", "--help").stdout
+    titles = [line for line in text.splitlines() if line and not line.startswith((" ", "Usage"))]
+    assert titles == ["Arguments:", "Swarm:", "Model:", "Computation:", "Cache and training:", "Network:", "Options:"]
+    assert max(len(line) for line in text.splitlines()) <= 80
+    parameters = inspect.signature(serve.command).parameters
+    listed = re.findall(r"^  (?:-\w, )?--([a-z-]+)", text, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(
+        {each.replace("_", "-") for each in parameters} - {"model", "exit-with-stdin"} | {"help"}
+    )
+
+
 def shoal(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own: it changes how this one logs."""
+    """Run a command in its own process, because it changes the logging of its process."""
     return subprocess.run(
         [sys.executable, "-m", "shoal", *arguments], capture_output=True, text=True, timeout=60, check=False
     )
 
 
-def test_shoal_alone_prints_its_help_as_it_is_and_is_wrong_usage():
+def test_shoal_without_a_command_prints_its_help_and_is_wrong_usage():
     alone, asked = shoal(), shoal("--help")
     assert (alone.returncode, asked.returncode) == (2, 0)
     assert (alone.stdout, alone.stderr) == ("", asked.stdout)
@@ -46,7 +61,7 @@ def test_shoal_alone_prints_its_help_as_it_is_and_is_wrong_usage():
 @pytest.mark.parametrize(
     ("words", "found"), [("shoal st", {"status"}), ("shoal serve m --dtype f", {"float32", "float16"})]
 )
-def test_a_shell_completes_commands_and_options_without_importing_anything_slow(words, found):
+def test_shell_completion_imports_nothing_slow(words, found):
     program = (
         "import atexit, sys\nfrom shoal.cli import main\n"
         f"atexit.register(lambda: print([name for name in {SLOW} if name in sys.modules]))\nmain([])"
@@ -61,13 +76,13 @@ def test_a_shell_completes_commands_and_options_without_importing_anything_slow(
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_completion_of_a_shell_can_be_shown(shell):
+def test_the_completion_script_of_a_shell_can_be_shown(shell):
     done = shoal("--show-completion", shell)
     assert done.returncode == 0
     assert "_SHOAL_COMPLETE" in done.stdout
 
 
-def test_what_is_wrong_at_first_sight_is_refused_before_anything_slow_is_imported(tmp_path):
+def test_obvious_mistakes_are_refused_before_anything_slow_is_imported(tmp_path):
     peer = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
     (tmp_path / "no-model").mkdir()
     (tmp_path / "model").mkdir()
@@ -121,11 +136,11 @@ def test_several_peers_may_follow_one_option():
         [],
     ],
 )
-def test_nothing_else_is_taken_for_a_peer(arguments):
+def test_other_arguments_are_not_taken_for_peers(arguments):
     assert spread_peers(arguments) == arguments
 
 
-def test_peers_come_from_the_options_or_else_from_the_environment(monkeypatch):
+def test_peers_come_from_the_option_or_else_from_the_environment(monkeypatch):
     monkeypatch.setenv("SHOAL_INITIAL_PEERS", f"{A} {B}")
     assert peers_of(None) == (A, B)
     assert peers_of([B]) == (B,)
@@ -136,7 +151,7 @@ def test_peers_come_from_the_options_or_else_from_the_environment(monkeypatch):
         swarm_peers(None)
 
 
-def test_a_server_is_called_like_its_host_unless_it_is_told_otherwise():
+def test_the_default_name_of_a_server_is_that_of_its_host():
     assert server_name(None, "alpha.example.org") == "alpha"
     assert server_name("beta", "alpha") == "beta"
     assert server_name("", "alpha") == ""
@@ -144,7 +159,7 @@ def test_a_server_is_called_like_its_host_unless_it_is_told_otherwise():
     assert server_name(None, "a\x1b[31m" + "b" * 100) == "a[31m" + "b" * 27
 
 
-def test_a_name_that_no_peer_would_accept_is_refused():
+def test_a_server_name_that_peers_would_refuse_is_an_error():
     assert len(server_name("n" * 128, "alpha")) == 128
     with pytest.raises(WrongUsage, match="a name of 129 characters"):
         server_name("n" * 129, "alpha")
@@ -152,7 +167,7 @@ def test_a_name_that_no_peer_would_accept_is_refused():
         server_name("a\x1b[31m", "alpha")
 
 
-def test_text_is_greedy_unless_chance_is_asked_for():
+def test_decoding_is_greedy_unless_an_option_asks_for_sampling():
     assert sampling(None, None, None, None) == {"do_sample": False, "num_beams": 1}
     assert sampling(0.0, None, None, None)["do_sample"] is False
     assert sampling(0.5, 0.9, None, 1) == {
@@ -161,14 +176,14 @@ def test_text_is_greedy_unless_chance_is_asked_for():
     assert sampling(None, None, 5, None)["temperature"] == 1.0
 
 
-def test_a_seed_without_chance_is_a_mistake():
+def test_a_seed_without_sampling_is_an_error():
     with pytest.raises(WrongUsage, match="--seed"):
         sampling(None, None, None, 7)
     with pytest.raises(WrongUsage, match="temperature of 0"):
         sampling(0.0, 0.5, None, None)
 
 
-def test_blocks_are_pinned_to_peers_by_an_option_that_is_repeated():
+def test_the_option_pin_may_be_repeated():
     assert pins(None) == {}
     assert pins(["0:4=A", "4:8=B", "0:4=A"]) == {"0:4": "A", "4:8": "B"}
     for wrong in "0:4", "0:4=", "=A":
@@ -178,7 +193,7 @@ def test_blocks_are_pinned_to_peers_by_an_option_that_is_repeated():
         pins(["0:4=A", "0:4=B"])
 
 
-def test_ctrl_c_while_the_program_is_being_imported_prints_no_traceback(monkeypatch, capsys):
+def test_ctrl_c_during_the_imports_prints_no_traceback(monkeypatch, capsys):
     class Importing(types.ModuleType):
         def __getattr__(self, name: str) -> Any:
             raise KeyboardInterrupt

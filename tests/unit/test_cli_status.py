@@ -1,4 +1,4 @@
-"""What `shoal status` ends with."""
+"""The exit status and the JSON of `shoal status`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UNSERVED = ModelStatus(MODEL, SwarmView(8))
 
 @pytest.fixture(autouse=True)
 def same_log() -> Iterator[None]:
-    """A command sets up the log of its process; here, other tests follow."""
+    """Restore the logging that a command sets up, for the tests that follow."""
     logger = logging.getLogger("shoal")
     before = logger.handlers, logger.level, logger.propagate
     yield
@@ -50,7 +50,7 @@ def same_log() -> Iterator[None]:
     ("found", "code"),
     [([WHOLE], 0), ([], 0), ([HALF], 1), ([LOADING], 1), ([UNSERVED], 1), ([WHOLE, HALF], 1), ([WHOLE, WHOLE], 0)],
 )
-def test_it_ends_with_1_while_blocks_of_a_model_are_missing(monkeypatch, capsys, options, found, code):
+def test_the_exit_status_is_1_while_blocks_of_a_model_are_missing(monkeypatch, capsys, options, found, code):
     async def look(*_: Any, **__: Any) -> list[ModelStatus]:
         return list(found)
 
@@ -77,6 +77,6 @@ def test_a_speed_that_was_not_measured_is_null_in_json():
     assert server["decode_speed"] is None
 
 
-def test_help_says_what_the_exit_status_means(capsys):
+def test_help_explains_the_exit_status(capsys):
     assert run(["status", "--help"]) == 0
     assert "exit status is 1" in " ".join(capsys.readouterr().out.split()).lower()

@@ -1,4 +1,4 @@
-"""A story on the terminal, while it is told."""
+"""Generated text, wrapped to the terminal."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from shoal.cli.story import INDENT, Page
+from shoal.cli.story import INDENT, WrappedWriter
 
 
-def page_of(width: int = 40) -> tuple[Page, io.StringIO]:
+def new_writer(width: int = 40) -> tuple[WrappedWriter, io.StringIO]:
     out = io.StringIO()
-    return Page(Console(file=out, width=width)), out
+    return WrappedWriter(Console(file=out, width=width)), out
 
 
 @given(st.lists(st.text("ab \n", max_size=12), max_size=40))
 def test_lines_are_wrapped_and_nothing_is_lost(pieces):
-    page, out = page_of()
+    writer, out = new_writer()
     for piece in pieces:
-        page.write(piece)
-    page.end_line()
+        writer.write(piece)
+    writer.end_line()
     assert "".join(out.getvalue().split()) == "".join("".join(pieces).split())
     assert all(line == line.rstrip() for line in out.getvalue().splitlines())
 
 
 def test_a_note_stands_on_a_line_of_its_own():
-    page, out = page_of()
-    page.write("the fox was ")
-    page.note("a note", style="red")
-    page.write("brave")
-    page.end_line()
+    writer, out = new_writer()
+    writer.write("the fox was ")
+    writer.note("a note", style="red")
+    writer.write("brave")
+    writer.end_line()
     assert out.getvalue() == f"{INDENT}the fox was\n{INDENT}a note\n{INDENT}brave\n"

@@ -1,6 +1,8 @@
-"""The command line. Here: its commands, and the one place where errors become words on the terminal.
+"""The command line: one module for each command, and what several commands share.
 
-Only what is cheap is imported before a command runs: PyTorch, Transformers and hivemind take seconds.
+It may import everything but `shoal.testing`. Modules import PyTorch, Transformers and hivemind inside functions only:
+these imports take seconds, and `--help` and wrong usage need an immediate answer. This file lists the commands, and is
+the only place that turns exceptions into error messages and exit statuses.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import typer
 
 from shoal.cli import chat, demo, dht, generate, serve, status
 from shoal.cli.console import WrongUsage, is_debugging, print_error, start_logging, stderr
+from shoal.cli.grouped_help import GroupedCommand
 from shoal.cli.options import spread_peers
 from shoal.errors import ShoalError
 
@@ -23,12 +26,12 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="shoal",
-    help="One large language model on many ordinary machines that come and go.",
+    help="Run one large language model on many machines that may join and leave.",
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (demo, serve, dht, generate, chat, status):
-    app.command(command.__name__.rpartition(".")[2])(command.command)
+    app.command(command.__name__.rpartition(".")[2], cls=GroupedCommand)(command.command)
 
 
 def _show_version(value: bool) -> None:
@@ -42,7 +45,7 @@ def _shoal(
     context: typer.Context,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave."),
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
@@ -51,17 +54,17 @@ def _shoal(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 if it did what was asked, 1 if it failed, 2 if it was called wrongly."""
+    """Run a command and exit: with 0 on success, 1 on failure, 2 on wrong usage."""
     code = run(sys.argv[1:] if arguments is None else arguments)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command, and print its error if it fails. Returns the exit status."""
     try:
         start_logging(verbose=False)
         command = typer.main.get_command(app)
@@ -73,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
         print_error(str(error), error.hint)
         return WRONG_USAGE
     except ShoalError as error:
-        logging.getLogger(__name__).debug("where it failed:", exc_info=error)
+        logging.getLogger(__name__).debug("traceback of the error:", exc_info=error)
         print_error(str(error), error.hint)
         return FAILED
     except typer.TyperException as error:
@@ -87,9 +90,9 @@ def run(arguments: Sequence[str]) -> int:
         return FAILED
     except Exception as error:
         if is_debugging():
-            logging.getLogger(__name__).critical("not expected:", exc_info=error)
+            logging.getLogger(__name__).critical("unexpected error:", exc_info=error)
         print_error(
             f"{type(error).__name__}: {error}",
-            "this is a bug in shoal; run it with --verbose or SHOAL_LOG=debug for the details",
+            "this is a bug in shoal; --verbose or SHOAL_LOG=debug prints the traceback",
         )
         return FAILED

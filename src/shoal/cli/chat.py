@@ -1,4 +1,4 @@
-"""`shoal chat`: a conversation in one session, so that servers compute only the new tokens."""
+"""`shoal chat`: a conversation in one inference session, so that each turn computes only its new tokens."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 SYSTEM = "system"
 
 COMMANDS = {
-    "/new": "begins a new conversation",
-    "/bye": "leaves; so do /exit, /quit and Ctrl-D",
-    "/help": "shows this; so does /?",
-    "Ctrl-C": "stops an answer",
-    "//...": "sends /... to the model",
+    "/new": "start a new conversation",
+    "/bye": "leave; also /exit, /quit and Ctrl-D",
+    "/help": "show this list; also /?",
+    "Ctrl-C": "stop an answer",
+    "//text": "send /text to the model",
 }
-SAME = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}
+ALIASES = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}
 
 
 @options.with_client_options
@@ -40,59 +40,55 @@ def command(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
-    system: Annotated[str, typer.Option(metavar="TEXT", help="The system message, before the conversation.")] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="System prompt of the conversation.")] = "",
     max_length: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Tokens of the whole conversation. Default: up to 2048.")
+        int | None,
+        typer.Option(min=2, metavar="N", help="Limit of the whole conversation, in tokens. Default: up to 2048."),
     ] = None,
 ) -> None:
-    """Talk with a model.
+    """Chat with a model.
 
-    Ctrl-C stops an answer, Ctrl-D or /bye leaves, /new begins a new conversation, /help lists the commands. A model
-    without a chat template continues your text.
+    Ctrl-C stops an answer, Ctrl-D or /bye leaves, /new starts a new conversation, /help lists all commands. A model
+    without a chat template simply continues your text.
     """
     options.check_places(model, client.model.active_adapter)
     chosen = options.sampling(temperature, top_p, top_k, seed)
     with connected(model, client) as (llm, tokenizer):
         seed_everything(seed)
         chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
-        stderr.print(
-            Text(
-                "Ctrl-C stops an answer, Ctrl-D leaves, /new begins a new conversation, /help lists the commands",
-                style="dim",
-            )
-        )
+        stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new starts again, /help shows more", style="dim"))
         while True:
-            conversation = ChatHistory(tokenizer, system)
+            conversation = Conversation(tokenizer, system)
             with llm.inference_session(max_length=max_length) as session:
                 if not _converse(llm, conversation, session, chosen):
                     return
 
 
-def _converse(llm: Any, conversation: ChatHistory, session: InferenceSession, chosen: dict[str, Any]) -> bool:
-    """One conversation; returns whether the user wants a new one."""
+def _converse(llm: Any, conversation: Conversation, session: InferenceSession, chosen: dict[str, Any]) -> bool:
+    """Read lines and answer them. Returns True if the user asks for a new conversation, False if they leave."""
     while (line := _read_line()) is not None:
-        command, said = parsed(line)
+        command, text = parse_line(line)
         if command in ("/new", "/bye"):
             return command == "/new"
         if command is not None:
             _list_commands(None if command == "/help" else command)
-        if not said.strip():
+        if not text.strip():
             continue
-        ids, cut = conversation.ask(said), False
+        ids, cut = conversation.ask(text), False
         printer = streamer(conversation.tokenizer, strip=True)
         try:
-            go_back(session, ids)
+            rewind(session, ids)
             answer = llm.generate(ids, session=session, streamer=printer, **chosen)
         except KeyboardInterrupt:
-            conversation.answered(printer.text)
+            conversation.add_answer(printer.text)
             print_now(" …")
         except ShoalError as error:
-            conversation.take_back()
+            conversation.remove_last()
             print_now("\n" if printer.text else "")
             print_error(str(error), error.hint)
             continue
         else:
-            conversation.answered(printer.text)
+            conversation.add_answer(printer.text)
             cut = is_cut(llm, answer[0, ids.shape[1] :].tolist(), max_new_tokens=chosen["max_new_tokens"])
         print_now("\n")
         if cut:
@@ -100,55 +96,55 @@ def _converse(llm: Any, conversation: ChatHistory, session: InferenceSession, ch
     return False
 
 
-def parsed(line: str) -> tuple[str | None, str]:
-    """The command in a line, or `None`, and the text for the model. Two slashes at the beginning stand for one."""
+def parse_line(line: str) -> tuple[str | None, str]:
+    """The command in a line, or None, and the text for the model. A line with two slashes sends the second one."""
     text = line.strip()
     if not text.startswith("/"):
         return None, line
     if text.startswith("//"):
         return None, text[1:]
-    return SAME.get(text, text), ""
+    return ALIASES.get(text, text), ""
 
 
 def _list_commands(unknown: str | None) -> None:
-    lines = [f"{command:<8}{does}" for command, does in COMMANDS.items()]
+    lines = [f"{command:<8}{description}" for command, description in COMMANDS.items()]
     if unknown is not None:
-        lines.insert(0, f"there is no command {unknown}")
+        lines.insert(0, f"unknown command {unknown}; a line that begins with / is a command:")
     stderr.print(Text("\n".join(lines), style="dim"), soft_wrap=True)
 
 
-class ChatHistory:
-    """The messages so far, as tokens: by the tokenizer's chat template, or joined by spaces if it has none."""
+class Conversation:
+    """The messages so far. They become tokens by the tokenizer's chat template, or else by joining their texts."""
 
     def __init__(self, tokenizer: Any, system: str = "") -> None:
         self.tokenizer = tokenizer
         self.messages = [{"role": SYSTEM, "content": system}] if system else []
 
     def ask(self, text: str) -> torch.Tensor:
-        """Add a message of the user; returns all tokens so far, [1, S], up to where the answer begins."""
+        """Add a message of the user. Returns the tokens up to the start of the answer, [1, S]."""
         self.messages.append({"role": "user", "content": text})
         if self.tokenizer.chat_template is None:
-            said = " ".join(message["content"].strip() for message in self.messages)
-            inputs = self.tokenizer(said, return_tensors="pt")
+            text = " ".join(message["content"].strip() for message in self.messages)
+            inputs = self.tokenizer(text, return_tensors="pt")
             return cast("torch.Tensor", inputs["input_ids"])
         inputs = self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         return cast("torch.Tensor", inputs["input_ids"])
 
-    def answered(self, text: str) -> None:
-        """Add an answer of the model."""
+    def add_answer(self, text: str) -> None:
+        """Add a message of the model."""
         self.messages.append({"role": "assistant", "content": text})
 
-    def take_back(self) -> None:
-        """Remove the last message, which was not answered."""
+    def remove_last(self) -> None:
+        """Remove a message of the user that was not answered."""
         self.messages.pop()
 
 
-def go_back(session: InferenceSession, ids: torch.Tensor) -> None:
-    """Set a session back to the last token that it shares with these, [1, S].
+def rewind(session: InferenceSession, ids: torch.Tensor) -> None:
+    """Cut a session to the prefix that it shares with `ids`, [1, S].
 
-    They differ after an interrupted answer, or where the template writes an answer differently than the model did.
+    They differ after an interrupted answer, or where the chat template renders an answer with other tokens.
     """
     past = session.output_ids
     num_common = 0
@@ -162,11 +158,11 @@ def go_back(session: InferenceSession, ids: torch.Tensor) -> None:
 
 
 def _read_line() -> str | None:
-    """The next line of the user, or `None` at the end of the input."""
+    """The next line of the user; None at the end of the input."""
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.removesuffix("\n") if line else None
-    import readline  # noqa: F401 - input() has a history and editing with it
+    import readline  # noqa: F401 - gives input() a history and line editing
 
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The terminal: results on stdout; progress, logs and errors on stderr; plain text where nobody looks."""
+"""The terminal: results go to stdout; progress, logs and errors go to stderr. Output to a file or a pipe is plain."""
 
 from __future__ import annotations
 
@@ -16,43 +16,47 @@ from rich.text import Text
 
 from shoal.errors import UserError
 
-# With NO_COLOR, Rich by itself would still write bold and dim.
+# Given NO_COLOR, Rich drops the colors but still writes bold and dim.
 _COLORS: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
 stdout = Console(highlight=False, color_system=_COLORS)
 stderr = Console(stderr=True, highlight=False, color_system=_COLORS)
 
 PROGRESS = logging.getLogger("shoal.progress")
-"""What is awaited, in plain lines, where no spinner can show it."""
-LEAST_SECONDS = 5.0
-"""Steps of one kind, such as the blocks that are loaded, get a line this often at most."""
-REMIND_SECONDS = 30.0
-"""What takes longer than this is named again, as often."""
+"""The logger of progress lines. They replace the spinner where stderr is not a terminal."""
+MIN_LINE_SECONDS = 5.0
+"""The shortest time between two lines about steps of the same kind, such as blocks that are loaded."""
+REMINDER_SECONDS = 30.0
+"""The time after which a task that still runs is logged again."""
+
+UNKNOWN = "…"
+"""Stands for a figure that was not measured."""
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 class WrongUsage(UserError):
-    """The command line itself is wrong: exit status 2."""
+    """The arguments of the command are wrong. The exit status is 2."""
 
 
 def print_error(message: str, hint: str | None = None) -> None:
-    """`error: ...` and, under it, `hint: ...`, one line each however long they are."""
+    """Print `error: ...` and, below it, `hint: ...`. Each is one line, which is not wrapped."""
     stderr.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
     if hint:
         stderr.print(Text.assemble(("hint: ", "bold cyan"), " ".join(hint.split())), soft_wrap=True)
 
 
 def start_logging(*, verbose: bool, default: str = "error", progress: bool = False) -> None:
-    """Show shoal's own log from the level on that --verbose or $SHOAL_LOG ask for, and nobody else's.
+    """Show shoal's own log on stderr, and no other library's.
 
-    With `progress`, and unless $SHOAL_LOG says what is wanted, it has a line for whatever is awaited too, where stderr
-    is no terminal: that is for commands that run for long.
+    The level is debug with --verbose, else that of $SHOAL_LOG, else `default`. Commands that run for a long time set
+    `progress`: where stderr is not a terminal and $SHOAL_LOG is not set, progress lines are logged too. Raises
+    `WrongUsage` for an unknown level.
     """
-    tells = progress and not stderr.is_terminal and not os.environ.get("SHOAL_LOG")
-    PROGRESS.setLevel(logging.INFO if tells else logging.NOTSET)
+    logs_progress = progress and not stderr.is_terminal and not os.environ.get("SHOAL_LOG")
+    PROGRESS.setLevel(logging.INFO if logs_progress else logging.NOTSET)
     name = "debug" if verbose else os.environ.get("SHOAL_LOG", "").lower() or default
     if name not in LEVELS:
-        raise WrongUsage(f"SHOAL_LOG is {name!r}", hint=f"set it to one of {', '.join(LEVELS)}")
+        raise WrongUsage(f"SHOAL_LOG={name} is not a log level", hint=f"set it to one of {', '.join(LEVELS)}")
     handler: logging.Handler
     if stderr.is_terminal:
         from rich.logging import RichHandler
@@ -66,113 +70,125 @@ def start_logging(*, verbose: bool, default: str = "error", progress: bool = Fal
     logger.handlers = [handler]
     logger.setLevel(LEVELS[name])
     logger.propagate = False
-    _hush()
+    _hush_libraries()
 
 
 def is_debugging() -> bool:
-    """Whether all details are wanted."""
+    """Whether shoal logs at the level debug."""
     return logging.getLogger("shoal").isEnabledFor(logging.DEBUG)
 
 
-def _hush() -> None:
-    """Keep the libraries beneath, which are not imported yet, from writing to the terminal."""
+def _hush_libraries() -> None:
+    """Keep the libraries from writing to the terminal. Called before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not is_debugging():
         warnings.simplefilter("ignore")
-    # Whatever has no handler of its own ends at the root: let that be a silent one.
+    # Loggers without a handler of their own use the root logger's. This one writes nothing.
     logging.getLogger().addHandler(logging.NullHandler())
 
 
 def hush_transformers() -> None:
-    """Transformers' progress bars too; this imports it."""
+    """Turn off Transformers' progress bars. This imports Transformers."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
 
 
-class Wait:
-    """Names what is awaited, with a spinner and the time that it has taken; in the log where stderr is no terminal."""
+class ProgressReporter:
+    """Shows the current task on stderr: with a spinner and its duration on a terminal, as log lines elsewhere."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lines = Lines(clock)
+        self._log = ProgressLog(clock)
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=stderr, transient=True
         )
         self._task = self._progress.add_task("")
 
-    def for_(self, what: str, *, step: str = "", spin: bool = True) -> None:
-        """From now on, wait for this, or for this `step` of it.
+    def show(self, task: str, *, step: str = "", spin: bool = True) -> None:
+        """Show this task, or this `step` of it, in place of the one before.
 
-        Without `spin`, what is awaited draws a progress bar of its own.
+        `spin` is False for a task that draws its own progress bar.
         """
         if not stderr.is_terminal:
-            if line := self._lines.next(what, step):
+            if line := self._log.line_for(task, step):
                 PROGRESS.info("%s", line)
             return
-        what = f"{what}: {step}" if step else what
-        self._progress.update(self._task, description=what)
+        description = f"{task}: {step}" if step else task
+        self._progress.update(self._task, description=description)
         if not spin:
             self.stop()
-            stderr.print(Text(what, style="dim"))
+            stderr.print(Text(description, style="dim"))
         elif not self._progress.live.is_started:
             self._progress.reset(self._task)
             self._progress.start()
 
     def remind(self) -> None:
-        """Name again what has been awaited for long; to be called now and then."""
-        if not stderr.is_terminal and (line := self._lines.reminder()):
+        """Log a task that has run for a long time again. The caller calls this about once a second."""
+        if not stderr.is_terminal and (line := self._log.reminder()):
             PROGRESS.info("%s", line)
 
     def stop(self) -> None:
-        """Nothing is awaited any more."""
-        self._lines.end()
+        """Show no task any more."""
+        self._log.clear()
         if self._progress.live.is_started:
             self._progress.stop()
 
 
-class Lines:
-    """Which of the things that are awaited are worth a line: each of them, but not each of their steps."""
+class ProgressLog:
+    """Decides which tasks and steps get a log line: every task, but not every step."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._what = self._step = ""
-        self._said_at = self._began_at = clock()
+        self._task = self._step = ""
+        self._logged_at = self._started_at = clock()
 
-    def next(self, what: str, step: str = "") -> str | None:
-        """The line for what is awaited from now on, if there is to be one."""
+    def line_for(self, task: str, step: str = "") -> str | None:
+        """Note that this task and step have begun. Returns the line to log, or None."""
         now = self._clock()
-        if what != self._what:
-            self._began_at = now
-        elif now - self._said_at < LEAST_SECONDS:
+        if task != self._task:
+            self._started_at = now
+        elif now - self._logged_at < MIN_LINE_SECONDS:
             self._step = step
             return None
-        self._what, self._step, self._said_at = what, step, now
+        self._task, self._step, self._logged_at = task, step, now
         return self._line()
 
     def reminder(self) -> str | None:
-        """A line for what is awaited still, if none was said for long."""
+        """The line for a task that still runs and was not logged for `REMINDER_SECONDS`; else None."""
         now = self._clock()
-        if not self._what or now - self._said_at < REMIND_SECONDS:
+        if not self._task or now - self._logged_at < REMINDER_SECONDS:
             return None
-        self._said_at = now
-        return f"{self._line()} (for {now - self._began_at:.0f} s)"
+        self._logged_at = now
+        return f"{self._line()} (for {now - self._started_at:.0f} s)"
 
-    def end(self) -> None:
-        """Nothing is awaited."""
-        self._what = ""
+    def clear(self) -> None:
+        """Forget the task: it has ended."""
+        self._task = ""
 
     def _line(self) -> str:
-        return f"{self._what}: {self._step}" if self._step else self._what
+        return f"{self._task}: {self._step}" if self._step else self._task
 
 
 @contextlib.contextmanager
-def waiting(what: str, *, spin: bool = True) -> Iterator[Wait]:
-    """Show what is awaited until the context is left; `wait.for_(...)` names something else."""
-    wait = Wait()
-    wait.for_(what, spin=spin)
+def waiting(task: str, *, spin: bool = True) -> Iterator[ProgressReporter]:
+    """Show a task until the context ends. The reporter's `show` replaces it with another task."""
+    reporter = ProgressReporter()
+    reporter.show(task, spin=spin)
     try:
-        yield wait
+        yield reporter
     finally:
-        wait.stop()
+        reporter.stop()
+
+
+def figure(rate: float | None) -> str:
+    """A rate without its unit, for a column of a table. It has three significant digits, or all before the point."""
+    if not rate:
+        return UNKNOWN
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def tokens_per_second(rate: float | None) -> str:
+    """A rate of tokens, with its unit."""
+    return f"{figure(rate)} tokens/s" if rate else "not measured"

@@ -1,4 +1,4 @@
-"""`shoal dht`: a peer that holds no blocks, for others to join by."""
+"""`shoal dht`: a bootstrap peer. It holds no blocks; other peers join the swarm through it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.console import start_logging, waiting
-from shoal.cli.identity import identity_file
-from shoal.cli.lifetime import end_with_parent, run_until_signalled
+from shoal.cli.daemon import end_with_parent, identity_file, run_until_signalled
 
 if TYPE_CHECKING:
     from shoal.net import NetworkConfig
@@ -27,16 +26,16 @@ def command(
         bool,
         typer.Option(
             "--serve-relay",
-            help="Also carry the streams of servers that nobody can dial.",
+            help="Relay connections to servers that other peers cannot reach directly.",
         ),
     ] = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run a peer without blocks, for others to join by.
+    """Run a bootstrap peer: it serves no blocks, and lets others join.
 
-    It is small, and steady while servers come and go. Without --initial-peers it starts a swarm. Its address stays the
-    same if its --port does.
+    It needs little memory, and its address stays valid while servers come and go, as long as its --port is the same.
+    Without --initial-peers it starts a new swarm.
     """
     start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
@@ -52,18 +51,18 @@ def command(
     )
     check_addresses(network)
     with identity_file(identity, kind="dht") as path:
-        run_until_signalled(_keep(replace(network, identity=path)))
+        run_until_signalled(_run(replace(network, identity=path)))
 
 
-async def _keep(network: NetworkConfig) -> None:
+async def _run(network: NetworkConfig) -> None:
     from shoal.net import join
 
-    with waiting("Joining the swarm" if network.initial_peers else "Starting the network") as wait:
+    with waiting("Joining the swarm" if network.initial_peers else "Starting the network") as progress:
         async with join(network) as node:
-            wait.stop()
+            progress.stop()
             print(f"peer      {node.transport.peer}")
             for address in node.transport.addresses:
                 print(f"address   {address}")
-            print("\nServe a model through it:")
+            print("\nServe a model in this swarm:")
             print(f"  shoal serve MODEL --initial-peers {node.transport.addresses[0]}\n", flush=True)
             await asyncio.Event().wait()

@@ -1,4 +1,4 @@
-"""`shoal generate`: continue one prompt, and stream the text."""
+"""`shoal generate`: continue one prompt, and print the text as it is generated."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import typer
 from rich.text import Text
 
 from shoal.cli import options
-from shoal.cli.console import hush_transformers, stderr, stdout, waiting
-from shoal.cli.rates import tokens_per_second
+from shoal.cli.console import hush_transformers, stderr, stdout, tokens_per_second, waiting
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 
@@ -33,12 +32,12 @@ def command(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
-    num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Search with this many beams.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, at the end.")] = False,
+    num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Beam search with this many beams.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, instead of the text.")] = False,
 ) -> None:
     """Continue a prompt, and stream the text to stdout.
 
-    The likeliest token is taken each time, unless a --temperature is given.
+    Decoding is greedy, unless --temperature, --top-p or --top-k asks for sampling.
     """
     options.check_places(model, client.model.active_adapter)
     if prompt == "-":
@@ -49,15 +48,17 @@ def command(
         inputs = tokenizer(prompt, return_tensors="pt")
         num_prompt = inputs.input_ids.shape[1]
         if not num_prompt:
-            raise UserError("the prompt is empty", hint="this model's tokenizer adds no tokens to it: write some text")
+            raise UserError(
+                "the prompt is empty", hint="this model's tokenizer adds no tokens of its own: give at least one word"
+            )
         check_length(llm, num_prompt, max_new_tokens)
         streams = num_beams == 1 and not as_json
         seed_everything(seed)
         session: InferenceSession
         with llm.inference_session(max_length=num_prompt + max_new_tokens) as session:
-            wait = waiting("Generating") if not streams else contextlib.nullcontext()
+            progress = waiting("Generating") if not streams else contextlib.nullcontext()
             started = time.perf_counter()
-            with wait:
+            with progress:
                 ids = llm.generate(
                     **inputs,
                     **chosen,
@@ -96,11 +97,11 @@ def command(
 @contextlib.contextmanager
 def connected(model: str, client: ClientOptions) -> Iterator[tuple[Any, Any]]:
     """The model in the swarm, and its tokenizer. The client leaves the swarm at the end of the context."""
-    with waiting("Importing PyTorch and Transformers") as wait:
+    with waiting("Importing PyTorch and Transformers") as progress:
         from shoal.client import AutoDistributedModelForCausalLM
 
         hush_transformers()
-        wait.for_("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
+        progress.show("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
         llm = AutoDistributedModelForCausalLM.from_options(model, client)
     try:
         yield llm, load_tokenizer(model, client.model.revision)
@@ -118,15 +119,15 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{model} has no tokenizer that can be read: {reason}",
-            hint="the folder must hold tokenizer.json, or another tokenizer that Transformers knows",
+            f"the tokenizer of {model} cannot be loaded: {reason}",
+            hint="the model needs tokenizer.json, or other tokenizer files that Transformers can load",
         ) from error
 
 
 def streamer(tokenizer: Any, *, prompt: str = "", strip: bool = False) -> Any:
-    """Prints the prompt and then the generated text, word by word; its `text` is what was printed.
+    """A streamer that prints the prompt, and then each word once it is complete. Its `text` is the text so far.
 
-    With `strip`, without the spaces at the beginning.
+    With `strip`, it leaves out the space at the beginning of the text.
     """
     from transformers import TextStreamer
 
@@ -144,7 +145,7 @@ def streamer(tokenizer: Any, *, prompt: str = "", strip: bool = False) -> Any:
 
 
 def print_now(text: str, style: str = "") -> None:
-    """Print exactly this text, and flush."""
+    """Write exactly this text to stdout, and flush it."""
     if style and stdout.is_terminal:
         stdout.print(Text(text, style=style), end="", soft_wrap=True)
     else:
@@ -153,34 +154,35 @@ def print_now(text: str, style: str = "") -> None:
 
 
 def is_cut(llm: Any, new: list[int], *, max_new_tokens: int) -> bool:
-    """Whether the text ends at the length limit, and not with the model's end-of-text token."""
+    """Whether the new tokens stop at the length limit, and not with an end-of-sequence token."""
     end = llm.generation_config.eos_token_id
     ends = set() if end is None else {end} if isinstance(end, int) else set(end)
     return len(new) >= max_new_tokens and ends.isdisjoint(new)
 
 
 def cut_mark(max_new_tokens: int) -> str:
-    return f"[cut at {max_new_tokens} tokens: --max-new-tokens]"
+    """The note below a text that was cut."""
+    return f"[cut after {max_new_tokens} tokens; see --max-new-tokens]"
 
 
 def check_length(llm: Any, num_tokens: int, max_new_tokens: int) -> None:
-    """Raises `UserError` if the prompt and the new tokens are more than the model allows."""
+    """Raises `UserError` if prompt and new tokens together are more than the model supports."""
     longest = getattr(llm.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and num_tokens + max_new_tokens > longest:
         raise UserError(
-            f"{num_tokens} tokens and {max_new_tokens} new ones are more than the {longest} that this model allows",
+            f"{num_tokens} prompt tokens and {max_new_tokens} new tokens exceed the {longest} that this model supports",
             hint=f"--max-new-tokens {longest - num_tokens}" if longest > num_tokens else "shorten the prompt",
         )
 
 
 def pad_token_of(tokenizer: Any) -> int:
-    """The padding token for `generate()`. Without one, Transformers would log its choice at every call."""
+    """The token to pad with. Without one, Transformers chooses one and warns at every call."""
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if found is None else int(found)
 
 
 def seed_everything(seed: int | None) -> None:
-    """Make sampling repeatable."""
+    """Seed PyTorch's random numbers, unless `seed` is None."""
     if seed is not None:
         import torch
 

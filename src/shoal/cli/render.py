@@ -1,4 +1,4 @@
-"""A picture of who serves what: a line for each server, and how many of them hold each block."""
+"""`shoal status` as text: one line for each server, and the number of servers of each block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shoal.cli.rates import UNKNOWN, figure, tokens_per_second
+from shoal.cli.console import UNKNOWN, figure, tokens_per_second
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.dtypes import computes_in, mixture
 from shoal.policy.view import SwarmView, format_blocks
@@ -22,28 +22,30 @@ if TYPE_CHECKING:
     from shoal.policy.routing.route import Route
 
 STATE_STYLES = {ServerState.JOINING: "yellow", ServerState.ONLINE: "green", ServerState.LEAVING: "dim"}
-WIDEST_PICTURE, SMALLEST_PICTURE = 32, 8
-LONGEST_NAME, SHORT_NAME = 16, 10
+MAX_BAR, MIN_BAR = 32, 8
+"""Cells of the bar that shows where in the model a server's blocks are."""
+MAX_NAME, SHORT_NAME = 16, 10
+"""Cells of a server's name, and where the terminal is narrow."""
 GAP = 2
 """Empty cells between two columns."""
-PICTURE = "picture"
+BAR = "bar"
 SHORTER_NAMES = "shorter names"
 
-GIVES_WAY = (
+DROPPED_FIRST = (
     *("version", "cache", "prefill", "adapters", "head", "training", "queue"),
-    *(SHORTER_NAMES, PICTURE, "tokens/s", "weights", "dtype"),
+    *(SHORTER_NAMES, BAR, "tokens/s", "weights", "dtype"),
 )
-"""What a narrow terminal goes without, the first of these first. Server, peer, blocks and state always stay."""
+"""The columns that a narrow terminal does not show, in the order in which they are dropped. The others always stay."""
 
-# What most swarms have in common is said once, above the table.
-_SHARED: dict[str, Callable[[ServerInfo], str]] = {
+# Values that all servers have in common are printed once, above the table. Otherwise they are columns.
+_USUALLY_EQUAL: dict[str, Callable[[ServerInfo], str]] = {
     "dtype": computes_in,
     "weights": lambda server: server.fingerprint[:8],
     "version": lambda server: server.version,
 }
 
-# What few servers have is shown if one has it.
-_REMARKABLE: dict[str, Callable[[ServerInfo], str]] = {
+# These columns are shown if at least one server has a value.
+_USUALLY_EMPTY: dict[str, Callable[[ServerInfo], str]] = {
     "queue": lambda server: str(server.queue_length) if server.queue_length else "",
     "head": lambda server: "yes" if server.head else "",
     "training": lambda server: "" if server.training else "no",
@@ -52,31 +54,31 @@ _REMARKABLE: dict[str, Callable[[ServerInfo], str]] = {
 
 
 def render(model: ModelInfo, view: SwarmView, *, width: int) -> Iterator[RenderableType]:
-    """One model of the swarm, for a terminal of this width."""
+    """One model of the swarm and its servers, for a terminal of `width` cells."""
     online = view.online()
     yield Text.assemble((model.name, "bold"), f"  {model.num_blocks} blocks, {model.family}  ", (model.key, "dim"))
     if not view.servers:
-        yield Text("nobody serves it", style="bold red")
+        yield Text("no server serves it", style="bold red")
         return
-    values = {title: {of(server) for server in view.servers} for title, of in _SHARED.items()}
+    values = {title: {of(server) for server in view.servers} for title, of in _USUALLY_EQUAL.items()}
     if shared := ", ".join(f"{title} {next(iter(v))}" for title, v in values.items() if len(v) == 1):
         yield Text(shared, style="dim")
-    columns = {title: of for title, of in _REMARKABLE.items() if any(map(of, view.servers))}
-    columns |= {title: _SHARED[title] for title, found in values.items() if len(found) > 1}
+    columns = {title: of for title, of in _USUALLY_EMPTY.items() if any(map(of, view.servers))}
+    columns |= {title: _USUALLY_EQUAL[title] for title, found in values.items() if len(found) > 1}
     everything = _columns(view, columns)
     shown = _fitting(everything, width)
     yield _table(shown, view, spare=max(0, width - _width(shown)))
-    if left_out := [title for title in everything if title not in shown and title != PICTURE]:
-        yield Text(f"not shown, for want of room: {', '.join(left_out)} (--json tells)", style="dim")
+    if left_out := [title for title in everything if title not in shown and title != BAR]:
+        yield Text(f"hidden in this width: {', '.join(left_out)} (see --json)", style="dim")
     yield _coverage(online)
     yield _verdict(view)
     if (found := mixture(view.servers)) is not None:
-        yield Text(f"servers of equal weights compute differently: {found}", style="yellow")
+        yield Text(f"servers with equal weights use different dtypes: {found}", style="yellow")
 
 
 @dataclass(frozen=True)
 class _Column:
-    """The cells of a column, one a server, each with its style."""
+    """The cells of a column, one for each server, with their styles."""
 
     cells: tuple[Text, ...]
     is_number: bool = False
@@ -86,7 +88,7 @@ class _Column:
 
 
 def _columns(view: SwarmView, more: Mapping[str, Callable[[ServerInfo], str]]) -> dict[str, _Column]:
-    """All that could be shown of the servers. The picture is as small as it may be."""
+    """All columns, in their order. The bar has its smallest width."""
     servers = _in_order(view)
 
     def column(of: Callable[[ServerInfo], str], *, is_number: bool = False, is_colored: bool = False) -> _Column:
@@ -94,22 +96,22 @@ def _columns(view: SwarmView, more: Mapping[str, Callable[[ServerInfo], str]]) -
         cells = (Text(of(server), style=style) for server, style in zip(servers, styles, strict=True))
         return _Column(tuple(cells), is_number)
 
-    smallest = min(view.num_blocks, SMALLEST_PICTURE)
+    smallest = min(view.num_blocks, MIN_BAR)
     return {
-        "server": column(lambda server: shortened(server.name or "-", LONGEST_NAME)),
+        "server": column(lambda server: shortened(server.name or "-", MAX_NAME)),
         "peer": column(lambda server: server.peer[-6:]),
         "blocks": column(lambda server: str(server.span), is_number=True),
-        PICTURE: column(lambda server: _span_picture(server, view.num_blocks, smallest), is_colored=True),
+        BAR: column(lambda server: _span_bar(server, view.num_blocks, smallest), is_colored=True),
         "state": column(lambda server: server.state.value, is_colored=True),
         "tokens/s": column(lambda server: figure(server.decode_speed), is_number=True),
         "prefill": column(lambda server: figure(server.prefill_speed), is_number=True),
-        "cache": column(_room, is_number=True),
+        "cache": column(_cache_left, is_number=True),
     } | {title: column(of, is_number=title in ("queue", "adapters")) for title, of in more.items()}
 
 
 def _fitting(columns: dict[str, _Column], width: int) -> dict[str, _Column]:
-    """Those of the columns that fit side by side, the least needed shortened or left out."""
-    for title in GIVES_WAY:
+    """The columns that fit into `width` cells. Others are dropped in the order of `DROPPED_FIRST`."""
+    for title in DROPPED_FIRST:
         if _width(columns) <= width:
             break
         if title == SHORTER_NAMES:
@@ -121,21 +123,21 @@ def _fitting(columns: dict[str, _Column], width: int) -> dict[str, _Column]:
 
 
 def _width(columns: Mapping[str, _Column]) -> int:
-    return sum(column.width("" if title == PICTURE else title) + GAP for title, column in columns.items()) - GAP
+    return sum(column.width("" if title == BAR else title) + GAP for title, column in columns.items()) - GAP
 
 
 def _table(columns: Mapping[str, _Column], view: SwarmView, *, spare: int) -> Table:
-    """The columns side by side; the picture grows into the room that is spare."""
-    num_cells = min(view.num_blocks, WIDEST_PICTURE, SMALLEST_PICTURE + spare)
+    """The table. The bar grows by up to `spare` cells, the width that is left."""
+    num_cells = min(view.num_blocks, MAX_BAR, MIN_BAR + spare)
     table = Table(box=None, padding=(0, GAP, 0, 0), header_style="dim", pad_edge=False)
     for title, column in columns.items():
         justify: Literal["left", "right"] = "right" if column.is_number else "left"
-        table.add_column("" if title == PICTURE else title, justify=justify, no_wrap=title != "server")
+        table.add_column("" if title == BAR else title, justify=justify, no_wrap=title != "server")
     for index, server in enumerate(_in_order(view)):
         cells = {title: column.cells[index] for title, column in columns.items()}
-        if PICTURE in cells:
-            drawing = _span_picture(server, view.num_blocks, num_cells)
-            cells[PICTURE] = Text(drawing, style=STATE_STYLES[server.state])
+        if BAR in cells:
+            drawing = _span_bar(server, view.num_blocks, num_cells)
+            cells[BAR] = Text(drawing, style=STATE_STYLES[server.state])
         table.add_row(*cells.values(), style="dim" if server.state is ServerState.LEAVING else "")
     return table
 
@@ -144,26 +146,26 @@ def _in_order(view: SwarmView) -> list[ServerInfo]:
     return sorted(view.servers, key=lambda server: (server.span, server.name, server.peer))
 
 
-def _room(server: ServerInfo) -> str:
-    """What is left of its cache; a server that is joining has none yet."""
+def _cache_left(server: ServerInfo) -> str:
+    """The tokens that its cache has room for. A server that is joining has no cache yet."""
     return UNKNOWN if server.state is ServerState.JOINING else _short(server.cache_tokens_left)
 
 
 def shortened(name: str, longest: int) -> str:
-    """A name in so many cells at most."""
+    """The name, cut to `longest` cells."""
     text = Text(name)
     text.truncate(longest, overflow="ellipsis")
     return text.plain
 
 
 def render_route(route: Route | None) -> Iterator[RenderableType]:
-    """The way of a token, and where its time is expected to go."""
+    """The route of a token, and the time that each part of it is expected to take, in ms."""
     if route is None:
-        yield Text("there is no way from here: blocks are missing, or their servers do not answer", style="bold red")
+        yield Text("no route from this machine: blocks are missing, or their servers do not answer", style="bold red")
         return
     seconds = route.seconds
     rate = tokens_per_second(1 / seconds)
-    yield Text(f"from here, a token would take {seconds * 1e3:,.1f} ms, or {rate}", style="dim")
+    yield Text(f"from this machine, a token is expected to take {seconds * 1e3:,.1f} ms ({rate})", style="dim")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("server")
     table.add_column("peer", no_wrap=True)
@@ -172,21 +174,21 @@ def render_route(route: Route | None) -> Iterator[RenderableType]:
     for hop, cost in zip(route.hops, route.costs, strict=True):
         parts = (cost.network, cost.compute, cost.queue, cost.handicap)
         cells = (f"{part * 1e3:,.1f}" if part else "" for part in parts)
-        name = Text(shortened(hop.server.name or "-", LONGEST_NAME))
+        name = Text(shortened(hop.server.name or "-", MAX_NAME))
         table.add_row(name, Text(hop.server.peer[-6:]), str(hop.span), *cells)
-    table.add_row("and back", "", "", f"{route.back * 1e3:,.1f}", "", "", "")
+    table.add_row("return trip", "", "", f"{route.back * 1e3:,.1f}", "", "", "")
     yield table
 
 
-def _span_picture(server: ServerInfo, num_blocks: int, num_cells: int) -> str:
+def _span_bar(server: ServerInfo, num_blocks: int, num_cells: int) -> str:
     cells = (range(i * num_blocks // num_cells, (i + 1) * num_blocks // num_cells) for i in range(num_cells))
     return "".join("█" if any(block in server.span for block in cell) else "·" for cell in cells)
 
 
 def _coverage(online: SwarmView) -> Text:
-    """How many servers hold each block: a digit a block, ten blocks a group."""
+    """The number of online servers of each block: one digit per block, in groups of ten blocks."""
     count = Counter(block for server in online.servers for block in server.span)
-    text = Text("servers of each block  ", style="dim")
+    text = Text("servers per block  ", style="dim")
     for block in range(online.num_blocks):
         if block and block % 10 == 0:
             text.append(" ")
@@ -202,13 +204,13 @@ def _verdict(view: SwarmView) -> Text:
         return Text("complete: every block is served", style="green")
     text = Text(f"missing: blocks {format_blocks(missing)}", style="bold red")
     joining = view.only(lambda server: server.state is ServerState.JOINING)
-    if coming := sorted(set(missing) - set(joining.missing())):
-        text.append(f" ({format_blocks(coming)} are being loaded)", style="yellow")
+    if loading := sorted(set(missing) - set(joining.missing())):
+        text.append(f" ({format_blocks(loading)} loading)", style="yellow")
     return text
 
 
 def _short(number: int) -> str:
-    """1048576 as 1.0M."""
+    """A number with a suffix: 1048576 as 1.0M."""
     for size, suffix in (10**9, "G"), (10**6, "M"), (10**3, "k"):
         if number >= size:
             return f"{number / size:.1f}{suffix}" if number < 10 * size else f"{number // size}{suffix}"

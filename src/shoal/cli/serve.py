@@ -1,9 +1,11 @@
-"""`shoal serve`: hold some blocks of a model for everybody in the swarm, until told to stop."""
+"""`shoal serve`: serve some blocks of a model until the process is told to stop."""
 
 from __future__ import annotations
 
 import asyncio
+import shlex
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import options
-from shoal.cli.console import Wait, WrongUsage, hush_transformers, start_logging, waiting
-from shoal.cli.identity import identity_file
-from shoal.cli.invitation import invitation
-from shoal.cli.lifetime import end_with_parent, run_until_signalled
-from shoal.cli.rates import tokens_per_second
+from shoal.cli.console import (
+    ProgressReporter,
+    WrongUsage,
+    hush_transformers,
+    start_logging,
+    tokens_per_second,
+    waiting,
+)
+from shoal.cli.daemon import end_with_parent, identity_file, run_until_signalled
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
@@ -26,75 +32,98 @@ if TYPE_CHECKING:
     from shoal.server.config import ServerConfig
     from shoal.server.server import Server
 
+EXAMPLE_PROMPT = "Once upon a time"
+
 
 def command(
     model: options.Model,
-    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a swarm.")] = False,
+    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a new swarm.")] = False,
     initial_peers: options.InitialPeers = None,
     blocks: Annotated[
-        str | None, typer.Option(metavar="0:8", help="These blocks. Default: those that help the swarm most.")
+        str | None,
+        typer.Option(
+            metavar="START:END", help="Serve these blocks, such as 0:8. Default: those that the swarm needs most."
+        ),
     ] = None,
     num_blocks: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="So many blocks. Default: as many as fit into memory.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Serve this many blocks. Default: as many as fit into memory."),
     ] = None,
     device: Annotated[
         options.Device,
-        typer.Option(
-            metavar="DEVICE", help="Where to compute: cpu, cuda or mps (untested); auto is cuda if it is there."
-        ),
+        typer.Option(metavar="DEVICE", help="Compute on cpu, cuda or mps (untested). auto: cuda if there is a GPU."),
     ] = options.Device.auto,
     threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads of the processor to compute with; all by default.")
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads to compute with. Default: PyTorch's.")
     ] = None,
     dtype: Annotated[
         options.DType,
-        typer.Option(
-            metavar="DTYPE", help=f"What to compute in: {options.DTYPES}; auto is what the swarm computes in."
-        ),
+        typer.Option(metavar="DTYPE", help=f"Compute in this dtype: {options.DTYPES}. auto: the dtype of the swarm."),
     ] = options.DType.auto,
     quantization: Annotated[
         options.Quantization,
-        typer.Option(metavar="KIND", help=f"How to hold the blocks' weights: {options.QUANTIZATIONS}."),
+        typer.Option(metavar="KIND", help=f"Quantize the weights of the blocks: {options.QUANTIZATIONS}."),
     ] = options.Quantization.none,
     cache_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help="Room for so many tokens of all sessions together. Default: what memory allows."
+            min=1,
+            metavar="N",
+            help="Size of the key-value cache, for all sessions together. Default: as memory allows.",
         ),
     ] = None,
     cache_dtype: Annotated[
         options.CacheDType,
-        typer.Option(metavar="DTYPE", help="What to keep sessions in: auto is exact, int8 takes half of the room."),
+        typer.Option(metavar="DTYPE", help="Dtype of the key-value cache. auto: exact; int8: half of the memory."),
     ] = options.CacheDType.auto,
     prefill_share: Annotated[
-        float, typer.Option(min=0.0, max=0.95, metavar="PART", help="Of a pass, for prompts while others decode.")
+        float,
+        typer.Option(
+            min=0.0, max=0.95, metavar="FRACTION", help="Share of a pass for prompts, while other sessions decode."
+        ),
     ] = Limits.prefill,
     training_share: Annotated[
-        float, typer.Option(min=0.0, max=1.0, metavar="PART", help="Of the time, for training while others generate.")
+        float,
+        typer.Option(
+            min=0.0, max=1.0, metavar="FRACTION", help="Share of the time for training, while other clients generate."
+        ),
     ] = Limits.training,
     training: Annotated[
-        bool, typer.Option("--training/--no-training", help="Compute forward and backward passes too.")
+        bool,
+        typer.Option(
+            "--training/--no-training", help="Also compute forward and backward passes for clients that train."
+        ),
     ] = True,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="ADAPTER", help="Host this PEFT adapter, a Hugging Face id or a folder. May be repeated."),
+        typer.Option(metavar="ADAPTER", help="Host this PEFT adapter: a folder or a Hugging Face id. May be repeated."),
     ] = None,
     adapter_memory: Annotated[
-        int, typer.Option(min=1, metavar="MIB", help="For adapters that clients bring.")
+        int, typer.Option(min=1, metavar="MIB", help="Memory for adapters that clients upload.")
     ] = Limits.adapter_bytes >> 20,
     training_memory: Annotated[
-        int, typer.Option(min=0, metavar="MIB", help="To keep what backward passes need; the rest is computed again.")
+        int,
+        typer.Option(
+            min=0,
+            metavar="MIB",
+            help="Memory for activations that backward passes need. What does not fit is computed again.",
+        ),
     ] = Limits.activation_bytes >> 20,
     serve_head: Annotated[
         bool,
-        typer.Option("--serve-head", help="Hold the output head too, after the last block, for clients that ask."),
+        typer.Option(
+            "--serve-head", help="Also serve the output head, to clients with --remote-head. Needs the last block."
+        ),
     ] = False,
     drain_timeout: Annotated[
         float,
-        typer.Option(min=0.0, metavar="SECONDS", help="At the end, leave clients so long to go on elsewhere."),
+        typer.Option(
+            min=0.0, metavar="SECONDS", help="When stopped, wait this long for clients to move to other servers."
+        ),
     ] = 30.0,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What people shall call this server. Default: this host's name.")
+        str | None,
+        typer.Option(metavar="NAME", help="Name of this server in `shoal status`. Default: the host's name."),
     ] = None,
     host: options.Host = "0.0.0.0",  # noqa: S104
     port: options.Port = 0,
@@ -106,26 +135,29 @@ def command(
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Serve some blocks of a model to the swarm, until Ctrl-C.
+    """Serve some blocks of a model, until Ctrl-C.
 
-    Start a swarm with --new-swarm. The address that it prints lets other machines join, with --initial-peers.
+    The first server starts a swarm with --new-swarm, and prints an address. Other machines join with --initial-peers
+    and that address.
     """
     start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
         end_with_parent()
     if new_swarm and initial_peers:
         raise WrongUsage(
-            "--new-swarm and --initial-peers exclude each other", hint="start a swarm, or join one: which of them?"
+            "--new-swarm and --initial-peers exclude each other", hint="use one: start a new swarm, or join one"
         )
     peers = () if new_swarm else options.peers_of(initial_peers)
     if not new_swarm and not peers:
         raise WrongUsage(
             "neither --new-swarm nor --initial-peers is given",
-            hint=f"start a swarm with --new-swarm, or name a peer of one (also in {INITIAL_PEERS})",
+            hint=f"start a new swarm with --new-swarm, or join one with --initial-peers (or ${INITIAL_PEERS})",
         )
     if blocks is not None and num_blocks is not None:
-        raise WrongUsage("--blocks and --num-blocks exclude each other", hint="--blocks 0:8 says which and how many")
-    span, called = _parse_span(blocks), options.server_name(name, socket.gethostname())
+        raise WrongUsage(
+            "--blocks and --num-blocks exclude each other", hint="--blocks 0:8 gives both the blocks and their number"
+        )
+    span, server_name = _parse_span(blocks), options.server_name(name, socket.gethostname())
     network = NetworkConfig(
         initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
     )
@@ -139,7 +171,7 @@ def command(
 
         from shoal.server.capacity import choose_device
         from shoal.server.config import ServerConfig
-        from shoal.server.server import serve  # noqa: F401 - slow, so it is named while it is awaited
+        from shoal.server.server import serve  # noqa: F401 - imported here because the import is slow
 
         hush_transformers()
     with identity_file(identity, kind="serve") as path:
@@ -164,10 +196,12 @@ def command(
             adapters=tuple(adapter or ()),
             serve_head=serve_head,
             drain_seconds=drain_timeout,
-            name=called,
+            name=server_name,
             allow_uncertified=allow_uncertified,
         )
-        torch.set_num_threads(1)  # of this thread, the event loop's: see shoal.server.executor
+        torch.set_num_threads(
+            1
+        )  # of the event loop's thread; the compute thread has its own, see shoal.server.executor
         run_until_signalled(_serve(config, replace(network, identity=path)))
 
 
@@ -177,37 +211,37 @@ async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
     from shoal.server.startup_progress import Phase, Progress
 
     def show(progress: Progress) -> None:
-        # These two draw progress bars of their own: hashing, and downloading.
+        # Hashing and downloading draw their own progress bars.
         is_local = Path(config.model).expanduser().is_dir()
         draws = progress.phase is Phase.FINGERPRINTING or (progress == Progress(Phase.LOADING) and not is_local)
-        wait.for_(progress.phase, step=progress.step, spin=not draws)
+        reporter.show(progress.phase, step=progress.step, spin=not draws)
 
-    with waiting("Joining the swarm" if network.initial_peers else "Starting the network") as wait:
-        reminding = asyncio.create_task(_remind(wait))
+    with waiting("Joining the swarm" if network.initial_peers else "Starting the network") as reporter:
+        reminding = asyncio.create_task(_remind(reporter))
         try:
             async with join(network) as node, serve(config, node, report=show) as server:
-                wait.stop()
+                reporter.stop()
                 print(describe(server, config), flush=True)
                 await asyncio.Event().wait()
         finally:
             reminding.cancel()
 
 
-async def _remind(wait: Wait) -> None:
+async def _remind(reporter: ProgressReporter) -> None:
     while True:
         await asyncio.sleep(1)
-        wait.remind()
+        reporter.remind()
 
 
 def describe(server: Server, config: ServerConfig) -> str:
-    """What a server says when it is ready: a line for each fact, and the commands with which others go on."""
+    """What a server prints when it is ready: one fact per line, and the commands to join and use the swarm."""
     info, model = server.info, server.model
     facts = [
         ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
         ("blocks", f"{info.span} and the output head" if info.head else str(info.span)),
-        ("computes", f"in {info.dtype} on {config.device}"),
+        ("dtype", f"{info.dtype} on {config.device}"),
         *([("quantized", info.quantization)] if info.quantization != "none" else []),
-        ("decoding", f"{tokens_per_second(info.decode_speed)} through its blocks"),
+        ("decoding", f"{tokens_per_second(info.decode_speed)} through these blocks"),
         ("prefill", tokens_per_second(info.prefill_speed)),
         ("cache", f"{server.engine.cache_tokens:,} tokens"),
         ("weights", info.fingerprint),
@@ -221,10 +255,36 @@ def describe(server: Server, config: ServerConfig) -> str:
     return "\n".join(lines)
 
 
+def invitation(config: ServerConfig, address: str) -> list[str]:
+    """Lines with both commands. They repeat the options of this server that change the model or its results."""
+    model = _render_options({"--revision": config.revision}, allow_uncertified=config.allow_uncertified)
+    dtype = _render_options({"--dtype": _unless(config.dtype, "auto")})
+    storage = {
+        "--quantization": _unless(config.quantization, "none"),
+        "--cache-dtype": _unless(config.cache_dtype, "auto"),
+    }
+    name = shlex.quote(config.model)
+    return [
+        "Join this swarm from another machine:",
+        f"  shoal serve {name}{model}{dtype}{_render_options(storage)} --initial-peers {address}",
+        "Use the model:",
+        f'  shoal generate {name}{model}{dtype} "{EXAMPLE_PROMPT}" --initial-peers {address}',
+    ]
+
+
+def _unless(value: str, default: str) -> str | None:
+    return None if value == default else value
+
+
+def _render_options(values: Mapping[str, str | None], *, allow_uncertified: bool = False) -> str:
+    options = "".join(f" {option} {shlex.quote(value)}" for option, value in values.items() if value)
+    return options + (" --allow-uncertified" if allow_uncertified else "")
+
+
 def _parse_span(text: str | None) -> Span | None:
     if text is None:
         return None
     try:
         return Span.parse(text)
     except ValueError as error:
-        raise WrongUsage(str(error), hint="--blocks 0:8 are the first eight") from None
+        raise WrongUsage(str(error), hint="--blocks 0:8 stands for the first eight blocks") from None

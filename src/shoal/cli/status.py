@@ -1,4 +1,4 @@
-"""`shoal status`: which servers hold which blocks, how fast they are, and which blocks are missing."""
+"""`shoal status`: the servers of each model, their blocks and speeds, and the blocks that are missing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ModelStatus:
 
     @property
     def missing(self) -> list[int]:
-        """The blocks that no server is online for."""
+        """The blocks that no online server holds."""
         return self.view.online().missing()
 
     def as_json(self, *, route: bool = False) -> dict[str, Any]:
@@ -72,19 +72,19 @@ def _route_as_json(route: Route) -> dict[str, Any]:
 
 def command(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A folder, an id on the hub, or a name as listed here.")
+        str | None, typer.Argument(metavar="MODEL", help="A folder, a Hugging Face id, or a name from this list.")
     ] = None,
     initial_peers: options.InitialPeers = None,
     route: Annotated[
-        bool, typer.Option("--route", help="Show the route that a client on this machine would choose, and why.")
+        bool, typer.Option("--route", help="Show the route that a client on this machine would choose, and its cost.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Show which servers hold which blocks, and which blocks are missing.
+    """Show the servers of a model, and the blocks that are missing.
 
-    Without MODEL, it shows all models that the swarm serves. The exit status is 1 if blocks of a shown model are
-    missing, also with --json, and 0 otherwise.
+    Without MODEL, all models of the swarm are shown. The exit status is 1 if a model that is shown lacks blocks, and 0
+    if all models are complete.
     """
     start_logging(verbose=verbose)
     client = options.client_options(initial_peers)
@@ -115,7 +115,7 @@ def _show(found: Sequence[ModelStatus], *, route: bool) -> None:
 
 
 async def look(client: ClientOptions, wanted: str | None = None, *, route: bool = False) -> list[ModelStatus]:
-    """The status of one model, or of all. Raises `UserError` for a model that neither the swarm nor the hub has."""
+    """Ask the swarm for one model, or for all. Raises `UserError` for a model that is known neither to it nor here."""
     from shoal.net import join
 
     async with join(client.network) as node:
@@ -127,9 +127,9 @@ async def look(client: ClientOptions, wanted: str | None = None, *, route: bool 
 
 
 async def find_route(node: Node, view: SwarmView) -> Route | None:
-    """The route that a client on this machine would choose, after pinging all servers; `None` if blocks are missing.
+    """The route of a token from this machine, by round trips that are measured now. None if there is none.
 
-    Where servers have different weights, the route is through the servers of the commonest ones.
+    Where servers have different weights, only those with the most common weights are used.
     """
     from shoal.net.ping import measure_round_trips
     from shoal.policy.routing.route import Measured, Needs, choose_route
@@ -145,7 +145,7 @@ async def find_route(node: Node, view: SwarmView) -> Route | None:
 
 
 def _named(wanted: str, models: Iterable[ModelInfo]) -> ModelInfo:
-    """The model of this key or name, in this folder, or with this id on the hub. Raises `UserError`."""
+    """The model with this key or name, or in this folder."""
     models = list(models)
     is_folder = Path(wanted).expanduser().is_dir()
     for model in models:
@@ -161,6 +161,6 @@ def _named(wanted: str, models: Iterable[ModelInfo]) -> ModelInfo:
         if is_folder or not models:
             raise
         names = ", ".join(sorted({model.name for model in models}))
-        raise UserError(f"this swarm serves no model called {wanted}", hint=f"it serves {names}") from error
+        raise UserError(f"this swarm serves no model named {wanted}", hint=f"it serves {names}") from error
     own = ModelInfo(checkpoint.key, checkpoint.name, checkpoint.family.model_type, checkpoint.num_blocks)
     return next((model for model in models if model.key == own.key), own)

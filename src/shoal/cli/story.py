@@ -1,4 +1,4 @@
-"""Text that is told as it comes, wrapped at words, with notes between its lines."""
+"""Generated text on the terminal: printed as it comes, wrapped between words, with notes between its lines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.text import Text
 INDENT = "  "
 
 
-class Page:
-    """Writes words into lines of the terminal's width."""
+class WrappedWriter:
+    """Writes text in lines that fit the terminal and are at most 78 characters long."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -23,7 +23,7 @@ class Page:
         self._space = ""
 
     def write(self, text: str, style: str = "") -> None:
-        """Go on with the text, at once."""
+        """Append text, and show it immediately."""
         for piece in re.split(r"(\s+)", text):
             if "\n" in piece:
                 self.end_line()
@@ -38,11 +38,12 @@ class Page:
         self._console.file.flush()
 
     def note(self, text: str, style: str) -> None:
-        """A line of its own, after which the text goes on in the next."""
+        """Write a note on its own line. The text goes on in the next line."""
         self.end_line()
         self._console.print(Text(INDENT + text, style=style), soft_wrap=True)
 
     def end_line(self) -> None:
+        """End the current line, if it is not empty."""
         if self._column:
             self._console.print()
             self._column = 0
@@ -52,30 +53,37 @@ class Page:
         self._column += len(text)
 
 
-class Teller:
-    """A streamer for `generate()`: tells the words as they become whole.
+class StoryStreamer:
+    """A streamer for `generate()` that writes each word once it is complete.
 
-    With each token it calls `before`, then writes what can be written, then calls `after`.
+    For each token it calls `before`, writes the words that are complete, and calls `after`. `times` are the moments, in
+    seconds of `perf_counter`, at which the prompt and each token arrived.
     """
 
     def __init__(
-        self, tokenizer: Any, page: Page, *, before: Callable[[Teller], None], after: Callable[[Teller], None]
+        self,
+        tokenizer: Any,
+        writer: WrappedWriter,
+        *,
+        before: Callable[[StoryStreamer], None],
+        after: Callable[[StoryStreamer], None],
     ) -> None:
         self.token_ids: list[int] = []
         self.times: list[float] = []
-        self.told = ""
+        self.printed = ""
         self._tokenizer = tokenizer
-        self._page = page
+        self._writer = writer
         self._before = before
         self._after = after
         self._is_prompt = True
 
     @property
     def is_mid_sentence(self) -> bool:
-        return self.told.rstrip()[-1:] not in tuple(".!?\"'") and bool(self.told)
+        """Whether the printed text does not end with a sentence."""
+        return self.printed.rstrip()[-1:] not in tuple(".!?\"'") and bool(self.printed)
 
     def put(self, ids: Any) -> None:
-        """What `generate()` calls with the prompt, and then with every token."""
+        """Take the prompt, and then each token. Called by `generate()`."""
         self.times.append(time.perf_counter())
         if self._is_prompt:
             self._is_prompt = False
@@ -83,14 +91,14 @@ class Teller:
         self._before(self)
         self.token_ids += ids.flatten().tolist()
         text = self._tokenizer.decode(self.token_ids, skip_special_tokens=True)
-        self._tell(text[: text.rfind(" ") + 1])  # the last word may not be whole yet
+        self._print(text[: text.rfind(" ") + 1])  # the last word may be incomplete
         self._after(self)
 
     def end(self) -> None:
-        """What `generate()` calls at last."""
-        self._tell(self._tokenizer.decode(self.token_ids, skip_special_tokens=True))
-        self._page.end_line()
+        """Print the rest. Called by `generate()` at the end."""
+        self._print(self._tokenizer.decode(self.token_ids, skip_special_tokens=True))
+        self._writer.end_line()
 
-    def _tell(self, text: str) -> None:
-        self._page.write(text[len(self.told) :])
-        self.told = text if len(text) > len(self.told) else self.told
+    def _print(self, text: str) -> None:
+        self._writer.write(text[len(self.printed) :])
+        self.printed = text if len(text) > len(self.printed) else self.printed

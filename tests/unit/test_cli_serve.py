@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from shoal.cli.invitation import invitation
-from shoal.cli.serve import describe
+from shoal.cli.serve import describe, invitation
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.server.config import ServerConfig
 from shoal.spans import Span
@@ -18,12 +17,12 @@ ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/A"
 
 
 def commands(config: ServerConfig) -> tuple[list[str], list[str]]:
-    """What follows `shoal`, for joining and for using."""
+    """The arguments of both commands, to join the swarm and to use the model."""
     join, use = (line.strip() for line in invitation(config, ADDRESS) if line.startswith("  shoal "))
     return shlex.split(join)[1:], shlex.split(use)[1:]
 
 
-def test_a_server_that_is_ready_prints_both_with_the_dtype_that_it_was_told():
+def test_a_server_prints_both_commands_with_its_dtype():
     info = ServerInfo(
         peer="A", span=Span(0, 4), state=ServerState.ONLINE, fingerprint="f" * 32, decode_speed=1.0, prefill_speed=1.0,
         cache_tokens_left=0, dtype="float32", quantization="none", version="0.1.0", addresses=(ADDRESS,),
@@ -36,7 +35,7 @@ def test_a_server_that_is_ready_prints_both_with_the_dtype_that_it_was_told():
     assert f'  shoal generate org/model --dtype float32 "Once upon a time" --initial-peers {ADDRESS}' in lines
 
 
-def test_without_options_they_are_short():
+def test_without_options_the_commands_are_short():
     join, use = commands(ServerConfig(model="org/model"))
     assert join == ["serve", "org/model", "--initial-peers", ADDRESS]
     assert use == ["generate", "org/model", "Once upon a time", "--initial-peers", ADDRESS]
@@ -50,13 +49,13 @@ def test_without_options_they_are_short():
         ({"allow_uncertified": True}, ["--allow-uncertified"]),
     ],
 )
-def test_what_changes_the_model_or_its_numbers_is_in_both(options, expected):
+def test_options_that_change_the_results_are_in_both_commands(options, expected):
     join, use = commands(ServerConfig(model="a folder", **options))
     assert join == ["serve", "a folder", *expected, "--initial-peers", ADDRESS]
     assert use == ["generate", "a folder", *expected, "Once upon a time", "--initial-peers", ADDRESS]
 
 
-def test_how_weights_and_sessions_are_held_concerns_servers_alone():
+def test_options_of_storage_are_in_the_command_of_servers_only():
     join, use = commands(ServerConfig(model="m", dtype="float16", quantization="nf4", cache_dtype="int8"))
     assert join[2:8] == ["--dtype", "float16", "--quantization", "nf4", "--cache-dtype", "int8"]
     assert use[2:4] == ["--dtype", "float16"]
@@ -64,6 +63,6 @@ def test_how_weights_and_sessions_are_held_concerns_servers_alone():
     assert "int8" not in use
 
 
-def test_what_one_machine_alone_decides_is_in_neither():
+def test_options_of_one_machine_are_in_neither_command():
     config = ServerConfig(model="m", device="cuda", num_threads=3, cache_tokens=99, name="me", num_blocks=2)
     assert commands(config) == commands(ServerConfig(model="m"))

@@ -1,4 +1,4 @@
-"""A picture of the loss."""
+"""A plot of the loss."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 def plot(losses: dict[str, Sequence[float]], title: str, path: Path) -> None:
-    """Draw the losses of the steps, by the name of whose they are."""
+    """Plot the loss of each step, one line for each name, and save the plot as `path`."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, values in losses.items():
