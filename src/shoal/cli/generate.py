@@ -33,7 +33,9 @@ def command(
     top_k: options.TopK = None,
     seed: options.Seed = None,
     num_beams: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="Beam search with this many beams.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end, instead of the text.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end, instead of the text.")
+    ] = False,
 ) -> None:
     """Continue a prompt, and stream the text to stdout.
 

@@ -45,7 +45,7 @@ class StepInputs:
         tensors = (self.hidden_BTD, self.positions_BT, self.mask_BT)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def onward(self, outputs_BTD: torch.Tensor) -> Tensors:
+    def tensors_to_push(self, outputs_BTD: torch.Tensor) -> Tensors:
         """The tensors of the same step on the next server, whose inputs are these outputs."""
         tensors: dict[TensorName, torch.Tensor] = {"hidden": outputs_BTD}
         if self.positions_BT is not None:

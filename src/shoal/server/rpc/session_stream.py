@@ -234,8 +234,8 @@ class SessionStream:
         if self._push_handle is None:
             done(False)
             return
-        onward = step.model_copy(update={"hops_left": step.hops_left - 1, "skip": 0, "tensors": ()})
-        self._push_handle.push(onward, received.inputs.onward(answer["hidden"]), encoding, done=done)
+        pushed_step = step.model_copy(update={"hops_left": step.hops_left - 1, "skip": 0, "tensors": ()})
+        self._push_handle.push(pushed_step, received.inputs.tensors_to_push(answer["hidden"]), encoding, done=done)
 
     # -- answering ----------------------------------------------------------------------------------------------------
 
