@@ -3,7 +3,7 @@
 A candidate assigns a server to each block. It has two objectives that contradict each other: the seconds of a step, and
 the seconds of its slowest server, which limit how many clients it can serve. Each generation keeps the candidates that
 no other beats in both objectives, then those that only these beat, and so on. Within such a front, it prefers
-candidates with few neighbors. `benchmarks/routing.py` compares it with the shortest path.
+candidates with few neighbors. `python -m benchmarks.routing` compares it with the shortest path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import random
 
 POPULATION = 48
-"""Candidates that survive a generation; `benchmarks/routing.py` measures what these numbers find, and how fast."""
+"""Candidates that survive a generation. `python -m benchmarks.routing` measures what these numbers find, how fast."""
 GENERATIONS = 40
 MUTATION = 0.6
 """The probability that some blocks of a child go to a random server."""
