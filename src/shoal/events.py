@@ -75,7 +75,10 @@ class SessionClosed:
 
 @dataclass(frozen=True)
 class PassComputed:
-    """A server computed one batch. `seconds` is the time of the pass, without what its requests waited before."""
+    """A server computed one pass over the blocks of `span`, for the steps of `num_requests` sessions.
+
+    `num_tokens` counts those of all sequences. `seconds` is the time of the pass, without what its steps waited before.
+    """
 
     span: Span
     num_requests: int

@@ -1,4 +1,4 @@
-"""Observers of a client's model are told what happens to its sessions."""
+"""Observers are told what happens to a client's sessions, and in a server."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from shoal.events import Event, RouteChosen, ServerLost, SessionClosed, SessionOpened, StageReplaced
+from shoal.events import (
+    AdapterStored,
+    BlocksChanged,
+    Event,
+    PassComputed,
+    RouteChosen,
+    ServerLost,
+    SessionClosed,
+    SessionOpened,
+    StageReplaced,
+)
 from shoal.spans import Span
 
 from .harness import QUICK, Swarm
@@ -53,3 +64,19 @@ def test_observers_that_raise_or_hang_change_nothing(swarm: Callable[..., Swarm]
     found = model.generate(PROMPT, max_new_tokens=5, do_sample=False).tolist()
     assert found == whole.generate(PROMPT, max_new_tokens=5, do_sample=False).tolist()
     go_on.set()
+
+
+def test_an_observer_of_a_server_sees_its_blocks_passes_and_adapters(swarm: Callable[..., Swarm]):
+    told: list[Event] = []
+    net = swarm("0:4", observers=(told.append,))
+    model = get_peft_model(net.model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.generate(PROMPT, max_new_tokens=3, do_sample=False)
+    net.stop("s0")  # the observer is told of the rest
+    first, *others, last = told
+    assert (first, last) == (BlocksChanged(None, Span(0, 4)), BlocksChanged(Span(0, 4), None))
+    passes = [each for each in others if isinstance(each, PassComputed)]
+    assert sum(each.num_tokens for each in passes) == PROMPT.shape[1] + 2  # the last token is not computed
+    assert {(each.span, each.num_requests) for each in passes} == {(Span(0, 4), 1)}
+    stored = [each for each in others if isinstance(each, AdapterStored)]
+    assert len({each.name for each in stored}) == 4
+    assert len(passes) + len(stored) == len(others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shoal.events import Observer
 from shoal.server.engine.engine_limits import Limits
 from shoal.spans import Span
 
@@ -53,3 +54,5 @@ class ServerConfig:
     """How the server divides its time and its memory between requests."""
     max_length: int = 1 << 17
     """The most tokens of one sequence, for models whose config sets no limit."""
+    observers: tuple[Observer, ...] = ()
+    """Functions that are called with every event of this server (`shoal.events`)."""

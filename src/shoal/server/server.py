@@ -15,6 +15,7 @@ from typing import Self
 import torch
 
 from shoal.errors import UserError
+from shoal.events import BlocksChanged, Observers
 from shoal.model.body import Body
 from shoal.model.linear.quantization import Quantization, stored_quantization
 from shoal.model.loading import load_body
@@ -252,6 +253,7 @@ async def make_engine(config: ServerConfig, choice: Choice, loaded: Loaded, comp
         limits=replace(config.limits, activation_bytes=choose_activation_bytes(config, body)),
         head=loaded.head,
         watch=Watch(speeds, body.span, on_correction=lambda _: disk_cache.remove(key)),
+        observers=Observers(config.observers),
     )
     return engine, speeds
 
@@ -304,12 +306,15 @@ async def answering(
         await node.transport.listen(handler)
         try:
             await announcer.set_description(describe)
+            engine.observers.emit(BlocksChanged(None, engine.span))
             yield
         finally:
             await announcer.leave()  # first, because clients that are told look for other servers at once
             if config.drain_seconds:
                 await handler.drain(config.drain_seconds)
             await handler.leave()
+            engine.observers.emit(BlocksChanged(engine.span, None))
+            await engine.observers.close()
 
 
 async def check_identity(node: Node, view: SwarmView) -> None:

@@ -14,6 +14,7 @@ import torch
 from shoal.adapters import adapter_cache_salt
 from shoal.concurrency import background
 from shoal.errors import UnsupportedOperation
+from shoal.events import Observers
 from shoal.model.body import Body
 from shoal.model.body_cache import BodyCache
 from shoal.policy.scheduling import PassTimeModel
@@ -62,7 +63,9 @@ class Engine:
         limits: Limits,
         head: ServerHead | None = None,
         watch: Watch | None = None,
+        observers: Observers | None = None,
     ) -> None:
+        self.observers = observers or Observers()
         self.validator = validator
         self._body = body
         self.executor = executor
@@ -71,7 +74,9 @@ class Engine:
         self._pool = PagePool(num_pages)
         self._watch = watch
         runner = ModelRunner(compute, executor, head=head, cpu_turns=cpu_turns)
-        self._loop = EngineLoop(runner, self._pool, pass_time=pass_time, limits=limits, watch=watch)
+        self._loop = EngineLoop(
+            runner, self._pool, pass_time=pass_time, limits=limits, watch=watch, observers=self.observers
+        )
         self.passes = SinglePasses(body, validator, self._loop, limits)
         self._num_opened = itertools.count()
 

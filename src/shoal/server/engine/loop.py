@@ -12,12 +12,14 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from shoal.events import Observers, PassComputed
 from shoal.policy.scheduling import PassTimeModel, batching_delay, schedule
 from shoal.server.engine.engine_limits import Limits
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.engine.page_holders import in_order, session_to_preempt
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
 from shoal.server.engine.time_shares import TimeShares
+from shoal.server.kv.batch import Chunk
 from shoal.server.kv.output_head import Answer
 from shoal.server.kv.pages import PagePool
 from shoal.server.kv.session_cache import SessionCache
@@ -25,6 +27,7 @@ from shoal.server.refusals import busy, preempted
 from shoal.server.speed_watch import Watch
 from shoal.server.step_inputs import StepInputs, WantedLogits
 from shoal.server.training.block_passes import Pieces
+from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,6 +52,7 @@ class EngineLoop:
         pass_time: PassTimeModel,
         limits: Limits,
         watch: Watch | None = None,
+        observers: Observers | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.sessions: set[SessionCache] = set()
@@ -59,6 +63,7 @@ class EngineLoop:
         self._pool = pool
         self._limits = limits
         self._watch = watch
+        self._observers = observers or Observers()
         self._clock = clock or asyncio.get_running_loop().time
         self._news = asyncio.Event()
         self._pass_time = pass_time
@@ -223,6 +228,7 @@ class EngineLoop:
         self.num_passes += 1
         now = self._clock()
         self._pass_time = self._pass_time.updated(num_prefill_tokens=num_prefill, seconds=now - began)
+        self._observers.emit(_pass_computed(chunks, now - began))
         if self._watch is not None and not any(isinstance(answer, Exception) for answer in answers):
             if not num_prefill:
                 self._watch.decoded(chunks, now - began, now=now)
@@ -272,3 +278,9 @@ class EngineLoop:
         """Whether sessions are decoding, although none of their steps may wait just now."""
         recently = max(RECENTLY_DECODED_SECONDS, 4 * self._pass_time.decode_seconds)
         return self._clock() - self._decoded_at < recently
+
+
+def _pass_computed(chunks: Sequence[Chunk], seconds: float) -> PassComputed:
+    span = Span(min(chunk.span.start for chunk in chunks), max(chunk.span.end for chunk in chunks))
+    num_tokens = sum(chunk.hidden_BTD.shape[0] * chunk.hidden_BTD.shape[1] for chunk in chunks)
+    return PassComputed(span, len(chunks), num_tokens, seconds)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from shoal import events
 from shoal.concurrency import owned_task
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
@@ -142,7 +143,9 @@ class Handler:
                 await self._push_service.receive_pushes(stream, message, tensors, idle_seconds=self._idle_seconds)
                 return False
             case Adapter():
-                await self._engine.adapters.store(stream.peer, message, tensors)
+                name = await self._engine.adapters.store(stream.peer, message, tensors)
+                stored = events.AdapterStored(stream.peer, name, tensors["factors"].nbytes)
+                self._engine.observers.emit(stored)
                 await self._send(stream, AdapterStored())
             case Norms():
                 norms = await self._while_answering_pings(stream, reader, self._engine.passes.norms(message))

@@ -122,8 +122,8 @@ class AdapterStore:
         entry = self._entries.setdefault(factors.name, _Entry(adapter, factors.block, 0, factors.hosted))
         entry.holders.add(OPERATOR)
 
-    async def store(self, peer: str, request: Adapter, tensors: Tensors) -> None:
-        """Hold an adapter that a client sends.
+    async def store(self, peer: str, request: Adapter, tensors: Tensors) -> str:
+        """Hold an adapter that a client sends. Returns its name.
 
         Raises `Refused` if it is no adapter of a block of this server or too large, and as busy while removed
         adapters that are still in use leave no memory.
@@ -146,6 +146,7 @@ class AdapterStore:
             self._entries[adapter.name] = _Entry(adapter, request.block, num_bytes, request.shared)
             self._num_bytes += num_bytes
         self._use(peer, adapter.name)
+        return adapter.name
 
     def _use(self, peer: str, name: str) -> None:
         entry = self._entries[name]
