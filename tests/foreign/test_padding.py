@@ -118,7 +118,9 @@ def test_a_mask_that_contradicts_what_a_session_was_told_is_refused(pair: Pair):
         cache = RemoteCache(session)
         pair.model(**inputs, past_key_values=cache)
         for mask in (None, torch.ones(3, 10)):
-            with pytest.raises(UserError, match="says of tokens that the session has") as caught:
+            with pytest.raises(
+                UserError, match="differs from the earlier one for tokens that the session has read"
+            ) as caught:
                 pair.model(TEXTS[:, :1], attention_mask=mask, past_key_values=cache)
             assert "pass the mask of all tokens" in caught.value.hint
         mask = torch.cat((LEFT, LEFT.new_ones(3, 1)), dim=1)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.policy.preemption import (
@@ -120,23 +120,33 @@ class Client:
     st.integers(0, 6),
     st.sampled_from([1e-3, 1.0, 20.0]),
 )
+@example([("a", 51, 55), ("a", 23, 6), ("a", 6, 11), ("b", 1, 1), ("b", 1, 1)], 0, 20.0)
 @settings(deadline=None)
 def test_sessions_with_room_for_one_only_all_come_to_an_end(each, spare, pass_seconds):
     clients = [Client(peer, prompt, prompt + more) for peer, prompt, more in each]
     num_pages = max(-(-client.target // 16) for client in clients) + spare
-    now, passes = 0.0, 0
-    while working := [client for client in clients if client.answered < client.target]:
+    now, passes, queue = 0.0, 0, list(clients)
+    while working := [client for client in queue if client.answered < client.target]:
         passes += 1
         assert passes < 20_000, "it never ends"
         now += pass_seconds
         for client in clients:
             if client not in working:
                 client.pages = client.cached = 0
-        _pass(working, clients, num_pages, now)
+        _pass(working, clients, queue, num_pages, now)
 
 
-def _pass(working: list[Client], clients: list[Client], num_pages: int, now: float) -> None:
+def _in_order(working: list[Client], clients: list[Client]) -> list[Client]:
+    """As the server orders steps: those that have not begun come after those of peers that hold fewer pages."""
+    held = Counter[str]()
+    for client in clients:
+        held[client.peer] += client.pages
+    return sorted(working, key=lambda client: 0 if client.pages else held[client.peer])
+
+
+def _pass(working: list[Client], clients: list[Client], queue: list[Client], num_pages: int, now: float) -> None:
     while True:
+        working = _in_order(working, clients)
         waiting = [RequestView(1, client.lacks, client.pages > 0, client.needs) for client in working]
         free = num_pages - sum(client.pages for client in clients)
         plan = schedule(waiting, num_free_pages=free, max_num_batched_tokens=64, prefill_tokens=32)
@@ -156,7 +166,11 @@ def _pass(working: list[Client], clients: list[Client], num_pages: int, now: flo
             )
         if index is None:
             break
-        holding[index].pages = holding[index].cached = 0
+        preempted = holding[index]
+        preempted.pages = preempted.cached = 0
+        for line in (queue, working):  # its client opens another session, and comes after those that wait
+            line.remove(preempted)
+            line.append(preempted)
     for index, num_tokens in plan.chunks:
         client = working[index]
         if not client.pages:
