@@ -22,9 +22,13 @@ from .test_directory_records import MODEL, info
 pytestmark = pytest.mark.anyio
 
 pack = MSGPackSerializer.dumps
-EXPIRES = math.ceil(time.time()) + 200.0
 NO_PEER: Any = SimpleNamespace(remote_id=None)
 MESSAGE_BYTES = 4 << 20
+
+
+def expires() -> float:
+    """A time at which a record may expire: records that live longer than five minutes are refused."""
+    return math.ceil(time.time()) + 200.0
 
 
 def protocol() -> Any:
@@ -46,7 +50,7 @@ def digest(block: int) -> Any:
 def fill(node: Any, *, records: int, block: int = 2, size: int = 4096) -> None:
     """Store this number of records of the largest size under one key. Their signatures do not matter here."""
     for number in range(records):
-        node.storage.store_subkey(digest(block), f"peer {number}", bytes(size), EXPIRES)
+        node.storage.store_subkey(digest(block), f"peer {number}", bytes(size), expires())
 
 
 def records_in(result: Any) -> dict[str, bytes]:
@@ -85,7 +89,7 @@ async def test_the_keys_of_a_lookup_divide_the_answer() -> None:
 async def test_repeated_lookups_find_every_record_of_a_crowded_key() -> None:
     node = protocol()
     fill(node, records=1200)
-    node.storage.store_subkey(digest(2), "honest", b"here", EXPIRES)
+    node.storage.store_subkey(digest(2), "honest", b"here", expires())
     request = dht_pb2.FindRequest(keys=[digest(2).to_bytes()])
     seen = [records_in((await node.rpc_find(request, NO_PEER)).results[0]) for _ in range(60)]
     assert any("honest" in each for each in seen)
@@ -100,8 +104,9 @@ def store_request(*records: tuple[bytes, bytes, bytes, float]) -> Any:
 
 
 def record(identity: Identity, block: int = 2) -> tuple[bytes, bytes, bytes, float]:
-    sealed = seal(identity, Announcement.of(MODEL, info(identity), expires=EXPIRES))
-    return digest(block).to_bytes(), pack(identity.peer), pack(sealed), EXPIRES
+    until = expires()
+    sealed = seal(identity, Announcement.of(MODEL, info(identity), expires=until))
+    return digest(block).to_bytes(), pack(identity.peer), pack(sealed), until
 
 
 async def test_valid_records_are_stored_one_by_one_and_handed_over_together() -> None:
@@ -110,7 +115,7 @@ async def test_valid_records_are_stored_one_by_one_and_handed_over_together() ->
     assert (await node.rpc_store(store_request(record(alice), record(bob)), NO_PEER)).store_ok == [True, True]
     all_records = pack(node.storage.get(digest(2)).value)
     other = protocol()
-    handover = store_request((digest(2).to_bytes(), node.IS_DICTIONARY, all_records, EXPIRES))
+    handover = store_request((digest(2).to_bytes(), node.IS_DICTIONARY, all_records, expires()))
     assert (await other.rpc_store(handover, NO_PEER)).store_ok == [True]
     answer = await other.rpc_find(dht_pb2.FindRequest(keys=[digest(2).to_bytes()]), NO_PEER)
     assert set(records_in(answer.results[0])) == {alice.peer, bob.peer}
@@ -119,13 +124,13 @@ async def test_valid_records_are_stored_one_by_one_and_handed_over_together() ->
 async def test_only_the_first_records_of_a_request_are_validated(monkeypatch: pytest.MonkeyPatch) -> None:
     node, validated = protocol(), []
     monkeypatch.setattr(node, "record_validator", SimpleNamespace(validate=lambda each: bool(validated.append(each))))
-    answer = await node.rpc_store(store_request(*[(bytes(20), pack("peer"), b"x", EXPIRES)] * 3000), NO_PEER)
+    answer = await node.rpc_store(store_request(*[(bytes(20), pack("peer"), b"x", expires())] * 3000), NO_PEER)
     assert len(validated) == dht_limits.MAX_STORED_RECORDS
     assert answer.store_ok == [False] * 3000
     crowd = storage.DictionaryDHTValue()
     for number in range(3000):
-        crowd.store(f"{number}", b"x", EXPIRES)
-    answer = await node.rpc_store(store_request((bytes(20), node.IS_DICTIONARY, pack(crowd), EXPIRES)), NO_PEER)
+        crowd.store(f"{number}", b"x", expires())
+    answer = await node.rpc_store(store_request((bytes(20), node.IS_DICTIONARY, pack(crowd), expires())), NO_PEER)
     assert len(validated) == 2 * dht_limits.MAX_STORED_RECORDS
     assert answer.store_ok == [False]
 
@@ -134,14 +139,14 @@ async def test_values_that_are_too_large_are_not_decoded(monkeypatch: pytest.Mon
     node, decoded = protocol(), []
     monkeypatch.setattr(node, "serializer", SimpleNamespace(loads=decoded.append))
     large = bytes(2 << 20)
-    request = store_request((bytes(20), b"", large, EXPIRES), (bytes(20), pack("peer"), large, EXPIRES))
+    request = store_request((bytes(20), b"", large, expires()), (bytes(20), pack("peer"), large, expires()))
     assert (await node.rpc_store(request, NO_PEER)).store_ok == [False, False]
     assert not decoded
 
 
 async def test_values_without_a_subkey_and_inconsistent_requests_are_refused() -> None:
     node = protocol()
-    whole = store_request((digest(2).to_bytes(), node.IS_REGULAR_VALUE, b"mine alone", EXPIRES))
+    whole = store_request((digest(2).to_bytes(), node.IS_REGULAR_VALUE, b"mine alone", expires()))
     assert (await node.rpc_store(whole, NO_PEER)).store_ok == [False]
     with pytest.raises(dht_limits.InvalidRequest):
         await node.rpc_store(dht_pb2.StoreRequest(keys=[bytes(20)] * 2, values=[b"x"]), NO_PEER)
