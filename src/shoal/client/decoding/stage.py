@@ -23,6 +23,7 @@ from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.decoding.progress import StageProgress
 from shoal.client.head.logits import Logits
 from shoal.client.history.history import History
+from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS
 from shoal.client.swarm.answers import finite, plausible
 from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError
@@ -50,8 +51,6 @@ USUAL_OPEN_SECONDS = 0.1
 """How long a server usually takes to open a session."""
 IDLE_PONGS = 2
 """A server that says this often in a row that it is idle does not have the step. The first pong may have crossed it."""
-MAX_ADAPTER_UPLOADS = 3
-"""A server that forgets its adapters this often has no memory for them."""
 MAX_STEPS_IN_FLIGHT = 4
 """Pending steps of one server: enough to keep it busy while others arrive, and few enough for its memory."""
 
