@@ -25,7 +25,7 @@ def without_retries(model: Any) -> None:
     async def once(span: object, act: Callable[[Set[Any]], Awaitable[Any]]) -> Any:
         return await act(frozenset())
 
-    model.blocks._swarm.with_failover = once
+    model.blocks.swarm.with_failover = once
 
 
 def restarting(model: Any, prompt: torch.Tensor, num_tokens: int, *, cap: float) -> float | None:

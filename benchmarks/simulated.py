@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from shoal.peers import MAX_NEIGHBORS, ServerInfo, ServerState
 from shoal.policy.nearest import may_be_next
-from shoal.policy.placement import choose_span
+from shoal.policy.placement.petals import choose_span
 from shoal.policy.routing.route import Hop, Measured
 from shoal.policy.view import SwarmView
 from shoal.spans import Span

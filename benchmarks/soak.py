@@ -129,8 +129,8 @@ def server_processes() -> list[psutil.Process]:
 def tokens_left(model: Any) -> list[int]:
     """The free cache tokens that each server announces."""
     blocks = model.transformer.h
-    directory = blocks._swarm._node.directory
-    return [server.cache_tokens_left for server in blocks._runtime.run(directory.servers(blocks._swarm.model))]
+    directory = blocks.swarm._node.directory
+    return [server.cache_tokens_left for server in blocks._runtime.run(directory.servers(blocks.swarm.model))]
 
 
 def main() -> int:

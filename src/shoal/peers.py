@@ -34,9 +34,36 @@ MAX_HOSTED_ADAPTERS = 16
 """The number of hosted adapters that a server announces. It keeps records small."""
 
 
+MAX_SPEED_POINTS = 8
+"""The number of span lengths for which a server announces its speed. It keeps records small."""
+
+
+MAX_SPANS_ON_DISK = 8
+"""The number of spans on disk that a server announces. It keeps records small."""
+
+
 def short(peer: str) -> str:
     """The last 12 characters of a peer id. They tell peers apart where space is limited, as in records."""
     return peer[-12:]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a server can hold and compute, wherever its span is. It is what others need to know to place it.
+
+    `block_speeds` are pairs of a span's length and the server's saturated speed with such a span: in decoded tokens per
+    second of one block, when all its blocks are busy with as large batches as its memory has cache for. A longer span
+    leaves less cache. The lengths grow from pair to pair. `network_speed` is how many tokens per second its network
+    carries in the slower direction, `None` if it was not measured. `load_seconds` and `disk_seconds` are what a block
+    takes to load that is not on its disk, and one that is; `on_disk` are the blocks on its disk.
+    """
+
+    max_blocks: int
+    block_speeds: tuple[tuple[int, float], ...]
+    network_speed: float | None
+    load_seconds: float
+    disk_seconds: float
+    on_disk: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +78,11 @@ class ServerInfo:
     `training` computes only sessions. `adapters` are the names of the adapters that it hosts for all clients
     (`shoal.model.peft.peft_folder`). `round_trips` are round-trip times in seconds to servers that may precede or
     follow it in a route, by the `short` form of their peer ids.
+
+    `capacity` is `None` until the server has measured it. A `pinned` server does not move to other blocks. `zone` is a
+    coarse place whose servers may fail together. `up_since` and `ready_at` are Unix times: since when the server has
+    been in the swarm, and when a server that is loading expects to be online; `None` if unknown. `reason` says why it
+    took its blocks.
     """
 
     peer: str
@@ -71,6 +103,12 @@ class ServerInfo:
     training: bool = True
     adapters: tuple[str, ...] = ()
     round_trips: tuple[tuple[str, float], ...] = ()
+    capacity: Capacity | None = None
+    pinned: bool = False
+    zone: str = ""
+    up_since: float | None = None
+    ready_at: float | None = None
+    reason: str = ""
 
     @property
     def is_relayed(self) -> bool:

@@ -33,7 +33,7 @@ TOKEN_BYTES = 32 * 4
 
 
 def store_of(model: Any) -> HistoryStore:
-    store: HistoryStore = model.blocks._swarm.store
+    store: HistoryStore = model.blocks.swarm.store
     return store
 
 

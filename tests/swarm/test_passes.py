@@ -41,12 +41,13 @@ class AskedPasses:
 class Trained:
     """A client whose adapter is frozen in the blocks before `first`."""
 
-    def __init__(self, model: Any, *, first: int) -> None:
-        tuned = adapted(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    def __init__(self, swarm: Swarm, *, first: int) -> None:
+        self._runtime = swarm.runtime
+        tuned = adapted(swarm.model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
         self.blocks = tuned.base_model.model.blocks
         for block, skeleton in self.blocks.named_children():
             skeleton.requires_grad_(int(block) >= first)
-        self.passes: RemotePasses = self.blocks._passes
+        self.passes: RemotePasses = self.blocks.passes
         self.plan: PassPlan = self.blocks._plan(self.blocks._tuned(), HIDDEN)
 
     @torch.no_grad()
@@ -59,11 +60,11 @@ class Trained:
         return found
 
     def gradients(self, *batches: list[MicrobatchPiece]) -> Gradients:
-        return self.blocks._runtime.run(self.passes.backward(self.plan, batches, GRAD[: len(batches)]))
+        return self._runtime.run(self.passes.backward(self.plan, batches, GRAD[: len(batches)]))
 
 
 def test_microbatches_that_are_cut_in_other_places_have_gradients_of_the_same_blocks(swarm: Callable[..., Swarm]):
-    client = Trained(swarm("0:4").model(), first=2)
+    client = Trained(swarm("0:4"), first=2)
     one = client.pieces(1, Span(0, 2), Span(2, 4))
     expected = client.gradients(client.pieces(0, Span(0, 2), Span(2, 4)), one).factors
     assert expected.keys() == {2, 3}
@@ -84,7 +85,7 @@ def test_microbatches_are_as_many_as_the_servers_that_train_can_share(swarm: Cal
 
 def test_servers_before_the_first_wanted_block_are_not_asked_for_gradients(swarm: Callable[..., Swarm]):
     net = swarm("0:2", "2:4")
-    client = Trained(net.model(), first=2)
+    client = Trained(net, first=2)
     pieces = client.pieces(0, Span(0, 4))
     asked = AskedPasses(net)
     assert client.gradients(pieces).factors.keys() == {2, 3}

@@ -63,7 +63,7 @@ def test_a_ring_goes_over_the_shorter_link_between_two_servers(swarm: MakeSwarm,
     swarm_.start("2:4", announce_seconds=0.05)
     swarm_.start("2:4", announce_seconds=0.05)
     swarm_.settle(lambda: all(announced(swarm_)[peer].round_trips for peer in ("s1", "s2")))
-    client = swarm_.model().blocks._swarm
+    client = swarm_.model().blocks.swarm
     route = swarm_.runtime.run(client.route(Span(0, 4), needs=Needs()))
     assert [hop.server.peer for hop in route.hops] == ["s0", near]
     assert near in route.explain()
@@ -75,7 +75,7 @@ def test_a_client_measures_the_round_trips_of_all_servers_before_its_first_route
     model = swarm_.model(config=replace(QUICK, measure_seconds=5.0))
     (client,) = (peer for peer in swarm_.network.peers if peer.startswith("client"))
     far_apart(swarm_, (client, "s0"), (client, "s2"))
-    route = swarm_.runtime.run(model.blocks._swarm.route(Span(0, 4), needs=Needs()))
+    route = swarm_.runtime.run(model.blocks.swarm.route(Span(0, 4), needs=Needs()))
     assert [hop.server.peer for hop in route.hops] == ["s1"]
 
 

@@ -10,7 +10,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.console import start_logging, waiting
-from shoal.cli.daemon import end_with_parent, identity_file, run_until_signalled
+from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
 
 if TYPE_CHECKING:
     from shoal.net import NetworkConfig

@@ -21,7 +21,7 @@ from shoal.cli.console import (
     tokens_per_second,
     waiting,
 )
-from shoal.cli.daemon import end_with_parent, identity_file, run_until_signalled
+from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses

@@ -64,8 +64,10 @@ class RemoteSequential(NotPicklable, nn.Module):
         self._measuring = threading.Lock()
         self._attributes: ConfigAttributes | None = None
         self._hold = Hold(runtime)
-        self._swarm = swarm
-        self._passes = passes or _remote_passes(runtime, swarm)
+        self.swarm = swarm
+        """What the client knows of the servers. It belongs to the runtime's thread."""
+        self.passes = passes or _remote_passes(runtime, swarm)
+        """Single passes through the blocks. They belong to the runtime's thread too."""
         self.register_state_dict_pre_hook(_measure_before)
         self.mount(skeletons)
 
@@ -107,10 +109,10 @@ class RemoteSequential(NotPicklable, nn.Module):
     def _like(self, span: Span, skeletons: Mapping[str, nn.Module]) -> RemoteSequential:
         blocks = RemoteSequential(
             self._runtime,
-            self._swarm,
+            self.swarm,
             span,
             max_length=self.max_length,
-            passes=self._passes,
+            passes=self.passes,
             skeletons=[skeletons[str(block)] for block in span if str(block) in skeletons],
         )
         blocks._hosted, blocks._measuring = self._hosted, self._measuring
@@ -121,7 +123,7 @@ class RemoteSequential(NotPicklable, nn.Module):
         return (self[index] for index in range(len(self)))
 
     def extra_repr(self) -> str:
-        return f"{self.span} of {self._swarm.model.name}, in the swarm"
+        return f"{self.span} of {self.swarm.model.name}, in the swarm"
 
     @torch.compiler.disable(reason="blocks are computed by servers")  # type: ignore[untyped-decorator]
     def forward(
@@ -159,7 +161,7 @@ class RemoteSequential(NotPicklable, nn.Module):
         mask = mask_of(attention_mask, hidden_BTD)
         positions = positions_of(position_ids, hidden_BTD)
         tuned = self._tuned()
-        work = PassCall(self._runtime, self._passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
+        work = PassCall(self._runtime, self.passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
         output = cast(torch.Tensor, SwarmFunction.apply(hidden_BTD, work, *self._parameters_of(tuned)))
         if past_key_values is not None:  # it begins without a server, which computes these tokens only if others follow
             session = self._session(1, max_length=None, expected_length=1, tuning=work.plan.tuning)
@@ -209,7 +211,7 @@ class RemoteSequential(NotPicklable, nn.Module):
             with self._measuring:  # each is set once: changing a parameter in place would break a backward pass
                 if new := unset_magnitudes(skeleton, loaded=loaded):
                     sizes = [len(magnitudes) for magnitudes in new.values()]
-                    norms = self._runtime.run(self._passes.norms(int(name), list(new), sum(sizes)))
+                    norms = self._runtime.run(self.passes.norms(int(name), list(new), sum(sizes)))
                     with torch.no_grad():
                         for magnitudes, found in zip(new.values(), norms.split(sizes), strict=True):
                             magnitudes.copy_(found)
@@ -255,7 +257,7 @@ class RemoteSequential(NotPicklable, nn.Module):
         self._follow()
         return InferenceSession(
             self._runtime,
-            self._swarm,
+            self.swarm,
             self.span,
             batch_size=batch_size,
             max_length=max_length or self.max_length - self.num_prompt_tokens,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,7 +21,16 @@ from shoal.adapters import HostedName
 from shoal.net.addresses import peer_of
 from shoal.net.identity import SIGNATURE_BYTES, Identity, verify
 from shoal.net.transport import MAX_LIFETIME
-from shoal.peers import MAX_HOSTED_ADAPTERS, MAX_NEIGHBORS, ModelInfo, ServerInfo, ServerState
+from shoal.peers import (
+    MAX_HOSTED_ADAPTERS,
+    MAX_NEIGHBORS,
+    MAX_SPANS_ON_DISK,
+    MAX_SPEED_POINTS,
+    Capacity,
+    ModelInfo,
+    ServerInfo,
+    ServerState,
+)
 from shoal.protocol import MAX_BLOCKS
 from shoal.spans import Span
 
@@ -43,13 +53,66 @@ def _printable(text: str) -> str:
 # Text from other peers is printed on terminals, so it must not hold escape sequences.
 Text = Annotated[str, Field(max_length=128), AfterValidator(_printable)]
 Word = Annotated[str, Field(max_length=16), AfterValidator(_printable)]
+Zone = Annotated[str, Field(max_length=32), AfterValidator(_printable)]
 Name = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]
 Speed = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 Short = Annotated[str, Field(min_length=1, max_length=12), AfterValidator(_printable)]
 Seconds = Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)]
 Address = Annotated[str, Field(max_length=300), AfterValidator(_printable)]
+Duration = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
+Pair = Annotated[tuple[Block, Block], Field(strict=False)]
+
+
+class AnnouncedCapacity(BaseModel):
+    """`Capacity` in a record. Its speeds are positive, and for growing lengths of spans of the model."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    max_blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
+    block_speeds: Annotated[
+        tuple[Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_BLOCKS)], Positive], Field(strict=False)], ...],
+        Field(min_length=1, max_length=MAX_SPEED_POINTS, strict=False),
+    ]
+    network_speed: Positive | None
+    load_seconds: Duration
+    disk_seconds: Duration
+    on_disk: Annotated[tuple[Pair, ...], Field(max_length=MAX_SPANS_ON_DISK, strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _lengths_grow(self) -> AnnouncedCapacity:
+        if any(one >= other for (one, _), (other, _) in pairwise(self.block_speeds)):
+            raise ValueError("the lengths of spans do not grow")
+        if any(start >= end for start, end in self.on_disk):
+            raise ValueError("an empty span")
+        return self
+
+    @classmethod
+    def of(cls, capacity: Capacity) -> AnnouncedCapacity:
+        """The same capacity, its figures rounded to four digits to keep the record small."""
+        return cls(
+            max_blocks=capacity.max_blocks,
+            block_speeds=tuple((length, _four_digits(speed)) for length, speed in capacity.block_speeds),
+            network_speed=None if capacity.network_speed is None else _four_digits(capacity.network_speed),
+            load_seconds=_four_digits(capacity.load_seconds),
+            disk_seconds=_four_digits(capacity.disk_seconds),
+            on_disk=tuple((span.start, span.end) for span in capacity.on_disk),
+        )
+
+    @property
+    def capacity(self) -> Capacity:
+        """What the record says."""
+        return Capacity(
+            max_blocks=self.max_blocks,
+            block_speeds=self.block_speeds,
+            network_speed=self.network_speed,
+            load_seconds=self.load_seconds,
+            disk_seconds=self.disk_seconds,
+            on_disk=tuple(Span(start, end) for start, end in self.on_disk),
+        )
 
 
 class Announcement(BaseModel):
@@ -81,6 +144,12 @@ class Announcement(BaseModel):
     training: bool = True
     adapters: Annotated[tuple[HostedName, ...], Field(max_length=MAX_HOSTED_ADAPTERS, strict=False)] = ()
     round_trips: Annotated[dict[Short, Seconds], Field(max_length=MAX_NEIGHBORS)] = {}
+    capacity: AnnouncedCapacity | None = None
+    pinned: bool = False
+    zone: Zone = ""
+    up_since: Time | None = None
+    ready_at: Time | None = None
+    reason: Text = ""
 
     @model_validator(mode="after")
     def _span_is_in_the_model(self) -> Announcement:
@@ -116,6 +185,12 @@ class Announcement(BaseModel):
             training=info.training,
             adapters=info.adapters,
             round_trips={peer: _rounded(seconds) for peer, seconds in info.round_trips},
+            capacity=None if info.capacity is None else AnnouncedCapacity.of(info.capacity),
+            pinned=info.pinned,
+            zone=info.zone,
+            up_since=info.up_since,
+            ready_at=info.ready_at,
+            reason=info.reason,
         )
 
     @property
@@ -146,6 +221,12 @@ class Announcement(BaseModel):
             training=self.training,
             adapters=self.adapters,
             round_trips=tuple(self.round_trips.items()),
+            capacity=None if self.capacity is None else self.capacity.capacity,
+            pinned=self.pinned,
+            zone=self.zone,
+            up_since=self.up_since,
+            ready_at=self.ready_at,
+            reason=self.reason,
         )
 
     @property
@@ -158,6 +239,10 @@ class Announcement(BaseModel):
 def _rounded(seconds: float) -> float:
     """Rounded to 10 microseconds, which is more precise than the measurement, to keep the record small."""
     return max(round(seconds, 5), 1e-5)
+
+
+def _four_digits(number: float) -> float:
+    return float(f"{number:.4g}")
 
 
 def block_key(model: str, block: int) -> str:

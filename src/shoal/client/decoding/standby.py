@@ -20,7 +20,7 @@ from shoal.client.decoding.stage import Stage
 from shoal.client.swarm.swarm import Swarm, holding
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
-from shoal.policy.moving import pays_to_move, replay_seconds
+from shoal.policy.routing.switching import pays_to_move, replay_seconds
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,8 @@
-"""Which blocks a server holds, and how many."""
+"""How many blocks fit into a server's memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from shoal.spans import Span
 
 CACHE_SHARE = 0.2
 """The fraction of a server's memory that is reserved for sessions' caches when it chooses how many blocks to hold."""
@@ -22,13 +20,3 @@ def choose_num_blocks(memory: int, block_bytes: Sequence[int]) -> int:
         room -= largest[num_blocks]
         num_blocks += 1
     return num_blocks
-
-
-def choose_span(throughput: Sequence[float], *, num_blocks: int) -> Span:
-    """The span of `num_blocks` where one more server helps the slowest blocks most (arXiv 2312.08361, appendix D).
-
-    `throughput` is that of each block, in tokens per second.
-    """
-    starts = range(len(throughput) - num_blocks + 1)
-    start = min(starts, key=lambda s: sorted(throughput[s : s + num_blocks]))
-    return Span(start, start + num_blocks)

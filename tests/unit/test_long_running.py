@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from shoal.cli.daemon import identity_file
+from shoal.cli.long_running import identity_file
 from shoal.errors import UserError
 
 
@@ -57,7 +57,7 @@ SECONDS = 60.0
 SCRIPT = """
 import asyncio, atexit, os, signal, sys, threading
 from concurrent.futures import ThreadPoolExecutor
-from shoal.cli.daemon import run_until_signalled
+from shoal.cli.long_running import run_until_signalled
 
 never = threading.Event()
 atexit.register(never.wait)
