@@ -21,7 +21,7 @@ from shoal.model.linear.quantization import (
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.safetensors_file import TensorInfo
 from shoal.policy.dtypes import swarm_dtype
-from shoal.policy.placement.memory import CACHE_SHARE, choose_num_blocks
+from shoal.policy.placement.max_blocks import CACHE_SHARE, choose_num_blocks
 from shoal.policy.placement.petals import choose_span
 from shoal.policy.view import SwarmView
 from shoal.server.config import ServerConfig
