@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.client.swarm.peer_timings import PeerTimings
-from shoal.policy.routing.switching import pays_to_move, replay_seconds
 from shoal.policy.routing.latency import HALF_LIFE, SLOWNESS, average_round_trip
 from shoal.policy.routing.route import Hop
+from shoal.policy.routing.switching import pays_to_move, replay_seconds
 from shoal.spans import Span
 
 from .test_routing import server
