@@ -30,15 +30,7 @@ GAP_SECONDS = 0.1
 """Large frames that follow each other within this time are one bulk."""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Bytes per second to and from a peer; `None` if that was not measured."""
-
-    up: float | None = None
-    down: float | None = None
-
-
-@dataclass(frozen=True)
+@dataclass@dataclass(frozen=True)
 class Seen:
     """What a bulk of large frames says of the network, in bytes per second: it is at least as fast as `at_least`.
 
@@ -96,10 +88,10 @@ class NetworkEstimate:
     wait: float = FIRST_WAIT
     measured_at: float = float("-inf")
 
-    def after_measuring(self, found: Sequence[Rates], *, now: float) -> NetworkEstimate:
-        """With what several peers helped to measure. A direction that none helped with stays as it was."""
-        up = max((each.up for each in found if each.up is not None), default=None)
-        down = max((each.down for each in found if each.down is not None), default=None)
+    def after_measuring(self, found: Sequence[tuple[float | None, float | None]], *, now: float) -> NetworkEstimate:
+        """With the rates to and from several peers. A direction that none helped to measure stays as it was."""
+        up = max((rate for rate, _ in found if rate is not None), default=None)
+        down = max((rate for _, rate in found if rate is not None), default=None)
         if up is None and down is None:
             wait = min(2 * self.wait, LONGEST_WAIT)
             return replace(self, due=now + self.wait, wait=wait, measured_at=now)
