@@ -104,7 +104,10 @@ class MemoryNetwork:
         self.disconnect(one, other)
 
     def heal(self, *peers: str) -> None:
-        """Undo `hang`, `mute`, `cut`, `delay`, `limit` and `drop_after` for these peers, or for all. Dead peers stay dead."""
+        """Undo `hang`, `mute`, `cut`, `delay`, `limit` and `drop_after` for these peers, or for all.
+
+        Dead peers stay dead.
+        """
         self.faults.heal(*peers)
         self._ended = {link: None for link in self._ended if link.holds_frames}
         for link in [*self._links, *self._ended]:
