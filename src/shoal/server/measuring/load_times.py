@@ -12,6 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from shoal.model.loading import Progress
 from shoal.model.weights import disk_cache
+from shoal.server.measuring.means import Means
+from shoal.server.measuring.on_disk import missing_blocks
 from shoal.spans import Span
 
 T = TypeVar("T")
@@ -97,23 +99,23 @@ def known_times(key: str) -> LoadTimes:
 
 def timed(
     load: Callable[[Progress], T],
-    *,
+    means: Means,
     span: Span,
-    num_missing: int,
-    key: str,
     progress: Progress,
+    *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> T:
     """What `load` returns, which loads `span` and calls its argument for each weight; `progress` is called too.
 
-    What that shows is remembered under `key`.
+    What that shows is remembered for `means.key`.
     """
     watch = _Watch(progress, clock)
+    num_missing = len(missing_blocks(means, span))
     began = clock()
     loaded = load(watch.on_weight)
     if watch.first_at is not None:
         shown = Load(len(span), num_missing, watch.first_at - began, clock() - began, watch.quantized)
-        _remember(key, shown)
+        _remember(means.key, shown)
     return loaded
 
 

@@ -5,26 +5,31 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-import torch
-
 from shoal.model.linear.quantization import Quantization, stored_quantization
 from shoal.model.loading import QuantizedBlockCache
-from shoal.model.weights.checkpoint import Checkpoint
 from shoal.peers import MAX_SPANS_ON_DISK
+from shoal.server.measuring.means import Means
 from shoal.spans import Span
 
 
-def quick_blocks(checkpoint: Checkpoint, dtype: torch.dtype, quantization: Quantization) -> list[int]:
+def quick_blocks(means: Means) -> list[int]:
     """The blocks whose files are here. If the server quantizes them itself, those that it has quantized before."""
-    if not quantizes(checkpoint, quantization):
+    checkpoint = means.checkpoint
+    if not quantizes(means):
         return checkpoint.blocks_on_disk()
-    cache = QuantizedBlockCache(checkpoint, dtype, quantization)
+    cache = QuantizedBlockCache(checkpoint, means.dtype, means.quantization)
     return [block for block in range(checkpoint.num_blocks) if cache.has(block)]
 
 
-def quantizes(checkpoint: Checkpoint, quantization: Quantization) -> bool:
-    """Whether the server quantizes the blocks of this checkpoint itself."""
-    return quantization is not Quantization.NONE and stored_quantization(checkpoint.config) is None
+def quantizes(means: Means) -> bool:
+    """Whether the server quantizes the blocks of its checkpoint itself."""
+    return means.quantization is not Quantization.NONE and stored_quantization(means.checkpoint.config) is None
+
+
+def missing_blocks(means: Means, span: Span) -> list[int]:
+    """The blocks of a span for which something has to be downloaded before they are loaded."""
+    here = {*quick_blocks(means), *means.checkpoint.blocks_on_disk()}
+    return [block for block in span if block not in here]
 
 
 def spans_of(blocks: Iterable[int]) -> tuple[Span, ...]:
