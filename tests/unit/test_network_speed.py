@@ -85,6 +85,15 @@ def test_what_is_measured_again_replaces_what_was_believed() -> None:
     assert (slower.up, slower.wait, slower.due) == (4 * MIB, FIRST_WAIT, 2001.0 + REFRESH_SECONDS)
 
 
+def test_slow_peers_that_help_to_measure_do_not_disprove_what_traffic_has_shown() -> None:
+    much = after(MEASURED, 30 * MIB).after_measuring([(10 * MIB, 40 * MIB)], now=2001.0)
+    assert (much.up, much.down) == (30 * MIB, 40 * MIB)
+    later = much.after_measuring([(10 * MIB, 40 * MIB)], now=2001.0 + REFRESH_SECONDS)
+    assert later.up == 10 * MIB
+    slower = after(much, *[4 * MIB] * NUM_SLOWER).after_measuring([(10 * MIB, 40 * MIB)], now=3000.0)
+    assert slower.up == 10 * MIB
+
+
 def test_a_server_that_measures_the_same_again_and_again_does_so_less_and_less_often() -> None:
     estimate, now = MEASURED, 2000.0
     waits = []

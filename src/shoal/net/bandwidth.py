@@ -74,7 +74,7 @@ async def _rate(
             async with asyncio.timeout(TRANSFER_SECONDS):
                 seconds = await transfer(stream, size)
             # A trip that took longer before than it takes now must not make the transfer look much faster.
-            seconds = max(seconds - round_trip, seconds / 2, SHORTEST_SECONDS)
+            seconds = max(seconds - round_trip, seconds / 4, SHORTEST_SECONDS)
             rate = size / seconds
             if seconds > ENOUGH_SECONDS:
                 break

@@ -7,6 +7,7 @@ Large frames of sessions show something too. When they contradict the estimate, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -77,30 +78,42 @@ class Bulk:
 class NetworkEstimate:
     """Bytes per second `up` and `down`, `None` while unknown, and the time from which it is `due` to be measured again.
 
-    `num_slower` counts bulks in a row that were slower. `wait` is how long the next measurement waits at least after
-    the last, which was at `measured_at`.
+    `proven_up` and `proven_down` are what traffic has shown since. `num_slower` counts bulks in a row that were slower.
+    `wait` is how long the next measurement waits at least after the last, which was at `measured_at`.
     """
 
     up: float | None = None
     down: float | None = None
     due: float = 0.0
+    proven_up: float = 0.0
+    proven_down: float = 0.0
     num_slower: int = 0
     wait: float = FIRST_WAIT
     measured_at: float = float("-inf")
 
     def after_measuring(self, found: Sequence[tuple[float | None, float | None]], *, now: float) -> NetworkEstimate:
-        """With the rates to and from several peers. A direction that none helped to measure stays as it was."""
-        up = max((rate for rate, _ in found if rate is not None), default=None)
-        down = max((rate for _, rate in found if rate is not None), default=None)
-        if up is None and down is None:
-            wait = min(2 * self.wait, LONGEST_WAIT)
-            return replace(self, due=now + self.wait, wait=wait, measured_at=now)
+        """With the rates to and from several peers. A direction that none helped to measure stays as it was.
+
+        Traffic that was faster still counts, if it was not what contradicted the estimate: the peers may be slow.
+        """
+        ups = [rate for rate, _ in found if rate is not None]
+        downs = [rate for _, rate in found if rate is not None]
+        longer = min(2 * self.wait, LONGEST_WAIT)
+        if not ups and not downs:
+            return replace(self, due=now + self.wait, wait=longer, measured_at=now)
+        is_slower = self.num_slower >= NUM_SLOWER
+        is_old = REFRESH_SECONDS <= now - self.measured_at < math.inf
+        proven_up, proven_down = (0.0, 0.0) if is_slower or is_old else (self.proven_up, self.proven_down)
+        up = max(*ups, proven_up) if ups else self.up
+        down = max(*downs, proven_down) if downs else self.down
         confirmed = _agree(self.up, up) and _agree(self.down, down)
         return NetworkEstimate(
-            self.up if up is None else up,
-            self.down if down is None else down,
-            due=now + REFRESH_SECONDS,
-            wait=min(2 * self.wait, LONGEST_WAIT) if confirmed and self.num_slower else FIRST_WAIT,
+            up,
+            down,
+            now + REFRESH_SECONDS,
+            proven_up,
+            proven_down,
+            wait=longer if confirmed and is_slower else FIRST_WAIT,
             measured_at=now,
         )
 
@@ -109,13 +122,14 @@ class NetworkEstimate:
         rate = self.up if direction == "up" else self.down
         if rate is None or seen.at_least > rate:
             surprising = rate is not None and seen.at_least > FACTOR * rate
-            faster = replace(self, up=seen.at_least) if direction == "up" else replace(self, down=seen.at_least)
-            return replace(faster, num_slower=0, due=self._soon(now) if surprising else self.due)
+            due = self._soon(now) if surprising else self.due
+            if direction == "up":
+                return replace(self, up=seen.at_least, proven_up=seen.at_least, num_slower=0, due=due)
+            return replace(self, down=seen.at_least, proven_down=seen.at_least, num_slower=0, due=due)
         if seen.at_most * FACTOR > rate:
             return replace(self, num_slower=0)
-        if self.num_slower + 1 < NUM_SLOWER:
-            return replace(self, num_slower=self.num_slower + 1)
-        return replace(self, num_slower=self.num_slower + 1, due=self._soon(now))
+        num_slower = self.num_slower + 1
+        return replace(self, num_slower=num_slower, due=self.due if num_slower < NUM_SLOWER else self._soon(now))
 
     def _soon(self, now: float) -> float:
         return min(self.due, max(now, self.measured_at + self.wait))
