@@ -234,8 +234,9 @@ HOSTILE_CAPACITIES: list[dict[str, object]] = [
     {"max_blocks": 0},
     {"max_blocks": 1 << 20},
     {"max_blocks": 1.5},
+    {"max_blocks": 9},
     {"block_speeds": []},
-    {"block_speeds": [[length, 1.0] for length in range(1, MAX_SPEED_POINTS + 2)]},
+    {"block_speeds": [[length, 1.0] for length in range(MAX_SPEED_POINTS + 1)]},
     {"block_speeds": [[4, 1.0], [4, 1.0]]},
     {"block_speeds": [[4, 1.0], [2, 2.0]]},
     {"block_speeds": [[0, 1.0]]},
@@ -246,6 +247,7 @@ HOSTILE_CAPACITIES: list[dict[str, object]] = [
     {"block_speeds": [[1, 1e12]]},
     {"block_speeds": [[1, "fast"]]},
     {"block_speeds": [[1]]},
+    {"block_speeds": [[1, 2.0], [9, 1.0]]},
     {"block_speeds": [[1, 1.0, 1.0]]},
     {"network_speed": 0.0},
     {"network_speed": -1.0},
@@ -257,12 +259,13 @@ HOSTILE_CAPACITIES: list[dict[str, object]] = [
     {"load_seconds": None},
     {"disk_seconds": -1.0},
     {"disk_seconds": "soon"},
-    {"on_disk": [[2 * start, 2 * start + 1] for start in range(MAX_SPANS_ON_DISK + 1)]},
+    {"on_disk": [[0, 1]] * (MAX_SPANS_ON_DISK + 1)},
     {"on_disk": [[3, 3]]},
     {"on_disk": [[4, 3]]},
     {"on_disk": [[-1, 3]]},
     {"on_disk": [[0, 1 << 20]]},
     {"on_disk": [[0]]},
+    {"on_disk": [[0, 9]]},
     {"on_disk": "all"},
 ]
 
@@ -327,7 +330,7 @@ def test_sixteen_neighbors_eight_relayed_addresses_and_a_full_capacity_fit_into_
         ready_at=NOW,
         capacity=capacity,
     )
-    record = seal(ALICE, Announcement.of(MODEL, crowded, expires=NOW + 60))
+    record = seal(ALICE, Announcement.of(replace(MODEL, num_blocks=4096), crowded, expires=NOW + 60))
     opened = unseal(record)
     assert opened is not None
     assert opened.server_info.round_trips == tuple((peer, 1.23457) for peer, _ in neighbors)
