@@ -161,9 +161,9 @@ def test_a_peer_gets_its_budget_and_no_more_until_later() -> None:
 def test_all_peers_together_have_a_budget_too() -> None:
     budget, granted = TransferBudget(), 0
     for index in range(1000):
-        more = budget.grant(f"mallory {index}", PEER_BYTES // 2, now=0.0)
+        more = budget.grant(f"mallory {index}", PEER_BYTES // 3, now=0.0)
         if more is not None:
-            budget, granted = more, granted + PEER_BYTES // 2
+            budget, granted = more, granted + PEER_BYTES // 3
     assert granted == ALL_BYTES
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 WINDOW_SECONDS = 600.0
 """The time in which the bytes below may be used."""
-PEER_BYTES = 16 << 20
-"""Bytes to and from one peer within the window: enough for one measurement in both directions."""
+PEER_BYTES = 24 << 20
+"""Bytes to and from one peer within the window: enough for two measurements in both directions."""
 ALL_BYTES = 64 << 20
 """Bytes to and from all peers within the window."""
 MIN_CHARGE = 256 << 10

@@ -22,7 +22,7 @@ IDLE_CHECK_SECONDS = 1.0
 """How often the server looks whether its sessions leave the network alone for a moment."""
 MAX_IDLE_CHECKS = 30
 """A network that is never left alone is measured all the same."""
-RETRY_SECONDS = 5.0
+RETRY_SECONDS = 1.0
 """How often the server looks for a partner if it knows none."""
 NOTICEABLE = 1.25
 """A speed that has changed by this factor is announced at once."""

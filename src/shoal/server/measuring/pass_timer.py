@@ -98,11 +98,10 @@ class PassTimer:
     def _run(self, chunks: list[Chunk]) -> float:
         self._check()
         start = time.perf_counter()
-        outputs = self._compute(chunks)
-        for output in outputs:
+        for output in self._compute(chunks):
             if isinstance(output, Exception):
                 raise output
-        outputs[-1].cpu()  # type: ignore[union-attr]  # waits for the device
+        output.cpu()  # waits for the device
         return time.perf_counter() - start
 
     def _chunk(self, span: Span, num_computed_tokens: int, num_tokens: int) -> Chunk:
