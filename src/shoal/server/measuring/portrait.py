@@ -82,6 +82,7 @@ class Portrait:
             token_bytes=hidden_size * getattr(torch, info.dtype).itemsize,
             partners=lambda: in_order(neighbors.servers, zone=self._zone),
             on_change=on_change,
+            estimate=None if self._network is None else self._network.estimate,
         )
         return self._network.measuring()
 
