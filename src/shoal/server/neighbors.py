@@ -25,7 +25,7 @@ class NeighborMonitor:
     """Measures the round trips to a server's neighbors, one round every `every_seconds` seconds.
 
     `round_trips` is what the server announces: the short peer ids and seconds of the nearest `MAX_NEIGHBORS`.
-    `on_new` is called when a round adds a neighbor to them. `servers` are all other servers that are online, the nearest
+    `on_new` is called when a round adds a neighbor to them. `servers` are all other servers that are online, nearest
     first.
     """
 

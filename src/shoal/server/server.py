@@ -56,7 +56,7 @@ from shoal.server.measuring.portrait import Portrait
 from shoal.server.neighbors import NeighborMonitor
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.streams import Handler
-from shoal.server.speed_watch import Watch
+from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.startup_progress import Phase, Progress, Report, reporter
 from shoal.server.throughput import machine_key, speed_key, speeds_in
 from shoal.spans import Span
@@ -80,8 +80,8 @@ class Server:
 class Choice:
     """What a server decides before it loads its blocks.
 
-    `free_bytes` is how much memory the device had then. Caches get a part of it. `key` names the weights, their form and
-    this machine, for what is remembered about them.
+    `free_bytes` is how much memory the device had then. Caches get a part of it. `key` names the weights, their form
+    and this machine, for what is remembered about them.
     """
 
     checkpoint: Checkpoint

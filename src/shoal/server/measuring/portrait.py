@@ -15,9 +15,9 @@ from shoal.peers import Capacity, ServerInfo
 from shoal.policy.placement.speed_profile import MAX_SPEED, SpeedProfile
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Executor
+from shoal.server.measuring.means import Means
 from shoal.server.measuring.metering import Meter, metered
 from shoal.server.measuring.network_monitor import NetworkMonitor, in_order
-from shoal.server.measuring.means import Means
 from shoal.server.measuring.own_capacity import own_capacity, remembered_capacity, seconds_to_load
 from shoal.server.measuring.zones import zone_of
 from shoal.server.neighbors import NeighborMonitor
@@ -65,7 +65,9 @@ class Portrait:
         """
         capacity = self._capacity
         if capacity is not None:
-            factor = 1.0 if self._speeds is None or info.decode_speed is None else info.decode_speed / self._speeds.decode
+            factor = (
+                1.0 if self._speeds is None or info.decode_speed is None else info.decode_speed / self._speeds.decode
+            )
             speeds = tuple((length, min(MAX_SPEED, speed * factor)) for length, speed in capacity.block_speeds)
             capacity = replace(capacity, block_speeds=speeds, network_speed=self._network_speed)
         return replace(info, capacity=capacity, zone=self._zone, ready_at=None)
