@@ -140,7 +140,7 @@ def timed(model_type: str, tmp_path: Path, *, num_pages: int, span: Span = WHOLE
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text", "deepseek_v3"])
 def test_batches_are_timed_as_far_as_there_are_pages_for_them(model_type: str, tmp_path: Path) -> None:
-    assert timed(model_type, tmp_path, num_pages=40)[:2] == list(BATCH_SIZES[:2])
+    assert timed(model_type, tmp_path, num_pages=40)[:2] == [1, BATCH_SIZES[0]]
     assert timed(model_type, tmp_path, num_pages=15) == [1]
     assert timed(model_type, tmp_path, num_pages=1, span=Span(1, 2)) == [1]
 

@@ -23,7 +23,7 @@ PAST_TOKENS = 64
 """Tokens in the cache of the session that decodes alone: a short past, as most sessions begin with."""
 REPEATS = 5
 """Runs of one measurement: enough for a median that one slow run does not change."""
-BATCH_SIZES = (1, 8, 32, 128, 512)
+BATCH_SIZES = (8, 32, 128, 512)
 """Sessions that decode together, if there are pages for them. Times between them are interpolated."""
 BATCH_PAST_TOKENS = SESSION_TOKENS // 2
 """Tokens in the cache of each of these sessions: those of a session in the middle of its life."""
@@ -34,7 +34,11 @@ SHARED_PAGES = 512
 MIN_GAIN = 1.1
 """No larger batch is timed if the last one was not so many times faster, for each session, than the one before."""
 MAX_BATCH_SECONDS = 3.0
-"""No larger batch is timed if that would take longer, all batches together."""
+"""No larger batch is timed if all batches together would take longer, should it take twice as long as the last."""
+MAX_RUN_SECONDS = 2.0
+"""A pass that took this long is not run again, once it was run `MIN_REPEATS` times: the machine is slow or busy."""
+MIN_REPEATS = 2
+"""Runs of the slowest pass."""
 
 
 def profile_of(
@@ -66,25 +70,24 @@ class PassTimer:
             self._run([self._chunk(self._body.span, past, 1)])
         decode = self._runs(lambda span: [self._chunk(span, past, 1)], REPEATS)
         prefill = self._runs(lambda span: [self._chunk(span, 0, num_tokens)], REPEATS)
-        batches = tuple(self._batches()) if self._body.family.packable else ((1, decode),)
-        return Measurement(decode, prefill, num_tokens, batches)
+        larger = self._larger_batches(decode.whole) if self._body.family.packable else ()
+        return Measurement(decode, prefill, num_tokens, ((1, decode), *larger))
 
-    def _batches(self) -> Iterator[tuple[int, PassRuns]]:
+    def _larger_batches(self, alone: Runs) -> Iterator[tuple[int, PassRuns]]:
         """The times of ever larger batches, as long as there are pages for them and they are worth it."""
-        spent, last = 0.0, float("inf")
+        seconds = each = statistics.median(alone.seconds)
+        spent = 0.0
         for size in BATCH_SIZES:
-            if size > 1 and self._num_pages < 2 * size:
+            if self._num_pages < 2 * size or spent + 2 * seconds * (BATCH_REPEATS + 1) > MAX_BATCH_SECONDS:
                 return
             past = min(BATCH_PAST_TOKENS, (self._num_pages - size) * PAGE_TOKENS)
             self._run(self._batch(self._body.span, size=size, num_computed_tokens=past, is_first=True))
             runs = self._runs(functools.partial(self._batch, size=size, num_computed_tokens=past), BATCH_REPEATS)
             yield size, runs
-            seconds = statistics.median(runs.whole.seconds)
-            spent += seconds * (BATCH_REPEATS + 1)
-            each, next_size = seconds / size, next((other for other in BATCH_SIZES if other > size), size)
-            if each * MIN_GAIN > last or spent + each * next_size * (BATCH_REPEATS + 1) > MAX_BATCH_SECONDS:
+            before, seconds = each, statistics.median(runs.whole.seconds)
+            each, spent = seconds / size, spent + seconds * (BATCH_REPEATS + 1)
+            if each * MIN_GAIN > before:
                 return
-            last = each
 
     def _runs(self, chunks: Callable[[Span], list[Chunk]], repeats: int) -> PassRuns:
         whole, *one = [self._runs_through(chunks, span, repeats) for span in self._spans]
@@ -92,9 +95,11 @@ class PassTimer:
 
     def _runs_through(self, chunks: Callable[[Span], list[Chunk]], span: Span, repeats: int) -> Runs:
         busy, start = time.thread_time(), time.perf_counter()
-        seconds = tuple(self._run(chunks(span)) for _ in range(repeats))
+        seconds: list[float] = []
+        while len(seconds) < MIN_REPEATS or (len(seconds) < repeats and sum(seconds) < MAX_RUN_SECONDS):
+            seconds.append(self._run(chunks(span)))
         cpu_fraction = (time.thread_time() - busy) / (time.perf_counter() - start)
-        return Runs(seconds, cpu_fraction if self._body.backbone.device.type == "cpu" else None)
+        return Runs(tuple(seconds), cpu_fraction if self._body.backbone.device.type == "cpu" else None)
 
     def _run(self, chunks: list[Chunk]) -> float:
         self._check()
