@@ -33,7 +33,7 @@ SHARED_PAGES = 512
 """These sessions have their pasts in so many pages: more than processors' caches hold, and little to fill."""
 MIN_GAIN = 1.1
 """No larger batch is timed if the last one was not so many times faster, for each session, than the one before."""
-MAX_BATCH_SECONDS = 3.0
+MAX_BATCH_SECONDS = 4.0
 """No larger batch is timed if all batches together would take longer, should it take twice as long as the last."""
 MAX_RUN_SECONDS = 2.0
 """A pass that took this long is not run again, once it was run `MIN_REPEATS` times: the machine is slow or busy."""
@@ -74,11 +74,15 @@ class PassTimer:
         return Measurement(decode, prefill, num_tokens, ((1, decode), *larger))
 
     def _larger_batches(self, alone: Runs) -> Iterator[tuple[int, PassRuns]]:
-        """The times of ever larger batches, as long as there are pages for them and they are worth it."""
+        """The times of ever larger batches, as long as there are pages for them and they are worth it.
+
+        The first is always timed: without it, a server would seem to gain nothing by computing sessions together.
+        """
         seconds = each = statistics.median(alone.seconds)
         spent = 0.0
         for size in BATCH_SIZES:
-            if self._num_pages < 2 * size or spent + 2 * seconds * (BATCH_REPEATS + 1) > MAX_BATCH_SECONDS:
+            is_too_long = spent > 0 and spent + 2 * seconds * (BATCH_REPEATS + 1) > MAX_BATCH_SECONDS
+            if is_too_long or self._num_pages < 2 * size:
                 return
             past = min(BATCH_PAST_TOKENS, (self._num_pages - size) * PAGE_TOKENS)
             self._run(self._batch(self._body.span, size=size, num_computed_tokens=past, is_first=True))
