@@ -25,7 +25,8 @@ class NeighborMonitor:
     """Measures the round trips to a server's neighbors, one round every `every_seconds` seconds.
 
     `round_trips` is what the server announces: the short peer ids and seconds of the nearest `MAX_NEIGHBORS`.
-    `on_new` is called when a round adds a neighbor to them.
+    `on_new` is called when a round adds a neighbor to them. `servers` are all other servers that are online, nearest
+    first.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class NeighborMonitor:
         on_new: Callable[[], None] = lambda: None,
     ) -> None:
         self.round_trips: tuple[tuple[str, float], ...] = ()
+        self.servers: tuple[ServerInfo, ...] = ()
         self._node = node
         self._model = model
         self._server = server
@@ -75,6 +77,9 @@ class NeighborMonitor:
             else:
                 self._silent.discard(peer)
                 self._known[peer] = average_round_trip(self._known.get(peer), seconds)
+        others = [each for each in view.online().servers if each.peer != self._server.peer]
+        self._rng.shuffle(others)
+        self.servers = tuple(sorted(others, key=lambda each: self._known.get(each.peer, float("inf"))))
         known = self._known
         before = {peer for peer, _ in self.round_trips}
         self.round_trips = tuple((short(peer), known[peer]) for peer in sorted(known, key=known.__getitem__))[

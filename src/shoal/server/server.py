@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -25,6 +25,7 @@ from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.placement.speed_profile import SpeedProfile
 from shoal.policy.scheduling import PassTimeModel
 from shoal.policy.view import SwarmView
 from shoal.server.announcer import Announcer
@@ -49,12 +50,15 @@ from shoal.server.kv.batch import PackedPass, SequentialPass
 from shoal.server.kv.output_head import ServerHead, load_head
 from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages, key_value_shapes
 from shoal.server.kv.sdpa_attention import SdpaAttention
+from shoal.server.measuring.load_times import timed
+from shoal.server.measuring.pass_timer import profile_of
+from shoal.server.measuring.portrait import Portrait
 from shoal.server.neighbors import NeighborMonitor
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.streams import Handler
 from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.startup_progress import Phase, Progress, Report, reporter
-from shoal.server.throughput import speed_key, speeds_of
+from shoal.server.throughput import machine_key, speed_key, speeds_in
 from shoal.spans import Span
 from shoal.tensors import LOSSY
 
@@ -76,7 +80,8 @@ class Server:
 class Choice:
     """What a server decides before it loads its blocks.
 
-    `free_bytes` is how much memory the device had then. Caches get a part of it.
+    `free_bytes` is how much memory the device had then. Caches get a part of it. `key` names the weights, their form
+    and this machine, for what is remembered about them.
     """
 
     checkpoint: Checkpoint
@@ -87,6 +92,7 @@ class Choice:
     device: torch.device
     quantization: Quantization
     free_bytes: int
+    key: str
 
 
 @dataclass(frozen=True)
@@ -141,22 +147,25 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
     `report` is called with each step of the start. If the start is cancelled, the server does not wait for what the
     compute thread is doing. Raises `UserError`, `CheckpointError` or `UnsupportedModel` for what cannot be served.
     """
+    portrait = Portrait(config, node)
+    node = portrait.node
     with Compute(config) as compute:
         report(Progress(Phase.OPENING))
         checkpoint = await compute.executor.run(lambda: open_checkpoint(config))
         choice = await choose(config, node, checkpoint, compute.executor, report)
-        joining = joining_info(config, node, choice)
+        joining = await portrait.of_joining(joining_info(config, node, choice), choice, compute.executor)
         announcer = Announcer(node, choice.model, joining, every_seconds=config.announce_seconds)
         async with announcer.announcing():
             report(Progress(Phase.LOADING))
             loaded = await load(config, choice, compute.executor, report)
             compute.share_cores(choice.device)
             report(Progress(Phase.MEASURING))
-            engine, speeds = await make_engine(config, choice, loaded, compute)
+            engine, profile = await make_engine(config, choice, loaded, compute)
+            await portrait.add_capacity(choice, loaded.body, profile, compute.executor)
             await compute.executor.run(lambda: host_adapters(config, checkpoint, engine))
-            online = online_info(joining, loaded, speeds)
+            online = portrait.of_online(online_info(joining, loaded, speeds_in(profile, choice.span)))
             report(Progress(Phase.ANNOUNCING))
-            async with answering(config, node, choice.model, announcer, online, engine):
+            async with answering(config, node, choice.model, announcer, online, engine, portrait):
                 compute.is_serving = True
                 yield Server(online, choice.model, engine)
 
@@ -178,7 +187,9 @@ async def choose(
     dtype = join_dtype(config.dtype, checkpoint, view)
     log.info("the server computes in %s on %s", dtype, device)
     span = choose_blocks(config, checkpoint, view, dtype, device)
-    return Choice(checkpoint, model, fingerprint, span, dtype, device, quantization, free_bytes)
+    weights = f"{fingerprint}, quantization {config.quantization},"
+    key = await executor.run(lambda: machine_key(weights=weights, dtype=dtype, device=device))
+    return Choice(checkpoint, model, fingerprint, span, dtype, device, quantization, free_bytes, key)
 
 
 def joining_info(config: ServerConfig, node: Node, choice: Choice) -> ServerInfo:
@@ -215,12 +226,14 @@ def online_info(joining: ServerInfo, loaded: Loaded, speeds: Speeds) -> ServerIn
 async def load(config: ServerConfig, choice: Choice, executor: Executor, report: Report) -> Loaded:
     """Load the blocks and, if the config says so and the last block is among them, the output head."""
     checkpoint, span, dtype, device = choice.checkpoint, choice.span, choice.dtype, choice.device
-    progress = reporter(report, executor, span)
-    body = await executor.run(
-        lambda: load_body(
+    seen = reporter(report, executor, span)
+
+    def load_it(progress: Callable[[int, bool], None]) -> Body:
+        return load_body(
             checkpoint, span, dtype=dtype, device=device, quantization=choice.quantization, progress=progress
         )
-    )
+
+    body = await executor.run(lambda: timed(load_it, choice, span, seen))
     await executor.run(import_peft)
     head = None
     if config.serve_head and span.end == checkpoint.num_blocks:
@@ -228,19 +241,21 @@ async def load(config: ServerConfig, choice: Choice, executor: Executor, report:
     return Loaded(body, head)
 
 
-async def make_engine(config: ServerConfig, choice: Choice, loaded: Loaded, compute: Compute) -> tuple[Engine, Speeds]:
+async def make_engine(
+    config: ServerConfig, choice: Choice, loaded: Loaded, compute: Compute
+) -> tuple[Engine, SpeedProfile]:
     """The engine of what is loaded, with the memory of its cache, and how fast it is."""
     body = loaded.body
     memory = await make_cache(config, body, compute.executor, free_bytes=choice.free_bytes)
     pass_of = (
         SequentialPass(body) if memory.pages is None else PackedPass(body, memory.pages, SdpaAttention(memory.pages))
     )
-    weights = f"{choice.fingerprint}, quantization {config.quantization},"
+    key = choice.key
     async with turn_of(compute.cpu_turns):
-        key = await compute.executor.run(lambda: speed_key(body, weights=weights))
-        speeds = await compute.executor.run(
-            lambda: speeds_of(body, pass_of, key=key, num_pages=memory.num_pages, check=compute.executor.check)
+        profile = await compute.executor.run(
+            lambda: profile_of(body, pass_of, key=key, num_pages=memory.num_pages, check=compute.executor.check)
         )
+    speeds = speeds_in(profile, body.span)
     engine = Engine(
         body,
         compute.executor,
@@ -252,10 +267,10 @@ async def make_engine(config: ServerConfig, choice: Choice, loaded: Loaded, comp
         pass_time=PassTimeModel(1 / speeds.decode, 1 / speeds.prefill),
         limits=replace(config.limits, activation_bytes=choose_activation_bytes(config, body)),
         head=loaded.head,
-        watch=Watch(speeds, body.span, on_correction=lambda _: disk_cache.remove(key)),
+        watch=Watch(speeds, body.span, on_correction=lambda _: disk_cache.remove(speed_key(key))),
         observers=Observers(config.observers),
     )
-    return engine, speeds
+    return engine, profile
 
 
 async def make_cache(config: ServerConfig, body: Body, executor: Executor, *, free_bytes: int) -> CacheMemory:
@@ -281,7 +296,13 @@ def make_validator(config: ServerConfig, choice: Choice, loaded: Loaded) -> Requ
 
 @contextlib.asynccontextmanager
 async def answering(
-    config: ServerConfig, node: Node, model: ModelInfo, announcer: Announcer, info: ServerInfo, engine: Engine
+    config: ServerConfig,
+    node: Node,
+    model: ModelInfo,
+    announcer: Announcer,
+    info: ServerInfo,
+    engine: Engine,
+    portrait: Portrait | None = None,
 ) -> AsyncIterator[None]:
     """Answer clients and announce the state of the engine until the context is left. Then tell clients and swarm."""
     push_service = PushService(node.transport)
@@ -291,7 +312,7 @@ async def answering(
     )
 
     def describe() -> ServerInfo:
-        return replace(
+        described = replace(
             info,
             decode_speed=engine.speeds.decode if engine.speeds else info.decode_speed,
             prefill_speed=engine.speeds.prefill if engine.speeds else info.prefill_speed,
@@ -301,8 +322,15 @@ async def answering(
             addresses=node.transport.addresses,
             round_trips=neighbors.round_trips,
         )
+        return described if portrait is None else portrait.of_online(described)
 
-    async with engine.running(), push_service.running(), neighbors.measuring():
+    def network_measuring() -> contextlib.AbstractAsyncContextManager[None]:
+        if portrait is None:
+            return contextlib.nullcontext()
+        size = engine.validator.hidden_size
+        return portrait.measuring(info, neighbors, hidden_size=size, on_change=announcer.announce_soon)
+
+    async with engine.running(), push_service.running(), neighbors.measuring(), network_measuring():
         await node.transport.listen(handler)
         try:
             await announcer.set_description(describe)
