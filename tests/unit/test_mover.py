@@ -170,7 +170,7 @@ def test_servers_with_delayed_views_fill_holes_and_open_none(seed: int):
     num_blocks = 16
     servers = {f"s{index:02d}": machine(f"s{index:02d}", max_blocks=6, load_seconds=5.0) for index in range(9)}
     starts = [rng.randrange(num_blocks - 6) for _ in servers]
-    world = World(num_blocks, {peer: rng.uniform(0.0, CLAIM_SECONDS - 0.5) for peer in servers})
+    world = World(num_blocks, {peer: rng.uniform(0.0, CLAIM_SECONDS / 2 - 0.1) for peer in servers})
     for (peer, one), start in zip(servers.items(), starts, strict=True):
         world.announce(peer, -100.0, replace(one, span=Span(start, start + rng.randint(4, 6))))
     movers = {peer: Mover(peer, num_blocks) for peer in servers}
