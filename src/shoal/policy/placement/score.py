@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.policy.placement.bound import bound_of
-from shoal.policy.placement.fleet import Flags, Fleet, Floats, Ints
+from shoal.policy.placement.fleet import Flags, Fleet, Floats, Ints, summed
 
 SHARES = np.array([0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0])
 """The levels, as shares of the bound."""
@@ -28,9 +28,9 @@ class Scoring:
     """What the score is made of.
 
     `exact` is the weight of what blocks get when machines share their time freely; the rest is for what they get when
-    each machine divides its time evenly. `risk` is what it costs, in shares of the bound, if all blocks were
-    to lose their holders; `hole` is what each block costs that has no holder now: more than all else can add. `zone_loss` is the chance that all
-    machines of one zone vanish together.
+    each machine divides its time evenly. `risk` is what it costs, in shares of the bound, if all blocks were to lose
+    their holders; `hole` is what each block costs that has no holder now: more than all else can add. `zone_loss` is
+    the chance that all machines of one zone vanish together.
     """
 
     exact: float = 0.6
@@ -41,7 +41,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Changes:
-    """Changes to compare: in each, one machine of an entry leaves its place, for the span [start, end) or for none (0:0)."""
+    """Changes to compare: in each, one machine of an entry leaves its place, for [start, end) or for none (0:0)."""
 
     rows: Ints  # [B]
     starts: Ints
@@ -69,11 +69,14 @@ class Picture:
     def of(cls, fleet: Fleet, scoring: Scoring, bound: float | None = None) -> Picture:
         """The bound does not depend on the placement: pass it on if it is known."""
         if bound is None:
-            counts = np.bincount(fleet.kind, fleet.counts, len(fleet.kinds.longest))
-            bound = bound_of(fleet.kinds, counts, fleet.num_blocks)
+            counts = summed(fleet.kind, fleet.counts, len(fleet.kinds.longest))
+            # machines that cannot hold all blocks are still worth placing well
+            bound = (
+                bound_of(fleet.kinds, counts, fleet.num_blocks) or float(counts @ fleet.kinds.best) / fleet.num_blocks
+            )
         num_blocks, width = fleet.num_blocks, fleet.kinds.capacity.shape[1] - 1
         amounts = fleet.capacity * fleet.weights * fleet.counts
-        cells = np.bincount(fleet.starts * (num_blocks + 1) + fleet.ends, amounts, (num_blocks + 1) ** 2)
+        cells = summed(fleet.starts * (num_blocks + 1) + fleet.ends, amounts, (num_blocks + 1) ** 2)
         by_end = np.cumsum(cells.reshape(num_blocks + 1, num_blocks + 1), axis=1)
         ends = np.minimum(np.arange(num_blocks)[:, None] + 1 + np.arange(width), num_blocks)
         lengths = np.maximum(fleet.lengths, 1)
@@ -113,7 +116,8 @@ class Picture:
         throughput = (scoring.exact * served + (1 - scoring.exact) * even) / self.most
         holes = self.holders - before + after < 1
         at_risk = self.risks(changes, before, after)
-        return self.bound * (throughput - scoring.risk * at_risk.mean(axis=1) - scoring.hole * holes.sum(axis=1))
+        result: Floats = throughput - scoring.risk * at_risk.mean(axis=1) - scoring.hole * holes.sum(axis=1)
+        return self.bound * result
 
     @property
     def levels(self) -> Floats:
@@ -142,16 +146,19 @@ class Picture:
 
     def capacity_before(self, changes: Changes) -> Floats:
         fleet, rows = self.fleet, changes.rows
-        return np.where(rows >= 0, fleet.capacity[rows] * fleet.weights[rows], 0.0)
+        capacity: Floats = np.where(rows >= 0, fleet.capacity[rows] * fleet.weights[rows], 0.0)
+        return capacity
 
     def capacity_after(self, changes: Changes) -> Floats:
-        return self.fleet.kinds.capacity[self.fleet.kind[changes.rows], changes.ends - changes.starts]
+        capacity: Floats = self.fleet.kinds.capacity[self.fleet.kind[changes.rows], changes.ends - changes.starts]
+        return capacity
 
     def even_after(self, changes: Changes, before: Flags, after: Flags) -> Floats:
         """Tokens per second of each block after each change, if machines divide their time evenly. [B, N]"""
         lost = self.capacity_before(changes) / np.maximum(self.fleet.lengths[changes.rows], 1)
         won = self.capacity_after(changes) / np.maximum(changes.ends - changes.starts, 1)
-        return np.maximum(self.even - before * lost[:, None] + after * won[:, None], 0.0)
+        even: Floats = np.maximum(self.even - before * lost[:, None] + after * won[:, None], 0.0)
+        return even
 
     def risks(self, changes: Changes, before: Flags, after: Flags) -> Floats:
         """The chance that a block loses all its holders before others have loaded. [B, N]"""

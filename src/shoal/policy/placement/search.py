@@ -14,12 +14,12 @@ from shoal.policy.placement.fleet import Fleet, Floats, Ints
 from shoal.policy.placement.score import WEIGHTS, Changes, Picture
 
 
-def best_places(picture: Picture, rows: Ints, *, most: int, each: int, min_blocks: int = 1) -> Changes:
+def best_places(picture: Picture, rows: Ints, without: Floats, *, most: int, each: int, min_blocks: int = 1) -> Changes:
     """The most promising changes of one machine of each entry: at most `each` of one, and at most `most` in all.
 
-    They are in the order of entry, length and start.
+    `without` are the scores without these machines. The changes are in the order of entry, length and start.
     """
-    estimates = _estimates(picture, rows)
+    estimates = _estimates(picture, rows) + without[:, None, None]
     lengths = np.arange(1, estimates.shape[1] + 1)
     longest = picture.fleet.kinds.longest[picture.fleet.kind[rows]]
     too_short = lengths < np.minimum(min_blocks, longest)[:, None]
