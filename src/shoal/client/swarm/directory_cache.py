@@ -6,12 +6,13 @@ import asyncio
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from shoal.client.options.client_options import ClientOptions
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.transport import Node
-from shoal.peers import ModelInfo, ServerInfo
+from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.dtypes import mixture, swarm_dtype
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.spans import Span
@@ -44,11 +45,14 @@ class DirectoryCache:
         self._view: SwarmView | None = None
         self._read_at = float("-inf")
         self._mixture: str | None = None
+        self._announced: set[int] = set()  # blocks that usable servers hold, load, or have held or loaded
         self._refreshing = asyncio.Lock()
 
     def permit(self, config: ClientOptions) -> None:
         """Use other servers than before, as a changed config says."""
         self._config = config
+        self._announced = set()
+        self._note_announced()
 
     async def ensure_fresh(self) -> None:
         """Read the directory if the cache is old. Raises `SwarmError` if the directory has never answered."""
@@ -79,9 +83,14 @@ class DirectoryCache:
             random.shuffle(servers)  # of equal servers, different clients use different ones
             self._view = SwarmView(self._model.num_blocks, tuple(servers), self._config.pinned)
             self.error = None
+            self._note_announced()
             self._log_mixture()
             self.version += 1
             self._read_at = now()
+
+    def _note_announced(self) -> None:
+        lacking = self._known().only(self._is_usable).missing()
+        self._announced.update({*range(self._model.num_blocks)}.difference(lacking))
 
     def _log_mixture(self) -> None:
         """Log which servers compute in which dtype, if those that may be used differ, and again when that changes."""
@@ -105,6 +114,10 @@ class DirectoryCache:
         """
         return swarm_dtype(self._known().only(self._is_usable), fingerprint=self._fingerprint, own=own)
 
+    def loading(self) -> SwarmView:
+        """The servers with this client's weights that the user permits, and that are loading their blocks."""
+        return self._known().only(lambda server: server.state is ServerState.JOINING and self._is_usable(server))
+
     def known(self) -> SwarmView:
         """The servers of this model that are online."""
         return self._known().online()
@@ -116,6 +129,17 @@ class DirectoryCache:
     def holdings(self, peer: str) -> set[Holding]:
         """What a peer announces to hold."""
         return {holding(server) for server in self.known().servers if server.peer == peer}
+
+    def in_vain(self, blocks: Sequence[int]) -> list[int]:
+        """Those of some blocks without a usable server for which it makes no sense to wait.
+
+        A client waits for blocks that usable servers have announced while it knew the swarm, to hold them or to load
+        them. It does not wait if another server holds them now that the user's own choice of servers excludes.
+        """
+        mine = replace(self.known(), pinned=()).only(lambda server: server.fingerprint == self._fingerprint)
+        excluded = {block for server in mine.servers for block in server.span}
+        excluded.intersection_update(self.loading().missing())
+        return [block for block in blocks if block in excluded or block not in self._announced]
 
     def missing(self, blocks: Sequence[int]) -> MissingBlocks:
         """An error that says why no usable server may compute these blocks."""
