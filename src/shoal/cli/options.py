@@ -54,6 +54,7 @@ class History(StrEnum):
 
 
 class Chooser(StrEnum):
+    balanced = "balanced"
     shortest = "shortest"
     nsga2 = "nsga2"
 
@@ -217,7 +218,7 @@ def client_options(  # the first parameter stands first in the help of a command
     patience: Patience = PATIENCE_SECONDS,
     standby: Standby = False,
     pin: Pin = None,
-    chooser: ChooseBy = Chooser.shortest,
+    chooser: ChooseBy = Chooser.balanced,
     remote_head: RemoteHead = False,
     head_quantization: HeadQuantization = Quantization.none,
     revision: Revision = None,

@@ -29,7 +29,7 @@ INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 PATIENCE_SECONDS = 180.0
 """The default patience: long enough for another server to notice that blocks have no server, and to load them."""
 
-CHOOSERS: Mapping[str, Chooser] = {"shortest": "shortest", "nsga2": "nsga2"}
+CHOOSERS: Mapping[str, Chooser] = {"balanced": "balanced", "shortest": "shortest", "nsga2": "nsga2"}
 """How routes are chosen (`shoal.policy.routing.route`)."""
 
 WIRES: Mapping[str, Encoding] = {"auto": "raw", "raw": "raw", "bfloat16": "bfloat16", "int8": "int8"}
@@ -79,7 +79,7 @@ class ClientOptions:
     blocked_servers: frozenset[str] = frozenset()
     pinned: tuple[tuple[Span, str], ...] = ()
     """Spans of blocks, each with the only server that may compute it."""
-    chooser: Chooser = "shortest"
+    chooser: Chooser = "balanced"
     salt: str = ""
     """Servers share what they have cached among sessions with equal salts only."""
     silence_seconds: float = 1.25
@@ -150,7 +150,7 @@ class ClientOptions:
         allowed_servers: str | Sequence[str] | None = None,
         blocked_servers: str | Sequence[str] | None = None,
         pinned: Mapping[str, str] | None = None,
-        chooser: str = "shortest",
+        chooser: str = "balanced",
         wire: str = "auto",
         patience: float = PATIENCE_SECONDS,
         standby: bool = False,
