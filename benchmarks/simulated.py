@@ -154,7 +154,7 @@ class Traffic:
     clients: list[tuple[Place, tuple[Hop, ...]]] = field(default_factory=list)
 
     def run(self, seconds: float) -> tuple[float, list[float], Counter[str]]:
-        """Tokens per second of all clients, the seconds of each step, and the mean queue length of each server.
+        """Tokens per second of all clients, the seconds of each step, and the queue of each server at the end.
 
         The first quarter of the time, in which the clients begin, does not count.
         """
@@ -162,8 +162,6 @@ class Traffic:
         computing: dict[str, int] = {}
         began = [0.0] * len(self.clients)
         steps: list[float] = []
-        present: Counter[str] = Counter()
-        seen: Counter[str] = Counter()
         order = itertools.count()
         events: list[tuple[float, int, str, list[tuple[int, int]]]] = []
 
@@ -201,10 +199,9 @@ class Traffic:
                 travel(now, client, 0)
                 continue
             peer = hops[hop].server.peer
-            present[peer] += len(waiting.get(peer, ())) + computing.get(peer, 0)
-            seen[peer] += 1
             waiting.setdefault(peer, []).append((client, hop))
             if peer not in computing:
                 begin(now, peer)
-        queues = Counter({peer: round(total / seen[peer]) for peer, total in present.items()})
+        queues = Counter(computing)
+        queues.update({peer: len(here) for peer, here in waiting.items()})
         return len(steps) / (0.75 * seconds), steps, queues
