@@ -108,7 +108,7 @@ def test_equal_servers_get_equal_work_although_all_clients_see_the_same():
 def test_servers_get_work_in_proportion_to_their_speed():
     view = busy(SwarmView(4, (server("fast", "0:4", 30), server("slow", "0:4", 10))), queue_length=0)
     view = replace(view, servers=tuple(replace(each, queue_length=9) for each in view.servers))
-    known = Measured({"fast": 0.3, "slow": 0.001})
+    known = Measured({"fast": 0.5, "slow": 0.001})
     found = work(routes(view, 400, known=known))
     assert found["fast"] == pytest.approx(3.0, abs=0.3)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shoal.client.options.client_options import ClientOptions
+from shoal.client.swarm.waits import Outage
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.dtypes import mixture, swarm_dtype
 from shoal.policy.view import SwarmView, format_blocks
+from shoal.policy.waiting import loaders, outlook, seconds_to_look, seconds_to_ready
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,15 @@ class DirectoryCache:
     `version` grows with every answer of the directory. `error` is why its last answer failed; None if it did not.
     """
 
-    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientOptions) -> None:
+    def __init__(
+        self,
+        node: Node,
+        model: ModelInfo,
+        fingerprint: str,
+        config: ClientOptions,
+        *,
+        unix_time: Callable[[], float] = time.time,
+    ) -> None:
         self.error: SwarmError | None = None
         self.version = 0
         self._node = node
@@ -44,6 +55,7 @@ class DirectoryCache:
         self._config = config
         self._view: SwarmView | None = None
         self._read_at = float("-inf")
+        self._unix_time = unix_time
         self._mixture: str | None = None
         self._announced: set[int] = set()  # blocks that usable servers hold, load, or have held or loaded
         self._refreshing = asyncio.Lock()
@@ -130,16 +142,27 @@ class DirectoryCache:
         """What a peer announces to hold."""
         return {holding(server) for server in self.known().servers if server.peer == peer}
 
-    def in_vain(self, blocks: Sequence[int]) -> list[int]:
-        """Those of some blocks without a usable server for which it makes no sense to wait.
+    def outage(self, blocks: Sequence[int]) -> Outage:
+        """Why blocks without a usable server are worth waiting for. Raises `MissingBlocks` if some of them are not.
 
         A client waits for blocks that usable servers have announced while it knew the swarm, to hold them or to load
         them. It does not wait if another server holds them now that the user's own choice of servers excludes.
         """
+        loading, unix_time = self.loading(), self._unix_time()
         mine = replace(self.known(), pinned=()).only(lambda server: server.fingerprint == self._fingerprint)
         excluded = {block for server in mine.servers for block in server.span}
-        excluded.intersection_update(self.loading().missing())
-        return [block for block in blocks if block in excluded or block not in self._announced]
+        excluded.intersection_update(loading.missing())
+        if in_vain := [block for block in blocks if block in excluded or block not in self._announced]:
+            raise self.missing(in_vain) from None
+        ready_in = seconds_to_ready(loading, blocks, now=unix_time)
+        return Outage(
+            tuple(blocks),
+            self.missing(blocks),
+            outlook(loading, blocks, now=unix_time),
+            look_seconds=seconds_to_look(ready_in),
+            ready_in=ready_in,
+            loaders=loaders(loading, blocks),
+        )
 
     def missing(self, blocks: Sequence[int]) -> MissingBlocks:
         """An error that says why no usable server may compute these blocks."""

@@ -35,7 +35,7 @@ from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.routing.route import Hop, Measured, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.routing.spread import WorkInFlight
 from shoal.policy.view import SwarmView, format_blocks
-from shoal.policy.waiting import LOOK_SECONDS, Lacking, loaders, outlook, seconds_to_look, seconds_to_ready
+from shoal.policy.waiting import LOOK_SECONDS, Lacking
 from shoal.spans import Span
 
 __all__ = ["Holding", "Swarm", "holding"]
@@ -75,7 +75,7 @@ class Swarm:
         self.timings = PeerTimings(now)
         self.adapter_sync = AdapterSync()
         self._node = node
-        self._directory = DirectoryCache(node, model, fingerprint, config)
+        self._directory = DirectoryCache(node, model, fingerprint, config, unix_time=unix_time)
         self._probe = ServerProbe(
             node.transport, self.timings, seconds=config.measure_seconds, patience=config.patience_seconds
         )
@@ -84,7 +84,6 @@ class Swarm:
         self._work_in_flight = WorkInFlight()
         self._head_is_offered = True
         self._waits = Waits(model.name, self.events)
-        self._unix_time = unix_time
         self._rng = rng or random.Random(random.getrandbits(32))  # noqa: S311 - nothing secret
 
     # -- routes -------------------------------------------------------------------------------------------------------
@@ -222,7 +221,7 @@ class Swarm:
 
     def _outage(self, span: Span, excluded: Set[Holding]) -> Outage:
         """Why no server computes some blocks of a span now. Raises `MissingBlocks` if waiting is in vain."""
-        loading, unix_time = self._directory.loading(), self._unix_time()
+        loading = self._directory.loading()
         for server in loading.servers:  # it has started again: what it failed before is past
             self._health.record_success(server.peer)
         retry = min(self._health.seconds_left() or RETRY_SECONDS, LOOK_SECONDS)
@@ -230,17 +229,7 @@ class Swarm:
             return Outage(tuple(span), error, "it is asked again", look_seconds=retry)
         usable = self._directory.usable()
         if missing := usable.missing(span):
-            if in_vain := self._directory.in_vain(missing):
-                raise self._directory.missing(in_vain) from None
-            ready_in = seconds_to_ready(loading, missing, now=unix_time)
-            return Outage(
-                tuple(missing),
-                self._directory.missing(missing),
-                outlook(loading, missing, now=unix_time),
-                look_seconds=seconds_to_look(ready_in),
-                ready_in=ready_in,
-                loaders=loaders(loading, missing),
-            )
+            return self._directory.outage(missing)
         refusing = usable.only(lambda server: holding(server) not in excluded).missing(span)
         exhausted = self._exhausted(span, excluded)
         if not {*refusing}.isdisjoint(loading.missing(span)):  # they will not do it later either
