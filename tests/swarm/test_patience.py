@@ -316,6 +316,19 @@ def test_the_same_server_that_comes_back_after_a_minute_is_used_at_once():
     play(act)
 
 
+def test_the_only_server_that_was_cut_off_for_two_minutes_is_used_again_soon_after():
+    async def act(scene: Scene) -> None:
+        async with reading(scene.client) as text:
+            token = await text.read(prompt(1, 5))
+            scene.bed.network.cut("s1", "client")
+            scene.later(120.0, scene.bed.network.heal)
+            began = now()
+            await text.say(token, 2)
+            assert 120 <= now() - began <= 130
+
+    play(act)
+
+
 def test_blocks_that_the_swarm_never_had_are_an_error_at_once():
     async def act(scene: Scene) -> None:
         with pytest.raises(MissingBlocks, match="no server holds blocks 2:4 of tiny$"):

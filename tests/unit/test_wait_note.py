@@ -153,3 +153,11 @@ def test_a_log_that_shows_the_wait_replaces_the_note():
     with note.during():
         note(WAITING)
         assert screen.shown == [""] * HEIGHT
+
+
+def test_what_a_peer_says_cannot_write_to_the_terminal():
+    screen = Screen()
+    note = on(screen)
+    with note.during():
+        note(Waiting("m", (1,), "bad\x1b[2J\nname", None, 0.0, 5.0))
+        assert screen.shown[1] == "waiting: bad [2J name (for 5 s at most)"

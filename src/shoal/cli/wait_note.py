@@ -88,7 +88,7 @@ class WaitNote:
     def _show(self) -> None:
         if self._waiting is None or not self._is_active or logging.getLogger("shoal").isEnabledFor(logging.WARNING):
             return
-        line = " ".join(self._waiting.line.split())
+        line = "".join(letter if letter.isprintable() else " " for letter in self._waiting.line)  # names are the peers'
         if self._is_plain:
             self._print(line)
         elif self._progress is not None:
