@@ -36,6 +36,7 @@ from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
 WAVES = 8
+WAVE_SECONDS = 6.0
 SECONDS = 20.0
 NUM_BLOCKS = {10: 16, 100: 32, 1000: 80}
 SATURATED_SERVERS, SATURATED_BLOCKS = 40, 32
@@ -98,9 +99,7 @@ def shuffled(view: SwarmView, seed: int) -> SwarmView:
 
 def with_queues(view: SwarmView, queues: Counter[str]) -> SwarmView:
     """The view in which servers announce these queues."""
-    return replace(
-        view, servers=tuple(replace(server, queue_length=queues[server.peer]) for server in view.servers)
-    )
+    return replace(view, servers=tuple(replace(server, queue_length=queues[server.peer]) for server in view.servers))
 
 
 def alone(swarm: Simulated, choose: Choose, clients: Sequence[Place]) -> float:
@@ -144,10 +143,10 @@ def together(swarm: Simulated, choose: Choose, clients: Sequence[Place], *, wave
             seen, known = shuffled(view, index), swarm.measured_from(clients[index])
             hops = choose(seen, known, index)
             traffic.clients.append((clients[index], hops))
-            if index % 8 == 0:
+            if index // waves % 8 == 0:
                 fastest = choose_route(seen, Span(0, seen.num_blocks), needs=Needs(), known=known).seconds
                 factors.append(price_route(hops, needs=Needs(), known=known).seconds / fastest)
-        speed, steps, queues = traffic.run(SECONDS)
+        speed, steps, queues = traffic.run(SECONDS if wave == waves - 1 else WAVE_SECONDS)
     lengths = statistics.mean(len(hops) for _, hops in traffic.clients)
     p95 = statistics.quantiles(steps, n=20)[-1] if len(steps) > 1 else float("nan")
     return Together(speed, p95, lengths, statistics.mean(factors), max(factors))

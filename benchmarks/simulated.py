@@ -17,7 +17,6 @@ from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.plan import plan_moves
 from shoal.policy.routing.route import Hop, Measured
 from shoal.policy.view import SwarmView
-from shoal.spans import Span
 
 OCEAN = 0.09
 """Seconds that a round trip between the continents adds. Within a continent it takes 2 to 30 ms."""

@@ -20,7 +20,7 @@ from shoal.peers import ServerInfo, ServerState
 from shoal.spans import Span
 
 from .schedules.bed import Bed, Client
-from .schedules.oracle import FINGERPRINT, MODEL, oracle
+from .schedules.oracle import FINGERPRINT, MODEL
 from .schedules.work import microbatches, prompt, reading, short, training
 from .virtual_time import run
 
@@ -173,7 +173,7 @@ def test_a_session_can_be_interrupted_while_it_waits_and_goes_on_later():
             scene.bed.start(LAST)
             await text.say(token, 3)
         _, ended = await scene.waits()
-        assert [each.goes_on for each in ended][0] is False
+        assert ended[0].goes_on is False
 
     play(act)
 
@@ -286,7 +286,7 @@ def test_a_server_that_loads_the_missing_blocks_is_news():
         assert waiting[0].expected_seconds is None
         news = next(each for each in waiting if each.expected_seconds is not None)
         assert 19 <= news.waited_seconds <= 24
-        assert news.expected_seconds == pytest.approx(30, abs=4)
+        assert news.expected_seconds == pytest.approx(28, abs=4)
 
     play(act)
 
@@ -295,7 +295,7 @@ def test_a_server_that_loads_for_ever_is_not_waited_for_longer_than_the_patience
     async def act(scene: Scene) -> None:
         scene.announce("liar", ready_at=now() + 10)
         began = now()
-        with pytest.raises(MissingBlocks, match="liar loads 2:4 and should have been ready 50 s ago.*waited 60 s"):
+        with pytest.raises(MissingBlocks, match=r"liar loads 2:4 and should have been ready 50 s ago.*waited 60 s"):
             await short(scene.client)
         assert 60 <= now() - began <= 61
 
@@ -331,7 +331,7 @@ def test_the_only_server_that_was_cut_off_for_two_minutes_is_used_again_soon_aft
 
 def test_blocks_that_the_swarm_never_had_are_an_error_at_once():
     async def act(scene: Scene) -> None:
-        with pytest.raises(MissingBlocks, match="no server holds blocks 2:4 of tiny$"):
+        with pytest.raises(MissingBlocks, match=r"no server holds blocks 2:4 of tiny$"):
             await short(scene.client)
         assert now() < 1
 
@@ -375,6 +375,7 @@ def test_blocks_with_other_weights_are_an_error_at_once_unless_the_swarm_had_tho
             await short(scene.client)
         assert now() < 1
         right = scene.bed.start(LAST)
+        await asyncio.sleep(0.1)
         async with reading(scene.client) as text:
             token = await text.read(prompt(1, 5))
             scene.bed.kill(right)

@@ -177,7 +177,9 @@ def test_the_shares_relieve_the_servers_of_weak_blocks():
 
 def test_no_route_goes_through_a_server_without_room_where_another_has_room():
     view = busy(SwarmView(6, tuple(server(f"{span} {index}", span, 10) for span in ("0:3", "3:6") for index in "abcd")))
-    full = replace(view, servers=tuple(replace(each, cache_tokens_left=100 * (" a" in each.peer)) for each in view.servers))
+    full = replace(
+        view, servers=tuple(replace(each, cache_tokens_left=100 * (" a" in each.peer)) for each in view.servers)
+    )
     needs = Needs(needed_tokens=50)
     assert {hop.server.peer for route in routes(full, 50, needs=needs) for hop in route.hops} == {"0:3 a", "3:6 a"}
     none = replace(full, servers=tuple(replace(each, cache_tokens_left=0) for each in view.servers))

@@ -77,7 +77,11 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         model = FakeModel([*tokenizer(answer)["input_ids"], *([1] if ended else [])])
         capsys.readouterr()
         again = _converse(
-            model, Conversation(tokenizer), Session(), {"max_new_tokens": max_new_tokens}, WaitNote()  # type: ignore[arg-type]
+            model,
+            Conversation(tokenizer),
+            Session(),
+            {"max_new_tokens": max_new_tokens},
+            WaitNote(),  # type: ignore[arg-type]
         )
         out, err = capsys.readouterr()
         prompts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in model.prompts]

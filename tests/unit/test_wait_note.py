@@ -114,7 +114,7 @@ def test_a_note_is_replaced_by_the_next_one_and_hidden_before_more_text_comes():
     with note.during():
         note(WAITING)
         note(Waiting("m", (10,), "no server holds block 10", None, 15.0, 180.0))
-        assert screen.shown[:2] == ["Once", "waiting for 15 s: no server holds block…"]
+        assert screen.shown[:2] == ["Once", "waiting for 15 s: no server holds bloc…"]
         note.hide()
         screen.write(" upon")
         assert screen.shown[:2] == ["Once upon", ""]

@@ -71,7 +71,9 @@ def command(
                     **chosen,
                     max_new_tokens=max_new_tokens,
                     session=session,
-                    streamer=streamer(tokenizer, note, prompt=prompt if stdout.is_terminal else "") if streams else None,
+                    streamer=streamer(tokenizer, note, prompt=prompt if stdout.is_terminal else "")
+                    if streams
+                    else None,
                     pad_token_id=pad_token_of(tokenizer),
                 )
             seconds = time.perf_counter() - started

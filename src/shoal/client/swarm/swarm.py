@@ -208,8 +208,8 @@ class Swarm:
                     self.blame(misrouted)
                     excluded |= self._directory.holdings(misrouted.peer)
                     self._directory.expire()  # the server may hold other blocks by now
-                except MissingBlocks:
-                    outage = self._outage(span, excluded)
+                except MissingBlocks as missing:
+                    outage = self._outage(span, excluded, missing.blocks)
                     lacking = lacking.also(outage.blocks, now=now())
                     waited = lacking.seconds(outage.blocks, now=now())
                     left = (patience if at_most is None else min(patience, at_most)) - waited
@@ -219,8 +219,8 @@ class Swarm:
                         tell(outage, waited, patience)
                     await asyncio.sleep(min(outage.look_seconds, left))
 
-    def _outage(self, span: Span, excluded: Set[Holding]) -> Outage:
-        """Why no server computes some blocks of a span now. Raises `MissingBlocks` if waiting is in vain."""
+    def _outage(self, span: Span, excluded: Set[Holding], blocks: Sequence[int]) -> Outage:
+        """Why no server computes some `blocks` of a span now. Raises `MissingBlocks` if waiting is in vain."""
         loading = self._directory.loading()
         for server in loading.servers:  # it has started again: what it failed before is past
             self._health.record_success(server.peer)
@@ -231,18 +231,14 @@ class Swarm:
         if missing := usable.missing(span):
             return self._directory.outage(missing)
         refusing = usable.only(lambda server: holding(server) not in excluded).missing(span)
-        exhausted = self._exhausted(span, excluded)
+        exhausted = self._exhausted(self._not_blocked(excluded).missing(span) or blocks)
         if not {*refusing}.isdisjoint(loading.missing(span)):  # they will not do it later either
             raise exhausted from None
         return Outage(exhausted.blocks, exhausted, "they are asked again", look_seconds=retry)
 
-    def _exhausted(self, span: Span, excluded: Set[Holding]) -> MissingBlocks:
-        unavailable = self._not_blocked(excluded).missing(span) or tuple(span)
+    def _exhausted(self, blocks: Sequence[int]) -> MissingBlocks:
         reasons = "; ".join((*self._health.reasons(), *self._probe.reasons()))
-        return MissingBlocks(
-            f"no server for blocks {format_blocks(unavailable)} answers: {reasons}",
-            blocks=unavailable,
-        )
+        return MissingBlocks(f"no server for blocks {format_blocks(blocks)} answers: {reasons}", blocks=blocks)
 
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server, which the caller has to close. Raises `ServerLost`."""

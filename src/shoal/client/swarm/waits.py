@@ -63,7 +63,7 @@ class Waits:
 
     @contextlib.contextmanager
     def of_call(self) -> Iterator[Tell]:
-        """While this is open, one call may tell that it waits. Without an error at the end, it waits in vain no more."""
+        """While this is open, one call may tell that it waits. It goes on if there is no error at the end."""
         call, goes_on = object(), False
         try:
             yield lambda outage, waited, patience: self._tell(call, outage, waited, patience)

@@ -177,9 +177,7 @@ def _walk(ways: Lattice, left_NS: Array, share_NS: Array, rng: random.Random) ->
     return chosen
 
 
-def _draw(
-    here_H: Array, may_H: Array, current: int, share_S: Array, before_S: Array | None, rng: random.Random
-) -> int:
+def _draw(here_H: Array, may_H: Array, current: int, share_S: Array, before_S: Array | None, rng: random.Random) -> int:
     """Which of the holders of a block computes it, as its position among them."""
     share_H = share_S[here_H] * may_H
     if before_S is None:

@@ -81,9 +81,10 @@ def choose_route(
     """The fastest route over a span (arXiv 2312.08361, section 3.2), by the prices of `costs.py`.
 
     If the span is a part of an open ring, `upstream` and `downstream` are the servers before and after it; `None` is
-    the client. The chooser "shortest" is exact. "balanced" is the same while the servers are idle, and else draws a route
-    that shares the load and is hardly slower; single passes are spread by the client's work in flight, so it leaves those
-    to the shortest. "nsga2" weighs the time of a step against the load on the slowest server. Both draw with `rng`.
+    the client. The chooser "shortest" is exact. "balanced" is the same while the servers are idle; else it draws a
+    route that shares the load and is hardly slower. It leaves single passes to the shortest: they are spread by the
+    work that the client has in flight. "nsga2" weighs the time of a step against the load on the slowest server. Both draw
+    with `rng`.
 
     Raises `MissingBlocks` with the blocks that no server of the view may compute.
     """
