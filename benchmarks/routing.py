@@ -1,7 +1,7 @@
 """Ways to choose routes, compared in simulated swarms on two continents.
 
     python -m benchmarks.routing [--servers 10 100 1000] [--clients 64] [--seeds 3] [--json]
-    python -m benchmarks.routing --saturated [--clients 400 1600] [--seeds 3] [--json]
+    python -m benchmarks.routing --saturated [--clients 400 1600 4800] [--waves 8] [--seeds 3] [--json]
 
 The first table has for each chooser: the true step time of a client that is alone, and its ratio to that of a client
 that knows every link; the tokens per second of many clients that choose at the same time, from the same view; the same
@@ -172,7 +172,7 @@ def measure(num_servers: int, num_clients: int, num_seeds: int, names: Sequence[
     return [{"servers": num_servers, "chooser": name} | _means(titles, rows) for name, rows in found.items()]
 
 
-def saturate(num_clients: int, num_seeds: int, names: Sequence[str]) -> list[dict[str, object]]:
+def saturate(num_clients: int, num_seeds: int, names: Sequence[str], waves: int) -> list[dict[str, object]]:
     """Many clients on 40 servers, and their part of what the machines allow."""
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     for seed in range(num_seeds):
@@ -183,7 +183,7 @@ def saturate(num_clients: int, num_seeds: int, names: Sequence[str]) -> list[dic
         clients = [Place.anywhere(chance) for _ in range(num_clients)]
         for name in names:
             step = alone(swarm, CHOOSERS[name], clients[:8])
-            many = together(swarm, CHOOSERS[name], clients, waves=WAVES)
+            many = together(swarm, CHOOSERS[name], clients, waves=waves)
             row = (step, bound, exact / bound, many.speed, many.speed / bound, many.p95, many.hops)
             found[name].append((*row, many.mean_factor, many.most_factor))
             print(f"{num_clients} clients, seed {seed}, {name}: {many.speed / bound:.2f}", file=sys.stderr)
@@ -209,13 +209,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--saturated", action="store_true")
+    parser.add_argument("--waves", type=int, default=WAVES, help="of clients that saturate the swarm")
     parser.add_argument("--choosers", nargs="+", default=list(CHOOSERS), choices=list(CHOOSERS))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     load = os.getloadavg()[2]
     if arguments.saturated:
-        numbers = arguments.clients or [400, 1600]
-        rows = [row for number in numbers for row in saturate(number, arguments.seeds, arguments.choosers)]
+        numbers = arguments.clients or [400, 1600, 4800]
+        rows = [
+            row for number in numbers for row in saturate(number, arguments.seeds, arguments.choosers, arguments.waves)
+        ]
     else:
         (number,) = arguments.clients or [64]
         of_size = (measure(servers, number, arguments.seeds, arguments.choosers) for servers in arguments.servers)

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shoal.peers import ServerInfo
-from shoal.policy.placement.machines import machine_of
 from shoal.policy.routing.costs import SLOWEST, Costs, Hop
 from shoal.policy.routing.lattice import Array, Lattice, lattice_of
 from shoal.policy.routing.shortest import shortest
@@ -61,6 +60,11 @@ def balanced(
         fastest = shortest(view, span, costs, upstream=upstream, downstream=downstream)
         if not any(_is_busy(hop.server, costs) for hop in fastest):
             return fastest
+    full = {server.peer for server in view.servers if costs.no_room(server)}
+
+    def with_room(here: Sequence[ServerInfo]) -> list[ServerInfo]:
+        return [server for server in here if server.peer not in full] or list(here)
+
     ways = lattice_of(
         view,
         span,
@@ -68,7 +72,7 @@ def balanced(
         upstream=upstream,
         downstream=downstream,
         entry=lambda server: costs.entry(server) - costs.no_room(server),
-        may=lambda here: [server for server in here if not costs.no_room(server)] or list(here),
+        may=with_room if full else list,
     )
     left = _seconds_left(ways)
     return ways.hops(_walk(ways, left, shares(ways, spare_speeds(ways.servers, costs)), rng))
@@ -89,16 +93,18 @@ def spare_speeds(servers: Sequence[ServerInfo], costs: Costs) -> Array:
     That is its saturated speed, divided among the requests that wait there. If a server has not announced its
     capacity, all count by their speed for single tokens.
     """
-    machines = [machine_of(server, now=0.0) for server in servers]
     all_known = all(server.capacity is not None for server in servers)
     speeds = []
-    for server, machine in zip(servers, machines, strict=True):
+    for server in servers:
         length = len(server.span)
-        speed = max(server.decode_speed or 0.0, SLOWEST) * length
-        if all_known and machine is not None:
-            speed = max(machine.speed(length), SLOWEST) * length
+        speed = (server.decode_speed or 0.0) * length
+        if all_known and server.capacity is not None:
+            lengths, of_block = zip(*server.capacity.block_speeds, strict=True)
+            speed = float(np.interp(length, lengths, of_block))
+            if server.capacity.network_speed is not None:
+                speed = min(speed, server.capacity.network_speed * length)
         slowness = costs.known.slowness.get(server.peer, 1.0)
-        speeds.append(speed / slowness / (1 + costs.waiting(server)))
+        speeds.append(max(speed, SLOWEST) / slowness / (1 + costs.waiting(server)))
     return np.array(speeds)
 
 

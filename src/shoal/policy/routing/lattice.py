@@ -93,7 +93,8 @@ def _links(servers: Sequence[ServerInfo], index_of: dict[str, int], costs: Costs
     reach_S = np.array([costs.reach(server) for server in servers])
     links_SS: Array = leave_S[:, None] + reach_S
     np.minimum(links_SS, costs.unknown_link, out=links_SS)  # in place: these are the largest arrays
-    np.maximum(links_SS, abs(leave_S[:, None] - reach_S), out=links_SS)
+    difference_SS = leave_S[:, None] - reach_S
+    np.maximum(links_SS, np.abs(difference_SS, out=difference_SS), out=links_SS)
     known = [
         (index_of[sender], index, seconds)
         for receiver, index in index_of.items()
