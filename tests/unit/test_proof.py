@@ -23,8 +23,13 @@ def test_a_server_that_holds_a_block_alone_is_not_pinged():
     view = SwarmView(8, (server("a", "0:6"), server("b", "4:8"), server("c", "4:6")))
     assert sole_holders(view, ALL) == {"a", "b"}
     assert sole_holders(view, Span(4, 6)) == frozenset()
-    assert set(asked(view)) == {"a", "b", "c"}
-    assert asked(SwarmView(8, (server("a", "0:4"), server("b", "4:8")))) == []
+    assert asked(view, known=sole_holders(view, ALL)) == ["c"]
+
+
+def test_a_server_whose_only_rival_is_out_of_view_is_pinged():
+    everyone = SwarmView(8, (server("lost", "0:8"), server("new", "0:8")))
+    view = everyone.only(lambda each: each.peer != "lost")
+    assert asked(view, known=sole_holders(everyone, ALL)) == ["new"]
 
 
 def test_the_best_of_each_block_are_pinged_first_and_some_at_random():

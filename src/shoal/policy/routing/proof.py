@@ -30,7 +30,7 @@ def servers_to_probe(
 
     The blocks take turns. The order of the view, which is random, decides which others are pinged.
     """
-    holders = [[server for server in here if server.peer not in known] for here in view.holders(span) if len(here) > 1]
+    holders = [[server for server in here if server.peer not in known] for here in view.holders(span)]
     if costs.needs.head and span.end == view.num_blocks and holders and any(server.head for server in holders[-1]):
         holders[-1] = [server for server in holders[-1] if server.head]
     strangers = {server.peer: server for here in holders for server in here}
