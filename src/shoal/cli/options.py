@@ -58,6 +58,11 @@ class Chooser(StrEnum):
     nsga2 = "nsga2"
 
 
+class Scheduling(StrEnum):
+    fair = "fair"
+    first_come = "first-come"
+
+
 class Quantization(StrEnum):
     none = "none"
     int8 = "int8"
@@ -66,6 +71,7 @@ class Quantization(StrEnum):
 
 DTYPES = ", ".join(DType)
 QUANTIZATIONS = ", ".join(Quantization)
+SCHEDULINGS = ", ".join(Scheduling)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face hub.")]
 InitialPeers = Annotated[

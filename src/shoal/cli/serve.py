@@ -25,6 +25,7 @@ from shoal.cli.long_running import end_with_parent, identity_file, run_until_sig
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
+from shoal.policy.pass_rules import DEFAULT_RULE
 from shoal.server.engine.engine_limits import Limits
 from shoal.spans import Span
 
@@ -82,6 +83,13 @@ def command(
             min=0.0, max=0.95, metavar="FRACTION", help="Share of a pass for prompts, while other sessions decode."
         ),
     ] = Limits.prefill,
+    scheduling: Annotated[
+        options.Scheduling,
+        typer.Option(
+            metavar="RULE",
+            help=f"Whose tokens are computed next, and whose pages are taken: {options.SCHEDULINGS}.",
+        ),
+    ] = options.Scheduling(DEFAULT_RULE),
     training_share: Annotated[
         float,
         typer.Option(
@@ -192,6 +200,7 @@ def command(
                 adapter_bytes=adapter_memory << 20,
                 activation_bytes=training_memory << 20,
             ),
+            scheduling=scheduling.value,
             training=training,
             adapters=tuple(adapter or ()),
             serve_head=serve_head,

@@ -25,6 +25,7 @@ from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.pass_rules import rule_of
 from shoal.policy.scheduling import PassTimeModel
 from shoal.policy.view import SwarmView
 from shoal.server.announcer import Announcer
@@ -141,6 +142,7 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
     `report` is called with each step of the start. If the start is cancelled, the server does not wait for what the
     compute thread is doing. Raises `UserError`, `CheckpointError` or `UnsupportedModel` for what cannot be served.
     """
+    rule_of(config.scheduling)  # a wrong name is told before anything is loaded
     with Compute(config) as compute:
         report(Progress(Phase.OPENING))
         checkpoint = await compute.executor.run(lambda: open_checkpoint(config))
@@ -251,6 +253,7 @@ async def make_engine(config: ServerConfig, choice: Choice, loaded: Loaded, comp
         cpu_turns=compute.cpu_turns,
         pass_time=PassTimeModel(1 / speeds.decode, 1 / speeds.prefill),
         limits=replace(config.limits, activation_bytes=choose_activation_bytes(config, body)),
+        rule=rule_of(config.scheduling),
         head=loaded.head,
         watch=Watch(speeds, body.span, on_correction=lambda _: disk_cache.remove(key)),
         observers=Observers(config.observers),
