@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from shoal.errors import ShoalError
-from shoal.simulator.serving.comparison import Policy, Row, chosen_policies, compare, saturation
+from shoal.simulator.serving.comparison import Policy, Row, chosen_policies, compare, policies, saturation
 from shoal.simulator.serving.generations import WORKLOADS, Generation, generations, read_trace
 from shoal.simulator.serving.job_tables import legend, plot, table
 from shoal.simulator.serving.page_counts import PAGE_TOKENS
@@ -75,6 +75,9 @@ def command(
         token_seconds=token_ms / 1000,
         pair_seconds=pair_us / 1e6,
     )
+    for name in policy or ():
+        if name not in policies(setup):
+            raise typer.BadParameter(f"{name!r}: choose among {', '.join(policies(setup))}", param_hint="--policy")
     chosen, loads = chosen_policies(setup, policy or ()), load or list(LOADS)
     if trace is not None:
         all_jobs = read_trace(trace, max_jobs=jobs, seed=seed)

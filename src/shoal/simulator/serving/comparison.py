@@ -22,13 +22,17 @@ TAIL = 0.95
 
 @dataclass(frozen=True)
 class Policy:
-    """A rule with the server that it is for. `stands_for` says whose it is; `is_live` that operators can choose it."""
+    """A rule with the server that it is for. `stands_for` says whose it is; `is_live` that operators can choose it.
+
+    It `may_starve` a job while others always come.
+    """
 
     name: str
     stands_for: str
     rule: PassRule
     setup: ServerSetup
     is_live: bool = False
+    may_starve: bool = False
 
 
 def policies(setup: ServerSetup) -> dict[str, Policy]:
@@ -41,10 +45,10 @@ def policies(setup: ServerSetup) -> dict[str, Policy]:
         Policy("run-to-completion", "batches run to their end", run_to_completion, setup),
         Policy("iteration-level", "ORCA", iteration_level, setup),
         Policy("paging", "vLLM", paging, setup),
-        Policy("skip-join-mlfq", "FastServe", queues, setup),
+        Policy("skip-join-mlfq", "FastServe", queues, setup, may_starve=True),
         Policy("pooled-near", "Infinite-LLM, half as many pages again, 0.5 ms away", paging, near),
         Policy("pooled-far", "Infinite-LLM, half as many pages again, 20 ms away", paging, far),
-        *(Policy(name, _live_words(name), rule, setup, is_live=True) for name, rule in RULES.items()),
+        *(Policy(name, _live_words(name), rule, setup, is_live=True, may_starve=name == "fair") for name, rule in RULES.items()),
     ]
     return {policy.name: policy for policy in all_of_them}
 

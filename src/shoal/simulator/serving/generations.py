@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from shoal.errors import UserError
@@ -157,4 +157,4 @@ def _seconds(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        return datetime.fromisoformat(text[:26]).timestamp()
+        return datetime.fromisoformat(text[:26]).replace(tzinfo=UTC).timestamp()

@@ -39,10 +39,11 @@ def _seconds(seconds: float) -> str:
 def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Mean and 95th percentile over the load, for each policy. Raises `UserError` without matplotlib."""
     try:
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("matplotlib is not installed", hint="pip install matplotlib, or leave --plot out") from error
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharex=True)
+    figure = Figure(figsize=(11, 4.5))
+    axes = figure.subplots(1, 2)
     by_policy: dict[str, list[Row]] = {}
     for row in rows:
         by_policy.setdefault(row.policy, []).append(row)
@@ -64,5 +65,3 @@ def plot(rows: Sequence[Row], path: Path, *, title: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}", hint="--plot names a file") from error
     except ValueError as error:  # a suffix that is no format
         raise UserError(str(error), hint="--plot takes a name such as serving.png") from error
-    finally:
-        pyplot.close(figure)
