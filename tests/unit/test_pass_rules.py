@@ -105,7 +105,9 @@ def test_a_rule_that_is_asked_again_until_nobody_gives_way_comes_to_an_end(rule:
         gone = some.holders[choice.preempted]
         requests = [each for each in some.requests if each.session is None or each.session.opened != gone.opened]
         holders = [each for each in some.holders if each is not gone]
-        some = view(requests, *(each for each in holders if not each.at_work), free=some.num_free_pages + gone.num_pages)
+        some = view(
+            requests, *(each for each in holders if not each.at_work), free=some.num_free_pages + gone.num_pages
+        )
     raise AssertionError("a rule takes pages from sessions that have none")
 
 

@@ -46,9 +46,7 @@ def every_policy() -> pytest.MarkDecorator:
 @every_policy()
 @given(seed=st.integers(0, 1000), rate=st.sampled_from([0.5, 3.0, 20.0]), pages=st.integers(20, 100))
 @settings(max_examples=8, deadline=None)
-def test_every_job_ends_once_and_pages_are_never_negative_nor_lost(
-    policy: Policy, seed: int, rate: float, pages: int
-):
+def test_every_job_ends_once_and_pages_are_never_negative_nor_lost(policy: Policy, seed: int, rate: float, pages: int):
     jobs = generations(SHORT, 25, rate=rate, seed=seed)
     served = serve(jobs, replace(policy.setup, num_pages=pages), policy.rule)  # pages are checked after each pass
     assert Counter(one.job.number for one in served.completed) == Counter(range(len(jobs)))
@@ -86,9 +84,9 @@ PATIENT = Limits(queue_length=1 << 20, queue_seconds=1e6)
 @pytest.mark.parametrize("policy", [each for each in ALL if not each.may_starve], ids=lambda policy: policy.name)
 def test_a_long_job_ends_although_short_ones_come_faster_than_they_can_be_computed(policy: Policy):
     setup = replace(policy.setup, limits=PATIENT)
-    short = generations(Workload(Lengths(30.0, 0.3, 60), Lengths(10.0, 0.3, 20)), 4000, rate=20.0, seed=3)
-    long = replace(short[100], num_prompt=300, num_answer=150, max_answer=150)
-    served = serve([*short[:100], long, *short[101:]], setup, policy.rule)
+    short = generations(Workload(Lengths(30.0, 0.3, 60), Lengths(10.0, 0.3, 20)), 700, rate=10.0, seed=3)
+    long = replace(short[20], num_prompt=300, num_answer=80, max_answer=80)
+    served = serve([*short[:20], long, *short[21:]], setup, policy.rule)
     (ended_at,) = (one.ended_at for one in served.completed if one.job.number == long.number)
     assert ended_at < short[-1].arrives_at < served.seconds
 

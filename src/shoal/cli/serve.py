@@ -25,7 +25,6 @@ from shoal.cli.long_running import end_with_parent, identity_file, run_until_sig
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
-from shoal.policy.pass_rules import DEFAULT_RULE
 from shoal.server.engine.engine_limits import Limits
 from shoal.spans import Span
 
@@ -89,7 +88,7 @@ def command(
             metavar="RULE",
             help=f"Whose tokens are computed next, and whose pages are taken: {options.SCHEDULINGS}.",
         ),
-    ] = options.Scheduling(DEFAULT_RULE),
+    ] = options.DEFAULT_SCHEDULING,
     training_share: Annotated[
         float,
         typer.Option(

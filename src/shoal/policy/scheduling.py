@@ -140,10 +140,12 @@ def batching_delay(expected: Sequence[float], *, num_ready: int, now: float, pas
     expected after another t.
     """
     waits = sorted(wait for wait in (abs(time - now) for time in expected) if wait < pass_seconds)
-    best, least = 0.0, GROUPING_WEIGHT * sum(pass_seconds - wait for wait in waits)
+    total, before = sum(waits), 0.0
+    best, least = 0.0, GROUPING_WEIGHT * (len(waits) * pass_seconds - total)
     for index, wait in enumerate(waits):
-        delayed = num_ready * wait + sum(wait - each for each in waits[:index])
-        missed = sum(pass_seconds - each + wait for each in waits[index + 1 :] if each > wait)
+        delayed = num_ready * wait + index * wait - before
+        before += wait
+        missed = (len(waits) - index - 1) * (pass_seconds + wait) - (total - before)
         cost = delayed + GROUPING_WEIGHT * missed
         if cost < least:
             best, least = wait, cost

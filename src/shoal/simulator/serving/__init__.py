@@ -4,7 +4,7 @@
 
 * **A job is a whole generation** of a remote client: a prompt, then one token after another. The server does not know
   how long the answer will be, only how many tokens the client allows. A step arrives alone, and the next one only after
-  its answer has gone around the rest of the ring: after the job's `away_seconds`, which vary a little from step to step.
+  its answer has gone around the rest of the ring: after the job's `away_seconds`, which vary from step to step.
 * **A pass takes** `base + token · (new tokens) + attention · (pairs of a new token and a token that it sees)` seconds.
   The defaults are about those of 8 blocks of the reference model (1.1 B parameters, 16 layers, bfloat16) on two cores
   of an EPYC: reading the weights takes 50 ms, and a token 1.5 ms more.

@@ -46,18 +46,16 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Read jobs from a CSV file with the columns seconds, prompt, answer, or those of Azure's public traces.",
+            help="Read jobs from a CSV file with the columns seconds, prompt, answer, or from one of Azure's traces.",
         ),
     ] = None,
     cache_tokens: Annotated[
         int, typer.Option(min=PAGE_TOKENS, metavar="N", help="The size of the server's cache.")
     ] = DEFAULTS.num_pages * PAGE_TOKENS,
-    pass_ms: Annotated[
-        float, typer.Option(min=0.01, metavar="MS", help="What each pass takes.")
-    ] = 1000 * DEFAULTS.pass_seconds,
-    token_ms: Annotated[
-        float, typer.Option(min=0.0, metavar="MS", help="What each new token adds to a pass.")
-    ] = 1000 * DEFAULTS.token_seconds,
+    pass_ms: Annotated[float, typer.Option(min=0.01, metavar="MS", help="What each pass takes.")] = 1000
+    * DEFAULTS.pass_seconds,
+    token_ms: Annotated[float, typer.Option(min=0.0, metavar="MS", help="What each new token adds to a pass.")] = 1000
+    * DEFAULTS.token_seconds,
     pair_us: Annotated[
         float, typer.Option(min=0.0, metavar="US", help="What each pair of tokens in attention adds to a pass.")
     ] = 1e6 * DEFAULTS.pair_seconds,
@@ -87,7 +85,11 @@ def command(
         raise typer.BadParameter(f"{lengths!r}: choose one of {', '.join(WORKLOADS)}", param_hint="--lengths")
     rate, rows = _compared(all_jobs, setup, chosen, loads)
     if plot_file is not None:
-        plot(rows, plot_file, title=f"One server, {len(all_jobs)} generations, {setup.num_pages * PAGE_TOKENS} tokens of cache")
+        plot(
+            rows,
+            plot_file,
+            title=f"One server, {len(all_jobs)} generations, {setup.num_pages * PAGE_TOKENS} tokens of cache",
+        )
     if as_json:
         results = {"jobs_per_second_at_saturation": rate, "seed": seed, "rows": [row.as_dict() for row in rows]}
         print(json.dumps(results, indent=2))

@@ -48,7 +48,10 @@ def policies(setup: ServerSetup) -> dict[str, Policy]:
         Policy("skip-join-mlfq", "FastServe", queues, setup, may_starve=True),
         Policy("pooled-near", "Infinite-LLM, half as many pages again, 0.5 ms away", paging, near),
         Policy("pooled-far", "Infinite-LLM, half as many pages again, 20 ms away", paging, far),
-        *(Policy(name, _live_words(name), rule, setup, is_live=True, may_starve=name == "fair") for name, rule in RULES.items()),
+        *(
+            Policy(name, _live_words(name), rule, setup, is_live=True, may_starve=name == "fair")
+            for name, rule in RULES.items()
+        ),
     ]
     return {policy.name: policy for policy in all_of_them}
 

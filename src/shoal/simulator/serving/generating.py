@@ -62,7 +62,12 @@ class Client:
     """One generation: what the server lacks is sent in one step, and what it refuses is sent again."""
 
     def __init__(
-        self, job: Generation, server: OneServer, agenda: Agenda, retry_seconds: float, done: Callable[[Completed], None]
+        self,
+        job: Generation,
+        server: OneServer,
+        agenda: Agenda,
+        retry_seconds: float,
+        done: Callable[[Completed], None],
     ) -> None:
         self._job = job
         self._server = server

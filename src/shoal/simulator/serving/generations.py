@@ -123,7 +123,9 @@ def read_trace(path: Path, *, max_jobs: int, seed: int) -> list[Generation]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            columns = next((each for each in (COLUMNS, AZURE_COLUMNS) if set(each) <= set(reader.fieldnames or ())), None)
+            columns = next(
+                (each for each in (COLUMNS, AZURE_COLUMNS) if set(each) <= set(reader.fieldnames or ())), None
+            )
             if columns is None:
                 raise UserError(
                     f"{path} has not the columns {', '.join(COLUMNS)}",

@@ -21,7 +21,8 @@ def table(rows: Sequence[Row], load: float) -> str:
         if row.load == load:
             cells = (
                 row.policy, _seconds(row.mean), _seconds(row.p95), _seconds(row.mean_first), _seconds(row.p95_first),
-                f"{row.preempted:.2f}", f"{row.refused:.2f}", f"{100 * row.recomputed:.0f} %", f"{100 * row.busy:.0f} %",
+                f"{row.preempted:.2f}", f"{row.refused:.2f}",
+                f"{100 * row.recomputed:.0f} %", f"{100 * row.busy:.0f} %",
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

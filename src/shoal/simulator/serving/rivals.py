@@ -79,10 +79,10 @@ def paging(view: EngineView) -> Choice:
 class SkipJoinQueues:
     """A multi-level feedback queue that jobs join at the level of their first pass (FastServe, arXiv 2305.05920).
 
-    Level i has a quantum of `quantum_seconds · 2^i` of passes. A job begins at the first level whose quantum is at least
-    the time of its prompt, and goes down a level when it has used up the quantum of its own. A pass takes the `max_rows`
-    steps of highest priority, whole. A step that lacks pages takes those of sessions of lower priority, the lowest
-    first. A step that has waited `promote_seconds` has the highest priority, so no job starves.
+    Level i has a quantum of `quantum_seconds · 2^i` of passes. A job begins at the first level whose quantum is not
+    less than the time of its prompt, and goes down a level when it has used up the quantum of its own. A pass takes the
+    `max_rows` steps of highest priority, whole. A step that lacks pages takes those of sessions of lower priority, the
+    lowest first. A step that has waited `promote_seconds` has the highest priority, so that no job starves.
     """
 
     quantum_seconds: float
