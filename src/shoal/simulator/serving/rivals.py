@@ -81,8 +81,10 @@ class SkipJoinQueues:
 
     Level i has a quantum of `quantum_seconds · 2^i` of passes. A job begins at the first level whose quantum is not
     less than the time of its prompt, and goes down a level when it has used up the quantum of its own. A pass takes the
-    `max_rows` steps of highest priority, whole. A step that lacks pages takes those of sessions of lower priority, the
-    lowest first. A step that has waited `promote_seconds` has the highest priority, so that no job starves.
+    `max_rows` steps of highest priority, whole. A step that has waited `promote_seconds` has the highest priority. A
+    session that cannot go on, or was promoted, takes the pages of those of lower priority, the
+    lowest first; other new ones wait for free pages. FastServe has the host's memory for sessions that make room: if
+    new jobs made all others be computed again, little else would be computed.
     """
 
     quantum_seconds: float
@@ -103,13 +105,17 @@ class SkipJoinQueues:
             request = view.requests[index]
             needed = request.num_pages(request.num_tokens)
             if needed > free:
-                lower = self._lowest(view, request, [_session(view.requests[each]).opened for each in (*chosen, index)])
+                kept = [_session(view.requests[each]).opened for each in (*chosen, index)]
+                lower = self._lowest(view, request, kept) if self._may_take_pages(request, view.now) else None
                 if lower is not None:
                     return Choice(preempted=lower)
                 continue
             chosen.append(index)
             free -= needed
         return Choice(tuple((index, view.requests[index].num_tokens) for index in chosen))
+
+    def _may_take_pages(self, request: RequestView, now: float) -> bool:
+        return request.running or now - request.arrived_at >= self.promote_seconds
 
     def level(self, session: SimulatedHolder) -> int:
         """The level of a session, from the length of its first step and the seconds of passes that it has had."""
