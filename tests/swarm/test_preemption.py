@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from shoal.errors import UserError
+from shoal.policy.pass_rules import RULES
 from shoal.server.kv.session_cache import SessionCache
 
 from .harness import QUICK, Swarm
@@ -20,9 +22,10 @@ NUM_CLIENTS, NUM_TOKENS = 5, 40
 PATIENT = replace(QUICK, patience_seconds=60.0, silence_seconds=10.0)
 
 
+@pytest.mark.parametrize("scheduling", RULES)
 @pytest.mark.parametrize("spans", [["0:4"], ["0:4", "0:4"], ["0:2", "2:4"]], ids=" and ".join)
 def test_generations_that_preempt_each_other_end_with_the_right_tokens(
-    swarm: MakeSwarm, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, spans: list[str]
+    swarm: MakeSwarm, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, spans: list[str], scheduling: str
 ):
     preempted: list[int] = []
     usual = SessionCache.preempt
@@ -32,7 +35,7 @@ def test_generations_that_preempt_each_other_end_with_the_right_tokens(
         usual(session)
 
     monkeypatch.setattr(SessionCache, "preempt", preempt)
-    swarm_ = swarm(*spans, cache_tokens=96)
+    swarm_ = swarm(*spans, cache_tokens=96, scheduling=scheduling)
     models = [swarm_.model(config=PATIENT) for _ in range(NUM_CLIENTS)]
     prompts = [torch.randint(2, 97, (1, 14), generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
     together = threading.Barrier(NUM_CLIENTS)
@@ -53,3 +56,8 @@ def test_generations_that_preempt_each_other_end_with_the_right_tokens(
     for server in swarm_.servers.values():
         swarm_.settle(lambda server=server: server.engine.cache_tokens_left == server.engine.cache_tokens)
         swarm_.call(server.engine.check_integrity)
+
+
+def test_a_server_with_an_unknown_scheduling_does_not_start(swarm: MakeSwarm):
+    with pytest.raises(UserError, match="no scheduling 'best'"):
+        swarm("0:4", scheduling="best")

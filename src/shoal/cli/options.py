@@ -15,6 +15,7 @@ import typer
 from shoal.cli.console import WrongUsage, start_logging
 from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
 from shoal.model.weights.location import check_model, folder_of
+from shoal.policy.pass_rules import DEFAULT_RULE
 
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
 MOST_OF_ZONE = 32
@@ -60,6 +61,11 @@ class Chooser(StrEnum):
     nsga2 = "nsga2"
 
 
+class Scheduling(StrEnum):
+    fair = "fair"
+    first_come = "first-come"
+
+
 class Quantization(StrEnum):
     none = "none"
     int8 = "int8"
@@ -68,6 +74,8 @@ class Quantization(StrEnum):
 
 DTYPES = ", ".join(DType)
 QUANTIZATIONS = ", ".join(Quantization)
+SCHEDULINGS = ", ".join(Scheduling)
+DEFAULT_SCHEDULING = Scheduling(DEFAULT_RULE)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face hub.")]
 InitialPeers = Annotated[

@@ -82,6 +82,13 @@ def command(
             min=0.0, max=0.95, metavar="FRACTION", help="Share of a pass for prompts, while other sessions decode."
         ),
     ] = Limits.prefill,
+    scheduling: Annotated[
+        options.Scheduling,
+        typer.Option(
+            metavar="RULE",
+            help=f"Whose tokens are computed next, and whose pages are taken: {options.SCHEDULINGS}.",
+        ),
+    ] = options.DEFAULT_SCHEDULING,
     training_share: Annotated[
         float,
         typer.Option(
@@ -200,6 +207,7 @@ def command(
                 adapter_bytes=adapter_memory << 20,
                 activation_bytes=training_memory << 20,
             ),
+            scheduling=scheduling.value,
             training=training,
             adapters=tuple(adapter or ()),
             serve_head=serve_head,

@@ -29,6 +29,8 @@ class Holder:
     """A session that holds pages: its peer, the time of its last request, and the time when it began.
 
     It is `at_work` while a step of it waits or is computed. `opened` numbers sessions in the order of opening.
+    `since` is when its client came: a client that was told to come back keeps its place (`Places`). A session that is
+    not `running` was given pages that were known already, and still waits for others.
     """
 
     peer: str
@@ -37,6 +39,8 @@ class Holder:
     began_at: float
     opened: int
     at_work: bool = False
+    since: float = 0.0
+    running: bool = True
 
     def is_idle(self, now: float) -> bool:
         """Whether it may be preempted for any other."""
@@ -46,7 +50,7 @@ class Holder:
 def preempted_for_running(holders: Sequence[Holder], *, now: float) -> int:
     """The index of the session to preempt for a running one that cannot go on. There must be a holder."""
     idle = [index for index, holder in enumerate(holders) if holder.is_idle(now)]
-    return _of_the_largest(holders, idle or range(len(holders)))
+    return of_the_largest(holders, idle or range(len(holders)))
 
 
 def preempted_for_new(
@@ -59,7 +63,7 @@ def preempted_for_new(
     """
     idle = [index for index, holder in enumerate(holders) if holder.is_idle(now)]
     if sum(holders[index].num_pages for index in idle) >= num_missing > 0:
-        return _of_the_largest(holders, idle)
+        return of_the_largest(holders, idle)
     if waited < PATIENCE_SECONDS or num_missing <= 0:
         return None
     held = _held(holders)
@@ -69,10 +73,10 @@ def preempted_for_new(
         for index, holder in enumerate(holders)
         if held[holder.peer] > at_least and now - holder.began_at >= TURN_SECONDS
     ]
-    return _of_the_largest(holders, had_their_turn) if had_their_turn else None
+    return of_the_largest(holders, had_their_turn) if had_their_turn else None
 
 
-def _of_the_largest(holders: Sequence[Holder], among: Sequence[int]) -> int:
+def of_the_largest(holders: Sequence[Holder], among: Sequence[int]) -> int:
     """Of the peer with the most pages, the session unused for longest; of equal peers, that which opened last."""
     held, first_opened = _held(holders), dict[str, int]()
     for holder in holders:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from shoal.policy.preemption import Holder
+
 DECODE_TOKENS = 8
 """The most new tokens a sequence of a decoding step: a person waits for one token, or for a few checked guesses."""
 MIN_PREFILL_TOKENS = 16
@@ -25,7 +27,8 @@ class RequestView:
     """A step that waits: `num_tokens` more tokens of each of `num_rows` sequences.
 
     `num_pages(n)` is how many free pages it takes to compute n tokens of each sequence. The request is `running` if its
-    session holds pages already. An `unsplittable` request is computed in one pass.
+    session holds pages already. An `unsplittable` request is computed in one pass. It came at `arrived_at`, in seconds;
+    `session` is what the server knows of its session.
     """
 
     num_rows: int
@@ -33,6 +36,8 @@ class RequestView:
     running: bool
     num_pages: Callable[[int], int]
     unsplittable: bool = False
+    arrived_at: float = 0.0
+    session: Holder | None = None
 
     @property
     def decodes(self) -> bool:
@@ -53,18 +58,24 @@ class SchedulerOutput:
 
 
 def schedule(
-    requests: Sequence[RequestView], *, num_free_pages: int, max_num_batched_tokens: int, prefill_tokens: int
+    requests: Sequence[RequestView],
+    *,
+    num_free_pages: int,
+    max_num_batched_tokens: int,
+    prefill_tokens: int,
+    pages_kept_free: int = 0,
 ) -> SchedulerOutput:
     """The next pass, of at most `max_num_batched_tokens` tokens, of which at most `prefill_tokens` are of prefills.
 
     The `requests` are in order of arrival. No request waits for ever: a step that is too large for a pass gets a pass
     of its own, and the first prefill is in every pass, with at least one token of each row, or all of it if it is
     unsplittable. A session begins only when there are pages for its whole first step beside the pages that running
-    sessions need, and later sessions do not begin before it.
+    sessions need and `pages_kept_free`, and later sessions do not begin before it.
     """
     chunks: list[tuple[int, int]] = []
     room, prefill_room, pages = max_num_batched_tokens, prefill_tokens, num_free_pages
-    pages_to_begin = num_free_pages - sum(step.num_pages(step.num_tokens) for step in requests if step.running)
+    needed_by_running = sum(step.num_pages(step.num_tokens) for step in requests if step.running)
+    pages_to_begin = num_free_pages - needed_by_running - pages_kept_free
     may_begin = may_be_one_by_one = True
     kept_out: tuple[int, int] | None = None
     for index in sorted(range(len(requests)), key=lambda each: not requests[each].decodes):
@@ -98,6 +109,23 @@ def schedule(
     return SchedulerOutput(tuple(chunks), kept_out=kept_out)
 
 
+@dataclass(frozen=True)
+class Rhythm:
+    """When a session's last step came, and how long after the one before, in seconds."""
+
+    arrived_at: float | None = None
+    period: float | None = None
+
+    def after_arrival(self, now: float, *, decodes: bool) -> Rhythm:
+        """With one more step. Only steps that decode one token tell when the next one comes."""
+        return Rhythm(now, now - self.arrived_at if decodes and self.arrived_at is not None else None)
+
+    @property
+    def expected_at(self) -> float | None:
+        """When the next step comes if the session keeps its pace."""
+        return None if self.arrived_at is None or self.period is None else self.arrived_at + self.period
+
+
 def is_training_due(*, inference_seconds: float, training_seconds: float, share: float) -> bool:
     """Whether training has had less than its share of the time in which both training and inference had requests."""
     return training_seconds < share * (inference_seconds + training_seconds)
@@ -112,10 +140,12 @@ def batching_delay(expected: Sequence[float], *, num_ready: int, now: float, pas
     expected after another t.
     """
     waits = sorted(wait for wait in (abs(time - now) for time in expected) if wait < pass_seconds)
-    best, least = 0.0, GROUPING_WEIGHT * sum(pass_seconds - wait for wait in waits)
+    total, before = sum(waits), 0.0
+    best, least = 0.0, GROUPING_WEIGHT * (len(waits) * pass_seconds - total)
     for index, wait in enumerate(waits):
-        delayed = num_ready * wait + sum(wait - each for each in waits[:index])
-        missed = sum(pass_seconds - each + wait for each in waits[index + 1 :] if each > wait)
+        delayed = num_ready * wait + index * wait - before
+        before += wait
+        missed = (len(waits) - index - 1) * (pass_seconds + wait) - (total - before)
         cost = delayed + GROUPING_WEIGHT * missed
         if cost < least:
             best, least = wait, cost

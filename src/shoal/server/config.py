@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shoal.events import Observer
+from shoal.policy.pass_rules import DEFAULT_RULE
 from shoal.server.engine.engine_limits import Limits
 from shoal.spans import Span
 
@@ -54,6 +55,8 @@ class ServerConfig:
     """How many seconds a server that stops leaves to its clients for moving their sessions to other servers."""
     limits: Limits = field(default_factory=Limits)
     """How the server divides its time and its memory between requests."""
+    scheduling: str = DEFAULT_RULE
+    """Whose tokens are computed next, and whose pages are taken: the name of a rule (`shoal.policy.pass_rules`)."""
     max_length: int = 1 << 17
     """The most tokens of one sequence, for models whose config sets no limit."""
     measures_network: bool = True

@@ -26,6 +26,7 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.placement.speed_profile import SpeedProfile
+from shoal.policy.pass_rules import rule_of
 from shoal.policy.scheduling import PassTimeModel
 from shoal.policy.view import SwarmView
 from shoal.server.announcer import Announcer
@@ -149,6 +150,7 @@ async def serve(config: ServerConfig, node: Node, *, report: Report = lambda pro
     """
     portrait = Portrait(config, node)
     node = portrait.node
+    rule_of(config.scheduling)  # a wrong name is told before anything is loaded
     with Compute(config) as compute:
         report(Progress(Phase.OPENING))
         checkpoint = await compute.executor.run(lambda: open_checkpoint(config))
@@ -266,6 +268,7 @@ async def make_engine(
         cpu_turns=compute.cpu_turns,
         pass_time=PassTimeModel(1 / speeds.decode, 1 / speeds.prefill),
         limits=replace(config.limits, activation_bytes=choose_activation_bytes(config, body)),
+        rule=rule_of(config.scheduling),
         head=loaded.head,
         watch=Watch(speeds, body.span, on_correction=lambda _: disk_cache.remove(speed_key(key))),
         observers=Observers(config.observers),

@@ -17,6 +17,7 @@ from shoal.errors import UnsupportedOperation
 from shoal.events import Observers
 from shoal.model.body import Body
 from shoal.model.body_cache import BodyCache
+from shoal.policy.pass_rules import PassRule, fair
 from shoal.policy.scheduling import PassTimeModel
 from shoal.prefix import PAGE_TOKENS
 from shoal.protocol import MAX_PAYLOAD_BYTES, Open, Step
@@ -61,6 +62,7 @@ class Engine:
         cpu_turns: CpuTurns | None,
         pass_time: PassTimeModel,
         limits: Limits,
+        rule: PassRule = fair,
         head: ServerHead | None = None,
         watch: Watch | None = None,
         observers: Observers | None = None,
@@ -75,7 +77,13 @@ class Engine:
         self._watch = watch
         runner = ModelRunner(compute, executor, head=head, cpu_turns=cpu_turns)
         self._loop = EngineLoop(
-            runner, self._pool, pass_time=pass_time, limits=limits, watch=watch, observers=self.observers
+            runner,
+            self._pool,
+            pass_time=pass_time,
+            limits=limits,
+            rule=rule,
+            watch=watch,
+            observers=self.observers,
         )
         self.passes = SinglePasses(body, validator, self._loop, limits)
         self._num_opened = itertools.count()

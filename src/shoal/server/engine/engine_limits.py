@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+RECHECK_SECONDS = 0.003
+"""How often the loop reconsiders whether ready steps should wait for others: a fraction of the fastest pass."""
+IDLE_CHECK_SECONDS = 1.0
+"""How often steps that wait for pages are reconsidered without news: sessions become idle without saying so."""
+RECENTLY_DECODED_SECONDS = 0.5
+"""After a decoding pass, sessions count as decoding for this long, although none of their steps waits: a client needs
+about this long at most to send its next token."""
+
 
 @dataclass(frozen=True)
 class Limits:

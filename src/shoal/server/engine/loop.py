@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from shoal.events import Observers, PassComputed
-from shoal.policy.scheduling import PassTimeModel, batching_delay, schedule
-from shoal.server.engine.engine_limits import Limits
+from shoal.policy.pass_rules import PassRule, Places, fair
+from shoal.policy.scheduling import PassTimeModel, batching_delay
+from shoal.server.engine.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
 from shoal.server.engine.model_runner import ModelRunner
-from shoal.server.engine.page_holders import in_order, session_to_preempt
+from shoal.server.engine.page_holders import engine_view, holding_pages
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
 from shoal.server.engine.time_shares import TimeShares
 from shoal.server.kv.batch import Chunk
@@ -32,14 +33,6 @@ from shoal.spans import Span
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RECHECK_SECONDS = 0.003
-"""How often the loop reconsiders whether ready steps should wait for others: a fraction of the fastest pass."""
-IDLE_CHECK_SECONDS = 1.0
-"""How often steps that wait for pages are reconsidered without news: sessions become idle without saying so."""
-RECENTLY_DECODED_SECONDS = 0.5
-"""After a decoding pass, sessions count as decoding for this long, although none of their steps waits: a client needs
-about this long at most to send its next token."""
-
 
 class EngineLoop:
     """Gives the compute thread to the steps and the passes that wait. `clock` tells seconds."""
@@ -51,6 +44,7 @@ class EngineLoop:
         *,
         pass_time: PassTimeModel,
         limits: Limits,
+        rule: PassRule = fair,
         watch: Watch | None = None,
         observers: Observers | None = None,
         clock: Callable[[], float] | None = None,
@@ -62,6 +56,8 @@ class EngineLoop:
         self._runner = runner
         self._pool = pool
         self._limits = limits
+        self._rule = rule
+        self._places = Places()
         self._watch = watch
         self._observers = observers or Observers()
         self._clock = clock or asyncio.get_running_loop().time
@@ -74,7 +70,7 @@ class EngineLoop:
 
     def join(self, session: SessionCache) -> None:
         """Add a session that has been opened. It may hold pages already, which the server had computed before."""
-        session.used_at = session.began_at = self._clock()
+        session.used_at = session.began_at = session.since = self._clock()
         self.sessions.add(session)
 
     async def submit_step(
@@ -86,6 +82,9 @@ class EngineLoop:
         """
         step = StepRequest(session, inputs, wanted, arrived_at=self._clock())
         session.used_at = step.arrived_at
+        if not session.running:
+            session.since = self._places.of(session.peer, step.arrived_at)
+            self._places = self._places.taken(session.peer)
         session.record_arrival(step.arrived_at, decodes=step.view().decodes)
         self._steps.append(step)
         self.wake()
@@ -108,6 +107,7 @@ class EngineLoop:
 
     def preempt(self, session: SessionCache) -> None:
         """Take a session's pages away, and refuse its steps that wait."""
+        self._places = self._places.told_to_come_back(session.peer, since=session.since, now=self._clock())
         session.preempt()
         for step in self.steps:
             if step.session is session:
@@ -126,7 +126,10 @@ class EngineLoop:
         return self._passes
 
     def _give_up(self, step: StepRequest) -> None:
-        if not step.session.running:
+        session = step.session
+        if not session.running:
+            now = self._clock()
+            self._places = self._places.told_to_come_back(session.peer, since=session.since, now=now)
             settle(step.result, busy(f"no room in the cache for {self._limits.queue_seconds:g} s"))
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -198,21 +201,24 @@ class EngineLoop:
 
     async def _schedule_pass(self) -> bool:
         while True:
-            steps = in_order(self.steps, self.sessions)
-            output = schedule(
-                [step.view() for step in steps],
-                num_free_pages=self._pool.num_available,
-                max_num_batched_tokens=self._limits.max_num_batched_tokens,
+            steps, holding = self.steps, holding_pages(self.sessions)
+            view = engine_view(
+                steps,
+                holding,
+                self._pool,
+                limits=self._limits,
                 prefill_tokens=self._prefill_tokens(),
+                now=self._clock(),
             )
-            yielding = session_to_preempt(self.sessions, steps, output, now=self._clock())
-            if yielding is None:
+            choice = self._rule(view)
+            if choice.preempted is None:
                 break
+            yielding = holding[choice.preempted]
             log.info("a session of %d tokens gives its pages to others", yielding.num_tokens)
             self.preempt(yielding)
-        if not output.chunks:
+        if not choice.chunks:
             return False
-        await self._run_pass([(steps[index], num_tokens) for index, num_tokens in output.chunks])
+        await self._run_pass([(steps[index], num_tokens) for index, num_tokens in choice.chunks])
         return True
 
     async def _run_pass(self, chosen: Sequence[tuple[StepRequest, int]]) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from shoal.model.body_cache import BodyCache
 from shoal.model.peft.block_adapters import BlockAdapter
+from shoal.policy.scheduling import Rhythm
 from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
 from shoal.server.kv.pages import PagePool, pages_for
 from shoal.server.step_inputs import StepInputs
@@ -34,23 +35,6 @@ class Growth:
 
     copies: tuple[tuple[int, int], ...]
     new_pages: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Rhythm:
-    """When a session's last step came, and how long after the one before, in seconds."""
-
-    arrived_at: float | None = None
-    period: float | None = None
-
-    def after_arrival(self, now: float, *, decodes: bool) -> Rhythm:
-        """With one more step. Only steps that decode one token tell when the next one comes."""
-        return Rhythm(now, now - self.arrived_at if decodes and self.arrived_at is not None else None)
-
-    @property
-    def expected_at(self) -> float | None:
-        """When the next step comes if the session keeps its pace."""
-        return None if self.arrived_at is None or self.period is None else self.arrived_at + self.period
 
 
 class Row:
@@ -115,7 +99,8 @@ class SessionCache:
 
     The keys and values of a body that computes packed are in pages. For other bodies `cache` is Transformers' own, and
     the pages only count its memory. `opened` is how many sessions the server opened before. `used_at` is when the
-    session last asked for something, and `began_at` when it was admitted, both in seconds. `running` says whether
+    session last asked for something, `began_at` when it was admitted, and `since` when its client came, all in seconds.
+    `running` says whether
     the server has computed any of its tokens, or is computing them. `mask_BS` is `None` while no sequence has padding.
     """
 
@@ -134,7 +119,7 @@ class SessionCache:
         self.adapters = adapters or {}
         self.opened = opened
         self.peer = peer
-        self.used_at = self.began_at = float("-inf")
+        self.used_at = self.began_at = self.since = float("-inf")
         self.num_tokens = 0
         self.batch_size = batch_size
         self.rows: list[Row] = []
