@@ -1,0 +1,116 @@
+"""A simulated server that computes what waits for it together, as the live engine does.
+
+    session A, blocks 0:4   ████          a pass reads each block once, for the rows of all sessions that use it:
+    session B, blocks 0:8   ████████      blocks 0:4 with two rows, blocks 4:8 with one
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shoal.simulator.timeline import Timeline
+from shoal.spans import Span
+
+PREFILL_ROWS = 256
+"""The most rows of prompts and training in one pass: more would keep decoding sessions waiting."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a pass: `per_block` for each block that is read, `per_row` for each row in each block, and `fixed`."""
+
+    per_block: float
+    per_row: float
+    fixed: float = 0.0
+
+    def seconds(self, blocks_read: int, rows_times_blocks: float) -> float:
+        return self.fixed + self.per_block * blocks_read + self.per_row * rows_times_blocks
+
+
+@dataclass(eq=False)
+class Work:
+    """Rows of one session that wait. `done` is called when all are computed; never, if the server stops before."""
+
+    span: Span
+    rows: float
+    decodes: bool
+    done: Callable[[], None]
+
+
+class SegmentServer:
+    """Passes one after another. Each takes all decoding rows that wait, and prompts by their order up to a limit."""
+
+    def __init__(self, timeline: Timeline, cost: Cost) -> None:
+        self.cost = cost
+        self.busy_seconds = 0.0
+        self._timeline = timeline
+        self._steps: list[Work] = []
+        self._prefills: deque[Work] = deque()
+        self._computing = False
+        self._stopped = False
+
+    @property
+    def queue_length(self) -> int:
+        """How many steps and passes wait."""
+        return len(self._steps) + len(self._prefills)
+
+    def submit(self, work: Work) -> None:
+        """Compute this soon. A stopped server drops it."""
+        if self._stopped:
+            return
+        if work.decodes:
+            self._steps.append(work)
+        else:
+            self._prefills.append(work)
+        if not self._computing:
+            self._begin()
+
+    def stop(self) -> None:
+        """What waits and what is computed now is lost."""
+        self._stopped = True
+        self._steps.clear()
+        self._prefills.clear()
+
+    def _begin(self) -> None:
+        taken: list[tuple[Work, float]] = [(work, work.rows) for work in self._steps]
+        self._steps = []
+        room = float(PREFILL_ROWS)
+        for work in self._prefills:
+            if room <= 0:
+                break
+            taken.append((work, min(room, work.rows)))
+            room -= work.rows
+        if not taken:
+            return
+        read, weighted = 0, 0.0
+        for work, rows in taken:
+            read |= ((1 << len(work.span)) - 1) << work.span.start
+            weighted += rows * len(work.span)
+        seconds = self.cost.seconds(read.bit_count(), weighted)
+        self._computing = True
+        self.busy_seconds += seconds
+        self._timeline.after(seconds, lambda: self._end(taken))
+
+    def _end(self, taken: list[tuple[Work, float]]) -> None:
+        self._computing = False
+        if self._stopped:
+            return
+        finished: list[Work] = []
+        for work, rows in taken:
+            work.rows -= rows
+            if work.rows <= 0:
+                finished.append(work)
+        while self._prefills and self._prefills[0].rows <= 0:
+            self._prefills.popleft()
+        # What comes at this very moment still joins the next pass.
+        self._timeline.after(0.0, self._begin_next)
+        self._computing = True
+        for work in finished:
+            work.done()
+
+    def _begin_next(self) -> None:
+        self._computing = False
+        if not self._stopped:
+            self._begin()
