@@ -27,9 +27,13 @@ class Timeline:
         self.at(self.now + seconds, act)
 
     def run_until(self, end: float) -> None:
-        """Do all acts before `end`, also those that are planned meanwhile. Then it is `end`."""
+        """Do all acts before `end`, also those that are planned meanwhile. Then it is `end`.
+
+        Until infinity means: until nothing is planned but for never.
+        """
         while self._planned and self._planned[0][0] < end:
             self.now, _, act = heapq.heappop(self._planned)
             self.num_acts += 1
             act()
-        self.now = max(self.now, end)
+        if end < float("inf"):
+            self.now = max(self.now, end)

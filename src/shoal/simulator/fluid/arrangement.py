@@ -10,6 +10,7 @@ vanished is read for some time.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,15 +36,18 @@ EPOCH = 1.7e9
 class Delays:
     """How late servers know and do things, in seconds.
 
-    A server reads the directory every `view` seconds; servers do that in `cohorts` groups, one after another. The
-    record of a server that vanished is read for `vanish` seconds, and that of one that leaves politely not at all; a
-    part `polite` of all departures are. A server that moves hands its sessions over for `handover` seconds, during
-    which it still serves, before it loads.
+    A server reads the directory every `view` seconds; servers do that in `cohorts` groups, one after another. Each
+    watches `watched` others, first those that hold blocks which few hold, and notices within `noticed` that one of them
+    vanished; all others read the record of a vanished server for `vanish` seconds. That of one that leaves politely is
+    gone at once; a part `polite` of all departures are. A server that moves hands its sessions over for `handover`
+    seconds, during which it still serves, before it loads.
     """
 
     view: float = 20.0
-    cohorts: int = 4
-    vanish: float = 5.0
+    cohorts: int = 2
+    watched: int = 16
+    noticed: float = 2.0
+    vanish: float = 50.0
     polite: float = 0.0
     handover: float = 2.0
 
@@ -80,9 +84,12 @@ class Member:
     claim: Span | None = None
     steward: Steward | None = None
     gone: bool = False
+    looks_at: float | None = None
     moving: bool = False
     seen: int = -1
     """The version of the directory that it has looked at."""
+    known_gone: set[str] = field(default_factory=set)
+    """Vanished servers whose records are still there."""
     _machine: Machine | None = None
 
     def machine(self) -> Machine:
@@ -157,6 +164,7 @@ class Arrangement:
         self._changed()
 
     def _depart(self, member: Member) -> None:
+        watchers = self._watchers_of(member)
         member.gone = True
         del self.members[member.peer]
         self._copies -= member.hardware.max_blocks
@@ -165,9 +173,28 @@ class Arrangement:
             self._stop(member)
         self.meter.departed(now=self.now)
         delays = self.scene.delays
-        noticed = 0.0 if self._rng.random() < delays.polite else delays.vanish
-        self.timeline.after(noticed, lambda: self.board.remove(member.peer))
+        if self._rng.random() < delays.polite:
+            self.board.remove(member.peer)
+        else:
+            self.timeline.after(delays.noticed, lambda: self._notice(member.peer, watchers))
+            self.timeline.after(delays.vanish, lambda: self.board.remove(member.peer))
         self._changed()
+
+    def _watchers_of(self, gone: Member) -> list[Member]:
+        """Who watches a server: each server watches first those that hold blocks which few hold (the live rule)."""
+        mine = self.meter.fewest_holders(gone.span)
+        ranks = [self.meter.fewest_holders(member.span) for member in self.members.values()]
+        before, alike = sum(rank < mine for rank in ranks), sum(rank == mine for rank in ranks)
+        part = (self.scene.delays.watched - before) / alike
+        others = [member for member in self.members.values() if member is not gone]
+        return others if part >= 1 else [member for member in others if self._rng.random() < part]
+
+    def _notice(self, peer: str, watchers: Sequence[Member]) -> None:
+        for member in watchers:
+            member.known_gone.add(peer)
+            member.seen = -1
+        for member in watchers:
+            self._look(member)
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -184,10 +211,13 @@ class Arrangement:
     def _go_online(self, member: Member) -> None:
         if member.gone:
             return
+        moved = member.moving
         member.online, member.moving, member.ready_at, member.claim = True, False, None, None
         self._publish(member, member.span, ServerState.ONLINE, None)
         if member.steward is None:
             member.steward = self.rule.steward(member.peer, self.scene.num_blocks, self._rng)
+        elif moved:
+            member.steward.arrived(now=self.now)
         self.meter.online(member.span, now=self.now)
         for watcher in self._watchers:
             watcher.online(member)
@@ -226,8 +256,12 @@ class Arrangement:
         if member.gone or not member.online or member.moving or member.steward is None:
             return
         member.seen = self.board.version
-        decision = member.steward.look(self.board.machines, now=self.now)
-        self._follow(member, decision)
+        machines = self.board.machines
+        if member.known_gone:
+            member.known_gone &= self.board.peers
+        hidden = member.known_gone | {member.peer}
+        others = [machine for machine in machines if machine.peer not in hidden]
+        self._follow(member, member.steward.look(self.board.serving(member.peer), others, now=self.now))
 
     def _follow(self, member: Member, decision: Decision) -> None:
         if decision.goes is not None:
@@ -238,10 +272,11 @@ class Arrangement:
             if decision.claims is None:
                 self._publish(member, member.span, ServerState.ONLINE, None)
             else:
-                takes = member.machine().seconds_to_load(decision.claims)
-                self._publish(member, decision.claims, ServerState.JOINING, self.now + takes)
-        if decision.look_at is not None:
-            self.timeline.at(decision.look_at, lambda: self._look(member))
+                self._publish(member, decision.claims, ServerState.JOINING, None)
+        look_at = decision.look_at
+        if look_at is not None and self.now < look_at < math.inf and look_at != member.looks_at:
+            member.looks_at = look_at
+            self.timeline.at(look_at, lambda: self._look(member))
 
     def _move(self, member: Member, span: Span) -> None:
         member.moving = True

@@ -88,6 +88,7 @@ class Meter:
     _has_hole: bool = True
     _possible: float = 0.0
     _impossible: float = 0.0
+    _last_impossible: float = 0.0
     _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("exact", "minimum", "hole", "speed"), 0.0))
     _machines: float = 0.0
     _copies: float = 0.0
@@ -108,13 +109,17 @@ class Meter:
         """Whether a block has no server that is online."""
         return any(not count for count in self._holders)
 
+    def fewest_holders(self, span: Span) -> int:
+        """How many servers that are online hold the block of the span that the fewest hold."""
+        return min(self._holders[span.start : span.end])
+
     def online(self, span: Span, *, now: float) -> None:
         """A server with this span is online from now on."""
         self._pass(now)
         for block in span:
             self._holders[block] += 1
             since = self._empty_since.pop(block, None)
-            if since is not None and since >= self.begins:
+            if since is not None and since >= max(self.begins, self._last_impossible):
                 self._healed.append(now - since)
         self._has_hole = self.has_hole
 
@@ -153,6 +158,7 @@ class Meter:
         self._copies += worth.copies * seconds
         if worth.bound <= 0:
             self._impossible += seconds
+            self._last_impossible = now
             return
         self._possible += seconds
         self._sums["speed"] += worth.exact * seconds

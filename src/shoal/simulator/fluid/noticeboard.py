@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from shoal.net.identity import SIGNATURE_BYTES
@@ -32,6 +33,7 @@ class Noticeboard:
         self.model = model
         self.version = 0
         self._notices: dict[str, Notice] = {}
+        self._serving: dict[str, Machine] = {}
         self._machines: tuple[Machine, ...] | None = None
         self._servers: tuple[ServerInfo, ...] | None = None
 
@@ -40,13 +42,26 @@ class Noticeboard:
         record = Announcement.of(self.model, info, expires=now + LIFETIME)
         read = record.server_info
         num_bytes = len(record.model_dump_json()) + SIGNATURE_BYTES
-        self._notices[info.peer] = Notice(read, machine_of(read, now=now), num_bytes, len(record.dht_keys))
+        machine = machine_of(read, now=now)
+        self._notices[info.peer] = Notice(read, machine, num_bytes, len(record.dht_keys))
+        if machine is not None and info.state is ServerState.ONLINE:
+            self._serving[info.peer] = machine
         self._changed()
 
     def remove(self, peer: str) -> None:
         """The record of a server that has gone is not read any more."""
+        self._serving.pop(peer, None)
         if self._notices.pop(peer, None) is not None:
             self._changed()
+
+    def serving(self, peer: str) -> Machine:
+        """A server as it announced itself when it went online the last time, whatever it claims now."""
+        return self._serving[peer]
+
+    @property
+    def peers(self) -> Set[str]:
+        """All servers that have a record."""
+        return self._notices.keys()
 
     @property
     def machines(self) -> tuple[Machine, ...]:

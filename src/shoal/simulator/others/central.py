@@ -25,39 +25,42 @@ class Central:
     def __init__(self, name: str, allocate: Allocate) -> None:
         self.name = name
         self._allocate = allocate
-        self._last: tuple[Sequence[Machine], dict[str, Span]] | None = None
+        self._last: tuple[frozenset[object], dict[str, Span]] | None = None
 
     def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, rng: random.Random) -> Span:
         return lightest_span(machine, others, num_blocks)
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
-        return CentralSteward(peer, num_blocks, self)
+        return CentralSteward(num_blocks, self)
 
     def allocation(self, machines: Sequence[Machine], num_blocks: int) -> dict[str, Span]:
         """The span of every machine, computed once for a view that many servers have."""
-        if self._last is None or self._last[0] is not machines:
-            self._last = (machines, allocation(self._allocate, machines, num_blocks))
+        seen = frozenset((machine.peer, machine.span, machine.ready_at) for machine in machines)
+        if self._last is None or self._last[0] != seen:
+            self._last = (seen, allocation(self._allocate, machines, num_blocks))
         return self._last[1]
 
 
 class CentralSteward:
     """Does the server's part of the allocation that the scheduler computes from the same view."""
 
-    def __init__(self, peer: str, num_blocks: int, scheduler: Central) -> None:
-        self._peer = peer
+    def __init__(self, num_blocks: int, scheduler: Central) -> None:
         self._num_blocks = num_blocks
         self._scheduler = scheduler
 
-    def look(self, machines: Sequence[Machine], *, now: float) -> Decision:
+    def look(self, own: Machine, others: Sequence[Machine], *, now: float) -> Decision:
+        machines = (own, *others)
         held = [False] * self._num_blocks
         for machine in machines:
             if machine.span is not None:
                 held[machine.span.start : machine.span.end] = [True] * len(machine.span)
-        own = next((machine for machine in machines if machine.peer == self._peer), None)
-        if all(held) or own is None:
+        if all(held):
             return STAY
-        span = self._scheduler.allocation(machines, self._num_blocks)[self._peer]
+        span = self._scheduler.allocation(machines, self._num_blocks)[own.peer]
         return STAY if span == own.span else Decision(goes=span)
+
+    def arrived(self, *, now: float) -> None:
+        """The scheduler sees it in the directory."""
 
 
 def allocation(allocate: Allocate, machines: Sequence[Machine], num_blocks: int) -> dict[str, Span]:

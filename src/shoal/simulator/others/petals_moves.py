@@ -23,7 +23,7 @@ MOST_ROUNDS = 10
 """The most times that all servers are imagined to move: their code goes on until none moves, which may be never."""
 
 
-@dataclass(frozen=True)
+@dataclass@dataclass(frozen=True)
 class Petals:
     """PETALS' rules for joining and moving."""
 
@@ -34,28 +34,30 @@ class Petals:
         return petals_span(machine, others, num_blocks)
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
-        return PetalsSteward(peer, num_blocks, rng, self.gain)
+        return PetalsSteward(num_blocks, rng, self.gain)
 
 
 class PetalsSteward:
     """Checks at random intervals, as PETALS does: it is not driven by events."""
 
-    def __init__(self, peer: str, num_blocks: int, rng: random.Random, gain: float) -> None:
-        self._peer = peer
+    def __init__(self, num_blocks: int, rng: random.Random, gain: float) -> None:
         self._num_blocks = num_blocks
         self._rng = rng
         self._gain = gain
         self._next_check: float | None = None
 
-    def look(self, machines: Sequence[Machine], *, now: float) -> Decision:
+    def look(self, own: Machine, others: Sequence[Machine], *, now: float) -> Decision:
         if self._next_check is None:  # it has just come online
             self._next_check = now + self._rng.expovariate(1 / CHECK_SECONDS)
             return Decision(look_at=self._next_check)
         if now < self._next_check:
             return STAY
         self._next_check = now + self._rng.expovariate(1 / CHECK_SECONDS)
-        span = better_span(machines, self._peer, self._num_blocks, gain=self._gain, rng=self._rng)
+        span = better_span((own, *others), own.peer, self._num_blocks, gain=self._gain, rng=self._rng)
         return Decision(goes=span, look_at=None if span else self._next_check)
+
+    def arrived(self, *, now: float) -> None:
+        """Its next check is when it would have been."""
 
 
 def better_span(

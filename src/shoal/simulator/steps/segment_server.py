@@ -39,13 +39,37 @@ class Work:
     done: Callable[[], None]
 
 
+class Cores:
+    """The cores of a machine that several servers share: a pass that finds none free waits for its turn."""
+
+    def __init__(self, timeline: Timeline, num_cores: int) -> None:
+        self._timeline = timeline
+        self._free = num_cores
+        self._waiting: deque[tuple[float, Callable[[], None]]] = deque()
+
+    def run(self, seconds: float, done: Callable[[], None]) -> None:
+        """Compute for so long on one core, now or when one is free."""
+        if not self._free:
+            self._waiting.append((seconds, done))
+            return
+        self._free -= 1
+        self._timeline.after(seconds, lambda: self._end(done))
+
+    def _end(self, done: Callable[[], None]) -> None:
+        self._free += 1
+        if self._waiting:
+            self.run(*self._waiting.popleft())
+        done()
+
+
 class SegmentServer:
     """Passes one after another. Each takes all decoding rows that wait, and prompts by their order up to a limit."""
 
-    def __init__(self, timeline: Timeline, cost: Cost) -> None:
+    def __init__(self, timeline: Timeline, cost: Cost, *, cores: Cores | None = None) -> None:
         self.cost = cost
         self.busy_seconds = 0.0
         self._timeline = timeline
+        self._cores = cores or Cores(timeline, 1)
         self._steps: list[Work] = []
         self._prefills: deque[Work] = deque()
         self._computing = False
@@ -91,7 +115,7 @@ class SegmentServer:
         seconds = self.cost.seconds(read.bit_count(), weighted)
         self._computing = True
         self.busy_seconds += seconds
-        self._timeline.after(seconds, lambda: self._end(taken))
+        self._cores.run(seconds, lambda: self._end(taken))
 
     def _end(self, taken: list[tuple[Work, float]]) -> None:
         self._computing = False

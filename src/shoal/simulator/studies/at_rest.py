@@ -29,6 +29,7 @@ from shoal.simulator.world.stays import Stay
 SETTLE_SECONDS = 3 * 3600.0
 """Long enough for all moves of a swarm at rest."""
 ALLOCATORS: dict[str, Allocate] = {"Parallax": parallax, "GBP-CR": greedy_chains}
+RULES = ("no moves", "PETALS", "graded joining", "shared plan", "Parallax", "GBP-CR")
 SWARMS = ((14, 80, 1.5), (100, 80, 1.5), (100, 80, 3.0), (100, 126, 6.0))
 """Random swarms: machines, blocks, copies."""
 

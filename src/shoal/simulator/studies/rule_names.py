@@ -16,6 +16,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "PETALS": Petals,
     "graded joining": Graded,
     "shared plan": SharedPlan,
+    "shared plan, prediction": lambda: SharedPlan(predicts=True),
     "Parallax": lambda: Central("Parallax", parallax),
     "GBP-CR": lambda: Central("GBP-CR", greedy_chains),
 }
