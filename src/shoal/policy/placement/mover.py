@@ -40,7 +40,8 @@ PLAN_ANYWAY = 120.0
 WAIT_PER_RANK = 2.0
 """Seconds that a server waits for each move before its own in the plan."""
 CLAIM_SECONDS = 5.0
-"""Seconds from a claim to the second look: claims of others that are as old have arrived by then."""
+"""Seconds from a claim to the second look: twice what a claim takes at most to be seen by others, so that of two servers
+that claim without seeing each other the first sees the second before it goes."""
 REST_SECONDS = 120.0
 """Seconds after a move in which a server moves again only to fill a hole."""
 

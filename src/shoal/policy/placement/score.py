@@ -28,14 +28,14 @@ class Scoring:
     """What the score is made of.
 
     `exact` is the weight of what blocks get when machines share their time freely; the rest is for what they get when
-    each machine divides its time evenly. `risk` is what blocks without a living holder cost, in shares of the bound, if
-    all blocks were so; `hole` is the same for blocks that have no holder now. `zone_loss` is the chance that all
+    each machine divides its time evenly. `risk` is what it costs, in shares of the bound, if all blocks were
+    to lose their holders; `hole` is what each block costs that has no holder now: more than all else can add. `zone_loss` is the chance that all
     machines of one zone vanish together.
     """
 
     exact: float = 0.6
     risk: float = 1.0
-    hole: float = 100.0
+    hole: float = 3.0
     zone_loss: float = 0.02
 
 
@@ -113,7 +113,7 @@ class Picture:
         throughput = (scoring.exact * served + (1 - scoring.exact) * even) / self.most
         holes = self.holders - before + after < 1
         at_risk = self.risks(changes, before, after)
-        return self.bound * (throughput - scoring.risk * at_risk.mean(axis=1) - scoring.hole * holes.mean(axis=1))
+        return self.bound * (throughput - scoring.risk * at_risk.mean(axis=1) - scoring.hole * holes.sum(axis=1))
 
     @property
     def levels(self) -> Floats:
@@ -167,28 +167,28 @@ class Picture:
         factor = together + (1 - together) * np.exp(logs)
         return np.where(logs < 0, factor, 1.0)
 
-    def exact_sums(self, changes: Changes) -> Floats:
-        """At each level, the sum over blocks of what they get of it after each change. [B, K]"""
-        return self._sweep(changes, None)
+    def exact_sums(self, changes: Changes, levels: Floats | None = None) -> Floats:
+        """At each level, by default those of the score, the sum over blocks of what they get of it. [B, K]"""
+        return self._sweep(changes, self.levels if levels is None else levels, None)
 
     def deficits(self, changes: Changes) -> Floats:
         """What each block lacks at each level after each change, where earlier blocks are served first. [B, K, N]"""
         served = np.empty((len(changes.rows), len(SHARES), self.fleet.num_blocks))
-        self._sweep(changes, served)
+        self._sweep(changes, self.levels, served)
         return np.maximum(self.levels[:, None] - served, 0.0)
 
-    def _sweep(self, changes: Changes, keep: Floats | None) -> Floats:
+    def _sweep(self, changes: Changes, levels: Floats, keep: Floats | None) -> Floats:
         """From the first block to the last, each is served by the machines that hold it whose spans end first.
 
         `left[.., w]` is what the machines that hold the block and whose spans end within w + 1 blocks can still do: so
         serving a block takes the same amount off all of them, down to nothing.
         """
         num_blocks, (_, width) = self.fleet.num_blocks, self.opened.shape
-        levels = self.levels[:, None]
+        level = levels[:, None]
         leaving = self._by_start(self.fleet.starts[changes.rows], self.fleet.ends[changes.rows], changes.rows >= 0)
         coming = self._by_start(changes.starts, changes.ends, changes.ends > changes.starts)
         lost, won = self.capacity_before(changes), self.capacity_after(changes)
-        left = np.zeros((len(changes.rows), len(SHARES), width))
+        left = np.zeros((len(changes.rows), len(levels), width))
         shifted = np.zeros_like(left)
         total = np.zeros(left.shape[:2])
         for block in range(num_blocks):
@@ -197,11 +197,11 @@ class Picture:
                 left[row, :, column:] -= lost[row]
             for row, column in coming.get(block, ()):
                 left[row, :, column:] += won[row]
-            served = np.minimum(left[:, :, -1], levels[:, 0])
+            served = np.minimum(left[:, :, -1], levels)
             total += served
             if keep is not None:
                 keep[:, :, block] = served
-            left -= levels
+            left -= level
             np.maximum(left, 0.0, out=left)
             if width > 1:
                 np.subtract(left[:, :, 1:], left[:, :, :1], out=shifted[:, :, :-1])
