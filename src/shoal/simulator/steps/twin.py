@@ -87,6 +87,8 @@ class _Links:
 
     def __init__(self, timeline: Timeline, swarm: RealSwarm) -> None:
         cores = Cores(timeline, swarm.num_cores)
+        self._timeline = timeline
+        self._client_free_at = 0.0
         self._swarm = swarm
         self._real = {f"s{index:03d}": server for index, server in enumerate(swarm.servers)}
         self._servers = {
@@ -108,8 +110,14 @@ class _Links:
         carried = 0.0
         if dialled.bytes_per_second is not None:
             carried = rows * self._swarm.row_bytes / dialled.bytes_per_second
-        back = self._swarm.client_seconds if receiver is None else 0.0
-        return self._swarm.hop_seconds + dialled.delay_seconds + carried + back
+        travels = self._swarm.hop_seconds + dialled.delay_seconds + carried
+        return travels if receiver is not None else self._at_client(travels)
+
+    def _at_client(self, travels: float) -> float:
+        """All clients are threads of one process, which does one thing at a time."""
+        now = self._timeline.now
+        self._client_free_at = max(now + travels, self._client_free_at) + self._swarm.client_seconds
+        return self._client_free_at - now
 
 
 def cost_of(server: RealServer) -> Cost:
