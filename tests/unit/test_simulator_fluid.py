@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import pytest
 from hypothesis import given, settings
@@ -39,11 +39,14 @@ class Scripted:
         self.moves = moves or {}
         self.views: dict[str, list[tuple[float, frozenset[str]]]] = {}
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, rng: random.Random) -> Span:
+    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
         return self._spans.pop(0)
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward:
         return ScriptedSteward(self, peer)
+
+    def candidates(self, machines: Sequence[Machine], num_blocks: int, *, now: float) -> None:
+        return None
 
 
 class ScriptedSteward:
@@ -214,8 +217,30 @@ class Lopsided:
         self._rule = rule
         self._spans = [Span(0, 2), Span(0, 2), Span(2, 4), Span(2, 4), Span(2, 4), Span(4, 6)]
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, rng: random.Random) -> Span:
+    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
         return self._spans[int(machine.peer[1:])]
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
         return self._rule.steward(peer, num_blocks, rng)
+
+    def candidates(self, machines: Sequence[Machine], num_blocks: int, *, now: float) -> Set[str] | None:
+        return self._rule.candidates(machines, num_blocks, now=now)
+
+
+def test_asking_only_the_servers_that_a_plan_names_changes_nothing():
+    rng = random.Random(5)
+    stays = volunteers(rng, num_machines=10, mean_life=1200.0, seconds=1800.0)
+    sizes = {stay.slot: rng.randint(1, 4) for stay in stays}
+    delays = Delays(cohorts=1, watched=0)
+    found = []
+    for selective in (False, True):
+        run = Arrangement(
+            Scene(8, stays, lambda slot: hardware(sizes[slot]), 1800.0, delays=delays),
+            SharedPlan(selective=selective),
+            seed=5,
+        )
+        run.advance(1800)
+        found.append(run.summary())
+    assert found[0].num_moves > 0
+    assert found[1].num_moves == found[0].num_moves
+    assert found[1].exact == pytest.approx(found[0].exact)

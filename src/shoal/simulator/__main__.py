@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     large.add_argument("--blocks", type=int, nargs="+", default=[80, 126])
     large.add_argument("--clients", type=int, default=5_000)
     large.add_argument("--quiet", type=float, default=1800.0, help="virtual seconds before the clients come")
-    large.add_argument("--busy", type=float, default=120.0, help="virtual seconds with clients")
+    large.add_argument("--busy", type=float, default=60.0, help="virtual seconds with clients")
     fit = add("fit", _fit, "the generators' parameters, fitted to traces")
     fit.add_argument("--trace", type=Path, nargs="+", required=True, help="files with traces (docs/scale.md)")
     calibrate = add("calibrate", _calibrate, "a swarm of real processes and its simulated twin")

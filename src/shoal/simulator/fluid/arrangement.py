@@ -152,7 +152,7 @@ class Arrangement:
         hardware = self.scene.hardware(stay.slot)
         peer, up_since = f"s{index:06d}", max(0.0, EPOCH + stay.begins)
         machine = hardware.machine(peer, None, zone=stay.zone, up_since=up_since)
-        span = self.rule.join(machine, self.board.machines, self.scene.num_blocks, self._rng)
+        span = self.rule.join(machine, self.board.machines, self.scene.num_blocks, now=self.now, rng=self._rng)
         cohort = self._rng.randrange(self.scene.delays.cohorts)
         member = Member(peer, hardware, stay.zone, up_since, cohort, span)
         self.members[peer] = member
@@ -182,6 +182,8 @@ class Arrangement:
 
     def _watchers_of(self, gone: Member) -> list[Member]:
         """Who watches a server: each server watches first those that hold blocks which few hold (the live rule)."""
+        if not self.scene.delays.watched:
+            return []
         mine = self.meter.fewest_holders(gone.span)
         ranks = [self.meter.fewest_holders(member.span) for member in self.members.values()]
         before, alike = sum(rank < mine for rank in ranks), sum(rank == mine for rank in ranks)
@@ -245,9 +247,13 @@ class Arrangement:
 
     def _reader(self, cohort: int) -> Callable[[], None]:
         def read() -> None:
-            for member in list(self.members.values()):
-                if member.cohort == cohort and member.seen != self.board.version:
+            due = [each for each in self.members.values() if each.cohort == cohort and each.seen != self.board.version]
+            asked = self.rule.candidates(self.board.machines, self.scene.num_blocks, now=self.now) if due else None
+            for member in due:
+                if asked is None or member.peer in asked or member.known_gone or member.claim is not None:
                     self._look(member)
+                else:
+                    member.seen = self.board.version
             self.timeline.after(self.scene.delays.view, read)
 
         return read

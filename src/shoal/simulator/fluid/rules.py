@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
 from shoal.policy.placement.joining import choose_blocks
 from shoal.policy.placement.lifetime import Lifetimes, Lives
 from shoal.policy.placement.machines import Machine
-from shoal.policy.placement.mover import Mover, Planner, shared_plan
+from shoal.policy.placement.mover import Mover, Phase, Planner, shared_plan
 from shoal.policy.placement.petals import choose_span
 from shoal.policy.placement.plan import Move
 from shoal.policy.placement.throughput import block_throughputs
@@ -51,11 +52,14 @@ class Rule(Protocol):
     def name(self) -> str:
         """The name in tables."""
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, rng: random.Random) -> Span:
+    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
         """The span that a new server takes; `machine.span` is `None`."""
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
         """What decides for a server that is online; `None` if it never moves."""
+
+    def candidates(self, machines: Sequence[Machine], num_blocks: int, *, now: float) -> Set[str] | None:
+        """The servers that would do something after this view, `None` if all have to be asked."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,14 @@ class Never:
 
     name: str = "no moves"
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, rng: random.Random) -> Span:
+    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
         return petals_span(machine, others, num_blocks)
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
         return None
+
+    def candidates(self, machines: Sequence[Machine], num_blocks: int, *, now: float) -> Set[str] | None:
+        return frozenset()
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,14 @@ class Graded:
 
     name: str = "graded joining"
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, rng: random.Random) -> Span:
-        return choose_blocks(machine, others, num_blocks, rule="graded", rng=rng).span
+    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+        return choose_blocks(machine, others, num_blocks, rng=rng).span
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
         return None
+
+    def candidates(self, machines: Sequence[Machine], num_blocks: int, *, now: float) -> Set[str] | None:
+        return frozenset()
 
 
 class SharedPlan:
@@ -89,20 +99,32 @@ class SharedPlan:
 
     With `predicts`, the plan weighs blocks by how long their holders are expected to stay. What was seen of machines
     that came and went is then the same for all servers, as if each had been there from the beginning.
+
+    A `selective` one asks after a view only the servers that the plan of that view names, for the others would stay:
+    that makes large swarms possible.
     """
 
-    def __init__(self, *, predicts: bool = False) -> None:
+    def __init__(self, *, predicts: bool = False, selective: bool = False) -> None:
         self.name = "shared plan, prediction" if predicts else "shared plan"
+        self.selective = selective
         self._planner = RememberingPlanner()
         self._lives = Lives() if predicts else None
         self._lifetimes: Lifetimes | None = None
         self._learned_at = float("-inf")
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, rng: random.Random) -> Span:
-        return choose_blocks(machine, others, num_blocks, rule="graded", rng=rng, lifetimes=self._lifetimes).span
+    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+        lifetimes = self._lifetimes
+        when = math.inf if lifetimes is None else now  # as the live server does it; ages need a time
+        return choose_blocks(machine, others, num_blocks, rng=rng, now=when, lifetimes=lifetimes).span
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
         return MoverSteward(Mover(peer, num_blocks, planner=self._planner), self)
+
+    def candidates(self, machines: Sequence[Machine], num_blocks: int, *, now: float) -> Set[str] | None:
+        if not self.selective:
+            return None
+        lifetimes = self.learned(machines, now=now)
+        return {move.peer for move in self._planner(machines, num_blocks, now, lifetimes)}
 
     @property
     def num_plans(self) -> int:
@@ -160,7 +182,9 @@ class MoverSteward:
         self._mover = self._mover.after_view(machines, now=now, lifetimes=lifetimes)
         move = self._mover.move
         if move is None:
-            return Decision(claims=self._mover.claim, look_at=self._mover.next_look_at)
+            watching = self._mover.phase is Phase.WATCHING
+            look_at = None if watching and self._rule.selective else self._mover.next_look_at
+            return Decision(claims=self._mover.claim, look_at=look_at)
         if would_open_hole(own, others):
             self._mover = self._mover.failed(now=now)
             return Decision(look_at=self._mover.next_look_at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 
 from shoal.policy.placement.machines import Machine
@@ -27,11 +27,14 @@ class Central:
         self._allocate = allocate
         self._last: tuple[frozenset[object], dict[str, Span]] | None = None
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, rng: random.Random) -> Span:
+    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
         return lightest_span(machine, others, num_blocks)
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
         return CentralSteward(num_blocks, self)
+
+    def candidates(self, machines: Sequence[Machine], num_blocks: int, *, now: float) -> Set[str] | None:
+        return None
 
     def allocation(self, machines: Sequence[Machine], num_blocks: int) -> dict[str, Span]:
         """The span of every machine, computed once for a view that many servers have."""

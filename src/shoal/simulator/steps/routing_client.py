@@ -165,7 +165,7 @@ class RoutingClient:
             if epoch != self._epoch:
                 return
             server = self._network.server(peer)
-            if server is None:
+            if server is None or not server.holds(span):
                 self._timeline.after(LOST_SECONDS, lambda: self.lost(peer, epoch))
                 return
             server.submit(Work(span, rows, decodes, computed))
@@ -190,7 +190,7 @@ class RoutingClient:
 
     def lost(self, peer: str, epoch: int) -> None:
         """The client has noticed that a server is gone: it replaces the server, and goes on with the step."""
-        if epoch != self._epoch or peer not in self.peers or self._network.server(peer) is not None:
+        if epoch != self._epoch or peer not in self.peers:
             return
         self._view.lose(peer)
         self._hops = [hop for hop in self._hops if hop.server.peer != peer]

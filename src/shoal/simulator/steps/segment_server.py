@@ -65,8 +65,11 @@ class Cores:
 class SegmentServer:
     """Passes one after another. Each takes all decoding rows that wait, and prompts by their order up to a limit."""
 
-    def __init__(self, timeline: Timeline, cost: Cost, *, cores: Cores | None = None) -> None:
+    def __init__(
+        self, timeline: Timeline, cost: Cost, *, held: Span | None = None, cores: Cores | None = None
+    ) -> None:
         self.cost = cost
+        self._held = held
         self.busy_seconds = 0.0
         self._timeline = timeline
         self._cores = cores or Cores(timeline, 1)
@@ -79,6 +82,10 @@ class SegmentServer:
     def queue_length(self) -> int:
         """How many steps and passes wait."""
         return len(self._steps) + len(self._prefills)
+
+    def holds(self, span: Span) -> bool:
+        """Whether it has these blocks. It has all if it was made without `held`."""
+        return self._held is None or span in self._held
 
     def submit(self, work: Work) -> None:
         """Compute this soon. A stopped server drops it."""

@@ -76,7 +76,7 @@ class Traffic:
 
     def online(self, member: Member) -> None:
         per_block, per_row = member.hardware.block_seconds(len(member.span))
-        self.servers[member.peer] = SegmentServer(self.timeline, Cost(per_block, per_row))
+        self.servers[member.peer] = SegmentServer(self.timeline, Cost(per_block, per_row), held=member.span)
         self.link(member.peer).rows_per_second = member.hardware.network_speed
 
     def handing_over(self, member: Member) -> None:

@@ -67,7 +67,7 @@ class TrainingClient:
 
         def arrive() -> None:
             server = self._network.server(peer)
-            if server is None:
+            if server is None or not server.holds(hop.span):
                 self._timeline.after(LOST_SECONDS, lambda: self.lost(peer, turn))
             else:
                 server.submit(Work(hop.span, rows, False, back))

@@ -123,6 +123,3 @@ def save_plot(draw: Callable[[Any], None], path: Path) -> None:
     draw(figure)
     figure.savefig(path, metadata={"Date": None})
 
-
-def join_rows(rows: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(row) for row in rows)

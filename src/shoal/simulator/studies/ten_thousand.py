@@ -36,10 +36,12 @@ class Size:
     num_clients: int = 5_000
     quiet_seconds: float = 1800.0
     """With churn only, before the clients come."""
-    busy_seconds: float = 120.0
+    busy_seconds: float = 60.0
     """With clients too."""
-    ramp: float = 60.0
-    mean_size: float = 4.0
+    ramp: float = 30.0
+    mean_size: float = 8.0
+    kept: int = 300
+    """Records that a client keeps."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,16 @@ class Crowd(SharedPlan):
     """
 
     def __init__(self, *, sample: int = 400) -> None:
-        super().__init__()
+        super().__init__(selective=True)
         self.name = "shared plan"
         self._sample = sample
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, rng: random.Random) -> Span:
+    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
         if machine.up_since <= EPOCH or len(others) <= self._sample:
             length = min(machine.max_blocks, num_blocks)
             start = rng.randint(0, num_blocks - length)
             return Span(start, start + length)
-        return super().join(machine, rng.sample(others, self._sample), num_blocks, rng)
+        return super().join(machine, rng.sample(others, self._sample), num_blocks, now=now, rng=rng)
 
 
 def draw_talk(rng: random.Random) -> Talk:
@@ -94,10 +96,10 @@ def study(size: Size, *, seed: int, advance: Advance) -> Large:
         total,
         warm_up=size.quiet_seconds / 3,
         measure_every=MEASURE_SECONDS,
-        delays=Delays(cohorts=1),
+        delays=Delays(cohorts=1, watched=0),
     )
     rule = Crowd()
-    load = Load(size.num_clients, Habits(draw_talk), num_places=100, num_training=size.num_clients // 100, ramp=size.ramp)
+    load = Load(size.num_clients, Habits(draw_talk), num_places=100, num_training=size.num_clients // 100, ramp=size.ramp, kept=size.kept)
     traffic = Traffic(scene, rule, load, seed=seed)
     _advance(traffic, 0.0, size.quiet_seconds, total, advance, "churn")
     quiet = time.monotonic()
