@@ -79,16 +79,12 @@ def _at_rest(options: argparse.Namespace) -> Drawn:
 
 def _ten_thousand(options: argparse.Namespace) -> Drawn:
     from shoal.simulator.studies import ten_thousand
-    from shoal.simulator.studies.study_progress import progress
 
     sizes = [
         ten_thousand.Size(options.servers, blocks, options.clients, options.quiet, options.busy)
         for blocks in options.blocks
     ]
-    found = []
-    for size in sizes:
-        with progress(f"{size.num_machines} servers, {size.num_blocks} blocks") as advance:
-            found.append(ten_thousand.study(size, seed=options.seed, advance=advance))
+    found = ten_thousand.study_all(sizes, seed=options.seed, jobs=options.jobs)
     return ten_thousand.report(found), None
 
 
@@ -159,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     large.add_argument("--servers", type=int, default=10_000)
     large.add_argument("--blocks", type=int, nargs="+", default=[80, 126])
     large.add_argument("--clients", type=int, default=5_000)
+    large.add_argument("--jobs", type=int, default=1, help="sizes at the same time")
     large.add_argument("--quiet", type=float, default=1800.0, help="virtual seconds before the clients come")
     large.add_argument("--busy", type=float, default=60.0, help="virtual seconds with clients")
     fit = add("fit", _fit, "the generators' parameters, fitted to traces")

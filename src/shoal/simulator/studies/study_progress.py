@@ -19,10 +19,16 @@ Advance = Callable[[float, str], None]
 
 
 @contextlib.contextmanager
-def progress(title: str, *, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> Iterator[Advance]:
-    """Show the progress of a study until the context ends."""
+def progress(
+    title: str,
+    *,
+    as_lines: bool = False,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Advance]:
+    """Show the progress of a study until the context ends. Several at a time are shown `as_lines`."""
     console = Console(file=stream or sys.stderr, highlight=False)
-    if not console.is_terminal:
+    if as_lines or not console.is_terminal:
         yield _Lines(title, console, clock).advance
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())

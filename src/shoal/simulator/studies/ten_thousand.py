@@ -6,7 +6,10 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 
 from shoal.policy.placement.machines import Machine
 from shoal.simulator.fluid.arrangement import EPOCH, Delays, Scene
@@ -16,7 +19,7 @@ from shoal.simulator.steps.routing_client import Habits, Talk, Tally
 from shoal.simulator.steps.traffic import Load, Traffic
 from shoal.simulator.studies.report import Report, Table, percent, seconds, share
 from shoal.simulator.studies.settings import HOUR
-from shoal.simulator.studies.study_progress import Advance
+from shoal.simulator.studies.study_progress import Advance, progress
 from shoal.simulator.world.hardware import Hardware, draw_hardware
 from shoal.simulator.world.stays import volunteers
 from shoal.spans import Span
@@ -115,6 +118,17 @@ def study(size: Size, *, seed: int, advance: Advance) -> Large:
         time.monotonic() - quiet,
         board.read_bytes / 1e6,
     )
+
+
+def study_all(sizes: Sequence[Size], *, seed: int, jobs: int) -> list[Large]:
+    """All sizes, so many at a time, each in a process of its own."""
+    with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+        return list(pool.map(partial(_study_one, seed=seed, as_lines=jobs > 1), sizes))
+
+
+def _study_one(size: Size, *, seed: int, as_lines: bool) -> Large:
+    with progress(f"{size.num_machines} servers, {size.num_blocks} blocks", as_lines=as_lines) as advance:
+        return study(size, seed=seed, advance=advance)
 
 
 def _advance(traffic: Traffic, at: float, until: float, total: float, advance: Advance, now: str) -> None:
