@@ -40,9 +40,7 @@ PROMPT = 16
 def links(seed: int) -> list[Link]:
     """A link for each server: 5 to 40 ms one way, 50 to 200 Mbit/s."""
     rng = random.Random(seed)
-    return [
-        Link(delay_seconds=rng.uniform(0.005, 0.04), bytes_per_second=rng.uniform(50e6, 200e6) / 8) for _ in SPANS
-    ]
+    return [Link(delay_seconds=rng.uniform(0.005, 0.04), bytes_per_second=rng.uniform(50e6, 200e6) / 8) for _ in SPANS]
 
 
 def announced(model: Any) -> dict[str, tuple[float, float]]:
@@ -54,9 +52,7 @@ def announced(model: Any) -> dict[str, tuple[float, float]]:
 
 def open_model(swarm: ShapedSwarm, stack: contextlib.ExitStack) -> Any:
     """A client that has not measured anything yet."""
-    model = AutoDistributedModelForCausalLM.from_pretrained(
-        STORIES, initial_peers=swarm.addresses, dtype=torch.float32
-    )
+    model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=swarm.addresses, dtype=torch.float32)
     stack.callback(model.close)
     return model
 

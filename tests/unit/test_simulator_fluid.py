@@ -26,7 +26,9 @@ LOAD = 60.0
 
 def hardware(num_blocks: int, speed: float = 100.0) -> Hardware:
     """A machine that holds so many blocks and loads that many in a minute."""
-    return Hardware(num_blocks, ((1, speed), (num_blocks, speed)) if num_blocks > 1 else ((1, speed),), 1e6, LOAD / num_blocks)
+    return Hardware(
+        num_blocks, ((1, speed), (num_blocks, speed)) if num_blocks > 1 else ((1, speed),), 1e6, LOAD / num_blocks
+    )
 
 
 class Scripted:
@@ -39,7 +41,9 @@ class Scripted:
         self.moves = moves or {}
         self.views: dict[str, list[tuple[float, frozenset[str]]]] = {}
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+    def join(
+        self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
+    ) -> Span:
         return self._spans.pop(0)
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward:
@@ -67,22 +71,40 @@ class ScriptedSteward:
         pass
 
 
-def scene(stays: Sequence[Stay], *, num_blocks: int = 4, size: int = 2, seconds: float = 1000.0, **more: object) -> Scene:
-    values = {"num_blocks": num_blocks, "stays": stays, "hardware": lambda slot: hardware(size), "seconds": seconds, **more}
+def scene(
+    stays: Sequence[Stay], *, num_blocks: int = 4, size: int = 2, seconds: float = 1000.0, **more: object
+) -> Scene:
+    values = {
+        "num_blocks": num_blocks,
+        "stays": stays,
+        "hardware": lambda slot: hardware(size),
+        "seconds": seconds,
+        **more,
+    }
     return Scene(**values)  # type: ignore[arg-type]
 
 
 def test_a_block_without_a_server_is_a_hole_until_another_server_has_loaded_it():
-    stays = [Stay(0, FOREVER, 0), Stay(0, 100, 1), Stay(200, FOREVER, 2)]
-    run = Arrangement(scene(stays), Scripted([Span(0, 2), Span(2, 4), Span(2, 4)]), seed=0)
+    stays = [Stay(0, FOREVER, 0), Stay(0, 100, 1), Stay(0, FOREVER, 2), Stay(200, FOREVER, 3)]
+    run = Arrangement(scene(stays), Scripted([Span(0, 2), Span(2, 4), Span(0, 2), Span(2, 4)]), seed=0)
     run.advance(1000)
     summary = run.summary()
     assert summary.num_holes == 2
     assert summary.heal_seconds == pytest.approx(100 + LOAD)
-    # While one machine only is there, no placement is possible; then the other one loads.
+    assert summary.hole == pytest.approx(0.16)
+    assert summary.impossible == 0
+    assert (summary.num_departures, summary.num_moves) == (1, 0)
+
+
+def test_times_in_which_the_machines_cannot_hold_the_model_are_left_out():
+    stays = [Stay(0, FOREVER, 0), Stay(0, 100, 1), Stay(200, FOREVER, 2)]
+    run = Arrangement(scene(stays), Scripted([Span(0, 2), Span(2, 4), Span(2, 4)]), seed=0)
+    run.advance(1000)
+    summary = run.summary()
     assert summary.impossible == pytest.approx(0.1)
     assert summary.hole == pytest.approx(LOAD / 900)
     assert summary.exact == pytest.approx((900 - LOAD) / 900)
+    assert summary.heal_seconds is None
 
 
 def test_shares_are_averages_over_time_from_the_end_of_the_warm_up():
@@ -217,7 +239,9 @@ class Lopsided:
         self._rule = rule
         self._spans = [Span(0, 2), Span(0, 2), Span(2, 4), Span(2, 4), Span(2, 4), Span(4, 6)]
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+    def join(
+        self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
+    ) -> Span:
         return self._spans[int(machine.peer[1:])]
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:

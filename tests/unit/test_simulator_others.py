@@ -30,9 +30,7 @@ def swarm(seed: int, *, num_machines: int = 8, copies: float = 2.0, placed: bool
     """A random swarm; placed at random, or not."""
     rng = random.Random(seed)
     machines = []
-    for index, hardware in enumerate(
-        draw_swarm(rng, num_machines=num_machines, num_blocks=NUM_BLOCKS, copies=copies)
-    ):
+    for index, hardware in enumerate(draw_swarm(rng, num_machines=num_machines, num_blocks=NUM_BLOCKS, copies=copies)):
         start = rng.randint(0, NUM_BLOCKS - hardware.max_blocks)
         span = Span(start, start + hardware.max_blocks) if placed else None
         machines.append(hardware.machine(f"s{index}", span))

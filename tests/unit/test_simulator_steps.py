@@ -219,7 +219,9 @@ def test_clients_use_a_swarm_that_changes():
 
 
 def real_swarm(num_clients: int) -> RealSwarm:
-    servers = [RealServer(span=span, token_seconds=0.02, row_seconds=0.002, delay_seconds=0.03) for span in ("0:6", "6:12")]
+    servers = [
+        RealServer(span=span, token_seconds=0.02, row_seconds=0.002, delay_seconds=0.03) for span in ("0:6", "6:12")
+    ]
     run = RealRun(num_clients=num_clients, prompt=32, answer=20, tokens_per_second=1.0, token_seconds=1.0)
     return RealSwarm(
         machine="a test",

@@ -60,9 +60,7 @@ def test_stays_have_the_counts_that_they_were_made_of(steps, seed):
 
 
 def test_as_many_volunteers_are_there_as_asked_from_the_beginning_on():
-    runs = [
-        volunteers(random.Random(seed), num_machines=50, mean_life=HOUR, seconds=8 * HOUR) for seed in range(20)
-    ]
+    runs = [volunteers(random.Random(seed), num_machines=50, mean_life=HOUR, seconds=8 * HOUR) for seed in range(20)]
     assert sum(present(stays, 0.0) for stays in runs) / 20 == pytest.approx(50, rel=0.1)
     assert sum(mean_present(stays, 8 * HOUR) for stays in runs) / 20 == pytest.approx(50, rel=0.1)
 
@@ -76,7 +74,9 @@ def test_half_of_the_volunteers_leave_within_minutes():
 def test_zones_vanish_with_all_of_their_machines():
     stays = zones_that_vanish(random.Random(1), zones=["a", "b"], seconds=48 * HOUR)
     assert stays == zones_that_vanish(random.Random(1), zones=["a", "b"], seconds=48 * HOUR)
-    counts = {zone: [present([s for s in stays if s.zone == zone], at) for at in range(0, 172_800, 600)] for zone in "ab"}
+    counts = {
+        zone: [present([s for s in stays if s.zone == zone], at) for at in range(0, 172_800, 600)] for zone in "ab"
+    }
     for each in counts.values():
         assert 0 in each
         assert max(each) > 1
@@ -122,7 +122,11 @@ def test_a_window_of_a_trace_has_its_machines(tmp_path):
     assert present(stays, 900.0) == 3
     assert present(stays, 2700.0) == 1
     assert {stay.zone for stay in stays} == {"a", "b"}
-    assert [window.begins for window in busiest_windows(trace, seconds=1800, least_machines=3, most=9)] == [0.0, 1800.0, 5400.0]
+    assert [window.begins for window in busiest_windows(trace, seconds=1800, least_machines=3, most=9)] == [
+        0.0,
+        1800.0,
+        5400.0,
+    ]
     with pytest.raises(UserError, match="no window"):
         busiest_windows(trace, seconds=1800, least_machines=9, most=9)
 

@@ -128,7 +128,7 @@ class Arrangement:
         self._watchers = watchers
         self._measured_at = float("-inf")
         self._measure_is_due = False
-        for index, stay in enumerate(sorted(scene.stays)):
+        for index, stay in sorted(enumerate(scene.stays), key=lambda each: each[1].begins):
             if stay.ends > 0 and stay.begins < scene.seconds:
                 self.timeline.at(EPOCH + stay.begins, lambda stay=stay, index=index: self._arrive(stay, index))  # type: ignore[misc]
         for cohort in range(scene.delays.cohorts):

@@ -52,7 +52,9 @@ class Rule(Protocol):
     def name(self) -> str:
         """The name in tables."""
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+    def join(
+        self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
+    ) -> Span:
         """The span that a new server takes; `machine.span` is `None`."""
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
@@ -68,7 +70,9 @@ class Never:
 
     name: str = "no moves"
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+    def join(
+        self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
+    ) -> Span:
         return petals_span(machine, others, num_blocks)
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
@@ -84,7 +88,9 @@ class Graded:
 
     name: str = "graded joining"
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+    def join(
+        self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
+    ) -> Span:
         return choose_blocks(machine, others, num_blocks, rng=rng).span
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:
@@ -112,7 +118,9 @@ class SharedPlan:
         self._lifetimes: Lifetimes | None = None
         self._learned_at = float("-inf")
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+    def join(
+        self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
+    ) -> Span:
         lifetimes = self._lifetimes
         when = math.inf if lifetimes is None else now  # as the live server does it; ages need a time
         return choose_blocks(machine, others, num_blocks, rng=rng, now=when, lifetimes=lifetimes).span

@@ -27,7 +27,9 @@ class Central:
         self._allocate = allocate
         self._last: tuple[frozenset[object], dict[str, Span]] | None = None
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+    def join(
+        self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
+    ) -> Span:
         return lightest_span(machine, others, num_blocks)
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:

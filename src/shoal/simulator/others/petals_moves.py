@@ -1,4 +1,4 @@
-"""PETALS' rules as a whole: joining and moving by `shoal.policy.placement.petals`, at random intervals as its code does."""
+"""PETALS' rules for joining and moving (`shoal.policy.placement.petals`), asked at random intervals as its code does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class Petals:
 
     name: str = "PETALS"
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+    def join(
+        self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
+    ) -> Span:
         return petals_span(machine, others, num_blocks)
 
     def steward(self, peer: str, num_blocks: int, rng: random.Random) -> Steward | None:

@@ -199,7 +199,7 @@ class RoutingClient:
         self._repair()
 
     def _repair(self) -> None:
-        """Choose servers for what the route lacks, now or when there are some; then bring them to where the others are."""
+        """Choose servers for what the route lacks, now or later; then bring them to where the others are."""
         self._epoch += 1
         while (gap := _first_gap(self._hops, self._view.view.num_blocks)) is not None:
             at, span = gap

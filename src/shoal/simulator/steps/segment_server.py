@@ -1,7 +1,7 @@
 """A simulated server that computes what waits for it together, as the live engine does.
 
-    session A, blocks 0:4   ████          a pass reads each block once, for the rows of all sessions that use it:
-    session B, blocks 0:8   ████████      blocks 0:4 with two rows, blocks 4:8 with one
+session A, blocks 0:4   ████          a pass reads each block once, for the rows of all sessions that use it:
+session B, blocks 0:8   ████████      blocks 0:4 with two rows, blocks 4:8 with one
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ class Cores:
 class SegmentServer:
     """Passes one after another. Each takes all decoding rows that wait, and prompts by their order up to a limit."""
 
-    def __init__(
-        self, timeline: Timeline, cost: Cost, *, held: Span | None = None, cores: Cores | None = None
-    ) -> None:
+    def __init__(self, timeline: Timeline, cost: Cost, *, held: Span | None = None, cores: Cores | None = None) -> None:
         self.cost = cost
         self._held = held
         self.busy_seconds = 0.0

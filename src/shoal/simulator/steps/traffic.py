@@ -84,8 +84,10 @@ class Traffic:
 
     def stopped(self, member: Member) -> None:
         self.servers.pop(member.peer).stop()
-        for client in (*self.clients, *self.trainers):
+        for client in self.clients:
             client.stopped(member.peer)
+        for trainer in self.trainers:
+            trainer.stopped(member.peer)
 
     def link(self, peer: str) -> Uplink:
         """The place and the network of a server; it is where it was if it comes back."""

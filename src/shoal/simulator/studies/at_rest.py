@@ -59,7 +59,7 @@ def random_clusters(seed: int) -> list[Cluster]:
     for num_machines, num_blocks, copies in SWARMS:
         rng = random.Random(f"{seed} {num_machines} {num_blocks} {copies}")  # noqa: S311 - repeatable, not secret
         machines = draw_swarm(rng, num_machines=num_machines, num_blocks=num_blocks, copies=copies)
-        found.append(Cluster(f"{num_machines}×{num_blocks}, {copies:g} copies", num_blocks, tuple(machines), {}))
+        found.append(Cluster(f"{num_machines}x{num_blocks}, {copies:g} copies", num_blocks, tuple(machines), {}))
     return found
 
 
@@ -106,7 +106,9 @@ def outcome(name: str, machines: Sequence[Machine], num_blocks: int) -> Outcome:
 def settle(machines: Sequence[Hardware], num_blocks: int, rule: Rule, *, seed: int) -> tuple[tuple[Machine, ...], int]:
     """The machines after all have joined and moved, and how many moves that took."""
     stays = [Stay(0.0, float("inf"), slot) for slot in range(len(machines))]
-    scene = Scene(num_blocks, stays, machines.__getitem__, SETTLE_SECONDS, measure_every=SETTLE_SECONDS, delays=Delays())
+    scene = Scene(
+        num_blocks, stays, machines.__getitem__, SETTLE_SECONDS, measure_every=SETTLE_SECONDS, delays=Delays()
+    )
     arrangement = Arrangement(scene, rule, seed=seed)
     arrangement.advance(SETTLE_SECONDS)
     assert arrangement.now == EPOCH + SETTLE_SECONDS

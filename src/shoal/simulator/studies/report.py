@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -45,7 +45,9 @@ class Report:
     notes: str = ""
 
     def text(self) -> str:
-        return "\n\n".join([self.title, *(table.text() for table in self.tables), *([self.notes] if self.notes else [])])
+        return "\n\n".join(
+            [self.title, *(table.text() for table in self.tables), *([self.notes] if self.notes else [])]
+        )
 
     def markdown(self, *, command: str, plot: str | None) -> str:
         made = f"`{command}`, {date.today()}, on {describe_machine()}."
@@ -86,7 +88,7 @@ def percent(value: float) -> str:
 
 
 def seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0f} s"
+    return "-" if value is None else f"{value:.0f} s"
 
 
 def write(report: Report, folder: Path, draw: Callable[[Any], None] | None, page: Path | None) -> None:
@@ -96,10 +98,12 @@ def write(report: Report, folder: Path, draw: Callable[[Any], None] | None, page
     if draw is not None:
         plot = folder / f"{report.name}.svg"
         save_plot(draw, plot)
-    text = report.markdown(command=command_line(), plot=plot and plot.name)
+    text = report.markdown(command=command_line(), plot=None if plot is None else plot.name)
     (folder / f"{report.name}.md").write_text(text + "\n")
     if page is not None:
-        near = report.markdown(command=command_line(), plot=plot and os.path.relpath(plot, page.parent))
+        near = report.markdown(
+            command=command_line(), plot=None if plot is None else os.path.relpath(plot, page.parent)
+        )
         put_into_page(page, report.name, near)
 
 
@@ -122,4 +126,3 @@ def save_plot(draw: Callable[[Any], None], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     draw(figure)
     figure.savefig(path, metadata={"Date": None})
-

@@ -101,8 +101,8 @@ def report(plan: Plan, summaries: dict[tuple[str, str], Summary]) -> Report:
             rows.append(("", "*goal*", f"≥ {share(goal.exact)}", holes, minimum, f"≤ {goal.moves:g}", heal, ""))
     notes = (
         f"Averages of {len(plan.seeds)} runs of {plan.hours:g} h after half an hour. A span as long as a machine can"
-        f" hold loads in {plan.load_seconds:g} s; views are up to {plan.delays.view:g} s old; a vanished server stays in"
-        f" them for {plan.delays.vanish:g} s."
+        f" hold loads in {plan.load_seconds:g} s; views are up to {plan.delays.view:g} s old; a vanished server stays"
+        f" in them for {plan.delays.vanish:g} s."
     )
     return Report("side-by-side", "Rules for joining and moving side by side", (Table(HEADINGS, tuple(rows)),), notes)
 

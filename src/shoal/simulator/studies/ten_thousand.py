@@ -61,7 +61,7 @@ class Large:
 
 
 class Crowd(SharedPlan):
-    """The shared plan, where a newcomer sees a sample of the others: placing it by all of them would take too long here.
+    """The shared plan, where a newcomer sees a sample of the others: to place it by all would take too long here.
 
     Its first members are spread evenly: the swarm is old, and how it began does not matter.
     """
@@ -71,7 +71,9 @@ class Crowd(SharedPlan):
         self.name = "shared plan"
         self._sample = sample
 
-    def join(self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random) -> Span:
+    def join(
+        self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
+    ) -> Span:
         if machine.up_since <= EPOCH or len(others) <= self._sample:
             length = min(machine.max_blocks, num_blocks)
             start = rng.randint(0, num_blocks - length)
@@ -102,7 +104,14 @@ def study(size: Size, *, seed: int, advance: Advance) -> Large:
         delays=Delays(cohorts=1, watched=0),
     )
     rule = Crowd()
-    load = Load(size.num_clients, Habits(draw_talk), num_places=100, num_training=size.num_clients // 100, ramp=size.ramp, kept=size.kept)
+    load = Load(
+        size.num_clients,
+        Habits(draw_talk),
+        num_places=100,
+        num_training=size.num_clients // 100,
+        ramp=size.ramp,
+        kept=size.kept,
+    )
     traffic = Traffic(scene, rule, load, seed=seed)
     _advance(traffic, 0.0, size.quiet_seconds, total, advance, "churn")
     quiet = time.monotonic()
@@ -147,7 +156,7 @@ def _kind(rng: random.Random, size: Size) -> Hardware:
 def report(found: Sequence[Large]) -> Report:
     """A column for each size."""
     rows: list[tuple[str, ...]] = [
-        ("servers, blocks", *(f"{each.summary.num_machines:,.0f} × {each.size.num_blocks}" for each in found)),
+        ("servers, blocks", *(f"{each.summary.num_machines:,.0f} x {each.size.num_blocks}" for each in found)),
         ("copies of each block", *(f"{each.summary.copies:.0f}" for each in found)),
         ("departures, moves", *(f"{each.summary.num_departures}, {each.summary.num_moves}" for each in found)),
         ("exact, of the bound", *(share(each.summary.exact) for each in found)),
@@ -175,7 +184,7 @@ def _simulated(size: Size) -> str:
 
 def _pair(values: Sequence[float]) -> str:
     if len(values) < 2:
-        return "–"
+        return "-"
     cuts = statistics.quantiles(values, n=20)
     return f"{cuts[9]:.2f} s, {cuts[18]:.2f} s"
 

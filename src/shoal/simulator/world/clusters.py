@@ -97,7 +97,7 @@ class Cluster:
 
 
 def read_clusters(path: Path) -> list[Cluster]:
-    """All clusters of a file, once for each model. Raises `UserError` if the file cannot be read, or is no such file."""
+    """All clusters of a file, once for each model. Raises `UserError` if it cannot be read, or has another format."""
     file = read_json(path, ClusterFile)
     return [
         _cluster(file, name, model) for name, spec in sorted(file.clusters.items()) for model in sorted(spec.profiles)

@@ -38,7 +38,7 @@ class WeibullFit:
 
 
 def fit_weibull(durations: Durations) -> WeibullFit:
-    """The most likely Weibull distribution, where some durations were cut off. Raises `ValueError` for fewer than two."""
+    """The most likely Weibull distribution; some durations may be cut off. Raises `ValueError` for fewer than two."""
     ended, every = durations.ended, (*durations.ended, *durations.cut)
     if len(ended) < 2 or min(every) <= 0 or len(set(every)) < 2:
         raise ValueError("a fit takes two different durations, which are positive")
