@@ -219,7 +219,7 @@ def test_equal_seeds_give_equal_runs(rule):
 
 
 def test_the_shared_plan_heals_a_hole_that_stays_without_moves():
-    stays = [Stay(0, FOREVER, slot) for slot in range(5)] + [Stay(0, 600, 5)]
+    stays = [Stay(0, FOREVER, slot) for slot in range(5)] + [Stay(0, 600, slot) for slot in (5, 6)]
     summaries = {}
     for rule in (Never(), SharedPlan()):
         run = Arrangement(scene(stays, num_blocks=6, seconds=3600.0), Lopsided(rule), seed=0)
@@ -232,12 +232,12 @@ def test_the_shared_plan_heals_a_hole_that_stays_without_moves():
 
 
 class Lopsided:
-    """Another rule's moves, after a beginning in which one server is the only one of two blocks."""
+    """Another rule's moves, after a beginning in which the last two servers are the only ones of two blocks."""
 
     def __init__(self, rule: Rule) -> None:
         self.name = rule.name
         self._rule = rule
-        self._spans = [Span(0, 2), Span(0, 2), Span(2, 4), Span(2, 4), Span(2, 4), Span(4, 6)]
+        self._spans = [Span(0, 2), Span(0, 2), Span(2, 4), Span(2, 4), Span(2, 4), Span(4, 6), Span(4, 6)]
 
     def join(
         self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random

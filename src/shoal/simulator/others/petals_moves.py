@@ -1,4 +1,4 @@
-"""PETALS' rules for joining and moving (`shoal.policy.placement.petals`), asked at random intervals as its code does."""
+"""PETALS' rules for joining and moving (`shoal.policy.placement.petals`), asked at random times as its code does."""
 
 from __future__ import annotations
 

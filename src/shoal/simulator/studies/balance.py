@@ -48,12 +48,11 @@ def run_all(plan: Plan, advance: Advance, *, num_tries: int) -> list[Balance]:
             arrangement = Arrangement(scene, rule_of(rule), seed=plan.seeds[0])
             rng = random.Random(plan.seeds[0])  # noqa: S311 - repeatable, not secret
             shares: list[float] = []
-            at = WARM_UP
-            while at < scene.seconds:
-                arrangement.advance(at)
+            looks = range(max(1, round(plan.hours * HOUR / EVERY)))
+            for look in looks:
+                arrangement.advance(WARM_UP + look * EVERY)
                 shares.append(_share_of_search(arrangement, num_tries, rng))
-                at += EVERY
-                advance(EVERY / (scene.seconds - WARM_UP) / len(plan.settings) / len(plan.rules), setting.name)
+                advance(1 / len(looks) / len(plan.settings) / len(plan.rules), f"{setting.name}, {rule}")
             arrangement.advance(scene.seconds)
             history = [each for each in arrangement.meter.history if each[0] >= arrangement.meter.begins]
             found.append(

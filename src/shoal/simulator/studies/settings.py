@@ -14,7 +14,7 @@ from shoal.simulator.world.traces import TraceFile, Window, busiest_windows, sta
 
 HOUR = 3600.0
 NUM_BLOCKS = 80
-NUM_MACHINES = 100
+NUM_MACHINES = 40
 WARM_UP = 1800.0
 SPREAD_OF_SIZES = 0.5
 """The standard deviation of the logarithm of how many blocks machines can hold."""

@@ -67,9 +67,10 @@ def run(plan: Plan, setting: Setting, rule: Rule, seed: int, advance: Advance) -
     arrangement = Arrangement(scene, rule, seed=seed)
     at = 0.0
     while at < scene.seconds:
-        at = min(at + CHUNK, scene.seconds)
+        step = min(CHUNK, scene.seconds - at)
+        at += step
         arrangement.advance(at)
-        advance(CHUNK / scene.seconds / plan.num_runs, f"{setting.name}, {rule.name}, seed {seed}")
+        advance(step / scene.seconds / plan.num_runs, f"{setting.name}, {rule.name}, seed {seed}")
     return arrangement.summary()
 
 
