@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 
+import numpy as np
+
 from shoal.policy.placement.machines import Machine
 from shoal.simulator.fluid.arrangement import EPOCH, Delays, Scene
 from shoal.simulator.fluid.measures import Summary
@@ -63,22 +65,27 @@ class Large:
 class Crowd(SharedPlan):
     """The shared plan, where a newcomer sees a sample of the others: to place it by all would take too long here.
 
-    Its first members are spread evenly: the swarm is old, and how it began does not matter.
+    Its first members go one after another to the weakest blocks, with the length at which they compute most. The swarm
+    is old; how it began does not matter.
     """
 
-    def __init__(self, *, sample: int = 400) -> None:
+    def __init__(self, num_blocks: int, *, sample: int = 400) -> None:
         super().__init__(selective=True)
-        self.name = "shared plan"
         self._sample = sample
+        self._power = np.zeros(num_blocks)
 
     def join(
         self, machine: Machine, others: Sequence[Machine], num_blocks: int, *, now: float, rng: random.Random
     ) -> Span:
-        if machine.up_since <= EPOCH or len(others) <= self._sample:
-            length = min(machine.max_blocks, num_blocks)
-            start = rng.randint(0, num_blocks - length)
-            return Span(start, start + length)
-        return super().join(machine, rng.sample(others, self._sample), num_blocks, now=now, rng=rng)
+        if machine.up_since > EPOCH:
+            seen = rng.sample(others, min(self._sample, len(others)))
+            return super().join(machine, seen, num_blocks, now=now, rng=rng)
+        lengths = range(1, min(machine.max_blocks, num_blocks) + 1)
+        length = max(lengths, key=lambda each: machine.speed(each) * each)
+        sums = np.convolve(self._power, np.ones(length), "valid")
+        start = int(sums.argmin())
+        self._power[start : start + length] += machine.speed(length)
+        return Span(start, start + length)
 
 
 def draw_talk(rng: random.Random) -> Talk:
@@ -103,7 +110,7 @@ def study(size: Size, *, seed: int, advance: Advance) -> Large:
         measure_every=MEASURE_SECONDS,
         delays=Delays(cohorts=1, watched=0),
     )
-    rule = Crowd()
+    rule = Crowd(size.num_blocks)
     load = Load(
         size.num_clients,
         Habits(draw_talk),
