@@ -1,4 +1,8 @@
-"""Swarms and servers in virtual time, decided by the live functions of `shoal.policy`.
+"""A swarm in virtual time: thousands of simulated machines that decide with the functions of the live servers.
 
-It may import everything but `shoal.cli` and `shoal.testing`; nothing imports it.
+    python -m shoal.simulator --help        docs/scale.md explains the studies and the formats of traces and clusters
+
+`world` has what is there without shoal: machines, places, and when each machine comes and goes. `fluid` simulates which
+blocks are where, and takes throughput from formulas. `steps` simulates each step of each client. `studies` answer
+questions with tables and plots. It imports policy, records and the ground; only programs import it.
 """

@@ -1,0 +1,185 @@
+"""What a swarm that changes was worth over time: shares of the placement-free bound, holes, moves.
+
+The share "exact" is what servers reach that divide their time among their blocks as well as possible, "min" the summed
+speed of the weakest block (the paper's measure); both are shares of what the machines that are there could reach if
+blocks were anywhere (`shoal.policy.placement.bound`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shoal.spans import Span
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in figures. Shares are averages over time, between 0 and 1.
+
+    `hole` is the share of time in which a block had no server that was online. Times in which all machines together
+    cannot hold all blocks are left out of these, and make the share `impossible`. `heal_seconds` is the median time
+    for which a block had no server, `None` if there was no hole. `copies` is how many times the machines can hold each
+    block, and `num_machines` how many there were, on average.
+    """
+
+    exact: float
+    minimum: float
+    hole: float
+    impossible: float
+    heal_seconds: float | None
+    num_holes: int
+    num_moves: int
+    num_departures: int
+    copies: float
+    num_machines: float
+    tokens_per_second: float
+
+    @property
+    def moves_per_departure(self) -> float:
+        return self.num_moves / max(1, self.num_departures)
+
+
+def mean_of(summaries: Sequence[Summary]) -> Summary:
+    """The averages over several runs of the same length; of `heal_seconds`, the median over the runs that had holes."""
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    healed = [each.heal_seconds for each in summaries if each.heal_seconds is not None]
+    return Summary(
+        exact=mean([each.exact for each in summaries]),
+        minimum=mean([each.minimum for each in summaries]),
+        hole=mean([each.hole for each in summaries]),
+        impossible=mean([each.impossible for each in summaries]),
+        heal_seconds=statistics.median(healed) if healed else None,
+        num_holes=sum(each.num_holes for each in summaries),
+        num_moves=sum(each.num_moves for each in summaries),
+        num_departures=sum(each.num_departures for each in summaries),
+        copies=mean([each.copies for each in summaries]),
+        num_machines=mean([each.num_machines for each in summaries]),
+        tokens_per_second=mean([each.tokens_per_second for each in summaries]),
+    )
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a swarm can do at one moment, in tokens per second, and what its machines could do."""
+
+    exact: float
+    minimum: float
+    bound: float
+    num_machines: int
+    copies: float
+
+
+NOTHING = Worth(0.0, 0.0, 0.0, 0, 0.0)
+
+
+@dataclass
+class Meter:
+    """Averages over time from the time `begins` on. What happens before counts for the state only."""
+
+    num_blocks: int
+    begins: float
+    _since: float = 0.0
+    _worth: Worth = NOTHING
+    _has_hole: bool = True
+    _possible: float = 0.0
+    _impossible: float = 0.0
+    _last_impossible: float = 0.0
+    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("exact", "minimum", "hole", "speed"), 0.0))
+    _machines: float = 0.0
+    _copies: float = 0.0
+    _holders: list[int] = field(default_factory=list)
+    _empty_since: dict[int, float] = field(default_factory=dict)
+    _healed: list[float] = field(default_factory=list)
+    num_moves: int = 0
+    num_departures: int = 0
+    history: list[tuple[float, float, bool]] = field(default_factory=list)
+    """The time, the exact share and whether there is a hole, at each change: for plots."""
+
+    def __post_init__(self) -> None:
+        self._holders = [0] * self.num_blocks
+        self._since = self.begins
+
+    @property
+    def has_hole(self) -> bool:
+        """Whether a block has no server that is online."""
+        return any(not count for count in self._holders)
+
+    def fewest_holders(self, span: Span) -> int:
+        """How many servers that are online hold the block of the span that the fewest hold."""
+        return min(self._holders[span.start : span.end])
+
+    def online(self, span: Span, *, now: float) -> None:
+        """A server with this span is online from now on."""
+        self._pass(now)
+        for block in span:
+            self._holders[block] += 1
+            since = self._empty_since.pop(block, None)
+            if since is not None and since >= max(self.begins, self._last_impossible):
+                self._healed.append(now - since)
+        self._has_hole = self.has_hole
+
+    def offline(self, span: Span, *, now: float) -> None:
+        """A server with this span is not online any more."""
+        self._pass(now)
+        for block in span:
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                self._empty_since[block] = now
+        self._has_hole = self.has_hole
+
+    def moved(self, *, now: float) -> None:
+        """A server has begun to move."""
+        self.num_moves += now >= self.begins
+
+    def departed(self, *, now: float) -> None:
+        """A server has gone."""
+        self.num_departures += now >= self.begins
+
+    def worth(self, worth: Worth, *, now: float) -> None:
+        """What the swarm can do from now on."""
+        self._pass(now)
+        self._worth = worth
+        share = worth.exact / worth.bound if worth.bound > 0 else 0.0
+        self.history.append((now, share, self._has_hole))
+
+    def _pass(self, now: float) -> None:
+        """Count the time since the last change."""
+        seconds = now - self._since
+        if seconds <= 0:
+            return
+        self._since = now
+        worth = self._worth
+        self._machines += worth.num_machines * seconds
+        self._copies += worth.copies * seconds
+        if worth.bound <= 0:
+            self._impossible += seconds
+            self._last_impossible = now
+            return
+        self._possible += seconds
+        self._sums["speed"] += worth.exact * seconds
+        self._sums["exact"] += worth.exact / worth.bound * seconds
+        self._sums["minimum"] += worth.minimum / worth.bound * seconds
+        self._sums["hole"] += self._has_hole * seconds
+
+    def summary(self, *, now: float) -> Summary:
+        """The figures up to now."""
+        self._pass(now)
+        possible, total = max(self._possible, 1e-9), max(self._possible + self._impossible, 1e-9)
+        return Summary(
+            exact=self._sums["exact"] / possible,
+            minimum=self._sums["minimum"] / possible,
+            hole=self._sums["hole"] / possible,
+            impossible=self._impossible / total,
+            heal_seconds=statistics.median(self._healed) if self._healed else None,
+            num_holes=len(self._healed) + sum(since >= self.begins for since in self._empty_since.values()),
+            num_moves=self.num_moves,
+            num_departures=self.num_departures,
+            copies=self._copies / total,
+            num_machines=self._machines / total,
+            tokens_per_second=self._sums["speed"] / possible,
+        )

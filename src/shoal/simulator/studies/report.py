@@ -1,0 +1,128 @@
+"""Results: a table for the terminal, a part of a page in Markdown, a plot. The machine and the command are named."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import UserError
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings."""
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        lines = [self.headings, tuple("---" for _ in self.headings), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    def text(self) -> str:
+        """In columns, for a terminal."""
+        lines = [self.headings, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.headings))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a study found: `name` is that of its files and of its place in a page."""
+
+    name: str
+    title: str
+    tables: tuple[Table, ...]
+    notes: str = ""
+
+    def text(self) -> str:
+        return "\n\n".join(
+            [self.title, *(table.text() for table in self.tables), *([self.notes] if self.notes else [])]
+        )
+
+    def markdown(self, *, command: str, plot: str | None) -> str:
+        made = f"`{command}`, {date.today()}, on {describe_machine()}."
+        picture = [f"![{self.title}]({plot})"] if plot else []
+        notes = [self.notes] if self.notes else []
+        return "\n\n".join([*(table.markdown() for table in self.tables), *notes, *picture, made])
+
+
+def describe_machine() -> str:
+    """One line: processor, cores, memory, Python."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{_processor()}, {cores} cores, {memory:.0f} GiB, Python {platform.python_version()}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def command_line() -> str:
+    """The command that was given; of files, only the names."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return " ".join(["python -m shoal.simulator", *words])
+
+
+def share(value: float) -> str:
+    """A share of a bound, with two digits."""
+    return f"{value:.2f}".removeprefix("0") if 0 <= value < 1 else f"{value:.2f}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %" if value < 0.1 else f"{100 * value:.0f} %"
+
+
+def seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} s"
+
+
+def write(report: Report, folder: Path, draw: Callable[[Any], None] | None, page: Path | None) -> None:
+    """Write NAME.md and NAME.svg into a folder, and the first also into a page (`put_into_page`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plot = None
+    if draw is not None:
+        plot = folder / f"{report.name}.svg"
+        save_plot(draw, plot)
+    text = report.markdown(command=command_line(), plot=None if plot is None else plot.name)
+    (folder / f"{report.name}.md").write_text(text + "\n")
+    if page is not None:
+        near = report.markdown(
+            command=command_line(), plot=None if plot is None else os.path.relpath(plot, page.parent)
+        )
+        put_into_page(page, report.name, near)
+
+
+def put_into_page(page: Path, name: str, text: str) -> None:
+    """Replace what is between the two comments of a study in a page. Raises `UserError` if they are not there."""
+    begins, ends = f"<!-- {name}: written by the simulator -->", f"<!-- end of {name} -->"
+    found = re.compile(re.escape(begins) + ".*?" + re.escape(ends), re.DOTALL)
+    before = page.read_text()
+    if not found.search(before):
+        raise UserError(f"{page} has no place for {name}", hint=f"write {begins} and {ends} into it")
+    page.write_text(found.sub(lambda _: f"{begins}\n\n{text}\n\n{ends}", before))
+
+
+def save_plot(draw: Callable[[Any], None], path: Path) -> None:
+    """Draw a figure and save it. Raises `UserError` without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise UserError("plots need matplotlib", hint="pip install 'shoal[simulator]', or leave out --out") from missing
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    draw(figure)
+    figure.savefig(path, metadata={"Date": None})

@@ -1,0 +1,1 @@
+"""Machines, places, and when machines come and go: drawn at random with a seed, or read from files that users name."""

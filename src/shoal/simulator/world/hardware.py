@@ -1,0 +1,134 @@
+"""What machines can hold and compute: drawn at random, or by the profile of a kind of machine."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from shoal.peers import MAX_SPEED_POINTS, Capacity
+from shoal.policy.placement.machines import Machine
+from shoal.spans import Span
+
+LOAD_SECONDS = 60.0
+"""Seconds in which a machine loads as many blocks as it can hold, where a study does not say otherwise."""
+MEDIAN_BLOCK_SPEED = 6000.0
+"""Tokens per second of one block, of the median machine: about a T4 with LLaMA-2-70B (arXiv 2406.01566)."""
+SPREAD_OF_SPEED = 0.7
+"""The standard deviation of the logarithm of speeds: two thirds of the machines are within a factor of 2."""
+SLOWEST_NETWORK, FASTEST_NETWORK = 760.0, 7600.0
+"""Tokens per second of 100 Mbit/s and of 1 Gbit/s, with hidden states of 16 KiB."""
+FULL_BATCH = 16
+"""Sequences that a machine decodes together when it is saturated."""
+ROW_SHARE = 0.5
+"""The part of the time of a saturated pass that grows with its rows. The rest is the reading of the weights."""
+LEAST_CACHE_FACTOR, MOST_CACHE_FACTOR = 0.45, 0.8
+"""A machine that is full of blocks computes a block at this part of the speed that it has with one block only, because
+less memory is left for caches. The profiles of Helix have .13 to .64, in these units."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine without a place: `max_blocks`, and its speed with a span of each length (`shoal.peers.Capacity`).
+
+    `load_seconds` is what one block takes to load. `kind` names the profile, if there is one.
+    """
+
+    max_blocks: int
+    block_speeds: tuple[tuple[int, float], ...]
+    network_speed: float
+    load_seconds: float
+    kind: str = ""
+
+    @property
+    def capacity(self) -> Capacity:
+        """What a server on such a machine announces."""
+        return Capacity(
+            max_blocks=self.max_blocks,
+            block_speeds=tuple(_fewer(self.block_speeds)),
+            network_speed=None if math.isinf(self.network_speed) else self.network_speed,
+            load_seconds=self.load_seconds,
+            disk_seconds=self.load_seconds,
+        )
+
+    def machine(
+        self, peer: str, span: Span | None, *, zone: str = "", up_since: float = 0.0, ready_at: float = 0.0
+    ) -> Machine:
+        """The machine as placement sees it, with exact figures. It moves unless it loads."""
+        return Machine(
+            peer,
+            span,
+            self.max_blocks,
+            self.block_speeds,
+            network_speed=self.network_speed,
+            movable=not ready_at,
+            load_seconds=self.load_seconds,
+            disk_seconds=self.load_seconds,
+            zone=zone,
+            up_since=up_since,
+            ready_at=ready_at,
+        )
+
+    def block_seconds(self, num_blocks: int) -> tuple[float, float]:
+        """Seconds of one block in a pass: of the block itself, and of each of its rows, with a span of this length."""
+        saturated = FULL_BATCH / self.machine("", None).block_speed(num_blocks)
+        return (1 - ROW_SHARE) * saturated, ROW_SHARE * saturated / FULL_BATCH
+
+    def with_load_seconds(self, seconds: float) -> Hardware:
+        """The same machine, which loads as many blocks as it can hold in so many seconds."""
+        return replace(self, load_seconds=seconds / self.max_blocks)
+
+
+def draw_hardware(rng: random.Random, *, max_blocks: int, load_seconds: float = LOAD_SECONDS) -> Hardware:
+    """A machine of random speed that can hold `max_blocks` blocks."""
+    fast = MEDIAN_BLOCK_SPEED * rng.lognormvariate(0.0, SPREAD_OF_SPEED)
+    slow = fast * rng.uniform(LEAST_CACHE_FACTOR, MOST_CACHE_FACTOR)
+    speeds = ((1, fast), (max_blocks, slow)) if max_blocks > 1 else ((1, fast),)
+    network = math.exp(rng.uniform(math.log(SLOWEST_NETWORK), math.log(FASTEST_NETWORK)))
+    return Hardware(max_blocks, speeds, network, load_seconds / max_blocks)
+
+
+def draw_swarm(
+    rng: random.Random, *, num_machines: int, num_blocks: int, copies: float, load_seconds: float = LOAD_SECONDS
+) -> list[Hardware]:
+    """Random machines that can together hold each block `copies` times. The largest holds about 4 times the mean."""
+    weights = [rng.lognormvariate(0.0, 0.5) for _ in range(num_machines)]
+    sizes = share_out(weights, round(copies * num_blocks), least=1, most=num_blocks)
+    return [draw_hardware(rng, max_blocks=size, load_seconds=load_seconds) for size in sizes]
+
+
+def share_out(weights: Sequence[float], total: int, *, least: int, most: int) -> list[int]:
+    """Whole numbers in proportion to the weights, within limits, whose sum is `total` as nearly as the limits allow."""
+    low, high = 0.0, total / min(weights)
+    for _ in range(60):
+        scale = (low + high) / 2
+        if sum(min(most, max(least, math.floor(scale * weight))) for weight in weights) > total:
+            high = scale
+        else:
+            low = scale
+    return [min(most, max(least, math.floor(low * weight))) for weight in weights]
+
+
+def profiled(kind: str, tokens_per_second: Sequence[float], *, network_speed: float, load_seconds: float) -> Hardware:
+    """A machine by its measured speeds through spans of 1, 2, … blocks."""
+    exact = [(length, speed * length) for length, speed in enumerate(tokens_per_second, start=1)]
+    return Hardware(len(exact), tuple(exact), network_speed, load_seconds / len(exact), kind)
+
+
+def _fewer(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most as many points as a record has room for: always the one that is missed most by the others."""
+    kept = {0, len(points) - 1}
+    while len(kept) < min(MAX_SPEED_POINTS, len(points)):
+        errors = {index: _error(points, kept, index) for index in range(len(points)) if index not in kept}
+        kept.add(max(errors, key=errors.__getitem__))
+    return [points[index] for index in sorted(kept)]
+
+
+def _error(points: Sequence[tuple[int, float]], kept: set[int], index: int) -> float:
+    """By which part the interpolation between kept points misses a point."""
+    left = max(each for each in kept if each < index)
+    right = min(each for each in kept if each > index)
+    share = (index - left) / (right - left)
+    between = points[left][1] + share * (points[right][1] - points[left][1])
+    return abs(between - points[index][1]) / points[index][1]
