@@ -1,0 +1,219 @@
+"""What a peer has read of the servers of one model, and what it reads next: the same on every network.
+
+Nothing here talks: an implementation of `Directory` asks `plan` which shards to read, reads them, and passes what it
+found to `take`. Time and randomness are arguments.
+
+A small swarm is read whole each time, so its catalog is complete. Of a large one, each read takes a few shards in
+random order, each of another bucket, and what was read stays until it expires.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shoal.peers import ServerInfo, ServerState
+from shoal.policy.census.levels import (
+    FEWEST,
+    Shard,
+    bucket_of,
+    level_for,
+    num_buckets,
+    reading_level,
+    shard_of,
+    shards_at,
+)
+
+if TYPE_CHECKING:
+    import random
+
+MOST_SHARDS = 64
+"""The shards of one read: each costs a search in the directory."""
+MOST_LISTED = 16_384
+"""Servers that are remembered. Those that expire first are forgotten, whoever filled the directory with them."""
+COUNTED = 8
+"""The latest shards of a bucket from which the number of its servers is estimated."""
+COUNT_SECONDS = 600.0
+"""How long the number of servers in a shard counts, and for how long a level counts as refuted."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A server as it was found: what it announces, the level at which it publishes, and when that expires.
+
+    Of two announcements of one peer, the one with the higher `version` is the later.
+    """
+
+    info: ServerInfo
+    level: int
+    expires: float
+    version: float
+
+
+@dataclass(frozen=True)
+class _Count:
+    """How many servers a shard had at a time."""
+
+    shard: Shard
+    number: int
+    at: float
+
+
+class Catalog:
+    """The servers of one model that a peer has read about. All times are those of the records.
+
+    A swarm of about `most_whole` servers is read whole; of a larger one, the peer reads a sample.
+    """
+
+    def __init__(self, num_blocks: int, rng: random.Random, *, most_whole: int) -> None:
+        self._most_whole = most_whole
+        self._most_shards = max(MOST_SHARDS, num_buckets(num_blocks))
+        self._num_blocks = num_blocks
+        self._rng = rng
+        self._listings: dict[str, Listing] = {}  # by peer
+        self._counts: dict[int, list[_Count]] = {}  # by bucket, the latest last
+        self._refuted: dict[tuple[int, int], float] = {}  # until when, by bucket and level
+        self._unread: dict[tuple[int, int], list[Shard]] = {}  # what is left of a round, by bucket and level
+        self._last_read: dict[int, float] = {}  # by bucket
+        self._votes: dict[int, Counter[int]] = {}  # by bucket: at which levels its servers publish
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def plan(self, *, now: float, most: int = MOST_SHARDS) -> tuple[Shard, ...]:
+        """The shards to read next: all of a small swarm, otherwise at most `most`, and at least one."""
+        self._forget(now)
+        whole = self._whole(now)
+        if self.is_small(now):
+            return whole
+        buckets = sorted(range(num_buckets(self._num_blocks)), key=lambda each: self._last_read.get(each, -1.0))
+        return tuple(self._next_shard(bucket, now) for bucket in buckets[: max(most, 1)])
+
+    def is_behind(self, now: float) -> bool:
+        """Whether a small swarm has shards that were never read: what was read first showed that there are more."""
+        counted = {count.shard for counts in self._counts.values() for count in counts}
+        return self.is_small(now) and not counted.issuperset(self._whole(now))
+
+    def search(self, blocks: Collection[int], *, now: float) -> Iterator[tuple[Shard, ...]]:
+        """What to read to find holders of these blocks, bucket by bucket: the nearest before a block come first."""
+        for bucket in sorted({bucket_of(block) for block in blocks}, reverse=True):
+            for each in range(bucket, -1, -1):
+                if self.missing(blocks, now=now):
+                    yield shards_at(each, self._reading_level(each, now))[:MOST_SHARDS]
+
+    def take(self, found: Mapping[Shard, Sequence[Listing]], *, now: float) -> None:
+        """Add what a read has found. Shards that could not be read are not in `found`."""
+        for shard, listings in found.items():
+            valid = [listing for listing in listings if listing.expires > now]
+            for listing in valid:
+                other = self._listings.get(listing.info.peer, listing)
+                self._listings[listing.info.peer] = listing if listing.version >= other.version else other
+            number = len({listing.info.peer for listing in valid})
+            counts = [each for each in self._counts.get(shard.bucket, []) if each.shard != shard]
+            self._counts[shard.bucket] = [*counts, _Count(shard, number, now)][-max(COUNTED, 1 << shard.level) :]
+            self._last_read[shard.bucket] = now
+            numbers = self._numbers(shard.bucket, shard.level, now)
+            if shard.level and statistics.median(numbers) < FEWEST / 4:
+                self._refuted[shard.bucket, shard.level] = now + COUNT_SECONDS
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        left = [each for each in self._listings.values() if each.expires > now]
+        if len(left) > MOST_LISTED:
+            left = sorted(left, key=lambda each: each.expires)[-MOST_LISTED:]
+        self._listings = {each.info.peer: each for each in left}
+        self._refuted = {key: until for key, until in self._refuted.items() if until > now}
+        self._votes = {}
+        for each in left:
+            self._votes.setdefault(bucket_of(each.info.span.start), Counter())[each.level] += 1
+
+    def _whole(self, now: float) -> tuple[Shard, ...]:
+        buckets = range(num_buckets(self._num_blocks))
+        return tuple(shard for bucket in buckets for shard in shards_at(bucket, self._reading_level(bucket, now)))
+
+    def _next_shard(self, bucket: int, now: float) -> Shard:
+        """The next shard in a random order of all shards of a bucket."""
+        level = self._reading_level(bucket, now)
+        left = self._unread.setdefault((bucket, level), [])
+        if not left:
+            left.extend(shards_at(bucket, level))
+            self._rng.shuffle(left)
+        return left.pop()
+
+    def _reading_level(self, bucket: int, now: float) -> int:
+        refuted = {level for (each, level), until in self._refuted.items() if each == bucket and until > now}
+        return reading_level(self._votes.get(bucket, Counter()), refuted)
+
+    # -- numbers ------------------------------------------------------------------------------------------------------
+
+    def _numbers(self, bucket: int, level: int, now: float) -> list[int]:
+        """How many servers the shards had that were read lately at a level."""
+        counts = self._counts.get(bucket, ())
+        return [each.number for each in counts if each.shard.level == level and each.at > now - COUNT_SECONDS]
+
+    def num_servers(self, bucket: int, *, now: float) -> float | None:
+        """About how many servers a bucket has; `None` if it was never read."""
+        if bucket not in self._last_read:
+            return None
+        level = self._reading_level(bucket, now)
+        numbers = self._numbers(bucket, level, now) or [sum(self._votes.get(bucket, Counter()).values())]
+        # Shards are random parts, so the median is near the mean, and a shard that a liar has filled does not count.
+        middle = statistics.median(numbers) if len(numbers) < 1 << level else statistics.mean(numbers)
+        return float(middle * (1 << level))
+
+    @property
+    def num_known(self) -> int:
+        """How many servers the peer has read about."""
+        return len(self._listings)
+
+    def total(self, now: float) -> float:
+        """About how many servers the model has."""
+        return sum(self.num_servers(bucket, now=now) or 0.0 for bucket in range(num_buckets(self._num_blocks)))
+
+    def is_small(self, now: float) -> bool:
+        """Whether all servers are read each time."""
+        return self.total(now) <= self._most_whole and len(self._whole(now)) <= self._most_shards
+
+    def writing_level(self, start: int, current: int | None, *, now: float) -> int:
+        """The level at which a server publishes whose span starts at this block; `current` is its level until now."""
+        bucket = bucket_of(start)
+        number, votes = self.num_servers(bucket, now=now), self._votes.get(bucket, Counter())
+        if number is None:
+            return current or 0
+        usual = max(votes, key=lambda level: (votes[level], -level), default=0)
+        return level_for(number, usual if current is None else current)
+
+    def level_read(self, bucket: int, *, now: float) -> int:
+        """The level at which this peer reads a bucket."""
+        return self._reading_level(bucket, now)
+
+    # -- servers ------------------------------------------------------------------------------------------------------
+
+    def servers(self, *, now: float) -> tuple[ServerInfo, ...]:
+        """The servers whose latest announcements have not expired, sorted by their peer ids.
+
+        An announcement counts until it expires, even if a later read misses it: the peers that store it may answer too
+        late while a batch occupies their links.
+        """
+        return tuple(each.info for _, each in sorted(self._listings.items()) if each.expires > now)
+
+    def missing(self, blocks: Iterable[int], *, now: float) -> list[int]:
+        """Those of the blocks that no online server holds."""
+        online = [server.span for server in self.servers(now=now) if server.state is ServerState.ONLINE]
+        return [block for block in blocks if not any(block in span for span in online)]
+
+    def shards_read(self, bucket: int, *, now: float) -> dict[Shard, list[ServerInfo]]:
+        """The servers of each shard of a bucket that was read lately, at the level at which the peer reads now."""
+        level = self._reading_level(bucket, now)
+        counts = self._counts.get(bucket, ())
+        found: dict[Shard, list[ServerInfo]] = {
+            each.shard: [] for each in counts if each.shard.level == level and each.at > now - COUNT_SECONDS
+        }
+        for peer, listing in self._listings.items():
+            if listing.expires > now and bucket_of(listing.info.span.start) == bucket:
+                shard = shard_of(peer, bucket, level)
+                if shard in found:
+                    found[shard].append(listing.info)
+        return found
