@@ -36,6 +36,9 @@ MOST_LISTED = 16_384
 """Servers that are remembered. Those that expire first are forgotten, whoever filled the directory with them."""
 COUNTED = 8
 """The latest shards of a bucket from which the number of its servers is estimated."""
+RIVAL = 0.05
+"""If at least this part of a bucket's servers publishes where a reader does not see it, every second read goes there. At
+the right level shards are full, so whoever claims another one is soon outvoted."""
 COUNT_SECONDS = 600.0
 """How long the number of servers in a shard counts, and for how long a level counts as refuted."""
 
@@ -78,6 +81,7 @@ class Catalog:
         self._refuted: dict[tuple[int, int], float] = {}  # until when, by bucket and level
         self._unread: dict[tuple[int, int], list[Shard]] = {}  # what is left of a round, by bucket and level
         self._last_read: dict[int, float] = {}  # by bucket
+        self._num_reads: Counter[int] = Counter()  # by bucket
         self._votes: dict[int, Counter[int]] = {}  # by bucket: at which levels its servers publish
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -97,11 +101,22 @@ class Catalog:
         return self.is_small(now) and not counted.issuperset(self._whole(now))
 
     def search(self, blocks: Collection[int], *, now: float) -> Iterator[tuple[Shard, ...]]:
-        """What to read to find holders of these blocks, bucket by bucket: the nearest before a block come first."""
+        """What to read to find more holders of these blocks, bucket by bucket: the nearest before a block come first.
+
+        It ends when each block has a holder that was not known before.
+        """
+        known = set(self._listings)
         for bucket in sorted({bucket_of(block) for block in blocks}, reverse=True):
             for each in range(bucket, -1, -1):
-                if self.missing(blocks, now=now):
-                    yield shards_at(each, self._reading_level(each, now))[:MOST_SHARDS]
+                if not self._lacks(blocks, known, now):
+                    return
+                yield shards_at(each, self._reading_level(each, now))[:MOST_SHARDS]
+
+    def _lacks(self, blocks: Iterable[int], known: Collection[str], now: float) -> bool:
+        """Whether some block has no online holder beside those that were known."""
+        new = [server for server in self.servers(now=now) if server.peer not in known]
+        spans = [server.span for server in new if server.state is ServerState.ONLINE]
+        return any(not any(block in span for span in spans) for block in blocks)
 
     def take(self, found: Mapping[Shard, Sequence[Listing]], *, now: float) -> None:
         """Add what a read has found. Shards that could not be read are not in `found`."""
@@ -114,8 +129,9 @@ class Catalog:
             counts = [each for each in self._counts.get(shard.bucket, []) if each.shard != shard]
             self._counts[shard.bucket] = [*counts, _Count(shard, number, now)][-max(COUNTED, 1 << shard.level) :]
             self._last_read[shard.bucket] = now
+            self._num_reads[shard.bucket] += 1
             numbers = self._numbers(shard.bucket, shard.level, now)
-            if shard.level and statistics.median(numbers) < FEWEST / 4:
+            if shard.level and statistics.median(numbers) < FEWEST / 2:
                 self._refuted[shard.bucket, shard.level] = now + COUNT_SECONDS
         self._forget(now)
 
@@ -136,6 +152,10 @@ class Catalog:
     def _next_shard(self, bucket: int, now: float) -> Shard:
         """The next shard in a random order of all shards of a bucket."""
         level = self._reading_level(bucket, now)
+        votes = self._votes.get(bucket, Counter())
+        others = Counter({each: votes[each] for each in votes if each not in (level, level + 1)})
+        if self._num_reads[bucket] % 2 and others.total() > RIVAL * votes.total():
+            level = reading_level(others, self._refuted_levels(bucket, now))
         left = self._unread.setdefault((bucket, level), [])
         if not left:
             left.extend(shards_at(bucket, level))
@@ -143,8 +163,10 @@ class Catalog:
         return left.pop()
 
     def _reading_level(self, bucket: int, now: float) -> int:
-        refuted = {level for (each, level), until in self._refuted.items() if each == bucket and until > now}
-        return reading_level(self._votes.get(bucket, Counter()), refuted)
+        return reading_level(self._votes.get(bucket, Counter()), self._refuted_levels(bucket, now))
+
+    def _refuted_levels(self, bucket: int, now: float) -> set[int]:
+        return {level for (each, level), until in self._refuted.items() if each == bucket and until > now}
 
     # -- numbers ------------------------------------------------------------------------------------------------------
 
@@ -158,8 +180,12 @@ class Catalog:
         if bucket not in self._last_read:
             return None
         level = self._reading_level(bucket, now)
-        numbers = self._numbers(bucket, level, now) or [sum(self._votes.get(bucket, Counter()).values())]
-        # Shards are random parts, so the median is near the mean, and a shard that a liar has filled does not count.
+        numbers = self._numbers(bucket, level, now)
+        if not numbers:  # the level has just changed, or only the front was read
+            others = [each.number << each.shard.level for each in self._counts[bucket] if each.shard.level]
+            sample = self._votes.get(bucket, Counter()).total() << level
+            return float(statistics.median(others) if others else sample)
+        # Shards are random parts, so the median is near the mean, and a shard that somebody has filled does not count.
         middle = statistics.median(numbers) if len(numbers) < 1 << level else statistics.mean(numbers)
         return float(middle * (1 << level))
 
@@ -198,11 +224,6 @@ class Catalog:
         late while a batch occupies their links.
         """
         return tuple(each.info for _, each in sorted(self._listings.items()) if each.expires > now)
-
-    def missing(self, blocks: Iterable[int], *, now: float) -> list[int]:
-        """Those of the blocks that no online server holds."""
-        online = [server.span for server in self.servers(now=now) if server.state is ServerState.ONLINE]
-        return [block for block in blocks if not any(block in span for span in online)]
 
     def shards_read(self, bucket: int, *, now: float) -> dict[Shard, list[ServerInfo]]:
         """The servers of each shard of a bucket that was read lately, at the level at which the peer reads now."""

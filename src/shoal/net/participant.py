@@ -115,7 +115,7 @@ class Participant:
     async def servers(self, model: ModelInfo, blocks: Collection[int] = ()) -> tuple[ServerInfo, ...]:
         """The servers of a model that this peer knows, after a read if the allowance permits one.
 
-        If none that it knows holds some of `blocks`, it searches for them. Raises `SwarmError`.
+        It also searches for more holders of `blocks`. Raises `SwarmError`.
         """
         known, catalog = self._model(model), self._model(model).catalog
         if self._may_read(known):
@@ -127,8 +127,9 @@ class Participant:
                     break
         if blocks and not catalog.is_small(self._clock()):
             for shards in catalog.search(blocks, now=self._clock()):
-                if self._allowance.allows(now=self._clock(), urgent=True):
-                    await self._read(model, shards)
+                if not self._allowance.allows(now=self._clock(), urgent=True):
+                    break
+                await self._read(model, shards)
         return catalog.servers(now=self._clock())
 
     def _may_read(self, known: _Model) -> bool:

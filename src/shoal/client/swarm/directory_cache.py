@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from shoal.client.options.client_options import ClientOptions
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo
+from shoal.policy.census.sampling import MOST_KEPT, keep
 from shoal.policy.dtypes import mixture, swarm_dtype
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.spans import Span
@@ -29,18 +30,28 @@ def holding(server: ServerInfo) -> Holding:
 
 
 class DirectoryCache:
-    """The servers that the directory named last.
+    """The servers that the directory named last. Of a large swarm, a sample is kept (`shoal.policy.census.sampling`).
 
-    `version` grows with every answer of the directory. `error` is why its last answer failed; None if it did not.
+    `round_trips` returns the seconds to the servers that the client has measured, by peer id. `version` grows with
+    every answer of the directory. `error` is why its last answer failed; None if it did not.
     """
 
-    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientOptions) -> None:
+    def __init__(
+        self,
+        node: Node,
+        model: ModelInfo,
+        fingerprint: str,
+        config: ClientOptions,
+        round_trips: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         self.error: SwarmError | None = None
         self.version = 0
         self._node = node
         self._model = model
         self._fingerprint = fingerprint
         self._config = config
+        self._round_trips = round_trips
+        self._rng = random.Random(random.getrandbits(32))  # noqa: S311 - nothing secret; tests seed the module
         self._view: SwarmView | None = None
         self._read_at = float("-inf")
         self._mixture: str | None = None
@@ -59,8 +70,10 @@ class DirectoryCache:
         """The cache is wrong: read the directory before the next use."""
         self._read_at = float("-inf")
 
-    async def refresh(self) -> None:
+    async def refresh(self, blocks: Collection[int] = ()) -> None:
         """Read the directory. If it does not answer, the last answer stays.
+
+        In a large swarm, more holders of `blocks` are searched for.
 
         Raises `SwarmError` if the directory has never answered.
         """
@@ -69,19 +82,26 @@ class DirectoryCache:
             if self._read_at >= asked_at:  # another task has read it meanwhile
                 return
             try:
-                servers = list(await self._node.directory.servers(self._model))
+                servers = await self._node.directory.servers(self._model, blocks=blocks)
             except SwarmError as failure:
                 if self._view is None:
                     raise
                 log.warning("%s; using what the directory said last", failure)
                 self.error = failure
                 return
-            random.shuffle(servers)  # of equal servers, different clients use different ones
-            self._view = SwarmView(self._model.num_blocks, tuple(servers), self._config.pinned)
+            kept = self._kept(servers)
+            random.shuffle(kept)  # of equal servers, different clients use different ones
+            self._view = SwarmView(self._model.num_blocks, tuple(kept), self._config.pinned)
             self.error = None
             self._log_mixture()
             self.version += 1
             self._read_at = now()
+
+    def _kept(self, servers: Sequence[ServerInfo]) -> list[ServerInfo]:
+        """All servers of a small swarm; of a large one, a sample of those that may be used, if there are any."""
+        if len(servers) > MOST_KEPT:
+            servers = [server for server in servers if self._is_usable(server)] or servers
+        return keep(servers, self._round_trips(), num_blocks=self._model.num_blocks, rng=self._rng)
 
     def _log_mixture(self) -> None:
         """Log which servers compute in which dtype, if those that may be used differ, and again when that changes."""

@@ -47,6 +47,7 @@ from shoal.policy.census.levels import Shard
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+Record = TypeVar("Record", Announcement, ShardTally)
 
 MAX_CLOCK_REQUESTS = 3
 """The peers that are asked for their time, one after the other, after they refused a record."""
@@ -200,7 +201,7 @@ class DhtDirectory:
         found = await self._request(
             lambda node: read_everywhere(node, [registry_key(shard) for shard in range(REGISTRY_SHARDS)])
         )
-        announcements = [each for key, values in found.items() for each in self._announcements(key, values)]
+        announcements = [each for key, values in found.items() for each in self._valid(key, values, unseal)]
         votes = Counter(each.model_info for each in announcements if each.state is not ServerState.LEAVING)
         # The key names the weights. Where peers differ in the other fields, the majority counts.
         chosen: dict[str, ModelInfo] = {}
@@ -219,7 +220,7 @@ class DhtDirectory:
         return {
             shard: [
                 Listing(each.server_info, each.level, each.expires, version=each.expires)
-                for each in self._announcements(key, found[key])
+                for each in self._valid(key, found[key], unseal)
                 if each.num_blocks == model.num_blocks
             ]
             for shard in shards
@@ -231,7 +232,7 @@ class DhtDirectory:
         return {
             bucket: [
                 Report(each.peer, each.shard, each.tally, each.expires)
-                for each in self._tallies(key, found[key])
+                for each in self._valid(key, found[key], unseal_tally)
                 if each.num_blocks == model.num_blocks
             ]
             for bucket in buckets
@@ -247,27 +248,16 @@ class DhtDirectory:
                 return found
         return await self._request(lambda node: read_everywhere(node, keys))
 
-    def _announcements(self, key: str, found: Sequence[Values]) -> list[Announcement]:
-        """The valid announcements under a key, unordered, some several times."""
+    def _valid(
+        self, key: str, found: Sequence[Values], unseal_record: Callable[[bytes], Record | None]
+    ) -> Iterator[Record]:
+        """The valid records under a key, unordered, some several times."""
         now = self._clock()
-        opened = ((peer, unseal(value)) for values in found for peer, value in values.items())
-        return [
-            each
-            for peer, each in opened
-            if each is not None and each.peer == peer and key in each.dht_keys
-            if is_timely(each, now=now) and each.expires > now
-        ]
-
-    def _tallies(self, key: str, found: Sequence[Values]) -> list[ShardTally]:
-        """The valid tallies under a key, unordered, some several times."""
-        now = self._clock()
-        opened = ((peer, unseal_tally(value)) for values in found for peer, value in values.items())
-        return [
-            each
-            for peer, each in opened
-            if each is not None and each.peer == peer and key in each.dht_keys
-            if is_timely(each, now=now) and each.expires > now
-        ]
+        for peer, value in (item for values in found for item in values.items()):
+            record = unseal_record(value)
+            if record is not None and record.peer == peer and key in record.dht_keys:
+                if is_timely(record, now=now) and record.expires > now:
+                    yield record
 
     async def _request(self, call: Callable[[Any], Awaitable[Answer]]) -> Answer:
         """What `call` returns for the node. Rejoins the DHT and repeats the call if no other peer was left in it.
