@@ -136,12 +136,13 @@ class DhtDirectory:
             raise ValueError(f"a lifetime of {lifetime} s")
         before = self._traffic.num_bytes
         publication = self._participant.next_publication(model, info, lifetime=lifetime)
-        if publication is not None:
-            await self._publish(model, publication)
-            self._participant.published(model, publication)
-            self._participant.spent(self._traffic.num_bytes - before)
+        if publication is None:
+            return
+        await self._publish(model, publication)
+        self._participant.published(model, publication)
+        self._participant.spent(self._traffic.num_bytes - before)
         if info.state is not ServerState.LEAVING:
-            await self._report(model, info, lifetime=publication.lifetime if publication else lifetime)
+            await self._report(model, publication)
 
     async def _publish(self, model: ModelInfo, publication: Publication) -> None:
         # Of two announcements the DHT keeps the one that expires later. So a goodbye with a short lifetime must still
@@ -161,11 +162,11 @@ class DhtDirectory:
         )
         self._store_failures.update(failure, seconds_ahead=ahead)
 
-    async def _report(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
+    async def _report(self, model: ModelInfo, publication: Publication) -> None:
         """Publish how many servers this server's shard has, if it is its turn."""
-        report = await self._participant.report(model, info)
+        report = await self._participant.report(model, publication.info)
         if report is not None:
-            expires = self._clock() + lifetime
+            expires = self._clock() + publication.lifetime
             tally = ShardTally.of(self._identity.peer, model, *report, expires=expires)
             await self._store(tally.dht_keys, seal_tally(self._identity, tally), expires)
 

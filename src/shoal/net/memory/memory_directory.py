@@ -124,13 +124,13 @@ class MemoryDirectory:
         if not self._is_current():
             return
         publication = self._participant.next_publication(model, info, lifetime=lifetime)
-        if publication is not None:
-            expires = publication.at + publication.lifetime
-            self._table.publish(info.peer, model, info, expires, level=publication.level)
-            self._participant.published(model, publication)
+        if publication is None:
+            return
+        expires = publication.at + publication.lifetime
+        self._table.publish(info.peer, model, info, expires, level=publication.level)
+        self._participant.published(model, publication)
         report = None if info.state is ServerState.LEAVING else await self._participant.report(model, info)
         if report is not None:
-            expires = asyncio.get_running_loop().time() + MAX_LIFETIME
             self._table.report(model, Report(info.peer, *report, expires))
 
     async def servers(self, model: ModelInfo, *, blocks: Collection[int] = ()) -> tuple[ServerInfo, ...]:

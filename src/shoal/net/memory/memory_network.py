@@ -155,9 +155,9 @@ class MemoryNetwork:
         """Replace each announced info by what `edit` returns for it."""
         self._table.edit(edit)
 
-    def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
-        """Announce `info` until the loop's time is `expires`. Raises `SwarmError`."""
-        self._table.publish(peer, model, info, expires)
+    def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float, *, level: int = 0) -> None:
+        """Announce `info` until the loop's time is `expires`, at this level of the directory. Raises `SwarmError`."""
+        self._table.publish(peer, model, info, expires, level=level)
 
     def announced(self) -> list[tuple[ModelInfo, ServerInfo]]:
         """The valid announcements, sorted by model key and peer. Raises `SwarmError`."""
