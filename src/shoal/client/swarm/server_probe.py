@@ -87,7 +87,7 @@ class ServerProbe:
         if suffices() and not is_new:
             return usable()
         async with self._probing:
-            costs = Costs((), needs, known)
+            costs = Costs(needs, known)
             num_pinged, must_ping = FIRST_PINGED, is_new
             while must_ping or not suffices():
                 silent = {peer for peer, at in self._silent.items() if now() - at < SILENT_SECONDS}

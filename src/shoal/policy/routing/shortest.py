@@ -40,7 +40,7 @@ def shortest(
     index_of = {server.peer: index for index, server in enumerate(servers)}
     compute_S = np.array([costs.block(server) for server in servers])
     entry_S = np.array([costs.entry(server) for server in servers])
-    links_SS = _links(servers, index_of, costs)
+    links_SS = costs.links(servers)
     shortest_to_S, shortest_from_S = links_SS.min(axis=0), links_SS.min(axis=1)
 
     came_from: list[_Array] = []  # for each block and server, the server of the block before on the fastest path
@@ -69,25 +69,6 @@ def shortest(
         came_from.append(sender_S)
     last = min(from_F.tolist(), key=lambda each: seconds_S[each] + costs.link(servers[each], downstream))
     return _hops(servers, came_from, last, span)
-
-
-def _links(servers: list[ServerInfo], index_of: dict[str, int], costs: Costs) -> _Array:
-    """The seconds [S, S] from each server to each other one."""
-    leave_S = np.array([costs.leave(server) for server in servers])
-    reach_S = np.array([costs.reach(server) for server in servers])
-    links_SS: _Array = leave_S[:, None] + reach_S
-    np.minimum(links_SS, costs.unknown_link, out=links_SS)  # in place: these are the largest arrays
-    np.maximum(links_SS, abs(leave_S[:, None] - reach_S), out=links_SS)
-    known = [
-        (index_of[sender], index, seconds)
-        for receiver, index in index_of.items()
-        for sender, seconds in costs.known_links.get(receiver, {}).items()
-        if sender in index_of
-    ]
-    if known:
-        senders, receivers, seconds = zip(*known, strict=True)
-        links_SS[list(senders), list(receivers)] = seconds
-    return links_SS
 
 
 def _hops(servers: list[ServerInfo], came_from: list[_Array], last: int, span: Span) -> tuple[Hop, ...]:
