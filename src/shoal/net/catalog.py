@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.census.levels import (
     FEWEST,
+    MAX_LEVEL,
     Shard,
     bucket_of,
     level_for,
@@ -39,6 +40,8 @@ COUNTED = 8
 RIVAL = 0.05
 """If at least this part of a bucket's servers publishes where a reader does not see it, every second read goes there. At
 the right level shards are full, so whoever claims another one is soon outvoted."""
+LOOKED_UP = 4
+"""Every fourth read of a bucket goes one level higher, where servers appear that have just raised their level."""
 COUNT_SECONDS = 600.0
 """How long the number of servers in a shard counts, and for how long a level counts as refuted."""
 
@@ -91,7 +94,7 @@ class Catalog:
         self._forget(now)
         whole = self._whole(now)
         if self.is_small(now):
-            return whole
+            return (*whole, *self._above(now))
         buckets = sorted(range(num_buckets(self._num_blocks)), key=lambda each: self._last_read.get(each, -1.0))
         return tuple(self._next_shard(bucket, now) for bucket in buckets[: max(most, 1)])
 
@@ -131,7 +134,8 @@ class Catalog:
             self._last_read[shard.bucket] = now
             self._num_reads[shard.bucket] += 1
             numbers = self._numbers(shard.bucket, shard.level, now)
-            if shard.level and statistics.median(numbers) < FEWEST / 2:
+            is_above = shard.level == self._reading_level(shard.bucket, now) + 1
+            if shard.level and not is_above and statistics.median(numbers) < FEWEST / 2:
                 self._refuted[shard.bucket, shard.level] = now + COUNT_SECONDS
         self._forget(now)
 
@@ -149,6 +153,13 @@ class Catalog:
         buckets = range(num_buckets(self._num_blocks))
         return tuple(shard for bucket in buckets for shard in shards_at(bucket, self._reading_level(bucket, now)))
 
+    def _above(self, now: float) -> tuple[Shard, ...]:
+        """A random shard one level higher for each bucket that has several shards."""
+        levels = ((bucket, self._reading_level(bucket, now)) for bucket in range(num_buckets(self._num_blocks)))
+        return tuple(
+            Shard(bucket, level + 1, self._rng.randrange(2 << level)) for bucket, level in levels if 0 < level < MAX_LEVEL
+        )
+
     def _next_shard(self, bucket: int, now: float) -> Shard:
         """The next shard in a random order of all shards of a bucket."""
         level = self._reading_level(bucket, now)
@@ -156,6 +167,8 @@ class Catalog:
         others = Counter({each: votes[each] for each in votes if each not in (level, level + 1)})
         if self._num_reads[bucket] % 2 and others.total() > RIVAL * votes.total():
             level = reading_level(others, self._refuted_levels(bucket, now))
+        elif self._num_reads[bucket] % LOOKED_UP == 0 and 0 < level < MAX_LEVEL:
+            level += 1
         left = self._unread.setdefault((bucket, level), [])
         if not left:
             left.extend(shards_at(bucket, level))
