@@ -33,7 +33,16 @@ from shoal.net.tallies import ShardTally, seal_tally, unseal_tally
 from shoal.net.tally_book import Report
 from shoal.peers import MAX_NEIGHBORS, Capacity, ModelInfo, ServerInfo, ServerState, short
 from shoal.policy.census.histogram import Histogram, tally_of
-from shoal.policy.census.levels import Shard, bucket_of, level_for, num_buckets, reporters, shard_of, shards_at, shards_of
+from shoal.policy.census.levels import (
+    Shard,
+    bucket_of,
+    level_for,
+    num_buckets,
+    reporters,
+    shard_of,
+    shards_at,
+    shards_of,
+)
 from shoal.policy.census.sampling import keep
 from shoal.policy.routing.route import Measured, Needs, choose_route
 from shoal.policy.view import SwarmView
@@ -59,7 +68,7 @@ def make_servers(number: int, num_blocks: int, seed: int) -> tuple[list[Identity
     found = []
     for identity in identities:
         length = rng.randint(4, min(16, num_blocks))
-        start = rng.randint(0, num_blocks - length)
+        start = min(max(rng.randint(-4, num_blocks), 0), num_blocks - length)
         speed = rng.lognormvariate(7.0, 0.7)
         neighbors = rng.sample(identities, min(MAX_NEIGHBORS, number))
         host = f"203.0.{rng.randrange(256)}.{rng.randrange(256)}"
@@ -76,7 +85,10 @@ def make_servers(number: int, num_blocks: int, seed: int) -> tuple[list[Identity
                 quantization="none",
                 version="0.1.0",
                 name=f"machine {rng.randrange(10**6)}",
-                addresses=(f"/ip4/{host}/tcp/31337/p2p/{identity.peer}", f"/ip4/10.0.0.2/tcp/31337/p2p/{identity.peer}"),
+                addresses=(
+                    f"/ip4/{host}/tcp/31337/p2p/{identity.peer}",
+                    f"/ip4/10.0.0.2/tcp/31337/p2p/{identity.peer}",
+                ),
                 encodings=("bfloat16", "int8"),
                 queue_length=rng.randrange(4),
                 round_trips=tuple((short(each.peer), round(rng.uniform(0.002, 0.2), 5)) for each in neighbors),
@@ -248,7 +260,7 @@ def error_of(histogram: Histogram, infos: Sequence[ServerInfo], num_blocks: int)
     """The largest relative error in the number of holders of a block."""
     true = [sum(block in info.span for info in infos) for block in range(num_blocks)]
     found = histogram.holders(num_blocks)
-    return max(abs(one - other) / other for one, other in zip(found, true, strict=True))
+    return max(abs(one - other) / max(other, 1) for one, other in zip(found, true, strict=True))
 
 
 def measure(number: int, num_blocks: int, minutes: int) -> dict[str, float | None]:
@@ -320,7 +332,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         values = {key: value or 0.0 for key, value in row.items()}
-        placement = "–" if row["placement_seconds"] is None else f"{values['placement_seconds'] * 1e3:.0f}"
+        placement = "-" if row["placement_seconds"] is None else f"{values['placement_seconds'] * 1e3:.0f}"
         print(
             f"| {values['servers']:,} | {values['record_bytes']:.0f} "
             f"| {values['client_later'] / 1e6:.2f} ({values['client_first'] / 1e6:.2f}) | {values['client_knows']:,} "

@@ -12,7 +12,6 @@ import pytest
 
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.swarm import Swarm
-from shoal.concurrency import background
 from shoal.errors import MissingBlocks
 from shoal.net.memory import MemoryNetwork
 from shoal.net.memory.memory_directory import MemoryDirectory
@@ -53,18 +52,17 @@ class Member:
 
 
 @asynccontextmanager
-async def members(network: MemoryNetwork, infos: Iterable[ServerInfo]) -> AsyncIterator[list[Member]]:
-    """Servers that join one after the other within a minute, and leave together."""
-    made = []
+async def members(network: MemoryNetwork, infos: Iterable[ServerInfo], *, pause: float) -> AsyncIterator[None]:
+    """Servers that join one after the other, with a pause in between, and leave together."""
     async with asyncio.TaskGroup() as group:
         tasks = []
         for each in infos:
             node = network.node(each.peer)
-            made.append(Member(node.directory, Announcer(node, MODEL, each, every_seconds=EVERY)))
-            tasks.append(group.create_task(made[-1].live()))
-            await asyncio.sleep(0.1)
+            member = Member(node.directory, Announcer(node, MODEL, each, every_seconds=EVERY))
+            tasks.append(group.create_task(member.live()))
+            await asyncio.sleep(pause)
         try:
-            yield made
+            yield
         finally:
             for task in tasks:
                 task.cancel()
@@ -101,9 +99,9 @@ def names(servers: Iterable[ServerInfo]) -> set[str]:
 def test_while_a_swarm_grows_from_one_shard_to_several_a_reader_sees_every_server():
     async def act(network: MemoryNetwork) -> None:
         reader = network.node("reader", is_client=True).directory
-        async with members(network, crowd(60)):
+        async with members(network, crowd(60), pause=0.1):
             assert names(await reader.servers(MODEL)) == names(crowd(60))
-            async with members(network, crowd(200, prefix="t")):
+            async with members(network, crowd(200, prefix="t"), pause=1.0):
                 for _ in range(6):
                     await asyncio.sleep(EVERY)
                     found = names(await reader.servers(MODEL))
@@ -117,9 +115,9 @@ def test_while_a_swarm_grows_from_one_shard_to_several_a_reader_sees_every_serve
 def test_a_new_server_of_a_small_swarm_is_seen_in_the_next_read_and_a_lost_one_is_gone_after_a_minute():
     async def act(network: MemoryNetwork) -> None:
         reader = network.node("reader", is_client=True).directory
-        async with members(network, crowd(40)):
+        async with members(network, crowd(40), pause=0.1):
             await reader.servers(MODEL)
-            async with members(network, [info("new", "0:16")]):
+            async with members(network, [info("new", "0:16")], pause=0.1):
                 assert "new" in names(await reader.servers(MODEL))
                 network.kill("new")
             await asyncio.sleep(MINUTE + 1)
@@ -151,22 +149,22 @@ def test_in_a_large_swarm_clients_and_servers_read_no_more_than_they_may():
 def test_servers_of_a_crowded_bucket_agree_on_levels_renew_rarely_and_report_on_their_shards():
     async def act(network: MemoryNetwork) -> None:
         asked = network.node("asked").directory
-        async with members(network, crowd(700)):
-            await asyncio.sleep(10 * MINUTE)
+        async with members(network, crowd(500), pause=0.2):
+            await asyncio.sleep(4 * MINUTE)
             levels = {record.level for record in network.records}
             assert max(levels) - min(levels) <= 1
             assert min(levels) >= 2
-            assert 350 / (1 << max(levels)) <= MOST
+            assert 500 / (1 << max(levels)) <= MOST
             renewed = {record.info.peer: record.version for record in network.records}
             await asyncio.sleep(MINUTE)
             again = {record.info.peer for record in network.records if renewed[record.info.peer] != record.version}
-            assert len(again) <= 600, "each renews its record every 100 seconds"
+            assert len(again) <= 420, "each renews its record every 100 seconds"
             found = await asked.histogram(MODEL)
             for _ in range(12):
                 await asyncio.sleep(EVERY)
                 found = await asked.histogram(MODEL)
             assert not found.exact
-            assert found.holders(16) == pytest.approx([350] * 6 + [700] * 4 + [350] * 6, rel=0.1)
+            assert found.holders(16) == pytest.approx([250] * 6 + [500] * 4 + [250] * 6, rel=0.1)
 
     play(act)
 

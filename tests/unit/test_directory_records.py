@@ -286,4 +286,3 @@ def test_the_real_clock_is_used_unless_another_is_given() -> None:
     record = seal(ALICE, announcement(expires=soon))
     digest = routing.DHTID.generate(shard_key(MODEL.key, FRONT)).to_bytes()
     assert RecordValidator().validate(crypto.DHTRecord(digest, pack(ALICE.peer), pack(record), soon))
-

@@ -123,16 +123,16 @@ def test_the_histogram_of_a_small_swarm_has_every_server():
 
 
 class Scene:
-    """A bucket of a thousand servers at one level, a reader, and reports of those whose turn it is."""
+    """A bucket of a thousand servers at one level, a reader one level below, and reports of those whose turn it is."""
 
     def __init__(self) -> None:
         self.servers = crowd(1000)
         self.catalog = Catalog(NUM_BLOCKS, random.Random(0), most_whole=400)
         self.book = TallyBook(NUM_BLOCKS)
-        self.shards = shards_at(0, LEVEL)
+        self.shards = shards_at(0, LEVEL - 1)
 
     def members(self, shard: Shard) -> list[ServerInfo]:
-        return [each for each in self.servers if shard_of(each.peer, 0, LEVEL) == shard]
+        return [each for each in self.servers if shard_of(each.peer, 0, LEVEL - 1) == shard]
 
     def read(self, shards: Sequence[Shard]) -> None:
         found = {shard: [Listing(each, LEVEL, 1e9, 1.0) for each in self.members(shard)] for shard in shards}

@@ -85,4 +85,3 @@ def test_a_server_is_as_far_as_others_of_its_zone():
     found = estimated_round_trips(servers, {"s0": 0.01, "s1": 0.02, "s2": 0.9})
     assert found["s3"] == 0.02
     assert "s5" not in found
-

@@ -30,7 +30,9 @@ def random_swarm(number: int, num_blocks: int, rng: random.Random, *, equal: boo
         start = rng.randint(0, num_blocks - length)
         span = f"0:{num_blocks}" if index < 2 else f"{start}:{start + length}"
         speed = rng.choice((5.0, 50.0)) if equal else rng.lognormvariate(3.0, 1.5)
-        links = {short(rng.choice(peers)): rng.choice((0.01, 0.1)) if equal else rng.uniform(0.001, 0.4) for _ in range(8)}
+        links = {
+            short(rng.choice(peers)): rng.choice((0.01, 0.1)) if equal else rng.uniform(0.001, 0.4) for _ in range(8)
+        }
         made = server(peer, span, speed, head=index < 2 or rng.random() < 0.3, to=links)
         servers.append(replace(made, queue_length=rng.choice((0, 0, 3)), dtype=rng.choice(("float32", "bfloat16"))))
     rng.shuffle(servers)

@@ -38,8 +38,8 @@ MOST_LISTED = 16_384
 COUNTED = 8
 """The latest shards of a bucket from which the number of its servers is estimated."""
 RIVAL = 0.05
-"""If at least this part of a bucket's servers publishes where a reader does not see it, every second read goes there. At
-the right level shards are full, so whoever claims another one is soon outvoted."""
+"""If this part of the servers of a bucket publishes where a reader does not see it, every second read goes there. At the
+right level shards are full, so those who claim another one are soon outvoted."""
 LOOKED_UP = 4
 """Every fourth read of a bucket goes one level higher, where servers appear that have just raised their level."""
 COUNT_SECONDS = 600.0
@@ -157,7 +157,9 @@ class Catalog:
         """A random shard one level higher for each bucket that has several shards."""
         levels = ((bucket, self._reading_level(bucket, now)) for bucket in range(num_buckets(self._num_blocks)))
         return tuple(
-            Shard(bucket, level + 1, self._rng.randrange(2 << level)) for bucket, level in levels if 0 < level < MAX_LEVEL
+            Shard(bucket, level + 1, self._rng.randrange(2 << level))
+            for bucket, level in levels
+            if 0 < level < MAX_LEVEL
         )
 
     def _next_shard(self, bucket: int, now: float) -> Shard:
@@ -196,8 +198,10 @@ class Catalog:
         numbers = self._numbers(bucket, level, now)
         if not numbers:  # the level has just changed, or only the front was read
             others = [each.number << each.shard.level for each in self._counts[bucket] if each.shard.level]
-            sample = self._votes.get(bucket, Counter()).total() << level
-            return float(statistics.median(others) if others else sample)
+            if others:
+                return float(statistics.median(others))
+            votes = self._votes.get(bucket, Counter())
+            return float(sum(number << max(each - 1, 0) for each, number in votes.items()))
         # Shards are random parts, so the median is near the mean, and a shard that somebody has filled does not count.
         middle = statistics.median(numbers) if len(numbers) < 1 << level else statistics.mean(numbers)
         return float(middle * (1 << level))
@@ -222,6 +226,8 @@ class Catalog:
         if number is None:
             return current or 0
         usual = max(votes, key=lambda level: (votes[level], -level), default=0)
+        if self._reading_level(bucket, now) and all(each.shard.level == 0 for each in self._counts[bucket]):
+            return usual if current is None else current  # the front alone is a poor estimate
         return level_for(number, usual if current is None else current)
 
     def level_read(self, bucket: int, *, now: float) -> int:
@@ -238,12 +244,12 @@ class Catalog:
         """
         return tuple(each.info for _, each in sorted(self._listings.items()) if each.expires > now)
 
-    def shards_read(self, bucket: int, *, now: float) -> dict[Shard, list[ServerInfo]]:
-        """The servers of each shard of a bucket that was read lately, at the level at which the peer reads now."""
+    def shards_read(self, bucket: int, *, now: float, within: float = COUNT_SECONDS) -> dict[Shard, list[ServerInfo]]:
+        """The servers of each shard of a bucket that was read within so many seconds, at the level that is read now."""
         level = self._reading_level(bucket, now)
         counts = self._counts.get(bucket, ())
         found: dict[Shard, list[ServerInfo]] = {
-            each.shard: [] for each in counts if each.shard.level == level and each.at > now - COUNT_SECONDS
+            each.shard: [] for each in counts if each.shard.level == level and each.at > now - within
         }
         for peer, listing in self._listings.items():
             if listing.expires > now and bucket_of(listing.info.span.start) == bucket:

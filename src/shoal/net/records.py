@@ -4,8 +4,9 @@
 
 One record is stored in the DHT under the keys of one or two shards of the bucket of its first block
 (`shoal.policy.census.levels`), and perhaps under one key of the list of models. The body holds the peer, the model, the
-span, the level and the expiration time, and the keys follow from these. So one signature covers all copies: no copy can be moved to another key, made to last longer, or be published by another peer. The peer
-that stores a record and the peer that reads it make the same checks, which are here.
+span, the level and the expiration time, and the keys follow from these. So one signature covers all copies: no copy can
+be moved to another key, made to last longer, or be published by another peer. The peer that stores a record and the
+peer that reads it make the same checks, which are here.
 """
 
 from __future__ import annotations
@@ -161,7 +162,10 @@ class Announcement(BaseModel):
 
     @classmethod
     def of(cls, model: ModelInfo, info: ServerInfo, *, expires: float, level: int = 0) -> Announcement:
-        """The announcement of `info` until the Unix time `expires`, at this level of the directory. Raises `ValueError` for a field out of bounds."""
+        """The announcement of `info` until the Unix time `expires`, at this level of the directory.
+
+        Raises `ValueError` for a field out of bounds.
+        """
         return cls(
             peer=info.peer,
             expires=expires,

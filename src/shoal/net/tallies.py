@@ -75,7 +75,10 @@ class ShardTally(BaseModel):
                     cell.count,
                     cell.movable,
                     cell.max_blocks,
-                    *map(four_digits, (cell.block_speed, cell.single_speed, cell.network_speed, cell.load_seconds)),
+                    four_digits(cell.block_speed),
+                    four_digits(cell.single_speed),
+                    four_digits(cell.network_speed),
+                    four_digits(cell.load_seconds),
                 )
                 for cell in tally
             ),
@@ -89,7 +92,7 @@ class ShardTally(BaseModel):
     @property
     def tally(self) -> Tally:
         """What the record says."""
-        return tuple(Cell(Span(start, start + length), *rest) for start, length, *rest in self.rows)
+        return tuple(Cell(Span(row[0], row[0] + row[1]), *row[2:]) for row in self.rows)
 
     @property
     def dht_keys(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.net.catalog import Catalog
@@ -10,6 +10,8 @@ from shoal.peers import ServerInfo
 from shoal.policy.census.histogram import Histogram, Tally, agrees, assemble, histogram_of, middle, tally_of
 from shoal.policy.census.levels import Shard, num_buckets, reporters
 
+JUST_READ = 120.0
+"""Seconds within which what this peer read itself is better than a report, and its records have not expired."""
 DISTRUST_SECONDS = 1800.0
 """How long a peer is not believed whose report contradicted what was read in its shard."""
 
@@ -46,9 +48,10 @@ class TallyBook:
 
     def check(self, shard: Shard, servers: Sequence[ServerInfo], *, now: float) -> None:
         """Stop believing those whose reports contradict the servers that were just read in a shard."""
-        seen = tally_of(servers, now=now)
-        for report in self._reports.get(shard.bucket, ()):
-            if report.shard == shard and not agrees(report.tally, seen):
+        reports = [report for report in self._reports.get(shard.bucket, ()) if report.shard == shard]
+        seen = tally_of(servers, now=now) if reports else ()
+        for report in reports:
+            if not agrees(report.tally, seen):
                 self._distrusted[report.peer] = now + DISTRUST_SECONDS
 
     def histogram(self, catalog: Catalog, *, now: float) -> Histogram:
@@ -61,12 +64,11 @@ class TallyBook:
         for bucket in range(num_buckets(self._num_blocks)):
             level = catalog.level_read(bucket, now=now)
             num_shards[bucket] = 1 << level
-            tallies[bucket] = {
-                shard.index: tally_of(servers, now=now)
-                for shard, servers in catalog.shards_read(bucket, now=now).items()
-            }
+            # What this peer has just read counts most, then reports, then what it read a while ago.
+            tallies[bucket] = _tallies(catalog.shards_read(bucket, now=now), now)
             if level:  # a bucket with one shard is read itself
                 tallies[bucket] |= self._reported(bucket, level, now)
+                tallies[bucket] |= _tallies(catalog.shards_read(bucket, now=now, within=JUST_READ), now)
         return assemble(tallies, num_shards=num_shards)
 
     def _reported(self, bucket: int, level: int, now: float) -> dict[int, Tally]:
@@ -79,3 +81,8 @@ class TallyBook:
             shard.index: middle([tallies[peer] for peer in reporters(tallies, now=now)])
             for shard, tallies in shards.items()
         }
+
+
+def _tallies(shards: Mapping[Shard, Sequence[ServerInfo]], now: float) -> dict[int, Tally]:
+    """The tallies of shards that were read, by index."""
+    return {shard.index: tally_of(servers, now=now) for shard, servers in shards.items()}

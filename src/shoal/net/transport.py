@@ -119,8 +119,8 @@ class Directory(Protocol):
         """The servers of a model, by their latest valid records. Raises `SwarmError`, also when no peer answers.
 
         All of a small swarm are read each time. Of a large one, a call reads as much as the peer's allowance of bytes
-        permits, and returns all that is known: a random sample, which is another one after some minutes. It also searches
-        for more holders of `blocks`, which the caller misses.
+        permits, and returns all that is known: a random sample, which is another one after some minutes. It also
+        searches for more holders of `blocks`, which the caller misses.
         """
         ...
 

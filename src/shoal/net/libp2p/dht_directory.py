@@ -15,8 +15,8 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
 
 from shoal.errors import BootstrapFailed, SwarmError
-from shoal.net.identity import Identity
 from shoal.net.catalog import Listing
+from shoal.net.identity import Identity
 from shoal.net.libp2p.daemon import Daemon
 from shoal.net.libp2p.daemon_reasons import plain_reason
 from shoal.net.libp2p.dht_limits import create_node
@@ -256,9 +256,9 @@ class DhtDirectory:
         now = self._clock()
         for peer, value in (item for values in found for item in values.items()):
             record = unseal_record(value)
-            if record is not None and record.peer == peer and key in record.dht_keys:
-                if is_timely(record, now=now) and record.expires > now:
-                    yield record
+            is_here = record is not None and record.peer == peer and key in record.dht_keys
+            if record is not None and is_here and is_timely(record, now=now) and record.expires > now:
+                yield record
 
     async def _request(self, call: Callable[[Any], Awaitable[Answer]]) -> Answer:
         """What `call` returns for the node. Rejoins the DHT and repeats the call if no other peer was left in it.

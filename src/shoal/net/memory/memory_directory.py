@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from shoal.errors import SwarmError
 from shoal.net.catalog import Listing
@@ -27,7 +28,7 @@ class MemoryRecord:
     level: int = 0
     version: int = 0
 
-    @property
+    @cached_property
     def shards(self) -> tuple[Shard, ...]:
         """The shards that have it."""
         return shards_of(self.info.peer, self.info.span.start, self.level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+
 from shoal.net.handler_tasks import HandlerTasks
 from shoal.net.memory.faults import Faults
 from shoal.net.memory.memory_directory import MemoryDirectory, MemoryRecord, MemoryTable
@@ -217,4 +218,3 @@ class MemoryTransport:
         """Cancel all handlers and refuse new streams, as the end of a process would."""
         self._closed = True
         self._handlers.cancel(include_current=True)
-

@@ -109,12 +109,17 @@ def _cell(span: Span, machines: Sequence[Machine]) -> Cell:
         span,
         count=len(machines),
         movable=sum(machine.movable for machine in machines),
-        max_blocks=round(statistics.mean(machine.max_blocks for machine in machines)),
-        block_speed=statistics.mean(machine.block_speed(len(span)) for machine in machines),
-        single_speed=statistics.mean(machine.block_speed(1) for machine in machines),
-        network_speed=statistics.mean(networks) if networks else 0.0,
-        load_seconds=statistics.mean(machine.load_seconds for machine in machines),
+        max_blocks=round(_mean(float(machine.max_blocks) for machine in machines)),
+        block_speed=_mean(machine.block_speed(len(span)) for machine in machines),
+        single_speed=_mean(machine.block_speed(1) for machine in machines),
+        network_speed=_mean(networks),
+        load_seconds=_mean(machine.load_seconds for machine in machines),
     )
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    found = list(numbers)
+    return sum(found) / len(found) if found else 0.0
 
 
 def middle(tallies: Sequence[Tally]) -> Tally:
@@ -155,8 +160,13 @@ def agrees(tally: Tally, seen: Tally) -> bool:
     )
     if differing > ALLOWED + TOLERANCE * number:
         return False
-    one, other = (sum(cell.count * cell.block_speed for cell in each) for each in (tally, seen))
-    return one <= 2 * other + 1e-9 if number > ALLOWED else True
+    # A block without holders would move servers, so the holders of each block must agree too.
+    for block in {block for span in (*claimed, *found) for block in span}:
+        one, other = (sum(cell.count for cell in each if block in cell.span) for each in (tally, seen))
+        if abs(one - other) > ALLOWED / 2 + TOLERANCE * other:
+            return False
+    speed, real = (sum(cell.count * cell.block_speed for cell in each) for each in (tally, seen))
+    return number <= ALLOWED or speed <= 2 * real
 
 
 def assemble(shards: Mapping[int, Mapping[int, Tally]], *, num_shards: Mapping[int, int]) -> Histogram:

@@ -74,9 +74,9 @@ def _holders(servers: Sequence[ServerInfo], num_blocks: int) -> list[ServerInfo]
     missing = [FEWEST_HOLDERS] * num_blocks
     chosen: dict[str, ServerInfo] = {}
     for server in servers:
-        if server.state is ServerState.ONLINE and server.peer not in chosen:
-            if any(missing[block] > 0 for block in server.span):
-                chosen[server.peer] = server
-                for block in server.span:
-                    missing[block] -= 1
+        is_new = server.state is ServerState.ONLINE and server.peer not in chosen
+        if is_new and any(missing[block] > 0 for block in server.span):
+            chosen[server.peer] = server
+            for block in server.span:
+                missing[block] -= 1
     return list(chosen.values())

@@ -190,7 +190,7 @@ def _announced(server: ServerInfo, other: ServerInfo) -> float:
 
 
 def _announced_links(servers: Sequence[ServerInfo]) -> tuple[_Array, _Array, _Array]:
-    """Senders, receivers and seconds of all links that were measured. Of those that are there twice, the last counts."""
+    """Senders, receivers and seconds of all links that were measured. Of one that is there twice, the last counts."""
     index_of = {short(server.peer): index for index, server in enumerate(servers)}
     said = [each for server in servers for each in server.round_trips]
     one_N = np.repeat(np.arange(len(servers)), [len(server.round_trips) for server in servers])

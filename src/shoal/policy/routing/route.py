@@ -116,4 +116,3 @@ def _priced(hops: Sequence[Hop], costs: Costs, upstream: ServerInfo | None, down
     senders = (upstream, *(hop.server for hop in hops))
     priced = tuple(costs.hop(hop, sender) for hop, sender in zip(hops, senders, strict=False))
     return Route(tuple(hops), priced, costs.link(hops[-1].server, downstream))
-
