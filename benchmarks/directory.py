@@ -170,7 +170,7 @@ def make_table(identities: Sequence[Identity], infos: Sequence[ServerInfo], mode
             table.shards[shard].append(record)
     if len(infos) > 400:
         for bucket, level in enumerate(levels):
-            for shard in shards_at(bucket, level - 1) if level > 1 else ():
+            for shard in shards_at(bucket, max(level - 1, 0)):
                 members = [
                     info
                     for info in infos

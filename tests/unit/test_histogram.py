@@ -14,13 +14,13 @@ from shoal.net.catalog import Catalog, Listing
 from shoal.net.tally_book import Report, TallyBook
 from shoal.peers import Capacity, ServerInfo, ServerState
 from shoal.policy.census.histogram import (
-    MAX_CELLS,
     Cell,
     Histogram,
     agrees,
     assemble,
     histogram_of,
     middle,
+    shortened,
     tally_of,
 )
 from shoal.policy.census.levels import Shard, reporters, shard_of, shards_at
@@ -56,7 +56,11 @@ def test_a_tally_counts_every_server_and_keeps_those_that_may_move(number: int, 
     tally = tally_of(servers, now=0.0)
     assert sum(cell.count for cell in tally) == number
     assert sum(cell.movable for cell in tally) == sum(not each.pinned for each in servers)
-    assert len({cell.span for cell in tally}) == len(tally) <= MAX_CELLS
+    assert len({cell.span for cell in tally}) == len(tally)
+    short = shortened(tally, 10)
+    assert len(short) <= 10
+    assert sum(cell.count for cell in short) == number
+    assert all(0 <= cell.movable <= cell.count for cell in short)
     machines = [each for cell in tally for each in cell.machines()]
     assert sum(each.count for each in machines) == number
     assert sum(each.count for each in machines if each.movable) == sum(not each.pinned for each in servers)

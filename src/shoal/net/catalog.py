@@ -38,7 +38,7 @@ MOST_LISTED = 16_384
 COUNTED = 8
 """The latest shards of a bucket from which the number of its servers is estimated."""
 RIVAL = 0.05
-"""If this part of the servers of a bucket publishes where a reader does not see it, every second read goes there. At the
+"""If this part of a bucket is published where a reader does not see it, every second read goes there: at the
 right level shards are full, so those who claim another one are soon outvoted."""
 LOOKED_UP = 4
 """Every fourth read of a bucket goes one level higher, where servers appear that have just raised their level."""
@@ -243,6 +243,10 @@ class Catalog:
         late while a batch occupies their links.
         """
         return tuple(each.info for _, each in sorted(self._listings.items()) if each.expires > now)
+
+    def in_bucket(self, bucket: int, *, now: float) -> list[ServerInfo]:
+        """The known servers of a bucket."""
+        return [server for server in self.servers(now=now) if bucket_of(server.span.start) == bucket]
 
     def shards_read(self, bucket: int, *, now: float, within: float = COUNT_SECONDS) -> dict[Shard, list[ServerInfo]]:
         """The servers of each shard of a bucket that was read within so many seconds, at the level that is read now."""

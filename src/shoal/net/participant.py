@@ -200,7 +200,7 @@ class Participant:
         """
         catalog, bucket = self._model(model).catalog, bucket_of(info.span.start)
         shard = shard_of(info.peer, bucket, catalog.level_read(bucket, now=self._clock()))
-        if catalog.is_small(self._clock()) or not shard.level or not self._allowance.allows(now=self._clock()):
+        if catalog.is_small(self._clock()) or not self._allowance.allows(now=self._clock()):
             return None
         await self._read(model, [shard])
         servers = catalog.shards_read(bucket, now=self._clock()).get(shard, [])

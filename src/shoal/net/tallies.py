@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shoal.net.identity import SIGNATURE_BYTES, Identity, verify
 from shoal.net.records import MAX_RECORD_BYTES, Block, Duration, Name, Speed, four_digits, tallies_key
 from shoal.peers import ModelInfo
-from shoal.policy.census.histogram import MAX_CELLS, Cell, Tally
+from shoal.policy.census.histogram import MAX_CELLS, Cell, Tally, shortened
 from shoal.policy.census.levels import MAX_LEVEL, MOST, Shard, bucket_of, shard_of
 from shoal.protocol import MAX_BLOCKS
 from shoal.spans import Span
@@ -68,20 +68,7 @@ class ShardTally(BaseModel):
             num_blocks=model.num_blocks,
             bucket=shard.bucket,
             level=shard.level,
-            rows=tuple(
-                (
-                    cell.span.start,
-                    len(cell.span),
-                    cell.count,
-                    cell.movable,
-                    cell.max_blocks,
-                    four_digits(cell.block_speed),
-                    four_digits(cell.single_speed),
-                    four_digits(cell.network_speed),
-                    four_digits(cell.load_seconds),
-                )
-                for cell in tally
-            ),
+            rows=_rows(shortened(tally, MAX_CELLS)),
         )
 
     @property
@@ -100,8 +87,25 @@ class ShardTally(BaseModel):
         return (tallies_key(self.model, self.bucket),)
 
 
+def _rows(tally: Tally) -> tuple[Row, ...]:
+    return tuple(
+        (
+            cell.span.start,
+            len(cell.span),
+            cell.count,
+            cell.movable,
+            cell.max_blocks,
+            four_digits(cell.block_speed),
+            four_digits(cell.single_speed),
+            four_digits(cell.network_speed),
+            four_digits(cell.load_seconds),
+        )
+        for cell in tally
+    )
+
+
 def seal_tally(identity: Identity, tally: ShardTally) -> bytes:
-    """The signed record of a tally. The rarest spans are left out if it is too long.
+    """The signed record of a tally, with fewer spans if it would be too long (`shortened`).
 
     Raises `ValueError` if it is another peer's.
     """
@@ -111,8 +115,8 @@ def seal_tally(identity: Identity, tally: ShardTally) -> bytes:
         body = tally.model_dump_json().encode()
         if SIGNATURE_BYTES + len(body) <= MAX_RECORD_BYTES:
             return identity.sign(_DOMAIN + body) + body
-        rarest = min(tally.rows, key=lambda row: row[2])
-        tally = tally.model_copy(update={"rows": tuple(row for row in tally.rows if row is not rarest)})
+        fewer = shortened(tally.tally, len(tally.rows) - 4)
+        tally = tally.model_copy(update={"rows": _rows(fewer)})
 
 
 @lru_cache(maxsize=1024)

@@ -10,6 +10,8 @@ from shoal.peers import ServerInfo
 from shoal.policy.census.histogram import Histogram, Tally, agrees, assemble, histogram_of, middle, tally_of
 from shoal.policy.census.levels import Shard, num_buckets, reporters
 
+KEPT_SECONDS = 300.0
+"""How long reports count after they have expired: reading those of all buckets takes some minutes."""
 JUST_READ = 120.0
 """Seconds within which what this peer read itself is better than a report, and its records have not expired."""
 DISTRUST_SECONDS = 1800.0
@@ -43,7 +45,7 @@ class TallyBook:
     def take(self, bucket: int, found: Iterable[Report], *, now: float) -> None:
         """Add what was read of a bucket."""
         latest = {(each.peer, each.shard): each for each in (*self._reports.get(bucket, ()), *found)}
-        self._reports[bucket] = tuple(each for each in latest.values() if each.expires > now)
+        self._reports[bucket] = tuple(each for each in latest.values() if each.expires > now - KEPT_SECONDS)
         self._last_read[bucket] = now
 
     def check(self, shard: Shard, servers: Sequence[ServerInfo], *, now: float) -> None:
@@ -60,22 +62,29 @@ class TallyBook:
             return histogram_of(catalog.servers(now=now), now=now)
         self._distrusted = {peer: until for peer, until in self._distrusted.items() if until > now}
         tallies: dict[int, dict[int, Tally]] = {}
-        num_shards: dict[int, int] = {}
+        num_shards: dict[int, float] = {}
         for bucket in range(num_buckets(self._num_blocks)):
             level = catalog.level_read(bucket, now=now)
             num_shards[bucket] = 1 << level
             # What this peer has just read counts most, then reports, then what it read a while ago.
             tallies[bucket] = _tallies(catalog.shards_read(bucket, now=now), now)
-            if level:  # a bucket with one shard is read itself
-                tallies[bucket] |= self._reported(bucket, level, now)
-                tallies[bucket] |= _tallies(catalog.shards_read(bucket, now=now, within=JUST_READ), now)
+            tallies[bucket] |= self._reported(bucket, level, now)
+            tallies[bucket] |= _tallies(catalog.shards_read(bucket, now=now, within=JUST_READ), now)
+            if not tallies[bucket]:  # only a sample is known, for example that of the front
+                servers = catalog.in_bucket(bucket, now=now)
+                tallies[bucket] = {0: tally_of(servers, now=now)} if servers else {}
+                num_shards[bucket] = (catalog.num_servers(bucket, now=now) or 0.0) / max(len(servers), 1)
         return assemble(tallies, num_shards=num_shards)
 
     def _reported(self, bucket: int, level: int, now: float) -> dict[int, Tally]:
         """By index, what most reporters of each shard agree on."""
         shards: dict[Shard, dict[str, Tally]] = {}
         for report in self._reports.get(bucket, ()):
-            if report.shard.level == level and report.expires > now and report.peer not in self._distrusted:
+            if (
+                report.shard.level == level
+                and report.expires > now - KEPT_SECONDS
+                and report.peer not in self._distrusted
+            ):
                 shards.setdefault(report.shard, {})[report.peer] = report.tally
         return {
             shard.index: middle([tallies[peer] for peer in reporters(tallies, now=now)])

@@ -17,7 +17,7 @@ from shoal.policy.placement.machines import Machine, machine_of
 from shoal.spans import Span
 
 MAX_CELLS = 64
-"""The spans of one tally. It keeps its record small; the rarest spans are left out."""
+"""The spans of a tally that is published. It keeps its record small."""
 OUTLIER = 3.0
 """A shard may have this many times as many servers as the shards of its bucket have in the middle."""
 TOLERANCE, ALLOWED = 0.5, 8
@@ -99,8 +99,7 @@ def tally_of(servers: Iterable[ServerInfo], *, now: float) -> Tally:
         machine = machine_of(server, now=now) if server.state is not ServerState.LEAVING else None
         if machine is not None:
             spans[server.span].append(machine)
-    cells = [_cell(span, machines) for span, machines in spans.items()]
-    return tuple(sorted(sorted(cells, key=lambda each: -each.count)[:MAX_CELLS], key=lambda each: each.span))
+    return tuple(_cell(span, spans[span]) for span in sorted(spans))
 
 
 def _cell(span: Span, machines: Sequence[Machine]) -> Cell:
@@ -115,6 +114,17 @@ def _cell(span: Span, machines: Sequence[Machine]) -> Cell:
         network_speed=_mean(networks),
         load_seconds=_mean(machine.load_seconds for machine in machines),
     )
+
+
+def shortened(tally: Tally, most: int) -> Tally:
+    """The same servers in at most so many cells: the rarest spans count as the span that is most like them."""
+    cells = {cell.span: cell for cell in tally}
+    while len(cells) > max(most, 1):
+        rare = cells.pop(min(cells, key=lambda span: (cells[span].count, span)))
+        near = min(cells, key=lambda span: (abs(span.start - rare.span.start) + abs(span.end - rare.span.end), span))
+        both = cells[near]
+        cells[near] = replace(both, count=both.count + rare.count, movable=both.movable + rare.movable)
+    return tuple(cells[span] for span in sorted(cells))
 
 
 def _mean(numbers: Iterable[float]) -> float:
@@ -169,7 +179,7 @@ def agrees(tally: Tally, seen: Tally) -> bool:
     return number <= ALLOWED or speed <= 2 * real
 
 
-def assemble(shards: Mapping[int, Mapping[int, Tally]], *, num_shards: Mapping[int, int]) -> Histogram:
+def assemble(shards: Mapping[int, Mapping[int, Tally]], *, num_shards: Mapping[int, float]) -> Histogram:
     """The histogram of a model, from the tallies of shards: by bucket, and in it by the index of the shard.
 
     `num_shards` is the number of shards of each bucket. Shards that are not known count like the others of the bucket.

@@ -160,7 +160,7 @@ class Costs:
         reach_S = np.array([self.reach(server) for server in servers])
         if not self.needs.ring:
             return np.broadcast_to(reach_S, (len(servers), len(servers)))
-        leave_S = np.array([self.leave(server) for server in servers])
+        leave_S = reach_S
         links_SS: _Array = leave_S[:, None] + reach_S
         np.minimum(links_SS, self.unknown_link, out=links_SS)  # in place: these are the largest arrays
         np.maximum(links_SS, abs(leave_S[:, None] - reach_S), out=links_SS)
