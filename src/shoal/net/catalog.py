@@ -13,6 +13,7 @@ import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 from shoal.peers import ServerInfo, ServerState
@@ -89,14 +90,15 @@ class Catalog:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def plan(self, *, now: float, most: int = MOST_SHARDS) -> tuple[Shard, ...]:
+    def plan(self, *, now: float, most: int) -> tuple[Shard, ...]:
         """The shards to read next: all of a small swarm, otherwise at most `most`, and at least one."""
         self._forget(now)
         whole = self._whole(now)
         if self.is_small(now):
             return (*whole, *self._above(now))
         buckets = sorted(range(num_buckets(self._num_blocks)), key=lambda each: self._last_read.get(each, -1.0))
-        return tuple(self._next_shard(bucket, now) for bucket in buckets[: max(most, 1)])
+        shards = (self._next_shard(bucket, now) for bucket in islice(cycle(buckets), max(most, 1)))
+        return tuple(dict.fromkeys(shards))
 
     def is_behind(self, now: float) -> bool:
         """Whether a small swarm has shards that were never read: what was read first showed that there are more."""

@@ -17,7 +17,7 @@ from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.census.allowance import Allowance
 from shoal.policy.census.histogram import Histogram, Tally, tally_of
-from shoal.policy.census.levels import Shard, bucket_of, num_buckets, reporters, shard_of, stretch
+from shoal.policy.census.levels import Shard, bucket_of, reporters, shard_of, stretch
 
 if TYPE_CHECKING:
     import random
@@ -30,6 +30,8 @@ TALLY_BYTES = 200_000, 400_000
 """The same for tallies."""
 RECORD_BYTES = 1_000
 """The size of a record, roughly: it decides how large a swarm may be that a peer still reads whole."""
+MOST_SAMPLED = 16
+"""The shards of one read of a large swarm, if the allowance permits them."""
 OFTEN = 3
 """A read that costs less than one part in this many of a minute's bytes is allowed whenever a caller asks."""
 ROUNDS = 3
@@ -121,8 +123,7 @@ class Participant:
         if self._may_read(known):
             for _ in range(ROUNDS):
                 most = int(self._allowance.left(now=self._clock()) / self._shard_bytes)
-                most = min(max(most, 1), num_buckets(model.num_blocks))
-                await self._read(model, catalog.plan(now=self._clock(), most=most))
+                await self._read(model, catalog.plan(now=self._clock(), most=min(most, MOST_SAMPLED)))
                 if not catalog.is_behind(self._clock()):
                     break
         if blocks and not catalog.is_small(self._clock()):

@@ -54,6 +54,7 @@ class DirectoryCache:
         self._rng = random.Random(random.getrandbits(32))  # noqa: S311 - nothing secret; tests seed the module
         self._view: SwarmView | None = None
         self._read_at = float("-inf")
+        self._searched: frozenset[int] = frozenset()  # the blocks whose holders were searched for then
         self._mixture: str | None = None
         self._refreshing = asyncio.Lock()
 
@@ -79,7 +80,7 @@ class DirectoryCache:
         """
         asked_at = now()
         async with self._refreshing:
-            if self._read_at >= asked_at:  # another task has read it meanwhile
+            if self._read_at >= asked_at and self._searched.issuperset(blocks):  # another task has read it meanwhile
                 return
             try:
                 servers = await self._node.directory.servers(self._model, blocks=blocks)
@@ -95,7 +96,7 @@ class DirectoryCache:
             self.error = None
             self._log_mixture()
             self.version += 1
-            self._read_at = now()
+            self._read_at, self._searched = now(), frozenset(blocks)
 
     def _kept(self, servers: Sequence[ServerInfo]) -> list[ServerInfo]:
         """All servers of a small swarm; of a large one, a sample of those that may be used, if there are any."""
