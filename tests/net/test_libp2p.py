@@ -26,9 +26,10 @@ from shoal.net.libp2p import daemon as daemons
 from shoal.net.libp2p.daemon import DaemonConfig
 from shoal.net.libp2p.dht_directory import DhtDirectory
 from shoal.net.libp2p.libp2p_transport import MAX_STREAMS_PER_PEER, Libp2pTransport
-from shoal.net.records import Announcement, block_key, seal
+from shoal.net.records import Announcement, seal, shard_key
 from shoal.net.transport import Node, Stream, StreamBroken
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.census.levels import Shard
 from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, ProtocolViolation
 from shoal.spans import Span
 
@@ -390,7 +391,7 @@ async def test_forged_announcements_are_not_seen_and_hide_no_server() -> None:
         )
         own = seal(mallory, latest)
         forged = own.replace(mallory.peer.encode(), victim.encode())
-        digest = node_module.DHTID.generate(block_key(MODEL.key, 0))
+        digest = node_module.DHTID.generate(shard_key(MODEL.key, Shard(0, 0, 0)))
         packed = [table.protocol.serializer.dumps(value) for value in (forged, own, b"", own, own)]
         subkeys = [victim, victim, victim, None, mallory.peer]
         for node in first, server:
@@ -410,7 +411,7 @@ async def test_a_repeated_key_is_answered_once_and_the_directory_keeps_working()
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
         p2p = await p2p_module.P2P.replicate(daemon.control)
         table = await node_module.DHTNode.create(p2p=p2p, initial_peers=[f"/p2p/{first.transport.peer}"])
-        key = node_module.DHTID.generate(block_key(MODEL.key, 0)).to_bytes()
+        key = node_module.DHTID.generate(shard_key(MODEL.key, Shard(0, 0, 0))).to_bytes()
         stub = table.protocol.get_stub(p2p_module.PeerID.from_base58(first.transport.peer))
         answer = await stub.rpc_find(dht_pb2.FindRequest(keys=[key] * 100), timeout=PATIENCE)
         assert [bool(result.value) for result in answer.results] == [True] + [False] * 99

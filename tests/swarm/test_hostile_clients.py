@@ -698,7 +698,8 @@ def test_who_asks_for_more_before_a_pass_is_answered_is_refused(swarm: MakeSwarm
     swarm_ = swarm("0:4")
     with busy_thread(swarm_):
         pong, failure = Intruder(swarm_, "s0").ask(forward(), raw("ping"), more)
-        assert pong == Pong(working=True, num_passes=pong.num_passes)
+        assert isinstance(pong, Pong)
+        assert pong.working
         assert isinstance(failure, Failure)
         assert failure.code == "rejected"
         assert failure.reason.endswith("before the last one is answered")

@@ -131,14 +131,14 @@ def test_announced_capacities_count_more_than_the_speed_of_single_tokens():
     def with_capacity(each: ServerInfo, speed: float) -> ServerInfo:
         return replace(each, capacity=Capacity(4, ((1, speed),), None, 1.0, 1.0))
 
-    costs = Costs((), RING, NOTHING)
+    costs = Costs(RING, NOTHING)
     gpu, cpu = with_capacity(server("gpu", "0:4", 10), 4000.0), with_capacity(server("cpu", "0:4", 10), 80.0)
     assert spare_speeds([gpu, cpu], costs).tolist() == pytest.approx([4000.0, 80.0])
     limited = replace(gpu, capacity=Capacity(4, ((1, 4000.0),), 20.0, 1.0, 1.0))
     assert spare_speeds([limited, cpu], costs).tolist() == pytest.approx([80.0, 80.0])
     unknown = replace(cpu, capacity=None)
     assert spare_speeds([gpu, unknown], costs).tolist() == pytest.approx([40.0, 40.0])
-    slow = Costs((), RING, Measured(slowness={"gpu": 4.0}))
+    slow = Costs(RING, Measured(slowness={"gpu": 4.0}))
     assert spare_speeds([gpu, cpu], slow).tolist() == pytest.approx([1000.0, 80.0])
 
 
@@ -155,7 +155,7 @@ def placements(draw: st.DrawFn) -> SwarmView:
 
 @given(placements())
 def test_the_shares_of_a_block_are_of_its_holders_and_add_up(view: SwarmView):
-    costs = Costs(view.servers, RING, NOTHING)
+    costs = Costs(RING, NOTHING)
     ways = lattice_of(view, Span(0, view.num_blocks), costs, upstream=None, downstream=None)
     found = shares(ways, spare_speeds(ways.servers, costs))
     assert np.allclose(found.sum(axis=1), 1.0)
@@ -167,7 +167,7 @@ def test_the_shares_relieve_the_servers_of_weak_blocks():
     """The only holder of the blocks 4:8 is left alone with the other blocks that it holds."""
     only, others = server("only", "2:8", 10), [server(f"s{index}", "0:4", 10) for index in range(3)]
     view = SwarmView(8, (only, *others))
-    costs = Costs(view.servers, RING, NOTHING)
+    costs = Costs(RING, NOTHING)
     ways = lattice_of(view, Span(0, 8), costs, upstream=None, downstream=None)
     found = shares(ways, spare_speeds(ways.servers, costs))
     index = [each.peer for each in ways.servers].index("only")

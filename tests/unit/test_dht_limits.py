@@ -15,7 +15,8 @@ from hivemind.utils import MSGPackSerializer
 from shoal.net.identity import Identity
 from shoal.net.libp2p import dht_limits
 from shoal.net.libp2p.record_validator import RecordValidator
-from shoal.net.records import Announcement, block_key, seal
+from shoal.net.records import Announcement, seal, shard_key
+from shoal.policy.census.levels import Shard
 
 from .test_directory_records import MODEL, info
 
@@ -43,14 +44,14 @@ def protocol() -> Any:
     return made
 
 
-def digest(block: int) -> Any:
-    return routing.DHTID.generate(block_key(MODEL.key, block))
+def digest(bucket: int) -> Any:
+    return routing.DHTID.generate(shard_key(MODEL.key, Shard(bucket, 0, 0)))
 
 
-def fill(node: Any, *, records: int, block: int = 2, size: int = 4096) -> None:
+def fill(node: Any, *, records: int, bucket: int = 0, size: int = 4096) -> None:
     """Store this number of records of the largest size under one key. Their signatures do not matter here."""
     for number in range(records):
-        node.storage.store_subkey(digest(block), f"peer {number}", bytes(size), expires())
+        node.storage.store_subkey(digest(bucket), f"peer {number}", bytes(size), expires())
 
 
 def records_in(result: Any) -> dict[str, bytes]:
@@ -61,10 +62,10 @@ def records_in(result: Any) -> dict[str, bytes]:
 
 async def test_a_repeated_key_is_answered_once() -> None:
     node = protocol()
-    fill(node, records=200)
-    keys = [digest(2).to_bytes()] * 100
+    fill(node, records=100)
+    keys = [digest(0).to_bytes()] * 100
     answer = await node.rpc_find(dht_pb2.FindRequest(keys=keys), NO_PEER)
-    assert [len(records_in(result)) for result in answer.results] == [200] + [0] * 99
+    assert [len(records_in(result)) for result in answer.results] == [100] + [0] * 99
     assert answer.ByteSize() < MESSAGE_BYTES / 2
 
 
@@ -78,19 +79,27 @@ async def test_a_lookup_of_too_many_keys_is_refused() -> None:
 
 async def test_the_keys_of_a_lookup_divide_the_answer() -> None:
     node = protocol()
-    for block in range(8):
-        fill(node, records=300, block=block)
-    answer = await node.rpc_find(dht_pb2.FindRequest(keys=[digest(block).to_bytes() for block in range(8)]), NO_PEER)
+    for bucket in range(8):
+        fill(node, records=300, bucket=bucket)
+    answer = await node.rpc_find(dht_pb2.FindRequest(keys=[digest(bucket).to_bytes() for bucket in range(8)]), NO_PEER)
     numbers = [len(records_in(result)) for result in answer.results]
     assert min(numbers) >= 60
     assert answer.ByteSize() < MESSAGE_BYTES * 3 // 4
 
 
+async def test_a_key_that_somebody_fills_takes_at_most_half_a_mebibyte() -> None:
+    node = protocol()
+    fill(node, records=1200)
+    answer = await node.rpc_find(dht_pb2.FindRequest(keys=[digest(0).to_bytes()]), NO_PEER)
+    assert len(records_in(answer.results[0])) > 100
+    assert answer.ByteSize() <= 512 << 10
+
+
 async def test_repeated_lookups_find_every_record_of_a_crowded_key() -> None:
     node = protocol()
     fill(node, records=1200)
-    node.storage.store_subkey(digest(2), "honest", b"here", expires())
-    request = dht_pb2.FindRequest(keys=[digest(2).to_bytes()])
+    node.storage.store_subkey(digest(0), "honest", b"here", expires())
+    request = dht_pb2.FindRequest(keys=[digest(0).to_bytes()])
     seen = [records_in((await node.rpc_find(request, NO_PEER)).results[0]) for _ in range(60)]
     assert any("honest" in each for each in seen)
     assert all(each for each in seen)
@@ -103,21 +112,21 @@ def store_request(*records: tuple[bytes, bytes, bytes, float]) -> Any:
     )
 
 
-def record(identity: Identity, block: int = 2) -> tuple[bytes, bytes, bytes, float]:
+def record(identity: Identity) -> tuple[bytes, bytes, bytes, float]:
     until = expires()
     sealed = seal(identity, Announcement.of(MODEL, info(identity), expires=until))
-    return digest(block).to_bytes(), pack(identity.peer), pack(sealed), until
+    return digest(0).to_bytes(), pack(identity.peer), pack(sealed), until
 
 
 async def test_valid_records_are_stored_one_by_one_and_handed_over_together() -> None:
     alice, bob = Identity.temporary(), Identity.temporary()
     node = protocol()
     assert (await node.rpc_store(store_request(record(alice), record(bob)), NO_PEER)).store_ok == [True, True]
-    all_records = pack(node.storage.get(digest(2)).value)
+    all_records = pack(node.storage.get(digest(0)).value)
     other = protocol()
-    handover = store_request((digest(2).to_bytes(), node.IS_DICTIONARY, all_records, expires()))
+    handover = store_request((digest(0).to_bytes(), node.IS_DICTIONARY, all_records, expires()))
     assert (await other.rpc_store(handover, NO_PEER)).store_ok == [True]
-    answer = await other.rpc_find(dht_pb2.FindRequest(keys=[digest(2).to_bytes()]), NO_PEER)
+    answer = await other.rpc_find(dht_pb2.FindRequest(keys=[digest(0).to_bytes()]), NO_PEER)
     assert set(records_in(answer.results[0])) == {alice.peer, bob.peer}
 
 
@@ -146,7 +155,7 @@ async def test_values_that_are_too_large_are_not_decoded(monkeypatch: pytest.Mon
 
 async def test_values_without_a_subkey_and_inconsistent_requests_are_refused() -> None:
     node = protocol()
-    whole = store_request((digest(2).to_bytes(), node.IS_REGULAR_VALUE, b"mine alone", expires()))
+    whole = store_request((digest(0).to_bytes(), node.IS_REGULAR_VALUE, b"mine alone", expires()))
     assert (await node.rpc_store(whole, NO_PEER)).store_ok == [False]
     with pytest.raises(dht_limits.InvalidRequest):
         await node.rpc_store(dht_pb2.StoreRequest(keys=[bytes(20)] * 2, values=[b"x"]), NO_PEER)

@@ -16,26 +16,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.net.identity import Identity
-from shoal.net.latest_announcements import LatestAnnouncements
 from shoal.net.libp2p.record_validator import RecordValidator
 from shoal.net.records import (
     CLOCK_SKEW,
     MAX_RECORD_BYTES,
     Announcement,
-    block_key,
     is_timely,
     registry_key,
+    registry_shard,
     seal,
-    shard_of,
+    shard_key,
     unseal,
 )
 from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import MAX_SPANS_ON_DISK, MAX_SPEED_POINTS, Capacity, ModelInfo, ServerInfo, ServerState
+from shoal.policy.census.levels import Shard, is_sampled, shards_at, shards_of
 from shoal.spans import Span
 
 NOW = 1_800_000_000.0
 ALICE, MALLORY = Identity.temporary(), Identity.temporary()
-MODEL = ModelInfo(key="m" * 32, name="org/model", family="llama", num_blocks=8)
+MODEL = ModelInfo(key="m" * 32, name="org/model", family="llama", num_blocks=16)
+FRONT = Shard(0, 0, 0)
 pack = hivemind_utils.MSGPackSerializer.dumps
 validator = RecordValidator(lambda: NOW)
 
@@ -73,7 +74,7 @@ def announcement(**changes: Any) -> Announcement:
 def signed(body: object, identity: Identity = ALICE) -> bytes:
     """A record with this body and a valid signature."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return identity.sign(b"shoal announcement 1\0" + raw) + raw
+    return identity.sign(b"shoal announcement 2\0" + raw) + raw
 
 
 def body(**changes: Any) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def body(**changes: Any) -> dict[str, Any]:
 def is_stored(
     value: bytes,
     *,
-    key: str = block_key(MODEL.key, 3),
+    key: str = shard_key(MODEL.key, FRONT),
     subkey: bytes | None = None,
     expires: float = NOW + 60,
     packed: Callable[[bytes], bytes] = pack,
@@ -104,15 +105,24 @@ def test_an_announcement_is_read_as_it_was_made() -> None:
     assert opened.expires == NOW + 60
 
 
-def test_a_record_is_stored_under_its_blocks_and_in_the_list_of_models_only() -> None:
+def test_a_record_is_stored_in_its_bucket_and_in_the_list_of_models_only() -> None:
     record = seal(ALICE, announcement())
-    blocks = [block_key(MODEL.key, block) for block in range(8)]
-    assert [is_stored(record, key=key) for key in blocks] == [False, False, True, True, True, False, False, False]
-    shard = shard_of(ALICE.peer)
+    assert is_stored(record, key=shard_key(MODEL.key, FRONT))
+    assert not is_stored(record, key=shard_key(MODEL.key, Shard(1, 0, 0)))
+    shard = registry_shard(ALICE.peer)
     assert is_stored(record, key=registry_key(shard))
     assert not is_stored(record, key=registry_key(shard + 1))
-    assert not is_stored(record, key=block_key("another", 3))
+    assert not is_stored(record, key=shard_key("another", FRONT))
     assert not is_stored(record, key="anything else")
+
+
+@pytest.mark.parametrize("level", range(1, 9))
+def test_a_record_of_a_crowded_bucket_is_stored_in_its_own_shards_only(level: int) -> None:
+    record = seal(ALICE, announcement(level=level))
+    shards = {shard for each in range(9) for shard in shards_at(0, each)}
+    stored = {shard for shard in shards if is_stored(record, key=shard_key(MODEL.key, shard))}
+    assert stored == set(shards_of(ALICE.peer, 2, level))
+    assert is_stored(record, key=registry_key(registry_shard(ALICE.peer))) == is_sampled(ALICE.peer, level)
 
 
 def test_a_record_is_stored_under_its_own_peer_only() -> None:
@@ -174,7 +184,10 @@ def test_a_signature_for_something_else_does_not_count() -> None:
         ("queue_length", "long"),
         ("start", 5),
         ("start", -1),
-        ("end", 9),
+        ("end", 17),
+        ("level", -1),
+        ("level", 9),
+        ("level", "0"),
         ("end", 2),
         ("num_blocks", 0),
         ("num_blocks", 1 << 20),
@@ -369,20 +382,5 @@ def test_only_the_addresses_of_the_announcing_peer_count() -> None:
 def test_the_real_clock_is_used_unless_another_is_given() -> None:
     soon = time.time() + 60
     record = seal(ALICE, announcement(expires=soon))
-    digest = routing.DHTID.generate(block_key(MODEL.key, 3)).to_bytes()
+    digest = routing.DHTID.generate(shard_key(MODEL.key, FRONT)).to_bytes()
     assert RecordValidator().validate(crypto.DHTRecord(digest, pack(ALICE.peer), pack(record), soon))
-
-
-def test_an_announcement_is_valid_until_it_expires_even_if_lookups_miss_it() -> None:
-    latest = LatestAnnouncements()
-    assert latest.update(MODEL, [announcement()], now=NOW) == (announcement(),)
-    assert latest.update(MODEL, [], now=NOW) == (announcement(),)
-    assert latest.update(MODEL, [], now=NOW + 60) == ()
-
-
-def test_the_latest_announcement_counts_in_any_order_of_arrival() -> None:
-    goodbye = announcement(state=ServerState.LEAVING, expires=NOW + 61)
-    latest, renewed = LatestAnnouncements(), announcement(expires=NOW + 62)
-    assert latest.update(MODEL, [announcement(), goodbye], now=NOW) == (goodbye,)
-    assert latest.update(MODEL, [announcement()], now=NOW) == (goodbye,)
-    assert latest.update(MODEL, [renewed], now=NOW) == (renewed,)

@@ -15,7 +15,7 @@ ALL = Span(0, 8)
 
 
 def asked(view: SwarmView, *, known: frozenset[str] = frozenset(), most: int = 8, head: bool = False) -> list[str]:
-    chosen = servers_to_probe(view, ALL, Costs((), Needs(head=head), Measured()), known=known, most=most)
+    chosen = servers_to_probe(view, ALL, Costs(Needs(head=head), Measured()), known=known, most=most)
     return [each.peer for each in chosen]
 
 

@@ -1,10 +1,11 @@
-"""Measures the round-trip time to other peers."""
+"""Measures the round-trip time to other peers, and learns how busy they are."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
@@ -21,10 +22,27 @@ MAX_CONCURRENT = 4
 """The measurements at the same time: more would delay each other on a slow link."""
 
 
-async def ping(stream: Stream) -> float | None:
-    """The round-trip time in seconds over this stream, the quickest of `PINGS`; None if the peer does not answer."""
+@dataclass(frozen=True)
+class PingAnswer:
+    """What a ping found: the round trip in seconds, and what the server says of this moment, if it says it."""
+
+    seconds: float
+    queue_length: int | None = None
+    cache_tokens_left: int | None = None
+
+    def of(self, server: ServerInfo) -> ServerInfo:
+        """A server as it is now, by what it announced and what it has answered."""
+        return replace(
+            server,
+            queue_length=server.queue_length if self.queue_length is None else self.queue_length,
+            cache_tokens_left=server.cache_tokens_left if self.cache_tokens_left is None else self.cache_tokens_left,
+        )
+
+
+async def ping(stream: Stream) -> PingAnswer | None:
+    """The quickest of `PINGS` round trips over this stream, and the latest news; None if the peer does not answer."""
     loop = asyncio.get_running_loop()
-    seconds: list[float] = []
+    found: PingAnswer | None = None
     with contextlib.suppress(StreamBroken, ProtocolViolation, TimeoutError):
         for _ in range(PINGS):
             async with asyncio.timeout(PONG_SECONDS):
@@ -33,12 +51,14 @@ async def ping(stream: Stream) -> float | None:
                 answer, _ = await codec.receive(stream, REPLY_KINDS)
                 if not isinstance(answer, Pong):
                     break
-                seconds.append(loop.time() - sent)
-    return min(seconds, default=None)
+                seconds = loop.time() - sent
+                quickest = seconds if found is None else min(found.seconds, seconds)
+                found = PingAnswer(quickest, answer.queue_length, answer.cache_tokens_left)
+    return found
 
 
-async def measure_round_trip(transport: Transport, peer: str, addresses: Sequence[str] = ()) -> float | None:
-    """The round-trip time to a peer in seconds, over a new stream; None if the peer does not answer. Never raises.
+async def ask(transport: Transport, peer: str, addresses: Sequence[str] = ()) -> PingAnswer | None:
+    """Pings a peer over a new stream; None if it does not answer. Never raises.
 
     The time for opening the stream does not count.
     """
@@ -48,14 +68,20 @@ async def measure_round_trip(transport: Transport, peer: str, addresses: Sequenc
     except (StreamBroken, TimeoutError):
         return None
     try:
-        seconds = await ping(stream)
-        if seconds is not None:
+        answer = await ping(stream)
+        if answer is not None:
             with contextlib.suppress(StreamBroken, TimeoutError):
                 async with asyncio.timeout(PONG_SECONDS):
                     await codec.send(stream, Close())
-        return seconds
+        return answer
     finally:
         await stream.close()
+
+
+async def measure_round_trip(transport: Transport, peer: str, addresses: Sequence[str] = ()) -> float | None:
+    """The round-trip time to a peer in seconds, over a new stream; None if the peer does not answer. Never raises."""
+    answer = await ask(transport, peer, addresses)
+    return None if answer is None else answer.seconds
 
 
 async def measure_round_trips(

@@ -2,10 +2,11 @@
 
     record = signature (64 bytes) | JSON body
 
-One record is stored in the DHT under one key for each block of its span, and under one key of the list of models. The
-body holds the peer, the model, the span and the expiration time, and the keys follow from these. So one signature
-covers all copies: no copy can be moved to another key, made to last longer, or be published by another peer. The peer
-that stores a record and the peer that reads it make the same checks, which are here.
+One record is stored in the DHT under the keys of one or two shards of the bucket of its first block
+(`shoal.policy.census.levels`), and perhaps under one key of the list of models. The body holds the peer, the model, the
+span, the level and the expiration time, and the keys follow from these. So one signature covers all copies: no copy can
+be moved to another key, made to last longer, or be published by another peer. The peer that stores a record and the
+peer that reads it make the same checks, which are here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -31,6 +32,7 @@ from shoal.peers import (
     ServerInfo,
     ServerState,
 )
+from shoal.policy.census.levels import MAX_LEVEL, Shard, is_sampled, shards_of
 from shoal.protocol import MAX_BLOCKS
 from shoal.spans import Span
 
@@ -41,7 +43,7 @@ CLOCK_SKEW = 5.0
 REGISTRY_SHARDS = 16
 """The list of models is spread over this number of keys, because the records of one key travel in one message of at
 most 4 MiB."""
-_DOMAIN = b"shoal announcement 1\0"
+_DOMAIN = b"shoal announcement 2\0"
 
 
 def _printable(text: str) -> str:
@@ -100,10 +102,10 @@ class AnnouncedCapacity(BaseModel):
         """The same capacity, its figures rounded to four digits to keep the record small."""
         return cls(
             max_blocks=capacity.max_blocks,
-            block_speeds=tuple((length, _four_digits(speed)) for length, speed in capacity.block_speeds),
-            network_speed=None if capacity.network_speed is None else _four_digits(capacity.network_speed),
-            load_seconds=_four_digits(capacity.load_seconds),
-            disk_seconds=_four_digits(capacity.disk_seconds),
+            block_speeds=tuple((length, four_digits(speed)) for length, speed in capacity.block_speeds),
+            network_speed=None if capacity.network_speed is None else four_digits(capacity.network_speed),
+            load_seconds=four_digits(capacity.load_seconds),
+            disk_seconds=four_digits(capacity.disk_seconds),
             on_disk=tuple((span.start, span.end) for span in capacity.on_disk),
         )
 
@@ -133,6 +135,7 @@ class Announcement(BaseModel):
     num_blocks: Annotated[int, Field(ge=1, le=MAX_BLOCKS)]
     start: Block
     end: Block
+    level: Annotated[int, Field(ge=0, le=MAX_LEVEL)]
     state: Annotated[ServerState, Field(strict=False)]
     fingerprint: Text
     decode_speed: Speed | None
@@ -165,8 +168,11 @@ class Announcement(BaseModel):
         return self
 
     @classmethod
-    def of(cls, model: ModelInfo, info: ServerInfo, *, expires: float) -> Announcement:
-        """The announcement of `info` until the Unix time `expires`. Raises `ValueError` for a field out of bounds."""
+    def of(cls, model: ModelInfo, info: ServerInfo, *, expires: float, level: int = 0) -> Announcement:
+        """The announcement of `info` until the Unix time `expires`, at this level of the directory.
+
+        Raises `ValueError` for a field out of bounds.
+        """
         return cls(
             peer=info.peer,
             expires=expires,
@@ -176,6 +182,7 @@ class Announcement(BaseModel):
             num_blocks=model.num_blocks,
             start=info.span.start,
             end=info.span.end,
+            level=level,
             state=info.state,
             fingerprint=info.fingerprint,
             decode_speed=None if info.decode_speed is None else float(info.decode_speed),
@@ -239,8 +246,9 @@ class Announcement(BaseModel):
     @property
     def dht_keys(self) -> tuple[str, ...]:
         """All keys under which this announcement is valid."""
-        blocks = (block_key(self.model, block) for block in range(self.start, self.end))
-        return (registry_key(shard_of(self.peer)), *blocks)
+        shards = shards_of(self.peer, self.start, self.level)
+        listed = (registry_key(registry_shard(self.peer)),) if is_sampled(self.peer, self.level) else ()
+        return (*listed, *(shard_key(self.model, shard) for shard in shards))
 
 
 def _rounded(seconds: float) -> float:
@@ -248,22 +256,28 @@ def _rounded(seconds: float) -> float:
     return max(round(seconds, 5), 1e-5)
 
 
-def _four_digits(number: float) -> float:
+def four_digits(number: float) -> float:
+    """Rounded to four digits, to keep records small."""
     return float(f"{number:.4g}")
 
 
-def block_key(model: str, block: int) -> str:
-    """The DHT key of the servers that hold a block of the model with this key."""
-    return f"shoal:1:{model}:{block}"
+def shard_key(model: str, shard: Shard) -> str:
+    """The DHT key of a shard of the servers of the model with this key."""
+    return f"shoal:2:{model}:{shard.bucket}:{shard.level}:{shard.index}"
+
+
+def tallies_key(model: str, bucket: int) -> str:
+    """The DHT key of the tallies of a bucket's shards (`shoal.net.tallies`)."""
+    return f"shoal:2:{model}:{bucket}:tallies"
 
 
 def registry_key(shard: int) -> str:
     """The DHT key of one part of the list of models."""
-    return f"shoal:1::models:{shard}"
+    return f"shoal:2::models:{shard}"
 
 
-def shard_of(peer: str) -> int:
-    """The part of the list of models in which a peer announces itself."""
+def registry_shard(peer: str) -> int:
+    """The part of the list of models in which a peer announces itself, if it does: in a crowded swarm only some do."""
     return hashlib.sha256(peer.encode()).digest()[0] % REGISTRY_SHARDS
 
 
@@ -278,7 +292,7 @@ def seal(identity: Identity, announcement: Announcement) -> bytes:
     return record
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 14)
 def unseal(record: bytes) -> Announcement | None:
     """The announcement in a record; None unless the peer that it is about signed it. The time is not checked."""
     if not SIGNATURE_BYTES < len(record) <= MAX_RECORD_BYTES:
@@ -291,6 +305,15 @@ def unseal(record: bytes) -> Announcement | None:
     return announcement if verify(announcement.peer, _DOMAIN + body, signature) else None
 
 
-def is_timely(announcement: Announcement, *, now: float) -> bool:
+class Expiring(Protocol):
+    """Any record."""
+
+    @property
+    def expires(self) -> float:
+        """The Unix time until which it is valid."""
+        ...
+
+
+def is_timely(record: Expiring, *, now: float) -> bool:
     """Whether it has not expired at the Unix time `now`, and does not last longer than `MAX_LIFETIME`."""
-    return now - CLOCK_SKEW <= announcement.expires <= now + MAX_LIFETIME + CLOCK_SKEW
+    return now - CLOCK_SKEW <= record.expires <= now + MAX_LIFETIME + CLOCK_SKEW

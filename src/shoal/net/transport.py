@@ -6,11 +6,12 @@ ordered and reliable until it breaks, and every way of breaking is one exception
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from shoal.peers import ModelInfo, ServerInfo
+from shoal.policy.census.histogram import Histogram
 
 Buffer = bytes | bytearray | memoryview
 
@@ -107,12 +108,27 @@ class Directory(Protocol):
     async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
         """Publish `info` for `lifetime` seconds, at most `MAX_LIFETIME`. A later call replaces it.
 
+        In a large swarm it is published for longer, up to `MAX_LIFETIME`, and a call that says nothing new may wait
+        for its turn (`shoal.net.participant`).
+
         Raises `SwarmError`, also when no other peer answers, and `ValueError` for a wrong lifetime.
         """
         ...
 
-    async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
-        """The servers of a model, by their latest valid records. Raises `SwarmError`, also when no peer answers."""
+    async def servers(self, model: ModelInfo, *, blocks: Collection[int] = ()) -> tuple[ServerInfo, ...]:
+        """The servers of a model, by their latest valid records. Raises `SwarmError`, also when no peer answers.
+
+        All of a small swarm are read each time. Of a large one, a call reads as much as the peer's allowance of bytes
+        permits, and returns all that is known: a random sample, which is another one after some minutes. It also
+        searches for more holders of `blocks`, which the caller misses.
+        """
+        ...
+
+    async def histogram(self, model: ModelInfo) -> Histogram:
+        """How many servers of a model hold which spans, and how fast they are: all that placement needs to know.
+
+        Raises `SwarmError`, also when no peer answers.
+        """
         ...
 
     async def models(self) -> tuple[ModelInfo, ...]:

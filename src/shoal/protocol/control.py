@@ -24,6 +24,7 @@ class Pong(Message):
 
     A session computes the step of this `epoch` and `position`, or expects it next. `num_passes` grows with every pass
     that the server computes, for any client: a server that is working while its count stands still for long is stuck.
+    `queue_length` and `cache_tokens_left` are as in an announcement, and of this moment.
     """
 
     kind: Literal["pong"] = "pong"
@@ -31,6 +32,8 @@ class Pong(Message):
     num_passes: Annotated[int, Field(ge=0)] = 0
     epoch: Epoch = 0
     position: Position = 0
+    queue_length: Annotated[int, Field(ge=0, lt=1 << 53)] | None = None
+    cache_tokens_left: Annotated[int, Field(ge=0, lt=1 << 53)] | None = None
 
 
 class Leaving(Message):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from shoal.client.options.client_options import ClientOptions
@@ -15,6 +15,7 @@ from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.census.sampling import MOST_KEPT, keep
 from shoal.policy.dtypes import mixture, swarm_dtype
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import loaders, outlook, seconds_to_look, seconds_to_ready
@@ -33,9 +34,10 @@ def holding(server: ServerInfo) -> Holding:
 
 
 class DirectoryCache:
-    """The servers that the directory named last.
+    """The servers that the directory named last. Of a large swarm, a sample is kept (`shoal.policy.census.sampling`).
 
-    `version` grows with every answer of the directory. `error` is why its last answer failed; None if it did not.
+    `round_trips` returns the seconds to the servers that the client has measured, by peer id. `version` grows with
+    every answer of the directory. `error` is why its last answer failed; None if it did not.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class DirectoryCache:
         model: ModelInfo,
         fingerprint: str,
         config: ClientOptions,
+        round_trips: Callable[[], Mapping[str, float]] = dict,
         *,
         unix_time: Callable[[], float] = time.time,
     ) -> None:
@@ -53,9 +56,12 @@ class DirectoryCache:
         self._model = model
         self._fingerprint = fingerprint
         self._config = config
+        self._round_trips = round_trips
+        self._rng = random.Random(random.getrandbits(32))  # noqa: S311 - nothing secret; tests seed the module
         self._view: SwarmView | None = None
         self._read_at = float("-inf")
         self._unix_time = unix_time
+        self._searched: frozenset[int] = frozenset()  # the blocks whose holders were searched for then
         self._mixture: str | None = None
         self._announced: set[int] = set()  # blocks that usable servers hold, load, or have held or loaded
         self._refreshing = asyncio.Lock()
@@ -75,30 +81,39 @@ class DirectoryCache:
         """The cache is wrong: read the directory before the next use."""
         self._read_at = float("-inf")
 
-    async def refresh(self) -> None:
+    async def refresh(self, blocks: Collection[int] = ()) -> None:
         """Read the directory. If it does not answer, the last answer stays.
+
+        In a large swarm, more holders of `blocks` are searched for.
 
         Raises `SwarmError` if the directory has never answered.
         """
         asked_at = now()
         async with self._refreshing:
-            if self._read_at >= asked_at:  # another task has read it meanwhile
+            if self._read_at >= asked_at and self._searched.issuperset(blocks):  # another task has read it meanwhile
                 return
             try:
-                servers = list(await self._node.directory.servers(self._model))
+                servers = await self._node.directory.servers(self._model, blocks=blocks)
             except SwarmError as failure:
                 if self._view is None:
                     raise
                 log.warning("%s; using what the directory said last", failure)
                 self.error = failure
                 return
-            random.shuffle(servers)  # of equal servers, different clients use different ones
-            self._view = SwarmView(self._model.num_blocks, tuple(servers), self._config.pinned)
+            kept = self._kept(servers)
+            random.shuffle(kept)  # of equal servers, different clients use different ones
+            self._view = SwarmView(self._model.num_blocks, tuple(kept), self._config.pinned)
             self.error = None
             self._note_announced()
             self._log_mixture()
             self.version += 1
-            self._read_at = now()
+            self._read_at, self._searched = now(), frozenset(blocks)
+
+    def _kept(self, servers: Sequence[ServerInfo]) -> list[ServerInfo]:
+        """All servers of a small swarm; of a large one, a sample of those that may be used, if there are any."""
+        if len(servers) > MOST_KEPT:
+            servers = [server for server in servers if self._is_usable(server)] or servers
+        return keep(servers, self._round_trips(), num_blocks=self._model.num_blocks, rng=self._rng)
 
     def _note_announced(self) -> None:
         lacking = self._known().only(self._is_usable).missing()

@@ -16,6 +16,10 @@ class PeerTimings:
         self._round_trips: dict[str, float] = {}
         self._slowness: dict[str, Slowness] = {}
 
+    def round_trips(self) -> Mapping[str, float]:
+        """The round trips that were measured, in seconds, by peer id."""
+        return self._round_trips
+
     def record_round_trip(self, peer: str, seconds: float) -> None:
         """A ping on an open stream was answered in `seconds`."""
         self._round_trips[peer] = average_round_trip(self._round_trips.get(peer), seconds)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from shoal.client.swarm.peer_timings import PeerTimings
 from shoal.concurrency import now
-from shoal.net.ping import DIAL_SECONDS, PONG_SECONDS, measure_round_trip
+from shoal.net.ping import DIAL_SECONDS, PONG_SECONDS, PingAnswer, ask
 from shoal.net.transport import Transport
 from shoal.peers import ServerInfo
 from shoal.policy.routing.costs import Costs, Measured, Needs
@@ -24,6 +25,8 @@ MOST_PINGED = 256
 """Servers of the largest round: all of them are dialed at once."""
 SILENT_SECONDS = 60.0
 """A server that did not answer is pinged again after so long, or when there is no route without it."""
+FRESH_SECONDS = 20.0
+"""How long what a server answered of its queue and its room is believed more than what it announced."""
 PATIENCE_SECONDS = DIAL_SECONDS + 2 * PONG_SECONDS
 """How long such a server has, unless the client is less patient: a first connection over a relay takes long."""
 
@@ -41,6 +44,7 @@ class ServerProbe:
         self._patience = min(patience, PATIENCE_SECONDS)
         self._answered: set[str] = set()
         self._silent: dict[str, float] = {}  # when each was pinged in vain
+        self._said: dict[str, tuple[float, PingAnswer]] = {}  # by peer, and when
         self._probed_version = 0
         self._probing = asyncio.Lock()
 
@@ -63,6 +67,8 @@ class ServerProbe:
     ) -> SwarmView:
         """The same view with those servers only that a route over a span may use. Some are pinged first.
 
+        What servers have answered of their queues and their room replaces what they announced, while it is fresh.
+
         `everyone` is a view of all servers, with those that are not to be used now. With each new `version` of the
         directory, a round is pinged even if the servers that have answered suffice: there may be better ones.
         """
@@ -72,7 +78,8 @@ class ServerProbe:
         alone = sole_holders(everyone, span)
 
         def usable() -> SwarmView:
-            return view.only(lambda server: server.peer in self._answered or server.peer in alone)
+            found = view.only(lambda server: server.peer in self._answered or server.peer in alone)
+            return replace(found, servers=tuple(map(self._as_it_is_now, found.servers)))
 
         def suffices() -> bool:
             return not usable().missing(span)
@@ -80,7 +87,7 @@ class ServerProbe:
         if suffices() and not is_new:
             return usable()
         async with self._probing:
-            costs = Costs((), needs, known)
+            costs = Costs(needs, known)
             num_pinged, must_ping = FIRST_PINGED, is_new
             while must_ping or not suffices():
                 silent = {peer for peer, at in self._silent.items() if now() - at < SILENT_SECONDS}
@@ -93,6 +100,10 @@ class ServerProbe:
                 strangers = servers_to_probe(view, span, costs, known=self._answered | alone, most=MOST_PINGED)
                 await self._ping(strangers, self._patience, enough=suffices)
         return usable()
+
+    def _as_it_is_now(self, server: ServerInfo) -> ServerInfo:
+        at, said = self._said.get(server.peer, (float("-inf"), None))
+        return server if said is None or now() - at > FRESH_SECONDS else said.of(server)
 
     async def _ping(self, servers: Sequence[ServerInfo], seconds: float, *, enough: Callable[[], bool]) -> None:
         """Ping all of these at once, until `enough` of them have answered or the seconds are over."""
@@ -114,7 +125,8 @@ class ServerProbe:
                 self._silent[server.peer] = now()
 
     async def _ping_one(self, server: ServerInfo) -> None:
-        seconds = await measure_round_trip(self._transport, server.peer, server.addresses)
-        if seconds is not None:
-            self._timings.record_round_trip(server.peer, seconds)
+        answer = await ask(self._transport, server.peer, server.addresses)
+        if answer is not None:
+            self._said[server.peer] = (now(), answer)
+            self._timings.record_round_trip(server.peer, answer.seconds)
             self.record_answer(server.peer)

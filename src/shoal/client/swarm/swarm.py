@@ -75,7 +75,9 @@ class Swarm:
         self.timings = PeerTimings(now)
         self.adapter_sync = AdapterSync()
         self._node = node
-        self._directory = DirectoryCache(node, model, fingerprint, config, unix_time=unix_time)
+        self._directory = DirectoryCache(
+            node, model, fingerprint, config, self.timings.round_trips, unix_time=unix_time
+        )
         self._probe = ServerProbe(
             node.transport, self.timings, seconds=config.measure_seconds, patience=config.patience_seconds
         )
@@ -107,8 +109,8 @@ class Swarm:
         """
         await self._directory.ensure_fresh()
         view = self._healthy(excluded, needs)
-        if view.missing(span):
-            await self._directory.refresh()
+        if missing := view.missing(span):
+            await self._directory.refresh(missing)
             view = self._healthy(excluded, needs)
         view = await self._answering(view, span, needs)
         if view.missing(span):  # rather a server that failed lately than none

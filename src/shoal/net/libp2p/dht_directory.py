@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
+import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 from hivemind.p2p import P2P
@@ -15,36 +15,46 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
 
 from shoal.errors import BootstrapFailed, SwarmError
+from shoal.net.catalog import Listing
 from shoal.net.identity import Identity
-from shoal.net.latest_announcements import LatestAnnouncements
 from shoal.net.libp2p.daemon import Daemon
 from shoal.net.libp2p.daemon_reasons import plain_reason
 from shoal.net.libp2p.dht_limits import create_node
+from shoal.net.libp2p.dht_reads import Traffic, Values, read_everywhere, read_thinly
 from shoal.net.libp2p.duplicate_identity import DuplicateIdentityWatch
 from shoal.net.libp2p.known_peers import KnownPeers
 from shoal.net.libp2p.record_validator import RecordValidator
 from shoal.net.libp2p.store_failures import StoreFailureLog, StoreResponses, store_failure
+from shoal.net.participant import Participant, Publication
 from shoal.net.records import (
     CLOCK_SKEW,
     REGISTRY_SHARDS,
     Announcement,
-    block_key,
     is_timely,
     registry_key,
     seal,
+    shard_key,
+    tallies_key,
     unseal,
 )
+from shoal.net.tallies import ShardTally, seal_tally, unseal_tally
+from shoal.net.tally_book import Report
 from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.census.histogram import Histogram
+from shoal.policy.census.levels import Shard
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+Record = TypeVar("Record", Announcement, ShardTally)
 
 MAX_CLOCK_REQUESTS = 3
 """The peers that are asked for their time, one after the other, after they refused a record."""
 BAN_SECONDS = 30
 """How long hivemind sends nothing to a peer that did not answer."""
+FEW_SERVERS = 40
+"""The records of a swarm with up to this many servers are read from all peers that store them."""
 
 
 class DhtDirectory:
@@ -71,7 +81,13 @@ class DhtDirectory:
         self._store_responses = StoreResponses()
         self._store_failures = StoreFailureLog()
         self._last_expiry: dict[str, float] = {}  # of this peer's own announcement, by model key
-        self._latest = LatestAnnouncements()
+        self._traffic = Traffic()
+        self._participant = Participant(
+            self,
+            clock=clock,
+            rng=random.Random(random.getrandbits(32)),  # noqa: S311 - nothing secret
+            is_client=not stores_records,
+        )
 
     async def attach(self, daemon: Daemon, peers: Sequence[str]) -> None:
         """Join the DHT through these peer ids; none starts a new DHT. A later node takes over the stored records.
@@ -104,6 +120,7 @@ class DhtDirectory:
             await p2p.shutdown()
             raise
         self._store_responses.watch(node.protocol)
+        self._traffic.watch(node.protocol)
         if former is not None:
             node.protocol.storage = former.protocol.storage
         self._known_peers.attach(daemon, node)
@@ -117,25 +134,48 @@ class DhtDirectory:
     async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
         if not 0 < lifetime <= MAX_LIFETIME:
             raise ValueError(f"a lifetime of {lifetime} s")
+        before = self._traffic.num_bytes
+        publication = self._participant.next_publication(model, info, lifetime=lifetime)
+        if publication is None:
+            return
+        await self._publish(model, publication)
+        self._participant.published(model, publication)
+        self._participant.spent(self._traffic.num_bytes - before)
+        if info.state is not ServerState.LEAVING:
+            await self._report(model, publication)
+
+    async def _publish(self, model: ModelInfo, publication: Publication) -> None:
         # Of two announcements the DHT keeps the one that expires later. So a goodbye with a short lifetime must still
         # expire after the announcement that it replaces. If that one expires too late for any peer to have stored it,
         # because the clock was wrong, it need not be replaced.
-        now, last = self._clock(), self._last_expiry.get(model.key, 0.0)
-        expires = max(now + lifetime, last + 0.001 if last <= now + MAX_LIFETIME + CLOCK_SKEW else 0.0)
-        announcement = Announcement.of(model, info, expires=expires)
+        now, last, info = publication.at, self._last_expiry.get(model.key, 0.0), publication.info
+        expires = max(now + publication.lifetime, last + 0.001 if last <= now + MAX_LIFETIME + CLOCK_SKEW else 0.0)
+        announcement = Announcement.of(model, info, expires=expires, level=publication.level)
         record = seal(self._identity, announcement)
         self._last_expiry[model.key] = expires
         self._store_responses.clear()
         self._duplicates.add_own(info.addresses, now=now)
-        keys = list(announcement.dht_keys)
-        subkeys = [self._identity.peer] * len(keys)
-        stored = await self._request(lambda node: node.store_many(keys, [record] * len(keys), expires, subkeys=subkeys))
-        is_stored = all(stored.values())
+        is_stored = await self._store(announcement.dht_keys, record, expires)
         ahead = None if is_stored else await self._seconds_ahead()
         failure = store_failure(
             is_stored=is_stored, num_refused=len(self._store_responses.refused), seconds_ahead=ahead
         )
         self._store_failures.update(failure, seconds_ahead=ahead)
+
+    async def _report(self, model: ModelInfo, publication: Publication) -> None:
+        """Publish how many servers this server's shard has, if it is its turn."""
+        report = await self._participant.report(model, publication.info)
+        if report is not None:
+            expires = self._clock() + publication.lifetime
+            tally = ShardTally.of(self._identity.peer, model, *report, expires=expires)
+            await self._store(tally.dht_keys, seal_tally(self._identity, tally), expires)
+
+    async def _store(self, keys: Sequence[str], record: bytes, expires: float) -> bool:
+        """Store a record under all of these keys. Returns whether that succeeded."""
+        subkeys = [self._identity.peer] * len(keys)
+        records = [record] * len(keys)
+        stored = await self._request(lambda node: node.store_many(list(keys), records, expires, subkeys=subkeys))
+        return all(stored.values())
 
     def _on_announcement(self, announcement: Announcement) -> None:
         self._known_peers.record(announcement)
@@ -152,12 +192,17 @@ class DhtDirectory:
                     return float(self._clock() - answer.dht_time)
         return None
 
-    async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
-        found = await self._lookup([block_key(model.key, block) for block in range(model.num_blocks)])
-        return tuple(each.server_info for each in self._latest.update(model, found, now=self._clock()))
+    async def servers(self, model: ModelInfo, *, blocks: Collection[int] = ()) -> tuple[ServerInfo, ...]:
+        return await self._participant.servers(model, blocks)
+
+    async def histogram(self, model: ModelInfo) -> Histogram:
+        return await self._participant.histogram(model)
 
     async def models(self) -> tuple[ModelInfo, ...]:
-        announcements = await self._lookup([registry_key(shard) for shard in range(REGISTRY_SHARDS)])
+        found = await self._request(
+            lambda node: read_everywhere(node, [registry_key(shard) for shard in range(REGISTRY_SHARDS)])
+        )
+        announcements = [each for key, values in found.items() for each in self._valid(key, values, unseal)]
         votes = Counter(each.model_info for each in announcements if each.state is not ServerState.LEAVING)
         # The key names the weights. Where peers differ in the other fields, the majority counts.
         chosen: dict[str, ModelInfo] = {}
@@ -165,19 +210,55 @@ class DhtDirectory:
             chosen.setdefault(model.key, model)
         return tuple(chosen[key] for key in sorted(chosen))
 
-    async def _lookup(self, keys: Sequence[str]) -> list[Announcement]:
-        """The valid announcements under these keys, unordered, some several times."""
-        # hivemind ends a lookup at an answer that expires late enough. No number is later than NaN, so no peer can end
-        # the lookup early and hide the answers of the others.
-        found = await self._request(lambda node: node.get_many(keys, sufficient_expiration_time=math.nan))
+    # What a `Participant` asks.
+
+    @property
+    def bytes_received(self) -> int:
+        return self._traffic.num_bytes
+
+    async def read(self, model: ModelInfo, shards: Sequence[Shard]) -> dict[Shard, list[Listing]]:
+        found = await self._read(model, [shard_key(model.key, shard) for shard in shards])
+        return {
+            shard: [
+                Listing(each.server_info, each.level, each.expires, version=each.expires)
+                for each in self._valid(key, found[key], unseal)
+                if each.num_blocks == model.num_blocks
+            ]
+            for shard in shards
+            if (key := shard_key(model.key, shard)) in found
+        }
+
+    async def read_tallies(self, model: ModelInfo, buckets: Sequence[int]) -> dict[int, list[Report]]:
+        found = await self._read(model, [tallies_key(model.key, bucket) for bucket in buckets])
+        return {
+            bucket: [
+                Report(each.peer, each.shard, each.tally, each.expires)
+                for each in self._valid(key, found[key], unseal_tally)
+                if each.num_blocks == model.num_blocks
+            ]
+            for bucket in buckets
+            if (key := tallies_key(model.key, bucket)) in found
+        }
+
+    async def _read(self, model: ModelInfo, keys: Sequence[str]) -> dict[str, list[Values]]:
+        """The records under these keys. In a small swarm, all peers that store them are asked."""
+        known = self._participant.num_known(model)
+        if known > FEW_SERVERS or not known:
+            found = await self._request(lambda node: read_thinly(node, keys, stores_records=self._stores_records))
+            if known or sum(len(values) for each in found.values() for values in each) > FEW_SERVERS:
+                return found
+        return await self._request(lambda node: read_everywhere(node, keys))
+
+    def _valid(
+        self, key: str, found: Sequence[Values], unseal_record: Callable[[bytes], Record | None]
+    ) -> Iterator[Record]:
+        """The valid records under a key, unordered, some several times."""
         now = self._clock()
-        valid = []
-        for key, entry in found.items():
-            for peer, value in entry.value.items() if entry is not None and isinstance(entry.value, dict) else ():
-                announcement = unseal(value.value) if isinstance(value.value, bytes) else None
-                if announcement is not None and announcement.peer == peer and key in announcement.dht_keys:
-                    valid.append(announcement)
-        return [each for each in valid if is_timely(each, now=now) and each.expires > now]
+        for peer, value in (item for values in found for item in values.items()):
+            record = unseal_record(value)
+            is_here = record is not None and record.peer == peer and key in record.dht_keys
+            if record is not None and is_here and is_timely(record, now=now) and record.expires > now:
+                yield record
 
     async def _request(self, call: Callable[[Any], Awaitable[Answer]]) -> Answer:
         """What `call` returns for the node. Rejoins the DHT and repeats the call if no other peer was left in it.

@@ -31,6 +31,8 @@ RECORD_OVERHEAD_BYTES = 128
 """The most that the DHT adds to a record: its subkey, its expiration time, and lengths."""
 MAX_STORED_RECORDS = 512
 """The records of one store request. Each costs the check of a signature."""
+MAX_KEY_BYTES = 512 << 10
+"""The records of one key in one answer: those of a key that somebody fills leave room for the other keys."""
 MAX_VALUE_BYTES = 1 << 20
 """All records of one key together, as a peer hands them over to a peer that is nearer to the key."""
 
@@ -108,7 +110,7 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
             if key not in items:
                 response.results.append(dht_pb2.FindResult(type=dht_pb2.NOT_FOUND))
                 continue
-            result, size = self._find_result(items.pop(key), bytes_left // keys_left)
+            result, size = self._find_result(items.pop(key), min(bytes_left // keys_left, MAX_KEY_BYTES))
             bytes_left, keys_left = bytes_left - size, keys_left - 1
             asking = DHTID.from_bytes(request.peer.node_id)
             for node_id, peer_id in self.routing_table.get_nearest_neighbors(key, k=self.bucket_size, exclude=asking):

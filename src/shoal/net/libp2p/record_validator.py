@@ -12,10 +12,11 @@ from hivemind.dht.validation import RecordValidatorBase
 from hivemind.utils import MSGPackSerializer
 
 from shoal.net.records import MAX_RECORD_BYTES, Announcement, is_timely, unseal
+from shoal.net.tallies import ShardTally, unseal_tally
 
 
 class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
-    """Accepts only a signed announcement, under one of its own keys, with the announcing peer as its subkey.
+    """Accepts only signed announcements and tallies, under their own keys, with the peer that signed them as subkey.
 
     hivemind calls it before it stores a record and again when it reads one. A value without a subkey and a key that is
     not shoal's are refused, because any peer could overwrite them. `on_valid` is called with each valid announcement.
@@ -29,27 +30,30 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
 
     def validate(self, record: DHTRecord) -> bool:
         """Whether the record may be stored and read."""
-        value = _unpack_bytes(record.value)
-        announcement = unseal(value) if value is not None else None
+        value = unpack_bytes(record.value)
+        opened: Announcement | ShardTally | None = None
+        if value is not None:
+            opened = unseal(value) or unseal_tally(value)
         if (
-            announcement is None
-            or record.expiration_time != announcement.expires
-            or record.subkey != MSGPackSerializer.dumps(announcement.peer)
-            or not is_timely(announcement, now=self._clock())
-            or record.key not in _hashed(announcement.dht_keys)
+            opened is None
+            or record.expiration_time != opened.expires
+            or record.subkey != MSGPackSerializer.dumps(opened.peer)
+            or not is_timely(opened, now=self._clock())
+            or record.key not in _hashed(opened.dht_keys)
         ):
             return False
-        self._on_valid(announcement)
+        if isinstance(opened, Announcement):
+            self._on_valid(opened)
         return True
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1 << 14)
 def _hashed(keys: tuple[str, ...]) -> frozenset[bytes]:
     """The keys in the DHT's form: their hashes."""
     return frozenset(DHTID.generate(key).to_bytes() for key in keys)
 
 
-def _unpack_bytes(raw: object) -> bytes | None:
+def unpack_bytes(raw: object) -> bytes | None:
     """The byte string of which `raw` is the msgpack encoding; None for anything else, which is not decoded at all."""
     if not isinstance(raw, bytes) or len(raw) > MAX_RECORD_BYTES + 3:
         return None

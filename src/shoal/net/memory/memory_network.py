@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
-from shoal.errors import SwarmError
 from shoal.net.handler_tasks import HandlerTasks
 from shoal.net.memory.faults import Faults
+from shoal.net.memory.memory_directory import MemoryDirectory, MemoryRecord, MemoryTable
 from shoal.net.memory.memory_stream import Frame, MemoryLink, MemoryStream
-from shoal.net.transport import MAX_LIFETIME, Node, StreamBroken, StreamHandler
+from shoal.net.transport import Node, StreamBroken, StreamHandler
 from shoal.peers import ModelInfo, ServerInfo
-
-
-@dataclass(frozen=True)
-class MemoryRecord:
-    """One announcement, and the loop's time when it expires."""
-
-    model: ModelInfo
-    info: ServerInfo
-    expires: float
 
 
 class MemoryNetwork:
@@ -32,12 +22,11 @@ class MemoryNetwork:
 
     def __init__(self) -> None:
         self.on_frame: Callable[[Frame], Frame | None] | None = None
-        self.directory_answers = True
         self.faults = Faults()
         self._transports: dict[str, MemoryTransport] = {}
         self._links: dict[MemoryLink, None] = {}  # in the order of opening: nothing depends on memory addresses
         self._ended: dict[MemoryLink, None] = {}  # those with frames that can still be received
-        self._records: dict[tuple[str, str], MemoryRecord] = {}  # by model key and peer
+        self._table = MemoryTable()
 
     # The peers.
 
@@ -54,8 +43,10 @@ class MemoryNetwork:
         """The number of streams, opened by other peers, that `peer` is handling."""
         return self._transports[peer].num_handlers
 
-    def node(self, name: str) -> Node:
+    def node(self, name: str, *, is_client: bool = False) -> Node:
         """Make a peer of this name; after `kill`, this is the same peer started again.
+
+        A client may read more of the directory than a server.
 
         Raises `ValueError` if the peer is alive.
         """
@@ -64,7 +55,10 @@ class MemoryNetwork:
         self.faults.revive(name)
         transport = MemoryTransport(self, name)
         self._transports[name] = transport
-        return Node(transport, MemoryDirectory(self, transport))
+        directory = MemoryDirectory(
+            self._table, name, is_client=is_client, is_current=lambda: self.is_current(transport)
+        )
+        return Node(transport, directory)
 
     async def close(self) -> None:
         """Close all transports."""
@@ -155,30 +149,30 @@ class MemoryNetwork:
     # The announcements.
 
     @property
+    def directory_answers(self) -> bool:
+        """Whether the directory answers, as every test may decide."""
+        return self._table.answers
+
+    @directory_answers.setter
+    def directory_answers(self, answers: bool) -> None:
+        self._table.answers = answers
+
+    @property
     def records(self) -> tuple[MemoryRecord, ...]:
         """The latest announcements, also those that have expired, whether or not the directory answers."""
-        return tuple(self._records.values())
+        return self._table.records
 
     def edit_announcements(self, edit: Callable[[ServerInfo], ServerInfo]) -> None:
         """Replace each announced info by what `edit` returns for it."""
-        for key, record in self._records.items():
-            self._records[key] = replace(record, info=edit(record.info))
+        self._table.edit(edit)
 
-    def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
-        """Announce `info` until the loop's time is `expires`. Raises `SwarmError`."""
-        self._check_directory()
-        self._records[model.key, peer] = MemoryRecord(model, info, expires)
+    def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float, *, level: int = 0) -> None:
+        """Announce `info` until the loop's time is `expires`, at this level of the directory. Raises `SwarmError`."""
+        self._table.publish(peer, model, info, expires, level=level)
 
     def announced(self) -> list[tuple[ModelInfo, ServerInfo]]:
         """The valid announcements, sorted by model key and peer. Raises `SwarmError`."""
-        self._check_directory()
-        now = asyncio.get_running_loop().time()
-        self._records = {key: record for key, record in self._records.items() if record.expires > now}
-        return [(self._records[key].model, self._records[key].info) for key in sorted(self._records)]
-
-    def _check_directory(self) -> None:
-        if not self.directory_answers:
-            raise SwarmError("the directory does not answer")
+        return [(record.model, record.info) for record in self._table.announced()]
 
 
 class MemoryTransport:
@@ -234,23 +228,3 @@ class MemoryTransport:
         """Cancel all handlers and refuse new streams, as the end of a process would."""
         self._closed = True
         self._handlers.cancel(include_current=True)
-
-
-class MemoryDirectory:
-    """`Directory` among the peers of one `MemoryNetwork`."""
-
-    def __init__(self, network: MemoryNetwork, transport: MemoryTransport) -> None:
-        self._network = network
-        self._transport = transport
-
-    async def announce(self, model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
-        if info.peer != self._transport.peer or not 0 < lifetime <= MAX_LIFETIME:
-            raise ValueError("a peer announces itself, for a while")
-        if self._network.is_current(self._transport):
-            self._network.publish(info.peer, model, info, asyncio.get_running_loop().time() + lifetime)
-
-    async def servers(self, model: ModelInfo) -> tuple[ServerInfo, ...]:
-        return tuple(info for announced, info in self._network.announced() if announced.key == model.key)
-
-    async def models(self) -> tuple[ModelInfo, ...]:
-        return tuple(sorted({model for model, _ in self._network.announced()}, key=lambda model: model.key))

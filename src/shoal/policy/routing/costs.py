@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from shoal.peers import ServerInfo, short
 from shoal.spans import Span
+
+_Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 UNKNOWN_ROUND_TRIP = 0.15
 """Seconds assumed for a round trip that was never measured (PETALS, arXiv 2312.08361)."""
@@ -94,30 +99,11 @@ def announced_seconds(server: ServerInfo, num_blocks: int, num_tokens: int) -> f
 class Costs:
     """The prices of one view of the swarm, in seconds. `None` in place of a server means the client."""
 
-    def __init__(self, servers: Iterable[ServerInfo], needs: Needs, known: Measured) -> None:
+    def __init__(self, needs: Needs, known: Measured) -> None:
         self.needs = needs
         self.known = known
         self.unknown_link = UNKNOWN_ROUND_TRIP / 2 if needs.ring else float("inf")
         """The most that a link costs of which nothing is known, except if one of its ends is near the client."""
-        self.known_links: dict[str, dict[str, float]] = {}
-        """By receiver and sender, the links that were measured or are broken."""
-        if needs.ring:
-            self._add_links({server.peer: server for server in servers})
-
-    def _add_links(self, servers: Mapping[str, ServerInfo]) -> None:
-        """If the two servers of a link disagree, the longer time counts: one server alone cannot make a link short."""
-        names = {short(peer): peer for peer in servers}
-        self.known_links = {peer: {} for peer in servers}
-        for peer, server in servers.items():
-            links = self.known_links[peer]
-            for name, round_trip in server.round_trips:
-                other, seconds = names.get(name), round_trip / 2
-                if other is not None and other != peer and seconds > links.get(other, 0.0):
-                    links[other] = self.known_links[other][peer] = seconds
-        for sender, receiver in self.known.broken_pairs:
-            if sender in servers and receiver in servers:
-                through_client = self.leave(servers[sender]) + self.reach(servers[receiver])
-                self.known_links[receiver][sender] = through_client
 
     def block(self, server: ServerInfo) -> float:
         """The cost of computing one of the server's blocks."""
@@ -165,12 +151,34 @@ class Costs:
             return 0.0 if receiver is None else self.reach(receiver)
         if receiver is None:
             return self.leave(sender)
-        links = self.known_links.get(receiver.peer, {})
-        if sender.peer in links:
-            return links[sender.peer]
-        # Two servers that are both near the client are near each other; a near one and a far one are not.
         there, here = self.leave(sender), self.reach(receiver)
+        if self.needs.ring:
+            if (sender.peer, receiver.peer) in self.known.broken_pairs:
+                return there + here
+            # If the two servers disagree, the longer time counts: one server alone cannot make a link short.
+            round_trip = max(_announced(sender, receiver), _announced(receiver, sender))
+            if round_trip > 0 and sender.peer != receiver.peer:
+                return round_trip / 2
+        # Two servers that are both near the client are near each other; a near one and a far one are not.
         return max(min(self.unknown_link, there + here), abs(there - here))
+
+    def links(self, servers: Sequence[ServerInfo]) -> _Array:
+        """The seconds [S, S] from each of the servers to each other one: `link` for all of them at once."""
+        reach_S = np.array([self.reach(server) for server in servers])
+        if not self.needs.ring:
+            return np.broadcast_to(reach_S, (len(servers), len(servers)))
+        leave_S = reach_S
+        links_SS: _Array = leave_S[:, None] + reach_S
+        np.minimum(links_SS, self.unknown_link, out=links_SS)  # in place: these are the largest arrays
+        np.maximum(links_SS, abs(leave_S[:, None] - reach_S), out=links_SS)
+        senders_N, receivers_N, seconds_N = _announced_links(servers)
+        links_SS[senders_N, receivers_N] = seconds_N
+        index_of = {server.peer: index for index, server in enumerate(servers)}
+        for sender, receiver in self.known.broken_pairs:
+            if sender in index_of and receiver in index_of:
+                there, here = index_of[sender], index_of[receiver]
+                links_SS[there, here] = leave_S[there] + reach_S[here]
+        return links_SS
 
     def hop(self, hop: Hop, sender: ServerInfo | None) -> HopCost:
         """All that a hop costs after `sender`."""
@@ -180,3 +188,24 @@ class Costs:
             queue=self.queue(hop.server),
             handicap=self.handicap(hop.server),
         )
+
+
+def _announced(server: ServerInfo, other: ServerInfo) -> float:
+    """The round trip in seconds that a server announces to another one; 0 if it announces none."""
+    name = short(other.peer)
+    return max((seconds for each, seconds in server.round_trips if each == name), default=0.0)
+
+
+def _announced_links(servers: Sequence[ServerInfo]) -> tuple[_Array, _Array, _Array]:
+    """Senders, receivers and seconds of all links that were measured. Of one that is there twice, the last counts."""
+    index_of = {short(server.peer): index for index, server in enumerate(servers)}
+    said = [each for server in servers for each in server.round_trips]
+    one_N = np.repeat(np.arange(len(servers)), [len(server.round_trips) for server in servers])
+    other_N = np.array([index_of.get(name, -1) for name, _ in said], dtype=int)
+    seconds_N = np.array([seconds for _, seconds in said]) / 2
+    is_link_N = (other_N >= 0) & (other_N != one_N) & (seconds_N > 0)
+    one_N, other_N, seconds_N = one_N[is_link_N], other_N[is_link_N], seconds_N[is_link_N]
+    senders_N, receivers_N = np.concatenate((one_N, other_N)), np.concatenate((other_N, one_N))
+    seconds_N = np.concatenate((seconds_N, seconds_N))
+    order_N = np.argsort(seconds_N, kind="stable")  # of two that disagree, the longer comes last
+    return senders_N[order_N], receivers_N[order_N], seconds_N[order_N]

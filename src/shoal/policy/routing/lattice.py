@@ -81,27 +81,7 @@ def lattice_of(
         tuple(np.array([index_of[server.peer] for server in here]) for here in holders),
         compute_S=np.array([costs.block(server) for server in servers]),
         entry_S=np.array([(entry or costs.entry)(server) for server in servers]),
-        links_SS=_links(servers, index_of, costs),
+        links_SS=costs.links(servers),
         first_S=np.array([costs.link(upstream, server) for server in servers]),
         last_S=np.array([costs.link(server, downstream) for server in servers]),
     )
-
-
-def _links(servers: Sequence[ServerInfo], index_of: dict[str, int], costs: Costs) -> Array:
-    """The seconds [S, S] from each server to each other one."""
-    leave_S = np.array([costs.leave(server) for server in servers])
-    reach_S = np.array([costs.reach(server) for server in servers])
-    links_SS: Array = leave_S[:, None] + reach_S
-    np.minimum(links_SS, costs.unknown_link, out=links_SS)  # in place: these are the largest arrays
-    difference_SS = leave_S[:, None] - reach_S
-    np.maximum(links_SS, np.abs(difference_SS, out=difference_SS), out=links_SS)
-    known = [
-        (index_of[sender], index, seconds)
-        for receiver, index in index_of.items()
-        for sender, seconds in costs.known_links.get(receiver, {}).items()
-        if sender in index_of
-    ]
-    if known:
-        senders, receivers, seconds = zip(*known, strict=True)
-        links_SS[list(senders), list(receivers)] = seconds
-    return links_SS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -93,7 +93,7 @@ def choose_route(
     last = Span(span.end - 1, span.end)
     if needs.head and not any(server.head for server in view.holders(last)[0]):
         raise MissingBlocks(f"no server holds block {last} and the output head", blocks=last)
-    costs = Costs(_with(view.servers, upstream, downstream), needs, known)
+    costs = Costs(needs, known)
     if chooser == "shortest" or (chooser == "balanced" and not needs.ring):
         hops = shortest(view, span, costs, upstream=upstream, downstream=downstream)
     elif rng is None:
@@ -114,17 +114,10 @@ def price_route(
     downstream: ServerInfo | None = None,
 ) -> Route:
     """The route over hops that were chosen before, with the prices of this moment."""
-    servers = (hop.server for hop in hops)
-    return _priced(hops, Costs(_with(servers, upstream, downstream), needs, known), upstream, downstream)
+    return _priced(hops, Costs(needs, known), upstream, downstream)
 
 
 def _priced(hops: Sequence[Hop], costs: Costs, upstream: ServerInfo | None, downstream: ServerInfo | None) -> Route:
     senders = (upstream, *(hop.server for hop in hops))
     priced = tuple(costs.hop(hop, sender) for hop, sender in zip(hops, senders, strict=False))
     return Route(tuple(hops), priced, costs.link(hops[-1].server, downstream))
-
-
-def _with(servers: Iterable[ServerInfo], *others: ServerInfo | None) -> list[ServerInfo]:
-    """The servers, and those of `others` that are not among them."""
-    found = {server.peer: server for server in others if server is not None}
-    return list((found | {server.peer: server for server in servers}).values())

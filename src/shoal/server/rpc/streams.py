@@ -210,7 +210,12 @@ class Handler:
             return computing.result()
 
     def _pong(self, *, working: bool) -> Pong:
-        return Pong(working=working, num_passes=self._engine.num_passes)
+        return Pong(
+            working=working,
+            num_passes=self._engine.num_passes,
+            queue_length=self._engine.queue_length,
+            cache_tokens_left=self._engine.cache_tokens_left,
+        )
 
     async def _send(
         self, stream: Stream, message: AnyMessage, tensors: codec.Tensors | None = None, encoding: Encoding = "raw"
