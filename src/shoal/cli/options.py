@@ -58,6 +58,11 @@ class Chooser(StrEnum):
     nsga2 = "nsga2"
 
 
+class Placement(StrEnum):
+    graded = "graded"
+    petals = "petals"
+
+
 class Quantization(StrEnum):
     none = "none"
     int8 = "int8"

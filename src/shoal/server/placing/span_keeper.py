@@ -134,15 +134,18 @@ class SpanKeeper:
 
         Raises what loading raises if the server cannot load the first blocks that it takes.
         """
+        config = self._around.config
         self._claim(await self._first_choice())
-        moves = self._around.config.moves
+        if config.blocks is not None:  # whatever others want
+            self._confirm()
         async with self._announcer.announcing(), self._pushes.running():
-            await self._settle_claim()
-            async with self._neighbors.measuring(), self._watch.running() if moves else contextlib.nullcontext():
+            if config.blocks is None:
+                await self._settle_claim()
+            async with self._neighbors.measuring(), self._watch.running() if config.moves else contextlib.nullcontext():
                 await self._load_and_serve()
                 while not self._stopping.is_set():
                     if self.state.phase is SpanPhase.CHOOSING:
-                        self._claim(await self._another_choice())
+                        await self._announce_claim(await self._another_choice())
                         await self._settle_claim()
                     await self._load_and_serve()
 
@@ -193,10 +196,8 @@ class SpanKeeper:
         log.info("the server claims blocks %s: %s", placed.span, placed.reason)
 
     async def _settle_claim(self) -> None:
-        """Make the announced claim final: until then, claim what others leave that want the same blocks."""
-        around = self._around
-        for _ in range(MAX_CLAIMS if around.config.blocks is None else 0):
-            await self._announcer.announce_now()
+        """Make the announced claim final, or claim what others leave that want the same blocks, and then that."""
+        for _ in range(MAX_CLAIMS):
             await asyncio.sleep(CLAIM_SECONDS)
             try:
                 placed = self._chooser.settle(self.describe(), await self._watch.read())
@@ -206,7 +207,7 @@ class SpanKeeper:
             assert self.state.wanted is not None
             if placed.span == self.state.wanted.span:
                 break
-            self._claim(placed)
+            await self._announce_claim(placed)
         self._confirm()
         await self._announcer.announce_now()
 
@@ -280,7 +281,7 @@ class SpanKeeper:
         around = self._around
         if not around.config.moves:
             await asyncio.Event().wait()
-        own = OwnBlocks(held, self.describe, self._claim_also, self._unclaim)
+        own = OwnBlocks(held, self.describe, self._announce_claim, self._unclaim)
         finder = MoveFinder(own, self._watch, self._mover, clock=around.clock)
         try:
             move = await finder.find()
@@ -298,7 +299,7 @@ class SpanKeeper:
         self._confirm()
         await self._announcer.announce_now()
 
-    async def _claim_also(self, placed: Placed) -> bool:
+    async def _announce_claim(self, placed: Placed) -> bool:
         self._claim(placed)
         return await self._announcer.announce_now()
 
