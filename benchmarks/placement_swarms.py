@@ -1,0 +1,153 @@
+"""Machines for the studies of placement: random swarms, clusters from a file, and swarms whose machines come and go."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shoal.policy.placement.machines import Machine
+from shoal.spans import Span
+
+BLOCK_SPEED = 400.0
+"""Median tokens per second of one block."""
+FULL_MEMORY = 0.6
+"""The speed of a machine whose memory is full of blocks, relative to one that holds a single block: it has less cache."""
+LOAD_SECONDS = 60.0
+"""What loading as many blocks as fit takes."""
+
+
+def random_machines(count: int, num_blocks: int, copies: float, *, seed: int) -> list[Machine]:
+    """Machines that together could hold each block `copies` times. Sizes and speeds are log-normal."""
+    chance = random.Random(seed)
+    sizes = [chance.lognormvariate(0.0, 0.5) for _ in range(count)]
+    scale = copies * num_blocks / sum(sizes)
+    return [
+        random_machine(f"server{index:05d}", max(1, min(num_blocks, round(size * scale))), chance)
+        for index, size in enumerate(sizes)
+    ]
+
+
+def random_machine(peer: str, max_blocks: int, chance: random.Random, zone: str = "") -> Machine:
+    speed = BLOCK_SPEED * chance.lognormvariate(0.0, 0.6)
+    speeds = ((1, speed), (max_blocks, speed * FULL_MEMORY)) if max_blocks > 1 else ((1, speed),)
+    load = LOAD_SECONDS / max_blocks
+    return Machine(peer, None, max_blocks, speeds, load_seconds=load, disk_seconds=load, zone=zone)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines of a file, and published placements of them by name."""
+
+    name: str
+    num_blocks: int
+    machines: tuple[Machine, ...]
+    layouts: dict[str, tuple[Machine, ...]]
+
+
+def clusters(path: Path, models: tuple[str, ...] = ("70b", "30b")) -> Iterator[Cluster]:
+    """The clusters of a file in the format of Helix's (its field `format` describes it)."""
+    data = json.loads(path.read_text())
+    for name, cluster in data["clusters"].items():
+        for model in models:
+            profiles = cluster["profiles"].get(model)
+            if profiles is None:
+                continue
+            machines = tuple(_helix_machine(index, cluster, data["models"][model], profiles) for index in range(len(cluster["nodes"])))
+            layouts = {
+                rule: tuple(replace(machine, span=Span(*span)) for machine, span in zip(machines, spans, strict=True))
+                for rule, spans in cluster.get("layouts", {}).get(model, {}).items()
+            }
+            yield Cluster(f"{name} {model}", data["models"][model]["blocks"], machines, layouts)
+
+
+def _helix_machine(index: int, cluster: dict[str, Any], model: dict[str, Any], profiles: dict[str, Any]) -> Machine:
+    profile = profiles[cluster["nodes"][index]]
+    speeds = tuple((length, speed * length) for length, speed in enumerate(profile["tokens_per_s"], start=1))
+    network = cluster["uniform_link"][0] / model["activation_bytes"] if "uniform_link" in cluster else math.inf
+    load = LOAD_SECONDS / profile["max_blocks"]
+    return Machine(
+        f"node{index:03d}",
+        None,
+        profile["max_blocks"],
+        speeds,
+        network_speed=network,
+        load_seconds=load,
+        disk_seconds=load,
+    )
+
+
+@dataclass(frozen=True)
+class Stay:
+    """A machine that is up from one moment to another, in seconds."""
+
+    machine: Machine
+    up: float
+    down: float
+
+
+def weibull_churn(
+    count: int, num_blocks: int, copies: float, *, shape: float, mean: float, hours: float, seed: int
+) -> list[Stay]:
+    """About `count` machines at any time, whose lifetimes are Weibull; new ones come as others leave.
+
+    Those that are there at the start are as old as in a swarm that has run for long.
+    """
+    chance = random.Random(seed)
+    scale = mean / math.gamma(1 + 1 / shape)
+    size = copies * num_blocks / count / math.exp(0.5**2 / 2)
+
+    def machine(index: int) -> Machine:
+        max_blocks = max(1, min(num_blocks, round(size * chance.lognormvariate(0.0, 0.5))))
+        return random_machine(f"{chance.randrange(16**6):06x}-{index}", max_blocks, chance)
+
+    lives = [chance.weibullvariate(scale, shape) for _ in range(20_000)]
+    stays = []
+    for index in range(count):
+        life = chance.choices(lives, lives)[0]
+        age = chance.random() * life
+        stays.append(Stay(machine(index), -age, life - age))
+    now, index, seconds = 0.0, count, hours * 3600
+    while True:
+        now += chance.expovariate(count / mean)
+        if now >= seconds:
+            return stays
+        stays.append(Stay(machine(index), now, now + chance.weibullvariate(scale, shape)))
+        index += 1
+
+
+def trace_churn(
+    path: Path, num_blocks: int, copies: float, *, begin: float, hours: float, seed: int
+) -> list[Stay]:
+    """Machines as a trace of spot instances has them (its field `format` describes it), in several zones."""
+    data = json.loads(path.read_text())
+    chance = random.Random(seed)
+    end = begin + hours * 3600
+    up: dict[str, list[tuple[str, float]]] = {}
+    lives: list[tuple[str, str, float, float]] = []
+    area, number = 0.0, 0
+    for zone, trace in data["zones"].items():
+        changes = trace["changes"]
+        points = [*zip(changes[::2], changes[1::2], strict=True), (trace["seconds"], 0)]
+        here = up.setdefault(zone, [])
+        for (second, count), (until, _) in zip(points, points[1:], strict=False):
+            area += count * max(0.0, min(until, end) - max(second, begin))
+            while len(here) > count:
+                peer, since = here.pop(chance.randrange(len(here)))
+                lives.append((zone, peer, since, second + chance.random() * 30))
+            while len(here) < count:
+                here.append((f"{chance.randrange(16**6):06x}-{number}", second + chance.random() * 60))
+                number += 1
+        lives.extend((zone, peer, since, trace["seconds"]) for peer, since in here)
+    mean_count = area / (end - begin)
+    size = copies * num_blocks / mean_count / math.exp(0.3**2 / 2)
+    stays = []
+    for zone, peer, since, until in sorted(lives, key=lambda life: life[2]):
+        if until > max(since, begin) and since < end:
+            max_blocks = max(1, min(num_blocks, round(size * chance.lognormvariate(0.0, 0.3))))
+            stays.append(Stay(random_machine(peer, max_blocks, chance, zone), since - begin, until - begin))
+    return stays

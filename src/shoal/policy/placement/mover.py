@@ -1,0 +1,219 @@
+"""What one server does about the shared plan: a state machine without I/O, for the live server and the simulator alike.
+
+```
+ watching ──a plan has a move of this server──▶ waiting ──its moment comes, the plan still has it──▶ claimed
+    ▲  ▲                                          │                                                    │
+    │  └──────────the plan has it no more─────────┴────────────────────────────────────────────────────┤
+    │                                                            looks once more, the plan still has it ▼
+    └────────────────────────────arrived, or failed─────────────────────────────────────────────── moving
+```
+
+Servers whose views differ may want the same place. So a server waits, longer the later its move is in the plan, and then
+announces the new span as *joining* while it still serves the old one. Others count it where it goes, and count on it no
+longer where it was. It looks at a fresh view, and if another server with a lower peer id claims at the same time, that
+claim counts and its own does not: what is left of the plan then decides.
+
+A server that starts does the same, without blocks to leave: `Arrival`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, TypeAlias
+
+from shoal.policy.placement.joining import Placed, Rule, choose_blocks
+from shoal.policy.placement.lifetime import Lifetimes
+from shoal.policy.placement.machines import Machine
+from shoal.policy.placement.plan import Move, plan_moves
+from shoal.spans import Span
+
+if TYPE_CHECKING:
+    import random
+
+PLAN_EVERY = 10.0
+"""Seconds between two plans of a server, at least."""
+PLAN_ANYWAY = 120.0
+"""Seconds after which a server plans again although nothing changed that it noticed."""
+WAIT_PER_RANK = 2.0
+"""Seconds that a server waits for each move before its own in the plan."""
+CLAIM_SECONDS = 5.0
+"""Seconds from a claim to the second look: claims of others that are as old have arrived by then."""
+REST_SECONDS = 120.0
+"""Seconds after a move in which a server moves again only to fill a hole."""
+
+Planner: TypeAlias = Callable[[Sequence[Machine], int, float, Lifetimes | None], tuple[Move, ...]]
+"""Makes plans of machines, the number of blocks, the time, and lifetimes. A simulator passes one that remembers."""
+
+
+def shared_plan(
+    machines: Sequence[Machine], num_blocks: int, now: float, lifetimes: Lifetimes | None
+) -> tuple[Move, ...]:
+    return plan_moves(machines, num_blocks, now=now, lifetimes=lifetimes)
+
+
+class Phase(StrEnum):
+    WATCHING = "watching"
+    WAITING = "waiting"  # its move is in the plan; servers whose moves come before it go first
+    CLAIMED = "claimed"  # it announces the new span as joining, and looks once more before it goes
+    MOVING = "moving"  # it hands its sessions over and loads the new span
+
+
+@dataclass(frozen=True)
+class Mover:
+    """Whether and where the server `peer` moves.
+
+    The owner calls `after_view` with what it knows at each change that it notices, and at `next_look_at` at the latest; while
+    the phase is *claimed*, with what it reads afresh. It announces `claim`, and when `move` is not `None` it goes, and
+    calls `arrived` or `failed`. Times are of one clock, in seconds.
+    """
+
+    peer: str
+    num_blocks: int
+    planner: Planner = field(default=shared_plan, compare=False)
+    phase: Phase = Phase.WATCHING
+    intended: Move | None = None
+    next_look_at: float = -math.inf
+    planned_at: float = -math.inf
+    rests_until: float = -math.inf
+    planned_for: int | None = None  # what the last plan was made of, as a hash
+
+    @property
+    def move(self) -> Move | None:
+        """The move to make now, or the one that is being made."""
+        return self.intended if self.phase is Phase.MOVING else None
+
+    @property
+    def claim(self) -> Span | None:
+        """The span to announce as joining."""
+        if self.intended is None or self.phase not in (Phase.CLAIMED, Phase.MOVING):
+            return None
+        return self.intended.after
+
+    def after_view(self, machines: Sequence[Machine], *, now: float, lifetimes: Lifetimes | None = None) -> Mover:
+        """What the server does after a look at the swarm.
+
+        `machines` are those of the view; one that claims a span in addition to the one it serves occurs twice.
+        """
+        if self.phase is Phase.MOVING:
+            return self
+        if self.phase is not Phase.WATCHING:
+            return self if now < self.next_look_at else self._look_again(machines, now, lifetimes)
+        if now < self.planned_at + PLAN_EVERY:
+            return replace(self, next_look_at=self.planned_at + PLAN_EVERY)
+        seen = _digest(machines)
+        if seen == self.planned_for and now < self.planned_at + PLAN_ANYWAY:
+            return replace(self, next_look_at=self.planned_at + PLAN_ANYWAY)
+        planned = replace(self, planned_at=now, planned_for=seen)
+        move = planned._own_move(machines, now, lifetimes)
+        if move is None:
+            return planned._watching()
+        waiting = replace(planned, phase=Phase.WAITING, intended=move, next_look_at=now + move.rank * WAIT_PER_RANK)
+        return waiting if move.rank else waiting._claimed(move, now)
+
+    def arrived(self, *, now: float) -> Mover:
+        """The move is done: the new span is online."""
+        return replace(self, rests_until=now + REST_SECONDS)._watching()
+
+    def failed(self, *, now: float) -> Mover:
+        """The move was given up. The server does not try again at once."""
+        return replace(self, planned_at=now, rests_until=now + REST_SECONDS)._watching()
+
+    def _look_again(self, machines: Sequence[Machine], now: float, lifetimes: Lifetimes | None) -> Mover:
+        """The moment has come: claim the span, or go, or do not."""
+        looked = replace(self, planned_at=now)
+        move = self._own_move(machines, now, lifetimes)
+        if self.phase is Phase.CLAIMED and self.intended is not None:
+            going = move
+            if move is None or move.after != self.intended.after:
+                # others claim as well: those with higher peer ids see this server's claim, and give way
+                going = self._own_move(_without_higher_claims(machines, self.peer), now, lifetimes)
+            if going is not None and going.after == self.intended.after:
+                return replace(looked, phase=Phase.MOVING, intended=going, next_look_at=math.inf)
+        return looked._watching() if move is None else looked._claimed(move, now)
+
+    def _own_move(self, machines: Iterable[Machine], now: float, lifetimes: Lifetimes | None) -> Move | None:
+        """The move of this server in the plan, without its own claim."""
+        claims = _claims(machines)
+        others = tuple(machine for machine in machines if machine.peer != self.peer or machine not in claims)
+        plan = self.planner(others, self.num_blocks, now, lifetimes)
+        move = next((move for move in plan if move.peer == self.peer), None)
+        return None if move is None or (now < self.rests_until and not move.fills) else move
+
+    def _claimed(self, move: Move, now: float) -> Mover:
+        return replace(self, phase=Phase.CLAIMED, intended=move, next_look_at=now + CLAIM_SECONDS)
+
+    def _watching(self) -> Mover:
+        at = self.planned_at + PLAN_ANYWAY
+        return replace(self, phase=Phase.WATCHING, intended=None, next_look_at=at)
+
+
+def _claims(machines: Iterable[Machine]) -> frozenset[Machine]:
+    """The entries of servers that still serve elsewhere: claims, which may be withdrawn."""
+    machines = tuple(machines)
+    serving = {machine.peer for machine in machines if machine.ready_at == 0.0}
+    return frozenset(machine for machine in machines if machine.ready_at > 0.0 and machine.peer in serving)
+
+
+def _without_higher_claims(machines: Sequence[Machine], peer: str) -> tuple[Machine, ...]:
+    claims = _claims(machines)
+    return tuple(machine for machine in machines if machine.peer <= peer or machine not in claims)
+
+
+def _digest(machines: Sequence[Machine]) -> int:
+    """What a plan depends on, but for speeds that were measured again."""
+    return hash(frozenset((m.peer, m.span, m.ready_at > 0.0, m.movable, m.count) for m in machines))
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Where a server that starts serves. Servers that start together spread.
+
+    The owner calls `after_view` with a fresh view at `next_look_at`, and announces `placed.span` as joining at once. The choice
+    holds when `settled`: the server then loads. Of servers that announce their spans within a few seconds of each other,
+    the lower peer id keeps its span, and the higher chooses again with that one in view.
+    """
+
+    machine: Machine
+    num_blocks: int
+    rule: Rule = "graded"
+    min_blocks: int = 1
+    placed: Placed | None = None
+    settled: bool = False
+    next_look_at: float = -math.inf
+    heeded: frozenset[tuple[str, Span | None]] = frozenset()
+    looks: int = 0
+
+    def after_view(self, machines: Sequence[Machine], *, now: float, rng: random.Random) -> Arrival:
+        """Choose, or look whether the choice still holds."""
+        if self.settled or now < self.next_look_at:
+            return self
+        others = tuple(machine for machine in machines if self._comes_before(machine))
+        heeded = frozenset((other.peer, other.span) for other in others)
+        looked = replace(self, looks=self.looks + 1, heeded=heeded, next_look_at=now + CLAIM_SECONDS)
+        new = {peer for peer, _ in heeded - self.heeded}
+        joining = {other.peer for other in others if other.ready_at > 0.0}
+        if self.placed is not None and (not new & joining or self.looks >= MAX_LOOKS):
+            return replace(looked, settled=True)
+        placed = choose_blocks(
+            self.machine, others, self.num_blocks, rule=self.rule, min_blocks=self.min_blocks, rng=rng
+        )
+        return replace(looked, placed=placed)
+
+    def _comes_before(self, other: Machine) -> bool:
+        """Whether another machine's place counts: it serves, or started clearly earlier, or together and has a lower id."""
+        own = self.machine
+        if other.peer == own.peer or other.span is None:
+            return False
+        if other.ready_at == 0.0:
+            return True
+        earlier = own.up_since - other.up_since
+        return earlier > TOGETHER_SECONDS or (earlier >= -TOGETHER_SECONDS and other.peer < own.peer)
+
+
+TOGETHER_SECONDS = 3.0
+"""Servers that start within so many seconds of each other start together. It is less than `CLAIM_SECONDS`."""
+MAX_LOOKS = 16
+"""A server loads after so many looks, whatever others claim by then."""

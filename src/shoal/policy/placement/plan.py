@@ -1,0 +1,172 @@
+"""The shared plan: which machines move, and where. All servers compute it alike, and each does its own step of it.
+
+A plan is a list of moves, each the best single one after those before it. A move must raise the score of the placement
+(`score.py`), which does not depend on time once all machines have loaded: so plans come to an end.
+
+No move opens a hole. A machine leaves blocks only if each of them has another holder that is online and does not move
+by the same plan. That holder must be one whose claim is plausible: a machine that claims to hold everything, where the
+others hold parts, moves no machine off the blocks that it claims. To fill a hole, a machine also leaves blocks to a
+doubted machine, if that one does not claim all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal.policy.placement.fleet import HORIZON, Flags, Fleet, Floats, Ints
+from shoal.policy.placement.lifetime import Lifetimes
+from shoal.policy.placement.machines import Machine
+from shoal.policy.placement.score import Changes, Picture, Scoring
+from shoal.policy.placement.search import best_places, most_promising
+from shoal.policy.view import format_blocks
+from shoal.spans import Span
+
+MAX_MOVES = 8
+"""The most moves of a plan. What is left to do is in the next one."""
+LEAST_GAIN = 0.05
+"""A move gains at least so much of what the machine can add to the swarm."""
+MAX_MOVERS = 48
+"""The entries whose moves are compared, where there are more."""
+PLACES_SCORED = 96
+"""The places that are scored for each move."""
+PLACES_EACH = 12
+"""The places of one entry among them, at most."""
+DEFAULT_SCORING = Scoring()
+
+
+@dataclass(frozen=True)
+class Move:
+    """A machine leaves the span `before` for `after`.
+
+    `gain` is what the score gains, in tokens per second. `fills` are the blocks that had no holder. `rank` is the place
+    of the move in its plan, from 0. `reason` is for people.
+    """
+
+    peer: str
+    before: Span
+    after: Span
+    gain: float
+    fills: tuple[int, ...]
+    rank: int
+    reason: str
+
+
+def plan_moves(
+    machines: Sequence[Machine],
+    num_blocks: int,
+    *,
+    now: float,
+    lifetimes: Lifetimes | None = None,
+    scoring: Scoring = DEFAULT_SCORING,
+    max_moves: int = MAX_MOVES,
+) -> tuple[Move, ...]:
+    """The best single moves, one after another, until none gains enough; at most `max_moves`.
+
+    Equal views give equal plans, in whatever order they list the machines. `now` is the time of the view, which says
+    which machines are still loading. With `lifetimes`, blocks whose holders may vanish soon count as more in danger.
+    """
+    if not machines:
+        return ()
+    fleet = Fleet.of(machines, num_blocks, now=now, lifetimes=lifetimes)
+    picture = Picture.of(fleet, scoring)
+    moves: list[Move] = []
+    while len(moves) < max_moves:
+        found = _best_move(picture, rank=len(moves))
+        if found is None:
+            break
+        row, move = found
+        moves.append(move)
+        picture = Picture.of(picture.fleet.moved(row, move.after), scoring, picture.bound)
+    return tuple(moves)
+
+
+def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
+    """The best move of one machine, and the entry of that machine."""
+    fleet = picture.fleet
+    free, free_to_fill = _may_leave(fleet, ~fleet.doubted), _may_leave(fleet, ~fleet.whole)
+    holes = picture.holes
+    if not holes.any():
+        free_to_fill = free
+    rows = most_promising(picture, np.flatnonzero(fleet.movable & (free | free_to_fill)), MAX_MOVERS)
+    if len(rows) == 0 or picture.bound == 0:
+        return None
+    score, without = picture.score, picture.scores(Changes.leave(rows))
+    places = best_places(picture, rows, most=PLACES_SCORED, each=PLACES_EACH)
+    if len(places.rows) == 0:
+        return None
+    after = picture.scores(places)
+    filled = np.concatenate(([0], np.cumsum(holes)))
+    fills = filled[places.ends] - filled[places.starts] > 0
+    loading = _loading(fleet, places)
+    # the mean score of the next ten minutes, less that of staying
+    value = loading * without[np.searchsorted(rows, places.rows)] + (1 - loading) * after - score
+    gain = after - score
+    pays = (value > 0) & (gain >= _least_gain(picture)[places.rows]) & free[places.rows]
+    allowed = (fills & (gain > 0)) | (~fills & pays)
+    if not allowed.any():
+        return None
+    if (fills & allowed).any():
+        allowed &= fills
+    best = int(np.where(allowed, value, -np.inf).argmax())
+    return int(places.rows[best]), _move(picture, places, best, gain=float(gain[best]), rank=rank)
+
+
+def _may_leave(fleet: Fleet, trusted: Flags) -> Flags:
+    """The entries whose blocks all have another holder that is online and trusted."""
+    counted = fleet.online & trusted
+    holders = np.rint(fleet.holders(counted))
+    by_others = np.concatenate(([0], np.cumsum(holders < 1))), np.concatenate(([0], np.cumsum(holders < 2)))
+    lacking_others = np.where(
+        counted,
+        by_others[1][fleet.ends] - by_others[1][fleet.starts],
+        by_others[0][fleet.ends] - by_others[0][fleet.starts],
+    )
+    return (lacking_others == 0) & (fleet.lengths > 0)
+
+
+def _loading(fleet: Fleet, places: Changes) -> Floats:
+    """For which part of the next ten minutes each machine would load."""
+    seconds = [
+        fleet.machines[row].seconds_to_load(Span(start, end))
+        for row, start, end in zip(places.rows.tolist(), places.starts.tolist(), places.ends.tolist(), strict=True)
+    ]
+    return np.clip(np.array(seconds) / HORIZON, 0.0, 1.0)
+
+
+def _least_gain(picture: Picture) -> Floats:
+    """What a move of one machine of each entry must gain: a part of its share of what all can do."""
+    best = picture.fleet.kinds.best[picture.fleet.kind]
+    return LEAST_GAIN * picture.bound * best / max(float(best @ picture.fleet.counts), 1e-300)
+
+
+def _move(picture: Picture, places: Changes, index: int, *, gain: float, rank: int) -> Move:
+    fleet, row = picture.fleet, int(places.rows[index])
+    before = Span(int(fleet.starts[row]), int(fleet.ends[row]))
+    after = Span(int(places.starts[index]), int(places.ends[index]))
+    fills = tuple(block for block in after if picture.holes[block])
+    reason = _reason(picture, row, before, after, fills)
+    return Move(fleet.machines[row].peer, before, after, gain, fills, rank, reason)
+
+
+def _reason(picture: Picture, row: int, before: Span, after: Span, fills: Sequence[int]) -> str:
+    """Why a machine moves, in a sentence: what its new blocks lack, compared with those that it leaves."""
+    if fills:
+        return f"blocks {format_blocks(fills)} have no server"
+    gained = [block for block in after if block not in before]
+    left = [block for block in before if block not in after]
+    if not gained:
+        return f"with fewer blocks, {after}, it computes more for each"
+    there = float(picture.even[gained].min())
+    weakest = [block for block in gained if picture.even[block] <= there * 1.05]
+    if not left:
+        return f"blocks {format_blocks(weakest)} carry {there:.3g} tokens/s, and it has room for them"
+    here = float(picture.even[left].min())
+    if there < here:
+        return f"blocks {format_blocks(weakest)} carry {there:.3g} tokens/s, {format_blocks(left)} carry {here:.3g}"
+    few = int(picture.holders[gained].min())
+    fewest = [block for block in gained if picture.holders[block] == few]
+    servers = "one server" if few == 1 else f"{few} servers"
+    return f"blocks {format_blocks(fewest)} have {servers}, {format_blocks(left)} can do without one"

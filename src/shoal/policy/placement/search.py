@@ -1,0 +1,119 @@
+"""Which places of which machines are worth computing the score of.
+
+A hundred machines have hundreds of thousands of places to go to. The gain of each is estimated from sums over blocks,
+all at once; only the best are then scored. M machines, L lengths, N blocks, K levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from shoal.policy.placement.fleet import Fleet, Floats, Ints
+from shoal.policy.placement.score import WEIGHTS, Changes, Picture
+
+
+def best_places(picture: Picture, rows: Ints, *, most: int, each: int, min_blocks: int = 1) -> Changes:
+    """The most promising changes of one machine of each entry: at most `each` of one, and at most `most` in all.
+
+    They are in the order of entry, length and start.
+    """
+    estimates = _estimates(picture, rows)
+    lengths = np.arange(1, estimates.shape[1] + 1)
+    longest = picture.fleet.kinds.longest[picture.fleet.kind[rows]]
+    too_short = lengths < np.minimum(min_blocks, longest)[:, None]
+    estimates[too_short] = -np.inf
+    present, old = np.flatnonzero(picture.fleet.lengths[rows] > 0), rows[picture.fleet.lengths[rows] > 0]
+    estimates[present, picture.fleet.lengths[old] - 1, picture.fleet.starts[old]] = -np.inf
+    flat = estimates.reshape(len(rows), -1)
+    if flat.shape[1] > each:
+        columns = np.argpartition(-flat, each - 1, axis=1)[:, :each]
+    else:
+        columns = np.broadcast_to(np.arange(flat.shape[1]), flat.shape)
+    values = np.take_along_axis(flat, columns, axis=1).ravel()
+    cells = (columns + np.arange(len(rows))[:, None] * flat.shape[1]).ravel()
+    if len(values) > most:
+        chosen = np.argpartition(-values, most - 1)[:most]
+        values, cells = values[chosen], cells[chosen]
+    entry, length, start = np.unravel_index(np.sort(cells[values > -np.inf]), estimates.shape)
+    return Changes(rows[entry], start, start + length + 1)
+
+
+def _estimates(picture: Picture, rows: Ints) -> Floats:
+    """About how much the score gains over that without the machine, by where the machine goes. [M, L, N]"""
+    fleet, scoring = picture.fleet, picture.scoring
+    leave = Changes.leave(rows)
+    before, everywhere = picture.held_before(leave), np.ones((len(rows), fleet.num_blocks), np.bool_)
+    alone = picture.even_after(leave, before, picture.held_after(leave))
+    useful = picture.utility(alone)
+    relieved = picture.risks(leave, before, ~everywhere) - picture.risks(leave, before, everywhere)
+    holes = picture.holders - before < 1
+    relief = _running_sum(scoring.risk * relieved + scoring.hole * holes)
+    deficits = picture.deficits(leave)
+    lacking = _running_sum(deficits)
+    mirrored = Picture.of(_mirrored(fleet), scoring, picture.bound).deficits(leave)[:, :, ::-1]
+    lacking_mirrored = _running_sum(mirrored)
+    kinds = fleet.kind[rows]
+    most = fleet.kinds.capacity.shape[1] - 1
+    result = np.full((len(rows), most, fleet.num_blocks), -np.inf)
+    for length in range(1, most + 1):
+        able = fleet.kinds.longest[kinds] >= length
+        capacity = fleet.kinds.capacity[kinds, length]
+        served = np.maximum(
+            _served(lacking, capacity, length),
+            _served(lacking_mirrored, capacity, length),
+        )
+        even = _windows(_running_sum(picture.utility(alone + (capacity / length)[:, None]) - useful), length)
+        throughput = (scoring.exact * served + (1 - scoring.exact) * even) / max(picture.most, 1e-300)
+        gain = picture.bound * (throughput + _windows(relief, length) / fleet.num_blocks)
+        result[able, length - 1, : gain.shape[1]] = gain[able]
+    return result
+
+
+def _served(lacking: Floats, capacity: Floats, length: int) -> Floats:
+    """What a machine can do about what the blocks of each span lack, weighted by level. [M, N - L + 1]"""
+    return np.minimum(_windows(lacking, length), capacity[:, None, None]).transpose(0, 2, 1) @ WEIGHTS
+
+
+def _mirrored(fleet: Fleet) -> Fleet:
+    placed = fleet.lengths > 0
+    starts = np.where(placed, fleet.num_blocks - fleet.ends, 0)
+    return replace(fleet, starts=starts, ends=np.where(placed, fleet.num_blocks - fleet.starts, 0))
+
+
+def _running_sum(values: Floats) -> Floats:
+    """Along the last axis, from 0."""
+    result = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
+    np.cumsum(values, axis=-1, out=result[..., 1:])
+    return result
+
+
+def _windows(running: Floats, length: int) -> Floats:
+    """The sums of all windows of this length, along the last axis."""
+    return running[..., length:] - running[..., :-length]
+
+
+def most_promising(picture: Picture, rows: Ints, most: int) -> Ints:
+    """Of many entries, those that seem to lose least where they are for what they could gain elsewhere, in order."""
+    if len(rows) <= most:
+        return rows
+    fleet, scoring = picture.fleet, picture.scoring
+    rate = (picture.utility(picture.even * 1.0001 + 1e-9) - picture.utility(picture.even)) / (
+        picture.even * 0.0001 + 1e-9
+    )
+    leave = Changes.leave(np.array([rows[0]]))
+    nobody = np.zeros((1, fleet.num_blocks), np.bool_)
+    risks = picture.risks(leave, nobody, nobody)[0]
+    price = _running_sum(rate / max(picture.most, 1e-300))
+    danger = _running_sum((scoring.risk * risks + scoring.hole * picture.holes) / fleet.num_blocks)
+    starts, ends = fleet.starts[rows], fleet.ends[rows]
+    speed = fleet.capacity[rows] / np.maximum(fleet.lengths[rows], 1)
+    loss = speed * (price[ends] - price[starts])
+    loss += (danger[ends] - danger[starts]) * np.maximum(1 / fleet.losses[rows] - 1, 0.0)
+    capacity, longest = fleet.kinds.capacity[fleet.kind[rows]], fleet.kinds.longest[fleet.kind[rows]]
+    gain = np.full(len(rows), -np.inf)
+    for length in range(1, capacity.shape[1]):
+        won = capacity[:, length] / length * _windows(price, length).max() + _windows(danger, length).max()
+        gain = np.where(longest >= length, np.maximum(gain, won), gain)
+    return np.sort(rows[np.argsort(loss - gain, kind="stable")[:most]])

@@ -1,0 +1,111 @@
+"""The throughput of a placement: as the paper counts it, and as servers can share their time.
+
+M machines, N blocks, K levels of throughput.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shoal.policy.placement.fleet import Floats
+from shoal.policy.placement.machines import Machine
+
+LEVELS_AT_ONCE = 24
+ROUNDS = 7
+
+
+def block_throughputs(machines: Sequence[Machine], num_blocks: int) -> list[float]:
+    """Tokens per second of each block, each machine dividing its time evenly (the paper's `t_i`). Their least is "min".
+
+    All machines that have a span count; leave out those that are loading for what the swarm carries now.
+    """
+    change = np.zeros(num_blocks + 1)
+    for machine in machines:
+        if machine.span is not None:
+            speed = machine.speed(len(machine.span)) * machine.count
+            change[machine.span.start] += speed
+            change[machine.span.end] -= speed
+    total = np.cumsum(change)[:-1]
+    covered = _covered(machines, num_blocks)
+    return [float(value) if held else 0.0 for value, held in zip(total, covered, strict=True)]
+
+
+def _covered(machines: Sequence[Machine], num_blocks: int) -> list[bool]:
+    """Which blocks have a machine: sums of speeds leave rounding errors where there is none."""
+    change = np.zeros(num_blocks + 1, np.int64)
+    for machine in machines:
+        if machine.span is not None:
+            change[machine.span.start] += 1
+            change[machine.span.end] -= 1
+    return [bool(held) for held in np.cumsum(change)[:-1] > 0]
+
+
+def exact_throughput(machines: Sequence[Machine], num_blocks: int) -> float:
+    """Tokens per second through all blocks, if machines share their time freely among their blocks.
+
+    A binary search for the highest throughput of which `served` says that every block can serve it. Where networks
+    limit single blocks, the result may be too low, but it is never below the least of `block_throughputs`.
+    """
+    even = min(block_throughputs(machines, num_blocks))
+    if even == 0:
+        return 0.0
+    fields = _placed(machines)
+    low, high = even, _most(fields, num_blocks)
+    for _ in range(ROUNDS):
+        if high <= low * (1 + 1e-9):
+            break
+        levels = np.linspace(low, high, LEVELS_AT_ONCE)
+        short = served(fields, num_blocks, levels).min(axis=1) < levels * (1 - 1e-9)
+        short[0] = False  # known to be reached
+        first = int(short.argmax()) if short.any() else len(levels)
+        low = float(levels[first - 1])
+        high = float(levels[first]) if first < len(levels) else low
+    return low
+
+
+def levels_at(machines: Sequence[Machine], num_blocks: int, throughput: float) -> list[float]:
+    """Tokens per second that each block gets when `throughput` is asked of all, the earlier blocks first."""
+    return [float(level) for level in served(_placed(machines), num_blocks, np.array([throughput]))[0]]
+
+
+def _placed(machines: Sequence[Machine]) -> Floats:
+    """Start, end, capacity and network of the machines that have a span, by the ends of their spans. [M, 4]"""
+    rows = [
+        (m.span.start, m.span.end, m.speed(len(m.span)) * len(m.span) * m.count, m.network_speed * m.count)
+        for m in machines
+        if m.span is not None
+    ]
+    rows.sort(key=lambda row: row[1])
+    return np.array(rows, np.float64).reshape(-1, 4)
+
+
+def _most(fields: Floats, num_blocks: int) -> float:
+    """What the machines of the weakest block carry if they compute that block alone, or all machines all blocks."""
+    starts, ends, capacity, network = fields.T
+    change = np.zeros(num_blocks + 1)
+    alone = np.minimum(capacity, network)
+    np.add.at(change, starts.astype(int), alone)
+    np.subtract.at(change, ends.astype(int), alone)
+    return min(float(np.cumsum(change)[:-1].min()), float(capacity.sum()) / num_blocks)
+
+
+def served(fields: Floats, num_blocks: int, levels: Floats) -> Floats:
+    """Tokens per second that each block gets at each level, never above it. [K, N]
+
+    From the first block to the last, each is served by the machines that hold it whose spans end first: the others can
+    still help later. No other order serves more in all, unless networks limit what machines do for one block.
+    """
+    starts, ends, capacity, network = fields.T
+    left = np.broadcast_to(capacity, (len(levels), len(capacity))).copy()  # [K, M]
+    result = np.zeros((len(levels), num_blocks))
+    for block in range(num_blocks):
+        here = np.flatnonzero((starts <= block) & (block < ends))
+        if len(here) == 0:
+            continue
+        offered = np.minimum(left[:, here], network[here])
+        reached = np.minimum(np.cumsum(offered, axis=1), levels[:, None])
+        left[:, here] -= np.diff(reached, axis=1, prepend=0.0)
+        result[:, block] = reached[:, -1]
+    return result
