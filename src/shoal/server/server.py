@@ -19,6 +19,7 @@ from shoal.server.engine.engine import Engine
 from shoal.server.placing.compute_thread import Compute
 from shoal.server.placing.setup import open_checkpoint, prepare
 from shoal.server.placing.span_keeper import SpanKeeper, Surroundings
+from shoal.server.placing.span_state import SpanPhase
 from shoal.server.startup_progress import Phase, Progress, Report
 
 
@@ -33,6 +34,11 @@ class Server:
     def info(self) -> ServerInfo:
         """What it announces at this moment."""
         return self._keeper.describe()
+
+    @property
+    def phase(self) -> SpanPhase:
+        """What it is doing about its blocks."""
+        return self._keeper.state.phase
 
     @property
     def engine(self) -> Engine:

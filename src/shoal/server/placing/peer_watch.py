@@ -73,11 +73,12 @@ class PeerWatch:
     async def _follow(self, server: ServerInfo) -> None:
         is_known = False  # whether it has ever answered
         while True:
-            if await self._until_silent(server):  # the stream may have ended for many reasons: another one is tried
+            has_answered = await self._until_silent(server)
+            self._answering.discard(server.peer)
+            if has_answered:  # the stream may have ended for many reasons: another one is tried
                 is_known = True
                 await asyncio.sleep(REOPEN_SECONDS)
                 continue
-            self._answering.discard(server.peer)
             if is_known and server.peer not in self._lost:
                 log.info("%s is gone: it does not answer any more", server.name or server.peer)
                 self._lost.add(server.peer)

@@ -229,6 +229,7 @@ class SpanKeeper:
         around, remains = self._around, _nothing
         wanted = self.state.wanted
         assert wanted is not None
+        began = asyncio.get_running_loop().time()
         try:
             loaded = await load_span(
                 around.config, around.setup, wanted.span, around.compute, around.observers, around.report
@@ -240,6 +241,9 @@ class SpanKeeper:
             self.state = self.state.failed(str(failure) or type(failure).__name__, now=around.clock())
             self._mover = self._mover.failed(now=around.clock())
         else:
+            seconds = asyncio.get_running_loop().time() - began
+            level = logging.WARNING if self.online.is_set() else logging.INFO
+            log.log(level, "loading blocks %s took %.1f s", wanted.span, seconds)
             remains = loaded.remains
             await self._serve(loaded)
             del loaded
@@ -271,7 +275,7 @@ class SpanKeeper:
             await around.node.transport.listen(self._reception)
         else:
             self._mover = self._mover.arrived(now=around.clock())
-            log.warning("the server now serves blocks %s", loaded.span)
+            log.warning("the server now serves blocks %s: %s", loaded.span, self.state.reason)
         await self._announcer.announce_now()
         self._tell(loaded.span, self.state.reason)
         self.online.set()
