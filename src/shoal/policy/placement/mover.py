@@ -41,6 +41,8 @@ WAIT_PER_RANK = 2.0
 """Seconds that a server waits for each move before its own in the plan."""
 CLAIM_SECONDS = 5.0
 """Seconds from a claim to the second look: claims of others that are as old have arrived by then."""
+HOLE_CLAIM_SECONDS = 1.5
+"""The same for a claim of blocks that no server holds: clients are waiting for them."""
 REST_SECONDS = 120.0
 """Seconds after a move in which a server moves again only to fill a hole."""
 
@@ -143,7 +145,8 @@ class Mover:
         return None if move is None or (now < self.rests_until and not move.fills) else move
 
     def _claimed(self, move: Move, now: float) -> Mover:
-        return replace(self, phase=Phase.CLAIMED, intended=move, next_look_at=now + CLAIM_SECONDS)
+        seconds = HOLE_CLAIM_SECONDS if move.fills else CLAIM_SECONDS
+        return replace(self, phase=Phase.CLAIMED, intended=move, next_look_at=now + seconds)
 
     def _watching(self) -> Mover:
         at = self.planned_at + PLAN_ANYWAY

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 from shoal.errors import SwarmError
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.claims import machines_in, uncovered, yields_to
+from shoal.policy.claims import uncovered, yields_to
 from shoal.policy.placement.joining import Placed
-from shoal.policy.placement.machines import Machine
+from shoal.policy.placement.machines import Machine, machine_of
 from shoal.policy.placement.mover import Mover
 from shoal.policy.placement.plan import Move
-from shoal.policy.view import SwarmView, format_blocks
+from shoal.policy.view import format_blocks
 from shoal.server.placing.swarm_watch import SwarmWatch
 from shoal.spans import Span
 
@@ -41,10 +41,12 @@ class OwnBlocks:
     claim: Callable[[Placed], Awaitable[bool]]
     unclaim: Callable[[], Awaitable[None]]
 
-    def machine(self, now: float) -> Sequence[Machine]:
+    def machine(self, now: float) -> Machine:
         """The server where it serves, whatever it claims."""
         serving = replace(self.describe(), span=self.held, state=ServerState.ONLINE, ready_at=None)
-        return machines_in(SwarmView(self.held.end, (serving,)), now=now)
+        machine = machine_of(serving, now=now)
+        assert machine is not None, "it is online"
+        return machine
 
 
 class MoveFinder:
@@ -62,7 +64,7 @@ class MoveFinder:
         while True:
             await self._watch.look(self._due)
             now = self._clock()
-            await self._plan((*self._own.machine(now), *self._watch.machines(now)), now)
+            await self._plan((self._own.machine(now), *self._watch.machines(now)), now)
             if not await self._announce_claim():
                 await self._stay("the directory does not take the claim")
             elif (move := self.mover.move) is not None:

@@ -85,11 +85,11 @@ async def check_identity(node: Node, view: SwarmView) -> None:
             )
 
 
-def base_info(config: ServerConfig, node: Node, setup: Setup, *, span: Span, up_since: float) -> ServerInfo:
-    """What a server announces whatever it is doing. It has measured nothing yet, and is joining at `span`."""
+def base_info(config: ServerConfig, node: Node, setup: Setup, *, up_since: float) -> ServerInfo:
+    """What a server announces whatever it is doing. Its span and its state are not known yet."""
     return ServerInfo(
         peer=node.transport.peer,
-        span=span,
+        span=Span(0, setup.model.num_blocks),
         state=ServerState.JOINING,
         fingerprint=setup.fingerprint,
         decode_speed=None,

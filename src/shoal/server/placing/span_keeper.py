@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from shoal.concurrency import first_of, owned_task
 from shoal.errors import ShoalError, SwarmError
@@ -158,6 +159,8 @@ class SpanKeeper:
         if not self.state.answers:
             living.cancel()
         await asyncio.wait([living])
+        self.state = self.state.leaving()
+        self._tell(None, "it leaves the swarm")
 
     # -- choosing, without blocks -------------------------------------------------------------------------------------
 
@@ -284,7 +287,7 @@ class SpanKeeper:
         """Return when other blocks are claimed for good, and have to be loaded. Never if the server may not move."""
         around = self._around
         if not around.config.moves:
-            await asyncio.Event().wait()
+            await _forever()
         own = OwnBlocks(held, self.describe, self._announce_claim, self._unclaim)
         finder = MoveFinder(own, self._watch, self._mover, clock=around.clock)
         try:
@@ -293,8 +296,7 @@ class SpanKeeper:
             log.exception("the server cannot plan moves any more")
             if self.state.phase is SpanPhase.CLAIMING:
                 await self._unclaim()
-            await asyncio.Event().wait()
-            raise
+            await _forever()
         self._mover = finder.mover
         self._drain_seconds = around.config.drain_seconds
         if move.fills:
@@ -334,9 +336,6 @@ class SpanKeeper:
         await handler.leave(self._farewell.failure)
         if moves:
             self.state = self.state.drained()
-        else:
-            self.state = self.state.leaving()
-            self._tell(None, "it leaves the swarm")
         self._loaded = None
 
     def _tell(self, now: Span | None, reason: str) -> None:
@@ -352,6 +351,11 @@ class SpanKeeper:
 
 async def _until(event: asyncio.Event) -> None:
     await event.wait()
+
+
+async def _forever() -> NoReturn:
+    while True:
+        await asyncio.Event().wait()
 
 
 def _nothing() -> list[str]:
