@@ -24,7 +24,9 @@ ENCODED = frozenset({"hidden", "grad"})
 """The names of tensors that may be sent in a lossy encoding."""
 INT8_BLOCK = 64
 """The number of values with a common scale (their peak) in the int8 encoding."""
-TensorName = Literal["hidden", "positions", "mask", "grad", "digests", "logits", "ids", "factors", "factor_grads"]
+TensorName = Literal[
+    "hidden", "positions", "mask", "grad", "digests", "logits", "ids", "factors", "factor_grads", "filler"
+]
 
 
 class TensorSpec(Strict):

@@ -56,7 +56,11 @@ class Swarm:
 
     def _start(self, name: str, span: str, /, **options: Any) -> Server:
         config = ServerConfig(
-            model=str(options.pop("folder", self.folder)), blocks=Span.parse(span), dtype="float32", cache_tokens=4096
+            model=str(options.pop("folder", self.folder)),
+            blocks=Span.parse(span),
+            dtype="float32",
+            cache_tokens=4096,
+            measures_network=False,
         )
         config = replace(config, **options)
         stop = contextlib.AsyncExitStack()

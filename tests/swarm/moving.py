@@ -22,13 +22,14 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node
 from shoal.peers import ServerInfo
+from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
 from shoal.policy.view import SwarmView
 from shoal.server.config import ServerConfig
+from shoal.server.measuring.load_times import LoadTimes
 from shoal.server.placing import span_keeper
 from shoal.server.placing.loaded_span import LoadedSpan
 from shoal.server.placing.setup import model_info
 from shoal.server.server import Server, serve
-from shoal.server.speed_watch import Speeds
 from shoal.spans import Span
 
 from .schedules.bed import Client
@@ -78,7 +79,7 @@ class Town:
         self.checkpoint = Checkpoint.open(folder)
         self.model = model_info(self.checkpoint)
         self._config = ServerConfig(
-            model=str(folder), dtype="float32", cache_tokens=4096, num_blocks=2, drain_seconds=DRAIN_SECONDS
+            model=str(folder), dtype="float32", cache_tokens=4096, num_blocks=2, drain_seconds=DRAIN_SECONDS, measures_network=False
         )
         self._config = replace(self._config, **options)
         self._clients: list[MovingClient] = []
@@ -263,15 +264,17 @@ def make_virtual(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def slow(config: Any, setup: Any, span: Span, *rest: Any) -> LoadedSpan:
         await asyncio.sleep(LOAD_SECONDS * len(span))
-        return replace(await load_span(config, setup, span, *rest), load_seconds=LOAD_SECONDS * len(span))
+        return await load_span(config, setup, span, *rest)
 
-    def speeds(body: Any, *_: Any, **__: Any) -> Speeds:
-        return Speeds(BLOCK_SPEED / len(body.span), 10 * BLOCK_SPEED / len(body.span))
+    def profile(body: Any, *_: Any, **__: Any) -> SpeedProfile:
+        block = BlockTime(0.0, 1 / BLOCK_SPEED)
+        return SpeedProfile(len(body.span), block, block, 10, ((1, block),))
 
     monkeypatch.setattr(span_keeper, "load_span", slow)
     # observers are told at once, not on threads, for which virtual time does not wait
     monkeypatch.setattr("shoal.server.server.Observers", lambda observers: Observers((), direct=observers))
-    monkeypatch.setattr("shoal.server.placing.loaded_span.speeds_of", speeds)
+    monkeypatch.setattr("shoal.server.placing.loaded_span.profile_of", profile)
+    monkeypatch.setattr("shoal.server.measuring.own_capacity.known_times", lambda _: LoadTimes(read=LOAD_SECONDS))
     monkeypatch.setattr("shoal.server.placing.compute_thread.uses_all_cores", lambda *_, **__: False)
 
 

@@ -38,7 +38,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def stage(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+def stage(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stage:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
     make_virtual(monkeypatch)
     return Stage(checkpoint)
 

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from shoal.net.records import (
     unseal,
 )
 from shoal.net.transport import MAX_LIFETIME
-from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.peers import MAX_SPANS_ON_DISK, MAX_SPEED_POINTS, Capacity, ModelInfo, ServerInfo, ServerState
 from shoal.spans import Span
 
 NOW = 1_800_000_000.0
@@ -57,6 +58,10 @@ def info(identity: Identity = ALICE, **changes: Any) -> ServerInfo:
         "queue_length": 3,
         "head": True,
         "round_trips": (("abcdefghijkl", 0.0123), ("mnopqrstuvwx", 0.00031)),
+        "capacity": Capacity(8, ((1, 2345.0), (8, 700.5)), 43210.0, 12.5, 1.5, (Span(0, 3), Span(5, 8))),
+        "zone": "cellar",
+        "up_since": NOW - 3600.0,
+        "reason": "it was the first",
     }
     return ServerInfo(**fields | changes)
 
@@ -203,11 +208,87 @@ def test_a_signature_for_something_else_does_not_count() -> None:
         ("round_trips", {"\x1b[2J": 0.1}),
         ("round_trips", {f"peer{index}": 0.1 for index in range(17)}),
         ("round_trips", [["abc", 0.1]]),
+        ("pinned", "yes"),
+        ("pinned", 1),
+        ("zone", "x" * 33),
+        ("zone", "\x1b[2J"),
+        ("zone", None),
+        ("up_since", -1.0),
+        ("up_since", math.inf),
+        ("up_since", "today"),
+        ("ready_at", math.nan),
+        ("ready_at", 1e12),
+        ("reason", "x" * 129),
+        ("reason", "a\nb"),
+        ("capacity", 7),
+        ("capacity", []),
+        ("capacity", {}),
     ],
 )
 def test_an_invalid_field_is_refused_even_with_a_valid_signature(field: str, value: object) -> None:
     assert unseal(signed(body())) is not None
     assert unseal(signed(body(**{field: value}))) is None
+
+
+HOSTILE_CAPACITIES: list[dict[str, object]] = [
+    {"max_blocks": 0},
+    {"max_blocks": 1 << 20},
+    {"max_blocks": 1.5},
+    {"max_blocks": 9},
+    {"block_speeds": []},
+    {"block_speeds": [[length, 1.0] for length in range(MAX_SPEED_POINTS + 1)]},
+    {"block_speeds": [[4, 1.0], [4, 1.0]]},
+    {"block_speeds": [[4, 1.0], [2, 2.0]]},
+    {"block_speeds": [[0, 1.0]]},
+    {"block_speeds": [[1, 0.0]]},
+    {"block_speeds": [[1, -1.0]]},
+    {"block_speeds": [[1, math.nan]]},
+    {"block_speeds": [[1, math.inf]]},
+    {"block_speeds": [[1, 1e12]]},
+    {"block_speeds": [[1, "fast"]]},
+    {"block_speeds": [[1]]},
+    {"block_speeds": [[1, 2.0], [9, 1.0]]},
+    {"block_speeds": [[1, 1.0, 1.0]]},
+    {"network_speed": 0.0},
+    {"network_speed": -1.0},
+    {"network_speed": math.inf},
+    {"network_speed": 1e12},
+    {"load_seconds": -1.0},
+    {"load_seconds": math.nan},
+    {"load_seconds": 1e9},
+    {"load_seconds": None},
+    {"disk_seconds": -1.0},
+    {"disk_seconds": "soon"},
+    {"on_disk": [[0, 1]] * (MAX_SPANS_ON_DISK + 1)},
+    {"on_disk": [[3, 3]]},
+    {"on_disk": [[4, 3]]},
+    {"on_disk": [[-1, 3]]},
+    {"on_disk": [[0, 1 << 20]]},
+    {"on_disk": [[0]]},
+    {"on_disk": [[0, 9]]},
+    {"on_disk": "all"},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE_CAPACITIES)
+def test_an_invalid_capacity_is_refused_even_with_a_valid_signature(change: dict[str, object]) -> None:
+    capacity = body()["capacity"]
+    assert unseal(signed(body(capacity=capacity | {"invented_later": 1}))) is not None
+    assert unseal(signed(body(capacity=capacity | change))) is None
+
+
+@pytest.mark.parametrize("field", ["max_blocks", "block_speeds", "network_speed", "load_seconds", "disk_seconds"])
+def test_a_capacity_that_lacks_something_is_refused(field: str) -> None:
+    capacity = {name: value for name, value in body()["capacity"].items() if name != field}
+    assert unseal(signed(body(capacity=capacity))) is None
+
+
+def test_a_server_may_announce_no_capacity_and_no_network_speed() -> None:
+    without = [info(capacity=None), info(capacity=replace(info().capacity, network_speed=None, on_disk=()))]
+    for each in without:
+        read = unseal(seal(ALICE, Announcement.of(MODEL, each, expires=NOW + 60)))
+        assert read is not None
+        assert read.server_info == each
 
 
 def test_a_missing_field_is_refused_and_an_unknown_one_is_not() -> None:
@@ -228,11 +309,28 @@ def test_an_oversized_record_is_neither_made_nor_read() -> None:
     assert unseal(signed(body(padding="x" * MAX_RECORD_BYTES))) is None
 
 
-def test_sixteen_neighbors_and_eight_relayed_addresses_fit_into_a_record() -> None:
+def test_sixteen_neighbors_eight_relayed_addresses_and_a_full_capacity_fit_into_a_record() -> None:
     relay = f"/ip4/203.0.113.5/tcp/31337/p2p/{MALLORY.peer}/p2p-circuit/p2p/{ALICE.peer}"
     neighbors = tuple((f"{index:012d}", 1.23456789) for index in range(16))
-    crowded = info(addresses=(relay,) * 8, round_trips=neighbors, name="x" * 128)
-    record = seal(ALICE, Announcement.of(MODEL, crowded, expires=NOW + 60))
+    capacity = Capacity(
+        max_blocks=4096,
+        block_speeds=tuple((4000 + index, 123456.789) for index in range(MAX_SPEED_POINTS)),
+        network_speed=987654.321,
+        load_seconds=1234.5678,
+        disk_seconds=123.45678,
+        on_disk=tuple(Span(4000 + 2 * index, 4001 + 2 * index) for index in range(MAX_SPANS_ON_DISK)),
+    )
+    crowded = info(
+        addresses=(relay,) * 8,
+        round_trips=neighbors,
+        name="x" * 128,
+        reason="x" * 128,
+        zone="x" * 32,
+        up_since=NOW,
+        ready_at=NOW,
+        capacity=capacity,
+    )
+    record = seal(ALICE, Announcement.of(replace(MODEL, num_blocks=4096), crowded, expires=NOW + 60))
     opened = unseal(record)
     assert opened is not None
     assert opened.server_info.round_trips == tuple((peer, 1.23457) for peer, _ in neighbors)

@@ -64,6 +64,15 @@ def test_a_file_is_downloaded_once(hub: FakeHub) -> None:
     assert not hub.sent
 
 
+def test_the_blocks_on_disk_are_those_whose_files_have_come(hub: FakeHub) -> None:
+    checkpoint = Checkpoint.open(REPO)
+    assert checkpoint.blocks_on_disk() == []
+    checkpoint.block_tensors(Span(2, 3))
+    complete = {block for block in range(4) if shards_with(hub, f".layers.{block}.") <= weights_sent(hub)}
+    assert checkpoint.blocks_on_disk() == sorted(complete) == [2]
+    assert Checkpoint.open(hub.folder).blocks_on_disk() == [0, 1, 2, 3]
+
+
 def test_a_local_copy_has_the_hubs_key_and_fingerprint_without_a_download(hub: FakeHub) -> None:
     here, there = Checkpoint.open(hub.folder), Checkpoint.open(REPO)
 

@@ -18,14 +18,16 @@ from shoal.model.loading import load_body
 from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
-from shoal.peers import ServerState
+from shoal.peers import ServerInfo, ServerState
+from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Abandoned
 from shoal.server.kv.batch import Chunk
 from shoal.server.kv.session_cache import Growth
 from shoal.server.server import serve
-from shoal.server.speed_watch import Speeds, Watch
+from shoal.server.speed_watch import Watch
 from shoal.server.startup_progress import Phase, Progress
+from shoal.server.throughput import speed_key
 from shoal.spans import Span
 
 
@@ -128,22 +130,27 @@ async def test_a_server_tells_what_it_does_block_by_block() -> None:
     ]
 
 
+def block_speeds(info: ServerInfo) -> list[tuple[int, float]]:
+    return [] if info.capacity is None else list(info.capacity.block_speeds)
+
+
 @pytest.mark.anyio
 async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     watches: list[Watch] = []
     keys: list[str] = []
 
-    def measured(*_: object, key: str, **__: object) -> Speeds:
-        keys.append(key)
-        disk_cache.store(key, 1)
-        return Speeds(0.33, 1.0)
+    def measured(*_: object, key: str, **__: object) -> SpeedProfile:
+        keys.append(speed_key(key))
+        disk_cache.store(keys[-1], 1)
+        slow = BlockTime(0.0, 3.0)
+        return SpeedProfile(1, slow, slow, 1, ((1, slow),))
 
     def watch(*arguments: Any, **options: Any) -> Watch:
         watches.append(Watch(*arguments, **options))
         return watches[0]
 
     monkeypatch.setattr("shoal.server.placing.loaded_span.Watch", watch)
-    monkeypatch.setattr("shoal.server.placing.loaded_span.speeds_of", measured)
+    monkeypatch.setattr("shoal.server.placing.loaded_span.profile_of", measured)
     config = ServerConfig(model=str(STORIES), blocks=Span(0, 1), dtype="float32", cache_tokens=64)
     network, announced = MemoryNetwork(), asyncio.Event()
     publish = network.publish
@@ -157,4 +164,5 @@ async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypat
             announced.clear()
             await announced.wait()
         assert [info.decode_speed for _, info in network.announced()] == [pytest.approx(20.0)]
+        assert [block_speeds(info) for _, info in network.announced()] == [[(1, pytest.approx(20.0))]], "so it decodes"
         assert [disk_cache.load(key) for key in keys] == [None], "what was measured is not believed at the next start"

@@ -8,15 +8,36 @@ import pytest
 import torch
 
 from shoal.model.weights import disk_cache
+from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
 from shoal.server.kv.batch import Chunk
 from shoal.server.kv.session_cache import Growth
 from shoal.server.speed_watch import MAX_PASSES, MIN_SECONDS, RecentPasses, Speeds, Watch
-from shoal.server.throughput import CACHED_SECONDS, MAX_ROUNDS, Measurement, Runs, cached_speeds, processor_name
+from shoal.server.throughput import (
+    CACHED_SECONDS,
+    MAX_ROUNDS,
+    Measurement,
+    PassRuns,
+    Runs,
+    cached_profile,
+    known_profile,
+    processor_name,
+    speed_key,
+    speeds_in,
+)
 from shoal.spans import Span
 
 SPAN = Span(0, 8)
-QUIET = Measurement(Runs((0.01,) * 5, 1.0), Runs((0.1,) * 5, 1.0), num_tokens=128)
-BUSY = Measurement(Runs((3.0, 0.02, 2.5, 3.1, 2.9), 0.9), Runs((0.4,) * 5, 1.0), num_tokens=128)
+
+
+def runs(*seconds: float, cpu_fraction: float = 1.0) -> PassRuns:
+    return PassRuns(8, Runs(seconds, cpu_fraction), Runs((seconds[0] / 8,), cpu_fraction))
+
+
+QUIET = Measurement(runs(*(0.01,) * 5), runs(*(0.1,) * 5), num_tokens=128, batches=((1, runs(0.01)), (8, runs(0.02))))
+QUIET_SPEEDS = Speeds(pytest.approx(100.0), pytest.approx(1280.0))
+BUSY = Measurement(
+    runs(3.0, 0.02, 2.5, 3.1, 2.9, cpu_fraction=0.9), runs(*(0.4,) * 5), num_tokens=128, batches=((1, runs(0.01)),)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +57,12 @@ class Machine:
         return next(self._measurements)
 
 
+def speeds(machine: Machine, *, num_blocks: int = 8, now: float = 1e9) -> Speeds:
+    """How fast a server is that holds so many blocks, as far as the machine has to be measured for it."""
+    profile = cached_profile("here", machine, num_blocks=num_blocks, clock=lambda: now)
+    return speeds_in(profile, Span(0, num_blocks))
+
+
 def test_a_machine_is_busy_if_many_runs_are_slow_and_not_if_one_is() -> None:
     assert Runs((0.01, 0.011, 0.5, 0.01, 0.012)).is_quiet
     assert not Runs((0.01, 0.5, 0.5, 0.4, 0.012)).is_quiet
@@ -46,33 +73,101 @@ def test_a_machine_whose_runs_are_equally_slow_is_busy_if_other_programs_had_the
     assert not Runs((3.0,) * 5, cpu_fraction=0.1).is_quiet
 
 
+def test_a_machine_is_quiet_if_it_was_in_all_runs() -> None:
+    assert QUIET.is_quiet
+    assert not BUSY.is_quiet
+    disturbed = PassRuns(8, Runs((0.01,) * 3), Runs((0.001, 0.9, 0.9)))
+    assert not Measurement(QUIET.decode, QUIET.prefill, 128, ((1, disturbed),)).is_quiet
+
+
 def test_the_measurement_of_a_quiet_machine_is_kept_until_it_is_too_old() -> None:
     machine, now = Machine(QUIET, QUIET), 1e9
-    speeds = [
-        cached_speeds("here", machine, clock=lambda after=after: now + after) for after in (0, 60, CACHED_SECONDS)
-    ]
-    assert speeds == [Speeds(100.0, 1280.0)] * 3
+    found = [speeds(machine, now=now + after) for after in (0, 60, CACHED_SECONDS)]
+    assert found == [QUIET_SPEEDS] * 3
     assert machine.num_measured == 2
 
 
+def test_another_span_of_the_same_weights_needs_no_measurement_if_it_is_about_as_long() -> None:
+    machine = Machine(QUIET, QUIET)
+    assert speeds(machine).decode == pytest.approx(100.0)
+    assert speeds(machine, num_blocks=4).decode == pytest.approx(200.0)
+    assert speeds(machine, num_blocks=16).decode == pytest.approx(50.0)
+    assert machine.num_measured == 1
+    speeds(machine, num_blocks=3)
+    assert machine.num_measured == 2
+
+
+def test_what_a_pass_costs_beside_the_blocks_is_kept_apart() -> None:
+    slow_to_begin = PassRuns(9, Runs((0.05,)), Runs((0.01,)))
+    assert slow_to_begin.time == BlockTime(pytest.approx(0.005), pytest.approx(0.005))
+    assert PassRuns(1, Runs((0.05,))).time == BlockTime(0.0, 0.05)
+
+
 def test_a_busy_machine_is_measured_again_and_its_measurements_are_not_kept() -> None:
-    calm_enough = Measurement(Runs((0.02, 0.1, 0.1, 0.1, 0.1)), BUSY.prefill, num_tokens=128)
+    calm_enough = Measurement(runs(0.02, 0.1, 0.1, 0.1, 0.1), BUSY.prefill, 128, ((1, runs(0.01)),))
     machine = Machine(*[calm_enough] * MAX_ROUNDS, QUIET)
-    speeds = cached_speeds("here", machine)
-    assert (speeds.decode, machine.num_measured) == (pytest.approx(10.0), MAX_ROUNDS)
-    assert cached_speeds("here", machine) == QUIET.speeds
+    found = speeds(machine)
+    assert (found.decode, machine.num_measured) == (pytest.approx(10.0), MAX_ROUNDS)
+    assert known_profile("here") is None
+    assert speeds(machine).decode == pytest.approx(100.0)
+
+
+def test_the_best_of_what_a_busy_machine_has_shown_counts_batch_by_batch() -> None:
+    def shown(decode: float, *batches: tuple[int, float]) -> Measurement:
+        steady = tuple((size, runs(each, each * 9, each * 9)) for size, each in batches)
+        return Measurement(runs(decode, decode * 9, decode * 9), QUIET.prefill, 128, steady)
+
+    machine = Machine(shown(0.1, (1, 0.1), (8, 0.2)), shown(0.2, (1, 0.05), (8, 0.3), (32, 0.4)), shown(0.3, (1, 0.3)))
+    profile = cached_profile("here", machine, num_blocks=8)
+    assert profile.decode.seconds(8) == pytest.approx(0.9)
+    assert [(size, time.seconds(8)) for size, time in profile.batches] == [
+        (1, pytest.approx(0.45)),
+        (8, pytest.approx(1.8)),
+        (32, pytest.approx(3.6)),
+    ]
 
 
 def test_a_machine_that_takes_long_to_measure_is_measured_once() -> None:
     machine = Machine(BUSY, QUIET)
-    assert cached_speeds("here", machine) == BUSY.speeds
+    assert cached_profile("here", machine, num_blocks=8) == BUSY.profile
     assert machine.num_measured == 1
 
 
-@pytest.mark.parametrize("damaged", [[0.33, 1.0], {"decode": 0.0, "prefill": 1.0, "measured_at": 0.0}, "fast", {}])
-def test_a_damaged_entry_on_disk_is_measured_again(damaged: object) -> None:
-    disk_cache.store("here", damaged)
-    assert cached_speeds("here", Machine(QUIET), clock=lambda: 1.0) == QUIET.speeds
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"profile": 7},
+        {"measured_at": None},
+        {"profile": {"num_blocks": 0}},
+        {"profile": {"decode": {"fixed": 0.0, "per_block": 0.0}}},
+        {"profile": {"decode": {"fixed": -1.0, "per_block": 1.0}}},
+        {"profile": {"batches": []}},
+        {"profile": {"batches": [[8, {"fixed": 0.0, "per_block": 1.0}]]}},
+        {"profile": {"prefill_tokens": 0}},
+    ],
+)
+def test_a_damaged_entry_on_disk_is_measured_again(change: dict[str, object]) -> None:
+    speeds(Machine(QUIET))
+    entry = disk_cache.load(speed_key("here"))
+    assert speeds(Machine()) == QUIET_SPEEDS, "nothing is measured"
+    profile = change.get("profile")
+    damaged = entry | (change if not isinstance(profile, dict) else {"profile": entry["profile"] | profile})
+    disk_cache.store(speed_key("here"), damaged)
+    assert known_profile("here", clock=lambda: 1e9) is None
+    assert speeds(Machine(QUIET)) == QUIET_SPEEDS
+
+
+@pytest.mark.parametrize("damaged", [[0.33, 1.0], "fast", {}, None, 7])
+def test_an_entry_that_is_something_else_counts_for_nothing(damaged: object) -> None:
+    disk_cache.store(speed_key("here"), damaged)
+    assert known_profile("here") is None
+
+
+def test_a_profile_is_read_as_it_was_measured() -> None:
+    speeds(Machine(QUIET))
+    profile = known_profile("here", clock=lambda: 1e9)
+    assert profile == QUIET.profile
+    assert isinstance(profile, SpeedProfile)
 
 
 def test_the_key_names_the_model_of_the_processor(tmp_path: Path) -> None:

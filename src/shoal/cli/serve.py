@@ -136,6 +136,13 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="Name of this server in `shoal status`. Default: the host's name."),
     ] = None,
+    zone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What may fail together with this server, such as its building. Default: its network.",
+        ),
+    ] = None,
     host: options.Host = "0.0.0.0",  # noqa: S104
     port: options.Port = 0,
     identity: options.IdentityFile = None,
@@ -169,6 +176,7 @@ def command(
             "--blocks and --num-blocks exclude each other", hint="--blocks 0:8 gives both the blocks and their number"
         )
     span, server_name = _parse_span(blocks), options.server_name(name, socket.gethostname())
+    zone_name = options.zone_name(zone)
     network = NetworkConfig(
         initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
     )
@@ -210,6 +218,7 @@ def command(
             serve_head=serve_head,
             drain_seconds=drain_timeout,
             name=server_name,
+            zone=zone_name,
             allow_uncertified=allow_uncertified,
         )
         torch.set_num_threads(

@@ -25,7 +25,7 @@ from shoal.spans import Span
 
 if TYPE_CHECKING:
     from shoal.net.transport import Node
-    from shoal.peers import ModelInfo
+    from shoal.peers import Capacity, ModelInfo
     from shoal.policy.routing.route import Route
 
 
@@ -50,6 +50,7 @@ class ModelStatus:
                 "span": [server.span.start, server.span.end],
                 "state": server.state.value,
                 "round_trips": dict(server.round_trips),
+                "capacity": None if server.capacity is None else _capacity_as_json(server.capacity),
             }
             for server in sorted(self.view.servers, key=lambda server: (server.span, server.name, server.peer))
         ]
@@ -61,6 +62,10 @@ class ModelStatus:
             "servers": servers,
             **({"route": None if self.route is None else _route_as_json(self.route)} if route else {}),
         }
+
+
+def _capacity_as_json(capacity: Capacity) -> dict[str, Any]:
+    return asdict(capacity) | {"on_disk": [[span.start, span.end] for span in capacity.on_disk]}
 
 
 def _route_as_json(route: Route) -> dict[str, Any]:

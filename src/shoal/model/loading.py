@@ -89,6 +89,10 @@ class QuantizedBlockCache:
         config.quantization_config = self.quantization.config(self.dtype)
         return config
 
+    def has(self, block: int) -> bool:
+        """Whether this block was quantized before."""
+        return self._file(block).is_file()
+
     def read(self, span: Span) -> dict[str, Tensor]:
         """The tensors of these blocks. Raises `CheckpointError` if a file is missing or damaged."""
         tensors: dict[str, Tensor] = {}

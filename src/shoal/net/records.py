@@ -90,6 +90,11 @@ class AnnouncedCapacity(BaseModel):
             raise ValueError("an empty span")
         return self
 
+    def fits(self, num_blocks: int) -> bool:
+        """Whether it speaks of no more blocks than a model has."""
+        ends = [self.max_blocks, self.block_speeds[-1][0], *(end for _, end in self.on_disk)]
+        return max(ends) <= num_blocks
+
     @classmethod
     def of(cls, capacity: Capacity) -> AnnouncedCapacity:
         """The same capacity, its figures rounded to four digits to keep the record small."""
@@ -155,6 +160,8 @@ class Announcement(BaseModel):
     def _span_is_in_the_model(self) -> Announcement:
         if not self.start < self.end <= self.num_blocks:
             raise ValueError("a span outside of the model")
+        if self.capacity is not None and not self.capacity.fits(self.num_blocks):
+            raise ValueError("a capacity for more blocks than the model has")
         return self
 
     @classmethod

@@ -1,9 +1,10 @@
 """Every message that peers exchange, typed, with its limits. It imports the ground only.
 
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
-The first message of a stream is `Open` for a session, `Forward`, `Backward` or `Norms` for single computations, or a
-`Step` with a `link`, which one server pushes to the next. `Adapter`s may come before the first four. Every header is
-parsed here before any other code sees it: an unknown kind, field or type, or a number beyond its limit, is refused.
+The first message of a stream is `Open` for a session, `Forward`, `Backward` or `Norms` for single computations, a `Step`
+with a `link`, which one server pushes to the next, or a `Transfer`. `Adapter`s may come before the first four. Every
+header is parsed here before any other code sees it: an unknown kind, field or type, or a number beyond its limit, is
+refused.
 """
 
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
@@ -22,6 +23,7 @@ from shoal.protocol.limits import (
     MAX_STEP_TOKENS,
     MAX_STEPS_AHEAD,
     MAX_TEXT,
+    MAX_TRANSFER_BYTES,
     PROTOCOL,
     Adapted,
     Address,
@@ -36,9 +38,19 @@ from shoal.protocol.limits import (
     Text,
 )
 from shoal.protocol.message import Message
-from shoal.protocol.parsing import REPLY_KINDS, REQUEST_KINDS, SESSION_KINDS, AnyMessage, ProtocolViolation, dump, parse
+from shoal.protocol.parsing import (
+    REPLY_KINDS,
+    REQUEST_KINDS,
+    SESSION_KINDS,
+    TRANSFER_KINDS,
+    AnyMessage,
+    ProtocolViolation,
+    dump,
+    parse,
+)
 from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, NormsResult, PassResult
 from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
+from shoal.protocol.transfers import Filler, Transfer
 
 __all__ = [
     "FAILURES",
@@ -54,10 +66,12 @@ __all__ = [
     "MAX_STEPS_AHEAD",
     "MAX_STEP_TOKENS",
     "MAX_TEXT",
+    "MAX_TRANSFER_BYTES",
     "PROTOCOL",
     "REPLY_KINDS",
     "REQUEST_KINDS",
     "SESSION_KINDS",
+    "TRANSFER_KINDS",
     "Adapted",
     "Adapter",
     "AdapterStored",
@@ -71,6 +85,7 @@ __all__ = [
     "FactorIndices",
     "Failure",
     "FailureCode",
+    "Filler",
     "Forward",
     "Leaving",
     "Link",
@@ -94,6 +109,7 @@ __all__ = [
     "Step",
     "StepResult",
     "Text",
+    "Transfer",
     "Unreached",
     "Upstream",
     "dump",

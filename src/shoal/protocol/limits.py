@@ -26,6 +26,8 @@ MAX_BATCH = 1024
 """The sequences of a batch: as many as one message has tokens."""
 MAX_LENGTH = 1 << 22
 """The tokens of a sequence, and the likeliest tokens of one position: beyond every model there is."""
+MAX_TRANSFER_BYTES = 4 << 20
+"""The bytes with which a peer measures its network, at a time."""
 MAX_BLOCKS = 4096
 """The blocks of a model: beyond every model there is."""
 MAX_HOPS = 256

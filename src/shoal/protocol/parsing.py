@@ -13,6 +13,7 @@ from shoal.protocol.failures import Failure
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassResult
 from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached
+from shoal.protocol.transfers import Filler, Transfer
 
 
 class ProtocolViolation(ValueError):
@@ -35,6 +36,8 @@ AnyMessage = (
     | Forward
     | Backward
     | PassResult
+    | Transfer
+    | Filler
     | Ping
     | Pong
     | Leaving
@@ -43,12 +46,15 @@ AnyMessage = (
 )
 
 REQUEST_KINDS = frozenset(
-    {"open", "set_neighbors", "rewind", "step", "adapter", "norms", "forward", "backward", "ping", "close"}
+    {"open", "set_neighbors", "rewind", "step", "adapter", "norms", "forward", "backward", "transfer", "ping", "close"}
 )
 """The kinds of messages that a server receives, from clients and from upstream servers."""
 
 SESSION_KINDS = frozenset({"step", "rewind", "set_neighbors", "ping", "close"})
 """The request kinds that may follow `Open`."""
+
+TRANSFER_KINDS = frozenset({"filler", "failure"})
+"""The kinds of messages that follow `Transfer`, in either direction. Elsewhere a `Filler` is refused unread."""
 
 REPLY_KINDS = frozenset(
     {

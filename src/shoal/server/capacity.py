@@ -21,7 +21,7 @@ from shoal.model.linear.quantization import (
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.safetensors_file import TensorInfo
 from shoal.policy.dtypes import swarm_dtype
-from shoal.policy.placement.memory import CACHE_SHARE, choose_num_blocks
+from shoal.policy.placement.memory import cache_tokens, choose_num_blocks
 from shoal.policy.view import SwarmView
 from shoal.server.config import ServerConfig
 from shoal.server.kv.paged_cache import KeyValueShape
@@ -29,10 +29,6 @@ from shoal.server.kv.pages import pages_for
 
 log = logging.getLogger(__name__)
 
-MAX_CACHE_TOKENS = 1 << 20
-"""The most tokens of a cache whose size the server chooses. A machine with much memory may have other uses for it."""
-MAX_FREE_FRACTION = 0.8
-"""The most that such a cache takes of the memory that is free after the blocks are loaded. Passes need the rest."""
 MAX_ACTIVATION_FRACTION = 1 / 8
 """The most that saved activations take of the memory that is free after the cache is allocated."""
 
@@ -68,19 +64,32 @@ def max_num_blocks(
         return len(config.blocks)
     if config.num_blocks is not None:
         return config.num_blocks
-    memory = free_memory(device)
-    if config.serve_head:
-        memory -= round(checkpoint.head_bytes * dtype.itemsize / choose_dtype("auto", checkpoint).itemsize)
-    block_bytes = _block_bytes(checkpoint, dtype, device, choose_quantization(config.quantization))
-    num_blocks = choose_num_blocks(memory, block_bytes)
+    memory = memory_for_blocks(config, checkpoint, dtype, free_memory(device))
+    sizes = block_bytes(checkpoint, dtype, device, choose_quantization(config.quantization))
+    num_blocks = choose_num_blocks(memory, sizes)
     if num_blocks == 0:
-        largest = max(block_bytes)
+        largest = max(sizes)
         raise UserError(
             f"a block of {checkpoint.name} takes {largest / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB are free",
             hint="free some memory, or choose the number yourself: --num-blocks 1",
         )
     log.info("up to %d of %d blocks: %.1f GiB are free", num_blocks, checkpoint.num_blocks, memory / 2**30)
     return num_blocks
+
+
+def memory_for_blocks(config: ServerConfig, checkpoint: Checkpoint, dtype: torch.dtype, free_bytes: int) -> int:
+    """The bytes of memory that are left for blocks and caches, of those that are free."""
+    if not config.serve_head:
+        return free_bytes
+    return free_bytes - round(checkpoint.head_bytes * dtype.itemsize / choose_dtype("auto", checkpoint).itemsize)
+
+
+def most_blocks(config: ServerConfig, sizes: Sequence[int], memory: int) -> int:
+    """The most blocks that a server may hold, wherever they are: as the config says, or as many as fit into memory.
+
+    `sizes` are those of all blocks in bytes.
+    """
+    return config.num_blocks or choose_num_blocks(memory, sizes)
 
 
 def default_device(*, cuda: bool) -> str:
@@ -141,7 +150,7 @@ def choose_quantization(name: str) -> Quantization:
         raise UserError(f"there is no quantization {name!r}", hint=", ".join(Quantization)) from None
 
 
-def _block_bytes(
+def block_bytes(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantization: Quantization
 ) -> Sequence[int]:
     """How many bytes of memory each block of the model will take."""
@@ -175,15 +184,15 @@ def choose_num_pages(
 ) -> int:
     """The number of pages of the cache: as the config says, or as memory allows.
 
-    `free_bytes` of memory were free before the blocks were loaded. `CACHE_SHARE` of that was set aside for caches when
-    the blocks were chosen.
+    `free_bytes` of memory were free before the blocks were loaded. A part of that was set aside for caches when the
+    blocks were chosen (`shoal.policy.placement.memory`).
     """
-    token_bytes = _token_bytes(body, shapes, cache_dtype_of(config, body))
+    token_bytes = sum(bytes_of_token(body, shapes, cache_dtype_of(config, body)))
     if config.cache_tokens is not None:
         num_tokens = config.cache_tokens
     else:
-        cache_bytes = min(CACHE_SHARE * free_bytes, MAX_FREE_FRACTION * free_memory(body.backbone.device))
-        num_tokens = int(min(cache_bytes // token_bytes, MAX_CACHE_TOKENS))
+        free_now = free_memory(body.backbone.device)
+        num_tokens = cache_tokens(free_before=free_bytes, free_after=free_now, token_bytes=token_bytes)
     log.info(
         "the KV cache holds %d tokens in %.2f GiB: %.1f KiB for each token in %d blocks",
         num_tokens,
@@ -214,17 +223,17 @@ def cache_dtype_of(config: ServerConfig, body: Body) -> torch.dtype:
     return torch.int8
 
 
-def _token_bytes(body: Body, shapes: Mapping[int, KeyValueShape] | None, dtype: torch.dtype) -> int:
-    """How many bytes of the cache a token takes in all blocks, with the span's output for it."""
+def bytes_of_token(body: Body, shapes: Mapping[int, KeyValueShape] | None, dtype: torch.dtype) -> tuple[int, int]:
+    """The bytes of the cache that a token takes in all blocks together, and those of the span's output for it."""
     config = body.backbone.config
     if shapes is not None:
         outputs: int = config.hidden_size * body.backbone.dtype.itemsize
-        return outputs + sum(shape.nbytes(dtype) for shape in shapes.values())
+        return sum(shape.nbytes(dtype) for shape in shapes.values()), outputs
     # An upper bound: the state of recurrent layers does not grow with the tokens.
     num_heads = getattr(config, "num_attention_heads", None) or 1
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return int(2 * num_kv_heads * head_dim * len(body.span) * dtype.itemsize)
+    return int(2 * num_kv_heads * head_dim * len(body.span) * dtype.itemsize), 0
 
 
 def max_length_of(config: ServerConfig, checkpoint: Checkpoint) -> int:

@@ -43,6 +43,8 @@ class ServerConfig:
     """"auto" is the dtype of the computation; "int8" takes half of the memory of bfloat16, and is not exact."""
     name: str = ""
     """What people call this server; it need not be unique."""
+    zone: str | None = None
+    """The place whose servers may fail together; `None` is what the addresses tell (`shoal.server.measuring.zones`)."""
     allow_uncertified: bool = False
     """Serve models of families whose outputs were not compared with Transformers'."""
     training: bool = True
@@ -62,6 +64,8 @@ class ServerConfig:
     """How the server divides its time and its memory between requests."""
     max_length: int = 1 << 17
     """The most tokens of one sequence, for models whose config sets no limit."""
+    measures_network: bool = True
+    """Measure the network with some MiB to and from other servers, and again when sessions show something else."""
     observers: tuple[Observer, ...] = ()
     """Functions that are called with every event of this server (`shoal.events`)."""
 

@@ -25,8 +25,8 @@ class NeighborMonitor:
     """Measures the round trips to a server's neighbors, one round every `every_seconds` seconds.
 
     `round_trips` is what the server announces: the short peer ids and seconds of the nearest `MAX_NEIGHBORS`.
-    `describe` says what the server is at present. `on_new` is called when a round adds a neighbor, and `on_view` with
-    each view of the swarm that is read.
+    `servers` are all other servers that are online, the nearest first. `describe` says what the server is at present.
+    `on_new` is called when a round adds a neighbor, and `on_view` with each view of the swarm that is read.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class NeighborMonitor:
         on_view: Callable[[SwarmView], None] = lambda view: None,
     ) -> None:
         self.round_trips: tuple[tuple[str, float], ...] = ()
+        self.servers: tuple[ServerInfo, ...] = ()
         self._node = node
         self._model = model
         self._describe = describe
@@ -81,6 +82,9 @@ class NeighborMonitor:
             else:
                 self._silent.discard(peer)
                 self._known[peer] = average_round_trip(self._known.get(peer), seconds)
+        online = [each for each in view.online().servers if each.peer != own.peer]
+        self._rng.shuffle(online)
+        self.servers = tuple(sorted(online, key=lambda each: self._known.get(each.peer, float("inf"))))
         known = self._known
         before = {peer for peer, _ in self.round_trips}
         self.round_trips = tuple((short(peer), known[peer]) for peer in sorted(known, key=known.__getitem__))[

@@ -16,6 +16,7 @@ from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
+from shoal.server.measuring.portrait import Portrait
 from shoal.server.placing.compute_thread import Compute
 from shoal.server.placing.setup import open_checkpoint, prepare
 from shoal.server.placing.span_keeper import SpanKeeper, Surroundings
@@ -61,11 +62,13 @@ async def serve(
     or `UnsupportedModel` for what cannot be served.
     """
     observers = Observers(config.observers)
+    portrait = Portrait(config, node, clock=clock)
+    node = portrait.node
     with Compute(config) as compute:
         report(Progress(Phase.OPENING))
         checkpoint = await compute.executor.run(lambda: open_checkpoint(config))
         setup = await prepare(config, node, checkpoint, compute.executor, report)
-        keeper = SpanKeeper(Surroundings(config, node, setup, compute, observers, report, clock))
+        keeper = SpanKeeper(Surroundings(config, node, setup, compute, portrait, observers, report, clock))
         async with background(keeper.live(), name="shoal-blocks") as living:
             try:
                 await keeper.online.wait()

@@ -1,7 +1,9 @@
-"""How fast a server is, measured on the blocks that it holds, with the passes that it computes, in a few seconds.
+"""How fast a server is, by the passes that were timed on the blocks that it holds (`shoal.server.measuring`).
 
-A measurement of a quiet machine is kept on disk for some days. It depends on the weights, the machine and the versions,
-which are its key, and not on the start of the server.
+A pass is timed through all blocks and through one of them, so that the time of any number of blocks is known
+(`shoal.policy.placement.speed_profile`). A measurement of a quiet machine is kept on disk for some days. It depends on
+the weights, the machine and the versions, which are its key, and neither on the start of the server nor on which blocks
+of the model it holds: they count as alike.
 """
 
 from __future__ import annotations
@@ -10,26 +12,20 @@ import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
-from shoal.model.body import Body
 from shoal.model.weights import disk_cache
-from shoal.prefix import PAGE_TOKENS
-from shoal.server.kv.batch import Chunk, Pass
-from shoal.server.kv.pages import pages_for
-from shoal.server.kv.session_cache import Growth
-from shoal.server.speed_watch import MEASURED_PREFILL_TOKENS, Speeds
+from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
+from shoal.server.speed_watch import Speeds
+from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
-PAST_TOKENS = 64
-"""Tokens in the cache of the session that decodes: a short past, as most sessions have."""
-REPEATS = 5
-"""Runs of one measurement: enough for a median that one slow run does not change."""
 MAX_ROUNDS = 3
 """The most measurements of a busy machine. More would delay the start, and the machine may stay busy."""
 MAX_SECONDS = 10.0
@@ -60,45 +56,90 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Runs that decode one token, and runs that read a prompt of `num_tokens` tokens."""
+class PassRuns:
+    """Runs of one pass through `num_blocks` blocks, `whole`, and through the first `one` of them, if there are more."""
 
-    decode: Runs
-    prefill: Runs
+    num_blocks: int
+    whole: Runs
+    one: Runs | None = None
+
+    @property
+    def time(self) -> BlockTime:
+        """The time of the median runs."""
+        whole = statistics.median(self.whole.seconds)
+        one = whole if self.one is None else statistics.median(self.one.seconds)
+        return BlockTime.between(one=one, whole=whole, num_blocks=self.num_blocks)
+
+    @property
+    def all_runs(self) -> tuple[Runs, ...]:
+        """Both kinds of runs, or the one that there is."""
+        return (self.whole,) if self.one is None else (self.whole, self.one)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Runs that decode one token of one session, and of several, and that read a prompt of `num_tokens` tokens."""
+
+    decode: PassRuns
+    prefill: PassRuns
     num_tokens: int
+    batches: tuple[tuple[int, PassRuns], ...]
+
+    @property
+    def _runs(self) -> Iterator[Runs]:
+        for each in (self.decode, self.prefill, *(runs for _, runs in self.batches)):
+            yield from each.all_runs
 
     @property
     def is_quiet(self) -> bool:
         """Whether the machine seems to have done nothing else."""
-        return self.decode.is_quiet and self.prefill.is_quiet
+        return all(runs.is_quiet for runs in self._runs)
 
     @property
     def seconds(self) -> float:
         """How long all runs took."""
-        return sum(self.decode.seconds) + sum(self.prefill.seconds)
+        return sum(sum(runs.seconds) for runs in self._runs)
 
     @property
-    def speeds(self) -> Speeds:
-        """The speeds of the median runs."""
-        return Speeds(
-            1 / statistics.median(self.decode.seconds), self.num_tokens / statistics.median(self.prefill.seconds)
-        )
+    def profile(self) -> SpeedProfile:
+        """The times of the median runs."""
+        batches = tuple((size, runs.time) for size, runs in self.batches)
+        return SpeedProfile(self.decode.num_blocks, self.decode.time, self.prefill.time, self.num_tokens, batches)
 
 
-def best_of(measurements: Sequence[Measurement]) -> Speeds:
-    """The best speeds of several measurements: a busy machine can only look slower than it is."""
-    speeds = [each.speeds for each in measurements]
-    return Speeds(max(each.decode for each in speeds), max(each.prefill for each in speeds))
+def best_of(measurements: Sequence[Measurement]) -> SpeedProfile:
+    """The shortest times of several measurements: a busy machine can only look slower than it is."""
+    profiles = [each.profile for each in measurements]
+    num_blocks = profiles[0].num_blocks
 
+    def best(times: Sequence[BlockTime]) -> BlockTime:
+        return min(times, key=lambda time: time.seconds(num_blocks))
 
-def speed_key(body: Body, *, weights: str) -> str:
-    """The key of a measurement: all that it depends on. `weights` names the weights and their quantization."""
-    device = body.backbone.device
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    return (
-        f"speed of {weights} blocks {body.span} in {body.backbone.dtype} on {device.type} {machine} with "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    of_size: dict[int, list[BlockTime]] = {}
+    for profile in profiles:
+        for size, time_of_batch in profile.batches:
+            of_size.setdefault(size, []).append(time_of_batch)
+    return replace(
+        profiles[0],
+        decode=best([each.decode for each in profiles]),
+        prefill=best([each.prefill for each in profiles]),
+        batches=tuple((size, best(times)) for size, times in sorted(of_size.items())),
     )
+
+
+def speeds_in(profile: SpeedProfile, span: Span) -> Speeds:
+    """How fast a server is that holds this span."""
+    return Speeds(profile.decode_speed(len(span)), profile.prefill_speed(len(span)))
+
+
+def machine_key(*, weights: str, dtype: torch.dtype, device: torch.device) -> str:
+    """A part of keys: what the speed of blocks depends on. `weights` names the weights and their quantization.
+
+    It is called on the compute thread.
+    """
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    threads = torch.get_num_threads()
+    return f"{weights} in {dtype} on {device.type} {machine} with {threads} threads, torch {torch.__version__}"
 
 
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -111,84 +152,44 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def speeds_of(
-    body: Body,
-    compute: Pass,
-    *,
-    key: str,
-    num_pages: int,
-    check: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.time,
-) -> Speeds:
-    """How fast the blocks are on this machine: from the disk cache if it has `key`, or measured now.
-
-    The cache of the body has `num_pages` pages. `check` is called between runs and may raise; `clock` gives the time of
-    day in seconds. It is called on the compute thread.
-    """
-    return cached_speeds(key, lambda: _measure(body, compute, num_pages=num_pages, check=check), clock=clock)
+def known_profile(
+    key: str, *, num_blocks: int | None = None, clock: Callable[[], float] = time.time
+) -> SpeedProfile | None:
+    """The profile on disk, unless it is older than `CACHED_SECONDS`, or of spans unlike one of `num_blocks` blocks."""
+    try:
+        entry = _STORED.validate_python(disk_cache.load(speed_key(key)))
+    except ValidationError:  # nothing is stored, or the file is damaged
+        return None
+    is_recent = 0 <= clock() - entry.measured_at < CACHED_SECONDS
+    return entry.profile if is_recent and (num_blocks is None or entry.profile.fits(num_blocks)) else None
 
 
-def cached_speeds(key: str, measure: Callable[[], Measurement], *, clock: Callable[[], float] = time.time) -> Speeds:
-    """The speeds on disk, unless older than `CACHED_SECONDS`; else measured, and kept if the machine is quiet."""
-    match disk_cache.load(key):
-        case {"decode": float(decode), "prefill": float(prefill), "measured_at": float(measured_at)} if (
-            decode > 0 and prefill > 0 and 0 <= clock() - measured_at < CACHED_SECONDS
-        ):
-            return Speeds(decode, prefill)
+def cached_profile(
+    key: str, measure: Callable[[], Measurement], *, num_blocks: int, clock: Callable[[], float] = time.time
+) -> SpeedProfile:
+    """The profile on disk if it is of use (`known_profile`); else measured, and kept if the machine is quiet."""
+    if (known := known_profile(key, num_blocks=num_blocks, clock=clock)) is not None:
+        return known
     measurements: list[Measurement] = []
     while len(measurements) < MAX_ROUNDS and sum(each.seconds for each in measurements) < MAX_SECONDS:
         measurements.append(measure())
         if measurements[-1].is_quiet:
-            speeds = measurements[-1].speeds
-            disk_cache.store(key, {"decode": speeds.decode, "prefill": speeds.prefill, "measured_at": clock()})
-            return speeds
+            profile = measurements[-1].profile
+            disk_cache.store(speed_key(key), _STORED.dump_python(_Entry(profile, clock()), mode="json"))
+            return profile
     log.info("the machine is busy: the server will measure its speed again at its next start")
     return best_of(measurements)
 
 
-def _measure(body: Body, compute: Pass, *, num_pages: int, check: Callable[[], None]) -> Measurement:
-    def run(num_computed_tokens: int, num_tokens: int) -> float:
-        check()
-        chunk = _chunk(body, num_computed_tokens, num_tokens, num_pages)
-        start = time.perf_counter()
-        (output,) = compute([chunk])
-        if isinstance(output, Exception):
-            raise output
-        output.cpu()  # waits for the device
-        return time.perf_counter() - start
-
-    def runs(num_computed_tokens: int, num_tokens: int) -> Runs:
-        busy, start = time.thread_time(), time.perf_counter()
-        seconds = tuple(run(num_computed_tokens, num_tokens) for _ in range(REPEATS))
-        cpu_fraction = (time.thread_time() - busy) / (time.perf_counter() - start)
-        return Runs(seconds, cpu_fraction if body.backbone.device.type == "cpu" else None)
-
-    num_computed_tokens = min(PAST_TOKENS, num_pages * PAGE_TOKENS - 1)
-    num_tokens = min(MEASURED_PREFILL_TOKENS, num_pages * PAGE_TOKENS)
-    for _ in range(2):  # the first passes also allocate and compile
-        run(num_computed_tokens, 1)
-    return Measurement(runs(num_computed_tokens, 1), runs(0, num_tokens), num_tokens)
+def speed_key(key: str) -> str:
+    """The key of the disk cache's entry with a profile."""
+    return f"times of passes through blocks of {key}"
 
 
-def _chunk(body: Body, num_computed_tokens: int, num_tokens: int, num_pages: int) -> Chunk:
-    """The next tokens of a session whose inputs are zeros, which take as long as any others."""
-    backbone = body.backbone
-    pages = tuple(range(min(num_pages, pages_for(num_computed_tokens + num_tokens))))
-    cache = None
-    if not body.family.packable:
-        cache = body.new_cache()
-        if num_computed_tokens:
-            past = torch.zeros(
-                1, num_computed_tokens, backbone.config.hidden_size, dtype=backbone.dtype, device=backbone.device
-            )
-            body(past, cache=cache)
-    return Chunk(
-        span=body.span,
-        hidden_BTD=torch.zeros(1, num_tokens, backbone.config.hidden_size, dtype=backbone.dtype),
-        positions_BT=None,
-        mask_BS=None,
-        num_computed_tokens=num_computed_tokens,
-        pages=(pages,),
-        growth=Growth((), pages),
-        cache=cache,
-    )
+@dataclass(frozen=True)
+class _Entry:
+    profile: SpeedProfile
+    measured_at: float
+
+
+_STORED = TypeAdapter(_Entry)

@@ -103,6 +103,12 @@ class Checkpoint:
                 sizes[block] += size_of(name, tensor)
         return tuple(map(round, sizes))
 
+    def blocks_on_disk(self) -> list[int]:
+        """The blocks all of whose files are on this machine now."""
+        missing = {file for file in self._weight_files if not self.files.has(file)}
+        incomplete = {self.family.block_of(name) for name, file in self.file_of.items() if file in missing}
+        return [block for block in range(self.num_blocks) if block not in incomplete]
+
     @cached_property
     def head_bytes(self) -> int:
         """The size in bytes of all tensors outside of the blocks as they are stored."""

@@ -28,6 +28,9 @@ class Files(Protocol):
     def listing(self) -> Iterable[str]:
         """The names of all files."""
 
+    def has(self, file: str) -> bool:
+        """Whether a file is on this machine, so that `path` does not download it."""
+
     def path(self, file: str) -> Path:
         """The path of a file on this machine. Raises `CheckpointError` if the checkpoint has no such file."""
 
@@ -54,6 +57,9 @@ class LocalFiles:
 
     def listing(self) -> Iterable[str]:
         return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+
+    def has(self, file: str) -> bool:
+        return file in self
 
     def path(self, file: str) -> Path:
         if file not in self:

@@ -75,6 +75,9 @@ class HubFiles:
     def listing(self) -> Iterable[str]:
         return sorted(self.entries)
 
+    def has(self, file: str) -> bool:
+        return self._path_in_cache(file) is not None
+
     def path(self, file: str) -> Path:
         if (path := self._path_in_cache(file)) is not None:
             return path

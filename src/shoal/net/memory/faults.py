@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 Pair = tuple[str | None, str | None]
 """A sender and a receiver; None is any peer."""
 
+Side = tuple[str, Literal["up", "down"]]
+"""A peer, and one direction of its link."""
+
 
 class Faults:
-    """Which peers are dead, muted, cut off or delayed."""
+    """Which peers are dead, muted, cut off, delayed, or behind slow links."""
 
     def __init__(self) -> None:
         self._dead: set[str] = set()
@@ -15,6 +20,8 @@ class Faults:
         self._cut: set[frozenset[str]] = set()
         self._delays: dict[frozenset[str], float] = {}
         self._drops: dict[str, int] = {}
+        self._rates: dict[Side, float] = {}  # bytes per second
+        self._free_at: dict[Side, float] = {}
 
     def heal(self, *peers: str) -> None:
         """Undo all faults of these peers, or of all peers; dead peers stay dead."""
@@ -26,6 +33,7 @@ class Faults:
         self._cut = {pair for pair in self._cut if not is_healed(*pair)}
         self._delays = {pair: seconds for pair, seconds in self._delays.items() if not is_healed(*pair)}
         self._drops = {peer: left for peer, left in self._drops.items() if not is_healed(peer)}
+        self._rates = {side: rate for side, rate in self._rates.items() if not is_healed(side[0])}
 
     def kill(self, peer: str) -> None:
         """Mark the peer as dead."""
@@ -62,6 +70,23 @@ class Faults:
     def latency(self, one: str, other: str) -> float:
         """The seconds that a frame between the two takes: the longest delay that applies."""
         return max(self._delays.get(frozenset(pair), 0.0) for pair in ((), (one,), (other,), (one, other)))
+
+    def limit(self, peer: str, *, up: float | None, down: float | None) -> None:
+        """Let a peer send and receive only so many bytes per second; `None` is any number."""
+        for side, rate in (((peer, "up"), up), ((peer, "down"), down)):
+            self._rates.pop(side, None)
+            if rate is not None:
+                self._rates[side] = rate
+
+    def transmission(self, sender: str, receiver: str, num_bytes: int, *, now: float) -> tuple[float, float]:
+        """When the first and the last byte of a frame leave that is sent now, after those before it on these links."""
+        links: list[Side] = [side for side in ((sender, "up"), (receiver, "down")) if side in self._rates]
+        if not links:
+            return now, now
+        begins = max(now, *(self._free_at.get(side, 0.0) for side in links))
+        for side in links:
+            self._free_at[side] = begins + num_bytes / self._rates[side]
+        return begins, max(self._free_at[side] for side in links)
 
     def drop_after(self, peer: str, frames: int) -> None:
         """End the stream of the `frames`-th next frame that `peer` sends."""

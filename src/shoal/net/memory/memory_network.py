@@ -104,7 +104,10 @@ class MemoryNetwork:
         self.disconnect(one, other)
 
     def heal(self, *peers: str) -> None:
-        """Undo `hang`, `mute`, `cut`, `delay` and `drop_after` for these peers, or for all. Dead peers stay dead."""
+        """Undo `hang`, `mute`, `cut`, `delay`, `limit` and `drop_after` for these peers, or for all.
+
+        Dead peers stay dead.
+        """
         self.faults.heal(*peers)
         self._ended = {link: None for link in self._ended if link.holds_frames}
         for link in [*self._links, *self._ended]:
@@ -113,6 +116,13 @@ class MemoryNetwork:
     def delay(self, seconds: float, *peers: str) -> None:
         """Delay all frames, those of one peer, or those between two. Their order is kept; senders do not wait."""
         self.faults.delay(seconds, *peers)
+
+    def limit(self, peer: str, *, up: float | None = None, down: float | None = None) -> None:
+        """Let a peer send and receive only so many bytes per second, over all of its streams, frame after frame.
+
+        Senders wait until their frame has left. A header arrives before its payload.
+        """
+        self.faults.limit(peer, up=up, down=down)
 
     def drop_after(self, peer: str, frames: int) -> None:
         """End the stream that carries the `frames`-th next frame of `peer`, right behind that frame."""

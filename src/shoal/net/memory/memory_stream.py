@@ -25,6 +25,20 @@ class Frame:
     header: bytes
     payload: bytes
 
+    @property
+    def num_bytes(self) -> int:
+        """The length of the frame."""
+        return len(self.header) + len(self.payload)
+
+
+@dataclass(frozen=True)
+class _InTransit:
+    """A frame, and when its first and its last bytes arrive."""
+
+    begins_at: float
+    ends_at: float
+    frame: Frame
+
 
 class MemoryLink:
     """Both directions of one stream.
@@ -46,7 +60,7 @@ class MemoryLink:
         self._faults = faults
         self._alter = alter
         self._on_end = on_end
-        self._queues: tuple[deque[tuple[float, Frame]], ...] = (deque(), deque())  # by the time of arrival
+        self._queues: tuple[deque[_InTransit], ...] = (deque(), deque())
         self._ended = False
         self._broken = False
         self._changed = asyncio.Event()
@@ -80,15 +94,32 @@ class MemoryLink:
         if self._ended:
             raise StreamBroken(f"the stream to {frame.receiver} has ended")
         delivered = self._alter(frame)
+        now = asyncio.get_running_loop().time()
+        begins, ends = self._faults.transmission(frame.sender, frame.receiver, frame.num_bytes, now=now)
         if delivered is not None:
-            arrives_at = asyncio.get_running_loop().time() + self._faults.latency(*self.peers)
-            queue.append((arrives_at, delivered))
+            latency = self._faults.latency(*self.peers)
+            queue.append(_InTransit(begins + latency, ends + latency, delivered))
         if self._faults.count_frame(frame.sender):
             self.end()
         self.wake()
+        if ends > now:
+            await asyncio.sleep(ends - now)
+
+    async def peek(self, me: int) -> Frame:
+        """The next frame for the opener (`me` is 0) or the acceptor (1), as soon as its header has arrived.
+
+        Raises `StreamBroken`.
+        """
+        return (await self._next(me, lambda transit: transit.begins_at)).frame
 
     async def receive(self, me: int) -> Frame:
         """The next frame for the opener (`me` is 0) or the acceptor (1). Raises `StreamBroken`."""
+        transit = await self._next(me, lambda transit: transit.ends_at)
+        self.wake()
+        self._queues[1 - me].popleft()
+        return transit.frame
+
+    async def _next(self, me: int, arrives_at: Callable[[_InTransit], float]) -> _InTransit:
         queue = self._queues[1 - me]
         while True:
             if self._broken:
@@ -96,10 +127,9 @@ class MemoryLink:
             wait: float | None = None
             if not self._faults.is_muted(self.peers[1 - me], self.peers[me]):
                 if queue:
-                    wait = queue[0][0] - asyncio.get_running_loop().time()
+                    wait = arrives_at(queue[0]) - asyncio.get_running_loop().time()
                     if wait <= 0:
-                        self.wake()
-                        return queue.popleft()[1]
+                        return queue[0]
                 elif self._ended:
                     raise StreamBroken(f"{self.peers[1 - me]} has closed the stream")
             try:
@@ -134,7 +164,7 @@ class MemoryStream:
         self._check_open()
         if self._refused:
             raise StreamBroken(f"a frame from {self.peer} was refused")
-        frame = await self._link.receive(self._me)
+        frame = await self._link.peek(self._me)
         self.heard_at = asyncio.get_running_loop().time()
         try:
             if check_header is not None:
@@ -142,6 +172,8 @@ class MemoryStream:
         except ProtocolViolation:
             self._refused = True
             raise
+        frame = await self._link.receive(self._me)
+        self.heard_at = asyncio.get_running_loop().time()
         return frame.header, bytearray(frame.payload)
 
     async def close(self) -> None:

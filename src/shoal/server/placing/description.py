@@ -18,7 +18,7 @@ MAX_REASON = 120
 
 
 def assumed_capacity(max_blocks: int, view: SwarmView) -> Capacity:
-    """What a server that has measured nothing says of itself: that it is as fast as most others."""
+    """What a server that has never measured anything says of itself: that it is like most others."""
     known = [server.capacity for server in view.servers if server.capacity is not None]
     speeds = [speed for each in known for _, speed in each.block_speeds] or [ASSUMED_SPEED * max_blocks]
     seconds = [each.load_seconds for each in known] or [ASSUMED_LOAD_SECONDS / max_blocks]
@@ -31,33 +31,20 @@ def assumed_capacity(max_blocks: int, view: SwarmView) -> Capacity:
     )
 
 
-def measured_capacity(max_blocks: int, loaded: LoadedSpan) -> Capacity:
-    """What a server says of itself that has loaded and measured one span."""
-    length = len(loaded.span)
-    seconds = loaded.load_seconds / length
-    return Capacity(
-        max(max_blocks, length),
-        ((length, loaded.speeds.decode * length),),
-        network_speed=None,
-        load_seconds=seconds,
-        disk_seconds=seconds,
-    )
-
-
 def describe(
     base: ServerInfo,
     state: SpanState,
     loaded: LoadedSpan | None,
     *,
     speeds: Speeds | None,
-    capacity: Capacity | None,
     is_resting: bool,
     addresses: tuple[str, ...],
     round_trips: Sequence[tuple[str, float]],
 ) -> ServerInfo:
     """The record of a server in this state. It says what it does for clients only while it does it.
 
-    `speeds` are the last that it knows, also of other blocks. A server that `is_resting` does not move for a while. The state has to have something to announce.
+    `speeds` are the last that it knows, also of other blocks. A server that `is_resting` does not move for a while. The
+    state has to have something to announce.
     """
     assert state.announced is not None
     span, phase = state.announced
@@ -68,7 +55,6 @@ def describe(
         decode_speed=None if speeds is None else speeds.decode,
         prefill_speed=None if speeds is None else speeds.prefill,
         addresses=addresses,
-        capacity=capacity,
         pinned=base.pinned or is_resting,
         ready_at=state.ready_at,
         reason=state.reason[:MAX_REASON],

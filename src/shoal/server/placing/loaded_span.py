@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import gc
@@ -19,6 +18,7 @@ from shoal.model.loading import load_body
 from shoal.model.peft.block_adapters import import_peft
 from shoal.model.peft.peft_folder import PeftFolder
 from shoal.model.weights import disk_cache
+from shoal.policy.placement.speed_profile import SpeedProfile
 from shoal.policy.scheduling import PassTimeModel
 from shoal.server.capacity import (
     cache_dtype_of,
@@ -36,11 +36,13 @@ from shoal.server.kv.batch import PackedPass, SequentialPass
 from shoal.server.kv.output_head import ServerHead, load_head
 from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages, key_value_shapes
 from shoal.server.kv.sdpa_attention import SdpaAttention
+from shoal.server.measuring.load_times import timed
+from shoal.server.measuring.pass_timer import profile_of
 from shoal.server.placing.compute_thread import Compute
 from shoal.server.placing.setup import Setup
 from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.startup_progress import Phase, Progress, Report, reporter
-from shoal.server.throughput import speed_key, speeds_of
+from shoal.server.throughput import speed_key, speeds_in
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
@@ -64,15 +66,20 @@ class CacheMemory:
 
 @dataclass(frozen=True)
 class LoadedSpan:
-    """What computes a span, how fast it was when it was measured, and the seconds that loading took."""
+    """What computes a span, and how fast it was when it was measured."""
 
     span: Span
     engine: Engine
-    speeds: Speeds
+    body: Body
+    profile: SpeedProfile
     has_head: bool
-    load_seconds: float
     remains: Callable[[], list[str]]
     """Names what is still in memory. It has to be nothing once the other parts are forgotten."""
+
+    @property
+    def speeds(self) -> Speeds:
+        """How fast the span was when it was measured."""
+        return speeds_in(self.profile, self.span)
 
 
 async def load_span(
@@ -83,17 +90,15 @@ async def load_span(
     `report` is called with each step. Raises what loading raises: `UserError`s, and errors of memory and files.
     """
     report(Progress(Phase.LOADING))
-    clock = asyncio.get_running_loop().time
-    began, free_bytes = clock(), free_memory(setup.device)
+    free_bytes = free_memory(setup.device)
     weights = await load_weights(config, setup, span, compute.executor, report)
-    load_seconds = clock() - began
     compute.share_cores(setup.device)
     report(Progress(Phase.MEASURING))
     memory = await make_cache(config, weights.body, compute.executor, free_bytes=free_bytes)
-    engine, speeds = await make_engine(config, setup, weights, memory, compute, observers)
+    engine, profile = await make_engine(config, setup, weights, memory, compute, observers)
     await compute.executor.run(lambda: host_adapters(config, setup, engine))
     large = {"the blocks": weights.body, "the cache": memory.pages, "the output head": weights.head}
-    return LoadedSpan(span, engine, speeds, weights.head is not None, load_seconds, _remaining(large))
+    return LoadedSpan(span, engine, weights.body, profile, weights.head is not None, _remaining(large))
 
 
 def _remaining(objects: dict[str, object | None]) -> Callable[[], list[str]]:
@@ -106,12 +111,14 @@ async def load_weights(
 ) -> Weights:
     """Load the blocks and, if the config says so and the last block is among them, the output head."""
     checkpoint, dtype, device = setup.checkpoint, setup.dtype, setup.device
-    progress = reporter(report, executor, span)
-    body = await executor.run(
-        lambda: load_body(
+    seen = reporter(report, executor, span)
+
+    def load(progress: Callable[[int, bool], None]) -> Body:
+        return load_body(
             checkpoint, span, dtype=dtype, device=device, quantization=setup.quantization, progress=progress
         )
-    )
+
+    body = await executor.run(lambda: timed(load, setup, span, seen))
     await executor.run(import_peft)
     head = None
     if config.serve_head and span.end == checkpoint.num_blocks:
@@ -126,18 +133,18 @@ async def make_engine(
     memory: CacheMemory,
     compute: Compute,
     observers: Observers,
-) -> tuple[Engine, Speeds]:
+) -> tuple[Engine, SpeedProfile]:
     """The engine of what is loaded, and how fast it is."""
     body = weights.body
     pass_of = (
         SequentialPass(body) if memory.pages is None else PackedPass(body, memory.pages, SdpaAttention(memory.pages))
     )
-    name = f"{setup.fingerprint}, quantization {config.quantization},"
+    key = setup.key
     async with turn_of(compute.cpu_turns):
-        key = await compute.executor.run(lambda: speed_key(body, weights=name))
-        speeds = await compute.executor.run(
-            lambda: speeds_of(body, pass_of, key=key, num_pages=memory.num_pages, check=compute.executor.check)
+        profile = await compute.executor.run(
+            lambda: profile_of(body, pass_of, key=key, num_pages=memory.num_pages, check=compute.executor.check)
         )
+    speeds = speeds_in(profile, body.span)
     engine = Engine(
         body,
         compute.executor,
@@ -149,10 +156,10 @@ async def make_engine(
         pass_time=PassTimeModel(1 / speeds.decode, 1 / speeds.prefill),
         limits=replace(config.limits, activation_bytes=choose_activation_bytes(config, body)),
         head=weights.head,
-        watch=Watch(speeds, body.span, on_correction=lambda _: disk_cache.remove(key)),
+        watch=Watch(speeds, body.span, on_correction=lambda _: disk_cache.remove(speed_key(key))),
         observers=observers,
     )
-    return engine, speeds
+    return engine, profile
 
 
 async def make_cache(config: ServerConfig, body: Body, executor: Executor, *, free_bytes: int) -> CacheMemory:

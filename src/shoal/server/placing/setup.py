@@ -14,10 +14,18 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.view import SwarmView
-from shoal.server.capacity import check_blocks, choose_device, choose_quantization, join_dtype, max_num_blocks
+from shoal.server.capacity import (
+    check_blocks,
+    choose_device,
+    choose_quantization,
+    free_memory,
+    join_dtype,
+    max_num_blocks,
+)
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Executor
 from shoal.server.startup_progress import Phase, Progress, Report
+from shoal.server.throughput import machine_key
 from shoal.spans import Span
 from shoal.tensors import LOSSY
 
@@ -28,7 +36,11 @@ VERSION = importlib.metadata.version("shoal")
 
 @dataclass(frozen=True)
 class Setup:
-    """What stays when a server changes its blocks. It can hold at most `max_blocks` of them."""
+    """What stays when a server changes its blocks. It can hold at most `max_blocks` of them.
+
+    `free_bytes` of memory were free before it loaded any. `key` names the weights, their form and this machine, for what
+    is remembered about them.
+    """
 
     checkpoint: Checkpoint
     model: ModelInfo
@@ -37,6 +49,8 @@ class Setup:
     device: torch.device
     quantization: Quantization
     max_blocks: int
+    free_bytes: int
+    key: str
 
 
 async def prepare(
@@ -48,6 +62,7 @@ async def prepare(
     await check_identity(node, view)
     view = view.only(lambda server: server.peer != node.transport.peer)  # a record of this server from before a crash
     device = choose_device(config.device)
+    free_bytes = free_memory(device)
     quantization = choose_quantization(config.quantization)
     check_blocks(config, checkpoint)
     report(Progress(Phase.FINGERPRINTING))
@@ -55,7 +70,9 @@ async def prepare(
     dtype = join_dtype(config.dtype, checkpoint, view)
     log.info("the server computes in %s on %s", dtype, device)
     max_blocks = max_num_blocks(config, checkpoint, dtype, device)
-    return Setup(checkpoint, model, fingerprint, dtype, device, quantization, max_blocks)
+    weights = f"{fingerprint}, quantization {config.quantization},"
+    key = await executor.run(lambda: machine_key(weights=weights, dtype=dtype, device=device))
+    return Setup(checkpoint, model, fingerprint, dtype, device, quantization, max_blocks, free_bytes, key)
 
 
 def open_checkpoint(config: ServerConfig) -> Checkpoint:
@@ -85,7 +102,7 @@ async def check_identity(node: Node, view: SwarmView) -> None:
             )
 
 
-def base_info(config: ServerConfig, node: Node, setup: Setup, *, up_since: float) -> ServerInfo:
+def base_info(config: ServerConfig, node: Node, setup: Setup) -> ServerInfo:
     """What a server announces whatever it is doing. Its span and its state are not known yet."""
     return ServerInfo(
         peer=node.transport.peer,
@@ -103,5 +120,4 @@ def base_info(config: ServerConfig, node: Node, setup: Setup, *, up_since: float
         encodings=tuple(LOSSY),
         training=config.training,
         pinned=not config.moves,
-        up_since=up_since,
     )

@@ -26,10 +26,12 @@ from shoal.server.announcer import Announcer
 from shoal.server.capacity import max_num_blocks
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
+from shoal.server.measuring.own_capacity import seconds_to_load
+from shoal.server.measuring.portrait import Portrait
 from shoal.server.neighbors import NeighborMonitor
 from shoal.server.placing.choosing import GIVEN, SpanChooser
 from shoal.server.placing.compute_thread import Compute
-from shoal.server.placing.description import assumed_capacity, describe, measured_capacity
+from shoal.server.placing.description import assumed_capacity, describe
 from shoal.server.placing.loaded_span import LoadedSpan, collect_memory, load_span
 from shoal.server.placing.move_finder import MoveFinder, OwnBlocks
 from shoal.server.placing.setup import Setup, base_info
@@ -67,6 +69,7 @@ class Surroundings:
     node: Node
     setup: Setup
     compute: Compute
+    portrait: Portrait
     observers: Observers
     report: Report = lambda progress: None
     clock: Callable[[], float] = time.time
@@ -85,8 +88,7 @@ class SpanKeeper:
         self._loaded: LoadedSpan | None = None
         self._told: Span | None = None  # the observers know that it has these blocks
         self._speeds: Speeds | None = None  # the last that are known
-        self._capacity: Capacity | None = None
-        self._base = base_info(around.config, around.node, around.setup, up_since=around.clock())
+        self._base = base_info(around.config, around.node, around.setup)
         self._chooser = SpanChooser(around.setup.model.num_blocks, around.config.placement, around.clock)
         self._mover = Mover(around.node.transport.peer, around.setup.model.num_blocks)
         self._drain_seconds = 0.0  # that clients get before the server moves
@@ -117,16 +119,16 @@ class SpanKeeper:
         """What the server announces at this moment."""
         if self._loaded is not None:
             self._speeds = self._loaded.engine.speeds or self._loaded.speeds
-        return describe(
+        info = describe(
             self._base,
             self.state,
             self._loaded,
             speeds=self._speeds,
-            capacity=self._capacity,
             is_resting=self.state.is_resting(now=self._around.clock()),
             addresses=self._around.node.transport.addresses,
             round_trips=self._neighbors.round_trips,
         )
+        return self._around.portrait.complete(info)
 
     # -- its life -----------------------------------------------------------------------------------------------------
 
@@ -142,13 +144,26 @@ class SpanKeeper:
         async with self._announcer.announcing(), self._pushes.running():
             if config.blocks is None:
                 await self._settle_claim()
-            async with self._neighbors.measuring(), self._watch.running() if config.moves else contextlib.nullcontext():
+            async with (
+                self._neighbors.measuring(),
+                self._measuring_network(),
+                self._watch.running() if config.moves else contextlib.nullcontext(),
+            ):
                 await self._load_and_serve()
                 while not self._stopping.is_set():
                     if self.state.phase is SpanPhase.CHOOSING:
                         await self._announce_claim(await self._another_choice())
                         await self._settle_claim()
                     await self._load_and_serve()
+
+    def _measuring_network(self) -> contextlib.AbstractAsyncContextManager[None]:
+        around = self._around
+        return around.portrait.measuring(
+            around.setup,
+            self._neighbors,
+            is_ready=lambda: self.state.phase is SpanPhase.SERVING,
+            on_change=self._announcer.announce_soon,
+        )
 
     async def stop(self, living: asyncio.Task[None]) -> None:
         """Let the server leave the swarm: `living`, the task of `live`, ends with that.
@@ -165,14 +180,21 @@ class SpanKeeper:
     # -- choosing, without blocks -------------------------------------------------------------------------------------
 
     async def _first_choice(self) -> Placed:
+        await self._around.portrait.remember_capacity(self._around.setup, self._around.compute.executor)
         if (given := self._around.config.blocks) is not None:
-            self._capacity = assumed_capacity(len(given), SwarmView(self._around.setup.model.num_blocks))
+            self._assume_capacity(SwarmView(self._around.setup.model.num_blocks))
             return Placed(given, GIVEN)
         return self._choice(await self._watch.read())
 
     def _choice(self, view: SwarmView) -> Placed:
-        self._capacity = self._capacity or assumed_capacity(self._around.setup.max_blocks, view)
-        return self._chooser.choose(replace(self._base, capacity=self._capacity), view)
+        self._assume_capacity(view)
+        return self._chooser.choose(self._around.portrait.complete(self._base), view)
+
+    def _assume_capacity(self, view: SwarmView) -> Capacity:
+        """The capacity that is announced: what was measured, or else what may be assumed."""
+        portrait = self._around.portrait
+        portrait.capacity = portrait.capacity or assumed_capacity(self._around.setup.max_blocks, view)
+        return portrait.capacity
 
     async def _another_choice(self) -> Placed:
         """The blocks to take after the last ones could not be loaded: once there are some that may succeed."""
@@ -188,7 +210,7 @@ class SpanKeeper:
                 log.warning("%s", failure)
                 continue
             while max_blocks:
-                self._capacity = replace(self._capacity or assumed_capacity(max_blocks, view), max_blocks=max_blocks)
+                around.portrait.capacity = replace(self._assume_capacity(view), max_blocks=max_blocks)
                 placed = self._choice(view)
                 if not self.state.avoids(placed.span, now=around.clock()):
                     return placed
@@ -218,8 +240,8 @@ class SpanKeeper:
         wanted = self.state.wanted
         assert wanted is not None
         seconds = self._drain_seconds
-        if self._capacity is not None:
-            seconds += self._capacity.load_seconds * len(wanted.span)
+        if self._around.portrait.capacity is not None:
+            seconds += seconds_to_load(self._around.portrait.capacity, wanted.span)
         self.state = self.state.confirmed(ready_at=self._around.clock() + seconds)
 
     # -- serving ------------------------------------------------------------------------------------------------------
@@ -248,6 +270,7 @@ class SpanKeeper:
             level = logging.WARNING if self.online.is_set() else logging.INFO
             log.log(level, "loading blocks %s took %.1f s", wanted.span, seconds)
             remains = loaded.remains
+            await around.portrait.add_capacity(around.setup, loaded.body, loaded.profile, around.compute.executor)
             await self._serve(loaded)
             del loaded
         if not self._stopping.is_set():
@@ -270,7 +293,6 @@ class SpanKeeper:
         """From now on, clients are answered."""
         around, is_first = self._around, not self.online.is_set()
         self._loaded = loaded
-        self._capacity = measured_capacity(around.setup.max_blocks, loaded)
         self._reception.handler, around.compute.is_serving = handler, True
         self.state = self.state.loaded()
         around.report(Progress(Phase.ANNOUNCING))

@@ -32,12 +32,14 @@ from shoal.protocol import (
     Pong,
     ProtocolViolation,
     Step,
+    Transfer,
 )
 from shoal.server.engine.engine import Engine
 from shoal.server.refusals import Refused, failure_of, rejected
 from shoal.server.rpc.message_reader import MessageReader
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.session_stream import SessionStream
+from shoal.server.rpc.transfer_service import TransferService
 from shoal.server.training.adapter_store import MissingFromCache
 from shoal.tensors import Encoding, TensorName
 
@@ -57,6 +59,7 @@ class Handler:
     def __init__(self, engine: Engine, push_service: PushService, *, idle_seconds: float) -> None:
         self._engine = engine
         self._push_service = push_service
+        self._transfers = TransferService()
         self._idle_seconds = idle_seconds
         self._sessions: set[SessionStream] = set()
         self._ended = asyncio.Event()
@@ -149,6 +152,8 @@ class Handler:
             case Step() if message.link is not None:
                 await self._push_service.receive_pushes(stream, message, tensors, idle_seconds=self._idle_seconds)
                 return False
+            case Transfer():
+                await self._transfers.answer(stream, message)
             case Adapter():
                 name = await self._engine.adapters.store(stream.peer, message, tensors)
                 stored = events.AdapterStored(stream.peer, name, tensors["factors"].nbytes)
