@@ -55,6 +55,40 @@ class StageReplaced:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """A client cannot go on, because no server computes `blocks` now, and waits until one does.
+
+    It is told when the wait begins, when there is news, and every 15 s. `expected_seconds` is when the servers that are
+    loading the blocks say that they will be ready; `None` if none says so. The client has waited for `waited_seconds`,
+    and gives up after `patience_seconds` without these blocks.
+    """
+
+    model: str
+    blocks: tuple[int, ...]
+    reason: str
+    """What is missing, and who is loading it."""
+    expected_seconds: float | None
+    waited_seconds: float
+    patience_seconds: float
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        start = f"waiting for {self.waited_seconds:.0f} s: " if self.waited_seconds >= 1 else "waiting: "
+        return f"{start}{self.reason} (for {self.patience_seconds:.0f} s at most)"
+
+
+@dataclass(frozen=True)
+class WaitEnded:
+    """A client waits no more, after `waited_seconds`. Unless it `goes_on`, it has given up or was interrupted."""
+
+    model: str
+    blocks: tuple[int, ...]
+    waited_seconds: float
+    goes_on: bool
+
+
+@dataclass(frozen=True)
 class SessionOpened:
     """A client's session chose its first servers. `session` tells apart the sessions that are open at one time."""
 
@@ -110,6 +144,8 @@ Event = (
     RouteChosen
     | ServerLost
     | StageReplaced
+    | Waiting
+    | WaitEnded
     | SessionOpened
     | SessionClosed
     | PassComputed
@@ -132,6 +168,12 @@ class LogObserver:
                 log.warning("%s; looking for another server", reason)
             case StageReplaced(peer=peer, replacements=replacements) if log.isEnabledFor(logging.INFO):
                 log.info("%s replaced by %s", peer, ", ".join(replacements))
+            case Waiting():
+                log.warning("%s", event.line)
+            case WaitEnded(waited_seconds=seconds, goes_on=True):
+                log.warning("going on after a wait of %.0f s", seconds)
+            case WaitEnded(waited_seconds=seconds):
+                log.warning("not waiting any more, after %.0f s", seconds)
             case SessionOpened(model=model, span=span, batch_size=batch_size):
                 log.debug("a session of %d sequences on blocks %s of %s", batch_size, span, model)
             case SessionClosed(model=model, num_tokens=num_tokens):

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from shoal.bundled import STORIES
 from shoal.cli.chat import Conversation, _converse, parse_line
 from shoal.cli.generate import is_cut
+from shoal.cli.wait_note import WaitNote
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,9 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         model = FakeModel([*tokenizer(answer)["input_ids"], *([1] if ended else [])])
         capsys.readouterr()
-        again = _converse(model, Conversation(tokenizer), Session(), {"max_new_tokens": max_new_tokens})  # type: ignore[arg-type]
+        again = _converse(
+            model, Conversation(tokenizer), Session(), {"max_new_tokens": max_new_tokens}, WaitNote()  # type: ignore[arg-type]
+        )
         out, err = capsys.readouterr()
         prompts = [tokenizer.decode(ids[0], skip_special_tokens=True) for ids in model.prompts]
         return SimpleNamespace(prompts=prompts, again=again, out=out, err=err, num_tokens=len(model.answer))

@@ -40,10 +40,10 @@ def test_a_block_is_pinned_to_one_peer_only():
 
 
 def test_an_unknown_chooser_is_refused_with_the_known_ones():
-    assert [parse_chooser(each) for each in CHOOSERS] == ["shortest", "nsga2"]
+    assert [parse_chooser(each) for each in CHOOSERS] == ["balanced", "shortest", "nsga2"]
     with pytest.raises(UserError, match="'luck'") as error:
         parse_chooser("luck")
-    assert error.value.hint == "use one of shortest, nsga2"
+    assert error.value.hint == "use one of balanced, shortest, nsga2"
 
 
 def test_a_salt_that_is_too_long_to_send_is_refused_before_the_swarm_is_asked():
@@ -76,13 +76,14 @@ def test_every_option_that_has_a_keyword_is_filled_by_it(monkeypatch: pytest.Mon
         "chooser": "nsga2", "wire": "int8", "standby": True, "history": "bfloat16", "history_memory": 7,
         "history_folder": "/h", "remote_head": True, "head_top_k": 5, "head_quantization": "nf4",
         "tuning_mode": "ptune", "pre_seq_len": 3, "active_adapter": "/d", "salt": "s", "allow_uncertified": True,
-        "local_files_only": True, "observers": [print], "num_labels": 3,
+        "local_files_only": True, "observers": [print], "num_labels": 3, "patience": 5,
     }  # fmt: skip
     keywords = {*inspect.signature(ClientOptions.from_keywords).parameters} - {"others"}
     assert keywords == {*given} - {"num_labels"}
     options, default = ClientOptions.from_keywords(**given), ClientOptions()
     assert options.history_folder == Path("/h")
     for name in keywords:
+        name = {"patience": "patience_seconds"}.get(name, name)
         holder, untouched = (options, default) if hasattr(options, name) else (options.model, default.model)
         assert getattr(holder, name) != getattr(untouched, name)
     assert options.model.config_changes == {"num_labels": 3}

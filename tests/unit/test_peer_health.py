@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from shoal.client.swarm.peer_health import PeerHealth
-from shoal.policy.health import BLOCK_SECONDS, DEPRIORITIZE_SECONDS, LONGEST_SECONDS
+from shoal.policy.health import BLOCK_SECONDS, DEPRIORITIZE_SECONDS, LONGEST_BLOCK_SECONDS, LONGEST_SECONDS
 
 
 class Clock:
@@ -36,6 +36,7 @@ def test_both_times_double_with_every_failure_up_to_a_limit():
         assert health.seconds_left() == BLOCK_SECONDS * growth
     for _ in range(100):
         health.record_failure("a", "it hung up", since=clock.now)
+    assert health.seconds_left() == LONGEST_BLOCK_SECONDS
     clock.now = LONGEST_SECONDS
     assert not health.deprioritized("a")
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from shoal.cli import options
 from shoal.cli.console import print_error, stderr
 from shoal.cli.generate import connected, cut_mark, is_cut, pad_token_of, print_now, seed_everything, streamer
+from shoal.cli.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import ShoalError
 
@@ -53,18 +54,21 @@ def command(
     """
     options.check_places(model, client.model.active_adapter)
     chosen = options.sampling(temperature, top_p, top_k, seed)
-    with connected(model, client) as (llm, tokenizer):
+    note = WaitNote()
+    with connected(model, note.observing(client)) as (llm, tokenizer):
         seed_everything(seed)
         chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
         stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new starts again, /help shows more", style="dim"))
         while True:
             conversation = Conversation(tokenizer, system)
             with llm.inference_session(max_length=max_length) as session:
-                if not _converse(llm, conversation, session, chosen):
+                if not _converse(llm, conversation, session, chosen, note):
                     return
 
 
-def _converse(llm: Any, conversation: Conversation, session: InferenceSession, chosen: dict[str, Any]) -> bool:
+def _converse(
+    llm: Any, conversation: Conversation, session: InferenceSession, chosen: dict[str, Any], note: WaitNote
+) -> bool:
     """Read lines and answer them. Returns True if the user asks for a new conversation, False if they leave."""
     while (line := _read_line()) is not None:
         command, text = parse_line(line)
@@ -75,10 +79,11 @@ def _converse(llm: Any, conversation: Conversation, session: InferenceSession, c
         if not text.strip():
             continue
         ids, cut = conversation.ask(text), False
-        printer = streamer(conversation.tokenizer, strip=True)
+        printer = streamer(conversation.tokenizer, note, strip=True)
         try:
             rewind(session, ids)
-            answer = llm.generate(ids, session=session, streamer=printer, **chosen)
+            with note.during():
+                answer = llm.generate(ids, session=session, streamer=printer, **chosen)
         except KeyboardInterrupt:
             conversation.add_answer(printer.text)
             print_now(" …")

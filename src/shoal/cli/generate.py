@@ -15,11 +15,15 @@ from rich.text import Text
 
 from shoal.cli import options
 from shoal.cli.console import hush_transformers, stderr, stdout, tokens_per_second, waiting
+from shoal.cli.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 
 if TYPE_CHECKING:
     from shoal.client import InferenceSession
+
+
+GENERATING = "Generating"
 
 
 @options.with_client_options
@@ -46,7 +50,8 @@ def command(
         prompt = sys.stdin.read()
     chosen = options.sampling(temperature, top_p, top_k, seed, num_beams)
 
-    with connected(model, client) as (llm, tokenizer):
+    note = WaitNote()
+    with connected(model, note.observing(client)) as (llm, tokenizer):
         inputs = tokenizer(prompt, return_tensors="pt")
         num_prompt = inputs.input_ids.shape[1]
         if not num_prompt:
@@ -58,15 +63,15 @@ def command(
         seed_everything(seed)
         session: InferenceSession
         with llm.inference_session(max_length=num_prompt + max_new_tokens) as session:
-            progress = waiting("Generating") if not streams else contextlib.nullcontext()
+            progress = waiting(GENERATING) if not streams else contextlib.nullcontext()
             started = time.perf_counter()
-            with progress:
+            with progress as reporter, note.during(reporter, task=GENERATING):
                 ids = llm.generate(
                     **inputs,
                     **chosen,
                     max_new_tokens=max_new_tokens,
                     session=session,
-                    streamer=streamer(tokenizer, prompt=prompt if stdout.is_terminal else "") if streams else None,
+                    streamer=streamer(tokenizer, note, prompt=prompt if stdout.is_terminal else "") if streams else None,
                     pad_token_id=pad_token_of(tokenizer),
                 )
             seconds = time.perf_counter() - started
@@ -126,10 +131,10 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
         ) from error
 
 
-def streamer(tokenizer: Any, *, prompt: str = "", strip: bool = False) -> Any:
+def streamer(tokenizer: Any, note: WaitNote, *, prompt: str = "", strip: bool = False) -> Any:
     """A streamer that prints the prompt, and then each word once it is complete. Its `text` is the text so far.
 
-    With `strip`, it leaves out the space at the beginning of the text.
+    It hides the `note` before it prints. With `strip`, it leaves out the space at the beginning of the text.
     """
     from transformers import TextStreamer
 
@@ -137,6 +142,7 @@ def streamer(tokenizer: Any, *, prompt: str = "", strip: bool = False) -> Any:
         text = ""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            note.hide()
             if not self.text:
                 text = text.lstrip() if strip else text
                 print_now(prompt if text else "", style="dim")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from shoal.cli.console import WrongUsage, start_logging
-from shoal.client.options.client_options import INITIAL_PEERS, ClientOptions, parse_initial_peers
+from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
 from shoal.model.weights.location import check_model, folder_of
 
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
@@ -55,6 +55,7 @@ class History(StrEnum):
 
 
 class Chooser(StrEnum):
+    balanced = "balanced"
     shortest = "shortest"
     nsga2 = "nsga2"
 
@@ -160,6 +161,15 @@ Standby = Annotated[
     bool,
     typer.Option("--standby", help="Keep a second server warm for each in use: a failure then costs a step or two."),
 ]
+Patience = Annotated[
+    float,
+    typer.Option(
+        "--patience",
+        min=0.0,
+        metavar="SECONDS",
+        help="How long to wait for blocks whose last server is lost or busy, or still loads them; 0: not at all.",
+    ),
+]
 Pin = Annotated[
     list[str] | None,
     typer.Option(
@@ -211,9 +221,10 @@ def client_options(  # the first parameter stands first in the help of a command
     wire: OnTheWire = Wire.auto,
     history: HistoryEncoding = History.exact,
     history_memory: HistoryMemory = None,
+    patience: Patience = PATIENCE_SECONDS,
     standby: Standby = False,
     pin: Pin = None,
-    chooser: ChooseBy = Chooser.shortest,
+    chooser: ChooseBy = Chooser.balanced,
     remote_head: RemoteHead = False,
     head_quantization: HeadQuantization = Quantization.none,
     revision: Revision = None,
@@ -227,6 +238,7 @@ def client_options(  # the first parameter stands first in the help of a command
         wire=wire,
         history=history,
         history_memory=None if history_memory is None else history_memory << 20,
+        patience=patience,
         standby=standby,
         pinned=pins(pin),
         chooser=chooser,

@@ -85,7 +85,10 @@ class _AutoDistributed:
           id, by the end of the id, or by its name, as `shoal status` shows them. A name must be that of one server that
           is present now.
         - `pinned={"0:4": SERVER}`: let only that server compute these blocks.
-        - `chooser`: how routes are chosen, "shortest" or "nsga2" (`shoal.policy.routing`).
+        - `chooser`: how routes are chosen, "balanced" (the default), "shortest" or "nsga2" (`docs/routes.md`).
+        - `patience`: for how many seconds a call waits for blocks that no server computes now, because their last server
+          is lost or busy, or servers are still loading them. Default: 180. With 0 it fails at once. Blocks that this
+          client has never seen announced are not waited for.
         - `standby=True`: sessions keep a second server warm for each of theirs.
         - `salt`: servers reuse cached prefixes among sessions with equal salts only. With a salt of your own, others
           cannot learn from response times which prompts you have sent.

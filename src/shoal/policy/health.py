@@ -14,7 +14,9 @@ DEPRIORITIZE_SECONDS = 15.0
 BLOCK_SECONDS = 0.25
 """How long a server is blocked after its first failure, so that the only server of a block is not asked in a loop."""
 LONGEST_SECONDS = 300.0
-"""The limit of both after many failures: as long as the announcement of a vanished server may be valid."""
+"""The limit of the first after many failures: as long as the announcement of a vanished server may be valid."""
+LONGEST_BLOCK_SECONDS = 8.0
+"""The limit of the second: a client that waits for the only server of a block asks it this often."""
 MOST_DOUBLINGS = 20
 """The limit of the exponent: `LONGEST_SECONDS` is reached long before."""
 
@@ -45,7 +47,7 @@ def after_failure(record: HealthRecord | None, reason: str, *, now: float, since
         reason,
         failed_at=now,
         deprioritized_until=now + min(DEPRIORITIZE_SECONDS * growth, LONGEST_SECONDS),
-        blocked_until=now + min(BLOCK_SECONDS * growth, LONGEST_SECONDS),
+        blocked_until=now + min(BLOCK_SECONDS * growth, LONGEST_BLOCK_SECONDS),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.swarm import Swarm
+from shoal.concurrency import now
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node
 from shoal.peers import ServerInfo, ServerState
@@ -257,7 +258,7 @@ class Client:
     def __init__(self, name: str, bed: Bed, node: Node, config: ClientOptions) -> None:
         self.name = name
         self.span = Span(0, NUM_BLOCKS)
-        self.swarm = Swarm(node, MODEL, FINGERPRINT, config)
+        self.swarm = Swarm(node, MODEL, FINGERPRINT, config, unix_time=now)
         self._bed = bed
         self._node = node
 

@@ -50,6 +50,10 @@ from shoal.net.wire.encodings import as_received
 from shoal.policy.routing.route import Hop
 from shoal.spans import Span
 
+IDLE_WAIT_SECONDS = 5.0
+"""How long the repair of an idle session waits for a server at a time. The next step, which waits as long as the client
+is patient, cannot begin before."""
+
 Change = int | tuple[int, ...]
 """What is due before the next step: to forget all tokens after the first n, or to rearrange the rows of the batch."""
 
@@ -224,11 +228,16 @@ class Session:
     # -- the one procedure --------------------------------------------------------------------------------------------
 
     async def _run_until(
-        self, is_done: Callable[[], bool], outputs: Outputs | None = None, logits_request: LogitsRequest | None = None
+        self,
+        is_done: Callable[[], bool],
+        outputs: Outputs | None = None,
+        logits_request: LogitsRequest | None = None,
+        *,
+        at_most: float | None = None,
     ) -> None:
         """Let the servers compute what they have not computed until `is_done`, and replace those that fail.
 
-        Raises as `Swarm.with_failover` does.
+        Waits and raises as `Swarm.with_failover` does.
         """
         outputs = outputs or NoOutputs()
 
@@ -241,13 +250,13 @@ class Session:
                 await self._exchange(pipeline, is_done)
 
         if not is_done():
-            await self._swarm.with_failover(self.span, act)
+            await self._swarm.with_failover(self.span, act, at_most=at_most)
 
     async def _begin(self, excluded: Set[Holding]) -> Pipeline:
         """Choose the first route, and look after its servers until the session is closed."""
         route = await self._planner.whole_route(self.span, excluded)
         self._pipeline = self._planner.pipeline(route, self._inputs.hidden, self._on_news)
-        repair = partial(self._run_until, self._is_caught_up)
+        repair = partial(self._run_until, self._is_caught_up, at_most=IDLE_WAIT_SECONDS)
         self._maintenance = asyncio.create_task(self._standby.run(self._pipeline, repair))
         self._swarm.events.emit(SessionOpened(id(self), self._swarm.model.name, self.span, self.batch_size))
         return self._pipeline

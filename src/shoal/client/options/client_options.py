@@ -26,7 +26,10 @@ T = TypeVar("T")
 INITIAL_PEERS = "SHOAL_INITIAL_PEERS"
 """The environment variable that names the initial peers when the caller names none."""
 
-CHOOSERS: Mapping[str, Chooser] = {"shortest": "shortest", "nsga2": "nsga2"}
+PATIENCE_SECONDS = 180.0
+"""The default patience: long enough for another server to notice that blocks have no server, and to load them."""
+
+CHOOSERS: Mapping[str, Chooser] = {"balanced": "balanced", "shortest": "shortest", "nsga2": "nsga2"}
 """How routes are chosen (`shoal.policy.routing.route`)."""
 
 WIRES: Mapping[str, Encoding] = {"auto": "raw", "raw": "raw", "bfloat16": "bfloat16", "int8": "int8"}
@@ -76,7 +79,7 @@ class ClientOptions:
     blocked_servers: frozenset[str] = frozenset()
     pinned: tuple[tuple[Span, str], ...] = ()
     """Spans of blocks, each with the only server that may compute it."""
-    chooser: Chooser = "shortest"
+    chooser: Chooser = "balanced"
     salt: str = ""
     """Servers share what they have cached among sessions with equal salts only."""
     silence_seconds: float = 1.25
@@ -84,8 +87,9 @@ class ClientOptions:
     waits longer while many bytes are in flight."""
     longest_answer_seconds: float = 300.0
     """A server may report progress on one request for this long before the client gives it up."""
-    patience_seconds: float = 30.0
-    """How long the client looks for a replacement of a lost server, or waits for a busy one."""
+    patience_seconds: float = PATIENCE_SECONDS
+    """How long a call waits for blocks that no server computes now: the last one is lost, busy or still loading. With 0
+    it fails at once."""
     refresh_seconds: float = 20.0
     """The age at which the client reads the directory again."""
     measure_seconds: float = 1.0
@@ -113,6 +117,10 @@ class ClientOptions:
         if len(self.salt) > MAX_TEXT:
             raise UserError(
                 f"a salt of {len(self.salt)} characters is too long", hint=f"it may have up to {MAX_TEXT} characters"
+            )
+        if not 0 <= self.patience_seconds < float("inf"):
+            raise UserError(
+                f"patience={self.patience_seconds:g}: it is a number of seconds", hint="0 does not wait; a day is 86400"
             )
         if self.head_top_k is not None and not self.remote_head:
             raise UserError("head_top_k is for a head that a server computes", hint="add remote_head=True")
@@ -142,8 +150,9 @@ class ClientOptions:
         allowed_servers: str | Sequence[str] | None = None,
         blocked_servers: str | Sequence[str] | None = None,
         pinned: Mapping[str, str] | None = None,
-        chooser: str = "shortest",
+        chooser: str = "balanced",
         wire: str = "auto",
+        patience: float = PATIENCE_SECONDS,
         standby: bool = False,
         history: str = "exact",
         history_memory: int | None = None,
@@ -189,6 +198,7 @@ class ClientOptions:
             salt=salt,
             remote_head=remote_head,
             head_top_k=head_top_k,
+            patience_seconds=float(patience),
             standby=standby,
             wire=parse_wire(wire),
             history=parse_history(history),

@@ -43,7 +43,7 @@ Fate = Taken | Renamed | Refused
 
 _SERVERS_QUANTIZE = 'servers choose (shoal serve --quantization nf4); for the output head: head_quantization="nf4"'
 _ONE_DEVICE = 'everything except the blocks is on one device: device="cuda"'
-_PATIENCE = "a server that fails is replaced at once; after 30 s without a replacement, MissingBlocks is raised"
+_PATIENCE = "a server that fails is replaced at once; after patience=180 seconds without a server, MissingBlocks is raised"
 _MEASURED = "the client decides itself when it measures servers"
 _NETWORK = 'the network needs only initial_peers="ADDRESS ..."'
 _INSIDE = "states inside the blocks stay on the servers; slices of model.transformer.h return those between them"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from shoal.client.options.client_options import ClientOptions
+from shoal.client.swarm.waits import Outage
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.transport import Node
-from shoal.peers import ModelInfo, ServerInfo
+from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.dtypes import mixture, swarm_dtype
 from shoal.policy.view import SwarmView, format_blocks
+from shoal.policy.waiting import loaders, outlook, seconds_to_look, seconds_to_ready
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
@@ -34,7 +38,15 @@ class DirectoryCache:
     `version` grows with every answer of the directory. `error` is why its last answer failed; None if it did not.
     """
 
-    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientOptions) -> None:
+    def __init__(
+        self,
+        node: Node,
+        model: ModelInfo,
+        fingerprint: str,
+        config: ClientOptions,
+        *,
+        unix_time: Callable[[], float] = time.time,
+    ) -> None:
         self.error: SwarmError | None = None
         self.version = 0
         self._node = node
@@ -43,12 +55,16 @@ class DirectoryCache:
         self._config = config
         self._view: SwarmView | None = None
         self._read_at = float("-inf")
+        self._unix_time = unix_time
         self._mixture: str | None = None
+        self._announced: set[int] = set()  # blocks that usable servers hold, load, or have held or loaded
         self._refreshing = asyncio.Lock()
 
     def permit(self, config: ClientOptions) -> None:
         """Use other servers than before, as a changed config says."""
         self._config = config
+        self._announced = set()
+        self._note_announced()
 
     async def ensure_fresh(self) -> None:
         """Read the directory if the cache is old. Raises `SwarmError` if the directory has never answered."""
@@ -79,9 +95,14 @@ class DirectoryCache:
             random.shuffle(servers)  # of equal servers, different clients use different ones
             self._view = SwarmView(self._model.num_blocks, tuple(servers), self._config.pinned)
             self.error = None
+            self._note_announced()
             self._log_mixture()
             self.version += 1
             self._read_at = now()
+
+    def _note_announced(self) -> None:
+        lacking = self._known().only(self._is_usable).missing()
+        self._announced.update({*range(self._model.num_blocks)}.difference(lacking))
 
     def _log_mixture(self) -> None:
         """Log which servers compute in which dtype, if those that may be used differ, and again when that changes."""
@@ -105,6 +126,10 @@ class DirectoryCache:
         """
         return swarm_dtype(self._known().only(self._is_usable), fingerprint=self._fingerprint, own=own)
 
+    def loading(self) -> SwarmView:
+        """The servers with this client's weights that the user permits, and that are loading their blocks."""
+        return self._known().only(lambda server: server.state is ServerState.JOINING and self._is_usable(server))
+
     def known(self) -> SwarmView:
         """The servers of this model that are online."""
         return self._known().online()
@@ -116,6 +141,28 @@ class DirectoryCache:
     def holdings(self, peer: str) -> set[Holding]:
         """What a peer announces to hold."""
         return {holding(server) for server in self.known().servers if server.peer == peer}
+
+    def outage(self, blocks: Sequence[int]) -> Outage:
+        """Why blocks without a usable server are worth waiting for. Raises `MissingBlocks` if some of them are not.
+
+        A client waits for blocks that usable servers have announced while it knew the swarm, to hold them or to load
+        them. It does not wait if another server holds them now that the user's own choice of servers excludes.
+        """
+        loading, unix_time = self.loading(), self._unix_time()
+        mine = replace(self.known(), pinned=()).only(lambda server: server.fingerprint == self._fingerprint)
+        excluded = {block for server in mine.servers for block in server.span}
+        excluded.intersection_update(loading.missing())
+        if in_vain := [block for block in blocks if block in excluded or block not in self._announced]:
+            raise self.missing(in_vain) from None
+        ready_in = seconds_to_ready(loading, blocks, now=unix_time)
+        return Outage(
+            tuple(blocks),
+            self.missing(blocks),
+            outlook(loading, blocks, now=unix_time),
+            look_seconds=seconds_to_look(ready_in),
+            ready_in=ready_in,
+            loaders=loaders(loading, blocks),
+        )
 
     def missing(self, blocks: Sequence[int]) -> MissingBlocks:
         """An error that says why no usable server may compute these blocks."""

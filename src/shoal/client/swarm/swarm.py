@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from typing import TypeVar
@@ -26,6 +27,7 @@ from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.peer_health import PeerHealth
 from shoal.client.swarm.peer_timings import PeerTimings
 from shoal.client.swarm.server_probe import ServerProbe
+from shoal.client.swarm.waits import Outage, Waits
 from shoal.concurrency import now
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, UnsupportedOperation
 from shoal.net.transport import Node
@@ -33,6 +35,7 @@ from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.routing.route import Hop, Measured, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.routing.spread import WorkInFlight
 from shoal.policy.view import SwarmView, format_blocks
+from shoal.policy.waiting import LOOK_SECONDS, Lacking
 from shoal.spans import Span
 
 __all__ = ["Holding", "Swarm", "holding"]
@@ -41,13 +44,24 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_SECONDS = 1.0
-"""How long to wait for servers if none is blocked: the directory may name another soon."""
+"""How long to wait for servers that hold the blocks, and did not answer, if none is blocked."""
+SHORTEST_WAIT = 1e-3
+"""Patience that is shorter than this is over."""
 
 
 class Swarm:
     """The servers of one model as one client sees them: routes over them, connections, and failover."""
 
-    def __init__(self, node: Node, model: ModelInfo, fingerprint: str, config: ClientOptions) -> None:
+    def __init__(
+        self,
+        node: Node,
+        model: ModelInfo,
+        fingerprint: str,
+        config: ClientOptions,
+        *,
+        unix_time: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
         self.model = model
         self.fingerprint = fingerprint
         self.config = config
@@ -61,7 +75,7 @@ class Swarm:
         self.timings = PeerTimings(now)
         self.adapter_sync = AdapterSync()
         self._node = node
-        self._directory = DirectoryCache(node, model, fingerprint, config)
+        self._directory = DirectoryCache(node, model, fingerprint, config, unix_time=unix_time)
         self._probe = ServerProbe(
             node.transport, self.timings, seconds=config.measure_seconds, patience=config.patience_seconds
         )
@@ -69,6 +83,8 @@ class Swarm:
         self._in_flight: dict[str, PeerInFlight] = {}  # by peer
         self._work_in_flight = WorkInFlight()
         self._head_is_offered = True
+        self._waits = Waits(model.name, self.events)
+        self._rng = rng or random.Random(random.getrandbits(32))  # noqa: S311 - nothing secret
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
@@ -108,7 +124,7 @@ class Swarm:
             upstream=upstream,
             downstream=downstream,
             chooser=self.config.chooser,
-            rng=random.Random(random.getrandbits(32)),  # noqa: S311 - nothing secret
+            rng=self._rng,
         )
         chosen = tuple((hop.server.peer, hop.span) for hop in route.hops)
         self.events.emit(events.RouteChosen(self.model.name, span, chosen, route.seconds, route.explain))
@@ -163,48 +179,62 @@ class Swarm:
         """Of these, the servers that are not deprioritized: they have not failed lately."""
         return self._not_blocked(excluded, needs).only(lambda server: not self._health.deprioritized(server.peer))
 
-    async def with_failover(self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]]) -> T:
+    async def with_failover(
+        self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]], *, at_most: float | None = None
+    ) -> T:
         """Call `act` until it succeeds, and after each failure keep away from the server that failed.
 
-        `act` is given the servers that cannot do this with the blocks that they hold now. Raises `MissingBlocks` at
-        once if no server holds some blocks of the span, and after the client's patience if all that hold them keep
-        failing or have no room.
+        `act` is given the servers that cannot do this with the blocks that they hold now. While no server computes some
+        blocks, the call waits: for the client's patience, or for `at_most` seconds if that is less and no caller waits.
+        Then it raises `MissingBlocks`; at once if waiting is in vain, because no server that the client may use has
+        ever held or announced these blocks, or the user's own choice of servers excludes those that hold them.
         """
+        patience = self.config.patience_seconds
         excluded: set[Holding] = set()
-        give_up_at: float | None = None
-        while True:
-            began = now()
-            try:
-                return await act(excluded)
-            except ServerLost as lost:
-                self.events.emit(events.ServerLost(lost.peer, str(lost)))
-                self.blame(lost, since=began)
-            except ServerBusy as busy:
-                log.info("%s", busy)
-                self.blame(busy)
-            except Misrouted as misrouted:
-                log.info("%s", misrouted)
-                self.blame(misrouted)
-                excluded |= self._directory.holdings(misrouted.peer)
-                self._directory.expire()  # the server may hold other blocks by now
-            except MissingBlocks:
-                self._check_held(span, excluded)
-                wait = self._health.seconds_left() or RETRY_SECONDS
-                give_up_at = give_up_at or now() + self.config.patience_seconds
-                if now() + wait > give_up_at:
-                    raise self._directory.error or self._exhausted(span, excluded) from None
-                log.warning("waiting %.1f s for a server that holds blocks %s", wait, span)
-                await asyncio.sleep(wait)
+        lacking = Lacking()
+        with self._waits.of_call() as tell:
+            while True:
+                began = now()
+                try:
+                    return await act(excluded)
+                except ServerLost as lost:
+                    self.events.emit(events.ServerLost(lost.peer, str(lost)))
+                    self.blame(lost, since=began)
+                except ServerBusy as busy:
+                    log.info("%s", busy)
+                    self.blame(busy)
+                except Misrouted as misrouted:
+                    log.info("%s", misrouted)
+                    self.blame(misrouted)
+                    excluded |= self._directory.holdings(misrouted.peer)
+                    self._directory.expire()  # the server may hold other blocks by now
+                except MissingBlocks:
+                    outage = self._outage(span, excluded)
+                    lacking = lacking.also(outage.blocks, now=now())
+                    waited = lacking.seconds(outage.blocks, now=now())
+                    left = (patience if at_most is None else min(patience, at_most)) - waited
+                    if left < SHORTEST_WAIT:
+                        raise outage.error_after(waited) from None
+                    if at_most is None:
+                        tell(outage, waited, patience)
+                    await asyncio.sleep(min(outage.look_seconds, left))
 
-    def _check_held(self, span: Span, excluded: Set[Holding]) -> None:
-        """Raises `MissingBlocks` if waiting is in vain: no server that may be used holds some blocks of the span."""
-        if self._directory.error is not None:  # then the servers are not known
-            return
+    def _outage(self, span: Span, excluded: Set[Holding]) -> Outage:
+        """Why no server computes some blocks of a span now. Raises `MissingBlocks` if waiting is in vain."""
+        loading = self._directory.loading()
+        for server in loading.servers:  # it has started again: what it failed before is past
+            self._health.record_success(server.peer)
+        retry = min(self._health.seconds_left() or RETRY_SECONDS, LOOK_SECONDS)
+        if (error := self._directory.error) is not None:  # then the servers are not known
+            return Outage(tuple(span), error, "it is asked again", look_seconds=retry)
         usable = self._directory.usable()
         if missing := usable.missing(span):
-            raise self._directory.missing(missing) from None
-        if usable.only(lambda server: holding(server) not in excluded).missing(span):
-            raise self._exhausted(span, excluded) from None
+            return self._directory.outage(missing)
+        refusing = usable.only(lambda server: holding(server) not in excluded).missing(span)
+        exhausted = self._exhausted(span, excluded)
+        if not {*refusing}.isdisjoint(loading.missing(span)):  # they will not do it later either
+            raise exhausted from None
+        return Outage(exhausted.blocks, exhausted, "they are asked again", look_seconds=retry)
 
     def _exhausted(self, span: Span, excluded: Set[Holding]) -> MissingBlocks:
         unavailable = self._not_blocked(excluded).missing(span) or tuple(span)

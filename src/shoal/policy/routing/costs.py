@@ -134,10 +134,17 @@ class Costs:
         step = 1 / max(server.decode_speed or 0.0, SLOWEST)
         return server.queue_length * step + self.known.work_in_flight.get(server.peer, 0.0)
 
+    def waiting(self, server: ServerInfo) -> float:
+        """The same, as a number of requests."""
+        return self.queue(server) * max(server.decode_speed or 0.0, SLOWEST)
+
+    def no_room(self, server: ServerInfo) -> float:
+        """What is added for a cache without room."""
+        return NO_ROOM if server.cache_tokens_left < self.needs.needed_tokens else 0.0
+
     def handicap(self, server: ServerInfo) -> float:
         """What is added for the server's drawbacks: a cache without room, relays."""
-        no_room = NO_ROOM if server.cache_tokens_left < self.needs.needed_tokens else 0.0
-        return no_room + (RELAYED if server.is_relayed else 0.0)
+        return self.no_room(server) + (RELAYED if server.is_relayed else 0.0)
 
     def entry(self, server: ServerInfo) -> float:
         """All that entering the server costs, without the link to it."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shoal.errors import MissingBlocks
 from shoal.peers import ServerInfo
+from shoal.policy.routing.balanced import balanced
 from shoal.policy.routing.costs import SLOWEST, Costs, Hop, HopCost, Measured, Needs, announced_seconds
 from shoal.policy.routing.nsga2 import nsga2
 from shoal.policy.routing.shortest import shortest
@@ -30,7 +31,7 @@ __all__ = [
     "price_route",
 ]
 
-Chooser = Literal["shortest", "nsga2"]
+Chooser = Literal["balanced", "shortest", "nsga2"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def choose_route(
     """The fastest route over a span (arXiv 2312.08361, section 3.2), by the prices of `costs.py`.
 
     If the span is a part of an open ring, `upstream` and `downstream` are the servers before and after it; `None` is
-    the client. The chooser "shortest" is exact. "nsga2" weighs the time of a step against the load on the slowest
-    server; it searches at random and needs an `rng`.
+    the client. The chooser "shortest" is exact. "balanced" is the same while the servers are idle, and else draws a route
+    that shares the load and is hardly slower; single passes are spread by the client's work in flight, so it leaves those
+    to the shortest. "nsga2" weighs the time of a step against the load on the slowest server. Both draw with `rng`.
 
     Raises `MissingBlocks` with the blocks that no server of the view may compute.
     """
@@ -91,12 +93,14 @@ def choose_route(
     if needs.head and not any(server.head for server in view.holders(last)[0]):
         raise MissingBlocks(f"no server holds block {last} and the output head", blocks=last)
     costs = Costs(_with(view.servers, upstream, downstream), needs, known)
-    if chooser == "nsga2":
-        if rng is None:
-            raise ValueError('the chooser "nsga2" needs a source of randomness')
-        hops = nsga2(view, span, costs, rng, upstream=upstream, downstream=downstream)
-    else:
+    if chooser == "shortest" or (chooser == "balanced" and not needs.ring):
         hops = shortest(view, span, costs, upstream=upstream, downstream=downstream)
+    elif rng is None:
+        raise ValueError(f"the chooser {chooser!r} needs a source of randomness")
+    elif chooser == "balanced":
+        hops = balanced(view, span, costs, rng, upstream=upstream, downstream=downstream)
+    else:
+        hops = nsga2(view, span, costs, rng, upstream=upstream, downstream=downstream)
     return _priced(hops, costs, upstream, downstream)
 
 

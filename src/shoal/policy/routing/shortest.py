@@ -1,27 +1,16 @@
-"""The fastest route: an exact shortest path over (server, block).
-
-    block             0       1       2       3
-    server A  0:3     o ───── o ───── o           an edge to the right computes a block,
-                               ╲       ╲          an edge down enters another server
-    server B  1:4              o ───── o ───── o
-
-Any server may follow any other at any block. A thousand servers have millions of edges, which are arrays here.
-"""
+"""The fastest route: an exact shortest path over (server, block), forwards through the lattice."""
 
 # S servers of the span, H those that hold a block, F senders worth leaving, T receivers worth entering
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import numpy as np
 
 from shoal.peers import ServerInfo
 from shoal.policy.routing.costs import Costs, Hop
+from shoal.policy.routing.lattice import Array, lattice_of
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
-
-_Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
 def shortest(
@@ -33,22 +22,15 @@ def shortest(
     downstream: ServerInfo | None = None,
 ) -> tuple[Hop, ...]:
     """The hops with the fewest seconds in sum. The view must hold every block; among equals, its order decides."""
-    holders = view.holders(span)
-    if costs.needs.head:
-        holders[-1] = [server for server in holders[-1] if server.head]
-    servers = list({server.peer: server for here in holders for server in here}.values())
-    index_of = {server.peer: index for index, server in enumerate(servers)}
-    compute_S = np.array([costs.block(server) for server in servers])
-    entry_S = np.array([costs.entry(server) for server in servers])
-    links_SS = _links(servers, index_of, costs)
+    ways = lattice_of(view, span, costs, upstream=upstream, downstream=downstream)
+    links_SS, entry_S, num_servers = ways.links_SS, ways.entry_S, len(ways.servers)
     shortest_to_S, shortest_from_S = links_SS.min(axis=0), links_SS.min(axis=1)
 
-    came_from: list[_Array] = []  # for each block and server, the server of the block before on the fastest path
+    came_from: list[Array] = []  # for each block and server, the server of the block before on the fastest path
     from_F = np.arange(0)
-    seconds_S = np.array([costs.link(upstream, server) for server in servers]) + entry_S
-    for index, here in enumerate(holders):
-        sender_S = np.arange(len(servers))
-        here_H = np.array([index_of[server.peer] for server in here])
+    seconds_S = ways.first_S + entry_S
+    for index, here_H in enumerate(ways.holders):
+        sender_S = np.arange(num_servers)
         if index:
             # A receiver is skipped if even its shortest link from the best sender gains nothing. A sender is skipped
             # if even its shortest link arrives after the best sender's longest link.
@@ -63,39 +45,12 @@ def shortest(
                 is_sooner_T = arrival_T < seconds_S[to_T]
                 sender_S[to_T] = np.where(is_sooner_T, from_F[first_T], to_T)
                 seconds_S[to_T] = np.where(is_sooner_T, arrival_T, seconds_S[to_T])
-        computed_S = np.full(len(servers), np.inf)
-        computed_S[here_H] = seconds_S[here_H] + compute_S[here_H]
+        computed_S = np.full(num_servers, np.inf)
+        computed_S[here_H] = seconds_S[here_H] + ways.compute_S[here_H]
         seconds_S, from_F = computed_S, here_H
         came_from.append(sender_S)
-    last = min(from_F.tolist(), key=lambda each: seconds_S[each] + costs.link(servers[each], downstream))
-    return _hops(servers, came_from, last, span)
-
-
-def _links(servers: list[ServerInfo], index_of: dict[str, int], costs: Costs) -> _Array:
-    """The seconds [S, S] from each server to each other one."""
-    leave_S = np.array([costs.leave(server) for server in servers])
-    reach_S = np.array([costs.reach(server) for server in servers])
-    links_SS: _Array = leave_S[:, None] + reach_S
-    np.minimum(links_SS, costs.unknown_link, out=links_SS)  # in place: these are the largest arrays
-    np.maximum(links_SS, abs(leave_S[:, None] - reach_S), out=links_SS)
-    known = [
-        (index_of[sender], index, seconds)
-        for receiver, index in index_of.items()
-        for sender, seconds in costs.known_links.get(receiver, {}).items()
-        if sender in index_of
-    ]
-    if known:
-        senders, receivers, seconds = zip(*known, strict=True)
-        links_SS[list(senders), list(receivers)] = seconds
-    return links_SS
-
-
-def _hops(servers: list[ServerInfo], came_from: list[_Array], last: int, span: Span) -> tuple[Hop, ...]:
-    hops: list[Hop] = []
-    end, current = span.end, last
-    for block in range(span.end - 1, span.start - 1, -1):
-        sender = int(came_from[block - span.start][current])
-        if sender != current or block == span.start:
-            hops.append(Hop(servers[current], Span(block, end)))
-            end, current = block, sender
-    return tuple(reversed(hops))
+    current = min(from_F.tolist(), key=lambda each: seconds_S[each] + ways.last_S[each])
+    chosen = [current]
+    for sender_S in reversed(came_from[1:]):
+        chosen.append(int(sender_S[chosen[-1]]))
+    return ways.hops(chosen[::-1])

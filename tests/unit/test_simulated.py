@@ -1,0 +1,55 @@
+"""The simulated swarm of `benchmarks/routing.py`: what it charges a pass, and that its traffic adds up."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from benchmarks.simulated import (
+    SATURATED_ROWS,
+    Place,
+    Simulated,
+    Traffic,
+    pass_seconds,
+    rows_seconds,
+    saturated_gain,
+)
+from shoal.policy.placement.bound import throughput_bound
+from shoal.policy.placement.machines import machine_of
+from shoal.policy.routing.route import Hop
+from shoal.spans import Span
+
+from .test_routing import server
+
+
+def test_a_pass_charges_each_block_the_rows_of_the_sessions_that_use_it():
+    here = server("s", "0:8", 10.0)  # a block takes 12.5 ms for one session
+    one, long, short = 1 / 80, Hop(here, Span(0, 8)), Hop(here, Span(6, 8))
+    assert pass_seconds([long]) == pytest.approx(0.1)
+    assert pass_seconds([long, short]) == pytest.approx(one * (6 + 2 * rows_seconds(2)))
+    assert pass_seconds([short, Hop(here, Span(0, 2))]) == pytest.approx(4 * one)
+    assert pass_seconds([long] * SATURATED_ROWS) == pytest.approx(0.1 * SATURATED_ROWS / saturated_gain())
+
+
+def test_one_client_decodes_at_the_speed_of_its_route():
+    swarm = Simulated.of(6, 4, seed=1)
+    place = Place.anywhere(random.Random(2))
+    hops, block = list[Hop](), 0
+    while block < 4:
+        holder = next(each for each in swarm.view.servers if block in each.span)
+        hops.append(Hop(holder, Span(block, holder.span.end)))
+        block = holder.span.end
+    speed, steps, _ = Traffic(swarm, [(place, tuple(hops))]).run(60.0)
+    assert steps == pytest.approx([swarm.step_seconds(hops, place)] * len(steps))
+    assert speed == pytest.approx(1 / swarm.step_seconds(hops, place), rel=0.05)
+
+
+def test_servers_announce_what_their_machines_can_do_and_hold_all_blocks():
+    swarm = Simulated.of(12, 8, seed=3, rule="graded")
+    assert not swarm.view.missing()
+    for each, machine in zip(swarm.view.servers, swarm.machines, strict=True):
+        found = machine_of(each, now=0.0)
+        assert found is not None
+        assert found.block_speed(len(each.span)) == pytest.approx(machine.block_speed(len(each.span)))
+    assert throughput_bound(swarm.machines, 8) > 0
