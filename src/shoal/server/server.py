@@ -18,8 +18,8 @@ from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
 from shoal.server.measuring.portrait import Portrait
 from shoal.server.placing.compute_thread import Compute
-from shoal.server.placing.setup import open_checkpoint, prepare
-from shoal.server.placing.span_keeper import SpanKeeper, Surroundings
+from shoal.server.placing.setup import Surroundings, open_checkpoint, prepare
+from shoal.server.placing.span_keeper import SpanKeeper
 from shoal.server.placing.span_state import SpanPhase
 from shoal.server.startup_progress import Phase, Progress, Report
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from shoal.errors import UserError
+from shoal.events import Observers
 from shoal.model.linear.quantization import Quantization, stored_quantization
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.transport import Node
@@ -24,6 +27,8 @@ from shoal.server.capacity import (
 )
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Executor
+from shoal.server.measuring.portrait import Portrait
+from shoal.server.placing.compute_thread import Compute
 from shoal.server.startup_progress import Phase, Progress, Report
 from shoal.server.throughput import machine_key
 from shoal.spans import Span
@@ -51,6 +56,20 @@ class Setup:
     max_blocks: int
     free_bytes: int
     key: str
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a server keeps when it changes its blocks. `clock` is the Unix time."""
+
+    config: ServerConfig
+    node: Node
+    setup: Setup
+    compute: Compute
+    portrait: Portrait
+    observers: Observers
+    report: Report = lambda progress: None
+    clock: Callable[[], float] = time.time
 
 
 async def prepare(

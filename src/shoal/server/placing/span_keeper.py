@@ -9,32 +9,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from shoal.concurrency import first_of, owned_task
 from shoal.errors import ShoalError, SwarmError
 from shoal.events import BlocksChanged, Observers
-from shoal.net.transport import Node
-from shoal.peers import Capacity, ServerInfo
+from shoal.peers import ServerInfo
 from shoal.policy.placement.joining import Placed
 from shoal.policy.placement.mover import Mover
-from shoal.policy.view import SwarmView
 from shoal.server.announcer import Announcer
-from shoal.server.capacity import max_num_blocks
-from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
 from shoal.server.measuring.own_capacity import seconds_to_load
-from shoal.server.measuring.portrait import Portrait
 from shoal.server.neighbors import NeighborMonitor
-from shoal.server.placing.choosing import GIVEN, SpanChooser
-from shoal.server.placing.compute_thread import Compute
-from shoal.server.placing.description import assumed_capacity, describe
+from shoal.server.placing.choosing import SpanChooser
+from shoal.server.placing.description import describe
 from shoal.server.placing.loaded_span import LoadedSpan, collect_memory, load_span
 from shoal.server.placing.move_finder import MoveFinder, OwnBlocks
-from shoal.server.placing.setup import Setup, base_info
+from shoal.server.placing.setup import Surroundings, base_info
 from shoal.server.placing.span_state import SpanPhase, SpanState
 from shoal.server.placing.swarm_watch import SwarmWatch
 from shoal.server.refusals import Refused, leaving, moving
@@ -42,7 +33,7 @@ from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.reception import Reception
 from shoal.server.rpc.streams import Handler
 from shoal.server.speed_watch import Speeds
-from shoal.server.startup_progress import Phase, Progress, Report
+from shoal.server.startup_progress import Phase, Progress
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
@@ -55,24 +46,8 @@ HOLE_DRAIN_SECONDS = 2.0
 """How long sessions have to go on elsewhere if the server moves to blocks that no server holds. It is short, because
 sessions that need those blocks cannot go on before, and would be waited for in vain. Clients can rebuild all of them.
 """
-PAUSE_SECONDS = 30.0
-"""How long a server waits that could load neither the new blocks nor the old ones."""
 LOAD_FAILURES = (ShoalError, OSError, MemoryError, RuntimeError, Refused)
 """What loading may raise when memory, the disk or the hub fails. PyTorch raises `RuntimeError` for lack of memory."""
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a server keeps when it changes its blocks. `clock` is the Unix time."""
-
-    config: ServerConfig
-    node: Node
-    setup: Setup
-    compute: Compute
-    portrait: Portrait
-    observers: Observers
-    report: Report = lambda progress: None
-    clock: Callable[[], float] = time.time
 
 
 class SpanKeeper:
@@ -89,7 +64,6 @@ class SpanKeeper:
         self._told: Span | None = None  # the observers know that it has these blocks
         self._speeds: Speeds | None = None  # the last that are known
         self._base = base_info(around.config, around.node, around.setup)
-        self._chooser = SpanChooser(around.setup.model.num_blocks, around.config.placement, around.clock)
         self._mover = Mover(around.node.transport.peer, around.setup.model.num_blocks)
         self._drain_seconds = 0.0  # that clients get before the server moves
         self._stopping = asyncio.Event()
@@ -99,6 +73,7 @@ class SpanKeeper:
         self._reception = Reception(idle_seconds=around.config.idle_seconds)
         self._pushes = PushService(node.transport)
         self._watch = SwarmWatch(node, around.setup)
+        self._chooser = SpanChooser(around, self._base, self._watch)
         self._neighbors = NeighborMonitor(
             node,
             model,
@@ -138,7 +113,7 @@ class SpanKeeper:
         Raises what loading raises if the server cannot load the first blocks that it takes.
         """
         config = self._around.config
-        self._claim(await self._first_choice())
+        self._claim(await self._chooser.first())
         if config.blocks is not None:  # whatever others want
             self._confirm()
         async with self._announcer.announcing(), self._pushes.running():
@@ -152,7 +127,7 @@ class SpanKeeper:
                 await self._load_and_serve()
                 while not self._stopping.is_set():
                     if self.state.phase is SpanPhase.CHOOSING:
-                        await self._announce_claim(await self._another_choice())
+                        await self._announce_claim(await self._chooser.again(self._avoids))
                         await self._settle_claim()
                     await self._load_and_serve()
 
@@ -179,42 +154,8 @@ class SpanKeeper:
 
     # -- choosing, without blocks -------------------------------------------------------------------------------------
 
-    async def _first_choice(self) -> Placed:
-        await self._around.portrait.remember_capacity(self._around.setup, self._around.compute.executor)
-        if (given := self._around.config.blocks) is not None:
-            self._assume_capacity(SwarmView(self._around.setup.model.num_blocks))
-            return Placed(given, GIVEN)
-        return self._choice(await self._watch.read())
-
-    def _choice(self, view: SwarmView) -> Placed:
-        self._assume_capacity(view)
-        return self._chooser.choose(self._around.portrait.complete(self._base), view)
-
-    def _assume_capacity(self, view: SwarmView) -> Capacity:
-        """The capacity that is announced: what was measured, or else what may be assumed."""
-        portrait = self._around.portrait
-        portrait.capacity = portrait.capacity or assumed_capacity(self._around.setup.max_blocks, view)
-        return portrait.capacity
-
-    async def _another_choice(self) -> Placed:
-        """The blocks to take after the last ones could not be loaded: once there are some that may succeed."""
-        around = self._around
-        setup = around.setup
-        while True:
-            log.warning("the server holds no blocks, and tries to take some in %.0f s", PAUSE_SECONDS)
-            await asyncio.sleep(PAUSE_SECONDS)
-            try:
-                max_blocks = max_num_blocks(around.config, setup.checkpoint, setup.dtype, setup.device)
-                view = await self._watch.read()
-            except ShoalError as failure:  # no memory yet, or no directory
-                log.warning("%s", failure)
-                continue
-            while max_blocks:
-                around.portrait.capacity = replace(self._assume_capacity(view), max_blocks=max_blocks)
-                placed = self._choice(view)
-                if not self.state.avoids(placed.span, now=around.clock()):
-                    return placed
-                max_blocks //= 2
+    def _avoids(self, span: Span) -> bool:
+        return self.state.avoids(span, now=self._around.clock())
 
     def _claim(self, placed: Placed) -> None:
         self.state = self.state.claimed(placed)
