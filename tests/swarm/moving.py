@@ -79,7 +79,12 @@ class Town:
         self.checkpoint = Checkpoint.open(folder)
         self.model = model_info(self.checkpoint)
         self._config = ServerConfig(
-            model=str(folder), dtype="float32", cache_tokens=4096, num_blocks=2, drain_seconds=DRAIN_SECONDS, measures_network=False
+            model=str(folder),
+            dtype="float32",
+            cache_tokens=4096,
+            num_blocks=2,
+            drain_seconds=DRAIN_SECONDS,
+            measures_network=False,
         )
         self._config = replace(self._config, **options)
         self._clients: list[MovingClient] = []

@@ -119,6 +119,7 @@ async def test_neighbors_measure_their_networks_when_they_are_online(config: Ser
     network = MemoryNetwork()
     halves = [replace(config, blocks=blocks, announce_seconds=0.05) for blocks in (Span(0, 2), Span(2, 4))]
     async with serve(halves[0], network.node("s0")), serve(halves[1], network.node("s1")):
+
         def speeds() -> list[float | None]:
             return [None if info.capacity is None else info.capacity.network_speed for _, info in network.announced()]
 
@@ -134,9 +135,7 @@ def timed(model_type: str, tmp_path: Path, *, num_pages: int, span: Span = Span(
     """The sizes of the batches that are timed on a tiny model of a family."""
     model = tiny_model(tiny_config(model_type))
     model.save_pretrained(tmp_path / model_type)
-    body = load_body(
-        Checkpoint.open(tmp_path / model_type), span, dtype=torch.float32, quantization=Quantization.NONE
-    )
+    body = load_body(Checkpoint.open(tmp_path / model_type), span, dtype=torch.float32, quantization=Quantization.NONE)
     if body.family.packable:
         compute = PackedPass(body, PagedCache(body, key_value_shapes(body), num_pages))
         measurement = PassTimer(body, compute, num_pages=num_pages, check=lambda: None)()

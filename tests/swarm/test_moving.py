@@ -142,9 +142,7 @@ def test_a_hole_is_filled_by_one_server_although_several_could(stage: Stage):
     stage.play(scene)
 
 
-def test_of_servers_that_claim_the_same_hole_at_the_same_moment_one_goes(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-):
+def test_of_servers_that_claim_the_same_hole_at_the_same_moment_one_goes(stage: Stage, monkeypatch: pytest.MonkeyPatch):
     """Their plans differ, because each believes that it is the one that moves. Their claims decide."""
     wanted = planning(monkeypatch, agreed=False, fills=tuple(LAST))
 

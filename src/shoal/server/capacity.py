@@ -53,9 +53,7 @@ def check_blocks(config: ServerConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def max_num_blocks(
-    config: ServerConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> int:
+def max_num_blocks(config: ServerConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
     """The most blocks that a server holds: as the config says, or as many as fit into memory.
 
     Raises `UserError` if not even one block fits.

@@ -220,6 +220,7 @@ async def _serve(member: Member, config: ServerConfig) -> None:
         quantization="none",
         version="0",
     )
+
     def describe() -> ServerInfo:
         return replace(
             info,

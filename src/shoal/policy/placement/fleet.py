@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from shoal.spans import Span
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = NDArray[np.bool_]
+Element = TypeVar("Element", bound=np.generic)
 
 HORIZON = 600.0
 """Seconds that a decision looks ahead. A machine that loads for part of them counts for the rest."""
@@ -178,7 +179,7 @@ class Fleet:
             counts[index] -= 1
             fleet, row = replace(self, counts=counts)._with_copy(index), len(self.machines)
 
-        def put(values: NDArray[np.generic], value: object) -> NDArray[np.generic]:
+        def put(values: NDArray[Element], value: Any) -> NDArray[Element]:
             values = values.copy()
             values[row] = value
             return values
@@ -195,7 +196,7 @@ class Fleet:
     def _with_copy(self, index: int) -> Fleet:
         """The same entries, and at the end one machine like those of entry `index`."""
 
-        def grown(values: NDArray[np.generic]) -> NDArray[np.generic]:
+        def grown(values: NDArray[Element]) -> NDArray[Element]:
             return np.append(values, values[index : index + 1])
 
         return replace(

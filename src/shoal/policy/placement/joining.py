@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from shoal.policy.placement.fleet import Fleet
+from shoal.policy.placement.fleet import Fleet, Ints
 from shoal.policy.placement.lifetime import Lifetimes
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.petals import choose_span
 from shoal.policy.placement.plan import DEFAULT_SCORING
-from shoal.policy.placement.score import Picture, Scoring
+from shoal.policy.placement.score import Changes, Picture, Scoring
 from shoal.policy.placement.search import best_places
 from shoal.policy.placement.throughput import block_throughputs
 from shoal.policy.view import format_blocks
@@ -68,10 +68,22 @@ def choose_blocks(
             picture, np.array([row]), most=PLACES_SCORED, each=PLACES_SCORED, min_blocks=min(min_blocks, longest)
         )
         scores = picture.scores(places)
-        best = np.flatnonzero(scores >= scores.max() - 1e-9 * picture.bound)
+        best = np.flatnonzero(scores >= scores.max() - 1e-8 * picture.bound)
+        best = _leaving_no_gap(best, places, picture)
         chosen = int(best[rng.randrange(len(best))])
         span = Span(int(places.starts[chosen]), int(places.ends[chosen]))
     return Placed(span, _reason(span, throughputs))
+
+
+def _leaving_no_gap(best: Ints, places: Changes, picture: Picture) -> Ints:
+    """Of equally good places, those that begin or end where other spans or the model do, if there are any.
+
+    A span in the middle of a hole leaves two holes, which may be too short for the servers that come.
+    """
+    held = np.concatenate(([True], ~picture.holes, [True]))
+    starts, ends = places.starts[best], places.ends[best]
+    adjacent = held[starts] | held[ends + 1]
+    return best[adjacent] if adjacent.any() else best
 
 
 def _reason(span: Span, throughputs: Sequence[float]) -> str:

@@ -40,9 +40,10 @@ PLAN_ANYWAY = 120.0
 WAIT_PER_RANK = 2.0
 """Seconds that a server waits for each move before its own in the plan."""
 CLAIM_SECONDS = 5.0
-"""Seconds from a claim to the second look: claims of others that are as old have arrived by then."""
+"""Seconds from a claim to the second look: twice what a claim takes at most to be seen by others, so that of two servers
+that claim without seeing each other the first sees the second before it goes."""
 HOLE_CLAIM_SECONDS = 1.5
-"""The same for a claim of blocks that no server holds: clients are waiting for them."""
+"""The same for a claim of blocks that no server holds: clients are waiting for them, and a filled hole is worth a mistake."""
 REST_SECONDS = 120.0
 """Seconds after a move in which a server moves again only to fill a hole."""
 

@@ -110,7 +110,9 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
         return None
     if (fills & allowed).any():
         allowed &= fills
-    best = int(np.where(allowed, value, -np.inf).argmax())
+    # rounded, so that sums in another order do not lead to another choice: of equal moves, the first is the best
+    worth = np.round(value / (picture.bound * 1e-8))
+    best = int(np.where(allowed, worth, -np.inf).argmax())
     return int(places.rows[best]), _move(picture, places, best, gain=float(gain[best]), rank=rank)
 
 

@@ -28,14 +28,14 @@ class Scoring:
     """What the score is made of.
 
     `exact` is the weight of what blocks get when machines share their time freely; the rest is for what they get when
-    each machine divides its time evenly. `risk` is what blocks without a living holder cost, in shares of the bound, if
-    all blocks were so; `hole` is the same for blocks that have no holder now. `zone_loss` is the chance that all
+    each machine divides its time evenly. `risk` is what it costs, in shares of the bound, if all blocks were
+    to lose their holders; `hole` is what each block costs that has no holder now: more than all else can add. `zone_loss` is the chance that all
     machines of one zone vanish together.
     """
 
     exact: float = 0.6
     risk: float = 1.0
-    hole: float = 100.0
+    hole: float = 3.0
     zone_loss: float = 0.02
 
 
@@ -113,7 +113,7 @@ class Picture:
         throughput = (scoring.exact * served + (1 - scoring.exact) * even) / self.most
         holes = self.holders - before + after < 1
         at_risk = self.risks(changes, before, after)
-        return self.bound * (throughput - scoring.risk * at_risk.mean(axis=1) - scoring.hole * holes.mean(axis=1))
+        return self.bound * (throughput - scoring.risk * at_risk.mean(axis=1) - scoring.hole * holes.sum(axis=1))
 
     @property
     def levels(self) -> Floats:

@@ -26,7 +26,7 @@ def best_places(picture: Picture, rows: Ints, *, most: int, each: int, min_block
     estimates[too_short] = -np.inf
     present, old = np.flatnonzero(picture.fleet.lengths[rows] > 0), rows[picture.fleet.lengths[rows] > 0]
     estimates[present, picture.fleet.lengths[old] - 1, picture.fleet.starts[old]] = -np.inf
-    flat = estimates.reshape(len(rows), -1)
+    flat = _without_ties(estimates.reshape(len(rows), -1), picture.bound)
     if flat.shape[1] > each:
         columns = np.argpartition(-flat, each - 1, axis=1)[:, :each]
     else:
@@ -40,6 +40,15 @@ def best_places(picture: Picture, rows: Ints, *, most: int, each: int, min_block
     return Changes(rows[entry], start, start + length + 1)
 
 
+def _without_ties(values: Floats, bound: float) -> Floats:
+    """Values that are equal but for rounding errors, told apart by their index: the first is the best.
+
+    Sums in another order must not lead to another choice.
+    """
+    step = max(bound, 1e-300) * 1e-8
+    return np.round(values / step) - np.arange(values.size).reshape(values.shape) * 1e-6
+
+
 def _estimates(picture: Picture, rows: Ints) -> Floats:
     """About how much the score gains over that without the machine, by where the machine goes. [M, L, N]"""
     fleet, scoring = picture.fleet, picture.scoring
@@ -49,7 +58,7 @@ def _estimates(picture: Picture, rows: Ints) -> Floats:
     useful = picture.utility(alone)
     relieved = picture.risks(leave, before, ~everywhere) - picture.risks(leave, before, everywhere)
     holes = picture.holders - before < 1
-    relief = _running_sum(scoring.risk * relieved + scoring.hole * holes)
+    relief = _running_sum(scoring.risk * relieved / fleet.num_blocks + scoring.hole * holes)
     deficits = picture.deficits(leave)
     lacking = _running_sum(deficits)
     mirrored = Picture.of(_mirrored(fleet), scoring, picture.bound).deficits(leave)[:, :, ::-1]
@@ -66,7 +75,7 @@ def _estimates(picture: Picture, rows: Ints) -> Floats:
         )
         even = _windows(_running_sum(picture.utility(alone + (capacity / length)[:, None]) - useful), length)
         throughput = (scoring.exact * served + (1 - scoring.exact) * even) / max(picture.most, 1e-300)
-        gain = picture.bound * (throughput + _windows(relief, length) / fleet.num_blocks)
+        gain = picture.bound * (throughput + _windows(relief, length))
         result[able, length - 1, : gain.shape[1]] = gain[able]
     return result
 
@@ -106,7 +115,7 @@ def most_promising(picture: Picture, rows: Ints, most: int) -> Ints:
     nobody = np.zeros((1, fleet.num_blocks), np.bool_)
     risks = picture.risks(leave, nobody, nobody)[0]
     price = _running_sum(rate / max(picture.most, 1e-300))
-    danger = _running_sum((scoring.risk * risks + scoring.hole * picture.holes) / fleet.num_blocks)
+    danger = _running_sum(scoring.risk * risks / fleet.num_blocks + scoring.hole * picture.holes)
     starts, ends = fleet.starts[rows], fleet.ends[rows]
     speed = fleet.capacity[rows] / np.maximum(fleet.lengths[rows], 1)
     loss = speed * (price[ends] - price[starts])

@@ -106,9 +106,7 @@ def _remaining(objects: dict[str, object | None]) -> Callable[[], list[str]]:
     return lambda: [name for name, reference in references.items() if reference() is not None]
 
 
-async def load_weights(
-    config: ServerConfig, setup: Setup, span: Span, executor: Executor, report: Report
-) -> Weights:
+async def load_weights(config: ServerConfig, setup: Setup, span: Span, executor: Executor, report: Report) -> Weights:
     """Load the blocks and, if the config says so and the last block is among them, the output head."""
     checkpoint, dtype, device = setup.checkpoint, setup.dtype, setup.device
     seen = reporter(report, executor, span)
