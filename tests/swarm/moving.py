@@ -121,7 +121,7 @@ class Town:
     async def until(self, condition: Callable[[], bool], *, seconds: float = 600.0) -> None:
         """Let time pass until a condition holds. Raises what servers raise meanwhile."""
         async with asyncio.timeout(seconds):
-            while not condition():  # noqa: ASYNC110 - time is virtual
+            while not condition():
                 self.check()
                 await asyncio.sleep(0.01)
 

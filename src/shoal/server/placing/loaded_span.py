@@ -7,7 +7,7 @@ import ctypes
 import gc
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,7 +101,7 @@ async def load_span(
     return LoadedSpan(span, engine, weights.body, profile, weights.head is not None, _remaining(large))
 
 
-def _remaining(objects: dict[str, object | None]) -> Callable[[], list[str]]:
+def _remaining(objects: Mapping[str, object | None]) -> Callable[[], list[str]]:
     references = {name: weakref.ref(each) for name, each in objects.items() if each is not None}
     return lambda: [name for name, reference in references.items() if reference() is not None]
 

@@ -43,8 +43,8 @@ VERSION = importlib.metadata.version("shoal")
 class Setup:
     """What stays when a server changes its blocks. It can hold at most `max_blocks` of them.
 
-    `free_bytes` of memory were free before it loaded any. `key` names the weights, their form and this machine, for what
-    is remembered about them.
+    `free_bytes` of memory were free before it loaded any. `key` names the weights, their form and this machine, for
+    what is remembered about them.
     """
 
     checkpoint: Checkpoint

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from shoal.concurrency import first_of, owned_task
 from shoal.errors import ShoalError, SwarmError
-from shoal.events import BlocksChanged, Observers
+from shoal.events import BlocksChanged
 from shoal.peers import ServerInfo
 from shoal.policy.placement.joining import Placed
 from shoal.policy.placement.mover import Mover

@@ -1,4 +1,4 @@
-"""Where streams arrive: with the handler of the present blocks, or, while there are none, with one that answers pings."""
+"""Where streams arrive: with the handler of the present blocks, or with one that answers pings while there are none."""
 
 from __future__ import annotations
 
