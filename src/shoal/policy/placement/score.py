@@ -70,7 +70,8 @@ class Picture:
         """The bound does not depend on the placement: pass it on if it is known."""
         if bound is None:
             counts = np.bincount(fleet.kind, fleet.counts, len(fleet.kinds.longest))
-            bound = bound_of(fleet.kinds, counts, fleet.num_blocks)
+            # machines that cannot hold all blocks are still worth placing well
+            bound = bound_of(fleet.kinds, counts, fleet.num_blocks) or float(counts @ fleet.kinds.best) / fleet.num_blocks
         num_blocks, width = fleet.num_blocks, fleet.kinds.capacity.shape[1] - 1
         amounts = fleet.capacity * fleet.weights * fleet.counts
         cells = np.bincount(fleet.starts * (num_blocks + 1) + fleet.ends, amounts, (num_blocks + 1) ** 2)
