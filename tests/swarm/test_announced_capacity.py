@@ -29,6 +29,8 @@ from .tiny_models import NUM_BLOCKS, tiny_config, tiny_model
 
 pytestmark = pytest.mark.anyio
 
+WHOLE = Span(0, NUM_BLOCKS)
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +133,7 @@ async def test_neighbors_measure_their_networks_when_they_are_online(config: Ser
 # Which passes are timed.
 
 
-def timed(model_type: str, tmp_path: Path, *, num_pages: int, span: Span = Span(0, NUM_BLOCKS)) -> list[int]:
+def timed(model_type: str, tmp_path: Path, *, num_pages: int, span: Span = WHOLE) -> list[int]:
     """The sizes of the batches that are timed on a tiny model of a family."""
     model = tiny_model(tiny_config(model_type))
     model.save_pretrained(tmp_path / model_type)

@@ -44,7 +44,9 @@ TOKEN_BYTES = 4096
 
 
 def server(peer: str, *, zone: str = "", addresses: tuple[str, ...] = ()) -> ServerInfo:
-    return ServerInfo(peer, Span(0, 4), ServerState.ONLINE, "f", 1.0, 1.0, 1, "float32", "none", "1", addresses=addresses, zone=zone)
+    return ServerInfo(
+        peer, Span(0, 4), ServerState.ONLINE, "f", 1.0, 1.0, 1, "float32", "none", "1", addresses=addresses, zone=zone
+    )
 
 
 class Neighborhood:
@@ -54,7 +56,12 @@ class Neighborhood:
         self.network = MemoryNetwork()
 
     async def add(
-        self, name: str, *, up: float | None = None, down: float | None = None, answer: Callable[[Stream], Awaitable[None]] | None = None
+        self,
+        name: str,
+        *,
+        up: float | None = None,
+        down: float | None = None,
+        answer: Callable[[Stream], Awaitable[None]] | None = None,
     ) -> Node:
         node = self.network.node(name)
         self.network.limit(name, up=up, down=down)
@@ -126,7 +133,9 @@ def test_a_peer_that_is_gone_or_silent_helps_nothing_and_does_not_stop_anything(
     assert run(scene) == [(None, None)] * 2
 
 
-def monitor_of(node: Node, meter: Meter, *partners: ServerInfo, on_change: Callable[[], None] = lambda: None) -> NetworkMonitor:
+def monitor_of(
+    node: Node, meter: Meter, *partners: ServerInfo, on_change: Callable[[], None] = lambda: None
+) -> NetworkMonitor:
     return NetworkMonitor(
         node.transport, meter, token_bytes=TOKEN_BYTES, partners=lambda: partners, on_change=on_change
     )
@@ -148,7 +157,10 @@ def test_the_fastest_of_three_neighbors_tells_most_and_a_fourth_is_not_asked() -
             await node.transport.listen(note)
         seen: list[float | None] = []
         monitor = monitor_of(
-            me, meter, *map(server, ("slow", "quick", "middling", "fourth")), on_change=lambda: seen.append(monitor.speed)
+            me,
+            meter,
+            *map(server, ("slow", "quick", "middling", "fourth")),
+            on_change=lambda: seen.append(monitor.speed),
         )
         seen.append(monitor.speed)
         async with monitor.measuring():
@@ -356,7 +368,11 @@ def test_a_peer_that_sends_without_end_is_heard_for_its_budget_and_no_more() -> 
         for _ in range(100):
             asks = Transfer(sends=MAX_TRANSFER_BYTES)
             answers = await ask(mallory, (asks, None), (Filler(), filler))
-            kinds += [answer.kind for answer in answers if isinstance(answer, Failure | Filler) and (isinstance(answer, Failure) or answer.digest)]
+            kinds += [
+                answer.kind
+                for answer in answers
+                if isinstance(answer, Failure | Filler) and (isinstance(answer, Failure) or answer.digest)
+            ]
         return counted, kinds
 
     counted, kinds = run(scene)

@@ -127,7 +127,9 @@ def test_a_clock_that_jumped_tells_nothing() -> None:
     assert known_times("some weights") == LoadTimes()
 
 
-@pytest.mark.parametrize("damaged", [[], 7, {"read": "soon"}, {"read": -1.0}, {"read": 1e12}, {"quantize": float("nan")}])
+@pytest.mark.parametrize(
+    "damaged", [[], 7, {"read": "soon"}, {"read": -1.0}, {"read": 1e12}, {"quantize": float("nan")}]
+)
 def test_a_damaged_entry_on_disk_counts_for_nothing(damaged: object) -> None:
     disk_cache.store("seconds to load a block of some weights", damaged)
     assert known_times("some weights") == LoadTimes()

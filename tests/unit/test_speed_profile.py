@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_longer_span_is_never_faster_for_each_block(
 ) -> None:
     found = block_speeds(profile(*seconds), CacheRoom(free, block, token, beside), max_blocks)
     assert [length for length, _ in found] == sorted({length for length, _ in found})
-    for (_, shorter), (_, longer) in zip(found, found[1:], strict=False):
+    for (_, shorter), (_, longer) in itertools.pairwise(found):
         assert longer <= shorter * (1 + 1e-9)
 
 

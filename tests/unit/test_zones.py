@@ -26,9 +26,9 @@ def test_a_public_address_tells_the_network_of_its_provider() -> None:
 
 
 def test_a_public_address_counts_more_than_others_in_any_order() -> None:
-    assert {zone(*hosts) for hosts in (("192.168.1.7", "8.8.4.4"), ("8.8.4.4", "127.0.0.1"), ("8.8.4.4", "2a01::1"))} == {
-        "8.8.0.0/16"
-    }
+    assert {
+        zone(*hosts) for hosts in (("192.168.1.7", "8.8.4.4"), ("8.8.4.4", "127.0.0.1"), ("8.8.4.4", "2a01::1"))
+    } == {"8.8.0.0/16"}
 
 
 def test_a_local_network_is_told_apart_without_being_named() -> None:
@@ -49,12 +49,16 @@ def test_behind_relays_the_zone_is_unknown_because_many_homes_have_the_same_loca
     assert zone_of([address("8.8.4.4"), RELAYED]) == "8.8.0.0/16"
 
 
-@pytest.mark.parametrize("other", ["/memory/s0", "/dns4/example.org/tcp/1", "", "/", "nonsense", "/ip4/999.1.1.1/tcp/1"])
+@pytest.mark.parametrize(
+    "other", ["/memory/s0", "/dns4/example.org/tcp/1", "", "/", "nonsense", "/ip4/999.1.1.1/tcp/1"]
+)
 def test_other_addresses_tell_nothing(other: str) -> None:
     assert zone_of([other]) == zone_of([]) == ""
 
 
-@pytest.mark.parametrize("host", ["255.255.255.255", "8.8.4.4", "10.0.0.1", "ffff:ffff:ffff:ffff::1", "2a01:4f8::1", "fe80::1"])
+@pytest.mark.parametrize(
+    "host", ["255.255.255.255", "8.8.4.4", "10.0.0.1", "ffff:ffff:ffff:ffff::1", "2a01:4f8::1", "fe80::1"]
+)
 def test_every_zone_fits_into_a_record(host: str) -> None:
     limits = [each.max_length for each in Announcement.model_fields["zone"].metadata if hasattr(each, "max_length")]
     assert len(zone(host)) <= min(limits)

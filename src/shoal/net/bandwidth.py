@@ -64,9 +64,7 @@ async def measure_bandwidth(
         await stream.close()
 
 
-async def _rate(
-    transfer: Callable[[Stream, int], Awaitable[float]], stream: Stream, round_trip: float
-) -> float | None:
+async def _rate(transfer: Callable[[Stream, int], Awaitable[float]], stream: Stream, round_trip: float) -> float | None:
     """Bytes per second of the largest of several transfers that was completed."""
     rate = None
     with contextlib.suppress(StreamBroken, ProtocolViolation, NotGranted, TimeoutError):

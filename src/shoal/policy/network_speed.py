@@ -31,7 +31,7 @@ GAP_SECONDS = 0.1
 """Large frames that follow each other within this time are one bulk."""
 
 
-@dataclass@dataclass(frozen=True)
+@dataclass(frozen=True)
 class Seen:
     """What a bulk of large frames says of the network, in bytes per second: it is at least as fast as `at_least`.
 

@@ -1,10 +1,10 @@
 """Every message that peers exchange, typed, with its limits. It imports the ground only.
 
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
-The first message of a stream is `Open` for a session, `Forward`, `Backward` or `Norms` for single computations, a `Step`
-with a `link`, which one server pushes to the next, or a `Transfer`. `Adapter`s may come before the first four. Every
-header is parsed here before any other code sees it: an unknown kind, field or type, or a number beyond its limit, is
-refused.
+The first message of a stream is `Open` for a session, `Forward`, `Backward` or `Norms` for single computations, a
+`Step` with a `link`, which one server pushes to the next, or a `Transfer`. `Adapter`s may come before the first four.
+Every header is parsed here before any other code sees it: an unknown kind, field or type, or a number beyond its limit,
+is refused.
 """
 
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached

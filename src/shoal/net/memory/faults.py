@@ -73,7 +73,8 @@ class Faults:
 
     def limit(self, peer: str, *, up: float | None, down: float | None) -> None:
         """Let a peer send and receive only so many bytes per second; `None` is any number."""
-        for side, rate in (((peer, "up"), up), ((peer, "down"), down)):
+        sides: dict[Side, float | None] = {(peer, "up"): up, (peer, "down"): down}
+        for side, rate in sides.items():
             self._rates.pop(side, None)
             if rate is not None:
                 self._rates[side] = rate

@@ -54,7 +54,9 @@ class LoadTimes:
     download: float | None = None
 
     def __post_init__(self) -> None:
-        if any(each is not None and not 0 <= each <= LONGEST_SECONDS for each in (self.read, self.quantize, self.download)):
+        if any(
+            each is not None and not 0 <= each <= LONGEST_SECONDS for each in (self.read, self.quantize, self.download)
+        ):
             raise ValueError("no time that a load can take")
 
     def after(self, load: Load) -> LoadTimes:

@@ -32,7 +32,7 @@ class NetworkMonitor:
     """Keeps an estimate of a server's network while `measuring()` is entered.
 
     A token has `token_bytes` bytes on the wire. `partners` are the servers that could help to measure, best first.
-    `on_change` is called when the speed has changed by much.
+    `on_change` is called when the speed has changed by much. An earlier `estimate` may be taken over.
     """
 
     def __init__(
@@ -43,19 +43,20 @@ class NetworkMonitor:
         token_bytes: int,
         partners: Callable[[], Sequence[ServerInfo]],
         on_change: Callable[[], None] = lambda: None,
+        estimate: NetworkEstimate | None = None,
     ) -> None:
         self._transport = transport
         self._meter = meter
         self._token_bytes = token_bytes
         self._partners = partners
         self._on_change = on_change
-        self._estimate = NetworkEstimate()
+        self.estimate = estimate or NetworkEstimate()
         self._news = asyncio.Event()
 
     @property
     def speed(self) -> float | None:
         """Tokens per second in the slower direction; `None` while it is unknown."""
-        return self._estimate.tokens_per_second(self._token_bytes)
+        return self.estimate.tokens_per_second(self._token_bytes)
 
     @contextlib.asynccontextmanager
     async def measuring(self) -> AsyncIterator[None]:
@@ -71,7 +72,7 @@ class NetworkMonitor:
         clock = asyncio.get_running_loop().time
         while True:
             self._news.clear()
-            if (wait := self._estimate.due - clock()) > 0:
+            if (wait := self.estimate.due - clock()) > 0:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await self._news.wait()
@@ -89,17 +90,17 @@ class NetworkMonitor:
 
     async def _measure(self, partners: Sequence[ServerInfo]) -> None:
         found = [await measure_bandwidth(self._transport, each.peer, each.addresses) for each in partners]
-        self._set(self._estimate.after_measuring(found, now=asyncio.get_running_loop().time()))
-        up, down = self._estimate.up, self._estimate.down
+        self._set(self.estimate.after_measuring(found, now=asyncio.get_running_loop().time()))
+        up, down = self.estimate.up, self.estimate.down
         log.info("the network: %s up, %s down, by %d servers", _shown(up), _shown(down), len(partners))
 
     def _learn(self, direction: Direction, seen: Seen) -> None:
-        self._set(self._estimate.after_traffic(direction, seen, now=asyncio.get_running_loop().time()))
+        self._set(self.estimate.after_traffic(direction, seen, now=asyncio.get_running_loop().time()))
         self._news.set()
 
     def _set(self, estimate: NetworkEstimate) -> None:
         before = self.speed
-        self._estimate = estimate
+        self.estimate = estimate
         now = self.speed
         if now is not None and (before is None or not before / NOTICEABLE < now < before * NOTICEABLE):
             self._on_change()

@@ -20,7 +20,7 @@ from shoal.server.throughput import known_profile
 from shoal.spans import Span
 
 UNKNOWN_SECONDS = 1.0
-"""The time that a block is assumed to take to load before the first load: as others assume of a server that says none."""
+"""The time that a block is assumed to take before the first load, as others assume of a server that says none."""
 
 
 @dataclass(frozen=True)

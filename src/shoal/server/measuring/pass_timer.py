@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -75,8 +76,8 @@ class PassTimer:
             if size > 1 and self._num_pages < 2 * size:
                 return
             past = min(BATCH_PAST_TOKENS, (self._num_pages - size) * PAGE_TOKENS)
-            self._run(self._batch(self._body.span, size, past, is_first=True))
-            runs = self._runs(lambda span, size=size, past=past: self._batch(span, size, past), BATCH_REPEATS)
+            self._run(self._batch(self._body.span, size=size, num_computed_tokens=past, is_first=True))
+            runs = self._runs(functools.partial(self._batch, size=size, num_computed_tokens=past), BATCH_REPEATS)
             yield size, runs
             seconds = statistics.median(runs.whole.seconds)
             spent += seconds * (BATCH_REPEATS + 1)
@@ -98,10 +99,8 @@ class PassTimer:
     def _run(self, chunks: list[Chunk]) -> float:
         self._check()
         start = time.perf_counter()
-        for output in self._compute(chunks):
-            if isinstance(output, Exception):
-                raise output
-        output.cpu()  # waits for the device
+        *_, last = [_unless_it_failed(output) for output in self._compute(chunks)]
+        last.cpu()  # waits for the device
         return time.perf_counter() - start
 
     def _chunk(self, span: Span, num_computed_tokens: int, num_tokens: int) -> Chunk:
@@ -124,7 +123,7 @@ class PassTimer:
             cache=cache,
         )
 
-    def _batch(self, span: Span, size: int, num_computed_tokens: int, *, is_first: bool = False) -> list[Chunk]:
+    def _batch(self, span: Span, *, size: int, num_computed_tokens: int, is_first: bool = False) -> list[Chunk]:
         """The next token of each of several sessions, which write into pages of their own and share pages to read.
 
         The pages are cleared before the first pass: they may hold anything.
@@ -151,3 +150,9 @@ class PassTimer:
         backbone = self._body.backbone
         generator = torch.Generator().manual_seed(0)
         return torch.randn(1, num_tokens, backbone.config.hidden_size, generator=generator).to(backbone.dtype)
+
+
+def _unless_it_failed(output: torch.Tensor | Exception) -> torch.Tensor:
+    if isinstance(output, Exception):
+        raise output
+    return output

@@ -80,6 +80,7 @@ class Portrait:
             token_bytes=token_bytes,
             partners=lambda: in_order(neighbors.servers, zone=self._zone) if is_ready() else (),
             on_change=on_change,
+            estimate=None if self._network is None else self._network.estimate,
         )
         return self._network.measuring()
 
