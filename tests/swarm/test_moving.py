@@ -121,9 +121,9 @@ def test_the_only_holder_of_blocks_dies_another_server_takes_them_and_all_client
             assert town.num_moves == 1
             assert len(town.holders(LAST)) == 1
 
-        talks = [client.talk(120, seed=seed, seconds_each=0.05) for seed, client in enumerate(clients)]
+        talks = [client.talk(50, seed=seed, seconds_each=0.05) for seed, client in enumerate(clients)]
         await together(*talks, strike())
-        assert all(client.num_tokens == 120 for client in clients)
+        assert all(client.num_tokens == 50 for client in clients)
         for client in clients:
             client.check_streams()
 
@@ -192,7 +192,7 @@ def test_a_server_that_moves_hands_its_sessions_over_and_no_client_loses_a_token
             wanted["m"] = LAST
             await town.until(lambda: town.members["m"].span == LAST)
 
-        talks = [client.talk(300, seed=seed, seconds_each=0.1) for seed, client in enumerate(clients)]
+        talks = [client.talk(60, seed=seed, seconds_each=0.5) for seed, client in enumerate(clients)]
         await together(*talks, strike())
         assert town.num_moves == 1
         assert town.members["m"].moves[0][1].reason == "the test says so"
@@ -355,7 +355,7 @@ def test_a_server_that_cannot_load_its_new_blocks_goes_back_and_does_not_try_aga
         await settle_one(town)
         client = town.client()
         wanted["m"] = LAST
-        await together(client.talk(100, seconds_each=0.3), town.until(lambda: bool(tried)))
+        await together(client.talk(40, seconds_each=0.5), town.until(lambda: bool(tried)))
         await town.until(lambda: town.infos["m"].state is ServerState.ONLINE)
         assert town.infos["m"].span == FIRST
         assert town.infos["m"].reason.startswith("back from 2:4")
@@ -439,7 +439,7 @@ def test_the_memory_of_the_old_blocks_is_free_before_the_new_ones_are_loaded(
         client = town.client()
         for after in (LAST, FIRST):
             wanted["m"] = after
-            talks = (client.talk(60, seconds_each=0.2), training(town.client()))
+            talks = (client.talk(30, seconds_each=0.5), training(town.client()))
             await together(*talks, town.until(lambda after=after: town.members["m"].span == after))  # type: ignore[misc]
 
     with caplog.at_level(logging.WARNING):

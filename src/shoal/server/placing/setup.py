@@ -122,10 +122,10 @@ async def check_identity(node: Node, view: SwarmView) -> None:
 
 
 def base_info(config: ServerConfig, node: Node, setup: Setup) -> ServerInfo:
-    """What a server announces whatever it is doing. Its span and its state are not known yet."""
+    """What a server announces whatever it is doing. Its span and its state are yet to be chosen."""
     return ServerInfo(
         peer=node.transport.peer,
-        span=Span(0, setup.model.num_blocks),
+        span=Span(0, 1),
         state=ServerState.JOINING,
         fingerprint=setup.fingerprint,
         decode_speed=None,
