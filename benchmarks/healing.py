@@ -55,7 +55,7 @@ GOAL_SECONDS = 5.0
 """A gap may take this much longer than loading takes."""
 START_SECONDS = 180.0
 NEAR_TIE = 1e-2
-"""Two logits that are closer than this could be swapped by rounding. Prompts that lead to such a choice are left out."""
+"""Two logits that are closer than this could be swapped by rounding. Prompts that lead to such a choice are unused."""
 OPTIONS = ("--dtype", "float32", "--host", "127.0.0.1", "--device", "cpu", "--cache-tokens", "4096")
 
 

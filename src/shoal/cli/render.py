@@ -213,7 +213,7 @@ def _verdict(view: SwarmView) -> Text:
 
 
 def _reasons(view: SwarmView, now: float) -> Iterator[Text]:
-    """Why servers took their blocks, and when those that load will be ready: a line for each, the loading ones first."""
+    """Why servers took their blocks, and when those that load will be ready: a line for each, those that load first."""
     told = [each for each in _in_order(view) if each.state is not ServerState.LEAVING and _tells(each)]
     told.sort(key=lambda server: server.state is not ServerState.JOINING)
     for server in told[:MAX_REASONS]:
