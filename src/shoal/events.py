@@ -126,6 +126,8 @@ class BlocksChanged:
 
     before: Span | None
     now: Span | None
+    reason: str = ""
+    """Why it took these blocks, or let them go."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,8 @@ class LogObserver:
                 log.debug("a session of %s ended after %d tokens", model, num_tokens)
             case PassComputed(num_requests=num_requests, num_tokens=num_tokens, seconds=seconds):
                 log.debug("%d requests, %d tokens: %.3g s", num_requests, num_tokens, seconds)
-            case BlocksChanged(before=before, now=now):
-                log.info("blocks %s, before: %s", now, before)
+            case BlocksChanged(before=before, now=now, reason=reason):
+                log.info("blocks %s, before: %s; %s", now, before, reason)
             case AdapterStored(peer=peer, name=name, num_bytes=num_bytes):
                 log.info("adapter %s of %s stored, %d bytes", name, peer, num_bytes)
 

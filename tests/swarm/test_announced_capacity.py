@@ -16,10 +16,12 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
 from shoal.net.records import Announcement
 from shoal.peers import Capacity, ModelInfo, ServerInfo, ServerState
+from shoal.policy.view import SwarmView
 from shoal.server.config import ServerConfig
 from shoal.server.kv.batch import PackedPass, SequentialPass
 from shoal.server.kv.paged_cache import PagedCache, key_value_shapes
 from shoal.server.measuring.pass_timer import BATCH_SIZES, PassTimer
+from shoal.server.placing.description import assumed_capacity
 from shoal.server.server import serve
 from shoal.spans import Span
 
@@ -61,15 +63,23 @@ async def announced(config: ServerConfig) -> list[ServerInfo]:
     return found
 
 
+async def joining_and_online(config: ServerConfig) -> tuple[ServerInfo, ServerInfo]:
+    """What a server announces last while it loads, and first when it serves."""
+    found = await announced(config)
+    states = [info.state for info in found]
+    index = states.index(ServerState.ONLINE)
+    assert set(states[:index]) == {ServerState.JOINING}
+    return found[index - 1], found[index]
+
+
 def capacity_of(info: ServerInfo) -> Capacity:
     assert info.capacity is not None
     return info.capacity
 
 
 async def test_a_server_announces_how_fast_it_would_be_with_each_length_of_span(config: ServerConfig) -> None:
-    _, online, *_ = await announced(config)
+    _, online = await joining_and_online(config)
     capacity = capacity_of(online)
-    assert online.state is ServerState.ONLINE
     assert capacity.max_blocks == 4
     assert [length for length, _ in capacity.block_speeds][:: len(capacity.block_speeds) - 1] == [1, 4]
     assert online.decode_speed is not None
@@ -80,19 +90,18 @@ async def test_a_server_announces_how_fast_it_would_be_with_each_length_of_span(
 
 
 async def test_the_options_of_a_server_bound_what_it_announces(config: ServerConfig) -> None:
-    _, bounded, *_ = await announced(replace(config, num_blocks=2))
+    _, bounded = await joining_and_online(replace(config, num_blocks=2))
     assert (capacity_of(bounded).max_blocks, bounded.pinned) == (2, False)
     assert capacity_of(bounded).block_speeds[-1][0] == 2
-    _, pinned, *_ = await announced(replace(config, blocks=Span(1, 4)))
+    _, pinned = await joining_and_online(replace(config, blocks=Span(1, 4)))
     assert (capacity_of(pinned).max_blocks, pinned.pinned) == (3, True)
 
 
 async def test_a_server_that_starts_again_announces_what_it_knows_while_it_loads(config: ServerConfig) -> None:
     before = time.time()
-    joining, first, *_ = await announced(config)
-    assert (joining.state, joining.capacity, joining.ready_at) == (ServerState.JOINING, None, None)
-    joining, second, *_ = await announced(config)
-    assert joining.state is ServerState.JOINING
+    joining, first = await joining_and_online(config)
+    assert capacity_of(joining) == assumed_capacity(4, SwarmView(4))
+    joining, second = await joining_and_online(config)
     known, now = capacity_of(joining), capacity_of(first)
     assert known.max_blocks == now.max_blocks
     assert (known.disk_seconds, known.on_disk) == (now.disk_seconds, now.on_disk)

@@ -31,8 +31,7 @@ from shoal.model.linear.packed_linear import FrozenLinear
 from shoal.model.linear.quantization import Quantization, dequantized_bytes, quantizable_weights
 from shoal.model.loading import load_body
 from shoal.model.weights.checkpoint import Checkpoint
-from shoal.policy.view import SwarmView
-from shoal.server.capacity import choose_blocks
+from shoal.server.capacity import max_num_blocks
 from shoal.server.config import ServerConfig
 from shoal.spans import Span
 
@@ -254,7 +253,7 @@ def test_more_quantized_blocks_fit(
 
     def num_blocks(quantization: str) -> int:
         options = ServerConfig(model="", quantization=quantization)
-        return len(choose_blocks(options, checkpoint, SwarmView(12, ()), torch.float32, torch.device("cpu")))
+        return max_num_blocks(options, checkpoint, torch.float32, torch.device("cpu"))
 
     assert num_blocks("none") == 1
     assert num_blocks(kind) >= more_blocks

@@ -114,3 +114,28 @@ def test_a_directory_that_does_not_answer_is_logged_once_and_so_is_its_return(ca
         "the server can announce again",
         "the server could not announce",
     ]
+
+
+def test_after_the_server_has_left_nothing_more_is_announced() -> None:
+    table = Table()
+
+    async def leave() -> None:
+        async with announcer_of(table).announcing() as announcer:
+            assert await announcer.announce_now()
+            await announcer.leave()
+            assert not await announcer.announce_now()
+
+    virtual_time.run(leave())
+    assert table.states == [ServerState.JOINING, ServerState.JOINING, ServerState.LEAVING]
+
+
+def test_the_server_is_told_whether_the_directory_took_its_announcement() -> None:
+    table = Table()
+
+    async def announce() -> None:
+        async with announcer_of(table).announcing() as announcer:
+            for answers in True, False, True:
+                table.answers = answers
+                assert await announcer.announce_now() == answers
+
+    virtual_time.run(announce())

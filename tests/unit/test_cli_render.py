@@ -10,7 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from shoal.cli.render import render, render_route
+from shoal.cli.render import MAX_REASONS, render, render_route
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.routing.route import Measured, Needs, Route, choose_route
 from shoal.policy.view import SwarmView
@@ -35,9 +35,9 @@ def server(name: str, span: str, state: ServerState = ServerState.ONLINE) -> Ser
     )
 
 
-def shown(*servers: ServerInfo, model: ModelInfo = MODEL, width: int = 80) -> str:
+def shown(*servers: ServerInfo, model: ModelInfo = MODEL, width: int = 80, now: float = 0.0) -> str:
     out = Console(file=io.StringIO(), width=width)
-    for part in render(model, SwarmView(model.num_blocks, servers), width=width):
+    for part in render(model, SwarmView(model.num_blocks, servers), width=width, now=now):
         out.print(part)
     return out.file.getvalue()
 
@@ -182,3 +182,28 @@ def test_the_output_fits_into_eighty_columns(num_blocks):
     assert "online" in text
     assert f"0:{num_blocks}" in text
     assert "complete" in text
+
+
+def test_status_says_why_servers_took_their_blocks_and_when_those_that_load_will_be_ready():
+    moved = replace(server("a", "0:4"), reason="blocks 0:4 have no server")
+    loading = replace(server("b", "4:8", ServerState.JOINING), ready_at=130.0, reason="blocks 4:8 carry 3 tokens/s")
+    given = replace(server("c", "0:8"), reason="its operator chose them", pinned=True)
+    lines = shown(moved, loading, given, now=100.0).splitlines()
+    assert lines[-2:] == [
+        "b loads 4:8, ready in 30 s: blocks 4:8 carry 3 tokens/s",
+        "a serves 0:4: blocks 0:4 have no server",
+    ]
+    assert not any("its operator" in line for line in lines)
+
+
+@pytest.mark.parametrize(("seconds", "when"), [(-5.0, "at any moment"), (90.0, "in 90 s"), (600.0, "in 10 min")])
+def test_a_server_that_loads_given_blocks_says_when_it_will_be_ready(seconds: float, when: str):
+    loading = replace(server("b", "4:8", ServerState.JOINING), ready_at=1000.0 + seconds, pinned=True)
+    assert shown(loading, now=1000.0).splitlines()[-1] == f"b loads 4:8, ready {when}"
+
+
+def test_of_many_reasons_some_are_shown():
+    servers = [replace(server(f"s{index:02}", "0:8"), reason="blocks 0:8 have no server") for index in range(30)]
+    lines = shown(*servers).splitlines()
+    assert sum("have no server" in line for line in lines) == MAX_REASONS
+    assert lines[-1] == f"and {30 - MAX_REASONS} more (see --json)"

@@ -20,7 +20,8 @@ from shoal.net.records import Announcement
 from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import ModelInfo, ServerState
 from shoal.server.config import ServerConfig
-from shoal.server.server import model_info, serve
+from shoal.server.placing.setup import model_info
+from shoal.server.server import serve
 from shoal.spans import Span
 
 from .test_routing import server

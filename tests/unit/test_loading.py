@@ -94,7 +94,7 @@ async def test_a_server_that_is_told_to_stop_while_it_loads_says_goodbye_at_once
             stopped.append(type(error))
             raise
 
-    monkeypatch.setattr("shoal.server.server.load_body", load)
+    monkeypatch.setattr("shoal.server.placing.loaded_span.load_body", load)
     config = ServerConfig(model=str(STORIES), blocks=Span(0, 12), dtype="float32")
 
     async def hold() -> None:
@@ -149,8 +149,8 @@ async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypat
         watches.append(Watch(*arguments, **options))
         return watches[0]
 
-    monkeypatch.setattr("shoal.server.server.Watch", watch)
-    monkeypatch.setattr("shoal.server.server.profile_of", measured)
+    monkeypatch.setattr("shoal.server.placing.loaded_span.Watch", watch)
+    monkeypatch.setattr("shoal.server.placing.loaded_span.profile_of", measured)
     config = ServerConfig(model=str(STORIES), blocks=Span(0, 1), dtype="float32", cache_tokens=64)
     network, announced = MemoryNetwork(), asyncio.Event()
     publish = network.publish

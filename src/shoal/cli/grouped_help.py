@@ -8,7 +8,10 @@ import typer.core
 
 GROUPS = {
     "Swarm": {"new_swarm", "initial_peers"},
-    "Model": {"blocks", "num_blocks", "adapter", "serve_head", "revision", "allow_uncertified"},
+    "Model": {
+        *("blocks", "num_blocks", "placement", "move"),
+        *("adapter", "serve_head", "revision", "allow_uncertified"),
+    },
     "Text": {"max_new_tokens", "temperature", "top_p", "top_k", "seed", "num_beams", "system", "max_length"},
     "Computation": {"device", "threads", "dtype", "quantization", "remote_head", "head_quantization"},
     "Cache and training": {

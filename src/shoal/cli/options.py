@@ -66,6 +66,11 @@ class Scheduling(StrEnum):
     first_come = "first-come"
 
 
+class Placement(StrEnum):
+    graded = "graded"
+    petals = "petals"
+
+
 class Quantization(StrEnum):
     none = "none"
     int8 = "int8"

@@ -26,6 +26,8 @@ MAX_BAR, MIN_BAR = 32, 8
 """Cells of the bar that shows where in the model a server's blocks are."""
 MAX_NAME, SHORT_NAME = 16, 10
 """Cells of a server's name, and where the terminal is narrow."""
+MAX_REASONS = 8
+"""Lines about why servers took their blocks."""
 GAP = 2
 """Empty cells between two columns."""
 BAR = "bar"
@@ -53,8 +55,8 @@ _USUALLY_EMPTY: dict[str, Callable[[ServerInfo], str]] = {
 }
 
 
-def render(model: ModelInfo, view: SwarmView, *, width: int) -> Iterator[RenderableType]:
-    """One model of the swarm and its servers, for a terminal of `width` cells."""
+def render(model: ModelInfo, view: SwarmView, *, width: int, now: float = 0.0) -> Iterator[RenderableType]:
+    """One model of the swarm and its servers, for a terminal of `width` cells, at the Unix time `now`."""
     online = view.online()
     yield Text.assemble((model.name, "bold"), f"  {model.num_blocks} blocks, {model.family}  ", (model.key, "dim"))
     if not view.servers:
@@ -72,6 +74,7 @@ def render(model: ModelInfo, view: SwarmView, *, width: int) -> Iterator[Rendera
         yield Text(f"hidden in this width: {', '.join(left_out)} (see --json)", style="dim")
     yield _coverage(online)
     yield _verdict(view)
+    yield from _reasons(view, now)
     if (found := mixture(view.servers)) is not None:
         yield Text(f"servers with equal weights use different dtypes: {found}", style="yellow")
 
@@ -207,6 +210,31 @@ def _verdict(view: SwarmView) -> Text:
     if loading := sorted(set(missing) - set(joining.missing())):
         text.append(f" ({format_blocks(loading)} loading)", style="yellow")
     return text
+
+
+def _reasons(view: SwarmView, now: float) -> Iterator[Text]:
+    """Why servers took their blocks, and when those that load will be ready: a line for each, those that load first."""
+    told = [each for each in _in_order(view) if each.state is not ServerState.LEAVING and _tells(each)]
+    told.sort(key=lambda server: server.state is not ServerState.JOINING)
+    for server in told[:MAX_REASONS]:
+        does = "serves" if server.state is ServerState.ONLINE else "loads"
+        line = Text(f"{shortened(server.name or server.peer[-6:], MAX_NAME)} {does} {server.span}", style="dim")
+        if server.state is ServerState.JOINING and server.ready_at is not None:
+            line.append(f", ready {_when(server.ready_at - now)}", style="yellow")
+        if server.reason:
+            line.append(f": {server.reason}")
+        yield line
+    if len(told) > MAX_REASONS:
+        yield Text(f"and {len(told) - MAX_REASONS} more (see --json)", style="dim")
+
+
+def _tells(server: ServerInfo) -> bool:
+    is_loading = server.state is ServerState.JOINING and server.ready_at is not None
+    return is_loading or bool(server.reason and not server.pinned)
+
+
+def _when(seconds: float) -> str:
+    return "at any moment" if seconds < 1 else f"in {seconds:.0f} s" if seconds < 120 else f"in {seconds / 60:.0f} min"
 
 
 def _short(number: int) -> str:

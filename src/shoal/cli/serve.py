@@ -42,13 +42,24 @@ def command(
     blocks: Annotated[
         str | None,
         typer.Option(
-            metavar="START:END", help="Serve these blocks, such as 0:8. Default: those that the swarm needs most."
+            metavar="START:END",
+            help="Serve these blocks, such as 0:8, and no others. Default: those that the swarm needs most.",
         ),
     ] = None,
     num_blocks: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Serve this many blocks. Default: as many as fit into memory."),
+        typer.Option(min=1, metavar="N", help="Serve at most this many blocks. Default: as many as fit into memory."),
     ] = None,
+    placement: Annotated[
+        options.Placement,
+        typer.Option(metavar="RULE", help="How blocks are chosen: graded, or petals, the rule of PETALS."),
+    ] = options.Placement.graded,
+    move: Annotated[
+        bool,
+        typer.Option(
+            "--move/--no-move", help="Go to other blocks when the swarm needs them more. With --blocks, it never does."
+        ),
+    ] = True,
     device: Annotated[
         options.Device,
         typer.Option(metavar="DEVICE", help="Compute on cpu, cuda or mps (untested). auto: cuda if there is a GPU."),
@@ -195,6 +206,8 @@ def command(
             revision=revision,
             blocks=span,
             num_blocks=num_blocks,
+            placement="petals" if placement is options.Placement.petals else "graded",
+            move=move,
             device=choose_device(device.value).type,
             num_threads=threads or torch.get_num_threads(),
             dtype=dtype.value,
@@ -227,17 +240,22 @@ async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
     from shoal.server.server import serve
     from shoal.server.startup_progress import Phase, Progress
 
+    is_up = False
+
     def show(progress: Progress) -> None:
         # Hashing and downloading draw their own progress bars.
         is_local = Path(config.model).expanduser().is_dir()
         draws = progress.phase is Phase.FINGERPRINTING or (progress == Progress(Phase.LOADING) and not is_local)
         reporter.show(progress.phase, step=progress.step, spin=not draws)
+        if is_up and progress.phase is Phase.ANNOUNCING:  # a change of blocks is done
+            reporter.stop()
 
     with waiting("Joining the swarm" if network.initial_peers else "Starting the network") as reporter:
         reminding = asyncio.create_task(_remind(reporter))
         try:
             async with join(network) as node, serve(config, node, report=show) as server:
                 reporter.stop()
+                is_up = True
                 print(describe(server, config), flush=True)
                 await asyncio.Event().wait()
         finally:
@@ -256,6 +274,7 @@ def describe(server: Server, config: ServerConfig) -> str:
     facts = [
         ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
         ("blocks", f"{info.span} and the output head" if info.head else str(info.span)),
+        *([("because", info.reason)] if config.blocks is None and info.reason else []),
         ("dtype", f"{info.dtype} on {config.device}"),
         *([("quantized", info.quantization)] if info.quantization != "none" else []),
         ("decoding", f"{tokens_per_second(info.decode_speed)} through these blocks"),

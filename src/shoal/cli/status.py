@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -111,7 +112,7 @@ def _show(found: Sequence[ModelStatus], *, route: bool) -> None:
     for number, status in enumerate(found):
         if number:
             stdout.print()
-        for part in render(status.model, status.view, width=stdout.width):
+        for part in render(status.model, status.view, width=stdout.width, now=time.time()):
             stdout.print(part)
         if route:
             stdout.print()

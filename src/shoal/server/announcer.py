@@ -46,10 +46,21 @@ class Announcer:
             finally:
                 await self.leave()
 
+    def describe_by(self, describe: Callable[[], ServerInfo]) -> None:
+        """Announce what `describe` returns, from the next time on."""
+        self._describe = describe
+
     async def set_description(self, describe: Callable[[], ServerInfo]) -> None:
         """Announce what `describe` returns, now and at each renewal."""
-        self._describe = describe
-        await self._announce(describe())
+        self.describe_by(describe)
+        await self.announce_now()
+
+    async def announce_now(self) -> bool:
+        """Announce the server as it is now, unless it has left. Returns whether the directory took it.
+
+        If the directory did not, the next renewal tries again.
+        """
+        return self._renewals is not None and await self._announce(self._describe())
 
     def announce_soon(self) -> None:
         """Renew the record without waiting for the next interval."""
@@ -76,7 +87,7 @@ class Announcer:
             self._renew_now.clear()
             await self._announce(self._describe())
 
-    async def _announce(self, info: ServerInfo) -> None:
+    async def _announce(self, info: ServerInfo) -> bool:
         async with self._announcing:  # the directory refuses a record that is older than the one it has
             try:
                 await self._directory.announce(self._model, info, lifetime=RENEWALS_PER_LIFETIME * self._every_seconds)
@@ -84,7 +95,9 @@ class Announcer:
                 level = logging.DEBUG if self._is_cut_off else logging.WARNING
                 log.log(level, "the server could not announce that it is %s: %s", info.state, failure)
                 self._is_cut_off = True
+                return False
             else:
                 if self._is_cut_off:
                     log.warning("the server can announce again that it is %s", info.state)
                 self._is_cut_off = False
+                return True

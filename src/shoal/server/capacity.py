@@ -22,12 +22,10 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.safetensors_file import TensorInfo
 from shoal.policy.dtypes import swarm_dtype
 from shoal.policy.placement.max_blocks import cache_tokens, choose_num_blocks
-from shoal.policy.placement.petals import choose_span
 from shoal.policy.view import SwarmView
 from shoal.server.config import ServerConfig
 from shoal.server.kv.paged_cache import KeyValueShape
 from shoal.server.kv.pages import pages_for
-from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
@@ -55,29 +53,26 @@ def check_blocks(config: ServerConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def choose_blocks(
-    config: ServerConfig, checkpoint: Checkpoint, view: SwarmView, dtype: torch.dtype, device: torch.device
-) -> Span:
-    """The configured blocks, or the span that helps the swarm most and fits into memory.
+def max_num_blocks(config: ServerConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
+    """The most blocks that a server holds: as the config says, or as many as fit into memory.
 
     Raises `UserError` if not even one block fits.
     """
     if config.blocks is not None:
-        return config.blocks
+        return len(config.blocks)
+    if config.num_blocks is not None:
+        return config.num_blocks
     memory = memory_for_blocks(config, checkpoint, dtype, free_memory(device))
     sizes = block_bytes(checkpoint, dtype, device, choose_quantization(config.quantization))
-    num_blocks = most_blocks(config, sizes, memory)
+    num_blocks = choose_num_blocks(memory, sizes)
     if num_blocks == 0:
         largest = max(sizes)
         raise UserError(
             f"a block of {checkpoint.name} takes {largest / 2**30:.1f} GiB and {memory / 2**30:.1f} GiB are free",
             hint="free some memory, or choose the number yourself: --num-blocks 1",
         )
-    span = choose_span(view.throughput(), num_blocks=num_blocks)
-    log.info("the server takes blocks %s of %d: %.1f GiB are free", span, checkpoint.num_blocks, memory / 2**30)
-    if config.serve_head and span.end < checkpoint.num_blocks:
-        log.warning("the server does not serve the output head: other blocks than the last are needed more")
-    return span
+    log.info("up to %d of %d blocks: %.1f GiB are free", num_blocks, checkpoint.num_blocks, memory / 2**30)
+    return num_blocks
 
 
 def memory_for_blocks(config: ServerConfig, checkpoint: Checkpoint, dtype: torch.dtype, free_bytes: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from shoal.events import Observer
 from shoal.policy.pass_rules import DEFAULT_RULE
+from shoal.policy.placement.joining import Rule
 from shoal.server.engine.engine_limits import Limits
 from shoal.spans import Span
 
@@ -19,9 +20,16 @@ class ServerConfig:
     revision: str | None = None
     """The branch, tag or commit of a Hugging Face model; `None` is the default branch."""
     blocks: Span | None = None
-    """The blocks to serve; `None` is those that help the swarm most."""
+    """The blocks to serve, always; `None` is those that help the swarm most."""
     num_blocks: int | None = None
-    """How many blocks to serve if `blocks` is `None`; `None` is as many as fit into memory."""
+    """The most blocks to hold if `blocks` is `None`; `None` is as many as fit into memory.
+
+    The server may take fewer where that helps the swarm more. It does not check whether so many fit into memory.
+    """
+    placement: Rule = "graded"
+    """The rule by which it chooses blocks that it is not given: "graded", or "petals", which is PETALS'."""
+    move: bool = True
+    """Go to other blocks when the swarm needs them more. Servers that are given `blocks` never do."""
     device: str = "cpu"
     """"cpu", "cuda" or "mps"; "auto" is the GPU if this machine has one that PyTorch's CUDA can use."""
     num_threads: int | None = None
@@ -63,3 +71,8 @@ class ServerConfig:
     """Measure the network with some MiB to and from other servers, and again when sessions show something else."""
     observers: tuple[Observer, ...] = ()
     """Functions that are called with every event of this server (`shoal.events`)."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether the server may change its blocks."""
+        return self.blocks is None and self.move

@@ -14,7 +14,7 @@ from shoal.net.ping import measure_round_trips
 from shoal.net.transport import Node
 from shoal.peers import MAX_NEIGHBORS, ModelInfo, ServerInfo, short
 from shoal.policy.dtypes import mixture
-from shoal.policy.nearest import choose_neighbors
+from shoal.policy.nearest import choose_neighbors, may_be_next
 from shoal.policy.routing.latency import average_round_trip
 from shoal.policy.view import SwarmView
 
@@ -25,26 +25,28 @@ class NeighborMonitor:
     """Measures the round trips to a server's neighbors, one round every `every_seconds` seconds.
 
     `round_trips` is what the server announces: the short peer ids and seconds of the nearest `MAX_NEIGHBORS`.
-    `on_new` is called when a round adds a neighbor to them. `servers` are all other servers that are online, nearest
-    first.
+    `servers` are all other servers that are online, the nearest first. `describe` says what the server is at present.
+    `on_new` is called when a round adds a neighbor, and `on_view` with each view of the swarm that is read.
     """
 
     def __init__(
         self,
         node: Node,
         model: ModelInfo,
-        server: ServerInfo,
+        describe: Callable[[], ServerInfo],
         *,
         every_seconds: float,
         on_new: Callable[[], None] = lambda: None,
+        on_view: Callable[[SwarmView], None] = lambda view: None,
     ) -> None:
         self.round_trips: tuple[tuple[str, float], ...] = ()
         self.servers: tuple[ServerInfo, ...] = ()
         self._node = node
         self._model = model
-        self._server = server
+        self._describe = describe
         self._every_seconds = every_seconds
         self._on_new = on_new
+        self._on_view = on_view
         self._known: dict[str, float] = {}  # round trips in seconds, by peer id
         self._mixture: str | None = None
         self._silent: set[str] = set()  # peers that did not answer
@@ -65,11 +67,14 @@ class NeighborMonitor:
     async def measure(self) -> None:
         """Measure one round. Raises `SwarmError` if the directory does not answer."""
         view = SwarmView(self._model.num_blocks, await self._node.directory.servers(self._model))
-        self._warn_of_mixture(view)
-        for peer in self._known.keys() - {server.peer for server in view.online().servers}:
+        self._on_view(view)
+        own = self._describe()
+        self._warn_of_mixture(view, own)
+        others = {server.peer for server in view.online().servers if may_be_next(own, server)}
+        for peer in self._known.keys() - others:  # they left, or they or this server took other blocks
             del self._known[peer]
         self._silent &= {server.peer for server in view.servers}
-        chosen = choose_neighbors(view, self._server, self._known, self._rng, self._silent)
+        chosen = choose_neighbors(view, own, self._known, self._rng, self._silent)
         for peer, seconds in (await measure_round_trips(self._node.transport, chosen)).items():
             if seconds is None:
                 self._known.pop(peer, None)
@@ -77,9 +82,9 @@ class NeighborMonitor:
             else:
                 self._silent.discard(peer)
                 self._known[peer] = average_round_trip(self._known.get(peer), seconds)
-        others = [each for each in view.online().servers if each.peer != self._server.peer]
-        self._rng.shuffle(others)
-        self.servers = tuple(sorted(others, key=lambda each: self._known.get(each.peer, float("inf"))))
+        online = [each for each in view.online().servers if each.peer != own.peer]
+        self._rng.shuffle(online)
+        self.servers = tuple(sorted(online, key=lambda each: self._known.get(each.peer, float("inf"))))
         known = self._known
         before = {peer for peer, _ in self.round_trips}
         self.round_trips = tuple((short(peer), known[peer]) for peer in sorted(known, key=known.__getitem__))[
@@ -88,10 +93,10 @@ class NeighborMonitor:
         if {peer for peer, _ in self.round_trips} - before:
             self._on_new()
 
-    def _warn_of_mixture(self, view: SwarmView) -> None:
+    def _warn_of_mixture(self, view: SwarmView, own: ServerInfo) -> None:
         """Log which servers of these weights compute in which dtype, if they differ, and again when that changes."""
-        others = view.only(lambda each: each.peer != self._server.peer and each.fingerprint == self._server.fingerprint)
-        found = mixture([*others.servers, self._server])
+        others = view.only(lambda each: each.peer != own.peer and each.fingerprint == own.fingerprint)
+        found = mixture([*others.servers, own])
         if found is not None and found != self._mixture:
             log.warning("servers of this model compute differently: %s", found)
         self._mixture = found

@@ -51,6 +51,11 @@ def leaving() -> Refused:
     return Refused(Failure(code="leaving", reason="this server is going away"))
 
 
+def moving() -> Refused:
+    """The server goes to other blocks, or has just none."""
+    return misrouted("this server is changing its blocks")
+
+
 def failure_of(error: Exception) -> Failure:
     """What the client is told about an exception: of an unexpected one only its type."""
     match error:

@@ -26,7 +26,10 @@ from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor
 from shoal.server.kv.batch import PackedPass
 from shoal.server.kv.paged_cache import PagedCache
-from shoal.server.server import answering
+from shoal.server.neighbors import NeighborMonitor
+from shoal.server.refusals import leaving
+from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.streams import Handler
 from shoal.spans import Span
 
 from .oracle import FINGERPRINT, MAX_LENGTH, MODEL, NUM_BLOCKS, oracle
@@ -217,12 +220,35 @@ async def _serve(member: Member, config: ServerConfig) -> None:
         quantization="none",
         version="0",
     )
-    online = replace(info, state=ServerState.ONLINE)
-    async with (
-        Announcer(member.node, MODEL, info, every_seconds=config.announce_seconds).announcing() as announcer,
-        answering(config, member.node, MODEL, announcer, online, member.engine),
-    ):
-        await member.leaving.wait()
+
+    def describe() -> ServerInfo:
+        return replace(
+            info,
+            state=ServerState.ONLINE,
+            cache_tokens_left=member.engine.cache_tokens_left,
+            queue_length=member.engine.queue_length,
+            adapters=member.engine.adapters.announced,
+            addresses=member.node.transport.addresses,
+            round_trips=neighbors.round_trips,
+        )
+
+    every_seconds = config.announce_seconds
+    announcer = Announcer(member.node, MODEL, info, every_seconds=every_seconds)
+    neighbors = NeighborMonitor(
+        member.node, MODEL, describe, every_seconds=every_seconds, on_new=announcer.announce_soon
+    )
+    pushes = PushService(member.node.transport)
+    handler = Handler(member.engine, pushes, idle_seconds=config.idle_seconds)
+    async with announcer.announcing(), member.engine.running(), pushes.running(), neighbors.measuring():
+        await member.node.transport.listen(handler)
+        try:
+            await announcer.set_description(describe)
+            await member.leaving.wait()
+        finally:
+            await announcer.leave()
+            if config.drain_seconds:
+                await handler.drain(config.drain_seconds, farewell=leaving().failure)
+            await handler.leave(leaving().failure)
     member.alive = False
     await member.node.transport.close()
 

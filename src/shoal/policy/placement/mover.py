@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 PLAN_EVERY = 10.0
 """Seconds between two plans of a server, at least."""
+HOLE_PLAN_EVERY = 1.0
+"""The same while blocks have no server: clients are waiting for them."""
 PLAN_ANYWAY = 120.0
 """Seconds after which a server plans again although nothing changed that it noticed."""
 WAIT_PER_RANK = 2.0
@@ -42,6 +44,8 @@ WAIT_PER_RANK = 2.0
 CLAIM_SECONDS = 5.0
 """Seconds from a claim to the second look: twice what a claim takes at most to be seen by others. So of two servers that
 claim without seeing each other, the first sees the second before it goes."""
+HOLE_CLAIM_SECONDS = 1.5
+"""The same for a claim of blocks that no server holds: clients are waiting for them."""
 REST_SECONDS = 120.0
 """Seconds after a move in which a server moves again only to fill a hole."""
 
@@ -102,8 +106,9 @@ class Mover:
             return self
         if self.phase is not Phase.WATCHING:
             return self if now < self.next_look_at else self._look_again(machines, now, lifetimes)
-        if now < self.planned_at + PLAN_EVERY:
-            return replace(self, next_look_at=self.planned_at + PLAN_EVERY)
+        every = HOLE_PLAN_EVERY if _has_hole(machines, self.num_blocks) else PLAN_EVERY
+        if now < self.planned_at + every:
+            return replace(self, next_look_at=self.planned_at + every)
         seen = _digest(machines)
         if seen == self.planned_for and now < self.planned_at + PLAN_ANYWAY:
             return replace(self, next_look_at=self.planned_at + PLAN_ANYWAY)
@@ -144,7 +149,8 @@ class Mover:
         return None if move is None or (now < self.rests_until and not move.fills) else move
 
     def _claimed(self, move: Move, now: float) -> Mover:
-        return replace(self, phase=Phase.CLAIMED, intended=move, next_look_at=now + CLAIM_SECONDS)
+        seconds = HOLE_CLAIM_SECONDS if move.fills else CLAIM_SECONDS
+        return replace(self, phase=Phase.CLAIMED, intended=move, next_look_at=now + seconds)
 
     def _watching(self) -> Mover:
         at = self.planned_at + PLAN_ANYWAY
@@ -161,6 +167,11 @@ def _claims(machines: Iterable[Machine]) -> frozenset[Machine]:
 def _without_higher_claims(machines: Sequence[Machine], peer: str) -> tuple[Machine, ...]:
     claims = _claims(machines)
     return tuple(machine for machine in machines if machine.peer <= peer or machine not in claims)
+
+
+def _has_hole(machines: Sequence[Machine], num_blocks: int) -> bool:
+    covered = {block for machine in machines for block in machine.span or ()}
+    return len(covered) < num_blocks
 
 
 def _digest(machines: Sequence[Machine]) -> int:

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
 from shoal.model.body import Body
+from shoal.model.families import text_config
 from shoal.net.transport import Node
 from shoal.peers import Capacity, ServerInfo
 from shoal.policy.placement.speed_profile import MAX_SPEED, SpeedProfile
@@ -18,7 +17,7 @@ from shoal.server.executor import Executor
 from shoal.server.measuring.means import Means
 from shoal.server.measuring.metering import Meter, metered
 from shoal.server.measuring.network_monitor import NetworkMonitor, in_order
-from shoal.server.measuring.own_capacity import own_capacity, remembered_capacity, seconds_to_load
+from shoal.server.measuring.own_capacity import own_capacity, remembered_capacity
 from shoal.server.measuring.zones import zone_of
 from shoal.server.neighbors import NeighborMonitor
 from shoal.server.speed_watch import Speeds
@@ -28,61 +27,58 @@ from shoal.server.throughput import speeds_in
 class Portrait:
     """Completes the descriptions of one server. `node` is its access to the network, which the portrait meters.
 
-    The server has been up since the portrait was made.
+    `capacity` is what it is assumed to have, or has measured; `None` before. The server has been up since the portrait
+    was made. `clock` is the Unix time.
     """
 
-    def __init__(self, config: ServerConfig, node: Node) -> None:
+    def __init__(self, config: ServerConfig, node: Node, *, clock: Callable[[], float] = time.time) -> None:
+        self.capacity: Capacity | None = None
         self._config = config
         self._meter = Meter()
-        self._up_since = time.time()
-        self._capacity: Capacity | None = None
+        self._up_since = clock()
         self._speeds: Speeds | None = None  # those of the span when the capacity was measured
         self._network: NetworkMonitor | None = None
         self.node = metered(node, self._meter)
 
-    async def of_joining(self, info: ServerInfo, means: Means, executor: Executor) -> ServerInfo:
-        """The description of a server that begins to load its span, with the capacity that it had measured before."""
-        capacity = await executor.run(lambda: remembered_capacity(self._config, means))
-        ready_at = None if capacity is None else time.time() + seconds_to_load(capacity, info.span)
-        return replace(
-            info,
-            capacity=capacity,
-            pinned=self._config.blocks is not None,
-            zone=self._zone,
-            up_since=self._up_since,
-            ready_at=ready_at,
-        )
+    async def remember_capacity(self, means: Means, executor: Executor) -> None:
+        """Use the capacity that was measured at an earlier start, if there is one."""
+        self.capacity = await executor.run(lambda: remembered_capacity(self._config, means))
 
     async def add_capacity(self, means: Means, body: Body, profile: SpeedProfile, executor: Executor) -> None:
         """The server has loaded blocks, and has measured them."""
-        self._capacity = await executor.run(lambda: own_capacity(self._config, means, body, profile))
+        self.capacity = await executor.run(lambda: own_capacity(self._config, means, body, profile))
         self._speeds = speeds_in(profile, body.span)
 
-    def of_online(self, info: ServerInfo) -> ServerInfo:
-        """The description of a server that serves, with its present speeds.
+    def complete(self, info: ServerInfo) -> ServerInfo:
+        """The description of a server, with its present speeds, its place and its age.
 
         A server that turned out to decode at another speed than it measured would do so with other spans too.
         """
-        capacity = self._capacity
+        capacity = self.capacity
         if capacity is not None:
-            factor = (
-                1.0 if self._speeds is None or info.decode_speed is None else info.decode_speed / self._speeds.decode
-            )
+            factor = 1.0
+            if self._speeds is not None and info.decode_speed is not None:
+                factor = info.decode_speed / self._speeds.decode
             speeds = tuple((length, min(MAX_SPEED, speed * factor)) for length, speed in capacity.block_speeds)
             capacity = replace(capacity, block_speeds=speeds, network_speed=self._network_speed)
-        return replace(info, capacity=capacity, zone=self._zone, ready_at=None)
+        return replace(info, capacity=capacity, zone=self._zone, up_since=self._up_since)
 
     def measuring(
-        self, info: ServerInfo, neighbors: NeighborMonitor, *, hidden_size: int, on_change: Callable[[], None]
+        self, means: Means, neighbors: NeighborMonitor, *, is_ready: Callable[[], bool], on_change: Callable[[], None]
     ) -> contextlib.AbstractAsyncContextManager[None]:
-        """Measure the network, unless the config says that it must not be used for that, until the context is left."""
+        """Measure the network, unless the config says that it must not be used for that, until the context is left.
+
+        It waits until the server `is_ready`: while blocks are loaded, nothing else is quick.
+        """
         if not self._config.measures_network:
             return contextlib.nullcontext()
+        hidden_size: int = text_config(means.checkpoint.config).hidden_size
+        token_bytes = hidden_size * means.dtype.itemsize
         self._network = NetworkMonitor(
             self.node.transport,
             self._meter,
-            token_bytes=hidden_size * getattr(torch, info.dtype).itemsize,
-            partners=lambda: in_order(neighbors.servers, zone=self._zone),
+            token_bytes=token_bytes,
+            partners=lambda: in_order(neighbors.servers, zone=self._zone) if is_ready() else (),
             on_change=on_change,
             estimate=None if self._network is None else self._network.estimate,
         )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +35,7 @@ from shoal.protocol import (
     Transfer,
 )
 from shoal.server.engine.engine import Engine
-from shoal.server.refusals import Refused, failure_of, leaving, rejected
+from shoal.server.refusals import Refused, failure_of, rejected
 from shoal.server.rpc.message_reader import MessageReader
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.session_stream import SessionStream
@@ -63,28 +63,34 @@ class Handler:
         self._idle_seconds = idle_seconds
         self._sessions: set[SessionStream] = set()
         self._ended = asyncio.Event()
-        self._leaves_at: float | None = None
+        self._farewell: Failure | None = None  # what is answered to new requests while the server drains
+        self._num_passes = 0  # that are computed for clients now
         self._stream_tasks: set[asyncio.Task[Any]] = set()  # the transport's, one for each stream
         self._num_streams = Counter[str]()  # of each peer
         self._is_leaving = False
 
-    async def drain(self, seconds: float) -> None:
-        """Refuse new sessions, ask clients to take the open ones elsewhere, and wait for that, `seconds` at most."""
-        self._leaves_at = asyncio.get_running_loop().time() + seconds
+    async def drain(self, seconds: float, *, farewell: Failure) -> None:
+        """Refuse new sessions and passes, and ask clients to take the open sessions elsewhere.
+
+        Returns when these sessions, and the passes that are being computed, have ended: after `seconds` at the latest.
+        `farewell` is what clients are told that ask for something new.
+        """
+        self._farewell = farewell
+        deadline = asyncio.get_running_loop().time() + seconds
         if self._sessions:
             log.warning("%d sessions have %.0f s to go on elsewhere", len(self._sessions), seconds)
         async with asyncio.TaskGroup() as group:
             for session in self._sessions:
                 group.create_task(_told(session, seconds))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(self._leaves_at):
-                while self._sessions:
+            async with asyncio.timeout_at(deadline):
+                while self._sessions or self._num_passes:
                     self._ended.clear()
                     await self._ended.wait()
 
-    async def leave(self) -> None:
-        """End all streams, now and from now on, and tell their clients that the server is going away."""
-        self._is_leaving = True
+    async def leave(self, farewell: Failure) -> None:
+        """End all streams, now and from now on, and tell their clients why."""
+        self._farewell, self._is_leaving = farewell, True
         tasks = self._stream_tasks - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -103,7 +109,8 @@ class Handler:
         except asyncio.CancelledError:
             if not self._is_leaving:
                 raise
-            await _fail(stream, leaving().failure)
+            assert self._farewell is not None
+            await _fail(stream, self._farewell)
         except StreamBroken:
             log.debug("%s closed the stream", stream.peer)
         except TimeoutError:
@@ -153,13 +160,16 @@ class Handler:
                 self._engine.observers.emit(stored)
                 await self._send(stream, AdapterStored())
             case Norms():
-                norms = await self._while_answering_pings(stream, reader, self._engine.passes.norms(message))
-                await self._send(stream, NormsResult(), {"factors": norms})
+                with self._counting_pass():
+                    norms = await self._while_answering_pings(stream, reader, self._engine.passes.norms(message))
+                    await self._send(stream, NormsResult(), {"factors": norms})
             case Forward() | Backward():
-                result, outcome = await self._while_answering_pings(
-                    stream, reader, self._pass(stream.peer, message, tensors)
-                )
-                await self._send(stream, result, outcome, message.encoding_of(_ANSWER_ENCODING_FROM[message.kind]))
+                with self._counting_pass():
+                    result, outcome = await self._while_answering_pings(
+                        stream, reader, self._pass(stream.peer, message, tensors)
+                    )
+                    encoding = message.encoding_of(_ANSWER_ENCODING_FROM[message.kind])
+                    await self._send(stream, result, outcome, encoding)
             case _:
                 raise rejected(f"a message of kind {message.kind!r} makes no sense here")
         return True
@@ -181,9 +191,23 @@ class Handler:
             answer["factor_grads"] = found.factors_N
         return PassResult(unused=found.unused), answer
 
+    @contextlib.contextmanager
+    def _counting_pass(self) -> Iterator[None]:
+        """A pass is computed and answered in this context. Raises `Refused` if the server takes no new ones."""
+        self._check_stays()
+        self._num_passes += 1
+        try:
+            yield
+        finally:
+            self._num_passes -= 1
+            self._ended.set()
+
+    def _check_stays(self) -> None:
+        if self._farewell is not None:
+            raise Refused(self._farewell)
+
     async def _hold_session(self, stream: Stream, request: Open, tensors: codec.Tensors) -> None:
-        if self._leaves_at is not None:
-            raise leaving()
+        self._check_stays()
         session = SessionStream(stream, self._engine, self._push_service, idle_seconds=self._idle_seconds)
         self._sessions.add(session)
         try:

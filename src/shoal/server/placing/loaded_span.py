@@ -1,0 +1,207 @@
+"""A span that is loaded: its blocks, the engine that computes them, and how fast that is."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from shoal.events import Observers
+from shoal.model.body import Body
+from shoal.model.loading import load_body
+from shoal.model.peft.block_adapters import import_peft
+from shoal.model.peft.peft_folder import PeftFolder
+from shoal.model.weights import disk_cache
+from shoal.policy.placement.speed_profile import SpeedProfile
+from shoal.policy.pass_rules import rule_of
+from shoal.policy.scheduling import PassTimeModel
+from shoal.server.capacity import (
+    cache_dtype_of,
+    choose_activation_bytes,
+    choose_num_pages,
+    free_memory,
+    max_length_of,
+)
+from shoal.server.config import ServerConfig
+from shoal.server.engine.cpu_turns import turn_of
+from shoal.server.engine.engine import Engine
+from shoal.server.engine.validator import RequestValidator
+from shoal.server.executor import Executor
+from shoal.server.kv.batch import PackedPass, SequentialPass
+from shoal.server.kv.output_head import ServerHead, load_head
+from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages, key_value_shapes
+from shoal.server.kv.sdpa_attention import SdpaAttention
+from shoal.server.measuring.load_times import timed
+from shoal.server.measuring.pass_timer import profile_of
+from shoal.server.placing.compute_thread import Compute
+from shoal.server.placing.setup import Setup
+from shoal.server.speed_watch import Speeds, Watch
+from shoal.server.startup_progress import Phase, Progress, Report, reporter
+from shoal.server.throughput import speed_key, speeds_in
+from shoal.spans import Span
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parts of the model that a server computes. `head` is `None` unless it serves the output head."""
+
+    body: Body
+    head: ServerHead | None
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """The memory of the KV cache. `pages` is `None` for bodies that do not compute packed: their pages only count."""
+
+    num_pages: int
+    pages: PagedCache | None
+
+
+@dataclass(frozen=True)
+class LoadedSpan:
+    """What computes a span, and how fast it was when it was measured."""
+
+    span: Span
+    engine: Engine
+    body: Body
+    profile: SpeedProfile
+    has_head: bool
+    remains: Callable[[], list[str]]
+    """Names what is still in memory. It has to be nothing once the other parts are forgotten."""
+
+    @property
+    def speeds(self) -> Speeds:
+        """How fast the span was when it was measured."""
+        return speeds_in(self.profile, self.span)
+
+
+async def load_span(
+    config: ServerConfig, setup: Setup, span: Span, compute: Compute, observers: Observers, report: Report
+) -> LoadedSpan:
+    """Load a span, measure it, and host the configured adapters for its blocks.
+
+    `report` is called with each step. Raises what loading raises: `UserError`s, and errors of memory and files.
+    """
+    report(Progress(Phase.LOADING))
+    free_bytes = free_memory(setup.device)
+    weights = await load_weights(config, setup, span, compute.executor, report)
+    compute.share_cores(setup.device)
+    report(Progress(Phase.MEASURING))
+    memory = await make_cache(config, weights.body, compute.executor, free_bytes=free_bytes)
+    engine, profile = await make_engine(config, setup, weights, memory, compute, observers)
+    await compute.executor.run(lambda: host_adapters(config, setup, engine))
+    large = {"the blocks": weights.body, "the cache": memory.pages, "the output head": weights.head}
+    return LoadedSpan(span, engine, weights.body, profile, weights.head is not None, _remaining(large))
+
+
+def _remaining(objects: Mapping[str, object | None]) -> Callable[[], list[str]]:
+    references = {name: weakref.ref(each) for name, each in objects.items() if each is not None}
+    return lambda: [name for name, reference in references.items() if reference() is not None]
+
+
+async def load_weights(config: ServerConfig, setup: Setup, span: Span, executor: Executor, report: Report) -> Weights:
+    """Load the blocks and, if the config says so and the last block is among them, the output head."""
+    checkpoint, dtype, device = setup.checkpoint, setup.dtype, setup.device
+    seen = reporter(report, executor, span)
+
+    def load(progress: Callable[[int, bool], None]) -> Body:
+        return load_body(
+            checkpoint, span, dtype=dtype, device=device, quantization=setup.quantization, progress=progress
+        )
+
+    body = await executor.run(lambda: timed(load, setup, span, seen))
+    await executor.run(import_peft)
+    head = None
+    if config.serve_head and span.end == checkpoint.num_blocks:
+        head = await executor.run(lambda: load_head(checkpoint, dtype, device))
+    return Weights(body, head)
+
+
+async def make_engine(
+    config: ServerConfig,
+    setup: Setup,
+    weights: Weights,
+    memory: CacheMemory,
+    compute: Compute,
+    observers: Observers,
+) -> tuple[Engine, SpeedProfile]:
+    """The engine of what is loaded, and how fast it is."""
+    body = weights.body
+    pass_of = (
+        SequentialPass(body) if memory.pages is None else PackedPass(body, memory.pages, SdpaAttention(memory.pages))
+    )
+    key = setup.key
+    async with turn_of(compute.cpu_turns):
+        profile = await compute.executor.run(
+            lambda: profile_of(body, pass_of, key=key, num_pages=memory.num_pages, check=compute.executor.check)
+        )
+    speeds = speeds_in(profile, body.span)
+    engine = Engine(
+        body,
+        compute.executor,
+        make_validator(config, setup, weights),
+        compute=pass_of,
+        cache=memory.pages,
+        num_pages=memory.num_pages,
+        cpu_turns=compute.cpu_turns,
+        pass_time=PassTimeModel(1 / speeds.decode, 1 / speeds.prefill),
+        limits=replace(config.limits, activation_bytes=choose_activation_bytes(config, body)),
+        rule=rule_of(config.scheduling),
+        head=weights.head,
+        watch=Watch(speeds, body.span, on_correction=lambda _: disk_cache.remove(speed_key(key))),
+        observers=observers,
+    )
+    return engine, profile
+
+
+async def make_cache(config: ServerConfig, body: Body, executor: Executor, *, free_bytes: int) -> CacheMemory:
+    """The memory of the cache. `free_bytes` were free before the blocks were loaded."""
+    shapes = await executor.run(lambda: key_value_shapes(body)) if body.family.packable else None
+    num_pages = choose_num_pages(config, body, shapes, free_bytes)
+    kind = Int8Pages if cache_dtype_of(config, body) == torch.int8 else Pages
+    return CacheMemory(num_pages, None if shapes is None else PagedCache(body, shapes, num_pages, kind=kind))
+
+
+def make_validator(config: ServerConfig, setup: Setup, weights: Weights) -> RequestValidator:
+    """The check whether this server can compute a request."""
+    return RequestValidator(
+        model=setup.model.key,
+        fingerprint=setup.fingerprint,
+        span=weights.body.span,
+        hidden_size=weights.body.backbone.config.hidden_size,
+        max_length=max_length_of(config, setup.checkpoint),
+        training=config.training,
+        vocabulary=None if weights.head is None else weights.head.vocabulary,
+    )
+
+
+def host_adapters(config: ServerConfig, setup: Setup, engine: Engine) -> None:
+    """Load the adapters that the config names, for all clients."""
+    for adapter in config.adapters:
+        for factors in PeftFolder.open(adapter).factors(setup.checkpoint, engine.span):
+            engine.adapters.host(factors)
+
+
+async def collect_memory(executor: Executor, device: torch.device, remains: Callable[[], list[str]]) -> None:
+    """Give the memory of blocks back that nothing refers to any more, and log what is in use nevertheless."""
+    before = free_memory(device)
+    await executor.run(lambda: _collect(device))
+    if left := remains():
+        log.warning("the server could not free %s of the span that it left", " and ".join(left))
+    log.info("%.2f GiB are free again", (free_memory(device) - before) / 2**30)
+
+
+def _collect(device: torch.device) -> None:
+    gc.collect()  # modules and engines refer to each other in circles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # other systems than Linux give memory back by themselves
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,0 +1,113 @@
+"""When a server goes to other blocks: it asks the shared plan at each view of the swarm, and claims before it goes.
+
+`shoal.policy.placement.mover` decides. This loop brings it views, announces what it claims, and looks at the directory
+once more before the server gives up its present blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from shoal.errors import SwarmError
+from shoal.peers import ServerInfo, ServerState
+from shoal.policy.claims import uncovered, yields_to
+from shoal.policy.placement.joining import Placed
+from shoal.policy.placement.machines import Machine, machine_of
+from shoal.policy.placement.mover import Mover
+from shoal.policy.placement.plan import Move
+from shoal.policy.view import format_blocks
+from shoal.server.placing.swarm_watch import SwarmWatch
+from shoal.spans import Span
+
+log = logging.getLogger(__name__)
+
+PLANNED_ASIDE = 64
+"""From this many servers on, a plan is made on another thread: the event loop should not wait for that."""
+
+
+@dataclass(frozen=True)
+class OwnBlocks:
+    """The server whose moves are found. `held` are its blocks, and `describe` says what it announces.
+
+    `claim` announces that it wants other blocks, and returns whether the directory took that; `unclaim` takes it back.
+    """
+
+    held: Span
+    describe: Callable[[], ServerInfo]
+    claim: Callable[[Placed], Awaitable[bool]]
+    unclaim: Callable[[], Awaitable[None]]
+
+    def machine(self, now: float) -> Machine:
+        """The server where it serves, whatever it claims."""
+        serving = replace(self.describe(), span=self.held, state=ServerState.ONLINE, ready_at=None)
+        machine = machine_of(serving, now=now)
+        assert machine is not None, "it is online"
+        return machine
+
+
+class MoveFinder:
+    """Finds the next move of one server. `mover` is its state; `clock` is the Unix time."""
+
+    def __init__(self, own: OwnBlocks, watch: SwarmWatch, mover: Mover, *, clock: Callable[[], float]) -> None:
+        self.mover = mover
+        self._own = own
+        self._watch = watch
+        self._clock = clock
+        self._claimed: Span | None = None
+
+    async def find(self) -> Move:
+        """Wait until the server has to move. Its new blocks are claimed then, and it may leave the present ones."""
+        while True:
+            await self._watch.look(self._due)
+            now = self._clock()
+            await self._plan((self._own.machine(now), *self._watch.machines(now)), now)
+            if not await self._announce_claim():
+                await self._stay("the directory does not take the claim")
+            elif (move := self.mover.move) is not None:
+                obstacle = await self._obstacle(move)
+                if obstacle is None:
+                    return move
+                await self._stay(obstacle)
+
+    @property
+    def _due(self) -> float | None:
+        """When the mover wants to look, by the event loop's clock; `None` if it does not mind."""
+        seconds = self.mover.next_look_at - self._clock()
+        return asyncio.get_running_loop().time() + max(0.0, seconds) if math.isfinite(seconds) else None
+
+    async def _plan(self, machines: Sequence[Machine], now: float) -> None:
+        def plan() -> Mover:
+            return self.mover.after_view(machines, now=now)
+
+        self.mover = plan() if len(machines) < PLANNED_ASIDE else await asyncio.to_thread(plan)
+
+    async def _announce_claim(self) -> bool:
+        """Announce what the mover claims now, if that is new. Returns whether the others can know of it."""
+        before, self._claimed = self._claimed, self.mover.claim
+        if self._claimed == before:
+            return True
+        if self._claimed is None or self.mover.intended is None:
+            await self._own.unclaim()
+            return True
+        return await self._own.claim(Placed(self._claimed, self.mover.intended.reason))
+
+    async def _obstacle(self, move: Move) -> str | None:
+        """Why the server should not go, by a last look at the directory; `None` if nothing is in the way."""
+        try:
+            others = await self._watch.read()
+        except SwarmError as failure:
+            return str(failure)
+        if alone := uncovered(self._own.held, others):
+            return f"no other server serves blocks {format_blocks(alone)}"
+        if (other := yields_to(move.peer, move.fills, others)) is not None:
+            return f"{other.name or other.peer} takes blocks {format_blocks(move.fills)}"
+        return None
+
+    async def _stay(self, why: str) -> None:
+        log.info("the server stays with blocks %s: %s", self._own.held, why)
+        self.mover = self.mover.failed(now=self._clock())
+        await self._announce_claim()

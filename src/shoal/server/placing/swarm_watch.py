@@ -1,0 +1,101 @@
+"""The swarm as a server sees it: the records of the directory, without the servers that are found to be gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+
+from shoal.errors import SwarmError
+from shoal.net.transport import Node
+from shoal.peers import ServerInfo, ServerState
+from shoal.policy.claims import last_online, machines_in
+from shoal.policy.placement.machines import Machine
+from shoal.policy.view import SwarmView
+from shoal.policy.watching import choose_watched
+from shoal.server.placing.peer_watch import PeerWatch
+from shoal.server.placing.setup import Setup
+from shoal.spans import Span
+
+log = logging.getLogger(__name__)
+
+READ_SECONDS = 10.0
+"""How often a server looks at the swarm if nothing is noticed before: moves take longer than that."""
+MIN_READ_SECONDS = 0.5
+"""The shortest time between two readings that are due to something that was noticed."""
+
+
+class SwarmWatch:
+    """Reads the directory, and watches the servers that it names, while `running()`.
+
+    Only servers with the weights of this one count: no route goes through others.
+    """
+
+    def __init__(self, node: Node, setup: Setup) -> None:
+        self._node = node
+        self._setup = setup
+        self._changed = asyncio.Event()
+        self._peers = PeerWatch(node.transport, on_change=self._changed.set)
+        self._view = SwarmView(setup.model.num_blocks)
+        self._served: Mapping[str, ServerInfo] = {}
+        self._read_at = float("-inf")
+        self._clock = asyncio.get_running_loop().time
+
+    def running(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Servers are watched while this is entered."""
+        return self._peers.running()
+
+    @property
+    def view(self) -> SwarmView:
+        """The other servers, as they were last seen."""
+        gone = self._peers.gone
+        return self._view.only(lambda server: server.peer not in gone)
+
+    def machines(self, now: float) -> list[Machine]:
+        """The other servers as placement sees them, at the Unix time `now`."""
+        return machines_in(self.view, now=now, served=self._served)
+
+    def take(self, view: SwarmView) -> None:
+        """Use a view of the directory that was read for another purpose. A change in it is a reason to look."""
+        before = self._view
+        self._use(view)
+        if _holdings(before) != _holdings(self._view):
+            self._changed.set()
+
+    def _use(self, view: SwarmView) -> None:
+        own, fingerprint = self._node.transport.peer, self._setup.fingerprint
+        self._view = view.only(lambda server: server.peer != own and server.fingerprint == fingerprint)
+        self._served = last_online(self._served, self._view)
+        self._read_at = self._clock()
+        self._peers.watch(choose_watched(self._view, own))
+
+    async def read(self) -> SwarmView:
+        """The other servers, as the directory names them now. Raises `SwarmError` if it does not answer."""
+        model = self._setup.model
+        self._use(SwarmView(model.num_blocks, await self._node.directory.servers(model)))
+        return self.view
+
+    async def look(self, until: float | None = None) -> SwarmView:
+        """The other servers, as soon as there is a reason to look at them.
+
+        That is when something was noticed, after `READ_SECONDS`, and at the time `until` of the event loop's clock. If
+        the directory does not answer, they are those that it named last.
+        """
+        due = min(self._read_at + READ_SECONDS, float("inf") if until is None else until)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(max(due, self._clock())):
+                await self._changed.wait()
+                # several changes often come together
+                await asyncio.sleep(self._read_at + MIN_READ_SECONDS - self._clock())
+        self._changed.clear()
+        try:
+            return await self.read()
+        except SwarmError as failure:
+            log.info("the server cannot see the swarm: %s", failure)
+            self._read_at = self._clock()
+            return self.view
+
+
+def _holdings(view: SwarmView) -> frozenset[tuple[str, Span, ServerState]]:
+    return frozenset((server.peer, server.span, server.state) for server in view.servers)
