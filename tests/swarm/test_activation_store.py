@@ -14,7 +14,7 @@ from shoal.adapters import Lora
 from shoal.model.body import Body
 from shoal.model.peft.block_adapters import BlockAdapter, import_peft
 from shoal.protocol import Backward, Forward
-from shoal.server.engine.engine_limits import Limits
+from shoal.policy.engine_limits import Limits
 from shoal.server.refusals import Refused
 from shoal.server.step_inputs import StepInputs
 from shoal.server.training.block_passes import backward, forward_saving

@@ -28,7 +28,7 @@ from shoal.protocol import (
     StepResult,
     Unreached,
 )
-from shoal.server.engine.engine_limits import Limits
+from shoal.policy.engine_limits import Limits
 
 from .harness import Swarm, swarm_of
 from .intruder import (

@@ -21,7 +21,7 @@ from shoal.policy.scheduling import PassTimeModel
 from shoal.prefix import DIGEST_BYTES, page_hashes, root_hash
 from shoal.protocol import Adapter, Open, Step
 from shoal.server.engine.engine import Engine
-from shoal.server.engine.engine_limits import Limits
+from shoal.policy.engine_limits import Limits
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor
 from shoal.server.kv.batch import PackedPass, SequentialPass

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shoal.policy.scheduling import PassTimeModel
-from shoal.server.engine.engine_limits import Limits
+from shoal.policy.engine_limits import Limits
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.executor import Executor

@@ -51,11 +51,11 @@ async def measure_bandwidth(
     except (StreamBroken, TimeoutError):
         return None, None
     try:
-        round_trip = await ping(stream)
-        if round_trip is None:
+        answer = await ping(stream)
+        if answer is None:
             return None, None
-        up = await _rate(_upload, stream, round_trip)
-        down = await _rate(_download, stream, round_trip)
+        up = await _rate(_upload, stream, answer.seconds)
+        down = await _rate(_download, stream, answer.seconds)
         with contextlib.suppress(StreamBroken, TimeoutError):
             async with asyncio.timeout(PONG_SECONDS):
                 await codec.send(stream, Close())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from shoal.events import Observer
 from shoal.policy.pass_rules import DEFAULT_RULE
 from shoal.policy.placement.joining import Rule
-from shoal.server.engine.engine_limits import Limits
+from shoal.policy.engine_limits import Limits
 from shoal.spans import Span
 
 

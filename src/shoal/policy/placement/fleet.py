@@ -37,8 +37,7 @@ MAX_ZONES = 64
 
 def summed(places: Ints, amounts: Floats, size: int) -> Floats:
     """For each of `size` places, the sum of the amounts that belong there."""
-    totals: Floats = np.bincount(places, amounts, size)
-    return totals
+    return np.bincount(places, amounts, size).astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,8 @@ class Picture:
         factors = self._zone_factors(self.log_losses, np.arange(self.fleet.num_zones))
         others = np.log(factors).sum(axis=0) - np.log(factors)[zones]
         here = self.log_losses[zones] + loss[:, None] * (after.astype(np.float64) - before)
-        return np.exp(others) * self._zone_factors(np.minimum(here, 0.0), zones)
+        lost: Floats = np.exp(others) * self._zone_factors(np.minimum(here, 0.0), zones)
+        return lost
 
     def _zone_factors(self, logs: Floats, zones: Ints) -> Floats:
         """The chance that all holders in a zone vanish: each for itself, or all together where the zone is known."""

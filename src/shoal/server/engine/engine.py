@@ -22,7 +22,7 @@ from shoal.policy.scheduling import PassTimeModel
 from shoal.prefix import PAGE_TOKENS
 from shoal.protocol import MAX_PAYLOAD_BYTES, Open, Step
 from shoal.server.engine.cpu_turns import CpuTurns
-from shoal.server.engine.engine_limits import Limits
+from shoal.policy.engine_limits import Limits
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.engine.single_passes import SinglePasses

@@ -12,7 +12,7 @@ import torch
 
 from shoal.model.body import Body
 from shoal.protocol import Backward, Forward, Norms
-from shoal.server.engine.engine_limits import Limits
+from shoal.policy.engine_limits import Limits
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.refusals import busy, rejected

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.policy.scheduling import PassTimeModel
-from shoal.server.engine.engine_limits import Limits
+from shoal.policy.engine_limits import Limits
 from shoal.simulator.serving.page_counts import PAGE_TOKENS
 
 
