@@ -13,8 +13,8 @@ import torch
 from shoal.adapters import Lora
 from shoal.model.body import Body
 from shoal.model.peft.block_adapters import BlockAdapter, import_peft
-from shoal.protocol import Backward, Forward
 from shoal.policy.engine_limits import Limits
+from shoal.protocol import Backward, Forward
 from shoal.server.refusals import Refused
 from shoal.server.step_inputs import StepInputs
 from shoal.server.training.block_passes import backward, forward_saving

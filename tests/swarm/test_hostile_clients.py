@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from shoal.policy.engine_limits import Limits
 from shoal.protocol import (
     MAX_BATCH,
     MAX_STEP_TOKENS,
@@ -28,7 +29,6 @@ from shoal.protocol import (
     StepResult,
     Unreached,
 )
-from shoal.policy.engine_limits import Limits
 
 from .harness import Swarm, swarm_of
 from .intruder import (

@@ -14,9 +14,9 @@ from typing import TypeVar
 import pytest
 import torch
 
+from shoal.policy.engine_limits import Limits
 from shoal.policy.pass_rules import RULES, PassRule
 from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
-from shoal.policy.engine_limits import Limits
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.executor import Executor

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shoal.events import Observer
+from shoal.policy.engine_limits import Limits
 from shoal.policy.pass_rules import DEFAULT_RULE
 from shoal.policy.placement.joining import Rule
-from shoal.policy.engine_limits import Limits
 from shoal.spans import Span
 
 

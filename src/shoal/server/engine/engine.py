@@ -17,12 +17,12 @@ from shoal.errors import UnsupportedOperation
 from shoal.events import Observers
 from shoal.model.body import Body
 from shoal.model.body_cache import BodyCache
+from shoal.policy.engine_limits import Limits
 from shoal.policy.pass_rules import PassRule, fair
 from shoal.policy.scheduling import PassTimeModel
 from shoal.prefix import PAGE_TOKENS
 from shoal.protocol import MAX_PAYLOAD_BYTES, Open, Step
 from shoal.server.engine.cpu_turns import CpuTurns
-from shoal.policy.engine_limits import Limits
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.engine.single_passes import SinglePasses

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from shoal.policy.engine_limits import Limits
 from shoal.policy.pass_rules import EngineView
 from shoal.policy.preemption import Holder
-from shoal.policy.engine_limits import Limits
 from shoal.server.engine.requests import StepRequest
 from shoal.server.kv.pages import PagePool
 from shoal.server.kv.session_cache import SessionCache

@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 
 from shoal.model.body import Body
-from shoal.protocol import Backward, Forward, Norms
 from shoal.policy.engine_limits import Limits
+from shoal.protocol import Backward, Forward, Norms
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.refusals import busy, rejected
