@@ -82,7 +82,8 @@ class ServerInfo:
     `capacity` is what the server has measured; one that loads for the first time announces that of most others. A
     `pinned` server does not move to other blocks. `zone` is a coarse place whose servers may fail together. `up_since`
     and `ready_at` are Unix times: since when the server has been in the swarm, and when a server that is loading
-    expects to be online; `None` if unknown. `reason` says why it took its blocks. """
+    expects to be online; `None` if unknown. `reason` says why it took its blocks.
+    """
 
     peer: str
     span: Span

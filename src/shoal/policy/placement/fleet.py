@@ -104,7 +104,8 @@ class Fleet:
     `starts` and `ends` are 0 where a machine has no span. `weights` say for which part of the next ten minutes a
     machine is online, `online` whether it is now. `doubted` machines make claims that are not plausible; `whole` ones
     claim every block besides. `losses` are the chances that a machine vanishes before another has loaded. Zone 0 is
-    unknown. """
+    unknown.
+    """
 
     machines: tuple[Machine, ...]
     num_blocks: int

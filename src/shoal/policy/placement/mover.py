@@ -72,7 +72,8 @@ class Mover:
 
     The owner calls `after_view` with what it knows at each change that it notices, and at `next_look_at` at the latest;
     while the phase is *claimed*, with what it reads afresh. It announces `claim`, and when `move` is not `None` it
-    goes, and calls `arrived` or `failed`. Times are of one clock, in seconds. """
+    goes, and calls `arrived` or `failed`. Times are of one clock, in seconds.
+    """
 
     peer: str
     num_blocks: int
@@ -184,7 +185,8 @@ class Arrival:
 
     The owner calls `after_view` with a fresh view at `next_look_at`, and announces `placed.span` as joining at once.
     The choice holds when `settled`: the server then loads. Of servers that announce their spans within a few seconds of
-    each other, the lower peer id keeps its span, and the higher chooses again with that one in view. """
+    each other, the lower peer id keeps its span, and the higher chooses again with that one in view.
+    """
 
     machine: Machine
     num_blocks: int
