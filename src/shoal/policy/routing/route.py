@@ -83,8 +83,7 @@ def choose_route(
     If the span is a part of an open ring, `upstream` and `downstream` are the servers before and after it; `None` is
     the client. The chooser "shortest" is exact. "balanced" is the same while the servers are idle; else it draws a
     route that shares the load and is hardly slower. It leaves single passes to the shortest: they are spread by the
-    work that the client has in flight. "nsga2" weighs the time of a step against the load on the slowest server. Both draw
-    with `rng`.
+    work in flight. "nsga2" weighs the time of a step against the load on the slowest server. Both draw with `rng`.
 
     Raises `MissingBlocks` with the blocks that no server of the view may compute.
     """
