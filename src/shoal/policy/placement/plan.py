@@ -105,6 +105,7 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     value = loading * without[np.searchsorted(rows, places.rows)] + (1 - loading) * after - score
     gain = after - score
     pays = (value > 0) & (gain >= _least_gain(picture)[places.rows]) & free[places.rows]
+    pays &= picture.keeps(places)
     allowed = (fills & (gain > 0)) | (~fills & pays)
     if not allowed.any():
         return None
