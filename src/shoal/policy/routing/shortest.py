@@ -25,7 +25,7 @@ from shoal.spans import Span
 
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
-SENDERS_AT_ONCE = 32
+SENDERS_AT_ONCE = 64
 """The senders that are compared in one operation: few, because usually the earliest ones win."""
 
 
@@ -53,7 +53,7 @@ def shortest(
     seconds_S = np.array([costs.link(upstream, server) for server in servers]) + entry_S
     for index, here in enumerate(holders):
         sender_S = np.arange(len(servers))
-        here_H = np.array([index_of[server.peer] for server in here])
+        here_H = np.fromiter((index_of[server.peer] for server in here), int, len(here))
         if index:
             # A receiver is skipped if even its shortest link from the best sender gains nothing.
             best = seconds_S[from_F].min()
