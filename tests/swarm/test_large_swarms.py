@@ -42,23 +42,26 @@ class Member:
 
     directory: Directory
     announcer: Announcer
+    read_every: float
 
     async def live(self) -> None:
         await self.directory.servers(MODEL)
         async with self.announcer.announcing():
             while True:
-                await asyncio.sleep(EVERY)
+                await asyncio.sleep(self.read_every)
                 await self.directory.servers(MODEL)
 
 
 @asynccontextmanager
-async def members(network: MemoryNetwork, infos: Iterable[ServerInfo], *, pause: float) -> AsyncIterator[None]:
+async def members(
+    network: MemoryNetwork, infos: Iterable[ServerInfo], *, pause: float, read_every: float = EVERY
+) -> AsyncIterator[None]:
     """Servers that join one after the other, with a pause in between, and leave together."""
     async with asyncio.TaskGroup() as group:
         tasks = []
         for each in infos:
             node = network.node(each.peer)
-            member = Member(node.directory, Announcer(node, MODEL, each, every_seconds=EVERY))
+            member = Member(node.directory, Announcer(node, MODEL, each, every_seconds=EVERY), read_every)
             tasks.append(group.create_task(member.live()))
             await asyncio.sleep(pause)
         try:
@@ -149,7 +152,7 @@ def test_in_a_large_swarm_clients_and_servers_read_no_more_than_they_may():
 def test_servers_of_a_crowded_bucket_agree_on_levels_renew_rarely_and_report_on_their_shards():
     async def act(network: MemoryNetwork) -> None:
         asked = network.node("asked").directory
-        async with members(network, crowd(500), pause=0.2):
+        async with members(network, crowd(500), pause=0.2, read_every=MINUTE):
             await asyncio.sleep(2 * MINUTE)
             levels = {record.level for record in network.records}
             assert max(levels) - min(levels) <= 1

@@ -59,7 +59,9 @@ def test_the_quick_path_is_the_slow_path(
     view = random_swarm(number, num_blocks, rng, equal=equal)
     costs = Costs(needs, random_knowledge(view, rng, equal=equal))
     start = rng.randrange(num_blocks) if part else 0
-    ends = {"upstream": rng.choice(view.servers), "downstream": rng.choice(view.servers)} if part else {}
+    ends: dict[str, ServerInfo | None] = {}
+    if part:
+        ends = {"upstream": rng.choice(view.servers), "downstream": rng.choice(view.servers)}
     if part and needs.head:
         ends["downstream"] = None
     span = Span(start, num_blocks)

@@ -55,6 +55,9 @@ class SwarmView:
     def missing(self, span: Span | None = None) -> list[int]:
         """The blocks of a span, by default of the model, that no server of this view may compute."""
         span = span or Span(0, self.num_blocks)
+        if not self.pinned:
+            held = {block for own in {server.span for server in self.servers} for block in own}
+            return [block for block in span if block not in held]
         return [block for block, holders in zip(span, self.holders(span), strict=True) if not holders]
 
 

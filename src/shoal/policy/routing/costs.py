@@ -13,6 +13,8 @@ from shoal.spans import Span
 
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
+ROWS_AT_ONCE = 64
+"""The senders whose links are computed in one operation: few, so that intermediate results stay in the cache."""
 UNKNOWN_ROUND_TRIP = 0.15
 """Seconds assumed for a round trip that was never measured (PETALS, arXiv 2312.08361)."""
 HOP_OVERHEAD = 0.002
@@ -168,9 +170,11 @@ class Costs:
         if not self.needs.ring:
             return np.broadcast_to(reach_S, (len(servers), len(servers)))
         leave_S = reach_S
-        links_SS: _Array = leave_S[:, None] + reach_S
-        np.minimum(links_SS, self.unknown_link, out=links_SS)  # in place: these are the largest arrays
-        np.maximum(links_SS, abs(leave_S[:, None] - reach_S), out=links_SS)
+        links_SS: _Array = np.empty((len(servers), len(servers)))
+        for start in range(0, len(servers), ROWS_AT_ONCE):
+            rows_RS, leave_R1 = links_SS[start : start + ROWS_AT_ONCE], leave_S[start : start + ROWS_AT_ONCE, None]
+            np.minimum(leave_R1 + reach_S, self.unknown_link, out=rows_RS)
+            np.maximum(rows_RS, abs(leave_R1 - reach_S), out=rows_RS)
         senders_N, receivers_N, seconds_N = _announced_links(servers)
         links_SS[senders_N, receivers_N] = seconds_N
         index_of = {server.peer: index for index, server in enumerate(servers)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -83,7 +83,8 @@ def choose_route(
     If the span is a part of an open ring, `upstream` and `downstream` are the servers before and after it; `None` is
     the client. The chooser "shortest" is exact. "balanced" is the same while the servers are idle; else it draws a
     route that shares the load and is hardly slower. It leaves single passes to the shortest: they are spread by the
-    work in flight. "nsga2" weighs the time of a step against the load on the slowest server. Both draw with `rng`.
+    work that the client has in flight. "nsga2" weighs the time of a step against the load on the slowest server. Both
+    draw with `rng`.
 
     Raises `MissingBlocks` with the blocks that no server of the view may compute.
     """
@@ -113,17 +114,10 @@ def price_route(
     downstream: ServerInfo | None = None,
 ) -> Route:
     """The route over hops that were chosen before, with the prices of this moment."""
-    servers = (hop.server for hop in hops)
-    return _priced(hops, Costs(_with(servers, upstream, downstream), needs, known), upstream, downstream)
+    return _priced(hops, Costs(needs, known), upstream, downstream)
 
 
 def _priced(hops: Sequence[Hop], costs: Costs, upstream: ServerInfo | None, downstream: ServerInfo | None) -> Route:
     senders = (upstream, *(hop.server for hop in hops))
     priced = tuple(costs.hop(hop, sender) for hop, sender in zip(hops, senders, strict=False))
     return Route(tuple(hops), priced, costs.link(hops[-1].server, downstream))
-
-
-def _with(servers: Iterable[ServerInfo], *others: ServerInfo | None) -> list[ServerInfo]:
-    """The servers, and those of `others` that are not among them."""
-    found = {server.peer: server for server in others if server is not None}
-    return list((found | {server.peer: server for server in servers}).values())

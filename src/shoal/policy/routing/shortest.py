@@ -16,7 +16,7 @@ from shoal.policy.routing.lattice import Array, lattice_of
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
-SENDERS_AT_ONCE = 32
+SENDERS_AT_ONCE = 64
 """The senders that are compared in one operation: few, because usually the earliest ones win."""
 
 
