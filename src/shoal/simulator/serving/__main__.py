@@ -102,13 +102,18 @@ def command(
 def _compared(
     jobs: Sequence[Generation], setup: ServerSetup, chosen: Sequence[Policy], loads: Sequence[float]
 ) -> tuple[float, list[Row]]:
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("what the server can do", total=(len(loads) * len(chosen)) * len(jobs))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("what the server can do", total=len(loads) * len(chosen) * len(jobs))
         rate = saturation(jobs, setup)
+        if not console.is_terminal:
+            console.print(f"the server can do {rate:.3g} generations per second")
 
         def show(policy: str, load: float, num_completed: int) -> None:
             progress.update(task, description=f"{policy} at load {load:g}", advance=1)
+            if num_completed == len(jobs) and not console.is_terminal:
+                console.print(f"{policy} at load {load:g}: done")
 
         return rate, compare(jobs, chosen, loads, saturated_rate=rate, on_progress=show)
 
