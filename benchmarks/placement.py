@@ -152,7 +152,18 @@ def main() -> None:
     )
     print(describe_machine(), file=sys.stderr)
     if not arguments.json:
-        columns = ["swarm", "seed", "bound", "published", "PETALS", "+ moves", "graded", "+ plan", "search", "plan/search"]
+        columns = [
+            "swarm",
+            "seed",
+            "bound",
+            "published",
+            "PETALS",
+            "+ moves",
+            "graded",
+            "+ plan",
+            "search",
+            "plan/search",
+        ]
         print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for cluster, seed in studied(arguments.seeds, arguments.clusters):
         if arguments.only and not any(part in cluster.name for part in arguments.only):

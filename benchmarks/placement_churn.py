@@ -1,9 +1,9 @@
 """Placement while machines come and go: joining and moving rules side by side.
 
-    python -m benchmarks.placement_churn [--traces FOLDER] [--hours 8] [--seeds 2] [--only NAME ...] [--rules plan ...] [--json]
+    python -m benchmarks.placement_churn [--traces FOLDER] [--hours 8] [--seeds 2] [--only NAME ...] [--rules plan ...]
 
-Machines are events in virtual time, and decide by `shoal.policy.placement` from views that are up to 20 s old; they notice a
-machine that vanished after some seconds. Loading takes 60 s. The table has, averaged over time, the shares of the bound
+Machines decide by `shoal.policy.placement` in virtual time, from views that are up to 20 s old; they notice a machine
+that vanished after some seconds. Loading takes 60 s. The table has, averaged over time, the shares of the bound
 of what the online servers carry (exact: they share their time freely; min: each divides it evenly), the share of time
 with a block that no server holds, moves per departure, and the median time until such a hole is healed. Times at which
 the machines together could not hold all blocks do not count.
@@ -118,9 +118,23 @@ class Churn:
     """One run. Events are (time, order, action)."""
 
     def __init__(
-        self, stays: Sequence[Stay], rules: Rules, *, hours: float, seed: int, num_blocks: int, scoring: Scoring, warm: float
+        self,
+        stays: Sequence[Stay],
+        rules: Rules,
+        *,
+        hours: float,
+        seed: int,
+        num_blocks: int,
+        scoring: Scoring,
+        warm: float,
     ) -> None:
-        self.rules, self.seconds, self.num_blocks, self.scoring, self.warm = rules, hours * 3600, num_blocks, scoring, warm
+        self.rules, self.seconds, self.num_blocks, self.scoring, self.warm = (
+            rules,
+            hours * 3600,
+            num_blocks,
+            scoring,
+            warm,
+        )
         self.rng = random.Random(seed)
         self.now = -warm
         self.events: list[tuple[float, int, Callable[[], None]]] = []
@@ -179,8 +193,7 @@ class Churn:
             self.hole_since = None
 
     def join(self, stay: Stay) -> None:
-        machine = replace(stay.machine, up_since=self.now if stay.up <= 0 else stay.up)
-        machine = replace(machine, up_since=stay.up)
+        machine = replace(stay.machine, up_since=stay.up)
         server = Server(machine, stay.down, self.rng.randrange(PHASES))
         server.arrival = Arrival(machine, self.num_blocks, rule=self.rules.join)
         self.servers[machine.peer] = server
@@ -258,7 +271,9 @@ class Churn:
         server.mover = mover.after_view(view, now=self.now, lifetimes=lifetimes)
         if server.mover.move is not None:
             self.moved(server, server.mover.move.after)
-        elif server.mover.next_look_at > self.now and server.mover != mover and server.mover.next_look_at < self.now + 15:
+        elif (
+            server.mover.next_look_at > self.now and server.mover != mover and server.mover.next_look_at < self.now + 15
+        ):
             self.at(server.mover.next_look_at, lambda: self.look(server))
 
     def planner(
@@ -334,7 +349,9 @@ def main() -> None:
     )
     print(describe_machine(), file=sys.stderr)
     if not arguments.json:
-        print("| churn | rules | exact | min | holes | moves a departure | median heal s | plan ms |\n|---|---|---|---|---|---|---|---|")
+        print(
+            "| churn | rules | exact | min | holes | moves a departure | median heal s | plan ms |\n|---|---|---|---|---|---|---|---|"
+        )
     for scenario in scenarios(arguments.traces).values():
         if arguments.only and scenario.name not in arguments.only:
             continue
@@ -343,7 +360,13 @@ def main() -> None:
             for seed in range(arguments.seeds):
                 stays = scenario.stays(seed, arguments.hours)
                 run = Churn(
-                    stays, RULES[name], hours=arguments.hours, seed=seed, num_blocks=NUM_BLOCKS, scoring=scoring, warm=1200.0
+                    stays,
+                    RULES[name],
+                    hours=arguments.hours,
+                    seed=seed,
+                    num_blocks=NUM_BLOCKS,
+                    scoring=scoring,
+                    warm=1200.0,
                 )
                 results.append(run.run())
                 plans += run.plan_seconds
@@ -356,23 +379,26 @@ def main() -> None:
 def row(scenario: str, rules: str, results: Sequence[Result], plans: Sequence[float]) -> str:
     def cells(values: Sequence[float], form: str) -> str:
         low, high = min(values), max(values)
-        return f"{low:{form}}–{high:{form}}" if len(values) > 1 else f"{low:{form}}"
+        return f"{low:{form}} to {high:{form}}" if len(values) > 1 else f"{low:{form}}"
 
     counted = [result for result in results if result.counted > 0]
     healed = [seconds for result in results for seconds in result.healed]
     departures = sum(result.departures for result in results)
-    return " | ".join(
-        (
-            f"| {scenario}",
-            rules,
-            cells([r.exact / r.counted for r in counted], ".3f"),
-            cells([r.least / r.counted for r in counted], ".3f"),
-            cells([100 * r.holes / r.counted for r in counted], ".2f") + " %",
-            f"{sum(r.moves for r in results) / max(1, departures):.2f} of {departures}",
-            f"{statistics.median(healed):.0f} of {len(healed)}" if healed else "–",
-            f"{1000 * statistics.median(plans):.0f}" if plans else "–",
+    return (
+        " | ".join(
+            (
+                f"| {scenario}",
+                rules,
+                cells([r.exact / r.counted for r in counted], ".3f"),
+                cells([r.least / r.counted for r in counted], ".3f"),
+                cells([100 * r.holes / r.counted for r in counted], ".2f") + " %",
+                f"{sum(r.moves for r in results) / max(1, departures):.2f} of {departures}",
+                f"{statistics.median(healed):.0f} of {len(healed)}" if healed else "-",
+                f"{1000 * statistics.median(plans):.0f}" if plans else "-",
+            )
         )
-    ) + " |"
+        + " |"
+    )
 
 
 if __name__ == "__main__":

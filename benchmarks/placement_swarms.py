@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -16,7 +17,7 @@ from shoal.spans import Span
 BLOCK_SPEED = 400.0
 """Median tokens per second of one block."""
 FULL_MEMORY = 0.6
-"""The speed of a machine whose memory is full of blocks, relative to one that holds a single block: it has less cache."""
+"""The speed of a machine whose memory is full of blocks, relative to one with a single block: it has less cache."""
 LOAD_SECONDS = 60.0
 """What loading as many blocks as fit takes."""
 
@@ -57,7 +58,10 @@ def clusters(path: Path, models: tuple[str, ...] = ("70b", "30b")) -> Iterator[C
             profiles = cluster["profiles"].get(model)
             if profiles is None:
                 continue
-            machines = tuple(_helix_machine(index, cluster, data["models"][model], profiles) for index in range(len(cluster["nodes"])))
+            machines = tuple(
+                _helix_machine(index, cluster, data["models"][model], profiles)
+                for index in range(len(cluster["nodes"]))
+            )
             layouts = {
                 rule: tuple(replace(machine, span=Span(*span)) for machine, span in zip(machines, spans, strict=True))
                 for rule, spans in cluster.get("layouts", {}).get(model, {}).items()
@@ -120,9 +124,7 @@ def weibull_churn(
         index += 1
 
 
-def trace_churn(
-    path: Path, num_blocks: int, copies: float, *, begin: float, hours: float, seed: int
-) -> list[Stay]:
+def trace_churn(path: Path, num_blocks: int, copies: float, *, begin: float, hours: float, seed: int) -> list[Stay]:
     """Machines as a trace of spot instances has them (its field `format` describes it), in several zones."""
     data = json.loads(path.read_text())
     chance = random.Random(seed)
@@ -134,7 +136,7 @@ def trace_churn(
         changes = trace["changes"]
         points = [*zip(changes[::2], changes[1::2], strict=True), (trace["seconds"], 0)]
         here = up.setdefault(zone, [])
-        for (second, count), (until, _) in zip(points, points[1:], strict=False):
+        for (second, count), (until, _) in itertools.pairwise(points):
             area += count * max(0.0, min(until, end) - max(second, begin))
             while len(here) > count:
                 peer, since = here.pop(chance.randrange(len(here)))

@@ -194,7 +194,10 @@ def test_a_machine_moves_to_blocks_without_a_server():
 
 
 def test_a_machine_moves_to_slow_blocks_and_says_so():
-    machines = [*(machine(f"fast{i}", "0:4", 100) for i in range(5)), *(machine(f"slow{i}", "4:8", 40) for i in range(2))]
+    machines = [
+        *(machine(f"fast{i}", "0:4", 100) for i in range(5)),
+        *(machine(f"slow{i}", "4:8", 40) for i in range(2)),
+    ]
     move = plan_moves(machines, 8, now=NOW)[0]
     assert move.peer == "fast0"
     assert move.reason.endswith("carry 20 tokens/s, 0:4 carry 125")
@@ -206,7 +209,10 @@ def test_nothing_moves_in_a_swarm_that_is_balanced():
 
 
 def test_a_machine_does_not_move_if_loading_loses_more_than_the_move_gains():
-    machines = [*(machine(f"fast{i}", "0:4", 100) for i in range(5)), *(machine(f"slow{i}", "4:8", 40) for i in range(2))]
+    machines = [
+        *(machine(f"fast{i}", "0:4", 100) for i in range(5)),
+        *(machine(f"slow{i}", "4:8", 40) for i in range(2)),
+    ]
     slow = [replace(each, load_seconds=140.0) for each in machines]
     assert plan_moves(machines, 8, now=NOW)
     assert plan_moves(slow, 8, now=NOW) == ()
@@ -312,7 +318,10 @@ def test_a_liar_who_claims_everything_moves_nobody_off_the_blocks_that_only_the_
 
 
 def test_beside_a_liar_slow_blocks_are_still_helped():
-    machines = [*(machine(f"fast{i}", "0:4", 100) for i in range(5)), *(machine(f"slow{i}", "4:8", 40) for i in range(2))]
+    machines = [
+        *(machine(f"fast{i}", "0:4", 100) for i in range(5)),
+        *(machine(f"slow{i}", "4:8", 40) for i in range(2)),
+    ]
     liar = Machine("liar", Span(0, 8), 8, ((1, 1e9),))
     assert joins(machine("new"), [*machines, liar], 8) == Span(4, 8)
 

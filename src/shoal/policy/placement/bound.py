@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shoal.policy.placement.fleet import Floats, Kinds, tabulate
+from shoal.policy.placement.fleet import Floats, Kinds, summed, tabulate
 from shoal.policy.placement.machines import Machine
 
 MAX_ROUNDS = 100
@@ -20,7 +20,7 @@ def throughput_bound(machines: Sequence[Machine], num_blocks: int) -> float:
     work for L λ at most, and computes and carries C_s(L) at most, wherever they are.
     """
     kinds, kind = tabulate(machines, num_blocks)
-    counts = np.bincount(kind, [float(machine.count) for machine in machines], len(kinds.longest))
+    counts = summed(kind, np.array([float(machine.count) for machine in machines]), len(kinds.longest))
     return bound_of(kinds, counts, num_blocks)
 
 

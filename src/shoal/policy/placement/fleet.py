@@ -35,6 +35,12 @@ MAX_ZONES = 64
 """Zones that are told apart. Announcing a zone costs nothing either; those beyond count as unknown."""
 
 
+def summed(places: Ints, amounts: Floats, size: int) -> Floats:
+    """For each of `size` places, the sum of the amounts that belong there."""
+    totals: Floats = np.bincount(places, amounts, size)
+    return totals
+
+
 @dataclass(frozen=True)
 class Kinds:
     """What machines could compute: `capacity` by kind and length of the span, and the `longest` span of each kind."""
@@ -45,7 +51,8 @@ class Kinds:
     @property
     def best(self) -> Floats:
         """The highest capacity of each kind, at the length that allows it."""
-        return np.where(self.allowed, self.capacity, 0.0).max(axis=1)
+        best: Floats = np.where(self.allowed, self.capacity, 0.0).max(axis=1)
+        return best
 
     @property
     def allowed(self) -> Flags:
@@ -95,8 +102,8 @@ def _interpolated(speeds: Sequence[tuple[tuple[int, float], ...]], lengths: Ints
 class Fleet:
     """Machines as arrays, in the order of their peer ids, so that equal views give equal numbers.
 
-    `starts` and `ends` are 0 where a machine has no span. `weights` say for which part of the next ten minutes a machine
-    is online, `online` whether it is now. `doubted` machines make claims that are not plausible; `whole` ones claim
+    `starts` and `ends` are 0 where a machine has no span. `weights` say for which part of the next ten minutes a
+    machine is online, `online` whether it is now. `doubted` machines make claims that are not plausible; `whole` ones claim
     every block besides. `losses` are the chances that a machine vanishes before another has loaded. Zone 0 is unknown.
     """
 
@@ -168,7 +175,7 @@ class Fleet:
     def per_block(self, amounts: Floats) -> Floats:
         """For each block, the sum of the amounts of the machines that hold it."""
         size = self.num_blocks + 1
-        change = np.bincount(self.starts, amounts, size) - np.bincount(self.ends, amounts, size)
+        change = summed(self.starts, amounts, size) - summed(self.ends, amounts, size)
         return np.cumsum(change)[:-1]
 
     def moved(self, index: int, span: Span) -> Fleet:

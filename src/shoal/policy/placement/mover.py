@@ -8,9 +8,9 @@
     └────────────────────────────arrived, or failed─────────────────────────────────────────────── moving
 ```
 
-Servers whose views differ may want the same place. So a server waits, longer the later its move is in the plan, and then
-announces the new span as *joining* while it still serves the old one. Others count it where it goes, and count on it no
-longer where it was. It looks at a fresh view, and if another server with a lower peer id claims at the same time, that
+Servers whose views differ may want the same place. So a server waits, longer the later its move is in the plan, and
+then announces the new span as *joining* while it still serves the old one. Others count it where it goes, and count on
+it no longer where it was. It looks at a fresh view, and if another server with a lower peer id claims at the same time, that
 claim counts and its own does not: what is left of the plan then decides.
 
 A server that starts does the same, without blocks to leave: `Arrival`.
@@ -42,8 +42,8 @@ PLAN_ANYWAY = 120.0
 WAIT_PER_RANK = 2.0
 """Seconds that a server waits for each move before its own in the plan."""
 CLAIM_SECONDS = 5.0
-"""Seconds from a claim to the second look: twice what a claim takes at most to be seen by others, so that of two servers
-that claim without seeing each other the first sees the second before it goes."""
+"""Seconds from a claim to the second look: twice what a claim takes at most to be seen by others. So of two servers that
+claim without seeing each other, the first sees the second before it goes."""
 HOLE_CLAIM_SECONDS = 1.5
 """The same for a claim of blocks that no server holds: clients are waiting for them."""
 REST_SECONDS = 120.0
@@ -70,9 +70,9 @@ class Phase(StrEnum):
 class Mover:
     """Whether and where the server `peer` moves.
 
-    The owner calls `after_view` with what it knows at each change that it notices, and at `next_look_at` at the latest; while
-    the phase is *claimed*, with what it reads afresh. It announces `claim`, and when `move` is not `None` it goes, and
-    calls `arrived` or `failed`. Times are of one clock, in seconds.
+    The owner calls `after_view` with what it knows at each change that it notices, and at `next_look_at` at the latest;
+    while the phase is *claimed*, with what it reads afresh. It announces `claim`, and when `move` is not `None` it goes,
+    and calls `arrived` or `failed`. Times are of one clock, in seconds.
     """
 
     peer: str
@@ -183,9 +183,9 @@ def _digest(machines: Sequence[Machine]) -> int:
 class Arrival:
     """Where a server that starts serves. Servers that start together spread.
 
-    The owner calls `after_view` with a fresh view at `next_look_at`, and announces `placed.span` as joining at once. The choice
-    holds when `settled`: the server then loads. Of servers that announce their spans within a few seconds of each other,
-    the lower peer id keeps its span, and the higher chooses again with that one in view.
+    The owner calls `after_view` with a fresh view at `next_look_at`, and announces `placed.span` as joining at once. The
+    choice holds when `settled`: the server then loads. Of servers that announce their spans within a few seconds of each
+    other, the lower peer id keeps its span, and the higher chooses again with that one in view.
     """
 
     machine: Machine
@@ -215,7 +215,7 @@ class Arrival:
         return replace(looked, placed=placed)
 
     def _comes_before(self, other: Machine) -> bool:
-        """Whether another machine's place counts: it serves, or started clearly earlier, or together and has a lower id."""
+        """Whether another's place counts: it serves, or started clearly earlier, or together and has a lower id."""
         own = self.machine
         if other.peer == own.peer or other.span is None:
             return False

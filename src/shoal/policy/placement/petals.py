@@ -33,9 +33,9 @@ def choose_span(throughput: Sequence[float], *, num_blocks: int) -> Span:
 def choose_move(machines: Sequence[Machine], peer: str, num_blocks: int, *, rng: random.Random) -> Span | None:
     """The span that a server moves to, or `None` if it stays. Spans keep their length.
 
-    The server simulates its own best move and then everybody's, in rounds of random order, until none moves. It moves if
-    the throughput of the slowest block is then a fifth higher than now, and never if a block that it leaves has no other
-    holder.
+    The server simulates its own best move and then those of all, in rounds of random order, until none moves. It moves
+    if the throughput of the slowest block is then a fifth higher than now, and never if a block that it leaves has no
+    other holder.
     """
     throughput = block_throughputs(machines, num_blocks)
     own = next((machine for machine in machines if machine.peer == peer), None)

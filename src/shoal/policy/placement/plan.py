@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.policy.placement.fleet import HORIZON, Flags, Fleet, Floats, Ints
+from shoal.policy.placement.fleet import HORIZON, Flags, Fleet, Floats
 from shoal.policy.placement.lifetime import Lifetimes
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.score import Changes, Picture, Scoring
@@ -94,7 +94,7 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     if len(rows) == 0 or picture.bound == 0:
         return None
     score, without = picture.score, picture.scores(Changes.leave(rows))
-    places = best_places(picture, rows, most=PLACES_SCORED, each=PLACES_EACH)
+    places = best_places(picture, rows, without, most=PLACES_SCORED, each=PLACES_EACH)
     if len(places.rows) == 0:
         return None
     after = picture.scores(places)
@@ -105,6 +105,7 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     value = loading * without[np.searchsorted(rows, places.rows)] + (1 - loading) * after - score
     gain = after - score
     pays = (value > 0) & (gain >= _least_gain(picture)[places.rows]) & free[places.rows]
+    pays &= picture.keeps(places)
     allowed = (fills & (gain > 0)) | (~fills & pays)
     if not allowed.any():
         return None
@@ -126,7 +127,8 @@ def _may_leave(fleet: Fleet, trusted: Flags) -> Flags:
         by_others[1][fleet.ends] - by_others[1][fleet.starts],
         by_others[0][fleet.ends] - by_others[0][fleet.starts],
     )
-    return (lacking_others == 0) & (fleet.lengths > 0)
+    free: Flags = (lacking_others == 0) & (fleet.lengths > 0)
+    return free
 
 
 def _loading(fleet: Fleet, places: Changes) -> Floats:

@@ -11,15 +11,15 @@ from dataclasses import replace
 import numpy as np
 
 from shoal.policy.placement.fleet import Fleet, Floats, Ints
-from shoal.policy.placement.score import WEIGHTS, Changes, Picture
+from shoal.policy.placement.score import Changes, Picture
 
 
-def best_places(picture: Picture, rows: Ints, *, most: int, each: int, min_blocks: int = 1) -> Changes:
+def best_places(picture: Picture, rows: Ints, without: Floats, *, most: int, each: int, min_blocks: int = 1) -> Changes:
     """The most promising changes of one machine of each entry: at most `each` of one, and at most `most` in all.
 
-    They are in the order of entry, length and start.
+    `without` are the scores without these machines. The changes are in the order of entry, length and start.
     """
-    estimates = _estimates(picture, rows)
+    estimates = _estimates(picture, rows) + without[:, None, None]
     lengths = np.arange(1, estimates.shape[1] + 1)
     longest = picture.fleet.kinds.longest[picture.fleet.kind[rows]]
     too_short = lengths < np.minimum(min_blocks, longest)[:, None]
@@ -61,8 +61,9 @@ def _estimates(picture: Picture, rows: Ints) -> Floats:
     relief = _running_sum(scoring.risk * relieved / fleet.num_blocks + scoring.hole * holes)
     deficits = picture.deficits(leave)
     lacking = _running_sum(deficits)
-    mirrored = Picture.of(_mirrored(fleet), scoring, picture.bound).deficits(leave)[:, :, ::-1]
+    mirrored = Picture.of(_mirrored(fleet), scoring, picture.bound, picture.anchor).deficits(leave)[:, :, ::-1]
     lacking_mirrored = _running_sum(mirrored)
+    needy, lacked = _running_sum(picture.needy().astype(np.float64)), picture.lacked()
     kinds = fleet.kind[rows]
     most = fleet.kinds.capacity.shape[1] - 1
     result = np.full((len(rows), most, fleet.num_blocks), -np.inf)
@@ -70,19 +71,21 @@ def _estimates(picture: Picture, rows: Ints) -> Floats:
         able = fleet.kinds.longest[kinds] >= length
         capacity = fleet.kinds.capacity[kinds, length]
         served = np.maximum(
-            _served(lacking, capacity, length),
-            _served(lacking_mirrored, capacity, length),
+            _served(lacking, capacity, length, picture.weights),
+            _served(lacking_mirrored, capacity, length, picture.weights),
         )
         even = _windows(_running_sum(picture.utility(alone + (capacity / length)[:, None]) - useful), length)
-        throughput = (scoring.exact * served + (1 - scoring.exact) * even) / max(picture.most, 1e-300)
+        reachable = np.minimum(lacked, capacity[:, None])[:, None, :] * (_windows(needy, length) > 0).T
+        served = np.maximum(served, reachable @ picture.weights)
+        throughput = scoring.exact * served + (1 - scoring.exact) * even / max(picture.most, 1e-300)
         gain = picture.bound * (throughput + _windows(relief, length))
         result[able, length - 1, : gain.shape[1]] = gain[able]
     return result
 
 
-def _served(lacking: Floats, capacity: Floats, length: int) -> Floats:
+def _served(lacking: Floats, capacity: Floats, length: int, weights: Floats) -> Floats:
     """What a machine can do about what the blocks of each span lack, weighted by level. [M, N - L + 1]"""
-    return np.minimum(_windows(lacking, length), capacity[:, None, None]).transpose(0, 2, 1) @ WEIGHTS
+    return np.minimum(_windows(lacking, length), capacity[:, None, None]).transpose(0, 2, 1) @ weights
 
 
 def _mirrored(fleet: Fleet) -> Fleet:

@@ -71,13 +71,20 @@ def levels_at(machines: Sequence[Machine], num_blocks: int, throughput: float) -
 
 
 def _placed(machines: Sequence[Machine]) -> Floats:
-    """Start, end, capacity and network of the machines that have a span, by the ends of their spans. [M, 4]"""
+    """Start, end, capacity and network of the machines that have a span, by the ends of their spans. [M, 4]
+
+    Machines that are alike are one row: they can share equally what they do together.
+    """
+    counts: dict[tuple[int, int, float, float], int] = {}
+    for machine in machines:
+        if machine.span is not None:
+            capacity = machine.speed(len(machine.span)) * len(machine.span)
+            row = (machine.span.end, machine.span.start, capacity, machine.network_speed)
+            counts[row] = counts.get(row, 0) + machine.count
     rows = [
-        (m.span.start, m.span.end, m.speed(len(m.span)) * len(m.span) * m.count, m.network_speed * m.count)
-        for m in machines
-        if m.span is not None
+        (start, end, capacity * count, network * count)
+        for (end, start, capacity, network), count in sorted(counts.items())
     ]
-    rows.sort(key=lambda row: row[1])
     return np.array(rows, np.float64).reshape(-1, 4)
 
 
