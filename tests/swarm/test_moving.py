@@ -214,6 +214,7 @@ def test_training_goes_on_while_a_server_moves(stage: Stage, monkeypatch: pytest
             client = town.client()
             while not done.is_set():
                 await training(client)
+                await asyncio.sleep(1)
 
         async def strike() -> None:
             for after in (LAST, FIRST, LAST):
@@ -413,8 +414,10 @@ def test_a_server_that_is_told_to_stop_while_it_moves_stops_quickly(
         wanted["m"] = LAST
         server = town.members["m"].server
         assert server is not None
+        talking = asyncio.create_task(town.client().talk(40, seconds_each=1.0))  # sessions make draining take a while
         await town.until(lambda: server.phase == phase)
         assert await town.leave("m") <= DRAIN_SECONDS + 1
+        await talking
         assert town.infos["m"].state is ServerState.LEAVING
         assert town.members["m"].changes[-1][1].now is None
 

@@ -123,3 +123,18 @@ def test_what_is_not_watched_any_more_is_forgotten():
             assert at.network.num_streams("watcher") == 1
 
     play(scene)
+
+
+def test_a_server_that_was_lost_before_any_other_answered_is_gone_once_one_does():
+    async def scene(at: Scene) -> None:
+        at.network.cut("watcher", "a")
+        async with at.watching("a", "b"):
+            at.network.kill("b")
+            await asyncio.sleep(20)
+            assert not at.changes, "this server may have lost its own network"
+            at.network.heal("watcher", "a")
+            await asyncio.sleep(5)
+            assert at.watch.gone == {"b"}
+            assert len(at.changes) == 1
+
+    play(scene)

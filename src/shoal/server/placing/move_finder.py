@@ -65,8 +65,8 @@ class MoveFinder:
             await self._watch.look(self._due)
             now = self._clock()
             await self._plan((self._own.machine(now), *self._watch.machines(now)), now)
-            if not await self._announce_claim():
-                await self._stay("the directory does not take the claim")
+            if (obstacle := await self._claim_anew()) is not None:
+                await self._stay(obstacle)
             elif (move := self.mover.move) is not None:
                 obstacle = await self._obstacle(move)
                 if obstacle is None:
@@ -85,15 +85,25 @@ class MoveFinder:
 
         self.mover = plan() if len(machines) < PLANNED_ASIDE else await asyncio.to_thread(plan)
 
-    async def _announce_claim(self) -> bool:
-        """Announce what the mover claims now, if that is new. Returns whether the others can know of it."""
-        before, self._claimed = self._claimed, self.mover.claim
-        if self._claimed == before:
-            return True
-        if self._claimed is None or self.mover.intended is None:
+    async def _claim_anew(self) -> str | None:
+        """Announce what the mover claims now, if that is new. Returns what is in the way of that, if anything.
+
+        A server that has claimed other blocks is not offered to new clients. So the last two holders of a block must
+        not both claim others: each looks before it claims, and at once afterwards.
+        """
+        before, move = self._claimed, self.mover.intended
+        if self.mover.claim == before:
+            return None
+        if self.mover.claim is None or move is None:
+            self._claimed = None
             await self._own.unclaim()
-            return True
-        return await self._own.claim(Placed(self._claimed, self.mover.intended.reason))
+            return None
+        if (obstacle := await self._obstacle(move)) is not None:
+            return obstacle
+        self._claimed = self.mover.claim
+        if not await self._own.claim(Placed(self._claimed, move.reason)):
+            return "the directory does not take the claim"
+        return await self._obstacle(move)
 
     async def _obstacle(self, move: Move) -> str | None:
         """Why the server should not go, by a last look at the directory; `None` if nothing is in the way."""
@@ -110,4 +120,6 @@ class MoveFinder:
     async def _stay(self, why: str) -> None:
         log.info("the server stays with blocks %s: %s", self._own.held, why)
         self.mover = self.mover.failed(now=self._clock())
-        await self._announce_claim()
+        if self._claimed is not None:
+            self._claimed = None
+            await self._own.unclaim()

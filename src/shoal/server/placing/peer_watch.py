@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
@@ -26,7 +26,7 @@ REOPEN_SECONDS = 0.2
 
 
 class PeerWatch:
-    """Watches the servers that `watch` names, while `running()`. `on_change` is called when one is lost or returns.
+    """Watches the servers that `watch` names, while `running()`. `on_change` is called when `gone` changes.
 
     A server that has never answered is not lost: perhaps it only cannot be reached from here.
     """
@@ -56,6 +56,14 @@ class PeerWatch:
             self.watch(())
             await asyncio.gather(*self._ended, return_exceptions=True)
 
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Call `on_change` if what is done in the context changes which peers are believed to be gone."""
+        before = self.gone
+        yield
+        if self.gone != before:
+            self._on_change()
+
     def watch(self, servers: Iterable[ServerInfo]) -> None:
         """From now on, watch these servers only. What is known of the others is forgotten."""
         wanted = {server.peer: server for server in servers} if self._is_running else {}
@@ -74,15 +82,16 @@ class PeerWatch:
         is_known = False  # whether it has ever answered
         while True:
             has_answered = await self._until_silent(server)
-            self._answering.discard(server.peer)
+            with self._changing():
+                self._answering.discard(server.peer)
             if has_answered:  # the stream may have ended for many reasons: another one is tried
                 is_known = True
                 await asyncio.sleep(REOPEN_SECONDS)
                 continue
             if is_known and server.peer not in self._lost:
                 log.info("%s is gone: it does not answer any more", server.name or server.peer)
-                self._lost.add(server.peer)
-                self._on_change()
+                with self._changing():
+                    self._lost.add(server.peer)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _until_silent(self, server: ServerInfo) -> bool:
@@ -104,10 +113,9 @@ class PeerWatch:
         return has_answered
 
     def _answered(self, peer: str) -> None:
-        self._answering.add(peer)
-        if peer in self._lost:
+        with self._changing():
+            self._answering.add(peer)
             self._lost.discard(peer)
-            self._on_change()
 
 
 async def _answers(stream: Stream) -> bool:
