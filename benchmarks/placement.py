@@ -1,16 +1,17 @@
-"""Placements of machines that stay: joining rules, moves, and an offline search, as shares of what no placement can pass.
+"""Placements of machines that stay: joining rules, moves and an offline search, as shares of what no placement passes.
 
     python -m benchmarks.placement [--clusters FILE] [--search-seconds 12] [--seeds 2] [--only NAME ...] [--json]
 
-Swarms are random, with 1.5 to 6 copies of each block, and the clusters of a file (`benchmarks/placement_swarms.py` says of
-which format). Each cell has the min-block share, the exact share and the moves: "min" divides the time of each server evenly among
-its blocks, "exact" lets servers share it freely. The offline search starts where the plan ends, and anneals for the
-exact throughput.
+Swarms are random, with 1.5 to 6 copies of each block, and the clusters of a file (`benchmarks/placement_swarms.py` says
+of which format). Each cell has the min-block share, the exact share and the moves: "min" divides the time of each
+server evenly among its blocks, "exact" lets servers share it freely. The offline search starts where the plan ends, and
+anneals for the exact throughput.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import sys
@@ -134,7 +135,16 @@ def studied(seeds: int, path: Path | None) -> Iterator[tuple[Cluster, int]]:
     for count, num_blocks, copies in SWARMS:
         for seed in range(seeds):
             machines = tuple(random_machines(count, num_blocks, copies, seed=seed))
-            yield Cluster(f"{count}×{num_blocks}, {copies} copies", num_blocks, machines, {}), seed
+            yield Cluster(f"{count}x{num_blocks}, {copies} copies", num_blocks, machines, {}), seed
+
+
+def shares(
+    machines: Sequence[Machine], moves: int | None = None, *, num_blocks: int, bound: float, absolute: bool
+) -> str:
+    """A placement as min and exact share of the bound, in tokens per second too if `absolute`, and its moves."""
+    least, exact = min(block_throughputs(machines, num_blocks)), exact_throughput(machines, num_blocks)
+    figures = f" ({least:.0f}/{exact:.0f})" if absolute else ""
+    return f"{least / bound:.2f}/{exact / bound:.3f}{figures}" + ("" if moves is None else f", {moves}")
 
 
 def main() -> None:
@@ -170,19 +180,15 @@ def main() -> None:
             continue
         bound = throughput_bound(cluster.machines, cluster.num_blocks)
 
-        def cell(machines: Sequence[Machine], moves: int | None = None) -> str:
-            least = min(block_throughputs(machines, cluster.num_blocks))
-            exact = exact_throughput(machines, cluster.num_blocks)
-            absolute = f" ({least:.0f}/{exact:.0f})" if cluster.layouts else ""
-            return f"{least / bound:.2f}/{exact / bound:.3f}{absolute}" + ("" if moves is None else f", {moves}")
+        cell = functools.partial(shares, num_blocks=cluster.num_blocks, bound=bound, absolute=bool(cluster.layouts))
 
         published = "; ".join(f"{name} {cell(layout)}" for name, layout in cluster.layouts.items())
-        cells = [cluster.name, str(seed), f"{bound:.0f}", published or "–"]
+        cells = [cluster.name, str(seed), f"{bound:.0f}", published or "-"]
         if not arguments.no_petals:
             petals = joined(cluster.machines, cluster.num_blocks, "petals", scoring, seed)
             cells += [cell(petals), cell(*with_petals_moves(petals, cluster.num_blocks, seed))]
         else:
-            cells += ["–", "–"]
+            cells += ["-", "-"]
         graded = joined(cluster.machines, cluster.num_blocks, "graded", scoring, seed)
         planned, moves = with_plans(graded, cluster.num_blocks, scoring)
         best = searched(planned, cluster.num_blocks, arguments.search_seconds, seed)

@@ -350,7 +350,8 @@ def main() -> None:
     print(describe_machine(), file=sys.stderr)
     if not arguments.json:
         print(
-            "| churn | rules | exact | min | holes | moves a departure | median heal s | plan ms |\n|---|---|---|---|---|---|---|---|"
+            "| churn | rules | exact | min | holes | moves a departure | median heal s | plan ms |\n"
+            "|---|---|---|---|---|---|---|---|"
         )
     for scenario in scenarios(arguments.traces).values():
         if arguments.only and scenario.name not in arguments.only:

@@ -135,10 +135,11 @@ class Picture:
 
     @property
     def levels(self) -> Floats:
-        """The levels at which machines share their time freely: around what all blocks get, or else from low to high."""
+        """The levels at which machines share their time freely: around what all blocks get, else from low to high."""
         if self.anchor == 0:
             return SHARES * self.bound
-        return np.minimum(STEPS * self.anchor, self.bound)
+        levels: Floats = np.minimum(STEPS * self.anchor, self.bound)
+        return levels
 
     @property
     def weights(self) -> Floats:
@@ -224,7 +225,8 @@ class Picture:
 
     def lacked(self) -> Floats:
         """What all blocks together lack, at each level. [K]"""
-        return self.fleet.num_blocks * self.levels - self.exact_sums(Changes.none())[0]
+        lacked: Floats = self.fleet.num_blocks * self.levels - self.exact_sums(Changes.none())[0]
+        return lacked
 
     def needy(self) -> Flags:
         """Where a little more capacity in one block would be used, at each level. [K, N]"""
