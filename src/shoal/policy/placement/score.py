@@ -145,7 +145,8 @@ class Picture:
     def weights(self) -> Floats:
         """What a token per second of one block adds to the score, in shares of the bound, at each level."""
         weights = WEIGHTS if self.anchor == 0 else STEP_WEIGHTS
-        return weights / (weights.sum() * self.fleet.num_blocks * self.bound)
+        shares: Floats = weights / (weights.sum() * self.fleet.num_blocks * self.bound)
+        return shares
 
     @property
     def most(self) -> float:
