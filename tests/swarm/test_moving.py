@@ -214,7 +214,7 @@ def test_training_goes_on_while_a_server_moves(stage: Stage, monkeypatch: pytest
             client = town.client()
             while not done.is_set():
                 await training(client)
-                await asyncio.sleep(1)
+                await asyncio.sleep(2)
 
         async def strike() -> None:
             for after in (LAST, FIRST, LAST):

@@ -77,6 +77,7 @@ def test_two_servers_that_both_count_on_the_other_do_not_both_leave():
 
 def test_a_server_plans_at_most_every_ten_seconds_and_only_when_something_changed():
     plans = []
+    full = [*TRIPLE, machine("d", "4:8")]
 
     def planner(machines: Sequence[Machine], num_blocks: int, now: float, lifetimes: object) -> tuple[()]:
         plans.append(now)
@@ -84,13 +85,25 @@ def test_a_server_plans_at_most_every_ten_seconds_and_only_when_something_change
 
     mover = Mover("a", NUM_BLOCKS, planner=planner)
     for second in range(60):
-        machines = TRIPLE if second < 30 else TRIPLE[:2]
+        machines = full if second < 30 else full[1:]
         mover = mover.after_view(machines, now=float(second))
     assert plans == [0.0, 30.0]
     for second in range(60, 100):
-        mover = mover.after_view(TRIPLE[: second % 3 + 1], now=float(second))
+        mover = mover.after_view(full[second % 3 :], now=float(second))
     assert all(later - earlier >= PLAN_EVERY for earlier, later in itertools.pairwise(plans))
     assert len(plans) == 6
+
+
+def test_a_hole_is_planned_for_at_once():
+    plans = []
+
+    def planner(machines: Sequence[Machine], num_blocks: int, now: float, lifetimes: object) -> tuple[()]:
+        plans.append(now)
+        return ()
+
+    mover = Mover("a", NUM_BLOCKS, planner=planner).after_view([*TRIPLE, machine("d", "4:8")], now=0.0)
+    mover.after_view(TRIPLE, now=1.5)
+    assert plans == [0.0, 1.5]
 
 
 def test_after_a_move_a_server_rests_but_not_from_holes():

@@ -42,7 +42,7 @@ CLAIM_SECONDS = 1.0
 """How long a claim is announced before the server looks whether others want the same: records need that to spread."""
 MAX_CLAIMS = 8
 """How often a server that joins claims other blocks because others want the same. Two rounds are usual."""
-HOLE_DRAIN_SECONDS = 2.0
+HOLE_DRAIN_SECONDS = 1.0
 """How long sessions have to go on elsewhere if the server moves to blocks that no server holds. It is short, because
 sessions that need those blocks cannot go on before, and would be waited for in vain. Clients can rebuild all of them.
 """
