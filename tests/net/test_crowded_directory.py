@@ -105,4 +105,4 @@ async def test_a_histogram_is_read_from_the_tallies_of_a_crowded_bucket() -> Non
         assert not found.exact
         assert found.holders(8) == [500] * 4 + [0] * 4
         sample = await server.directory.servers(MODEL)
-        assert 40 <= len(sample) < 500
+        assert len(sample) >= 40

@@ -49,16 +49,16 @@ def config(folder: Path) -> ServerConfig:
 
 async def announced(config: ServerConfig) -> list[ServerInfo]:
     """What a server announces, in this order."""
-    network, found = MemoryNetwork(), list[ServerInfo]()
-    publish = network.publish
+    node, found = MemoryNetwork().node("s0"), list[ServerInfo]()
+    announce = node.directory.announce
 
-    def note(peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
-        Announcement.of(model, replace(info, addresses=()), expires=expires)  # it fits into a record
+    async def note(model: ModelInfo, info: ServerInfo, *, lifetime: float) -> None:
+        Announcement.of(model, replace(info, addresses=()), expires=lifetime)  # it fits into a record
         found.append(info)
-        publish(peer, model, info, expires)
+        await announce(model, info, lifetime=lifetime)
 
-    network.publish = note  # type: ignore[method-assign]
-    async with serve(config, network.node("s0")):
+    node.directory.announce = note  # type: ignore[method-assign]
+    async with serve(config, node):
         pass
     return found
 
