@@ -213,7 +213,7 @@ def test_a_machine_does_not_move_if_loading_loses_more_than_the_move_gains():
         *(machine(f"fast{i}", "0:4", 100) for i in range(5)),
         *(machine(f"slow{i}", "4:8", 40) for i in range(2)),
     ]
-    slow = [replace(each, load_seconds=140.0) for each in machines]
+    slow = [replace(each, load_seconds=601.0) for each in machines]  # even one block takes the ten minutes
     assert plan_moves(machines, 8, now=NOW)
     assert plan_moves(slow, 8, now=NOW) == ()
 

@@ -99,7 +99,8 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
         return None
     after = picture.scores(places)
     filled = np.concatenate(([0], np.cumsum(holes)))
-    fills = filled[places.ends] - filled[places.starts] > 0
+    num_filled = filled[places.ends] - filled[places.starts]
+    fills = num_filled > 0
     loading = _loading(fleet, places)
     # the mean score of the next ten minutes, less that of staying
     value = loading * without[np.searchsorted(rows, places.rows)] + (1 - loading) * after - score
@@ -109,8 +110,8 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     allowed = (fills & (gain > 0)) | (~fills & pays)
     if not allowed.any():
         return None
-    if (fills & allowed).any():
-        allowed &= fills
+    if (fills & allowed).any():  # however long they take to load: a swarm with a hole carries nothing
+        allowed &= num_filled == num_filled[allowed].max()
     # rounded, so that sums in another order do not lead to another choice: of equal moves, the first is the best
     worth = np.round(value / (picture.bound * 1e-8))
     best = int(np.where(allowed, worth, -np.inf).argmax())
