@@ -71,7 +71,9 @@ class Neighborhood:
 
 def real_handler(node: Node) -> Handler:
     """What a server does with streams, without anything to compute with."""
-    engine = SimpleNamespace(num_passes=0, queue_length=0, cache_tokens_left=0, passes=SimpleNamespace(release=lambda peer: None))
+    engine = SimpleNamespace(
+        num_passes=0, queue_length=0, cache_tokens_left=0, passes=SimpleNamespace(release=lambda peer: None)
+    )
     return Handler(cast(Any, engine), PushService(node.transport), idle_seconds=60.0)
 
 
