@@ -6,6 +6,10 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shoal", deadline=None)  # how long an example takes depends on the machine
+settings.load_profile("shoal")
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import asyncio
 import random
 from collections import Counter
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
 from shoal.client.decoding.session import Session
 from shoal.client.options.client_options import ClientOptions
 from shoal.policy.routing.route import Chooser
+from shoal.server.engine.engine import Engine
 from shoal.spans import Span
 
 from .schedules.bed import Bed, Client
@@ -41,7 +43,8 @@ async def used(chooser: Chooser, *, queue_length: int) -> Counter[str]:
             )
         )
         clients = [bed.client(f"client{index}", ClientOptions(chooser=chooser)) for index in range(NUM_CLIENTS)]
-        found = Counter(await asyncio.gather(*(server_of(client) for client in clients)))
+        with mock.patch.object(Engine, "queue_length", queue_length):  # answers to pings say it too
+            found = Counter(await asyncio.gather(*(server_of(client) for client in clients)))
         for client in clients:
             await client.close()
         return found

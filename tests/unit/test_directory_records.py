@@ -247,7 +247,7 @@ HOSTILE_CAPACITIES: list[dict[str, object]] = [
     {"max_blocks": 0},
     {"max_blocks": 1 << 20},
     {"max_blocks": 1.5},
-    {"max_blocks": 9},
+    {"max_blocks": 17},
     {"block_speeds": []},
     {"block_speeds": [[length, 1.0] for length in range(MAX_SPEED_POINTS + 1)]},
     {"block_speeds": [[4, 1.0], [4, 1.0]]},
@@ -260,7 +260,7 @@ HOSTILE_CAPACITIES: list[dict[str, object]] = [
     {"block_speeds": [[1, 1e12]]},
     {"block_speeds": [[1, "fast"]]},
     {"block_speeds": [[1]]},
-    {"block_speeds": [[1, 2.0], [9, 1.0]]},
+    {"block_speeds": [[1, 2.0], [17, 1.0]]},
     {"block_speeds": [[1, 1.0, 1.0]]},
     {"network_speed": 0.0},
     {"network_speed": -1.0},
@@ -278,7 +278,7 @@ HOSTILE_CAPACITIES: list[dict[str, object]] = [
     {"on_disk": [[-1, 3]]},
     {"on_disk": [[0, 1 << 20]]},
     {"on_disk": [[0]]},
-    {"on_disk": [[0, 9]]},
+    {"on_disk": [[0, 17]]},
     {"on_disk": "all"},
 ]
 
