@@ -88,7 +88,7 @@ async def test_a_server_that_joins_a_crowded_bucket_publishes_where_the_others_d
 
 
 async def test_a_histogram_is_read_from_the_tallies_of_a_crowded_bucket() -> None:
-    others, level, expires = crowd(500), 4, time.time() + 200
+    others, level, expires = crowd(500), 5, time.time() + 200
     async with swarm(SERVER, SERVER) as (first, server, _):
         await publish(first, others, level=level)
         records = []
@@ -105,4 +105,4 @@ async def test_a_histogram_is_read_from_the_tallies_of_a_crowded_bucket() -> Non
         assert not found.exact
         assert found.holders(8) == [500] * 4 + [0] * 4
         sample = await server.directory.servers(MODEL)
-        assert len(sample) >= 40
+        assert 40 <= len(sample) < 500
