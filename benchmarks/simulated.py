@@ -17,9 +17,8 @@ from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.plan import plan_moves
 from shoal.policy.routing.route import Hop, Measured
 from shoal.policy.view import SwarmView
+from shoal.simulator.world.places import Place
 
-OCEAN = 0.09
-"""Seconds that a round trip between the continents adds. Within a continent it takes 2 to 30 ms."""
 PREFILL = 30
 """How many tokens of a prompt a server computes in the time of one decoded token (`docs/performance.md`)."""
 READING = 0.9
@@ -28,23 +27,6 @@ times (measured on two cores, `docs/performance.md`)."""
 SATURATED_ROWS = 32
 """The sessions of the passes in which servers measure the speed that they announce as their capacity."""
 MAX_PLANS = 20
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place on one of two continents."""
-
-    continent: int
-    x: float
-    y: float
-
-    @classmethod
-    def anywhere(cls, chance: random.Random) -> Place:
-        return cls(chance.randrange(2), chance.random(), chance.random())
-
-    def round_trip(self, other: Place) -> float:
-        near = 0.002 + 0.02 * math.hypot(self.x - other.x, self.y - other.y)
-        return near + (OCEAN if self.continent != other.continent else 0.0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks.simulated import (
     SATURATED_ROWS,
-    Place,
     Simulated,
     Traffic,
     pass_seconds,
@@ -18,6 +17,7 @@ from benchmarks.simulated import (
 from shoal.policy.placement.bound import throughput_bound
 from shoal.policy.placement.machines import machine_of
 from shoal.policy.routing.route import Hop
+from shoal.simulator.world.places import Place
 from shoal.spans import Span
 
 from .test_routing import server

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shoal.host import processor_name
 from shoal.model.weights import disk_cache
 from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
 from shoal.server.kv.batch import Chunk
@@ -20,7 +21,6 @@ from shoal.server.throughput import (
     Runs,
     cached_profile,
     known_profile,
-    processor_name,
     speed_key,
     speeds_in,
 )

@@ -9,16 +9,15 @@ of the model it holds: they count as alike.
 from __future__ import annotations
 
 import logging
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from shoal.host import processor_name
 from shoal.model.weights import disk_cache
 from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
 from shoal.server.speed_watch import Speeds
@@ -140,16 +139,6 @@ def machine_key(*, weights: str, dtype: torch.dtype, device: torch.device) -> st
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     threads = torch.get_num_threads()
     return f"{weights} in {dtype} on {device.type} {machine} with {threads} threads, torch {torch.__version__}"
-
-
-def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The model of this machine's processor, or at least its architecture."""
-    try:
-        lines = [line.partition(":") for line in cpuinfo.read_text(errors="replace").splitlines()]
-    except OSError:
-        lines = []
-    names = [value.strip() for key, _, value in lines if key.strip() in ("model name", "Model", "Hardware")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def known_profile(

@@ -24,8 +24,6 @@ WEIGHTS = 16.0 * 2.0 ** np.linspace(0.0, -5.0, len(SHARES))
 STEPS = np.array([0.5, 0.8, 1.0, 1.03, 1.08, 1.16, 1.32, 1.7])
 """The levels of what blocks get if machines share their time freely, as multiples of what all blocks get now."""
 STEP_WEIGHTS = np.array([2.0, 2.0, 2.0, 4.0, 2.0, 1.0, 0.5, 0.25])
-REACHED = 2
-"""The index of the level that all blocks reach."""
 ANCHOR_STEP = 1.03
 """What all blocks get now is rounded down to a power of this: small changes do not shift the levels."""
 

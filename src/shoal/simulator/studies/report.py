@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
+from shoal.host import describe_host
 
 
 @dataclass(frozen=True)
@@ -50,26 +51,10 @@ class Report:
         )
 
     def markdown(self, *, command: str, plot: str | None) -> str:
-        made = f"`{command}`, {date.today()}, on {describe_machine()}."
+        made = f"`{command}`, {date.today()}, on {describe_host()}, Python {platform.python_version()}."
         picture = [f"![{self.title}]({plot})"] if plot else []
         notes = [self.notes] if self.notes else []
         return "\n\n".join([*(table.markdown() for table in self.tables), *notes, *picture, made])
-
-
-def describe_machine() -> str:
-    """One line: processor, cores, memory, Python."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{_processor()}, {cores} cores, {memory:.0f} GiB, Python {platform.python_version()}"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def command_line() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shoal.peers import MAX_SPEED_POINTS, Capacity
 from shoal.policy.placement.machines import Machine
@@ -74,10 +74,6 @@ class Hardware:
         """Seconds of one block in a pass: of the block itself, and of each of its rows, with a span of this length."""
         saturated = FULL_BATCH / self.machine("", None).block_speed(num_blocks)
         return (1 - ROW_SHARE) * saturated, ROW_SHARE * saturated / FULL_BATCH
-
-    def with_load_seconds(self, seconds: float) -> Hardware:
-        """The same machine, which loads as many blocks as it can hold in so many seconds."""
-        return replace(self, load_seconds=seconds / self.max_blocks)
 
 
 def draw_hardware(rng: random.Random, *, max_blocks: int, load_seconds: float = LOAD_SECONDS) -> Hardware:

@@ -1,0 +1,25 @@
+"""This machine, for people: its processor, cores and memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model of this machine's processor, or at least its architecture."""
+    try:
+        lines = [line.partition(":") for line in cpuinfo.read_text(errors="replace").splitlines()]
+    except OSError:
+        lines = []
+    names = [value.strip() for key, _, value in lines if key.strip() in ("model name", "Model", "Hardware")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_host() -> str:
+    """Processor, cores that this process may use, and memory, for the tables of measurements."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{processor_name()}, {cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
