@@ -291,7 +291,7 @@ def measure(number: int, num_blocks: int, minutes: int) -> dict[str, float | Non
 
 
 async def measure_routing(number: int) -> dict[str, float]:
-    """The bytes of reading and storing one key, without records, among so many real nodes."""
+    """The bytes of reading and storing one key, without records, among `number` real nodes."""
     from contextlib import AsyncExitStack
 
     from shoal.net import NetworkConfig, join

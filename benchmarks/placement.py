@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine import describe_machine
-from benchmarks.placement_swarms import Cluster, clusters, random_machines
+from benchmarks.placement_swarms import Cluster, clusters, random_machines, scoring_of
 from shoal.policy.placement.bound import throughput_bound
 from shoal.policy.placement.fleet import Fleet
 from shoal.policy.placement.joining import Rule, choose_blocks
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.petals import choose_move
-from shoal.policy.placement.plan import DEFAULT_SCORING, plan_moves
+from shoal.policy.placement.plan import plan_moves
 from shoal.policy.placement.score import Changes, Picture, Scoring
 from shoal.policy.placement.throughput import block_throughputs, exact_throughput
 from shoal.spans import Span
@@ -157,9 +157,7 @@ def main() -> None:
     parser.add_argument("--scoring", default="", help="for tuning: exact=0.5,risk=1 ...")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    scoring = replace(
-        DEFAULT_SCORING, **{k: float(v) for k, v in (pair.split("=") for pair in arguments.scoring.split(",") if pair)}
-    )
+    scoring = scoring_of(arguments.scoring)
     print(describe_machine(), file=sys.stderr)
     if not arguments.json:
         columns = [

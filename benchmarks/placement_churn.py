@@ -24,21 +24,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.machine import describe_machine
-from benchmarks.placement_swarms import LOAD_SECONDS, Stay, trace_churn, weibull_churn
+from benchmarks.placement_swarms import LOAD_SECONDS, Stay, scoring_of, trace_churn, weibull_churn
 from shoal.policy.placement.bound import throughput_bound
 from shoal.policy.placement.joining import Rule
 from shoal.policy.placement.lifetime import Lifetimes, Lives
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.mover import Arrival, Mover
 from shoal.policy.placement.petals import choose_move
-from shoal.policy.placement.plan import DEFAULT_SCORING, Move, plan_moves
+from shoal.policy.placement.plan import Move, plan_moves
 from shoal.policy.placement.score import Scoring
 from shoal.policy.placement.throughput import block_throughputs, exact_throughput
 from shoal.spans import Span
 
 VIEW_SECONDS = 20.0
 PHASES = 4
-"""Views are read at one of so many moments of each period."""
+"""The number of moments of each period at which views are read."""
 NOTICED = (2.0, 8.0)
 """Seconds until all notice that a machine vanished."""
 PETALS_EVERY = 120.0
@@ -344,9 +344,7 @@ def main() -> None:
     parser.add_argument("--scoring", default="", help="for tuning: exact=0.5,risk=1 ...")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    scoring = replace(
-        DEFAULT_SCORING, **{k: float(v) for k, v in (pair.split("=") for pair in arguments.scoring.split(",") if pair)}
-    )
+    scoring = scoring_of(arguments.scoring)
     print(describe_machine(), file=sys.stderr)
     if not arguments.json:
         print(

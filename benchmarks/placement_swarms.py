@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.policy.placement.machines import Machine
+from shoal.policy.placement.plan import DEFAULT_SCORING
+from shoal.policy.placement.score import Scoring
 from shoal.spans import Span
 
 BLOCK_SPEED = 400.0
@@ -20,6 +22,12 @@ FULL_MEMORY = 0.6
 """The speed of a machine whose memory is full of blocks, relative to one with a single block: it has less cache."""
 LOAD_SECONDS = 60.0
 """What loading as many blocks as fit takes."""
+
+
+def scoring_of(text: str) -> Scoring:
+    """The scoring of the live servers with some of its weights changed, such as "exact=0.5,risk=1"."""
+    pairs = (pair.split("=") for pair in text.split(",") if pair)
+    return replace(DEFAULT_SCORING, **{name: float(weight) for name, weight in pairs})
 
 
 def random_machines(count: int, num_blocks: int, copies: float, *, seed: int) -> list[Machine]:

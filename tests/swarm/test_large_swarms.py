@@ -1,4 +1,4 @@
-"""The directory of swarms that nobody can read whole, in virtual time: announcing, reading, routes and histograms."""
+"""The directory of swarms that no peer can read whole, in virtual time: announcing, reading, routes and histograms."""
 
 from __future__ import annotations
 

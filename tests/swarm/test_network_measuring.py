@@ -311,7 +311,7 @@ def test_the_network_is_measured_when_no_session_uses_it() -> None:
     assert after == pytest.approx(MIB / COPIES_SENT / TOKEN_BYTES, rel=0.1)
 
 
-# Those who mean harm.
+# Peers that mean harm.
 
 
 async def ask(node: Node, *requests: tuple[AnyMessage, torch.Tensor | None], peer: str = "victim") -> list[AnyMessage]:

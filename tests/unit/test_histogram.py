@@ -1,4 +1,4 @@
-"""What placement learns of a swarm that no server can read whole, and what those who lie about it achieve."""
+"""What placement learns of a swarm that no server can read whole, and what liars achieve."""
 
 from __future__ import annotations
 

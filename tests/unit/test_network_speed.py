@@ -112,7 +112,7 @@ def test_a_server_that_measures_the_same_again_and_again_does_so_less_and_less_o
 
 
 def sent(*frames: tuple[float, float, int]) -> Bulk:
-    """A bulk of frames that begin, end and have so many bytes."""
+    """A bulk of frames, each with its begin, its end and its bytes."""
     bulk = Bulk()
     moments = sorted([(begin, 1, 0) for begin, _, _ in frames] + [(end, 0, size) for _, end, size in frames])
     for now, begins, size in moments:

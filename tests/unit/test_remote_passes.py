@@ -39,7 +39,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def tuning(num_factors: int, *, blocks: Span = WHOLE, dtype: torch.dtype = torch.float32) -> ActiveAdapters:
-    """So many factors in each block."""
+    """`num_factors` factors in each block."""
     values = zeros(num_factors, dtype=dtype)
     return ActiveAdapters(
         {block: AdapterFactors(f"{block:032x}", block, (Prompt(num_tokens=1),), values) for block in blocks}

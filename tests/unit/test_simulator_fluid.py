@@ -25,7 +25,7 @@ LOAD = 60.0
 
 
 def hardware(num_blocks: int, speed: float = 100.0) -> Hardware:
-    """A machine that holds so many blocks and loads that many in a minute."""
+    """A machine that holds `num_blocks` blocks and loads that many in a minute."""
     return Hardware(
         num_blocks, ((1, speed), (num_blocks, speed)) if num_blocks > 1 else ((1, speed),), 1e6, LOAD / num_blocks
     )

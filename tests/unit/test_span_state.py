@@ -14,7 +14,7 @@ from shoal.policy.placement.joining import Placed
 from shoal.server.placing.span_state import AVOIDED_SECONDS, SpanPhase, SpanState
 from shoal.spans import Span
 
-OLD, NEW = Placed(Span(0, 4), "nobody has them"), Placed(Span(4, 8), "they are slow")
+OLD, NEW = Placed(Span(0, 4), "no server has them"), Placed(Span(4, 8), "they are slow")
 spans = st.builds(lambda start, length: Span(start, start + length), st.integers(0, 6), st.integers(1, 4))
 placed = st.builds(Placed, spans, st.sampled_from(("a hole", "slow blocks")))
 

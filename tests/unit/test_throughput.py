@@ -58,7 +58,7 @@ class Machine:
 
 
 def speeds(machine: Machine, *, num_blocks: int = 8, now: float = 1e9) -> Speeds:
-    """How fast a server is that holds so many blocks, as far as the machine has to be measured for it."""
+    """How fast a server is that holds `num_blocks` blocks, as far as the machine has to be measured for it."""
     profile = cached_profile("here", machine, num_blocks=num_blocks, clock=lambda: now)
     return speeds_in(profile, Span(0, num_blocks))
 

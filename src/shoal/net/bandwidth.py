@@ -80,7 +80,7 @@ async def _rate(transfer: Callable[[Stream, int], Awaitable[float]], stream: Str
 
 
 async def _upload(stream: Stream, size: int) -> float:
-    """Send so many bytes; returns the seconds until the peer had them."""
+    """Send `size` bytes; returns the seconds until the peer had them."""
     await codec.send(stream, Transfer(sends=size))
     await receive_filler(stream, 0)
     filler = random_bytes(size)
@@ -94,7 +94,7 @@ async def _upload(stream: Stream, size: int) -> float:
 
 
 async def _download(stream: Stream, size: int) -> float:
-    """Receive so many bytes; returns the seconds since they were asked for."""
+    """Receive `size` bytes; returns the seconds since they were asked for."""
     began = asyncio.get_running_loop().time()
     await codec.send(stream, Transfer(wants=size))
     await receive_filler(stream, size)
@@ -102,7 +102,7 @@ async def _download(stream: Stream, size: int) -> float:
 
 
 def random_bytes(num_bytes: int) -> torch.Tensor:
-    """So many bytes [N] that no link can make smaller, and that the other side cannot guess."""
+    """`num_bytes` bytes [N] that no link can make smaller, and that the other side cannot guess."""
     return torch.frombuffer(bytearray(os.urandom(num_bytes)), dtype=torch.uint8)
 
 
@@ -112,7 +112,7 @@ def digest_of(filler: torch.Tensor) -> str:
 
 
 async def receive_filler(stream: Stream, num_bytes: int) -> tuple[Filler, torch.Tensor | None]:
-    """The next message, which has to be a `Filler` with so many bytes, and these bytes [N], if any.
+    """The next message, which has to be a `Filler` with `num_bytes` bytes, and these bytes [N], if any.
 
     Raises `NotGranted` for a `Failure`, `ProtocolViolation` for all else, before any of it is read, and `StreamBroken`.
     """

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 MOST_SHARDS = 64
 """The shards of one read: each costs a search in the directory."""
 MOST_LISTED = 16_384
-"""Servers that are remembered. Those that expire first are forgotten, whoever filled the directory with them."""
+"""Servers that are remembered. Those that expire first are forgotten, even if one peer filled the directory."""
 COUNTED = 8
 """The latest shards of a bucket from which the number of its servers is estimated."""
 RIVAL = 0.05
 """If this part of a bucket is published where a reader does not see it, every second read goes there: at the
-right level shards are full, so those who claim another one are soon outvoted."""
+right level shards are full, so servers that claim another one are soon outvoted."""
 LOOKED_UP = 4
 """Every fourth read of a bucket goes one level higher, where servers appear that have just raised their level."""
 COUNT_SECONDS = 600.0
@@ -204,7 +204,7 @@ class Catalog:
                 return float(statistics.median(others))
             votes = self._votes.get(bucket, Counter())
             return float(sum(number << max(each - 1, 0) for each, number in votes.items()))
-        # Shards are random parts, so the median is near the mean, and a shard that somebody has filled does not count.
+        # Shards are random parts, so the median is near the mean, and a shard that one peer has filled does not count.
         middle = statistics.median(numbers) if len(numbers) < 1 << level else statistics.mean(numbers)
         return float(middle * (1 << level))
 
@@ -251,7 +251,7 @@ class Catalog:
         return [server for server in self.servers(now=now) if bucket_of(server.span.start) == bucket]
 
     def shards_read(self, bucket: int, *, now: float, within: float = COUNT_SECONDS) -> dict[Shard, list[ServerInfo]]:
-        """The servers of each shard of a bucket that was read within so many seconds, at the level that is read now."""
+        """The servers of each shard of a bucket that was read in the last `within` seconds, at the level that is read now."""
         level = self._reading_level(bucket, now)
         counts = self._counts.get(bucket, ())
         found: dict[Shard, list[ServerInfo]] = {

@@ -38,7 +38,7 @@ class TallyBook:
         self._last_read: dict[int, float] = {}  # by bucket
 
     def plan(self, *, most: int) -> tuple[int, ...]:
-        """The buckets whose reports are to be read next, at most so many: those first that were not read longest."""
+        """The buckets whose reports are to be read next, at most `most`: those first that were not read longest."""
         buckets = range(num_buckets(self._num_blocks))
         return tuple(sorted(buckets, key=lambda each: self._last_read.get(each, -1.0))[: max(most, 1)])
 

@@ -19,7 +19,7 @@ COPIES_SENT = 2
 FACTOR = 2.0
 """Traffic contradicts the estimate if it is this many times slower or faster."""
 NUM_SLOWER = 3
-"""So many bulks in a row have to be slower: one of them may have met a slow peer."""
+"""The number of bulks in a row that have to be slower: one of them may have met a slow peer."""
 FIRST_WAIT, LONGEST_WAIT = 60.0, 3600.0
 """Seconds from one measurement to the next, at least, as long as reality keeps disagreeing: doubled with each."""
 REFRESH_SECONDS = 6 * 3600.0
@@ -58,7 +58,7 @@ class Bulk:
         return replace(self._until(now), num_open=self.num_open + 1)
 
     def closed(self, num_bytes: int, *, now: float) -> Bulk:
-        """A frame of so many bytes is complete; 0 if it was given up."""
+        """A frame of `num_bytes` bytes is complete; 0 if it was given up."""
         bulk = self._until(now)
         return replace(bulk, num_open=self.num_open - 1, num_bytes=self.num_bytes + num_bytes)
 
@@ -135,7 +135,7 @@ class NetworkEstimate:
         return min(self.due, max(now, self.measured_at + self.wait))
 
     def tokens_per_second(self, token_bytes: int) -> float | None:
-        """How many tokens of so many bytes the slower direction carries; `None` while one of them is unknown."""
+        """How many tokens of `token_bytes` bytes the slower direction carries; `None` while one of them is unknown."""
         if self.up is None or self.down is None:
             return None
         return min(self.up / COPIES_SENT, self.down) / token_bytes

@@ -11,7 +11,7 @@ PEER_BYTES = 24 << 20
 ALL_BYTES = 64 << 20
 """Bytes to and from all peers within the window."""
 MIN_CHARGE = 256 << 10
-"""A transfer counts as so many bytes at least: it costs time too."""
+"""A transfer counts as this many bytes at least: it costs time too."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TransferBudget:
     granted: tuple[tuple[float, str, int], ...] = ()
 
     def grant(self, peer: str, num_bytes: int, *, now: float) -> TransferBudget | None:
-        """With one more transfer of so many bytes; `None` if that would be too much."""
+        """With one more transfer of `num_bytes` bytes; `None` if that would be too much."""
         recent = tuple(each for each in self.granted if each[0] > now - WINDOW_SECONDS)
         num_bytes = max(num_bytes, MIN_CHARGE)
         of_peer = sum(spent for _, each, spent in recent if each == peer)

@@ -13,7 +13,7 @@ NumBytes = Annotated[int, Field(ge=0, le=MAX_TRANSFER_BYTES, multiple_of=16)]
 
 
 class Transfer(Message):
-    """A peer that measures its network: may it send a `Filler` of so many bytes, or does it get one?
+    """A peer that measures its network: may it send a `Filler` of `num_bytes` bytes, or does it get one?
 
     Answered by a `Filler` of the bytes that it `wants`, or by a `Failure` if it wants too much. If it `sends`, the
     answer is an empty `Filler`; then it sends its own, which is answered by another empty one with the digest.

@@ -24,7 +24,7 @@ class ServerConfig:
     num_blocks: int | None = None
     """The most blocks to hold if `blocks` is `None`; `None` is as many as fit into memory.
 
-    The server may take fewer where that helps the swarm more. It does not check whether so many fit into memory.
+    The server may take fewer where that helps the swarm more. It does not check whether that number fits into memory.
     """
     placement: Rule = "graded"
     """The rule by which it chooses blocks that it is not given: "graded", or "petals", which is PETALS'."""

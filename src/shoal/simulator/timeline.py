@@ -23,7 +23,7 @@ class Timeline:
         heapq.heappush(self._planned, (max(seconds, self.now), next(self._order), act))
 
     def after(self, seconds: float, act: Act) -> None:
-        """Plan an act in so many seconds."""
+        """Plan an act for `seconds` from now."""
         self.at(self.now + seconds, act)
 
     def run_until(self, end: float) -> None:

@@ -32,7 +32,7 @@ RECORD_OVERHEAD_BYTES = 128
 MAX_STORED_RECORDS = 512
 """The records of one store request. Each costs the check of a signature."""
 MAX_KEY_BYTES = 512 << 10
-"""The records of one key in one answer: those of a key that somebody fills leave room for the other keys."""
+"""The records of one key in one answer: those of a key that one peer fills leave room for the other keys."""
 MAX_VALUE_BYTES = 1 << 20
 """All records of one key together, as a peer hands them over to a peer that is nearer to the key."""
 

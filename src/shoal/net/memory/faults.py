@@ -72,7 +72,7 @@ class Faults:
         return max(self._delays.get(frozenset(pair), 0.0) for pair in ((), (one,), (other,), (one, other)))
 
     def limit(self, peer: str, *, up: float | None, down: float | None) -> None:
-        """Let a peer send and receive only so many bytes per second; `None` is any number."""
+        """Let a peer send and receive only this many bytes per second; `None` is any number."""
         sides: dict[Side, float | None] = {(peer, "up"): up, (peer, "down"): down}
         for side, rate in sides.items():
             self._rates.pop(side, None)

@@ -112,7 +112,7 @@ class MemoryNetwork:
         self.faults.delay(seconds, *peers)
 
     def limit(self, peer: str, *, up: float | None = None, down: float | None = None) -> None:
-        """Let a peer send and receive only so many bytes per second, over all of its streams, frame after frame.
+        """Let a peer send and receive only this many bytes per second, over all of its streams, frame after frame.
 
         Senders wait until their frame has left. A header arrives before its payload.
         """

@@ -1,4 +1,4 @@
-"""How many bytes a peer may read from the directory: so many a minute, however large the swarm is."""
+"""How many bytes a peer may read from the directory in a minute, however large the swarm is."""
 
 from __future__ import annotations
 

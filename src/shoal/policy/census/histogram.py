@@ -117,7 +117,7 @@ def _cell(span: Span, machines: Sequence[Machine]) -> Cell:
 
 
 def shortened(tally: Tally, most: int) -> Tally:
-    """The same servers in at most so many cells: the rarest spans count as the span that is most like them."""
+    """The same servers in at most `most` cells: the rarest spans count as the span that is most like them."""
     cells = {cell.span: cell for cell in tally}
     while len(cells) > max(most, 1):
         rare = cells.pop(min(cells, key=lambda span: (cells[span].count, span)))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MOST_KEPT = 1000
 """Servers that a client keeps. Half of them nearest and half random cost a step 0 to 1 % against keeping 10,000."""
 FEWEST_HOLDERS = 8
-"""Of each block, at least this many holders are kept if there are so many."""
+"""Of each block, at least this many holders are kept, or all if there are fewer."""
 
 
 def estimated_round_trips(servers: Sequence[ServerInfo], measured: Mapping[str, float]) -> dict[str, float]:

@@ -26,7 +26,7 @@ Element = TypeVar("Element", bound=np.generic)
 HORIZON = 600.0
 """Seconds that a decision looks ahead. A machine that loads for part of them counts for the rest."""
 MOST_MEDIANS = 32.0
-"""No machine counts for more than so many machines of median capacity: announcing a high speed costs nothing."""
+"""No machine counts for more than this many machines of median capacity: announcing a high speed costs nothing."""
 ASSUMED_LOSS = 0.15
 """The chance that a machine vanishes before the next one has loaded, where nothing is known of its life."""
 DOUBTED_LOSS = 0.5
@@ -250,7 +250,7 @@ def _ceiling(capacity: Floats, counts: Floats) -> float:
 
 
 def _doubted(lengths: Ints, counts: Floats, num_blocks: int) -> tuple[Flags, Flags]:
-    """Which machines claim so many blocks that others do not leave theirs to them alone; and which of them claim all.
+    """Which machines claim more blocks than is plausible, so that no block is left to them alone; and which claim all.
 
     Claiming costs nothing. A claim is doubted if it is for more than half of the model and for more than twice what the
     median machine holds, or for all of the model where the median machine holds less.

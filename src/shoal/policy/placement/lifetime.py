@@ -19,11 +19,11 @@ AGES = (0.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 16 * 3600.0)
 LOSS_SECONDS = 120.0
 """The time in which a machine that vanishes is not replaced yet: to notice it, and to load its blocks elsewhere."""
 FALLING_RATE = 0.3
-"""Before any machine was seen: of those that are t seconds old, so many leave in the next t seconds, about."""
+"""Before any machine was seen: the fraction of machines of age t that leave in the next t seconds."""
 PRIOR_LEAVES = 2.0
-"""That guess counts as much as so many observed departures in each range of age."""
+"""That guess counts as much as this many observed departures in each range of age."""
 ZONE_LEAVES = 3.0
-"""And the rate of all machines, in the estimate for one zone, as much as so many."""
+"""The rate of all machines counts in the estimate for one zone as much as this many."""
 MAX_ZONES = 64
 
 Rates = tuple[float, ...]
@@ -37,7 +37,7 @@ class Lifetimes:
     by_zone: Mapping[str, Rates] = field(default_factory=dict)
 
     def survival(self, zone: str, age: float, seconds: float) -> float:
-        """The chance that a machine of this age stays for so many seconds more."""
+        """The chance that a machine of this age stays for `seconds` more."""
         return math.exp(-sum(rate * spent for rate, spent in self._ahead(zone, age, seconds)))
 
     def loss(self, zone: str, age: float) -> float:

@@ -40,7 +40,7 @@ class Machine:
     count: int = 1
 
     def block_speed(self, num_blocks: int) -> float:
-        """Tokens per second of one block, if the span has so many: linear between the lengths that are known."""
+        """Tokens per second of one block in a span of `num_blocks`: linear between the lengths that are known."""
         lengths = [length for length, _ in self.block_speeds]
         index = bisect_right(lengths, num_blocks)
         if index == 0:
@@ -51,7 +51,7 @@ class Machine:
         return fast + (slow - fast) * (num_blocks - short) / (long - short)
 
     def speed(self, num_blocks: int) -> float:
-        """Tokens per second through a whole span of so many blocks: what the processor and the network allow."""
+        """Tokens per second through a whole span of `num_blocks` blocks: what the processor and the network allow."""
         return min(self.block_speed(num_blocks) / num_blocks, self.network_speed)
 
     def seconds_to_load(self, span: Span) -> float:

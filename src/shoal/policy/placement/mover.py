@@ -226,6 +226,6 @@ class Arrival:
 
 
 TOGETHER_SECONDS = 3.0
-"""Servers that start within so many seconds of each other start together. It is less than `CLAIM_SECONDS`."""
+"""Servers that start within this many seconds of each other start together. It is less than `CLAIM_SECONDS`."""
 MAX_LOOKS = 16
-"""A server loads after so many looks, whatever others claim by then."""
+"""A server loads after this many looks, whatever others claim by then."""

@@ -115,8 +115,8 @@ def most_promising(picture: Picture, rows: Ints, most: int) -> Ints:
         picture.even * 0.0001 + 1e-9
     )
     leave = Changes.leave(np.array([rows[0]]))
-    nobody = np.zeros((1, fleet.num_blocks), np.bool_)
-    risks = picture.risks(leave, nobody, nobody)[0]
+    no_blocks = np.zeros((1, fleet.num_blocks), np.bool_)
+    risks = picture.risks(leave, no_blocks, no_blocks)[0]
     price = _running_sum(rate / max(picture.most, 1e-300))
     danger = _running_sum(scoring.risk * risks / fleet.num_blocks + scoring.hole * picture.holes)
     starts, ends = fleet.starts[rows], fleet.ends[rows]

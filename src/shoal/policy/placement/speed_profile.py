@@ -17,7 +17,7 @@ from shoal.policy.placement.max_blocks import cache_tokens
 SESSION_TOKENS = 1024
 """The cache of a typical session: a question, an answer, and what was said before."""
 MAX_SCALE = 2.0
-"""A profile that was measured on some blocks counts for spans that are at most so many times longer or shorter."""
+"""A profile that was measured on some blocks counts for spans that are at most this many times longer or shorter."""
 MAX_SPEED = 1e9
 """Tokens per second: no machine is faster, and records have no room for more."""
 
@@ -42,7 +42,7 @@ class BlockTime:
         return cls(0.0, whole / num_blocks)
 
     def seconds(self, num_blocks: int) -> float:
-        """The time of a pass through so many blocks."""
+        """The time of a pass through `num_blocks` blocks."""
         return self.fixed + num_blocks * self.per_block
 
 
@@ -74,15 +74,15 @@ class SpeedProfile:
         return self.num_blocks / MAX_SCALE <= num_blocks <= self.num_blocks * MAX_SCALE
 
     def decode_speed(self, num_blocks: int) -> float:
-        """Tokens per second of one session that decodes through a span of so many blocks."""
+        """Tokens per second of one session that decodes through a span of `num_blocks` blocks."""
         return min(MAX_SPEED, 1 / self.decode.seconds(num_blocks))
 
     def prefill_speed(self, num_blocks: int) -> float:
-        """Tokens per second of a prompt through a span of so many blocks."""
+        """Tokens per second of a prompt through a span of `num_blocks` blocks."""
         return min(MAX_SPEED, self.prefill_tokens / self.prefill.seconds(num_blocks))
 
     def block_speed(self, num_blocks: int, *, num_sessions: int) -> float:
-        """Decoded tokens per second of one block, if a span of so many blocks has cache for so many sessions.
+        """Decoded tokens per second of one block, in a span of `num_blocks` with cache for `num_sessions` sessions.
 
         Larger batches than were measured are not expected to be faster than the largest that was.
         """
@@ -91,7 +91,7 @@ class SpeedProfile:
         return min(MAX_SPEED, max(num_blocks * size / self._seconds(size, num_blocks) for size in possible))
 
     def _seconds(self, size: int, num_blocks: int) -> float:
-        """The time of a pass for so many sessions: linear between the sizes that were measured."""
+        """The time of a pass of `size` sessions: linear between the sizes that were measured."""
         sizes = [each for each, _ in self.batches]
         index = bisect_left(sizes, size)
         after, seconds_after = sizes[index], self.batches[index][1].seconds(num_blocks)
@@ -116,7 +116,7 @@ class CacheRoom:
     num_tokens: int | None = None
 
     def num_sessions(self, num_blocks: int) -> int:
-        """For how many typical sessions there is cache beside a span of so many blocks; at least 1."""
+        """For how many typical sessions there is cache beside a span of `num_blocks` blocks; at least 1."""
         num_tokens = self.num_tokens
         if num_tokens is None:
             num_tokens = cache_tokens(

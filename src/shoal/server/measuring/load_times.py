@@ -76,7 +76,7 @@ class LoadTimes:
     def slow(self, *, quantizes: bool, download_bytes: float | None) -> float | None:
         """The seconds for a block that is not quickly loadable.
 
-        `quantizes`: it has to be quantized. `download_bytes`: so many bytes have to be downloaded, `None` if none.
+        `quantizes`: it has to be quantized. `download_bytes`: the bytes that have to be downloaded, `None` if none.
         """
         here = self.quantize if quantizes and self.quantize is not None else self.quick()
         if here is None or download_bytes is None:

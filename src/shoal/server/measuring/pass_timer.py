@@ -30,9 +30,9 @@ BATCH_PAST_TOKENS = SESSION_TOKENS // 2
 BATCH_REPEATS = 3
 """Runs of one such pass, which takes longer than one of a single session."""
 SHARED_PAGES = 512
-"""These sessions have their pasts in so many pages: more than processors' caches hold, and little to fill."""
+"""The pages that hold the pasts of these sessions: more than processors' caches hold, and little to fill."""
 MIN_GAIN = 1.1
-"""No larger batch is timed if the last one was not so many times faster, for each session, than the one before."""
+"""No larger batch is timed if the last one was not this many times faster, for each session, than the one before."""
 MAX_BATCH_SECONDS = 4.0
 """No larger batch is timed if all batches together would take longer, should it take twice as long as the last."""
 MAX_RUN_SECONDS = 2.0

@@ -75,7 +75,7 @@ class SpanChooser:
         return settled(own, others, choose=self._place, now=self._around.clock())
 
     def _assume(self, max_blocks: int, view: SwarmView) -> None:
-        """Announce at most so many blocks, with the capacity that was measured, or else one that may be assumed."""
+        """Announce at most `max_blocks` blocks, with the capacity that was measured, else one that may be assumed."""
         portrait = self._around.portrait
         capacity = portrait.capacity or assumed_capacity(max_blocks, view)
         portrait.capacity = replace(capacity, max_blocks=max_blocks)

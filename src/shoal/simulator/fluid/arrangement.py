@@ -135,7 +135,7 @@ class Arrangement:
             self.timeline.at(EPOCH + scene.delays.view * cohort / scene.delays.cohorts, self._reader(cohort))
 
     def advance(self, until: float) -> None:
-        """Simulate up to so many seconds after the beginning."""
+        """Simulate up to the time `until`, in seconds after the beginning."""
         self.timeline.run_until(EPOCH + min(until, self.scene.seconds))
 
     def summary(self) -> Summary:

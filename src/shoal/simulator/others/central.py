@@ -12,7 +12,7 @@ from shoal.simulator.others.lightest import lightest_span
 from shoal.spans import Span
 
 Allocate = Callable[[Sequence[Machine], int], Mapping[str, Span]]
-"""Spans of machines by peer, for a model with so many blocks. A machine without a span is placed like a newcomer."""
+"""Spans by peer, from the machines and the number of blocks. A machine without a span is placed like a newcomer."""
 
 
 class Central:

@@ -35,7 +35,7 @@ def _score(pipelines: Sequence[Sequence[Machine]]) -> float:
 
 
 def _pipelines(machines: Sequence[Machine], num_blocks: int, count: int) -> list[list[Machine]] | None:
-    """So many disjoint groups, each of which can hold all blocks; `None` if that was not found."""
+    """`count` disjoint groups, each of which can hold all blocks; `None` if that was not found."""
     pipelines: list[list[Machine]] = [[] for _ in range(count)]
     lacks = [num_blocks] * count
     left = sorted(machines, key=lambda machine: (-machine.max_blocks, machine.peer))

@@ -21,7 +21,7 @@ class Agenda:
         heapq.heappush(self._entries, (time, next(self._numbers), act))
 
     def after(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` in so many seconds."""
+        """Call `act` after `seconds`."""
         self.at(self.now + seconds, act)
 
     def run(self, until: Callable[[], bool]) -> None:

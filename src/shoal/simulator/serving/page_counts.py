@@ -71,7 +71,7 @@ class PageCounts:
             self._num_kept += kept
 
     def check(self, held: int) -> None:
-        """Raise `AssertionError` unless sessions hold just so many pages."""
+        """Raise `AssertionError` unless sessions hold exactly `held` pages."""
         counts = (self._num_free, self._num_kept, self._num_free_remote, held)
         assert min(counts) >= 0, f"a negative count of pages: {counts}"
         assert sum(counts) == self.num_pages, f"pages are lost or held twice: {counts}"

@@ -28,7 +28,7 @@ class Part:
 class ServerSetup:
     """A server: seconds of a pass, of each of its tokens, of each pair of tokens in attention; pages; limits.
 
-    With `num_remote_pages`, other servers lend so many pages. A pass in which a session has some of them takes
+    With `num_remote_pages`, other servers lend these pages. A pass in which a session has some of them takes
     `remote_seconds` longer: every block asks the others and waits for what they answer.
     A client that is refused comes back after `retry_seconds`.
     """

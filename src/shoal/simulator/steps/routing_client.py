@@ -15,7 +15,7 @@ from shoal.simulator.timeline import Timeline
 from shoal.spans import Span
 
 PIECE = 256
-"""Prompts and replays travel in pieces of so many tokens, so that all servers of a route work at once."""
+"""Prompts and replays travel in pieces of this many tokens, so that all servers of a route work at once."""
 LOST_SECONDS = 1.75
 """Seconds after which a client knows that a server that it waits for is gone (`shoal.policy.liveness`)."""
 RETRY_SECONDS = 5.0
@@ -29,7 +29,7 @@ class Network(Protocol):
         """The server with this peer id, `None` if it does not serve."""
 
     def seconds(self, sender: str | None, receiver: str | None, rows: float) -> float:
-        """How long a message with so many rows travels. `None` is the client."""
+        """How long a message with `rows` rows travels. `None` is the client."""
 
 
 @dataclass(frozen=True)

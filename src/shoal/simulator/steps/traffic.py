@@ -21,7 +21,7 @@ CLIENT_ROWS_PER_SECOND = 760.0
 
 @dataclass(frozen=True)
 class Load:
-    """Who uses the swarm: so many clients, and so many that train, at so many places.
+    """The clients of the swarm: how many generate, how many train, and at how many places they are.
 
     Clients at one place read the directory together and keep `kept` records. They begin at random in the first `ramp`
     seconds.

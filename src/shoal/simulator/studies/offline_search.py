@@ -32,7 +32,7 @@ class Found:
 
 
 def search(machines: Sequence[Machine], num_blocks: int, *, num_tries: int, rng: random.Random) -> Found:
-    """The best placement after so many tried moves. Machines without a span begin anywhere."""
+    """The best placement after `num_tries` tried moves. Machines without a span begin anywhere."""
     placed = [machine if machine.span is not None else _anywhere(machine, num_blocks, rng) for machine in machines]
     bound = throughput_bound(placed, num_blocks)
     best = Found(tuple(placed), exact_throughput(placed, num_blocks))

@@ -19,7 +19,7 @@ WARM_UP = 1800.0
 SPREAD_OF_SIZES = 0.5
 """The standard deviation of the logarithm of how many blocks machines can hold."""
 Stays = Callable[[random.Random, float], list[Stay]]
-"""Draws the machines that come and go in so many seconds."""
+"""Draws the machines that come and go in a number of seconds."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def spot(num_zones: int = 3) -> Stays:
 
 
 def traced(trace: TraceFile, *, least_machines: float) -> Stays:
-    """Windows of a trace in which at least so many machines are there on average; the seed chooses which."""
+    """Windows of a trace in which at least `least_machines` machines are there on average; the seed chooses which."""
 
     def draw(rng: random.Random, seconds: float) -> list[Stay]:
         window = rng.choice(busiest_windows(trace, seconds=seconds, least_machines=least_machines, most=1000))

@@ -23,7 +23,7 @@ CHUNK = 600.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: every setting with every rule and seed, for so many hours each."""
+    """What is run: every setting with every rule and seed, for `hours` each."""
 
     settings: Sequence[Setting]
     rules: Sequence[str]

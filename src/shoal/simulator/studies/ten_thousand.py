@@ -137,7 +137,7 @@ def study(size: Size, *, seed: int, advance: Advance) -> Large:
 
 
 def study_all(sizes: Sequence[Size], *, seed: int, jobs: int) -> list[Large]:
-    """All sizes, so many at a time, each in a process of its own."""
+    """All sizes, `jobs` at a time, each in a process of its own."""
     with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
         return list(pool.map(partial(_study_one, seed=seed, as_lines=jobs > 1), sizes))
 

@@ -58,7 +58,7 @@ def volunteers(
 ) -> list[Stay]:
     """Machines that come at random and stay for a Weibull life; on average, `num_machines` are there at any time.
 
-    The swarm is old at time 0: those who are there then have the ages that they would have after endless time.
+    The swarm is old at time 0: the machines that are there then have the ages that they would have after endless time.
     """
     scale = mean_life / math.gamma(1 + 1 / shape)
     stays: list[Stay] = []

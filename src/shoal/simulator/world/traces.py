@@ -88,7 +88,7 @@ def stays_of_trace(rng: random.Random, trace: TraceFile, window: Window) -> list
 
 
 def busiest_windows(trace: TraceFile, *, seconds: float, least_machines: float, most: int) -> list[Window]:
-    """Windows that do not overlap and in which at least so many machines are there on average; at most `most` of them.
+    """At most `most` windows that do not overlap, in which at least `least_machines` machines are there on average.
 
     A swarm cannot be studied while no zone has machines. Raises `UserError` if there is no such window.
     """
