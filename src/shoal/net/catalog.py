@@ -251,7 +251,7 @@ class Catalog:
         return [server for server in self.servers(now=now) if bucket_of(server.span.start) == bucket]
 
     def shards_read(self, bucket: int, *, now: float, within: float = COUNT_SECONDS) -> dict[Shard, list[ServerInfo]]:
-        """The servers of each shard of a bucket that was read in the last `within` seconds, at the level that is read now."""
+        """The servers of each shard of a bucket that was read in the last `within` seconds, at the level read now."""
         level = self._reading_level(bucket, now)
         counts = self._counts.get(bucket, ())
         found: dict[Shard, list[ServerInfo]] = {
