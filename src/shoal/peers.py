@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,6 +47,17 @@ MAX_SPANS_ON_DISK = 8
 def short(peer: str) -> str:
     """The last 12 characters of a peer id. They tell peers apart where space is limited, as in records."""
     return peer[-12:]
+
+
+def block_speed_at(block_speeds: Sequence[tuple[int, float]], num_blocks: int) -> float:
+    """The speed with a span of `num_blocks` blocks: linear between the lengths that are known (`Capacity`)."""
+    index = bisect_right(block_speeds, num_blocks, key=lambda pair: pair[0])
+    if index == 0:
+        return block_speeds[0][1]
+    if index == len(block_speeds):
+        return block_speeds[-1][1]
+    (short, fast), (long, slow) = block_speeds[index - 1 : index + 1]
+    return fast + (slow - fast) * (num_blocks - short) / (long - short)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass
 
-from shoal.peers import ServerInfo, ServerState
+from shoal.peers import ServerInfo, ServerState, block_speed_at
 from shoal.policy.view import ASSUMED_SPEED
 from shoal.spans import Span
 
@@ -41,14 +40,7 @@ class Machine:
 
     def block_speed(self, num_blocks: int) -> float:
         """Tokens per second of one block in a span of `num_blocks`: linear between the lengths that are known."""
-        lengths = [length for length, _ in self.block_speeds]
-        index = bisect_right(lengths, num_blocks)
-        if index == 0:
-            return self.block_speeds[0][1]
-        if index == len(lengths):
-            return self.block_speeds[-1][1]
-        (short, fast), (long, slow) = self.block_speeds[index - 1 : index + 1]
-        return fast + (slow - fast) * (num_blocks - short) / (long - short)
+        return block_speed_at(self.block_speeds, num_blocks)
 
     def speed(self, num_blocks: int) -> float:
         """Tokens per second through a whole span of `num_blocks` blocks: what the processor and the network allow."""

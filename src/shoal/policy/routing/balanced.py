@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shoal.peers import ServerInfo
+from shoal.peers import ServerInfo, block_speed_at
 from shoal.policy.routing.costs import SLOWEST, Costs, Hop
 from shoal.policy.routing.lattice import Array, Lattice, lattice_of
 from shoal.policy.routing.shortest import shortest
@@ -99,8 +99,7 @@ def spare_speeds(servers: Sequence[ServerInfo], costs: Costs) -> Array:
         length = len(server.span)
         speed = (server.decode_speed or 0.0) * length
         if all_known and server.capacity is not None:
-            lengths, of_block = zip(*server.capacity.block_speeds, strict=True)
-            speed = float(np.interp(length, lengths, of_block))
+            speed = block_speed_at(server.capacity.block_speeds, length)
             if server.capacity.network_speed is not None:
                 speed = min(speed, server.capacity.network_speed * length)
         slowness = costs.known.slowness.get(server.peer, 1.0)
