@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal as signals
 import subprocess
 import sys
 
 import pytest
 
-from shoal.cli.long_running import identity_file
+from shoal.cli.long_running import identity_file, run_until_signalled
 from shoal.errors import UserError
 
 
@@ -84,3 +85,14 @@ def test_a_signal_ends_the_process_after_its_cleanup_without_waiting_for_its_thr
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["serving", "cleaned up"]
     assert done.stderr.splitlines() == ["leaving the swarm; a second Ctrl-C quits immediately"]
+
+
+def test_work_that_ends_by_itself_leaves_the_signals_as_they_were() -> None:
+    before = [signals.getsignal(number) for number in (signals.SIGINT, signals.SIGTERM)]
+
+    async def fail() -> None:
+        raise UserError("the port is taken")
+
+    with pytest.raises(UserError, match="the port is taken"):
+        run_until_signalled(fail())
+    assert [signals.getsignal(number) for number in (signals.SIGINT, signals.SIGTERM)] == before

@@ -103,13 +103,16 @@ async def _until_signalled(work: Coroutine[Any, Any, None]) -> bool:
         loop.call_soon_threadsafe(task.cancel)
 
     # Not the loop's own handlers: they run in the loop, which may be blocked while blocks are loaded.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    replaced = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         await task
     except asyncio.CancelledError:
         if not signalled:
             raise
+    finally:
+        if not signalled:  # the process goes on, and `stop` would call a loop that is closed
+            for number, handler in replaced.items():
+                signal.signal(number, handler)
     return signalled
 
 
