@@ -26,7 +26,7 @@ def quiet() -> Iterator[None]:
 
 
 @settings(
-    max_examples=NUM_EXAMPLES or 1000,
+    max_examples=NUM_EXAMPLES or 300,
     derandomize=not NUM_EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],

@@ -17,7 +17,6 @@ from shoal.client.options.client_options import WIRES, ClientOptions, parse_wire
 from shoal.model import families
 from shoal.net.memory import Frame
 from shoal.net.wire import codec
-from shoal.peers import ModelInfo, ServerInfo
 from shoal.protocol import AnyMessage, Backward, Open, Opened, Step
 from shoal.tensors import Encoding
 
@@ -76,13 +75,9 @@ def tapped(swarm: Swarm) -> Tap:
 
 def without_encodings(swarm: Swarm, name: str) -> None:
     """From now on, a server announces that it knows none, however often it announces something."""
-    server, publish = swarm.servers[name], swarm.network.publish
-
-    def publish_less(peer: str, model: ModelInfo, info: ServerInfo, expires: float) -> None:
-        publish(peer, model, replace(info, encodings=()) if peer == name else info, expires)
-
-    swarm.network.publish = publish_less  # type: ignore[method-assign]
-    swarm.call(lambda: publish_less(name, server.model, server.info, swarm.runtime.loop.time() + 300))
+    server, network = swarm.servers[name], swarm.network
+    network.on_announce = lambda info: replace(info, encodings=()) if info.peer == name else info
+    swarm.call(lambda: network.publish(name, server.model, server.info, swarm.runtime.loop.time() + 300))
 
 
 @pytest.mark.parametrize("wire", ["bfloat16", "int8"])

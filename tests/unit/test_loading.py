@@ -153,8 +153,12 @@ async def test_a_server_announces_the_speed_that_its_passes_have_shown(monkeypat
     monkeypatch.setattr("shoal.server.placing.loaded_span.profile_of", measured)
     config = ServerConfig(model=str(STORIES), blocks=Span(0, 1), dtype="float32", cache_tokens=64)
     network, announced = MemoryNetwork(), asyncio.Event()
-    publish = network.publish
-    monkeypatch.setattr(network, "publish", lambda *record: (publish(*record), announced.set()))
+
+    def note(info: ServerInfo) -> ServerInfo:
+        announced.set()
+        return info
+
+    network.on_announce = note
     async with serve(replace(config, announce_seconds=0.01), network.node("s0")):
         assert [disk_cache.load(key) for key in keys] == [1]
         step = Chunk(Span(0, 1), torch.zeros(1, 1, 4), None, None, 0, (), Growth((), ()), None)

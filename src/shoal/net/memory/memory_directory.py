@@ -39,6 +39,7 @@ class MemoryTable:
 
     def __init__(self) -> None:
         self.answers = True
+        self.on_announce: Callable[[ServerInfo], ServerInfo] | None = None
         self._records: dict[tuple[str, str], MemoryRecord] = {}  # by model key and peer
         self._shards: dict[tuple[str, Shard], dict[str, None]] = {}  # the peers of each; some have left it
         self._reports: dict[tuple[str, int], dict[str, Report]] = {}  # by model key and bucket, and peer
@@ -57,6 +58,8 @@ class MemoryTable:
     def publish(self, peer: str, model: ModelInfo, info: ServerInfo, expires: float, *, level: int = 0) -> None:
         """Announce `info` until the loop's time is `expires`, at this level."""
         self.check()
+        if self.on_announce is not None:
+            info = self.on_announce(info)
         self._num_published += 1
         self._add((model.key, peer), MemoryRecord(model, info, expires, level, self._num_published))
 

@@ -158,6 +158,15 @@ class MemoryNetwork:
         self._table.answers = answers
 
     @property
+    def on_announce(self) -> Callable[[ServerInfo], ServerInfo] | None:
+        """Is given each info that is announced, and returns what the directory gets instead."""
+        return self._table.on_announce
+
+    @on_announce.setter
+    def on_announce(self, on_announce: Callable[[ServerInfo], ServerInfo] | None) -> None:
+        self._table.on_announce = on_announce
+
+    @property
     def records(self) -> tuple[MemoryRecord, ...]:
         """The latest announcements, also those that have expired, whether or not the directory answers."""
         return self._table.records
