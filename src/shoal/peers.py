@@ -93,9 +93,10 @@ class ServerInfo:
     follow it in a route, by the `short` form of their peer ids.
 
     `capacity` is what the server has measured; one that loads for the first time announces that of most others. A
-    `pinned` server does not move to other blocks. `zone` is a coarse place whose servers may fail together. `up_since`
-    and `ready_at` are Unix times: since when the server has been in the swarm, and when a server that is loading
-    expects to be online; `None` if unknown. `reason` says why it took its blocks.
+    `pinned` server does not move to other blocks. An online one that claims other blocks, or that loads them while it
+    serves its span, says which: `wants`. `zone` is a coarse place whose servers may fail together. `up_since` and
+    `ready_at` are Unix times: since when the server has been in the swarm, and when one that is loading expects to
+    serve what it loads; `None` if unknown, or if it only claims these blocks. `reason` says why it took its blocks.
     """
 
     peer: str
@@ -118,6 +119,7 @@ class ServerInfo:
     round_trips: tuple[tuple[str, float], ...] = ()
     capacity: Capacity | None = None
     pinned: bool = False
+    wants: Span | None = None
     zone: str = ""
     up_since: float | None = None
     ready_at: float | None = None

@@ -88,7 +88,7 @@ async def test_a_server_that_joins_a_crowded_bucket_publishes_where_the_others_d
 
 
 async def test_a_histogram_is_read_from_the_tallies_of_a_crowded_bucket() -> None:
-    others, level, expires = crowd(500), 5, time.time() + 200
+    others, level, expires = crowd(1000), 5, time.time() + 200
     async with swarm(SERVER, SERVER) as (first, server, _):
         await publish(first, others, level=level)
         records = []
@@ -103,6 +103,6 @@ async def test_a_histogram_is_read_from_the_tallies_of_a_crowded_bucket() -> Non
         await store(first, records, expires)
         found = await server.directory.histogram(MODEL)
         assert not found.exact
-        assert found.holders(8) == [500] * 4 + [0] * 4
+        assert found.holders(8) == [1000] * 4 + [0] * 4
         sample = await server.directory.servers(MODEL)
-        assert 40 <= len(sample) < 500
+        assert 40 <= len(sample) < 1000

@@ -154,6 +154,7 @@ class Announcement(BaseModel):
     round_trips: Annotated[dict[Short, Seconds], Field(max_length=MAX_NEIGHBORS)] = {}
     capacity: AnnouncedCapacity | None = None
     pinned: bool = False
+    wants: Pair | None = None
     zone: Zone = ""
     up_since: Time | None = None
     ready_at: Time | None = None
@@ -163,6 +164,8 @@ class Announcement(BaseModel):
     def _span_is_in_the_model(self) -> Announcement:
         if not self.start < self.end <= self.num_blocks:
             raise ValueError("a span outside of the model")
+        if self.wants is not None and not self.wants[0] < self.wants[1] <= self.num_blocks:
+            raise ValueError("it wants a span outside of the model")
         if self.capacity is not None and not self.capacity.fits(self.num_blocks):
             raise ValueError("a capacity for more blocks than the model has")
         return self
@@ -201,6 +204,7 @@ class Announcement(BaseModel):
             round_trips={peer: _rounded(seconds) for peer, seconds in info.round_trips},
             capacity=None if info.capacity is None else AnnouncedCapacity.of(info.capacity),
             pinned=info.pinned,
+            wants=None if info.wants is None else (info.wants.start, info.wants.end),
             zone=info.zone,
             up_since=info.up_since,
             ready_at=info.ready_at,
@@ -237,6 +241,7 @@ class Announcement(BaseModel):
             round_trips=tuple(self.round_trips.items()),
             capacity=None if self.capacity is None else self.capacity.capacity,
             pinned=self.pinned,
+            wants=None if self.wants is None else Span(*self.wants),
             zone=self.zone,
             up_since=self.up_since,
             ready_at=self.ready_at,

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from shoal.adapters import AdapterName
 
-PROTOCOL = "/shoal/7"
+PROTOCOL = "/shoal/8"
 """The libp2p protocol id: peers that speak another version cannot open a stream at all."""
 MAX_HEADER_BYTES = 64 * 1024
 """The JSON of one message: room for the longest lists that the limits below allow."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.policy.placement.lifetime import Lifetimes
-from shoal.policy.placement.machines import Machine
+from shoal.policy.placement.machines import Machine, kept_blocks
 from shoal.spans import Span
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -101,10 +101,10 @@ def _interpolated(speeds: Sequence[tuple[tuple[int, float], ...]], lengths: Ints
 class Fleet:
     """Machines as arrays, in the order of their peer ids, so that equal views give equal numbers.
 
-    `starts` and `ends` are 0 where a machine has no span. `weights` say for which part of the next ten minutes a
-    machine is online, `online` whether it is now. `doubted` machines make claims that are not plausible; `whole` ones
-    claim every block besides. `losses` are the chances that a machine vanishes before another has loaded. Zone 0 is
-    unknown.
+    `starts` and `ends` are 0 where a machine has no span; `kept_starts` and `kept_ends` say which blocks of it are
+    served now, and go on being served. `weights` say for which part of the next ten minutes a machine serves its span.
+    `doubted` machines make claims that are not plausible; `whole` ones claim every block besides. `losses` are the
+    chances that a machine vanishes before another has loaded. Zone 0 is unknown.
     """
 
     machines: tuple[Machine, ...]
@@ -115,7 +115,8 @@ class Fleet:
     ends: Ints
     counts: Floats
     weights: Floats
-    online: Flags
+    kept_starts: Ints
+    kept_ends: Ints
     movable: Flags
     doubted: Flags
     whole: Flags
@@ -133,6 +134,7 @@ class Fleet:
         starts = np.array([0 if m.span is None else min(m.span.start, num_blocks) for m in listed], np.int64)
         ends = np.array([0 if m.span is None else min(m.span.end, num_blocks) for m in listed], np.int64)
         ready = np.array([machine.ready_at for machine in listed])
+        serves = [machine.serves for machine in listed]
         doubted, whole = _doubted(ends - starts, counts, num_blocks)
         if lifetimes is None:
             losses = np.full(len(listed), ASSUMED_LOSS)
@@ -147,7 +149,8 @@ class Fleet:
             ends=ends,
             counts=counts,
             weights=np.clip((HORIZON - (ready - now)) / HORIZON, 0.0, 1.0),
-            online=ready <= now,
+            kept_starts=np.array([0 if span is None else min(span.start, num_blocks) for span in serves], np.int64),
+            kept_ends=np.array([0 if span is None else min(span.end, num_blocks) for span in serves], np.int64),
             movable=np.array([machine.movable and machine.span is not None for machine in listed], np.bool_),
             doubted=doubted,
             whole=whole,
@@ -168,19 +171,19 @@ class Fleet:
     def num_zones(self) -> int:
         return int(self.zones.max(initial=0)) + 1
 
-    def holders(self, selected: Flags) -> Floats:
-        """How many of the selected machines hold each block."""
-        return self.per_block(np.where(selected, self.counts, 0.0))
+    def servers(self, selected: Flags) -> Floats:
+        """How many of the selected machines serve each block now, and go on doing that."""
+        return _per_block(self.kept_starts, self.kept_ends, np.where(selected, self.counts, 0.0), self.num_blocks)
 
     def per_block(self, amounts: Floats) -> Floats:
         """For each block, the sum of the amounts of the machines that hold it."""
-        size = self.num_blocks + 1
-        change = summed(self.starts, amounts, size) - summed(self.ends, amounts, size)
-        return np.cumsum(change)[:-1]
+        return _per_block(self.starts, self.ends, amounts, self.num_blocks)
 
     def moved(self, index: int, span: Span) -> Fleet:
         """The same machines after one of entry `index` has set out for `span`: it loads, and moves no more."""
         fleet, row = self, index
+        before = Span(int(self.starts[index]), int(self.ends[index]))
+        kept = kept_blocks(before, span, int(self.kinds.longest[self.kind[index]]))
         if self.counts[index] > 1:
             counts = self.counts.copy()
             counts[index] -= 1
@@ -195,7 +198,8 @@ class Fleet:
             fleet,
             starts=put(fleet.starts, span.start),
             ends=put(fleet.ends, span.end),
-            online=put(fleet.online, False),
+            kept_starts=put(fleet.kept_starts, 0 if kept is None else kept.start),
+            kept_ends=put(fleet.kept_ends, 0 if kept is None else kept.end),
             movable=put(fleet.movable, False),
             weights=put(fleet.weights, 1.0),
         )
@@ -214,13 +218,19 @@ class Fleet:
             ends=grown(self.ends),
             counts=np.append(self.counts, 1.0),
             weights=grown(self.weights),
-            online=grown(self.online),
+            kept_starts=grown(self.kept_starts),
+            kept_ends=grown(self.kept_ends),
             movable=grown(self.movable),
             doubted=grown(self.doubted),
             whole=grown(self.whole),
             losses=grown(self.losses),
             zones=grown(self.zones),
         )
+
+
+def _per_block(starts: Ints, ends: Ints, amounts: Floats, num_blocks: int) -> Floats:
+    change = summed(starts, amounts, num_blocks + 1) - summed(ends, amounts, num_blocks + 1)
+    return np.cumsum(change)[:-1]
 
 
 def _one_place_each(machines: Iterable[Machine]) -> list[Machine]:

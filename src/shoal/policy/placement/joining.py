@@ -65,9 +65,8 @@ def choose_blocks(
         row = next(index for index, each in enumerate(fleet.machines) if each.peer == machine.peer)
         picture = Picture.of(fleet, scoring)
         rows = np.array([row])
-        without = picture.scores(Changes.leave(rows))
-        places = best_places(
-            picture, rows, without, most=PLACES_SCORED, each=PLACES_SCORED, min_blocks=min(min_blocks, longest)
+        places, _ = best_places(
+            picture, rows, most=PLACES_SCORED, each=PLACES_SCORED, min_blocks=min(min_blocks, longest)
         )
         scores = picture.scores(places)
         best = np.flatnonzero(scores >= scores.max() - 1e-8 * picture.bound)

@@ -3,10 +3,11 @@
 A plan is a list of moves, each the best single one after those before it. A move must raise the score of the placement
 (`score.py`), which does not depend on time once all machines have loaded: so plans come to an end.
 
-No move opens a hole. A machine leaves blocks only if each of them has another holder that is online and does not move
-by the same plan. That holder must be one whose claim is plausible: a machine that claims to hold everything, where the
-others hold parts, moves no machine off the blocks that it claims. To fill a hole, a machine also leaves blocks to a
-doubted machine, if that one does not claim all blocks.
+No move opens a hole. A machine leaves blocks only if each of them has another server that is online and keeps them by
+the same plan; blocks that it keeps itself while it loads others need none (`needed.py`). That other server must be one
+whose claim is plausible: a machine that claims to hold everything, where the others hold parts, moves no machine off
+the blocks that it claims. To fill a hole, a machine also leaves blocks to a doubted machine, if that one does not claim
+all blocks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from shoal.policy.placement.fleet import HORIZON, Flags, Fleet, Floats
 from shoal.policy.placement.lifetime import Lifetimes
 from shoal.policy.placement.machines import Machine
+from shoal.policy.placement.needed import Needed
 from shoal.policy.placement.score import Changes, Picture, Scoring
 from shoal.policy.placement.search import best_places, most_promising
 from shoal.policy.view import format_blocks
@@ -86,28 +88,27 @@ def plan_moves(
 def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     """The best move of one machine, and the entry of that machine."""
     fleet = picture.fleet
-    free, free_to_fill = _may_leave(fleet, ~fleet.doubted), _may_leave(fleet, ~fleet.whole)
     holes = picture.holes
-    if not holes.any():
-        free_to_fill = free
-    rows = most_promising(picture, np.flatnonzero(fleet.movable & (free | free_to_fill)), MAX_MOVERS)
+    needed = Needed.of(fleet, ~fleet.doubted)
+    needed_to_fill = Needed.of(fleet, ~fleet.whole) if holes.any() else needed
+    rows = most_promising(picture, np.flatnonzero(fleet.movable & (fleet.lengths > 0)), MAX_MOVERS)
     if len(rows) == 0 or picture.bound == 0:
         return None
-    score, without = picture.score, picture.scores(Changes.leave(rows))
-    places = best_places(picture, rows, without, most=PLACES_SCORED, each=PLACES_EACH)
+    score = picture.score
+    places, without = best_places(picture, rows, most=PLACES_SCORED, each=PLACES_EACH, needed=needed_to_fill)
     if len(places.rows) == 0:
         return None
     after = picture.scores(places)
     filled = np.concatenate(([0], np.cumsum(holes)))
     num_filled = filled[places.ends] - filled[places.starts]
     fills = num_filled > 0
-    loading = _loading(fleet, places)
+    loading, keeps = _loading(fleet, places)
+    meanwhile = np.where(keeps, score, without[np.searchsorted(rows, places.rows)])
     # the mean score of the next ten minutes, less that of staying
-    value = loading * without[np.searchsorted(rows, places.rows)] + (1 - loading) * after - score
+    value = loading * meanwhile + (1 - loading) * after - score
     gain = after - score
-    pays = (value > 0) & (gain >= _least_gain(picture)[places.rows]) & free[places.rows]
-    pays &= picture.keeps(places)
-    allowed = (fills & (gain > 0)) | (~fills & pays)
+    pays = (value > 0) & (gain >= _least_gain(picture)[places.rows]) & needed.allows(places)
+    allowed = (fills & (gain > 0) & needed_to_fill.allows(places)) | (~fills & pays)
     if not allowed.any():
         return None
     if (fills & allowed).any():  # however long they take to load: a swarm with a hole carries nothing
@@ -118,27 +119,15 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     return int(places.rows[best]), _move(picture, places, best, gain=float(gain[best]), rank=rank)
 
 
-def _may_leave(fleet: Fleet, trusted: Flags) -> Flags:
-    """The entries whose blocks all have another holder that is online and trusted."""
-    counted = fleet.online & trusted
-    holders = np.rint(fleet.holders(counted))
-    by_others = np.concatenate(([0], np.cumsum(holders < 1))), np.concatenate(([0], np.cumsum(holders < 2)))
-    lacking_others = np.where(
-        counted,
-        by_others[1][fleet.ends] - by_others[1][fleet.starts],
-        by_others[0][fleet.ends] - by_others[0][fleet.starts],
-    )
-    free: Flags = (lacking_others == 0) & (fleet.lengths > 0)
-    return free
-
-
-def _loading(fleet: Fleet, places: Changes) -> Floats:
-    """For which part of the next ten minutes each machine would load."""
-    seconds = [
-        fleet.machines[row].seconds_to_load(Span(start, end))
+def _loading(fleet: Fleet, places: Changes) -> tuple[Floats, Flags]:
+    """For which part of the next ten minutes each machine would load, and whether it would serve meanwhile."""
+    moves = [
+        (fleet.machines[row], Span(start, end))
         for row, start, end in zip(places.rows.tolist(), places.starts.tolist(), places.ends.tolist(), strict=True)
     ]
-    return np.clip(np.array(seconds) / HORIZON, 0.0, 1.0)
+    seconds = np.array([machine.seconds_to_load(span) for machine, span in moves])
+    keeps = np.array([machine.keeps(span) is not None for machine, span in moves], np.bool_)
+    return np.clip(seconds / HORIZON, 0.0, 1.0), keeps
 
 
 def _least_gain(picture: Picture) -> Floats:

@@ -1,8 +1,8 @@
 """How good a placement is, graded, so that every step towards a better one shows.
 
 The least throughput of a block does not show them: many blocks tie for the least, and no single machine helps them all.
-So the score asks, at several shares of what the machines could carry at best, how much of it each block gets, and the
-low shares weigh most. Blocks whose holders may all vanish at once take something off it, and blocks without a holder
+So the score asks, at several shares of what the machines could carry at best, how much of it each block gets. Blocks
+whose holders may all vanish at once take something off it, and blocks without a holder
 take off more than everything else can add.
 
 B changes that are compared, N blocks, K levels, W ends of spans that are still open, Z zones.
@@ -17,15 +17,10 @@ import numpy as np
 from shoal.policy.placement.bound import bound_of
 from shoal.policy.placement.fleet import Flags, Fleet, Floats, Ints, summed
 
-SHARES = np.array([0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0])
-"""The levels of what a block gets if machines divide their time evenly, as shares of the bound."""
-WEIGHTS = 16.0 * 2.0 ** np.linspace(0.0, -5.0, len(SHARES))
-"""What a token per second of a block weighs below each of them."""
-STEPS = np.array([0.5, 0.8, 1.0, 1.03, 1.08, 1.16, 1.32, 1.7])
-"""The levels of what blocks get if machines share their time freely, as multiples of what all blocks get now."""
-STEP_WEIGHTS = np.array([2.0, 2.0, 2.0, 4.0, 2.0, 1.0, 0.5, 0.25])
-ANCHOR_STEP = 1.03
-"""What all blocks get now is rounded down to a power of this: small changes do not shift the levels."""
+NUM_LEVELS = 12
+SHARES = np.arange(1, NUM_LEVELS + 1) / NUM_LEVELS
+"""The levels, as shares of the bound. All weigh alike: only then does almost every placement that is not the best one
+have a single move that raises the score. With low levels that weigh more, moves stall at 0.5 to 0.7 of the bound."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +66,13 @@ class Picture:
     fleet: Fleet
     scoring: Scoring
     bound: float
-    anchor: float  # tokens per second that all blocks reach; 0 if some have no holder
     opened: Floats  # [N, W] capacity of the spans that start at a block and end within 1, 2, .. W blocks
     even: Floats  # [N] tokens per second of each block, if machines divide their time evenly
     holders: Floats  # [N]
     log_losses: Floats  # [Z, N] logarithm of the chance that all holders in a zone vanish, each for itself
 
     @classmethod
-    def of(cls, fleet: Fleet, scoring: Scoring, bound: float | None = None, anchor: float | None = None) -> Picture:
+    def of(cls, fleet: Fleet, scoring: Scoring, bound: float | None = None) -> Picture:
         """The bound does not depend on the placement: pass it on if it is known."""
         if bound is None:
             counts = summed(fleet.kind, fleet.counts, len(fleet.kinds.longest))
@@ -95,13 +89,11 @@ class Picture:
         logs = np.zeros((fleet.num_zones, num_blocks))
         for zone in range(fleet.num_zones):
             logs[zone] = fleet.per_block(np.where(fleet.zones == zone, fleet.counts * np.log(fleet.losses), 0.0))
-        opened = by_end[np.arange(num_blocks)[:, None], ends]
         return cls(
             fleet,
             scoring,
             bound,
-            _anchor(opened, bound) if anchor is None else anchor,
-            opened=opened,
+            opened=by_end[np.arange(num_blocks)[:, None], ends],
             even=np.maximum(fleet.per_block(amounts / lengths), 0.0),
             holders=np.rint(fleet.per_block(fleet.counts)),
             log_losses=np.minimum(logs, 0.0),
@@ -117,15 +109,15 @@ class Picture:
         """The score of the placement itself, in tokens per second: the bound is the highest that there can be."""
         return float(self.scores(Changes.none())[0])
 
-    def scores(self, changes: Changes) -> Floats:
-        """The score after each change. [B]"""
+    def scores(self, changes: Changes, deficits: Floats | None = None) -> Floats:
+        """The score after each change. Pass the `deficits` of these changes on if they are known. [B]"""
         scoring = self.scoring
         if self.bound == 0:
             return np.zeros(len(changes.rows))
-        served = self.exact_sums(changes) @ self.weights
+        lacking = self.most - self.exact_sums(changes).sum(axis=1) if deficits is None else deficits.sum(axis=(1, 2))
         before, after = self.held_before(changes), self.held_after(changes)
         even = self.utility(self.even_after(changes, before, after)).sum(axis=1)
-        throughput = scoring.exact * served + (1 - scoring.exact) * even / self.most
+        throughput = (scoring.exact * (self.most - lacking) + (1 - scoring.exact) * even) / self.most
         holes = self.holders - before + after < 1
         at_risk = self.risks(changes, before, after)
         result: Floats = throughput - scoring.risk * at_risk.mean(axis=1) - scoring.hole * holes.sum(axis=1)
@@ -133,28 +125,19 @@ class Picture:
 
     @property
     def levels(self) -> Floats:
-        """The levels at which machines share their time freely: around what all blocks get, else from low to high."""
-        if self.anchor == 0:
-            return SHARES * self.bound
-        levels: Floats = np.minimum(STEPS * self.anchor, self.bound)
+        """The throughputs up to which it counts what each block gets, in tokens per second. [K]"""
+        levels: Floats = SHARES * self.bound
         return levels
 
     @property
-    def weights(self) -> Floats:
-        """What a token per second of one block adds to the score, in shares of the bound, at each level."""
-        weights = WEIGHTS if self.anchor == 0 else STEP_WEIGHTS
-        shares: Floats = weights / (weights.sum() * self.fleet.num_blocks * self.bound)
-        return shares
-
-    @property
     def most(self) -> float:
-        """The sum of `utility` over the blocks of a placement whose blocks all reached the bound."""
-        return float(self.fleet.num_blocks * (WEIGHTS @ (SHARES * self.bound)))
+        """The sum over levels of what all blocks get if they reach the bound."""
+        return float(self.fleet.num_blocks * self.levels.sum())
 
     def utility(self, throughput: Floats) -> Floats:
-        """What tokens per second of one block count for."""
-        knots = np.concatenate(([0.0], SHARES * self.bound))
-        values = np.minimum(knots[:, None], SHARES * self.bound) @ WEIGHTS
+        """What tokens per second of one block count for: the sum over levels of what they reach of it."""
+        knots = np.concatenate(([0.0], self.levels))
+        values = np.minimum(knots[:, None], self.levels).sum(axis=1)
         return np.interp(throughput, knots, values)
 
     def held_before(self, changes: Changes) -> Flags:
@@ -214,44 +197,6 @@ class Picture:
         lost, won = self.capacity_before(changes), self.capacity_after(changes)
         return _sweep(self.opened, levels, leaving, coming, lost, won, keep)
 
-    def keeps(self, changes: Changes) -> Flags:
-        """Whether all blocks still reach what they reach now, as rounded for the levels. [B]"""
-        if self.anchor == 0:
-            return np.ones(len(changes.rows), np.bool_)
-        level = np.array([self.anchor])
-        kept: Flags = self.exact_sums(changes, level)[:, 0] >= self.fleet.num_blocks * self.anchor * (1 - 1e-9)
-        return kept
-
-    def lacked(self) -> Floats:
-        """What all blocks together lack, at each level. [K]"""
-        lacked: Floats = self.fleet.num_blocks * self.levels - self.exact_sums(Changes.none())[0]
-        return lacked
-
-    def needy(self) -> Flags:
-        """Where a little more capacity in one block would be used, at each level. [K, N]"""
-        num_blocks = self.fleet.num_blocks
-        little = 1e-6 * self.bound
-        coming = {block: [(block, 0)] for block in range(num_blocks)}
-        nothing, won = np.zeros(num_blocks), np.full(num_blocks, little)
-        more = _sweep(self.opened, self.levels, {}, coming, nothing, won, None)
-        base = _sweep(self.opened, self.levels, {}, {}, np.zeros(1), np.zeros(1), None)
-        needy: Flags = (more - base > little / 2).T
-        return needy
-
-
-def _anchor(opened: Floats, bound: float) -> float:
-    """The highest level that all blocks reach, rounded down to a power of `ANCHOR_STEP` times the bound."""
-    low, high = 0.0, bound
-    for _ in range(3):
-        levels = np.linspace(low, high, 26)[1:]
-        sums = _sweep(opened, levels, {}, {}, np.zeros(1), np.zeros(1), None)[0]
-        reached = sums >= len(opened) * levels * (1 - 1e-9)
-        first = len(levels) if reached.all() else int(np.argmin(reached))
-        low, high = float(levels[first - 1]) if first else low, float(levels[min(first, len(levels) - 1)])
-    if low < bound / 1000:
-        return 0.0
-    return float(bound * ANCHOR_STEP ** np.floor(np.log(low / bound) / np.log(ANCHOR_STEP) + 1e-9))
-
 
 def _sweep(
     opened: Floats,
@@ -264,32 +209,31 @@ def _sweep(
 ) -> Floats:
     """From the first block to the last, each is served by the machines that hold it whose spans end first. [B, K]
 
-    `left[.., w]` is what the machines that hold the block and whose spans end within w + 1 blocks can still do: so
-    serving a block takes the same amount off all of them, down to nothing. What each block gets goes to `keep`.
+    What machines can still do that hold the block and whose spans end after `end` blocks at the latest is in row
+    `end % W` of `left`: so serving a block takes the same amount off all rows, down to nothing, and nothing is moved
+    when machines are passed. What each block gets goes to `keep`.
     """
     num_blocks, width = opened.shape
-    level = levels[:, None]
-    left = np.zeros((len(lost), len(levels), width))
-    shifted = np.zeros_like(left)
-    total = np.zeros(left.shape[:2])
+    left = np.zeros((width, len(lost), len(levels)))
+    total = np.zeros(left.shape[1:])
     for block in range(num_blocks):
-        left += opened[block]
-        for row, column in leaving.get(block, ()):
-            left[row, :, column:] -= lost[row]
-        for row, column in coming.get(block, ()):
-            left[row, :, column:] += won[row]
-        served = np.minimum(left[:, :, -1], levels)
+        rows = (block + np.arange(width)) % width
+        for change, column in leaving.get(block, ()):
+            left[rows[column:], change] -= lost[change]
+        for change, column in coming.get(block, ()):
+            left[rows[column:], change] += won[change]
+        added = np.empty((width, 1, len(levels)))
+        added[rows, 0] = opened[block][:, None] - levels
+        left += added
+        served = levels + np.minimum(left[rows[-1]], 0.0)
         total += served
         if keep is not None:
             keep[:, :, block] = served
-        left -= level
         np.maximum(left, 0.0, out=left)
-        if width > 1:
-            np.subtract(left[:, :, 1:], left[:, :, :1], out=shifted[:, :, :-1])
-            shifted[:, :, -1] = shifted[:, :, -2]
-        else:
-            shifted[:] = 0.0
-        left, shifted = shifted, left
+        ends_here = left[rows[0]].copy()
+        if ends_here.any():
+            left -= ends_here
+        left[rows[0]] = left[rows[-1]]
     return total
 
 

@@ -11,19 +11,34 @@ from dataclasses import replace
 import numpy as np
 
 from shoal.policy.placement.fleet import Fleet, Floats, Ints
+from shoal.policy.placement.needed import Needed
 from shoal.policy.placement.score import Changes, Picture
 
 
-def best_places(picture: Picture, rows: Ints, without: Floats, *, most: int, each: int, min_blocks: int = 1) -> Changes:
+def best_places(
+    picture: Picture,
+    rows: Ints,
+    *,
+    most: int,
+    each: int,
+    min_blocks: int = 1,
+    needed: Needed | None = None,
+) -> tuple[Changes, Floats]:
     """The most promising changes of one machine of each entry: at most `each` of one, and at most `most` in all.
 
-    `without` are the scores without these machines. The changes are in the order of entry, length and start.
+    No change gives up what is `needed` of its machine. The changes are in the order of entry, length and start. Also
+    returns the scores without the machines of these entries. [M]
     """
-    estimates = _estimates(picture, rows) + without[:, None, None]
+    leave = Changes.leave(rows)
+    deficits = picture.deficits(leave)
+    without = picture.scores(leave, deficits)
+    estimates = _estimates(picture, rows, deficits) + without[:, None, None]
     lengths = np.arange(1, estimates.shape[1] + 1)
     longest = picture.fleet.kinds.longest[picture.fleet.kind[rows]]
     too_short = lengths < np.minimum(min_blocks, longest)[:, None]
     estimates[too_short] = -np.inf
+    if needed is not None:
+        estimates[~needed.places(rows, estimates.shape[1])] = -np.inf
     present, old = np.flatnonzero(picture.fleet.lengths[rows] > 0), rows[picture.fleet.lengths[rows] > 0]
     estimates[present, picture.fleet.lengths[old] - 1, picture.fleet.starts[old]] = -np.inf
     flat = _without_ties(estimates.reshape(len(rows), -1), picture.bound)
@@ -37,7 +52,7 @@ def best_places(picture: Picture, rows: Ints, without: Floats, *, most: int, eac
         chosen = np.argpartition(-values, most - 1)[:most]
         values, cells = values[chosen], cells[chosen]
     entry, length, start = np.unravel_index(np.sort(cells[values > -np.inf]), estimates.shape)
-    return Changes(rows[entry], start, start + length + 1)
+    return Changes(rows[entry], start, start + length + 1), without
 
 
 def _without_ties(values: Floats, bound: float) -> Floats:
@@ -49,8 +64,11 @@ def _without_ties(values: Floats, bound: float) -> Floats:
     return np.round(values / step) - np.arange(values.size).reshape(values.shape) * 1e-6
 
 
-def _estimates(picture: Picture, rows: Ints) -> Floats:
-    """About how much the score gains over that without the machine, by where the machine goes. [M, L, N]"""
+def _estimates(picture: Picture, rows: Ints, deficits: Floats) -> Floats:
+    """About how much the score gains over that without the machine, by where the machine goes. [M, L, N]
+
+    `deficits` are those without the machines.
+    """
     fleet, scoring = picture.fleet, picture.scoring
     leave = Changes.leave(rows)
     before, everywhere = picture.held_before(leave), np.ones((len(rows), fleet.num_blocks), np.bool_)
@@ -59,33 +77,27 @@ def _estimates(picture: Picture, rows: Ints) -> Floats:
     relieved = picture.risks(leave, before, ~everywhere) - picture.risks(leave, before, everywhere)
     holes = picture.holders - before < 1
     relief = _running_sum(scoring.risk * relieved / fleet.num_blocks + scoring.hole * holes)
-    deficits = picture.deficits(leave)
     lacking = _running_sum(deficits)
-    mirrored = Picture.of(_mirrored(fleet), scoring, picture.bound, picture.anchor).deficits(leave)[:, :, ::-1]
+    mirrored = Picture.of(_mirrored(fleet), scoring, picture.bound).deficits(leave)[:, :, ::-1]
     lacking_mirrored = _running_sum(mirrored)
-    needy, lacked = _running_sum(picture.needy().astype(np.float64)), picture.lacked()
     kinds = fleet.kind[rows]
     most = fleet.kinds.capacity.shape[1] - 1
     result = np.full((len(rows), most, fleet.num_blocks), -np.inf)
     for length in range(1, most + 1):
         able = fleet.kinds.longest[kinds] >= length
         capacity = fleet.kinds.capacity[kinds, length]
-        served = np.maximum(
-            _served(lacking, capacity, length, picture.weights),
-            _served(lacking_mirrored, capacity, length, picture.weights),
-        )
+        served = np.maximum(_served(lacking, capacity, length), _served(lacking_mirrored, capacity, length))
         even = _windows(_running_sum(picture.utility(alone + (capacity / length)[:, None]) - useful), length)
-        reachable = np.minimum(lacked, capacity[:, None])[:, None, :] * (_windows(needy, length) > 0).T
-        served = np.maximum(served, reachable @ picture.weights)
-        throughput = scoring.exact * served + (1 - scoring.exact) * even / max(picture.most, 1e-300)
+        throughput = (scoring.exact * served + (1 - scoring.exact) * even) / max(picture.most, 1e-300)
         gain = picture.bound * (throughput + _windows(relief, length))
         result[able, length - 1, : gain.shape[1]] = gain[able]
     return result
 
 
-def _served(lacking: Floats, capacity: Floats, length: int, weights: Floats) -> Floats:
-    """What a machine can do about what the blocks of each span lack, weighted by level. [M, N - L + 1]"""
-    return np.minimum(_windows(lacking, length), capacity[:, None, None]).transpose(0, 2, 1) @ weights
+def _served(lacking: Floats, capacity: Floats, length: int) -> Floats:
+    """What a machine can do about what the blocks of each span lack, summed over levels. [M, N - L + 1]"""
+    useful: Floats = np.minimum(_windows(lacking, length), capacity[:, None, None]).sum(axis=1)
+    return useful
 
 
 def _mirrored(fleet: Fleet) -> Fleet:

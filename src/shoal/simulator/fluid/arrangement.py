@@ -80,7 +80,6 @@ class Member:
     cohort: int
     span: Span
     online: bool = False
-    ready_at: float | None = None
     claim: Span | None = None
     steward: Steward | None = None
     gone: bool = False
@@ -206,16 +205,15 @@ class Arrangement:
         if not takes:
             self._go_online(member)
             return
-        member.ready_at = self.now + takes
-        self._publish(member, span, ServerState.JOINING, member.ready_at)
-        self.timeline.at(member.ready_at, lambda: self._go_online(member))
+        self._publish(member, span, ServerState.JOINING, ready_at=self.now + takes)
+        self.timeline.after(takes, lambda: self._go_online(member))
 
     def _go_online(self, member: Member) -> None:
         if member.gone:
             return
         moved = member.moving
-        member.online, member.moving, member.ready_at, member.claim = True, False, None, None
-        self._publish(member, member.span, ServerState.ONLINE, None)
+        member.online, member.moving, member.claim = True, False, None
+        self._publish(member, member.span, ServerState.ONLINE)
         if member.steward is None:
             member.steward = self.rule.steward(member.peer, self.scene.num_blocks, self._rng)
         elif moved:
@@ -231,7 +229,15 @@ class Arrangement:
         for watcher in self._watchers:
             watcher.stopped(member)
 
-    def _publish(self, member: Member, span: Span, state: ServerState, ready_at: float | None) -> None:
+    def _publish(
+        self,
+        member: Member,
+        span: Span,
+        state: ServerState,
+        *,
+        wants: Span | None = None,
+        ready_at: float | None = None,
+    ) -> None:
         info = server_info(
             member.peer,
             member.hardware,
@@ -239,6 +245,7 @@ class Arrangement:
             state,
             zone=member.zone,
             up_since=member.up_since,
+            wants=wants,
             ready_at=ready_at,
         )
         self.board.publish(info, now=self.now)
@@ -275,10 +282,7 @@ class Arrangement:
             return
         if decision.claims != member.claim:
             member.claim = decision.claims
-            if decision.claims is None:
-                self._publish(member, member.span, ServerState.ONLINE, None)
-            else:
-                self._publish(member, decision.claims, ServerState.JOINING, None)
+            self._publish(member, member.span, ServerState.ONLINE, wants=decision.claims)
         look_at = decision.look_at
         if look_at is not None and self.now < look_at < math.inf and look_at != member.looks_at:
             member.looks_at = look_at
@@ -287,9 +291,13 @@ class Arrangement:
     def _move(self, member: Member, span: Span) -> None:
         member.moving = True
         self.meter.moved(now=self.now)
+        machine = member.machine()
+        if machine.keeps(span) is not None:
+            self._load_while_serving(member, span, seconds=machine.seconds_to_load(span))
+            return
         handover = self.scene.delays.handover
-        ready_at = self.now + handover + member.machine().seconds_to_load(span)
-        self._publish(member, span, ServerState.JOINING, ready_at)
+        ready_at = self.now + handover + machine.seconds_to_load(span)
+        self._publish(member, span, ServerState.JOINING, ready_at=ready_at)
         for watcher in self._watchers:
             watcher.handing_over(member)
 
@@ -300,6 +308,22 @@ class Arrangement:
                 self._changed()
 
         self.timeline.after(handover, load)
+
+    def _load_while_serving(self, member: Member, span: Span, *, seconds: float) -> None:
+        self._publish(member, member.span, ServerState.ONLINE, wants=span, ready_at=self.now + seconds)
+
+        def change() -> None:
+            if member.gone:
+                return
+            before = member.span
+            for watcher in self._watchers:
+                watcher.handing_over(member)
+                watcher.stopped(member)
+            member.span = span
+            self._go_online(member)
+            self.meter.offline(before, now=self.now)
+
+        self.timeline.after(seconds, change)
 
     # -- what it is worth ----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shoal.net.identity import SIGNATURE_BYTES
 from shoal.net.records import Announcement
 from shoal.peers import ModelInfo, ServerInfo, ServerState
-from shoal.policy.placement.machines import Machine, machine_of
+from shoal.policy.placement.machines import Machine, machine_of, machines_of
 from shoal.simulator.world.hardware import Hardware
 from shoal.spans import Span
 
@@ -21,7 +21,7 @@ class Notice:
     """A record: what others make of it for placement and for routes, and how many bytes it has under how many keys."""
 
     info: ServerInfo
-    machine: Machine | None
+    machines: tuple[Machine, ...]
     num_bytes: int
     num_keys: int
 
@@ -42,10 +42,9 @@ class Noticeboard:
         record = Announcement.of(self.model, info, expires=now + LIFETIME)
         read = record.server_info
         num_bytes = len(record.model_dump_json()) + SIGNATURE_BYTES
-        machine = machine_of(read, now=now)
-        self._notices[info.peer] = Notice(read, machine, num_bytes, len(record.dht_keys))
-        if machine is not None and info.state is ServerState.ONLINE:
-            self._serving[info.peer] = machine
+        self._notices[info.peer] = Notice(read, machines_of(read, now=now), num_bytes, len(record.dht_keys))
+        if (serving := machine_of(read, now=now)) is not None and info.state is ServerState.ONLINE:
+            self._serving[info.peer] = serving
         self._changed()
 
     def remove(self, peer: str) -> None:
@@ -67,8 +66,7 @@ class Noticeboard:
     def machines(self) -> tuple[Machine, ...]:
         """What a server reads now, as placement sees it."""
         if self._machines is None:
-            found = (notice.machine for notice in self._notices.values())
-            self._machines = tuple(machine for machine in found if machine is not None)
+            self._machines = tuple(each for notice in self._notices.values() for each in notice.machines)
         return self._machines
 
     @property
@@ -96,7 +94,8 @@ def server_info(
     *,
     zone: str,
     up_since: float,
-    ready_at: float | None,
+    wants: Span | None = None,
+    ready_at: float | None = None,
 ) -> ServerInfo:
     """What such a server announces about itself."""
     per_block, per_row = hardware.block_seconds(len(span))
@@ -114,5 +113,6 @@ def server_info(
         capacity=hardware.capacity,
         zone=zone,
         up_since=up_since,
+        wants=wants,
         ready_at=ready_at,
     )

@@ -193,7 +193,7 @@ class MoverSteward:
             watching = self._mover.phase is Phase.WATCHING
             look_at = None if watching and self._rule.selective else self._mover.next_look_at
             return Decision(claims=self._mover.claim, look_at=look_at)
-        if would_open_hole(own, others):
+        if would_open_hole(own, move.after, others):
             self._mover = self._mover.failed(now=now)
             return Decision(look_at=self._mover.next_look_at)
         return Decision(goes=move.after)
@@ -202,13 +202,13 @@ class MoverSteward:
         self._mover = self._mover.arrived(now=now)
 
 
-def would_open_hole(own: Machine, others: Sequence[Machine]) -> bool:
-    """Whether no other server that is online holds some block of this one: the live server's last look."""
-    assert own.span is not None
-    alone = set(own.span)
+def would_open_hole(own: Machine, wanted: Span, others: Sequence[Machine]) -> bool:
+    """Whether no server would serve some block while this one goes to other blocks: the live server's last look."""
+    alone = set(own.span or ()).difference(own.keeps(wanted) or ())
+    claiming = {other.peer for other in others if other.ready_at}
     for other in others:
-        if other.span is not None and not other.ready_at:
-            alone.difference_update(other.span)
+        if not (other.peer in claiming and other.ready_at == 0.0):
+            alone.difference_update(other.serves or ())
     return bool(alone)
 
 
