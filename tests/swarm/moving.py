@@ -265,17 +265,22 @@ async def _awaited(work: Awaitable[Any]) -> None:
 
 def make_virtual(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let loading take virtual time, and servers have equal speeds, whatever this machine is doing."""
-    load_span = span_keeper.load_span
+    load_span, extend_span = span_keeper.load_span, span_keeper.extend_span
 
     async def slow(config: Any, setup: Any, span: Span, *rest: Any) -> LoadedSpan:
         await asyncio.sleep(LOAD_SECONDS * len(span))
         return await load_span(config, setup, span, *rest)
+
+    async def slowly_extended(config: Any, setup: Any, held: LoadedSpan, wanted: Span, *rest: Any) -> LoadedSpan:
+        await asyncio.sleep(LOAD_SECONDS * sum(block not in held.span for block in wanted))
+        return await extend_span(config, setup, held, wanted, *rest)
 
     def profile(body: Any, *_: Any, **__: Any) -> SpeedProfile:
         block = BlockTime(0.0, 1 / BLOCK_SPEED)
         return SpeedProfile(len(body.span), block, block, 10, ((1, block),))
 
     monkeypatch.setattr(span_keeper, "load_span", slow)
+    monkeypatch.setattr(span_keeper, "extend_span", slowly_extended)
     # observers are told at once, not on threads, for which virtual time does not wait
     monkeypatch.setattr("shoal.server.server.Observers", lambda observers: Observers((), direct=observers))
     monkeypatch.setattr("shoal.server.placing.loaded_span.profile_of", profile)

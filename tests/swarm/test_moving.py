@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from shoal.events import ServerLost, StageReplaced
-from shoal.peers import ServerState
+from shoal.events import ServerLost, StageReplaced, Waiting
+from shoal.peers import ServerInfo, ServerState
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.mover import Mover
 from shoal.policy.placement.plan import Move
@@ -26,6 +26,7 @@ from shoal.server.placing.span_state import AVOIDED_SECONDS
 from shoal.spans import Span
 
 from .moving import DRAIN_SECONDS, LOAD_SECONDS, Stage, Town, make_checkpoint, make_virtual, together
+from .schedules.oracle import NUM_BLOCKS
 from .schedules.work import training
 
 FIRST, LAST = Span(0, 2), Span(2, 4)
@@ -136,7 +137,8 @@ def test_a_hole_is_filled_by_one_server_although_several_could(stage: Stage):
             town.kill(name)
         await town.until(lambda: town.view.missing() == [])
         await asyncio.sleep(300)
-        assert town.num_moves == 1
+        moves = [change for member in town.members.values() for _, change in member.moves]
+        assert ["have no server" in change.reason for change in moves].count(True) == 1
         assert town.view.missing() == []
 
     stage.play(scene)
@@ -317,6 +319,117 @@ def test_either_rule_completes_the_swarm(stage: Stage, rule: str):
         assert town.view.missing() == []
 
     stage.play(scene, placement=rule)
+
+
+# -- blocks that a server keeps ----------------------------------------------------------------------------------------
+
+
+async def roomy_one(town: Town) -> list[list[int]]:
+    """The server "m" has room for all blocks and is the only one with the first ones; "a" holds the last ones.
+
+    Returns a list of what was missing at any moment, which goes on growing.
+    """
+    await town.start("a", blocks=LAST)
+    await town.start("m", num_blocks=NUM_BLOCKS)
+    assert FIRST in town.members["m"].span  # type: ignore[operator]
+    seen: list[list[int]] = []
+
+    def look(info: ServerInfo) -> ServerInfo:
+        asyncio.get_running_loop().call_soon(lambda: seen.append(town.view.missing()))
+        return info
+
+    town.network.on_announce = look
+    return seen
+
+
+def test_the_only_holder_of_blocks_serves_them_while_it_takes_others_and_gives_some_up(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = planning(monkeypatch)
+
+    async def scene(town: Town) -> None:
+        missing = await roomy_one(town)
+        client = town.client()
+
+        async def change() -> None:
+            for after in (FIRST, Span(0, 3), Span(0, 4), Span(0, 2), Span(0, 4), FIRST):
+                wanted["m"] = after
+                await town.until(lambda after=after: town.members["m"].span == after)  # type: ignore[misc]
+                await asyncio.sleep(DRAIN_SECONDS)
+
+        await together(client.talk(100, seconds_each=1.0), training(town.client()), change())
+        assert missing
+        assert not any(missing)
+        assert not [event for event in client.told if isinstance(event, Waiting)]
+        client.check_streams()
+
+    stage.play(scene)
+
+
+def test_a_server_that_cannot_load_more_blocks_goes_on_with_those_that_it_has(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = planning(monkeypatch)
+    tried: list[float] = []
+
+    async def fail(*_: Any) -> LoadedSpan:
+        tried.append(now())
+        await asyncio.sleep(LOAD_SECONDS)
+        raise MemoryError
+
+    async def scene(town: Town) -> None:
+        await roomy_one(town)
+        wanted["m"] = FIRST
+        await town.until(lambda: town.members["m"].span == FIRST)
+        monkeypatch.setattr(span_keeper, "extend_span", fail)
+        client = town.client()
+        wanted["m"] = Span(0, 3)
+        await together(client.talk(50, seconds_each=1.0), town.until(lambda: len(tried) == 1))
+        await town.until(lambda: town.infos["m"].wants is None)
+        assert (town.infos["m"].state, town.infos["m"].span) == (ServerState.ONLINE, FIRST)
+        await asyncio.sleep(60)
+        assert len(tried) == 1, "it does not try again soon"
+
+    stage.play(scene)
+
+
+def test_a_server_that_is_stopped_while_it_takes_more_blocks_leaves_like_any_other(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = planning(monkeypatch)
+
+    async def scene(town: Town) -> None:
+        await roomy_one(town)
+        wanted["m"] = FIRST
+        await town.until(lambda: town.members["m"].span == FIRST)
+        await town.start("b", blocks=FIRST)
+        wanted["m"] = Span(0, 3)
+        client = town.client()
+        talking = client.talk(30, seconds_each=0.5)
+
+        async def stop() -> None:
+            await town.until(lambda: town.infos["m"].wants == Span(0, 3) and town.infos["m"].ready_at is not None)
+            await town.leave("m")
+
+        await together(talking, stop())
+        assert town.network.num_handlers("m") == 0
+
+    stage.play(scene)
+
+
+def test_others_fill_the_hole_of_a_server_that_only_wants_those_blocks(stage: Stage, monkeypatch: pytest.MonkeyPatch):
+    """A claim that is open is no promise: the server that serves nothing else comes first."""
+    wanted = planning(monkeypatch)
+
+    async def scene(town: Town) -> None:
+        await settle_one(town)
+        wanted["m"] = LAST
+        await town.until(lambda: town.infos["m"].wants == LAST)
+        assert (town.infos["m"].state, town.infos["m"].span) == (ServerState.ONLINE, FIRST)
+        assert town.infos["m"].ready_at is None
+        await town.until(lambda: town.members["m"].span == LAST)
+
+    stage.play(scene)
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.peers import Capacity, ServerInfo, ServerState
-from shoal.policy.claims import last_online, machines_in, settled, uncovered, yields_to
+from shoal.policy.claims import machines_in, settled, uncovered, yields_to
 from shoal.policy.placement.joining import Placed, choose_blocks
 from shoal.policy.placement.machines import Machine
 from shoal.policy.view import SwarmView
@@ -77,10 +77,10 @@ def test_a_claim_that_was_confirmed_is_not_reconsidered():
 
 
 def test_a_server_that_only_wants_to_move_gives_way_to_one_that_joins():
-    own = claim("z", "6:12", most=6)
-    mover = replace(able("a", "6:12", most=6, state=JOINING), decode_speed=10.0)
-    others = SwarmView(NUM_BLOCKS, (able("b", "0:6", most=6), mover))
-    assert settled(own, others, choose=choose, now=0.0).span == Span(6, 12)
+    moving = replace(able("a", "0:6", most=6), wants=Span(6, 12))
+    own = claim("b", "6:12", most=6)
+    view = SwarmView(NUM_BLOCKS, (moving, able("c", "0:6", most=6)))
+    assert settled(own, view, choose=choose, now=0.0).span == Span(6, 12)
 
 
 def test_blocks_are_uncovered_unless_another_server_that_stays_is_online_there():
@@ -88,12 +88,20 @@ def test_blocks_are_uncovered_unless_another_server_that_stays_is_online_there()
         NUM_BLOCKS,
         (server("a", "0:4"), server("b", "4:8", state=JOINING), server("c", "2:6"), server("d", "6:8", state=LEAVING)),
     )
-    assert uncovered(Span(0, 8), others) == [6, 7]
-    assert uncovered(Span(1, 5), others) == []
+    assert uncovered(Span(0, 8), None, others) == [6, 7]
+    assert uncovered(Span(1, 5), None, others) == []
+    assert uncovered(Span(0, 8), Span(7, 8), others) == [6]
+
+
+def test_of_a_server_that_wants_other_blocks_only_those_cover_that_it_keeps():
+    roomy, full = (replace(able(peer, "0:4", most=most), wants=Span(2, 6)) for peer, most in (("a", 6), ("b", 5)))
+    for ready_at in (None, 5.0):
+        assert uncovered(Span(0, 4), None, SwarmView(NUM_BLOCKS, (replace(roomy, ready_at=ready_at),))) == [0, 1]
+        assert uncovered(Span(0, 4), None, SwarmView(NUM_BLOCKS, (replace(full, ready_at=ready_at),))) == [0, 1, 2, 3]
 
 
 def test_of_two_servers_that_want_to_fill_a_hole_one_yields_to_the_other():
-    a, b = (replace(able(peer, "6:12", most=6, state=JOINING), decode_speed=10.0) for peer in "ab")
+    a, b = (replace(able(peer, "0:6", most=6), wants=Span(6, 12)) for peer in "ab")
     for own, other in ((a, b), (b, a)):
         found = yields_to(own.peer, range(6, 12), SwarmView(NUM_BLOCKS, (other,)))
         assert found == (None if own is a else a)
@@ -102,7 +110,8 @@ def test_of_two_servers_that_want_to_fill_a_hole_one_yields_to_the_other():
 def test_a_server_yields_to_whatever_will_fill_the_hole_for_sure():
     fills = range(6, 12)
     loading = replace(able("z", "6:12", most=6, state=JOINING), decode_speed=10.0, ready_at=5.0)
-    for other in (loading, claim("z", "5:12", most=7), able("z", "0:12", most=12)):
+    extending = replace(able("z", "0:7", most=12), wants=Span(0, 12), ready_at=5.0)
+    for other in (loading, extending, claim("z", "5:12", most=7), able("z", "0:12", most=12)):
         assert yields_to("a", fills, SwarmView(NUM_BLOCKS, (other,))) == other
     for other in (able("z", "6:11", most=6), able("0", "6:12", most=6, state=LEAVING)):
         assert yields_to("a", fills, SwarmView(NUM_BLOCKS, (other,))) is None
@@ -110,14 +119,14 @@ def test_a_server_yields_to_whatever_will_fill_the_hole_for_sure():
 
 
 def test_a_server_that_claims_other_blocks_counts_where_it_serves_and_where_it_wants_to_go():
-    serving = able("a", "0:6", most=6)
-    wants = replace(serving, span=Span(6, 12), state=JOINING)
-    served = last_online({}, SwarmView(NUM_BLOCKS, (serving,)))
-    served = last_online(served, SwarmView(NUM_BLOCKS, (wants,)))
-    found = machines_in(SwarmView(NUM_BLOCKS, (wants,)), now=10.0, served=served)
-    assert Counter((each.peer, each.span, each.movable) for each in found) == Counter(
-        [("a", Span(0, 6), True), ("a", Span(6, 12), False)]
+    wants = replace(able("a", "0:6", most=6), wants=Span(6, 12))
+    found = machines_in(SwarmView(NUM_BLOCKS, (wants,)), now=10.0)
+    assert Counter((each.span, each.serves, each.movable) for each in found) == Counter(
+        [(Span(0, 6), Span(0, 6), True), (Span(6, 12), None, False)]
     )
-    confirmed = SwarmView(NUM_BLOCKS, (replace(wants, ready_at=20.0),))
-    served = last_online(served, confirmed)
-    assert [each.span for each in machines_in(confirmed, now=10.0, served=served)] == [Span(6, 12)]
+
+
+def test_a_server_that_loads_beside_what_it_serves_counts_where_it_goes_and_serves_what_it_keeps():
+    wants = replace(able("a", "0:6", most=9), wants=Span(3, 9), ready_at=20.0)
+    (found,) = machines_in(SwarmView(NUM_BLOCKS, (wants,)), now=10.0)
+    assert (found.span, found.serves, found.ready_at, found.movable) == (Span(3, 9), Span(3, 6), 20.0, False)

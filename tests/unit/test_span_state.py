@@ -57,48 +57,63 @@ class Life(RuleBasedStateMachine):
     @rule()
     def confirms(self) -> None:
         self.state = self.state.confirmed(ready_at=self.now + 10)
+        assert self.can(SpanPhase.LOADING if self.state.held is None else SpanPhase.DRAINING)
+
+    @precondition(lambda self: self.can(SpanPhase.CLAIMING) and self.state.held is not None)
+    @rule()
+    def confirms_beside_what_it_holds(self) -> None:
+        held = self.state.held
+        self.state = self.state.confirmed(ready_at=self.now + 10, extends=True)
+        assert self.can(SpanPhase.EXTENDING)
+        assert self.state.held == held
 
     @precondition(lambda self: self.can(SpanPhase.DRAINING))
     @rule()
     def drains(self) -> None:
         self.state = self.state.drained()
 
-    @precondition(lambda self: self.can(SpanPhase.LOADING))
+    @precondition(lambda self: self.can(SpanPhase.LOADING, SpanPhase.EXTENDING))
     @rule()
     def loads(self) -> None:
         wanted = self.state.wanted
         self.state = self.state.loaded()
         assert self.state.held == wanted
 
-    @precondition(lambda self: self.can(SpanPhase.LOADING))
+    @precondition(lambda self: self.can(SpanPhase.LOADING, SpanPhase.EXTENDING))
     @rule()
     def fails(self) -> None:
         assert self.state.wanted is not None
-        before, span = self.state.before, self.state.wanted.span
+        held, before, span = self.state.held, self.state.before, self.state.wanted.span
         self.failed[span] = self.now
         self.state = self.state.failed("no memory", now=self.now)
         assert self.state.avoids(span, now=self.now)
-        if before is not None and self.state.phase is SpanPhase.LOADING:
+        if held is not None:
+            assert self.can(SpanPhase.SERVING)
+            assert self.state.held == held
+        elif before is not None and self.state.phase is SpanPhase.LOADING:
             assert self.state.wanted is not None
             assert self.state.wanted.span == before.span
 
     @invariant()
     def it_wants_blocks_as_long_as_it_does_not_have_them(self) -> None:
-        changes = (SpanPhase.CLAIMING, SpanPhase.DRAINING, SpanPhase.LOADING)
+        changes = (SpanPhase.CLAIMING, SpanPhase.DRAINING, SpanPhase.LOADING, SpanPhase.EXTENDING)
         assert (self.state.wanted is not None) == self.can(*changes)
 
     @invariant()
-    def it_never_loads_while_it_holds_other_blocks(self) -> None:
+    def it_holds_blocks_while_it_loads_only_if_it_extends_them(self) -> None:
         if self.can(SpanPhase.LOADING, SpanPhase.CHOOSING):
             assert self.state.held is None
-        if self.can(SpanPhase.SERVING, SpanPhase.DRAINING):
+        if self.can(SpanPhase.SERVING, SpanPhase.DRAINING, SpanPhase.EXTENDING):
             assert self.state.held is not None
 
     @invariant()
-    def it_is_online_exactly_while_it_serves_and_wants_nothing_else(self) -> None:
+    def it_is_online_exactly_while_it_serves_and_goes_on_serving(self) -> None:
         announced = self.state.announced
         is_online = announced is not None and announced[1] is ServerState.ONLINE
-        assert is_online == self.can(SpanPhase.SERVING)
+        claims = self.can(SpanPhase.CLAIMING) and self.state.held is not None
+        assert is_online == (claims or self.can(SpanPhase.SERVING, SpanPhase.EXTENDING))
+        wanted = None if self.state.wanted is None else self.state.wanted.span
+        assert self.state.wants == (wanted if is_online else None)
         if is_online:
             assert announced is not None
             assert self.state.held is not None
@@ -106,7 +121,8 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def it_says_when_it_will_be_ready_exactly_after_its_claim_was_confirmed(self) -> None:
-        assert (self.state.ready_at is not None) == self.can(SpanPhase.DRAINING, SpanPhase.LOADING)
+        loads = (SpanPhase.DRAINING, SpanPhase.LOADING, SpanPhase.EXTENDING)
+        assert (self.state.ready_at is not None) == self.can(*loads)
 
     @invariant()
     def it_rests_for_a_while_after_a_failure(self) -> None:
@@ -127,13 +143,15 @@ STEPS: dict[str, Callable[[SpanState], SpanState]] = {
     "claimed": lambda state: state.claimed(NEW),
     "unclaimed": lambda state: state.unclaimed(),
     "confirmed": lambda state: state.confirmed(ready_at=5.0),
+    "extends": lambda state: state.confirmed(ready_at=5.0, extends=True),
     "drained": lambda state: state.drained(),
     "loaded": lambda state: state.loaded(),
     "failed": lambda state: state.failed("no memory", now=0.0),
 }
 ALLOWED = {
     SpanPhase.CHOOSING: {"claimed"},
-    SpanPhase.CLAIMING: {"claimed", "unclaimed", "confirmed"},
+    SpanPhase.CLAIMING: {"claimed", "unclaimed", "confirmed", "extends"},
+    SpanPhase.EXTENDING: {"loaded", "failed"},
     SpanPhase.DRAINING: {"drained"},
     SpanPhase.LOADING: {"loaded", "failed"},
     SpanPhase.SERVING: {"claimed"},
@@ -165,6 +183,17 @@ def test_a_move_that_fails_ends_where_it_began_and_says_why():
     assert state.loaded().announced == (OLD.span, ServerState.ONLINE)
     assert state.avoids(NEW.span, now=100.0 + AVOIDED_SECONDS - 1)
     assert not state.avoids(NEW.span, now=100.0 + AVOIDED_SECONDS)
+
+
+def test_a_server_that_extends_its_blocks_serves_them_until_it_has_the_others():
+    state = serving().claimed(NEW)
+    assert (state.announced, state.wants, state.ready_at) == ((OLD.span, ServerState.ONLINE), NEW.span, None)
+    state = state.confirmed(ready_at=9.0, extends=True)
+    assert (state.announced, state.wants, state.ready_at) == ((OLD.span, ServerState.ONLINE), NEW.span, 9.0)
+    failed = state.failed("the disk is full", now=100.0)
+    assert (failed.announced, failed.wants) == ((OLD.span, ServerState.ONLINE), None)
+    assert failed.avoids(NEW.span, now=101.0)
+    assert state.loaded().announced == (NEW.span, ServerState.ONLINE)
 
 
 def test_a_server_that_cannot_load_its_old_blocks_either_has_to_choose():

@@ -206,8 +206,7 @@ def _verdict(view: SwarmView) -> Text:
     if not missing:
         return Text("complete: every block is served", style="green")
     text = Text(f"missing: blocks {format_blocks(missing)}", style="bold red")
-    joining = view.only(lambda server: server.state is ServerState.JOINING)
-    if loading := sorted(set(missing) - set(joining.missing())):
+    if loading := sorted(set(missing) - set(view.loading().missing())):
         text.append(f" ({format_blocks(loading)} loading)", style="yellow")
     return text
 
@@ -215,11 +214,13 @@ def _verdict(view: SwarmView) -> Text:
 def _reasons(view: SwarmView, now: float) -> Iterator[Text]:
     """Why servers took their blocks, and when those that load will be ready: a line for each, those that load first."""
     told = [each for each in _in_order(view) if each.state is not ServerState.LEAVING and _tells(each)]
-    told.sort(key=lambda server: server.state is not ServerState.JOINING)
+    told.sort(key=lambda server: not _is_loading(server))
     for server in told[:MAX_REASONS]:
         does = "serves" if server.state is ServerState.ONLINE else "loads"
         line = Text(f"{shortened(server.name or server.peer[-6:], MAX_NAME)} {does} {server.span}", style="dim")
-        if server.state is ServerState.JOINING and server.ready_at is not None:
+        if server.wants is not None:
+            line.append(f", {'wants' if server.ready_at is None else 'loads'} {server.wants}")
+        if _is_loading(server) and server.ready_at is not None:
             line.append(f", ready {_when(server.ready_at - now)}", style="yellow")
         if server.reason:
             line.append(f": {server.reason}")
@@ -229,8 +230,12 @@ def _reasons(view: SwarmView, now: float) -> Iterator[Text]:
 
 
 def _tells(server: ServerInfo) -> bool:
-    is_loading = server.state is ServerState.JOINING and server.ready_at is not None
-    return is_loading or bool(server.reason and not server.pinned)
+    is_ready_later = _is_loading(server) and server.ready_at is not None
+    return is_ready_later or bool(server.reason and not server.pinned)
+
+
+def _is_loading(server: ServerInfo) -> bool:
+    return server.state is ServerState.JOINING or server.wants is not None
 
 
 def _when(seconds: float) -> str:

@@ -49,6 +49,7 @@ class ModelStatus:
             | {
                 "span": [server.span.start, server.span.end],
                 "state": server.state.value,
+                "wants": None if server.wants is None else [server.wants.start, server.wants.end],
                 "round_trips": dict(server.round_trips),
                 "capacity": None if server.capacity is None else _capacity_as_json(server.capacity),
             }

@@ -12,9 +12,10 @@ depth (`config.layer_types[i]`) are right.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -267,6 +268,29 @@ def build_body(
     return Body(backbone, family, span)
 
 
+def joined_body(parts: Sequence[Body], span: Span) -> Body:
+    """One body for the blocks of `span`, of which each is in one of the `parts`.
+
+    It shares their weights, and computes with the settings of the first one. Only the first one can be used beside it,
+    on the same thread. Raises `ValueError` if a block is in none of them.
+    """
+    first = parts[0]
+    layers = nn.ModuleList()
+    for block in span:
+        holder = next((part for part in parts if block in part.span), None)
+        if holder is None:
+            raise ValueError(f"block {block} is not there")
+        layers.add_module(str(block), holder.block(block))
+    for part in parts[1:]:  # layers read settings from the config of their backbone at every call
+        config = part.backbone.config
+        for module in part.backbone.modules():
+            if module.__dict__.get("config") is config:
+                module.config = first.backbone.config
+    backbone = copy.copy(first.backbone)
+    backbone.__dict__["_modules"] = {**first.backbone._modules, first.family.layers_name: layers}
+    return Body(backbone, first.family, span)
+
+
 def _span_class(family: Family, span: Span) -> type[PreTrainedModel]:
     """The family's backbone without the client's modules and without the blocks outside `span`.
 
@@ -283,7 +307,8 @@ def _span_class(family: Family, span: Span) -> type[PreTrainedModel]:
             if next(child.parameters(), None) is not None:
                 setattr(self, name, ClientModuleStub())
         setattr(self, family.layers_name, of_span)
-        self.all_layers = list(layers)  # in a list, so that they are not registered as submodules and get no weights
+        # Copies, in a list: they are not registered as submodules and get no weights.
+        self.all_layers = [copy.deepcopy(layer) for layer in layers]
         for name in self._parameters:
             self._parameters[name] = None
 

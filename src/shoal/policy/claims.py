@@ -1,19 +1,20 @@
 """Servers that want blocks at the same moment: who takes which, and whether a server may go from where it is.
 
-A server claims a span by announcing that it is joining there. The claim is *open* while its record says nothing about
-when the server will be ready. It then looks at all claims. Open claims are settled in the order of the peer ids, by the
-same rule for all: each server may keep what it would choose after those before it. Equal views give equal results, so
-servers that start together spread. A claim that was confirmed is not reconsidered: later servers take other blocks.
+A server that joins claims a span by announcing that it is joining there. A server that serves other blocks announces
+that it wants the span. Such a claim is *open* while the record says nothing about when the server will be ready. The
+server then looks at all claims. Open claims of servers that join are settled in the order of the peer ids, by one rule
+for all: each server may keep what it would choose after those before it. Equal views give equal results, so servers
+that start together spread. A claim that was confirmed is not reconsidered: later servers take other blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.placement.joining import Placed
-from shoal.policy.placement.machines import Machine, machine_of
+from shoal.policy.placement.machines import Machine, kept_blocks, machine_of, machines_of
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
@@ -22,48 +23,39 @@ Choose = Callable[[Machine, Sequence[Machine]], Placed]
 
 
 def is_open_claim(server: ServerInfo) -> bool:
-    """Whether a server that has no blocks yet wants these, and has not confirmed it.
-
-    A server that moves from other blocks has measured its speed already. Its claim is not counted: it gives way to
-    servers that join.
-    """
-    return server.state is ServerState.JOINING and server.ready_at is None and server.decode_speed is None
+    """Whether a server that has no blocks wants these, and has not confirmed it."""
+    return server.state is ServerState.JOINING and server.ready_at is None
 
 
-def machines_in(view: SwarmView, *, now: float, served: Mapping[str, ServerInfo] | None = None) -> list[Machine]:
-    """The servers of a view that hold or load blocks, as placement sees them, at the Unix time `now`.
+def wants_openly(server: ServerInfo) -> bool:
+    """Whether a server that serves its span wants another one, and has not confirmed it."""
+    return server.wants is not None and server.ready_at is None
 
-    `served` are servers as they were when they last were online, by peer id. One of them that has claimed other blocks,
-    and has not confirmed it, occurs twice: where it still serves, and where it wants to go.
-    """
-    known = served or {}
-    records = [
-        record
-        for server in view.servers
-        for record in ((known[server.peer], server) if _is_unsettled(server) and server.peer in known else (server,))
-    ]
-    machines = (machine_of(record, now=now) for record in records)
-    return [machine for machine in machines if machine is not None]
+
+def machines_in(view: SwarmView, *, now: float) -> list[Machine]:
+    """The servers of a view that hold, load or claim blocks, as placement sees them, at the Unix time `now`."""
+    return [machine for server in view.servers for machine in machines_of(server, now=now)]
 
 
 def settled(own: ServerInfo, view: SwarmView, *, choose: Choose, now: float) -> Placed:
     """The blocks that remain for the server `own`, whose claim is open, after all claims of the view that come first.
 
-    `view` may or may not have a record of `own`.
+    `view` may or may not have a record of `own`. Open claims of servers that serve other blocks do not count: those
+    give way to servers that join.
     """
     others = view.only(lambda each: each.peer != own.peer)
-    machines = machines_in(others.only(lambda each: not _is_unsettled(each)), now=now)
+    certain = others.only(lambda each: not is_open_claim(each)).servers
+    machines = [
+        machine
+        for each in certain
+        for machine in machines_of(replace(each, wants=None) if wants_openly(each) else each, now=now)
+    ]
     for claim in sorted((own, *others.only(is_open_claim).servers), key=lambda each: each.peer):
         placed = choose(without_span(claim, now=now), machines)
         if claim.peer == own.peer:
             return placed
         machines.append(at(claim, placed.span, now=now))
     raise AssertionError("the own claim is among the claims")
-
-
-def _is_unsettled(server: ServerInfo) -> bool:
-    """Whether it only claims blocks: to join, or to move there."""
-    return server.state is ServerState.JOINING and server.ready_at is None
 
 
 def without_span(server: ServerInfo, *, now: float) -> Machine:
@@ -82,13 +74,22 @@ def _replaced(server: ServerInfo, span: Span | None, *, now: float) -> Machine:
     return replace(machine, span=span)
 
 
-def uncovered(held: Span, others: SwarmView) -> list[int]:
-    """The blocks of `held` that no server would serve while their server loads other blocks.
+def uncovered(held: Span, kept: Span | None, others: SwarmView) -> list[int]:
+    """The blocks of `held` that no server would serve while their server, which keeps `kept`, loads other blocks.
 
-    `others` are the other servers. Only those that are online count: one that is loading may fail, and one that has
-    claimed other blocks is about to go.
+    `others` are the other servers. Only those that are online count, and of one that wants other blocks only what it
+    keeps: one that is loading may fail, and one that has claimed other blocks is about to go.
     """
-    return others.online().missing(held)
+    served = {block for server in others.online().servers for block in _kept_by(server) or ()}
+    return [block for block in held if block not in served and (kept is None or block not in kept)]
+
+
+def _kept_by(server: ServerInfo) -> Span | None:
+    """The blocks that a server which is online goes on serving."""
+    if server.wants is None:
+        return server.span
+    most = len(server.span) if server.capacity is None else max(server.capacity.max_blocks, len(server.span))
+    return kept_blocks(server.span, server.wants, most)
 
 
 def yields_to(own_peer: str, fills: Sequence[int], others: SwarmView) -> ServerInfo | None:
@@ -98,23 +99,10 @@ def yields_to(own_peer: str, fills: Sequence[int], others: SwarmView) -> ServerI
     joins without having other blocks, or has the smaller peer id. `others` are the other servers.
     """
     for server in others.servers:
-        if not fills or any(block not in server.span for block in fills) or server.state is ServerState.LEAVING:
+        if not fills or server.state is ServerState.LEAVING:
             continue
-        comes_first = not _is_unsettled(server) or is_open_claim(server) or server.peer < own_peer
-        if comes_first:
+        comes_first = not wants_openly(server) or server.peer < own_peer
+        spans = (server.span, server.wants if comes_first else None)
+        if any(span is not None and all(block in span for block in fills) for span in spans):
             return server
     return None
-
-
-def last_online(served: Mapping[str, ServerInfo], view: SwarmView) -> dict[str, ServerInfo]:
-    """The servers of a view that serve blocks, by peer id, as they were when they were last online.
-
-    `served` is the same of an earlier view. A server that has only claimed other blocks still serves its old ones.
-    """
-    found: dict[str, ServerInfo] = {}
-    for server in view.servers:
-        if server.state is ServerState.ONLINE:
-            found[server.peer] = server
-        elif _is_unsettled(server) and server.peer in served:
-            found[server.peer] = served[server.peer]
-    return found

@@ -52,6 +52,15 @@ class SwarmView:
                     total[block] += ASSUMED_SPEED if server.decode_speed is None else server.decode_speed
         return total
 
+    def loading(self) -> SwarmView:
+        """The servers that load blocks, each with these blocks as its span, also if it serves others meanwhile."""
+        found = (
+            server if server.wants is None else replace(server, span=server.wants)
+            for server in self.servers
+            if server.state is ServerState.JOINING or (server.wants is not None and server.ready_at is not None)
+        )
+        return replace(self, servers=tuple(found))
+
     def missing(self, span: Span | None = None) -> list[int]:
         """The blocks of a span, by default of the model, that no server of this view may compute."""
         span = span or Span(0, self.num_blocks)

@@ -14,7 +14,7 @@ from shoal.client.swarm.waits import Outage
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.transport import Node
-from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.census.sampling import MOST_KEPT, keep
 from shoal.policy.dtypes import mixture, swarm_dtype
 from shoal.policy.view import SwarmView, format_blocks
@@ -142,8 +142,8 @@ class DirectoryCache:
         return swarm_dtype(self._known().only(self._is_usable), fingerprint=self._fingerprint, own=own)
 
     def loading(self) -> SwarmView:
-        """The servers with this client's weights that the user permits, and that are loading their blocks."""
-        return self._known().only(lambda server: server.state is ServerState.JOINING and self._is_usable(server))
+        """The servers with this client's weights that the user permits, and that are loading blocks: these blocks."""
+        return self._known().loading().only(self._is_usable)
 
     def known(self) -> SwarmView:
         """The servers of this model that are online."""

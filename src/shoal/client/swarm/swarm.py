@@ -31,7 +31,7 @@ from shoal.client.swarm.waits import Outage, Waits
 from shoal.concurrency import now
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, UnsupportedOperation
 from shoal.net.transport import Node
-from shoal.peers import ModelInfo, ServerInfo
+from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.routing.route import Hop, Measured, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.routing.spread import WorkInFlight
 from shoal.policy.view import SwarmView, format_blocks
@@ -224,8 +224,9 @@ class Swarm:
     def _outage(self, span: Span, excluded: Set[Holding], blocks: Sequence[int]) -> Outage:
         """Why no server computes some `blocks` of a span now. Raises `MissingBlocks` if waiting is in vain."""
         loading = self._directory.loading()
-        for server in loading.servers:  # it has started again: what it failed before is past
-            self._health.record_success(server.peer)
+        for server in loading.servers:
+            if server.state is ServerState.JOINING:  # it has started again: what it failed before is past
+                self._health.record_success(server.peer)
         retry = min(self._health.seconds_left() or RETRY_SECONDS, LOOK_SECONDS)
         if (error := self._directory.error) is not None:  # then the servers are not known
             return Outage(tuple(span), error, "it is asked again", look_seconds=retry)

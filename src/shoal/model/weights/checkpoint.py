@@ -7,12 +7,14 @@ downloaded. Only safetensors files are read, because unpickling an older checkpo
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -125,6 +127,14 @@ class Checkpoint:
         return self._read(
             name for name in self.file_of if (block := self.family.block_of(name)) is not None and block in span
         )
+
+    def read_ahead(self, span: Span) -> None:
+        """Read the tensors of these blocks, so that loading them soon afterwards does not wait for the disk or the hub.
+
+        Raises what `block_tensors` raises.
+        """
+        for tensor in self.block_tensors(span).values():
+            tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()  # touches each page
 
     def head_tensors(self) -> dict[str, Tensor]:
         """All tensors outside of the blocks, read in the same way.

@@ -38,6 +38,7 @@ class CpuTurns:
     def __init__(self, executor: Executor, folder: Path) -> None:
         self._executor = executor
         self._waited_at = float("-inf")
+        self._own = asyncio.Lock()  # a server has two engines while it goes to other blocks
         folder.mkdir(mode=0o700, exist_ok=True)
         self._queue_file, self._turn_file = (
             os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -47,6 +48,11 @@ class CpuTurns:
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Have all cores while the context lasts, or share them with a server that does not give them back."""
+        async with self._own, self._locked():
+            yield
+
+    @contextlib.asynccontextmanager
+    async def _locked(self) -> AsyncIterator[None]:
         if not self._lock_at_once():
             self._waited_at = time.monotonic()
             waiting = asyncio.ensure_future(self._executor.run(self._wait_for_lock))

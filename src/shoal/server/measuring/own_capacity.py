@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from shoal.model.body import Body
@@ -17,7 +18,6 @@ from shoal.server.measuring.load_times import known_times
 from shoal.server.measuring.means import Means
 from shoal.server.measuring.on_disk import quantizes, quick_blocks, spans_of
 from shoal.server.throughput import known_profile
-from shoal.spans import Span
 
 UNKNOWN_SECONDS = 1.0
 """The time that a block is assumed to take before the first load, as others assume of a server that says none."""
@@ -52,10 +52,10 @@ def remembered_capacity(config: ServerConfig, means: Means) -> Capacity | None:
     return None
 
 
-def seconds_to_load(capacity: Capacity, span: Span) -> float:
-    """How long a server of this capacity expects to load a span."""
-    num_quick = sum(any(block in each for each in capacity.on_disk) for block in span)
-    return num_quick * capacity.disk_seconds + (len(span) - num_quick) * capacity.load_seconds
+def seconds_to_load(capacity: Capacity, blocks: Collection[int]) -> float:
+    """How long a server of this capacity expects to load these blocks."""
+    num_quick = sum(any(block in each for each in capacity.on_disk) for block in blocks)
+    return num_quick * capacity.disk_seconds + (len(blocks) - num_quick) * capacity.load_seconds
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def describe(
         prefill_speed=None if speeds is None else speeds.prefill,
         addresses=addresses,
         pinned=base.pinned or is_resting,
+        wants=state.wants,
         ready_at=state.ready_at,
         reason=state.reason[:MAX_REASON],
     )
@@ -67,6 +68,6 @@ def describe(
         cache_tokens_left=engine.cache_tokens_left,
         queue_length=engine.queue_length,
         adapters=engine.adapters.announced,
-        head=loaded.has_head,
+        head=loaded.weights.head is not None,
         round_trips=tuple(round_trips),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import gc
@@ -9,11 +10,12 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from shoal.events import Observers
-from shoal.model.body import Body
+from shoal.model.body import Body, joined_body
 from shoal.model.loading import load_body
 from shoal.model.peft.block_adapters import import_peft
 from shoal.model.peft.peft_folder import PeftFolder
@@ -32,12 +34,13 @@ from shoal.server.config import ServerConfig
 from shoal.server.engine.cpu_turns import turn_of
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.validator import RequestValidator
-from shoal.server.executor import Executor
+from shoal.server.executor import Executor, alone
 from shoal.server.kv.batch import PackedPass, SequentialPass
 from shoal.server.kv.output_head import ServerHead, load_head
 from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages, key_value_shapes
 from shoal.server.kv.sdpa_attention import SdpaAttention
 from shoal.server.measuring.load_times import timed
+from shoal.server.measuring.on_disk import quantizes, quick_blocks
 from shoal.server.measuring.pass_timer import profile_of
 from shoal.server.placing.compute_thread import Compute
 from shoal.server.placing.setup import Setup
@@ -67,13 +70,16 @@ class CacheMemory:
 
 @dataclass(frozen=True)
 class LoadedSpan:
-    """What computes a span, and how fast it was when it was measured."""
+    """What computes a span, and how fast it was when it was measured.
+
+    `free_bytes` of memory were free before its blocks, or those that it was extended from, were loaded.
+    """
 
     span: Span
     engine: Engine
-    body: Body
+    weights: Weights
     profile: SpeedProfile
-    has_head: bool
+    free_bytes: int
     remains: Callable[[], list[str]]
     """Names what is still in memory. It has to be nothing once the other parts are forgotten."""
 
@@ -92,14 +98,58 @@ async def load_span(
     """
     report(Progress(Phase.LOADING))
     free_bytes = free_memory(setup.device)
-    weights = await load_weights(config, setup, span, compute.executor, report)
+    body = await load_blocks(setup, span, compute.executor, report)
+    await compute.executor.run(import_peft)
+    weights = Weights(body, await load_head_after(config, setup, span, compute.executor))
     compute.share_cores(setup.device)
     report(Progress(Phase.MEASURING))
-    memory = await make_cache(config, weights.body, compute.executor, free_bytes=free_bytes)
-    engine, profile = await make_engine(config, setup, weights, memory, compute, observers)
+    return await with_engine(config, setup, weights, compute, observers, free_bytes=free_bytes)
+
+
+async def extend_span(
+    config: ServerConfig, setup: Setup, held: LoadedSpan, wanted: Span, compute: Compute, observers: Observers
+) -> LoadedSpan:
+    """Load what a span lacks beside the blocks that are `held`, which are computed meanwhile, and share those.
+
+    Between two blocks that it loads, the compute thread computes for clients. The new blocks count as being as fast as
+    the held ones. Raises what loading raises.
+    """
+    executor, parts = compute.executor, [held.weights.body]
+    for block in wanted:
+        if block not in held.span:
+            span = Span(block, block + 1)
+            if not quantizes(setup) or block not in quick_blocks(setup):
+                await asyncio.to_thread(alone, partial(setup.checkpoint.read_ahead, span))
+            parts.append(await load_blocks(setup, span, executor, _silent))
+    body = await executor.run(lambda: joined_body(parts, wanted))
+    head = held.weights.head if wanted.end == held.span.end else await load_head_after(config, setup, wanted, executor)
+    weights = Weights(body, head)
+    return await with_engine(
+        config, setup, weights, compute, observers, free_bytes=held.free_bytes, profile=held.profile
+    )
+
+
+async def with_engine(
+    config: ServerConfig,
+    setup: Setup,
+    weights: Weights,
+    compute: Compute,
+    observers: Observers,
+    *,
+    free_bytes: int,
+    profile: SpeedProfile | None = None,
+) -> LoadedSpan:
+    """The loaded blocks with a cache and an engine. They are measured if their `profile` is not known."""
+    body = weights.body
+    memory = await make_cache(config, body, compute.executor, free_bytes=free_bytes)
+    engine, profile = await make_engine(config, setup, weights, memory, compute, observers, profile)
     await compute.executor.run(lambda: host_adapters(config, setup, engine))
-    large = {"the blocks": weights.body, "the cache": memory.pages, "the output head": weights.head}
-    return LoadedSpan(span, engine, weights.body, profile, weights.head is not None, _remaining(large))
+    large = {"the blocks": body, "the cache": memory.pages, "the output head": weights.head}
+    return LoadedSpan(body.span, engine, weights, profile, free_bytes, _remaining(large))
+
+
+def _silent(_: Progress) -> None:
+    """Nobody waits for it."""
 
 
 def _remaining(objects: Mapping[str, object | None]) -> Callable[[], list[str]]:
@@ -107,22 +157,28 @@ def _remaining(objects: Mapping[str, object | None]) -> Callable[[], list[str]]:
     return lambda: [name for name, reference in references.items() if reference() is not None]
 
 
-async def load_weights(config: ServerConfig, setup: Setup, span: Span, executor: Executor, report: Report) -> Weights:
-    """Load the blocks and, if the config says so and the last block is among them, the output head."""
-    checkpoint, dtype, device = setup.checkpoint, setup.dtype, setup.device
+async def load_blocks(setup: Setup, span: Span, executor: Executor, report: Report) -> Body:
+    """Load the blocks of a span on the compute thread, and remember how long that takes."""
     seen = reporter(report, executor, span)
 
     def load(progress: Callable[[int, bool], None]) -> Body:
         return load_body(
-            checkpoint, span, dtype=dtype, device=device, quantization=setup.quantization, progress=progress
+            setup.checkpoint,
+            span,
+            dtype=setup.dtype,
+            device=setup.device,
+            quantization=setup.quantization,
+            progress=progress,
         )
 
-    body = await executor.run(lambda: timed(load, setup, span, seen))
-    await executor.run(import_peft)
-    head = None
-    if config.serve_head and span.end == checkpoint.num_blocks:
-        head = await executor.run(lambda: load_head(checkpoint, dtype, device))
-    return Weights(body, head)
+    return await executor.run(lambda: timed(load, setup, span, seen))
+
+
+async def load_head_after(config: ServerConfig, setup: Setup, span: Span, executor: Executor) -> ServerHead | None:
+    """Load the output head, if the config says so and the model's last block is in the span."""
+    if not config.serve_head or span.end < setup.checkpoint.num_blocks:
+        return None
+    return await executor.run(lambda: load_head(setup.checkpoint, setup.dtype, setup.device))
 
 
 async def make_engine(
@@ -132,17 +188,19 @@ async def make_engine(
     memory: CacheMemory,
     compute: Compute,
     observers: Observers,
+    profile: SpeedProfile | None,
 ) -> tuple[Engine, SpeedProfile]:
-    """The engine of what is loaded, and how fast it is."""
+    """The engine of what is loaded, and how fast it is, which is measured if the `profile` is `None`."""
     body = weights.body
     pass_of = (
         SequentialPass(body) if memory.pages is None else PackedPass(body, memory.pages, SdpaAttention(memory.pages))
     )
     key = setup.key
-    async with turn_of(compute.cpu_turns):
-        profile = await compute.executor.run(
-            lambda: profile_of(body, pass_of, key=key, num_pages=memory.num_pages, check=compute.executor.check)
-        )
+    if profile is None:
+        async with turn_of(compute.cpu_turns):
+            profile = await compute.executor.run(
+                lambda: profile_of(body, pass_of, key=key, num_pages=memory.num_pages, check=compute.executor.check)
+            )
     speeds = speeds_in(profile, body.span)
     engine = Engine(
         body,

@@ -41,9 +41,13 @@ class OwnBlocks:
     claim: Callable[[Placed], Awaitable[bool]]
     unclaim: Callable[[], Awaitable[None]]
 
+    def kept_for(self, wanted: Span, now: float) -> Span | None:
+        """The blocks that it goes on serving if it goes to `wanted`."""
+        return self.machine(now).keeps(wanted)
+
     def machine(self, now: float) -> Machine:
         """The server where it serves, whatever it claims."""
-        serving = replace(self.describe(), span=self.held, state=ServerState.ONLINE, ready_at=None)
+        serving = replace(self.describe(), span=self.held, state=ServerState.ONLINE, wants=None, ready_at=None)
         machine = machine_of(serving, now=now)
         assert machine is not None, "it is online"
         return machine
@@ -88,8 +92,8 @@ class MoveFinder:
     async def _claim_anew(self) -> str | None:
         """Announce what the mover claims now, if that is new. Returns what is in the way of that, if anything.
 
-        A server that has claimed other blocks is not offered to new clients. So the last two holders of a block must
-        not both claim others: each looks before it claims, and at once afterwards.
+        Others do not count on a server that has claimed other blocks. So the last two holders of a block must not both
+        claim others: each looks before it claims, and at once afterwards.
         """
         before, move = self._claimed, self.mover.intended
         if self.mover.claim == before:
@@ -111,7 +115,7 @@ class MoveFinder:
             others = await self._watch.read()
         except SwarmError as failure:
             return str(failure)
-        if alone := uncovered(self._own.held, others):
+        if alone := uncovered(self._own.held, self._own.kept_for(move.after, self._clock()), others):
             return f"no other server serves blocks {format_blocks(alone)}"
         if (other := yields_to(move.peer, move.fills, others)) is not None:
             return f"{other.name or other.peer} takes blocks {format_blocks(move.fills)}"

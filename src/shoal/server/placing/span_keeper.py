@@ -1,7 +1,8 @@
 """The blocks of a server through its life: it takes a span, serves it, and goes to another when the swarm needs that.
 
-`SpanKeeper` is the one writer of the server's `SpanState`. What it holds for clients is a `LoadedSpan`, which is
-forgotten before other blocks are loaded: most servers have memory for one span only.
+`SpanKeeper` is the one writer of the server's `SpanState`. What it holds for clients is a `LoadedSpan`. Where there is
+room, the next one is made from it and served while the clients of the first one go over. Otherwise it is forgotten
+before other blocks are loaded.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import NoReturn
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeAlias
 
 from shoal.concurrency import first_of, owned_task
 from shoal.errors import ShoalError, SwarmError
@@ -17,13 +19,14 @@ from shoal.events import BlocksChanged
 from shoal.peers import ServerInfo
 from shoal.policy.placement.joining import Placed
 from shoal.policy.placement.mover import Mover
+from shoal.policy.placement.plan import Move
 from shoal.server.announcer import Announcer
 from shoal.server.engine.engine import Engine
 from shoal.server.measuring.own_capacity import seconds_to_load
 from shoal.server.neighbors import NeighborMonitor
 from shoal.server.placing.choosing import SpanChooser
 from shoal.server.placing.description import describe
-from shoal.server.placing.loaded_span import LoadedSpan, collect_memory, load_span
+from shoal.server.placing.loaded_span import LoadedSpan, collect_memory, extend_span, load_span
 from shoal.server.placing.move_finder import MoveFinder, OwnBlocks
 from shoal.server.placing.setup import Surroundings, base_info
 from shoal.server.placing.span_state import SpanPhase, SpanState
@@ -46,6 +49,7 @@ HOLE_DRAIN_SECONDS = 1.0
 """How long sessions have to go on elsewhere if the server moves to blocks that no server holds. It is short, because
 sessions that need those blocks cannot go on before, and would be waited for in vain. Clients can rebuild all of them.
 """
+Loading: TypeAlias = Coroutine[Any, Any, LoadedSpan]
 LOAD_FAILURES = (ShoalError, OSError, MemoryError, RuntimeError, Refused)
 """What loading may raise when memory, the disk or the hub fails. PyTorch raises `RuntimeError` for lack of memory."""
 
@@ -66,6 +70,7 @@ class SpanKeeper:
         self._base = base_info(around.config, around.node, around.setup)
         self._mover = Mover(around.node.transport.peer, around.setup.model.num_blocks)
         self._drain_seconds = 0.0  # that clients get before the server moves
+        self._is_open = asyncio.Event()  # the span that was loaded last is served
         self._stopping = asyncio.Event()
         node, model, every_seconds = around.node, around.setup.model, around.config.announce_seconds
         self._announcer = Announcer(node, model, self._base, every_seconds=every_seconds)
@@ -177,58 +182,91 @@ class SpanKeeper:
         self._confirm()
         await self._announcer.announce_now()
 
-    def _confirm(self) -> None:
-        wanted = self.state.wanted
+    def _confirm(self, *, kept: Span | None = None) -> None:
+        """Nothing is in the way of what is claimed: load it, beside what is `kept`."""
+        wanted, held, capacity = self.state.wanted, self.state.held, self._around.portrait.capacity
         assert wanted is not None
-        seconds = self._drain_seconds
-        if self._around.portrait.capacity is not None:
-            seconds += seconds_to_load(self._around.portrait.capacity, wanted.span)
-        self.state = self.state.confirmed(ready_at=self._around.clock() + seconds)
+        seconds = self._drain_seconds if kept is None else 0.0
+        if capacity is not None:
+            beside = held.span if kept is not None and held is not None else ()
+            seconds += seconds_to_load(capacity, [block for block in wanted.span if block not in beside])
+        ready_at = self._around.clock() + seconds
+        self.state = self.state.confirmed(ready_at=ready_at, extends=kept is not None)
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
     async def _load_and_serve(self) -> None:
-        """Load the wanted blocks, serve them until others are wanted, and free their memory.
+        """Load the wanted blocks, serve them until others are wanted that have to be loaded in their place.
 
         If they cannot be loaded, the state says what follows. The first load raises instead.
         """
-        around, remains = self._around, _nothing
+        around = self._around
         wanted = self.state.wanted
+        assert wanted is not None
+        loading = load_span(around.config, around.setup, wanted.span, around.compute, around.observers, around.report)
+        loaded = await self._loaded_by(loading, is_first=not self.online.is_set())
+        if loaded is None:
+            await collect_memory(around.compute.executor, around.setup.device, _nothing)
+        try:
+            async with asyncio.TaskGroup() as spans:
+                while loaded is not None:
+                    following: asyncio.Future[LoadedSpan | None] = asyncio.get_running_loop().create_future()
+                    spans.create_task(self._serve(loaded, following), name=f"shoal-blocks-{loaded.span}")
+                    del loaded  # only the task has it, and can free its memory
+                    loaded = await following
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        if not self._stopping.is_set():
+            await self._announcer.announce_now()
+
+    async def _loaded_by(
+        self, loading: Coroutine[Any, Any, LoadedSpan], *, is_first: bool = False
+    ) -> LoadedSpan | None:
+        """What was loaded; `None` if that fails. Then the state says what follows. The first load raises instead."""
+        around, wanted = self._around, self.state.wanted
         assert wanted is not None
         began = asyncio.get_running_loop().time()
         try:
-            loaded = await load_span(
-                around.config, around.setup, wanted.span, around.compute, around.observers, around.report
-            )
+            loaded = await loading
         except LOAD_FAILURES as failure:
-            if not self.online.is_set():
+            if is_first:
                 raise
             log.warning("the server could not load blocks %s: %s", wanted.span, failure)
             self.state = self.state.failed(str(failure) or type(failure).__name__, now=around.clock())
             self._mover = self._mover.failed(now=around.clock())
-        else:
-            seconds = asyncio.get_running_loop().time() - began
-            level = logging.WARNING if self.online.is_set() else logging.INFO
-            log.log(level, "loading blocks %s took %.1f s", wanted.span, seconds)
-            remains = loaded.remains
-            await around.portrait.add_capacity(around.setup, loaded.body, loaded.profile, around.compute.executor)
-            await self._serve(loaded)
-            del loaded
+            return None
+        seconds = asyncio.get_running_loop().time() - began
+        log.log(logging.INFO if is_first else logging.WARNING, "loading blocks %s took %.1f s", wanted.span, seconds)
+        await around.portrait.add_capacity(around.setup, loaded.weights.body, loaded.profile, around.compute.executor)
+        return loaded
+
+    async def _serve(self, loaded: LoadedSpan, following: asyncio.Future[LoadedSpan | None]) -> None:
+        """Serve a span as `_answer` does, and free its memory."""
+        around, remains = self._around, loaded.remains
+        answering = self._answer(loaded, following)
+        del loaded
+        try:
+            await answering
+        finally:
+            if not following.done():
+                following.set_result(None)
+        del answering, following
         if not self._stopping.is_set():
             await collect_memory(around.compute.executor, around.setup.device, remains)
-            await self._announcer.announce_now()
 
-    async def _serve(self, loaded: LoadedSpan) -> None:
-        """Answer clients until other blocks are wanted, or the server is stopped. Then let the clients go."""
-        around = self._around
-        handler = Handler(loaded.engine, self._pushes, idle_seconds=around.config.idle_seconds)
+    async def _answer(self, loaded: LoadedSpan, following: asyncio.Future[LoadedSpan | None]) -> None:
+        """Answer clients until other blocks are wanted, or the server is stopped. Then let the clients go.
+
+        The result of `following` is the next span if it is served from now on; otherwise it has to be loaded.
+        """
+        handler = Handler(loaded.engine, self._pushes, idle_seconds=self._around.config.idle_seconds)
         async with loaded.engine.running():
             try:
                 await self._open(loaded, handler)
-                await first_of(_until(self._stopping), self._until_it_moves(loaded.span))
+                await first_of(_until(self._stopping), self._until_it_moves(loaded, following))
                 await self._drain(handler)
             finally:
-                await self._close(handler)
+                await self._close(loaded, handler)
 
     async def _open(self, loaded: LoadedSpan, handler: Handler) -> None:
         """From now on, clients are answered."""
@@ -245,14 +283,40 @@ class SpanKeeper:
         await self._announcer.announce_now()
         self._tell(loaded.span, self.state.reason)
         self.online.set()
+        self._is_open.set()
 
-    async def _until_it_moves(self, held: Span) -> None:
-        """Return when other blocks are claimed for good, and have to be loaded. Never if the server may not move."""
-        around = self._around
+    async def _until_it_moves(self, loaded: LoadedSpan, following: asyncio.Future[LoadedSpan | None]) -> None:
+        """Return when other blocks are claimed for good, and have to be loaded, or when they are served already.
+
+        In the second case they are the result of `following`. Never returns if the server may not move.
+        """
+        around, held = self._around, loaded.span
         if not around.config.moves:
             await _forever()
-        own = OwnBlocks(held, self.describe, self._announce_claim, self._unclaim)
-        finder = MoveFinder(own, self._watch, self._mover, clock=around.clock)
+        while True:
+            own = OwnBlocks(held, self.describe, self._announce_claim, self._unclaim)
+            move = await self._next_move(own)
+            kept = own.kept_for(move.after, around.clock())
+            self._drain_seconds = around.config.drain_seconds
+            if move.fills and kept is None:
+                self._drain_seconds = min(HOLE_DRAIN_SECONDS, self._drain_seconds)
+            log.warning("the server goes from blocks %s to %s: %s", held, move.after, move.reason)
+            self._confirm(kept=kept)
+            await self._announcer.announce_now()
+            if kept is None:
+                return
+            loading = extend_span(around.config, around.setup, loaded, move.after, around.compute, around.observers)
+            extended = await self._loaded_by(loading)
+            if extended is not None:
+                self._is_open.clear()
+                following.set_result(extended)
+                await self._is_open.wait()
+                return
+            await self._announcer.announce_now()
+
+    async def _next_move(self, own: OwnBlocks) -> Move:
+        """Wait for the next move of this server, whose blocks are claimed then."""
+        finder = MoveFinder(own, self._watch, self._mover, clock=self._around.clock)
         try:
             move = await finder.find()
         except Exception:  # a defect of ours: the server goes on where it is
@@ -261,12 +325,7 @@ class SpanKeeper:
                 await self._unclaim()
             await _forever()
         self._mover = finder.mover
-        self._drain_seconds = around.config.drain_seconds
-        if move.fills:
-            self._drain_seconds = min(HOLE_DRAIN_SECONDS, self._drain_seconds)
-        log.warning("the server goes from blocks %s to %s: %s", held, move.after, move.reason)
-        self._confirm()
-        await self._announcer.announce_now()
+        return move
 
     async def _announce_claim(self, placed: Placed) -> bool:
         self._claim(placed)
@@ -291,15 +350,16 @@ class SpanKeeper:
                 await self._announcer.leave()
             await drained
 
-    async def _close(self, handler: Handler) -> None:
-        """From now on, no client is answered; those that are left are told so."""
-        moves = self.state.phase is SpanPhase.DRAINING and not self._stopping.is_set()
-        if moves:
+    async def _close(self, loaded: LoadedSpan, handler: Handler) -> None:
+        """From now on, no client is answered with these blocks; those that are left are told so."""
+        frees = self.state.phase is SpanPhase.DRAINING and not self._stopping.is_set()
+        if frees:
             self._reception.handler, self._around.compute.is_serving = None, False
         await handler.leave(self._farewell.failure)
-        if moves:
+        if frees:
             self.state = self.state.drained()
-        self._loaded = None
+        if self._loaded is loaded:
+            self._loaded = None
 
     def _tell(self, now: Span | None, reason: str) -> None:
         """Tell the observers which blocks the server has now."""

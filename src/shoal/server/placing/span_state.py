@@ -1,13 +1,15 @@
 """Which blocks a server holds and which it is about to hold: a value with named transitions, without I/O.
 
-    choosing ──claimed──> claiming ──confirmed──> loading ──loaded──> serving <──┐
-       ^                   │ unclaimed               │  ^               │ claimed │ unclaimed
-       └───────────────────┘                         │  │ drained       v         │
-       ^                                       failed│  │            claiming ────┘
-       └─────────────────────────────────────────────┘  └─ draining <──┘ confirmed
+    choosing ──claimed──> claiming ──confirmed──> loading ──loaded──> serving <──────────────┐
+       ^                   │ unclaimed               │  ^               │ claimed             │ unclaimed
+       └───────────────────┘                         │  │ drained       v                     │
+       ^                                       failed│  │            claiming ────────────────┤
+       └─────────────────────────────────────────────┘  └─ draining <──┤ confirmed           │
+                                                                       └─────> extending ────┘ loaded, failed
 
-A server that fails to load goes back to the blocks that it had before, if there are any and they have not failed too.
-From every phase it can leave the swarm, which is the end.
+A server that keeps some of its blocks, and has room for the others beside them, *extends*: it serves what it holds
+until it has loaded what is missing. Another one drains first. A server that fails to load goes back to the blocks that
+it had before, if there are any and they have not failed too. From every phase it can leave the swarm, which is the end.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class SpanPhase(StrEnum):
     DRAINING = "draining"  # its clients take their sessions elsewhere
     LOADING = "loading"
     SERVING = "serving"
+    EXTENDING = "extending"  # it serves, and loads what it lacks of other blocks
     LEAVING = "leaving"
 
 
@@ -62,8 +65,10 @@ class SpanState:
     def announced(self) -> tuple[Span, ServerState] | None:
         """The span and the state to announce; `None` if there was never anything to announce."""
         match self.phase:
-            case SpanPhase.SERVING:
+            case SpanPhase.SERVING | SpanPhase.EXTENDING:
                 assert self.held is not None
+                return self.held.span, ServerState.ONLINE
+            case SpanPhase.CLAIMING if self.held is not None:
                 return self.held.span, ServerState.ONLINE
             case SpanPhase.CLAIMING | SpanPhase.DRAINING | SpanPhase.LOADING:
                 assert self.wanted is not None
@@ -72,9 +77,15 @@ class SpanState:
                 return None if self.last is None else (self.last, ServerState.LEAVING)
 
     @property
+    def wants(self) -> Span | None:
+        """The blocks to announce beside those that it serves: it has claimed them, or loads them."""
+        is_online = self.announced is not None and self.announced[1] is ServerState.ONLINE
+        return self.wanted.span if is_online and self.wanted is not None else None
+
+    @property
     def reason(self) -> str:
-        """Why it took, or takes, the announced blocks."""
-        placed = self.held if self.phase is SpanPhase.SERVING else self.wanted or self.held
+        """Why it took, or takes, the announced blocks, or those that it wants."""
+        placed = self.wanted or self.held
         return "" if placed is None else placed.reason
 
     def avoids(self, span: Span, *, now: float) -> bool:
@@ -93,21 +104,26 @@ class SpanState:
     def claimed(self, wanted: Placed) -> Self:
         """It wants these blocks, and looks whether others want them too. A claim may replace an earlier one."""
         self._check(SpanPhase.CHOOSING, SpanPhase.CLAIMING, SpanPhase.SERVING)
-        return replace(self, phase=SpanPhase.CLAIMING, wanted=wanted, ready_at=None, last=wanted.span)
+        last = wanted.span if self.held is None else self.held.span
+        return replace(self, phase=SpanPhase.CLAIMING, wanted=wanted, ready_at=None, last=last)
 
     def unclaimed(self) -> Self:
         """It gives the claim up: it stays with what it holds, or has to choose again."""
         self._check(SpanPhase.CLAIMING)
-        phase, last = SpanPhase.CHOOSING, self.last
-        if self.held is not None:
-            phase, last = SpanPhase.SERVING, self.held.span
-        return replace(self, phase=phase, wanted=None, last=last)
+        phase = SpanPhase.CHOOSING if self.held is None else SpanPhase.SERVING
+        return replace(self, phase=phase, wanted=None)
 
-    def confirmed(self, *, ready_at: float) -> Self:
-        """The claim stands: it first lets its clients go, if it has any blocks, and then loads the new ones."""
+    def confirmed(self, *, ready_at: float, extends: bool = False) -> Self:
+        """The claim stands: it loads the blocks.
+
+        If it holds others, it lets its clients go first, unless it `extends` what it holds.
+        """
         self._check(SpanPhase.CLAIMING)
-        phase = SpanPhase.LOADING if self.held is None else SpanPhase.DRAINING
-        return replace(self, phase=phase, ready_at=ready_at)
+        assert self.wanted is not None
+        goes = SpanPhase.EXTENDING if extends else SpanPhase.DRAINING
+        phase = SpanPhase.LOADING if self.held is None else goes
+        last = self.last if phase is SpanPhase.EXTENDING else self.wanted.span
+        return replace(self, phase=phase, ready_at=ready_at, last=last)
 
     def drained(self) -> Self:
         """Its clients are gone, and so are its blocks: it loads the new ones."""
@@ -116,16 +132,30 @@ class SpanState:
 
     def loaded(self) -> Self:
         """It holds the wanted blocks, and answers."""
-        self._check(SpanPhase.LOADING)
-        return replace(self, phase=SpanPhase.SERVING, held=self.wanted, wanted=None, before=None, ready_at=None)
+        self._check(SpanPhase.LOADING, SpanPhase.EXTENDING)
+        assert self.wanted is not None
+        return replace(
+            self,
+            phase=SpanPhase.SERVING,
+            held=self.wanted,
+            wanted=None,
+            before=None,
+            ready_at=None,
+            last=self.wanted.span,
+        )
 
     def failed(self, why: str, *, now: float) -> Self:
-        """The wanted blocks could not be loaded. It loads those again that it had before, or has to choose others."""
-        self._check(SpanPhase.LOADING)
+        """The wanted blocks could not be loaded.
+
+        It goes on with those that it holds, loads those again that it had before, or has to choose others.
+        """
+        self._check(SpanPhase.LOADING, SpanPhase.EXTENDING)
         assert self.wanted is not None
         failed = self.wanted.span
         kept = tuple((span, until) for span, until in self.avoided if until > now and span != failed)
         state = replace(self, avoided=(*kept, (failed, now + AVOIDED_SECONDS)), before=None)
+        if self.phase is SpanPhase.EXTENDING:
+            return replace(state, phase=SpanPhase.SERVING, wanted=None, ready_at=None)
         if self.before is None or any(span == self.before.span for span, _ in kept):
             return replace(state, phase=SpanPhase.CHOOSING, wanted=None, ready_at=None)
         back = Placed(self.before.span, f"back from {failed}: {why}")

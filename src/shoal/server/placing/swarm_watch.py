@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
 
 from shoal.errors import SwarmError
 from shoal.net.transport import Node
-from shoal.peers import ServerInfo, ServerState
-from shoal.policy.claims import last_online, machines_in
+from shoal.peers import ServerState
+from shoal.policy.claims import machines_in
 from shoal.policy.placement.machines import Machine
 from shoal.policy.view import SwarmView
 from shoal.policy.watching import choose_watched
@@ -38,7 +37,6 @@ class SwarmWatch:
         self._changed = asyncio.Event()
         self._peers = PeerWatch(node.transport, on_change=self._changed.set)
         self._view = SwarmView(setup.model.num_blocks)
-        self._served: Mapping[str, ServerInfo] = {}
         self._read_at = float("-inf")
         self._clock = asyncio.get_running_loop().time
 
@@ -54,7 +52,7 @@ class SwarmWatch:
 
     def machines(self, now: float) -> list[Machine]:
         """The other servers as placement sees them, at the Unix time `now`."""
-        return machines_in(self.view, now=now, served=self._served)
+        return machines_in(self.view, now=now)
 
     def take(self, view: SwarmView) -> None:
         """Use a view of the directory that was read for another purpose. A change in it is a reason to look."""
@@ -66,7 +64,6 @@ class SwarmWatch:
     def _use(self, view: SwarmView) -> None:
         own, fingerprint = self._node.transport.peer, self._setup.fingerprint
         self._view = view.only(lambda server: server.peer != own and server.fingerprint == fingerprint)
-        self._served = last_online(self._served, self._view)
         self._read_at = self._clock()
         self._peers.watch(choose_watched(self._view, own))
 
@@ -97,5 +94,5 @@ class SwarmWatch:
             return self.view
 
 
-def _holdings(view: SwarmView) -> frozenset[tuple[str, Span, ServerState]]:
-    return frozenset((server.peer, server.span, server.state) for server in view.servers)
+def _holdings(view: SwarmView) -> frozenset[tuple[str, Span, Span | None, ServerState]]:
+    return frozenset((server.peer, server.span, server.wants, server.state) for server in view.servers)
