@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.errors import UnsupportedOperation
-from shoal.model.body import build_body
+from shoal.model.body import build_body, joined_body
 from shoal.model.families import family_of
 from shoal.model.head import build_head
 from shoal.model.remote_cache import RemoteCache
@@ -28,7 +28,8 @@ PROMPT = torch.arange(3, 3 + 14).reshape(2, 7) * 5 % VOCABULARY
 class Pair:
     """A whole model as the oracle, and the same model in three bodies and a head, from one checkpoint.
 
-    The hops have different lengths, and the first two use only a part of their body's blocks.
+    The hops have different lengths, and the first two use only a part of their body's blocks. The second body is joined
+    from two others.
     """
 
     def __init__(self, model_type: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> None:
@@ -48,8 +49,9 @@ class Pair:
             }
             return build_body(self.family, self.config, span, tensors, dtype=dtype)
 
-        hops = [(Span(0, 2), Span(0, 1)), (Span(0, 4), Span(1, 3)), (Span(3, 5), Span(3, 5))]
-        self.blocks = LocalBlocks([(body(held), used) for held, used in hops])
+        joined = joined_body([body(Span(0, 2)), body(Span(2, 4))], Span(1, 4))
+        hops = [(body(Span(0, 2)), Span(0, 1)), (joined, Span(1, 3)), (body(Span(3, 5)), Span(3, 5))]
+        self.blocks = LocalBlocks(hops)
         heads = {name: checkpoint[name] for name, block in of_block.items() if block is None}
         self.cut = build_head(type(self.whole), self.family, self.config, heads, blocks=self.blocks, dtype=dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from shoal.errors import CheckpointError, UnsupportedOperation
-from shoal.model.body import Body, build_body
+from shoal.model.body import Body, build_body, joined_body
 from shoal.model.families import family_of
 from shoal.model.head import build_head
 from shoal.model.remote_cache import RemoteCache
@@ -79,6 +81,29 @@ def test_a_body_holds_its_blocks_and_nothing_else() -> None:
     assert sum(p.numel() for p in body.parameters()) == sum(
         p.numel() for block in (3, 4) for p in whole.model.layers[block].parameters()
     )
+
+
+def test_a_joined_body_computes_what_one_body_does_and_frees_the_blocks_that_it_leaves_out(
+    pair: Pair, tensors: dict[str, Tensor]
+) -> None:
+    hidden = torch.randn(1, 6, 32)
+    parts = [build(pair, Span(0, 3), tensors), build(pair, Span(3, 4), tensors)]
+    joined = joined_body(parts, Span(2, 4))
+    with torch.no_grad():
+        assert torch.equal(joined(hidden), build(pair, Span(2, 4), tensors)(hidden))
+        assert torch.equal(parts[0](hidden), build(pair, Span(0, 3), tensors)(hidden)), (
+            "the first one can still be used"
+        )
+    left_out, kept = (weakref.ref(parts[0].block(block)) for block in (1, 2))
+    assert kept() is joined.block(2)
+    parts.clear()
+    gc.collect()
+    assert (left_out() is None, kept() is None) == (True, False)
+
+
+def test_blocks_that_nobody_holds_cannot_be_joined(pair: Pair, tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match="block 2 is not there"):
+        joined_body([build(pair, Span(0, 2), tensors)], Span(0, 3))
 
 
 def test_a_client_holds_no_block_but_knows_their_number(pair: Pair) -> None:
