@@ -130,3 +130,14 @@ def test_a_server_that_loads_beside_what_it_serves_counts_where_it_goes_and_serv
     wants = replace(able("a", "0:6", most=9), wants=Span(3, 9), ready_at=20.0)
     (found,) = machines_in(SwarmView(NUM_BLOCKS, (wants,)), now=10.0)
     assert (found.span, found.serves, found.ready_at, found.movable) == (Span(3, 9), Span(3, 6), 20.0, False)
+
+
+def test_in_a_crowd_the_averages_of_all_servers_count_and_not_the_few_that_were_read():
+    crowd = [
+        Machine(f"servers of {span}", span, 6, ((6, 100.0),), count=count)
+        for span, count in ((Span(0, 6), 90), (Span(6, 12), 30))
+    ]
+    read = SwarmView(NUM_BLOCKS, (able("a", "0:6", most=6), *(able(peer, "6:12", most=6) for peer in "cde")))
+    own = claim("b", "0:6", most=6)
+    assert settled(own, read, choose=choose, now=0.0).span == Span(0, 6)
+    assert settled(own, read, choose=choose, now=0.0, crowd=crowd).span == Span(6, 12)

@@ -37,15 +37,17 @@ def machines_in(view: SwarmView, *, now: float) -> list[Machine]:
     return [machine for server in view.servers for machine in machines_of(server, now=now)]
 
 
-def settled(own: ServerInfo, view: SwarmView, *, choose: Choose, now: float) -> Placed:
+def settled(
+    own: ServerInfo, view: SwarmView, *, choose: Choose, now: float, crowd: Sequence[Machine] | None = None
+) -> Placed:
     """The blocks that remain for the server `own`, whose claim is open, after all claims of the view that come first.
 
     `view` may or may not have a record of `own`. Open claims of servers that serve other blocks do not count: those
-    give way to servers that join.
+    give way to servers that join. In a swarm too large to be read whole, `crowd` are all of its servers, as averages.
     """
     others = view.only(lambda each: each.peer != own.peer)
     certain = others.only(lambda each: not is_open_claim(each)).servers
-    machines = [
+    machines = list(crowd or ()) or [
         machine
         for each in certain
         for machine in machines_of(replace(each, wants=None) if wants_openly(each) else each, now=now)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.placement.machines import Machine, machine_of
+from shoal.policy.placement.machines import Machine, machine_of, machines_of
 from shoal.spans import Span
 
 MAX_CELLS = 64
@@ -88,8 +88,7 @@ class Histogram:
 
 def histogram_of(servers: Iterable[ServerInfo], *, now: float) -> Histogram:
     """That of a swarm whose servers are all known. `now` is the Unix time."""
-    machines = (machine_of(server, now=now) for server in servers)
-    return Histogram(tuple(machine for machine in machines if machine is not None), exact=True)
+    return Histogram(tuple(machine for server in servers for machine in machines_of(server, now=now)), exact=True)
 
 
 def tally_of(servers: Iterable[ServerInfo], *, now: float) -> Tally:

@@ -46,9 +46,9 @@ class SpanChooser:
         if (given := around.config.blocks) is not None:
             self._assume(len(given), SwarmView(around.setup.model.num_blocks))
             return Placed(given, GIVEN)
-        view = await self._watch.read()
+        view, crowd = await self._watch.read(), await self._watch.crowd()
         self._assume(around.setup.max_blocks, view)
-        return self._choose(view)
+        return self._choose(view, crowd)
 
     async def again(self, avoids: Callable[[Span], bool]) -> Placed:
         """The blocks to take after others could not be loaded, once there are some that may succeed."""
@@ -59,20 +59,24 @@ class SpanChooser:
             await asyncio.sleep(PAUSE_SECONDS)
             try:
                 most = max_num_blocks(around.config, setup.checkpoint, setup.dtype, setup.device)
-                view = await self._watch.read()
+                view, crowd = await self._watch.read(), await self._watch.crowd()
             except ShoalError as failure:  # no memory yet, or no directory
                 log.warning("%s", failure)
                 continue
             while most:
                 self._assume(most, view)
-                placed = self._choose(view)
+                placed = self._choose(view, crowd)
                 if not avoids(placed.span):
                     return placed
                 most //= 2
 
-    def settle(self, own: ServerInfo, others: SwarmView) -> Placed:
-        """The blocks that remain for `own`, whose claim is announced, beside the claims of others (`policy.claims`)."""
-        return settled(own, others, choose=self._place, now=self._around.clock())
+    async def settle(self, own: ServerInfo) -> Placed:
+        """The blocks that remain for `own`, whose claim is announced, beside the claims of others (`policy.claims`).
+
+        Raises `SwarmError` if the directory does not answer.
+        """
+        others, crowd = await self._watch.read(), await self._watch.crowd()
+        return settled(own, others, choose=self._place, now=self._around.clock(), crowd=crowd)
 
     def _assume(self, max_blocks: int, view: SwarmView) -> None:
         """Announce at most `max_blocks` blocks, with the capacity that was measured, else one that may be assumed."""
@@ -80,10 +84,10 @@ class SpanChooser:
         capacity = portrait.capacity or assumed_capacity(max_blocks, view)
         portrait.capacity = replace(capacity, max_blocks=max_blocks)
 
-    def _choose(self, others: SwarmView) -> Placed:
+    def _choose(self, others: SwarmView, crowd: Sequence[Machine] | None) -> Placed:
         now = self._around.clock()
         own = self._around.portrait.complete(self._base)
-        return self._place(without_span(own, now=now), machines_in(others, now=now))
+        return self._place(without_span(own, now=now), machines_in(others, now=now) if crowd is None else crowd)
 
     def _place(self, machine: Machine, others: Sequence[Machine]) -> Placed:
         # Every server can compute what another one would choose: equal machines draw equal numbers.

@@ -171,7 +171,7 @@ class SpanKeeper:
         for _ in range(MAX_CLAIMS):
             await asyncio.sleep(CLAIM_SECONDS)
             try:
-                placed = self._chooser.settle(self.describe(), await self._watch.read())
+                placed = await self._chooser.settle(self.describe())
             except SwarmError as failure:
                 log.info("the server cannot see whether others want its blocks: %s", failure)
                 break

@@ -54,6 +54,14 @@ class SwarmWatch:
         """The other servers as placement sees them, at the Unix time `now`."""
         return machines_in(self.view, now=now)
 
+    async def crowd(self) -> tuple[Machine, ...] | None:
+        """All servers of a swarm that is too large to be read one by one, as averages; `None` of a smaller one.
+
+        Raises `SwarmError` if the directory does not answer.
+        """
+        histogram = await self._node.directory.histogram(self._setup.model)
+        return None if histogram.exact else histogram.machines
+
     def take(self, view: SwarmView) -> None:
         """Use a view of the directory that was read for another purpose. A change in it is a reason to look."""
         before = self._view
