@@ -13,7 +13,7 @@ import torch
 from shoal.adapters import Lora
 from shoal.model.body import Body
 from shoal.model.peft.block_adapters import BlockAdapter, import_peft
-from shoal.policy.engine_limits import Limits
+from shoal.policy.batching.engine_limits import Limits
 from shoal.protocol import Backward, Forward
 from shoal.server.refusals import Refused
 from shoal.server.step_inputs import StepInputs

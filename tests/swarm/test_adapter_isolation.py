@@ -14,7 +14,7 @@ from peft import IA3Config, LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from shoal.model.remote_cache import RemoteCache
-from shoal.policy.engine_limits import Limits
+from shoal.policy.batching.engine_limits import Limits
 from shoal.server.training.adapter_store import LAYER_BYTES
 
 from .harness import Swarm, swarm_of

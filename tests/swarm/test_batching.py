@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from shoal.model.body import Body
 from shoal.model.families import CERTIFIED
-from shoal.policy.scheduling import PassTimeModel
+from shoal.policy.batching.scheduling import PassTimeModel
 from shoal.server.engine.engine import Engine
 from shoal.spans import Span
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TextStreamer
 
 from shoal import MissingBlocks, RequestRejected
 from shoal.net.memory import Frame
-from shoal.policy.engine_limits import Limits
+from shoal.policy.batching.engine_limits import Limits
 
 from .harness import QUICK, Swarm
 

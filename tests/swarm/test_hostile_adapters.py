@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from shoal.adapters import Layer
 from shoal.model.peft.factors import factors_name
-from shoal.policy.engine_limits import Limits
+from shoal.policy.batching.engine_limits import Limits
 from shoal.protocol import AdapterStored, Failure, NormsResult, NotCached, Opened, PassResult, StepResult
 from shoal.server.training.adapter_store import LAYER_BYTES
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from shoal.policy.engine_limits import Limits
+from shoal.policy.batching.engine_limits import Limits
 from shoal.protocol import (
     MAX_BATCH,
     MAX_STEP_TOKENS,

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.policy.pass_rules import RULES
+from shoal.policy.batching.pass_rules import RULES
 from shoal.server.kv.session_cache import SessionCache
 
 from .harness import QUICK, Swarm

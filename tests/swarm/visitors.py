@@ -17,8 +17,8 @@ from shoal.model.body import Body, build_body
 from shoal.model.families import family_of, text_config
 from shoal.model.peft.block_adapters import BlockAdapter
 from shoal.model.peft.factors import ActiveAdapters, AdapterFactors
-from shoal.policy.engine_limits import Limits
-from shoal.policy.scheduling import PassTimeModel
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.scheduling import PassTimeModel
 from shoal.prefix import DIGEST_BYTES, page_hashes, root_hash
 from shoal.protocol import Adapter, Open, Step
 from shoal.server.engine.engine import Engine

@@ -10,8 +10,8 @@ from typing import TypeVar
 import pytest
 import torch
 
-from shoal.policy.engine_limits import Limits
-from shoal.policy.scheduling import PassTimeModel
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.scheduling import PassTimeModel
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.executor import Executor

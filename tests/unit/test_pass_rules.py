@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shoal.cli.options import Scheduling
 from shoal.errors import UserError
-from shoal.policy.pass_rules import (
+from shoal.policy.batching.pass_rules import (
     DEFAULT_RULE,
     LARGE_SHARE,
     MAX_PLACES,
@@ -23,8 +23,8 @@ from shoal.policy.pass_rules import (
     last_come,
     rule_of,
 )
-from shoal.policy.preemption import IDLE_SECONDS, Holder
-from shoal.policy.scheduling import RequestView
+from shoal.policy.batching.preemption import IDLE_SECONDS, Holder
+from shoal.policy.batching.scheduling import RequestView
 
 PAGE = 16
 NOW = 1000.0

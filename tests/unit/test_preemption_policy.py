@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shoal.policy.preemption import (
+from shoal.policy.batching.preemption import (
     IDLE_SECONDS,
     IMBALANCE,
     PATIENCE_SECONDS,
@@ -18,7 +18,7 @@ from shoal.policy.preemption import (
     preempted_for_new,
     preempted_for_running,
 )
-from shoal.policy.scheduling import RequestView, schedule
+from shoal.policy.batching.scheduling import RequestView, schedule
 
 NOW = 1000.0
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.policy.scheduling import (
+from shoal.policy.batching.scheduling import (
     DECODE_TOKENS,
     MIN_PREFILL_TOKENS,
     PassTimeModel,

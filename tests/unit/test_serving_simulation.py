@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import UserError
-from shoal.policy.engine_limits import Limits
-from shoal.policy.pass_rules import Choice, EngineView, first_come
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.pass_rules import Choice, EngineView, first_come
 from shoal.simulator.serving.__main__ import run
 from shoal.simulator.serving.comparison import Policy, chosen_policies, compare, policies, saturation
 from shoal.simulator.serving.generating import serve

@@ -14,8 +14,8 @@ from typing import TypeVar
 import pytest
 import torch
 
-from shoal.policy.engine_limits import Limits
-from shoal.policy.pass_rules import RULES, PassRule
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.pass_rules import RULES, PassRule
 from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner

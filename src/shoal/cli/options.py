@@ -15,7 +15,7 @@ import typer
 from shoal.cli.console import WrongUsage, start_logging
 from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
 from shoal.model.weights.location import check_model, folder_of
-from shoal.policy.pass_rules import DEFAULT_RULE
+from shoal.policy.batching.pass_rules import DEFAULT_RULE
 
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
 MOST_OF_ZONE = 32

@@ -25,7 +25,7 @@ from shoal.cli.long_running import end_with_parent, identity_file, run_until_sig
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
-from shoal.policy.engine_limits import Limits
+from shoal.policy.batching.engine_limits import Limits
 from shoal.spans import Span
 
 if TYPE_CHECKING:

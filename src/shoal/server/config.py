@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shoal.events import Observer
-from shoal.policy.engine_limits import Limits
-from shoal.policy.pass_rules import DEFAULT_RULE
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.pass_rules import DEFAULT_RULE
 from shoal.policy.placement.joining import Rule
 from shoal.spans import Span
 
@@ -64,7 +64,7 @@ class ServerConfig:
     limits: Limits = field(default_factory=Limits)
     """How the server divides its time and its memory between requests."""
     scheduling: str = DEFAULT_RULE
-    """Whose tokens are computed next, and whose pages are taken: the name of a rule (`shoal.policy.pass_rules`)."""
+    """Whose tokens are computed next, and whose pages are taken: a rule of `shoal.policy.batching.pass_rules`."""
     max_length: int = 1 << 17
     """The most tokens of one sequence, for models whose config sets no limit."""
     measures_network: bool = True

@@ -14,7 +14,7 @@ from shoal.concurrency import background
 from shoal.events import Observers
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo
-from shoal.policy.pass_rules import rule_of
+from shoal.policy.batching.pass_rules import rule_of
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
 from shoal.server.measuring.portrait import Portrait

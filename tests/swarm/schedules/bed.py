@@ -18,7 +18,7 @@ from shoal.concurrency import now
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.scheduling import PassTimeModel
+from shoal.policy.batching.scheduling import PassTimeModel
 from shoal.server.announcer import Announcer
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine

@@ -17,9 +17,9 @@ from shoal.errors import UnsupportedOperation
 from shoal.events import Observers
 from shoal.model.body import Body
 from shoal.model.body_cache import BodyCache
-from shoal.policy.engine_limits import Limits
-from shoal.policy.pass_rules import PassRule, fair
-from shoal.policy.scheduling import PassTimeModel
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.pass_rules import PassRule, fair
+from shoal.policy.batching.scheduling import PassTimeModel
 from shoal.prefix import PAGE_TOKENS
 from shoal.protocol import MAX_PAYLOAD_BYTES, Open, Step
 from shoal.server.engine.cpu_turns import CpuTurns

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from shoal.events import Observers, PassComputed
-from shoal.policy.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
-from shoal.policy.pass_rules import PassRule, Places, fair
-from shoal.policy.scheduling import PassTimeModel, batching_delay
+from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
+from shoal.policy.batching.pass_rules import PassRule, Places, fair
+from shoal.policy.batching.scheduling import PassTimeModel, batching_delay
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.engine.page_holders import engine_view, holding_pages
 from shoal.server.engine.requests import PassRequest, StepRequest, settle

@@ -1,13 +1,13 @@
-"""Sessions and their steps as the rules see them (`shoal.policy.pass_rules`)."""
+"""Sessions and their steps as the rules see them (`shoal.policy.batching.pass_rules`)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from shoal.policy.engine_limits import Limits
-from shoal.policy.pass_rules import EngineView
-from shoal.policy.preemption import Holder
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.pass_rules import EngineView
+from shoal.policy.batching.preemption import Holder
 from shoal.server.engine.requests import StepRequest
 from shoal.server.kv.pages import PagePool
 from shoal.server.kv.session_cache import SessionCache

@@ -8,7 +8,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
-from shoal.policy.scheduling import RequestView
+from shoal.policy.batching.scheduling import RequestView
 from shoal.server.kv.batch import Chunk
 from shoal.server.kv.output_head import Answer, joined
 from shoal.server.kv.session_cache import SessionCache

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from shoal.model.body import Body
-from shoal.policy.engine_limits import Limits
+from shoal.policy.batching.engine_limits import Limits
 from shoal.protocol import Backward, Forward, Norms
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.validator import RequestValidator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.policy.scheduling import is_training_due
+from shoal.policy.batching.scheduling import is_training_due
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 
 from shoal.model.body_cache import BodyCache
 from shoal.model.peft.block_adapters import BlockAdapter
-from shoal.policy.scheduling import Rhythm
+from shoal.policy.batching.scheduling import Rhythm
 from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
 from shoal.server.kv.pages import PagePool, pages_for
 from shoal.server.step_inputs import StepInputs

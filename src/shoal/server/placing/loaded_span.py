@@ -20,9 +20,9 @@ from shoal.model.loading import load_body
 from shoal.model.peft.block_adapters import import_peft
 from shoal.model.peft.peft_folder import PeftFolder
 from shoal.model.weights import disk_cache
-from shoal.policy.pass_rules import rule_of
+from shoal.policy.batching.pass_rules import rule_of
+from shoal.policy.batching.scheduling import PassTimeModel
 from shoal.policy.placement.speed_profile import SpeedProfile
-from shoal.policy.scheduling import PassTimeModel
 from shoal.server.capacity import (
     cache_dtype_of,
     choose_activation_bytes,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from shoal.errors import UserError
-from shoal.policy.pass_rules import DEFAULT_RULE, RULES, PassRule
+from shoal.policy.batching.pass_rules import DEFAULT_RULE, RULES, PassRule
 from shoal.simulator.serving.generating import Completed, Served, serve
 from shoal.simulator.serving.generations import Generation, at_rate
 from shoal.simulator.serving.rivals import SkipJoinQueues, iteration_level, paging, run_to_completion

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import UserError
-from shoal.policy.pass_rules import PassRule
+from shoal.policy.batching.pass_rules import PassRule
 from shoal.simulator.serving.agenda import Agenda
 from shoal.simulator.serving.generations import Generation
 from shoal.simulator.serving.one_server import OneServer, PassRecord, SimulatedSession

@@ -11,10 +11,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from shoal.policy.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS
-from shoal.policy.pass_rules import EngineView, PassRule, Places
-from shoal.policy.preemption import Holder
-from shoal.policy.scheduling import DECODE_TOKENS, RequestView, Rhythm, batching_delay
+from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS
+from shoal.policy.batching.pass_rules import EngineView, PassRule, Places
+from shoal.policy.batching.preemption import Holder
+from shoal.policy.batching.scheduling import DECODE_TOKENS, RequestView, Rhythm, batching_delay
 from shoal.simulator.serving.agenda import Agenda
 from shoal.simulator.serving.generations import Generation
 from shoal.simulator.serving.page_counts import PAGE_TOKENS, PageCounts, pages_for

@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from shoal.policy.pass_rules import Choice, EngineView
-from shoal.policy.preemption import Holder
-from shoal.policy.scheduling import RequestView
+from shoal.policy.batching.pass_rules import Choice, EngineView
+from shoal.policy.batching.preemption import Holder
+from shoal.policy.batching.scheduling import RequestView
 from shoal.simulator.serving.one_server import SimulatedHolder
 
 WATERMARK = 0.01

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from shoal.policy.engine_limits import Limits
-from shoal.policy.scheduling import PassTimeModel
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.scheduling import PassTimeModel
 from shoal.simulator.serving.page_counts import PAGE_TOKENS
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoal.errors import UserError
-from shoal.policy.preemption import Holder, of_the_largest, preempted_for_new, preempted_for_running
-from shoal.policy.scheduling import RequestView, SchedulerOutput, schedule
+from shoal.policy.batching.preemption import Holder, of_the_largest, preempted_for_new, preempted_for_running
+from shoal.policy.batching.scheduling import RequestView, SchedulerOutput, schedule
 
 DEFAULT_RULE = "fair"
 ROOM_TO_GROW = 1
@@ -62,7 +62,7 @@ PassRule = Callable[[EngineView], Choice]
 
 
 def fair(view: EngineView) -> Choice:
-    """Decoding first, then prompts in order of arrival. Pages are shared fairly between peers (`policy.preemption`).
+    """Decoding first, then prompts in order of arrival. Pages are shared fairly between peers (`preemption.py`).
 
     Steps that wait for pages come after those of peers that hold fewer pages.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shoal.policy.preemption import Holder
+from shoal.policy.batching.preemption import Holder
 
 DECODE_TOKENS = 8
 """The most new tokens a sequence of a decoding step: a person waits for one token, or for a few checked guesses."""
