@@ -71,6 +71,11 @@ class Processes:
         self.wait(self._introducer)
 
     @property
+    def folder(self) -> Path:
+        """Where the logs are."""
+        return self._children.folder
+
+    @property
     def address(self) -> str:
         return self._introducer.facts["address"]
 
@@ -232,11 +237,11 @@ def heal(script: Sequence[tuple[torch.Tensor, list[int]]]) -> Healing:
         for each in model:
             each.close()
         logs = {child.name: child.log.read_text() for child in movable}
-        movers = [name for name, log in logs.items() if "the server goes from blocks" in log]
+        movers = [name for name, log in logs.items() if re.search(r"goes from blocks .* have no server", log)]
         loading = [float(seconds) for name in movers for seconds in re.findall(r"took ([\d.]+) s", logs[name])]
         faults = [fault for talker in talkers if (fault := talker.fault) is not None]
         if len(movers) != 1:
-            faults.append(f"{len(movers)} servers moved")
+            faults.append(f"{len(movers)} servers moved to the blocks")
         gaps = tuple(talker.gap for talker in talkers if talker.generation is not None)
         return Healing(", ".join(movers), healed, max(loading, default=0.0), gaps, tuple(faults))
 

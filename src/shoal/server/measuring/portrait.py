@@ -27,8 +27,8 @@ from shoal.server.throughput import speeds_in
 class Portrait:
     """Completes the descriptions of one server. `node` is its access to the network, which the portrait meters.
 
-    `capacity` is what it is assumed to have, or has measured; `None` before. The server has been up since the portrait
-    was made. `clock` is the Unix time.
+    `capacity` is what it is assumed to have, or has measured; `None` before. `profile` is how fast its blocks were when
+    they were measured. The server has been up since the portrait was made. `clock` is the Unix time.
     """
 
     def __init__(self, config: ServerConfig, node: Node, *, clock: Callable[[], float] = time.time) -> None:
@@ -36,6 +36,7 @@ class Portrait:
         self._config = config
         self._meter = Meter()
         self._up_since = clock()
+        self.profile: SpeedProfile | None = None
         self._speeds: Speeds | None = None  # those of the span when the capacity was measured
         self._network: NetworkMonitor | None = None
         self.node = metered(node, self._meter)
@@ -45,9 +46,9 @@ class Portrait:
         self.capacity = await executor.run(lambda: remembered_capacity(self._config, means))
 
     async def add_capacity(self, means: Means, body: Body, profile: SpeedProfile, executor: Executor) -> None:
-        """The server has loaded blocks, and has measured them."""
+        """The server has loaded blocks, which are as fast as the `profile` says."""
         self.capacity = await executor.run(lambda: own_capacity(self._config, means, body, profile))
-        self._speeds = speeds_in(profile, body.span)
+        self.profile, self._speeds = profile, speeds_in(profile, body.span)
 
     def complete(self, info: ServerInfo) -> ServerInfo:
         """The description of a server, with its present speeds, its place and its age.

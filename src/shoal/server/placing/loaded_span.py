@@ -90,10 +90,17 @@ class LoadedSpan:
 
 
 async def load_span(
-    config: ServerConfig, setup: Setup, span: Span, compute: Compute, observers: Observers, report: Report
+    config: ServerConfig,
+    setup: Setup,
+    span: Span,
+    compute: Compute,
+    observers: Observers,
+    report: Report,
+    profile: SpeedProfile | None = None,
 ) -> LoadedSpan:
     """Load a span, measure it, and host the configured adapters for its blocks.
 
+    It is not measured if a `profile` says how fast other blocks of the model were: these count as being as fast.
     `report` is called with each step. Raises what loading raises: `UserError`s, and errors of memory and files.
     """
     report(Progress(Phase.LOADING))
@@ -103,7 +110,7 @@ async def load_span(
     weights = Weights(body, await load_head_after(config, setup, span, compute.executor))
     compute.share_cores(setup.device)
     report(Progress(Phase.MEASURING))
-    return await with_engine(config, setup, weights, compute, observers, free_bytes=free_bytes)
+    return await with_engine(config, setup, weights, compute, observers, free_bytes=free_bytes, profile=profile)
 
 
 async def extend_span(

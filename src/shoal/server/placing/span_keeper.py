@@ -203,7 +203,15 @@ class SpanKeeper:
         around = self._around
         wanted = self.state.wanted
         assert wanted is not None
-        loading = load_span(around.config, around.setup, wanted.span, around.compute, around.observers, around.report)
+        loading = load_span(
+            around.config,
+            around.setup,
+            wanted.span,
+            around.compute,
+            around.observers,
+            around.report,
+            around.portrait.profile,
+        )
         loaded = await self._loaded_by(loading, is_first=not self.online.is_set())
         if loaded is None:
             await collect_memory(around.compute.executor, around.setup.device, _nothing)
