@@ -28,16 +28,18 @@ class Portrait:
     """Completes the descriptions of one server. `node` is its access to the network, which the portrait meters.
 
     `capacity` is what it is assumed to have, or has measured; `None` before. `profile` is how fast its blocks were when
-    they were measured. The server has been up since the portrait was made. `clock` is the Unix time.
+    they were measured, and `speeds` the last that are known of any span. The server has been up since the portrait was
+    made. `clock` is the Unix time.
     """
 
     def __init__(self, config: ServerConfig, node: Node, *, clock: Callable[[], float] = time.time) -> None:
         self.capacity: Capacity | None = None
+        self.profile: SpeedProfile | None = None
+        self.speeds: Speeds | None = None
         self._config = config
         self._meter = Meter()
         self._up_since = clock()
-        self.profile: SpeedProfile | None = None
-        self._speeds: Speeds | None = None  # those of the span when the capacity was measured
+        self._measured: Speeds | None = None  # those of the span when the capacity was measured
         self._network: NetworkMonitor | None = None
         self.node = metered(node, self._meter)
 
@@ -48,7 +50,7 @@ class Portrait:
     async def add_capacity(self, means: Means, body: Body, profile: SpeedProfile, executor: Executor) -> None:
         """The server has loaded blocks, which are as fast as the `profile` says."""
         self.capacity = await executor.run(lambda: own_capacity(self._config, means, body, profile))
-        self.profile, self._speeds = profile, speeds_in(profile, body.span)
+        self.profile, self._measured = profile, speeds_in(profile, body.span)
 
     def complete(self, info: ServerInfo) -> ServerInfo:
         """The description of a server, with its present speeds, its place and its age.
@@ -58,8 +60,8 @@ class Portrait:
         capacity = self.capacity
         if capacity is not None:
             factor = 1.0
-            if self._speeds is not None and info.decode_speed is not None:
-                factor = info.decode_speed / self._speeds.decode
+            if self._measured is not None and info.decode_speed is not None:
+                factor = info.decode_speed / self._measured.decode
             speeds = tuple((length, min(MAX_SPEED, speed * factor)) for length, speed in capacity.block_speeds)
             capacity = replace(capacity, block_speeds=speeds, network_speed=self._network_speed)
         return replace(info, capacity=capacity, zone=self._zone, up_since=self._up_since)

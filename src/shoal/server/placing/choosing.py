@@ -33,7 +33,7 @@ class SpanChooser:
 
     def __init__(self, around: Surroundings, base: ServerInfo, watch: SwarmWatch) -> None:
         self._around = around
-        self._base = base
+        self.base = base
         self._watch = watch
 
     async def first(self) -> Placed:
@@ -86,7 +86,7 @@ class SpanChooser:
 
     def _choose(self, others: SwarmView, crowd: Sequence[Machine] | None) -> Placed:
         now = self._around.clock()
-        own = self._around.portrait.complete(self._base)
+        own = self._around.portrait.complete(self.base)
         return self._place(without_span(own, now=now), machines_in(others, now=now) if crowd is None else crowd)
 
     def _place(self, machine: Machine, others: Sequence[Machine]) -> Placed:

@@ -35,7 +35,6 @@ from shoal.server.refusals import Refused, leaving, moving
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.reception import Reception
 from shoal.server.rpc.streams import Handler
-from shoal.server.speed_watch import Speeds
 from shoal.server.startup_progress import Phase, Progress
 from shoal.spans import Span
 
@@ -66,19 +65,18 @@ class SpanKeeper:
         self._around = around
         self._loaded: LoadedSpan | None = None
         self._told: Span | None = None  # the observers know that it has these blocks
-        self._speeds: Speeds | None = None  # the last that are known
-        self._base = base_info(around.config, around.node, around.setup)
         self._mover = Mover(around.node.transport.peer, around.setup.model.num_blocks)
         self._drain_seconds = 0.0  # that clients get before the server moves
         self._is_open = asyncio.Event()  # the span that was loaded last is served
         self._stopping = asyncio.Event()
         node, model, every_seconds = around.node, around.setup.model, around.config.announce_seconds
-        self._announcer = Announcer(node, model, self._base, every_seconds=every_seconds)
+        base = base_info(around.config, around.node, around.setup)
+        self._announcer = Announcer(node, model, base, every_seconds=every_seconds)
         self._announcer.describe_by(self.describe)
         self._reception = Reception(idle_seconds=around.config.idle_seconds)
         self._pushes = PushService(node.transport)
         self._watch = SwarmWatch(node, around.setup)
-        self._chooser = SpanChooser(around, self._base, self._watch)
+        self._chooser = SpanChooser(around, base, self._watch)
         self._neighbors = NeighborMonitor(
             node,
             model,
@@ -98,12 +96,12 @@ class SpanKeeper:
     def describe(self) -> ServerInfo:
         """What the server announces at this moment."""
         if self._loaded is not None:
-            self._speeds = self._loaded.engine.speeds or self._loaded.speeds
+            self._around.portrait.speeds = self._loaded.engine.speeds or self._loaded.speeds
         info = describe(
-            self._base,
+            self._chooser.base,
             self.state,
             self._loaded,
-            speeds=self._speeds,
+            speeds=self._around.portrait.speeds,
             is_resting=self.state.is_resting(now=self._around.clock()),
             addresses=self._around.node.transport.addresses,
             round_trips=self._neighbors.round_trips,
