@@ -88,6 +88,10 @@ class Misrouted(PeerError):
     """The peer cannot serve this request, now or later, but another peer may."""
 
 
+class ServerMoved(Misrouted):
+    """The peer has other blocks than its last record says, or is changing them. Its next record says which."""
+
+
 class RequestRejected(PeerError):
     """The peer refuses the request because it is wrong. No other peer would accept it."""
 

@@ -196,8 +196,8 @@ class MovingClient(Client):
         """How many tokens it has got so far, in all of its sessions."""
         self._town = town
         self._node = town.network.node(name)
-        self.swarm = Swarm(self._node, town.model, town.checkpoint.fingerprint, config)
-        self.swarm.events = Observers((), direct=(self.told.append,))
+        observers = Observers((), direct=(self.told.append,))
+        self.swarm = Swarm(self._node, town.model, town.checkpoint.fingerprint, config, observers=observers)
 
     def enters(self, phase: str) -> None:
         self.num_tokens += phase == "decode"

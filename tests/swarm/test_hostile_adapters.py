@@ -134,16 +134,19 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
 }
 
 MISROUTED: dict[str, tuple[list[Raw], str]] = {
-    "a block of another server": ([lesson(block=2)], "this server holds blocks 0:2, not block 2"),
     "more than the server has room for": (
         [lesson({**PROMPT, "num_tokens": 9000}, factors=torch.ones(9000 * HIDDEN_SIZE))],
         f"an adapter of {9000 * HIDDEN_SIZE * 4 + LAYER_BYTES} bytes; this server has room for {MOST_BYTES}",
     ),
 }
 
+MOVED: dict[str, tuple[list[Raw], str]] = {
+    "a block of another server": ([lesson(block=2)], "this server holds blocks 0:2, not block 2"),
+}
+
 ATTACKS = [
     pytest.param(frames, code, reason, id=name)
-    for code, attacks in (("rejected", REFUSED), ("misrouted", MISROUTED))
+    for code, attacks in (("rejected", REFUSED), ("misrouted", MISROUTED), ("moved", MOVED))
     for name, (frames, reason) in attacks.items()
 ]
 

@@ -313,9 +313,6 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
 MISROUTED: dict[str, tuple[list[Raw], str]] = {
     "another model": ([opening(model="gpt-5")], "this server holds blocks of"),
     "other weights": ([opening(fingerprint="0" * 64)], "this server's weights are others"),
-    "blocks beyond the server's": ([opening(end=3)], "this server holds blocks 0:2, not 0:3"),
-    "blocks beyond the model's": ([opening(start=7, end=9)], "this server holds blocks 0:2, not 7:9"),
-    "a pass through blocks that are elsewhere": ([forward(start=2, end=4)], "holds blocks 0:2, not 2:4"),
     "a pass through another model": ([forward(model="")], "this server holds blocks of"),
     "more than the whole cache": (
         [opening(batch_size=9, expected_length=512)],
@@ -323,9 +320,15 @@ MISROUTED: dict[str, tuple[list[Raw], str]] = {
     ),
 }
 
+MOVED: dict[str, tuple[list[Raw], str]] = {
+    "blocks beyond the server's": ([opening(end=3)], "this server holds blocks 0:2, not 0:3"),
+    "blocks beyond the model's": ([opening(start=7, end=9)], "this server holds blocks 0:2, not 7:9"),
+    "a pass through blocks that are elsewhere": ([forward(start=2, end=4)], "holds blocks 0:2, not 2:4"),
+}
+
 ATTACKS = [
     pytest.param(frames, code, reason, id=name)
-    for code, attacks in (("rejected", REFUSED), ("misrouted", MISROUTED))
+    for code, attacks in (("rejected", REFUSED), ("misrouted", MISROUTED), ("moved", MOVED))
     for name, (frames, reason) in attacks.items()
 ]
 

@@ -417,6 +417,35 @@ def test_a_server_that_is_stopped_while_it_takes_more_blocks_leaves_like_any_oth
     stage.play(scene)
 
 
+def test_a_client_whose_directory_does_not_know_yet_that_the_only_holder_has_moved_waits_until_it_does(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = planning(monkeypatch)
+
+    async def scene(town: Town) -> None:
+        await roomy_one(town)
+        wanted["m"] = FIRST
+        await town.until(lambda: town.members["m"].span == FIRST)
+        client = town.client()
+        await client.talk(5)
+        stale = town.infos["m"]
+        town.network.on_announce = lambda info: stale if info.peer == "m" else info
+        wanted["m"] = Span(0, 3)
+        await town.until(lambda: town.members["m"].span == Span(0, 3))
+        wanted["m"] = Span(1, 3)
+        await town.start("b", blocks=Span(0, 1))
+        await town.until(lambda: town.members["m"].span == Span(1, 3))
+        assert town.infos["m"].span == FIRST
+
+        async def tell() -> None:
+            await town.until(lambda: any(isinstance(event, Waiting) for event in client.told))
+            town.network.on_announce = None
+
+        await together(client.talk(20, seconds_each=0.5), tell())
+
+    stage.play(scene)
+
+
 def test_others_fill_the_hole_of_a_server_that_only_wants_those_blocks(stage: Stage, monkeypatch: pytest.MonkeyPatch):
     """A claim that is open is no promise: the server that serves nothing else comes first."""
     wanted = planning(monkeypatch)

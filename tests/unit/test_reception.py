@@ -54,7 +54,7 @@ def test_it_says_that_a_request_is_for_another_server():
         await codec.send(stream, Norms(model="m", fingerprint="f", start=0, end=1, modules=("q_proj",)))
         answer, _ = await codec.receive(stream)
         assert isinstance(answer, Failure)
-        assert answer.code == "misrouted"
+        assert answer.code == "moved"
         await until_it_ends(stream)
 
     play(scene)

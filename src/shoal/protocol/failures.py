@@ -7,15 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shoal.errors import CannotRewind, Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost
+from shoal.errors import CannotRewind, Misrouted, PeerError, RequestRejected, ServerBusy, ServerLost, ServerMoved
 from shoal.protocol.limits import Reason
 from shoal.protocol.message import Message
 
-FailureCode = Literal["busy", "misrouted", "rejected", "rewind", "leaving", "broken"]
+FailureCode = Literal["busy", "misrouted", "moved", "rejected", "rewind", "leaving", "broken"]
 
 FAILURES: Mapping[FailureCode, tuple[type[PeerError], str]] = {
     "busy": (ServerBusy, "is busy"),
     "misrouted": (Misrouted, "cannot do this"),
+    "moved": (ServerMoved, "cannot do this"),
     "rejected": (RequestRejected, "rejects this"),
     "rewind": (CannotRewind, "gave up"),
     "leaving": (ServerLost, "gave up"),
@@ -28,9 +29,10 @@ class Failure(Message):
     """Server: why it does not do what was asked. The server closes the stream after it.
 
     `busy`: there is no room now, come back in `retry_after` seconds. `misrouted`: this server cannot do it, because its
-    blocks, weights or size are others. `rejected`: the request is wrong, here and on every other server. `rewind`: the
-    session cannot go back to that position; open another one and send everything again. `leaving`: the server is going
-    away. `broken`: the server failed while it computed this.
+    model, weights or size are others. `moved`: because its blocks are others, or it is changing them. `rejected`: the
+    request is wrong, here and on every other server. `rewind`: the session cannot go back to that position; open
+    another one and send everything again. `leaving`: the server is going away. `broken`: the server failed while it
+    computed this.
     """
 
     kind: Literal["failure"] = "failure"

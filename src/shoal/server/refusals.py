@@ -18,7 +18,7 @@ class Refused(Exception):
     @property
     def is_request_at_fault(self) -> bool:
         """Whether the same request would be refused again, as long as the server is the same."""
-        return self.failure.code in ("rejected", "misrouted")
+        return self.failure.code in ("rejected", "misrouted", "moved")
 
 
 def rejected(reason: str) -> Refused:
@@ -51,9 +51,14 @@ def leaving() -> Refused:
     return Refused(Failure(code="leaving", reason="this server is going away"))
 
 
+def moved(reason: str) -> Refused:
+    """This server has other blocks. The directory says which, or soon will."""
+    return Refused(Failure(code="moved", reason=reason))
+
+
 def moving() -> Refused:
     """The server goes to other blocks, or has just none."""
-    return misrouted("this server is changing its blocks")
+    return moved("this server is changing its blocks")
 
 
 def failure_of(error: Exception) -> Failure:

@@ -29,7 +29,7 @@ from shoal.client.swarm.peer_timings import PeerTimings
 from shoal.client.swarm.server_probe import ServerProbe
 from shoal.client.swarm.waits import Outage, Waits
 from shoal.concurrency import now
-from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, UnsupportedOperation
+from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, ServerMoved, UnsupportedOperation
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.routing.route import Hop, Measured, Needs, Route, announced_seconds, choose_route, price_route
@@ -61,12 +61,13 @@ class Swarm:
         *,
         unix_time: Callable[[], float] = time.time,
         rng: random.Random | None = None,
+        observers: events.Observers | None = None,
     ) -> None:
         self.model = model
         self.fingerprint = fingerprint
         self.config = config
-        self.events = events.Observers(config.observers)
-        """What is told of this model's events. It has to be closed."""
+        self.events = observers or events.Observers(config.observers)
+        """What is told of this model's events, by default what the config names. It has to be closed."""
         self.store = HistoryStore(
             config.history_encoding, memory_bytes=config.history_memory, folder=config.history_folder
         )
@@ -193,6 +194,7 @@ class Swarm:
         """
         patience = self.config.patience_seconds
         excluded: set[Holding] = set()
+        moved: set[Holding] = set()  # of these, those that will not be announced any more
         lacking = Lacking()
         with self._waits.of_call() as tell:
             while True:
@@ -208,10 +210,13 @@ class Swarm:
                 except Misrouted as misrouted:
                     log.info("%s", misrouted)
                     self.blame(misrouted)
-                    excluded |= self._directory.holdings(misrouted.peer)
+                    holdings = self._directory.holdings(misrouted.peer)
+                    excluded |= holdings
+                    if isinstance(misrouted, ServerMoved):
+                        moved |= holdings
                     self._directory.expire()  # the server may hold other blocks by now
                 except MissingBlocks as missing:
-                    outage = self._outage(span, excluded, missing.blocks)
+                    outage = self._outage(span, excluded, moved, missing.blocks)
                     lacking = lacking.also(outage.blocks, now=now())
                     waited = lacking.seconds(outage.blocks, now=now())
                     left = (patience if at_most is None else min(patience, at_most)) - waited
@@ -221,8 +226,11 @@ class Swarm:
                         tell(outage, waited, patience)
                     await asyncio.sleep(min(outage.look_seconds, left))
 
-    def _outage(self, span: Span, excluded: Set[Holding], blocks: Sequence[int]) -> Outage:
-        """Why no server computes some `blocks` of a span now. Raises `MissingBlocks` if waiting is in vain."""
+    def _outage(self, span: Span, excluded: Set[Holding], moved: Set[Holding], blocks: Sequence[int]) -> Outage:
+        """Why no server computes some `blocks` of a span now. Raises `MissingBlocks` if waiting is in vain.
+
+        It is not if servers have `moved`, and the directory does not know it yet.
+        """
         loading = self._directory.loading()
         for server in loading.servers:
             if server.state is ServerState.JOINING:  # it has started again: what it failed before is past
@@ -233,7 +241,7 @@ class Swarm:
         usable = self._directory.usable()
         if missing := usable.missing(span):
             return self._directory.outage(missing)
-        refusing = usable.only(lambda server: holding(server) not in excluded).missing(span)
+        refusing = usable.only(lambda server: holding(server) not in excluded - moved).missing(span)
         exhausted = self._exhausted(self._not_blocked(excluded).missing(span) or blocks)
         if not {*refusing}.isdisjoint(loading.missing(span)):  # they will not do it later either
             raise exhausted from None

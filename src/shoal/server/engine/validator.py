@@ -25,7 +25,7 @@ from shoal.protocol import (
     Open,
     Step,
 )
-from shoal.server.refusals import misrouted, rejected
+from shoal.server.refusals import misrouted, moved, rejected
 from shoal.server.step_inputs import StepInputs, Tensors, WantedLogits
 from shoal.spans import Span
 
@@ -50,7 +50,7 @@ class RequestValidator:
             raise misrouted(f"this server's weights are others: {self.fingerprint[:12]}")
         span = Span(request.start, request.end)
         if span not in self.span:
-            raise misrouted(f"this server holds blocks {self.span}, not {span}")
+            raise moved(f"this server holds blocks {self.span}, not {span}")
         return span
 
     def step_inputs(self, tensors: Tensors) -> StepInputs:

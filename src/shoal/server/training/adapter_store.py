@@ -16,7 +16,7 @@ from shoal.model.peft.factors import AdapterFactors, Layer, factors_name
 from shoal.peers import MAX_HOSTED_ADAPTERS
 from shoal.protocol import Adapter, Backward, Forward, Open
 from shoal.server.executor import alone
-from shoal.server.refusals import busy, misrouted, rejected
+from shoal.server.refusals import busy, misrouted, moved, rejected
 from shoal.server.step_inputs import Tensors
 from shoal.spans import Span
 
@@ -130,7 +130,7 @@ class AdapterStore:
         """
         values_N = tensors.get("factors")
         if request.block not in self._body.span:
-            raise misrouted(f"this server holds blocks {self._body.span}, not block {request.block}")
+            raise moved(f"this server holds blocks {self._body.span}, not block {request.block}")
         if values_N is None or values_N.dim() != 1 or not values_N.is_floating_point():
             raise rejected("the factors of an adapter must be floating-point numbers of shape [N]")
         num_bytes = values_N.nbytes + len(request.layers) * LAYER_BYTES
