@@ -27,7 +27,7 @@ from shoal.spans import Span
 
 from .moving import DRAIN_SECONDS, LOAD_SECONDS, Stage, Town, make_checkpoint, make_virtual, together
 from .schedules.oracle import NUM_BLOCKS
-from .schedules.work import training
+from .schedules.work import prompt, reading, training
 
 FIRST, LAST = Span(0, 2), Span(2, 4)
 LOAD = 2 * LOAD_SECONDS
@@ -413,6 +413,38 @@ def test_a_server_that_is_stopped_while_it_takes_more_blocks_leaves_like_any_oth
 
         await together(talking, stop())
         assert town.network.num_handlers("m") == 0
+
+    stage.play(scene)
+
+
+def test_a_server_that_changes_its_blocks_while_clients_of_a_former_span_are_still_there(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = planning(monkeypatch)
+    monkeypatch.setattr("shoal.policy.placement.mover.REST_SECONDS", 0.0)
+
+    async def scene(town: Town) -> None:
+        await roomy_one(town)
+        wanted["m"] = FIRST
+        await town.until(lambda: town.members["m"].span == FIRST)
+        await town.start("b", blocks=FIRST)
+        early, late = town.client(), town.client()
+        async with reading(early, max_length=64) as first, reading(late, max_length=64) as second:
+            for client, text, before, after in (
+                (early, first, FIRST, Span(0, 3)),
+                (late, second, Span(0, 3), Span(3, 4)),
+            ):
+                assert town.members["m"].span == before
+                town.network.cut(client.name, "b")
+                await text.read(prompt(1, 9, seed=0))
+                town.network.hang(client.name)
+                wanted["m"] = after
+                if client is early:
+                    await town.until(lambda after=after: town.members["m"].span == after)  # type: ignore[misc]
+            await town.until(lambda: town.members["m"].span == Span(3, 4))
+            assert town.view.missing() == []
+            town.network.heal()
+            await town.client().talk(10)
 
     stage.play(scene)
 

@@ -358,13 +358,14 @@ class SpanKeeper:
 
     async def _close(self, loaded: LoadedSpan, handler: Handler) -> None:
         """From now on, no client is answered with these blocks; those that are left are told so."""
-        frees = self.state.phase is SpanPhase.DRAINING and not self._stopping.is_set()
+        is_present = self._loaded is loaded
+        frees = is_present and self.state.phase is SpanPhase.DRAINING and not self._stopping.is_set()
         if frees:
             self._reception.handler, self._around.compute.is_serving = None, False
         await handler.leave(self._farewell.failure)
         if frees:
             self.state = self.state.drained()
-        if self._loaded is loaded:
+        if is_present:
             self._loaded = None
 
     def _tell(self, now: Span | None, reason: str) -> None:
