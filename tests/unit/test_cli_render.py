@@ -202,6 +202,13 @@ def test_a_server_that_loads_given_blocks_says_when_it_will_be_ready(seconds: fl
     assert shown(loading, now=1000.0).splitlines()[-1] == f"b loads 4:8, ready {when}"
 
 
+def test_status_says_which_other_blocks_a_server_wants_or_loads_beside_its_own():
+    wants = replace(server("a", "0:4"), wants=Span(0, 6), reason="blocks 4:6 carry 3 tokens/s")
+    assert shown(wants, now=100.0).splitlines()[-1] == "a serves 0:4, wants 0:6: blocks 4:6 carry 3 tokens/s"
+    line = shown(replace(wants, ready_at=120.0), now=100.0).splitlines()[-1]
+    assert line == "a serves 0:4, loads 0:6, ready in 20 s: blocks 4:6 carry 3 tokens/s"
+
+
 def test_of_many_reasons_some_are_shown():
     servers = [replace(server(f"s{index:02}", "0:8"), reason="blocks 0:8 have no server") for index in range(30)]
     lines = shown(*servers).splitlines()
