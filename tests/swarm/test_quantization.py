@@ -25,7 +25,7 @@ from transformers import PreTrainedModel as Whole
 from shoal.bundled import STORIES
 from shoal.errors import UserError
 from shoal.model import loading as load
-from shoal.model.body import Body
+from shoal.model.body import Body, joined_body
 from shoal.model.families import CERTIFIED
 from shoal.model.linear.packed_linear import FrozenLinear
 from shoal.model.linear.quantization import Quantization, dequantized_bytes, quantizable_weights
@@ -153,6 +153,21 @@ def test_a_second_start_reads_the_blocks_that_the_first_one_quantized(
     files[0].write_bytes(files[0].read_bytes()[:-100])
     assert torch.equal(start(Span(1, 3)), first)
     assert set(load_file(files[0])) == {name.replace(".2.", ".1.") for name in load_file(files[1])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_blocks_that_were_loaded_apart_compute_together(
+    folder: Path, cache: Path, kind: Quantization
+) -> None:
+    checkpoint, hidden = Checkpoint.open(folder), torch.randn(1, 5, 128)
+
+    def load_apart(*spans: Span) -> list[Body]:
+        return [load_body(checkpoint, span, dtype=torch.float32, quantization=kind) for span in spans]
+
+    (whole,) = load_apart(Span(1, 4))
+    joined = joined_body(load_apart(Span(0, 2), Span(2, 3), Span(3, 4)), Span(1, 4))
+    with torch.no_grad():
+        assert torch.equal(joined(hidden), whole(hidden))
 
 
 def test_quantization_works_if_the_cache_cannot_be_written(
