@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.policy.placement.fleet import HORIZON, Flags, Fleet, Floats
+from shoal.policy.placement.fleet import HORIZON, Flags, Fleet, Floats, Ints
 from shoal.policy.placement.lifetime import Lifetimes
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.needed import Needed
@@ -91,7 +91,7 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     holes = picture.holes
     needed = Needed.of(fleet, ~fleet.doubted)
     needed_to_fill = Needed.of(fleet, ~fleet.whole) if holes.any() else needed
-    rows = most_promising(picture, np.flatnonzero(fleet.movable & (fleet.lengths > 0)), MAX_MOVERS)
+    rows = most_promising(picture, _one_of_each(fleet, np.flatnonzero(fleet.movable & (fleet.lengths > 0))), MAX_MOVERS)
     if len(rows) == 0 or picture.bound == 0:
         return None
     score = picture.score
@@ -117,6 +117,17 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     worth = np.round(value / (picture.bound * 1e-8))
     best = int(np.where(allowed, worth, -np.inf).argmax())
     return int(places.rows[best]), _move(picture, places, best, gain=float(gain[best]), rank=rank)
+
+
+def _one_of_each(fleet: Fleet, rows: Ints) -> Ints:
+    """Of entries whose machines are alike in all that decides, the first. The others would only use up places."""
+    found: dict[tuple[object, ...], int] = {}
+    for row in rows.tolist():
+        one = fleet.machines[row]
+        loading = (one.load_seconds, one.disk_seconds, one.on_disk)
+        key = (fleet.kind[row], one.span, fleet.doubted[row], fleet.losses[row], fleet.zones[row], loading)
+        found.setdefault(key, row)
+    return np.array(list(found.values()), np.int64)
 
 
 def _loading(fleet: Fleet, places: Changes) -> tuple[Floats, Flags]:
