@@ -69,7 +69,9 @@ def test_a_machine_that_keeps_blocks_loads_only_the_others():
 
 
 def server(state: ServerState = ServerState.ONLINE, **more: object) -> ServerInfo:
-    capacity = Capacity(max_blocks=6, block_speeds=((1, 100.0),), network_speed=None, load_seconds=1.0, disk_seconds=1.0)
+    capacity = Capacity(
+        max_blocks=6, block_speeds=((1, 100.0),), network_speed=None, load_seconds=1.0, disk_seconds=1.0
+    )
     values = {"peer": "a", "span": Span(0, 4), "state": state, "fingerprint": "", "capacity": capacity, **more}
     values |= {"decode_speed": 1.0, "prefill_speed": 1.0, "cache_tokens_left": 0}
     values |= {"dtype": "bfloat16", "quantization": "none", "version": ""}

@@ -28,7 +28,10 @@ HORIZON = 600.0
 MOST_MEDIANS = 32.0
 """No machine counts for more than this many machines of median capacity: announcing a high speed costs nothing."""
 ASSUMED_LOSS = 0.15
-"""The chance that a machine vanishes before the next one has loaded, where its age is not known."""
+"""The chance that a machine vanishes before the next one has loaded, while machines come and go."""
+QUIET_SECONDS = 86400.0
+"""Where no machine came within this time, none is expected to vanish but by its age: throughput counts for more there.
+With such chances in a swarm that churns, blocks were left to single machines: more holes, and less throughput."""
 DOUBTED_LOSS = 0.5
 """The same for a machine whose claim is not plausible."""
 MAX_ZONES = 64
@@ -140,7 +143,7 @@ class Fleet:
         ready = np.array([machine.ready_at for machine in listed])
         serves = [machine.serves for machine in listed]
         doubted, whole = _doubted(ends - starts, counts, num_blocks)
-        losses = np.array([_loss(machine, now, lifetimes) for machine in listed])
+        losses = np.array(_losses(listed, now, lifetimes))
         return cls(
             machines=listed,
             num_blocks=num_blocks,
@@ -234,11 +237,13 @@ class Fleet:
         )
 
 
-def _loss(machine: Machine, now: float, lifetimes: Lifetimes | None) -> float:
-    """The chance that a machine vanishes before another has loaded."""
+def _losses(machines: Sequence[Machine], now: float, lifetimes: Lifetimes | None) -> list[float]:
+    """The chance that each machine vanishes before another has loaded."""
     if lifetimes is not None:
-        return lifetimes.loss(machine.zone, now - machine.up_since)
-    return ASSUMED_LOSS if now == math.inf else BEFORE_ANY_WAS_SEEN.typical_loss(now - machine.up_since)
+        return [lifetimes.loss(machine.zone, now - machine.up_since) for machine in machines]
+    if now == math.inf or any(now - machine.up_since < QUIET_SECONDS for machine in machines):
+        return [ASSUMED_LOSS] * len(machines)
+    return [BEFORE_ANY_WAS_SEEN.typical_loss(now - machine.up_since) for machine in machines]
 
 
 def _per_block(starts: Ints, ends: Ints, amounts: Floats, num_blocks: int) -> Floats:
