@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.policy.placement.bound import throughput_bound
-from shoal.policy.placement.fleet import Fleet
+from shoal.policy.placement.fleet import ASSUMED_LOSS, Fleet
 from shoal.policy.placement.joining import choose_blocks
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.petals import choose_move
@@ -32,7 +32,7 @@ def machine(peer: str, span: str | None = None, speed: float = 100.0, **more: ob
 
 @st.composite
 def swarms(draw: st.DrawFn, num_blocks: int = 8, most: int = 8, networks: bool = True) -> list[Machine]:
-    """Some machines with spans; some load, and keep a part of their blocks meanwhile; some are pinned; some in zones."""
+    """Some machines with spans; some load, and keep a part of their blocks meanwhile; some are pinned or in zones."""
     found = []
     for index in range(draw(st.integers(1, most))):
         start = draw(st.integers(0, num_blocks - 1))
@@ -257,6 +257,14 @@ def test_a_server_that_claims_other_blocks_does_not_count_where_it_still_serves(
 def test_pinned_servers_stay():
     machines = [machine(f"s{i}", "0:4", movable=False) for i in range(3)]
     assert plan_moves(machines, 8, now=NOW) == ()
+
+
+def test_where_no_machine_came_for_a_day_throughput_counts_for_more_than_danger():
+    machines = [machine("a", "0:4"), machine("b", "0:4"), machine("c", "4:8"), machine("d", "4:8")]
+    quiet = Fleet.of(machines, 8, now=1e6)
+    assert quiet.losses.max() < 0.01
+    came = Fleet.of([*machines[:3], replace(machines[3], up_since=1e6 - 60)], 8, now=1e6)
+    assert set(came.losses) == {ASSUMED_LOSS}
 
 
 def test_no_machines_make_no_plan():

@@ -30,8 +30,8 @@ MOST_MEDIANS = 32.0
 ASSUMED_LOSS = 0.15
 """The chance that a machine vanishes before the next one has loaded, while machines come and go."""
 QUIET_SECONDS = 86400.0
-"""Where no machine came within this time, none is expected to vanish but by its age: throughput counts for more there.
-With such chances in a swarm that churns, blocks were left to single machines: more holes, and less throughput."""
+"""A swarm is quiet if no machine came within this time. The chance that a machine vanishes then follows from its age,
+and throughput counts for more. Where machines come and go, such chances led to more holes and to less throughput."""
 DOUBTED_LOSS = 0.5
 """The same for a machine whose claim is not plausible."""
 MAX_ZONES = 64
@@ -111,7 +111,8 @@ class Fleet:
     `starts` and `ends` are 0 where a machine has no span; `kept_starts` and `kept_ends` say which blocks of it are
     served now, and go on being served. `weights` say for which part of the next ten minutes a machine serves its span.
     `doubted` machines make claims that are not plausible; `whole` ones claim every block besides. `losses` are the
-    chances that a machine vanishes before another has loaded. Zone 0 is unknown.
+    chances that a machine vanishes before another has loaded. Zone 0 is unknown. In a `quiet` swarm no machine came for
+    a day.
     """
 
     machines: tuple[Machine, ...]
@@ -129,6 +130,7 @@ class Fleet:
     whole: Flags
     losses: Floats
     zones: Ints
+    quiet: bool
 
     @classmethod
     def of(
@@ -160,6 +162,7 @@ class Fleet:
             whole=whole,
             losses=np.where(doubted, np.maximum(losses, DOUBTED_LOSS), losses),
             zones=_zone_numbers(listed),
+            quiet=_is_quiet(listed, now),
         )
 
     @property
@@ -241,9 +244,14 @@ def _losses(machines: Sequence[Machine], now: float, lifetimes: Lifetimes | None
     """The chance that each machine vanishes before another has loaded."""
     if lifetimes is not None:
         return [lifetimes.loss(machine.zone, now - machine.up_since) for machine in machines]
-    if now == math.inf or any(now - machine.up_since < QUIET_SECONDS for machine in machines):
+    if not _is_quiet(machines, now):
         return [ASSUMED_LOSS] * len(machines)
     return [BEFORE_ANY_WAS_SEEN.typical_loss(now - machine.up_since) for machine in machines]
+
+
+def _is_quiet(machines: Sequence[Machine], now: float) -> bool:
+    """Whether no machine came within `QUIET_SECONDS`; not if the time is not known."""
+    return now < math.inf and all(now - machine.up_since >= QUIET_SECONDS for machine in machines)
 
 
 def _per_block(starts: Ints, ends: Ints, amounts: Floats, num_blocks: int) -> Floats:

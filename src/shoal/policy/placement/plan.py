@@ -28,10 +28,12 @@ from shoal.spans import Span
 
 MAX_MOVES = 8
 """The most moves of a plan. What is left to do is in the next one."""
-LEAST_GAIN = 0.05
-"""A move gains at least so much of what the machine can add to the swarm."""
-MAX_MOVERS = 48
-"""The entries whose moves are compared, where there are more."""
+LEAST_GAIN = 0.04
+"""A move gains at least this part of what the machine can add to the swarm: the next change may undo smaller gains."""
+QUIET_LEAST_GAIN = 0.002
+"""The same in a quiet swarm (`Fleet.quiet`), where gains last."""
+MAX_MOVERS = 128
+"""The entries whose moves are compared, where there are more. With 48, swarms of 100 machines stopped far earlier."""
 PLACES_SCORED = 96
 """The places that are scored for each move."""
 PLACES_EACH = 12
@@ -144,7 +146,8 @@ def _loading(fleet: Fleet, places: Changes) -> tuple[Floats, Flags]:
 def _least_gain(picture: Picture) -> Floats:
     """What a move of one machine of each entry must gain: a part of its share of what all can do."""
     best = picture.fleet.kinds.best[picture.fleet.kind]
-    return LEAST_GAIN * picture.bound * best / max(float(best @ picture.fleet.counts), 1e-300)
+    least = QUIET_LEAST_GAIN if picture.fleet.quiet else LEAST_GAIN
+    return least * picture.bound * best / max(float(best @ picture.fleet.counts), 1e-300)
 
 
 def _move(picture: Picture, places: Changes, index: int, *, gain: float, rank: int) -> Move:

@@ -36,7 +36,7 @@ class Scoring:
     the chance that all machines of one zone vanish together.
     """
 
-    exact: float = 0.6
+    exact: float = 0.8
     risk: float = 1.0
     hole: float = 3.0
     zone_loss: float = 0.02
