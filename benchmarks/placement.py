@@ -35,6 +35,8 @@ from shoal.policy.placement.throughput import block_throughputs, exact_throughpu
 from shoal.spans import Span
 
 SWARMS = [(14, 80, 1.5), (14, 80, 2.5), (14, 126, 2), (100, 80, 1.5), (100, 80, 3), (100, 126, 1.5), (100, 126, 6)]
+OLD = 7 * 86400.0
+"""The age of all machines, in seconds: none is expected to vanish soon."""
 PROPOSALS = 48
 MAX_ROUNDS = 40
 
@@ -66,7 +68,7 @@ def with_petals_moves(machines: Sequence[Machine], num_blocks: int, seed: int) -
 def with_plans(machines: Sequence[Machine], num_blocks: int, scoring: Scoring) -> tuple[list[Machine], int]:
     """All make their moves of plan after plan, until a plan is empty."""
     placed, moves = {machine.peer: machine for machine in machines}, 0
-    while plan := plan_moves(list(placed.values()), num_blocks, now=0.0, scoring=scoring):
+    while plan := plan_moves(list(placed.values()), num_blocks, now=OLD, scoring=scoring):
         for move in plan:
             placed[move.peer] = replace(placed[move.peer], span=move.after)
         moves += len(plan)
@@ -80,7 +82,7 @@ def searched(machines: Sequence[Machine], num_blocks: int, seconds: float, seed:
     their energies at the present temperature.
     """
     rng = np.random.default_rng(seed)
-    fleet = Fleet.of(machines, num_blocks, now=0.0)
+    fleet = Fleet.of(machines, num_blocks, now=OLD)
     start = list(fleet.machines)
     best = exact_throughput(start, num_blocks)
     best_fleet, bound = fleet, throughput_bound(machines, num_blocks)

@@ -1,8 +1,7 @@
-"""Machines for the studies of placement: random swarms, clusters from a file, and swarms whose machines come and go."""
+"""Machines for the studies of placement: random swarms, and clusters from a file."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
@@ -41,11 +40,11 @@ def random_machines(count: int, num_blocks: int, copies: float, *, seed: int) ->
     ]
 
 
-def random_machine(peer: str, max_blocks: int, chance: random.Random, zone: str = "") -> Machine:
+def random_machine(peer: str, max_blocks: int, chance: random.Random) -> Machine:
     speed = BLOCK_SPEED * chance.lognormvariate(0.0, 0.6)
     speeds = ((1, speed), (max_blocks, speed * FULL_MEMORY)) if max_blocks > 1 else ((1, speed),)
     load = LOAD_SECONDS / max_blocks
-    return Machine(peer, None, max_blocks, speeds, load_seconds=load, disk_seconds=load, zone=zone)
+    return Machine(peer, None, max_blocks, speeds, load_seconds=load, disk_seconds=load)
 
 
 @dataclass(frozen=True)
@@ -91,73 +90,3 @@ def _helix_machine(index: int, cluster: dict[str, Any], model: dict[str, Any], p
         load_seconds=load,
         disk_seconds=load,
     )
-
-
-@dataclass(frozen=True)
-class Stay:
-    """A machine that is up from one moment to another, in seconds."""
-
-    machine: Machine
-    up: float
-    down: float
-
-
-def weibull_churn(
-    count: int, num_blocks: int, copies: float, *, shape: float, mean: float, hours: float, seed: int
-) -> list[Stay]:
-    """About `count` machines at any time, whose lifetimes are Weibull; new ones come as others leave.
-
-    Those that are there at the start are as old as in a swarm that has run for long.
-    """
-    chance = random.Random(seed)
-    scale = mean / math.gamma(1 + 1 / shape)
-    size = copies * num_blocks / count / math.exp(0.5**2 / 2)
-
-    def machine(index: int) -> Machine:
-        max_blocks = max(1, min(num_blocks, round(size * chance.lognormvariate(0.0, 0.5))))
-        return random_machine(f"{chance.randrange(16**6):06x}-{index}", max_blocks, chance)
-
-    lives = [chance.weibullvariate(scale, shape) for _ in range(20_000)]
-    stays = []
-    for index in range(count):
-        life = chance.choices(lives, lives)[0]
-        age = chance.random() * life
-        stays.append(Stay(machine(index), -age, life - age))
-    now, index, seconds = 0.0, count, hours * 3600
-    while True:
-        now += chance.expovariate(count / mean)
-        if now >= seconds:
-            return stays
-        stays.append(Stay(machine(index), now, now + chance.weibullvariate(scale, shape)))
-        index += 1
-
-
-def trace_churn(path: Path, num_blocks: int, copies: float, *, begin: float, hours: float, seed: int) -> list[Stay]:
-    """Machines as a trace of spot instances has them (its field `format` describes it), in several zones."""
-    data = json.loads(path.read_text())
-    chance = random.Random(seed)
-    end = begin + hours * 3600
-    up: dict[str, list[tuple[str, float]]] = {}
-    lives: list[tuple[str, str, float, float]] = []
-    area, number = 0.0, 0
-    for zone, trace in data["zones"].items():
-        changes = trace["changes"]
-        points = [*zip(changes[::2], changes[1::2], strict=True), (trace["seconds"], 0)]
-        here = up.setdefault(zone, [])
-        for (second, count), (until, _) in itertools.pairwise(points):
-            area += count * max(0.0, min(until, end) - max(second, begin))
-            while len(here) > count:
-                peer, since = here.pop(chance.randrange(len(here)))
-                lives.append((zone, peer, since, second + chance.random() * 30))
-            while len(here) < count:
-                here.append((f"{chance.randrange(16**6):06x}-{number}", second + chance.random() * 60))
-                number += 1
-        lives.extend((zone, peer, since, trace["seconds"]) for peer, since in here)
-    mean_count = area / (end - begin)
-    size = copies * num_blocks / mean_count / math.exp(0.3**2 / 2)
-    stays = []
-    for zone, peer, since, until in sorted(lives, key=lambda life: life[2]):
-        if until > max(since, begin) and since < end:
-            max_blocks = max(1, min(num_blocks, round(size * chance.lognormvariate(0.0, 0.3))))
-            stays.append(Stay(random_machine(peer, max_blocks, chance, zone), since - begin, until - begin))
-    return stays

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.policy.placement.lifetime import Lives
+from shoal.policy.placement.lifetime import AGES, BEFORE_ANY_WAS_SEEN, Lives
 from shoal.policy.placement.machines import Machine
 from shoal.spans import Span
 
@@ -28,6 +28,12 @@ def test_the_chance_to_vanish_falls_with_age_before_anything_was_seen():
     losses = [lifetimes.loss("", age) for age in (0, 100, 1000, 10_000, 100_000)]
     assert losses == sorted(losses, reverse=True)
     assert all(0 < loss < 1 for loss in losses)
+
+
+def test_a_typical_chance_to_vanish_is_the_same_some_seconds_later():
+    steps = [BEFORE_ANY_WAS_SEEN.typical_loss(age) for age in range(0, 100_000, 10)]
+    assert steps == sorted(steps, reverse=True)
+    assert len(set(steps)) == len(AGES)
 
 
 def test_where_machines_vanished_young_young_machines_are_in_danger():

@@ -19,14 +19,14 @@ NUM_BLOCKS = 8
 TRIPLE = [machine("a", "0:4"), machine("b", "0:4"), machine("c", "0:4")]
 
 
-def claim(one: Machine, span: str, now: float) -> Machine:
-    return replace(one, span=Span.parse(span), ready_at=now + 60, movable=False)
+def claim(one: Machine, span: Span, now: float) -> Machine:
+    return replace(one, span=span, kept=one.keeps(span), ready_at=now + 60, movable=False)
 
 
 def test_a_server_claims_a_hole_looks_again_and_goes():
     mover = Mover("a", NUM_BLOCKS).after_view(TRIPLE, now=0.0)
     assert (mover.phase, mover.claim, mover.move) == (Phase.CLAIMED, Span(4, 8), None)
-    mover = mover.after_view([*TRIPLE, claim(TRIPLE[0], "4:8", 0.0)], now=mover.next_look_at)
+    mover = mover.after_view([*TRIPLE, claim(TRIPLE[0], Span(4, 8), 0.0)], now=mover.next_look_at)
     assert mover.phase is Phase.MOVING
     assert mover.move is not None
     assert mover.move.reason == "blocks 4:8 have no server"
@@ -60,7 +60,7 @@ def test_of_two_servers_that_claim_the_same_blocks_the_lower_peer_id_goes():
     first = Mover("a", NUM_BLOCKS).after_view([TRIPLE[0], TRIPLE[2]], now=0.0)
     second = Mover("b", NUM_BLOCKS).after_view([TRIPLE[1], TRIPLE[2]], now=0.0)
     assert first.claim == second.claim == Span(4, 8)
-    view = [*TRIPLE, claim(TRIPLE[0], "4:8", 0.0), claim(TRIPLE[1], "4:8", 0.0)]
+    view = [*TRIPLE, claim(TRIPLE[0], Span(4, 8), 0.0), claim(TRIPLE[1], Span(4, 8), 0.0)]
     assert first.after_view(view, now=CLAIM_SECONDS).phase is Phase.MOVING
     assert second.after_view(view, now=CLAIM_SECONDS).claim != Span(4, 8)
 
@@ -70,7 +70,7 @@ def test_two_servers_that_both_count_on_the_other_do_not_both_leave():
     first = Mover("a", 12).after_view([*pair, machine("x", "8:12")], now=0.0)
     second = Mover("b", 12).after_view([replace(pair[0], peer="z"), pair[1], machine("x", "4:8")], now=0.0)
     assert first.phase is second.phase is Phase.CLAIMED
-    view = [*pair, claim(pair[0], "4:8", 0.0), claim(pair[1], "8:12", 0.0)]
+    view = [*pair, claim(pair[0], Span(4, 8), 0.0), claim(pair[1], Span(8, 12), 0.0)]
     phases = [mover.after_view(view, now=CLAIM_SECONDS).phase for mover in (first, second)]
     assert phases == [Phase.MOVING, Phase.WATCHING]
 
@@ -207,14 +207,17 @@ def test_servers_with_delayed_views_fill_holes_and_open_none(seed: int):
             before = movers[peer]
             after = movers[peer] = before.after_view(world.view(peer, now), now=now)
             own = online[peer]
+            if own is None:
+                continue
+            serving = replace(servers[peer], span=own)
             if after.move is not None and before.move is None:
-                online[peer] = None
+                kept = serving.keeps(after.move.after)
+                online[peer] = None if kept is None else own
                 ready[peer] = now + 30
-                loading = replace(servers[peer], span=after.move.after, ready_at=now + 30, movable=False)
+                loading = replace(serving, span=after.move.after, kept=kept, ready_at=now + 30, movable=False)
                 world.announce(peer, now, loading)
-            elif after.claim != before.claim and own is not None:
-                serving = replace(servers[peer], span=own)
-                world.announce(peer, now, serving, *([claim(serving, str(after.claim), now)] if after.claim else []))
+            elif after.claim != before.claim:
+                world.announce(peer, now, serving, *([claim(serving, after.claim, now)] if after.claim else []))
         covered = {block for span in online.values() if span for block in span}
         assert served <= covered
         served = covered

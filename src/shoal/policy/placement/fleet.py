@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.policy.placement.lifetime import Lifetimes
+from shoal.policy.placement.lifetime import BEFORE_ANY_WAS_SEEN, Lifetimes
 from shoal.policy.placement.machines import Machine, kept_blocks
 from shoal.spans import Span
 
@@ -28,7 +28,10 @@ HORIZON = 600.0
 MOST_MEDIANS = 32.0
 """No machine counts for more than this many machines of median capacity: announcing a high speed costs nothing."""
 ASSUMED_LOSS = 0.15
-"""The chance that a machine vanishes before the next one has loaded, where nothing is known of its life."""
+"""The chance that a machine vanishes before the next one has loaded, while machines come and go."""
+QUIET_SECONDS = 86400.0
+"""A swarm is quiet if no machine came within this time. The chance that a machine vanishes then follows from its age,
+and throughput counts for more. Where machines come and go, such chances led to more holes and to less throughput."""
 DOUBTED_LOSS = 0.5
 """The same for a machine whose claim is not plausible."""
 MAX_ZONES = 64
@@ -42,10 +45,14 @@ def summed(places: Ints, amounts: Floats, size: int) -> Floats:
 
 @dataclass(frozen=True)
 class Kinds:
-    """What machines could compute: `capacity` by kind and length of the span, and the `longest` span of each kind."""
+    """What machines could compute: `capacity` by kind and length of the span, and the `longest` span of each kind.
+
+    `network` is the tokens per second that a machine carries, whatever its span: no single block gets more of it.
+    """
 
     capacity: Floats  # [kinds, L + 1]; column 0 is 0
     longest: Ints  # [kinds]
+    network: Floats  # [kinds]
 
     @property
     def best(self) -> Floats:
@@ -74,13 +81,13 @@ def tabulate(machines: Sequence[Machine], num_blocks: int) -> tuple[Kinds, Ints]
             examples.append((machine, longest))
         kinds[index] = kind
     if not examples:
-        return Kinds(np.zeros((1, 2)), np.ones(1, np.int64)), kinds
+        return Kinds(np.zeros((1, 2)), np.ones(1, np.int64), np.zeros(1)), kinds
     longest_of = np.array([longest for _, longest in examples])
     lengths = np.arange(1, longest_of.max() + 1)
     speeds = _interpolated([machine.block_speeds for machine, _ in examples], lengths)
     network = np.array([machine.network_speed for machine, _ in examples])
     capacity = np.minimum(speeds, network[:, None] * lengths)
-    return Kinds(np.concatenate((np.zeros((len(examples), 1)), capacity), axis=1), longest_of), kinds
+    return Kinds(np.concatenate((np.zeros((len(examples), 1)), capacity), axis=1), longest_of, network), kinds
 
 
 def _interpolated(speeds: Sequence[tuple[tuple[int, float], ...]], lengths: Ints) -> Floats:
@@ -104,7 +111,8 @@ class Fleet:
     `starts` and `ends` are 0 where a machine has no span; `kept_starts` and `kept_ends` say which blocks of it are
     served now, and go on being served. `weights` say for which part of the next ten minutes a machine serves its span.
     `doubted` machines make claims that are not plausible; `whole` ones claim every block besides. `losses` are the
-    chances that a machine vanishes before another has loaded. Zone 0 is unknown.
+    chances that a machine vanishes before another has loaded. Zone 0 is unknown. In a `quiet` swarm no machine came for
+    a day.
     """
 
     machines: tuple[Machine, ...]
@@ -122,6 +130,7 @@ class Fleet:
     whole: Flags
     losses: Floats
     zones: Ints
+    quiet: bool
 
     @classmethod
     def of(
@@ -136,10 +145,7 @@ class Fleet:
         ready = np.array([machine.ready_at for machine in listed])
         serves = [machine.serves for machine in listed]
         doubted, whole = _doubted(ends - starts, counts, num_blocks)
-        if lifetimes is None:
-            losses = np.full(len(listed), ASSUMED_LOSS)
-        else:
-            losses = np.array([lifetimes.loss(machine.zone, now - machine.up_since) for machine in listed])
+        losses = np.array(_losses(listed, now, lifetimes))
         return cls(
             machines=listed,
             num_blocks=num_blocks,
@@ -156,6 +162,7 @@ class Fleet:
             whole=whole,
             losses=np.where(doubted, np.maximum(losses, DOUBTED_LOSS), losses),
             zones=_zone_numbers(listed),
+            quiet=_is_quiet(listed, now),
         )
 
     @property
@@ -166,6 +173,11 @@ class Fleet:
     def capacity(self) -> Floats:
         """The capacity of one machine of each entry, in its present span."""
         return self.kinds.capacity[self.kind, self.lengths]
+
+    @property
+    def alone(self) -> Floats:
+        """What one machine of each entry does for a block of its span if it computes no other."""
+        return np.minimum(self.capacity, self.kinds.network[self.kind])
 
     @property
     def num_zones(self) -> int:
@@ -226,6 +238,20 @@ class Fleet:
             losses=grown(self.losses),
             zones=grown(self.zones),
         )
+
+
+def _losses(machines: Sequence[Machine], now: float, lifetimes: Lifetimes | None) -> list[float]:
+    """The chance that each machine vanishes before another has loaded."""
+    if lifetimes is not None:
+        return [lifetimes.loss(machine.zone, now - machine.up_since) for machine in machines]
+    if not _is_quiet(machines, now):
+        return [ASSUMED_LOSS] * len(machines)
+    return [BEFORE_ANY_WAS_SEEN.typical_loss(now - machine.up_since) for machine in machines]
+
+
+def _is_quiet(machines: Sequence[Machine], now: float) -> bool:
+    """Whether no machine came within `QUIET_SECONDS`; not if the time is not known."""
+    return now < math.inf and all(now - machine.up_since >= QUIET_SECONDS for machine in machines)
 
 
 def _per_block(starts: Ints, ends: Ints, amounts: Floats, num_blocks: int) -> Floats:

@@ -8,6 +8,7 @@ towards what is known without having seen any.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -43,6 +44,13 @@ class Lifetimes:
     def loss(self, zone: str, age: float) -> float:
         """The chance that a machine of this age vanishes before another could take its place."""
         return 1.0 - self.survival(zone, age, LOSS_SECONDS)
+
+    def typical_loss(self, age: float) -> float:
+        """The same for machines of any zone, in as many steps as there are ranges of age.
+
+        So views that are some seconds apart say the same of almost all machines, and lead to equal plans.
+        """
+        return self.loss("", AGES[bisect_right(AGES, max(0.0, age)) - 1])
 
     def remaining(self, zone: str, age: float) -> float:
         """Seconds that a machine of this age is expected to stay."""
@@ -128,6 +136,10 @@ class Lives:
 def _prior() -> Rates:
     ends = (*AGES[1:], 4 * AGES[-1])
     return tuple(FALLING_RATE / math.sqrt(max(begin, 15.0) * end) for begin, end in zip(AGES, ends, strict=True))
+
+
+BEFORE_ANY_WAS_SEEN = Lifetimes(_prior())
+"""What is known of lives without having seen any."""
 
 
 def _shrunk(left: Rates, stayed: Rates, expected: Rates, leaves: float) -> Rates:

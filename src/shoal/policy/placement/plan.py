@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.policy.placement.fleet import HORIZON, Flags, Fleet, Floats
+from shoal.policy.placement.fleet import HORIZON, Flags, Fleet, Floats, Ints
 from shoal.policy.placement.lifetime import Lifetimes
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.needed import Needed
@@ -28,10 +28,12 @@ from shoal.spans import Span
 
 MAX_MOVES = 8
 """The most moves of a plan. What is left to do is in the next one."""
-LEAST_GAIN = 0.05
-"""A move gains at least so much of what the machine can add to the swarm."""
-MAX_MOVERS = 48
-"""The entries whose moves are compared, where there are more."""
+LEAST_GAIN = 0.04
+"""A move gains at least this part of what the machine can add to the swarm: the next change may undo smaller gains."""
+QUIET_LEAST_GAIN = 0.002
+"""The same in a quiet swarm (`Fleet.quiet`), where gains last."""
+MAX_MOVERS = 128
+"""The entries whose moves are compared, where there are more. With 48, swarms of 100 machines stopped far earlier."""
 PLACES_SCORED = 96
 """The places that are scored for each move."""
 PLACES_EACH = 12
@@ -91,7 +93,7 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     holes = picture.holes
     needed = Needed.of(fleet, ~fleet.doubted)
     needed_to_fill = Needed.of(fleet, ~fleet.whole) if holes.any() else needed
-    rows = most_promising(picture, np.flatnonzero(fleet.movable & (fleet.lengths > 0)), MAX_MOVERS)
+    rows = most_promising(picture, _one_of_each(fleet, np.flatnonzero(fleet.movable & (fleet.lengths > 0))), MAX_MOVERS)
     if len(rows) == 0 or picture.bound == 0:
         return None
     score = picture.score
@@ -119,6 +121,17 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     return int(places.rows[best]), _move(picture, places, best, gain=float(gain[best]), rank=rank)
 
 
+def _one_of_each(fleet: Fleet, rows: Ints) -> Ints:
+    """Of entries whose machines are alike in all that decides, the first. The others would only use up places."""
+    found: dict[tuple[object, ...], int] = {}
+    for row in rows.tolist():
+        one = fleet.machines[row]
+        loading = (one.load_seconds, one.disk_seconds, one.on_disk)
+        key = (fleet.kind[row], one.span, fleet.doubted[row], fleet.losses[row], fleet.zones[row], loading)
+        found.setdefault(key, row)
+    return np.array(list(found.values()), np.int64)
+
+
 def _loading(fleet: Fleet, places: Changes) -> tuple[Floats, Flags]:
     """For which part of the next ten minutes each machine would load, and whether it would serve meanwhile."""
     moves = [
@@ -133,7 +146,8 @@ def _loading(fleet: Fleet, places: Changes) -> tuple[Floats, Flags]:
 def _least_gain(picture: Picture) -> Floats:
     """What a move of one machine of each entry must gain: a part of its share of what all can do."""
     best = picture.fleet.kinds.best[picture.fleet.kind]
-    return LEAST_GAIN * picture.bound * best / max(float(best @ picture.fleet.counts), 1e-300)
+    least = QUIET_LEAST_GAIN if picture.fleet.quiet else LEAST_GAIN
+    return least * picture.bound * best / max(float(best @ picture.fleet.counts), 1e-300)
 
 
 def _move(picture: Picture, places: Changes, index: int, *, gain: float, rank: int) -> Move:

@@ -22,6 +22,9 @@ SHARES = np.arange(1, NUM_LEVELS + 1) / NUM_LEVELS
 """The levels, as shares of the bound. All weigh alike: only then does almost every placement that is not the best one
 have a single move that raises the score. With low levels that weigh more, moves stall at 0.5 to 0.7 of the bound."""
 
+LEAST_CHANCE = 1e-300
+"""The least chance that all holders of a block in a zone vanish: it has a logarithm, however many they are."""
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -33,7 +36,7 @@ class Scoring:
     the chance that all machines of one zone vanish together.
     """
 
-    exact: float = 0.6
+    exact: float = 0.8
     risk: float = 1.0
     hole: float = 3.0
     zone_loss: float = 0.02
@@ -68,6 +71,7 @@ class Picture:
     bound: float
     opened: Floats  # [N, W] capacity of the spans that start at a block and end within 1, 2, .. W blocks
     even: Floats  # [N] tokens per second of each block, if machines divide their time evenly
+    alone: Floats  # [N] the same if its machines compute no other block: what their networks carry
     holders: Floats  # [N]
     log_losses: Floats  # [Z, N] logarithm of the chance that all holders in a zone vanish, each for itself
 
@@ -95,6 +99,7 @@ class Picture:
             bound,
             opened=by_end[np.arange(num_blocks)[:, None], ends],
             even=np.maximum(fleet.per_block(amounts / lengths), 0.0),
+            alone=np.maximum(fleet.per_block(fleet.alone * fleet.weights * fleet.counts), 0.0),
             holders=np.rint(fleet.per_block(fleet.counts)),
             log_losses=np.minimum(logs, 0.0),
         )
@@ -166,6 +171,15 @@ class Picture:
         even: Floats = np.maximum(self.even - before * lost[:, None] + after * won[:, None], 0.0)
         return even
 
+    def alone_after(self, changes: Changes) -> Floats:
+        """Tokens per second of each block after each change, if its machines compute no other block. [B, N]"""
+        network = self.fleet.kinds.network[self.fleet.kind[changes.rows]]
+        lost = np.minimum(self.capacity_before(changes), network * self.fleet.weights[changes.rows])
+        won = np.minimum(self.capacity_after(changes), network)
+        before, after = self.held_before(changes), self.held_after(changes)
+        alone: Floats = np.maximum(self.alone - before * lost[:, None] + after * won[:, None], 0.0)
+        return alone
+
     def risks(self, changes: Changes, before: Flags, after: Flags) -> Floats:
         """The chance that a block loses all its holders before others have loaded. [B, N]"""
         zones, loss = self.fleet.zones[changes.rows], np.log(self.fleet.losses[changes.rows])
@@ -179,7 +193,7 @@ class Picture:
         """The chance that all holders in a zone vanish: each for itself, or all together where the zone is known."""
         together = np.where(zones == 0, 0.0, self.scoring.zone_loss)[:, None]
         factor = together + (1 - together) * np.exp(logs)
-        return np.where(logs < 0, factor, 1.0)
+        return np.where(logs < 0, np.maximum(factor, LEAST_CHANCE), 1.0)
 
     def exact_sums(self, changes: Changes, levels: Floats | None = None) -> Floats:
         """At each level, by default those of the score, the sum over blocks of what they get of it. [B, K]"""
@@ -195,11 +209,12 @@ class Picture:
         leaving = _by_start(self.fleet.starts[changes.rows], self.fleet.ends[changes.rows], changes.rows >= 0)
         coming = _by_start(changes.starts, changes.ends, changes.ends > changes.starts)
         lost, won = self.capacity_before(changes), self.capacity_after(changes)
-        return _sweep(self.opened, levels, leaving, coming, lost, won, keep)
+        return _sweep(self.opened, self.alone_after(changes), levels, leaving, coming, lost, won, keep)
 
 
 def _sweep(
     opened: Floats,
+    alone: Floats,
     levels: Floats,
     leaving: dict[int, list[tuple[int, int]]],
     coming: dict[int, list[tuple[int, int]]],
@@ -211,21 +226,24 @@ def _sweep(
 
     What machines can still do that hold the block and whose spans end after `end` blocks at the latest is in row
     `end % W` of `left`: so serving a block takes the same amount off all rows, down to nothing, and nothing is moved
-    when machines are passed. What each block gets goes to `keep`.
+    when machines are passed. No block gets more than its machines do if they compute it `alone`. What each block gets
+    goes to `keep`.
     """
     num_blocks, width = opened.shape
     left = np.zeros((width, len(lost), len(levels)))
     total = np.zeros(left.shape[1:])
+    limits = alone if alone.min() < levels.max() else np.full((1, num_blocks), np.inf)
     for block in range(num_blocks):
         rows = (block + np.arange(width)) % width
         for change, column in leaving.get(block, ()):
             left[rows[column:], change] -= lost[change]
         for change, column in coming.get(block, ()):
             left[rows[column:], change] += won[change]
-        added = np.empty((width, 1, len(levels)))
-        added[rows, 0] = opened[block][:, None] - levels
+        asked = np.minimum(levels, limits[:, block, None])
+        added = np.empty((width, len(asked), len(levels)))
+        added[rows] = opened[block][:, None, None] - asked
         left += added
-        served = levels + np.minimum(left[rows[-1]], 0.0)
+        served = asked + np.minimum(left[rows[-1]], 0.0)
         total += served
         if keep is not None:
             keep[:, :, block] = served

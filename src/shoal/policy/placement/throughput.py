@@ -11,9 +11,7 @@ import numpy as np
 
 from shoal.policy.placement.fleet import Floats
 from shoal.policy.placement.machines import Machine
-
-LEVELS_AT_ONCE = 24
-ROUNDS = 7
+from shoal.policy.placement.sharing import shared_throughput
 
 
 def block_throughputs(machines: Sequence[Machine], num_blocks: int) -> list[float]:
@@ -45,24 +43,12 @@ def _covered(machines: Sequence[Machine], num_blocks: int) -> list[bool]:
 def exact_throughput(machines: Sequence[Machine], num_blocks: int) -> float:
     """Tokens per second through all blocks, if machines share their time freely among their blocks.
 
-    A binary search for the highest throughput of which `served` says that every block can serve it. Where networks
-    limit single blocks, the result may be too low, but it is never below the least of `block_throughputs`.
+    It is the most that every block can get at once, whatever limits the machines.
     """
-    even = min(block_throughputs(machines, num_blocks))
-    if even == 0:
+    if not all(_covered(machines, num_blocks)):
         return 0.0
     fields = _placed(machines)
-    low, high = even, _most(fields, num_blocks)
-    for _ in range(ROUNDS):
-        if high <= low * (1 + 1e-9):
-            break
-        levels = np.linspace(low, high, LEVELS_AT_ONCE)
-        short = served(fields, num_blocks, levels).min(axis=1) < levels * (1 - 1e-9)
-        short[0] = False  # known to be reached
-        first = int(short.argmax()) if short.any() else len(levels)
-        low = float(levels[first - 1])
-        high = float(levels[first]) if first < len(levels) else low
-    return low
+    return shared_throughput(fields, num_blocks, at_most=_most(fields, num_blocks))
 
 
 def levels_at(machines: Sequence[Machine], num_blocks: int, throughput: float) -> list[float]:

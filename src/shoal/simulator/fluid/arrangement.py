@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from shoal.peers import ModelInfo, ServerState
@@ -201,7 +201,8 @@ class Arrangement:
 
     def _load(self, member: Member, span: Span, *, seconds: float | None) -> None:
         member.span = span
-        takes = member.machine().seconds_to_load(span) if seconds is None else seconds
+        freed = replace(member.machine(), span=None)
+        takes = freed.seconds_to_load(span) if seconds is None else seconds
         if not takes:
             self._go_online(member)
             return

@@ -11,7 +11,7 @@ from typing import Protocol
 from shoal.policy.placement.joining import choose_blocks
 from shoal.policy.placement.lifetime import Lifetimes, Lives
 from shoal.policy.placement.machines import Machine
-from shoal.policy.placement.mover import Mover, Phase, Planner, shared_plan
+from shoal.policy.placement.mover import Mover, Planner, shared_plan
 from shoal.policy.placement.petals import choose_span
 from shoal.policy.placement.plan import Move
 from shoal.policy.placement.throughput import block_throughputs
@@ -190,9 +190,7 @@ class MoverSteward:
         self._mover = self._mover.after_view(machines, now=now, lifetimes=lifetimes)
         move = self._mover.move
         if move is None:
-            watching = self._mover.phase is Phase.WATCHING
-            look_at = None if watching and self._rule.selective else self._mover.next_look_at
-            return Decision(claims=self._mover.claim, look_at=look_at)
+            return Decision(claims=self._mover.claim, look_at=self._mover.next_look_at)
         if would_open_hole(own, move.after, others):
             self._mover = self._mover.failed(now=now)
             return Decision(look_at=self._mover.next_look_at)

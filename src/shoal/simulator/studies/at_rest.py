@@ -28,6 +28,8 @@ from shoal.simulator.world.stays import Stay
 
 SETTLE_SECONDS = 3 * 3600.0
 """Long enough for all moves of a swarm at rest."""
+AGE = 7 * 86400.0
+"""The age of the machines when they join: none is expected to vanish soon."""
 ALLOCATORS: dict[str, Allocate] = {"Parallax": parallax, "GBP-CR": greedy_chains}
 RULES = ("no moves", "PETALS", "graded joining", "shared plan", "Parallax", "GBP-CR")
 SWARMS = ((14, 80, 1.5), (100, 80, 1.5), (100, 80, 3.0), (100, 126, 6.0))
@@ -105,7 +107,7 @@ def outcome(name: str, machines: Sequence[Machine], num_blocks: int) -> Outcome:
 
 def settle(machines: Sequence[Hardware], num_blocks: int, rule: Rule, *, seed: int) -> tuple[tuple[Machine, ...], int]:
     """The machines after all have joined and moved, and how many moves that took."""
-    stays = [Stay(0.0, float("inf"), slot) for slot in range(len(machines))]
+    stays = [Stay(-AGE, float("inf"), slot) for slot in range(len(machines))]
     scene = Scene(
         num_blocks, stays, machines.__getitem__, SETTLE_SECONDS, measure_every=SETTLE_SECONDS, delays=Delays()
     )
