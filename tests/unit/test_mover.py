@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from shoal.policy.placement.machines import Machine
-from shoal.policy.placement.mover import CLAIM_SECONDS, PLAN_EVERY, REST_SECONDS, Arrival, Mover, Phase
+from shoal.policy.placement.mover import CLAIM_SECONDS, PLAN_EVERY, REST_SECONDS, Mover, Phase
 from shoal.spans import Span
 
 from .test_placement import machine
@@ -154,31 +154,6 @@ class World:
             for block in record.span
         }
         return set(range(self.num_blocks)) - held
-
-
-@pytest.mark.parametrize("seed", range(200))
-def test_four_machines_that_start_at_once_leave_no_hole(seed: int):
-    rng = random.Random(seed)
-    machines = [
-        machine(f"{rng.randrange(16**4):04x}-{i}", max_blocks=8, up_since=rng.uniform(0.0, 1.0)) for i in range(4)
-    ]
-    world = World(30, {each.peer: rng.uniform(0.0, 1.9) for each in machines})
-    arrivals = {each.peer: Arrival(each, 30) for each in machines}
-    for tick in range(2000):
-        now = tick / 10
-        for one in machines:
-            before = arrivals[one.peer]
-            if before.settled or now < max(one.up_since, before.next_look_at):
-                continue
-            after = before.after_view(world.view(one.peer, now), now=now, rng=rng)
-            arrivals[one.peer] = after
-            assert after.placed is not None
-            if before.placed != after.placed:
-                world.announce(one.peer, now, replace(one, span=after.placed.span, ready_at=now + 60))
-        if all(arrival.settled for arrival in arrivals.values()):
-            break
-    assert all(arrival.settled for arrival in arrivals.values())
-    assert world.holes(200.0) == set()
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -9,11 +9,9 @@
 ```
 
 Servers whose views differ may want the same place. So a server waits, longer the later its move is in the plan, and
-then announces the new span as *joining* while it still serves the old one. Others count it where it goes, and count on
-it no longer where it was. It looks at a fresh view, and if another server with a lower peer id claims at the same time,
-that claim counts and its own does not: what is left of the plan then decides.
-
-A server that starts does the same, without blocks to leave: `Arrival`.
+then announces that it wants the new span, while it still serves the old one. Others count it where it goes, and count
+on it no longer where it was, but for blocks that it keeps. It looks at a fresh view, and if another server with a lower
+peer id claims at the same time, that claim counts and its own does not: what is left of the plan then decides.
 """
 
 from __future__ import annotations
@@ -22,16 +20,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
-from shoal.policy.placement.joining import Placed, Rule, choose_blocks
 from shoal.policy.placement.lifetime import Lifetimes
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.plan import Move, plan_moves
 from shoal.spans import Span
-
-if TYPE_CHECKING:
-    import random
 
 PLAN_EVERY = 10.0
 """Seconds between two plans of a server, at least."""
@@ -62,7 +56,7 @@ def shared_plan(
 class Phase(StrEnum):
     WATCHING = "watching"
     WAITING = "waiting"  # its move is in the plan; servers whose moves come before it go first
-    CLAIMED = "claimed"  # it announces the new span as joining, and looks once more before it goes
+    CLAIMED = "claimed"  # it announces that it wants the new span, and looks once more before it goes
     MOVING = "moving"  # it hands its sessions over and loads the new span
 
 
@@ -92,7 +86,7 @@ class Mover:
 
     @property
     def claim(self) -> Span | None:
-        """The span to announce as joining."""
+        """The span to announce as wanted."""
         if self.intended is None or self.phase not in (Phase.CLAIMED, Phase.MOVING):
             return None
         return self.intended.after
@@ -177,55 +171,3 @@ def _has_hole(machines: Sequence[Machine], num_blocks: int) -> bool:
 def _digest(machines: Sequence[Machine]) -> int:
     """What a plan depends on, but for speeds that were measured again."""
     return hash(frozenset((m.peer, m.span, m.ready_at > 0.0, m.movable, m.count) for m in machines))
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """Where a server that starts serves. Servers that start together spread.
-
-    The owner calls `after_view` with a fresh view at `next_look_at`, and announces `placed.span` as joining at once.
-    The choice holds when `settled`: the server then loads. Of servers that announce their spans within a few seconds of
-    each other, the lower peer id keeps its span, and the higher chooses again with that one in view.
-    """
-
-    machine: Machine
-    num_blocks: int
-    rule: Rule = "graded"
-    min_blocks: int = 1
-    placed: Placed | None = None
-    settled: bool = False
-    next_look_at: float = -math.inf
-    heeded: frozenset[tuple[str, Span | None]] = frozenset()
-    looks: int = 0
-
-    def after_view(self, machines: Sequence[Machine], *, now: float, rng: random.Random) -> Arrival:
-        """Choose, or look whether the choice still holds."""
-        if self.settled or now < self.next_look_at:
-            return self
-        others = tuple(machine for machine in machines if self._comes_before(machine))
-        heeded = frozenset((other.peer, other.span) for other in others)
-        looked = replace(self, looks=self.looks + 1, heeded=heeded, next_look_at=now + CLAIM_SECONDS)
-        new = {peer for peer, _ in heeded - self.heeded}
-        joining = {other.peer for other in others if other.ready_at > 0.0}
-        if self.placed is not None and (not new & joining or self.looks >= MAX_LOOKS):
-            return replace(looked, settled=True)
-        placed = choose_blocks(
-            self.machine, others, self.num_blocks, rule=self.rule, min_blocks=self.min_blocks, rng=rng
-        )
-        return replace(looked, placed=placed)
-
-    def _comes_before(self, other: Machine) -> bool:
-        """Whether another's place counts: it serves, or started clearly earlier, or together and has a lower id."""
-        own = self.machine
-        if other.peer == own.peer or other.span is None:
-            return False
-        if other.ready_at == 0.0:
-            return True
-        earlier = own.up_since - other.up_since
-        return earlier > TOGETHER_SECONDS or (earlier >= -TOGETHER_SECONDS and other.peer < own.peer)
-
-
-TOGETHER_SECONDS = 3.0
-"""Servers that start within this many seconds of each other start together. It is less than `CLAIM_SECONDS`."""
-MAX_LOOKS = 16
-"""A server loads after this many looks, whatever others claim by then."""

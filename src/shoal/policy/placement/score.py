@@ -2,8 +2,8 @@
 
 The least throughput of a block does not show them: many blocks tie for the least, and no single machine helps them all.
 So the score asks, at several shares of what the machines could carry at best, how much of it each block gets. Blocks
-whose holders may all vanish at once take something off it, and blocks without a holder
-take off more than everything else can add.
+whose holders may all vanish at once take something off it, and blocks without a holder take off more than everything
+else can add.
 
 B changes that are compared, N blocks, K levels, W ends of spans that are still open, Z zones.
 """
@@ -143,7 +143,8 @@ class Picture:
         """What tokens per second of one block count for: the sum over levels of what they reach of it."""
         knots = np.concatenate(([0.0], self.levels))
         values = np.minimum(knots[:, None], self.levels).sum(axis=1)
-        return np.interp(throughput, knots, values)
+        useful: Floats = np.interp(throughput, knots, values)
+        return useful
 
     def held_before(self, changes: Changes) -> Flags:
         """The blocks that the machine of each change holds now. [B, N]"""
