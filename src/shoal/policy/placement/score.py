@@ -143,7 +143,8 @@ class Picture:
         """What tokens per second of one block count for: the sum over levels of what they reach of it."""
         knots = np.concatenate(([0.0], self.levels))
         values = np.minimum(knots[:, None], self.levels).sum(axis=1)
-        return np.interp(throughput, knots, values)
+        utility: Floats = np.interp(throughput, knots, values)
+        return utility
 
     def held_before(self, changes: Changes) -> Flags:
         """The blocks that the machine of each change holds now. [B, N]"""
