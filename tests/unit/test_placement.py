@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from shoal.policy.placement.joining import choose_blocks
 from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.petals import choose_move
 from shoal.policy.placement.plan import Move, plan_moves
+from shoal.policy.placement.score import Changes, Picture, Scoring
 from shoal.policy.placement.throughput import block_throughputs, exact_throughput, levels_at
 from shoal.spans import Span
 
@@ -265,6 +267,12 @@ def test_where_no_machine_came_for_a_day_throughput_counts_for_more_than_danger(
     assert quiet.losses.max() < 0.01
     came = Fleet.of([*machines[:3], replace(machines[3], up_since=1e6 - 60)], 8, now=1e6)
     assert set(came.losses) == {ASSUMED_LOSS}
+
+
+def test_the_score_knows_that_a_network_limits_what_a_machine_does_for_one_block():
+    machines = [machine("a", "0:4", 100, network_speed=30.0), machine("b", "1:4", 1000)]
+    picture = Picture.of(Fleet.of(machines, 4, now=NOW), Scoring())
+    assert picture.exact_sums(Changes.none(), np.array([50.0]))[0, 0] == 30 + 3 * 50
 
 
 def test_no_machines_make_no_plan():

@@ -100,8 +100,9 @@ def report(plan: Plan, summaries: dict[tuple[str, str], Summary]) -> Report:
             holes = f"≤ {percent(goal.hole)}"
             heal = f"≤ {seconds(plan.load_seconds + 10)}"
             rows.append(("", "*goal*", f"≥ {share(goal.exact)}", holes, minimum, f"≤ {goal.moves:g}", heal, ""))
+    runs = "One run" if len(plan.seeds) == 1 else f"Averages of {len(plan.seeds)} runs"
     notes = (
-        f"Averages of {len(plan.seeds)} runs of {plan.hours:g} h after half an hour. A span as long as a machine can"
+        f"{runs} of {plan.hours:g} h after half an hour. A span as long as a machine can"
         f" hold loads in {plan.load_seconds:g} s; views are up to {plan.delays.view:g} s old; a vanished server stays"
         f" in them for {plan.delays.vanish:g} s."
     )
