@@ -393,6 +393,33 @@ def test_a_server_that_cannot_load_more_blocks_goes_on_with_those_that_it_has(
     stage.play(scene)
 
 
+def test_a_server_gives_no_block_up_whose_other_server_has_gone_while_it_loaded(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = planning(monkeypatch)
+
+    async def scene(town: Town) -> None:
+        missing = await roomy_one(town)
+        wanted["m"] = FIRST
+        await town.until(lambda: town.members["m"].span == FIRST)
+        await town.start("b", blocks=Span(0, 1))
+        client = town.client()
+        wanted["m"] = Span(1, 4)
+
+        async def leave() -> None:
+            await town.until(lambda: town.infos["m"].wants == Span(1, 4) and town.infos["m"].ready_at is not None)
+            await town.leave("b")
+            await town.until(lambda: town.infos["m"].wants is None)
+            del wanted["m"]
+            assert (town.infos["m"].state, town.infos["m"].span) == (ServerState.ONLINE, FIRST)
+
+        await together(client.talk(60, seconds_each=0.5), leave())
+        assert not any(missing)
+        assert town.infos["m"].span == FIRST
+
+    stage.play(scene)
+
+
 def test_a_server_that_is_stopped_while_it_takes_more_blocks_leaves_like_any_other(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ):

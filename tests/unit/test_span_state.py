@@ -46,7 +46,7 @@ class Life(RuleBasedStateMachine):
         self.state = self.state.claimed(wanted)
         assert self.state.held == held
 
-    @precondition(lambda self: self.can(SpanPhase.CLAIMING))
+    @precondition(lambda self: self.can(SpanPhase.CLAIMING, SpanPhase.EXTENDING))
     @rule()
     def gives_the_claim_up(self) -> None:
         held = self.state.held
@@ -151,7 +151,7 @@ STEPS: dict[str, Callable[[SpanState], SpanState]] = {
 ALLOWED = {
     SpanPhase.CHOOSING: {"claimed"},
     SpanPhase.CLAIMING: {"claimed", "unclaimed", "confirmed", "extends"},
-    SpanPhase.EXTENDING: {"loaded", "failed"},
+    SpanPhase.EXTENDING: {"loaded", "failed", "unclaimed"},
     SpanPhase.DRAINING: {"drained"},
     SpanPhase.LOADING: {"loaded", "failed"},
     SpanPhase.SERVING: {"claimed"},

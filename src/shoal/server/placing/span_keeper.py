@@ -20,6 +20,7 @@ from shoal.peers import ServerInfo
 from shoal.policy.placement.joining import Placed
 from shoal.policy.placement.mover import Mover
 from shoal.policy.placement.plan import Move
+from shoal.policy.view import format_blocks
 from shoal.server.announcer import Announcer
 from shoal.server.engine.engine import Engine
 from shoal.server.measuring.own_capacity import seconds_to_load
@@ -313,11 +314,16 @@ class SpanKeeper:
                 return
             loading = extend_span(around.config, around.setup, loaded, move.after, around.compute, around.observers)
             extended = await self._loaded_by(loading)
-            if extended is not None:
+            if extended is not None and (alone := await self._watch.uncovered(held, kept)):
+                log.warning("the server stays with %s: no other server has %s now", held, format_blocks(alone))
+                self._mover = self._mover.failed(now=around.clock())
+                self.state = self.state.unclaimed()
+            elif extended is not None:
                 self._is_open.clear()
                 following.set_result(extended)
                 await self._is_open.wait()
                 return
+            extended = None
             await self._announcer.announce_now()
 
     async def _next_move(self, own: OwnBlocks) -> Move:

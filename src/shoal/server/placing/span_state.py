@@ -5,7 +5,7 @@
        └───────────────────┘                         │  │ drained       v                     │
        ^                                       failed│  │            claiming ────────────────┤
        └─────────────────────────────────────────────┘  └─ draining <──┤ confirmed           │
-                                                                       └─────> extending ────┘ loaded, failed
+                                                                       └─────> extending ────┘ loaded, failed, unclaimed
 
 A server that keeps some of its blocks, and has room for the others beside them, *extends*: it serves what it holds
 until it has loaded what is missing. Another one drains first. A server that fails to load goes back to the blocks that
@@ -109,9 +109,9 @@ class SpanState:
 
     def unclaimed(self) -> Self:
         """It gives the claim up: it stays with what it holds, or has to choose again."""
-        self._check(SpanPhase.CLAIMING)
+        self._check(SpanPhase.CLAIMING, SpanPhase.EXTENDING)
         phase = SpanPhase.CHOOSING if self.held is None else SpanPhase.SERVING
-        return replace(self, phase=phase, wanted=None)
+        return replace(self, phase=phase, wanted=None, ready_at=None)
 
     def confirmed(self, *, ready_at: float, extends: bool = False) -> Self:
         """The claim stands: it loads the blocks.

@@ -9,7 +9,7 @@ import logging
 from shoal.errors import SwarmError
 from shoal.net.transport import Node
 from shoal.peers import ServerState
-from shoal.policy.claims import machines_in
+from shoal.policy.claims import machines_in, uncovered
 from shoal.policy.placement.machines import Machine
 from shoal.policy.view import SwarmView
 from shoal.policy.watching import choose_watched
@@ -80,6 +80,15 @@ class SwarmWatch:
         model = self._setup.model
         self._use(SwarmView(model.num_blocks, await self._node.directory.servers(model)))
         return self.view
+
+    async def uncovered(self, held: Span, kept: Span | None) -> list[int]:
+        """The blocks of `held` that no server would serve if this one now gave up all but `kept`.
+
+        If the directory does not answer, the servers that it named last count.
+        """
+        with contextlib.suppress(SwarmError):
+            await self.read()
+        return uncovered(held, kept, self.view)
 
     async def look(self, until: float | None = None) -> SwarmView:
         """The other servers, as soon as there is a reason to look at them.
