@@ -342,6 +342,12 @@ async def roomy_one(town: Town) -> list[list[int]]:
     return seen
 
 
+async def m_goes(town: Town, wanted: dict[str, Span], after: Span) -> None:
+    """Have the server "m" plan to go there, and wait until it has."""
+    wanted["m"] = after
+    await town.until(lambda: town.members["m"].span == after)
+
+
 def test_the_only_holder_of_blocks_serves_them_while_it_takes_others_and_gives_some_up(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ):
@@ -353,8 +359,7 @@ def test_the_only_holder_of_blocks_serves_them_while_it_takes_others_and_gives_s
 
         async def change() -> None:
             for after in (FIRST, Span(0, 3), Span(0, 4), Span(0, 2), Span(0, 4), FIRST):
-                wanted["m"] = after
-                await town.until(lambda after=after: town.members["m"].span == after)  # type: ignore[misc]
+                await m_goes(town, wanted, after)
                 await asyncio.sleep(DRAIN_SECONDS)
 
         await together(client.talk(100, seconds_each=1.0), training(town.client()), change())
@@ -379,8 +384,7 @@ def test_a_server_that_cannot_load_more_blocks_goes_on_with_those_that_it_has(
 
     async def scene(town: Town) -> None:
         await roomy_one(town)
-        wanted["m"] = FIRST
-        await town.until(lambda: town.members["m"].span == FIRST)
+        await m_goes(town, wanted, FIRST)
         monkeypatch.setattr(span_keeper, "extend_span", fail)
         client = town.client()
         wanted["m"] = Span(0, 3)
@@ -400,8 +404,7 @@ def test_a_server_gives_no_block_up_whose_other_server_has_gone_while_it_loaded(
 
     async def scene(town: Town) -> None:
         missing = await roomy_one(town)
-        wanted["m"] = FIRST
-        await town.until(lambda: town.members["m"].span == FIRST)
+        await m_goes(town, wanted, FIRST)
         await town.start("b", blocks=Span(0, 1))
         client = town.client()
         wanted["m"] = Span(1, 4)
@@ -427,8 +430,7 @@ def test_a_server_that_is_stopped_while_it_takes_more_blocks_leaves_like_any_oth
 
     async def scene(town: Town) -> None:
         await roomy_one(town)
-        wanted["m"] = FIRST
-        await town.until(lambda: town.members["m"].span == FIRST)
+        await m_goes(town, wanted, FIRST)
         await town.start("b", blocks=FIRST)
         wanted["m"] = Span(0, 3)
         client = town.client()
@@ -452,8 +454,7 @@ def test_a_server_that_changes_its_blocks_while_clients_of_a_former_span_are_sti
 
     async def scene(town: Town) -> None:
         await roomy_one(town)
-        wanted["m"] = FIRST
-        await town.until(lambda: town.members["m"].span == FIRST)
+        await m_goes(town, wanted, FIRST)
         await town.start("b", blocks=FIRST)
         early, late = town.client(), town.client()
         async with reading(early, max_length=64) as first, reading(late, max_length=64) as second:
@@ -483,14 +484,12 @@ def test_a_client_whose_directory_does_not_know_yet_that_the_only_holder_has_mov
 
     async def scene(town: Town) -> None:
         await roomy_one(town)
-        wanted["m"] = FIRST
-        await town.until(lambda: town.members["m"].span == FIRST)
+        await m_goes(town, wanted, FIRST)
         client = town.client()
         await client.talk(5)
         stale = town.infos["m"]
         town.network.on_announce = lambda info: stale if info.peer == "m" else info
-        wanted["m"] = Span(0, 3)
-        await town.until(lambda: town.members["m"].span == Span(0, 3))
+        await m_goes(town, wanted, Span(0, 3))
         wanted["m"] = Span(1, 3)
         await town.start("b", blocks=Span(0, 1))
         await town.until(lambda: town.members["m"].span == Span(1, 3))

@@ -307,8 +307,8 @@ def _span_class(family: Family, span: Span) -> type[PreTrainedModel]:
             if next(child.parameters(), None) is not None:
                 setattr(self, name, ClientModuleStub())
         setattr(self, family.layers_name, of_span)
-        # Copies, in a list: they are not registered as submodules and get no weights.
-        self.all_layers = [copy.deepcopy(layer) for layer in layers]
+        # In a list, so that they are not registered as submodules and get no weights; those of the span as copies.
+        self.all_layers = [copy.deepcopy(layer) if block in span else layer for block, layer in enumerate(layers)]
         for name in self._parameters:
             self._parameters[name] = None
 

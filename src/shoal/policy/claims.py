@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.placement.joining import Placed
-from shoal.policy.placement.machines import Machine, kept_blocks, machine_of, machines_of
+from shoal.policy.placement.machines import Machine, machine_of, machines_of
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
@@ -46,12 +46,10 @@ def settled(
     give way to servers that join. In a swarm too large to be read whole, `crowd` are all of its servers, as averages.
     """
     others = view.only(lambda each: each.peer != own.peer)
-    certain = others.only(lambda each: not is_open_claim(each)).servers
-    machines = list(crowd or ()) or [
-        machine
-        for each in certain
-        for machine in machines_of(replace(each, wants=None) if wants_openly(each) else each, now=now)
-    ]
+    certain = tuple(
+        replace(each, wants=None) if wants_openly(each) else each for each in others.servers if not is_open_claim(each)
+    )
+    machines = list(crowd or ()) or machines_in(replace(others, servers=certain), now=now)
     for claim in sorted((own, *others.only(is_open_claim).servers), key=lambda each: each.peer):
         placed = choose(without_span(claim, now=now), machines)
         if claim.peer == own.peer:
@@ -90,8 +88,8 @@ def _kept_by(server: ServerInfo) -> Span | None:
     """The blocks that a server which is online goes on serving."""
     if server.wants is None:
         return server.span
-    most = len(server.span) if server.capacity is None else max(server.capacity.max_blocks, len(server.span))
-    return kept_blocks(server.span, server.wants, most)
+    machine = machine_of(server, now=0.0)
+    return None if machine is None else machine.keeps(server.wants)
 
 
 def yields_to(own_peer: str, fills: Sequence[int], others: SwarmView) -> ServerInfo | None:
