@@ -15,10 +15,10 @@ from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import Progress, load_body
 from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
-from shoal.peers import MAX_SPANS_ON_DISK, Capacity
+from shoal.peers import MAX_SPANS_ON_DISK
+from shoal.policy.placement.machines import Machine
 from shoal.server.measuring.load_times import ASSUMED_DOWNLOAD_BYTES, Load, LoadTimes, known_times, timed
 from shoal.server.measuring.on_disk import missing_blocks, quick_blocks, spans_of
-from shoal.server.measuring.own_capacity import seconds_to_load
 from shoal.spans import Span
 
 HERE = Load(num_blocks=4, num_missing=0, seconds_before=1.0, seconds=8.0, quantized=False)
@@ -168,5 +168,6 @@ def test_of_many_spans_the_longest_are_told(blocks: set[int]) -> None:
 
 
 def test_the_time_for_a_span_counts_its_blocks_on_disk() -> None:
-    capacity = Capacity(8, ((1, 1.0),), None, load_seconds=10.0, disk_seconds=1.0, on_disk=(Span(0, 2), Span(5, 6)))
-    assert seconds_to_load(capacity, Span(1, 6)) == 2 * 1.0 + 3 * 10.0
+    on_disk = (Span(0, 2), Span(5, 6))
+    joins = Machine("a", None, 8, ((1, 1.0),), load_seconds=10.0, disk_seconds=1.0, on_disk=on_disk)
+    assert joins.seconds_to_load(Span(1, 6)) == 2 * 1.0 + 3 * 10.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from shoal.model.body import Body
@@ -50,12 +49,6 @@ def remembered_capacity(config: ServerConfig, means: Means) -> Capacity | None:
         case [float(in_block), float(beside)] if profile is not None and in_block > 0 and beside >= 0:
             return _capacity(config, means, profile, TokenBytes(in_block, beside))
     return None
-
-
-def seconds_to_load(capacity: Capacity, blocks: Collection[int]) -> float:
-    """How long a server of this capacity expects to load these blocks."""
-    num_quick = sum(any(block in each for each in capacity.on_disk) for block in blocks)
-    return num_quick * capacity.disk_seconds + (len(blocks) - num_quick) * capacity.load_seconds
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from shoal.concurrency import first_of, owned_task
 from shoal.errors import ShoalError, SwarmError
 from shoal.events import BlocksChanged
 from shoal.peers import ServerInfo
+from shoal.policy.claims import at, without_span
 from shoal.policy.placement.joining import Placed
 from shoal.policy.placement.mover import Mover
 from shoal.policy.placement.plan import Move
 from shoal.policy.view import format_blocks
 from shoal.server.announcer import Announcer
 from shoal.server.engine.engine import Engine
-from shoal.server.measuring.own_capacity import seconds_to_load
 from shoal.server.neighbors import NeighborMonitor
 from shoal.server.placing.choosing import SpanChooser
 from shoal.server.placing.description import describe
@@ -183,13 +183,11 @@ class SpanKeeper:
 
     def _confirm(self, *, kept: Span | None = None) -> None:
         """Nothing is in the way of what is claimed: load it, beside what is `kept`."""
-        wanted, held, capacity = self.state.wanted, self.state.held, self._around.portrait.capacity
+        now, wanted, held = self._around.clock(), self.state.wanted, self.state.held
         assert wanted is not None
         seconds = self._drain_seconds if kept is None else 0.0
-        if capacity is not None:
-            beside = held.span if kept is not None and held is not None else ()
-            seconds += seconds_to_load(capacity, [block for block in wanted.span if block not in beside])
-        ready_at = self._around.clock() + seconds
+        own = without_span(self.describe(), now=now) if held is None else at(self.describe(), held.span, now=now)
+        ready_at = now + seconds + own.seconds_to_load(wanted.span)
         self.state = self.state.confirmed(ready_at=ready_at, extends=kept is not None)
 
     # -- serving ------------------------------------------------------------------------------------------------------
