@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal import AutoDistributedModel, UserError
+from shoal.client.decoding.standby import REROUTE_CHECK_TOKENS
 from shoal.model.remote_cache import RemoteCache
 from shoal.protocol import Failure, StepResult
 
@@ -176,6 +177,19 @@ def test_where_no_head_is_left_the_client_computes_it(
         again = model.generate(PROMPT, max_new_tokens=10)
     assert answer.tolist() == again.tolist() == whole.generate(PROMPT, max_new_tokens=10).tolist()
     assert caplog.text.count("no server offers the output head: this client computes it") == 1
+
+
+def test_the_log_says_nothing_of_heads_while_one_is_offered(
+    swarm: MakeSwarm, whole: PreTrainedModel, caplog: pytest.LogCaptureFixture
+):
+    made = swarm_with_head(swarm, "0:2", "2:4")
+    made.start("2:4")
+    model = without_head(made.model(config=REMOTE))
+    length = 3 * REROUTE_CHECK_TOKENS  # faster routes are looked for twice, past each of the servers
+    with caplog.at_level(logging.INFO):
+        answer = model.generate(PROMPT, max_new_tokens=length)
+    assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=length).tolist()
+    assert "output head" not in caplog.text
 
 
 def test_a_swarm_without_heads_serves_those_who_would_like_one(swarm: MakeSwarm, whole: PreTrainedModel):
