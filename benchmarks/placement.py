@@ -24,14 +24,14 @@ import numpy as np
 
 from benchmarks.machine import describe_machine
 from benchmarks.placement_swarms import Cluster, clusters, random_machines, scoring_of
-from shoal.policy.placement.bound import throughput_bound
-from shoal.policy.placement.fleet import Fleet
+from shoal.policy.machines.bound import throughput_bound
+from shoal.policy.machines.fleet import Fleet
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import block_throughputs, exact_throughput
 from shoal.policy.placement.joining import Rule, choose_blocks
-from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.petals import choose_move
 from shoal.policy.placement.plan import plan_moves
 from shoal.policy.placement.score import Changes, Picture, Scoring
-from shoal.policy.placement.throughput import block_throughputs, exact_throughput
 from shoal.spans import Span
 
 SWARMS = [(14, 80, 1.5), (14, 80, 2.5), (14, 126, 2), (100, 80, 1.5), (100, 80, 3), (100, 126, 1.5), (100, 126, 6)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.plan import DEFAULT_SCORING
 from shoal.policy.placement.score import Scoring
 from shoal.spans import Span

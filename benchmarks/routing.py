@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 from benchmarks.machine import describe_machine
 from benchmarks.simulated import Simulated, Traffic
 from shoal.peers import short
-from shoal.policy.placement.bound import throughput_bound
-from shoal.policy.placement.throughput import exact_throughput
+from shoal.policy.machines.bound import throughput_bound
+from shoal.policy.machines.throughput import exact_throughput
 from shoal.policy.routing.route import Chooser, Hop, Measured, Needs, choose_route, price_route
 from shoal.policy.view import SwarmView
 from shoal.simulator.world.places import Place

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from shoal.peers import MAX_NEIGHBORS, Capacity, ServerInfo, ServerState
+from shoal.policy.machines.machine import Machine
 from shoal.policy.nearest import may_be_next
 from shoal.policy.placement.joining import Rule, choose_blocks
-from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.plan import plan_moves
 from shoal.policy.routing.route import Hop, Measured
 from shoal.policy.view import SwarmView

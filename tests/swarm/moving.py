@@ -22,7 +22,7 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node
 from shoal.peers import ServerInfo
-from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
+from shoal.policy.machines.speed_profile import BlockTime, SpeedProfile
 from shoal.policy.view import SwarmView
 from shoal.server.config import ServerConfig
 from shoal.server.measuring.load_times import LoadTimes

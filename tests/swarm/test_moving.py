@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from shoal.events import ServerLost, StageReplaced, Waiting
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.mover import Mover
 from shoal.policy.placement.plan import Move
 from shoal.server.placing import span_keeper

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from shoal.peers import Capacity, ServerInfo, ServerState
 from shoal.policy.claims import machines_in, settled, uncovered, yields_to
+from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.joining import Placed, choose_blocks
-from shoal.policy.placement.machines import Machine
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 

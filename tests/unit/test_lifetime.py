@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.policy.placement.lifetime import AGES, BEFORE_ANY_WAS_SEEN, Lives
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.lifetime import AGES, BEFORE_ANY_WAS_SEEN, Lives
+from shoal.policy.machines.machine import Machine
 from shoal.spans import Span
 
 

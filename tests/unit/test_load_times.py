@@ -16,7 +16,7 @@ from shoal.model.loading import Progress, load_body
 from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.peers import MAX_SPANS_ON_DISK
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 from shoal.server.measuring.load_times import ASSUMED_DOWNLOAD_BYTES, Load, LoadTimes, known_times, timed
 from shoal.server.measuring.on_disk import missing_blocks, quick_blocks, spans_of
 from shoal.spans import Span

@@ -19,7 +19,7 @@ from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.memory import MemoryNetwork
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
+from shoal.policy.machines.speed_profile import BlockTime, SpeedProfile
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Abandoned
 from shoal.server.kv.batch import Chunk

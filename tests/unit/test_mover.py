@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.mover import CLAIM_SECONDS, PLAN_EVERY, REST_SECONDS, Mover, Phase
 from shoal.spans import Span
 

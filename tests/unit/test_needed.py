@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.peers import Capacity, ServerInfo, ServerState
-from shoal.policy.placement.fleet import Fleet
-from shoal.policy.placement.machines import ASSUMED_LOAD_SECONDS, Machine, kept_blocks, machines_of
+from shoal.policy.machines.fleet import Fleet
+from shoal.policy.machines.machine import ASSUMED_LOAD_SECONDS, Machine, kept_blocks, machines_of
 from shoal.policy.placement.needed import Needed
 from shoal.policy.placement.score import Changes
 from shoal.spans import Span

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.policy.placement.bound import throughput_bound
-from shoal.policy.placement.fleet import ASSUMED_LOSS, Fleet
+from shoal.policy.machines.bound import throughput_bound
+from shoal.policy.machines.fleet import ASSUMED_LOSS, Fleet
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import block_throughputs, exact_throughput, levels_at
 from shoal.policy.placement.joining import choose_blocks
-from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.petals import choose_move
 from shoal.policy.placement.plan import Move, plan_moves
 from shoal.policy.placement.score import Changes, Picture, Scoring
-from shoal.policy.placement.throughput import block_throughputs, exact_throughput, levels_at
 from shoal.spans import Span
 
 NOW = 1000.0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import MissingBlocks
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.placement.max_blocks import choose_num_blocks
+from shoal.policy.machines.max_blocks import choose_num_blocks
 from shoal.policy.placement.petals import choose_span
 from shoal.policy.routing.costs import HOP_OVERHEAD, NO_ROOM, OTHER_DTYPE, RELAYED, UNKNOWN_ROUND_TRIP
 from shoal.policy.routing.route import Measured, Needs, Route, announced_seconds, choose_route, price_route

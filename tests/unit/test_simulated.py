@@ -14,8 +14,8 @@ from benchmarks.simulated import (
     rows_seconds,
     saturated_gain,
 )
-from shoal.policy.placement.bound import throughput_bound
-from shoal.policy.placement.machines import machine_of
+from shoal.policy.machines.bound import throughput_bound
+from shoal.policy.machines.machine import machine_of
 from shoal.policy.routing.route import Hop
 from shoal.simulator.world.places import Place
 from shoal.spans import Span

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 from shoal.simulator.fluid.arrangement import EPOCH, Arrangement, Delays, Member, Scene
 from shoal.simulator.fluid.measures import Meter, Worth, mean_of
 from shoal.simulator.fluid.rules import Decision, Never, Rule, SharedPlan, Steward

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.policy.placement.bound import throughput_bound
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.bound import throughput_bound
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import block_throughputs, exact_throughput
 from shoal.policy.placement.petals import choose_move
-from shoal.policy.placement.throughput import block_throughputs, exact_throughput
 from shoal.simulator.fluid.rules import STAY
 from shoal.simulator.others.central import allocation
 from shoal.simulator.others.greedy_chains import greedy_chains

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.peers import MAX_SPEED_POINTS
-from shoal.policy.placement.max_blocks import CACHE_SHARE, MAX_CACHE_TOKENS
-from shoal.policy.placement.speed_profile import (
+from shoal.policy.machines.max_blocks import CACHE_SHARE, MAX_CACHE_TOKENS
+from shoal.policy.machines.speed_profile import (
     MAX_SPEED,
     SESSION_TOKENS,
     BlockTime,

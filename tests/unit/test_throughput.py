@@ -9,7 +9,7 @@ import torch
 
 from shoal.host import processor_name
 from shoal.model.weights import disk_cache
-from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
+from shoal.policy.machines.speed_profile import BlockTime, SpeedProfile
 from shoal.server.kv.batch import Chunk
 from shoal.server.kv.session_cache import Growth
 from shoal.server.speed_watch import MAX_PASSES, MIN_SECONDS, RecentPasses, Speeds, Watch

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shoal.peers import ServerInfo, ServerState
+from shoal.policy.machines.machine import Machine, machine_of, machines_of
 from shoal.policy.placement.joining import Placed
-from shoal.policy.placement.machines import Machine, machine_of, machines_of
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 

@@ -21,7 +21,7 @@ from shoal.model.linear.quantization import (
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.safetensors_file import TensorInfo
 from shoal.policy.dtypes import swarm_dtype
-from shoal.policy.placement.max_blocks import cache_tokens, choose_num_blocks
+from shoal.policy.machines.max_blocks import cache_tokens, choose_num_blocks
 from shoal.policy.view import SwarmView
 from shoal.server.config import ServerConfig
 from shoal.server.kv.paged_cache import KeyValueShape
@@ -183,7 +183,7 @@ def choose_num_pages(
     """The number of pages of the cache: as the config says, or as memory allows.
 
     `free_bytes` of memory were free before the blocks were loaded. A part of that was set aside for caches when the
-    blocks were chosen (`shoal.policy.placement.max_blocks`).
+    blocks were chosen (`shoal.policy.machines.max_blocks`).
     """
     token_bytes = sum(bytes_of_token(body, shapes, cache_dtype_of(config, body)))
     if config.cache_tokens is not None:

@@ -1,7 +1,7 @@
 """How fast a server is, by the passes that were timed on the blocks that it holds (`shoal.server.measuring`).
 
 A pass is timed through all blocks and through one of them, so that the time of any number of blocks is known
-(`shoal.policy.placement.speed_profile`). A measurement of a quiet machine is kept on disk for some days. It depends on
+(`shoal.policy.machines.speed_profile`). A measurement of a quiet machine is kept on disk for some days. It depends on
 the weights, the machine and the versions, which are its key, and neither on the start of the server nor on which blocks
 of the model it holds: they count as alike.
 """
@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from shoal.host import processor_name
 from shoal.model.weights import disk_cache
-from shoal.policy.placement.speed_profile import BlockTime, SpeedProfile
+from shoal.policy.machines.speed_profile import BlockTime, SpeedProfile
 from shoal.server.speed_watch import Speeds
 from shoal.spans import Span
 

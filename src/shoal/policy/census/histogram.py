@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.placement.machines import Machine, machine_of, machines_of
+from shoal.policy.machines.machine import Machine, machine_of, machines_of
 from shoal.spans import Span
 
 MAX_CELLS = 64

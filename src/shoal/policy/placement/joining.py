@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from shoal.policy.placement.fleet import Fleet, Ints
-from shoal.policy.placement.lifetime import Lifetimes
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.fleet import Fleet, Ints
+from shoal.policy.machines.lifetime import Lifetimes
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import block_throughputs
 from shoal.policy.placement.petals import choose_span
 from shoal.policy.placement.plan import DEFAULT_SCORING
 from shoal.policy.placement.score import Changes, Picture, Scoring
 from shoal.policy.placement.search import best_places
-from shoal.policy.placement.throughput import block_throughputs
 from shoal.policy.view import format_blocks
 from shoal.spans import Span
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TypeAlias
 
-from shoal.policy.placement.lifetime import Lifetimes
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.lifetime import Lifetimes
+from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.plan import Move, plan_moves
 from shoal.spans import Span
 

@@ -1,7 +1,7 @@
 """Which blocks machines have to go on serving, because no other machine that can be relied on serves them.
 
 A machine that needs nothing may go anywhere. Another one may go only where it never stops serving what is needed of it:
-it keeps these blocks, and has room for all blocks of both spans (`machines.kept_blocks`). B changes that are compared,
+it keeps these blocks, and has room for all blocks of both spans (`machine.kept_blocks`). B changes that are compared,
 M machines, N blocks, L lengths.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.policy.placement.fleet import Flags, Fleet, Ints
+from shoal.policy.machines.fleet import Flags, Fleet, Ints
 from shoal.policy.placement.score import Changes
 
 

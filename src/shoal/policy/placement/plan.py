@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.policy.placement.fleet import HORIZON, Flags, Fleet, Floats, Ints
-from shoal.policy.placement.lifetime import Lifetimes
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.fleet import HORIZON, Flags, Fleet, Floats, Ints
+from shoal.policy.machines.lifetime import Lifetimes
+from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.needed import Needed
 from shoal.policy.placement.score import Changes, Picture, Scoring
 from shoal.policy.placement.search import best_places, most_promising

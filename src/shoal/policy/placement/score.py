@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shoal.policy.placement.bound import bound_of
-from shoal.policy.placement.fleet import Flags, Fleet, Floats, Ints, summed
+from shoal.policy.machines.bound import bound_of
+from shoal.policy.machines.fleet import Flags, Fleet, Floats, Ints, summed
 
 NUM_LEVELS = 12
 SHARES = np.arange(1, NUM_LEVELS + 1) / NUM_LEVELS

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from shoal.policy.placement.fleet import Fleet, Floats, Ints
+from shoal.policy.machines.fleet import Fleet, Floats, Ints
 from shoal.policy.placement.needed import Needed
 from shoal.policy.placement.score import Changes, Picture
 

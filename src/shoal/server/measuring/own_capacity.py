@@ -9,7 +9,7 @@ from shoal.model.body import Body
 from shoal.model.weights import disk_cache
 from shoal.model.weights.files import LocalFiles
 from shoal.peers import Capacity
-from shoal.policy.placement.speed_profile import CacheRoom, SpeedProfile, block_speeds
+from shoal.policy.machines.speed_profile import CacheRoom, SpeedProfile, block_speeds
 from shoal.server.capacity import block_bytes, bytes_of_token, cache_dtype_of, memory_for_blocks, most_blocks
 from shoal.server.config import ServerConfig
 from shoal.server.kv.paged_cache import key_value_shapes

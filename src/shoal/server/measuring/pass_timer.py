@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from shoal.model.body import Body
-from shoal.policy.placement.speed_profile import SESSION_TOKENS, SpeedProfile
+from shoal.policy.machines.speed_profile import SESSION_TOKENS, SpeedProfile
 from shoal.prefix import PAGE_TOKENS
 from shoal.server.kv.batch import Chunk, Pass
 from shoal.server.kv.pages import pages_for

@@ -11,7 +11,7 @@ from shoal.model.body import Body
 from shoal.model.families import text_config
 from shoal.net.transport import Node
 from shoal.peers import Capacity, ServerInfo
-from shoal.policy.placement.speed_profile import MAX_SPEED, SpeedProfile
+from shoal.policy.machines.speed_profile import MAX_SPEED, SpeedProfile
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Executor
 from shoal.server.measuring.means import Means

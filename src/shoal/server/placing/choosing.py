@@ -11,8 +11,8 @@ from dataclasses import replace
 from shoal.errors import ShoalError
 from shoal.peers import ServerInfo
 from shoal.policy.claims import machines_in, settled, without_span
+from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.joining import Placed, choose_blocks
-from shoal.policy.placement.machines import Machine
 from shoal.policy.view import SwarmView
 from shoal.server.capacity import max_num_blocks
 from shoal.server.placing.description import assumed_capacity

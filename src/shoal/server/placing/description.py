@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from shoal.peers import Capacity, ServerInfo
-from shoal.policy.placement.machines import ASSUMED_LOAD_SECONDS
+from shoal.policy.machines.machine import ASSUMED_LOAD_SECONDS
 from shoal.policy.view import ASSUMED_SPEED, SwarmView
 from shoal.server.placing.loaded_span import LoadedSpan
 from shoal.server.placing.span_state import SpanState

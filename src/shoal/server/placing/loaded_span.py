@@ -22,7 +22,7 @@ from shoal.model.peft.peft_folder import PeftFolder
 from shoal.model.weights import disk_cache
 from shoal.policy.batching.pass_rules import rule_of
 from shoal.policy.batching.scheduling import PassTimeModel
-from shoal.policy.placement.speed_profile import SpeedProfile
+from shoal.policy.machines.speed_profile import SpeedProfile
 from shoal.server.capacity import (
     cache_dtype_of,
     choose_activation_bytes,

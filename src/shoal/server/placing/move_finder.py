@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from shoal.errors import SwarmError
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.claims import uncovered, yields_to
+from shoal.policy.machines.machine import Machine, machine_of
 from shoal.policy.placement.joining import Placed
-from shoal.policy.placement.machines import Machine, machine_of
 from shoal.policy.placement.mover import Mover
 from shoal.policy.placement.plan import Move
 from shoal.policy.view import format_blocks

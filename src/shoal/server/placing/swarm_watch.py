@@ -10,7 +10,7 @@ from shoal.errors import SwarmError
 from shoal.net.transport import Node
 from shoal.peers import ServerState
 from shoal.policy.claims import machines_in, uncovered
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 from shoal.policy.view import SwarmView
 from shoal.policy.watching import choose_watched
 from shoal.server.placing.peer_watch import PeerWatch

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from shoal.peers import ModelInfo, ServerState
-from shoal.policy.placement.bound import throughput_bound
-from shoal.policy.placement.machines import Machine
-from shoal.policy.placement.throughput import block_throughputs, exact_throughput
+from shoal.policy.machines.bound import throughput_bound
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import block_throughputs, exact_throughput
 from shoal.simulator.fluid.measures import Meter, Summary, Worth
 from shoal.simulator.fluid.noticeboard import Noticeboard, server_info
 from shoal.simulator.fluid.rules import Decision, Rule, Steward

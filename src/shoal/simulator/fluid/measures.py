@@ -2,7 +2,7 @@
 
 The share "exact" is what servers reach that divide their time among their blocks as well as possible, "min" the summed
 speed of the weakest block (the paper's measure); both are shares of what the machines that are there could reach if
-blocks were anywhere (`shoal.policy.placement.bound`).
+blocks were anywhere (`shoal.policy.machines.bound`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shoal.net.identity import SIGNATURE_BYTES
 from shoal.net.records import Announcement
 from shoal.peers import ModelInfo, ServerInfo, ServerState
-from shoal.policy.placement.machines import Machine, machine_of, machines_of
+from shoal.policy.machines.machine import Machine, machine_of, machines_of
 from shoal.simulator.world.hardware import Hardware
 from shoal.spans import Span
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
+from shoal.policy.machines.lifetime import Lifetimes, Lives
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import block_throughputs
 from shoal.policy.placement.joining import choose_blocks
-from shoal.policy.placement.lifetime import Lifetimes, Lives
-from shoal.policy.placement.machines import Machine
 from shoal.policy.placement.mover import Mover, Planner, shared_plan
 from shoal.policy.placement.petals import choose_span
 from shoal.policy.placement.plan import Move
-from shoal.policy.placement.throughput import block_throughputs
 from shoal.spans import Span
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 from shoal.simulator.fluid.rules import STAY, Decision, Steward
 from shoal.simulator.others.lightest import lightest_span
 from shoal.spans import Span

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from shoal.policy.placement.machines import Machine
-from shoal.policy.placement.throughput import exact_throughput
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import exact_throughput
 from shoal.spans import Span
 
 PARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.policy.placement.machines import Machine
-from shoal.policy.placement.throughput import block_throughputs
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import block_throughputs
 from shoal.spans import Span
 
 

@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import block_throughputs
 from shoal.policy.placement.petals import LEAST_GAIN, choose_move
-from shoal.policy.placement.throughput import block_throughputs
 from shoal.simulator.fluid.rules import STAY, Decision, Steward, petals_span
 from shoal.spans import Span
 

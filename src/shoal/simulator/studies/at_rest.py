@@ -10,9 +10,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.policy.placement.bound import throughput_bound
-from shoal.policy.placement.machines import Machine
-from shoal.policy.placement.throughput import block_throughputs, exact_throughput
+from shoal.policy.machines.bound import throughput_bound
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import block_throughputs, exact_throughput
 from shoal.simulator.fluid.arrangement import EPOCH, Arrangement, Delays, Scene
 from shoal.simulator.fluid.rules import Rule
 from shoal.simulator.others.central import Allocate, allocation

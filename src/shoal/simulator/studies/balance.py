@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shoal.policy.placement.throughput import exact_throughput
+from shoal.policy.machines.throughput import exact_throughput
 from shoal.simulator.fluid.arrangement import Arrangement
 from shoal.simulator.fluid.measures import Summary
 from shoal.simulator.studies.offline_search import search

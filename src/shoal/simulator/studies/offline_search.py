@@ -12,9 +12,9 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shoal.policy.placement.bound import throughput_bound
-from shoal.policy.placement.machines import Machine
-from shoal.policy.placement.throughput import exact_throughput
+from shoal.policy.machines.bound import throughput_bound
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.throughput import exact_throughput
 from shoal.spans import Span
 
 FIRST_LEVEL = 0.5

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 from shoal.simulator.fluid.arrangement import EPOCH, Delays, Scene
 from shoal.simulator.fluid.measures import Summary
 from shoal.simulator.fluid.rules import SharedPlan

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.peers import MAX_SPEED_POINTS, Capacity
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 from shoal.spans import Span
 
 LOAD_SECONDS = 60.0

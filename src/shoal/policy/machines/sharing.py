@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shoal.policy.placement.fleet import Flags, Floats, Ints
+from shoal.policy.machines.fleet import Flags, Floats, Ints
 
 PRECISION = 1e-7
 

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 from shoal.peers import MAX_SPEED_POINTS
-from shoal.policy.placement.max_blocks import cache_tokens
+from shoal.policy.machines.max_blocks import cache_tokens
 
 SESSION_TOKENS = 1024
 """The cache of a typical session: a question, an answer, and what was said before."""

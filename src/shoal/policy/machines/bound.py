@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shoal.policy.placement.fleet import Floats, Kinds, summed, tabulate
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.fleet import Floats, Kinds, summed, tabulate
+from shoal.policy.machines.machine import Machine
 
 MAX_ROUNDS = 100
 PRECISION = 1e-12

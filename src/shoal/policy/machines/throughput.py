@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shoal.policy.placement.fleet import Floats
-from shoal.policy.placement.machines import Machine
-from shoal.policy.placement.sharing import shared_throughput
+from shoal.policy.machines.fleet import Floats
+from shoal.policy.machines.machine import Machine
+from shoal.policy.machines.sharing import shared_throughput
 
 
 def block_throughputs(machines: Sequence[Machine], num_blocks: int) -> list[float]:

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shoal.policy.placement.lifetime import BEFORE_ANY_WAS_SEEN, Lifetimes
-from shoal.policy.placement.machines import Machine, kept_blocks
+from shoal.policy.machines.lifetime import BEFORE_ANY_WAS_SEEN, Lifetimes
+from shoal.policy.machines.machine import Machine, kept_blocks
 from shoal.spans import Span
 
 Floats: TypeAlias = NDArray[np.float64]

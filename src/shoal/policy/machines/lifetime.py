@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from shoal.policy.placement.machines import Machine
+from shoal.policy.machines.machine import Machine
 
 AGES = (0.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0, 16 * 3600.0)
 """Where the ranges of age begin, in seconds. The last has no end."""
