@@ -88,16 +88,25 @@ def test_blocks_are_uncovered_unless_another_server_that_stays_is_online_there()
         NUM_BLOCKS,
         (server("a", "0:4"), server("b", "4:8", state=JOINING), server("c", "2:6"), server("d", "6:8", state=LEAVING)),
     )
-    assert uncovered(Span(0, 8), None, others) == [6, 7]
-    assert uncovered(Span(1, 5), None, others) == []
-    assert uncovered(Span(0, 8), Span(7, 8), others) == [6]
+    machines = machines_in(others, now=0.0)
+    assert uncovered(Span(0, 8), None, machines) == [6, 7]
+    assert uncovered(Span(1, 5), None, machines) == []
+    assert uncovered(Span(0, 8), Span(7, 8), machines) == [6]
+
+
+def test_a_server_that_loads_covers_nothing_even_if_it_says_that_it_was_ready_long_ago():
+    loading = replace(server("a", "0:4", state=JOINING), ready_at=0.0)
+    wanting = replace(able("b", "4:8", most=4), wants=Span(0, 4), ready_at=0.0)
+    machines = machines_in(SwarmView(NUM_BLOCKS, (loading, wanting)), now=100.0)
+    assert uncovered(Span(0, 8), None, machines) == [*range(8)]
 
 
 def test_of_a_server_that_wants_other_blocks_only_those_cover_that_it_keeps():
     roomy, full = (replace(able(peer, "0:4", most=most), wants=Span(2, 6)) for peer, most in (("a", 6), ("b", 5)))
     for ready_at in (None, 5.0):
-        assert uncovered(Span(0, 4), None, SwarmView(NUM_BLOCKS, (replace(roomy, ready_at=ready_at),))) == [0, 1]
-        assert uncovered(Span(0, 4), None, SwarmView(NUM_BLOCKS, (replace(full, ready_at=ready_at),))) == [0, 1, 2, 3]
+        for wanting, left in ((roomy, [0, 1]), (full, [0, 1, 2, 3])):
+            others = SwarmView(NUM_BLOCKS, (replace(wanting, ready_at=ready_at),))
+            assert uncovered(Span(0, 4), None, machines_in(others, now=0.0)) == left
 
 
 def test_of_two_servers_that_want_to_fill_a_hole_one_yields_to_the_other():

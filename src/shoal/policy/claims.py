@@ -74,22 +74,16 @@ def _replaced(server: ServerInfo, span: Span | None, *, now: float) -> Machine:
     return replace(machine, span=span)
 
 
-def uncovered(held: Span, kept: Span | None, others: SwarmView) -> list[int]:
+def uncovered(held: Span, kept: Span | None, others: Sequence[Machine]) -> list[int]:
     """The blocks of `held` that no server would serve while their server, which keeps `kept`, loads other blocks.
 
     `others` are the other servers. Only those that are online count, and of one that wants other blocks only what it
     keeps: one that is loading may fail, and one that has claimed other blocks is about to go.
     """
-    served = {block for server in others.online().servers for block in _kept_by(server) or ()}
+    going = {other.peer for other in others if other.ready_at}
+    staying = [other for other in others if other.ready_at or other.peer not in going]
+    served = {block for other in staying for block in other.serves or ()}
     return [block for block in held if block not in served and (kept is None or block not in kept)]
-
-
-def _kept_by(server: ServerInfo) -> Span | None:
-    """The blocks that a server which is online goes on serving."""
-    if server.wants is None:
-        return server.span
-    machine = machine_of(server, now=0.0)
-    return None if machine is None else machine.keeps(server.wants)
 
 
 def yields_to(own_peer: str, fills: Sequence[int], others: SwarmView) -> ServerInfo | None:

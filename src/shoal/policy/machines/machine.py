@@ -92,9 +92,14 @@ def machines_of(server: ServerInfo, *, now: float) -> tuple[Machine, ...]:
         return ()
     if server.wants is None:
         return (held,)
-    ready_at = now + ASSUMED_LOAD_SECONDS if server.ready_at is None else server.ready_at
+    ready_at = _ready_at(server, now)
     there = replace(held, span=server.wants, kept=held.keeps(server.wants), ready_at=ready_at, movable=False)
     return (held, there) if server.ready_at is None else (there,)
+
+
+def _ready_at(server: ServerInfo, now: float) -> float:
+    """When a server that loads will be ready. Never 0, whatever it announces: it is not online."""
+    return now + ASSUMED_LOAD_SECONDS if server.ready_at is None else max(server.ready_at, 1.0)
 
 
 def machine_of(server: ServerInfo, *, now: float) -> Machine | None:
@@ -104,7 +109,7 @@ def machine_of(server: ServerInfo, *, now: float) -> Machine | None:
     length, capacity = len(server.span), server.capacity
     up_since = now if server.up_since is None else min(now, server.up_since)
     loading = server.state is ServerState.JOINING
-    ready_at = 0.0 if not loading else now + ASSUMED_LOAD_SECONDS if server.ready_at is None else server.ready_at
+    ready_at = _ready_at(server, now) if loading else 0.0
     if capacity is None:
         speed = (server.decode_speed or ASSUMED_SPEED) * length
         return Machine(

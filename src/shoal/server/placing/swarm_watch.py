@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 
 from shoal.errors import SwarmError
 from shoal.net.transport import Node
@@ -88,7 +89,7 @@ class SwarmWatch:
         """
         with contextlib.suppress(SwarmError):
             await self.read()
-        return uncovered(held, kept, self.view)
+        return uncovered(held, kept, self.machines(time.time()))
 
     async def look(self, until: float | None = None) -> SwarmView:
         """The other servers, as soon as there is a reason to look at them.

@@ -8,6 +8,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
+from shoal.policy.claims import uncovered
 from shoal.policy.machines.lifetime import Lifetimes, Lives
 from shoal.policy.machines.machine import Machine
 from shoal.policy.machines.throughput import block_throughputs
@@ -191,23 +192,13 @@ class MoverSteward:
         move = self._mover.move
         if move is None:
             return Decision(claims=self._mover.claim, look_at=self._mover.next_look_at)
-        if would_open_hole(own, move.after, others):
+        if own.span is not None and uncovered(own.span, own.keeps(move.after), others):  # the live server's last look
             self._mover = self._mover.failed(now=now)
             return Decision(look_at=self._mover.next_look_at)
         return Decision(goes=move.after)
 
     def arrived(self, *, now: float) -> None:
         self._mover = self._mover.arrived(now=now)
-
-
-def would_open_hole(own: Machine, wanted: Span, others: Sequence[Machine]) -> bool:
-    """Whether no server would serve some block while this one goes to other blocks: the live server's last look."""
-    alone = set(own.span or ()).difference(own.keeps(wanted) or ())
-    claiming = {other.peer for other in others if other.ready_at}
-    for other in others:
-        if not (other.peer in claiming and other.ready_at == 0.0):
-            alone.difference_update(other.serves or ())
-    return bool(alone)
 
 
 def petals_span(machine: Machine, others: Sequence[Machine], num_blocks: int) -> Span:
