@@ -202,7 +202,7 @@ class Observers:
         for observer in tuple(self._direct):
             try:
                 observer(event)
-            except Exception:
+            except Exception:  # whatever an observer does, the one who tells of the event goes on
                 _report(observer)
                 self._direct.remove(observer)
         for queue in self._queues:
@@ -248,7 +248,7 @@ class _Queue:
                 event = self._events.popleft()
             try:
                 self._observer(event)
-            except Exception:
+            except Exception:  # the same: this observer is told nothing more
                 _report(self._observer)
                 with self._changed:
                     self._is_closed = True

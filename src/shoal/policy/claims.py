@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.machines.machine import Machine, machine_of, machines_of
+from shoal.policy.machines.machine import Machine, machine_of, machines_of, one_place_each
 from shoal.policy.placement.joining import Placed
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
@@ -80,9 +80,7 @@ def uncovered(held: Span, kept: Span | None, others: Sequence[Machine]) -> list[
     `others` are the other servers. Only those that are online count, and of one that wants other blocks only what it
     keeps: one that is loading may fail, and one that has claimed other blocks is about to go.
     """
-    going = {other.peer for other in others if other.ready_at}
-    staying = [other for other in others if other.ready_at or other.peer not in going]
-    served = {block for other in staying for block in other.serves or ()}
+    served = {block for other in one_place_each(others) for block in other.serves or ()}
     return [block for block in held if block not in served and (kept is None or block not in kept)]
 
 

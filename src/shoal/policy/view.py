@@ -39,6 +39,11 @@ class SwarmView:
                 found[block - span.start] = [server for server in holders if server.peer == peer]
         return found
 
+    def offers_head(self, block: int) -> bool:
+        """Whether a server that may compute this block, the last of the model, offers the output head behind it."""
+        (holders,) = self.holders(Span(block, block + 1))
+        return any(server.head for server in holders)
+
     def online(self) -> SwarmView:
         """The same view with those servers only that take requests now."""
         return self.only(lambda server: server.state is ServerState.ONLINE)

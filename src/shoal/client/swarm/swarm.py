@@ -158,14 +158,16 @@ class Swarm:
 
     def _has_head(self, view: SwarmView) -> bool:
         """Whether a server of this view offers the output head. The log says when no healthy one does any more."""
-        offered = _offers_head(self._healthy(frozenset()))
+        last = view.num_blocks - 1
+        found = view.offers_head(last)
+        offered = found or self._healthy(frozenset()).offers_head(last)
         if offered != self._head_is_offered:
             self._head_is_offered = offered
             if offered:
                 log.info("servers compute the output head")
             else:
                 log.warning("no server offers the output head: this client computes it")
-        return _offers_head(view)
+        return found
 
     def _not_blocked(self, excluded: Set[Holding], needs: Needs | None = None) -> SwarmView:
         """The servers that may be asked now for what is needed: not blocked, not excluded, not refusing training."""
@@ -331,9 +333,3 @@ class Swarm:
     def is_avoided(self, peer: str) -> bool:
         """Whether a server has failed lately, or said that it is busy."""
         return self._health.deprioritized(peer) or self._health.blocked(peer)
-
-
-def _offers_head(view: SwarmView) -> bool:
-    """Whether a server of the last block offers the output head."""
-    (last,) = view.holders(Span(view.num_blocks - 1, view.num_blocks))
-    return any(server.head for server in last)

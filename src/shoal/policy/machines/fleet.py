@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.policy.machines.lifetime import BEFORE_ANY_WAS_SEEN, Lifetimes
-from shoal.policy.machines.machine import Machine, kept_blocks
+from shoal.policy.machines.machine import Machine, kept_blocks, one_place_each
 from shoal.spans import Span
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -137,7 +137,7 @@ class Fleet:
         cls, machines: Iterable[Machine], num_blocks: int, *, now: float, lifetimes: Lifetimes | None = None
     ) -> Fleet:
         """The machines of a view. One that claims a span in addition to the one it holds counts where it goes."""
-        listed = tuple(_one_place_each(machines))
+        listed = tuple(one_place_each(machines))
         kinds, kind = tabulate(listed, num_blocks)
         counts = np.array([float(machine.count) for machine in listed])
         starts = np.array([0 if m.span is None else min(m.span.start, num_blocks) for m in listed], np.int64)
@@ -257,22 +257,6 @@ def _is_quiet(machines: Sequence[Machine], now: float) -> bool:
 def _per_block(starts: Ints, ends: Ints, amounts: Floats, num_blocks: int) -> Floats:
     change = summed(starts, amounts, num_blocks + 1) - summed(ends, amounts, num_blocks + 1)
     return np.cumsum(change)[:-1]
-
-
-def _one_place_each(machines: Iterable[Machine]) -> list[Machine]:
-    """One entry of each peer, in the order of peer ids: the latest of those that load, else the latest of all."""
-    places: dict[str, Machine] = {}
-    for machine in machines:
-        other = places.get(machine.peer)
-        if other is None or _recency(machine) > _recency(other):
-            places[machine.peer] = machine
-    return [places[peer] for peer in sorted(places)]
-
-
-def _recency(machine: Machine) -> tuple[float, float, int, int, int]:
-    span = machine.span
-    start, end = (-1, -1) if span is None else (span.start, span.end)
-    return (machine.ready_at, machine.up_since, start, end, machine.count)
 
 
 def _weighted_median(values: NDArray[np.generic], counts: Floats) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from shoal.peers import ServerInfo, ServerState, block_speed_at
@@ -136,3 +137,19 @@ def machine_of(server: ServerInfo, *, now: float) -> Machine | None:
         up_since=up_since,
         ready_at=ready_at,
     )
+
+
+def one_place_each(machines: Iterable[Machine]) -> list[Machine]:
+    """One entry of each peer, in the order of peer ids: the latest of those that load, else the latest of all."""
+    places: dict[str, Machine] = {}
+    for machine in machines:
+        other = places.get(machine.peer)
+        if other is None or _recency(machine) > _recency(other):
+            places[machine.peer] = machine
+    return [places[peer] for peer in sorted(places)]
+
+
+def _recency(machine: Machine) -> tuple[float, float, int, int, int]:
+    span = machine.span
+    start, end = (-1, -1) if span is None else (span.start, span.end)
+    return (machine.ready_at, machine.up_since, start, end, machine.count)

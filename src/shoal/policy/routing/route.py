@@ -91,7 +91,7 @@ def choose_route(
     if missing := view.missing(span):
         raise MissingBlocks(f"no server holds blocks {format_blocks(missing)}", blocks=missing)
     last = Span(span.end - 1, span.end)
-    if needs.head and not any(server.head for server in view.holders(last)[0]):
+    if needs.head and not view.offers_head(last.start):
         raise MissingBlocks(f"no server holds block {last} and the output head", blocks=last)
     costs = Costs(needs, known)
     if chooser == "shortest" or (chooser == "balanced" and not needs.ring):

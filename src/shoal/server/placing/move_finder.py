@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from shoal.errors import SwarmError
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.claims import machines_in, uncovered, yields_to
+from shoal.policy.claims import uncovered, yields_to
 from shoal.policy.machines.machine import Machine, machine_of
 from shoal.policy.placement.joining import Placed
 from shoal.policy.placement.mover import Mover
@@ -116,7 +116,7 @@ class MoveFinder:
         except SwarmError as failure:
             return str(failure)
         now = self._clock()
-        if alone := uncovered(self._own.held, self._own.kept_for(move.after, now), machines_in(others, now=now)):
+        if alone := uncovered(self._own.held, self._own.kept_for(move.after, now), self._watch.machines(now)):
             return f"no other server serves blocks {format_blocks(alone)}"
         if (other := yields_to(move.peer, move.fills, others)) is not None:
             return f"{other.name or other.peer} takes blocks {format_blocks(move.fills)}"

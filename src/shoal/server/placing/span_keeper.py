@@ -312,7 +312,7 @@ class SpanKeeper:
                 return
             loading = extend_span(around.config, around.setup, loaded, move.after, around.compute, around.observers)
             extended = await self._loaded_by(loading)
-            if extended is not None and (alone := await self._watch.uncovered(held, kept)):
+            if extended is not None and (alone := await self._watch.uncovered(held, kept, now=around.clock())):
                 log.warning("the server stays with %s: no other server has %s now", held, format_blocks(alone))
                 self._mover = self._mover.failed(now=around.clock())
                 self.state = self.state.unclaimed()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 
 from shoal.errors import SwarmError
 from shoal.net.transport import Node
@@ -82,14 +81,14 @@ class SwarmWatch:
         self._use(SwarmView(model.num_blocks, await self._node.directory.servers(model)))
         return self.view
 
-    async def uncovered(self, held: Span, kept: Span | None) -> list[int]:
-        """The blocks of `held` that no server would serve if this one now gave up all but `kept`.
+    async def uncovered(self, held: Span, kept: Span | None, *, now: float) -> list[int]:
+        """The blocks of `held` that no server would serve if this one gave up all but `kept` at the Unix time `now`.
 
         If the directory does not answer, the servers that it named last count.
         """
         with contextlib.suppress(SwarmError):
             await self.read()
-        return uncovered(held, kept, self.machines(time.time()))
+        return uncovered(held, kept, self.machines(now))
 
     async def look(self, until: float | None = None) -> SwarmView:
         """The other servers, as soon as there is a reason to look at them.
