@@ -69,8 +69,15 @@ def test_traces_are_fitted(tmp_path, capsys):
     file = tmp_path / "some-trace.json"
     changes = [number for turn in range(9) for number in (100 * turn, turn % 3, 100 * turn + 30 + turn, 0)]
     file.write_text(json.dumps({"most_per_zone": 2, "zones": {"z": {"seconds": 900, "changes": changes}}}))
-    assert main(["fit", "--trace", str(file), "--out", str(tmp_path)]) == 0
-    assert "some-trace: zone has none" in capsys.readouterr().out
+    profiles = {"small": {"max_blocks": 1, "tokens_per_s": [9]}, "big": {"max_blocks": 2, "tokens_per_s": [18, 8]}}
+    cluster = {"nodes": ["small", "big"], "profiles": {"m": profiles}, "uniform_link": [1e9, 0.001]}
+    clusters = tmp_path / "clusters.json"
+    models = {"m": {"blocks": 4, "activation_bytes": 1000}}
+    clusters.write_text(json.dumps({"models": models, "clusters": {"two": cluster}}))
+    assert main(["fit", "--trace", str(file), "--cluster", str(clusters), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "some-trace: zone has none" in printed
+    assert "2 .35 1.00 .00 1.00 .89 to 1.00" in [" ".join(line.split()) for line in printed.splitlines()]
     assert (tmp_path / "fit.svg").exists()
 
 

@@ -14,9 +14,19 @@ from hypothesis import strategies as st
 from shoal.errors import UserError
 from shoal.peers import MAX_SPEED_POINTS
 from shoal.simulator.timeline import Timeline
-from shoal.simulator.world.clusters import read_clusters
-from shoal.simulator.world.fitting import Durations, fit_habits, fit_weibull, lives
-from shoal.simulator.world.hardware import draw_swarm, profiled
+from shoal.simulator.world.clusters import Cluster, read_clusters
+from shoal.simulator.world.fitting import Durations, fit_habits, fit_hardware, fit_weibull, lives
+from shoal.simulator.world.hardware import (
+    LEAST_CACHE_FACTOR,
+    MOST_CACHE_FACTOR,
+    SPEED_BY_SIZE,
+    SPREAD_OF_SIZES,
+    SPREAD_OF_SPEED,
+    draw_hardware,
+    draw_swarm,
+    profiled,
+    typical_hardware,
+)
 from shoal.simulator.world.stays import (
     SPOT_16,
     mean_present,
@@ -222,6 +232,30 @@ def test_a_cluster_that_does_not_fit_together_is_refused(tmp_path, path, value, 
 def test_a_random_swarm_can_hold_as_many_copies_as_asked(num_machines, num_blocks, copies):
     machines = draw_swarm(random.Random(0), num_machines=num_machines, num_blocks=num_blocks, copies=copies)
     assert sum(machine.max_blocks for machine in machines) == pytest.approx(copies * num_blocks, rel=0.05)
+
+
+def test_random_machines_differ_as_those_of_clusters_do():
+    rng = random.Random(0)
+    machines = [draw_hardware(rng, typical_blocks=100.0, most_blocks=10_000) for _ in range(2000)]
+    fit = fit_hardware([Cluster("drawn", 80, tuple(machines), {})])
+    assert fit.num_machines == 2000
+    assert fit.spread_of_sizes == pytest.approx(SPREAD_OF_SIZES, rel=0.05)
+    assert fit.speed_by_size == pytest.approx(SPEED_BY_SIZE, rel=0.05)
+    assert fit.spread_of_speed == pytest.approx(SPREAD_OF_SPEED, rel=0.05)
+    assert LEAST_CACHE_FACTOR <= fit.cache_factors[0] < fit.cache_factors[1] <= MOST_CACHE_FACTOR
+
+
+def test_a_fit_of_hardware_takes_two_sizes():
+    with pytest.raises(ValueError, match="the same number of blocks"):
+        fit_hardware([Cluster("equal", 80, (typical_hardware(4), typical_hardware(4)), {})])
+
+
+def test_machines_of_different_models_are_not_compared():
+    slow, fast = (profiled("x", [speed] * 2, network_speed=1e9, load_seconds=60) for speed in (1.0, 1000.0))
+    small, large = (profiled("x", [speed] * 4, network_speed=1e9, load_seconds=60) for speed in (2.0, 2000.0))
+    fit = fit_hardware([Cluster("a", 8, (slow, small), {}), Cluster("b", 9, (fast, large), {})])
+    assert fit.speed_by_size == pytest.approx(1.0)
+    assert fit.spread_of_speed == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_profile_is_announced_with_few_points_that_are_nearly_right():

@@ -90,11 +90,13 @@ def _ten_thousand(options: argparse.Namespace) -> Drawn:
 
 def _fit(options: argparse.Namespace) -> Drawn:
     from shoal.simulator.studies import fits
+    from shoal.simulator.world.clusters import read_clusters
     from shoal.simulator.world.traces import read_trace
 
     traces = [(path.stem, read_trace(path)) for path in options.trace]
+    clusters = [cluster for path in options.cluster for cluster in read_clusters(path)]
     found = [fit for name, trace in traces for fit in fits.fits(name, trace)]
-    return fits.report(traces, found), lambda figure: fits.draw(found, figure)
+    return fits.report(traces, found, clusters), lambda figure: fits.draw(found, figure)
 
 
 def _calibrate(options: argparse.Namespace) -> Drawn:
@@ -158,8 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     large.add_argument("--jobs", type=int, default=1, help="sizes at the same time")
     large.add_argument("--quiet", type=float, default=1800.0, help="virtual seconds before the clients come")
     large.add_argument("--busy", type=float, default=60.0, help="virtual seconds with clients")
-    fit = add("fit", _fit, "the generators' parameters, fitted to traces")
+    fit = add("fit", _fit, "the generators' parameters, fitted to traces and clusters")
     fit.add_argument("--trace", type=Path, nargs="+", required=True, help="files with traces (docs/scale.md)")
+    fit.add_argument("--cluster", type=Path, nargs="+", default=[], help="files with clusters (docs/scale.md)")
     calibrate = add("calibrate", _calibrate, "a swarm of real processes and its simulated twin")
     calibrate.add_argument("--measured", type=Path, required=True, help="what benchmarks/calibration.py has written")
     return parser

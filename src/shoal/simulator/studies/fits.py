@@ -1,4 +1,4 @@
-"""How well the generators of churn fit traces: a table of parameters, and the distributions side by side."""
+"""How well generators fit data: churn and traces, with the distributions side by side; hardware and clusters."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.simulator.studies.report import Report, Table
+from shoal.simulator.studies.report import Report, Table, share
 from shoal.simulator.studies.settings import HOUR
-from shoal.simulator.world.fitting import Durations, WeibullFit, fit_habits, fit_weibull, lives, on_and_off
+from shoal.simulator.world.clusters import Cluster
+from shoal.simulator.world.fitting import (
+    Durations,
+    HardwareFit,
+    WeibullFit,
+    fit_habits,
+    fit_hardware,
+    fit_weibull,
+    lives,
+    on_and_off,
+)
 from shoal.simulator.world.traces import TraceFile
 
 
@@ -32,8 +42,10 @@ def fits(name: str, trace: TraceFile) -> list[FitOf]:
     ]
 
 
-def report(traces: Sequence[tuple[str, TraceFile]], found: Sequence[FitOf]) -> Report:
-    """Two tables: of durations, and of the habits of zones."""
+def report(
+    traces: Sequence[tuple[str, TraceFile]], found: Sequence[FitOf], clusters: Sequence[Cluster] = ()
+) -> Report:
+    """Two tables: of durations, and of the habits of zones. With clusters, a third: of their machines."""
     durations = tuple(
         (
             each.name,
@@ -58,15 +70,24 @@ def report(traces: Sequence[tuple[str, TraceFile]], found: Sequence[FitOf]) -> R
                 f"{habits.least_share:.2f}",
             )
         )
-    tables = (
+    tables = [
         Table(("durations", "number", "shape", "mean of the fit", "median of the data", "distance"), durations),
         Table(("zones of", "with machines", "without", "most", "changes an hour", "least share"), tuple(zones)),
-    )
+    ]
+    if clusters:
+        tables.append(_of_hardware(fit_hardware(clusters)))
     notes = (
         "Weibull distributions, most likely ones; what was cut off by the end of a trace counts as lasting longer. The"
         " distance is the largest between the distributions of data and fit (Kolmogorov-Smirnov)."
     )
-    return Report("fit", "Generators fitted to traces", tables, notes)
+    return Report("fit", "Generators fitted to traces and clusters", tuple(tables), notes)
+
+
+def _of_hardware(fit: HardwareFit) -> Table:
+    least, most = fit.cache_factors
+    headings = ("machines", "spread of sizes", "speed by size", "spread of speed", "correlation", "full machine")
+    figures = (fit.spread_of_sizes, fit.speed_by_size, fit.spread_of_speed, fit.correlation)
+    return Table(headings, ((str(fit.num_machines), *map(share, figures), f"{share(least)} to {share(most)}"),))
 
 
 def draw(found: Sequence[FitOf], figure: Any) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shoal.simulator.fluid.arrangement import Delays, Scene
-from shoal.simulator.world.hardware import LOAD_SECONDS, Hardware, draw_hardware
+from shoal.simulator.world.hardware import LOAD_SECONDS, Hardware, draw_hardware, typical_hardware, typical_of
 from shoal.simulator.world.stays import Stay, mean_present, volunteers, zones_that_vanish
 from shoal.simulator.world.traces import TraceFile, Window, busiest_windows, stays_of_trace
 
@@ -16,8 +15,6 @@ HOUR = 3600.0
 NUM_BLOCKS = 80
 NUM_MACHINES = 40
 WARM_UP = 1800.0
-SPREAD_OF_SIZES = 0.5
-"""The standard deviation of the logarithm of how many blocks machines can hold."""
 Stays = Callable[[random.Random, float], list[Stay]]
 """Draws the machines that come and go in a number of seconds."""
 
@@ -38,12 +35,16 @@ class Goal:
 
 @dataclass(frozen=True)
 class Setting:
-    """One kind of churn: the machines can hold each block `copies` times on average."""
+    """One kind of churn: the machines can hold each block `copies` times on average.
+
+    If they are `alike`, each has the same hardware, as instances of one type in a cloud have.
+    """
 
     name: str
     copies: float
     stays: Stays
     goal: Goal | None = None
+    alike: bool = False
 
     def scene(self, *, seed: int, hours: float, delays: Delays, load_seconds: float = LOAD_SECONDS) -> Scene:
         """The same scene for the same seed, whatever the rule."""
@@ -51,7 +52,11 @@ class Setting:
         rng = random.Random(seed)  # noqa: S311 - repeatable, not secret
         stays = self.stays(rng, seconds)
         mean_size = self.copies * NUM_BLOCKS / mean_present(stays, seconds)
-        machines = hardware_by_slot(stays, mean_size=mean_size, load_seconds=load_seconds, seed=seed)
+        if self.alike:
+            one = typical_hardware(min(NUM_BLOCKS, max(1, round(mean_size))), load_seconds=load_seconds)
+            machines = {stay.slot: one for stay in stays}
+        else:
+            machines = hardware_by_slot(stays, mean_size=mean_size, load_seconds=load_seconds, seed=seed)
         return Scene(NUM_BLOCKS, stays, machines.__getitem__, seconds, warm_up=WARM_UP, delays=delays)
 
 
@@ -60,11 +65,10 @@ def hardware_by_slot(
 ) -> dict[int, Hardware]:
     """A random machine for each slot, which holds `mean_size` blocks on average."""
     found: dict[int, Hardware] = {}
+    typical = typical_of(mean_size)
     for slot in sorted({stay.slot for stay in stays}):
         rng = random.Random(f"{seed} {slot}")  # noqa: S311 - repeatable, not secret
-        size = mean_size * rng.lognormvariate(-(SPREAD_OF_SIZES**2) / 2, SPREAD_OF_SIZES)
-        blocks = min(num_blocks, max(1, math.floor(size + rng.random())))
-        found[slot] = draw_hardware(rng, max_blocks=blocks, load_seconds=load_seconds)
+        found[slot] = draw_hardware(rng, typical_blocks=typical, most_blocks=num_blocks, load_seconds=load_seconds)
     return found
 
 
@@ -99,7 +103,7 @@ def traced(trace: TraceFile, *, least_machines: float) -> Stays:
 GENERATED = (
     Setting("half leave within 7 min, 2.5 copies", 2.5, volunteering(1), Goal(0.68, 0.02, 0.42)),
     Setting("mean life 10 h, 2.5 copies", 2.5, volunteering(10), Goal(0.85, 0.002, 0.62)),
-    Setting("spot zones that vanish, 3 copies", 3.0, spot(), Goal(0.85, 0.02, 0.64)),
+    Setting("spot zones that vanish, 3 copies", 3.0, spot(), Goal(0.85, 0.02, 0.64), alike=True),
     Setting("mean life 10 h, 5 copies", 5.0, volunteering(10), Goal(0.94, 0.0, 0.77, moves=0.5)),
     Setting("mean life 10 h, 8 copies", 8.0, volunteering(10), Goal(0.97, 0.0, moves=0.5)),
 )
@@ -107,10 +111,15 @@ GENERATED = (
 
 
 def traced_settings(name: str, trace: TraceFile) -> list[Setting]:
-    """A trace at 3 and at 5 copies, in windows with at least a third of the machines that there can be."""
+    """A trace at 3 and at 5 copies, in windows with at least a third of the machines that there can be.
+
+    Machines are alike if the trace names one kind of machine for all zones.
+    """
     least = trace.most_per_zone * len(trace.zones) / 3
     stays = traced(trace, least_machines=least)
+    kinds = {zone.machine for zone in trace.zones.values()}
+    alike = len(kinds) == 1 and kinds != {""}
     return [
-        Setting(f"{name}, 3 copies", 3.0, stays, Goal(0.85, 0.02, 0.64)),
-        Setting(f"{name}, 5 copies", 5.0, stays, Goal(0.94, 0.0, 0.77, moves=0.5)),
+        Setting(f"{name}, 3 copies", 3.0, stays, Goal(0.85, 0.02, 0.64), alike),
+        Setting(f"{name}, 5 copies", 5.0, stays, Goal(0.94, 0.0, 0.77, moves=0.5), alike),
     ]

@@ -22,7 +22,7 @@ from shoal.simulator.steps.traffic import Load, Traffic
 from shoal.simulator.studies.report import Report, Table, percent, seconds, share
 from shoal.simulator.studies.settings import HOUR
 from shoal.simulator.studies.study_progress import Advance, progress
-from shoal.simulator.world.hardware import Hardware, draw_hardware
+from shoal.simulator.world.hardware import Hardware, draw_hardware, typical_of
 from shoal.simulator.world.stays import volunteers
 from shoal.spans import Span
 
@@ -156,8 +156,7 @@ def _advance(traffic: Traffic, at: float, until: float, total: float, advance: A
 
 
 def _kind(rng: random.Random, size: Size) -> Hardware:
-    blocks = max(1, round(size.mean_size * rng.lognormvariate(-0.125, 0.5)))
-    return draw_hardware(rng, max_blocks=min(size.num_blocks, blocks))
+    return draw_hardware(rng, typical_blocks=typical_of(size.mean_size), most_blocks=size.num_blocks)
 
 
 def report(found: Sequence[Large]) -> Report:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from shoal.simulator.world.clusters import Cluster
 from shoal.simulator.world.stays import ZoneHabits
 from shoal.simulator.world.traces import TraceFile
 
@@ -119,3 +120,52 @@ def fit_habits(trace: TraceFile) -> tuple[ZoneHabits, WeibullFit, WeibullFit]:
         least_share=min(1.0, max(1 / trace.most_per_zone, 2 * mean_share - 1)),
     )
     return habits, on, off
+
+
+@dataclass(frozen=True)
+class HardwareFit:
+    """How machines of real clusters differ; what `hardware` calls by the same names.
+
+    `spread_of_sizes` is the standard deviation of the logarithm of the blocks that a machine can hold. The speed of one
+    block grows with the power `speed_by_size` of that number; `spread_of_speed` is what is left in its logarithm.
+    `cache_factors` are the least and the largest speed of a block in a full machine, as parts of its speed alone.
+    """
+
+    num_machines: int
+    spread_of_sizes: float
+    speed_by_size: float
+    spread_of_speed: float
+    correlation: float
+    cache_factors: tuple[float, float]
+
+
+def fit_hardware(clusters: Sequence[Cluster]) -> HardwareFit:
+    """The machines of all clusters, compared with those that serve the same model, by least squares.
+
+    Raises `ValueError` if they all hold the same number of blocks.
+    """
+    sizes: list[float] = []  # logarithms, less the mean of the model
+    speeds: list[float] = []
+    factors: list[float] = []
+    for num_blocks in sorted({cluster.num_blocks for cluster in clusters}):
+        same = [each for cluster in clusters if cluster.num_blocks == num_blocks for each in cluster.machines]
+        sizes += _centered([math.log(each.max_blocks) for each in same])
+        speeds += _centered([math.log(each.block_speeds[0][1]) for each in same])
+        factors += [each.block_speeds[-1][1] / each.block_speeds[0][1] for each in same]
+    variance, of_speeds = (sum(each * each for each in values) / len(values) for values in (sizes, speeds))
+    if not variance:
+        raise ValueError("all machines hold the same number of blocks")
+    together = sum(size * speed for size, speed in zip(sizes, speeds, strict=True)) / len(sizes)
+    return HardwareFit(
+        num_machines=len(sizes),
+        spread_of_sizes=math.sqrt(variance),
+        speed_by_size=together / variance,
+        spread_of_speed=math.sqrt(max(0.0, of_speeds - together**2 / variance)),
+        correlation=together / math.sqrt(variance * of_speeds) if of_speeds else 0.0,
+        cache_factors=(min(factors), max(factors)),
+    )
+
+
+def _centered(values: Sequence[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    return [each - mean for each in values]

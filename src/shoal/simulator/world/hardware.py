@@ -14,9 +14,15 @@ from shoal.spans import Span
 LOAD_SECONDS = 60.0
 """Seconds in which a machine loads as many blocks as it can hold, where a study does not say otherwise."""
 MEDIAN_BLOCK_SPEED = 6000.0
-"""Tokens per second of one block, of the median machine: about a T4 with LLaMA-2-70B (arXiv 2406.01566)."""
-SPREAD_OF_SPEED = 0.7
-"""The standard deviation of the logarithm of speeds: two thirds of the machines are within a factor of 2."""
+"""Tokens per second of one block, of a machine of the typical size: about a T4 with LLaMA-2-70B (arXiv 2406.01566)."""
+SPREAD_OF_SIZES = 0.46
+"""The standard deviation of the logarithm of how many blocks machines can hold, as in Helix's clusters
+(`python -m shoal.simulator fit`)."""
+SPEED_BY_SIZE = 0.97
+"""Machines with more memory are faster: the speed of one block grows with this power of the blocks that a machine can
+hold. Fitted, as is what follows."""
+SPREAD_OF_SPEED = 0.29
+"""The standard deviation of the logarithm of a machine's speed around that of its size."""
 SLOWEST_NETWORK, FASTEST_NETWORK = 760.0, 7600.0
 """Tokens per second of 100 Mbit/s and of 1 Gbit/s, with hidden states of 16 KiB."""
 FULL_BATCH = 16
@@ -25,7 +31,7 @@ ROW_SHARE = 0.5
 """The part of the time of a saturated pass that grows with its rows. The rest is the reading of the weights."""
 LEAST_CACHE_FACTOR, MOST_CACHE_FACTOR = 0.45, 0.8
 """A machine that is full of blocks computes a block at this part of the speed that it has with one block only, because
-less memory is left for caches. The profiles of Helix have .13 to .64, in these units."""
+less memory is left for caches."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +82,44 @@ class Hardware:
         return (1 - ROW_SHARE) * saturated, ROW_SHARE * saturated / FULL_BATCH
 
 
-def draw_hardware(rng: random.Random, *, max_blocks: int, load_seconds: float = LOAD_SECONDS) -> Hardware:
-    """A machine of random speed that can hold `max_blocks` blocks."""
-    fast = MEDIAN_BLOCK_SPEED * rng.lognormvariate(0.0, SPREAD_OF_SPEED)
-    slow = fast * rng.uniform(LEAST_CACHE_FACTOR, MOST_CACHE_FACTOR)
-    speeds = ((1, fast), (max_blocks, slow)) if max_blocks > 1 else ((1, fast),)
-    network = math.exp(rng.uniform(math.log(SLOWEST_NETWORK), math.log(FASTEST_NETWORK)))
-    return Hardware(max_blocks, speeds, network, load_seconds / max_blocks)
+def draw_hardware(
+    rng: random.Random, *, typical_blocks: float, most_blocks: int, load_seconds: float = LOAD_SECONDS
+) -> Hardware:
+    """A random machine of a swarm whose machines typically hold `typical_blocks` blocks, and at most `most_blocks`."""
+    size = typical_blocks * rng.lognormvariate(0.0, SPREAD_OF_SIZES)
+    blocks = min(most_blocks, max(1, math.floor(size + rng.random())))
+    return _of_size(rng, blocks, typical_blocks, load_seconds)
+
+
+def typical_hardware(max_blocks: int, *, load_seconds: float = LOAD_SECONDS) -> Hardware:
+    """A machine of a cloud's data center that is like all others there: of middling speed, with the fastest network."""
+    slow = MEDIAN_BLOCK_SPEED * (LEAST_CACHE_FACTOR + MOST_CACHE_FACTOR) / 2
+    speeds = ((1, MEDIAN_BLOCK_SPEED), (max_blocks, slow)) if max_blocks > 1 else ((1, MEDIAN_BLOCK_SPEED),)
+    return Hardware(max_blocks, speeds, FASTEST_NETWORK, load_seconds / max_blocks)
+
+
+def typical_of(mean_blocks: float) -> float:
+    """The typical size of machines that hold `mean_blocks` on average: the median."""
+    return mean_blocks * math.exp(-(SPREAD_OF_SIZES**2) / 2)
 
 
 def draw_swarm(
     rng: random.Random, *, num_machines: int, num_blocks: int, copies: float, load_seconds: float = LOAD_SECONDS
 ) -> list[Hardware]:
     """Random machines that can together hold each block `copies` times. The largest holds about 4 times the mean."""
-    weights = [rng.lognormvariate(0.0, 0.5) for _ in range(num_machines)]
+    weights = [rng.lognormvariate(0.0, SPREAD_OF_SIZES) for _ in range(num_machines)]
     sizes = share_out(weights, round(copies * num_blocks), least=1, most=num_blocks)
-    return [draw_hardware(rng, max_blocks=size, load_seconds=load_seconds) for size in sizes]
+    typical = typical_of(copies * num_blocks / num_machines)
+    return [_of_size(rng, size, typical, load_seconds) for size in sizes]
+
+
+def _of_size(rng: random.Random, max_blocks: int, typical_blocks: float, load_seconds: float) -> Hardware:
+    relative = (max_blocks / typical_blocks) ** SPEED_BY_SIZE
+    fast = MEDIAN_BLOCK_SPEED * relative * rng.lognormvariate(0.0, SPREAD_OF_SPEED)
+    slow = fast * rng.uniform(LEAST_CACHE_FACTOR, MOST_CACHE_FACTOR)
+    speeds = ((1, fast), (max_blocks, slow)) if max_blocks > 1 else ((1, fast),)
+    network = math.exp(rng.uniform(math.log(SLOWEST_NETWORK), math.log(FASTEST_NETWORK)))
+    return Hardware(max_blocks, speeds, network, load_seconds / max_blocks)
 
 
 def share_out(weights: Sequence[float], total: int, *, least: int, most: int) -> list[int]:
