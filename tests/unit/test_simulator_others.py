@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -103,10 +104,18 @@ def test_a_newcomer_begins_at_the_lightest_block():
 @given(st.integers(0, 10_000))
 @settings(max_examples=50, deadline=None)
 def test_the_search_reckons_like_the_live_measure(seed):
-    machines = swarm(seed)
+    machines = [replace(machine, network_speed=math.inf) for machine in swarm(seed)]
     exact = exact_throughput(machines, NUM_BLOCKS)
     assert sum(deficits(machines, NUM_BLOCKS, exact)) == pytest.approx(0, abs=1e-6 * max(1.0, exact))
     if exact:
+        assert sum(deficits(machines, NUM_BLOCKS, 1.01 * exact)) > 0
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_the_search_never_reckons_more_than_the_live_measure_where_networks_limit(seed):
+    machines = swarm(seed)
+    if exact := exact_throughput(machines, NUM_BLOCKS):
         assert sum(deficits(machines, NUM_BLOCKS, 1.01 * exact)) > 0
 
 

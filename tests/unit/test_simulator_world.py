@@ -17,8 +17,7 @@ from shoal.simulator.timeline import Timeline
 from shoal.simulator.world.clusters import Cluster, read_clusters
 from shoal.simulator.world.fitting import Durations, fit_habits, fit_hardware, fit_weibull, lives
 from shoal.simulator.world.hardware import (
-    LEAST_CACHE_FACTOR,
-    MOST_CACHE_FACTOR,
+    SLOW_WHEN_FULL,
     SPEED_BY_SIZE,
     SPREAD_OF_SIZES,
     SPREAD_OF_SPEED,
@@ -242,7 +241,7 @@ def test_random_machines_differ_as_those_of_clusters_do():
     assert fit.spread_of_sizes == pytest.approx(SPREAD_OF_SIZES, rel=0.05)
     assert fit.speed_by_size == pytest.approx(SPEED_BY_SIZE, rel=0.05)
     assert fit.spread_of_speed == pytest.approx(SPREAD_OF_SPEED, rel=0.05)
-    assert LEAST_CACHE_FACTOR <= fit.cache_factors[0] < fit.cache_factors[1] <= MOST_CACHE_FACTOR
+    assert SLOW_WHEN_FULL[0] <= fit.cache_factors[0] < fit.cache_factors[1] <= SLOW_WHEN_FULL[1]
 
 
 def test_a_fit_of_hardware_takes_two_sizes():

@@ -23,7 +23,7 @@ from shoal.simulator.studies.report import Report, Table, share
 from shoal.simulator.studies.rule_names import rule_of
 from shoal.simulator.studies.study_progress import Advance
 from shoal.simulator.world.clusters import Cluster
-from shoal.simulator.world.hardware import Hardware, draw_swarm
+from shoal.simulator.world.hardware import EVEN, SLOW_WHEN_FULL, Hardware, draw_swarm
 from shoal.simulator.world.stays import Stay
 
 SETTLE_SECONDS = 3 * 3600.0
@@ -56,12 +56,16 @@ class Rest:
 
 
 def random_clusters(seed: int) -> list[Cluster]:
-    """Random swarms of the sizes of `SWARMS`."""
+    """Random swarms of the sizes of `SWARMS`, of machines that are as fast when they are full, and of others."""
     found = []
-    for num_machines, num_blocks, copies in SWARMS:
-        rng = random.Random(f"{seed} {num_machines} {num_blocks} {copies}")  # noqa: S311 - repeatable, not secret
-        machines = draw_swarm(rng, num_machines=num_machines, num_blocks=num_blocks, copies=copies)
-        found.append(Cluster(f"{num_machines}x{num_blocks}, {copies:g} copies", num_blocks, tuple(machines), {}))
+    for about, cache_factors in (("", EVEN), (", slow when full", SLOW_WHEN_FULL)):
+        for num_machines, num_blocks, copies in SWARMS:
+            rng = random.Random(f"{seed} {num_machines} {num_blocks} {copies}")  # noqa: S311 - repeatable, not secret
+            machines = draw_swarm(
+                rng, num_machines=num_machines, num_blocks=num_blocks, copies=copies, cache_factors=cache_factors
+            )
+            name = f"{num_machines}x{num_blocks}, {copies:g} copies{about}"
+            found.append(Cluster(name, num_blocks, tuple(machines), {}))
     return found
 
 

@@ -42,9 +42,7 @@ def fits(name: str, trace: TraceFile) -> list[FitOf]:
     ]
 
 
-def report(
-    traces: Sequence[tuple[str, TraceFile]], found: Sequence[FitOf], clusters: Sequence[Cluster] = ()
-) -> Report:
+def report(traces: Sequence[tuple[str, TraceFile]], found: Sequence[FitOf], clusters: Sequence[Cluster] = ()) -> Report:
     """Two tables: of durations, and of the habits of zones. With clusters, a third: of their machines."""
     durations = tuple(
         (

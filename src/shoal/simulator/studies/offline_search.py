@@ -65,7 +65,8 @@ def search(machines: Sequence[Machine], num_blocks: int, *, num_tries: int, rng:
 def deficits(machines: Sequence[Machine], num_blocks: int, level: float) -> list[float]:
     """What each block lacks of `level` tokens per second, if servers share their time as well as they can.
 
-    From the first block on, each is served by the machines whose spans end first: the others can help later.
+    From the first block on, each is served by the machines whose spans end first: the others can help later. Where
+    networks limit what machines do for one block, another order may lack less.
     """
     starting: list[list[Machine]] = [[] for _ in range(num_blocks)]
     for machine in machines:

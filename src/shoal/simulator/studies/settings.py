@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.simulator.fluid.arrangement import Delays, Scene
-from shoal.simulator.world.hardware import LOAD_SECONDS, Hardware, draw_hardware, typical_hardware, typical_of
+from shoal.simulator.world.hardware import (
+    EVEN,
+    LOAD_SECONDS,
+    SLOW_WHEN_FULL,
+    CacheFactors,
+    Hardware,
+    draw_hardware,
+    typical_hardware,
+    typical_of,
+)
 from shoal.simulator.world.stays import Stay, mean_present, volunteers, zones_that_vanish
 from shoal.simulator.world.traces import TraceFile, Window, busiest_windows, stays_of_trace
 
@@ -37,7 +46,8 @@ class Goal:
 class Setting:
     """One kind of churn: the machines can hold each block `copies` times on average.
 
-    If they are `alike`, each has the same hardware, as instances of one type in a cloud have.
+    If they are `alike`, each has the same hardware, as instances of one type in a cloud have. `cache_factors` say how
+    much slower they are when they are full.
     """
 
     name: str
@@ -45,6 +55,7 @@ class Setting:
     stays: Stays
     goal: Goal | None = None
     alike: bool = False
+    cache_factors: CacheFactors = EVEN
 
     def scene(self, *, seed: int, hours: float, delays: Delays, load_seconds: float = LOAD_SECONDS) -> Scene:
         """The same scene for the same seed, whatever the rule."""
@@ -53,22 +64,37 @@ class Setting:
         stays = self.stays(rng, seconds)
         mean_size = self.copies * NUM_BLOCKS / mean_present(stays, seconds)
         if self.alike:
-            one = typical_hardware(min(NUM_BLOCKS, max(1, round(mean_size))), load_seconds=load_seconds)
+            size = min(NUM_BLOCKS, max(1, round(mean_size)))
+            one = typical_hardware(size, load_seconds=load_seconds, cache_factors=self.cache_factors)
             machines = {stay.slot: one for stay in stays}
         else:
-            machines = hardware_by_slot(stays, mean_size=mean_size, load_seconds=load_seconds, seed=seed)
+            machines = hardware_by_slot(
+                stays, mean_size=mean_size, load_seconds=load_seconds, seed=seed, cache_factors=self.cache_factors
+            )
         return Scene(NUM_BLOCKS, stays, machines.__getitem__, seconds, warm_up=WARM_UP, delays=delays)
 
 
 def hardware_by_slot(
-    stays: Sequence[Stay], *, mean_size: float, load_seconds: float, seed: int, num_blocks: int = NUM_BLOCKS
+    stays: Sequence[Stay],
+    *,
+    mean_size: float,
+    load_seconds: float,
+    seed: int,
+    num_blocks: int = NUM_BLOCKS,
+    cache_factors: CacheFactors = SLOW_WHEN_FULL,
 ) -> dict[int, Hardware]:
     """A random machine for each slot, which holds `mean_size` blocks on average."""
     found: dict[int, Hardware] = {}
     typical = typical_of(mean_size)
     for slot in sorted({stay.slot for stay in stays}):
         rng = random.Random(f"{seed} {slot}")  # noqa: S311 - repeatable, not secret
-        found[slot] = draw_hardware(rng, typical_blocks=typical, most_blocks=num_blocks, load_seconds=load_seconds)
+        found[slot] = draw_hardware(
+            rng,
+            typical_blocks=typical,
+            most_blocks=num_blocks,
+            load_seconds=load_seconds,
+            cache_factors=cache_factors,
+        )
     return found
 
 
@@ -100,14 +126,19 @@ def traced(trace: TraceFile, *, least_machines: float) -> Stays:
     return draw
 
 
-GENERATED = (
+GOALS = (
     Setting("half leave within 7 min, 2.5 copies", 2.5, volunteering(1), Goal(0.68, 0.02, 0.42)),
     Setting("mean life 10 h, 2.5 copies", 2.5, volunteering(10), Goal(0.85, 0.002, 0.62)),
     Setting("spot zones that vanish, 3 copies", 3.0, spot(), Goal(0.85, 0.02, 0.64), alike=True),
     Setting("mean life 10 h, 5 copies", 5.0, volunteering(10), Goal(0.94, 0.0, 0.77, moves=0.5)),
     Setting("mean life 10 h, 8 copies", 8.0, volunteering(10), Goal(0.97, 0.0, moves=0.5)),
 )
-"""The rows of the table of goals, with generated machines."""
+"""The rows of the table of goals, with generated machines that are as fast when they are full."""
+GENERATED = (
+    *GOALS,
+    *(replace(each, name=f"{each.name}, slow when full", goal=None, cache_factors=SLOW_WHEN_FULL) for each in GOALS),
+)
+"""These, and the same with machines that are slower when they are full: a shorter span may then be the better one."""
 
 
 def traced_settings(name: str, trace: TraceFile) -> list[Setting]:

@@ -29,9 +29,13 @@ FULL_BATCH = 16
 """Sequences that a machine decodes together when it is saturated."""
 ROW_SHARE = 0.5
 """The part of the time of a saturated pass that grows with its rows. The rest is the reading of the weights."""
-LEAST_CACHE_FACTOR, MOST_CACHE_FACTOR = 0.45, 0.8
-"""A machine that is full of blocks computes a block at this part of the speed that it has with one block only, because
-less memory is left for caches."""
+CacheFactors = tuple[float, float]
+"""A machine that is full of blocks computes a block at a part of the speed that it has with one block only, because
+less memory is left for caches. The part is drawn between these two."""
+SLOW_WHEN_FULL: CacheFactors = (0.45, 0.8)
+"""As in Helix's clusters."""
+EVEN: CacheFactors = (1.0, 1.0)
+"""Machines that have room for caches beside all blocks that they can hold."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,24 @@ class Hardware:
 
 
 def draw_hardware(
-    rng: random.Random, *, typical_blocks: float, most_blocks: int, load_seconds: float = LOAD_SECONDS
+    rng: random.Random,
+    *,
+    typical_blocks: float,
+    most_blocks: int,
+    load_seconds: float = LOAD_SECONDS,
+    cache_factors: CacheFactors = SLOW_WHEN_FULL,
 ) -> Hardware:
     """A random machine of a swarm whose machines typically hold `typical_blocks` blocks, and at most `most_blocks`."""
     size = typical_blocks * rng.lognormvariate(0.0, SPREAD_OF_SIZES)
     blocks = min(most_blocks, max(1, math.floor(size + rng.random())))
-    return _of_size(rng, blocks, typical_blocks, load_seconds)
+    return _of_size(rng, blocks, typical_blocks, load_seconds, cache_factors)
 
 
-def typical_hardware(max_blocks: int, *, load_seconds: float = LOAD_SECONDS) -> Hardware:
+def typical_hardware(
+    max_blocks: int, *, load_seconds: float = LOAD_SECONDS, cache_factors: CacheFactors = SLOW_WHEN_FULL
+) -> Hardware:
     """A machine of a cloud's data center that is like all others there: of middling speed, with the fastest network."""
-    slow = MEDIAN_BLOCK_SPEED * (LEAST_CACHE_FACTOR + MOST_CACHE_FACTOR) / 2
+    slow = MEDIAN_BLOCK_SPEED * sum(cache_factors) / 2
     speeds = ((1, MEDIAN_BLOCK_SPEED), (max_blocks, slow)) if max_blocks > 1 else ((1, MEDIAN_BLOCK_SPEED),)
     return Hardware(max_blocks, speeds, FASTEST_NETWORK, load_seconds / max_blocks)
 
@@ -104,19 +115,27 @@ def typical_of(mean_blocks: float) -> float:
 
 
 def draw_swarm(
-    rng: random.Random, *, num_machines: int, num_blocks: int, copies: float, load_seconds: float = LOAD_SECONDS
+    rng: random.Random,
+    *,
+    num_machines: int,
+    num_blocks: int,
+    copies: float,
+    load_seconds: float = LOAD_SECONDS,
+    cache_factors: CacheFactors = SLOW_WHEN_FULL,
 ) -> list[Hardware]:
     """Random machines that can together hold each block `copies` times. The largest holds about 4 times the mean."""
     weights = [rng.lognormvariate(0.0, SPREAD_OF_SIZES) for _ in range(num_machines)]
     sizes = share_out(weights, round(copies * num_blocks), least=1, most=num_blocks)
     typical = typical_of(copies * num_blocks / num_machines)
-    return [_of_size(rng, size, typical, load_seconds) for size in sizes]
+    return [_of_size(rng, size, typical, load_seconds, cache_factors) for size in sizes]
 
 
-def _of_size(rng: random.Random, max_blocks: int, typical_blocks: float, load_seconds: float) -> Hardware:
+def _of_size(
+    rng: random.Random, max_blocks: int, typical_blocks: float, load_seconds: float, cache_factors: CacheFactors
+) -> Hardware:
     relative = (max_blocks / typical_blocks) ** SPEED_BY_SIZE
     fast = MEDIAN_BLOCK_SPEED * relative * rng.lognormvariate(0.0, SPREAD_OF_SPEED)
-    slow = fast * rng.uniform(LEAST_CACHE_FACTOR, MOST_CACHE_FACTOR)
+    slow = fast * rng.uniform(*cache_factors)
     speeds = ((1, fast), (max_blocks, slow)) if max_blocks > 1 else ((1, fast),)
     network = math.exp(rng.uniform(math.log(SLOWEST_NETWORK), math.log(FASTEST_NETWORK)))
     return Hardware(max_blocks, speeds, network, load_seconds / max_blocks)
