@@ -44,7 +44,10 @@ NUM_CONVERSATIONS = 24
 
 @dataclass
 class Servers:
-    """Servers that are killed and replaced. `dead` are the peers that were killed."""
+    """Servers that are killed and replaced. `dead` are the peers that were killed: none of them comes back.
+
+    Each server has an identity of its own. Otherwise a new one would take that of one that was killed.
+    """
 
     processes: Processes
     living: list[Child] = field(default_factory=list)
@@ -53,7 +56,9 @@ class Servers:
 
     def begin(self) -> Child:
         self.num_started += 1
-        child = self.processes.begin(f"free-{self.num_started}", "--num-blocks", MOST_BLOCKS)
+        name = f"free-{self.num_started}"
+        identity = str(self.processes.folder / f"{name}.identity")
+        child = self.processes.begin(name, "--num-blocks", MOST_BLOCKS, "--identity", identity)
         self.living.append(child)
         return child
 
