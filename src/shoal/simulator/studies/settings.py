@@ -80,8 +80,7 @@ def hardware_by_slot(
     mean_size: float,
     load_seconds: float,
     seed: int,
-    num_blocks: int = NUM_BLOCKS,
-    cache_factors: CacheFactors = SLOW_WHEN_FULL,
+    cache_factors: CacheFactors,
 ) -> dict[int, Hardware]:
     """A random machine for each slot, which holds `mean_size` blocks on average."""
     found: dict[int, Hardware] = {}
@@ -91,7 +90,7 @@ def hardware_by_slot(
         found[slot] = draw_hardware(
             rng,
             typical_blocks=typical,
-            most_blocks=num_blocks,
+            most_blocks=NUM_BLOCKS,
             load_seconds=load_seconds,
             cache_factors=cache_factors,
         )

@@ -105,8 +105,7 @@ def typical_hardware(
 ) -> Hardware:
     """A machine of a cloud's data center that is like all others there: of middling speed, with the fastest network."""
     slow = MEDIAN_BLOCK_SPEED * sum(cache_factors) / 2
-    speeds = ((1, MEDIAN_BLOCK_SPEED), (max_blocks, slow)) if max_blocks > 1 else ((1, MEDIAN_BLOCK_SPEED),)
-    return Hardware(max_blocks, speeds, FASTEST_NETWORK, load_seconds / max_blocks)
+    return _between(MEDIAN_BLOCK_SPEED, slow, max_blocks, FASTEST_NETWORK, load_seconds)
 
 
 def typical_of(mean_blocks: float) -> float:
@@ -136,8 +135,13 @@ def _of_size(
     relative = (max_blocks / typical_blocks) ** SPEED_BY_SIZE
     fast = MEDIAN_BLOCK_SPEED * relative * rng.lognormvariate(0.0, SPREAD_OF_SPEED)
     slow = fast * rng.uniform(*cache_factors)
-    speeds = ((1, fast), (max_blocks, slow)) if max_blocks > 1 else ((1, fast),)
     network = math.exp(rng.uniform(math.log(SLOWEST_NETWORK), math.log(FASTEST_NETWORK)))
+    return _between(fast, slow, max_blocks, network, load_seconds)
+
+
+def _between(fast: float, slow: float, max_blocks: int, network: float, load_seconds: float) -> Hardware:
+    """A machine that computes a block at the speed `fast` if it has one block only, and at `slow` if it is full."""
+    speeds = ((1, fast), (max_blocks, slow)) if max_blocks > 1 else ((1, fast),)
     return Hardware(max_blocks, speeds, network, load_seconds / max_blocks)
 
 
