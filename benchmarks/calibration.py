@@ -3,9 +3,10 @@
     python -m benchmarks.calibration --out measured.json [--clients 1 2 4] [--rounds 3] [--answer 48]
     python -m shoal.simulator calibrate --measured measured.json
 
-The servers hold blocks of the bundled model in float32; each has a link of its own. What a token takes in a client was
-measured without links, so that the twin has to predict what links and more clients change. The figures are medians of
-the rounds.
+The servers hold blocks of the bundled model in float32; each has a link of its own. The twin is told what the live
+swarm knows: the speeds that servers announce, how much slower one client has found them without links, and the round
+trips that clients and servers have measured. What else a token takes in a client was measured without links too, so
+that the twin has to predict what links and more clients change. The figures are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import os
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from benchmarks.clients import Generation, decoding_speed, generate_together
 from benchmarks.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
+from shoal.peers import short
 from shoal.simulator.steps.twin import RealSwarm, predict
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
 
@@ -35,6 +38,8 @@ SPANS = ("0:4", "4:8", "8:12", "0:3", "3:6", "6:9", "9:12", "0:5", "5:10", "10:1
 HOP_SECONDS = 0.001
 """A message without a link, here: what is assumed. The rest of a step is counted as the client's."""
 PROMPT = 16
+SETTLE_SECONDS = 30.0
+"""By then, servers have measured the round trips to each other and announced them."""
 
 
 def links(seed: int) -> list[Link]:
@@ -43,18 +48,47 @@ def links(seed: int) -> list[Link]:
     return [Link(delay_seconds=rng.uniform(0.005, 0.04), bytes_per_second=rng.uniform(50e6, 200e6) / 8) for _ in SPANS]
 
 
-def announced(model: Any) -> dict[str, tuple[float, float]]:
-    """The speeds that servers announce, by peer: decoding, and long inputs."""
+def described(model: Any, swarm: ShapedSwarm, links: Sequence[Link], slowness: float) -> list[Any]:
+    """The servers as the live swarm knows them: what they announce, and what this client has measured."""
     blocks = model.transformer.h
-    found = blocks._runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))
-    return {info.peer: (info.decode_speed, info.prefill_speed) for info in found}
+    infos = {info.peer: info for info in blocks.runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))}
+    reach = blocks.swarm.timings.round_trips()
+    index_of = {short(server.peer): index for index, server in enumerate(swarm.servers)}
+    return [
+        {
+            "span": server.span,
+            "token_seconds": slowness / infos[server.peer].decode_speed,
+            "row_seconds": slowness / infos[server.peer].prefill_speed,
+            "delay_seconds": link.delay_seconds,
+            "bytes_per_second": link.bytes_per_second,
+            "round_trip": reach.get(server.peer),
+            "round_trips": [(index_of[name], seconds) for name, seconds in infos[server.peer].round_trips],
+        }
+        for server, link in zip(swarm.servers, links, strict=True)
+    ]
 
 
-def open_model(swarm: ShapedSwarm, stack: contextlib.ExitStack) -> Any:
-    """A client that has not measured anything yet."""
-    model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=swarm.addresses, dtype=torch.float32)
-    stack.callback(model.close)
-    return model
+@contextlib.contextmanager
+def opened(links: Sequence[Link]) -> Iterator[tuple[ShapedSwarm, Any]]:
+    """A swarm behind these links, and a client that has not measured anything yet."""
+    with shaped_swarm(STORIES, SPANS, link=links, options=["--dtype", "float32"]) as swarm:
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            STORIES, initial_peers=swarm.addresses, dtype=torch.float32
+        )
+        try:
+            yield swarm, model
+        finally:
+            model.close()
+
+
+def usual_slowness(model: Any) -> float:
+    """By what factor the servers that this client has used are slower than they announce: the median."""
+    blocks = model.transformer.h
+
+    async def measured() -> dict[str, float]:
+        return dict(blocks.swarm.timings.measured().slowness)
+
+    return statistics.median(blocks.runtime.run(measured()).values())
 
 
 def run(model: Any, num_clients: int, answer: int, rounds: int) -> dict[str, float]:
@@ -85,28 +119,16 @@ def _token_seconds(found: Sequence[Generation]) -> float:
 
 def measure(clients: Sequence[int], answer: int, rounds: int, seed: int) -> dict[str, Any]:
     """Everything that the twin is made of, and what it is compared with."""
-    with contextlib.ExitStack() as stack:
-        swarm = stack.enter_context(shaped_swarm(STORIES, SPANS, options=["--dtype", "float32"]))
-        model = open_model(swarm, stack)
-        speeds = announced(model)
+    without, with_links = [Link()] * len(SPANS), links(seed)
+    with opened(without) as (swarm, model):
         unshaped = run(model, 1, answer, rounds)
+        slowness = usual_slowness(model)
+        unlinked = described(model, swarm, without, slowness)
         row_bytes = model.config.hidden_size * 4
-        model.close()
-        shaped = links(seed)
-        for server, link in zip(swarm.servers, shaped, strict=True):
-            server.link(link)
-        model = open_model(swarm, stack)
+    with opened(with_links) as (swarm, model):
+        time.sleep(SETTLE_SECONDS)
         runs = [run(model, count, answer, rounds) for count in clients]
-    described = [
-        {
-            "span": server.span,
-            "token_seconds": 1 / speeds[server.peer][0],
-            "row_seconds": 1 / speeds[server.peer][1],
-            "delay_seconds": link.delay_seconds,
-            "bytes_per_second": link.bytes_per_second,
-        }
-        for server, link in zip(swarm.servers, shaped, strict=True)
-    ]
+        servers = described(model, swarm, with_links, slowness)
     result = {
         "machine": describe_machine(),
         "num_blocks": 12,
@@ -114,12 +136,12 @@ def measure(clients: Sequence[int], answer: int, rounds: int, seed: int) -> dict
         "row_bytes": row_bytes,
         "client_seconds": 0.0,
         "hop_seconds": HOP_SECONDS,
-        "servers": [{**each, "delay_seconds": 0.0, "bytes_per_second": None} for each in described],
+        "servers": unlinked,
         "runs": [unshaped],
     }
     without_client = RealSwarm.model_validate(result)
     own = unshaped["token_seconds"] - predict(without_client, without_client.runs[0]).token_seconds
-    return result | {"client_seconds": max(0.0, own), "servers": described, "runs": runs, "unshaped": unshaped}
+    return result | {"client_seconds": max(0.0, own), "servers": servers, "runs": runs, "unshaped": unshaped}
 
 
 def main() -> None:

@@ -151,7 +151,7 @@ def missing_pages(swarm: ShapedSwarm) -> list[str]:
     deadline = time.monotonic() + IDLE_SECONDS
     try:
         while True:
-            found = blocks._runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))
+            found = blocks.runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))
             left = {info.peer: info.cache_tokens_left for info in found}
             missing = [each.name for each in swarm.servers if left.get(each.peer) != CACHE_TOKENS]
             if not missing or time.monotonic() > deadline:

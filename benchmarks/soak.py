@@ -130,7 +130,7 @@ def tokens_left(model: Any) -> list[int]:
     """The free cache tokens that each server announces."""
     blocks = model.transformer.h
     directory = blocks.swarm._node.directory
-    return [server.cache_tokens_left for server in blocks._runtime.run(directory.servers(blocks.swarm.model))]
+    return [server.cache_tokens_left for server in blocks.runtime.run(directory.servers(blocks.swarm.model))]
 
 
 def main() -> int:

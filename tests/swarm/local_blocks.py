@@ -64,8 +64,12 @@ class LocalBlocks(nn.Module):
         past_key_values: object | None,
     ) -> Tensor:
         caches: Sequence[BodyCache | None] = [None] * len(self.hops)
-        if past_key_values is not None and not isinstance(past_key_values.session, UnopenedSession):  # type: ignore[attr-defined]
-            caches = past_key_values.session.caches  # type: ignore[attr-defined]
+        session = getattr(past_key_values, "session", None)
+        if isinstance(session, LocalSession):
+            caches = session.caches
+        elif session is not None and not isinstance(session, UnopenedSession):
+            output_BTD: Tensor = session.step(hidden_BTD, attention_mask=attention_mask, position_ids=position_ids)
+            return output_BTD
         hidden_BTD = Transfer.apply(hidden_BTD, self.encoding)
         for (body, span), cache in zip(self.hops, caches, strict=True):
             hidden_BTD = body(

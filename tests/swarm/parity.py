@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.client.generation.generation import Generation
+from shoal.client.generation.model_ends import ModelEnds
 from shoal.errors import UnsupportedOperation
 from shoal.model.body import build_body, joined_body
 from shoal.model.families import family_of
@@ -136,6 +139,33 @@ def check_padded(pair: Pair) -> None:
     assert_equal(torch.stack(actual.logits), torch.stack(expected.logits))
 
 
+def check_streams(pair: Pair) -> None:
+    """Check texts of two lengths, with the embeddings of both in one call and the head in another, as streams have it.
+
+    The logits at every step are those of generating each alone.
+    """
+    ends = ModelEnds(pair.cut)
+    texts = [
+        SimpleNamespace(ids_1S=prompt, session=pair.blocks.new_session(batch_size=1, max_length=64))
+        for prompt in (PROMPT[:1], PROMPT[1:, :4])
+    ]
+    expected = [generate(pair.whole, inputs=text.ids_1S, output_logits=True) for text in texts]
+    for step in range(5):
+        answers = [
+            pair.blocks(
+                sent.hidden_1TD,
+                attention_mask=None,
+                position_ids=sent.positions_1T,
+                past_key_values=RemoteCache(text.session),
+            )
+            for text, sent in zip(texts, ends.embed(pair.cut, cast("list[Generation]", texts)), strict=True)
+        ]
+        logits_RV = ends.logits(pair.cut, answers)
+        assert_equal(logits_RV, torch.cat([each.logits[step] for each in expected]))
+        for text, each in zip(texts, expected, strict=True):
+            text.ids_1S = each.sequences[:, : text.ids_1S.shape[1] + 1]
+
+
 def check_beams(pair: Pair) -> None:
     expected = generate(pair.whole, inputs=PROMPT, num_beams=3, output_scores=True)
     actual = generate(pair.cut, inputs=PROMPT, num_beams=3, output_scores=True)
@@ -189,6 +219,7 @@ CHECKS = {
     "cached": check_cached,
     "chunks": check_chunks,
     "padded": check_padded,
+    "streams": check_streams,
     "beams": check_beams,
     "gradients": check_gradients,
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from shoal.bundled import STORIES
 from shoal.cli.chat import Conversation, _converse, parse_line
 from shoal.cli.generate import is_cut
 from shoal.cli.wait_note import WaitNote
+from shoal.client.generation.generation import Token
 
 
 @pytest.mark.parametrize(
@@ -46,13 +49,12 @@ class FakeModel:
         self.answer = answer
         self.prompts: list[torch.Tensor] = []
 
-    def generate(self, ids: torch.Tensor, *, streamer: Any, **_: Any) -> torch.Tensor:
+    @contextlib.contextmanager
+    def stream(self, ids: torch.Tensor, **_: Any) -> Iterator[list[Token]]:
         self.prompts.append(ids)
-        streamer.put(ids)
-        for token in self.answer:
-            streamer.put(torch.tensor([token]))
-        streamer.end()
-        return torch.cat([ids, torch.tensor([self.answer])], dim=1)
+        *before, last = self.answer
+        reason = "stop" if last == self.generation_config.eos_token_id else "length"
+        yield [*map(Token, before), Token(last, finish_reason=reason)]
 
 
 class Session:
@@ -81,6 +83,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             Conversation(tokenizer),
             Session(),
             {"max_new_tokens": max_new_tokens},
+            None,
             WaitNote(),  # type: ignore[arg-type]
         )
         out, err = capsys.readouterr()

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from shoal.cli import options
 from shoal.cli.console import print_error, stderr
-from shoal.cli.generate import connected, cut_mark, is_cut, pad_token_of, print_now, seed_everything, streamer
+from shoal.cli.generate import connected, cut_mark, pad_token_of, print_now, say, streamer
 from shoal.cli.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import ShoalError
@@ -56,18 +56,22 @@ def command(
     chosen = options.sampling(temperature, top_p, top_k, seed)
     note = WaitNote()
     with connected(model, note.observing(client)) as (llm, tokenizer):
-        seed_everything(seed)
         chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
         stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new starts again, /help shows more", style="dim"))
         while True:
             conversation = Conversation(tokenizer, system)
             with llm.inference_session(max_length=max_length) as session:
-                if not _converse(llm, conversation, session, chosen, note):
+                if not _converse(llm, conversation, session, chosen, seed, note):
                     return
 
 
 def _converse(
-    llm: Any, conversation: Conversation, session: InferenceSession, chosen: dict[str, Any], note: WaitNote
+    llm: Any,
+    conversation: Conversation,
+    session: InferenceSession,
+    chosen: dict[str, Any],
+    seed: int | None,
+    note: WaitNote,
 ) -> bool:
     """Read lines and answer them. Returns True if the user asks for a new conversation, False if they leave."""
     while (line := _read_line()) is not None:
@@ -83,7 +87,8 @@ def _converse(
         try:
             rewind(session, ids)
             with note.during():
-                answer = llm.generate(ids, session=session, streamer=printer, **chosen)
+                of_answer = None if seed is None else seed + len(conversation.messages)
+                _, cut = say(llm, ids, printer, session=session, seed=of_answer, **chosen)
         except KeyboardInterrupt:
             conversation.add_answer(printer.text)
             print_now(" …")
@@ -94,7 +99,6 @@ def _converse(
             continue
         else:
             conversation.add_answer(printer.text)
-            cut = is_cut(llm, answer[0, ids.shape[1] :].tolist(), max_new_tokens=chosen["max_new_tokens"])
         print_now("\n")
         if cut:
             stderr.print(Text(cut_mark(chosen["max_new_tokens"]), style="dim"))

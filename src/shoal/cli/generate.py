@@ -60,37 +60,33 @@ def command(
             )
         check_length(llm, num_prompt, max_new_tokens)
         streams = num_beams == 1 and not as_json
-        seed_everything(seed)
         session: InferenceSession
         with llm.inference_session(max_length=num_prompt + max_new_tokens) as session:
             progress = waiting(GENERATING) if not streams else contextlib.nullcontext()
+            options_of_all = {**chosen, "max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
+            printer = streamer(tokenizer, note, prompt=prompt if stdout.is_terminal else "") if streams else None
             started = time.perf_counter()
             with progress as reporter, note.during(reporter, task=GENERATING):
-                ids = llm.generate(
-                    **inputs,
-                    **chosen,
-                    max_new_tokens=max_new_tokens,
-                    session=session,
-                    streamer=streamer(tokenizer, note, prompt=prompt if stdout.is_terminal else "")
-                    if streams
-                    else None,
-                    pad_token_id=pad_token_of(tokenizer),
-                )
+                if num_beams == 1:
+                    new, cut = say(llm, inputs.input_ids, printer, session=session, seed=seed, **options_of_all)
+                else:
+                    seed_everything(seed)
+                    found = llm.generate(**inputs, **options_of_all, session=session)
+                    new = found[0, num_prompt:].tolist()
+                    cut = is_cut(llm, new, max_new_tokens=max_new_tokens)
             seconds = time.perf_counter() - started
             servers = [
                 {"peer": hop.server.peer, "name": hop.server.name, "blocks": str(hop.span)} for hop in session.hops
             ]
-        num_tokens = ids.shape[1] - num_prompt
-        cut = is_cut(llm, ids[0, num_prompt:].tolist(), max_new_tokens=max_new_tokens)
-        text = tokenizer.decode(ids[0, num_prompt:], skip_special_tokens=True)
+        text = tokenizer.decode(new, skip_special_tokens=True)
     if as_json:
         answer = {
             "prompt": prompt,
             "text": text,
-            "tokens": ids[0, num_prompt:].tolist(),
+            "tokens": new,
             "finish_reason": "length" if cut else "stop",
             "seconds": round(seconds, 3),
-            "tokens_per_second": float(f"{num_tokens / seconds:.4g}"),
+            "tokens_per_second": float(f"{len(new) / seconds:.4g}"),
             "servers": servers,
         }
         print(json.dumps(answer, ensure_ascii=False))
@@ -99,8 +95,27 @@ def command(
     route = ", ".join(f"{server['name'] or server['peer'][-6:]} {server['blocks']}" for server in servers)
     if cut:
         stderr.print(Text(cut_mark(max_new_tokens), style="dim"))
-    rate = tokens_per_second(num_tokens / seconds)
-    stderr.print(Text(f"{num_tokens} tokens in {seconds:.1f} s, {rate}, through {route}", style="dim"))
+    rate = tokens_per_second(len(new) / seconds)
+    stderr.print(Text(f"{len(new)} tokens in {seconds:.1f} s, {rate}, through {route}", style="dim"))
+
+
+def say(llm: Any, ids: Any, printer: Any, **options: Any) -> tuple[list[int], bool]:
+    """Generate after `ids` [1, S], and show the tokens as they come. Returns them, and whether the text was cut."""
+    import torch
+
+    new: list[int] = []
+    cut = False
+    if printer is not None:
+        printer.put(ids)
+    with llm.stream(ids, **options) as stream:
+        for token in stream:
+            new.append(token.id)
+            cut = token.finish_reason == "length"
+            if printer is not None:
+                printer.put(torch.tensor([token.id]))
+    if printer is not None:
+        printer.end()
+    return new, cut
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ class RemoteSequential(NotPicklable, nn.Module):
         self.mount(skeletons)
 
     @property
-    def _runtime(self) -> Runtime:
+    def runtime(self) -> Runtime:
         """The runtime of this model. Raises `UserError` once the model is closed."""
         return self._hold.runtime
 
@@ -108,7 +108,7 @@ class RemoteSequential(NotPicklable, nn.Module):
 
     def _like(self, span: Span, skeletons: Mapping[str, nn.Module]) -> RemoteSequential:
         blocks = RemoteSequential(
-            self._runtime,
+            self.runtime,
             self.swarm,
             span,
             max_length=self.max_length,
@@ -161,7 +161,7 @@ class RemoteSequential(NotPicklable, nn.Module):
         mask = mask_of(attention_mask, hidden_BTD)
         positions = positions_of(position_ids, hidden_BTD)
         tuned = self._tuned()
-        work = PassCall(self._runtime, self.passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
+        work = PassCall(self.runtime, self.passes, self._plan(tuned, hidden_BTD), tuned, positions, mask)
         output = cast(torch.Tensor, SwarmFunction.apply(hidden_BTD, work, *self._parameters_of(tuned)))
         if past_key_values is not None:  # it begins without a server, which computes these tokens only if others follow
             session = self._session(1, max_length=None, expected_length=1, tuning=work.plan.tuning)
@@ -211,7 +211,7 @@ class RemoteSequential(NotPicklable, nn.Module):
             with self._measuring:  # each is set once: changing a parameter in place would break a backward pass
                 if new := unset_magnitudes(skeleton, loaded=loaded):
                     sizes = [len(magnitudes) for magnitudes in new.values()]
-                    norms = self._runtime.run(self.passes.norms(int(name), list(new), sum(sizes)))
+                    norms = self.runtime.run(self.passes.norms(int(name), list(new), sum(sizes)))
                     with torch.no_grad():
                         for magnitudes, found in zip(new.values(), norms.split(sizes), strict=True):
                             magnitudes.copy_(found)
@@ -256,7 +256,7 @@ class RemoteSequential(NotPicklable, nn.Module):
     ) -> InferenceSession:
         self._follow()
         return InferenceSession(
-            self._runtime,
+            self.runtime,
             self.swarm,
             self.span,
             batch_size=batch_size,

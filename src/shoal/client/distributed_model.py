@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 from shoal.client.active import active_session, none_active
 from shoal.client.blocks import RemoteSequential
 from shoal.client.continuation import Continuation
+from shoal.client.generation.engine import GenerationEngine
+from shoal.client.generation.preparing import prepared
+from shoal.client.generation.token_stream import TokenStream
 from shoal.client.head.logits import RemoteHead
 from shoal.client.inference_session import InferenceSession, closing_new_sessions, note_opened
 from shoal.client.saving import SavesTrained
@@ -29,6 +32,7 @@ class DistributedModel(SavesTrained):
 
     blocks: RemoteSequential
     _remote_head: RemoteHead | None = None
+    _engine: GenerationEngine | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._remote_head is not None:
@@ -121,6 +125,49 @@ class DistributedModel(SavesTrained):
         for each in handed_out:
             note_opened(each)  # the caller owns it now, such as the `generate()` that this model assists
         return result
+
+    def stream(
+        self,
+        inputs: Any = None,
+        *,
+        session: InferenceSession | None = None,
+        seed: int | None = None,
+        num_logprobs: int | None = None,
+        **options: Any,
+    ) -> TokenStream:
+        """The tokens of one text as they come: `async for token in model.stream(...)`, or `for token in ...`.
+
+        The tokens are those of `generate()` with the same `inputs` [1, T] and the same options, after
+        `torch.manual_seed(seed)` if they are sampled. All streams of a model are computed together, however many there
+        are and whenever they begin. With a `session`, a stream continues it, as `generate()` does. Each token has its
+        id (`shoal.client.generation`); with `num_logprobs`, also its log-probability and that many of the likeliest.
+
+        Close the stream, or leave its `with` block, to stop: the servers then forget it at once. Raises `UserError` and
+        `UnsupportedOperation` for what only `generate()` can do, such as beams; errors of the swarm come out of the
+        iteration.
+        """
+        generate = super().generate  # type: ignore[misc]
+        if self._remote_head is not None:
+            self._remote_head.check_options(options)
+        session = active_session(self.blocks.owner) if session is None else session
+        with none_active(), closing_new_sessions() as opened:
+            generation = prepared(
+                self, generate, inputs, session=session, seed=seed, num_logprobs=num_logprobs, options=options
+            )
+            opened[:] = [each for each in opened if each is not generation.session]
+        return self._started_engine().stream(generation)
+
+    def _started_engine(self) -> GenerationEngine:
+        """The engine of this model's streams, which the first stream starts."""
+        runtime = self.blocks.runtime
+
+        async def start() -> GenerationEngine:
+            if self._engine is None:  # on the loop, one call comes after another
+                self._engine = GenerationEngine(runtime)
+                await runtime.resources.enter_async_context(self._engine)
+            return self._engine
+
+        return runtime.run(start())
 
     def close(self) -> None:
         """Leave the swarm. The model cannot be used any more; its copies can. May be called twice."""

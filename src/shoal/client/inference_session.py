@@ -18,7 +18,7 @@ from shoal.client.active import enter, leave
 from shoal.client.call_inputs import check_inputs, mask_of, positions_of
 from shoal.client.decoding.session import Session
 from shoal.client.decoding.state import SessionState
-from shoal.client.head.logits import HeadCall, Logits
+from shoal.client.head.logits import HeadCall, Logits, LogitsRequest
 from shoal.client.runtime import Runtime
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.autograd import NoGradient
@@ -216,12 +216,41 @@ class InferenceSession:
         Raises `UserError` when the session is closed or would get longer than `max_length`, `MissingBlocks` when no
         server can take the place of a lost one, and `SwarmError` if the swarm cannot be asked.
         """
-        if not self._closing.alive:
-            raise UserError("this session is closed")
+        self._check_open()
         if hidden_BTD.dim() == 3 and hidden_BTD.shape[0] and not hidden_BTD.shape[1]:
             return hidden_BTD.clone()
         check_inputs(hidden_BTD)
-        self._catch_up()
+        own_BTD = (
+            hidden_BTD.detach().to("cpu", copy=True).contiguous()
+        )  # kept for a replay; the caller may reuse its own
+        output = self._runtime.run(
+            self.step_on_loop(
+                own_BTD,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                logits_request=None if head_call is None else head_call.logits_request(hidden_BTD),
+            )
+        )
+        if isinstance(output, Logits):
+            assert head_call is not None
+            head_call.answer = output.to(hidden_BTD.device)
+            output = hidden_BTD.new_zeros(1, 1, 1).expand_as(hidden_BTD)
+        return cast(torch.Tensor, NoGradient.apply(output.to(hidden_BTD.device), hidden_BTD))
+
+    async def step_on_loop(
+        self,
+        hidden_BTD: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        logits_request: LogitsRequest | None = None,
+    ) -> torch.Tensor | Logits:
+        """The same for callers on the client's event loop, who leave the inputs, on the CPU, to the session.
+
+        Returns logits instead if a server answered the `logits_request`.
+        """
+        self._check_open()
+        await self._catch_up()
         batch_size, num_tokens, _ = hidden_BTD.shape
         position = self.num_tokens and self.num_tokens + self._num_prompt_tokens
         num_tokens -= 0 if position else self._num_prompt_tokens
@@ -236,20 +265,19 @@ class InferenceSession:
             self._spread(batch_size // self.batch_size)
         else:
             raise UserError(f"{batch_size} sequences in a session of {self.batch_size}")
-        work = self._session.step(
-            hidden_BTD.detach().to("cpu", copy=True).contiguous(),  # kept for a replay; the caller may reuse its own
+        output = await self._session.step(
+            hidden_BTD,
             position,
             positions_of(position_ids, hidden_BTD),
             mask_of(attention_mask, hidden_BTD, num_past=position),
-            None if head_call is None else head_call.logits_request(hidden_BTD),
+            logits_request,
         )
-        output = self._runtime.run(work)
         self.num_tokens += num_tokens
-        if isinstance(output, Logits):
-            assert head_call is not None
-            head_call.answer = output.to(hidden_BTD.device)
-            output = hidden_BTD.new_zeros(1, 1, 1).expand_as(hidden_BTD)
-        return cast(torch.Tensor, NoGradient.apply(output.to(hidden_BTD.device), hidden_BTD))
+        return output
+
+    def _check_open(self) -> None:
+        if not self._closing.alive:
+            raise UserError("this session is closed")
 
     def crop(self, num_tokens: int) -> None:
         """Forget everything after the first `num_tokens` tokens. Other tokens may follow them then."""
@@ -269,11 +297,11 @@ class InferenceSession:
         else:
             self._session.select_rows(rows)
 
-    def _catch_up(self) -> None:
+    async def _catch_up(self) -> None:
         """Let the servers compute the deferred inputs."""
         if (deferred := self._deferred) is None:
             return
-        self._runtime.run(self._session.step(deferred.hidden_BTD, 0, deferred.positions_BT, deferred.mask_BT))
+        await self._session.step(deferred.hidden_BTD, 0, deferred.positions_BT, deferred.mask_BT)
         self._deferred = None
 
     def _spread(self, num_each: int) -> None:

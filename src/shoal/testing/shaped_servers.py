@@ -230,22 +230,24 @@ def shaped_swarm(
     model: str | Path,
     spans: Sequence[str],
     *,
-    link: Link | None = None,
+    link: Link | Sequence[Link] | None = None,
     options: Sequence[str] = (),
     last_options: Sequence[str] = (),
     num_threads: int | None = 1,
 ) -> Iterator[ShapedSwarm]:
     """A context with a server for each span. All of them serve when it is entered, and have ended when it is left.
 
-    `link` is the link of every server, in both directions. All servers get the same `options` of `shoal serve`, the
-    last one `last_options` as well. Each computes with `num_threads` threads; None leaves the number to PyTorch.
+    `link` is the link of every server, or one for each, in both directions. All servers get the same `options` of
+    `shoal serve`, the last one `last_options` as well. Each computes with `num_threads` threads; None leaves the number
+    to PyTorch.
     """
+    links = [link] * len(spans) if link is None or isinstance(link, Link) else link
     with ProxyProcess() as proxies, Children(num_threads=num_threads) as children:
         swarm = ShapedSwarm(str(model), children, proxies)
         try:
-            for span in spans:
+            for span, its_link in zip(spans, links, strict=True):
                 own = last_options if len(swarm.servers) == len(spans) - 1 else ()
-                swarm.add(span, *options, *own, link=link)
+                swarm.add(span, *options, *own, link=its_link)
             first, *others = swarm.servers
             first.start()
             first.wait_until_ready()

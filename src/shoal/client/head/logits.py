@@ -164,7 +164,7 @@ class RemoteHead:
         self._name, projection = found
         self._projection = [projection]  # in a list, so that it is not registered as a submodule
         self._version = projection.weight._version
-        self._vocabulary = projection.out_features
+        self.vocabulary = projection.out_features
         self._top_k = None if top_k is None else min(top_k, projection.out_features)
 
     def head_call(self, model: PreTrainedModel, arguments: Mapping[str, Any]) -> HeadCall | None:
@@ -181,7 +181,7 @@ class RemoteHead:
             return None
         if arguments.get("labels") is not None:
             return None
-        return HeadCall(num_tokens, cache=cache, vocabulary=self._vocabulary, top_k=self._top_k)
+        return HeadCall(num_tokens, cache=cache, vocabulary=self.vocabulary, top_k=self._top_k)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises `UserError` for options of `generate()` that need the logits of all tokens, if not all are sent."""

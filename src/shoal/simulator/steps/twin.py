@@ -28,7 +28,11 @@ def _is_span(text: str) -> str:
 
 
 class RealServer(BaseModel):
-    """A server process: its span, what it takes for one token and for each of many, and its link, one way."""
+    """A server process: its span, what it takes for one token and for each of many, and its link, one way.
+
+    `round_trip` is what clients have measured to it, and `round_trips` what it announces: pairs of another server's
+    index and seconds. What is not there was never measured.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -37,6 +41,8 @@ class RealServer(BaseModel):
     row_seconds: Positive
     delay_seconds: Seconds
     bytes_per_second: Positive | None = None
+    round_trip: Seconds | None = None
+    round_trips: tuple[tuple[Annotated[int, Field(ge=0, lt=10_000)], Seconds], ...] = ()
 
 
 class RealRun(BaseModel):
@@ -80,9 +86,9 @@ class Predicted:
 
 
 class _Links:
-    """The twin's servers and links: a message between two peers crosses the link of the one that was dialled.
+    """The twin's servers and links: a message takes half of the round trip that was measured between its two peers.
 
-    Each server is dialled by clients, and by the server before it.
+    Where none was, it crosses the link of the one that was dialled: clients dial all servers, and a server the next.
     """
 
     def __init__(self, timeline: Timeline, swarm: RealSwarm) -> None:
@@ -90,7 +96,8 @@ class _Links:
         self._timeline = timeline
         self._client_free_at = 0.0
         self._swarm = swarm
-        self._real = {f"s{index:03d}": server for index, server in enumerate(swarm.servers)}
+        self._real = {_peer(index): server for index, server in enumerate(swarm.servers)}
+        self._between = _round_trips(swarm.servers)
         self._servers = {
             peer: SegmentServer(timeline, cost_of(server), cores=cores) for peer, server in self._real.items()
         }
@@ -110,7 +117,11 @@ class _Links:
         carried = 0.0
         if dialled.bytes_per_second is not None:
             carried = rows * self._swarm.row_bytes / dialled.bytes_per_second
-        travels = self._swarm.hop_seconds + dialled.delay_seconds + carried
+        round_trip = dialled.round_trip
+        if sender is not None and receiver is not None:
+            round_trip = self._between.get((sender, receiver))
+        delay = dialled.delay_seconds if round_trip is None else round_trip / 2
+        travels = self._swarm.hop_seconds + delay + carried
         return travels if receiver is not None else self._at_client(travels)
 
     def _at_client(self, travels: float) -> float:
@@ -118,6 +129,20 @@ class _Links:
         now = self._timeline.now
         self._client_free_at = max(now + travels, self._client_free_at) + self._swarm.client_seconds
         return self._client_free_at - now
+
+
+def _peer(index: int) -> str:
+    return f"s{index:03d}"
+
+
+def _round_trips(servers: Sequence[RealServer]) -> dict[tuple[str, str], float]:
+    """The seconds of a round trip between two servers, in both directions. If they disagree, the longer time counts."""
+    found: dict[tuple[str, str], float] = {}
+    for index, server in enumerate(servers):
+        for other, seconds in server.round_trips:
+            for pair in ((_peer(index), _peer(other)), (_peer(other), _peer(index))):
+                found[pair] = max(seconds, found.get(pair, 0.0))
+    return found
 
 
 def cost_of(server: RealServer) -> Cost:
@@ -139,6 +164,7 @@ def _info(peer: str, server: RealServer) -> ServerInfo:
         dtype="float32",
         quantization="none",
         version="twin",
+        round_trips=tuple((_peer(index), seconds) for index, seconds in server.round_trips),
     )
 
 
@@ -147,11 +173,11 @@ def predict(swarm: RealSwarm, run: RealRun, *, seed: int = 0) -> Predicted:
     timeline = Timeline()
     links = _Links(timeline, swarm)
     rng = random.Random(seed)  # noqa: S311 - repeatable, not secret
-    delays = {info.peer: 2 * links.seconds(None, info.peer, 1) for info in links.infos}
+    reach = {info.peer: 2 * links.seconds(None, info.peer, 1) for info in links.infos}
     tallies: list[Tally] = []
     for _ in range(run.num_clients):
         tally = Tally()
-        view = ClientView(swarm.num_blocks, lambda: links.infos, delays.__getitem__, rng)
+        view = ClientView(swarm.num_blocks, lambda: links.infos, reach.__getitem__, rng)
         view.refresh()
         habits = Habits(lambda rng: Talk(run.prompt, run.answer, pause=float("inf")))
         tallies.append(tally)

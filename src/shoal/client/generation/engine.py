@@ -1,0 +1,221 @@
+"""One task for all generations of a model: it sends steps, and takes what comes back to the next ones.
+
+    a generation begins ──▶ embed its prompt ──────────┐
+                                                        ▼
+        ┌──────────────────── its session takes a step (servers compute it with those of others)
+        ▼
+    outputs are here: with those of all others that are, one call of norm and head, a token for each, one call of the
+    embeddings, and the next steps
+
+Tensors are touched on one thread of the engine, and the event loop stays free for the streams to the servers. What one
+generation does wrong, or whose servers are lost, is its own affair: the others do not wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from shoal.client.generation.choosing import choose_tokens
+from shoal.client.generation.generation import Generation, Token
+from shoal.client.generation.model_ends import Embedded, ModelEnds
+from shoal.client.generation.token_stream import Mailbox, TokenStream
+from shoal.client.head.logits import Logits, LogitsRequest
+from shoal.client.runtime import Runtime
+from shoal.concurrency import owned_task
+from shoal.errors import UserError
+
+COMPANY_SECONDS = 0.002
+"""How long outputs wait for those of others. The head takes nearly as long for one row as for many."""
+
+
+@dataclass(eq=False)
+class _Running:
+    """A generation, its caller's mailbox, the task of its present step, and what that returned."""
+
+    generation: Generation
+    mailbox: Mailbox
+    step: asyncio.Task[None] | None = None
+    answer: Tensor | Logits | None = None
+
+
+@dataclass(frozen=True)
+class _Next:
+    """What the engine's thread has found for a generation: its newest token, and what it sends now."""
+
+    token: Token | None
+    sends: Embedded | None = None
+    logits_request: LogitsRequest | None = None
+
+
+class GenerationEngine:
+    """The generations of one model. It is a context on the event loop of the model's runtime.
+
+    When the context is left, all generations end with an error. Any thread may call `stream`.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._ends: ModelEnds | None = None
+        self._running: dict[Mailbox, _Running] = {}
+        self._ready: list[_Running] = []
+        self._news = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shoal-generate")
+        self._stack = AsyncExitStack()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a model gets an engine of its own, when it first needs one."""
+
+    async def __aenter__(self) -> Self:
+        self._stack.callback(self._thread.shutdown, wait=False, cancel_futures=True)
+        self._stack.callback(self._end_all)
+        await self._stack.enter_async_context(owned_task(self._serve()))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    @property
+    def num_running(self) -> int:
+        """How many generations have not ended."""
+        return len(self._running)
+
+    def stream(self, generation: Generation) -> TokenStream:
+        """Begin to generate. Raises `UserError` when the model is closed."""
+        mailbox = Mailbox()
+        self._runtime.run(self._begin(generation, mailbox))
+        return TokenStream(mailbox, self._runtime, partial(self._cancel, mailbox))
+
+    async def _begin(self, generation: Generation, mailbox: Mailbox) -> None:
+        running = self._running[mailbox] = _Running(generation, mailbox)
+        self._ready.append(running)
+        self._news.set()
+
+    async def _cancel(self, mailbox: Mailbox) -> None:
+        """Stop a generation, if it has not ended. Its session ends at once; one of the caller's can be used again."""
+        if (running := self._running.get(mailbox)) is not None:
+            self._end(running, None)
+            if running.step is not None:
+                await asyncio.wait([running.step])
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._gather(loop)
+            ready, self._ready = [each for each in self._ready if each.mailbox in self._running], []
+            if not ready:
+                continue
+            try:
+                found = await loop.run_in_executor(self._thread, self._compute, ready)
+            except Exception as error:  # one of many is not known to be at fault: all of these end
+                for running in ready:
+                    self._end(running, error)
+                continue
+            for running, each in zip(ready, found, strict=True):
+                if running.mailbox in self._running:  # it may have been cancelled meanwhile
+                    self._continue(running, each)
+
+    async def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait for outputs, and a moment longer for those of others that are on their way."""
+        while not self._ready:
+            self._news.clear()
+            await self._news.wait()
+        deadline = loop.time() + COMPANY_SECONDS
+        while len(self._ready) < len(self._running):
+            self._news.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._news.wait()
+            except TimeoutError:
+                return
+
+    def _compute(self, ready: Sequence[_Running]) -> list[_Next | Exception]:
+        """On the engine's thread: tokens for those whose outputs are here, and what all of them send next."""
+        model = ready[0].generation.model
+        if self._ends is None:
+            self._ends = ModelEnds(model)
+        found: dict[_Running, _Next | Exception] = {each: _Next(None) for each in ready}
+        answered = [each for each in ready if each.answer is not None]
+        if answered:
+            answers = [each.answer for each in answered if each.answer is not None]
+            tokens = choose_tokens([each.generation for each in answered], self._ends.logits(model, answers))
+            for running, token in zip(answered, tokens, strict=True):
+                found[running] = token if isinstance(token, Exception) else _appended(running.generation, token)
+        going_on = [each for each, now in found.items() if isinstance(now, _Next) and not _is_last(now)]
+        sends = self._ends.embed(model, [each.generation for each in going_on])
+        for running, embedded in zip(going_on, sends, strict=True):
+            now = found[running]
+            assert isinstance(now, _Next)
+            request = self._ends.logits_request(model, embedded.hidden_1TD)
+            found[running] = _Next(now.token, embedded, request)
+        return list(found.values())
+
+    def _continue(self, running: _Running, found: _Next | Exception) -> None:
+        """Deliver the token, and take the next step or end."""
+        if isinstance(found, Exception):
+            self._end(running, found)
+            return
+        generation = running.generation
+        if _is_last(found):
+            try:
+                generation.finish(generation.ids_1S)
+            except Exception as error:
+                self._end(running, error)
+                return
+        if found.token is not None:
+            running.mailbox.put(found.token)
+        if found.sends is None:
+            self._end(running, None)
+            return
+        running.answer = None
+        running.step = asyncio.create_task(self._step(running, found.sends, found.logits_request))
+
+    async def _step(self, running: _Running, sends: Embedded, request: LogitsRequest | None) -> None:
+        session = running.generation.session
+        try:
+            running.answer = await session.step_on_loop(
+                sends.hidden_1TD, position_ids=sends.positions_1T, logits_request=request
+            )
+        except Exception as error:
+            running.step = None
+            self._end(running, error)
+        else:
+            self._ready.append(running)
+            self._news.set()
+
+    def _end(self, running: _Running, error: BaseException | None) -> None:
+        """The generation is over: by itself, because it was cancelled, or with an error."""
+        if self._running.pop(running.mailbox, None) is None:
+            return
+        if running.step is not None:
+            running.step.cancel()
+        if not running.generation.keeps_session:
+            running.generation.session.abandon()
+        running.mailbox.put(error)
+
+    def _end_all(self) -> None:
+        for running in list(self._running.values()):
+            self._end(running, UserError("the model was closed while it was in use"))
+
+
+def _appended(generation: Generation, token: Token) -> _Next:
+    """The generation with one more token, which may be its last."""
+    generation.append(token.id)
+    reason = generation.finish_reason()
+    return _Next(token if reason is None else token.ending(reason))
+
+
+def _is_last(found: _Next) -> bool:
+    return found.token is not None and found.token.finish_reason is not None

@@ -1,0 +1,69 @@
+"""One text that is being generated, and a token of it."""
+
+# S tokens of the text so far
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
+
+from shoal.client.inference_session import InferenceSession
+
+LIMITS = MaxLengthCriteria, MaxTimeCriteria
+"""The criteria that cut a text. All others end it."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a text.
+
+    The last one has a `finish_reason`: "stop" if the text has come to its end, "length" if it was cut. `logprob` is the
+    token's log-probability by the model, before anything that the caller asked for changed it, and `top_logprobs` are
+    the likeliest tokens with theirs, as many as the caller asked for.
+    """
+
+    id: int
+    finish_reason: str | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+    def ending(self, reason: str) -> Token:
+        """The same as the last token of a text."""
+        return replace(self, finish_reason=reason)
+
+
+@dataclass(eq=False)
+class Generation:
+    """A text: its tokens `ids_1S` so far, how the next is chosen, and the session that computes it.
+
+    `finish` is called with all tokens once it has ended by itself. The session ends with it, unless it `keeps_session`,
+    which is the caller's then. `num_logprobs` is how many likeliest tokens the
+    caller wants to know; with `None`, none at all. Only the engine changes it.
+    """
+
+    model: Any
+    ids_1S: torch.Tensor
+    session: InferenceSession
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    samples: bool
+    generator: torch.Generator
+    keeps_session: bool
+    finish: Callable[[torch.Tensor], None]
+    num_logprobs: int | None = None
+
+    def append(self, token: int) -> None:
+        """One more token."""
+        self.ids_1S = torch.cat((self.ids_1S, self.ids_1S.new_tensor([[token]])), dim=1)
+
+    def finish_reason(self) -> str | None:
+        """Why the text ends with its last token, or `None`."""
+        ended = [each for each in self.criteria if bool(each(self.ids_1S, None).any())]
+        if not ended:
+            return None
+        return "length" if all(isinstance(each, LIMITS) for each in ended) else "stop"
