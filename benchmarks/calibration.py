@@ -1,12 +1,12 @@
 """What fourteen server processes behind shaped links do, for `python -m shoal.simulator calibrate`.
 
-    python -m benchmarks.calibration --out measured.json [--clients 1 2 4] [--rounds 3] [--answer 48]
+    python -m benchmarks.calibration --out measured.json [--rounds 3] [--answer 48]
     python -m shoal.simulator calibrate --measured measured.json
 
 The servers hold blocks of the bundled model in float32; each has a link of its own. The twin is told what the live
-swarm knows: the speeds that servers announce, how much slower one client has found them without links, and the round
-trips that clients and servers have measured. What else a token takes in a client was measured without links too, so
-that the twin has to predict what links and more clients change. The figures are medians of the rounds.
+swarm knows: the speeds that servers announce, and the round trips that clients and servers have measured. What else a
+token takes was measured without links, one client at a time, so that the twin has to predict what links and more
+clients change. The figures are medians of the rounds.
 """
 
 from __future__ import annotations
@@ -20,26 +20,31 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
+import psutil
 import torch
 import transformers
 
-from benchmarks.clients import Generation, decoding_speed, generate_together
+from benchmarks.clients import at_the_same_time, generate
 from benchmarks.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
 from shoal.peers import short
-from shoal.simulator.steps.twin import RealSwarm, predict
+from shoal.simulator.steps.twin import decoding_speed
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
 
-SPANS = ("0:4", "4:8", "8:12", "0:3", "3:6", "6:9", "9:12", "0:5", "5:10", "10:12", "0:6", "6:12", "2:7", "7:12")
-HOP_SECONDS = 0.001
-"""A message without a link, here: what is assumed. The rest of a step is counted as the client's."""
+SPANS = ("0:4", "4:8", "8:12", "0:3", "3:6", "6:9", "9:12", "0:5", "5:10", "10:12", "0:6", "6:12", "0:7", "7:12")
+ROUTES = ((0, 1, 2), (3, 4, 5, 6), (7, 8, 9), (10, 11), (12, 13))
+"""The servers of each route. A client is pinned to one: whether clients choose alike is not what is measured here."""
 PROMPT = 16
-SETTLE_SECONDS = 30.0
+SETTLE_SECONDS = 40.0
 """By then, servers have measured the round trips to each other and announced them."""
+QUIET_SECONDS = 10.0
 
 
 def links(seed: int) -> list[Link]:
@@ -48,17 +53,19 @@ def links(seed: int) -> list[Link]:
     return [Link(delay_seconds=rng.uniform(0.005, 0.04), bytes_per_second=rng.uniform(50e6, 200e6) / 8) for _ in SPANS]
 
 
-def described(model: Any, swarm: ShapedSwarm, links: Sequence[Link], slowness: float) -> list[Any]:
-    """The servers as the live swarm knows them: what they announce, and what this client has measured."""
-    blocks = model.transformer.h
+def described(models: Sequence[Any], swarm: ShapedSwarm, links: Sequence[Link]) -> list[Any]:
+    """The servers as the live swarm knows them: what they announce, and what these clients have measured."""
+    blocks = models[0].transformer.h
     infos = {info.peer: info for info in blocks.runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))}
-    reach = blocks.swarm.timings.round_trips()
+    reach = {
+        peer: seconds for model in models for peer, seconds in model.transformer.h.swarm.timings.round_trips().items()
+    }
     index_of = {short(server.peer): index for index, server in enumerate(swarm.servers)}
     return [
         {
             "span": server.span,
-            "token_seconds": slowness / infos[server.peer].decode_speed,
-            "row_seconds": slowness / infos[server.peer].prefill_speed,
+            "token_seconds": 1 / infos[server.peer].decode_speed,
+            "row_seconds": 1 / infos[server.peer].prefill_speed,
             "delay_seconds": link.delay_seconds,
             "bytes_per_second": link.bytes_per_second,
             "round_trip": reach.get(server.peer),
@@ -69,92 +76,149 @@ def described(model: Any, swarm: ShapedSwarm, links: Sequence[Link], slowness: f
 
 
 @contextlib.contextmanager
-def opened(links: Sequence[Link]) -> Iterator[tuple[ShapedSwarm, Any]]:
-    """A swarm behind these links, and a client that has not measured anything yet."""
-    with shaped_swarm(STORIES, SPANS, link=links, options=["--dtype", "float32"]) as swarm:
-        model = AutoDistributedModelForCausalLM.from_pretrained(
-            STORIES, initial_peers=swarm.addresses, dtype=torch.float32
-        )
-        try:
-            yield swarm, model
-        finally:
-            model.close()
+def opened(links: Sequence[Link]) -> Iterator[tuple[ShapedSwarm, list[Any]]]:
+    """A swarm behind these links, and a client for each route that has not measured anything yet."""
+    with contextlib.ExitStack() as stack:
+        swarm = stack.enter_context(shaped_swarm(STORIES, SPANS, link=links, options=["--dtype", "float32"]))
+        models = []
+        for route in ROUTES:
+            pinned = {swarm.servers[index].span: swarm.servers[index].peer for index in route}
+            model = AutoDistributedModelForCausalLM.from_pretrained(
+                STORIES, initial_peers=swarm.addresses, dtype=torch.float32, pinned=pinned
+            )
+            stack.callback(model.close)
+            models.append(model)
+        yield swarm, models
 
 
-def usual_slowness(model: Any) -> float:
-    """By what factor the servers that this client has used are slower than they announce: the median."""
-    blocks = model.transformer.h
+@dataclass(frozen=True)
+class Spent:
+    """Processor seconds of the servers with their daemons and proxies, and of the clients with theirs, up to a time."""
 
-    async def measured() -> dict[str, float]:
-        return dict(blocks.swarm.timings.measured().slowness)
+    servers: float
+    client: float
+    at: float
 
-    return statistics.median(blocks.runtime.run(measured()).values())
+    @classmethod
+    def now(cls, swarm: ShapedSwarm) -> Self:
+        """Since the processes began."""
+        of_servers = [swarm.proxies.pid]
+        for server in swarm.servers:
+            process = psutil.Process(server.process.pid)
+            of_servers += [process.pid, *(child.pid for child in process.children(recursive=True))]
+        own = psutil.Process()
+        everybody = {each.pid: _seconds(each) for each in (own, *own.children(recursive=True))}
+        servers = sum(everybody.get(pid, 0.0) for pid in of_servers)
+        return cls(servers, sum(everybody.values()) - servers, time.monotonic())
+
+    def since(self, before: Spent) -> Spent:
+        """What was spent in between."""
+        return Spent(self.servers - before.servers, self.client - before.client, self.at - before.at)
+
+    def beyond(self, quiet: Spent) -> Spent:
+        """What was spent in addition to what is spent in the same time when nobody asks."""
+        times = self.at / quiet.at
+        return Spent(self.servers - times * quiet.servers, self.client - times * quiet.client, self.at)
 
 
-def run(model: Any, num_clients: int, answer: int, rounds: int) -> dict[str, float]:
-    """Medians over rounds; the first round warms up."""
-    speeds, seconds, firsts = [], [], []
-    for index in range(rounds + 1):
-        chance = torch.Generator().manual_seed(index)
-        prompts = torch.randint(3, model.config.vocab_size, (num_clients, PROMPT), generator=chance).split(1)
-        found = generate_together(model, prompts, answer)
-        if index:
-            speeds.append(decoding_speed(found))
-            seconds.append(_token_seconds(found))
-            firsts.append(statistics.median(each.seconds_to_first for each in found))
-            print(f"{num_clients} clients, round {index}: {speeds[-1]:.4g} tokens/s", file=sys.stderr)
+def settled(swarm: ShapedSwarm) -> Spent:
+    """Wait until servers have measured the round trips to each other. Returns what is spent when nobody asks."""
+    time.sleep(SETTLE_SECONDS)
+    before = Spent.now(swarm)
+    time.sleep(QUIET_SECONDS)
+    return Spent.now(swarm).since(before)
+
+
+def _seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def run(models: Sequence[Any], routes: Sequence[int], answer: int, rounds: int) -> dict[str, Any]:
+    """Clients on these routes decode at the same time. Medians over rounds; the first round warms up."""
+    speeds, seconds = [], []
+    for number in range(rounds + 1):
+        chance = torch.Generator().manual_seed(number)
+        prompts = torch.randint(3, models[0].config.vocab_size, (len(routes), PROMPT), generator=chance).split(1)
+        clients = [
+            partial(generate, models[route], prompt, answer) for route, prompt in zip(routes, prompts, strict=True)
+        ]
+        found = at_the_same_time(clients)
+        if number:
+            speeds.append(decoding_speed([each.times for each in found]))
+            seconds.append(statistics.mean(statistics.median(gap for _, gap in each.gaps()) for each in found))
+            print(f"routes {routes}, round {number}: {speeds[-1]:.4g} tokens/s", file=sys.stderr)
     return {
-        "num_clients": num_clients,
+        "routes": list(routes),
         "prompt": PROMPT,
         "answer": answer,
         "tokens_per_second": statistics.median(speeds),
         "token_seconds": statistics.median(seconds),
-        "first_token_seconds": statistics.median(firsts),
     }
 
 
-def _token_seconds(found: Sequence[Generation]) -> float:
-    return statistics.median(gap for each in found for _, gap in each.gaps())
-
-
-def measure(clients: Sequence[int], answer: int, rounds: int, seed: int) -> dict[str, Any]:
+def measure(answer: int, rounds: int, seed: int) -> dict[str, Any]:
     """Everything that the twin is made of, and what it is compared with."""
     without, with_links = [Link()] * len(SPANS), links(seed)
-    with opened(without) as (swarm, model):
-        unshaped = run(model, 1, answer, rounds)
-        slowness = usual_slowness(model)
-        unlinked = described(model, swarm, without, slowness)
-        row_bytes = model.config.hidden_size * 4
-    with opened(with_links) as (swarm, model):
-        time.sleep(SETTLE_SECONDS)
-        runs = [run(model, count, answer, rounds) for count in clients]
-        servers = described(model, swarm, with_links, slowness)
-    result = {
+    each_alone = [(route,) for route in range(len(ROUTES))]
+    with opened(without) as (swarm, models):
+        quiet = settled(swarm)
+        idle = described(models, swarm, without)
+        before = Spent.now(swarm)
+        unshaped = [run(models, routes, answer, rounds) for routes in each_alone]
+        spent = Spent.now(swarm).since(before).beyond(quiet)
+        row_bytes = models[0].config.hidden_size * 4
+    with opened(with_links) as (swarm, models):
+        settled(swarm)
+        together = tuple(range(len(ROUTES)))
+        runs = [run(models, routes, answer, rounds) for routes in each_alone]
+        servers = described(models, swarm, with_links)  # before pings wait behind the work of many clients
+        runs += [run(models, routes, answer, rounds) for routes in (together, together * 2)]
+    for server, alone in zip(servers, idle, strict=True):
+        server |= {name: alone[name] for name in ("token_seconds", "row_seconds")}
+    num_tokens = len(each_alone) * (rounds + 1) * answer
+    computing = statistics.mean(sum(idle[index]["token_seconds"] for index in route) for route in ROUTES)
+    num_servers = statistics.mean(map(len, ROUTES))
+    message_seconds, client_seconds = beyond_computing(idle, [each["token_seconds"] for each in unshaped])
+    return {
         "machine": describe_machine(),
         "num_blocks": 12,
         "num_cores": len(os.sched_getaffinity(0)),
         "row_bytes": row_bytes,
-        "client_seconds": 0.0,
-        "hop_seconds": HOP_SECONDS,
-        "servers": unlinked,
-        "runs": [unshaped],
+        "client_seconds": client_seconds,
+        "client_background": max(0.0, spent.client / num_tokens - client_seconds),
+        "message_seconds": message_seconds,
+        "message_background": max(0.0, (spent.servers / num_tokens - computing) / num_servers - message_seconds),
+        "idle_round_trip": statistics.median(seconds for each in idle for _, seconds in each["round_trips"]),
+        "servers": servers,
+        "routes": ROUTES,
+        "runs": runs,
+        "unshaped": unshaped,
     }
-    without_client = RealSwarm.model_validate(result)
-    own = unshaped["token_seconds"] - predict(without_client, without_client.runs[0]).token_seconds
-    return result | {"client_seconds": max(0.0, own), "servers": servers, "runs": runs, "unshaped": unshaped}
+
+
+def beyond_computing(servers: Sequence[Any], token_seconds: Sequence[float]) -> tuple[float, float]:
+    """What a token takes on each route, without links, beyond what its servers announce: for each server, and once.
+
+    The two numbers that fit all routes best.
+    """
+    rows = [[len(route), 1.0] for route in ROUTES]
+    computing = [sum(servers[index]["token_seconds"] for index in route) for route in ROUTES]
+    left = [seconds - own for seconds, own in zip(token_seconds, computing, strict=True)]
+    per_server, once = np.linalg.lstsq(np.array(rows), np.array(left), rcond=None)[0].tolist()
+    return max(0.0, per_server), max(0.0, once)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--answer", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    found = measure(arguments.clients, arguments.answer, arguments.rounds, arguments.seed)
+    found = measure(arguments.answer, arguments.rounds, arguments.seed)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,17 +87,13 @@ def generate(
 
 def generate_together(model: Any, prompts: Sequence[torch.Tensor], num_tokens: int) -> list[Generation]:
     """Generate from all prompts at the same time, each in a thread of its own."""
-    generations: list[Generation | None] = [None] * len(prompts)
+    return at_the_same_time([partial(generate, model, prompt, num_tokens) for prompt in prompts])
 
-    def run(index: int) -> None:
-        generations[index] = generate(model, prompts[index], num_tokens)
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [generation for generation in generations if generation is not None]
+def at_the_same_time(clients: Sequence[Callable[[], Generation]]) -> list[Generation]:
+    """Run all clients, each in a thread of its own."""
+    with ThreadPoolExecutor(len(clients)) as threads:
+        return [each.result() for each in [threads.submit(client) for client in clients]]
 
 
 def decoding_speed(generations: Sequence[Generation]) -> float:

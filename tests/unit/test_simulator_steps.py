@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -56,8 +57,8 @@ class Net:
     def server(self, peer: str) -> SegmentServer | None:
         return self.up.get(peer)
 
-    def seconds(self, sender: str | None, receiver: str | None, rows: float) -> float:
-        return LINK
+    def deliver(self, sender: str | None, receiver: str | None, rows: float, arrive: Callable[[], None]) -> None:
+        self.timeline.after(LINK, arrive)
 
     def view(self, num_blocks: int = 4) -> ClientView:
         def read() -> list[ServerInfo]:
@@ -220,17 +221,22 @@ def test_clients_use_a_swarm_that_changes():
 
 def real_swarm(num_clients: int) -> RealSwarm:
     servers = [
-        RealServer(span=span, token_seconds=0.02, row_seconds=0.002, delay_seconds=0.03) for span in ("0:6", "6:12")
+        RealServer(span="0:6", token_seconds=0.02, row_seconds=0.002, delay_seconds=0.03, round_trips=((1, 0.082),)),
+        RealServer(span="6:12", token_seconds=0.02, row_seconds=0.002, delay_seconds=0.03),
     ]
-    run = RealRun(num_clients=num_clients, prompt=32, answer=20, tokens_per_second=1.0, token_seconds=1.0)
+    run = RealRun(routes=(0,) * num_clients, prompt=32, answer=20, tokens_per_second=1.0, token_seconds=1.0)
     return RealSwarm(
         machine="a test",
         num_blocks=12,
         num_cores=2,
         row_bytes=1000,
         client_seconds=0.005,
-        hop_seconds=0.001,
+        client_background=0.002,
+        message_seconds=0.001,
+        message_background=0.001,
+        idle_round_trip=0.002,
         servers=tuple(servers),
+        routes=((0, 1),),
         runs=(run,),
     )
 
@@ -238,7 +244,7 @@ def real_swarm(num_clients: int) -> RealSwarm:
 def test_a_twin_takes_the_time_that_its_parts_add_up_to():
     swarm = real_swarm(1)
     found = predict(swarm, swarm.runs[0])
-    assert found.token_seconds == pytest.approx(3 * (0.03 + 0.001) + 2 * 0.02 + 0.005)
+    assert found.token_seconds == pytest.approx(2 * 0.03 + 0.04 + 2 * (0.02 + 0.001) + 0.005)
     assert found.tokens_per_second == pytest.approx(1 / found.token_seconds)
     (compared,) = compare(swarm)
     assert compared.latency_error == pytest.approx(found.token_seconds - 1)

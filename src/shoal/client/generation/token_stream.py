@@ -77,7 +77,7 @@ class TokenStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self.close()
+        await asyncio.to_thread(self.close)
 
     def __iter__(self) -> Self:
         return self
@@ -105,8 +105,9 @@ class TokenStream:
             if (item := self._mailbox.take(lambda came=came: loop.call_soon_threadsafe(came.set))) is None:  # type: ignore[misc]
                 try:
                     await came.wait()
-                except BaseException:  # cancelled
-                    self.close()
+                except BaseException:  # cancelled: without waiting for the servers
+                    self._ended = True
+                    self._closing()
                     raise
             elif (token := self._opened(item)) is not None:
                 return token

@@ -321,6 +321,11 @@ class Swarm:
         await self._directory.ensure_fresh()
         return self._directory.dtype(own=own)
 
+    async def present(self) -> SwarmView:
+        """The servers that can be used now, as far as this client knows: without those that it has found dead."""
+        await self._directory.ensure_fresh()
+        return self._healthy(frozenset(), Needs())
+
     async def num_servers(self, span: Span) -> int:
         """How many servers share single passes on the blocks of a span.
 

@@ -28,8 +28,8 @@ class Network(Protocol):
     def server(self, peer: str) -> SegmentServer | None:
         """The server with this peer id, `None` if it does not serve."""
 
-    def seconds(self, sender: str | None, receiver: str | None, rows: float) -> float:
-        """How long a message with `rows` rows travels. `None` is the client."""
+    def deliver(self, sender: str | None, receiver: str | None, rows: float, arrive: Callable[[], None]) -> None:
+        """Call `arrive` once a message with `rows` rows has travelled, and been taken in. `None` is the client."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class RoutingClient:
     ) -> None:
         """To the hop, or back to the client behind the last one."""
         if hop == end:
-            self._timeline.after(self._network.seconds(sender, None, rows), back)
+            self._network.deliver(sender, None, rows, back)
             return
         peer, span = self._hops[hop].server.peer, self._hops[hop].span
 
@@ -170,7 +170,7 @@ class RoutingClient:
                 return
             server.submit(Work(span, rows, decodes, computed))
 
-        self._timeline.after(self._network.seconds(sender, peer, rows), arrive)
+        self._network.deliver(sender, peer, rows, arrive)
 
     def _peer(self, hop: int) -> str | None:
         return self._hops[hop].server.peer if hop >= 0 else None

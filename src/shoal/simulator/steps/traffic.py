@@ -139,7 +139,10 @@ class Site:
     def server(self, peer: str) -> SegmentServer | None:
         return self._traffic.servers.get(peer)
 
-    def seconds(self, sender: str | None, receiver: str | None, rows: float) -> float:
+    def deliver(self, sender: str | None, receiver: str | None, rows: float, arrive: Callable[[], None]) -> None:
+        self._traffic.timeline.after(self._seconds(sender, receiver, rows), arrive)
+
+    def _seconds(self, sender: str | None, receiver: str | None, rows: float) -> float:
         if sender == receiver:
             return 0.0
         one = self._own if sender is None else self._traffic.link(sender)

@@ -63,7 +63,7 @@ class TrainingClient:
 
         def back() -> None:
             if turn == self._turn:
-                self._timeline.after(self._network.seconds(peer, None, self._rows), self._next)
+                self._network.deliver(peer, None, self._rows, self._next)
 
         def arrive() -> None:
             server = self._network.server(peer)
@@ -72,7 +72,7 @@ class TrainingClient:
             else:
                 server.submit(Work(hop.span, rows, False, back))
 
-        self._timeline.after(self._network.seconds(None, peer, self._rows), arrive)
+        self._network.deliver(None, peer, self._rows, arrive)
 
     def stopped(self, peer: str) -> None:
         """A server has stopped; the client notices if it waits for it."""

@@ -44,7 +44,7 @@ def report(swarm: RealSwarm, compared: Sequence[Compared]) -> Report:
     """A row for each run."""
     rows = tuple(
         (
-            str(each.run.num_clients),
+            str(len(each.run.routes)),
             f"{each.run.prompt}, {each.run.answer}",
             f"{each.run.tokens_per_second:.3g}",
             f"{each.predicted.tokens_per_second:.3g}",
@@ -64,7 +64,7 @@ def report(swarm: RealSwarm, compared: Sequence[Compared]) -> Report:
 def draw(compared: Sequence[Compared], figure: Any) -> None:
     """Measured and simulated tokens per second, by clients."""
     panel = figure.subplots()
-    clients = [each.run.num_clients for each in compared]
+    clients = [len(each.run.routes) for each in compared]
     panel.plot(clients, [each.run.tokens_per_second for each in compared], "o", label="processes")
     panel.plot(clients, [each.predicted.tokens_per_second for each in compared], "x", label="twin")
     panel.set_xlabel("clients")

@@ -1,0 +1,115 @@
+"""Who may ask, how often, and how many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+
+from shoal.gateway.refusals import Refused, later
+
+
+def digest(key: str) -> bytes:
+    """What is kept of an API key."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+@dataclass
+class Allowance:
+    """What a key may still use: it refills evenly, up to a minute's worth. `None` is no limit."""
+
+    per_minute: float | None
+    clock: Callable[[], float]
+    _left: float = field(init=False)
+    _at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._left, self._at = self.per_minute or 0.0, self.clock()
+
+    def seconds_until(self, amount: float) -> float:
+        """Seconds until so much is there; 0 if it is."""
+        if self.per_minute is None:
+            return 0.0
+        now = self.clock()
+        self._left = min(self.per_minute, self._left + (now - self._at) * self.per_minute / 60)
+        self._at = now
+        return max(0.0, (min(amount, self.per_minute) - self._left) * 60 / self.per_minute)
+
+    def use(self, amount: float) -> None:
+        """Take so much, even if that leaves a debt: how many tokens an answer has is known only afterwards."""
+        self._left -= amount
+
+
+@dataclass
+class Account:
+    """One key's limits."""
+
+    requests: Allowance
+    tokens: Allowance
+
+
+class Admission:
+    """Checks keys and limits, and lets at most `max_running` requests run, while at most `max_waiting` wait."""
+
+    def __init__(
+        self,
+        keys: Iterable[str] = (),
+        *,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        max_running: int = 64,
+        max_waiting: int = 256,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        def account() -> Account:
+            return Account(Allowance(requests_per_minute, clock), Allowance(tokens_per_minute, clock))
+
+        self._accounts = {digest(key): account() for key in keys}
+        self._anybody = account()
+        self._room = asyncio.Semaphore(max_running)
+        self._max_waiting = max_waiting
+        self.num_waiting = 0
+        self.num_running = 0
+
+    def account(self, authorization: str | None, api_key: str | None = None) -> Account:
+        """The account of a request with these headers. Raises `Refused` for a wrong or missing key."""
+        if not self._accounts:
+            return self._anybody
+        scheme, _, key = (authorization or "").partition(" ")
+        given = key.strip() if scheme.lower() == "bearer" else (api_key or "")
+        found = self._accounts.get(digest(given))
+        if found is None:
+            message = "this gateway needs an API key" if not given else "this API key is not known"
+            raise Refused(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return found
+
+    @contextlib.asynccontextmanager
+    async def admitted(self, account: Account) -> AsyncIterator[None]:
+        """While a request runs. Raises `Refused` if there is no room, or the key has used what it may."""
+        for allowance, what in ((account.requests, "requests"), (account.tokens, "tokens")):
+            if seconds := allowance.seconds_until(1):
+                raise later(
+                    f"this key may not use more {what} this minute",
+                    status=429,
+                    kind="rate_limit_error",
+                    code="rate_limit_exceeded",
+                    seconds=math.ceil(seconds),
+                )
+        if self._room.locked() and self.num_waiting >= self._max_waiting:
+            raise later("too many requests wait already", status=429, kind="rate_limit_error", code="queue_full")
+        account.requests.use(1)
+        self.num_waiting += 1
+        try:
+            await self._room.acquire()
+        finally:
+            self.num_waiting -= 1
+        self.num_running += 1
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+            self._room.release()

@@ -1,0 +1,151 @@
+"""One answer as it is generated: its text up to a stop text, its tokens, and why it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from shoal.client.generation.generation import Token
+from shoal.gateway.served_model import Decoder, ServedModel
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step adds to an answer: text, the tokens that it ends, and at last why the answer ends."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An answer that was asked for: the prompt [1, S], and options of `model.stream`."""
+
+    served: ServedModel
+    ids_1S: torch.Tensor
+    options: dict[str, Any]
+    stop_texts: tuple[str, ...] = ()
+    with_special: bool = False
+    """Whether the text has its special tokens."""
+
+
+@dataclass
+class Usage:
+    """Tokens that were read and generated."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def described(self) -> dict[str, int]:
+        """As OpenAI's object."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+@dataclass
+class StopFinder:
+    """Holds back text that may become a stop text, and ends an answer before it."""
+
+    stop_texts: Sequence[str]
+    _held: str = ""
+    _waiting: list[tuple[int, Token]] = field(default_factory=list)
+    _num_seen: int = 0
+    _num_out: int = 0
+
+    def after(self, text: str, token: Token) -> Piece:
+        """What one more token, which adds `text`, makes certain."""
+        self._waiting.append((self._num_seen, token))
+        self._num_seen += len(text)
+        self._held += text
+        found = [at for stop in self.stop_texts if (at := self._held.find(stop)) >= 0]
+        if found:
+            return self._out(min(found), "stop", all_of_them=False)
+        if token.finish_reason is not None:
+            return self._out(len(self._held), token.finish_reason, all_of_them=True)
+        return self._out(len(self._held) - self._num_uncertain(), None, all_of_them=False)
+
+    def _num_uncertain(self) -> int:
+        """How many characters at the end may be the start of a stop text."""
+        longest = max((len(stop) for stop in self.stop_texts), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self.stop_texts):
+                return length
+        return 0
+
+    def _out(self, length: int, reason: str | None, *, all_of_them: bool) -> Piece:
+        text, self._held = self._held[:length], self._held[length:]
+        self._num_out += length
+        certain = [token for at, token in self._waiting if all_of_them or at < self._num_out]
+        self._waiting = self._waiting[len(certain) :]
+        return Piece(text, tuple(certain), reason)
+
+
+async def pieces(wanted: Wanted, usage: Usage) -> AsyncGenerator[Piece, None]:
+    """Generate an answer. Close the iterator to stop. Counts the tokens in `usage` as they come."""
+    decoder, stops = Decoder(wanted.served.tokenizer, with_special=wanted.with_special), StopFinder(wanted.stop_texts)
+    stream = await asyncio.to_thread(wanted.served.model.stream, wanted.ids_1S, **wanted.options)
+    async with stream:
+        async for token in stream:
+            usage.completion_tokens += 1
+            ends = token.finish_reason == "stop"  # with a token that is not text
+            piece = stops.after("" if ends else decoder.text_after(token.id), token)
+            if piece.text or piece.tokens or piece.finish_reason:
+                yield piece
+            if piece.finish_reason is not None:
+                return
+
+
+async def together(all_wanted: Sequence[Wanted], usages: Sequence[Usage]) -> AsyncGenerator[tuple[int, Piece], None]:
+    """The pieces of several answers as they come, each with the answer's index. If one fails, all end."""
+    came: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+
+    async def run(index: int) -> None:
+        try:
+            async with aclosing(pieces(all_wanted[index], usages[index])) as found:
+                async for piece in found:
+                    came.put_nowait((index, piece))
+            came.put_nowait((index, None))
+        except Exception as error:
+            came.put_nowait((index, error))
+
+    running = [asyncio.create_task(run(index)) for index in range(len(all_wanted))]
+    try:
+        left = len(running)
+        while left:
+            index, item = await came.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield index, item
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def whole_answers(all_wanted: Sequence[Wanted], usages: Sequence[Usage]) -> list[Piece]:
+    """Several whole answers. If one fails, all end."""
+    found: list[list[Piece]] = [[] for _ in all_wanted]
+    async with aclosing(together(all_wanted, usages)) as coming:
+        async for index, piece in coming:
+            found[index].append(piece)
+    return [
+        Piece(
+            "".join(piece.text for piece in each),
+            tuple(token for piece in each for token in piece.tokens),
+            each[-1].finish_reason,
+        )
+        for each in found
+    ]

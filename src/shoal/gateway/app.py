@@ -1,0 +1,223 @@
+"""The gateway as an application: its routes, and what holds for every request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from shoal.gateway.admission import Account, Admission
+from shoal.gateway.answers import Usage
+from shoal.gateway.chat import ChatAnswer
+from shoal.gateway.completions import CompletionAnswer
+from shoal.gateway.embeddings import embeddings
+from shoal.gateway.metrics import Metrics
+from shoal.gateway.middleware import MAX_BODY_BYTES, BodyLimit, RequestIds
+from shoal.gateway.refusals import Refused, refused
+from shoal.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
+from shoal.gateway.responses import ResponsesAnswer
+from shoal.gateway.served_model import ServedModel
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+Answer = ChatAnswer | CompletionAnswer | ResponsesAnswer
+
+CLOSED_REQUEST = 499
+"""The status of a request whose client went away. Nobody sees it but the log."""
+
+
+class Gateway:
+    """The models by their names, and who may use them."""
+
+    def __init__(self, models: Sequence[ServedModel], admission: Admission) -> None:
+        self.models: Mapping[str, ServedModel] = {each.name: each for each in models}
+        self.admission = admission
+        self.metrics = Metrics(admission)
+
+    def model(self, name: str) -> ServedModel:
+        """The model that a request names. Raises `Refused`."""
+        if (found := self.models.get(name)) is None:
+            known = ", ".join(self.models)
+            raise Refused(
+                404, f"the model {name} does not exist here; there is {known}", param="model", code="model_not_found"
+            )
+        return found
+
+    def account(self, request: Request) -> Account:
+        """Whose request it is. Raises `Refused`."""
+        return self.admission.account(request.headers.get("authorization"), request.headers.get("x-api-key"))
+
+    async def answer(
+        self, request: Request, make: Any, body: ChatRequest | CompletionRequest | ResponsesRequest
+    ) -> Response:
+        """Answer a request: at once, or as a stream of events."""
+        began = time.monotonic()
+        account = self.account(request)
+        served = self.model(body.model)
+        async with AsyncExitStack() as stack:
+            await unless_gone(request, stack.enter_async_context(self.admission.admitted(account)))
+            answer: Answer = await asyncio.to_thread(make, served, body)
+            if not body.stream:
+                try:
+                    return JSONResponse(await unless_gone(request, answer.whole()))
+                finally:
+                    self.count(account, served, answer.usages)
+            chunks = answer.chunks()
+            stack.callback(self.count, account, served, answer.usages)
+            stack.push_async_callback(chunks.aclose)
+            # The first one tells whether there will be an answer at all. After it, the status cannot be changed.
+            first = await unless_gone(request, anext(chunks))
+            self.metrics.first_token.labels(served.name).observe(time.monotonic() - began)
+            kept = stack.pop_all()
+        return StreamingResponse(
+            _events(first, chunks, kept, named=isinstance(answer, ResponsesAnswer)),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache"},
+        )
+
+    def count(self, account: Account, served: ServedModel, usages: Sequence[Usage]) -> None:
+        """Note the tokens of a request that has ended."""
+        for usage in usages:
+            account.tokens.use(usage.prompt_tokens + usage.completion_tokens)
+            self.metrics.tokens.labels(served.name, "read").inc(usage.prompt_tokens)
+            self.metrics.tokens.labels(served.name, "generated").inc(usage.completion_tokens)
+
+    async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
+        """Answer a request for embeddings."""
+        account = self.account(request)
+        served = self.model(body.model)
+        async with self.admission.admitted(account):
+            found, usage = await unless_gone(request, embeddings(served, body))
+        self.count(account, served, [usage])
+        return JSONResponse(found)
+
+
+async def _events(
+    first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None], kept: AsyncExitStack, *, named: bool
+) -> AsyncIterator[str]:
+    """Server-sent events: with the names that their type is, or else with the end that OpenAI's older API has.
+
+    An error in the middle is an event too, because the status has been sent. `kept` is left at the end.
+    """
+    async with kept:
+        try:
+            yield _event(first, named=named)
+            async for chunk in chunks:
+                yield _event(chunk, named=named)
+            if not named:
+                yield "data: [DONE]\n\n"
+        except Exception as error:
+            found = refused(error)
+            log.warning("an answer ended with an error: %s", error, exc_info=found.status == 500)
+            body = found.body()
+            yield _event({"type": "error", **body["error"]} if named else body, named=named)
+
+
+def _event(value: dict[str, Any], *, named: bool) -> str:
+    name = f"event: {value['type']}\n" if named else ""
+    return f"{name}data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled if the client goes away. Raises `Refused` then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Refused(CLOSED_REQUEST, "the client has gone")
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def application(gateway: Gateway, *, origins: Sequence[str] = ()) -> FastAPI:
+    """The application. `origins` are those of pages whose scripts may use it (CORS)."""
+    app = FastAPI(title="shoal gateway", docs_url=None, redoc_url=None)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(RequestIds, metrics=gateway.metrics)
+    _handle_errors(app)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        return await gateway.answer(request, ChatAnswer, body)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        return await gateway.answer(request, CompletionAnswer, body)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
+        return await gateway.answer(request, ResponsesAnswer, body)
+
+    @app.post("/v1/embeddings")
+    async def embeddings_(request: Request, body: EmbeddingRequest) -> Response:
+        return await gateway.embeddings(request, body)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        gateway.account(request)
+        return {"object": "list", "data": [_model(each) for each in gateway.models.values()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        gateway.account(request)
+        return _model(gateway.model(name))
+
+    @app.get("/health")
+    async def health() -> Response:
+        missing = {each.name: blocks for each in gateway.models.values() if (blocks := each.missing_blocks())}
+        return JSONResponse({"status": "incomplete" if missing else "ok", "missing": missing}, 503 if missing else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(gateway.metrics.text(), media_type=gateway.metrics.content_type)
+
+    return app
+
+
+def _model(served: ServedModel) -> dict[str, Any]:
+    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "shoal"}
+
+
+def _handle_errors(app: FastAPI) -> None:
+    """All errors are OpenAI's error objects."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        found = max(error.errors(), key=lambda each: len(each["loc"]))  # of several forms, the one that came furthest
+        field = ".".join(str(part) for part in found["loc"] if part != "body")
+        return Refused(400, f"{field}: {found['msg']}" if field else found["msg"], param=field or None).response()
+
+    @app.exception_handler(HTTPException)
+    async def not_there(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return Refused(error.status_code, message, headers=dict(error.headers or {})).response()
+
+    @app.exception_handler(Refused)
+    async def was_refused(request: Request, error: Refused) -> Response:
+        return error.response()
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return refused(error).response()

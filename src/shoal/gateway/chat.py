@@ -1,0 +1,123 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from shoal.client.generation.generation import Token
+from shoal.gateway.answers import Piece, Usage, Wanted, together, whole_answers
+from shoal.gateway.requests import ChatRequest
+from shoal.gateway.sampling import stream_options
+from shoal.gateway.served_model import ServedModel
+from shoal.gateway.turns import Said, Turn, tools_of
+
+
+class ChatAnswer:
+    """The answers to one request: `whole` at once, or `chunks` as they come."""
+
+    def __init__(self, served: ServedModel, request: ChatRequest) -> None:
+        self._served = served
+        self._request = request
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        tools = tools_of(served, request)
+        ids_1S = served.ids_of_chat(request.messages, tools, request.chat_template_kwargs)
+        num_prompt = ids_1S.shape[1]
+        self.turns = [Turn.after(served, ids_1S, tools) for _ in range(request.n or 1)]
+        most = served.most_new_tokens(num_prompt, request.most_tokens, param="max_tokens")
+        num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        self.wanted = [
+            Wanted(
+                served,
+                ids_1S,
+                stream_options(request, served, num_prompt_tokens=num_prompt, index=index)
+                | {"max_new_tokens": most, "num_logprobs": num_logprobs},
+                request.stop_texts,
+                with_special=turn.is_marked,
+            )
+            for index, turn in enumerate(self.turns)
+        ]
+        self.usages = [Usage(num_prompt) for _ in self.wanted]
+
+    async def whole(self) -> dict[str, Any]:
+        """OpenAI's `ChatCompletion`."""
+        answers = await whole_answers(self.wanted, self.usages)
+        choices = [
+            {
+                "index": index,
+                "message": _message(turn.after_text(answer.text, ends=True)),
+                "logprobs": self._logprobs(answer.tokens),
+                "finish_reason": _reason(answer, turn),
+            }
+            for index, (answer, turn) in enumerate(zip(answers, self.turns, strict=True))
+        ]
+        return self._object("chat.completion", choices) | {"usage": self._usage()}
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """OpenAI's `ChatCompletionChunk`s."""
+        usage: dict[str, Any] = {"usage": None} if self._request.includes_usage else {}
+        for index in range(len(self.wanted)):
+            yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}) | usage
+        async for index, piece in together(self.wanted, self.usages):
+            yield self._piece(index, piece) | usage
+        if self._request.includes_usage:
+            yield self._object("chat.completion.chunk", []) | {"usage": self._usage()}
+
+    def _piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        turn = self.turns[index]
+        said = turn.after_text(piece.text, ends=piece.finish_reason is not None)
+        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
+        return self._chunk(index, said.delta(), logprobs=logprobs, reason=_reason(piece, turn))
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], *, logprobs: Any = None, reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self._object("chat.completion.chunk", [choice])
+
+    def _object(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._request.model,
+            "system_fingerprint": None,
+            "choices": choices,
+        }
+
+    def _usage(self) -> dict[str, int]:
+        total = Usage(self.usages[0].prompt_tokens, sum(each.completion_tokens for each in self.usages))
+        return total.described()
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._request.logprobs:
+            return None
+        content = [
+            self._logprob(token.id, token.logprob)
+            | {"top_logprobs": [self._logprob(*each) for each in token.top_logprobs]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self._served.text_of(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _message(said: Said) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": said.content or None, "refusal": None}
+    if said.reasoning:
+        message["reasoning_content"] = said.reasoning
+    if said.calls:
+        message["tool_calls"] = [{name: call[name] for name in ("id", "type", "function")} for call in said.calls]
+    else:
+        message["content"] = said.content
+    return message
+
+
+def _reason(piece: Piece, turn: Turn) -> str | None:
+    """Why an answer ends: with calls of tools, or as the piece says."""
+    return "tool_calls" if piece.finish_reason == "stop" and turn.has_calls else piece.finish_reason

@@ -1,0 +1,114 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from shoal.client.generation.generation import Token
+from shoal.gateway.answers import Piece, Usage, Wanted, together, whole_answers
+from shoal.gateway.passes import prompt_tokens
+from shoal.gateway.refusals import bad_field
+from shoal.gateway.requests import CompletionRequest
+from shoal.gateway.sampling import stream_options
+from shoal.gateway.served_model import ServedModel
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's, for this endpoint."""
+
+
+class CompletionAnswer:
+    """The answers to one request: `whole` at once, or `chunks` as they come."""
+
+    def __init__(self, served: ServedModel, request: CompletionRequest) -> None:
+        if request.echo and request.stream:
+            raise bad_field("echo", "echo is not supported with stream")
+        if request.max_tokens == 0 and not request.echo:
+            raise bad_field("max_tokens", "0 tokens and no echo leave nothing to answer")
+        self._served = served
+        self._request = request
+        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._texts_before: list[str] = []
+        self.wanted: list[Wanted] = []
+        self.usages: list[Usage] = []
+        wanted_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        for prompt in request.prompts:
+            ids_1S = served.ids_of_prompt(prompt)
+            num_prompt = ids_1S.shape[1]
+            most = served.most_new_tokens(num_prompt, wanted_tokens, param="max_tokens")
+            for index in range(request.n or 1):
+                options = stream_options(request, served, num_prompt_tokens=num_prompt, index=index)
+                options |= {"max_new_tokens": most, "num_logprobs": request.logprobs}
+                self.wanted.append(Wanted(served, ids_1S, options, request.stop_texts))
+                self.usages.append(Usage(num_prompt))
+                self._texts_before.append(self._echoed(prompt) if request.echo else "")
+
+    async def whole(self) -> dict[str, Any]:
+        """OpenAI's `Completion`."""
+        if self._request.max_tokens == 0:
+            answers = [Piece("", (), "length") for _ in self.wanted]
+        else:
+            answers = await whole_answers(self.wanted, self.usages)
+        choices = []
+        for index, (before, answer, wanted) in enumerate(zip(self._texts_before, answers, self.wanted, strict=True)):
+            tokens, start = answer.tokens, len(before)
+            if self._request.echo and self._request.logprobs is not None:
+                known = await asyncio.to_thread(prompt_tokens, self._served, wanted.ids_1S, self._request.logprobs)
+                tokens, start = (*known, *tokens), 0
+            choices.append(self._choice(index, before + answer.text, tokens, answer.finish_reason, start=start))
+        return self._object(choices) | {"usage": self._usage()}
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The same in pieces."""
+        usage: dict[str, Any] = {"usage": None} if self._request.includes_usage else {}
+        starts = [0] * len(self.wanted)
+        async for index, piece in together(self.wanted, self.usages):
+            choice = self._choice(index, piece.text, piece.tokens, piece.finish_reason, start=starts[index])
+            starts[index] += len(piece.text)
+            yield self._object([choice]) | usage
+        if self._request.includes_usage:
+            yield self._object([]) | {"usage": self._usage()}
+
+    def _choice(
+        self, index: int, text: str, tokens: Sequence[Token], reason: str | None, *, start: int
+    ) -> dict[str, Any]:
+        logprobs = None if self._request.logprobs is None else self._logprobs(tokens, start)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, tokens: Sequence[Token], start: int) -> dict[str, Any]:
+        texts = [self._served.text_of(token.id) for token in tokens]
+        offsets = [start + sum(map(len, texts[:number])) for number in range(len(texts))]
+        top = [
+            None if token.logprob is None else {self._served.text_of(each): value for each, value in token.top_logprobs}
+            for token in tokens
+        ]
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": top,
+            "text_offset": offsets,
+        }
+
+    def _object(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._request.model,
+            "system_fingerprint": None,
+            "choices": choices,
+        }
+
+    def _usage(self) -> dict[str, int]:
+        each_prompt = self.usages[:: self._request.n or 1]
+        total = Usage(
+            sum(each.prompt_tokens for each in each_prompt), sum(each.completion_tokens for each in self.usages)
+        )
+        return total.described()
+
+    def _echoed(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else str(self._served.tokenizer.decode(prompt))

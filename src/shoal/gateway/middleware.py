@@ -1,0 +1,83 @@
+"""What every request goes through: an id for it and its log line, and the limit of its size."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shoal.gateway.metrics import Metrics
+from shoal.gateway.refusals import Refused
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 16 << 20
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class RequestIds:
+    """Gives each request an id, the client's own if it is a plain one, and counts it and writes a line at its end."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        status: int | None = None
+        began = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            seconds = time.monotonic() - began
+            route = scope.get("route")
+            endpoint = "unknown" if route is None else str(route.path)  # not what anybody may ask for
+            self._metrics.requests.labels(endpoint, status).inc()
+            self._metrics.duration.labels(endpoint).observe(seconds)
+            log.info("%s %s %s: %s in %.3f s", request_id, scope["method"], scope["path"], status, seconds)
+
+
+class BodyLimit:
+    """Refuses bodies that are larger than `max_bytes`, before they are in memory."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        size = 0
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            await self._too_large().response()(scope, receive, send)
+            return
+
+        async def receive_within() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, receive_within, send)
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"the body is larger than {self._max_bytes >> 20} MiB")

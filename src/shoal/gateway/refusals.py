@@ -1,0 +1,64 @@
+"""OpenAI's error objects, and which error of shoal's becomes which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from shoal.errors import MissingBlocks, ServerBusy, ShoalError, SwarmError, UnsupportedOperation, UserError
+
+RETRY_SECONDS = 5
+"""Seconds after which a client that was refused for a while may ask again."""
+
+
+@dataclass
+class Refused(Exception):
+    """A request that gets an error instead of an answer: the HTTP status, and what OpenAI's error object says."""
+
+    status: int
+    message: str
+    kind: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The error as an answer."""
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def bad_field(param: str, message: str) -> Refused:
+    """A field that is wrong, or that this server does not support."""
+    return Refused(400, message, param=param)
+
+
+def later(message: str, *, status: int, kind: str, code: str | None = None, seconds: int = RETRY_SECONDS) -> Refused:
+    """Something that may work in a while."""
+    return Refused(status, message, kind, code=code, headers={"Retry-After": str(seconds)})
+
+
+def refused(error: Exception) -> Refused:
+    """What a client is told about an error of the swarm or of the options that it passed."""
+    match error:
+        case Refused():
+            return error
+        case MissingBlocks() | ServerBusy():
+            return later(str(error), status=503, kind="server_error", code="swarm_incomplete")
+        case UserError() | UnsupportedOperation():
+            return Refused(400, _with_hint(error))
+        case SwarmError():
+            return later(str(error), status=503, kind="server_error", code="swarm_error")
+        case ValueError():
+            return Refused(400, str(error).splitlines()[0] if str(error) else "a value is wrong")
+    return Refused(500, "the gateway has failed; its log says how", "server_error", code="internal_error")
+
+
+def _with_hint(error: ShoalError) -> str:
+    return f"{error} ({error.hint})" if error.hint else str(error)

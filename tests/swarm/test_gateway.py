@@ -1,0 +1,472 @@
+"""The gateway behind a real socket, asked by OpenAI's own client, in front of a swarm in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from shoal.bundled import STORIES
+from shoal.gateway.admission import Admission
+from shoal.gateway.app import Gateway, application
+from shoal.gateway.served_model import ServedModel
+
+from .harness import QUICK, Swarm, swarm_of
+
+PROMPT = "Once upon a time"
+TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }} {% endfor %}"
+MESSAGES: Any = [{"role": "system", "content": "Once upon"}, {"role": "user", "content": "a time"}]
+
+
+@pytest.fixture(scope="module")
+def stories() -> PreTrainedModel:
+    """The bundled model in one piece: the oracle."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    found = AutoTokenizer.from_pretrained(STORIES)
+    found.chat_template = TEMPLATE
+    return found
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Swarm]:
+    with swarm_of(STORIES, "0:6", "6:12") as swarm:
+        yield swarm
+
+
+@contextlib.contextmanager
+def served_at(app: Any) -> Iterator[str]:
+    """The URL of an application that is served on a port of the system's choice."""
+    started = threading.Event()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            started.set()
+
+        def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+            return contextlib.nullcontext()
+
+    server = Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    try:
+        assert started.wait(30)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def url(net: Swarm, tokenizer: Any) -> Iterator[str]:
+    served = ServedModel("stories", net.model(), tokenizer)
+    with served_at(application(Gateway([served], Admission()))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+Expected = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def expected(stories: PreTrainedModel, tokenizer: Any) -> Expected:
+    """What plain Transformers continues a prompt with."""
+
+    def expected(prompt: str = PROMPT, num_tokens: int = 16, **options: Any) -> str:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        text = stories.generate(ids, max_new_tokens=num_tokens, **({"do_sample": False} | options))
+        return str(tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True))
+
+    return expected
+
+
+def test_the_models_are_listed(client: openai.OpenAI):
+    assert [model.id for model in client.models.list()] == ["stories"]
+    assert client.models.retrieve("stories").owned_by == "shoal"
+    with pytest.raises(openai.NotFoundError, match="there is stories"):
+        client.models.retrieve("other")
+
+
+def test_a_completion_is_what_the_whole_model_says(client: openai.OpenAI, expected: Expected):
+    done = client.completions.create(model="stories", prompt=PROMPT, max_tokens=16, temperature=0)
+    assert done.choices[0].text == expected()
+    assert done.choices[0].finish_reason == "length"
+    assert done.usage is not None
+    assert done.usage.completion_tokens == 16
+    assert done.usage.total_tokens == done.usage.prompt_tokens + 16
+
+
+def test_a_chat_is_what_the_whole_model_says_to_its_template(client: openai.OpenAI, expected: Expected):
+    done = client.chat.completions.create(model="stories", messages=MESSAGES, max_tokens=16, temperature=0)
+    assert done.choices[0].message.content == expected("Once upon a time ")
+    assert done.choices[0].message.role == "assistant"
+
+
+def test_a_stream_has_the_same_text_and_ends_with_the_usage(client: openai.OpenAI, expected: Expected):
+    chunks = list(
+        client.chat.completions.create(
+            model="stories",
+            messages=MESSAGES,
+            max_completion_tokens=16,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == expected("Once upon a time ")
+    assert len(chunks) > 10
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [choice.finish_reason for chunk in chunks for choice in chunk.choices][-1] == "length"
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 16
+
+
+def test_a_seed_repeats_an_answer_and_n_gives_several(client: openai.OpenAI, stories: PreTrainedModel, tokenizer: Any):
+    ask = {"model": "stories", "prompt": PROMPT, "max_tokens": 12, "temperature": 0.9, "top_p": 0.8, "seed": 5}
+    one, again = (client.completions.create(**ask, n=3) for _ in range(2))
+    texts = [choice.text for choice in one.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert len(set(texts)) > 1
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    for index, text in enumerate(texts):
+        torch.manual_seed(5 + index)
+        found = stories.generate(ids, max_new_tokens=12, do_sample=True, temperature=0.9, top_p=0.8, top_k=0)
+        assert text == tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    assert one.usage is not None
+    assert one.usage.completion_tokens == 36
+    assert one.usage.prompt_tokens == ids.shape[1]
+
+
+def test_an_answer_ends_before_a_stop_text(client: openai.OpenAI, expected: Expected):
+    text = expected(num_tokens=24)
+    stop = text[9:14]
+    for stream in (False, True):
+        done = client.completions.create(
+            model="stories", prompt=PROMPT, max_tokens=24, temperature=0, stop=[stop, "never said"], stream=stream
+        )
+        choices = [chunk.choices[0] for chunk in done] if stream else done.choices
+        assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+
+
+def test_log_probabilities_are_those_of_the_whole_model(
+    client: openai.OpenAI, stories: PreTrainedModel, tokenizer: Any
+):
+    done = client.completions.create(model="stories", prompt=PROMPT, max_tokens=6, temperature=0, logprobs=2, echo=True)
+    found = done.choices[0].logprobs
+    assert found is not None
+    ids = tokenizer(done.choices[0].text, return_tensors="pt")["input_ids"]
+    logprobs_SV = torch.log_softmax(stories(ids).logits[0].detach(), dim=-1)
+    want = [float(row_V[token]) for row_V, token in zip(logprobs_SV[:-1], ids[0, 1:], strict=True)]
+    assert found.token_logprobs is not None
+    assert found.token_logprobs[0] is None
+    assert found.token_logprobs[1:] == pytest.approx(want, abs=1e-3)
+    chat = client.chat.completions.create(
+        model="stories", messages=MESSAGES, max_tokens=3, temperature=0, logprobs=True, top_logprobs=4
+    )
+    assert chat.choices[0].logprobs is not None
+    content = chat.choices[0].logprobs.content or []
+    assert [len(token.top_logprobs) for token in content] == [4, 4, 4]
+    assert all(token.logprob == token.top_logprobs[0].logprob for token in content)
+    assert "".join(token.token for token in content).strip() == (chat.choices[0].message.content or "").strip()
+
+
+def test_biases_and_penalties_change_what_is_said(client: openai.OpenAI, expected: Expected, tokenizer: Any):
+    first = tokenizer(PROMPT + expected(), return_tensors="pt")["input_ids"][
+        0, tokenizer(PROMPT, return_tensors="pt")["input_ids"].shape[1]
+    ]
+    ask = {"model": "stories", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
+    banned = client.completions.create(**ask, logit_bias={str(int(first)): -100})
+    assert banned.choices[0].text != expected()
+    only = client.completions.create(**ask, logit_bias={str(int(first)): 100})
+    assert only.choices[0].text == tokenizer.decode([int(first)] * 16)
+    varied = client.completions.create(
+        **ask, logit_bias={str(int(first)): 100}, frequency_penalty=2, presence_penalty=2
+    )
+    assert varied.choices[0].text == only.choices[0].text  # 100 outweighs 16 times 2 and 2
+    assert client.completions.create(**ask, presence_penalty=2, frequency_penalty=2).choices[0].text != expected()
+
+
+def test_prompts_may_be_tokens_and_several(client: openai.OpenAI, expected: Expected, tokenizer: Any):
+    prompts = [tokenizer(text)["input_ids"] for text in (PROMPT, "The big dog")]
+    done = client.completions.create(model="stories", prompt=prompts, max_tokens=8, temperature=0)
+    assert [choice.text for choice in done.choices] == [expected(PROMPT, 8), expected("The big dog", 8)]
+    assert [choice.index for choice in done.choices] == [0, 1]
+
+
+def test_embeddings_are_mean_hidden_states(client: openai.OpenAI, stories: PreTrainedModel, tokenizer: Any):
+    found = client.embeddings.create(model="stories", input=[PROMPT, "The big dog"])
+    for each, text in zip(found.data, (PROMPT, "The big dog"), strict=True):
+        hidden_1SD = stories.model(tokenizer(text, return_tensors="pt")["input_ids"]).last_hidden_state  # type: ignore[union-attr,operator]
+        assert each.embedding == pytest.approx(hidden_1SD[0].mean(dim=0).tolist(), abs=1e-4)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Lily", "Tim"]}, "age": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_keeps_to_a_schema_an_expression_or_a_choice(client: openai.OpenAI):
+    ask: dict[str, Any] = {"model": "stories", "messages": MESSAGES, "max_tokens": 60, "seed": 1}
+    for stream in (False, True):
+        form: Any = {"type": "json_schema", "json_schema": {"name": "child", "schema": SCHEMA}}
+        done: Any = client.chat.completions.create(**ask, response_format=form, stream=stream)
+        text = (
+            "".join(chunk.choices[0].delta.content or "" for chunk in done)
+            if stream
+            else done.choices[0].message.content
+        )
+        found = json.loads(text)
+        assert found.keys() == {"name", "age"}
+        assert found["name"] in ("Lily", "Tim")
+        assert 1 <= found["age"] <= 9
+    done = client.chat.completions.create(**ask, extra_body={"structured_outputs": {"regex": "[ab]{3}-[0-9]{2}"}})
+    assert re.fullmatch("[ab]{3}-[0-9]{2}", done.choices[0].message.content)
+    assert done.choices[0].finish_reason == "stop"
+    done = client.chat.completions.create(**ask, extra_body={"structured_outputs": {"choice": ["a dog.", "a (cat)"]}})
+    assert done.choices[0].message.content in ("a dog.", "a (cat)")
+    done = client.completions.create(
+        model="stories", prompt=PROMPT, max_tokens=60, extra_body={"structured_outputs": {"grammar": 'start: "x"+ "y"'}}
+    )
+    assert re.fullmatch("x+y?", done.choices[0].text)
+
+
+QWEN = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "a time ",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"content": "text"},
+    },
+}
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+
+
+def test_reasoning_and_calls_of_tools_are_recognized(net: Swarm, tokenizer: Any):
+    turns = copy.deepcopy(tokenizer)
+    turns.response_template = QWEN
+    served = ServedModel("stories", net.model(), turns)
+    says = (
+        '<think>it may rain</think>Let me see.<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
+    )
+    ask: dict[str, Any] = {"model": "stories", "messages": MESSAGES, "max_tokens": 200, "tools": TOOLS}
+    ask["extra_body"] = {"structured_outputs": {"choice": [says]}}
+    with served_at(application(Gateway([served], Admission()))) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        (choice,) = client.chat.completions.create(**ask).choices
+        assert choice.message.content == "Let me see."
+        assert choice.message.reasoning_content == "it may rain"  # type: ignore[attr-defined]
+        (call,) = choice.message.tool_calls or []
+        assert call.type == "function"
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments) == {"city": "Rome"}
+        assert choice.finish_reason == "tool_calls"
+        with client.chat.completions.stream(**ask) as stream:
+            stream.until_done()
+            message = stream.get_final_completion().choices[0].message
+        assert message.content == "Let me see."
+        assert [each.function.name for each in message.tool_calls or []] == ["weather"]
+        with pytest.raises(openai.BadRequestError, match="only none and auto"):
+            client.chat.completions.create(**ask, tool_choice="required")
+
+
+def test_responses_are_chats_in_another_form(client: openai.OpenAI, expected: Expected):
+    ask: dict[str, Any] = {"model": "stories", "max_output_tokens": 16, "temperature": 0}
+    done = client.responses.create(**ask, instructions="Once upon", input="a time")
+    assert done.output_text == expected("Once upon a time ")
+    assert done.status == "incomplete"
+    assert done.usage is not None
+    assert done.usage.output_tokens == 16
+    kinds, text = [], ""
+    for event in client.responses.create(**ask, input=MESSAGES, stream=True):
+        kinds.append(event.type)
+        if event.type == "response.output_text.delta":
+            text += event.delta
+        elif event.type == "response.incomplete":
+            assert event.response.output_text == text
+    assert text == expected("Once upon a time ")
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    form: Any = {"format": {"type": "json_schema", "name": "child", "schema": SCHEMA}}
+    done = client.responses.create(model="stories", input="a child", max_output_tokens=60, text=form)
+    assert json.loads(done.output_text).keys() == {"name", "age"}
+    assert done.status == "completed"
+    more = client.responses.create(**ask, input=[*MESSAGES, *[item.model_dump() for item in done.output]])
+    assert more.output_text
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client.responses.create(**ask, input="hi", previous_response_id="resp_1")
+
+
+def test_what_is_counted(client: openai.OpenAI, url: str):
+    client.completions.create(model="stories", prompt=PROMPT, max_tokens=3)
+    text = httpx.get(f"{url}/metrics").text
+    assert 'shoal_requests_total{endpoint="/v1/completions",status="200"}' in text
+    assert 'shoal_tokens_total{kind="generated",model="stories"}' in text
+    assert "shoal_requests_running 0.0" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"temperature": -3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"logit_bias": {"5": 1000}}, "logit_bias.5"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"structured_outputs": {"regex": "(["}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"json": {"type": "nothing"}}}, "structured_outputs.json"),
+        ({"tools": TOOLS}, "tools"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+        ({"unheard_of": 1}, "unheard_of"),
+        ({"max_tokens": 100_000}, "max_tokens"),
+    ],
+)
+def test_a_bad_field_is_named(url: str, change: dict[str, Any], param: str):
+    body = {"model": "stories", "messages": MESSAGES, "max_tokens": 4} | change
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].startswith(param)
+    assert answer.headers["x-request-id"]
+
+
+def test_what_is_not_there_is_an_error_object(url: str):
+    for method, path, status in [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)]:
+        answer = httpx.request(method, f"{url}{path}")
+        assert answer.status_code == status
+        assert answer.json()["error"]["message"]
+    answer = httpx.post(f"{url}/v1/completions", content=b"{" * 10, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"model": "other", "messages": MESSAGES})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+    huge = httpx.post(f"{url}/v1/completions", content=b"x" * (17 << 20))
+    assert huge.status_code == 413
+
+
+def test_a_client_that_goes_away_costs_nothing_more(url: str, net: Swarm):
+    free = [server.engine.cache_tokens_left for server in net.servers.values()]
+    body = {"model": "stories", "prompt": PROMPT, "max_tokens": 200, "stream": True, "temperature": 0}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    net.settle(lambda: [server.engine.cache_tokens_left for server in net.servers.values()] == free)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body | {"stream": False}, timeout=0.2)
+    net.settle(lambda: [server.engine.cache_tokens_left for server in net.servers.values()] == free)
+
+
+def test_keys_and_limits(net: Swarm, tokenizer: Any):
+    served = ServedModel("stories", net.model(), tokenizer)
+    clock = [0.0]
+    admission = Admission(["one", "two"], requests_per_minute=2, tokens_per_minute=1000, clock=lambda: clock[0])
+    ask: dict[str, Any] = {"model": "stories", "prompt": PROMPT, "max_tokens": 1}
+    with served_at(application(Gateway([served], admission))) as url:
+        one, two, other = (
+            openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) for key in ("one", "two", "three")
+        )
+        with pytest.raises(openai.AuthenticationError, match="not known"):
+            other.completions.create(**ask)
+        one.completions.create(**ask)
+        one.completions.create(**ask)
+        with pytest.raises(openai.RateLimitError) as refused:
+            one.completions.create(**ask)
+        assert refused.value.response.headers["retry-after"] == "30"
+        two.completions.create(**ask)
+        clock[0] = 31.0
+        one.completions.create(**ask)
+
+
+def test_missing_blocks_are_a_503(net: Swarm, tokenizer: Any):
+    with swarm_of(STORIES, "0:6", "6:12") as small:
+        model = small.model(config=replace(QUICK, patience_seconds=0.0))
+        served = ServedModel("stories", model, tokenizer)
+        with served_at(application(Gateway([served], Admission()))) as url:
+            assert httpx.get(f"{url}/health").json() == {"status": "ok", "missing": {}}
+            small.kill("s1")
+            small.stop("s1")
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            with pytest.raises(openai.InternalServerError, match="no server") as refused:
+                client.completions.create(model="stories", prompt=PROMPT)
+            assert refused.value.status_code == 503
+            assert refused.value.response.headers["retry-after"]
+            health = httpx.get(f"{url}/health")
+            assert health.status_code == 503
+            assert health.json()["missing"] == {"stories": list(range(6, 12))}
+
+
+def test_a_server_that_is_killed_is_invisible(tokenizer: Any, expected: Expected):
+    with swarm_of(STORIES, "0:6", "6:12", "6:12") as net:
+        model = net.model()
+        served = ServedModel("stories", model, tokenizer)
+        with served_at(application(Gateway([served], Admission()))) as url:
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            text = ""
+            for number, chunk in enumerate(
+                client.completions.create(model="stories", prompt=PROMPT, max_tokens=40, temperature=0, stream=True)
+            ):
+                text += chunk.choices[0].text
+                if number == 5:
+                    (session,) = model.blocks.runtime.sessions
+                    net.kill(session.hops[-1].server.peer)
+        assert text == expected(num_tokens=40)
