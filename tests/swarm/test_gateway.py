@@ -350,6 +350,25 @@ def test_responses_are_chats_in_another_form(client: openai.OpenAI, expected: Ex
         client.responses.create(**ask, input="hi", previous_response_id="resp_1")
 
 
+def test_the_page_and_what_it_is_told(url: str, net: Swarm):
+    for name in ("", "app.js", "api.js", "chat.js", "swarm.js", "style.css", "icon.svg"):
+        answer = httpx.get(f"{url}/{name}")
+        assert answer.status_code == 200
+        assert "default-src 'self'" in answer.headers["content-security-policy"]
+    for name in ("../app.py", "%2e%2e/app.py", "nothing.js"):
+        assert httpx.get(f"{url}/{name}").status_code == 404
+    with httpx.stream("GET", f"{url}/api/swarm", params={"model": "stories"}) as answer:
+        line = next(line for line in answer.iter_lines() if line.startswith("data: "))
+    found = json.loads(line.removeprefix("data: "))
+    assert found["type"] == "swarm"
+    assert [(each["start"], each["end"], each["state"]) for each in found["servers"]] == [
+        (0, 6, "online"),
+        (6, 12, "online"),
+    ]
+    assert found["missing"] == []
+    assert httpx.get(f"{url}/api/swarm", params={"model": "other"}).status_code == 404
+
+
 def test_what_is_counted(client: openai.OpenAI, url: str):
     client.completions.create(model="stories", prompt=PROMPT, max_tokens=3)
     text = httpx.get(f"{url}/metrics").text

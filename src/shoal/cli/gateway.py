@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,9 +73,13 @@ def command(
     if not keys and not _is_loopback(host):
         stderr.print(f"anybody who reaches {host} can use this gateway: see --api-key", style="yellow")
     with contextlib.ExitStack() as stack:
-        opened = [
-            (name, *stack.enter_context(connected(model, client))) for name, model in zip(names, models, strict=True)
-        ]
+        from shoal.gateway.news import News
+
+        opened = []
+        for name, model in zip(names, models, strict=True):
+            news = News()
+            watched = replace(client, observers=(*client.observers, news.tell))
+            opened.append((name, *stack.enter_context(connected(model, watched)), news))
         from shoal.gateway.admission import Admission
         from shoal.gateway.app import Gateway, application
         from shoal.gateway.served_model import ServedModel
@@ -87,7 +92,7 @@ def command(
                 max_running=max_requests,
                 max_waiting=4 * max_requests,
             )
-            served = [ServedModel(name, llm, tokenizer) for name, llm, tokenizer in opened]
+            served = [ServedModel(*each) for each in opened]
             app = application(Gateway(served, admission), origins=tuple(cors_origin or ()))
             try:
                 await _serve(app, served, host=host, port=port)
@@ -129,7 +134,8 @@ def _server(app: Any, served: Sequence[ServedModel], *, host: str, port: int) ->
             shown = f"[{host}]" if ":" in host else host
             for each in served:
                 print(f"model     {each.name}")
-            print(f"\nOpenAI's API is at  http://{shown}:{port}/v1\n", flush=True)
+            print(f"\nOpenAI's API   http://{shown}:{port}/v1")
+            print(f"a page         http://{shown}:{port}\n", flush=True)
 
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     return Server(

@@ -144,6 +144,13 @@ class Runtime:
             future.cancel()
             raise
 
+    async def awaited(self, work: Coroutine[Any, Any, T]) -> T:
+        """The same for callers in another event loop, who do not block it. Raises `UserError` as `run` does."""
+        future = self._submit(work)
+        if future is None:
+            raise UserError("this model is closed")
+        return await asyncio.wrap_future(future)
+
     def start(self, work: Coroutine[Any, Any, object]) -> None:
         """Run a coroutine without waiting for it, such as the closing of a forgotten session."""
         self._submit(work)

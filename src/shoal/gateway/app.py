@@ -8,12 +8,13 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from shoal.gateway.admission import Account, Admission
@@ -27,12 +28,20 @@ from shoal.gateway.refusals import Refused, refused
 from shoal.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
 from shoal.gateway.responses import ResponsesAnswer
 from shoal.gateway.served_model import ServedModel
+from shoal.gateway.watch import page_events
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Answer = ChatAnswer | CompletionAnswer | ResponsesAnswer
 
+PAGE = Path(__file__).parent / "page"
+PAGE_FILES = frozenset(path.name for path in PAGE.iterdir())
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
 CLOSED_REQUEST = 499
 """The status of a request whose client went away. Nobody sees it but the log."""
 
@@ -186,12 +195,26 @@ def application(gateway: Gateway, *, origins: Sequence[str] = ()) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        missing = {each.name: blocks for each in gateway.models.values() if (blocks := each.missing_blocks())}
+        missing = {each.name: blocks for each in gateway.models.values() if (blocks := await each.missing_blocks())}
         return JSONResponse({"status": "incomplete" if missing else "ok", "missing": missing}, 503 if missing else 200)
+
+    @app.get("/api/swarm", include_in_schema=False)
+    async def swarm(request: Request, model: str) -> Response:
+        gateway.account(request)
+        served = gateway.model(model)
+        headers = {"Cache-Control": "no-cache"}
+        return StreamingResponse(page_events(served), media_type="text/event-stream", headers=headers)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(gateway.metrics.text(), media_type=gateway.metrics.content_type)
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/{name}", include_in_schema=False)
+    async def page(name: str = "index.html") -> Response:
+        if name not in PAGE_FILES:
+            raise HTTPException(404, "Not Found")
+        return FileResponse(PAGE / name, headers=PAGE_HEADERS)
 
     return app
 

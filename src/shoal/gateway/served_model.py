@@ -14,6 +14,7 @@ from llguidance import LLTokenizer
 from tokenizers.decoders import DecodeStream
 
 from shoal.errors import UserError
+from shoal.gateway.news import News
 from shoal.gateway.refusals import Refused, bad_field
 from shoal.gateway.requests import Message
 from shoal.gateway.structure import grammar_tokenizer
@@ -29,6 +30,7 @@ class ServedModel:
     name: str
     model: Any
     tokenizer: Any
+    news: News = field(default_factory=News)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -54,10 +56,10 @@ class ServedModel:
         """The tokenizer as grammars need it."""
         return grammar_tokenizer(self.tokenizer, self.end_tokens)
 
-    def missing_blocks(self) -> list[int]:
+    async def missing_blocks(self) -> list[int]:
         """The blocks that no server computes at present, as far as this client knows."""
         blocks = self.model.blocks
-        view = blocks.runtime.run(blocks.swarm.present())
+        view = await blocks.runtime.awaited(blocks.swarm.present())
         return list(view.missing(blocks.span))
 
     def ids_of_chat(

@@ -29,16 +29,16 @@ def grammar_of(request: SamplingBody) -> str | None:
             raise bad_field("response_format.json_schema", "json_schema is missing")
         schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
         found.append(_of_schema(schema, "response_format.json_schema.schema"))
-    if (wanted := request.structured_outputs) is not None:
-        if wanted.json_ is not None:
-            found.append(_of_schema(wanted.json_, "structured_outputs.json"))
-        if wanted.regex is not None:
-            found.append(_checked(LLMatcher.grammar_from_regex(wanted.regex), "structured_outputs.regex"))
-        if wanted.choice is not None:
-            pattern = "|".join(map(re.escape, wanted.choice))
+    if (kept := request.structured_outputs) is not None:
+        if kept.json_ is not None:
+            found.append(_of_schema(kept.json_, "structured_outputs.json"))
+        if kept.regex is not None:
+            found.append(_checked(LLMatcher.grammar_from_regex(kept.regex), "structured_outputs.regex"))
+        if kept.choice is not None:
+            pattern = "|".join(map(re.escape, kept.choice))
             found.append(_checked(LLMatcher.grammar_from_regex(pattern), "structured_outputs.choice"))
-        if wanted.grammar is not None:
-            found.append(_checked(LLMatcher.grammar_from_lark(wanted.grammar), "structured_outputs.grammar"))
+        if kept.grammar is not None:
+            found.append(_checked(LLMatcher.grammar_from_lark(kept.grammar), "structured_outputs.grammar"))
     if len(found) > 1:
         raise bad_field("structured_outputs", "an answer can keep to one grammar only")
     return found[0] if found else None

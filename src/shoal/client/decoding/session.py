@@ -113,6 +113,11 @@ class Session:
         return self._pipeline is not None or self._step is not None
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, so that it computes no more."""
+        return self._closed
+
+    @property
     def _pipelines(self) -> list[Pipeline]:
         """The one on which steps run, and those of the standbys."""
         return [] if self._pipeline is None else [self._pipeline, *self._standby.standbys.values()]

@@ -145,6 +145,10 @@ class DirectoryCache:
         """The servers with this client's weights that the user permits, and that are loading blocks: these blocks."""
         return self._known().loading().only(self._is_usable)
 
+    def everybody(self) -> SwarmView:
+        """All servers of this model: those that load blocks or are about to leave, too."""
+        return self._known()
+
     def known(self) -> SwarmView:
         """The servers of this model that are online."""
         return self._known().online()

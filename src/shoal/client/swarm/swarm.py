@@ -321,6 +321,11 @@ class Swarm:
         await self._directory.ensure_fresh()
         return self._directory.dtype(own=own)
 
+    async def everybody(self) -> SwarmView:
+        """All servers of this model that the directory has, whatever they do at present."""
+        await self._directory.ensure_fresh()
+        return self._directory.everybody()
+
     async def present(self) -> SwarmView:
         """The servers that can be used now, as far as this client knows: without those that it has found dead."""
         await self._directory.ensure_fresh()
