@@ -20,6 +20,9 @@ from transformers import LogitsProcessor
 from shoal.gateway.refusals import bad_field
 from shoal.gateway.requests import SamplingBody
 
+JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON is written in one way: where spaces are free, a weak model may write them for ever."""
+
 
 def grammar_of(request: SamplingBody) -> str | None:
     """The grammar that a request asks for, in llguidance's notation; `None` for free text. Raises `Refused`."""
@@ -46,7 +49,7 @@ def grammar_of(request: SamplingBody) -> str | None:
 
 def _of_schema(schema: dict[str, Any], param: str) -> str:
     try:
-        return _checked(LLMatcher.grammar_from_json_schema(json.dumps(schema)), param)
+        return _checked(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_OPTIONS), param)
     except ValueError as error:
         raise bad_field(param, str(error).splitlines()[0]) from None
 
