@@ -7,6 +7,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from shoal.cli.console import WrongUsage, stderr
 from shoal.cli.generate import connected
 from shoal.cli.long_running import end_with_parent, run_until_signalled
 from shoal.client.options.client_options import ClientOptions
+from shoal.errors import UserError
 
 if TYPE_CHECKING:
     import uvicorn
@@ -73,6 +75,7 @@ def command(
     if not keys and not _is_loopback(host):
         stderr.print(f"anybody who reaches {host} can use this gateway: see --api-key", style="yellow")
     with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listener(host, port))
         from shoal.gateway.news import News
 
         opened = []
@@ -95,7 +98,7 @@ def command(
             served = [ServedModel(*each) for each in opened]
             app = application(Gateway(served, admission), origins=tuple(cors_origin or ()))
             try:
-                await _serve(app, served, host=host, port=port)
+                await _serve(app, served, listener)
             finally:
                 for each in served:
                     await asyncio.to_thread(each.model.close)
@@ -103,21 +106,32 @@ def command(
         run_until_signalled(run())
 
 
-async def _serve(app: Any, served: Sequence[ServedModel], *, host: str, port: int) -> None:
+def _listener(host: str, port: int) -> socket.socket:
+    """The socket to listen on, before anything slow is done. Raises `UserError`."""
+    try:
+        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"port {port} of {host} cannot be used: {error.strerror}", hint="choose another one with --port, or 0"
+        ) from None
+
+
+async def _serve(app: Any, served: Sequence[ServedModel], listener: socket.socket) -> None:
     """Serve until the task is cancelled; then let answers that have begun end."""
-    server = _server(app, served, host=host, port=port)
-    serving = asyncio.create_task(server.serve())
+    server = _server(app, served, listener)
+    serving = asyncio.create_task(server.serve([listener]))
     try:
         await asyncio.shield(serving)
     except asyncio.CancelledError:
+        for each in served:
+            each.news.end()
         server.should_exit = True
         await serving
         raise
-    if not server.started:
-        raise WrongUsage(f"port {port} of {host} cannot be used", hint="choose another one with --port, or 0")
 
 
-def _server(app: Any, served: Sequence[ServedModel], *, host: str, port: int) -> uvicorn.Server:
+def _server(app: Any, served: Sequence[ServedModel], listener: socket.socket) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -128,21 +142,17 @@ def _server(app: Any, served: Sequence[ServedModel], *, host: str, port: int) ->
 
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
-            if not self.started:
-                return
-            port = self.servers[0].sockets[0].getsockname()[1]
+            host, port, *_ = listener.getsockname()
             shown = f"[{host}]" if ":" in host else host
             for each in served:
                 print(f"model     {each.name}")
-            print(f"\nOpenAI's API   http://{shown}:{port}/v1")
-            print(f"a page         http://{shown}:{port}\n", flush=True)
+            print(f"page      http://{shown}:{port}")
+            print(f"address   http://{shown}:{port}/v1", flush=True)
 
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     return Server(
         uvicorn.Config(
             app,
-            host=host,
-            port=port,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -18,7 +18,7 @@ class News:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._readers: set[asyncio.Queue[str]] = set()
+        self._readers: set[asyncio.Queue[str | None]] = set()
 
     def tell(self, event: Event) -> None:
         """Called by the client, on a thread of its own."""
@@ -26,15 +26,20 @@ class News:
             self._loop.call_soon_threadsafe(self._put, line)
 
     @contextmanager
-    def reading(self) -> Iterator[asyncio.Queue[str]]:
-        """A queue of the lines that come from now on."""
+    def reading(self) -> Iterator[asyncio.Queue[str | None]]:
+        """A queue of the lines that come from now on; `None` at the end."""
         self._loop = asyncio.get_running_loop()
-        mine: asyncio.Queue[str] = asyncio.Queue()
+        mine: asyncio.Queue[str | None] = asyncio.Queue()
         self._readers.add(mine)
         try:
             yield mine
         finally:
             self._readers.discard(mine)
+
+    def end(self) -> None:
+        """The gateway is about to end: whoever reads is told."""
+        for reader in self._readers:
+            reader.put_nowait(None)
 
     def _put(self, line: str) -> None:
         for reader in self._readers:

@@ -30,6 +30,8 @@ async def page_events(served: ServedModel) -> AsyncIterator[str]:
                     line = await lines.get()
             except TimeoutError:
                 continue
+            if line is None:
+                return
             yield f"data: {json.dumps({'type': 'event', 'text': line})}\n\n"
 
 

@@ -1,0 +1,122 @@
+"""`shoal gateway` as users run it: real processes, a real SIGKILL, OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import httpx2 as httpx
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shoal.bundled import STORIES
+from shoal.processes import Child, Children
+
+PROMPT = "Once upon a time"
+SECONDS = 120.0
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[Children]:
+    with Children() as children:
+        yield children
+
+
+def ready(children: Children, *wanted: Child) -> None:
+    for _ in children.wait_for(wanted, seconds=SECONDS):
+        pass
+
+
+def serve(children: Children, name: str, *arguments: str) -> Child:
+    options = ("--name", name, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096")
+    return children.start(name, "serve", str(STORIES), *options, *arguments)
+
+
+@pytest.fixture(scope="module")
+def servers(children: Children) -> dict[str, Child]:
+    """Two servers of the second half, of which one can be killed."""
+    first = serve(children, "first", "--new-swarm", "--blocks", "0:6")
+    ready(children, first)
+    peers = ("--initial-peers", first.facts["address"])
+    others = {name: serve(children, name, *peers, "--blocks", "6:12") for name in ("second", "third")}
+    ready(children, *others.values())
+    return {"first": first, **others}
+
+
+@pytest.fixture(scope="module")
+def gateway(children: Children, servers: dict[str, Child]) -> Child:
+    peers = ("--initial-peers", servers["first"].facts["address"])
+    child = children.start("gateway", "gateway", str(STORIES), *peers, "--port", "0", "--api-key", "secret")
+    ready(children, child)
+    return child
+
+
+def test_sixteen_clients_do_not_notice_that_a_server_is_killed(gateway: Child, servers: dict[str, Child]):
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+
+    def expected(seed: int) -> str:
+        torch.manual_seed(seed)
+        found = whole.generate(ids, max_new_tokens=40, do_sample=True, temperature=0.8, top_k=0)
+        return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+
+    client = openai.AsyncOpenAI(base_url=gateway.facts["address"], api_key="secret", max_retries=0)
+    begun = threading.Semaphore(0)
+
+    async def one(seed: int) -> str:
+        text = ""
+        stream = await client.completions.create(
+            model="stories", prompt=PROMPT, max_tokens=40, temperature=0.8, seed=seed, stream=True
+        )
+        async for chunk in stream:
+            text += chunk.choices[0].text
+            begun.release()
+        return text
+
+    async def everybody() -> list[str]:
+        return await asyncio.gather(*(one(seed) for seed in range(16)))
+
+    def kill() -> None:
+        for _ in range(16 * 5):
+            begun.acquire()
+        servers["second"].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    texts = asyncio.run(everybody())
+    killer.join()
+    assert texts == [expected(seed) for seed in range(16)]
+
+
+def test_a_port_that_is_taken_and_a_key_that_is_missing(gateway: Child):
+    port = gateway.facts["page"].rpartition(":")[2]
+    peer = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJYNkje4A81dCjUgiMHgx3yADscBJ342g4EJfdWdgf4Mj"
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal", "gateway", str(STORIES), "--initial-peers", peer, "--port", port],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: port {port} of 127.0.0.1 cannot be used")
+    assert "--port" in done.stderr
+    assert httpx.get(f"{gateway.facts['address']}/models").status_code == 401
+
+
+def test_a_gateway_ends_while_a_page_watches(gateway: Child):
+    url, headers = gateway.facts["page"], {"Authorization": "Bearer secret"}
+    with httpx.stream("GET", f"{url}/api/swarm", params={"model": "stories"}, headers=headers) as watching:
+        lines = watching.iter_lines()
+        assert next(lines).startswith("data: ")
+        gateway.process.send_signal(signal.SIGTERM)
+        assert "data: [DONE]" not in list(lines)
+    assert gateway.process.wait(SECONDS) == 0
