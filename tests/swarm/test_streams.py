@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -124,6 +125,15 @@ def test_a_forgotten_stream_ends(swarm: MakeSwarm):
     gc.collect()
     model.blocks.runtime.run(asyncio.sleep(0))
     assert engine.num_running == 0
+
+
+def test_a_forgotten_model_is_not_kept_by_its_streams(swarm: MakeSwarm):
+    model = copy.deepcopy(swarm("0:4").model())  # the harness keeps the original, to close it
+    list(model.stream(PROMPTS[0], max_new_tokens=3))
+    forgotten = weakref.ref(model)
+    del model
+    gc.collect()
+    assert forgotten() is None
 
 
 class _Broken(LogitsProcessor):  # type: ignore[misc]

@@ -111,24 +111,28 @@ class GenerationEngine:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            await self._gather(loop)
-            ready, self._ready = [each for each in self._ready if each.mailbox in self._running], []
-            if not ready:
-                continue
-            try:
-                found = await loop.run_in_executor(self._thread, self._compute, ready)
-            except Exception as error:  # one of many is not known to be at fault: all of these end
-                for running in ready:
-                    self._end(running, error)
-                continue
-            for running, each in zip(ready, found, strict=True):
-                if running.mailbox in self._running:  # it may have been cancelled meanwhile
-                    self._continue(running, each)
+            await self._gather()
+            await self._take_turn()
 
-    async def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
+    async def _take_turn(self) -> None:
+        """The next tokens of all whose outputs are here. Nothing of them, such as their model, is kept afterwards."""
+        ready, self._ready = [each for each in self._ready if each.mailbox in self._running], []
+        if not ready:
+            return
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, ready)
+        except Exception as error:  # one of many is not known to be at fault: all of these end
+            for running in ready:
+                self._end(running, error)
+            return
+        for running, each in zip(ready, found, strict=True):
+            if running.mailbox in self._running:  # it may have been cancelled meanwhile
+                self._continue(running, each)
+
+    async def _gather(self) -> None:
         """Wait for outputs, and a moment longer for those of others that are on their way."""
+        loop = asyncio.get_running_loop()
         while not self._ready:
             self._news.clear()
             await self._news.wait()

@@ -119,13 +119,14 @@ class ModelEnds:
         return _sent(tap, 0)
 
     def _embed_together(self, model: Any, texts: Sequence[tuple[Tensor, int]]) -> list[Embedded]:
-        """The same for texts with one new token each."""
+        """The same for texts with one new token each. What differs between them is the token, and where it stands."""
         tap = _Tap(max(past for _, past in texts), len(texts))
-        each = [self._inputs(model, ids_1S, tap, num_new=1) for ids_1S, _ in texts]
-        inputs = {name: value for name, value in each[0].items() if not isinstance(value, Tensor)}
-        for name in ("input_ids", "position_ids"):
-            if name in each[0]:
-                inputs[name] = torch.cat([one[name] for one in each])
+        first = self._inputs(model, texts[0][0], tap, num_new=1)
+        inputs = {name: value for name, value in first.items() if not isinstance(value, Tensor)}
+        inputs["input_ids"] = torch.cat([ids_1S[:, -1:] for ids_1S, _ in texts])
+        if "position_ids" in first:
+            lengths_R1 = torch.tensor([[ids_1S.shape[1]] for ids_1S, _ in texts], device=model.device)
+            inputs["position_ids"] = first["position_ids"] + lengths_R1 - lengths_R1[:1]
         model.base_model(**inputs)
         return [_sent(tap, row) for row in range(len(texts))]
 
@@ -186,7 +187,8 @@ class ModelEnds:
 def _sent(tap: _Tap, row: int) -> Embedded:
     assert tap.hidden_RTD is not None
     positions_1T = None if tap.positions_RT is None else tap.positions_RT[row : row + 1]
-    return Embedded(on_cpu(tap.hidden_RTD[row : row + 1]), positions_1T)
+    # The session keeps it for a replay: a part of the whole batch would keep all of it.
+    return Embedded(on_cpu(tap.hidden_RTD[row : row + 1]).clone(), positions_1T)
 
 
 def _equal(one: Embedded, other: Embedded) -> bool:
