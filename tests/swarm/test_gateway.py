@@ -435,6 +435,22 @@ def test_a_client_that_goes_away_costs_nothing_more(url: str, net: Swarm):
     net.settle(lambda: [server.engine.cache_tokens_left for server in net.servers.values()] == free)
 
 
+def test_a_gateway_on_loopback_answers_to_its_own_names_only(net: Swarm, tokenizer: Any):
+    served = ServedModel("stories", net.model(), tokenizer)
+    with served_at(application(Gateway([served], Admission()), hosts=("localhost", "127.0.0.1", "::1"))) as url:
+        for host, status in [("localhost", 200), ("127.0.0.1:80", 200), ("[::1]:80", 200), ("evil.example", 421)]:
+            answer = httpx.get(f"{url}/v1/models", headers={"Host": host})
+            assert answer.status_code == status
+    with served_at(application(Gateway([served], Admission()), origins=["https://chat.example"])) as url:
+        for origin, allowed in [("https://chat.example", "https://chat.example"), ("https://evil.example", None)]:
+            answer = httpx.get(f"{url}/v1/models", headers={"Origin": origin})
+            assert answer.headers.get("access-control-allow-origin") == allowed
+    plain = {"content-type": "text/plain"}  # what a form on another site may send without being asked
+    with served_at(application(Gateway([served], Admission()))) as url:
+        body = json.dumps({"model": "stories", "prompt": PROMPT})
+        assert httpx.post(f"{url}/v1/completions", content=body, headers=plain).status_code == 400
+
+
 def test_keys_and_limits(net: Swarm, tokenizer: Any):
     served = ServedModel("stories", net.model(), tokenizer)
     clock = [0.0]

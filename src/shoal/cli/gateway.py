@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import socket
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from shoal.gateway.served_model import ServedModel
 
 API_KEYS = "SHOAL_API_KEYS"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DRAIN_SECONDS = 30
 """How long answers that have begun may go on after Ctrl-C."""
 
@@ -72,7 +72,7 @@ def command(
     names = _names_of(models)
     if exit_with_stdin:
         end_with_parent()
-    if not keys and not _is_loopback(host):
+    if not keys and host not in LOOPBACK:
         stderr.print(f"anybody who reaches {host} can use this gateway: see --api-key", style="yellow")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listener(host, port))
@@ -96,7 +96,9 @@ def command(
                 max_waiting=4 * max_requests,
             )
             served = [ServedModel(*each) for each in opened]
-            app = application(Gateway(served, admission), origins=tuple(cors_origin or ()))
+            # A gateway for this machine answers to this machine's names only.
+            hosts = LOOPBACK if host in LOOPBACK else None
+            app = application(Gateway(served, admission), origins=tuple(cors_origin or ()), hosts=hosts)
             try:
                 await _serve(app, served, listener)
             finally:
@@ -173,10 +175,3 @@ def _names_of(models: Sequence[str]) -> list[str]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise WrongUsage(f"two models are called {', '.join(sorted(twice))}", hint="rename one of the folders")
     return names
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from shoal.gateway.chat import ChatAnswer
 from shoal.gateway.completions import CompletionAnswer
 from shoal.gateway.embeddings import embeddings
 from shoal.gateway.metrics import Metrics
-from shoal.gateway.middleware import MAX_BODY_BYTES, BodyLimit, RequestIds
+from shoal.gateway.middleware import MAX_BODY_BYTES, BodyLimit, KnownHosts, RequestIds
 from shoal.gateway.refusals import Refused, refused
 from shoal.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
 from shoal.gateway.responses import ResponsesAnswer
@@ -158,12 +158,17 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def application(gateway: Gateway, *, origins: Sequence[str] = ()) -> FastAPI:
-    """The application. `origins` are those of pages whose scripts may use it (CORS)."""
+def application(gateway: Gateway, *, origins: Sequence[str] = (), hosts: Collection[str] | None = None) -> FastAPI:
+    """The application. `origins` are those of pages whose scripts may use it (CORS).
+
+    Requests have to name one of the `hosts`; with `None`, any.
+    """
     app = FastAPI(title="shoal gateway", docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+    if hosts is not None:
+        app.add_middleware(KnownHosts, hosts=hosts)
     app.add_middleware(RequestIds, metrics=gateway.metrics)
     _handle_errors(app)
 

@@ -1,4 +1,4 @@
-"""What every request goes through: an id for it and its log line, and the limit of its size."""
+"""What every request goes through: an id for it and its log line, limits of its size, and which host it names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -81,3 +82,30 @@ class BodyLimit:
 
     def _too_large(self) -> Refused:
         return Refused(413, f"the body is larger than {self._max_bytes >> 20} MiB")
+
+
+class KnownHosts:
+    """Refuses requests that name another host than those in `hosts`.
+
+    A page on the internet whose name is made to lead to this machine (DNS rebinding) would otherwise reach a gateway
+    that listens on loopback, in the browser of whoever looks at that page.
+    """
+
+    def __init__(self, app: ASGIApp, *, hosts: Collection[str]) -> None:
+        self._app = app
+        self._hosts = frozenset(hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            named = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            if host_of(named) not in self._hosts:
+                await Refused(421, f"this gateway is not {named[:200]}").response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def host_of(named: str) -> str:
+    """The host in a `Host` header, without its port."""
+    if named.startswith("["):
+        return named[1 : named.find("]")].lower()
+    return named.partition(":")[0].lower()
