@@ -20,8 +20,8 @@ import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.bundled import STORIES
-from shoal.gateway.admission import Admission
 from shoal.gateway.app import Gateway, application
+from shoal.gateway.guard.admission import Admission
 from shoal.gateway.served_model import ServedModel
 
 from .harness import QUICK, Swarm, swarm_of

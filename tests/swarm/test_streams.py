@@ -15,8 +15,8 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from shoal import MissingBlocks, UnsupportedOperation, UserError
-from shoal.client.generation.engine import GenerationEngine
 from shoal.client.generation.generation import Token
+from shoal.client.generation.generation_engine import GenerationEngine
 
 from .harness import QUICK, Swarm
 

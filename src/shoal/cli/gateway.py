@@ -76,15 +76,15 @@ def command(
         stderr.print(f"anybody who reaches {host} can use this gateway: see --api-key", style="yellow")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listener(host, port))
-        from shoal.gateway.news import News
+        from shoal.gateway.page.news import News
 
         opened = []
         for name, model in zip(names, models, strict=True):
             news = News()
             watched = replace(client, observers=(*client.observers, news.tell))
             opened.append((name, *stack.enter_context(connected(model, watched)), news))
-        from shoal.gateway.admission import Admission
         from shoal.gateway.app import Gateway, application
+        from shoal.gateway.guard.admission import Admission
         from shoal.gateway.served_model import ServedModel
 
         async def run() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from shoal.client.active import active_session, none_active
 from shoal.client.blocks import RemoteSequential
 from shoal.client.continuation import Continuation
-from shoal.client.generation.engine import GenerationEngine
+from shoal.client.generation.generation_engine import GenerationEngine
 from shoal.client.generation.preparing import prepared
 from shoal.client.generation.token_stream import TokenStream
 from shoal.client.head.logits import RemoteHead

@@ -2,13 +2,14 @@
 
 It may import the client, and nothing of servers; only `shoal.cli` imports it.
 
-    app           the FastAPI application: routes, and what holds for every request
-    admission     who may ask, how often, and how many at once
-    refusals      OpenAI's error objects, and which error becomes which
+    app           the FastAPI application: routes, and how a request is answered
+    guard         who may ask, how often, how many at once, and what is counted
+    endpoints     what each endpoint answers
+    replies       one answer as it is generated: text up to a stop text, log-probabilities, usage
+    bodies        the bodies of requests, typed, with their limits
+    token_options, structure
+                  what a request says about choosing tokens, and the grammar that it keeps to
     served_model  a model with its tokenizer: prompts become tokens, tokens become text
-    requests      the bodies of requests, typed, with their limits
-    sampling      what a request says about choosing tokens, as options of `model.stream`
-    answers       one answer as it is generated: text, stop strings, log-probabilities, usage
-    chat, completions, embeddings
-                  the endpoints
+    error_objects OpenAI's error objects, and which error becomes which
+    page          a chat and a map of the swarm
 """

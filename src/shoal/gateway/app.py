@@ -17,25 +17,25 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from shoal.gateway.admission import Account, Admission
-from shoal.gateway.answers import Usage
-from shoal.gateway.chat import ChatAnswer
-from shoal.gateway.completions import CompletionAnswer
-from shoal.gateway.embeddings import embeddings
-from shoal.gateway.metrics import Metrics
-from shoal.gateway.middleware import MAX_BODY_BYTES, BodyLimit, KnownHosts, RequestIds
-from shoal.gateway.refusals import Refused, refused
-from shoal.gateway.requests import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
-from shoal.gateway.responses import ResponsesAnswer
+from shoal.gateway.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
+from shoal.gateway.endpoints.chat_completions import ChatAnswer
+from shoal.gateway.endpoints.completions import CompletionAnswer
+from shoal.gateway.endpoints.embeddings import embeddings
+from shoal.gateway.endpoints.responses import ResponsesAnswer
+from shoal.gateway.error_objects import Refused, refused
+from shoal.gateway.guard.admission import Account, Admission
+from shoal.gateway.guard.metrics import Metrics
+from shoal.gateway.guard.middleware import MAX_BODY_BYTES, BodyLimit, KnownHosts, RequestIds
+from shoal.gateway.page.watch import page_events
+from shoal.gateway.replies import Usage
 from shoal.gateway.served_model import ServedModel
-from shoal.gateway.watch import page_events
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Answer = ChatAnswer | CompletionAnswer | ResponsesAnswer
 
-PAGE = Path(__file__).parent / "page"
+PAGE = Path(__file__).parent / "page" / "files"
 PAGE_FILES = frozenset(path.name for path in PAGE.iterdir())
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; frame-ancestors 'none'",

@@ -14,9 +14,9 @@ from llguidance import LLTokenizer
 from tokenizers.decoders import DecodeStream
 
 from shoal.errors import UserError
-from shoal.gateway.news import News
-from shoal.gateway.refusals import Refused, bad_field
-from shoal.gateway.requests import Message
+from shoal.gateway.bodies import Message
+from shoal.gateway.error_objects import Refused, bad_field
+from shoal.gateway.page.news import News
 from shoal.gateway.structure import grammar_tokenizer
 
 DEFAULT_NEW_TOKENS = 4096

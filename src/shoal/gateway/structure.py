@@ -17,8 +17,8 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from shoal.gateway.refusals import bad_field
-from shoal.gateway.requests import SamplingBody
+from shoal.gateway.bodies import SamplingBody
+from shoal.gateway.error_objects import bad_field
 
 JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON is written in one way: where spaces are free, a weak model may write them for ever."""

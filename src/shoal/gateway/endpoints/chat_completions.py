@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from shoal.client.generation.generation import Token
-from shoal.gateway.answers import Piece, Usage, Wanted, together, whole_answers
-from shoal.gateway.requests import ChatRequest
-from shoal.gateway.sampling import stream_options
+from shoal.gateway.bodies import ChatRequest
+from shoal.gateway.endpoints.turns import Said, Turn, tools_of
+from shoal.gateway.replies import Piece, Usage, Wanted, together, whole_answers
 from shoal.gateway.served_model import ServedModel
-from shoal.gateway.turns import Said, Turn, tools_of
+from shoal.gateway.token_options import stream_options
 
 
 class ChatAnswer:

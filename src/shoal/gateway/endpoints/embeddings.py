@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from shoal.gateway.answers import Usage
-from shoal.gateway.passes import mean_hidden_state
-from shoal.gateway.requests import EmbeddingRequest
+from shoal.gateway.bodies import EmbeddingRequest
+from shoal.gateway.endpoints.prompt_passes import mean_hidden_state
+from shoal.gateway.replies import Usage
 from shoal.gateway.served_model import ServedModel
 
 

@@ -19,8 +19,8 @@ from transformers.cli.serving.utils import (
     response_events_to_chunks,
 )
 
-from shoal.gateway.refusals import bad_field
-from shoal.gateway.requests import ChatRequest
+from shoal.gateway.bodies import ChatRequest
+from shoal.gateway.error_objects import bad_field
 from shoal.gateway.served_model import ServedModel
 
 

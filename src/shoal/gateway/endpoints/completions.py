@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from shoal.client.generation.generation import Token
-from shoal.gateway.answers import Piece, Usage, Wanted, together, whole_answers
-from shoal.gateway.passes import prompt_tokens
-from shoal.gateway.refusals import bad_field
-from shoal.gateway.requests import CompletionRequest
-from shoal.gateway.sampling import stream_options
+from shoal.gateway.bodies import CompletionRequest
+from shoal.gateway.endpoints.prompt_passes import prompt_tokens
+from shoal.gateway.error_objects import bad_field
+from shoal.gateway.replies import Piece, Usage, Wanted, together, whole_answers
 from shoal.gateway.served_model import ServedModel
+from shoal.gateway.token_options import stream_options
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for this endpoint."""

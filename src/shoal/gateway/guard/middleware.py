@@ -10,8 +10,8 @@ from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.gateway.metrics import Metrics
-from shoal.gateway.refusals import Refused
+from shoal.gateway.error_objects import Refused
+from shoal.gateway.guard.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from collections.abc import AsyncGenerator
 from typing import Any
 from uuid import uuid4
 
-from shoal.gateway.answers import Usage, Wanted, together, whole_answers
-from shoal.gateway.chat import ChatAnswer
-from shoal.gateway.requests import ChatRequest, ResponsesRequest
+from shoal.gateway.bodies import ChatRequest, ResponsesRequest
+from shoal.gateway.endpoints.chat_completions import ChatAnswer
+from shoal.gateway.endpoints.turns import Said, Turn
+from shoal.gateway.replies import Usage, Wanted, together, whole_answers
 from shoal.gateway.served_model import ServedModel
-from shoal.gateway.turns import Said, Turn
 
 
 class ResponsesAnswer:

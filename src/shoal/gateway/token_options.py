@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from shoal.gateway.requests import SamplingBody
+from shoal.gateway.bodies import SamplingBody
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.structure import KeepsToGrammar, grammar_of
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
-from shoal.gateway.refusals import Refused, later
+from shoal.gateway.error_objects import Refused, later
 
 
 def digest(key: str) -> bytes:

@@ -24,9 +24,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from shoal.client.generation.choosing import choose_tokens
 from shoal.client.generation.generation import Generation, Token
 from shoal.client.generation.model_ends import Embedded, ModelEnds
+from shoal.client.generation.next_token import choose_tokens
 from shoal.client.generation.token_stream import Mailbox, TokenStream
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.runtime import Runtime
