@@ -484,6 +484,10 @@ def test_missing_blocks_are_a_503(net: Swarm, tokenizer: Any):
             with pytest.raises(openai.InternalServerError, match="no server") as refused:
                 client.completions.create(model="stories", prompt=PROMPT)
             assert refused.value.status_code == 503
+            for stream in (client.chat.completions, client.responses):
+                ask: Any = {"messages": MESSAGES} if stream is client.chat.completions else {"input": MESSAGES}
+                with pytest.raises(openai.InternalServerError, match="no server"):
+                    stream.create(model="stories", stream=True, **ask)
             assert refused.value.response.headers["retry-after"]
             health = httpx.get(f"{url}/health")
             assert health.status_code == 503

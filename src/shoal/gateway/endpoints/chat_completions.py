@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from shoal.client.generation.generation import Token
@@ -59,10 +60,13 @@ class ChatAnswer:
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """OpenAI's `ChatCompletionChunk`s."""
         usage: dict[str, Any] = {"usage": None} if self._request.includes_usage else {}
-        for index in range(len(self.wanted)):
-            yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}) | usage
-        async for index, piece in together(self.wanted, self.usages):
-            yield self._piece(index, piece) | usage
+        async with aclosing(together(self.wanted, self.usages)) as pieces:
+            first = await anext(pieces)  # an answer that cannot begin fails before anything is said
+            for index in range(len(self.wanted)):
+                yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}) | usage
+            yield self._piece(*first) | usage
+            async for index, piece in pieces:
+                yield self._piece(index, piece) | usage
         if self._request.includes_usage:
             yield self._object("chat.completion.chunk", []) | {"usage": self._usage()}
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from shoal.client.generation.generation import Token
@@ -66,10 +67,11 @@ class CompletionAnswer:
         """The same in pieces."""
         usage: dict[str, Any] = {"usage": None} if self._request.includes_usage else {}
         starts = [0] * len(self.wanted)
-        async for index, piece in together(self.wanted, self.usages):
-            choice = self._choice(index, piece.text, piece.tokens, piece.finish_reason, start=starts[index])
-            starts[index] += len(piece.text)
-            yield self._object([choice]) | usage
+        async with aclosing(together(self.wanted, self.usages)) as pieces:
+            async for index, piece in pieces:
+                choice = self._choice(index, piece.text, piece.tokens, piece.finish_reason, start=starts[index])
+                starts[index] += len(piece.text)
+                yield self._object([choice]) | usage
         if self._request.includes_usage:
             yield self._object([]) | {"usage": self._usage()}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
 
@@ -56,13 +57,18 @@ class ResponsesAnswer:
             number += 1
             return {**event, "sequence_number": number - 1}
 
-        for kind in ("response.created", "response.in_progress"):
-            yield numbered({"type": kind, "response": self._object(output, None)})
-        async for _, piece in together(self.wanted, self.usages):
-            reason = piece.finish_reason
-            said = self._turn.after_text(piece.text, ends=reason is not None)
-            for event in output.add(said):
-                yield numbered(event)
+        async with aclosing(together(self.wanted, self.usages)) as pieces:
+            _, piece = await anext(pieces)  # an answer that cannot begin fails before anything is said
+            for kind in ("response.created", "response.in_progress"):
+                yield numbered({"type": kind, "response": self._object(output, None)})
+            while True:
+                reason = piece.finish_reason
+                said = self._turn.after_text(piece.text, ends=reason is not None)
+                for event in output.add(said):
+                    yield numbered(event)
+                if reason is not None:
+                    break
+                _, piece = await anext(pieces)
         for event in output.end():
             yield numbered(event)
         kind = "response.incomplete" if reason == "length" else "response.completed"
