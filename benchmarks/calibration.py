@@ -30,12 +30,11 @@ import psutil
 import torch
 import transformers
 
-from benchmarks.clients import at_the_same_time, generate
+from benchmarks.clients import announced, at_the_same_time, decoding_speed, generate
 from benchmarks.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
 from shoal.peers import short
-from shoal.simulator.steps.twin import decoding_speed
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
 
 SPANS = ("0:4", "4:8", "8:12", "0:3", "3:6", "6:9", "9:12", "0:5", "5:10", "10:12", "0:6", "6:12", "0:7", "7:12")
@@ -55,8 +54,7 @@ def links(seed: int) -> list[Link]:
 
 def described(models: Sequence[Any], swarm: ShapedSwarm, links: Sequence[Link]) -> list[Any]:
     """The servers as the live swarm knows them: what they announce, and what these clients have measured."""
-    blocks = models[0].transformer.h
-    infos = {info.peer: info for info in blocks.runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))}
+    infos = {info.peer: info for info in announced(models[0])}
     reach = {
         peer: seconds for model in models for peer, seconds in model.transformer.h.swarm.timings.round_trips().items()
     }
@@ -116,13 +114,13 @@ class Spent:
         return Spent(self.servers - before.servers, self.client - before.client, self.at - before.at)
 
     def beyond(self, quiet: Spent) -> Spent:
-        """What was spent in addition to what is spent in the same time when nobody asks."""
+        """What was spent in addition to what is spent in the same time without clients."""
         times = self.at / quiet.at
         return Spent(self.servers - times * quiet.servers, self.client - times * quiet.client, self.at)
 
 
 def settled(swarm: ShapedSwarm) -> Spent:
-    """Wait until servers have measured the round trips to each other. Returns what is spent when nobody asks."""
+    """Wait until servers have measured the round trips to each other. Returns what is spent without clients."""
     time.sleep(SETTLE_SECONDS)
     before = Spent.now(swarm)
     time.sleep(QUIET_SECONDS)
@@ -145,7 +143,7 @@ def run(models: Sequence[Any], routes: Sequence[int], answer: int, rounds: int) 
         ]
         found = at_the_same_time(clients)
         if number:
-            speeds.append(decoding_speed([each.times for each in found]))
+            speeds.append(decoding_speed(found))
             seconds.append(statistics.mean(statistics.median(gap for _, gap in each.gaps()) for each in found))
             print(f"routes {routes}, round {number}: {speeds[-1]:.4g} tokens/s", file=sys.stderr)
     return {

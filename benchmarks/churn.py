@@ -33,6 +33,7 @@ import psutil
 import torch
 import transformers
 
+from benchmarks.clients import announced
 from benchmarks.conversations import Conversation, conversations, write_conversations
 from benchmarks.machine import describe_machine
 from benchmarks.soak import IDLE_SECONDS, MAX_GROWTH, MODEL, open_model
@@ -147,12 +148,10 @@ class Memory:
 def missing_pages(swarm: ShapedSwarm) -> list[str]:
     """Servers that do not announce an empty cache within `IDLE_SECONDS` after the last client."""
     model = open_model(swarm.address)
-    blocks = model.transformer.h
     deadline = time.monotonic() + IDLE_SECONDS
     try:
         while True:
-            found = blocks.runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))
-            left = {info.peer: info.cache_tokens_left for info in found}
+            left = {info.peer: info.cache_tokens_left for info in announced(model)}
             missing = [each.name for each in swarm.servers if left.get(each.peer) != CACHE_TOKENS]
             if not missing or time.monotonic() > deadline:
                 return missing

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from shoal.peers import ServerInfo
+from shoal.simulator.steps.twin import decoding_speed as speed_of_arrivals
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -98,10 +101,14 @@ def at_the_same_time(clients: Sequence[Callable[[], Generation]]) -> list[Genera
 
 def decoding_speed(generations: Sequence[Generation]) -> float:
     """Tokens per second of all generations together, while all of them decode."""
-    start = max(generation.times[0] for generation in generations)
-    end = min(generation.times[-1] for generation in generations)
-    num_tokens = sum(start < time <= end for generation in generations for time in generation.times)
-    return num_tokens / (end - start)
+    return speed_of_arrivals([generation.times for generation in generations])
+
+
+def announced(model: Any) -> Sequence[ServerInfo]:
+    """What all servers of a distributed model announce now, straight from the directory."""
+    blocks = model.transformer.h
+    found: Sequence[ServerInfo] = blocks.runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))
+    return found
 
 
 def local_batch_speed(model: Any, prompts: torch.Tensor, num_tokens: int) -> float:

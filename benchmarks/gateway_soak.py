@@ -25,6 +25,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.clients import announced
 from benchmarks.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
@@ -138,9 +139,7 @@ def rooms(swarm: ShapedSwarm) -> list[int]:
     """The cache that each server has left, as a new client sees it."""
     model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=swarm.addresses, dtype=torch.float32)
     try:
-        blocks = model.transformer.h
-        found = blocks.runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))
-        return sorted(server.cache_tokens_left for server in found)
+        return sorted(server.cache_tokens_left for server in announced(model))
     finally:
         model.close()
 

@@ -29,6 +29,7 @@ import torch
 import transformers
 
 import shoal
+from benchmarks.clients import announced
 from benchmarks.machine import describe_machine
 from benchmarks.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
@@ -128,9 +129,7 @@ def server_processes() -> list[psutil.Process]:
 
 def tokens_left(model: Any) -> list[int]:
     """The free cache tokens that each server announces."""
-    blocks = model.transformer.h
-    directory = blocks.swarm._node.directory
-    return [server.cache_tokens_left for server in blocks.runtime.run(directory.servers(blocks.swarm.model))]
+    return [server.cache_tokens_left for server in announced(model)]
 
 
 def main() -> int:

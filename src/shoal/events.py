@@ -36,6 +36,11 @@ class RouteChosen:
     explain: Callable[[], str] = field(compare=False)
     """Makes a line that says where the time is expected to go."""
 
+    @property
+    def line(self) -> str:
+        """The event in a line for people."""
+        return f"blocks {self.span}: {self.explain()}"
+
 
 @dataclass(frozen=True)
 class ServerLost:
@@ -86,6 +91,13 @@ class WaitEnded:
     blocks: tuple[int, ...]
     waited_seconds: float
     goes_on: bool
+
+    @property
+    def line(self) -> str:
+        """The event in a line for people."""
+        if self.goes_on:
+            return f"going on after a wait of {self.waited_seconds:.0f} s"
+        return f"not waiting any more, after {self.waited_seconds:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -162,18 +174,14 @@ class LogObserver:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case RouteChosen(span=span) if log.isEnabledFor(logging.INFO):
-                log.info("blocks %s: %s", span, event.explain())
+            case RouteChosen() if log.isEnabledFor(logging.INFO):
+                log.info("%s", event.line)
             case ServerLost(reason=reason):
                 log.warning("%s; looking for another server", reason)
             case StageReplaced(peer=peer, replacements=replacements) if log.isEnabledFor(logging.INFO):
                 log.info("%s replaced by %s", peer, ", ".join(replacements))
-            case Waiting():
+            case Waiting() | WaitEnded():
                 log.warning("%s", event.line)
-            case WaitEnded(waited_seconds=seconds, goes_on=True):
-                log.warning("going on after a wait of %.0f s", seconds)
-            case WaitEnded(waited_seconds=seconds):
-                log.warning("not waiting any more, after %.0f s", seconds)
             case SessionOpened(model=model, span=span, batch_size=batch_size):
                 log.debug("a session of %d sequences on blocks %s of %s", batch_size, span, model)
             case SessionClosed(model=model, num_tokens=num_tokens):

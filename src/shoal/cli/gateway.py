@@ -43,7 +43,7 @@ def command(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY", help=f"Answer only those who have this key; may be repeated. Default: ${API_KEYS}."
+            metavar="KEY", help=f"Answer only clients that have this key; may be repeated. Default: ${API_KEYS}."
         ),
     ] = None,
     requests_per_minute: Annotated[

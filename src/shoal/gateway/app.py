@@ -43,7 +43,7 @@ PAGE_HEADERS = {
     "Cache-Control": "no-cache",
 }
 CLOSED_REQUEST = 499
-"""The status of a request whose client went away. Nobody sees it but the log."""
+"""The status of a request whose client went away. Only the log shows it."""
 
 
 class Gateway:

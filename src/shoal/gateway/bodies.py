@@ -183,11 +183,7 @@ class CompletionRequest(SamplingBody):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts, as texts or as tokens."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        return _as_list(self.prompt)
 
 
 class EmbeddingRequest(Body):
@@ -202,11 +198,14 @@ class EmbeddingRequest(Body):
     @property
     def inputs(self) -> list[str] | list[list[int]]:
         """The inputs, as texts or as tokens."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if isinstance(self.input[0], int):
-            return [self.input]
-        return self.input
+        return _as_list(self.input)
+
+
+def _as_list(given: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
+    """One text, or the tokens of one, as a list of it; several as they are."""
+    if isinstance(given, str):
+        return [given]
+    return [given] if isinstance(given[0], int) else given
 
 
 class InputPart(Body):

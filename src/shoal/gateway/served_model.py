@@ -77,9 +77,8 @@ class ServedModel:
                 raise bad_field("tools", f"the model {self.name} has no chat template, and cannot call tools")
             return self.ids_of_text(" ".join(message.text.strip() for message in messages))
         described = [self._described(message) for message in messages]
-        if own := sorted(
-            inspect.signature(self.tokenizer.apply_chat_template).parameters.keys() & (options or {}).keys()
-        ):
+        reserved = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()
+        if own := sorted(reserved & (options or {}).keys()):
             raise bad_field("chat_template_kwargs", f"{', '.join(own)} cannot be set here")
         try:
             ids = self.tokenizer.apply_chat_template(
@@ -90,9 +89,7 @@ class ServedModel:
                 return_dict=True,
                 **(options or {}),
             )["input_ids"]
-        except (
-            Exception
-        ) as error:  # templates are programs, and raise what they like for messages that they do not take
+        except Exception as error:  # a template is a program, which raises what it likes
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise bad_field("messages", f"the model's chat template does not take these messages: {reason}") from None
         found: torch.Tensor = ids

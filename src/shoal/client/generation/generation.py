@@ -54,7 +54,7 @@ class Generation:
     samples: bool
     generator: torch.Generator
     keeps_session: bool
-    finish: Callable[[torch.Tensor], None]
+    finish: Callable[[torch.Tensor], object]
     num_logprobs: int | None = None
 
     def append(self, token: int) -> None:

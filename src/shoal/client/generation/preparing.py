@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def prepared(
         samples=bool(found.config.do_sample),
         generator=generator,
         keeps_session=session is not None,
-        finish=_forget if continuation is None else lambda ids_1S: _record(continuation, own, ids_1S),
+        finish=_forget if continuation is None else partial(continuation.finish, own),
         num_logprobs=num_logprobs,
     )
 
@@ -120,7 +121,3 @@ def _check(found: _Prepared) -> None:
 
 def _forget(ids_1S: torch.Tensor) -> None:
     """A session of one generation has nothing to remember."""
-
-
-def _record(continuation: Continuation, session: InferenceSession, ids_1S: torch.Tensor) -> None:
-    continuation.finish(session, ids_1S)

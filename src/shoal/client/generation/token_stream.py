@@ -17,7 +17,7 @@ from shoal.client.runtime import Runtime
 class Mailbox:
     """Tokens on their way from the engine to the caller; what comes last says how it ended.
 
-    The engine puts, one reader takes, each on a thread of its own. Nobody waits while something is there.
+    The engine puts, one reader takes, each on a thread of its own. The reader waits only while nothing is there.
     """
 
     def __init__(self) -> None:

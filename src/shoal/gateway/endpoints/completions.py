@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from itertools import accumulate
 from typing import Any
 
 from shoal.client.generation.generation import Token
@@ -55,10 +56,12 @@ class CompletionAnswer:
         else:
             answers = await whole_answers(self.wanted, self.usages)
         choices = []
+        known: tuple[Token, ...] = ()
         for index, (before, answer, wanted) in enumerate(zip(self._texts_before, answers, self.wanted, strict=True)):
             tokens, start = answer.tokens, len(before)
             if self._request.echo and self._request.logprobs is not None:
-                known = await asyncio.to_thread(prompt_tokens, self._served, wanted.ids_1S, self._request.logprobs)
+                if index % (self._request.n or 1) == 0:  # all answers to a prompt begin with it
+                    known = await asyncio.to_thread(prompt_tokens, self._served, wanted.ids_1S, self._request.logprobs)
                 tokens, start = (*known, *tokens), 0
             choices.append(self._choice(index, before + answer.text, tokens, answer.finish_reason, start=start))
         return self._object(choices) | {"usage": self._usage()}
@@ -83,7 +86,7 @@ class CompletionAnswer:
 
     def _logprobs(self, tokens: Sequence[Token], start: int) -> dict[str, Any]:
         texts = [self._served.text_of(token.id) for token in tokens]
-        offsets = [start + sum(map(len, texts[:number])) for number in range(len(texts))]
+        *offsets, _ = accumulate(map(len, texts), initial=start)
         top = [
             None if token.logprob is None else {self._served.text_of(each): value for each, value in token.top_logprobs}
             for token in tokens

@@ -88,7 +88,7 @@ class KnownHosts:
     """Refuses requests that name another host than those in `hosts`.
 
     A page on the internet whose name is made to lead to this machine (DNS rebinding) would otherwise reach a gateway
-    that listens on loopback, in the browser of whoever looks at that page.
+    that listens on loopback, in the browser of a user who looks at that page.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str]) -> None:

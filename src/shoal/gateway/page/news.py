@@ -37,7 +37,7 @@ class News:
             self._readers.discard(mine)
 
     def end(self) -> None:
-        """The gateway is about to end: whoever reads is told."""
+        """The gateway is about to end: all pages are told."""
         for reader in self._readers:
             reader.put_nowait(None)
 
@@ -50,16 +50,10 @@ class News:
 def line_of(event: Event) -> str | None:
     """What a person is told of an event; `None` for what only a log needs."""
     match event:
-        case RouteChosen():
-            return f"blocks {event.span}: {event.explain()}"
+        case RouteChosen() | Waiting() | WaitEnded():
+            return event.line
         case ServerLost():
-            return f"{short(event.peer)} is lost: {event.reason}"
+            return event.reason  # it names the server
         case StageReplaced():
             return f"{short(event.peer)} was replaced by {', '.join(map(short, event.replacements))}"
-        case Waiting():
-            return event.line
-        case WaitEnded(goes_on=True):
-            return f"going on after a wait of {event.waited_seconds:.0f} s"
-        case WaitEnded():
-            return f"not waiting any more, after {event.waited_seconds:.0f} s"
     return None

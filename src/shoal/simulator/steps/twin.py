@@ -68,7 +68,7 @@ class RealSwarm(BaseModel):
 
     `routes` are lists of servers, each of which computes all blocks once. `client_seconds` is a client's own time for a
     token; all clients are one process. `message_seconds` is what a server takes for a message in addition to computing,
-    and `idle_round_trip` a round trip that crosses no link. The two processes also work where nobody waits for them,
+    and `idle_round_trip` a round trip that crosses no link. Both processes also do work that no step waits for,
     such as on the copies of all outputs for the client: `client_background` and `message_background`.
     """
 
@@ -153,7 +153,7 @@ class _Links:
 
 
 def _nothing() -> None:
-    """Nobody waits for what has been done."""
+    """No step waits for what has been done."""
 
 
 def _peer(index: int) -> str:
