@@ -8,7 +8,7 @@ import copy
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -509,3 +509,73 @@ def test_a_server_that_is_killed_is_invisible(tokenizer: Any, expected: Expected
                     (session,) = model.blocks.runtime.sessions
                     net.kill(session.hops[-1].server.peer)
         assert text == expected(num_tokens=40)
+
+
+def test_a_request_that_fails_leaves_its_connection_usable(net: Swarm, tokenizer: Any):
+    """An error that reached the HTTP server would end the connection after the answer; the transport would raise it."""
+
+    class Broken(ServedModel):
+        async def missing_blocks(self) -> list[int]:
+            raise RuntimeError("nobody knows")
+
+    async def ask(served: ServedModel, method: str, path: str, **request: Any) -> httpx.Response:
+        app = application(Gateway([served], Admission()))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            return await client.request(method, path, **request)
+
+    failed = asyncio.run(ask(Broken("stories", net.model(), tokenizer), "GET", "/health"))
+    assert failed.status_code == 500
+    assert failed.json()["error"]["code"] == "internal_error"
+
+    with swarm_of(STORIES, "0:6") as half:
+        model = half.model(config=replace(QUICK, patience_seconds=0.0))
+        for stream in (True, False):
+            body = {"model": "stories", "prompt": PROMPT, "stream": stream}
+            refused = asyncio.run(ask(ServedModel("stories", model, tokenizer), "POST", "/v1/completions", json=body))
+            assert refused.status_code == 503
+            assert "no server" in refused.json()["error"]["message"]
+
+
+def answer_to(app: Any, *parts: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> tuple[int, dict[str, Any], int]:
+    """The status and the body of an answer to a completion whose body stops in the middle, and the parts it read."""
+    sent: list[Any] = []
+    num_read = 0
+
+    async def receive() -> Any:
+        nonlocal num_read
+        if num_read == len(parts):
+            await asyncio.Event().wait()
+        num_read += 1
+        return {"type": "http.request", "body": parts[num_read - 1], "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1"}
+    scope["headers"] = [(b"content-type", b"application/json"), *headers]
+    asyncio.run(app(scope, receive, send))
+    body = b"".join(message["body"] for message in sent if message["type"] == "http.response.body")
+    return sent[0]["status"], json.loads(body)["error"], num_read
+
+
+def test_a_large_body_of_unknown_length_is_refused(net: Swarm, tokenizer: Any):
+    app = application(Gateway([ServedModel("stories", net.model(), tokenizer)], Admission()))
+    status, error, num_read = answer_to(app, *[b"x" * (1 << 20)] * 40)
+    assert (status, num_read) == (413, 17)
+    assert error["message"] == "the body is larger than 16 MiB"
+
+
+def test_a_body_that_stops_coming_is_refused(net: Swarm, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shoal.gateway.guard.middleware.BODY_SECONDS", 0.01)
+    app = application(Gateway([ServedModel("stories", net.model(), tokenizer)], Admission()))
+    status, error, _ = answer_to(app, b'{"model": "stories"')
+    assert status == 408
+    assert "nothing more of the body came" in error["message"]
+
+
+def test_a_key_is_checked_before_the_body_is_read(net: Swarm, tokenizer: Any):
+    app = application(Gateway([ServedModel("stories", net.model(), tokenizer)], Admission(["right"])))
+    status, error, num_read = answer_to(app, b"{}", headers=[(b"authorization", b"Bearer wrong")])
+    assert (status, num_read) == (401, 0)
+    assert error["code"] == "invalid_api_key"

@@ -25,7 +25,7 @@ from shoal.gateway.endpoints.responses import ResponsesAnswer
 from shoal.gateway.error_objects import Refused, refused
 from shoal.gateway.guard.admission import Account, Admission
 from shoal.gateway.guard.metrics import Metrics
-from shoal.gateway.guard.middleware import MAX_BODY_BYTES, BodyLimit, KnownHosts, RequestIds
+from shoal.gateway.guard.middleware import MAX_BODY_BYTES, ErrorObjects, Keys, KnownHosts, RequestIds
 from shoal.gateway.page.watch import page_events
 from shoal.gateway.replies import Usage
 from shoal.gateway.served_model import ServedModel
@@ -63,16 +63,12 @@ class Gateway:
             )
         return found
 
-    def account(self, request: Request) -> Account:
-        """Whose request it is. Raises `Refused`."""
-        return self.admission.account(request.headers.get("authorization"), request.headers.get("x-api-key"))
-
     async def answer(
         self, request: Request, make: Any, body: ChatRequest | CompletionRequest | ResponsesRequest
     ) -> Response:
         """Answer a request: at once, or as a stream of events."""
         began = time.monotonic()
-        account = self.account(request)
+        account: Account = request.state.account
         served = self.model(body.model)
         async with AsyncExitStack() as stack:
             await unless_gone(request, stack.enter_async_context(self.admission.admitted(account)))
@@ -104,7 +100,7 @@ class Gateway:
 
     async def embeddings(self, request: Request, body: EmbeddingRequest) -> Response:
         """Answer a request for embeddings."""
-        account = self.account(request)
+        account: Account = request.state.account
         served = self.model(body.model)
         async with self.admission.admitted(account):
             found, usage = await unless_gone(request, embeddings(served, body))
@@ -163,8 +159,9 @@ def application(gateway: Gateway, *, origins: Sequence[str] = (), hosts: Collect
 
     Requests have to name one of the `hosts`; with `None`, any.
     """
-    app = FastAPI(title="shoal gateway", docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)
+    app = FastAPI(title="shoal gateway", docs_url=None, redoc_url=None, max_body_size=MAX_BODY_BYTES)
+    app.add_middleware(Keys, admission=gateway.admission)
+    app.add_middleware(ErrorObjects)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     if hosts is not None:
@@ -189,13 +186,11 @@ def application(gateway: Gateway, *, origins: Sequence[str] = (), hosts: Collect
         return await gateway.embeddings(request, body)
 
     @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        gateway.account(request)
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(each) for each in gateway.models.values()]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(request: Request, name: str) -> dict[str, Any]:
-        gateway.account(request)
+    async def model(name: str) -> dict[str, Any]:
         return _model(gateway.model(name))
 
     @app.get("/health")
@@ -204,8 +199,7 @@ def application(gateway: Gateway, *, origins: Sequence[str] = (), hosts: Collect
         return JSONResponse({"status": "incomplete" if missing else "ok", "missing": missing}, 503 if missing else 200)
 
     @app.get("/api/swarm", include_in_schema=False)
-    async def swarm(request: Request, model: str) -> Response:
-        gateway.account(request)
+    async def swarm(model: str) -> Response:
         served = gateway.model(model)
         headers = {"Cache-Control": "no-cache"}
         return StreamingResponse(page_events(served), media_type="text/event-stream", headers=headers)
@@ -229,7 +223,7 @@ def _model(served: ServedModel) -> dict[str, Any]:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    """All errors are OpenAI's error objects."""
+    """What FastAPI refuses is an error object of OpenAI too."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -240,12 +234,6 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def not_there(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
+        if error.status_code == 413:
+            message = f"the body is larger than {MAX_BODY_BYTES >> 20} MiB"
         return Refused(error.status_code, message, headers=dict(error.headers or {})).response()
-
-    @app.exception_handler(Refused)
-    async def was_refused(request: Request, error: Refused) -> Response:
-        return error.response()
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        return refused(error).response()

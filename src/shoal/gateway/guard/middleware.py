@@ -1,21 +1,26 @@
-"""What every request goes through: an id for it and its log line, limits of its size, and which host it names."""
+"""What every request goes through: an id and its log line, error objects, its key, and which host it names."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
 from collections.abc import Collection
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shoal.gateway.error_objects import Refused
+from shoal.gateway.error_objects import Refused, refused
+from shoal.gateway.guard.admission import Admission
 from shoal.gateway.guard.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 16 << 20
+BODY_SECONDS = 30.0
+"""Seconds within which the next part of a body must arrive."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -53,35 +58,67 @@ class RequestIds:
             log.info("%s %s %s: %s in %.3f s", request_id, scope["method"], scope["path"], status, seconds)
 
 
-class BodyLimit:
-    """Refuses bodies that are larger than `max_bytes`, before they are in memory."""
+class ErrorObjects:
+    """Answers with an error object where a request fails, and the connection stays usable.
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    An error that reached the HTTP server would end the connection, without a word to the client that uses it next.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answered = False
+
+        async def send_noting(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting)
+        except Exception as error:
+            if answered or scope["type"] != "http":
+                raise
+            found = refused(error)
+            if found.status == 500:
+                log.exception("%s %s failed", scope["method"], scope["path"])
+            await found.response()(scope, receive, send)
+
+
+class Keys:
+    """Finds out whose request it is, before its body is read, and gives the body a limited time to arrive.
+
+    The account is in the request's state. Everything under `/v1` and `/api` has one.
+    """
+
+    def __init__(self, app: ASGIApp, *, admission: Admission) -> None:
+        self._app = app
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        size = 0
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            await self._too_large().response()(scope, receive, send)
-            return
+        if scope["path"].startswith(("/v1/", "/api/")):
+            given = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            account = self._admission.account(given.get(b"authorization"), given.get(b"x-api-key"))
+            scope.setdefault("state", {})["account"] = account
+        has_all = False
 
-        async def receive_within() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._max_bytes:
-                raise self._too_large()
+        async def receive_in_time() -> Message:
+            nonlocal has_all
+            if has_all:  # what comes next is the end of the connection, which may take as long as the answer
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+            except TimeoutError:
+                detail = f"nothing more of the body came within {BODY_SECONDS:.0f} seconds"
+                raise HTTPException(408, detail, headers={"Connection": "close"}) from None
+            has_all = not message.get("more_body", False)
             return message
 
-        await self._app(scope, receive_within, send)
-
-    def _too_large(self) -> Refused:
-        return Refused(413, f"the body is larger than {self._max_bytes >> 20} MiB")
+        await self._app(scope, receive_in_time, send)
 
 
 class KnownHosts:
