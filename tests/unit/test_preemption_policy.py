@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -17,6 +17,7 @@ from shoal.policy.batching.preemption import (
     Holder,
     preempted_for_new,
     preempted_for_running,
+    preempted_while_nobody_runs,
 )
 from shoal.policy.batching.scheduling import RequestView, schedule
 
@@ -91,6 +92,19 @@ def test_a_session_that_has_just_begun_and_a_peer_that_holds_little_more_keep_th
     found = preempted_for_new([new, old], peer=peer, num_pages=20, num_missing=20, waited=2.0, now=NOW)
     assert found == (1 if peer == "other" else None)
     assert preempted_for_new([new, old], peer=peer, num_pages=60, num_missing=60, waited=2.0, now=NOW) is None
+
+
+def test_sessions_that_wait_for_others_do_not_keep_the_first_one_out_for_ever():
+    waits = [replace(holder(peer, 4, opened=number, at_work=True), running=False) for number, peer in enumerate("abb")]
+
+    def found(some: list[Holder], *, num_missing: int = 9, waited: float = PATIENCE_SECONDS) -> int | None:
+        return preempted_while_nobody_runs(some, num_missing=num_missing, waited=waited, now=NOW)
+
+    assert found(waits) == 2
+    assert found(waits, waited=PATIENCE_SECONDS / 2) is None
+    assert found(waits, num_missing=13) is None
+    assert found([*waits, holder("c", 9, opened=3)]) is None
+    assert found([*waits, holder("c", 9, opened=3, unused=IDLE_SECONDS)]) == 3
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import UserError
@@ -45,6 +45,7 @@ def every_policy() -> pytest.MarkDecorator:
 
 @every_policy()
 @given(seed=st.integers(0, 1000), rate=st.sampled_from([0.5, 3.0, 20.0]), pages=st.integers(20, 100))
+@example(seed=214, rate=3.0, pages=25)  # where waiting sessions held all pages, those of prompts that were known
 @settings(max_examples=8, deadline=None)
 def test_every_job_ends_once_and_pages_are_never_negative_nor_lost(policy: Policy, seed: int, rate: float, pages: int):
     jobs = generations(SHORT, 25, rate=rate, seed=seed)

@@ -15,7 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoal.errors import UserError
-from shoal.policy.batching.preemption import Holder, of_the_largest, preempted_for_new, preempted_for_running
+from shoal.policy.batching.preemption import (
+    Holder,
+    of_the_largest,
+    preempted_for_new,
+    preempted_for_running,
+    preempted_while_nobody_runs,
+)
 from shoal.policy.batching.scheduling import RequestView, SchedulerOutput, schedule
 
 DEFAULT_RULE = "fair"
@@ -143,16 +149,19 @@ def _unless_new_ones_deserve_room(
         return Choice(chunks)
     index, num_missing = output.kept_out
     request = view.requests[order[index]]
-    new = _session_of(request)
+    new, waited = _session_of(request), view.now - request.arrived_at
     others = [holder for holder in yielding if holder.opened != new.opened]
     found = preempted_for_new(
         others,
         peer=new.peer,
         num_pages=request.num_pages(request.num_tokens),
         num_missing=num_missing,
-        waited=view.now - request.arrived_at,
+        waited=waited,
         now=view.now,
     )
+    if found is None and not chunks:
+        others = [holder for holder in view.holders if holder.opened != new.opened]
+        found = preempted_while_nobody_runs(others, num_missing=num_missing, waited=waited, now=view.now)
     return Choice(chunks) if found is None else Choice(preempted=list(view.holders).index(others[found]))
 
 

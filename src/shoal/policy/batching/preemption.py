@@ -5,7 +5,8 @@ been unused for longest is preempted. A session that has been idle for `IDLE_SEC
 whichever peer holds it. So sessions that are opened early and left idle cannot keep other sessions out.
 
 Two working sessions end even if there is room for one only: the preempted one begins again when there is room for all
-its pages, and until then the other goes on.
+its pages, and until then the other goes on. Sessions that wait may hold pages too, those of a prompt that was known.
+If nobody runs, these do not keep the first one out (`preempted_while_nobody_runs`).
 """
 
 from __future__ import annotations
@@ -74,6 +75,21 @@ def preempted_for_new(
         if held[holder.peer] > at_least and now - holder.began_at >= TURN_SECONDS
     ]
     return of_the_largest(holders, had_their_turn) if had_their_turn else None
+
+
+def preempted_while_nobody_runs(
+    holders: Sequence[Holder], *, num_missing: int, waited: float, now: float
+) -> int | None:
+    """As `preempted_for_new`, when nothing else can be computed: the sessions that hold pages wait, or are idle.
+
+    None of them would end and leave its pages to others. They would be told to come back, and find their pages again,
+    for ever.
+    """
+    if any(holder.running and not holder.is_idle(now) for holder in holders) or waited < PATIENCE_SECONDS:
+        return None
+    if not sum(holder.num_pages for holder in holders) >= num_missing > 0:
+        return None
+    return of_the_largest(holders, range(len(holders)))
 
 
 def of_the_largest(holders: Sequence[Holder], among: Sequence[int]) -> int:
