@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
@@ -40,9 +43,22 @@ def serve(children: Children, name: str, *arguments: str) -> Child:
 
 
 @pytest.fixture(scope="module")
-def servers(children: Children) -> dict[str, Child]:
-    """Two servers of the second half, of which one can be killed."""
-    first = serve(children, "first", "--new-swarm", "--blocks", "0:6")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an adapter whose answers are not those of the model."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    tuned = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    )
+    folder = tmp_path_factory.mktemp("adapters") / "tales"
+    tuned.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers(children: Children, adapter: Path) -> dict[str, Child]:
+    """Two servers of the second half, of which one can be killed. The first server hosts the adapter."""
+    first = serve(children, "first", "--new-swarm", "--blocks", "0:6", "--adapter", str(adapter))
     ready(children, first)
     peers = ("--initial-peers", first.facts["address"])
     others = {name: serve(children, name, *peers, "--blocks", "6:12") for name in ("second", "third")}
@@ -51,9 +67,9 @@ def servers(children: Children) -> dict[str, Child]:
 
 
 @pytest.fixture(scope="module")
-def gateway(children: Children, servers: dict[str, Child]) -> Child:
-    peers = ("--initial-peers", servers["first"].facts["address"])
-    child = children.start("gateway", "gateway", str(STORIES), *peers, "--port", "0", "--api-key", "secret")
+def gateway(children: Children, servers: dict[str, Child], adapter: Path) -> Child:
+    options = ("--initial-peers", servers["first"].facts["address"], "--adapter", str(adapter), "--api-key", "secret")
+    child = children.start("gateway", "gateway", str(STORIES), *options, "--port", "0")
     ready(children, child)
     return child
 
@@ -94,6 +110,24 @@ def test_sixteen_clients_do_not_notice_that_a_server_is_killed(gateway: Child, s
     texts = asyncio.run(everybody())
     killer.join()
     assert texts == [expected(seed) for seed in range(16)]
+
+
+def test_a_model_and_its_adapter_answer_by_their_names(gateway: Child, adapter: Path):
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    whole = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+
+    def expected(model: Any) -> str:
+        found = model.generate(input_ids=ids, max_new_tokens=16, do_sample=False)
+        return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+
+    plain, tuned = expected(whole), expected(PeftModel.from_pretrained(whole, adapter).eval())
+    assert plain != tuned
+    client = openai.OpenAI(base_url=gateway.facts["address"], api_key="secret", max_retries=0)
+    names = [each.id for each in client.models.list()]
+    assert names == ["stories", "stories:tales"]
+    answers = [client.completions.create(model=name, prompt=PROMPT, max_tokens=16, temperature=0) for name in names]
+    assert [each.choices[0].text for each in answers] == [plain, tuned]
 
 
 def test_a_port_that_is_taken_and_a_key_that_is_missing(gateway: Child):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 from collections import Counter
@@ -236,3 +237,43 @@ def test_servers_keep_what_several_clients_have_used_and_say_so(
         assert model.generate(TOKENS, max_new_tokens=4, do_sample=False).tolist() == expected
         model.close()
         net.settle(lambda num_users=num_users: bool(adapters.num_bytes) == (num_users > 1))
+
+
+def test_a_model_has_twins_with_adapters_that_share_its_weights_and_its_place(
+    folder: Path, swarm: Callable[..., Swarm], whole: PreTrainedModel, tmp_path: Path
+):
+    """Adapters of the blocks and of both ends; all of them generate at once, and none of them sees the others."""
+    configs = [
+        LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        LoraConfig(r=2, target_modules=["o_proj", "lm_head", "embed_tokens"], task_type="CAUSAL_LM"),
+    ]
+    theirs = [adapted(copy.deepcopy(whole), config) for config in configs]
+    net = swarm("0:2", "2:4")
+    model = net.model()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    twins = []
+    for number, each in enumerate(theirs):
+        each.save_pretrained(tmp_path / str(number))
+        twins.append(model.with_adapter(tmp_path / str(number)))
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    for twin in twins:
+        assert twin.get_input_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+    async def together() -> list[list[int]]:
+        async def answer(of: Any) -> list[int]:
+            return [token.id async for token in of.stream(TOKENS[:1], max_new_tokens=8, do_sample=False)]
+
+        return await asyncio.gather(*(answer(of) for of in (model, *twins)))
+
+    def expected(of: Any) -> list[int]:
+        return of.generate(input_ids=TOKENS[:1], max_new_tokens=8, do_sample=False)[0, TOKENS.shape[1] :].tolist()
+
+    assert asyncio.run(together()) == [expected(each) for each in (whole, *theirs)]
+    model.close()
+    assert twins[0].generate(TOKENS[:1], max_new_tokens=8, do_sample=False)[0, TOKENS.shape[1] :].tolist() == expected(
+        theirs[0]
+    )
+    with pytest.raises(UserError, match="has an adapter or prompts already"):
+        twins[0].with_adapter(tmp_path / "1")
+    for twin in twins:
+        twin.close()

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ from shoal.cli.generate import connected
 from shoal.cli.long_running import end_with_parent, run_until_signalled
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
+from shoal.model.weights.location import folder_of
 
 if TYPE_CHECKING:
     import uvicorn
@@ -40,6 +41,14 @@ def command(
         str, typer.Option(metavar="IP", help="Listen here; 0.0.0.0 lets other machines ask too.")
     ] = "127.0.0.1",
     port: options.Port = 8000,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]ADAPTER",
+            help="Answer as MODEL:NAME too, with this PEFT adapter, a folder or a Hugging Face id; may be repeated. "
+            "With several models: MODEL:NAME=ADAPTER.",
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,10 +75,17 @@ def command(
     Give any client of OpenAI's API the base URL that is printed. Requests of all clients are computed together, and a
     machine that is lost in the middle of an answer is replaced without a trace.
     """
-    for model in models:
-        options.check_places(model, client.model.active_adapter)
-    keys = tuple(api_key or os.environ.get(API_KEYS, "").replace(",", " ").split())
     names = _names_of(models)
+    adapters = [adapter_of(each, names) for each in adapter or ()]
+    if twice := {each.name for each in adapters if [other.name for other in adapters].count(each.name) > 1}:
+        raise WrongUsage(
+            f"two adapters are called {', '.join(sorted(twice))}", hint="name them: --adapter NAME=ADAPTER"
+        )
+    for model in models:
+        options.check_places(model, None)
+    for each in adapters:
+        folder_of(each.place)
+    keys = tuple(api_key or os.environ.get(API_KEYS, "").replace(",", " ").split())
     if exit_with_stdin:
         end_with_parent()
     if not keys and host not in LOOPBACK:
@@ -77,15 +93,21 @@ def command(
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listener(host, port))
         from shoal.gateway.page.news import News
+        from shoal.gateway.served_model import ServedModel
 
-        opened = []
+        served: list[ServedModel] = []
         for name, model in zip(names, models, strict=True):
             news = News()
             watched = replace(client, observers=(*client.observers, news.tell))
-            opened.append((name, *stack.enter_context(connected(model, watched)), news))
+            llm, tokenizer = stack.enter_context(connected(model, watched))
+            served.append(ServedModel(name, llm, tokenizer, news))
+            for each in adapters:
+                if each.base == name:
+                    twin = llm.with_adapter(each.place)
+                    stack.callback(twin.close)
+                    served.append(ServedModel(each.name, twin, tokenizer, news, base=name))
         from shoal.gateway.app import Gateway, application
         from shoal.gateway.guard.admission import Admission
-        from shoal.gateway.served_model import ServedModel
 
         async def run() -> None:
             admission = Admission(
@@ -95,7 +117,6 @@ def command(
                 max_running=max_requests,
                 max_waiting=4 * max_requests,
             )
-            served = [ServedModel(*each) for each in opened]
             # A gateway for this machine answers to this machine's names only.
             hosts = LOOPBACK if host in LOOPBACK else None
             app = application(Gateway(served, admission), origins=tuple(cors_origin or ()), hosts=hosts)
@@ -106,6 +127,34 @@ def command(
                     await asyncio.to_thread(each.model.close)
 
         run_until_signalled(run())
+
+
+@dataclass(frozen=True)
+class GatewayAdapter:
+    """An adapter that requests name as `name`, "base:own"; it is at `place`, a folder or an id."""
+
+    base: str
+    own: str
+    place: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.base}:{self.own}"
+
+
+def adapter_of(given: str, models: Sequence[str]) -> GatewayAdapter:
+    """What `--adapter` says: [[MODEL:]NAME=]ADAPTER. Raises `WrongUsage`."""
+    before, equals, place = given.partition("=")
+    if not equals:
+        before, place = Path(given).name, given
+    base, _, own = before.rpartition(":") if equals else ("", "", before)
+    if not base and len(models) > 1:
+        raise WrongUsage(f"which model is the adapter {given} for?", hint=f"--adapter {models[0]}:{own}={place}")
+    if not own or not place or (base and base not in models):
+        raise WrongUsage(
+            f"not an adapter of a model that is served: {given}", hint=f"--adapter {models[0]}:NAME=FOLDER_OR_ID"
+        )
+    return GatewayAdapter(base or models[0], own, place)
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -260,9 +260,12 @@ def client_options(  # the first parameter stands first in the help of a command
 def with_client_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of `client_options`, and --verbose, in place of its parameter `client`.
 
-    The command is called with the finished `ClientOptions`, once the log is set up.
+    The command is called with the finished `ClientOptions`, once the log is set up. An option that it has itself is
+    its own.
     """
-    shared = inspect.signature(client_options, eval_str=True).parameters
+    own_parameters = inspect.signature(command, eval_str=True).parameters
+    of_clients = inspect.signature(client_options, eval_str=True).parameters
+    shared = {name: each for name, each in of_clients.items() if name not in own_parameters}
     verbose = inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose)
 
     @functools.wraps(command)
@@ -272,10 +275,7 @@ def with_client_options(command: Callable[..., None]) -> Callable[..., None]:
         command(client=client, **values)
 
     first, *others = shared.values()  # --initial-peers stands in the place of `client`, the others at the end
-    own = [
-        first if each.name == "client" else each
-        for each in inspect.signature(command, eval_str=True).parameters.values()
-    ]
+    own = [first if each.name == "client" else each for each in own_parameters.values()]
     parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *others, verbose)]
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {each.name: each.annotation for each in parameters}

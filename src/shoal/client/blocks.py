@@ -174,6 +174,11 @@ class RemoteSequential(NotPicklable, nn.Module):
     def _parameters_of(tuned: Sequence[ClientAdapter]) -> list[torch.Tensor]:
         return [parameter for each in tuned for parameter in each.parameters]
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether anything is added to these blocks."""
+        return self.num_prompt_tokens > 0 or bool(self._described())
+
     def note_hosted(self, adapter: str) -> None:
         """Record that what is added to these blocks now is the adapter that servers may host by this name."""
         self._hosted = {each.factors().name: adapter for each in self._described()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from shoal.client.generation.token_stream import TokenStream
 from shoal.client.head.logits import RemoteHead
 from shoal.client.inference_session import InferenceSession, closing_new_sessions, note_opened
 from shoal.client.saving import SavesTrained
+from shoal.client.tuning import twin_with_adapter
 from shoal.errors import SwarmError, UserError
 from shoal.model.peft.peft_layers import check_peft_configs
 from shoal.model.peft.prompts import PROMPT
@@ -168,6 +170,15 @@ class DistributedModel(SavesTrained):
             return self._engine
 
         return runtime.run(start())
+
+    def with_adapter(self, adapter: str | Path, **where: Any) -> Self:
+        """Another model that computes with this PEFT adapter, a folder or a Hugging Face id.
+
+        It shares the weights of this one and its connections, so that one process can have many. Both are used, and
+        closed, independently. `where` may have `revision`, `token`, `cache_dir` and `local_files_only`. Raises
+        `UserError` if the adapter does not fit.
+        """
+        return cast(Self, twin_with_adapter(self, adapter, **where))
 
     def close(self) -> None:
         """Leave the swarm. The model cannot be used any more; its copies can. May be called twice."""

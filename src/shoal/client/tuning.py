@@ -1,7 +1,9 @@
-"""What is added to a model as it is opened: a trained adapter, or soft prompts to train."""
+"""What is added to a model: a trained adapter, or soft prompts to train."""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,28 @@ def add_adapter(model: Any, adapter: PeftFolder) -> None:
     if strange := adapter.put_into(model):
         raise UserError(f"the adapter {adapter.origin} is for another model: this one has no {strange[0]}")
     model.blocks.note_hosted(adapter.name)
+
+
+def twin_with_adapter(model: Any, adapter: str | Path | PeftFolder, **where: Any) -> Any:
+    """A copy of a model that computes with an adapter, and shares the model's weights and its place in the swarm.
+
+    `where` are options of `PeftFolder.open`. Raises `UserError` if the adapter does not fit, or the model has one.
+    """
+    if model.blocks.is_tuned:
+        raise UserError("this model has an adapter or prompts already", hint="ask the model without it for its twin")
+    found = adapter if isinstance(adapter, PeftFolder) else PeftFolder.open(adapter, **where)
+    ends = [module for module in model.modules() if module._parameters and not module._modules]
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    twin = copy.deepcopy(model, {id(module): module for module in ends})
+    try:
+        add_adapter(twin, found)
+    except BaseException:
+        twin.close()
+        raise
+    finally:
+        for parameter, wanted in trainable.items():  # PEFT freezes what it is put into
+            parameter.requires_grad_(wanted)
+    return twin
 
 
 def add_prompts(model: Any, num_tokens: int, *, deep: bool) -> None:

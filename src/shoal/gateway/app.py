@@ -219,7 +219,8 @@ def application(gateway: Gateway, *, origins: Sequence[str] = (), hosts: Collect
 
 
 def _model(served: ServedModel) -> dict[str, Any]:
-    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "shoal"}
+    found = {"id": served.name, "object": "model", "created": served.created, "owned_by": "shoal"}
+    return found if served.base is None else {**found, "parent": served.base}
 
 
 def _handle_errors(app: FastAPI) -> None:

@@ -25,13 +25,17 @@ DEFAULT_NEW_TOKENS = 4096
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model by the name that requests give it. `model` is an open distributed model."""
+    """A model by the name that requests give it. `model` is an open distributed model.
+
+    A model with an adapter has the name of its `base` without it.
+    """
 
     name: str
     model: Any
     tokenizer: Any
     news: News = field(default_factory=News)
     created: int = field(default_factory=lambda: int(time.time()))
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
