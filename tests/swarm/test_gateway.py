@@ -23,6 +23,7 @@ from shoal.bundled import STORIES
 from shoal.gateway.app import Gateway, application
 from shoal.gateway.guard.admission import Admission
 from shoal.gateway.served_model import ServedModel
+from shoal.prefix import PAGE_TOKENS
 
 from .harness import QUICK, Swarm, swarm_of
 
@@ -579,3 +580,17 @@ def test_a_key_is_checked_before_the_body_is_read(net: Swarm, tokenizer: Any):
     status, error, num_read = answer_to(app, b"{}", headers=[(b"authorization", b"Bearer wrong")])
     assert (status, num_read) == (401, 0)
     assert error["code"] == "invalid_api_key"
+
+
+def test_usage_tells_how_much_of_a_prompt_the_servers_had_computed_already(client: openai.OpenAI):
+    prompt = "The fox and the bear went down to the river, and there they saw a boat. " * 4
+    for _ in range(2):
+        done = client.completions.create(model="stories", prompt=prompt, max_tokens=2, temperature=0)
+        assert done.usage is not None
+        assert done.usage.prompt_tokens_details is not None
+    cached = done.usage.prompt_tokens_details.cached_tokens
+    assert cached is not None
+    assert cached == done.usage.prompt_tokens // PAGE_TOKENS * PAGE_TOKENS > 0
+    answer = client.responses.create(model="stories", input="The fox", max_output_tokens=2)
+    assert answer.usage is not None
+    assert answer.usage.input_tokens_details.cached_tokens == 0

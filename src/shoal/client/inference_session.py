@@ -136,6 +136,11 @@ class InferenceSession:
         return self._session.hops
 
     @property
+    def num_cached(self) -> int:
+        """How many of its first tokens all servers had in their caches when it was opened."""
+        return max(0, (self._session.num_cached or 0) - self._num_prompt_tokens)
+
+    @property
     def state(self) -> SessionState:
         """How far each server has come, and which are kept warm, at this moment."""
         return self._session.state

@@ -41,14 +41,17 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Those of the prompt that all servers had in their caches."""
 
-    def described(self) -> dict[str, int]:
+    def described(self) -> dict[str, Any]:
         """As OpenAI's object."""
         total = self.prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
@@ -97,6 +100,7 @@ async def pieces(wanted: Wanted, usage: Usage) -> AsyncGenerator[Piece, None]:
     async with stream:
         async for token in stream:
             usage.completion_tokens += 1
+            usage.cached_tokens = stream.num_cached
             ends = token.finish_reason == "stop"  # with a token that is not text
             piece = stops.after("" if ends else decoder.text_after(token.id), token)
             if piece.text or piece.tokens or piece.finish_reason:

@@ -94,6 +94,8 @@ class Session:
         self._standby = StandbyManager(swarm, self._inputs, self._planner, self._busy)
         self._maintenance: asyncio.Task[None] | None = None  # as long as there is a pipeline
         self._closed = False
+        self.num_cached: int | None = None
+        """How many of its first tokens all servers had in their caches when it was opened; None before that."""
 
     @property
     def batch_size(self) -> int:
@@ -316,6 +318,8 @@ class Session:
         await pipeline.merge()
         await pipeline.open()
         await self._raise_failures(pipeline)
+        if self.num_cached is None:
+            self.num_cached = min(stage.num_cached for stage in pipeline.stages)
 
     # -- between two steps --------------------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ class GenerationEngine:
         """Begin to generate. Raises `UserError` when the model is closed."""
         mailbox = Mailbox()
         self._runtime.run(self._begin(generation, mailbox))
-        return TokenStream(mailbox, self._runtime, partial(self._cancel, mailbox))
+        return TokenStream(mailbox, self._runtime, generation.session, partial(self._cancel, mailbox))
 
     async def _begin(self, generation: Generation, mailbox: Mailbox) -> None:
         running = self._running[mailbox] = _Running(generation, mailbox)

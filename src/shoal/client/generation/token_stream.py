@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from shoal.client.generation.generation import Token
+from shoal.client.inference_session import InferenceSession
 from shoal.client.runtime import Runtime
 
 
@@ -48,13 +49,25 @@ class TokenStream:
     It closes at the end of its `with` or `async with` block, and when it is forgotten. Raises what `generate()` raises.
     """
 
-    def __init__(self, mailbox: Mailbox, runtime: Runtime, cancel: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        runtime: Runtime,
+        session: InferenceSession,
+        cancel: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
         self._mailbox = mailbox
+        self._session = session
         self._runtime = runtime
         self._cancel = cancel
         self._closing = weakref.finalize(self, lambda: runtime.start(cancel()))
         self._closing.atexit = False
         self._ended = False
+
+    @property
+    def num_cached(self) -> int:
+        """How many tokens of the prompt the servers had in their caches. It is known from the first token on."""
+        return self._session.num_cached
 
     def close(self) -> None:
         """Stop, and let the servers forget the session. A session of the caller's can then be used again.

@@ -92,8 +92,12 @@ class ChatAnswer:
             "choices": choices,
         }
 
-    def _usage(self) -> dict[str, int]:
-        total = Usage(self.usages[0].prompt_tokens, sum(each.completion_tokens for each in self.usages))
+    def _usage(self) -> dict[str, Any]:
+        total = Usage(
+            self.usages[0].prompt_tokens,
+            sum(each.completion_tokens for each in self.usages),
+            min(each.cached_tokens for each in self.usages),
+        )
         return total.described()
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:

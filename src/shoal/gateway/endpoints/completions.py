@@ -108,10 +108,12 @@ class CompletionAnswer:
             "choices": choices,
         }
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
         each_prompt = self.usages[:: self._request.n or 1]
         total = Usage(
-            sum(each.prompt_tokens for each in each_prompt), sum(each.completion_tokens for each in self.usages)
+            sum(each.prompt_tokens for each in each_prompt),
+            sum(each.completion_tokens for each in self.usages),
+            sum(each.cached_tokens for each in each_prompt),
         )
         return total.described()
 
