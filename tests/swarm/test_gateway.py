@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import anthropic
 import httpx2 as httpx
 import openai
 import pytest
@@ -280,9 +281,20 @@ TOOLS: Any = [
         "function": {
             "name": "weather",
             "description": "The weather",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "maxLength": 12},
+                    "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                },
+                "required": ["city", "days"],
+                "additionalProperties": False,
+            },
         },
     }
+]
+ANTHROPIC_TOOLS: Any = [
+    {"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS
 ]
 
 
@@ -310,8 +322,125 @@ def test_reasoning_and_calls_of_tools_are_recognized(net: Swarm, tokenizer: Any)
             message = stream.get_final_completion().choices[0].message
         assert message.content == "Let me see."
         assert [each.function.name for each in message.tool_calls or []] == ["weather"]
-        with pytest.raises(openai.BadRequestError, match="only none and auto"):
-            client.chat.completions.create(**ask, tool_choice="required")
+
+
+def forced(choice: Any) -> dict[str, Any]:
+    return {"model": "stories", "messages": MESSAGES, "max_tokens": 120, "tools": TOOLS, "tool_choice": choice}
+
+
+def test_a_model_that_has_to_call_a_tool_does(client: openai.OpenAI):
+    """Also one that has no way of its own to say so."""
+    done = client.chat.completions.create(**forced("required"), parallel_tool_calls=False, seed=1).choices[0]
+    (call,) = done.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments).keys() == {"city", "days"}
+    assert (done.message.content, done.finish_reason) == (None, "tool_calls")
+
+    named = {"type": "function", "function": {"name": "weather"}}
+    with client.chat.completions.stream(**forced(named), seed=2) as stream:
+        stream.until_done()
+        done = stream.get_final_completion().choices[0]
+    (call,) = done.message.tool_calls or []
+    assert json.loads(call.function.arguments)["days"] in range(1, 10)
+    assert done.finish_reason == "stop"
+
+    flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    answer = client.responses.create(
+        model="stories", input=MESSAGES, tools=flat, tool_choice={"type": "function", "name": "weather"}
+    )
+    assert [item.type for item in answer.output] == ["function_call"]
+
+    cut = client.chat.completions.create(**{**forced("required"), "max_tokens": 3}).choices[0]
+    assert (cut.message.tool_calls, cut.finish_reason) == (None, "length")
+    for choice, tools in (("required", []), ({"type": "function", "function": {"name": "other"}}, TOOLS)):
+        with pytest.raises(openai.BadRequestError, match="tool"):
+            client.chat.completions.create(**{**forced(choice), "tools": tools})
+
+
+def test_several_tools_share_their_definitions(client: openai.OpenAI):
+    def tool(name: str, place: dict[str, Any]) -> Any:
+        parameters = {
+            "type": "object",
+            "properties": {"place": {"$ref": "#/$defs/Place"}},
+            "required": ["place"],
+            "additionalProperties": False,
+            "$defs": {"Place": place},
+        }
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    rome, oslo = {"const": "Rome"}, {"const": "Oslo"}
+    ask = {**forced("required"), "tools": [tool("go", rome), tool("stay", rome)], "parallel_tool_calls": False}
+    (call,) = client.chat.completions.create(**ask).choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert json.loads(call.function.arguments) == {"place": "Rome"}
+    with pytest.raises(openai.BadRequestError, match="define Place differently"):
+        client.chat.completions.create(**{**ask, "tools": [tool("go", rome), tool("stay", oslo)]})
+
+
+@pytest.fixture(scope="module")
+def claude(url: str) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+
+
+def test_messages_are_chats_in_the_form_of_anthropic(claude: anthropic.Anthropic, expected: Expected):
+    ask: dict[str, Any] = {"model": "stories", "max_tokens": 16, "system": "Once upon"}
+    ask["extra_body"] = {"temperature": 0}
+    ask["messages"] = [{"role": "user", "content": [{"type": "text", "text": "a time"}]}]
+    done = claude.messages.create(**ask)
+    assert [block.type for block in done.content] == ["text"]
+    assert done.content[0].text == expected("Once upon a time ")  # type: ignore[union-attr]
+    assert (done.stop_reason, done.usage.output_tokens) == ("max_tokens", 16)
+    with claude.messages.stream(**ask) as stream:
+        assert "".join(stream.text_stream) == expected("Once upon a time ")
+        last = stream.get_final_message()
+    assert last.usage.output_tokens == 16
+    assert last.usage.input_tokens + (last.usage.cache_read_input_tokens or 0) == done.usage.input_tokens
+    counted = claude.messages.count_tokens(**{name: ask[name] for name in ("model", "system", "messages")})
+    assert counted.input_tokens == done.usage.input_tokens
+    word = expected("Once upon a time ").split()[3]
+    schema: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    kept = claude.messages.create(**{**ask, "max_tokens": 60}, output_config=schema)
+    assert json.loads(kept.content[0].text).keys() == {"name", "age"}  # type: ignore[union-attr]
+    stopped = claude.messages.create(**ask, stop_sequences=[word, "never"])
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", word)
+
+
+def test_messages_call_tools_and_read_what_they_return(claude: anthropic.Anthropic):
+    ask: dict[str, Any] = {"model": "stories", "max_tokens": 120, "tools": ANTHROPIC_TOOLS}
+    said: list[Any] = [{"role": "user", "content": "Once upon a time"}]
+    choice: Any = {"type": "any", "disable_parallel_tool_use": True}
+    done = claude.messages.create(**ask, messages=said, tool_choice=choice)
+    (block,) = done.content
+    assert block.type == "tool_use"
+    assert block.name == "weather"
+    assert block.input.keys() == {"city", "days"}
+    assert done.stop_reason == "tool_use"
+    with claude.messages.stream(**ask, messages=said, tool_choice={"type": "tool", "name": "weather"}) as stream:
+        (streamed,) = stream.get_final_message().content
+    assert streamed.type == "tool_use"
+    assert streamed.input.keys() == {"city", "days"}
+    result = {"type": "tool_result", "tool_use_id": block.id, "content": "It rains."}
+    said += [{"role": "assistant", "content": done.content}, {"role": "user", "content": [result]}]
+    more = claude.messages.create(model="stories", max_tokens=4, messages=said)
+    assert [each.type for each in more.content] == ["text"]
+
+
+def test_what_messages_do_not_support_is_an_error_of_anthropic(claude: anthropic.Anthropic, url: str):
+    ask: dict[str, Any] = {"model": "stories", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}
+    prefilled = [*ask["messages"], {"role": "assistant", "content": "Well"}]
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+    for change in (
+        {"messages": prefilled},
+        {"messages": [{"role": "user", "content": [image]}]},
+        {"thinking": {"type": "x"}},
+    ):
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            claude.messages.create(**{**ask, **change})
+        assert refused.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+    with pytest.raises(anthropic.NotFoundError, match="does not exist here"):
+        claude.messages.create(**{**ask, "model": "other"})
+    assert httpx.post(f"{url}/v1/messages", json={}).json()["type"] == "error"
 
 
 def test_responses_are_chats_in_another_form(client: openai.OpenAI, expected: Expected):

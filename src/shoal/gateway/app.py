@@ -17,10 +17,18 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from shoal.gateway.bodies import ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
+from shoal.gateway.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    MessagesRequest,
+    PromptBody,
+    ResponsesRequest,
+)
 from shoal.gateway.endpoints.chat_completions import ChatAnswer
 from shoal.gateway.endpoints.completions import CompletionAnswer
 from shoal.gateway.endpoints.embeddings import embeddings
+from shoal.gateway.endpoints.messages import MessagesAnswer, num_prompt_tokens
 from shoal.gateway.endpoints.responses import ResponsesAnswer
 from shoal.gateway.error_objects import Refused, refused
 from shoal.gateway.guard.admission import Account, Admission
@@ -33,7 +41,7 @@ from shoal.gateway.served_model import ServedModel
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-Answer = ChatAnswer | CompletionAnswer | ResponsesAnswer
+Answer = ChatAnswer | CompletionAnswer | ResponsesAnswer | MessagesAnswer
 
 PAGE = Path(__file__).parent / "page" / "files"
 PAGE_FILES = frozenset(path.name for path in PAGE.iterdir())
@@ -64,7 +72,7 @@ class Gateway:
         return found
 
     async def answer(
-        self, request: Request, make: Any, body: ChatRequest | CompletionRequest | ResponsesRequest
+        self, request: Request, make: Any, body: ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
     ) -> Response:
         """Answer a request: at once, or as a stream of events."""
         began = time.monotonic()
@@ -86,7 +94,7 @@ class Gateway:
             self.metrics.first_token.labels(served.name).observe(time.monotonic() - began)
             kept = stack.pop_all()
         return StreamingResponse(
-            _events(first, chunks, kept, named=isinstance(answer, ResponsesAnswer)),
+            _events(answer, first, chunks, kept),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )
@@ -109,12 +117,13 @@ class Gateway:
 
 
 async def _events(
-    first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None], kept: AsyncExitStack, *, named: bool
+    answer: Answer, first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None], kept: AsyncExitStack
 ) -> AsyncIterator[str]:
     """Server-sent events: with the names that their type is, or else with the end that OpenAI's older API has.
 
     An error in the middle is an event too, because the status has been sent. `kept` is left at the end.
     """
+    named = answer.events_are_named
     async with kept:
         try:
             yield _event(first, named=named)
@@ -125,8 +134,7 @@ async def _events(
         except Exception as error:
             found = refused(error)
             log.warning("an answer ended with an error: %s", error, exc_info=found.status == 500)
-            body = found.body()
-            yield _event({"type": "error", **body["error"]} if named else body, named=named)
+            yield _event(answer.failure(found), named=named)
 
 
 def _event(value: dict[str, Any], *, named: bool) -> str:
@@ -181,6 +189,14 @@ def application(gateway: Gateway, *, origins: Sequence[str] = (), hosts: Collect
     async def responses(request: Request, body: ResponsesRequest) -> Response:
         return await gateway.answer(request, ResponsesAnswer, body)
 
+    @app.post("/v1/messages")
+    async def messages(request: Request, body: MessagesRequest) -> Response:
+        return await gateway.answer(request, MessagesAnswer, body)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: PromptBody) -> dict[str, int]:
+        return {"input_tokens": await asyncio.to_thread(num_prompt_tokens, gateway.model(body.model), body)}
+
     @app.post("/v1/embeddings")
     async def embeddings_(request: Request, body: EmbeddingRequest) -> Response:
         return await gateway.embeddings(request, body)
@@ -224,17 +240,17 @@ def _model(served: ServedModel) -> dict[str, Any]:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    """What FastAPI refuses is an error object of OpenAI too."""
+    """What FastAPI refuses is refused as all else is."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         found = max(error.errors(), key=lambda each: len(each["loc"]))  # of several forms, the one that came furthest
         field = ".".join(str(part) for part in found["loc"] if part != "body")
-        return Refused(400, f"{field}: {found['msg']}" if field else found["msg"], param=field or None).response()
+        raise Refused(400, f"{field}: {found['msg']}" if field else found["msg"], param=field or None)
 
     @app.exception_handler(HTTPException)
     async def not_there(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
         if error.status_code == 413:
             message = f"the body is larger than {MAX_BODY_BYTES >> 20} MiB"
-        return Refused(error.status_code, message, headers=dict(error.headers or {})).response()
+        raise Refused(error.status_code, message, headers=dict(error.headers or {}))

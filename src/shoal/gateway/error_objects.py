@@ -1,4 +1,4 @@
-"""OpenAI's error objects, and which error of shoal's becomes which."""
+"""OpenAI's error objects and Anthropic's, and which error of shoal's becomes which."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from shoal.errors import MissingBlocks, ServerBusy, ShoalError, SwarmError, Unsu
 
 RETRY_SECONDS = 5
 """Seconds after which a client that was refused for a while may ask again."""
+
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 @dataclass
@@ -29,9 +37,15 @@ class Refused(Exception):
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
-        """The error as an answer."""
-        return JSONResponse(self.body(), self.status, headers=self.headers)
+    def anthropic_body(self) -> dict[str, Any]:
+        """Anthropic's error object."""
+        kind = ANTHROPIC_KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, *, path: str = "") -> JSONResponse:
+        """The error as an answer to a request to this path."""
+        body = self.anthropic_body() if path.startswith("/v1/messages") else self.body()
+        return JSONResponse(body, self.status, headers=self.headers)
 
 
 def bad_field(param: str, message: str) -> Refused:

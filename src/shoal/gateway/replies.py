@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ class Piece:
     text: str
     tokens: tuple[Token, ...] = ()
     finish_reason: str | None = None
+    stop_text: str | None = None
+    """The stop text that ends it, if one does."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,10 @@ class StopFinder:
         self._waiting.append((self._num_seen, token))
         self._num_seen += len(text)
         self._held += text
-        found = [at for stop in self.stop_texts if (at := self._held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self.stop_texts if (at := self._held.find(stop)) >= 0]
         if found:
-            return self._out(min(found), "stop", all_of_them=False)
+            at, stop = min(found, key=lambda each: each[0])
+            return replace(self._out(at, "stop", all_of_them=False), stop_text=stop)
         if token.finish_reason is not None:
             return self._out(len(self._held), token.finish_reason, all_of_them=True)
         return self._out(len(self._held) - self._num_uncertain(), None, all_of_them=False)
@@ -150,6 +153,7 @@ async def whole_answers(all_wanted: Sequence[Wanted], usages: Sequence[Usage]) -
             "".join(piece.text for piece in each),
             tuple(token for piece in each for token in piece.tokens),
             each[-1].finish_reason,
+            each[-1].stop_text,
         )
         for each in found
     ]

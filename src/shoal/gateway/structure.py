@@ -24,9 +24,12 @@ JSON_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_
 """JSON is written in one way: where spaces are free, a weak model may write them for ever."""
 
 
-def grammar_of(request: SamplingBody) -> str | None:
-    """The grammar that a request asks for, in llguidance's notation; `None` for free text. Raises `Refused`."""
-    found: list[str] = []
+def grammar_of(request: SamplingBody, calls: dict[str, Any] | None = None) -> str | None:
+    """The grammar that a request asks for, in llguidance's notation; `None` for free text. Raises `Refused`.
+
+    `calls` is the schema of tools that have to be called.
+    """
+    found = [] if calls is None else [_of_schema(calls, "tools")]
     if (wanted := request.response_format) is not None and wanted.type != "text":
         if wanted.type == "json_schema" and wanted.json_schema is None:
             raise bad_field("response_format.json_schema", "json_schema is missing")

@@ -42,8 +42,15 @@ class OccurrencePenalty(LogitsProcessor):  # type: ignore[misc]
         return scores - self._frequency * counts_BV - self._presence * (counts_BV > 0).to(scores)
 
 
-def stream_options(request: SamplingBody, served: ServedModel, *, num_prompt_tokens: int, index: int) -> dict[str, Any]:
-    """Options for the answer number `index` of a request.
+def stream_options(
+    request: SamplingBody,
+    served: ServedModel,
+    *,
+    num_prompt_tokens: int,
+    index: int,
+    calls: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Options for the answer number `index` of a request. `calls` is the schema of tools that have to be called.
 
     What a request leaves out is what the model's own `generation_config.json` says, or else OpenAI's default: tokens
     are drawn from the whole distribution, at temperature 1.
@@ -61,7 +68,7 @@ def stream_options(request: SamplingBody, served: ServedModel, *, num_prompt_tok
                 frequency=request.frequency_penalty or 0.0,
             )
         )
-    if (grammar := grammar_of(request)) is not None:
+    if (grammar := grammar_of(request, calls)) is not None:
         processors.append(KeepsToGrammar(served.for_grammars, grammar, num_prompt_tokens=num_prompt_tokens))
     options: dict[str, Any] = {
         "logits_processor": processors,

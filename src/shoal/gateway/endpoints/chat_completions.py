@@ -6,11 +6,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, ClassVar
 
 from shoal.client.generation.generation import Token
 from shoal.gateway.bodies import ChatRequest
+from shoal.gateway.endpoints.forced_calls import ForcedCalls
 from shoal.gateway.endpoints.turns import Said, Turn, tools_of
+from shoal.gateway.error_objects import Refused
 from shoal.gateway.replies import Piece, Usage, Wanted, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.token_options import stream_options
@@ -18,6 +20,8 @@ from shoal.gateway.token_options import stream_options
 
 class ChatAnswer:
     """The answers to one request: `whole` at once, or `chunks` as they come."""
+
+    events_are_named: ClassVar[bool] = False
 
     def __init__(self, served: ServedModel, request: ChatRequest) -> None:
         self._served = served
@@ -27,14 +31,16 @@ class ChatAnswer:
         tools = tools_of(served, request)
         ids_1S = served.ids_of_chat(request.messages, tools, request.chat_template_kwargs)
         num_prompt = ids_1S.shape[1]
-        self.turns = [Turn.after(served, ids_1S, tools) for _ in range(request.n or 1)]
+        forced = [ForcedCalls.of(request) for _ in range(request.n or 1)]
+        self.turns = [Turn.after(served, ids_1S, tools) if each is None else each for each in forced]
+        schema = None if forced[0] is None else forced[0].schema
         most = served.most_new_tokens(num_prompt, request.most_tokens, param="max_tokens")
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         self.wanted = [
             Wanted(
                 served,
                 ids_1S,
-                stream_options(request, served, num_prompt_tokens=num_prompt, index=index)
+                stream_options(request, served, num_prompt_tokens=num_prompt, index=index, calls=schema)
                 | {"max_new_tokens": most, "num_logprobs": num_logprobs},
                 request.stop_texts,
                 with_special=turn.is_marked,
@@ -42,6 +48,10 @@ class ChatAnswer:
             for index, turn in enumerate(self.turns)
         ]
         self.usages = [Usage(num_prompt) for _ in self.wanted]
+
+    def failure(self, error: Refused) -> dict[str, Any]:
+        """The last event of a stream that fails."""
+        return error.body()
 
     async def whole(self) -> dict[str, Any]:
         """OpenAI's `ChatCompletion`."""
@@ -126,6 +136,6 @@ def _message(said: Said) -> dict[str, Any]:
     return message
 
 
-def _reason(piece: Piece, turn: Turn) -> str | None:
+def _reason(piece: Piece, turn: Turn | ForcedCalls) -> str | None:
     """Why an answer ends: with calls of tools, or as the piece says."""
     return "tool_calls" if piece.finish_reason == "stop" and turn.has_calls else piece.finish_reason

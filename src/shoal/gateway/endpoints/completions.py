@@ -8,12 +8,12 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 from shoal.client.generation.generation import Token
 from shoal.gateway.bodies import CompletionRequest
 from shoal.gateway.endpoints.prompt_passes import prompt_tokens
-from shoal.gateway.error_objects import bad_field
+from shoal.gateway.error_objects import Refused, bad_field
 from shoal.gateway.replies import Piece, Usage, Wanted, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.token_options import stream_options
@@ -24,6 +24,8 @@ DEFAULT_MAX_TOKENS = 16
 
 class CompletionAnswer:
     """The answers to one request: `whole` at once, or `chunks` as they come."""
+
+    events_are_named: ClassVar[bool] = False
 
     def __init__(self, served: ServedModel, request: CompletionRequest) -> None:
         if request.echo and request.stream:
@@ -48,6 +50,10 @@ class CompletionAnswer:
                 self.wanted.append(Wanted(served, ids_1S, options, request.stop_texts))
                 self.usages.append(Usage(num_prompt))
                 self._texts_before.append(self._echoed(prompt) if request.echo else "")
+
+    def failure(self, error: Refused) -> dict[str, Any]:
+        """The last event of a stream that fails."""
+        return error.body()
 
     async def whole(self) -> dict[str, Any]:
         """OpenAI's `Completion`."""

@@ -8,18 +8,22 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
-from shoal.gateway.bodies import ChatRequest, ResponsesRequest
+from shoal.gateway.bodies import ChatRequest, FlatNamedTool, ResponsesRequest
 from shoal.gateway.endpoints.chat_completions import ChatAnswer
+from shoal.gateway.endpoints.forced_calls import ForcedCalls
 from shoal.gateway.endpoints.turns import Said, Turn
+from shoal.gateway.error_objects import Refused
 from shoal.gateway.replies import Usage, Wanted, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 
 
 class ResponsesAnswer:
     """The answer to one request: `whole` at once, or `chunks`, which are events, as they come."""
+
+    events_are_named: ClassVar[bool] = True
 
     def __init__(self, served: ServedModel, request: ResponsesRequest) -> None:
         self._request = request
@@ -35,8 +39,12 @@ class ResponsesAnswer:
     def usages(self) -> list[Usage]:
         return self._chat.usages
 
+    def failure(self, error: Refused) -> dict[str, Any]:
+        """The last event of a stream that fails."""
+        return {"type": "error", **error.body()["error"]}
+
     @property
-    def _turn(self) -> Turn:
+    def _turn(self) -> Turn | ForcedCalls:
         return self._chat.turns[0]
 
     async def whole(self) -> dict[str, Any]:
@@ -94,7 +102,7 @@ class ResponsesAnswer:
             "store": False,
             "temperature": request.temperature,
             "text": {"format": {"type": "text"} if request.text is None else request.text.described()},
-            "tool_choice": request.tool_choice or "auto",
+            "tool_choice": _described(request.tool_choice),
             "tools": [tool.model_dump() for tool in request.tools or ()],
             "top_p": request.top_p,
             "truncation": "disabled",
@@ -102,6 +110,10 @@ class ResponsesAnswer:
             "user": request.user,
             "metadata": request.metadata or {},
         }
+
+
+def _described(choice: str | FlatNamedTool | None) -> Any:
+    return choice.model_dump() if isinstance(choice, FlatNamedTool) else choice or "auto"
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

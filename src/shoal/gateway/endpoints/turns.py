@@ -63,7 +63,7 @@ class Turn:
 
     @property
     def has_calls(self) -> bool:
-        """Whether a tool was called."""
+        """Whether a tool was called, by the model's own choice."""
         return self._num_calls > 0
 
     def after_text(self, text: str, *, ends: bool) -> Said:
@@ -98,11 +98,13 @@ class Turn:
 
 
 def tools_of(served: ServedModel, request: ChatRequest) -> list[dict[str, Any]]:
-    """The tools that a model may call, as chat templates take them. Raises `Refused` if it cannot call any."""
+    """The tools that a model may call, as chat templates take them.
+
+    Raises `Refused` if the model may choose, and the calls that it makes could not be recognized.
+    """
     if not request.tools or request.tool_choice == "none":
         return []
-    if request.tool_choice not in (None, "auto"):
-        raise bad_field("tool_choice", "only none and auto are supported")
-    if get_response_template(served.tokenizer, served.model) is None:
+    may_choose = request.tool_choice in (None, "auto")
+    if may_choose and get_response_template(served.tokenizer, served.model) is None:
         raise bad_field("tools", f"the model {served.name} has no response template, so its calls cannot be recognized")
     return [tool.model_dump(exclude_none=True) for tool in request.tools]

@@ -83,7 +83,7 @@ class ErrorObjects:
             found = refused(error)
             if found.status == 500:
                 log.exception("%s %s failed", scope["method"], scope["path"])
-            await found.response()(scope, receive, send)
+            await found.response(path=scope["path"])(scope, receive, send)
 
 
 class Keys:

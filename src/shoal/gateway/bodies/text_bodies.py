@@ -1,0 +1,48 @@
+"""`POST /v1/completions` and `POST /v1/embeddings`: texts without a conversation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from shoal.gateway.bodies.body import MAX_TOKENS, Body, Prompt, Text
+from shoal.gateway.bodies.sampling_body import SamplingBody
+
+
+class CompletionRequest(SamplingBody):
+    """`POST /v1/completions`."""
+
+    prompt: Text | Prompt | Annotated[list[Text] | list[Prompt], Field(min_length=1, max_length=64)]
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, as texts or as tokens."""
+        return _as_list(self.prompt)
+
+
+class EmbeddingRequest(Body):
+    """`POST /v1/embeddings`."""
+
+    model: Annotated[str, StringConstraints(min_length=1, max_length=500)]
+    input: Text | Prompt | Annotated[list[Text] | list[Prompt], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: None = None
+    user: Text | None = None
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        """The inputs, as texts or as tokens."""
+        return _as_list(self.input)
+
+
+def _as_list(given: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
+    """One text, or the tokens of one, as a list of it; several as they are."""
+    if isinstance(given, str):
+        return [given]
+    return [given] if isinstance(given[0], int) else given
