@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.processes import Child, Children
 
@@ -37,10 +38,20 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="package")
-def expected() -> Expected:
-    """What plain Transformers answers a question or continues a prompt with, greedily."""
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-    whole = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(SMOLLM2)
+
+
+@pytest.fixture(scope="package")
+def whole() -> PreTrainedModel:
+    """The model in one piece."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="package")
+def expected(whole: PreTrainedModel, tokenizer: Any) -> Expected:
+    """What plain Transformers answers a conversation or continues a prompt with, greedily."""
 
     def expected(prompt: str | list[dict[str, str]], num_tokens: int, *, is_endless: bool = False) -> str:
         inputs = (

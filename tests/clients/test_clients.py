@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import PreTrainedModel
 
 from .conftest import KEY, Expected
 from .installed import SMOLLM2, asked, run
@@ -41,12 +42,13 @@ def test_litellm(url: str, expected: Expected):
     assert found["whole"] == found["stream"] == expected(MESSAGES, NUM_TOKENS)
     assert found["text"] == expected(PROMPT, NUM_TOKENS)
     assert found["num_tokens"] == found["num_streamed_tokens"] > 1
+    assert found["finish_reason"] == "stop"
     ((name, arguments),) = found["calls"]
     assert name == "weather"
     assert arguments["city"] in CITIES
 
 
-def test_langchain(url: str, expected: Expected):
+def test_langchain(url: str, expected: Expected, whole: PreTrainedModel, tokenizer: Any):
     found = asked(
         "ask_langchain.py", url=url, key=KEY, messages=MESSAGES, prompt=PROMPT, num_tokens=NUM_TOKENS, names=CITIES
     )
@@ -54,7 +56,10 @@ def test_langchain(url: str, expected: Expected):
     assert found["whole"] == found["stream"] == answer
     assert found["batch"] == [answer, expected([{"role": "user", "content": PROMPT}], NUM_TOKENS)]
     assert found["num_tokens"] == found["num_streamed_tokens"] > 1
+    assert found["finish_reason"] == "stop"
     assert [each["name"] in CITIES for each in found["objects"]] == [True, True]
+    hidden_1SD = whole.model(**tokenizer(PROMPT, return_tensors="pt")).last_hidden_state
+    assert found["embedding"] == pytest.approx(hidden_1SD[0].mean(dim=0).tolist(), abs=1e-3)
 
 
 def test_llm(url: str, expected: Expected, tmp_path: Path):

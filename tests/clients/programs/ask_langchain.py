@@ -1,22 +1,16 @@
-"""langchain-openai: a chat, the same as a stream and as one of several at once, and objects of a class, in two ways."""
+"""langchain-openai: a chat, alone, as a stream and as one of two; objects of a class, in two ways; an embedding."""
 
 import json
 import sys
 from typing import Literal
 
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 from pydantic import BaseModel
 
 what = json.loads(sys.argv[1])
-model = ChatOpenAI(
-    model="smollm2",
-    base_url=what["url"],
-    api_key=what["key"],
-    temperature=0,
-    max_tokens=what["num_tokens"],
-    stream_usage=True,
-    max_retries=0,
-)
+server = {"model": "smollm2", "base_url": what["url"], "api_key": what["key"], "max_retries": 0}
+model = ChatOpenAI(temperature=0, max_tokens=what["num_tokens"], stream_usage=True, **server)
+embeddings = OpenAIEmbeddings(check_embedding_ctx_length=False, **server)
 
 
 class City(BaseModel):
@@ -44,6 +38,7 @@ print(
             ),
             "batch": [answer.content for answer in model.batch([what["messages"], what["prompt"]])],
             "objects": [each.model_dump(mode="json") if isinstance(each, City) else None for each in objects],
+            "embedding": embeddings.embed_query(what["prompt"]),
         }
     )
 )
