@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +15,6 @@ import httpx2 as httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.bundled import STORIES
@@ -26,6 +23,7 @@ from shoal.gateway.guard.admission import Admission
 from shoal.gateway.served_model import ServedModel
 from shoal.prefix import PAGE_TOKENS
 
+from .gateways import served_at
 from .harness import QUICK, Swarm, swarm_of
 
 PROMPT = "Once upon a time"
@@ -51,30 +49,6 @@ def tokenizer() -> Any:
 def net() -> Iterator[Swarm]:
     with swarm_of(STORIES, "0:6", "6:12") as swarm:
         yield swarm
-
-
-@contextlib.contextmanager
-def served_at(app: Any) -> Iterator[str]:
-    """The URL of an application that is served on a port of the system's choice."""
-    started = threading.Event()
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            started.set()
-
-        def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
-            return contextlib.nullcontext()
-
-    server = Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
-    thread.start()
-    try:
-        assert started.wait(30)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,9 @@ from shoal.gateway.bodies import SamplingBody
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.structure import KeepsToGrammar, grammar_of
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this one choose the likeliest token, as in vLLM: logits that are divided by them overflow."""
+
 
 class LogitBias(LogitsProcessor):  # type: ignore[misc]
     """Adds a number to the logits of some tokens."""
@@ -76,7 +79,7 @@ def stream_options(
         "seed": None if request.seed is None else (request.seed + index) % (1 << 63),
         "num_beams": 1,
     }
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return options | {"do_sample": False}
     return options | {
         "do_sample": True,
