@@ -10,6 +10,8 @@ from typing import Any
 
 import uvicorn
 
+from shoal.gateway.guard.connections import LimitedConnection
+
 
 @contextlib.contextmanager
 def served_at(app: Any) -> Iterator[str]:
@@ -24,7 +26,7 @@ def served_at(app: Any) -> Iterator[str]:
         def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
             return contextlib.nullcontext()
 
-    server = Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
+    server = Server(uvicorn.Config(app, http=LimitedConnection, port=0, log_config=None, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     try:

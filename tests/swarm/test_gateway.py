@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -697,3 +698,23 @@ def test_usage_tells_how_much_of_a_prompt_the_servers_had_computed_already(clien
     answer = client.responses.create(model="stories", input="The fox", max_output_tokens=2)
     assert answer.usage is not None
     assert answer.usage.input_tokens_details.cached_tokens == 0
+
+
+def test_connections_without_requests_are_closed(net: Swarm, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shoal.gateway.guard.connections.HEAD_SECONDS", 0.05)
+    monkeypatch.setattr("shoal.gateway.guard.connections.MAX_CONNECTIONS", 2)
+    head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
+    with served_at(application(Gateway([ServedModel("stories", net.model(), tokenizer)], Admission()))) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        place = host, int(port)
+        with socket.create_connection(place, 30) as silent, socket.create_connection(place, 30) as slow:
+            slow.sendall(head)
+            with socket.create_connection(place, 30) as third:
+                assert third.recv(1) == b""
+            assert silent.recv(1) == slow.recv(1) == b""
+        with socket.create_connection(place, 30) as second_request:
+            second_request.sendall(head + b"\r\n")
+            assert b"200 OK" in second_request.recv(4096)
+            second_request.sendall(head)
+            while second_request.recv(4096):
+                pass

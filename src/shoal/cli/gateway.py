@@ -185,6 +185,8 @@ async def _serve(app: Any, served: Sequence[ServedModel], listener: socket.socke
 def _server(app: Any, served: Sequence[ServedModel], listener: socket.socket) -> uvicorn.Server:
     import uvicorn
 
+    from shoal.gateway.guard.connections import LimitedConnection
+
     class Server(uvicorn.Server):
         """Prints where it is, and leaves signals to the command."""
 
@@ -204,6 +206,8 @@ def _server(app: Any, served: Sequence[ServedModel], listener: socket.socket) ->
     return Server(
         uvicorn.Config(
             app,
+            http=LimitedConnection,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
