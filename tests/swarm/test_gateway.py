@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import logging
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.bundled import STORIES
 from shoal.gateway.app import Gateway, application
+from shoal.gateway.endpoints.turns import Turn
 from shoal.gateway.guard.admission import Admission
 from shoal.gateway.served_model import ServedModel
 from shoal.prefix import PAGE_TOKENS
@@ -718,3 +720,35 @@ def test_connections_without_requests_are_closed(net: Swarm, tokenizer: Any, mon
             second_request.sendall(head)
             while second_request.recv(4096):
                 pass
+
+
+def test_the_log_names_the_request_that_failed(
+    net: Swarm, tokenizer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Before the first token, and in the middle of a stream, whose status has been sent."""
+    fails_after = 0
+
+    class Broken(Turn):
+        def after_text(self, text: str, *, ends: bool) -> Any:
+            nonlocal fails_after
+            fails_after -= 1
+            if fails_after < 0:
+                raise RuntimeError("nobody knows")
+            return super().after_text(text, ends=ends)
+
+    monkeypatch.setattr("shoal.gateway.endpoints.chat_completions.Turn", Broken)
+    monkeypatch.setattr(logging.getLogger("shoal"), "propagate", True)
+    body = {"model": "stories", "messages": MESSAGES, "max_tokens": 4, "stream": True}
+    with served_at(application(Gateway([ServedModel("stories", net.model(), tokenizer)], Admission()))) as url:
+        for fails_after, status in ((0, 200), (2, 200)):
+            name = f"mine-{fails_after}"
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"x-request-id": name})
+            assert answer.status_code == status
+            assert answer.headers["x-request-id"] == name
+            assert "internal_error" in answer.text
+            assert "nobody knows" not in answer.text
+            assert f"{name} ended with an error: nobody knows" in caplog.text
+        name, fails_after = "whole", 0
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": False}, headers={"x-request-id": name})
+        assert answer.status_code == 500
+        assert "whole POST /v1/chat/completions failed" in caplog.text

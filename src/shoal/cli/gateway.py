@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -33,7 +34,7 @@ DRAIN_SECONDS = 30
 """How long answers that have begun may go on after Ctrl-C."""
 
 
-@options.with_client_options
+@functools.partial(options.with_client_options, log="warning")
 def command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, or ids on the Hugging Face hub.")],
     client: ClientOptions,

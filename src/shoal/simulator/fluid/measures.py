@@ -19,11 +19,10 @@ class Summary:
     """A run in figures. Shares are averages over time, between 0 and 1.
 
     `hole` is the share of time in which a block had no server that was online. Times in which all machines together
-    cannot hold all blocks are left out of these, and make the share `impossible`. In the part `left_over` of `hole`, the
-    blocks without a server had none since such a time: the machines that brought it to its end have to load them.
-    `heal_seconds` is the median time
-    for which a block had no server, `None` if there was no hole. `copies` is how many times the machines can hold each
-    block, and `num_machines` how many there were, on average.
+    cannot hold all blocks are left out of these, and make the share `impossible`. In the part `left_over` of `hole`,
+    the blocks without a server had none since such a time: the machines that brought it to its end load them.
+    `heal_seconds` is the median time for which a block had no server, `None` if there was no hole. `copies` is how many
+    times the machines can hold each block, and `num_machines` how many there were, on average.
     """
 
     exact: float
