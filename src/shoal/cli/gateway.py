@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -82,7 +83,9 @@ def command(
         for name, model in zip(names, models, strict=True):
             news = News()
             watched = replace(client, observers=(*client.observers, news.tell))
-            opened.append((name, *stack.enter_context(connected(model, watched)), news))
+            opened.append(
+                (name, *stack.enter_context(connected(model, watched)), news, _serve_arguments(model, client))
+            )
         from shoal.gateway.app import Gateway, application
         from shoal.gateway.guard.admission import Admission
         from shoal.gateway.served_model import ServedModel
@@ -162,6 +165,12 @@ def _server(app: Any, served: Sequence[ServedModel], listener: socket.socket) ->
             h11_max_incomplete_event_size=64 << 10,
         )
     )
+
+
+def _serve_arguments(model: str, client: ClientOptions) -> str:
+    """What makes `shoal serve` serve the same weights: the model as it was given here, and the options that count."""
+    revision = f" --revision {shlex.quote(client.model.revision)}" if client.model.revision else ""
+    return shlex.quote(model) + revision + (" --allow-uncertified" if client.model.allow_uncertified else "")
 
 
 def _names_of(models: Sequence[str]) -> list[str]:

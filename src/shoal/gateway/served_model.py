@@ -25,12 +25,16 @@ DEFAULT_NEW_TOKENS = 4096
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model by the name that requests give it. `model` is an open distributed model."""
+    """A model by the name that requests give it. `model` is an open distributed model.
+
+    `serve_arguments` are those with which `shoal serve` serves the same model. By default, that is its name.
+    """
 
     name: str
     model: Any
     tokenizer: Any
     news: News = field(default_factory=News)
+    serve_arguments: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -343,3 +343,7 @@ class Swarm:
     def is_avoided(self, peer: str) -> bool:
         """Whether a server has failed lately, or said that it is busy."""
         return self._health.deprioritized(peer) or self._health.blocked(peer)
+
+    def is_lost(self, peer: str) -> bool:
+        """Whether a server has failed, and has not answered or announced itself since. A busy one is not lost."""
+        return self._health.lost(peer)
