@@ -35,7 +35,7 @@ class PageMemory:
         """An event in words, with the peers that it is about; `None` for what only a log needs."""
         match event:
             case RouteChosen():
-                return {"type": "event", "text": self._named(event.line)}
+                return {"type": "event", "text": self._named(f"the best way now through {event.line}")}
             case Waiting() | WaitEnded():
                 return {"type": "event", "text": self._named(event.line), "loud": True}
             case ServerLost(peer=peer, reason=reason):

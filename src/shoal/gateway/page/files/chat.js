@@ -42,7 +42,7 @@ async function answer() {
   update();
   const shown = item("assistant");
   const began = performance.now();
-  let first = null, tokens = 0, text = "", end = "the answer broke off";
+  let first = null, tokens = 0, text = "", end = "broke off";
   at("told").textContent = "waiting for the first token";
   at("spent").textContent = "";
   announce("answering");
@@ -59,7 +59,7 @@ async function answer() {
       if (chunk.error) throw new Error(chunk.error.message);
       if (chunk.usage) tokens = chunk.usage.completion_tokens;
       const { delta = {}, finish_reason: reason } = chunk.choices[0] ?? {};
-      if (reason) end = reason === "length" ? "the answer is cut: it has as many tokens as it may" : "the answer is complete";
+      if (reason) end = reason === "length" ? "cut at its limit" : "complete";
       if (first === null && (delta.content || delta.reasoning_content)) first = performance.now();
       if (delta.reasoning_content) shown.thought.textContent += delta.reasoning_content;
       if (delta.content) { text += delta.content; shown.said.textContent = text; }
@@ -76,7 +76,7 @@ async function answer() {
   }
   messages.push({ role: "assistant", content: text });
   tell(began, first, tokens, end);
-  announce(end);
+  announce(`answer ${end}`);
   running = null;
   update();
   showEnd(false);
@@ -86,7 +86,7 @@ async function answer() {
 
 function tell(began, first, tokens, end = "") {
   if (first === null) {
-    if (end) at("told").textContent = end;
+    if (end) at("told").textContent = `no answer: ${end}`;
     return;
   }
   const seconds = (performance.now() - first) / 1000;
@@ -94,9 +94,16 @@ function tell(began, first, tokens, end = "") {
   at("told").textContent = `first token after ${((first - began) / 1000).toFixed(2)} s, ${tokens} tokens${each ? `, ${(1 / each).toFixed(1)} tokens/s` : ""}${end ? `; ${end}` : ""}`;
   const parts = expected();
   if (!each || !parts) return;
-  const rest = Math.max(0, each - parts.compute - parts.network - parts.queue);
-  const waiting = parts.queue ? `, ${milliseconds(parts.queue)} waiting for others` : "";
-  at("spent").textContent = `A token took ${milliseconds(each)}: about ${milliseconds(parts.compute)} of computing, ${milliseconds(parts.network)} of network${waiting}, and ${milliseconds(rest)} for the rest.`;
+  // What is expected of the machines may be more than was measured here. Then it says how that was shared.
+  const share = Math.min(1, each / (parts.compute + parts.network + parts.queue));
+  const left = each - share * (parts.compute + parts.network + parts.queue);
+  const spent = [
+    `${milliseconds(share * parts.compute)} of computing`,
+    `${milliseconds(share * parts.network)} of network`,
+    ...(parts.queue ? [`${milliseconds(share * parts.queue)} of waiting for others`] : []),
+    ...(left > 0.0005 ? [`${milliseconds(left)} for the rest`] : []),
+  ];
+  at("spent").textContent = `A token took ${milliseconds(each)}, about: ${spent.join(", ")}.`;
 }
 
 export function startChat() {

@@ -30,7 +30,11 @@ function ranges(blocks) {
   return found.map(([start, end]) => `${start}:${end}`).join(", ");
 }
 
+let noted = "";
+
 function note(event) {
+  if (event.text === noted) return;
+  noted = event.text;
   at("events").prepend(make("li", event.lost ? "bad" : "", `${new Date().toLocaleTimeString()} ${event.text}`));
   while (at("events").children.length > MOST_EVENTS) at("events").lastElementChild.remove();
   if (event.loud) announce(event.text);
