@@ -135,9 +135,30 @@ def test_five_hundred_machines_are_few_rows_and_a_change_touches_one(browser: Br
         lost = page.locator("#servers > li").first
         expect(lost.locator(".state")).to_have_text("lost → machine-17")
         expect(page.locator("#announced")).to_have_text("it is lost")
+        feed.told.put(
+            {"type": "event", "text": "a better way", "loud": True, "replaced": "peer-001", "by": ["machine-18"]}
+        )
+        feed.swarm([machine(1, lost=True)], way=way)
+        expect(page.locator("#servers > li.lost .state")).to_have_text(["lost → machine-17", "lost"])
         feed.swarm([machine(index, state="joining", ready_in=30) for index in range(100, 500)], way=way)
         expect(page.locator("#servers > li.joining.group")).to_have_count(17)
         expect(page.locator("#held")).to_have_attribute("aria-label", re.compile("held by . to .. machines"))
+
+
+def test_machines_of_hundreds_of_spans_are_shown_by_where_they_start(browser: Browser, feed: Feed):
+    with clean_page(browser, feed.url, viewport={"width": 390, "height": 844}) as page:
+        machines = [machine(index, start=index % 70, end=index % 70 + 3 + index % 8) for index in range(500)]
+        feed.swarm(machines)
+        expect(page.locator("#health")).to_have_text("500 machines, all 80 blocks served")
+        assert rows(page) == 14  # of 16 slices of five blocks; none starts in the last two
+        first = page.locator("#servers > li.group").first
+        expect(first.locator(".blocks")).to_have_text("0:13")
+        expect(first.locator("summary")).to_have_attribute("aria-label", re.compile("within blocks 0 to 13"))
+        first.locator("summary").click()
+        members = page.locator("#servers > li.member")
+        expect(members).to_have_count(sum(each["start"] < 5 for each in machines))
+        expect(members.first.locator(".blocks")).to_have_text("0:3")
+        assert page.evaluate("() => document.scrollingElement.scrollWidth") == 390
 
 
 def test_a_machine_that_leaves_is_not_called_lost_and_one_that_vanishes_is_gone(browser: Browser, feed: Feed):

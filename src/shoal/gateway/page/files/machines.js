@@ -4,6 +4,8 @@ import { arrange, at, make, milliseconds, setClass, setLabel, setSpan, setText }
 import { placeOf } from "./way.js";
 
 const MOST_SINGLE = 24; // more machines than these are shown by span
+const MOST_GROUPS = 48; // more spans than these are shown by where they start,
+const NUM_SLICES = 16; // in as many slices of the model
 const GONE_SHOWN_MS = 20000;
 const MOST_NUMBERED = 24; // blocks, in the row of holders
 const number = (value) => value.toLocaleString("en", { maximumFractionDigits: 0 });
@@ -27,7 +29,7 @@ export class Machines {
     const present = isFirst ? new Set(swarm.servers.map((each) => each.peer)) : null;
     for (const server of swarm.servers) {
       const known = this.#known.get(server.peer) ?? { replacedBy: null };
-      if (!server.lost) known.replacedBy = null;
+      if (!server.lost && server.state !== "leaving") known.replacedBy = null;
       this.#known.set(server.peer, Object.assign(known, { server, goneAt: null }));
     }
     const gone = isFirst ? [...this.#known.keys()].filter((peer) => !present.has(peer)) : swarm.gone;
@@ -41,7 +43,7 @@ export class Machines {
 
   replaced(peer, by) {
     const known = this.#known.get(peer);
-    if (!known) return;
+    if (!known || (known.goneAt === null && !known.server.lost && known.server.state !== "leaving")) return; // a better way
     known.replacedBy = by;
     this.#draw();
   }
@@ -67,6 +69,7 @@ export class Machines {
     const keys = new Set(wanted.map((row) => row.key));
     for (const key of this.#rows.keys()) if (!keys.has(key)) this.#rows.delete(key);
     arrange(at("servers"), lines);
+    setClass(at("servers"), lines.length > MOST_SINGLE ? "many" : "");
     this.#drawBlocks();
   }
 
@@ -75,12 +78,11 @@ export class Machines {
     const all = [...this.#known.values()].map(described).sort(order);
     if (all.length <= MOST_SINGLE) return all;
     const singles = all.filter((each) => each.place || each.replacedBy || each.state === "lost").slice(0, MOST_SINGLE);
-    const alone = new Set(singles), groups = new Map();
-    for (const each of all) {
-      if (alone.has(each)) continue;
-      const key = `${each.start}:${each.end} ${each.state}`;
-      if (!groups.has(key)) groups.set(key, []);
-      groups.get(key).push(each);
+    const alone = new Set(singles), others = all.filter((each) => !alone.has(each));
+    let groups = Map.groupBy(others, (each) => `${each.start}:${each.end} ${each.state}`);
+    if (groups.size > MOST_GROUPS) {
+      const slice = Math.ceil(this.#numBlocks / NUM_SLICES);
+      groups = Map.groupBy(others, (each) => `slice ${Math.floor(each.start / slice)} ${each.state}`);
     }
     const rows = [...singles];
     for (const [key, members] of groups) {
@@ -94,7 +96,7 @@ export class Machines {
   #shown(row) {
     const found = this.#rows.get(row.key) ?? this.#made(row);
     found.row = row;
-    setClass(found.line, [row.state, row.sessions && "in-use", row.members && "group", row.isMember && "member"].filter(Boolean).join(" "));
+    setClass(found.line, [row.state, row.sessions && "in-use", row.members && "group", row.isLoose && "loose", row.isMember && "member"].filter(Boolean).join(" "));
     setText(found.place, row.place ? String(row.place) : "");
     setText(found.name, row.members ? `${row.members} machines` : row.name);
     setText(found.blocks, `${row.start}:${row.end}`);
@@ -174,15 +176,17 @@ function described({ server, goneAt, replacedBy }) {
 function together(key, members) {
   const sum = (part) => members.reduce((total, each) => total + each[part], 0);
   const known = members.filter((each) => each.speed !== null);
+  const start = Math.min(...members.map((each) => each.start)), end = Math.max(...members.map((each) => each.end));
   return {
-    ...members[0], key, members: members.length, name: "", peer: key, place: 0, told: members[0].state,
+    ...members[0], start, end, isLoose: members.some((each) => each.start !== start || each.end !== end),
+    key, members: members.length, name: "", peer: key, place: 0, told: members[0].state,
     speed: known.length ? known.reduce((total, each) => total + each.speed, 0) / known.length : null,
     room: sum("room"), queue: sum("queue"), sessions: sum("sessions"),
   };
 }
 
 function spoken(row) {
-  const parts = [row.members ? `${row.members} machines` : row.name, `blocks ${row.start} to ${row.end}`, row.told.replace(" →", ", replaced by")];
+  const parts = [row.members ? `${row.members} machines` : row.name, `${row.isLoose ? "within " : ""}blocks ${row.start} to ${row.end}`, row.told.replace(" →", ", replaced by")];
   if (row.sessions) parts.push("in use");
   if (row.place) parts.push(`number ${row.place} on a token's way`);
   if (row.state === "online") {
