@@ -66,9 +66,9 @@ class Feed:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
-    def swarm(self, servers: list[dict[str, Any]], *, gone: tuple[str, ...] = (), way: Any = None) -> None:
-        event = {"type": "swarm", "model": "large", "num_blocks": NUM_BLOCKS, "missing": [], "way": way}
-        self.told.put({**event, "join": "shoal serve large", "servers": servers, "gone": list(gone)})
+    def swarm(self, servers: list[dict[str, Any]], **changes: Any) -> None:
+        event = {"type": "swarm", "model": "large", "num_blocks": NUM_BLOCKS, "missing": [], "way": None, "gone": []}
+        self.told.put({**event, "join": "shoal serve large", "servers": servers, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def machine(index: int, **changes: Any) -> dict[str, Any]:
     start = index * 4 % 68
     described = {"peer": f"peer-{index:03d}", "name": f"machine-{index}", "start": start, "end": start + 12}
     state = {"state": "online", "ready_in": None, "speed": 20.0, "room": 1000, "queue": 0, "sessions": 0, "lost": False}
-    more = {"round_trip": None, "links": [], "dtype": "bfloat16", "quantization": "none", "reason": ""}
+    more = {"round_trip": None, "links": [], "dtype": "bfloat16", "quantization": "none", "reason": "", "usable": True}
     return {**described, **state, **more, **changes}
 
 
@@ -170,6 +170,25 @@ def test_a_machine_that_leaves_is_not_called_lost_and_one_that_vanishes_is_gone(
         expect(page.locator("#servers > li.gone .called")).to_have_text("machine-2")
         expect(page.locator("#health")).to_contain_text("3 machines")
         assert page.locator("#model option").all_text_contents() == ["large", "large:adapter"]
+
+
+def test_blocks_that_no_machine_has_are_seen_and_a_gateway_that_comes_back_is_followed(browser: Browser, feed: Feed):
+    with clean_page(browser, feed.url, bypass_csp=True) as page:
+        missing = [6, 7, 9]
+        machines = [machine(0, start=0, end=6), machine(1, start=6, end=8, usable=False), machine(2, start=8, end=9)]
+        feed.swarm([*machines, machine(3, start=10, end=12)], num_blocks=12, missing=missing)
+        expect(page.locator("#health")).to_have_text("no machine has blocks 6:8, 9:10")
+        expect(page.locator("#holders .none")).to_have_text(["0"] * len(missing))
+        expect(page.locator("#servers > li.unused .state")).to_have_text("has other weights, or is excluded")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert Axe().run(page).response["violations"] == []
+
+        feed.told.put(None)
+        expect(page.locator("#health")).to_have_text("the gateway does not answer")
+        feed.swarm([machine(0)])
+        expect(page.locator("#health")).to_have_text("1 machine, all 80 blocks served")
+        expect(page.locator("#servers > li.gone")).to_have_count(3)
 
 
 def test_a_gateway_with_keys_asks_for_one_until_it_is_right(browser: Browser, feed: Feed):

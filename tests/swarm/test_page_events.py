@@ -93,3 +93,14 @@ def test_the_command_to_join_serves_what_the_gateway_was_given(options: dict[str
     with swarm_of(STORIES, "0:12") as net:
         found = asyncio.run(snapshot(served_by(net, "our stories", **options)))
         assert found["join"].startswith(f"shoal serve {model} --initial-peers ")
+
+
+def test_a_machine_that_the_client_may_not_use_is_told_apart():
+    with swarm_of(STORIES, "0:6", "6:12") as net:
+        served = served_by(net)
+        found = asyncio.run(snapshot(served))
+        assert [each["usable"] for each in found["servers"]] == [True, True]
+        net.call(served.model.blocks.swarm.permit, None, frozenset({"s1"}))
+        found = asyncio.run(snapshot(served))
+        assert [each["usable"] for each in found["servers"]] == [True, False]
+        assert found["missing"] == [6, 7, 8, 9, 10, 11]

@@ -65,7 +65,7 @@ async def _look(served: ServedModel, blocks: Any) -> dict[str, Any]:
         "missing": list(usable.missing(blocks.span)),
         "servers": [
             _described(server, names, sessions=used[server.peer], round_trip=round_trips.get(server.peer))
-            | {"lost": swarm.is_lost(server.peer)}
+            | {"lost": swarm.is_lost(server.peer), "usable": swarm.is_usable(server)}
             for server in sorted(everybody.servers, key=lambda each: (each.span.start, each.span.end, each.peer))
         ],
         "way": _way(swarm, _usual([session.hops for session in sessions]), everybody.servers) if sessions else None,

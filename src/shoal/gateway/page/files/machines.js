@@ -138,7 +138,7 @@ export class Machines {
   #drawBlocks() {
     const counts = new Array(this.#numBlocks).fill(0);
     for (const { server, goneAt } of this.#known.values()) {
-      if (goneAt !== null || server.lost || server.state !== "online") continue;
+      if (goneAt !== null || server.lost || !server.usable || server.state !== "online") continue;
       for (let block = server.start; block < server.end; block += 1) counts[block] += 1;
     }
     const most = Math.max(...counts, 1), cells = [...at("holders").children];
@@ -162,8 +162,8 @@ export class Machines {
 }
 
 function described({ server, goneAt, replacedBy }) {
-  const state = server.lost ? "lost" : goneAt !== null ? "gone" : server.state;
-  const told = state === "joining" && server.ready_in !== null ? `joining, ${Math.max(0, server.ready_in)} s` : state;
+  const state = server.lost ? "lost" : goneAt !== null ? "gone" : server.usable ? server.state : "unused";
+  const told = state === "unused" ? "has other weights, or is excluded" : state === "joining" && server.ready_in !== null ? `joining, ${Math.max(0, server.ready_in)} s` : state;
   return {
     ...server, key: server.peer, state, replacedBy,
     sessions: state === "online" || state === "leaving" ? server.sessions : 0,
@@ -179,7 +179,7 @@ function together(key, members) {
   const start = Math.min(...members.map((each) => each.start)), end = Math.max(...members.map((each) => each.end));
   return {
     ...members[0], start, end, isLoose: members.some((each) => each.start !== start || each.end !== end),
-    key, members: members.length, name: "", peer: key, place: 0, told: members[0].state,
+    key, members: members.length, name: "", peer: key, place: 0,
     speed: known.length ? known.reduce((total, each) => total + each.speed, 0) / known.length : null,
     room: sum("room"), queue: sum("queue"), sessions: sum("sessions"),
   };

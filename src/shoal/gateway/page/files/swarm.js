@@ -1,6 +1,6 @@
 // Follows the swarm of a model. The first event has all machines, later ones those that have changed.
 
-import { ask, events } from "./api.js";
+import { ask, events, failureOf } from "./api.js";
 import { announce, at, make, setClass, setText } from "./dom.js";
 import { Machines } from "./machines.js";
 import { forgetWay, showWay } from "./way.js";
@@ -50,10 +50,11 @@ export async function watch(model) {
   machines = new Machines();
   forgetWay();
   while (!mine.signal.aborted) {
-    let isFirst = true;
+    let isFirst = true, why = "the gateway does not answer";
     try {
       const answer = await ask(`api/swarm?model=${encodeURIComponent(model)}`, { signal: mine.signal });
-      for await (const event of events(answer)) {
+      if (!answer.ok) why = await failureOf(answer);
+      else for await (const event of events(answer)) {
         if (mine.signal.aborted) return;
         if (event.type !== "swarm") note(event);
         else { draw(event, isFirst); isFirst = false; }
@@ -61,7 +62,7 @@ export async function watch(model) {
     } catch {
       if (mine.signal.aborted) return;
     }
-    setText(at("health"), "the gateway does not answer");
+    setText(at("health"), why);
     setClass(at("health"), "bad");
     await new Promise((resolve) => setTimeout(resolve, 2000));
   }
