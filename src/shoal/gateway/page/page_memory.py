@@ -34,8 +34,8 @@ class PageMemory:
     def told(self, event: Event) -> dict[str, Any] | None:
         """An event in words, with the peers that it is about; `None` for what only a log needs."""
         match event:
-            case RouteChosen():
-                return {"type": "event", "text": self._named(f"the best way now through {event.line}")}
+            case RouteChosen(span=span) if len(span) == self._shown["num_blocks"]:  # others are only considered
+                return {"type": "event", "text": self._named(f"chosen: {event.line}")}
             case Waiting() | WaitEnded():
                 return {"type": "event", "text": self._named(event.line), "loud": True}
             case ServerLost(peer=peer, reason=reason):
