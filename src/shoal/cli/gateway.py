@@ -7,6 +7,7 @@ import contextlib
 import functools
 import logging
 import os
+import shlex
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -101,12 +102,13 @@ def command(
             news = News()
             watched = replace(client, observers=(*client.observers, news.tell))
             llm, tokenizer = stack.enter_context(connected(model, watched))
-            served.append(ServedModel(name, llm, tokenizer, news))
+            arguments = _serve_arguments(model, client)
+            served.append(ServedModel(name, llm, tokenizer, news, arguments))
             for each in adapters:
                 if each.base == name:
                     twin = llm.with_adapter(each.place)
                     stack.callback(twin.close)
-                    served.append(ServedModel(each.name, twin, tokenizer, news, base=name))
+                    served.append(ServedModel(each.name, twin, tokenizer, news, arguments, base=name))
         from shoal.gateway.app import Gateway, application
         from shoal.gateway.guard.admission import Admission
 
@@ -216,6 +218,12 @@ def _server(app: Any, served: Sequence[ServedModel], listener: socket.socket) ->
             h11_max_incomplete_event_size=64 << 10,
         )
     )
+
+
+def _serve_arguments(model: str, client: ClientOptions) -> str:
+    """What makes `shoal serve` serve the same weights: the model as it was given here, and the options that count."""
+    revision = f" --revision {shlex.quote(client.model.revision)}" if client.model.revision else ""
+    return shlex.quote(model) + revision + (" --allow-uncertified" if client.model.allow_uncertified else "")
 
 
 def _names_of(models: Sequence[str]) -> list[str]:
