@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import json
+import logging
 import re
-import threading
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,15 +17,16 @@ import httpx2 as httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.bundled import STORIES
 from shoal.gateway.app import Gateway, application
+from shoal.gateway.endpoints.turns import Turn
 from shoal.gateway.guard.admission import Admission
 from shoal.gateway.served_model import ServedModel
 from shoal.prefix import PAGE_TOKENS
 
+from .gateways import served_at
 from .harness import QUICK, Swarm, swarm_of
 
 PROMPT = "Once upon a time"
@@ -51,30 +52,6 @@ def tokenizer() -> Any:
 def net() -> Iterator[Swarm]:
     with swarm_of(STORIES, "0:6", "6:12") as swarm:
         yield swarm
-
-
-@contextlib.contextmanager
-def served_at(app: Any) -> Iterator[str]:
-    """The URL of an application that is served on a port of the system's choice."""
-    started = threading.Event()
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            started.set()
-
-        def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
-            return contextlib.nullcontext()
-
-    server = Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
-    thread.start()
-    try:
-        assert started.wait(30)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -755,3 +732,55 @@ def test_usage_tells_how_much_of_a_prompt_the_servers_had_computed_already(clien
     answer = client.responses.create(model="stories", input="The fox", max_output_tokens=2)
     assert answer.usage is not None
     assert answer.usage.input_tokens_details.cached_tokens == 0
+
+
+def test_connections_without_requests_are_closed(net: Swarm, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shoal.gateway.guard.connections.HEAD_SECONDS", 0.05)
+    monkeypatch.setattr("shoal.gateway.guard.connections.MAX_CONNECTIONS", 2)
+    head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
+    with served_at(application(Gateway([ServedModel("stories", net.model(), tokenizer)], Admission()))) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        place = host, int(port)
+        with socket.create_connection(place, 30) as silent, socket.create_connection(place, 30) as slow:
+            slow.sendall(head)
+            with socket.create_connection(place, 30) as third:
+                assert third.recv(1) == b""
+            assert silent.recv(1) == slow.recv(1) == b""
+        with socket.create_connection(place, 30) as second_request:
+            second_request.sendall(head + b"\r\n")
+            assert b"200 OK" in second_request.recv(4096)
+            second_request.sendall(head)
+            while second_request.recv(4096):
+                pass
+
+
+def test_the_log_names_the_request_that_failed(
+    net: Swarm, tokenizer: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Before the first token, and in the middle of a stream, whose status has been sent."""
+    fails_after = 0
+
+    class Broken(Turn):
+        def after_text(self, text: str, *, ends: bool) -> Any:
+            nonlocal fails_after
+            fails_after -= 1
+            if fails_after < 0:
+                raise RuntimeError("nobody knows")
+            return super().after_text(text, ends=ends)
+
+    monkeypatch.setattr("shoal.gateway.endpoints.chat_completions.Turn", Broken)
+    monkeypatch.setattr(logging.getLogger("shoal"), "propagate", True)
+    body = {"model": "stories", "messages": MESSAGES, "max_tokens": 4, "stream": True}
+    with served_at(application(Gateway([ServedModel("stories", net.model(), tokenizer)], Admission()))) as url:
+        for fails_after, status in ((0, 200), (2, 200)):
+            name = f"mine-{fails_after}"
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"x-request-id": name})
+            assert answer.status_code == status
+            assert answer.headers["x-request-id"] == name
+            assert "internal_error" in answer.text
+            assert "nobody knows" not in answer.text
+            assert f"{name} ended with an error: nobody knows" in caplog.text
+        name, fails_after = "whole", 0
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": False}, headers={"x-request-id": name})
+        assert answer.status_code == 500
+        assert "whole POST /v1/chat/completions failed" in caplog.text

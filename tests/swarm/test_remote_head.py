@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal import AutoDistributedModel, UserError
-from shoal.client.decoding.standby import REROUTE_CHECK_TOKENS
 from shoal.model.remote_cache import RemoteCache
+from shoal.policy.routing.switching import LOOK_TOKENS
 from shoal.protocol import Failure, StepResult
 
 from .harness import QUICK, Swarm, swarm_of
@@ -185,7 +185,7 @@ def test_the_log_says_nothing_of_heads_while_one_is_offered(
     made = swarm_with_head(swarm, "0:2", "2:4")
     made.start("2:4")
     model = without_head(made.model(config=REMOTE))
-    length = 3 * REROUTE_CHECK_TOKENS  # faster routes are looked for twice, past each of the servers
+    length = 3 * LOOK_TOKENS  # faster routes are looked for twice, past each of the servers
     with caplog.at_level(logging.INFO):
         answer = model.generate(PROMPT, max_new_tokens=length)
     assert answer.tolist() == whole.generate(PROMPT, max_new_tokens=length).tolist()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shoal.client.swarm.peer_timings import PeerTimings
 from shoal.policy.routing.latency import HALF_LIFE, SLOWNESS, average_round_trip
 from shoal.policy.routing.route import Hop
-from shoal.policy.routing.switching import pays_to_move, replay_seconds
+from shoal.policy.routing.switching import LOOK_TOKENS, pays_to_move, replay_seconds, tokens_to_next_look
 from shoal.spans import Span
 
 from .test_routing import server
@@ -93,3 +93,14 @@ def test_a_replay_takes_as_long_as_its_tokens_take_in_its_blocks():
     hops = (Hop(server("a", "0:4", 100), Span(0, 2)), Hop(server("b", "2:4", 50), Span(2, 4)))
     assert replay_seconds(hops, 1000) == pytest.approx(5 + 20)
     assert replay_seconds(hops, 0) == 0
+
+
+def test_a_session_wanders_less_and_less():
+    """Where every other server looks better, a session of n tokens moves about log2(n / 32) times, and never stops."""
+    num_tokens = num_moves = 0
+    while num_tokens + tokens_to_next_look(num_moves) <= 4096:
+        num_tokens += tokens_to_next_look(num_moves)
+        num_moves += 1
+    assert num_moves == 7
+    assert tokens_to_next_look(0) == LOOK_TOKENS
+    assert tokens_to_next_look(1000) == tokens_to_next_look(1001) < 4096

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
 from shoal.client.swarm.peer_health import PeerHealth
-from shoal.policy.health import BLOCK_SECONDS, DEPRIORITIZE_SECONDS, LONGEST_BLOCK_SECONDS, LONGEST_SECONDS
+from shoal.policy.health import (
+    BLOCK_SECONDS,
+    DEPRIORITIZE_SECONDS,
+    LONGEST_BLOCK_SECONDS,
+    LONGEST_SECONDS,
+    RECORD_SECONDS,
+)
 
 
 class Clock:
@@ -64,3 +70,18 @@ def test_requests_that_were_in_flight_when_a_server_died_are_one_failure():
     clock.now = 11.0
     health.record_failure("a", "it hung up", since=10.5)
     assert health.seconds_left() == 2 * BLOCK_SECONDS
+
+
+def test_a_server_is_lost_from_its_failure_until_it_answers_or_its_announcement_would_have_expired():
+    clock = Clock()
+    health = PeerHealth(clock)
+    health.record_busy("b", 5.0, "no room")
+    assert not health.lost("b")
+    health.record_failure("a", "it hung up", since=clock.now)
+    clock.now = DEPRIORITIZE_SECONDS
+    assert health.lost("a")
+    health.record_success("a")
+    assert not health.lost("a")
+    health.record_failure("a", "it hung up", since=clock.now)
+    clock.now += RECORD_SECONDS
+    assert not health.lost("a")

@@ -92,6 +92,7 @@ def test_a_block_without_a_server_is_a_hole_until_another_server_has_loaded_it()
     assert summary.num_holes == 2
     assert summary.heal_seconds == pytest.approx(100 + LOAD)
     assert summary.hole == pytest.approx(0.16)
+    assert summary.left_over == 0
     assert summary.impossible == 0
     assert (summary.num_departures, summary.num_moves) == (1, 0)
 
@@ -102,7 +103,7 @@ def test_times_in_which_the_machines_cannot_hold_the_model_are_left_out():
     run.advance(1000)
     summary = run.summary()
     assert summary.impossible == pytest.approx(0.1)
-    assert summary.hole == pytest.approx(LOAD / 900)
+    assert summary.hole == summary.left_over == pytest.approx(LOAD / 900)
     assert summary.exact == pytest.approx((900 - LOAD) / 900)
     assert summary.heal_seconds is None
 

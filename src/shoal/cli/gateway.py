@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
+import shlex
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +35,7 @@ DRAIN_SECONDS = 30
 """How long answers that have begun may go on after Ctrl-C."""
 
 
-@options.with_client_options
+@functools.partial(options.with_client_options, log="warning")
 def command(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, or ids on the Hugging Face hub.")],
     client: ClientOptions,
@@ -100,12 +102,13 @@ def command(
             news = News()
             watched = replace(client, observers=(*client.observers, news.tell))
             llm, tokenizer = stack.enter_context(connected(model, watched))
-            served.append(ServedModel(name, llm, tokenizer, news))
+            arguments = _serve_arguments(model, client)
+            served.append(ServedModel(name, llm, tokenizer, news, arguments))
             for each in adapters:
                 if each.base == name:
                     twin = llm.with_adapter(each.place)
                     stack.callback(twin.close)
-                    served.append(ServedModel(each.name, twin, tokenizer, news, base=name))
+                    served.append(ServedModel(each.name, twin, tokenizer, news, arguments, base=name))
         from shoal.gateway.app import Gateway, application
         from shoal.gateway.guard.admission import Admission
 
@@ -185,6 +188,8 @@ async def _serve(app: Any, served: Sequence[ServedModel], listener: socket.socke
 def _server(app: Any, served: Sequence[ServedModel], listener: socket.socket) -> uvicorn.Server:
     import uvicorn
 
+    from shoal.gateway.guard.connections import LimitedConnection
+
     class Server(uvicorn.Server):
         """Prints where it is, and leaves signals to the command."""
 
@@ -204,6 +209,8 @@ def _server(app: Any, served: Sequence[ServedModel], listener: socket.socket) ->
     return Server(
         uvicorn.Config(
             app,
+            http=LimitedConnection,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
@@ -211,6 +218,12 @@ def _server(app: Any, served: Sequence[ServedModel], listener: socket.socket) ->
             h11_max_incomplete_event_size=64 << 10,
         )
     )
+
+
+def _serve_arguments(model: str, client: ClientOptions) -> str:
+    """What makes `shoal serve` serve the same weights: the model as it was given here, and the options that count."""
+    revision = f" --revision {shlex.quote(client.model.revision)}" if client.model.revision else ""
+    return shlex.quote(model) + revision + (" --allow-uncertified" if client.model.allow_uncertified else "")
 
 
 def _names_of(models: Sequence[str]) -> list[str]:

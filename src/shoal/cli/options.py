@@ -257,11 +257,11 @@ def client_options(  # the first parameter stands first in the help of a command
     )
 
 
-def with_client_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_client_options(command: Callable[..., None], *, log: str = "error") -> Callable[..., None]:
     """Give a command the options of `client_options`, and --verbose, in place of its parameter `client`.
 
-    The command is called with the finished `ClientOptions`, once the log is set up. An option that it has itself is
-    its own.
+    The command is called with the finished `ClientOptions`, once the log is set up, at the level `log` by default. An
+    option that it has itself is its own.
     """
     own_parameters = inspect.signature(command, eval_str=True).parameters
     of_clients = inspect.signature(client_options, eval_str=True).parameters
@@ -270,7 +270,7 @@ def with_client_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*, verbose: bool, **values: Any) -> None:
-        start_logging(verbose=verbose)
+        start_logging(verbose=verbose, default=log)
         client = client_options(**{name: values.pop(name) for name in shared})
         command(client=client, **values)
 

@@ -94,7 +94,7 @@ class Gateway:
             self.metrics.first_token.labels(served.name).observe(time.monotonic() - began)
             kept = stack.pop_all()
         return StreamingResponse(
-            _events(answer, first, chunks, kept),
+            _events(answer, first, chunks, kept, request_id=request.state.request_id),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache"},
         )
@@ -117,7 +117,12 @@ class Gateway:
 
 
 async def _events(
-    answer: Answer, first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None], kept: AsyncExitStack
+    answer: Answer,
+    first: dict[str, Any],
+    chunks: AsyncGenerator[dict[str, Any], None],
+    kept: AsyncExitStack,
+    *,
+    request_id: str,
 ) -> AsyncIterator[str]:
     """Server-sent events: with the names that their type is, or else with the end that OpenAI's older API has.
 
@@ -133,7 +138,7 @@ async def _events(
                 yield "data: [DONE]\n\n"
         except Exception as error:
             found = refused(error)
-            log.warning("an answer ended with an error: %s", error, exc_info=found.status == 500)
+            log.warning("%s ended with an error: %s", request_id, error, exc_info=found.status == 500)
             yield _event(answer.failure(found), named=named)
 
 

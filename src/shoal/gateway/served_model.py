@@ -27,13 +27,15 @@ DEFAULT_NEW_TOKENS = 4096
 class ServedModel:
     """A model by the name that requests give it. `model` is an open distributed model.
 
-    A model with an adapter has the name of its `base` without it.
+    `serve_arguments` are those with which `shoal serve` serves the same model. By default, that is its name. A model
+    with an adapter has the name of its `base` without it.
     """
 
     name: str
     model: Any
     tokenizer: Any
     news: News = field(default_factory=News)
+    serve_arguments: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     base: str | None = None
 

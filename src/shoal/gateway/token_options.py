@@ -15,6 +15,9 @@ from shoal.gateway.error_objects import bad_field
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.structure import KeepsToGrammar, grammar_of
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this one choose the likeliest token, as in vLLM: logits that are divided by them overflow."""
+
 
 class LogitBias(LogitsProcessor):  # type: ignore[misc]
     """Adds a number to the logits of some tokens."""
@@ -81,7 +84,7 @@ def stream_options(
     }
     if request.ignore_eos:
         options |= {"eos_token_id": [], "pad_token_id": 0}  # one text needs no padding, but generate() wants a token
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return options | {"do_sample": False}
     return options | {
         "do_sample": True,

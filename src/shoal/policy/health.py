@@ -17,6 +17,8 @@ LONGEST_SECONDS = 300.0
 """The limit of the first after many failures: as long as the announcement of a vanished server may be valid."""
 LONGEST_BLOCK_SECONDS = 8.0
 """The limit of the second: a client that waits for the only server of a block asks it this often."""
+RECORD_SECONDS = 60.0
+"""The usual life of an announcement. A server that is still announced so long after its failure has come back since."""
 MOST_DOUBLINGS = 20
 """The limit of the exponent: `LONGEST_SECONDS` is reached long before."""
 
@@ -69,6 +71,11 @@ def is_deprioritized(record: HealthRecord | None, now: float) -> bool:
 def is_blocked(record: HealthRecord | None, now: float) -> bool:
     """Whether this server is not to be asked at all."""
     return record is not None and now < record.blocked_until
+
+
+def is_lost(record: HealthRecord | None, now: float) -> bool:
+    """Whether a server has failed and nothing has been heard of it since, as far as one can know."""
+    return record is not None and record.num_failures > 0 and now - record.failed_at < RECORD_SECONDS
 
 
 def _num_failures(record: HealthRecord | None) -> int:

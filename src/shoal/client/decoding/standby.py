@@ -20,7 +20,7 @@ from shoal.client.decoding.stage import Stage
 from shoal.client.swarm.swarm import Swarm, holding
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
-from shoal.policy.routing.switching import pays_to_move, replay_seconds
+from shoal.policy.routing.switching import pays_to_move, replay_seconds, tokens_to_next_look
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ STANDBY_STEP_TOKENS = 128
 """The most tokens that a standby is fed at once: other sessions that decode on its server wait for one pass at most."""
 MAINTENANCE_SECONDS = 10.0
 """The manager looks after a quiet session at this interval, and waits as long before it seeks a standby again."""
-REROUTE_CHECK_TOKENS = 32
-"""A session looks for faster servers after this many tokens. One look is a search for a route."""
 
 
 class StandbyManager:
@@ -48,6 +46,7 @@ class StandbyManager:
         self._no_standby_until: WeakKeyDictionary[Stage, float] = WeakKeyDictionary()
         self._checked_at = 0
         """The number of tokens at which faster servers were looked for last."""
+        self._num_looks = self._num_moves = 0
 
     def wake(self) -> None:
         """There may be something to do."""
@@ -106,11 +105,12 @@ class StandbyManager:
     async def _consider_rerouting(self, pipeline: Pipeline) -> None:
         """Now and then, check for one server whether it pays to move to faster ones, the replay included."""
         num_tokens = self._inputs.num_tokens
-        if num_tokens < self._checked_at + REROUTE_CHECK_TOKENS:
+        if num_tokens < self._checked_at + tokens_to_next_look(self._num_moves):
             self._checked_at = min(self._checked_at, num_tokens)
             return
         self._checked_at = num_tokens
-        stage = pipeline.stages[num_tokens // REROUTE_CHECK_TOKENS % len(pipeline.stages)]
+        self._num_looks += 1
+        stage = pipeline.stages[self._num_looks % len(pipeline.stages)]
         if stage.is_leaving or stage.has_failed:
             return
         with contextlib.suppress(MissingBlocks):  # then there is no choice
@@ -126,6 +126,7 @@ class StandbyManager:
                 num_steps_left=min(num_tokens, self._planner.num_steps_left),
             ):
                 stage.leave()
+                self._num_moves += 1
                 log.info("%s takes %.3g s a step; elsewhere, %.3g s", stage.peer, present.seconds, better.seconds)
 
     async def _feed_standby(self, stage: Stage, pipeline: Pipeline, *, all_of_it: bool) -> None:

@@ -112,16 +112,16 @@ class DirectoryCache:
     def _kept(self, servers: Sequence[ServerInfo]) -> list[ServerInfo]:
         """All servers of a small swarm; of a large one, a sample of those that may be used, if there are any."""
         if len(servers) > MOST_KEPT:
-            servers = [server for server in servers if self._is_usable(server)] or servers
+            servers = [server for server in servers if self.is_usable(server)] or servers
         return keep(servers, self._round_trips(), num_blocks=self._model.num_blocks, rng=self._rng)
 
     def _note_announced(self) -> None:
-        lacking = self._known().only(self._is_usable).missing()
+        lacking = self._known().only(self.is_usable).missing()
         self._announced.update({*range(self._model.num_blocks)}.difference(lacking))
 
     def _log_mixture(self) -> None:
         """Log which servers compute in which dtype, if those that may be used differ, and again when that changes."""
-        found = mixture(self._known().only(self._is_usable).servers)
+        found = mixture(self._known().only(self.is_usable).servers)
         if found is not None and found != self._mixture:
             log.warning("servers of this model compute differently: %s", found)
         self._mixture = found
@@ -129,7 +129,8 @@ class DirectoryCache:
     def _known(self) -> SwarmView:
         return self._view or SwarmView(self._model.num_blocks, pinned=self._config.pinned)
 
-    def _is_usable(self, server: ServerInfo) -> bool:
+    def is_usable(self, server: ServerInfo) -> bool:
+        """Whether a server has this client's weights, and the user permits it."""
         allowed, blocked = self._config.allowed_servers, self._config.blocked_servers
         permitted = (allowed is None or server.peer in allowed) and server.peer not in blocked
         return permitted and server.fingerprint == self._fingerprint
@@ -139,11 +140,11 @@ class DirectoryCache:
 
         `own` is the model's dtype (`shoal.policy.dtypes`).
         """
-        return swarm_dtype(self._known().only(self._is_usable), fingerprint=self._fingerprint, own=own)
+        return swarm_dtype(self._known().only(self.is_usable), fingerprint=self._fingerprint, own=own)
 
     def loading(self) -> SwarmView:
         """The servers with this client's weights that the user permits, and that are loading blocks: these blocks."""
-        return self._known().loading().only(self._is_usable)
+        return self._known().loading().only(self.is_usable)
 
     def everybody(self) -> SwarmView:
         """All servers of this model: those that load blocks or are about to leave, too."""
@@ -155,7 +156,7 @@ class DirectoryCache:
 
     def usable(self) -> SwarmView:
         """Of these, the servers with this client's weights that the user permits."""
-        return self.known().only(self._is_usable)
+        return self.known().only(self.is_usable)
 
     def holdings(self, peer: str) -> set[Holding]:
         """What a peer announces to hold."""

@@ -11,6 +11,7 @@ from shoal.policy.health import (
     after_misrouted,
     is_blocked,
     is_deprioritized,
+    is_lost,
 )
 
 
@@ -28,6 +29,10 @@ class PeerHealth:
     def blocked(self, peer: str) -> bool:
         """Whether this server is not to be asked at all now."""
         return is_blocked(self._records.get(peer), self._clock())
+
+    def lost(self, peer: str) -> bool:
+        """Whether this server has failed, and has not answered or announced itself since."""
+        return is_lost(self._records.get(peer), self._clock())
 
     def record_failure(self, peer: str, reason: str, *, since: float) -> None:
         """The server failed in a request that began at the time `since`."""

@@ -343,3 +343,11 @@ class Swarm:
     def is_avoided(self, peer: str) -> bool:
         """Whether a server has failed lately, or said that it is busy."""
         return self._health.deprioritized(peer) or self._health.blocked(peer)
+
+    def is_lost(self, peer: str) -> bool:
+        """Whether a server has failed, and has not answered or announced itself since. A busy one is not lost."""
+        return self._health.lost(peer)
+
+    def is_usable(self, server: ServerInfo) -> bool:
+        """Whether a server has this client's weights, and the user permits it."""
+        return self._directory.is_usable(server)

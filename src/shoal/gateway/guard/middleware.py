@@ -25,7 +25,10 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestIds:
-    """Gives each request an id, the client's own if it is a plain one, and counts it and writes a line at its end."""
+    """Gives each request an id, the client's own if it is a plain one, and counts it and writes a line at its end.
+
+    The id is in the request's state, and in every line about it.
+    """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
@@ -37,6 +40,7 @@ class RequestIds:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
         status: int | None = None
         began = time.monotonic()
 
@@ -82,7 +86,7 @@ class ErrorObjects:
                 raise
             found = refused(error)
             if found.status == 500:
-                log.exception("%s %s failed", scope["method"], scope["path"])
+                log.exception("%s %s %s failed", scope["state"]["request_id"], scope["method"], scope["path"])
             await found.response(path=scope["path"])(scope, receive, send)
 
 

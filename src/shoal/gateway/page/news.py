@@ -1,4 +1,4 @@
-"""What happens to a model's sessions, in words, for all pages that watch it."""
+"""What happens to a model's sessions, for all pages that watch it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from shoal.events import Event, RouteChosen, ServerLost, StageReplaced, WaitEnded, Waiting
-from shoal.peers import short
 
 MOST_HELD = 100
-"""The lines by which a page that reads slowly may lag behind."""
+"""The events by which a page that reads slowly may lag behind."""
 
 
 class News:
-    """Passes on lines about a model. `tell` is an observer of the model; pages read in one event loop."""
+    """Passes on what a person wants to know of a model. `tell` is an observer of it; pages read in one event loop."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._readers: set[asyncio.Queue[str | None]] = set()
+        self._readers: set[asyncio.Queue[Event | None]] = set()
 
     def tell(self, event: Event) -> None:
         """Called by the client, on a thread of its own."""
-        if self._loop is not None and not self._loop.is_closed() and (line := line_of(event)) is not None:
-            self._loop.call_soon_threadsafe(self._put, line)
+        match event:
+            case RouteChosen() | Waiting() | WaitEnded() | ServerLost() | StageReplaced():
+                if self._loop is not None and not self._loop.is_closed():
+                    self._loop.call_soon_threadsafe(self._put, event)
 
     @contextmanager
-    def reading(self) -> Iterator[asyncio.Queue[str | None]]:
-        """A queue of the lines that come from now on; `None` at the end."""
+    def reading(self) -> Iterator[asyncio.Queue[Event | None]]:
+        """A queue of the events that come from now on; `None` at the end."""
         self._loop = asyncio.get_running_loop()
-        mine: asyncio.Queue[str | None] = asyncio.Queue()
+        mine: asyncio.Queue[Event | None] = asyncio.Queue()
         self._readers.add(mine)
         try:
             yield mine
@@ -41,19 +42,7 @@ class News:
         for reader in self._readers:
             reader.put_nowait(None)
 
-    def _put(self, line: str) -> None:
+    def _put(self, event: Event) -> None:
         for reader in self._readers:
             if reader.qsize() < MOST_HELD:
-                reader.put_nowait(line)
-
-
-def line_of(event: Event) -> str | None:
-    """What a person is told of an event; `None` for what only a log needs."""
-    match event:
-        case RouteChosen() | Waiting() | WaitEnded():
-            return event.line
-        case ServerLost():
-            return event.reason  # it names the server
-        case StageReplaced():
-            return f"{short(event.peer)} was replaced by {', '.join(map(short, event.replacements))}"
-    return None
+                reader.put_nowait(event)

@@ -19,14 +19,16 @@ class Summary:
     """A run in figures. Shares are averages over time, between 0 and 1.
 
     `hole` is the share of time in which a block had no server that was online. Times in which all machines together
-    cannot hold all blocks are left out of these, and make the share `impossible`. `heal_seconds` is the median time
-    for which a block had no server, `None` if there was no hole. `copies` is how many times the machines can hold each
-    block, and `num_machines` how many there were, on average.
+    cannot hold all blocks are left out of these, and make the share `impossible`. In the part `left_over` of `hole`,
+    the blocks without a server had none since such a time: the machines that brought it to its end load them.
+    `heal_seconds` is the median time for which a block had no server, `None` if there was no hole. `copies` is how many
+    times the machines can hold each block, and `num_machines` how many there were, on average.
     """
 
     exact: float
     minimum: float
     hole: float
+    left_over: float
     impossible: float
     heal_seconds: float | None
     num_holes: int
@@ -52,6 +54,7 @@ def mean_of(summaries: Sequence[Summary]) -> Summary:
         exact=mean([each.exact for each in summaries]),
         minimum=mean([each.minimum for each in summaries]),
         hole=mean([each.hole for each in summaries]),
+        left_over=mean([each.left_over for each in summaries]),
         impossible=mean([each.impossible for each in summaries]),
         heal_seconds=statistics.median(healed) if healed else None,
         num_holes=sum(each.num_holes for each in summaries),
@@ -74,6 +77,7 @@ class Worth:
     copies: float
 
 
+MEASURED = ("exact", "minimum", "hole", "left_over", "speed")
 NOTHING = Worth(0.0, 0.0, 0.0, 0, 0.0)
 
 
@@ -88,8 +92,8 @@ class Meter:
     _has_hole: bool = True
     _possible: float = 0.0
     _impossible: float = 0.0
-    _last_impossible: float = 0.0
-    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("exact", "minimum", "hole", "speed"), 0.0))
+    _last_impossible: float = float("-inf")
+    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURED, 0.0))
     _machines: float = 0.0
     _copies: float = 0.0
     _holders: list[int] = field(default_factory=list)
@@ -108,6 +112,12 @@ class Meter:
     def has_hole(self) -> bool:
         """Whether a block has no server that is online."""
         return any(not count for count in self._holders)
+
+    @property
+    def _is_left_over(self) -> bool:
+        """Whether all blocks without a server had none already when the machines could not hold all blocks."""
+        empty = (block for block, count in enumerate(self._holders) if not count)
+        return all(self._empty_since.get(block, float("-inf")) < self._last_impossible for block in empty)
 
     def fewest_holders(self, span: Span) -> int:
         """How many servers that are online hold the block of the span that the fewest hold."""
@@ -165,6 +175,7 @@ class Meter:
         self._sums["exact"] += worth.exact / worth.bound * seconds
         self._sums["minimum"] += worth.minimum / worth.bound * seconds
         self._sums["hole"] += self._has_hole * seconds
+        self._sums["left_over"] += (self._has_hole and self._is_left_over) * seconds
 
     def summary(self, *, now: float) -> Summary:
         """The figures up to now."""
@@ -174,6 +185,7 @@ class Meter:
             exact=self._sums["exact"] / possible,
             minimum=self._sums["minimum"] / possible,
             hole=self._sums["hole"] / possible,
+            left_over=self._sums["left_over"] / possible,
             impossible=self._impossible / total,
             heal_seconds=statistics.median(self._healed) if self._healed else None,
             num_holes=len(self._healed) + sum(since >= self.begins for since in self._empty_since.values()),

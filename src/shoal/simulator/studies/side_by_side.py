@@ -16,7 +16,17 @@ from shoal.simulator.studies.rule_names import rule_of
 from shoal.simulator.studies.settings import Setting
 from shoal.simulator.studies.study_progress import Advance
 
-HEADINGS = ("churn", "rule", "exact", "holes", "min", "moves per departure", "median heal", "no placement possible")
+HEADINGS = (
+    "churn",
+    "rule",
+    "exact",
+    "holes",
+    "of these left over",
+    "min",
+    "moves per departure",
+    "median heal",
+    "no placement possible",
+)
 CHUNK = 600.0
 """Virtual seconds between two signs of progress."""
 
@@ -99,7 +109,7 @@ def report(plan: Plan, summaries: dict[tuple[str, str], Summary]) -> Report:
             minimum = "" if goal.minimum is None else f"≥ {share(goal.minimum)}"
             holes = f"≤ {percent(goal.hole)}"
             heal = f"≤ {seconds(plan.load_seconds + 10)}"
-            rows.append(("", "*goal*", f"≥ {share(goal.exact)}", holes, minimum, f"≤ {goal.moves:g}", heal, ""))
+            rows.append(("", "*goal*", f"≥ {share(goal.exact)}", holes, "", minimum, f"≤ {goal.moves:g}", heal, ""))
     runs = "One run" if len(plan.seeds) == 1 else f"Averages of {len(plan.seeds)} runs"
     notes = (
         f"{runs} of {plan.hours:g} h after half an hour. A span as long as a machine can"
@@ -113,6 +123,7 @@ def _figures(summary: Summary) -> tuple[str, ...]:
     return (
         share(summary.exact),
         percent(summary.hole),
+        percent(summary.left_over),
         share(summary.minimum),
         f"{summary.moves_per_departure:.2f}",
         seconds(summary.heal_seconds),

@@ -9,15 +9,16 @@ export async function ask(path, { body, signal } = {}) {
     if (body) headers["Content-Type"] = "application/json";
     const answer = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
     if (answer.status !== 401) return answer;
-    sessionStorage.setItem(KEY, await askForKey());
+    sessionStorage.setItem(KEY, await askForKey(key ? "This gateway does not know that key." : ""));
   }
 }
 
 let asking = null;
 
-function askForKey() {
+function askForKey(why) {
   asking ??= new Promise((resolve) => {
     const dialog = document.getElementById("key-dialog");
+    document.getElementById("key-told").textContent = why;
     dialog.addEventListener("close", () => { asking = null; resolve(document.getElementById("key").value); }, { once: true });
     dialog.showModal();
   });

@@ -1,11 +1,13 @@
-import { ask } from "./api.js";
+import { ask, failureOf } from "./api.js";
 import { startChat } from "./chat.js";
+import { at, copy } from "./dom.js";
 import { watch } from "./swarm.js";
 
-const select = document.getElementById("model");
-const found = await (await ask("v1/models")).json();
-for (const { id } of found.data) select.add(new Option(id, id));
+const select = at("model");
+const answer = await ask("v1/models");
+if (answer.ok) for (const { id } of (await answer.json()).data) select.add(new Option(id, id));
+else at("health").textContent = await failureOf(answer);
 select.addEventListener("change", () => watch(select.value));
-document.getElementById("copy-join").addEventListener("click", () => navigator.clipboard.writeText(document.getElementById("join").textContent));
+at("copy-join").addEventListener("click", (event) => copy(at("join").textContent, event.currentTarget));
 startChat();
-watch(select.value);
+if (select.value) watch(select.value);

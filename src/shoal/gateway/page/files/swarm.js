@@ -1,85 +1,44 @@
-// The map: blocks across, machines down. A snapshot comes with every change.
+// Follows the swarm of a model. The first event has all machines, later ones those that have changed.
 
-import { ask, events } from "./api.js";
+import { ask, events, failureOf } from "./api.js";
+import { announce, at, make, setClass, setText } from "./dom.js";
+import { Machines } from "./machines.js";
+import { forgetWay, showWay } from "./way.js";
 
-const at = (id) => document.getElementById(id);
-const rows = new Map();
-const LOST_SHOWN_MS = 20000;
+const MOST_EVENTS = 50;
+let machines = new Machines();
 
-function row(server) {
-  const line = document.createElement("li");
-  line.innerHTML = '<details><summary><span class="name"></span><span class="track"><span class="span"></span></span></summary><dl></dl></details>';
-  const found = { line, name: line.querySelector(".name"), span: line.querySelector(".span"), facts: line.querySelector("dl"), lostAt: null, server };
-  rows.set(server.peer, found);
-  return found;
+function draw(swarm, isFirst) {
+  showWay(swarm.way);
+  machines.change(swarm, { isFirst });
+  const { missing, num_blocks: numBlocks } = swarm, count = machines.count;
+  setClass(at("health"), missing.length ? "bad" : "");
+  setText(at("health"), missing.length
+    ? `no machine has ${missing.length === 1 ? "block" : "blocks"} ${ranges(missing)}`
+    : `${count} ${count === 1 ? "machine" : "machines"}, all ${numBlocks} blocks served`);
+  setText(at("join"), swarm.join);
 }
 
-const seconds = (value) => (value === null ? "not measured" : `${(1000 * value).toFixed(1)} ms`);
-
-function facts(server) {
-  return [
-    ["blocks", `${server.start} to ${server.end}`],
-    ["state", server.state + (server.ready_in === null ? "" : `, ready in ${Math.max(0, server.ready_in).toFixed(0)} s`)],
-    ["speed", server.speed === null ? "not measured" : `${server.speed.toFixed(1)} tokens/s for one`],
-    ["cache left", `${server.room.toLocaleString("en")} tokens`],
-    ["waiting there", String(server.queue)],
-    ["sessions of this gateway", String(server.sessions)],
-    ["round trip from here", seconds(server.round_trip)],
-    ["links", server.links.map((each) => `${each.name} ${seconds(each.seconds)}`).join(", ") || "not measured"],
-    ["computes in", server.quantization === "none" ? server.dtype : `${server.dtype}, ${server.quantization}`],
-    ["peer", server.peer],
-    ...(server.reason ? [["why there", server.reason]] : []),
-  ];
-}
-
-function show(found, numBlocks) {
-  const { server } = found;
-  const state = found.lostAt === null ? server.state : "lost";
-  found.line.className = `${state}${server.sessions && state !== "lost" ? " in-use" : ""}`;
-  found.name.textContent = `${server.name || server.peer.slice(-8)} ${server.start}:${server.end}`;
-  found.span.style.left = `${(100 * server.start) / numBlocks}%`;
-  found.span.style.width = `${(100 * (server.end - server.start)) / numBlocks}%`;
-  const told = found.lostAt === null ? facts(server) : [["state", "lost"], ...facts(server).slice(2)];
-  found.facts.replaceChildren(...told.flatMap(([term, value]) => {
-    const dt = document.createElement("dt"), dd = document.createElement("dd");
-    dt.textContent = term;
-    dd.textContent = value;
-    return [dt, dd];
-  }));
-}
-
-function draw(swarm) {
-  const now = performance.now(), present = new Set(swarm.servers.map((each) => each.peer));
-  for (const server of swarm.servers) {
-    const found = rows.get(server.peer) ?? row(server);
-    found.server = server;
-    found.lostAt = server.lost ? (found.lostAt ?? now) : null;
+// 0, 1, 2, 7 as "0:3, 7:8"
+function ranges(blocks) {
+  const found = [];
+  for (const block of blocks) {
+    const last = found.at(-1);
+    if (last?.[1] === block) last[1] += 1;
+    else found.push([block, block + 1]);
   }
-  for (const [peer, found] of rows) {
-    if (!present.has(peer)) found.lostAt ??= now;
-    if (found.lostAt !== null && now - found.lostAt > LOST_SHOWN_MS && !present.has(peer)) { found.line.remove(); rows.delete(peer); }
-  }
-  const sorted = [...rows.values()].sort((a, b) => a.server.start - b.server.start || a.server.end - b.server.end || (a.server.peer < b.server.peer ? -1 : 1));
-  sorted.forEach((found, index) => {
-    show(found, swarm.num_blocks);
-    if (at("servers").children[index] !== found.line) at("servers").insertBefore(found.line, at("servers").children[index] ?? null);
-  });
-  at("scale").replaceChildren(...[0, swarm.num_blocks].map((each) => Object.assign(document.createElement("span"), { textContent: each })));
-  at("health").className = swarm.missing.length ? "bad" : "";
-  at("health").textContent = swarm.missing.length
-    ? `blocks ${swarm.missing.join(", ")} have no server`
-    : `${swarm.servers.length} ${swarm.servers.length === 1 ? "machine" : "machines"}, all ${swarm.num_blocks} blocks served`;
-  at("route").textContent = swarm.route.length
-    ? `A token's way now: this gateway → ${swarm.route.map((hop) => `${hop.name} ${hop.blocks}`).join(" → ")} → this gateway`
-    : "No text is being generated through this gateway.";
-  at("join").textContent = swarm.join;
+  return found.map(([start, end]) => `${start}:${end}`).join(", ");
 }
 
-function note(text) {
-  const line = document.createElement("li");
-  line.textContent = `${new Date().toLocaleTimeString()} ${text}`;
-  at("events").prepend(line);
-  while (at("events").children.length > 50) at("events").lastElementChild.remove();
+let noted = "";
+
+function note(event) {
+  if (event.text === noted) return;
+  noted = event.text;
+  at("events").prepend(make("li", event.lost ? "bad" : "", `${new Date().toLocaleTimeString()} ${event.text}`));
+  while (at("events").children.length > MOST_EVENTS) at("events").lastElementChild.remove();
+  if (event.loud) announce(event.text);
+  if (event.replaced) machines.replaced(event.replaced, event.by);
 }
 
 let watching = null;
@@ -87,17 +46,24 @@ let watching = null;
 export async function watch(model) {
   watching?.abort();
   const mine = (watching = new AbortController());
-  rows.clear();
-  at("servers").replaceChildren();
+  machines.clear();
+  machines = new Machines();
+  forgetWay();
   while (!mine.signal.aborted) {
+    let isFirst = true, why = "the gateway does not answer";
     try {
       const answer = await ask(`api/swarm?model=${encodeURIComponent(model)}`, { signal: mine.signal });
-      for await (const event of events(answer)) event.type === "swarm" ? draw(event) : note(event.text);
+      if (!answer.ok) why = await failureOf(answer);
+      else for await (const event of events(answer)) {
+        if (mine.signal.aborted) return;
+        if (event.type !== "swarm") note(event);
+        else { draw(event, isFirst); isFirst = false; }
+      }
     } catch {
       if (mine.signal.aborted) return;
     }
-    at("health").textContent = "the gateway does not answer";
-    at("health").className = "bad";
+    setText(at("health"), why);
+    setClass(at("health"), "bad");
     await new Promise((resolve) => setTimeout(resolve, 2000));
   }
 }
