@@ -174,6 +174,28 @@ def test_log_probabilities_are_those_of_the_whole_model(
     assert "".join(token.token for token in content).strip() == (chat.choices[0].message.content or "").strip()
 
 
+def test_an_answer_goes_on_beyond_its_end_and_counts_as_it_goes(client: openai.OpenAI, tokenizer: Any):
+    ask: dict[str, Any] = {"model": "stories", "max_tokens": 6, "temperature": 0}
+    ask["logit_bias"] = {str(tokenizer.eos_token_id): 100}
+    counted = {"include_usage": True, "continuous_usage_stats": True}
+    for create, prompt in (
+        (client.completions.create, {"prompt": PROMPT}),
+        (client.chat.completions.create, {"messages": MESSAGES}),
+    ):
+        endless: dict[str, Any] = ask | prompt | {"extra_body": {"ignore_eos": True}}
+        ends: Any = create(**ask, **prompt)
+        goes_on: Any = create(**endless)
+        assert (ends.choices[0].finish_reason, ends.usage.completion_tokens) == ("stop", 1)
+        assert (goes_on.choices[0].finish_reason, goes_on.usage.completion_tokens) == ("length", 6)
+        chunks: Any = list(create(**endless, stream=True, stream_options=counted))
+        counts = [chunk.usage.completion_tokens for chunk in chunks]
+        assert counts == sorted(counts)
+        assert counts[-1] == 6
+        assert all(chunk.usage.prompt_tokens == goes_on.usage.prompt_tokens for chunk in chunks)
+    with pytest.raises(openai.BadRequestError, match="ends with it"):
+        client.completions.create(**ask, prompt=PROMPT, extra_body={"ignore_eos": True, "structured_outputs": CHOICE})
+
+
 def test_biases_and_penalties_change_what_is_said(client: openai.OpenAI, expected: Expected, tokenizer: Any):
     first = tokenizer(PROMPT + expected(), return_tensors="pt")["input_ids"][
         0, tokenizer(PROMPT, return_tensors="pt")["input_ids"].shape[1]
@@ -197,6 +219,15 @@ def test_prompts_may_be_tokens_and_several(client: openai.OpenAI, expected: Expe
     assert [choice.index for choice in done.choices] == [0, 1]
 
 
+def test_a_prompt_may_have_the_token_for_padding(client: openai.OpenAI, stories: PreTrainedModel, tokenizer: Any):
+    assert tokenizer.pad_token_id is not None
+    ids = [*tokenizer(PROMPT)["input_ids"], tokenizer.pad_token_id, *tokenizer("The dog")["input_ids"]]
+    done = client.completions.create(model="stories", prompt=ids, max_tokens=8, temperature=0)
+    ids_1S = torch.tensor([ids])
+    found = stories.generate(ids_1S, attention_mask=torch.ones_like(ids_1S), max_new_tokens=8, do_sample=False)
+    assert done.choices[0].text == tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
+
+
 def test_embeddings_are_mean_hidden_states(client: openai.OpenAI, stories: PreTrainedModel, tokenizer: Any):
     found = client.embeddings.create(model="stories", input=[PROMPT, "The big dog"])
     for each, text in zip(found.data, (PROMPT, "The big dog"), strict=True):
@@ -204,6 +235,7 @@ def test_embeddings_are_mean_hidden_states(client: openai.OpenAI, stories: PreTr
         assert each.embedding == pytest.approx(hidden_1SD[0].mean(dim=0).tolist(), abs=1e-4)
 
 
+CHOICE = {"choice": ["a dog.", "a (cat)"]}
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"enum": ["Lily", "Tim"]}, "age": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -229,7 +261,7 @@ def test_an_answer_keeps_to_a_schema_an_expression_or_a_choice(client: openai.Op
     done = client.chat.completions.create(**ask, extra_body={"structured_outputs": {"regex": "[ab]{3}-[0-9]{2}"}})
     assert re.fullmatch("[ab]{3}-[0-9]{2}", done.choices[0].message.content)
     assert done.choices[0].finish_reason == "stop"
-    done = client.chat.completions.create(**ask, extra_body={"structured_outputs": {"choice": ["a dog.", "a (cat)"]}})
+    done = client.chat.completions.create(**ask, extra_body={"structured_outputs": CHOICE})
     assert done.choices[0].message.content in ("a dog.", "a (cat)")
     done = client.completions.create(
         model="stories", prompt=PROMPT, max_tokens=60, extra_body={"structured_outputs": {"grammar": 'start: "x"+ "y"'}}

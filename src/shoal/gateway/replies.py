@@ -99,7 +99,10 @@ class StopFinder:
 async def pieces(wanted: Wanted, usage: Usage) -> AsyncGenerator[Piece, None]:
     """Generate an answer. Close the iterator to stop. Counts the tokens in `usage` as they come."""
     decoder, stops = Decoder(wanted.served.tokenizer, with_special=wanted.with_special), StopFinder(wanted.stop_texts)
-    stream = await asyncio.to_thread(wanted.served.model.stream, wanted.ids_1S, **wanted.options)
+    mask_1S = torch.ones_like(wanted.ids_1S)  # without one, generate() would take some special tokens for padding
+    stream = await asyncio.to_thread(
+        wanted.served.model.stream, wanted.ids_1S, attention_mask=mask_1S, **wanted.options
+    )
     async with stream:
         async for token in stream:
             usage.completion_tokens += 1

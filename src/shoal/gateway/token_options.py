@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from shoal.gateway.bodies import SamplingBody
+from shoal.gateway.error_objects import bad_field
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.structure import KeepsToGrammar, grammar_of
 
@@ -72,6 +73,8 @@ def stream_options(
             )
         )
     if (grammar := grammar_of(request, calls)) is not None:
+        if request.ignore_eos:
+            raise bad_field("ignore_eos", "an answer that keeps to a grammar ends with it")
         processors.append(KeepsToGrammar(served.for_grammars, grammar, num_prompt_tokens=num_prompt_tokens))
     options: dict[str, Any] = {
         "logits_processor": processors,
@@ -79,6 +82,8 @@ def stream_options(
         "seed": None if request.seed is None else (request.seed + index) % (1 << 63),
         "num_beams": 1,
     }
+    if request.ignore_eos:
+        options |= {"eos_token_id": [], "pad_token_id": 0}  # one text needs no padding, but generate() wants a token
     if temperature < GREEDY_BELOW:
         return options | {"do_sample": False}
     return options | {

@@ -11,6 +11,7 @@ from shoal.gateway.bodies.body import Bias, Body, StopText, Text, TokenId
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -51,6 +52,7 @@ class SamplingBody(Body):
     logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -70,3 +72,8 @@ class SamplingBody(Body):
     def includes_usage(self) -> bool:
         """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def includes_usage_so_far(self) -> bool:
+        """Whether every chunk of a stream that ends with the numbers of tokens has those up to it, as in vLLM."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats

@@ -69,14 +69,13 @@ class ChatAnswer:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """OpenAI's `ChatCompletionChunk`s."""
-        usage: dict[str, Any] = {"usage": None} if self._request.includes_usage else {}
         async with aclosing(together(self.wanted, self.usages)) as pieces:
             first = await anext(pieces)  # an answer that cannot begin fails before anything is said
             for index in range(len(self.wanted)):
-                yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}) | usage
-            yield self._piece(*first) | usage
+                yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}) | self._usage_so_far()
+            yield self._piece(*first) | self._usage_so_far()
             async for index, piece in pieces:
-                yield self._piece(index, piece) | usage
+                yield self._piece(index, piece) | self._usage_so_far()
         if self._request.includes_usage:
             yield self._object("chat.completion.chunk", []) | {"usage": self._usage()}
 
@@ -101,6 +100,12 @@ class ChatAnswer:
             "system_fingerprint": None,
             "choices": choices,
         }
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        """What a chunk says of it."""
+        if not self._request.includes_usage:
+            return {}
+        return {"usage": self._usage() if self._request.includes_usage_so_far else None}
 
     def _usage(self) -> dict[str, Any]:
         total = Usage(

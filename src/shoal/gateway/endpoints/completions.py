@@ -74,13 +74,12 @@ class CompletionAnswer:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The same in pieces."""
-        usage: dict[str, Any] = {"usage": None} if self._request.includes_usage else {}
         starts = [0] * len(self.wanted)
         async with aclosing(together(self.wanted, self.usages)) as pieces:
             async for index, piece in pieces:
                 choice = self._choice(index, piece.text, piece.tokens, piece.finish_reason, start=starts[index])
                 starts[index] += len(piece.text)
-                yield self._object([choice]) | usage
+                yield self._object([choice]) | self._usage_so_far()
         if self._request.includes_usage:
             yield self._object([]) | {"usage": self._usage()}
 
@@ -113,6 +112,12 @@ class CompletionAnswer:
             "system_fingerprint": None,
             "choices": choices,
         }
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        """What a chunk says of it."""
+        if not self._request.includes_usage:
+            return {}
+        return {"usage": self._usage() if self._request.includes_usage_so_far else None}
 
     def _usage(self) -> dict[str, Any]:
         each_prompt = self.usages[:: self._request.n or 1]
