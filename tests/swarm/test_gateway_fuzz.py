@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from shoal.gateway.guard.admission import Admission
 from shoal.gateway.served_model import ServedModel
 
 from .gateways import served_at
-from .harness import swarm_of
+from .harness import QUICK, swarm_of
 
 MODEL = "tiny"
 TEXT = "Once upon a time"
@@ -108,7 +109,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             return self.models[MODEL]
 
     with swarm_of(folder, "0:2") as net:
-        served = ServedModel(MODEL, net.model(), tokenizer)
+        patient = replace(QUICK, silence_seconds=60.0, patience_seconds=60.0)  # a busy machine is not a lost server
+        served = ServedModel(MODEL, net.model(config=patient), tokenizer)
         with served_at(application(AnyName([served], Admission()))) as url:
             yield url
 
