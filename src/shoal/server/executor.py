@@ -2,7 +2,7 @@
 
 It should be the only thread of its process that splits its work among several threads. Each thread that does so keeps a
 team of threads. As soon as the teams together have more threads than the machine has cores, OpenMP lets them sleep
-between products instead of spinning, if they may spin at all (`OMP_WAIT_POLICY=ACTIVE`): on two cores that costs a
+between products instead of spinning, if they may spin at all (`shoal.cli.share_cores`): on two cores that costs a
 decoding step 6 ms of 18. So a server's event loop, and the threads that name a prompt's pages, compute without a team
 (`alone`).
 """
