@@ -79,10 +79,7 @@ def command(
     """
     names = _names_of(models)
     adapters = [adapter_of(each, names) for each in adapter or ()]
-    if twice := {each.name for each in adapters if [other.name for other in adapters].count(each.name) > 1}:
-        raise WrongUsage(
-            f"two adapters are called {', '.join(sorted(twice))}", hint="name them: --adapter NAME=ADAPTER"
-        )
+    _check_different("adapters", [each.name for each in adapters], hint="name them: --adapter NAME=ADAPTER")
     for model in models:
         options.check_places(model, None)
     for each in adapters:
@@ -234,6 +231,10 @@ def _names_of(models: Sequence[str]) -> list[str]:
     names = [
         Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model for model in models
     ]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise WrongUsage(f"two models are called {', '.join(sorted(twice))}", hint="rename one of the folders")
+    _check_different("models", names, hint="rename one of the folders")
     return names
+
+
+def _check_different(what: str, names: Sequence[str], *, hint: str) -> None:
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise WrongUsage(f"two {what} are called {', '.join(sorted(twice))}", hint=hint)

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 from shoal.client.generation.generation import Token
 from shoal.gateway.bodies import ChatRequest
 from shoal.gateway.endpoints.forced_calls import ForcedCalls
+from shoal.gateway.endpoints.openai_answer import OpenAIAnswer
 from shoal.gateway.endpoints.turns import Said, Turn, tools_of
-from shoal.gateway.error_objects import Refused
 from shoal.gateway.replies import Piece, Usage, Wanted, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.token_options import stream_options
 
 
-class ChatAnswer:
+class ChatAnswer(OpenAIAnswer):
     """The answers to one request: `whole` at once, or `chunks` as they come."""
 
-    events_are_named: ClassVar[bool] = False
-
     def __init__(self, served: ServedModel, request: ChatRequest) -> None:
+        super().__init__("chatcmpl", request.model)
         self._served = served
         self._request = request
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
         tools = tools_of(served, request)
         ids_1S = served.ids_of_chat(request.messages, tools, request.chat_template_kwargs)
         num_prompt = ids_1S.shape[1]
-        forced = [ForcedCalls.of(request) for _ in range(request.n or 1)]
-        self.turns = [Turn.after(served, ids_1S, tools) if each is None else each for each in forced]
-        schema = None if forced[0] is None else forced[0].schema
+        forced = ForcedCalls.of(request)
+        self.turns = [
+            Turn.after(served, ids_1S, tools) if forced is None else replace(forced) for _ in range(request.n or 1)
+        ]
+        schema = None if forced is None else forced.schema
         most = served.most_new_tokens(num_prompt, request.most_tokens, param="max_tokens")
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         self.wanted = [
@@ -48,10 +46,6 @@ class ChatAnswer:
             for index, turn in enumerate(self.turns)
         ]
         self.usages = [Usage(num_prompt) for _ in self.wanted]
-
-    def failure(self, error: Refused) -> dict[str, Any]:
-        """The last event of a stream that fails."""
-        return error.body()
 
     async def whole(self) -> dict[str, Any]:
         """OpenAI's `ChatCompletion`."""
@@ -90,16 +84,6 @@ class ChatAnswer:
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._object("chat.completion.chunk", [choice])
-
-    def _object(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._request.model,
-            "system_fingerprint": None,
-            "choices": choices,
-        }
 
     def _usage_so_far(self) -> dict[str, Any]:
         """What a chunk says of it."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 from shoal.client.generation.generation import Token
 from shoal.gateway.bodies import CompletionRequest
+from shoal.gateway.endpoints.openai_answer import OpenAIAnswer
 from shoal.gateway.endpoints.prompt_passes import prompt_tokens
-from shoal.gateway.error_objects import Refused, bad_field
+from shoal.gateway.error_objects import bad_field
 from shoal.gateway.replies import Piece, Usage, Wanted, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.token_options import stream_options
@@ -22,20 +21,17 @@ DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for this endpoint."""
 
 
-class CompletionAnswer:
+class CompletionAnswer(OpenAIAnswer):
     """The answers to one request: `whole` at once, or `chunks` as they come."""
-
-    events_are_named: ClassVar[bool] = False
 
     def __init__(self, served: ServedModel, request: CompletionRequest) -> None:
         if request.echo and request.stream:
             raise bad_field("echo", "echo is not supported with stream")
         if request.max_tokens == 0 and not request.echo:
             raise bad_field("max_tokens", "0 tokens and no echo leave nothing to answer")
+        super().__init__("cmpl", request.model)
         self._served = served
         self._request = request
-        self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
         self._texts_before: list[str] = []
         self.wanted: list[Wanted] = []
         self.usages: list[Usage] = []
@@ -50,10 +46,6 @@ class CompletionAnswer:
                 self.wanted.append(Wanted(served, ids_1S, options, request.stop_texts))
                 self.usages.append(Usage(num_prompt))
                 self._texts_before.append(self._echoed(prompt) if request.echo else "")
-
-    def failure(self, error: Refused) -> dict[str, Any]:
-        """The last event of a stream that fails."""
-        return error.body()
 
     async def whole(self) -> dict[str, Any]:
         """OpenAI's `Completion`."""
@@ -70,7 +62,7 @@ class CompletionAnswer:
                     known = await asyncio.to_thread(prompt_tokens, self._served, wanted.ids_1S, self._request.logprobs)
                 tokens, start = (*known, *tokens), 0
             choices.append(self._choice(index, before + answer.text, tokens, answer.finish_reason, start=start))
-        return self._object(choices) | {"usage": self._usage()}
+        return self._object("text_completion", choices) | {"usage": self._usage()}
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The same in pieces."""
@@ -79,9 +71,9 @@ class CompletionAnswer:
             async for index, piece in pieces:
                 choice = self._choice(index, piece.text, piece.tokens, piece.finish_reason, start=starts[index])
                 starts[index] += len(piece.text)
-                yield self._object([choice]) | self._usage_so_far()
+                yield self._object("text_completion", [choice]) | self._usage_so_far()
         if self._request.includes_usage:
-            yield self._object([]) | {"usage": self._usage()}
+            yield self._object("text_completion", []) | {"usage": self._usage()}
 
     def _choice(
         self, index: int, text: str, tokens: Sequence[Token], reason: str | None, *, start: int
@@ -101,16 +93,6 @@ class CompletionAnswer:
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": top,
             "text_offset": offsets,
-        }
-
-    def _object(self, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._request.model,
-            "system_fingerprint": None,
-            "choices": choices,
         }
 
     def _usage_so_far(self) -> dict[str, Any]:
