@@ -61,11 +61,11 @@ def command(
         while True:
             conversation = Conversation(tokenizer, system)
             with llm.inference_session(max_length=max_length) as session:
-                if not _converse(llm, conversation, session, chosen, seed, note):
+                if not converse(llm, conversation, session, chosen, seed, note):
                     return
 
 
-def _converse(
+def converse(
     llm: Any,
     conversation: Conversation,
     session: InferenceSession,
