@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from shoal.bundled import STORIES
-from shoal.cli.chat import Conversation, converse, parse_line
+from shoal.cli.chat import Transcript, converse, parse_line
 from shoal.cli.generate import is_cut
 from shoal.cli.wait_note import WaitNote
 from shoal.client.generation.generation import Token
@@ -80,7 +80,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         capsys.readouterr()
         again = converse(
             model,
-            Conversation(tokenizer),
+            Transcript(tokenizer),
             Session(),
             {"max_new_tokens": max_new_tokens},
             None,

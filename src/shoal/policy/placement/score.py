@@ -63,7 +63,7 @@ class Changes:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ScoredPlacement:
     """A placement with all sums that the score of a change is computed from."""
 
     fleet: Fleet
@@ -76,7 +76,7 @@ class Picture:
     log_losses: Floats  # [Z, N] logarithm of the chance that all holders in a zone vanish, each for itself
 
     @classmethod
-    def of(cls, fleet: Fleet, scoring: Scoring, bound: float | None = None) -> Picture:
+    def of(cls, fleet: Fleet, scoring: Scoring, bound: float | None = None) -> ScoredPlacement:
         """The bound does not depend on the placement: pass it on if it is known."""
         if bound is None:
             counts = summed(fleet.kind, fleet.counts, len(fleet.kinds.longest))
