@@ -34,6 +34,7 @@ class MessagesAnswer:
 
     @property
     def usages(self) -> list[Usage]:
+        """The tokens of each of its answers, as far as it has come."""
         return self._chat.usages
 
     def failure(self, error: Refused) -> dict[str, Any]:

@@ -33,10 +33,12 @@ class ResponsesAnswer:
 
     @property
     def inputs(self) -> list[GenerationInputs]:
+        """What is generated for it."""
         return self._chat.inputs
 
     @property
     def usages(self) -> list[Usage]:
+        """The tokens of each of its answers, as far as it has come."""
         return self._chat.usages
 
     def failure(self, error: Refused) -> dict[str, Any]:

@@ -154,14 +154,17 @@ class ScoredPlacement:
         return _inside(starts, ends, self.fleet.num_blocks) & present[:, None]
 
     def held_after(self, changes: Changes) -> Flags:
+        """The blocks that the machine of each change holds after it. [B, N]"""
         return _inside(changes.starts, changes.ends, self.fleet.num_blocks)
 
     def capacity_before(self, changes: Changes) -> Floats:
+        """What the machine of each change can do now, as far as it counts. [B]"""
         fleet, rows = self.fleet, changes.rows
         capacity: Floats = np.where(rows >= 0, fleet.capacity[rows] * fleet.weights[rows], 0.0)
         return capacity
 
     def capacity_after(self, changes: Changes) -> Floats:
+        """What the machine of each change can do after it. [B]"""
         capacity: Floats = self.fleet.kinds.capacity[self.fleet.kind[changes.rows], changes.ends - changes.starts]
         return capacity
 

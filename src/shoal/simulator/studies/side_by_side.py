@@ -44,6 +44,7 @@ class RunGrid:
 
     @property
     def num_runs(self) -> int:
+        """The number of runs."""
         return len(self.settings) * len(self.rules) * len(self.seeds)
 
 
