@@ -18,7 +18,6 @@ time, or if pages of a cache are missing at the end.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import shutil
 import statistics
@@ -30,14 +29,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
-import torch
-import transformers
 
 from benchmarks.clients import announced
-from benchmarks.conversations import Conversation, conversations, write_conversations
-from benchmarks.machine import describe_machine
+from benchmarks.conversations import Conversation, write_conversations
 from benchmarks.soak import IDLE_SECONDS, MAX_GROWTH, MODEL, open_model
 from benchmarks.soak_clients import SoakClients
+from benchmarks.soak_options import soak_parser, soak_script
 from shoal.spans import Span
 from shoal.testing import ShapedServer, ShapedSwarm, shaped_swarm
 from shoal.testing.churn import CURES, Act, Event, churning, is_redundant, random_churn
@@ -264,16 +261,9 @@ def soak(script: list[Conversation], seconds: float, every: float, seed: int, lo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1800)
-    parser.add_argument("--every", type=float, default=8, help="seconds from one failure to the next, on average")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--logs", type=Path, help="a new folder for the logs of all processes")
+    parser = soak_parser(__doc__, every=8, event="failure")
     arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    print(describe_machine(), flush=True)
-    script = conversations(MODEL, NUM_CONVERSATIONS, seed=arguments.seed)
+    script = soak_script(NUM_CONVERSATIONS, seed=arguments.seed)
     return soak(script, arguments.seconds, arguments.every, arguments.seed, arguments.logs)
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.healing [--runs 3] [--starts 20] [--servers 4]
 
-`--runs`: three clients talk while the only holder of some blocks is killed. Another server moves to these blocks. The
-table has the longest time between two tokens of each client, and how long the server that moved took to load. The goal
-is a gap of at most that and 5 seconds. All tokens are compared with those of plain Transformers.
+`--runs`: three clients generate while the only holder of some blocks is killed. Another server moves to these blocks.
+The table has the longest time between two tokens of each client, and how long the server that moved took to load. The
+goal is a gap of at most that and 5 seconds. All tokens are compared with those of plain Transformers.
 
 `--starts`: servers start at the same moment, again and again, and each chooses its blocks. Every block has to have a
 holder as soon as all of them serve.
@@ -46,7 +46,7 @@ from shoal.processes import Child, Children
 MODEL = Path(shoal.__file__).parent / "bundled" / "stories"
 NUM_BLOCKS = 12
 NUM_TOKENS = 300
-"""Tokens of each client: enough to talk until long after the swarm has healed."""
+"""Tokens of each client: enough to go on until long after the swarm has healed."""
 TOKEN_SECONDS = 0.03
 """How long a client waits after each token, as people read."""
 TOKENS_BEFORE = 40
@@ -118,8 +118,8 @@ def missing(servers: Sequence[ServerInfo]) -> list[int]:
 
 
 @dataclass
-class Talker:
-    """A client that generates in a thread of its own, and the tokens that are right."""
+class ReadingClient:
+    """A client that generates in a thread of its own, as fast as people read, and the tokens that are right."""
 
     model: Any
     prompt: torch.Tensor
@@ -130,10 +130,10 @@ class Talker:
     _thread: threading.Thread | None = field(default=None, repr=False)
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._talk, daemon=True)
+        self._thread = threading.Thread(target=self._generate, daemon=True)
         self._thread.start()
 
-    def _talk(self) -> None:
+    def _generate(self) -> None:
         try:
             self.generation = generate(self.model, self.prompt, NUM_TOKENS, came=self._count)
         except shoal.ShoalError as error:
@@ -148,7 +148,7 @@ class Talker:
         self._thread.join()
 
     @property
-    def is_talking(self) -> bool:
+    def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
     @property
@@ -206,7 +206,7 @@ class Healing:
 
 
 def heal(script: Sequence[tuple[torch.Tensor, list[int]]]) -> Healing:
-    """Kill the only holder of the last blocks under talking clients."""
+    """Kill the only holder of the last blocks under clients that generate."""
     with swarm() as processes:
         for start in (0, 4):
             processes.start(f"pinned-{start}", "--blocks", f"{start}:{start + 4}")
@@ -219,30 +219,30 @@ def heal(script: Sequence[tuple[torch.Tensor, list[int]]]) -> Healing:
             )
             for _ in script
         ]
-        talkers = [Talker(each, *dialogue) for each, dialogue in zip(model, script, strict=True)]
-        for talker in talkers:
-            talker.start()
-        while any(talker.num_tokens < TOKENS_BEFORE and talker.is_talking for talker in talkers):
+        clients = [ReadingClient(each, *dialogue) for each, dialogue in zip(model, script, strict=True)]
+        for client in clients:
+            client.start()
+        while any(client.num_tokens < TOKENS_BEFORE and client.is_running for client in clients):
             time.sleep(0.01)
         victim.kill()
         killed_at = time.perf_counter()
         peer = victim.facts["peer"]
         while missing([each for each in processes.servers() if each.peer != peer]):
             time.sleep(0.2)
-            if not any(talker.is_talking for talker in talkers):
+            if not any(client.is_running for client in clients):
                 break
         healed = time.perf_counter() - killed_at
-        for talker in talkers:
-            talker.join()
+        for client in clients:
+            client.join()
         for each in model:
             each.close()
         logs = {child.name: child.log.read_text() for child in movable}
         movers = [name for name, log in logs.items() if re.search(r"goes from blocks .* have no server", log)]
         loading = [float(seconds) for name in movers for seconds in re.findall(r"took ([\d.]+) s", logs[name])]
-        faults = [fault for talker in talkers if (fault := talker.fault) is not None]
+        faults = [fault for client in clients if (fault := client.fault) is not None]
         if len(movers) != 1:
             faults.append(f"{len(movers)} servers moved to the blocks")
-        gaps = tuple(talker.gap for talker in talkers if talker.generation is not None)
+        gaps = tuple(client.gap for client in clients if client.generation is not None)
         return Healing(", ".join(movers), healed, max(loading, default=0.0), gaps, tuple(faults))
 
 

@@ -13,7 +13,6 @@ no client said what it waited for.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
@@ -24,13 +23,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import transformers
-
-from benchmarks.conversations import conversations, write_conversations
-from benchmarks.healing import MODEL, Processes, missing, swarm
-from benchmarks.machine import describe_machine
+from benchmarks.conversations import write_conversations
+from benchmarks.healing import Processes, missing, swarm
 from benchmarks.soak_clients import SoakClients
+from benchmarks.soak_options import soak_parser, soak_script
 from shoal.processes import Child
 
 MOST_BLOCKS = "5"
@@ -147,17 +143,10 @@ def judge(clients: SoakClients, holes: Holes, folder: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1800)
-    parser.add_argument("--every", type=float, default=20, help="seconds from one kill to the next, on average")
+    parser = soak_parser(__doc__, every=20, event="kill")
     parser.add_argument("--servers", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--logs", type=Path, help="a new folder for the logs of all processes")
     arguments = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    print(describe_machine(), flush=True)
-    script = conversations(MODEL, NUM_CONVERSATIONS, seed=arguments.seed)
+    script = soak_script(NUM_CONVERSATIONS, seed=arguments.seed)
     with tempfile.TemporaryDirectory() as name, swarm() as processes:
         folder = Path(name)
         os.environ.setdefault("SHOAL_CACHE", str(folder / "cache"))

@@ -31,7 +31,7 @@ from shoal.policy.machines.throughput import block_throughputs, exact_throughput
 from shoal.policy.placement.joining import Rule, choose_blocks
 from shoal.policy.placement.petals import choose_move
 from shoal.policy.placement.plan import plan_moves
-from shoal.policy.placement.score import Changes, Picture, Scoring
+from shoal.policy.placement.score import Changes, ScoredPlacement, Scoring
 from shoal.spans import Span
 
 SWARMS = [(14, 80, 1.5), (14, 80, 2.5), (14, 126, 2), (100, 80, 1.5), (100, 80, 3), (100, 126, 1.5), (100, 126, 6)]
@@ -86,23 +86,23 @@ def searched(machines: Sequence[Machine], num_blocks: int, seconds: float, seed:
     start = list(fleet.machines)
     best = exact_throughput(start, num_blocks)
     best_fleet, bound = fleet, throughput_bound(machines, num_blocks)
-    picture = Picture.of(fleet, Scoring(), bound)
+    placement = ScoredPlacement.of(fleet, Scoring(), bound)
     target = max(best * 1.02, bound * 0.05)
     began = time.monotonic()
     while (spent := (time.monotonic() - began) / seconds) < 1:
-        changes = _proposals(picture, target, rng)
-        lacking = num_blocks * target - picture.exact_sums(changes, np.array([target]))[:, 0]
+        changes = _proposals(placement, target, rng)
+        lacking = num_blocks * target - placement.exact_sums(changes, np.array([target]))[:, 0]
         temperature = target * 0.5 * (1 - spent) ** 2 + 1e-9
         chosen = int((-lacking / temperature + rng.gumbel(size=len(lacking))).argmax())
         row, span = int(changes.rows[chosen]), (int(changes.starts[chosen]), int(changes.ends[chosen]))
         if row >= 0:
-            starts, ends = picture.fleet.starts.copy(), picture.fleet.ends.copy()
+            starts, ends = placement.fleet.starts.copy(), placement.fleet.ends.copy()
             starts[row], ends[row] = span
-            picture = Picture.of(replace(picture.fleet, starts=starts, ends=ends), Scoring(), bound)
+            placement = ScoredPlacement.of(replace(placement.fleet, starts=starts, ends=ends), Scoring(), bound)
         if lacking[chosen] <= 1e-6 * target * num_blocks or rng.random() < 0.02:
-            value = exact_throughput(_placed(picture.fleet), num_blocks)
+            value = exact_throughput(_placed(placement.fleet), num_blocks)
             if value > best:
-                best, best_fleet = value, picture.fleet
+                best, best_fleet = value, placement.fleet
                 target = best * 1.01
     return _placed(best_fleet)
 
@@ -114,13 +114,13 @@ def _placed(fleet: Fleet) -> list[Machine]:
     ]
 
 
-def _proposals(picture: Picture, target: float, rng: np.random.Generator) -> Changes:
+def _proposals(placement: ScoredPlacement, target: float, rng: np.random.Generator) -> Changes:
     """Random moves, half of them to blocks that lack something; the first is to stay."""
-    fleet, num_blocks = picture.fleet, picture.fleet.num_blocks
+    fleet, num_blocks = placement.fleet, placement.fleet.num_blocks
     rows = rng.integers(len(fleet.machines), size=PROPOSALS)
     lengths = 1 + (rng.random(PROPOSALS) * fleet.kinds.longest[fleet.kind[rows]]).astype(np.int64)
     starts = (rng.random(PROPOSALS) * (num_blocks - lengths + 1)).astype(np.int64)
-    weak = np.argsort(picture.even + rng.random(num_blocks) * target * 0.3)[: max(1, num_blocks // 8)]
+    weak = np.argsort(placement.even + rng.random(num_blocks) * target * 0.3)[: max(1, num_blocks // 8)]
     aimed = rng.choice(weak, PROPOSALS) - (rng.random(PROPOSALS) * lengths).astype(np.int64)
     starts = np.where(rng.random(PROPOSALS) < 0.5, np.clip(aimed, 0, num_blocks - lengths), starts)
     rows[0] = -1

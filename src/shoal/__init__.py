@@ -4,6 +4,10 @@ from shoal import AutoDistributedModelForCausalLM
 
 model = AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDRESS])
 model.generate(**inputs, max_new_tokens=20)
+
+This file holds the names that users import, and imports them from `shoal.client` and `shoal.errors` on first use.
+Beside it stand the packages and, as loose modules, the ground: words that all packages use and that import only each
+other.
 """
 
 from __future__ import annotations

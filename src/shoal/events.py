@@ -60,7 +60,7 @@ class StageReplaced:
 
 
 @dataclass(frozen=True)
-class Waiting:
+class WaitingForBlocks:
     """A client cannot go on, because no server computes `blocks` now, and waits until one does.
 
     It is told when the wait begins, when there is news, and every 15 s. `expected_seconds` is when the servers that are
@@ -156,7 +156,7 @@ Event = (
     RouteChosen
     | ServerLost
     | StageReplaced
-    | Waiting
+    | WaitingForBlocks
     | WaitEnded
     | SessionOpened
     | SessionClosed
@@ -180,7 +180,7 @@ class LogObserver:
                 log.warning("%s; looking for another server", reason)
             case StageReplaced(peer=peer, replacements=replacements) if log.isEnabledFor(logging.INFO):
                 log.info("%s replaced by %s", peer, ", ".join(replacements))
-            case Waiting() | WaitEnded():
+            case WaitingForBlocks() | WaitEnded():
                 log.warning("%s", event.line)
             case SessionOpened(model=model, span=span, batch_size=batch_size):
                 log.debug("a session of %d sequences on blocks %s of %s", batch_size, span, model)

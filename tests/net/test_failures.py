@@ -8,33 +8,19 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import AutoModelForCausalLM
 
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
 from shoal.testing import ShapedServer, ShapedSwarm, shaped_swarm
+
+from ..call_after import CallAfter
 
 PROMPT = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])
 LONG_PROMPT = torch.arange(300)[None] % 200 + 3
 OPTIONS = ("--dtype", "float32", "--cache-tokens", "4096")
 NUM_TOKENS = 8
 """The tokens of each call of `generate`."""
-
-
-class CallAfter(TextStreamer):
-    """Calls `act` when it was given `num_tokens` tokens; the prompt counts as one."""
-
-    def __init__(self, num_tokens: int, act: Callable[[], None]) -> None:
-        self._left = num_tokens
-        self._act = act
-
-    def put(self, value: torch.Tensor) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._act()
-
-    def end(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

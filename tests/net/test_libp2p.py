@@ -33,6 +33,8 @@ from shoal.policy.census.levels import Shard
 from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, ProtocolViolation
 from shoal.spans import Span
 
+from .. import server_infos
+
 pytestmark = pytest.mark.anyio
 
 MODEL = ModelInfo(key="m" * 32, name="org/tiny", family="llama", num_blocks=8)
@@ -65,19 +67,8 @@ async def echo(stream: Stream) -> None:
 
 
 def info(node: Node, start: int, end: int, state: ServerState = ServerState.ONLINE) -> ServerInfo:
-    return ServerInfo(
-        peer=node.transport.peer,
-        span=Span(start, end),
-        state=state,
-        fingerprint="f",
-        decode_speed=1.0,
-        prefill_speed=2.0,
-        cache_tokens_left=3,
-        dtype="bfloat16",
-        quantization="none",
-        version="1",
-        addresses=node.transport.addresses,
-    )
+    """What this node announces."""
+    return server_infos.info(node.transport.peer, start, end, state, addresses=node.transport.addresses)
 
 
 def daemons_of(pid: int) -> list[psutil.Process]:

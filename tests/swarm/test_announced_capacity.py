@@ -36,8 +36,8 @@ WHOLE = Span(0, NUM_BLOCKS)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
     # However busy this machine is, it is measured once, and what it has shown is kept.
-    monkeypatch.setattr("shoal.server.throughput.MAX_SPREAD", float("inf"))
-    monkeypatch.setattr("shoal.server.throughput.MIN_CPU_FRACTION", 0.0)
+    monkeypatch.setattr("shoal.server.measured_speed.MAX_SPREAD", float("inf"))
+    monkeypatch.setattr("shoal.server.measured_speed.MIN_CPU_FRACTION", 0.0)
     monkeypatch.setattr("shoal.server.measuring.pass_timer.MAX_BATCH_SECONDS", float("inf"))
 
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel
 
 from shoal import MissingBlocks, RequestRejected
 from shoal.net.memory import Frame
 from shoal.policy.batching.engine_limits import Limits
 
+from ..call_after import CallAfter
 from .harness import QUICK, Swarm
 
 MakeSwarm = Callable[..., Swarm]
@@ -19,22 +20,6 @@ MakeSwarm = Callable[..., Swarm]
 PROMPT = torch.tensor([[5, 17, 42, 9, 33]])
 PADDED = torch.tensor([[0, 0, 5, 17, 42], [7, 8, 9, 10, 11]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-
-
-class AfterTokens(TextStreamer):
-    """Does something when a number of tokens have been generated."""
-
-    def __init__(self, num_tokens: int, act: Callable[[], None]) -> None:
-        self._left = num_tokens
-        self._act = act
-
-    def put(self, value: torch.Tensor) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._act()
-
-    def end(self) -> None:
-        pass
 
 
 def lose(swarm: Swarm, how: str, name: str) -> Callable[[], None]:
@@ -70,7 +55,7 @@ def test_generation_survives_a_server_that_is_lost(swarm: MakeSwarm, whole: PreT
 def test_several_servers_with_other_cuts_take_the_place_of_one(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:4")
     model = swarm_.model()
-    streamer = AfterTokens(5, lambda: [swarm_.start(span) for span in ("0:1", "1:3", "3:4")] and swarm_.kill("s0"))
+    streamer = CallAfter(5, lambda: [swarm_.start(span) for span in ("0:1", "1:3", "3:4")] and swarm_.kill("s0"))
     answer = model.generate(PADDED, attention_mask=MASK, max_new_tokens=10, streamer=None)
     expected = whole.generate(PADDED, attention_mask=MASK, max_new_tokens=10)
     assert answer.tolist() == expected.tolist()

@@ -20,8 +20,8 @@ from shoal.model import families
 from shoal.net.wire.encodings import as_received
 from shoal.tensors import Encoding
 
+from ..call_after import CallAfter
 from .harness import QUICK, Swarm
-from .test_failures import AfterTokens
 from .test_wire import tapped
 
 MakeSwarm = Callable[..., Swarm]
@@ -137,7 +137,7 @@ def test_a_failure_in_mid_prompt_is_recovered_from_a_file(swarm: MakeSwarm, whol
     model = swarm_.model(config=replace(QUICK, history_memory=0))
     for name in ("s1", "s2"):
         swarm_.call(swarm_.network.drop_after, name, 1)
-    streamer = AfterTokens(60, lambda: swarm_.call(swarm_.network.drop_after, "s0", 1))
+    streamer = CallAfter(60, lambda: swarm_.call(swarm_.network.drop_after, "s0", 1))
     expected = whole.generate(PROMPT, max_new_tokens=80)
     assert model.generate(PROMPT, max_new_tokens=80, streamer=streamer).tolist() == expected.tolist()
 

@@ -141,8 +141,8 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a rewind without an epoch": ([opening(), raw("rewind", position=0)], INVALID),
     "a rewind with tensors": ([opening(), raw("rewind", {"hidden": hidden()}, position=0, epoch=1)], INVALID),
     "a skip before the first token": ([opening(), step(skip=-1)], INVALID),
-    "onward for ever": ([opening(), step(hops_left=257)], INVALID),
-    "onward to before": ([opening(), step(hops_left=-1)], INVALID),
+    "more hops left than a route has": ([opening(), step(hops_left=257)], INVALID),
+    "fewer than no hops left": ([opening(), step(hops_left=-1)], INVALID),
     "the likeliest of nothing": ([opening(), step(top_k=3)], INVALID),
     # places in the ring
     "a next server without a name": ([opening(downstream=place(""))], INVALID),
@@ -471,7 +471,7 @@ STRANGE: dict[str, list[Raw]] = {
     "a skip of everything": [opening(skip=99), step(skip=2)],
     "a skip beyond the step": [opening(), step(skip=1 << 22), step(2)],
     "the last step again, which nobody wanted to see": [opening(), step(skip=2), step(skip=2)],
-    "onward to nobody": [opening(), step(hops_left=256)],
+    "hops left without a next server": [opening(), step(hops_left=256)],
     "a rewind of nothing": [opening(), rewind(), step(epoch=1)],
     "rewinds one after another": [
         opening(),

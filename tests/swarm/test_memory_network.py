@@ -10,28 +10,14 @@ import pytest
 
 from shoal.net.memory import QUEUE_FRAMES, Frame, MemoryNetwork
 from shoal.net.transport import Stream, StreamBroken
-from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.peers import ModelInfo, ServerState
 from shoal.protocol import MAX_HEADER_BYTES, ProtocolViolation
-from shoal.spans import Span
+
+from ..server_infos import info
 
 pytestmark = pytest.mark.anyio
 
 MODEL = ModelInfo(key="m" * 16, name="tiny", family="llama", num_blocks=8)
-
-
-def info(peer: str, start: int = 0, end: int = 4, state: ServerState = ServerState.ONLINE) -> ServerInfo:
-    return ServerInfo(
-        peer=peer,
-        span=Span(start, end),
-        state=state,
-        fingerprint="f",
-        decode_speed=1.0,
-        prefill_speed=2.0,
-        cache_tokens_left=3,
-        dtype="bfloat16",
-        quantization="none",
-        version="1",
-    )
 
 
 async def echo(stream: Stream) -> None:

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from shoal.events import ServerLost, StageReplaced, Waiting
+from shoal.events import ServerLost, StageReplaced, WaitingForBlocks
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.mover import Mover
@@ -365,7 +365,7 @@ def test_the_only_holder_of_blocks_serves_them_while_it_takes_others_and_gives_s
         await together(client.talk(100, seconds_each=1.0), training(town.client()), change())
         assert missing
         assert not any(missing)
-        assert not [event for event in client.told if isinstance(event, Waiting)]
+        assert not [event for event in client.told if isinstance(event, WaitingForBlocks)]
         client.check_streams()
 
     stage.play(scene)
@@ -496,7 +496,7 @@ def test_a_client_whose_directory_does_not_know_yet_that_the_only_holder_has_mov
         assert town.infos["m"].span == FIRST
 
         async def tell() -> None:
-            await town.until(lambda: any(isinstance(event, Waiting) for event in client.told))
+            await town.until(lambda: any(isinstance(event, WaitingForBlocks) for event in client.told))
             town.network.on_announce = None
 
         await together(client.talk(20, seconds_each=0.5), tell())

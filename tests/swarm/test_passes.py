@@ -47,6 +47,7 @@ class Trained:
         for block, skeleton in self.blocks.named_children():
             skeleton.requires_grad_(int(block) >= first)
         self.passes: RemotePasses = self.blocks.passes
+        # A call makes its plan and runs it at once. The tests run the plan on pieces of their own.
         self.plan: PassPlan = self.blocks._plan(self.blocks._tuned(), HIDDEN)
 
     @torch.no_grad()

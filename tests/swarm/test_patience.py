@@ -15,7 +15,7 @@ from shoal.client.options.client_options import ClientOptions
 from shoal.client.training.remote_passes import RemotePasses
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, UserError
-from shoal.events import Event, WaitEnded, Waiting
+from shoal.events import Event, WaitEnded, WaitingForBlocks
 from shoal.peers import ServerInfo, ServerState
 from shoal.spans import Span
 
@@ -61,10 +61,10 @@ class Scene:
         )
         self.bed.network.publish(peer, MODEL, replace(info, **others), now() + 1000)
 
-    async def waits(self) -> tuple[list[Waiting], list[WaitEnded]]:
+    async def waits(self) -> tuple[list[WaitingForBlocks], list[WaitEnded]]:
         """What the client told of its waits. It tells nothing any more then."""
         await self.client.swarm.events.close()
-        waiting = [event for event in self.seen if isinstance(event, Waiting)]
+        waiting = [event for event in self.seen if isinstance(event, WaitingForBlocks)]
         return waiting, [event for event in self.seen if isinstance(event, WaitEnded)]
 
 

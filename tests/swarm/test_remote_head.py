@@ -17,9 +17,9 @@ from shoal.model.remote_cache import RemoteCache
 from shoal.policy.routing.switching import LOOK_TOKENS
 from shoal.protocol import Failure, StepResult
 
+from ..call_after import CallAfter
 from .harness import QUICK, Swarm, swarm_of
 from .intruder import FINGERPRINT, MODEL, Intruder, Raw, raw
-from .test_failures import AfterTokens
 from .test_generation import HOW, MASK, PADDED, PROMPT
 from .test_hostile_servers import Rogue, always
 from .tiny_models import tiny_config, tiny_model
@@ -158,7 +158,7 @@ def test_another_head_takes_the_place_of_one_that_is_killed(
     prompt = PROMPT.repeat(1, 2)
     torch.manual_seed(3)
     expected = whole.generate(prompt, max_new_tokens=10, **how)
-    kill = AfterTokens(4, lambda: made.kill("s1"))
+    kill = CallAfter(4, lambda: made.kill("s1"))
     streams = {} if "num_beams" in how else {"streamer": kill}
     if not streams:
         made.call(made.network.drop_after, "s1", 5)
@@ -173,7 +173,7 @@ def test_where_no_head_is_left_the_client_computes_it(
     made.start("2:4")
     model = made.model(config=REMOTE)
     with caplog.at_level(logging.WARNING):
-        answer = model.generate(PROMPT, max_new_tokens=10, streamer=AfterTokens(4, lambda: made.kill("s1")))
+        answer = model.generate(PROMPT, max_new_tokens=10, streamer=CallAfter(4, lambda: made.kill("s1")))
         again = model.generate(PROMPT, max_new_tokens=10)
     assert answer.tolist() == again.tolist() == whole.generate(PROMPT, max_new_tokens=10).tolist()
     assert caplog.text.count("no server offers the output head: this client computes it") == 1

@@ -118,7 +118,7 @@ def test_a_closed_stream_frees_its_servers(swarm: MakeSwarm):
 
 def test_a_forgotten_stream_ends(swarm: MakeSwarm):
     model = swarm("0:4").model()
-    engine: GenerationEngine = model._started_engine()
+    engine: GenerationEngine = model._started_engine()  # nothing public says what runs for a stream without a holder
     stream = model.stream(PROMPTS[0], max_new_tokens=400)
     next(stream)
     del stream

@@ -159,14 +159,14 @@ class Visitor:
         self._mask_BS = self._mask_BS[rows, :position]
 
     async def _opened(self) -> int:
-        """The same as `_open`, after teaching the engine what it lacks, if that is anything."""
+        """The same as `_open`, after sending the engine the adapters that it lacks, if any."""
         try:
             return self._open()
         except MissingFromCache as lacks:
             for each in self.tuning.in_span(self.span):
                 if each.name in lacks.adapters:
-                    lesson = Adapter(block=each.block, layers=each.layers)
-                    await self._engine.adapters.store(self.peer, lesson, {"factors": each.values})
+                    message = Adapter(block=each.block, layers=each.layers)
+                    await self._engine.adapters.store(self.peer, message, {"factors": each.values})
             return self._open()
 
     def _open(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from shoal.bundled import STORIES
-from shoal.cli.chat import Conversation, _converse, parse_line
+from shoal.cli.chat import Transcript, converse, parse_line
 from shoal.cli.generate import is_cut
 from shoal.cli.wait_note import WaitNote
 from shoal.client.generation.generation import Token
@@ -78,9 +78,9 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         model = FakeModel([*tokenizer(answer)["input_ids"], *([1] if ended else [])])
         capsys.readouterr()
-        again = _converse(
+        again = converse(
             model,
-            Conversation(tokenizer),
+            Transcript(tokenizer),
             Session(),
             {"max_new_tokens": max_new_tokens},
             None,

@@ -24,10 +24,10 @@ from shoal.server.config import ServerConfig
 from shoal.server.executor import Abandoned
 from shoal.server.kv.batch import Chunk
 from shoal.server.kv.session_cache import Growth
+from shoal.server.measured_speed import speed_key
 from shoal.server.server import serve
 from shoal.server.speed_watch import Watch
 from shoal.server.startup_progress import Phase, Progress
-from shoal.server.throughput import speed_key
 from shoal.spans import Span
 
 

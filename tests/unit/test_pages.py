@@ -67,6 +67,9 @@ def test_of_two_equal_pages_the_first_is_shared():
     assert pool.num_available == 2
 
 
+# A pool's own methods leave it whole, so a damage that `check_integrity` should find is done to its private attributes.
+
+
 def held_twice(pool: PagePool) -> Iterable[int]:
     return [0, 0, 1]
 

@@ -19,7 +19,7 @@ from shoal.policy.machines.throughput import block_throughputs, exact_throughput
 from shoal.policy.placement.joining import choose_blocks
 from shoal.policy.placement.petals import choose_move
 from shoal.policy.placement.plan import Move, plan_moves
-from shoal.policy.placement.score import Changes, Picture, Scoring
+from shoal.policy.placement.score import Changes, ScoredPlacement, Scoring
 from shoal.spans import Span
 
 NOW = 1000.0
@@ -271,8 +271,8 @@ def test_where_no_machine_came_for_a_day_throughput_counts_for_more_than_danger(
 
 def test_the_score_knows_that_a_network_limits_what_a_machine_does_for_one_block():
     machines = [machine("a", "0:4", 100, network_speed=30.0), machine("b", "1:4", 1000)]
-    picture = Picture.of(Fleet.of(machines, 4, now=NOW), Scoring())
-    assert picture.exact_sums(Changes.none(), np.array([50.0]))[0, 0] == 30 + 3 * 50
+    placement = ScoredPlacement.of(Fleet.of(machines, 4, now=NOW), Scoring())
+    assert placement.exact_sums(Changes.none(), np.array([50.0]))[0, 0] == 30 + 3 * 50
 
 
 def test_no_machines_make_no_plan():

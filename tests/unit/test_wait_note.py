@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from shoal.cli.wait_note import WaitNote
-from shoal.events import ServerLost, WaitEnded, Waiting
+from shoal.events import ServerLost, WaitEnded, WaitingForBlocks
 
 WIDTH, HEIGHT = 40, 4
-WAITING = Waiting("m", (10, 11), "no server holds blocks 10:12 of m; mia loads them", 42.0, 0.0, 180.0)
+WAITING = WaitingForBlocks("m", (10, 11), "no server holds blocks 10:12 of m; mia loads them", 42.0, 0.0, 180.0)
 ENDED = WaitEnded("m", (10, 11), 61.8, goes_on=True)
 
 
@@ -113,7 +113,7 @@ def test_a_note_is_replaced_by_the_next_one_and_hidden_before_more_text_comes():
     note = on(screen)
     with note.during():
         note(WAITING)
-        note(Waiting("m", (10,), "no server holds block 10", None, 15.0, 180.0))
+        note(WaitingForBlocks("m", (10,), "no server holds block 10", None, 15.0, 180.0))
         assert screen.shown[:2] == ["Once", "waiting for 15 s: no server holds bloc…"]
         note.hide()
         screen.write(" upon")
@@ -159,5 +159,5 @@ def test_what_a_peer_says_cannot_write_to_the_terminal():
     screen = Screen()
     note = on(screen)
     with note.during():
-        note(Waiting("m", (1,), "bad\x1b[2J\nname", None, 0.0, 5.0))
+        note(WaitingForBlocks("m", (1,), "bad\x1b[2J\nname", None, 0.0, 5.0))
         assert screen.shown[1] == "waiting: bad [2J name (for 5 s at most)"

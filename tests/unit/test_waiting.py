@@ -15,7 +15,7 @@ from shoal.policy.waiting import (
     LATE_LOOK_SECONDS,
     LATE_SECONDS,
     LOOK_SECONDS,
-    Lacking,
+    MissingSince,
     loaders,
     outlook,
     seconds_to_look,
@@ -35,10 +35,10 @@ def view(*servers: ServerInfo) -> SwarmView:
 
 
 def test_a_client_lacks_each_block_since_it_first_lacked_it():
-    lacking = Lacking().also([2, 3], now=10.0).also([3, 4], now=15.0)
-    assert lacking.seconds([4], now=20.0) == 5.0
-    assert lacking.seconds([3, 4], now=20.0) == 10.0
-    assert lacking.seconds([7], now=20.0) == 0.0
+    missing_since = MissingSince().also([2, 3], now=10.0).also([3, 4], now=15.0)
+    assert missing_since.seconds([4], now=20.0) == 5.0
+    assert missing_since.seconds([3, 4], now=20.0) == 10.0
+    assert missing_since.seconds([7], now=20.0) == 0.0
 
 
 def test_blocks_are_ready_when_the_last_of_them_is_and_each_when_its_first_server_is():

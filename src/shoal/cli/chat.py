@@ -59,15 +59,15 @@ def command(
         chosen |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_of(tokenizer)}
         stderr.print(Text("Ctrl-C stops an answer, Ctrl-D leaves, /new starts again, /help shows more", style="dim"))
         while True:
-            conversation = Conversation(tokenizer, system)
+            transcript = Transcript(tokenizer, system)
             with llm.inference_session(max_length=max_length) as session:
-                if not _converse(llm, conversation, session, chosen, seed, note):
+                if not converse(llm, transcript, session, chosen, seed, note):
                     return
 
 
-def _converse(
+def converse(
     llm: Any,
-    conversation: Conversation,
+    transcript: Transcript,
     session: InferenceSession,
     chosen: dict[str, Any],
     seed: int | None,
@@ -82,23 +82,23 @@ def _converse(
             _list_commands(None if command == "/help" else command)
         if not text.strip():
             continue
-        ids, cut = conversation.ask(text), False
-        printer = streamer(conversation.tokenizer, note, strip=True)
+        ids, cut = transcript.ask(text), False
+        printer = streamer(transcript.tokenizer, note, strip=True)
         try:
             rewind(session, ids)
             with note.during():
-                of_answer = None if seed is None else seed + len(conversation.messages)
+                of_answer = None if seed is None else seed + len(transcript.messages)
                 _, cut = say(llm, ids, printer, session=session, seed=of_answer, **chosen)
         except KeyboardInterrupt:
-            conversation.add_answer(printer.text)
+            transcript.add_answer(printer.text)
             print_now(" …")
         except ShoalError as error:
-            conversation.remove_last()
+            transcript.remove_last()
             print_now("\n" if printer.text else "")
             print_error(str(error), error.hint)
             continue
         else:
-            conversation.add_answer(printer.text)
+            transcript.add_answer(printer.text)
         print_now("\n")
         if cut:
             stderr.print(Text(cut_mark(chosen["max_new_tokens"]), style="dim"))
@@ -122,7 +122,7 @@ def _list_commands(unknown: str | None) -> None:
     stderr.print(Text("\n".join(lines), style="dim"), soft_wrap=True)
 
 
-class Conversation:
+class Transcript:
     """The messages so far. They become tokens by the tokenizer's chat template, or else by joining their texts."""
 
     def __init__(self, tokenizer: Any, system: str = "") -> None:

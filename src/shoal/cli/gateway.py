@@ -139,6 +139,7 @@ class GatewayAdapter:
 
     @property
     def name(self) -> str:
+        """The name by which requests ask for it."""
         return f"{self.base}:{self.own}"
 
 

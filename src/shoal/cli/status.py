@@ -43,6 +43,7 @@ class ModelStatus:
         return self.view.online().missing()
 
     def as_json(self, *, route: bool = False) -> dict[str, Any]:
+        """What `--json` prints of it. `route` asks for the route too."""
         missing = self.missing
         servers = [
             asdict(server)

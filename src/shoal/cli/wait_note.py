@@ -13,7 +13,7 @@ from rich.text import Text
 
 from shoal.cli import console as terminal
 from shoal.cli.console import ProgressReporter
-from shoal.events import Event, WaitEnded, Waiting
+from shoal.events import Event, WaitEnded, WaitingForBlocks
 
 if TYPE_CHECKING:
     from shoal.client.options.client_options import ClientOptions
@@ -28,7 +28,7 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 class WaitNote:
-    """An observer that shows the wait of a client (`Waiting`, `WaitEnded`) in the line below the text.
+    """An observer that shows the wait of a client (`WaitingForBlocks`, `WaitEnded`) in the line below the text.
 
     It shows one only `during` a call, and takes it away when the wait ends, or more of the text is about to be written
     (`hide`). The cursor stays where the text ends. Where stderr is not a terminal, the note is a line of its own, when
@@ -38,7 +38,7 @@ class WaitNote:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or terminal.stderr
         self._lock = threading.Lock()  # observers are called on threads of their own
-        self._waiting: Waiting | None = None
+        self._waiting: WaitingForBlocks | None = None
         self._is_active = False
         self._is_shown = False
         self._progress: ProgressReporter | None = None
@@ -52,7 +52,7 @@ class WaitNote:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Waiting():
+            case WaitingForBlocks():
                 with self._lock:
                     self._waiting = event
                     self._show()

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from shoal.client.blocks import RemoteSequential
+from shoal.client.config_attributes import ConfigAttributes
 from shoal.client.distributed_model import distributed
 from shoal.client.head.logits import RemoteHead
 from shoal.client.head.projection import prepare_projection
 from shoal.client.options.client_options import INITIAL_PEERS, ClientOptions
-from shoal.client.options.config_attributes import ConfigAttributes
 from shoal.client.options.model_checks import changed_config, check_encodings, check_pins, device_of, dtype_of
 from shoal.client.options.peer_names import found_in_directory
 from shoal.client.runtime import Runtime

@@ -15,8 +15,8 @@ from torch import nn
 
 from shoal.client.active import active_session
 from shoal.client.call_inputs import check_inputs, mask_of, positions_of
+from shoal.client.config_attributes import ConfigAttributes
 from shoal.client.inference_session import InferenceSession, note_opened
-from shoal.client.options.config_attributes import ConfigAttributes
 from shoal.client.runtime import Hold, Runtime
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.autograd import NoGradient, PassCall, SwarmFunction

@@ -123,6 +123,7 @@ class InferenceSession:
 
     @property
     def batch_size(self) -> int:
+        """The number of sequences."""
         return self._session.batch_size
 
     @property
@@ -147,6 +148,7 @@ class InferenceSession:
 
     @property
     def is_closed(self) -> bool:
+        """Whether it was closed: it takes no more calls."""
         return not self._closing.alive
 
     @property

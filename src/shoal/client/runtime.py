@@ -34,7 +34,8 @@ SESSIONS_SECONDS = 2.0
 
 
 class Closable(Protocol):
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End it."""
 
 
 class LoopThread:
@@ -114,6 +115,7 @@ class Runtime:
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop on which the model's network work runs."""
         return self.loop_thread.loop
 
     @property

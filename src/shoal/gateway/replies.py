@@ -26,7 +26,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerationInputs:
     """An answer that was asked for: the prompt [1, S], and options of `model.stream`."""
 
     served: ServedModel
@@ -96,12 +96,12 @@ class StopFinder:
         return Piece(text, tuple(certain), reason)
 
 
-async def pieces(wanted: Wanted, usage: Usage) -> AsyncGenerator[Piece, None]:
+async def pieces(inputs: GenerationInputs, usage: Usage) -> AsyncGenerator[Piece, None]:
     """Generate an answer. Close the iterator to stop. Counts the tokens in `usage` as they come."""
-    decoder, stops = Decoder(wanted.served.tokenizer, with_special=wanted.with_special), StopFinder(wanted.stop_texts)
-    mask_1S = torch.ones_like(wanted.ids_1S)  # without one, generate() would take some special tokens for padding
+    decoder, stops = Decoder(inputs.served.tokenizer, with_special=inputs.with_special), StopFinder(inputs.stop_texts)
+    mask_1S = torch.ones_like(inputs.ids_1S)  # without one, generate() would take some special tokens for padding
     stream = await asyncio.to_thread(
-        wanted.served.model.stream, wanted.ids_1S, attention_mask=mask_1S, **wanted.options
+        inputs.served.model.stream, inputs.ids_1S, attention_mask=mask_1S, **inputs.options
     )
     async with stream:
         async for token in stream:
@@ -115,20 +115,22 @@ async def pieces(wanted: Wanted, usage: Usage) -> AsyncGenerator[Piece, None]:
                 return
 
 
-async def together(all_wanted: Sequence[Wanted], usages: Sequence[Usage]) -> AsyncGenerator[tuple[int, Piece], None]:
+async def together(
+    all_inputs: Sequence[GenerationInputs], usages: Sequence[Usage]
+) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of several answers as they come, each with the answer's index. If one fails, all end."""
     came: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 
     async def run(index: int) -> None:
         try:
-            async with aclosing(pieces(all_wanted[index], usages[index])) as found:
+            async with aclosing(pieces(all_inputs[index], usages[index])) as found:
                 async for piece in found:
                     came.put_nowait((index, piece))
             came.put_nowait((index, None))
         except Exception as error:
             came.put_nowait((index, error))
 
-    running = [asyncio.create_task(run(index)) for index in range(len(all_wanted))]
+    running = [asyncio.create_task(run(index)) for index in range(len(all_inputs))]
     try:
         left = len(running)
         while left:
@@ -145,10 +147,10 @@ async def together(all_wanted: Sequence[Wanted], usages: Sequence[Usage]) -> Asy
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def whole_answers(all_wanted: Sequence[Wanted], usages: Sequence[Usage]) -> list[Piece]:
+async def whole_answers(all_inputs: Sequence[GenerationInputs], usages: Sequence[Usage]) -> list[Piece]:
     """Several whole answers. If one fails, all end."""
-    found: list[list[Piece]] = [[] for _ in all_wanted]
-    async with aclosing(together(all_wanted, usages)) as coming:
+    found: list[list[Piece]] = [[] for _ in all_inputs]
+    async with aclosing(together(all_inputs, usages)) as coming:
         async for index, piece in coming:
             found[index].append(piece)
     return [

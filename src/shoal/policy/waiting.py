@@ -22,7 +22,7 @@ MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
-class Lacking:
+class MissingSince:
     """For how long one call has lacked some blocks: `since` is the time of each, by block.
 
     A server that is found, and fails again, ends nothing: only other blocks begin anew.
@@ -30,9 +30,9 @@ class Lacking:
 
     since: Mapping[int, float] = field(default_factory=dict)
 
-    def also(self, blocks: Iterable[int], *, now: float) -> Lacking:
+    def also(self, blocks: Iterable[int], *, now: float) -> MissingSince:
         """With blocks that the call lacks at the time `now`."""
-        return Lacking(dict.fromkeys(blocks, now) | dict(self.since))
+        return MissingSince(dict.fromkeys(blocks, now) | dict(self.since))
 
     def seconds(self, blocks: Iterable[int], *, now: float) -> float:
         """For how long the call has lacked the first of these blocks."""

@@ -27,6 +27,7 @@ class StepInputs:
 
     @property
     def batch_size(self) -> int:
+        """The number of sequences."""
         return self.hidden_BTD.shape[0]
 
     @property

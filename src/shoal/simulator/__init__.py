@@ -4,5 +4,8 @@
 
 `world` has what is there without shoal: machines, places, and when each machine comes and goes. `fluid` simulates which
 blocks are where, and takes throughput from formulas. `steps` simulates each step of each client. `studies` answer
-questions with tables and plots. It imports policy, records and the ground; only programs import it.
+questions with tables and plots. `serving` simulates one server by itself, pass by pass.
+
+It imports `shoal.policy`, `shoal.net.records`, `shoal.net.identity`, the limits of `shoal.protocol`, and the ground;
+only programs import it.
 """

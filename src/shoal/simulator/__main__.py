@@ -40,20 +40,20 @@ def _side_by_side(options: argparse.Namespace) -> Drawn:
     from shoal.simulator.studies import side_by_side
     from shoal.simulator.studies.study_progress import progress
 
-    plan = _plan(options)
+    grid = _grid(options)
     with progress("side by side") as advance:
-        found = side_by_side.run_all(plan, advance, jobs=options.jobs)
-    return side_by_side.report(plan, found), lambda figure: side_by_side.draw(plan, found, figure)
+        found = side_by_side.run_all(grid, advance, jobs=options.jobs)
+    return side_by_side.report(grid, found), lambda figure: side_by_side.draw(grid, found, figure)
 
 
 def _balance(options: argparse.Namespace) -> Drawn:
     from shoal.simulator.studies import balance
     from shoal.simulator.studies.study_progress import progress
 
-    plan = _plan(options)
+    grid = _grid(options)
     with progress("balance") as advance:
-        found = balance.run_all(plan, advance, num_tries=options.tries)
-    return balance.report(found, plan), lambda figure: balance.draw(found, figure)
+        found = balance.run_all(grid, advance, num_tries=options.tries)
+    return balance.report(found, grid), lambda figure: balance.draw(found, figure)
 
 
 def _at_rest(options: argparse.Namespace) -> Drawn:
@@ -109,12 +109,12 @@ def _calibrate(options: argparse.Namespace) -> Drawn:
     return calibrate.report(swarm, compared), lambda figure: calibrate.draw(compared, figure)
 
 
-def _plan(options: argparse.Namespace) -> Any:
+def _grid(options: argparse.Namespace) -> Any:
     from shoal.errors import UserError
     from shoal.simulator.fluid.arrangement import Delays
     from shoal.simulator.studies.rule_names import RULES, rule_of
     from shoal.simulator.studies.settings import GENERATED, traced_settings
-    from shoal.simulator.studies.side_by_side import Plan
+    from shoal.simulator.studies.side_by_side import RunGrid
     from shoal.simulator.world.traces import read_trace
 
     settings = [] if options.only_traces else list(GENERATED)
@@ -129,7 +129,7 @@ def _plan(options: argparse.Namespace) -> Any:
         rule_of(rule)
     delays = Delays(view=options.view_seconds, vanish=options.vanish_seconds, noticed=options.notice_seconds)
     seeds = range(options.seed, options.seed + options.runs)
-    return Plan(settings, rules, seeds, options.hours, delays, options.load_seconds)
+    return RunGrid(settings, rules, seeds, options.hours, delays, options.load_seconds)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ class Epoch:
 
     @property
     def number(self) -> int:
+        """The number of the present epoch."""
         return self._number
 
     def advance(self, reason: EpochReason) -> None:

@@ -40,6 +40,7 @@ class PendingStep:
 
     @property
     def end(self) -> int:
+        """The position after its last token."""
         return self.position + self.inputs[1]
 
     @property

@@ -99,6 +99,7 @@ class Session:
 
     @property
     def batch_size(self) -> int:
+        """The number of sequences."""
         return self._planner.batch_size
 
     @batch_size.setter

@@ -28,6 +28,7 @@ class SessionInputs:
 
     @property
     def num_tokens(self) -> int:
+        """How many tokens of each sequence there are."""
         return self.hidden.num_tokens
 
     @property
@@ -37,6 +38,7 @@ class SessionInputs:
 
     @property
     def are_padded(self) -> bool:
+        """Whether any sequence has padding."""
         return self._masks is not None
 
     def append(self, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor | None, mask_BS: torch.Tensor | None) -> None:

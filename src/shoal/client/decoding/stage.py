@@ -111,6 +111,7 @@ class Stage:
 
     @property
     def peer(self) -> str:
+        """The peer id of its server."""
         return self.hop.server.peer
 
     @property

@@ -77,6 +77,7 @@ class Logits:
         return cls(torch.cat([piece.values for piece in pieces], dim=1), torch.cat(ids, dim=1) if ids else None)
 
     def to(self, device: torch.device) -> Logits:
+        """The same on another device."""
         return Logits(self.values.to(device), None if self.ids is None else self.ids.to(device))
 
     def of_all(self, vocabulary: int) -> torch.Tensor:

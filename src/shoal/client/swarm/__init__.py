@@ -1,4 +1,4 @@
 """What a client knows of servers, and how it talks to one: directory, health, connections, and the one retry loop.
 
-It imports the client's options and history, `shoal.net`, `shoal.policy` and below.
+It imports `options` and `history` of `shoal.client`, `shoal.net`, `shoal.model.peft.factors`, `shoal.policy` and below.
 """

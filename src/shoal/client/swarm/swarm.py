@@ -35,7 +35,7 @@ from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.routing.route import Hop, Measured, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.routing.spread import WorkInFlight
 from shoal.policy.view import SwarmView, format_blocks
-from shoal.policy.waiting import LOOK_SECONDS, Lacking
+from shoal.policy.waiting import LOOK_SECONDS, MissingSince
 from shoal.spans import Span
 
 __all__ = ["Holding", "Swarm", "holding"]
@@ -196,7 +196,7 @@ class Swarm:
         patience = self.config.patience_seconds
         excluded: set[Holding] = set()
         moved: set[Holding] = set()  # of these, those that will not be announced any more
-        lacking = Lacking()
+        missing_since = MissingSince()
         with self._waits.of_call() as tell:
             while True:
                 began = now()
@@ -218,8 +218,8 @@ class Swarm:
                     self._directory.expire()  # the server may hold other blocks by now
                 except MissingBlocks as missing:
                     outage = self._outage(span, excluded, moved, missing.blocks)
-                    lacking = lacking.also(outage.blocks, now=now())
-                    waited = lacking.seconds(outage.blocks, now=now())
+                    missing_since = missing_since.also(outage.blocks, now=now())
+                    waited = missing_since.seconds(outage.blocks, now=now())
                     left = (patience if at_most is None else min(patience, at_most)) - waited
                     if left < SHORTEST_WAIT:
                         raise outage.error_after(waited) from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
-from shoal.events import Observers, WaitEnded, Waiting
+from shoal.events import Observers, WaitEnded, WaitingForBlocks
 
 REMIND_SECONDS = 15.0
 """A wait is told again at this interval."""
@@ -84,7 +84,9 @@ class Waits:
             self._told, self._told_at = (blocks, loaders), time
             reason = f"{outage.error}; {outage.outlook}"
             expected = None if outage.ready_in is None else max(0.0, outage.ready_in)
-            self._observers.emit(Waiting(self._model, blocks, reason, expected, time - self._began_at, patience))
+            self._observers.emit(
+                WaitingForBlocks(self._model, blocks, reason, expected, time - self._began_at, patience)
+            )
 
     def _end(self, call: object, *, goes_on: bool) -> None:
         if self._outages.pop(call, None) is not None and not self._outages:

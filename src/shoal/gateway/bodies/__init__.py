@@ -2,6 +2,7 @@
 
 The fields are OpenAI's and Anthropic's. `top_k`, `min_p` and `repetition_penalty` are in addition, as vLLM has them.
 Fields that change nothing in an answer, such as `user`, are taken and ignored.
+It imports pydantic, and nothing of shoal.
 """
 
 from __future__ import annotations

@@ -6,27 +6,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from shoal.gateway.bodies.body import MAX_MESSAGES, Body, Count, Text
+from shoal.gateway.bodies.base_body import MAX_MESSAGES, BaseBody, Count, Text
 from shoal.gateway.bodies.sampling_body import SamplingBody
 
 
-class TextPart(Body):
+class TextPart(BaseBody):
     type: Literal["text"]
     text: Text
 
 
-class FunctionCall(Body):
+class FunctionCall(BaseBody):
     name: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     arguments: Text
 
 
-class ToolCall(Body):
+class ToolCall(BaseBody):
     id: Annotated[str, StringConstraints(max_length=256)]
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class Message(Body):
+class Message(BaseBody):
     """A message of a conversation. `content` may come in parts, all of them text."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -45,25 +45,25 @@ class Message(Body):
         return self.content or ""
 
 
-class Function(Body):
+class Function(BaseBody):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: Text | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(BaseBody):
     """A function that a model may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(Body):
+class NamedFunction(BaseBody):
     name: Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
-class NamedTool(Body):
+class NamedTool(BaseBody):
     """The function that a model has to call."""
 
     type: Literal["function"]

@@ -7,31 +7,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from shoal.gateway.bodies.body import MAX_MESSAGES, Body, Count, StopText, Text
+from shoal.gateway.bodies.base_body import MAX_MESSAGES, BaseBody, Count, StopText, Text
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 CacheControl = dict[str, str]
 """Where a prompt should be cached. Servers cache all of it anyway."""
 
 
-class TextBlock(Body):
+class TextBlock(BaseBody):
     type: Literal["text"]
     text: Text
     citations: Annotated[list[Any], Field(max_length=0)] | None = None
     cache_control: CacheControl | None = None
 
 
-class ThinkingBlock(Body):
+class ThinkingBlock(BaseBody):
     type: Literal["thinking"]
     thinking: Text
     signature: Text | None = None
 
 
-class Caller(Body):
+class Caller(BaseBody):
     type: Literal["direct"]
 
 
-class ToolUseBlock(Body):
+class ToolUseBlock(BaseBody):
     """A tool that the model called."""
 
     type: Literal["tool_use"]
@@ -42,7 +42,7 @@ class ToolUseBlock(Body):
     cache_control: CacheControl | None = None
 
 
-class ToolResultBlock(Body):
+class ToolResultBlock(BaseBody):
     """What a tool has returned."""
 
     type: Literal["tool_result"]
@@ -61,7 +61,7 @@ UserBlock = Annotated[TextBlock | ToolResultBlock, Field(discriminator="type")]
 AssistantBlock = Annotated[TextBlock | ThinkingBlock | ToolUseBlock, Field(discriminator="type")]
 
 
-class SystemMessage(Body):
+class SystemMessage(BaseBody):
     role: Literal["system"]
     content: Text | Annotated[list[TextBlock], Field(min_length=1, max_length=1024)]
 
@@ -70,7 +70,7 @@ class SystemMessage(Body):
         return [{"role": "system", "content": _joined(self.content)}]
 
 
-class UserMessage(Body):
+class UserMessage(BaseBody):
     role: Literal["user"]
     content: Text | Annotated[list[UserBlock], Field(min_length=1, max_length=1024)]
 
@@ -84,7 +84,7 @@ class UserMessage(Body):
         return found + ([{"role": "user", "content": _joined(said)}] if said else [])
 
 
-class AssistantMessage(Body):
+class AssistantMessage(BaseBody):
     role: Literal["assistant"]
     content: Text | Annotated[list[AssistantBlock], Field(max_length=1024)]
 
@@ -104,7 +104,7 @@ class AssistantMessage(Body):
         return [found]
 
 
-class InputSchemaTool(Body):
+class InputSchemaTool(BaseBody):
     """A function that a model may call."""
 
     type: Literal["custom"] | None = None
@@ -121,7 +121,7 @@ class InputSchemaTool(Body):
         return {"type": "function", "function": function}
 
 
-class ToolChoice(Body):
+class ToolChoice(BaseBody):
     """Which tools are to be called."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -135,7 +135,7 @@ class ToolChoice(Body):
         return {"any": "required"}.get(self.type, self.type)
 
 
-class Thinking(Body):
+class Thinking(BaseBody):
     """Whether the model thinks first. How long it thinks is left to it."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -143,23 +143,23 @@ class Thinking(Body):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class OutputFormat(Body):
+class OutputFormat(BaseBody):
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class OutputConfig(Body):
+class OutputConfig(BaseBody):
     """What an answer keeps to. How much effort it takes is left to the model."""
 
     format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
-class Metadata(Body):
+class Metadata(BaseBody):
     user_id: Annotated[str, StringConstraints(max_length=512)] | None = None
 
 
-class PromptBody(Body):
+class PromptBody(BaseBody):
     """`POST /v1/messages/count_tokens`: what a model reads."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=500)]

@@ -6,18 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from shoal.gateway.bodies.body import MAX_MESSAGES, Body, Count, Text
+from shoal.gateway.bodies.base_body import MAX_MESSAGES, BaseBody, Count, Text
 from shoal.gateway.bodies.chat_body import Function
 
 
-class InputPart(Body):
+class InputPart(BaseBody):
     type: Literal["input_text", "output_text", "text"]
     text: Text
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
 
 
-class InputMessage(Body):
+class InputMessage(BaseBody):
     """A message of a conversation. What answers add to theirs is taken, so that they can be sent back as they came."""
 
     type: Literal["message"] = "message"
@@ -32,7 +32,7 @@ class InputMessage(Body):
         return {"role": self.role, "content": text}
 
 
-class InputCall(Body):
+class InputCall(BaseBody):
     """A tool that was called."""
 
     type: Literal["function_call"]
@@ -48,7 +48,7 @@ class InputCall(Body):
         return {"role": "assistant", "tool_calls": [call]}
 
 
-class InputResult(Body):
+class InputResult(BaseBody):
     """What a tool has returned."""
 
     type: Literal["function_call_output"]
@@ -62,7 +62,7 @@ class InputResult(Body):
         return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
 
 
-class InputReasoning(Body):
+class InputReasoning(BaseBody):
     """What a model has thought. Chat templates drop it."""
 
     type: Literal["reasoning"]
@@ -85,14 +85,14 @@ class FlatTool(Function):
         return {"type": "function", "function": self.model_dump(exclude={"type"})}
 
 
-class FlatNamedTool(Body):
+class FlatNamedTool(BaseBody):
     """The function that a model has to call."""
 
     type: Literal["function"]
     name: Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
-class TextFormat(Body):
+class TextFormat(BaseBody):
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     description: Text | None = None
@@ -100,7 +100,7 @@ class TextFormat(Body):
     strict: bool | None = None
 
 
-class TextOptions(Body):
+class TextOptions(BaseBody):
     """What an answer keeps to."""
 
     format: TextFormat | None = None
@@ -121,7 +121,7 @@ class TextOptions(Body):
 InputItem = InputMessage | InputCall | InputResult | InputReasoning
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(BaseBody):
     """`POST /v1/responses`."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=500)]

@@ -6,30 +6,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from shoal.gateway.bodies.body import Bias, Body, StopText, Text, TokenId
+from shoal.gateway.bodies.base_body import BaseBody, Bias, StopText, Text, TokenId
 
 
-class StreamOptions(Body):
+class StreamOptions(BaseBody):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
-class JsonSchema(Body):
+class JsonSchema(BaseBody):
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     description: Text | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None
 
 
-class ResponseFormat(Body):
+class ResponseFormat(BaseBody):
     """What an answer keeps to, as OpenAI has it."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(Body):
+class StructuredOutputs(BaseBody):
     """What an answer keeps to, as vLLM has it: one of these."""
 
     json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
@@ -38,7 +38,7 @@ class StructuredOutputs(Body):
     grammar: Annotated[str, StringConstraints(min_length=1, max_length=100_000)] | None = None
 
 
-class SamplingBody(Body):
+class SamplingBody(BaseBody):
     """The fields of a request that say how tokens are chosen, and how long a text may get."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=500)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from shoal.gateway.bodies.body import MAX_TOKENS, Body, Prompt, Text
+from shoal.gateway.bodies.base_body import MAX_TOKENS, BaseBody, Prompt, Text
 from shoal.gateway.bodies.sampling_body import SamplingBody
 
 
@@ -26,7 +26,7 @@ class CompletionRequest(SamplingBody):
         return _as_list(self.prompt)
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(BaseBody):
     """`POST /v1/embeddings`."""
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=500)]

@@ -1,4 +1,4 @@
 """What OpenAI's endpoints answer: chats, completions, responses and embeddings.
 
-It may import what is in `shoal.gateway` itself, but not `app`, `guard` or `page`.
+It may import `shoal.client.generation`, and what is in `shoal.gateway` itself, but not `app`, `guard` or `page`.
 """

@@ -12,7 +12,7 @@ from shoal.gateway.bodies import ChatRequest
 from shoal.gateway.endpoints.forced_calls import ForcedCalls
 from shoal.gateway.endpoints.openai_answer import OpenAIAnswer
 from shoal.gateway.endpoints.turns import Said, Turn, tools_of
-from shoal.gateway.replies import Piece, Usage, Wanted, together, whole_answers
+from shoal.gateway.replies import GenerationInputs, Piece, Usage, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.token_options import stream_options
 
@@ -34,8 +34,8 @@ class ChatAnswer(OpenAIAnswer):
         schema = None if forced is None else forced.schema
         most = served.most_new_tokens(num_prompt, request.most_tokens, param="max_tokens")
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        self.wanted = [
-            Wanted(
+        self.inputs = [
+            GenerationInputs(
                 served,
                 ids_1S,
                 stream_options(request, served, num_prompt_tokens=num_prompt, index=index, calls=schema)
@@ -45,11 +45,11 @@ class ChatAnswer(OpenAIAnswer):
             )
             for index, turn in enumerate(self.turns)
         ]
-        self.usages = [Usage(num_prompt) for _ in self.wanted]
+        self.usages = [Usage(num_prompt) for _ in self.inputs]
 
     async def whole(self) -> dict[str, Any]:
         """OpenAI's `ChatCompletion`."""
-        answers = await whole_answers(self.wanted, self.usages)
+        answers = await whole_answers(self.inputs, self.usages)
         choices = [
             {
                 "index": index,
@@ -63,9 +63,9 @@ class ChatAnswer(OpenAIAnswer):
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """OpenAI's `ChatCompletionChunk`s."""
-        async with aclosing(together(self.wanted, self.usages)) as pieces:
+        async with aclosing(together(self.inputs, self.usages)) as pieces:
             first = await anext(pieces)  # an answer that cannot begin fails before anything is said
-            for index in range(len(self.wanted)):
+            for index in range(len(self.inputs)):
                 yield self._chunk(index, {"role": "assistant", "content": "", "refusal": None}) | self._usage_so_far()
             yield self._piece(*first) | self._usage_so_far()
             async for index, piece in pieces:

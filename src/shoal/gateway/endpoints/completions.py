@@ -13,7 +13,7 @@ from shoal.gateway.bodies import CompletionRequest
 from shoal.gateway.endpoints.openai_answer import OpenAIAnswer
 from shoal.gateway.endpoints.prompt_passes import prompt_tokens
 from shoal.gateway.error_objects import bad_field
-from shoal.gateway.replies import Piece, Usage, Wanted, together, whole_answers
+from shoal.gateway.replies import GenerationInputs, Piece, Usage, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.token_options import stream_options
 
@@ -33,41 +33,41 @@ class CompletionAnswer(OpenAIAnswer):
         self._served = served
         self._request = request
         self._texts_before: list[str] = []
-        self.wanted: list[Wanted] = []
+        self.inputs: list[GenerationInputs] = []
         self.usages: list[Usage] = []
-        wanted_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         for prompt in request.prompts:
             ids_1S = served.ids_of_prompt(prompt)
             num_prompt = ids_1S.shape[1]
-            most = served.most_new_tokens(num_prompt, wanted_tokens, param="max_tokens")
+            most = served.most_new_tokens(num_prompt, max_tokens, param="max_tokens")
             for index in range(request.n or 1):
                 options = stream_options(request, served, num_prompt_tokens=num_prompt, index=index)
                 options |= {"max_new_tokens": most, "num_logprobs": request.logprobs}
-                self.wanted.append(Wanted(served, ids_1S, options, request.stop_texts))
+                self.inputs.append(GenerationInputs(served, ids_1S, options, request.stop_texts))
                 self.usages.append(Usage(num_prompt))
                 self._texts_before.append(self._echoed(prompt) if request.echo else "")
 
     async def whole(self) -> dict[str, Any]:
         """OpenAI's `Completion`."""
         if self._request.max_tokens == 0:
-            answers = [Piece("", (), "length") for _ in self.wanted]
+            answers = [Piece("", (), "length") for _ in self.inputs]
         else:
-            answers = await whole_answers(self.wanted, self.usages)
+            answers = await whole_answers(self.inputs, self.usages)
         choices = []
         known: tuple[Token, ...] = ()
-        for index, (before, answer, wanted) in enumerate(zip(self._texts_before, answers, self.wanted, strict=True)):
+        for index, (before, answer, inputs) in enumerate(zip(self._texts_before, answers, self.inputs, strict=True)):
             tokens, start = answer.tokens, len(before)
             if self._request.echo and self._request.logprobs is not None:
                 if index % (self._request.n or 1) == 0:  # all answers to a prompt begin with it
-                    known = await asyncio.to_thread(prompt_tokens, self._served, wanted.ids_1S, self._request.logprobs)
+                    known = await asyncio.to_thread(prompt_tokens, self._served, inputs.ids_1S, self._request.logprobs)
                 tokens, start = (*known, *tokens), 0
             choices.append(self._choice(index, before + answer.text, tokens, answer.finish_reason, start=start))
         return self._object("text_completion", choices) | {"usage": self._usage()}
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The same in pieces."""
-        starts = [0] * len(self.wanted)
-        async with aclosing(together(self.wanted, self.usages)) as pieces:
+        starts = [0] * len(self.inputs)
+        async with aclosing(together(self.inputs, self.usages)) as pieces:
             async for index, piece in pieces:
                 choice = self._choice(index, piece.text, piece.tokens, piece.finish_reason, start=starts[index])
                 starts[index] += len(piece.text)

@@ -34,6 +34,7 @@ class MessagesAnswer:
 
     @property
     def usages(self) -> list[Usage]:
+        """The tokens of each of its answers, as far as it has come."""
         return self._chat.usages
 
     def failure(self, error: Refused) -> dict[str, Any]:
@@ -42,7 +43,7 @@ class MessagesAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """Anthropic's `Message`."""
-        (answer,) = await whole_answers(self._chat.wanted, self.usages)
+        (answer,) = await whole_answers(self._chat.inputs, self.usages)
         blocks = _Blocks()
         blocks.add(self._chat.turns[0].after_text(answer.text, ends=True))
         return self._message(blocks.blocks) | blocks.ending(answer) | {"usage": self._usage()}
@@ -50,7 +51,7 @@ class MessagesAnswer:
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """Anthropic's stream events."""
         blocks, turn = _Blocks(), self._chat.turns[0]
-        async with aclosing(together(self._chat.wanted, self.usages)) as pieces:
+        async with aclosing(together(self._chat.inputs, self.usages)) as pieces:
             _, piece = await anext(pieces)  # an answer that cannot begin fails before anything is said
             yield {"type": "message_start", "message": self._message([]) | {"usage": self._usage()}}
             while True:

@@ -16,7 +16,7 @@ from shoal.gateway.endpoints.chat_completions import ChatAnswer
 from shoal.gateway.endpoints.forced_calls import ForcedCalls
 from shoal.gateway.endpoints.turns import Said, Turn
 from shoal.gateway.error_objects import Refused
-from shoal.gateway.replies import Usage, Wanted, together, whole_answers
+from shoal.gateway.replies import GenerationInputs, Usage, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 
 
@@ -32,11 +32,13 @@ class ResponsesAnswer:
         self._chat = ChatAnswer(served, ChatRequest.model_validate(request.as_chat()))
 
     @property
-    def wanted(self) -> list[Wanted]:
-        return self._chat.wanted
+    def inputs(self) -> list[GenerationInputs]:
+        """What is generated for it."""
+        return self._chat.inputs
 
     @property
     def usages(self) -> list[Usage]:
+        """The tokens of each of its answers, as far as it has come."""
         return self._chat.usages
 
     def failure(self, error: Refused) -> dict[str, Any]:
@@ -49,7 +51,7 @@ class ResponsesAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """OpenAI's `Response`."""
-        (answer,) = await whole_answers(self.wanted, self.usages)
+        (answer,) = await whole_answers(self.inputs, self.usages)
         output = _Output()
         output.add(self._turn.after_text(answer.text, ends=True))
         output.end()
@@ -65,7 +67,7 @@ class ResponsesAnswer:
             number += 1
             return {**event, "sequence_number": number - 1}
 
-        async with aclosing(together(self.wanted, self.usages)) as pieces:
+        async with aclosing(together(self.inputs, self.usages)) as pieces:
             _, piece = await anext(pieces)  # an answer that cannot begin fails before anything is said
             for kind in ("response.created", "response.in_progress"):
                 yield numbered({"type": kind, "response": self._object(output, None)})

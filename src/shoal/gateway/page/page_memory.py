@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.events import Event, RouteChosen, ServerLost, StageReplaced, WaitEnded, Waiting
+from shoal.events import Event, RouteChosen, ServerLost, StageReplaced, WaitEnded, WaitingForBlocks
 from shoal.peers import short
 
 
@@ -36,7 +36,7 @@ class PageMemory:
         match event:
             case RouteChosen(span=span) if len(span) == self._shown["num_blocks"]:  # others are only considered
                 return {"type": "event", "text": self._named(f"chosen: {event.line}")}
-            case Waiting() | WaitEnded():
+            case WaitingForBlocks() | WaitEnded():
                 return {"type": "event", "text": self._named(event.line), "loud": True}
             case ServerLost(peer=peer, reason=reason):
                 return {"type": "event", "text": self._named(reason), "loud": True, "lost": peer}

@@ -1,4 +1,4 @@
 """Adapters and soft prompts that clients add to a model, described by their factors or as layers of PEFT.
 
-It imports the ground and the other modules of `shoal.model`, except for head and body.
+It imports the ground and the other modules of `shoal.model`, except for head, body and loading.
 """

@@ -1,4 +1,4 @@
 """How messages become bytes and back: frames, the codec, the encodings of tensors.
 
-Nothing here opens a connection. It imports the ground and `shoal.protocol`.
+Nothing here opens a connection. It imports `shoal.net.transport`, `shoal.protocol` and the ground.
 """

@@ -1,4 +1,4 @@
 """What a server computes next for whom: the tokens of a pass, pages of the cache, and limits for each client.
 
-It imports the ground and the limits of `shoal.protocol`.
+It imports the ground.
 """

@@ -41,6 +41,7 @@ class RequestView:
 
     @property
     def decodes(self) -> bool:
+        """Whether it is a few next tokens of a session that runs, and not a long prompt."""
         return self.running and self.num_tokens <= DECODE_TOKENS
 
 

@@ -75,6 +75,7 @@ class Histogram:
 
     @property
     def num_servers(self) -> int:
+        """How many servers there are."""
         return sum(machine.count for machine in self.machines)
 
     def holders(self, num_blocks: int) -> list[int]:

@@ -167,6 +167,7 @@ class Fleet:
 
     @property
     def lengths(self) -> Ints:
+        """The number of blocks of each entry's span."""
         return self.ends - self.starts
 
     @property
@@ -181,6 +182,7 @@ class Fleet:
 
     @property
     def num_zones(self) -> int:
+        """How many zones there are, with the unknown one."""
         return int(self.zones.max(initial=0)) + 1
 
     def servers(self, selected: Flags) -> Floats:

@@ -15,7 +15,7 @@ from shoal.policy.machines.machine import Machine
 from shoal.policy.machines.throughput import block_throughputs
 from shoal.policy.placement.petals import choose_span
 from shoal.policy.placement.plan import DEFAULT_SCORING
-from shoal.policy.placement.score import Changes, Picture, Scoring
+from shoal.policy.placement.score import Changes, ScoredPlacement, Scoring
 from shoal.policy.placement.search import best_places
 from shoal.policy.view import format_blocks
 from shoal.spans import Span
@@ -63,25 +63,25 @@ def choose_blocks(
         machine = replace(machine, span=None, max_blocks=longest, count=1)
         fleet = Fleet.of((machine, *others), num_blocks, now=now, lifetimes=lifetimes)
         row = next(index for index, each in enumerate(fleet.machines) if each.peer == machine.peer)
-        picture = Picture.of(fleet, scoring)
+        placement = ScoredPlacement.of(fleet, scoring)
         rows = np.array([row])
         places, _ = best_places(
-            picture, rows, most=PLACES_SCORED, each=PLACES_SCORED, min_blocks=min(min_blocks, longest)
+            placement, rows, most=PLACES_SCORED, each=PLACES_SCORED, min_blocks=min(min_blocks, longest)
         )
-        scores = picture.scores(places)
-        best = np.flatnonzero(scores >= scores.max() - 1e-8 * picture.bound)
-        best = _leaving_no_gap(best, places, picture)
+        scores = placement.scores(places)
+        best = np.flatnonzero(scores >= scores.max() - 1e-8 * placement.bound)
+        best = _leaving_no_gap(best, places, placement)
         chosen = int(best[rng.randrange(len(best))])
         span = Span(int(places.starts[chosen]), int(places.ends[chosen]))
     return Placed(span, _reason(span, throughputs))
 
 
-def _leaving_no_gap(best: Ints, places: Changes, picture: Picture) -> Ints:
+def _leaving_no_gap(best: Ints, places: Changes, placement: ScoredPlacement) -> Ints:
     """Of equally good places, those that begin or end where other spans or the model do, if there are any.
 
     A span in the middle of a hole leaves two holes, which may be too short for the servers that come.
     """
-    held = np.concatenate(([True], ~picture.holes, [True]))
+    held = np.concatenate(([True], ~placement.holes, [True]))
     starts, ends = places.starts[best], places.ends[best]
     adjacent = held[starts] | held[ends + 1]
     return best[adjacent] if adjacent.any() else best

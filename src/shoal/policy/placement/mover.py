@@ -50,6 +50,7 @@ Planner: TypeAlias = Callable[[Sequence[Machine], int, float, Lifetimes | None],
 def shared_plan(
     machines: Sequence[Machine], num_blocks: int, now: float, lifetimes: Lifetimes | None
 ) -> tuple[Move, ...]:
+    """The plan that all servers make, without a memory: the planner of live servers."""
     return plan_moves(machines, num_blocks, now=now, lifetimes=lifetimes)
 
 

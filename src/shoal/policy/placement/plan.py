@@ -21,7 +21,7 @@ from shoal.policy.machines.fleet import HORIZON, Flags, Fleet, Floats, Ints
 from shoal.policy.machines.lifetime import Lifetimes
 from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.needed import Needed
-from shoal.policy.placement.score import Changes, Picture, Scoring
+from shoal.policy.placement.score import Changes, ScoredPlacement, Scoring
 from shoal.policy.placement.search import best_places, most_promising
 from shoal.policy.view import format_blocks
 from shoal.spans import Span
@@ -75,32 +75,34 @@ def plan_moves(
     if not machines:
         return ()
     fleet = Fleet.of(machines, num_blocks, now=now, lifetimes=lifetimes)
-    picture = Picture.of(fleet, scoring)
+    placement = ScoredPlacement.of(fleet, scoring)
     moves: list[Move] = []
     while len(moves) < max_moves:
-        found = _best_move(picture, rank=len(moves))
+        found = _best_move(placement, rank=len(moves))
         if found is None:
             break
         row, move = found
         moves.append(move)
-        picture = Picture.of(picture.fleet.moved(row, move.after), scoring, picture.bound)
+        placement = ScoredPlacement.of(placement.fleet.moved(row, move.after), scoring, placement.bound)
     return tuple(moves)
 
 
-def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
+def _best_move(placement: ScoredPlacement, *, rank: int) -> tuple[int, Move] | None:
     """The best move of one machine, and the entry of that machine."""
-    fleet = picture.fleet
-    holes = picture.holes
+    fleet = placement.fleet
+    holes = placement.holes
     needed = Needed.of(fleet, ~fleet.doubted)
     needed_to_fill = Needed.of(fleet, ~fleet.whole) if holes.any() else needed
-    rows = most_promising(picture, _one_of_each(fleet, np.flatnonzero(fleet.movable & (fleet.lengths > 0))), MAX_MOVERS)
-    if len(rows) == 0 or picture.bound == 0:
+    rows = most_promising(
+        placement, _one_of_each(fleet, np.flatnonzero(fleet.movable & (fleet.lengths > 0))), MAX_MOVERS
+    )
+    if len(rows) == 0 or placement.bound == 0:
         return None
-    score = picture.score
-    places, without = best_places(picture, rows, most=PLACES_SCORED, each=PLACES_EACH, needed=needed_to_fill)
+    score = placement.score
+    places, without = best_places(placement, rows, most=PLACES_SCORED, each=PLACES_EACH, needed=needed_to_fill)
     if len(places.rows) == 0:
         return None
-    after = picture.scores(places)
+    after = placement.scores(places)
     filled = np.concatenate(([0], np.cumsum(holes)))
     num_filled = filled[places.ends] - filled[places.starts]
     fills = num_filled > 0
@@ -109,16 +111,16 @@ def _best_move(picture: Picture, *, rank: int) -> tuple[int, Move] | None:
     # the mean score of the next ten minutes, less that of staying
     value = loading * meanwhile + (1 - loading) * after - score
     gain = after - score
-    pays = (value > 0) & (gain >= _least_gain(picture)[places.rows]) & needed.allows(places)
+    pays = (value > 0) & (gain >= _least_gain(placement)[places.rows]) & needed.allows(places)
     allowed = (fills & (gain > 0) & needed_to_fill.allows(places)) | (~fills & pays)
     if not allowed.any():
         return None
     if (fills & allowed).any():  # however long they take to load: a swarm with a hole carries nothing
         allowed &= num_filled == num_filled[allowed].max()
     # rounded, so that sums in another order do not lead to another choice: of equal moves, the first is the best
-    worth = np.round(value / (picture.bound * 1e-8))
+    worth = np.round(value / (placement.bound * 1e-8))
     best = int(np.where(allowed, worth, -np.inf).argmax())
-    return int(places.rows[best]), _move(picture, places, best, gain=float(gain[best]), rank=rank)
+    return int(places.rows[best]), _move(placement, places, best, gain=float(gain[best]), rank=rank)
 
 
 def _one_of_each(fleet: Fleet, rows: Ints) -> Ints:
@@ -143,23 +145,23 @@ def _loading(fleet: Fleet, places: Changes) -> tuple[Floats, Flags]:
     return np.clip(seconds / HORIZON, 0.0, 1.0), keeps
 
 
-def _least_gain(picture: Picture) -> Floats:
+def _least_gain(placement: ScoredPlacement) -> Floats:
     """What a move of one machine of each entry must gain: a part of its share of what all can do."""
-    best = picture.fleet.kinds.best[picture.fleet.kind]
-    least = QUIET_LEAST_GAIN if picture.fleet.quiet else LEAST_GAIN
-    return least * picture.bound * best / max(float(best @ picture.fleet.counts), 1e-300)
+    best = placement.fleet.kinds.best[placement.fleet.kind]
+    least = QUIET_LEAST_GAIN if placement.fleet.quiet else LEAST_GAIN
+    return least * placement.bound * best / max(float(best @ placement.fleet.counts), 1e-300)
 
 
-def _move(picture: Picture, places: Changes, index: int, *, gain: float, rank: int) -> Move:
-    fleet, row = picture.fleet, int(places.rows[index])
+def _move(placement: ScoredPlacement, places: Changes, index: int, *, gain: float, rank: int) -> Move:
+    fleet, row = placement.fleet, int(places.rows[index])
     before = Span(int(fleet.starts[row]), int(fleet.ends[row]))
     after = Span(int(places.starts[index]), int(places.ends[index]))
-    fills = tuple(block for block in after if picture.holes[block])
-    reason = _reason(picture, row, before, after, fills)
+    fills = tuple(block for block in after if placement.holes[block])
+    reason = _reason(placement, row, before, after, fills)
     return Move(fleet.machines[row].peer, before, after, gain, fills, rank, reason)
 
 
-def _reason(picture: Picture, row: int, before: Span, after: Span, fills: Sequence[int]) -> str:
+def _reason(placement: ScoredPlacement, row: int, before: Span, after: Span, fills: Sequence[int]) -> str:
     """Why a machine moves, in a sentence: what its new blocks lack, compared with those that it leaves."""
     if fills:
         return f"blocks {format_blocks(fills)} have no server"
@@ -167,14 +169,14 @@ def _reason(picture: Picture, row: int, before: Span, after: Span, fills: Sequen
     left = [block for block in before if block not in after]
     if not gained:
         return f"with fewer blocks, {after}, it computes more for each"
-    there = float(picture.even[gained].min())
-    weakest = [block for block in gained if picture.even[block] <= there * 1.05]
+    there = float(placement.even[gained].min())
+    weakest = [block for block in gained if placement.even[block] <= there * 1.05]
     if not left:
         return f"blocks {format_blocks(weakest)} carry {there:.3g} tokens/s, and it has room for them"
-    here = float(picture.even[left].min())
+    here = float(placement.even[left].min())
     if there < here:
         return f"blocks {format_blocks(weakest)} carry {there:.3g} tokens/s, {format_blocks(left)} carry {here:.3g}"
-    few = int(picture.holders[gained].min())
-    fewest = [block for block in gained if picture.holders[block] == few]
+    few = int(placement.holders[gained].min())
+    fewest = [block for block in gained if placement.holders[block] == few]
     servers = "one server" if few == 1 else f"{few} servers"
     return f"blocks {format_blocks(fewest)} have {servers}, {format_blocks(left)} can do without one"

@@ -63,7 +63,7 @@ class Changes:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ScoredPlacement:
     """A placement with all sums that the score of a change is computed from."""
 
     fleet: Fleet
@@ -76,7 +76,7 @@ class Picture:
     log_losses: Floats  # [Z, N] logarithm of the chance that all holders in a zone vanish, each for itself
 
     @classmethod
-    def of(cls, fleet: Fleet, scoring: Scoring, bound: float | None = None) -> Picture:
+    def of(cls, fleet: Fleet, scoring: Scoring, bound: float | None = None) -> ScoredPlacement:
         """The bound does not depend on the placement: pass it on if it is known."""
         if bound is None:
             counts = summed(fleet.kind, fleet.counts, len(fleet.kinds.longest))
@@ -154,14 +154,17 @@ class Picture:
         return _inside(starts, ends, self.fleet.num_blocks) & present[:, None]
 
     def held_after(self, changes: Changes) -> Flags:
+        """The blocks that the machine of each change holds after it. [B, N]"""
         return _inside(changes.starts, changes.ends, self.fleet.num_blocks)
 
     def capacity_before(self, changes: Changes) -> Floats:
+        """What the machine of each change can do now, as far as it counts. [B]"""
         fleet, rows = self.fleet, changes.rows
         capacity: Floats = np.where(rows >= 0, fleet.capacity[rows] * fleet.weights[rows], 0.0)
         return capacity
 
     def capacity_after(self, changes: Changes) -> Floats:
+        """What the machine of each change can do after it. [B]"""
         capacity: Floats = self.fleet.kinds.capacity[self.fleet.kind[changes.rows], changes.ends - changes.starts]
         return capacity
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from shoal.policy.machines.fleet import Fleet, Floats, Ints
 from shoal.policy.placement.needed import Needed
-from shoal.policy.placement.score import Changes, Picture
+from shoal.policy.placement.score import Changes, ScoredPlacement
 
 
 def best_places(
-    picture: Picture,
+    placement: ScoredPlacement,
     rows: Ints,
     *,
     most: int,
@@ -30,18 +30,18 @@ def best_places(
     returns the scores without the machines of these entries. [M]
     """
     leave = Changes.leave(rows)
-    deficits = picture.deficits(leave)
-    without = picture.scores(leave, deficits)
-    estimates = _estimates(picture, rows, deficits) + without[:, None, None]
+    deficits = placement.deficits(leave)
+    without = placement.scores(leave, deficits)
+    estimates = _estimates(placement, rows, deficits) + without[:, None, None]
     lengths = np.arange(1, estimates.shape[1] + 1)
-    longest = picture.fleet.kinds.longest[picture.fleet.kind[rows]]
+    longest = placement.fleet.kinds.longest[placement.fleet.kind[rows]]
     too_short = lengths < np.minimum(min_blocks, longest)[:, None]
     estimates[too_short] = -np.inf
     if needed is not None:
         estimates[~needed.places(rows, estimates.shape[1])] = -np.inf
-    present, old = np.flatnonzero(picture.fleet.lengths[rows] > 0), rows[picture.fleet.lengths[rows] > 0]
-    estimates[present, picture.fleet.lengths[old] - 1, picture.fleet.starts[old]] = -np.inf
-    flat = _without_ties(estimates.reshape(len(rows), -1), picture.bound)
+    present, old = np.flatnonzero(placement.fleet.lengths[rows] > 0), rows[placement.fleet.lengths[rows] > 0]
+    estimates[present, placement.fleet.lengths[old] - 1, placement.fleet.starts[old]] = -np.inf
+    flat = _without_ties(estimates.reshape(len(rows), -1), placement.bound)
     if flat.shape[1] > each:
         columns = np.argpartition(-flat, each - 1, axis=1)[:, :each]
     else:
@@ -64,21 +64,21 @@ def _without_ties(values: Floats, bound: float) -> Floats:
     return np.round(values / step) - np.arange(values.size).reshape(values.shape) * 1e-6
 
 
-def _estimates(picture: Picture, rows: Ints, deficits: Floats) -> Floats:
+def _estimates(placement: ScoredPlacement, rows: Ints, deficits: Floats) -> Floats:
     """About how much the score gains over that without the machine, by where the machine goes. [M, L, N]
 
     `deficits` are those without the machines.
     """
-    fleet, scoring = picture.fleet, picture.scoring
+    fleet, scoring = placement.fleet, placement.scoring
     leave = Changes.leave(rows)
-    before, everywhere = picture.held_before(leave), np.ones((len(rows), fleet.num_blocks), np.bool_)
-    alone = picture.even_after(leave, before, picture.held_after(leave))
-    useful = picture.utility(alone)
-    relieved = picture.risks(leave, before, ~everywhere) - picture.risks(leave, before, everywhere)
-    holes = picture.holders - before < 1
+    before, everywhere = placement.held_before(leave), np.ones((len(rows), fleet.num_blocks), np.bool_)
+    alone = placement.even_after(leave, before, placement.held_after(leave))
+    useful = placement.utility(alone)
+    relieved = placement.risks(leave, before, ~everywhere) - placement.risks(leave, before, everywhere)
+    holes = placement.holders - before < 1
     relief = _running_sum(scoring.risk * relieved / fleet.num_blocks + scoring.hole * holes)
     lacking = _running_sum(deficits)
-    mirrored = Picture.of(_mirrored(fleet), scoring, picture.bound).deficits(leave)[:, :, ::-1]
+    mirrored = ScoredPlacement.of(_mirrored(fleet), scoring, placement.bound).deficits(leave)[:, :, ::-1]
     lacking_mirrored = _running_sum(mirrored)
     kinds = fleet.kind[rows]
     most = fleet.kinds.capacity.shape[1] - 1
@@ -87,9 +87,9 @@ def _estimates(picture: Picture, rows: Ints, deficits: Floats) -> Floats:
         able = fleet.kinds.longest[kinds] >= length
         capacity = fleet.kinds.capacity[kinds, length]
         served = np.maximum(_served(lacking, capacity, length), _served(lacking_mirrored, capacity, length))
-        even = _windows(_running_sum(picture.utility(alone + (capacity / length)[:, None]) - useful), length)
-        throughput = (scoring.exact * served + (1 - scoring.exact) * even) / max(picture.most, 1e-300)
-        gain = picture.bound * (throughput + _windows(relief, length))
+        even = _windows(_running_sum(placement.utility(alone + (capacity / length)[:, None]) - useful), length)
+        throughput = (scoring.exact * served + (1 - scoring.exact) * even) / max(placement.most, 1e-300)
+        gain = placement.bound * (throughput + _windows(relief, length))
         result[able, length - 1, : gain.shape[1]] = gain[able]
     return result
 
@@ -118,19 +118,19 @@ def _windows(running: Floats, length: int) -> Floats:
     return running[..., length:] - running[..., :-length]
 
 
-def most_promising(picture: Picture, rows: Ints, most: int) -> Ints:
+def most_promising(placement: ScoredPlacement, rows: Ints, most: int) -> Ints:
     """Of many entries, those that seem to lose least where they are for what they could gain elsewhere, in order."""
     if len(rows) <= most:
         return rows
-    fleet, scoring = picture.fleet, picture.scoring
-    rate = (picture.utility(picture.even * 1.0001 + 1e-9) - picture.utility(picture.even)) / (
-        picture.even * 0.0001 + 1e-9
+    fleet, scoring = placement.fleet, placement.scoring
+    rate = (placement.utility(placement.even * 1.0001 + 1e-9) - placement.utility(placement.even)) / (
+        placement.even * 0.0001 + 1e-9
     )
     leave = Changes.leave(np.array([rows[0]]))
     no_blocks = np.zeros((1, fleet.num_blocks), np.bool_)
-    risks = picture.risks(leave, no_blocks, no_blocks)[0]
-    price = _running_sum(rate / max(picture.most, 1e-300))
-    danger = _running_sum(scoring.risk * risks / fleet.num_blocks + scoring.hole * picture.holes)
+    risks = placement.risks(leave, no_blocks, no_blocks)[0]
+    price = _running_sum(rate / max(placement.most, 1e-300))
+    danger = _running_sum(scoring.risk * risks / fleet.num_blocks + scoring.hole * placement.holes)
     starts, ends = fleet.starts[rows], fleet.ends[rows]
     speed = fleet.capacity[rows] / np.maximum(fleet.lengths[rows], 1)
     loss = speed * (price[ends] - price[starts])

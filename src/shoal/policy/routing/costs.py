@@ -89,6 +89,7 @@ class HopCost:
 
     @property
     def seconds(self) -> float:
+        """What the hop adds in all."""
         return self.network + self.compute + self.queue + self.handicap
 
 

@@ -24,7 +24,9 @@ class TimeShares:
         )
 
     def after_inference(self, seconds: float) -> TimeShares:
+        """The shares after inference had this much more time."""
         return TimeShares(self.inference_seconds + seconds, self.training_seconds)
 
     def after_training(self, seconds: float) -> TimeShares:
+        """The shares after training had this much more time."""
         return TimeShares(self.inference_seconds, self.training_seconds + seconds)

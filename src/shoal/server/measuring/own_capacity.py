@@ -13,10 +13,10 @@ from shoal.policy.machines.speed_profile import CacheRoom, SpeedProfile, block_s
 from shoal.server.capacity import block_bytes, bytes_of_token, cache_dtype_of, memory_for_blocks, most_blocks
 from shoal.server.config import ServerConfig
 from shoal.server.kv.paged_cache import key_value_shapes
+from shoal.server.measured_speed import known_profile
 from shoal.server.measuring.load_times import known_times
 from shoal.server.measuring.means import Means
 from shoal.server.measuring.on_disk import quantizes, quick_blocks, spans_of
-from shoal.server.throughput import known_profile
 
 UNKNOWN_SECONDS = 1.0
 """The time that a block is assumed to take before the first load, as others assume of a server that says none."""

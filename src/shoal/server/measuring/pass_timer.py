@@ -15,8 +15,8 @@ from shoal.prefix import PAGE_TOKENS
 from shoal.server.kv.batch import Chunk, Pass
 from shoal.server.kv.pages import pages_for
 from shoal.server.kv.session_cache import Growth
+from shoal.server.measured_speed import Measurement, PassRuns, Runs, cached_profile
 from shoal.server.speed_watch import MEASURED_PREFILL_TOKENS
-from shoal.server.throughput import Measurement, PassRuns, Runs, cached_profile
 from shoal.spans import Span
 
 PAST_TOKENS = 64

@@ -14,6 +14,7 @@ from shoal.peers import Capacity, ServerInfo
 from shoal.policy.machines.speed_profile import MAX_SPEED, SpeedProfile
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Executor
+from shoal.server.measured_speed import speeds_in
 from shoal.server.measuring.means import Means
 from shoal.server.measuring.metering import Meter, metered
 from shoal.server.measuring.network_monitor import NetworkMonitor, in_order
@@ -21,7 +22,6 @@ from shoal.server.measuring.own_capacity import own_capacity, remembered_capacit
 from shoal.server.measuring.zones import zone_of
 from shoal.server.neighbors import NeighborMonitor
 from shoal.server.speed_watch import Speeds
-from shoal.server.throughput import speeds_in
 
 
 class Portrait:

@@ -39,6 +39,7 @@ from shoal.server.kv.batch import PackedPass, SequentialPass
 from shoal.server.kv.output_head import ServerHead, load_head
 from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages, key_value_shapes
 from shoal.server.kv.sdpa_attention import SdpaAttention
+from shoal.server.measured_speed import speed_key, speeds_in
 from shoal.server.measuring.load_times import timed
 from shoal.server.measuring.on_disk import quantizes, quick_blocks
 from shoal.server.measuring.pass_timer import profile_of
@@ -46,7 +47,6 @@ from shoal.server.placing.compute_thread import Compute
 from shoal.server.placing.setup import Setup
 from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.startup_progress import Phase, Progress, Report, reporter
-from shoal.server.throughput import speed_key, speeds_in
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)

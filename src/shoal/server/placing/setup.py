@@ -27,10 +27,10 @@ from shoal.server.capacity import (
 )
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Executor
+from shoal.server.measured_speed import machine_key
 from shoal.server.measuring.portrait import Portrait
 from shoal.server.placing.compute_thread import Compute
 from shoal.server.startup_progress import Phase, Progress, Report
-from shoal.server.throughput import machine_key
 from shoal.spans import Span
 from shoal.tensors import LOSSY
 

@@ -29,6 +29,7 @@ class ReceivedStep:
 
     @property
     def key(self) -> Key:
+        """The epoch and position that name it."""
         return self.step.epoch, self.step.position
 
     @property

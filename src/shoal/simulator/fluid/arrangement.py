@@ -143,6 +143,7 @@ class Arrangement:
 
     @property
     def now(self) -> float:
+        """The virtual time."""
         return self.timeline.now
 
     # -- machines come and go ------------------------------------------------------------------------------------------

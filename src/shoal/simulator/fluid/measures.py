@@ -40,6 +40,7 @@ class Summary:
 
     @property
     def moves_per_departure(self) -> float:
+        """How many moves there were for each server that left."""
         return self.num_moves / max(1, self.num_departures)
 
 

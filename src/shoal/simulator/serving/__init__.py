@@ -18,4 +18,6 @@
 The simulated server's loop does what `shoal.server.engine.loop` does, with the same functions of `shoal.policy`: when
 passes begin, how long they wait for sessions that are expected, how much of prompts they take. A test compares the two,
 pass by pass. Training, several sequences in a session and several servers on one machine are left out.
+
+It imports `shoal.policy.batching` and the ground, and nothing else of the simulator.
 """

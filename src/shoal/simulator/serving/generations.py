@@ -67,6 +67,7 @@ class Lengths:
     largest: int
 
     def draw(self, chance: random.Random) -> int:
+        """A number of tokens, drawn at random; at least 1 and at most `largest`."""
         drawn = chance.lognormvariate(math.log(self.mean) - self.spread**2 / 2, self.spread)
         return max(1, min(self.largest, round(drawn)))
 

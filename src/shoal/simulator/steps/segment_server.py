@@ -26,6 +26,7 @@ class Cost:
     fixed: float = 0.0
 
     def seconds(self, blocks_read: int, rows_times_blocks: float) -> float:
+        """How long a pass takes; `rows_times_blocks` is the sum over its blocks of the rows that go through each."""
         return self.fixed + self.per_block * blocks_read + self.per_row * rows_times_blocks
 
 

@@ -18,7 +18,7 @@ from shoal.simulator.studies.offline_search import search
 from shoal.simulator.studies.report import Report, Table, percent, share
 from shoal.simulator.studies.rule_names import rule_of
 from shoal.simulator.studies.settings import HOUR, WARM_UP
-from shoal.simulator.studies.side_by_side import Plan
+from shoal.simulator.studies.side_by_side import RunGrid
 from shoal.simulator.studies.study_progress import Advance
 
 EVERY = HOUR
@@ -37,22 +37,22 @@ class Balance:
     shares: tuple[float, ...]
 
 
-def run_all(plan: Plan, advance: Advance, *, num_tries: int) -> list[Balance]:
+def run_all(grid: RunGrid, advance: Advance, *, num_tries: int) -> list[Balance]:
     """One run for each setting and rule, with the first seed."""
     found = []
-    for setting in plan.settings:
-        for rule in plan.rules:
+    for setting in grid.settings:
+        for rule in grid.rules:
             scene = setting.scene(
-                seed=plan.seeds[0], hours=plan.hours, delays=plan.delays, load_seconds=plan.load_seconds
+                seed=grid.seeds[0], hours=grid.hours, delays=grid.delays, load_seconds=grid.load_seconds
             )
-            arrangement = Arrangement(scene, rule_of(rule), seed=plan.seeds[0])
-            rng = random.Random(plan.seeds[0])  # noqa: S311 - repeatable, not secret
+            arrangement = Arrangement(scene, rule_of(rule), seed=grid.seeds[0])
+            rng = random.Random(grid.seeds[0])  # noqa: S311 - repeatable, not secret
             shares: list[float] = []
-            looks = range(max(1, round(plan.hours * HOUR / EVERY)))
+            looks = range(max(1, round(grid.hours * HOUR / EVERY)))
             for look in looks:
                 arrangement.advance(WARM_UP + look * EVERY)
                 shares.append(_share_of_search(arrangement, num_tries, rng))
-                advance(1 / len(looks) / len(plan.settings) / len(plan.rules), f"{setting.name}, {rule}")
+                advance(1 / len(looks) / len(grid.settings) / len(grid.rules), f"{setting.name}, {rule}")
             arrangement.advance(scene.seconds)
             history = [each for each in arrangement.meter.history if each[0] >= arrangement.meter.begins]
             found.append(
@@ -79,7 +79,7 @@ def _share_of_search(arrangement: Arrangement, num_tries: int, rng: random.Rando
     return now / found if found else 0.0
 
 
-def report(balances: Sequence[Balance], plan: Plan) -> Report:
+def report(balances: Sequence[Balance], grid: RunGrid) -> Report:
     """The shares of the two optima."""
     rows = tuple(
         (
@@ -94,7 +94,7 @@ def report(balances: Sequence[Balance], plan: Plan) -> Report:
     )
     headings = ("churn", "rule", "exact, of the bound", "exact, of an offline search", "min, of the bound", "holes")
     notes = (
-        f"One run of {plan.hours:g} h each, after half an hour. The search runs every hour, over the machines that are"
+        f"One run of {grid.hours:g} h each, after half an hour. The search runs every hour, over the machines that are"
         " there at that moment, also those that are still loading."
     )
     return Report("balance", "How near the optimum load balancing keeps a swarm", (Table(headings, rows),), notes)

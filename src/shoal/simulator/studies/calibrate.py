@@ -32,6 +32,7 @@ class Compared:
 
     @property
     def agrees(self) -> bool:
+        """Whether both errors are within `GOAL`."""
         return max(abs(self.throughput_error), abs(self.latency_error)) <= GOAL
 
 

@@ -24,6 +24,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
+        """As Markdown."""
         lines = [self.headings, tuple("---" for _ in self.headings), *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -46,11 +47,13 @@ class Report:
     notes: str = ""
 
     def text(self) -> str:
+        """As text for a terminal."""
         return "\n\n".join(
             [self.title, *(table.text() for table in self.tables), *([self.notes] if self.notes else [])]
         )
 
     def markdown(self, *, command: str, plot: str | None) -> str:
+        """As a part of a Markdown page, with how it was made: by `command`, on this machine, today."""
         made = f"`{command}`, {date.today()}, on {describe_host()}, Python {platform.python_version()}."
         picture = [f"![{self.title}]({plot})"] if plot else []
         notes = [self.notes] if self.notes else []
@@ -69,10 +72,12 @@ def share(value: float) -> str:
 
 
 def percent(value: float) -> str:
+    """A share in percent, with one decimal below ten percent."""
     return f"{100 * value:.1f} %" if value < 0.1 else f"{100 * value:.0f} %"
 
 
 def seconds(value: float | None) -> str:
+    """A time in whole seconds; `-` if there is none."""
     return "-" if value is None else f"{value:.0f} s"
 
 

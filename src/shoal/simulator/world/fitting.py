@@ -31,6 +31,7 @@ class WeibullFit:
 
     @property
     def mean(self) -> float:
+        """The mean of the distribution."""
         return self.scale * math.gamma(1 + 1 / self.shape)
 
     def survival(self, seconds: float) -> float:

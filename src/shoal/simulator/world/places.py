@@ -20,6 +20,7 @@ class Place:
 
     @classmethod
     def anywhere(cls, rng: random.Random) -> Place:
+        """A place drawn at random."""
         return cls(rng.randrange(2), rng.random(), rng.random())
 
     def round_trip(self, other: Place) -> float:

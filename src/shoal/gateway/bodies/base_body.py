@@ -19,7 +19,7 @@ Prompt = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Body(BaseModel):
+class BaseBody(BaseModel):
     """What all bodies have in common: a field that is not known is an error, one that is null is not there."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())

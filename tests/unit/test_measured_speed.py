@@ -12,8 +12,7 @@ from shoal.model.weights import disk_cache
 from shoal.policy.machines.speed_profile import BlockTime, SpeedProfile
 from shoal.server.kv.batch import Chunk
 from shoal.server.kv.session_cache import Growth
-from shoal.server.speed_watch import MAX_PASSES, MIN_SECONDS, RecentPasses, Speeds, Watch
-from shoal.server.throughput import (
+from shoal.server.measured_speed import (
     CACHED_SECONDS,
     MAX_ROUNDS,
     Measurement,
@@ -24,6 +23,7 @@ from shoal.server.throughput import (
     speed_key,
     speeds_in,
 )
+from shoal.server.speed_watch import MAX_PASSES, MIN_SECONDS, RecentPasses, Speeds, Watch
 from shoal.spans import Span
 
 SPAN = Span(0, 8)
