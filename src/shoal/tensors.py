@@ -25,7 +25,17 @@ ENCODED = frozenset({"hidden", "grad"})
 INT8_BLOCK = 64
 """The number of values with a common scale (their peak) in the int8 encoding."""
 TensorName = Literal[
-    "hidden", "positions", "mask", "grad", "digests", "logits", "ids", "factors", "factor_grads", "filler"
+    "hidden",
+    "positions",
+    "mask",
+    "grad",
+    "digests",
+    "logits",
+    "ids",
+    "factors",
+    "factor_grads",
+    "filler",
+    "content",
 ]
 
 

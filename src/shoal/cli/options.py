@@ -82,6 +82,7 @@ QUANTIZATIONS = ", ".join(Quantization)
 SCHEDULINGS = ", ".join(Scheduling)
 DEFAULT_SCHEDULING = Scheduling(DEFAULT_RULE)
 
+Code = Annotated[str, typer.Argument(metavar="CODE", help="An invite code, as members of the swarm print it.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face hub.")]
 InitialPeers = Annotated[
     list[str] | None,
@@ -280,6 +281,34 @@ def with_client_options(command: Callable[..., None], *, log: str = "error") -> 
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
     return wrapped
+
+
+def with_options_of(
+    other: Callable[..., None], *, without: Sequence[str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command also the parameters of another one, but for some; it takes them as `**values`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            each
+            for each in inspect.signature(command, eval_str=True).parameters.values()
+            if each.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        taken = {each.name for each in own} | set(without)
+        others = [
+            each for name, each in inspect.signature(other, eval_str=True).parameters.items() if name not in taken
+        ]
+
+        @functools.wraps(command)
+        def wrapped(**values: Any) -> None:
+            command(**values)
+
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *others)]
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
+        return wrapped
+
+    return decorate
 
 
 def check_places(model: str, adapter: str | Path | None) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,16 +24,21 @@ from shoal.cli.console import (
 )
 from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
 from shoal.client.options.client_options import INITIAL_PEERS
+from shoal.errors import SwarmError
+from shoal.joining.invite_code import InviteCode, is_code, ways_of
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
 from shoal.policy.batching.engine_limits import Limits
 from shoal.spans import Span
 
 if TYPE_CHECKING:
+    from shoal.net.transport import Node
     from shoal.server.config import ServerConfig
     from shoal.server.server import Server
 
 EXAMPLE_PROMPT = "Once upon a time"
+MOST_WAYS = 3
+"""The ways in that a printed code has: each makes it 10 characters longer."""
 
 
 def command(
@@ -133,6 +139,14 @@ def command(
             "--serve-head", help="Also serve the output head, to clients with --remote-head. Needs the last block."
         ),
     ] = False,
+    upload_limit: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="MB",
+            help="Megabytes a second of the model that machines which join may get here; 0: none. Default: no limit.",
+        ),
+    ] = None,
     drain_timeout: Annotated[
         float,
         typer.Option(
@@ -162,18 +176,21 @@ def command(
 ) -> None:
     """Serve some blocks of a model, until Ctrl-C.
 
-    The first server starts a swarm with --new-swarm, and prints an address. Other machines join with --initial-peers
-    and that address.
+    The first server starts a swarm with --new-swarm, and prints an invite code. Other machines join with
+    `shoal join CODE`; those with a copy of the model may also use --initial-peers and the address that is printed.
     """
     start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
         end_with_parent()
+    code = InviteCode.parse(model) if is_code(model) else None
+    if code is not None and (new_swarm or initial_peers):
+        raise WrongUsage("an invite code names the swarm", hint="leave out --new-swarm and --initial-peers")
     if new_swarm and initial_peers:
         raise WrongUsage(
             "--new-swarm and --initial-peers exclude each other", hint="use one: start a new swarm, or join one"
         )
-    peers = () if new_swarm else options.peers_of(initial_peers)
-    if not new_swarm and not peers:
+    peers = () if new_swarm or code is not None else options.peers_of(initial_peers)
+    if not new_swarm and not peers and code is None:
         raise WrongUsage(
             "neither --new-swarm nor --initial-peers is given",
             hint=f"start a new swarm with --new-swarm, or join one with --initial-peers (or ${INITIAL_PEERS})",
@@ -188,7 +205,8 @@ def command(
         initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
     )
     check_addresses(network)
-    check_model(model)
+    if code is None:
+        check_model(model)
     for each in adapter or ():
         folder_of(each)
 
@@ -225,6 +243,7 @@ def command(
             adapters=tuple(adapter or ()),
             serve_head=serve_head,
             drain_seconds=drain_timeout,
+            upload_limit=None if upload_limit is None else upload_limit * 1e6,
             name=server_name,
             zone=zone_name,
             allow_uncertified=allow_uncertified,
@@ -232,11 +251,10 @@ def command(
         torch.set_num_threads(
             1
         )  # of the event loop's thread; the compute thread has its own, see shoal.server.executor
-        run_until_signalled(_serve(config, replace(network, identity=path)))
+        run_until_signalled(_serve(config, replace(network, identity=path), code))
 
 
-async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
-    from shoal.net import join
+async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode | None) -> None:
     from shoal.server.server import serve
     from shoal.server.startup_progress import Phase, Progress
 
@@ -250,16 +268,60 @@ async def _serve(config: ServerConfig, network: NetworkConfig) -> None:
         if is_up and progress.phase is Phase.ANNOUNCING:  # a change of blocks is done
             reporter.stop()
 
-    with waiting("Joining the swarm" if network.initial_peers else "Starting the network") as reporter:
+    is_new = code is None and not network.initial_peers
+    with waiting("Starting the network" if is_new else "Joining the swarm") as reporter:
         reminding = asyncio.create_task(_remind(reporter))
         try:
-            async with join(network) as node, serve(config, node, report=show) as server:
+            async with (
+                in_swarm(config, network, code, reporter) as (node, config),
+                serve(config, node, report=show) as server,
+            ):
                 reporter.stop()
                 is_up = True
                 print(describe(server, config), flush=True)
+                invited_by = await server.invitation
+                ways = ways_of([*server.info.addresses, *network.initial_peers], most=MOST_WAYS)
+                if ways:
+                    print(f"{'code':<10}{InviteCode(invited_by.digest, ways)}", flush=True)
                 await asyncio.Event().wait()
         finally:
             reminding.cancel()
+
+
+@contextlib.asynccontextmanager
+async def in_swarm(
+    config: ServerConfig, network: NetworkConfig, code: InviteCode | None, reporter: ProgressReporter
+) -> AsyncIterator[tuple[Node, ServerConfig]]:
+    """Access to the swarm, and the config completed by what the swarm's invitation says, if there is one."""
+    from shoal.joining.arrival import arrive, files_from_members
+    from shoal.net import join
+
+    if code is None:
+        async with join(network) as node:
+            yield node, config
+        return
+
+    def show(come: int, wanted: int) -> None:
+        reporter.show("Getting the weights from members", step=f"{come / 1e6:,.0f} of {wanted / 1e6:,.0f} MB")
+
+    async with arrive(code, network) as arrival:
+        invitation = arrival.invitation
+        files = await files_from_members(arrival.node, invitation, report=show) if invitation.manifest else None
+        if files is None and not invitation.hub:
+            raise SwarmError(
+                "no member of this swarm gives its weights away",
+                hint="copy the model, and join with: shoal serve FOLDER --initial-peers ADDRESS",
+            )
+        completed = replace(
+            config,
+            model=invitation.model if files is not None else invitation.hub,
+            revision=invitation.revision or None,
+            files=files,
+            invitation=invitation,
+            dtype=invitation.dtype if config.dtype == "auto" else config.dtype,
+            quantization=invitation.quantization if config.quantization == "none" else config.quantization,
+        )
+        yield arrival.node, completed
 
 
 async def _remind(reporter: ProgressReporter) -> None:

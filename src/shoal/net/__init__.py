@@ -6,7 +6,7 @@ It imports `shoal.policy.census`, `shoal.protocol` and below; it knows nothing o
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -51,6 +51,19 @@ def check_addresses(config: NetworkConfig) -> None:
     check_announced(config.announce)
     if not config.client_mode:
         listen_address(config.host, config.port)
+
+
+async def find_peers(addresses: Sequence[str]) -> tuple[str, ...]:
+    """The addresses with the ids of the peers that answer there; those where none does are left out.
+
+    Raises `UserError` for a malformed address, and `SwarmError` if the network cannot be started.
+    """
+    from shoal.net.addresses import check_announced
+
+    checked = check_announced(addresses)
+    from shoal.net.libp2p.strangers import peers_at
+
+    return await peers_at(checked)
 
 
 @asynccontextmanager

@@ -16,7 +16,9 @@ from shoal.protocol.limits import (
     MAX_FACTORS,
     MAX_HEADER_BYTES,
     MAX_HOPS,
+    MAX_INVITATION,
     MAX_LENGTH,
+    MAX_LISTING_BYTES,
     MAX_LOGITS_BYTES,
     MAX_PASS_TOKENS,
     MAX_PAYLOAD_BYTES,
@@ -39,6 +41,7 @@ from shoal.protocol.limits import (
 )
 from shoal.protocol.message import Message
 from shoal.protocol.parsing import (
+    JOINING_KINDS,
     REPLY_KINDS,
     REQUEST_KINDS,
     SESSION_KINDS,
@@ -51,15 +54,19 @@ from shoal.protocol.parsing import (
 from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, NormsResult, PassResult
 from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
 from shoal.protocol.transfers import Filler, Transfer
+from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
 
 __all__ = [
     "FAILURES",
+    "JOINING_KINDS",
     "MAX_BATCH",
     "MAX_BLOCKS",
     "MAX_FACTORS",
     "MAX_HEADER_BYTES",
     "MAX_HOPS",
+    "MAX_INVITATION",
     "MAX_LENGTH",
+    "MAX_LISTING_BYTES",
     "MAX_LOGITS_BYTES",
     "MAX_PASS_TOKENS",
     "MAX_PAYLOAD_BYTES",
@@ -80,6 +87,7 @@ __all__ = [
     "Backward",
     "Block",
     "Close",
+    "Content",
     "Downstream",
     "Epoch",
     "FactorIndices",
@@ -87,6 +95,11 @@ __all__ = [
     "FailureCode",
     "Filler",
     "Forward",
+    "GetHeld",
+    "GetInvitation",
+    "GetManifest",
+    "GetPiece",
+    "InvitationText",
     "Leaving",
     "Link",
     "Message",

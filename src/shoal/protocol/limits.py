@@ -28,6 +28,10 @@ MAX_LENGTH = 1 << 22
 """The tokens of a sequence, and the likeliest tokens of one position: beyond every model there is."""
 MAX_TRANSFER_BYTES = 4 << 20
 """The bytes with which a peer measures its network, at a time."""
+MAX_LISTING_BYTES = 1 << 24
+"""The bytes of a piece of a file, and of the list of all pieces."""
+MAX_INVITATION = 4000
+"""The characters of an invitation."""
 MAX_BLOCKS = 4096
 """The blocks of a model: beyond every model there is."""
 MAX_HOPS = 256

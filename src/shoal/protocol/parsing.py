@@ -14,6 +14,7 @@ from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassResult
 from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached
 from shoal.protocol.transfers import Filler, Transfer
+from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
 
 
 class ProtocolViolation(ValueError):
@@ -38,6 +39,12 @@ AnyMessage = (
     | PassResult
     | Transfer
     | Filler
+    | GetInvitation
+    | InvitationText
+    | GetManifest
+    | GetHeld
+    | GetPiece
+    | Content
     | Ping
     | Pong
     | Leaving
@@ -46,7 +53,23 @@ AnyMessage = (
 )
 
 REQUEST_KINDS = frozenset(
-    {"open", "set_neighbors", "rewind", "step", "adapter", "norms", "forward", "backward", "transfer", "ping", "close"}
+    {
+        "open",
+        "set_neighbors",
+        "rewind",
+        "step",
+        "adapter",
+        "norms",
+        "forward",
+        "backward",
+        "transfer",
+        "get_invitation",
+        "get_manifest",
+        "get_held",
+        "get_piece",
+        "ping",
+        "close",
+    }
 )
 """The kinds of messages that a server receives, from clients and from upstream servers."""
 
@@ -55,6 +78,9 @@ SESSION_KINDS = frozenset({"step", "rewind", "set_neighbors", "ping", "close"})
 
 TRANSFER_KINDS = frozenset({"filler", "failure"})
 """The kinds of messages that follow `Transfer`, in either direction. Elsewhere a `Filler` is refused unread."""
+
+JOINING_KINDS = frozenset({"invitation", "content", "failure"})
+"""The kinds of messages that answer those who join."""
 
 REPLY_KINDS = frozenset(
     {

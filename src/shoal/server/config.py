@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shoal.events import Observer
+from shoal.joining.invitation import Invitation
+from shoal.model.weights.files import Files
 from shoal.policy.batching.engine_limits import Limits
 from shoal.policy.batching.pass_rules import DEFAULT_RULE
 from shoal.policy.placement.joining import Rule
@@ -19,6 +21,12 @@ class ServerConfig:
     """A Hugging Face id, or the path of a folder with a checkpoint."""
     revision: str | None = None
     """The branch, tag or commit of a Hugging Face model; `None` is the default branch."""
+    files: Files | None = None
+    """The files of the model, if they come from elsewhere: `model` is only a name then."""
+    invitation: Invitation | None = None
+    """The invitation by which the server came, to invite others with; `None` is one of its own."""
+    upload_limit: float | None = None
+    """Bytes per second of the model's files that the server gives to machines that join; `None` is no limit, 0 none."""
     blocks: Span | None = None
     """The blocks to serve, always; `None` is those that help the swarm most."""
     num_blocks: int | None = None

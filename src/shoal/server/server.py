@@ -6,30 +6,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
-from shoal.concurrency import background
+from shoal.concurrency import background, owned_task
 from shoal.events import Observers
+from shoal.joining.invitation import Invitation
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.batching.pass_rules import rule_of
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
+from shoal.server.inviting import invite
 from shoal.server.measuring.portrait import Portrait
 from shoal.server.placing.compute_thread import Compute
 from shoal.server.placing.setup import Surroundings, open_checkpoint, prepare
 from shoal.server.placing.span_keeper import SpanKeeper
 from shoal.server.placing.span_state import SpanPhase
+from shoal.server.rpc.weights_service import WeightsService
 from shoal.server.startup_progress import Phase, Progress, Report
 
 
 class Server:
-    """A running server: what it announces, its model, and the engine of the blocks that it holds."""
+    """A running server: what it announces, its model, and the engine of the blocks that it holds.
 
-    def __init__(self, model: ModelInfo, keeper: SpanKeeper) -> None:
+    `invitation` is done when the server can invite others: when it has read all weights that are here once. It is for
+    waiting only.
+    """
+
+    def __init__(self, model: ModelInfo, keeper: SpanKeeper, invitation: asyncio.Future[Invitation]) -> None:
         self.model = model
+        self.invitation = invitation
         self._keeper = keeper
 
     @property
@@ -64,17 +73,20 @@ async def serve(
     """
     rule_of(config.scheduling)  # a wrong name is told before anything is loaded
     observers = Observers(config.observers)
+    weights = WeightsService(upload_limit=config.upload_limit)
     portrait = Portrait(config, node, clock=clock)
     node = portrait.node
     with Compute(config) as compute:
         report(Progress(Phase.OPENING))
         checkpoint = await compute.executor.run(lambda: open_checkpoint(config))
         setup = await prepare(config, node, checkpoint, compute.executor, report)
-        keeper = SpanKeeper(Surroundings(config, node, setup, compute, portrait, observers, report, clock))
+        around = Surroundings(config, node, setup, compute, portrait, observers, weights, report, clock)
+        keeper = SpanKeeper(around)
         async with background(keeper.live(), name="shoal-blocks") as living:
             try:
                 await keeper.online.wait()
-                yield Server(setup.model, keeper)
+                async with owned_task(invite(around)) as inviting:
+                    yield Server(setup.model, keeper, inviting)
             finally:
                 await keeper.stop(living)
                 await observers.close()

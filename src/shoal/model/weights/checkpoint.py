@@ -25,7 +25,7 @@ from shoal.model.weights.files import Files, LocalFiles
 from shoal.model.weights.fingerprint import fingerprint, model_key
 from shoal.model.weights.hub import open_repository
 from shoal.model.weights.location import CONFIG, INDEX, SINGLE_FILE, folder_of, missing_config, unreadable_weights
-from shoal.model.weights.safetensors_file import TensorInfo, read_tensors
+from shoal.model.weights.safetensors_file import TensorInfo
 from shoal.spans import Span
 
 _UNREADABLE = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ckpt")
@@ -62,6 +62,11 @@ class Checkpoint:
         )
         if CONFIG not in files:
             raise missing_config(model, files.listing())
+        return cls.of(files, allow_uncertified=allow_uncertified)
+
+    @classmethod
+    def of(cls, files: Files, *, allow_uncertified: bool = False) -> Checkpoint:
+        """The model that these files describe. Raises what `open` raises."""
         description = read_json(files, CONFIG)
         config = _read_config(files)
         family = family_of(config, allow_uncertified=allow_uncertified)
@@ -87,7 +92,7 @@ class Checkpoint:
         For a local folder this reads all weights, which may take minutes. Raises `CheckpointError` for a folder that
         lacks some of the files.
         """
-        return fingerprint(self.key, self.files.digests(self._weight_files))
+        return fingerprint(self.key, self.files.digests(self.weight_files))
 
     @cached_property
     def block_bytes(self) -> tuple[int, ...]:
@@ -106,10 +111,13 @@ class Checkpoint:
         return tuple(map(round, sizes))
 
     def blocks_on_disk(self) -> list[int]:
-        """The blocks all of whose files are on this machine now."""
-        missing = {file for file in self._weight_files if not self.files.has(file)}
-        incomplete = {self.family.block_of(name) for name, file in self.file_of.items() if file in missing}
-        return [block for block in range(self.num_blocks) if block not in incomplete]
+        """The blocks all of whose tensors are on this machine now."""
+        names_in: dict[tuple[int, str], list[str]] = {}
+        for name, file in self.file_of.items():
+            if (block := self.family.block_of(name)) is not None:
+                names_in.setdefault((block, file), []).append(name)
+        missing = {block for (block, file), names in names_in.items() if not self.files.has_tensors(file, names)}
+        return [block for block in range(self.num_blocks) if block not in missing]
 
     @cached_property
     def head_bytes(self) -> int:
@@ -149,17 +157,18 @@ class Checkpoint:
             names_in.setdefault(self.file_of[name], []).append(name)
         tensors: dict[str, Tensor] = {}
         for file in sorted(names_in):
-            tensors |= read_tensors(self.files.path(file), names_in[file])
+            tensors |= self.files.tensors(file, names_in[file])
         return tensors
 
     @property
-    def _weight_files(self) -> list[str]:
+    def weight_files(self) -> list[str]:
+        """The files with its tensors."""
         return sorted(set(self.file_of.values()))
 
     @cached_property
     def _headers(self) -> Mapping[str, TensorInfo]:
         tensors: dict[str, TensorInfo] = {}
-        for file, header in self.files.headers(self._weight_files).items():
+        for file, header in self.files.headers(self.weight_files).items():
             tensors |= {name: tensor for name, tensor in header.items() if self.file_of.get(name) == file}
         return tensors
 

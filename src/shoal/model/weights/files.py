@@ -1,4 +1,5 @@
-"""The files of a checkpoint, in a local folder or in a repository on the hub (`shoal.model.weights.hub`)."""
+"""The files of a checkpoint: in a local folder, on the hub (`shoal.model.weights.hub`), or with members of the swarm
+(`shoal.model.weights.peer_files`)."""
 
 from __future__ import annotations
 
@@ -7,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from shoal.errors import CheckpointError
 from shoal.model.weights.fingerprint import file_digests
-from shoal.model.weights.safetensors_file import Header, read_header
+from shoal.model.weights.safetensors_file import Header, read_header, read_tensors
 
 
 class Files(Protocol):
-    """The files of a checkpoint. Only `path`, and `digests` of small files, download anything."""
+    """The files of a checkpoint. Only `path`, `tensors`, and `digests` of small files, download anything."""
 
     @property
     def name(self) -> str:
@@ -39,6 +42,12 @@ class Files(Protocol):
 
     def digests(self, files: Sequence[str]) -> list[str]:
         """The SHA-256 digests of these files, in hexadecimal."""
+
+    def has_tensors(self, file: str, names: Iterable[str]) -> bool:
+        """Whether these tensors of a safetensors file are on this machine, so that `tensors` does not download them."""
+
+    def tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
+        """These tensors of a safetensors file, mapped into memory (`shoal.model.weights.safetensors_file`)."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +83,9 @@ class LocalFiles:
 
     def digests(self, files: Sequence[str]) -> list[str]:
         return file_digests([self.path(file) for file in files])
+
+    def has_tensors(self, file: str, names: Iterable[str]) -> bool:
+        return self.has(file)
+
+    def tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
+        return read_tensors(self.path(file), names)

@@ -31,12 +31,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
+from torch import Tensor
 
 from shoal.errors import CheckpointError, UserError
 from shoal.model.weights.disk_cache import load_or_compute
 from shoal.model.weights.files import Files, LocalFiles
 from shoal.model.weights.fingerprint import file_digests
-from shoal.model.weights.safetensors_file import Header, TensorInfo, read_header
+from shoal.model.weights.safetensors_file import Header, TensorInfo, read_header, read_tensors
 
 _MAX_PARALLEL_HEADERS = 8
 """Headers that are requested at once."""
@@ -100,6 +101,12 @@ class HubFiles:
 
     def digests(self, files: Sequence[str]) -> list[str]:
         return [self._entry(file).sha256 or file_digests([self.path(file)])[0] for file in files]
+
+    def has_tensors(self, file: str, names: Iterable[str]) -> bool:
+        return self.has(file)
+
+    def tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
+        return read_tensors(self.path(file), names)
 
     def _entry(self, file: str) -> HubFile:
         if file not in self.entries:

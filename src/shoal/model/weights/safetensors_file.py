@@ -42,25 +42,31 @@ def parse_header(text: bytes, *, file: str) -> Header:
         raise _damaged(file, "its header is not that of a safetensors file") from None
 
 
+def header_bytes(path: Path) -> int:
+    """The bytes of a file before its tensors, of which only the first 8 are read. Raises `CheckpointError`."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    if not 2 <= length <= MAX_HEADER_BYTES or length + 8 > size:
+        raise _damaged(path.name, "its header is not that of a safetensors file")
+    return 8 + length
+
+
 def read_header(path: Path) -> Header:
     """The tensors that a file declares.
 
     Raises `CheckpointError` if the file cannot be read, if its header is malformed, or if the file is too short for the
     tensors that it declares.
     """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    with file:
-        length = int.from_bytes(file.read(8), "little")
-        size = path.stat().st_size
-        if not 2 <= length <= MAX_HEADER_BYTES or length + 8 > size:
-            raise _damaged(path.name, "its header is not that of a safetensors file")
-        header = parse_header(file.read(length), file=path.name)
+    start, size = header_bytes(path), path.stat().st_size
+    with path.open("rb") as file:
+        header = parse_header(file.read(start)[8:], file=path.name)
     for name, tensor in header.items():
-        if tensor.end > size - 8 - length:
-            missing = tensor.end - (size - 8 - length)
+        if tensor.end > size - start:
+            missing = tensor.end - (size - start)
             raise _damaged(
                 path.name, f"it is truncated: tensor {name} lacks {min(missing, tensor.nbytes)} of its bytes"
             )

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -27,7 +28,7 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from shoal.net.addresses import decode, encode
-from shoal.net.identity import Identity, peer_id_of, peer_id_to_bytes
+from shoal.net.identity import Identity, peer_id_of, peer_id_to_bytes, public_key
 from shoal.net.libp2p.daemon_reasons import plain_reason
 
 logger = logging.getLogger("shoal.net.libp2p.daemon")
@@ -52,12 +53,18 @@ use_hivemind_log_handler("nowhere")
 logging.getLogger("hivemind").setLevel(logging.CRITICAL)
 logging.addLevelName(logging.WARNING, "WARNING")
 
+_ANSWERED = re.compile(r"peer id mismatch: expected \w+, but remote key matches (\w+)")
+
 OnStream = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], None]
 """Called with the id of the peer that opened a stream, and the stream."""
 
 
 class DaemonFailed(OSError):
-    """The daemon did not start, or could not carry out a request."""
+    """The daemon did not start, or could not carry out a request. `report` is what the daemon itself says of it."""
+
+    def __init__(self, reason: str, *, report: str = "") -> None:
+        super().__init__(reason)
+        self.report = report
 
 
 class DaemonGone(DaemonFailed):
@@ -185,6 +192,22 @@ class Daemon:
         _, _, writer = await self._request(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=connect))
         writer.close()
 
+    async def peer_at(self, address: str) -> str:
+        """The id of the peer that answers at an address without one. Raises `DaemonFailed` if none does.
+
+        libp2p dials only a peer whose id it knows. So a peer is dialled that does not exist, and the daemon reports
+        which one answered in its place, after that one has proved its id.
+        """
+        nobody = Identity.temporary().peer
+        try:
+            await self.connect(nobody, [address])
+        except DaemonFailed as failure:
+            found = _ANSWERED.search(failure.report)
+            if found is None or public_key(found[1]) is None:
+                raise
+            return found[1]
+        raise DaemonFailed("the daemon connected to a peer that does not exist")
+
     async def open(self, peer: str, protocol: str) -> tuple[str | None, asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a stream to a peer. Returns the address of the peer on this connection, and the stream.
 
@@ -242,7 +265,7 @@ class Daemon:
             await write_pbmsg(writer, request)
             await read_pbmsg_safe(reader, response)
             if response.type == p2pd_pb2.Response.ERROR:
-                raise DaemonFailed(plain_reason(response.error.msg))
+                raise DaemonFailed(plain_reason(response.error.msg), report=response.error.msg)
         except (ConnectionError, EOFError) as failure:
             writer.close()
             raise DaemonGone(f"the libp2p daemon is gone: {failure}") from None

@@ -30,6 +30,7 @@ from shoal.server.executor import Executor
 from shoal.server.measured_speed import machine_key
 from shoal.server.measuring.portrait import Portrait
 from shoal.server.placing.compute_thread import Compute
+from shoal.server.rpc.weights_service import WeightsService
 from shoal.server.startup_progress import Phase, Progress, Report
 from shoal.spans import Span
 from shoal.tensors import LOSSY
@@ -60,7 +61,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a server keeps when it changes its blocks. `clock` is the Unix time."""
+    """What a server keeps when it changes its blocks. `weights` answers those who join. `clock` is the Unix time."""
 
     config: ServerConfig
     node: Node
@@ -68,6 +69,7 @@ class Surroundings:
     compute: Compute
     portrait: Portrait
     observers: Observers
+    weights: WeightsService
     report: Report = lambda progress: None
     clock: Callable[[], float] = time.time
 
@@ -86,6 +88,11 @@ async def prepare(
     check_blocks(config, checkpoint)
     report(Progress(Phase.FINGERPRINTING))
     fingerprint = await executor.run(lambda: checkpoint.fingerprint)
+    if config.invitation is not None and config.invitation.fingerprint != fingerprint:
+        raise UserError(
+            f"these are not the weights that the invitation names: {fingerprint}, not {config.invitation.fingerprint}",
+            hint="ask for a fresh code: `shoal invite` prints one",
+        )
     dtype = join_dtype(config.dtype, checkpoint, view)
     log.info("the server computes in %s on %s", dtype, device)
     max_blocks = max_num_blocks(config, checkpoint, dtype, device)
@@ -95,7 +102,9 @@ async def prepare(
 
 
 def open_checkpoint(config: ServerConfig) -> Checkpoint:
-    """The model that the config names."""
+    """The model that the config names, or whose files it has."""
+    if config.files is not None:
+        return Checkpoint.of(config.files, allow_uncertified=config.allow_uncertified)
     return Checkpoint.open(config.model, revision=config.revision, allow_uncertified=config.allow_uncertified)
 
 

@@ -264,7 +264,8 @@ class SpanKeeper:
 
         The result of `following` is the next span if it is served from now on; otherwise it has to be loaded.
         """
-        handler = Handler(loaded.engine, self._pushes, idle_seconds=self._around.config.idle_seconds)
+        idle_seconds, weights = self._around.config.idle_seconds, self._around.weights
+        handler = Handler(loaded.engine, self._pushes, idle_seconds=idle_seconds, weights=weights)
         async with loaded.engine.running():
             try:
                 await self._open(loaded, handler)

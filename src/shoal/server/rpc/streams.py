@@ -23,6 +23,10 @@ from shoal.protocol import (
     Close,
     Failure,
     Forward,
+    GetHeld,
+    GetInvitation,
+    GetManifest,
+    GetPiece,
     Norms,
     NormsResult,
     NotCached,
@@ -40,6 +44,7 @@ from shoal.server.rpc.message_reader import MessageReader
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.session_stream import SessionStream
 from shoal.server.rpc.transfer_service import TransferService
+from shoal.server.rpc.weights_service import WeightsService
 from shoal.server.training.adapter_store import MissingFromCache
 from shoal.tensors import Encoding, TensorName
 
@@ -56,9 +61,12 @@ _ANSWER_ENCODING_FROM: dict[str, TensorName] = {"forward": "hidden", "backward":
 class Handler:
     """Answers each stream's messages, one after another. A failure is told to the client, and ends its stream only."""
 
-    def __init__(self, engine: Engine, push_service: PushService, *, idle_seconds: float) -> None:
+    def __init__(
+        self, engine: Engine, push_service: PushService, *, idle_seconds: float, weights: WeightsService | None = None
+    ) -> None:
         self._engine = engine
         self._push_service = push_service
+        self._weights = weights or WeightsService()
         self._transfers = TransferService()
         self._idle_seconds = idle_seconds
         self._sessions: set[SessionStream] = set()
@@ -154,6 +162,8 @@ class Handler:
                 return False
             case Transfer():
                 await self._transfers.answer(stream, message)
+            case GetInvitation() | GetManifest() | GetHeld() | GetPiece():
+                await self._weights.answer(stream, message)
             case Adapter():
                 name = await self._engine.adapters.store(stream.peer, message, tensors)
                 stored = events.AdapterStored(stream.peer, name, tensors["factors"].nbytes)

@@ -1,0 +1,30 @@
+"""`shoal join`: serve some blocks of the model of a swarm, by an invite code and without a copy of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shoal.cli import options, serve
+from shoal.joining.invite_code import InviteCode
+
+
+@options.with_options_of(
+    serve.command, without=("model", "new_swarm", "initial_peers", "dtype", "quantization", "revision")
+)
+def command(code: options.Code, **values: Any) -> None:
+    """Join a swarm and serve some blocks of its model, until Ctrl-C.
+
+    CODE is what any member of the swarm prints (`shoal invite`). It names the swarm, the exact weights and their form.
+    The blocks, the config and the tokenizer come from members, and each piece is checked before it is used; they stay
+    on the disk for the next time.
+    """
+    InviteCode.parse(code)  # a mistyped code is told at once
+    serve.command(
+        model=code,
+        new_swarm=False,
+        initial_peers=None,
+        dtype=options.DType.auto,
+        quantization=options.Quantization.none,
+        revision=None,
+        **values,
+    )

@@ -1,0 +1,144 @@
+"""A machine that has nothing but an invite code: it finds members, and learns from them what the swarm serves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shoal.errors import BootstrapFailed, CheckpointError, SwarmError
+from shoal.joining.invitation import Invitation
+from shoal.joining.invite_code import InviteCode
+from shoal.joining.piece_fetcher import PieceFetcher, Report
+from shoal.joining.requests import NoAnswer, member
+from shoal.model.weights.disk_cache import cache_folder
+from shoal.model.weights.manifest import Manifest
+from shoal.model.weights.peer_files import PeerFiles
+from shoal.model.weights.piece_store import PieceStore
+from shoal.net import NetworkConfig, find_peers, join
+from shoal.net.transport import Node
+from shoal.peers import ModelInfo, ServerInfo
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest"
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A machine in the swarm: its access to the network, the swarm's invitation, and the addresses it came by."""
+
+    node: Node
+    invitation: Invitation
+    addresses: tuple[str, ...]
+
+
+@contextlib.asynccontextmanager
+async def arrive(code: InviteCode, network: NetworkConfig) -> AsyncIterator[Arrival]:
+    """Join the swarm of an invite code, and leave it at the end of the context.
+
+    Raises `BootstrapFailed` if nobody answers at the code's ways in, `SwarmError` if no member knows the invitation,
+    and what `shoal.net.join` raises.
+    """
+    addresses = await find_peers(code.addresses)
+    if not addresses:
+        tried = ", ".join(f"{way.host} port {way.port}" for way in code.ways)
+        raise BootstrapFailed(
+            f"no member answers at {tried}", hint="ask for a fresh code (`shoal invite` prints one); is the port open?"
+        )
+    async with join(replace(network, initial_peers=addresses)) as node:
+        yield Arrival(node, await _invitation(node, addresses, code.digest), addresses)
+
+
+async def _invitation(node: Node, addresses: Sequence[str], digest: str) -> Invitation:
+    """The invitation with this digest, from the members at these addresses or from any other."""
+    reasons: list[str] = []
+    tried: set[str] = set()
+
+    async def ask(peer: str, addresses: Sequence[str]) -> Invitation | None:
+        tried.add(peer)
+        try:
+            async with member(node.transport, peer, addresses) as host:
+                found = await host.invitation(digest)
+        except (NoAnswer, SwarmError) as failure:
+            reasons.append(str(failure))
+            return None
+        return found if found.digest == digest else None
+
+    for address in addresses:
+        if found := await ask(address.rpartition("/")[2], [address]):
+            return found
+    for model in await node.directory.models():
+        for server in await node.directory.servers(model):
+            if server.peer not in tried and (found := await ask(server.peer, server.addresses)):
+                return found
+    raise SwarmError(
+        f"no member of this swarm knows this invitation: {reasons[0] if reasons else 'it has no servers'}",
+        hint="the code is old, or of another swarm: ask for a fresh one (`shoal invite` prints one)",
+    )
+
+
+async def files_from_members(
+    node: Node, invitation: Invitation, *, report: Report = lambda come, wanted: None
+) -> PeerFiles:
+    """The model's files, which come from members when they are needed, and stay in shoal's cache.
+
+    They may be used by threads other than the event loop's only. Raises `CheckpointError` if no member has the list of
+    the files, or if it belongs to other weights.
+    """
+    folder = cache_folder() / "weights" / invitation.manifest
+    model = ModelInfo(key=invitation.key, name=invitation.model, family="", num_blocks=_num_blocks(invitation.key))
+    manifest = await asyncio.to_thread(_saved, folder / MANIFEST, invitation.manifest)
+    if manifest is None:
+        manifest = await _manifest(node, await node.directory.servers(model), invitation.manifest)
+        await asyncio.to_thread(_save, folder / MANIFEST, manifest)
+    store = await asyncio.to_thread(PieceStore, manifest, folder / "files")
+    fetcher = PieceFetcher(node, model, store, report=report)
+    return PeerFiles(store, _from_threads(fetcher), name=invitation.model)
+
+
+def _from_threads(fetcher: PieceFetcher) -> Callable[[Sequence[int]], None]:
+    loop = asyncio.get_running_loop()
+
+    def fetch(pieces: Sequence[int]) -> None:
+        asyncio.run_coroutine_threadsafe(fetcher.fetch(pieces), loop).result()
+
+    return fetch
+
+
+async def _manifest(node: Node, servers: Sequence[ServerInfo], name: str) -> Manifest:
+    reason = "it has no servers"
+    for server in servers:
+        try:
+            async with member(node.transport, server.peer, server.addresses) as host:
+                return await host.manifest(name)
+        except NoAnswer as failure:
+            reason = str(failure)
+        except CheckpointError as failure:
+            log.warning("%s sent a wrong list of the weights' pieces", server.peer)
+            reason = str(failure)
+    raise CheckpointError(
+        f"no member of the swarm gives the list of the weights' pieces: {reason}",
+        hint="try again later, or name a folder or the model's id on the hub",
+    )
+
+
+def _saved(path: Path, name: str) -> Manifest | None:
+    try:
+        return Manifest.from_bytes(path.read_bytes(), name=name)
+    except (OSError, CheckpointError):
+        return None
+
+
+def _save(path: Path, manifest: Manifest) -> None:
+    with contextlib.suppress(OSError):  # the store of the pieces tells what is wrong with the disk
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(manifest.to_bytes())
+
+
+def _num_blocks(key: str) -> int:
+    """The number of blocks, which a model's key tells: `llama-16x2048-1a2b3c4d`."""
+    return int(key.rsplit("-", 2)[1].partition("x")[0])

@@ -1,0 +1,58 @@
+"""An invitation: what a swarm serves, in so many words that a machine that knows nothing can take part."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+
+from shoal.errors import SwarmError
+
+DIGEST_BYTES = 8
+"""The digest in an invite code. To find another invitation with the same one takes 2^64 attempts."""
+_VERSION = 1
+_MOST = 256  # characters of a field
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """A model by its name to show, its `key` in the directory, and the `fingerprint` of its exact weights.
+
+    `manifest` is the name of the list of its files' pieces; "" if members cannot give them. `hub` and `revision` are
+    the model's id and commit on the hub; "" if it is not from there. `dtype` and `quantization` are those of the swarm.
+    """
+
+    model: str
+    key: str
+    fingerprint: str
+    dtype: str
+    quantization: str
+    manifest: str = ""
+    hub: str = ""
+    revision: str = ""
+
+    @property
+    def text(self) -> str:
+        """The invitation as it travels: JSON, equal for equal invitations."""
+        return json.dumps({"version": _VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def digest(self) -> str:
+        """What an invite code names it by, in hexadecimal."""
+        return hashlib.sha256(self.text.encode()).digest()[:DIGEST_BYTES].hex()
+
+    @classmethod
+    def parse(cls, text: str) -> Invitation:
+        """The reverse of `text`. Raises `SwarmError` for anything else."""
+        try:
+            content = json.loads(text)
+            if content.pop("version") != _VERSION:
+                raise SwarmError("this invitation is of another version of shoal", hint="use the same version")
+            is_sound = content.keys() == {each.name for each in fields(cls)} and all(
+                isinstance(value, str) and len(value) <= _MOST and value.isprintable() for value in content.values()
+            )
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            is_sound = False
+        if not is_sound:
+            raise SwarmError("a member sent an invitation that is none")
+        return cls(**content)

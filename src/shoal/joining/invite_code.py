@@ -1,0 +1,147 @@
+"""Invite codes: short enough to read out, with a check of what was heard.
+
+A code is the digest of an invitation and some ways in, in Crockford's base 32, which has no letters that look alike:
+`1G4X-9QRT-...`. A way in is a host and a port. Which peer answers there, the network tells; what it may offer, the
+digest decides. The last two characters check the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shoal.errors import UserError
+from shoal.joining.invitation import DIGEST_BYTES
+
+ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+MAX_WAYS = 7
+_VERSION = 1
+_CHECK_CHARACTERS = 2
+_GROUP = 4
+_LOOK_ALIKES = str.maketrans({"O": "0", "I": "1", "L": "1", "-": None, " ": None, "_": None})
+_HINT = "ask for the code again; it looks like 1G4X-9QRT-..., and letters and digits that look alike are the same"
+
+
+@dataclass(frozen=True)
+class Way:
+    """Where a member listens: an IP address and a TCP port."""
+
+    host: str
+    port: int
+
+    @property
+    def address(self) -> str:
+        """The multiaddress, without a peer."""
+        return f"/ip{ipaddress.ip_address(self.host).version}/{self.host}/tcp/{self.port}"
+
+
+@dataclass(frozen=True)
+class InviteCode:
+    """The digest of an `Invitation`, in hexadecimal, and 1 to `MAX_WAYS` ways in."""
+
+    digest: str
+    ways: tuple[Way, ...]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The multiaddresses of the ways in, without peers."""
+        return tuple(way.address for way in self.ways)
+
+    def __str__(self) -> str:
+        kinds = 0
+        body = b""
+        for index, way in enumerate(self.ways):
+            address = ipaddress.ip_address(way.host)
+            kinds |= (address.version == 6) << index
+            body += address.packed + way.port.to_bytes(2, "big")
+        data = bytes([_VERSION << 4 | len(self.ways), kinds]) + bytes.fromhex(self.digest) + body
+        text = _to_base32(data)
+        text += _check(text)
+        return "-".join(text[at : at + _GROUP] for at in range(0, len(text), _GROUP))
+
+    @classmethod
+    def parse(cls, text: str) -> InviteCode:
+        """The code that somebody typed. Raises `UserError` for anything else, with what is wrong with it."""
+        typed = text.strip().upper().translate(_LOOK_ALIKES)
+        if len(typed) <= _CHECK_CHARACTERS or not set(typed) <= set(ALPHABET):
+            raise UserError(f"not an invite code: {text[:80]!r}", hint=_HINT)
+        if _check(typed[:-_CHECK_CHARACTERS]) != typed[-_CHECK_CHARACTERS:]:
+            raise UserError("this invite code has a mistake in it, or a part is missing", hint=_HINT)
+        data = _from_base32(typed[:-_CHECK_CHARACTERS])
+        version, count, kinds, rest = data[0] >> 4, data[0] & 15, data[1], data[2:]
+        if version != _VERSION:
+            raise UserError("this invite code is of another version of shoal", hint="use the same version")
+        digest, rest = rest[:DIGEST_BYTES], rest[DIGEST_BYTES:]
+        ways = []
+        for index in range(count):
+            size = 16 if kinds >> index & 1 else 4
+            ways.append(Way(str(ipaddress.ip_address(rest[:size])), int.from_bytes(rest[size : size + 2], "big")))
+            rest = rest[size + 2 :]
+        return cls(digest.hex(), tuple(ways))
+
+
+def is_code(text: str) -> bool:
+    """Whether this text is an invite code."""
+    try:
+        InviteCode.parse(text)
+    except UserError:
+        return False
+    return True
+
+
+def ways_of(addresses: Sequence[str], *, most: int = MAX_WAYS) -> tuple[Way, ...]:
+    """Ways in from the addresses of members, in their order: each host and port once, and no relayed ones.
+
+    Addresses that only their own machine or its containers can use are left out if there are others.
+    """
+    found: dict[Way, None] = {}
+    for address in addresses:
+        parts = address.split("/")
+        if len(parts) >= 5 and parts[1] in ("ip4", "ip6") and parts[3] == "tcp" and "p2p-circuit" not in parts:
+            found[Way(parts[2], int(parts[4]))] = None
+    useful = [way for way in found if not _is_local(way.host)]
+    return tuple((useful or list(found))[:most])
+
+
+def _is_local(host: str) -> bool:
+    address = ipaddress.ip_address(host)
+    return address.is_loopback or address.is_link_local or address in _BRIDGE
+
+
+_BRIDGE = ipaddress.ip_network("172.17.0.0/16")
+"""The network of Docker's bridge, by default."""
+
+
+def _check(text: str) -> str:
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:2], "big")
+    return "".join(ALPHABET[number >> 5 * index & 31] for index in range(_CHECK_CHARACTERS))
+
+
+def _to_base32(data: bytes) -> str:
+    """The bytes as digits, the first of which are the highest; with a 1 before them, which keeps leading zeros."""
+    number = int.from_bytes(b"\1" + data, "big")
+    digits = ""
+    while number:
+        number, digit = divmod(number, 32)
+        digits = ALPHABET[digit] + digits
+    return digits
+
+
+def _from_base32(text: str) -> bytes:
+    number = 0
+    for character in text:
+        number = number * 32 + ALPHABET.index(character)
+    data = number.to_bytes((number.bit_length() + 7) // 8, "big")
+    size = 2 + DIGEST_BYTES
+    if len(data) <= size or data[0] != 1 or len(data) - 1 != size + _ways_bytes(data[1:]):
+        raise UserError("this invite code has a mistake in it, or a part is missing", hint=_HINT)
+    return data[1:]
+
+
+def _ways_bytes(data: bytes) -> int:
+    count, kinds = data[0] & 15, data[1]
+    if not 0 < count <= MAX_WAYS or kinds >> count:
+        return -1
+    return sum(18 if kinds >> index & 1 else 6 for index in range(count))

@@ -1,0 +1,191 @@
+"""Gets missing pieces of a model from several members at once, nearest first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from shoal.concurrency import owned_task
+from shoal.errors import CheckpointError, ShoalError, SwarmError
+from shoal.joining.requests import Member, NoAnswer, member
+from shoal.model.weights.piece_store import PieceStore
+from shoal.net.ping import measure_round_trips
+from shoal.net.transport import Node
+from shoal.peers import ModelInfo, ServerInfo
+
+log = logging.getLogger(__name__)
+
+MAX_MEMBERS = 4
+"""Members that give pieces at the same time."""
+MAX_ASKED = 2
+"""Members that are asked for the same piece, when there is no other left to ask for."""
+RETRY_SECONDS = 3.0
+"""The pause before all members are asked again, when none of them gives what is missing."""
+PATIENCE_SECONDS = 120.0
+"""How long nothing may come from any member, before it is given up."""
+PING_SECONDS = 3.0
+
+Report = Callable[[int, int], None]
+"""Called with the bytes that have come, and those that are wanted."""
+
+
+class PieceFetcher:
+    """Fills a store with pieces from the servers of a model.
+
+    A member that sends a wrong piece is named in the log and not asked again. One that is busy, breaks off or is slow
+    is asked again later. `report` is called when bytes have come.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        model: ModelInfo,
+        store: PieceStore,
+        *,
+        report: Report = lambda come, wanted: None,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        self._node = node
+        self._model = model
+        self._store = store
+        self._report = report
+        self._patience = patience
+        self._liars: set[str] = set()
+        self._one_at_a_time = asyncio.Lock()
+
+    async def fetch(self, pieces: Sequence[int]) -> None:
+        """Get these pieces into the store. Raises `CheckpointError` if no member gives one of them, and `UserError` if
+        the disk does not take them."""
+        async with self._one_at_a_time:
+            await self._fetch(pieces)
+
+    async def _fetch(self, pieces: Sequence[int]) -> None:
+        loop = asyncio.get_running_loop()
+        work = _Work(self._store, pieces, self._report)
+        came_at, reason = loop.time(), "no member has been found"
+        while work.missing:
+            before = work.come
+            reasons = await self._round(work)
+            if work.come > before:
+                came_at = loop.time()
+            reason = next(iter(reasons), reason)
+            if work.missing and loop.time() - came_at > self._patience:
+                raise CheckpointError(
+                    f"no member of the swarm gives {len(work.missing)} pieces of the weights: {reason}",
+                    hint="what has come is kept; try again later, or name a folder or the model's id on the hub",
+                )
+            if work.missing and work.come == before:
+                log.warning("waiting for members that have %d pieces of the weights: %s", len(work.missing), reason)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _round(self, work: _Work) -> list[str]:
+        """Ask members until each has given what it can. Returns why those that gave nothing did not."""
+        try:
+            servers = await self._node.directory.servers(self._model)
+        except SwarmError as error:
+            return [str(error)]
+        others = [each for each in servers if each.peer not in {self._node.transport.peer, *self._liars}]
+        trips = await measure_round_trips(self._node.transport, others, max_concurrent=8, seconds=PING_SECONDS)
+        nearest = deque(sorted(others, key=lambda each: (trips.get(each.peer) is None, trips.get(each.peer) or 0.0)))
+        reasons: list[str] = []
+        errors: list[ShoalError] = []  # of this machine, such as a full disk
+
+        async def ask_one_after_another() -> None:
+            while nearest and work.missing and not errors:
+                server = nearest.popleft()
+                try:
+                    await self._ask(server, work)
+                except NoAnswer as failure:
+                    log.debug("%s gives no more pieces: %s", server.peer, failure)
+                    reasons.append(f"{server.name or server.peer}: {failure}")
+                except ShoalError as error:
+                    errors.append(error)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(MAX_MEMBERS):
+                group.create_task(ask_one_after_another())
+        if errors:
+            raise errors[0]
+        return reasons
+
+    async def _ask(self, server: ServerInfo, work: _Work) -> None:
+        """Take all pieces from a member that it has and that others do not bring first. Raises `NoAnswer`."""
+        async with member(self._node.transport, server.peer, server.addresses) as giver:
+            held = await giver.held(self._store.manifest)
+            while (piece := work.next(held)) is not None:
+                content = await _unless_it_comes(giver, work, piece)
+                if content is None:
+                    raise NoAnswer("others were faster")
+                if not await asyncio.to_thread(self._store.put, piece, content):
+                    self._liars.add(server.peer)
+                    log.warning("%s sent a wrong piece of the weights: it is not asked again", server.peer)
+                    work.failed(piece)
+                    raise NoAnswer("it sent a wrong piece")
+                work.came(piece)
+
+
+async def _unless_it_comes(giver: Member, work: _Work, piece: int) -> memoryview | None:
+    """The content of a piece, or `None` if another member brought it first."""
+    try:
+        async with owned_task(giver.piece(work.manifest, piece)) as asking, owned_task(work.arrival(piece)) as arrival:
+            await asyncio.wait({asking, arrival}, return_when=asyncio.FIRST_COMPLETED)
+            return asking.result() if asking.done() else None
+    except NoAnswer:
+        work.failed(piece)
+        raise
+
+
+class _Work:
+    """The pieces that are wanted: those that are missing, and those that some member is asked for now."""
+
+    def __init__(self, store: PieceStore, pieces: Sequence[int], report: Report) -> None:
+        self.manifest = store.manifest
+        self.missing = dict.fromkeys(store.missing(pieces))
+        self._unasked = dict(self.missing)
+        self.come = 0  # bytes
+        self._wanted = sum(self.manifest.place(piece).length for piece in self.missing)
+        self._asked: dict[int, int] = {}  # how many members
+        self._arrivals: dict[int, asyncio.Event] = {}
+        self._report = report
+        report(0, self._wanted)
+
+    def next(self, held: bytes) -> int | None:
+        """The next piece to ask a member for that says that it has these; it counts as asked for.
+
+        When all are asked for, those are asked for twice that are missing still: a slow member must not hold up all.
+        """
+
+        def first(pieces: Iterable[int]) -> int | None:
+            return next((piece for piece in pieces if held[piece // 8] >> piece % 8 & 1), None)
+
+        piece = first(self._unasked)
+        if piece is None:
+            piece = first(each for each, count in self._asked.items() if count < MAX_ASKED)
+        if piece is not None:
+            self._unasked.pop(piece, None)
+            self._asked[piece] = self._asked.get(piece, 0) + 1
+        return piece
+
+    def came(self, piece: int) -> None:
+        """A piece is in the store."""
+        if self.missing.pop(piece, 0) is None:
+            self.come += self.manifest.place(piece).length
+            self._report(self.come, self._wanted)
+        self._asked.pop(piece, None)
+        if event := self._arrivals.pop(piece, None):
+            event.set()
+
+    def failed(self, piece: int) -> None:
+        """A member that was asked for a piece did not give it."""
+        count = self._asked.pop(piece, 1) - 1
+        if count > 0:
+            self._asked[piece] = count
+        elif piece in self.missing:
+            self._unasked[piece] = None
+
+    async def arrival(self, piece: int) -> None:
+        """Wait until a piece is in the store."""
+        if piece in self.missing:
+            await self._arrivals.setdefault(piece, asyncio.Event()).wait()

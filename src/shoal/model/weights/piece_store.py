@@ -1,0 +1,151 @@
+"""Pieces of a model's files on this machine: in a folder with a copy, or in shoal's cache, as far as they have come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from shoal.errors import CheckpointError, UserError
+from shoal.model.weights.manifest import Manifest
+
+_HELD = "held"
+
+
+class PieceSource(Protocol):
+    """Pieces that this machine can pass on."""
+
+    manifest: Manifest
+
+    def holds(self, piece: int) -> bool:
+        """Whether it has a piece."""
+
+    def read(self, piece: int) -> bytes:
+        """A piece that it has, checked. Raises `CheckpointError` if the file has changed."""
+
+
+class FolderPieces:
+    """A folder that has all files of a manifest."""
+
+    def __init__(self, manifest: Manifest, folder: Path) -> None:
+        self.manifest = manifest
+        self._folder = folder
+
+    def holds(self, piece: int) -> bool:
+        return 0 <= piece < self.manifest.num_pieces
+
+    def read(self, piece: int) -> bytes:
+        return _read(self.manifest, self._folder, piece)
+
+
+class PieceStore:
+    """A folder of files that have come in part. A file has its full size from the beginning, with holes.
+
+    It remembers which pieces have come, also after a crash: a piece counts when its bytes are on the disk. Several
+    threads may use it. Several processes may too: they write the same bytes.
+    """
+
+    def __init__(self, manifest: Manifest, folder: Path) -> None:
+        self.manifest = manifest
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._dirty: set[str] = set()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for each in manifest.files:
+                self._make_file(each.name, each.size)
+        except OSError as failure:
+            raise _unwritable(folder, failure) from None
+        self._held = self._saved()
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self._folder
+
+    def holds(self, piece: int) -> bool:
+        if not 0 <= piece < self.manifest.num_pieces:
+            return False
+        return bool(self._held[piece // 8] >> piece % 8 & 1)
+
+    def missing(self, pieces: Iterable[int]) -> list[int]:
+        """Those of these pieces that have not come."""
+        return [piece for piece in pieces if not self.holds(piece)]
+
+    def read(self, piece: int) -> bytes:
+        return _read(self.manifest, self._folder, piece)
+
+    def put(self, piece: int, content: bytes | bytearray | memoryview) -> bool:
+        """Store a piece. Returns False, and stores nothing, if the content is not that of the piece.
+
+        It counts for other processes, and after a crash, when `save` has been called. Raises `UserError` if it cannot
+        be written.
+        """
+        if not self.manifest.is_piece(piece, content):
+            return False
+        place = self.manifest.place(piece)
+        try:
+            with (self._folder / place.file).open("r+b") as file:
+                file.seek(place.offset)
+                file.write(content)
+        except OSError as failure:
+            raise _unwritable(self._folder, failure) from None
+        with self._lock:
+            self._held[piece // 8] |= 1 << piece % 8
+            self._dirty.add(place.file)
+        return True
+
+    def save(self) -> None:
+        """Make what has come last. Raises `UserError` if the disk does not take it."""
+        with self._lock:
+            held, dirty = bytearray(self._held), self._dirty
+            self._dirty = set()
+        try:
+            for name in dirty:
+                with (self._folder / name).open("r+b") as file:
+                    os.fsync(file.fileno())
+            together = bytes(mine | theirs for mine, theirs in zip(held, self._saved(), strict=True))
+            draft = self._folder / f"{_HELD}.{os.getpid()}.{threading.get_ident()}"
+            draft.write_bytes(together)
+            os.replace(draft, self._folder / _HELD)
+        except OSError as failure:
+            raise _unwritable(self._folder, failure) from None
+
+    def _make_file(self, name: str, size: int) -> None:
+        path = self._folder / name
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size == size:
+                return
+        with path.open("ab") as file:
+            file.truncate(size)
+
+    def _saved(self) -> bytearray:
+        size = -(-self.manifest.num_pieces // 8)
+        try:
+            held = (self._folder / _HELD).read_bytes()
+        except FileNotFoundError:
+            held = b""
+        return bytearray(held) if len(held) == size else bytearray(size)
+
+
+def _read(manifest: Manifest, folder: Path, piece: int) -> bytes:
+    place = manifest.place(piece)
+    try:
+        with (folder / place.file).open("rb") as file:
+            file.seek(place.offset)
+            content = file.read(place.length)
+    except OSError as failure:
+        raise CheckpointError(f"cannot read {folder / place.file}: {failure.strerror}") from None
+    if not manifest.is_piece(piece, content):
+        raise CheckpointError(f"{folder / place.file} has changed since it was looked at", hint="restart the server")
+    return content
+
+
+def _unwritable(folder: Path, failure: OSError) -> UserError:
+    return UserError(
+        f"cannot write {folder}: {failure.strerror}",
+        hint="make room there, or choose another place with SHOAL_CACHE; what has come is kept",
+    )
