@@ -22,6 +22,7 @@ from shoal.cli.generate import connected
 from shoal.cli.long_running import end_with_parent, run_until_signalled
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
+from shoal.joining.invite_code import is_code
 from shoal.model.weights.location import folder_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ DRAIN_SECONDS = 30
 
 @functools.partial(options.with_client_options, log="warning")
 def command(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, or ids on the Hugging Face hub.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Folders, ids on the Hugging Face hub, or invite codes.")
+    ],
     client: ClientOptions,
     host: Annotated[
         str, typer.Option(metavar="IP", help="Listen here; 0.0.0.0 lets other machines ask too.")
@@ -100,12 +103,14 @@ def command(
             watched = replace(client, observers=(*client.observers, news.tell))
             llm, tokenizer = stack.enter_context(connected(model, watched))
             arguments = _serve_arguments(model, client)
-            served.append(ServedModel(name, llm, tokenizer, news, arguments))
+            shown = Path(llm.name_or_path).name if is_code(model) else name
+            served.append(ServedModel(shown, llm, tokenizer, news, arguments))
             for each in adapters:
                 if each.base == name:
                     twin = llm.with_adapter(each.place)
                     stack.callback(twin.close)
-                    served.append(ServedModel(each.name, twin, tokenizer, news, arguments, base=name))
+                    served.append(ServedModel(f"{shown}:{each.own}", twin, tokenizer, news, arguments, base=shown))
+        _check_different("models", [each.name for each in served], hint="name a folder, and rename it")
         from shoal.gateway.app import Gateway, application
         from shoal.gateway.guard.admission import Admission
 

@@ -18,6 +18,7 @@ from shoal.cli.console import hush_transformers, stderr, stdout, tokens_per_seco
 from shoal.cli.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
+from shoal.joining.invite_code import is_code
 
 if TYPE_CHECKING:
     from shoal.client import InferenceSession
@@ -128,7 +129,7 @@ def connected(model: str, client: ClientOptions) -> Iterator[tuple[Any, Any]]:
         progress.show("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
         llm = AutoDistributedModelForCausalLM.from_options(model, client)
     try:
-        yield llm, load_tokenizer(model, client.model.revision)
+        yield llm, load_tokenizer(llm.name_or_path if is_code(model) else model, client.model.revision)
     finally:
         llm.close()
 

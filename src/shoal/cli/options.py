@@ -14,6 +14,7 @@ import typer
 
 from shoal.cli.console import WrongUsage, start_logging
 from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
+from shoal.joining.invite_code import is_code
 from shoal.model.weights.location import check_model, folder_of
 from shoal.policy.batching.pass_rules import DEFAULT_RULE
 
@@ -83,7 +84,9 @@ SCHEDULINGS = ", ".join(Scheduling)
 DEFAULT_SCHEDULING = Scheduling(DEFAULT_RULE)
 
 Code = Annotated[str, typer.Argument(metavar="CODE", help="An invite code, as members of the swarm print it.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or an id on the Hugging Face hub.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, an id on the Hugging Face hub, or an invite code.")
+]
 InitialPeers = Annotated[
     list[str] | None,
     typer.Option(
@@ -210,15 +213,15 @@ def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
     return parse_initial_peers(" ".join(initial_peers) if initial_peers else None)
 
 
-def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
+def swarm_peers(initial_peers: Sequence[str] | None, *, needed: bool = True) -> tuple[str, ...]:
     """The same, for a command that needs some. Raises `UserError` for text that is not the address of a peer."""
     from shoal.net.addresses import check_peers
 
     peers = peers_of(initial_peers)
-    if not peers:
+    if not peers and needed:
         raise WrongUsage(
             "which swarm? No --initial-peers are given",
-            hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
+            hint=f"pass an address or an invite code that shoal serve printed, or set {INITIAL_PEERS}",
         )
     return check_peers(peers)
 
@@ -238,10 +241,15 @@ def client_options(  # the first parameter stands first in the help of a command
     head_quantization: HeadQuantization = Quantization.none,
     revision: Revision = None,
     allow_uncertified: AllowUncertified = False,
+    *,
+    models: Sequence[str] = (),
 ) -> ClientOptions:
-    """The options of a client, from those of the command line. Imports nothing slow. Raises `UserError`."""
+    """The options of a client, from those of the command line. Imports nothing slow. Raises `UserError`.
+
+    If all `models` are invite codes, these name the swarm.
+    """
     return ClientOptions.from_keywords(
-        initial_peers=swarm_peers(initial_peers),
+        initial_peers=swarm_peers(initial_peers, needed=not models or not all(map(is_code, models))),
         active_adapter=adapter,
         dtype=dtype,
         wire=wire,
@@ -266,13 +274,14 @@ def with_client_options(command: Callable[..., None], *, log: str = "error") -> 
     """
     own_parameters = inspect.signature(command, eval_str=True).parameters
     of_clients = inspect.signature(client_options, eval_str=True).parameters
-    shared = {name: each for name, each in of_clients.items() if name not in own_parameters}
+    shared = {name: each for name, each in of_clients.items() if name not in {*own_parameters, "models"}}
     verbose = inspect.Parameter("verbose", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Verbose)
 
     @functools.wraps(command)
     def wrapped(*, verbose: bool, **values: Any) -> None:
         start_logging(verbose=verbose, default=log)
-        client = client_options(**{name: values.pop(name) for name in shared})
+        models = values.get("models") or ([values["model"]] if values.get("model") else [])
+        client = client_options(**{name: values.pop(name) for name in shared}, models=models)
         command(client=client, **values)
 
     first, *others = shared.values()  # --initial-peers stands in the place of `client`, the others at the end

@@ -183,13 +183,13 @@ def command(
     if exit_with_stdin:
         end_with_parent()
     code = InviteCode.parse(model) if is_code(model) else None
-    if code is not None and (new_swarm or initial_peers):
-        raise WrongUsage("an invite code names the swarm", hint="leave out --new-swarm and --initial-peers")
+    if code is not None and new_swarm:
+        raise WrongUsage("an invite code is for a swarm that is there", hint="leave out --new-swarm")
     if new_swarm and initial_peers:
         raise WrongUsage(
             "--new-swarm and --initial-peers exclude each other", hint="use one: start a new swarm, or join one"
         )
-    peers = () if new_swarm or code is not None else options.peers_of(initial_peers)
+    peers = () if new_swarm else options.peers_of(initial_peers)
     if not new_swarm and not peers and code is None:
         raise WrongUsage(
             "neither --new-swarm nor --initial-peers is given",

@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from shoal.client.blocks import RemoteSequential
+from shoal.client.by_code import open_by_code
 from shoal.client.config_attributes import ConfigAttributes
 from shoal.client.distributed_model import distributed
 from shoal.client.head.logits import RemoteHead
 from shoal.client.head.projection import prepare_projection
-from shoal.client.options.client_options import INITIAL_PEERS, ClientOptions
+from shoal.client.options.client_options import INITIAL_PEERS, ClientOptions, ModelOptions
 from shoal.client.options.model_checks import changed_config, check_encodings, check_pins, device_of, dtype_of
 from shoal.client.options.peer_names import found_in_directory
 from shoal.client.runtime import Runtime
@@ -32,6 +33,7 @@ from shoal.client.shared_network import join_shared
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.tuning import add_adapter, add_prompts
 from shoal.errors import UnsupportedModel, UserError
+from shoal.joining.invite_code import InviteCode, is_code
 from shoal.model.families import text_config
 from shoal.model.head import build_head
 from shoal.model.peft.peft_folder import PeftFolder
@@ -75,7 +77,8 @@ class _AutoDistributed:
     def from_pretrained(cls, model: str | Path, **keywords: Any) -> Any:
         """Join a swarm and load the parts of a model that are not blocks; returns the Transformers model.
 
-        `model` is a Hugging Face id or a folder. What a keyword is left out for is its default.
+        `model` is a Hugging Face id, a folder, or an invite code, which names the swarm too. What a keyword is left out
+        for is its default.
 
         The swarm:
 
@@ -129,7 +132,7 @@ class _AutoDistributed:
         `SwarmError` if the swarm cannot be asked.
         """
         options = ClientOptions.from_keywords(**keywords)
-        if not options.initial_peers:
+        if not options.initial_peers and not is_code(str(model)):
             raise UserError(
                 "initial_peers is empty, so there is no swarm to join",
                 hint=f"pass an address that shoal serve printed, or set {INITIAL_PEERS}",
@@ -140,23 +143,19 @@ class _AutoDistributed:
     def from_options(cls, model: str | Path, options: ClientOptions) -> Any:
         """Open a model as `from_pretrained` does, from options that are complete and checked."""
         wanted = options.model
-        checkpoint = Checkpoint.open(
-            model,
-            revision=wanted.revision,
-            token=wanted.token,
-            cache_dir=wanted.cache_dir,
-            allow_uncertified=wanted.allow_uncertified,
-            local_files_only=wanted.local_files_only,
-        )
-        adapter = None
-        if wanted.active_adapter is not None:
-            adapter = PeftFolder.open(
-                wanted.active_adapter,
+        adapter = _adapter_of(wanted)
+        if is_code(str(model)):
+            checkpoint, options, runtime, node = open_by_code(InviteCode.parse(str(model)), options)
+        else:
+            checkpoint = Checkpoint.open(
+                model,
+                revision=wanted.revision,
                 token=wanted.token,
                 cache_dir=wanted.cache_dir,
+                allow_uncertified=wanted.allow_uncertified,
                 local_files_only=wanted.local_files_only,
             )
-        runtime, node = join_shared(options.network)
+            runtime, node = join_shared(options.network)
         try:
             return cls.from_checkpoint(checkpoint, node, runtime, options=options, adapter=adapter)
         except BaseException:
@@ -221,6 +220,17 @@ class _AutoDistributed:
             ) from None
         model_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple | list) else found
         return model_class
+
+
+def _adapter_of(wanted: ModelOptions) -> PeftFolder | None:
+    if wanted.active_adapter is None:
+        return None
+    return PeftFolder.open(
+        wanted.active_adapter,
+        token=wanted.token,
+        cache_dir=wanted.cache_dir,
+        local_files_only=wanted.local_files_only,
+    )
 
 
 def _with_whole_ids(runtime: Runtime, node: Node, model: ModelInfo, options: ClientOptions) -> ClientOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from shoal.model.weights.piece_store import PieceStore
 from shoal.net import NetworkConfig, find_peers, join
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo
+from shoal.protocol import MAX_BLOCKS
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +45,27 @@ async def arrive(code: InviteCode, network: NetworkConfig) -> AsyncIterator[Arri
     Raises `BootstrapFailed` if nobody answers at the code's ways in, `SwarmError` if no member knows the invitation,
     and what `shoal.net.join` raises.
     """
+    addresses = (*await peers_of(code), *network.initial_peers)
+    async with join(replace(network, initial_peers=addresses)) as node:
+        yield Arrival(node, await invitation_of(code.digest, node, addresses), addresses)
+
+
+async def peers_of(code: InviteCode) -> tuple[str, ...]:
+    """The addresses of the peers that answer at a code's ways in. Raises `BootstrapFailed` if none does."""
     addresses = await find_peers(code.addresses)
     if not addresses:
         tried = ", ".join(f"{way.host} port {way.port}" for way in code.ways)
         raise BootstrapFailed(
             f"no member answers at {tried}", hint="ask for a fresh code (`shoal invite` prints one); is the port open?"
         )
-    async with join(replace(network, initial_peers=addresses)) as node:
-        yield Arrival(node, await _invitation(node, addresses, code.digest), addresses)
+    return addresses
 
 
-async def _invitation(node: Node, addresses: Sequence[str], digest: str) -> Invitation:
-    """The invitation with this digest, from the members at these addresses or from any other."""
+async def invitation_of(digest: str, node: Node, addresses: Sequence[str]) -> Invitation:
+    """The invitation with this digest, from the members at these addresses or from any other.
+
+    Raises `SwarmError` if no member knows it.
+    """
     reasons: list[str] = []
     tried: set[str] = set()
 
@@ -84,19 +95,22 @@ async def _invitation(node: Node, addresses: Sequence[str], digest: str) -> Invi
 async def files_from_members(
     node: Node, invitation: Invitation, *, report: Report = lambda come, wanted: None
 ) -> PeerFiles:
-    """The model's files, which come from members when they are needed, and stay in shoal's cache.
+    """The model's files. Config and tokenizer have come; weights come when they are needed. All stays in shoal's cache.
 
-    They may be used by threads other than the event loop's only. Raises `CheckpointError` if no member has the list of
-    the files, or if it belongs to other weights.
+    They may be used by threads other than the event loop's only. Raises `CheckpointError` if no member gives what is
+    needed, and `UserError` if the disk does not take it.
     """
-    folder = cache_folder() / "weights" / invitation.manifest
+    folder = cache_folder() / "weights" / invitation.manifest[:32]
     model = ModelInfo(key=invitation.key, name=invitation.model, family="", num_blocks=_num_blocks(invitation.key))
     manifest = await asyncio.to_thread(_saved, folder / MANIFEST, invitation.manifest)
     if manifest is None:
         manifest = await _manifest(node, await node.directory.servers(model), invitation.manifest)
         await asyncio.to_thread(_save, folder / MANIFEST, manifest)
-    store = await asyncio.to_thread(PieceStore, manifest, folder / "files")
+    # The name of the folder is what Transformers, and clients of a gateway, call the model.
+    store = await asyncio.to_thread(PieceStore, manifest, folder / _plain(invitation.model))
     fetcher = PieceFetcher(node, model, store, report=report)
+    await fetcher.fetch([piece for file in manifest.others for piece in manifest.pieces(file)])
+    await asyncio.to_thread(store.save)
     return PeerFiles(store, _from_threads(fetcher), name=invitation.model)
 
 
@@ -140,5 +154,13 @@ def _save(path: Path, manifest: Manifest) -> None:
 
 
 def _num_blocks(key: str) -> int:
-    """The number of blocks, which a model's key tells: `llama-16x2048-1a2b3c4d`."""
-    return int(key.rsplit("-", 2)[1].partition("x")[0])
+    """The number of blocks, which a model's key tells: `llama-16x2048-1a2b3c4d`. Raises `SwarmError` for another."""
+    found = re.fullmatch(r".+-(\d{1,4})x\d+-[0-9a-f]{8}", key)
+    if found is None or not 0 < int(found[1]) <= MAX_BLOCKS:
+        raise SwarmError(f"the invitation is for a model that there cannot be: {key!r}")
+    return int(found[1])
+
+
+def _plain(name: str) -> str:
+    """The last part of a model's name, as the name of a folder."""
+    return re.sub(r"[^\w.-]", "-", name.rpartition("/")[2], flags=re.ASCII).strip(".") or "model"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ _VERSION = 1
 _CHECK_CHARACTERS = 2
 _GROUP = 4
 _LOOK_ALIKES = str.maketrans({"O": "0", "I": "1", "L": "1", "-": None, " ": None, "_": None})
+_GROUPS = re.compile(r"([0-9A-Z]{4}-){5,}[0-9A-Z]{1,4}", re.ASCII | re.IGNORECASE)
 _HINT = "ask for the code again; it looks like 1G4X-9QRT-..., and letters and digits that look alike are the same"
 
 
@@ -83,7 +85,9 @@ class InviteCode:
 
 
 def is_code(text: str) -> bool:
-    """Whether this text is an invite code."""
+    """Whether somebody means an invite code with this text, and not a model: it is one, or looks like one."""
+    if _GROUPS.fullmatch(text.strip()):
+        return True
     try:
         InviteCode.parse(text)
     except UserError:

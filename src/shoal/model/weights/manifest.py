@@ -28,7 +28,8 @@ MAX_PIECES = 1 << 18
 MAX_MANIFEST_BYTES = 1 << 24
 """Room for the digests of `MAX_PIECES` pieces and the list of files."""
 DIGEST_BYTES = 32
-SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja")
+WEIGHTS = ".safetensors"
+SUFFIXES = (WEIGHTS, ".json", ".txt", ".model", ".jinja")
 """The ends of the names of files that a checkpoint may consist of."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -71,6 +72,11 @@ class Manifest:
     def num_pieces(self) -> int:
         """The pieces of all files."""
         return len(self.digests)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The files beside the weights: config, tokenizer and the like."""
+        return tuple(each.name for each in self.files if not each.name.endswith(WEIGHTS))
 
     @cached_property
     def name(self) -> str:

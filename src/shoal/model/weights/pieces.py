@@ -10,7 +10,7 @@ from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.fingerprint import file_digests
 from shoal.model.weights.location import CONFIG
-from shoal.model.weights.manifest import PIECE_BYTES, ListedFile, Manifest, may_be_listed
+from shoal.model.weights.manifest import PIECE_BYTES, WEIGHTS, ListedFile, Manifest, may_be_listed
 from shoal.model.weights.peer_files import PeerFiles
 from shoal.model.weights.piece_store import FolderPieces, PieceSource
 
@@ -34,7 +34,7 @@ def source_of(checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: Non
         file
         for file in files.listing()
         if may_be_listed(file)
-        and not file.endswith(".safetensors")
+        and not file.endswith(WEIGHTS)
         and files.has(file)
         and files.path(file).stat().st_size <= MAX_OTHER_BYTES
     ]

@@ -1,0 +1,49 @@
+"""Opens a model by an invite code: it names the swarm, whose members give the config, the tokenizer and the head."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from shoal.client.options.client_options import ClientOptions
+from shoal.client.runtime import Runtime
+from shoal.client.shared_network import join_shared
+from shoal.errors import UserError
+from shoal.joining.arrival import files_from_members, invitation_of, peers_of
+from shoal.joining.invite_code import InviteCode
+from shoal.model.weights.checkpoint import Checkpoint
+from shoal.net.transport import Node
+
+
+def open_by_code(code: InviteCode, options: ClientOptions) -> tuple[Checkpoint, ClientOptions, Runtime, Node]:
+    """The model of a code's swarm, the options completed by how the swarm is joined, and access to it.
+
+    The caller closes the runtime. Raises `BootstrapFailed` if no member answers, `SwarmError`, `CheckpointError` if
+    members do not give what is needed, and `UserError`.
+    """
+    with ThreadPoolExecutor(1) as outside:  # of the caller's thread, which may run an event loop
+        peers = outside.submit(asyncio.run, peers_of(code)).result()
+    options = replace(options, initial_peers=(*peers, *options.initial_peers))
+    runtime, node = join_shared(options.network)
+    try:
+        invitation = runtime.run(invitation_of(code.digest, node, options.initial_peers))
+        wanted = options.model
+        if invitation.manifest:
+            files = runtime.run(files_from_members(node, invitation))
+            checkpoint = Checkpoint.of(files, allow_uncertified=wanted.allow_uncertified)
+        else:
+            checkpoint = Checkpoint.open(
+                invitation.hub,
+                revision=invitation.revision,
+                token=wanted.token,
+                cache_dir=wanted.cache_dir,
+                allow_uncertified=wanted.allow_uncertified,
+                local_files_only=wanted.local_files_only,
+            )
+        if checkpoint.fingerprint != invitation.fingerprint:
+            raise UserError("members gave other weights than the invitation names", hint="ask for a fresh code")
+        return checkpoint, options, runtime, node
+    except BaseException:
+        runtime.close()
+        raise
