@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from shoal.bundled import STORIES
 from shoal.cli.chat import Transcript, converse, parse_line
 from shoal.cli.generate import is_cut
-from shoal.cli.wait_note import WaitNote
+from shoal.cli.terminal.wait_note import WaitNote
 from shoal.client.generation.generation import Token
 
 

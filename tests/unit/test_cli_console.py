@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from shoal.cli import console
-from shoal.cli.console import (
+from shoal.cli.terminal import console
+from shoal.cli.terminal.console import (
     MIN_LINE_SECONDS,
     REMINDER_SECONDS,
     ProgressLog,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.cli.console import WrongUsage
 from shoal.cli.gateway import GatewayAdapter, adapter_of
+from shoal.cli.terminal.console import WrongUsage
 
 
 @pytest.mark.parametrize(

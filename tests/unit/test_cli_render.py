@@ -10,7 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from shoal.cli.render import MAX_REASONS, render, render_route
+from shoal.cli.terminal.render import MAX_REASONS, render, render_route
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.routing.route import Measured, Needs, Route, choose_route
 from shoal.policy.view import SwarmView

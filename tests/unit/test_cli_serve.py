@@ -8,17 +8,22 @@ from typing import Any
 
 import pytest
 
-from shoal.cli.serve import describe, invitation
+from shoal.bundled import STORIES
+from shoal.cli import serve_output
+from shoal.cli.serve_output import describe
+from shoal.joining.invite_code import InviteCode, Way
+from shoal.model.weights.files import LocalFiles
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.server.config import ServerConfig
 from shoal.spans import Span
 
 ADDRESS = "/ip4/127.0.0.1/tcp/1/p2p/A"
+CODE = InviteCode("0123456789abcdef", (Way("203.0.113.5", 31337),))
 
 
 def commands(config: ServerConfig) -> tuple[list[str], list[str]]:
     """The arguments of both commands, to join the swarm and to use the model."""
-    join, use = (line.strip() for line in invitation(config, ADDRESS) if line.startswith("  shoal "))
+    join, use = (line.strip() for line in serve_output.commands(config, ADDRESS, None) if line.startswith("  shoal "))
     return shlex.split(join)[1:], shlex.split(use)[1:]
 
 
@@ -30,7 +35,7 @@ def test_a_server_prints_both_commands_with_its_dtype():
     ready: Any = SimpleNamespace(
         info=info, model=ModelInfo("key", "name", "llama", 4), engine=SimpleNamespace(cache_tokens=64)
     )
-    lines = describe(ready, ServerConfig(model="org/model", dtype="float32")).splitlines()
+    lines = describe(ready, ServerConfig(model="org/model", dtype="float32"), None).splitlines()
     assert f"  shoal serve org/model --dtype float32 --initial-peers {ADDRESS}" in lines
     assert f'  shoal generate org/model --dtype float32 "Once upon a time" --initial-peers {ADDRESS}' in lines
 
@@ -66,3 +71,15 @@ def test_options_of_storage_are_in_the_command_of_servers_only():
 def test_options_of_one_machine_are_in_neither_command():
     config = ServerConfig(model="m", device="cuda", num_threads=3, cache_tokens=99, name="me", num_blocks=2)
     assert commands(config) == commands(ServerConfig(model="m"))
+
+
+def test_a_server_that_can_invite_prints_the_line_with_its_code_first():
+    lines = serve_output.commands(ServerConfig(model="org/model"), ADDRESS, CODE)
+    shown = [line.split()[1:3] for line in lines if line.startswith("  shoal ")]
+    assert shown == [["join", str(CODE)], ["serve", "org/model"], ["generate", str(CODE)], ["generate", "org/model"]]
+
+
+def test_a_server_without_a_copy_of_the_model_prints_no_command_that_needs_one():
+    config = ServerConfig(model="stories", files=LocalFiles(STORIES, name="stories"))
+    lines = [line for line in serve_output.commands(config, ADDRESS, CODE) if line.startswith("  shoal ")]
+    assert [line.split()[1:3] for line in lines] == [["join", str(CODE)], ["generate", str(CODE)]]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from shoal.cli.story import INDENT, WrappedWriter
+from shoal.cli.terminal.story import INDENT, WrappedWriter
 
 
 def new_writer(width: int = 40) -> tuple[WrappedWriter, io.StringIO]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from shoal.cli.wait_note import WaitNote
+from shoal.cli.terminal.wait_note import WaitNote
 from shoal.events import ServerLost, WaitEnded, WaitingForBlocks
 
 WIDTH, HEIGHT = 40, 4

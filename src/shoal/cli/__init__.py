@@ -17,9 +17,9 @@ from typing import Annotated
 import typer
 
 from shoal.cli import chat, demo, dht, gateway, generate, invite, join, serve, status
-from shoal.cli.console import WrongUsage, is_debugging, print_error, start_logging, stderr
-from shoal.cli.grouped_help import GroupedCommand
 from shoal.cli.options import spread_peers
+from shoal.cli.terminal.console import WrongUsage, is_debugging, print_error, start_logging, stderr
+from shoal.cli.terminal.grouped_help import GroupedCommand
 from shoal.errors import ShoalError
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130

@@ -9,9 +9,9 @@ import typer
 from rich.text import Text
 
 from shoal.cli import options
-from shoal.cli.console import print_error, stderr
 from shoal.cli.generate import connected, cut_mark, pad_token_of, print_now, say, streamer
-from shoal.cli.wait_note import WaitNote
+from shoal.cli.terminal.console import print_error, stderr
+from shoal.cli.terminal.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import ShoalError
 

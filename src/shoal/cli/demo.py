@@ -16,9 +16,9 @@ from rich.text import Text
 
 from shoal.bundled import STORIES
 from shoal.cli import options
-from shoal.cli.console import hush_transformers, start_logging, stdout, tokens_per_second, waiting
 from shoal.cli.generate import load_tokenizer, seed_everything
-from shoal.cli.story import StoryStreamer, WrappedWriter
+from shoal.cli.terminal.console import hush_transformers, start_logging, stdout, tokens_per_second, waiting
+from shoal.cli.terminal.story import StoryStreamer, WrappedWriter
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import SwarmError
 from shoal.processes import Child, Children, interruptible
@@ -80,8 +80,8 @@ def _demonstrate(
         bootstrap = children.start("bootstrap", "dht", *local, "--identity", str(children.folder / "bootstrap"))
         import torch
 
-        from shoal.cli.render import render
         from shoal.cli.status import look
+        from shoal.cli.terminal.render import render
         from shoal.client import AutoDistributedModelForCausalLM
 
         hush_transformers()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import options
-from shoal.cli.console import start_logging, waiting
 from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
+from shoal.cli.terminal.console import start_logging, waiting
 
 if TYPE_CHECKING:
     from shoal.net import NetworkConfig

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli.console import WrongUsage, stderr
 from shoal.cli.generate import connected
 from shoal.cli.long_running import end_with_parent, run_until_signalled
+from shoal.cli.terminal.console import WrongUsage, stderr
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.joining.invite_code import is_code

@@ -14,8 +14,8 @@ import typer
 from rich.text import Text
 
 from shoal.cli import options
-from shoal.cli.console import hush_transformers, stderr, stdout, tokens_per_second, waiting
-from shoal.cli.wait_note import WaitNote
+from shoal.cli.terminal.console import hush_transformers, stderr, stdout, tokens_per_second, waiting
+from shoal.cli.terminal.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.joining.invite_code import is_code

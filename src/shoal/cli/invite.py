@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from shoal.cli import options
-from shoal.cli.console import start_logging, waiting
+from shoal.cli.terminal.console import start_logging, waiting
 from shoal.errors import SwarmError
 from shoal.joining.invite_code import InviteCode, ways_of
 from shoal.net import NetworkConfig, check_addresses

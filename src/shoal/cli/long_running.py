@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from shoal.cli.console import stderr
+from shoal.cli.terminal.console import stderr
 from shoal.errors import UserError
 from shoal.model.weights.disk_cache import cache_folder
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli.console import WrongUsage, start_logging
+from shoal.cli.terminal.console import WrongUsage, start_logging
 from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
 from shoal.joining.invite_code import is_code
 from shoal.model.weights.location import check_model, folder_of

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shlex
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import options
-from shoal.cli.console import (
+from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
+from shoal.cli.serve_output import describe
+from shoal.cli.terminal.console import (
     ProgressReporter,
     WrongUsage,
     hush_transformers,
     start_logging,
-    tokens_per_second,
     waiting,
 )
-from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.errors import SwarmError
 from shoal.joining.invite_code import InviteCode, is_code, ways_of
@@ -36,7 +35,8 @@ if TYPE_CHECKING:
     from shoal.server.config import ServerConfig
     from shoal.server.server import Server
 
-EXAMPLE_PROMPT = "Once upon a time"
+CODE_SECONDS = 3.0
+"""How long a server that is ready waits until it can invite others: small models are read in that time."""
 MOST_WAYS = 3
 """The ways in that a printed code has: each makes it 10 characters longer."""
 
@@ -278,14 +278,20 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
             ):
                 reporter.stop()
                 is_up = True
-                print(describe(server, config), flush=True)
-                invited_by = await server.invitation
-                ways = ways_of([*server.info.addresses, *network.initial_peers], most=MOST_WAYS)
-                if ways:
-                    print(f"{'code':<10}{InviteCode(invited_by.digest, ways)}", flush=True)
+                await asyncio.wait({server.invitation}, timeout=CODE_SECONDS)
+                print(describe(server, config, code_of(server, network)), flush=True)
+                if not server.invitation.done():
+                    await server.invitation
+                    print(f"{'code':<10}{code_of(server, network)}", flush=True)
                 await asyncio.Event().wait()
         finally:
             reminding.cancel()
+
+
+def code_of(server: Server, network: NetworkConfig) -> InviteCode | None:
+    """The code by which others can join now; None if the server cannot invite them yet, or has no address."""
+    ways = ways_of([*server.info.addresses, *network.initial_peers], most=MOST_WAYS)
+    return InviteCode(server.invitation.result().digest, ways) if ways and server.invitation.done() else None
 
 
 @contextlib.asynccontextmanager
@@ -328,55 +334,6 @@ async def _remind(reporter: ProgressReporter) -> None:
     while True:
         await asyncio.sleep(1)
         reporter.remind()
-
-
-def describe(server: Server, config: ServerConfig) -> str:
-    """What a server prints when it is ready: one fact per line, and the commands to join and use the swarm."""
-    info, model = server.info, server.model
-    facts = [
-        ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
-        ("blocks", f"{info.span} and the output head" if info.head else str(info.span)),
-        *([("because", info.reason)] if config.blocks is None and info.reason else []),
-        ("dtype", f"{info.dtype} on {config.device}"),
-        *([("quantized", info.quantization)] if info.quantization != "none" else []),
-        ("decoding", f"{tokens_per_second(info.decode_speed)} through these blocks"),
-        ("prefill", tokens_per_second(info.prefill_speed)),
-        ("cache", f"{server.engine.cache_tokens:,} tokens"),
-        ("weights", info.fingerprint),
-        ("peer", info.peer),
-        *(("address", each) for each in info.addresses),
-    ]
-    lines = [f"{fact:<10}{value}" for fact, value in facts]
-    lines += ["", *invitation(config, info.addresses[0]), ""]
-    if config.name:
-        lines.insert(0, f"{'name':<10}{config.name}")
-    return "\n".join(lines)
-
-
-def invitation(config: ServerConfig, address: str) -> list[str]:
-    """Lines with both commands. They repeat the options of this server that change the model or its results."""
-    model = _render_options({"--revision": config.revision}, allow_uncertified=config.allow_uncertified)
-    dtype = _render_options({"--dtype": _unless(config.dtype, "auto")})
-    storage = {
-        "--quantization": _unless(config.quantization, "none"),
-        "--cache-dtype": _unless(config.cache_dtype, "auto"),
-    }
-    name = shlex.quote(config.model)
-    return [
-        "Join this swarm from another machine:",
-        f"  shoal serve {name}{model}{dtype}{_render_options(storage)} --initial-peers {address}",
-        "Use the model:",
-        f'  shoal generate {name}{model}{dtype} "{EXAMPLE_PROMPT}" --initial-peers {address}',
-    ]
-
-
-def _unless(value: str, default: str) -> str | None:
-    return None if value == default else value
-
-
-def _render_options(values: Mapping[str, str | None], *, allow_uncertified: bool = False) -> str:
-    options = "".join(f" {option} {shlex.quote(value)}" for option, value in values.items() if value)
-    return options + (" --allow-uncertified" if allow_uncertified else "")
 
 
 def _parse_span(text: str | None) -> Span | None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli.console import hush_transformers, start_logging, stdout, waiting
-from shoal.cli.render import render, render_route
+from shoal.cli.terminal.console import hush_transformers, start_logging, stdout, waiting
+from shoal.cli.terminal.render import render, render_route
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.model.weights.location import check_model, is_path

@@ -32,13 +32,13 @@ class FolderPieces:
 
     def __init__(self, manifest: Manifest, folder: Path) -> None:
         self.manifest = manifest
-        self._folder = folder
+        self.folder = folder
 
     def holds(self, piece: int) -> bool:
         return 0 <= piece < self.manifest.num_pieces
 
     def read(self, piece: int) -> bytes:
-        return _read(self.manifest, self._folder, piece)
+        return _read(self.manifest, self.folder, piece)
 
 
 class PieceStore:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from shoal.cli import console as terminal
-from shoal.cli.console import ProgressReporter
+from shoal.cli.terminal import console as terminal
+from shoal.cli.terminal.console import ProgressReporter
 from shoal.events import Event, WaitEnded, WaitingForBlocks
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shoal.cli.console import UNKNOWN, figure, tokens_per_second
+from shoal.cli.terminal.console import UNKNOWN, figure, tokens_per_second
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.dtypes import computes_in, mixture
 from shoal.policy.view import SwarmView, format_blocks

@@ -1,0 +1,75 @@
+"""What `shoal serve` prints when it is ready: one fact per line, and the commands to join and use the swarm."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from shoal.cli.terminal.console import tokens_per_second
+from shoal.joining.invite_code import InviteCode
+
+if TYPE_CHECKING:
+    from shoal.server.config import ServerConfig
+    from shoal.server.server import Server
+
+EXAMPLE_PROMPT = "Once upon a time"
+
+
+def describe(server: Server, config: ServerConfig, code: InviteCode | None) -> str:
+    """The text. `code` is None if the server cannot invite others yet."""
+    info, model = server.info, server.model
+    facts = [
+        ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
+        ("blocks", f"{info.span} and the output head" if info.head else str(info.span)),
+        *([("because", info.reason)] if config.blocks is None and info.reason else []),
+        ("dtype", f"{info.dtype} on {config.device}"),
+        *([("quantized", info.quantization)] if info.quantization != "none" else []),
+        ("decoding", f"{tokens_per_second(info.decode_speed)} through these blocks"),
+        ("prefill", tokens_per_second(info.prefill_speed)),
+        ("cache", f"{server.engine.cache_tokens:,} tokens"),
+        ("weights", info.fingerprint),
+        ("peer", info.peer),
+        *(("address", each) for each in info.addresses),
+        *([("code", str(code))] if code is not None else []),
+    ]
+    lines = [f"{fact:<10}{value}" for fact, value in facts]
+    lines += ["", *commands(config, info.addresses[0], code), ""]
+    if config.name:
+        lines.insert(0, f"{'name':<10}{config.name}")
+    return "\n".join(lines)
+
+
+def commands(config: ServerConfig, address: str, code: InviteCode | None) -> list[str]:
+    """Lines with the commands for others. They repeat the options that change the model or its results.
+
+    A server without a copy of the model has only a name for it, by which others cannot find it.
+    """
+    by_code = [] if code is None else ["Join this swarm from another machine:", f"  shoal join {code}"]
+    use = [] if code is None else ["Use the model from any machine:", f'  shoal generate {code} "{EXAMPLE_PROMPT}"']
+    if config.files is not None:
+        return by_code + use
+    model = _render_options({"--revision": config.revision}, allow_uncertified=config.allow_uncertified)
+    dtype = _render_options({"--dtype": _unless(config.dtype, "auto")})
+    storage = {
+        "--quantization": _unless(config.quantization, "none"),
+        "--cache-dtype": _unless(config.cache_dtype, "auto"),
+    }
+    name = shlex.quote(config.model)
+    return [
+        *by_code,
+        "or, where a copy of the model is:" if by_code else "Join this swarm from another machine:",
+        f"  shoal serve {name}{model}{dtype}{_render_options(storage)} --initial-peers {address}",
+        *use,
+        "or, where a copy of the model is:" if use else "Use the model:",
+        f'  shoal generate {name}{model}{dtype} "{EXAMPLE_PROMPT}" --initial-peers {address}',
+    ]
+
+
+def _unless(value: str, default: str) -> str | None:
+    return None if value == default else value
+
+
+def _render_options(values: Mapping[str, str | None], *, allow_uncertified: bool = False) -> str:
+    options = "".join(f" {option} {shlex.quote(value)}" for option, value in values.items() if value)
+    return options + (" --allow-uncertified" if allow_uncertified else "")
