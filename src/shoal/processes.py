@@ -26,7 +26,7 @@ import psutil
 from shoal.errors import SwarmError
 
 GRACE_SECONDS = 3.0
-"""The time that a child gets to exit after SIGTERM, before it is killed."""
+"""The time that a child gets to exit after SIGTERM, before it is killed, unless it needs more."""
 END_SECONDS = 5.0
 """The time that the processes a child has started get to exit after it."""
 
@@ -65,12 +65,17 @@ class Children:
     """A context in which processes are started. On exit, they and the processes that they started are ended.
 
     Each process computes with `num_threads` threads; None leaves the number to PyTorch. The default is 1, because the
-    processes share the cores: a second thread would often only spin while it waits for a busy core.
+    processes share the cores: a second thread would often only spin while it waits for a busy core. With
+    `shares_stderr`, what they report appears where this process reports; otherwise it goes into their logs only.
     """
 
-    def __init__(self, *, num_threads: int | None = 1) -> None:
+    def __init__(
+        self, *, num_threads: int | None = 1, grace_seconds: float = GRACE_SECONDS, shares_stderr: bool = False
+    ) -> None:
         self.running: list[Child] = []
         self._num_threads = num_threads
+        self._grace_seconds = grace_seconds
+        self._shares_stderr = shares_stderr
         self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -85,7 +90,8 @@ class Children:
         if self._num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._num_threads)
         log = self.folder / f"{name}.log"
-        with log.open("w") as stderr:
+        with log.open("w") as file:
+            stderr = None if self._shares_stderr else file
             process = subprocess.Popen(  # noqa: S603 - our own program
                 [sys.executable, "-m", "shoal", *arguments, "--exit-with-stdin"],
                 stdin=subprocess.PIPE,
@@ -131,6 +137,11 @@ class Children:
                 if child.has_ended and not child.is_ready:
                     raise child.failure()
 
+    def wait_for_news(self, seconds: float) -> None:
+        """Wait until a child has printed something or has ended, for so many seconds at most."""
+        with self._changed:
+            self._changed.wait(seconds)
+
     def __exit__(self, *_: object) -> None:
         with _ignoring_interrupts():
             self._stop()
@@ -145,7 +156,7 @@ class Children:
         ]
         for child in self.running:
             child.process.terminate()
-        until = time.monotonic() + GRACE_SECONDS
+        until = time.monotonic() + self._grace_seconds
         for child in self.running:
             try:
                 child.process.wait(max(0.0, until - time.monotonic()))

@@ -105,12 +105,13 @@ def ways_of(addresses: Sequence[str], *, most: int = MAX_WAYS) -> tuple[Way, ...
         parts = address.split("/")
         if len(parts) >= 5 and parts[1] in ("ip4", "ip6") and parts[3] == "tcp" and "p2p-circuit" not in parts:
             found[Way(parts[2], int(parts[4]))] = None
-    useful = [way for way in found if not _is_local(way.host)]
+    useful = [way for way in found if not is_for_this_machine(way)]
     return tuple((useful or list(found))[:most])
 
 
-def _is_local(host: str) -> bool:
-    address = ipaddress.ip_address(host)
+def is_for_this_machine(way: Way) -> bool:
+    """Whether only this machine and its containers can use a way."""
+    address = ipaddress.ip_address(way.host)
     return address.is_loopback or address.is_link_local or address in _BRIDGE
 
 

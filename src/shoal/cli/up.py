@@ -1,0 +1,125 @@
+"""`shoal up`: a swarm's first machine in one command: it serves, answers OpenAI's API, shows the page, and invites."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import segno
+import typer
+
+from shoal.cli import options
+from shoal.cli.long_running import end_with_parent
+from shoal.cli.terminal.console import WrongUsage, start_logging, stdout
+from shoal.errors import SwarmError
+from shoal.joining.invite_code import InviteCode, is_code, is_for_this_machine
+from shoal.model.weights.location import check_model
+from shoal.processes import Child, Children, interruptible
+
+START_SECONDS = 1e6
+"""How long the server may take: a model that is not here yet is downloaded first. It shows what it does."""
+DRAIN_SECONDS = 40.0
+"""How long both processes may take to end: answers that have begun go on for a while."""
+LOOK_SECONDS = 1.0
+
+
+def command(
+    model: options.Model,
+    blocks: Annotated[
+        str | None,
+        typer.Option(metavar="START:END", help="Serve these blocks, such as 0:8. Default: as many as fit into memory."),
+    ] = None,
+    device: Annotated[
+        options.Device,
+        typer.Option(metavar="DEVICE", help="Compute on cpu, cuda or mps (untested). auto: cuda if there is a GPU."),
+    ] = options.Device.auto,
+    dtype: Annotated[
+        options.DType,
+        typer.Option(metavar="DTYPE", help=f"Compute in this dtype: {options.DTYPES}. auto: the model's own."),
+    ] = options.DType.auto,
+    quantization: Annotated[
+        options.Quantization,
+        typer.Option(metavar="KIND", help=f"Quantize the weights of the blocks: {options.QUANTIZATIONS}."),
+    ] = options.Quantization.none,
+    http_host: Annotated[
+        str, typer.Option(metavar="IP", help="The page and the API listen here; 0.0.0.0 lets other machines ask too.")
+    ] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="The port of the page and the API.")] = (
+        8000
+    ),
+    api_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Answer only clients that have this key; may be repeated.")
+    ] = None,
+    host: options.Host = "0.0.0.0",  # noqa: S104
+    port: options.Port = 0,
+    revision: options.Revision = None,
+    allow_uncertified: options.AllowUncertified = False,
+    exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Start a swarm: serve a model, answer OpenAI's API, show a page, and print the code by which others join.
+
+    It is `shoal serve --new-swarm` and `shoal gateway` together; these have more options. Ctrl-C ends both.
+    """
+    start_logging(verbose=verbose)
+    if is_code(model):
+        raise WrongUsage("an invite code is for a swarm that is there", hint=f"join it: shoal join {model}")
+    check_model(model)
+    if exit_with_stdin:
+        end_with_parent()
+    form = _options({"--dtype": dtype.value, "--revision": revision}, allow_uncertified=allow_uncertified)
+    serving = _options({"--blocks": blocks, "--device": device.value, "--quantization": quantization.value})
+    listening = _options({"--host": host, "--port": str(port)})
+    answering = _options({"--host": http_host, "--port": str(http_port)})
+    keys = [part for key in api_key or () for part in ("--api-key", key)]
+    log = ["--verbose"] if verbose else []
+    with (
+        interruptible() as check,
+        Children(num_threads=None, grace_seconds=DRAIN_SECONDS, shares_stderr=True) as children,
+    ):
+        server = children.start(
+            "server", "serve", model, "--new-swarm", "--serve-head", *form, *serving, *listening, *log
+        )
+        _wait(children, server)
+        peers = ("--initial-peers", server.facts["address"])
+        gateway = children.start("gateway", "gateway", model, *peers, "--remote-head", *form, *answering, *keys, *log)
+        _wait(children, gateway)
+        for fact in ("model", "page", "address"):
+            print(f"{fact:<10}{gateway.facts[fact]}", flush=True)
+        _watch(children, server, check)
+
+
+def _options(values: dict[str, str | None], *, allow_uncertified: bool = False) -> list[str]:
+    given = [part for option, value in values.items() if value is not None for part in (option, value)]
+    return given + (["--allow-uncertified"] if allow_uncertified else [])
+
+
+def _wait(children: Children, child: Child) -> None:
+    for _ in children.wait_for([child], seconds=START_SECONDS):
+        pass
+
+
+def _watch(children: Children, server: Child, check: Callable[[], None]) -> None:
+    """Print the code when it is there, and wait until a child ends. Raises `SwarmError` then."""
+    shown = False
+    while not (ended := _ended(children.running)):
+        if not shown and "code" in server.facts:
+            shown = True
+            _print_code(InviteCode.parse(server.facts["code"]))
+        children.wait_for_news(LOOK_SECONDS)
+        check()
+    raise SwarmError(f"the {ended.name} has ended with status {ended.process.wait()}", hint="see its messages above")
+
+
+def _ended(children: Sequence[Child]) -> Child | None:
+    return next((child for child in children if child.has_ended), None)
+
+
+def _print_code(code: InviteCode) -> None:
+    print(f"{'code':<10}{code}\n\nAnother machine joins with this line:\n  shoal join {code}\n", flush=True)
+    if all(map(is_for_this_machine, code.ways)):
+        print("This machine has no address that others can use, so the code is for this machine only.\n", flush=True)
+    if stdout.is_terminal:
+        segno.make(str(code), error="m").terminal(out=sys.stdout, compact=True)
+        print(flush=True)
