@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
 from shoal.cli import run
+from shoal.joining.invite_code import InviteCode
+from shoal.net.addresses import port_of
 from shoal.processes import Child, Children
 
 PROMPT = "Once upon a time"
@@ -101,10 +103,19 @@ def first(children: Children) -> Child:
 
 @pytest.fixture(scope="module")
 def second(children: Children, first: Child) -> Child:
-    """A server that joins the swarm and chooses the other half."""
-    server = serve(children, "second", "--initial-peers", first.facts["address"], "--num-blocks", "6")
+    """A server that joins by an invite code, without a copy of the model, and chooses the other half."""
+    options = ("--name", "second", "--host", "127.0.0.1", "--device", "cpu", "--cache-tokens", "4096")
+    server = children.start("second", "join", code_of(children, first), "--num-blocks", "6", *options)
     ready(children, server)
     return server
+
+
+def code_of(children: Children, server: Child) -> str:
+    """The invite code that a server prints."""
+    while "code" not in server.facts:
+        assert not server.has_ended
+        children.wait_for_news(SECONDS)
+    return server.facts["code"]
 
 
 @pytest.fixture
@@ -207,6 +218,33 @@ def test_status_shows_all_servers(shoal, peers, second):
     assert servers["second"]["peer"] == second.facts["peer"]
     assert servers["second"]["state"] == "online"
     assert servers["second"]["decode_speed"] > 0
+
+
+def test_a_fresh_code_is_enough_to_use_the_model(children, shoal, monkeypatch, first, second, tmp_path: Path):
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+    invited = shoal("invite", "--initial-peers", second.facts["address"])
+    assert invited.out.startswith("stories in float32:\n  shoal join ")
+    fresh, printed = InviteCode.parse(invited.out.split()[-1]), InviteCode.parse(code_of(children, first))
+    assert fresh.digest == printed.digest
+    assert {way.port for way in fresh.ways} == {port_of(child.facts["address"]) for child in (first, second)}
+    typed = str(fresh).lower().replace("-", " ")
+    options = (PROMPT, "--max-new-tokens", "16", "--json")
+    by_code, by_folder = (
+        shoal("generate", *how, *options)
+        for how in ([typed], [str(STORIES), "--initial-peers", first.facts["address"]])
+    )
+    assert by_code.code == 0, by_code.err
+    assert by_code.json["tokens"] == by_folder.json["tokens"]
+
+
+def test_a_code_that_was_misheard_is_refused(shoal, children, first):
+    code = code_of(children, first)
+    other = code.replace(code[8], "7" if code[8] != "7" else "8", 1)
+    for command in (["join", other], ["generate", other, PROMPT], ["chat", other], ["gateway", other]):
+        done = shoal(*command)
+        assert done.code == 1
+        assert done.err.startswith("error: this invite code has a mistake in it")
+        assert done.err.count("\n") == 2
 
 
 def test_status_shows_the_route_from_this_machine_and_its_cost(shoal, peers, second):
@@ -321,7 +359,7 @@ def test_a_failure_gives_two_lines_and_exit_status_1(shoal, monkeypatch, tmp_pat
 
 def test_a_bug_gives_two_lines_too(shoal, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda seed: 1 / 0)
-    monkeypatch.setattr("shoal.cli.options.swarm_peers", lambda peers: 1 / 0)
+    monkeypatch.setattr("shoal.cli.options.swarm_peers", lambda *_, **__: 1 / 0)
     done = shoal("status", "--initial-peers", UNREACHABLE)
     assert done.code == 1
     assert done.err.splitlines() == [

@@ -14,7 +14,7 @@ import typer
 
 from shoal.cli.terminal.console import WrongUsage, start_logging
 from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
-from shoal.joining.invite_code import is_code
+from shoal.joining.invite_code import InviteCode, is_code
 from shoal.model.weights.location import check_model, folder_of
 from shoal.policy.batching.pass_rules import DEFAULT_RULE
 
@@ -322,7 +322,10 @@ def with_options_of(
 
 def check_places(model: str, adapter: str | Path | None) -> None:
     """Raises `UserError` for a model or an adapter that cannot exist, before anything slow is imported."""
-    check_model(model)
+    if is_code(model):
+        InviteCode.parse(model)
+    else:
+        check_model(model)
     if adapter is not None:
         folder_of(str(adapter))
 

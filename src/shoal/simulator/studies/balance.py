@@ -7,6 +7,7 @@ finds for the machines that are there, at some moments of the run.
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,18 +22,24 @@ from shoal.simulator.studies.settings import HOUR, WARM_UP
 from shoal.simulator.studies.side_by_side import RunGrid
 from shoal.simulator.studies.study_progress import Advance
 
-EVERY = HOUR
+EVERY = HOUR / 3
 """Seconds between two moments at which the offline search looks."""
+
+COLUMNS = 2
+"""Panels of the plot beside each other."""
 
 
 @dataclass(frozen=True)
 class Balance:
-    """One run: averages over time, the mean share of the offline search, and the shares of the bound over time."""
+    """One run: averages over time, the mean share of the offline search, and the shares of the bound over time.
+
+    `of_search` is None if the machines could not hold the model at any of the moments.
+    """
 
     setting: str
     rule: str
     summary: Summary
-    of_search: float
+    of_search: float | None
     times: tuple[float, ...]
     shares: tuple[float, ...]
 
@@ -51,7 +58,8 @@ def run_all(grid: RunGrid, advance: Advance, *, num_tries: int) -> list[Balance]
             looks = range(max(1, round(grid.hours * HOUR / EVERY)))
             for look in looks:
                 arrangement.advance(WARM_UP + look * EVERY)
-                shares.append(_share_of_search(arrangement, num_tries, rng))
+                of_search = _share_of_search(arrangement, num_tries, rng)
+                shares += [] if of_search is None else [of_search]
                 advance(1 / len(looks) / len(grid.settings) / len(grid.rules), f"{setting.name}, {rule}")
             arrangement.advance(scene.seconds)
             history = [each for each in arrangement.meter.history if each[0] >= arrangement.meter.begins]
@@ -60,7 +68,7 @@ def run_all(grid: RunGrid, advance: Advance, *, num_tries: int) -> list[Balance]
                     setting.name,
                     rule,
                     arrangement.summary(),
-                    sum(shares) / len(shares),
+                    statistics.fmean(shares) if shares else None,
                     tuple((now - arrangement.meter.begins) / HOUR for now, _, _ in history),
                     tuple(each for _, each, _ in history),
                 )
@@ -68,15 +76,18 @@ def run_all(grid: RunGrid, advance: Advance, *, num_tries: int) -> list[Balance]
     return found
 
 
-def _share_of_search(arrangement: Arrangement, num_tries: int, rng: random.Random) -> float:
-    """What the servers that are online reach now, of what a search finds for all machines that are there."""
+def _share_of_search(arrangement: Arrangement, num_tries: int, rng: random.Random) -> float | None:
+    """What the servers that are online reach now, of what a search finds for all machines that are there.
+
+    None if these machines cannot hold the model.
+    """
     blocks = arrangement.scene.num_blocks
     members = arrangement.members.values()
     now = exact_throughput([member.machine() for member in members if member.online], blocks)
     from_here = search([member.machine() for member in members], blocks, num_tries=num_tries, rng=rng)
     anywhere = [replace(member.machine(), span=None) for member in members]
     found = max(from_here.exact, search(anywhere, blocks, num_tries=num_tries, rng=rng).exact)
-    return now / found if found else 0.0
+    return now / found if found else None
 
 
 def report(balances: Sequence[Balance], grid: RunGrid) -> Report:
@@ -94,8 +105,8 @@ def report(balances: Sequence[Balance], grid: RunGrid) -> Report:
     )
     headings = ("churn", "rule", "exact, of the bound", "exact, of an offline search", "min, of the bound", "holes")
     notes = (
-        f"One run of {grid.hours:g} h each, after half an hour. The search runs every hour, over the machines that are"
-        " there at that moment, also those that are still loading."
+        f"One run of {grid.hours:g} h each, after half an hour. The search runs every {EVERY / 60:.0f} minutes, over the"
+        " machines that are there at that moment, also those that are still loading."
     )
     return Report("balance", "How near the optimum load balancing keeps a swarm", (Table(headings, rows),), notes)
 
@@ -103,12 +114,14 @@ def report(balances: Sequence[Balance], grid: RunGrid) -> Report:
 def draw(balances: Sequence[Balance], figure: Any) -> None:
     """The exact share over time: a panel for each setting, a line for each rule."""
     settings = list(dict.fromkeys(each.setting for each in balances))
-    panels = figure.subplots(len(settings), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, setting in zip(panels, settings, strict=True):
+    num_rows = -(-len(settings) // COLUMNS)
+    figure.set_size_inches(11, 1.2 + 1.9 * num_rows)
+    panels = figure.subplots(num_rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat
+    for panel, setting in zip(panels, settings, strict=False):
         for each in balances:
             if each.setting == setting:
-                panel.step(each.times, each.shares, where="post", label=each.rule, linewidth=0.7)
+                panel.step(each.times, each.shares, where="post", label=each.rule, linewidth=1.0)
         panel.set_title(setting, fontsize="small")
         panel.set_ylim(0, 1.02)
-    panels[-1].set_xlabel("hours")
-    panels[0].legend(fontsize="x-small", ncols=3)
+        panel.set_xlabel("hours", fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", ncols=4, loc="outside lower center")

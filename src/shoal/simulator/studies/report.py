@@ -66,8 +66,10 @@ def command_line() -> str:
     return " ".join(["python -m shoal.simulator", *words])
 
 
-def share(value: float) -> str:
-    """A share of a bound, with two digits."""
+def share(value: float | None) -> str:
+    """A share of a bound, with two digits; `-` if there is none."""
+    if value is None:
+        return "-"
     return f"{value:.2f}".removeprefix("0") if 0 <= value < 1 else f"{value:.2f}"
 
 
