@@ -105,8 +105,8 @@ def report(balances: Sequence[Balance], grid: RunGrid) -> Report:
     )
     headings = ("churn", "rule", "exact, of the bound", "exact, of an offline search", "min, of the bound", "holes")
     notes = (
-        f"One run of {grid.hours:g} h each, after half an hour. The search runs every {EVERY / 60:.0f} minutes, over the"
-        " machines that are there at that moment, also those that are still loading."
+        f"One run of {grid.hours:g} h each, after half an hour. The search runs every {EVERY / 60:.0f} minutes,"
+        " over the machines that are there at that moment, also those that are still loading."
     )
     return Report("balance", "How near the optimum load balancing keeps a swarm", (Table(headings, rows),), notes)
 
