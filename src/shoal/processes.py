@@ -21,8 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-import psutil
-
 from shoal.errors import SwarmError
 
 GRACE_SECONDS = 3.0
@@ -148,6 +146,8 @@ class Children:
             self._folder.cleanup()
 
     def _stop(self) -> None:
+        import psutil  # here, because it takes a tenth of the time of `shoal --help`
+
         descendants = [
             process
             for child in self.running

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
-import psutil
 import typer
 from rich.text import Text
 
@@ -60,6 +59,8 @@ def command(
     started = time.monotonic()
     with interruptible() as check, Children() as children:
         is_same = _demonstrate(children, servers, check, kill=kill, seed=seed)
+    import psutil
+
     left = psutil.Process().children(recursive=True)
     ending = "all processes have ended" if not left else f"still running: {', '.join(str(p.pid) for p in left)}"
     stdout.print(f"\n{ending}; the demo took {time.monotonic() - started:.0f} s", style="dim")

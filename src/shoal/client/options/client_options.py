@@ -1,4 +1,4 @@
-"""Everything that is asked of a client, checked once and frozen. Nothing here imports PyTorch."""
+"""Everything that is asked of a client, checked once and frozen. Nothing here imports PyTorch or anything else slow."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shoal.client.options.keywords import resolve
 from shoal.errors import UserError
 from shoal.events import Observer
 from shoal.net import NetworkConfig
-from shoal.policy.routing.route import Chooser
-from shoal.protocol import MAX_TEXT
 from shoal.spans import Span
-from shoal.tensors import Encoding
 
 if TYPE_CHECKING:
     import torch
+
+    from shoal.policy.routing.route import Chooser
+    from shoal.tensors import Encoding
 
 T = TypeVar("T")
 
@@ -114,6 +114,8 @@ class ClientOptions:
     model: ModelOptions = ModelOptions()
 
     def __post_init__(self) -> None:
+        from shoal.protocol import MAX_TEXT  # here, because `shoal --help` needs none of the messages
+
         if len(self.salt) > MAX_TEXT:
             raise UserError(
                 f"a salt of {len(self.salt)} characters is too long", hint=f"it may have up to {MAX_TEXT} characters"
