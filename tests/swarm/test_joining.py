@@ -17,7 +17,7 @@ import torch
 from shoal.errors import CheckpointError, SwarmError
 from shoal.joining.arrival import files_from_members, invitation_of
 from shoal.joining.invitation import Invitation
-from shoal.joining.piece_fetcher import PATIENCE_SECONDS, PieceFetcher
+from shoal.joining.piece_fetcher import PATIENCE_SECONDS, STREAMS_PER_MEMBER, PieceFetcher
 from shoal.joining.requests import NoAnswer, member
 from shoal.model.weights.manifest import PIECE_BYTES, ListedFile, Manifest
 from shoal.model.weights.piece_store import FolderPieces, PieceSource, PieceStore
@@ -169,7 +169,7 @@ def test_a_member_that_sends_other_bytes_is_named_and_nothing_of_them_is_kept(
     with caplog.at_level(logging.WARNING):
         run(scene)
     assert same_files(store, copy)
-    assert len(liar.given) == 1
+    assert len(liar.given) <= STREAMS_PER_MEMBER
     assert [record.getMessage() for record in caplog.records] == [
         "liar sent a wrong piece of the weights: it is not asked again"
     ]
@@ -243,7 +243,7 @@ async def _now() -> float:
 def test_a_member_that_dies_in_the_middle_is_replaced_and_nothing_comes_twice(
     copy: FolderPieces, tmp_path: Path
 ) -> None:
-    store, rest = PieceStore(copy.manifest, tmp_path), Part(copy, range(6))
+    store, rest, missing = PieceStore(copy.manifest, tmp_path), Part(copy, range(6)), list[int]()
 
     async def scene(swarm: Swarm) -> None:
         dying = Part(copy, range(6))
@@ -256,15 +256,17 @@ def test_a_member_that_dies_in_the_middle_is_replaced_and_nothing_comes_twice(
             if come == 3:
                 swarm.network.kill("dying")
 
-        with pytest.raises(CheckpointError, match="no member of the swarm gives 3 pieces"):
+        with pytest.raises(CheckpointError, match=r"no member of the swarm gives [23] pieces"):
             await swarm.fetch(store, report=report, patience=10.0)
         store.save()
+        missing.extend(store.missing(range(6)))
         await swarm.add("other", rest)
         await swarm.fetch(PieceStore(copy.manifest, tmp_path))
 
     run(scene)
     assert same_files(store, copy)
-    assert len(rest.given) == 3
+    assert missing
+    assert sorted(rest.given) == missing
 
 
 def test_a_machine_waits_for_members_that_have_what_it_needs(

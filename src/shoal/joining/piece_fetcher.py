@@ -17,8 +17,10 @@ from shoal.peers import ModelInfo, ServerInfo
 
 log = logging.getLogger(__name__)
 
-MAX_MEMBERS = 4
-"""Members that give pieces at the same time."""
+MAX_STREAMS = 6
+"""Pieces that are asked for at the same time."""
+STREAMS_PER_MEMBER = 2
+"""So that the next piece is on its way while one is checked."""
 MAX_ASKED = 2
 """Members that are asked for the same piece, when there is no other left to ask for."""
 RETRY_SECONDS = 3.0
@@ -53,6 +55,7 @@ class PieceFetcher:
         self._report = report
         self._patience = patience
         self._liars: set[str] = set()
+        self._round_trips: dict[str, float | None] = {}
         self._one_at_a_time = asyncio.Lock()
 
     async def fetch(self, pieces: Sequence[int]) -> None:
@@ -87,14 +90,15 @@ class PieceFetcher:
         except SwarmError as error:
             return [str(error)]
         others = [each for each in servers if each.peer not in {self._node.transport.peer, *self._liars}]
-        trips = await measure_round_trips(self._node.transport, others, max_concurrent=8, seconds=PING_SECONDS)
-        nearest = deque(sorted(others, key=lambda each: (trips.get(each.peer) is None, trips.get(each.peer) or 0.0)))
+        nearest = deque(await self._nearest_first(others) * STREAMS_PER_MEMBER)
         reasons: list[str] = []
         errors: list[ShoalError] = []  # of this machine, such as a full disk
 
         async def ask_one_after_another() -> None:
             while nearest and work.missing and not errors:
                 server = nearest.popleft()
+                if server.peer in self._liars:
+                    continue
                 try:
                     await self._ask(server, work)
                 except NoAnswer as failure:
@@ -104,11 +108,24 @@ class PieceFetcher:
                     errors.append(error)
 
         async with asyncio.TaskGroup() as group:
-            for _ in range(MAX_MEMBERS):
+            for _ in range(MAX_STREAMS):
                 group.create_task(ask_one_after_another())
         if errors:
             raise errors[0]
         return reasons
+
+    async def _nearest_first(self, servers: Sequence[ServerInfo]) -> list[ServerInfo]:
+        """The servers by round trip, which is measured once; those that do not answer come last."""
+        new = [each for each in servers if each.peer not in self._round_trips]
+        if new:
+            transport = self._node.transport
+            self._round_trips |= await measure_round_trips(transport, new, max_concurrent=8, seconds=PING_SECONDS)
+
+        def distance(server: ServerInfo) -> float:
+            seconds = self._round_trips.get(server.peer)
+            return float("inf") if seconds is None else seconds
+
+        return sorted(servers, key=distance)
 
     async def _ask(self, server: ServerInfo, work: _Work) -> None:
         """Take all pieces from a member that it has and that others do not bring first. Raises `NoAnswer`."""
@@ -119,8 +136,9 @@ class PieceFetcher:
                 if content is None:
                     raise NoAnswer("others were faster")
                 if not await asyncio.to_thread(self._store.put, piece, content):
+                    if server.peer not in self._liars:
+                        log.warning("%s sent a wrong piece of the weights: it is not asked again", server.peer)
                     self._liars.add(server.peer)
-                    log.warning("%s sent a wrong piece of the weights: it is not asked again", server.peer)
                     work.failed(piece)
                     raise NoAnswer("it sent a wrong piece")
                 work.came(piece)

@@ -155,10 +155,7 @@ class Checkpoint:
         names_in: dict[str, list[str]] = {}
         for name in names:
             names_in.setdefault(self.file_of[name], []).append(name)
-        tensors: dict[str, Tensor] = {}
-        for file in sorted(names_in):
-            tensors |= self.files.tensors(file, names_in[file])
-        return tensors
+        return self.files.tensors(dict(sorted(names_in.items())))
 
     @property
     def weight_files(self) -> list[str]:

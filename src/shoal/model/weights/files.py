@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shoal.errors import CheckpointError
 from shoal.model.weights.fingerprint import file_digests
-from shoal.model.weights.safetensors_file import Header, read_header, read_tensors
+from shoal.model.weights.safetensors_file import Header, read_all, read_header
 
 
 class Files(Protocol):
@@ -46,8 +46,8 @@ class Files(Protocol):
     def has_tensors(self, file: str, names: Iterable[str]) -> bool:
         """Whether these tensors of a safetensors file are on this machine, so that `tensors` does not download them."""
 
-    def tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
-        """These tensors of a safetensors file, mapped into memory (`shoal.model.weights.safetensors_file`)."""
+    def tensors(self, names_in: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        """These tensors of each safetensors file, mapped into memory (`shoal.model.weights.safetensors_file`)."""
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,5 @@ class LocalFiles:
     def has_tensors(self, file: str, names: Iterable[str]) -> bool:
         return self.has(file)
 
-    def tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
-        return read_tensors(self.path(file), names)
+    def tensors(self, names_in: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        return read_all({self.path(file): names for file, names in names_in.items()})

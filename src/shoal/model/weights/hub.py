@@ -37,7 +37,7 @@ from shoal.errors import CheckpointError, UserError
 from shoal.model.weights.disk_cache import load_or_compute
 from shoal.model.weights.files import Files, LocalFiles
 from shoal.model.weights.fingerprint import file_digests
-from shoal.model.weights.safetensors_file import Header, TensorInfo, read_header, read_tensors
+from shoal.model.weights.safetensors_file import Header, TensorInfo, read_all, read_header
 
 _MAX_PARALLEL_HEADERS = 8
 """Headers that are requested at once."""
@@ -105,8 +105,8 @@ class HubFiles:
     def has_tensors(self, file: str, names: Iterable[str]) -> bool:
         return self.has(file)
 
-    def tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
-        return read_tensors(self.path(file), names)
+    def tensors(self, names_in: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        return read_all({self.path(file): names for file, names in names_in.items()})
 
     def _entry(self, file: str) -> HubFile:
         if file not in self.entries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from shoal.errors import CheckpointError
 from shoal.model.weights.manifest import ListedFile
 from shoal.model.weights.piece_store import PieceStore
-from shoal.model.weights.safetensors_file import Header, header_bytes, read_header, read_tensors
+from shoal.model.weights.safetensors_file import Header, header_bytes, read_all, read_header
 
 Fetch = Callable[[Sequence[int]], None]
 """Called with pieces that are missing; returns when the store has them. It blocks, and may take long.
@@ -54,6 +54,7 @@ class PeerFiles:
         return self._store.folder / file
 
     def headers(self, files: Sequence[str]) -> dict[str, Header]:
+        self._get(piece for file in files for piece in self._store.manifest.pieces(file, 0, 8))
         return {file: self._header(file)[0] for file in files}
 
     def digests(self, files: Sequence[str]) -> list[str]:
@@ -62,9 +63,10 @@ class PeerFiles:
     def has_tensors(self, file: str, names: Iterable[str]) -> bool:
         return self._has_header(file) and not self._store.missing(self._pieces_of(file, names))
 
-    def tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
-        self._get(self._pieces_of(file, names))
-        return read_tensors(self._store.folder / file, names)
+    def tensors(self, names_in: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        self._get(piece for file in names_in for piece in self._store.manifest.pieces(file, 0, 8))
+        self._get(piece for file, names in names_in.items() for piece in self._pieces_of(file, names))
+        return read_all({self._store.folder / file: names for file, names in names_in.items()})
 
     def _listed(self, file: str) -> ListedFile:
         listed = self._store.manifest.file(file)

@@ -98,6 +98,14 @@ def read_tensors(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
         raise _damaged(path.name, str(error)) from None
 
 
+def read_all(names_in: Mapping[Path, Sequence[str]]) -> dict[str, torch.Tensor]:
+    """These tensors of each of several files, as `read_tensors` reads them. Raises `CheckpointError`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path, names in names_in.items():
+        tensors |= read_tensors(path, names)
+    return tensors
+
+
 def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     start, end = (int(offset) for offset in entry["data_offsets"])
     if not 0 <= start <= end:
