@@ -60,7 +60,7 @@ class PeerFiles:
         return [self._listed(file).sha256 for file in files]
 
     def has_tensors(self, file: str, names: Iterable[str]) -> bool:
-        return self._has_header(file) and not self._store.missing(self._pieces_of(file, names))
+        return file in self and self._has_header(file) and not self._store.missing(self._pieces_of(file, names))
 
     def tensors(self, file: str, names: Sequence[str]) -> dict[str, Tensor]:
         self._get(self._pieces_of(file, names))
@@ -99,5 +99,7 @@ class PeerFiles:
 
     def _get(self, pieces: Iterable[int]) -> None:
         if missing := self._store.missing(pieces):
-            self._fetch(missing)
-            self._store.save()
+            try:
+                self._fetch(missing)
+            finally:
+                self._store.save()  # what has come is kept, even if more was wanted

@@ -10,7 +10,7 @@ from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.fingerprint import file_digests
 from shoal.model.weights.location import CONFIG
-from shoal.model.weights.manifest import PIECE_BYTES, WEIGHTS, ListedFile, Manifest, may_be_listed
+from shoal.model.weights.manifest import PIECE_BYTES, WEIGHTS, ListedFile, Manifest, can_be_listed, may_be_listed
 from shoal.model.weights.peer_files import PeerFiles
 from shoal.model.weights.piece_store import FolderPieces, PieceSource
 
@@ -19,7 +19,9 @@ MAX_OTHER_BYTES = 1 << 26
 
 
 def source_of(checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: None) -> PieceSource | None:
-    """The pieces of a checkpoint that this machine can give. None if some of its weights are not here.
+    """The pieces of a checkpoint that this machine can give.
+
+    None if some of its weights are not here, or if a manifest has no room for all of its files.
 
     All files are read once, which takes long; their digests are kept on the disk until they change. `check` is called
     now and then, and may raise. Raises `CheckpointError` for a file that cannot be read.
@@ -46,6 +48,8 @@ def source_of(checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: Non
         ListedFile(name, path.stat().st_size, sha256)
         for name, path, sha256 in zip(names, paths, file_digests(paths), strict=True)
     )
+    if not can_be_listed(listed):
+        return None
     digests = tuple(digest for path in paths for digest in _piece_digests(path, check))
     return FolderPieces(Manifest(listed, digests), files.path(CONFIG).parent)
 
