@@ -284,21 +284,49 @@ def test_a_relayed_address_and_one_that_a_code_cannot_say_are_no_ways(address: s
     assert [way.address for way in ways_of([address, PUBLIC])] == [PUBLIC]
 
 
-def test_a_code_of_another_version_is_told_as_one() -> None:
-    def error_of(body: str) -> str:
-        """What is said of a code with the right last two characters, which are tried."""
-        for first in ALPHABET:
-            for second in ALPHABET:
-                try:
-                    InviteCode.parse(body + first + second)
-                except UserError as error:
-                    if "mistake" not in str(error):
-                        return str(error)
-        raise AssertionError("no last two characters fit")
-
-    digits = int.from_bytes(bytes([1, 0x21, 0]) + bytes(14), "big")  # version 2, one way
-    body = ""
-    while digits:
-        digits, digit = divmod(digits, 32)
+def errors_of(data: bytes) -> set[str]:
+    """What is said of these bytes as a code, with any two last characters: some of them fit."""
+    number, body = int.from_bytes(data, "big"), ""
+    while number:
+        number, digit = divmod(number, 32)
         body = ALPHABET[digit] + body
-    assert error_of(body) == "this invite code is of another version of shoal"
+    errors = set()
+    for first in ALPHABET:
+        for second in ALPHABET:
+            try:
+                InviteCode.parse(body + first + second)
+            except UserError as error:
+                errors.add(str(error))
+            else:
+                errors.add("")
+    return errors
+
+
+MISTAKE = "this invite code has a mistake in it, or a part is missing"
+DIGEST, WAY = b"digest 8", b"\xcb\x00\x71\x05\x7a\x69"
+
+
+def test_a_code_of_another_version_is_told_as_one() -> None:
+    assert errors_of(bytes([1, 0x11, 0]) + DIGEST + WAY) == {MISTAKE, ""}
+    assert errors_of(bytes([1, 0x21, 0]) + DIGEST + WAY) == {MISTAKE, "this invite code is of another version of shoal"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bytes([2, 0x11, 0]) + DIGEST + WAY,
+        bytes([1, 0x11, 2]) + DIGEST + WAY,
+        bytes([1, 0x11, 1]) + DIGEST + WAY,
+        bytes([1, 0x10, 0]) + DIGEST,
+        bytes([1, 0x10, 0]) + DIGEST + WAY,
+        bytes([1, 0x18, 0]) + DIGEST + WAY * 8,
+        bytes([1, 0x11, 0]) + DIGEST + WAY + b"\0",
+        bytes([1, 0x11, 0]) + DIGEST + WAY[:-1],
+        bytes([1, 0x12, 0]) + DIGEST + WAY,
+        bytes([1, 0x11]),
+        b"\1",
+    ],
+    ids=bytes.hex,
+)
+def test_a_code_of_another_form_is_refused_although_its_last_characters_fit(data: bytes) -> None:
+    assert errors_of(data) == {MISTAKE}
