@@ -53,6 +53,6 @@ class Invitation:
             )
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             is_sound = False
-        if not is_sound:
-            raise SwarmError("a member sent an invitation that is none")
-        return cls(**content)
+        if is_sound and (invitation := cls(**content)).text == text:
+            return invitation
+        raise SwarmError("a member sent an invitation that is none")

@@ -81,6 +81,8 @@ class InviteCode:
             size = 16 if kinds >> index & 1 else 4
             ways.append(Way(str(ipaddress.ip_address(rest[:size])), int.from_bytes(rest[size : size + 2], "big")))
             rest = rest[size + 2 :]
+        if not all(way.port for way in ways):
+            raise UserError("this invite code has a way in that cannot be", hint=_HINT)
         return cls(digest.hex(), tuple(ways))
 
 
@@ -102,11 +104,23 @@ def ways_of(addresses: Sequence[str], *, most: int = MAX_WAYS) -> tuple[Way, ...
     """
     found: dict[Way, None] = {}
     for address in addresses:
-        parts = address.split("/")
-        if len(parts) >= 5 and parts[1] in ("ip4", "ip6") and parts[3] == "tcp" and "p2p-circuit" not in parts:
-            found[Way(parts[2], int(parts[4]))] = None
+        if (way := _way(address)) is not None:
+            found[way] = None
     useful = [way for way in found if not is_for_this_machine(way)]
     return tuple((useful or list(found))[:most])
+
+
+def _way(address: str) -> Way | None:
+    """The way in of a multiaddress, which a stranger may have written."""
+    parts = address.split("/")
+    if len(parts) < 5 or parts[1] not in ("ip4", "ip6") or parts[3] != "tcp" or "p2p-circuit" in parts:
+        return None
+    try:
+        host, port = ipaddress.ip_address(parts[2]), int(parts[4])
+    except ValueError:
+        return None
+    is_sound = parts[1] == f"ip{host.version}" and "%" not in parts[2] and 0 < port < 1 << 16
+    return Way(str(host), port) if is_sound else None
 
 
 def is_for_this_machine(way: Way) -> bool:

@@ -23,6 +23,8 @@ STREAMS_PER_MEMBER = 2
 """So that the next piece is on its way while one is checked."""
 MAX_ASKED = 2
 """Members that are asked for the same piece, when there is no other left to ask for."""
+SAVED_BYTES = 1 << 26
+"""What may be fetched again after a crash."""
 RETRY_SECONDS = 3.0
 """The pause before all members are asked again, when none of them gives what is missing."""
 PATIENCE_SECONDS = 120.0
@@ -131,7 +133,7 @@ class PieceFetcher:
         """Take all pieces from a member that it has and that others do not bring first. Raises `NoAnswer`."""
         async with member(self._node.transport, server.peer, server.addresses) as giver:
             held = await giver.held(self._store.manifest)
-            while (piece := work.next(held)) is not None:
+            while (piece := work.next(server.peer, held)) is not None:
                 content = await _unless_it_comes(giver, work, piece)
                 if content is None:
                     raise NoAnswer("others were faster")
@@ -139,8 +141,10 @@ class PieceFetcher:
                     if server.peer not in self._liars:
                         log.warning("%s sent a wrong piece of the weights: it is not asked again", server.peer)
                     self._liars.add(server.peer)
-                    work.failed(piece)
+                    work.failed(server.peer, piece)
                     raise NoAnswer("it sent a wrong piece")
+                if work.is_due_to_be_saved(piece):
+                    await asyncio.to_thread(self._store.save)
                 work.came(piece)
 
 
@@ -151,7 +155,7 @@ async def _unless_it_comes(giver: Member, work: _Work, piece: int) -> memoryview
             await asyncio.wait({asking, arrival}, return_when=asyncio.FIRST_COMPLETED)
             return asking.result() if asking.done() else None
     except NoAnswer:
-        work.failed(piece)
+        work.failed(giver.peer, piece)
         raise
 
 
@@ -164,12 +168,13 @@ class _Work:
         self._unasked = dict(self.missing)
         self.come = 0  # bytes
         self._wanted = sum(self.manifest.place(piece).length for piece in self.missing)
-        self._asked: dict[int, int] = {}  # how many members
+        self._asked: dict[int, list[str]] = {}  # of which members
+        self._unsaved = 0  # bytes
         self._arrivals: dict[int, asyncio.Event] = {}
         self._report = report
         report(0, self._wanted)
 
-    def next(self, held: bytes) -> int | None:
+    def next(self, peer: str, held: bytes) -> int | None:
         """The next piece to ask a member for that says that it has these; it counts as asked for.
 
         When all are asked for, those are asked for twice that are missing still: a slow member must not hold up all.
@@ -180,10 +185,10 @@ class _Work:
 
         piece = first(self._unasked)
         if piece is None:
-            piece = first(each for each, count in self._asked.items() if count < MAX_ASKED)
+            piece = first(each for each, asked in self._asked.items() if len(asked) < MAX_ASKED and peer not in asked)
         if piece is not None:
             self._unasked.pop(piece, None)
-            self._asked[piece] = self._asked.get(piece, 0) + 1
+            self._asked.setdefault(piece, []).append(peer)
         return piece
 
     def came(self, piece: int) -> None:
@@ -195,13 +200,21 @@ class _Work:
         if event := self._arrivals.pop(piece, None):
             event.set()
 
-    def failed(self, piece: int) -> None:
+    def failed(self, peer: str, piece: int) -> None:
         """A member that was asked for a piece did not give it."""
-        count = self._asked.pop(piece, 1) - 1
-        if count > 0:
-            self._asked[piece] = count
+        others = [each for each in self._asked.pop(piece, []) if each != peer]
+        if others:
+            self._asked[piece] = others
         elif piece in self.missing:
             self._unasked[piece] = None
+
+    def is_due_to_be_saved(self, piece: int) -> bool:
+        """Whether so much has come with this piece that it should count after a crash."""
+        self._unsaved += self.manifest.place(piece).length
+        is_due = self._unsaved >= SAVED_BYTES
+        if is_due:
+            self._unsaved = 0
+        return is_due
 
     async def arrival(self, piece: int) -> None:
         """Wait until a piece is in the store."""

@@ -91,6 +91,8 @@ class Manifest:
         """The pieces that hold the bytes `start` to `end` of a file; by default those of all of it."""
         index, listed = self._index[file], self._by_name[file]
         end = listed.size if end is None else min(end, listed.size)
+        if end <= start:
+            return range(0)
         first = self._first_pieces[index]
         return range(first + start // PIECE_BYTES, first + -(-end // PIECE_BYTES))
 
@@ -103,7 +105,7 @@ class Manifest:
 
     def is_piece(self, piece: int, content: bytes | bytearray | memoryview) -> bool:
         """Whether this is the content of a piece."""
-        is_whole = len(content) == self.place(piece).length
+        is_whole = 0 <= piece < self.num_pieces and len(content) == self.place(piece).length
         return is_whole and hashlib.sha256(content).digest() == self.digests[piece]
 
     def to_bytes(self) -> bytes:
@@ -119,17 +121,19 @@ class Manifest:
             raise CheckpointError("this is not the manifest of the weights that were asked for")
         line, _, digests = data.partition(b"\n")
         try:
-            content = json.loads(line)
-            files = tuple(ListedFile(*each) for each in content["files"])
-            is_sound = content["piece_bytes"] == PIECE_BYTES and _are_sound(files)
+            files = tuple(ListedFile(*each) for each in json.loads(line)["files"])
+            is_sound = can_be_listed(files)
         except (ValueError, TypeError, KeyError, RecursionError):
             is_sound = False
-        if not is_sound or len(digests) != DIGEST_BYTES * sum(each.num_pieces for each in files):
-            raise CheckpointError(
-                "the manifest of these weights lists what no checkpoint has",
-                hint="it was made by another version of shoal, or by somebody who means harm",
-            )
-        return cls(files, tuple(digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)))
+        if is_sound and len(digests) == DIGEST_BYTES * sum(each.num_pieces for each in files):
+            cut = tuple(digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES))
+            manifest = cls(files, cut)
+            if manifest.to_bytes() == data:  # the same list in other words would have another name here
+                return manifest
+        raise CheckpointError(
+            "the manifest of these weights lists what no checkpoint has",
+            hint="it was made by another version of shoal, or by somebody who means harm",
+        )
 
     @cached_property
     def _by_name(self) -> dict[str, ListedFile]:
@@ -154,7 +158,8 @@ def may_be_listed(name: str) -> bool:
     return _FILE_NAME.fullmatch(name) is not None and name.endswith(SUFFIXES)
 
 
-def _are_sound(files: Sequence[ListedFile]) -> bool:
+def can_be_listed(files: Sequence[ListedFile]) -> bool:
+    """Whether a manifest may list these files: in order, each once, and no more than there is room for."""
     names = [each.name for each in files]
     return (
         0 < len(files) <= MAX_FILES

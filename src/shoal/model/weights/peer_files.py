@@ -54,17 +54,17 @@ class PeerFiles:
         return self._store.folder / file
 
     def headers(self, files: Sequence[str]) -> dict[str, Header]:
-        self._get(piece for file in files for piece in self._store.manifest.pieces(file, 0, 8))
+        self._get(piece for file in files for piece in self._first_pieces(file))
         return {file: self._header(file)[0] for file in files}
 
     def digests(self, files: Sequence[str]) -> list[str]:
         return [self._listed(file).sha256 for file in files]
 
     def has_tensors(self, file: str, names: Iterable[str]) -> bool:
-        return self._has_header(file) and not self._store.missing(self._pieces_of(file, names))
+        return file in self and self._has_header(file) and not self._store.missing(self._pieces_of(file, names))
 
     def tensors(self, names_in: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
-        self._get(piece for file in names_in for piece in self._store.manifest.pieces(file, 0, 8))
+        self._get(piece for file in names_in for piece in self._first_pieces(file))
         self._get(piece for file, names in names_in.items() for piece in self._pieces_of(file, names))
         return read_all({self._store.folder / file: names for file, names in names_in.items()})
 
@@ -80,11 +80,15 @@ class PeerFiles:
             return False
         return not self._store.missing(manifest.pieces(file, 0, header_bytes(path)))
 
+    def _first_pieces(self, file: str) -> range:
+        """The pieces that tell how long the header is."""
+        self._listed(file)
+        return self._store.manifest.pieces(file, 0, 8)
+
     def _header(self, file: str) -> tuple[Header, int]:
         """The header of a file, and where the tensors begin."""
         manifest, path = self._store.manifest, self._store.folder / file
-        self._listed(file)
-        self._get(manifest.pieces(file, 0, 8))
+        self._get(self._first_pieces(file))
         start = header_bytes(path)
         self._get(manifest.pieces(file, 0, start))
         return read_header(path), start
@@ -101,5 +105,7 @@ class PeerFiles:
 
     def _get(self, pieces: Iterable[int]) -> None:
         if missing := self._store.missing(pieces):
-            self._fetch(missing)
-            self._store.save()
+            try:
+                self._fetch(missing)
+            finally:
+                self._store.save()  # what has come is kept, even if more was wanted

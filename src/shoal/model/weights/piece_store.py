@@ -52,14 +52,15 @@ class PieceStore:
         self.manifest = manifest
         self._folder = folder
         self._lock = threading.Lock()
+        self._saving = threading.Lock()  # one save at a time: the older must not replace the newer
         self._dirty: set[str] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for each in manifest.files:
-                self._make_file(each.name, each.size)
+            made = [each.name for each in manifest.files if self._make_file(each.name, each.size)]
+            self._held = self._saved()
+            self._forget(made)
         except OSError as failure:
             raise _unwritable(folder, failure) from None
-        self._held = self._saved()
 
     @property
     def folder(self) -> Path:
@@ -100,27 +101,42 @@ class PieceStore:
 
     def save(self) -> None:
         """Make what has come last. Raises `UserError` if the disk does not take it."""
-        with self._lock:
-            held, dirty = bytearray(self._held), self._dirty
-            self._dirty = set()
-        try:
-            for name in dirty:
-                with (self._folder / name).open("r+b") as file:
-                    os.fsync(file.fileno())
-            together = bytes(mine | theirs for mine, theirs in zip(held, self._saved(), strict=True))
-            draft = self._folder / f"{_HELD}.{os.getpid()}.{threading.get_ident()}"
-            draft.write_bytes(together)
-            os.replace(draft, self._folder / _HELD)
-        except OSError as failure:
-            raise _unwritable(self._folder, failure) from None
+        with self._saving:
+            with self._lock:
+                held, dirty = bytearray(self._held), self._dirty
+                self._dirty = set()
+            try:
+                for name in dirty:
+                    with (self._folder / name).open("r+b") as file:
+                        os.fsync(file.fileno())
+                self._write(bytes(mine | theirs for mine, theirs in zip(held, self._saved(), strict=True)))
+            except OSError as failure:
+                with self._lock:
+                    self._dirty |= dirty
+                raise _unwritable(self._folder, failure) from None
 
-    def _make_file(self, name: str, size: int) -> None:
+    def _make_file(self, name: str, size: int) -> bool:
+        """Give a file its size. Returns whether it had another one, or was not there."""
         path = self._folder / name
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_size == size:
-                return
+                return False
         with path.open("ab") as file:
             file.truncate(size)
+        return True
+
+    def _forget(self, files: Iterable[str]) -> None:
+        """Pieces do not count that had come into files which somebody has deleted or cut since."""
+        lost = [piece for file in files for piece in self.manifest.pieces(file) if self.holds(piece)]
+        for piece in lost:
+            self._held[piece // 8] &= ~(1 << piece % 8)
+        if lost:
+            self._write(self._held)
+
+    def _write(self, held: bytes | bytearray) -> None:
+        draft = self._folder / f"{_HELD}.{os.getpid()}.{threading.get_ident()}"
+        draft.write_bytes(held)
+        os.replace(draft, self._folder / _HELD)
 
     def _saved(self) -> bytearray:
         size = -(-self.manifest.num_pieces // 8)

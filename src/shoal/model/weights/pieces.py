@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,16 +11,24 @@ from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.fingerprint import file_digests
 from shoal.model.weights.location import CONFIG
-from shoal.model.weights.manifest import PIECE_BYTES, WEIGHTS, ListedFile, Manifest, may_be_listed
+from shoal.model.weights.manifest import PIECE_BYTES, ListedFile, Manifest, can_be_listed, may_be_listed
 from shoal.model.weights.peer_files import PeerFiles
 from shoal.model.weights.piece_store import FolderPieces, PieceSource
 
+_BESIDE_WEIGHTS = re.compile(
+    r"(config|generation_config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|merges|chat_template|tekken"
+    r"|spiece|sentencepiece(\.bpe)?|(pre)?processor_config|model\.safetensors\.index)\.(json|txt|model|jinja)",
+    re.ASCII,
+)
+"""The files beside the weights that Transformers knows. A folder's others are its owner's, and not passed on."""
 MAX_OTHER_BYTES = 1 << 26
 """The largest file beside the weights that is passed on: room for any tokenizer."""
 
 
 def source_of(checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: None) -> PieceSource | None:
-    """The pieces of a checkpoint that this machine can give. None if some of its weights are not here.
+    """The pieces of a checkpoint that this machine can give.
+
+    None if some of its weights are not here, or if a manifest has no room for all of its files.
 
     All files are read once, which takes long; their digests are kept on the disk until they change. `check` is called
     now and then, and may raise. Raises `CheckpointError` for a file that cannot be read.
@@ -33,10 +42,7 @@ def source_of(checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: Non
     others = [
         file
         for file in files.listing()
-        if may_be_listed(file)
-        and not file.endswith(WEIGHTS)
-        and files.has(file)
-        and files.path(file).stat().st_size <= MAX_OTHER_BYTES
+        if _BESIDE_WEIGHTS.fullmatch(file) and files.has(file) and files.path(file).stat().st_size <= MAX_OTHER_BYTES
     ]
     names = sorted({*weights, *others})
     if not all(map(may_be_listed, names)):
@@ -46,6 +52,8 @@ def source_of(checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: Non
         ListedFile(name, path.stat().st_size, sha256)
         for name, path, sha256 in zip(names, paths, file_digests(paths), strict=True)
     )
+    if not can_be_listed(listed):
+        return None
     digests = tuple(digest for path in paths for digest in _piece_digests(path, check))
     return FolderPieces(Manifest(listed, digests), files.path(CONFIG).parent)
 
