@@ -127,5 +127,5 @@ class ServerInfo:
 
     @property
     def is_relayed(self) -> bool:
-        """Whether it can be reached only through relays."""
-        return bool(self.addresses) and all("/p2p-circuit" in address for address in self.addresses)
+        """Whether it has relays, which it has if most peers cannot dial it: its other addresses are for its own LAN."""
+        return any("/p2p-circuit" in address for address in self.addresses)

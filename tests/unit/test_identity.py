@@ -9,8 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import UserError
-from shoal.net.addresses import check_announced, check_peers, listen_address, peer_of
+from shoal.net.addresses import (
+    check_announced,
+    check_peers,
+    listen_address,
+    listen_addresses,
+    most_useful_first,
+    peer_of,
+)
 from shoal.net.identity import Identity, verify
+from shoal.net.libp2p.own_addresses import free_addresses
 
 ALICE, BOB = (Identity(Ed25519PrivateKey.from_private_bytes(bytes(31) + seed)) for seed in (b"a", b"b"))
 """Always the same ones: the names of some tests contain their ids."""
@@ -116,3 +124,23 @@ def test_announced_and_listen_addresses_are_checked_too() -> None:
     for host, port in ("localhost", 0), ("127.0.0.1", 70000):
         with pytest.raises(UserError):
             listen_address(host, port)
+
+
+def test_without_a_host_a_peer_listens_with_both_versions_of_ip_on_one_port() -> None:
+    assert listen_addresses(None, 31337) == ("/ip4/0.0.0.0/tcp/31337", "/ip6/::/tcp/31337")
+    assert listen_addresses("127.0.0.1", 31337) == ("/ip4/127.0.0.1/tcp/31337",)
+    addresses = free_addresses(None, 0)
+    ports = {address.rpartition("/")[2] for address in addresses}
+    assert len(ports) == 1
+    assert "0" not in ports
+    assert "/ip4/0.0.0.0/tcp/" in addresses[0]
+
+
+def test_addresses_that_others_can_use_come_first() -> None:
+    loopback, docker, home, bridge = (
+        f"/ip4/{host}/tcp/1" for host in ("127.0.0.1", "172.17.0.1", "192.168.1.7", "10.8.0.1")
+    )
+    relayed = f"/ip4/203.0.113.5/tcp/1/p2p/{ALICE.peer}/p2p-circuit"
+    given = (loopback, "/ip6/::1/tcp/1", docker, "/ip6/fe80::1/tcp/1", bridge, home, "/ip6/2001:db8::1/tcp/1", relayed)
+    found = most_useful_first(given, bridges={"10.8.0.1"})
+    assert found == (relayed, home, "/ip6/2001:db8::1/tcp/1", *given[:5])

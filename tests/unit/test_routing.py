@@ -160,8 +160,9 @@ def test_a_server_behind_a_relay_is_used_if_others_are_not_faster():
     assert hops(SwarmView(4, (relayed, server("direct", "0:4")))) == ["direct 0:4"]
     assert hops(SwarmView(4, (relayed, server("direct", "0:4", 1)))) == ["relayed 0:4"]
     assert route(SwarmView(4, (relayed,))).costs[0].handicap == RELAYED
-    both = replace(relayed, addresses=(*relayed.addresses, "/ip4/1.2.3.4/tcp/2/p2p/S"))
-    assert route(SwarmView(4, (both,))).costs[0].handicap == 0
+    with_one_for_its_lan = replace(relayed, addresses=(*relayed.addresses, "/ip4/192.168.1.7/tcp/2/p2p/S"))
+    assert route(SwarmView(4, (with_one_for_its_lan,))).costs[0].handicap == RELAYED
+    assert route(SwarmView(4, (server("direct", "0:4"),))).costs[0].handicap == 0
 
 
 def test_among_nearly_equal_servers_the_one_with_the_clients_dtype_is_taken():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def command(
     initial_peers: options.InitialPeers = None,
-    host: options.Host = "0.0.0.0",  # noqa: S104
+    host: options.Host = None,
     port: options.Port = 0,
     identity: options.IdentityFile = None,
     announce: options.Announce = None,

@@ -95,7 +95,13 @@ InitialPeers = Annotated[
         help=f"Peers to join by, as `shoal serve` prints them. Default: ${INITIAL_PEERS}.",
     ),
 ]
-Host = Annotated[str, typer.Option(metavar="IP", help="Listen here; 127.0.0.1 is for this machine only.")]
+Host = Annotated[
+    str | None,
+    typer.Option(
+        metavar="IP",
+        help="Listen at this address only; 127.0.0.1 is for this machine. Default: all, with IPv4 and IPv6.",
+    ),
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="The TCP port; 0 lets the system choose.")]
 IdentityFile = Annotated[
     Path | None,

@@ -164,7 +164,7 @@ def command(
             help="What may fail together with this server, such as its building. Default: its network.",
         ),
     ] = None,
-    host: options.Host = "0.0.0.0",  # noqa: S104
+    host: options.Host = None,
     port: options.Port = 0,
     identity: options.IdentityFile = None,
     announce: options.Announce = None,

@@ -51,7 +51,7 @@ def command(
     api_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Answer only clients that have this key; may be repeated.")
     ] = None,
-    host: options.Host = "0.0.0.0",  # noqa: S104
+    host: options.Host = None,
     port: options.Port = 0,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,

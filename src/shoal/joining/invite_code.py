@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from shoal.errors import UserError
 from shoal.joining.invitation import DIGEST_BYTES
+from shoal.net.local_hosts import is_local
 
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 MAX_WAYS = 7
@@ -98,22 +99,24 @@ def is_code(text: str) -> bool:
 
 
 def ways_of(addresses: Sequence[str], *, most: int = MAX_WAYS) -> tuple[Way, ...]:
-    """Ways in from the addresses of members, in their order: each host and port once, and no relayed ones.
+    """Ways in from the addresses of members, in their order, each host and port once. A relayed one leads to the relay.
 
-    Addresses that only their own machine or its containers can use are left out if there are others.
+    Addresses that only their own machine or its containers can use are left out if there are others, and so are those
+    of IPv6, each of which makes a code 28 characters longer.
     """
     found: dict[Way, None] = {}
     for address in addresses:
         if (way := _way(address)) is not None:
             found[way] = None
     useful = [way for way in found if not is_for_this_machine(way)]
-    return tuple((useful or list(found))[:most])
+    short = [way for way in useful if ":" not in way.host]
+    return tuple((short or useful or list(found))[:most])
 
 
 def _way(address: str) -> Way | None:
-    """The way in of a multiaddress, which a stranger may have written."""
+    """The way in of a multiaddress, which a stranger may have written. That of a relayed one leads to the relay."""
     parts = address.split("/")
-    if len(parts) < 5 or parts[1] not in ("ip4", "ip6") or parts[3] != "tcp" or "p2p-circuit" in parts:
+    if len(parts) < 5 or parts[1] not in ("ip4", "ip6") or parts[3] != "tcp":
         return None
     try:
         host, port = ipaddress.ip_address(parts[2]), int(parts[4])
@@ -125,12 +128,7 @@ def _way(address: str) -> Way | None:
 
 def is_for_this_machine(way: Way) -> bool:
     """Whether only this machine and its containers can use a way."""
-    address = ipaddress.ip_address(way.host)
-    return address.is_loopback or address.is_link_local or address in _BRIDGE
-
-
-_BRIDGE = ipaddress.ip_network("172.17.0.0/16")
-"""The network of Docker's bridge, by default."""
+    return is_local(way.host)
 
 
 def _check(text: str) -> str:

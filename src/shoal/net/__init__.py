@@ -5,6 +5,7 @@ It imports `shoal.policy.census`, `shoal.protocol` and below; it knows nothing o
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -25,16 +26,16 @@ class NetworkConfig:
     """How to join a swarm.
 
     `initial_peers`: multiaddresses of peers to join by; none starts a new swarm. `identity`: the file of the key behind
-    the peer id; None makes a temporary key. `host`: the IP address to listen on. `port`: 0 lets the system choose one.
-    `announce`: the addresses that other peers use, where they differ from this machine's own
-    (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, and store no records for other peers. `relays`:
-    multiaddresses of peers, `MIN_RELAYS` or more, that relay the streams of a machine that cannot be dialled.
+    the peer id; None makes a temporary key. `host`: the IP address to listen on; None is all of this machine's, with
+    IPv4 and IPv6. `port`: 0 lets the system choose one. `announce`: the addresses that other peers use, where they
+    differ from this machine's own (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, and store no records.
+    `relays`: multiaddresses of peers, `MIN_RELAYS` or more, that relay the streams of a machine that cannot be dialled.
     `serve_relay`: be such a relay.
     """
 
     initial_peers: tuple[str, ...] = ()
     identity: Path | None = None
-    host: str = "0.0.0.0"  # noqa: S104
+    host: str | None = None
     port: int = 0
     announce: tuple[str, ...] = ()
     client_mode: bool = False
@@ -44,13 +45,13 @@ class NetworkConfig:
 
 def check_addresses(config: NetworkConfig) -> None:
     """Raise `UserError` for a malformed address. Imports nothing slow."""
-    from shoal.net.addresses import check_announced, check_peers, listen_address
+    from shoal.net.addresses import check_announced, check_peers, listen_addresses
 
     check_peers(config.initial_peers)
     check_peers(config.relays)
     check_announced(config.announce)
     if not config.client_mode:
-        listen_address(config.host, config.port)
+        listen_addresses(config.host, config.port)
 
 
 async def find_peers(addresses: Sequence[str]) -> tuple[str, ...]:
@@ -74,11 +75,11 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     `BootstrapFailed` if no initial peer answers; `SwarmError` if the network cannot be started.
     """
     # hivemind takes seconds to import, so the arguments are checked before.
-    from shoal.net.addresses import check_announced, check_peers, listen_address, peer_of
+    from shoal.net.addresses import check_announced, check_peers, peer_of
     from shoal.net.identity import Identity
 
     initial_peers, relays = check_peers(config.initial_peers), check_peers(config.relays)
-    listen = () if config.client_mode and not relays else (listen_address(config.host, config.port),)
+    is_dialled = not config.client_mode or bool(relays)
     if 0 < len({peer_of(relay) for relay in relays}) < MIN_RELAYS:
         logger.warning("with fewer than %d relays, other peers can reach this one only after some minutes", MIN_RELAYS)
     announce = check_announced(config.announce)
@@ -89,7 +90,9 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     from shoal.net.libp2p.duplicate_identity import answers_elsewhere
     from shoal.net.libp2p.identity_lock import identity_lock
     from shoal.net.libp2p.libp2p_transport import Libp2pTransport
+    from shoal.net.libp2p.own_addresses import free_addresses
 
+    listen = await asyncio.to_thread(free_addresses, config.host, config.port) if is_dialled else ()
     daemon = DaemonConfig(listen=listen, announce=announce, relays=relays, serve_relay=config.serve_relay)
     directory = DhtDirectory(identity, stores_records=daemon.is_reachable, initial_peers=initial_peers)
     transport = Libp2pTransport(identity, daemon, initial_peers=initial_peers, attach=directory.attach)

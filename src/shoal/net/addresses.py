@@ -5,11 +5,14 @@ from __future__ import annotations
 import ipaddress
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from shoal.errors import UserError
 from shoal.net.identity import peer_id_of, peer_id_to_bytes, public_key
+from shoal.net.local_hosts import is_local
 
+ALL_HOSTS = ("0.0.0.0", "::")  # noqa: S104
+"""Every address of this machine, in both versions of IP."""
 _HINT = "an address looks like /ip4/203.0.113.5/tcp/31337/p2p/12D3KooW...; a peer prints its own when it starts"
 _CODES = {"ip4": 4, "tcp": 6, "ip6": 41, "dns": 53, "dns4": 54, "dns6": 55, "p2p": 421, "p2p-circuit": 290}
 _NAMES = {code: name for name, code in _CODES.items()}
@@ -64,7 +67,7 @@ def listen_address(host: str, port: int) -> str:
     try:
         version = ipaddress.ip_address(host).version
     except ValueError:
-        hint = "use 0.0.0.0 for all interfaces, 127.0.0.1 for this machine only"
+        hint = "use 127.0.0.1 for this machine only, or nothing for all of its addresses"
         raise UserError(f"not an IP address to listen on: {host!r}", hint=hint) from None
     if not 0 <= port < 1 << 16:
         raise UserError(f"not a port: {port}", hint="use 0 to let the system choose one")
@@ -121,9 +124,25 @@ def decode(encoded: bytes) -> str | None:
     return address
 
 
-def loopback_last(addresses: Sequence[str]) -> tuple[str, ...]:
-    """The addresses in their order, with those that only this machine can use at the end."""
-    return tuple(sorted(addresses, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/"))))
+def most_useful_first(addresses: Sequence[str], *, bridges: Collection[str] = ()) -> tuple[str, ...]:
+    """The addresses in an order that serves other peers: relayed ones, this machine's own, those that others can't use.
+
+    Relayed ones come first, because a peer has them only if others cannot dial it. `bridges` are IP addresses that only
+    containers of this machine can use.
+    """
+
+    def rank(address: str) -> int:
+        _, kind, host, *_ = address.split("/")
+        if "/p2p-circuit" in address:
+            return 0
+        return 1 if kind not in ("ip4", "ip6") or not (is_local(host) or host in bridges) else 2
+
+    return tuple(sorted(addresses, key=rank))
+
+
+def listen_addresses(host: str | None, port: int) -> tuple[str, ...]:
+    """The addresses to listen on; without a host, all of this machine's, IPv4 and IPv6. Raises `UserError`."""
+    return tuple(listen_address(each, port) for each in (ALL_HOSTS if host is None else (host,)))
 
 
 def _is_dialable(parts: Sequence[str]) -> bool:

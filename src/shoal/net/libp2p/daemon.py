@@ -312,6 +312,8 @@ def _check_free(address: str) -> None:
     _, version, host, _, port = address.split("/")
     with socket.socket(socket.AF_INET6 if version == "ip6" else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if version == "ip6":  # the daemon listens on IPv4 by another socket
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
             probe.bind((host, int(port)))
         except OSError as failure:

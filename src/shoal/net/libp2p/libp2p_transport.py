@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from shoal.errors import BootstrapFailed, SwarmError
-from shoal.net.addresses import group_by_peer, loopback_last, peer_of, port_of
+from shoal.net.addresses import group_by_peer, most_useful_first, peer_of, port_of
 from shoal.net.handler_tasks import HandlerTasks
 from shoal.net.identity import Identity, public_key
 from shoal.net.libp2p.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, DaemonGone
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
+from shoal.net.libp2p.own_addresses import bridge_hosts
 from shoal.net.transport import StreamBroken, StreamHandler
 from shoal.net.wire.receive_budget import ReceiveBudget
 from shoal.protocol import PROTOCOL
@@ -162,9 +163,10 @@ class Libp2pTransport:
         first = self._daemon is None
         self._daemon = daemon = await Daemon.start(self._identity, self._config)
         async with asyncio.timeout(START_SECONDS):
-            own = loopback_last(await daemon.addresses())
+            own = await daemon.addresses()
             self._keep_port(own)
-            self._addresses = tuple(f"{address}/p2p/{self.peer}" for address in (*own, *self._config.relay_addresses))
+            ordered = most_useful_first((*own, *self._config.relay_addresses), bridges=bridge_hosts())
+            self._addresses = tuple(f"{address}/p2p/{self.peer}" for address in ordered)
             connected = await self._connect(daemon)
             if first and self._initial and not connected:
                 raise _bootstrap_failed(self._initial)

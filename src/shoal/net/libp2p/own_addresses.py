@@ -1,0 +1,70 @@
+"""This machine's own addresses: which to listen on, and which are of no use to others."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+
+import psutil
+
+from shoal.net.addresses import listen_addresses
+
+_BRIDGES = re.compile(r"(docker|podman|virbr|cni|br-|veth|lxc|lxd)\w*.*")
+"""Names of network interfaces that lead to containers and virtual machines of this machine only."""
+ATTEMPTS = 20
+
+
+def free_addresses(host: str | None, port: int) -> tuple[str, ...]:
+    """What to listen on: with both versions of IP on the same port, and only with those that this machine has.
+
+    Without a port, one is chosen that is free. Raises `UserError` for what is no IP address or port.
+    """
+    wanted = listen_addresses(host, port)
+    if host is not None:
+        return wanted
+    for _ in range(ATTEMPTS):
+        chosen = port or _any_port()
+        usable = tuple(each for each in listen_addresses(host, chosen) if _has_version(each))
+        if port or all(map(_is_free, usable)):
+            return usable or wanted
+    return wanted
+
+
+def bridge_hosts() -> frozenset[str]:
+    """The IP addresses of this machine that only its containers and virtual machines can use."""
+    return frozenset(
+        address.address.partition("%")[0]
+        for name, addresses in psutil.net_if_addrs().items()
+        if _BRIDGES.fullmatch(name)
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+    )
+
+
+def _any_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _has_version(address: str) -> bool:
+    return _can_bind(address, port=0)
+
+
+def _is_free(address: str) -> bool:
+    return _can_bind(address, port=int(address.rpartition("/")[2]))
+
+
+def _can_bind(address: str, *, port: int) -> bool:
+    _, version, host, *_ = address.split("/")
+    with contextlib.suppress(OSError), socket.socket(_family(version)) as probe:
+        if version == "ip6":
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        probe.bind((host, port))
+        return True
+    return False
+
+
+def _family(version: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if version == "ip6" else socket.AF_INET
