@@ -235,6 +235,8 @@ def test_a_fresh_code_is_enough_to_use_the_model(children, shoal, monkeypatch, f
     )
     assert by_code.code == 0, by_code.err
     assert by_code.json["tokens"] == by_folder.json["tokens"]
+    (model,) = shoal("status", typed, "--json").json["models"]
+    assert {server["name"] for server in model["servers"]} >= {"first", "second"}
 
 
 def test_a_code_that_was_misheard_is_refused(shoal, children, first):

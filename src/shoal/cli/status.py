@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from shoal.cli.terminal.console import hush_transformers, start_logging, stdout,
 from shoal.cli.terminal.render import render, render_route
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
+from shoal.joining.invite_code import InviteCode, is_code
 from shoal.model.weights.location import check_model, is_path
 from shoal.policy.dtypes import mixture
 from shoal.policy.view import SwarmView, format_blocks
@@ -80,7 +81,10 @@ def _route_as_json(route: Route) -> dict[str, Any]:
 
 def command(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A folder, a Hugging Face id, or a name from this list.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A folder, a Hugging Face id, or a name from this list; an invite code shows all."
+        ),
     ] = None,
     initial_peers: options.InitialPeers = None,
     route: Annotated[
@@ -95,11 +99,12 @@ def command(
     if all models are complete.
     """
     start_logging(verbose=verbose)
-    client = options.client_options(initial_peers)
+    client = options.client_options(initial_peers, models=() if model is None else (model,))
+    code = InviteCode.parse(model) if model is not None and is_code(model) else None
     if model is not None and is_path(model):
         check_model(model)
     with waiting("Asking the swarm"):
-        found = asyncio.run(look(client, model, route=route))
+        found = asyncio.run(look(client, model, route=route) if code is None else _look_by(code, client, route=route))
     if as_json:
         print(json.dumps({"models": [status.as_json(route=route) for status in found]}, indent=2, ensure_ascii=False))
     else:
@@ -132,6 +137,13 @@ async def look(client: ClientOptions, wanted: str | None = None, *, route: bool 
             models = [_named(wanted, models)]
         views = [(model, SwarmView(model.num_blocks, await node.directory.servers(model))) for model in models]
         return [ModelStatus(model, view, await find_route(node, view) if route else None) for model, view in views]
+
+
+async def _look_by(code: InviteCode, client: ClientOptions, *, route: bool) -> list[ModelStatus]:
+    """Ask the swarm of an invite code for all models."""
+    from shoal.joining.arrival import peers_of
+
+    return await look(replace(client, initial_peers=(*await peers_of(code), *client.initial_peers)), route=route)
 
 
 async def find_route(node: Node, view: SwarmView) -> Route | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -74,16 +75,16 @@ def command(
     answering = _options({"--host": http_host, "--port": str(http_port)})
     keys = [part for key in api_key or () for part in ("--api-key", key)]
     log = ["--verbose"] if verbose else []
+    serve = ("serve", model, "--new-swarm", "--serve-head", *form, *serving, *listening, *log)
+    ask = ("gateway", model, "--remote-head", *form, *answering, *keys, *log)
     with (
+        contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
         interruptible() as check,
         Children(num_threads=None, grace_seconds=DRAIN_SECONDS, shares_stderr=True) as children,
     ):
-        server = children.start(
-            "server", "serve", model, "--new-swarm", "--serve-head", *form, *serving, *listening, *log
-        )
+        server = children.start("server", *serve)
         _wait(children, server)
-        peers = ("--initial-peers", server.facts["address"])
-        gateway = children.start("gateway", "gateway", model, *peers, "--remote-head", *form, *answering, *keys, *log)
+        gateway = children.start("gateway", *ask, "--initial-peers", server.facts["address"])
         _wait(children, gateway)
         for fact in ("model", "page", "address"):
             print(f"{fact:<10}{gateway.facts[fact]}", flush=True)

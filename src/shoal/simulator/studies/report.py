@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Report:
 def command_line() -> str:
     """The command that was given; of files, only the names."""
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    return " ".join(["python -m shoal.simulator", *words])
+    return " ".join(["python -m shoal.simulator", *map(shlex.quote, words)])
 
 
 def share(value: float | None) -> str:
