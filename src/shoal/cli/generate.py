@@ -18,6 +18,7 @@ from shoal.cli.console import hush_transformers, stderr, stdout, tokens_per_seco
 from shoal.cli.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
+from shoal.large_imports import large_imports
 
 if TYPE_CHECKING:
     from shoal.client import InferenceSession
@@ -122,9 +123,10 @@ def say(llm: Any, ids: Any, printer: Any, **options: Any) -> tuple[list[int], bo
 def connected(model: str, client: ClientOptions) -> Iterator[tuple[Any, Any]]:
     """The model in the swarm, and its tokenizer. The client leaves the swarm at the end of the context."""
     with waiting("Importing PyTorch and Transformers") as progress:
-        from shoal.client import AutoDistributedModelForCausalLM
+        with large_imports():
+            from shoal.client import AutoDistributedModelForCausalLM
 
-        hush_transformers()
+            hush_transformers()
         progress.show("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
         llm = AutoDistributedModelForCausalLM.from_options(model, client)
     try:
