@@ -13,6 +13,9 @@ from hypothesis import settings
 settings.register_profile("shoal", deadline=None)  # how long an example takes depends on the machine
 settings.load_profile("shoal")
 
+LONGEST = "test_schedules.py"
+"""It takes two minutes of a processor. Each file is for one worker: among the last, it would keep one busy alone."""
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[object]:
@@ -28,6 +31,11 @@ def pytest_collection() -> Iterator[object]:
         gc.collect()
         gc.freeze()
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file comes first; all others, and the tests in it, keep their order."""
+    items.sort(key=lambda item: item.path.name != LONGEST)
 
 
 @pytest.fixture
