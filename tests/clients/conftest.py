@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.processes import Child, Children
+from tests.known_speed import know_speed
 
 from .installed import CLIENTS, SECONDS, SMOLLM2
 
@@ -18,8 +19,8 @@ Expected = Callable[..., str]
 
 
 @pytest.fixture(scope="package")
-def url() -> Iterator[str]:
-    """The base URL of the gateway, for requests with the key."""
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of the gateway, for requests with the key. Its servers find in a cache how fast they are."""
     assert (CLIENTS / ".ready").exists(), "the clients are not installed: run scripts/clients"
 
     def ready(*wanted: Child) -> None:
@@ -27,7 +28,9 @@ def url() -> Iterator[str]:
             pass
 
     options = ("--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "8192")
-    with Children() as children:
+    with pytest.MonkeyPatch.context() as patch, Children() as children:
+        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        know_speed(SMOLLM2, num_blocks=15, decode_speed=60.0)
         first = children.start("first", "serve", str(SMOLLM2), *options, "--new-swarm", "--blocks", "0:15")
         ready(first)
         peers = ("--initial-peers", first.facts["address"])

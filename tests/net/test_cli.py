@@ -77,7 +77,7 @@ def shoal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
-    """Processes that end after the last test."""
+    """Processes that end after the last test. Their cache is empty at first: they measure their speed."""
     with pytest.MonkeyPatch.context() as patch, Children() as children:
         patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield children
@@ -375,7 +375,7 @@ def test_a_bug_gives_two_lines_too(shoal, monkeypatch):
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def demo(cache: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start the demo. It ends with the test."""
     started: list[subprocess.Popen[str]] = []
 
@@ -385,7 +385,7 @@ def demo(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=dict(os.environ, SHOAL_CACHE=str(tmp_path)),
+            env=dict(os.environ, SHOAL_CACHE=str(cache)),
         )
         started.append(process)
         return process

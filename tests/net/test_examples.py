@@ -44,10 +44,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def peers() -> Iterator[str]:
     """The address of a swarm that serves the bundled model in two halves."""
-    with pytest.MonkeyPatch.context() as patch, Children() as children:
-        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with Children() as children:
         options = ("--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096")
         first = children.start("first", "serve", str(STORIES), "--new-swarm", "--blocks", "0:6", *options)
         for _ in children.wait_for([first], seconds=SECONDS):

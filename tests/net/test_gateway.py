@@ -20,7 +20,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
+from shoal.cli.terminal.console import tokens_per_second
 from shoal.processes import Child, Children
+
+from .conftest import DECODE_SPEED
 
 PROMPT = "Once upon a time"
 SECONDS = 120.0
@@ -72,6 +75,11 @@ def gateway(children: Children, servers: dict[str, Child], adapter: Path) -> Chi
     child = children.start("gateway", "gateway", str(STORIES), *options, "--port", "0")
     ready(children, child)
     return child
+
+
+def test_servers_start_with_the_speed_that_is_known_of_their_machine(servers: dict[str, Child]):
+    found = [server.facts["decoding"] for server in servers.values()]
+    assert found == [f"{tokens_per_second(DECODE_SPEED)} through these blocks"] * 3
 
 
 def test_sixteen_clients_do_not_notice_that_a_server_is_killed(gateway: Child, servers: dict[str, Child]):

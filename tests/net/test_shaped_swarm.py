@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -25,11 +24,9 @@ OPTIONS = ("--dtype", "float32", "--cache-tokens", "2048")
 
 
 @pytest.fixture(scope="module")
-def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShapedSwarm]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with shaped_swarm(STORIES, ["0:6", "6:12", "6:12"], options=OPTIONS) as swarm:
-            yield swarm
+def swarm() -> Iterator[ShapedSwarm]:
+    with shaped_swarm(STORIES, ["0:6", "6:12", "6:12"], options=OPTIONS) as swarm:
+        yield swarm
 
 
 def generate(swarm: ShapedSwarm) -> list[int]:
@@ -179,7 +176,7 @@ def test_a_server_that_hangs_can_be_killed(swarm):
     assert server.process.returncode == -9
 
 
-def test_no_process_is_left_when_the_swarms_owner_is_killed_while_a_server_hangs(tmp_path):
+def test_no_process_is_left_when_the_swarms_owner_is_killed_while_a_server_hangs():
     script = (
         "from shoal.testing import shaped_swarm\n"
         f"with shaped_swarm({str(STORIES)!r}, ['0:12'], options={OPTIONS}) as swarm:\n"
@@ -187,12 +184,7 @@ def test_no_process_is_left_when_the_swarms_owner_is_killed_while_a_server_hangs
         "    print(flush=True)\n"
         "    input()\n"
     )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=dict(os.environ, SHOAL_CACHE=str(tmp_path)),
-    )
+    owner = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with owner:
         assert owner.stdout is not None
         owner.stdout.readline()

@@ -137,7 +137,7 @@ async def test_every_family_computes_eight_sessions_as_if_each_were_alone(family
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "mistral"])
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=12, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(chance=st.randoms(use_true_random=False))
 def test_sessions_that_come_and_go_as_they_like_do_not_notice_each_other(family: str, chance: Random):
     asyncio.run(Crowd(tiny_body(family), chance).come())

@@ -20,6 +20,7 @@ from shoal.cli.terminal.console import hush_transformers, start_logging, stdout,
 from shoal.cli.terminal.story import StoryStreamer, WrappedWriter
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import SwarmError
+from shoal.large_imports import large_imports
 from shoal.processes import Child, Children, interruptible
 from shoal.spans import Span
 
@@ -79,13 +80,14 @@ def _demonstrate(
     computing = ("--dtype", "float32", "--device", "cpu")  # as the whole model, with which the story is compared
     with waiting("Starting a bootstrap peer and importing PyTorch") as progress:
         bootstrap = children.start("bootstrap", "dht", *local, "--identity", str(children.folder / "bootstrap"))
-        import torch
+        with large_imports():
+            import torch
 
-        from shoal.cli.status import look
-        from shoal.cli.terminal.render import render
-        from shoal.client import AutoDistributedModelForCausalLM
+            from shoal.cli.status import look
+            from shoal.cli.terminal.render import render
+            from shoal.client import AutoDistributedModelForCausalLM
 
-        hush_transformers()
+            hush_transformers()
         torch.set_num_threads(1)  # leaves the other cores to the servers
         for _ in children.wait_for([bootstrap], seconds=START_SECONDS):
             pass

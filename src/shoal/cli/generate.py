@@ -19,6 +19,7 @@ from shoal.cli.terminal.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.joining.invite_code import is_code
+from shoal.large_imports import large_imports
 
 if TYPE_CHECKING:
     from shoal.client import InferenceSession
@@ -123,9 +124,10 @@ def say(llm: Any, ids: Any, printer: Any, **options: Any) -> tuple[list[int], bo
 def connected(model: str, client: ClientOptions) -> Iterator[tuple[Any, Any]]:
     """The model in the swarm, and its tokenizer. The client leaves the swarm at the end of the context."""
     with waiting("Importing PyTorch and Transformers") as progress:
-        from shoal.client import AutoDistributedModelForCausalLM
+        with large_imports():
+            from shoal.client import AutoDistributedModelForCausalLM
 
-        hush_transformers()
+            hush_transformers()
         progress.show("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
         llm = AutoDistributedModelForCausalLM.from_options(model, client)
     try:

@@ -25,6 +25,7 @@ from shoal.cli.terminal.console import (
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.errors import SwarmError
 from shoal.joining.invite_code import InviteCode, is_code, ways_of
+from shoal.large_imports import large_imports
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
 from shoal.policy.batching.engine_limits import Limits
@@ -210,13 +211,15 @@ def command(
     for each in adapter or ():
         folder_of(each)
 
-    with waiting("Importing PyTorch and Transformers"):
+    with waiting("Importing PyTorch and Transformers"), large_imports():
         import torch
 
+        from shoal.model.peft.block_adapters import import_peft
         from shoal.server.capacity import choose_device
         from shoal.server.config import ServerConfig
         from shoal.server.server import serve  # noqa: F401 - imported here because the import is slow
 
+        import_peft()
         hush_transformers()
     with identity_file(identity, kind="serve") as path:
         config = ServerConfig(

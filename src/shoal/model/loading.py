@@ -113,10 +113,15 @@ class QuantizedBlockCache:
                 _replace(self._file(block), of_block)
 
     def _file(self, block: int) -> Path:
-        versions = [f"{package} {importlib.metadata.version(package)}" for package in ("bitsandbytes", "transformers")]
-        key = [self.checkpoint.fingerprint, self.quantization.value, str(self.dtype), *versions]
+        key = [self.checkpoint.fingerprint, self.quantization.value, str(self.dtype), *quantizing_versions()]
         digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
         return cache_folder() / "quantized" / digest / f"block-{block}.safetensors"
+
+
+@functools.cache
+def quantizing_versions() -> tuple[str, ...]:
+    """The packages that decide what quantized weights look like."""
+    return tuple(f"{package} {importlib.metadata.version(package)}" for package in ("bitsandbytes", "transformers"))
 
 
 def _replace(file: Path, tensors: Mapping[str, Tensor]) -> None:
