@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from shoal.server.throughput import Measurement, PassRuns, Runs, cached_profile, machine_key
 
 from shoal.model.weights.checkpoint import Checkpoint
+from shoal.server.measured_speed import Measurement, PassRuns, Runs, cached_profile, machine_key
 
 
 def know_speed(model: Path, *, num_blocks: int, decode_speed: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import random
+import threading
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from shoal.errors import CheckpointError, SwarmError
 from shoal.joining.arrival import files_from_members, invitation_of
 from shoal.joining.invitation import Invitation
-from shoal.joining.piece_fetcher import PATIENCE_SECONDS, STREAMS_PER_MEMBER, PieceFetcher
+from shoal.joining.piece_fetcher import PATIENCE_SECONDS, STREAMS_PER_MEMBER, FetchFromThreads, PieceFetcher
 from shoal.joining.requests import NoAnswer, member
 from shoal.model.weights.manifest import PIECE_BYTES, ListedFile, Manifest
 from shoal.model.weights.piece_store import FolderPieces, PieceSource, PieceStore
@@ -120,6 +122,9 @@ class Part:
     def holds(self, piece: int) -> bool:
         return piece in self._pieces
 
+    def held(self) -> bytes:
+        return bytes([sum(1 << piece for piece in self._pieces)])
+
     def read(self, piece: int) -> bytes:
         self.given.append(piece)
         return self._whole.read(piece)
@@ -203,7 +208,18 @@ async def _sends_nothing(stream: Stream, piece: int) -> None:
     await codec.send(stream, Content())
 
 
-@pytest.mark.parametrize("react", [_breaks_off, _sends_too_much, _sends_too_little, _sends_nothing])
+async def _sends_numbers(stream: Stream, piece: int) -> None:
+    await codec.send(stream, Content(), {"content": torch.zeros(16, dtype=torch.bfloat16)})
+
+
+async def _sends_no_row(stream: Stream, piece: int) -> None:
+    await codec.send(stream, Content(), {"content": torch.tensor(7, dtype=torch.uint8)})
+
+
+REACTIONS = [_breaks_off, _sends_too_much, _sends_too_little, _sends_nothing, _sends_numbers, _sends_no_row]
+
+
+@pytest.mark.parametrize("react", REACTIONS)
 def test_members_that_misbehave_do_not_keep_a_machine_from_joining(
     copy: FolderPieces, tmp_path: Path, react: Callable[[Stream, int], Coroutine[Any, Any, None]]
 ) -> None:
@@ -234,9 +250,58 @@ def test_an_endless_trickle_costs_no_more_than_the_time_of_the_others(copy: Fold
     assert same_files(store, copy)
 
 
-async def _now() -> float:
-    import asyncio
+def test_many_members_that_stall_delay_a_machine_and_do_not_stop_it(copy: FolderPieces, tmp_path: Path) -> None:
+    store = PieceStore(copy.manifest, tmp_path)
 
+    async def stalls(stream: Stream, piece: int) -> None:
+        await asyncio.Event().wait()
+
+    async def scene(swarm: Swarm) -> float:
+        swarm.network.delay(0.01, "honest")
+        for number in range(8):
+            await swarm.add(f"stalling {number}", None, answer=lambda each: _says_it_has_all_and_then(each, stalls))
+        await swarm.add("honest", Part(copy, range(6)))
+        await swarm.fetch(store)
+        return await _now()
+
+    assert run(scene) < 60.0
+    assert same_files(store, copy)
+
+
+def test_silent_members_do_not_hide_the_list_of_pieces(
+    copy: FolderPieces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
+
+    async def silent(stream: Stream) -> None:
+        await asyncio.Event().wait()
+
+    async def scene(swarm: Swarm) -> float:
+        for number in range(8):
+            await swarm.add(f"a silent {number}", None, answer=silent)
+        await swarm.add("honest", Part(copy, range(6)))
+        await files_from_members(swarm.me, invitation_to(copy))
+        return await _now()
+
+    assert run(scene) < 60.0
+
+
+def test_machines_that_join_together_wait_for_each_other(copy: FolderPieces, tmp_path: Path) -> None:
+    async def scene(swarm: Swarm) -> float:
+        await swarm.add("member", Part(copy, range(6)), upload_limit=0.3 * MIB)
+        stores = [PieceStore(copy.manifest, tmp_path / str(number)) for number in range(6)]
+        async with asyncio.TaskGroup() as group:
+            for number, store in enumerate(stores):
+                joining = swarm.network.node(f"joining {number}", is_client=True)
+                group.create_task(PieceFetcher(joining, MODEL, store).fetch(range(6)))
+        assert all(same_files(store, copy) for store in stores)
+        return await _now()
+
+    at_least = 6 * sum(SIZES.values()) / (0.3 * MIB)
+    assert at_least - 30 < run(scene) < 1.5 * at_least + 60
+
+
+async def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
@@ -275,8 +340,6 @@ def test_a_machine_waits_for_members_that_have_what_it_needs(
     store = PieceStore(copy.manifest, tmp_path)
 
     async def scene(swarm: Swarm) -> float:
-        import asyncio
-
         async def come_later() -> None:
             await asyncio.sleep(60)
             await swarm.add("late", Part(copy, range(6)))
@@ -374,3 +437,31 @@ def test_the_list_of_pieces_is_taken_from_the_first_member_that_has_the_right_on
 
     assert run(scene) == sorted(SIZES)
     assert (tmp_path / "weights").is_dir()
+
+
+def test_a_thread_that_waits_for_pieces_is_let_go_when_its_machine_leaves(copy: FolderPieces, tmp_path: Path) -> None:
+    """The event loop is not needed for it: a server that stops waits for its threads."""
+
+    async def scene() -> str:
+        network = MemoryNetwork()
+        fetch = FetchFromThreads(PieceFetcher(network.node("me"), MODEL, PieceStore(copy.manifest, tmp_path)))
+        errors: list[str] = []
+
+        def wait() -> None:
+            try:
+                fetch([0])
+            except CheckpointError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while not fetch.is_waited_for:
+            await asyncio.to_thread(bool)  # the thread has not come so far yet
+        fetch.stop()
+        thread.join()  # on the event loop, which does nothing else meanwhile
+        with pytest.raises(CheckpointError, match="is leaving the swarm"):
+            fetch([0])
+        await network.close()
+        return errors[0]
+
+    assert asyncio.run(scene()) == "this machine is leaving the swarm"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +13,9 @@ import pytest
 
 from shoal.bundled import STORIES
 from shoal.cli import serve_output
+from shoal.cli.generate import load_tokenizer
 from shoal.cli.serve_output import describe
+from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, Way
 from shoal.model.weights.files import LocalFiles
 from shoal.peers import ModelInfo, ServerInfo, ServerState
@@ -83,3 +88,13 @@ def test_a_server_without_a_copy_of_the_model_prints_no_command_that_needs_one()
     config = ServerConfig(model="stories", files=LocalFiles(STORIES, name="stories"))
     lines = [line for line in serve_output.commands(config, ADDRESS, CODE) if line.startswith("  shoal ")]
     assert [line.split()[1:3] for line in lines] == [["join", str(CODE)], ["generate", str(CODE)]]
+
+
+def test_a_tokenizer_that_names_code_of_its_own_is_refused_without_a_question(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(STORIES / name, tmp_path / name)
+    config = json.loads((STORIES / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["somebody/else--tok.Tok", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path))

@@ -28,7 +28,17 @@ INVITATION = Invitation(
 CONTENT = json.loads(INVITATION.text)
 
 texts = st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=20) | st.just("🐟" * 256)
-invitations = st.builds(Invitation, texts, texts, texts, texts, texts, texts, texts, texts)
+invitations = st.builds(
+    Invitation,
+    model=texts.filter(bool),
+    key=texts,
+    fingerprint=texts,
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    quantization=st.sampled_from(["none", "int8", "nf4"]),
+    manifest=st.from_regex(r"([0-9a-f]{64})?", fullmatch=True),
+    hub=st.sampled_from(["", "gpt2", "meta-llama/Llama-3.1-8B"]),
+    revision=st.from_regex(r"([0-9a-f]{40})?", fullmatch=True),
+)
 
 
 def text_of(content: Any) -> str:
@@ -56,9 +66,29 @@ def test_the_digest_is_that_of_the_text() -> None:
 
 
 def test_an_invitation_with_usual_names_fits_into_a_message() -> None:
-    most = replace(INVITATION, model="名" * 85, hub="h" * 96, revision="r" * 40)
+    most = replace(INVITATION, model="名" * 85, hub="h" * 96, revision="a" * 40)
     assert len(most.text) <= MAX_INVITATION
     assert Invitation.parse(most.text) == most
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": ""},
+        {"dtype": "float64"},
+        {"dtype": "auto"},
+        {"quantization": "int4"},
+        {"manifest": "../../etc"},
+        {"manifest": "f" * 63},
+        {"hub": "/home/me/private"},
+        {"hub": "../private"},
+        {"hub": "a/b/c"},
+        {"revision": "main"},
+    ],
+)
+def test_what_no_server_would_invite_with_is_refused(change: dict[str, str]) -> None:
+    with pytest.raises(SwarmError, match="a member sent an invitation that is none"):
+        Invitation.parse(replace(INVITATION, **change).text)
 
 
 @pytest.mark.parametrize("version", [0, 2, -1, "1", None, [], {}, 1.5, 10**30])

@@ -96,7 +96,7 @@ def test_a_wrong_short_long_or_misplaced_piece_is_not_stored(store: PieceStore, 
     store.save()
     assert held(store) == held(PieceStore(MANIFEST, store.folder)) == []
     after = contents(store.folder)
-    assert after.pop("held") == bytes(2)
+    assert after.pop("held")[:2] == bytes(2)
     assert after == before
 
 
@@ -205,7 +205,7 @@ def test_a_list_of_another_length_is_ignored(store: PieceStore, content: bytes) 
 
 
 def test_bits_beyond_the_last_piece_mean_nothing(store: PieceStore) -> None:
-    (store.folder / "held").write_bytes(b"\xff\xff")
+    (store.folder / "held").write_bytes(b"\xff\xff" + bytes(16))
     assert held(PieceStore(MANIFEST, store.folder)) == list(range(len(PIECES)))
 
 
@@ -334,3 +334,18 @@ def test_a_folder_gives_nothing_that_has_changed(tmp_path: Path, change: bytes) 
     with pytest.raises(CheckpointError, match="has changed since it was looked at"):
         source.read(CONFIG)
     assert source.read(0) == PIECES[0]
+
+
+def test_pieces_of_a_file_that_another_process_has_made_anew_do_not_come_back(store: PieceStore) -> None:
+    for piece, content in enumerate(PIECES[:2]):
+        assert store.put(piece, content)
+    store.save()
+    (store.folder / "a.safetensors").unlink()
+    other = PieceStore(MANIFEST, store.folder)
+    assert held(other) == []
+    assert store.put(CONFIG, PIECES[CONFIG])
+    store.save()
+    assert held(store) == held(PieceStore(MANIFEST, store.folder)) == []
+    assert store.put(CONFIG, PIECES[CONFIG])
+    store.save()
+    assert held(store) == held(PieceStore(MANIFEST, store.folder)) == [CONFIG]

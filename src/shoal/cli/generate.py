@@ -142,7 +142,10 @@ def load_tokenizer(model: str, revision: str | None = None) -> Any:
 
     folder = Path(model).expanduser()
     try:
-        return AutoTokenizer.from_pretrained(folder if folder.is_dir() else model, revision=revision or "main")
+        # Never code that comes with a model: the files may have come from members of the swarm.
+        if folder.is_dir():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

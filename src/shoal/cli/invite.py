@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import Counter, defaultdict
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
 from shoal.cli import options
-from shoal.cli.terminal.console import start_logging, waiting
+from shoal.cli.terminal.console import start_logging, stderr, waiting
 from shoal.errors import SwarmError
 from shoal.joining.invite_code import InviteCode, ways_of
 from shoal.net import NetworkConfig, check_addresses
@@ -15,48 +16,65 @@ from shoal.net import NetworkConfig, check_addresses
 if TYPE_CHECKING:
     from shoal.joining.invitation import Invitation
     from shoal.net.transport import Node
+    from shoal.peers import ModelInfo
 
 MOST_WAYS = 3
+MOST_ASKED = 32
+"""Members that are asked: enough to see what most of them say."""
 
 
 def command(initial_peers: options.InitialPeers = None, verbose: options.Verbose = False) -> None:
     """Print an invite code for each model of a swarm: `shoal join CODE` lets another machine serve it too.
 
-    The code has the addresses of several members that are there now, so that it outlives some of them.
+    The code has the addresses of several members that are there now, so that it outlives some of them. It is for the
+    weights that most members have.
     """
     start_logging(verbose=verbose)
     network = NetworkConfig(initial_peers=options.swarm_peers(initial_peers), client_mode=True)
     check_addresses(network)
     with waiting("Asking the members"):
-        found = asyncio.run(_codes(network))
+        found = asyncio.run(_invitations(network))
     if not found:
         raise SwarmError(
             "no member of this swarm can invite others yet",
             hint="a server can when it has read its weights once; `shoal status` shows who serves what",
         )
-    for invitation, code in found:
-        print(f"{invitation.model} in {invitation.dtype}:\n  shoal join {code}")
+    for members in found:
+        (invitation, addresses), *others = sorted(members.items(), key=lambda item: len(item[1]), reverse=True)
+        # One address of each member, then the second ones: a code should outlive some of them.
+        in_turn = [each for each in chain.from_iterable(zip_longest(*addresses)) if each is not None]
+        if not (ways := ways_of(in_turn, most=MOST_WAYS)):
+            continue
+        print(f"{invitation.model} in {invitation.dtype}, weights {invitation.fingerprint}, {len(addresses)} members:")
+        print(f"  shoal join {InviteCode(invitation.digest, ways)}")
+        if others:
+            number = sum(len(each) for _, each in others)
+            stderr.print(f"{number} other members invite with something else", style="yellow")
 
 
-async def _codes(network: NetworkConfig) -> list[tuple[Invitation, InviteCode]]:
+async def _invitations(network: NetworkConfig) -> list[dict[Invitation, list[tuple[str, ...]]]]:
+    """For each model: what its members invite with, each with the addresses of each of these members."""
     from shoal.net import join
 
     async with join(network) as node:
-        return [each async for each in _invitations(node)]
+        found = [await _of_model(node, model) for model in await node.directory.models()]
+        return [each for each in found if each]
 
 
-async def _invitations(node: Node) -> AsyncIterator[tuple[Invitation, InviteCode]]:
+async def _of_model(node: Node, model: ModelInfo) -> dict[Invitation, list[tuple[str, ...]]]:
     from shoal.joining.requests import NoAnswer, member
 
-    for model in await node.directory.models():
-        servers = await node.directory.servers(model)
-        members: dict[Invitation, list[str]] = {}
-        for server in servers:
-            try:
-                async with member(node.transport, server.peer, server.addresses) as host:
-                    members.setdefault(await host.invitation(), []).extend(server.addresses)
-            except (NoAnswer, SwarmError):
-                continue
-        for invitation, addresses in members.items():
-            if ways := ways_of(addresses, most=MOST_WAYS):
-                yield invitation, InviteCode(invitation.digest, ways)
+    servers = await node.directory.servers(model)
+    fingerprints = Counter(server.fingerprint for server in servers)
+    members: dict[Invitation, list[tuple[str, ...]]] = defaultdict(list)
+    for server in servers[:MOST_ASKED]:
+        if fingerprints[server.fingerprint] < max(fingerprints.values()):
+            continue
+        try:
+            async with member(node.transport, server.peer, server.addresses) as host:
+                invitation = await host.invitation()
+        except (NoAnswer, SwarmError):
+            continue
+        if (invitation.key, invitation.fingerprint) == (model.key, server.fingerprint):
+            members[invitation].append(server.addresses)
+    return members

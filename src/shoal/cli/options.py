@@ -219,12 +219,12 @@ def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
     return parse_initial_peers(" ".join(initial_peers) if initial_peers else None)
 
 
-def swarm_peers(initial_peers: Sequence[str] | None, *, needed: bool = True) -> tuple[str, ...]:
+def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
     """The same, for a command that needs some. Raises `UserError` for text that is not the address of a peer."""
     from shoal.net.addresses import check_peers
 
     peers = peers_of(initial_peers)
-    if not peers and needed:
+    if not peers:
         raise WrongUsage(
             "which swarm? No --initial-peers are given",
             hint=f"pass an address or an invite code that shoal serve printed, or set {INITIAL_PEERS}",
@@ -254,8 +254,9 @@ def client_options(  # the first parameter stands first in the help of a command
 
     If all `models` are invite codes, these name the swarm.
     """
+    is_named = bool(models) and all(map(is_code, models))
     return ClientOptions.from_keywords(
-        initial_peers=swarm_peers(initial_peers, needed=not models or not all(map(is_code, models))),
+        initial_peers=() if is_named and not initial_peers else swarm_peers(initial_peers),
         active_adapter=adapter,
         dtype=dtype,
         wire=wire,

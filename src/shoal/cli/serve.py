@@ -190,7 +190,8 @@ def command(
         raise WrongUsage(
             "--new-swarm and --initial-peers exclude each other", hint="use one: start a new swarm, or join one"
         )
-    peers = () if new_swarm else options.peers_of(initial_peers)
+    is_named = new_swarm or (code is not None and not initial_peers)
+    peers = () if is_named else options.peers_of(initial_peers)
     if not new_swarm and not peers and code is None:
         raise WrongUsage(
             "neither --new-swarm nor --initial-peers is given",
@@ -285,7 +286,8 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
                 print(describe(server, config, code_of(server, network)), flush=True)
                 if not server.invitation.done():
                     await server.invitation
-                    print(f"{'code':<10}{code_of(server, network)}", flush=True)
+                    if code := code_of(server, network):
+                        print(f"{'code':<10}{code}", flush=True)
                 await asyncio.Event().wait()
         finally:
             reminding.cancel()
@@ -293,7 +295,9 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
 
 def code_of(server: Server, network: NetworkConfig) -> InviteCode | None:
     """The code by which others can join now; None if the server cannot invite them yet, or has no address."""
-    ways = ways_of([*server.info.addresses, *network.initial_peers], most=MOST_WAYS)
+    from shoal.net.libp2p.own_addresses import bridge_hosts
+
+    ways = ways_of([*server.info.addresses, *network.initial_peers], most=MOST_WAYS, without=bridge_hosts())
     return InviteCode(server.invitation.result().digest, ways) if ways and server.invitation.done() else None
 
 

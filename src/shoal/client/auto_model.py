@@ -131,6 +131,8 @@ class _AutoDistributed:
         Raises `UserError` for what can never work, `BootstrapFailed` if none of the initial peers answers, and
         `SwarmError` if the swarm cannot be asked.
         """
+        if is_code(str(model)):  # it names the swarm, and the environment may name another
+            keywords.setdefault("initial_peers", ())
         options = ClientOptions.from_keywords(**keywords)
         if not options.initial_peers and not is_code(str(model)):
             raise UserError(

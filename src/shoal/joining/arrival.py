@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.errors import BootstrapFailed, CheckpointError, SwarmError
+from shoal.joining.asking import first_answer, place
 from shoal.joining.invitation import Invitation
 from shoal.joining.invite_code import InviteCode
-from shoal.joining.piece_fetcher import PieceFetcher, Report
-from shoal.joining.requests import NoAnswer, member
+from shoal.joining.piece_fetcher import PATIENCE_SECONDS, FetchFromThreads, PieceFetcher, Report
+from shoal.joining.requests import Member, NoAnswer
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.model.weights.manifest import Manifest
 from shoal.model.weights.peer_files import PeerFiles
@@ -66,30 +67,25 @@ async def invitation_of(digest: str, node: Node, addresses: Sequence[str]) -> In
 
     Raises `SwarmError` if no member knows it.
     """
-    reasons: list[str] = []
-    tried: set[str] = set()
 
-    async def ask(peer: str, addresses: Sequence[str]) -> Invitation | None:
-        tried.add(peer)
-        try:
-            async with member(node.transport, peer, addresses) as host:
-                found = await host.invitation(digest)
-        except (NoAnswer, SwarmError) as failure:
-            reasons.append(str(failure))
-            return None
-        return found if found.digest == digest else None
+    async def ask(host: Member) -> Invitation:
+        found = await host.invitation(digest)
+        if found.digest != digest:
+            raise NoAnswer("another invitation than was asked for")
+        return found
 
-    for address in addresses:
-        if found := await ask(address.rpartition("/")[2], [address]):
-            return found
-    for model in await node.directory.models():
-        for server in await node.directory.servers(model):
-            if server.peer not in tried and (found := await ask(server.peer, server.addresses)):
-                return found
-    raise SwarmError(
-        f"no member of this swarm knows this invitation: {reasons[0] if reasons else 'it has no servers'}",
-        hint="the code is old, or of another swarm: ask for a fresh one (`shoal invite` prints one)",
-    )
+    places = [(address.rpartition("/")[2], (address,)) for address in addresses]
+    found, reason = await first_answer(node, places, ask)
+    if found is None:
+        servers = [each for model in await node.directory.models() for each in await node.directory.servers(model)]
+        tried = {peer for peer, _ in places}
+        found, reason = await first_answer(node, [place(each) for each in servers if each.peer not in tried], ask)
+    if found is None:
+        raise SwarmError(
+            f"no member of this swarm knows this invitation: {reason}",
+            hint="the code is old or of another swarm, or its member has just started; `shoal invite` prints a new one",
+        )
+    return found
 
 
 async def files_from_members(
@@ -107,37 +103,28 @@ async def files_from_members(
         manifest = await _manifest(node, await node.directory.servers(model), invitation.manifest)
         await asyncio.to_thread(_save, folder / MANIFEST, manifest)
     # The name of the folder is what Transformers, and clients of a gateway, call the model.
-    store = await asyncio.to_thread(PieceStore, manifest, folder / _plain(invitation.model))
+    store = await asyncio.to_thread(PieceStore, manifest, folder / "files" / _plain(invitation.model))
     fetcher = PieceFetcher(node, model, store, report=report)
     await fetcher.fetch([piece for file in manifest.others for piece in manifest.pieces(file)])
     await asyncio.to_thread(store.save)
-    return PeerFiles(store, _from_threads(fetcher), name=invitation.model)
-
-
-def _from_threads(fetcher: PieceFetcher) -> Callable[[Sequence[int]], None]:
-    loop = asyncio.get_running_loop()
-
-    def fetch(pieces: Sequence[int]) -> None:
-        asyncio.run_coroutine_threadsafe(fetcher.fetch(pieces), loop).result()
-
-    return fetch
+    return PeerFiles(store, FetchFromThreads(fetcher), name=invitation.model)
 
 
 async def _manifest(node: Node, servers: Sequence[ServerInfo], name: str) -> Manifest:
-    reason = "it has no servers"
-    for server in servers:
+    async def ask(host: Member) -> Manifest:
         try:
-            async with member(node.transport, server.peer, server.addresses) as host:
-                return await host.manifest(name)
-        except NoAnswer as failure:
-            reason = str(failure)
-        except CheckpointError as failure:
-            log.warning("%s sent a wrong list of the weights' pieces", server.peer)
-            reason = str(failure)
-    raise CheckpointError(
-        f"no member of the swarm gives the list of the weights' pieces: {reason}",
-        hint="try again later, or name a folder or the model's id on the hub",
-    )
+            return await host.manifest(name)
+        except CheckpointError as error:
+            log.warning("%s sent a wrong list of the weights' pieces", host.peer)
+            raise NoAnswer(str(error)) from None
+
+    found, reason = await first_answer(node, [place(each) for each in servers], ask, patience=PATIENCE_SECONDS)
+    if found is None:
+        raise CheckpointError(
+            f"no member of the swarm gives the list of the weights' pieces: {reason}",
+            hint="try again later, or name a folder or the model's id on the hub",
+        )
+    return found
 
 
 def _saved(path: Path, name: str) -> Manifest | None:

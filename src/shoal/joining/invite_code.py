@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import UserError
@@ -98,17 +98,17 @@ def is_code(text: str) -> bool:
     return True
 
 
-def ways_of(addresses: Sequence[str], *, most: int = MAX_WAYS) -> tuple[Way, ...]:
+def ways_of(addresses: Sequence[str], *, most: int = MAX_WAYS, without: Collection[str] = ()) -> tuple[Way, ...]:
     """Ways in from the addresses of members, in their order, each host and port once. A relayed one leads to the relay.
 
     Addresses that only their own machine or its containers can use are left out if there are others, and so are those
-    of IPv6, each of which makes a code 28 characters longer.
+    of IPv6, each of which makes a code 28 characters longer. `without`: the same for these hosts.
     """
     found: dict[Way, None] = {}
     for address in addresses:
         if (way := _way(address)) is not None:
             found[way] = None
-    useful = [way for way in found if not is_for_this_machine(way)]
+    useful = [way for way in found if not is_for_this_machine(way) and way.host not in without]
     short = [way for way in useful if ":" not in way.host]
     return tuple((short or useful or list(found))[:most])
 

@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 
+import torch
+
+from shoal.concurrency import with_progress_timeout
 from shoal.joining.invitation import Invitation
 from shoal.model.weights.manifest import MAX_MANIFEST_BYTES, Manifest
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
@@ -26,7 +29,7 @@ from shoal.protocol import (
 
 DIAL_SECONDS = 8.0
 ANSWER_SECONDS = 10.0
-"""How long a member may take to answer, beside the time for the bytes over the slowest link."""
+"""How long a member may be silent; all of an answer may take the time for its bytes over the slowest link longer."""
 
 
 class NoAnswer(Exception):
@@ -81,9 +84,10 @@ class Member:
 
     async def _content(self, request: GetManifest | GetHeld | GetPiece, most: int) -> memoryview:
         message, tensors = await self._ask(request, most=most)
-        if not isinstance(message, Content) or "content" not in tensors:
+        content_N = tensors.get("content") if isinstance(message, Content) else None
+        if content_N is None or content_N.dtype != torch.uint8 or content_N.dim() != 1:
             raise NoAnswer("an answer without the bytes that were asked for")
-        content: memoryview = tensors["content"].numpy().data
+        content: memoryview = content_N.numpy().data
         return content[:most]
 
     async def _ask(self, request: AnyMessage, *, most: int) -> tuple[AnyMessage, codec.Tensors]:
@@ -97,7 +101,10 @@ class Member:
         try:
             async with asyncio.timeout(ANSWER_SECONDS + most / SLOWEST_LINK):
                 await codec.send(self._stream, request)
-                header, payload = await self._stream.receive(check_header)
+                receiving = self._stream.receive(check_header)
+                header, payload = await with_progress_timeout(
+                    receiving, lambda: self._stream.heard_at, seconds=ANSWER_SECONDS
+                )
             message, tensors = codec.decode(header, payload)
         except TimeoutError:
             raise NoAnswer("it takes too long") from None

@@ -10,6 +10,10 @@ class Pacer:
         self._rate = rate
         self._free_at = float("-inf")
 
+    def delay(self, *, now: float) -> float:
+        """The seconds to wait before anything more may be sent."""
+        return max(self._free_at - now, 0.0)
+
     def reserve(self, num_bytes: int, *, now: float) -> float:
         """Count bytes that will be sent; returns the seconds to wait before sending them."""
         self._free_at = max(self._free_at, now - 1.0)

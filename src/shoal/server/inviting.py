@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 from shoal.errors import ShoalError
 from shoal.joining.invitation import Invitation
@@ -20,34 +16,26 @@ from shoal.server.placing.setup import Surroundings, base_info
 
 log = logging.getLogger(__name__)
 
-LOWEST_PRIORITY = 19
-
 
 async def invite(around: Surroundings) -> Invitation:
     """Read the weights, if they are here, and let the server invite others from now on. Returns what it invites with.
 
-    Reading takes as long as the disk needs, at the lowest priority: tokens come first. A server that was invited itself
-    passes that invitation on.
+    Reading takes as long as the disk needs. A server that was invited itself passes that invitation on.
     """
+    source = None
     ended = threading.Event()
-    reader = ThreadPoolExecutor(1, thread_name_prefix="shoal-pieces", initializer=_take_lowest_priority)
     try:
-        loop = asyncio.get_running_loop()
-        source = await loop.run_in_executor(reader, _source_of, around.setup.checkpoint, ended)
-    except ShoalError as error:
+        if around.config.upload_limit != 0:
+            source = await around.weights.read(lambda: _source_of(around.setup.checkpoint, ended))
+    except (ShoalError, OSError) as error:
         log.warning("others cannot get the weights here: %s", error)
-        source = None
+    except Exception:  # a defect must not end a server that serves
+        log.exception("others cannot get the weights here")
     finally:
         ended.set()
-        reader.shutdown(wait=False)
     invitation = around.config.invitation or _invitation(around, source)
     around.weights.offer(invitation, source)
     return invitation
-
-
-def _take_lowest_priority() -> None:
-    if sys.platform == "linux":  # elsewhere, a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
 
 
 def _source_of(checkpoint: Checkpoint, ended: threading.Event) -> PieceSource | None:
@@ -67,7 +55,7 @@ def _invitation(around: Surroundings, source: PieceSource | None) -> Invitation:
         fingerprint=setup.fingerprint,
         dtype=base_info(config, around.node, setup).dtype,
         quantization=setup.quantization.value,
-        manifest="" if source is None or config.upload_limit == 0 else source.manifest.name,
+        manifest="" if source is None else source.manifest.name,
         hub=files.name if isinstance(files, HubFiles) else "",
         revision=files.commit if isinstance(files, HubFiles) else "",
     )

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from shoal.concurrency import background, owned_task
 from shoal.events import Observers
 from shoal.joining.invitation import Invitation
+from shoal.model.weights.peer_files import PeerFiles
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.batching.pass_rules import rule_of
@@ -88,5 +89,8 @@ async def serve(
                 async with owned_task(invite(around)) as inviting:
                     yield Server(setup.model, keeper, inviting)
             finally:
+                weights.close()
+                if isinstance(config.files, PeerFiles):
+                    config.files.stop()
                 await keeper.stop(living)
                 await observers.close()

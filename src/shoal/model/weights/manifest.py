@@ -25,6 +25,8 @@ PIECE_BYTES = 1 << 22
 MAX_FILES = 4096
 MAX_PIECES = 1 << 18
 """A terabyte of weights."""
+MAX_OTHER_BYTES = 1 << 26
+"""The largest file beside the weights: room for any tokenizer. All of these are fetched before anything is read."""
 MAX_MANIFEST_BYTES = 1 << 24
 """Room for the digests of `MAX_PIECES` pieces and the list of files."""
 DIGEST_BYTES = 32
@@ -166,6 +168,7 @@ def can_be_listed(files: Sequence[ListedFile]) -> bool:
         and all(isinstance(each.name, str) and may_be_listed(each.name) for each in files)
         and names == sorted(set(names))
         and all(type(each.size) is int and each.size >= 0 for each in files)
+        and all(each.size <= MAX_OTHER_BYTES or each.name.endswith(WEIGHTS) for each in files)
         and sum(each.num_pieces for each in files) <= MAX_PIECES
         and all(isinstance(each.sha256, str) and _SHA256.fullmatch(each.sha256) for each in files)
     )

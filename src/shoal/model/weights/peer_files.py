@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,10 +13,15 @@ from shoal.model.weights.manifest import ListedFile
 from shoal.model.weights.piece_store import PieceStore
 from shoal.model.weights.safetensors_file import Header, header_bytes, read_all, read_header
 
-Fetch = Callable[[Sequence[int]], None]
-"""Called with pieces that are missing; returns when the store has them. It blocks, and may take long.
 
-Raises `CheckpointError` if no member gives them."""
+class Fetch(Protocol):
+    """Gets pieces that are missing into the store."""
+
+    def __call__(self, pieces: Sequence[int]) -> None:
+        """Returns when the store has these pieces: it may take long. Raises `CheckpointError` if no member has them."""
+
+    def stop(self) -> None:
+        """Let no caller wait any longer: each gets a `CheckpointError`."""
 
 
 class PeerFiles:
@@ -34,6 +40,10 @@ class PeerFiles:
     def store(self) -> PieceStore:
         """What has come, to pass it on."""
         return self._store
+
+    def stop(self) -> None:
+        """Fetch nothing more, and let no thread wait for what is fetched now."""
+        self._fetch.stop()
 
     @property
     def origin(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ from shoal.errors import CheckpointError, UserError
 from shoal.model.weights.manifest import Manifest
 
 _HELD = "held"
+_EPOCH_BYTES = 16
 
 
 class PieceSource(Protocol):
@@ -22,6 +24,9 @@ class PieceSource(Protocol):
 
     def holds(self, piece: int) -> bool:
         """Whether it has a piece."""
+
+    def held(self) -> bytes:
+        """A bit for each piece, the lowest of a byte first."""
 
     def read(self, piece: int) -> bytes:
         """A piece that it has, checked. Raises `CheckpointError` if the file has changed."""
@@ -36,6 +41,10 @@ class FolderPieces:
 
     def holds(self, piece: int) -> bool:
         return 0 <= piece < self.manifest.num_pieces
+
+    def held(self) -> bytes:
+        num_pieces = self.manifest.num_pieces
+        return ((1 << num_pieces) - 1).to_bytes(-(-num_pieces // 8), "little")
 
     def read(self, piece: int) -> bytes:
         return _read(self.manifest, self.folder, piece)
@@ -57,7 +66,7 @@ class PieceStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             made = [each.name for each in manifest.files if self._make_file(each.name, each.size)]
-            self._held = self._saved()
+            self._held, self._epoch = self._saved()
             self._forget(made)
         except OSError as failure:
             raise _unwritable(folder, failure) from None
@@ -71,6 +80,9 @@ class PieceStore:
         if not 0 <= piece < self.manifest.num_pieces:
             return False
         return bool(self._held[piece // 8] >> piece % 8 & 1)
+
+    def held(self) -> bytes:
+        return bytes(self._held)
 
     def missing(self, pieces: Iterable[int]) -> list[int]:
         """Those of these pieces that have not come."""
@@ -102,14 +114,18 @@ class PieceStore:
     def save(self) -> None:
         """Make what has come last. Raises `UserError` if the disk does not take it."""
         with self._saving:
-            with self._lock:
-                held, dirty = bytearray(self._held), self._dirty
-                self._dirty = set()
+            dirty: set[str] = set()
             try:
+                saved, epoch = self._saved()
+                with self._lock:
+                    if epoch != self._epoch:  # another process has made files anew since: what had come may be gone
+                        self._held, self._epoch, self._dirty = saved, epoch, set()
+                    held, dirty = bytearray(self._held), self._dirty
+                    self._dirty = set()
                 for name in dirty:
                     with (self._folder / name).open("r+b") as file:
                         os.fsync(file.fileno())
-                self._write(bytes(mine | theirs for mine, theirs in zip(held, self._saved(), strict=True)))
+                self._write(bytes(mine | theirs for mine, theirs in zip(held, saved, strict=True)))
             except OSError as failure:
                 with self._lock:
                     self._dirty |= dirty
@@ -126,25 +142,32 @@ class PieceStore:
         return True
 
     def _forget(self, files: Iterable[str]) -> None:
-        """Pieces do not count that had come into files which somebody has deleted or cut since."""
+        """Pieces do not count that had come into files which somebody has deleted or cut since.
+
+        Other processes that use the store learn it from a new epoch: they must not count these pieces again.
+        """
         lost = [piece for file in files for piece in self.manifest.pieces(file) if self.holds(piece)]
         for piece in lost:
             self._held[piece // 8] &= ~(1 << piece % 8)
         if lost:
+            self._epoch = secrets.token_bytes(_EPOCH_BYTES)
             self._write(self._held)
 
     def _write(self, held: bytes | bytearray) -> None:
         draft = self._folder / f"{_HELD}.{os.getpid()}.{threading.get_ident()}"
-        draft.write_bytes(held)
+        draft.write_bytes(held + self._epoch)
         os.replace(draft, self._folder / _HELD)
 
-    def _saved(self) -> bytearray:
+    def _saved(self) -> tuple[bytearray, bytes]:
+        """The pieces that are there, and the epoch of this list."""
         size = -(-self.manifest.num_pieces // 8)
         try:
             held = (self._folder / _HELD).read_bytes()
         except FileNotFoundError:
             held = b""
-        return bytearray(held) if len(held) == size else bytearray(size)
+        if len(held) != size + _EPOCH_BYTES:
+            return bytearray(size), bytes(_EPOCH_BYTES)
+        return bytearray(held[:size]), held[size:]
 
 
 def _read(manifest: Manifest, folder: Path, piece: int) -> bytes:

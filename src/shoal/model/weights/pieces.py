@@ -7,11 +7,19 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from shoal.errors import CheckpointError
 from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.fingerprint import file_digests
 from shoal.model.weights.location import CONFIG
-from shoal.model.weights.manifest import PIECE_BYTES, ListedFile, Manifest, can_be_listed, may_be_listed
+from shoal.model.weights.manifest import (
+    MAX_OTHER_BYTES,
+    PIECE_BYTES,
+    ListedFile,
+    Manifest,
+    can_be_listed,
+    may_be_listed,
+)
 from shoal.model.weights.peer_files import PeerFiles
 from shoal.model.weights.piece_store import FolderPieces, PieceSource
 
@@ -21,8 +29,6 @@ _BESIDE_WEIGHTS = re.compile(
     re.ASCII,
 )
 """The files beside the weights that Transformers knows. A folder's others are its owner's, and not passed on."""
-MAX_OTHER_BYTES = 1 << 26
-"""The largest file beside the weights that is passed on: room for any tokenizer."""
 
 
 def source_of(checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: None) -> PieceSource | None:
@@ -31,7 +37,7 @@ def source_of(checkpoint: Checkpoint, *, check: Callable[[], None] = lambda: Non
     None if some of its weights are not here, or if a manifest has no room for all of its files.
 
     All files are read once, which takes long; their digests are kept on the disk until they change. `check` is called
-    now and then, and may raise. Raises `CheckpointError` for a file that cannot be read.
+    now and then, and may raise. Raises `CheckpointError` or `OSError` for a file that cannot be read.
     """
     files = checkpoint.files
     if isinstance(files, PeerFiles):
@@ -69,5 +75,7 @@ def _piece_digests(path: Path, check: Callable[[], None]) -> Sequence[bytes]:
         while piece := file.read(PIECE_BYTES):
             check()
             digests.append(hashlib.sha256(piece).digest())
+    if len(digests) != -(-status.st_size // PIECE_BYTES):
+        raise CheckpointError(f"{path} has changed while it was read")
     disk_cache.store(key, [digest.hex() for digest in digests])
     return digests
