@@ -18,7 +18,7 @@ from shoal.net.addresses import (
     peer_of,
 )
 from shoal.net.identity import Identity, verify
-from shoal.net.libp2p.own_addresses import free_addresses
+from shoal.net.own_addresses import free_addresses
 
 ALICE, BOB = (Identity(Ed25519PrivateKey.from_private_bytes(bytes(31) + seed)) for seed in (b"a", b"b"))
 """Always the same ones: the names of some tests contain their ids."""

@@ -19,7 +19,6 @@ from shoal.model.weights.location import check_model, folder_of
 from shoal.policy.batching.pass_rules import DEFAULT_RULE
 
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
-MOST_OF_ZONE = 32
 MOST_OF_HOST = 32
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
 
@@ -349,15 +348,6 @@ def server_name(given: str | None, host: str) -> str:
         raise WrongUsage(
             f"a name of {len(given)} characters" if given.isprintable() else "a name with control characters",
             hint=f"--name takes up to {MOST_OF_NAME} printable characters",
-        )
-    return given
-
-
-def zone_name(given: str | None) -> str | None:
-    """The name of a zone, as records take it. Raises `WrongUsage` for a name that no peer would accept."""
-    if given is not None and (len(given) > MOST_OF_ZONE or not given.isprintable()):
-        raise WrongUsage(
-            f"not the name of a zone: {given!r}", hint=f"--zone takes up to {MOST_OF_ZONE} printable characters"
         )
     return given
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shoal.server.config import ServerConfig
     from shoal.server.server import Server
 
+MOST_OF_ZONE = 32  # characters that a record takes (shoal.net.records)
 CODE_SECONDS = 3.0
 """How long a server that is ready waits until it can invite others: small models are read in that time."""
 MOST_WAYS = 3
@@ -202,7 +203,7 @@ def command(
             "--blocks and --num-blocks exclude each other", hint="--blocks 0:8 gives both the blocks and their number"
         )
     span, server_name = _parse_span(blocks), options.server_name(name, socket.gethostname())
-    zone_name = options.zone_name(zone)
+    zone_name = checked_zone(zone)
     network = NetworkConfig(
         initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
     )
@@ -295,7 +296,7 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
 
 def code_of(server: Server, network: NetworkConfig) -> InviteCode | None:
     """The code by which others can join now; None if the server cannot invite them yet, or has no address."""
-    from shoal.net.libp2p.own_addresses import bridge_hosts
+    from shoal.net.own_addresses import bridge_hosts
 
     ways = ways_of([*server.info.addresses, *network.initial_peers], most=MOST_WAYS, without=bridge_hosts())
     return InviteCode(server.invitation.result().digest, ways) if ways and server.invitation.done() else None
@@ -341,6 +342,15 @@ async def _remind(reporter: ProgressReporter) -> None:
     while True:
         await asyncio.sleep(1)
         reporter.remind()
+
+
+def checked_zone(given: str | None) -> str | None:
+    """The name of a zone, as records take it. Raises `WrongUsage` for a name that no peer would accept."""
+    if given is not None and (len(given) > MOST_OF_ZONE or not given.isprintable()):
+        raise WrongUsage(
+            f"not the name of a zone: {given!r}", hint=f"--zone takes up to {MOST_OF_ZONE} printable characters"
+        )
+    return given
 
 
 def _parse_span(text: str | None) -> Span | None:

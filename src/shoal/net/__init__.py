@@ -90,7 +90,7 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     from shoal.net.libp2p.duplicate_identity import answers_elsewhere
     from shoal.net.libp2p.identity_lock import identity_lock
     from shoal.net.libp2p.libp2p_transport import Libp2pTransport
-    from shoal.net.libp2p.own_addresses import free_addresses
+    from shoal.net.own_addresses import free_addresses
 
     listen = await asyncio.to_thread(free_addresses, config.host, config.port) if is_dialled else ()
     daemon = DaemonConfig(listen=listen, announce=announce, relays=relays, serve_relay=config.serve_relay)

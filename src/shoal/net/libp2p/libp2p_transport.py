@@ -14,7 +14,7 @@ from shoal.net.handler_tasks import HandlerTasks
 from shoal.net.identity import Identity, public_key
 from shoal.net.libp2p.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, DaemonGone
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
-from shoal.net.libp2p.own_addresses import bridge_hosts
+from shoal.net.own_addresses import bridge_hosts
 from shoal.net.transport import StreamBroken, StreamHandler
 from shoal.net.wire.receive_budget import ReceiveBudget
 from shoal.protocol import PROTOCOL
