@@ -272,8 +272,10 @@ class DhtDirectory:
                 if was_isolated:
                     await self._known_peers.rejoin()
                     node = self._joined_node()
+                before = self.bytes_received
                 answer = await call(node)
-                if not self._known_peers.is_isolated:  # often the call itself finds out that no peer answers
+                has_answers = self.bytes_received > before or not self._known_peers.expects_answers
+                if has_answers and not self._known_peers.is_isolated:  # often the call itself finds that out
                     return answer
                 if was_isolated:
                     break

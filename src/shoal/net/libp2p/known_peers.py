@@ -88,7 +88,15 @@ class KnownPeers:
         For a peer that stores records this holds no longer than `MAX_LIFETIME`: all announcements of the others have
         expired then, and the peer continues the swarm alone.
         """
-        if self._update() or self._last_contact is None or all(map(self._has_left, self._known())):
+        return not self._update() and self.expects_answers
+
+    @property
+    def expects_answers(self) -> bool:
+        """Whether there were other peers, of which some should still be there: then no answer at all is a failure.
+
+        The table alone does not tell it: a peer in it that does not answer counts as present when its ban is over.
+        """
+        if self._last_contact is None or all(map(self._has_left, self._known())):
             return False
         return not self._stores_records or time.monotonic() - self._last_contact < MAX_LIFETIME
 
