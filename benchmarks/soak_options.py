@@ -14,7 +14,7 @@ from benchmarks.soak import MODEL
 
 
 def soak_parser(description: str | None, *, every: float, event: str) -> argparse.ArgumentParser:
-    """A parser of what every soak can be told. An `event` happens `every` so many seconds, on average."""
+    """A parser of what every soak can be told. An `event` happens once in `every` seconds, on average."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--every", type=float, default=every, help=f"seconds from one {event} to the next, on average")

@@ -11,7 +11,7 @@ from shoal.server.measured_speed import Measurement, PassRuns, Runs, cached_prof
 
 
 def know_speed(model: Path, *, num_blocks: int, decode_speed: float) -> None:
-    """Store how fast this machine decodes through so many blocks of a model, in tokens per second and in float32.
+    """Store how fast this machine decodes through `num_blocks` of a model, in tokens per second and in float32.
 
     It is of use for half as many to twice as many blocks. A server would measure for seconds, three times while other
     processes want the cores, and one server after another.

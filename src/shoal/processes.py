@@ -136,7 +136,7 @@ class Children:
                     raise child.failure()
 
     def wait_for_news(self, seconds: float) -> None:
-        """Wait until a child has printed something or has ended, for so many seconds at most."""
+        """Wait until a child has printed something or has ended, for `seconds` at most."""
         with self._changed:
             self._changed.wait(seconds)
 

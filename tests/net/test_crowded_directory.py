@@ -13,10 +13,10 @@ from shoal.net.identity import Identity
 from shoal.net.records import Announcement, seal
 from shoal.net.tallies import ShardTally, seal_tally
 from shoal.net.transport import Node
-from shoal.peers import ServerInfo, ServerState
+from shoal.peers import ServerInfo
 from shoal.policy.census.histogram import tally_of
 from shoal.policy.census.levels import reporters, shard_of, shards_at
-from shoal.spans import Span
+from tests import server_infos
 
 from .test_libp2p import CLIENT, MODEL, SERVER, info, swarm
 
@@ -26,21 +26,7 @@ pytestmark = pytest.mark.anyio
 def crowd(number: int) -> dict[Identity, ServerInfo]:
     """Servers that are nothing but records."""
     identities = [Identity.temporary() for _ in range(number)]
-    return {
-        identity: ServerInfo(
-            peer=identity.peer,
-            span=Span(0, 4),
-            state=ServerState.ONLINE,
-            fingerprint="f",
-            decode_speed=1.0,
-            prefill_speed=2.0,
-            cache_tokens_left=3,
-            dtype="bfloat16",
-            quantization="none",
-            version="1",
-        )
-        for identity in identities
-    }
+    return {identity: server_infos.info(identity.peer) for identity in identities}
 
 
 async def store(through: Node, records: Sequence[tuple[Sequence[str], str, bytes]], expires: float) -> None:

@@ -288,7 +288,7 @@ def test_a_file_that_is_not_listed_is_not_there(tmp_path: Path, source: PieceSou
 
 
 def made_up(folder: Path, files: dict[str, bytes]) -> PieceSource:
-    """Members that give what somebody made up, who vouches for it by its right digests."""
+    """Members that give what a stranger made up and vouches for by the right digests."""
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""What those who join may ask for: digests and pieces that there can be, and no more bytes than there is room for."""
+"""What joining machines may ask for: digests and pieces that there can be, and no more bytes than there is room for."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from shoal.cli import options
 from shoal.cli.terminal.console import start_logging, stderr, waiting
 from shoal.errors import SwarmError
-from shoal.joining.invite_code import InviteCode, ways_of
+from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, ways_of
 from shoal.net import NetworkConfig, check_addresses
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from shoal.net.transport import Node
     from shoal.peers import ModelInfo
 
-MOST_WAYS = 3
 MOST_ASKED = 32
 """Members that are asked: enough to see what most of them say."""
 
@@ -43,7 +42,7 @@ def command(initial_peers: options.InitialPeers = None, verbose: options.Verbose
         (invitation, addresses), *others = sorted(members.items(), key=lambda item: len(item[1]), reverse=True)
         # One address of each member, then the second ones: a code should outlive some of them.
         in_turn = [each for each in chain.from_iterable(zip_longest(*addresses)) if each is not None]
-        if not (ways := ways_of(in_turn, most=MOST_WAYS)):
+        if not (ways := ways_of(in_turn, most=PRINTED_WAYS)):
             continue
         print(f"{invitation.model} in {invitation.dtype}, weights {invitation.fingerprint}, {len(addresses)} members:")
         print(f"  shoal join {InviteCode(invitation.digest, ways)}")

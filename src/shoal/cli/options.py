@@ -14,7 +14,7 @@ import typer
 
 from shoal.cli.terminal.console import WrongUsage, start_logging
 from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
-from shoal.joining.invite_code import InviteCode, is_code
+from shoal.joining.invite_code import code_in, is_code
 from shoal.model.weights.location import check_model, folder_of
 from shoal.policy.batching.pass_rules import DEFAULT_RULE
 
@@ -292,10 +292,7 @@ def with_client_options(command: Callable[..., None], *, log: str = "error") -> 
 
     first, *others = shared.values()  # --initial-peers stands in the place of `client`, the others at the end
     own = [first if each.name == "client" else each for each in own_parameters.values()]
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *others, verbose)]
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
-    return wrapped
+    return _with_parameters(wrapped, [*own, *others, verbose])
 
 
 def with_options_of(
@@ -318,19 +315,22 @@ def with_options_of(
         def wrapped(**values: Any) -> None:
             command(**values)
 
-        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*own, *others)]
-        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
-        return wrapped
+        return _with_parameters(wrapped, [*own, *others])
 
     return decorate
 
 
+def _with_parameters(command: Callable[..., None], given: Sequence[inspect.Parameter]) -> Callable[..., None]:
+    """Let a function that takes keywords show these parameters."""
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in given]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
+
+
 def check_places(model: str, adapter: str | Path | None) -> None:
     """Raises `UserError` for a model or an adapter that cannot exist, before anything slow is imported."""
-    if is_code(model):
-        InviteCode.parse(model)
-    else:
+    if code_in(model) is None:
         check_model(model)
     if adapter is not None:
         folder_of(str(adapter))

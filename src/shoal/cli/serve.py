@@ -23,8 +23,7 @@ from shoal.cli.terminal.console import (
     waiting,
 )
 from shoal.client.options.client_options import INITIAL_PEERS
-from shoal.errors import SwarmError
-from shoal.joining.invite_code import InviteCode, is_code, ways_of
+from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, ways_of
 from shoal.large_imports import large_imports
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
@@ -39,8 +38,16 @@ if TYPE_CHECKING:
 MOST_OF_ZONE = 32  # characters that a record takes (shoal.net.records)
 CODE_SECONDS = 3.0
 """How long a server that is ready waits until it can invite others: small models are read in that time."""
-MOST_WAYS = 3
-"""The ways in that a printed code has: each makes it 10 characters longer."""
+
+
+Device = Annotated[
+    options.Device,
+    typer.Option(metavar="DEVICE", help="Compute on cpu, cuda or mps (untested). auto: cuda if there is a GPU."),
+]
+StoredAs = Annotated[
+    options.Quantization,
+    typer.Option(metavar="KIND", help=f"Quantize the weights of the blocks: {options.QUANTIZATIONS}."),
+]
 
 
 def command(
@@ -68,10 +75,7 @@ def command(
             "--move/--no-move", help="Go to other blocks when the swarm needs them more. With --blocks, it never does."
         ),
     ] = True,
-    device: Annotated[
-        options.Device,
-        typer.Option(metavar="DEVICE", help="Compute on cpu, cuda or mps (untested). auto: cuda if there is a GPU."),
-    ] = options.Device.auto,
+    device: Device = options.Device.auto,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="CPU threads to compute with. Default: PyTorch's.")
     ] = None,
@@ -79,10 +83,7 @@ def command(
         options.DType,
         typer.Option(metavar="DTYPE", help=f"Compute in this dtype: {options.DTYPES}. auto: the dtype of the swarm."),
     ] = options.DType.auto,
-    quantization: Annotated[
-        options.Quantization,
-        typer.Option(metavar="KIND", help=f"Quantize the weights of the blocks: {options.QUANTIZATIONS}."),
-    ] = options.Quantization.none,
+    quantization: StoredAs = options.Quantization.none,
     cache_tokens: Annotated[
         int | None,
         typer.Option(
@@ -184,7 +185,7 @@ def command(
     start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
         end_with_parent()
-    code = InviteCode.parse(model) if is_code(model) else None
+    code = code_in(model)
     if code is not None and new_swarm:
         raise WrongUsage("an invite code is for a swarm that is there", hint="leave out --new-swarm")
     if new_swarm and initial_peers:
@@ -298,7 +299,7 @@ def code_of(server: Server, network: NetworkConfig) -> InviteCode | None:
     """The code by which others can join now; None if the server cannot invite them yet, or has no address."""
     from shoal.net.own_addresses import bridge_hosts
 
-    ways = ways_of([*server.info.addresses, *network.initial_peers], most=MOST_WAYS, without=bridge_hosts())
+    ways = ways_of([*server.info.addresses, *network.initial_peers], most=PRINTED_WAYS, without=bridge_hosts())
     return InviteCode(server.invitation.result().digest, ways) if ways and server.invitation.done() else None
 
 
@@ -320,12 +321,7 @@ async def in_swarm(
 
     async with arrive(code, network) as arrival:
         invitation = arrival.invitation
-        files = await files_from_members(arrival.node, invitation, report=show) if invitation.manifest else None
-        if files is None and not invitation.hub:
-            raise SwarmError(
-                "no member of this swarm gives its weights away",
-                hint="copy the model, and join with: shoal serve FOLDER --initial-peers ADDRESS",
-            )
+        files = await files_from_members(arrival.node, invitation, report=show)
         completed = replace(
             config,
             model=invitation.model if files is not None else invitation.hub,

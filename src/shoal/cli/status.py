@@ -18,7 +18,7 @@ from shoal.cli.terminal.console import hush_transformers, start_logging, stdout,
 from shoal.cli.terminal.render import render, render_route
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
-from shoal.joining.invite_code import InviteCode, is_code
+from shoal.joining.invite_code import InviteCode, code_in
 from shoal.model.weights.location import check_model, is_path
 from shoal.policy.dtypes import mixture
 from shoal.policy.view import SwarmView, format_blocks
@@ -100,7 +100,7 @@ def command(
     """
     start_logging(verbose=verbose)
     client = options.client_options(initial_peers, models=() if model is None else (model,))
-    code = InviteCode.parse(model) if model is not None and is_code(model) else None
+    code = None if model is None else code_in(model)
     if model is not None and is_path(model):
         check_model(model)
     with waiting("Asking the swarm"):

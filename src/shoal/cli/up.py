@@ -10,7 +10,7 @@ from typing import Annotated
 import segno
 import typer
 
-from shoal.cli import options
+from shoal.cli import options, serve
 from shoal.cli.long_running import end_with_parent
 from shoal.cli.terminal.console import WrongUsage, start_logging, stdout
 from shoal.errors import SwarmError
@@ -31,18 +31,12 @@ def command(
         str | None,
         typer.Option(metavar="START:END", help="Serve these blocks, such as 0:8. Default: as many as fit into memory."),
     ] = None,
-    device: Annotated[
-        options.Device,
-        typer.Option(metavar="DEVICE", help="Compute on cpu, cuda or mps (untested). auto: cuda if there is a GPU."),
-    ] = options.Device.auto,
+    device: serve.Device = options.Device.auto,
     dtype: Annotated[
         options.DType,
         typer.Option(metavar="DTYPE", help=f"Compute in this dtype: {options.DTYPES}. auto: the model's own."),
     ] = options.DType.auto,
-    quantization: Annotated[
-        options.Quantization,
-        typer.Option(metavar="KIND", help=f"Quantize the weights of the blocks: {options.QUANTIZATIONS}."),
-    ] = options.Quantization.none,
+    quantization: serve.StoredAs = options.Quantization.none,
     http_host: Annotated[
         str, typer.Option(metavar="IP", help="The page and the API listen here; 0.0.0.0 lets other machines ask too.")
     ] = "127.0.0.1",
@@ -75,14 +69,14 @@ def command(
     answering = _options({"--host": http_host, "--port": str(http_port)})
     keys = [part for key in api_key or () for part in ("--api-key", key)]
     log = ["--verbose"] if verbose else []
-    serve = ("serve", model, "--new-swarm", "--serve-head", *form, *serving, *listening, *log)
+    hold = ("serve", model, "--new-swarm", "--serve-head", *form, *serving, *listening, *log)
     ask = ("gateway", model, "--remote-head", *form, *answering, *keys, *log)
     with (
         contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
         interruptible() as check,
         Children(num_threads=None, grace_seconds=DRAIN_SECONDS, shares_stderr=True) as children,
     ):
-        server = children.start("server", *serve)
+        server = children.start("server", *hold)
         _wait(children, server)
         gateway = children.start("gateway", *ask, "--initial-peers", server.facts["address"])
         _wait(children, gateway)

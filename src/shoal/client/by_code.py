@@ -29,13 +29,8 @@ def open_by_code(code: InviteCode, options: ClientOptions) -> tuple[Checkpoint, 
     try:
         invitation = runtime.run(invitation_of(code.digest, node, options.initial_peers))
         wanted = options.model
-        if not invitation.manifest and not invitation.hub:
-            raise UserError(
-                "no member of this swarm gives its weights away",
-                hint="copy the model, and name its folder and --initial-peers ADDRESS",
-            )
-        if invitation.manifest:
-            files = runtime.run(files_from_members(node, invitation))
+        files = runtime.run(files_from_members(node, invitation))
+        if files is not None:
             checkpoint = Checkpoint.of(files, allow_uncertified=wanted.allow_uncertified)
         else:
             checkpoint = Checkpoint.open(

@@ -43,7 +43,7 @@ class Arrival:
 async def arrive(code: InviteCode, network: NetworkConfig) -> AsyncIterator[Arrival]:
     """Join the swarm of an invite code, and leave it at the end of the context.
 
-    Raises `BootstrapFailed` if nobody answers at the code's ways in, `SwarmError` if no member knows the invitation,
+    Raises `BootstrapFailed` if no member answers at the code's ways in, `SwarmError` if no member knows the invitation,
     and what `shoal.net.join` raises.
     """
     addresses = (*await peers_of(code), *network.initial_peers)
@@ -90,12 +90,19 @@ async def invitation_of(digest: str, node: Node, addresses: Sequence[str]) -> In
 
 async def files_from_members(
     node: Node, invitation: Invitation, *, report: Report = lambda come, wanted: None
-) -> PeerFiles:
+) -> PeerFiles | None:
     """The model's files. Config and tokenizer have come; weights come when they are needed. All stays in shoal's cache.
 
-    They may be used by threads other than the event loop's only. Raises `CheckpointError` if no member gives what is
-    needed, and `UserError` if the disk does not take it.
+    They may be used by threads other than the event loop's only. None if members refer to the hub. Raises
+    `CheckpointError` if no member gives what is needed, `SwarmError` if members give nothing and the model is not from
+    the hub, and `UserError` if the disk does not take it.
     """
+    if not invitation.manifest:
+        if invitation.hub:
+            return None
+        raise SwarmError(
+            "no member of this swarm gives its weights away", hint="copy the model, and use it with --initial-peers"
+        )
     folder = cache_folder() / "weights" / invitation.manifest[:32]
     model = ModelInfo(key=invitation.key, name=invitation.model, family="", num_blocks=_num_blocks(invitation.key))
     manifest = await asyncio.to_thread(_saved, folder / MANIFEST, invitation.manifest)

@@ -1,4 +1,4 @@
-"""An invitation: what a swarm serves, in so many words that a machine that knows nothing can take part."""
+"""An invitation: what a swarm serves, complete enough for a machine that knows nothing else of it."""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ from shoal.net.local_hosts import is_local
 
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 MAX_WAYS = 7
+PRINTED_WAYS = 3
+"""The ways in that a printed code has: each makes it 10 characters longer."""
 _VERSION = 1
 _CHECK_CHARACTERS = 2
 _GROUP = 4
@@ -66,7 +68,7 @@ class InviteCode:
 
     @classmethod
     def parse(cls, text: str) -> InviteCode:
-        """The code that somebody typed. Raises `UserError` for anything else, with what is wrong with it."""
+        """The code that a user typed. Raises `UserError` for anything else, with what is wrong with it."""
         typed = text.strip().upper().translate(_LOOK_ALIKES)
         if len(typed) <= _CHECK_CHARACTERS or not set(typed) <= set(ALPHABET):
             raise UserError(f"not an invite code: {text[:80]!r}", hint=_HINT)
@@ -88,7 +90,7 @@ class InviteCode:
 
 
 def is_code(text: str) -> bool:
-    """Whether somebody means an invite code with this text, and not a model: it is one, or looks like one."""
+    """Whether a user means an invite code with this text, and not a model: it is one, or looks like one."""
     if _GROUPS.fullmatch(text.strip()):
         return True
     try:
@@ -96,6 +98,11 @@ def is_code(text: str) -> bool:
     except UserError:
         return False
     return True
+
+
+def code_in(text: str) -> InviteCode | None:
+    """The invite code that a user means with this text; None for a model. Raises `UserError` if it has a mistake."""
+    return InviteCode.parse(text) if is_code(text) else None
 
 
 def ways_of(addresses: Sequence[str], *, most: int = MAX_WAYS, without: Collection[str] = ()) -> tuple[Way, ...]:

@@ -226,7 +226,7 @@ class _Work:
         """The next piece to ask a member for that says that it has these; it counts as asked for.
 
         When all are asked for, those are asked for once more that are missing still, and again when the members that
-        were asked are slow: nobody can hold up all. None if the member has nothing that is missing.
+        were asked are slow: no member can hold up all. None if the member has nothing that is missing.
         """
         while self._has_any(self.missing, held):
             slow = (each for each, asked in self._asked.items() if peer not in asked and self._is_slow(asked))
@@ -250,7 +250,7 @@ class _Work:
         return any(True for _ in self._of(pieces, held))
 
     def _is_slow(self, asked: Mapping[str, float]) -> bool:
-        """Whether one more member may be asked: those who were asked long ago may never answer."""
+        """Whether one more member may be asked: those that were asked long ago may never answer."""
         return sum(self._now() - at < STALE_SECONDS for at in asked.values()) < MAX_ASKED
 
     @property

@@ -35,7 +35,7 @@ ANSWER_SECONDS = 10.0
 class NoAnswer(Exception):
     """A member does not give what was asked for: it has not got it, refuses, breaks off, or is too slow.
 
-    `retry_after` is set if it may give it later, in so many seconds.
+    `retry_after` is set if it may give it later: after how many seconds.
     """
 
     def __init__(self, reason: str, *, retry_after: float | None = None) -> None:

@@ -80,7 +80,7 @@ TRANSFER_KINDS = frozenset({"filler", "failure"})
 """The kinds of messages that follow `Transfer`, in either direction. Elsewhere a `Filler` is refused unread."""
 
 JOINING_KINDS = frozenset({"invitation", "content", "failure"})
-"""The kinds of messages that answer those who join."""
+"""The kinds of messages that answer machines that join."""
 
 REPLY_KINDS = frozenset(
     {

@@ -134,7 +134,7 @@ class Manifest:
                 return manifest
         raise CheckpointError(
             "the manifest of these weights lists what no checkpoint has",
-            hint="it was made by another version of shoal, or by somebody who means harm",
+            hint="it was made by another version of shoal, or by a hostile member",
         )
 
     @cached_property

@@ -142,7 +142,7 @@ class PieceStore:
         return True
 
     def _forget(self, files: Iterable[str]) -> None:
-        """Pieces do not count that had come into files which somebody has deleted or cut since.
+        """Pieces do not count that had come into files which were deleted or cut since.
 
         Other processes that use the store learn it from a new epoch: they must not count these pieces again.
         """

@@ -198,9 +198,9 @@ class Daemon:
         libp2p dials only a peer whose id it knows. So a peer is dialled that does not exist, and the daemon reports
         which one answered in its place, after that one has proved its id.
         """
-        nobody = Identity.temporary().peer
+        missing = Identity.temporary().peer
         try:
-            await self.connect(nobody, [address])
+            await self.connect(missing, [address])
         except DaemonFailed as failure:
             found = _ANSWERED.search(failure.report)
             if found is None or public_key(found[1]) is None:

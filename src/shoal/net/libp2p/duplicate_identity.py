@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from shoal.net.identity import Identity
-from shoal.net.libp2p.daemon import Daemon, DaemonConfig, DaemonFailed
+from shoal.net.libp2p.daemon import DaemonFailed
+from shoal.net.libp2p.strangers import stranger
 from shoal.net.records import Announcement
 from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import ServerState
@@ -25,19 +25,12 @@ async def answers_elsewhere(peer: str, addresses: Sequence[str]) -> bool:
     A temporary daemon with another identity dials it, because libp2p refuses to dial the own peer id.
     """
     try:
-        daemon = await Daemon.start(Identity.temporary(), DaemonConfig())
-    except DaemonFailed as failure:
-        logger.debug("%s cannot be dialled: %s", peer, failure)
-        return False
-    try:
-        async with asyncio.timeout(DIAL_SECONDS):
+        async with stranger() as daemon, asyncio.timeout(DIAL_SECONDS):
             await daemon.connect(peer, addresses)
-    except (DaemonFailed, TimeoutError):
+    except (DaemonFailed, TimeoutError) as failure:
+        logger.debug("%s does not answer elsewhere: %s", peer, failure)
         return False
-    else:
-        return True
-    finally:
-        await daemon.stop()
+    return True
 
 
 class DuplicateIdentityWatch:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from shoal.errors import SwarmError
 from shoal.net.identity import Identity
@@ -16,14 +17,20 @@ DIAL_SECONDS = 8.0
 """How long an answer may take; all addresses are dialled at once."""
 
 
+@asynccontextmanager
+async def stranger() -> AsyncIterator[Daemon]:
+    """A daemon with an identity of its own, which only dials. Raises `DaemonFailed`, and `TimeoutError`."""
+    daemon = await Daemon.start(Identity.temporary(), DaemonConfig())
+    try:
+        yield daemon
+    finally:
+        await daemon.stop()
+
+
 async def peers_at(addresses: Sequence[str]) -> tuple[str, ...]:
     """The addresses with the ids of the peers that answer there. Raises `SwarmError` if the daemon does not start."""
-    try:
-        daemon = await Daemon.start(Identity.temporary(), DaemonConfig())
-    except (DaemonFailed, TimeoutError) as failure:
-        raise SwarmError(f"the network could not be started: {failure or 'it does not answer'}") from None
 
-    async def dial(address: str) -> str | None:
+    async def dial(daemon: Daemon, address: str) -> str | None:
         try:
             async with asyncio.timeout(DIAL_SECONDS):
                 return f"{address}/p2p/{await daemon.peer_at(address)}"
@@ -31,8 +38,10 @@ async def peers_at(addresses: Sequence[str]) -> tuple[str, ...]:
             logger.info("no peer answers at %s: %s", address, failure or "it takes too long")
             return None
 
-    try:
-        found = await asyncio.gather(*map(dial, addresses))
+    async with AsyncExitStack() as stack:
+        try:
+            daemon = await stack.enter_async_context(stranger())
+        except (DaemonFailed, TimeoutError) as failure:
+            raise SwarmError(f"the network could not be started: {failure or 'it does not answer'}") from None
+        found = await asyncio.gather(*(dial(daemon, address) for address in addresses))
         return tuple(address for address in found if address is not None)
-    finally:
-        await daemon.stop()

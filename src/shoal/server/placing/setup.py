@@ -61,7 +61,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a server keeps when it changes its blocks. `weights` answers those who join. `clock` is the Unix time."""
+    """What a server keeps when it changes its blocks. `weights` answers joining machines. `clock` is the Unix time."""
 
     config: ServerConfig
     node: Node

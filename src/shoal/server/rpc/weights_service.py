@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class WeightsService:
-    """Answers those who join. Until `offer` is called, it has nothing to give. `close` it.
+    """Answers machines that join. Until `offer` is called, it has nothing to give. `close` it.
 
     `upload_limit` is in bytes per second, for all peers together; `None` is no limit, 0 gives no pieces.
     """
