@@ -40,6 +40,11 @@ class Stream(Protocol):
         ...
 
     @property
+    def address(self) -> str | None:
+        """The other side's multiaddress, if it is known; one through a relay contains `/p2p-circuit`."""
+        ...
+
+    @property
     def heard_at(self) -> float:
         """The event loop's time when any part of a frame was last received; at first, when the stream was opened."""
         ...

@@ -90,6 +90,10 @@ class _MeteredStream:
         return self._stream.peer
 
     @property
+    def address(self) -> str | None:
+        return self._stream.address
+
+    @property
     def heard_at(self) -> float:
         return self._stream.heard_at
 

@@ -74,8 +74,7 @@ class Examiner:
             reached = await self._prober.reached(stream.peer, request.addresses)
         except (DaemonFailed, TimeoutError):
             return Failure(code="busy", reason="this peer cannot dial at the moment", retry_after=60.0)
-        seen_at = stream.address if isinstance(stream, Libp2pStream) else None
-        return DialedBack(reached=tuple(reached), seen_at=seen_at, clock=self._clock(), relays=self._relays)
+        return DialedBack(reached=tuple(reached), seen_at=stream.address, clock=self._clock(), relays=self._relays)
 
 
 async def examined_by(
