@@ -19,6 +19,7 @@ from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, Way
 from shoal.model.weights.files import LocalFiles
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.reachability import Reach
 from shoal.server.config import ServerConfig
 from shoal.spans import Span
 
@@ -38,7 +39,7 @@ def test_a_server_prints_both_commands_with_its_dtype():
         cache_tokens_left=0, dtype="float32", quantization="none", version="0.1.0", addresses=(ADDRESS,),
     )  # fmt: skip
     ready: Any = SimpleNamespace(
-        info=info, model=ModelInfo("key", "name", "llama", 4), engine=SimpleNamespace(cache_tokens=64)
+        info=info, model=ModelInfo("key", "name", "llama", 4), engine=SimpleNamespace(cache_tokens=64), reach=Reach()
     )
     lines = describe(ready, ServerConfig(model="org/model", dtype="float32"), None).splitlines()
     assert f"  shoal serve org/model --dtype float32 --initial-peers {ADDRESS}" in lines

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from shoal.cli.terminal.console import tokens_per_second
 from shoal.joining.invite_code import InviteCode
+from shoal.net.reach_words import in_words
 
 if TYPE_CHECKING:
     from shoal.server.config import ServerConfig
@@ -30,6 +31,7 @@ def describe(server: Server, config: ServerConfig, code: InviteCode | None) -> s
         ("cache", f"{server.engine.cache_tokens:,} tokens"),
         ("weights", info.fingerprint),
         ("peer", info.peer),
+        ("reached", in_words(server.reach, info.addresses)),
         *(("address", each) for each in info.addresses),
         *([("code", str(code))] if code is not None else []),
     ]

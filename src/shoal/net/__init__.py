@@ -97,7 +97,7 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     with nullcontext() if config.identity is None else identity_lock(identity.peer):
         await transport.start()
         try:
-            yield Node(transport, directory, partial(answers_elsewhere, identity.peer))
+            yield Node(transport, directory, partial(answers_elsewhere, identity.peer), transport.try_relays)
         finally:
             # In this order: the daemon ends, even if it has data to send, when the directory's connection to it ends.
             await transport.close()
