@@ -19,6 +19,11 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def available_memory() -> int:
+    """The bytes of memory that the system can provide without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
 def describe_host() -> str:
     """Processor, cores that this process may use, and memory, for the tables of measurements."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
