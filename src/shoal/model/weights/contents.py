@@ -38,7 +38,7 @@ MOST_NUMBER = 1 << 31
 """No size that a config states is as large."""
 _UNREADABLE = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ckpt")
 _NUMBERED = re.compile(r"(?:(.*?)\.)??(\w+)\.(\d{1,6})\.(.+)")
-_ROUTERS = frozenset({"gate", "router"})
+_NOT_LINEAR = frozenset({"experts", "gate", "router"})
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -286,7 +286,7 @@ def is_linear(model_type: str, name: str, tensor: TensorInfo) -> bool:
     *owners, kind = name.split(".")
     if kind != "weight" or len(tensor.shape) != 2 or model_type in OWN_LINEARS:
         return False
-    return "experts" not in owners and owners[-1] not in {*LINEARS_READ_DIRECTLY, *_ROUTERS}
+    return owners[-1] not in LINEARS_READ_DIRECTLY and not _NOT_LINEAR & {*owners}
 
 
 def check_blocks(name: str, num_blocks: int, found: Collection[int | None]) -> None:
