@@ -17,6 +17,7 @@ from shoal.cli import options
 from shoal.cli.serve import Device
 from shoal.cli.terminal.console import WrongUsage, start_logging, stdout, waiting
 from shoal.cli.terminal.plan_table import Facts, Form, render, short_size
+from shoal.errors import UserError
 from shoal.host import available_memory, may_have_gpu
 from shoal.joining.invite_code import code_in
 from shoal.model.weights.contents import ITEM_BYTES, Contents
@@ -55,9 +56,7 @@ def command(
     initial_peers: options.InitialPeers = None,
     round_trip: Annotated[
         float,
-        typer.Option(
-            min=0.0, max=60_000.0, metavar="MS", help="Time from one machine to another and back. Default: 1."
-        ),
+        typer.Option(min=0.0, max=60_000.0, metavar="MS", help="Time from one machine to another and back."),
     ] = LAN_MILLISECONDS,
     device: Device = options.Device.auto,
     dtype: Annotated[
@@ -264,13 +263,16 @@ async def _by_code(code: InviteCode, peers: tuple[str, ...], *, allow_uncertifie
     async with arrive(code, NetworkConfig(initial_peers=peers, client_mode=True)) as arrival:
         invitation = arrival.invitation
         files = await files_from_members(arrival.node, invitation)
-        if files is not None:
-            # In a thread, because it fetches over this event loop.
-            contents = await asyncio.to_thread(Contents.of, files, allow_uncertified=allow_uncertified)
-        else:
-            contents = Contents.open(
-                invitation.hub, revision=invitation.revision or None, allow_uncertified=allow_uncertified
-            )
+
+        def read() -> Contents:
+            if files is not None:
+                return Contents.of(files, allow_uncertified=allow_uncertified)
+            revision = invitation.revision or None
+            return Contents.open(invitation.hub, revision=revision, allow_uncertified=allow_uncertified)
+
+        contents = await asyncio.to_thread(read)  # which fetches over this event loop
+        if contents.known_fingerprint != invitation.fingerprint:
+            raise UserError("members gave other weights than the invitation names", hint="ask for a fresh code")
         servers = await _servers(arrival.node, contents)
         same = tuple(server for server in servers if server.fingerprint == invitation.fingerprint)
         return Swarm(contents, same, invitation.dtype)

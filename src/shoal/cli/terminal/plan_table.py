@@ -99,11 +99,9 @@ def short_size(nbytes: float) -> str:
 def _about_swarm(facts: Facts) -> Iterator[Text]:
     if (swarm := facts.swarm) is None:
         return
-    line = Text(
-        f"The swarm's {swarm.servers} servers hold {swarm.holds} blocks and could hold {swarm.could_hold}; "
-        if swarm.servers
-        else "The swarm has no server of this model; ",
-    )
+    held, could = f"{swarm.holds} blocks", f"could hold {swarm.could_hold}"
+    who = "The swarm's server holds" if swarm.servers == 1 else f"The swarm's {swarm.servers} servers hold"
+    line = Text(f"{who} {held} and {could}; " if swarm.servers else "The swarm has no server of this model; ")
     missing = f"missing: {format_blocks(swarm.missing)}" if swarm.missing else "none is missing"
     yield line.append(missing, style="yellow" if swarm.missing else "green")
 

@@ -8,10 +8,11 @@ model works without a network.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from shoal.errors import CheckpointError, UserError
 from shoal.model.weights.disk_cache import load_or_compute
 from shoal.model.weights.files import Files, LocalFiles, all_known
 from shoal.model.weights.fingerprint import file_digests
-from shoal.model.weights.safetensors_file import Header, TensorInfo, check_header, read_all, read_header
+from shoal.model.weights.safetensors_file import Header, TensorInfo, check_header, parse_header, read_all, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,16 +142,15 @@ class HubFiles:
         if self.local_files_only:
             raise _not_cached(f"{file} of {self.name}")
         with _translated_errors(self.name):
-            header = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit, token=self.token)
-        return {
-            name: [
-                tensor.dtype,
-                list(tensor.shape),
-                tensor.data_offsets[1] - tensor.data_offsets[0],
-                tensor.data_offsets[1],
-            ]
-            for name, tensor in header.tensors.items()
-        }
+            try:
+                declared = HfApi().parse_safetensors_file_metadata(
+                    self.name, file, revision=self.commit, token=self.token
+                )
+            except (AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
+                raise SafetensorsParsingError(str(error)) from error  # the hub's client expects headers to be right
+        text = json.dumps({name: asdict(tensor) for name, tensor in declared.tensors.items()})
+        header = parse_header(text.encode(), file=f"{file} of {self.name}")
+        return {name: [each.dtype, list(each.shape), each.nbytes, each.end] for name, each in header.items()}
 
     def _fetch(self, file: str, *, size: int, sha256: str) -> None:
         """Download a file into the hub client's cache, or the rest of it if a part is there already."""
