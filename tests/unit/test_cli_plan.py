@@ -167,6 +167,9 @@ def test_a_speed_that_this_machine_has_measured_is_used(capsys) -> None:
     found = planned(capsys, str(STORIES), "--memory", "1GB", "--dtype", "float32")
     assert [form["speed"] for form in found["forms"]] == ["measured", "assumed", "assumed"]
     assert found["forms"][0]["tokens_per_second"] == pytest.approx(4.0, rel=0.02)
+    stated = planned(capsys, str(STORIES), "--memory", "1GB", "--dtype", "float32", "--bandwidth", "900")
+    assert {form["speed"] for form in stated["forms"]} == {"stated"}
+    assert stated["forms"][0]["tokens_per_second"] > 100
     fingerprint = found["model"]["fingerprint"]
     key = measured_speed.weights_key(fingerprint, "none")
     assert measured_speed.last_profile(weights=key, dtype="float32") is not None

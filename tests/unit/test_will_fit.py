@@ -13,7 +13,7 @@ from shoal.peers import Capacity, ServerInfo, ServerState
 from shoal.policy.machines.max_blocks import CACHE_SHARE, cache_tokens
 from shoal.policy.machines.speed_profile import BlockTime, SpeedProfile
 from shoal.policy.routing.costs import HOP_OVERHEAD
-from shoal.policy.will_fit import ASSUMED_BANDWIDTH, ASSUMED_FLOPS, PROMPT_TOKENS, Kind, Load, make_plan
+from shoal.policy.will_fit import DESKTOP, PROMPT_TOKENS, Hardware, Kind, Load, make_plan
 from shoal.spans import Span
 
 LOAD = Load((1000,) * 10, cache_bytes=10, output_bytes=5, read_bytes=1e6, head_bytes=5e6, used_weights=5e5)
@@ -155,26 +155,26 @@ def test_several_holes_need_a_machine_each():
 
 def test_a_token_takes_what_its_network_and_its_memory_take():
     plan = make_plan(LOAD, [Kind("half", room_for(5), 2)], round_trip=ROUND_TRIP)
-    head = LOAD.head_bytes / ASSUMED_BANDWIDTH
+    head = LOAD.head_bytes / DESKTOP.bandwidth
     network = 3 * ROUND_TRIP / 2 + 2 * HOP_OVERHEAD  # a ring over two machines is three trips
-    assert plan.token_seconds == pytest.approx(network + 10 * LOAD.read_bytes / ASSUMED_BANDWIDTH + head)
-    prompt = PROMPT_TOKENS * 2 * 10 * LOAD.used_weights / ASSUMED_FLOPS
+    assert plan.token_seconds == pytest.approx(network + 10 * LOAD.read_bytes / DESKTOP.bandwidth + head)
+    prompt = PROMPT_TOKENS * 2 * 10 * LOAD.used_weights / DESKTOP.flops
     assert plan.first_seconds == pytest.approx(network + prompt + head)
 
 
 def test_a_measured_speed_takes_the_place_of_the_assumed_one():
     profile = SpeedProfile(5, BlockTime(0.0, 0.1), BlockTime(0.0, 0.2), 128, ((1, BlockTime(0.0, 0.1)),))
-    plan = make_plan(LOAD, [Kind("whole", room_for(10))], round_trip=0.0, profile=profile)
-    head = LOAD.head_bytes / ASSUMED_BANDWIDTH
+    plan = make_plan(LOAD, [Kind("whole", room_for(10))], round_trip=0.0, speed=profile)
+    head = LOAD.head_bytes / DESKTOP.bandwidth
     assert plan.token_seconds == pytest.approx(10 * 0.1 + HOP_OVERHEAD + head)
     assert plan.first_seconds == pytest.approx(10 * 0.2 * PROMPT_TOKENS / 128 + HOP_OVERHEAD + head)
 
 
 def test_servers_count_with_the_speed_that_they_announce():
     plan = make_plan(LOAD, [], [server(Span(0, 10))], round_trip=0.0)
-    assert plan.token_seconds == pytest.approx(1 / 100 + HOP_OVERHEAD + LOAD.head_bytes / ASSUMED_BANDWIDTH)
+    assert plan.token_seconds == pytest.approx(1 / 100 + HOP_OVERHEAD + LOAD.head_bytes / DESKTOP.bandwidth)
     silent = make_plan(LOAD, [], [server(Span(0, 10), decode_speed=None, prefill_speed=None)], round_trip=0.0)
-    assumed = (10 * LOAD.read_bytes + LOAD.head_bytes) / ASSUMED_BANDWIDTH
+    assumed = (10 * LOAD.read_bytes + LOAD.head_bytes) / DESKTOP.bandwidth
     assert silent.token_seconds == pytest.approx(assumed + HOP_OVERHEAD)
 
 
@@ -185,3 +185,11 @@ def test_the_cache_is_that_of_the_smallest_machine():
         for free, num_blocks in ((room_for(3), 2), (room_for(8), 8))
     ]
     assert plan.cache_tokens == min(rooms)
+
+
+def test_a_machine_is_as_fast_as_the_user_says():
+    gpu = Hardware(bandwidth=1e12, flops=1e13)
+    plan = make_plan(LOAD, [Kind("whole", room_for(10))], round_trip=0.0, speed=gpu)
+    rest = HOP_OVERHEAD + LOAD.head_bytes / DESKTOP.bandwidth
+    assert plan.token_seconds == pytest.approx(10 * LOAD.read_bytes / 1e12 + rest)
+    assert plan.first_seconds == pytest.approx(PROMPT_TOKENS * 2 * 10 * LOAD.used_weights / 1e13 + rest)

@@ -27,7 +27,7 @@ from shoal.net.addresses import check_peers
 from shoal.peers import ModelInfo
 from shoal.policy.dtypes import swarm_dtype
 from shoal.policy.view import SwarmView
-from shoal.policy.will_fit import PROMPT_TOKENS, Kind, Load, make_plan
+from shoal.policy.will_fit import DESKTOP, PROMPT_TOKENS, Hardware, Kind, Load, make_plan
 from shoal.server.measured_speed import last_profile, weights_key
 
 if TYPE_CHECKING:
@@ -58,6 +58,24 @@ def command(
         float,
         typer.Option(min=0.0, max=60_000.0, metavar="MS", help="Time from one machine to another and back."),
     ] = LAN_MILLISECONDS,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            max=1e6,
+            metavar="GB/S",
+            help="How fast the machines read their memory: 25 is assumed, a desktop; GPUs have hundreds.",
+        ),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1e6,
+            metavar="N",
+            help="What the machines compute, in TFLOP/s: 0.2 is assumed; GPUs have tens.",
+        ),
+    ] = None,
     device: Device = options.Device.auto,
     dtype: Annotated[
         options.DType,
@@ -98,6 +116,7 @@ def command(
         own=own,
         round_trip=round_trip / 1e3,
         dtype=chosen_dtype(dtype.value, swarm),
+        stated=stated_speed(bandwidth, tflops),
     )
     forms = [plan_of(facts, quantization) for quantization in quantizations(swarm.contents)]
     if as_json:
@@ -159,6 +178,15 @@ def own_memory(device: options.Device) -> int:
     return free_memory(choose_device(device.value))
 
 
+def stated_speed(bandwidth: float | None, tflops: float | None) -> Hardware | None:
+    """The speed of the machines as the options say it, `None` if they say nothing."""
+    if bandwidth is None and tflops is None:
+        return None
+    return Hardware(
+        DESKTOP.bandwidth if bandwidth is None else bandwidth * 1e9, DESKTOP.flops if tflops is None else tflops * 1e12
+    )
+
+
 def quantizations(contents: Contents) -> tuple[str, ...]:
     """The forms in which servers can hold a model: one if its weights are quantized already."""
     return ("none",) if contents.stored else tuple(options.Quantization)
@@ -188,15 +216,17 @@ def load_of(contents: Contents, dtype: str, quantization: str) -> Load:
 
 
 def plan_of(facts: Facts, quantization: str) -> Form:
-    """The plan for the model in this form. What this machine has measured of it counts for the others too."""
+    """The plan for the model in this form.
+
+    All machines are as fast as the options say, or as this machine has measured itself for these weights.
+    """
     contents, fingerprint = facts.contents, facts.contents.known_fingerprint
     load = load_of(contents, facts.dtype, quantization)
     profile = None
-    if fingerprint is not None:
+    if fingerprint is not None and facts.stated is None:
         profile = last_profile(weights=weights_key(fingerprint, quantization), dtype=facts.dtype)
-    plan = make_plan(
-        load, facts.kinds, facts.servers or (), round_trip=facts.round_trip, profile=profile, now=time.time()
-    )
+    speed = profile or facts.stated or DESKTOP
+    plan = make_plan(load, facts.kinds, facts.servers or (), round_trip=facts.round_trip, speed=speed, now=time.time())
     return Form(quantization, load, plan, own_holds=load.holds(facts.own), is_measured=profile is not None)
 
 
@@ -244,7 +274,7 @@ def _form_as_dictionary(facts: Facts, form: Form) -> dict[str, Any]:
         "tokens_per_second": None if plan.token_seconds is None else 1 / plan.token_seconds,
         "prompt_tokens": PROMPT_TOKENS,
         "first_token_seconds": plan.first_seconds,
-        "speed": "measured" if form.is_measured else "assumed",
+        "speed": "measured" if form.is_measured else "assumed" if facts.stated is None else "stated",
     }
 
 

@@ -20,10 +20,21 @@ from shoal.spans import Span
 
 PROMPT_TOKENS = 256
 """The prompt whose first token is reckoned: what a client sends around the ring at once."""
-ASSUMED_BANDWIDTH = 25e9
-"""Bytes per second that a machine of unknown speed reads from memory while it decodes: a desktop with two channels."""
-ASSUMED_FLOPS = 2e11
-"""Operations per second that such a machine computes while it reads a prompt: a desktop of a few cores."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """How fast machines are of which no more is known: a desktop's processor, unless the user says another.
+
+    While it decodes, a machine reads `bandwidth` bytes of its memory a second; while it reads a prompt, it computes
+    `flops` operations a second.
+    """
+
+    bandwidth: float = 25e9
+    flops: float = 2e11
+
+
+DESKTOP = Hardware()
 
 
 @dataclass(frozen=True)
@@ -121,15 +132,15 @@ def make_plan(
     servers: Iterable[ServerInfo] = (),
     *,
     round_trip: float,
-    profile: SpeedProfile | None = None,
+    speed: SpeedProfile | Hardware = DESKTOP,
     now: float = 0.0,
 ) -> Plan:
     """The plan for a model in one form, for machines that would join, and for servers that are there, at `now`.
 
     Blocks that servers have stay with them if the machines hold the others. Otherwise the servers that can move take
-    part as the machines do, with as many blocks as they announce that they could hold. `profile` has passes that were
-    measured on such a machine; without it, speeds are assumed. `round_trip` is the time in seconds from each machine to
-    each other one and back, where servers announce no other; `now` is the Unix time.
+    part as the machines do, with as many blocks as they announce that they could hold. `speed` is that of each machine:
+    passes that were measured with this model in this form, or what is assumed. `round_trip` is the time in seconds from
+    each machine to each other one and back, where servers announce no other; `now` is the Unix time.
     """
     there = [each for each in servers if each.state is not ServerState.LEAVING]
     holds = tuple(load.holds(kind.free_bytes) for kind in kinds)
@@ -152,12 +163,12 @@ def make_plan(
         elsewhere, still_missing = _placed(load.num_blocks, pinned, [*joining, *movable])
         if not still_missing:
             placed, missing, staying, moves = elsewhere, still_missing, pinned, True
-    parts = tuple(_part(spare, span, load, profile, number=number) for number, (spare, span) in enumerate(placed))
+    parts = tuple(_part(spare, span, load, speed, number=number) for number, (spare, span) in enumerate(placed))
     total = could_hold + sum(kind.count * most for kind, most in zip(kinds, holds, strict=True))
     routes = None
     if not missing:
-        routes = _route(load, staying, [part.server for part in parts], round_trip, profile)
-    head = load.head_bytes / ASSUMED_BANDWIDTH
+        routes = _route(load, staying, [part.server for part in parts], round_trip, speed)
+    head = load.head_bytes / DESKTOP.bandwidth  # the client may be any machine
     rooms = [load.cache_tokens(spare.kind.free_bytes, len(span)) for spare, span in placed if spare.kind is not None]
     return Plan(
         holds=holds,
@@ -209,15 +220,15 @@ def _more(missing: Sequence[int], holds: int) -> int | None:
     return sum(-(-len(gap) // holds) for gap in _gaps(missing))
 
 
-def _part(spare: _Spare, span: Span, load: Load, profile: SpeedProfile | None, *, number: int) -> Part:
+def _part(spare: _Spare, span: Span, load: Load, speed: SpeedProfile | Hardware, *, number: int) -> Part:
     if spare.server is not None:
-        server = _with_speeds(spare.server, load, profile)
+        server = _with_speeds(spare.server, load, speed)
         factor = len(server.span) / len(span)  # a block takes as long as before
         decode, prefill = (server.decode_speed or 0.0) * factor, (server.prefill_speed or 0.0) * factor
         moved = replace(server, span=span, decode_speed=decode, prefill_speed=prefill)
         return Part(server.name or server.peer[-6:], span, moved)
     assert spare.kind is not None
-    decode, prefill = _speeds(load, len(span), profile)
+    decode, prefill = _speeds(load, len(span), speed)
     server = ServerInfo(
         peer=f"machine-{number:06d}",
         span=span,
@@ -233,18 +244,18 @@ def _part(spare: _Spare, span: Span, load: Load, profile: SpeedProfile | None, *
     return Part(spare.kind.name, span, server)
 
 
-def _speeds(load: Load, num_blocks: int, profile: SpeedProfile | None) -> tuple[float, float]:
+def _speeds(load: Load, num_blocks: int, speed: SpeedProfile | Hardware) -> tuple[float, float]:
     """Tokens per second of one text, and of a prompt, through so many blocks: as measured, or as assumed."""
-    if profile is not None:
-        return profile.decode_speed(num_blocks), profile.prefill_speed(num_blocks)
-    decode = ASSUMED_BANDWIDTH / max(1.0, num_blocks * load.read_bytes)
-    prefill = ASSUMED_FLOPS / max(1.0, 2 * num_blocks * load.used_weights)
+    if isinstance(speed, SpeedProfile):
+        return speed.decode_speed(num_blocks), speed.prefill_speed(num_blocks)
+    decode = speed.bandwidth / max(1.0, num_blocks * load.read_bytes)
+    prefill = speed.flops / max(1.0, 2 * num_blocks * load.used_weights)
     return min(MAX_SPEED, decode), min(MAX_SPEED, prefill)
 
 
-def _with_speeds(server: ServerInfo, load: Load, profile: SpeedProfile | None) -> ServerInfo:
+def _with_speeds(server: ServerInfo, load: Load, speed: SpeedProfile | Hardware) -> ServerInfo:
     """A server with the speeds that it announces, or else those that a machine of unknown speed is assumed to have."""
-    decode, prefill = _speeds(load, len(server.span), profile)
+    decode, prefill = _speeds(load, len(server.span), speed)
     return replace(server, decode_speed=server.decode_speed or decode, prefill_speed=server.prefill_speed or prefill)
 
 
@@ -253,10 +264,10 @@ def _route(
     servers: Sequence[ServerInfo],
     joining: Sequence[ServerInfo],
     round_trip: float,
-    profile: SpeedProfile | None,
+    speed: SpeedProfile | Hardware,
 ) -> tuple[Route, Route]:
     """The fastest route of a token, and the same one for a prompt."""
-    everyone = [*(_with_speeds(each, load, profile) for each in servers), *joining]
+    everyone = [*(_with_speeds(each, load, speed) for each in servers), *joining]
     links = tuple((short(each.peer), round_trip) for each in everyone)
     new = {each.peer for each in joining}
     linked = tuple(replace(each, round_trips=links) if each.peer in new else each for each in everyone)

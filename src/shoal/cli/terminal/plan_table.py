@@ -14,7 +14,7 @@ from shoal.cli.terminal.console import UNKNOWN, figure
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.machines.machine import machine_of
 from shoal.policy.view import SwarmView, format_blocks
-from shoal.policy.will_fit import ASSUMED_BANDWIDTH, ASSUMED_FLOPS, PROMPT_TOKENS, Kind, Load, Plan
+from shoal.policy.will_fit import DESKTOP, PROMPT_TOKENS, Hardware, Kind, Load, Plan
 
 if TYPE_CHECKING:
     from shoal.model.weights.contents import Contents
@@ -39,7 +39,8 @@ class SwarmFacts:
 class Facts:
     """What a plan is made for. `servers` are those of the swarm, `None` without one.
 
-    `own` are the free bytes of this machine, `round_trip` is in seconds.
+    `own` are the free bytes of this machine, `round_trip` is in seconds. `stated` is how fast the user says that the
+    machines are.
     """
 
     contents: Contents
@@ -48,6 +49,7 @@ class Facts:
     own: int
     round_trip: float
     dtype: str
+    stated: Hardware | None = None
 
     @property
     def swarm(self) -> SwarmFacts | None:
@@ -182,10 +184,12 @@ def _verdict(facts: Facts, forms: Sequence[Form]) -> Iterator[Text]:
     if all(form.is_measured for form in fitting):
         yield Text(f"Speeds: as this machine measured them for this model, and {trip}.", style="dim")
         return
-    which = "" if not any(form.is_measured for form in fitting) else " where this machine has not measured them"
+    hardware = facts.stated or DESKTOP
+    kind = "are assumed" if facts.stated is None else "are as stated"
+    unless = ", where this machine has not measured them" if any(form.is_measured for form in fitting) else ""
     yield Text(
-        f"Speeds are assumed{which}: {ASSUMED_BANDWIDTH / 1e9:.0f} GB/s of memory and {ASSUMED_FLOPS / 1e9:.0f} "
-        f"GFLOP/s in each new machine, and {trip}. A server measures its own.",
+        f"Speeds {kind}{unless}: {hardware.bandwidth / 1e9:,.4g} GB/s of memory and {hardware.flops / 1e12:,.4g} "
+        f"TFLOP/s in each new machine, and {trip}. A server measures its own.",
         style="dim",
     )
 
