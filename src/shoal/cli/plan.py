@@ -101,6 +101,7 @@ def command(
     if code is None:
         check_model(model)
     with waiting("Reading what the model consists of") as reporter:
+        own = own_memory(device)  # before this process itself takes more
         if code is not None:
             swarm = asyncio.run(_by_code(code, peers, allow_uncertified=allow_uncertified))
         else:
@@ -108,7 +109,6 @@ def command(
             if peers:
                 reporter.show("Asking the swarm")
                 swarm = asyncio.run(_by_peers(swarm.contents, peers))
-        own = own_memory(device)
     facts = Facts(
         contents=swarm.contents,
         servers=swarm.servers,
@@ -130,7 +130,7 @@ def command(
 
 @dataclass(frozen=True)
 class Swarm:
-    """A model, and the servers that have it now. The invitation's `dtype` is that of the swarm."""
+    """A model, and the servers that have it now, all of the same weights. `dtype` is that of the invitation."""
 
     contents: Contents
     servers: tuple[ServerInfo, ...] | None = None
@@ -196,11 +196,9 @@ def chosen_dtype(wanted: str, swarm: Swarm) -> str:
     """The dtype that servers which join would compute in."""
     if wanted != "auto":
         return wanted
-    servers = swarm.servers or ()
-    weights = Counter(server.fingerprint for server in servers).most_common(1)
-    own, view = swarm.contents.dtype, SwarmView(swarm.contents.num_blocks, servers)
-    of_servers = swarm_dtype(view, fingerprint=weights[0][0], own=own) if weights else None
-    return of_servers or swarm.dtype or own
+    own, view = swarm.contents.dtype, SwarmView(swarm.contents.num_blocks, swarm.servers or ())
+    weights = {server.fingerprint for server in view.servers}  # one, or none
+    return next((swarm_dtype(view, fingerprint=each, own=own) for each in weights), None) or swarm.dtype or own
 
 
 def load_of(contents: Contents, dtype: str, quantization: str) -> Load:
@@ -279,11 +277,13 @@ def _form_as_dictionary(facts: Facts, form: Form) -> dict[str, Any]:
 
 
 async def _by_peers(contents: Contents, peers: tuple[str, ...]) -> Swarm:
-    """The servers of a model in the swarm of these peers."""
+    """The servers of a model in the swarm of these peers: those of its own weights, or else of the most common ones."""
     from shoal.net import join
 
     async with join(NetworkConfig(initial_peers=peers, client_mode=True)) as node:
-        return Swarm(contents, await _servers(node, contents))
+        servers = await _servers(node, contents)
+    weights = Counter(server.fingerprint for server in servers).most_common(1)
+    return Swarm(contents, _with_weights(servers, contents.known_fingerprint or (weights[0][0] if weights else "")))
 
 
 async def _by_code(code: InviteCode, peers: tuple[str, ...], *, allow_uncertified: bool) -> Swarm:
@@ -304,11 +304,14 @@ async def _by_code(code: InviteCode, peers: tuple[str, ...], *, allow_uncertifie
         if contents.known_fingerprint != invitation.fingerprint:
             raise UserError("members gave other weights than the invitation names", hint="ask for a fresh code")
         servers = await _servers(arrival.node, contents)
-        same = tuple(server for server in servers if server.fingerprint == invitation.fingerprint)
-        return Swarm(contents, same, invitation.dtype)
+        return Swarm(contents, _with_weights(servers, invitation.fingerprint), invitation.dtype)
 
 
 async def _servers(node: Node, contents: Contents) -> tuple[ServerInfo, ...]:
     return await node.directory.servers(
         ModelInfo(contents.key, contents.name, contents.model_type, contents.num_blocks)
     )
+
+
+def _with_weights(servers: Sequence[ServerInfo], fingerprint: str) -> tuple[ServerInfo, ...]:
+    return tuple(server for server in servers if server.fingerprint == fingerprint)
