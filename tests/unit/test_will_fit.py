@@ -74,7 +74,7 @@ def stays(info: ServerInfo) -> bool:
 def test_what_fits_adds_up(swarm):
     load, kinds, servers = swarm
     plan = make_plan(load, kinds, servers, round_trip=ROUND_TRIP)
-    there = [each for each in servers if each.state is not ServerState.LEAVING]
+    there = [each for each in servers if each.state.counts]
     moved = {part.server.peer for part in plan.parts} & {each.peer for each in there}
     held = {block for part in plan.parts for block in part.span}
     held |= {block for each in there if not plan.moves or stays(each) for block in each.span}
@@ -141,8 +141,9 @@ def test_servers_move_only_if_the_model_does_not_fit_otherwise():
     assert make_plan(LOAD, [], stays, round_trip=ROUND_TRIP).missing == (5, 6, 7, 8, 9)
 
 
-def test_a_server_that_leaves_does_not_count():
-    plan = make_plan(LOAD, [], [server(Span(0, 10), most=10, state=ServerState.LEAVING)], round_trip=ROUND_TRIP)
+@pytest.mark.parametrize("state", [ServerState.LEAVING, ServerState.UNREACHABLE])
+def test_a_server_that_leaves_or_cannot_be_reached_does_not_count(state: ServerState):
+    plan = make_plan(LOAD, [], [server(Span(0, 10), most=10, state=state)], round_trip=ROUND_TRIP)
     assert (len(plan.missing), plan.copies) == (10, 0.0)
 
 

@@ -142,7 +142,7 @@ def make_plan(
     passes that were measured with this model in this form, or what is assumed. `round_trip` is the time in seconds from
     each machine to each other one and back, where servers announce no other; `now` is the Unix time.
     """
-    there = [each for each in servers if each.state is not ServerState.LEAVING]
+    there = [each for each in servers if each.state.counts]
     holds = tuple(load.holds(kind.free_bytes) for kind in kinds)
     joining = [
         _Spare(most, kind=kind)

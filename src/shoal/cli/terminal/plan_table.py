@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.cli.terminal.console import UNKNOWN, figure
-from shoal.peers import ServerInfo, ServerState
+from shoal.peers import ServerInfo
 from shoal.policy.machines.machine import machine_of
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.will_fit import DESKTOP, PROMPT_TOKENS, Hardware, Kind, Load, Plan
@@ -56,13 +56,13 @@ class Facts:
         """The servers in short."""
         if self.servers is None:
             return None
-        there = [each for each in self.servers if each.state is not ServerState.LEAVING]
+        there, most = [each for each in self.servers if each.state.counts], self.contents.num_blocks
         machines = [each for server in there if (each := machine_of(server, now=0.0)) is not None]
         return SwarmFacts(
             servers=len(there),
             holds=sum(len(server.span) for server in there),
-            could_hold=sum(len(each.span or ()) if not each.movable else each.max_blocks for each in machines),
-            missing=tuple(SwarmView(self.contents.num_blocks, tuple(there)).missing()),
+            could_hold=sum(min(each.max_blocks, most) if each.movable else len(each.span or ()) for each in machines),
+            missing=tuple(SwarmView(most, tuple(there)).missing()),
         )
 
 
