@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from shoal.bundled import STORIES
-from shoal.cli import serve_output
 from shoal.cli.generate import load_tokenizer
-from shoal.cli.serve_output import describe
+from shoal.cli.terminal import serve_output
+from shoal.cli.terminal.serve_output import describe
 from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, Way
 from shoal.model.weights.files import LocalFiles

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli import chat, demo, dht, doctor, gateway, generate, invite, join, serve, status, up
+from shoal.cli import chat, demo, dht, doctor, gateway, generate, invite, join, plan, serve, status, up
 from shoal.cli.options import spread_peers
 from shoal.cli.terminal.console import WrongUsage, is_debugging, print_error, start_logging, stderr
 from shoal.cli.terminal.grouped_help import GroupedCommand
@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, up, join, serve, invite, dht, gateway, generate, chat, status, doctor):
+for command in (demo, plan, up, join, serve, invite, dht, gateway, generate, chat, status, doctor):
     app.command(command.__name__.rpartition(".")[2], cls=GroupedCommand)(command.command)
 
 

@@ -14,7 +14,6 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
-from shoal.cli.serve_output import describe
 from shoal.cli.terminal.console import (
     ProgressReporter,
     WrongUsage,
@@ -22,6 +21,7 @@ from shoal.cli.terminal.console import (
     start_logging,
     waiting,
 )
+from shoal.cli.terminal.serve_output import describe
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, ways_of
 from shoal.large_imports import large_imports

@@ -7,6 +7,7 @@ from typing import Any
 import typer.core
 
 GROUPS = {
+    "Machines": {"memory", "round_trip", "bandwidth", "tflops"},
     "Swarm": {"new_swarm", "initial_peers"},
     "Model": {
         *("blocks", "num_blocks", "placement", "move"),
