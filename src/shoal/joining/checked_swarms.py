@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from shoal.concurrency import owned_task
 from shoal.errors import SwarmError
 from shoal.joining.asking import first_answer, invitation_from
 from shoal.joining.heard_swarms import HeardSwarm
@@ -30,7 +31,7 @@ CHECK_SECONDS = 6.0
 class Dialler(Protocol):
     """How members are reached; tests have a network in memory."""
 
-    async def find(self, addresses: Sequence[str]) -> Sequence[str]:
+    async def find(self, addresses: Sequence[str]) -> tuple[str, ...]:
         """The addresses with the ids of the peers that answer there."""
 
     def node(self) -> AbstractAsyncContextManager[Node]:
@@ -40,7 +41,7 @@ class Dialler(Protocol):
 class Libp2pDialler:
     """Dials over libp2p."""
 
-    async def find(self, addresses: Sequence[str]) -> Sequence[str]:
+    async def find(self, addresses: Sequence[str]) -> tuple[str, ...]:
         """See `Dialler`."""
         return await find_peers(addresses, seconds=DIAL_SECONDS)
 
@@ -62,11 +63,11 @@ async def checked(
 
     async def check_all() -> None:
         near = {way.address for swarm in swarms for way in swarm.ways if is_in_networks(way.host, interfaces)}
-        answers = await dialler.find(sorted(near))
-        peers = {address.rpartition("/p2p/")[0]: address for address in answers}
-        async with dialler.node() as node, asyncio.TaskGroup() as tasks:
-            for swarm in swarms:
-                tasks.create_task(check_one(node, swarm, peers))
+        async with owned_task(dialler.find(sorted(near))) as finding, dialler.node() as node:
+            peers = {address.rpartition("/p2p/")[0]: address for address in await finding}
+            async with asyncio.TaskGroup() as tasks:
+                for swarm in swarms:
+                    tasks.create_task(check_one(node, swarm, peers))
 
     async def check_one(node: Node, swarm: HeardSwarm, peers: Mapping[str, str]) -> None:
         good: set[str] = set()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from shoal.joining.lan import Lan
     from shoal.net.own_addresses import Interface
 
+_HOW = "use one of the lines above"
+_ASK = "ask a member for a code, which `shoal invite` prints"
 LISTENING = "Listening for swarms on the local network"
 
 
@@ -35,6 +37,7 @@ def choose_swarm(*, yes: bool) -> InviteCode:
     interfaces = lan_interfaces()
     swarms = hear_swarms(MulticastLan(), interfaces)
     with waiting("Importing the network"), large_imports():
+        import shoal.net.libp2p.dht_directory  # noqa: F401 - imported here because the import is slow
         from shoal.joining.checked_swarms import Libp2pDialler
     shown = check_swarms(swarms[:MAX_SWARMS], interfaces, Libp2pDialler())
     print("\n".join(listed(shown, num_more=len(swarms) - len(shown))), flush=True)
@@ -44,17 +47,15 @@ def choose_swarm(*, yes: bool) -> InviteCode:
 
 def hear_swarms(lan: Lan, interfaces: Sequence[Interface]) -> tuple[HeardSwarm, ...]:
     """The swarms that members announce by these interfaces. Raises `SwarmError` if there are none."""
-    hint = "`shoal join CODE` joins from anywhere: ask a member for a code, which `shoal invite` prints"
     if not interfaces:
-        raise SwarmError("this machine is in no local network", hint=hint)
+        raise SwarmError("this machine is in no local network", hint=f"{_ASK}, and use `shoal join CODE`")
     with waiting(LISTENING) as reporter:
         swarms = asyncio.run(listen(lan, interfaces, report=lambda hearing: _show(reporter, hearing)))
     if not swarms:
         networks = ", ".join(sorted({str(each.network) for each in interfaces}))
         raise SwarmError(
             f"no swarm is heard on the local network ({networks})",
-            hint="members are heard by multicast DNS, UDP port 5353: firewalls and guest networks may stop it, and "
-            f"servers may not announce themselves (--no-lan). {hint}",
+            hint=f"does a firewall or a guest network stop multicast DNS (UDP port 5353)? Else {_ASK}",
         )
     return swarms
 
@@ -102,7 +103,7 @@ def choose(swarms: Sequence[HeardSwarm], *, yes: bool, ask: Callable[[str], str]
         raise WrongUsage(f"{len(swarms)} swarms are heard, and --yes takes the only one", hint=_HOW)
     if ask is None:
         raise WrongUsage(
-            "which swarm? This is no terminal, so it cannot be asked", hint=f"{_HOW}; --yes takes the only one"
+            "which swarm? stdin is not a terminal, so you cannot be asked", hint=f"{_HOW}; --yes takes the only one"
         )
     question = "Join it? [Y/n] " if is_only else f"Which one? [1-{len(swarms)}, n for none] "
     while True:
@@ -116,9 +117,6 @@ def choose(swarms: Sequence[HeardSwarm], *, yes: bool, ask: Callable[[str], str]
             return swarms[0]
         if answer.isascii() and answer.isdigit() and 0 < int(answer[:4]) <= len(swarms):
             return swarms[int(answer[:4]) - 1]
-
-
-_HOW = "use one of the lines above"
 
 
 def _count(number: int, what: str) -> str:
