@@ -128,7 +128,7 @@ def test_a_member_that_cannot_prove_the_code_leaves_a_swarm_as_it_was_said(answe
     swarm = heard(STORIES.digest, "192.168.1.7")
     found, _, took = check([swarm], arrange)
     assert found == (swarm,)
-    assert took <= CHECK_SECONDS
+    assert took < CHECK_SECONDS + 0.001
 
 
 def test_members_that_prove_the_code_come_first_in_it() -> None:
@@ -151,7 +151,7 @@ def test_a_swarm_that_stalls_does_not_hide_another() -> None:
         [heard(STORIES.digest, "192.168.1.7"), heard(OTHER.digest, "192.168.1.8")], arrange
     )
     assert (stalls.invitation, other.invitation) == (None, OTHER)
-    assert took == CHECK_SECONDS
+    assert took == pytest.approx(CHECK_SECONDS)
 
 
 def test_an_announcement_makes_a_machine_dial_its_local_network_only() -> None:

@@ -166,10 +166,8 @@ def test_addresses_in_local_networks_are_those_of_interfaces_that_others_share(m
         "tun0": ("up,pointopoint,running,noarp,multicast", [has("10.8.0.2", quarter)]),
         "wg0": ("up,running,noarp", [has("10.9.0.2", quarter)]),
     }
-    monkeypatch.setattr(
-        psutil, "net_if_stats", lambda: {name: SimpleNamespace(flags=each) for name, (each, _) in given.items()}
-    )
-    monkeypatch.setattr(
-        psutil, "net_if_addrs", lambda: {name: each for name, (_, each) in given.items()} | {"gone": []}
-    )
+    stats = {name: SimpleNamespace(flags=flags) for name, (flags, _) in given.items()}
+    addresses = {name: each for name, (_, each) in given.items()}
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: stats)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"just gone": addresses["wlan0"], **addresses})
     assert [str(each) for each in lan_interfaces()] == ["169.254.3.4/16", "192.168.1.7/24", "fd00::7/64"]

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 from shoal.errors import SwarmError, UserError
 from shoal.joining.invitation import FORMS, Invitation
 from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, Way, ways_of
-from shoal.protocol import MAX_BLOCKS
 from shoal.spans import Span
 
 if TYPE_CHECKING:
@@ -50,6 +49,8 @@ class Announcement:
     @classmethod
     def parse(cls, record: Record) -> Announcement:
         """The reverse of `record`, which a stranger may have written. Raises `SwarmError` for anything else."""
+        from shoal.protocol import MAX_BLOCKS  # here, because it takes a third of the time of `shoal --help`
+
         values = {key: _text(record.get(key.encode())) for key in ("v", "code", "model", "blocks", "of")}
         forms = {key: _text(record.get(key.encode())) for key in ("dtype", "quantization")}
         if values["v"] != _VERSION:

@@ -135,5 +135,6 @@ def _translated() -> Iterator[None]:
         yield
     except (Error, OSError, RuntimeError) as failure:  # RuntimeError: an interface has just gone
         raise SwarmError(
-            f"multicast DNS (UDP port 5353) does not work here: {failure or type(failure).__name__}"
+            f"multicast DNS (UDP port 5353) does not work here: {failure or type(failure).__name__}",
+            hint="a firewall or a program that holds the port may be in its way; an invite code works without it",
         ) from None

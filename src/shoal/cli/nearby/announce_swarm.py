@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +13,7 @@ from shoal.joining.invite_code import InviteCode
 from shoal.net import NetworkConfig
 
 if TYPE_CHECKING:
-    from shoal.joining.lan import Announcement
+    from shoal.joining.lan import Announcement, Lan
     from shoal.net.own_addresses import Interface
     from shoal.server.server import Server
 
@@ -34,26 +34,42 @@ def came_by(code: InviteCode | None, network: NetworkConfig) -> tuple[str, ...]:
     return (*network.initial_peers, *(() if code is None else code.addresses))
 
 
-async def announce_swarm(server: Server, by: Sequence[str], *, asked: bool | None) -> None:
+async def announce_swarm(
+    server: Server,
+    by: Sequence[str],
+    *,
+    asked: bool | None,
+    lan: Lan | None = None,
+    own: Callable[[], Sequence[Interface]] | None = None,
+) -> None:
     """Announce it once the server can invite others, and take that back when this is cancelled.
 
-    `by`: the multiaddresses by which the server has joined. `asked`: what the user wants; None if they said nothing. A
-    failure is logged and ends nothing.
+    `by`: the multiaddresses by which the server has joined. `asked`: what the user wants; None if they said nothing.
+    `lan` and `own` are multicast DNS and this machine's interfaces, except in tests. A failure is logged and ends
+    nothing.
     """
     if asked is False:
         return
     try:
-        await _announce(server, by, asked=asked)
+        await _announce(server, by, asked=asked, lan=lan, own=own)
     except Exception:  # a defect must not end a server that serves
         log.exception("this swarm is not announced on the local network")
 
 
-async def _announce(server: Server, by: Sequence[str], *, asked: bool | None) -> None:
+async def _announce(
+    server: Server,
+    by: Sequence[str],
+    *,
+    asked: bool | None,
+    lan: Lan | None,
+    own: Callable[[], Sequence[Interface]] | None,
+) -> None:
     from shoal.joining.keep_announced import keep_announced, networks_to_tell
     from shoal.joining.lan import announcement_of, ways_at
     from shoal.net.own_addresses import lan_interfaces
 
-    told = networks_to_tell(by, lan_interfaces(), asked=asked)
+    own = own or lan_interfaces
+    told = networks_to_tell(by, own(), asked=asked)
     if not ways_at(server.info.addresses, list(told)):
         if asked:
             log.warning("this swarm is not announced: the server has no address in a local network")
@@ -65,16 +81,11 @@ async def _announce(server: Server, by: Sequence[str], *, asked: bool | None) ->
         info = server.info
         return announcement_of(invitation, info.addresses, interfaces, info.span, server.model.num_blocks)
 
-    from shoal.joining.multicast import MulticastLan
+    if lan is None:
+        from shoal.joining.multicast import MulticastLan
 
-    await keep_announced(
-        MulticastLan(),
-        told,
-        own=lan_interfaces,
-        addresses=lambda: server.info.addresses,
-        describe=describe,
-        report=_tell,
-    )
+        lan = MulticastLan()
+    await keep_announced(lan, told, own=own, addresses=lambda: server.info.addresses, describe=describe, report=_tell)
 
 
 def _tell(interfaces: Sequence[Interface]) -> None:
