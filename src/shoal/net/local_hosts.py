@@ -1,4 +1,7 @@
-"""IP addresses that only their own machine, or only a local network, can use. Imports nothing slow."""
+"""IP addresses that only their own machine, or a local network, can use, and such as are known everywhere.
+
+Imports nothing slow.
+"""
 
 from __future__ import annotations
 
@@ -22,3 +25,11 @@ def is_in_a_lan(host: str) -> bool:
     """Whether an IP address is one of a local network, by its number. Those of IPv6's link-local kind need a scope."""
     address = ipaddress.ip_address(host)
     return address not in _DOCKER and any(address in network for network in _LANS)
+
+
+def is_public_host(host: str) -> bool:
+    """Whether a host is a name, or an IP address that is known everywhere. `::` and `0.0.0.0` are not."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_global
+    except ValueError:
+        return True

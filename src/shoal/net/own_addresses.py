@@ -6,13 +6,14 @@ import contextlib
 import ipaddress
 import re
 import socket
+from collections.abc import Sequence
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import TypeAlias
 
 import psutil
 
-from shoal.net.addresses import listen_addresses
-from shoal.net.local_hosts import is_in_a_lan
+from shoal.net.addresses import ALL_HOSTS, listen_addresses
+from shoal.net.local_hosts import is_in_a_lan, is_public_host
 
 Interface: TypeAlias = IPv4Interface | IPv6Interface
 """An IP address of this machine, and the network that it is in."""
@@ -66,6 +67,19 @@ def lan_interfaces() -> tuple[Interface, ...]:
                 if is_in_a_lan(each.address):
                     found.add(ipaddress.ip_interface(f"{each.address}/{bits}"))
     return tuple(sorted(found, key=lambda each: (each.version, each.packed)))
+
+
+def has_public_address(listen: Sequence[str], announce: Sequence[str]) -> bool:
+    """Whether a machine that listens on these addresses, and announces those, has one that is known everywhere."""
+    hosts = [address.split("/")[2] for address in announce or listen]
+    if not set(hosts).isdisjoint(ALL_HOSTS):
+        hosts += [
+            each.address
+            for addresses in psutil.net_if_addrs().values()
+            for each in addresses
+            if each.family in (socket.AF_INET, socket.AF_INET6)
+        ]
+    return any(map(is_public_host, hosts))
 
 
 def _any_port() -> int:
