@@ -55,7 +55,7 @@ class Libp2pDialler:
 async def checked(
     swarms: Sequence[HeardSwarm], interfaces: Sequence[Interface], dialler: Dialler, *, seconds: float = CHECK_SECONDS
 ) -> tuple[HeardSwarm, ...]:
-    """The swarms, with the invitations of those whose members give them in time, and with these members' ways first.
+    """The swarms, each with its invitation if a member gives it in time, and with the ways to such members first.
 
     Only hosts in the networks of these interfaces are dialled: an announcement cannot make this machine contact others.
     """
