@@ -226,7 +226,8 @@ def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
     if not peers:
         raise WrongUsage(
             "which swarm? No --initial-peers are given",
-            hint=f"pass an address or an invite code that shoal serve printed, or set {INITIAL_PEERS}",
+            hint=f"pass an address or an invite code that shoal serve printed, or set {INITIAL_PEERS}; "
+            "`shoal join` lists the swarms of the local network",
         )
     return check_peers(peers)
 

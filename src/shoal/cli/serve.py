@@ -8,12 +8,13 @@ import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli import options
 from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
+from shoal.cli.nearby.announce_swarm import OnLan, announce_swarm, came_by
 from shoal.cli.terminal.console import (
     ProgressReporter,
     WrongUsage,
@@ -23,6 +24,7 @@ from shoal.cli.terminal.console import (
 )
 from shoal.cli.terminal.serve_output import describe
 from shoal.client.options.client_options import INITIAL_PEERS
+from shoal.concurrency import owned_task
 from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, ways_of
 from shoal.large_imports import large_imports
 from shoal.model.weights.location import check_model, folder_of
@@ -172,6 +174,7 @@ def command(
     identity: options.IdentityFile = None,
     announce: options.Announce = None,
     relay: options.Relay = None,
+    lan: OnLan = None,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
@@ -199,20 +202,22 @@ def command(
             "neither --new-swarm nor --initial-peers is given",
             hint=f"start a new swarm with --new-swarm, or join one with --initial-peers (or ${INITIAL_PEERS})",
         )
-    if blocks is not None and num_blocks is not None:
-        raise WrongUsage(
-            "--blocks and --num-blocks exclude each other", hint="--blocks 0:8 gives both the blocks and their number"
-        )
-    span, server_name = _parse_span(blocks), options.server_name(name, socket.gethostname())
-    zone_name = checked_zone(zone)
+    span, server_name = check_options(
+        blocks=blocks,
+        num_blocks=num_blocks,
+        name=name,
+        zone=zone,
+        adapter=adapter,
+        host=host,
+        announce=announce,
+        relay=relay,
+    )
     network = NetworkConfig(
         initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
     )
     check_addresses(network)
     if code is None:
         check_model(model)
-    for each in adapter or ():
-        folder_of(each)
 
     with waiting("Importing PyTorch and Transformers"), large_imports():
         import torch
@@ -251,16 +256,16 @@ def command(
             drain_seconds=drain_timeout,
             upload_limit=None if upload_limit is None else upload_limit * 1e6,
             name=server_name,
-            zone=zone_name,
+            zone=zone,
             allow_uncertified=allow_uncertified,
         )
         torch.set_num_threads(
             1
         )  # of the event loop's thread; the compute thread has its own, see shoal.server.executor
-        run_until_signalled(_serve(config, replace(network, identity=path), code))
+        run_until_signalled(_serve(config, replace(network, identity=path), code, lan=lan))
 
 
-async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode | None) -> None:
+async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode | None, *, lan: bool | None) -> None:
     from shoal.server.server import serve
     from shoal.server.startup_progress import Phase, Progress
 
@@ -281,6 +286,7 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
             async with (
                 in_swarm(config, network, code, reporter) as (node, config),
                 serve(config, node, report=show) as server,
+                owned_task(announce_swarm(server, came_by(code, network), asked=lan)),
             ):
                 reporter.stop()
                 is_up = True
@@ -332,6 +338,31 @@ async def in_swarm(
             quantization=invitation.quantization if config.quantization == "none" else config.quantization,
         )
         yield arrival.node, completed
+
+
+def check_options(
+    *,
+    blocks: str | None,
+    num_blocks: int | None,
+    name: str | None,
+    zone: str | None,
+    adapter: list[str] | None,
+    host: str | None,
+    announce: list[str] | None,
+    relay: list[str] | None,
+    **_: Any,
+) -> tuple[Span | None, str]:
+    """The blocks to serve, and the server's name. Raises `UserError` for what cannot be right; it takes no time."""
+    if blocks is not None and num_blocks is not None:
+        raise WrongUsage(
+            "--blocks and --num-blocks exclude each other", hint="--blocks 0:8 gives both the blocks and their number"
+        )
+    found = _parse_span(blocks), options.server_name(name, socket.gethostname())
+    checked_zone(zone)
+    check_addresses(NetworkConfig(host=host, announce=tuple(announce or ()), relays=tuple(relay or ())))
+    for each in adapter or ():
+        folder_of(each)
+    return found
 
 
 async def _remind(reporter: ProgressReporter) -> None:

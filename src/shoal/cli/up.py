@@ -12,6 +12,7 @@ import typer
 
 from shoal.cli import options, serve
 from shoal.cli.long_running import end_with_parent
+from shoal.cli.nearby.announce_swarm import OnLan
 from shoal.cli.terminal.console import WrongUsage, start_logging, stdout
 from shoal.errors import SwarmError
 from shoal.joining.invite_code import InviteCode, is_code, is_for_this_machine
@@ -48,6 +49,7 @@ def command(
     ] = None,
     host: options.Host = None,
     port: options.Port = 0,
+    lan: OnLan = None,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
@@ -69,7 +71,8 @@ def command(
     answering = _options({"--host": http_host, "--port": str(http_port)})
     keys = [part for key in api_key or () for part in ("--api-key", key)]
     log = ["--verbose"] if verbose else []
-    hold = ("serve", model, "--new-swarm", "--serve-head", *form, *serving, *listening, *log)
+    near = [] if lan is None else ["--lan" if lan else "--no-lan"]
+    hold = ("serve", model, "--new-swarm", "--serve-head", *form, *serving, *listening, *near, *log)
     ask = ("gateway", model, "--remote-head", *form, *answering, *keys, *log)
     with (
         contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
@@ -96,12 +99,11 @@ def _wait(children: Children, child: Child) -> None:
 
 
 def _watch(children: Children, server: Child, check: Callable[[], None]) -> None:
-    """Print the code when it is there, and wait until a child ends. Raises `SwarmError` then."""
-    shown = False
+    """Print the code and where it is announced when that is known, until a child ends. Raises `SwarmError` then."""
+    to_show = {"code": _print_code, "lan": _print_lan}
     while not (ended := _ended(children.running)):
-        if not shown and "code" in server.facts:
-            shown = True
-            _print_code(InviteCode.parse(server.facts["code"]))
+        for fact in [each for each in to_show if each in server.facts]:
+            to_show.pop(fact)(server.facts[fact])
         children.wait_for_news(LOOK_SECONDS)
         check()
     raise SwarmError(f"the {ended.name} has ended with status {ended.process.wait()}", hint="see its messages above")
@@ -111,10 +113,15 @@ def _ended(children: Sequence[Child]) -> Child | None:
     return next((child for child in children if child.has_ended), None)
 
 
-def _print_code(code: InviteCode) -> None:
+def _print_code(text: str) -> None:
+    code = InviteCode.parse(text)
     print(f"{'code':<10}{code}\n\nAnother machine joins with this line:\n  shoal join {code}\n", flush=True)
     if all(map(is_for_this_machine, code.ways)):
         print("This machine has no address that others can use, so the code is for this machine only.\n", flush=True)
     if stdout.is_terminal:
         segno.make(str(code), error="m").terminal(out=sys.stdout, compact=True)
         print(flush=True)
+
+
+def _print_lan(text: str) -> None:
+    print(f"{'lan':<10}{text}", flush=True)

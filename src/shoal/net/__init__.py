@@ -51,17 +51,18 @@ def check_addresses(config: NetworkConfig) -> None:
         listen_addresses(config.host, config.port)
 
 
-async def find_peers(addresses: Sequence[str]) -> tuple[str, ...]:
+async def find_peers(addresses: Sequence[str], *, seconds: float | None = None) -> tuple[str, ...]:
     """The addresses with the ids of the peers that answer there; those where none does are left out.
 
-    Raises `UserError` for a malformed address, and `SwarmError` if the network cannot be started.
+    `seconds`: how long an answer may take; by default, as long as one from far away may need. Raises `UserError` for a
+    malformed address, and `SwarmError` if the network cannot be started.
     """
     from shoal.net.addresses import check_announced
 
     checked = check_announced(addresses)
-    from shoal.net.libp2p.strangers import peers_at
+    from shoal.net.libp2p.strangers import DIAL_SECONDS, peers_at
 
-    return await peers_at(checked)
+    return await peers_at(checked, seconds=DIAL_SECONDS if seconds is None else seconds)
 
 
 @asynccontextmanager

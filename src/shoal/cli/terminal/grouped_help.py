@@ -20,7 +20,7 @@ GROUPS = {
         *("training", "training_share", "training_memory", "adapter_memory"),
     },
     "Route and failures": {"chooser", "pin", "patience", "standby", "history", "history_memory", "wire"},
-    "Network": {"name", "host", "port", "identity", "announce", "relay", "serve_relay", "drain_timeout"},
+    "Network": {"name", "host", "port", "identity", "announce", "relay", "serve_relay", "lan", "drain_timeout"},
 }
 """The parameters of commands in each group. Parameters that are in none of them follow under `OTHER`."""
 OTHER = "Options"
