@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options
+from shoal.cli.dht import ServeRelay
 from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
 from shoal.cli.nearby.announce_swarm import OnLan, announce_swarm, came_by
 from shoal.cli.terminal.console import (
@@ -174,6 +175,7 @@ def command(
     identity: options.IdentityFile = None,
     announce: options.Announce = None,
     relay: options.Relay = None,
+    serve_relay: ServeRelay = None,
     lan: OnLan = None,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
@@ -213,7 +215,12 @@ def command(
         relay=relay,
     )
     network = NetworkConfig(
-        initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
+        initial_peers=peers,
+        host=host,
+        port=port,
+        announce=tuple(announce or ()),
+        relays=tuple(relay or ()),
+        serve_relay=serve_relay,
     )
     check_addresses(network)
     if code is None:
