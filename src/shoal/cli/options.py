@@ -114,7 +114,7 @@ Relay = Annotated[
     list[str] | None,
     typer.Option(
         metavar="ADDRESS",
-        help="A peer that carries our streams when others cannot dial us. Default: such as are found among the members.",
+        help="A peer that carries our streams when others cannot dial us. Default: found among members.",
     ),
 ]
 Revision = Annotated[
