@@ -113,18 +113,22 @@ class Host:
         return self.run(sys.executable, "-m", "shoal", *arguments)
 
     @contextlib.contextmanager
-    def running(self, *command: str) -> Iterator[subprocess.Popen[str]]:
-        """A program that runs here while the context lasts, with pipes to it."""
-        with subprocess.Popen(  # noqa: S603 - the caller's command
-            [*entering(self._namespace), *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.environment,
-        ) as process:
+    def running(self, *command: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+        """A program that runs here while the context lasts: the process, whose output is a pipe, and the log of it."""
+        log = self._net.folder / f"{self.name}-{next(_numbers)}.log"
+        with (
+            log.open("w") as file,
+            subprocess.Popen(  # noqa: S603 - the caller's command
+                [*entering(self._namespace), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                env=self.environment,
+            ) as process,
+        ):
             try:
-                yield process
+                yield process, log
             finally:
                 process.kill()
 
