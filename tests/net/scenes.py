@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,8 @@ PROMPT = "Once upon a time"
 NUM_TOKENS = 120
 DECODE_SPEED = 250.0
 READY_SECONDS = 180.0
+PATIENCE_SECONDS = 60
+LOOK_SECONDS = 0.05
 FIRST, LAST = "0:6", "6:12"
 FORM = ("--dtype", "float32", "--device", "cpu")
 MINUTES_OFF = 5
@@ -51,6 +54,28 @@ def expected_story() -> str:
     ids = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
     text: str = tokenizer.decode(ids[0], skip_special_tokens=True)
     return text.removeprefix(PROMPT).strip()
+
+
+@dataclass(frozen=True)
+class Telling:
+    """A client in the middle of a story, and its log."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    @property
+    def server(self) -> str:
+        """The name of the server of the first blocks."""
+        chosen = [line for line in self.log.read_text().splitlines() if " a step: " in line][-1]
+        return chosen.partition(" a step: ")[2].partition(f" {FIRST}")[0]
+
+    def wait_for(self, words: str) -> None:
+        """Wait until the client has written these words into its log, or has ended."""
+        until = time.monotonic() + READY_SECONDS
+        while words not in self.log.read_text() and self.process.poll() is None:
+            if time.monotonic() > until:
+                raise SceneFailed(f"the client never said {words!r}")
+            time.sleep(LOOK_SECONDS)
 
 
 class Stage:
@@ -95,17 +120,14 @@ class Stage:
             self.net.children.wait_for_news(until - time.monotonic())
         return child.facts[name]
 
-    def tell(self, host: Host, code: str, *, middle: Callable[[str], None] = lambda name: None) -> str:
-        """Have a story told on a host; `middle` is called in the middle of it with the name of the first server.
-
-        Returns what the command wrote on stderr.
-        """
+    def tell(self, host: Host, code: str, *, middle: Callable[[Telling], None] = lambda telling: None) -> None:
+        """Have a story told on a host, which must be the right one. `middle` is called in the middle of it."""
         command = (sys.executable, "-m", "shoal", "generate", code, PROMPT, "--max-new-tokens", str(NUM_TOKENS))
-        with host.running(*command, "--verbose") as (process, log):
+        with host.running(*command, "--verbose", "--patience", str(PATIENCE_SECONDS)) as (process, log):
             assert process.stdout is not None
             story = process.stdout.read(20)
             if story:
-                middle(first_server(log.read_text()))
+                middle(Telling(process, log))
             story += process.stdout.read()
             status = process.wait(READY_SECONDS)
             report = log.read_text()
@@ -113,7 +135,6 @@ class Stage:
             raise SceneFailed(f"generate: {errors_in(report)}")
         if story.strip() != expected_story():
             raise SceneFailed(f"another story: {story!r}")
-        return report
 
     def status(self, host: Host, code: str) -> str:
         """What `shoal status` prints."""
@@ -125,12 +146,6 @@ class Stage:
         if not cache.exists():
             shutil.copytree(self._speeds, cache)
         return host.start(*arguments)
-
-
-def first_server(report: str) -> str:
-    """The name of the server of the first blocks, in the log of a client."""
-    chosen = [line for line in report.splitlines() if " a step: " in line][-1]
-    return chosen.partition(" a step: ")[2].partition(f" {FIRST}")[0]
 
 
 def errors_in(report: str) -> str:
@@ -154,6 +169,9 @@ def stage(speeds: Path, versions: Sequence[int] = (4,)) -> Iterator[Stage]:
 
 def known_speeds(folder: Path) -> Path:
     """Fill a cache with the speed of this machine, so that servers need not measure it."""
+    import torch
+
+    torch.set_num_threads(1)  # as the servers have
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOAL_CACHE", str(folder))
         for blocks in (6, 12):
@@ -164,13 +182,25 @@ def known_speeds(folder: Path) -> Path:
 # The scenes.
 
 
-def open_lan(at: Stage) -> None:
-    """All machines are on one LAN. The machine in use is cut off in the middle of the story."""
-    home = at.net.home("lan")
-    first, one, other, laptop = (home.host(name) for name in ("first", "one", "other", "laptop"))
+MACHINES = ("first", "one", "other", "client")
+
+
+def lose_one(at: Stage, first: Host, one: Host, other: Host, client: Host, *, options: Sequence[str] = ()) -> None:
+    """Two machines join the first one, with the same blocks. One that is in use is cut off in the middle of a story."""
     code = at.up(first)
-    at.join(one, other, code=code)
-    at.tell(laptop, code, middle=lambda name: {"one": one, "other": other}[name].cut())
+    at.join(one, other, code=code, options=options)
+    at.tell(client, code, middle=lambda telling: {"one": one, "other": other}[telling.server].cut())
+
+
+def on_a_lan(at: Stage) -> None:
+    """All machines are on one LAN."""
+    home = at.net.home("lan")
+    lose_one(at, *(home.host(name) for name in MACHINES))
+
+
+def in_public(at: Stage) -> None:
+    """All machines have public addresses."""
+    lose_one(at, *(at.net.host(name) for name in MACHINES))
 
 
 def beside_containers(at: Stage) -> None:
@@ -189,7 +219,7 @@ def beside_containers(at: Stage) -> None:
     for child in joined:
         if not child.facts["address"].startswith("/ip4/192.168.1."):
             raise SceneFailed(f"the printed address is {child.facts['address']}")
-    at.tell(laptop, code, middle=lambda name: {"one": one, "other": other}[name].cut())
+    at.tell(laptop, code, middle=lambda telling: {"one": one, "other": other}[telling.server].cut())
 
 
 def home_beside_public(at: Stage, nat: Nat, *, relays: int = 0) -> None:
@@ -203,21 +233,10 @@ def home_beside_public(at: Stage, nat: Nat, *, relays: int = 0) -> None:
 
 
 def two_homes(at: Stage, *, relays: int = 0) -> None:
-    """Two homes behind NATs without an open port, and one public machine. One home is cut off."""
-    public = at.net.host("public")
+    """Two homes behind NATs without an open port, and one public machine. The client is in one of the homes."""
     east, west = at.net.home("east"), at.net.home("west", Nat.SYMMETRIC)
-    one, other, laptop = east.host("one"), west.host("other"), east.host("laptop")
-    code = at.up(public)
-    at.join(one, other, code=code, options=at_relays(at, relays))
-    at.tell(laptop, code, middle=lambda name: {"one": one, "other": other}[name].cut())
-
-
-def only_ipv6(at: Stage) -> None:
-    """There is nothing but IPv6."""
-    first, one, other, client = (at.net.host(name) for name in ("first", "one", "other", "client"))
-    code = at.up(first)
-    at.join(one, other, code=code)
-    at.tell(client, code, middle=lambda name: {"one": one, "other": other}[name].cut())
+    hosts = at.net.host("public"), east.host("one"), west.host("other"), east.host("client")
+    lose_one(at, *hosts, options=at_relays(at, relays))
 
 
 def dead_bootstrap(at: Stage) -> None:
@@ -263,19 +282,12 @@ def servers_clock(at: Stage) -> None:
             raise
     else:
         raise SceneFailed("it joined, and is not in the directory")
-    at.tell(late_client := at.net.host("client"), code)
-    assert late_client
 
 
 def lossy(at: Stage) -> None:
-    """One packet of a hundred is lost. The machine in use is cut off in the middle of the story."""
+    """One packet of a hundred is lost."""
     at.net.lose(0.01)
-    only_ipv4(at)
-
-
-def only_ipv4(at: Stage) -> None:
-    """All machines have public addresses. The machine in use is cut off in the middle of the story."""
-    only_ipv6(at)
+    in_public(at)
 
 
 def separated(at: Stage) -> None:
@@ -311,12 +323,12 @@ def at_relays(at: Stage, number: int) -> list[str]:
     return [part for address in relays for part in ("--relay", address)]
 
 
-def flap(home: Home) -> Callable[[str], None]:
-    """Cuts a home off until the client must have noticed, and connects it again."""
+def flap(home: Home) -> Callable[[Telling], None]:
+    """Cuts a home off until the client has noticed, and connects it again."""
 
-    def cut_and_heal(name: str) -> None:
+    def cut_and_heal(telling: Telling) -> None:
         home.cut()
-        time.sleep(3)
+        telling.wait_for("looking for another server")
         home.heal()
 
     return cut_and_heal
@@ -332,7 +344,7 @@ class Scene:
 
 
 SCENES = (
-    Scene("open", open_lan),
+    Scene("open", on_a_lan),
     Scene("containers", beside_containers),
     Scene("full-cone", functools.partial(home_beside_public, nat=Nat.FULL_CONE)),
     Scene("port-restricted", functools.partial(home_beside_public, nat=Nat.PORT_RESTRICTED)),
@@ -341,7 +353,7 @@ SCENES = (
     Scene("port-restricted-relays", functools.partial(home_beside_public, nat=Nat.PORT_RESTRICTED, relays=4)),
     Scene("symmetric-relays", functools.partial(home_beside_public, nat=Nat.SYMMETRIC, relays=4)),
     Scene("two-homes-relays", functools.partial(two_homes, relays=4)),
-    Scene("ipv6", only_ipv6, versions=(6,)),
+    Scene("ipv6", in_public, versions=(6,)),
     Scene("dead-bootstrap", dead_bootstrap),
     Scene("clients-clock", clients_clock),
     Scene("servers-clock", servers_clock),
