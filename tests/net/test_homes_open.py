@@ -1,4 +1,5 @@
-"""Machines join by a code and generate: on a LAN, beside containers, over IPv6 only, over lossy and broken links.
+"""Machines join by a code and generate: on a LAN, beside containers, over IPv6 only, over lossy and
+broken links, and with a wrong clock.
 
 The scenes are in `scenes.py`.
 """
@@ -12,7 +13,7 @@ import pytest
 from shoal.testing.namespaces import missing_for_namespaces
 from tests.net.scenes import SCENES, Scene, known_speeds, stage
 
-NAMES = ("open", "containers", "ipv6", "dead-bootstrap", "loss", "separated")
+NAMES = ("open", "containers", "ipv6", "dead-bootstrap", "clients-clock", "servers-clock", "loss", "separated")
 
 pytestmark = pytest.mark.skipif(missing_for_namespaces() is not None, reason=str(missing_for_namespaces()))
 
