@@ -54,16 +54,16 @@ def hears(listener: socket.socket) -> bool:
 def reaches(source: Host, target: Host, *, version: int = 4) -> bool:
     """Whether a connection is refused by the target itself, where nothing listens."""
     family = socket.AF_INET if version == 4 else socket.AF_INET6
-    with source.socket(socket.SOCK_STREAM, family=family) as caller:
+    with source.open_socket(socket.SOCK_STREAM, family=family) as caller:
         caller.settimeout(SECONDS)
         return caller.connect_ex((target.address, PORT)) == errno.ECONNREFUSED
 
 
 def test_a_nat_maps_and_filters_datagrams_as_it_is_named(public: list[Host], home: tuple[Nat, Home, Host]) -> None:
     nat, router, host = home
-    one, two, three = (each.socket(socket.SOCK_DGRAM, port=PORT) for each in public)
-    other = public[0].socket(socket.SOCK_DGRAM, port=PORT + 1)
-    inside = host.socket(socket.SOCK_DGRAM, port=PORT)
+    one, two, three = (each.open_socket(socket.SOCK_DGRAM, port=PORT) for each in public)
+    other = public[0].open_socket(socket.SOCK_DGRAM, port=PORT + 1)
+    inside = host.open_socket(socket.SOCK_DGRAM, port=PORT)
     with one, two, three, other, inside:
         mapped = []
         for listener, server in zip((one, two), public, strict=False):
@@ -87,10 +87,10 @@ def test_a_third_host_connects_to_a_mapped_port_behind_a_full_cone_only(
     server, _, third = public
     port = PORT + 10
     with (
-        server.socket(socket.SOCK_STREAM, port=port) as listener,
-        host.socket(socket.SOCK_STREAM, port=port) as outgoing,
-        host.socket(socket.SOCK_STREAM, port=port) as incoming,
-        third.socket(socket.SOCK_STREAM) as stranger,
+        server.open_socket(socket.SOCK_STREAM, port=port) as listener,
+        host.open_socket(socket.SOCK_STREAM, port=port) as outgoing,
+        host.open_socket(socket.SOCK_STREAM, port=port) as incoming,
+        third.open_socket(socket.SOCK_STREAM) as stranger,
     ):
         listener.listen()
         incoming.listen()
@@ -109,7 +109,7 @@ def test_a_third_host_connects_to_a_mapped_port_behind_a_full_cone_only(
 def test_two_homes_do_not_reach_each_other_by_their_private_addresses(net: Internet) -> None:
     one, other = (net.home(name).host(name) for name in ("east", "west"))
     assert one.address == other.address
-    with other.socket(socket.SOCK_STREAM, port=PORT) as listener, one.socket(socket.SOCK_STREAM) as caller:
+    with other.open_socket(socket.SOCK_STREAM, port=PORT) as listener, one.open_socket(socket.SOCK_STREAM) as caller:
         listener.listen()
         caller.settimeout(SECONDS)
         assert caller.connect_ex((other.address, PORT)) != 0
@@ -146,7 +146,7 @@ def test_a_clock_can_be_off(net: Internet) -> None:
 
 def test_no_way_leads_out(net: Internet) -> None:
     host = net.home("closed").host("closed")
-    with host.socket(socket.SOCK_STREAM) as caller:
+    with host.open_socket(socket.SOCK_STREAM) as caller:
         caller.settimeout(SECONDS)
         assert caller.connect_ex(("192.0.2.1", PORT)) != 0
     assert "eth0" in host.run("ip", "route").stdout

@@ -36,9 +36,9 @@ from shoal.testing.namespaces.system import (
     connect,
     entering,
     missing_for_namespaces,
-    open_socket,
     remove,
     remove_leftovers,
+    socket_in,
 )
 
 GRACE_SECONDS = 10.0
@@ -132,11 +132,11 @@ class Host:
             finally:
                 process.kill()
 
-    def socket(
+    def open_socket(
         self, kind: socket.SocketKind, *, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> socket.socket:
         """A socket of this host, bound to a port, or to any."""
-        found = open_socket(self._namespace, family, kind)
+        found = socket_in(self._namespace, family, kind)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         found.bind(("", port))
@@ -145,11 +145,12 @@ class Host:
     @property
     def environment(self) -> Mapping[str, str]:
         """The environment of what runs here."""
-        return {**os.environ, "NO_COLOR": "1", **self._environment}
+        inherited = {name: value for name, value in os.environ.items() if name != "SHOAL_INITIAL_PEERS"}
+        return {**inherited, "NO_COLOR": "1", **self._environment}
 
     def set_clock(self, seconds: float) -> None:
         """Let the clock of Python programs that start here from now on be ahead by so many seconds, or behind."""
-        folder = self._net.folder / self.name / "clock"
+        folder = self._net.folder / self.name / f"clock{round(seconds)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sitecustomize.py").write_text(_CLOCK.format(seconds=round(seconds)))
         path = os.environ.get("PYTHONPATH", "")

@@ -1,7 +1,7 @@
 """The kinds of NAT, as nftables' rules of a home's router: how it maps what leaves, and what it lets in.
 
 The names are those of RFC 3489. The router keeps the source port of what leaves if it can, as most do, but for the
-symmetric kind. What nobody asked for is dropped without an answer.
+symmetric kind. What comes unasked is dropped without an answer.
 """
 
 from __future__ import annotations

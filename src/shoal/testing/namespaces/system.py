@@ -104,7 +104,7 @@ def configure(namespace: str, settings: Sequence[str]) -> None:
         call("sh", "-c", f"echo {value} > /proc/sys/{key.replace('.', '/')}", within=namespace)
 
 
-def open_socket(namespace: str, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
+def socket_in(namespace: str, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
     """A socket that is in a namespace, while this process stays where it is. Raises `OSError`."""
     with Path("/proc/thread-self/ns/net").open() as here, (FOLDER / namespace).open() as there:
         _enter(there.fileno())
