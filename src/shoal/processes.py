@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -81,9 +81,15 @@ class Children:
         self.folder = Path(self._folder.name)
         return self
 
-    def start(self, name: str, *arguments: str) -> Child:
-        """Start `shoal` with these arguments. `name` is for messages and the log file."""
-        environment = dict(os.environ, NO_COLOR="1")
+    def start(
+        self, name: str, *arguments: str, within: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> Child:
+        """Start `shoal` with these arguments. `name` is for messages and the log file.
+
+        `within`: words before the command, of a program that becomes it, such as `nsenter`. `environment`: variables
+        that it has beside those of this process.
+        """
+        environment = {**os.environ, "NO_COLOR": "1", **(environment or {})}
         environment.pop("SHOAL_INITIAL_PEERS", None)
         if self._num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._num_threads)
@@ -91,7 +97,7 @@ class Children:
         with log.open("w") as file:
             stderr = None if self._shares_stderr else file
             process = subprocess.Popen(  # noqa: S603 - our own program
-                [sys.executable, "-m", "shoal", *arguments, "--exit-with-stdin"],
+                [*within, sys.executable, "-m", "shoal", *arguments, "--exit-with-stdin"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

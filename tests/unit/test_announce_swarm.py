@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from shoal.cli.nearby.announce_swarm import announce_swarm, came_by
+from shoal.cli.nearby.announce_swarm import announce_swarm
 from shoal.joining.invitation import Invitation
 from shoal.joining.invite_code import InviteCode, Way
 from shoal.joining.keep_announced import LOOK_SECONDS
-from shoal.net import NetworkConfig
 from shoal.spans import Span
 
 from . import virtual_time
-from .lan_in_memory import DIGEST, HOME, LanInMemory
+from .lan_in_memory import HOME, LanInMemory
 
 PEER = "12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
 INVITATION = Invitation("stories", "llama-12x64-1a2b3c4d", "f" * 32, "float32", "none")
@@ -115,10 +114,3 @@ def test_a_defect_is_logged_and_ends_no_server(caplog: pytest.LogCaptureFixture)
         _, has_ended = play(act)
     assert has_ended
     assert [record.getMessage() for record in caplog.records] == ["this swarm is not announced on the local network"]
-
-
-def test_a_machine_has_come_by_the_peers_and_by_the_code_that_it_was_given() -> None:
-    code = InviteCode(DIGEST, (Way("192.168.1.7", 4001), Way("fd00::7", 4002)))
-    peers = NetworkConfig(initial_peers=(FAR,))
-    assert came_by(code, peers) == (FAR, "/ip4/192.168.1.7/tcp/4001", "/ip6/fd00::7/tcp/4002")
-    assert came_by(None, NetworkConfig()) == ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ import typer
 from shoal.cli import options
 from shoal.cli.dht import ServeRelay
 from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
-from shoal.cli.nearby.announce_swarm import OnLan, announce_swarm, came_by
+from shoal.cli.nearby.announce_swarm import OnLan, announce_swarm
 from shoal.cli.terminal.console import (
     ProgressReporter,
     WrongUsage,
@@ -26,7 +26,7 @@ from shoal.cli.terminal.console import (
 from shoal.cli.terminal.serve_output import describe
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.concurrency import owned_task
-from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, ways_of
+from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, in_turn, ways_of
 from shoal.large_imports import large_imports
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
@@ -291,42 +291,45 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
         reminding = asyncio.create_task(_remind(reporter))
         try:
             async with (
-                in_swarm(config, network, code, reporter) as (node, config),
+                in_swarm(config, network, code, reporter) as (node, config, came_by),
                 serve(config, node, report=show) as server,
-                owned_task(announce_swarm(server, came_by(code, network), asked=lan)),
+                owned_task(announce_swarm(server, came_by, asked=lan)),
             ):
                 reporter.stop()
                 is_up = True
                 await asyncio.wait({server.invitation}, timeout=CODE_SECONDS)
-                print(describe(server, config, code_of(server, network)), flush=True)
+                print(describe(server, config, code_of(server, came_by), came_by), flush=True)
                 if not server.invitation.done():
                     await server.invitation
-                    if code := code_of(server, network):
+                    if code := code_of(server, came_by):
                         print(f"{'code':<10}{code}", flush=True)
                 await asyncio.Event().wait()
         finally:
             reminding.cancel()
 
 
-def code_of(server: Server, network: NetworkConfig) -> InviteCode | None:
-    """The code by which others can join now; None if the server cannot invite them yet, or has no address."""
+def code_of(server: Server, came_by: Sequence[str]) -> InviteCode | None:
+    """The code by which others can join now; None if the server cannot invite them yet, or has no address.
+
+    It leads to this server and to members by which it came: it should outlive some of them.
+    """
     from shoal.net.own_addresses import bridge_hosts
 
-    ways = ways_of([*server.info.addresses, *network.initial_peers], most=PRINTED_WAYS, without=bridge_hosts())
+    ways = ways_of(in_turn(server.info.addresses, came_by), most=PRINTED_WAYS, without=bridge_hosts())
     return InviteCode(server.invitation.result().digest, ways) if ways and server.invitation.done() else None
 
 
 @contextlib.asynccontextmanager
 async def in_swarm(
     config: ServerConfig, network: NetworkConfig, code: InviteCode | None, reporter: ProgressReporter
-) -> AsyncIterator[tuple[Node, ServerConfig]]:
-    """Access to the swarm, and the config completed by what the swarm's invitation says, if there is one."""
+) -> AsyncIterator[tuple[Node, ServerConfig, tuple[str, ...]]]:
+    """Access to the swarm, the config completed by the swarm's invitation, if there is one, and by whom it came."""
     from shoal.joining.arrival import arrive, files_from_members
     from shoal.net import join
 
     if code is None:
         async with join(network) as node:
-            yield node, config
+            yield node, config, network.initial_peers
         return
 
     def show(come: int, wanted: int) -> None:
@@ -344,7 +347,7 @@ async def in_swarm(
             dtype=invitation.dtype if config.dtype == "auto" else config.dtype,
             quantization=invitation.quantization if config.quantization == "none" else config.quantization,
         )
-        yield arrival.node, completed
+        yield arrival.node, completed, arrival.addresses
 
 
 def check_options(

@@ -1,6 +1,7 @@
 """The network: streams of frames over libp2p, the directory of servers, and a network in memory for tests.
 
-It imports `shoal.policy.census`, `shoal.protocol` and below; it knows nothing of models, servers or clients.
+It imports `shoal.policy.census` and `clocks`, `shoal.protocol` and below. It knows nothing of models, servers or
+clients.
 """
 
 from __future__ import annotations

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.joining.invite_code import InviteCode
-from shoal.net import NetworkConfig
-
 if TYPE_CHECKING:
     from shoal.joining.lan import Announcement, Lan
     from shoal.net.own_addresses import Interface
@@ -27,11 +24,6 @@ OnLan = Annotated[
         "network.",
     ),
 ]
-
-
-def came_by(code: InviteCode | None, network: NetworkConfig) -> tuple[str, ...]:
-    """The multiaddresses by which a machine joins a swarm; none if it starts one."""
-    return (*network.initial_peers, *(() if code is None else code.addresses))
 
 
 async def announce_swarm(
