@@ -15,10 +15,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Self
 
 from shoal.errors import SwarmError
@@ -81,10 +81,14 @@ class Children:
         self.folder = Path(self._folder.name)
         return self
 
-    def start(self, name: str, *arguments: str) -> Child:
-        """Start `shoal` with these arguments. `name` is for messages and the log file."""
-        environment = dict(os.environ, NO_COLOR="1")
-        environment.pop("SHOAL_INITIAL_PEERS", None)
+    def start(self, name: str, *arguments: str, secrets: Mapping[str, str] = MappingProxyType({})) -> Child:
+        """Start `shoal` with these arguments. `name` is for messages and the log file.
+
+        `secrets` are environment variables for it: all users of a machine can read the arguments of its processes.
+        """
+        environment = {**os.environ, "NO_COLOR": "1", **secrets}
+        for each in ("SHOAL_INITIAL_PEERS", "NOTIFY_SOCKET"):  # these are for this process
+            environment.pop(each, None)
         if self._num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._num_threads)
         log = self.folder / f"{name}.log"

@@ -292,7 +292,7 @@ def with_client_options(command: Callable[..., None], *, log: str = "error") -> 
 
     first, *others = shared.values()  # --initial-peers stands in the place of `client`, the others at the end
     own = [first if each.name == "client" else each for each in own_parameters.values()]
-    return _with_parameters(wrapped, [*own, *others, verbose])
+    return with_parameters(wrapped, [*own, *others, verbose])
 
 
 def with_options_of(
@@ -315,12 +315,12 @@ def with_options_of(
         def wrapped(**values: Any) -> None:
             command(**values)
 
-        return _with_parameters(wrapped, [*own, *others])
+        return with_parameters(wrapped, [*own, *others])
 
     return decorate
 
 
-def _with_parameters(command: Callable[..., None], given: Sequence[inspect.Parameter]) -> Callable[..., None]:
+def with_parameters(command: Callable[..., None], given: Sequence[inspect.Parameter]) -> Callable[..., None]:
     """Let a function that takes keywords show these parameters."""
     parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in given]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

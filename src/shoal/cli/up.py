@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from string import whitespace
 from typing import Annotated
 
 import segno
 import typer
 
 from shoal.cli import options, serve
+from shoal.cli.gateway import API_KEYS
 from shoal.cli.long_running import end_with_parent
 from shoal.cli.terminal.console import WrongUsage, start_logging, stdout
 from shoal.errors import SwarmError
@@ -67,10 +69,10 @@ def command(
     serving = _options({"--blocks": blocks, "--device": device.value, "--quantization": quantization.value})
     listening = _options({"--host": host, "--port": str(port)})
     answering = _options({"--host": http_host, "--port": str(http_port)})
-    keys = [part for key in api_key or () for part in ("--api-key", key)]
+    secrets = {API_KEYS: checked_keys(api_key)} if api_key else {}
     log = ["--verbose"] if verbose else []
     hold = ("serve", model, "--new-swarm", "--serve-head", *form, *serving, *listening, *log)
-    ask = ("gateway", model, "--remote-head", *form, *answering, *keys, *log)
+    ask = ("gateway", model, "--remote-head", *form, *answering, *log)
     with (
         contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
         interruptible() as check,
@@ -78,11 +80,19 @@ def command(
     ):
         server = children.start("server", *hold)
         _wait(children, server)
-        gateway = children.start("gateway", *ask, "--initial-peers", server.facts["address"])
+        gateway = children.start("gateway", *ask, "--initial-peers", server.facts["address"], secrets=secrets)
         _wait(children, gateway)
         for fact in ("model", "page", "address"):
             print(f"{fact:<10}{gateway.facts[fact]}", flush=True)
         _watch(children, server, check)
+
+
+def checked_keys(keys: Sequence[str]) -> str:
+    """The keys as the environment variable of the gateway takes them. Raises `WrongUsage` for those that it cannot."""
+    for key in keys:
+        if not key or set(key) & {",", *whitespace}:
+            raise WrongUsage("a key with a space or a comma, or an empty one", hint="--api-key takes a word of its own")
+    return ",".join(keys)
 
 
 def _options(values: dict[str, str | None], *, allow_uncertified: bool = False) -> list[str]:
