@@ -272,7 +272,9 @@ def client_options(  # the first parameter stands first in the help of a command
     )
 
 
-def with_client_options(command: Callable[..., None], *, log: str = "error") -> Callable[..., None]:
+def with_client_options(
+    command: Callable[..., None], *, log: str = "error", shows_progress: bool = False
+) -> Callable[..., None]:
     """Give a command the options of `client_options`, and --verbose, in place of its parameter `client`.
 
     The command is called with the finished `ClientOptions`, once the log is set up, at the level `log` by default. An
@@ -285,7 +287,7 @@ def with_client_options(command: Callable[..., None], *, log: str = "error") -> 
 
     @functools.wraps(command)
     def wrapped(*, verbose: bool, **values: Any) -> None:
-        start_logging(verbose=verbose, default=log)
+        start_logging(verbose=verbose, default=log, progress=shows_progress)
         models = values.get("models") or ([values["model"]] if values.get("model") else [])
         client = client_options(**{name: values.pop(name) for name in shared}, models=models)
         command(client=client, **values)

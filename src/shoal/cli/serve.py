@@ -22,6 +22,7 @@ from shoal.cli.terminal.console import (
     start_logging,
     waiting,
 )
+from shoal.cli.terminal.notify import notify
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, ways_of
 from shoal.large_imports import large_imports
@@ -273,26 +274,24 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
         reporter.show(progress.phase, step=progress.step, spin=not draws)
         if is_up and progress.phase is Phase.ANNOUNCING:  # a change of blocks is done
             reporter.stop()
+            notify(STATUS="Serving")
 
     is_new = code is None and not network.initial_peers
     with waiting("Starting the network" if is_new else "Joining the swarm") as reporter:
-        reminding = asyncio.create_task(_remind(reporter))
-        try:
-            async with (
-                in_swarm(config, network, code, reporter) as (node, config),
-                serve(config, node, report=show) as server,
-            ):
-                reporter.stop()
-                is_up = True
-                await asyncio.wait({server.invitation}, timeout=CODE_SECONDS)
-                print(describe(server, config, code_of(server, network)), flush=True)
-                if not server.invitation.done():
-                    await server.invitation
-                    if code := code_of(server, network):
-                        print(f"{'code':<10}{code}", flush=True)
-                await asyncio.Event().wait()
-        finally:
-            reminding.cancel()
+        async with (
+            in_swarm(config, network, code, reporter) as (node, config),
+            serve(config, node, report=show) as server,
+        ):
+            reporter.stop()
+            is_up = True
+            notify(READY="1", STATUS=f"Serving blocks {server.info.span}")
+            await asyncio.wait({server.invitation}, timeout=CODE_SECONDS)
+            print(describe(server, config, code_of(server, network)), flush=True)
+            if not server.invitation.done():
+                await server.invitation
+                if code := code_of(server, network):
+                    print(f"{'code':<10}{code}", flush=True)
+            await asyncio.Event().wait()
 
 
 def code_of(server: Server, network: NetworkConfig) -> InviteCode | None:
@@ -317,7 +316,8 @@ async def in_swarm(
         return
 
     def show(come: int, wanted: int) -> None:
-        reporter.show("Getting the weights from members", step=f"{come / 1e6:,.0f} of {wanted / 1e6:,.0f} MB")
+        if wanted:
+            reporter.show("Getting the weights from members", step=f"{come / 1e6:,.0f} of {wanted / 1e6:,.0f} MB")
 
     async with arrive(code, network) as arrival:
         invitation = arrival.invitation
@@ -332,12 +332,6 @@ async def in_swarm(
             quantization=invitation.quantization if config.quantization == "none" else config.quantization,
         )
         yield arrival.node, completed
-
-
-async def _remind(reporter: ProgressReporter) -> None:
-    while True:
-        await asyncio.sleep(1)
-        reporter.remind()
 
 
 def checked_zone(given: str | None) -> str | None:

@@ -15,6 +15,7 @@ from shoal.cli import options, serve
 from shoal.cli.gateway import API_KEYS
 from shoal.cli.long_running import end_with_parent
 from shoal.cli.terminal.console import WrongUsage, start_logging, stdout
+from shoal.cli.terminal.notify import notify
 from shoal.errors import SwarmError
 from shoal.joining.invite_code import InviteCode, is_code, is_for_this_machine
 from shoal.model.weights.location import check_model
@@ -71,7 +72,8 @@ def command(
     answering = _options({"--host": http_host, "--port": str(http_port)})
     secrets = {API_KEYS: checked_keys(api_key)} if api_key else {}
     log = ["--verbose"] if verbose else []
-    hold = ("serve", model, "--new-swarm", "--serve-head", *form, *serving, *listening, *log)
+    head = [] if blocks else ["--serve-head"]  # the head needs the last block, which may not be among these
+    hold = ("serve", model, "--new-swarm", *head, *form, *serving, *listening, *log)
     ask = ("gateway", model, "--remote-head", *form, *answering, *log)
     with (
         contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
@@ -84,6 +86,7 @@ def command(
         _wait(children, gateway)
         for fact in ("model", "page", "address"):
             print(f"{fact:<10}{gateway.facts[fact]}", flush=True)
+        notify(READY="1", STATUS=f"Serving, and answering at {gateway.facts['address']}")
         _watch(children, server, check)
 
 
