@@ -22,6 +22,7 @@ from shoal.joining.invite_code import InviteCode, code_in
 from shoal.model.weights.location import check_model, is_path
 from shoal.policy.dtypes import mixture
 from shoal.policy.view import SwarmView, format_blocks
+from shoal.protocol import PROTOCOL_VERSION
 from shoal.spans import Span
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class ModelStatus:
 
     @property
     def missing(self) -> list[int]:
-        """The blocks that no online server holds."""
-        return self.view.online().missing()
+        """The blocks that no online server holds which speaks this machine's protocol."""
+        return self.view.online().only(lambda server: server.protocol == PROTOCOL_VERSION).missing()
 
     def as_json(self, *, route: bool = False) -> dict[str, Any]:
         """What `--json` prints of it. `route` asks for the route too."""

@@ -26,7 +26,6 @@ from shoal.protocol.limits import (
     MAX_STEPS_AHEAD,
     MAX_TEXT,
     MAX_TRANSFER_BYTES,
-    PROTOCOL,
     Adapted,
     Address,
     Block,
@@ -54,6 +53,7 @@ from shoal.protocol.parsing import (
 from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, NormsResult, PassResult
 from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
 from shoal.protocol.transfers import Filler, Transfer
+from shoal.protocol.versions import PROTOCOL, PROTOCOL_VERSION, UPGRADE, protocol_id, speaks_other
 from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
 
 __all__ = [
@@ -75,10 +75,12 @@ __all__ = [
     "MAX_TEXT",
     "MAX_TRANSFER_BYTES",
     "PROTOCOL",
+    "PROTOCOL_VERSION",
     "REPLY_KINDS",
     "REQUEST_KINDS",
     "SESSION_KINDS",
     "TRANSFER_KINDS",
+    "UPGRADE",
     "Adapted",
     "Adapter",
     "AdapterStored",
@@ -127,4 +129,6 @@ __all__ = [
     "Upstream",
     "dump",
     "parse",
+    "protocol_id",
+    "speaks_other",
 ]

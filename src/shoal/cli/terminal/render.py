@@ -16,6 +16,7 @@ from shoal.cli.terminal.console import UNKNOWN, figure, tokens_per_second
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.dtypes import computes_in, mixture
 from shoal.policy.view import SwarmView, format_blocks
+from shoal.protocol import PROTOCOL_VERSION, UPGRADE, speaks_other
 
 if TYPE_CHECKING:
     from shoal.peers import ModelInfo
@@ -57,7 +58,7 @@ _USUALLY_EMPTY: dict[str, Callable[[ServerInfo], str]] = {
 
 def render(model: ModelInfo, view: SwarmView, *, width: int, now: float = 0.0) -> Iterator[RenderableType]:
     """One model of the swarm and its servers, for a terminal of `width` cells, at the Unix time `now`."""
-    online = view.online()
+    spoken = view.only(lambda server: server.protocol == PROTOCOL_VERSION)
     yield Text.assemble((model.name, "bold"), f"  {model.num_blocks} blocks, {model.family}  ", (model.key, "dim"))
     if not view.servers:
         yield Text("no server serves it", style="bold red")
@@ -72,8 +73,11 @@ def render(model: ModelInfo, view: SwarmView, *, width: int, now: float = 0.0) -
     yield _table(shown, view, spare=max(0, width - _width(shown)))
     if left_out := [title for title in everything if title not in shown and title != BAR]:
         yield Text(f"hidden in this width: {', '.join(left_out)} (see --json)", style="dim")
-    yield _coverage(online)
-    yield _verdict(view)
+    yield _coverage(spoken.online())
+    yield _verdict(spoken)
+    for server in view.servers:
+        if server.protocol != PROTOCOL_VERSION:
+            yield Text(f"{server.name or server.peer} {speaks_other(server.protocol)}: {UPGRADE}", style="yellow")
     yield from _reasons(view, now)
     if (found := mixture(view.servers)) is not None:
         yield Text(f"servers with equal weights use different dtypes: {found}", style="yellow")
