@@ -105,3 +105,21 @@ def test_a_client_of_the_next_version_uses_the_servers_of_that_version(
     options = ("--max-new-tokens", "4", "--initial-peers", bootstrap.facts["address"])
     done = shoal("generate", str(STORIES), "Once upon a time", *options, upgraded=True)
     assert (done.returncode, done.stdout.startswith(", there was")) == (0, True), done.stderr
+
+
+# The last test: it adds a server of this version.
+
+
+def test_a_server_of_this_version_takes_the_blocks_that_only_the_other_version_has(
+    bootstrap: Child, upgraded: dict[str, str]
+) -> None:
+    peers = ("--initial-peers", bootstrap.facts["address"])
+    options = ("--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--name", "old")
+    with Children() as children:
+        server = children.start("old", "serve", str(STORIES), *options, *peers)
+        for _ in children.wait_for([server], seconds=SECONDS):
+            pass
+        assert (server.facts["blocks"], server.facts["because"]) == ("0:12", "blocks 0:12 have no server")
+        done = shoal("generate", str(STORIES), "Once upon a time", "--max-new-tokens", "4", *peers)
+    assert (done.returncode, done.stdout.startswith(", there was")) == (0, True), done.stderr
+    assert "through old 0:12" in done.stderr
