@@ -25,7 +25,13 @@ class ServerState(StrEnum):
 
     JOINING = "joining"  # it is loading its blocks: other joining servers count them, clients do not route to it
     ONLINE = "online"
+    UNREACHABLE = "unreachable"  # it would serve its blocks, but others cannot dial it: it counts for no block
     LEAVING = "leaving"  # it is shutting down: clients do not wait for it
+
+    @property
+    def counts(self) -> bool:
+        """Whether its blocks count as held, now or soon."""
+        return self in (ServerState.JOINING, ServerState.ONLINE)
 
 
 MAX_NEIGHBORS = 16

@@ -276,7 +276,7 @@ async def test_a_daemon_that_dies_is_restarted_with_the_same_identity_and_port()
 async def test_a_daemon_is_restarted_even_after_an_attempt_that_failed(failure: Exception) -> None:
     attempts: list[daemons.Daemon] = []
 
-    async def attach(daemon: daemons.Daemon, peers: Sequence[str]) -> None:
+    async def attach(daemon: daemons.Daemon, peers: Sequence[str], is_dialled: bool) -> None:
         attempts.append(daemon)
         if len(attempts) == 2:
             raise failure

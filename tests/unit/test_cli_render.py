@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from shoal.cli.terminal.render import MAX_REASONS, render, render_route
+from shoal.net.ping import PingAnswer
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.routing.route import Measured, Needs, Route, choose_route
 from shoal.policy.view import SwarmView
@@ -36,9 +38,15 @@ def server(name: str, span: str, state: ServerState = ServerState.ONLINE) -> Ser
     )
 
 
-def shown(*servers: ServerInfo, model: ModelInfo = MODEL, width: int = 80, now: float = 0.0) -> str:
+def shown(
+    *servers: ServerInfo,
+    model: ModelInfo = MODEL,
+    width: int = 80,
+    now: float = 0.0,
+    answers: Mapping[str, PingAnswer | None] | None = None,
+) -> str:
     out = Console(file=io.StringIO(), width=width)
-    for part in render(model, SwarmView(model.num_blocks, servers), width=width, now=now):
+    for part in render(model, SwarmView(model.num_blocks, servers), answers or {}, width=width, now=now):
         out.print(part)
     return out.file.getvalue()
 
@@ -69,6 +77,30 @@ def test_a_server_of_another_protocol_is_named_and_not_counted():
     assert "missing" in text
     assert "4:8" in text
     assert "complete" not in text
+
+
+def test_a_server_that_does_not_answer_counts_for_no_block():
+    mute, other = server("a", "0:4"), server("b", "4:8")
+    text = shown(mute, other, answers={mute.peer: None, other.peer: PingAnswer(0.01)})
+    assert "missing: blocks 0:4" in text
+    assert "silent" in text
+    assert "do not answer this machine: a" in text
+    assert "····1111" in text
+
+
+def test_a_server_that_was_not_asked_counts_as_one_that_answers():
+    assert "complete" in shown(server("a", "0:8"), answers={})
+
+
+def test_a_server_that_others_cannot_reach_counts_for_no_block_and_its_operator_learns_what_to_do():
+    text = shown(server("a", "0:4", ServerState.UNREACHABLE), server("b", "4:8"))
+    assert "missing: blocks 0:4" in text
+    assert "cannot be reached by others: a; `shoal doctor` there says what to do" in text
+
+
+def test_a_server_that_answers_through_a_relay_is_marked():
+    relayed = server("a", "0:8")
+    assert "online, relayed" in shown(relayed, answers={relayed.peer: PingAnswer(0.1, is_relayed=True)})
 
 
 def test_a_model_without_servers_is_shown_as_such():
@@ -162,9 +194,9 @@ def test_markup_in_a_name_is_shown_literally():
     assert shown_route(choose_route(view, Span(0, 8), needs=Needs(), known=Measured({})))[2].startswith("[/red]")
 
 
-def shown_route(route: Route | None) -> list[str]:
+def shown_route(route: Route | None, answers: Mapping[str, PingAnswer | None] | None = None) -> list[str]:
     out = Console(file=io.StringIO(), width=80)
-    for part in render_route(route):
+    for part in render_route(route, answers or {}):
         out.print(part)
     return out.file.getvalue().splitlines()
 
@@ -172,11 +204,12 @@ def shown_route(route: Route | None) -> list[str]:
 def test_a_route_is_shown_hop_by_hop_with_its_costs():
     view = SwarmView(8, (replace(server("a", "0:4"), decode_speed=100.0), server("b", "4:8")))
     known = Measured({each.peer: 0.02 for each in view.servers})
-    lines = shown_route(choose_route(view, Span(0, 8), needs=Needs(), known=known))
+    answers = {server("b", "4:8").peer: PingAnswer(0.02, is_relayed=True)}
+    lines = shown_route(choose_route(view, Span(0, 8), needs=Needs(), known=known), answers)
     assert lines[0].startswith("from this machine, a token is expected to take 54.8 ms (18.2 tokens/s)")
     assert [line.split() for line in lines[2:]] == [
-        ["a", "aaaaaa", "0:4", "12.0", "10.0"],
-        ["b", "bbbbbb", "4:8", "22.0", "0.8"],
+        ["a", "aaaaaa", "direct", "0:4", "12.0", "10.0"],
+        ["b", "bbbbbb", "relay", "4:8", "22.0", "0.8"],
         ["return", "trip", "10.0"],
     ]
     assert max(len(line) for line in lines) <= 80

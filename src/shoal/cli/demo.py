@@ -108,7 +108,7 @@ def _demonstrate(
             progress.show(f"Starting {num_servers} servers; waiting for {names}")
         progress.show("Asking which server holds which blocks")
         (status,) = asyncio.run(look(ClientOptions(initial_peers=(address,))))
-    for part in render(status.model, status.view, width=stdout.width):
+    for part in render(status.model, status.view, status.answers, width=stdout.width):
         stdout.print(part)
     stdout.print()
     stdout.file.flush()

@@ -6,8 +6,8 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,29 +20,47 @@ from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, code_in
 from shoal.model.weights.location import check_model, is_path
+from shoal.peers import ServerState
 from shoal.policy.dtypes import mixture
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.protocol import PROTOCOL_VERSION
 from shoal.spans import Span
 
 if TYPE_CHECKING:
-    from shoal.net.transport import Node
-    from shoal.peers import Capacity, ModelInfo
+    from shoal.net.ping import PingAnswer
+    from shoal.peers import Capacity, ModelInfo, ServerInfo
     from shoal.policy.routing.route import Route
+
+
+MOST_ASKED = 200
+"""The servers of a model that are asked whether they answer."""
+AT_ONCE = 16
+ASK_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model, its servers, and the route that a client on this machine would choose."""
+    """A model, its servers, and the route that a client on this machine would choose.
+
+    `answers` are what the servers say that were asked from here, by peer id; `None` of one that does not answer.
+    """
 
     model: ModelInfo
     view: SwarmView
     route: Route | None = None
+    answers: Mapping[str, PingAnswer | None] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> SwarmView:
+        """The servers that a token could go through: online, of this version of the protocol, and not silent."""
+        return self.view.online().only(
+            lambda server: server.protocol == PROTOCOL_VERSION and self.answers.get(server.peer, True) is not None
+        )
 
     @property
     def missing(self) -> list[int]:
-        """The blocks that no online server holds which speaks this machine's protocol."""
-        return self.view.online().only(lambda server: server.protocol == PROTOCOL_VERSION).missing()
+        """The blocks that no usable server holds."""
+        return self.usable.missing()
 
     def as_json(self, *, route: bool = False) -> dict[str, Any]:
         """What `--json` prints of it. `route` asks for the route too."""
@@ -55,6 +73,7 @@ class ModelStatus:
                 "wants": None if server.wants is None else [server.wants.start, server.wants.end],
                 "round_trips": dict(server.round_trips),
                 "capacity": None if server.capacity is None else _capacity_as_json(server.capacity),
+                "answer": self._answer_as_json(server.peer),
             }
             for server in sorted(self.view.servers, key=lambda server: (server.span, server.name, server.peer))
         ]
@@ -66,6 +85,13 @@ class ModelStatus:
             "servers": servers,
             **({"route": None if self.route is None else _route_as_json(self.route)} if route else {}),
         }
+
+    def _answer_as_json(self, peer: str) -> dict[str, Any] | bool | None:
+        """What a server said: `False` if it does not answer, `None` if it was not asked."""
+        if peer not in self.answers:
+            return None
+        answer = self.answers[peer]
+        return False if answer is None else {"round_trip": answer.seconds, "relayed": answer.is_relayed}
 
 
 def _capacity_as_json(capacity: Capacity) -> dict[str, Any]:
@@ -96,8 +122,8 @@ def command(
 ) -> None:
     """Show the servers of a model, and the blocks that are missing.
 
-    Without MODEL, all models of the swarm are shown. The exit status is 1 if a model that is shown lacks blocks, and 0
-    if all models are complete.
+    Without MODEL, all models of the swarm are shown. Each server is asked whether it answers. The exit status is 0 if a
+    token can go through all models that are shown, and 1 if one of them lacks blocks.
     """
     start_logging(verbose=verbose)
     client = options.client_options(initial_peers, models=() if model is None else (model,))
@@ -120,24 +146,35 @@ def _show(found: Sequence[ModelStatus], *, route: bool) -> None:
     for number, status in enumerate(found):
         if number:
             stdout.print()
-        for part in render(status.model, status.view, width=stdout.width, now=time.time()):
+        for part in render(status.model, status.view, status.answers, width=stdout.width, now=time.time()):
             stdout.print(part)
         if route:
             stdout.print()
-            for part in render_route(status.route):
+            for part in render_route(status.route, status.answers):
                 stdout.print(part)
 
 
 async def look(client: ClientOptions, wanted: str | None = None, *, route: bool = False) -> list[ModelStatus]:
     """Ask the swarm for one model, or for all. Raises `UserError` for a model that is known neither to it nor here."""
     from shoal.net import join
+    from shoal.net.ping import ask_all
 
     async with join(client.network) as node:
         models: Sequence[ModelInfo] = await node.directory.models()
         if wanted is not None:
             models = [_named(wanted, models)]
-        views = [(model, SwarmView(model.num_blocks, await node.directory.servers(model))) for model in models]
-        return [ModelStatus(model, view, await find_route(node, view) if route else None) for model, view in views]
+        found = []
+        for model in models:
+            view = SwarmView(model.num_blocks, await node.directory.servers(model))
+            answers = await ask_all(node.transport, _asked(view), max_concurrent=AT_ONCE, seconds=ASK_SECONDS)
+            status = ModelStatus(model, view, answers=answers)
+            found.append(replace(status, route=find_route(status)) if route else status)
+        return found
+
+
+def _asked(view: SwarmView) -> Sequence[ServerInfo]:
+    """The servers to ask whether they answer: in a large swarm, as many as answer soon."""
+    return view.only(lambda server: server.state is not ServerState.LEAVING).servers[:MOST_ASKED]
 
 
 async def _look_by(code: InviteCode, client: ClientOptions, *, route: bool) -> list[ModelStatus]:
@@ -147,21 +184,19 @@ async def _look_by(code: InviteCode, client: ClientOptions, *, route: bool) -> l
     return await look(replace(client, initial_peers=(*await peers_of(code), *client.initial_peers)), route=route)
 
 
-async def find_route(node: Node, view: SwarmView) -> Route | None:
-    """The route of a token from this machine, by round trips that are measured now. None if there is none.
+def find_route(status: ModelStatus) -> Route | None:
+    """The route of a token from this machine, by the answers of the servers. None if there is none.
 
     Where servers have different weights, only those with the most common weights are used.
     """
-    from shoal.net.ping import measure_round_trips
     from shoal.policy.routing.route import Measured, Needs, choose_route
 
-    weights = Counter(server.fingerprint for server in view.online().servers).most_common(1)
-    view = view.online().only(lambda server: server.fingerprint == weights[0][0])
-    found = await measure_round_trips(node.transport, view.servers, max_concurrent=16)
-    view = view.only(lambda server: found[server.peer] is not None)
+    view = status.usable
+    weights = Counter(server.fingerprint for server in view.servers).most_common(1)
+    view = view.only(lambda server: server.fingerprint == weights[0][0])
     if view.missing():
         return None
-    round_trips = {peer: seconds for peer, seconds in found.items() if seconds is not None}
+    round_trips = {peer: answer.seconds for peer, answer in status.answers.items() if answer is not None}
     return choose_route(view, Span(0, view.num_blocks), needs=Needs(), known=Measured(round_trips))
 
 

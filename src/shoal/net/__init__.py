@@ -17,9 +17,6 @@ from shoal.net.transport import Node
 
 logger = logging.getLogger(__name__)
 
-MIN_RELAYS = 4
-"""With fewer relays, libp2p waits some minutes for more of them before it reserves a place at any."""
-
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -29,8 +26,8 @@ class NetworkConfig:
     the peer id; None makes a temporary key. `host`: the IP address to listen on; None is all of this machine's, with
     IPv4 and IPv6. `port`: 0 lets the system choose one. `announce`: the addresses that other peers use, where they
     differ from this machine's own (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, and store no records.
-    `relays`: multiaddresses of peers, `MIN_RELAYS` or more, that relay the streams of a machine that cannot be dialled.
-    `serve_relay`: be such a relay.
+    `relays`: multiaddresses of peers that relay the streams of a machine that cannot be dialled; without any, such a
+    machine looks for them. `serve_relay`: be such a relay; None is yes for a machine with a public address.
     """
 
     initial_peers: tuple[str, ...] = ()
@@ -40,7 +37,7 @@ class NetworkConfig:
     announce: tuple[str, ...] = ()
     client_mode: bool = False
     relays: tuple[str, ...] = ()
-    serve_relay: bool = False
+    serve_relay: bool | None = None
 
 
 def check_addresses(config: NetworkConfig) -> None:
@@ -75,13 +72,11 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     `BootstrapFailed` if no initial peer answers; `SwarmError` if the network cannot be started.
     """
     # hivemind takes seconds to import, so the arguments are checked before.
-    from shoal.net.addresses import check_announced, check_peers, peer_of
+    from shoal.net.addresses import check_announced, check_peers
     from shoal.net.identity import Identity
 
     initial_peers, relays = check_peers(config.initial_peers), check_peers(config.relays)
     is_dialled = not config.client_mode or bool(relays)
-    if 0 < len({peer_of(relay) for relay in relays}) < MIN_RELAYS:
-        logger.warning("with fewer than %d relays, other peers can reach this one only after some minutes", MIN_RELAYS)
     announce = check_announced(config.announce)
     identity = Identity.load_or_create(config.identity) if config.identity is not None else Identity.temporary()
 
@@ -90,12 +85,15 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     from shoal.net.libp2p.duplicate_identity import answers_elsewhere
     from shoal.net.libp2p.identity_lock import identity_lock
     from shoal.net.libp2p.libp2p_transport import Libp2pTransport
-    from shoal.net.own_addresses import free_addresses
+    from shoal.net.own_addresses import free_addresses, has_public_address
 
     listen = await asyncio.to_thread(free_addresses, config.host, config.port) if is_dialled else ()
-    daemon = DaemonConfig(listen=listen, announce=announce, relays=relays, serve_relay=config.serve_relay)
-    directory = DhtDirectory(identity, stores_records=daemon.is_reachable, initial_peers=initial_peers)
-    transport = Libp2pTransport(identity, daemon, initial_peers=initial_peers, attach=directory.attach)
+    serve_relay = config.serve_relay
+    if serve_relay is None:
+        serve_relay = not relays and has_public_address(listen, announce)
+    daemon = DaemonConfig(listen=listen, announce=announce, serve_relay=serve_relay)
+    directory = DhtDirectory(identity, stores_records=bool(listen) and not relays, initial_peers=initial_peers)
+    transport = Libp2pTransport(identity, daemon, initial_peers=initial_peers, relays=relays, attach=directory.attach)
     with nullcontext() if config.identity is None else identity_lock(identity.peer):
         await transport.start()
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+from collections.abc import Sequence
 
 import psutil
 
-from shoal.net.addresses import listen_addresses
+from shoal.net.addresses import ALL_HOSTS, listen_addresses
+from shoal.net.local_hosts import is_public_host
 
 _BRIDGES = re.compile(r"(docker|podman|virbr|cni|br-|veth|lxc|lxd)\w*.*")
 """Names of network interfaces that lead to containers and virtual machines of this machine only."""
@@ -40,6 +42,19 @@ def bridge_hosts() -> frozenset[str]:
         for address in addresses
         if address.family in (socket.AF_INET, socket.AF_INET6)
     )
+
+
+def has_public_address(listen: Sequence[str], announce: Sequence[str]) -> bool:
+    """Whether a machine that listens on these addresses, and announces those, has one that is known everywhere."""
+    hosts = [address.split("/")[2] for address in announce or listen]
+    if not set(hosts).isdisjoint(ALL_HOSTS):
+        hosts += [
+            each.address
+            for addresses in psutil.net_if_addrs().values()
+            for each in addresses
+            if each.family in (socket.AF_INET, socket.AF_INET6)
+        ]
+    return any(map(is_public_host, hosts))
 
 
 def _any_port() -> int:

@@ -24,9 +24,13 @@ MAX_CONCURRENT = 4
 
 @dataclass(frozen=True)
 class PingAnswer:
-    """What a ping found: the round trip in seconds, and what the server says of this moment, if it says it."""
+    """What a ping found: the round trip in seconds, and what the server says of this moment, if it says it.
+
+    It `is_relayed` if it went through a relay.
+    """
 
     seconds: float
+    is_relayed: bool = False
     queue_length: int | None = None
     cache_tokens_left: int | None = None
 
@@ -53,7 +57,12 @@ async def ping(stream: Stream) -> PingAnswer | None:
                     break
                 seconds = loop.time() - sent
                 quickest = seconds if found is None else min(found.seconds, seconds)
-                found = PingAnswer(quickest, answer.queue_length, answer.cache_tokens_left)
+                found = PingAnswer(
+                    quickest,
+                    is_relayed="/p2p-circuit" in (stream.address or ""),
+                    queue_length=answer.queue_length,
+                    cache_tokens_left=answer.cache_tokens_left,
+                )
     return found
 
 
@@ -84,6 +93,32 @@ async def measure_round_trip(transport: Transport, peer: str, addresses: Sequenc
     return None if answer is None else answer.seconds
 
 
+async def ask_all(
+    transport: Transport,
+    servers: Iterable[ServerInfo],
+    *,
+    max_concurrent: int = MAX_CONCURRENT,
+    seconds: float | None = None,
+) -> dict[str, PingAnswer | None]:
+    """Pings servers, and returns their answers by peer id; None for a server that has not answered. Never raises.
+
+    At most `max_concurrent` are pinged at the same time, and all of it takes at most `seconds`.
+    """
+    slots = asyncio.Semaphore(max_concurrent)
+    found: dict[str, PingAnswer | None] = {}
+
+    async def measure(server: ServerInfo) -> None:
+        found[server.peer] = None
+        async with slots:
+            found[server.peer] = await ask(transport, server.peer, server.addresses)
+
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+            for server in servers:
+                group.create_task(measure(server))
+    return found
+
+
 async def measure_round_trips(
     transport: Transport,
     servers: Iterable[ServerInfo],
@@ -91,20 +126,6 @@ async def measure_round_trips(
     max_concurrent: int = MAX_CONCURRENT,
     seconds: float | None = None,
 ) -> dict[str, float | None]:
-    """The round-trip times to servers in seconds, by peer id; None for a server that has not answered.
-
-    At most `max_concurrent` are measured at the same time, and all of it takes at most `seconds`.
-    """
-    slots = asyncio.Semaphore(max_concurrent)
-    found: dict[str, float | None] = {}
-
-    async def measure(server: ServerInfo) -> None:
-        found[server.peer] = None
-        async with slots:
-            found[server.peer] = await measure_round_trip(transport, server.peer, server.addresses)
-
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
-            for server in servers:
-                group.create_task(measure(server))
-    return found
+    """The round-trip times to servers in seconds, by peer id: as `ask_all`, of which it keeps nothing else."""
+    found = await ask_all(transport, servers, max_concurrent=max_concurrent, seconds=seconds)
+    return {peer: None if answer is None else answer.seconds for peer, answer in found.items()}

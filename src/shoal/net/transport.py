@@ -12,6 +12,7 @@ from typing import Protocol
 
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.census.histogram import Histogram
+from shoal.policy.reachability import Reach
 
 Buffer = bytes | bytearray | memoryview
 
@@ -36,6 +37,11 @@ class Stream(Protocol):
     @property
     def peer(self) -> str:
         """The other side's peer id."""
+        ...
+
+    @property
+    def address(self) -> str | None:
+        """The other side's multiaddress, if it is known; one through a relay contains `/p2p-circuit`."""
         ...
 
     @property
@@ -84,6 +90,15 @@ class Transport(Protocol):
     @property
     def addresses(self) -> tuple[str, ...]:
         """The multiaddresses at which other peers reach this one, in the form that `--initial-peers` takes."""
+        ...
+
+    @property
+    def reach(self) -> Reach:
+        """How others reach this peer, as far as it is known."""
+        ...
+
+    async def reach_other_than(self, last: Reach) -> Reach:
+        """How others reach this peer, as soon as that is not `last` any more."""
         ...
 
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> Stream:

@@ -91,7 +91,7 @@ def yields_to(own_peer: str, fills: Sequence[int], others: SwarmView) -> ServerI
     joins without having other blocks, or has the smaller peer id. `others` are the other servers.
     """
     for server in others.servers:
-        if not fills or server.state is ServerState.LEAVING:
+        if not fills or not server.state.counts:
             continue
         comes_first = not wants_openly(server) or server.peer < own_peer
         spans = (server.span, server.wants if comes_first else None)

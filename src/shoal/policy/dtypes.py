@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from shoal.peers import ServerInfo, ServerState
+from shoal.peers import ServerInfo
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
@@ -26,7 +26,7 @@ MOST_NAMES = 4
 
 def swarm_dtype(view: SwarmView, *, fingerprint: str, own: str) -> str | None:
     """The dtype in which a swarm computes with these weights, None without servers; `own` is the model's."""
-    view = view.only(lambda server: server.fingerprint == fingerprint and server.state is not ServerState.LEAVING)
+    view = view.only(lambda server: server.fingerprint == fingerprint and server.state.counts)
     holders = view.holders(Span(0, view.num_blocks))
     held = Counter(server.dtype for of_block in holders for server in of_block if server.dtype in DTYPES)
     return min(held, key=lambda dtype: (-held[dtype], dtype != own, DTYPES.index(dtype)), default=None)
@@ -39,7 +39,7 @@ def mixture(servers: Iterable[ServerInfo]) -> str | None:
     """
     peers: dict[str, dict[str, list[str]]] = {}  # by fingerprint and by way of computing
     for server in servers:
-        if server.state is not ServerState.LEAVING:
+        if server.state.counts:
             peers.setdefault(server.fingerprint, {}).setdefault(computes_in(server), []).append(_name(server))
     mixed = [ways for _, ways in sorted(peers.items()) if len(ways) > 1]
     if not mixed:

@@ -52,7 +52,7 @@ class SwarmView:
         """Tokens per second of every block (the paper's `t_i`), summed over servers that hold or are loading it."""
         total = [0.0] * self.num_blocks
         for server in self.servers:
-            if server.state is not ServerState.LEAVING:
+            if server.state.counts:
                 for block in server.span:
                     total[block] += ASSUMED_SPEED if server.decode_speed is None else server.decode_speed
         return total

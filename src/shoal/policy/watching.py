@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Set
 
-from shoal.peers import ServerInfo, ServerState
+from shoal.peers import ServerInfo
 from shoal.policy.view import SwarmView
 
 MAX_WATCHED = 16
@@ -22,7 +22,7 @@ def choose_watched(view: SwarmView, own_peer: str) -> tuple[ServerInfo, ...]:
     Of servers that are alike, each server watches others, so that in a large swarm all are watched.
     """
     count = Counter(block for server in view.online().servers for block in server.span)
-    others = [each for each in view.servers if each.peer != own_peer and each.state is not ServerState.LEAVING]
+    others = [each for each in view.servers if each.peer != own_peer and each.state.counts]
 
     def rank(server: ServerInfo) -> tuple[int, bytes]:
         return min(count[block] for block in server.span), _distance(own_peer, server.peer)

@@ -3,6 +3,7 @@
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
 The first message of a stream is `Open` for a session, `Forward`, `Backward` or `Norms` for single computations, a
 `Step` with a `link`, which one server pushes to the next, or a `Transfer`. `Adapter`s may come before the first four.
+`DialBack`, which peers without blocks answer too, has streams of its own (`REACH_PROTOCOL`).
 Every header is parsed here before any other code sees it: an unknown kind, field or type, or a number beyond its limit,
 is refused.
 """
@@ -41,6 +42,7 @@ from shoal.protocol.limits import (
 from shoal.protocol.message import Message
 from shoal.protocol.parsing import (
     JOINING_KINDS,
+    REACH_KINDS,
     REPLY_KINDS,
     REQUEST_KINDS,
     SESSION_KINDS,
@@ -51,6 +53,7 @@ from shoal.protocol.parsing import (
     parse,
 )
 from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, NormsResult, PassResult
+from shoal.protocol.reachability import MAX_DIALED_ADDRESSES, REACH_PROTOCOL, DialBack, DialedBack
 from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
 from shoal.protocol.transfers import Filler, Transfer
 from shoal.protocol.versions import PROTOCOL, PROTOCOL_VERSION, UPGRADE, protocol_id, speaks_other
@@ -61,6 +64,7 @@ __all__ = [
     "JOINING_KINDS",
     "MAX_BATCH",
     "MAX_BLOCKS",
+    "MAX_DIALED_ADDRESSES",
     "MAX_FACTORS",
     "MAX_HEADER_BYTES",
     "MAX_HOPS",
@@ -76,6 +80,8 @@ __all__ = [
     "MAX_TRANSFER_BYTES",
     "PROTOCOL",
     "PROTOCOL_VERSION",
+    "REACH_KINDS",
+    "REACH_PROTOCOL",
     "REPLY_KINDS",
     "REQUEST_KINDS",
     "SESSION_KINDS",
@@ -90,6 +96,8 @@ __all__ = [
     "Block",
     "Close",
     "Content",
+    "DialBack",
+    "DialedBack",
     "Downstream",
     "Epoch",
     "FactorIndices",

@@ -12,6 +12,7 @@ from shoal.protocol.control import Close, Leaving, Ping, Pong
 from shoal.protocol.failures import Failure
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassResult
+from shoal.protocol.reachability import DialBack, DialedBack
 from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached
 from shoal.protocol.transfers import Filler, Transfer
 from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
@@ -45,6 +46,8 @@ AnyMessage = (
     | GetHeld
     | GetPiece
     | Content
+    | DialBack
+    | DialedBack
     | Ping
     | Pong
     | Leaving
@@ -81,6 +84,9 @@ TRANSFER_KINDS = frozenset({"filler", "failure"})
 
 JOINING_KINDS = frozenset({"invitation", "content", "failure"})
 """The kinds of messages that answer machines that join."""
+
+REACH_KINDS = frozenset({"dial_back", "filler"})
+"""The kinds of messages that open a stream of `REACH_PROTOCOL`."""
 
 REPLY_KINDS = frozenset(
     {

@@ -11,8 +11,10 @@ from typing import Self
 
 from shoal.concurrency import background
 from shoal.errors import SwarmError
+from shoal.net.reach_words import in_words
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.reachability import Reachability
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +26,14 @@ GOODBYE_SECONDS = 3.0
 
 
 class Announcer:
-    """A server's record in the directory: renewed every `every_seconds` seconds, and marked as leaving at the end."""
+    """A server's record in the directory: renewed every `every_seconds` seconds, and marked as leaving at the end.
+
+    A server that others cannot reach is announced as unreachable for that long: clients would wait for it in vain.
+    """
 
     def __init__(self, node: Node, model: ModelInfo, info: ServerInfo, *, every_seconds: float) -> None:
         self._directory = node.directory
+        self._transport = node.transport
         self._model = model
         self._describe: Callable[[], ServerInfo] = lambda: info
         self._every_seconds = every_seconds
@@ -39,12 +45,23 @@ class Announcer:
     @contextlib.asynccontextmanager
     async def announcing(self) -> AsyncIterator[Self]:
         """Announce the server and renew its record until the context is left, or `leave` is called."""
-        await self._announce(self._describe())
-        async with background(self._renew(), name="shoal-announcer") as self._renewals:
+        await self._announce(self.info)
+        async with (
+            background(self._watch_reach(), name="shoal-reach-watch"),
+            background(self._renew(), name="shoal-announcer") as self._renewals,
+        ):
             try:
                 yield self
             finally:
                 await self.leave()
+
+    @property
+    def info(self) -> ServerInfo:
+        """What is announced at this moment."""
+        info = self._describe()
+        if info.state is ServerState.ONLINE and self._transport.reach.kind is Reachability.UNREACHABLE:
+            return replace(info, state=ServerState.UNREACHABLE)
+        return info
 
     def describe_by(self, describe: Callable[[], ServerInfo]) -> None:
         """Announce what `describe` returns, from the next time on."""
@@ -60,7 +77,7 @@ class Announcer:
 
         If the directory did not, the next renewal tries again.
         """
-        return self._renewals is not None and await self._announce(self._describe())
+        return self._renewals is not None and await self._announce(self.info)
 
     def announce_soon(self) -> None:
         """Renew the record without waiting for the next interval."""
@@ -85,7 +102,16 @@ class Announcer:
                 async with asyncio.timeout(self._every_seconds):
                     await self._renew_now.wait()
             self._renew_now.clear()
-            await self._announce(self._describe())
+            await self._announce(self.info)
+
+    async def _watch_reach(self) -> None:
+        """Announce it soon when others begin or cease to reach this server."""
+        reach = self._transport.reach
+        while True:
+            before, reach = reach, await self._transport.reach_other_than(reach)
+            if Reachability.UNREACHABLE in (before.kind, reach.kind):
+                log.warning("%s", in_words(reach, self._transport.addresses))
+            self.announce_soon()
 
     async def _announce(self, info: ServerInfo) -> bool:
         async with self._announcing:  # the directory refuses a record that is older than the one it has

@@ -45,7 +45,7 @@ class Server:
     @property
     def info(self) -> ServerInfo:
         """What it announces at this moment."""
-        return self._keeper.describe()
+        return self._keeper.announcer.info
 
     @property
     def phase(self) -> SpanPhase:

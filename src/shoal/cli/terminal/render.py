@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,10 +19,21 @@ from shoal.policy.view import SwarmView, format_blocks
 from shoal.protocol import PROTOCOL_VERSION, UPGRADE, speaks_other
 
 if TYPE_CHECKING:
+    from shoal.net.ping import PingAnswer
     from shoal.peers import ModelInfo
     from shoal.policy.routing.route import Route
 
-STATE_STYLES = {ServerState.JOINING: "yellow", ServerState.ONLINE: "green", ServerState.LEAVING: "dim"}
+    Answers = Mapping[str, PingAnswer | None]
+    """What servers say that were asked, by peer id; None of one that does not answer. Others were not asked."""
+
+STATE_STYLES = {
+    ServerState.JOINING: "yellow",
+    ServerState.ONLINE: "green",
+    ServerState.UNREACHABLE: "bold red",
+    ServerState.LEAVING: "dim",
+}
+SILENT = "silent"
+"""The state of a server that does not answer, whatever it announces."""
 MAX_BAR, MIN_BAR = 32, 8
 """Cells of the bar that shows where in the model a server's blocks are."""
 MAX_NAME, SHORT_NAME = 16, 10
@@ -56,9 +67,15 @@ _USUALLY_EMPTY: dict[str, Callable[[ServerInfo], str]] = {
 }
 
 
-def render(model: ModelInfo, view: SwarmView, *, width: int, now: float = 0.0) -> Iterator[RenderableType]:
-    """One model of the swarm and its servers, for a terminal of `width` cells, at the Unix time `now`."""
-    spoken = view.only(lambda server: server.protocol == PROTOCOL_VERSION)
+def render(
+    model: ModelInfo, view: SwarmView, answers: Answers, *, width: int, now: float = 0.0
+) -> Iterator[RenderableType]:
+    """One model of the swarm and its servers, for a terminal of `width` cells, at the Unix time `now`.
+
+    Servers whose answer is `None`, or that speak another protocol, do not count: no token could go through them.
+    """
+    silent = {server.peer for server in view.servers if _is_silent(server, answers)}
+    online = view.online().only(lambda server: server.peer not in silent and server.protocol == PROTOCOL_VERSION)
     yield Text.assemble((model.name, "bold"), f"  {model.num_blocks} blocks, {model.family}  ", (model.key, "dim"))
     if not view.servers:
         yield Text("no server serves it", style="bold red")
@@ -68,16 +85,14 @@ def render(model: ModelInfo, view: SwarmView, *, width: int, now: float = 0.0) -
         yield Text(shared, style="dim")
     columns = {title: of for title, of in _USUALLY_EMPTY.items() if any(map(of, view.servers))}
     columns |= {title: _USUALLY_EQUAL[title] for title, found in values.items() if len(found) > 1}
-    everything = _columns(view, columns)
+    everything = _columns(view, columns, answers)
     shown = _fitting(everything, width)
-    yield _table(shown, view, spare=max(0, width - _width(shown)))
+    yield _table(shown, view, silent, spare=max(0, width - _width(shown)))
     if left_out := [title for title in everything if title not in shown and title != BAR]:
         yield Text(f"hidden in this width: {', '.join(left_out)} (see --json)", style="dim")
-    yield _coverage(spoken.online())
-    yield _verdict(spoken)
-    for server in view.servers:
-        if server.protocol != PROTOCOL_VERSION:
-            yield Text(f"{server.name or server.peer} {speaks_other(server.protocol)}: {UPGRADE}", style="yellow")
+    yield _coverage(online)
+    yield _verdict(view, online)
+    yield from _lost(view, silent)
     yield from _reasons(view, now)
     if (found := mixture(view.servers)) is not None:
         yield Text(f"servers with equal weights use different dtypes: {found}", style="yellow")
@@ -94,12 +109,23 @@ class _Column:
         return max(cell_len(title), *(cell.cell_len for cell in self.cells))
 
 
-def _columns(view: SwarmView, more: Mapping[str, Callable[[ServerInfo], str]]) -> dict[str, _Column]:
+def _is_silent(server: ServerInfo, answers: Answers) -> bool:
+    is_asked = server.state is ServerState.ONLINE and server.protocol == PROTOCOL_VERSION
+    return is_asked and server.peer in answers and answers[server.peer] is None
+
+
+def _columns(view: SwarmView, more: Mapping[str, Callable[[ServerInfo], str]], answers: Answers) -> dict[str, _Column]:
     """All columns, in their order. The bar has its smallest width."""
     servers = _in_order(view)
 
+    def state(server: ServerInfo) -> str:
+        answer = answers.get(server.peer)
+        if _is_silent(server, answers):
+            return SILENT
+        return f"{server.state.value}, relayed" if answer is not None and answer.is_relayed else server.state.value
+
     def column(of: Callable[[ServerInfo], str], *, is_number: bool = False, is_colored: bool = False) -> _Column:
-        styles = (STATE_STYLES[server.state] if is_colored else "" for server in servers)
+        styles = (_style(server, _is_silent(server, answers)) if is_colored else "" for server in servers)
         cells = (Text(of(server), style=style) for server, style in zip(servers, styles, strict=True))
         return _Column(tuple(cells), is_number)
 
@@ -109,7 +135,7 @@ def _columns(view: SwarmView, more: Mapping[str, Callable[[ServerInfo], str]]) -
         "peer": column(lambda server: server.peer[-6:]),
         "blocks": column(lambda server: str(server.span), is_number=True),
         BAR: column(lambda server: _span_bar(server, view.num_blocks, smallest), is_colored=True),
-        "state": column(lambda server: server.state.value, is_colored=True),
+        "state": column(state, is_colored=True),
         "tokens/s": column(lambda server: figure(server.decode_speed), is_number=True),
         "prefill": column(lambda server: figure(server.prefill_speed), is_number=True),
         "cache": column(_cache_left, is_number=True),
@@ -133,7 +159,11 @@ def _width(columns: Mapping[str, _Column]) -> int:
     return sum(column.width("" if title == BAR else title) + GAP for title, column in columns.items()) - GAP
 
 
-def _table(columns: Mapping[str, _Column], view: SwarmView, *, spare: int) -> Table:
+def _style(server: ServerInfo, is_silent: bool) -> str:
+    return "bold red" if is_silent else STATE_STYLES[server.state]
+
+
+def _table(columns: Mapping[str, _Column], view: SwarmView, silent: Set[str], *, spare: int) -> Table:
     """The table. The bar grows by up to `spare` cells, the width that is left."""
     num_cells = min(view.num_blocks, MAX_BAR, MIN_BAR + spare)
     table = Table(box=None, padding=(0, GAP, 0, 0), header_style="dim", pad_edge=False)
@@ -144,7 +174,7 @@ def _table(columns: Mapping[str, _Column], view: SwarmView, *, spare: int) -> Ta
         cells = {title: column.cells[index] for title, column in columns.items()}
         if BAR in cells:
             drawing = _span_bar(server, view.num_blocks, num_cells)
-            cells[BAR] = Text(drawing, style=STATE_STYLES[server.state])
+            cells[BAR] = Text(drawing, style=_style(server, server.peer in silent))
         table.add_row(*cells.values(), style="dim" if server.state is ServerState.LEAVING else "")
     return table
 
@@ -165,8 +195,8 @@ def shortened(name: str, longest: int) -> str:
     return text.plain
 
 
-def render_route(route: Route | None) -> Iterator[RenderableType]:
-    """The route of a token, and the time that each part of it is expected to take, in ms."""
+def render_route(route: Route | None, answers: Answers) -> Iterator[RenderableType]:
+    """The route of a token, how each server is reached, and the time that each part is expected to take, in ms."""
     if route is None:
         yield Text("no route from this machine: blocks are missing, or their servers do not answer", style="bold red")
         return
@@ -176,14 +206,17 @@ def render_route(route: Route | None) -> Iterator[RenderableType]:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("server")
     table.add_column("peer", no_wrap=True)
-    for title in ("blocks", "network ms", "compute ms", "queue ms", "handicap ms"):
+    table.add_column("via", no_wrap=True)
+    for title in ("blocks", "network ms", "compute", "queue", "handicap"):
         table.add_column(title, justify="right")
     for hop, cost in zip(route.hops, route.costs, strict=True):
         parts = (cost.network, cost.compute, cost.queue, cost.handicap)
         cells = (f"{part * 1e3:,.1f}" if part else "" for part in parts)
         name = Text(shortened(hop.server.name or "-", MAX_NAME))
-        table.add_row(name, Text(hop.server.peer[-6:]), str(hop.span), *cells)
-    table.add_row("return trip", "", "", f"{route.back * 1e3:,.1f}", "", "", "")
+        answer = answers.get(hop.server.peer)
+        via = "relay" if answer is not None and answer.is_relayed else "direct"
+        table.add_row(name, Text(hop.server.peer[-6:]), via, str(hop.span), *cells)
+    table.add_row("return trip", "", "", "", f"{route.back * 1e3:,.1f}", "", "", "")
     yield table
 
 
@@ -205,8 +238,8 @@ def _coverage(online: SwarmView) -> Text:
     return text
 
 
-def _verdict(view: SwarmView) -> Text:
-    missing = view.online().missing()
+def _verdict(view: SwarmView, online: SwarmView) -> Text:
+    missing = online.missing()
     if not missing:
         return Text("complete: every block is served", style="green")
     text = Text(f"missing: blocks {format_blocks(missing)}", style="bold red")
@@ -215,13 +248,31 @@ def _verdict(view: SwarmView) -> Text:
     return text
 
 
+def _lost(view: SwarmView, silent: Set[str]) -> Iterator[Text]:
+    """What is known of servers that announce themselves, and through which no token can go."""
+    if silent:
+        names = ", ".join(_name(server) for server in _in_order(view) if server.peer in silent)
+        yield Text(f"do not answer this machine: {names}", style="red")
+    unreachable = [server for server in _in_order(view) if server.state is ServerState.UNREACHABLE]
+    if unreachable:
+        names = ", ".join(map(_name, unreachable))
+        yield Text(f"cannot be reached by others: {names}; `shoal doctor` there says what to do", style="red")
+    for server in _in_order(view):
+        if server.protocol != PROTOCOL_VERSION:
+            yield Text(f"{_name(server)} {speaks_other(server.protocol)}: {UPGRADE}", style="red")
+
+
+def _name(server: ServerInfo) -> str:
+    return shortened(server.name or server.peer[-6:], MAX_NAME)
+
+
 def _reasons(view: SwarmView, now: float) -> Iterator[Text]:
     """Why servers took their blocks, and when those that load will be ready: a line for each, those that load first."""
     told = [each for each in _in_order(view) if each.state is not ServerState.LEAVING and _tells(each)]
     told.sort(key=lambda server: not _is_loading(server))
     for server in told[:MAX_REASONS]:
-        does = "serves" if server.state is ServerState.ONLINE else "loads"
-        line = Text(f"{shortened(server.name or server.peer[-6:], MAX_NAME)} {does} {server.span}", style="dim")
+        does = "loads" if server.state is ServerState.JOINING else "serves"
+        line = Text(f"{_name(server)} {does} {server.span}", style="dim")
         if server.wants is not None:
             line.append(f", {'wants' if server.ready_at is None else 'loads'} {server.wants}")
         if _is_loading(server) and server.ready_at is not None:

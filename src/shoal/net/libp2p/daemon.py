@@ -37,6 +37,10 @@ START_SECONDS = 15.0
 """How long the daemon may take to start."""
 STOP_SECONDS = 5.0
 """How long the daemon may take to end before it is killed."""
+MAX_CIRCUITS = 128
+"""The connections that a relay carries for one peer. Each client of a server needs one."""
+MAX_RESERVATIONS = 128
+"""The peers for which a relay carries connections."""
 READ_BUFFER_BYTES = 256 * 1024
 """The buffer of each stream between this process and the daemon."""
 
@@ -55,8 +59,8 @@ logging.addLevelName(logging.WARNING, "WARNING")
 
 _ANSWERED = re.compile(r"peer id mismatch: expected \w+, but remote key matches (\w+)")
 
-OnStream = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], None]
-"""Called with the id of the peer that opened a stream, and the stream."""
+OnStream = Callable[[str, str | None, asyncio.StreamReader, asyncio.StreamWriter], None]
+"""Called with the id of the peer that opened a stream, its address, and the stream."""
 
 
 class DaemonFailed(OSError):
@@ -75,46 +79,45 @@ class DaemonGone(DaemonFailed):
 class DaemonConfig:
     """The daemon's part in the network, by multiaddresses.
 
-    Without `listen` it only dials. `announce` replaces the addresses that other peers learn. `relays` carry the streams
-    of a machine that cannot be dialled; `serve_relay` makes this daemon such a relay.
+    Without `listen` it only dials. `announce` replaces the addresses that other peers learn. `serve_relay` makes this
+    daemon carry the streams of machines that cannot be dialled. One that `is_behind_nat` cannot be dialled itself:
+    where it can, it makes relayed connections direct. With `punches_holes` off, relayed connections stay as they are.
     """
 
     listen: tuple[str, ...] = ()
     announce: tuple[str, ...] = ()
-    relays: tuple[str, ...] = ()
     serve_relay: bool = False
+    is_behind_nat: bool = False
+    punches_holes: bool = True
 
     @property
-    def is_reachable(self) -> bool:
+    def is_dialled(self) -> bool:
         """Whether other peers dial this one directly, so that it can store records of the directory."""
-        return bool(self.listen) and not self.relays
-
-    @property
-    def relay_addresses(self) -> tuple[str, ...]:
-        """Its addresses through its relays, without its peer id."""
-        return tuple(f"{relay}/p2p-circuit" for relay in self.relays)
+        return bool(self.listen) and not self.is_behind_nat
 
     def arguments(self) -> list[str]:
         """The daemon's command-line options."""
         # TCP only: over QUIC the daemon loses data that was sent before a close. No UPnP: it would open a port of the
-        # router without being asked to.
+        # router without being asked to. Places at relays are reserved elsewhere (`shoal.net.libp2p.reach`).
         options: dict[str, object] = {
             "tls": 1,
             "natPortMap": 0,
-            "autonat": 1,
+            "autonat": int(self.punches_holes),
             "connManager": 1,
             "relay": 1,
             "relayService": int(self.serve_relay),
-            "dhtServer" if self.is_reachable else "dhtClient": 1,
+            "dhtServer" if self.is_dialled else "dhtClient": 1,
         }
+        if self.serve_relay:
+            options |= {"relayMaxCircuits": MAX_CIRCUITS, "relayMaxReservations": MAX_RESERVATIONS}
         if self.listen:
             options["hostAddrs"] = ",".join(self.listen)
         else:
             options["noListenAddrs"] = 1
         if self.announce:
             options["announceAddrs"] = ",".join(self.announce)
-        if self.relays:
-            options |= {"autoRelay": 1, "trustedRelays": ",".join(self.relays), "forceReachabilityPrivate": 1}
+        if self.is_behind_nat:
+            options["forceReachabilityPrivate"] = 1
         elif self.serve_relay:
             options["forceReachabilityPublic"] = 1
         return [f"-{name}={value}" for name, value in options.items()]
@@ -228,7 +231,7 @@ class Daemon:
 
     async def handle(self, protocol: str, on_stream: OnStream) -> None:
         """Call `on_stream` for each stream of this protocol that a peer opens. Raises `DaemonFailed`."""
-        path = self.directory / "streams"
+        path = self.directory / f"streams-{len(self._servers)}"
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             info = p2pd_pb2.StreamInfo()
@@ -237,7 +240,7 @@ class Daemon:
             except (OSError, EOFError, asyncio.CancelledError):
                 writer.close()
                 return
-            on_stream(peer_id_of(info.peer), reader, writer)
+            on_stream(peer_id_of(info.peer), decode(info.addr), reader, writer)
 
         self._servers.append(await asyncio.start_unix_server(accept, path, limit=READ_BUFFER_BYTES))
         address = Multiaddr(f"/unix{path}").to_bytes()

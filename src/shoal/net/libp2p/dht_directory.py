@@ -60,8 +60,8 @@ FEW_SERVERS = 40
 class DhtDirectory:
     """This peer's node of the DHT. Its owner calls `attach` with every daemon that is started, and `close` at the end.
 
-    `stores_records`: store records for other peers. `initial_peers`: multiaddresses by which the node rejoins the DHT.
-    `clock`: the Unix time.
+    `stores_records`: store records for other peers, if they can dial this one. `initial_peers`: multiaddresses by which
+    the node rejoins the DHT. `clock`: the Unix time.
     """
 
     def __init__(
@@ -89,14 +89,16 @@ class DhtDirectory:
             is_client=not stores_records,
         )
 
-    async def attach(self, daemon: Daemon, peers: Sequence[str]) -> None:
+    async def attach(self, daemon: Daemon, peers: Sequence[str], is_dialled: bool = True) -> None:
         """Join the DHT through these peer ids; none starts a new DHT. A later node takes over the stored records.
 
-        Raises `BootstrapFailed` if this is the first call and none of the peers is part of a DHT.
+        A peer that others cannot dial stores nothing for them. Raises `BootstrapFailed` if this is the first call and
+        none of the peers is part of a DHT.
         """
         former = self._node
         if former is not None:
             await _shut_down(former)
+        self._stores_records = self._known_peers.stores_records = self._stores_records and is_dialled
         p2p = await P2P.replicate(daemon.control)
         try:
             self._node = node = await create_node(

@@ -49,7 +49,7 @@ class KnownPeers:
     ) -> None:
         self._own_peer = own_peer
         self._initial = {peer: where for peer, where in group_by_peer(initial_peers).items() if peer != own_peer}
-        self._stores_records = stores_records
+        self.stores_records = stores_records
         self._check_seconds = check_seconds
         self._daemon: Daemon | None = None
         self._node: Any = None
@@ -98,7 +98,7 @@ class KnownPeers:
         """
         if self._last_contact is None or all(map(self._has_left, self._known())):
             return False
-        return not self._stores_records or time.monotonic() - self._last_contact < MAX_LIFETIME
+        return not self.stores_records or time.monotonic() - self._last_contact < MAX_LIFETIME
 
     async def rejoin(self) -> None:
         """Ping all known peers; those that answer are in the table again. Concurrent calls share one attempt."""

@@ -19,8 +19,7 @@ from shoal.protocol import ProtocolViolation
 class Libp2pStream:
     """One raw stream. A cancelled `receive` loses nothing; after a cancelled `send` the stream is broken.
 
-    `address` is the peer's multiaddress if this side opened the stream; a relayed one contains `/p2p-circuit`. Large
-    frames wait until the peer's `budget` has room for them. `on_close` is called with the stream.
+    Large frames wait until the peer's `budget` has room for them. `on_close` is called with the stream.
     """
 
     def __init__(

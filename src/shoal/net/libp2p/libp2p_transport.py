@@ -15,11 +15,13 @@ from shoal.net.identity import Identity, public_key
 from shoal.net.libp2p.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, DaemonGone
 from shoal.net.libp2p.daemon_reasons import NO_PROTOCOL
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
+from shoal.net.libp2p.reach.reach_keeper import ReachKeeper
 from shoal.net.libp2p.spoken_version import check_versions, spoken_version
 from shoal.net.own_addresses import bridge_hosts
 from shoal.net.transport import StreamBroken, StreamHandler
 from shoal.net.wire.receive_budget import ReceiveBudget
-from shoal.protocol import PROTOCOL, PROTOCOL_VERSION, UPGRADE, speaks_other
+from shoal.policy.reachability import Reach, Reachability
+from shoal.protocol import PROTOCOL, PROTOCOL_VERSION, REACH_PROTOCOL, UPGRADE, speaks_other
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,9 @@ MAX_DIALLED_PEERS = 256
 class Libp2pTransport:
     """Starts the daemon, restarts it when it dies, and ends it.
 
-    `attach` is called with every daemon that is started and the ids of the peers that it is connected to, before any
-    stream is opened or accepted through it. `start` the transport, and `close` it, which also ends its tasks.
+    `attach` is called with every daemon that is started, the ids of the peers that it is connected to, and whether
+    others dial it, before any stream is opened or accepted through it. `relays` are those that the operator chose.
+    `start` the transport, and `close` it, which also ends its tasks.
     """
 
     def __init__(
@@ -56,16 +59,26 @@ class Libp2pTransport:
         config: DaemonConfig,
         *,
         initial_peers: Sequence[str] = (),
-        attach: Callable[[Daemon, Sequence[str]], Awaitable[None]] | None = None,
+        relays: Sequence[str] = (),
+        attach: Callable[[Daemon, Sequence[str], bool], Awaitable[None]] | None = None,
     ) -> None:
         self._identity = identity
-        self._config = config
+        self._config = replace(config, is_behind_nat=True) if relays else config
         self._attach = attach
         self._initial = group_by_peer(initial_peers)
         self._dialled: dict[str, tuple[str, ...]] = {}
         self._daemon: Daemon | None = None
         self._up = asyncio.Event()
-        self._addresses: tuple[str, ...] = ()
+        self._own: tuple[str, ...] = ()  # its direct addresses
+        self._reach: ReachKeeper | None = None
+        if config.listen:
+            self._reach = ReachKeeper(
+                identity.peer,
+                known=lambda: self._dialled | self._initial,
+                own=lambda: self._own,
+                named=relays,
+                offers_relay=config.serve_relay,
+            )
         self._handler: StreamHandler | None = None
         self._budget = ReceiveBudget()
         self._handlers = HandlerTasks()
@@ -79,7 +92,17 @@ class Libp2pTransport:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return self._addresses
+        return most_useful_first((*self.reach.relayed, *self._own), bridges=bridge_hosts())
+
+    @property
+    def reach(self) -> Reach:
+        return Reach() if self._reach is None else self._reach.reach
+
+    async def reach_other_than(self, last: Reach) -> Reach:
+        if self._reach is None:
+            await asyncio.Event().wait()
+            raise AssertionError("nothing sets this event")
+        return await self._reach.other_than(last)
 
     async def start(self) -> None:
         """Start the daemon and connect to the initial peers.
@@ -98,6 +121,8 @@ class Libp2pTransport:
             await self.close()
             raise
         self._supervisor = asyncio.create_task(self._supervise())
+        if self._reach is not None:
+            self._reach.start()
 
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> Libp2pStream:
         if self._closed:
@@ -165,6 +190,8 @@ class Libp2pTransport:
         await self._handlers.wait()
         for stream in [*self._streams]:
             await stream.close()
+        if self._reach is not None:
+            await self._reach.close()
         if self._daemon is not None:
             if had_streams and not self._daemon.closed.is_set():
                 await asyncio.sleep(FLUSH_SECONDS)
@@ -174,22 +201,42 @@ class Libp2pTransport:
 
     async def _start_daemon(self) -> None:
         first = self._daemon is None
+        connected = await self._run_daemon()
+        if first and self._initial and not connected:
+            raise _bootstrap_failed(self._initial)
+        if first:
+            assert self._daemon is not None
+            await check_versions(self._daemon, connected)
+        if first and self._reach is not None and not self._config.is_behind_nat:
+            reach = await self._reach.examine()
+            if reach.kind is Reachability.UNREACHABLE:  # nothing depends on the daemon yet
+                assert self._daemon is not None
+                await self._daemon.stop()
+                self._config = replace(self._config, is_behind_nat=True)
+                connected = await self._run_daemon()
+        daemon = self._daemon
+        assert daemon is not None
+        if self._attach is not None:
+            await self._attach(daemon, connected, self._config.is_dialled)
+        if self._handler is not None:
+            await daemon.handle(PROTOCOL, self._accept)
+        if first and self._reach is not None:
+            await self._reach.keep_relays()
+        self._up.set()
+
+    async def _run_daemon(self) -> list[str]:
+        """Start a daemon. Returns the peers that it is connected to."""
         self._daemon = daemon = await Daemon.start(self._identity, self._config)
         async with asyncio.timeout(START_SECONDS):
             own = await daemon.addresses()
             self._keep_port(own)
-            ordered = most_useful_first((*own, *self._config.relay_addresses), bridges=bridge_hosts())
-            self._addresses = tuple(f"{address}/p2p/{self.peer}" for address in ordered)
+            ordered = most_useful_first(own, bridges=bridge_hosts())
+            self._own = tuple(f"{address}/p2p/{self.peer}" for address in ordered)
             connected = await self._connect(daemon)
-            if first and self._initial and not connected:
-                raise _bootstrap_failed(self._initial)
-            if first:
-                await check_versions(daemon, connected)
-            if self._attach is not None:
-                await self._attach(daemon, connected)
-            if self._handler is not None:
-                await daemon.handle(PROTOCOL, self._accept)
-        self._up.set()
+            if self._reach is not None:
+                self._reach.attach(daemon)
+                await daemon.handle(REACH_PROTOCOL, self._accept_examined)
+        return connected
 
     def _keep_port(self, addresses: Sequence[str]) -> None:
         """Use the port that the system chose after a restart too: other peers know this one by it."""
@@ -239,14 +286,21 @@ class Libp2pTransport:
 
     # The streams that other peers open.
 
-    def _accept(self, peer: str, reader: StreamReader, writer: StreamWriter) -> None:
-        handler = self._handler
+    def _accept(self, peer: str, address: str | None, reader: StreamReader, writer: StreamWriter) -> None:
+        self._handle(self._handler, peer, address, reader, writer)
+
+    def _accept_examined(self, peer: str, address: str | None, reader: StreamReader, writer: StreamWriter) -> None:
+        self._handle(None if self._reach is None else self._reach.examiner, peer, address, reader, writer)
+
+    def _handle(
+        self, handler: StreamHandler | None, peer: str, address: str | None, reader: StreamReader, writer: StreamWriter
+    ) -> None:
         is_full = self._handlers.num_of(peer) >= MAX_STREAMS_PER_PEER or len(self._handlers) >= MAX_STREAMS
         if handler is None or self._closed or is_full:
             logger.debug("a stream of %s is refused", peer)
             writer.close()
             return
-        self._handlers.start(handler, Libp2pStream(peer, reader, writer, budget=self._budget))
+        self._handlers.start(handler, Libp2pStream(peer, reader, writer, address=address, budget=self._budget))
 
 
 def _bootstrap_failed(initial: dict[str, tuple[str, ...]]) -> BootstrapFailed:

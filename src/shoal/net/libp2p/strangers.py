@@ -19,8 +19,11 @@ DIAL_SECONDS = 8.0
 
 @asynccontextmanager
 async def stranger() -> AsyncIterator[Daemon]:
-    """A daemon with an identity of its own, which only dials. Raises `DaemonFailed`, and `TimeoutError`."""
-    daemon = await Daemon.start(Identity.temporary(), DaemonConfig())
+    """A daemon with an identity of its own, which only dials, and makes no relayed connection direct.
+
+    Raises `DaemonFailed`, and `TimeoutError`.
+    """
+    daemon = await Daemon.start(Identity.temporary(), DaemonConfig(punches_holes=False))
     try:
         yield daemon
     finally:

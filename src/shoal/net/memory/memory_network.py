@@ -11,6 +11,7 @@ from shoal.net.memory.memory_directory import MemoryDirectory, MemoryRecord, Mem
 from shoal.net.memory.memory_stream import Frame, MemoryLink, MemoryStream
 from shoal.net.transport import Node, StreamBroken, StreamHandler
 from shoal.peers import ModelInfo, ServerInfo
+from shoal.policy.reachability import Reach, Reachability
 
 
 class MemoryNetwork:
@@ -23,6 +24,8 @@ class MemoryNetwork:
     def __init__(self) -> None:
         self.on_frame: Callable[[Frame], Frame | None] | None = None
         self.faults = Faults()
+        self.reaches: dict[str, Reach] = {}
+        self.reach_changed = asyncio.Event()
         self._transports: dict[str, MemoryTransport] = {}
         self._links: dict[MemoryLink, None] = {}  # in the order of opening: nothing depends on memory addresses
         self._ended: dict[MemoryLink, None] = {}  # those with frames that can still be received
@@ -106,6 +109,12 @@ class MemoryNetwork:
         self._ended = {link: None for link in self._ended if link.holds_frames}
         for link in [*self._links, *self._ended]:
             link.wake()
+
+    def set_reach(self, peer: str, kind: Reachability) -> None:
+        """Let a peer find that others reach it in this way."""
+        self.reaches[peer] = Reach(kind)
+        self.reach_changed.set()
+        self.reach_changed = asyncio.Event()
 
     def delay(self, seconds: float, *peers: str) -> None:
         """Delay all frames, those of one peer, or those between two. Their order is kept; senders do not wait."""
@@ -202,6 +211,15 @@ class MemoryTransport:
     @property
     def addresses(self) -> tuple[str, ...]:
         return (f"/memory/{self._peer}",)
+
+    @property
+    def reach(self) -> Reach:
+        return self._network.reaches.get(self._peer, Reach())
+
+    async def reach_other_than(self, last: Reach) -> Reach:
+        while self.reach == last:
+            await self._network.reach_changed.wait()
+        return self.reach
 
     @property
     def num_handlers(self) -> int:

@@ -153,6 +153,10 @@ class MemoryStream:
     def peer(self) -> str:
         return self._link.peers[1 - self._me]
 
+    @property
+    def address(self) -> str | None:
+        return None
+
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         self._check_open()
         pack_prefix(len(header), payload_bytes(payload))

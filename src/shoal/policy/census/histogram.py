@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from shoal.peers import ServerInfo, ServerState
+from shoal.peers import ServerInfo
 from shoal.policy.machines.machine import Machine, machine_of, machines_of
 from shoal.spans import Span
 
@@ -93,10 +93,10 @@ def histogram_of(servers: Iterable[ServerInfo], *, now: float) -> Histogram:
 
 
 def tally_of(servers: Iterable[ServerInfo], *, now: float) -> Tally:
-    """The tally of a shard with these servers, without those that leave."""
+    """The tally of a shard with these servers, without those that leave or cannot be reached."""
     spans: dict[Span, list[Machine]] = defaultdict(list)
     for server in servers:
-        machine = machine_of(server, now=now) if server.state is not ServerState.LEAVING else None
+        machine = machine_of(server, now=now)
         if machine is not None:
             spans[server.span].append(machine)
     return tuple(_cell(span, spans[span]) for span in sorted(spans))

@@ -104,8 +104,8 @@ def _ready_at(server: ServerInfo, now: float) -> float:
 
 
 def machine_of(server: ServerInfo, *, now: float) -> Machine | None:
-    """A server in the span that it serves, or that it loads while it serves none; `None` if it is leaving."""
-    if server.state is ServerState.LEAVING:
+    """A server in the span that it serves, or that it loads while it serves none; `None` if it counts for no block."""
+    if not server.state.counts:
         return None
     length, capacity = len(server.span), server.capacity
     up_since = now if server.up_since is None else min(now, server.up_since)

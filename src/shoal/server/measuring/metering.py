@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from shoal.net.transport import CHUNK_BYTES, Buffer, HeaderCheck, Node, Stream, StreamHandler, Transport
 from shoal.policy.network_speed import Bulk, Direction, Seen
+from shoal.policy.reachability import Reach
 
 LARGE_BYTES = CHUNK_BYTES
 """Smaller frames tell nothing: they fit into buffers."""
@@ -60,6 +61,13 @@ class _MeteredTransport:
     def addresses(self) -> tuple[str, ...]:
         return self._transport.addresses
 
+    @property
+    def reach(self) -> Reach:
+        return self._transport.reach
+
+    async def reach_other_than(self, last: Reach) -> Reach:
+        return await self._transport.reach_other_than(last)
+
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> Stream:
         return _MeteredStream(await self._transport.open(peer, addresses), self._meter)
 
@@ -80,6 +88,10 @@ class _MeteredStream:
     @property
     def peer(self) -> str:
         return self._stream.peer
+
+    @property
+    def address(self) -> str | None:
+        return self._stream.address
 
     @property
     def heard_at(self) -> float:

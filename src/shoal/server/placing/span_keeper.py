@@ -57,7 +57,7 @@ LOAD_FAILURES = (ShoalError, OSError, MemoryError, RuntimeError, Refused)
 class SpanKeeper:
     """Chooses, loads and serves blocks, one span at a time, until it is stopped (`live`).
 
-    `online` is set when it answers clients for the first time.
+    `online` is set when it answers clients for the first time. `announcer` tells the swarm what it is doing.
     """
 
     def __init__(self, around: Surroundings) -> None:
@@ -72,8 +72,8 @@ class SpanKeeper:
         self._stopping = asyncio.Event()
         node, model, every_seconds = around.node, around.setup.model, around.config.announce_seconds
         base = base_info(around.config, around.node, around.setup)
-        self._announcer = Announcer(node, model, base, every_seconds=every_seconds)
-        self._announcer.describe_by(self.describe)
+        self.announcer = Announcer(node, model, base, every_seconds=every_seconds)
+        self.announcer.describe_by(self.describe)
         self._reception = Reception(idle_seconds=around.config.idle_seconds)
         self._pushes = PushService(node.transport)
         self._watch = SwarmWatch(node, around.setup)
@@ -83,7 +83,7 @@ class SpanKeeper:
             model,
             self.describe,
             every_seconds=every_seconds,
-            on_new=self._announcer.announce_soon,
+            on_new=self.announcer.announce_soon,
             on_view=self._watch.take,
         )
 
@@ -95,7 +95,7 @@ class SpanKeeper:
         return self._loaded.engine
 
     def describe(self) -> ServerInfo:
-        """What the server announces at this moment."""
+        """The server as it is at this moment, whether or not others can reach it."""
         if self._loaded is not None:
             self._around.portrait.speeds = self._loaded.engine.speeds or self._loaded.speeds
         info = describe(
@@ -120,7 +120,7 @@ class SpanKeeper:
         self._claim(await self._chooser.first())
         if config.blocks is not None:  # whatever others want
             self._confirm()
-        async with self._announcer.announcing(), self._pushes.running():
+        async with self.announcer.announcing(), self._pushes.running():
             if config.blocks is None:
                 await self._settle_claim()
             async with (
@@ -141,7 +141,7 @@ class SpanKeeper:
             around.setup,
             self._neighbors,
             is_ready=lambda: self.state.phase is SpanPhase.SERVING,
-            on_change=self._announcer.announce_soon,
+            on_change=self.announcer.announce_soon,
         )
 
     async def stop(self, living: asyncio.Task[None]) -> None:
@@ -179,7 +179,7 @@ class SpanKeeper:
                 break
             await self._announce_claim(placed)
         self._confirm()
-        await self._announcer.announce_now()
+        await self.announcer.announce_now()
 
     def _confirm(self, *, kept: Span | None = None) -> None:
         """Nothing is in the way of what is claimed: load it, beside what is `kept`."""
@@ -222,7 +222,7 @@ class SpanKeeper:
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         if not self._stopping.is_set():
-            await self._announcer.announce_now()
+            await self.announcer.announce_now()
 
     async def _loaded_by(
         self, loading: Coroutine[Any, Any, LoadedSpan], *, is_first: bool = False
@@ -286,7 +286,7 @@ class SpanKeeper:
         else:
             self._mover = self._mover.arrived(now=around.clock())
             log.warning("the server now serves blocks %s: %s", loaded.span, self.state.reason)
-        await self._announcer.announce_now()
+        await self.announcer.announce_now()
         self._tell(loaded.span, self.state.reason)
         self.online.set()
         self._is_open.set()
@@ -308,7 +308,7 @@ class SpanKeeper:
                 self._drain_seconds = min(HOLE_DRAIN_SECONDS, self._drain_seconds)
             log.warning("the server goes from blocks %s to %s: %s", held, move.after, move.reason)
             self._confirm(kept=kept)
-            await self._announcer.announce_now()
+            await self.announcer.announce_now()
             if kept is None:
                 return
             loading = extend_span(around.config, around.setup, loaded, move.after, around.compute, around.observers)
@@ -323,7 +323,7 @@ class SpanKeeper:
                 await self._is_open.wait()
                 return
             extended = None
-            await self._announcer.announce_now()
+            await self.announcer.announce_now()
 
     async def _next_move(self, own: OwnBlocks) -> Move:
         """Wait for the next move of this server, whose blocks are claimed then."""
@@ -340,17 +340,17 @@ class SpanKeeper:
 
     async def _announce_claim(self, placed: Placed) -> bool:
         self._claim(placed)
-        return await self._announcer.announce_now()
+        return await self.announcer.announce_now()
 
     async def _unclaim(self) -> None:
         self.state = self.state.unclaimed()
-        await self._announcer.announce_now()
+        await self.announcer.announce_now()
 
     async def _drain(self, handler: Handler) -> None:
         """Let clients go on elsewhere, before the server moves or because it is stopped, which it may be meanwhile."""
         seconds = self._drain_seconds
         if self._stopping.is_set():
-            await self._announcer.leave()  # first, because clients that are told look for other servers at once
+            await self.announcer.leave()  # first, because clients that are told look for other servers at once
             seconds = self._around.config.drain_seconds
         if not seconds:
             return
@@ -358,7 +358,7 @@ class SpanKeeper:
         async with owned_task(draining) as drained, owned_task(_until(self._stopping)) as stopped:
             await asyncio.wait({drained, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if stopped.done():
-                await self._announcer.leave()
+                await self.announcer.leave()
             await drained
 
     async def _close(self, loaded: LoadedSpan, handler: Handler) -> None:

@@ -1,0 +1,227 @@
+"""Peers that ask others to dial them back, and keep places at relays where these cannot: on the real network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from shoal.net import NetworkConfig, join
+from shoal.net.identity import Identity
+from shoal.net.libp2p.daemon import Daemon, DaemonConfig
+from shoal.net.libp2p.libp2p_stream import Libp2pStream
+from shoal.net.libp2p.reach import reach_keeper
+from shoal.net.libp2p.reach.examiner import examined_by
+from shoal.net.libp2p.reach.prober import Prober, carries
+from shoal.net.libp2p.reach.reservations import NotReserved, reserve
+from shoal.net.libp2p.strangers import stranger
+from shoal.net.transport import Node, Stream
+from shoal.net.wire import codec
+from shoal.policy.reachability import MIN_RELAYED_BYTES, PEER_REQUESTS, Reachability
+from shoal.protocol import REACH_PROTOCOL, REPLY_KINDS, DialBack, DialedBack, Failure, Ping, Pong
+
+pytestmark = pytest.mark.anyio
+
+NOWHERE = "/ip4/127.0.0.1/tcp/1"
+"""An address that this machine does not answer at."""
+
+
+@asynccontextmanager
+async def peers(*configs: dict[str, Any]) -> AsyncIterator[list[Node]]:
+    """Peers on loopback. All but the first join by the first."""
+    async with AsyncExitStack() as stack:
+        nodes: list[Node] = []
+        for config in configs:
+            initial = nodes[0].transport.addresses[:1] if nodes else ()
+            nodes.append(await stack.enter_async_context(join(NetworkConfig(initial, host="127.0.0.1", **config))))
+        yield nodes
+
+
+async def answer_pings(stream: Stream) -> None:
+    while True:
+        await codec.receive(stream)
+        await codec.send(stream, Pong())
+
+
+async def test_the_first_peer_of_a_swarm_does_not_know_whether_others_reach_it():
+    async with peers({}) as (node,):
+        assert node.transport.reach.kind is Reachability.UNKNOWN
+
+
+async def test_a_peer_that_joins_is_dialled_back_from_a_port_of_which_it_knows_nothing():
+    async with peers({}, {}) as (first, second):
+        reach = second.transport.reach
+        assert reach.kind is Reachability.DIRECT
+        (report,) = reach.reports
+        assert report.examiner == first.transport.peer
+        assert report.reached == second.transport.addresses
+        assert not report.is_outside
+        assert report.seen_at is not None
+        assert report.seen_at.startswith("/ip4/127.0.0.1/")
+        assert abs(report.clock_ahead) < 1
+
+
+async def test_what_cannot_be_dialled_and_has_no_relay_is_unreachable():
+    async with peers({}, {"announce": (NOWHERE,)}) as (_, second):
+        assert second.transport.reach.kind is Reachability.UNREACHABLE
+        assert second.transport.addresses == (f"{NOWHERE}/p2p/{second.transport.peer}",)
+
+
+async def test_what_cannot_be_dialled_takes_a_place_at_a_peer_that_relays_and_is_reached_there():
+    async with peers({"serve_relay": True}, {"announce": (NOWHERE,)}, {}) as (first, second, third):
+        reach = second.transport.reach
+        assert reach.kind is Reachability.RELAYED
+        expected = f"{first.transport.addresses[0]}/p2p-circuit/p2p/{second.transport.peer}"
+        assert reach.relayed == (expected,)
+        assert second.transport.addresses[0] == expected
+        await second.transport.listen(answer_pings)
+        stream = await third.transport.open(second.transport.peer, second.transport.addresses)
+        await codec.send(stream, Ping())
+        answer, _ = await codec.receive(stream, REPLY_KINDS)
+        assert isinstance(answer, Pong)
+        await stream.close()
+
+
+async def test_relays_that_are_named_are_used_without_asking_anyone():
+    async with peers({"serve_relay": True}) as (relay,):
+        config = NetworkConfig((), host="127.0.0.1", relays=relay.transport.addresses[:1], serve_relay=True)
+        async with join(config) as node:
+            assert node.transport.reach.kind is Reachability.RELAYED
+            assert node.transport.reach.reports == ()
+
+
+async def test_a_relay_that_was_restarted_is_used_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reach_keeper, "RENEW_SECONDS", 0.05)
+    identity = Identity.temporary()
+    config = DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",), serve_relay=True)
+    relay = await Daemon.start(identity, config)
+    try:
+        (address,) = await relay.addresses()
+        named = f"{address}/p2p/{identity.peer}"
+        async with join(NetworkConfig((), host="127.0.0.1", relays=(named,))) as node:
+            reached = node.transport.reach
+            while not reached.relayed:  # a relay that has just been started may not relay yet
+                reached = await node.transport.reach_other_than(reached)
+            await relay.stop()
+            lost = await node.transport.reach_other_than(reached)
+            assert lost.kind is Reachability.UNREACHABLE
+            relay = await Daemon.start(identity, DaemonConfig(listen=(address,), serve_relay=True))
+            again = await node.transport.reach_other_than(lost)
+            assert again.relayed == reached.relayed
+            assert await carries(node.transport.peer, again.relayed[0])
+    finally:
+        await relay.stop()
+
+
+@asynccontextmanager
+async def daemon(**config: Any) -> AsyncIterator[tuple[Daemon, str, str]]:
+    """A daemon on loopback, its peer id, and its address."""
+    identity = Identity.temporary()
+    started = await Daemon.start(identity, DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",), **config))
+    try:
+        (address,) = await started.addresses()
+        yield started, identity.peer, f"{address}/p2p/{identity.peer}"
+    finally:
+        await started.stop()
+
+
+async def test_a_relay_says_how_much_it_carries_and_libp2ps_own_carries_too_little():
+    async with daemon() as (own, _, _):
+        async with daemon(serve_relay=True) as (_, _, generous):
+            found = await reserve(own, generous)
+            assert found.max_bytes is None or found.max_bytes >= MIN_RELAYED_BYTES
+        async with daemon() as (_, _, stingy):
+            found = await reserve(own, stingy)
+            assert found.max_bytes is not None
+            assert found.max_bytes < MIN_RELAYED_BYTES
+        async with (
+            peers({}) as (first,),
+            join(NetworkConfig(first.transport.addresses[:1], host="127.0.0.1", relays=(stingy,))) as node,
+        ):
+            assert node.transport.reach.kind is Reachability.UNREACHABLE
+
+
+async def test_a_relay_that_is_gone_gives_no_place():
+    async with daemon() as (own, _, _):
+        async with daemon(serve_relay=True) as (_, _, address):
+            pass
+        with pytest.raises(NotReserved, match="cannot be reached"):
+            await reserve(own, address)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (b"\xff\xff\xff\xff\x7f", "makes no sense"),  # a length without end
+        (b"\x90\x7f" + bytes(20), "makes no sense"),  # longer than any answer
+        (b"\x04\xff\xff\xff\xff", "makes no sense"),
+        (b"\x05\x08\x02\x28\xc9\x01", "no place left"),
+        (b"\x04\x08\x02\x28\x64"[:4], "cannot be reached"),  # it ends in the middle
+        (b"\x02\x08\x02", "it refuses"),
+    ],
+)
+async def test_answers_of_relays_are_read_with_care(answer: bytes, why: str):
+    async with daemon() as (own, _, _), daemon() as (liar, _, address):
+        writers: list[asyncio.StreamWriter] = []
+
+        def lie(peer: str, where: str | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(answer)
+            writer.close()
+            writers.append(writer)
+
+        await liar.handle("/libp2p/circuit/relay/0.2.0/hop", lie)
+        with pytest.raises(NotReserved, match=why):
+            await reserve(own, address)
+        assert writers
+
+
+async def test_a_peer_dials_only_the_addresses_of_the_peer_that_asks():
+    async with peers({}, {}) as (first, second), stranger() as asker:
+        await asker.connect(first.transport.peer, first.transport.addresses)
+        for address in (second.transport.addresses[0], f"{NOWHERE}", f"{first.transport.addresses[0]}/p2p-circuit"):
+            _, reader, writer = await asker.open(first.transport.peer, REACH_PROTOCOL)
+            stream = Libp2pStream(first.transport.peer, reader, writer)
+            await codec.send(stream, DialBack(addresses=(address,)))
+            answer, _ = await codec.receive(stream)
+            assert isinstance(answer, Failure)
+            assert answer.code == "rejected"
+            await stream.close()
+
+
+async def test_a_peer_that_asks_too_often_is_told_to_come_back():
+    async with peers({}, {}) as (first, second):
+        answers = []
+        for _ in range(PEER_REQUESTS):
+            async with asyncio.timeout(20):
+                stream = await open_reach(second, first)
+                await codec.send(stream, DialBack(addresses=second.transport.addresses[:1]))
+                answers.append((await codec.receive(stream))[0])
+                await stream.close()
+        assert [type(answer) for answer in answers] == [DialedBack] * (PEER_REQUESTS - 1) + [Failure]
+
+
+async def open_reach(node: Node, other: Node) -> Libp2pStream:
+    """A stream of `REACH_PROTOCOL` from one peer to another."""
+    transport: Any = node.transport
+    _, reader, writer = await transport._daemon.open(other.transport.peer, REACH_PROTOCOL)
+    return Libp2pStream(other.transport.peer, reader, writer)
+
+
+async def test_a_peer_that_does_not_examine_is_no_opinion():
+    async with daemon() as (own, _, address), daemon() as (_, other, elsewhere):
+        await own.connect(other, (elsewhere,))
+        assert await examined_by(other, own, (address,)) is None
+
+
+async def test_the_prober_tells_a_peer_from_another_one_at_its_address():
+    prober = Prober()
+    try:
+        async with daemon() as (_, one, where), daemon() as (_, other, _):
+            assert await prober.reached(one, (where, f"{NOWHERE}/p2p/{one}")) == [True, False]
+            assert await prober.reached(other, (where.replace(one, other),)) == [False]
+        assert await prober.reached(one, (where,)) == [False]
+    finally:
+        await prober.close()
