@@ -103,6 +103,7 @@ class ServerInfo:
     serves its span, says which: `wants`. `zone` is a coarse place whose servers may fail together. `up_since` and
     `ready_at` are Unix times: since when the server has been in the swarm, and when one that is loading expects to
     serve what it loads; `None` if unknown, or if it only claims these blocks. `reason` says why it took its blocks.
+    `protocol` is the version that it speaks: 8 is that of records that do not say it.
     """
 
     peer: str
@@ -130,6 +131,7 @@ class ServerInfo:
     up_since: float | None = None
     ready_at: float | None = None
     reason: str = ""
+    protocol: int = 8
 
     @property
     def is_relayed(self) -> bool:

@@ -87,10 +87,12 @@ class Children:
         """Start `shoal` with these arguments. `name` is for messages and the log file.
 
         `within`: words before the command, of a program that becomes it, such as `nsenter`. `environment`: variables
-        that it has beside those of this process.
+        that it has beside those of this process, also secrets: all users of a machine can read the arguments of its
+        processes.
         """
         environment = {**os.environ, "NO_COLOR": "1", **(environment or {})}
-        environment.pop("SHOAL_INITIAL_PEERS", None)
+        for each in ("SHOAL_INITIAL_PEERS", "NOTIFY_SOCKET"):  # these are for this process
+            environment.pop(each, None)
         if self._num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._num_threads)
         log = self.folder / f"{name}.log"

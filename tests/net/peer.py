@@ -16,16 +16,19 @@ async def main(initial_peers: tuple[str, ...]) -> None:
 
     async def echo(stream: Stream) -> None:
         streams.add(stream)
-        while True:
-            header, payload = await stream.receive()
-            await stream.send(header, [payload])
+        try:
+            while True:
+                header, payload = await stream.receive()
+                await stream.send(header, [payload])
+        finally:
+            streams.discard(stream)
 
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
     async with join(NetworkConfig(initial_peers=initial_peers, host="127.0.0.1")) as node:
         await node.transport.listen(echo)
         print(node.transport.addresses[0], flush=True)
         await interrupted.wait()
-        for stream in streams:
+        for stream in [*streams]:
             await stream.send(b"goodbye")
 
 

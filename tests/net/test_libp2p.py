@@ -190,7 +190,7 @@ async def test_a_peer_that_is_absent_or_does_not_listen_cannot_be_reached() -> N
     async with swarm(CLIENT) as (server, client):
         unknown, nowhere = Identity.temporary().peer, "/ip4/127.0.0.1/tcp/9/p2p/"
         for peer, why in (
-            (server.transport.peer, "cannot be reached: it speaks another version of the protocol"),
+            (server.transport.peer, "cannot be reached: it takes no streams of shoal"),
             (unknown, "cannot be reached: its address is not known"),
             (unknown, "cannot be reached: nothing listens there"),
             ("nonsense", "not a peer id: 'nonsense'"),

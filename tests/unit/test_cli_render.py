@@ -16,6 +16,7 @@ from shoal.net.ping import PingAnswer
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.routing.route import Measured, Needs, Route, choose_route
 from shoal.policy.view import SwarmView
+from shoal.protocol import PROTOCOL_VERSION
 from shoal.spans import Span
 
 MODEL = ModelInfo(key="llama-8x64-1a2b3c4d", name="org/tiny", family="llama", num_blocks=8)
@@ -65,6 +66,17 @@ def test_a_server_that_leaves_is_not_counted():
     text = shown(server("a", "0:8"), server("b", "0:8", ServerState.LEAVING))
     assert "11111111" in text
     assert "complete" in text
+
+
+def test_a_server_of_another_protocol_is_named_and_not_counted():
+    next_version = PROTOCOL_VERSION + 1
+    text = " ".join(shown(server("a", "0:8"), replace(server("b", "4:8"), protocol=next_version)).split())
+    assert f"b speaks protocol {next_version} of shoal, and this machine speaks {PROTOCOL_VERSION}" in text
+    assert "complete: every block is served" in text
+    text = shown(server("a", "0:4"), replace(server("b", "4:8"), protocol=next_version))
+    assert "missing" in text
+    assert "4:8" in text
+    assert "complete" not in text
 
 
 def test_a_server_that_does_not_answer_counts_for_no_block():

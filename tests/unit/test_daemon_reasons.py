@@ -37,7 +37,7 @@ DIAL = f"failed to dial: failed to dial {PEER}: all dials failed\n  * "
             + f"[/ip4/127.0.0.1/tcp/38425/p2p/{PEER}/p2p-circuit] error opening relay circuit: NO_RESERVATION (204)",
             "its relay is not connected to it",
         ),
-        ("failed to negotiate protocol: protocols not supported: [/shoal/4]", "it speaks another version"),
+        ("failed to negotiate protocol: protocols not supported: [/shoal/4]", "it takes no streams of shoal"),
         ("routing: not found", "its address is not known"),
         ("failed to dial: dial to self attempted", "it is this peer"),
         ("context deadline exceeded", "it does not answer"),

@@ -311,6 +311,17 @@ def test_a_server_may_announce_no_capacity_and_no_network_speed() -> None:
         assert read.server_info == each
 
 
+def test_a_record_says_which_protocol_its_server_speaks_and_one_that_does_not_is_of_version_8() -> None:
+    read = unseal(seal(ALICE, Announcement.of(MODEL, info(protocol=9), expires=NOW + 60)))
+    assert read is not None
+    assert read.server_info.protocol == 9
+    body = announcement().model_dump(mode="json")
+    del body["protocol"]
+    older = unseal(signed(body))
+    assert older is not None
+    assert older.server_info.protocol == 8
+
+
 def test_a_missing_field_is_refused_and_an_unknown_one_is_not() -> None:
     incomplete = body()
     del incomplete["span" if "span" in incomplete else "start"]

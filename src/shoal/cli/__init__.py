@@ -18,6 +18,7 @@ import typer
 
 from shoal.cli import chat, demo, dht, doctor, gateway, generate, invite, join, plan, serve, status, up
 from shoal.cli.options import spread_peers
+from shoal.cli.service.config_file import with_config_file
 from shoal.cli.terminal.console import WrongUsage, is_debugging, print_error, start_logging, stderr
 from shoal.cli.terminal.grouped_help import GroupedCommand
 from shoal.errors import ShoalError
@@ -30,8 +31,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, plan, up, join, serve, invite, dht, gateway, generate, chat, status, doctor):
-    app.command(command.__name__.rpartition(".")[2], cls=GroupedCommand)(command.command)
+LONG_RUNNING = (up, join, serve, dht, gateway)
+for module in (demo, plan, up, join, serve, invite, dht, gateway, generate, chat, status, doctor):
+    command = with_config_file(module.command) if module in LONG_RUNNING else module.command
+    app.command(module.__name__.rpartition(".")[2], cls=GroupedCommand)(command)
 
 
 def _show_version(value: bool) -> None:

@@ -11,6 +11,7 @@ import typer
 from shoal.cli import options
 from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
 from shoal.cli.terminal.console import start_logging, waiting
+from shoal.cli.terminal.notify import notify
 
 if TYPE_CHECKING:
     from shoal.net import NetworkConfig
@@ -64,6 +65,7 @@ async def _run(network: NetworkConfig) -> None:
     with waiting("Joining the swarm" if network.initial_peers else "Starting the network") as progress:
         async with join(network) as node:
             progress.stop()
+            notify(READY="1", STATUS="Introducing peers to each other")
             print(f"peer      {node.transport.peer}")
             for address in node.transport.addresses:
                 print(f"address   {address}")

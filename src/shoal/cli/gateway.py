@@ -20,6 +20,7 @@ from shoal.cli import options
 from shoal.cli.generate import connected
 from shoal.cli.long_running import end_with_parent, run_until_signalled
 from shoal.cli.terminal.console import WrongUsage, stderr
+from shoal.cli.terminal.notify import notify
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.joining.invite_code import is_code
@@ -36,7 +37,7 @@ DRAIN_SECONDS = 30
 """How long answers that have begun may go on after Ctrl-C."""
 
 
-@functools.partial(options.with_client_options, log="warning")
+@functools.partial(options.with_client_options, log="warning", shows_progress=True)
 def command(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Folders, ids on the Hugging Face hub, or invite codes.")
@@ -207,6 +208,7 @@ def _server(app: Any, served: Sequence[ServedModel], listener: socket.socket) ->
                 print(f"model     {each.name}")
             print(f"page      http://{shown}:{port}")
             print(f"address   http://{shown}:{port}/v1", flush=True)
+            notify(READY="1", STATUS=f"Answering at http://{shown}:{port}/v1")
 
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     return Server(

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from shoal.cli.terminal.console import stderr
+from shoal.cli.terminal.notify import notify
 from shoal.errors import UserError
 from shoal.model.weights.disk_cache import cache_folder
 
@@ -99,6 +100,7 @@ async def _until_signalled(work: Coroutine[Any, Any, None]) -> bool:
             stderr.show_cursor()
             os._exit(128 + number)
         signalled = True
+        notify(STOPPING="1", STATUS="Leaving the swarm")
         stderr.print("leaving the swarm; a second Ctrl-C quits immediately", style="dim")
         loop.call_soon_threadsafe(task.cancel)
 

@@ -273,7 +273,9 @@ def client_options(  # the first parameter stands first in the help of a command
     )
 
 
-def with_client_options(command: Callable[..., None], *, log: str = "error") -> Callable[..., None]:
+def with_client_options(
+    command: Callable[..., None], *, log: str = "error", shows_progress: bool = False
+) -> Callable[..., None]:
     """Give a command the options of `client_options`, and --verbose, in place of its parameter `client`.
 
     The command is called with the finished `ClientOptions`, once the log is set up, at the level `log` by default. An
@@ -286,14 +288,14 @@ def with_client_options(command: Callable[..., None], *, log: str = "error") -> 
 
     @functools.wraps(command)
     def wrapped(*, verbose: bool, **values: Any) -> None:
-        start_logging(verbose=verbose, default=log)
+        start_logging(verbose=verbose, default=log, progress=shows_progress)
         models = values.get("models") or ([values["model"]] if values.get("model") else [])
         client = client_options(**{name: values.pop(name) for name in shared}, models=models)
         command(client=client, **values)
 
     first, *others = shared.values()  # --initial-peers stands in the place of `client`, the others at the end
     own = [first if each.name == "client" else each for each in own_parameters.values()]
-    return _with_parameters(wrapped, [*own, *others, verbose])
+    return with_parameters(wrapped, [*own, *others, verbose])
 
 
 def with_options_of(
@@ -316,12 +318,12 @@ def with_options_of(
         def wrapped(**values: Any) -> None:
             command(**values)
 
-        return _with_parameters(wrapped, [*own, *others])
+        return with_parameters(wrapped, [*own, *others])
 
     return decorate
 
 
-def _with_parameters(command: Callable[..., None], given: Sequence[inspect.Parameter]) -> Callable[..., None]:
+def with_parameters(command: Callable[..., None], given: Sequence[inspect.Parameter]) -> Callable[..., None]:
     """Let a function that takes keywords show these parameters."""
     parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in given]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ from shoal.cli.terminal.console import (
     start_logging,
     waiting,
 )
+from shoal.cli.terminal.notify import notify
 from shoal.cli.terminal.serve_output import describe
 from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.concurrency import owned_task
@@ -285,27 +286,25 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
         reporter.show(progress.phase, step=progress.step, spin=not draws)
         if is_up and progress.phase is Phase.ANNOUNCING:  # a change of blocks is done
             reporter.stop()
+            notify(STATUS="Serving")
 
     is_new = code is None and not network.initial_peers
     with waiting("Starting the network" if is_new else "Joining the swarm") as reporter:
-        reminding = asyncio.create_task(_remind(reporter))
-        try:
-            async with (
-                in_swarm(config, network, code, reporter) as (node, config, came_by),
-                serve(config, node, report=show) as server,
-                owned_task(announce_swarm(server, came_by, asked=lan)),
-            ):
-                reporter.stop()
-                is_up = True
-                await asyncio.wait({server.invitation}, timeout=CODE_SECONDS)
-                print(describe(server, config, code_of(server, came_by), came_by), flush=True)
-                if not server.invitation.done():
-                    await server.invitation
-                    if code := code_of(server, came_by):
-                        print(f"{'code':<10}{code}", flush=True)
-                await asyncio.Event().wait()
-        finally:
-            reminding.cancel()
+        async with (
+            in_swarm(config, network, code, reporter) as (node, config, came_by),
+            serve(config, node, report=show) as server,
+            owned_task(announce_swarm(server, came_by, asked=lan)),
+        ):
+            reporter.stop()
+            is_up = True
+            notify(READY="1", STATUS=f"Serving blocks {server.info.span}")
+            await asyncio.wait({server.invitation}, timeout=CODE_SECONDS)
+            print(describe(server, config, code_of(server, came_by), came_by), flush=True)
+            if not server.invitation.done():
+                await server.invitation
+                if code := code_of(server, came_by):
+                    print(f"{'code':<10}{code}", flush=True)
+            await asyncio.Event().wait()
 
 
 def code_of(server: Server, came_by: Sequence[str]) -> InviteCode | None:
@@ -333,7 +332,8 @@ async def in_swarm(
         return
 
     def show(come: int, wanted: int) -> None:
-        reporter.show("Getting the weights from members", step=f"{come / 1e6:,.0f} of {wanted / 1e6:,.0f} MB")
+        if wanted:
+            reporter.show("Getting the weights from members", step=f"{come / 1e6:,.0f} of {wanted / 1e6:,.0f} MB")
 
     async with arrive(code, network) as arrival:
         invitation = arrival.invitation
@@ -373,12 +373,6 @@ def check_options(
     for each in adapter or ():
         folder_of(each)
     return found
-
-
-async def _remind(reporter: ProgressReporter) -> None:
-    while True:
-        await asyncio.sleep(1)
-        reporter.remind()
 
 
 def checked_zone(given: str | None) -> str | None:

@@ -23,6 +23,7 @@ from shoal.model.weights.location import check_model, is_path
 from shoal.peers import ServerState
 from shoal.policy.dtypes import mixture
 from shoal.policy.view import SwarmView, format_blocks
+from shoal.protocol import PROTOCOL_VERSION
 from shoal.spans import Span
 
 if TYPE_CHECKING:
@@ -51,8 +52,10 @@ class ModelStatus:
 
     @property
     def usable(self) -> SwarmView:
-        """The servers that a token could go through: those online, without those that do not answer."""
-        return self.view.online().only(lambda server: self.answers.get(server.peer, True) is not None)
+        """The servers that a token could go through: online, of this version of the protocol, and not silent."""
+        return self.view.online().only(
+            lambda server: server.protocol == PROTOCOL_VERSION and self.answers.get(server.peer, True) is not None
+        )
 
     @property
     def missing(self) -> list[int]:

@@ -159,6 +159,7 @@ class Announcement(BaseModel):
     up_since: Time | None = None
     ready_at: Time | None = None
     reason: Text = ""
+    protocol: Annotated[int, Field(ge=0, le=1 << 16)] = 8
 
     @model_validator(mode="after")
     def _span_is_in_the_model(self) -> Announcement:
@@ -209,6 +210,7 @@ class Announcement(BaseModel):
             up_since=info.up_since,
             ready_at=info.ready_at,
             reason=info.reason,
+            protocol=info.protocol,
         )
 
     @property
@@ -246,6 +248,7 @@ class Announcement(BaseModel):
             up_since=self.up_since,
             ready_at=self.ready_at,
             reason=self.reason,
+            protocol=self.protocol,
         )
 
     @property

@@ -27,7 +27,6 @@ from shoal.protocol.limits import (
     MAX_STEPS_AHEAD,
     MAX_TEXT,
     MAX_TRANSFER_BYTES,
-    PROTOCOL,
     Adapted,
     Address,
     Block,
@@ -57,6 +56,7 @@ from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, Norms
 from shoal.protocol.reachability import MAX_DIALED_ADDRESSES, REACH_PROTOCOL, DialBack, DialedBack
 from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
 from shoal.protocol.transfers import Filler, Transfer
+from shoal.protocol.versions import PROTOCOL, PROTOCOL_VERSION, UPGRADE, protocol_id, speaks_other
 from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
 
 __all__ = [
@@ -79,12 +79,14 @@ __all__ = [
     "MAX_TEXT",
     "MAX_TRANSFER_BYTES",
     "PROTOCOL",
+    "PROTOCOL_VERSION",
     "REACH_KINDS",
     "REACH_PROTOCOL",
     "REPLY_KINDS",
     "REQUEST_KINDS",
     "SESSION_KINDS",
     "TRANSFER_KINDS",
+    "UPGRADE",
     "Adapted",
     "Adapter",
     "AdapterStored",
@@ -135,4 +137,6 @@ __all__ = [
     "Upstream",
     "dump",
     "parse",
+    "protocol_id",
+    "speaks_other",
 ]

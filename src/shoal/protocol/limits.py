@@ -8,8 +8,6 @@ from pydantic import Field
 
 from shoal.adapters import AdapterName
 
-PROTOCOL = "/shoal/8"
-"""The libp2p protocol id: peers that speak another version cannot open a stream at all."""
 MAX_HEADER_BYTES = 64 * 1024
 """The JSON of one message: room for the longest lists that the limits below allow."""
 MAX_PAYLOAD_BYTES = 256 * 1024 * 1024

@@ -1,4 +1,4 @@
 """What the commands write to a terminal or a log: progress, errors, tables, stories and the help.
 
-It imports `shoal.policy`, the events and the ground, and no command.
+It imports `shoal.policy`, `shoal.protocol`, the events and the ground, and no command.
 """

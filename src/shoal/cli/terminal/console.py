@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from shoal.cli.terminal.notify import notify
 from shoal.errors import UserError
 
 # Given NO_COLOR, Rich drops the colors but still writes bold and dim.
@@ -25,8 +27,10 @@ PROGRESS = logging.getLogger("shoal.progress")
 """The logger of progress lines. They replace the spinner where stderr is not a terminal."""
 MIN_LINE_SECONDS = 5.0
 """The shortest time between two lines about steps of the same kind, such as blocks that are loaded."""
-REMINDER_SECONDS = 30.0
+REMINDER_SECONDS = 10.0
 """The time after which a task that still runs is logged again."""
+LOOK_SECONDS = 1.0
+"""How often it is looked for tasks that still run."""
 
 UNKNOWN = "…"
 """Stands for a figure that was not measured."""
@@ -97,10 +101,14 @@ def hush_transformers() -> None:
 
 
 class ProgressReporter:
-    """Shows the current task on stderr: with a spinner and its duration on a terminal, as log lines elsewhere."""
+    """Shows the current task on stderr: with a spinner and its duration on a terminal, as log lines elsewhere.
+
+    systemd is told too, if it asked to be.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = ProgressLog(clock)
+        self._lock = threading.Lock()  # of the log's decisions: reminders come from a thread
         self._progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=stderr, transient=True
         )
@@ -111,11 +119,14 @@ class ProgressReporter:
 
         `spin` is False for a task that draws its own progress bar.
         """
+        description = f"{task}: {step}" if step else task
+        notify(STATUS=description)
         if not stderr.is_terminal:
-            if line := self._log.line_for(task, step):
+            with self._lock:
+                line = self._log.line_for(task, step)
+            if line:
                 PROGRESS.info("%s", line)
             return
-        description = f"{task}: {step}" if step else task
         self._progress.update(self._task, description=description)
         if not spin:
             self.stop()
@@ -125,13 +136,16 @@ class ProgressReporter:
             self._progress.start()
 
     def remind(self) -> None:
-        """Log a task that has run for a long time again. The caller calls this about once a second."""
-        if not stderr.is_terminal and (line := self._log.reminder()):
+        """Log a task that has run for a long time again. To be called about once a second, from any thread."""
+        with self._lock:
+            line = self._log.reminder()
+        if line:
             PROGRESS.info("%s", line)
 
     def stop(self) -> None:
         """Show no task any more."""
-        self._log.clear()
+        with self._lock:
+            self._log.clear()
         if self._progress.live.is_started:
             self._progress.stop()
 
@@ -176,10 +190,29 @@ def waiting(task: str, *, spin: bool = True) -> Iterator[ProgressReporter]:
     """Show a task until the context ends. The reporter's `show` replaces it with another task."""
     reporter = ProgressReporter()
     reporter.show(task, spin=spin)
+    with contextlib.nullcontext() if stderr.is_terminal else _reminding(reporter):
+        try:
+            yield reporter
+        finally:
+            reporter.stop()
+
+
+@contextlib.contextmanager
+def _reminding(reporter: ProgressReporter) -> Iterator[None]:
+    """Let a thread remind of tasks: while PyTorch is imported or weights are read, nothing else could."""
+    ended = threading.Event()
+
+    def remind() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            reporter.remind()
+
+    thread = threading.Thread(target=remind, name="shoal-reminders", daemon=True)
+    thread.start()
     try:
-        yield reporter
+        yield
     finally:
-        reporter.stop()
+        ended.set()
+        thread.join()
 
 
 def figure(rate: float | None) -> str:

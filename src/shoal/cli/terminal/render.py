@@ -16,6 +16,7 @@ from shoal.cli.terminal.console import UNKNOWN, figure, tokens_per_second
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.dtypes import computes_in, mixture
 from shoal.policy.view import SwarmView, format_blocks
+from shoal.protocol import PROTOCOL_VERSION, UPGRADE, speaks_other
 
 if TYPE_CHECKING:
     from shoal.net.ping import PingAnswer
@@ -71,10 +72,10 @@ def render(
 ) -> Iterator[RenderableType]:
     """One model of the swarm and its servers, for a terminal of `width` cells, at the Unix time `now`.
 
-    Servers whose answer is `None` do not count: no token could go through them.
+    Servers whose answer is `None`, or that speak another protocol, do not count: no token could go through them.
     """
     silent = {server.peer for server in view.servers if _is_silent(server, answers)}
-    online = view.online().only(lambda server: server.peer not in silent)
+    online = view.online().only(lambda server: server.peer not in silent and server.protocol == PROTOCOL_VERSION)
     yield Text.assemble((model.name, "bold"), f"  {model.num_blocks} blocks, {model.family}  ", (model.key, "dim"))
     if not view.servers:
         yield Text("no server serves it", style="bold red")
@@ -109,7 +110,8 @@ class _Column:
 
 
 def _is_silent(server: ServerInfo, answers: Answers) -> bool:
-    return server.state is ServerState.ONLINE and server.peer in answers and answers[server.peer] is None
+    is_asked = server.state is ServerState.ONLINE and server.protocol == PROTOCOL_VERSION
+    return is_asked and server.peer in answers and answers[server.peer] is None
 
 
 def _columns(view: SwarmView, more: Mapping[str, Callable[[ServerInfo], str]], answers: Answers) -> dict[str, _Column]:
@@ -255,6 +257,9 @@ def _lost(view: SwarmView, silent: Set[str]) -> Iterator[Text]:
     if unreachable:
         names = ", ".join(map(_name, unreachable))
         yield Text(f"cannot be reached by others: {names}; `shoal doctor` there says what to do", style="red")
+    for server in _in_order(view):
+        if server.protocol != PROTOCOL_VERSION:
+            yield Text(f"{_name(server)} {speaks_other(server.protocol)}: {UPGRADE}", style="red")
 
 
 def _name(server: ServerInfo) -> str:

@@ -19,6 +19,7 @@ from shoal.policy.census.sampling import MOST_KEPT, keep
 from shoal.policy.dtypes import mixture, swarm_dtype
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import loaders, outlook, seconds_to_look, seconds_to_ready
+from shoal.protocol import PROTOCOL_VERSION, UPGRADE, speaks_other
 from shoal.spans import Span
 
 log = logging.getLogger(__name__)
@@ -130,10 +131,13 @@ class DirectoryCache:
         return self._view or SwarmView(self._model.num_blocks, pinned=self._config.pinned)
 
     def is_usable(self, server: ServerInfo) -> bool:
-        """Whether a server has this client's weights, and the user permits it."""
+        """Whether a server has this client's weights and speaks its protocol, and the user permits it."""
         allowed, blocked = self._config.allowed_servers, self._config.blocked_servers
         permitted = (allowed is None or server.peer in allowed) and server.peer not in blocked
-        return permitted and server.fingerprint == self._fingerprint
+        return permitted and self._fits(server)
+
+    def _fits(self, server: ServerInfo) -> bool:
+        return server.fingerprint == self._fingerprint and server.protocol == PROTOCOL_VERSION
 
     def dtype(self, *, own: str) -> str | None:
         """The dtype of the servers that may be used, those that are loading included; None if there is none.
@@ -169,7 +173,7 @@ class DirectoryCache:
         them. It does not wait if another server holds them now that the user's own choice of servers excludes.
         """
         loading, unix_time = self.loading(), self._unix_time()
-        mine = replace(self.known(), pinned=()).only(lambda server: server.fingerprint == self._fingerprint)
+        mine = replace(self.known(), pinned=()).only(self._fits)
         excluded = {block for server in mine.servers for block in server.span}
         excluded.intersection_update(loading.missing())
         if in_vain := [block for block in blocks if block in excluded or block not in self._announced]:
@@ -197,8 +201,16 @@ class DirectoryCache:
                     hint="pin blocks that it holds (see shoal status --json), or pin them to no peer",
                 )
         holders = [server for server in self.known().servers if any(block in server.span for block in blocks)]
-        if any(server.fingerprint == self._fingerprint for server in holders):
+        if any(map(self._fits, holders)):
             return MissingBlocks(f"blocks {names} are served only by servers that you do not allow", blocks=blocks)
+        if strangers := [server for server in holders if server.fingerprint == self._fingerprint]:
+            server = strangers[0]
+            return MissingBlocks(
+                f"blocks {names} have no server that this client can talk to: {server.name or server.peer} "
+                f"(shoal {server.version}) {speaks_other(server.protocol)}",
+                blocks=blocks,
+                hint=UPGRADE,
+            )
         if holders:
             others = ", ".join(sorted({server.fingerprint[:12] for server in holders}))
             return MissingBlocks(

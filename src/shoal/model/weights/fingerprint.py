@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shoal.model.weights import disk_cache
+from shoal.model.weights.byte_lines import ByteLines
 
 _CHUNK = 1 << 23
 _PROGRESS_AFTER_SECONDS = 1.0
@@ -116,7 +117,7 @@ def _sha256(path: Path, progress: _SlowProgress) -> str:
 
 
 class _SlowProgress:
-    """A progress bar on stderr that appears if the work takes longer than a second."""
+    """A progress bar on stderr that appears if the work takes longer than a second; lines in the log elsewhere."""
 
     def __init__(self, description: str, *, total: int) -> None:
         console = Console(stderr=True)
@@ -130,6 +131,7 @@ class _SlowProgress:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(description, total=total)
+        self._lines = ByteLines(description, total=total)
         self._appears_at = time.monotonic() + _PROGRESS_AFTER_SECONDS
 
     def __enter__(self) -> _SlowProgress:
@@ -137,6 +139,7 @@ class _SlowProgress:
 
     def advance(self, num_bytes: int) -> None:
         self._bar.advance(self._task, num_bytes)
+        self._lines.advance(num_bytes)
         if not self._bar.live.is_started and time.monotonic() >= self._appears_at:
             self._bar.start()
 

@@ -31,9 +31,10 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm  # type: ignore[attr-defined]
 
 from shoal.errors import CheckpointError, UserError
+from shoal.model.weights.byte_lines import ByteLines
 from shoal.model.weights.disk_cache import load_or_compute
 from shoal.model.weights.files import Files, LocalFiles, all_known
 from shoal.model.weights.fingerprint import file_digests
@@ -93,7 +94,12 @@ class HubFiles:
             if entry.sha256 is not None and entry.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
                 self._fetch(file, size=entry.size, sha256=entry.sha256)
             path_of_link = hf_hub_download(
-                self.name, file, revision=self.commit, cache_dir=self.cache_dir, token=self.token
+                self.name,
+                file,
+                revision=self.commit,
+                cache_dir=self.cache_dir,
+                token=self.token,
+                tqdm_class=_DownloadBar,
             )
             return Path(path_of_link)
 
@@ -171,11 +177,27 @@ class HubFiles:
                     headers=build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"},
                     expected_size=size,
                     displayed_filename=file,
+                    tqdm_class=_DownloadBar,
                 )
             if file_digests([partial]) != [sha256]:
                 partial.unlink()
                 raise CheckpointError(f"{file} of {self.name} was damaged during the download", hint="try again")
             partial.replace(blob)
+
+
+class _DownloadBar(tqdm):
+    """The hub client's bar, which logs too."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        task = f"Downloading {options.get('desc') or 'a file'}"
+        self._lines = ByteLines(task, total=options.get("total") or 0, come=options.get("initial") or 0)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` bytes."""
+        self._lines.advance(n or 0)
+        shown: bool | None = super().update(n)
+        return shown
 
 
 def _not_cached(what: str) -> _HubUnreachable:

@@ -221,6 +221,14 @@ class Daemon:
         response, reader, writer = await self._request(request)
         return decode(response.streamInfo.addr), reader, writer
 
+    async def chosen_protocol(self, peer: str, protocols: Sequence[str]) -> str:
+        """The first of these protocols that a peer speaks. Raises `DaemonFailed` if it speaks none of them."""
+        stream_open = p2pd_pb2.StreamOpenRequest(peer=peer_id_to_bytes(peer), proto=list(protocols))
+        request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=stream_open)
+        response, _, writer = await self._request(request)
+        writer.close()
+        return str(response.streamInfo.proto)
+
     async def handle(self, protocol: str, on_stream: OnStream) -> None:
         """Call `on_stream` for each stream of this protocol that a peer opens. Raises `DaemonFailed`."""
         path = self.directory / f"streams-{len(self._servers)}"

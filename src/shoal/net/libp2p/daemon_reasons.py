@@ -6,9 +6,11 @@ import logging
 
 logger = logging.getLogger("shoal.net.libp2p.daemon")
 
+NO_PROTOCOL = "protocols not supported"
+
 REASONS = {
     "peer id mismatch": "another peer has its address now",
-    "protocols not supported": "it speaks another version of the protocol",
+    NO_PROTOCOL: "it takes no streams of shoal",
     "no_reservation": "its relay is not connected to it",
     "connection refused": "nothing listens there",
     "no route to host": "there is no route to it",

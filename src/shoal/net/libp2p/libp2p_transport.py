@@ -13,13 +13,15 @@ from shoal.net.addresses import group_by_peer, most_useful_first, peer_of, port_
 from shoal.net.handler_tasks import HandlerTasks
 from shoal.net.identity import Identity, public_key
 from shoal.net.libp2p.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, DaemonGone
+from shoal.net.libp2p.daemon_reasons import NO_PROTOCOL
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
 from shoal.net.libp2p.reach.reach_keeper import ReachKeeper
+from shoal.net.libp2p.spoken_version import check_versions, spoken_version
 from shoal.net.own_addresses import bridge_hosts
 from shoal.net.transport import RelayTrial, StreamBroken, StreamHandler
 from shoal.net.wire.receive_budget import ReceiveBudget
 from shoal.policy.reachability import Reach, Reachability
-from shoal.protocol import PROTOCOL, REACH_PROTOCOL
+from shoal.protocol import PROTOCOL, PROTOCOL_VERSION, REACH_PROTOCOL, UPGRADE, speaks_other
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +111,8 @@ class Libp2pTransport:
     async def start(self) -> None:
         """Start the daemon and connect to the initial peers.
 
-        Raises `BootstrapFailed` if there are initial peers and none answers, `SwarmError` if the daemon does not start.
+        Raises `BootstrapFailed` if there are initial peers and none answers, or none speaks this version of the
+        protocol and some another, and `SwarmError` if the daemon does not start.
         """
         try:
             await self._start_daemon()
@@ -155,12 +158,22 @@ class Libp2pTransport:
             try:
                 if hints:
                     await daemon.connect(peer, hints)
-                return await daemon.open(peer, PROTOCOL)
+                return await self._stream_of(daemon, peer)
             except DaemonGone:
                 async with asyncio.timeout(EXIT_SECONDS):
                     await daemon.closed.wait()
                 if self._daemon is daemon:
                     self._up.clear()
+
+    @staticmethod
+    async def _stream_of(daemon: Daemon, peer: str) -> tuple[str | None, StreamReader, StreamWriter]:
+        try:
+            return await daemon.open(peer, PROTOCOL)
+        except DaemonFailed as failure:
+            version = await spoken_version(daemon, peer) if NO_PROTOCOL in failure.report else None
+            if version in (None, PROTOCOL_VERSION):
+                raise
+            raise DaemonFailed(f"it {speaks_other(version)}; {UPGRADE}") from None
 
     async def listen(self, handler: StreamHandler) -> None:
         first = self._handler is None
@@ -195,6 +208,9 @@ class Libp2pTransport:
         connected = await self._run_daemon()
         if first and self._initial and not connected:
             raise _bootstrap_failed(self._initial)
+        if first:
+            assert self._daemon is not None
+            await check_versions(self._daemon, connected)
         if first and self._reach is not None and not self._config.is_behind_nat:
             reach = await self._reach.examine()
             if reach.kind is Reachability.UNREACHABLE:  # nothing depends on the daemon yet

@@ -17,6 +17,7 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.view import SwarmView
+from shoal.protocol import PROTOCOL_VERSION
 from shoal.server.capacity import (
     check_blocks,
     choose_device,
@@ -81,7 +82,8 @@ async def prepare(
     model = model_info(checkpoint)
     view = SwarmView(model.num_blocks, await node.directory.servers(model))
     await check_identity(node, view)
-    view = view.only(lambda server: server.peer != node.transport.peer)  # a record of this server from before a crash
+    # Not a record of this server from before a crash, and no server that cannot be talked to.
+    view = view.only(lambda server: server.peer != node.transport.peer and server.protocol == PROTOCOL_VERSION)
     device = choose_device(config.device)
     free_bytes = free_memory(device)
     quantization = choose_quantization(config.quantization)
@@ -148,4 +150,5 @@ def base_info(config: ServerConfig, node: Node, setup: Setup) -> ServerInfo:
         encodings=tuple(LOSSY),
         training=config.training,
         pinned=not config.moves,
+        protocol=PROTOCOL_VERSION,
     )

@@ -13,6 +13,7 @@ from shoal.policy.claims import machines_in, uncovered
 from shoal.policy.machines.machine import Machine
 from shoal.policy.view import SwarmView
 from shoal.policy.watching import choose_watched
+from shoal.protocol import PROTOCOL_VERSION
 from shoal.server.placing.peer_watch import PeerWatch
 from shoal.server.placing.setup import Setup
 from shoal.spans import Span
@@ -71,7 +72,11 @@ class SwarmWatch:
 
     def _use(self, view: SwarmView) -> None:
         own, fingerprint = self._node.transport.peer, self._setup.fingerprint
-        self._view = view.only(lambda server: server.peer != own and server.fingerprint == fingerprint)
+        self._view = view.only(
+            lambda server: (
+                server.peer != own and server.fingerprint == fingerprint and server.protocol == PROTOCOL_VERSION
+            )
+        )
         self._read_at = self._clock()
         self._peers.watch(choose_watched(self._view, own))
 
