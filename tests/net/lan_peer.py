@@ -18,7 +18,7 @@ from shoal.joining.heard_swarms import listen
 from shoal.joining.invite_code import InviteCode, Way
 from shoal.joining.lan import Announcement
 from shoal.joining.multicast import SERVICE, MulticastLan
-from shoal.net.own_addresses import lan_interfaces
+from shoal.net.addressing.own_addresses import lan_interfaces
 from shoal.spans import Span
 
 SECONDS = 60.0

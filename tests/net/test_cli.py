@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shoal.bundled import STORIES
 from shoal.cli import run
 from shoal.joining.invite_code import InviteCode
-from shoal.net.addresses import port_of
+from shoal.net.addressing.addresses import port_of
 from shoal.processes import Child, Children
 
 PROMPT = "Once upon a time"

@@ -20,7 +20,7 @@ from shoal.net.libp2p.reach.reservations import NotReserved, reserve
 from shoal.net.libp2p.strangers import stranger
 from shoal.net.transport import Node, Stream
 from shoal.net.wire import codec
-from shoal.policy.reachability import MIN_RELAYED_BYTES, PEER_REQUESTS, Reachability
+from shoal.policy.network.reachability import MIN_RELAYED_BYTES, PEER_REQUESTS, Reachability
 from shoal.protocol import REACH_PROTOCOL, REPLY_KINDS, DialBack, DialedBack, Failure, Ping, Pong
 
 pytestmark = pytest.mark.anyio

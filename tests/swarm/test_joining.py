@@ -21,8 +21,8 @@ from shoal.joining.arrival import files_from_members, invitation_of
 from shoal.joining.invitation import Invitation
 from shoal.joining.piece_fetcher import PATIENCE_SECONDS, STREAMS_PER_MEMBER, FetchFromThreads, PieceFetcher
 from shoal.joining.requests import NoAnswer, member
-from shoal.model.weights.manifest import PIECE_BYTES, ListedFile, Manifest
-from shoal.model.weights.piece_store import FolderPieces, PieceSource, PieceStore
+from shoal.model.weights.pieces.manifest import PIECE_BYTES, ListedFile, Manifest
+from shoal.model.weights.pieces.piece_store import FolderPieces, PieceSource, PieceStore
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node, Stream
 from shoal.net.wire import codec

@@ -15,8 +15,8 @@ from shoal.net.memory import Frame, MemoryNetwork
 from shoal.net.transport import Node, Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.network_speed import BUFFER_BYTES, COPIES_SENT, FIRST_WAIT, REFRESH_SECONDS
-from shoal.policy.transfer_budget import ALL_BYTES, MIN_CHARGE, PEER_BYTES, WINDOW_SECONDS
+from shoal.policy.network.network_speed import BUFFER_BYTES, COPIES_SENT, FIRST_WAIT, REFRESH_SECONDS
+from shoal.policy.network.transfer_budget import ALL_BYTES, MIN_CHARGE, PEER_BYTES, WINDOW_SECONDS
 from shoal.protocol import (
     MAX_TRANSFER_BYTES,
     REQUEST_KINDS,

@@ -9,7 +9,7 @@ import torch
 
 from shoal import MissingBlocks
 from shoal.peers import ServerState
-from shoal.policy.reachability import Reachability
+from shoal.policy.network.reachability import Reachability
 
 from .harness import Swarm
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from shoal.errors import SwarmError
 from shoal.joining.invite_code import InviteCode, Way
 from shoal.joining.lan import Announcement, Hear, Publish, Record
-from shoal.net.own_addresses import Interface
+from shoal.net.addressing.own_addresses import Interface
 from shoal.spans import Span
 
 HOME: Interface = ipaddress.IPv4Interface("192.168.1.5/24")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from shoal.model.weights.manifest import PIECE_BYTES, ListedFile, Manifest
+from shoal.model.weights.pieces.manifest import PIECE_BYTES, ListedFile, Manifest
 
 
 def cut(content: bytes) -> list[bytes]:

@@ -19,7 +19,7 @@ from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, Way
 from shoal.model.weights.files import LocalFiles
 from shoal.peers import ModelInfo, ServerInfo, ServerState
-from shoal.policy.reachability import Reach
+from shoal.policy.network.reachability import Reach
 from shoal.server.config import ServerConfig
 from shoal.spans import Span
 

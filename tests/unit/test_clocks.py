@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.policy.clocks import TOLERATED_SECONDS, USABLE_SECONDS, ClockError, clock_error
+from shoal.policy.network.clocks import TOLERATED_SECONDS, USABLE_SECONDS, ClockError, clock_error
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from shoal.cli.doctor.facts import Answered, Facts, MachineFacts, SwarmFacts, lo
 from shoal.errors import BootstrapFailed
 from shoal.net.transport import RelayTrial
 from shoal.peers import ServerState
-from shoal.policy.reachability import DialReport, Reach, Reachability
+from shoal.policy.network.reachability import DialReport, Reach, Reachability
 
 from .. import server_infos
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import UserError
-from shoal.net.addresses import (
+from shoal.net.addressing.addresses import (
     check_announced,
     check_peers,
     listen_address,
@@ -20,8 +20,8 @@ from shoal.net.addresses import (
     most_useful_first,
     peer_of,
 )
+from shoal.net.addressing.own_addresses import free_addresses, lan_interfaces
 from shoal.net.identity import Identity, verify
-from shoal.net.own_addresses import free_addresses, lan_interfaces
 
 ALICE, BOB = (Identity(Ed25519PrivateKey.from_private_bytes(bytes(31) + seed)) for seed in (b"a", b"b"))
 """Always the same ones: the names of some tests contain their ids."""

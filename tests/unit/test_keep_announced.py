@@ -12,7 +12,7 @@ import pytest
 from shoal.joining.invite_code import InviteCode, Way
 from shoal.joining.keep_announced import LOOK_SECONDS, RETRY_SECONDS, keep_announced, networks_to_tell
 from shoal.joining.lan import Announcement
-from shoal.net.own_addresses import Interface
+from shoal.net.addressing.own_addresses import Interface
 from shoal.spans import Span
 
 from . import virtual_time

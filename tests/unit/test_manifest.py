@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import CheckpointError
-from shoal.model.weights.manifest import (
+from shoal.model.weights.pieces.manifest import (
     DIGEST_BYTES,
     MAX_FILES,
     MAX_MANIFEST_BYTES,

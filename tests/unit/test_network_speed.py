@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.policy.network_speed import (
+from shoal.policy.network.network_speed import (
     BUFFER_BYTES,
     COPIES_SENT,
     FIRST_WAIT,
@@ -16,7 +16,7 @@ from shoal.policy.network_speed import (
     NetworkEstimate,
     Seen,
 )
-from shoal.policy.transfer_budget import ALL_BYTES, MIN_CHARGE, PEER_BYTES, WINDOW_SECONDS, TransferBudget
+from shoal.policy.network.transfer_budget import ALL_BYTES, MIN_CHARGE, PEER_BYTES, WINDOW_SECONDS, TransferBudget
 
 MIB = float(1 << 20)
 MEASURED = NetworkEstimate().after_measuring([(10 * MIB, 40 * MIB)], now=1000.0)

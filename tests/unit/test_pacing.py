@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.policy.pacing import Pacer
+from shoal.policy.network.pacing import Pacer
 
 reservations = st.lists(st.tuples(st.floats(0, 20), st.integers(0, 5_000)), min_size=1, max_size=60)
 rates = st.floats(1, 10_000)

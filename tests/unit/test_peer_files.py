@@ -16,13 +16,13 @@ from transformers import LlamaConfig
 
 from shoal.bundled import STORIES
 from shoal.errors import CheckpointError
-from shoal.model.weights import manifest as manifests
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.files import LocalFiles
-from shoal.model.weights.manifest import PIECE_BYTES, ListedFile, Manifest
-from shoal.model.weights.peer_files import PeerFiles
-from shoal.model.weights.piece_store import FolderPieces, PieceSource, PieceStore
-from shoal.model.weights.pieces import MAX_OTHER_BYTES, source_of
+from shoal.model.weights.pieces import manifest as manifests
+from shoal.model.weights.pieces.manifest import PIECE_BYTES, ListedFile, Manifest
+from shoal.model.weights.pieces.peer_files import PeerFiles
+from shoal.model.weights.pieces.piece_store import FolderPieces, PieceSource, PieceStore
+from shoal.model.weights.pieces.pieces import MAX_OTHER_BYTES, source_of
 from shoal.spans import Span
 
 from .listed_files import manifest_of

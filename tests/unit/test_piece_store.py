@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import CheckpointError, UserError
-from shoal.model.weights.manifest import PIECE_BYTES
-from shoal.model.weights.piece_store import FolderPieces, PieceStore
+from shoal.model.weights.pieces.manifest import PIECE_BYTES
+from shoal.model.weights.pieces.piece_store import FolderPieces, PieceStore
 
 from .listed_files import cut, manifest_of
 

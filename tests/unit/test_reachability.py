@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.net.reach_words import in_words, seen_host
-from shoal.policy.reachability import (
+from shoal.net.addressing.reach_words import in_words, seen_host
+from shoal.policy.network.reachability import (
     ALL_REQUESTS,
     PEER_REQUESTS,
     REPORT_SECONDS,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from shoal.model.weights.manifest import MAX_MANIFEST_BYTES, MAX_PIECES, PIECE_BYTES
+from shoal.model.weights.pieces.manifest import MAX_MANIFEST_BYTES, MAX_PIECES, PIECE_BYTES
 from shoal.protocol import (
     MAX_INVITATION,
     MAX_LISTING_BYTES,

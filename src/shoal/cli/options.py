@@ -220,14 +220,13 @@ def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
 
 def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
     """The same, for a command that needs some. Raises `UserError` for text that is not the address of a peer."""
-    from shoal.net.addresses import check_peers
+    from shoal.net.addressing.addresses import check_peers
 
     peers = peers_of(initial_peers)
     if not peers:
         raise WrongUsage(
             "which swarm? No --initial-peers are given",
-            hint=f"pass an address or an invite code that shoal serve printed, or set {INITIAL_PEERS}; "
-            "`shoal join` lists the swarms of the local network",
+            hint=f"pass an address or an invite code, or set {INITIAL_PEERS}; `shoal join` lists those of this LAN",
         )
     return check_peers(peers)
 

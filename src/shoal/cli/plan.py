@@ -23,7 +23,7 @@ from shoal.joining.invite_code import code_in
 from shoal.model.weights.contents import ITEM_BYTES, Contents
 from shoal.model.weights.location import check_model
 from shoal.net import NetworkConfig
-from shoal.net.addresses import check_peers
+from shoal.net.addressing.addresses import check_peers
 from shoal.peers import ModelInfo
 from shoal.policy.dtypes import swarm_dtype
 from shoal.policy.view import SwarmView

@@ -312,7 +312,7 @@ def code_of(server: Server, came_by: Sequence[str]) -> InviteCode | None:
 
     It leads to this server and to members by which it came: it should outlive some of them.
     """
-    from shoal.net.own_addresses import bridge_hosts
+    from shoal.net.addressing.own_addresses import bridge_hosts
 
     ways = ways_of(in_turn(server.info.addresses, came_by), most=PRINTED_WAYS, without=bridge_hosts())
     return InviteCode(server.invitation.result().digest, ways) if ways and server.invitation.done() else None

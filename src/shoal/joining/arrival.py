@@ -17,9 +17,9 @@ from shoal.joining.invite_code import InviteCode
 from shoal.joining.piece_fetcher import PATIENCE_SECONDS, FetchFromThreads, PieceFetcher, Report
 from shoal.joining.requests import Member, NoAnswer
 from shoal.model.weights.disk_cache import cache_folder
-from shoal.model.weights.manifest import Manifest
-from shoal.model.weights.peer_files import PeerFiles
-from shoal.model.weights.piece_store import PieceStore
+from shoal.model.weights.pieces.manifest import Manifest
+from shoal.model.weights.pieces.peer_files import PeerFiles
+from shoal.model.weights.pieces.piece_store import PieceStore
 from shoal.net import NetworkConfig, find_peers, join
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo

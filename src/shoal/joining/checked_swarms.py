@@ -20,7 +20,7 @@ from shoal.net import NetworkConfig, find_peers, join
 from shoal.net.transport import Node
 
 if TYPE_CHECKING:
-    from shoal.net.own_addresses import Interface
+    from shoal.net.addressing.own_addresses import Interface
 
 DIAL_SECONDS = 2.0
 """How long a member on the local network may take to answer a connection. One that is gone does not answer at all."""

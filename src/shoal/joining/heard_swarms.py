@@ -17,7 +17,7 @@ from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, Way
 from shoal.joining.lan import Announcement, Lan, Record, printable
 
 if TYPE_CHECKING:
-    from shoal.net.own_addresses import Interface
+    from shoal.net.addressing.own_addresses import Interface
 
 log = logging.getLogger(__name__)
 

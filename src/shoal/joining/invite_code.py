@@ -16,7 +16,7 @@ from itertools import chain, zip_longest
 
 from shoal.errors import UserError
 from shoal.joining.invitation import DIGEST_BYTES
-from shoal.net.local_hosts import is_local
+from shoal.net.addressing.local_hosts import is_local
 
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 MAX_WAYS = 7

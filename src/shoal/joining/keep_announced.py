@@ -17,7 +17,7 @@ from shoal.joining.invite_code import ways_of
 from shoal.joining.lan import Announcement, Lan, is_in_networks, ways_at
 
 if TYPE_CHECKING:
-    from shoal.net.own_addresses import Interface
+    from shoal.net.addressing.own_addresses import Interface
 
 log = logging.getLogger(__name__)
 

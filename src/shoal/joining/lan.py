@@ -18,7 +18,7 @@ from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, Way, ways_of
 from shoal.spans import Span
 
 if TYPE_CHECKING:
-    from shoal.net.own_addresses import Interface
+    from shoal.net.addressing.own_addresses import Interface
 
 _VERSION = "1"
 MOST_OF_MODEL = 60

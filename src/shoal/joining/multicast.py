@@ -21,7 +21,7 @@ from shoal.errors import SwarmError
 from shoal.joining.lan import Announcement, Hear, Publish
 
 if TYPE_CHECKING:
-    from shoal.net.own_addresses import Interface
+    from shoal.net.addressing.own_addresses import Interface
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from shoal.concurrency import owned_task
 from shoal.errors import CheckpointError, ShoalError, SwarmError
 from shoal.joining.requests import Member, NoAnswer, member
-from shoal.model.weights.piece_store import PieceStore
+from shoal.model.weights.pieces.piece_store import PieceStore
 from shoal.net.ping import measure_round_trips
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo

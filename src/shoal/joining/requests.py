@@ -10,7 +10,7 @@ import torch
 
 from shoal.concurrency import with_progress_timeout
 from shoal.joining.invitation import Invitation
-from shoal.model.weights.manifest import MAX_MANIFEST_BYTES, Manifest
+from shoal.model.weights.pieces.manifest import MAX_MANIFEST_BYTES, Manifest
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
 from shoal.net.wire import codec
 from shoal.protocol import (

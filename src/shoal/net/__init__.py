@@ -1,6 +1,6 @@
 """The network: streams of frames over libp2p, the directory of servers, and a network in memory for tests.
 
-It imports `shoal.policy.census` and `clocks`, `shoal.protocol` and below. It knows nothing of models, servers or
+It imports `shoal.policy.census` and `network`, `shoal.protocol` and below. It knows nothing of models, servers or
 clients.
 """
 
@@ -43,7 +43,7 @@ class NetworkConfig:
 
 def check_addresses(config: NetworkConfig) -> None:
     """Raise `UserError` for a malformed address. Imports nothing slow."""
-    from shoal.net.addresses import check_announced, check_peers, listen_addresses
+    from shoal.net.addressing.addresses import check_announced, check_peers, listen_addresses
 
     check_peers(config.initial_peers)
     check_peers(config.relays)
@@ -58,7 +58,7 @@ async def find_peers(addresses: Sequence[str], *, seconds: float | None = None) 
     `seconds`: how long an answer may take; by default, as long as one from far away may need. Raises `UserError` for a
     malformed address, and `SwarmError` if the network cannot be started.
     """
-    from shoal.net.addresses import check_announced
+    from shoal.net.addressing.addresses import check_announced
 
     checked = check_announced(addresses)
     from shoal.net.libp2p.strangers import DIAL_SECONDS, peers_at
@@ -74,7 +74,7 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     `BootstrapFailed` if no initial peer answers; `SwarmError` if the network cannot be started.
     """
     # hivemind takes seconds to import, so the arguments are checked before.
-    from shoal.net.addresses import check_announced, check_peers
+    from shoal.net.addressing.addresses import check_announced, check_peers
     from shoal.net.identity import Identity
 
     initial_peers, relays = check_peers(config.initial_peers), check_peers(config.relays)
@@ -82,12 +82,12 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     announce = check_announced(config.announce)
     identity = Identity.load_or_create(config.identity) if config.identity is not None else Identity.temporary()
 
+    from shoal.net.addressing.own_addresses import free_addresses, has_public_address
     from shoal.net.libp2p.daemon import DaemonConfig
     from shoal.net.libp2p.dht_directory import DhtDirectory
     from shoal.net.libp2p.duplicate_identity import answers_elsewhere
     from shoal.net.libp2p.identity_lock import identity_lock
     from shoal.net.libp2p.libp2p_transport import Libp2pTransport
-    from shoal.net.own_addresses import free_addresses, has_public_address
 
     listen = await asyncio.to_thread(free_addresses, config.host, config.port) if is_dialled else ()
     serve_relay = config.serve_relay

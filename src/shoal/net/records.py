@@ -19,7 +19,7 @@ from typing import Annotated, Protocol
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoal.adapters import HostedName
-from shoal.net.addresses import peer_of
+from shoal.net.addressing.addresses import peer_of
 from shoal.net.identity import SIGNATURE_BYTES, Identity, verify
 from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import (

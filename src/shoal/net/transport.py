@@ -12,7 +12,7 @@ from typing import Protocol
 
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.census.histogram import Histogram
-from shoal.policy.reachability import Reach
+from shoal.policy.network.reachability import Reach
 
 Buffer = bytes | bytearray | memoryview
 

@@ -31,7 +31,7 @@ class InvitationText(Message):
 
 
 class GetManifest(Message):
-    """The manifest of this name (`shoal.model.weights.manifest`). Answered by `Content`, or by a `Failure`."""
+    """The manifest of this name (`shoal.model.weights.pieces.manifest`). Answered by `Content`, or by a `Failure`."""
 
     kind: Literal["get_manifest"] = "get_manifest"
     manifest: ManifestName

@@ -11,10 +11,10 @@ from typing import Self
 
 from shoal.concurrency import background
 from shoal.errors import SwarmError
-from shoal.net.reach_words import in_words
+from shoal.net.addressing.reach_words import in_words
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
-from shoal.policy.reachability import Reachability
+from shoal.policy.network.reachability import Reachability
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from shoal.errors import ShoalError
 from shoal.joining.invitation import Invitation
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.hub import HubFiles
-from shoal.model.weights.piece_store import PieceSource
-from shoal.model.weights.pieces import source_of
+from shoal.model.weights.pieces.piece_store import PieceSource
+from shoal.model.weights.pieces.pieces import source_of
 from shoal.server.executor import Abandoned
 from shoal.server.placing.setup import Surroundings, base_info
 

@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Callable
 from shoal.concurrency import background, owned_task
 from shoal.events import Observers
 from shoal.joining.invitation import Invitation
-from shoal.model.weights.peer_files import PeerFiles
+from shoal.model.weights.pieces.peer_files import PeerFiles
 from shoal.net.transport import Node, Transport
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.batching.pass_rules import rule_of
-from shoal.policy.reachability import Reach
+from shoal.policy.network.reachability import Reach
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
 from shoal.server.inviting import invite

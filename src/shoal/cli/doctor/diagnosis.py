@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from shoal.cli.doctor.facts import Facts, MachineFacts, SwarmFacts
-from shoal.net.local_hosts import is_local, is_public_host
-from shoal.net.reach_words import finding, seen_host, to_do
+from shoal.net.addressing.local_hosts import is_local, is_public_host
+from shoal.net.addressing.reach_words import finding, seen_host, to_do
 from shoal.peers import ServerState
-from shoal.policy.reachability import Reachability
+from shoal.policy.network.reachability import Reachability
 
 GB = 1e9
 LITTLE_MEMORY = 1 * GB

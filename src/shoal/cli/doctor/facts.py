@@ -17,7 +17,7 @@ import psutil
 
 from shoal.errors import ShoalError
 from shoal.model.weights.disk_cache import cache_folder
-from shoal.policy.reachability import Reach
+from shoal.policy.network.reachability import Reach
 
 if TYPE_CHECKING:
     from shoal.net import NetworkConfig

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from shoal.joining.lan import Announcement, Lan
-    from shoal.net.own_addresses import Interface
+    from shoal.net.addressing.own_addresses import Interface
     from shoal.server.server import Server
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ async def _announce(
 ) -> None:
     from shoal.joining.keep_announced import keep_announced, networks_to_tell
     from shoal.joining.lan import announcement_of, ways_at
-    from shoal.net.own_addresses import lan_interfaces
+    from shoal.net.addressing.own_addresses import lan_interfaces
 
     own = own or lan_interfaces
     told = networks_to_tell(by, own(), asked=asked)

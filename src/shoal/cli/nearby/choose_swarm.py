@@ -19,7 +19,7 @@ from shoal.policy.view import format_blocks
 if TYPE_CHECKING:
     from shoal.joining.checked_swarms import Dialler
     from shoal.joining.lan import Lan
-    from shoal.net.own_addresses import Interface
+    from shoal.net.addressing.own_addresses import Interface
 
 _HOW = "use one of the lines above"
 _ASK = "ask a member for a code, which `shoal invite` prints"
@@ -32,7 +32,7 @@ def choose_swarm(*, yes: bool) -> InviteCode:
     Raises `SwarmError` if none is heard, `WrongUsage` if the user cannot be asked, `typer.Exit` if they want none.
     """
     from shoal.joining.multicast import MulticastLan
-    from shoal.net.own_addresses import lan_interfaces
+    from shoal.net.addressing.own_addresses import lan_interfaces
 
     interfaces = lan_interfaces()
     swarms = hear_swarms(MulticastLan(), interfaces)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from shoal.cli.terminal.console import tokens_per_second
 from shoal.joining.invite_code import InviteCode
-from shoal.net.reach_words import in_words
+from shoal.net.addressing.reach_words import in_words
 
 if TYPE_CHECKING:
     from shoal.server.config import ServerConfig

@@ -214,7 +214,7 @@ class ClientOptions:
 def parse_initial_peers(given: str | Sequence[str] | None) -> tuple[str, ...]:
     """The addresses in a list, or in a string with spaces or commas between them; of `None`, in `$SHOAL_INITIAL_PEERS`.
 
-    May be empty. The addresses are checked by `shoal.net.addresses.check_peers`.
+    May be empty. The addresses are checked by `shoal.net.addressing.addresses.check_peers`.
     """
     peers = os.environ.get(INITIAL_PEERS, "") if given is None else given
     return tuple(peers.replace(",", " ").split() if isinstance(peers, str) else peers)

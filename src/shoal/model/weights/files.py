@@ -1,5 +1,5 @@
 """The files of a checkpoint: in a local folder, on the hub (`shoal.model.weights.hub`), or with members of the swarm
-(`shoal.model.weights.peer_files`)."""
+(`shoal.model.weights.pieces.peer_files`)."""
 
 from __future__ import annotations
 

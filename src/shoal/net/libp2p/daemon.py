@@ -27,7 +27,7 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
-from shoal.net.addresses import decode, encode
+from shoal.net.addressing.addresses import decode, encode
 from shoal.net.identity import Identity, peer_id_of, peer_id_to_bytes, public_key
 from shoal.net.libp2p.daemon_reasons import plain_reason
 

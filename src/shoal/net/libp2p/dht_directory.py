@@ -44,7 +44,7 @@ from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.census.histogram import Histogram
 from shoal.policy.census.levels import Shard
-from shoal.policy.clocks import ClockError, clock_error
+from shoal.policy.network.clocks import ClockError, clock_error
 
 logger = logging.getLogger(__name__)
 

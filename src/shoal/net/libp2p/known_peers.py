@@ -15,7 +15,7 @@ from typing import Any
 
 from hivemind.p2p import PeerID
 
-from shoal.net.addresses import group_by_peer
+from shoal.net.addressing.addresses import group_by_peer
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed
 from shoal.net.records import Announcement
 from shoal.net.transport import MAX_LIFETIME

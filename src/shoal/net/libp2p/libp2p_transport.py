@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from shoal.errors import BootstrapFailed, SwarmError
-from shoal.net.addresses import group_by_peer, most_useful_first, peer_of, port_of
+from shoal.net.addressing.addresses import group_by_peer, most_useful_first, peer_of, port_of
+from shoal.net.addressing.own_addresses import bridge_hosts
 from shoal.net.handler_tasks import HandlerTasks
 from shoal.net.identity import Identity, public_key
 from shoal.net.libp2p.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, DaemonGone
@@ -17,10 +18,9 @@ from shoal.net.libp2p.daemon_reasons import NO_PROTOCOL
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
 from shoal.net.libp2p.reach.reach_keeper import ReachKeeper
 from shoal.net.libp2p.spoken_version import check_versions, spoken_version
-from shoal.net.own_addresses import bridge_hosts
 from shoal.net.transport import RelayTrial, StreamBroken, StreamHandler
 from shoal.net.wire.receive_budget import ReceiveBudget
-from shoal.policy.reachability import Reach, Reachability
+from shoal.policy.network.reachability import Reach, Reachability
 from shoal.protocol import PROTOCOL, PROTOCOL_VERSION, REACH_PROTOCOL, UPGRADE, speaks_other
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@
     network.kill("server")                       # receive() and send() raise StreamBroken at once
 
 Time is the event loop's, so delays and expiry cost nothing on a loop with a virtual clock. A peer's id is its name.
-It imports `shoal.net` (not `shoal.net.libp2p`), `shoal.policy.census` and below.
+It imports `shoal.net` (not `shoal.net.libp2p`), `shoal.policy.census` and `network`, and below.
 """
 
 from __future__ import annotations

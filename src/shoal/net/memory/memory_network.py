@@ -11,7 +11,7 @@ from shoal.net.memory.memory_directory import MemoryDirectory, MemoryRecord, Mem
 from shoal.net.memory.memory_stream import Frame, MemoryLink, MemoryStream
 from shoal.net.transport import Node, StreamBroken, StreamHandler
 from shoal.peers import ModelInfo, ServerInfo
-from shoal.policy.reachability import Reach, Reachability
+from shoal.policy.network.reachability import Reach, Reachability
 
 
 class MemoryNetwork:

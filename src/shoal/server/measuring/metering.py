@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from shoal.net.transport import CHUNK_BYTES, Buffer, HeaderCheck, Node, Stream, StreamHandler, Transport
-from shoal.policy.network_speed import Bulk, Direction, Seen
-from shoal.policy.reachability import Reach
+from shoal.policy.network.network_speed import Bulk, Direction, Seen
+from shoal.policy.network.reachability import Reach
 
 LARGE_BYTES = CHUNK_BYTES
 """Smaller frames tell nothing: they fit into buffers."""

@@ -11,7 +11,7 @@ from shoal.concurrency import background
 from shoal.net.bandwidth import measure_bandwidth
 from shoal.net.transport import Transport
 from shoal.peers import ServerInfo
-from shoal.policy.network_speed import Direction, NetworkEstimate, Seen
+from shoal.policy.network.network_speed import Direction, NetworkEstimate, Seen
 from shoal.server.measuring.metering import Meter
 
 log = logging.getLogger(__name__)

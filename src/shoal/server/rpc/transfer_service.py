@@ -9,7 +9,7 @@ import torch
 from shoal.net.bandwidth import TRANSFER_SECONDS, NotGranted, digest_of, random_bytes, receive_filler
 from shoal.net.transport import Stream
 from shoal.net.wire import codec
-from shoal.policy.transfer_budget import WINDOW_SECONDS, TransferBudget
+from shoal.policy.network.transfer_budget import WINDOW_SECONDS, TransferBudget
 from shoal.protocol import MAX_TRANSFER_BYTES, Filler, Transfer
 from shoal.server.refusals import busy, rejected
 

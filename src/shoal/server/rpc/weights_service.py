@@ -20,10 +20,10 @@ import torch
 
 from shoal.errors import ShoalError
 from shoal.joining.invitation import Invitation
-from shoal.model.weights.piece_store import PieceSource
+from shoal.model.weights.pieces.piece_store import PieceSource
 from shoal.net.transport import Stream
 from shoal.net.wire import codec
-from shoal.policy.pacing import Pacer
+from shoal.policy.network.pacing import Pacer
 from shoal.protocol import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
 from shoal.server.refusals import busy, misrouted
 

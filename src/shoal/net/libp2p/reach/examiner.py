@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from shoal.concurrency import now
-from shoal.net.addresses import peer_of
+from shoal.net.addressing.addresses import peer_of
+from shoal.net.addressing.local_hosts import is_public_host
 from shoal.net.bandwidth import digest_of
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
 from shoal.net.libp2p.reach.prober import Prober
-from shoal.net.local_hosts import is_public_host
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
-from shoal.policy.reachability import DialAllowance, DialReport
+from shoal.policy.network.reachability import DialAllowance, DialReport
 from shoal.protocol import (
     MAX_DIALED_ADDRESSES,
     REACH_KINDS,

@@ -9,13 +9,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from shoal.concurrency import now
-from shoal.net.addresses import peer_of
+from shoal.net.addressing.addresses import peer_of
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed
 from shoal.net.libp2p.reach.examiner import Examiner, examined_by, is_public
 from shoal.net.libp2p.reach.prober import Prober, seconds_to_carry
 from shoal.net.libp2p.reach.reservations import NotReserved, Reservation, reserve
 from shoal.net.transport import RelayTrial
-from shoal.policy.reachability import (
+from shoal.policy.network.reachability import (
     MIN_RELAYED_BYTES,
     WANTED_RELAYS,
     DialReport,

@@ -16,7 +16,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from shoal.net.addresses import peer_of
+from shoal.net.addressing.addresses import peer_of
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed
 
 HOP_PROTOCOL = "/libp2p/circuit/relay/0.2.0/hop"

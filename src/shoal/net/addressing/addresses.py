@@ -8,8 +8,8 @@ import struct
 from collections.abc import Collection, Iterable, Sequence
 
 from shoal.errors import UserError
+from shoal.net.addressing.local_hosts import is_local
 from shoal.net.identity import peer_id_of, peer_id_to_bytes, public_key
-from shoal.net.local_hosts import is_local
 
 ALL_HOSTS = ("0.0.0.0", "::")  # noqa: S104
 """Every address of this machine, in both versions of IP."""

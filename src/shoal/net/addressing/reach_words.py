@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.net.addresses import port_of
-from shoal.net.local_hosts import is_public_host
-from shoal.policy.reachability import DialReport, Reach, Reachability
+from shoal.net.addressing.addresses import port_of
+from shoal.net.addressing.local_hosts import is_public_host
+from shoal.policy.network.reachability import DialReport, Reach, Reachability
 
 
 def in_words(reach: Reach, addresses: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from shoal.model.weights import disk_cache
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.fingerprint import file_digests
 from shoal.model.weights.location import CONFIG
-from shoal.model.weights.manifest import (
+from shoal.model.weights.pieces.manifest import (
     MAX_OTHER_BYTES,
     PIECE_BYTES,
     ListedFile,
@@ -20,8 +20,8 @@ from shoal.model.weights.manifest import (
     can_be_listed,
     may_be_listed,
 )
-from shoal.model.weights.peer_files import PeerFiles
-from shoal.model.weights.piece_store import FolderPieces, PieceSource
+from shoal.model.weights.pieces.peer_files import PeerFiles
+from shoal.model.weights.pieces.piece_store import FolderPieces, PieceSource
 
 _BESIDE_WEIGHTS = re.compile(
     r"(config|generation_config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|merges|chat_template|tekken"

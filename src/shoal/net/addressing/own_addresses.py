@@ -12,8 +12,8 @@ from typing import TypeAlias
 
 import psutil
 
-from shoal.net.addresses import ALL_HOSTS, listen_addresses
-from shoal.net.local_hosts import is_in_a_lan, is_public_host
+from shoal.net.addressing.addresses import ALL_HOSTS, listen_addresses
+from shoal.net.addressing.local_hosts import is_in_a_lan, is_public_host
 
 Interface: TypeAlias = IPv4Interface | IPv6Interface
 """An IP address of this machine, and the network that it is in."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from shoal.errors import CheckpointError, UserError
-from shoal.model.weights.manifest import Manifest
+from shoal.model.weights.pieces.manifest import Manifest
 
 _HELD = "held"
 _EPOCH_BYTES = 16

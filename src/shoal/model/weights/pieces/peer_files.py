@@ -9,8 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from shoal.errors import CheckpointError
-from shoal.model.weights.manifest import ListedFile
-from shoal.model.weights.piece_store import PieceStore
+from shoal.model.weights.pieces.manifest import ListedFile
+from shoal.model.weights.pieces.piece_store import PieceStore
 from shoal.model.weights.safetensors_file import Header, header_bytes, read_all, read_header
 
 
