@@ -240,10 +240,16 @@ def two_homes(at: Stage, *, relays: int = 0) -> None:
 
 
 def dead_bootstrap(at: Stage) -> None:
-    """The first machine, by which all came, is gone for good. The code that another one printed still leads in."""
-    first, helper, copy, client = (at.net.host(name) for name in ("first", "helper", "copy", "client"))
-    joined = at.join(helper, code=at.up(first))[0]
-    at.serve(copy, "--initial-peers", joined.facts["address"])
+    """The first machine, by which all came, and the only copy of the model, is gone for good.
+
+    The code that another machine printed still leads in, and a client without a copy gets what it needs from others.
+    """
+    first, helper, other, client = (at.net.host(name) for name in ("first", "helper", "other", "client"))
+    brought = at.up(first)
+    joined = at.join(helper, code=brought)[0]
+    rest = at.join(other, code=brought, blocks=LAST)[0]
+    at.fact(joined, "kept")
+    at.fact(rest, "kept")
     code = at.fact(joined, "code")
     if {way.host for way in InviteCode.parse(code).ways} != {helper.address, first.address}:
         raise SceneFailed(f"a code leads to {InviteCode.parse(code).addresses}")

@@ -114,7 +114,7 @@ def test_behind_a_nat_with_relays_the_machine_is_reached_and_told_that_direct_is
     ]
 
 
-@pytest.mark.parametrize(("ahead", "words"), [(300.0, "300 s behind"), (-300.0, "300 s ahead of")])
+@pytest.mark.parametrize(("ahead", "words"), [(300.0, "5 minutes behind"), (-300.0, "5 minutes ahead of")])
 def test_a_wrong_clock_is_a_problem_whichever_way(ahead, words):
     facts = swarm(Reachability.DIRECT, report(1, came=True, ahead=ahead), report(2, came=True, ahead=ahead))
     assert problems(facts) == {"clock"}
@@ -142,6 +142,20 @@ def test_a_server_of_this_machine_that_others_cannot_reach_is_named():
     facts = swarm(Reachability.DIRECT, report(1, came=True), own=(own,))
     assert problems(facts) == {"server"}
     assert "laptop" in findings(facts)["server"].text
+
+
+def test_a_clock_that_is_some_seconds_off_is_a_note():
+    facts = swarm(Reachability.DIRECT, report(1, came=True, ahead=10.0), report(2, came=True, ahead=10.0))
+    assert findings(facts)["clock"].health is Health.NOTE
+    assert problems(facts) == set()
+
+
+def test_a_random_port_says_nothing_of_the_server_that_runs_here():
+    own = server_infos.info("me", 0, 4, name="laptop")
+    facts = swarm(Reachability.UNREACHABLE, report(1), own=(own,), is_random_port=True)
+    assert problems(facts) == set()
+    assert "chosen at random" in findings(facts)["reached"].hint
+    assert problems(replace(facts, is_random_port=False)) == {"reached"}
 
 
 def test_a_slow_network_is_told():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shoal.net.addressing.reach_words import in_words, seen_host
 from shoal.policy.network.reachability import (
     ALL_REQUESTS,
+    EXAMINERS,
     PEER_REQUESTS,
     REPORT_SECONDS,
     WINDOW_SECONDS,
@@ -20,7 +21,6 @@ from shoal.policy.network.reachability import (
     Reach,
     Reachability,
     choose_examiners,
-    is_dialable,
     judged,
     latest,
     wants_relays,
@@ -45,21 +45,33 @@ reports = st.lists(
 )
 
 
+def kind_of(*found: DialReport, relayed: tuple[str, ...] = (), named: bool = False) -> Reachability:
+    return judged(found, relayed, has_named_relays=named).kind
+
+
 def test_without_reports_nothing_is_known():
-    assert is_dialable([]) is None
-    assert judged([], (), has_named_relays=False).kind is Reachability.UNKNOWN
+    assert kind_of() is Reachability.UNKNOWN
+    assert not wants_relays([])
 
 
 def test_a_neighbor_on_the_lan_does_not_speak_for_those_outside():
     inside = report("neighbor", came=True, outside=False)
-    assert is_dialable([inside])
-    assert not is_dialable([inside, report("far", came=False)])
-    assert is_dialable([report("neighbor", came=False, outside=False), report("far", came=True)])
+    assert kind_of(inside) is Reachability.DIRECT
+    assert wants_relays([inside, report("far", came=False)])
+    assert not wants_relays([report("neighbor", came=False, outside=False), report("far", came=True)])
+
+
+def test_one_peer_outside_does_not_take_a_server_from_its_neighbors():
+    inside = [report(f"neighbor{number}", came=True, outside=False) for number in range(3)]
+    assert kind_of(*inside, report("far", came=False)) is Reachability.DIRECT
+    assert kind_of(*inside, report("far", came=False), relayed=("r",)) is Reachability.RELAYED
+    assert kind_of(*inside, report("far", came=False), report("other", came=False)) is Reachability.UNREACHABLE
 
 
 def test_one_liar_among_several_decides_nothing():
-    assert is_dialable([report("liar", came=False), report("a", came=True), report("b", came=True)])
-    assert not is_dialable([report("liar", came=True), report("a", came=False), report("b", came=False)])
+    assert kind_of(report("liar", came=False), report("a", came=True), report("b", came=True)) is Reachability.DIRECT
+    few = (report("liar", came=True), report("a", came=False), report("b", came=False))
+    assert kind_of(*few) is Reachability.UNREACHABLE
 
 
 @pytest.mark.parametrize(
@@ -73,28 +85,46 @@ def test_one_liar_among_several_decides_nothing():
     ],
 )
 def test_a_peer_that_cannot_be_dialled_is_reached_by_its_relays_or_not_at_all(came, relays, named, kind):
-    reach = judged([report("a", came=came)], relays, has_named_relays=named)
-    assert reach.kind is kind
-    assert wants_relays(reach, has_named_relays=named) == (kind is not Reachability.DIRECT)
+    assert kind_of(report("a", came=came), relayed=relays, named=named) is kind
 
 
-@given(reports, st.floats(0, 3 * REPORT_SECONDS))
-def test_of_each_examiner_the_latest_report_counts_for_a_while(found: list[DialReport], now: float):
-    kept = latest(found, now=now)
+@given(reports)
+def test_of_each_examiner_the_latest_report_counts_until_there_are_much_later_ones(found: list[DialReport]):
+    kept = latest(found)
     assert len({each.examiner for each in kept}) == len(kept)
-    for each in kept:
-        assert each.at > now - REPORT_SECONDS
-        assert each.at == max(other.at for other in found if other.examiner == each.examiner)
-    assert latest(kept, now=now) == kept
+    assert bool(kept) == bool(found)  # while no examiner answers, what was found last holds
+    newest = max((each.at for each in found), default=0.0)
+    for each in found:
+        is_latest = each.at == max(other.at for other in found if other.examiner == each.examiner)
+        assert (
+            (each.examiner in {other.examiner for other in kept}) or not is_latest or each.at <= newest - REPORT_SECONDS
+        )
+    assert latest(kept) == kept
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=3), st.booleans(), max_size=9), reports, st.integers())
-def test_examiners_from_outside_come_first_and_of_these_such_as_have_not_reported(
-    known: dict[str, bool], found: list[DialReport], seed: int
+names = st.sampled_from([f"p{number}" for number in range(7)])
+
+
+@given(st.dictionaries(names, st.booleans()), st.dictionaries(names, st.floats(0, 100)), st.integers())
+def test_examiners_take_turns_and_those_outside_come_first(
+    known: dict[str, bool], asked_at: dict[str, float], seed: int
 ):
-    chosen = choose_examiners(known, found, random.Random(seed))
-    assert len(chosen) == len(set(chosen)) == min(3, len(known))
-    assert sum(known[peer] for peer in chosen) == min(3, sum(known.values()))
+    chosen = choose_examiners(known, asked_at, random.Random(seed))
+    assert len(chosen) == len(set(chosen)) == min(EXAMINERS, len(known))
+    left = known.keys() - set(chosen)
+    for one in chosen:
+        for other in left:
+            one_at, other_at = (asked_at.get(each, -1.0) for each in (one, other))
+            assert one_at < other_at or (one_at == other_at and known[one] >= known[other])
+
+
+def test_peers_that_never_answer_do_not_keep_others_from_being_asked():
+    known, asked_at, asked = dict.fromkeys(["a", "b", "c", "d", "e"], True), {}, set()
+    for now in range(2):
+        chosen = choose_examiners(known, asked_at, random.Random(now))
+        asked |= set(chosen)
+        asked_at |= dict.fromkeys(chosen, float(now))
+    assert asked == known.keys()
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 20)), max_size=150))
@@ -129,10 +159,32 @@ def test_behind_a_firewall_of_its_own_the_port_is_to_be_opened_there():
     assert text.endswith("open TCP port 4001 in the firewall of this machine")
 
 
-def test_an_examiner_cannot_put_a_name_into_the_advice():
-    lie = replace(report("liar", came=False), seen_at="/dns4/evil.example/tcp/1")
+@pytest.mark.parametrize(
+    "seen_at",
+    [
+        "/dns4/evil.example/tcp/1",
+        "/ip4/evil.example & run curl x|sh/tcp/1",
+        "/ip4/1.2.3/evil",
+        "evil",
+        "/ip4/9.9.9.9/tcp/1/p2p/evil/p2p-circuit",
+    ],
+)
+def test_an_examiner_cannot_put_what_it_likes_into_the_advice(seen_at: str):
+    lie = replace(report("liar", came=False), seen_at=seen_at)
     assert seen_host([lie]) is None
     assert "evil" not in in_words(Reach(Reachability.UNREACHABLE, (lie,)), OWN)
+
+
+def test_an_operator_who_announces_the_right_address_is_only_told_to_open_the_port():
+    seen = replace(report("a", came=False), seen_at="/ip4/93.184.216.34/tcp/55555")
+    text = in_words(Reach(Reachability.UNREACHABLE, (seen,)), ("/ip4/93.184.216.34/tcp/4001/p2p/own",))
+    assert "open TCP port 4001 in the router, or let" in text
+    assert "--announce" not in text
+
+
+def test_relays_that_were_named_and_do_not_answer_are_what_the_operator_hears_of():
+    text = in_words(Reach(Reachability.UNREACHABLE, refused=("9.9.9.9: it does not answer",)), OWN)
+    assert text.startswith("no relay carries its streams (9.9.9.9: it does not answer); name other relays")
 
 
 @pytest.mark.parametrize("kind", list(Reachability))

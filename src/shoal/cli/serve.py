@@ -304,6 +304,8 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
                 await server.invitation
                 if code := code_of(server, came_by):
                     print(f"{'code':<10}{code}", flush=True)
+            if await server.keeps_head:
+                print(f"{'kept':<10}the embeddings and the output head, for clients without a copy", flush=True)
             await asyncio.Event().wait()
 
 

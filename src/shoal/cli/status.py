@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,6 @@ from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, code_in
 from shoal.model.weights.location import check_model, is_path
-from shoal.peers import ServerState
 from shoal.policy.dtypes import mixture
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.protocol import PROTOCOL_VERSION
@@ -173,8 +173,9 @@ async def look(client: ClientOptions, wanted: str | None = None, *, route: bool 
 
 
 def _asked(view: SwarmView) -> Sequence[ServerInfo]:
-    """The servers to ask whether they answer: in a large swarm, as many as answer soon."""
-    return view.only(lambda server: server.state is not ServerState.LEAVING).servers[:MOST_ASKED]
+    """The servers to ask whether they answer, in any order: in a large swarm, some of them."""
+    online = view.online().only(lambda server: server.protocol == PROTOCOL_VERSION).servers
+    return random.sample(online, min(len(online), MOST_ASKED))
 
 
 async def _look_by(code: InviteCode, client: ClientOptions, *, route: bool) -> list[ModelStatus]:

@@ -100,15 +100,15 @@ async def ask_all(
     max_concurrent: int = MAX_CONCURRENT,
     seconds: float | None = None,
 ) -> dict[str, PingAnswer | None]:
-    """Pings servers, and returns their answers by peer id; None for a server that has not answered. Never raises.
+    """Pings servers, and returns their answers by peer id; None for one that does not answer. Never raises.
 
-    At most `max_concurrent` are pinged at the same time, and all of it takes at most `seconds`.
+    At most `max_concurrent` are pinged at the same time, and all of it takes at most `seconds`. Those for which that is
+    too short are left out.
     """
     slots = asyncio.Semaphore(max_concurrent)
     found: dict[str, PingAnswer | None] = {}
 
     async def measure(server: ServerInfo) -> None:
-        found[server.peer] = None
         async with slots:
             found[server.peer] = await ask(transport, server.peer, server.addresses)
 
@@ -126,6 +126,8 @@ async def measure_round_trips(
     max_concurrent: int = MAX_CONCURRENT,
     seconds: float | None = None,
 ) -> dict[str, float | None]:
-    """The round-trip times to servers in seconds, by peer id: as `ask_all`, of which it keeps nothing else."""
-    found = await ask_all(transport, servers, max_concurrent=max_concurrent, seconds=seconds)
-    return {peer: None if answer is None else answer.seconds for peer, answer in found.items()}
+    """The round-trip times to servers in seconds, by peer id; None for one that has not answered in time."""
+    asked = tuple(servers)
+    found = await ask_all(transport, asked, max_concurrent=max_concurrent, seconds=seconds)
+    answers = ((server.peer, found.get(server.peer)) for server in asked)
+    return {peer: None if answer is None else answer.seconds for peer, answer in answers}

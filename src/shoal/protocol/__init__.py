@@ -12,6 +12,7 @@ from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
 from shoal.protocol.control import Close, Leaving, Ping, Pong
 from shoal.protocol.failures import FAILURES, Failure, FailureCode
 from shoal.protocol.limits import (
+    MAX_ADDRESS,
     MAX_BATCH,
     MAX_BLOCKS,
     MAX_FACTORS,
@@ -42,7 +43,6 @@ from shoal.protocol.limits import (
 from shoal.protocol.message import Message
 from shoal.protocol.parsing import (
     JOINING_KINDS,
-    REACH_KINDS,
     REPLY_KINDS,
     REQUEST_KINDS,
     SESSION_KINDS,
@@ -62,6 +62,7 @@ from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest,
 __all__ = [
     "FAILURES",
     "JOINING_KINDS",
+    "MAX_ADDRESS",
     "MAX_BATCH",
     "MAX_BLOCKS",
     "MAX_DIALED_ADDRESSES",
@@ -80,7 +81,6 @@ __all__ = [
     "MAX_TRANSFER_BYTES",
     "PROTOCOL",
     "PROTOCOL_VERSION",
-    "REACH_KINDS",
     "REACH_PROTOCOL",
     "REPLY_KINDS",
     "REQUEST_KINDS",

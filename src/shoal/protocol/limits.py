@@ -38,6 +38,8 @@ MAX_FACTORS = 200_000
 """Tensors of factors in a span: a bit for each fits into a header."""
 MAX_TEXT = 256
 """The characters of a name."""
+MAX_ADDRESS = 300
+"""The characters of a multiaddress."""
 MAX_STEPS_AHEAD = 16
 """The steps of one session that wait on a server beside the one that it computes: their inputs stay in memory."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
@@ -46,7 +48,7 @@ Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 Position = Annotated[int, Field(ge=0, le=MAX_LENGTH)]
 Epoch = Annotated[int, Field(ge=0, lt=1 << 53)]
 PeerId = Annotated[str, Field(min_length=1, max_length=64)]
-Address = Annotated[str, Field(max_length=300, pattern=r"^[^\p{C}]*$")]
+Address = Annotated[str, Field(max_length=MAX_ADDRESS, pattern=r"^[^\p{C}]*$")]
 Link = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """A secret that the client gives two servers: it allows the one to push steps to the session on the other."""
 Adapted = Annotated[tuple[AdapterName | None, ...], Field(max_length=MAX_BLOCKS, strict=False)]

@@ -85,9 +85,6 @@ TRANSFER_KINDS = frozenset({"filler", "failure"})
 JOINING_KINDS = frozenset({"invitation", "content", "failure"})
 """The kinds of messages that answer machines that join."""
 
-REACH_KINDS = frozenset({"dial_back", "filler"})
-"""The kinds of messages that open a stream of `REACH_PROTOCOL`."""
-
 REPLY_KINDS = frozenset(
     {
         "opened",

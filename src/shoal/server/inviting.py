@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 
@@ -9,8 +10,10 @@ from shoal.errors import ShoalError
 from shoal.joining.invitation import Invitation
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.hub import HubFiles
+from shoal.model.weights.pieces.peer_files import PeerFiles
 from shoal.model.weights.pieces.piece_store import PieceSource
 from shoal.model.weights.pieces.pieces import source_of
+from shoal.policy.keeping import keeps_head
 from shoal.server.executor import Abandoned
 from shoal.server.placing.setup import Surroundings, base_info
 
@@ -36,6 +39,27 @@ async def invite(around: Surroundings) -> Invitation:
     invitation = around.config.invitation or _invitation(around, source)
     around.weights.offer(invitation, source)
     return invitation
+
+
+async def keep_head(around: Surroundings) -> bool:
+    """Fetch the embeddings and the output head from members, to pass them on. Returns whether they are here.
+
+    Clients that came by a code need them, and the machines that began with a copy may be gone. A server with a copy
+    of its own, or that gives nothing away, fetches nothing. In a large swarm, few servers do it.
+    """
+    config, setup = around.config, around.setup
+    if not isinstance(config.files, PeerFiles) or config.upload_limit == 0:
+        return False
+    try:
+        servers = await around.node.directory.servers(setup.model)
+        if not keeps_head(around.node.transport.peer, len(servers)):
+            return False
+        await asyncio.to_thread(setup.checkpoint.head_tensors)  # mapped into memory, and not read
+    except (ShoalError, OSError) as error:
+        log.info("the embeddings and the output head are not kept here: %s", error)
+        return False
+    log.info("the embeddings and the output head are kept here for clients")
+    return True
 
 
 def _source_of(checkpoint: Checkpoint, ended: threading.Event) -> PieceSource | None:

@@ -21,7 +21,7 @@ from shoal.policy.batching.pass_rules import rule_of
 from shoal.policy.network.reachability import Reach
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
-from shoal.server.inviting import invite
+from shoal.server.inviting import invite, keep_head
 from shoal.server.measuring.portrait import Portrait
 from shoal.server.placing.compute_thread import Compute
 from shoal.server.placing.setup import Surroundings, open_checkpoint, prepare
@@ -34,15 +34,22 @@ from shoal.server.startup_progress import Phase, Progress, Report
 class Server:
     """A running server: what it announces, its model, and the engine of the blocks that it holds.
 
-    `invitation` is done when the server can invite others: when it has read all weights that are here once. It is for
-    waiting only.
+    `invitation` is done when the server can invite others: when it has read all weights that are here once.
+    `keeps_head` is done when it has fetched the embeddings and the output head for others; its result says whether it
+    does. Both are for waiting only.
     """
 
     def __init__(
-        self, model: ModelInfo, keeper: SpanKeeper, transport: Transport, invitation: asyncio.Future[Invitation]
+        self,
+        model: ModelInfo,
+        keeper: SpanKeeper,
+        transport: Transport,
+        invitation: asyncio.Future[Invitation],
+        keeps_head: asyncio.Future[bool],
     ) -> None:
         self.model = model
         self.invitation = invitation
+        self.keeps_head = keeps_head
         self._keeper = keeper
         self._transport = transport
 
@@ -95,8 +102,8 @@ async def serve(
         async with background(keeper.live(), name="shoal-blocks") as living:
             try:
                 await keeper.online.wait()
-                async with owned_task(invite(around)) as inviting:
-                    yield Server(setup.model, keeper, node.transport, inviting)
+                async with owned_task(invite(around)) as inviting, owned_task(keep_head(around)) as keeping:
+                    yield Server(setup.model, keeper, node.transport, inviting, keeping)
             finally:
                 weights.close()
                 if isinstance(config.files, PeerFiles):

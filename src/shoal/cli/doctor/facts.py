@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.metadata
 import os
+import random
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import psutil
 
 from shoal.errors import ShoalError
 from shoal.model.weights.disk_cache import cache_folder
+from shoal.peers import ServerState
 from shoal.policy.network.reachability import Reach
 
 if TYPE_CHECKING:
@@ -60,13 +62,18 @@ class Answered:
 
 @dataclass(frozen=True)
 class SwarmFacts:
-    """How this machine stands in a swarm. `up` and `down` are bytes per second with the server `partner`."""
+    """How this machine stands in a swarm, and its `own` servers there.
+
+    `up` and `down` are bytes per second with the server `partner`. The port that others dialled `is_random_port` if
+    none was given.
+    """
 
     reach: Reach
     addresses: tuple[str, ...]
     answered: tuple[Answered, ...]
     relays: tuple[RelayTrial, ...]
     own: tuple[ServerInfo, ...]
+    is_random_port: bool = False
     partner: str = ""
     up: float | None = None
     down: float | None = None
@@ -128,6 +135,7 @@ async def look_at_swarm(network: NetworkConfig) -> SwarmFacts:
             answered=answered,
             relays=await node.try_relays(),
             own=tuple(each for each in servers if is_used_here(each.peer)),
+            is_random_port=not network.port,
             partner=partner,
             up=up,
             down=down,
@@ -137,14 +145,15 @@ async def look_at_swarm(network: NetworkConfig) -> SwarmFacts:
 async def _answers(node: Node, servers: Sequence[ServerInfo]) -> tuple[Answered, ...]:
     from shoal.net.ping import ask_all
 
-    asked = servers[:MOST_ASKED]
+    online = [each for each in servers if each.state is ServerState.ONLINE]
+    asked = random.sample(online, min(len(online), MOST_ASKED))
     found = await ask_all(node.transport, asked, max_concurrent=AT_ONCE, seconds=ASK_SECONDS)
     answered = []
-    for server in asked:
-        answer = found.get(server.peer)
+    for server in (each for each in asked if each.peer in found):
+        answer = found[server.peer]
         seconds, is_relayed = (None, False) if answer is None else (answer.seconds, answer.is_relayed)
         answered.append(Answered(server, seconds, is_relayed))
-    return tuple(answered)
+    return tuple(sorted(answered, key=lambda each: each.server.span))
 
 
 async def _bandwidth(node: Node, answered: Sequence[Answered]) -> tuple[str, float | None, float | None]:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Collection, Iterable, Sequence
 
 from shoal.errors import UserError
-from shoal.net.addressing.local_hosts import is_local
+from shoal.net.addressing.local_hosts import is_local, is_public_host
 from shoal.net.identity import peer_id_of, peer_id_to_bytes, public_key
 
 ALL_HOSTS = ("0.0.0.0", "::")  # noqa: S104
@@ -78,6 +78,22 @@ def port_of(address: str) -> int | None:
     """The TCP port of an address; None if it has none."""
     match = re.search(r"/tcp/(\d+)", address)
     return int(match[1]) if match else None
+
+
+def host_of(address: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address of a direct multiaddress, which another peer may have written; `None` if it has none."""
+    if address is None or "/p2p-circuit" in address:
+        return None
+    parts = address.split("/")
+    try:
+        return ipaddress.ip_address(parts[2]) if len(parts) > 2 and parts[1] in ("ip4", "ip6") else None
+    except ValueError:
+        return None
+
+
+def is_public(address: str) -> bool:
+    """Whether a multiaddress is a direct one, with a host that is known everywhere."""
+    return "/p2p-circuit" not in address and is_public_host(address.split("/")[2])
 
 
 def encode(address: str) -> bytes:

@@ -9,6 +9,8 @@ import ipaddress
 
 _DOCKER = ipaddress.ip_network("172.17.0.0/16")
 """The network of Docker's bridge, by default."""
+_LOCAL_NAMES = (".local", ".localhost", ".lan", ".home", ".internal", ".home.arpa")
+"""The ends of names that are known in one network only."""
 _LANS = tuple(
     map(ipaddress.ip_network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "fc00::/7"))
 )
@@ -28,8 +30,8 @@ def is_in_a_lan(host: str) -> bool:
 
 
 def is_public_host(host: str) -> bool:
-    """Whether a host is a name, or an IP address that is known everywhere. `::` and `0.0.0.0` are not."""
+    """Whether a host is an IP address that is known everywhere, or a name that may be. `::` and `0.0.0.0` are not."""
     try:
         return ipaddress.ip_address(host.partition("%")[0]).is_global
     except ValueError:
-        return True
+        return "." in host.rstrip(".") and not host.rstrip(".").lower().endswith(_LOCAL_NAMES)

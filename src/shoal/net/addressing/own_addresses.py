@@ -6,13 +6,13 @@ import contextlib
 import ipaddress
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import TypeAlias
 
 import psutil
 
-from shoal.net.addressing.addresses import ALL_HOSTS, listen_addresses
+from shoal.net.addressing.addresses import ALL_HOSTS, host_of, listen_addresses
 from shoal.net.addressing.local_hosts import is_in_a_lan, is_public_host
 
 Interface: TypeAlias = IPv4Interface | IPv6Interface
@@ -41,13 +41,7 @@ def free_addresses(host: str | None, port: int) -> tuple[str, ...]:
 
 def bridge_hosts() -> frozenset[str]:
     """The IP addresses of this machine that only its containers and virtual machines can use."""
-    return frozenset(
-        address.address.partition("%")[0]
-        for name, addresses in psutil.net_if_addrs().items()
-        if _BRIDGES.fullmatch(name)
-        for address in addresses
-        if address.family in (socket.AF_INET, socket.AF_INET6)
-    )
+    return frozenset(str(each.ip) for name, each in _interfaces() if _BRIDGES.fullmatch(name))
 
 
 def lan_interfaces() -> tuple[Interface, ...]:
@@ -55,17 +49,18 @@ def lan_interfaces() -> tuple[Interface, ...]:
 
     Networks of its containers, tunnels, and interfaces that are down or without multicast are left out.
     """
-    found: set[Interface] = set()
     stats = psutil.net_if_stats()
-    for name, addresses in psutil.net_if_addrs().items():
+
+    def is_usable(name: str) -> bool:
         flags = stats[name].flags.split(",") if name in stats else []
-        if "up" not in flags or "multicast" not in flags or "pointopoint" in flags or _BRIDGES.fullmatch(name):
-            continue
-        for each in addresses:
-            if each.family in (socket.AF_INET, socket.AF_INET6) and each.netmask and "%" not in each.address:
-                bits = int(ipaddress.ip_address(each.netmask)).bit_count()
-                if is_in_a_lan(each.address):
-                    found.add(ipaddress.ip_interface(f"{each.address}/{bits}"))
+        is_up = "up" in flags and "multicast" in flags and "pointopoint" not in flags
+        return is_up and not _BRIDGES.fullmatch(name)
+
+    found = {
+        each
+        for name, each in _interfaces()
+        if is_usable(name) and is_in_a_lan(str(each.ip)) and not (each.version == 6 and each.is_link_local)
+    }
     return tuple(sorted(found, key=lambda each: (each.version, each.packed)))
 
 
@@ -73,13 +68,25 @@ def has_public_address(listen: Sequence[str], announce: Sequence[str]) -> bool:
     """Whether a machine that listens on these addresses, and announces those, has one that is known everywhere."""
     hosts = [address.split("/")[2] for address in announce or listen]
     if not set(hosts).isdisjoint(ALL_HOSTS):
-        hosts += [
-            each.address
-            for addresses in psutil.net_if_addrs().values()
-            for each in addresses
-            if each.family in (socket.AF_INET, socket.AF_INET6)
-        ]
+        hosts += [str(each.ip) for _, each in _interfaces()]
     return any(map(is_public_host, hosts))
+
+
+def is_outside(address: str) -> bool:
+    """Whether a multiaddress is of a machine that is in none of this machine's networks, and known everywhere."""
+    host = host_of(address)
+    if host is None or not host.is_global:
+        return False
+    return not any(host in each.network for _, each in _interfaces() if each.version == host.version)
+
+
+def _interfaces() -> Iterator[tuple[str, Interface]]:
+    """This machine's IP addresses with their networks, and the names of their network interfaces."""
+    for name, addresses in psutil.net_if_addrs().items():
+        for each in addresses:
+            if each.family in (socket.AF_INET, socket.AF_INET6):
+                bits = int(ipaddress.ip_address(each.netmask)).bit_count() if each.netmask else ""
+                yield name, ipaddress.ip_interface(f"{each.address.partition('%')[0]}/{bits}".rstrip("/"))
 
 
 def _any_port() -> int:

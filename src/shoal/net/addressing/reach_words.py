@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address
 
-from shoal.net.addressing.addresses import port_of
-from shoal.net.addressing.local_hosts import is_public_host
+from shoal.net.addressing.addresses import host_of, port_of
 from shoal.policy.network.reachability import DialReport, Reach, Reachability
 
 
@@ -29,28 +29,31 @@ def finding(reach: Reach) -> str:
             count = len(reach.relayed)
             return f"other machines reach this one through {count} {'relays' if count > 1 else 'relay'}"
         case Reachability.UNREACHABLE:
-            return f"other machines cannot reach this one ({tried}), and there is no relay for it"
+            relays = f"no relay carries its streams ({'; '.join(reach.refused)})" if reach.refused else ""
+            if not asked:  # its operator has named relays
+                return relays or "no relay carries the streams of this machine"
+            return f"other machines cannot dial this one ({tried}), and {relays or 'there is no relay for it'}"
 
 
 def to_do(reach: Reach, addresses: Sequence[str]) -> str:
     """What helps if others do not reach the peer; nothing if they do."""
     if reach.kind is not Reachability.UNREACHABLE:
         return ""
+    if not reach.reports:
+        return "name other relays, or none: members with a public address are found"
     port = next((port for address in addresses if (port := port_of(address))), None)
     host = seen_host(reach.reports)
-    if host is None or not is_public_host(host):
+    if host is None or not host.is_global:
         return f"open TCP port {port} in the firewall of this machine"
-    version = "ip6" if ":" in host else "ip4"
-    return (
-        f"open TCP port {port} in the router and use --port {port} --announce /{version}/{host}/tcp/{port}, "
-        "or let a machine with a public address join, which relays"
-    )
+    announced = f"/ip{host.version}/{host}/tcp/{port}"
+    opens = f"open TCP port {port} in the router"
+    if not any(address.startswith(f"{announced}/") for address in addresses):
+        opens += f" and use --port {port} --announce {announced}"
+    return f"{opens}, or let a machine with a public address join, which relays"
 
 
-def seen_host(reports: Sequence[DialReport]) -> str | None:
-    """The host at which most others see the peer, those outside first; `None` if none of them said it."""
-    parts = [report.seen_at.split("/") for report in reports if report.seen_at is not None]
-    seen = [each[2] for each in parts if len(each) > 2 and each[1] in ("ip4", "ip6")]
-    outside = [host for host in seen if is_public_host(host)]
-    candidates = outside or seen
-    return max(sorted(set(candidates)), key=candidates.count) if candidates else None
+def seen_host(reports: Sequence[DialReport]) -> IPv4Address | IPv6Address | None:
+    """The host at which most others see the peer, of those outside if there are any; `None` if none of them said it."""
+    outside = [report for report in reports if report.is_outside] or reports
+    seen = [host for report in outside if (host := host_of(report.seen_at)) is not None]
+    return max(sorted(set(seen), key=str), key=seen.count) if seen else None

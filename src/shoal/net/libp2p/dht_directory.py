@@ -75,7 +75,7 @@ class DhtDirectory:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._identity = identity
-        self._stores_records = stores_records
+        self._may_store = self._stores_records = stores_records
         self._clock = clock
         self._node: Any = None
         self._known_peers = KnownPeers(identity.peer, initial_peers=initial_peers, stores_records=stores_records)
@@ -102,7 +102,7 @@ class DhtDirectory:
         former = self._node
         if former is not None:
             await _shut_down(former)
-        self._stores_records = self._known_peers.stores_records = self._stores_records and is_dialled
+        self._stores_records = self._known_peers.stores_records = self._may_store and is_dialled
         p2p = await P2P.replicate(daemon.control)
         try:
             self._node = node = await create_node(
@@ -130,7 +130,7 @@ class DhtDirectory:
         if former is not None:
             node.protocol.storage = former.protocol.storage
         self._known_peers.attach(daemon, node)
-        if former is None and self._stores_records and (error := await self._clock_error()) is not None:
+        if former is None and self._may_store and (error := await self._clock_error()) is not None:
             if not error.is_usable:
                 raise SwarmError(str(error), hint=error.hint)
             logger.warning("%s; %s", error, error.hint)
@@ -193,7 +193,7 @@ class DhtDirectory:
         self._duplicates.record(announcement)
 
     async def _seconds_ahead(self, peers: Collection[Any]) -> list[float]:
-        """How far this clock is ahead of those of the first `MAX_CLOCK_REQUESTS` of these peers that answer."""
+        """How far this clock is ahead of those of up to `MAX_CLOCK_REQUESTS` of these peers, such as answer."""
         protocol = self._joined_node().protocol
         request = dht_pb2.PingRequest(peer=protocol.node_info)
 
@@ -205,7 +205,8 @@ class DhtDirectory:
                     return float((asked_at + self._clock()) / 2 - answer.dht_time)
             return None
 
-        answers = await asyncio.gather(*(ask(peer) for peer in sorted(peers)[:MAX_CLOCK_REQUESTS]))
+        chosen = random.sample(sorted(peers), min(len(peers), MAX_CLOCK_REQUESTS))
+        answers = await asyncio.gather(*(ask(peer) for peer in chosen))
         return [each for each in answers if each is not None]
 
     async def _clock_error(self) -> ClockError | None:

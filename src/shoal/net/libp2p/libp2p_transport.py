@@ -20,13 +20,15 @@ from shoal.net.libp2p.reach.reach_keeper import ReachKeeper
 from shoal.net.libp2p.spoken_version import check_versions, spoken_version
 from shoal.net.transport import RelayTrial, StreamBroken, StreamHandler
 from shoal.net.wire.receive_budget import ReceiveBudget
-from shoal.policy.network.reachability import Reach, Reachability
+from shoal.policy.network.reachability import Reach
 from shoal.protocol import PROTOCOL, PROTOCOL_VERSION, REACH_PROTOCOL, UPGRADE, speaks_other
 
 logger = logging.getLogger(__name__)
 
 OPEN_SECONDS = 10.0
 """How long opening a stream may take, a restart of the daemon included."""
+RELAY_SECONDS = 10.0
+"""How long the start waits for relays, if there have to be any. They are looked for all the time."""
 DIAL_SECONDS = 8.0
 """How long connecting to one initial peer may take; all are dialled at once."""
 STABLE_SECONDS = 60.0
@@ -63,7 +65,7 @@ class Libp2pTransport:
         attach: Callable[[Daemon, Sequence[str], bool], Awaitable[None]] | None = None,
     ) -> None:
         self._identity = identity
-        self._config = replace(config, is_behind_nat=True) if relays else config
+        self._config = config
         self._attach = attach
         self._initial = group_by_peer(initial_peers)
         self._dialled: dict[str, tuple[str, ...]] = {}
@@ -74,7 +76,7 @@ class Libp2pTransport:
         if config.listen:
             self._reach = ReachKeeper(
                 identity.peer,
-                known=lambda: self._dialled | self._initial,
+                known=self._known,
                 own=lambda: self._own,
                 named=relays,
                 offers_relay=config.serve_relay,
@@ -106,7 +108,7 @@ class Libp2pTransport:
 
     async def try_relays(self) -> tuple[RelayTrial, ...]:
         """What the relays do for this peer that it could have."""
-        return () if self._reach is None else await self._reach.trials()
+        return () if self._reach is None else await self._reach.try_relays()
 
     async def start(self) -> None:
         """Start the daemon and connect to the initial peers.
@@ -125,8 +127,6 @@ class Libp2pTransport:
             await self.close()
             raise
         self._supervisor = asyncio.create_task(self._supervise())
-        if self._reach is not None:
-            self._reach.start()
 
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> Libp2pStream:
         if self._closed:
@@ -134,8 +134,6 @@ class Libp2pTransport:
         if public_key(peer) is None:
             raise StreamBroken(f"not a peer id: {peer[:64]!r}")
         hints = tuple(address for address in addresses if peer_of(address) == peer)
-        if hints and (peer in self._dialled or len(self._dialled) < MAX_DIALLED_PEERS):
-            self._dialled[peer] = hints
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 address, reader, writer = await self._dial(peer, hints)
@@ -143,6 +141,8 @@ class Libp2pTransport:
             raise StreamBroken(f"{peer} did not answer within {OPEN_SECONDS:.0f} s") from None
         except DaemonFailed as failure:
             raise StreamBroken(f"{peer} cannot be reached: {failure}") from None
+        if hints and (peer in self._dialled or len(self._dialled) < MAX_DIALLED_PEERS):
+            self._dialled[peer] = hints
         stream = Libp2pStream(
             peer, reader, writer, address=address, budget=self._budget, on_close=self._streams.discard
         )
@@ -212,11 +212,10 @@ class Libp2pTransport:
             assert self._daemon is not None
             await check_versions(self._daemon, connected)
         if first and self._reach is not None and not self._config.is_behind_nat:
-            reach = await self._reach.examine()
-            if reach.kind is Reachability.UNREACHABLE:  # nothing depends on the daemon yet
+            await self._reach.examine()
+            if self._reach.is_behind_nat:  # nothing depends on the daemon yet
                 assert self._daemon is not None
                 await self._daemon.stop()
-                self._config = replace(self._config, is_behind_nat=True)
                 connected = await self._run_daemon()
         daemon = self._daemon
         assert daemon is not None
@@ -225,11 +224,13 @@ class Libp2pTransport:
         if self._handler is not None:
             await daemon.handle(PROTOCOL, self._accept)
         if first and self._reach is not None:
-            await self._reach.keep_relays()
+            await self._reach.start(seconds=RELAY_SECONDS)
         self._up.set()
 
     async def _run_daemon(self) -> list[str]:
         """Start a daemon. Returns the peers that it is connected to."""
+        if self._reach is not None:
+            self._config = replace(self._config, is_behind_nat=self._reach.is_behind_nat)
         self._daemon = daemon = await Daemon.start(self._identity, self._config)
         async with asyncio.timeout(START_SECONDS):
             own = await daemon.addresses()
@@ -241,6 +242,12 @@ class Libp2pTransport:
                 self._reach.attach(daemon)
                 await daemon.handle(REACH_PROTOCOL, self._accept_examined)
         return connected
+
+    def _known(self) -> dict[str, tuple[str, ...]]:
+        """The peers that answered, or are to, and their addresses."""
+        peers = self._dialled.keys() | self._initial.keys()
+        both = {peer: (*self._dialled.get(peer, ()), *self._initial.get(peer, ())) for peer in peers}
+        return {peer: tuple(dict.fromkeys(addresses)) for peer, addresses in both.items()}
 
     def _keep_port(self, addresses: Sequence[str]) -> None:
         """Use the port that the system chose after a restart too: other peers know this one by it."""

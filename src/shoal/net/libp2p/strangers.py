@@ -18,12 +18,12 @@ DIAL_SECONDS = 8.0
 
 
 @asynccontextmanager
-async def stranger() -> AsyncIterator[Daemon]:
-    """A daemon with an identity of its own, which only dials, and makes no relayed connection direct.
+async def stranger(identity: Identity | None = None) -> AsyncIterator[Daemon]:
+    """A daemon with this identity or one of its own, which only dials, and makes no relayed connection direct.
 
     Raises `DaemonFailed`, and `TimeoutError`.
     """
-    daemon = await Daemon.start(Identity.temporary(), DaemonConfig(punches_holes=False))
+    daemon = await Daemon.start(identity or Identity.temporary(), DaemonConfig(punches_holes=False))
     try:
         yield daemon
     finally:

@@ -37,7 +37,7 @@ class DialReport:
     """What the peer `examiner` found when it dialled this one at the addresses `dialled`: it came through at `reached`.
 
     `at` is the time of the report, on the clock of the event loop. An examiner that `is_outside` is not in a network of
-    this machine. It saw the peer at the host `seen_at`. `clock_ahead` is by how many seconds its clock is ahead. It
+    this machine. It saw the peer at the address `seen_at`. `clock_ahead` is by how many seconds its clock is ahead. It
     carries the streams of others if it `offers_relay`.
     """
 
@@ -53,59 +53,80 @@ class DialReport:
 
 @dataclass(frozen=True)
 class Reach:
-    """How others reach this peer, by the latest `reports`. `relayed` are its addresses at the relays that it has."""
+    """How others reach this peer, by the latest `reports`. `relayed` are its addresses at the relays that it has.
+
+    `refused` says for each relay that was tried in vain why it is not used.
+    """
 
     kind: Reachability = Reachability.UNKNOWN
     reports: tuple[DialReport, ...] = ()
     relayed: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
 
-def latest(reports: Sequence[DialReport], *, now: float) -> tuple[DialReport, ...]:
-    """The latest report of each examiner that still counts, in the order of their times."""
+def latest(reports: Sequence[DialReport]) -> tuple[DialReport, ...]:
+    """The latest report of each examiner, in the order of their times, without those that are much older than the last.
+
+    While no examiner answers, the old reports count.
+    """
     found = {report.examiner: report for report in sorted(reports, key=lambda each: each.at)}
-    return tuple(sorted((each for each in found.values() if each.at > now - REPORT_SECONDS), key=lambda each: each.at))
+    newest = max((each.at for each in found.values()), default=0.0)
+    return tuple(
+        sorted((each for each in found.values() if each.at > newest - REPORT_SECONDS), key=lambda each: each.at)
+    )
 
 
-def is_dialable(reports: Sequence[DialReport]) -> bool | None:
-    """Whether others can dial the peer; `None` if no peer has tried.
+def comes_through(reports: Sequence[DialReport]) -> bool | None:
+    """Whether at least half of these examiners came through; `None` without any.
 
-    Half of the examiners have to come through. Those outside decide if there are any: a neighbor on the LAN comes
-    through a router that keeps all others out. One examiner that lies does not decide, unless it is the only one.
+    One that lies does not decide, unless there is no other.
+    """
+    return 2 * sum(bool(each.reached) for each in reports) >= len(reports) if reports else None
+
+
+def wants_relays(reports: Sequence[DialReport]) -> bool:
+    """Whether a peer with these reports should have places at relays.
+
+    Those outside of its networks decide if there are any: a neighbor comes through a router that keeps others out.
     """
     outside = [each for each in reports if each.is_outside]
-    asked = outside or list(reports)
-    if not asked:
-        return None
-    return 2 * sum(bool(each.reached) for each in asked) >= len(asked)
+    return comes_through(outside or reports) is False
 
 
-def judged(reports: Sequence[DialReport], relayed: Sequence[str], *, has_named_relays: bool) -> Reach:
-    """How others reach the peer. One that was given relays by its operator counts as one that cannot be dialled."""
-    dialable = False if has_named_relays else is_dialable(reports)
-    if dialable is None:
+def judged(
+    reports: Sequence[DialReport],
+    relayed: Sequence[str],
+    *,
+    has_named_relays: bool,
+    refused: Sequence[str] = (),
+) -> Reach:
+    """How others reach the peer. One that was given relays by its operator counts as one that cannot be dialled.
+
+    If neighbors come through, a single examiner outside does not make the peer unreachable for them.
+    """
+    if not has_named_relays and not reports:
         kind = Reachability.UNKNOWN
-    elif dialable:
+    elif not has_named_relays and not wants_relays(reports):
         kind = Reachability.DIRECT
+    elif relayed:
+        kind = Reachability.RELAYED
     else:
-        kind = Reachability.RELAYED if relayed else Reachability.UNREACHABLE
-    return Reach(kind, tuple(reports), tuple(relayed))
+        outside = [each for each in reports if each.is_outside]
+        is_near = comes_through([each for each in reports if not each.is_outside])
+        kind = Reachability.DIRECT if is_near and len(outside) < 2 else Reachability.UNREACHABLE
+    return Reach(kind, tuple(reports), tuple(relayed), tuple(refused))
 
 
 def choose_examiners(
-    known: Mapping[str, bool], reports: Sequence[DialReport], rng: random.Random, *, most: int = EXAMINERS
+    known: Mapping[str, bool], asked_at: Mapping[str, float], rng: random.Random, *, most: int = EXAMINERS
 ) -> list[str]:
     """Whom to ask next, of the peers `known` (by peer id: whether each is outside of this machine's networks).
 
-    Those outside come first, and of these such as have not reported yet: many opinions are better than one.
+    Those come first that were not asked for longest (`asked_at`, whether or not they answered), and of those that were
+    never asked the ones outside.
     """
-    reported = {each.examiner for each in reports}
     shuffled = rng.sample(sorted(known), len(known))
-    return sorted(shuffled, key=lambda peer: (not known[peer], peer in reported))[:most]
-
-
-def wants_relays(reach: Reach, *, has_named_relays: bool) -> bool:
-    """Whether the peer should have places at relays."""
-    return has_named_relays or is_dialable(reach.reports) is False
+    return sorted(shuffled, key=lambda peer: (asked_at.get(peer, float("-inf")), not known[peer]))[:most]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from shoal.concurrency import now
-from shoal.net.addressing.addresses import peer_of
-from shoal.net.addressing.local_hosts import is_public_host
+from shoal.net.addressing.addresses import host_of, is_public, peer_of
+from shoal.net.addressing.own_addresses import is_outside
 from shoal.net.bandwidth import digest_of
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
@@ -18,8 +20,8 @@ from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.policy.network.reachability import DialAllowance, DialReport
 from shoal.protocol import (
+    MAX_ADDRESS,
     MAX_DIALED_ADDRESSES,
-    REACH_KINDS,
     REACH_PROTOCOL,
     DialBack,
     DialedBack,
@@ -32,49 +34,86 @@ logger = logging.getLogger(__name__)
 
 REQUEST_SECONDS = 25.0
 """The longest that one stream may last: it has at most one request."""
+RESOLVE_SECONDS = 2.0
 ANSWER_SECONDS = 12.0
 """How long a peer waits for an answer. Dialling takes five seconds if routers swallow what is sent."""
 
 
 class Examiner:
-    """Answers the streams of `REACH_PROTOCOL`. `relays` says whether this peer carries the streams of others."""
+    """Answers the streams of `REACH_PROTOCOL`. `relays` says whether this peer carries the streams of others now."""
 
-    def __init__(self, prober: Prober, *, relays: bool, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, prober: Prober, *, relays: Callable[[], bool], clock: Callable[[], float] = time.time) -> None:
         self._prober = prober
         self._relays = relays
         self._clock = clock
         self._allowance = DialAllowance()
+        self._own: set[str] = set()  # peers that are this one in disguise, to try its relays
+
+    @contextlib.contextmanager
+    def expecting(self, peer: str) -> Iterator[None]:
+        """Take a `Filler` from this peer while the context lasts: from no other one."""
+        self._own.add(peer)
+        try:
+            yield
+        finally:
+            self._own.discard(peer)
 
     async def __call__(self, stream: Stream) -> None:
         """Answer the one request of a stream."""
+        kinds = {"filler"} if stream.peer in self._own else {"dial_back"}
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
-                message, tensors = await codec.receive(stream, REACH_KINDS)
+                message, tensors = await codec.receive(stream, kinds)
                 match message:
                     case DialBack():
                         await codec.send(stream, await self._dialed_back(stream, message))
-                    case Filler() if "filler" in tensors and self._grants(stream.peer):
+                    case Filler() if "filler" in tensors:
                         await codec.send(stream, Filler(digest=digest_of(tensors["filler"])))
                     case _:
                         await codec.send(stream, Failure(code="rejected", reason="no such request here"))
         except (ProtocolViolation, TimeoutError) as failure:
             logger.debug("%s asked to be dialled: %s", stream.peer, failure or "it takes too long")
 
-    def _grants(self, peer: str) -> bool:
-        allowance = self._allowance.grant(peer, now=now())
-        self._allowance = allowance or self._allowance
-        return allowance is not None
-
     async def _dialed_back(self, stream: Stream, request: DialBack) -> DialedBack | Failure:
         if any(peer_of(address) != stream.peer or "/p2p-circuit" in address for address in request.addresses):
             return Failure(code="rejected", reason="addresses of other peers")
-        if not self._grants(stream.peer):
+        allowance = self._allowance.grant(stream.peer, now=now())
+        if allowance is None:
             return Failure(code="busy", reason="too many requests to be dialled", retry_after=60.0)
+        self._allowance = allowance
+        allowed = [each for each in request.addresses if await may_be_dialled(each, seen_at=stream.address)]
         try:
-            reached = await self._prober.reached(stream.peer, request.addresses)
+            reached = dict(zip(allowed, await self._prober.reached(stream.peer, allowed), strict=True))
         except (DaemonFailed, TimeoutError):
             return Failure(code="busy", reason="this peer cannot dial at the moment", retry_after=60.0)
-        return DialedBack(reached=tuple(reached), seen_at=stream.address, clock=self._clock(), relays=self._relays)
+        return DialedBack(
+            reached=tuple(reached.get(address, False) for address in request.addresses),
+            seen_at=stream.address,
+            clock=self._clock(),
+            relays=self._relays(),
+        )
+
+
+async def may_be_dialled(address: str, *, seen_at: str | None) -> bool:
+    """Whether a peer that is seen at one address may have another one dialled.
+
+    A private one only if it is seen in a private network itself, and one of this machine only if it is on it. Otherwise
+    strangers could find out by the answers which ports are open in this machine's network.
+    """
+    _, kind, host, *_ = address.split("/")
+    try:
+        if kind in ("ip4", "ip6"):
+            found = [ipaddress.ip_address(host)]
+        else:
+            loop = asyncio.get_running_loop()
+            async with asyncio.timeout(RESOLVE_SECONDS):
+                found = [ipaddress.ip_address(each[4][0]) for each in await loop.getaddrinfo(host, None)]
+    except (OSError, ValueError, TimeoutError):
+        return False
+    seen = host_of(seen_at)
+    if seen is not None and not seen.is_global:
+        return seen.is_loopback or not any(each.is_loopback for each in found)
+    return all(each.is_global for each in found)
 
 
 async def examined_by(
@@ -84,7 +123,10 @@ async def examined_by(
 
     `None` if it does not answer, or does not examine now.
     """
-    asked = tuple(addresses[:MAX_DIALED_ADDRESSES])
+    usable = [each for each in addresses if len(each) <= MAX_ADDRESS]
+    asked = tuple(sorted(usable, key=lambda each: not is_public(each))[:MAX_DIALED_ADDRESSES])
+    if not asked:
+        return None
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
             where, reader, writer = await daemon.open(examiner, REACH_PROTOCOL)
@@ -105,13 +147,8 @@ async def examined_by(
         now(),
         dialled=asked,
         reached=tuple(address for address, came in zip(asked, answer.reached, strict=True) if came),
-        is_outside=where is not None and is_public(where),
+        is_outside=where is not None and is_outside(where),
         seen_at=answer.seen_at,
         clock_ahead=answer.clock - clock(),
         offers_relay=answer.relays,
     )
-
-
-def is_public(address: str) -> bool:
-    """Whether a multiaddress is a direct one, with a host that is known everywhere."""
-    return "/p2p-circuit" not in address and is_public_host(address.split("/")[2])

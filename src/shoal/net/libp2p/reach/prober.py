@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from shoal.concurrency import now
 from shoal.net.bandwidth import digest_of, random_bytes
+from shoal.net.identity import Identity
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed, DaemonGone
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
 from shoal.net.libp2p.strangers import stranger
@@ -37,7 +38,7 @@ class Prober:
 
     def __init__(self) -> None:
         self._started: asyncio.Future[Daemon] | None = None  # while it lives
-        self._life: asyncio.Task[None] | None = None
+        self._lives: set[asyncio.Task[None]] = set()  # one lives, others may still be ending
         self._num_users = 0
         self._used = asyncio.Event()
 
@@ -62,19 +63,23 @@ class Prober:
 
     async def close(self) -> None:
         """End the daemon."""
-        if self._life is not None:
-            self._life.cancel()
-            await asyncio.gather(self._life, return_exceptions=True)
+        lives = [*self._lives]
+        for life in lives:
+            life.cancel()
+        await asyncio.gather(*lives, return_exceptions=True)
 
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncIterator[Daemon]:
         """The daemon, while the context lasts at least."""
         self._num_users += 1
+        self._used.set()
         try:
             if self._started is None:
                 self._started = asyncio.get_running_loop().create_future()
                 self._started.add_done_callback(lambda started: started.exception())  # also if nothing waits for it
-                self._life = asyncio.create_task(self._live(self._started), name="shoal-prober")
+                life = asyncio.create_task(self._live(self._started), name="shoal-prober")
+                self._lives.add(life)
+                life.add_done_callback(self._lives.discard)
             yield await asyncio.shield(self._started)
         finally:
             self._num_users -= 1
@@ -86,9 +91,8 @@ class Prober:
         try:
             async with stranger() as daemon:
                 started.set_result(daemon)
-                while self._num_users or await self._is_used_again(daemon):
-                    await self._used.wait()
-                    self._used.clear()
+                while await self._is_needed(daemon):
+                    pass
                 self._started = None  # the next user gets another daemon
         except (DaemonFailed, TimeoutError) as error:
             failure = error
@@ -98,24 +102,24 @@ class Prober:
             if not started.done():
                 started.set_exception(failure)
 
-    async def _is_used_again(self, daemon: Daemon) -> bool:
-        """Whether the daemon is used within `IDLE_SECONDS`, and can be."""
+    async def _is_needed(self, daemon: Daemon) -> bool:
+        """Whether the daemon is used within the next `IDLE_SECONDS`, or still is, and can be."""
         self._used.clear()
         try:
             async with asyncio.timeout(IDLE_SECONDS):
                 await self._used.wait()
         except TimeoutError:
-            return False
+            return self._num_users > 0
         return not daemon.closed.is_set()
 
 
-async def seconds_to_carry(peer: str, relayed_address: str) -> float | None:
+async def seconds_to_carry(peer: str, relayed_address: str, identity: Identity) -> float | None:
     """How long a megabyte takes to this peer, which answers `REACH_PROTOCOL`, at an address through a relay.
 
-    `None` if it does not come through.
+    The other side is a peer with this identity. `None` if it does not come through.
     """
     try:
-        async with stranger() as daemon, asyncio.timeout(CARRY_SECONDS):
+        async with stranger(identity) as daemon, asyncio.timeout(CARRY_SECONDS):
             await daemon.connect(peer, (relayed_address,))
             address, reader, writer = await daemon.open(peer, REACH_PROTOCOL)
             stream = Libp2pStream(peer, reader, writer, address=address)

@@ -6,17 +6,17 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from shoal.concurrency import now
-from shoal.net.addressing.addresses import peer_of
+from shoal.net.addressing.addresses import group_by_peer
+from shoal.net.addressing.own_addresses import is_outside
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed
-from shoal.net.libp2p.reach.examiner import Examiner, examined_by, is_public
-from shoal.net.libp2p.reach.prober import Prober, seconds_to_carry
-from shoal.net.libp2p.reach.reservations import NotReserved, Reservation, reserve
+from shoal.net.libp2p.reach.examiner import Examiner, examined_by
+from shoal.net.libp2p.reach.prober import Prober
+from shoal.net.libp2p.reach.relay_places import AVOIDED_SECONDS, Places, RelayPlaces
 from shoal.net.transport import RelayTrial
 from shoal.policy.network.reachability import (
-    MIN_RELAYED_BYTES,
     WANTED_RELAYS,
     DialReport,
     Reach,
@@ -32,17 +32,10 @@ logger = logging.getLogger(__name__)
 SETTLED_SECONDS = 300.0
 """How often others are asked to dial this peer once it is known how they reach it."""
 UNSETTLED_SECONDS = 30.0
-"""How often they are asked while it is not."""
+"""How often they are asked while it is not, or while some were never asked."""
 RENEW_SECONDS = 20.0
 """How often a place at a relay is renewed. A relay that was restarted has forgotten it."""
-AVOIDED_SECONDS = 120.0
-"""How long a relay is not tried again that gave no place, or carried nothing."""
 CONNECT_SECONDS = 8.0
-MOST_TRIED = 4
-"""The relays that are tried for a diagnosis."""
-
-Places = Mapping[str, Sequence[str]]
-"""Peers that may examine this one, and their addresses."""
 
 
 class ReachKeeper:
@@ -63,29 +56,39 @@ class ReachKeeper:
     ) -> None:
         self.reach = Reach()
         self._prober = Prober()
-        self.examiner = Examiner(self._prober, relays=offers_relay)
+        self.examiner = Examiner(self._prober, relays=lambda: offers_relay and not self.is_behind_nat)
         self._peer = peer
         self._known = known
         self._own = own
-        self._named = tuple(named)
+        self._named = group_by_peer(named)
+        self._relays = RelayPlaces(self.examiner, peer)
         self._daemon: Daemon | None = None
-        self._held: dict[str, Reservation] = {}  # by the address of the relay
-        self._avoided: dict[str, float] = {}  # until when, by the address of the relay
         self._reports: tuple[DialReport, ...] = ()
+        self._asked_at: dict[str, float] = {}
         self._examine_at = 0.0
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._keeping: asyncio.Task[None] | None = None
         self._rng = random.Random(random.getrandbits(32))  # noqa: S311 - nothing secret
 
+    @property
+    def is_behind_nat(self) -> bool:
+        """Whether others cannot dial this peer, as far as it is known."""
+        return bool(self._named) or self.reach.kind in (Reachability.RELAYED, Reachability.UNREACHABLE)
+
     def attach(self, daemon: Daemon) -> None:
-        """Use this daemon from now on. It has no places yet."""
+        """Use this daemon from now on. Relays have to be asked again for the places that the last one had."""
         self._daemon = daemon
+        self._relays.forget_failures()
         self._wake.set()
 
-    def start(self) -> None:
-        """Look again and again from now on."""
-        self._keeping = asyncio.create_task(self._keep(), name="shoal-reach")
+    async def start(self, *, seconds: float) -> None:
+        """Look again and again from now on. Returns when it has looked once, after these seconds at the latest."""
+        looked = asyncio.Event()
+        self._keeping = asyncio.create_task(self._keep(looked), name="shoal-reach")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await looked.wait()
 
     async def close(self) -> None:
         """End what was started here."""
@@ -100,30 +103,44 @@ class ReachKeeper:
             await self._changed.wait()
         return self.reach
 
-    async def _keep(self) -> None:
-        while True:
-            due = RENEW_SECONDS if self._held or self._wants_relays() else UNSETTLED_SECONDS
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(due):
-                    await self._wake.wait()
-            self._wake.clear()
-            if not self._named and now() >= self._examine_at:
-                await self.examine()
-            await self.keep_relays()
-
     async def examine(self) -> Reach:
         """Ask others to dial this peer."""
         daemon, places = self._daemon, self._known()
         assert daemon is not None
-        outside = {peer: any(map(is_public, where)) for peer, where in places.items() if peer != self._peer}
-        chosen = choose_examiners(outside, self._reports, self._rng)
+        known = {peer: any(map(is_outside, where)) for peer, where in places.items() if peer != self._peer}
+        chosen = choose_examiners(known, self._asked_at, self._rng)
+        self._asked_at = {peer: at for peer, at in self._asked_at.items() if peer in known}
+        self._asked_at |= dict.fromkeys(chosen, now())
         found = await asyncio.gather(*(self._report_of(daemon, peer, places[peer]) for peer in chosen))
-        self._reports = latest((*self._reports, *(each for each in found if each is not None)), now=now())
+        self._reports = latest((*self._reports, *(each for each in found if each is not None)))
         self._settle()
-        has_asked_all = outside.keys() <= {report.examiner for report in self._reports}
-        is_settled = self.reach.kind in (Reachability.DIRECT, Reachability.RELAYED) and has_asked_all
+        is_settled = (
+            self.reach.kind in (Reachability.DIRECT, Reachability.RELAYED) and known.keys() <= self._asked_at.keys()
+        )
         self._examine_at = now() + (SETTLED_SECONDS if is_settled else UNSETTLED_SECONDS)
         return self.reach
+
+    async def try_relays(self) -> tuple[RelayTrial, ...]:
+        """What relays do for this peer now: those that are named, else some of those that others offer to be."""
+        assert self._daemon is not None
+        return await self._relays.try_some(self._daemon, self._candidates())
+
+    async def _keep(self, looked: asyncio.Event) -> None:
+        while True:
+            try:
+                if not self._named and now() >= self._examine_at:
+                    await self.examine()
+                await self._keep_relays()
+            except DaemonFailed as failure:  # the next daemon is attached soon
+                logger.debug("the relays are not looked after: %s", failure)
+            except Exception:  # a defect here must not leave a server with relays that are gone
+                logger.exception("the relays are not looked after")
+            looked.set()
+            due = RENEW_SECONDS if self._relays.held or self._wants_relays() else self._examine_at - now()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(due, 0.0)):
+                    await self._wake.wait()
+            self._wake.clear()
 
     async def _report_of(self, daemon: Daemon, peer: str, where: Sequence[str]) -> DialReport | None:
         try:
@@ -133,82 +150,38 @@ class ReachKeeper:
             return None
         return await examined_by(peer, daemon, self._own())
 
-    async def keep_relays(self) -> Reach:
-        """Renew the places at relays, and reserve others, while others cannot dial this peer."""
-        daemon = self._daemon
-        assert daemon is not None
-        if not self._wants_relays():
-            self._held.clear()
-            self._settle()
-            return self.reach
-        await asyncio.gather(*(self._renew(daemon, relay) for relay in [*self._held]))
-        missing = max(len(self._named), WANTED_RELAYS) - len(self._held)
-        chosen = [relay for relay in self._candidates() if now() >= self._avoided.get(relay, 0.0)][:missing]
-        await asyncio.gather(*(self._reserve(daemon, relay) for relay in chosen))
-        self._settle()
-        return self.reach
-
     def _wants_relays(self) -> bool:
-        return wants_relays(self.reach, has_named_relays=bool(self._named))
+        return bool(self._named) or wants_relays(self._reports)
 
-    def _candidates(self) -> list[str]:
-        """Addresses of relays that are not held, in the order in which to try them."""
+    async def _keep_relays(self) -> None:
+        """Renew the places at relays, and reserve others, while others cannot dial this peer."""
+        assert self._daemon is not None
+        if self._wants_relays():
+            wanted = max(len(self._named), WANTED_RELAYS)
+            pause = 0.0 if self._named else AVOIDED_SECONDS
+            async for _ in self._relays.keep(self._daemon, self._candidates(), wanted=wanted, pause=pause):
+                self._settle()
+        else:
+            self._relays.held = {}
+        self._settle()
+
+    def _candidates(self) -> Places:
+        """The relays that this peer may use, in the order in which to try them."""
         if self._named:
-            found = [*self._named]
-        else:
-            places = self._known()
-            offering = [report.examiner for report in self._reports if report.offers_relay]
-            direct = ([each for each in places.get(peer, ()) if "/p2p-circuit" not in each] for peer in offering)
-            found = [min(where, key=lambda each: not is_public(each)) for where in direct if where]
-            self._rng.shuffle(found)
-        held = {peer_of(relay) for relay in self._held}
-        return [relay for relay in found if peer_of(relay) not in held]
-
-    async def _renew(self, daemon: Daemon, relay: str) -> None:
-        try:
-            self._held[relay] = await reserve(daemon, relay)
-        except NotReserved as reason:
-            logger.warning("the relay %s is lost: %s", relay, reason)
-            del self._held[relay]
-
-    async def trials(self) -> tuple[RelayTrial, ...]:
-        """What relays do for this peer now: those that are named, else some of those that others offer to be."""
-        daemon = self._daemon
-        assert daemon is not None
-
-        async def attempt(relay: str) -> RelayTrial:
-            try:
-                _, seconds = await self._tried(daemon, relay)
-            except NotReserved as reason:
-                return RelayTrial(relay, None, str(reason))
-            return RelayTrial(relay, seconds)
-
-        return tuple(await asyncio.gather(*map(attempt, [*self._held, *self._candidates()][:MOST_TRIED])))
-
-    async def _tried(self, daemon: Daemon, relay: str) -> tuple[Reservation, float]:
-        """A place at a relay, and the seconds that a megabyte took through it. Raises `NotReserved`."""
-        reservation = await reserve(daemon, relay)
-        if reservation.max_bytes is not None and reservation.max_bytes < MIN_RELAYED_BYTES:
-            raise NotReserved(f"it carries {reservation.max_bytes:,} bytes only")
-        seconds = await seconds_to_carry(self._peer, reservation.address_of(self._peer))
-        if seconds is None:
-            raise NotReserved("a megabyte did not come through")
-        return reservation, seconds
-
-    async def _reserve(self, daemon: Daemon, relay: str) -> None:
-        try:
-            reservation, _ = await self._tried(daemon, relay)
-        except NotReserved as reason:
-            level = logging.WARNING if relay in self._named and relay not in self._avoided else logging.DEBUG
-            logger.log(level, "the relay %s is not used: %s", relay, reason)
-            self._avoided[relay] = now() + (0.0 if self._named else AVOIDED_SECONDS)
-        else:
-            self._avoided.pop(relay, None)
-            self._held[relay] = reservation
+            return self._named
+        places = self._known()
+        offering = [report.examiner for report in self._reports if report.offers_relay and report.examiner in places]
+        self._rng.shuffle(offering)
+        return {peer: places[peer] for peer in offering}
 
     def _settle(self) -> None:
-        relayed = sorted(each.address_of(self._peer) for each in self._held.values())
-        before, self.reach = self.reach, judged(self._reports, relayed, has_named_relays=bool(self._named))
+        before = self.reach
+        self.reach = judged(
+            self._reports,
+            self._relays.addresses,
+            has_named_relays=bool(self._named),
+            refused=self._relays.refused,
+        )
         if (before.kind, before.relayed) != (self.reach.kind, self.reach.relayed):
             self._changed.set()
             self._changed = asyncio.Event()

@@ -10,14 +10,13 @@ Source: https://github.com/libp2p/specs/blob/master/relay/circuit-v2.md
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from shoal.net.addressing.addresses import peer_of
-from shoal.net.libp2p.daemon import Daemon, DaemonFailed
+from shoal.net.libp2p.daemon import Daemon, DaemonFailed, DaemonGone
 
 HOP_PROTOCOL = "/libp2p/circuit/relay/0.2.0/hop"
 REQUEST_SECONDS = 8.0
@@ -33,39 +32,28 @@ _REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class Reservation:
-    """A place at the relay with this address. It carries `max_bytes` of one connection; `None` is any number."""
-
-    relay: str
-    max_bytes: int | None
-
-    def address_of(self, peer: str) -> str:
-        """The address of the peer through the relay."""
-        return f"{self.relay}/p2p-circuit/p2p/{peer}"
-
-
 class NotReserved(Exception):
     """The relay gave no place; the text says why."""
 
 
-async def reserve(daemon: Daemon, relay: str) -> Reservation:
-    """Reserve a place for the daemon's peer at the relay with this address, or renew it. Raises `NotReserved`.
+async def reserve(daemon: Daemon, relay: str, addresses: Sequence[str]) -> int | None:
+    """Reserve a place for the daemon's peer at the peer `relay`, or renew it.
 
-    The place stays for an hour, if the connection to the relay does.
+    Returns how many bytes the relay carries of one connection; `None` is any number. The place stays for an hour, if
+    the connection to the relay does. Raises `NotReserved`, and `DaemonGone`, which says nothing of the relay.
     """
-    peer = peer_of(relay)
-    assert peer is not None, "addresses of relays are checked where they come from"
     try:
         async with asyncio.timeout(REQUEST_SECONDS):
-            await daemon.connect(peer, (relay,))
-            _, reader, writer = await daemon.open(peer, HOP_PROTOCOL)
+            await daemon.connect(relay, addresses)
+            _, reader, writer = await daemon.open(relay, HOP_PROTOCOL)
             try:
                 writer.write(_framed(_Hop(type=_RESERVE).SerializeToString()))
                 await writer.drain()
                 answer = _Hop.FromString(await _read_frame(reader))
             finally:
                 writer.close()
+    except DaemonGone:
+        raise
     except TimeoutError:
         raise NotReserved("it does not answer") from None
     except (DaemonFailed, ConnectionError, EOFError) as failure:
@@ -74,7 +62,7 @@ async def reserve(daemon: Daemon, relay: str) -> Reservation:
         raise NotReserved("its answer makes no sense") from None
     if answer.type != _STATUS or answer.status != _OK:
         raise NotReserved(_REASONS.get(answer.status, "it refuses"))
-    return Reservation(relay, answer.limit.data or None)
+    return int(answer.limit.data) or None
 
 
 async def _read_frame(reader: asyncio.StreamReader) -> bytes:
