@@ -19,6 +19,16 @@ def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def available_memory() -> int:
+    """The bytes of memory that the system can provide without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def may_have_gpu() -> bool:
+    """Whether a driver for GPUs that PyTorch could use is loaded: NVIDIA's, or that of WSL."""
+    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
+
+
 def describe_host() -> str:
     """Processor, cores that this process may use, and memory, for the tables of measurements."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

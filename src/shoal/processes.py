@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import Self
 
 from shoal.errors import SwarmError
@@ -81,12 +81,15 @@ class Children:
         self.folder = Path(self._folder.name)
         return self
 
-    def start(self, name: str, *arguments: str, secrets: Mapping[str, str] = MappingProxyType({})) -> Child:
+    def start(
+        self, name: str, *arguments: str, within: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> Child:
         """Start `shoal` with these arguments. `name` is for messages and the log file.
 
-        `secrets` are environment variables for it: all users of a machine can read the arguments of its processes.
+        `within`: words before the command, of a program that becomes it, such as `nsenter`. `environment`: variables
+        that it has beside those of this process. Secrets belong there: all users of a machine can read the arguments.
         """
-        environment = {**os.environ, "NO_COLOR": "1", **secrets}
+        environment = {**os.environ, "NO_COLOR": "1", **(environment or {})}
         for each in ("SHOAL_INITIAL_PEERS", "NOTIFY_SOCKET"):  # these are for this process
             environment.pop(each, None)
         if self._num_threads is not None:
@@ -95,7 +98,7 @@ class Children:
         with log.open("w") as file:
             stderr = None if self._shares_stderr else file
             process = subprocess.Popen(  # noqa: S603 - our own program
-                [sys.executable, "-m", "shoal", *arguments, "--exit-with-stdin"],
+                [*within, sys.executable, "-m", "shoal", *arguments, "--exit-with-stdin"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -249,6 +249,38 @@ def test_a_code_that_was_misheard_is_refused(shoal, children, first):
         assert done.err.count("\n") == 2
 
 
+def test_servers_say_how_others_reach_them(first, second):
+    assert first.facts["reached"] == "no other peer has tried yet to reach this machine"
+    assert second.facts["reached"] == "other machines reach this one directly (1 peer tried)"
+
+
+def test_doctor_joins_by_a_code_is_dialled_back_and_finds_nothing_wrong(shoal, children, peers, second):
+    done = shoal("doctor", code_of(children, second), "--host", "127.0.0.1")
+    assert done.code == 0, done.out + done.err
+    assert "other machines reach this one directly" in done.out
+    assert "2 of 2 servers answer" in done.out
+    assert "the server first of this machine is online with blocks 0:6" in " ".join(done.out.split())
+    assert done.is_plain
+
+
+def test_doctor_says_what_to_do_for_a_machine_that_others_cannot_dial(shoal, peers):
+    done = shoal(
+        "doctor", "--initial-peers", peers, "--host", "127.0.0.1", "--announce", "/ip4/127.0.0.1/tcp/1", "--json"
+    )
+    assert done.code == 1
+    found = {each["subject"]: each for each in done.json["findings"]}
+    assert not done.json["ok"]
+    assert found["reached"]["health"] == "problem"
+    assert "open TCP port" in found["reached"]["hint"]
+    assert found["clock"]["health"] == "fine"
+
+
+def test_doctor_without_a_swarm_looks_at_the_machine(shoal, monkeypatch):
+    monkeypatch.delenv("SHOAL_INITIAL_PEERS", raising=False)
+    done = shoal("doctor")
+    assert "no swarm was named" in done.out
+
+
 def test_status_shows_the_route_from_this_machine_and_its_cost(shoal, peers, second):
     done = shoal("status", str(STORIES), "--route")
     assert done.code == 0

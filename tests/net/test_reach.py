@@ -15,7 +15,7 @@ from shoal.net.libp2p.daemon import Daemon, DaemonConfig
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
 from shoal.net.libp2p.reach import reach_keeper
 from shoal.net.libp2p.reach.examiner import examined_by
-from shoal.net.libp2p.reach.prober import Prober, carries
+from shoal.net.libp2p.reach.prober import Prober, seconds_to_carry
 from shoal.net.libp2p.reach.reservations import NotReserved, reserve
 from shoal.net.libp2p.strangers import stranger
 from shoal.net.transport import Node, Stream
@@ -111,7 +111,9 @@ async def test_a_relay_that_was_restarted_is_used_again(monkeypatch: pytest.Monk
             relay = await Daemon.start(identity, DaemonConfig(listen=(address,), serve_relay=True))
             again = await node.transport.reach_other_than(lost)
             assert again.relayed == reached.relayed
-            assert await carries(node.transport.peer, again.relayed[0])
+            assert await seconds_to_carry(node.transport.peer, again.relayed[0]) is not None
+            (trial,) = await node.try_relays()
+            assert (trial.relay, trial.why) == (named, "")
     finally:
         await relay.stop()
 

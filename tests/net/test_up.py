@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2 as httpx
 import openai
@@ -13,6 +18,7 @@ import torch
 
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
+from shoal.model.weights.contents import Contents
 from shoal.processes import Child, Children
 
 PROMPT = [[1, 403, 407, 261, 378]]
@@ -54,6 +60,23 @@ def decoded(ids: torch.Tensor) -> str:
 
     text: str = AutoTokenizer.from_pretrained(STORIES).decode(ids)
     return text
+
+
+def test_a_plan_for_a_machine_that_would_join_knows_what_the_swarm_has(up: Child, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal", "plan", up.facts["code"], "--memory", "4MB", "--json"],
+        env=os.environ | {"SHOAL_CACHE": str(tmp_path)}, capture_output=True, text=True, timeout=SECONDS, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    swarm = found["swarm"]
+    assert (swarm["servers"], swarm["holds"], swarm["missing"]) == (1, 12, [])
+    assert found["dtype"] == "float32"  # the swarm's, which is not the model's own
+    whole = found["forms"][0]
+    assert whole["block_bytes"] == list(Contents.open(STORIES).block_bytes("float32"))
+    assert whole["machines"] == [{"name": "4 MB", "free_bytes": 4_000_000, "count": 1, "holds": 2, "more_needed": 0}]
+    assert whole["copies"] == pytest.approx((swarm["could_hold"] + 2) / 12)
+    assert (whole["fits"], whole["parts"]) == (True, [])
+    assert whole["tokens_per_second"] > 0
 
 
 # The last test: it ends the swarm.

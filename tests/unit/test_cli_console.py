@@ -83,7 +83,11 @@ def test_a_server_without_a_terminal_logs_its_progress(capsys, clock):
     clock.now += REMINDER_SECONDS
     reporter.remind()
     lines = [line.partition(" INFO shoal.progress: ")[2] for line in capsys.readouterr().err.splitlines()]
-    assert lines == ["Joining the swarm", "Loading the blocks: 1 of 4", f"Loading the blocks: 1 of 4 (for {REMINDER_SECONDS:.0f} s)"]
+    assert lines == [
+        "Joining the swarm",
+        "Loading the blocks: 1 of 4",
+        f"Loading the blocks: 1 of 4 (for {REMINDER_SECONDS:.0f} s)",
+    ]
 
 
 @pytest.mark.parametrize("level", ["warning", None])

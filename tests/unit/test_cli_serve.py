@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from shoal.bundled import STORIES
-from shoal.cli import serve_output
 from shoal.cli.generate import load_tokenizer
-from shoal.cli.serve_output import describe
+from shoal.cli.terminal import serve_output
+from shoal.cli.terminal.serve_output import describe
 from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, Way
 from shoal.model.weights.files import LocalFiles
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.reachability import Reach
 from shoal.server.config import ServerConfig
 from shoal.spans import Span
 
@@ -38,11 +39,14 @@ def test_a_server_prints_both_commands_with_its_dtype():
         cache_tokens_left=0, dtype="float32", quantization="none", version="0.1.0", addresses=(ADDRESS,),
     )  # fmt: skip
     ready: Any = SimpleNamespace(
-        info=info, model=ModelInfo("key", "name", "llama", 4), engine=SimpleNamespace(cache_tokens=64)
+        info=info, model=ModelInfo("key", "name", "llama", 4), engine=SimpleNamespace(cache_tokens=64), reach=Reach()
     )
     lines = describe(ready, ServerConfig(model="org/model", dtype="float32"), None).splitlines()
     assert f"  shoal serve org/model --dtype float32 --initial-peers {ADDRESS}" in lines
     assert f'  shoal generate org/model --dtype float32 "Once upon a time" --initial-peers {ADDRESS}' in lines
+    came_by = ["/ip4/203.0.113.5/tcp/1/p2p/B", "/ip4/203.0.113.6/tcp/1/p2p/C"]
+    lines = describe(ready, ServerConfig(model="org/model"), None, came_by).splitlines()
+    assert f"  shoal serve org/model --initial-peers {ADDRESS},{came_by[0]}" in lines
 
 
 def test_without_options_the_commands_are_short():

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import socket
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
@@ -18,7 +21,7 @@ from shoal.net.addresses import (
     peer_of,
 )
 from shoal.net.identity import Identity, verify
-from shoal.net.own_addresses import free_addresses
+from shoal.net.own_addresses import free_addresses, lan_interfaces
 
 ALICE, BOB = (Identity(Ed25519PrivateKey.from_private_bytes(bytes(31) + seed)) for seed in (b"a", b"b"))
 """Always the same ones: the names of some tests contain their ids."""
@@ -144,3 +147,27 @@ def test_addresses_that_others_can_use_come_first() -> None:
     given = (loopback, "/ip6/::1/tcp/1", docker, "/ip6/fe80::1/tcp/1", bridge, home, "/ip6/2001:db8::1/tcp/1", relayed)
     found = most_useful_first(given, bridges={"10.8.0.1"})
     assert found == (relayed, home, "/ip6/2001:db8::1/tcp/1", *given[:5])
+
+
+def test_addresses_in_local_networks_are_those_of_interfaces_that_others_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    def has(address: str, netmask: str | None) -> SimpleNamespace:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return SimpleNamespace(family=family, address=address, netmask=netmask)
+
+    shared, quarter, wide = "up,broadcast,running,multicast", "255.255.255.0", "ffff:ffff:ffff:ffff::"
+    given = {
+        "lo": ("up,loopback,running", [has("127.0.0.1", "255.0.0.0"), has("::1", None)]),
+        "wlan0": (shared, [has("fd00::7", wide), has("fe80::7%wlan0", wide), has("192.168.1.7", quarter)]),
+        "eth0": (shared, [has("203.0.113.5", quarter), has("2001:db8::5", wide)]),
+        "eth1": (shared, [has("169.254.3.4", "255.255.0.0"), has("10.1.2.3", None)]),
+        "eth2": ("broadcast,multicast", [has("10.2.0.1", quarter)]),
+        "docker0": (shared, [has("172.17.0.1", "255.255.0.0")]),
+        "br-1a2b": (shared, [has("172.18.0.1", "255.255.0.0")]),
+        "tun0": ("up,pointopoint,running,noarp,multicast", [has("10.8.0.2", quarter)]),
+        "wg0": ("up,running,noarp", [has("10.9.0.2", quarter)]),
+    }
+    stats = {name: SimpleNamespace(flags=flags) for name, (flags, _) in given.items()}
+    addresses = {name: each for name, (_, each) in given.items()}
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: stats)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"just gone": addresses["wlan0"], **addresses})
+    assert [str(each) for each in lan_interfaces()] == ["169.254.3.4/16", "192.168.1.7/24", "fd00::7/64"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import UserError
-from shoal.joining.invite_code import ALPHABET, MAX_WAYS, InviteCode, Way, is_code, ways_of
+from shoal.joining.invite_code import ALPHABET, MAX_WAYS, InviteCode, Way, in_turn, is_code, ways_of
 
 digests = st.binary(min_size=8, max_size=8).map(bytes.hex)
 hosts = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str)
@@ -250,6 +250,11 @@ def test_each_host_and_port_is_a_way_once_and_in_order() -> None:
 
 def test_the_way_to_a_relayed_member_is_that_to_its_relay() -> None:
     assert [way.address for way in ways_of([f"{PUBLIC}/p2p/A/p2p-circuit/p2p/B", f"{HOME}/p2p/B"])] == [PUBLIC, HOME]
+
+
+def test_a_code_leads_to_several_members_before_it_leads_to_one_of_them_twice() -> None:
+    assert in_turn(["a1", "a2", "a3"], [], ["b1"], ["c1", "c2"]) == ["a1", "b1", "c1", "a2", "c2", "a3"]
+    assert in_turn() == []
 
 
 def test_there_are_no_more_ways_than_a_code_has_room_for() -> None:

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from shoal.cli import chat, demo, dht, gateway, generate, invite, join, serve, status, up
+from shoal.cli import chat, demo, dht, doctor, gateway, generate, invite, join, plan, serve, status, up
 from shoal.cli.options import spread_peers
 from shoal.cli.service.config_file import with_config_file
 from shoal.cli.terminal.console import WrongUsage, is_debugging, print_error, start_logging, stderr
@@ -32,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 LONG_RUNNING = (up, join, serve, dht, gateway)
-for module in (demo, up, join, serve, invite, dht, gateway, generate, chat, status):
+for module in (demo, plan, up, join, serve, invite, dht, gateway, generate, chat, status, doctor):
     command = with_config_file(module.command) if module in LONG_RUNNING else module.command
     app.command(module.__name__.rpartition(".")[2], cls=GroupedCommand)(command)
 

@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     from shoal.net import NetworkConfig
 
 
+ServeRelay = Annotated[
+    bool | None,
+    typer.Option(
+        "--serve-relay/--no-serve-relay",
+        help="Carry connections to members that others cannot dial. Default: if this machine has a public address.",
+        show_default=False,
+    ),
+]
+
+
 def command(
     initial_peers: options.InitialPeers = None,
     host: options.Host = None,
     port: options.Port = 0,
     identity: options.IdentityFile = None,
     announce: options.Announce = None,
-    serve_relay: Annotated[
-        bool,
-        typer.Option(
-            "--serve-relay",
-            help="Relay connections to servers that other peers cannot reach directly.",
-        ),
-    ] = False,
+    serve_relay: ServeRelay = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
     verbose: options.Verbose = False,
 ) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
 from shoal.cli import options
 from shoal.cli.terminal.console import start_logging, stderr, waiting
 from shoal.errors import SwarmError
-from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, ways_of
+from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, in_turn, ways_of
 from shoal.net import NetworkConfig, check_addresses
 
 if TYPE_CHECKING:
@@ -40,9 +39,7 @@ def command(initial_peers: options.InitialPeers = None, verbose: options.Verbose
         )
     for members in found:
         (invitation, addresses), *others = sorted(members.items(), key=lambda item: len(item[1]), reverse=True)
-        # One address of each member, then the second ones: a code should outlive some of them.
-        in_turn = [each for each in chain.from_iterable(zip_longest(*addresses)) if each is not None]
-        if not (ways := ways_of(in_turn, most=PRINTED_WAYS)):
+        if not (ways := ways_of(in_turn(*addresses), most=PRINTED_WAYS)):
             continue
         print(f"{invitation.model} in {invitation.dtype}, weights {invitation.fingerprint}, {len(addresses)} members:")
         print(f"  shoal join {InviteCode(invitation.digest, ways)}")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli import options
+from shoal.cli.dht import ServeRelay
 from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
-from shoal.cli.serve_output import describe
+from shoal.cli.nearby.announce_swarm import OnLan, announce_swarm
 from shoal.cli.terminal.console import (
     ProgressReporter,
     WrongUsage,
@@ -23,8 +24,10 @@ from shoal.cli.terminal.console import (
     waiting,
 )
 from shoal.cli.terminal.notify import notify
+from shoal.cli.terminal.serve_output import describe
 from shoal.client.options.client_options import INITIAL_PEERS
-from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, ways_of
+from shoal.concurrency import owned_task
+from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, in_turn, ways_of
 from shoal.large_imports import large_imports
 from shoal.model.weights.location import check_model, folder_of
 from shoal.net import NetworkConfig, check_addresses
@@ -173,6 +176,8 @@ def command(
     identity: options.IdentityFile = None,
     announce: options.Announce = None,
     relay: options.Relay = None,
+    serve_relay: ServeRelay = None,
+    lan: OnLan = None,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
@@ -200,20 +205,27 @@ def command(
             "neither --new-swarm nor --initial-peers is given",
             hint=f"start a new swarm with --new-swarm, or join one with --initial-peers (or ${INITIAL_PEERS})",
         )
-    if blocks is not None and num_blocks is not None:
-        raise WrongUsage(
-            "--blocks and --num-blocks exclude each other", hint="--blocks 0:8 gives both the blocks and their number"
-        )
-    span, server_name = _parse_span(blocks), options.server_name(name, socket.gethostname())
-    zone_name = checked_zone(zone)
+    span, server_name = check_options(
+        blocks=blocks,
+        num_blocks=num_blocks,
+        name=name,
+        zone=zone,
+        adapter=adapter,
+        host=host,
+        announce=announce,
+        relay=relay,
+    )
     network = NetworkConfig(
-        initial_peers=peers, host=host, port=port, announce=tuple(announce or ()), relays=tuple(relay or ())
+        initial_peers=peers,
+        host=host,
+        port=port,
+        announce=tuple(announce or ()),
+        relays=tuple(relay or ()),
+        serve_relay=serve_relay,
     )
     check_addresses(network)
     if code is None:
         check_model(model)
-    for each in adapter or ():
-        folder_of(each)
 
     with waiting("Importing PyTorch and Transformers"), large_imports():
         import torch
@@ -252,16 +264,16 @@ def command(
             drain_seconds=drain_timeout,
             upload_limit=None if upload_limit is None else upload_limit * 1e6,
             name=server_name,
-            zone=zone_name,
+            zone=zone,
             allow_uncertified=allow_uncertified,
         )
         torch.set_num_threads(
             1
         )  # of the event loop's thread; the compute thread has its own, see shoal.server.executor
-        run_until_signalled(_serve(config, replace(network, identity=path), code))
+        run_until_signalled(_serve(config, replace(network, identity=path), code, lan=lan))
 
 
-async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode | None) -> None:
+async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode | None, *, lan: bool | None) -> None:
     from shoal.server.server import serve
     from shoal.server.startup_progress import Phase, Progress
 
@@ -279,40 +291,44 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
     is_new = code is None and not network.initial_peers
     with waiting("Starting the network" if is_new else "Joining the swarm") as reporter:
         async with (
-            in_swarm(config, network, code, reporter) as (node, config),
+            in_swarm(config, network, code, reporter) as (node, config, came_by),
             serve(config, node, report=show) as server,
+            owned_task(announce_swarm(server, came_by, asked=lan)),
         ):
             reporter.stop()
             is_up = True
             notify(READY="1", STATUS=f"Serving blocks {server.info.span}")
             await asyncio.wait({server.invitation}, timeout=CODE_SECONDS)
-            print(describe(server, config, code_of(server, network)), flush=True)
+            print(describe(server, config, code_of(server, came_by), came_by), flush=True)
             if not server.invitation.done():
                 await server.invitation
-                if code := code_of(server, network):
+                if code := code_of(server, came_by):
                     print(f"{'code':<10}{code}", flush=True)
             await asyncio.Event().wait()
 
 
-def code_of(server: Server, network: NetworkConfig) -> InviteCode | None:
-    """The code by which others can join now; None if the server cannot invite them yet, or has no address."""
+def code_of(server: Server, came_by: Sequence[str]) -> InviteCode | None:
+    """The code by which others can join now; None if the server cannot invite them yet, or has no address.
+
+    It leads to this server and to members by which it came: it should outlive some of them.
+    """
     from shoal.net.own_addresses import bridge_hosts
 
-    ways = ways_of([*server.info.addresses, *network.initial_peers], most=PRINTED_WAYS, without=bridge_hosts())
+    ways = ways_of(in_turn(server.info.addresses, came_by), most=PRINTED_WAYS, without=bridge_hosts())
     return InviteCode(server.invitation.result().digest, ways) if ways and server.invitation.done() else None
 
 
 @contextlib.asynccontextmanager
 async def in_swarm(
     config: ServerConfig, network: NetworkConfig, code: InviteCode | None, reporter: ProgressReporter
-) -> AsyncIterator[tuple[Node, ServerConfig]]:
-    """Access to the swarm, and the config completed by what the swarm's invitation says, if there is one."""
+) -> AsyncIterator[tuple[Node, ServerConfig, tuple[str, ...]]]:
+    """Access to the swarm, the config completed by the swarm's invitation, if there is one, and by whom it came."""
     from shoal.joining.arrival import arrive, files_from_members
     from shoal.net import join
 
     if code is None:
         async with join(network) as node:
-            yield node, config
+            yield node, config, network.initial_peers
         return
 
     def show(come: int, wanted: int) -> None:
@@ -331,7 +347,32 @@ async def in_swarm(
             dtype=invitation.dtype if config.dtype == "auto" else config.dtype,
             quantization=invitation.quantization if config.quantization == "none" else config.quantization,
         )
-        yield arrival.node, completed
+        yield arrival.node, completed, arrival.addresses
+
+
+def check_options(
+    *,
+    blocks: str | None,
+    num_blocks: int | None,
+    name: str | None,
+    zone: str | None,
+    adapter: list[str] | None,
+    host: str | None,
+    announce: list[str] | None,
+    relay: list[str] | None,
+    **_: Any,
+) -> tuple[Span | None, str]:
+    """The blocks to serve, and the server's name. Raises `UserError` for what cannot be right; it takes no time."""
+    if blocks is not None and num_blocks is not None:
+        raise WrongUsage(
+            "--blocks and --num-blocks exclude each other", hint="--blocks 0:8 gives both the blocks and their number"
+        )
+    found = _parse_span(blocks), options.server_name(name, socket.gethostname())
+    checked_zone(zone)
+    check_addresses(NetworkConfig(host=host, announce=tuple(announce or ()), relays=tuple(relay or ())))
+    for each in adapter or ():
+        folder_of(each)
+    return found
 
 
 def checked_zone(given: str | None) -> str | None:

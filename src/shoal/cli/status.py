@@ -122,8 +122,8 @@ def command(
 ) -> None:
     """Show the servers of a model, and the blocks that are missing.
 
-    Without MODEL, all models of the swarm are shown. Each server is asked whether it answers. The exit status is 0 if a
-    token can go through all models that are shown, and 1 if one of them lacks blocks.
+    Without MODEL, all models of the swarm are shown. Each server is asked whether it answers. The exit status is 1 if a
+    model that is shown lacks blocks, and 0 if a token can go through all of them.
     """
     start_logging(verbose=verbose)
     client = options.client_options(initial_peers, models=() if model is None else (model,))

@@ -14,6 +14,7 @@ import typer
 from shoal.cli import options, serve
 from shoal.cli.gateway import API_KEYS
 from shoal.cli.long_running import end_with_parent
+from shoal.cli.nearby.announce_swarm import OnLan
 from shoal.cli.terminal.console import WrongUsage, start_logging, stdout
 from shoal.cli.terminal.notify import notify
 from shoal.errors import SwarmError
@@ -51,6 +52,7 @@ def command(
     ] = None,
     host: options.Host = None,
     port: options.Port = 0,
+    lan: OnLan = None,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
@@ -72,8 +74,9 @@ def command(
     answering = _options({"--host": http_host, "--port": str(http_port)})
     secrets = {API_KEYS: checked_keys(api_key)} if api_key else {}
     log = ["--verbose"] if verbose else []
+    near = [] if lan is None else ["--lan" if lan else "--no-lan"]
     head = [] if blocks else ["--serve-head"]  # the head needs the last block, which may not be among these
-    hold = ("serve", model, "--new-swarm", *head, *form, *serving, *listening, *log)
+    hold = ("serve", model, "--new-swarm", *head, *form, *serving, *listening, *near, *log)
     ask = ("gateway", model, "--remote-head", *form, *answering, *log)
     with (
         contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
@@ -82,7 +85,7 @@ def command(
     ):
         server = children.start("server", *hold)
         _wait(children, server)
-        gateway = children.start("gateway", *ask, "--initial-peers", server.facts["address"], secrets=secrets)
+        gateway = children.start("gateway", *ask, "--initial-peers", server.facts["address"], environment=secrets)
         _wait(children, gateway)
         for fact in ("model", "page", "address"):
             print(f"{fact:<10}{gateway.facts[fact]}", flush=True)
@@ -109,12 +112,11 @@ def _wait(children: Children, child: Child) -> None:
 
 
 def _watch(children: Children, server: Child, check: Callable[[], None]) -> None:
-    """Print the code when it is there, and wait until a child ends. Raises `SwarmError` then."""
-    shown = False
+    """Print the code and where it is announced when that is known, until a child ends. Raises `SwarmError` then."""
+    to_show = {"code": _print_code, "lan": _print_lan}
     while not (ended := _ended(children.running)):
-        if not shown and "code" in server.facts:
-            shown = True
-            _print_code(InviteCode.parse(server.facts["code"]))
+        for fact in [each for each in to_show if each in server.facts]:
+            to_show.pop(fact)(server.facts[fact])
         children.wait_for_news(LOOK_SECONDS)
         check()
     raise SwarmError(f"the {ended.name} has ended with status {ended.process.wait()}", hint="see its messages above")
@@ -124,10 +126,15 @@ def _ended(children: Sequence[Child]) -> Child | None:
     return next((child for child in children if child.has_ended), None)
 
 
-def _print_code(code: InviteCode) -> None:
+def _print_code(text: str) -> None:
+    code = InviteCode.parse(text)
     print(f"{'code':<10}{code}\n\nAnother machine joins with this line:\n  shoal join {code}\n", flush=True)
     if all(map(is_for_this_machine, code.ways)):
         print("This machine has no address that others can use, so the code is for this machine only.\n", flush=True)
     if stdout.is_terminal:
         segno.make(str(code), error="m").terminal(out=sys.stdout, compact=True)
         print(flush=True)
+
+
+def _print_lan(text: str) -> None:
+    print(f"{'lan':<10}{text}", flush=True)

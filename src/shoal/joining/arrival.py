@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.errors import BootstrapFailed, CheckpointError, SwarmError
-from shoal.joining.asking import first_answer, place
+from shoal.joining.asking import first_answer, invitation_from, place
 from shoal.joining.invitation import Invitation
 from shoal.joining.invite_code import InviteCode
 from shoal.joining.piece_fetcher import PATIENCE_SECONDS, FetchFromThreads, PieceFetcher, Report
@@ -69,10 +69,7 @@ async def invitation_of(digest: str, node: Node, addresses: Sequence[str]) -> In
     """
 
     async def ask(host: Member) -> Invitation:
-        found = await host.invitation(digest)
-        if found.digest != digest:
-            raise NoAnswer("another invitation than was asked for")
-        return found
+        return await invitation_from(host, digest)
 
     places = [(address.rpartition("/")[2], (address,)) for address in addresses]
     found, reason = await first_answer(node, places, ask)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from shoal.errors import SwarmError
+from shoal.joining.invitation import Invitation
 from shoal.joining.requests import Member, NoAnswer, member
 from shoal.net.transport import Node
 from shoal.peers import ServerInfo
@@ -24,6 +25,14 @@ RETRY_SECONDS = 2.0
 def place(server: ServerInfo) -> Place:
     """Where a server is."""
     return server.peer, server.addresses
+
+
+async def invitation_from(host: Member, digest: str) -> Invitation:
+    """The invitation with this digest, from one member. Raises `NoAnswer` if it gives none or another, `SwarmError`."""
+    found = await host.invitation(digest)
+    if found.digest != digest:
+        raise NoAnswer("another invitation than was asked for")
+    return found
 
 
 async def first_answer(

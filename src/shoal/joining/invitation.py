@@ -13,7 +13,7 @@ DIGEST_BYTES = 8
 """The digest in an invite code. To find another invitation with the same one takes 2^64 attempts."""
 _VERSION = 1
 _MOST = 256  # characters of a field
-_FORMS = {
+FORMS = {
     "model": re.compile(r".+"),
     "dtype": re.compile(r"float32|bfloat16|float16"),
     "quantization": re.compile(r"none|int8|nf4"),
@@ -61,7 +61,7 @@ class Invitation:
             is_sound = content.keys() == {each.name for each in fields(cls)} and all(
                 isinstance(value, str) and len(value) <= _MOST and value.isprintable() for value in content.values()
             )
-            is_sound = is_sound and all(form.fullmatch(content[name]) for name, form in _FORMS.items())
+            is_sound = is_sound and all(form.fullmatch(content[name]) for name, form in FORMS.items())
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             is_sound = False
         if is_sound and (invitation := cls(**content)).text == text:

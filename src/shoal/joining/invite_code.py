@@ -12,6 +12,7 @@ import ipaddress
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 from shoal.errors import UserError
 from shoal.joining.invitation import DIGEST_BYTES
@@ -118,6 +119,11 @@ def ways_of(addresses: Sequence[str], *, most: int = MAX_WAYS, without: Collecti
     useful = [way for way in found if not is_for_this_machine(way) and way.host not in without]
     short = [way for way in useful if ":" not in way.host]
     return tuple((short or useful or list(found))[:most])
+
+
+def in_turn(*members: Sequence[str]) -> list[str]:
+    """The first address of each member, then the second ones: a code with some of them should outlive a member."""
+    return [each for each in chain.from_iterable(zip_longest(*members)) if each is not None]
 
 
 def _way(address: str) -> Way | None:

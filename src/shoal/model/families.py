@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from shoal.errors import UnsupportedModel
+from shoal.model.family_tables import CERTIFIED, CERTIFIED_WITH_VISION, uncertified
 from shoal.tensors import LOSSY, Encoding
 
 # Families whose layers return a tuple that begins with the hidden states. A placeholder for such a layer does the same.
@@ -46,22 +47,6 @@ PACKED = frozenset(
 # Rotary embeddings that depend on the longest sequence of a call. They would let one client change another's results.
 ROTARY_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
-# Families that pass every check of the parity suite. docs/models.md lists the checks.
-CERTIFIED = frozenset(
-    """
-    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid beam biogpt bitnet bloom codegen cohere cohere2
-    cohere2_moe cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 ernie4_5 ernie4_5_moe exaone4
-    exaone_moe falcon falcon_h1 falcon_mamba flex_olmo flint gemma gemma2 gemma3_text glm glm4 glm4_moe
-    glm4_moe_lite gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
-    granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
-    hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lfm2 lfm2_moe
-    lfm3 llama llama4_text mamba mamba2 mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral
-    ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron nemotron_h olmo olmo2 olmo3
-    olmo_hybrid olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text
-    qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu
-    """.split()  # noqa: SIM905
-)
-
 # Certified families in which the errors of an encoding exceed its tolerance, because of recurrent state or because they
 # select keys.
 TOO_SENSITIVE: Mapping[Encoding, frozenset[str]] = {
@@ -73,9 +58,6 @@ TOO_SENSITIVE: Mapping[Encoding, frozenset[str]] = {
         }
     ),
 }
-
-# Vision-language models whose language model may be used alone: without images it gives the same results.
-CERTIFIED_WITH_VISION = frozenset({"gemma3", "llama4", "mistral3", "qwen3_5", "qwen3_5_moe"})
 
 
 @dataclass(frozen=True)
@@ -162,11 +144,7 @@ def family_of(config: PreTrainedConfig, *, allow_uncertified: bool = False) -> F
         full_config is config or full_config.model_type in CERTIFIED_WITH_VISION
     )
     if not is_certified and not allow_uncertified:
-        raise UnsupportedModel(
-            f"the family {full_config.model_type!r} is not certified to give the same outputs when it is cut into "
-            "blocks",
-            hint="docs/models.md lists the certified families; --allow-uncertified tries anyway",
-        )
+        raise uncertified(full_config.model_type)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(f"{config.model_type!r} is not a causal language model")
     with torch.device("meta"):

@@ -1,6 +1,7 @@
 """The network: streams of frames over libp2p, the directory of servers, and a network in memory for tests.
 
-It imports `shoal.policy.census`, `shoal.protocol` and below; it knows nothing of models, servers or clients.
+It imports `shoal.policy.census` and `clocks`, `shoal.protocol` and below. It knows nothing of models, servers or
+clients.
 """
 
 from __future__ import annotations
@@ -51,17 +52,18 @@ def check_addresses(config: NetworkConfig) -> None:
         listen_addresses(config.host, config.port)
 
 
-async def find_peers(addresses: Sequence[str]) -> tuple[str, ...]:
+async def find_peers(addresses: Sequence[str], *, seconds: float | None = None) -> tuple[str, ...]:
     """The addresses with the ids of the peers that answer there; those where none does are left out.
 
-    Raises `UserError` for a malformed address, and `SwarmError` if the network cannot be started.
+    `seconds`: how long an answer may take; by default, as long as one from far away may need. Raises `UserError` for a
+    malformed address, and `SwarmError` if the network cannot be started.
     """
     from shoal.net.addresses import check_announced
 
     checked = check_announced(addresses)
-    from shoal.net.libp2p.strangers import peers_at
+    from shoal.net.libp2p.strangers import DIAL_SECONDS, peers_at
 
-    return await peers_at(checked)
+    return await peers_at(checked, seconds=DIAL_SECONDS if seconds is None else seconds)
 
 
 @asynccontextmanager
@@ -97,7 +99,7 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     with nullcontext() if config.identity is None else identity_lock(identity.peer):
         await transport.start()
         try:
-            yield Node(transport, directory, partial(answers_elsewhere, identity.peer))
+            yield Node(transport, directory, partial(answers_elsewhere, identity.peer), transport.try_relays)
         finally:
             # In this order: the daemon ends, even if it has data to send, when the directory's connection to it ends.
             await transport.close()

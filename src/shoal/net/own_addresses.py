@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import re
 import socket
 from collections.abc import Sequence
+from ipaddress import IPv4Interface, IPv6Interface
+from typing import TypeAlias
 
 import psutil
 
 from shoal.net.addresses import ALL_HOSTS, listen_addresses
-from shoal.net.local_hosts import is_public_host
+from shoal.net.local_hosts import is_in_a_lan, is_public_host
+
+Interface: TypeAlias = IPv4Interface | IPv6Interface
+"""An IP address of this machine, and the network that it is in."""
 
 _BRIDGES = re.compile(r"(docker|podman|virbr|cni|br-|veth|lxc|lxd)\w*.*")
 """Names of network interfaces that lead to containers and virtual machines of this machine only."""
@@ -42,6 +48,25 @@ def bridge_hosts() -> frozenset[str]:
         for address in addresses
         if address.family in (socket.AF_INET, socket.AF_INET6)
     )
+
+
+def lan_interfaces() -> tuple[Interface, ...]:
+    """This machine's addresses in local networks, those of IPv4 first.
+
+    Networks of its containers, tunnels, and interfaces that are down or without multicast are left out.
+    """
+    found: set[Interface] = set()
+    stats = psutil.net_if_stats()
+    for name, addresses in psutil.net_if_addrs().items():
+        flags = stats[name].flags.split(",") if name in stats else []
+        if "up" not in flags or "multicast" not in flags or "pointopoint" in flags or _BRIDGES.fullmatch(name):
+            continue
+        for each in addresses:
+            if each.family in (socket.AF_INET, socket.AF_INET6) and each.netmask and "%" not in each.address:
+                bits = int(ipaddress.ip_address(each.netmask)).bit_count()
+                if is_in_a_lan(each.address):
+                    found.add(ipaddress.ip_interface(f"{each.address}/{bits}"))
+    return tuple(sorted(found, key=lambda each: (each.version, each.packed)))
 
 
 def has_public_address(listen: Sequence[str], announce: Sequence[str]) -> bool:

@@ -151,8 +151,21 @@ class Directory(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RelayTrial:
+    """What a relay did for a peer: the seconds that a megabyte took through it, or why none came through."""
+
+    relay: str
+    seconds: float | None
+    why: str = ""
+
+
 async def _answers_nowhere(addresses: Sequence[str]) -> bool:
     return False
+
+
+async def _no_relays() -> tuple[RelayTrial, ...]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -160,8 +173,10 @@ class Node:
     """A peer's access to the network.
 
     `answers_elsewhere` checks whether a process with this peer's identity answers at one of the given addresses.
+    `try_relays` tries the relays that this peer could have.
     """
 
     transport: Transport
     directory: Directory
     answers_elsewhere: Callable[[Sequence[str]], Awaitable[bool]] = _answers_nowhere
+    try_relays: Callable[[], Awaitable[tuple[RelayTrial, ...]]] = _no_relays

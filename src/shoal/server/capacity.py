@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import psutil
 import torch
 
 from shoal.errors import UserError
+from shoal.host import available_memory
 from shoal.model.body import Body
 from shoal.model.families import text_config
+from shoal.model.family_tables import DEQUANTIZED_ON_CPU
 from shoal.model.linear.quantization import (
-    DEQUANTIZED_ON_CPU,
     Quantization,
     dequantized_bytes,
-    quantizable_weights,
     stored_quantization,
 )
 from shoal.model.weights.checkpoint import Checkpoint
+from shoal.model.weights.contents import held_bytes, is_linear
 from shoal.model.weights.safetensors_file import TensorInfo
 from shoal.policy.dtypes import swarm_dtype
 from shoal.policy.machines.max_blocks import cache_tokens, choose_num_blocks
@@ -157,15 +157,11 @@ def block_bytes(
         return dequantized_bytes(checkpoint.family, checkpoint.config, dtype)
     if stored is not None:
         return checkpoint.block_bytes
-    growth = dtype.itemsize / choose_dtype("auto", checkpoint).itemsize
-    if quantization is Quantization.NONE:
-        return checkpoint.block_sizes(lambda name, tensor: tensor.nbytes * growth)
-    quantized = quantizable_weights(checkpoint.family, checkpoint.config)
-    shrinkage = quantization.weight_bytes(dtype) / dtype.itemsize
+    own, family = choose_dtype("auto", checkpoint), checkpoint.family.model_type
 
     def size_of(name: str, tensor: TensorInfo) -> float:
-        is_quantized = checkpoint.family.name_in_backbone(name) in quantized
-        return tensor.nbytes * growth * (shrinkage if is_quantized else 1)
+        form = quantization if is_linear(family, name, tensor) else Quantization.NONE
+        return held_bytes(tensor.nbytes, stored=own.itemsize, itemsize=dtype.itemsize, quantization=form)
 
     return checkpoint.block_sizes(size_of)
 
@@ -174,7 +170,7 @@ def free_memory(device: torch.device) -> int:
     """How many bytes of a device's memory are free; for CPUs, what the system can provide without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return available_memory()
 
 
 def choose_num_pages(

@@ -3,7 +3,8 @@
 A pass is timed through all blocks and through one of them, so that the time of any number of blocks is known
 (`shoal.policy.machines.speed_profile`). A measurement of a quiet machine is kept on disk for some days. It depends on
 the weights, the machine and the versions, which are its key, and neither on the start of the server nor on which blocks
-of the model it holds: they count as alike.
+of the model it holds: they count as alike. What this machine measured last is found by the weights and their form
+alone (`last_profile`), without PyTorch, which this module imports only to name the machine and to measure.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 
 from shoal.host import processor_name
 from shoal.model.weights import disk_cache
 from shoal.policy.machines.speed_profile import BlockTime, SpeedProfile
-from shoal.server.speed_watch import Speeds
 from shoal.spans import Span
+
+if TYPE_CHECKING:
+    import torch
+
+    from shoal.server.speed_watch import Speeds
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,8 @@ MAX_SPREAD = 1.5
 """On a quiet machine the median of the runs is at most this many times the fastest run."""
 MIN_CPU_FRACTION = 0.6
 """On a quiet machine the compute thread runs for at least this fraction of the time. Otherwise other programs run."""
+_ON = " on "
+"""In a key, what stands between the form of the weights and the machine."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,8 @@ def best_of(measurements: Sequence[Measurement]) -> SpeedProfile:
 
 def speeds_in(profile: SpeedProfile, span: Span) -> Speeds:
     """How fast a server is that holds this span."""
+    from shoal.server.speed_watch import Speeds
+
     return Speeds(profile.decode_speed(len(span)), profile.prefill_speed(len(span)))
 
 
@@ -136,9 +145,12 @@ def machine_key(*, weights: str, dtype: torch.dtype, device: torch.device) -> st
 
     It is called on the compute thread.
     """
+    import torch
+
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     threads = torch.get_num_threads()
-    return f"{weights} in {dtype} on {device.type} {machine} with {threads} threads, torch {torch.__version__}"
+    form = _form(weights, str(dtype))
+    return f"{form}{_ON}{device.type} {machine} with {threads} threads, torch {torch.__version__}"
 
 
 def known_profile(
@@ -165,9 +177,32 @@ def cached_profile(
         if measurements[-1].is_quiet:
             profile = measurements[-1].profile
             disk_cache.store(speed_key(key), _STORED.dump_python(_Entry(profile, clock()), mode="json"))
+            disk_cache.store(_last_key(key.partition(_ON)[0]), key)
             return profile
     log.info("the machine is busy: the server will measure its speed again at its next start")
     return best_of(measurements)
+
+
+def last_profile(*, weights: str, dtype: str, clock: Callable[[], float] = time.time) -> SpeedProfile | None:
+    """The profile on disk that this machine measured last with these weights, on whichever device.
+
+    `weights` is as for `machine_key`, `dtype` a name such as "bfloat16".
+    """
+    key = disk_cache.load(_last_key(_form(weights, f"torch.{dtype}")))
+    return known_profile(key, clock=clock) if isinstance(key, str) else None
+
+
+def weights_key(fingerprint: str, quantization: str) -> str:
+    """The name of weights and their quantization, as keys have it."""
+    return f"{fingerprint}, quantization {quantization},"
+
+
+def _form(weights: str, dtype: str) -> str:
+    return f"{weights} in {dtype}"
+
+
+def _last_key(form: str) -> str:
+    return f"where the last times of passes through blocks of {form} are"
 
 
 def speed_key(key: str) -> str:

@@ -15,9 +15,10 @@ from shoal.concurrency import background, owned_task
 from shoal.events import Observers
 from shoal.joining.invitation import Invitation
 from shoal.model.weights.peer_files import PeerFiles
-from shoal.net.transport import Node
+from shoal.net.transport import Node, Transport
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.batching.pass_rules import rule_of
+from shoal.policy.reachability import Reach
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
 from shoal.server.inviting import invite
@@ -37,15 +38,23 @@ class Server:
     waiting only.
     """
 
-    def __init__(self, model: ModelInfo, keeper: SpanKeeper, invitation: asyncio.Future[Invitation]) -> None:
+    def __init__(
+        self, model: ModelInfo, keeper: SpanKeeper, transport: Transport, invitation: asyncio.Future[Invitation]
+    ) -> None:
         self.model = model
         self.invitation = invitation
         self._keeper = keeper
+        self._transport = transport
 
     @property
     def info(self) -> ServerInfo:
         """What it announces at this moment."""
         return self._keeper.announcer.info
+
+    @property
+    def reach(self) -> Reach:
+        """How others reach it."""
+        return self._transport.reach
 
     @property
     def phase(self) -> SpanPhase:
@@ -87,7 +96,7 @@ async def serve(
             try:
                 await keeper.online.wait()
                 async with owned_task(invite(around)) as inviting:
-                    yield Server(setup.model, keeper, inviting)
+                    yield Server(setup.model, keeper, node.transport, inviting)
             finally:
                 weights.close()
                 if isinstance(config.files, PeerFiles):

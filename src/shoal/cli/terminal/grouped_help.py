@@ -7,6 +7,7 @@ from typing import Any
 import typer.core
 
 GROUPS = {
+    "Machines": {"memory", "round_trip", "bandwidth", "tflops"},
     "Swarm": {"new_swarm", "initial_peers"},
     "Model": {
         *("blocks", "num_blocks", "placement", "move"),
@@ -19,7 +20,7 @@ GROUPS = {
         *("training", "training_share", "training_memory", "adapter_memory"),
     },
     "Route and failures": {"chooser", "pin", "patience", "standby", "history", "history_memory", "wire"},
-    "Network": {"name", "host", "port", "identity", "announce", "relay", "serve_relay", "drain_timeout"},
+    "Network": {"name", "host", "port", "identity", "announce", "relay", "serve_relay", "lan", "drain_timeout"},
 }
 """The parameters of commands in each group. Parameters that are in none of them follow under `OTHER`."""
 OTHER = "Options"

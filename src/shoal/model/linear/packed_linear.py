@@ -17,6 +17,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from shoal.model.family_tables import LINEARS_READ_DIRECTLY
+
 MIN_WEIGHTS = 1 << 16
 """The smallest weight, in elements, that is packed. Smaller ones stay in the processor's cache and gain nothing."""
 
@@ -25,10 +27,6 @@ MIN_FREE_COPIES = 4
 
 MIN_FREE_FRACTION = 0.25
 """The fraction of the machine's memory that must be free for packed copies that only make gradients faster."""
-
-LINEARS_READ_DIRECTLY = frozenset({"dt_proj", "weights_proj"})
-"""Names of linear layers whose weights some families read in every call (Mamba's `dt_proj.weight @ time_step`).
-They are not packed, because unpacking such a weight each time would cost more than packing gains."""
 
 
 class FrozenLinear(nn.Module):

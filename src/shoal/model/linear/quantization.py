@@ -17,10 +17,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 
 from shoal.errors import UserError
 from shoal.model.families import Family, text_config
-from shoal.model.linear.packed_linear import LINEARS_READ_DIRECTLY
-
-DEQUANTIZED_ON_CPU = frozenset({"fp8", "mxfp4"})
-"""Quantization methods of checkpoints that have no CPU kernel: Transformers dequantizes their weights at loading."""
+from shoal.model.family_tables import LINEARS_READ_DIRECTLY
 
 
 class Quantization(StrEnum):
@@ -44,10 +41,6 @@ class Quantization(StrEnum):
             bnb_4bit_compute_dtype=dtype,
             llm_int8_skip_modules=skipped,
         )
-
-    def weight_bytes(self, dtype: torch.dtype) -> float:
-        """The bytes per weight of a linear layer, including scales: one for each row (int8) or 64 weights (NF4)."""
-        return {Quantization.NONE: float(dtype.itemsize), Quantization.INT8: 1.01, Quantization.NF4: 0.5 + 4 / 64}[self]
 
 
 def quantizable_weights(family: Family, config: PreTrainedConfig) -> frozenset[str]:

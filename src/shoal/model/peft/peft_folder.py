@@ -23,7 +23,8 @@ from shoal.model.families import find_backbone, text_config
 from shoal.model.peft.factors import AdapterFactors
 from shoal.model.peft.peft_layers import find_adapter
 from shoal.model.peft.skeleton import skeletons
-from shoal.model.weights.checkpoint import Checkpoint, find_files, read_json
+from shoal.model.weights.checkpoint import Checkpoint
+from shoal.model.weights.contents import find_files, read_json
 from shoal.spans import Span
 
 CONFIG = "adapter_config.json"

@@ -6,13 +6,11 @@ downloaded. Only safetensors files are read, because unpickling an older checkpo
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,14 +19,12 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from shoal.errors import CheckpointError, UnsupportedModel, UserError
 from shoal.model.families import Family, family_of, text_config
-from shoal.model.weights.files import Files, LocalFiles
+from shoal.model.weights.contents import check_blocks, find_files, locate_tensors, read_json
+from shoal.model.weights.files import Files
 from shoal.model.weights.fingerprint import fingerprint, model_key
-from shoal.model.weights.hub import open_repository
-from shoal.model.weights.location import CONFIG, INDEX, SINGLE_FILE, folder_of, missing_config, unreadable_weights
+from shoal.model.weights.location import CONFIG, missing_config
 from shoal.model.weights.safetensors_file import TensorInfo
 from shoal.spans import Span
-
-_UNREADABLE = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,9 @@ class Checkpoint:
         config = _read_config(files)
         family = family_of(config, allow_uncertified=allow_uncertified)
         key = model_key(description, num_blocks=family.num_blocks, hidden_size=text_config(config).hidden_size)
-        checkpoint = cls(files, config, family, key, _locate_tensors(files))
-        checkpoint._check_blocks()
-        return checkpoint
+        file_of = locate_tensors(files)
+        check_blocks(files.name, family.num_blocks, {family.block_of(name) for name in file_of})
+        return cls(files, config, family, key, file_of)
 
     @property
     def name(self) -> str:
@@ -169,43 +165,6 @@ class Checkpoint:
             tensors |= {name: tensor for name, tensor in header.items() if self.file_of.get(name) == file}
         return tensors
 
-    def _check_blocks(self) -> None:
-        blocks = {self.family.block_of(name) for name in self.file_of}
-        if not self.num_blocks:
-            raise CheckpointError(f"{CONFIG} of {self.name} describes no model: it has no blocks")
-        if missing := sorted(set(range(self.num_blocks)) - blocks):
-            raise CheckpointError(
-                f"{self.name} has {self.num_blocks} blocks by its {CONFIG}, but no tensor of block {missing[0]}",
-                hint=f"{CONFIG} and the weights belong to different models, or the index of the weights is incomplete",
-            )
-
-
-def find_files(
-    model: str | Path,
-    *,
-    revision: str | None,
-    token: str | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool = False,
-) -> Files:
-    """The files of a folder or of a repository on the hub. Raises `UserError` if there is neither."""
-    if (folder := folder_of(model)) is not None:
-        return LocalFiles(folder, name=folder.resolve().name)
-    return open_repository(
-        str(model), revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
-
-
-def read_json(files: Files, file: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises `CheckpointError` if the file holds anything else."""
-    try:
-        content = json.loads(files.path(file).read_bytes())
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} of {files.name} is damaged: it is not a JSON object", hint="download it again")
-    return content
-
 
 def _read_config(files: Files) -> PreTrainedConfig:
     folder = files.path(CONFIG).parent
@@ -222,22 +181,3 @@ def _read_config(files: Files) -> PreTrainedConfig:
 
 def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _locate_tensors(files: Files) -> Mapping[str, str]:
-    if SINGLE_FILE in files:
-        return dict.fromkeys(files.headers([SINGLE_FILE])[SINGLE_FILE], SINGLE_FILE)
-    if INDEX in files:
-        file_of = read_json(files, INDEX).get("weight_map")
-        if not isinstance(file_of, dict) or not all(map(_is_plain_name, file_of.values())):
-            raise CheckpointError(f"{INDEX} of {files.name} is damaged: its weight_map does not map tensors to files")
-        return file_of
-    others = [file for file in files.listing() if file.endswith((*_UNREADABLE, ".safetensors"))]
-    if not others:
-        raise CheckpointError(f"{files.name} has no weights: neither {SINGLE_FILE} nor {INDEX}")
-    raise unreadable_weights(files.name, others[0], place=files.origin)
-
-
-def _is_plain_name(file: Any) -> bool:
-    """Whether a file is in the checkpoint's own folder: an index is not trusted and could name any path."""
-    return isinstance(file, str) and PurePosixPath(file).name == file and file.endswith(".safetensors")

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from shoal.errors import CheckpointError
-from shoal.model.weights.fingerprint import file_digests
+from shoal.model.weights.fingerprint import file_digests, known_digest
 from shoal.model.weights.safetensors_file import Header, read_all, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Files(Protocol):
@@ -42,6 +43,9 @@ class Files(Protocol):
 
     def digests(self, files: Sequence[str]) -> list[str]:
         """The SHA-256 digests of these files, in hexadecimal."""
+
+    def known_digests(self, files: Sequence[str]) -> list[str] | None:
+        """The same, if they are known without reading the files; else None."""
 
     def has_tensors(self, file: str, names: Iterable[str]) -> bool:
         """Whether these tensors of a safetensors file are on this machine, so that `tensors` does not download them."""
@@ -84,8 +88,18 @@ class LocalFiles:
     def digests(self, files: Sequence[str]) -> list[str]:
         return file_digests([self.path(file) for file in files])
 
+    def known_digests(self, files: Sequence[str]) -> list[str] | None:
+        return all_known(known_digest(self.path(file)) for file in files)
+
     def has_tensors(self, file: str, names: Iterable[str]) -> bool:
         return self.has(file)
 
     def tensors(self, names_in: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
         return read_all({self.path(file): names for file, names in names_in.items()})
+
+
+def all_known(digests: Iterable[str | None]) -> list[str] | None:
+    """These digests, or None if one of them is None."""
+    found = list(digests)
+    known = [each for each in found if each is not None]
+    return known if len(known) == len(found) else None

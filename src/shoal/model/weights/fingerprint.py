@@ -72,6 +72,15 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
     return [str(digests[path]) for path in paths]
 
 
+def known_digest(path: Path) -> str | None:
+    """The SHA-256 digest of a file, if it is known without reading the file (`file_digests`)."""
+    try:
+        digest = _blob_name(path) or disk_cache.load(_cache_key(path))
+    except OSError:
+        return None
+    return digest if isinstance(digest, str) else None
+
+
 def _computation(value: Any) -> Any:
     """The part of a config that affects the computation."""
     if isinstance(value, Mapping):

@@ -8,12 +8,13 @@ model works without a network.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from httpx2 import TransportError
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -31,14 +32,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm  # type: ignore[attr-defined]
-from torch import Tensor
 
 from shoal.errors import CheckpointError, UserError
 from shoal.model.weights.byte_lines import ByteLines
 from shoal.model.weights.disk_cache import load_or_compute
-from shoal.model.weights.files import Files, LocalFiles
+from shoal.model.weights.files import Files, LocalFiles, all_known
 from shoal.model.weights.fingerprint import file_digests
-from shoal.model.weights.safetensors_file import Header, TensorInfo, read_all, read_header
+from shoal.model.weights.safetensors_file import Header, TensorInfo, check_header, parse_header, read_all, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAX_PARALLEL_HEADERS = 8
 """Headers that are requested at once."""
@@ -108,6 +111,9 @@ class HubFiles:
     def digests(self, files: Sequence[str]) -> list[str]:
         return [self._entry(file).sha256 or file_digests([self.path(file)])[0] for file in files]
 
+    def known_digests(self, files: Sequence[str]) -> list[str] | None:
+        return all_known(self._entry(file).sha256 for file in files)
+
     def has_tensors(self, file: str, names: Iterable[str]) -> bool:
         return self.has(file)
 
@@ -126,30 +132,31 @@ class HubFiles:
         return Path(path) if isinstance(path, str) else None
 
     def _header(self, file: str) -> Header:
-        self._entry(file)
+        entry = self._entry(file)
         if (path := self._path_in_cache(file)) is not None:
             return read_header(path)
         declared = load_or_compute(
             f"header of {file} of {self.name} at {self.commit}", lambda: self._fetch_header(file)
         )
-        return {
+        header = {
             name: TensorInfo(dtype, tuple(shape), nbytes, end) for name, (dtype, shape, nbytes, end) in declared.items()
         }
+        check_header(header, file=f"{file} of {self.name}", size=entry.size)
+        return header
 
     def _fetch_header(self, file: str) -> dict[str, Any]:
         if self.local_files_only:
             raise _not_cached(f"{file} of {self.name}")
         with _translated_errors(self.name):
-            header = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit, token=self.token)
-        return {
-            name: [
-                tensor.dtype,
-                list(tensor.shape),
-                tensor.data_offsets[1] - tensor.data_offsets[0],
-                tensor.data_offsets[1],
-            ]
-            for name, tensor in header.tensors.items()
-        }
+            try:
+                declared = HfApi().parse_safetensors_file_metadata(
+                    self.name, file, revision=self.commit, token=self.token
+                )
+            except (AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
+                raise SafetensorsParsingError(str(error)) from error  # the hub's client expects headers to be right
+        text = json.dumps({name: asdict(tensor) for name, tensor in declared.tensors.items()})
+        header = parse_header(text.encode(), file=f"{file} of {self.name}")
+        return {name: [each.dtype, list(each.shape), each.nbytes, each.end] for name, each in header.items()}
 
     def _fetch(self, file: str, *, size: int, sha256: str) -> None:
         """Download a file into the hub client's cache, or the rest of it if a part is there already."""

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from shoal.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import torch
+
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the format allows."""
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64"), 64),
+}
+"""The bits of a number, by the format's name of its dtype. The format has others, whose tensors are not checked."""
 OWN_MAPPING_BYTES = 1 << 23
 """Tensors of at least this size get a memory mapping of their own, because a mapping lives as long as any of its
 tensors. Smaller ones share a mapping."""
@@ -70,7 +80,23 @@ def read_header(path: Path) -> Header:
             raise _damaged(
                 path.name, f"it is truncated: tensor {name} lacks {min(missing, tensor.nbytes)} of its bytes"
             )
+    check_header(header, file=path.name, size=size - start)
     return header
+
+
+def check_header(header: Header, *, file: str, size: int) -> None:
+    """Check tensors that a header declares against the `size` in bytes of all of them.
+
+    Raises `CheckpointError` if a tensor is beyond the file or has another size than its shape, or if tensors overlap.
+    """
+    for name, tensor in header.items():
+        bits = DTYPE_BITS.get(tensor.dtype)
+        is_inside = 0 <= tensor.nbytes <= tensor.end <= size
+        has_shape = min(tensor.shape, default=0) >= 0
+        if not (is_inside and has_shape and (bits is None or 8 * tensor.nbytes == math.prod(tensor.shape) * bits)):
+            raise _damaged(file, f"its header says what cannot be of tensor {name[:100]}")
+    if sum(tensor.nbytes for tensor in header.values()) > size:
+        raise _damaged(file, "its header has tensors that overlap")
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:

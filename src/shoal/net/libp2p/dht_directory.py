@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import random
@@ -43,14 +44,15 @@ from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.census.histogram import Histogram
 from shoal.policy.census.levels import Shard
+from shoal.policy.clocks import ClockError, clock_error
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 Record = TypeVar("Record", Announcement, ShardTally)
 
-MAX_CLOCK_REQUESTS = 3
-"""The peers that are asked for their time, one after the other, after they refused a record."""
+MAX_CLOCK_REQUESTS = 5
+"""The peers that are asked for their time, at once."""
 BAN_SECONDS = 30
 """How long hivemind sends nothing to a peer that did not answer."""
 FEW_SERVERS = 40
@@ -92,8 +94,10 @@ class DhtDirectory:
     async def attach(self, daemon: Daemon, peers: Sequence[str], is_dialled: bool = True) -> None:
         """Join the DHT through these peer ids; none starts a new DHT. A later node takes over the stored records.
 
-        A peer that others cannot dial stores nothing for them. Raises `BootstrapFailed` if this is the first call and
-        none of the peers is part of a DHT.
+        A peer that others cannot dial stores nothing for them.
+
+        Raises, if this is the first call, `BootstrapFailed` if none of the peers is part of a DHT, and `SwarmError` for
+        a peer that stores records and whose clock is wrong: none would be valid.
         """
         former = self._node
         if former is not None:
@@ -126,6 +130,10 @@ class DhtDirectory:
         if former is not None:
             node.protocol.storage = former.protocol.storage
         self._known_peers.attach(daemon, node)
+        if former is None and self._stores_records and (error := await self._clock_error()) is not None:
+            if not error.is_usable:
+                raise SwarmError(str(error), hint=error.hint)
+            logger.warning("%s; %s", error, error.hint)
 
     async def close(self) -> None:
         """Leave the DHT. The announcements stay until they expire: announce `LEAVING` before."""
@@ -158,7 +166,8 @@ class DhtDirectory:
         self._store_responses.clear()
         self._duplicates.add_own(info.addresses, now=now)
         is_stored = await self._store(announcement.dht_keys, record, expires)
-        ahead = None if is_stored else await self._seconds_ahead()
+        # One clock tells why this peer's record is refused: that of a peer that has refused it.
+        ahead = None if is_stored else next(iter(await self._seconds_ahead(self._store_responses.refused)), None)
         failure = store_failure(
             is_stored=is_stored, num_refused=len(self._store_responses.refused), seconds_ahead=ahead
         )
@@ -183,19 +192,40 @@ class DhtDirectory:
         self._known_peers.record(announcement)
         self._duplicates.record(announcement)
 
-    async def _seconds_ahead(self) -> float | None:
-        """How far this clock is ahead of that of a peer that has just refused a record; None if none answers."""
+    async def _seconds_ahead(self, peers: Collection[Any]) -> list[float]:
+        """How far this clock is ahead of those of the first `MAX_CLOCK_REQUESTS` of these peers that answer."""
         protocol = self._joined_node().protocol
-        for peer in sorted(self._store_responses.refused)[:MAX_CLOCK_REQUESTS]:
-            request = dht_pb2.PingRequest(peer=protocol.node_info)
-            with contextlib.suppress(Exception):  # hivemind raises many kinds; the next peer may answer
+        request = dht_pb2.PingRequest(peer=protocol.node_info)
+
+        async def ask(peer: Any) -> float | None:
+            with contextlib.suppress(Exception):  # hivemind raises many kinds; other peers may answer
+                asked_at = self._clock()
                 answer = await protocol.get_stub(peer).rpc_ping(request, timeout=protocol.wait_timeout)
                 if answer.dht_time:
-                    return float(self._clock() - answer.dht_time)
-        return None
+                    return float((asked_at + self._clock()) / 2 - answer.dht_time)
+            return None
+
+        answers = await asyncio.gather(*(ask(peer) for peer in sorted(peers)[:MAX_CLOCK_REQUESTS]))
+        return [each for each in answers if each is not None]
+
+    async def _clock_error(self) -> ClockError | None:
+        """What is wrong with this machine's clock, by what the peers in the table say the time is."""
+        table = self._joined_node().protocol.routing_table.peer_id_to_uid
+        return clock_error(
+            await self._seconds_ahead([peer for peer in table if peer.to_base58() != self._identity.peer])
+        )
+
+    async def _explain_nothing(self) -> None:
+        """The directory has no valid record. Raises `SwarmError` if the reason is this machine's clock."""
+        error = await self._clock_error()
+        if error is not None and not error.is_usable:
+            raise SwarmError(str(error), hint=error.hint)
 
     async def servers(self, model: ModelInfo, *, blocks: Collection[int] = ()) -> tuple[ServerInfo, ...]:
-        return await self._participant.servers(model, blocks)
+        found = await self._participant.servers(model, blocks)
+        if not found:
+            await self._explain_nothing()
+        return found
 
     async def histogram(self, model: ModelInfo) -> Histogram:
         return await self._participant.histogram(model)
@@ -205,6 +235,8 @@ class DhtDirectory:
             lambda node: read_everywhere(node, [registry_key(shard) for shard in range(REGISTRY_SHARDS)])
         )
         announcements = [each for key, values in found.items() for each in self._valid(key, values, unseal)]
+        if not announcements:
+            await self._explain_nothing()
         votes = Counter(each.model_info for each in announcements if each.state is not ServerState.LEAVING)
         # The key names the weights. Where peers differ in the other fields, the majority counts.
         chosen: dict[str, ModelInfo] = {}

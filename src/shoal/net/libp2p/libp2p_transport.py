@@ -18,7 +18,7 @@ from shoal.net.libp2p.libp2p_stream import Libp2pStream
 from shoal.net.libp2p.reach.reach_keeper import ReachKeeper
 from shoal.net.libp2p.spoken_version import check_versions, spoken_version
 from shoal.net.own_addresses import bridge_hosts
-from shoal.net.transport import StreamBroken, StreamHandler
+from shoal.net.transport import RelayTrial, StreamBroken, StreamHandler
 from shoal.net.wire.receive_budget import ReceiveBudget
 from shoal.policy.reachability import Reach, Reachability
 from shoal.protocol import PROTOCOL, PROTOCOL_VERSION, REACH_PROTOCOL, UPGRADE, speaks_other
@@ -103,6 +103,10 @@ class Libp2pTransport:
             await asyncio.Event().wait()
             raise AssertionError("nothing sets this event")
         return await self._reach.other_than(last)
+
+    async def try_relays(self) -> tuple[RelayTrial, ...]:
+        """What the relays do for this peer that it could have."""
+        return () if self._reach is None else await self._reach.trials()
 
     async def start(self) -> None:
         """Start the daemon and connect to the initial peers.

@@ -14,7 +14,7 @@ from shoal.net.libp2p.daemon import Daemon, DaemonConfig, DaemonFailed
 logger = logging.getLogger(__name__)
 
 DIAL_SECONDS = 8.0
-"""How long an answer may take; all addresses are dialled at once."""
+"""How long an answer may take, by default; all addresses are dialled at once."""
 
 
 @asynccontextmanager
@@ -30,12 +30,12 @@ async def stranger() -> AsyncIterator[Daemon]:
         await daemon.stop()
 
 
-async def peers_at(addresses: Sequence[str]) -> tuple[str, ...]:
+async def peers_at(addresses: Sequence[str], *, seconds: float = DIAL_SECONDS) -> tuple[str, ...]:
     """The addresses with the ids of the peers that answer there. Raises `SwarmError` if the daemon does not start."""
 
     async def dial(daemon: Daemon, address: str) -> str | None:
         try:
-            async with asyncio.timeout(DIAL_SECONDS):
+            async with asyncio.timeout(seconds):
                 return f"{address}/p2p/{await daemon.peer_at(address)}"
         except (DaemonFailed, TimeoutError) as failure:
             logger.info("no peer answers at %s: %s", address, failure or "it takes too long")

@@ -28,7 +28,7 @@ from shoal.server.capacity import (
 )
 from shoal.server.config import ServerConfig
 from shoal.server.executor import Executor
-from shoal.server.measured_speed import machine_key
+from shoal.server.measured_speed import machine_key, weights_key
 from shoal.server.measuring.portrait import Portrait
 from shoal.server.placing.compute_thread import Compute
 from shoal.server.rpc.weights_service import WeightsService
@@ -98,7 +98,7 @@ async def prepare(
     dtype = join_dtype(config.dtype, checkpoint, view)
     log.info("the server computes in %s on %s", dtype, device)
     max_blocks = max_num_blocks(config, checkpoint, dtype, device)
-    weights = f"{fingerprint}, quantization {config.quantization},"
+    weights = weights_key(fingerprint, config.quantization)
     key = await executor.run(lambda: machine_key(weights=weights, dtype=dtype, device=device))
     return Setup(checkpoint, model, fingerprint, dtype, device, quantization, max_blocks, free_bytes, key)
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
 
+from shoal.concurrency import now
 from shoal.net.bandwidth import digest_of, random_bytes
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed, DaemonGone
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
@@ -108,8 +109,11 @@ class Prober:
         return not daemon.closed.is_set()
 
 
-async def carries(peer: str, relayed_address: str) -> bool:
-    """Whether a megabyte comes through to this peer, which answers `REACH_PROTOCOL`, at an address through a relay."""
+async def seconds_to_carry(peer: str, relayed_address: str) -> float | None:
+    """How long a megabyte takes to this peer, which answers `REACH_PROTOCOL`, at an address through a relay.
+
+    `None` if it does not come through.
+    """
     try:
         async with stranger() as daemon, asyncio.timeout(CARRY_SECONDS):
             await daemon.connect(peer, (relayed_address,))
@@ -117,11 +121,13 @@ async def carries(peer: str, relayed_address: str) -> bool:
             stream = Libp2pStream(peer, reader, writer, address=address)
             try:
                 filler = random_bytes(CARRIED_BYTES)
+                began = now()
                 await codec.send(stream, Filler(), {"filler": filler})
                 answer, _ = await codec.receive(stream, {"filler"})
-                return isinstance(answer, Filler) and answer.digest == digest_of(filler)
+                is_whole = isinstance(answer, Filler) and answer.digest == digest_of(filler)
+                return now() - began if is_whole else None
             finally:
                 await stream.close()
     except (DaemonFailed, StreamBroken, ProtocolViolation, TimeoutError) as failure:
         logger.debug("nothing comes through %s: %s", relayed_address, failure or "it takes too long")
-        return False
+        return None

@@ -12,8 +12,9 @@ from shoal.concurrency import now
 from shoal.net.addresses import peer_of
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed
 from shoal.net.libp2p.reach.examiner import Examiner, examined_by, is_public
-from shoal.net.libp2p.reach.prober import Prober, carries
+from shoal.net.libp2p.reach.prober import Prober, seconds_to_carry
 from shoal.net.libp2p.reach.reservations import NotReserved, Reservation, reserve
+from shoal.net.transport import RelayTrial
 from shoal.policy.reachability import (
     MIN_RELAYED_BYTES,
     WANTED_RELAYS,
@@ -37,6 +38,8 @@ RENEW_SECONDS = 20.0
 AVOIDED_SECONDS = 120.0
 """How long a relay is not tried again that gave no place, or carried nothing."""
 CONNECT_SECONDS = 8.0
+MOST_TRIED = 4
+"""The relays that are tried for a diagnosis."""
 
 Places = Mapping[str, Sequence[str]]
 """Peers that may examine this one, and their addresses."""
@@ -168,13 +171,33 @@ class ReachKeeper:
             logger.warning("the relay %s is lost: %s", relay, reason)
             del self._held[relay]
 
+    async def trials(self) -> tuple[RelayTrial, ...]:
+        """What relays do for this peer now: those that are named, else some of those that others offer to be."""
+        daemon = self._daemon
+        assert daemon is not None
+
+        async def attempt(relay: str) -> RelayTrial:
+            try:
+                _, seconds = await self._tried(daemon, relay)
+            except NotReserved as reason:
+                return RelayTrial(relay, None, str(reason))
+            return RelayTrial(relay, seconds)
+
+        return tuple(await asyncio.gather(*map(attempt, [*self._held, *self._candidates()][:MOST_TRIED])))
+
+    async def _tried(self, daemon: Daemon, relay: str) -> tuple[Reservation, float]:
+        """A place at a relay, and the seconds that a megabyte took through it. Raises `NotReserved`."""
+        reservation = await reserve(daemon, relay)
+        if reservation.max_bytes is not None and reservation.max_bytes < MIN_RELAYED_BYTES:
+            raise NotReserved(f"it carries {reservation.max_bytes:,} bytes only")
+        seconds = await seconds_to_carry(self._peer, reservation.address_of(self._peer))
+        if seconds is None:
+            raise NotReserved("a megabyte did not come through")
+        return reservation, seconds
+
     async def _reserve(self, daemon: Daemon, relay: str) -> None:
         try:
-            reservation = await reserve(daemon, relay)
-            if reservation.max_bytes is not None and reservation.max_bytes < MIN_RELAYED_BYTES:
-                raise NotReserved(f"it carries {reservation.max_bytes:,} bytes only")
-            if not await carries(self._peer, reservation.address_of(self._peer)):
-                raise NotReserved("a megabyte did not come through")
+            reservation, _ = await self._tried(daemon, relay)
         except NotReserved as reason:
             level = logging.WARNING if relay in self._named and relay not in self._avoided else logging.DEBUG
             logger.log(level, "the relay %s is not used: %s", relay, reason)

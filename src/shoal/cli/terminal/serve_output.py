@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from shoal.cli.terminal.console import tokens_per_second
 from shoal.joining.invite_code import InviteCode
+from shoal.net.reach_words import in_words
 
 if TYPE_CHECKING:
     from shoal.server.config import ServerConfig
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 EXAMPLE_PROMPT = "Once upon a time"
 
 
-def describe(server: Server, config: ServerConfig, code: InviteCode | None) -> str:
-    """The text. `code` is None if the server cannot invite others yet."""
+def describe(server: Server, config: ServerConfig, code: InviteCode | None, came_by: Sequence[str] = ()) -> str:
+    """The text. `code` is None if the server cannot invite others yet. `came_by`: addresses of other members."""
     info, model = server.info, server.model
     facts = [
         ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
@@ -30,20 +31,22 @@ def describe(server: Server, config: ServerConfig, code: InviteCode | None) -> s
         ("cache", f"{server.engine.cache_tokens:,} tokens"),
         ("weights", info.fingerprint),
         ("peer", info.peer),
+        ("reached", in_words(server.reach, info.addresses)),
         *(("address", each) for each in info.addresses),
         *([("code", str(code))] if code is not None else []),
     ]
     lines = [f"{fact:<10}{value}" for fact, value in facts]
-    lines += ["", *commands(config, info.addresses[0], code), ""]
+    lines += ["", *commands(config, ",".join([info.addresses[0], *came_by[:1]]), code), ""]
     if config.name:
         lines.insert(0, f"{'name':<10}{config.name}")
     return "\n".join(lines)
 
 
-def commands(config: ServerConfig, address: str, code: InviteCode | None) -> list[str]:
+def commands(config: ServerConfig, addresses: str, code: InviteCode | None) -> list[str]:
     """Lines with the commands for others. They repeat the options that change the model or its results.
 
-    A server without a copy of the model has only a name for it, by which others cannot find it.
+    `addresses`: of members, with commas between them. A server without a copy of the model has only a name for it, by
+    which others cannot find it.
     """
     by_code = [] if code is None else ["Join this swarm from another machine:", f"  shoal join {code}"]
     use = [] if code is None else ["Use the model from any machine:", f'  shoal generate {code} "{EXAMPLE_PROMPT}"']
@@ -59,10 +62,10 @@ def commands(config: ServerConfig, address: str, code: InviteCode | None) -> lis
     return [
         *by_code,
         "or, where a copy of the model is:" if by_code else "Join this swarm from another machine:",
-        f"  shoal serve {name}{model}{dtype}{_render_options(storage)} --initial-peers {address}",
+        f"  shoal serve {name}{model}{dtype}{_render_options(storage)} --initial-peers {addresses}",
         *use,
         "or, where a copy of the model is:" if use else "Use the model:",
-        f'  shoal generate {name}{model}{dtype} "{EXAMPLE_PROMPT}" --initial-peers {address}',
+        f'  shoal generate {name}{model}{dtype} "{EXAMPLE_PROMPT}" --initial-peers {addresses}',
     ]
 
 

@@ -1,0 +1,99 @@
+"""`shoal doctor`: whether this machine is fit to serve, and whether others reach it; what to do about what is not.
+
+`facts` looks, `diagnosis` judges. It imports what commands may.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict, replace
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from shoal.cli import options
+from shoal.cli.doctor.diagnosis import Finding, Health, diagnose
+from shoal.cli.doctor.facts import Facts, SwarmFacts, look_at_machine, look_at_swarm
+from shoal.cli.terminal.console import start_logging, stdout, waiting
+from shoal.errors import ShoalError
+from shoal.joining.invite_code import InviteCode
+from shoal.net import NetworkConfig, check_addresses
+
+STYLES = {Health.FINE: "green", Health.NOTE: "yellow", Health.PROBLEM: "bold red"}
+SIGNS = {Health.FINE: "ok", Health.NOTE: "note", Health.PROBLEM: "problem"}
+
+
+def command(
+    code: Annotated[
+        str | None, typer.Argument(metavar="[CODE]", help="An invite code of the swarm that this machine is to be in.")
+    ] = None,
+    initial_peers: options.InitialPeers = None,
+    host: options.Host = None,
+    port: options.Port = 0,
+    announce: options.Announce = None,
+    relay: options.Relay = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Look whether this machine can serve, and whether others reach it; say what to do about what is wrong.
+
+    With a code or --initial-peers, it joins that swarm for some seconds as a server would, with the same --port and
+    --announce, and members dial it back. The exit status is 1 if there is a problem.
+    """
+    start_logging(verbose=verbose)
+    network = NetworkConfig(
+        initial_peers=options.peers_of(initial_peers),
+        host=host,
+        port=port,
+        announce=tuple(announce or ()),
+        relays=tuple(relay or ()),
+        serve_relay=False,
+    )
+    check_addresses(network)
+    wanted = None if code is None else InviteCode.parse(code)
+    facts = look(network, wanted)
+    findings = diagnose(facts)
+    is_well = all(each.health is not Health.PROBLEM for each in findings)
+    if as_json:
+        print(json.dumps({"ok": is_well, "findings": [asdict(each) for each in findings]}, indent=2))
+    else:
+        show(findings)
+    if not is_well:
+        raise typer.Exit(1)
+
+
+def look(network: NetworkConfig, code: InviteCode | None) -> Facts:
+    """All facts. What keeps this machine out of the swarm is one of them."""
+    machine = look_at_machine()
+    if code is None and not network.initial_peers:
+        return Facts(machine)
+    with waiting("Joining the swarm, and asking members to dial this machine back"):
+        try:
+            return Facts(machine, asyncio.run(_join(network, code)))
+        except ShoalError as failure:
+            return Facts(machine, failure=failure)
+
+
+async def _join(network: NetworkConfig, code: InviteCode | None) -> SwarmFacts:
+    if code is None:
+        return await look_at_swarm(network)
+    from shoal.joining.arrival import peers_of
+
+    return await look_at_swarm(replace(network, initial_peers=(*await peers_of(code), *network.initial_peers)))
+
+
+def show(findings: list[Finding]) -> None:
+    """Print the findings as a table, with what to do under each."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for each in findings:
+        text = Text(each.text)
+        if each.hint:
+            text.append(f"\n{each.hint}", style="dim")
+        table.add_row(each.subject, Text(SIGNS[each.health], style=STYLES[each.health]), text)
+    stdout.print(table)
