@@ -87,8 +87,7 @@ class Children:
         """Start `shoal` with these arguments. `name` is for messages and the log file.
 
         `within`: words before the command, of a program that becomes it, such as `nsenter`. `environment`: variables
-        that it has beside those of this process, also secrets: all users of a machine can read the arguments of its
-        processes.
+        that it has beside those of this process. Secrets belong there: all users of a machine can read the arguments.
         """
         environment = {**os.environ, "NO_COLOR": "1", **(environment or {})}
         for each in ("SHOAL_INITIAL_PEERS", "NOTIFY_SOCKET"):  # these are for this process

@@ -20,6 +20,7 @@ from shoal.policy.batching.pass_rules import DEFAULT_RULE
 
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
 MOST_OF_HOST = 32
+Command = Callable[..., None]
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
 
 
@@ -272,9 +273,7 @@ def client_options(  # the first parameter stands first in the help of a command
     )
 
 
-def with_client_options(
-    command: Callable[..., None], *, log: str = "error", shows_progress: bool = False
-) -> Callable[..., None]:
+def with_client_options(command: Command, *, log: str = "error", shows_progress: bool = False) -> Command:
     """Give a command the options of `client_options`, and --verbose, in place of its parameter `client`.
 
     The command is called with the finished `ClientOptions`, once the log is set up, at the level `log` by default. An

@@ -118,7 +118,7 @@ _Option = Annotated[
 def _key(parameter: Any) -> str:
     """What the parameter is called in a file."""
     if parameter.param_type_name == "argument":
-        return str(parameter.metavar or parameter.name).rstrip(".").lower()
+        return str(parameter.metavar or parameter.name).strip("[.]").lower()
     return str(max(parameter.opts, key=len)).removeprefix("--")
 
 
