@@ -25,7 +25,7 @@ RUNG = 0.01
 """A step of the height, as a part of the bound."""
 WEIGHT = 3.0
 """How much the height weighs beside the score."""
-LOOK_DOWN, LOOK_UP = 1, 2
+LOOK_DOWN, LOOK_UP = 1, 3
 """The rungs below and above the present one that changes are compared on. One that falls deeper is no improvement."""
 MAX_REFINED = 256
 """The most machines of a swarm whose height is computed. More machines hold so many copies that moves gain nothing."""
