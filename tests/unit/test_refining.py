@@ -88,6 +88,26 @@ def test_plans_of_a_quiet_swarm_end_open_no_hole_and_lose_nothing(seed: int):
     assert exact_throughput(rested, NUM_BLOCKS) >= exact_throughput(machines, NUM_BLOCKS)
 
 
+def test_where_no_single_move_gains_anything_two_do_of_which_the_first_loses():
+    placed = {machine.peer: machine for machine in random_swarm(3)}
+    while (plan := plan_moves(list(placed.values()), NUM_BLOCKS, now=DAYS_LATER)) and "can then go" not in plan[
+        0
+    ].reason:
+        placed |= {move.peer: replace(placed[move.peer], span=move.after) for move in plan}
+    assert [move.rank for move in plan] == [0, 1]
+    assert plan[0].reason == f"{plan[1].peer} can then go to {plan[1].after}"
+    scores = [refined(list(placed.values())).score]
+    for move in plan:
+        placed[move.peer] = replace(placed[move.peer], span=move.after)
+        scores.append(refined(list(placed.values())).score)
+    assert scores[1] < scores[0] < scores[2]
+    first_done = {**placed, plan[1].peer: replace(placed[plan[1].peer], span=plan[1].before)}
+    (next_move, *_) = plan_moves(list(first_done.values()), NUM_BLOCKS, now=DAYS_LATER)
+    assert (next_move.peer, next_move.after) == (plan[1].peer, plan[1].after), (
+        "servers that see the first one done agree"
+    )
+
+
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 30), st.randoms())
 def test_equal_views_of_a_quiet_swarm_give_equal_plans(seed: int, chance: random.Random):
