@@ -10,7 +10,15 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from shoal.policy.machines.machine import Machine
-from shoal.policy.placement.mover import CLAIM_SECONDS, PLAN_EVERY, REST_SECONDS, Mover, Phase
+from shoal.policy.placement.mover import (
+    CLAIM_SECONDS,
+    PLAN_ANYWAY,
+    PLAN_EVERY,
+    QUIET_PLAN_ANYWAY,
+    REST_SECONDS,
+    Mover,
+    Phase,
+)
 from shoal.spans import Span
 
 from .test_placement import machine
@@ -197,3 +205,15 @@ def test_servers_with_delayed_views_fill_holes_and_open_none(seed: int):
         assert served <= covered
         served = covered
     assert served == set(range(num_blocks))
+
+
+@pytest.mark.parametrize(("now", "seconds"), [(1000.0, PLAN_ANYWAY), (1e6, QUIET_PLAN_ANYWAY)])
+def test_where_nothing_changes_a_server_plans_again_after_a_while_and_seldom_in_a_quiet_swarm(
+    now: float, seconds: float
+):
+    balanced = [machine("a", "0:4"), machine("b", "4:8")]
+    settled = Mover("a", NUM_BLOCKS).after_view(balanced, now=now)
+    assert settled.next_look_at == now + seconds
+    again = settled.after_view(balanced, now=now + seconds - 1)
+    assert (again.planned_at, again.next_look_at) == (now, now + seconds)
+    assert settled.after_view(balanced, now=now + seconds).planned_at == now + seconds

@@ -9,7 +9,11 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.simulator.__main__ import main
+from shoal.simulator.fluid.arrangement import Delays
+from shoal.simulator.studies import balance
 from shoal.simulator.studies.report import Report, Table, put_into_page, write
+from shoal.simulator.studies.settings import GOALS, HOUR, WARM_UP
+from shoal.simulator.studies.side_by_side import RunGrid
 from shoal.simulator.studies.study_progress import progress
 
 FAST = ["--hours", "0.2", "--runs", "1"]
@@ -44,6 +48,14 @@ def test_equal_seeds_print_equal_tables_whatever_the_number_of_jobs(capsys):
 def test_balance_is_compared_with_a_search(capsys):
     assert main(["balance", "--only", "8 copies", "--rules", "no moves", "--tries", "20", *FAST]) == 0
     assert "of an offline search" in capsys.readouterr().out
+
+
+def test_the_lines_of_the_balance_plot_go_from_the_beginning_to_the_end():
+    scene = GOALS[-1].scene(seed=0, hours=0.2, delays=Delays())
+    grid = RunGrid(GOALS[-1:], ["no moves"], [0], 0.2, Delays(), 60.0)
+    (found,) = balance.run_all(grid, lambda share, now: None, num_tries=1)
+    assert (found.times[0], found.times[-1]) == (0.0, pytest.approx((scene.seconds - WARM_UP) / HOUR))
+    assert len(found.shares) == len(found.times)
 
 
 def test_a_cluster_from_a_file_is_compared_with_its_published_placement(tmp_path, capsys):

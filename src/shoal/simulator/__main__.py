@@ -57,12 +57,17 @@ def _balance(options: argparse.Namespace) -> Drawn:
 
 
 def _at_rest(options: argparse.Namespace) -> Drawn:
+    from shoal.errors import UserError
     from shoal.simulator.studies import at_rest
     from shoal.simulator.studies.study_progress import progress
     from shoal.simulator.world.clusters import read_clusters
 
     clusters = [cluster for path in options.cluster for cluster in read_clusters(path)]
     clusters += [] if options.only_clusters else at_rest.random_clusters(options.seed)
+    if options.only:
+        clusters = [cluster for cluster in clusters if any(word in cluster.name for word in options.only)]
+    if not clusters:
+        raise UserError("no swarm is left to simulate", hint="name clusters with --cluster, or leave out --only")
     with progress("at rest") as advance:
         rests = [
             at_rest.study(
@@ -151,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     rest = add("at-rest", _at_rest, "placements of swarms that do not change, and of clusters from files")
     rest.add_argument("--cluster", type=Path, nargs="+", default=[], help="files with clusters (docs/scale.md)")
     rest.add_argument("--only-clusters", action="store_true", help="no random swarms")
+    rest.add_argument("--only", nargs="+", help="only the swarms whose names have one of these words")
     rest.add_argument("--rules", nargs="+", help="by default all")
     rest.add_argument("--tries", type=int, default=50_000, help="moves that the offline search tries")
     large = add("ten-thousand", _ten_thousand, "ten thousand servers with churn and clients")

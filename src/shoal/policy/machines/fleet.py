@@ -24,7 +24,8 @@ Flags: TypeAlias = NDArray[np.bool_]
 Element = TypeVar("Element", bound=np.generic)
 
 HORIZON = 600.0
-"""Seconds that a decision looks ahead. A machine that loads for part of them counts for the rest."""
+"""Seconds that a decision looks ahead. A machine that loads for part of them counts for the rest. In a quiet swarm they
+are `QUIET_SECONDS`: what is gained there lasts."""
 MOST_MEDIANS = 32.0
 """No machine counts for more than this many machines of median capacity: announcing a high speed costs nothing."""
 ASSUMED_LOSS = 0.15
@@ -109,7 +110,7 @@ class Fleet:
     """Machines as arrays, in the order of their peer ids, so that equal views give equal numbers.
 
     `starts` and `ends` are 0 where a machine has no span; `kept_starts` and `kept_ends` say which blocks of it are
-    served now, and go on being served. `weights` say for which part of the next ten minutes a machine serves its span.
+    served now, and go on being served. `weights` say for which part of the `horizon` a machine serves its span.
     `doubted` machines make claims that are not plausible; `whole` ones claim every block besides. `losses` are the
     chances that a machine vanishes before another has loaded. Zone 0 is unknown. In a `quiet` swarm no machine came for
     a day.
@@ -146,6 +147,8 @@ class Fleet:
         serves = [machine.serves for machine in listed]
         doubted, whole = _doubted(ends - starts, counts, num_blocks)
         losses = np.array(_losses(listed, now, lifetimes))
+        quiet = is_quiet(listed, now)
+        horizon = QUIET_SECONDS if quiet else HORIZON
         return cls(
             machines=listed,
             num_blocks=num_blocks,
@@ -154,7 +157,7 @@ class Fleet:
             starts=starts,
             ends=ends,
             counts=counts,
-            weights=np.clip((HORIZON - (ready - now)) / HORIZON, 0.0, 1.0),
+            weights=np.clip((horizon - (ready - now)) / horizon, 0.0, 1.0),
             kept_starts=np.array([0 if span is None else min(span.start, num_blocks) for span in serves], np.int64),
             kept_ends=np.array([0 if span is None else min(span.end, num_blocks) for span in serves], np.int64),
             movable=np.array([machine.movable and machine.span is not None for machine in listed], np.bool_),
@@ -162,8 +165,13 @@ class Fleet:
             whole=whole,
             losses=np.where(doubted, np.maximum(losses, DOUBTED_LOSS), losses),
             zones=_zone_numbers(listed),
-            quiet=_is_quiet(listed, now),
+            quiet=quiet,
         )
+
+    @property
+    def horizon(self) -> float:
+        """Seconds that a decision looks ahead."""
+        return QUIET_SECONDS if self.quiet else HORIZON
 
     @property
     def lengths(self) -> Ints:
@@ -246,12 +254,12 @@ def _losses(machines: Sequence[Machine], now: float, lifetimes: Lifetimes | None
     """The chance that each machine vanishes before another has loaded."""
     if lifetimes is not None:
         return [lifetimes.loss(machine.zone, now - machine.up_since) for machine in machines]
-    if not _is_quiet(machines, now):
+    if not is_quiet(machines, now):
         return [ASSUMED_LOSS] * len(machines)
     return [BEFORE_ANY_WAS_SEEN.typical_loss(now - machine.up_since) for machine in machines]
 
 
-def _is_quiet(machines: Sequence[Machine], now: float) -> bool:
+def is_quiet(machines: Sequence[Machine], now: float) -> bool:
     """Whether no machine came within `QUIET_SECONDS`; not if the time is not known."""
     return now < math.inf and all(now - machine.up_since >= QUIET_SECONDS for machine in machines)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TypeAlias
 
+from shoal.policy.machines.fleet import is_quiet
 from shoal.policy.machines.lifetime import Lifetimes
 from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.plan import Move, plan_moves
@@ -33,6 +34,8 @@ HOLE_PLAN_EVERY = 1.0
 """The same while blocks have no server: clients are waiting for them."""
 PLAN_ANYWAY = 120.0
 """Seconds after which a server plans again although nothing changed that it noticed."""
+QUIET_PLAN_ANYWAY = 3600.0
+"""The same in a quiet swarm that has nothing left to do: it took seconds to find that out."""
 WAIT_PER_RANK = 2.0
 """Seconds that a server waits for each move before its own in the plan."""
 CLAIM_SECONDS = 5.0
@@ -79,6 +82,7 @@ class Mover:
     planned_at: float = -math.inf
     rests_until: float = -math.inf
     planned_for: int | None = None  # what the last plan was made of, as a hash
+    is_settled: bool = False  # the last plan was empty, in a quiet swarm
 
     @property
     def move(self) -> Move | None:
@@ -105,10 +109,12 @@ class Mover:
         if now < self.planned_at + every:
             return replace(self, next_look_at=self.planned_at + every)
         seen = _digest(machines)
-        if seen == self.planned_for and now < self.planned_at + PLAN_ANYWAY:
-            return replace(self, next_look_at=self.planned_at + PLAN_ANYWAY)
-        planned = replace(self, planned_at=now, planned_for=seen)
-        move = planned._own_move(machines, now, lifetimes)
+        if seen == self.planned_for and now < self._plans_anyway_at:
+            return replace(self, next_look_at=self._plans_anyway_at)
+        plan = self._plan(machines, now, lifetimes)
+        is_settled = not plan and is_quiet(machines, now)
+        planned = replace(self, planned_at=now, planned_for=seen, is_settled=is_settled)
+        move = planned._own_move(plan, now)
         if move is None:
             return planned._watching()
         waiting = replace(planned, phase=Phase.WAITING, intended=move, next_look_at=now + move.rank * WAIT_PER_RANK)
@@ -125,21 +131,25 @@ class Mover:
     def _look_again(self, machines: Sequence[Machine], now: float, lifetimes: Lifetimes | None) -> Mover:
         """The moment has come: claim the span, or go, or do not."""
         looked = replace(self, planned_at=now)
-        move = self._own_move(machines, now, lifetimes)
+        move = self._own_move(self._plan(machines, now, lifetimes), now)
         if self.phase is Phase.CLAIMED and self.intended is not None:
             going = move
             if move is None or move.after != self.intended.after:
                 # others claim as well: those with higher peer ids see this server's claim, and give way
-                going = self._own_move(_without_higher_claims(machines, self.peer), now, lifetimes)
+                plan = self._plan(_without_higher_claims(machines, self.peer), now, lifetimes)
+                going = self._own_move(plan, now)
             if going is not None and going.after == self.intended.after:
                 return replace(looked, phase=Phase.MOVING, intended=going, next_look_at=math.inf)
         return looked._watching() if move is None else looked._claimed(move, now)
 
-    def _own_move(self, machines: Iterable[Machine], now: float, lifetimes: Lifetimes | None) -> Move | None:
-        """The move of this server in the plan, without its own claim."""
+    def _plan(self, machines: Iterable[Machine], now: float, lifetimes: Lifetimes | None) -> tuple[Move, ...]:
+        """The plan without the server's own claim."""
         claims = _claims(machines)
         others = tuple(machine for machine in machines if machine.peer != self.peer or machine not in claims)
-        plan = self.planner(others, self.num_blocks, now, lifetimes)
+        return self.planner(others, self.num_blocks, now, lifetimes)
+
+    def _own_move(self, plan: Iterable[Move], now: float) -> Move | None:
+        """The move of this server in a plan."""
         move = next((move for move in plan if move.peer == self.peer), None)
         return None if move is None or (now < self.rests_until and not move.fills) else move
 
@@ -148,8 +158,11 @@ class Mover:
         return replace(self, phase=Phase.CLAIMED, intended=move, next_look_at=now + seconds)
 
     def _watching(self) -> Mover:
-        at = self.planned_at + PLAN_ANYWAY
-        return replace(self, phase=Phase.WATCHING, intended=None, next_look_at=at)
+        return replace(self, phase=Phase.WATCHING, intended=None, next_look_at=self._plans_anyway_at)
+
+    @property
+    def _plans_anyway_at(self) -> float:
+        return self.planned_at + (QUIET_PLAN_ANYWAY if self.is_settled else PLAN_ANYWAY)
 
 
 def _claims(machines: Iterable[Machine]) -> frozenset[Machine]:

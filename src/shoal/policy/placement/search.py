@@ -41,18 +41,24 @@ def best_places(
         estimates[~needed.places(rows, estimates.shape[1])] = -np.inf
     present, old = np.flatnonzero(placement.fleet.lengths[rows] > 0), rows[placement.fleet.lengths[rows] > 0]
     estimates[present, placement.fleet.lengths[old] - 1, placement.fleet.starts[old]] = -np.inf
-    flat = _without_ties(estimates.reshape(len(rows), -1), placement.bound)
+    entry, length, start = best_values(estimates, placement.bound, most=most, each=each)
+    return Changes(rows[entry], start, start + length + 1), without
+
+
+def best_values(values: Floats, bound: float, *, most: int, each: int) -> tuple[Ints, Ints, Ints]:
+    """Where the highest values are, by entry, length and start: at most `each` of an entry, and `most` in all."""
+    flat = _without_ties(values.reshape(len(values), -1), bound)
     if flat.shape[1] > each:
         columns = np.argpartition(-flat, each - 1, axis=1)[:, :each]
     else:
         columns = np.broadcast_to(np.arange(flat.shape[1]), flat.shape)
-    values = np.take_along_axis(flat, columns, axis=1).ravel()
-    cells = (columns + np.arange(len(rows))[:, None] * flat.shape[1]).ravel()
-    if len(values) > most:
-        chosen = np.argpartition(-values, most - 1)[:most]
-        values, cells = values[chosen], cells[chosen]
-    entry, length, start = np.unravel_index(np.sort(cells[values > -np.inf]), estimates.shape)
-    return Changes(rows[entry], start, start + length + 1), without
+    found = np.take_along_axis(flat, columns, axis=1).ravel()
+    cells = (columns + np.arange(len(values))[:, None] * flat.shape[1]).ravel()
+    if len(found) > most:
+        chosen = np.argpartition(-found, most - 1)[:most]
+        found, cells = found[chosen], cells[chosen]
+    entry, length, start = np.unravel_index(np.sort(cells[found > -np.inf]), values.shape)
+    return entry, length, start
 
 
 def _without_ties(values: Floats, bound: float) -> Floats:
@@ -76,10 +82,10 @@ def _estimates(placement: ScoredPlacement, rows: Ints, deficits: Floats) -> Floa
     useful = placement.utility(alone)
     relieved = placement.risks(leave, before, ~everywhere) - placement.risks(leave, before, everywhere)
     holes = placement.holders - before < 1
-    relief = _running_sum(scoring.risk * relieved / fleet.num_blocks + scoring.hole * holes)
-    lacking = _running_sum(deficits)
-    mirrored = ScoredPlacement.of(_mirrored(fleet), scoring, placement.bound).deficits(leave)[:, :, ::-1]
-    lacking_mirrored = _running_sum(mirrored)
+    relief = running_sum(scoring.risk * relieved / fleet.num_blocks + scoring.hole * holes)
+    lacking = running_sum(deficits)
+    backward = ScoredPlacement.of(mirrored(fleet), scoring, placement.bound).deficits(leave)[:, :, ::-1]
+    lacking_mirrored = running_sum(backward)
     kinds = fleet.kind[rows]
     most = fleet.kinds.capacity.shape[1] - 1
     result = np.full((len(rows), most, fleet.num_blocks), -np.inf)
@@ -87,33 +93,34 @@ def _estimates(placement: ScoredPlacement, rows: Ints, deficits: Floats) -> Floa
         able = fleet.kinds.longest[kinds] >= length
         capacity = fleet.kinds.capacity[kinds, length]
         served = np.maximum(_served(lacking, capacity, length), _served(lacking_mirrored, capacity, length))
-        even = _windows(_running_sum(placement.utility(alone + (capacity / length)[:, None]) - useful), length)
+        even = windows(running_sum(placement.utility(alone + (capacity / length)[:, None]) - useful), length)
         throughput = (scoring.exact * served + (1 - scoring.exact) * even) / max(placement.most, 1e-300)
-        gain = placement.bound * (throughput + _windows(relief, length))
+        gain = placement.bound * (throughput + windows(relief, length))
         result[able, length - 1, : gain.shape[1]] = gain[able]
     return result
 
 
 def _served(lacking: Floats, capacity: Floats, length: int) -> Floats:
     """What a machine can do about what the blocks of each span lack, summed over levels. [M, N - L + 1]"""
-    useful: Floats = np.minimum(_windows(lacking, length), capacity[:, None, None]).sum(axis=1)
+    useful: Floats = np.minimum(windows(lacking, length), capacity[:, None, None]).sum(axis=1)
     return useful
 
 
-def _mirrored(fleet: Fleet) -> Fleet:
+def mirrored(fleet: Fleet) -> Fleet:
+    """The same machines where the last block is the first."""
     placed = fleet.lengths > 0
     starts = np.where(placed, fleet.num_blocks - fleet.ends, 0)
     return replace(fleet, starts=starts, ends=np.where(placed, fleet.num_blocks - fleet.starts, 0))
 
 
-def _running_sum(values: Floats) -> Floats:
+def running_sum(values: Floats) -> Floats:
     """Along the last axis, from 0."""
     result = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
     np.cumsum(values, axis=-1, out=result[..., 1:])
     return result
 
 
-def _windows(running: Floats, length: int) -> Floats:
+def windows(running: Floats, length: int) -> Floats:
     """The sums of all windows of this length, along the last axis."""
     return running[..., length:] - running[..., :-length]
 
@@ -129,8 +136,8 @@ def most_promising(placement: ScoredPlacement, rows: Ints, most: int) -> Ints:
     leave = Changes.leave(np.array([rows[0]]))
     no_blocks = np.zeros((1, fleet.num_blocks), np.bool_)
     risks = placement.risks(leave, no_blocks, no_blocks)[0]
-    price = _running_sum(rate / max(placement.most, 1e-300))
-    danger = _running_sum(scoring.risk * risks / fleet.num_blocks + scoring.hole * placement.holes)
+    price = running_sum(rate / max(placement.most, 1e-300))
+    danger = running_sum(scoring.risk * risks / fleet.num_blocks + scoring.hole * placement.holes)
     starts, ends = fleet.starts[rows], fleet.ends[rows]
     speed = fleet.capacity[rows] / np.maximum(fleet.lengths[rows], 1)
     loss = speed * (price[ends] - price[starts])
@@ -138,6 +145,6 @@ def most_promising(placement: ScoredPlacement, rows: Ints, most: int) -> Ints:
     capacity, longest = fleet.kinds.capacity[fleet.kind[rows]], fleet.kinds.longest[fleet.kind[rows]]
     gain = np.full(len(rows), -np.inf)
     for length in range(1, capacity.shape[1]):
-        won = capacity[:, length] / length * _windows(price, length).max() + _windows(danger, length).max()
+        won = capacity[:, length] / length * windows(price, length).max() + windows(danger, length).max()
         gain = np.where(longest >= length, np.maximum(gain, won), gain)
     return np.sort(rows[np.argsort(loss - gain, kind="stable")[:most]])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from shoal.errors import SwarmError
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.claims import uncovered, yields_to
+from shoal.policy.machines.fleet import is_quiet
 from shoal.policy.machines.machine import Machine, machine_of
 from shoal.policy.placement.joining import Placed
 from shoal.policy.placement.mover import Mover
@@ -26,7 +27,7 @@ from shoal.spans import Span
 log = logging.getLogger(__name__)
 
 PLANNED_ASIDE = 64
-"""From this many servers on, a plan is made on another thread: the event loop should not wait for that."""
+"""From this many servers on, and in a quiet swarm, a plan is made on another thread: the event loop should not wait."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class MoveFinder:
         def plan() -> Mover:
             return self.mover.after_view(machines, now=now)
 
-        self.mover = plan() if len(machines) < PLANNED_ASIDE else await asyncio.to_thread(plan)
+        is_short = len(machines) < PLANNED_ASIDE and not is_quiet(machines, now)
+        self.mover = plan() if is_short else await asyncio.to_thread(plan)
 
     async def _claim_anew(self) -> str | None:
         """Announce what the mover claims now, if that is new. Returns what is in the way of that, if anything.

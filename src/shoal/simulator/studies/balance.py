@@ -62,18 +62,29 @@ def run_all(grid: RunGrid, advance: Advance, *, num_tries: int) -> list[Balance]
                 shares += [] if of_search is None else [of_search]
                 advance(1 / len(looks) / len(grid.settings) / len(grid.rules), f"{setting.name}, {rule}")
             arrangement.advance(scene.seconds)
-            history = [each for each in arrangement.meter.history if each[0] >= arrangement.meter.begins]
+            times, worth = _line(arrangement)
             found.append(
                 Balance(
                     setting.name,
                     rule,
                     arrangement.summary(),
                     statistics.fmean(shares) if shares else None,
-                    tuple((now - arrangement.meter.begins) / HOUR for now, _, _ in history),
-                    tuple(each for _, each, _ in history),
+                    times,
+                    worth,
                 )
             )
     return found
+
+
+def _line(arrangement: Arrangement) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Hours from the first moment that counts to the end of the run, and the exact share from each of them on."""
+    begins, history = arrangement.meter.begins, arrangement.meter.history
+    before = [each for now, each, _ in history if now <= begins]
+    points = [(begins, before[-1])] if before else []
+    points += [(now, each) for now, each, _ in history if now > begins]
+    if points:
+        points.append((arrangement.now, points[-1][1]))
+    return tuple((now - begins) / HOUR for now, _ in points), tuple(each for _, each in points)
 
 
 def _share_of_search(arrangement: Arrangement, num_tries: int, rng: random.Random) -> float | None:
