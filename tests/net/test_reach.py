@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import psutil
 import pytest
 
 from shoal.net import NetworkConfig, join
 from shoal.net.identity import Identity
 from shoal.net.libp2p.daemon import Daemon, DaemonConfig
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
-from shoal.net.libp2p.reach import reach_keeper
+from shoal.net.libp2p.reach import reach_keeper, relay_places
 from shoal.net.libp2p.reach.examiner import examined_by
 from shoal.net.libp2p.reach.prober import Prober
 from shoal.net.libp2p.reach.reservations import NotReserved, reserve
 from shoal.net.libp2p.strangers import stranger
-from shoal.net.transport import Node, Stream
+from shoal.net.transport import Node, Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.policy.network.reachability import MIN_RELAYED_BYTES, PEER_REQUESTS, Reachability
 from shoal.protocol import REACH_PROTOCOL, REPLY_KINDS, DialBack, DialedBack, Failure, Ping, Pong
@@ -86,8 +88,9 @@ async def test_what_cannot_be_dialled_takes_a_place_at_a_peer_that_relays_and_is
 
 
 async def test_relays_that_are_named_are_used_without_asking_anyone():
-    async with peers({"serve_relay": True}) as (relay,):
-        config = NetworkConfig((), host="127.0.0.1", relays=relay.transport.addresses[:1], serve_relay=True)
+    async with peers({"serve_relay": True}, {}) as (relay, member):
+        known = member.transport.addresses[:1]
+        config = NetworkConfig(known, host="127.0.0.1", relays=relay.transport.addresses[:1])
         async with join(config) as node:
             assert node.transport.reach.kind is Reachability.RELAYED
             assert node.transport.reach.reports == ()
@@ -115,6 +118,49 @@ async def test_a_relay_that_was_restarted_is_used_again(monkeypatch: pytest.Monk
             assert (trial.relay, trial.why) == (named, "")
     finally:
         await relay.stop()
+
+
+async def test_places_are_taken_again_after_the_own_daemon_has_died():
+    async with peers({"serve_relay": True}, {"announce": (NOWHERE,)}, {}) as (first, second, third):
+        reached = second.transport.reach
+        assert reached.relayed
+        transport: Any = second.transport
+        (program,) = psutil.Process(transport._daemon.process.pid).children()
+        dead = transport._daemon
+        program.kill()
+        await dead.closed.wait()
+        await second.transport.listen(answer_pings)
+        while True:  # until the new daemon has its place
+            with contextlib.suppress(StreamBroken):
+                stream = await third.transport.open(second.transport.peer, reached.relayed)
+                break
+        await codec.send(stream, Ping())
+        assert isinstance((await codec.receive(stream, REPLY_KINDS))[0], Pong)
+        await stream.close()
+        assert transport._daemon is not dead
+        assert second.transport.reach.relayed == reached.relayed
+        assert first.transport.reach.kind is Reachability.UNKNOWN
+
+
+async def test_one_missed_renewal_costs_no_place(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reach_keeper, "RENEW_SECONDS", 0.01)  # it would take a minute
+    misses, has_missed = 0, asyncio.Event()
+    real = relay_places.reserve
+
+    async def reserve_sometimes(daemon: Daemon, relay: str, addresses: Sequence[str]) -> int | None:
+        nonlocal misses
+        if misses < relay_places.MISSES - 1:
+            misses += 1
+            raise NotReserved("it does not answer")
+        has_missed.set()
+        return await real(daemon, relay, addresses)
+
+    async with peers({"serve_relay": True}, {"announce": (NOWHERE,)}) as (_, second):
+        reached = second.transport.reach
+        monkeypatch.setattr(relay_places, "reserve", reserve_sometimes)
+        await has_missed.wait()
+        assert misses == relay_places.MISSES - 1
+        assert second.transport.reach.relayed == reached.relayed
 
 
 def at(address: str) -> tuple[str, tuple[str, ...]]:
