@@ -26,7 +26,7 @@ def test_a_server_that_others_cannot_reach_says_so_as_soon_as_it_knows_and_clien
     swarm_ = swarm("0:4", announce_seconds=100.0)
     swarm_.call(swarm_.network.set_reach, "s0", Reachability.UNREACHABLE)
     swarm_.settle(lambda: states(swarm_) == {"s0": ServerState.UNREACHABLE})
-    with pytest.raises(MissingBlocks):
+    with pytest.raises(MissingBlocks, match="blocks 0:4 are held by s0, which other machines cannot reach"):
         swarm_.model().generate(PROMPT, max_new_tokens=1)
 
 

@@ -14,7 +14,7 @@ from shoal.client.swarm.waits import Outage
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.net.transport import Node
-from shoal.peers import ModelInfo, ServerInfo
+from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.census.sampling import MOST_KEPT, keep
 from shoal.policy.dtypes import mixture, swarm_dtype
 from shoal.policy.view import SwarmView, format_blocks
@@ -158,6 +158,11 @@ class DirectoryCache:
         """The servers of this model that are online."""
         return self._known().online()
 
+    def _unreachable(self) -> Sequence[ServerInfo]:
+        """The servers with this client's weights that others cannot reach."""
+        view = self._known().only(lambda server: server.state is ServerState.UNREACHABLE)
+        return view.only(self._fits).servers
+
     def usable(self) -> SwarmView:
         """Of these, the servers with this client's weights that the user permits."""
         return self.known().only(self.is_usable)
@@ -217,6 +222,13 @@ class DirectoryCache:
                 f"blocks {names} are served only with other weights ({others}) than yours ({self._fingerprint[:12]})",
                 blocks=blocks,
                 hint="use the revision of the model that the servers use, or serve your own",
+            )
+        if cut_off := [server for server in self._unreachable() if any(block in server.span for block in blocks)]:
+            server = cut_off[0]
+            return MissingBlocks(
+                f"blocks {names} are held by {server.name or server.peer}, which other machines cannot reach",
+                blocks=blocks,
+                hint="its log says what to do; so does `shoal doctor` there",
             )
         return MissingBlocks(
             f"no server holds blocks {names} of {self._model.name}",
