@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -264,9 +265,11 @@ def test_doctor_joins_by_a_code_is_dialled_back_and_finds_nothing_wrong(shoal, c
 
 
 def test_doctor_says_what_to_do_for_a_machine_that_others_cannot_dial(shoal, peers):
-    done = shoal(
-        "doctor", "--initial-peers", peers, "--host", "127.0.0.1", "--announce", "/ip4/127.0.0.1/tcp/1", "--json"
-    )
+    with socket.socket() as probe:  # a port of its own: one chosen at random says nothing of the servers here
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    given = ("--host", "127.0.0.1", "--port", port, "--announce", "/ip4/127.0.0.1/tcp/1")
+    done = shoal("doctor", "--initial-peers", peers, *given, "--json")
     assert done.code == 1
     found = {each["subject"]: each for each in done.json["findings"]}
     assert not done.json["ok"]
@@ -340,7 +343,10 @@ def test_two_servers_of_one_machine_have_keys_of_their_own(first, second):
 def test_a_server_that_is_stopped_announces_that_it_leaves(shoal, peers, second):
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(SECONDS) == 0
-    assert without_progress(second.log.read_text()) == ["leaving the swarm; a second Ctrl-C quits immediately"]
+    lines = without_progress(second.log.read_text())
+    # A busy machine makes a server correct its speed.
+    told = [line for line in lines if " WARNING shoal.server.speed_watch: " not in line]
+    assert told == ["leaving the swarm; a second Ctrl-C quits immediately"]
     (model,) = shoal("status", "--json").json["models"]
     assert {server["name"]: server["state"] for server in model["servers"]}["second"] == "leaving"
     assert model["missing_spans"] == ["6:12"]

@@ -218,15 +218,19 @@ async def test_a_relay_that_is_gone_gives_no_place():
 async def test_answers_of_relays_are_read_with_care(answer: bytes, why: str):
     async with daemon() as (own, _, _), daemon() as (liar, _, address):
         writers: list[asyncio.StreamWriter] = []
+        is_cut_off = why == "cannot be reached"
 
         def lie(peer: str, where: str | None, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(answer)
-            writer.close()
             writers.append(writer)
+            if is_cut_off:
+                writer.close()
 
         await liar.handle("/libp2p/circuit/relay/0.2.0/hop", lie)
         with pytest.raises(NotReserved, match=why):
             await reserve(own, *at(address))
+        for writer in writers:
+            writer.close()
         assert writers
 
 
