@@ -14,8 +14,6 @@ import typer
 from shoal.cli import LONG_RUNNING, dht, gateway, join, run, serve, up
 from shoal.cli.service.config_file import read_config, with_config_file
 from shoal.cli.terminal.console import WrongUsage
-from shoal.cli.up import checked_keys
-from shoal.errors import UserError
 
 ADDRESS = "/ip4/203.0.113.5/tcp/31337/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
 REPOSITORY = Path(__file__).parents[2]
@@ -174,13 +172,6 @@ def test_keys_that_all_users_can_read_are_told(
 def test_a_file_without_secrets_may_be_read_by_all(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     read(serve.command, config('name = "alpha"\n', mode=0o644))
     assert capsys.readouterr().err == ""
-
-
-def test_keys_travel_to_the_gateway_of_up_outside_of_its_arguments() -> None:
-    assert checked_keys(["one", "two"]) == "one,two"
-    for key in ("a b", "a,b", "", "a\n"):
-        with pytest.raises(UserError, match="a key with a space or a comma"):
-            checked_keys([key])
 
 
 def test_the_commands_that_have_the_option_are_those_that_run_for_long() -> None:

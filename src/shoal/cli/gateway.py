@@ -12,6 +12,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import whitespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -88,11 +89,11 @@ def command(
         options.check_places(model, None)
     for each in adapters:
         folder_of(each.place)
-    keys = tuple(api_key or os.environ.get(API_KEYS, "").replace(",", " ").split())
+    keys = checked_keys(api_key or os.environ.get(API_KEYS, "").replace(",", " ").split())
     if exit_with_stdin:
         end_with_parent()
     if not keys and host not in LOOPBACK:
-        stderr.print(f"anybody who reaches {host} can use this gateway: see --api-key", style="yellow")
+        stderr.print(f"all who reach {host} can use this gateway: see --api-key", style="yellow")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listener(host, port))
         from shoal.gateway.page.news import News
@@ -133,6 +134,14 @@ def command(
                     await asyncio.to_thread(each.model.close)
 
         run_until_signalled(run())
+
+
+def checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
+    """The keys that clients may have. Raises `WrongUsage` for those that are empty, or no single word."""
+    for key in keys:
+        if not key or set(key) & {",", *whitespace}:
+            raise WrongUsage("a key with a space or a comma, or an empty one", hint="--api-key takes a word of its own")
+    return tuple(keys)
 
 
 @dataclass(frozen=True)

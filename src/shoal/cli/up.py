@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from string import whitespace
 from typing import Annotated
 
 import segno
 import typer
 
 from shoal.cli import options, serve
-from shoal.cli.gateway import API_KEYS
+from shoal.cli.gateway import API_KEYS, checked_keys
 from shoal.cli.long_running import end_with_parent
 from shoal.cli.nearby.announce_swarm import OnLan
 from shoal.cli.terminal.console import WrongUsage, start_logging, stdout
@@ -72,7 +71,7 @@ def command(
     serving = _options({"--blocks": blocks, "--device": device.value, "--quantization": quantization.value})
     listening = _options({"--host": host, "--port": str(port)})
     answering = _options({"--host": http_host, "--port": str(http_port)})
-    secrets = {API_KEYS: checked_keys(api_key)} if api_key else {}
+    secrets = {API_KEYS: ",".join(checked_keys(api_key))} if api_key else {}
     log = ["--verbose"] if verbose else []
     near = [] if lan is None else ["--lan" if lan else "--no-lan"]
     head = [] if blocks else ["--serve-head"]  # the head needs the last block, which may not be among these
@@ -91,14 +90,6 @@ def command(
             print(f"{fact:<10}{gateway.facts[fact]}", flush=True)
         notify(READY="1", STATUS=f"Serving, and answering at {gateway.facts['address']}")
         _watch(children, server, check)
-
-
-def checked_keys(keys: Sequence[str]) -> str:
-    """The keys as the environment variable of the gateway takes them. Raises `WrongUsage` for those that it cannot."""
-    for key in keys:
-        if not key or set(key) & {",", *whitespace}:
-            raise WrongUsage("a key with a space or a comma, or an empty one", hint="--api-key takes a word of its own")
-    return ",".join(keys)
 
 
 def _options(values: dict[str, str | None], *, allow_uncertified: bool = False) -> list[str]:

@@ -53,7 +53,10 @@ class Account:
 
 
 class Admission:
-    """Checks keys and limits, and lets at most `max_running` requests run, while at most `max_waiting` wait."""
+    """Checks keys and limits, and lets at most `max_running` requests run, while at most `max_waiting` wait.
+
+    Without `keys`, all may ask. Raises `ValueError` for an empty key: requests without a key have that.
+    """
 
     def __init__(
         self,
@@ -68,6 +71,9 @@ class Admission:
         def account() -> Account:
             return Account(Allowance(requests_per_minute, clock), Allowance(tokens_per_minute, clock))
 
+        keys = tuple(keys)
+        if not all(keys):
+            raise ValueError("an empty API key")
         self._accounts = {digest(key): account() for key in keys}
         self._anybody = account()
         self._room = asyncio.Semaphore(max_running)
