@@ -28,7 +28,7 @@ from shoal.model.family_tables import (
 from shoal.model.weights.files import Files, LocalFiles
 from shoal.model.weights.fingerprint import fingerprint, model_key
 from shoal.model.weights.location import CONFIG, INDEX, SINGLE_FILE, folder_of, missing_config, unreadable_weights
-from shoal.model.weights.safetensors_file import TensorInfo
+from shoal.model.weights.safetensors_file import TensorInfo, is_tensor_name
 
 ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """The bytes of a number in each dtype that can be computed in."""
@@ -37,7 +37,7 @@ QUANTIZED_BYTES: Mapping[str, float] = {"int8": 1.01, "nf4": 0.5 + 4 / 64}
 MOST_NUMBER = 1 << 31
 """No size that a config states is as large."""
 _UNREADABLE = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ckpt")
-_NUMBERED = re.compile(r"(?:(.*?)\.)??(\w+)\.(\d{1,6})\.(.+)")
+_NUMBERED = re.compile(r"(?:(.*?)\.)??(\w+)\.(\d{1,6})\.(.+)", re.DOTALL)
 _NOT_LINEAR = frozenset({"experts", "gate", "router"})
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
@@ -269,7 +269,9 @@ def locate_tensors(files: Files) -> Mapping[str, str]:
         return dict.fromkeys(files.headers([SINGLE_FILE])[SINGLE_FILE], SINGLE_FILE)
     if INDEX in files:
         file_of = read_json(files, INDEX).get("weight_map")
-        if not isinstance(file_of, dict) or not all(map(_is_plain_name, file_of.values())):
+        if not isinstance(file_of, dict) or not all(
+            is_tensor_name(name) and _is_plain_name(file) for name, file in file_of.items()
+        ):
             raise CheckpointError(f"{INDEX} of {files.name} is damaged: its weight_map does not map tensors to files")
         return file_of
     others = [file for file in files.listing() if file.endswith((*_UNREADABLE, ".safetensors"))]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the format allows."""
+MAX_NAME = 256
+"""Characters of a tensor's name. Those of real models have up to about a hundred; a member may send any."""
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -47,9 +49,17 @@ def parse_header(text: bytes, *, file: str) -> Header:
     """The tensors that a safetensors header declares. Raises `CheckpointError` if the header is malformed."""
     try:
         declared = json.loads(text)
-        return {name: _tensor_info(entry) for name, entry in declared.items() if name != "__metadata__"}
+        header = {name: _tensor_info(entry) for name, entry in declared.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise _damaged(file, "its header is not that of a safetensors file") from None
+    if not all(map(is_tensor_name, header)):
+        raise _damaged(file, f"a tensor's name is longer than {MAX_NAME} characters, or some cannot be printed")
+    return header
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether this can be the name of a tensor: short enough to be searched by patterns, and printable in messages."""
+    return len(name) <= MAX_NAME and name.isprintable()
 
 
 def header_bytes(path: Path) -> int:
