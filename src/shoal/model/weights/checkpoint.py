@@ -118,7 +118,15 @@ class Checkpoint:
     @cached_property
     def head_bytes(self) -> int:
         """The size in bytes of all tensors outside of the blocks as they are stored."""
-        return sum(tensor.nbytes for name, tensor in self._headers.items() if self.family.block_of(name) is None)
+        return self.head_size(lambda tensor: tensor.nbytes)
+
+    def head_size(self, size_of: Callable[[TensorInfo], float]) -> int:
+        """The size of all tensors outside of the blocks if they are held in another form.
+
+        `size_of` gives the size in bytes of one tensor, from its header.
+        """
+        of_head = (tensor for name, tensor in self._headers.items() if self.family.block_of(name) is None)
+        return round(sum(map(size_of, of_head)))
 
     def block_tensors(self, span: Span) -> dict[str, Tensor]:
         """The tensors of these blocks, by their names in the checkpoint.
