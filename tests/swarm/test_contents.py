@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.errors import CheckpointError, UnsupportedModel
+from shoal.errors import CheckpointError, UnsupportedModel, UserError
 from shoal.model.families import CERTIFIED
 from shoal.model.linear.quantization import Quantization, dequantized_bytes, quantizable_weights
 from shoal.model.loading import load_body
@@ -147,3 +147,20 @@ def test_blocks_take_what_they_take_when_loaded_whatever_dtype_their_file_and_co
         config_of_server = ServerConfig("m", serve_head=True)
         assert contents.head_bytes(name) == head * dtype.itemsize
         assert memory_for_blocks(config_of_server, checkpoint, dtype, 10**9) == 10**9 - head * dtype.itemsize
+
+
+@pytest.mark.parametrize("odd", [{"a": 1}, ["llama"], 7, None], ids=str)
+def test_a_family_that_is_no_text_is_refused_and_a_dtype_that_is_none_is_ignored(folder: Path, odd: Any) -> None:
+    assert Contents.open(changed(folder, dtype=odd, torch_dtype="bfloat16")).dtype == "bfloat16"
+    shutil.rmtree(folder.with_name("changed"))
+    strange = changed(folder, model_type=odd)
+    for allow_uncertified in (False, True):
+        with pytest.raises(UnsupportedModel, match="is not certified"):
+            Contents.open(strange, allow_uncertified=allow_uncertified)
+
+
+@pytest.mark.parametrize("odd", [{"model_type": ["llama"]}, {"model_type": {"a": 1}}, {"dtype": {"a": 1}}], ids=str)
+def test_a_server_refuses_an_odd_config_in_one_line(folder: Path, odd: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as refused:
+        Checkpoint.open(changed(folder, **odd))
+    assert "\n" not in str(refused.value)

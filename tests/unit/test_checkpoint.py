@@ -120,6 +120,8 @@ def test_a_file_that_is_not_in_the_safetensors_format_is_refused(tmp_path: Path,
         {"dtype": "F32", "shape": [4], "data_offsets": [0]},
         {"dtype": "F32", "shape": "4", "data_offsets": [0, "x"]},
         {"dtype": "F32"},
+        {"dtype": "STRANGE", "shape": [1 << 62, 1 << 1000], "data_offsets": [0, 16]},
+        {"dtype": "STRANGE", "shape": [1] * 65, "data_offsets": [0, 16]},
         7,
     ],
 )

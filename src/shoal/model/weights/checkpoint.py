@@ -177,7 +177,10 @@ class Checkpoint:
 def _read_config(files: Files) -> PreTrainedConfig:
     folder = files.path(CONFIG).parent
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if not isinstance(text_config(config).dtype, torch.dtype | None):
+            raise TypeError("its dtype is the name of none")
+        return config
     except ValueError as error:
         raise UnsupportedModel(
             f"Transformers does not know the architecture of {files.name}: {_in_one_line(error)}",

@@ -103,8 +103,8 @@ class Contents:
         config = read_json(files, CONFIG)
         text = _language_model(config)
         model_type, own_type = config.get("model_type"), text.get("model_type")
-        is_certified = model_type in CERTIFIED if text is config else model_type in CERTIFIED_WITH_VISION
-        if not isinstance(model_type, str) or not (is_certified or allow_uncertified):
+        certified = CERTIFIED if text is config else CERTIFIED_WITH_VISION
+        if not isinstance(model_type, str) or not (model_type in certified or allow_uncertified):
             raise uncertified(str(model_type)[:100])
         file_of = locate_tensors(files)
         tensors: dict[str, TensorInfo] = {}
@@ -319,7 +319,7 @@ def _number(config: Mapping[str, Any], *names: str) -> int | None:
 def _dtype(*configs: Mapping[str, Any]) -> str:
     """The dtype that the first of these configs names, as Transformers reads it: without one, it is float32."""
     named = (config.get(name) for config in configs for name in ("dtype", "torch_dtype"))
-    return next((str(each) for each in named if each in ITEM_BYTES), "float32")
+    return next((str(each) for each in named if isinstance(each, str) and each in ITEM_BYTES), "float32")
 
 
 def _stored_method(config: Mapping[str, Any]) -> str | None:

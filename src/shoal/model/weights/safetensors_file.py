@@ -16,6 +16,7 @@ from shoal.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+MAX_DIMENSIONS = 64
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the format allows."""
 MAX_NAME = 256
@@ -27,6 +28,8 @@ DTYPE_BITS = {
     **dict.fromkeys(("U64", "I64", "F64"), 64),
 }
 """The bits of a number, by the format's name of its dtype. The format has others, whose tensors are not checked."""
+MAX_NUMBERS = 1 << 53
+"""No tensor has as many numbers."""
 OWN_MAPPING_BYTES = 1 << 23
 """Tensors of at least this size get a memory mapping of their own, because a mapping lives as long as any of its
 tensors. Smaller ones share a mapping."""
@@ -146,7 +149,10 @@ def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     start, end = (int(offset) for offset in entry["data_offsets"])
     if not 0 <= start <= end:
         raise ValueError
-    return TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), end - start, end)
+    shape = tuple(int(size) for size in entry["shape"])
+    if len(shape) > MAX_DIMENSIONS or math.prod(shape) > MAX_NUMBERS:
+        raise ValueError
+    return TensorInfo(str(entry["dtype"]), shape, end - start, end)
 
 
 def _damaged(file: str, why: str) -> CheckpointError:
