@@ -114,7 +114,7 @@ def test_obvious_mistakes_are_refused_before_anything_slow_is_imported(tmp_path)
         [sys.executable, "-c", program, json.dumps([command for _, command in commands])],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["1"] * len(commands) + ["[]"]
+    assert done.stdout.splitlines() == ["2"] * len(commands) + ["[]"]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     for (expected, command), error in zip(commands, errors, strict=True):
         assert expected in error, command

@@ -72,7 +72,7 @@ def test_each_step_of_the_start_is_a_status(systemd: Callable[[], str]) -> None:
 
 def test_a_service_that_is_told_to_stop_says_that_it_stops(systemd: Callable[[], str]) -> None:
     script = (
-        "import asyncio, os, signal\nfrom shoal.cli.long_running import run_until_signalled\n"
+        "import asyncio, os, signal\nfrom shoal.cli.service.long_running import run_until_signalled\n"
         "async def work():\n    os.kill(os.getpid(), signal.SIGTERM)\n    await asyncio.Event().wait()\n"
         "run_until_signalled(work())"
     )

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli import options
+from shoal.cli import network_options, options
 from shoal.cli.generate import connected
-from shoal.cli.long_running import end_with_parent, run_until_signalled
-from shoal.cli.terminal.console import WrongUsage, stderr
+from shoal.cli.service.long_running import end_with_parent, run_until_signalled
+from shoal.cli.terminal.console import WrongUsage, as_usage, stderr
 from shoal.cli.terminal.notify import notify
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
@@ -47,7 +47,7 @@ def command(
     host: Annotated[
         str, typer.Option(metavar="IP", help="Listen here; 0.0.0.0 lets other machines ask too.")
     ] = "127.0.0.1",
-    port: options.Port = 8000,
+    port: network_options.Port = 8000,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,16 +86,17 @@ def command(
     adapters = [adapter_of(each, names) for each in adapter or ()]
     _check_different("adapters", [each.name for each in adapters], hint="name them: --adapter NAME=ADAPTER")
     for model in models:
-        options.check_places(model, None)
-    for each in adapters:
-        folder_of(each.place)
+        options.check_places(model)
+    with as_usage():
+        for each in adapters:
+            folder_of(each.place)
     keys = checked_keys(api_key or os.environ.get(API_KEYS, "").replace(",", " ").split())
     if exit_with_stdin:
         end_with_parent()
     if not keys and host not in LOOPBACK:
         stderr.print(f"all who reach {host} can use this gateway: see --api-key", style="yellow")
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listener(host, port))
+        listener = stack.enter_context(listen(host, port))
         from shoal.gateway.page.news import News
         from shoal.gateway.served_model import ServedModel
 
@@ -173,7 +174,7 @@ def adapter_of(given: str, models: Sequence[str]) -> GatewayAdapter:
     return GatewayAdapter(base or models[0], own, place)
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """The socket to listen on, before anything slow is done. Raises `UserError`."""
     try:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

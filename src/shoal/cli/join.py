@@ -9,7 +9,6 @@ import typer
 from shoal.cli import options, serve
 from shoal.cli.nearby.choose_swarm import choose_swarm
 from shoal.cli.terminal.console import start_logging
-from shoal.joining.invite_code import InviteCode
 
 
 @options.with_options_of(
@@ -38,7 +37,7 @@ def command(
         start_logging(verbose=values["verbose"], default="warning", progress=True)
         serve.check_options(**values)
         code = str(choose_swarm(yes=yes))
-    InviteCode.parse(code)  # a mistyped code is told at once
+    options.checked_code(code)  # a mistyped code is told at once
     serve.command(
         model=code,
         new_swarm=False,

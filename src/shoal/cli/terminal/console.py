@@ -38,8 +38,26 @@ UNKNOWN = "…"
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
+WRONG_USAGE = 2
+"""The exit status when the user has to change the command line or a file of options."""
+
+
 class WrongUsage(UserError):
-    """The arguments of the command are wrong. The exit status is 2."""
+    """The arguments of the command are wrong. The exit status is `WRONG_USAGE`."""
+
+
+@contextlib.contextmanager
+def as_usage() -> Iterator[None]:
+    """In this context, the arguments are checked: a `UserError` about one is `WrongUsage`. Also a decorator.
+
+    Service managers go by the exit status: what a user has to change is not tried again.
+    """
+    try:
+        yield
+    except WrongUsage:
+        raise
+    except UserError as error:
+        raise WrongUsage(str(error), hint=error.hint) from error
 
 
 def print_error(message: str, hint: str | None = None) -> None:
