@@ -74,6 +74,9 @@ def test_the_command_line_overrides_the_file(config: Any) -> None:
     )
     assert (values["model"], values["port"], values["move"], values["announce"]) == ("other/model", 2, True, ["b"])
     assert values["name"] == "file"
+    path = config('model = "org/model"\nnew-swarm = true\nverbose = true\n')
+    values = called_with(serve.command, "--no-new-swarm", "--no-verbose", "--config", str(path))
+    assert (values["new_swarm"], values["verbose"]) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,31 @@ def test_an_error_about_a_value_of_the_file_names_the_file(config: Any, capsys: 
         assert f"error: {path}: {expected}" in capsys.readouterr().err
     assert run(["serve", "--config", str(path), "--zone", "", "--host", "nohost"]) == 2
     assert "error: not an IP address to listen on: 'nohost'" in capsys.readouterr().err
+
+
+def test_the_key_whose_value_an_error_shows_is_blamed_and_no_other(
+    config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config('name = "alpha"\nmodel = "/nope/alpha"\nnew-swarm = true\n')
+    assert run(["serve", "--config", str(path)]) == 2
+    assert f"error: {path}: model: there is no folder /nope/alpha\n" in capsys.readouterr().err
+    path = config('model = "m"\nnum-blocks = 1\nblocks = "0:4"\nnew-swarm = true\n')  # which of the two is wrong?
+    assert run(["serve", "--config", str(path)]) == 2
+    assert "error: --blocks and --num-blocks exclude each other\n" in capsys.readouterr().err
+    path = config('blocks = "0:4"\n')
+    assert run(["serve", "m", "--new-swarm", "--num-blocks", "1", "--config", str(path)]) == 2
+    assert f"error: {path}: blocks: --blocks and --num-blocks exclude" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", LONG_RUNNING, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_each_flag_of_a_file_has_a_negative_for_the_command_line(module: Any) -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(with_config_file(module.command))
+    flags = [each for each in typer.main.get_command(app).params if getattr(each, "is_flag", False) and not each.hidden]
+    assert flags
+    for flag in flags:
+        positive = max(flag.opts, key=len).removeprefix("--")
+        assert flag.secondary_opts == [f"--no-{positive}"]
 
 
 def test_mistakes_in_the_file_import_nothing_slow(config: Any) -> None:

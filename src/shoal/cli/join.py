@@ -23,7 +23,10 @@ def command(
         ),
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Without a code: join the swarm that is heard, if it is the only one.")
+        bool,
+        typer.Option(
+            "--yes/--no-yes", "-y", help="Without a code: join the swarm that is heard, if it is the only one."
+        ),
     ] = False,
     **values: Any,
 ) -> None:

@@ -99,7 +99,8 @@ Revision = Annotated[
     str | None, typer.Option(metavar="REVISION", help="A branch, tag or commit of the model on the hub.")
 ]
 AllowUncertified = Annotated[
-    bool, typer.Option("--allow-uncertified", help="Also models of families that were never checked.")
+    bool,
+    typer.Option("--allow-uncertified/--no-allow-uncertified", help="Also models of families that were never checked."),
 ]
 Adapter = Annotated[
     str | None, typer.Option(metavar="ADAPTER", help="Compute with this PEFT adapter, a Hugging Face id or a folder.")
@@ -154,7 +155,9 @@ HistoryMemory = Annotated[
 ]
 Standby = Annotated[
     bool,
-    typer.Option("--standby", help="Keep a second server warm for each in use: a failure then costs a step or two."),
+    typer.Option(
+        "--standby/--no-standby", help="Keep a second server warm for each in use: a failure then costs a step or two."
+    ),
 ]
 Patience = Annotated[
     float,
@@ -196,7 +199,9 @@ StoredAs = Annotated[
     Quantization,
     typer.Option(metavar="KIND", help=f"Quantize the weights of the blocks: {QUANTIZATIONS}."),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log everything to stderr; so does SHOAL_LOG=debug.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose/--no-verbose", "-v", help="Log everything to stderr; so does SHOAL_LOG=debug.")
+]
 
 
 def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ CODE_SECONDS = 3.0
 
 def command(
     model: options.Model,
-    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a new swarm.")] = False,
+    new_swarm: Annotated[bool, typer.Option("--new-swarm/--no-new-swarm", help="Start a new swarm.")] = False,
     initial_peers: options.InitialPeers = None,
     blocks: Annotated[
         str | None,
@@ -134,7 +134,8 @@ def command(
     serve_head: Annotated[
         bool,
         typer.Option(
-            "--serve-head", help="Also serve the output head, to clients with --remote-head. Needs the last block."
+            "--serve-head/--no-serve-head",
+            help="Also serve the output head, to clients with --remote-head. Needs the last block.",
         ),
     ] = False,
     upload_limit: Annotated[

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 import stat
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -28,6 +29,8 @@ SECRETS = {"api-key"}
 """The keys whose values other users of the machine should not read."""
 SHORTEST_SHOWN = 3
 """Characters of a value by which an error is known to be about it. Shorter ones occur in any text: only in quotes."""
+CERTAIN = 1 << 30
+"""How surely an error is about a value that it quotes, or whose option it names."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,16 @@ class ConfigFile:
 
         `used` is what the command was called with.
         """
-        text = f"{error} {error.hint or ''}"
-        for name, key in self.keys.items():
-            if used.get(name) == self.values[name] and (f"--{key}" in text or any(_shown(self.values[name], text))):
-                return type(error)(f"{self.path}: {key}: {error}", hint=error.hint)
-        return error
+        sure = {
+            key: _surely_about(error, key, self.values[name])
+            for name, key in self.keys.items()
+            if used.get(name) == self.values[name]
+        }
+        best = max(sure.values(), default=0)
+        found = [key for key, each in sure.items() if each == best > 0]
+        if len(found) != 1:  # an error with the wrong key would mislead
+            return error
+        return type(error)(f"{self.path}: {found[0]}: {error}", hint=error.hint)
 
 
 def with_config_file(command: Callable[..., None]) -> Callable[..., None]:
@@ -163,8 +171,17 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
     return f"is it {near[0]}? the keys are the names of the options" if near else f"there are: {', '.join(known)}"
 
 
-def _shown(value: Any, text: str) -> Iterator[bool]:
-    """Whether each text of a value stands in an error's text."""
-    for each in value if isinstance(value, list | tuple) else [value]:
-        shown = str(each) if len(str(each)) >= SHORTEST_SHOWN else repr(str(each))
-        yield isinstance(each, str | Path) and shown in text
+def _surely_about(error: UserError, key: str, value: Any) -> int:
+    """How surely an error is about this value of this key: `CERTAIN`, or the length of the text that it shows, or 0.
+
+    A path may have the name of the server in it, so longer texts count for more.
+    """
+    text = f"{error} {error.hint or ''}"
+    if re.search(rf"--{re.escape(key)}(?![\w-])", text):
+        return CERTAIN
+    values = value if isinstance(value, list | tuple) else [value]
+    shown = [str(each) for each in values if isinstance(each, str | Path)]
+    if any(repr(each) in text for each in shown):
+        return CERTAIN
+    long = [each for each in shown if len(each) >= SHORTEST_SHOWN]
+    return max((len(each) for each in long if re.search(rf"(?<!\w){re.escape(each)}(?!\w)", str(error))), default=0)
