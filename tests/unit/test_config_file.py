@@ -14,6 +14,7 @@ import typer
 from shoal.cli import LONG_RUNNING, dht, gateway, join, run, serve, up
 from shoal.cli.service.config_file import read_config, with_config_file
 from shoal.cli.terminal.console import WrongUsage
+from shoal.joining.invite_code import InviteCode, Way
 
 ADDRESS = "/ip4/203.0.113.5/tcp/31337/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
 REPOSITORY = Path(__file__).parents[2]
@@ -195,6 +196,15 @@ def test_keys_that_all_users_can_read_are_told(
     assert ("can read the api-key" in capsys.readouterr().err) is is_told
     read(gateway.command, config('model = "m"\n', mode=0o644))
     assert capsys.readouterr().err == ""
+    code = InviteCode("0123456789abcdef", (Way("203.0.113.5", 31337),))
+    commands = {
+        join.command: f'code = "{code}"',
+        serve.command: f'model = "{code}"',
+        gateway.command: f'model = ["{code}"]',
+    }
+    for command, text in commands.items():
+        read(command, config(f"{text}\n", mode=mode))
+        assert ("can read the invite code" in capsys.readouterr().err) is is_told
 
 
 def test_a_file_without_secrets_may_be_read_by_all(config: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,10 @@ import typer
 from shoal.cli import options
 from shoal.cli.terminal.console import WrongUsage, stderr
 from shoal.errors import UserError
+from shoal.joining.invite_code import is_code
 
 SECRETS = {"api-key"}
-"""The keys whose values other users of the machine should not read."""
+"""The keys whose values other users of the machine should not read, beside invite codes."""
 SHORTEST_SHOWN = 3
 """Characters of a value by which an error is known to be about it. Shorter ones occur in any text: only in quotes."""
 CERTAIN = 1 << 30
@@ -98,7 +99,9 @@ def read_config(path: Path, context: typer.Context) -> ConfigFile:
             raise WrongUsage(f"{path}: {key} stands there twice", hint="it may be written with - or with _")
         values[parameter.name] = _value(parameter, given, (path, key), context)
         keys[parameter.name] = key.replace("_", "-")
-    if is_public and (secret := next((key for key in keys.values() if key in SECRETS), None)):
+    if is_public and (
+        secret := next((word for name, key in keys.items() if (word := _secret(key, values[name]))), None)
+    ):
         stderr.print(f"all users of this machine can read the {secret} in {path}: chmod o-r {path}", style="yellow")
     return ConfigFile(path, values, keys)
 
@@ -121,6 +124,14 @@ _Option = Annotated[
         help="Take options from this TOML file, by their long names. The command line overrides it.",
     ),
 ]
+
+
+def _secret(key: str, value: Any) -> str | None:
+    """What other users should not read of this value; `None` if they may."""
+    if key in SECRETS:
+        return key
+    values = value if isinstance(value, list | tuple) else [value]
+    return "invite code" if key in ("code", "model") and any(map(is_code, values)) else None
 
 
 def _key(parameter: Any) -> str:
