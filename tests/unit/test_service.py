@@ -137,7 +137,7 @@ def test_systemd_accepts_the_unit_as_it_is_printed(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_unit_gives_a_server_the_time_to_leave_and_lets_it_say_goodbye() -> None:
+def test_the_unit_gives_a_server_the_time_to_leave_and_tells_it_alone_to_stop() -> None:
     service = unit()["Service"]
     drain_seconds = inspect.signature(serve).parameters["drain_timeout"].default
     assert float(service["TimeoutStopSec"]) >= drain_seconds + 20
