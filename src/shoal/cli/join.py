@@ -18,7 +18,7 @@ def command(
     code: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CODE]",
+            metavar="CODE",
             help="An invite code, as members of the swarm print it. Without one: choose a swarm of the local network.",
         ),
     ] = None,

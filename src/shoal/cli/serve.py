@@ -277,7 +277,7 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
         reporter.show(progress.phase, step=progress.step, spin=not draws)
         if is_up and progress.phase is Phase.ANNOUNCING:  # a change of blocks is done
             reporter.stop()
-            notify(STATUS="Serving")
+            notify(STATUS=f"Serving blocks {server.info.span}")
 
     is_new = code is None and not network.initial_peers
     with waiting("Starting the network" if is_new else "Joining the swarm") as reporter:

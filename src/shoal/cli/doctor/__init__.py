@@ -29,7 +29,7 @@ SIGNS = {Health.FINE: "ok", Health.NOTE: "note", Health.PROBLEM: "problem"}
 
 def command(
     code: Annotated[
-        str | None, typer.Argument(metavar="[CODE]", help="An invite code of the swarm that this machine is to be in.")
+        str | None, typer.Argument(metavar="CODE", help="An invite code of the swarm that this machine is to be in.")
     ] = None,
     initial_peers: options.InitialPeers = None,
     host: network_options.Host = None,
