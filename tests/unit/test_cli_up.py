@@ -88,7 +88,9 @@ def test_a_port_of_the_page_that_is_taken_is_told_before_anything_is_started(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert run(["up", str(STORIES), "--http-port", port]) == 1
-    assert f"error: port {port} of 127.0.0.1 cannot be used" in capsys.readouterr().err
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: port {port} of 127.0.0.1 cannot be used")
+    assert hint == "hint: choose another one with --http-port, or 0"
 
 
 @pytest.mark.parametrize("status", [1, 2])

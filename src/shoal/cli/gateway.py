@@ -174,14 +174,14 @@ def adapter_of(given: str, models: Sequence[str]) -> GatewayAdapter:
     return GatewayAdapter(base or models[0], own, place)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """The socket to listen on, before anything slow is done. Raises `UserError`."""
+def listen(host: str, port: int, *, option: str = "--port") -> socket.socket:
+    """The socket to listen on, before anything slow is done. `option` gives the port. Raises `UserError`."""
     try:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(
-            f"port {port} of {host} cannot be used: {error.strerror}", hint="choose another one with --port, or 0"
+            f"port {port} of {host} cannot be used: {error.strerror}", hint=f"choose another one with {option}, or 0"
         ) from None
 
 

@@ -67,7 +67,8 @@ def command(
     )
     options.check_places(model)
     secrets = {API_KEYS: ",".join(checked_keys(api_key))} if api_key else {}
-    listen(http_host, http_port).close()  # the gateway listens there after the server's start, which may take an hour
+    # The gateway listens there after the server's start, which may take an hour.
+    listen(http_host, http_port, option="--http-port").close()
     if exit_with_stdin:
         end_with_parent()
     form = _options({"--dtype": dtype.value, "--revision": revision}, allow_uncertified=allow_uncertified)
