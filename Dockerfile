@@ -10,7 +10,9 @@ RUN python -m venv /opt/shoal
 WORKDIR /source
 COPY constraints.txt ./
 # PyTorch first: it is most of the image, and stays when shoal changes.
-RUN /opt/shoal/bin/pip install --index-url "$TORCH_INDEX" --constraint constraints.txt torch
+# Its index has other versions of what PyTorch needs than constraints.txt names: the step below corrects them.
+RUN grep '^torch==' constraints.txt > torch.txt \
+    && /opt/shoal/bin/pip install --index-url "$TORCH_INDEX" --constraint torch.txt torch
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
 RUN /opt/shoal/bin/pip install --constraint constraints.txt .

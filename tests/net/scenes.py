@@ -185,10 +185,10 @@ def known_speeds(folder: Path) -> Path:
 MACHINES = ("first", "one", "other", "client")
 
 
-def lose_one(at: Stage, first: Host, one: Host, other: Host, client: Host, *, options: Sequence[str] = ()) -> None:
+def lose_one(at: Stage, first: Host, one: Host, other: Host, client: Host) -> None:
     """Two machines join the first one, with the same blocks. One that is in use is cut off in the middle of a story."""
     code = at.up(first)
-    at.join(one, other, code=code, options=options)
+    at.join(one, other, code=code)
     at.tell(client, code, middle=lambda telling: {"one": one, "other": other}[telling.server].cut())
 
 
@@ -222,21 +222,21 @@ def beside_containers(at: Stage) -> None:
     at.tell(laptop, code, middle=lambda telling: {"one": one, "other": other}[telling.server].cut())
 
 
-def home_beside_public(at: Stage, nat: Nat, *, relays: int = 0) -> None:
-    """One public machine, and one behind a NAT, whose link is lost for a moment."""
+def home_beside_public(at: Stage, nat: Nat) -> None:
+    """One public machine, and one behind a NAT, which finds its relays itself, and whose link is lost for a moment."""
     public, client = at.net.host("public"), at.net.host("client")
     home = at.net.home("home", nat)
     inside = home.host("inside")
     code = at.up(public)
-    at.join(inside, code=code, options=at_relays(at, relays))
+    at.join(inside, code=code)
     at.tell(client, code, middle=flap(home))
 
 
-def two_homes(at: Stage, *, relays: int = 0) -> None:
+def two_homes(at: Stage) -> None:
     """Two homes behind NATs without an open port, and one public machine. The client is in one of the homes."""
     east, west = at.net.home("east"), at.net.home("west", Nat.SYMMETRIC)
     hosts = at.net.host("public"), east.host("one"), west.host("other"), east.host("client")
-    lose_one(at, *hosts, options=at_relays(at, relays))
+    lose_one(at, *hosts)
 
 
 def dead_bootstrap(at: Stage) -> None:
@@ -306,7 +306,7 @@ def separated(at: Stage) -> None:
 
 
 def restarted_relays(at: Stage) -> None:
-    """All relays of a server behind a NAT are killed and started again."""
+    """All four relays of a server behind a NAT, which it was told by hand, are killed and started again."""
     public, client = at.net.host("public"), at.net.host("client")
     inside = at.net.home("home").host("inside")
     code = at.up(public)
@@ -323,12 +323,6 @@ def restarted_relays(at: Stage) -> None:
     at.tell(client, code)
 
 
-def at_relays(at: Stage, number: int) -> list[str]:
-    """The options of a server with this many relays on public hosts."""
-    relays = [at.relay(at.net.host(f"relay{index}"))[1] for index in range(number)]
-    return [part for address in relays for part in ("--relay", address)]
-
-
 def flap(home: Home) -> Callable[[Telling], None]:
     """Cuts a home off until the client has noticed, and connects it again."""
 
@@ -342,31 +336,34 @@ def flap(home: Home) -> Callable[[Telling], None]:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene by its name. `versions` of IP that its hosts have."""
+    """What is played. `versions` of IP that its hosts have. `by_hand`: why it is in no test, if it is not."""
 
-    name: str
     play: Callable[[Stage], None]
     versions: tuple[int, ...] = (4,)
+    by_hand: str | None = None
 
 
-SCENES = (
-    Scene("open", on_a_lan),
-    Scene("containers", beside_containers),
-    Scene("full-cone", functools.partial(home_beside_public, nat=Nat.FULL_CONE)),
-    Scene("port-restricted", functools.partial(home_beside_public, nat=Nat.PORT_RESTRICTED)),
-    Scene("symmetric", functools.partial(home_beside_public, nat=Nat.SYMMETRIC)),
-    Scene("two-homes", two_homes),
-    Scene("port-restricted-relays", functools.partial(home_beside_public, nat=Nat.PORT_RESTRICTED, relays=4)),
-    Scene("symmetric-relays", functools.partial(home_beside_public, nat=Nat.SYMMETRIC, relays=4)),
-    Scene("two-homes-relays", functools.partial(two_homes, relays=4)),
-    Scene("ipv6", in_public, versions=(6,)),
-    Scene("dead-bootstrap", dead_bootstrap),
-    Scene("clients-clock", clients_clock),
-    Scene("servers-clock", servers_clock),
-    Scene("loss", lossy),
-    Scene("separated", separated),
-    Scene("restarted-relays", restarted_relays),
-)
+SCENES = {
+    "open": Scene(on_a_lan),
+    "containers": Scene(beside_containers),
+    "full-cone": Scene(
+        functools.partial(home_beside_public, nat=Nat.FULL_CONE),
+        by_hand="port-restricted is harder, and otherwise alike",
+    ),
+    "port-restricted": Scene(functools.partial(home_beside_public, nat=Nat.PORT_RESTRICTED)),
+    "symmetric": Scene(
+        functools.partial(home_beside_public, nat=Nat.SYMMETRIC), by_hand="one of two-homes has such a NAT"
+    ),
+    "two-homes": Scene(two_homes),
+    "ipv6": Scene(in_public, versions=(6,), by_hand="tests/unit/test_identity.py has its addresses"),
+    "dead-bootstrap": Scene(dead_bootstrap),
+    "clients-clock": Scene(clients_clock),
+    "servers-clock": Scene(servers_clock, by_hand="the words are those of clients-clock, from the same check"),
+    "loss": Scene(lossy, by_hand="TCP repairs it: it is slower, and nothing else differs"),
+    "separated": Scene(separated, by_hand="tests/swarm/test_ring.py has such servers, in memory"),
+    "restarted-relays": Scene(restarted_relays, by_hand="tests/net/test_reach.py restarts a relay"),
+}
+"""The scenes by their names. Each takes the best part of a minute of a core, so tests play six of them."""
 
 
 def main() -> None:
@@ -378,8 +375,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         speeds = known_speeds(Path(folder))
-        for scene in SCENES:
-            if chosen and scene.name not in chosen:
+        for name, scene in SCENES.items():
+            if chosen and name not in chosen:
                 continue
             began = time.monotonic()
             try:
@@ -393,7 +390,7 @@ def main() -> None:
                             print(f"    [{child.name}] {child.log.read_text()[-1500:]}", file=sys.stderr)
             except Exception as defect:
                 outcome = f"BROKEN: {defect!r}"
-            print(f"| {scene.name} | {time.monotonic() - began:.0f} s | {outcome} |", flush=True)
+            print(f"| {name} | {time.monotonic() - began:.0f} s | {outcome} |", flush=True)
 
 
 if __name__ == "__main__":

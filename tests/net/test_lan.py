@@ -5,10 +5,10 @@ The machines are network namespaces, with multicast DNS as it is. A namespace la
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from shoal.bundled import STORIES
+from shoal.testing.namespaces import missing_for_namespaces
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make network namespaces")
+pytestmark = pytest.mark.skipif(missing_for_namespaces() is not None, reason=str(missing_for_namespaces()))
 
 SECONDS = 120.0
 """The limit for a wait. A test that reaches it fails."""
@@ -70,11 +71,16 @@ class Process:
         self.process = process
 
     def line(self, start: str) -> str:
-        """The next line that begins so. Other lines before it are skipped."""
+        """The next line that begins so. Other lines before it are skipped. It is killed if none comes in time."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(start):
-                return line.strip()
+        deadline = threading.Timer(SECONDS, self.process.kill)
+        deadline.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith(start):
+                    return line.strip()
+        finally:
+            deadline.cancel()
         raise AssertionError(f"it has ended with status {self.process.wait()} and has not printed {start!r}")
 
     def go_on(self) -> None:

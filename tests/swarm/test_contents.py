@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.errors import CheckpointError, UnsupportedModel
+from shoal.errors import CheckpointError, UnsupportedModel, UserError
 from shoal.model.families import CERTIFIED
 from shoal.model.linear.quantization import Quantization, dequantized_bytes, quantizable_weights
 from shoal.model.loading import load_body
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.contents import Contents, is_linear
-from shoal.server.capacity import block_bytes, bytes_of_token
+from shoal.server.capacity import block_bytes, bytes_of_token, memory_for_blocks
+from shoal.server.config import ServerConfig
 from shoal.server.kv.paged_cache import key_value_shapes
 from shoal.spans import Span
 
@@ -125,3 +126,41 @@ def test_a_family_that_is_not_certified_is_refused(folder: Path) -> None:
     with pytest.raises(UnsupportedModel, match="'dbrx' is not certified"):
         Contents.open(strange)
     assert Contents.open(strange, allow_uncertified=True).num_blocks == 5
+
+
+@pytest.mark.parametrize("in_file", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("named", [None, "bfloat16", "float32"])
+def test_blocks_take_what_they_take_when_loaded_whatever_dtype_their_file_and_config_have(
+    in_file: torch.dtype, named: str | None, tmp_path: Path
+) -> None:
+    tiny_model(tiny_config("llama")).to(in_file).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert str(in_file) == f"torch.{config.pop('dtype')}"
+    (tmp_path / "config.json").write_text(json.dumps(config if named is None else config | {"dtype": named}))
+    checkpoint, contents = Checkpoint.open(tmp_path), Contents.open(tmp_path)
+    assert contents.dtype == (named or "float32")
+    for name, dtype in DTYPES.items():
+        layers = load_body(checkpoint, Span(0, checkpoint.num_blocks), dtype=dtype).backbone.layers
+        loaded = tuple(sum(weight.nbytes for weight in layer.parameters()) for layer in layers)
+        assert contents.block_bytes(name) == block_bytes(checkpoint, dtype, CPU, Quantization.NONE) == loaded
+        head = sum(math.prod(contents.tensors[name].shape) for name in contents.tensors if ".layers." not in name)
+        config_of_server = ServerConfig("m", serve_head=True)
+        assert contents.head_bytes(name) == head * dtype.itemsize
+        assert memory_for_blocks(config_of_server, checkpoint, dtype, 10**9) == 10**9 - head * dtype.itemsize
+
+
+@pytest.mark.parametrize("odd", [{"a": 1}, ["llama"], 7, None], ids=str)
+def test_a_family_that_is_no_text_is_refused_and_a_dtype_that_is_none_is_ignored(folder: Path, odd: Any) -> None:
+    assert Contents.open(changed(folder, dtype=odd, torch_dtype="bfloat16")).dtype == "bfloat16"
+    shutil.rmtree(folder.with_name("changed"))
+    strange = changed(folder, model_type=odd)
+    for allow_uncertified in (False, True):
+        with pytest.raises(UnsupportedModel, match="is not certified"):
+            Contents.open(strange, allow_uncertified=allow_uncertified)
+
+
+@pytest.mark.parametrize("odd", [{"model_type": ["llama"]}, {"model_type": {"a": 1}}, {"dtype": {"a": 1}}], ids=str)
+def test_a_server_refuses_an_odd_config_in_one_line(folder: Path, odd: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as refused:
+        Checkpoint.open(changed(folder, **odd))
+    assert "\n" not in str(refused.value)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from shoal.errors import CheckpointError, UnsupportedModel, UserError
 from shoal.model.weights.checkpoint import Checkpoint
-from shoal.model.weights.safetensors_file import read_header
+from shoal.model.weights.safetensors_file import parse_header, read_header
 from shoal.spans import Span
 
 from .tiny_checkpoint import save_tiny
@@ -120,6 +120,8 @@ def test_a_file_that_is_not_in_the_safetensors_format_is_refused(tmp_path: Path,
         {"dtype": "F32", "shape": [4], "data_offsets": [0]},
         {"dtype": "F32", "shape": "4", "data_offsets": [0, "x"]},
         {"dtype": "F32"},
+        {"dtype": "STRANGE", "shape": [1 << 62, 1 << 1000], "data_offsets": [0, 16]},
+        {"dtype": "STRANGE", "shape": [1] * 65, "data_offsets": [0, 16]},
         7,
     ],
 )
@@ -129,6 +131,21 @@ def test_a_header_that_describes_no_tensors_is_refused(tmp_path: Path, entry: ob
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
 
     with pytest.raises(CheckpointError, match=r"^model\.safetensors is damaged: its header"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["x" * 257, "x" * 80_000 + "\n", "a\nb", "a\x1b[31m"], ids=lambda name: repr(name[:8]))
+def test_a_name_that_is_too_long_or_cannot_be_printed_is_refused(tmp_path: Path, name: str) -> None:
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    assert parse_header(json.dumps({"x" * 256: entry}).encode(), file="f")
+    with pytest.raises(CheckpointError, match=r"^f is damaged: a tensor's name is longer than 256 characters, or"):
+        parse_header(json.dumps({name: entry}).encode(), file="f")
+
+    folder = save_tiny(tmp_path / "tiny", sharded=True)
+    edit_json(
+        folder / "model.safetensors.index.json", lambda index: index["weight_map"].update({name: "a.safetensors"})
+    )
+    with pytest.raises(CheckpointError, match="its weight_map does not map tensors to files"):
         Checkpoint.open(folder)
 
 

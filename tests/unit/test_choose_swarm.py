@@ -152,6 +152,6 @@ def test_a_wrong_option_is_told_before_anything_is_listened_for(
     monkeypatch.setattr(join_command, "choose_swarm", lambda *, yes: pytest.fail("it listens"))
     assert run(["join", "--blocks", "all"]) == 2
     assert run(["join", "--blocks", "0:4", "--num-blocks", "4"]) == 2
-    assert run(["join", "--host", "localhost"]) == 1
+    assert run(["join", "--host", "localhost"]) == 2
     assert capsys.readouterr().err.count("error: ") == 3
     assert commands == []

@@ -7,15 +7,8 @@ import logging
 import pytest
 
 from shoal.cli.terminal import console
-from shoal.cli.terminal.console import (
-    MIN_LINE_SECONDS,
-    REMINDER_SECONDS,
-    ProgressLog,
-    ProgressReporter,
-    figure,
-    start_logging,
-    tokens_per_second,
-)
+from shoal.cli.terminal.console import ProgressReporter, figure, start_logging, tokens_per_second
+from shoal.progress_log import MIN_LINE_SECONDS, REMINDER_SECONDS, ProgressLog
 
 
 class Clock:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shoal.__main__ import main
-from shoal.cli import serve, share_cores
+from shoal.cli import run, serve, share_cores
 from shoal.cli.options import peers_of, pins, sampling, server_name, spread_peers, swarm_peers
 from shoal.cli.terminal.console import WrongUsage
 
@@ -114,7 +114,7 @@ def test_obvious_mistakes_are_refused_before_anything_slow_is_imported(tmp_path)
         [sys.executable, "-c", program, json.dumps([command for _, command in commands])],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["1"] * len(commands) + ["[]"]
+    assert done.stdout.splitlines() == ["2"] * len(commands) + ["[]"]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     for (expected, command), error in zip(commands, errors, strict=True):
         assert expected in error, command
@@ -212,3 +212,12 @@ def test_threads_that_wait_sleep_unless_the_user_has_chosen(
     monkeypatch.setattr(os, "environ", {} if chosen is None else {"OMP_WAIT_POLICY": chosen})
     share_cores()
     assert os.environ == {"OMP_WAIT_POLICY": expected}
+
+
+@pytest.mark.parametrize("command", ["join", "doctor"])
+def test_an_argument_that_may_be_left_out_stands_in_one_pair_of_brackets(
+    command: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run([command, "--help"]) == 0
+    usage = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Usage: "))
+    assert usage.split() == ["Usage:", "shoal", command, "[OPTIONS]", "[CODE]"]

@@ -14,8 +14,7 @@ import typer
 from shoal.cli import LONG_RUNNING, dht, gateway, join, run, serve, up
 from shoal.cli.service.config_file import read_config, with_config_file
 from shoal.cli.terminal.console import WrongUsage
-from shoal.cli.up import checked_keys
-from shoal.errors import UserError
+from shoal.joining.invite_code import InviteCode, Way
 
 ADDRESS = "/ip4/203.0.113.5/tcp/31337/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
 REPOSITORY = Path(__file__).parents[2]
@@ -76,6 +75,9 @@ def test_the_command_line_overrides_the_file(config: Any) -> None:
     )
     assert (values["model"], values["port"], values["move"], values["announce"]) == ("other/model", 2, True, ["b"])
     assert values["name"] == "file"
+    path = config('model = "org/model"\nnew-swarm = true\nverbose = true\n')
+    values = called_with(serve.command, "--no-new-swarm", "--no-verbose", "--config", str(path))
+    assert (values["new_swarm"], values["verbose"]) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +147,35 @@ def test_an_error_about_a_value_of_the_file_names_the_file(config: Any, capsys: 
         (["--zone", ""], "host: not an IP address to listen on: 'localhost'"),
         (["--zone", "", "--host", "127.0.0.1"], "model: there is no folder ./nowhere"),
     ):
-        assert run(["serve", "--config", str(path), *arguments]) == (2 if "zone" in expected else 1)
+        assert run(["serve", "--config", str(path), *arguments]) == 2
         assert f"error: {path}: {expected}" in capsys.readouterr().err
-    assert run(["serve", "--config", str(path), "--zone", "", "--host", "nohost"]) == 1
+    assert run(["serve", "--config", str(path), "--zone", "", "--host", "nohost"]) == 2
     assert "error: not an IP address to listen on: 'nohost'" in capsys.readouterr().err
+
+
+def test_the_key_whose_value_an_error_shows_is_blamed_and_no_other(
+    config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config('name = "alpha"\nmodel = "/nope/alpha"\nnew-swarm = true\n')
+    assert run(["serve", "--config", str(path)]) == 2
+    assert f"error: {path}: model: there is no folder /nope/alpha\n" in capsys.readouterr().err
+    path = config('model = "m"\nnum-blocks = 1\nblocks = "0:4"\nnew-swarm = true\n')  # which of the two is wrong?
+    assert run(["serve", "--config", str(path)]) == 2
+    assert "error: --blocks and --num-blocks exclude each other\n" in capsys.readouterr().err
+    path = config('blocks = "0:4"\n')
+    assert run(["serve", "m", "--new-swarm", "--num-blocks", "1", "--config", str(path)]) == 2
+    assert f"error: {path}: blocks: --blocks and --num-blocks exclude" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", LONG_RUNNING, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_each_flag_of_a_file_has_a_negative_for_the_command_line(module: Any) -> None:
+    app = typer.Typer(add_completion=False)
+    app.command()(with_config_file(module.command))
+    flags = [each for each in typer.main.get_command(app).params if getattr(each, "is_flag", False) and not each.hidden]
+    assert flags
+    for flag in flags:
+        positive = max(flag.opts, key=len).removeprefix("--")
+        assert flag.secondary_opts == [f"--no-{positive}"]
 
 
 def test_mistakes_in_the_file_import_nothing_slow(config: Any) -> None:
@@ -158,7 +185,7 @@ def test_mistakes_in_the_file_import_nothing_slow(config: Any) -> None:
         "print([name for name in ('torch', 'transformers', 'hivemind') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines() == ["1", "[]"]
+    assert done.stdout.splitlines() == ["2", "[]"]
 
 
 @pytest.mark.parametrize(("mode", "is_told"), [(0o644, True), (0o640, False), (0o600, False)])
@@ -169,18 +196,20 @@ def test_keys_that_all_users_can_read_are_told(
     assert ("can read the api-key" in capsys.readouterr().err) is is_told
     read(gateway.command, config('model = "m"\n', mode=0o644))
     assert capsys.readouterr().err == ""
+    code = InviteCode("0123456789abcdef", (Way("203.0.113.5", 31337),))
+    commands = {
+        join.command: f'code = "{code}"',
+        serve.command: f'model = "{code}"',
+        gateway.command: f'model = ["{code}"]',
+    }
+    for command, text in commands.items():
+        read(command, config(f"{text}\n", mode=mode))
+        assert ("can read the invite code" in capsys.readouterr().err) is is_told
 
 
 def test_a_file_without_secrets_may_be_read_by_all(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     read(serve.command, config('name = "alpha"\n', mode=0o644))
     assert capsys.readouterr().err == ""
-
-
-def test_keys_travel_to_the_gateway_of_up_outside_of_its_arguments() -> None:
-    assert checked_keys(["one", "two"]) == "one,two"
-    for key in ("a b", "a,b", "", "a\n"):
-        with pytest.raises(UserError, match="a key with a space or a comma"):
-            checked_keys([key])
 
 
 def test_the_commands_that_have_the_option_are_those_that_run_for_long() -> None:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shoal.cli.long_running import identity_file, run_until_signalled
+from shoal.cli.service.long_running import identity_file, run_until_signalled
 from shoal.errors import UserError
 
 
@@ -58,7 +58,7 @@ SECONDS = 60.0
 SCRIPT = """
 import asyncio, atexit, os, signal, sys, threading
 from concurrent.futures import ThreadPoolExecutor
-from shoal.cli.long_running import run_until_signalled
+from shoal.cli.service.long_running import run_until_signalled
 
 never = threading.Event()
 atexit.register(never.wait)

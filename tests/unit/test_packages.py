@@ -57,7 +57,7 @@ def test_the_wheel_has_nothing_but_the_package_its_licence_and_its_command(packa
     }
 
 
-def test_the_wheel_is_for_the_versions_of_python_that_are_tested(packages: Path) -> None:
+def test_the_wheel_names_the_versions_of_python_that_the_script_tests(packages: Path) -> None:
     with in_wheel(packages) as wheel:
         (path,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
         metadata = email.message_from_bytes(wheel.read(path))
@@ -68,7 +68,7 @@ def test_the_wheel_is_for_the_versions_of_python_that_are_tested(packages: Path)
     assert all(version in script for version in versions - {"3.11"})
 
 
-def test_a_wheel_can_be_made_from_the_source_distribution_and_its_tests_run(packages: Path) -> None:
+def test_the_source_distribution_holds_what_a_wheel_is_made_from_and_the_tests(packages: Path) -> None:
     (path,) = packages.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -83,6 +83,15 @@ def dockerfile() -> list[tuple[str, str]]:
     return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
 
 
+def test_the_image_installs_pytorch_in_the_version_of_the_constraints_and_then_the_rest_from_them_all() -> None:
+    torch, rest = [text for name, text in dockerfile() if name == "RUN" and "pip install" in text]
+    assert torch.split("&&")[0].split() == ["grep", "'^torch=='", "constraints.txt", ">", "torch.txt"]
+    assert "--constraint torch.txt torch" in torch
+    assert rest.endswith("pip install --constraint constraints.txt .")
+    pinned = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if line.startswith("torch==")]
+    assert len(pinned) == 1
+
+
 def test_the_image_copies_what_is_there_and_what_is_not_ignored() -> None:
     copied = [text.split()[:-1] for name, text in dockerfile() if name == "COPY" and "--from" not in text]
     sources = {source for each in copied for source in each}
@@ -92,7 +101,7 @@ def test_the_image_copies_what_is_there_and_what_is_not_ignored() -> None:
     assert "*" in ignored
 
 
-def test_the_image_runs_shoal_without_root_and_is_told_to_stop() -> None:
+def test_the_image_starts_shoal_without_root_and_without_a_shell() -> None:
     last = dockerfile()
     last = last[max(index for index, (name, _) in enumerate(last) if name == "FROM") :]
     said = dict(last)

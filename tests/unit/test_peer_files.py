@@ -22,7 +22,7 @@ from shoal.model.weights.pieces import manifest as manifests
 from shoal.model.weights.pieces.manifest import PIECE_BYTES, ListedFile, Manifest
 from shoal.model.weights.pieces.peer_files import PeerFiles
 from shoal.model.weights.pieces.piece_store import FolderPieces, PieceSource, PieceStore
-from shoal.model.weights.pieces.pieces import MAX_OTHER_BYTES, source_of
+from shoal.model.weights.pieces.sources import MAX_OTHER_BYTES, source_of
 from shoal.spans import Span
 
 from .listed_files import manifest_of

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 import typer
 
+from shoal import progress_log
 from shoal.cli import LONG_RUNNING
 from shoal.cli.serve import command as serve
 from shoal.cli.service.config_file import read_config, with_config_file
 from shoal.cli.terminal import console
 from shoal.cli.terminal.console import ProgressReporter, start_logging, waiting
 from shoal.cli.terminal.notify import NOTIFY_SOCKET, notify
-from shoal.model.weights.byte_lines import LINE_SECONDS, ByteLines
+from shoal.progress_log import MIN_LINE_SECONDS, ByteLines
 
 REPOSITORY = Path(__file__).parents[2]
 UNIT = REPOSITORY / "docs" / "service" / "shoal.service"
@@ -72,7 +73,7 @@ def test_each_step_of_the_start_is_a_status(systemd: Callable[[], str]) -> None:
 
 def test_a_service_that_is_told_to_stop_says_that_it_stops(systemd: Callable[[], str]) -> None:
     script = (
-        "import asyncio, os, signal\nfrom shoal.cli.long_running import run_until_signalled\n"
+        "import asyncio, os, signal\nfrom shoal.cli.service.long_running import run_until_signalled\n"
         "async def work():\n    os.kill(os.getpid(), signal.SIGTERM)\n    await asyncio.Event().wait()\n"
         "run_until_signalled(work())"
     )
@@ -94,7 +95,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
 
 def test_a_task_that_blocks_its_thread_is_still_reminded_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LOOK_SECONDS", 0.001)
-    monkeypatch.setattr(console, "REMINDER_SECONDS", 0.0)
+    monkeypatch.setattr(progress_log, "REMINDER_SECONDS", 0.0)
     reminded = threading.Event()
     monkeypatch.setattr(console.PROGRESS, "info", lambda form, line: "(for 0 s)" in line and reminded.set())
     with waiting("Importing PyTorch and Transformers"):
@@ -106,13 +107,17 @@ def test_bytes_that_come_are_lines_in_the_log(log: Callable[[], None], capsys: p
     now = 0.0
     lines = ByteLines("Downloading a.safetensors", total=3_000_000_000, come=500_000_000, clock=lambda: now)
     for _ in range(25):
-        now += LINE_SECONDS / 10
+        now += MIN_LINE_SECONDS / 10
         lines.advance(100_000_000)
     shown = [line.partition(" INFO shoal.progress: ")[2] for line in capsys.readouterr().err.splitlines()]
     assert shown == [
         "Downloading a.safetensors: 1,500 of 3,000 MB",
         "Downloading a.safetensors: 2,500 of 3,000 MB",
     ]
+    lines = ByteLines("Downloading b.safetensors", total=0, clock=lambda: now)  # of a size that the hub does not say
+    now += MIN_LINE_SECONDS
+    lines.advance(100_000_000)
+    assert capsys.readouterr().err.endswith(": Downloading b.safetensors: 100 MB\n")
 
 
 def unit() -> configparser.ConfigParser:
@@ -137,7 +142,7 @@ def test_systemd_accepts_the_unit_as_it_is_printed(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_unit_gives_a_server_the_time_to_leave_and_lets_it_say_goodbye() -> None:
+def test_the_unit_gives_a_server_the_time_to_leave_and_tells_it_alone_to_stop() -> None:
     service = unit()["Service"]
     drain_seconds = inspect.signature(serve).parameters["drain_timeout"].default
     assert float(service["TimeoutStopSec"]) >= drain_seconds + 20

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli import options
-from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
+from shoal.cli import network_options, options
+from shoal.cli.network_options import network_of
+from shoal.cli.service.long_running import end_with_parent, identity_file, run_until_signalled
 from shoal.cli.terminal.console import start_logging, waiting
 from shoal.cli.terminal.notify import notify
 
@@ -17,23 +18,13 @@ if TYPE_CHECKING:
     from shoal.net import NetworkConfig
 
 
-ServeRelay = Annotated[
-    bool | None,
-    typer.Option(
-        "--serve-relay/--no-serve-relay",
-        help="Carry connections to members that others cannot dial. Default: if this machine has a public address.",
-        show_default=False,
-    ),
-]
-
-
 def command(
     initial_peers: options.InitialPeers = None,
-    host: options.Host = None,
-    port: options.Port = 0,
-    identity: options.IdentityFile = None,
-    announce: options.Announce = None,
-    serve_relay: ServeRelay = None,
+    host: network_options.Host = None,
+    port: network_options.Port = 0,
+    identity: network_options.IdentityFile = None,
+    announce: network_options.Announce = None,
+    serve_relay: network_options.ServeRelay = None,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -45,16 +36,13 @@ def command(
     start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
         end_with_parent()
-    from shoal.net import NetworkConfig, check_addresses
-
-    network = NetworkConfig(
+    network = network_of(
         initial_peers=options.peers_of(initial_peers),
         host=host,
         port=port,
-        announce=tuple(announce or ()),
+        announce=announce,
         serve_relay=serve_relay,
     )
-    check_addresses(network)
     with identity_file(identity, kind="dht") as path:
         run_until_signalled(_run(replace(network, identity=path)))
 

@@ -12,14 +12,15 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from string import whitespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli import options
+from shoal.cli import network_options, options
 from shoal.cli.generate import connected
-from shoal.cli.long_running import end_with_parent, run_until_signalled
-from shoal.cli.terminal.console import WrongUsage, stderr
+from shoal.cli.service.long_running import end_with_parent, run_until_signalled
+from shoal.cli.terminal.console import WrongUsage, as_usage, stderr
 from shoal.cli.terminal.notify import notify
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
@@ -46,7 +47,7 @@ def command(
     host: Annotated[
         str, typer.Option(metavar="IP", help="Listen here; 0.0.0.0 lets other machines ask too.")
     ] = "127.0.0.1",
-    port: options.Port = 8000,
+    port: network_options.Port = 8000,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,16 +86,17 @@ def command(
     adapters = [adapter_of(each, names) for each in adapter or ()]
     _check_different("adapters", [each.name for each in adapters], hint="name them: --adapter NAME=ADAPTER")
     for model in models:
-        options.check_places(model, None)
-    for each in adapters:
-        folder_of(each.place)
-    keys = tuple(api_key or os.environ.get(API_KEYS, "").replace(",", " ").split())
+        options.check_places(model)
+    with as_usage():
+        for each in adapters:
+            folder_of(each.place)
+    keys = checked_keys(api_key or os.environ.get(API_KEYS, "").replace(",", " ").split())
     if exit_with_stdin:
         end_with_parent()
     if not keys and host not in LOOPBACK:
-        stderr.print(f"anybody who reaches {host} can use this gateway: see --api-key", style="yellow")
+        stderr.print(f"all who reach {host} can use this gateway: see --api-key", style="yellow")
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(_listener(host, port))
+        listener = stack.enter_context(listen(host, port))
         from shoal.gateway.page.news import News
         from shoal.gateway.served_model import ServedModel
 
@@ -135,6 +137,14 @@ def command(
         run_until_signalled(run())
 
 
+def checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
+    """The keys that clients may have. Raises `WrongUsage` for those that are empty, or no single word."""
+    for key in keys:
+        if not key or set(key) & {",", *whitespace}:
+            raise WrongUsage("a key with a space or a comma, or an empty one", hint="--api-key takes a word of its own")
+    return tuple(keys)
+
+
 @dataclass(frozen=True)
 class GatewayAdapter:
     """An adapter that requests name as `name`, "base:own"; it is at `place`, a folder or an id."""
@@ -164,14 +174,14 @@ def adapter_of(given: str, models: Sequence[str]) -> GatewayAdapter:
     return GatewayAdapter(base or models[0], own, place)
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    """The socket to listen on, before anything slow is done. Raises `UserError`."""
+def listen(host: str, port: int, *, option: str = "--port") -> socket.socket:
+    """The socket to listen on, before anything slow is done. `option` gives the port. Raises `UserError`."""
     try:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(
-            f"port {port} of {host} cannot be used: {error.strerror}", hint="choose another one with --port, or 0"
+            f"port {port} of {host} cannot be used: {error.strerror}", hint=f"choose another one with {option}, or 0"
         ) from None
 
 

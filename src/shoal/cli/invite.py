@@ -7,10 +7,11 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from shoal.cli import options
+from shoal.cli.network_options import network_of
 from shoal.cli.terminal.console import start_logging, stderr, waiting
 from shoal.errors import SwarmError
 from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, in_turn, ways_of
-from shoal.net import NetworkConfig, check_addresses
+from shoal.net import NetworkConfig
 
 if TYPE_CHECKING:
     from shoal.joining.invitation import Invitation
@@ -28,8 +29,7 @@ def command(initial_peers: options.InitialPeers = None, verbose: options.Verbose
     weights that most members have.
     """
     start_logging(verbose=verbose)
-    network = NetworkConfig(initial_peers=options.swarm_peers(initial_peers), client_mode=True)
-    check_addresses(network)
+    network = network_of(initial_peers=options.swarm_peers(initial_peers), client_mode=True)
     with waiting("Asking the members"):
         found = asyncio.run(_invitations(network))
     if not found:

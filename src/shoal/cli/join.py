@@ -9,7 +9,6 @@ import typer
 from shoal.cli import options, serve
 from shoal.cli.nearby.choose_swarm import choose_swarm
 from shoal.cli.terminal.console import start_logging
-from shoal.joining.invite_code import InviteCode
 
 
 @options.with_options_of(
@@ -19,12 +18,15 @@ def command(
     code: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CODE]",
+            metavar="CODE",
             help="An invite code, as members of the swarm print it. Without one: choose a swarm of the local network.",
         ),
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Without a code: join the swarm that is heard, if it is the only one.")
+        bool,
+        typer.Option(
+            "--yes/--no-yes", "-y", help="Without a code: join the swarm that is heard, if it is the only one."
+        ),
     ] = False,
     **values: Any,
 ) -> None:
@@ -38,7 +40,7 @@ def command(
         start_logging(verbose=values["verbose"], default="warning", progress=True)
         serve.check_options(**values)
         code = str(choose_swarm(yes=yes))
-    InviteCode.parse(code)  # a mistyped code is told at once
+    options.checked_code(code)  # a mistyped code is told at once
     serve.command(
         model=code,
         new_swarm=False,

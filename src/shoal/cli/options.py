@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli.terminal.console import WrongUsage, start_logging
+from shoal.cli.terminal.console import WrongUsage, as_usage, start_logging
 from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
-from shoal.joining.invite_code import code_in, is_code
+from shoal.joining.invite_code import InviteCode, code_in, is_code
 from shoal.model.weights.location import check_model, folder_of
 from shoal.policy.batching.pass_rules import DEFAULT_RULE
 
@@ -95,34 +95,12 @@ InitialPeers = Annotated[
         help=f"Peers to join by, as `shoal serve` prints them. Default: ${INITIAL_PEERS}.",
     ),
 ]
-Host = Annotated[
-    str | None,
-    typer.Option(
-        metavar="IP",
-        help="Listen at this address only; 127.0.0.1 is for this machine. Default: all, with IPv4 and IPv6.",
-    ),
-]
-Port = Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="The TCP port; 0 lets the system choose.")]
-IdentityFile = Annotated[
-    Path | None,
-    typer.Option("--identity", metavar="FILE", help="The key that is the peer id. Default: one kept for this machine."),
-]
-Announce = Annotated[
-    list[str] | None,
-    typer.Option(metavar="ADDRESS", help="Where others reach this machine, if not at its own addresses."),
-]
-Relay = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="ADDRESS",
-        help="A peer that carries our streams when others cannot dial us. Default: found among members.",
-    ),
-]
 Revision = Annotated[
     str | None, typer.Option(metavar="REVISION", help="A branch, tag or commit of the model on the hub.")
 ]
 AllowUncertified = Annotated[
-    bool, typer.Option("--allow-uncertified", help="Also models of families that were never checked.")
+    bool,
+    typer.Option("--allow-uncertified/--no-allow-uncertified", help="Also models of families that were never checked."),
 ]
 Adapter = Annotated[
     str | None, typer.Option(metavar="ADAPTER", help="Compute with this PEFT adapter, a Hugging Face id or a folder.")
@@ -177,7 +155,9 @@ HistoryMemory = Annotated[
 ]
 Standby = Annotated[
     bool,
-    typer.Option("--standby", help="Keep a second server warm for each in use: a failure then costs a step or two."),
+    typer.Option(
+        "--standby/--no-standby", help="Keep a second server warm for each in use: a failure then costs a step or two."
+    ),
 ]
 Patience = Annotated[
     float,
@@ -211,7 +191,17 @@ HeadQuantization = Annotated[
     Quantization,
     typer.Option("--head-quantization", metavar="KIND", help=f"How to hold the output head here: {QUANTIZATIONS}."),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log everything to stderr; so does SHOAL_LOG=debug.")]
+OnDevice = Annotated[
+    Device,
+    typer.Option(metavar="DEVICE", help="Compute on cpu, cuda or mps (untested). auto: cuda if there is a GPU."),
+]
+StoredAs = Annotated[
+    Quantization,
+    typer.Option(metavar="KIND", help=f"Quantize the weights of the blocks: {QUANTIZATIONS}."),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose/--no-verbose", "-v", help="Log everything to stderr; so does SHOAL_LOG=debug.")
+]
 
 
 def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
@@ -219,8 +209,15 @@ def peers_of(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
     return parse_initial_peers(" ".join(initial_peers) if initial_peers else None)
 
 
+def checked_code(text: str) -> InviteCode:
+    """The invite code that a user typed. Raises `WrongUsage` for anything else."""
+    with as_usage():
+        return InviteCode.parse(text)
+
+
+@as_usage()
 def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
-    """The same, for a command that needs some. Raises `UserError` for text that is not the address of a peer."""
+    """The same, for a command that needs some. Raises `WrongUsage` for text that is not the address of a peer."""
     from shoal.net.addressing.addresses import check_peers
 
     peers = peers_of(initial_peers)
@@ -232,6 +229,7 @@ def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
     return check_peers(peers)
 
 
+@as_usage()
 def client_options(  # the first parameter stands first in the help of a command
     initial_peers: InitialPeers = None,
     adapter: Adapter = None,
@@ -250,7 +248,7 @@ def client_options(  # the first parameter stands first in the help of a command
     *,
     models: Sequence[str] = (),
 ) -> ClientOptions:
-    """The options of a client, from those of the command line. Imports nothing slow. Raises `UserError`.
+    """The options of a client, from those of the command line. Imports nothing slow. Raises `WrongUsage`.
 
     If all `models` are invite codes, these name the swarm.
     """
@@ -329,8 +327,9 @@ def with_parameters(command: Callable[..., None], given: Sequence[inspect.Parame
     return command
 
 
-def check_places(model: str, adapter: str | Path | None) -> None:
-    """Raises `UserError` for a model or an adapter that cannot exist, before anything slow is imported."""
+@as_usage()
+def check_places(model: str, adapter: str | Path | None = None) -> None:
+    """Raises `WrongUsage` for a model or an adapter that cannot exist, before anything slow is imported."""
     if code_in(model) is None:
         check_model(model)
     if adapter is not None:

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options
-from shoal.cli.serve import Device
-from shoal.cli.terminal.console import WrongUsage, start_logging, stdout, waiting
+from shoal.cli.terminal.console import WrongUsage, as_usage, start_logging, stdout, waiting
 from shoal.cli.terminal.plan_table import Facts, Form, render, short_size
 from shoal.errors import UserError
 from shoal.host import available_memory, may_have_gpu
 from shoal.joining.invite_code import code_in
 from shoal.model.weights.contents import ITEM_BYTES, Contents
-from shoal.model.weights.location import check_model
 from shoal.net import NetworkConfig
 from shoal.net.addressing.addresses import check_peers
 from shoal.peers import ModelInfo
@@ -76,7 +74,7 @@ def command(
             help="What the machines compute, in TFLOP/s: 0.2 is assumed; GPUs have tens.",
         ),
     ] = None,
-    device: Device = options.Device.auto,
+    device: options.OnDevice = options.Device.auto,
     dtype: Annotated[
         options.DType,
         typer.Option(
@@ -96,10 +94,10 @@ def command(
     """
     start_logging(verbose=verbose)
     wanted = parse_memory(memory or [THIS])
+    options.check_places(model)
     code = code_in(model)
-    peers = check_peers(options.peers_of(initial_peers)) if code is None or initial_peers else ()
-    if code is None:
-        check_model(model)
+    with as_usage():
+        peers = check_peers(options.peers_of(initial_peers)) if code is None or initial_peers else ()
     with waiting("Reading what the model consists of") as reporter:
         own = own_memory(device)  # before this process itself takes more
         if code is not None:

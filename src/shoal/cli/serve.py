@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli import options
-from shoal.cli.dht import ServeRelay
-from shoal.cli.long_running import end_with_parent, identity_file, run_until_signalled
-from shoal.cli.nearby.announce_swarm import OnLan, announce_swarm
+from shoal.cli import network_options, options
+from shoal.cli.nearby.announce_swarm import announce_swarm
+from shoal.cli.network_options import network_of
+from shoal.cli.service.long_running import end_with_parent, identity_file, run_until_signalled
 from shoal.cli.terminal.console import (
     ProgressReporter,
     WrongUsage,
+    as_usage,
     hush_transformers,
     start_logging,
     waiting,
@@ -29,12 +30,12 @@ from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.concurrency import owned_task
 from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, in_turn, ways_of
 from shoal.large_imports import large_imports
-from shoal.model.weights.location import check_model, folder_of
-from shoal.net import NetworkConfig, check_addresses
+from shoal.model.weights.location import folder_of
 from shoal.policy.batching.engine_limits import Limits
 from shoal.spans import Span
 
 if TYPE_CHECKING:
+    from shoal.net import NetworkConfig
     from shoal.net.transport import Node
     from shoal.server.config import ServerConfig
     from shoal.server.server import Server
@@ -44,19 +45,9 @@ CODE_SECONDS = 3.0
 """How long a server that is ready waits until it can invite others: small models are read in that time."""
 
 
-Device = Annotated[
-    options.Device,
-    typer.Option(metavar="DEVICE", help="Compute on cpu, cuda or mps (untested). auto: cuda if there is a GPU."),
-]
-StoredAs = Annotated[
-    options.Quantization,
-    typer.Option(metavar="KIND", help=f"Quantize the weights of the blocks: {options.QUANTIZATIONS}."),
-]
-
-
 def command(
     model: options.Model,
-    new_swarm: Annotated[bool, typer.Option("--new-swarm", help="Start a new swarm.")] = False,
+    new_swarm: Annotated[bool, typer.Option("--new-swarm/--no-new-swarm", help="Start a new swarm.")] = False,
     initial_peers: options.InitialPeers = None,
     blocks: Annotated[
         str | None,
@@ -79,7 +70,7 @@ def command(
             "--move/--no-move", help="Go to other blocks when the swarm needs them more. With --blocks, it never does."
         ),
     ] = True,
-    device: Device = options.Device.auto,
+    device: options.OnDevice = options.Device.auto,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="CPU threads to compute with. Default: PyTorch's.")
     ] = None,
@@ -87,7 +78,7 @@ def command(
         options.DType,
         typer.Option(metavar="DTYPE", help=f"Compute in this dtype: {options.DTYPES}. auto: the dtype of the swarm."),
     ] = options.DType.auto,
-    quantization: StoredAs = options.Quantization.none,
+    quantization: options.StoredAs = options.Quantization.none,
     cache_tokens: Annotated[
         int | None,
         typer.Option(
@@ -143,7 +134,8 @@ def command(
     serve_head: Annotated[
         bool,
         typer.Option(
-            "--serve-head", help="Also serve the output head, to clients with --remote-head. Needs the last block."
+            "--serve-head/--no-serve-head",
+            help="Also serve the output head, to clients with --remote-head. Needs the last block.",
         ),
     ] = False,
     upload_limit: Annotated[
@@ -171,13 +163,13 @@ def command(
             help="What may fail together with this server, such as its building. Default: its network.",
         ),
     ] = None,
-    host: options.Host = None,
-    port: options.Port = 0,
-    identity: options.IdentityFile = None,
-    announce: options.Announce = None,
-    relay: options.Relay = None,
-    serve_relay: ServeRelay = None,
-    lan: OnLan = None,
+    host: network_options.Host = None,
+    port: network_options.Port = 0,
+    identity: network_options.IdentityFile = None,
+    announce: network_options.Announce = None,
+    relay: network_options.Relay = None,
+    serve_relay: network_options.ServeRelay = None,
+    lan: network_options.OnLan = None,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
@@ -191,7 +183,8 @@ def command(
     start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
         end_with_parent()
-    code = code_in(model)
+    with as_usage():
+        code = code_in(model)
     if code is not None and new_swarm:
         raise WrongUsage("an invite code is for a swarm that is there", hint="leave out --new-swarm")
     if new_swarm and initial_peers:
@@ -215,17 +208,15 @@ def command(
         announce=announce,
         relay=relay,
     )
-    network = NetworkConfig(
+    network = network_of(
         initial_peers=peers,
         host=host,
         port=port,
-        announce=tuple(announce or ()),
-        relays=tuple(relay or ()),
+        announce=announce,
+        relay=relay,
         serve_relay=serve_relay,
     )
-    check_addresses(network)
-    if code is None:
-        check_model(model)
+    options.check_places(model)
 
     with waiting("Importing PyTorch and Transformers"), large_imports():
         import torch
@@ -286,7 +277,7 @@ async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode 
         reporter.show(progress.phase, step=progress.step, spin=not draws)
         if is_up and progress.phase is Phase.ANNOUNCING:  # a change of blocks is done
             reporter.stop()
-            notify(STATUS="Serving")
+            notify(STATUS=f"Serving blocks {server.info.span}")
 
     is_new = code is None and not network.initial_peers
     with waiting("Starting the network" if is_new else "Joining the swarm") as reporter:
@@ -364,16 +355,17 @@ def check_options(
     relay: list[str] | None,
     **_: Any,
 ) -> tuple[Span | None, str]:
-    """The blocks to serve, and the server's name. Raises `UserError` for what cannot be right; it takes no time."""
+    """The blocks to serve, and the server's name. Raises `WrongUsage` for what cannot be right; it takes no time."""
     if blocks is not None and num_blocks is not None:
         raise WrongUsage(
             "--blocks and --num-blocks exclude each other", hint="--blocks 0:8 gives both the blocks and their number"
         )
     found = _parse_span(blocks), options.server_name(name, socket.gethostname())
     checked_zone(zone)
-    check_addresses(NetworkConfig(host=host, announce=tuple(announce or ()), relays=tuple(relay or ())))
-    for each in adapter or ():
-        folder_of(each)
+    network_of(host=host, announce=announce, relay=relay)
+    with as_usage():
+        for each in adapter or ():
+            folder_of(each)
     return found
 
 

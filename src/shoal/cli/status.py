@@ -127,6 +127,8 @@ def command(
     """
     start_logging(verbose=verbose)
     client = options.client_options(initial_peers, models=() if model is None else (model,))
+    if model is not None:
+        options.check_places(model)
     code = None if model is None else code_in(model)
     if model is not None and is_path(model):
         check_model(model)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
-from string import whitespace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import segno
 import typer
 
-from shoal.cli import options, serve
-from shoal.cli.gateway import API_KEYS
-from shoal.cli.long_running import end_with_parent
-from shoal.cli.nearby.announce_swarm import OnLan
-from shoal.cli.terminal.console import WrongUsage, start_logging, stdout
+from shoal.cli import network_options, options, serve
+from shoal.cli.gateway import API_KEYS, checked_keys, listen
+from shoal.cli.service.long_running import end_with_parent
+from shoal.cli.terminal.console import WRONG_USAGE, WrongUsage, start_logging, stdout
 from shoal.cli.terminal.notify import notify
 from shoal.errors import SwarmError
 from shoal.joining.invite_code import InviteCode, is_code, is_for_this_machine
-from shoal.model.weights.location import check_model
 from shoal.processes import Child, Children, interruptible
 
 START_SECONDS = 1e6
@@ -35,12 +32,12 @@ def command(
         str | None,
         typer.Option(metavar="START:END", help="Serve these blocks, such as 0:8. Default: as many as fit into memory."),
     ] = None,
-    device: serve.Device = options.Device.auto,
+    device: options.OnDevice = options.Device.auto,
     dtype: Annotated[
         options.DType,
         typer.Option(metavar="DTYPE", help=f"Compute in this dtype: {options.DTYPES}. auto: the model's own."),
     ] = options.DType.auto,
-    quantization: serve.StoredAs = options.Quantization.none,
+    quantization: options.StoredAs = options.Quantization.none,
     http_host: Annotated[
         str, typer.Option(metavar="IP", help="The page and the API listen here; 0.0.0.0 lets other machines ask too.")
     ] = "127.0.0.1",
@@ -50,9 +47,9 @@ def command(
     api_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Answer only clients that have this key; may be repeated.")
     ] = None,
-    host: options.Host = None,
-    port: options.Port = 0,
-    lan: OnLan = None,
+    host: network_options.Host = None,
+    port: network_options.Port = 0,
+    lan: network_options.OnLan = None,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
@@ -65,14 +62,19 @@ def command(
     start_logging(verbose=verbose)
     if is_code(model):
         raise WrongUsage("an invite code is for a swarm that is there", hint=f"join it: shoal join {model}")
-    check_model(model)
+    serve.check_options(
+        blocks=blocks, num_blocks=None, name=None, zone=None, adapter=None, host=host, announce=None, relay=None
+    )
+    options.check_places(model)
+    secrets = {API_KEYS: ",".join(checked_keys(api_key))} if api_key else {}
+    # The gateway listens there after the server's start, which may take an hour.
+    listen(http_host, http_port, option="--http-port").close()
     if exit_with_stdin:
         end_with_parent()
     form = _options({"--dtype": dtype.value, "--revision": revision}, allow_uncertified=allow_uncertified)
     serving = _options({"--blocks": blocks, "--device": device.value, "--quantization": quantization.value})
     listening = _options({"--host": host, "--port": str(port)})
     answering = _options({"--host": http_host, "--port": str(http_port)})
-    secrets = {API_KEYS: checked_keys(api_key)} if api_key else {}
     log = ["--verbose"] if verbose else []
     near = [] if lan is None else ["--lan" if lan else "--no-lan"]
     head = [] if blocks else ["--serve-head"]  # the head needs the last block, which may not be among these
@@ -82,6 +84,7 @@ def command(
         contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
         interruptible() as check,
         Children(num_threads=None, grace_seconds=DRAIN_SECONDS, shares_stderr=True) as children,
+        _told_when_it_stops(),
     ):
         server = children.start("server", *hold)
         _wait(children, server)
@@ -93,22 +96,31 @@ def command(
         _watch(children, server, check)
 
 
-def checked_keys(keys: Sequence[str]) -> str:
-    """The keys as the environment variable of the gateway takes them. Raises `WrongUsage` for those that it cannot."""
-    for key in keys:
-        if not key or set(key) & {",", *whitespace}:
-            raise WrongUsage("a key with a space or a comma, or an empty one", hint="--api-key takes a word of its own")
-    return ",".join(keys)
-
-
 def _options(values: dict[str, str | None], *, allow_uncertified: bool = False) -> list[str]:
     given = [part for option, value in values.items() if value is not None for part in (option, value)]
     return given + (["--allow-uncertified"] if allow_uncertified else [])
 
 
 def _wait(children: Children, child: Child) -> None:
-    for _ in children.wait_for([child], seconds=START_SECONDS):
-        pass
+    """Wait until a child is ready. Raises `SwarmError` if it ends, and `WrongUsage` if it found the options wrong."""
+    notify(STATUS=f"Starting the {child.name}")
+    try:
+        for _ in children.wait_for([child], seconds=START_SECONDS):
+            pass
+    except SwarmError as error:
+        if child.process.returncode == WRONG_USAGE:
+            raise WrongUsage(str(error), hint=error.hint) from None
+        raise
+
+
+@contextlib.contextmanager
+def _told_when_it_stops() -> Iterator[None]:
+    """Tell systemd of an interrupt in this context, before the children are ended, which takes a while."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        notify(STOPPING="1", STATUS="Leaving the swarm")
+        raise
 
 
 def _watch(children: Children, server: Child, check: Callable[[], None]) -> None:

@@ -59,11 +59,11 @@ class Load:
         return len(self.block_bytes)
 
     def holds(self, free_bytes: int) -> int:
-        """The most blocks that a server holds on a machine with so much free memory, as it chooses itself."""
+        """The most blocks that a server holds on a machine with this much free memory, as it chooses itself."""
         return choose_num_blocks(free_bytes, self.block_bytes)
 
     def cache_tokens(self, free_bytes: int, num_blocks: int) -> int:
-        """For how many tokens a server with this many blocks makes a cache, on a machine with so much free memory."""
+        """For how many tokens a server with this many blocks makes a cache, on a machine with this much free memory."""
         taken = sum(sorted(self.block_bytes)[-num_blocks:])
         token_bytes = num_blocks * self.cache_bytes + self.output_bytes
         return cache_tokens(free_before=free_bytes, free_after=free_bytes - taken, token_bytes=token_bytes)
@@ -245,7 +245,7 @@ def _part(spare: _Spare, span: Span, load: Load, speed: SpeedProfile | Hardware,
 
 
 def _speeds(load: Load, num_blocks: int, speed: SpeedProfile | Hardware) -> tuple[float, float]:
-    """Tokens per second of one text, and of a prompt, through so many blocks: as measured, or as assumed."""
+    """Tokens per second of one text, and of a prompt, through this many blocks: as measured, or as assumed."""
     if isinstance(speed, SpeedProfile):
         return speed.decode_speed(num_blocks), speed.prefill_speed(num_blocks)
     decode = speed.bandwidth / max(1.0, num_blocks * load.read_bytes)
@@ -267,10 +267,10 @@ def _route(
     speed: SpeedProfile | Hardware,
 ) -> tuple[Route, Route]:
     """The fastest route of a token, and the same one for a prompt."""
-    everyone = [*(_with_speeds(each, load, speed) for each in servers), *joining]
-    links = tuple((short(each.peer), round_trip) for each in everyone)
+    all_servers = [*(_with_speeds(each, load, speed) for each in servers), *joining]
+    links = tuple((short(each.peer), round_trip) for each in all_servers)
     new = {each.peer for each in joining}
-    linked = tuple(replace(each, round_trips=links) if each.peer in new else each for each in everyone)
+    linked = tuple(replace(each, round_trips=links) if each.peer in new else each for each in all_servers)
     known = Measured({each.peer: round_trip for each in linked})
     view = SwarmView(load.num_blocks, linked)
     route = choose_route(view, Span(0, load.num_blocks), needs=Needs(), known=known)

@@ -10,6 +10,7 @@ is refused.
 
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
 from shoal.protocol.control import Close, Leaving, Ping, Pong
+from shoal.protocol.dialing import MAX_DIALED_ADDRESSES, REACH_PROTOCOL, DialBack, DialedBack
 from shoal.protocol.failures import FAILURES, Failure, FailureCode
 from shoal.protocol.limits import (
     MAX_ADDRESS,
@@ -53,7 +54,6 @@ from shoal.protocol.parsing import (
     parse,
 )
 from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, NormsResult, PassResult
-from shoal.protocol.reachability import MAX_DIALED_ADDRESSES, REACH_PROTOCOL, DialBack, DialedBack
 from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
 from shoal.protocol.transfers import Filler, Transfer
 from shoal.protocol.versions import PROTOCOL, PROTOCOL_VERSION, UPGRADE, protocol_id, speaks_other

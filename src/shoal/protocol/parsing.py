@@ -9,10 +9,10 @@ from pydantic_core import ErrorDetails
 
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
 from shoal.protocol.control import Close, Leaving, Ping, Pong
+from shoal.protocol.dialing import DialBack, DialedBack
 from shoal.protocol.failures import Failure
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassResult
-from shoal.protocol.reachability import DialBack, DialedBack
 from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached
 from shoal.protocol.transfers import Filler, Transfer
 from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText

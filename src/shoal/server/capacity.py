@@ -79,7 +79,7 @@ def memory_for_blocks(config: ServerConfig, checkpoint: Checkpoint, dtype: torch
     """The bytes of memory that are left for blocks and caches, of those that are free."""
     if not config.serve_head:
         return free_bytes
-    return free_bytes - round(checkpoint.head_bytes * dtype.itemsize / choose_dtype("auto", checkpoint).itemsize)
+    return free_bytes - checkpoint.head_size(lambda tensor: held_bytes(tensor, itemsize=dtype.itemsize))
 
 
 def most_blocks(config: ServerConfig, sizes: Sequence[int], memory: int) -> int:
@@ -157,11 +157,11 @@ def block_bytes(
         return dequantized_bytes(checkpoint.family, checkpoint.config, dtype)
     if stored is not None:
         return checkpoint.block_bytes
-    own, family = choose_dtype("auto", checkpoint), checkpoint.family.model_type
+    family = checkpoint.family.model_type
 
     def size_of(name: str, tensor: TensorInfo) -> float:
         form = quantization if is_linear(family, name, tensor) else Quantization.NONE
-        return held_bytes(tensor.nbytes, stored=own.itemsize, itemsize=dtype.itemsize, quantization=form)
+        return held_bytes(tensor, itemsize=dtype.itemsize, quantization=form)
 
     return checkpoint.block_sizes(size_of)
 

@@ -12,7 +12,7 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.hub import HubFiles
 from shoal.model.weights.pieces.peer_files import PeerFiles
 from shoal.model.weights.pieces.piece_store import PieceSource
-from shoal.model.weights.pieces.pieces import source_of
+from shoal.model.weights.pieces.sources import source_of
 from shoal.policy.keeping import keeps_head
 from shoal.server.executor import Abandoned
 from shoal.server.placing.setup import Surroundings, base_info

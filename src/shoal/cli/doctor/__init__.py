@@ -14,13 +14,14 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from shoal.cli import options
+from shoal.cli import network_options, options
 from shoal.cli.doctor.diagnosis import Finding, Health, diagnose
 from shoal.cli.doctor.facts import Facts, SwarmFacts, look_at_machine, look_at_swarm
+from shoal.cli.network_options import network_of
 from shoal.cli.terminal.console import start_logging, stdout, waiting
 from shoal.errors import ShoalError
 from shoal.joining.invite_code import InviteCode
-from shoal.net import NetworkConfig, check_addresses
+from shoal.net import NetworkConfig
 
 STYLES = {Health.FINE: "green", Health.NOTE: "yellow", Health.PROBLEM: "bold red"}
 SIGNS = {Health.FINE: "ok", Health.NOTE: "note", Health.PROBLEM: "problem"}
@@ -28,13 +29,13 @@ SIGNS = {Health.FINE: "ok", Health.NOTE: "note", Health.PROBLEM: "problem"}
 
 def command(
     code: Annotated[
-        str | None, typer.Argument(metavar="[CODE]", help="An invite code of the swarm that this machine is to be in.")
+        str | None, typer.Argument(metavar="CODE", help="An invite code of the swarm that this machine is to be in.")
     ] = None,
     initial_peers: options.InitialPeers = None,
-    host: options.Host = None,
-    port: options.Port = 0,
-    announce: options.Announce = None,
-    relay: options.Relay = None,
+    host: network_options.Host = None,
+    port: network_options.Port = 0,
+    announce: network_options.Announce = None,
+    relay: network_options.Relay = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -44,16 +45,15 @@ def command(
     --announce, and members dial it back. The exit status is 1 if there is a problem.
     """
     start_logging(verbose=verbose)
-    network = NetworkConfig(
+    network = network_of(
         initial_peers=options.peers_of(initial_peers),
         host=host,
         port=port,
-        announce=tuple(announce or ()),
-        relays=tuple(relay or ()),
+        announce=announce,
+        relay=relay,
         serve_relay=False,
     )
-    check_addresses(network)
-    wanted = None if code is None else InviteCode.parse(code)
+    wanted = None if code is None else options.checked_code(code)
     facts = look(network, wanted)
     findings = diagnose(facts)
     is_well = all(each.health is not Health.PROBLEM for each in findings)

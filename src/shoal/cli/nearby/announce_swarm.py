@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shoal.joining.lan import Announcement, Lan
@@ -15,15 +13,6 @@ if TYPE_CHECKING:
     from shoal.server.server import Server
 
 log = logging.getLogger(__name__)
-
-OnLan = Annotated[
-    bool | None,
-    typer.Option(
-        "--lan/--no-lan",
-        help="Announce the swarm on the local network: `shoal join` lists it there. Default: if it is a swarm of that "
-        "network.",
-    ),
-]
 
 
 async def announce_swarm(

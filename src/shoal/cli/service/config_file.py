@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 import stat
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -23,11 +24,14 @@ import typer
 from shoal.cli import options
 from shoal.cli.terminal.console import WrongUsage, stderr
 from shoal.errors import UserError
+from shoal.joining.invite_code import is_code
 
 SECRETS = {"api-key"}
-"""The keys whose values other users of the machine should not read."""
+"""The keys whose values other users of the machine should not read, beside invite codes."""
 SHORTEST_SHOWN = 3
 """Characters of a value by which an error is known to be about it. Shorter ones occur in any text: only in quotes."""
+CERTAIN = 1 << 30
+"""How surely an error is about a value that it quotes, or whose option it names."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,16 @@ class ConfigFile:
 
         `used` is what the command was called with.
         """
-        text = f"{error} {error.hint or ''}"
-        for name, key in self.keys.items():
-            if used.get(name) == self.values[name] and (f"--{key}" in text or any(_shown(self.values[name], text))):
-                return type(error)(f"{self.path}: {key}: {error}", hint=error.hint)
-        return error
+        sure = {
+            key: _surely_about(error, key, self.values[name])
+            for name, key in self.keys.items()
+            if used.get(name) == self.values[name]
+        }
+        best = max(sure.values(), default=0)
+        found = [key for key, each in sure.items() if each == best > 0]
+        if len(found) != 1:  # an error with the wrong key would mislead
+            return error
+        return type(error)(f"{self.path}: {found[0]}: {error}", hint=error.hint)
 
 
 def with_config_file(command: Callable[..., None]) -> Callable[..., None]:
@@ -90,7 +99,9 @@ def read_config(path: Path, context: typer.Context) -> ConfigFile:
             raise WrongUsage(f"{path}: {key} stands there twice", hint="it may be written with - or with _")
         values[parameter.name] = _value(parameter, given, (path, key), context)
         keys[parameter.name] = key.replace("_", "-")
-    if is_public and (secret := next((key for key in keys.values() if key in SECRETS), None)):
+    if is_public and (
+        secret := next((word for name, key in keys.items() if (word := _secret(key, values[name]))), None)
+    ):
         stderr.print(f"all users of this machine can read the {secret} in {path}: chmod o-r {path}", style="yellow")
     return ConfigFile(path, values, keys)
 
@@ -113,6 +124,14 @@ _Option = Annotated[
         help="Take options from this TOML file, by their long names. The command line overrides it.",
     ),
 ]
+
+
+def _secret(key: str, value: Any) -> str | None:
+    """What other users should not read of this value; `None` if they may."""
+    if key in SECRETS:
+        return key
+    values = value if isinstance(value, list | tuple) else [value]
+    return "invite code" if key in ("code", "model") and any(map(is_code, values)) else None
 
 
 def _key(parameter: Any) -> str:
@@ -163,8 +182,17 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
     return f"is it {near[0]}? the keys are the names of the options" if near else f"there are: {', '.join(known)}"
 
 
-def _shown(value: Any, text: str) -> Iterator[bool]:
-    """Whether each text of a value stands in an error's text."""
-    for each in value if isinstance(value, list | tuple) else [value]:
-        shown = str(each) if len(str(each)) >= SHORTEST_SHOWN else repr(str(each))
-        yield isinstance(each, str | Path) and shown in text
+def _surely_about(error: UserError, key: str, value: Any) -> int:
+    """How surely an error is about this value of this key: `CERTAIN`, or the length of the text that it shows, or 0.
+
+    A path may have the name of the server in it, so longer texts count for more.
+    """
+    text = f"{error} {error.hint or ''}"
+    if re.search(rf"--{re.escape(key)}(?![\w-])", text):
+        return CERTAIN
+    values = value if isinstance(value, list | tuple) else [value]
+    shown = [str(each) for each in values if isinstance(each, str | Path)]
+    if any(repr(each) in text for each in shown):
+        return CERTAIN
+    long = [each for each in shown if len(each) >= SHORTEST_SHOWN]
+    return max((len(each) for each in long if re.search(rf"(?<!\w){re.escape(each)}(?!\w)", str(error))), default=0)

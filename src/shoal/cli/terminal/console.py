@@ -17,18 +17,13 @@ from rich.text import Text
 
 from shoal.cli.terminal.notify import notify
 from shoal.errors import UserError
+from shoal.progress_log import PROGRESS, ProgressLog
 
 # Given NO_COLOR, Rich drops the colors but still writes bold and dim.
 _COLORS: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
 stdout = Console(highlight=False, color_system=_COLORS)
 stderr = Console(stderr=True, highlight=False, color_system=_COLORS)
 
-PROGRESS = logging.getLogger("shoal.progress")
-"""The logger of progress lines. They replace the spinner where stderr is not a terminal."""
-MIN_LINE_SECONDS = 5.0
-"""The shortest time between two lines about steps of the same kind, such as blocks that are loaded."""
-REMINDER_SECONDS = 10.0
-"""The time after which a task that still runs is logged again."""
 LOOK_SECONDS = 1.0
 """How often it is looked for tasks that still run."""
 
@@ -38,8 +33,26 @@ UNKNOWN = "…"
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
+WRONG_USAGE = 2
+"""The exit status when the user has to change the command line or a file of options."""
+
+
 class WrongUsage(UserError):
-    """The arguments of the command are wrong. The exit status is 2."""
+    """The arguments of the command are wrong. The exit status is `WRONG_USAGE`."""
+
+
+@contextlib.contextmanager
+def as_usage() -> Iterator[None]:
+    """In this context, the arguments are checked: a `UserError` about one is `WrongUsage`. Also a decorator.
+
+    Service managers go by the exit status: what a user has to change is not tried again.
+    """
+    try:
+        yield
+    except WrongUsage:
+        raise
+    except UserError as error:
+        raise WrongUsage(str(error), hint=error.hint) from error
 
 
 def print_error(message: str, hint: str | None = None) -> None:
@@ -148,41 +161,6 @@ class ProgressReporter:
             self._log.clear()
         if self._progress.live.is_started:
             self._progress.stop()
-
-
-class ProgressLog:
-    """Decides which tasks and steps get a log line: every task, but not every step."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._task = self._step = ""
-        self._logged_at = self._started_at = clock()
-
-    def line_for(self, task: str, step: str = "") -> str | None:
-        """Note that this task and step have begun. Returns the line to log, or None."""
-        now = self._clock()
-        if task != self._task:
-            self._started_at = now
-        elif now - self._logged_at < MIN_LINE_SECONDS:
-            self._step = step
-            return None
-        self._task, self._step, self._logged_at = task, step, now
-        return self._line()
-
-    def reminder(self) -> str | None:
-        """The line for a task that still runs and was not logged for `REMINDER_SECONDS`; else None."""
-        now = self._clock()
-        if not self._task or now - self._logged_at < REMINDER_SECONDS:
-            return None
-        self._logged_at = now
-        return f"{self._line()} (for {now - self._started_at:.0f} s)"
-
-    def clear(self) -> None:
-        """Forget the task: it has ended."""
-        self._task = ""
-
-    def _line(self) -> str:
-        return f"{self._task}: {self._step}" if self._step else self._task
 
 
 @contextlib.contextmanager

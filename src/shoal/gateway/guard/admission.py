@@ -31,7 +31,7 @@ class Allowance:
         self._left, self._at = self.per_minute or 0.0, self.clock()
 
     def seconds_until(self, amount: float) -> float:
-        """Seconds until so much is there; 0 if it is."""
+        """Seconds until this amount is there; 0 if it is."""
         if self.per_minute is None:
             return 0.0
         now = self.clock()
@@ -40,7 +40,7 @@ class Allowance:
         return max(0.0, (min(amount, self.per_minute) - self._left) * 60 / self.per_minute)
 
     def use(self, amount: float) -> None:
-        """Take so much, even if that leaves a debt: how many tokens an answer has is known only afterwards."""
+        """Take this amount, even if that leaves a debt: how many tokens an answer has is known only afterwards."""
         self._left -= amount
 
 
@@ -53,7 +53,10 @@ class Account:
 
 
 class Admission:
-    """Checks keys and limits, and lets at most `max_running` requests run, while at most `max_waiting` wait."""
+    """Checks keys and limits, and lets at most `max_running` requests run, while at most `max_waiting` wait.
+
+    Without `keys`, all may ask. Raises `ValueError` for an empty key: requests without a key have that.
+    """
 
     def __init__(
         self,
@@ -68,8 +71,11 @@ class Admission:
         def account() -> Account:
             return Account(Allowance(requests_per_minute, clock), Allowance(tokens_per_minute, clock))
 
+        keys = tuple(keys)
+        if not all(keys):
+            raise ValueError("an empty API key")
         self._accounts = {digest(key): account() for key in keys}
-        self._anybody = account()
+        self._without_key = account()
         self._room = asyncio.Semaphore(max_running)
         self._max_waiting = max_waiting
         self.num_waiting = 0
@@ -78,7 +84,7 @@ class Admission:
     def account(self, authorization: str | None, api_key: str | None = None) -> Account:
         """The account of a request with these headers. Raises `Refused` for a wrong or missing key."""
         if not self._accounts:
-            return self._anybody
+            return self._without_key
         scheme, _, key = (authorization or "").partition(" ")
         given = key.strip() if scheme.lower() == "bearer" else (api_key or "")
         found = self._accounts.get(digest(given))

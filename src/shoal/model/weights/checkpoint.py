@@ -118,7 +118,15 @@ class Checkpoint:
     @cached_property
     def head_bytes(self) -> int:
         """The size in bytes of all tensors outside of the blocks as they are stored."""
-        return sum(tensor.nbytes for name, tensor in self._headers.items() if self.family.block_of(name) is None)
+        return self.head_size(lambda tensor: tensor.nbytes)
+
+    def head_size(self, size_of: Callable[[TensorInfo], float]) -> int:
+        """The size of all tensors outside of the blocks if they are held in another form.
+
+        `size_of` gives the size in bytes of one tensor, from its header.
+        """
+        of_head = (tensor for name, tensor in self._headers.items() if self.family.block_of(name) is None)
+        return round(sum(map(size_of, of_head)))
 
     def block_tensors(self, span: Span) -> dict[str, Tensor]:
         """The tensors of these blocks, by their names in the checkpoint.
@@ -169,7 +177,10 @@ class Checkpoint:
 def _read_config(files: Files) -> PreTrainedConfig:
     folder = files.path(CONFIG).parent
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if not isinstance(text_config(config).dtype, torch.dtype | None):
+            raise TypeError("its dtype is the name of none")
+        return config
     except ValueError as error:
         raise UnsupportedModel(
             f"Transformers does not know the architecture of {files.name}: {_in_one_line(error)}",

@@ -28,7 +28,7 @@ from shoal.model.family_tables import (
 from shoal.model.weights.files import Files, LocalFiles
 from shoal.model.weights.fingerprint import fingerprint, model_key
 from shoal.model.weights.location import CONFIG, INDEX, SINGLE_FILE, folder_of, missing_config, unreadable_weights
-from shoal.model.weights.safetensors_file import TensorInfo
+from shoal.model.weights.safetensors_file import DTYPE_BITS, TensorInfo, is_tensor_name
 
 ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """The bytes of a number in each dtype that can be computed in."""
@@ -37,7 +37,7 @@ QUANTIZED_BYTES: Mapping[str, float] = {"int8": 1.01, "nf4": 0.5 + 4 / 64}
 MOST_NUMBER = 1 << 31
 """No size that a config states is as large."""
 _UNREADABLE = (".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".ckpt")
-_NUMBERED = re.compile(r"(?:(.*?)\.)??(\w+)\.(\d{1,6})\.(.+)")
+_NUMBERED = re.compile(r"(?:(.*?)\.)??(\w+)\.(\d{1,6})\.(.+)", re.DOTALL)
 _NOT_LINEAR = frozenset({"experts", "gate", "router"})
 _BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
@@ -46,12 +46,15 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-def held_bytes(nbytes: int, *, stored: int, itemsize: int, quantization: str = "none") -> float:
-    """The bytes that a tensor takes in a server's memory, if it takes `nbytes` in the checkpoint.
+def held_bytes(tensor: TensorInfo, *, itemsize: int, quantization: str = "none") -> float:
+    """The bytes that a tensor of a checkpoint takes in memory.
 
-    A number takes `stored` bytes there and `itemsize` bytes in memory, unless this tensor is held in a `quantization`.
+    A number takes `itemsize` bytes there, whatever it takes in its file, unless the tensor is held in a `quantization`.
+    Tensors of whole numbers stay as they are.
     """
-    return nbytes / stored * QUANTIZED_BYTES.get(quantization, itemsize)
+    if not tensor.dtype.startswith(("F", "BF")) or tensor.dtype not in DTYPE_BITS:
+        return tensor.nbytes
+    return tensor.nbytes * 8 / DTYPE_BITS[tensor.dtype] * QUANTIZED_BYTES.get(quantization, itemsize)
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ class Contents:
         config = read_json(files, CONFIG)
         text = _language_model(config)
         model_type, own_type = config.get("model_type"), text.get("model_type")
-        is_certified = model_type in CERTIFIED if text is config else model_type in CERTIFIED_WITH_VISION
-        if not isinstance(model_type, str) or not (is_certified or allow_uncertified):
+        certified = CERTIFIED if text is config else CERTIFIED_WITH_VISION
+        if not isinstance(model_type, str) or not (model_type in certified or allow_uncertified):
             raise uncertified(str(model_type)[:100])
         file_of = locate_tensors(files)
         tensors: dict[str, TensorInfo] = {}
@@ -166,9 +169,8 @@ class Contents:
 
     def head_bytes(self, dtype: str) -> int:
         """How many bytes of a client's memory everything outside of the blocks takes."""
-        own = ITEM_BYTES[self.dtype]
-        of_head = (tensor.nbytes for name, tensor in self.tensors.items() if not self._is_in_list(name))
-        return round(sum(held_bytes(nbytes, stored=own, itemsize=ITEM_BYTES[dtype]) for nbytes in of_head))
+        of_head = (tensor for name, tensor in self.tensors.items() if not self._is_in_list(name))
+        return round(sum(held_bytes(tensor, itemsize=ITEM_BYTES[dtype]) for tensor in of_head))
 
     def output_bytes(self, dtype: str) -> int:
         """How many bytes of the head are read for each new token: those of the output projection."""
@@ -209,12 +211,7 @@ class Contents:
         if self.stored is not None:
             return tensor.nbytes
         is_quantized = is_linear(self.model_type, name, tensor)
-        return held_bytes(
-            tensor.nbytes,
-            stored=ITEM_BYTES[self.dtype],
-            itemsize=itemsize,
-            quantization=quantization if is_quantized else "none",
-        )
+        return held_bytes(tensor, itemsize=itemsize, quantization=quantization if is_quantized else "none")
 
     def _numbers(self, name: str, tensor: TensorInfo) -> float:
         """How many weights a tensor has: scales of quantized ones are none, and a byte may hold two of them."""
@@ -269,7 +266,9 @@ def locate_tensors(files: Files) -> Mapping[str, str]:
         return dict.fromkeys(files.headers([SINGLE_FILE])[SINGLE_FILE], SINGLE_FILE)
     if INDEX in files:
         file_of = read_json(files, INDEX).get("weight_map")
-        if not isinstance(file_of, dict) or not all(map(_is_plain_name, file_of.values())):
+        if not isinstance(file_of, dict) or not all(
+            is_tensor_name(name) and _is_plain_name(file) for name, file in file_of.items()
+        ):
             raise CheckpointError(f"{INDEX} of {files.name} is damaged: its weight_map does not map tensors to files")
         return file_of
     others = [file for file in files.listing() if file.endswith((*_UNREADABLE, ".safetensors"))]
@@ -320,7 +319,7 @@ def _number(config: Mapping[str, Any], *names: str) -> int | None:
 def _dtype(*configs: Mapping[str, Any]) -> str:
     """The dtype that the first of these configs names, as Transformers reads it: without one, it is float32."""
     named = (config.get(name) for config in configs for name in ("dtype", "torch_dtype"))
-    return next((str(each) for each in named if each in ITEM_BYTES), "float32")
+    return next((str(each) for each in named if isinstance(each, str) and each in ITEM_BYTES), "float32")
 
 
 def _stored_method(config: Mapping[str, Any]) -> str | None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shoal.model.weights import disk_cache
-from shoal.model.weights.byte_lines import ByteLines
+from shoal.progress_log import ByteLines
 
 _CHUNK = 1 << 23
 _PROGRESS_AFTER_SECONDS = 1.0

@@ -34,11 +34,11 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm  # type: ignore[attr-defined]
 
 from shoal.errors import CheckpointError, UserError
-from shoal.model.weights.byte_lines import ByteLines
 from shoal.model.weights.disk_cache import load_or_compute
 from shoal.model.weights.files import Files, LocalFiles, all_known
 from shoal.model.weights.fingerprint import file_digests
 from shoal.model.weights.safetensors_file import Header, TensorInfo, check_header, parse_header, read_all, read_header
+from shoal.progress_log import ByteLines
 
 if TYPE_CHECKING:
     from torch import Tensor

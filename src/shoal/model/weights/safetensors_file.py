@@ -16,8 +16,11 @@ from shoal.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+MAX_DIMENSIONS = 64
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the format allows."""
+MAX_NAME = 256
+"""Characters of a tensor's name. Those of real models have up to about a hundred; a member may send any."""
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -25,6 +28,8 @@ DTYPE_BITS = {
     **dict.fromkeys(("U64", "I64", "F64"), 64),
 }
 """The bits of a number, by the format's name of its dtype. The format has others, whose tensors are not checked."""
+MAX_NUMBERS = 1 << 53
+"""No tensor has as many numbers."""
 OWN_MAPPING_BYTES = 1 << 23
 """Tensors of at least this size get a memory mapping of their own, because a mapping lives as long as any of its
 tensors. Smaller ones share a mapping."""
@@ -47,9 +52,17 @@ def parse_header(text: bytes, *, file: str) -> Header:
     """The tensors that a safetensors header declares. Raises `CheckpointError` if the header is malformed."""
     try:
         declared = json.loads(text)
-        return {name: _tensor_info(entry) for name, entry in declared.items() if name != "__metadata__"}
+        header = {name: _tensor_info(entry) for name, entry in declared.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise _damaged(file, "its header is not that of a safetensors file") from None
+    if not all(map(is_tensor_name, header)):
+        raise _damaged(file, f"a tensor's name is longer than {MAX_NAME} characters, or some cannot be printed")
+    return header
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether this can be the name of a tensor: short enough to be searched by patterns, and printable in messages."""
+    return len(name) <= MAX_NAME and name.isprintable()
 
 
 def header_bytes(path: Path) -> int:
@@ -136,7 +149,10 @@ def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
     start, end = (int(offset) for offset in entry["data_offsets"])
     if not 0 <= start <= end:
         raise ValueError
-    return TensorInfo(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), end - start, end)
+    shape = tuple(int(size) for size in entry["shape"])
+    if len(shape) > MAX_DIMENSIONS or math.prod(shape) > MAX_NUMBERS:
+        raise ValueError
+    return TensorInfo(str(entry["dtype"]), shape, end - start, end)
 
 
 def _damaged(file: str, why: str) -> CheckpointError:

@@ -149,7 +149,7 @@ class Host:
         return {**inherited, "NO_COLOR": "1", **self._environment}
 
     def set_clock(self, seconds: float) -> None:
-        """Let the clock of Python programs that start here from now on be ahead by so many seconds, or behind."""
+        """Let the clock of Python programs that start here from now on be ahead by this many seconds, or behind."""
         folder = self._net.folder / self.name / f"clock{round(seconds)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sitecustomize.py").write_text(_CLOCK.format(seconds=round(seconds)))
