@@ -1,6 +1,6 @@
 # shoal in a container. It computes on the CPU; for NVIDIA GPUs:
 #   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --tag shoal .
-# docs/serve.md says how to run it.
+# docs/service.md says how to run it.
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim AS build
