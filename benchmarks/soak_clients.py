@@ -28,7 +28,7 @@ from benchmarks.clients import generate
 from benchmarks.conversations import Conversation, read_conversations
 from benchmarks.soak import MODEL
 from shoal import AutoDistributedModelForCausalLM
-from shoal.cli.long_running import end_with_parent
+from shoal.cli.service.long_running import end_with_parent
 
 START_SECONDS = 120.0
 
