@@ -57,7 +57,7 @@ ROUTING_BYTES = 15_000
 STORING_BYTES = 32_000
 """The same for storing, which looks at twenty peers."""
 FEW = 40
-"""Up to this many servers, all five peers that store a key are asked (`shoal.net.libp2p.dht.dht_directory`)."""
+"""Up to this many servers, all five peers that store a key are asked (`shoal.net.libp2p.hash_table.dht_directory`)."""
 ZONES = tuple(f"zone-{index}" for index in range(12))
 
 

@@ -1,6 +1,6 @@
 """How machines join from everywhere: scenes in an internet of namespaces, each with what a user does in it.
 
-Each scene starts a swarm with `shoal up`, lets others `shoal join` by its code, and has a story told by `shoal
+Each scene starts a swarm with `shoal serve`, lets others `shoal join` by its code, and has a story told by `shoal
 generate`. A link goes in the middle of it. The story must be the one that plain Transformers tells. A scene that fails
 raises `SceneFailed`, with what a user saw. `python -m tests.net.scenes` plays them and prints a table.
 """
@@ -86,8 +86,8 @@ class Stage:
         self._speeds = speeds
 
     def up(self, host: Host, *options: str, blocks: str = LAST) -> str:
-        """Start the swarm on a host. Returns its code."""
-        child = self._start(host, "up", str(STORIES), *FORM, "--http-port", "0", "--blocks", blocks, *options)
+        """Start the swarm on a host. Returns its code. It has no gateway, which would take time, and is not used."""
+        child = self._start(host, "serve", str(STORIES), "--new-swarm", *FORM, "--blocks", blocks, *options)
         return self.fact(child, "code")
 
     def join(self, *hosts: Host, code: str, options: Sequence[str] = (), blocks: str = FIRST) -> list[Child]:
@@ -344,13 +344,15 @@ class Scene:
 
 
 SCENES = {
-    "open": Scene(on_a_lan),
+    "open": Scene(on_a_lan, by_hand="containers is harder, and otherwise alike"),
     "containers": Scene(beside_containers),
     "full-cone": Scene(
         functools.partial(home_beside_public, nat=Nat.FULL_CONE),
-        by_hand="port-restricted is harder, and otherwise alike",
+        by_hand="those of two-homes are harder, and otherwise alike",
     ),
-    "port-restricted": Scene(functools.partial(home_beside_public, nat=Nat.PORT_RESTRICTED)),
+    "port-restricted": Scene(
+        functools.partial(home_beside_public, nat=Nat.PORT_RESTRICTED), by_hand="one of two-homes has such a NAT"
+    ),
     "symmetric": Scene(
         functools.partial(home_beside_public, nat=Nat.SYMMETRIC), by_hand="one of two-homes has such a NAT"
     ),
@@ -363,7 +365,7 @@ SCENES = {
     "separated": Scene(separated, by_hand="tests/swarm/test_ring.py has such servers, in memory"),
     "restarted-relays": Scene(restarted_relays, by_hand="tests/net/test_reach.py restarts a relay"),
 }
-"""The scenes by their names. Each takes the best part of a minute of a core, so tests play six of them."""
+"""The scenes by their names. Each takes the best part of a minute of a core, so tests play four of them."""
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import pytest
 from shoal.testing.namespaces import missing_for_namespaces
 from tests.net.scenes import SCENES, known_speeds, stage
 
-NAMES = ("port-restricted", "two-homes")
+NAMES = ("two-homes",)
 
 pytestmark = pytest.mark.skipif(missing_for_namespaces() is not None, reason=str(missing_for_namespaces()))
 

@@ -13,7 +13,7 @@ import pytest
 from shoal.testing.namespaces import missing_for_namespaces
 from tests.net.scenes import SCENES, known_speeds, stage
 
-NAMES = ("open", "containers", "dead-bootstrap", "clients-clock")
+NAMES = ("containers", "dead-bootstrap", "clients-clock")
 
 pytestmark = pytest.mark.skipif(missing_for_namespaces() is not None, reason=str(missing_for_namespaces()))
 

@@ -25,7 +25,7 @@ from shoal.net import NetworkConfig, join
 from shoal.net.identity import Identity
 from shoal.net.libp2p import daemon as daemons
 from shoal.net.libp2p.daemon import DaemonConfig
-from shoal.net.libp2p.dht.dht_directory import DhtDirectory
+from shoal.net.libp2p.hash_table.dht_directory import DhtDirectory
 from shoal.net.libp2p.libp2p_transport import MAX_STREAMS_PER_PEER, Libp2pTransport
 from shoal.net.records import Announcement, seal, shard_key
 from shoal.net.transport import Node, Stream, StreamBroken
@@ -546,7 +546,9 @@ async def test_a_wrong_clock_is_reported_once_and_lost_peers_are_not_taken_for_i
         finally:
             await transport.close()
             await directory.close()
-    messages = [each.getMessage() for each in caplog.records if each.name == "shoal.net.libp2p.dht.store_failures"]
+    messages = [
+        each.getMessage() for each in caplog.records if each.name == "shoal.net.libp2p.hash_table.store_failures"
+    ]
     assert messages == [
         "other peers refuse this server's announcement because the clocks differ: "
         "this machine's is 3600 s ahead of theirs",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shoal.client.swarm.peer_health import PeerHealth
 from shoal.errors import SwarmError
 from shoal.net.libp2p.daemon_reasons import OTHER, REASONS, plain_reason
-from shoal.net.libp2p.dht.dht_directory import P2PDaemonError, translated_errors
+from shoal.net.libp2p.hash_table.dht_directory import P2PDaemonError, translated_errors
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
 from shoal.net.transport import StreamBroken
 

@@ -13,8 +13,8 @@ from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 
 from shoal.net.identity import Identity
-from shoal.net.libp2p.dht import dht_limits
-from shoal.net.libp2p.dht.record_validator import RecordValidator
+from shoal.net.libp2p.hash_table import dht_limits
+from shoal.net.libp2p.hash_table.record_validator import RecordValidator
 from shoal.net.records import Announcement, seal, shard_key
 from shoal.policy.census.levels import Shard
 

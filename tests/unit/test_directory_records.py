@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.net.identity import Identity
-from shoal.net.libp2p.dht.record_validator import RecordValidator
+from shoal.net.libp2p.hash_table.record_validator import RecordValidator
 from shoal.net.records import (
     CLOCK_SKEW,
     MAX_RECORD_BYTES,

@@ -12,7 +12,7 @@ from hivemind.dht.node import Blacklist
 from hivemind.p2p import PeerID
 
 from shoal.net.identity import Identity
-from shoal.net.libp2p.dht.known_peers import MAX_KNOWN, KnownPeers
+from shoal.net.libp2p.hash_table.known_peers import MAX_KNOWN, KnownPeers
 
 pytestmark = pytest.mark.anyio
 

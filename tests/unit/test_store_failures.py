@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shoal.net.libp2p.dht.store_failures import StoreFailure, StoreFailureLog, StoreResponses, store_failure
+from shoal.net.libp2p.hash_table.store_failures import StoreFailure, StoreFailureLog, StoreResponses, store_failure
 from shoal.net.records import CLOCK_SKEW
 
 

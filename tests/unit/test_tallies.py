@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.net.identity import Identity
-from shoal.net.libp2p.dht.record_validator import RecordValidator
+from shoal.net.libp2p.hash_table.record_validator import RecordValidator
 from shoal.net.records import MAX_RECORD_BYTES, seal, shard_key, tallies_key
 from shoal.net.tallies import MAX_TALLIED, ShardTally, seal_tally, unseal_tally
 from shoal.policy.census.histogram import MAX_CELLS, Cell

@@ -20,7 +20,7 @@ from shoal.cli.terminal.render import render, render_route
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, code_in
-from shoal.model.weights.location import check_model, is_path
+from shoal.model.weights.location import is_path
 from shoal.policy.dtypes import mixture
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.protocol import PROTOCOL_VERSION
@@ -127,11 +127,9 @@ def command(
     """
     start_logging(verbose=verbose)
     client = options.client_options(initial_peers, models=() if model is None else (model,))
-    if model is not None:
+    if model is not None and is_path(model):  # others may be names of models in the swarm
         options.check_places(model)
     code = None if model is None else code_in(model)
-    if model is not None and is_path(model):
-        check_model(model)
     with waiting("Asking the swarm"):
         found = asyncio.run(look(client, model, route=route) if code is None else _look_by(code, client, route=route))
     if as_json:

@@ -84,8 +84,8 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
 
     from shoal.net.addressing.own_addresses import free_addresses, has_public_address
     from shoal.net.libp2p.daemon import DaemonConfig
-    from shoal.net.libp2p.dht.dht_directory import DhtDirectory
     from shoal.net.libp2p.duplicate_identity import answers_elsewhere
+    from shoal.net.libp2p.hash_table.dht_directory import DhtDirectory
     from shoal.net.libp2p.identity_lock import identity_lock
     from shoal.net.libp2p.libp2p_transport import Libp2pTransport
 

@@ -37,7 +37,7 @@ def choose_swarm(*, yes: bool) -> InviteCode:
     interfaces = lan_interfaces()
     swarms = hear_swarms(MulticastLan(), interfaces)
     with waiting("Importing the network"), large_imports():
-        import shoal.net.libp2p.dht.dht_directory  # noqa: F401 - imported here because the import is slow
+        import shoal.net.libp2p.hash_table.dht_directory  # noqa: F401 - imported here because the import is slow
         from shoal.joining.checked_swarms import Libp2pDialler
     shown = check_swarms(swarms[:MAX_SWARMS], interfaces, Libp2pDialler())
     print("\n".join(listed(shown, num_more=len(swarms) - len(shown))), flush=True)

@@ -51,16 +51,16 @@ def lan_interfaces() -> tuple[Interface, ...]:
     """
     stats = psutil.net_if_stats()
 
+    def is_shared(each: Interface) -> bool:
+        is_scoped = each.version == 6 and each.is_link_local
+        return each.network.prefixlen < each.max_prefixlen and is_in_a_lan(str(each.ip)) and not is_scoped
+
     def is_usable(name: str) -> bool:
         flags = stats[name].flags.split(",") if name in stats else []
         is_up = "up" in flags and "multicast" in flags and "pointopoint" not in flags
         return is_up and not _BRIDGES.fullmatch(name)
 
-    found = {
-        each
-        for name, each in _interfaces()
-        if is_usable(name) and is_in_a_lan(str(each.ip)) and not (each.version == 6 and each.is_link_local)
-    }
+    found = {each for name, each in _interfaces() if is_usable(name) and is_shared(each)}
     return tuple(sorted(found, key=lambda each: (each.version, each.packed)))
 
 

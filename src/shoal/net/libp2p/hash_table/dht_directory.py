@@ -20,12 +20,12 @@ from shoal.net.catalog import Listing
 from shoal.net.identity import Identity
 from shoal.net.libp2p.daemon import Daemon
 from shoal.net.libp2p.daemon_reasons import plain_reason
-from shoal.net.libp2p.dht.dht_limits import create_node
-from shoal.net.libp2p.dht.dht_reads import Traffic, Values, read_everywhere, read_thinly
-from shoal.net.libp2p.dht.known_peers import KnownPeers
-from shoal.net.libp2p.dht.record_validator import RecordValidator
-from shoal.net.libp2p.dht.store_failures import StoreFailureLog, StoreResponses, store_failure
 from shoal.net.libp2p.duplicate_identity import DuplicateIdentityWatch
+from shoal.net.libp2p.hash_table.dht_limits import create_node
+from shoal.net.libp2p.hash_table.dht_reads import Traffic, Values, read_everywhere, read_thinly
+from shoal.net.libp2p.hash_table.known_peers import KnownPeers
+from shoal.net.libp2p.hash_table.record_validator import RecordValidator
+from shoal.net.libp2p.hash_table.store_failures import StoreFailureLog, StoreResponses, store_failure
 from shoal.net.participant import Participant, Publication
 from shoal.net.records import (
     CLOCK_SKEW,

@@ -16,7 +16,7 @@ from typing import Any
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 
-from shoal.net.libp2p.dht.record_validator import unpack_bytes
+from shoal.net.libp2p.hash_table.record_validator import unpack_bytes
 
 REPLICAS_ASKED = 2
 """Of the peers that store a key, how many are asked for it."""
