@@ -160,7 +160,7 @@ def test_a_server_that_becomes_slow_is_left_for_one_that_is_not(swarm: MakeSwarm
         promptly = engine.step
 
         async def slowly(*args: Any, **kwargs: Any) -> Any:
-            await asyncio.sleep(0.3)  # more than a step takes on a busy machine
+            await asyncio.sleep(0.1)
             return await promptly(*args, **kwargs)
 
         engine.step = slowly
