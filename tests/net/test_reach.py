@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -161,6 +161,23 @@ async def test_one_missed_renewal_costs_no_place(monkeypatch: pytest.MonkeyPatch
         await has_missed.wait()
         assert misses == relay_places.MISSES - 1
         assert second.transport.reach.relayed == reached.relayed
+
+
+async def test_a_defect_in_an_examination_does_not_repeat_at_once():
+    calls = 0
+
+    def known() -> dict[str, tuple[str, ...]]:
+        nonlocal calls
+        calls += 1
+        raise RuntimeError("a defect")
+
+    keeper = reach_keeper.ReachKeeper("own", known=known, own=lambda: ())
+    keeper.attach(cast("Daemon", object()))
+    await keeper.start(seconds=5)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    await keeper.close()
+    assert calls == 1
 
 
 def at(address: str) -> tuple[str, tuple[str, ...]]:

@@ -68,16 +68,21 @@ def has_public_address(listen: Sequence[str], announce: Sequence[str]) -> bool:
     """Whether a machine that listens on these addresses, and announces those, has one that is known everywhere."""
     hosts = [address.split("/")[2] for address in announce or listen]
     if not set(hosts).isdisjoint(ALL_HOSTS):
-        hosts += [str(each.ip) for _, each in _interfaces()]
+        hosts += [str(each.ip) for each in own_networks()]
     return any(map(is_public_host, hosts))
 
 
-def is_outside(address: str) -> bool:
-    """Whether a multiaddress is of a machine that is in none of this machine's networks, and known everywhere."""
+def own_networks() -> tuple[Interface, ...]:
+    """This machine's IP addresses with the networks that they are in."""
+    return tuple(each for _, each in _interfaces())
+
+
+def is_outside(address: str, networks: Sequence[Interface]) -> bool:
+    """Whether a multiaddress is of a machine that is in none of these networks, and known everywhere."""
     host = host_of(address)
     if host is None or not host.is_global:
         return False
-    return not any(host in each.network for _, each in _interfaces() if each.version == host.version)
+    return not any(host in each.network for each in networks if each.version == host.version)
 
 
 def _interfaces() -> Iterator[tuple[str, Interface]]:

@@ -71,7 +71,7 @@ class Libp2pTransport:
         self._dialled: dict[str, tuple[str, ...]] = {}
         self._daemon: Daemon | None = None
         self._up = asyncio.Event()
-        self._own: tuple[str, ...] = ()  # its direct addresses
+        self._own: tuple[str, ...] = ()  # its direct addresses, the most useful first
         self._reach: ReachKeeper | None = None
         if config.listen:
             self._reach = ReachKeeper(
@@ -94,7 +94,7 @@ class Libp2pTransport:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return most_useful_first((*self.reach.relayed, *self._own), bridges=bridge_hosts())
+        return (*self.reach.relayed, *self._own)
 
     @property
     def reach(self) -> Reach:

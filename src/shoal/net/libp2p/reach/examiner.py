@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from shoal.concurrency import now
 from shoal.net.addressing.addresses import host_of, is_public, peer_of
-from shoal.net.addressing.own_addresses import is_outside
+from shoal.net.addressing.own_addresses import is_outside, own_networks
 from shoal.net.bandwidth import digest_of
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
@@ -147,7 +147,7 @@ async def examined_by(
         now(),
         dialled=asked,
         reached=tuple(address for address, came in zip(asked, answer.reached, strict=True) if came),
-        is_outside=where is not None and is_outside(where),
+        is_outside=where is not None and is_outside(where, own_networks()),
         seen_at=answer.seen_at,
         clock_ahead=answer.clock - clock(),
         offers_relay=answer.relays,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from shoal.concurrency import now
 from shoal.net.addressing.addresses import group_by_peer
-from shoal.net.addressing.own_addresses import is_outside
+from shoal.net.addressing.own_addresses import is_outside, own_networks
 from shoal.net.libp2p.daemon import Daemon, DaemonFailed
 from shoal.net.libp2p.reach.examiner import Examiner, examined_by
 from shoal.net.libp2p.reach.prober import Prober
@@ -105,9 +105,14 @@ class ReachKeeper:
 
     async def examine(self) -> Reach:
         """Ask others to dial this peer."""
-        daemon, places = self._daemon, self._known()
+        self._examine_at = now() + UNSETTLED_SECONDS  # also if it fails: without a pause, it would fail again at once
+        daemon, places, networks = self._daemon, self._known(), own_networks()
         assert daemon is not None
-        known = {peer: any(map(is_outside, where)) for peer, where in places.items() if peer != self._peer}
+        known = {
+            peer: any(is_outside(each, networks) for each in where)
+            for peer, where in places.items()
+            if peer != self._peer
+        }
         chosen = choose_examiners(known, self._asked_at, self._rng)
         self._asked_at = {peer: at for peer, at in self._asked_at.items() if peer in known}
         self._asked_at |= dict.fromkeys(chosen, now())
@@ -117,7 +122,8 @@ class ReachKeeper:
         is_settled = (
             self.reach.kind in (Reachability.DIRECT, Reachability.RELAYED) and known.keys() <= self._asked_at.keys()
         )
-        self._examine_at = now() + (SETTLED_SECONDS if is_settled else UNSETTLED_SECONDS)
+        if is_settled:
+            self._examine_at = now() + SETTLED_SECONDS
         return self.reach
 
     async def try_relays(self) -> tuple[RelayTrial, ...]:
