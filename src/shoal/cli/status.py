@@ -16,7 +16,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.terminal.console import hush_transformers, start_logging, stdout, waiting
-from shoal.cli.terminal.render import render, render_route
+from shoal.cli.terminal.render import render, render_route, usable
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, code_in
@@ -53,9 +53,7 @@ class ModelStatus:
     @property
     def usable(self) -> SwarmView:
         """The servers that a token could go through: online, of this version of the protocol, and not silent."""
-        return self.view.online().only(
-            lambda server: server.protocol == PROTOCOL_VERSION and self.answers.get(server.peer, True) is not None
-        )
+        return usable(self.view, self.answers)
 
     @property
     def missing(self) -> list[int]:

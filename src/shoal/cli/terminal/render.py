@@ -67,6 +67,13 @@ _USUALLY_EMPTY: dict[str, Callable[[ServerInfo], str]] = {
 }
 
 
+def usable(view: SwarmView, answers: Answers) -> SwarmView:
+    """The servers that a token could go through: online, of this version of the protocol, and not silent."""
+    return view.online().only(
+        lambda server: server.protocol == PROTOCOL_VERSION and answers.get(server.peer, True) is not None
+    )
+
+
 def render(
     model: ModelInfo, view: SwarmView, answers: Answers, *, width: int, now: float = 0.0
 ) -> Iterator[RenderableType]:
@@ -75,7 +82,7 @@ def render(
     Servers whose answer is `None`, or that speak another protocol, do not count: no token could go through them.
     """
     silent = {server.peer for server in view.servers if _is_silent(server, answers)}
-    online = view.online().only(lambda server: server.peer not in silent and server.protocol == PROTOCOL_VERSION)
+    online = usable(view, answers)
     yield Text.assemble((model.name, "bold"), f"  {model.num_blocks} blocks, {model.family}  ", (model.key, "dim"))
     if not view.servers:
         yield Text("no server serves it", style="bold red")
