@@ -1,5 +1,5 @@
-"""Machines join by a code and generate: on a LAN, beside containers, after the first machine has gone, and with a
-wrong clock.
+"""Machines join by a code and generate: beside containers, from two homes behind NATs, after the first machine has
+gone, and with a wrong clock.
 
 The scenes are in `scenes.py`, which says of the others why they are in no test.
 """
@@ -13,7 +13,7 @@ import pytest
 from shoal.testing.namespaces import missing_for_namespaces
 from tests.net.scenes import SCENES, known_speeds, stage
 
-NAMES = ("containers", "dead-bootstrap", "clients-clock")
+NAMES = ("containers", "two-homes", "dead-bootstrap", "clients-clock")
 
 pytestmark = pytest.mark.skipif(missing_for_namespaces() is not None, reason=str(missing_for_namespaces()))
 
