@@ -18,8 +18,9 @@ from shoal.net.records import Announcement
 from shoal.peers import Capacity, ModelInfo, ServerInfo, ServerState
 from shoal.policy.view import SwarmView
 from shoal.server.config import ServerConfig
-from shoal.server.kv.batch import PackedPass, SequentialPass
-from shoal.server.kv.paged_cache import PagedCache, key_value_shapes
+from shoal.server.kv.batched_pass import pass_over
+from shoal.server.kv.cache_shapes import cache_shapes
+from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.measuring.pass_timer import BATCH_SIZES, PassTimer
 from shoal.server.placing.description import assumed_capacity
 from shoal.server.server import serve

@@ -53,9 +53,10 @@ def holding_pages(sessions: Collection[SessionCache]) -> list[SessionCache]:
 
 def _holder(session: SessionCache, *, at_work: bool) -> Holder:
     one_row = len(session.rows) == 1  # whose pages are all different; counting them takes no time
+    num_pages = len(session.rows[0].pages) if one_row else len(set(session.pages))
     return Holder(
         session.peer,
-        len(session.rows[0].pages) if one_row else len(set(session.pages)),
+        num_pages + len(session.state_pages),
         used_at=session.used_at,
         began_at=session.began_at,
         opened=session.opened,

@@ -46,7 +46,7 @@ class StepRequest:
         """What the scheduler needs to know of it."""
         session = self.session
         # Recurrent layers of Transformers take no notice of padding in a token that comes alone.
-        unsplittable = session.cache is not None and session.mask_BS is not None
+        unsplittable = session.has_states and session.mask_BS is not None
         return RequestView(len(session.rows), self.num_left, session.running, session.pages_needed, unsplittable)
 
     def chunk(self, num_tokens: int) -> Chunk:
@@ -63,7 +63,7 @@ class StepRequest:
             num_computed_tokens=session.num_tokens,
             pages=tuple(tuple(row.pages) for row in session.rows),
             growth=growth,
-            cache=session.cache,
+            slots=tuple(row.slot for row in session.rows if row.slot is not None),
             adapters=session.adapters,
             wanted=None if self.wanted is None else self.wanted.before(self.num_left - num_tokens),
         )
