@@ -64,7 +64,7 @@ async def engine_of(
     hidden_size = text_config(body.backbone.config).hidden_size
     executor = Executor()
     shapes = cache_shapes(body)
-    num_pages *= 1 + min(4, PagedCache(body, shapes, 1).state_pages)
+    num_pages *= 1 + PagedCache(body, shapes, 1).state_pages
     cache = PagedCache(body, shapes, num_pages)
     engine = Engine(
         body,

@@ -65,6 +65,7 @@ class Body(nn.Module):
             PassThroughLayer(layer, returns_tuple=family.layers_return_tuple)
             for layer in backbone.all_layers[: span.end]
         ]
+        self._rotaries = [module for module in backbone.modules() if hasattr(module, "max_seq_len_cached")]
 
     def forward(
         self,
@@ -185,6 +186,8 @@ class Body(nn.Module):
         overrides: BlockOverrides | None = None,
     ) -> Tensor:
         outputs: list[Tensor] = []
+        for rotary in self._rotaries:
+            _forget_lengths(rotary)
         layers = [self.block(block) for block in span]
         layers[0] = with_fixed_input(layers[0], hidden_BTD)
         for block in span:
@@ -214,6 +217,19 @@ class Body(nn.Module):
         """The layer of one block, by its number in the model."""
         layer: nn.Module = self.backbone.get_submodule(f"{self.family.layers_name}.{block}")
         return layer
+
+
+def _forget_lengths(rotary: nn.Module) -> None:
+    """Let dynamic rotary embeddings begin anew: they keep the frequencies of the longest sequence that they have seen.
+
+    A module may have several, for different kinds of layers; their attributes have the kind as a prefix.
+    """
+    original: Any = rotary.original_max_seq_len
+    for name in [name for name in vars(rotary) if name.endswith("max_seq_len_cached")]:
+        prefix = name.removesuffix("max_seq_len_cached")
+        if getattr(rotary, name) != original:
+            setattr(rotary, name, original)
+            rotary.register_buffer(f"{prefix}inv_freq", getattr(rotary, f"{prefix}original_inv_freq"), persistent=False)
 
 
 def _at(num_tokens: int, overrides: BlockOverridesAt | None) -> BlockOverrides | None:

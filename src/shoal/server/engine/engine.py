@@ -72,7 +72,8 @@ class Engine:
         self._cache = cache
         self._limits = limits
         self._pool = PagePool(num_pages)
-        self._slots = SlotPool(self._pool, cache.state_pages)
+        # A step-by-step family computes what follows a snapshot token by token: that takes longer than all at once.
+        self._slots = SlotPool(self._pool, cache.state_pages, with_snapshots=not body.family.step_by_step)
         self._watch = watch
         runner = ModelRunner(compute, executor, head=head, cpu_turns=cpu_turns)
         self._loop = EngineLoop(

@@ -47,7 +47,14 @@ class StepRequest:
         session = self.session
         # Recurrent layers of Transformers take no notice of padding in a token that comes alone.
         unsplittable = session.has_states and session.mask_BS is not None
-        return RequestView(len(session.rows), self.num_left, session.running, session.pages_needed, unsplittable)
+        return RequestView(
+            len(session.rows),
+            self.num_left,
+            session.running,
+            session.pages_needed,
+            unsplittable,
+            most_tokens=session.tokens_in_one_chunk(self.num_left),
+        )
 
     def chunk(self, num_tokens: int) -> Chunk:
         """Its next `num_tokens` tokens of each sequence, with pages to put them in."""

@@ -7,6 +7,7 @@ The next tokens of all sessions that decode are one batch [G, 1, D]. Prompts are
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -51,12 +52,19 @@ class BatchedPass:
         return [each.hidden_BTD for each in flows]
 
     def _batches(self, flows: Sequence[_Flow]) -> list[list[_Flow]]:
-        """What is computed together: all next tokens, unless long sequences would make short ones too long."""
-        decoding = [each for each in flows if each.decodes]
-        groups = length_groups([each.num_computed for each in decoding], self._tokens_per_pass)
-        return [[decoding[index] for index in group] for group in groups] + [
-            [each] for each in flows if not each.decodes
-        ]
+        """What is computed together: all next tokens that the model computes alike.
+
+        But not if long sequences would make short ones so long that it takes more time than a pass of their own.
+        """
+        batches = [[each] for each in flows if not each.decodes]
+        alike: dict[tuple[int, ...], list[_Flow]] = defaultdict(list)
+        for each in flows:
+            if each.decodes:
+                alike[tuple(regime.of(each.length) for regime in self._body.family.regimes)].append(each)
+        for decoding in alike.values():
+            groups = length_groups([each.num_computed for each in decoding], self._tokens_per_pass)
+            batches += [[decoding[index] for index in group] for group in groups]
+        return batches
 
     def _run(self, segment: Span, batch: Sequence[_Flow]) -> BatchCache:
         """Take a batch through a segment of the blocks. Returns the cache, whose states are not written yet."""
@@ -108,6 +116,11 @@ class _Flow:
         self.positions_BT = positions_BT.to(device)
         self.slots_BS = token_slots(chunk.pages, self.num_computed + num_tokens).to(device)
         self.new_slots_BT = self.slots_BS[:, self.num_computed :]
+
+    @property
+    def length(self) -> int:
+        """The number of tokens by which a model chooses how to compute: up to the last position, without padding."""
+        return int(self.positions_BT.max()) + 1
 
     @property
     def decodes(self) -> bool:

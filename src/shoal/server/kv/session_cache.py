@@ -19,6 +19,7 @@ import torch
 
 from shoal.model.peft.block_adapters import BlockAdapter
 from shoal.policy.batching.scheduling import Rhythm
+from shoal.policy.batching.snapshots import keeps_snapshot, tokens_to_snapshot
 from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
 from shoal.server.kv.pages import PagePool, pages_for
 from shoal.server.kv.states import SlotPool
@@ -161,14 +162,27 @@ class SessionCache:
         return self._rhythm.expected_at
 
     def adopt(self, digests: Sequence[Sequence[bytes]], *, max_pages: int) -> None:
-        """Begin with the pages that have these digests, for each row. All rows begin with the same number of pages."""
-        found = [[] if self.has_states else self._pool.find(each[:max_pages]) for each in digests]
+        """Begin with the pages that have these digests, for each row. All rows begin with the same number of pages.
+
+        If the body keeps states, these must be there too: for all rows, after the same number of pages.
+        """
+        found = [self._pool.find(each[:max_pages]) for each in digests]
         num_pages = min(len(pages) for pages in found)
+        while self.has_states and num_pages and None in self._slots_after(num_pages, digests):
+            num_pages -= 1
         self.rows = [
             Row(self._root, pages[:num_pages], each[:num_pages]) for pages, each in zip(found, digests, strict=True)
         ]
         self._pool.share(self.pages)
+        if self.has_states and num_pages:
+            for row, slot in zip(self.rows, self._slots_after(num_pages, digests), strict=True):
+                assert slot is not None
+                self._slots.share(slot)
+                row.slot = slot
         self.num_tokens = num_pages * PAGE_TOKENS
+
+    def _slots_after(self, num_pages: int, digests: Sequence[Sequence[bytes]]) -> list[int | None]:
+        return [self._slots.find(each[num_pages - 1]) for each in digests]
 
     def begin_step(self, position: int, rows: Sequence[int] | None, inputs: StepInputs) -> None:
         """Go back to the `position` where a step starts. Row i then continues what was row `rows[i]`.
@@ -212,7 +226,7 @@ class SessionCache:
 
     def append_inputs(self, inputs: StepInputs) -> None:
         """Compute the digests of the pages that a step's inputs fill. Pages of padded sequences have none."""
-        if self.has_states or self.mask_BS is not None:
+        if self.mask_BS is not None or (self.has_states and not self._slots.with_snapshots):
             return
         positions_BT = inputs.positions_BT
         if positions_BT is None:
@@ -279,6 +293,34 @@ class SessionCache:
         for row in self.rows:
             for page, digest in zip(row.pages[full_before:full], row.digests[full_before:full], strict=False):
                 self._pool.register(page, digest)
+        if self._keeps_snapshots:
+            self._keep_snapshots(full)
+
+    @property
+    def _keeps_snapshots(self) -> bool:
+        """Whether the states of this session may be kept for others: its rows have digests."""
+        return self._slots.with_snapshots and self.mask_BS is None
+
+    def _keep_snapshots(self, num_pages: int) -> None:
+        """Let others find the states, if they end at a page's end and there is room for the copy to go on with."""
+        room = {"num_pages": self._pool.num_pages, "num_available": self._pool.num_available}
+        needed = len(self.rows) * self._slots.pages_each
+        if keeps_snapshot(self.num_tokens, needed=needed, **room):
+            for row in self.rows:
+                if len(row.digests) >= num_pages and row.slot is not None:
+                    self._slots.register(row.slot, row.digests[num_pages - 1])
+
+    def drop_snapshots(self) -> None:
+        """Let nobody find the states from which this session goes on, so that it needs no copies of them."""
+        for row in self.rows:
+            if row.slot is not None:
+                self._slots.unregister(row.slot)
+
+    def tokens_in_one_chunk(self, num_tokens: int) -> int:
+        """How many of the next `num_tokens` tokens to compute at once, so that the states can be kept between."""
+        if not self._keeps_snapshots:
+            return num_tokens
+        return min(num_tokens, tokens_to_snapshot(self.num_tokens, self.num_tokens + num_tokens))
 
     def release(self) -> None:
         """Release all pages. May be called twice."""
