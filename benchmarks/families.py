@@ -4,9 +4,9 @@
 
 Each family has a model of the shapes of a real one (`family_models.py`) in bf16. Two servers of half of its blocks are
 processes on loopback, and the last one computes the output head; the clients are threads of this process. The local
-batch and the swarm take turns, so that other load on the machine affects both. Ratios compare figures of the same round;
-the table has their medians. `prefix` is the time to the first token of a second request with the same 1,000 tokens,
-divided by that of the first.
+batch and the swarm take turns, so that other load on the machine affects both. Ratios compare figures of the same
+round; the table has their medians. `prefix` is the time to the first token of a second request with the same 1,000
+tokens, divided by that of the first.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ SHAPES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 32,
          "num_key_value_heads": 4, "head_dim": 128, "num_experts": 16, "num_experts_per_tok": 8},
     ),
-    "bloom": ("BLOOM-560m", {"hidden_size": 1024, "n_layer": 24, "n_head": 16}),
+    "bloom": ("BLOOM-1b1", {"hidden_size": 1536, "n_layer": 24, "n_head": 16}),
     "falcon": (
         "Falcon-RW-1B",
         {"hidden_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 32, "alibi": True, "multi_query": False,
@@ -125,7 +125,8 @@ def family_model(family: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"shoal-{family}-"))
     try:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        # Random numbers are made several times faster in float32.
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16).save_pretrained(folder)
         yield folder
     finally:
         shutil.rmtree(folder)

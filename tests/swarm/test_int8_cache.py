@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.bundled import STORIES
-from shoal.errors import UserError
 from shoal.model.remote_cache import RemoteCache
 from shoal.server.kv.cache_shapes import KeyValueShape
 
 from .harness import Swarm, swarm_of
-from .tiny_models import tiny_config, tiny_model
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She lived in a small house near the forest. One day, Lily "

@@ -28,8 +28,8 @@ class RequestView:
 
     `num_pages(n)` is how many free pages it takes to compute n tokens of each sequence. The request is `running` if its
     session holds pages already. An `unsplittable` request is computed in one pass; of others, a pass computes at most
-    `most_tokens` tokens of each sequence. It came at `arrived_at`, in seconds; `session` is what the server knows of its
-    session.
+    `most_tokens` tokens of each sequence. It came at `arrived_at`, in seconds. `session` is what the server knows of
+    its session.
     """
 
     num_rows: int

@@ -103,10 +103,10 @@ class Row:
 class SessionCache:
     """The state of one session: a batch of sequences that take their steps together, `num_tokens` of each cached.
 
-    Its keys and values are in pages of `pool`, and its states in `slots`, if the body keeps any. `opened` is how many sessions the server opened before. `used_at` is when the
-    session last asked for something, `began_at` when it was admitted, and `since` when its client came, all in seconds.
-    `running` says whether
-    the server has computed any of its tokens, or is computing them. `mask_BS` is `None` while no sequence has padding.
+    Its keys and values are in pages of `pool`, and its states in `slots`, if the body keeps any. `opened` is how many
+    sessions the server opened before. `used_at` is when the session last asked for something, `began_at` when it was
+    admitted, and `since` when its client came, all in seconds. `running` says whether the server has computed any of
+    its tokens, or is computing them. `mask_BS` is `None` while no sequence has padding.
     """
 
     def __init__(
