@@ -158,13 +158,13 @@ class Engine:
         names = self.validator.page_names_of(request, tensors)
         session = SessionCache(
             self._pool,
-            self._slots,
             span,
             opened=next(self._num_opened),
             peer=peer,
             batch_size=request.batch_size,
             salt=adapter_cache_salt(request.salt, request.adapters),
             adapters=adapters,
+            slots=self._slots,
         )
         self._loop.join(session)
         token_bytes = request.batch_size * self.validator.hidden_size * 4

@@ -64,7 +64,7 @@ def _holder(session: SessionCache, *, at_work: bool) -> Holder:
     num_pages = len(session.rows[0].pages) if one_row else len(set(session.pages))
     return Holder(
         session.peer,
-        num_pages + len(session.state_pages),
+        num_pages + session.num_state_pages,
         used_at=session.used_at,
         began_at=session.began_at,
         opened=session.opened,

@@ -112,7 +112,6 @@ class SessionCache:
     def __init__(
         self,
         pool: PagePool,
-        slots: SlotPool,
         span: Span,
         *,
         opened: int,
@@ -120,6 +119,7 @@ class SessionCache:
         salt: str,
         batch_size: int,
         adapters: Mapping[int, BlockAdapter] | None = None,
+        slots: SlotPool | None = None,
     ) -> None:
         self.span = span
         self.adapters = adapters or {}
@@ -134,7 +134,7 @@ class SessionCache:
         self.preempted = False
         self._rhythm = Rhythm()
         self._pool = pool
-        self._slots = slots
+        self._slots = SlotPool(pool, 0) if slots is None else slots
         self._root = root_hash(span, salt)
 
     @property
@@ -144,8 +144,13 @@ class SessionCache:
 
     @property
     def state_pages(self) -> list[int]:
-        """The pages that the session's states count as."""
+        """The pages that the session's states count as. Those of a slot that several rows share occur for each."""
         return self._slots.pages_of(row.slot for row in self.rows if row.slot is not None)
+
+    @property
+    def num_state_pages(self) -> int:
+        """How many pages these are, each counted once."""
+        return self._slots.pages_each * len({row.slot for row in self.rows} - {None})
 
     @property
     def has_states(self) -> bool:

@@ -43,17 +43,16 @@ class SlotPool:
 
     def share(self, slot: int) -> None:
         """Add a holder to a slot that is held, or that `find` has found."""
-        if slot not in self._num_holders:
-            self._pool.share(self._pages[slot])
+        self._pool.share(self._pages[slot])
         self._num_holders[slot] = self._num_holders.get(slot, 0) + 1
 
     def release(self, slot: int) -> None:
         """Remove a holder of a slot."""
+        self._pool.release(self._pages[slot])
         self._num_holders[slot] -= 1
         if self._num_holders[slot]:
             return
         del self._num_holders[slot]
-        self._pool.release(self._pages[slot])
         if slot not in self._digest_of:
             self._free_slot(slot)
 
@@ -80,8 +79,8 @@ class SlotPool:
         return slot if slot is not None and self._is_whole(slot) else None
 
     def pages_of(self, slots: Iterable[int]) -> list[int]:
-        """The pages that these slots count as, each once."""
-        return [page for slot in set(slots) for page in self._pages[slot]]
+        """The pages that these slots count as."""
+        return [page for slot in slots for page in self._pages[slot]]
 
     def _names(self, digest: bytes) -> list[bytes]:
         """The digests of the pages of a slot."""
