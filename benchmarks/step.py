@@ -26,7 +26,8 @@ from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.server.kv.batch import Chunk, PackedPass
-from shoal.server.kv.paged_cache import PagedCache, key_value_shapes
+from shoal.server.kv.cache_shapes import cache_shapes
+from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.kv.pages import pages_for
 from shoal.server.kv.session_cache import Growth
 from shoal.spans import Span
@@ -68,7 +69,6 @@ def chunks_of(num_sessions: int, past: int, span: Span, hidden_size: int) -> lis
             num_computed_tokens=past,
             pages=(own_pages := tuple(range(index * pages, (index + 1) * pages)),),
             growth=Growth((), own_pages),
-            cache=None,
         )
         for index in range(num_sessions)
     ]
@@ -102,7 +102,7 @@ def main() -> None:
     weight_bytes = round(weight_bytes * arguments.quantization.weight_bytes(torch.bfloat16) / torch.bfloat16.itemsize)
     body = load_body(checkpoint, span, dtype=torch.bfloat16, quantization=arguments.quantization)
     num_pages = max(arguments.sessions) * pages_for(arguments.past + 1)
-    compute = PackedPass(body, PagedCache(body, key_value_shapes(body), num_pages))
+    compute = PackedPass(body, PagedCache(body, cache_shapes(body), num_pages))
     bandwidth = read_bandwidth()
     steps = []
     for num_sessions in arguments.sessions:

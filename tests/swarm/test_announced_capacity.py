@@ -18,8 +18,9 @@ from shoal.net.records import Announcement
 from shoal.peers import Capacity, ModelInfo, ServerInfo, ServerState
 from shoal.policy.view import SwarmView
 from shoal.server.config import ServerConfig
-from shoal.server.kv.batch import PackedPass, SequentialPass
-from shoal.server.kv.paged_cache import PagedCache, key_value_shapes
+from shoal.server.kv.batched_pass import pass_over
+from shoal.server.kv.cache_shapes import cache_shapes
+from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.measuring.pass_timer import BATCH_SIZES, PassTimer
 from shoal.server.placing.description import assumed_capacity
 from shoal.server.server import serve
@@ -138,22 +139,22 @@ def timed(model_type: str, tmp_path: Path, *, num_pages: int, span: Span = WHOLE
     model = tiny_model(tiny_config(model_type))
     model.save_pretrained(tmp_path / model_type)
     body = load_body(Checkpoint.open(tmp_path / model_type), span, dtype=torch.float32, quantization=Quantization.NONE)
-    if body.family.packable:
-        compute = PackedPass(body, PagedCache(body, key_value_shapes(body), num_pages))
-        measurement = PassTimer(body, compute, num_pages=num_pages, check=lambda: None)()
-    else:
-        measurement = PassTimer(body, SequentialPass(body), num_pages=num_pages, check=lambda: None)()
+    shapes = cache_shapes(body)
+    cache = PagedCache(body, shapes, num_pages)
+    compute = pass_over(body, shapes, cache)
+    timer = PassTimer(body, compute, num_pages=num_pages, state_pages=cache.state_pages, check=lambda: None)
+    measurement = timer()
     assert measurement.profile.num_blocks == len(span)
     return [size for size, _ in measurement.batches]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text", "deepseek_v3", "bloom"])
 def test_batches_are_timed_as_far_as_there_are_pages_for_them(model_type: str, tmp_path: Path) -> None:
     assert timed(model_type, tmp_path, num_pages=40)[:2] == [1, BATCH_SIZES[0]]
     assert timed(model_type, tmp_path, num_pages=15) == [1]
     assert timed(model_type, tmp_path, num_pages=1, span=Span(1, 2)) == [1]
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "mamba"])
-def test_families_that_compute_one_session_after_another_are_timed_with_one(model_type: str, tmp_path: Path) -> None:
-    assert timed(model_type, tmp_path, num_pages=40) == [1]
+def test_as_many_sessions_are_timed_together_as_there_are_pages_for_their_states(tmp_path: Path) -> None:
+    assert timed("mamba", tmp_path, num_pages=60)[:2] == [1, BATCH_SIZES[0]]
+    assert timed("mamba", tmp_path, num_pages=40) == [1]

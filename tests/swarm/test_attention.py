@@ -11,7 +11,8 @@ from torch import Tensor
 from shoal.errors import UnsupportedOperation
 from shoal.server.kv.attention import AttentionOptions, PackedBatch
 from shoal.server.kv.batch import Chunk, PackedPass
-from shoal.server.kv.paged_cache import PagedCache, key_value_shapes
+from shoal.server.kv.cache_shapes import cache_shapes
+from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.kv.sdpa_attention import SdpaAttention, SdpaMetadata
 from shoal.server.kv.session_cache import Growth
 from shoal.spans import Span
@@ -50,13 +51,12 @@ def chunk(hidden_BTD: Tensor, span: Span, pages: tuple[int, ...]) -> Chunk:
         num_computed_tokens=0,
         pages=(pages,),
         growth=Growth((), pages),
-        cache=None,
     )
 
 
 def test_metadata_is_made_once_for_each_segment_of_the_blocks_and_every_block_attends_with_it():
     body = tiny_body("llama")
-    cache = PagedCache(body, key_value_shapes(body), 4)
+    cache = PagedCache(body, cache_shapes(body), 4)
     backend = Recorder(cache)
     chunks = [
         chunk(random_inputs(1, body, 1, 3), body.span, (2,)),
@@ -76,7 +76,7 @@ def test_metadata_is_made_once_for_each_segment_of_the_blocks_and_every_block_at
 
 def test_a_backend_is_told_the_window_of_each_layer():
     body = tiny_body("gemma3_text")
-    cache = PagedCache(body, key_value_shapes(body), 1)
+    cache = PagedCache(body, cache_shapes(body), 1)
     backend = Recorder(cache)
     PackedPass(body, cache, backend)([chunk(random_inputs(1, body, 1, 3), body.span, (0,))])
     types = body.backbone.config.layer_types[:NUM_BLOCKS]

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from shoal.model.body import Body
 from shoal.model.families import CERTIFIED
+from shoal.policy.batching import snapshots
 from shoal.policy.batching.scheduling import PassTimeModel
+from shoal.prefix import PAGE_TOKENS
 from shoal.server.engine.engine import Engine
 from shoal.spans import Span
 
@@ -30,6 +32,12 @@ FAMILIES = [
     for family in sorted(CERTIFIED)
     for variant, changes in [("", {}), *VARIANTS.get(family, {}).items()]
 ]
+
+
+@pytest.fixture(autouse=True)
+def _many_snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sequences here are short; so snapshots of their states are kept at the end of every page."""
+    monkeypatch.setattr(snapshots, "MIN_INTERVAL", PAGE_TOKENS)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.bundled import STORIES
-from shoal.errors import UserError
 from shoal.model.remote_cache import RemoteCache
-from shoal.server.kv.paged_cache import KeyValueShape
+from shoal.server.kv.cache_shapes import KeyValueShape
 
 from .harness import Swarm, swarm_of
-from .tiny_models import tiny_config, tiny_model
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She lived in a small house near the forest. One day, Lily "
@@ -58,9 +55,3 @@ def test_the_next_tokens_are_as_likely_as_with_an_exact_cache(swarm: Swarm, stor
 def test_keys_and_values_take_half_of_the_memory_of_bfloat16():
     shape = KeyValueShape(num_heads=8, key_size=64, value_size=64)
     assert shape.nbytes(torch.int8) < 0.54 * shape.nbytes(torch.bfloat16)
-
-
-def test_int8_is_refused_for_a_family_whose_sessions_are_not_in_pages(tmp_path: Path):
-    tiny_model(tiny_config("mamba")).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="their cache cannot be in int8"), swarm_of(tmp_path, "0:5", cache_dtype="int8"):
-        pass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from transformers import logging
 
-from shoal.model.families import CERTIFIED, CERTIFIED_WITH_VISION, PACKED, certified_encodings, text_config
+from shoal.model.families import CERTIFIED, CERTIFIED_WITH_VISION, certified_encodings, text_config
+from shoal.server.kv.cache_shapes import cache_shapes
 from shoal.tensors import LOSSY
 
 from .parity import CHECKS, ROUNDING, Pair, check_encoding, check_rewind
@@ -30,10 +32,37 @@ def quiet() -> Iterator[None]:
     logging.enable_progress_bar()
 
 
+@dataclass(frozen=True)
+class Finding:
+    """A family that passed: its class, the kinds of blocks of the model, and what a server does with its sessions."""
+
+    name: str
+    kinds: str
+    has_states: bool
+    step_by_step: bool
+    packable: bool
+
+    @property
+    def computed(self) -> str:
+        return "packed" if self.packable else "in batches"
+
+    @property
+    def rewinds(self) -> str:
+        if not self.has_states:
+            return "yes"
+        return "rebuilt" if self.step_by_step else "from snapshots"
+
+    @property
+    def prefixes(self) -> str:
+        if not self.has_states:
+            return "by the page"
+        return "no" if self.step_by_step else "from snapshots"
+
+
 @pytest.fixture(scope="module")
-def passed() -> Iterator[dict[str, tuple[str, str, bool]]]:
+def passed() -> Iterator[dict[str, Finding]]:
     """The findings for each family that passed. When all families have passed, the document is written."""
-    rows: dict[str, tuple[str, str, bool]] = {}
+    rows: dict[str, Finding] = {}
     yield rows
     if rows.keys() == CERTIFIED:
         DOCUMENT.write_text(document(rows))
@@ -41,7 +70,7 @@ def passed() -> Iterator[dict[str, tuple[str, str, bool]]]:
 
 @pytest.mark.parametrize(("family", "changes"), CASES)
 def test_a_family_in_three_spans_gives_the_results_of_the_whole_model(
-    family: str, changes: dict[str, object], passed: dict[str, tuple[str, str, bool]]
+    family: str, changes: dict[str, object], passed: dict[str, Finding]
 ) -> None:
     pair = Pair(family, **changes)
     assert pair.family.model_type == family
@@ -49,8 +78,15 @@ def test_a_family_in_three_spans_gives_the_results_of_the_whole_model(
         check(pair)
     for encoding in certified_encodings(family):
         check_encoding(pair, encoding)
-    rewinds = check_rewind(pair)
-    passed.setdefault(family, (type(pair.whole).__name__, kinds_of_blocks(pair), rewinds))
+    check_rewind(pair)
+    finding = Finding(
+        type(pair.whole).__name__,
+        kinds_of_blocks(pair),
+        has_states=any(cache_shapes(body).states for body, _ in pair.blocks.hops),
+        step_by_step=pair.family.step_by_step,
+        packable=pair.family.packable,
+    )
+    passed.setdefault(family, finding)
 
 
 def test_special_sizes_are_given_only_for_certified_families() -> None:
@@ -66,19 +102,15 @@ def kinds_of_blocks(pair: Pair) -> str:
     )
 
 
-def yes(truth: bool) -> str:
-    return "yes" if truth else "no"
-
-
 def also_tested(family: str) -> str:
     return ", ".join(VARIANTS.get(family, ()))
 
 
-def document(rows: dict[str, tuple[str, str, bool]]) -> str:
+def document(rows: dict[str, Finding]) -> str:
     table = "\n".join(
-        f"| `{family}` | {name} | {kinds} | {yes(rewinds)} | {yes(family in PACKED)} | {encodings_of(family)} | "
-        f"{also_tested(family)} |"
-        for family, (name, kinds, rewinds) in sorted(rows.items())
+        f"| `{family}` | {row.name} | {row.kinds} | {row.computed} | {row.rewinds} | {row.prefixes} | "
+        f"{encodings_of(family)} | {also_tested(family)} |"
+        for family, row in sorted(rows.items())
     )
     with_vision = ", ".join(f"`{model_type}`" for model_type in sorted(CERTIFIED_WITH_VISION))
     tolerances = " and ".join(f"{4 * ROUNDING[encoding]:.1%} in {encoding}" for encoding in LOSSY)
@@ -112,13 +144,20 @@ give the same results up to the rounding of float32:
 From checkpoints with a vision tower, the language model is served: {with_vision} (its logits without images, and
 greedy generation, are equal to those of the vision-language model).
 
-*Rewinds* says whether a server's cache can drop its last tokens. Recurrent state cannot, and neither can a sliding
-window that is full. When assisted generation rejects tokens, a session of such a model is rebuilt from its inputs.
+A server computes the next tokens of all sessions in one pass over the weights. *Computed* says how. *Packed*: all
+tokens, also those of prompts, are in one row, and only shoal's own attention tells them apart. *In batches*: the next
+tokens are a batch of the family's own layers, as in plain Transformers with padding on the left, and prompts are
+computed one after another. For both kinds, eight sessions on one server that open, close, branch and rewind at random
+are compared with the same sessions computed alone. A model of any family whose rotary embeddings depend on the longest
+sequence of a call (`dynamic`, `longrope`) is computed in batches, and only sequences on the same side of that length
+share one.
 
-*Packed* says whether a server computes the tokens of several sessions in one pass over the weights. Sessions of other
-families are computed one after another. For both kinds, eight sessions on one server that open, close, branch and
-rewind at random are compared with the same sessions computed alone. A model of any family whose rotary embeddings
-depend on the longest sequence of a call (`dynamic`, `longrope`) is not packed.
+*Goes back* says what happens when a session drops its last tokens, as assisted generation does. The keys and values of
+attention are in pages, which are cut at any token. A recurrent or convolutional state has no past. So a server keeps
+snapshots of it, every 128 tokens or more, as room allows; the client sends again what came after the last one. *Prefix
+reuse* says where a new session can begin, if its first inputs were computed for another session: after any page of 16
+tokens, or at a snapshot. Families that are *rebuilt* keep none: Transformers computes what follows a state one token at
+a time, which takes longer than the whole prompt.
 
 *On the wire* lists the encodings (`--wire`) in which hidden states and gradients may be sent, in addition to raw. The
 same models run with every tensor rounded each of the four times that it is sent. The relative error of the median
@@ -126,8 +165,8 @@ token's logits must stay below {tolerances}, and that of its gradient below twic
 (`tests/swarm/parity.py` explains the tolerance). If a router's two best experts are nearly equal, single tokens may
 change more, as with any rounding. An encoding that is not listed is refused for the family.
 
-| family | class | kinds of blocks tested | rewinds | packed | on the wire | also tested |
-|---|---|---|---|---|---|---|
+| family | class | kinds of blocks tested | computed | goes back | prefix reuse | on the wire | also tested |
+|---|---|---|---|---|---|---|---|
 {table}
 
 Not certified are models whose layers share state with each other, so that a span depends on more than its input

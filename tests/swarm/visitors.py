@@ -24,8 +24,9 @@ from shoal.protocol import Adapter, Open, Step
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor
-from shoal.server.kv.batch import PackedPass, SequentialPass
-from shoal.server.kv.paged_cache import PagedCache, key_value_shapes
+from shoal.server.kv.batched_pass import pass_over
+from shoal.server.kv.cache_shapes import cache_shapes
+from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.kv.session_cache import SessionCache
 from shoal.server.refusals import Refused
 from shoal.server.step_inputs import StepInputs
@@ -62,12 +63,14 @@ async def engine_of(
     """An engine that runs; when it is left, nobody is there any more, and every page is accounted for."""
     hidden_size = text_config(body.backbone.config).hidden_size
     executor = Executor()
-    cache = PagedCache(body, key_value_shapes(body), num_pages) if body.family.packable else None
+    shapes = cache_shapes(body)
+    num_pages *= 1 + PagedCache(body, shapes, 1).state_pages
+    cache = PagedCache(body, shapes, num_pages)
     engine = Engine(
         body,
         executor,
         RequestValidator(model="", fingerprint="", span=body.span, hidden_size=hidden_size, max_length=MOST_TOKENS),
-        compute=SequentialPass(body) if cache is None else PackedPass(body, cache),
+        compute=pass_over(body, shapes, cache),
         cache=cache,
         num_pages=num_pages,
         cpu_turns=None,

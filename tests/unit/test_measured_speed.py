@@ -191,7 +191,6 @@ def chunk(num_tokens: int = 1, *, rows: int = 1, cached: int = 64, span: Span = 
         num_computed_tokens=cached,
         pages=((),) * rows,
         growth=Growth((), ()),
-        cache=None,
     )
 
 

@@ -10,9 +10,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from shoal.policy.batching import snapshots
 from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
 from shoal.server.kv.pages import PagePool, pages_for
 from shoal.server.kv.session_cache import SessionCache
+from shoal.server.kv.states import SlotPool
 from shoal.server.step_inputs import StepInputs
 from shoal.spans import Span
 
@@ -135,12 +137,18 @@ def test_a_pool_whose_prefixes_are_reset_finds_no_page_and_loses_none():
 class Sessions(RuleBasedStateMachine):
     """Sessions that open, grow, go back, branch and close in any order.
 
-    `memory` models what was written where: the content of a page is its tokens and all tokens before them.
+    `memory` models what was written where: the content of a page is its tokens and all tokens before them, and that of
+    a slot is all tokens of its sequence.
     """
+
+    num_pages = NUM_PAGES
+    pages_of_slot = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = PagePool(NUM_PAGES)
+        self.pool = PagePool(self.num_pages)
+        self.slots = SlotPool(self.pool, self.pages_of_slot)
+        self.states: dict[int, tuple[int, ...]] = {}
         self.sessions: dict[SessionCache, list[tuple[int, ...]]] = {}  # each row's tokens so far
         self.memory: dict[int, tuple[int, ...]] = {}  # a page's tokens, with all that come before them
         self.num_opened = 0
@@ -151,7 +159,9 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(num_rows=st.integers(1, 3), tokens=st.integers(0, 1), num_tokens=st.integers(1, 40))
     def open(self, num_rows: int, tokens: int, num_tokens: int) -> None:
-        session = SessionCache(self.pool, SPAN, opened=self.num_opened, peer="peer", salt="", batch_size=num_rows)
+        session = SessionCache(
+            self.pool, SPAN, opened=self.num_opened, peer="peer", salt="", batch_size=num_rows, slots=self.slots
+        )
         self.num_opened += 1
         hidden = torch.full((num_tokens, 1), float(tokens))
         names = page_hashes(root_hash(SPAN, ""), hidden, torch.arange(num_tokens))
@@ -161,13 +171,15 @@ class Sessions(RuleBasedStateMachine):
         for row in session.rows:
             for index, page in enumerate(row.pages):
                 assert self.memory[page] == adopted[: (index + 1) * PAGE_TOKENS], "the digest of other inputs"
+            assert row.slot is None or self.states[row.slot] == adopted, "the states of other inputs"
 
     @precondition(lambda self: self.sessions)
     @rule(data=st.data(), token=st.integers(0, 1), num_tokens=st.integers(1, 20))
     def step(self, data: st.DataObject, token: int, num_tokens: int) -> None:
         session = data.draw(st.sampled_from(list(self.sessions)))
         rows = self.sessions[session]
-        position = data.draw(st.sampled_from(sorted({0, session.num_tokens // 2, session.num_tokens})))
+        back = 0 if session.has_states else session.num_tokens // 2
+        position = data.draw(st.sampled_from(sorted({0, back, session.num_tokens})))
         order = None
         if position and data.draw(st.booleans()):
             order = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=3))
@@ -178,7 +190,9 @@ class Sessions(RuleBasedStateMachine):
         session.append_inputs(inputs)
         self.sessions[session] = [row[:position] for row in rows]
         while (num_left := position + num_tokens - session.num_tokens) and session.rows:
-            some = data.draw(st.integers(1, num_left))
+            some = data.draw(st.integers(1, session.tokens_in_one_chunk(num_left)))
+            if session.pages_needed(some) > self.pool.num_available and data.draw(st.booleans()):
+                session.drop_snapshots()
             if session.pages_needed(some) > self.pool.num_available:
                 session.preempt()
                 self.sessions.pop(session)
@@ -193,11 +207,20 @@ class Sessions(RuleBasedStateMachine):
             self.memory[target] = self.memory[source]
         for page in growth.new_pages:
             self.memory[page] = ()
+        for source, target in growth.slot_copies:
+            self.states[target] = self.states[source]
+        for slot in growth.new_slots:
+            self.states[slot] = ()
         for row, tokens in zip(session.rows, rows, strict=True):
             for slot in range(session.num_tokens, session.num_tokens + num_tokens):
                 page = row.pages[slot // PAGE_TOKENS]
                 assert not self.pool.is_shared(page), "a page is written that other sequences hold or can find"
                 self.memory[page] = tokens[: slot + 1]
+            if session.has_states:
+                assert row.slot is not None
+                assert not self.slots.is_shared(row.slot), "states are written that others hold or can find"
+                assert self.states[row.slot] == tokens[: session.num_tokens]
+                self.states[row.slot] = tokens[: session.num_tokens + num_tokens]
         session.record_computed(num_tokens)
         self.sessions[session] = [row[: session.num_tokens] for row in rows]
 
@@ -212,11 +235,12 @@ class Sessions(RuleBasedStateMachine):
     @rule()
     def reset_prefixes(self) -> None:
         self.pool.reset_prefixes()
-        assert self.pool.num_available == NUM_PAGES - len({page for each in self.sessions for page in each.pages})
+        held = {page for each in self.sessions for page in (*each.pages, *each.state_pages)}
+        assert self.pool.num_available == self.num_pages - len(held)
 
     @invariant()
     def every_page_is_accounted_for(self) -> None:
-        self.pool.check_integrity(page for session in self.sessions for page in session.pages)
+        self.pool.check_integrity(page for session in self.sessions for page in (*session.pages, *session.state_pages))
 
     @invariant()
     def every_sequence_has_its_own_tokens(self) -> None:
@@ -233,8 +257,33 @@ class Sessions(RuleBasedStateMachine):
         for session in self.sessions:
             session.release()
         self.pool.check_integrity([])
-        assert self.pool.num_available == NUM_PAGES
+        assert self.pool.num_available == self.num_pages
 
 
+class SessionsWithStates(Sessions):
+    """The same with states, of which snapshots are kept at the end of every page."""
+
+    num_pages = 24
+    pages_of_slot = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._interval = pytest.MonkeyPatch()
+        self._interval.setattr(snapshots, "MIN_INTERVAL", PAGE_TOKENS)
+
+    @invariant()
+    def every_sequence_has_its_own_states(self) -> None:
+        for session, rows in self.sessions.items():
+            for row, tokens in zip(session.rows, rows, strict=True):
+                assert row.slot is None or self.states[row.slot] == tokens
+
+    def teardown(self) -> None:
+        self._interval.undo()
+        super().teardown()
+
+
+SETTINGS = settings(max_examples=150, stateful_step_count=25, deadline=None, derandomize=True)
 TestSessions = Sessions.TestCase
-TestSessions.settings = settings(max_examples=150, stateful_step_count=25, deadline=None, derandomize=True)
+TestSessions.settings = SETTINGS
+TestSessionsWithStates = SessionsWithStates.TestCase
+TestSessionsWithStates.settings = SETTINGS

@@ -65,6 +65,7 @@ class Body(nn.Module):
             PassThroughLayer(layer, returns_tuple=family.layers_return_tuple)
             for layer in backbone.all_layers[: span.end]
         ]
+        self._rotaries = [module for module in backbone.modules() if hasattr(module, "max_seq_len_cached")]
 
     def forward(
         self,
@@ -107,7 +108,7 @@ class Body(nn.Module):
                         span,
                         attention_mask=mask,
                         position_ids=positions,
-                        cache=cache,
+                        state=cache.state,
                         overrides=_at(cache.num_tokens, overrides),
                     )
                 )
@@ -134,6 +135,31 @@ class Body(nn.Module):
             )
             return output_1TD[0]
 
+    def forward_batch(
+        self,
+        hidden_GTD: Tensor,
+        positions_GT: Tensor,
+        *,
+        span: Span,
+        state: Any,
+        attention_mask: Tensor | None = None,
+        overrides: BlockOverrides | None = None,
+    ) -> Tensor:
+        """Run the blocks of `span` on the next tokens of a batch; returns hidden states [G, T, D].
+
+        `state` has their past in the terms of Transformers' caches, and takes their new keys, values and states.
+        `attention_mask` [G, S] is 0 where a token is padding. A family that is `step_by_step` takes one token at a time
+        once there is a past.
+        """
+        return self._compute(
+            hidden_GTD,
+            span,
+            attention_mask=attention_mask,
+            position_ids=positions_GT,
+            state=state,
+            overrides=overrides,
+        )
+
     @contextlib.contextmanager
     def _attention(self, name: str) -> Iterator[None]:
         """Use this attention implementation: layers read it from their config at every call.
@@ -155,11 +181,13 @@ class Body(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: BodyCache | None = None,
+        state: Any = None,
         attend: AttentionFunction | None = None,
         overrides: BlockOverrides | None = None,
     ) -> Tensor:
         outputs: list[Tensor] = []
+        for rotary in self._rotaries:
+            _forget_lengths(rotary)
         layers = [self.block(block) for block in span]
         layers[0] = with_fixed_input(layers[0], hidden_BTD)
         for block in span:
@@ -168,12 +196,11 @@ class Body(nn.Module):
         layers[-1] = with_output_observer(layers[-1], outputs.append)
         view = with_layers(self.backbone, self.family.layers_name, [*self._pass_through[: span.start], *layers])
         accepted = self._parameters_of_forward
-        arguments: dict[str, Any] = {"inputs_embeds": hidden_BTD, "use_cache": cache is not None}
+        arguments: dict[str, Any] = {"inputs_embeds": hidden_BTD, "use_cache": state is not None}
         if position_ids is not None and "position_ids" in accepted:
             arguments["position_ids"] = position_ids
         if attend is not None:
             arguments["attend"] = attend
-        state = None if cache is None else cache.state
         if "cache_params" in accepted:
             # A purely recurrent family has the past in its state, and its mask covers the new tokens only.
             mask = None if attention_mask is None else attention_mask[:, -hidden_BTD.shape[1] :]
@@ -190,6 +217,19 @@ class Body(nn.Module):
         """The layer of one block, by its number in the model."""
         layer: nn.Module = self.backbone.get_submodule(f"{self.family.layers_name}.{block}")
         return layer
+
+
+def _forget_lengths(rotary: nn.Module) -> None:
+    """Let dynamic rotary embeddings begin anew: they keep the frequencies of the longest sequence that they have seen.
+
+    A module may have several, for different kinds of layers; their attributes have the kind as a prefix.
+    """
+    original: Any = rotary.original_max_seq_len
+    for name in [name for name in vars(rotary) if name.endswith("max_seq_len_cached")]:
+        prefix = name.removesuffix("max_seq_len_cached")
+        if getattr(rotary, name) != original:
+            setattr(rotary, name, original)
+            rotary.register_buffer(f"{prefix}inv_freq", getattr(rotary, f"{prefix}original_inv_freq"), persistent=False)
 
 
 def _at(num_tokens: int, overrides: BlockOverridesAt | None) -> BlockOverrides | None:

@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -47,6 +48,27 @@ PACKED = frozenset(
 # Rotary embeddings that depend on the longest sequence of a call. They would let one client change another's results.
 ROTARY_BY_LENGTH = frozenset({"dynamic", "longrope"})
 
+
+@dataclass(frozen=True)
+class LengthRegime:
+    """A model computes tokens differently from some length on, the same for all sequences of a call.
+
+    `kind` is "switch" if there are two ways, up to `size` tokens and beyond; "each" if every length beyond `size` has
+    its own; and "steps" if it changes at every multiple of `size`.
+    """
+
+    kind: Literal["switch", "each", "steps"]
+    size: int
+
+    def of(self, num_tokens: int) -> int:
+        """A number that is equal for lengths that are computed in the same way."""
+        if self.kind == "steps":
+            return num_tokens // self.size
+        if num_tokens <= self.size:
+            return 0
+        return 1 if self.kind == "switch" else num_tokens
+
+
 # Certified families in which the errors of an encoding exceed its tolerance, because of recurrent state or because they
 # select keys.
 TOO_SENSITIVE: Mapping[Encoding, frozenset[str]] = {
@@ -70,6 +92,7 @@ class Family:
     layers_name: str  # the name of the list of layers in the backbone: "layers", "h", "blocks"
     num_blocks: int
     packable: bool  # whether the tokens of several sequences can be computed in one row
+    regimes: tuple[LengthRegime, ...] = ()  # sequences of different regimes are not computed in one batch
     renamings: tuple[WeightRenaming, ...] = field(default=(), compare=False)  # from a checkpoint's names to the model's
     encodings: frozenset[Encoding] = frozenset()  # allowed for its hidden states and gradients, in addition to raw
 
@@ -157,17 +180,30 @@ def family_of(config: PreTrainedConfig, *, allow_uncertified: bool = False) -> F
         backbone_path=path,
         layers_name=layers_name,
         num_blocks=config.num_hidden_layers,
-        packable=config.model_type in PACKED and not ROTARY_BY_LENGTH & set(_rotary_types(config)),
+        packable=config.model_type in PACKED and not ROTARY_BY_LENGTH & {name for name, _ in _rotaries(config)},
+        regimes=_regimes(config),
         renamings=tuple(step for step in conversions if isinstance(step, WeightRenaming)),
         encodings=frozenset(LOSSY) if allow_uncertified else certified_encodings(config.model_type),
     )
 
 
-def _rotary_types(config: PreTrainedConfig) -> list[str]:
-    """The types of a model's rotary embeddings: one for all layers, or one for each kind of layer."""
+def _rotaries(config: PreTrainedConfig) -> list[tuple[str, Mapping[str, Any]]]:
+    """The types of a model's rotary embeddings with their parameters: one for all layers, or one for each kind."""
     parameters = getattr(config, "rope_parameters", None) or {}
     candidates = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return [str(candidate["rope_type"]) for candidate in candidates if "rope_type" in candidate]
+    return [(str(candidate["rope_type"]), candidate) for candidate in candidates if "rope_type" in candidate]
+
+
+def _regimes(config: PreTrainedConfig) -> tuple[LengthRegime, ...]:
+    regimes = []
+    for name, parameters in _rotaries(config):
+        if name == "longrope":
+            regimes.append(LengthRegime("switch", parameters["original_max_position_embeddings"]))
+        elif name == "dynamic":
+            regimes.append(LengthRegime("each", config.max_position_embeddings))
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 scales queries by the length of the call
+        regimes.append(LengthRegime("steps", int(config.floor_scale)))
+    return tuple(regimes)
 
 
 def certified_encodings(model_type: str) -> frozenset[Encoding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -23,8 +23,10 @@ from shoal.model.weights.safetensors_file import TensorInfo
 from shoal.policy.dtypes import swarm_dtype
 from shoal.policy.machines.max_blocks import cache_tokens, choose_num_blocks
 from shoal.policy.view import SwarmView
+from shoal.prefix import PAGE_TOKENS
 from shoal.server.config import ServerConfig
-from shoal.server.kv.paged_cache import KeyValueShape
+from shoal.server.kv.cache_shapes import CacheShapes
+from shoal.server.kv.paged_cache import page_bytes
 from shoal.server.kv.pages import pages_for
 
 log = logging.getLogger(__name__)
@@ -173,9 +175,7 @@ def free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def choose_num_pages(
-    config: ServerConfig, body: Body, shapes: Mapping[int, KeyValueShape] | None, free_bytes: int
-) -> int:
+def choose_num_pages(config: ServerConfig, body: Body, shapes: CacheShapes, free_bytes: int) -> int:
     """The number of pages of the cache: as the config says, or as memory allows.
 
     `free_bytes` of memory were free before the blocks were loaded. A part of that was set aside for caches when the
@@ -194,7 +194,8 @@ def choose_num_pages(
         token_bytes / 2**10,
         len(body.span),
     )
-    return max(1, pages_for(num_tokens))
+    num_state_pages = shapes.state_pages(page_bytes(shapes, cache_dtype_of(config, body), body.backbone))
+    return max(1 + num_state_pages, pages_for(num_tokens))
 
 
 def choose_activation_bytes(config: ServerConfig, body: Body) -> int:
@@ -209,25 +210,19 @@ def cache_dtype_of(config: ServerConfig, body: Body) -> torch.dtype:
         return dtype
     if config.cache_dtype != "int8":
         raise UserError(f"the cache cannot be in the dtype {config.cache_dtype!r}", hint="auto or int8")
-    if not body.family.packable:
-        raise UserError(
-            f"the sessions of {body.family.model_type!r} are not in pages, so their cache cannot be in int8",
-            hint="leave --cache-dtype out",
-        )
     return torch.int8
 
 
-def bytes_of_token(body: Body, shapes: Mapping[int, KeyValueShape] | None, dtype: torch.dtype) -> tuple[int, int]:
-    """The bytes of the cache that a token takes in all blocks together, and those of the span's output for it."""
-    config = body.backbone.config
-    if shapes is not None:
-        outputs: int = config.hidden_size * body.backbone.dtype.itemsize
-        return sum(shape.nbytes(dtype) for shape in shapes.values()), outputs
-    # An upper bound: the state of recurrent layers does not grow with the tokens.
-    num_heads = getattr(config, "num_attention_heads", None) or 1
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return int(2 * num_kv_heads * head_dim * len(body.span) * dtype.itemsize), 0
+def bytes_of_token(body: Body, shapes: CacheShapes, dtype: torch.dtype) -> tuple[int, int]:
+    """The bytes of the cache that a token takes in all blocks together, and those of the span's output for it.
+
+    With each token there is room for a part of the states of a sequence.
+    """
+    backbone = body.backbone
+    outputs: int = backbone.config.hidden_size * backbone.dtype.itemsize
+    num_pages = shapes.state_pages(page_bytes(shapes, dtype, backbone))
+    states = shapes.state_bytes // (num_pages * PAGE_TOKENS) if num_pages else 0
+    return shapes.token_bytes(dtype) + states, outputs
 
 
 def max_length_of(config: ServerConfig, checkpoint: Checkpoint) -> int:

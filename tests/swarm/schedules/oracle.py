@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from shoal.model.body import Body, build_body
 from shoal.model.families import family_of
 from shoal.peers import ModelInfo
-from shoal.server.kv.paged_cache import KeyValueShape, key_value_shapes
+from shoal.server.kv.cache_shapes import CacheShapes, cache_shapes
 from shoal.spans import Span
 
 from ..tiny_models import tiny_config, tiny_model
@@ -43,8 +43,8 @@ class Oracle:
         return build_body(family, self._config, span, self._whole.state_dict(), dtype=torch.float32)
 
     @functools.cache  # noqa: B019
-    def shapes(self, span: Span) -> dict[int, KeyValueShape]:
-        return key_value_shapes(self.body(span))
+    def shapes(self, span: Span) -> CacheShapes:
+        return cache_shapes(self.body(span))
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """The inputs [B, T, D] that a client sends into the blocks."""

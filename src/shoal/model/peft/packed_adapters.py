@@ -31,7 +31,10 @@ class AdapterRows:
 
 
 def with_row_adapters(block: nn.Module, parts: Sequence[AdapterRows], *, num_rows: int) -> nn.Module:
-    """A copy of a block that computes packed tokens [1, N, D], with each client's adapter on its own rows."""
+    """A copy of a block that computes N tokens in a row, with each client's adapter on its own rows.
+
+    The tokens may be one sequence [1, N, D] or a batch [G, T, D], of which the rows are counted one after another.
+    """
     paths = dict.fromkeys(path for part in parts for path in part.adapter.layers)
     layers = {path: _RowAdapters(block.get_submodule(path), _layers_at(path, parts), num_rows) for path in paths}
     view = with_submodules(block, layers)
@@ -45,14 +48,14 @@ def _layers_at(path: str, parts: Sequence[AdapterRows]) -> list[tuple[slice, nn.
     return [(part.rows, part.adapter.layers[path]) for part in parts if path in part.adapter.layers]
 
 
-def _with_prompts(hidden_1ND: Tensor, parts: Sequence[AdapterRows]) -> Tensor:
-    hidden_1ND = hidden_1ND.clone()
+def _with_prompts(hidden: Tensor, parts: Sequence[AdapterRows]) -> Tensor:
+    hidden_ND = hidden.flatten(0, -2).clone()
     for part in parts:
         assert part.adapter.prompt_PD is not None
-        own_1ND = hidden_1ND[:, part.rows]
-        own_BTD = own_1ND.view(part.num_sequences, -1, own_1ND.shape[-1])
-        hidden_1ND[:, part.rows] = add_prompt(own_BTD, part.adapter.prompt_PD, part.position).view(own_1ND.shape)
-    return hidden_1ND
+        own_ND = hidden_ND[part.rows]
+        own_BTD = own_ND.view(part.num_sequences, -1, own_ND.shape[-1])
+        hidden_ND[part.rows] = add_prompt(own_BTD, part.adapter.prompt_PD, part.position).view(own_ND.shape)
+    return hidden_ND.view(hidden.shape)
 
 
 class _LinearReplacement(nn.Module):
@@ -72,7 +75,7 @@ class _LinearReplacement(nn.Module):
 
 
 class _RowAdapters(_LinearReplacement):
-    """A linear layer for rows [.., N, inputs] of several clients: one product, then each client's PEFT layer."""
+    """A linear layer for N rows [..., inputs] of several clients: one product, then each client's PEFT layer."""
 
     def __init__(self, base: nn.Module, layers: Sequence[tuple[slice, nn.Module]], num_rows: int) -> None:
         super().__init__(base)
@@ -80,17 +83,19 @@ class _RowAdapters(_LinearReplacement):
         self._num_rows = num_rows
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2] != self._num_rows:
+        rows_of_x = x.flatten(0, -2)
+        if len(rows_of_x) != self._num_rows:
             raise ValueError(
-                f"the pass has {self._num_rows} rows, but this layer got {x.shape[-2]}: their adapters are unknown"
+                f"the pass has {self._num_rows} rows, but this layer got {len(rows_of_x)}: their adapters are unknown"
             )
         base: nn.Module = self.__dict__["_base"]
         result: Tensor = base(x)
+        rows_of_result = result.flatten(0, -2)  # a view: products are contiguous
         for rows, layer in self._layers:
             if not getattr(layer, "is_feedforward", False):  # a feedforward IA3 layer changes the input of the product
-                layer = with_submodules(layer, {"base_layer": _KnownOutput(base, result[..., rows, :])})
-            result[..., rows, :] = layer(x[..., rows, :])
-        return result
+                layer = with_submodules(layer, {"base_layer": _KnownOutput(base, rows_of_result[rows])})
+            rows_of_result[rows] = layer(rows_of_x[rows])
+        return rows_of_result.view(result.shape)
 
 
 class _KnownOutput(_LinearReplacement):

@@ -27,8 +27,9 @@ class RequestView:
     """A step that waits: `num_tokens` more tokens of each of `num_rows` sequences.
 
     `num_pages(n)` is how many free pages it takes to compute n tokens of each sequence. The request is `running` if its
-    session holds pages already. An `unsplittable` request is computed in one pass. It came at `arrived_at`, in seconds;
-    `session` is what the server knows of its session.
+    session holds pages already. An `unsplittable` request is computed in one pass; of others, a pass computes at most
+    `most_tokens` tokens of each sequence. It came at `arrived_at`, in seconds. `session` is what the server knows of
+    its session.
     """
 
     num_rows: int
@@ -38,6 +39,7 @@ class RequestView:
     unsplittable: bool = False
     arrived_at: float = 0.0
     session: Holder | None = None
+    most_tokens: int | None = None
 
     @property
     def decodes(self) -> bool:
@@ -84,7 +86,8 @@ def schedule(
         if not step.running and not may_begin:
             continue
         left = max(0, room if step.decodes else min(room, prefill_room))  # a pass of its own may exceed the limit
-        num_tokens = min(step.num_tokens, left // step.num_rows)
+        most = step.num_tokens if step.most_tokens is None else step.most_tokens
+        num_tokens = min(most, left // step.num_rows)
         if step.unsplittable and num_tokens < step.num_tokens:
             num_tokens = 0
         if not num_tokens and may_be_one_by_one and (not chunks or not step.decodes or step.num_rows <= room):

@@ -13,10 +13,8 @@ import torch
 
 from shoal.adapters import adapter_cache_salt
 from shoal.concurrency import background
-from shoal.errors import UnsupportedOperation
 from shoal.events import Observers
 from shoal.model.body import Body
-from shoal.model.body_cache import BodyCache
 from shoal.policy.batching.engine_limits import Limits
 from shoal.policy.batching.pass_rules import PassRule, fair
 from shoal.policy.batching.scheduling import PassTimeModel
@@ -33,6 +31,7 @@ from shoal.server.kv.output_head import Answer, ServerHead
 from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.kv.pages import PagePool, pages_for
 from shoal.server.kv.session_cache import SessionCache
+from shoal.server.kv.states import SlotPool
 from shoal.server.refusals import busy, cannot_rewind, misrouted, preempted
 from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.step_inputs import StepInputs, Tensors
@@ -46,8 +45,7 @@ HASH_ASIDE_TOKENS = 64
 class Engine:
     """Computes one span of one model for all clients, as long as `running()` is entered.
 
-    `cache` is the memory of a body that computes packed. Sessions of other bodies keep Transformers' caches; of their
-    pages only the number counts.
+    `cache` is the memory that `compute` works on.
     """
 
     def __init__(
@@ -57,7 +55,7 @@ class Engine:
         validator: RequestValidator,
         *,
         compute: Pass,
-        cache: PagedCache | None,
+        cache: PagedCache,
         num_pages: int,
         cpu_turns: CpuTurns | None,
         pass_time: PassTimeModel,
@@ -74,6 +72,8 @@ class Engine:
         self._cache = cache
         self._limits = limits
         self._pool = PagePool(num_pages)
+        # A step-by-step family computes what follows a snapshot token by token: that takes longer than all at once.
+        self._slots = SlotPool(self._pool, cache.state_pages, with_snapshots=not body.family.step_by_step)
         self._watch = watch
         runner = ModelRunner(compute, executor, head=head, cpu_turns=cpu_turns)
         self._loop = EngineLoop(
@@ -140,7 +140,9 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` unless every page is held or available. To be called between passes."""
-        self._pool.check_integrity(page for session in self._loop.sessions for page in session.pages)
+        self._pool.check_integrity(
+            page for session in self._loop.sessions for page in (*session.pages, *session.state_pages)
+        )
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
@@ -162,11 +164,9 @@ class Engine:
             batch_size=request.batch_size,
             salt=adapter_cache_salt(request.salt, request.adapters),
             adapters=adapters,
+            slots=self._slots,
         )
         self._loop.join(session)
-        if self._cache is None:
-            session.cache = self._body.new_cache(span)
-            return session, None
         token_bytes = request.batch_size * self.validator.hidden_size * 4
         session.adopt(names, max_pages=MAX_PAYLOAD_BYTES // 2 // (token_bytes * PAGE_TOKENS))
         if not session.num_tokens:
@@ -207,10 +207,8 @@ class Engine:
         self._check_fits(inputs.batch_size, request.position + inputs.num_tokens)
         if not session.running and self._num_in_queue >= self._limits.queue_length:
             raise busy(f"{self._limits.queue_length} others wait for room in the cache")
-        if session.cache is not None:
-            session.cache = await self._rewound(session, request.position, rows)
-            if session.preempted:  # meanwhile
-                raise preempted()
+        if session.has_states and 0 < request.position < session.num_tokens:
+            raise cannot_rewind("the states of this model's blocks cannot go back")
         session.begin_step(request.position, rows, inputs)
         if inputs.num_tokens < HASH_ASIDE_TOKENS:
             session.append_inputs(inputs)
@@ -220,27 +218,8 @@ class Engine:
                 raise preempted()
         return await self._loop.submit_step(session, inputs, wanted)
 
-    async def _rewound(self, session: SessionCache, position: int, rows: tuple[int, ...] | None) -> BodyCache:
-        """Transformers' cache, taken back to where a step begins. Raises `Refused` if its state cannot go back."""
-        cache = session.cache
-        if position == 0 or cache is None:
-            return self._body.new_cache(session.span)
-
-        @torch.inference_mode()
-        def rewind() -> None:
-            if position < session.num_tokens:
-                cache.crop(position)
-            if rows is not None:
-                cache.select_rows(list(rows))
-
-        try:
-            await self.executor.run(rewind)
-        except UnsupportedOperation as impossible:
-            raise cannot_rewind(str(impossible)) from impossible
-        return cache
-
     def _check_fits(self, batch_size: int, num_tokens: int) -> None:
-        if batch_size * pages_for(num_tokens) > self._pool.num_pages:
+        if batch_size * (pages_for(num_tokens) + self._slots.pages_each) > self._pool.num_pages:
             raise misrouted(
                 f"{batch_size} sequences of {num_tokens} tokens can never fit into this server's cache of "
                 f"{self._pool.num_pages * PAGE_TOKENS} tokens"

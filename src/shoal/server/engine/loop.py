@@ -17,7 +17,7 @@ from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DEC
 from shoal.policy.batching.pass_rules import PassRule, Places, fair
 from shoal.policy.batching.scheduling import PassTimeModel, batching_delay
 from shoal.server.engine.model_runner import ModelRunner
-from shoal.server.engine.page_holders import engine_view, holding_pages
+from shoal.server.engine.page_holders import drop_snapshots_if_short, engine_view, holding_pages
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
 from shoal.server.engine.time_shares import TimeShares
 from shoal.server.kv.batch import Chunk
@@ -200,6 +200,7 @@ class EngineLoop:
                     return await self._schedule_pass()
 
     async def _schedule_pass(self) -> bool:
+        drop_snapshots_if_short(self.steps, self._pool)
         while True:
             steps, holding = self.steps, holding_pages(self.sessions)
             view = engine_view(

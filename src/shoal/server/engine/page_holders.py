@@ -51,11 +51,20 @@ def holding_pages(sessions: Collection[SessionCache]) -> list[SessionCache]:
     return [session for session in sessions if any(row.pages for row in session.rows)]
 
 
+def drop_snapshots_if_short(steps: Sequence[StepRequest], pool: PagePool) -> None:
+    """Keep no states of running sessions for others, if there are no pages for the copies that these go on with."""
+    running = [step for step in steps if step.session.running]
+    if sum(step.session.pages_needed(step.num_left) for step in running) > pool.num_available:
+        for step in running:
+            step.session.drop_snapshots()
+
+
 def _holder(session: SessionCache, *, at_work: bool) -> Holder:
     one_row = len(session.rows) == 1  # whose pages are all different; counting them takes no time
+    num_pages = len(session.rows[0].pages) if one_row else len(set(session.pages))
     return Holder(
         session.peer,
-        len(session.rows[0].pages) if one_row else len(set(session.pages)),
+        num_pages + session.num_state_pages,
         used_at=session.used_at,
         began_at=session.began_at,
         opened=session.opened,

@@ -46,8 +46,15 @@ class StepRequest:
         """What the scheduler needs to know of it."""
         session = self.session
         # Recurrent layers of Transformers take no notice of padding in a token that comes alone.
-        unsplittable = session.cache is not None and session.mask_BS is not None
-        return RequestView(len(session.rows), self.num_left, session.running, session.pages_needed, unsplittable)
+        unsplittable = session.has_states and session.mask_BS is not None
+        return RequestView(
+            len(session.rows),
+            self.num_left,
+            session.running,
+            session.pages_needed,
+            unsplittable,
+            most_tokens=session.tokens_in_one_chunk(self.num_left),
+        )
 
     def chunk(self, num_tokens: int) -> Chunk:
         """Its next `num_tokens` tokens of each sequence, with pages to put them in."""
@@ -63,7 +70,7 @@ class StepRequest:
             num_computed_tokens=session.num_tokens,
             pages=tuple(tuple(row.pages) for row in session.rows),
             growth=growth,
-            cache=session.cache,
+            slots=tuple(row.slot for row in session.rows if row.slot is not None),
             adapters=session.adapters,
             wanted=None if self.wanted is None else self.wanted.before(self.num_left - num_tokens),
         )

@@ -13,14 +13,13 @@ import functools
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
 from shoal.model.body import BlockOverrides, Body
-from shoal.model.body_cache import BodyCache
 from shoal.model.peft.block_adapters import BlockAdapter
 from shoal.model.peft.packed_adapters import AdapterRows, with_row_adapters
 from shoal.prefix import PAGE_TOKENS
@@ -40,8 +39,8 @@ class Chunk:
 
     `span` are the session's blocks. `positions_BT` count on from the cache if they are `None`, and no token is padding
     if `mask_BS` is. Before the new tokens, `num_computed_tokens` tokens of each sequence are in the cache; `pages` are
-    each sequence's, those for the new tokens included. `growth` is what the cache has to do first. `cache` is for
-    bodies that do not compute packed. `adapters` are by block. If logits are `wanted`, they are the answer.
+    each sequence's, those for the new tokens included, and `slots` those of their states, if the body keeps states.
+    `growth` is what the cache has to do first. `adapters` are by block. If logits are `wanted`, they are the answer.
     """
 
     span: Span
@@ -51,7 +50,7 @@ class Chunk:
     num_computed_tokens: int
     pages: tuple[tuple[int, ...], ...]
     growth: Growth
-    cache: BodyCache | None
+    slots: tuple[int, ...] = ()
     adapters: Mapping[int, BlockAdapter] = field(default_factory=dict)
     wanted: WantedLogits | None = None
 
@@ -65,38 +64,6 @@ class Pass(Protocol):
         It is called on the compute thread.
         """
         ...
-
-
-class SequentialPass:
-    """One chunk after another, with Transformers' caches.
-
-    It is for families that keep more than keys and values, or that have an attention of their own.
-    """
-
-    def __init__(self, body: Body) -> None:
-        self._body = body
-
-    @torch.inference_mode()
-    def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
-        return [self._outcome(chunk) for chunk in chunks]
-
-    def _outcome(self, chunk: Chunk) -> torch.Tensor | Exception:
-        try:
-            return self._compute(chunk)
-        except Exception as error:
-            return error
-
-    def _compute(self, chunk: Chunk) -> torch.Tensor:
-        device, dtype = self._body.backbone.device, self._body.backbone.dtype
-        output_BTD: torch.Tensor = self._body(
-            chunk.hidden_BTD.to(device, dtype),
-            span=chunk.span,
-            attention_mask=None if chunk.mask_BS is None else chunk.mask_BS.to(device),
-            position_ids=None if chunk.positions_BT is None else chunk.positions_BT.to(device),
-            cache=chunk.cache,
-            overrides={block: adapter.on for block, adapter in chunk.adapters.items()},
-        )
-        return output_BTD
 
 
 class PackedPass:
@@ -113,17 +80,7 @@ class PackedPass:
     @torch.inference_mode()
     def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
         self._cache.prepare([chunk.growth for chunk in chunks])
-        return self._outcomes(chunks)
-
-    def _outcomes(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
-        """If a pass fails, each chunk is computed alone, so that only the chunk at fault fails."""
-        try:
-            return list(self._compute(chunks))
-        except Exception as error:
-            if len(chunks) == 1:
-                return [error]
-            log.exception("a pass over %d sessions failed; the server computes them one by one", len(chunks))
-            return [outcome for chunk in chunks for outcome in self._outcomes([chunk])]
+        return each_alone_if_together_fails(self._compute, chunks)
 
     def _compute(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
         packed = [_PackedChunk(chunk, self._body) for chunk in chunks]
@@ -147,7 +104,7 @@ class PackedPass:
             torch.cat([each.positions_N for each in packed]),
             span=segment,
             attend=functools.partial(attend_with, self._attention, metadata),
-            overrides=_overrides(segment, packed),
+            overrides=row_overrides(segment, [(each.chunk, len(each.hidden_ND), 0) for each in packed]),
         )
         for each, hidden_ND in zip(packed, output_ND.split([len(each.hidden_ND) for each in packed]), strict=True):
             each.hidden_ND = hidden_ND
@@ -182,17 +139,36 @@ class _PackedChunk:
         ]
 
 
-def _overrides(segment: Span, packed: Sequence[_PackedChunk]) -> BlockOverrides:
-    """What the chunks' adapters change about the blocks of a segment."""
+def each_alone_if_together_fails(
+    compute: Callable[[Sequence[Chunk]], list[torch.Tensor]], chunks: Sequence[Chunk]
+) -> list[torch.Tensor | Exception]:
+    """The outputs of all chunks. If a pass fails, each chunk is computed alone, so that only the chunk at fault fails.
+
+    A computation that fails must leave the past of its chunks as it was.
+    """
+    try:
+        return list(compute(chunks))
+    except Exception as error:
+        if len(chunks) == 1:
+            return [error]
+        log.exception("a pass over %d sessions failed; the server computes them one by one", len(chunks))
+        return [outcome for chunk in chunks for outcome in each_alone_if_together_fails(compute, [chunk])]
+
+
+def row_overrides(segment: Span, rows_of: Sequence[tuple[Chunk, int, int]]) -> BlockOverrides:
+    """What adapters change about the blocks of a segment, if the chunks' tokens are computed in a row.
+
+    Each chunk stands with the number of its rows, and with how many of its new tokens were computed before these.
+    """
     parts: dict[int, list[AdapterRows]] = defaultdict(list)
     num_rows = 0
-    for each in packed:
-        rows = slice(num_rows, num_rows + len(each.hidden_ND))
+    for chunk, num_own, start in rows_of:
+        rows = slice(num_rows, num_rows + num_own)
         num_rows = rows.stop
-        for block, adapter in each.chunk.adapters.items():
+        for block, adapter in chunk.adapters.items():
             if block in segment:
-                num_sequences = each.chunk.hidden_BTD.shape[0]
-                parts[block].append(AdapterRows(rows, num_sequences, each.chunk.num_computed_tokens, adapter))
+                position = chunk.num_computed_tokens + start
+                parts[block].append(AdapterRows(rows, chunk.hidden_BTD.shape[0], position, adapter))
     return {block: functools.partial(with_row_adapters, parts=some, num_rows=num_rows) for block, some in parts.items()}
 
 

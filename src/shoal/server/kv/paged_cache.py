@@ -9,45 +9,17 @@ the same inputs gets them without a computation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from shoal.model.body import Body
 from shoal.prefix import PAGE_TOKENS
+from shoal.server.kv.cache_shapes import CacheShapes, KeyValueShape
 from shoal.server.kv.session_cache import Growth
-
-
-@dataclass(frozen=True)
-class KeyValueShape:
-    """What one block caches for one token: the number of heads, and the sizes of a head's key and value in numbers."""
-
-    num_heads: int
-    key_size: int
-    value_size: int
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of a token's keys and values in a dtype. For int8 this includes the scales."""
-        scales = 2 * self.num_heads * torch.float32.itemsize if dtype == torch.int8 else 0
-        return self.num_heads * (self.key_size + self.value_size) * dtype.itemsize + scales
-
-
-def key_value_shapes(body: Body) -> dict[int, KeyValueShape]:
-    """What each block of a body caches for a token, found by running the body on one token."""
-    shapes: dict[int, KeyValueShape] = {}
-
-    def attend(block: int, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-        shapes[block] = KeyValueShape(key.shape[1], key.shape[3], value.shape[3])
-        return query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
-
-    backbone = body.backbone
-    hidden_TD = torch.zeros(1, backbone.config.hidden_size, dtype=backbone.dtype, device=backbone.device)
-    with torch.inference_mode():
-        body.forward_packed(hidden_TD, torch.zeros(1, dtype=torch.long), span=body.span, attend=attend)
-    return shapes
+from shoal.server.kv.states import States, num_slots
 
 
 class Pages:
@@ -64,6 +36,10 @@ class Pages:
     def read(self, pages: Tensor | slice) -> Tensor:
         """The pages of these numbers. A slice of pages is a view, not a copy."""
         return self._values[pages]
+
+    def select(self, index: Tensor) -> Tensor:
+        """Copies of vectors: number i is that of head `i % J` of slot `i // J`, if a token has J heads."""
+        return self._values.flatten(0, -2).index_select(0, index)
 
     def copy(self, source: int, target: int) -> None:
         """Overwrite one page with another."""
@@ -91,6 +67,9 @@ class Int8Pages(Pages):
     def read(self, pages: Tensor | slice) -> Tensor:
         return (super().read(pages) * self._scales.read(pages)).to(self._dtype)
 
+    def select(self, index: Tensor) -> Tensor:
+        return (super().select(index) * self._scales.select(index)).to(self._dtype)
+
     def copy(self, source: int, target: int) -> None:
         super().copy(source, target)
         self._scales.copy(source, target)
@@ -101,25 +80,42 @@ class Int8Pages(Pages):
 
 
 class PagedCache:
-    """Keys, values and outputs of `num_pages` pages. The system provides memory only for pages that were written."""
+    """Keys, values and outputs of `num_pages` pages, and the states of sequences, in slots.
 
-    def __init__(
-        self, body: Body, shapes: Mapping[int, KeyValueShape], num_pages: int, *, kind: type[Pages] = Pages
-    ) -> None:
+    The system provides memory only for what was written. `state_pages` is how many pages a slot counts as.
+    """
+
+    def __init__(self, body: Body, shapes: CacheShapes, num_pages: int, *, kind: type[Pages] = Pages) -> None:
         backbone = body.backbone
+        dtype, device = backbone.dtype, backbone.device
 
-        def pages(kind: type[Pages], *sizes: int) -> Pages:
-            return kind(num_pages, sizes, backbone.dtype, backbone.device)
+        def pages(size_of: Callable[[KeyValueShape], int]) -> dict[int, Pages]:
+            return {
+                block: kind(num_pages, (shape.num_heads, size_of(shape)), dtype, device)
+                for block, shape in shapes.tokens.items()
+            }
 
-        self._device = backbone.device
-        self._keys = {block: pages(kind, shape.num_heads, shape.key_size) for block, shape in shapes.items()}
-        self._values = {block: pages(kind, shape.num_heads, shape.value_size) for block, shape in shapes.items()}
-        self._outputs = pages(Pages, backbone.config.hidden_size)
+        self._device = device
+        self._keys = pages(lambda shape: shape.key_size)
+        self._values = pages(lambda shape: shape.value_size)
+        self._index = {
+            block: Pages(num_pages, shape.indexer.sizes, shape.indexer.dtype, device)
+            for block, shape in shapes.tokens.items()
+            if shape.indexer is not None
+        }
+        self._outputs = Pages(num_pages, (backbone.config.hidden_size,), dtype, device)
+        cached_dtype = torch.int8 if kind is Int8Pages else dtype
+        self.state_pages = shapes.state_pages(page_bytes(shapes, cached_dtype, backbone))
+        self.states = States(shapes.states, num_slots(num_pages, self.state_pages), device)
 
     def write(self, block: int, slots_T: Tensor, keys_TJK: Tensor, values_TJK: Tensor) -> None:
         """Write the keys and values of new tokens of a block into their slots (see `Pages.write`)."""
         self._keys[block].write(slots_T, keys_TJK)
         self._values[block].write(slots_T, values_TJK)
+
+    def write_index(self, block: int, slots_T: Tensor, keys_TK: Tensor) -> None:
+        """Write the keys of new tokens for a block's indexer into their slots."""
+        self._index[block].write(slots_T, keys_TK)
 
     def read(self, block: int, pages_GP: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `num_tokens` tokens of several sequences, each [G, J, S, K]."""
@@ -128,6 +124,16 @@ class PagedCache:
             return pages.read(pages_GP).flatten(1, 2)[:, :num_tokens].transpose(1, 2)
 
         return gather(self._keys[block]), gather(self._values[block])
+
+    def select(self, block: int, index_GJS: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [G, J, S, K]. The index says which vector stands where (see `Pages.select`)."""
+        index = index_GJS.flatten()
+        keys, values = self._keys[block].select(index), self._values[block].select(index)
+        return keys.view(*index_GJS.shape, -1), values.view(*index_GJS.shape, -1)
+
+    def select_index(self, block: int, slots_GS: Tensor) -> Tensor:
+        """The keys of a block's indexer of the tokens in these slots, [G, S, K]."""
+        return self._index[block].select(slots_GS.flatten()).view(*slots_GS.shape, -1)
 
     def read_one(self, block: int, pages: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens of one sequence, [1, J, S, K]. Consecutive pages are not copied."""
@@ -149,17 +155,28 @@ class PagedCache:
         return self._outputs.read(torch.tensor(list(pages), device=self._device)).flatten(0, 1)
 
     def prepare(self, growths: Sequence[Growth]) -> None:
-        """Do what sessions' new tokens require: copy the pages that are copied on write, and clear new pages.
+        """Do what sessions' new tokens require: copy what is copied on write, and clear new pages and slots.
 
         A sequence gives no weight to what is behind its last token. But an infinity or NaN that another session left
         there would still make its outputs NaN.
         """
         copies = [copy for growth in growths for copy in growth.copies]
         new_pages = [page for growth in growths for page in growth.new_pages]
-        for pages in (*self._keys.values(), *self._values.values()):
+        for pages in (*self._keys.values(), *self._values.values(), *self._index.values()):
             for source, target in copies:
                 pages.copy(source, target)
             if new_pages:
                 pages.clear(new_pages)
         for source, target in copies:
             self._outputs.copy(source, target)
+        for growth in growths:
+            for source, target in growth.slot_copies:
+                self.states.copy(source, target)
+            if growth.new_slots:
+                self.states.clear(growth.new_slots)
+
+
+def page_bytes(shapes: CacheShapes, dtype: torch.dtype, backbone: PreTrainedModel) -> int:
+    """The bytes of a page: of keys and values in this dtype, and of outputs."""
+    outputs: int = backbone.config.hidden_size * backbone.dtype.itemsize
+    return PAGE_TOKENS * (shapes.token_bytes(dtype) + outputs)

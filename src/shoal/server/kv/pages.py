@@ -82,6 +82,12 @@ class PagePool:
             self._page_of[digest] = page
             self._digest_of[page] = digest
 
+    def unregister(self, pages: Iterable[int]) -> None:
+        """Remove the digests of pages that are held."""
+        for page in pages:
+            if (digest := self._digest_of.pop(page, None)) is not None:
+                del self._page_of[digest]
+
     def find(self, digests: Sequence[bytes]) -> list[int]:
         """The pages of the first digests, up to the first digest that no page has."""
         return list(self._find(digests))

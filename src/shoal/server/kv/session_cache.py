@@ -17,35 +17,40 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.model.body_cache import BodyCache
 from shoal.model.peft.block_adapters import BlockAdapter
 from shoal.policy.batching.scheduling import Rhythm
+from shoal.policy.batching.snapshots import keeps_snapshot, tokens_to_snapshot
 from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
 from shoal.server.kv.pages import PagePool, pages_for
+from shoal.server.kv.states import SlotPool
 from shoal.server.step_inputs import StepInputs
 from shoal.spans import Span
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What the cache does before it takes a session's next tokens: pages that it copies, and pages that it clears.
+    """What the cache does before it takes a session's next tokens: what it copies, and what it clears.
 
-    `copies` are pairs of a source and a target.
+    Copies are pairs of a source and a target.
     """
 
     copies: tuple[tuple[int, int], ...]
     new_pages: tuple[int, ...]
+    slot_copies: tuple[tuple[int, int], ...] = ()
+    new_slots: tuple[int, ...] = ()
 
 
 class Row:
     """One sequence of a session: its pages, and the digests of the full ones, as far as they are known.
 
     A digest needs all inputs of its page, so the row keeps the inputs behind the last digest. `root` is the digest
-    before the first page; `None` means that the row's pages get no more digests.
+    before the first page; `None` means that the row's pages get no more digests. `slot` has the row's states, if the
+    body keeps states and the row has begun.
     """
 
     def __init__(self, root_hash: bytes | None, pages: Sequence[int] = (), digests: Sequence[bytes] = ()) -> None:
         self.pages = list(pages)
+        self.slot: int | None = None
         self.digests = list(digests)
         self._root = root_hash
         self._inputs: list[tuple[torch.Tensor, torch.Tensor]] = []  # hidden states and positions behind the last digest
@@ -53,6 +58,7 @@ class Row:
     def copy(self) -> Row:
         """A second sequence with the same beginning."""
         row = Row(self._root, self.pages, self.digests)
+        row.slot = self.slot
         row._inputs = list(self._inputs)
         return row
 
@@ -97,11 +103,10 @@ class Row:
 class SessionCache:
     """The state of one session: a batch of sequences that take their steps together, `num_tokens` of each cached.
 
-    The keys and values of a body that computes packed are in pages. For other bodies `cache` is Transformers' own, and
-    the pages only count its memory. `opened` is how many sessions the server opened before. `used_at` is when the
-    session last asked for something, `began_at` when it was admitted, and `since` when its client came, all in seconds.
-    `running` says whether
-    the server has computed any of its tokens, or is computing them. `mask_BS` is `None` while no sequence has padding.
+    Its keys and values are in pages of `pool`, and its states in `slots`, if the body keeps any. `opened` is how many
+    sessions the server opened before. `used_at` is when the session last asked for something, `began_at` when it was
+    admitted, and `since` when its client came, all in seconds. `running` says whether the server has computed any of
+    its tokens, or is computing them. `mask_BS` is `None` while no sequence has padding.
     """
 
     def __init__(
@@ -114,6 +119,7 @@ class SessionCache:
         salt: str,
         batch_size: int,
         adapters: Mapping[int, BlockAdapter] | None = None,
+        slots: SlotPool | None = None,
     ) -> None:
         self.span = span
         self.adapters = adapters or {}
@@ -124,17 +130,32 @@ class SessionCache:
         self.batch_size = batch_size
         self.rows: list[Row] = []
         self.mask_BS: torch.Tensor | None = None
-        self.cache: BodyCache | None = None
         self.running = False
         self.preempted = False
         self._rhythm = Rhythm()
         self._pool = pool
+        self._slots = SlotPool(pool, 0) if slots is None else slots
         self._root = root_hash(span, salt)
 
     @property
     def pages(self) -> list[int]:
         """The pages that the session holds. A page that several rows share occurs once for each of them."""
         return [page for row in self.rows for page in row.pages]
+
+    @property
+    def state_pages(self) -> list[int]:
+        """The pages that the session's states count as. Those of a slot that several rows share occur for each."""
+        return self._slots.pages_of(row.slot for row in self.rows if row.slot is not None)
+
+    @property
+    def num_state_pages(self) -> int:
+        """How many pages these are, each counted once."""
+        return self._slots.pages_each * len({row.slot for row in self.rows} - {None})
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the body keeps states, which cannot go back."""
+        return self._slots.pages_each > 0
 
     def record_arrival(self, now: float, *, decodes: bool) -> None:
         """A step came. If it decodes, the next one is expected after the same time again."""
@@ -146,14 +167,27 @@ class SessionCache:
         return self._rhythm.expected_at
 
     def adopt(self, digests: Sequence[Sequence[bytes]], *, max_pages: int) -> None:
-        """Begin with the pages that have these digests, for each row. All rows begin with the same number of pages."""
+        """Begin with the pages that have these digests, for each row. All rows begin with the same number of pages.
+
+        If the body keeps states, these must be there too: for all rows, after the same number of pages.
+        """
         found = [self._pool.find(each[:max_pages]) for each in digests]
         num_pages = min(len(pages) for pages in found)
+        while self.has_states and num_pages and None in self._slots_after(num_pages, digests):
+            num_pages -= 1
         self.rows = [
             Row(self._root, pages[:num_pages], each[:num_pages]) for pages, each in zip(found, digests, strict=True)
         ]
         self._pool.share(self.pages)
+        if self.has_states and num_pages:
+            for row, slot in zip(self.rows, self._slots_after(num_pages, digests), strict=True):
+                assert slot is not None
+                self._slots.share(slot)
+                row.slot = slot
         self.num_tokens = num_pages * PAGE_TOKENS
+
+    def _slots_after(self, num_pages: int, digests: Sequence[Sequence[bytes]]) -> list[int | None]:
+        return [self._slots.find(each[num_pages - 1]) for each in digests]
 
     def begin_step(self, position: int, rows: Sequence[int] | None, inputs: StepInputs) -> None:
         """Go back to the `position` where a step starts. Row i then continues what was row `rows[i]`.
@@ -173,11 +207,12 @@ class SessionCache:
         if rows is not None:
             before = self.rows
             self.rows = [before[index].copy() for index in rows]
-            if self.cache is None:
-                self._pool.share(self.pages)
-            else:  # Transformers' cache has copied its rows, so none of them shares memory
-                self.rows = [Row(None) for _ in rows]
+            self._pool.share(self.pages)
             self._pool.release(page for row in before for page in row.pages)
+            for slot in [row.slot for row in self.rows if row.slot is not None]:
+                self._slots.share(slot)
+            for slot in [row.slot for row in before if row.slot is not None]:
+                self._slots.release(slot)
         self.num_tokens = position
         self.batch_size = inputs.batch_size
         self._extend_mask(rows, inputs)
@@ -196,7 +231,7 @@ class SessionCache:
 
     def append_inputs(self, inputs: StepInputs) -> None:
         """Compute the digests of the pages that a step's inputs fill. Pages of padded sequences have none."""
-        if self.cache is not None or self.mask_BS is not None:
+        if self.mask_BS is not None or (self.has_states and not self._slots.with_snapshots):
             return
         positions_BT = inputs.positions_BT
         if positions_BT is None:
@@ -211,14 +246,27 @@ class SessionCache:
     def pages_needed(self, num_tokens: int) -> int:
         """The most pages that `grow` allocates for `num_tokens` more tokens of every row."""
         pages = pages_for(self.num_tokens + num_tokens)
-        return sum(pages - len(row.pages) + self._needs_copy(row) for row in self.rows)
+        return sum(
+            pages - len(row.pages) + self._needs_copy(row) + self._slots.pages_each * self._needs_slot(row)
+            for row in self.rows
+        )
 
     def grow(self, num_tokens: int) -> Growth:
         """Allocate pages for `num_tokens` more tokens of every row. The caller makes sure that they are available."""
         self.running = True
         new_pages: list[int] = []
         copies: list[tuple[int, int]] = []
+        new_slots: list[int] = []
+        slot_copies: list[tuple[int, int]] = []
         for row in self.rows:
+            if self._needs_slot(row):
+                slot = self._slots.allocate()
+                if row.slot is None:
+                    new_slots.append(slot)
+                else:
+                    slot_copies.append((row.slot, slot))
+                    self._slots.release(row.slot)
+                row.slot = slot
             if self._needs_copy(row):
                 (page,) = self._pool.allocate(1)
                 copies.append((row.pages[-1], page))
@@ -227,7 +275,11 @@ class SessionCache:
             pages = self._pool.allocate(pages_for(self.num_tokens + num_tokens) - len(row.pages))
             row.pages += pages
             new_pages += pages
-        return Growth(tuple(copies), tuple(new_pages))
+        return Growth(tuple(copies), tuple(new_pages), tuple(slot_copies), tuple(new_slots))
+
+    def _needs_slot(self, row: Row) -> bool:
+        """Whether the row's next token needs a slot for states: the row has none, or shares one with another row."""
+        return self.has_states and (row.slot is None or self._slots.is_shared(row.slot))
 
     def _needs_copy(self, row: Row) -> bool:
         """Copy on write: whether the row's next token goes into a page that other sequences hold or can find."""
@@ -246,10 +298,40 @@ class SessionCache:
         for row in self.rows:
             for page, digest in zip(row.pages[full_before:full], row.digests[full_before:full], strict=False):
                 self._pool.register(page, digest)
+        if self._keeps_snapshots:
+            self._keep_snapshots(full)
+
+    @property
+    def _keeps_snapshots(self) -> bool:
+        """Whether the states of this session may be kept for others: its rows have digests."""
+        return self._slots.with_snapshots and self.mask_BS is None
+
+    def _keep_snapshots(self, num_pages: int) -> None:
+        """Let others find the states, if they end at a page's end and there is room for the copy to go on with."""
+        room = {"num_pages": self._pool.num_pages, "num_available": self._pool.num_available}
+        needed = len(self.rows) * self._slots.pages_each
+        if keeps_snapshot(self.num_tokens, needed=needed, **room):
+            for row in self.rows:
+                if len(row.digests) >= num_pages and row.slot is not None:
+                    self._slots.register(row.slot, row.digests[num_pages - 1])
+
+    def drop_snapshots(self) -> None:
+        """Let nobody find the states from which this session goes on, so that it needs no copies of them."""
+        for row in self.rows:
+            if row.slot is not None:
+                self._slots.unregister(row.slot)
+
+    def tokens_in_one_chunk(self, num_tokens: int) -> int:
+        """How many of the next `num_tokens` tokens to compute at once, so that the states can be kept between."""
+        if not self._keeps_snapshots:
+            return num_tokens
+        return min(num_tokens, tokens_to_snapshot(self.num_tokens, self.num_tokens + num_tokens))
 
     def release(self) -> None:
         """Release all pages. May be called twice."""
         self._pool.release(self.pages)
+        for slot in [row.slot for row in self.rows if row.slot is not None]:
+            self._slots.release(slot)
         self.rows = []
         self.num_tokens = 0
         self.running = False

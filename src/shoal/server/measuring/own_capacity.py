@@ -12,7 +12,7 @@ from shoal.peers import Capacity
 from shoal.policy.machines.speed_profile import CacheRoom, SpeedProfile, block_speeds
 from shoal.server.capacity import block_bytes, bytes_of_token, cache_dtype_of, memory_for_blocks, most_blocks
 from shoal.server.config import ServerConfig
-from shoal.server.kv.paged_cache import key_value_shapes
+from shoal.server.kv.cache_shapes import cache_shapes
 from shoal.server.measured_speed import known_profile
 from shoal.server.measuring.load_times import known_times
 from shoal.server.measuring.means import Means
@@ -35,8 +35,7 @@ def own_capacity(config: ServerConfig, means: Means, body: Body, profile: SpeedP
 
     The bytes of a token are remembered, for `remembered_capacity` at the next start.
     """
-    shapes = key_value_shapes(body) if body.family.packable else None
-    in_blocks, beside = bytes_of_token(body, shapes, cache_dtype_of(config, body))
+    in_blocks, beside = bytes_of_token(body, cache_shapes(body), cache_dtype_of(config, body))
     token = TokenBytes(in_blocks / len(body.span), float(beside))
     disk_cache.store(_token_key(config, means), [token.in_block, token.beside])
     return _capacity(config, means, profile, token)

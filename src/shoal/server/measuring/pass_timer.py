@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -42,36 +42,45 @@ MIN_REPEATS = 2
 
 
 def profile_of(
-    body: Body, compute: Pass, *, key: str, num_pages: int, check: Callable[[], None] = lambda: None
+    body: Body,
+    compute: Pass,
+    *,
+    key: str,
+    num_pages: int,
+    state_pages: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> SpeedProfile:
     """How fast blocks are on this machine: from the disk cache if it has `key`, or measured now on those of the body.
 
-    The cache of the body has `num_pages` pages. `check` is called between runs and may raise. It is called on the
-    compute thread.
+    The cache of the body has `num_pages` pages, and the states of a sequence count as `state_pages` of them. `check` is
+    called between runs and may raise. It is called on the compute thread.
     """
-    timer = PassTimer(body, compute, num_pages=num_pages, check=check)
+    timer = PassTimer(body, compute, num_pages=num_pages, state_pages=state_pages, check=check)
     return cached_profile(key, timer, num_blocks=len(body.span))
 
 
 class PassTimer:
     """Times the passes of a body once each time that it is called."""
 
-    def __init__(self, body: Body, compute: Pass, *, num_pages: int, check: Callable[[], None]) -> None:
+    def __init__(
+        self, body: Body, compute: Pass, *, num_pages: int, check: Callable[[], None], state_pages: int = 0
+    ) -> None:
         self._body = body
         self._compute = compute
         self._num_pages = num_pages
+        self._state_pages = state_pages
         self._check = check
         self._spans = [body.span, Span(body.span.start, body.span.start + 1)][: len(body.span)]
 
     def __call__(self) -> Measurement:
         past = min(PAST_TOKENS, self._num_pages * PAGE_TOKENS - 1)
         num_tokens = min(MEASURED_PREFILL_TOKENS, self._num_pages * PAGE_TOKENS)
+        self._run([self._chunk(self._body.span, 0, 1)])  # makes the states that the next passes begin with
         for _ in range(2):  # the first passes also allocate and compile
             self._run([self._chunk(self._body.span, past, 1)])
         decode = self._runs(lambda span: [self._chunk(span, past, 1)], REPEATS)
         prefill = self._runs(lambda span: [self._chunk(span, 0, num_tokens)], REPEATS)
-        larger = self._larger_batches(decode.whole) if self._body.family.packable else ()
-        return Measurement(decode, prefill, num_tokens, ((1, decode), *larger))
+        return Measurement(decode, prefill, num_tokens, ((1, decode), *self._larger_batches(decode.whole)))
 
     def _larger_batches(self, alone: Runs) -> Iterator[tuple[int, PassRuns]]:
         """The times of ever larger batches, as long as there are pages for them and they are worth it.
@@ -82,7 +91,7 @@ class PassTimer:
         spent = 0.0
         for size in BATCH_SIZES:
             is_too_long = spent > 0 and spent + 2 * seconds * (BATCH_REPEATS + 1) > MAX_BATCH_SECONDS
-            if is_too_long or self._num_pages < 2 * size:
+            if is_too_long or self._num_pages < (2 + self._state_pages) * size:
                 return
             past = min(BATCH_PAST_TOKENS, (self._num_pages - size) * PAGE_TOKENS)
             self._run(self._batch(self._body.span, size=size, num_computed_tokens=past, is_first=True))
@@ -114,13 +123,7 @@ class PassTimer:
 
     def _chunk(self, span: Span, num_computed_tokens: int, num_tokens: int) -> Chunk:
         """The next tokens of a session with a past."""
-        body = self._body
         pages = tuple(range(min(self._num_pages, pages_for(num_computed_tokens + num_tokens))))
-        cache = None
-        if not body.family.packable:
-            cache = body.new_cache(span)
-            if num_computed_tokens:
-                body(self._inputs(num_computed_tokens).to(body.backbone.device), span=span, cache=cache)
         return Chunk(
             span=span,
             hidden_BTD=self._inputs(num_tokens),
@@ -129,7 +132,7 @@ class PassTimer:
             num_computed_tokens=num_computed_tokens,
             pages=(pages,),
             growth=Growth((), pages),
-            cache=cache,
+            slots=self._slots(0, 1),
         )
 
     def _batch(self, span: Span, *, size: int, num_computed_tokens: int, is_first: bool = False) -> list[Chunk]:
@@ -148,11 +151,19 @@ class PassTimer:
                 mask_BS=None,
                 num_computed_tokens=num_past * PAGE_TOKENS,
                 pages=((*(shared[(row * num_past + page) % len(shared)] for page in range(num_past)), row),),
-                growth=Growth((), (row, *shared) if is_first and row == 0 else (row,) if is_first else ()),
-                cache=None,
+                growth=self._first_growth(row, shared) if is_first else Growth((), ()),
+                slots=self._slots(row, row + 1),
             )
             for row in range(size)
         ]
+
+    def _first_growth(self, row: int, shared: Sequence[int]) -> Growth:
+        pages = (row, *shared) if row == 0 else (row,)
+        return Growth((), pages, new_slots=self._slots(row, row + 1))
+
+    def _slots(self, start: int, stop: int) -> tuple[int, ...]:
+        """The slots of sequences with these numbers, if the body keeps states."""
+        return tuple(range(start, stop)) if self._state_pages else ()
 
     def _inputs(self, num_tokens: int) -> torch.Tensor:
         """Random inputs [1, T, D]: equal ones would all use the same experts."""

@@ -35,10 +35,10 @@ from shoal.server.engine.cpu_turns import turn_of
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor, alone
-from shoal.server.kv.batch import PackedPass, SequentialPass
+from shoal.server.kv.batched_pass import pass_over
+from shoal.server.kv.cache_shapes import CacheShapes, cache_shapes
 from shoal.server.kv.output_head import ServerHead, load_head
-from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages, key_value_shapes
-from shoal.server.kv.sdpa_attention import SdpaAttention
+from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages
 from shoal.server.measured_speed import speed_key, speeds_in
 from shoal.server.measuring.load_times import timed
 from shoal.server.measuring.on_disk import quantizes, quick_blocks
@@ -62,10 +62,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """The memory of the KV cache. `pages` is `None` for bodies that do not compute packed: their pages only count."""
+    """The memory of the cache, and what the blocks keep in it."""
 
     num_pages: int
-    pages: PagedCache | None
+    pages: PagedCache
+    shapes: CacheShapes
 
 
 @dataclass(frozen=True)
@@ -199,14 +200,19 @@ async def make_engine(
 ) -> tuple[Engine, SpeedProfile]:
     """The engine of what is loaded, and how fast it is, which is measured if the `profile` is `None`."""
     body = weights.body
-    pass_of = (
-        SequentialPass(body) if memory.pages is None else PackedPass(body, memory.pages, SdpaAttention(memory.pages))
-    )
+    pass_of = pass_over(body, memory.shapes, memory.pages)
     key = setup.key
     if profile is None:
         async with turn_of(compute.cpu_turns):
             profile = await compute.executor.run(
-                lambda: profile_of(body, pass_of, key=key, num_pages=memory.num_pages, check=compute.executor.check)
+                lambda: profile_of(
+                    body,
+                    pass_of,
+                    key=key,
+                    num_pages=memory.num_pages,
+                    state_pages=memory.pages.state_pages,
+                    check=compute.executor.check,
+                )
             )
     speeds = speeds_in(profile, body.span)
     engine = Engine(
@@ -229,10 +235,10 @@ async def make_engine(
 
 async def make_cache(config: ServerConfig, body: Body, executor: Executor, *, free_bytes: int) -> CacheMemory:
     """The memory of the cache. `free_bytes` were free before the blocks were loaded."""
-    shapes = await executor.run(lambda: key_value_shapes(body)) if body.family.packable else None
+    shapes = await executor.run(lambda: cache_shapes(body))
     num_pages = choose_num_pages(config, body, shapes, free_bytes)
     kind = Int8Pages if cache_dtype_of(config, body) == torch.int8 else Pages
-    return CacheMemory(num_pages, None if shapes is None else PagedCache(body, shapes, num_pages, kind=kind))
+    return CacheMemory(num_pages, PagedCache(body, shapes, num_pages, kind=kind), shapes)
 
 
 def make_validator(config: ServerConfig, setup: Setup, weights: Weights) -> RequestValidator:
