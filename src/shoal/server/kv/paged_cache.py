@@ -35,7 +35,10 @@ class Pages:
 
     def read(self, pages: Tensor | slice) -> Tensor:
         """The pages of these numbers. A slice of pages is a view, not a copy."""
-        return self._values[pages]
+        if isinstance(pages, slice):
+            return self._values[pages]
+        # Indexing with a tensor would give the same, and take three times as long on a CPU.
+        return self._values.index_select(0, pages.flatten()).view(*pages.shape, *self._values.shape[1:])
 
     def select(self, index: Tensor) -> Tensor:
         """Copies of vectors: number i is that of head `i % J` of slot `i // J`, if a token has J heads."""
