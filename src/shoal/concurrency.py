@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -40,6 +42,37 @@ async def owned_task(work: Coroutine[Any, Any, T]) -> AsyncIterator[asyncio.Task
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def in_thread(function: Callable[[], T]) -> AsyncIterator[asyncio.Future[T]]:
+    """The result of a function that a thread of its own computes meanwhile, for work such as large imports.
+
+    A context that is cancelled does not wait for the thread; every other end does.
+    """
+    computed: concurrent.futures.Future[T] = concurrent.futures.Future()
+    computed.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            computed.set_result(function())
+        except BaseException as error:
+            computed.set_exception(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    future = asyncio.wrap_future(computed)
+    try:
+        yield future
+    except asyncio.CancelledError:
+        raise
+    except BaseException:
+        await asyncio.to_thread(thread.join)
+        raise
+    finally:
+        if not future.cancel() and not future.cancelled():
+            future.exception()  # it counts as seen: the context has ended
+    await asyncio.to_thread(thread.join)
 
 
 @contextlib.asynccontextmanager

@@ -29,7 +29,11 @@ def may_have_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()
 
 
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_host() -> str:
     """Processor, cores that this process may use, and memory, for the tables of measurements."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{processor_name()}, {cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    return f"{processor_name()}, {usable_cores()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"

@@ -96,7 +96,8 @@ class ServerInfo:
     server with a `head` also computes the final norm and the output projection after the last block. A server without
     `training` computes only sessions. `adapters` are the names of the adapters that it hosts for all clients
     (`shoal.model.peft.peft_folder`). `round_trips` are round-trip times in seconds to servers that may precede or
-    follow it in a route, by the `short` form of their peer ids.
+    follow it in a route, by the `short` form of their peer ids. `unreached` are those of them that did not answer it:
+    clients carry what goes from one to the other.
 
     `capacity` is what the server has measured; one that loads for the first time announces that of most others. A
     `pinned` server does not move to other blocks. An online one that claims other blocks, or that loads them while it
@@ -124,6 +125,7 @@ class ServerInfo:
     training: bool = True
     adapters: tuple[str, ...] = ()
     round_trips: tuple[tuple[str, float], ...] = ()
+    unreached: tuple[str, ...] = ()
     capacity: Capacity | None = None
     pinned: bool = False
     wants: Span | None = None
@@ -132,6 +134,10 @@ class ServerInfo:
     ready_at: float | None = None
     reason: str = ""
     protocol: int = 8
+
+    def reaches(self, other: ServerInfo) -> bool:
+        """Whether it can push to another server, as far as it says."""
+        return short(other.peer) not in self.unreached
 
     @property
     def is_relayed(self) -> bool:

@@ -59,21 +59,32 @@ class Child:
         return SwarmError(f"{self.name} ended with status {code}{reason}", hint=hints[-1] if hints else None)
 
 
+Tell = Callable[[Child, str, bool], None]
+"""Called with a child, a line that it wrote, and whether that was on stderr."""
+
+
 class Children:
     """A context in which processes are started. On exit, they and the processes that they started are ended.
 
     Each process computes with `num_threads` threads; None leaves the number to PyTorch. The default is 1, because the
     processes share the cores: a second thread would often only spin while it waits for a busy core. With
     `shares_stderr`, what they report appears where this process reports; otherwise it goes into their logs only.
+    `tell` is called with each line that a child reports, in place of that, from a thread of each child.
     """
 
     def __init__(
-        self, *, num_threads: int | None = 1, grace_seconds: float = GRACE_SECONDS, shares_stderr: bool = False
+        self,
+        *,
+        num_threads: int | None = 1,
+        grace_seconds: float = GRACE_SECONDS,
+        shares_stderr: bool = False,
+        tell: Tell | None = None,
     ) -> None:
         self.running: list[Child] = []
         self._num_threads = num_threads
         self._grace_seconds = grace_seconds
         self._shares_stderr = shares_stderr
+        self._tell = tell
         self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -96,28 +107,37 @@ class Children:
             environment["OMP_NUM_THREADS"] = str(self._num_threads)
         log = self.folder / f"{name}.log"
         with log.open("w") as file:
-            stderr = None if self._shares_stderr else file
+            stderr = subprocess.PIPE if self._tell else None if self._shares_stderr else file
             process = subprocess.Popen(  # noqa: S603 - our own program
                 [*within, sys.executable, "-m", "shoal", *arguments, "--exit-with-stdin"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
+                errors="replace",
                 env=environment,
                 start_new_session=True,
             )
         child = Child(name, process, log)
         self.running.append(child)
-        threading.Thread(target=self._read, args=(child,), daemon=True).start()
+        reporting = None
+        if self._tell is not None:
+            reporting = threading.Thread(target=_pass_on, args=(child, self._tell), daemon=True)
+            reporting.start()
+        threading.Thread(target=self._read, args=(child, reporting), daemon=True).start()
         return child
 
-    def _read(self, child: Child) -> None:
+    def _read(self, child: Child, reporting: threading.Thread | None) -> None:
         assert child.process.stdout is not None
         for line in child.process.stdout:
+            if self._tell is not None:
+                self._tell(child, line.rstrip("\n"), False)
             fact, _, value = line.rstrip("\n").partition(" ")
             with self._changed:
                 child.facts.setdefault(fact, value.strip())
                 self._changed.notify_all()
+        if reporting is not None:
+            reporting.join()  # what it said last is in its log before it counts as ended
         with self._changed:
             child.has_ended = True
             self._changed.notify_all()
@@ -146,6 +166,14 @@ class Children:
         """Wait until a child has printed something or has ended, for `seconds` at most."""
         with self._changed:
             self._changed.wait(seconds)
+
+    def forget(self, child: Child) -> None:
+        """Have nothing more to do with a child that has ended."""
+        child.process.wait()
+        assert child.process.stdin is not None
+        with contextlib.suppress(OSError):
+            child.process.stdin.close()
+        self.running.remove(child)
 
     def __exit__(self, *_: object) -> None:
         with _ignoring_interrupts():
@@ -176,6 +204,15 @@ class Children:
         for process in remaining:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def _pass_on(child: Child, tell: Tell) -> None:
+    """Pass on what a child writes to stderr, and keep it in its log."""
+    assert child.process.stderr is not None
+    with child.log.open("a") as log:
+        for line in child.process.stderr:
+            log.write(line)
+            tell(child, line.rstrip("\n"), True)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node, Stream
 from shoal.net.wire import codec
 from shoal.peers import ModelInfo
+from shoal.policy.network.uploads import GRACE_SECONDS, SEND_SECONDS
 from shoal.protocol import REQUEST_KINDS, Content, GetHeld, GetPiece
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.streams import Handler
@@ -465,3 +466,29 @@ def test_a_thread_that_waits_for_pieces_is_let_go_when_its_machine_leaves(copy: 
         return errors[0]
 
     assert asyncio.run(scene()) == "this machine is leaving the swarm"
+
+
+def test_readers_that_are_slow_give_way_to_a_machine_that_joins(copy: FolderPieces, tmp_path: Path) -> None:
+    async def scene(swarm: Swarm) -> float:
+        await swarm.add("giver", copy)
+        slow = [swarm.network.node(f"slow {number}", is_client=True) for number in range(2)]
+        for node in slow:
+            swarm.network.limit(node.transport.peer, down=1000.0)
+
+        async def hold(node: Node, piece: int) -> None:
+            async with member(node.transport, "giver", ()) as giver:
+                await giver.piece(copy.manifest, piece)
+
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as group:
+            holding = [group.create_task(hold(node, piece)) for node in slow for piece in (1, 2)]
+            await asyncio.sleep(GRACE_SECONDS + 1)
+            began = loop.time()
+            store = PieceStore(copy.manifest, tmp_path / "store")
+            await swarm.fetch(store)
+            assert same_files(store, copy)
+            for task in holding:
+                task.cancel()
+        return loop.time() - began
+
+    assert run(scene) < SEND_SECONDS / 3

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from shoal.cli.terminal.render import MAX_REASONS, render, render_route
 from shoal.net.ping import PingAnswer
-from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.peers import ModelInfo, ServerInfo, ServerState, short
 from shoal.policy.routing.route import Measured, Needs, Route, choose_route
 from shoal.policy.view import SwarmView
 from shoal.protocol import PROTOCOL_VERSION
@@ -213,6 +213,16 @@ def test_a_route_is_shown_hop_by_hop_with_its_costs():
         ["return", "trip", "10.0"],
     ]
     assert max(len(line) for line in lines) <= 80
+
+
+def test_what_this_machine_carries_between_two_servers_is_marked():
+    apart = replace(server("a", "0:4"), unreached=(short(server("b", "4:8").peer),))
+    view = SwarmView(8, (apart, server("b", "4:8")))
+    lines = shown_route(choose_route(view, Span(0, 8), needs=Needs(), known=Measured({})))
+    assert [line.split()[2:4] for line in lines[-4:-2]] == [["direct", "0:4"], ["carried", "4:8"]]
+    assert lines[-1] == "this machine carries what goes from a to b: they do not reach each other"
+    assert "a does not reach b: clients carry what goes there" in shown(*view.servers)
+    assert "does not reach" not in shown(*reversed(view.servers[1:]), server("a", "0:4"))
 
 
 def test_a_missing_route_is_said_to_be_missing():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
-from shoal.concurrency import background, with_progress_timeout
+from shoal.concurrency import background, in_thread, with_progress_timeout
 
 from . import virtual_time
 
@@ -98,3 +99,63 @@ async def test_background_work_that_fails_ends_its_context_with_its_error() -> N
     with pytest.raises(ValueError, match="the work failed"):
         async with background(fail()):
             await asyncio.Event().wait()
+
+
+def test_a_thread_computes_while_the_context_goes_on() -> None:
+    has_gone_on = threading.Event()
+
+    async def scene() -> int:
+        async with in_thread(lambda: 7 if has_gone_on.wait(SECONDS) else 0) as result:
+            assert not result.done()
+            has_gone_on.set()
+            return await result
+
+    assert asyncio.run(scene()) == 7
+
+
+def test_what_a_thread_raises_is_raised_where_its_result_is_awaited() -> None:
+    def fails() -> int:
+        raise ValueError("no")
+
+    async def scene() -> None:
+        async with in_thread(fails) as result:
+            with pytest.raises(ValueError, match="no"):
+                await result
+
+    asyncio.run(scene())
+
+
+def test_a_context_that_fails_waits_for_its_thread_and_raises_its_own_error() -> None:
+    ended = threading.Event()
+
+    async def scene() -> None:
+        async with in_thread(ended.set):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        asyncio.run(scene())
+    assert ended.is_set()
+
+
+def test_a_context_that_is_cancelled_does_not_wait_for_its_thread() -> None:
+    release = threading.Event()
+
+    async def hold() -> None:
+        async with in_thread(lambda: release.wait(SECONDS)):
+            await asyncio.Event().wait()
+
+    async def scene() -> None:
+        task = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+        task.cancel()
+        async with asyncio.timeout(SECONDS / 2):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert not release.is_set()
+
+    asyncio.run(scene())
+    release.set()
+
+
+SECONDS = 60.0
+"""The limit for a wait. A test that reaches it fails."""

@@ -5,12 +5,19 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from shoal.peers import MAX_NEIGHBORS, ServerState
+from shoal.net.memory import MemoryNetwork
+from shoal.net.transport import Stream
+from shoal.net.wire import codec
+from shoal.peers import MAX_NEIGHBORS, ModelInfo, ServerState, short
 from shoal.policy.nearest import EXPLORED, choose_neighbors, may_be_next
 from shoal.policy.view import SwarmView
+from shoal.protocol import REQUEST_KINDS, Ping, Pong
+from shoal.server.neighbors import NeighborMonitor
 
+from . import virtual_time
 from .test_routing import server
 
+MODEL = ModelInfo(key="llama-12x64-0a1b2c3d", name="m", family="llama", num_blocks=12)
 ME = server("me", "4:8")
 
 
@@ -43,3 +50,26 @@ def test_a_far_server_is_measured_again_when_all_others_have_been_tried():
     others = [server(f"n{index}", "8:12") for index in range(20)]
     known = {each.peer: 0.1 for each in others}
     assert len(choose_neighbors(SwarmView(12, (ME, *others)), ME, known, random.Random(0))) == MAX_NEIGHBORS
+
+
+def test_a_server_says_which_neighbors_did_not_answer_it_and_only_those():
+    async def scene() -> tuple[str, ...]:
+        network = MemoryNetwork()
+        nodes = {name: network.node(name) for name in ("me", "next", "far", "elsewhere")}
+        for name, span in (("next", "8:12"), ("far", "8:12"), ("elsewhere", "4:8")):
+            await nodes[name].directory.announce(MODEL, server(name, span), lifetime=300)
+            if name == "next":
+                await nodes[name].transport.listen(_answers_pings)
+        monitor = NeighborMonitor(nodes["me"], MODEL, lambda: ME, every_seconds=20.0)
+        try:
+            await monitor.measure()
+            return monitor.unreached
+        finally:
+            await network.close()
+
+    assert virtual_time.run(scene()) == (short("far"),)
+
+
+async def _answers_pings(stream: Stream) -> None:
+    while isinstance((await codec.receive(stream, REQUEST_KINDS))[0], Ping):
+        await codec.send(stream, Pong(num_passes=0, queue_length=0, cache_tokens_left=0))

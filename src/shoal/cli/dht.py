@@ -25,6 +25,7 @@ def command(
     identity: network_options.IdentityFile = None,
     announce: network_options.Announce = None,
     serve_relay: network_options.ServeRelay = None,
+    upnp: network_options.Upnp = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -42,6 +43,7 @@ def command(
         port=port,
         announce=announce,
         serve_relay=serve_relay,
+        upnp=upnp,
     )
     with identity_file(identity, kind="dht") as path:
         run_until_signalled(_run(replace(network, identity=path)))

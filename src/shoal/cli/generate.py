@@ -131,7 +131,8 @@ def connected(model: str, client: ClientOptions) -> Iterator[tuple[Any, Any]]:
         progress.show("Joining the swarm and loading the model's head", spin=Path(model).expanduser().is_dir())
         llm = AutoDistributedModelForCausalLM.from_options(model, client)
     try:
-        yield llm, load_tokenizer(llm.name_or_path if is_code(model) else model, client.model.revision)
+        commit = getattr(llm.config, "_commit_hash", None)  # that of the weights, if they are from the hub
+        yield llm, load_tokenizer(llm.name_or_path if is_code(model) else model, commit or client.model.revision)
     finally:
         llm.close()
 

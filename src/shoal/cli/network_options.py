@@ -43,6 +43,12 @@ ServeRelay = Annotated[
         show_default=False,
     ),
 ]
+Upnp = Annotated[
+    bool,
+    typer.Option(
+        "--upnp/--no-upnp", help="Have the router of this network open a port to this machine. Needs miniupnpc."
+    ),
+]
 OnLan = Annotated[
     bool | None,
     typer.Option(
@@ -61,6 +67,7 @@ def network_of(
     announce: list[str] | None = None,
     relay: list[str] | None = None,
     serve_relay: bool | None = None,
+    upnp: bool = False,
     client_mode: bool = False,
 ) -> NetworkConfig:
     """How a command joins a swarm, by its options. Imports nothing slow. Raises `WrongUsage` for a bad address."""
@@ -73,6 +80,7 @@ def network_of(
         announce=tuple(announce or ()),
         relays=tuple(relay or ()),
         serve_relay=serve_relay,
+        upnp=upnp,
         client_mode=client_mode,
     )
     with as_usage():

@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import socket
-from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli import network_options, options
-from shoal.cli.nearby.announce_swarm import announce_swarm
 from shoal.cli.network_options import network_of
+from shoal.cli.service.devices import OnDevices, chosen_devices, shared_out, show_only
 from shoal.cli.service.long_running import end_with_parent, identity_file, run_until_signalled
+from shoal.cli.service.serve_and_tell import serve_and_tell
+from shoal.cli.service.several_servers import CODE, When, run_servers
 from shoal.cli.terminal.console import (
-    ProgressReporter,
     WrongUsage,
     as_usage,
     hush_transformers,
     start_logging,
     waiting,
 )
-from shoal.cli.terminal.notify import notify
-from shoal.cli.terminal.serve_output import describe
 from shoal.client.options.client_options import INITIAL_PEERS
-from shoal.concurrency import owned_task
-from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, in_turn, ways_of
+from shoal.host import usable_cores
+from shoal.joining.invite_code import code_in
 from shoal.large_imports import large_imports
 from shoal.model.weights.location import folder_of
 from shoal.policy.batching.engine_limits import Limits
 from shoal.spans import Span
 
 if TYPE_CHECKING:
-    from shoal.net import NetworkConfig
-    from shoal.net.transport import Node
     from shoal.server.config import ServerConfig
-    from shoal.server.server import Server
 
 MOST_OF_ZONE = 32  # characters that a record takes (shoal.net.records)
-CODE_SECONDS = 3.0
-"""How long a server that is ready waits until it can invite others: small models are read in that time."""
 
 
 def command(
-    model: options.Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, an id on the Hugging Face hub, or an invite code.",
+            envvar=CODE,
+            show_envvar=False,
+        ),
+    ],
     new_swarm: Annotated[bool, typer.Option("--new-swarm/--no-new-swarm", help="Start a new swarm.")] = False,
     initial_peers: options.InitialPeers = None,
     blocks: Annotated[
@@ -70,7 +68,7 @@ def command(
             "--move/--no-move", help="Go to other blocks when the swarm needs them more. With --blocks, it never does."
         ),
     ] = True,
-    device: options.OnDevice = options.Device.auto,
+    device: OnDevices = options.Device.auto,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="CPU threads to compute with. Default: PyTorch's.")
     ] = None,
@@ -146,6 +144,13 @@ def command(
             help="Megabytes a second of the model that machines which join may get here; 0: none. Default: no limit.",
         ),
     ] = None,
+    when: Annotated[
+        When,
+        typer.Option(
+            metavar="WHEN",
+            help="always; or idle: only while other programs hardly use this machine's processor.",
+        ),
+    ] = When.always,
     drain_timeout: Annotated[
         float,
         typer.Option(
@@ -169,9 +174,11 @@ def command(
     announce: network_options.Announce = None,
     relay: network_options.Relay = None,
     serve_relay: network_options.ServeRelay = None,
+    upnp: network_options.Upnp = False,
     lan: network_options.OnLan = None,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
+    mark: Annotated[str, typer.Option("--mark", hidden=True)] = "",
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -180,6 +187,7 @@ def command(
     The first server starts a swarm with --new-swarm, and prints an invite code. Other machines join with
     `shoal join CODE`; those with a copy of the model may also use --initial-peers and the address that is printed.
     """
+    given = locals().copy()
     start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
         end_with_parent()
@@ -190,6 +198,11 @@ def command(
     if new_swarm and initial_peers:
         raise WrongUsage(
             "--new-swarm and --initial-peers exclude each other", hint="use one: start a new swarm, or join one"
+        )
+    if new_swarm and when is When.idle:
+        raise WrongUsage(
+            "--new-swarm and --when idle exclude each other: the swarm would end whenever this machine is used",
+            hint="start it on a machine that stays, and join it with --when idle",
         )
     is_named = new_swarm or (code is not None and not initial_peers)
     peers = () if is_named else options.peers_of(initial_peers)
@@ -215,29 +228,48 @@ def command(
         announce=announce,
         relay=relay,
         serve_relay=serve_relay,
+        upnp=upnp,
     )
     options.check_places(model)
+    devices = chosen_devices(device)
+    if len(devices) > 1 or when is When.idle:
+        run_servers(
+            shared_out(devices, {**given, "name": server_name}, cores=usable_cores()),
+            is_new=new_swarm,
+            peers=peers,
+            when=when,
+            drain_seconds=drain_timeout,
+        )
+        return
+    only = show_only(devices[0])
 
-    with waiting("Importing PyTorch and Transformers"), large_imports():
+    with waiting("Importing PyTorch"), large_imports():
         import torch
 
-        from shoal.model.peft.block_adapters import import_peft
-        from shoal.server.capacity import choose_device
-        from shoal.server.config import ServerConfig
-        from shoal.server.server import serve  # noqa: F401 - imported here because the import is slow
+        import shoal.joining.arrival  # noqa: F401 - imported here because the import is slow
+        from shoal.net import import_network
 
-        import_peft()
-        hush_transformers()
-    with identity_file(identity, kind="serve") as path:
-        config = ServerConfig(
+        import_network()
+    num_threads = threads or torch.get_num_threads()
+    torch.set_num_threads(1)  # of the event loop's thread; the compute thread has its own, see shoal.server.executor
+
+    def configured() -> ServerConfig:
+        """What the options say. It imports Transformers, which takes seconds; the network starts meanwhile."""
+        with large_imports():
+            from shoal.server.capacity import choose_device
+            from shoal.server.config import ServerConfig
+            from shoal.server.server import serve  # noqa: F401
+
+            hush_transformers()
+        return ServerConfig(
             model=model,
             revision=revision,
             blocks=span,
             num_blocks=num_blocks,
             placement="petals" if placement is options.Placement.petals else "graded",
             move=move,
-            device=choose_device(device.value).type,
-            num_threads=threads or torch.get_num_threads(),
+            device=choose_device(only).type,
+            num_threads=num_threads,
             dtype=dtype.value,
             quantization=quantization.value,
             cache_tokens=cache_tokens,
@@ -258,89 +290,9 @@ def command(
             zone=zone,
             allow_uncertified=allow_uncertified,
         )
-        torch.set_num_threads(
-            1
-        )  # of the event loop's thread; the compute thread has its own, see shoal.server.executor
-        run_until_signalled(_serve(config, replace(network, identity=path), code, lan=lan))
 
-
-async def _serve(config: ServerConfig, network: NetworkConfig, code: InviteCode | None, *, lan: bool | None) -> None:
-    from shoal.server.server import serve
-    from shoal.server.startup_progress import Phase, Progress
-
-    is_up = False
-
-    def show(progress: Progress) -> None:
-        # Hashing and downloading draw their own progress bars.
-        is_local = Path(config.model).expanduser().is_dir()
-        draws = progress.phase is Phase.FINGERPRINTING or (progress == Progress(Phase.LOADING) and not is_local)
-        reporter.show(progress.phase, step=progress.step, spin=not draws)
-        if is_up and progress.phase is Phase.ANNOUNCING:  # a change of blocks is done
-            reporter.stop()
-            notify(STATUS=f"Serving blocks {server.info.span}")
-
-    is_new = code is None and not network.initial_peers
-    with waiting("Starting the network" if is_new else "Joining the swarm") as reporter:
-        async with (
-            in_swarm(config, network, code, reporter) as (node, config, came_by),
-            serve(config, node, report=show) as server,
-            owned_task(announce_swarm(server, came_by, asked=lan)),
-        ):
-            reporter.stop()
-            is_up = True
-            notify(READY="1", STATUS=f"Serving blocks {server.info.span}")
-            await asyncio.wait({server.invitation}, timeout=CODE_SECONDS)
-            print(describe(server, config, code_of(server, came_by), came_by), flush=True)
-            if not server.invitation.done():
-                await server.invitation
-                if code := code_of(server, came_by):
-                    print(f"{'code':<10}{code}", flush=True)
-            if await server.keeps_head:
-                print(f"{'kept':<10}the embeddings and the output head, for clients without a copy", flush=True)
-            await asyncio.Event().wait()
-
-
-def code_of(server: Server, came_by: Sequence[str]) -> InviteCode | None:
-    """The code by which others can join now; None if the server cannot invite them yet, or has no address.
-
-    It leads to this server and to members by which it came: it should outlive some of them.
-    """
-    from shoal.net.addressing.own_addresses import bridge_hosts
-
-    ways = ways_of(in_turn(server.info.addresses, came_by), most=PRINTED_WAYS, without=bridge_hosts())
-    return InviteCode(server.invitation.result().digest, ways) if ways and server.invitation.done() else None
-
-
-@contextlib.asynccontextmanager
-async def in_swarm(
-    config: ServerConfig, network: NetworkConfig, code: InviteCode | None, reporter: ProgressReporter
-) -> AsyncIterator[tuple[Node, ServerConfig, tuple[str, ...]]]:
-    """Access to the swarm, the config completed by the swarm's invitation, if there is one, and by whom it came."""
-    from shoal.joining.arrival import arrive, files_from_members
-    from shoal.net import join
-
-    if code is None:
-        async with join(network) as node:
-            yield node, config, network.initial_peers
-        return
-
-    def show(come: int, wanted: int) -> None:
-        if wanted:
-            reporter.show("Getting the weights from members", step=f"{come / 1e6:,.0f} of {wanted / 1e6:,.0f} MB")
-
-    async with arrive(code, network) as arrival:
-        invitation = arrival.invitation
-        files = await files_from_members(arrival.node, invitation, report=show)
-        completed = replace(
-            config,
-            model=invitation.model if files is not None else invitation.hub,
-            revision=invitation.revision or None,
-            files=files,
-            invitation=invitation,
-            dtype=invitation.dtype if config.dtype == "auto" else config.dtype,
-            quantization=invitation.quantization if config.quantization == "none" else config.quantization,
-        )
-        yield arrival.node, completed, arrival.addresses
+    with identity_file(identity, kind=f"serve-{mark}" if mark else "serve") as path:
+        run_until_signalled(serve_and_tell(configured, replace(network, identity=path), code, lan=lan))
 
 
 def check_options(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import segno
@@ -12,18 +12,18 @@ import typer
 
 from shoal.cli import network_options, options, serve
 from shoal.cli.gateway import API_KEYS, checked_keys, listen
+from shoal.cli.service.devices import OnDevices, as_arguments, chosen_devices, shared_out
 from shoal.cli.service.long_running import end_with_parent
+from shoal.cli.service.several_servers import LOOK_SECONDS, START_SECONDS, Servers, tell_marked
 from shoal.cli.terminal.console import WRONG_USAGE, WrongUsage, start_logging, stdout
 from shoal.cli.terminal.notify import notify
 from shoal.errors import SwarmError
+from shoal.host import usable_cores
 from shoal.joining.invite_code import InviteCode, is_code, is_for_this_machine
 from shoal.processes import Child, Children, interruptible
 
-START_SECONDS = 1e6
-"""How long the server may take: a model that is not here yet is downloaded first. It shows what it does."""
 DRAIN_SECONDS = 40.0
 """How long both processes may take to end: answers that have begun go on for a while."""
-LOOK_SECONDS = 1.0
 
 
 def command(
@@ -32,7 +32,7 @@ def command(
         str | None,
         typer.Option(metavar="START:END", help="Serve these blocks, such as 0:8. Default: as many as fit into memory."),
     ] = None,
-    device: options.OnDevice = options.Device.auto,
+    device: OnDevices = options.Device.auto,
     dtype: Annotated[
         options.DType,
         typer.Option(metavar="DTYPE", help=f"Compute in this dtype: {options.DTYPES}. auto: the model's own."),
@@ -49,6 +49,7 @@ def command(
     ] = None,
     host: network_options.Host = None,
     port: network_options.Port = 0,
+    upnp: network_options.Upnp = False,
     lan: network_options.OnLan = None,
     revision: options.Revision = None,
     allow_uncertified: options.AllowUncertified = False,
@@ -62,7 +63,7 @@ def command(
     start_logging(verbose=verbose)
     if is_code(model):
         raise WrongUsage("an invite code is for a swarm that is there", hint=f"join it: shoal join {model}")
-    serve.check_options(
+    _, name = serve.check_options(
         blocks=blocks, num_blocks=None, name=None, zone=None, adapter=None, host=host, announce=None, relay=None
     )
     options.check_places(model)
@@ -71,34 +72,41 @@ def command(
     listen(http_host, http_port, option="--http-port").close()
     if exit_with_stdin:
         end_with_parent()
-    form = _options({"--dtype": dtype.value, "--revision": revision}, allow_uncertified=allow_uncertified)
-    serving = _options({"--blocks": blocks, "--device": device.value, "--quantization": quantization.value})
-    listening = _options({"--host": host, "--port": str(port)})
-    answering = _options({"--host": http_host, "--port": str(http_port)})
-    log = ["--verbose"] if verbose else []
-    near = [] if lan is None else ["--lan" if lan else "--no-lan"]
-    head = [] if blocks else ["--serve-head"]  # the head needs the last block, which may not be among these
-    hold = ("serve", model, "--new-swarm", *head, *form, *serving, *listening, *near, *log)
-    ask = ("gateway", model, "--remote-head", *form, *answering, *log)
+    form = {"dtype": dtype, "revision": revision, "allow_uncertified": allow_uncertified, "verbose": verbose}
+    hold = {
+        **form,
+        "blocks": blocks,
+        "quantization": quantization,
+        "host": host,
+        "port": port,
+        "lan": lan,
+        "upnp": upnp,
+        "serve_head": blocks is None,  # the head needs the last block, which may not be among these blocks
+    }
+    shares = shared_out(chosen_devices(device), {**hold, "model": model, "name": name}, cores=usable_cores())
+    ask = as_arguments({**form, "remote_head": True, "host": http_host, "port": http_port})
     with (
         contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
         interruptible() as check,
-        Children(num_threads=None, grace_seconds=DRAIN_SECONDS, shares_stderr=True) as children,
+        Children(
+            num_threads=None,
+            grace_seconds=DRAIN_SECONDS,
+            shares_stderr=True,
+            tell=None if len(shares) == 1 else _tell_errors,
+        ) as children,
         _told_when_it_stops(),
     ):
-        server = children.start("server", *hold)
+        servers = Servers(children, shares, is_new=True)
+        server = servers.first.child
         _wait(children, server)
-        gateway = children.start("gateway", *ask, "--initial-peers", server.facts["address"], environment=secrets)
+        servers.start_others()
+        peer = ("--initial-peers", server.facts["address"])
+        gateway = children.start("gateway", "gateway", model, *ask, *peer, environment=secrets)
         _wait(children, gateway)
         for fact in ("model", "page", "address"):
             print(f"{fact:<10}{gateway.facts[fact]}", flush=True)
         notify(READY="1", STATUS=f"Serving, and answering at {gateway.facts['address']}")
-        _watch(children, server, check)
-
-
-def _options(values: dict[str, str | None], *, allow_uncertified: bool = False) -> list[str]:
-    given = [part for option, value in values.items() if value is not None for part in (option, value)]
-    return given + (["--allow-uncertified"] if allow_uncertified else [])
+        _watch(children, servers, gateway, check)
 
 
 def _wait(children: Children, child: Child) -> None:
@@ -123,19 +131,26 @@ def _told_when_it_stops() -> Iterator[None]:
         raise
 
 
-def _watch(children: Children, server: Child, check: Callable[[], None]) -> None:
-    """Print the code and where it is announced when that is known, until a child ends. Raises `SwarmError` then."""
+def _watch(children: Children, servers: Servers, gateway: Child, check: Callable[[], None]) -> None:
+    """Print the code and where it is announced when that is known, until the gateway or the last server ends.
+
+    Raises `SwarmError` then.
+    """
+    server = servers.first.child
     to_show = {"code": _print_code, "lan": _print_lan}
-    while not (ended := _ended(children.running)):
+    while not gateway.has_ended:
+        servers.tend()
         for fact in [each for each in to_show if each in server.facts]:
             to_show.pop(fact)(server.facts[fact])
         children.wait_for_news(LOOK_SECONDS)
         check()
-    raise SwarmError(f"the {ended.name} has ended with status {ended.process.wait()}", hint="see its messages above")
+    raise SwarmError(f"the gateway has ended with status {gateway.process.wait()}", hint="see its messages above")
 
 
-def _ended(children: Sequence[Child]) -> Child | None:
-    return next((child for child in children if child.has_ended), None)
+def _tell_errors(child: Child, line: str, is_error: bool) -> None:
+    """Print what a server or the gateway reports. What they print is a part of what this command prints."""
+    if is_error:
+        tell_marked(child, line, is_error)
 
 
 def _print_code(text: str) -> None:

@@ -40,6 +40,7 @@ from shoal.model.peft.peft_folder import PeftFolder
 from shoal.model.peft.prompts import check_mode
 from shoal.model.peft.skeleton import skeletons
 from shoal.model.weights.checkpoint import Checkpoint
+from shoal.model.weights.hub import HubFiles
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo
 from shoal.protocol import MAX_LENGTH
@@ -272,6 +273,8 @@ def _built(
     )
     blocks.mount(skeletons(model.meta_layers, torch.empty(0, dtype=dtype, device=device)))
     model.name_or_path = model.config._name_or_path = checkpoint.files.origin  # PEFT writes it into its adapters
+    if isinstance(checkpoint.files, HubFiles):
+        model.config._commit_hash = checkpoint.files.commit  # other files have to be of it
     if GENERATION_CONFIG in checkpoint.files and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.files.path(GENERATION_CONFIG).parent)
     prepare_projection(model, quantization=options.model.head_quantization, remote=options.remote_head, dtype=dtype)

@@ -13,6 +13,7 @@ from shoal.errors import UserError
 from shoal.joining.arrival import files_from_members, invitation_of, peers_of
 from shoal.joining.invite_code import InviteCode
 from shoal.model.weights.checkpoint import Checkpoint
+from shoal.model.weights.hub import DownloadBar
 from shoal.net.transport import Node
 
 
@@ -29,7 +30,7 @@ def open_by_code(code: InviteCode, options: ClientOptions) -> tuple[Checkpoint, 
     try:
         invitation = runtime.run(invitation_of(code.digest, node, options.initial_peers))
         wanted = options.model
-        files = runtime.run(files_from_members(node, invitation))
+        files = runtime.run(files_from_members(node, invitation, report=FetchBar()))
         if files is not None:
             checkpoint = Checkpoint.of(files, allow_uncertified=wanted.allow_uncertified)
         else:
@@ -47,3 +48,32 @@ def open_by_code(code: InviteCode, options: ClientOptions) -> tuple[Checkpoint, 
     except BaseException:
         runtime.close()
         raise
+
+
+class FetchBar:
+    """Shows on a terminal, or in the log, how much of what this machine fetches from members has come.
+
+    It is called with the bytes that have come and those that are wanted, of one fetch after another.
+    """
+
+    def __init__(self) -> None:
+        self._bar: DownloadBar | None = None
+        self._shown = 0
+
+    def __call__(self, come: int, wanted: int) -> None:
+        if come == 0:  # another fetch begins
+            self._close()
+            if wanted:
+                self._bar = DownloadBar(
+                    total=wanted, unit="B", unit_scale=True, desc="the head from members", disable=None
+                )
+        elif self._bar is not None:
+            self._bar.update(come - self._shown)
+            self._shown = come
+            if come >= wanted:
+                self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._shown = None, 0

@@ -28,7 +28,8 @@ class NetworkConfig:
     IPv4 and IPv6. `port`: 0 lets the system choose one. `announce`: the addresses that other peers use, where they
     differ from this machine's own (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, and store no records.
     `relays`: multiaddresses of peers that relay the streams of a machine that cannot be dialled; without any, such a
-    machine looks for them. `serve_relay`: be such a relay; None is yes for a machine with a public address.
+    machine looks for them. `serve_relay`: be such a relay; None is yes for a machine with a public address. `upnp`:
+    have the router lead a port to this machine.
     """
 
     initial_peers: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class NetworkConfig:
     client_mode: bool = False
     relays: tuple[str, ...] = ()
     serve_relay: bool | None = None
+    upnp: bool = False
 
 
 def check_addresses(config: NetworkConfig) -> None:
@@ -50,6 +52,10 @@ def check_addresses(config: NetworkConfig) -> None:
     check_announced(config.announce)
     if not config.client_mode:
         listen_addresses(config.host, config.port)
+    if config.upnp:
+        from shoal.net.port_mapping import check_library
+
+        check_library()
 
 
 async def find_peers(addresses: Sequence[str], *, seconds: float | None = None) -> tuple[str, ...]:
@@ -66,6 +72,13 @@ async def find_peers(addresses: Sequence[str], *, seconds: float | None = None) 
     return await peers_at(checked, seconds=DIAL_SECONDS if seconds is None else seconds)
 
 
+def import_network() -> None:
+    """Import what `join` needs. This takes a second, during which an event loop would do nothing else."""
+    from shoal.net.libp2p.duplicate_identity import answers_elsewhere  # noqa: F401
+    from shoal.net.libp2p.hash_table.dht_directory import DhtDirectory  # noqa: F401
+    from shoal.net.libp2p.libp2p_transport import Libp2pTransport  # noqa: F401
+
+
 @asynccontextmanager
 async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     """Join a swarm over the real network, and leave it at the end of the context.
@@ -73,7 +86,7 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     Raises `UserError` for a malformed address or identity file, and for an identity that another process uses;
     `BootstrapFailed` if no initial peer answers; `SwarmError` if the network cannot be started.
     """
-    # hivemind takes seconds to import, so the arguments are checked before.
+    # hivemind takes a second to import, so the arguments are checked before.
     from shoal.net.addressing.addresses import check_announced, check_peers
     from shoal.net.identity import Identity
 
@@ -82,25 +95,34 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
     announce = check_announced(config.announce)
     identity = Identity.load_or_create(config.identity) if config.identity is not None else Identity.temporary()
 
-    from shoal.net.addressing.own_addresses import free_addresses, has_public_address
+    from shoal.net.addressing.own_addresses import any_port, free_addresses, has_public_address, places_of
     from shoal.net.libp2p.daemon import DaemonConfig
     from shoal.net.libp2p.duplicate_identity import answers_elsewhere
     from shoal.net.libp2p.hash_table.dht_directory import DhtDirectory
     from shoal.net.libp2p.identity_lock import identity_lock
     from shoal.net.libp2p.libp2p_transport import Libp2pTransport
+    from shoal.net.port_mapping import mapped_port
 
-    listen = await asyncio.to_thread(free_addresses, config.host, config.port) if is_dialled else ()
+    port = config.port or (any_port() if config.upnp else 0)
+    listen = await asyncio.to_thread(free_addresses, config.host, port) if is_dialled else ()
     serve_relay = config.serve_relay
     if serve_relay is None:
         serve_relay = not relays and has_public_address(listen, announce)
-    daemon = DaemonConfig(listen=listen, announce=announce, serve_relay=serve_relay)
-    directory = DhtDirectory(identity, stores_records=bool(listen) and not relays, initial_peers=initial_peers)
-    transport = Libp2pTransport(identity, daemon, initial_peers=initial_peers, relays=relays, attach=directory.attach)
-    with nullcontext() if config.identity is None else identity_lock(identity.peer):
-        await transport.start()
-        try:
-            yield Node(transport, directory, partial(answers_elsewhere, identity.peer), transport.try_relays)
-        finally:
-            # In this order: the daemon ends, even if it has data to send, when the directory's connection to it ends.
-            await transport.close()
-            await directory.close()
+    is_mapped = config.upnp and is_dialled
+    async with mapped_port(port, interface=config.host) if is_mapped else nullcontext() as mapping:
+        if mapping is not None:  # what is announced replaces what the daemon would announce
+            announce = (*(announce or places_of(listen)), mapping.address)
+        daemon = DaemonConfig(listen=listen, announce=announce, serve_relay=serve_relay)
+        directory = DhtDirectory(identity, stores_records=bool(listen) and not relays, initial_peers=initial_peers)
+        transport = Libp2pTransport(
+            identity, daemon, initial_peers=initial_peers, relays=relays, attach=directory.attach
+        )
+        with nullcontext() if config.identity is None else identity_lock(identity.peer):
+            await transport.start()
+            try:
+                yield Node(transport, directory, partial(answers_elsewhere, identity.peer), transport.try_relays)
+            finally:
+                # In this order: the daemon ends, even if it has data to send, when the directory's connection to it
+                # ends.
+                await transport.close()
+                await directory.close()

@@ -73,7 +73,14 @@ class Publication:
 
 def _lasting(info: ServerInfo) -> ServerInfo:
     return replace(
-        info, queue_length=0, cache_tokens_left=0, round_trips=(), decode_speed=None, prefill_speed=None, capacity=None
+        info,
+        queue_length=0,
+        cache_tokens_left=0,
+        round_trips=(),
+        unreached=(),
+        decode_speed=None,
+        prefill_speed=None,
+        capacity=None,
     )
 
 

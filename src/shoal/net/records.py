@@ -152,6 +152,7 @@ class Announcement(BaseModel):
     training: bool = True
     adapters: Annotated[tuple[HostedName, ...], Field(max_length=MAX_HOSTED_ADAPTERS, strict=False)] = ()
     round_trips: Annotated[dict[Short, Seconds], Field(max_length=MAX_NEIGHBORS)] = {}
+    unreached: Annotated[tuple[Short, ...], Field(max_length=MAX_NEIGHBORS, strict=False)] = ()
     capacity: AnnouncedCapacity | None = None
     pinned: bool = False
     wants: Pair | None = None
@@ -203,6 +204,7 @@ class Announcement(BaseModel):
             training=info.training,
             adapters=info.adapters,
             round_trips={peer: _rounded(seconds) for peer, seconds in info.round_trips},
+            unreached=info.unreached,
             capacity=None if info.capacity is None else AnnouncedCapacity.of(info.capacity),
             pinned=info.pinned,
             wants=None if info.wants is None else (info.wants.start, info.wants.end),
@@ -241,6 +243,7 @@ class Announcement(BaseModel):
             training=self.training,
             adapters=self.adapters,
             round_trips=tuple(self.round_trips.items()),
+            unreached=self.unreached,
             capacity=None if self.capacity is None else self.capacity.capacity,
             pinned=self.pinned,
             wants=None if self.wants is None else Span(*self.wants),

@@ -54,6 +54,11 @@ class Stream(Protocol):
         """The event loop's time when any part of a frame was last sent; at first, when the stream was opened."""
         ...
 
+    @property
+    def taken_bytes(self) -> int:
+        """The bytes that were sent until now, in parts of a frame where it is large."""
+        ...
+
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         """Send one frame. Returns when the frame is buffered; waits while the other side reads too slowly.
 

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 class NeighborMonitor:
     """Measures the round trips to a server's neighbors, one round every `every_seconds` seconds.
 
-    `round_trips` is what the server announces: the short peer ids and seconds of the nearest `MAX_NEIGHBORS`.
+    `round_trips` is what the server announces: the short peer ids and seconds of the nearest `MAX_NEIGHBORS`;
+    `unreached` are the short ids of those that are online and did not answer it.
     `servers` are all other servers that are online, the nearest first. `describe` says what the server is at present.
     `on_new` is called when a round adds a neighbor, and `on_view` with each view of the swarm that is read.
     """
@@ -40,6 +41,7 @@ class NeighborMonitor:
         on_view: Callable[[SwarmView], None] = lambda view: None,
     ) -> None:
         self.round_trips: tuple[tuple[str, float], ...] = ()
+        self.unreached: tuple[str, ...] = ()
         self.servers: tuple[ServerInfo, ...] = ()
         self._node = node
         self._model = model
@@ -86,6 +88,7 @@ class NeighborMonitor:
         self._rng.shuffle(online)
         self.servers = tuple(sorted(online, key=lambda each: self._known.get(each.peer, float("inf"))))
         known = self._known
+        self.unreached = tuple(sorted(short(peer) for peer in self._silent & others))[:MAX_NEIGHBORS]
         before = {peer for peer, _ in self.round_trips}
         self.round_trips = tuple((short(peer), known[peer]) for peer in sorted(known, key=known.__getitem__))[
             :MAX_NEIGHBORS

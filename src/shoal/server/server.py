@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from shoal.concurrency import background, owned_task
 from shoal.events import Observers
 from shoal.joining.invitation import Invitation
+from shoal.model.peft.block_adapters import import_peft
 from shoal.model.weights.pieces.peer_files import PeerFiles
 from shoal.net.transport import Node, Transport
 from shoal.peers import ModelInfo, ServerInfo
@@ -99,7 +100,11 @@ async def serve(
         setup = await prepare(config, node, checkpoint, compute.executor, report)
         around = Surroundings(config, node, setup, compute, portrait, observers, weights, report, clock)
         keeper = SpanKeeper(around)
-        async with background(keeper.live(), name="shoal-blocks") as living:
+        # PEFT is imported while the server claims blocks, on the thread that needs it before it serves them.
+        async with (
+            background(keeper.live(), name="shoal-blocks") as living,
+            owned_task(compute.executor.run(import_peft)),
+        ):
             try:
                 await keeper.online.wait()
                 async with owned_task(invite(around)) as inviting, owned_task(keep_head(around)) as keeping:

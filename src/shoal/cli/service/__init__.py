@@ -1,4 +1,4 @@
-"""What commands need that run as a service: options from a file.
+"""What commands need that run until they are stopped: options from a file, several devices, a clean end.
 
-It imports what several commands share (`shoal.cli.options`, `shoal.cli.terminal`), and no command.
+It imports what several commands share (`shoal.cli.options`, `shoal.cli.terminal`, `shoal.cli.nearby`), and no command.
 """

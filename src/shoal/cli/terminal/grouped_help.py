@@ -14,13 +14,13 @@ GROUPS = {
         *("adapter", "serve_head", "revision", "allow_uncertified"),
     },
     "Text": {"max_new_tokens", "temperature", "top_p", "top_k", "seed", "num_beams", "system", "max_length"},
-    "Computation": {"device", "threads", "dtype", "quantization", "remote_head", "head_quantization"},
+    "Computation": {"device", "threads", "when", "dtype", "quantization", "remote_head", "head_quantization"},
     "Cache and training": {
         *("cache_tokens", "cache_dtype", "prefill_share"),
         *("training", "training_share", "training_memory", "adapter_memory"),
     },
     "Route and failures": {"chooser", "pin", "patience", "standby", "history", "history_memory", "wire"},
-    "Network": {"name", "host", "port", "identity", "announce", "relay", "serve_relay", "lan", "drain_timeout"},
+    "Network": {"name", "host", "port", "identity", "announce", "relay", "serve_relay", "upnp", "lan", "drain_timeout"},
 }
 """The parameters of commands in each group. Parameters that are in none of them follow under `OTHER`."""
 OTHER = "Options"

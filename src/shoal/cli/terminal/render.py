@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.cli.terminal.console import UNKNOWN, figure, tokens_per_second
-from shoal.peers import ServerInfo, ServerState
+from shoal.peers import ServerInfo, ServerState, short
 from shoal.policy.dtypes import computes_in, mixture
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.protocol import PROTOCOL_VERSION, UPGRADE, speaks_other
@@ -100,6 +100,7 @@ def render(
     yield _coverage(online)
     yield _verdict(view, online)
     yield from _lost(view, silent)
+    yield from _apart(online)
     yield from _reasons(view, now)
     if (found := mixture(view.servers)) is not None:
         yield Text(f"servers with equal weights use different dtypes: {found}", style="yellow")
@@ -216,15 +217,23 @@ def render_route(route: Route | None, answers: Answers) -> Iterator[RenderableTy
     table.add_column("via", no_wrap=True)
     for title in ("blocks", "network ms", "compute", "queue", "handicap"):
         table.add_column(title, justify="right")
+    before: ServerInfo | None = None
+    carried = []
     for hop, cost in zip(route.hops, route.costs, strict=True):
         parts = (cost.network, cost.compute, cost.queue, cost.handicap)
         cells = (f"{part * 1e3:,.1f}" if part else "" for part in parts)
         name = Text(shortened(hop.server.name or "-", MAX_NAME))
         answer = answers.get(hop.server.peer)
         via = "relay" if answer is not None and answer.is_relayed else "direct"
+        if before is not None and not before.reaches(hop.server):
+            via = "carried"
+            carried.append(f"from {_name(before)} to {_name(hop.server)}")
+        before = hop.server
         table.add_row(name, Text(hop.server.peer[-6:]), via, str(hop.span), *cells)
     table.add_row("return trip", "", "", "", f"{route.back * 1e3:,.1f}", "", "", "")
     yield table
+    if carried:
+        yield Text(f"this machine carries what goes {', '.join(carried)}: they do not reach each other", style="yellow")
 
 
 def _span_bar(server: ServerInfo, num_blocks: int, num_cells: int) -> str:
@@ -267,6 +276,22 @@ def _lost(view: SwarmView, silent: Set[str]) -> Iterator[Text]:
     for server in _in_order(view):
         if server.protocol != PROTOCOL_VERSION:
             yield Text(f"{_name(server)} {speaks_other(server.protocol)}: {UPGRADE}", style="red")
+
+
+def _apart(online: SwarmView) -> Iterator[Text]:
+    """Which servers do not reach others that may follow them in a route: a line for each of the first."""
+    servers = {short(server.peer): server for server in online.servers}
+    told = 0
+    for server in (each for each in _in_order(online) if each.unreached):
+        others = (servers[each] for each in server.unreached if each in servers)
+        far = [_name(other) for other in others if other.span.end > server.span.end]
+        if far and told < MAX_REASONS:
+            yield Text(
+                f"{_name(server)} does not reach {', '.join(far)}: clients carry what goes there", style="yellow"
+            )
+        told += bool(far)
+    if told > MAX_REASONS:
+        yield Text(f"and {told - MAX_REASONS} more (see --json)", style="yellow")
 
 
 def _name(server: ServerInfo) -> str:

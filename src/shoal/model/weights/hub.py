@@ -99,7 +99,7 @@ class HubFiles:
                 revision=self.commit,
                 cache_dir=self.cache_dir,
                 token=self.token,
-                tqdm_class=_DownloadBar,
+                tqdm_class=DownloadBar,
             )
             return Path(path_of_link)
 
@@ -177,7 +177,7 @@ class HubFiles:
                     headers=build_hf_headers(token=self.token) | {"Accept-Encoding": "identity"},
                     expected_size=size,
                     displayed_filename=file,
-                    tqdm_class=_DownloadBar,
+                    tqdm_class=DownloadBar,
                 )
             if file_digests([partial]) != [sha256]:
                 partial.unlink()
@@ -185,7 +185,7 @@ class HubFiles:
             partial.replace(blob)
 
 
-class _DownloadBar(tqdm):
+class DownloadBar(tqdm):
     """The hub client's bar, which logs too."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

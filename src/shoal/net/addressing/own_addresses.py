@@ -32,7 +32,7 @@ def free_addresses(host: str | None, port: int) -> tuple[str, ...]:
     if host is not None:
         return wanted
     for _ in range(ATTEMPTS):
-        chosen = port or _any_port()
+        chosen = port or any_port()
         usable = tuple(each for each in listen_addresses(host, chosen) if _has_version(each))
         if port or all(map(_is_free, usable)):
             return usable or wanted
@@ -72,6 +72,19 @@ def has_public_address(listen: Sequence[str], announce: Sequence[str]) -> bool:
     return any(map(is_public_host, hosts))
 
 
+def places_of(listen: Sequence[str]) -> tuple[str, ...]:
+    """Where a machine that listens on these addresses is found: those for all of its addresses, one by one."""
+    places = []
+    for address in listen:
+        _, version, host, _, port = address.split("/")
+        hosts = [host]
+        if host in ALL_HOSTS:
+            wanted = 4 if version == "ip4" else 6
+            hosts = [str(each.ip) for each in own_networks() if each.version == wanted and not each.is_link_local]
+        places += [f"/{version}/{each}/tcp/{port}" for each in hosts]
+    return tuple(dict.fromkeys(places))
+
+
 def own_networks() -> tuple[Interface, ...]:
     """This machine's IP addresses with the networks that they are in."""
     return tuple(each for _, each in _interfaces())
@@ -94,7 +107,8 @@ def _interfaces() -> Iterator[tuple[str, Interface]]:
                 yield name, ipaddress.ip_interface(f"{each.address.partition('%')[0]}/{bits}".rstrip("/"))
 
 
-def _any_port() -> int:
+def any_port() -> int:
+    """A TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

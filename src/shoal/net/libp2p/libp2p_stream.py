@@ -36,6 +36,7 @@ class Libp2pStream:
         self.address = address
         self._clock = get_running_loop().time
         self.heard_at = self.taken_at = self._clock()
+        self.taken_bytes = 0
         self._on_close = on_close
         self._reader = reader
         self._writer = writer
@@ -143,3 +144,4 @@ class Libp2pStream:
         self._writer.write(data)
         await self._writer.drain()
         self.taken_at = self._clock()
+        self.taken_bytes += memoryview(data).nbytes

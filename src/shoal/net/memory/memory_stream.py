@@ -40,6 +40,21 @@ class _InTransit:
     frame: Frame
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """What one side has sent: `before` bytes, and a frame of `num_bytes` evenly between two times."""
+
+    before: int = 0
+    begins: float = 0.0
+    ends: float = 0.0
+    num_bytes: int = 0
+
+    def until(self, now: float) -> int:
+        """The bytes that were sent until this time."""
+        share = 1.0 if now >= self.ends else max(0.0, (now - self.begins) / (self.ends - self.begins))
+        return self.before + int(share * self.num_bytes)
+
+
 class MemoryLink:
     """Both directions of one stream.
 
@@ -64,6 +79,7 @@ class MemoryLink:
         self._ended = False
         self._broken = False
         self._changed = asyncio.Event()
+        self._sent: list[_Sent] = [_Sent(), _Sent()]  # by the opener and by the acceptor
 
     @property
     def holds_frames(self) -> bool:
@@ -102,8 +118,13 @@ class MemoryLink:
         if self._faults.count_frame(frame.sender):
             self.end()
         self.wake()
+        self._sent[me] = _Sent(self.sent_bytes(me), begins, ends, frame.num_bytes)
         if ends > now:
             await asyncio.sleep(ends - now)
+
+    def sent_bytes(self, me: int) -> int:
+        """The bytes that the opener (`me` is 0) or the acceptor (1) has sent until now."""
+        return self._sent[me].until(asyncio.get_running_loop().time())
 
     async def peek(self, me: int) -> Frame:
         """The next frame for the opener (`me` is 0) or the acceptor (1), as soon as its header has arrived.
@@ -156,6 +177,10 @@ class MemoryStream:
     @property
     def address(self) -> str | None:
         return None
+
+    @property
+    def taken_bytes(self) -> int:
+        return self._link.sent_bytes(self._me)
 
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         self._check_open()

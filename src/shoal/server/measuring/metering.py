@@ -101,6 +101,10 @@ class _MeteredStream:
     def taken_at(self) -> float:
         return self._stream.taken_at
 
+    @property
+    def taken_bytes(self) -> int:
+        return self._stream.taken_bytes
+
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         num_bytes = sum(memoryview(buffer).nbytes for buffer in payload)
         if num_bytes < LARGE_BYTES:

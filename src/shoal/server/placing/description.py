@@ -40,6 +40,7 @@ def describe(
     is_resting: bool,
     addresses: tuple[str, ...],
     round_trips: Sequence[tuple[str, float]],
+    unreached: Sequence[str],
 ) -> ServerInfo:
     """The record of a server in this state. It says what it does for clients only while it does it.
 
@@ -70,4 +71,5 @@ def describe(
         adapters=engine.adapters.announced,
         head=loaded.weights.head is not None,
         round_trips=tuple(round_trips),
+        unreached=tuple(unreached),
     )

@@ -106,6 +106,7 @@ class SpanKeeper:
             is_resting=self.state.is_resting(now=self._around.clock()),
             addresses=self._around.node.transport.addresses,
             round_trips=self._neighbors.round_trips,
+            unreached=self._neighbors.unreached,
         )
         return self._around.portrait.complete(info)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -24,16 +25,17 @@ from shoal.model.weights.pieces.piece_store import PieceSource
 from shoal.net.transport import Stream
 from shoal.net.wire import codec
 from shoal.policy.network.pacing import Pacer
+from shoal.policy.network.uploads import SEND_SECONDS, Upload, gives_way
 from shoal.protocol import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
 from shoal.server.refusals import busy, misrouted
+
+log = logging.getLogger(__name__)
 
 MAX_UPLOADS = 4
 """Pieces on their way at a time, to all peers together; and lists of pieces."""
 MAX_UPLOADS_PER_PEER = 2
 MAX_DELAY_SECONDS = 5.0
 """The longest that a piece waits for the upload limit; later ones are told to come back."""
-SEND_SECONDS = 45.0
-"""How long a peer may take for one answer: slower ones would keep others waiting."""
 LOWEST_PRIORITY = 19
 
 Request = GetInvitation | GetManifest | GetHeld | GetPiece
@@ -51,8 +53,8 @@ class WeightsService:
         self._refuses = upload_limit == 0
         self._invitation: Invitation | None = None
         self._source: PieceSource | None = None
-        self._uploads = Counter[str]()  # pieces, by peer
-        self._listings = Counter[str]()  # what else is sent
+        self._uploads = _UnderWay()  # pieces
+        self._listings = _UnderWay()  # what else is sent
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="shoal-pieces", initializer=_take_lowest_priority)
 
     def offer(self, invitation: Invitation, source: PieceSource | None) -> None:
@@ -103,8 +105,8 @@ class WeightsService:
             if delay > MAX_DELAY_SECONDS:
                 raise busy("others are given weights, up to this server's limit", retry_after=min(delay, 3600.0))
 
-    async def _send(self, stream: Stream, read: Callable[[], bytes], under_way: Counter[str]) -> None:
-        with _counted(stream.peer, under_way):
+    async def _send(self, stream: Stream, read: Callable[[], bytes], under_way: _UnderWay) -> None:
+        with under_way.counted(stream.peer):
             try:
                 content = await self.read(lambda: torch.frombuffer(bytearray(read()), dtype=torch.uint8))
             except ShoalError as damage:
@@ -112,22 +114,55 @@ class WeightsService:
             if self._pacer is not None:
                 loop = asyncio.get_running_loop()
                 await asyncio.sleep(self._pacer.reserve(content.nbytes, now=loop.time()))
-            async with asyncio.timeout(SEND_SECONDS):
+            async with under_way.sending(stream, content.nbytes):
                 await codec.send(stream, Content(), {"content": content})
 
 
-@contextlib.contextmanager
-def _counted(peer: str, under_way: Counter[str]) -> Iterator[None]:
-    """An answer to a peer is under way. Raises `Refused` if there are too many."""
-    if under_way.total() >= MAX_UPLOADS or under_way[peer] >= MAX_UPLOADS_PER_PEER:
-        raise busy("others are given weights")
-    under_way[peer] += 1
-    try:
-        yield
-    finally:
-        under_way[peer] -= 1
-        if not under_way[peer]:
-            del under_way[peer]
+class _UnderWay:
+    """The answers of a kind that are under way: few at a time, and few to each peer."""
+
+    def __init__(self) -> None:
+        self._num_of = Counter[str]()  # by peer
+        self._sending: list[tuple[Stream, asyncio.Timeout, Callable[[], Upload]]] = []
+
+    @contextlib.contextmanager
+    def counted(self, peer: str) -> Iterator[None]:
+        """An answer to a peer is under way. Raises `Refused` if there are too many, and none of them gives way."""
+        is_full = self._num_of.total() >= MAX_UPLOADS
+        if self._num_of[peer] >= MAX_UPLOADS_PER_PEER or (is_full and not self._make_room()):
+            raise busy("others are given weights")
+        self._num_of[peer] += 1
+        try:
+            yield
+        finally:
+            self._num_of[peer] -= 1
+            if not self._num_of[peer]:
+                del self._num_of[peer]
+
+    @contextlib.asynccontextmanager
+    async def sending(self, stream: Stream, num_bytes: int) -> AsyncIterator[None]:
+        """So many bytes are sent to a peer. Raises `TimeoutError` if it reads too slowly."""
+        began, before = asyncio.get_running_loop().time(), stream.taken_bytes
+        async with asyncio.timeout(SEND_SECONDS) as limit:
+            entry = stream, limit, lambda: Upload(began, num_bytes, stream.taken_bytes - before)
+            self._sending.append(entry)
+            try:
+                yield
+            finally:
+                if entry in self._sending:
+                    self._sending.remove(entry)
+
+    def _make_room(self) -> bool:
+        """End the slowest answer, if it is too slow. Returns whether one is ended."""
+        now = asyncio.get_running_loop().time()
+        uploads = [upload() for _, _, upload in self._sending]
+        chosen = gives_way(uploads, now=now)
+        if chosen is None:
+            return False
+        stream, limit, _ = self._sending.pop(uploads.index(chosen))
+        log.info("%s reads too slowly: its piece gives way to another peer's", stream.peer)
+        limit.reschedule(now)
+        return True
 
 
 def _take_lowest_priority() -> None:
