@@ -1,12 +1,15 @@
 """What fourteen server processes behind shaped links do, for `python -m shoal.simulator calibrate`.
 
-    python -m benchmarks.calibration --out measured.json [--rounds 3] [--answer 48]
+    python -m benchmarks.calibration --out measured.json [--delays 0.2 0.17 0.22 0.3 0.26] [--rounds 3] [--answer 48]
     python -m shoal.simulator calibrate --measured measured.json
 
-The servers hold blocks of the bundled model in float32; each has a link of its own. The twin is told what the live
-swarm knows: the speeds that servers announce, and the round trips that clients and servers have measured. What else a
-token takes was measured without links, one client at a time, so that the twin has to predict what links and more
-clients change. The figures are medians of the rounds.
+The servers hold blocks of the bundled model in float32. What a token takes on each route is measured without links, one
+client at a time. Then the servers get their links, and more clients come; at the end, the first part is measured again,
+since the machine may have become slower. The twin is told the means of the first part and the links, and has to predict
+what happened with links.
+
+All servers of a route have the same link: a connection between two servers takes the link of the one that was dialled,
+and that may be either. Of several rounds, the one counts that other programs disturbed least.
 """
 
 from __future__ import annotations
@@ -15,69 +18,39 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
-import psutil
 import torch
 import transformers
 
-from benchmarks.clients import announced, at_the_same_time, decoding_speed, generate
+from benchmarks.clients import announced, at_the_same_time, generate
 from benchmarks.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
-from shoal.peers import short
+from shoal.simulator.steps.twin import summed_speed
 from shoal.testing import Link, ShapedSwarm, shaped_swarm
 
 SPANS = ("0:4", "4:8", "8:12", "0:3", "3:6", "6:9", "9:12", "0:5", "5:10", "10:12", "0:6", "6:12", "0:7", "7:12")
 ROUTES = ((0, 1, 2), (3, 4, 5, 6), (7, 8, 9), (10, 11), (12, 13))
 """The servers of each route. A client is pinned to one: whether clients choose alike is not what is measured here."""
+DELAYS = (0.2, 0.17, 0.22, 0.3, 0.26)
+"""The seconds one way of the links of each route's servers. All servers and clients compute on one machine, so links
+have to take much longer than what these processes take from each other."""
+NUM_BLOCKS = 12
+BYTES_PER_SECOND = 100e6 / 8
 PROMPT = 16
-SETTLE_SECONDS = 40.0
-"""By then, servers have measured the round trips to each other and announced them."""
-QUIET_SECONDS = 10.0
-
-
-def links(seed: int) -> list[Link]:
-    """A link for each server: 5 to 40 ms one way, 50 to 200 Mbit/s."""
-    rng = random.Random(seed)
-    return [Link(delay_seconds=rng.uniform(0.005, 0.04), bytes_per_second=rng.uniform(50e6, 200e6) / 8) for _ in SPANS]
-
-
-def described(models: Sequence[Any], swarm: ShapedSwarm, links: Sequence[Link]) -> list[Any]:
-    """The servers as the live swarm knows them: what they announce, and what these clients have measured."""
-    infos = {info.peer: info for info in announced(models[0])}
-    reach = {
-        peer: seconds for model in models for peer, seconds in model.transformer.h.swarm.timings.round_trips().items()
-    }
-    index_of = {short(server.peer): index for index, server in enumerate(swarm.servers)}
-    return [
-        {
-            "span": server.span,
-            "token_seconds": 1 / infos[server.peer].decode_speed,
-            "row_seconds": 1 / infos[server.peer].prefill_speed,
-            "delay_seconds": link.delay_seconds,
-            "bytes_per_second": link.bytes_per_second,
-            "round_trip": reach.get(server.peer),
-            "round_trips": [(index_of[name], seconds) for name, seconds in infos[server.peer].round_trips],
-        }
-        for server, link in zip(swarm.servers, links, strict=True)
-    ]
 
 
 @contextlib.contextmanager
-def opened(links: Sequence[Link]) -> Iterator[tuple[ShapedSwarm, list[Any]]]:
-    """A swarm behind these links, and a client for each route that has not measured anything yet."""
+def opened() -> Iterator[tuple[ShapedSwarm, list[Any]]]:
+    """A swarm whose links do nothing yet, and a client for each route."""
     with contextlib.ExitStack() as stack:
-        swarm = stack.enter_context(shaped_swarm(STORIES, SPANS, link=links, options=["--dtype", "float32"]))
+        swarm = stack.enter_context(shaped_swarm(STORIES, SPANS, options=["--dtype", "float32"], preloaded=True))
         models = []
         for route in ROUTES:
             pinned = {swarm.servers[index].span: swarm.servers[index].peer for index in route}
@@ -89,134 +62,110 @@ def opened(links: Sequence[Link]) -> Iterator[tuple[ShapedSwarm, list[Any]]]:
         yield swarm, models
 
 
-@dataclass(frozen=True)
-class Spent:
-    """Processor seconds of the servers with their daemons and proxies, and of the clients with theirs, up to a time."""
-
-    servers: float
-    client: float
-    at: float
-
-    @classmethod
-    def now(cls, swarm: ShapedSwarm) -> Self:
-        """Since the processes began."""
-        of_servers = [swarm.proxies.pid]
-        for server in swarm.servers:
-            process = psutil.Process(server.process.pid)
-            of_servers += [process.pid, *(child.pid for child in process.children(recursive=True))]
-        own = psutil.Process()
-        everybody = {each.pid: _seconds(each) for each in (own, *own.children(recursive=True))}
-        servers = sum(everybody.get(pid, 0.0) for pid in of_servers)
-        return cls(servers, sum(everybody.values()) - servers, time.monotonic())
-
-    def since(self, before: Spent) -> Spent:
-        """What was spent in between."""
-        return Spent(self.servers - before.servers, self.client - before.client, self.at - before.at)
-
-    def beyond(self, quiet: Spent) -> Spent:
-        """What was spent in addition to what is spent in the same time without clients."""
-        times = self.at / quiet.at
-        return Spent(self.servers - times * quiet.servers, self.client - times * quiet.client, self.at)
+def shape(swarm: ShapedSwarm, delays: Sequence[float]) -> list[Link]:
+    """Give all servers of a route a link with the delay of this route. Returns the link of each server."""
+    delay_of = {server: delay for route, delay in zip(ROUTES, delays, strict=True) for server in route}
+    links = [Link(delay_seconds=delay_of[index], bytes_per_second=BYTES_PER_SECOND) for index in range(len(SPANS))]
+    for server, link in zip(swarm.servers, links, strict=True):
+        server.link(link)
+    return links
 
 
-def settled(swarm: ShapedSwarm) -> Spent:
-    """Wait until servers have measured the round trips to each other. Returns what is spent without clients."""
-    time.sleep(SETTLE_SECONDS)
-    before = Spent.now(swarm)
-    time.sleep(QUIET_SECONDS)
-    return Spent.now(swarm).since(before)
+def unshaped_seconds(models: Sequence[Any], answer: int, rounds: int) -> list[float]:
+    """What a token takes on each route without links, for one client at a time."""
+    return [run(models, [route], answer, rounds)["token_seconds"] for route in range(len(ROUTES))]
 
 
-def _seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def described(models: Sequence[Any], swarm: ShapedSwarm, links: Sequence[Link], token_seconds: Sequence[float]) -> Any:
+    """The servers as the twin knows them. What a token takes on a route is shared by its servers, by their blocks.
+
+    Of that time, a part is messages and the client; with these links, it does not matter much where it is spent.
+    """
+    infos = {info.peer: info for info in announced(models[0])}
+    found = []
+    for index, (server, link) in enumerate(zip(swarm.servers, links, strict=True)):
+        info = infos[server.peer]
+        whole = next(seconds for seconds, route in zip(token_seconds, ROUTES, strict=True) if index in route)
+        seconds = whole * len(info.span) / NUM_BLOCKS
+        found.append(
+            {
+                "span": server.span,
+                "token_seconds": seconds,
+                "row_seconds": seconds * min(1.0, (info.decode_speed or 1.0) / (info.prefill_speed or 1.0)),
+                "delay_seconds": link.delay_seconds,
+                "bytes_per_second": link.bytes_per_second,
+            }
+        )
+    return found
 
 
 def run(models: Sequence[Any], routes: Sequence[int], answer: int, rounds: int) -> dict[str, Any]:
-    """Clients on these routes decode at the same time. Medians over rounds; the first round warms up."""
-    speeds, seconds = [], []
-    for number in range(rounds + 1):
+    """Clients on these routes decode at the same time: the round that was disturbed least."""
+    found_of: list[tuple[float, float]] = []
+    for number in range(rounds):
         chance = torch.Generator().manual_seed(number)
         prompts = torch.randint(3, models[0].config.vocab_size, (len(routes), PROMPT), generator=chance).split(1)
         clients = [
             partial(generate, models[route], prompt, answer) for route, prompt in zip(routes, prompts, strict=True)
         ]
         found = at_the_same_time(clients)
-        if number:
-            speeds.append(decoding_speed(found))
-            seconds.append(statistics.mean(statistics.median(gap for _, gap in each.gaps()) for each in found))
-            print(f"routes {routes}, round {number}: {speeds[-1]:.4g} tokens/s", file=sys.stderr)
+        seconds = statistics.mean(statistics.median(gap for _, gap in each.gaps()) for each in found)
+        found_of.append((seconds, summed_speed([each.times for each in found])))
+        print(f"routes {routes}, round {number}: {1000 * seconds:.4g} ms a token", file=sys.stderr)
+    token_seconds, tokens_per_second = min(found_of)
     return {
         "routes": list(routes),
         "prompt": PROMPT,
         "answer": answer,
-        "tokens_per_second": statistics.median(speeds),
-        "token_seconds": statistics.median(seconds),
+        "tokens_per_second": tokens_per_second,
+        "token_seconds": token_seconds,
     }
 
 
-def measure(answer: int, rounds: int, seed: int) -> dict[str, Any]:
-    """Everything that the twin is made of, and what it is compared with."""
-    without, with_links = [Link()] * len(SPANS), links(seed)
-    each_alone = [(route,) for route in range(len(ROUTES))]
-    with opened(without) as (swarm, models):
-        quiet = settled(swarm)
-        idle = described(models, swarm, without)
-        before = Spent.now(swarm)
-        unshaped = [run(models, routes, answer, rounds) for routes in each_alone]
-        spent = Spent.now(swarm).since(before).beyond(quiet)
-        row_bytes = models[0].config.hidden_size * 4
-    with opened(with_links) as (swarm, models):
-        settled(swarm)
-        together = tuple(range(len(ROUTES)))
-        runs = [run(models, routes, answer, rounds) for routes in each_alone]
-        servers = described(models, swarm, with_links)  # before pings wait behind the work of many clients
-        runs += [run(models, routes, answer, rounds) for routes in (together, together * 2)]
-    for server, alone in zip(servers, idle, strict=True):
-        server |= {name: alone[name] for name in ("token_seconds", "row_seconds")}
-    num_tokens = len(each_alone) * (rounds + 1) * answer
-    computing = statistics.mean(sum(idle[index]["token_seconds"] for index in route) for route in ROUTES)
-    num_servers = statistics.mean(map(len, ROUTES))
-    message_seconds, client_seconds = beyond_computing(idle, [each["token_seconds"] for each in unshaped])
+def measure(
+    swarm: ShapedSwarm,
+    models: Sequence[Any],
+    loads: Sequence[Sequence[int]],
+    *,
+    delays: Sequence[float] = DELAYS,
+    answer: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Everything that the twin is made of, and what it is compared with: clients on the routes of each load."""
+    unshaped_seconds(models, 4, 1)  # opens connections, and brings the code into memory
+    before = unshaped_seconds(models, answer, rounds)
+    links = shape(swarm, delays)
+    runs = [run(models, routes, answer, rounds) for routes in loads]
+    for server in swarm.servers:
+        server.link(Link())
+    after = unshaped_seconds(models, answer, rounds)
+    token_seconds = [statistics.mean(both) for both in zip(before, after, strict=True)]
     return {
         "machine": describe_machine(),
-        "num_blocks": 12,
+        "num_blocks": NUM_BLOCKS,
         "num_cores": len(os.sched_getaffinity(0)),
-        "row_bytes": row_bytes,
-        "client_seconds": client_seconds,
-        "client_background": max(0.0, spent.client / num_tokens - client_seconds),
-        "message_seconds": message_seconds,
-        "message_background": max(0.0, (spent.servers / num_tokens - computing) / num_servers - message_seconds),
-        "idle_round_trip": statistics.median(seconds for each in idle for _, seconds in each["round_trips"]),
-        "servers": servers,
+        "row_bytes": models[0].config.hidden_size * 4,
+        "servers": described(models, swarm, links, token_seconds),
         "routes": ROUTES,
         "runs": runs,
-        "unshaped": unshaped,
+        "unshaped_token_seconds": {"before": before, "after": after},
     }
-
-
-def beyond_computing(servers: Sequence[Any], token_seconds: Sequence[float]) -> tuple[float, float]:
-    """What a token takes on each route, without links, beyond what its servers announce: for each server, and once.
-
-    The two numbers that fit all routes best.
-    """
-    rows = [[len(route), 1.0] for route in ROUTES]
-    computing = [sum(servers[index]["token_seconds"] for index in route) for route in ROUTES]
-    left = [seconds - own for seconds, own in zip(token_seconds, computing, strict=True)]
-    per_server, once = np.linalg.lstsq(np.array(rows), np.array(left), rcond=None)[0].tolist()
-    return max(0.0, per_server), max(0.0, once)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--delays", type=float, nargs=len(ROUTES), default=DELAYS, help="of each route, one way")
     parser.add_argument("--answer", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    found = measure(arguments.answer, arguments.rounds, arguments.seed)
+    together = tuple(range(len(ROUTES)))
+    loads = [*((route,) for route in together), together, together * 2]
+    with opened() as (swarm, models):
+        options = {"delays": arguments.delays, "answer": arguments.answer, "rounds": arguments.rounds}
+        found = measure(swarm, models, loads, **options)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

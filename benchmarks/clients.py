@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from shoal.peers import ServerInfo
-from shoal.simulator.steps.twin import decoding_speed as speed_of_arrivals
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,9 @@ def at_the_same_time(clients: Sequence[Callable[[], Generation]]) -> list[Genera
 
 def decoding_speed(generations: Sequence[Generation]) -> float:
     """Tokens per second of all generations together, while all of them decode."""
-    return speed_of_arrivals([generation.times for generation in generations])
+    arrivals = [generation.times for generation in generations]
+    start, end = max(each[0] for each in arrivals), min(each[-1] for each in arrivals)
+    return sum(start < time <= end for each in arrivals for time in each) / (end - start)
 
 
 def announced(model: Any) -> Sequence[ServerInfo]:

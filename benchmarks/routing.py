@@ -1,7 +1,7 @@
 """Ways to choose routes, compared in simulated swarms on two continents.
 
     python -m benchmarks.routing [--servers 10 100 1000] [--clients 64] [--seeds 3] [--json]
-    python -m benchmarks.routing --saturated [--clients 400 1600 4800] [--waves 8] [--seeds 3] [--json]
+    python -m benchmarks.routing --saturated [--clients 400 1600 4800] [--waves 8] [--renewals 8] [--seeds 3] [--json]
 
 The first table has for each chooser: the true step time of a client that is alone, and its ratio to that of a client
 that knows every link; the tokens per second of many clients that choose at the same time, from the same view; the same
@@ -9,8 +9,10 @@ for clients that arrive in eight waves and see the queues of the waves before; t
 and the CPU time of a choice, in a swarm where servers are busy.
 
 The second has many clients on 40 servers, which placed their blocks by the shared plan, and what part they get of the
-throughput that no placement can pass. Clients arrive in waves and see the queues at the end of the wave before. The
-*predicted* columns say how a client's route compares with the fastest one in the view that it was chosen from.
+throughput that no placement can pass. Clients arrive in waves and see the queues at the end of the wave before. Then
+the sessions of the first wave end, and these clients begin new ones, and so on for as many waves as there are
+`--renewals`. The columns *mean factor* and *most factor* say how a client's route compares with the fastest one in the
+view that it was chosen from.
 """
 
 from __future__ import annotations
@@ -135,20 +137,34 @@ class Together:
     most_factor: float
 
 
-def together(swarm: Simulated, choose: Choose, clients: Sequence[Place], *, waves: int) -> Together:
-    traffic, queues, factors = Traffic(swarm), Counter[str](), list[float]()
+@dataclass(frozen=True)
+class Pace:
+    """How clients come: in `waves`, and after these in `renewals` that begin new sessions. All of them see the queues
+    of the wave before, which lasts `wave_seconds`; the last one is measured for `seconds`."""
+
+    waves: int
+    renewals: int = 0
+    wave_seconds: float = WAVE_SECONDS
+    seconds: float = SECONDS
+
+
+def together(swarm: Simulated, choose: Choose, clients: Sequence[Place], pace: Pace) -> Together:
+    routes: dict[int, tuple[Hop, ...]] = {}
+    queues, factors = Counter[str](), list[float]()
     speed, steps = 0.0, [0.0, 0.0]
-    for wave in range(waves):
+    for wave in range(pace.waves + pace.renewals):
         view = with_queues(swarm.view, queues)
-        for index in range(wave, len(clients), waves):
-            seen, known = shuffled(view, index), swarm.measured_from(clients[index])
-            hops = choose(seen, known, index)
-            traffic.clients.append((clients[index], hops))
-            if index // waves % 8 == 0:
+        for index in range(wave % pace.waves, len(clients), pace.waves):
+            seed = wave // pace.waves * len(clients) + index
+            seen, known = shuffled(view, seed), swarm.measured_from(clients[index])
+            routes[index] = hops = choose(seen, known, seed)
+            if index // pace.waves % 8 == 0:
                 fastest = choose_route(seen, Span(0, seen.num_blocks), needs=Needs(), known=known).seconds
                 factors.append(price_route(hops, needs=Needs(), known=known).seconds / fastest)
-        speed, steps, queues = traffic.run(SECONDS if wave == waves - 1 else WAVE_SECONDS)
-    lengths = statistics.mean(len(hops) for _, hops in traffic.clients)
+        is_last = wave == pace.waves + pace.renewals - 1
+        traffic = Traffic(swarm, [(clients[index], hops) for index, hops in routes.items()])
+        speed, steps, queues = traffic.run(pace.seconds if is_last else pace.wave_seconds)
+    lengths = statistics.mean(len(hops) for hops in routes.values())
     p95 = statistics.quantiles(steps, n=20)[-1] if len(steps) > 1 else float("nan")
     return Together(speed, p95, lengths, statistics.mean(factors), max(factors))
 
@@ -164,8 +180,8 @@ def measure(num_servers: int, num_clients: int, num_seeds: int, names: Sequence[
         for name in names:
             choose = CHOOSERS[name]
             step = alone(swarm, choose, clients[:8])
-            at_once = together(swarm, choose, clients, waves=1)
-            in_waves = together(swarm, choose, clients, waves=WAVES)
+            at_once = together(swarm, choose, clients, Pace(1))
+            in_waves = together(swarm, choose, clients, Pace(WAVES))
             seconds = seconds_to_choose(swarm, choose, clients[:8], queues)
             found[name].append((step, step / best, at_once.speed, at_once.p95, in_waves.speed, in_waves.p95, seconds))
             print(f"{num_servers} servers, seed {seed}, {name}", file=sys.stderr)
@@ -173,7 +189,7 @@ def measure(num_servers: int, num_clients: int, num_seeds: int, names: Sequence[
     return [{"servers": num_servers, "chooser": name} | _means(titles, rows) for name, rows in found.items()]
 
 
-def saturate(num_clients: int, num_seeds: int, names: Sequence[str], waves: int) -> list[dict[str, object]]:
+def saturate(num_clients: int, num_seeds: int, names: Sequence[str], pace: Pace) -> list[dict[str, object]]:
     """Many clients on 40 servers, and their part of what the machines allow."""
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     for seed in range(num_seeds):
@@ -184,7 +200,7 @@ def saturate(num_clients: int, num_seeds: int, names: Sequence[str], waves: int)
         clients = [Place.anywhere(chance) for _ in range(num_clients)]
         for name in names:
             step = alone(swarm, CHOOSERS[name], clients[:8])
-            many = together(swarm, CHOOSERS[name], clients, waves=waves)
+            many = together(swarm, CHOOSERS[name], clients, pace)
             row = (step, bound, exact / bound, many.speed, many.speed / bound, many.p95, many.hops)
             found[name].append((*row, many.mean_factor, many.most_factor))
             print(f"{num_clients} clients, seed {seed}, {name}: {many.speed / bound:.2f}", file=sys.stderr)
@@ -211,15 +227,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--saturated", action="store_true")
     parser.add_argument("--waves", type=int, default=WAVES, help="of clients that saturate the swarm")
+    parser.add_argument("--renewals", type=int, default=WAVES, help="waves of clients that begin another session")
+    parser.add_argument("--wave-seconds", type=float, default=WAVE_SECONDS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="that count, after the last wave")
     parser.add_argument("--choosers", nargs="+", default=list(CHOOSERS), choices=list(CHOOSERS))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     load = os.getloadavg()[2]
     if arguments.saturated:
         numbers = arguments.clients or [400, 1600, 4800]
-        rows = [
-            row for number in numbers for row in saturate(number, arguments.seeds, arguments.choosers, arguments.waves)
-        ]
+        pace = Pace(arguments.waves, arguments.renewals, arguments.wave_seconds, arguments.seconds)
+        rows = [row for number in numbers for row in saturate(number, arguments.seeds, arguments.choosers, pace)]
     else:
         (number,) = arguments.clients or [64]
         of_size = (measure(servers, number, arguments.seeds, arguments.choosers) for servers in arguments.servers)

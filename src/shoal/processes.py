@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import IO, Any, Protocol, Self
 
 from shoal.errors import SwarmError
 
@@ -29,12 +29,35 @@ END_SECONDS = 5.0
 """The time that the processes a child has started get to exit after it."""
 
 
+class Process(Protocol):
+    """What a child needs of `subprocess.Popen`. Its stdin and stdout are pipes, and its stderr if it is to be told."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | Any: ...
+    @property
+    def stdin(self) -> IO[str] | None: ...
+    @property
+    def stdout(self) -> IO[str] | None: ...
+    @property
+    def stderr(self) -> IO[str] | None: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+Launch = Callable[[Sequence[str], Mapping[str, str], Path], Process]
+"""Starts `shoal` with these arguments, in this environment; it writes its stderr into this file."""
+
+
 @dataclass
 class Child:
     """A `shoal` process. `facts` are the lines that it has printed, by their first word, such as its address."""
 
     name: str
-    process: subprocess.Popen[str]
+    process: Process
     log: Path
     facts: dict[str, str] = field(default_factory=dict)
     has_ended: bool = False
@@ -70,6 +93,7 @@ class Children:
     processes share the cores: a second thread would often only spin while it waits for a busy core. With
     `shares_stderr`, what they report appears where this process reports; otherwise it goes into their logs only.
     `tell` is called with each line that a child reports, in place of that, from a thread of each child.
+    `launch` starts them in another way than by running Python.
     """
 
     def __init__(
@@ -79,12 +103,14 @@ class Children:
         grace_seconds: float = GRACE_SECONDS,
         shares_stderr: bool = False,
         tell: Tell | None = None,
+        launch: Launch | None = None,
     ) -> None:
         self.running: list[Child] = []
         self._num_threads = num_threads
         self._grace_seconds = grace_seconds
         self._shares_stderr = shares_stderr
         self._tell = tell
+        self._launch = launch
         self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -106,18 +132,11 @@ class Children:
         if self._num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._num_threads)
         log = self.folder / f"{name}.log"
-        with log.open("w") as file:
-            stderr = subprocess.PIPE if self._tell else None if self._shares_stderr else file
-            process = subprocess.Popen(  # noqa: S603 - our own program
-                [*within, sys.executable, "-m", "shoal", *arguments, "--exit-with-stdin"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                errors="replace",
-                env=environment,
-                start_new_session=True,
-            )
+        arguments = (*arguments, "--exit-with-stdin")
+        if self._launch is not None:
+            process = self._launch(arguments, environment, log)
+        else:
+            process = self._run([*within, sys.executable, "-m", "shoal", *arguments], environment, log)
         child = Child(name, process, log)
         self.running.append(child)
         reporting = None
@@ -126,6 +145,19 @@ class Children:
             reporting.start()
         threading.Thread(target=self._read, args=(child, reporting), daemon=True).start()
         return child
+
+    def _run(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[str]:
+        with log.open("w") as file:
+            return subprocess.Popen(  # noqa: S603 - our own program
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if self._tell else None if self._shares_stderr else file,
+                text=True,
+                errors="replace",
+                env=environment,
+                start_new_session=True,
+            )
 
     def _read(self, child: Child, reporting: threading.Thread | None) -> None:
         assert child.process.stdout is not None

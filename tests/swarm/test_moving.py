@@ -6,7 +6,8 @@ import asyncio
 import functools
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from shoal.events import ServerLost, StageReplaced, WaitingForBlocks
 from shoal.peers import ServerInfo, ServerState
+from shoal.policy.census.levels import level_for
 from shoal.policy.machines.machine import Machine
 from shoal.policy.placement.mover import Mover
 from shoal.policy.placement.plan import Move
@@ -649,3 +651,38 @@ def test_the_memory_of_the_old_blocks_is_free_before_the_new_ones_are_loaded(
         stage.play(scene)
     assert left == [[], []]
     assert not [record for record in caplog.records if "could not free" in record.message]
+
+
+# -- crowds ------------------------------------------------------------------------------------------------------------
+
+
+async def settle_in_crowd(town: Town, crowd: Mapping[Span, int]) -> None:
+    """The server "m" may move and holds the first blocks, among as many others of each span: records that stay."""
+    await town.start("a", blocks=LAST)
+    await town.start("m")
+    assert town.members["m"].span == FIRST
+    level = level_for(sum(crowd.values()), None)
+    for span, number in crowd.items():
+        for index in range(number):
+            info = replace(town.infos["a"], peer=f"{span}#{index}", name="", span=span, pinned=True)
+            town.network.publish(info.peer, town.model, info, 1e6, level=level)
+
+
+def test_in_a_crowd_that_is_even_a_server_stays_whatever_sample_of_it_the_server_reads(stage: Stage):
+    async def scene(town: Town) -> None:
+        await settle_in_crowd(town, {FIRST: 600, LAST: 600})
+        await asyncio.sleep(900)
+        assert town.num_moves == 0
+
+    stage.play(scene)
+
+
+def test_in_a_crowd_that_is_not_even_a_server_goes_where_there_are_few(stage: Stage):
+    async def scene(town: Town) -> None:
+        await settle_in_crowd(town, {FIRST: 900, LAST: 300})
+        await town.until(lambda: town.num_moves == 1)
+        assert town.members["m"].span in LAST
+        await asyncio.sleep(600)
+        assert town.num_moves == 1
+
+    stage.play(scene)

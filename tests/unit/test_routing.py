@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shoal.errors import MissingBlocks
-from shoal.peers import ServerInfo, ServerState
+from shoal.peers import Capacity, ServerInfo, ServerState
 from shoal.policy.machines.max_blocks import choose_num_blocks
 from shoal.policy.placement.petals import choose_span
 from shoal.policy.routing.costs import HOP_OVERHEAD, NO_ROOM, OTHER_DTYPE, RELAYED, UNKNOWN_ROUND_TRIP
@@ -153,6 +153,15 @@ def test_a_queue_costs_a_step_for_each_request_in_it():
     busy, slower = replace(server("busy", "0:4", 10), queue_length=5), server("slower", "0:4", 5)
     assert hops(SwarmView(4, (busy, slower))) == ["slower 0:4"]
     assert route(SwarmView(4, (busy,))).costs[0].queue == pytest.approx(0.5)
+
+
+def test_a_queue_costs_less_on_a_server_that_computes_many_sessions_together():
+    capacity = Capacity(4, ((4, 8 * 10 * 4),), None, 1.0, 1.0)  # eight times as fast when its passes are full
+    busy = replace(server("busy", "0:4", 10), queue_length=40, capacity=capacity)
+    assert route(SwarmView(4, (busy,)), RING).costs[0].queue == pytest.approx((0.5 + 0.75 * 40 / 8) / 10)
+    assert route(SwarmView(4, (busy,)), WALK).costs[0].queue == pytest.approx(40 / 10)
+    alone = replace(busy, queue_length=1)
+    assert route(SwarmView(4, (alone,)), RING).costs[0].queue <= 1 / 10
 
 
 def test_a_server_behind_a_relay_is_used_if_others_are_not_faster():

@@ -1,4 +1,4 @@
-"""The simulated swarm of `benchmarks/routing.py`: what it charges a pass, and that its traffic adds up."""
+"""The simulated swarm of `benchmarks/routing.py`: what it charges a pass, and what routes get of a full swarm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from benchmarks.routing import CHOOSERS, Pace, together
 from benchmarks.simulated import (
     SATURATED_ROWS,
     Simulated,
@@ -16,6 +17,7 @@ from benchmarks.simulated import (
 )
 from shoal.policy.machines.bound import throughput_bound
 from shoal.policy.machines.machine import machine_of
+from shoal.policy.routing.balanced import FACTOR
 from shoal.policy.routing.route import Hop
 from shoal.simulator.world.places import Place
 from shoal.spans import Span
@@ -53,3 +55,13 @@ def test_servers_announce_what_their_machines_can_do_and_hold_all_blocks():
         assert found is not None
         assert found.block_speed(len(each.span)) == pytest.approx(machine.block_speed(len(each.span)))
     assert throughput_bound(swarm.machines, 8) > 0
+
+
+def test_balanced_routes_get_more_of_a_swarm_that_clients_saturate_and_are_hardly_longer():
+    swarm = Simulated.of(24, 16, seed=0, rule="graded")
+    chance = random.Random(1)
+    clients = [Place.anywhere(chance) for _ in range(1200)]
+    pace = Pace(waves=3, renewals=3, wave_seconds=1.5, seconds=3.0)
+    balanced, shortest = (together(swarm, CHOOSERS[name], clients, pace) for name in ("balanced", "shortest"))
+    assert balanced.speed >= 1.2 * shortest.speed
+    assert balanced.most_factor <= FACTOR + 1e-9

@@ -36,6 +36,8 @@ OFTEN = 3
 """A read that costs less than one part in this many of a minute's bytes is allowed whenever a caller asks."""
 ROUNDS = 3
 """The reads until a small swarm is complete: the first shows which others are needed."""
+FRESH_SECONDS = 1.0
+"""Servers that were read within this time need not be read again for a histogram."""
 RENEWED = 3
 """A record that says nothing new is renewed after this part of its lifetime."""
 
@@ -92,6 +94,7 @@ class _Model:
     book: TallyBook
     published: Publication | None = None
     last_bytes: int = 0
+    read_at: float = float("-inf")
 
 
 class Participant:
@@ -150,7 +153,7 @@ class Participant:
         now = self._clock()
         num_bytes = max(self._table.bytes_received - before, 0)
         self._allowance = self._allowance.spent(num_bytes, now=now)
-        known.last_bytes = num_bytes
+        known.last_bytes, known.read_at = num_bytes, now
         self._shard_bytes += (num_bytes / max(len(shards), 1) - self._shard_bytes) / 2
         known.catalog.take(found, now=now)
         for shard, listings in found.items():
@@ -158,8 +161,10 @@ class Participant:
 
     async def histogram(self, model: ModelInfo) -> Histogram:
         """How many servers hold which spans. Raises `SwarmError`."""
-        await self.servers(model)
-        known, now = self._model(model), self._clock()
+        known = self._model(model)
+        if self._clock() > known.read_at + FRESH_SECONDS:
+            await self.servers(model)
+        now = self._clock()
         if not known.catalog.is_small(now) and self._tally_allowance.allows(now=now):
             before = self._table.bytes_received
             most = min(int(self._tally_allowance.left(now=now) / self._tally_bytes), MOST_SHARDS)

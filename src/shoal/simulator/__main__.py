@@ -43,7 +43,8 @@ def _side_by_side(options: argparse.Namespace) -> Drawn:
     grid = _grid(options)
     with progress("side by side") as advance:
         found = side_by_side.run_all(grid, advance, jobs=options.jobs)
-    return side_by_side.report(grid, found), lambda figure: side_by_side.draw(grid, found, figure)
+    name = "side-by-side-traces" if options.only_traces else "side-by-side"  # so that one does not replace the other
+    return side_by_side.report(grid, found, name), lambda figure: side_by_side.draw(grid, found, figure)
 
 
 def _balance(options: argparse.Namespace) -> Drawn:

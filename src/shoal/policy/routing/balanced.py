@@ -5,7 +5,9 @@ part of the servers has long queues, and the others have little to do. Announced
 clients see the same old ones, and all go where queues were short. So each client draws its route at random:
 
 1. *Shares.* For each block, which part of all tokens each of its holders should compute, so that all servers are loaded
-   in proportion to what they can spare. Every client computes the same shares from the same view.
+   in proportion to their speed. Every client computes the same shares from the same view. They do not depend on queues:
+   sessions go around in clusters, so at one moment a server has many of them in its queue and at another none. Shares
+   that followed the queues sent all clients to where these were short, and got half of the throughput.
 2. *A walk* through the blocks that computes each block on a server with the probability of its share, and stays on a
    server for as long as the shares allow (a maximal coupling of the shares of neighboring blocks): servers then
    compute whole spans, and steps make few hops.
@@ -75,7 +77,7 @@ def balanced(
         may=with_room if full else list,
     )
     left = _seconds_left(ways)
-    return ways.hops(_walk(ways, left, shares(ways, spare_speeds(ways.servers, costs)), rng))
+    return ways.hops(_walk(ways, left, shares(ways, saturated_speeds(ways.servers, costs)), rng))
 
 
 def _many_are_busy(view: SwarmView, span: Span, costs: Costs) -> bool:
@@ -87,11 +89,10 @@ def _is_busy(server: ServerInfo, costs: Costs) -> bool:
     return costs.waiting(server) > BUSY_REQUESTS
 
 
-def spare_speeds(servers: Sequence[ServerInfo], costs: Costs) -> Array:
-    """The block-tokens per second [S] that each server would have for one more session.
+def saturated_speeds(servers: Sequence[ServerInfo], costs: Costs) -> Array:
+    """The block-tokens per second [S] that each server computes for many sessions, as it announces and was seen.
 
-    That is its saturated speed, divided among the requests that wait there. If a server has not announced its
-    capacity, all count by their speed for single tokens.
+    If a server has not announced its capacity, all count by their speed for single tokens.
     """
     all_known = all(server.capacity is not None for server in servers)
     speeds = []
@@ -102,12 +103,11 @@ def spare_speeds(servers: Sequence[ServerInfo], costs: Costs) -> Array:
             speed = block_speed_at(server.capacity.block_speeds, length)
             if server.capacity.network_speed is not None:
                 speed = min(speed, server.capacity.network_speed * length)
-        slowness = costs.known.slowness.get(server.peer, 1.0)
-        speeds.append(max(speed, SLOWEST) / slowness / (1 + costs.waiting(server)))
+        speeds.append(max(speed, SLOWEST) / costs.known.slowness.get(server.peer, 1.0))
     return np.array(speeds)
 
 
-def shares(ways: Lattice, spare_S: Array) -> Array:
+def shares(ways: Lattice, speeds_S: Array) -> Array:
     """The part [N, S] of the tokens of each block that each server should compute.
 
     Each server has a price, and the holders of a block share it in proportion to their prices. The prices of servers
@@ -116,7 +116,7 @@ def shares(ways: Lattice, spare_S: Array) -> Array:
     may_NS = np.zeros((len(ways.holders), len(ways.servers)))
     for block, here_H in enumerate(ways.holders):
         may_NS[block, here_H] = 1.0
-    fair_S = spare_S / spare_S.sum() * len(ways.holders)  # the blocks that each would compute of a token
+    fair_S = speeds_S / speeds_S.sum() * len(ways.holders)  # the blocks that each would compute of a token
     price_S = fair_S.copy()
     for _ in range(ROUNDS):
         load_S = price_S * ((1 / (may_NS @ price_S)) @ may_NS)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from shoal.peers import ServerInfo, short
+from shoal.peers import ServerInfo, block_speed_at, short
 from shoal.spans import Span
 
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -119,13 +119,23 @@ class Costs:
         return seconds * self.known.slowness.get(server.peer, 1.0)
 
     def queue(self, server: ServerInfo) -> float:
-        """The wait for others: about a step for each in the server's queue, and this client's own work in flight."""
+        """The wait for others, and for this client's own work in flight.
+
+        A server computes the steps of sessions together. One more comes in the middle of a pass, which has a part of
+        the others, and then shares a pass with the rest. What a row adds to a pass follows from how many times faster
+        the server is when all passes are full. Where that is not known, and before single passes, the others take a
+        step each; they never take more.
+        """
         step = 1 / max(server.decode_speed or 0.0, SLOWEST)
-        return server.queue_length * step + self.known.work_in_flight.get(server.peer, 0.0)
+        others = float(server.queue_length)
+        if others and self.needs.ring and (gain := _batching_gain(server)) is not None:
+            others = min(others, 0.5 + 0.75 * others / gain)
+        return others * step + self.known.work_in_flight.get(server.peer, 0.0)
 
     def waiting(self, server: ServerInfo) -> float:
         """The same, as a number of requests."""
-        return self.queue(server) * max(server.decode_speed or 0.0, SLOWEST)
+        own = self.known.work_in_flight.get(server.peer, 0.0) * max(server.decode_speed or 0.0, SLOWEST)
+        return server.queue_length + own
 
     def no_room(self, server: ServerInfo) -> float:
         """What is added for a cache without room."""
@@ -193,6 +203,14 @@ class Costs:
             queue=self.queue(hop.server),
             handicap=self.handicap(hop.server),
         )
+
+
+def _batching_gain(server: ServerInfo) -> float | None:
+    """How many times as many tokens a server decodes in full passes as with one session; `None` if unknown."""
+    if server.capacity is None or not server.decode_speed:
+        return None
+    length = len(server.span)
+    return max(1.0, block_speed_at(server.capacity.block_speeds, length) / (server.decode_speed * length))
 
 
 def _announced(server: ServerInfo, other: ServerInfo) -> float:

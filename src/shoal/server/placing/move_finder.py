@@ -1,22 +1,26 @@
 """When a server goes to other blocks: it asks the shared plan at each view of the swarm, and claims before it goes.
 
 `shoal.policy.placement.mover` decides. This loop brings it views, announces what it claims, and looks at the directory
-once more before the server gives up its present blocks.
+once more before the server gives up its present blocks. In a swarm that is too large to be read whole, the views are
+averages of all servers, and servers draw lots (`shoal.policy.placement.crowd`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from shoal.errors import SwarmError
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.claims import uncovered, yields_to
 from shoal.policy.machines.fleet import is_quiet
 from shoal.policy.machines.machine import Machine, machine_of
+from shoal.policy.placement.crowd import crowd_plan
 from shoal.policy.placement.joining import Placed
 from shoal.policy.placement.mover import Mover
 from shoal.policy.placement.plan import Move
@@ -59,6 +63,7 @@ class MoveFinder:
 
     def __init__(self, own: OwnBlocks, watch: SwarmWatch, mover: Mover, *, clock: Callable[[], float]) -> None:
         self.mover = mover
+        self._planner = mover.planner
         self._own = own
         self._watch = watch
         self._clock = clock
@@ -68,8 +73,9 @@ class MoveFinder:
         """Wait until the server has to move. Its new blocks are claimed then, and it may leave the present ones."""
         while True:
             await self._watch.look(self._due)
+            others = await self._others()
             now = self._clock()
-            await self._plan((self._own.machine(now), *self._watch.machines(now)), now)
+            await self._plan((self._own.machine(now), *others), now)
             if (obstacle := await self._claim_anew()) is not None:
                 await self._stay(obstacle)
             elif (move := self.mover.move) is not None:
@@ -83,6 +89,18 @@ class MoveFinder:
         """When the mover wants to look, by the event loop's clock; `None` if it does not mind."""
         seconds = self.mover.next_look_at - self._clock()
         return asyncio.get_running_loop().time() + max(0.0, seconds) if math.isfinite(seconds) else None
+
+    async def _others(self) -> Sequence[Machine]:
+        """The other servers as the mover has to see them: one by one, or as averages."""
+        crowd = None
+        with contextlib.suppress(SwarmError):  # the last look before a move notices that the directory does not answer
+            crowd = await self._watch.crowd()
+        if crowd is None:
+            self.mover = replace(self.mover, planner=self._planner)
+            return self._watch.machines(self._clock())
+        self.mover = replace(self.mover, planner=partial(crowd_plan, self.mover.peer))
+        now = self._clock()
+        return [replace(average, up_since=now) for average in crowd]  # some have just come
 
     async def _plan(self, machines: Sequence[Machine], now: float) -> None:
         def plan() -> Mover:
@@ -114,7 +132,7 @@ class MoveFinder:
     async def _obstacle(self, move: Move) -> str | None:
         """Why the server should not go, by a last look at the directory; `None` if nothing is in the way."""
         try:
-            others = await self._watch.read()
+            others = await self._watch.read(move.fills)
         except SwarmError as failure:
             return str(failure)
         now = self._clock()

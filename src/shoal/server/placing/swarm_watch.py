@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Collection
 
 from shoal.errors import SwarmError
 from shoal.net.transport import Node
@@ -80,10 +81,13 @@ class SwarmWatch:
         self._read_at = self._clock()
         self._peers.watch(choose_watched(self._view, own))
 
-    async def read(self) -> SwarmView:
-        """The other servers, as the directory names them now. Raises `SwarmError` if it does not answer."""
+    async def read(self, blocks: Collection[int] = ()) -> SwarmView:
+        """The other servers, as the directory names them now; of a large swarm some, with more that hold `blocks`.
+
+        Raises `SwarmError` if the directory does not answer.
+        """
         model = self._setup.model
-        self._use(SwarmView(model.num_blocks, await self._node.directory.servers(model)))
+        self._use(SwarmView(model.num_blocks, await self._node.directory.servers(model, blocks=blocks)))
         return self.view
 
     async def uncovered(self, held: Span, kept: Span | None, *, now: float) -> list[int]:

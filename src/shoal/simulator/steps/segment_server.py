@@ -63,29 +63,6 @@ class Cores:
         done()
 
 
-class OneAtATime:
-    """A process that does one thing after another, on the cores of its machine."""
-
-    def __init__(self, cores: Cores) -> None:
-        self._cores = cores
-        self._busy = False
-        self._waiting: deque[tuple[float, Callable[[], None]]] = deque()
-
-    def run(self, seconds: float, done: Callable[[], None]) -> None:
-        """Compute for so long, after what was asked before."""
-        if self._busy:
-            self._waiting.append((seconds, done))
-            return
-        self._busy = True
-        self._cores.run(seconds, lambda: self._end(done))
-
-    def _end(self, done: Callable[[], None]) -> None:
-        self._busy = False
-        if self._waiting:
-            self.run(*self._waiting.popleft())
-        done()
-
-
 class SegmentServer:
     """Passes one after another. Each takes all decoding rows that wait, and prompts by their order up to a limit."""
 

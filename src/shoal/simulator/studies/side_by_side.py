@@ -98,8 +98,8 @@ def _run_kept(setting: int, rule: str, seed: int) -> Summary:
     return run(grid, grid.settings[setting], rule_of(rule), seed, lambda share, now: None)
 
 
-def report(grid: RunGrid, summaries: dict[tuple[str, str], Summary]) -> Report:
-    """The table: a row for each setting and rule."""
+def report(grid: RunGrid, summaries: dict[tuple[str, str], Summary], name: str = "side-by-side") -> Report:
+    """The table: a row for each setting and rule. `name` is that of its files."""
     rows: list[tuple[str, ...]] = []
     for setting in grid.settings:
         for index, rule in enumerate(grid.rules):
@@ -117,7 +117,7 @@ def report(grid: RunGrid, summaries: dict[tuple[str, str], Summary]) -> Report:
         f" hold loads in {grid.load_seconds:g} s; views are up to {grid.delays.view:g} s old; a vanished server stays"
         f" in them for {grid.delays.vanish:g} s."
     )
-    return Report("side-by-side", "Rules for joining and moving side by side", (Table(HEADINGS, tuple(rows)),), notes)
+    return Report(name, "Rules for joining and moving side by side", (Table(HEADINGS, tuple(rows)),), notes)
 
 
 def _figures(summary: Summary) -> tuple[str, ...]:

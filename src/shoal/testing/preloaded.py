@@ -1,0 +1,89 @@
+"""Starts `shoal` in processes that need not import PyTorch each: forks of one process that has imported everything.
+
+Importing takes a server six seconds of processor time, and the rest of its start less than one. A fork is a process of
+its own in all that it does, and shares only the memory of the code.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TextIO
+
+PRELOADED = ("torch", "shoal.cli.serve", "shoal.server.server", "shoal.net.libp2p", "peft", "bitsandbytes")
+"""What `shoal serve` imports. These are names: the modules are imported in the process that is forked only."""
+
+
+class PreloadedProcess:
+    """A process with the methods of `subprocess.Popen` that `shoal.processes` needs."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*PRELOADED])
+        its_stdin, stdin = context.Pipe(duplex=False)
+        stdout, its_stdout = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=_become_shoal, args=([*arguments], {**environment}, its_stdin, its_stdout, str(log))
+        )
+        self._process.start()
+        its_stdin.close()
+        its_stdout.close()
+        self.stdin: TextIO = os.fdopen(os.dup(stdin.fileno()), "w")
+        self.stdout: TextIO = os.fdopen(os.dup(stdout.fileno()))
+        self.stderr: TextIO | None = None  # its log has it
+        stdin.close()
+        stdout.close()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status; `None` while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended. Raises `subprocess.TimeoutExpired`."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("shoal", timeout or 0.0)
+        return self._process.exitcode
+
+    def terminate(self) -> None:
+        """Send SIGTERM, unless it has ended."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless it has ended."""
+        self._process.kill()
+
+
+def _become_shoal(
+    arguments: list[str], environment: dict[str, str], stdin: Connection, stdout: Connection, log: str
+) -> None:
+    """In the fork: what the system does for a program that is started, and then `shoal`."""
+    os.setsid()
+    os.dup2(stdin.fileno(), 0)
+    os.dup2(stdout.fileno(), 1)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    stdin.close()
+    stdout.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    sys.argv = ["shoal", *arguments]
+    multiprocessing.set_start_method(None, force=True)  # for its own processes, the one of the system
+    runpy.run_module("shoal", run_name="__main__", alter_sys=True)
