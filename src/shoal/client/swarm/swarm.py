@@ -300,6 +300,10 @@ class Swarm:
         needs = replace(needs, needed_tokens=0)
         return price_route(hops, needs=needs, known=self._measured(), upstream=upstream, downstream=downstream)
 
+    def excess_seconds(self, hop: Hop, num_tokens: int) -> float:
+        """The seconds by which a step of `num_tokens` takes longer on a hop than its server announces."""
+        return announced_seconds(hop.server, len(hop.span), num_tokens) * (self.timings.slowness(hop.server.peer) - 1)
+
     def _measured(self) -> Measured:
         """All that this client knows now of its own, for choosing and pricing routes."""
         return self.timings.measured(broken_pairs=self.broken_pairs.now(), work_in_flight=self._work_in_flight.seconds)
