@@ -56,7 +56,9 @@ def described(models: Sequence[Any], swarm: ShapedSwarm, links: Sequence[Link]) 
     """The servers as the live swarm knows them: what they announce, and what these clients have measured."""
     infos = {info.peer: info for info in announced(models[0])}
     reach = {
-        peer: seconds for model in models for peer, seconds in model.transformer.h.swarm.timings.round_trips().items()
+        peer: seconds
+        for model in models
+        for peer, seconds in model.transformer.h.swarm.measurements.round_trips().items()
     }
     index_of = {short(server.peer): index for index, server in enumerate(swarm.servers)}
     return [

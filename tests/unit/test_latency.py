@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.swarm.peer_timings import PeerTimings
+from shoal.client.swarm.measurements import Measurements
 from shoal.policy.routing.latency import HALF_LIFE, HICCUP, LEAST_SLOWNESS, average_round_trip
 from shoal.policy.routing.route import Hop
 from shoal.policy.routing.switching import LOOK_SECONDS, LOOK_TOKENS, Looks, pays_to_move, replay_seconds
@@ -24,7 +24,7 @@ class Clock:
 
 def test_a_round_trip_is_the_first_measurement_and_then_moves_towards_the_later_ones():
     assert average_round_trip(None, 0.1) == 0.1
-    found = PeerTimings(Clock())
+    found = Measurements(Clock())
     assert found.measured().round_trips == {}
     found.record_round_trip("a", 0.1)
     assert found.measured().round_trips == {"a": 0.1}
@@ -34,7 +34,7 @@ def test_a_round_trip_is_the_first_measurement_and_then_moves_towards_the_later_
 
 @pytest.mark.parametrize("factor", [0.5, 5.0, 1e4])
 def test_a_server_that_takes_longer_than_it_says_becomes_as_slow_as_it_is(factor: float):
-    found = PeerTimings(Clock())
+    found = Measurements(Clock())
     assert found.slowness("a") == 1.0
     for _ in range(60):
         found.record_step("a", 0.01, 0.01 * factor)
@@ -44,7 +44,7 @@ def test_a_server_that_takes_longer_than_it_says_becomes_as_slow_as_it_is(factor
 
 def test_the_slower_a_server_becomes_the_sooner_it_counts_as_slow():
     def slowness_after(num_steps: int, seconds: float) -> float:
-        found = PeerTimings(Clock())
+        found = Measurements(Clock())
         found.record_step("a", 0.01, 0.01)
         for _ in range(num_steps):
             found.record_step("a", 0.01, seconds)
@@ -57,7 +57,7 @@ def test_the_slower_a_server_becomes_the_sooner_it_counts_as_slow():
 
 
 def test_one_hiccup_does_not_condemn_a_server():
-    found = PeerTimings(Clock())
+    found = Measurements(Clock())
     for _ in range(20):
         found.record_step("a", 0.01, 0.01)
     found.record_step("a", 0.01, 10.0)
@@ -66,7 +66,7 @@ def test_one_hiccup_does_not_condemn_a_server():
 
 def test_slowness_decays_with_time():
     clock = Clock()
-    found = PeerTimings(clock)
+    found = Measurements(clock)
     found.record_step("a", 0.01, 0.16)
     clock.now = HALF_LIFE
     assert found.slowness("a") == pytest.approx(4.0)
@@ -76,7 +76,7 @@ def test_slowness_decays_with_time():
 
 @given(st.lists(st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False))))
 def test_no_step_changes_the_slowness_by_more_than_its_limits(steps: list[tuple[float, float]]):
-    found = PeerTimings(Clock())
+    found = Measurements(Clock())
     for predicted, seen in steps:
         before = found.slowness("a")
         found.record_step("a", predicted, seen)

@@ -1,6 +1,6 @@
 """What a peer learns of servers by using them: their round trips, and by how much they are slower than they announce.
 
-The values are frozen, and time is an argument. Clients keep them in `client/swarm/peer_timings.py`, servers in
+The values are frozen, and time is an argument. Clients keep them in `client/swarm/measurements.py`, servers in
 `server/neighbors.py`.
 """
 
