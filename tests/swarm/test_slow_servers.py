@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from shoal.client.decoding.session import Session
+from shoal.spans import Span
 
 from .schedules.bed import PASS_SECONDS, PATIENT, Bed
 from .schedules.work import Reading, prompt
@@ -36,11 +37,16 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def left_after(step_seconds: float, *spans: str, hop: int = 0) -> Left:
-    """One of a session's servers takes `step_seconds` for each step from some moment on. Its tokens stay right."""
+def left_after(step_seconds: float, *spans: str, hop: int = 0, slower: str | None = None) -> Left:
+    """One of a session's servers takes `step_seconds` for each step from some moment on. Its tokens stay right.
+
+    A server with the span `slower` announces that it takes two seconds.
+    """
 
     async def scene() -> Left:
         async with Bed(spans, cache_pages=160, drain_seconds=0.0) as bed:
+            if slower is not None:
+                bed.start(Span.parse(slower), speed=0.5)
             client = bed.client("client0", PATIENT)
             session = Session(client.swarm, client.span, batch_size=1, max_length=MAX_TOKENS)
             text = Reading(client, session, 1)
@@ -68,7 +74,11 @@ def test_the_slower_a_server_becomes_the_sooner_it_is_left():
     assert max(each.seconds for each in found) <= 60
 
 
-@pytest.mark.parametrize("hop", range(4))
+def test_a_server_that_becomes_very_slow_is_left_for_one_that_was_always_slow():
+    assert left_after(10.0, "0:2", "2:4", slower="0:2").num_tokens <= 32
+
+
+@pytest.mark.parametrize("hop", [0, 2])
 def test_a_long_route_is_as_soon_rid_of_a_slow_server_as_a_short_one(hop: int):
     route = ("0:1", "1:2", "2:3", "3:4")
     short = left_after(1.0, "0:2", "2:4", "0:2")
