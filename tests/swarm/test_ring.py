@@ -149,20 +149,12 @@ def test_a_server_that_dies_between_two_steps_is_replaced_before_the_next(swarm:
 
 
 def test_a_server_that_becomes_slow_is_left_for_one_that_is_not(swarm: MakeSwarm, whole: PreTrainedModel):
-    """The server says of each step that it took a second, which no server of this test takes, however busy it is."""
     swarm_ = swarm("0:2", "2:4", "0:2")
     model = swarm_.model()
     with model.inference_session(max_length=200) as session:
         first = model.generate(PROMPT, max_new_tokens=20, session=session)
         victim = session.servers[0]
-
-        def slow(frame: Frame) -> Frame:
-            header = json.loads(frame.header)
-            if frame.sender != victim or header["kind"] != "step_result":
-                return frame
-            return replace(frame, header=json.dumps(header | {"seconds": 1.0}).encode())
-
-        swarm_.network.on_frame = slow
+        swarm_.say_slow(victim)
         rest = model.generate(None, max_new_tokens=50, session=session)
         swarm_.settle(lambda: victim not in session.servers)
         last = model.generate(None, max_new_tokens=4, session=session)

@@ -121,7 +121,7 @@ class StandbyManager:
             better = await self._planner.replacement(stage, pipeline, {holding(stage.hop.server)})
         except MissingBlocks:  # then there is no choice
             return False
-        if stage not in pipeline.stages:
+        if stage not in pipeline.stages or (self._computes_head(stage, pipeline) and not better.hops[-1].server.head):
             return False
         present = self._planner.price(stage, pipeline)
         pays = pays_to_move(
@@ -134,6 +134,10 @@ class StandbyManager:
         if pays:
             log.info("%s takes %.3g s a step; elsewhere, %.3g s", stage.peer, present.seconds, better.seconds)
         return pays
+
+    def _computes_head(self, stage: Stage, pipeline: Pipeline) -> bool:
+        """Whether a stage computes the output head for the client, whose own may be much slower."""
+        return self._swarm.config.remote_head and stage is pipeline.stages[-1] and stage.hop.server.head
 
     async def _feed_standby(self, stage: Stage, pipeline: Pipeline, *, all_of_it: bool) -> None:
         """Find a standby for a stage, and let it compute what the stage has computed before.
