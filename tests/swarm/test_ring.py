@@ -51,7 +51,7 @@ def test_the_client_carries_between_two_servers_that_cannot_reach_each_other(
     def lose(frame: Frame) -> Frame | None:
         nonlocal lost
         if {frame.sender, frame.receiver} == {"s0", "s1"}:
-            lost += 1
+            lost += json.loads(frame.header)["kind"] == "step"  # they ping each other too, now and then
             return None
         return traffic.count(frame)
 
