@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from shoal import AutoDistributedModelForCausalLM
 from shoal.client.options.client_options import ClientOptions, ModelOptions
 from shoal.client.runtime import Runtime
 from shoal.model.weights.checkpoint import Checkpoint
-from shoal.net.memory import MemoryNetwork
+from shoal.net.memory import Frame, MemoryNetwork
 from shoal.server.config import ServerConfig
 from shoal.server.server import Server, serve
 from shoal.spans import Span
@@ -102,6 +103,17 @@ class Swarm:
         model = kind.from_checkpoint(checkpoint, node, client, options=config, adapter=adapter)
         self.stack.callback(model.close)
         return model
+
+    def say_slow(self, name: str) -> None:
+        """From now on a server says of each step that it took a second, which none does here, however busy it is."""
+
+        def slow(frame: Frame) -> Frame:
+            header = json.loads(frame.header)
+            if frame.sender != name or header["kind"] != "step_result":
+                return frame
+            return replace(frame, header=json.dumps(header | {"seconds": 1.0}).encode())
+
+        self.network.on_frame = slow
 
     def settle(self, condition: Callable[[], bool]) -> None:
         """Let the event loop run until a condition holds."""

@@ -185,6 +185,7 @@ def test_the_log_says_nothing_of_heads_while_one_is_offered(
     made = swarm_with_head(swarm, "0:2", "2:4")
     made.start("2:4")
     model = without_head(made.model(config=REMOTE))
+    made.say_slow("s1")  # all the same it is not left for a server without a head
     length = 3 * LOOK_TOKENS  # faster routes are looked for twice, past each of the servers
     with caplog.at_level(logging.INFO):
         answer = model.generate(PROMPT, max_new_tokens=length)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -53,7 +51,7 @@ def test_the_client_carries_between_two_servers_that_cannot_reach_each_other(
     def lose(frame: Frame) -> Frame | None:
         nonlocal lost
         if {frame.sender, frame.receiver} == {"s0", "s1"}:
-            lost += 1
+            lost += json.loads(frame.header)["kind"] == "step"  # they ping each other too, now and then
             return None
         return traffic.count(frame)
 
@@ -153,17 +151,11 @@ def test_a_server_that_dies_between_two_steps_is_replaced_before_the_next(swarm:
 def test_a_server_that_becomes_slow_is_left_for_one_that_is_not(swarm: MakeSwarm, whole: PreTrainedModel):
     swarm_ = swarm("0:2", "2:4", "0:2")
     model = swarm_.model()
-    with model.inference_session(max_length=400) as session:
-        first = model.generate(PROMPT, max_new_tokens=40, session=session)
+    with model.inference_session(max_length=200) as session:
+        first = model.generate(PROMPT, max_new_tokens=20, session=session)
         victim = session.servers[0]
-        engine = swarm_.servers[victim].engine
-        promptly = engine.step
-
-        async def slowly(*args: Any, **kwargs: Any) -> Any:
-            await asyncio.sleep(0.1)
-            return await promptly(*args, **kwargs)
-
-        engine.step = slowly
-        rest = model.generate(None, max_new_tokens=150, session=session)
-        assert victim not in session.servers
-    assert torch.cat((first, rest), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=190).tolist()
+        swarm_.say_slow(victim)
+        rest = model.generate(None, max_new_tokens=50, session=session)
+        swarm_.settle(lambda: victim not in session.servers)
+        last = model.generate(None, max_new_tokens=4, session=session)
+    assert torch.cat((first, rest, last), dim=1).tolist() == whole.generate(PROMPT, max_new_tokens=74).tolist()

@@ -85,7 +85,7 @@ PATIENT = Limits(queue_length=1 << 20, queue_seconds=1e6)
 @pytest.mark.parametrize("policy", [each for each in ALL if not each.may_starve], ids=lambda policy: policy.name)
 def test_a_long_job_ends_although_short_ones_come_faster_than_they_can_be_computed(policy: Policy):
     setup = replace(policy.setup, limits=PATIENT)
-    short = generations(Workload(Lengths(30.0, 0.3, 60), Lengths(10.0, 0.3, 20)), 500, rate=10.0, seed=3)
+    short = generations(Workload(Lengths(30.0, 0.3, 60), Lengths(10.0, 0.3, 20)), 300, rate=10.0, seed=3)
     long = replace(short[20], num_prompt=300, num_answer=60, max_answer=60)
     served = serve([*short[:20], long, *short[21:]], setup, policy.rule)
     (ended_at,) = (one.ended_at for one in served.completed if one.job.number == long.number)

@@ -79,7 +79,7 @@ class Pipeline:
         self._tuning = tuning
         self._expected_length = expected_length
         self.notify = notify
-        self._links = PushLinks(swarm.broken_pairs, wire=swarm.config.wire)
+        self._links = PushLinks(swarm.measurements.broken_pairs, wire=swarm.config.wire)
         self.stages = self.stages_on(hops, history)
 
     def stages_on(self, hops: Sequence[Hop], history: History) -> list[Stage]:

@@ -37,6 +37,8 @@ class StageProgress:
 
     None if there is none, or if the server has computed nothing that could be rearranged.
     """
+    num_cached: int = 0
+    """How many tokens the server had in its cache when it opened the session."""
     is_rewound: bool = False
     """Whether the server was told to take computed tokens along into its present epoch. Some models cannot."""
     num_idle_pongs: int = 0
@@ -71,7 +73,7 @@ class StageProgress:
     def opened_with(self, num_tokens: int) -> StageProgress:
         """The server opened the session, and had these tokens in its cache already."""
         assert not self.pending
-        return replace(self, num_computed=num_tokens)
+        return replace(self, num_computed=num_tokens, num_cached=num_tokens)
 
     def answered(self) -> StageProgress:
         """The server answered the oldest pending step."""

@@ -72,6 +72,10 @@ class RoutePlanner:
             (stage.hop,), needs=self._needs(stage.hop.span), upstream=upstream, downstream=downstream
         )
 
+    def excess_seconds(self, stage: Stage) -> float:
+        """The seconds by which a step takes longer on a stage than its server announces."""
+        return self._swarm.excess_seconds(stage.hop, self.batch_size)
+
     def pipeline(self, route: Route, history: History, notify: Callable[[], None]) -> Pipeline:
         """A pipeline over a route, on which nothing is open yet; `history` has the inputs of the first server."""
         return Pipeline(

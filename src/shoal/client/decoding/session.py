@@ -320,7 +320,7 @@ class Session:
         await pipeline.open()
         await self._raise_failures(pipeline)
         if self.num_cached is None:
-            self.num_cached = min(stage.num_cached for stage in pipeline.stages)
+            self.num_cached = min(stage.progress.num_cached for stage in pipeline.stages)
 
     # -- between two steps --------------------------------------------------------------------------------------------
 

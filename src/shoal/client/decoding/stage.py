@@ -97,8 +97,6 @@ class Stage:
         self.error: PeerError | None = None
         self.connection: Connection | None = None
         self.progress = StageProgress()
-        self.num_cached = 0
-        """How many tokens the server had in its cache when it opened the session."""
         self.is_leaving = False
         """Whether the session should move to another server. The server still answers."""
         self.unreached: Unreached | None = None
@@ -343,7 +341,6 @@ class Stage:
             self.connection.fail(self.connection.lost("it knows something else than was asked"))
             return False
         self.status = StageStatus.OPEN
-        self.num_cached = opened.num_tokens
         self._advance(self.progress.opened_with(opened.num_tokens))
         if outputs is not None:
             sink.append(as_received(outputs.to(like.dtype), wire), opening.num_skipped)

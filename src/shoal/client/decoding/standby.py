@@ -7,7 +7,6 @@ standbys warm, and puts a standby in the place of a server that fails or leaves.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from weakref import WeakKeyDictionary
@@ -20,7 +19,7 @@ from shoal.client.decoding.stage import Stage
 from shoal.client.swarm.swarm import Swarm, holding
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
-from shoal.policy.routing.switching import pays_to_move, replay_seconds, tokens_to_next_look
+from shoal.policy.routing.switching import Looks, pays_to_move, replay_seconds
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +43,7 @@ class StandbyManager:
         self._busy = busy
         self._wakeup = asyncio.Event()
         self._no_standby_until: WeakKeyDictionary[Stage, float] = WeakKeyDictionary()
-        self._checked_at = 0
-        """The number of tokens at which faster servers were looked for last."""
-        self._num_looks = self._num_moves = 0
+        self._looks = Looks()
 
     def wake(self) -> None:
         """There may be something to do."""
@@ -76,6 +73,7 @@ class StandbyManager:
 
         `repair` replaces the failed servers of the `pipeline`. It is called with `busy` held.
         """
+        self._looks = Looks(at=now())
         while True:
             is_quiet = False
             try:
@@ -103,31 +101,43 @@ class StandbyManager:
                 await repair()
 
     async def _consider_rerouting(self, pipeline: Pipeline) -> None:
-        """Now and then, check for one server whether it pays to move to faster ones, the replay included."""
+        """Now and then, check for some servers whether it pays to move to faster ones, the replay included."""
         num_tokens = self._inputs.num_tokens
-        if num_tokens < self._checked_at + tokens_to_next_look(self._num_moves):
-            self._checked_at = min(self._checked_at, num_tokens)
+        self._looks = self._looks.cropped(num_tokens)
+        if not self._looks.is_due(num_tokens, now=now()):
             return
-        self._checked_at = num_tokens
-        self._num_looks += 1
-        stage = pipeline.stages[self._num_looks % len(pipeline.stages)]
-        if stage.is_leaving or stage.has_failed:
-            return
-        with contextlib.suppress(MissingBlocks):  # then there is no choice
-            better = await self._planner.replacement(stage, pipeline, {holding(stage.hop.server)})
-            if stage not in pipeline.stages:
-                return
-            present = self._planner.price(stage, pipeline)
-            if pays_to_move(
-                step_seconds=present.seconds,
-                better_step_seconds=better.seconds,
-                replay_seconds=replay_seconds(better.hops, self._planner.batch_size * num_tokens),
-                # a session is expected to run about as long again as it has run
-                num_steps_left=min(num_tokens, self._planner.num_steps_left),
-            ):
+        self._looks = self._looks.looked(num_tokens, now=now())
+        excess_seconds = [self._planner.excess_seconds(stage) for stage in pipeline.stages]
+        for stage in [pipeline.stages[index] for index in self._looks.stages(excess_seconds)]:
+            if not (stage.is_leaving or stage.has_failed) and await self._pays_to_leave(stage, pipeline):
                 stage.leave()
-                self._num_moves += 1
-                log.info("%s takes %.3g s a step; elsewhere, %.3g s", stage.peer, present.seconds, better.seconds)
+                self._looks = self._looks.moved()
+                return
+
+    async def _pays_to_leave(self, stage: Stage, pipeline: Pipeline) -> bool:
+        """Whether the blocks of a stage are better computed elsewhere from now on."""
+        num_tokens = self._inputs.num_tokens
+        try:
+            better = await self._planner.replacement(stage, pipeline, {holding(stage.hop.server)})
+        except MissingBlocks:  # then there is no choice
+            return False
+        if stage not in pipeline.stages or (self._computes_head(stage, pipeline) and not better.hops[-1].server.head):
+            return False
+        present = self._planner.price(stage, pipeline)
+        pays = pays_to_move(
+            step_seconds=present.seconds,
+            better_step_seconds=better.seconds,
+            replay_seconds=replay_seconds(better.hops, self._planner.batch_size * num_tokens),
+            # a session is expected to run about as long again as it has run
+            num_steps_left=min(num_tokens, self._planner.num_steps_left),
+        )
+        if pays:
+            log.info("%s takes %.3g s a step; elsewhere, %.3g s", stage.peer, present.seconds, better.seconds)
+        return pays
+
+    def _computes_head(self, stage: Stage, pipeline: Pipeline) -> bool:
+        """Whether a stage computes the output head for the client, whose own may be much slower."""
+        return self._swarm.config.remote_head and stage is pipeline.stages[-1] and stage.hop.server.head
 
     async def _feed_standby(self, stage: Stage, pipeline: Pipeline, *, all_of_it: bool) -> None:
         """Find a standby for a stage, and let it compute what the stage has computed before.

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from shoal.client.swarm.peer_timings import PeerTimings
+from shoal.client.swarm.measurements import Measurements
 from shoal.concurrency import now
 from shoal.net.ping import DIAL_SECONDS, PONG_SECONDS, PingAnswer, ask
 from shoal.net.transport import Transport
@@ -32,14 +32,14 @@ PATIENCE_SECONDS = DIAL_SECONDS + 2 * PONG_SECONDS
 
 
 class ServerProbe:
-    """Pings servers, remembers which of them answered, and records their round trips in `timings`.
+    """Pings servers, remembers which of them answered, and records their round trips in `measurements`.
 
     A round takes at most `seconds`. If that is 0, no server is pinged, and all count as if they had answered.
     """
 
-    def __init__(self, transport: Transport, timings: PeerTimings, *, seconds: float, patience: float) -> None:
+    def __init__(self, transport: Transport, measurements: Measurements, *, seconds: float, patience: float) -> None:
         self._transport = transport
-        self._timings = timings
+        self._measurements = measurements
         self._seconds = seconds
         self._patience = min(patience, PATIENCE_SECONDS)
         self._answered: set[str] = set()
@@ -128,5 +128,5 @@ class ServerProbe:
         answer = await ask(self._transport, server.peer, server.addresses)
         if answer is not None:
             self._said[server.peer] = (now(), answer)
-            self._timings.record_round_trip(server.peer, answer.seconds)
+            self._measurements.record_round_trip(server.peer, answer.seconds)
             self.record_answer(server.peer)

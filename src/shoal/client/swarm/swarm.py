@@ -7,12 +7,12 @@ block 8 goes on at block 8, on another server.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -20,20 +20,18 @@ from shoal import events
 from shoal.client.history.history_store import HistoryStore
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.adapter_sync import AdapterSync
-from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.directory_cache import DirectoryCache, Holding, holding
 from shoal.client.swarm.in_flight import PeerInFlight
+from shoal.client.swarm.measurements import Measurements
 from shoal.client.swarm.peer_health import PeerHealth
-from shoal.client.swarm.peer_timings import PeerTimings
 from shoal.client.swarm.server_probe import ServerProbe
 from shoal.client.swarm.waits import Outage, Waits
 from shoal.concurrency import now
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, ServerMoved, UnsupportedOperation
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
-from shoal.policy.routing.route import Hop, Measured, Needs, Route, announced_seconds, choose_route, price_route
-from shoal.policy.routing.spread import WorkInFlight
+from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import LOOK_SECONDS, MissingSince
 from shoal.spans import Span
@@ -72,19 +70,17 @@ class Swarm:
             config.history_encoding, memory_bytes=config.history_memory, folder=config.history_folder
         )
         """Where the histories of all sessions are."""
-        self.broken_pairs = BrokenPairs(now)
-        self.timings = PeerTimings(now)
+        self.measurements = Measurements(now)
         self.adapter_sync = AdapterSync()
         self._node = node
         self._directory = DirectoryCache(
-            node, model, fingerprint, config, self.timings.round_trips, unix_time=unix_time
+            node, model, fingerprint, config, self.measurements.round_trips, unix_time=unix_time
         )
         self._probe = ServerProbe(
-            node.transport, self.timings, seconds=config.measure_seconds, patience=config.patience_seconds
+            node.transport, self.measurements, seconds=config.measure_seconds, patience=config.patience_seconds
         )
         self._health = PeerHealth(clock=now)
         self._in_flight: dict[str, PeerInFlight] = {}  # by peer
-        self._work_in_flight = WorkInFlight()
         self._head_is_offered = True
         self._waits = Waits(model.name, self.events)
         self._rng = rng or random.Random(random.getrandbits(32))  # noqa: S311 - nothing secret
@@ -121,9 +117,7 @@ class Swarm:
             view,
             span,
             needs=replace(needs, head=needs.head and self._has_head(view)),
-            known=self.timings.measured(
-                broken_pairs=self.broken_pairs.now(), work_in_flight=self._work_in_flight.seconds
-            ),
+            known=self.measurements.measured(),
             upstream=upstream,
             downstream=downstream,
             chooser=self.config.chooser,
@@ -143,7 +137,7 @@ class Swarm:
             needs,
             everyone=self._directory.usable(),
             version=self._directory.version,
-            known=self.timings.measured(),
+            known=self.measurements.measured(),
         )
 
     def _check_offered(self, span: Span, needs: Needs) -> None:
@@ -254,7 +248,7 @@ class Swarm:
 
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server, which the caller has to close. Raises `ServerLost`."""
-        on_round_trip = functools.partial(self.timings.record_round_trip, server.peer)
+        on_round_trip = functools.partial(self.measurements.record_round_trip, server.peer)
         in_flight = self._in_flight.setdefault(server.peer, PeerInFlight())
         return await Connection.open(
             self._node.transport, server, self.config, in_flight=in_flight, on_round_trip=on_round_trip
@@ -286,7 +280,7 @@ class Swarm:
         self._probe.record_answer(hop.server.peer)
         for num_tokens, seconds in took:
             announced = announced_seconds(hop.server, len(hop.span), num_tokens)
-            self.timings.record_step(hop.server.peer, announced, seconds)
+            self.measurements.record_step(hop.server.peer, announced, seconds)
 
     def price(
         self,
@@ -298,20 +292,17 @@ class Swarm:
     ) -> Route:
         """What a step costs on hops where a session is open already."""
         needs = replace(needs, needed_tokens=0)
-        return price_route(hops, needs=needs, known=self._measured(), upstream=upstream, downstream=downstream)
+        known = self.measurements.measured()
+        return price_route(hops, needs=needs, known=known, upstream=upstream, downstream=downstream)
 
-    def _measured(self) -> Measured:
-        """All that this client knows now of its own, for choosing and pricing routes."""
-        return self.timings.measured(broken_pairs=self.broken_pairs.now(), work_in_flight=self._work_in_flight.seconds)
+    def excess_seconds(self, hop: Hop, num_tokens: int) -> float:
+        """The seconds by which a step of `num_tokens` takes longer on a hop than its server announces."""
+        slowness = self.measurements.slowness(hop.server.peer)
+        return announced_seconds(hop.server, len(hop.span), num_tokens) * (slowness - 1)
 
-    @contextlib.contextmanager
-    def reserving(self, route: Route) -> Iterator[None]:
+    def reserving(self, route: Route) -> AbstractContextManager[None]:
         """While this is open, other passes know of one on this route, and take other servers where that is faster."""
-        self._work_in_flight = self._work_in_flight.added(route)
-        try:
-            yield
-        finally:
-            self._work_in_flight = self._work_in_flight.removed(route)
+        return self.measurements.reserving(route)
 
     async def dtype(self, *, own: str) -> str | None:
         """The dtype that the swarm computes in; None if it has no server yet. `own` is the model's dtype.

@@ -56,7 +56,7 @@ async def _look(served: ServedModel, blocks: Any) -> dict[str, Any]:
         each for each in blocks.runtime.sessions if isinstance(each, Session) and each.hops and not each.is_closed
     ]
     used = Counter(hop.server.peer for session in sessions for hop in session.hops)
-    round_trips = swarm.timings.round_trips()
+    round_trips = swarm.measurements.round_trips()
     names = {short(server.peer): name_of(server) for server in everybody.servers}
     arguments = served.serve_arguments or shlex.quote(served.name)
     return {

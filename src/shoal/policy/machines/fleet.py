@@ -106,11 +106,19 @@ def _interpolated(speeds: Sequence[tuple[tuple[int, float], ...]], lengths: Ints
 
 
 @dataclass(frozen=True)
+class KeptSpans:
+    """The blocks that each machine serves now and goes on serving; 0 and 0 where there are none."""
+
+    starts: Ints
+    ends: Ints
+
+
+@dataclass(frozen=True)
 class Fleet:
     """Machines as arrays, in the order of their peer ids, so that equal views give equal numbers.
 
-    `starts` and `ends` are 0 where a machine has no span; `kept_starts` and `kept_ends` say which blocks of it are
-    served now, and go on being served. `weights` say for which part of the `horizon` a machine serves its span.
+    `starts` and `ends` are 0 where a machine has no span; `kept` says which blocks of it are served now, and go on
+    being served. `weights` say for which part of the `horizon` a machine serves its span.
     `doubted` machines make claims that are not plausible; `whole` ones claim every block besides. `losses` are the
     chances that a machine vanishes before another has loaded. Zone 0 is unknown. In a `quiet` swarm no machine came for
     a day.
@@ -124,8 +132,7 @@ class Fleet:
     ends: Ints
     counts: Floats
     weights: Floats
-    kept_starts: Ints
-    kept_ends: Ints
+    kept: KeptSpans
     movable: Flags
     doubted: Flags
     whole: Flags
@@ -158,8 +165,10 @@ class Fleet:
             ends=ends,
             counts=counts,
             weights=np.clip((horizon - (ready - now)) / horizon, 0.0, 1.0),
-            kept_starts=np.array([0 if span is None else min(span.start, num_blocks) for span in serves], np.int64),
-            kept_ends=np.array([0 if span is None else min(span.end, num_blocks) for span in serves], np.int64),
+            kept=KeptSpans(
+                starts=np.array([0 if span is None else min(span.start, num_blocks) for span in serves], np.int64),
+                ends=np.array([0 if span is None else min(span.end, num_blocks) for span in serves], np.int64),
+            ),
             movable=np.array([machine.movable and machine.span is not None for machine in listed], np.bool_),
             doubted=doubted,
             whole=whole,
@@ -195,7 +204,7 @@ class Fleet:
 
     def servers(self, selected: Flags) -> Floats:
         """How many of the selected machines serve each block now, and go on doing that."""
-        return _per_block(self.kept_starts, self.kept_ends, np.where(selected, self.counts, 0.0), self.num_blocks)
+        return _per_block(self.kept.starts, self.kept.ends, np.where(selected, self.counts, 0.0), self.num_blocks)
 
     def per_block(self, amounts: Floats) -> Floats:
         """For each block, the sum of the amounts of the machines that hold it."""
@@ -220,8 +229,10 @@ class Fleet:
             fleet,
             starts=put(fleet.starts, span.start),
             ends=put(fleet.ends, span.end),
-            kept_starts=put(fleet.kept_starts, 0 if kept is None else kept.start),
-            kept_ends=put(fleet.kept_ends, 0 if kept is None else kept.end),
+            kept=KeptSpans(
+                put(fleet.kept.starts, 0 if kept is None else kept.start),
+                put(fleet.kept.ends, 0 if kept is None else kept.end),
+            ),
             movable=put(fleet.movable, False),
             weights=put(fleet.weights, 1.0),
         )
@@ -240,8 +251,7 @@ class Fleet:
             ends=grown(self.ends),
             counts=np.append(self.counts, 1.0),
             weights=grown(self.weights),
-            kept_starts=grown(self.kept_starts),
-            kept_ends=grown(self.kept_ends),
+            kept=KeptSpans(grown(self.kept.starts), grown(self.kept.ends)),
             movable=grown(self.movable),
             doubted=grown(self.doubted),
             whole=grown(self.whole),

@@ -30,7 +30,7 @@ class Needed:
         servers = np.rint(fleet.servers(relied))
         blocks = np.arange(num_blocks)
         starts, ends = np.zeros_like(fleet.starts), np.zeros_like(fleet.ends)
-        serves = relied & (fleet.kept_starts == fleet.starts) & (fleet.kept_ends == fleet.ends)
+        serves = relied & (fleet.kept.starts == fleet.starts) & (fleet.kept.ends == fleet.ends)
         for least, rows in ((1, ~serves), (2, serves)):  # one that is relied on counts among the servers
             alone = servers < least
             following = np.minimum.accumulate(np.where(alone, blocks, num_blocks)[::-1])[::-1]

@@ -1,6 +1,6 @@
 """What a peer learns of servers by using them: their round trips, and by how much they are slower than they announce.
 
-The values are frozen, and time is an argument. Clients keep them in `client/swarm/peer_timings.py`, servers in
+The values are frozen, and time is an argument. Clients keep them in `client/swarm/measurements.py`, servers in
 `server/neighbors.py`.
 """
 
@@ -13,8 +13,11 @@ NEWEST = 0.2
 """The weight of a new measurement in a moving average."""
 HALF_LIFE = 300.0
 """Seconds after which half of a server's slowness is forgotten: it may have been busy, or be used by others now."""
-SLOWNESS = 0.25, 64.0
-"""The limits of the slowness that one step may show, so that a single hiccup does not condemn a server."""
+LEAST_SLOWNESS = 0.25
+"""A server counts as four times as fast as it announces at most."""
+HICCUP = 64.0
+"""One step shows at most this multiple of the slowness that is known, so that a single hiccup does not condemn a
+server. There is no other limit: a server that stays slow comes to count as slow as it is."""
 
 
 def average_round_trip(average: float | None, seconds: float) -> float:
@@ -46,7 +49,7 @@ def after_step(known: Slowness | None, predicted_seconds: float, seen_seconds: f
     """
     if not (0 < predicted_seconds < math.inf and 0 < seen_seconds < math.inf):
         return known
-    low, high = SLOWNESS
-    seen = math.log(min(max(seen_seconds / predicted_seconds, low), high))
-    log = seen if known is None else (1 - NEWEST) * math.log(known.factor(now)) + NEWEST * seen
+    before = 1.0 if known is None else known.factor(now)
+    seen = min(max(seen_seconds / predicted_seconds, LEAST_SLOWNESS), HICCUP * max(1.0, before))
+    log = math.log(seen) if known is None else (1 - NEWEST) * math.log(before) + NEWEST * math.log(seen)
     return Slowness(log, now)

@@ -27,8 +27,8 @@ from shoal.protocol import (
 )
 from shoal.server.engine.engine import Engine
 from shoal.server.refusals import Refused, rejected
-from shoal.server.rpc.push_connection import PushHandle
 from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.ring_place import RingPlace
 from shoal.server.rpc.step_queue import ReceivedStep, StepQueue
 from shoal.tensors import Encoding
 
@@ -46,11 +46,8 @@ class SessionStream:
     def __init__(self, stream: Stream, engine: Engine, push_service: PushService, *, idle_seconds: float) -> None:
         self._stream = stream
         self._engine = engine
-        self._push_service = push_service
         self._idle_seconds = idle_seconds
-        self._upstream: Upstream | None = None
-        self._downstream: Downstream | None = None
-        self._push_handle: PushHandle | None = None  # to the downstream server
+        self._ring = RingPlace(push_service, self._pushed)
         self._computing: Step | None = None
         self._answered: tuple[StepResult, codec.Tensors, Encoding] | None = None  # the last, unless it is large
         self._news = asyncio.Event()
@@ -98,8 +95,7 @@ class SessionStream:
                 case SetNeighbors():
                     self._set_neighbors(message.upstream, message.downstream)
                 case Close():
-                    if self._upstream is not None:
-                        self._push_service.forget(self._upstream, self._pushed)
+                    self._ring.ignore_upstream()
                     await first_of(self._finish(), self._until_gone())
                     return
                 case _:
@@ -151,23 +147,14 @@ class SessionStream:
     @property
     def _has_room(self) -> bool:
         """Whether another result may wait."""
-        num_pushed = 0 if self._push_handle is None else self._push_handle.num_waiting
-        return max(self._answers.qsize(), num_pushed) < MAX_PENDING_RESULTS
+        return max(self._answers.qsize(), self._ring.num_waiting) < MAX_PENDING_RESULTS
 
     def _set_neighbors(self, upstream: Upstream | None, downstream: Downstream | None) -> None:
         """Change the session's place in the ring."""
-        if upstream != self._upstream:
-            if self._upstream is not None:
-                self._push_service.forget(self._upstream, self._pushed)
-                self._queue.forget(self._upstream.link)
-            if upstream is not None:
-                self._push_service.expect(upstream, self._pushed)
-        if downstream != self._downstream:
-            if self._push_handle is not None:
-                self._push_handle.close()
-            self._push_handle = None if downstream is None else self._push_service.handle_to(downstream)
-            self._news.set()
-        self._upstream, self._downstream = upstream, downstream
+        if self._ring.upstream is not None and self._ring.upstream != upstream:
+            self._queue.forget(self._ring.upstream.link)
+        self._ring.change(upstream, downstream)
+        self._news.set()
 
     def _pong(self) -> Pong:
         computing = self._computing
@@ -231,11 +218,8 @@ class SessionStream:
                 self._answers.put_nowait((Unreached(epoch=step.epoch, position=step.position), {}, "raw"))
             self._news.set()
 
-        if self._push_handle is None:
-            done(False)
-            return
         pushed_step = step.model_copy(update={"hops_left": step.hops_left - 1, "skip": 0, "tensors": ()})
-        self._push_handle.push(pushed_step, received.inputs.tensors_to_push(answer["hidden"]), encoding, done=done)
+        self._ring.push(pushed_step, lambda: received.inputs.tensors_to_push(answer["hidden"]), encoding, done=done)
 
     # -- answering ----------------------------------------------------------------------------------------------------
 

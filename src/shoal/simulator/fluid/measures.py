@@ -78,7 +78,8 @@ class Worth:
     copies: float
 
 
-MEASURED = ("exact", "minimum", "hole", "left_over", "speed")
+SUMMED = ("exact", "minimum", "hole", "left_over", "speed", "possible", "impossible", "machines", "copies")
+"""What is multiplied by the seconds for which it was so, and added up."""
 NOTHING = Worth(0.0, 0.0, 0.0, 0, 0.0)
 
 
@@ -91,12 +92,8 @@ class Meter:
     _since: float = 0.0
     _worth: Worth = NOTHING
     _has_hole: bool = True
-    _possible: float = 0.0
-    _impossible: float = 0.0
     _last_impossible: float = float("-inf")
-    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MEASURED, 0.0))
-    _machines: float = 0.0
-    _copies: float = 0.0
+    _sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMMED, 0.0))
     _holders: list[int] = field(default_factory=list)
     _empty_since: dict[int, float] = field(default_factory=dict)
     _healed: list[float] = field(default_factory=list)
@@ -165,13 +162,13 @@ class Meter:
             return
         self._since = now
         worth = self._worth
-        self._machines += worth.num_machines * seconds
-        self._copies += worth.copies * seconds
+        self._sums["machines"] += worth.num_machines * seconds
+        self._sums["copies"] += worth.copies * seconds
         if worth.bound <= 0:
-            self._impossible += seconds
+            self._sums["impossible"] += seconds
             self._last_impossible = now
             return
-        self._possible += seconds
+        self._sums["possible"] += seconds
         self._sums["speed"] += worth.exact * seconds
         self._sums["exact"] += worth.exact / worth.bound * seconds
         self._sums["minimum"] += worth.minimum / worth.bound * seconds
@@ -181,18 +178,19 @@ class Meter:
     def summary(self, *, now: float) -> Summary:
         """The figures up to now."""
         self._pass(now)
-        possible, total = max(self._possible, 1e-9), max(self._possible + self._impossible, 1e-9)
+        possible = max(self._sums["possible"], 1e-9)
+        total = max(self._sums["possible"] + self._sums["impossible"], 1e-9)
         return Summary(
             exact=self._sums["exact"] / possible,
             minimum=self._sums["minimum"] / possible,
             hole=self._sums["hole"] / possible,
             left_over=self._sums["left_over"] / possible,
-            impossible=self._impossible / total,
+            impossible=self._sums["impossible"] / total,
             heal_seconds=statistics.median(self._healed) if self._healed else None,
             num_holes=len(self._healed) + sum(since >= self.begins for since in self._empty_since.values()),
             num_moves=self.num_moves,
             num_departures=self.num_departures,
-            copies=self._copies / total,
-            num_machines=self._machines / total,
+            copies=self._sums["copies"] / total,
+            num_machines=self._sums["machines"] / total,
             tokens_per_second=self._sums["speed"] / possible,
         )

@@ -146,11 +146,11 @@ def serve(
     return Served(
         tuple(completed),
         agenda.now,
-        server.busy_seconds,
+        server.tally.busy_seconds,
         num_passes,
         num_tokens,
-        server.num_preempted,
-        server.num_busy,
+        server.tally.num_preempted,
+        server.tally.num_busy,
     )
 
 

@@ -103,6 +103,16 @@ class PassRecord:
     parts: tuple[tuple[int, int], ...]
 
 
+@dataclass
+class Tally:
+    """What has happened: sessions preempted that had begun, steps refused because there was no room, and for how long
+    passes were computed."""
+
+    num_preempted: int = 0
+    num_busy: int = 0
+    busy_seconds: float = 0.0
+
+
 class OneServer:
     """Computes the steps of sessions, as a rule chooses. `on_pass` is called with each pass when it has ended."""
 
@@ -115,8 +125,7 @@ class OneServer:
         on_pass: Callable[[PassRecord], None] = lambda record: None,
     ) -> None:
         self.pages = PageCounts(setup.num_pages, num_remote=setup.num_remote_pages)
-        self.num_preempted = self.num_busy = 0
-        self.busy_seconds = 0.0
+        self.tally = Tally()
         self._setup = setup
         self._rule = rule
         self._agenda = agenda
@@ -149,7 +158,7 @@ class OneServer:
             return
         if not session.running:
             if sum(not step.session.running for step in self._steps) >= limits.queue_length:
-                self.num_busy += 1
+                self.tally.num_busy += 1
                 refuse()
                 return
             session.since = self._places.of(session.job.peer, now)
@@ -184,11 +193,11 @@ class OneServer:
 
     def _give_up(self, step: SimulatedStep) -> None:
         if step.session.step is step and not step.session.running:
-            self.num_busy += 1
+            self.tally.num_busy += 1
             self._refuse(step.session)
 
     def _preempt(self, session: SimulatedSession) -> None:
-        self.num_preempted += session.running
+        self.tally.num_preempted += session.running
         session.preempted = True
         self._refuse(session)
         self._release(session)
@@ -277,7 +286,7 @@ class OneServer:
         self._agenda.after(seconds, end)
 
     def _end_pass(self, chosen: Sequence[tuple[SimulatedStep, int]], record: PassRecord) -> None:
-        self.busy_seconds += record.seconds
+        self.tally.busy_seconds += record.seconds
         for step, num_tokens in chosen:
             session = step.session
             session.used_at = self._agenda.now

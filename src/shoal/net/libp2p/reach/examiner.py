@@ -49,6 +49,10 @@ class Examiner:
         self._allowance = DialAllowance()
         self._own: set[str] = set()  # peers that are this one in disguise, to try its relays
 
+    async def close(self) -> None:
+        """End what it dials with."""
+        await self._prober.close()
+
     @contextlib.contextmanager
     def expecting(self, peer: str) -> Iterator[None]:
         """Take a `Filler` from this peer while the context lasts: from no other one."""

@@ -55,8 +55,7 @@ class ReachKeeper:
         offers_relay: bool = False,
     ) -> None:
         self.reach = Reach()
-        self._prober = Prober()
-        self.examiner = Examiner(self._prober, relays=lambda: offers_relay and not self.is_behind_nat)
+        self.examiner = Examiner(Prober(), relays=lambda: offers_relay and not self.is_behind_nat)
         self._peer = peer
         self._known = known
         self._own = own
@@ -95,7 +94,7 @@ class ReachKeeper:
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
-        await self._prober.close()
+        await self.examiner.close()
 
     async def other_than(self, last: Reach) -> Reach:
         """How others reach this peer, as soon as that is not `last` any more."""

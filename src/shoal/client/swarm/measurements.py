@@ -1,20 +1,26 @@
-"""What a client has measured of servers by using them: round trips, and how much slower they are than they announce."""
+"""What a client has learned of servers by using them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
-from shoal.policy.routing.costs import Measured
+from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.policy.routing.latency import Slowness, after_step, average_round_trip
+from shoal.policy.routing.route import Measured, Route
+from shoal.policy.routing.spread import WorkInFlight
 
 
-class PeerTimings:
-    """Moving averages of each server's round trip and slowness (`shoal.policy.routing.latency`)."""
+class Measurements:
+    """Moving averages of each server's round trip and slowness (`shoal.policy.routing.latency`), the pairs of servers
+    that cannot push to one another, and the work that the client has given to each and that is not finished."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        self.broken_pairs = BrokenPairs(clock)
         self._clock = clock
         self._round_trips: dict[str, float] = {}
         self._slowness: dict[str, Slowness] = {}
+        self._work_in_flight = WorkInFlight()
 
     def round_trips(self) -> Mapping[str, float]:
         """The round trips that were measured, in seconds, by peer id."""
@@ -35,16 +41,20 @@ class PeerTimings:
         known = self._slowness.get(peer)
         return 1.0 if known is None else known.factor(self._clock())
 
-    def measured(
-        self,
-        *,
-        broken_pairs: frozenset[tuple[str, str]] = frozenset(),
-        work_in_flight: Mapping[str, float] | None = None,
-    ) -> Measured:
-        """A frozen copy of all averages at this moment, with what else the client knows, for choosing a route."""
+    @contextlib.contextmanager
+    def reserving(self, route: Route) -> Iterator[None]:
+        """While this is open, one more pass is in flight on this route."""
+        self._work_in_flight = self._work_in_flight.added(route)
+        try:
+            yield
+        finally:
+            self._work_in_flight = self._work_in_flight.removed(route)
+
+    def measured(self) -> Measured:
+        """A frozen copy of all that is known at this moment, for choosing and pricing routes."""
         return Measured(
             round_trips=dict(self._round_trips),
             slowness={peer: self.slowness(peer) for peer in self._slowness},
-            broken_pairs=broken_pairs,
-            work_in_flight=work_in_flight or {},
+            broken_pairs=self.broken_pairs.now(),
+            work_in_flight=self._work_in_flight.seconds,
         )
