@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=32, help="tokens that each client decodes in a round")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens that each client decodes in a round")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
