@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.bundled import STORIES
+from shoal.errors import UserError
 from shoal.model.remote_cache import RemoteCache
 from shoal.server.kv.cache_shapes import KeyValueShape
+from shoal.server.kv.paged_cache import Int8Pages
 
 from .harness import Swarm, swarm_of
+from .tiny_models import tiny_config, tiny_model
+from .visitors import Visitor, engine_of, random_inputs, tiny_body
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She lived in a small house near the forest. One day, Lily "
@@ -55,3 +60,26 @@ def test_the_next_tokens_are_as_likely_as_with_an_exact_cache(swarm: Swarm, stor
 def test_keys_and_values_take_half_of_the_memory_of_bfloat16():
     shape = KeyValueShape(num_heads=8, key_size=64, value_size=64)
     assert shape.nbytes(torch.int8) < 0.54 * shape.nbytes(torch.bfloat16)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("family", ["llama", "bloom", "mpt", "falcon_h1", "lfm2", "nemotron_h"])
+async def test_keys_and_values_of_every_kind_of_family_are_rounded_only(family: str) -> None:
+    body = tiny_body(family)
+    inputs = random_inputs(1, body, 1, 40)
+    async with engine_of(body, num_pages=20, kind=Int8Pages) as engine:
+        visitor = Visitor(engine, body)
+        for hidden in inputs.split([30, *[1] * 10], dim=1):
+            await visitor.step(hidden)
+        visitor.leave()
+    with torch.inference_mode():
+        expected = body(inputs)
+    found = visitor.outputs_BSD[:, 30:]
+    errors = (found - expected[:, 30:]).norm(dim=-1) / expected[:, 30:].norm(dim=-1)
+    assert 0 < errors.median() < 0.02
+
+
+def test_int8_is_refused_for_a_family_whose_results_it_changes_too_much(tmp_path: Path) -> None:
+    tiny_model(tiny_config("qwen3_5_text")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="changes the results"), swarm_of(tmp_path, "0:5", cache_dtype="int8"):
+        pass

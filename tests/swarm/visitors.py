@@ -26,7 +26,7 @@ from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor
 from shoal.server.kv.batched_pass import pass_over
 from shoal.server.kv.cache_shapes import cache_shapes
-from shoal.server.kv.paged_cache import PagedCache
+from shoal.server.kv.paged_cache import PagedCache, Pages
 from shoal.server.kv.session_cache import SessionCache
 from shoal.server.refusals import Refused
 from shoal.server.step_inputs import StepInputs
@@ -58,14 +58,19 @@ def random_inputs(seed: int, body: Body, batch_size: int, num_tokens: int) -> Te
 
 @contextlib.asynccontextmanager
 async def engine_of(
-    body: Body, *, num_pages: int, limits: Limits = PATIENT, pass_time: PassTimeModel = QUICK
+    body: Body,
+    *,
+    num_pages: int,
+    limits: Limits = PATIENT,
+    pass_time: PassTimeModel = QUICK,
+    kind: type[Pages] = Pages,
 ) -> AsyncIterator[Engine]:
     """An engine that runs; when it is left, nobody is there any more, and every page is accounted for."""
     hidden_size = text_config(body.backbone.config).hidden_size
     executor = Executor()
     shapes = cache_shapes(body)
-    num_pages *= 1 + PagedCache(body, shapes, 1).state_pages
-    cache = PagedCache(body, shapes, num_pages)
+    num_pages *= 1 + PagedCache(body, shapes, 1, kind=kind).state_pages
+    cache = PagedCache(body, shapes, num_pages, kind=kind)
     engine = Engine(
         body,
         executor,

@@ -195,6 +195,12 @@ def choose_num_pages(config: ServerConfig, body: Body, shapes: CacheShapes, free
         len(body.span),
     )
     num_state_pages = shapes.state_pages(page_bytes(shapes, cache_dtype_of(config, body), body.backbone))
+    if num_state_pages:
+        log.info(
+            "the states of a sequence take %.1f MiB, and count as %d of these tokens",
+            shapes.state_bytes / 2**20,
+            num_state_pages * PAGE_TOKENS,
+        )
     return max(1 + num_state_pages, pages_for(num_tokens))
 
 
@@ -210,6 +216,11 @@ def cache_dtype_of(config: ServerConfig, body: Body) -> torch.dtype:
         return dtype
     if config.cache_dtype != "int8":
         raise UserError(f"the cache cannot be in the dtype {config.cache_dtype!r}", hint="auto or int8")
+    if "int8" not in body.family.encodings:
+        raise UserError(
+            f"rounding to int8 changes the results of {body.family.model_type!r} too much",
+            hint="leave --cache-dtype out",
+        )
     return torch.int8
 
 
