@@ -1,6 +1,6 @@
 """Whether a machine is idle, for a server that computes only while nothing else on it does.
 
-The rule is about the processor time that other programs use. Somebody who reads or types uses hardly any, and is not
+The rule is about the processor time that other programs use. A person who reads or types uses hardly any, and is not
 disturbed; programs that compute get the machine within seconds.
 """
 
@@ -21,7 +21,7 @@ IDLE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Idleness:
-    """Whether this machine, with so many cores, is idle; at first it is not known to be.
+    """Whether this machine, with `cores` cores, is idle; at first it is not known to be.
 
     `looks` are the times at which its use was looked at, in seconds, and what other programs had used until then, in
     seconds of one core.

@@ -7,7 +7,7 @@ hundreds of tokens. So copies are kept at few places, at ends of pages.
 from __future__ import annotations
 
 MIN_INTERVAL = 128
-"""Tokens between two snapshots at least: computing so many takes little time beside a long prompt."""
+"""Tokens between two snapshots at least: computing them takes little time beside a long prompt."""
 MAX_SNAPSHOTS = 16
 """Snapshots of one sequence, about. A prompt is computed in as many parts."""
 SPARE_SHARE = 1 / 8

@@ -49,7 +49,7 @@ class Columns:
     _by_heads: dict[int, Tensor] = field(default_factory=dict, compare=False)
 
     def vectors(self, num_heads: int) -> Tensor:
-        """The numbers [G, J, S] of the columns' vectors in pages of so many heads."""
+        """The numbers [G, J, S] of the columns' vectors in pages of `num_heads` heads."""
         if num_heads not in self._by_heads:
             heads_J1 = torch.arange(num_heads, device=self.slots_GS.device)[:, None]
             self._by_heads[num_heads] = self.slots_GS[:, None] * num_heads + heads_J1

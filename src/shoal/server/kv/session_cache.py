@@ -316,7 +316,7 @@ class SessionCache:
                     self._slots.register(row.slot, row.digests[num_pages - 1])
 
     def drop_snapshots(self) -> None:
-        """Let nobody find the states from which this session goes on, so that it needs no copies of them."""
+        """Hide the states from which this session goes on from others, so that it needs no copies of them."""
         for row in self.rows:
             if row.slot is not None:
                 self._slots.unregister(row.slot)

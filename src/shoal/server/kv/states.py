@@ -17,9 +17,9 @@ from shoal.server.kv.pages import PagePool
 class SlotPool:
     """Which sequences hold which slots. A slot counts as `pages_each` pages of the pool.
 
-    So states and pages share one budget, and there is a slot for everyone who has the pages for it. Like a page, a slot
-    may have a digest, that of the inputs up to the state. A sequence that begins with these inputs shares the slot, and
-    copies it when it goes on. A slot without holders is kept as long as nobody needs its pages.
+    So states and pages share one budget, and there is a slot for every sequence that has the pages for it. Like a page,
+    a slot may have a digest, that of the inputs up to the state. A sequence that begins with these inputs shares the
+    slot, and copies it when it goes on. A slot without holders is kept until its pages are needed.
     """
 
     def __init__(self, pool: PagePool, pages_each: int, *, with_snapshots: bool = True) -> None:
@@ -68,7 +68,7 @@ class SlotPool:
                 self._pool.register(page, name)
 
     def unregister(self, slot: int) -> None:
-        """Take the digest of a slot away, if it has one and nobody else holds it, so that its holder may write it."""
+        """Take the digest of a slot away, so that its holder may write it, unless another sequence holds it too."""
         if self._num_holders[slot] == 1 and slot in self._digest_of:
             self._forget(slot)
             self._pool.unregister(self._pages[slot])
@@ -108,7 +108,7 @@ class SlotPool:
 
 
 def num_slots(num_pages: int, pages_each: int) -> int:
-    """How many slots there are beside so many pages, if each counts as `pages_each`. Without states there is none."""
+    """How many slots go with `num_pages` pages, if each counts as `pages_each`. Without states there is none."""
     return num_pages // pages_each if pages_each else 0
 
 
