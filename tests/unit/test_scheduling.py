@@ -66,6 +66,13 @@ def test_a_pass_never_exceeds_its_budgets_except_for_one_large_request(steps, pa
     assert all(num_tokens == step.num_tokens for step, num_tokens, _ in sizes if step.unsplittable)
 
 
+def test_a_step_that_cannot_be_split_waits_for_a_pass_with_room_for_all_of_it():
+    others, step = requests(1, rows=5), requests(2, unsplittable=True)
+    assert plan(others, step, tokens=6).chunks == ((0, 1),)
+    assert plan(others, step, tokens=7).chunks == ((0, 1), (1, 2))
+    assert plan(step, others, tokens=1).chunks == ((0, 2),)
+
+
 @given(st.lists(steps, min_size=1, max_size=12), st.integers(1, 128), st.integers(1, 64))
 def test_while_there_are_pages_some_request_is_computed(steps, tokens, prefill):
     assert plan(*steps, pages=10_000, tokens=tokens, prefill=prefill).chunks

@@ -90,8 +90,9 @@ def schedule(
         num_tokens = min(most, left // step.num_rows)
         if step.unsplittable and num_tokens < step.num_tokens:
             num_tokens = 0
-        if not num_tokens and may_be_one_by_one and (not chunks or not step.decodes or step.num_rows <= room):
-            num_tokens = step.num_tokens if step.unsplittable else 1
+        least = step.num_tokens if step.unsplittable else 1
+        if not num_tokens and may_be_one_by_one and (not chunks or not step.decodes or step.num_rows * least <= room):
+            num_tokens = least
         if not num_tokens:
             continue
         if step.running:
