@@ -32,6 +32,40 @@ MODELS: list[tuple[str, dict[str, Any], LengthRegime]] = [
 ]
 
 
+async def test_padding_of_one_session_does_not_make_another_one_longer() -> None:
+    """Llama 4 scales queries by the columns of the cache, and padding has columns: 33 with padding, 17 without."""
+    family, changes, _ = MODELS[-1]
+    body = tiny_body.__wrapped__(family, **changes)
+    mask = torch.tensor([[0] * 16 + [1] * 16])
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    padded, plain = random_inputs(1, body, 1, 32), random_inputs(2, body, 1, 16)
+    more = [random_inputs(seed, body, 1, 1) for seed in (3, 4)]
+    async with engine_of(body, num_pages=60) as engine:
+        opening = Open(model="", fingerprint="", start=0, end=body.span.end, batch_size=1, expected_length=64)
+        sessions = [engine.open(f"peer {number}", opening, {})[0] for number in range(2)]
+
+        async def step(number: int, hidden: torch.Tensor, **padding: torch.Tensor) -> torch.Tensor:
+            session = sessions[number]
+            inputs = engine.validator.step_inputs({"hidden": hidden, **padding})
+            return (await engine.step(session, Step(position=session.num_tokens), inputs))["hidden"]
+
+        await step(0, padded, mask=mask.to(torch.uint8), positions=positions)
+        await step(1, plain)
+        new = {"mask": torch.ones(1, 1, dtype=torch.uint8), "positions": torch.tensor([[16]])}
+        found = await asyncio.gather(step(0, more[0], **new), step(1, more[1]))
+        for session in sessions:
+            engine.close(session)
+    cache = body.new_cache()
+    body(padded, cache=cache, attention_mask=mask, position_ids=positions)
+    of_padded = body(
+        more[0], cache=cache, attention_mask=torch.cat((mask, mask[:, -1:]), dim=1), position_ids=new["positions"]
+    )
+    cache = body.new_cache()
+    body(plain, cache=cache)
+    assert_equal(found[0], of_padded)
+    assert_equal(found[1], body(more[1], cache=cache))
+
+
 @pytest.mark.parametrize(("family", "changes", "regime"), MODELS)
 async def test_sessions_on_both_sides_of_a_length_are_computed_as_if_each_were_alone(
     family: str, changes: dict[str, Any], regime: LengthRegime

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shoal.model.body import Body
+from shoal.model.families import Family
 from shoal.policy.batching.length_groups import length_groups
 from shoal.prefix import PAGE_TOKENS
 from shoal.server.kv.batch import Chunk, PackedPass, Pass, each_alone_if_together_fails, row_overrides, segments
@@ -60,7 +61,7 @@ class BatchedPass:
         alike: dict[tuple[int, ...], list[_Flow]] = defaultdict(list)
         for each in flows:
             if each.decodes:
-                alike[tuple(regime.of(each.length) for regime in self._body.family.regimes)].append(each)
+                alike[each.regimes(self._body.family)].append(each)
         for decoding in alike.values():
             groups = length_groups([each.num_computed for each in decoding], self._tokens_per_pass)
             batches += [[decoding[index] for index in group] for group in groups]
@@ -117,10 +118,13 @@ class _Flow:
         self.slots_BS = token_slots(chunk.pages, self.num_computed + num_tokens).to(device)
         self.new_slots_BT = self.slots_BS[:, self.num_computed :]
 
-    @property
-    def length(self) -> int:
-        """The number of tokens by which a model chooses how to compute: up to the last position, without padding."""
-        return int(self.positions_BT.max()) + 1
+    def regimes(self, family: Family) -> tuple[int, ...]:
+        """What has to be equal for sequences to be computed alike.
+
+        Some models go by positions, which padding does not have, and others by columns, which it has.
+        """
+        positions, columns = int(self.positions_BT.max()) + 1, self.slots_BS.shape[1]
+        return tuple(regime.of(length) for regime in family.regimes for length in (positions, columns))
 
     @property
     def decodes(self) -> bool:
