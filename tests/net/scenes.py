@@ -75,7 +75,7 @@ class Telling:
         while words not in self.log.read_text() and self.process.poll() is None:
             if time.monotonic() > until:
                 raise SceneFailed(f"the client never said {words!r}")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)  # the log of another process tells nothing when it grows
 
 
 class Stage:

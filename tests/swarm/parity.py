@@ -174,18 +174,17 @@ def check_beams(pair: Pair) -> None:
 
 
 @torch.no_grad()
-def check_rewind(pair: Pair) -> bool:
-    """Whether a session can rewind. If it can, the logits after rewinding must be those of the shorter session."""
+def check_rewind(pair: Pair) -> None:
+    """Check that after rewinding, where Transformers' caches can, the logits are those of the shorter session."""
     name = cache_name(pair.cut)
     cache = pair.new_cache()
     pair.cut(PROMPT, **{name: cache})
     try:
         cache.crop(-2)
     except UnsupportedOperation:
-        return False
+        return
     logits = pair.cut(PROMPT[:, 5:], **{name: cache}).logits
     assert_equal(logits, pair.whole(PROMPT).logits[:, 5:])
-    return True
 
 
 LONGER = torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0))

@@ -6,9 +6,12 @@ import asyncio
 
 import pytest
 import torch
+from torch import Tensor
 
+from shoal.model.body import Body
 from shoal.policy.batching import snapshots
 from shoal.prefix import PAGE_TOKENS
+from shoal.server.engine.engine import Engine
 
 from .visitors import Visitor, engine_of, random_inputs, tiny_body
 
@@ -24,6 +27,13 @@ def _short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshots, "MIN_INTERVAL", INTERVAL)
 
 
+def visitor_with(inputs_BSD: Tensor, engine: Engine, body: Body) -> Visitor:
+    """A visitor that has these inputs and no session, as after the loss of another server."""
+    visitor = Visitor(engine, body)
+    visitor.inputs_BSD, visitor._mask_BS = inputs_BSD, torch.ones(inputs_BSD.shape[:2], dtype=torch.uint8)
+    return visitor
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_a_second_session_with_the_same_beginning_computes_only_what_follows(family: str) -> None:
     body = tiny_body(family)
@@ -33,8 +43,7 @@ async def test_a_second_session_with_the_same_beginning_computes_only_what_follo
         await first.step(prompt)
         num_passes = engine.num_passes
         assert num_passes == 2  # up to the snapshot, and the rest
-        second = Visitor(engine, body)
-        second.inputs_BSD, second._mask_BS = prompt, torch.ones(prompt.shape[:2], dtype=torch.uint8)
+        second = visitor_with(prompt, engine, body)
         await second.step(random_inputs(2, body, 1, 1))
         assert second.num_known == INTERVAL
         assert engine.num_passes == num_passes + 1
@@ -80,8 +89,7 @@ async def test_a_family_that_goes_token_by_token_after_its_first_pass_keeps_no_s
         await visitor.step(random_inputs(1, body, 1, INTERVAL + 5))
         assert engine.num_passes == 1
         visitor.leave()
-        again = Visitor(engine, body)
-        again.inputs_BSD, again._mask_BS = visitor.inputs_BSD, visitor._mask_BS
+        again = visitor_with(visitor.inputs_BSD, engine, body)
         await again.step(random_inputs(2, body, 1, 1))
         assert again.num_known == 0
         again.leave()

@@ -75,7 +75,7 @@ async def engine_of(
         body,
         executor,
         RequestValidator(model="", fingerprint="", span=body.span, hidden_size=hidden_size, max_length=MOST_TOKENS),
-        compute=pass_over(body, shapes, cache),
+        compute=pass_over(body, cache),
         cache=cache,
         num_pages=num_pages,
         cpu_turns=None,

@@ -65,7 +65,7 @@ class Body(nn.Module):
             PassThroughLayer(layer, returns_tuple=family.layers_return_tuple)
             for layer in backbone.all_layers[: span.end]
         ]
-        self._rotaries = [module for module in backbone.modules() if hasattr(module, "max_seq_len_cached")]
+        self._rotaries = [each for each in backbone.modules() if "dynamic" in str(getattr(each, "rope_type", ""))]
 
     def forward(
         self,

@@ -26,7 +26,7 @@ from shoal.policy.view import SwarmView
 from shoal.prefix import PAGE_TOKENS
 from shoal.server.config import ServerConfig
 from shoal.server.kv.cache_shapes import CacheShapes
-from shoal.server.kv.paged_cache import page_bytes
+from shoal.server.kv.paged_cache import output_bytes, state_pages
 from shoal.server.kv.pages import pages_for
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def choose_num_pages(config: ServerConfig, body: Body, shapes: CacheShapes, free
         token_bytes / 2**10,
         len(body.span),
     )
-    num_state_pages = shapes.state_pages(page_bytes(shapes, cache_dtype_of(config, body), body.backbone))
+    num_state_pages = state_pages(shapes, cache_dtype_of(config, body), body.backbone)
     if num_state_pages:
         log.info(
             "the states of a sequence take %.1f MiB, and count as %d of these tokens",
@@ -229,11 +229,9 @@ def bytes_of_token(body: Body, shapes: CacheShapes, dtype: torch.dtype) -> tuple
 
     With each token there is room for a part of the states of a sequence.
     """
-    backbone = body.backbone
-    outputs: int = backbone.config.hidden_size * backbone.dtype.itemsize
-    num_pages = shapes.state_pages(page_bytes(shapes, dtype, backbone))
+    num_pages = state_pages(shapes, dtype, body.backbone)
     states = shapes.state_bytes // (num_pages * PAGE_TOKENS) if num_pages else 0
-    return shapes.token_bytes(dtype) + states, outputs
+    return shapes.token_bytes(dtype) + states, output_bytes(body.backbone)
 
 
 def max_length_of(config: ServerConfig, checkpoint: Checkpoint) -> int:

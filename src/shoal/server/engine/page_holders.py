@@ -53,7 +53,7 @@ def holding_pages(sessions: Collection[SessionCache]) -> list[SessionCache]:
 
 def drop_snapshots_if_short(steps: Sequence[StepRequest], pool: PagePool) -> None:
     """Keep no states of running sessions for others, if there are no pages for the copies that these go on with."""
-    running = [step for step in steps if step.session.running]
+    running = [step for step in steps if step.session.running and step.session.has_states]
     if sum(step.session.pages_needed(step.num_left) for step in running) > pool.num_available:
         for step in running:
             step.session.drop_snapshots()

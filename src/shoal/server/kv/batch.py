@@ -54,6 +54,16 @@ class Chunk:
     adapters: Mapping[int, BlockAdapter] = field(default_factory=dict)
     wanted: WantedLogits | None = None
 
+    @property
+    def new_indices(self) -> torch.Tensor:
+        """Where the new tokens are in each sequence, [T]."""
+        return torch.arange(self.num_computed_tokens, self.num_computed_tokens + self.hidden_BTD.shape[1])
+
+    @property
+    def new_positions(self) -> torch.Tensor:
+        """The positions of the new tokens, [B, T]."""
+        return self.new_indices.expand(self.hidden_BTD.shape[0], -1) if self.positions_BT is None else self.positions_BT
+
 
 class Pass(Protocol):
     """How a body computes chunks: together, or one by one."""
@@ -115,15 +125,13 @@ class _PackedChunk:
 
     def __init__(self, chunk: Chunk, body: Body) -> None:
         device = body.backbone.device
-        batch_size, num_tokens, _ = chunk.hidden_BTD.shape
-        index_T = torch.arange(chunk.num_computed_tokens, chunk.num_computed_tokens + num_tokens)
-        positions_BT = index_T.expand(batch_size, -1) if chunk.positions_BT is None else chunk.positions_BT
+        index_T = chunk.new_indices
         first_page = chunk.num_computed_tokens // PAGE_TOKENS  # the one with the first new token
         pages_BP = torch.tensor([pages[first_page:] for pages in chunk.pages])
         slots_BT = pages_BP[:, index_T // PAGE_TOKENS - first_page] * PAGE_TOKENS + index_T % PAGE_TOKENS
         self.chunk = chunk
         self.hidden_ND = chunk.hidden_BTD.to(device, body.backbone.dtype).flatten(0, 1)
-        self.positions_N = positions_BT.flatten().to(device)
+        self.positions_N = chunk.new_positions.flatten().to(device)
         self.slot_mapping_N = slots_BT.flatten().to(device)
 
     def sequences(self, start: int) -> list[PackedSequence]:

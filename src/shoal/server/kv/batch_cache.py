@@ -29,7 +29,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from shoal.server.kv.cache_shapes import CacheShapes, StateName
+from shoal.server.kv.cache_shapes import StateName
 from shoal.server.kv.paged_cache import PagedCache
 from shoal.spans import Span
 
@@ -62,10 +62,10 @@ class BatchCache(Cache):  # type: ignore[misc]
     It also counts tokens in a span of recurrent blocks alone, which Transformers' cache does not.
     """
 
-    def __init__(self, cache: PagedCache, shapes: CacheShapes, columns: Columns, span: Span, num_blocks: int) -> None:
+    def __init__(self, cache: PagedCache, columns: Columns, span: Span, num_blocks: int) -> None:
         self.columns = columns
         self._states = cache.states
-        layers = [_layer(self, cache, shapes, block) if block in span else DummyLayer() for block in range(num_blocks)]
+        layers = [_layer(self, cache, block) if block in span else DummyLayer() for block in range(num_blocks)]
         super().__init__(layers=layers)
 
     def commit(self) -> None:
@@ -92,7 +92,8 @@ class BatchCache(Cache):  # type: ignore[misc]
         return bool(super().has_previous_state(layer_idx, state_idx))
 
 
-def _layer(owner: BatchCache, cache: PagedCache, shapes: CacheShapes, block: int) -> Any:
+def _layer(owner: BatchCache, cache: PagedCache, block: int) -> Any:
+    shapes = cache.shapes
     names = [name for name in shapes.states if name.block == block]
     if block in shapes.tokens and names:
         return _TokenAndStateLayer(owner, cache, block, names)

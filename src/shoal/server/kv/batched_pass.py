@@ -19,7 +19,6 @@ from shoal.policy.batching.length_groups import length_groups
 from shoal.prefix import PAGE_TOKENS
 from shoal.server.kv.batch import Chunk, PackedPass, Pass, each_alone_if_together_fails, row_overrides, segments
 from shoal.server.kv.batch_cache import BatchCache, Columns
-from shoal.server.kv.cache_shapes import CacheShapes
 from shoal.server.kv.paged_cache import PagedCache
 from shoal.spans import Span
 
@@ -27,13 +26,12 @@ from shoal.spans import Span
 class BatchedPass:
     """The tokens of chunks in batches, through the family's own layers and a cache that speaks Transformers' terms."""
 
-    def __init__(self, body: Body, shapes: CacheShapes, cache: PagedCache) -> None:
+    def __init__(self, body: Body, cache: PagedCache) -> None:
         self._body = body
-        self._shapes = shapes
         self._cache = cache
         weights = sum(each.nbytes for each in (*body.parameters(), *body.buffers()))
         # How many cached tokens are read in the time that reading the weights takes.
-        self._tokens_per_pass = weights / max(1, shapes.token_bytes(body.backbone.dtype))
+        self._tokens_per_pass = weights / max(1, cache.shapes.token_bytes(body.backbone.dtype))
 
     @torch.inference_mode()
     def __call__(self, chunks: Sequence[Chunk]) -> list[Tensor | Exception]:
@@ -78,7 +76,7 @@ class BatchedPass:
             new = slice(start, start + step)
             columns = _columns(batch, new)
             if cache is None:
-                cache = BatchCache(self._cache, self._shapes, columns, segment, num_blocks)
+                cache = BatchCache(self._cache, columns, segment, num_blocks)
             cache.columns = columns
             output_GTD = self._body.forward_batch(
                 torch.cat([each.hidden_BTD[:, new] for each in batch]),
@@ -98,9 +96,9 @@ class BatchedPass:
         return cache
 
 
-def pass_over(body: Body, shapes: CacheShapes, cache: PagedCache) -> Pass:
+def pass_over(body: Body, cache: PagedCache) -> Pass:
     """How a body computes chunks: packed if its family can, in batches otherwise."""
-    return PackedPass(body, cache) if body.family.packable else BatchedPass(body, shapes, cache)
+    return PackedPass(body, cache) if body.family.packable else BatchedPass(body, cache)
 
 
 class _Flow:
@@ -108,14 +106,11 @@ class _Flow:
 
     def __init__(self, chunk: Chunk, body: Body) -> None:
         device = body.backbone.device
-        batch_size, num_tokens, _ = chunk.hidden_BTD.shape
-        index_T = torch.arange(chunk.num_computed_tokens, chunk.num_computed_tokens + num_tokens)
-        positions_BT = index_T.expand(batch_size, -1) if chunk.positions_BT is None else chunk.positions_BT
         self.chunk = chunk
         self.num_computed = chunk.num_computed_tokens
         self.hidden_BTD = chunk.hidden_BTD.to(device, body.backbone.dtype)
-        self.positions_BT = positions_BT.to(device)
-        self.slots_BS = token_slots(chunk.pages, self.num_computed + num_tokens).to(device)
+        self.positions_BT = chunk.new_positions.to(device)
+        self.slots_BS = _token_slots(chunk.pages, self.num_computed + chunk.hidden_BTD.shape[1]).to(device)
         self.new_slots_BT = self.slots_BS[:, self.num_computed :]
 
     def regimes(self, family: Family) -> tuple[int, ...]:
@@ -132,7 +127,7 @@ class _Flow:
         return self.hidden_BTD.shape[1] == 1 and self.num_computed > 0
 
 
-def token_slots(pages: Sequence[Sequence[int]], num_tokens: int) -> Tensor:
+def _token_slots(pages: Sequence[Sequence[int]], num_tokens: int) -> Tensor:
     """The slots [B, S] of the first tokens of sequences that have as many pages each."""
     first_B1 = torch.tensor([list(each) for each in pages])[:, :, None] * PAGE_TOKENS
     return (first_B1 + torch.arange(PAGE_TOKENS)).flatten(1)[:, :num_tokens]

@@ -77,10 +77,6 @@ class CacheShapes:
         """Bytes of all states of a sequence."""
         return sum(shape.nbytes for shape in self.states.values())
 
-    def state_pages(self, page_bytes: int) -> int:
-        """How many pages the states of a sequence count as: as many as take no less memory; 0 without states."""
-        return -(-self.state_bytes // page_bytes)
-
 
 @torch.inference_mode()
 def cache_shapes(body: Body) -> CacheShapes:

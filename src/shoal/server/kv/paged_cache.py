@@ -98,6 +98,7 @@ class PagedCache:
                 for block, shape in shapes.tokens.items()
             }
 
+        self.shapes = shapes
         self._device = device
         self._keys = pages(lambda shape: shape.key_size)
         self._values = pages(lambda shape: shape.value_size)
@@ -108,7 +109,7 @@ class PagedCache:
         }
         self._outputs = Pages(num_pages, (backbone.config.hidden_size,), dtype, device)
         cached_dtype = torch.int8 if kind is Int8Pages else dtype
-        self.state_pages = shapes.state_pages(page_bytes(shapes, cached_dtype, backbone))
+        self.state_pages = state_pages(shapes, cached_dtype, backbone)
         self.states = States(shapes.states, num_slots(num_pages, self.state_pages), device)
 
     def write(self, block: int, slots_T: Tensor, keys_TJK: Tensor, values_TJK: Tensor) -> None:
@@ -179,7 +180,15 @@ class PagedCache:
                 self.states.clear(growth.new_slots)
 
 
-def page_bytes(shapes: CacheShapes, dtype: torch.dtype, backbone: PreTrainedModel) -> int:
-    """The bytes of a page: of keys and values in this dtype, and of outputs."""
-    outputs: int = backbone.config.hidden_size * backbone.dtype.itemsize
-    return PAGE_TOKENS * (shapes.token_bytes(dtype) + outputs)
+def output_bytes(backbone: PreTrainedModel) -> int:
+    """The bytes of the outputs that the cache holds for a token."""
+    return int(backbone.config.hidden_size * backbone.dtype.itemsize)
+
+
+def state_pages(shapes: CacheShapes, dtype: torch.dtype, backbone: PreTrainedModel) -> int:
+    """How many pages the states of a sequence count as, with keys and values in this dtype: 0 without states.
+
+    As many as take no less memory.
+    """
+    page_bytes = PAGE_TOKENS * (shapes.token_bytes(dtype) + output_bytes(backbone))
+    return -(-shapes.state_bytes // page_bytes)

@@ -121,10 +121,6 @@ class States:
             for name, shape in shapes.items()
         }
 
-    def names_of(self, block: int) -> list[StateName]:
-        """The states of a block."""
-        return [name for name in self._tensors if name.block == block]
-
     def read(self, name: StateName, slots: Sequence[int]) -> Tensor:
         """A copy of a state of several sequences, [G, ...]."""
         tensor = self._tensors[name]

@@ -36,7 +36,7 @@ from shoal.server.engine.engine import Engine
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor, alone
 from shoal.server.kv.batched_pass import pass_over
-from shoal.server.kv.cache_shapes import CacheShapes, cache_shapes
+from shoal.server.kv.cache_shapes import cache_shapes
 from shoal.server.kv.output_head import ServerHead, load_head
 from shoal.server.kv.paged_cache import Int8Pages, PagedCache, Pages
 from shoal.server.measured_speed import speed_key, speeds_in
@@ -62,11 +62,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """The memory of the cache, and what the blocks keep in it."""
+    """The memory of the cache."""
 
     num_pages: int
     pages: PagedCache
-    shapes: CacheShapes
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ async def make_engine(
 ) -> tuple[Engine, SpeedProfile]:
     """The engine of what is loaded, and how fast it is, which is measured if the `profile` is `None`."""
     body = weights.body
-    pass_of = pass_over(body, memory.shapes, memory.pages)
+    pass_of = pass_over(body, memory.pages)
     key = setup.key
     if profile is None:
         async with turn_of(compute.cpu_turns):
@@ -238,7 +237,7 @@ async def make_cache(config: ServerConfig, body: Body, executor: Executor, *, fr
     shapes = await executor.run(lambda: cache_shapes(body))
     num_pages = choose_num_pages(config, body, shapes, free_bytes)
     kind = Int8Pages if cache_dtype_of(config, body) == torch.int8 else Pages
-    return CacheMemory(num_pages, PagedCache(body, shapes, num_pages, kind=kind), shapes)
+    return CacheMemory(num_pages, PagedCache(body, shapes, num_pages, kind=kind))
 
 
 def make_validator(config: ServerConfig, setup: Setup, weights: Weights) -> RequestValidator:
