@@ -92,10 +92,9 @@ def test_sixteen_clients_do_not_notice_that_a_server_is_killed(gateway: Child, s
         found = whole.generate(ids, max_new_tokens=40, do_sample=True, temperature=0.8, top_k=0)
         return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
-    client = openai.AsyncOpenAI(base_url=gateway.facts["address"], api_key="secret", max_retries=0)
     begun = threading.Semaphore(0)
 
-    async def one(seed: int) -> str:
+    async def one(client: openai.AsyncOpenAI, seed: int) -> str:
         text = ""
         stream = await client.completions.create(
             model="stories", prompt=PROMPT, max_tokens=40, temperature=0.8, seed=seed, stream=True
@@ -106,7 +105,8 @@ def test_sixteen_clients_do_not_notice_that_a_server_is_killed(gateway: Child, s
         return text
 
     async def everybody() -> list[str]:
-        return await asyncio.gather(*(one(seed) for seed in range(16)))
+        async with openai.AsyncOpenAI(base_url=gateway.facts["address"], api_key="secret", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, seed) for seed in range(16)))
 
     def kill() -> None:
         for _ in range(16 * 5):

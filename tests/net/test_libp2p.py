@@ -33,6 +33,7 @@ from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.census.levels import Shard
 from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, ProtocolViolation
 from shoal.spans import Span
+from shoal.testing.shaped_servers import wait_until_stopped
 
 from .. import server_infos
 
@@ -424,6 +425,7 @@ def silence(*nodes: Node) -> Iterator[None]:
     assert len(silenced) == len(nodes)
     for process in silenced:
         process.suspend()
+        wait_until_stopped(process)
     try:
         yield
     finally:

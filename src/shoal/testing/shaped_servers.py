@@ -24,7 +24,7 @@ START_SECONDS = 180.0
 END_SECONDS = 60.0
 """How long a server may take to end after SIGTERM, and its daemon after the server was killed."""
 POLL_STOPPED_SECONDS = 0.001
-"""The interval in which `hang` checks whether the process has been stopped."""
+"""The interval in which `wait_until_stopped` looks: the system tells no one but the parent of a process."""
 
 # A stopped process cannot notice that its owner has ended. This shell can: it resumes the process when its stdin ends.
 _HANG = 'kill -STOP "$1"; echo; read -r _; kill -CONT "$1" 2>/dev/null'
@@ -132,9 +132,7 @@ class ShapedServer:
             )
             assert self._stopper.stdout is not None
             self._stopper.stdout.readline()
-            process = psutil.Process(self.process.pid)
-            while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-                time.sleep(POLL_STOPPED_SECONDS)
+            wait_until_stopped(psutil.Process(self.process.pid))
 
     def resume(self) -> None:
         """Let it continue after `hang`."""
@@ -270,3 +268,9 @@ def _free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def wait_until_stopped(process: psutil.Process) -> None:
+    """Wait until this process obeys SIGSTOP: other threads run on until its main thread has had a turn."""
+    while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+        time.sleep(POLL_STOPPED_SECONDS)
