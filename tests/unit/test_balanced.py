@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.peers import Capacity, ServerInfo
-from shoal.policy.routing.balanced import BUSY_REQUESTS, FACTOR, saturated_speeds, shares
+from shoal.policy.routing.balanced import BUSY_REQUESTS, FACTORS, QUEUES, factor, saturated_speeds, shares
 from shoal.policy.routing.costs import Costs
 from shoal.policy.routing.lattice import lattice_of
 from shoal.policy.routing.route import Measured, Needs, Route, choose_route, price_route
@@ -59,7 +59,17 @@ def test_no_route_is_expected_to_take_longer_than_the_factor_allows(
     assert [block for hop in found.hops for block in hop.span] == list(span)
     assert all(hop.server in view.holders(hop.span)[0] for hop in found.hops)
     assert not needs.head or found.hops[-1].server.head
-    assert best.seconds - 1e-9 <= found.seconds <= FACTOR * best.seconds + 1e-9
+    assert best.seconds - 1e-9 <= found.seconds <= factor(view.servers, Costs(needs, known)) * best.seconds + 1e-9
+
+
+def test_the_longer_the_queues_are_the_longer_a_route_may_be():
+    view = SwarmView(4, tuple(server(f"s{index}", "0:4", 10) for index in range(3)))
+    found = [factor(busy(view, queue_length=length).servers, Costs(RING, NOTHING)) for length in (0, 8, 16, 32, 999)]
+    assert QUEUES == (8, 32)
+    least, most = FACTORS
+    assert found == pytest.approx([least, least, (least + most) / 2, most, most])
+    one_is_full = (replace(view.servers[0], queue_length=48), *view.servers[1:])
+    assert factor(one_is_full, Costs(RING, NOTHING)) == pytest.approx((least + most) / 2)
 
 
 @given(swarms(), knowledge(), st.integers(0, 99))
@@ -118,7 +128,7 @@ def test_a_queue_that_is_long_at_one_moment_moves_no_load_within_the_budget():
     known = Measured({"one": 1.0, "other": 1.0})
     uneven = work(routes(SwarmView(4, (replace(one, queue_length=11), other)), 300, known=known))
     assert uneven["one"] == pytest.approx(2.0, abs=0.3)
-    too_long = work(routes(SwarmView(4, (replace(one, queue_length=99), other)), 300, known=known))
+    too_long = work(routes(SwarmView(4, (replace(one, queue_length=999), other)), 300, known=known))
     assert too_long["one"] == 0
 
 

@@ -12,13 +12,15 @@ clients see the same old ones, and all go where queues were short. So each clien
    server for as long as the shares allow (a maximal coupling of the shares of neighboring blocks): servers then
    compute whole spans, and steps make few hops.
 3. *A budget.* From each server and block, the fastest way to the end is known. The walk only takes turns after which
-   the whole route still takes at most `FACTOR` times as long as the fastest; each server of it may use up its part.
+   the whole route still takes at most `factor` times as long as the fastest; each server of it may use up its part.
+   The longer the queues are, the more even loads gain over short ways, and the larger the factor is.
 """
 
 # S servers of the span, N its blocks, H holders of a block, F senders worth leaving, T receivers worth entering
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,8 +36,10 @@ from shoal.spans import Span
 if TYPE_CHECKING:
     import random
 
-FACTOR = 1.5
-"""How many times as long as the fastest route a step may be expected to take."""
+FACTORS = (1.5, 2.5)
+"""How many times as long as the fastest route a step may be expected to take, with short and with long queues."""
+QUEUES = (8.0, 32.0)
+"""The mean requests that wait on a server from which on queues are not short, and are long."""
 BUSY_REQUESTS = 1.5
 """A server is busy if more requests than this wait there: one may be this client's own."""
 BUSY_PART = 1 / 8
@@ -77,12 +81,27 @@ def balanced(
         may=with_room if full else list,
     )
     left = _seconds_left(ways)
-    return ways.hops(_walk(ways, left, shares(ways, saturated_speeds(ways.servers, costs)), rng))
+    slack = (factor(_in_span(view, span), costs) - 1) * float((ways.first_S + ways.entry_S + left[0]).min())
+    return ways.hops(_walk(ways, left, shares(ways, saturated_speeds(ways.servers, costs)), slack, rng))
+
+
+def factor(servers: Sequence[ServerInfo], costs: Costs) -> float:
+    """How many times as long as the fastest route another one may be expected to take.
+
+    `servers`: those that hold some of the blocks, of which there must be one.
+    """
+    queue = sum(costs.waiting(server) for server in servers) / len(servers)
+    (short, long), (least, most) = QUEUES, FACTORS
+    return least + (most - least) * math.log(min(max(queue, short), long) / short) / math.log(long / short)
 
 
 def _many_are_busy(view: SwarmView, span: Span, costs: Costs) -> bool:
-    servers = [server for server in view.servers if server.span.start < span.end and span.start < server.span.end]
+    servers = _in_span(view, span)
     return sum(_is_busy(server, costs) for server in servers) >= max(1.0, BUSY_PART * len(servers))
+
+
+def _in_span(view: SwarmView, span: Span) -> list[ServerInfo]:
+    return [server for server in view.servers if server.span.start < span.end and span.start < server.span.end]
 
 
 def _is_busy(server: ServerInfo, costs: Costs) -> bool:
@@ -155,11 +174,10 @@ def _seconds_left(ways: Lattice) -> Array:
     return left_NS
 
 
-def _walk(ways: Lattice, left_NS: Array, share_NS: Array, rng: random.Random) -> list[int]:
-    """The server that computes each block: drawn by the shares, within the budget."""
+def _walk(ways: Lattice, left_NS: Array, share_NS: Array, slack: float, rng: random.Random) -> list[int]:
+    """The server that computes each block: drawn by the shares, on a route that loses `slack` seconds at most."""
     num_blocks = len(ways.holders)
     total_S = ways.first_S + ways.entry_S + left_NS[0]
-    slack = (FACTOR - 1) * float(total_S.min())
     part_S = np.array([min(server.span.end, ways.span.end) - ways.span.start for server in ways.servers]) / num_blocks
     chosen: list[int] = []
     used, allowed = 0.0, 0.0  # of the slack
