@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shoal.bundled import STORIES
 from shoal.cli.terminal.console import tokens_per_second
 from shoal.processes import Child, Children
+from shoal.testing.preloaded import PreloadedProcess
 
 from .conftest import DECODE_SPEED
 
@@ -42,7 +43,7 @@ def ready(children: Children, *wanted: Child) -> None:
 
 def serve(children: Children, name: str, *arguments: str) -> Child:
     options = ("--name", name, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096")
-    return children.start(name, "serve", str(STORIES), *options, *arguments)
+    return children.start(name, "serve", str(STORIES), *options, *arguments, launch=PreloadedProcess)
 
 
 @pytest.fixture(scope="module")

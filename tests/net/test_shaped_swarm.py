@@ -25,7 +25,7 @@ OPTIONS = ("--dtype", "float32", "--cache-tokens", "2048")
 
 @pytest.fixture(scope="module")
 def swarm() -> Iterator[ShapedSwarm]:
-    with shaped_swarm(STORIES, ["0:6", "6:12", "6:12"], options=OPTIONS) as swarm:
+    with shaped_swarm(STORIES, ["0:6", "6:12", "6:12"], options=OPTIONS, preloaded=True) as swarm:
         yield swarm
 
 

@@ -12,6 +12,7 @@ import pytest
 from shoal.bundled import STORIES
 from shoal.processes import Child, Children
 from shoal.protocol import PROTOCOL_VERSION
+from shoal.testing.preloaded import PreloadedProcess
 
 SECONDS = 120.0
 """The limit for a wait. A test that reaches it fails."""
@@ -45,7 +46,7 @@ def errors(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
 def bootstrap() -> Iterator[Child]:
     """A bootstrap peer of this version. It takes no streams, and serves both."""
     with Children() as children:
-        peer = children.start("bootstrap", "dht", "--host", "127.0.0.1")
+        peer = children.start("bootstrap", "dht", "--host", "127.0.0.1", launch=PreloadedProcess)
         for _ in children.wait_for([peer], seconds=SECONDS):
             pass
         yield peer
@@ -116,7 +117,7 @@ def test_a_server_of_this_version_takes_the_blocks_that_only_the_other_version_h
     peers = ("--initial-peers", bootstrap.facts["address"])
     options = ("--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--name", "old")
     with Children() as children:
-        server = children.start("old", "serve", str(STORIES), *options, *peers)
+        server = children.start("old", "serve", str(STORIES), *options, *peers, launch=PreloadedProcess)
         for _ in children.wait_for([server], seconds=SECONDS):
             pass
         assert (server.facts["blocks"], server.facts["because"]) == ("0:12", "blocks 0:12 have no server")

@@ -14,6 +14,7 @@ as libp2p wants of hosts that are to be told apart. All homes have 192.168.1.0/2
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import socket
@@ -34,12 +35,14 @@ from shoal.testing.namespaces.system import (
     call,
     configure,
     connect,
+    enter,
     entering,
     missing_for_namespaces,
     remove,
     remove_leftovers,
     socket_in,
 )
+from shoal.testing.preloaded import PreloadedProcess
 
 GRACE_SECONDS = 10.0
 """How long processes have to end by themselves."""
@@ -89,13 +92,15 @@ class Host:
         self._namespace = namespace
         self._cable = cable
         self._environment: dict[str, str] = {"SHOAL_CACHE": str(net.folder / name / "cache")}
+        self._clock_is_off = False
 
     def start(self, *arguments: str) -> Child:
         """Start `shoal` with these arguments. It ends with the internet. What it prints becomes its `facts`."""
         name = f"{self.name}-{arguments[0]}-{len(self._net.children.running)}"
-        return self._net.children.start(
-            name, *arguments, within=entering(self._namespace), environment=self._environment
-        )
+        start = functools.partial(self._net.children.start, name, *arguments, environment=self._environment)
+        if self._net.preloaded and not self._clock_is_off:  # what is forked has its clock already
+            return start(launch=functools.partial(PreloadedProcess, prepare=functools.partial(enter, self._namespace)))
+        return start(within=entering(self._namespace))
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a program here until it ends, and return its status and what it printed."""
@@ -150,6 +155,7 @@ class Host:
 
     def set_clock(self, seconds: float) -> None:
         """Let the clock of Python programs that start here from now on be ahead by this many seconds, or behind."""
+        self._clock_is_off = True
         folder = self._net.folder / self.name / f"clock{round(seconds)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sitecustomize.py").write_text(_CLOCK.format(seconds=round(seconds)))
@@ -208,11 +214,13 @@ class Home:
 class Internet:
     """A context with hosts and homes. When it is left, all that was started in it has ended, and all is removed.
 
-    `versions`: of IP, 4 or 6 or both, for hosts outside of homes; homes have 4. Raises `UserError` on a machine that
-    cannot do it.
+    `versions`: of IP, 4 or 6 or both, for hosts outside of homes; homes have 4. `preloaded`: hosts `start` forks of one
+    process that has imported PyTorch, which takes less time; a host whose clock is off still starts Python. Raises
+    `UserError` on a machine that cannot do it.
     """
 
-    def __init__(self, versions: Sequence[int] = (4,)) -> None:
+    def __init__(self, versions: Sequence[int] = (4,), *, preloaded: bool = False) -> None:
+        self.preloaded = preloaded
         self._versions = tuple(versions)
         self._num_sites = 0
         self._namespaces: list[str] = []
