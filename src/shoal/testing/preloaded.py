@@ -16,7 +16,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
 
-PRELOADED = ("torch", "shoal.cli.serve", "shoal.server.server", "shoal.net.libp2p", "peft", "bitsandbytes")
+PRELOADED = (
+    *("torch", "shoal.cli.serve", "shoal.server.server", "peft", "bitsandbytes"),
+    *("shoal.net.libp2p.libp2p_transport", "shoal.net.libp2p.hash_table.dht_directory"),
+    *("shoal.net.libp2p.duplicate_identity", __name__),
+)
 """What `shoal serve` imports. These are names: the modules are imported in the process that is forked only."""
 
 

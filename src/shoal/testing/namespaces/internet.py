@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Self
 
 from shoal.errors import UserError
-from shoal.processes import Child, Children
+from shoal.processes import Child, Children, Process
 from shoal.testing.namespaces.nat import Nat, rules
 from shoal.testing.namespaces.system import (
     add,
@@ -98,9 +98,16 @@ class Host:
         """Start `shoal` with these arguments. It ends with the internet. What it prints becomes its `facts`."""
         name = f"{self.name}-{arguments[0]}-{len(self._net.children.running)}"
         start = functools.partial(self._net.children.start, name, *arguments, environment=self._environment)
-        if self._net.preloaded and not self._clock_is_off:  # what is forked has its clock already
-            return start(launch=functools.partial(PreloadedProcess, prepare=functools.partial(enter, self._namespace)))
+        if self._forks:
+            return start(launch=self._fork)
         return start(within=entering(self._namespace))
+
+    @property
+    def _forks(self) -> bool:
+        return self._net.preloaded and not self._clock_is_off  # what is forked has its clock already
+
+    def _fork(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> PreloadedProcess:
+        return PreloadedProcess(arguments, environment, log, prepare=functools.partial(enter, self._namespace))
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a program here until it ends, and return its status and what it printed."""
@@ -118,13 +125,22 @@ class Host:
         return self.run(sys.executable, "-m", "shoal", *arguments)
 
     @contextlib.contextmanager
-    def running(self, *command: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-        """A program that runs here while the context lasts: the process, whose output is a pipe, and the log of it."""
+    def running(self, *arguments: str) -> Iterator[tuple[Process, Path]]:
+        """`shoal` runs here while the context lasts: the process, whose output is a pipe, and the log of it."""
         log = self._net.folder / f"{self.name}-{next(_numbers)}.log"
+        if self._forks:
+            fork = self._fork(arguments, self.environment, log)
+            with fork.stdin, fork.stdout:
+                try:
+                    yield fork, log
+                finally:
+                    fork.kill()
+                    fork.wait()
+            return
         with (
             log.open("w") as file,
-            subprocess.Popen(  # noqa: S603 - the caller's command
-                [*entering(self._namespace), *command],
+            subprocess.Popen(  # noqa: S603 - our own program
+                [*entering(self._namespace), sys.executable, "-m", "shoal", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -214,9 +230,9 @@ class Home:
 class Internet:
     """A context with hosts and homes. When it is left, all that was started in it has ended, and all is removed.
 
-    `versions`: of IP, 4 or 6 or both, for hosts outside of homes; homes have 4. `preloaded`: hosts `start` forks of one
-    process that has imported PyTorch, which takes less time; a host whose clock is off still starts Python. Raises
-    `UserError` on a machine that cannot do it.
+    `versions`: of IP, 4 or 6 or both, for hosts outside of homes; homes have 4. `preloaded`: what hosts start and have
+    running are forks of one process that has imported PyTorch, which takes less time; a host whose clock is off runs
+    Python. Raises `UserError` on a machine that cannot do it.
     """
 
     def __init__(self, versions: Sequence[int] = (4,), *, preloaded: bool = False) -> None:
