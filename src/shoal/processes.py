@@ -93,7 +93,6 @@ class Children:
     processes share the cores: a second thread would often only spin while it waits for a busy core. With
     `shares_stderr`, what they report appears where this process reports; otherwise it goes into their logs only.
     `tell` is called with each line that a child reports, in place of that, from a thread of each child.
-    `launch` starts them in another way than by running Python.
     """
 
     def __init__(
@@ -103,14 +102,12 @@ class Children:
         grace_seconds: float = GRACE_SECONDS,
         shares_stderr: bool = False,
         tell: Tell | None = None,
-        launch: Launch | None = None,
     ) -> None:
         self.running: list[Child] = []
         self._num_threads = num_threads
         self._grace_seconds = grace_seconds
         self._shares_stderr = shares_stderr
         self._tell = tell
-        self._launch = launch
         self._changed = threading.Condition()
 
     def __enter__(self) -> Self:
@@ -119,12 +116,19 @@ class Children:
         return self
 
     def start(
-        self, name: str, *arguments: str, within: Sequence[str] = (), environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        *arguments: str,
+        within: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        launch: Launch | None = None,
     ) -> Child:
         """Start `shoal` with these arguments. `name` is for messages and the log file.
 
         `within`: words before the command, of a program that becomes it, such as `nsenter`. `environment`: variables
         that it has beside those of this process. Secrets belong there: all users of a machine can read the arguments.
+        `launch` starts it in another way than by running Python. Then there is no command for words to be before, and
+        what it reports goes into its log only.
         """
         environment = {**os.environ, "NO_COLOR": "1", **(environment or {})}
         for each in ("SHOAL_INITIAL_PEERS", "NOTIFY_SOCKET"):  # these are for this process
@@ -133,8 +137,11 @@ class Children:
             environment["OMP_NUM_THREADS"] = str(self._num_threads)
         log = self.folder / f"{name}.log"
         arguments = (*arguments, "--exit-with-stdin")
-        if self._launch is not None:
-            process = self._launch(arguments, environment, log)
+        if launch is not None:
+            assert not within
+            assert self._tell is None
+            assert not self._shares_stderr
+            process = launch(arguments, environment, log)
         else:
             process = self._run([*within, sys.executable, "-m", "shoal", *arguments], environment, log)
         child = Child(name, process, log)

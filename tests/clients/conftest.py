@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from shoal.processes import Child, Children
+from shoal.testing.preloaded import PreloadedProcess
 from tests.known_speed import know_speed
 
 from .installed import CLIENTS, SECONDS, SMOLLM2
@@ -31,11 +33,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, Children() as children:
         patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
         know_speed(SMOLLM2, num_blocks=15, decode_speed=60.0)
-        first = children.start("first", "serve", str(SMOLLM2), *options, "--new-swarm", "--blocks", "0:15")
+        start = functools.partial(children.start, launch=PreloadedProcess)
+        first = start("first", "serve", str(SMOLLM2), *options, "--new-swarm", "--blocks", "0:15")
         ready(first)
         peers = ("--initial-peers", first.facts["address"])
-        second = children.start("second", "serve", str(SMOLLM2), *options, *peers, "--blocks", "15:30")
-        gateway = children.start("gateway", "gateway", str(SMOLLM2), *peers, "--port", "0", "--api-key", KEY)
+        second = start("second", "serve", str(SMOLLM2), *options, *peers, "--blocks", "15:30")
+        gateway = start("gateway", "gateway", str(SMOLLM2), *peers, "--port", "0", "--api-key", KEY)
         ready(second, gateway)
         yield gateway.facts["address"]
 

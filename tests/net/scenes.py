@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ import pytest
 from shoal.bundled import STORIES
 from shoal.errors import ShoalError
 from shoal.joining.invite_code import InviteCode
-from shoal.processes import Child
+from shoal.processes import Child, Process
 from shoal.testing.namespaces import Home, Host, Internet, Nat
 from tests.known_speed import know_speed
 
@@ -60,7 +59,7 @@ def expected_story() -> str:
 class Telling:
     """A client in the middle of a story, and its log."""
 
-    process: subprocess.Popen[str]
+    process: Process
     log: Path
 
     @property
@@ -122,7 +121,7 @@ class Stage:
 
     def tell(self, host: Host, code: str, *, middle: Callable[[Telling], None] = lambda telling: None) -> None:
         """Have a story told on a host, which must be the right one. `middle` is called in the middle of it."""
-        command = (sys.executable, "-m", "shoal", "generate", code, PROMPT, "--max-new-tokens", str(NUM_TOKENS))
+        command = ("generate", code, PROMPT, "--max-new-tokens", str(NUM_TOKENS))
         with host.running(*command, "--verbose", "--patience", str(PATIENCE_SECONDS)) as (process, log):
             assert process.stdout is not None
             story = process.stdout.read(20)
@@ -163,7 +162,7 @@ def last_line(log: Path) -> str:
 @contextmanager
 def stage(speeds: Path, versions: Sequence[int] = (4,)) -> Iterator[Stage]:
     """An empty stage. `speeds`: a cache that knows how fast this machine computes."""
-    with Internet(versions) as net:
+    with Internet(versions, preloaded=True) as net:
         yield Stage(net, speeds)
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
-import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
-from shoal.cli import run
 from shoal.joining.invite_code import InviteCode
 from shoal.net.addressing.addresses import port_of
 from shoal.processes import Child, Children
@@ -32,48 +26,9 @@ SECONDS = 120.0
 """The limit for a wait. A test that reaches it fails."""
 
 
-@dataclass
-class Done:
-    """The exit status and the output of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the output has no traceback, no color and no message of a library."""
-        return not any(word in self.out + self.err for word in ("Traceback", "\x1b", "Warning", "it/s"))
-
-
-Shoal = Callable[..., Done]
-
-
 def without_progress(err: str) -> list[str]:
     """The lines of stderr that are not about progress."""
     return [line for line in err.splitlines() if " INFO shoal.progress: " not in line]
-
-
-@pytest.fixture
-def shoal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Shoal]:
-    """Run a command that ends by itself. It runs in this process, where the slow imports are done."""
-    logger = logging.getLogger("shoal")
-    before = logger.handlers, logger.level, logger.propagate
-
-    def shoal(*arguments: str, stdin: str = "") -> Done:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        code = run(arguments)
-        out, err = capsys.readouterr()
-        return Done(code, out, err)
-
-    yield shoal
-    logger.handlers, logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
 
 
 @pytest.fixture(scope="module")

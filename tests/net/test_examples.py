@@ -16,6 +16,7 @@ from matplotlib.image import imread
 
 from shoal.bundled import STORIES
 from shoal.processes import Children
+from shoal.testing.preloaded import PreloadedProcess
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SECONDS = 300.0
@@ -48,12 +49,14 @@ def peers() -> Iterator[str]:
     """The address of a swarm that serves the bundled model in two halves."""
     with Children() as children:
         options = ("--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096")
-        first = children.start("first", "serve", str(STORIES), "--new-swarm", "--blocks", "0:6", *options)
+        first = children.start(
+            "first", "serve", str(STORIES), "--new-swarm", "--blocks", "0:6", *options, launch=PreloadedProcess
+        )
         for _ in children.wait_for([first], seconds=SECONDS):
             pass
         address = first.facts["address"]
         joining = ("--initial-peers", address, "--blocks", "6:12")
-        second = children.start("second", "serve", str(STORIES), *joining, *options)
+        second = children.start("second", "serve", str(STORIES), *joining, *options, launch=PreloadedProcess)
         for _ in children.wait_for([second], seconds=SECONDS):
             pass
         yield address

@@ -27,7 +27,7 @@ NUM_TOKENS = 8
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShapedSwarm]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        with shaped_swarm(STORIES, ["0:6", "6:12", "0:6", "6:12"], options=OPTIONS) as swarm:
+        with shaped_swarm(STORIES, ["0:6", "6:12", "0:6", "6:12"], options=OPTIONS, preloaded=True) as swarm:
             yield swarm
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shoal.bundled import STORIES
 from shoal.cli.terminal.console import tokens_per_second
 from shoal.processes import Child, Children
+from shoal.testing.preloaded import PreloadedProcess
 
-from .conftest import DECODE_SPEED
+from .conftest import DECODE_SPEED, Shoal
 
 PROMPT = "Once upon a time"
 SECONDS = 120.0
@@ -42,7 +40,7 @@ def ready(children: Children, *wanted: Child) -> None:
 
 def serve(children: Children, name: str, *arguments: str) -> Child:
     options = ("--name", name, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096")
-    return children.start(name, "serve", str(STORIES), *options, *arguments)
+    return children.start(name, "serve", str(STORIES), *options, *arguments, launch=PreloadedProcess)
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +136,13 @@ def test_a_model_and_its_adapter_answer_by_their_names(gateway: Child, adapter: 
     assert [each.choices[0].text for each in answers] == [plain, tuned]
 
 
-def test_a_port_that_is_taken_and_a_key_that_is_missing(gateway: Child):
+def test_a_port_that_is_taken_and_a_key_that_is_missing(shoal: Shoal, gateway: Child):
     port = gateway.facts["page"].rpartition(":")[2]
     peer = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJYNkje4A81dCjUgiMHgx3yADscBJ342g4EJfdWdgf4Mj"
-    done = subprocess.run(
-        [sys.executable, "-m", "shoal", "gateway", str(STORIES), "--initial-peers", peer, "--port", port],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env={**os.environ, "NO_COLOR": "1"},
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: port {port} of 127.0.0.1 cannot be used")
-    assert "--port" in done.stderr
+    done = shoal("gateway", str(STORIES), "--initial-peers", peer, "--port", port)
+    assert done.code == 1
+    assert done.err.startswith(f"error: port {port} of 127.0.0.1 cannot be used")
+    assert "--port" in done.err
     assert httpx.get(f"{gateway.facts['address']}/models").status_code == 401
 
 

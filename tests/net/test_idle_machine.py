@@ -12,6 +12,7 @@ import pytest
 
 from shoal.bundled import STORIES
 from shoal.processes import Child, Children
+from shoal.testing.preloaded import PreloadedProcess
 
 from .watched_command import SECONDS, WatchedCommand
 
@@ -41,7 +42,7 @@ def founder(cache: Path) -> Iterator[Child]:
     """A server of another machine, by which the one under test joins."""
     with Children(grace_seconds=SECONDS) as children:
         arguments = ("--new-swarm", "--host", "127.0.0.1", "--dtype", "float32", "--blocks", "0:6")
-        child = children.start("founder", "serve", str(STORIES), *arguments)
+        child = children.start("founder", "serve", str(STORIES), *arguments, launch=PreloadedProcess)
         for _ in children.wait_for([child], seconds=SECONDS):
             pass
         yield child

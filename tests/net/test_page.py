@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
 from shoal.processes import Child, Children
+from shoal.testing.preloaded import PreloadedProcess
 
 from .browser import SECONDS, chromium, clean_page
 
@@ -38,13 +39,17 @@ def servers(children: Children) -> dict[str, Child]:
 
     def start(name: str, *arguments: str) -> Child:
         options = ("--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--cache-tokens", "4096")
-        return children.start(name, "serve", str(STORIES), "--name", name, *options, *arguments)
+        return children.start(
+            name, "serve", str(STORIES), "--name", name, *options, *arguments, launch=PreloadedProcess
+        )
 
     first = start("attic", "--new-swarm", "--blocks", "0:6")
     ready(children, first)
     peers = ("--initial-peers", first.facts["address"])
     found = {"attic": first} | {name: start(name, *peers, "--blocks", "6:12") for name in ("desk", "lab")}
-    found["gateway"] = children.start("gateway", "gateway", str(STORIES), *peers, "--port", "0")
+    found["gateway"] = children.start(
+        "gateway", "gateway", str(STORIES), *peers, "--port", "0", launch=PreloadedProcess
+    )
     ready(children, *found.values())
     return found
 

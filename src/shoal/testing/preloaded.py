@@ -11,25 +11,39 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
 
-PRELOADED = ("torch", "shoal.cli.serve", "shoal.server.server", "shoal.net.libp2p", "peft", "bitsandbytes")
+PRELOADED = (
+    *("torch", "shoal.cli.serve", "shoal.server.server", "peft", "bitsandbytes"),
+    *("shoal.net.libp2p.libp2p_transport", "shoal.net.libp2p.hash_table.dht_directory"),
+    *("shoal.net.libp2p.duplicate_identity", __name__),
+)
 """What `shoal serve` imports. These are names: the modules are imported in the process that is forked only."""
 
 
 class PreloadedProcess:
-    """A process with the methods of `subprocess.Popen` that `shoal.processes` needs."""
+    """A process with the methods of `subprocess.Popen` that `shoal.processes` needs.
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    It calls `prepare` before all else, which is sent to it: a module must have the function.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        *,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED])
         its_stdin, stdin = context.Pipe(duplex=False)
         stdout, its_stdout = context.Pipe(duplex=False)
         self._process = context.Process(
-            target=_become_shoal, args=([*arguments], {**environment}, its_stdin, its_stdout, str(log))
+            target=_become_shoal, args=([*arguments], {**environment}, its_stdin, its_stdout, str(log), prepare)
         )
         self._process.start()
         its_stdin.close()
@@ -72,10 +86,17 @@ class PreloadedProcess:
 
 
 def _become_shoal(
-    arguments: list[str], environment: dict[str, str], stdin: Connection, stdout: Connection, log: str
+    arguments: list[str],
+    environment: dict[str, str],
+    stdin: Connection,
+    stdout: Connection,
+    log: str,
+    prepare: Callable[[], None] | None,
 ) -> None:
     """In the fork: what the system does for a program that is started, and then `shoal`."""
     os.setsid()
+    if prepare is not None:
+        prepare()
     os.dup2(stdin.fileno(), 0)
     os.dup2(stdout.fileno(), 1)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from shoal.processes import Child, Children, Process
+from shoal.processes import Child, Children, Launch, Process
 from shoal.testing.churn import Act
 from shoal.testing.link import Link
 from shoal.testing.preloaded import PreloadedProcess
@@ -87,6 +87,7 @@ class ShapedServer:
             *("--announce", f"/ip4/{HOST}/tcp/{self._proxy_port}", "--identity", str(children.folder / self.name)),
             *self._swarm.join_options(self),
             *self._options,
+            launch=self._swarm.launch,
         )
 
     def wait_until_ready(self) -> None:
@@ -182,10 +183,11 @@ class ShapedServer:
 class ShapedSwarm:
     """Servers on this machine, and the proxies between them. `shaped_swarm` makes it."""
 
-    def __init__(self, model: str, children: Children, proxies: ProxyProcess) -> None:
+    def __init__(self, model: str, children: Children, proxies: ProxyProcess, launch: Launch | None) -> None:
         self.model = model
         self.children = children
         self.proxies = proxies
+        self.launch = launch
         self.servers: list[ShapedServer] = []
 
     @property
@@ -242,10 +244,9 @@ def shaped_swarm(
     to PyTorch. `preloaded` servers are forks of one process that has imported PyTorch: where there are many, they start
     several times as fast.
     """
-    launch = PreloadedProcess if preloaded else None
     links = [link] * len(spans) if link is None or isinstance(link, Link) else link
-    with ProxyProcess() as proxies, Children(num_threads=num_threads, launch=launch) as children:
-        swarm = ShapedSwarm(str(model), children, proxies)
+    with ProxyProcess() as proxies, Children(num_threads=num_threads) as children:
+        swarm = ShapedSwarm(str(model), children, proxies, PreloadedProcess if preloaded else None)
         try:
             for span, its_link in zip(spans, links, strict=True):
                 own = last_options if len(swarm.servers) == len(spans) - 1 else ()

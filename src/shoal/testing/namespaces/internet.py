@@ -14,6 +14,7 @@ as libp2p wants of hosts that are to be told apart. All homes have 192.168.1.0/2
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import socket
@@ -27,19 +28,21 @@ from types import TracebackType
 from typing import Self
 
 from shoal.errors import UserError
-from shoal.processes import Child, Children
+from shoal.processes import Child, Children, Process
 from shoal.testing.namespaces.nat import Nat, rules
 from shoal.testing.namespaces.system import (
     add,
     call,
     configure,
     connect,
+    enter,
     entering,
     missing_for_namespaces,
     remove,
     remove_leftovers,
     socket_in,
 )
+from shoal.testing.preloaded import PreloadedProcess
 
 GRACE_SECONDS = 10.0
 """How long processes have to end by themselves."""
@@ -89,13 +92,22 @@ class Host:
         self._namespace = namespace
         self._cable = cable
         self._environment: dict[str, str] = {"SHOAL_CACHE": str(net.folder / name / "cache")}
+        self._clock_is_off = False
 
     def start(self, *arguments: str) -> Child:
         """Start `shoal` with these arguments. It ends with the internet. What it prints becomes its `facts`."""
         name = f"{self.name}-{arguments[0]}-{len(self._net.children.running)}"
-        return self._net.children.start(
-            name, *arguments, within=entering(self._namespace), environment=self._environment
-        )
+        start = functools.partial(self._net.children.start, name, *arguments, environment=self._environment)
+        if self._forks:
+            return start(launch=self._fork)
+        return start(within=entering(self._namespace))
+
+    @property
+    def _forks(self) -> bool:
+        return self._net.preloaded and not self._clock_is_off  # what is forked has its clock already
+
+    def _fork(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> PreloadedProcess:
+        return PreloadedProcess(arguments, environment, log, prepare=functools.partial(enter, self._namespace))
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a program here until it ends, and return its status and what it printed."""
@@ -113,13 +125,22 @@ class Host:
         return self.run(sys.executable, "-m", "shoal", *arguments)
 
     @contextlib.contextmanager
-    def running(self, *command: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-        """A program that runs here while the context lasts: the process, whose output is a pipe, and the log of it."""
+    def running(self, *arguments: str) -> Iterator[tuple[Process, Path]]:
+        """`shoal` runs here while the context lasts: the process, whose output is a pipe, and the log of it."""
         log = self._net.folder / f"{self.name}-{next(_numbers)}.log"
+        if self._forks:
+            fork = self._fork(arguments, self.environment, log)
+            with fork.stdin, fork.stdout:
+                try:
+                    yield fork, log
+                finally:
+                    fork.kill()
+                    fork.wait()
+            return
         with (
             log.open("w") as file,
-            subprocess.Popen(  # noqa: S603 - the caller's command
-                [*entering(self._namespace), *command],
+            subprocess.Popen(  # noqa: S603 - our own program
+                [*entering(self._namespace), sys.executable, "-m", "shoal", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -150,6 +171,7 @@ class Host:
 
     def set_clock(self, seconds: float) -> None:
         """Let the clock of Python programs that start here from now on be ahead by this many seconds, or behind."""
+        self._clock_is_off = True
         folder = self._net.folder / self.name / f"clock{round(seconds)}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sitecustomize.py").write_text(_CLOCK.format(seconds=round(seconds)))
@@ -208,11 +230,13 @@ class Home:
 class Internet:
     """A context with hosts and homes. When it is left, all that was started in it has ended, and all is removed.
 
-    `versions`: of IP, 4 or 6 or both, for hosts outside of homes; homes have 4. Raises `UserError` on a machine that
-    cannot do it.
+    `versions`: of IP, 4 or 6 or both, for hosts outside of homes; homes have 4. `preloaded`: what hosts start and have
+    running are forks of one process that has imported PyTorch, which takes less time; a host whose clock is off runs
+    Python. Raises `UserError` on a machine that cannot do it.
     """
 
-    def __init__(self, versions: Sequence[int] = (4,)) -> None:
+    def __init__(self, versions: Sequence[int] = (4,), *, preloaded: bool = False) -> None:
+        self.preloaded = preloaded
         self._versions = tuple(versions)
         self._num_sites = 0
         self._namespaces: list[str] = []

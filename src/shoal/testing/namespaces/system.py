@@ -106,12 +106,18 @@ def configure(namespace: str, settings: Sequence[str]) -> None:
 
 def socket_in(namespace: str, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
     """A socket that is in a namespace, while this process stays where it is. Raises `OSError`."""
-    with Path("/proc/thread-self/ns/net").open() as here, (FOLDER / namespace).open() as there:
-        _enter(there.fileno())
+    with Path("/proc/thread-self/ns/net").open() as here:
+        enter(namespace)
         try:
             return socket.socket(family, kind)
         finally:
             _enter(here.fileno())
+
+
+def enter(namespace: str) -> None:
+    """Move this thread, and those that it will start, to a network namespace. Raises `OSError`."""
+    with (FOLDER / namespace).open() as there:
+        _enter(there.fileno())
 
 
 def _enter(file: int) -> None:
