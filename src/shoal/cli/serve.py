@@ -47,6 +47,7 @@ def command(
     ],
     new_swarm: Annotated[bool, typer.Option("--new-swarm/--no-new-swarm", help="Start a new swarm.")] = False,
     initial_peers: options.InitialPeers = None,
+    swarm_key: network_options.SwarmKeyFile = None,
     blocks: Annotated[
         str | None,
         typer.Option(
@@ -193,6 +194,8 @@ def command(
         end_with_parent()
     with as_usage():
         code = code_in(model)
+    if code is not None and swarm_key is not None:
+        raise WrongUsage(network_options.KEY_IN_CODE, hint="leave out --swarm-key")
     if code is not None and new_swarm:
         raise WrongUsage("an invite code is for a swarm that is there", hint="leave out --new-swarm")
     if new_swarm and initial_peers:
@@ -229,7 +232,15 @@ def command(
         relay=relay,
         serve_relay=serve_relay,
         upnp=upnp,
+        swarm_key=swarm_key if code is None else "",
+        is_new=new_swarm,
     )
+    if code is not None:
+        network = replace(network, swarm_key=code.swarm_key)
+    if lan and network.swarm_key is not None:
+        raise WrongUsage(
+            "--lan announces an open swarm, and this one is closed", hint="leave out --lan; pass on the invite code"
+        )
     options.check_places(model)
     devices = chosen_devices(device)
     if len(devices) > 1 or when is When.idle:

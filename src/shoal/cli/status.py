@@ -180,7 +180,7 @@ async def _look_by(code: InviteCode, client: ClientOptions, *, route: bool) -> l
     """Ask the swarm of an invite code for all models."""
     from shoal.joining.arrival import peers_of
 
-    return await look(replace(client, initial_peers=(*await peers_of(code), *client.initial_peers)), route=route)
+    return await look(client.by_code(code, await peers_of(code)), route=route)
 
 
 def find_route(status: ModelStatus) -> Route | None:

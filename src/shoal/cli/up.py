@@ -47,6 +47,7 @@ def command(
     api_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Answer only clients that have this key; may be repeated.")
     ] = None,
+    swarm_key: network_options.SwarmKeyFile = None,
     host: network_options.Host = None,
     port: network_options.Port = 0,
     upnp: network_options.Upnp = False,
@@ -75,6 +76,7 @@ def command(
     form = {"dtype": dtype, "revision": revision, "allow_uncertified": allow_uncertified, "verbose": verbose}
     hold = {
         **form,
+        "swarm_key": swarm_key,
         "blocks": blocks,
         "quantization": quantization,
         "host": host,
@@ -84,7 +86,7 @@ def command(
         "serve_head": blocks is None,  # the head needs the last block, which may not be among these blocks
     }
     shares = shared_out(chosen_devices(device), {**hold, "model": model, "name": name}, cores=usable_cores())
-    ask = as_arguments({**form, "remote_head": True, "host": http_host, "port": http_port})
+    ask = as_arguments({**form, "swarm_key": swarm_key, "remote_head": True, "host": http_host, "port": http_port})
     with (
         contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
         interruptible() as check,
