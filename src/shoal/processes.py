@@ -127,7 +127,7 @@ class Children:
         that it has beside those of this process. Secrets belong there: all users of a machine can read the arguments.
         """
         environment = {**os.environ, "NO_COLOR": "1", **(environment or {})}
-        for each in ("SHOAL_INITIAL_PEERS", "NOTIFY_SOCKET"):  # these are for this process
+        for each in ("SHOAL_INITIAL_PEERS", "SHOAL_SWARM_KEY", "NOTIFY_SOCKET"):  # these are for this process
             environment.pop(each, None)
         if self._num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._num_threads)

@@ -26,6 +26,7 @@ from shoal.host import usable_cores
 from shoal.joining.invite_code import code_in
 from shoal.large_imports import large_imports
 from shoal.model.weights.location import folder_of
+from shoal.net.swarm_key import file_of_key
 from shoal.policy.batching.engine_limits import Limits
 from shoal.spans import Span
 
@@ -244,8 +245,9 @@ def command(
     options.check_places(model)
     devices = chosen_devices(device)
     if len(devices) > 1 or when is When.idle:
+        key_file = file_of_key(swarm_key) if code is None else None
         run_servers(
-            shared_out(devices, {**given, "name": server_name}, cores=usable_cores()),
+            shared_out(devices, {**given, "name": server_name, "swarm_key": key_file}, cores=usable_cores()),
             is_new=new_swarm,
             peers=peers,
             when=when,
@@ -325,7 +327,7 @@ def check_options(
         )
     found = _parse_span(blocks), options.server_name(name, socket.gethostname())
     checked_zone(zone)
-    network_of(host=host, announce=announce, relay=relay)
+    network_of(host=host, announce=announce, relay=relay, swarm_key="")
     with as_usage():
         for each in adapter or ():
             folder_of(each)

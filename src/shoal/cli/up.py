@@ -20,6 +20,7 @@ from shoal.cli.terminal.notify import notify
 from shoal.errors import SwarmError
 from shoal.host import usable_cores
 from shoal.joining.invite_code import InviteCode, is_code, is_for_this_machine
+from shoal.net.swarm_key import file_of_key
 from shoal.processes import Child, Children, interruptible
 
 DRAIN_SECONDS = 40.0
@@ -73,10 +74,15 @@ def command(
     listen(http_host, http_port, option="--http-port").close()
     if exit_with_stdin:
         end_with_parent()
-    form = {"dtype": dtype, "revision": revision, "allow_uncertified": allow_uncertified, "verbose": verbose}
+    form = {
+        "dtype": dtype,
+        "revision": revision,
+        "allow_uncertified": allow_uncertified,
+        "swarm_key": file_of_key(swarm_key),
+        "verbose": verbose,
+    }
     hold = {
         **form,
-        "swarm_key": swarm_key,
         "blocks": blocks,
         "quantization": quantization,
         "host": host,
@@ -86,7 +92,7 @@ def command(
         "serve_head": blocks is None,  # the head needs the last block, which may not be among these blocks
     }
     shares = shared_out(chosen_devices(device), {**hold, "model": model, "name": name}, cores=usable_cores())
-    ask = as_arguments({**form, "swarm_key": swarm_key, "remote_head": True, "host": http_host, "port": http_port})
+    ask = as_arguments({**form, "remote_head": True, "host": http_host, "port": http_port})
     with (
         contextlib.suppress(KeyboardInterrupt),  # which is how this command is meant to end
         interruptible() as check,

@@ -72,10 +72,9 @@ def key_in(named: str | Path | None, *, create: bool = False) -> SwarmKey | None
     `create`: make a missing file, with a new key, which only its owner may read. Raises `UserError` for a file that is
     missing, cannot be read, or holds no key.
     """
-    given = os.environ.get(SWARM_KEY) if named is None else named
-    if not given:
+    path = file_of_key(named)
+    if path is None:
         return None
-    path = Path(given).expanduser()
     try:
         if create and not path.exists():
             return _created(path)
@@ -88,6 +87,12 @@ def key_in(named: str | Path | None, *, create: bool = False) -> SwarmKey | None
         raise UserError(f"{path} is not a swarm key", hint=f"its line begins with {_PREFIX.strip()!r}") from None
     except OSError as failure:
         raise UserError(f"the swarm key {path} cannot be used: {failure.strerror}") from None
+
+
+def file_of_key(named: str | Path | None) -> Path | None:
+    """The file that a user names, or else that of `$SHOAL_SWARM_KEY`; None if neither is given."""
+    given = os.environ.get(SWARM_KEY) if named is None else named
+    return Path(given).expanduser() if given else None
 
 
 def _created(path: Path) -> SwarmKey:
