@@ -131,7 +131,7 @@ class Children:
         what it reports goes into its log only.
         """
         environment = {**os.environ, "NO_COLOR": "1", **(environment or {})}
-        for each in ("SHOAL_INITIAL_PEERS", "NOTIFY_SOCKET"):  # these are for this process
+        for each in ("SHOAL_INITIAL_PEERS", "SHOAL_SWARM_KEY", "NOTIFY_SOCKET"):  # these are for this process
             environment.pop(each, None)
         if self._num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self._num_threads)

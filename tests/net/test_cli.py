@@ -431,3 +431,27 @@ def test_an_interrupted_demo_leaves_no_process_behind(demo, number, codes, momen
     assert err == ""
     assert len(members) >= 5
     assert are_gone(members)
+
+
+def test_a_closed_swarm_lets_those_in_who_have_its_key_or_its_code(children, shoal, tmp_path_factory):
+    key = tmp_path_factory.mktemp("key") / "team.key"
+    server = serve(children, "closed", "--new-swarm", "--swarm-key", str(key))
+    ready(children, server)
+    assert key.stat().st_mode & 0o077 == 0
+    code, address = code_of(children, server), server.facts["address"]
+    options = (PROMPT, "--max-new-tokens", "8", "--json")
+    by_address = ("generate", str(STORIES), *options, "--initial-peers", address)
+    stranger = shoal(*by_address)
+    assert stranger.code == 1
+    assert stranger.err.startswith("error: connected, but not to a swarm")
+    assert "--swarm-key" in stranger.err
+    by_code, by_key = shoal("generate", code, *options), shoal(*by_address, "--swarm-key", str(key))
+    assert by_code.code == by_key.code == 0, by_code.err + by_key.err
+    assert by_code.json["tokens"] == by_key.json["tokens"]
+    (model,) = shoal("status", "--initial-peers", address, "--swarm-key", str(key), "--json").json["models"]
+    assert [each["name"] for each in model["servers"]] == ["closed"]
+    invited = shoal("invite", "--initial-peers", address, "--swarm-key", str(key))
+    assert InviteCode.parse(invited.out.split()[-1]) == InviteCode.parse(code)
+    twice = shoal("generate", code, PROMPT, "--swarm-key", str(key))
+    assert twice.code == 2
+    assert "leave out --swarm-key" in twice.err

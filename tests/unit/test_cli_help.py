@@ -15,7 +15,8 @@ import pytest
 
 from shoal.__main__ import main
 from shoal.cli import run, serve, share_cores
-from shoal.cli.options import peers_of, pins, sampling, server_name, spread_peers, swarm_peers
+from shoal.cli.network_options import spread_peers
+from shoal.cli.options import peers_of, pins, sampling, server_name, swarm_peers
 from shoal.cli.terminal.console import WrongUsage
 
 A, B = "/ip4/127.0.0.1/tcp/1/p2p/A", "/ip4/127.0.0.1/tcp/2/p2p/B"

@@ -6,6 +6,7 @@ import hashlib
 import ipaddress
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,23 +14,26 @@ from hypothesis import strategies as st
 
 from shoal.errors import UserError
 from shoal.joining.invite_code import ALPHABET, MAX_WAYS, InviteCode, Way, in_turn, is_code, ways_of
+from shoal.net.swarm_key import KEY_BYTES, SwarmKey
 
 digests = st.binary(min_size=8, max_size=8).map(bytes.hex)
 hosts = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).map(str)
 ways = st.builds(Way, hosts, st.integers(1, 65535))
-codes = st.builds(InviteCode, digests, st.lists(ways, min_size=1, max_size=MAX_WAYS).map(tuple))
+keys = st.none() | st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES).map(SwarmKey)
+codes = st.builds(InviteCode, digests, st.lists(ways, min_size=1, max_size=MAX_WAYS).map(tuple), keys)
 
 ONE_WAY = InviteCode("00c0ffee00c0ffee", (Way("203.0.113.5", 31337),))
 
 
 def some_codes() -> list[InviteCode]:
-    """Codes of one, two and three ways with either kind of addresses, the same ones each time."""
+    """Codes of one, two and three ways with either kind of addresses, a third with keys, the same ones each time."""
     made = []
     for index in range(12):
         seed = hashlib.sha256(bytes([index])).digest()
         here = Way(str(ipaddress.IPv4Address(seed[8:12])), 1024 + seed[12])
         there = Way(str(ipaddress.IPv6Address(seed[16:32])), 31337)
-        made.append(InviteCode(seed[:8].hex(), [(here,), (there,), (here, there), (here, there, here)][index % 4]))
+        taken = [(here,), (there,), (here, there), (here, there, here)][index % 4]
+        made.append(InviteCode(seed[:8].hex(), taken, SwarmKey(seed[16:]) if index % 3 == 0 else None))
     return made
 
 
@@ -68,6 +72,7 @@ def test_a_code_of_one_way_is_short_and_in_groups_of_four() -> None:
     assert [len(group) for group in groups] == [4] * 7
     assert set("".join(groups)) <= set(ALPHABET)
     assert not set("ILOU") & set(ALPHABET)
+    assert len(str(replace(ONE_WAY, swarm_key=SwarmKey(bytes(KEY_BYTES)))).split("-")) == 14
 
 
 @given(codes, st.randoms(use_true_random=False))
@@ -317,7 +322,7 @@ DIGEST, WAY = b"digest 8", b"\xcb\x00\x71\x05\x7a\x69"
 
 def test_a_code_of_another_version_is_told_as_one() -> None:
     assert errors_of(bytes([1, 0x11, 0]) + DIGEST + WAY) == {MISTAKE, ""}
-    assert errors_of(bytes([1, 0x21, 0]) + DIGEST + WAY) == {MISTAKE, "this invite code is of another version of shoal"}
+    assert errors_of(bytes([1, 0x31, 0]) + DIGEST + WAY) == {MISTAKE, "this invite code is of another version of shoal"}
 
 
 @pytest.mark.parametrize(
@@ -325,6 +330,7 @@ def test_a_code_of_another_version_is_told_as_one() -> None:
     [
         bytes([2, 0x11, 0]) + DIGEST + WAY,
         bytes([1, 0x11, 2]) + DIGEST + WAY,
+        bytes([1, 0x21, 0]) + DIGEST + WAY,  # of a closed swarm, without its key
         bytes([1, 0x11, 1]) + DIGEST + WAY,
         bytes([1, 0x10, 0]) + DIGEST,
         bytes([1, 0x10, 0]) + DIGEST + WAY,

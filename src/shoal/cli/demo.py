@@ -114,7 +114,9 @@ def _demonstrate(
     stdout.file.flush()
 
     with waiting("Joining the swarm as a client"):
-        llm = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=[address], dtype="float32")
+        llm = AutoDistributedModelForCausalLM.from_pretrained(
+            STORIES, initial_peers=[address], swarm_key="", dtype="float32"
+        )
         tokenizer = load_tokenizer(str(STORIES))
     try:
         inputs = tokenizer(PROMPT, return_tensors="pt")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 def command(
     initial_peers: options.InitialPeers = None,
+    swarm_key: network_options.SwarmKeyFile = None,
     host: network_options.Host = None,
     port: network_options.Port = 0,
     identity: network_options.IdentityFile = None,
@@ -37,13 +38,16 @@ def command(
     start_logging(verbose=verbose, default="warning", progress=True)
     if exit_with_stdin:
         end_with_parent()
+    peers = options.peers_of(initial_peers)
     network = network_of(
-        initial_peers=options.peers_of(initial_peers),
+        initial_peers=peers,
         host=host,
         port=port,
         announce=announce,
         serve_relay=serve_relay,
         upnp=upnp,
+        swarm_key=swarm_key,
+        is_new=not peers,
     )
     with identity_file(identity, kind="dht") as path:
         run_until_signalled(_run(replace(network, identity=path)))
@@ -60,5 +64,6 @@ async def _run(network: NetworkConfig) -> None:
             for address in node.transport.addresses:
                 print(f"address   {address}")
             print("\nServe a model in this swarm:")
-            print(f"  shoal serve MODEL --initial-peers {node.transport.addresses[0]}\n", flush=True)
+            key = "" if network.swarm_key is None else " --swarm-key FILE"
+            print(f"  shoal serve MODEL --initial-peers {node.transport.addresses[0]}{key}\n", flush=True)
             await asyncio.Event().wait()

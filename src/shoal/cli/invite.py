@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from shoal.cli import options
+from shoal.cli import network_options, options
 from shoal.cli.network_options import network_of
 from shoal.cli.terminal.console import start_logging, stderr, waiting
 from shoal.errors import SwarmError
@@ -22,14 +22,18 @@ MOST_ASKED = 32
 """Members that are asked: enough to see what most of them say."""
 
 
-def command(initial_peers: options.InitialPeers = None, verbose: options.Verbose = False) -> None:
+def command(
+    initial_peers: options.InitialPeers = None,
+    swarm_key: network_options.SwarmKeyFile = None,
+    verbose: options.Verbose = False,
+) -> None:
     """Print an invite code for each model of a swarm: `shoal join CODE` lets another machine serve it too.
 
     The code has the addresses of several members that are there now, so that it outlives some of them. It is for the
-    weights that most members have.
+    weights that most members have. The code of a closed swarm has its key: who has the code is let in.
     """
     start_logging(verbose=verbose)
-    network = network_of(initial_peers=options.swarm_peers(initial_peers), client_mode=True)
+    network = network_of(initial_peers=options.swarm_peers(initial_peers), client_mode=True, swarm_key=swarm_key)
     with waiting("Asking the members"):
         found = asyncio.run(_invitations(network))
     if not found:
@@ -42,7 +46,7 @@ def command(initial_peers: options.InitialPeers = None, verbose: options.Verbose
         if not (ways := ways_of(in_turn(*addresses), most=PRINTED_WAYS)):
             continue
         print(f"{invitation.model} in {invitation.dtype}, weights {invitation.fingerprint}, {len(addresses)} members:")
-        print(f"  shoal join {InviteCode(invitation.digest, ways)}")
+        print(f"  shoal join {InviteCode(invitation.digest, ways, network.swarm_key)}")
         if others:
             number = sum(len(each) for _, each in others)
             stderr.print(f"{number} other members invite with something else", style="yellow")

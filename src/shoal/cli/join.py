@@ -12,7 +12,7 @@ from shoal.cli.terminal.console import start_logging
 
 
 @options.with_options_of(
-    serve.command, without=("model", "new_swarm", "initial_peers", "dtype", "quantization", "revision")
+    serve.command, without=("model", "new_swarm", "initial_peers", "swarm_key", "dtype", "quantization", "revision")
 )
 def command(
     code: Annotated[
@@ -45,6 +45,7 @@ def command(
         model=code,
         new_swarm=False,
         initial_peers=None,
+        swarm_key=None,
         dtype=options.DType.auto,
         quantization=options.Quantization.none,
         revision=None,

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal.cli.terminal.console import as_usage
+from shoal.net.swarm_key import SWARM_KEY, key_in
 
 if TYPE_CHECKING:
     from shoal.net import NetworkConfig
 
+_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
+KEY_IN_CODE = "an invite code says itself whether its swarm is closed, and has the key"
+SwarmKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--swarm-key",
+        metavar="FILE",
+        help=f"The key of a closed swarm, which lets no peer in without it. Default: ${SWARM_KEY}, else an open swarm.",
+    ),
+]
 Host = Annotated[
     str | None,
     typer.Option(
@@ -69,8 +83,14 @@ def network_of(
     serve_relay: bool | None = None,
     upnp: bool = False,
     client_mode: bool = False,
+    swarm_key: str | Path | None = None,
+    is_new: bool = False,
 ) -> NetworkConfig:
-    """How a command joins a swarm, by its options. Imports nothing slow. Raises `WrongUsage` for a bad address."""
+    """How a command joins a swarm, by its options. Imports nothing slow.
+
+    A swarm that `is_new` gets a new key if the file of `swarm_key` is missing. Raises `WrongUsage` for a bad address or
+    key.
+    """
     from shoal.net import NetworkConfig, check_addresses
 
     network = NetworkConfig(
@@ -85,4 +105,18 @@ def network_of(
     )
     with as_usage():
         check_addresses(network)
-    return network
+        return replace(network, swarm_key=key_in(swarm_key, create=is_new))
+
+
+def spread_peers(arguments: Sequence[str]) -> list[str]:
+    """Allow `--initial-peers A B C` for `--initial-peers A --initial-peers B --initial-peers C`."""
+    spread: list[str] = []
+    inside = False
+    for index, argument in enumerate(arguments):
+        previous = arguments[index - 1] if index else ""
+        if inside and previous != "--initial-peers" and _ADDRESS.match(argument):
+            spread.append("--initial-peers")
+        elif previous != "--initial-peers":
+            inside = argument.startswith("--initial-peers")
+        spread.append(argument)
+    return spread

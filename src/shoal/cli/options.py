@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shoal.cli import network_options
 from shoal.cli.terminal.console import WrongUsage, as_usage, start_logging
 from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
 from shoal.joining.invite_code import InviteCode, code_in, is_code
@@ -21,7 +21,6 @@ from shoal.policy.batching.pass_rules import DEFAULT_RULE
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
 MOST_OF_HOST = 32
 Command = Callable[..., None]
-_ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
 
 
 class Device(StrEnum):
@@ -232,6 +231,7 @@ def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
 @as_usage()
 def client_options(  # the first parameter stands first in the help of a command
     initial_peers: InitialPeers = None,
+    swarm_key: network_options.SwarmKeyFile = None,
     adapter: Adapter = None,
     dtype: ClientDType = DType.auto,
     wire: OnTheWire = Wire.auto,
@@ -253,8 +253,11 @@ def client_options(  # the first parameter stands first in the help of a command
     If all `models` are invite codes, these name the swarm.
     """
     is_named = bool(models) and all(map(is_code, models))
+    if is_named and swarm_key is not None:
+        raise WrongUsage(network_options.KEY_IN_CODE, hint="leave out --swarm-key")
     return ClientOptions.from_keywords(
         initial_peers=() if is_named and not initial_peers else swarm_peers(initial_peers),
+        swarm_key="" if is_named else swarm_key,
         active_adapter=adapter,
         dtype=dtype,
         wire=wire,
@@ -382,17 +385,3 @@ def sampling(
     if is_random:
         chosen |= {"temperature": temperature or 1.0, "top_p": top_p, "top_k": top_k or 0}
     return {option: value for option, value in chosen.items() if value is not None}
-
-
-def spread_peers(arguments: Sequence[str]) -> list[str]:
-    """Allow `--initial-peers A B C` for `--initial-peers A --initial-peers B --initial-peers C`."""
-    spread: list[str] = []
-    inside = False
-    for index, argument in enumerate(arguments):
-        previous = arguments[index - 1] if index else ""
-        if inside and previous != "--initial-peers" and _ADDRESS.match(argument):
-            spread.append("--initial-peers")
-        elif previous != "--initial-peers":
-            inside = argument.startswith("--initial-peers")
-        spread.append(argument)
-    return spread

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli import options
+from shoal.cli import network_options, options
 from shoal.cli.terminal.console import WrongUsage, as_usage, start_logging, stdout, waiting
 from shoal.cli.terminal.plan_table import Facts, Form, render, short_size
 from shoal.errors import UserError
@@ -22,6 +22,7 @@ from shoal.joining.invite_code import code_in
 from shoal.model.weights.contents import ITEM_BYTES, Contents
 from shoal.net import NetworkConfig
 from shoal.net.addressing.addresses import check_peers
+from shoal.net.swarm_key import key_in
 from shoal.peers import ModelInfo
 from shoal.policy.dtypes import swarm_dtype
 from shoal.policy.view import SwarmView
@@ -52,6 +53,7 @@ def command(
         ),
     ] = None,
     initial_peers: options.InitialPeers = None,
+    swarm_key: network_options.SwarmKeyFile = None,
     round_trip: Annotated[
         float,
         typer.Option(min=0.0, max=60_000.0, metavar="MS", help="Time from one machine to another and back."),
@@ -98,15 +100,16 @@ def command(
     code = code_in(model)
     with as_usage():
         peers = check_peers(options.peers_of(initial_peers)) if code is None or initial_peers else ()
+        network = NetworkConfig(initial_peers=peers, client_mode=True, swarm_key=key_in(swarm_key))
     with waiting("Reading what the model consists of") as reporter:
         own = own_memory(device)  # before this process itself takes more
         if code is not None:
-            swarm = asyncio.run(_by_code(code, peers, allow_uncertified=allow_uncertified))
+            swarm = asyncio.run(_by_code(code, network, allow_uncertified=allow_uncertified))
         else:
             swarm = Swarm(Contents.open(model, revision=revision, allow_uncertified=allow_uncertified))
             if peers:
                 reporter.show("Asking the swarm")
-                swarm = asyncio.run(_by_peers(swarm.contents, peers))
+                swarm = asyncio.run(_by_peers(swarm.contents, network))
     facts = Facts(
         contents=swarm.contents,
         servers=swarm.servers,
@@ -274,21 +277,21 @@ def _form_as_dictionary(facts: Facts, form: Form) -> dict[str, Any]:
     }
 
 
-async def _by_peers(contents: Contents, peers: tuple[str, ...]) -> Swarm:
+async def _by_peers(contents: Contents, network: NetworkConfig) -> Swarm:
     """The servers of a model in the swarm of these peers: those of its own weights, or else of the most common ones."""
     from shoal.net import join
 
-    async with join(NetworkConfig(initial_peers=peers, client_mode=True)) as node:
+    async with join(network) as node:
         servers = await _servers(node, contents)
     weights = Counter(server.fingerprint for server in servers).most_common(1)
     return Swarm(contents, _with_weights(servers, contents.known_fingerprint or (weights[0][0] if weights else "")))
 
 
-async def _by_code(code: InviteCode, peers: tuple[str, ...], *, allow_uncertified: bool) -> Swarm:
+async def _by_code(code: InviteCode, network: NetworkConfig, *, allow_uncertified: bool) -> Swarm:
     """The model of an invite code, from members, and its servers. Only headers come of the weights."""
     from shoal.joining.arrival import arrive, files_from_members
 
-    async with arrive(code, NetworkConfig(initial_peers=peers, client_mode=True)) as arrival:
+    async with arrive(code, network) as arrival:
         invitation = arrival.invitation
         files = await files_from_members(arrival.node, invitation)
 

@@ -26,6 +26,7 @@ from shoal.host import usable_cores
 from shoal.joining.invite_code import code_in
 from shoal.large_imports import large_imports
 from shoal.model.weights.location import folder_of
+from shoal.net.swarm_key import file_of_key
 from shoal.policy.batching.engine_limits import Limits
 from shoal.spans import Span
 
@@ -47,6 +48,7 @@ def command(
     ],
     new_swarm: Annotated[bool, typer.Option("--new-swarm/--no-new-swarm", help="Start a new swarm.")] = False,
     initial_peers: options.InitialPeers = None,
+    swarm_key: network_options.SwarmKeyFile = None,
     blocks: Annotated[
         str | None,
         typer.Option(
@@ -193,6 +195,8 @@ def command(
         end_with_parent()
     with as_usage():
         code = code_in(model)
+    if code is not None and swarm_key is not None:
+        raise WrongUsage(network_options.KEY_IN_CODE, hint="leave out --swarm-key")
     if code is not None and new_swarm:
         raise WrongUsage("an invite code is for a swarm that is there", hint="leave out --new-swarm")
     if new_swarm and initial_peers:
@@ -229,12 +233,21 @@ def command(
         relay=relay,
         serve_relay=serve_relay,
         upnp=upnp,
+        swarm_key=swarm_key if code is None else "",
+        is_new=new_swarm,
     )
+    if code is not None:
+        network = replace(network, swarm_key=code.swarm_key)
+    if lan and network.swarm_key is not None:
+        raise WrongUsage(
+            "--lan announces an open swarm, and this one is closed", hint="leave out --lan; pass on the invite code"
+        )
     options.check_places(model)
     devices = chosen_devices(device)
     if len(devices) > 1 or when is When.idle:
+        key_file = file_of_key(swarm_key) if code is None else None
         run_servers(
-            shared_out(devices, {**given, "name": server_name}, cores=usable_cores()),
+            shared_out(devices, {**given, "name": server_name, "swarm_key": key_file}, cores=usable_cores()),
             is_new=new_swarm,
             peers=peers,
             when=when,
@@ -314,7 +327,7 @@ def check_options(
         )
     found = _parse_span(blocks), options.server_name(name, socket.gethostname())
     checked_zone(zone)
-    network_of(host=host, announce=announce, relay=relay)
+    network_of(host=host, announce=announce, relay=relay, swarm_key="")
     with as_usage():
         for each in adapter or ():
             folder_of(each)

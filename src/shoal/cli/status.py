@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli import options
+from shoal.cli import network_options, options
 from shoal.cli.terminal.console import hush_transformers, start_logging, stdout, waiting
 from shoal.cli.terminal.render import render, render_route, usable
 from shoal.client.options.client_options import ClientOptions
@@ -112,6 +112,7 @@ def command(
         ),
     ] = None,
     initial_peers: options.InitialPeers = None,
+    swarm_key: network_options.SwarmKeyFile = None,
     route: Annotated[
         bool, typer.Option("--route", help="Show the route that a client on this machine would choose, and its cost.")
     ] = False,
@@ -124,7 +125,7 @@ def command(
     model that is shown lacks blocks, and 0 if a token can go through all of them.
     """
     start_logging(verbose=verbose)
-    client = options.client_options(initial_peers, models=() if model is None else (model,))
+    client = options.client_options(initial_peers, swarm_key, models=() if model is None else (model,))
     if model is not None and is_path(model):  # others may be names of models in the swarm
         options.check_places(model)
     code = None if model is None else code_in(model)
@@ -180,7 +181,7 @@ async def _look_by(code: InviteCode, client: ClientOptions, *, route: bool) -> l
     """Ask the swarm of an invite code for all models."""
     from shoal.joining.arrival import peers_of
 
-    return await look(replace(client, initial_peers=(*await peers_of(code), *client.initial_peers)), route=route)
+    return await look(client.by_code(code, await peers_of(code)), route=route)
 
 
 def find_route(status: ModelStatus) -> Route | None:

@@ -20,6 +20,7 @@ from shoal.cli.terminal.notify import notify
 from shoal.errors import SwarmError
 from shoal.host import usable_cores
 from shoal.joining.invite_code import InviteCode, is_code, is_for_this_machine
+from shoal.net.swarm_key import file_of_key
 from shoal.processes import Child, Children, interruptible
 
 DRAIN_SECONDS = 40.0
@@ -47,6 +48,7 @@ def command(
     api_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Answer only clients that have this key; may be repeated.")
     ] = None,
+    swarm_key: network_options.SwarmKeyFile = None,
     host: network_options.Host = None,
     port: network_options.Port = 0,
     upnp: network_options.Upnp = False,
@@ -72,7 +74,13 @@ def command(
     listen(http_host, http_port, option="--http-port").close()
     if exit_with_stdin:
         end_with_parent()
-    form = {"dtype": dtype, "revision": revision, "allow_uncertified": allow_uncertified, "verbose": verbose}
+    form = {
+        "dtype": dtype,
+        "revision": revision,
+        "allow_uncertified": allow_uncertified,
+        "swarm_key": file_of_key(swarm_key),
+        "verbose": verbose,
+    }
     hold = {
         **form,
         "blocks": blocks,

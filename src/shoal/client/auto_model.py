@@ -85,6 +85,7 @@ class _AutoDistributed:
 
         - `initial_peers`: addresses that `shoal serve` prints, in a list, or in one string with spaces or commas
           between them. Default: `$SHOAL_INITIAL_PEERS`. Models of one process that name the same share one node.
+        - `swarm_key`: the file with the key of a closed swarm. Default: `$SHOAL_SWARM_KEY`. An invite code has the key.
         - `allowed_servers`, `blocked_servers`: use these servers only, or all but these. A server is named by its peer
           id, by the end of the id, or by its name, as `shoal status` shows them. A name must be that of one server that
           is present now.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.runtime import Runtime
@@ -25,7 +24,7 @@ def open_by_code(code: InviteCode, options: ClientOptions) -> tuple[Checkpoint, 
     """
     with ThreadPoolExecutor(1) as outside:  # of the caller's thread, which may run an event loop
         peers = outside.submit(asyncio.run, peers_of(code)).result()
-    options = replace(options, initial_peers=(*peers, *options.initial_peers))
+    options = options.by_code(code, peers)
     runtime, node = join_shared(options.network)
     try:
         invitation = runtime.run(invitation_of(code.digest, node, options.initial_peers))

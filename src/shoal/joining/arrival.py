@@ -41,13 +41,13 @@ class Arrival:
 
 @contextlib.asynccontextmanager
 async def arrive(code: InviteCode, network: NetworkConfig) -> AsyncIterator[Arrival]:
-    """Join the swarm of an invite code, and leave it at the end of the context.
+    """Join the swarm of an invite code, with the code's key if it is closed, and leave it at the end of the context.
 
     Raises `BootstrapFailed` if no member answers at the code's ways in, `SwarmError` if no member knows the invitation,
     and what `shoal.net.join` raises.
     """
     addresses = (*await peers_of(code), *network.initial_peers)
-    async with join(replace(network, initial_peers=addresses)) as node:
+    async with join(replace(network, initial_peers=addresses, swarm_key=code.swarm_key)) as node:
         yield Arrival(node, await invitation_of(code.digest, node, addresses), addresses)
 
 

@@ -2,7 +2,8 @@
 
 A code is the digest of an invitation and some ways in, in Crockford's base 32, which has no letters that look alike:
 `1G4X-9QRT-...`. A way in is a host and a port. Which peer answers there, the network tells; what it may offer, the
-digest decides. The last two characters check the others.
+digest decides. The code of a closed swarm has its key too: who has the code is let in. The last two characters check
+the others.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from itertools import chain, zip_longest
 from shoal.errors import UserError
 from shoal.joining.invitation import DIGEST_BYTES
 from shoal.net.addressing.local_hosts import is_local
+from shoal.net.swarm_key import KEY_BYTES, SwarmKey
 
 ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 MAX_WAYS = 7
 PRINTED_WAYS = 3
 """The ways in that a printed code has: each makes it 10 characters longer."""
-_VERSION = 1
+_OPEN, _CLOSED = 1, 2
+"""The versions of codes without and with a swarm key."""
 _CHECK_CHARACTERS = 2
 _GROUP = 4
 _LOOK_ALIKES = str.maketrans({"O": "0", "I": "1", "L": "1", "-": None, " ": None, "_": None})
@@ -45,10 +48,11 @@ class Way:
 
 @dataclass(frozen=True)
 class InviteCode:
-    """The digest of an `Invitation`, in hexadecimal, and 1 to `MAX_WAYS` ways in."""
+    """The digest of an `Invitation`, in hexadecimal, 1 to `MAX_WAYS` ways in, and the key of a closed swarm."""
 
     digest: str
     ways: tuple[Way, ...]
+    swarm_key: SwarmKey | None = None
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -62,7 +66,8 @@ class InviteCode:
             address = ipaddress.ip_address(way.host)
             kinds |= (address.version == 6) << index
             body += address.packed + way.port.to_bytes(2, "big")
-        data = bytes([_VERSION << 4 | len(self.ways), kinds]) + bytes.fromhex(self.digest) + body
+        version, secret = (_OPEN, b"") if self.swarm_key is None else (_CLOSED, self.swarm_key.secret)
+        data = bytes([version << 4 | len(self.ways), kinds]) + bytes.fromhex(self.digest) + secret + body
         text = _to_base32(data)
         text += _check(text)
         return "-".join(text[at : at + _GROUP] for at in range(0, len(text), _GROUP))
@@ -77,9 +82,10 @@ class InviteCode:
             raise UserError("this invite code has a mistake in it, or a part is missing", hint=_HINT)
         data = _from_base32(typed[:-_CHECK_CHARACTERS])
         version, count, kinds, rest = data[0] >> 4, data[0] & 15, data[1], data[2:]
-        if version != _VERSION:
-            raise UserError("this invite code is of another version of shoal", hint="use the same version")
         digest, rest = rest[:DIGEST_BYTES], rest[DIGEST_BYTES:]
+        key = None
+        if version == _CLOSED:
+            key, rest = SwarmKey(rest[:KEY_BYTES]), rest[KEY_BYTES:]
         ways = []
         for index in range(count):
             size = 16 if kinds >> index & 1 else 4
@@ -87,7 +93,7 @@ class InviteCode:
             rest = rest[size + 2 :]
         if not all(way.port for way in ways):
             raise UserError("this invite code has a way in that cannot be", hint=_HINT)
-        return cls(digest.hex(), tuple(ways))
+        return cls(digest.hex(), tuple(ways), key)
 
 
 def is_code(text: str) -> bool:
@@ -165,7 +171,13 @@ def _from_base32(text: str) -> bytes:
         number = number * 32 + ALPHABET.index(character)
     data = number.to_bytes((number.bit_length() + 7) // 8, "big")
     size = 2 + DIGEST_BYTES
-    if len(data) <= size or data[0] != 1 or len(data) - 1 != size + _ways_bytes(data[1:]):
+    if len(data) <= size or data[0] != 1:
+        raise UserError("this invite code has a mistake in it, or a part is missing", hint=_HINT)
+    version = data[1] >> 4
+    if version not in (_OPEN, _CLOSED):
+        raise UserError("this invite code is of another version of shoal", hint="use the same version")
+    size += KEY_BYTES * (version == _CLOSED)
+    if len(data) - 1 != size + _ways_bytes(data[1:]):
         raise UserError("this invite code has a mistake in it, or a part is missing", hint=_HINT)
     return data[1:]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from shoal.net.swarm_key import SwarmKey
 from shoal.net.transport import Node
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class NetworkConfig:
     differ from this machine's own (`/ip4/203.0.113.5/tcp/31337`). `client_mode`: only dial, and store no records.
     `relays`: multiaddresses of peers that relay the streams of a machine that cannot be dialled; without any, such a
     machine looks for them. `serve_relay`: be such a relay; None is yes for a machine with a public address. `upnp`:
-    have the router lead a port to this machine.
+    have the router lead a port to this machine. `swarm_key`: that of a closed swarm.
     """
 
     initial_peers: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class NetworkConfig:
     relays: tuple[str, ...] = ()
     serve_relay: bool | None = None
     upnp: bool = False
+    swarm_key: SwarmKey | None = None
 
 
 def check_addresses(config: NetworkConfig) -> None:
@@ -113,9 +115,19 @@ async def join(config: NetworkConfig) -> AsyncIterator[Node]:
         if mapping is not None:  # what is announced replaces what the daemon would announce
             announce = (*(announce or places_of(listen)), mapping.address)
         daemon = DaemonConfig(listen=listen, announce=announce, serve_relay=serve_relay)
-        directory = DhtDirectory(identity, stores_records=bool(listen) and not relays, initial_peers=initial_peers)
+        directory = DhtDirectory(
+            identity,
+            stores_records=bool(listen) and not relays,
+            initial_peers=initial_peers,
+            swarm_key=config.swarm_key,
+        )
         transport = Libp2pTransport(
-            identity, daemon, initial_peers=initial_peers, relays=relays, attach=directory.attach
+            identity,
+            daemon,
+            initial_peers=initial_peers,
+            relays=relays,
+            attach=directory.attach,
+            swarm_key=config.swarm_key,
         )
         with nullcontext() if config.identity is None else identity_lock(identity.peer):
             await transport.start()

@@ -32,6 +32,7 @@ def command(
         str | None, typer.Argument(metavar="CODE", help="An invite code of the swarm that this machine is to be in.")
     ] = None,
     initial_peers: options.InitialPeers = None,
+    swarm_key: network_options.SwarmKeyFile = None,
     host: network_options.Host = None,
     port: network_options.Port = 0,
     announce: network_options.Announce = None,
@@ -45,6 +46,7 @@ def command(
     --announce, and members dial it back. The exit status is 1 if there is a problem.
     """
     start_logging(verbose=verbose)
+    wanted = None if code is None else options.checked_code(code)
     network = network_of(
         initial_peers=options.peers_of(initial_peers),
         host=host,
@@ -52,8 +54,8 @@ def command(
         announce=announce,
         relay=relay,
         serve_relay=False,
+        swarm_key=swarm_key if code is None else "",
     )
-    wanted = None if code is None else options.checked_code(code)
     facts = look(network, wanted)
     findings = diagnose(facts)
     is_well = all(each.health is not Health.PROBLEM for each in findings)
@@ -82,7 +84,8 @@ async def _join(network: NetworkConfig, code: InviteCode | None) -> SwarmFacts:
         return await look_at_swarm(network)
     from shoal.joining.arrival import peers_of
 
-    return await look_at_swarm(replace(network, initial_peers=(*await peers_of(code), *network.initial_peers)))
+    peers = (*await peers_of(code), *network.initial_peers)
+    return await look_at_swarm(replace(network, initial_peers=peers, swarm_key=code.swarm_key))
 
 
 def show(findings: list[Finding]) -> None:

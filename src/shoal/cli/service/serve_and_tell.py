@@ -18,6 +18,7 @@ from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, in_turn, ways_of
 
 if TYPE_CHECKING:
     from shoal.net import NetworkConfig
+    from shoal.net.swarm_key import SwarmKey
     from shoal.net.transport import Node
     from shoal.server.config import ServerConfig
     from shoal.server.server import Server
@@ -32,7 +33,8 @@ async def serve_and_tell(
     """Serve until it is cancelled.
 
     `configured` imports what a server needs and returns its config; it is called in a thread, while the network starts.
-    `code` is that by which the server joins; `lan` is whether to announce the swarm on the local network.
+    `code` is that by which the server joins; `lan` is whether to announce the swarm on the local network, which a
+    closed one never is.
     """
     is_new = code is None and not network.initial_peers
     with waiting("Starting the network" if is_new else "Joining the swarm") as reporter:
@@ -40,11 +42,17 @@ async def serve_and_tell(
             in_thread(configured) as config,
             in_swarm(config, network, code, reporter) as (node, completed, came_by),
         ):
-            await _serve(node, completed, came_by, reporter, lan=lan)
+            await _serve(node, completed, came_by, reporter, lan=lan, swarm_key=network.swarm_key)
 
 
 async def _serve(
-    node: Node, config: ServerConfig, came_by: Sequence[str], reporter: ProgressReporter, *, lan: bool | None
+    node: Node,
+    config: ServerConfig,
+    came_by: Sequence[str],
+    reporter: ProgressReporter,
+    *,
+    lan: bool | None,
+    swarm_key: SwarmKey | None,
 ) -> None:
     from shoal.server.server import serve
     from shoal.server.startup_progress import Phase, Progress
@@ -62,23 +70,24 @@ async def _serve(
 
     async with (
         serve(config, node, report=show) as server,
-        owned_task(announce_swarm(server, came_by, asked=lan)),
+        owned_task(announce_swarm(server, came_by, asked=lan if swarm_key is None else False)),
     ):
         reporter.stop()
         is_up = True
         notify(READY="1", STATUS=f"Serving blocks {server.info.span}")
         await asyncio.wait({server.invitation}, timeout=CODE_SECONDS)
-        print(describe(server, config, code_of(server, came_by), came_by), flush=True)
+        code = code_of(server, came_by, swarm_key)
+        print(describe(server, config, code, came_by, is_closed=swarm_key is not None), flush=True)
         if not server.invitation.done():
             await server.invitation
-            if code := code_of(server, came_by):
+            if code := code_of(server, came_by, swarm_key):
                 print(f"{'code':<10}{code}", flush=True)
         if await server.keeps_head:
             print(f"{'kept':<10}the embeddings and the output head, for clients without a copy", flush=True)
         await asyncio.Event().wait()
 
 
-def code_of(server: Server, came_by: Sequence[str]) -> InviteCode | None:
+def code_of(server: Server, came_by: Sequence[str], swarm_key: SwarmKey | None) -> InviteCode | None:
     """The code by which others can join now; None if the server cannot invite them yet, or has no address.
 
     It leads to this server and to members by which it came: it should outlive some of them.
@@ -86,7 +95,9 @@ def code_of(server: Server, came_by: Sequence[str]) -> InviteCode | None:
     from shoal.net.addressing.own_addresses import bridge_hosts
 
     ways = ways_of(in_turn(server.info.addresses, came_by), most=PRINTED_WAYS, without=bridge_hosts())
-    return InviteCode(server.invitation.result().digest, ways) if ways and server.invitation.done() else None
+    if not ways or not server.invitation.done():
+        return None
+    return InviteCode(server.invitation.result().digest, ways, swarm_key)
 
 
 @contextlib.asynccontextmanager

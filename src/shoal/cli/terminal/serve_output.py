@@ -17,9 +17,20 @@ if TYPE_CHECKING:
 EXAMPLE_PROMPT = "Once upon a time"
 
 
-def describe(server: Server, config: ServerConfig, code: InviteCode | None, came_by: Sequence[str] = ()) -> str:
-    """The text. `code` is None if the server cannot invite others yet. `came_by`: addresses of other members."""
+def describe(
+    server: Server,
+    config: ServerConfig,
+    code: InviteCode | None,
+    came_by: Sequence[str] = (),
+    *,
+    is_closed: bool = False,
+) -> str:
+    """The text. `code` is None if the server cannot invite others yet. `came_by`: addresses of other members.
+
+    `is_closed`: the swarm has a key.
+    """
     info, model = server.info, server.model
+    way = ",".join([info.addresses[0], *came_by[:1]]) + (" --swarm-key FILE" if is_closed else "")
     facts = [
         ("model", f"{model.name} ({model.family}, {model.num_blocks} blocks)"),
         ("blocks", f"{info.span} and the output head" if info.head else str(info.span)),
@@ -34,19 +45,20 @@ def describe(server: Server, config: ServerConfig, code: InviteCode | None, came
         ("reached", in_words(server.reach, info.addresses)),
         *(("address", each) for each in info.addresses),
         *([("code", str(code))] if code is not None else []),
+        *([("closed", "the code and the key's file let others in: keep both secret")] if is_closed else []),
     ]
     lines = [f"{fact:<10}{value}" for fact, value in facts]
-    lines += ["", *commands(config, ",".join([info.addresses[0], *came_by[:1]]), code), ""]
+    lines += ["", *commands(config, way, code), ""]
     if config.name:
         lines.insert(0, f"{'name':<10}{config.name}")
     return "\n".join(lines)
 
 
-def commands(config: ServerConfig, addresses: str, code: InviteCode | None) -> list[str]:
+def commands(config: ServerConfig, way: str, code: InviteCode | None) -> list[str]:
     """Lines with the commands for others. They repeat the options that change the model or its results.
 
-    `addresses`: of members, with commas between them. A server without a copy of the model has only a name for it, by
-    which others cannot find it.
+    `way`: addresses of members, with commas between them, and the option for the key. A server without a copy of the
+    model has only a name for it, by which others cannot find it.
     """
     by_code = [] if code is None else ["Join this swarm from another machine:", f"  shoal join {code}"]
     use = [] if code is None else ["Use the model from any machine:", f'  shoal generate {code} "{EXAMPLE_PROMPT}"']
@@ -62,10 +74,10 @@ def commands(config: ServerConfig, addresses: str, code: InviteCode | None) -> l
     return [
         *by_code,
         "or, where a copy of the model is:" if by_code else "Join this swarm from another machine:",
-        f"  shoal serve {name}{model}{dtype}{_render_options(storage)} --initial-peers {addresses}",
+        f"  shoal serve {name}{model}{dtype}{_render_options(storage)} --initial-peers {way}",
         *use,
         "or, where a copy of the model is:" if use else "Use the model:",
-        f'  shoal generate {name}{model}{dtype} "{EXAMPLE_PROMPT}" --initial-peers {addresses}',
+        f'  shoal generate {name}{model}{dtype} "{EXAMPLE_PROMPT}" --initial-peers {way}',
     ]
 
 

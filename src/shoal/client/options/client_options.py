@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,11 +13,13 @@ from shoal.client.options.keywords import resolve
 from shoal.errors import UserError
 from shoal.events import Observer
 from shoal.net import NetworkConfig
+from shoal.net.swarm_key import SwarmKey, key_in
 from shoal.spans import Span
 
 if TYPE_CHECKING:
     import torch
 
+    from shoal.joining.invite_code import InviteCode
     from shoal.policy.routing.route import Chooser
     from shoal.tensors import Encoding
 
@@ -74,6 +76,8 @@ class ClientOptions:
 
     initial_peers: tuple[str, ...] = ()
     """Addresses of the peers through which the client joins the swarm."""
+    swarm_key: SwarmKey | None = None
+    """The key of a closed swarm."""
     allowed_servers: frozenset[str] | None = None
     """The only servers that may be used; `None` allows all."""
     blocked_servers: frozenset[str] = frozenset()
@@ -137,13 +141,18 @@ class ClientOptions:
     @property
     def network(self) -> NetworkConfig:
         """How the client takes part in the swarm's network: it dials, and stores nothing for others."""
-        return NetworkConfig(initial_peers=self.initial_peers, client_mode=True)
+        return NetworkConfig(initial_peers=self.initial_peers, client_mode=True, swarm_key=self.swarm_key)
+
+    def by_code(self, code: InviteCode, peers: Sequence[str]) -> ClientOptions:
+        """The same for the swarm of an invite code, through these of its members too, with the code's key."""
+        return replace(self, initial_peers=(*peers, *self.initial_peers), swarm_key=code.swarm_key)
 
     @classmethod
     def from_keywords(
         cls,
         *,
         initial_peers: str | Sequence[str] | None = None,
+        swarm_key: str | Path | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -193,6 +202,7 @@ class ClientOptions:
         )
         return cls(
             initial_peers=parse_initial_peers(initial_peers),
+            swarm_key=key_in(swarm_key),
             allowed_servers=None if allowed_servers is None else parse_peers(allowed_servers),
             blocked_servers=parse_peers(blocked_servers or ()),
             pinned=parse_pins(pinned or {}),

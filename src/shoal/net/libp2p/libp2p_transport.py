@@ -16,8 +16,10 @@ from shoal.net.identity import Identity, public_key
 from shoal.net.libp2p.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, DaemonGone
 from shoal.net.libp2p.daemon_reasons import NO_PROTOCOL
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
+from shoal.net.libp2p.membership import Membership
 from shoal.net.libp2p.reach.reach_keeper import ReachKeeper
 from shoal.net.libp2p.spoken_version import check_versions, spoken_version
+from shoal.net.swarm_key import SwarmKey
 from shoal.net.transport import RelayTrial, StreamBroken, StreamHandler
 from shoal.net.wire.receive_budget import ReceiveBudget
 from shoal.policy.network.reachability import Reach
@@ -63,10 +65,12 @@ class Libp2pTransport:
         initial_peers: Sequence[str] = (),
         relays: Sequence[str] = (),
         attach: Callable[[Daemon, Sequence[str], bool], Awaitable[None]] | None = None,
+        swarm_key: SwarmKey | None = None,
     ) -> None:
         self._identity = identity
         self._config = config
         self._attach = attach
+        self._membership = Membership(identity.peer, swarm_key)
         self._initial = group_by_peer(initial_peers)
         self._dialled: dict[str, tuple[str, ...]] = {}
         self._daemon: Daemon | None = None
@@ -147,6 +151,11 @@ class Libp2pTransport:
             peer, reader, writer, address=address, budget=self._budget, on_close=self._streams.discard
         )
         self._streams.add(stream)
+        try:
+            await self._membership.prove(stream)
+        except BaseException:
+            await stream.close()
+            raise
         return stream
 
     async def _dial(self, peer: str, hints: Sequence[str]) -> tuple[str | None, StreamReader, StreamWriter]:
@@ -298,7 +307,8 @@ class Libp2pTransport:
     # The streams that other peers open.
 
     def _accept(self, peer: str, address: str | None, reader: StreamReader, writer: StreamWriter) -> None:
-        self._handle(self._handler, peer, address, reader, writer)
+        handler = None if self._handler is None else self._membership.required_by(self._handler)
+        self._handle(handler, peer, address, reader, writer)
 
     def _accept_examined(self, peer: str, address: str | None, reader: StreamReader, writer: StreamWriter) -> None:
         self._handle(None if self._reach is None else self._reach.examiner, peer, address, reader, writer)

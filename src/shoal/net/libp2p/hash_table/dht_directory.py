@@ -26,6 +26,7 @@ from shoal.net.libp2p.hash_table.dht_reads import Traffic, Values, read_everywhe
 from shoal.net.libp2p.hash_table.known_peers import KnownPeers
 from shoal.net.libp2p.hash_table.record_validator import RecordValidator
 from shoal.net.libp2p.hash_table.store_failures import StoreFailureLog, StoreResponses, store_failure
+from shoal.net.libp2p.membership import Membership
 from shoal.net.participant import Participant, Publication
 from shoal.net.records import (
     CLOCK_SKEW,
@@ -38,6 +39,7 @@ from shoal.net.records import (
     tallies_key,
     unseal,
 )
+from shoal.net.swarm_key import SwarmKey
 from shoal.net.tallies import ShardTally, seal_tally, unseal_tally
 from shoal.net.tally_book import Report
 from shoal.net.transport import MAX_LIFETIME
@@ -63,7 +65,8 @@ class DhtDirectory:
     """This peer's node of the DHT. Its owner calls `attach` with every daemon that is started, and `close` at the end.
 
     `stores_records`: store records for other peers, if they can dial this one. `initial_peers`: multiaddresses by which
-    the node rejoins the DHT. `clock`: the Unix time.
+    the node rejoins the DHT. `swarm_key`: that of a closed swarm, whose DHT answers its members only. `clock`: the Unix
+    time.
     """
 
     def __init__(
@@ -72,11 +75,13 @@ class DhtDirectory:
         *,
         stores_records: bool,
         initial_peers: Sequence[str] = (),
+        swarm_key: SwarmKey | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._identity = identity
         self._may_store = self._stores_records = stores_records
         self._clock = clock
+        self._swarm_key = swarm_key
         self._node: Any = None
         self._known_peers = KnownPeers(identity.peer, initial_peers=initial_peers, stores_records=stores_records)
         self._duplicates = DuplicateIdentityWatch(identity.peer)
@@ -106,6 +111,7 @@ class DhtDirectory:
         p2p = await P2P.replicate(daemon.control)
         try:
             self._node = node = await create_node(
+                Membership(self._identity.peer, self._swarm_key),
                 p2p=p2p,
                 node_id=former.node_id if former else None,
                 initial_peers=[f"/p2p/{peer}" for peer in peers],
@@ -120,7 +126,11 @@ class DhtDirectory:
             )
         except RuntimeError:
             await p2p.shutdown()
-            hint = "is it a shoal peer of this version? `shoal dht` and `shoal serve` print the address to use"
+            if self._swarm_key is None:
+                hint = "is it a shoal peer of this version, as `shoal dht` and `shoal serve` print it? If the swarm is "
+                hint += "closed, use its invite code, or --swarm-key"
+            else:
+                hint = "is it the key of this swarm? An open swarm has none"
             raise BootstrapFailed(f"connected, but not to a swarm: {', '.join(peers)}", hint=hint) from None
         except BaseException:
             await p2p.shutdown()

@@ -16,9 +16,10 @@ from hivemind.dht import node
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
-from hivemind.p2p import P2PContext
+from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import dht_pb2
 
+from shoal.net.libp2p.membership import ANSWER, REQUEST, Membership
 from shoal.net.records import MAX_RECORD_BYTES
 
 KEY_BYTES = 20
@@ -41,8 +42,8 @@ class InvalidRequest(ValueError):
     """A request that no shoal peer makes. hivemind sends the message to the peer that made it."""
 
 
-async def create_node(**options: Any) -> Any:
-    """A `hivemind.DHTNode` made with these options of `DHTNode.create`, which speaks `LimitedDHTProtocol`.
+async def create_node(membership: Membership, **options: Any) -> Any:
+    """A `hivemind.DHTNode` made with these options of `DHTNode.create`, which speaks `LimitedDHTProtocol` to members.
 
     `DHTNode.create` has no parameter for the class of its protocol, so the name that it looks up is replaced. The
     replacement stays: another node may be created at the same time, and shoal's nodes must all have the limits.
@@ -51,6 +52,7 @@ async def create_node(**options: Any) -> Any:
     created = await node.DHTNode.create(
         # Reads must be fresh, so nothing is cached: see `NoCache`.
         **options,
+        authorizer=membership,
         cache_locally=False,
         cache_nearest=0,
         cache_on_store=False,
@@ -76,7 +78,10 @@ class NoCache(DHTLocalStorage):  # type: ignore[misc]
 
 
 class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
-    """hivemind's protocol, under the same names on the wire, with limits. `close` it when its node is closed."""
+    """hivemind's protocol, under the same names on the wire, with limits, among members of the swarm only.
+
+    `close` it when its node is closed.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -94,11 +99,25 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
             ping.cancel()
         await asyncio.gather(*pings, return_exceptions=True)
 
+    def get_stub(self, peer: PeerID) -> Any:
+        """The requests that a peer answers: both prove to each other that they are members."""
+        return _MemberStub(super().get_stub(peer), self.authorizer, peer)
+
+    async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
+        """Take a member into the routing table. Raises `NotAMember`."""
+        self.authorizer.check(request, REQUEST, context.remote_id)
+        return self._signed(await super().rpc_ping(request, context), context)
+
+    def _signed(self, response: Any, context: P2PContext) -> Any:
+        self.authorizer.sign(response, ANSWER, context.remote_id)
+        return response
+
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
         """For each key, the records that fit into the answer, and the peers that are nearer to the key.
 
-        A repeated key is answered once. Raises `InvalidRequest`.
+        A repeated key is answered once. Raises `InvalidRequest`, and `NotAMember`.
         """
+        self.authorizer.check(request, REQUEST, context.remote_id)
         if len(request.keys) > MAX_FIND_KEYS or any(len(key) != KEY_BYTES for key in request.keys):
             raise InvalidRequest(f"a lookup of {len(request.keys)} keys")
         self._add_to_routing_table(request.peer, context)
@@ -117,7 +136,7 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
                 result.nearest_node_ids.append(node_id.to_bytes())
                 result.nearest_peer_ids.append(peer_id.to_bytes())
             response.results.append(result)
-        return response
+        return self._signed(response, context)
 
     def _find_result(self, item: Any, max_bytes: int) -> tuple[dht_pb2.FindResult, int]:
         """The answer for one key, and the bytes of its records."""
@@ -130,7 +149,8 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
         ), size
 
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
-        """Store the first `MAX_STORED_RECORDS` records. Raises `InvalidRequest`."""
+        """Store the first `MAX_STORED_RECORDS` records. Raises `InvalidRequest`, and `NotAMember`."""
+        self.authorizer.check(request, REQUEST, context.remote_id)
         parts = request.keys, request.subkeys, request.values, request.expiration_time, request.in_cache
         if len(set(map(len, parts))) > 1 or any(len(key) != KEY_BYTES for key in request.keys):
             raise InvalidRequest("malformed keys, or keys without a value")
@@ -142,7 +162,7 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
             stored = [self._store_record(key, *record) for record in records[:records_left]]
             response.store_ok.append(len(stored) == len(records) > 0 and all(stored))
             records_left -= len(stored)
-        return response
+        return self._signed(response, context)
 
     def _unpack_records(self, subkey: bytes, value: bytes, expires: float) -> Iterator[tuple[bytes, bytes, float]]:
         """The records in one value, which holds a single one or all of a key. Nothing for a value that is too large."""
@@ -166,9 +186,29 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
     def _add_to_routing_table(self, peer: dht_pb2.NodeInfo, context: P2PContext) -> None:
         """Ping the requesting peer if it is a DHT node, which adds it to the routing table."""
         if peer.node_id:
-            task = asyncio.create_task(self.rpc_ping(dht_pb2.PingRequest(peer=peer), context))
+            task = asyncio.create_task(super().rpc_ping(dht_pb2.PingRequest(peer=peer), context))
             self._pings.add(task)
             task.add_done_callback(self._pings.discard)
+
+
+class _MemberStub:
+    """A stub whose requests prove membership, and whose answers must."""
+
+    def __init__(self, stub: Any, membership: Membership, peer: PeerID) -> None:
+        self._stub = stub
+        self._membership = membership
+        self._peer = peer
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._stub, name)
+
+        async def proven(request: Any, *arguments: Any, **options: Any) -> Any:
+            self._membership.sign(request, REQUEST, self._peer)
+            answer = await call(request, *arguments, **options)
+            self._membership.check(answer, ANSWER, self._peer)
+            return answer
+
+        return proven
 
 
 def choose_records(records: DictionaryDHTValue, max_bytes: int) -> tuple[DictionaryDHTValue, int]:
