@@ -20,7 +20,7 @@ from shoal.net.swarm_key import PROOF_BYTES, SwarmKey
 from shoal.net.transport import Node, Stream, StreamBroken
 from shoal.policy.census.levels import Shard
 
-from .test_libp2p import MODEL, OPEN, PATIENCE, echo, foreign_daemon, info
+from .test_libp2p import MODEL, PATIENCE, echo, foreign_daemon, info
 
 pytestmark = pytest.mark.anyio
 
@@ -104,7 +104,7 @@ async def test_the_table_answers_no_stranger_and_stores_nothing_of_one() -> None
     async with closed(False) as (first, member), foreign_daemon(first) as (daemon, mallory):
         await member.directory.announce(MODEL, info(member, 0, 4), lifetime=60)
         p2p = await p2p_module.P2P.replicate(daemon.control)
-        table = await node_module.DHTNode.create(p2p=p2p, authorizer=OPEN)
+        table = await node_module.DHTNode.create(p2p=p2p)
         victim = p2p_module.PeerID.from_base58(first.transport.peer)
         stub = table.protocol.get_stub(victim)
         digest = node_module.DHTID.generate(shard_key(MODEL.key, Shard(0, 0, 0))).to_bytes()

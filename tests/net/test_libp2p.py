@@ -27,7 +27,6 @@ from shoal.net.libp2p import daemon as daemons
 from shoal.net.libp2p.daemon import DaemonConfig
 from shoal.net.libp2p.hash_table.dht_directory import DhtDirectory
 from shoal.net.libp2p.libp2p_transport import MAX_STREAMS_PER_PEER, Libp2pTransport
-from shoal.net.libp2p.membership import Membership
 from shoal.net.records import Announcement, seal, shard_key
 from shoal.net.transport import Node, Stream, StreamBroken
 from shoal.peers import ModelInfo, ServerInfo, ServerState
@@ -40,8 +39,6 @@ from .. import server_infos
 
 pytestmark = pytest.mark.anyio
 
-OPEN = Membership("", None)
-"""An open swarm asks for no proof."""
 MODEL = ModelInfo(key="m" * 32, name="org/tiny", family="llama", num_blocks=8)
 PATIENCE = 30.0
 """No step below takes this long; a test that waits for it has failed."""
@@ -380,8 +377,7 @@ async def test_forged_announcements_are_not_seen_and_hide_no_server() -> None:
     async with swarm(SERVER, CLIENT) as (first, server, client), foreign_daemon(first) as (daemon, mallory):
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
         p2p = await p2p_module.P2P.replicate(daemon.control)
-        way = [f"/p2p/{first.transport.peer}"]
-        table = await node_module.DHTNode.create(p2p=p2p, initial_peers=way, authorizer=OPEN)
+        table = await node_module.DHTNode.create(p2p=p2p, initial_peers=[f"/p2p/{first.transport.peer}"])
         victim = server.transport.peer
         latest = Announcement.of(MODEL, info(server, 0, 8), expires=time.time() + 200).model_copy(
             update={"peer": mallory.peer}
@@ -407,8 +403,7 @@ async def test_a_repeated_key_is_answered_once_and_the_directory_keeps_working()
     async with swarm(SERVER, CLIENT) as (first, server, client), foreign_daemon(first) as (daemon, _):
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=30)
         p2p = await p2p_module.P2P.replicate(daemon.control)
-        way = [f"/p2p/{first.transport.peer}"]
-        table = await node_module.DHTNode.create(p2p=p2p, initial_peers=way, authorizer=OPEN)
+        table = await node_module.DHTNode.create(p2p=p2p, initial_peers=[f"/p2p/{first.transport.peer}"])
         key = node_module.DHTID.generate(shard_key(MODEL.key, Shard(0, 0, 0))).to_bytes()
         stub = table.protocol.get_stub(p2p_module.PeerID.from_base58(first.transport.peer))
         answer = await stub.rpc_find(dht_pb2.FindRequest(keys=[key] * 100), timeout=PATIENCE)

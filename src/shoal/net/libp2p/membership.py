@@ -83,6 +83,10 @@ class Membership(AuthorizerBase):  # type: ignore[misc]
         return True
 
 
+OPEN = Membership("", None)
+"""In an open swarm: nothing is proved or asked for."""
+
+
 def _check_size(header: bytes, num_bytes: int) -> None:
     if len(header) != PROOF_BYTES or num_bytes:
         raise ProtocolViolation("no proof of membership")

@@ -19,7 +19,7 @@ from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import dht_pb2
 
-from shoal.net.libp2p.membership import ANSWER, REQUEST, Membership
+from shoal.net.libp2p.membership import ANSWER, OPEN, REQUEST, Membership
 from shoal.net.records import MAX_RECORD_BYTES
 
 KEY_BYTES = 20
@@ -92,6 +92,11 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
         name: str = DHTProtocol._get_handle_name(namespace, method_name)
         return name
 
+    @property
+    def _membership(self) -> Membership:
+        """That of the swarm; a node that is not shoal's but in the same process has none, and is open."""
+        return self.authorizer if isinstance(self.authorizer, Membership) else OPEN
+
     async def close(self) -> None:
         """Cancel the pings that are under way."""
         pings = [*self._pings]
@@ -101,15 +106,15 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
 
     def get_stub(self, peer: PeerID) -> Any:
         """The requests that a peer answers: both prove to each other that they are members."""
-        return _MemberStub(super().get_stub(peer), self.authorizer, peer)
+        return _MemberStub(super().get_stub(peer), self._membership, peer)
 
     async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
         """Take a member into the routing table. Raises `NotAMember`."""
-        self.authorizer.check(request, REQUEST, context.remote_id)
+        self._membership.check(request, REQUEST, context.remote_id)
         return self._signed(await super().rpc_ping(request, context), context)
 
     def _signed(self, response: Any, context: P2PContext) -> Any:
-        self.authorizer.sign(response, ANSWER, context.remote_id)
+        self._membership.sign(response, ANSWER, context.remote_id)
         return response
 
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
@@ -117,7 +122,7 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
 
         A repeated key is answered once. Raises `InvalidRequest`, and `NotAMember`.
         """
-        self.authorizer.check(request, REQUEST, context.remote_id)
+        self._membership.check(request, REQUEST, context.remote_id)
         if len(request.keys) > MAX_FIND_KEYS or any(len(key) != KEY_BYTES for key in request.keys):
             raise InvalidRequest(f"a lookup of {len(request.keys)} keys")
         self._add_to_routing_table(request.peer, context)
@@ -150,7 +155,7 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
 
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
         """Store the first `MAX_STORED_RECORDS` records. Raises `InvalidRequest`, and `NotAMember`."""
-        self.authorizer.check(request, REQUEST, context.remote_id)
+        self._membership.check(request, REQUEST, context.remote_id)
         parts = request.keys, request.subkeys, request.values, request.expiration_time, request.in_cache
         if len(set(map(len, parts))) > 1 or any(len(key) != KEY_BYTES for key in request.keys):
             raise InvalidRequest("malformed keys, or keys without a value")
