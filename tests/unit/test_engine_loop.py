@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shoal.policy.batching.engine_limits import Limits
-from shoal.policy.batching.scheduling import PassTimeModel
+from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.executor import Executor
@@ -59,7 +59,7 @@ class Server:
         self.clock = Clock()
         self.inference = self.training = 0.0
         self.pool = PagePool(num_pages)
-        pass_time = PassTimeModel(PASS_SECONDS, 1e-3)
+        pass_time = PassTimeModel.measured(decode_seconds=PASS_SECONDS, prefill_token_seconds=1e-3)
         self.loop = EngineLoop(
             ModelRunner(self._compute, executor or AtOnce()),
             self.pool,

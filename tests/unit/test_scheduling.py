@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, Cost, PrefillBudget
 from shoal.policy.batching.scheduling import (
     DECODE_TOKENS,
-    MIN_PREFILL_TOKENS,
-    PassTimeModel,
     RequestView,
     SchedulerOutput,
     batching_delay,
@@ -35,7 +34,8 @@ def beginner(num_tokens: int, *, rows: int = 1, unsplittable: bool = False) -> R
 
 
 def plan(*steps: RequestView, pages: int = 1000, tokens: int = 1024, prefill: int = 64) -> SchedulerOutput:
-    return schedule(steps, num_free_pages=pages, max_num_batched_tokens=tokens, prefill_tokens=prefill)
+    budget = PrefillBudget(float(prefill), Cost(1.0))  # a second for each token
+    return schedule(steps, num_free_pages=pages, max_num_batched_tokens=tokens, prefill=budget)
 
 
 steps = st.builds(
@@ -60,7 +60,7 @@ def test_a_pass_never_exceeds_its_budgets_except_for_one_large_request(steps, pa
     assert len({index for index, _ in chosen}) == len(chosen)
     assert sum(step.num_pages(num_tokens) for step, num_tokens, _ in sizes) <= pages
     prefills = [size for step, _, size in sizes if not step.decodes]
-    assert sum(prefills) <= prefill or len(prefills) == 1
+    assert sum(prefills) <= max(prefill, MIN_PREFILL_TOKENS) or len(prefills) == 1
     small = all(num_tokens == 1 or step.unsplittable for step, num_tokens, _ in sizes if not step.decodes)
     assert sum(size for _, _, size in sizes) <= tokens or len(sizes) == 1 or (len(prefills) == 1 and small)
     assert all(num_tokens == step.num_tokens for step, num_tokens, _ in sizes if step.unsplittable)
@@ -192,28 +192,3 @@ def test_a_pass_waits_for_steps_that_come_in_a_moment_and_for_no_others():
     assert batching_delay([5.1, 5.2, 7.0], num_ready=2, now=5.0, pass_seconds=1.0) == pytest.approx(0.2)
     assert batching_delay([5.9], num_ready=8, now=5.0, pass_seconds=1.0) == 0
     assert batching_delay([3.0], num_ready=1, now=5.0, pass_seconds=1.0) == 0
-
-
-def test_a_prefill_takes_its_share_of_a_pass():
-    pass_time = PassTimeModel(decode_seconds=0.1, prefill_token_seconds=0.001)
-    assert pass_time.prefill_tokens(0.5) == 100
-    assert pass_time.prefill_tokens(0.2) == 25
-    assert pass_time.prefill_tokens(0.01) == MIN_PREFILL_TOKENS
-
-
-@given(st.lists(st.tuples(st.sampled_from([0, 5, 32, 500]), st.floats(0, 10)), max_size=30))
-def test_pass_times_stay_between_what_was_believed_and_what_was_seen(passes):
-    pass_time = PassTimeModel(0.1, 0.001)
-    for num_prefill_tokens, seconds in passes:
-        pass_time = pass_time.updated(num_prefill_tokens=num_prefill_tokens, seconds=seconds)
-    assert 0 <= pass_time.decode_seconds <= 10
-    assert 0 <= pass_time.prefill_token_seconds <= 10 / MIN_PREFILL_TOKENS
-    assert pass_time.prefill_tokens(0.5) >= MIN_PREFILL_TOKENS
-
-
-def test_pass_times_are_learned():
-    pass_time = PassTimeModel(decode_seconds=1.0, prefill_token_seconds=1.0)
-    for _ in range(100):
-        pass_time = pass_time.updated(num_prefill_tokens=0, seconds=0.1).updated(num_prefill_tokens=100, seconds=0.3)
-    assert pass_time.decode_seconds == pytest.approx(0.1)
-    assert pass_time.prefill_token_seconds == pytest.approx(0.002)

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from shoal.events import Observers, PassComputed
 from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
 from shoal.policy.batching.pass_rules import PassRule, Places, fair
-from shoal.policy.batching.scheduling import PassTimeModel, batching_delay
+from shoal.policy.batching.pass_times import PassTimeModel, PassWork
+from shoal.policy.batching.scheduling import batching_delay
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.engine.page_holders import drop_snapshots_if_short, engine_view, holding_pages
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
@@ -208,7 +209,8 @@ class EngineLoop:
                 holding,
                 self._pool,
                 limits=self._limits,
-                prefill_tokens=self._prefill_tokens(),
+                pass_time=self._pass_time,
+                is_decoding=self._is_decoding,
                 now=self._clock(),
             )
             choice = self._rule(view)
@@ -224,8 +226,7 @@ class EngineLoop:
 
     async def _run_pass(self, chosen: Sequence[tuple[StepRequest, int]]) -> None:
         """Compute one pass: of each step, the number of tokens of every row that stands beside it."""
-        decoding = [step for step, _ in chosen if step.view().decodes]
-        num_prefill = sum(tokens * len(step.session.rows) for step, tokens in chosen if step not in decoding)
+        work = PassWork.total(step.view().work(num_tokens) for step, num_tokens in chosen)
         began = self._clock()
         for step, _ in chosen:
             if not step.session.running:
@@ -234,14 +235,14 @@ class EngineLoop:
         answers = await self._runner.run(chunks)
         self.num_passes += 1
         now = self._clock()
-        self._pass_time = self._pass_time.updated(num_prefill_tokens=num_prefill, seconds=now - began)
+        self._pass_time = self._pass_time.learnt(work, now - began)
         self._observers.emit(_pass_computed(chunks, now - began))
         if self._watch is not None and not any(isinstance(answer, Exception) for answer in answers):
-            if not num_prefill:
+            if not work.num_prefill:
                 self._watch.decoded(chunks, now - began, now=now)
-            elif not decoding:
+            elif not work.num_decoding:
                 self._watch.prefilled(chunks, now - began, now=now)
-        if decoding:
+        if work.num_decoding:
             self._decoded_at = now
         for (step, num_tokens), answer in zip(chosen, answers, strict=True):
             step.session.used_at = now
@@ -250,7 +251,7 @@ class EngineLoop:
             else:
                 step.advance(num_tokens, answer)
 
-    # -- how long to wait, and how much to take -----------------------------------------------------------------------
+    # -- how long to wait --------------------------------------------------------------------------------------------
 
     def _batching_delay(self) -> float:
         """How many seconds the steps that are ready should wait for others that are expected soon.
@@ -273,12 +274,6 @@ class EngineLoop:
         now = self._clock()
         waits = [each.expected_at - now for each in self.sessions if each.expected_at is not None]
         return min((wait for wait in waits if 0 < wait < within), default=0.0)
-
-    def _prefill_tokens(self) -> int:
-        """How many tokens of prefills the next pass may have, so that decoding sessions do not wait for them."""
-        if not self._is_decoding:
-            return self._limits.max_num_batched_tokens
-        return self._pass_time.prefill_tokens(self._limits.prefill)
 
     @property
     def _is_decoding(self) -> bool:
