@@ -7,14 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, Cost, PrefillBudget
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, Cost, PassTimeModel, PrefillBudget
 from shoal.policy.batching.scheduling import (
     DECODE_TOKENS,
+    LATE_SECONDS,
     RequestView,
+    Rhythm,
     SchedulerOutput,
     batching_delay,
     is_training_due,
+    prefill_budget,
     schedule,
+    seconds_to_next,
+    shortest_prefill_seconds,
 )
 
 PAGE = 16
@@ -183,7 +189,7 @@ moments = st.lists(st.floats(-2, 2), max_size=8)
 def test_no_step_waits_as_long_as_a_pass_takes(expected: list[float], num_ready: int, pass_seconds: float):
     wait = batching_delay(expected, num_ready=num_ready, now=0.0, pass_seconds=pass_seconds)
     assert 0 <= wait < pass_seconds
-    assert wait == 0 or any(abs(moment) == wait for moment in expected)
+    assert wait == 0 or any(abs(moment) == wait for moment in expected) or wait == LATE_SECONDS
 
 
 def test_a_pass_waits_for_steps_that_come_in_a_moment_and_for_no_others():
@@ -192,3 +198,29 @@ def test_a_pass_waits_for_steps_that_come_in_a_moment_and_for_no_others():
     assert batching_delay([5.1, 5.2, 7.0], num_ready=2, now=5.0, pass_seconds=1.0) == pytest.approx(0.2)
     assert batching_delay([5.9], num_ready=8, now=5.0, pass_seconds=1.0) == 0
     assert batching_delay([3.0], num_ready=1, now=5.0, pass_seconds=1.0) == 0
+    assert batching_delay([4.8], num_ready=1, now=5.0, pass_seconds=1.0) == pytest.approx(0.2)
+    assert batching_delay([5.0], num_ready=7, now=5.0, pass_seconds=1.0) == LATE_SECONDS
+
+
+def test_a_session_is_expected_after_it_was_away_as_long_as_before_whatever_was_computed_meanwhile():
+    rhythm = Rhythm().after_arrival(0.0, decodes=False).after_answer(5.0)
+    assert rhythm.expected_at is None
+    rhythm = rhythm.after_arrival(5.3, decodes=True)
+    assert rhythm.expected_at is None
+    assert rhythm.after_answer(9.0).expected_at == pytest.approx(9.3)
+
+
+def test_a_step_that_comes_before_the_last_one_is_answered_tells_nothing():
+    rhythm = Rhythm().after_answer(1.0).after_arrival(1.5, decodes=True).after_arrival(1.6, decodes=True)
+    assert rhythm.after_answer(2.0).expected_at is None
+
+
+def test_a_pass_of_prefills_alone_ends_before_the_next_step_is_expected():
+    model = PassTimeModel.measured(decode_seconds=0.1, prefill_token_seconds=0.001)
+    for next_in, num_tokens in ((None, 100), (10.0, 100), (0.15, 50), (0.11, MIN_PREFILL_TOKENS)):
+        budget = prefill_budget(model, [beginner(500)], limits=Limits(), is_decoding=True, next_in=next_in)
+        assert budget.num_tokens(num_rows=1, num_past=0) == num_tokens
+    assert shortest_prefill_seconds(model, [beginner(500)]) == pytest.approx(0.116)
+    assert shortest_prefill_seconds(model, [requests(1)]) == 0
+    assert seconds_to_next([3.0, 1.5, 0.8], now=1.0) == pytest.approx(0.2)
+    assert seconds_to_next([], now=1.0) is None

@@ -9,14 +9,16 @@ get smaller: each of their tokens attends to more (`shoal.policy.batching.pass_t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.policy.batching.engine_limits import Limits
-from shoal.policy.batching.pass_times import PassTimeModel, PassWork, PrefillBudget
+from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, PassTimeModel, PassWork, PrefillBudget
 from shoal.policy.batching.preemption import Holder
 
 DECODE_TOKENS = 8
 """The most new tokens a sequence of a decoding step: a person waits for one token, or for a few checked guesses."""
+LATE_SECONDS = 1e-3
+"""A step that is due comes within this time at the earliest: sessions that were answered together come one by one."""
 GROUPING_WEIGHT = 4
 """How many times a step counts that misses a pass: steps that are computed together come together again next time."""
 
@@ -120,33 +122,69 @@ def schedule(
 
 
 def prefill_budget(
-    pass_time: PassTimeModel, requests: Sequence[RequestView], *, limits: Limits, is_decoding: bool
+    pass_time: PassTimeModel,
+    requests: Sequence[RequestView],
+    *,
+    limits: Limits,
+    is_decoding: bool,
+    next_in: float | None = None,
 ) -> PrefillBudget:
     """What prefills may take in the next pass, so that sessions that decode do not wait for them.
 
-    `is_decoding` says whether sessions decode, although none of their steps may be among the `requests`.
+    `is_decoding` says whether sessions decode, although none of their steps may be among the `requests`. Then the next
+    one is expected in `next_in` seconds, and a pass without any ends by then if that can be.
     """
     decoding = PassWork.total(request.work(request.num_tokens) for request in requests if request.decodes)
-    if is_decoding or decoding.num_decoding:
-        return pass_time.beside(decoding, share=limits.prefill)
-    return pass_time.alone(max_num_batched_tokens=limits.max_num_batched_tokens)
+    if not is_decoding and not decoding.num_decoding:
+        return pass_time.alone(max_num_batched_tokens=limits.max_num_batched_tokens)
+    budget = pass_time.beside(decoding, share=limits.prefill)
+    if decoding.num_decoding or next_in is None:
+        return budget
+    return replace(budget, seconds=min(budget.seconds, next_in - pass_time.decoding.fixed))
+
+
+def shortest_prefill_seconds(pass_time: PassTimeModel, requests: Sequence[RequestView]) -> float:
+    """How long a pass takes that has a page of one of these prefills, of the one for which that takes least."""
+
+    def first_page(request: RequestView) -> PassWork:
+        return request.work(min(request.num_tokens, max(1, MIN_PREFILL_TOKENS // request.num_rows)))
+
+    return min((pass_time.seconds_of(first_page(each)) for each in requests if not each.decodes), default=0.0)
+
+
+def seconds_to_next(expected: Sequence[float], *, now: float) -> float | None:
+    """In how many seconds the first of the steps comes that are `expected` at these times; `None` if there are none."""
+    return min((_seconds_until(time, now) for time in expected), default=None)
+
+
+def _seconds_until(expected: float, now: float) -> float:
+    """When a step comes. One that is late by t is expected after another t, or `LATE_SECONDS` if that is longer."""
+    return expected - now if expected > now else max(now - expected, LATE_SECONDS)
 
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When a session's last step came, and how long after the one before, in seconds."""
+    """When a session was answered, and how long it was away before its last step, in seconds.
 
-    arrived_at: float | None = None
-    period: float | None = None
+    It is away while its client and other servers work, whatever this server computes meanwhile. So its next step is
+    expected after as long again.
+    """
+
+    answered_at: float | None = None
+    away: float | None = None
 
     def after_arrival(self, now: float, *, decodes: bool) -> Rhythm:
-        """With one more step. Only steps that decode one token tell when the next one comes."""
-        return Rhythm(now, now - self.arrived_at if decodes and self.arrived_at is not None else None)
+        """With one more step, which is not answered yet. Only steps that decode tell when the next one comes."""
+        return Rhythm(None, now - self.answered_at if decodes and self.answered_at is not None else None)
+
+    def after_answer(self, now: float) -> Rhythm:
+        """When the step is answered."""
+        return replace(self, answered_at=now)
 
     @property
     def expected_at(self) -> float | None:
-        """When the next step comes if the session keeps its pace."""
-        return None if self.arrived_at is None or self.period is None else self.arrived_at + self.period
+        """When the next step comes if the session keeps its pace; `None` while a step is here."""
+        return None if self.answered_at is None or self.away is None else self.answered_at + self.away
 
 
 def is_training_due(*, inference_seconds: float, training_seconds: float, share: float) -> bool:
@@ -159,10 +197,9 @@ def batching_delay(expected: Sequence[float], *, num_ready: int, now: float, pas
 
     A step that arrives just after a pass has begun waits until the pass ends, and the steps that are ready lose the
     time by which the pass is delayed. A pass takes about as long for all as for some, so it begins when the sum of all
-    these waits is least. A step that misses the pass counts `GROUPING_WEIGHT` times. A session that is late by t is
-    expected after another t.
+    these waits is least. A step that misses the pass counts `GROUPING_WEIGHT` times.
     """
-    waits = sorted(wait for wait in (abs(time - now) for time in expected) if wait < pass_seconds)
+    waits = sorted(wait for wait in (_seconds_until(time, now) for time in expected) if wait < pass_seconds)
     total, before = sum(waits), 0.0
     best, least = 0.0, GROUPING_WEIGHT * (len(waits) * pass_seconds - total)
     for index, wait in enumerate(waits):

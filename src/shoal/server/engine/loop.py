@@ -16,7 +16,7 @@ from shoal.events import Observers, PassComputed
 from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
 from shoal.policy.batching.pass_rules import PassRule, Places, fair
 from shoal.policy.batching.pass_times import PassTimeModel, PassWork
-from shoal.policy.batching.scheduling import batching_delay
+from shoal.policy.batching.scheduling import batching_delay, seconds_to_next, shortest_prefill_seconds
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.engine.page_holders import drop_snapshots_if_short, engine_view, holding_pages
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
@@ -158,7 +158,7 @@ class EngineLoop:
             if both:
                 self._time_shares = self._time_shares.after_inference(self._clock() - began)
         elif self.passes:
-            if both and not is_due and (wait := self._seconds_to_next(self._pass_time.decode_seconds)):
+            if both and not is_due and (wait := self._delay_within(self._pass_time.decode_seconds)):
                 await self._news_within(wait)  # a piece may take longer than a decoding session should wait
                 return True
             await self._run_training()
@@ -211,6 +211,7 @@ class EngineLoop:
                 limits=self._limits,
                 pass_time=self._pass_time,
                 is_decoding=self._is_decoding,
+                next_in=self._seconds_to_next(),
                 now=self._clock(),
             )
             choice = self._rule(view)
@@ -250,30 +251,39 @@ class EngineLoop:
                 settle(step.result, answer)
             else:
                 step.advance(num_tokens, answer)
+                if not step.num_left:
+                    step.session.record_answer(now)
 
     # -- how long to wait --------------------------------------------------------------------------------------------
 
     def _batching_delay(self) -> float:
         """How many seconds the steps that are ready should wait for others that are expected soon.
 
-        Prefills alone wait for decoding steps where another server of this machine would have to wait for the prefills.
+        Prefills alone wait for a decoding step that would have to wait for them, and where another server of this
+        machine would have to.
         """
         is_contended = self._runner.is_contended
         decode_seconds = self._pass_time.decode_seconds
         ready = [step.session for step in self.steps if step.view().decodes]
         if not ready:
-            return self._seconds_to_next(4 * decode_seconds) if is_contended and self._is_decoding else 0.0
+            if not self._is_decoding:
+                return 0.0
+            least = shortest_prefill_seconds(self._pass_time, [step.view() for step in self.steps])
+            return self._delay_within(max(least, 4 * decode_seconds) if is_contended else least)
         here = {step.session for step in self.steps}
         expected = [each.expected_at for each in self.sessions - here if each.expected_at is not None]
         # A step that misses this pass waits for the passes of other servers too.
         pass_seconds = 2 * decode_seconds if is_contended else decode_seconds
         return batching_delay(expected, num_ready=len(ready), now=self._clock(), pass_seconds=pass_seconds)
 
-    def _seconds_to_next(self, within: float) -> float:
-        """In how many seconds the next decoding step is expected, if that is less than `within`; otherwise 0."""
-        now = self._clock()
-        waits = [each.expected_at - now for each in self.sessions if each.expected_at is not None]
-        return min((wait for wait in waits if 0 < wait < within), default=0.0)
+    def _delay_within(self, seconds: float) -> float:
+        """In how many seconds the next decoding step is expected, if that is less than so many; otherwise 0."""
+        next_in = self._seconds_to_next()
+        return next_in if next_in is not None and next_in < seconds else 0.0
+
+    def _seconds_to_next(self) -> float | None:
+        expected = [each.expected_at for each in self.sessions if each.expected_at is not None]
+        return seconds_to_next(expected, now=self._clock())
 
     @property
     def _is_decoding(self) -> bool:

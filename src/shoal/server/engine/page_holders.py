@@ -23,12 +23,13 @@ def engine_view(
     limits: Limits,
     pass_time: PassTimeModel,
     is_decoding: bool,
+    next_in: float | None,
     now: float,
 ) -> EngineView:
     """What a rule chooses from: the steps that wait, and the sessions that are `holding` pages.
 
     A session may have been given pages that were known already, and have asked for nothing since. `is_decoding` says
-    whether sessions decode, although none of their steps may wait.
+    whether sessions decode, although none of their steps may wait; the next one is expected in `next_in` seconds.
     """
     at_work = {step.session for step in steps}
     holders = {session: _holder(session, at_work=session in at_work) for session in holding}
@@ -46,7 +47,7 @@ def engine_view(
         num_pages=pool.num_pages,
         num_free_pages=pool.num_available,
         max_num_batched_tokens=limits.max_num_batched_tokens,
-        prefill=prefill_budget(pass_time, requests, limits=limits, is_decoding=is_decoding),
+        prefill=prefill_budget(pass_time, requests, limits=limits, is_decoding=is_decoding, next_in=next_in),
         now=now,
     )
 

@@ -15,7 +15,15 @@ from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DEC
 from shoal.policy.batching.pass_rules import EngineView, PassRule, Places
 from shoal.policy.batching.pass_times import PassWork
 from shoal.policy.batching.preemption import Holder
-from shoal.policy.batching.scheduling import DECODE_TOKENS, RequestView, Rhythm, batching_delay, prefill_budget
+from shoal.policy.batching.scheduling import (
+    DECODE_TOKENS,
+    RequestView,
+    Rhythm,
+    batching_delay,
+    prefill_budget,
+    seconds_to_next,
+    shortest_prefill_seconds,
+)
 from shoal.simulator.serving.agenda import Agenda
 from shoal.simulator.serving.generations import Generation
 from shoal.simulator.serving.page_counts import PAGE_TOKENS, PageCounts, pages_for
@@ -265,7 +273,9 @@ class OneServer:
             num_pages=self.pages.num_pages,
             num_free_pages=self.pages.num_available,
             max_num_batched_tokens=limits.max_num_batched_tokens,
-            prefill=prefill_budget(self._pass_time, requests, limits=limits, is_decoding=self._is_decoding),
+            prefill=prefill_budget(
+                self._pass_time, requests, limits=limits, is_decoding=self._is_decoding, next_in=self._seconds_to_next()
+            ),
             now=self._agenda.now,
         )
 
@@ -303,6 +313,7 @@ class OneServer:
             step.num_left -= num_tokens
             if not step.num_left:
                 session.step = None
+                session.rhythm = session.rhythm.after_answer(self._agenda.now)
                 self._steps.remove(step)
                 self._agenda.after(0.0, step.answer)
         self._is_occupied = False
@@ -314,7 +325,11 @@ class OneServer:
     def _batching_delay(self) -> float:
         num_ready = sum(step.decodes for step in self._steps)
         if not num_ready:
-            return 0.0
+            least = shortest_prefill_seconds(
+                self._pass_time, [step.view(step.session.holder()) for step in self._steps]
+            )
+            next_in = self._seconds_to_next()
+            return next_in if self._is_decoding and next_in is not None and next_in < least else 0.0
         expected = [
             session.rhythm.expected_at
             for session in self._sessions
@@ -323,6 +338,10 @@ class OneServer:
         return batching_delay(
             expected, num_ready=num_ready, now=self._agenda.now, pass_seconds=self._pass_time.decode_seconds
         )
+
+    def _seconds_to_next(self) -> float | None:
+        expected = [each.rhythm.expected_at for each in self._sessions if each.rhythm.expected_at is not None]
+        return seconds_to_next(expected, now=self._agenda.now)
 
     @property
     def _is_decoding(self) -> bool:
