@@ -30,13 +30,13 @@ MAX_SCORES = 1 << 24
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Decoding sequences of similar length: where each one's token is in the pass, its pages, and its length.
+    """Decoding sequences of similar length: where each one's token is in the pass, their pages, and each one's length.
 
     `masks` holds the group's masks by window. All blocks with a window use one, and the first of them makes it.
     """
 
     rows_G: Tensor
-    pages_GP: Tensor
+    pages: Tensor | slice
     lengths_G: Tensor
     shortest: int
     longest: int
@@ -75,12 +75,13 @@ class SequenceMask:
 class SdpaMetadata:
     """A pass: its slots, the groups that decode, and the sequences that are computed alone.
 
-    `masks` holds the latter's masks by sequence and window, as in `DecodeGroup`.
+    `pages` are the latter's pages, and `masks` holds their masks by sequence and window, as in `DecodeGroup`.
     """
 
     slot_mapping_T: Tensor
     groups: tuple[DecodeGroup, ...]
     others: tuple[PackedSequence, ...]
+    pages: tuple[Tensor | slice, ...]
     masks: dict[tuple[int, int | None], SequenceMask] = field(default_factory=dict, compare=False)
 
     def mask(self, index: int, window: int | None, query: Tensor) -> SequenceMask:
@@ -98,11 +99,27 @@ class SdpaAttention:
 
     def metadata(self, batch: PackedBatch) -> SdpaMetadata:
         """Group the sequences of a pass."""
-        device = batch.slot_mapping_T.device
+        others = tuple(each for each in batch.sequences if not each.decodes)
         return SdpaMetadata(
             slot_mapping_T=batch.slot_mapping_T,
-            groups=tuple(group_by_length([each for each in batch.sequences if each.decodes], device=device)),
-            others=tuple(each for each in batch.sequences if not each.decodes),
+            groups=tuple(
+                self._group(each) for each in group_by_length([each for each in batch.sequences if each.decodes])
+            ),
+            others=others,
+            pages=tuple(self._cache.pages_of([each.pages]) for each in others),
+        )
+
+    def _group(self, members: Sequence[PackedSequence]) -> DecodeGroup:
+        num_pages = len(members[-1].pages)
+        # Shorter sequences are filled up with a page of their own, which the mask hides.
+        pages = [[*each.pages, *[each.pages[0]] * (num_pages - len(each.pages))] for each in members]
+        lengths = [each.num_tokens for each in members]
+        return DecodeGroup(
+            rows_G=torch.tensor([each.start for each in members], device=self._cache.device),
+            pages=self._cache.pages_of(pages),
+            lengths_G=torch.tensor(lengths, device=self._cache.device),
+            shortest=min(lengths),
+            longest=max(lengths),
         )
 
     def attend(
@@ -114,7 +131,7 @@ class SdpaAttention:
         self._cache.write(block, metadata.slot_mapping_T, key[0].transpose(0, 1), value[0].transpose(0, 1))
         output_THV = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
         for group in metadata.groups:
-            keys, values = self._cache.read(block, group.pages_GP, group.longest)
+            keys, values = self._cache.read(block, group.pages, group.longest)
             query_GHK = query[0, :, group.rows_G].transpose(0, 1)
             output_THV[group.rows_G] = product.decode(query_GHK, keys, values, group.mask(window, query.dtype))
         for index, each in enumerate(metadata.others):
@@ -122,7 +139,7 @@ class SdpaAttention:
             if each.num_computed_tokens == 0 and each.mask_S is None and window is None:
                 keys, values, mask = key[:, :, new], value[:, :, new], None
             else:
-                keys, values = self._cache.read_one(block, each.pages, each.num_tokens)
+                keys, values = self._cache.read(block, metadata.pages[index], each.num_tokens)
                 mask = metadata.mask(index, window, query)
             output_THV[new] = product.prefill(query[:, :, new], keys, values, mask)[0].transpose(0, 1)
         return output_THV[None]
@@ -154,7 +171,7 @@ def _mask_of(each: PackedSequence, window: int | None, query: Tensor) -> Sequenc
     return SequenceMask(_additive(visible_TS, query.dtype), blind_T1[:, 0].flip(0))
 
 
-def group_by_length(sequences: Sequence[PackedSequence], *, device: torch.device) -> list[DecodeGroup]:
+def group_by_length(sequences: Sequence[PackedSequence]) -> list[list[PackedSequence]]:
     """Groups of decoding sequences whose numbers of pages differ by at most `MAX_LENGTH_RATIO`."""
     groups: list[list[PackedSequence]] = []
     for each in sorted(sequences, key=lambda sequence: len(sequence.pages)):
@@ -162,21 +179,7 @@ def group_by_length(sequences: Sequence[PackedSequence], *, device: torch.device
             groups[-1].append(each)
         else:
             groups.append([each])
-    return [_group(members, device) for members in groups]
-
-
-def _group(members: Sequence[PackedSequence], device: torch.device) -> DecodeGroup:
-    num_pages = len(members[-1].pages)
-    # Shorter sequences are filled up with a page of their own, which the mask hides.
-    pages = [[*each.pages, *[each.pages[0]] * (num_pages - len(each.pages))] for each in members]
-    lengths = [each.num_tokens for each in members]
-    return DecodeGroup(
-        rows_G=torch.tensor([each.start for each in members], device=device),
-        pages_GP=torch.tensor(pages, device=device),
-        lengths_G=torch.tensor(lengths, device=device),
-        shortest=min(lengths),
-        longest=max(lengths),
-    )
+    return groups
 
 
 class _Product:
@@ -213,34 +216,39 @@ class _Product:
             )
         if mask is None:
             mask = _mask_of(PackedSequence((), 0, 0, num_queries), None, query)
-        # The last token first, as in the mask. The heads that share keys are a dimension in which keys have no stride.
-        query = query.view(num_key_heads, num_shared, num_queries, -1).flip(2)
-        keys, values = (each[0][:, None].expand(-1, num_shared, -1, -1) for each in (keys, values))
+        query = query.view(num_key_heads, num_shared, num_queries, -1).flip(2)  # the last token first, as in the mask
         if self._is_plain:
+            # The heads that share keys are a dimension in which the keys have no stride.
+            keys, values = (each[0][:, None].expand(-1, num_shared, -1, -1) for each in (keys, values))
             output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask.scores, scale=self._scaling)
         else:
-            sinks = None if self._sinks_H is None else self._sinks_H.view(num_key_heads, num_shared, 1)
-            output = torch.cat(
-                [
-                    self._in_steps(query[:, :, rows], keys, values, mask.scores[rows], sinks)
-                    for rows in _few_scores(num_heads, num_queries, keys.shape[2])
-                ],
-                dim=2,
-            )
+            parts = [
+                self._prefill_in_steps(query[:, :, rows], keys, values, mask.scores[rows])
+                for rows in _few_scores(num_heads, num_queries, keys.shape[2])
+            ]
+            output = torch.cat(parts, dim=2)
         output = output.flip(2).reshape(1, num_heads, num_queries, values.shape[-1])
         return output if mask.blind_T is None else output.masked_fill(mask.blind_T[:, None], 0.0)
+
+    def _prefill_in_steps(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """The outputs [J, H / J, T, V] of queries of that shape, with all queries of a key head in one product."""
+        num_key_heads, num_shared, num_queries, _ = query.shape
+        sinks = None if self._sinks_H is None else self._sinks_H.view(num_key_heads, num_shared, 1)
+        sinks = None if sinks is None else sinks.expand(-1, -1, num_queries).flatten(1)
+        output = self._in_steps(query.flatten(1, 2)[None], keys, values, mask.repeat(num_shared, 1), sinks)
+        return output.view(num_key_heads, num_shared, num_queries, -1)
 
     def _in_steps(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
-        """The operators of Transformers' eager attention; `sinks` are [J, queries of a key head] or [J, H / J, 1]."""
+        """The operators of Transformers' eager attention; `sinks` are [J, queries of a key head]."""
         scores = (query @ keys.transpose(2, 3)) * self._scaling
         if self._softcap is not None:
             scores = torch.tanh(scores / self._softcap) * self._softcap
         if mask is not None:
             scores = scores + mask
         if sinks is not None:
-            scores = torch.cat((scores, sinks.to(scores)[..., None].expand(*scores.shape[:-1], 1)), dim=-1)
+            scores = torch.cat((scores, sinks.to(scores)[None, :, :, None].expand(len(scores), -1, -1, 1)), dim=-1)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         return weights[..., : keys.shape[2]] @ values
 
