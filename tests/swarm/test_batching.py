@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shoal.model.body import Body
 from shoal.model.families import CERTIFIED
 from shoal.policy.batching import snapshots
-from shoal.policy.batching.scheduling import PassTimeModel
+from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.prefix import PAGE_TOKENS
 from shoal.server.engine.engine import Engine
 from shoal.spans import Span
@@ -94,7 +94,7 @@ class Crowd:
         self._visits = [a_visit(chance) for _ in range(NUM_VISITS)]
         self._num_pages = chance.choice([13, 20, 40, 100])
         self._limits = replace(PATIENT, max_num_batched_tokens=chance.choice([2, 7, 32, 1024]))
-        self._pace = PassTimeModel(1e-3, chance.choice([1e-3, 1e-5]))
+        self._pace = PassTimeModel.measured(decode_seconds=1e-3, prefill_token_seconds=chance.choice([1e-3, 1e-5]))
         self._num_steps = self._num_there = 0
         self._news = asyncio.Condition()
         self.num_replays = 0

@@ -18,7 +18,7 @@ from shoal.model.families import family_of, text_config
 from shoal.model.peft.block_adapters import BlockAdapter
 from shoal.model.peft.factors import ActiveAdapters, AdapterFactors
 from shoal.policy.batching.engine_limits import Limits
-from shoal.policy.batching.scheduling import PassTimeModel
+from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.prefix import DIGEST_BYTES, page_hashes, root_hash
 from shoal.protocol import Adapter, Open, Step
 from shoal.server.engine.engine import Engine
@@ -39,7 +39,7 @@ from .tiny_models import NUM_BLOCKS, tiny_config, tiny_model
 MOST_TOKENS = 64
 NARROWEST_WINDOW = 4
 PATIENT = Limits(queue_seconds=600.0)
-QUICK = PassTimeModel(decode_seconds=1e-3, prefill_token_seconds=1e-4)
+QUICK = PassTimeModel.measured(decode_seconds=1e-3, prefill_token_seconds=1e-4)
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shoal.policy.batching.engine_limits import Limits
-from shoal.policy.batching.scheduling import PassTimeModel
+from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.executor import Executor
@@ -23,20 +23,36 @@ from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.step_inputs import StepInputs
 from shoal.spans import Span
 
+from .virtual_time import virtual_loop
+
 pytestmark = pytest.mark.anyio
 
 T = TypeVar("T")
 PASS_SECONDS, PIECE_SECONDS = 1.0, 3.0
 
 
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, object]]:
+    return "asyncio", {"loop_factory": virtual_loop}
+
+
 class Clock:
-    """Tells a time that passes only when something is computed."""
+    """Tells a time that passes when something is computed, and while all wait."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self._computed = 0.0
 
     def __call__(self) -> float:
-        return self.now
+        return self._computed + asyncio.get_running_loop().time()
+
+    def compute(self, seconds: float) -> None:
+        """Let time pass at once."""
+        self._computed += seconds
+
+    @property
+    def now(self) -> float:
+        """The time in seconds."""
+        return self()
 
 
 class AtOnce(Executor):
@@ -59,7 +75,7 @@ class Server:
         self.clock = Clock()
         self.inference = self.training = 0.0
         self.pool = PagePool(num_pages)
-        pass_time = PassTimeModel(PASS_SECONDS, 1e-3)
+        pass_time = PassTimeModel.measured(decode_seconds=PASS_SECONDS, prefill_token_seconds=1e-3)
         self.loop = EngineLoop(
             ModelRunner(self._compute, executor or AtOnce()),
             self.pool,
@@ -71,13 +87,13 @@ class Server:
         self._num_opened = 0
 
     def _compute(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
-        self.clock.now += PASS_SECONDS
+        self.clock.compute(PASS_SECONDS)
         self.inference += PASS_SECONDS
         return [chunk.hidden_BTD for chunk in chunks]
 
     def pieces(self, num_pieces: int) -> Generator[None, None, torch.Tensor]:
         for _ in range(num_pieces):
-            self.clock.now += PIECE_SECONDS
+            self.clock.compute(PIECE_SECONDS)
             self.training += PIECE_SECONDS
             yield
         return torch.zeros(1)
@@ -108,7 +124,11 @@ class Server:
         for _ in range(100_000):
             if condition():
                 return
-            await asyncio.sleep(0)
+            before = self.clock.now
+            for _ in range(10):
+                await asyncio.sleep(0)
+            if self.clock.now == before:  # all wait
+                await asyncio.sleep(1e-3)
         raise AssertionError("it never comes to that")
 
 
@@ -255,7 +275,7 @@ async def test_sessions_that_are_left_alone_keep_no_other_out():
         idle = [server.session("greedy") for _ in range(20)]
         for session in idle:
             await server.step(session)
-        server.clock.now += 31
+        server.clock.compute(31.0)
         honest = server.session("honest")
         await server.step(honest, 40)
         for _ in range(200):

@@ -23,6 +23,7 @@ from shoal.policy.batching.pass_rules import (
     last_come,
     rule_of,
 )
+from shoal.policy.batching.pass_times import Cost, PrefillBudget
 from shoal.policy.batching.preemption import IDLE_SECONDS, Holder
 from shoal.policy.batching.scheduling import RequestView
 
@@ -51,7 +52,7 @@ def view(steps: list[RequestView], *idle: Holder, free: int = 100, pages: int = 
         num_pages=pages,
         num_free_pages=free,
         max_num_batched_tokens=1024,
-        prefill_tokens=prefill,
+        prefill=PrefillBudget(float(prefill), Cost(1.0)),
         now=NOW,
     )
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from shoal.policy.batching.pass_times import Cost, PrefillBudget
 from shoal.policy.batching.preemption import (
     IDLE_SECONDS,
     IMBALANCE,
@@ -163,7 +164,7 @@ def _pass(working: list[Client], clients: list[Client], queue: list[Client], num
         working = _in_order(working, clients)
         waiting = [RequestView(1, client.lacks, client.pages > 0, client.needs) for client in working]
         free = num_pages - sum(client.pages for client in clients)
-        plan = schedule(waiting, num_free_pages=free, max_num_batched_tokens=64, prefill_tokens=32)
+        plan = schedule(waiting, num_free_pages=free, max_num_batched_tokens=64, prefill=PrefillBudget(32.0, Cost(1.0)))
         holding = [client for client in working if client.pages]
         view = [
             Holder(client.peer, client.pages, client.used_at, client.began_at, clients.index(client), at_work=True)

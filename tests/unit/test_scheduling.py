@@ -7,15 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, Cost, PassTimeModel, PrefillBudget
 from shoal.policy.batching.scheduling import (
     DECODE_TOKENS,
-    MIN_PREFILL_TOKENS,
-    PassTimeModel,
+    LATE_SECONDS,
     RequestView,
+    Rhythm,
     SchedulerOutput,
     batching_delay,
     is_training_due,
+    prefill_budget,
     schedule,
+    seconds_to_next,
+    shortest_prefill_seconds,
 )
 
 PAGE = 16
@@ -35,7 +40,8 @@ def beginner(num_tokens: int, *, rows: int = 1, unsplittable: bool = False) -> R
 
 
 def plan(*steps: RequestView, pages: int = 1000, tokens: int = 1024, prefill: int = 64) -> SchedulerOutput:
-    return schedule(steps, num_free_pages=pages, max_num_batched_tokens=tokens, prefill_tokens=prefill)
+    budget = PrefillBudget(float(prefill), Cost(1.0))  # a second for each token
+    return schedule(steps, num_free_pages=pages, max_num_batched_tokens=tokens, prefill=budget)
 
 
 steps = st.builds(
@@ -60,7 +66,7 @@ def test_a_pass_never_exceeds_its_budgets_except_for_one_large_request(steps, pa
     assert len({index for index, _ in chosen}) == len(chosen)
     assert sum(step.num_pages(num_tokens) for step, num_tokens, _ in sizes) <= pages
     prefills = [size for step, _, size in sizes if not step.decodes]
-    assert sum(prefills) <= prefill or len(prefills) == 1
+    assert sum(prefills) <= max(prefill, MIN_PREFILL_TOKENS) or len(prefills) == 1
     small = all(num_tokens == 1 or step.unsplittable for step, num_tokens, _ in sizes if not step.decodes)
     assert sum(size for _, _, size in sizes) <= tokens or len(sizes) == 1 or (len(prefills) == 1 and small)
     assert all(num_tokens == step.num_tokens for step, num_tokens, _ in sizes if step.unsplittable)
@@ -183,7 +189,7 @@ moments = st.lists(st.floats(-2, 2), max_size=8)
 def test_no_step_waits_as_long_as_a_pass_takes(expected: list[float], num_ready: int, pass_seconds: float):
     wait = batching_delay(expected, num_ready=num_ready, now=0.0, pass_seconds=pass_seconds)
     assert 0 <= wait < pass_seconds
-    assert wait == 0 or any(abs(moment) == wait for moment in expected)
+    assert wait == 0 or any(abs(moment) == wait for moment in expected) or wait == LATE_SECONDS
 
 
 def test_a_pass_waits_for_steps_that_come_in_a_moment_and_for_no_others():
@@ -192,28 +198,29 @@ def test_a_pass_waits_for_steps_that_come_in_a_moment_and_for_no_others():
     assert batching_delay([5.1, 5.2, 7.0], num_ready=2, now=5.0, pass_seconds=1.0) == pytest.approx(0.2)
     assert batching_delay([5.9], num_ready=8, now=5.0, pass_seconds=1.0) == 0
     assert batching_delay([3.0], num_ready=1, now=5.0, pass_seconds=1.0) == 0
+    assert batching_delay([4.8], num_ready=1, now=5.0, pass_seconds=1.0) == pytest.approx(0.2)
+    assert batching_delay([5.0], num_ready=7, now=5.0, pass_seconds=1.0) == LATE_SECONDS
 
 
-def test_a_prefill_takes_its_share_of_a_pass():
-    pass_time = PassTimeModel(decode_seconds=0.1, prefill_token_seconds=0.001)
-    assert pass_time.prefill_tokens(0.5) == 100
-    assert pass_time.prefill_tokens(0.2) == 25
-    assert pass_time.prefill_tokens(0.01) == MIN_PREFILL_TOKENS
+def test_a_session_is_expected_after_it_was_away_as_long_as_before_whatever_was_computed_meanwhile():
+    rhythm = Rhythm().after_arrival(0.0, decodes=False).after_answer(5.0)
+    assert rhythm.expected_at is None
+    rhythm = rhythm.after_arrival(5.3, decodes=True)
+    assert rhythm.expected_at is None
+    assert rhythm.after_answer(9.0).expected_at == pytest.approx(9.3)
 
 
-@given(st.lists(st.tuples(st.sampled_from([0, 5, 32, 500]), st.floats(0, 10)), max_size=30))
-def test_pass_times_stay_between_what_was_believed_and_what_was_seen(passes):
-    pass_time = PassTimeModel(0.1, 0.001)
-    for num_prefill_tokens, seconds in passes:
-        pass_time = pass_time.updated(num_prefill_tokens=num_prefill_tokens, seconds=seconds)
-    assert 0 <= pass_time.decode_seconds <= 10
-    assert 0 <= pass_time.prefill_token_seconds <= 10 / MIN_PREFILL_TOKENS
-    assert pass_time.prefill_tokens(0.5) >= MIN_PREFILL_TOKENS
+def test_a_step_that_comes_before_the_last_one_is_answered_tells_nothing():
+    rhythm = Rhythm().after_answer(1.0).after_arrival(1.5, decodes=True).after_arrival(1.6, decodes=True)
+    assert rhythm.after_answer(2.0).expected_at is None
 
 
-def test_pass_times_are_learned():
-    pass_time = PassTimeModel(decode_seconds=1.0, prefill_token_seconds=1.0)
-    for _ in range(100):
-        pass_time = pass_time.updated(num_prefill_tokens=0, seconds=0.1).updated(num_prefill_tokens=100, seconds=0.3)
-    assert pass_time.decode_seconds == pytest.approx(0.1)
-    assert pass_time.prefill_token_seconds == pytest.approx(0.002)
+def test_a_pass_of_prefills_alone_ends_before_the_next_step_is_expected():
+    model = PassTimeModel.measured(decode_seconds=0.1, prefill_token_seconds=0.001)
+    for next_in, num_tokens in ((None, 100), (10.0, 100), (0.15, 50), (0.11, MIN_PREFILL_TOKENS)):
+        budget = prefill_budget(model, [beginner(500)], limits=Limits(), is_decoding=True, next_in=next_in)
+        assert budget.num_tokens(num_rows=1, num_past=0) == num_tokens
+    assert shortest_prefill_seconds(model, [beginner(500)]) == pytest.approx(0.116)
+    assert shortest_prefill_seconds(model, [requests(1)]) == 0
+    assert seconds_to_next([3.0, 1.5, 0.8], now=1.0) == pytest.approx(0.2)
+    assert seconds_to_next([], now=1.0) is None

@@ -25,10 +25,15 @@ class _Jumping(selectors.DefaultSelector):
         return super().select(0)
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """The same as `asyncio.run`, in virtual time, which begins at 0."""
+def virtual_loop() -> asyncio.AbstractEventLoop:
+    """A loop whose time is virtual, and begins at 0."""
     selector = _Jumping()
     loop = asyncio.SelectorEventLoop(selector)
     loop.time = lambda: selector.now  # type: ignore[method-assign]
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+    return loop
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """The same as `asyncio.run`, in virtual time."""
+    with asyncio.Runner(loop_factory=virtual_loop) as runner:
         return runner.run(main)

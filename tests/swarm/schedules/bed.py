@@ -18,7 +18,7 @@ from shoal.concurrency import now
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node
 from shoal.peers import ServerInfo, ServerState
-from shoal.policy.batching.scheduling import PassTimeModel
+from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.server.announcer import Announcer
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
@@ -133,7 +133,7 @@ class Bed:
             cache=cache,
             num_pages=self._cache_pages,
             cpu_turns=None,
-            pass_time=PassTimeModel(decode_seconds=PASS_SECONDS, prefill_token_seconds=PASS_SECONDS / 100),
+            pass_time=PassTimeModel.measured(decode_seconds=PASS_SECONDS, prefill_token_seconds=PASS_SECONDS / 100),
             limits=SERVER.limits,
         )
         member = Member(name, span, speed, self.network.node(name), engine, executor)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoal.errors import UserError
+from shoal.policy.batching.pass_times import PrefillBudget
 from shoal.policy.batching.preemption import (
     Holder,
     of_the_largest,
@@ -40,8 +41,8 @@ class EngineView:
     """What a server knows when it chooses its next pass.
 
     The `requests` are the steps that wait, in order of arrival, each with its `session`; the `holders` are the sessions
-    that hold pages. A pass has at most `max_num_batched_tokens` tokens, of which at most `prefill_tokens` are of
-    prefills.
+    that hold pages. A pass has at most `max_num_batched_tokens` tokens, with as many of prefills as `prefill` has time
+    for.
     """
 
     requests: Sequence[RequestView]
@@ -49,7 +50,7 @@ class EngineView:
     num_pages: int
     num_free_pages: int
     max_num_batched_tokens: int
-    prefill_tokens: int
+    prefill: PrefillBudget
     now: float
 
 
@@ -135,7 +136,7 @@ def _scheduled(view: EngineView, order: Sequence[int], *, pages_kept_free: int =
         [view.requests[index] for index in order],
         num_free_pages=view.num_free_pages,
         max_num_batched_tokens=view.max_num_batched_tokens,
-        prefill_tokens=view.prefill_tokens,
+        prefill=view.prefill,
         pages_kept_free=pages_kept_free,
     )
 

@@ -2,29 +2,30 @@
 
 A pass takes tokens of many sessions. All decoding steps come first: a person waits for each of their tokens, and the
 weights are read once for all of them. The rest of the pass goes to prefills in order of arrival. Prefills are cut, so
-that a pass with a part of a long prompt takes little longer than a pass without.
+that a pass with a part of a long prompt takes little longer than a pass without. Towards the end of a prompt the parts
+get smaller: each of their tokens attends to more (`shoal.policy.batching.pass_times`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from shoal.policy.batching.engine_limits import Limits
+from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, PassTimeModel, PassWork, PrefillBudget
 from shoal.policy.batching.preemption import Holder
 
 DECODE_TOKENS = 8
 """The most new tokens a sequence of a decoding step: a person waits for one token, or for a few checked guesses."""
-MIN_PREFILL_TOKENS = 16
-"""Prefill tokens that every pass may take, so that prefills go on beside decoding. Fewer are too few to be timed."""
+LATE_SECONDS = 1e-3
+"""A step that is due comes within this time at the earliest: sessions that were answered together come one by one."""
 GROUPING_WEIGHT = 4
 """How many times a step counts that misses a pass: steps that are computed together come together again next time."""
-SMOOTHING = 0.2
-"""The weight of a new measurement in a moving average."""
 
 
 @dataclass(frozen=True)
 class RequestView:
-    """A step that waits: `num_tokens` more tokens of each of `num_rows` sequences.
+    """A step that waits: `num_tokens` more tokens of each of `num_rows` sequences, behind `num_past` that are cached.
 
     `num_pages(n)` is how many free pages it takes to compute n tokens of each sequence. The request is `running` if its
     session holds pages already. An `unsplittable` request is computed in one pass; of others, a pass computes at most
@@ -40,11 +41,16 @@ class RequestView:
     arrived_at: float = 0.0
     session: Holder | None = None
     most_tokens: int | None = None
+    num_past: int = 0
 
     @property
     def decodes(self) -> bool:
         """Whether it is a few next tokens of a session that runs, and not a long prompt."""
         return self.running and self.num_tokens <= DECODE_TOKENS
+
+    def work(self, num_tokens: int) -> PassWork:
+        """The work that `num_tokens` of its tokens of each sequence are in a pass."""
+        return PassWork.of(num_rows=self.num_rows, num_tokens=num_tokens, num_past=self.num_past, decodes=self.decodes)
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,10 @@ def schedule(
     *,
     num_free_pages: int,
     max_num_batched_tokens: int,
-    prefill_tokens: int,
+    prefill: PrefillBudget,
     pages_kept_free: int = 0,
 ) -> SchedulerOutput:
-    """The next pass, of at most `max_num_batched_tokens` tokens, of which at most `prefill_tokens` are of prefills.
+    """The next pass, of at most `max_num_batched_tokens` tokens, with as many of prefills as `prefill` has time for.
 
     The `requests` are in order of arrival. No request waits for ever: a step that is too large for a pass gets a pass
     of its own, and the first prefill is in every pass, with at least one token of each row, or all of it if it is
@@ -76,7 +82,7 @@ def schedule(
     sessions need and `pages_kept_free`, and later sessions do not begin before it.
     """
     chunks: list[tuple[int, int]] = []
-    room, prefill_room, pages = max_num_batched_tokens, prefill_tokens, num_free_pages
+    room, pages = max_num_batched_tokens, num_free_pages
     needed_by_running = sum(step.num_pages(step.num_tokens) for step in requests if step.running)
     pages_to_begin = num_free_pages - needed_by_running - pages_kept_free
     may_begin = may_be_one_by_one = True
@@ -85,9 +91,10 @@ def schedule(
         step = requests[index]
         if not step.running and not may_begin:
             continue
-        left = max(0, room if step.decodes else min(room, prefill_room))  # a pass of its own may exceed the limit
         most = step.num_tokens if step.most_tokens is None else step.most_tokens
-        num_tokens = min(most, left // step.num_rows)
+        num_tokens = min(most, max(0, room) // step.num_rows)  # a pass of its own may exceed the limit
+        if not step.decodes:
+            num_tokens = min(num_tokens, prefill.num_tokens(num_rows=step.num_rows, num_past=step.num_past))
         if step.unsplittable and num_tokens < step.num_tokens:
             num_tokens = 0
         least = step.num_tokens if step.unsplittable else 1
@@ -109,26 +116,75 @@ def schedule(
         pages -= needed
         room -= num_tokens * step.num_rows
         if not step.decodes:
-            prefill_room -= num_tokens * step.num_rows
+            prefill = prefill.without(num_rows=step.num_rows, num_tokens=num_tokens, num_past=step.num_past)
             may_be_one_by_one = False
     return SchedulerOutput(tuple(chunks), kept_out=kept_out)
 
 
+def prefill_budget(
+    pass_time: PassTimeModel,
+    requests: Sequence[RequestView],
+    *,
+    limits: Limits,
+    is_decoding: bool,
+    next_in: float | None = None,
+) -> PrefillBudget:
+    """What prefills may take in the next pass, so that sessions that decode do not wait for them.
+
+    `is_decoding` says whether sessions decode, although none of their steps may be among the `requests`. Then the next
+    one is expected in `next_in` seconds, and a pass without any ends by then if that can be.
+    """
+    decoding = PassWork.total(request.work(request.num_tokens) for request in requests if request.decodes)
+    if not is_decoding and not decoding.num_decoding:
+        return pass_time.alone(max_num_batched_tokens=limits.max_num_batched_tokens)
+    budget = pass_time.beside(decoding, share=limits.prefill)
+    if decoding.num_decoding or next_in is None:
+        return budget
+    return replace(budget, seconds=min(budget.seconds, next_in - pass_time.decoding.fixed))
+
+
+def shortest_prefill_seconds(pass_time: PassTimeModel, requests: Sequence[RequestView]) -> float:
+    """How long a pass takes that has a page of one of these prefills, of the one for which that takes least."""
+
+    def first_page(request: RequestView) -> PassWork:
+        return request.work(min(request.num_tokens, max(1, MIN_PREFILL_TOKENS // request.num_rows)))
+
+    return min((pass_time.seconds_of(first_page(each)) for each in requests if not each.decodes), default=0.0)
+
+
+def seconds_to_next(expected: Sequence[float], *, now: float) -> float | None:
+    """In how many seconds the first of the steps comes that are `expected` at these times; `None` if there are none."""
+    return min((_seconds_until(time, now) for time in expected), default=None)
+
+
+def _seconds_until(expected: float, now: float) -> float:
+    """When a step comes. One that is late by t is expected after another t, or `LATE_SECONDS` if that is longer."""
+    return expected - now if expected > now else max(now - expected, LATE_SECONDS)
+
+
 @dataclass(frozen=True)
 class Rhythm:
-    """When a session's last step came, and how long after the one before, in seconds."""
+    """When a session was answered, and how long it was away before its last step, in seconds.
 
-    arrived_at: float | None = None
-    period: float | None = None
+    It is away while its client and other servers work, whatever this server computes meanwhile. So its next step is
+    expected after as long again.
+    """
+
+    answered_at: float | None = None
+    away: float | None = None
 
     def after_arrival(self, now: float, *, decodes: bool) -> Rhythm:
-        """With one more step. Only steps that decode one token tell when the next one comes."""
-        return Rhythm(now, now - self.arrived_at if decodes and self.arrived_at is not None else None)
+        """With one more step, which is not answered yet. Only steps that decode tell when the next one comes."""
+        return Rhythm(None, now - self.answered_at if decodes and self.answered_at is not None else None)
+
+    def after_answer(self, now: float) -> Rhythm:
+        """When the step is answered."""
+        return replace(self, answered_at=now)
 
     @property
     def expected_at(self) -> float | None:
-        """When the next step comes if the session keeps its pace."""
-        return None if self.arrived_at is None or self.period is None else self.arrived_at + self.period
+        """When the next step comes if the session keeps its pace; `None` while a step is here."""
+        return None if self.answered_at is None or self.away is None else self.answered_at + self.away
 
 
 def is_training_due(*, inference_seconds: float, training_seconds: float, share: float) -> bool:
@@ -141,10 +197,9 @@ def batching_delay(expected: Sequence[float], *, num_ready: int, now: float, pas
 
     A step that arrives just after a pass has begun waits until the pass ends, and the steps that are ready lose the
     time by which the pass is delayed. A pass takes about as long for all as for some, so it begins when the sum of all
-    these waits is least. A step that misses the pass counts `GROUPING_WEIGHT` times. A session that is late by t is
-    expected after another t.
+    these waits is least. A step that misses the pass counts `GROUPING_WEIGHT` times.
     """
-    waits = sorted(wait for wait in (abs(time - now) for time in expected) if wait < pass_seconds)
+    waits = sorted(wait for wait in (_seconds_until(time, now) for time in expected) if wait < pass_seconds)
     total, before = sum(waits), 0.0
     best, least = 0.0, GROUPING_WEIGHT * (len(waits) * pass_seconds - total)
     for index, wait in enumerate(waits):
@@ -155,29 +210,3 @@ def batching_delay(expected: Sequence[float], *, num_ready: int, now: float, pas
         if cost < least:
             best, least = wait, cost
     return best
-
-
-@dataclass(frozen=True)
-class PassTimeModel:
-    """How long passes take on this machine: the seconds of a decoding pass, and what each prefill token adds."""
-
-    decode_seconds: float
-    prefill_token_seconds: float
-
-    def prefill_tokens(self, share: float) -> int:
-        """How many prefill tokens take `share` of the time of a pass that decodes too."""
-        seconds = self.decode_seconds * share / (1 - share)
-        return max(MIN_PREFILL_TOKENS, int(seconds / self.prefill_token_seconds))
-
-    def updated(self, *, num_prefill_tokens: int, seconds: float) -> PassTimeModel:
-        """The model after one more pass, which had `num_prefill_tokens` and took `seconds`."""
-        if not num_prefill_tokens:
-            return PassTimeModel(_averaged(self.decode_seconds, seconds), self.prefill_token_seconds)
-        if num_prefill_tokens < MIN_PREFILL_TOKENS:
-            return self
-        beside = max(seconds - self.decode_seconds, 0.1 * seconds)
-        return PassTimeModel(self.decode_seconds, _averaged(self.prefill_token_seconds, beside / num_prefill_tokens))
-
-
-def _averaged(believed: float, seen: float) -> float:
-    return (1 - SMOOTHING) * believed + SMOOTHING * seen

@@ -17,7 +17,7 @@ from shoal.events import Observers
 from shoal.model.body import Body
 from shoal.policy.batching.engine_limits import Limits
 from shoal.policy.batching.pass_rules import PassRule, fair
-from shoal.policy.batching.scheduling import PassTimeModel
+from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.prefix import PAGE_TOKENS
 from shoal.protocol import MAX_PAYLOAD_BYTES, Open, Step
 from shoal.server.engine.cpu_turns import CpuTurns

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from shoal.events import Observers, PassComputed
 from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
 from shoal.policy.batching.pass_rules import PassRule, Places, fair
-from shoal.policy.batching.scheduling import PassTimeModel, batching_delay
+from shoal.policy.batching.pass_times import PassTimeModel, PassWork
+from shoal.policy.batching.scheduling import batching_delay, seconds_to_next, shortest_prefill_seconds
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.engine.page_holders import drop_snapshots_if_short, engine_view, holding_pages
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
@@ -157,7 +158,7 @@ class EngineLoop:
             if both:
                 self._time_shares = self._time_shares.after_inference(self._clock() - began)
         elif self.passes:
-            if both and not is_due and (wait := self._seconds_to_next(self._pass_time.decode_seconds)):
+            if both and not is_due and (wait := self._delay_within(self._pass_time.decode_seconds)):
                 await self._news_within(wait)  # a piece may take longer than a decoding session should wait
                 return True
             await self._run_training()
@@ -208,7 +209,9 @@ class EngineLoop:
                 holding,
                 self._pool,
                 limits=self._limits,
-                prefill_tokens=self._prefill_tokens(),
+                pass_time=self._pass_time,
+                is_decoding=self._is_decoding,
+                next_in=self._seconds_to_next(),
                 now=self._clock(),
             )
             choice = self._rule(view)
@@ -224,8 +227,7 @@ class EngineLoop:
 
     async def _run_pass(self, chosen: Sequence[tuple[StepRequest, int]]) -> None:
         """Compute one pass: of each step, the number of tokens of every row that stands beside it."""
-        decoding = [step for step, _ in chosen if step.view().decodes]
-        num_prefill = sum(tokens * len(step.session.rows) for step, tokens in chosen if step not in decoding)
+        work = PassWork.total(step.view().work(num_tokens) for step, num_tokens in chosen)
         began = self._clock()
         for step, _ in chosen:
             if not step.session.running:
@@ -234,14 +236,14 @@ class EngineLoop:
         answers = await self._runner.run(chunks)
         self.num_passes += 1
         now = self._clock()
-        self._pass_time = self._pass_time.updated(num_prefill_tokens=num_prefill, seconds=now - began)
+        self._pass_time = self._pass_time.learnt(work, now - began)
         self._observers.emit(_pass_computed(chunks, now - began))
         if self._watch is not None and not any(isinstance(answer, Exception) for answer in answers):
-            if not num_prefill:
+            if not work.num_prefill:
                 self._watch.decoded(chunks, now - began, now=now)
-            elif not decoding:
+            elif not work.num_decoding:
                 self._watch.prefilled(chunks, now - began, now=now)
-        if decoding:
+        if work.num_decoding:
             self._decoded_at = now
         for (step, num_tokens), answer in zip(chosen, answers, strict=True):
             step.session.used_at = now
@@ -249,36 +251,39 @@ class EngineLoop:
                 settle(step.result, answer)
             else:
                 step.advance(num_tokens, answer)
+                if not step.num_left:
+                    step.session.record_answer(now)
 
-    # -- how long to wait, and how much to take -----------------------------------------------------------------------
+    # -- how long to wait --------------------------------------------------------------------------------------------
 
     def _batching_delay(self) -> float:
         """How many seconds the steps that are ready should wait for others that are expected soon.
 
-        Prefills alone wait for decoding steps where another server of this machine would have to wait for the prefills.
+        Prefills alone wait for a decoding step that would have to wait for them, and where another server of this
+        machine would have to.
         """
         is_contended = self._runner.is_contended
         decode_seconds = self._pass_time.decode_seconds
         ready = [step.session for step in self.steps if step.view().decodes]
         if not ready:
-            return self._seconds_to_next(4 * decode_seconds) if is_contended and self._is_decoding else 0.0
+            if not self._is_decoding:
+                return 0.0
+            least = shortest_prefill_seconds(self._pass_time, [step.view() for step in self.steps])
+            return self._delay_within(max(least, 4 * decode_seconds) if is_contended else least)
         here = {step.session for step in self.steps}
         expected = [each.expected_at for each in self.sessions - here if each.expected_at is not None]
         # A step that misses this pass waits for the passes of other servers too.
         pass_seconds = 2 * decode_seconds if is_contended else decode_seconds
         return batching_delay(expected, num_ready=len(ready), now=self._clock(), pass_seconds=pass_seconds)
 
-    def _seconds_to_next(self, within: float) -> float:
-        """In how many seconds the next decoding step is expected, if that is less than `within`; otherwise 0."""
-        now = self._clock()
-        waits = [each.expected_at - now for each in self.sessions if each.expected_at is not None]
-        return min((wait for wait in waits if 0 < wait < within), default=0.0)
+    def _delay_within(self, seconds: float) -> float:
+        """In how many seconds the next decoding step is expected, if that is less than so many; otherwise 0."""
+        next_in = self._seconds_to_next()
+        return next_in if next_in is not None and next_in < seconds else 0.0
 
-    def _prefill_tokens(self) -> int:
-        """How many tokens of prefills the next pass may have, so that decoding sessions do not wait for them."""
-        if not self._is_decoding:
-            return self._limits.max_num_batched_tokens
-        return self._pass_time.prefill_tokens(self._limits.prefill)
+    def _seconds_to_next(self) -> float | None:
+        expected = [each.expected_at for each in self.sessions if each.expected_at is not None]
+        return seconds_to_next(expected, now=self._clock())
 
     @property
     def _is_decoding(self) -> bool:

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from shoal.policy.batching.engine_limits import Limits
 from shoal.policy.batching.pass_rules import EngineView
+from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.policy.batching.preemption import Holder
+from shoal.policy.batching.scheduling import prefill_budget
 from shoal.server.engine.requests import StepRequest
 from shoal.server.kv.pages import PagePool
 from shoal.server.kv.session_cache import SessionCache
@@ -19,29 +21,33 @@ def engine_view(
     pool: PagePool,
     *,
     limits: Limits,
-    prefill_tokens: int,
+    pass_time: PassTimeModel,
+    is_decoding: bool,
+    next_in: float | None,
     now: float,
 ) -> EngineView:
     """What a rule chooses from: the steps that wait, and the sessions that are `holding` pages.
 
-    A session may have been given pages that were known already, and have asked for nothing since.
+    A session may have been given pages that were known already, and have asked for nothing since. `is_decoding` says
+    whether sessions decode, although none of their steps may wait; the next one is expected in `next_in` seconds.
     """
     at_work = {step.session for step in steps}
     holders = {session: _holder(session, at_work=session in at_work) for session in holding}
+    requests = [
+        replace(
+            step.view(),
+            arrived_at=step.arrived_at,
+            session=holders.get(step.session) or _holder(step.session, at_work=True),
+        )
+        for step in steps
+    ]
     return EngineView(
-        requests=[
-            replace(
-                step.view(),
-                arrived_at=step.arrived_at,
-                session=holders.get(step.session) or _holder(step.session, at_work=True),
-            )
-            for step in steps
-        ],
+        requests=requests,
         holders=list(holders.values()),
         num_pages=pool.num_pages,
         num_free_pages=pool.num_available,
         max_num_batched_tokens=limits.max_num_batched_tokens,
-        prefill_tokens=prefill_tokens,
+        prefill=prefill_budget(pass_time, requests, limits=limits, is_decoding=is_decoding, next_in=next_in),
         now=now,
     )
 

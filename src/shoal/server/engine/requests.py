@@ -54,6 +54,7 @@ class StepRequest:
             session.pages_needed,
             unsplittable,
             most_tokens=session.tokens_in_one_chunk(self.num_left),
+            num_past=session.num_tokens,
         )
 
     def chunk(self, num_tokens: int) -> Chunk:

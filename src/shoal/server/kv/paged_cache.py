@@ -99,7 +99,7 @@ class PagedCache:
             }
 
         self.shapes = shapes
-        self._device = device
+        self.device = device
         self._keys = pages(lambda shape: shape.key_size)
         self._values = pages(lambda shape: shape.value_size)
         self._index = {
@@ -121,13 +121,25 @@ class PagedCache:
         """Write the keys of new tokens for a block's indexer into their slots."""
         self._index[block].write(slots_T, keys_TK)
 
-    def read(self, block: int, pages_GP: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `num_tokens` tokens of several sequences, each [G, J, S, K]."""
+    def read(self, block: int, pages: Tensor | slice, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `num_tokens` tokens of several sequences with these pages, each [G, J, S, K].
 
-        def gather(pages: Pages) -> Tensor:
-            return pages.read(pages_GP).flatten(1, 2)[:, :num_tokens].transpose(1, 2)
+        Pages [G, P] are copied. A slice has the pages of one sequence, which are read where they are.
+        """
+
+        def gather(kind: Pages) -> Tensor:
+            found = kind.read(pages)
+            found = found[None] if isinstance(pages, slice) else found
+            return found.flatten(1, 2)[:, :num_tokens].transpose(1, 2)
 
         return gather(self._keys[block]), gather(self._values[block])
+
+    def pages_of(self, sequences: Sequence[Sequence[int]]) -> Tensor | slice:
+        """The pages of sequences with as many pages each, for `read`: a slice if they are one sequence's in a row."""
+        first, *others = sequences
+        if not others and all(page == first[0] + index for index, page in enumerate(first)):
+            return slice(first[0], first[0] + len(first))
+        return torch.tensor([list(each) for each in sequences], device=self.device)
 
     def select(self, block: int, index_GJS: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [G, J, S, K]. The index says which vector stands where (see `Pages.select`)."""
@@ -139,24 +151,13 @@ class PagedCache:
         """The keys of a block's indexer of the tokens in these slots, [G, S, K]."""
         return self._index[block].select(slots_GS.flatten()).view(*slots_GS.shape, -1)
 
-    def read_one(self, block: int, pages: Sequence[int], num_tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first tokens of one sequence, [1, J, S, K]. Consecutive pages are not copied."""
-        first, last = pages[0], pages[-1]
-        if list(pages) != list(range(first, last + 1)):
-            return self.read(block, torch.tensor([list(pages)], device=self._device), num_tokens)
-
-        def run(kind: Pages) -> Tensor:
-            return kind.read(slice(first, last + 1)).flatten(0, 1)[None, :num_tokens].transpose(1, 2)
-
-        return run(self._keys[block]), run(self._values[block])
-
     def write_outputs(self, slots_T: Tensor, outputs_TD: Tensor) -> None:
         """Write the span's outputs for new tokens into their slots."""
         self._outputs.write(slots_T, outputs_TD)
 
     def read_outputs(self, pages: Sequence[int]) -> Tensor:
         """The span's outputs for full pages, [T, D]."""
-        return self._outputs.read(torch.tensor(list(pages), device=self._device)).flatten(0, 1)
+        return self._outputs.read(torch.tensor(list(pages), device=self.device)).flatten(0, 1)
 
     def prepare(self, growths: Sequence[Growth]) -> None:
         """Do what sessions' new tokens require: copy what is copied on write, and clear new pages and slots.

@@ -158,12 +158,16 @@ class SessionCache:
         return self._slots.pages_each > 0
 
     def record_arrival(self, now: float, *, decodes: bool) -> None:
-        """A step came. If it decodes, the next one is expected after the same time again."""
+        """A step came. If it decodes, the session will be away as long again before the next one."""
         self._rhythm = self._rhythm.after_arrival(now, decodes=decodes)
+
+    def record_answer(self, now: float) -> None:
+        """A step was answered."""
+        self._rhythm = self._rhythm.after_answer(now)
 
     @property
     def expected_at(self) -> float | None:
-        """When the next step is expected; `None` if the session does not decode."""
+        """When the next step is expected; `None` if the session does not decode, or a step of it is here."""
         return self._rhythm.expected_at
 
     def adopt(self, digests: Sequence[Sequence[bytes]], *, max_pages: int) -> None:

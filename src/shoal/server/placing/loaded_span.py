@@ -21,7 +21,7 @@ from shoal.model.peft.block_adapters import import_peft
 from shoal.model.peft.peft_folder import PeftFolder
 from shoal.model.weights import disk_cache
 from shoal.policy.batching.pass_rules import rule_of
-from shoal.policy.batching.scheduling import PassTimeModel
+from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.policy.machines.speed_profile import SpeedProfile
 from shoal.server.capacity import (
     cache_dtype_of,
@@ -222,7 +222,7 @@ async def make_engine(
         cache=memory.pages,
         num_pages=memory.num_pages,
         cpu_turns=compute.cpu_turns,
-        pass_time=PassTimeModel(1 / speeds.decode, 1 / speeds.prefill),
+        pass_time=PassTimeModel.measured(decode_seconds=1 / speeds.decode, prefill_token_seconds=1 / speeds.prefill),
         limits=replace(config.limits, activation_bytes=choose_activation_bytes(config, body)),
         rule=rule_of(config.scheduling),
         head=weights.head,

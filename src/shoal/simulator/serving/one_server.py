@@ -13,8 +13,17 @@ from dataclasses import dataclass, field
 
 from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS
 from shoal.policy.batching.pass_rules import EngineView, PassRule, Places
+from shoal.policy.batching.pass_times import PassWork
 from shoal.policy.batching.preemption import Holder
-from shoal.policy.batching.scheduling import DECODE_TOKENS, RequestView, Rhythm, batching_delay
+from shoal.policy.batching.scheduling import (
+    DECODE_TOKENS,
+    RequestView,
+    Rhythm,
+    batching_delay,
+    prefill_budget,
+    seconds_to_next,
+    shortest_prefill_seconds,
+)
 from shoal.simulator.serving.agenda import Agenda
 from shoal.simulator.serving.generations import Generation
 from shoal.simulator.serving.page_counts import PAGE_TOKENS, PageCounts, pages_for
@@ -90,7 +99,13 @@ class SimulatedStep:
         """The step as rules see it."""
         session = self.session
         return RequestView(
-            1, self.num_left, session.running, session.pages_needed, arrived_at=self.arrived_at, session=holder
+            1,
+            self.num_left,
+            session.running,
+            session.pages_needed,
+            arrived_at=self.arrived_at,
+            session=holder,
+            num_past=session.num_tokens,
         )
 
 
@@ -250,20 +265,23 @@ class OneServer:
 
     def _view(self, steps: Sequence[SimulatedStep], holding: Sequence[SimulatedSession]) -> EngineView:
         holders = {session.opened: session.holder() for session in holding}
+        requests = [step.view(holders.get(step.session.opened) or step.session.holder()) for step in steps]
+        limits = self._setup.limits
         return EngineView(
-            requests=[step.view(holders.get(step.session.opened) or step.session.holder()) for step in steps],
+            requests=requests,
             holders=list(holders.values()),
             num_pages=self.pages.num_pages,
             num_free_pages=self.pages.num_available,
-            max_num_batched_tokens=self._setup.limits.max_num_batched_tokens,
-            prefill_tokens=self._prefill_tokens(),
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            prefill=prefill_budget(
+                self._pass_time, requests, limits=limits, is_decoding=self._is_decoding, next_in=self._seconds_to_next()
+            ),
             now=self._agenda.now,
         )
 
     def _begin_pass(self, chosen: Sequence[tuple[SimulatedStep, int]]) -> None:
         now = self._agenda.now
-        num_decoding = sum(step.decodes for step, _ in chosen)
-        num_prefill = sum(num_tokens for step, num_tokens in chosen if not step.decodes)
+        work = PassWork.total(step.view(step.session.holder()).work(num_tokens) for step, num_tokens in chosen)
         parts: list[Part] = []
         for step, num_tokens in chosen:
             session = step.session
@@ -278,8 +296,8 @@ class OneServer:
         self._is_occupied = True
 
         def end() -> None:
-            self._pass_time = self._pass_time.updated(num_prefill_tokens=num_prefill, seconds=self._agenda.now - now)
-            if num_decoding:
+            self._pass_time = self._pass_time.learnt(work, self._agenda.now - now)
+            if work.num_decoding:
                 self._decoded_at = self._agenda.now
             self._end_pass(chosen, PassRecord(now, seconds, _summary(chosen)))
 
@@ -295,6 +313,7 @@ class OneServer:
             step.num_left -= num_tokens
             if not step.num_left:
                 session.step = None
+                session.rhythm = session.rhythm.after_answer(self._agenda.now)
                 self._steps.remove(step)
                 self._agenda.after(0.0, step.answer)
         self._is_occupied = False
@@ -306,7 +325,11 @@ class OneServer:
     def _batching_delay(self) -> float:
         num_ready = sum(step.decodes for step in self._steps)
         if not num_ready:
-            return 0.0
+            least = shortest_prefill_seconds(
+                self._pass_time, [step.view(step.session.holder()) for step in self._steps]
+            )
+            next_in = self._seconds_to_next()
+            return next_in if self._is_decoding and next_in is not None and next_in < least else 0.0
         expected = [
             session.rhythm.expected_at
             for session in self._sessions
@@ -316,11 +339,14 @@ class OneServer:
             expected, num_ready=num_ready, now=self._agenda.now, pass_seconds=self._pass_time.decode_seconds
         )
 
-    def _prefill_tokens(self) -> int:
-        limits = self._setup.limits
+    def _seconds_to_next(self) -> float | None:
+        expected = [each.rhythm.expected_at for each in self._sessions if each.rhythm.expected_at is not None]
+        return seconds_to_next(expected, now=self._agenda.now)
+
+    @property
+    def _is_decoding(self) -> bool:
         recently = max(RECENTLY_DECODED_SECONDS, 4 * self._pass_time.decode_seconds)
-        is_decoding = self._agenda.now - self._decoded_at < recently
-        return self._pass_time.prefill_tokens(limits.prefill) if is_decoding else limits.max_num_batched_tokens
+        return self._agenda.now - self._decoded_at < recently
 
 
 def _summary(chosen: Sequence[tuple[SimulatedStep, int]]) -> tuple[tuple[int, int], ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.policy.batching.engine_limits import Limits
-from shoal.policy.batching.scheduling import PassTimeModel
+from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.simulator.serving.page_counts import PAGE_TOKENS
 
 
@@ -52,4 +52,6 @@ class ServerSetup:
     @property
     def pass_time(self) -> PassTimeModel:
         """What the server believes of its passes when it starts."""
-        return PassTimeModel(self.pass_seconds + self.token_seconds, self.token_seconds)
+        return PassTimeModel.measured(
+            decode_seconds=self.pass_seconds + self.token_seconds, prefill_token_seconds=self.token_seconds
+        )
