@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from shoal.events import Observers, PassComputed
 from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
 from shoal.policy.batching.pass_rules import PassRule, Places, fair
+from shoal.policy.batching.pass_size import PassSize
 from shoal.policy.batching.scheduling import PassTimeModel, batching_delay
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.engine.page_holders import drop_snapshots_if_short, engine_view, holding_pages
@@ -56,6 +57,7 @@ class EngineLoop:
         self._runner = runner
         self._pool = pool
         self._limits = limits
+        self._pass_size = PassSize.unlimited(limits.max_num_batched_tokens)
         self._rule = rule
         self._places = Places()
         self._watch = watch
@@ -207,7 +209,7 @@ class EngineLoop:
                 steps,
                 holding,
                 self._pool,
-                limits=self._limits,
+                max_num_batched_tokens=self._pass_size.limit,
                 prefill_tokens=self._prefill_tokens(),
                 now=self._clock(),
             )
@@ -231,12 +233,15 @@ class EngineLoop:
             if not step.session.running:
                 step.session.began_at = began
         chunks = [step.chunk(num_tokens) for step, num_tokens in chosen]
-        answers = await self._runner.run(chunks)
+        outcome = await self._runner.run(chunks)
+        answers, without_memory = outcome.answers, outcome.tokens_without_memory
         self.num_passes += 1
+        self._resize_passes(without_memory)
         now = self._clock()
         self._pass_time = self._pass_time.updated(num_prefill_tokens=num_prefill, seconds=now - began)
         self._observers.emit(_pass_computed(chunks, now - began))
-        if self._watch is not None and not any(isinstance(answer, Exception) for answer in answers):
+        is_undisturbed = without_memory is None and not any(isinstance(answer, Exception) for answer in answers)
+        if self._watch is not None and is_undisturbed:
             if not num_prefill:
                 self._watch.decoded(chunks, now - began, now=now)
             elif not decoding:
@@ -249,6 +254,17 @@ class EngineLoop:
                 settle(step.result, answer)
             else:
                 step.advance(num_tokens, answer)
+
+    def _resize_passes(self, tokens_without_memory: int | None) -> None:
+        if tokens_without_memory is None:
+            self._pass_size = self._pass_size.after_pass()
+            return
+        self._pass_size = self._pass_size.after_out_of_memory(tokens_without_memory)
+        log.warning(
+            "no memory for a pass of %d tokens; passes have at most %d now",
+            tokens_without_memory,
+            self._pass_size.limit,
+        )
 
     # -- how long to wait, and how much to take -----------------------------------------------------------------------
 
@@ -277,7 +293,7 @@ class EngineLoop:
     def _prefill_tokens(self) -> int:
         """How many tokens of prefills the next pass may have, so that decoding sessions do not wait for them."""
         if not self._is_decoding:
-            return self._limits.max_num_batched_tokens
+            return self._pass_size.limit
         return self._pass_time.prefill_tokens(self._limits.prefill)
 
     @property

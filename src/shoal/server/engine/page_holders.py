@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from shoal.policy.batching.engine_limits import Limits
 from shoal.policy.batching.pass_rules import EngineView
 from shoal.policy.batching.preemption import Holder
 from shoal.server.engine.requests import StepRequest
@@ -18,7 +17,7 @@ def engine_view(
     holding: Sequence[SessionCache],
     pool: PagePool,
     *,
-    limits: Limits,
+    max_num_batched_tokens: int,
     prefill_tokens: int,
     now: float,
 ) -> EngineView:
@@ -40,7 +39,7 @@ def engine_view(
         holders=list(holders.values()),
         num_pages=pool.num_pages,
         num_free_pages=pool.num_available,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens,
         prefill_tokens=prefill_tokens,
         now=now,
     )
