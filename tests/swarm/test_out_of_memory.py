@@ -87,7 +87,9 @@ async def test_who_decodes_beside_a_prompt_without_memory_is_not_interrupted(fam
 async def test_a_client_whose_step_never_fits_is_told_to_come_back_and_holds_nothing():
     body = tiny_body("llama")
     async with engine_of(body, num_pages=20) as engine:
-        opened = Open(model="", fingerprint="", start=body.span.start, end=body.span.end, expected_length=10)
+        opened = Open(
+            batch_size=1, model="", fingerprint="", start=body.span.start, end=body.span.end, expected_length=10
+        )
         session, _ = engine.open("peer", opened, {})
         inputs = StepInputs(random_inputs(1, body, 1, 3), None, None)
         with memory_for(body, 0), pytest.raises(Refused, match="no memory for this step"):

@@ -1,0 +1,84 @@
+"""Collects what a machine with PyTorch and Transformers, and without a network, lacks to run shoal and its tests.
+
+    python -m benchmarks.wheels FOLDER [PYTHON_VERSION]
+
+The wheel of shoal is built here, and the wheels of all that it needs are downloaded in the versions that are installed
+here: without PyTorch, Transformers, and what is needed for quantization, simulations and browsers alone.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+MAX_BYTES = 64 << 20
+"""What may be carried to such a machine."""
+ROOTS = ("shoal", "pytest", "pytest-xdist", "hypothesis")
+THERE = frozenset(
+    {
+        "torch",
+        "transformers",
+        "accelerate",
+        "bitsandbytes",
+        "huggingface-hub",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+        "scipy",
+    }
+)
+"""Packages that such a machine has, with all that they need, and bitsandbytes, which is large and only quantizes."""
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def needed() -> dict[str, str]:
+    """The packages by name, with the versions that are installed here."""
+    found: dict[str, str] = {}
+    waiting = [*ROOTS]
+    while waiting:
+        name = normalized(waiting.pop())
+        if name in found or name in THERE:
+            continue
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # for another system, or an extra that is not wanted
+            continue
+        for requirement in requires(name) or ():
+            if "extra ==" not in requirement:
+                waiting.append(re.split(r"[^\w.-]", requirement, maxsplit=1)[0])
+    return found
+
+
+def main() -> None:
+    if len(sys.argv) not in (2, 3) or sys.argv[1] in ("-h", "--help"):
+        raise SystemExit(__doc__)
+    folder, python = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "3.12"
+    folder.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip"]
+    own = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), "."]
+    subprocess.run(own, check=True)
+    packages = {name: each for name, each in needed().items() if name != "shoal"}
+    platforms = [option for each in PLATFORMS for option in ("--platform", each)]
+    download = [*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    download += ["--python-version", python, "--implementation", "cp", *platforms]
+    missing = []
+    for name, each in sorted(packages.items()):
+        if subprocess.run([*download, f"{name}=={each}"], check=False).returncode:
+            missing.append(name)
+    num_bytes = sum(wheel.stat().st_size for wheel in folder.glob("*.whl"))
+    print(f"{len(packages) + 1 - len(missing)} wheels, {num_bytes / 2**20:.1f} MiB of {MAX_BYTES >> 20}")
+    if missing:
+        print(f"there are no wheels of {', '.join(missing)} for Python {python}: build them on such a machine")
+    if num_bytes > MAX_BYTES:
+        raise SystemExit("they are too large together")
+
+
+if __name__ == "__main__":
+    main()
