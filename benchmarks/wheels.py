@@ -1,35 +1,26 @@
-"""Collects what a machine with PyTorch and Transformers, and without a network, lacks to run shoal and its tests.
+"""Collects what a machine with PyTorch, and without a network, lacks to run shoal and its tests.
 
     python -m benchmarks.wheels FOLDER [PYTHON_VERSION]
 
 The wheel of shoal is built here, and the wheels of all that it needs are downloaded in the versions that are installed
-here: without PyTorch, Transformers, and what is needed for quantization, simulations and browsers alone.
+here, with Transformers, because older ones lack what shoal needs of it; without PyTorch, and without what only
+quantization, simulations and browsers need.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 MAX_BYTES = 64 << 20
 """What may be carried to such a machine."""
 ROOTS = ("shoal", "pytest", "pytest-xdist", "hypothesis")
-THERE = frozenset(
-    {
-        "torch",
-        "transformers",
-        "accelerate",
-        "bitsandbytes",
-        "huggingface-hub",
-        "safetensors",
-        "tokenizers",
-        "numpy",
-        "scipy",
-    }
-)
+THERE = frozenset({"torch", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "numpy", "scipy"})
 """Packages that such a machine has, with all that they need, and bitsandbytes, which is large and only quantizes."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 
@@ -70,8 +61,14 @@ def main() -> None:
     download += ["--python-version", python, "--implementation", "cp", *platforms]
     missing = []
     for name, each in sorted(packages.items()):
-        if subprocess.run([*download, f"{name}=={each}"], check=False).returncode:
-            missing.append(name)
+        wanted = f"{name}=={each}"
+        if subprocess.run([*download, wanted], stderr=subprocess.DEVNULL, check=False).returncode:
+            with tempfile.TemporaryDirectory() as built:  # some of plain Python have no wheels
+                subprocess.run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", built, wanted], check=False)
+                plain = list(Path(built).glob("*-none-any.whl"))
+                for wheel in plain:
+                    shutil.copy(wheel, folder)
+            missing += [] if plain else [name]
     num_bytes = sum(wheel.stat().st_size for wheel in folder.glob("*.whl"))
     print(f"{len(packages) + 1 - len(missing)} wheels, {num_bytes / 2**20:.1f} MiB of {MAX_BYTES >> 20}")
     if missing:

@@ -251,6 +251,14 @@ def test_flash_attention_gives_the_numbers_of_the_reference(dtype: torch.dtype, 
     check(lambda cache: VarlenAttention(cache, varlen_attn, reads_pages=reads_pages), body, cache_of(body), num_heads=4)
 
 
+def test_a_kernel_that_need_not_be_asked_for_shared_heads_is_not_asked():
+    def older(*tensors: Any, scale: float, window_size: tuple[int, int]) -> Tensor:
+        return varlen_attn(*tensors, scale=scale, window_size=window_size, enable_gqa=True)
+
+    body = body_in(torch.bfloat16)
+    check(lambda cache: VarlenAttention(cache, older), body, cache_of(body), num_heads=4)
+
+
 def test_flash_attention_says_what_it_cannot_compute_at_all():
     with pytest.raises(UnsupportedOperation, match="does not compute in float32"):
         VarlenAttention(cache_of(body_in(torch.float32)), varlen_attn)

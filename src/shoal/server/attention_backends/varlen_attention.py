@@ -10,6 +10,7 @@ FlashAttention 3 and 4 read them where they are, through tables of pages; they a
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -61,6 +62,8 @@ class VarlenAttention:
         self._cache = cache
         self._kernel = kernel
         self._reads_pages = reads_pages
+        # Older versions of PyTorch share heads of keys without being asked to.
+        self._asks_for_groups = "enable_gqa" in inspect.signature(kernel).parameters
 
     def metadata(self, batch: PackedBatch) -> VarlenMetadata:
         """The sequences have to follow each other in the pass without gaps, as `PackedPass` puts them."""
@@ -86,12 +89,12 @@ class VarlenAttention:
     ) -> Tensor:
         """See `AttentionBackend.attend`."""
         self._cache.write(block, metadata.slot_mapping_T, key[0].transpose(0, 1), value[0].transpose(0, 1))
-        of_pages: dict[str, Any] = {}
+        more: dict[str, Any] = {"enable_gqa": query.shape[1] > key.shape[1]} if self._asks_for_groups else {}
         key_starts: Tensor | None = metadata.key_starts
         if self._reads_pages:
             keys, values = self._cache.raw_pages(block)
             key_starts = None
-            of_pages = {"seqused_k": metadata.lengths_N, "block_table": metadata.index}
+            more |= {"seqused_k": metadata.lengths_N, "block_table": metadata.index}
         else:
             keys, values = self._cache.gather(block, metadata.index)
         output_THV: Tensor = self._kernel(
@@ -105,8 +108,7 @@ class VarlenAttention:
             scale=query.shape[-1] ** -0.5 if options.scaling is None else options.scaling,
             # As many tokens before a token as it sees, itself not counted. -1 is all of them.
             window_size=(-1 if options.sliding_window is None else options.sliding_window - 1, 0),
-            enable_gqa=query.shape[1] > key.shape[1],
-            **of_pages,
+            **more,
         )
         return output_THV[None]
 
