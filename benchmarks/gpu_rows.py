@@ -74,7 +74,7 @@ class Setting:
 
     def local(self) -> Any:
         """The whole model in this process."""
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16).to(self.device).eval()
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16, device_map=self.device).eval()
 
     def prompts(self, num_prompts: int, num_tokens: int, seed: int) -> list[torch.Tensor]:
         """Random tokens [1, T]. Their values do not affect the speed."""

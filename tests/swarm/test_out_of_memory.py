@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,8 +15,17 @@ from shoal.model.body import Body
 from shoal.policy.batching.pass_size import PASSES_TO_GROW, PassSize
 from shoal.protocol import Forward, Open, Step
 from shoal.server.device_memory import or_busy, unless_out_of_memory
+from shoal.server.engine.model_runner import ModelRunner
+from shoal.server.executor import Executor
+from shoal.server.kv.batch import Chunk, HalfWritten
+from shoal.server.kv.batched_pass import pass_over
+from shoal.server.kv.cache_shapes import cache_shapes
+from shoal.server.kv.output_head import ServerHead
+from shoal.server.kv.paged_cache import PagedCache
+from shoal.server.kv.session_cache import Growth
+from shoal.server.kv.states import States
 from shoal.server.refusals import Refused
-from shoal.server.step_inputs import StepInputs
+from shoal.server.step_inputs import StepInputs, WantedLogits
 
 from .visitors import Visitor, engine_of, random_inputs, tiny_body
 
@@ -28,9 +37,10 @@ class SmallDevice:
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
-        self.num_failures = 0
+        self.num_failures = self.num_passes = 0
 
     def __call__(self, block: nn.Module, _: Any, outputs: Any) -> None:
+        self.num_passes += 1
         hidden: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         if hidden[..., 0].numel() > self.num_tokens:
             self.num_failures += 1
@@ -108,6 +118,50 @@ async def test_a_pass_without_a_cache_that_finds_no_memory_is_to_come_back():
             await engine.passes.forward("peer", request, inputs)
         assert refused.value.failure.code == "busy"
         assert (await engine.passes.forward("peer", request, inputs)).shape == inputs.hidden_BTD.shape
+
+
+def chunk(body: Body, page: int, *, wanted: WantedLogits | None = None) -> Chunk:
+    hidden = random_inputs(page, body, 1, 3)
+    growth = Growth((), (page,), new_slots=(page,))
+    return Chunk(body.span, hidden, None, None, 0, ((page,),), growth, slots=(page,), wanted=wanted)
+
+
+async def test_what_is_computed_is_not_computed_again_if_the_head_finds_no_memory():
+    body, num_passes = tiny_body("llama"), list[int]()
+
+    def compute(chunks: Sequence[Chunk]) -> list[Tensor | Exception]:
+        num_passes.append(len(chunks))
+        return [each.hidden_BTD for each in chunks]
+
+    def head(_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    executor = Executor()
+    try:
+        runner = ModelRunner(compute, executor, head=cast(ServerHead, head))
+        outcome = await runner.run([chunk(body, page, wanted=WantedLogits(1, None)) for page in range(2)])
+    finally:
+        executor.close()
+    assert num_passes == [2]
+    assert outcome.tokens_without_memory == 6
+    assert [cast(Refused, each).failure.code for each in outcome.answers] == ["busy", "busy"]
+
+
+class FullStates(States):
+    """States that can be read, and not written: memory runs out when a pass is all but done."""
+
+    def write(self, *_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+
+def test_a_pass_that_has_begun_to_write_states_is_not_computed_again():
+    body = tiny_body("mamba")
+    cache = PagedCache(body, cache_shapes(body), 100)
+    cache.states = FullStates(cache.shapes.states, 2, torch.device("cpu"))
+    with memory_for(body, 100) as device:
+        outcomes = pass_over(body, cache)([chunk(body, page) for page in range(2)])
+    assert device.num_passes == 2  # the prompts of the two, once each
+    assert [type(each) for each in outcomes] == [HalfWritten, HalfWritten]
 
 
 def test_passes_get_smaller_with_each_failure_and_larger_after_many_without():
