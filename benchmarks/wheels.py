@@ -19,9 +19,11 @@ from pathlib import Path
 
 MAX_BYTES = 64 << 20
 """What may be carried to such a machine."""
-ROOTS = ("shoal", "pytest", "pytest-xdist", "hypothesis")
+ROOTS = ("shoal", "pytest", "hypothesis")
 THERE = frozenset({"torch", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "numpy", "scipy"})
 """Packages that such a machine has, with all that they need, and bitsandbytes, which is large and only quantizes."""
+UNUSED = frozenset({"grpcio", "grpcio-tools", "hf-xet", "setuptools"})
+"""Packages that others name, and that nothing imports here: to compile protocols, to download, to build."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
 
 
@@ -35,7 +37,7 @@ def needed() -> dict[str, str]:
     waiting = [*ROOTS]
     while waiting:
         name = normalized(waiting.pop())
-        if name in found or name in THERE:
+        if name in found or name in THERE | UNUSED:
             continue
         try:
             found[name] = version(name)
