@@ -40,6 +40,34 @@ def default_folder() -> Path:
     return Path(os.environ.get("SHOAL_REFERENCE_MODEL") or Path(tempfile.gettempdir()) / "shoal-reference-model")
 
 
+def llama_8b_config() -> LlamaConfig:
+    """The shapes of Llama 3.1 8B."""
+    return LlamaConfig(
+        num_hidden_layers=32,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        dtype="bfloat16",
+    )
+
+
+def tiny_config() -> LlamaConfig:
+    """A model to try a benchmark with."""
+    return LlamaConfig(
+        num_hidden_layers=4,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=8192,
+        dtype="bfloat16",
+    )
+
+
 def reference_model(folder: Path | None = None, *, num_blocks: int = NUM_BLOCKS) -> Path:
     """The folder of the reference model. Makes the model if it is not there; the seed is fixed.
 
@@ -48,20 +76,25 @@ def reference_model(folder: Path | None = None, *, num_blocks: int = NUM_BLOCKS)
     folder = folder or default_folder()
     if num_blocks != NUM_BLOCKS:
         folder = folder.with_name(f"{folder.name}-{num_blocks}")
+    return made_model(reference_config(num_blocks), folder)
+
+
+def made_model(config: LlamaConfig, folder: Path, *, device: str = "cpu") -> Path:
+    """The folder of a model with random weights. Makes the model, on this device, if it is not there."""
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its place and then renamed, so that benchmarks that start together see all of it or nothing.
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
     try:
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator(device).manual_seed(0)
         # Transformers' own initialization takes a minute; these are the same distributions.
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(reference_config(num_blocks), dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         weights = {
             name: torch.ones_like(tensor, device="cpu")
             if tensor.dim() == 1
-            else torch.empty_like(tensor, device="cpu").normal_(std=0.02, generator=random)
+            else torch.empty_like(tensor, device=device).normal_(std=0.02, generator=random).cpu()
             for name, tensor in model.state_dict().items()
         }
         model.generation_config = GenerationConfig()

@@ -12,11 +12,17 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def servers(
-    model: Path, spans: Sequence[str], *options: str, of_last: Sequence[str] = (), cores: Sequence[int] | None = None
+    model: Path,
+    spans: Sequence[str],
+    *options: str,
+    of_last: Sequence[str] = (),
+    cores: Sequence[int] | None = None,
+    device: str = "cpu",
 ) -> Iterator[str]:
     """Start a server for each span and wait until all are ready. Yields the first server's address.
 
-    All have the same options, and the last one also those in `of_last`. With `cores`, each runs on its own core.
+    All have the same options, and the last one also those in `of_last`. With `cores`, each runs on its own core. All
+    compute on one `device`.
     """
     with contextlib.ExitStack() as stack:
         address = ""
@@ -24,7 +30,7 @@ def servers(
             join = ("--initial-peers", address) if address else ("--new-swarm",)
             own = of_last if index == len(spans) - 1 else ()
             with contextlib.nullcontext() if cores is None else _only_on(cores[index]):
-                printed = _start(stack, model, span, *join, *options, *own)
+                printed = _start(stack, model, span, "--device", device, *join, *options, *own)
             address = address or printed
         yield address
 
@@ -41,7 +47,7 @@ def _only_on(core: int) -> Iterator[None]:
 
 
 def _start(stack: contextlib.ExitStack, model: Path, span: str, *options: str) -> str:
-    placed = ("--host", "127.0.0.1", "--device", "cpu", "--blocks", span)
+    placed = ("--host", "127.0.0.1", "--blocks", span)
     command = [sys.executable, "-m", "shoal", "serve", str(model), *placed, *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     stack.callback(server.wait)

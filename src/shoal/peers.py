@@ -104,6 +104,7 @@ class ServerInfo:
     serves its span, says which: `wants`. `zone` is a coarse place whose servers may fail together. `up_since` and
     `ready_at` are Unix times: since when the server has been in the swarm, and when one that is loading expects to
     serve what it loads; `None` if unknown, or if it only claims these blocks. `reason` says why it took its blocks.
+    `attention` says how it computes attention and why not otherwise: empty if there is nothing to say.
     `protocol` is the version that it speaks: 8 is that of records that do not say it.
     """
 
@@ -133,6 +134,7 @@ class ServerInfo:
     up_since: float | None = None
     ready_at: float | None = None
     reason: str = ""
+    attention: str = ""
     protocol: int = 8
 
     def reaches(self, other: ServerInfo) -> bool:

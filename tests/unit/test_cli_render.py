@@ -103,6 +103,13 @@ def test_a_server_that_answers_through_a_relay_is_marked():
     assert "online, relayed" in shown(relayed, answers={relayed.peer: PingAnswer(0.1, is_relayed=True)})
 
 
+def test_how_servers_attend_is_shown_with_the_reason_where_it_is_not_the_only_way():
+    said = "sdpa; not varlen: off by 3 %"
+    servers = [replace(server(name, "0:8"), attention=said) for name in "ab"]
+    assert f"attention of a, b: {said}" in shown(*servers, replace(server("c", "0:8"), attention="sdpa"))
+    assert "attention" not in shown(replace(server("c", "0:8"), attention="sdpa"))
+
+
 def test_a_model_without_servers_is_shown_as_such():
     assert "no server serves it" in shown()
 

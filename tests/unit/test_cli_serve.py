@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,10 @@ def test_a_server_prints_both_commands_with_its_dtype():
     lines = describe(ready, ServerConfig(model="org/model", dtype="float32"), None).splitlines()
     assert f"  shoal serve org/model --dtype float32 --initial-peers {ADDRESS}" in lines
     assert f'  shoal generate org/model --dtype float32 "Once upon a time" --initial-peers {ADDRESS}' in lines
+    assert not any(line.startswith("attention") for line in lines)
+    ready.info = replace(info, attention="sdpa; not varlen: off by 3 %")
+    lines = describe(ready, ServerConfig(model="org/model", dtype="float32"), None).splitlines()
+    assert "attention sdpa; not varlen: off by 3 %" in lines
     came_by = ["/ip4/203.0.113.5/tcp/1/p2p/B", "/ip4/203.0.113.6/tcp/1/p2p/C"]
     lines = describe(ready, ServerConfig(model="org/model"), None, came_by).splitlines()
     assert f"  shoal serve org/model --initial-peers {ADDRESS},{came_by[0]}" in lines

@@ -356,6 +356,7 @@ def test_sixteen_neighbors_eight_relayed_addresses_and_a_full_capacity_fit_into_
         round_trips=neighbors,
         name="x" * 128,
         reason="x" * 128,
+        attention="y" * 128,
         zone="x" * 32,
         up_since=NOW,
         ready_at=NOW,
@@ -365,6 +366,7 @@ def test_sixteen_neighbors_eight_relayed_addresses_and_a_full_capacity_fit_into_
     opened = unseal(record)
     assert opened is not None
     assert opened.server_info.round_trips == tuple((peer, 1.23457) for peer, _ in neighbors)
+    assert opened.server_info.attention == "y" * 128
 
 
 def test_a_round_trip_is_announced_with_at_least_ten_microseconds() -> None:

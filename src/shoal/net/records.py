@@ -160,6 +160,7 @@ class Announcement(BaseModel):
     up_since: Time | None = None
     ready_at: Time | None = None
     reason: Text = ""
+    attention: Text = ""
     protocol: Annotated[int, Field(ge=0, le=1 << 16)] = 8
 
     @model_validator(mode="after")
@@ -212,6 +213,7 @@ class Announcement(BaseModel):
             up_since=info.up_since,
             ready_at=info.ready_at,
             reason=info.reason,
+            attention=info.attention,
             protocol=info.protocol,
         )
 
@@ -251,6 +253,7 @@ class Announcement(BaseModel):
             up_since=self.up_since,
             ready_at=self.ready_at,
             reason=self.reason,
+            attention=self.attention,
             protocol=self.protocol,
         )
 

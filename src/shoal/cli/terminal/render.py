@@ -40,6 +40,8 @@ MAX_NAME, SHORT_NAME = 16, 10
 """Cells of a server's name, and where the terminal is narrow."""
 MAX_REASONS = 8
 """Lines about why servers took their blocks."""
+ONLY_ATTENTION = "sdpa"
+"""How servers compute attention whose devices have only one way."""
 GAP = 2
 """Empty cells between two columns."""
 BAR = "bar"
@@ -101,6 +103,7 @@ def render(
     yield _verdict(view, online)
     yield from _lost(view, silent)
     yield from _apart(online)
+    yield from _attentions(view)
     yield from _reasons(view, now)
     if (found := mixture(view.servers)) is not None:
         yield Text(f"servers with equal weights use different dtypes: {found}", style="yellow")
@@ -314,6 +317,18 @@ def _reasons(view: SwarmView, now: float) -> Iterator[Text]:
         yield line
     if len(told) > MAX_REASONS:
         yield Text(f"and {len(told) - MAX_REASONS} more (see --json)", style="dim")
+
+
+def _attentions(view: SwarmView) -> Iterator[Text]:
+    """How servers compute attention, if not all of them in the only way that their devices have: a line for each."""
+    ways: dict[str, list[ServerInfo]] = {}
+    for server in _in_order(view):
+        ways.setdefault(server.attention, []).append(server)
+    for way, servers in ways.items():
+        if way and way != ONLY_ATTENTION:
+            names = ", ".join(map(_name, servers[:MAX_REASONS]))
+            more = f" and {len(servers) - MAX_REASONS} more" if len(servers) > MAX_REASONS else ""
+            yield Text(f"attention of {names}{more}: {way}", style="dim")
 
 
 def _tells(server: ServerInfo) -> bool:

@@ -37,6 +37,7 @@ def describe(
         *([("because", info.reason)] if config.blocks is None and info.reason else []),
         ("dtype", f"{info.dtype} on {config.device}"),
         *([("quantized", info.quantization)] if info.quantization != "none" else []),
+        *([("attention", info.attention)] if info.attention else []),
         ("decoding", f"{tokens_per_second(info.decode_speed)} through these blocks"),
         ("prefill", tokens_per_second(info.prefill_speed)),
         ("cache", f"{server.engine.cache_tokens:,} tokens"),

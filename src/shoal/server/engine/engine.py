@@ -20,6 +20,7 @@ from shoal.policy.batching.pass_rules import PassRule, fair
 from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.prefix import PAGE_TOKENS
 from shoal.protocol import MAX_PAYLOAD_BYTES, Open, Step
+from shoal.server.device_memory import or_busy
 from shoal.server.engine.cpu_turns import CpuTurns
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
@@ -32,7 +33,7 @@ from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.kv.pages import PagePool, pages_for
 from shoal.server.kv.session_cache import SessionCache
 from shoal.server.kv.states import SlotPool
-from shoal.server.refusals import busy, cannot_rewind, misrouted, preempted
+from shoal.server.refusals import Refused, busy, cannot_rewind, misrouted, preempted
 from shoal.server.speed_watch import Speeds, Watch
 from shoal.server.step_inputs import StepInputs, Tensors
 from shoal.server.training.adapter_store import AdapterStore
@@ -171,7 +172,14 @@ class Engine:
         session.adopt(names, max_pages=MAX_PAYLOAD_BYTES // 2 // (token_bytes * PAGE_TOKENS))
         if not session.num_tokens:
             return session, None
-        return session, torch.stack([self._cache.read_outputs(row.pages) for row in session.rows]).cpu()
+        try:
+            return session, or_busy(lambda: self._outputs_of(session))
+        except Refused:
+            self.close(session)
+            raise
+
+    def _outputs_of(self, session: SessionCache) -> torch.Tensor:
+        return torch.stack([self._cache.read_outputs(row.pages) for row in session.rows]).cpu()
 
     def close(self, session: SessionCache) -> None:
         """Release a session's pages. May be called twice."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from shoal.events import Observers, PassComputed
 from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
 from shoal.policy.batching.pass_rules import PassRule, Places, fair
+from shoal.policy.batching.pass_size import PassSize
 from shoal.policy.batching.pass_times import PassTimeModel, PassWork
 from shoal.policy.batching.scheduling import batching_delay, seconds_to_next, shortest_prefill_seconds
 from shoal.server.engine.model_runner import ModelRunner
@@ -57,6 +58,7 @@ class EngineLoop:
         self._runner = runner
         self._pool = pool
         self._limits = limits
+        self._pass_size = PassSize.unlimited(limits.max_num_batched_tokens)
         self._rule = rule
         self._places = Places()
         self._watch = watch
@@ -208,7 +210,7 @@ class EngineLoop:
                 steps,
                 holding,
                 self._pool,
-                limits=self._limits,
+                limits=self._pass_size.applied_to(self._limits),
                 pass_time=self._pass_time,
                 is_decoding=self._is_decoding,
                 next_in=self._seconds_to_next(),
@@ -233,12 +235,16 @@ class EngineLoop:
             if not step.session.running:
                 step.session.began_at = began
         chunks = [step.chunk(num_tokens) for step, num_tokens in chosen]
-        answers = await self._runner.run(chunks)
+        outcome = await self._runner.run(chunks)
+        answers, without_memory = outcome.answers, outcome.tokens_without_memory
         self.num_passes += 1
+        self._resize_passes(without_memory)
         now = self._clock()
-        self._pass_time = self._pass_time.learnt(work, now - began)
+        if without_memory is None:
+            self._pass_time = self._pass_time.learnt(work, now - began)
         self._observers.emit(_pass_computed(chunks, now - began))
-        if self._watch is not None and not any(isinstance(answer, Exception) for answer in answers):
+        is_undisturbed = without_memory is None and not any(isinstance(answer, Exception) for answer in answers)
+        if self._watch is not None and is_undisturbed:
             if not work.num_prefill:
                 self._watch.decoded(chunks, now - began, now=now)
             elif not work.num_decoding:
@@ -253,6 +259,17 @@ class EngineLoop:
                 step.advance(num_tokens, answer)
                 if not step.num_left:
                     step.session.record_answer(now)
+
+    def _resize_passes(self, tokens_without_memory: int | None) -> None:
+        if tokens_without_memory is None:
+            self._pass_size = self._pass_size.after_pass()
+            return
+        self._pass_size = self._pass_size.after_out_of_memory(tokens_without_memory)
+        log.warning(
+            "no memory for a pass of %d tokens; passes have at most %d now",
+            tokens_without_memory,
+            self._pass_size.limit,
+        )
 
     # -- how long to wait --------------------------------------------------------------------------------------------
 

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from shoal.server.device_memory import or_busy, unless_out_of_memory
 from shoal.server.engine.cpu_turns import CpuTurns, turn_of
 from shoal.server.engine.requests import PassRequest
 from shoal.server.executor import Executor
 from shoal.server.kv.batch import Chunk, Pass
 from shoal.server.kv.output_head import Answer, ServerHead, answers_of
+from shoal.server.refusals import Refused, busy
+
+
+@dataclass(frozen=True)
+class PassOutcome:
+    """What is answered to each chunk of one pass: hidden states, logits, or the error that it met.
+
+    `tokens_without_memory` is how many tokens the pass had, if the device had no memory for all of them together.
+    """
+
+    answers: Sequence[Answer | Exception]
+    tokens_without_memory: int | None
 
 
 class ModelRunner:
@@ -38,16 +54,40 @@ class ModelRunner:
         """Whether another server of this machine had the turn when this one asked for it, now or lately."""
         return self._cpu_turns is not None and self._cpu_turns.contended
 
-    async def run(self, chunks: Sequence[Chunk]) -> list[Answer | Exception]:
-        """What is answered to each chunk of one pass: hidden states, logits, or the error that it met."""
-        return await self._executor.run(lambda: self._answers(chunks))
+    async def run(self, chunks: Sequence[Chunk]) -> PassOutcome:
+        """Compute one pass. If the device has no memory for it, each chunk is computed alone."""
+        return await self._executor.run(lambda: self._outcome(chunks))
 
     async def advance(self, request: PassRequest[Any]) -> Any:
-        """Compute the next piece of a single pass. Returns its outcome when that was the last one, else None."""
-        return await self._executor.run(request.advance)
+        """Compute the next piece of a single pass. Returns its outcome when that was the last one, else None.
 
-    def _answers(self, chunks: Sequence[Chunk]) -> list[Answer | Exception]:
+        Raises `Refused`, as busy, if the device has no memory for it.
+        """
+        return await self._executor.run(lambda: or_busy(request.advance))
+
+    def _outcome(self, chunks: Sequence[Chunk]) -> PassOutcome:
+        outputs = computed = unless_out_of_memory(lambda: self._outputs(chunks))
+        if outputs is None:
+            outputs = [self._alone(chunk) for chunk in chunks] if len(chunks) > 1 else [_no_memory()]
+        # What is computed must not be computed again: recurrent states have gone on.
+        answers = unless_out_of_memory(lambda: answers_of(self._head, outputs, chunks))
+        if computed is not None and answers is not None:
+            return PassOutcome(answers, None)
+        num_tokens = sum(chunk.hidden_BTD.shape[:2].numel() for chunk in chunks)
+        return PassOutcome([_no_memory()] * len(chunks) if answers is None else answers, num_tokens)
+
+    def _alone(self, chunk: Chunk) -> torch.Tensor | Exception:
+        outputs = unless_out_of_memory(lambda: self._outputs([chunk]))
+        return _no_memory() if outputs is None else outputs[0]
+
+    def _outputs(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
         try:
-            return answers_of(self._head, self._compute(chunks), chunks)
+            return self._compute(chunks)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             return [error] * len(chunks)
+
+
+def _no_memory() -> Refused:
+    return busy("the device has no memory for this step now")

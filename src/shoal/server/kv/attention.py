@@ -2,7 +2,7 @@
 
 `metadata` describes a pass once, before its first block. `attend` runs in every block: it writes the new keys and
 values into the cache and attends to all that the cache then holds of each sequence. `shoal.server.kv.sdpa_attention`
-is the reference; another backend has to give its numbers.
+is the reference; another backend has to give its numbers (`shoal.server.attention_backends`).
 
 A pass holds the new tokens of many sequences in a row. A sequence's tokens are at three places at once:
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol, Self, TypeVar
 
 from torch import Tensor
@@ -28,6 +29,15 @@ M = TypeVar("M")
 
 WITHOUT_EFFECT = frozenset({"dropout", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"})
 """Options that Transformers' layers pass and that have no effect on a packed pass."""
+
+
+class Feature(StrEnum):
+    """What the reference computes, and a faster backend perhaps not."""
+
+    WINDOWS = "sliding windows"
+    SOFT_CAPS = "soft caps"
+    SINKS = "sinks"
+    PADDING = "padding"
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,11 @@ class PackedBatch:
     sequences: tuple[PackedSequence, ...]
     slot_mapping_T: Tensor
 
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What a backend has to support for this pass, whatever the layers want."""
+        return frozenset({Feature.PADDING} if any(each.mask_S is not None for each in self.sequences) else ())
+
 
 @dataclass(frozen=True)
 class AttentionOptions:
@@ -75,6 +90,16 @@ class AttentionOptions:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks_H: Tensor | None = None
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What a backend has to support for this layer."""
+        wanted = {
+            Feature.WINDOWS: self.sliding_window,
+            Feature.SOFT_CAPS: self.softcap,
+            Feature.SINKS: self.sinks_H,
+        }
+        return frozenset(feature for feature, value in wanted.items() if value is not None)
 
     @classmethod
     def from_layer(cls, options: Mapping[str, Any]) -> Self:
@@ -104,6 +129,15 @@ class AttentionBackend(Protocol[M]):
         `query` is [1, H, T, K], `key` is [1, J, T, K] and `value` is [1, J, T, V]. A token attends to the tokens of its
         own sequence up to itself, as `options` say. The output of a token that sees only padding is 0.
         """
+        ...
+
+
+class PartialBackend(AttentionBackend[M], Protocol[M]):
+    """A backend that computes what needs no other features than its own."""
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        """What it supports."""
         ...
 
 

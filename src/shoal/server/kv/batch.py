@@ -71,9 +71,14 @@ class Pass(Protocol):
     def __call__(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
         """For each chunk its outputs [B, T, D] in the body's dtype, or the exception of that chunk alone.
 
-        It is called on the compute thread.
+        Raises `torch.OutOfMemoryError` if the device has no memory for the pass. Then nothing is computed, and the same
+        chunks may be computed again. It is called on the compute thread.
         """
         ...
+
+
+class HalfWritten(Exception):
+    """A pass failed while it wrote what it had computed: its sessions have to begin anew."""
 
 
 class PackedPass:
@@ -152,10 +157,15 @@ def each_alone_if_together_fails(
 ) -> list[torch.Tensor | Exception]:
     """The outputs of all chunks. If a pass fails, each chunk is computed alone, so that only the chunk at fault fails.
 
-    A computation that fails must leave the past of its chunks as it was.
+    A computation that fails must leave the past of its chunks as it was. For want of memory, all fail: what is computed
+    then, in smaller passes, is not decided here.
     """
     try:
         return list(compute(chunks))
+    except torch.OutOfMemoryError:
+        raise
+    except HalfWritten as error:
+        return [error] * len(chunks)
     except Exception as error:
         if len(chunks) == 1:
             return [error]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,16 @@ from shoal.model.body import Body
 from shoal.model.families import Family
 from shoal.policy.batching.length_groups import length_groups
 from shoal.prefix import PAGE_TOKENS
-from shoal.server.kv.batch import Chunk, PackedPass, Pass, each_alone_if_together_fails, row_overrides, segments
+from shoal.server.kv.attention import AttentionBackend
+from shoal.server.kv.batch import (
+    Chunk,
+    HalfWritten,
+    PackedPass,
+    Pass,
+    each_alone_if_together_fails,
+    row_overrides,
+    segments,
+)
 from shoal.server.kv.batch_cache import BatchCache, Columns
 from shoal.server.kv.paged_cache import PagedCache
 from shoal.spans import Span
@@ -44,10 +54,13 @@ class BatchedPass:
         for segment in segments([chunk.span for chunk in chunks]):
             for batch in self._batches([each for each in flows if segment in each.chunk.span]):
                 caches.append(self._run(segment, batch))
-        for cache in caches:
-            cache.commit()
         for each in flows:
             self._cache.write_outputs(each.new_slots_BT.flatten(), each.hidden_BTD.flatten(0, 1))
+        try:
+            for cache in caches:
+                cache.commit()
+        except Exception as error:
+            raise HalfWritten(f"{type(error).__name__} while states were written") from error
         return [each.hidden_BTD for each in flows]
 
     def _batches(self, flows: Sequence[_Flow]) -> list[list[_Flow]]:
@@ -96,9 +109,9 @@ class BatchedPass:
         return cache
 
 
-def pass_over(body: Body, cache: PagedCache) -> Pass:
-    """How a body computes chunks: packed if its family can, in batches otherwise."""
-    return PackedPass(body, cache) if body.family.packable else BatchedPass(body, cache)
+def pass_over(body: Body, cache: PagedCache, attention: AttentionBackend[Any] | None = None) -> Pass:
+    """How a body computes chunks: packed if its family can, with this `attention`; in batches otherwise."""
+    return PackedPass(body, cache, attention) if body.family.packable else BatchedPass(body, cache)
 
 
 class _Flow:

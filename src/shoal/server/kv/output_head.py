@@ -116,7 +116,7 @@ def answers_of(
     """The answers to chunks with these outputs [B, T, D], in the dtypes of the chunks' inputs and on the CPU.
 
     The logits that several clients ask for are computed together, so that the head's weights are read once. If the head
-    fails, only the chunks that ask for logits fail.
+    fails, only the chunks that ask for logits fail. Raises `torch.OutOfMemoryError` if the device has no memory for it.
     """
     answers: list[Answer | Exception] = []
     for_head: dict[int, torch.Tensor] = {}
@@ -132,6 +132,8 @@ def answers_of(
     assert head is not None, "the validator refuses such a step where there is no head"
     try:
         logits_NV = head(torch.cat(list(for_head.values())))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         return [error if index in for_head else answer for index, answer in enumerate(answers)]
     for index, logits in zip(for_head, logits_NV.split([len(rows) for rows in for_head.values()]), strict=True):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.errors import UnsupportedOperation
 from shoal.model.body import Body
 from shoal.prefix import PAGE_TOKENS
 from shoal.server.kv.cache_shapes import CacheShapes, KeyValueShape
@@ -43,6 +44,15 @@ class Pages:
     def select(self, index: Tensor) -> Tensor:
         """Copies of vectors: number i is that of head `i % J` of slot `i // J`, if a token has J heads."""
         return self._values.flatten(0, -2).index_select(0, index)
+
+    def gather(self, slots_S: Tensor) -> Tensor:
+        """Copies of the tokens in these slots."""
+        return self._values.flatten(0, 1).index_select(0, slots_S)
+
+    @property
+    def raw(self) -> Tensor | None:
+        """All pages [P, PAGE_TOKENS, ...] as they are, for kernels that read them; `None` if they are encoded."""
+        return self._values
 
     def copy(self, source: int, target: int) -> None:
         """Overwrite one page with another."""
@@ -73,6 +83,13 @@ class Int8Pages(Pages):
     def select(self, index: Tensor) -> Tensor:
         return (super().select(index) * self._scales.select(index)).to(self._dtype)
 
+    def gather(self, slots_S: Tensor) -> Tensor:
+        return (super().gather(slots_S) * self._scales.gather(slots_S)).to(self._dtype)
+
+    @property
+    def raw(self) -> Tensor | None:
+        return None
+
     def copy(self, source: int, target: int) -> None:
         super().copy(source, target)
         self._scales.copy(source, target)
@@ -85,12 +102,22 @@ class Int8Pages(Pages):
 class PagedCache:
     """Keys, values and outputs of `num_pages` pages, and the states of sequences, in slots.
 
-    The system provides memory only for what was written. `state_pages` is how many pages a slot counts as.
+    The system provides memory only for what was written. `state_pages` is how many pages a slot counts as. What is
+    computed is in `dtype`, by default the body's.
     """
 
-    def __init__(self, body: Body, shapes: CacheShapes, num_pages: int, *, kind: type[Pages] = Pages) -> None:
+    def __init__(
+        self,
+        body: Body,
+        shapes: CacheShapes,
+        num_pages: int,
+        *,
+        kind: type[Pages] = Pages,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         backbone = body.backbone
-        dtype, device = backbone.dtype, backbone.device
+        dtype, device = dtype or backbone.dtype, backbone.device
+        self.kind, self.dtype = kind, dtype
 
         def pages(size_of: Callable[[KeyValueShape], int]) -> dict[int, Pages]:
             return {
@@ -150,6 +177,17 @@ class PagedCache:
     def select_index(self, block: int, slots_GS: Tensor) -> Tensor:
         """The keys of a block's indexer of the tokens in these slots, [G, S, K]."""
         return self._index[block].select(slots_GS.flatten()).view(*slots_GS.shape, -1)
+
+    def gather(self, block: int, slots_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [S, J, K] and values [S, J, V] of the tokens in these slots."""
+        return self._keys[block].gather(slots_S), self._values[block].gather(slots_S)
+
+    def raw_pages(self, block: int) -> tuple[Tensor, Tensor]:
+        """All keys and all values of a block, [P, PAGE_TOKENS, J, K]. Raises `UnsupportedOperation` for int8 pages."""
+        keys, values = self._keys[block].raw, self._values[block].raw
+        if keys is None or values is None:
+            raise UnsupportedOperation("kernels cannot read int8 pages")
+        return keys, values
 
     def write_outputs(self, slots_T: Tensor, outputs_TD: Tensor) -> None:
         """Write the span's outputs for new tokens into their slots."""

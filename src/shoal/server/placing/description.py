@@ -14,7 +14,7 @@ from shoal.server.placing.span_state import SpanState
 from shoal.server.speed_watch import Speeds
 
 MAX_REASON = 120
-"""Characters of a reason that are announced: records are small."""
+"""Characters of a reason that are announced, and of how attention is computed: records are small."""
 
 
 def assumed_capacity(max_blocks: int, view: SwarmView) -> Capacity:
@@ -70,6 +70,7 @@ def describe(
         queue_length=engine.queue_length,
         adapters=engine.adapters.announced,
         head=loaded.weights.head is not None,
+        attention=loaded.attention[:MAX_REASON],
         round_trips=tuple(round_trips),
         unreached=tuple(unreached),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import gc
 import logging
 import weakref
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from shoal.model.weights import disk_cache
 from shoal.policy.batching.pass_rules import rule_of
 from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.policy.machines.speed_profile import SpeedProfile
+from shoal.server.attention_backends.backend_choice import attention_of
 from shoal.server.capacity import (
     cache_dtype_of,
     choose_activation_bytes,
@@ -31,10 +31,12 @@ from shoal.server.capacity import (
     max_length_of,
 )
 from shoal.server.config import ServerConfig
+from shoal.server.device_memory import release_unused
 from shoal.server.engine.cpu_turns import turn_of
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor, alone
+from shoal.server.kv.batch import Pass
 from shoal.server.kv.batched_pass import pass_over
 from shoal.server.kv.cache_shapes import cache_shapes
 from shoal.server.kv.output_head import ServerHead, load_head
@@ -72,7 +74,8 @@ class CacheMemory:
 class LoadedSpan:
     """What computes a span, and how fast it was when it was measured.
 
-    `free_bytes` of memory were free before its blocks, or those that it was extended from, were loaded.
+    `free_bytes` of memory were free before its blocks, or those that it was extended from, were loaded. `attention`
+    says how attention is computed, and why not otherwise; it is empty for families with attention of their own.
     """
 
     span: Span
@@ -80,6 +83,7 @@ class LoadedSpan:
     weights: Weights
     profile: SpeedProfile
     free_bytes: int
+    attention: str
     remains: Callable[[], list[str]]
     """Names what is still in memory. It has to be nothing once the other parts are forgotten."""
 
@@ -149,10 +153,12 @@ async def with_engine(
     """The loaded blocks with a cache and an engine. They are measured if their `profile` is not known."""
     body = weights.body
     memory = await make_cache(config, body, compute.executor, free_bytes=free_bytes)
-    engine, profile = await make_engine(config, setup, weights, memory, compute, observers, profile)
+    attention = await compute.executor.run(lambda: attention_of(body, memory.pages))
+    pass_of = pass_over(body, memory.pages, attention.backend)
+    engine, profile = await make_engine(config, setup, weights, memory, pass_of, compute, observers, profile)
     await compute.executor.run(lambda: host_adapters(config, setup, engine))
     large = {"the blocks": body, "the cache": memory.pages, "the output head": weights.head}
-    return LoadedSpan(body.span, engine, weights, profile, free_bytes, _remaining(large))
+    return LoadedSpan(body.span, engine, weights, profile, free_bytes, attention.described, _remaining(large))
 
 
 def _silent(_: Progress) -> None:
@@ -193,14 +199,13 @@ async def make_engine(
     setup: Setup,
     weights: Weights,
     memory: CacheMemory,
+    pass_of: Pass,
     compute: Compute,
     observers: Observers,
     profile: SpeedProfile | None,
 ) -> tuple[Engine, SpeedProfile]:
     """The engine of what is loaded, and how fast it is, which is measured if the `profile` is `None`."""
-    body = weights.body
-    pass_of = pass_over(body, memory.pages)
-    key = setup.key
+    body, key = weights.body, setup.key
     if profile is None:
         async with turn_of(compute.cpu_turns):
             profile = await compute.executor.run(
@@ -263,15 +268,13 @@ def host_adapters(config: ServerConfig, setup: Setup, engine: Engine) -> None:
 async def collect_memory(executor: Executor, device: torch.device, remains: Callable[[], list[str]]) -> None:
     """Give the memory of blocks back that nothing refers to any more, and log what is in use nevertheless."""
     before = free_memory(device)
-    await executor.run(lambda: _collect(device))
+    await executor.run(_collect)
     if left := remains():
         log.warning("the server could not free %s of the span that it left", " and ".join(left))
     log.info("%.2f GiB are free again", (free_memory(device) - before) / 2**30)
 
 
-def _collect(device: torch.device) -> None:
-    gc.collect()  # modules and engines refer to each other in circles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def _collect() -> None:
+    release_unused()
     with contextlib.suppress(OSError, AttributeError):  # other systems than Linux give memory back by themselves
         ctypes.CDLL("libc.so.6").malloc_trim(0)
