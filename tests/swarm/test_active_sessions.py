@@ -132,7 +132,9 @@ def test_a_position_is_gone_back_to_between_steps(model: Any, whole: PreTrainedM
         session.position = 2
         found = session.step(hidden[:, 2:])
         assert session.position == 8
-    torch.testing.assert_close(found, blocks(hidden)[:, 2:], rtol=1e-4, atol=1e-5)
+    expected = blocks(hidden)[:, 2:]
+    # Rounding is relative to the largest numbers, of which the small ones are differences.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
 
 
 def test_a_position_may_be_gone_back_to_after_beams(model: Any, whole: PreTrainedModel):

@@ -19,6 +19,7 @@ from shoal.client.options.client_options import (
     parse_pins,
 )
 from shoal.errors import UserError
+from shoal.net.swarm_key import SWARM_KEY, key_in
 from shoal.spans import Span
 
 
@@ -65,13 +66,16 @@ def test_keywords_make_the_options_that_the_command_line_makes(monkeypatch: pyte
 
 def test_no_keywords_are_the_defaults(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(INITIAL_PEERS, raising=False)
+    monkeypatch.delenv(SWARM_KEY, raising=False)
     assert ClientOptions.from_keywords() == ClientOptions()
 
 
-def test_every_option_that_has_a_keyword_is_filled_by_it(monkeypatch: pytest.MonkeyPatch):
+def test_every_option_that_has_a_keyword_is_filled_by_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv(INITIAL_PEERS, raising=False)
+    key_in(tmp_path / "key", create=True)
     given = {
-        "initial_peers": ["/a"], "revision": "main", "token": "hf_x", "cache_dir": "/c", "dtype": "float16",
+        "initial_peers": ["/a"], "swarm_key": tmp_path / "key", "revision": "main", "token": "hf_x",
+        "cache_dir": "/c", "dtype": "float16",
         "device": "cuda", "allowed_servers": ["a"], "blocked_servers": "b c", "pinned": {"0:4": "a"},
         "chooser": "nsga2", "wire": "int8", "standby": True, "history": "bfloat16", "history_memory": 7,
         "history_folder": "/h", "remote_head": True, "head_top_k": 5, "head_quantization": "nf4",

@@ -41,6 +41,7 @@ def protocol() -> Any:
     made.storage, made.cache = storage.DHTLocalStorage(), storage.DHTLocalStorage()
     made.routing_table = routing.RoutingTable(made.node_id, 20, 5)
     made.record_validator = RecordValidator()
+    made.authorizer = None
     return made
 
 
