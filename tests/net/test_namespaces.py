@@ -176,7 +176,9 @@ def test_no_way_leads_to_this_machine_or_beyond(net: Internet) -> None:
 
 
 MAKES_ONE = """
+import signal
 from shoal.testing.namespaces import Internet
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 with Internet() as net:
     net.home("home").host("host")
     print("made", flush=True)
