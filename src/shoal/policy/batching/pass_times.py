@@ -37,7 +37,7 @@ class Cost:
     each: float = 0.0
 
     def at(self, context: float) -> float:
-        """The seconds with so many tokens of context."""
+        """The seconds with this many tokens of context."""
         return self.fixed + self.each * context
 
     def learnt(self, context: float, seconds: float) -> Cost:

@@ -294,7 +294,7 @@ class EngineLoop:
         return batching_delay(expected, num_ready=len(ready), now=self._clock(), pass_seconds=pass_seconds)
 
     def _delay_within(self, seconds: float) -> float:
-        """In how many seconds the next decoding step is expected, if that is less than so many; otherwise 0."""
+        """In how many seconds the next decoding step is expected, if that is sooner than `seconds`; otherwise 0."""
         next_in = self._seconds_to_next()
         return next_in if next_in is not None and next_in < seconds else 0.0
 
