@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from benchmarks.clients import generate
 from benchmarks.machine import describe_machine
+from benchmarks.reference import made_model
 from benchmarks.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
 
@@ -46,13 +47,6 @@ def config_of(num_blocks: int) -> LlamaConfig:
         max_position_embeddings=1 << 17,
         dtype="bfloat16",
     )
-
-
-def make_model(folder: Path, num_blocks: int) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(num_blocks), dtype=torch.bfloat16)
-    model.generation_config = GenerationConfig()
-    model.save_pretrained(folder)
 
 
 def peak_bytes(process: str) -> int:
@@ -108,7 +102,7 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        make_model(folder, arguments.blocks)
+        made_model(config_of(arguments.blocks), folder)
         rows = []
         for length in arguments.lengths:
             own = ("--one", str(folder), "--lengths", str(length), "--blocks", str(arguments.blocks))

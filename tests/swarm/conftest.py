@@ -24,7 +24,7 @@ def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("llama"), seed=1)
 
 
-def make_llama(path: Path, *, seed: int) -> Path:
+def make_llama(path: Path, *, seed: int, max_position_embeddings: int = 512) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=97,
@@ -33,7 +33,7 @@ def make_llama(path: Path, *, seed: int) -> Path:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=max_position_embeddings,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from shoal.server.kv import sdpa_attention
 from shoal.server.kv.attention import PackedSequence
@@ -21,6 +21,7 @@ from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.kv.sdpa_attention import _mask_of
 from shoal.server.kv.session_cache import Growth
 
+from .conftest import make_llama
 from .harness import Swarm, swarm_of
 from .visitors import random_inputs, tiny_body
 
@@ -30,23 +31,7 @@ NUM_TOKENS = 3000
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that reads some thousands of tokens."""
-    path = tmp_path_factory.mktemp("long")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-        initializer_range=0.4,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return make_llama(tmp_path_factory.mktemp("long"), seed=3, max_position_embeddings=4096)
 
 
 @contextlib.contextmanager

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.terminal.console import as_usage
+from shoal.cli.terminal.console import WrongUsage, as_usage
 from shoal.net.swarm_key import SWARM_KEY, key_in
 
 if TYPE_CHECKING:
     from shoal.net import NetworkConfig
 
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
-KEY_IN_CODE = "an invite code says itself whether its swarm is closed, and has the key"
 SwarmKeyFile = Annotated[
     Path | None,
     typer.Option(
@@ -106,6 +105,18 @@ def network_of(
     with as_usage():
         check_addresses(network)
         return replace(network, swarm_key=key_in(swarm_key, create=is_new))
+
+
+def key_beside_code(swarm_key: Path | None) -> str:
+    """What `network_of` is given as the key where an invite code names the swarm: the code has it, if there is one.
+
+    Raises `WrongUsage` if the user names a file too. What the environment names is for other swarms.
+    """
+    if swarm_key is not None:
+        raise WrongUsage(
+            "an invite code says itself whether its swarm is closed, and has the key", hint="leave out --swarm-key"
+        )
+    return ""
 
 
 def spread_peers(arguments: Sequence[str]) -> list[str]:

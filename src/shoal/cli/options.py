@@ -253,11 +253,9 @@ def client_options(  # the first parameter stands first in the help of a command
     If all `models` are invite codes, these name the swarm.
     """
     is_named = bool(models) and all(map(is_code, models))
-    if is_named and swarm_key is not None:
-        raise WrongUsage(network_options.KEY_IN_CODE, hint="leave out --swarm-key")
     return ClientOptions.from_keywords(
         initial_peers=() if is_named and not initial_peers else swarm_peers(initial_peers),
-        swarm_key="" if is_named else swarm_key,
+        swarm_key=network_options.key_beside_code(swarm_key) if is_named else swarm_key,
         active_adapter=adapter,
         dtype=dtype,
         wire=wire,

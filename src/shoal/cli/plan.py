@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import network_options, options
-from shoal.cli.terminal.console import WrongUsage, as_usage, start_logging, stdout, waiting
+from shoal.cli.network_options import network_of
+from shoal.cli.terminal.console import WrongUsage, start_logging, stdout, waiting
 from shoal.cli.terminal.plan_table import Facts, Form, render, short_size
 from shoal.errors import UserError
 from shoal.host import available_memory, may_have_gpu
 from shoal.joining.invite_code import code_in
 from shoal.model.weights.contents import ITEM_BYTES, Contents
 from shoal.net import NetworkConfig
-from shoal.net.addressing.addresses import check_peers
-from shoal.net.swarm_key import key_in
 from shoal.peers import ModelInfo
 from shoal.policy.dtypes import swarm_dtype
 from shoal.policy.view import SwarmView
@@ -98,16 +97,18 @@ def command(
     wanted = parse_memory(memory or [THIS])
     options.check_places(model)
     code = code_in(model)
-    with as_usage():
-        peers = check_peers(options.peers_of(initial_peers)) if code is None or initial_peers else ()
-        network = NetworkConfig(initial_peers=peers, client_mode=True, swarm_key=key_in(swarm_key))
+    network = network_of(
+        initial_peers=options.peers_of(initial_peers) if code is None or initial_peers else (),
+        client_mode=True,
+        swarm_key=swarm_key if code is None else network_options.key_beside_code(swarm_key),
+    )
     with waiting("Reading what the model consists of") as reporter:
         own = own_memory(device)  # before this process itself takes more
         if code is not None:
             swarm = asyncio.run(_by_code(code, network, allow_uncertified=allow_uncertified))
         else:
             swarm = Swarm(Contents.open(model, revision=revision, allow_uncertified=allow_uncertified))
-            if peers:
+            if network.initial_peers:
                 reporter.show("Asking the swarm")
                 swarm = asyncio.run(_by_peers(swarm.contents, network))
     facts = Facts(

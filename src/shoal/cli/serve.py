@@ -195,8 +195,7 @@ def command(
         end_with_parent()
     with as_usage():
         code = code_in(model)
-    if code is not None and swarm_key is not None:
-        raise WrongUsage(network_options.KEY_IN_CODE, hint="leave out --swarm-key")
+    key = swarm_key if code is None else network_options.key_beside_code(swarm_key)
     if code is not None and new_swarm:
         raise WrongUsage("an invite code is for a swarm that is there", hint="leave out --new-swarm")
     if new_swarm and initial_peers:
@@ -233,7 +232,7 @@ def command(
         relay=relay,
         serve_relay=serve_relay,
         upnp=upnp,
-        swarm_key=swarm_key if code is None else "",
+        swarm_key=key,
         is_new=new_swarm,
     )
     if code is not None:
@@ -245,9 +244,8 @@ def command(
     options.check_places(model)
     devices = chosen_devices(device)
     if len(devices) > 1 or when is When.idle:
-        key_file = file_of_key(swarm_key) if code is None else None
         run_servers(
-            shared_out(devices, {**given, "name": server_name, "swarm_key": key_file}, cores=usable_cores()),
+            shared_out(devices, {**given, "name": server_name, "swarm_key": file_of_key(key)}, cores=usable_cores()),
             is_new=new_swarm,
             peers=peers,
             when=when,

@@ -46,9 +46,19 @@ async def arrive(code: InviteCode, network: NetworkConfig) -> AsyncIterator[Arri
     Raises `BootstrapFailed` if no member answers at the code's ways in, `SwarmError` if no member knows the invitation,
     and what `shoal.net.join` raises.
     """
-    addresses = (*await peers_of(code), *network.initial_peers)
-    async with join(replace(network, initial_peers=addresses, swarm_key=code.swarm_key)) as node:
+    network = await network_by(code, network)
+    async with join(network) as node:
+        addresses = network.initial_peers
         yield Arrival(node, await invitation_of(code.digest, node, addresses), addresses)
+
+
+async def network_by(code: InviteCode, network: NetworkConfig) -> NetworkConfig:
+    """How to join the swarm of a code: through its members too, and with its key.
+
+    Raises `BootstrapFailed` if no member answers at the code's ways in.
+    """
+    peers = (*await peers_of(code), *network.initial_peers)
+    return replace(network, initial_peers=peers, swarm_key=code.swarm_key)
 
 
 async def peers_of(code: InviteCode) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -54,7 +54,7 @@ def command(
         announce=announce,
         relay=relay,
         serve_relay=False,
-        swarm_key=swarm_key if code is None else "",
+        swarm_key=swarm_key if code is None else network_options.key_beside_code(swarm_key),
     )
     facts = look(network, wanted)
     findings = diagnose(facts)
@@ -82,10 +82,9 @@ def look(network: NetworkConfig, code: InviteCode | None) -> Facts:
 async def _join(network: NetworkConfig, code: InviteCode | None) -> SwarmFacts:
     if code is None:
         return await look_at_swarm(network)
-    from shoal.joining.arrival import peers_of
+    from shoal.joining.arrival import network_by
 
-    peers = (*await peers_of(code), *network.initial_peers)
-    return await look_at_swarm(replace(network, initial_peers=peers, swarm_key=code.swarm_key))
+    return await look_at_swarm(await network_by(code, network))
 
 
 def show(findings: list[Finding]) -> None:
