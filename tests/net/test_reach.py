@@ -15,7 +15,7 @@ from shoal.net import NetworkConfig, join
 from shoal.net.identity import Identity
 from shoal.net.libp2p.daemon import Daemon, DaemonConfig
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
-from shoal.net.libp2p.reach import reach_keeper, relay_places
+from shoal.net.libp2p.reach import reach_keeper, relay_daemon, relay_places
 from shoal.net.libp2p.reach.examiner import examined_by
 from shoal.net.libp2p.reach.prober import Prober
 from shoal.net.libp2p.reach.reservations import NotReserved, reserve
@@ -189,7 +189,7 @@ def at(address: str) -> tuple[str, tuple[str, ...]]:
 async def daemon(**config: Any) -> AsyncIterator[tuple[Daemon, str, str]]:
     """A daemon on loopback, its peer id, and its address."""
     identity = Identity.temporary()
-    started = await Daemon.start(identity, DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",), **config))
+    started = await relay_daemon.start_daemon(identity, DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",), **config))
     try:
         (address,) = await started.addresses()
         yield started, identity.peer, f"{address}/p2p/{identity.peer}"
@@ -211,6 +211,35 @@ async def test_a_relay_says_how_much_it_carries_and_libp2ps_own_carries_too_litt
             join(NetworkConfig(first.transport.addresses[:1], host="127.0.0.1", relays=(stingy,))) as node,
         ):
             assert node.transport.reach.kind is Reachability.UNREACHABLE
+
+
+@pytest.mark.parametrize(("small", "starts"), [(0, 1), (2, 3), (99, relay_daemon.MAX_STARTS)])
+async def test_a_relay_that_carries_too_little_is_started_again(
+    small: int, starts: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    asked: list[str] = []
+    processes: set[int] = set()
+
+    async def reserve_small(_: Daemon, relay: str, addresses: Sequence[str]) -> int:
+        asked.append(relay)
+        return MIN_RELAYED_BYTES - 1 if len(asked) <= small else MIN_RELAYED_BYTES
+
+    real = Daemon.start
+
+    async def start(identity: Identity, config: DaemonConfig) -> Daemon:
+        started = await real(identity, config)
+        if config.serve_relay:
+            processes.add(started.process.pid)
+        return started
+
+    monkeypatch.setattr(relay_daemon, "reserve", reserve_small)
+    monkeypatch.setattr(Daemon, "start", start)
+    async with daemon(serve_relay=True) as (last, peer, _):
+        assert asked == [peer] * starts
+        assert len(processes) == starts
+        assert last.process.pid in processes
+        assert not last.closed.is_set()
+    assert ("relays too little" in caplog.text) == (starts == relay_daemon.MAX_STARTS)
 
 
 async def test_a_relay_that_is_gone_gives_no_place():

@@ -126,7 +126,7 @@ class DaemonConfig:
         """The daemon's environment variables."""
         environment = dict(os.environ, GOLOG_LOG_LEVEL="error")
         if self.serve_relay:
-            # With several threads, a race at the daemon's start decides whether its relay has large limits or 128 KiB.
+            # Usually wins the race between the daemon's two relays (`shoal.net.libp2p.reach.relay_daemon`).
             environment["GOMAXPROCS"] = "1"
         return environment
 

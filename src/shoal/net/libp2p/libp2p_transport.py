@@ -18,6 +18,7 @@ from shoal.net.libp2p.daemon_reasons import NO_PROTOCOL
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
 from shoal.net.libp2p.membership import Membership
 from shoal.net.libp2p.reach.reach_keeper import ReachKeeper
+from shoal.net.libp2p.reach.relay_daemon import start_daemon
 from shoal.net.libp2p.spoken_version import check_versions, spoken_version
 from shoal.net.swarm_key import SwarmKey
 from shoal.net.transport import RelayTrial, StreamBroken, StreamHandler
@@ -240,7 +241,7 @@ class Libp2pTransport:
         """Start a daemon. Returns the peers that it is connected to."""
         if self._reach is not None:
             self._config = replace(self._config, is_behind_nat=self._reach.is_behind_nat)
-        self._daemon = daemon = await Daemon.start(self._identity, self._config)
+        self._daemon = daemon = await start_daemon(self._identity, self._config)
         async with asyncio.timeout(START_SECONDS):
             own = await daemon.addresses()
             self._keep_port(own)
