@@ -101,6 +101,42 @@ class WaitEnded:
 
 
 @dataclass(frozen=True)
+class ServerAudited:
+    """Other servers computed again what a server had answered for `num_tokens` tokens of the blocks of `span`.
+
+    `distance` is how far it was from what the first of the `witnesses` computed, typically, in units of what the blocks
+    change. The `finding` is one of "clean", "lied", "witness_lied", "misled" and "unsettled"
+    (`shoal.policy.auditing.verdict`).
+    """
+
+    peer: str
+    span: Span
+    num_tokens: int
+    distance: float
+    finding: str
+    witnesses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextDoubtful:
+    """The tokens of a session from `start` to `end` were chosen from outputs that are not to be trusted.
+
+    What follows is computed from right ones, if there is a server that gives them.
+    """
+
+    session: int
+    model: str
+    start: int
+    end: int
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """The event in a line for people."""
+        return f"the last {self.end - self.start} tokens may be wrong: {self.reason}"
+
+
+@dataclass(frozen=True)
 class SessionOpened:
     """A client's session chose its first servers. `session` tells apart the sessions that are open at one time."""
 
@@ -158,6 +194,8 @@ Event = (
     | StageReplaced
     | WaitingForBlocks
     | WaitEnded
+    | ServerAudited
+    | TextDoubtful
     | SessionOpened
     | SessionClosed
     | PassComputed
@@ -180,7 +218,9 @@ class LogObserver:
                 log.warning("%s; looking for another server", reason)
             case StageReplaced(peer=peer, replacements=replacements) if log.isEnabledFor(logging.INFO):
                 log.info("%s replaced by %s", peer, ", ".join(replacements))
-            case WaitingForBlocks() | WaitEnded():
+            case ServerAudited(peer=peer, span=span, num_tokens=num_tokens, distance=distance, finding=finding):
+                log.debug("audit of %s, blocks %s, %d tokens: %s, %.3g", peer, span, num_tokens, finding, distance)
+            case WaitingForBlocks() | WaitEnded() | TextDoubtful():
                 log.warning("%s", event.line)
             case SessionOpened(model=model, span=span, batch_size=batch_size):
                 log.debug("a session of %d sequences on blocks %s of %s", batch_size, span, model)

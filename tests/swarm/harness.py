@@ -22,7 +22,7 @@ from shoal.spans import Span
 
 T = TypeVar("T")
 
-QUICK = ClientOptions(silence_seconds=1.5, patience_seconds=1.0, refresh_seconds=0.0, measure_seconds=0.0)
+QUICK = ClientOptions(audits="off", silence_seconds=1.5, patience_seconds=1.0, refresh_seconds=0.0, measure_seconds=0.0)
 FLOAT32 = replace(QUICK, model=ModelOptions(dtype="float32"))
 
 

@@ -118,6 +118,16 @@ class Pipeline:
         """Where the outputs of the stage at `index` go."""
         return self.outputs if index == len(self.stages) - 1 else self.stages[index + 1]
 
+    def pusher_to(self, stage: Stage) -> str | None:
+        """The server that pushes its outputs to this one; None if the client sends it everything."""
+        index = self.stages.index(stage)
+        upstream = self.stages[index - 1] if index else None
+        return upstream.peer if upstream is not None and self._links.pushes(upstream, stage) else None
+
+    def unlink_broken(self) -> None:
+        """The client sends what servers pushed to each other whose pushes it does not trust any more."""
+        self._links.unlink_broken()
+
     # -- listening ----------------------------------------------------------------------------------------------------
 
     def settle(self) -> bool:

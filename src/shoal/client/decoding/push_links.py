@@ -74,10 +74,19 @@ class PushLinks:
         else:
             return None
         self._broken.add(upstream.peer, downstream.peer)
+        self._unlink(upstream, downstream)
+        return position
+
+    def unlink_broken(self) -> None:
+        """Let no server push to another if this pair has become broken, in any session."""
+        for upstream, downstream in list(self._links):
+            if (upstream.peer, downstream.peer) in self._broken:
+                self._unlink(upstream, downstream)
+
+    def _unlink(self, upstream: Stage, downstream: Stage) -> None:
         self._links.pop((upstream, downstream), None)
         self._neighbors[upstream] = (self.neighbors_of(upstream)[0], None)
         self._neighbors[downstream] = (None, self.neighbors_of(downstream)[1])
-        return position
 
 
 def _is_misled(stage: Stage) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from dataclasses import replace
 
 from shoal.client.decoding.outputs import NoOutputs
 from shoal.client.decoding.pipeline import Pipeline
@@ -10,9 +11,10 @@ from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
 from shoal.client.history.history import History
 from shoal.client.swarm.swarm import Holding, Swarm
+from shoal.errors import MissingBlocks
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.peers import ServerInfo
-from shoal.policy.routing.route import Needs, Route
+from shoal.policy.routing.route import Hop, Needs, Route
 from shoal.spans import Span
 
 OPEN_ENDED_STEPS = 128
@@ -64,6 +66,18 @@ class RoutePlanner:
         return await self._swarm.route(
             span, excluded, needs=self._needs(span), upstream=upstream, downstream=downstream
         )
+
+    async def route_of_others(self, span: Span, peers: Set[str]) -> Route:
+        """A route over servers other than these, for tokens that are known. Raises as `Swarm.route` does."""
+        needs = replace(self._needs(span), num_steps=1, head=False)
+        route = await self._swarm.route(span, self._swarm.holdings(peers), needs=needs)
+        if not peers.isdisjoint(hop.server.peer for hop in route.hops):  # they have announced other blocks meanwhile
+            raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
+        return route
+
+    def route_of_one(self, server: ServerInfo, span: Span) -> Route:
+        """The route over one server."""
+        return self._swarm.price((Hop(server, span),), needs=self._needs(span))
 
     def price(self, stage: Stage, pipeline: Pipeline) -> Route:
         """The present hop of a stage as a route, with what a step costs on it."""

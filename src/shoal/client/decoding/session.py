@@ -27,12 +27,14 @@ beams are rearranged, or a server that fails may have pushed something wrong. Th
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any
 
 import torch
 
+from shoal.client.decoding.auditing.auditor import Doubt, SessionAuditor
 from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import NoOutputs, Outputs
 from shoal.client.decoding.pipeline import Pipeline
@@ -43,12 +45,15 @@ from shoal.client.decoding.standby import StandbyManager
 from shoal.client.decoding.state import SessionState, states_of
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.swarm import Holding, Swarm
-from shoal.errors import CannotRewind, ServerBusy, ServerLost, UserError
-from shoal.events import SessionClosed, SessionOpened
+from shoal.concurrency import first_of
+from shoal.errors import CannotRewind, ServerBusy, ServerLost, SwarmError, UserError
+from shoal.events import SessionClosed, SessionOpened, TextDoubtful
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.net.wire.encodings import as_received
 from shoal.policy.routing.route import Hop
 from shoal.spans import Span
+
+log = logging.getLogger(__name__)
 
 IDLE_WAIT_SECONDS = 5.0
 """How long the repair of an idle session waits for a server at a time. The next step, which waits as long as the client
@@ -92,10 +97,13 @@ class Session:
         self._step: asyncio.Task[Any] | None = None  # the task that runs a step now
         self._pipeline: Pipeline | None = None  # from the first step on
         self._standby = StandbyManager(swarm, self._inputs, self._planner, self._busy)
+        self._auditor = SessionAuditor(swarm, self._inputs, self._planner)
         self._maintenance: asyncio.Task[None] | None = None  # as long as there is a pipeline
         self._closed = False
         self.num_cached: int | None = None
         """How many of its first tokens all servers had in their caches when it was opened; None before that."""
+        self.doubtful: tuple[tuple[int, int], ...] = ()
+        """Ranges of tokens that were chosen from outputs which turned out not to be trusted."""
 
     @property
     def batch_size(self) -> int:
@@ -181,7 +189,10 @@ class Session:
                 self._inputs.append(as_received(hidden_BTD, self._swarm.config.wire), positions_BT, mask_BS)
                 outputs = Outputs(position)
                 await self._run_until(self._is_answered, outputs, logits_request)
-                return outputs.joined()
+                assert self._pipeline is not None
+                found = outputs.joined()
+                self._auditor.answered(self._pipeline, position, found)
+                return found
             finally:
                 self._step = None
                 if self._pipeline is not None:
@@ -202,12 +213,14 @@ class Session:
                     history.select_rows(change)
                 for stage in self._all_stages():
                     stage.select_rows(change)
+                self._auditor.rearranged(change, self._stages)
                 self._inputs.epoch.advance(EpochReason.REARRANGED)
             elif self._reaches_beyond(change):
                 self._inputs.crop(change)
                 await self._run_until(self._is_settled)
                 for stage in self._all_stages():
                     stage.crop(change)
+                self._auditor.cropped(change)
                 self._inputs.epoch.advance(EpochReason.CROPPED)
             self._changes.pop(0)
 
@@ -265,7 +278,8 @@ class Session:
         route = await self._planner.whole_route(self.span, excluded)
         self._pipeline = self._planner.pipeline(route, self._inputs.hidden, self._on_news)
         repair = partial(self._run_until, self._is_caught_up, at_most=IDLE_WAIT_SECONDS)
-        self._maintenance = asyncio.create_task(self._standby.run(self._pipeline, repair))
+        work = first_of(self._standby.run(self._pipeline, repair), self._auditor.run(self._recover))
+        self._maintenance = asyncio.create_task(work)
         self._swarm.events.emit(SessionOpened(id(self), self._swarm.model.name, self.span, self.batch_size))
         return self._pipeline
 
@@ -321,6 +335,35 @@ class Session:
         await self._raise_failures(pipeline)
         if self.num_cached is None:
             self.num_cached = min(stage.progress.num_cached for stage in pipeline.stages)
+
+    async def _recover(self, doubt: Doubt) -> None:
+        """Compute again what follows from outputs that are not to be trusted, and say which tokens are doubtful."""
+        async with self._busy:
+            num_tokens = self._inputs.num_tokens
+            self.doubtful = (*self.doubtful, (doubt.position, num_tokens))
+            self._swarm.events.emit(
+                TextDoubtful(id(self), self._swarm.model.name, doubt.position, num_tokens, doubt.reason)
+            )
+            if self._closed or not doubt.can_be_mended:
+                return
+            for stage in self._all_stages():
+                if stage.hop.span.start >= doubt.span.end:
+                    stage.crop(doubt.position)
+                elif stage.hop.span.end > doubt.span.start:
+                    stage.rewind_to(doubt.position)
+                if stage.peer == doubt.liar:
+                    stage.fail(ServerLost(doubt.reason, peer=stage.peer))
+            for pipeline in self._pipelines:
+                pipeline.unlink_broken()
+            self._auditor.distrusted(doubt)
+            self._inputs.epoch.advance(EpochReason.DISTRUSTED)
+            outputs = Outputs(doubt.position)
+            try:
+                await self._run_until(self._is_caught_up, outputs, at_most=IDLE_WAIT_SECONDS)
+            except SwarmError as failure:  # the next step raises it if it still matters
+                log.info("%s", failure)
+            else:
+                self._auditor.recomputed(outputs.joined())
 
     # -- between two steps --------------------------------------------------------------------------------------------
 

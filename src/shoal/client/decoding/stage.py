@@ -101,6 +101,8 @@ class Stage:
         """Whether the session should move to another server. The server still answers."""
         self.unreached: Unreached | None = None
         """What the server said of a step that it could not push to the next."""
+        self.answered_from: int | None = None
+        """The first token whose outputs are of this server; None before it gave any."""
         self._neighbors: Neighbors = None, None  # as the server knows them
         self._opening: Opening | NotCached | None = None
         self._num_uploads = 0
@@ -343,7 +345,7 @@ class Stage:
         self.status = StageStatus.OPEN
         self._advance(self.progress.opened_with(opened.num_tokens))
         if outputs is not None:
-            sink.append(as_received(outputs.to(like.dtype), wire), opening.num_skipped)
+            self._deliver(as_received(outputs.to(like.dtype), wire), opening.num_skipped, sink)
         return True
 
     def settle(self, sink: Sink, outputs: Outputs, *, wire: Encoding, mask: Mask) -> bool:
@@ -392,4 +394,9 @@ class Stage:
             if result.encoding_of("hidden") != wire:
                 # The client then goes on with the same numbers, whether or not the server knows the encoding.
                 hidden_BTD = as_received(hidden_BTD, wire)
-            sink.append(hidden_BTD, step.position + step.skip)
+            self._deliver(hidden_BTD, step.position + step.skip, sink)
+
+    def _deliver(self, outputs_BTD: torch.Tensor, start: int, sink: Sink) -> None:
+        if self.answered_from is None:
+            self.answered_from = sink.num_tokens
+        sink.append(outputs_BTD, start)

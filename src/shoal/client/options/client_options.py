@@ -14,6 +14,7 @@ from shoal.errors import UserError
 from shoal.events import Observer
 from shoal.net import NetworkConfig
 from shoal.net.swarm_key import SwarmKey, key_in
+from shoal.policy.auditing.audit_budget import RATES, AuditLevel
 from shoal.spans import Span
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ class ClientOptions:
     """How many logits a remote head sends for a token: those of the likeliest tokens. `None` is all of them."""
     standby: bool = False
     """Whether a second server is kept warm for every server of a session."""
+    audits: AuditLevel = "low"
+    """How often what servers answer is computed again by others, to find those that lie."""
+    evidence_folder: Path | None = None
+    """Where the evidence against servers that were found lying is kept; `None` is nowhere."""
     wire: Encoding = "raw"
     """The encoding of hidden states and gradients on the network. All others than "raw" are lossy."""
     history: Encoding = "raw"
@@ -165,6 +170,7 @@ class ClientOptions:
         wire: str = "auto",
         patience: float = PATIENCE_SECONDS,
         standby: bool = False,
+        audits: str = "low",
         history: str = "exact",
         history_memory: int | None = None,
         history_folder: str | Path | None = None,
@@ -212,6 +218,8 @@ class ClientOptions:
             head_top_k=head_top_k,
             patience_seconds=float(patience),
             standby=standby,
+            audits=parse_audits(audits),
+            evidence_folder=_evidence_folder(),
             wire=parse_wire(wire),
             history=parse_history(history),
             history_memory=history_memory,
@@ -219,6 +227,12 @@ class ClientOptions:
             observers=tuple(observers),
             model=model,
         )
+
+
+def _evidence_folder() -> Path:
+    from shoal.model.weights.disk_cache import cache_folder  # here, as above
+
+    return cache_folder() / "shut-out"
 
 
 def parse_initial_peers(given: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -253,6 +267,12 @@ def parse_pins(pinned: Mapping[str, str]) -> tuple[tuple[Span, str], ...]:
 def parse_chooser(name: str) -> Chooser:
     """How routes are chosen. Raises `UserError` for a name that is not in `CHOOSERS`."""
     return _named(name, CHOOSERS, "a way to choose routes")
+
+
+def parse_audits(name: str) -> AuditLevel:
+    """How often servers are audited. Raises `UserError` for a name that is not in `RATES`."""
+    levels: dict[str, AuditLevel] = {level: level for level in RATES}
+    return _named(name, levels, "a level of audits")
 
 
 def parse_wire(name: str) -> Encoding:

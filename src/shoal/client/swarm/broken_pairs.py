@@ -17,7 +17,12 @@ class BrokenPairs:
 
     def add(self, upstream: str, downstream: str) -> None:
         """The server `upstream` could not push to `downstream`."""
-        self._until[upstream, downstream] = self._clock() + RETRY_PUSH_SECONDS
+        until = self._clock() + RETRY_PUSH_SECONDS
+        self._until[upstream, downstream] = max(until, self._until.get((upstream, downstream), until))
+
+    def add_for_good(self, upstream: str, downstream: str) -> None:
+        """What `upstream` pushes to `downstream` is not to be trusted, or what that makes of it."""
+        self._until[upstream, downstream] = float("inf")
 
     def __contains__(self, pair: tuple[str, str]) -> bool:
         return self._until.get(pair, float("-inf")) > self._clock()

@@ -20,6 +20,7 @@ from shoal import events
 from shoal.client.history.history_store import HistoryStore
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.adapter_sync import AdapterSync
+from shoal.client.swarm.audit_book import AuditBook, Evidence
 from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.directory_cache import DirectoryCache, Holding, holding
 from shoal.client.swarm.in_flight import PeerInFlight
@@ -31,6 +32,7 @@ from shoal.concurrency import now
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, ServerMoved, UnsupportedOperation
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.auditing.audit_budget import RATES
 from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import LOOK_SECONDS, MissingSince
@@ -72,6 +74,7 @@ class Swarm:
         """Where the histories of all sessions are."""
         self.measurements = Measurements(now)
         self.adapter_sync = AdapterSync()
+        self.audits = AuditBook(RATES[config.audits], folder=config.evidence_folder)
         self._node = node
         self._directory = DirectoryCache(
             node, model, fingerprint, config, self.measurements.round_trips, unix_time=unix_time
@@ -168,6 +171,7 @@ class Swarm:
         return self._directory.usable().only(
             lambda each: (
                 holding(each) not in excluded
+                and each.peer not in self.audits.liars
                 and not self._health.blocked(each.peer)
                 and (each.training or needs is None or needs.ring)
             )
@@ -264,6 +268,22 @@ class Swarm:
             case _:
                 self._health.record_failure(error.peer, str(error), since=now() if since is None else since)
                 self._probe.record_failure(error.peer)
+
+    def holdings(self, peers: Set[str]) -> set[Holding]:
+        """What these peers announce to hold."""
+        return {each for peer in peers for each in self._directory.holdings(peer)}
+
+    def shut_out(self, evidence: Evidence) -> None:
+        """Use a server no more: it was found lying."""
+        log.warning(
+            "%s lies, and is not used any more: outputs of blocks %s are %.3g from those of %s (allowed: %.3g)",
+            evidence.peer,
+            evidence.blocks,
+            evidence.typical,
+            ", ".join(evidence.witnesses),
+            evidence.allowed_typical,
+        )
+        self.audits.shut_out(evidence)
 
     def permit(self, allowed: frozenset[str] | None, blocked: frozenset[str]) -> None:
         """From now on, routes go through `allowed` servers only (None: all), and not through `blocked` ones."""

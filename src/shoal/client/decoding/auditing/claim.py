@@ -1,0 +1,64 @@
+"""What a server has answered in a session, as something that can be audited."""
+
+# B sequences, T tokens, D hidden size
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.client.history.history import History
+from shoal.peers import ServerInfo
+from shoal.policy.auditing.likeness import Form
+from shoal.spans import Span
+
+WINDOW_TOKENS = 256
+"""The most tokens whose outputs are compared in one audit: they travel once more to the client."""
+FIRST_POSITION = 4
+"""The tokens before it are not compared: blocks move the first tokens of a text by hundreds of times as much."""
+
+
+@dataclass
+class Claim:
+    """The outputs of a server for the blocks of `span`: what it was given, what it answered, and how far both go.
+
+    Outputs before `clean` are audited, or came from another server. `inputs` and `outputs` are the session's own
+    histories, which it crops and rearranges. The server may have computed inputs that other servers pushed to it.
+    """
+
+    server: ServerInfo
+    span: Span
+    inputs: History
+    outputs: History
+    clean: int
+    end: int
+    pushed_by: tuple[str, ...] = ()
+    """The servers that have pushed inputs of the tokens which are not clean."""
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens could be compared that are not clean."""
+        return self.end - max(self.clean, FIRST_POSITION)
+
+    @property
+    def peer(self) -> str:
+        """The peer id of the server."""
+        return self.server.peer
+
+    @property
+    def form(self) -> Form:
+        """How the server says that it computes."""
+        return form_of(self.server)
+
+    def window(self, end: int) -> tuple[int, int]:
+        """The positions to compare in an audit of `end` tokens: those that are not clean, or the last of these."""
+        return max(self.clean, end - WINDOW_TOKENS, FIRST_POSITION), end
+
+    def cropped(self, num_tokens: int) -> None:
+        """The session has forgotten all tokens after the first `num_tokens`."""
+        self.end = min(self.end, num_tokens)
+        self.clean = min(self.clean, num_tokens)
+
+
+def form_of(server: ServerInfo) -> Form:
+    """How a server says that it computes."""
+    return Form(server.dtype, server.quantization)

@@ -1,0 +1,74 @@
+"""Lets other servers compute what a server has answered, as sessions that look like any other."""
+
+# B sequences, T tokens, D hidden size
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from shoal.client.decoding.auditing.claim import Claim, form_of
+from shoal.client.decoding.outputs import Outputs
+from shoal.client.decoding.route_planner import RoutePlanner
+from shoal.client.decoding.standby import STANDBY_STEP_TOKENS
+from shoal.client.swarm.swarm import Swarm
+from shoal.errors import ServerLost
+from shoal.policy.auditing.likeness import Form
+from shoal.policy.routing.route import Route
+
+log = logging.getLogger(__name__)
+
+RECOMPUTE_SECONDS = 60.0
+"""How long witnesses may take: they are asked in portions, behind those who wait for their tokens."""
+
+
+@dataclass(frozen=True)
+class Testimony:
+    """What witnesses have computed: the outputs [B, T, D] of some tokens. `peers` and `forms` are theirs, in order."""
+
+    outputs_BTD: torch.Tensor
+    peers: tuple[str, ...]
+    forms: tuple[Form, ...]
+
+
+async def recompute(
+    swarm: Swarm, planner: RoutePlanner, claim: Claim, window: tuple[int, int], route: Route
+) -> Testimony:
+    """What the servers of a route answer for a claim's inputs, for the tokens of a window.
+
+    Raises `SwarmError`s if they fail. Only the caller knows whether the inputs have been changed meanwhile: then the
+    result means nothing.
+    """
+    start, end = window
+    news = asyncio.Event()
+    pipeline = planner.pipeline(route, claim.inputs, news.set)
+    outputs = Outputs(start)
+    pipeline.outputs = outputs
+    try:
+        async with asyncio.timeout(RECOMPUTE_SECONDS):
+            while outputs.num_tokens < end:
+                news.clear()
+                if not pipeline.is_open:
+                    await pipeline.open()
+                pipeline.settle()
+                if (failed := pipeline.next_failure()) is not None:
+                    assert failed.error is not None
+                    swarm.blame(failed.error)
+                    raise failed.error
+                await pipeline.ask(end, max_tokens=STANDBY_STEP_TOKENS)
+                if pipeline.is_open and outputs.num_tokens < end:
+                    await news.wait()
+    except TimeoutError:
+        slow = pipeline.stages[0].peer
+        raise ServerLost(f"{slow} takes longer than {RECOMPUTE_SECONDS:g} s for an audit", peer=slow) from None
+    finally:
+        await pipeline.disconnect()
+    found_BTD = outputs.joined()
+    assert isinstance(found_BTD, torch.Tensor)
+    servers = [hop.server for hop in route.hops]
+    return Testimony(
+        found_BTD[:, : end - start], tuple(each.peer for each in servers), tuple(form_of(each) for each in servers)
+    )

@@ -1,0 +1,143 @@
+"""What a client knows of its servers' honesty: which of them passed audits, and which were found lying."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shoal.policy.auditing.audit_budget import FIRST_AUDIT_TOKENS, AuditBudget, Candidate, next_audit
+
+log = logging.getLogger(__name__)
+
+MAX_EVIDENCE_BYTES = 4096
+MAX_LIARS = 4096
+"""The most servers whose evidence is read at the start: the folder is not to slow it down."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Why a server was shut out: what was compared, how far apart it was, and who computed it again.
+
+    `typical` and `largest` are the distances that were found, `allowed_typical` and `allowed_largest` those of honest
+    servers. `found_at` is a Unix time. `position` is the first token of the text that is doubtful.
+    """
+
+    peer: str
+    model: str
+    blocks: str
+    position: int
+    num_tokens: int
+    typical: float
+    largest: float
+    allowed_typical: float
+    allowed_largest: float
+    witnesses: tuple[str, ...]
+    found_at: float
+
+    def against(self, witness: str, accused: str) -> Evidence:
+        """The same as evidence against a witness, which differs from the `accused` and from a second witness."""
+        others = tuple(peer for peer in (accused, *self.witnesses) if peer != witness)
+        return replace(self, peer=witness, witnesses=others)
+
+
+class AuditBook:
+    """The audits of all sessions of a model. `folder` keeps the evidence against servers; `None` keeps it in memory.
+
+    `audit_one` is held by the session that audits: one at a time.
+    """
+
+    def __init__(self, rate: float, *, folder: Path | None = None, rng: random.Random | None = None) -> None:
+        self.audit_one = asyncio.Lock()
+        self._budget = AuditBudget(rate)
+        self._folder = folder
+        self._rng = rng or random.SystemRandom()
+        self._num_clean = Counter[str]()
+        self._num_used = Counter[str]()  # decoded tokens of each server
+        self._due_after: dict[str, int] = {}
+        self._liars = {} if folder is None else _read(folder)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether servers are audited."""
+        return self._budget.rate > 0
+
+    @property
+    def liars(self) -> frozenset[str]:
+        """The servers that were found lying: no route goes over them."""
+        return frozenset(self._liars)
+
+    def shut_out(self, evidence: Evidence) -> None:
+        """A server lied. It is not used again until its evidence is deleted."""
+        self._liars[evidence.peer] = evidence
+        if self._folder is not None:
+            _write(self._folder, evidence)
+
+    def record_clean(self, peer: str) -> None:
+        """A server passed an audit."""
+        self._num_clean[peer] += 1
+
+    def record_use(self, peers: Sequence[str], *, num_decoded: int) -> None:
+        """Servers have computed so many tokens one at a time."""
+        for peer in peers:
+            self._num_used[peer] += num_decoded
+
+    def earn(self, num_tokens: int, num_blocks: int) -> None:
+        """So many tokens were decoded, through so many blocks: audits may cost a part of that."""
+        self._budget = self._budget.earned(num_tokens, num_blocks)
+
+    def spend(self, cost: float) -> None:
+        """An audit of this cost begins."""
+        self._budget = self._budget.spent(cost)
+
+    def candidate(self, peer: str, *, num_tokens: int, cost: float) -> Candidate:
+        """A server of which so many tokens could be audited at this cost."""
+        due_after = self._due_after.setdefault(peer, self._rng.randint(1, FIRST_AUDIT_TOKENS))
+        return Candidate(num_tokens, cost, self._num_clean[peer], self._num_used[peer] >= due_after)
+
+    def postpone(self, peer: str) -> None:
+        """An audit of a server led to nothing. A new server is due again after some more tokens."""
+        self._due_after[peer] = self._num_used[peer] + self._rng.randint(1, FIRST_AUDIT_TOKENS)
+
+    def choose(self, candidates: Sequence[Candidate]) -> int | None:
+        """The index of the server to audit now, if any."""
+        return next_audit(candidates, self._budget, self._rng)
+
+
+def _read(folder: Path) -> dict[str, Evidence]:
+    """The evidence in a folder; files that are none are left out, and named in the log."""
+    found: dict[str, Evidence] = {}
+    with contextlib.suppress(OSError):
+        for file in sorted(folder.glob("*.json"))[:MAX_LIARS]:
+            try:
+                if file.stat().st_size > MAX_EVIDENCE_BYTES:
+                    raise ValueError("it is too large")
+                fields: dict[str, Any] = json.loads(file.read_text())
+                evidence = Evidence(**{**fields, "witnesses": tuple(fields["witnesses"])})
+                if file.stem != evidence.peer:
+                    raise ValueError("its name is not the peer's")
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                log.warning("%s is no evidence against a server: %s", file, error)
+            else:
+                found[evidence.peer] = evidence
+    return found
+
+
+def _write(folder: Path, evidence: Evidence) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=folder)
+        with os.fdopen(handle, "w") as out:
+            json.dump(asdict(evidence), out, indent=1)
+        os.replace(draft, folder / f"{evidence.peer}.json")
+    except OSError as error:
+        log.warning("the evidence against %s cannot be kept: %s", evidence.peer, error)

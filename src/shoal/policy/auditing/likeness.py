@@ -1,0 +1,80 @@
+"""Whether two servers have computed the same, told from how far apart their outputs are.
+
+Honest servers differ: in the order of their sums, in dtype, and by what quantization rounds away. The distance of two
+outputs of a token is relative to how far the blocks moved the token's hidden state (`shoal.client.decoding.auditing`).
+What is allowed depends on how both servers compute. The figures are about twice what `python -m benchmarks.audits`
+finds between honest servers; docs/trust.md has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+MIN_TOKENS = 8
+"""The fewest tokens that are compared: the typical distance of fewer says little."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a server computes, as it announces it: its dtype and quantization, both by name."""
+
+    dtype: str
+    quantization: str
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """How far apart honest outputs are at most: the median over the compared tokens, and every single one."""
+
+    typical: float
+    largest: float
+
+    def either(self, other: Allowed) -> Allowed:
+        """What allows everything that one of both allows."""
+        return Allowed(max(self.typical, other.typical), max(self.largest, other.largest))
+
+
+EXACT = Allowed(0.002, 0.01)
+"""Both servers compute in float32 with the same weights."""
+ROUNDED = Allowed(0.03, 0.12)
+"""The weights are the same, and one server computes in bfloat16 or float16."""
+BOTH_INT8 = Allowed(0.1, 0.4)
+"""Both round inputs to int8, in which one bit more or less at the start of a span grows."""
+ONE_INT8 = Allowed(0.16, 1.0)
+"""One rounds weights and inputs to int8, and the other does not."""
+ONE_NF4 = Allowed(0.6, 1.6)
+"""One has weights of four bits, and the other does not."""
+BY_ENCODING = {"raw": EXACT, "bfloat16": ROUNDED, "int8": ONE_INT8}
+"""What is allowed at least if hidden states are rounded on their way, or in the client's history."""
+
+
+def allowed_between(one: Form, other: Form) -> Allowed:
+    """How far apart the outputs of two honest servers are at most."""
+    if one.quantization != other.quantization:
+        return ONE_NF4 if "nf4" in (one.quantization, other.quantization) else ONE_INT8
+    if one.quantization == "int8":
+        return BOTH_INT8
+    return EXACT if one.dtype == other.dtype == "float32" else ROUNDED
+
+
+def allowed_among(one: Form, others: Iterable[Form], *, encoding: str = "raw") -> Allowed:
+    """The same for outputs to which several servers have contributed: the widest of what is allowed.
+
+    `encoding` is the smallest in which the hidden states were sent or kept.
+    """
+    found = BY_ENCODING[encoding]
+    for other in others:
+        found = found.either(allowed_between(one, other))
+    return found
+
+
+def typical(distances: Sequence[float]) -> float:
+    """The distance that stands for all of them; infinite if one of them is no number."""
+    return float("inf") if any(each != each for each in distances) else median(distances)
+
+
+def are_alike(distances: Sequence[float], allowed: Allowed) -> bool:
+    """Whether outputs at these distances, of at least one token, are those of honest servers."""
+    return typical(distances) <= allowed.typical and max(distances) <= allowed.largest

@@ -1,0 +1,126 @@
+"""Servers that compute something else than they should are found, replaced and kept away from; honest ones are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from shoal.events import Event, ServerAudited, TextDoubtful
+from shoal.net.memory import Frame
+from shoal.net.wire import codec
+from shoal.policy.auditing.likeness import EXACT
+from shoal.protocol import MAX_PAYLOAD_BYTES, Opened, Step, StepResult
+
+from .harness import QUICK, Swarm
+
+MakeSwarm = Callable[..., Swarm]
+Lie = Callable[[torch.Tensor], torch.Tensor]
+
+PROMPT = torch.tensor([[5, 17, 42, 9, 33, 61, 8, 70, 12, 3]])
+AUDITED = replace(QUICK, audits="high")
+
+
+def noise(strength: float) -> Lie:
+    """Adds noise, relative to the size of each hidden state."""
+    generator = torch.Generator().manual_seed(0)
+
+    def add(hidden_BTD: torch.Tensor) -> torch.Tensor:
+        size_BT1 = hidden_BTD.square().mean(dim=-1, keepdim=True).sqrt()
+        return hidden_BTD + strength * size_BT1 * torch.randn(hidden_BTD.shape, generator=generator)
+
+    return add
+
+
+def shifted(hidden_BTD: torch.Tensor) -> torch.Tensor:
+    """The outputs of other channels."""
+    return hidden_BTD.roll(1, dims=-1)
+
+
+class Liars:
+    """Lets servers change what they answer and push."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self.lies: dict[str, tuple[Lie, bool, bool]] = {}
+        swarm.network.on_frame = self._changed
+
+    def add(self, name: str, lie: Lie, *, answers: bool = True, pushes: bool = True) -> None:
+        self.lies[name] = lie, answers, pushes
+
+    def _changed(self, frame: Frame) -> Frame:
+        lie, answers, pushes = self.lies.get(frame.sender, (None, False, False))
+        if lie is None or not frame.payload:
+            return frame
+        message, tensors = codec.decode(frame.header, bytearray(frame.payload))
+        is_answer = isinstance(message, StepResult | Opened)
+        is_push = isinstance(message, Step)
+        if "hidden" not in tensors or not ((is_answer and answers) or (is_push and pushes)):
+            return frame
+        header, buffers = codec.encode(message, {**tensors, "hidden": lie(tensors["hidden"])})
+        payload = b"".join(bytes(memoryview(each).cast("B")) for each in buffers)
+        assert len(payload) <= MAX_PAYLOAD_BYTES
+        return replace(frame, header=header, payload=payload)
+
+
+class Seen:
+    """The audits that a client has made, and the texts that it has called doubtful."""
+
+    def __init__(self) -> None:
+        self.audits: list[ServerAudited] = []
+        self.doubts: list[TextDoubtful] = []
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case ServerAudited():
+                self.audits.append(event)
+            case TextDoubtful():
+                self.doubts.append(event)
+
+    @property
+    def findings(self) -> dict[str, set[str]]:
+        return {each.peer: {other.finding for other in self.audits if other.peer == each.peer} for each in self.audits}
+
+
+def test_honest_servers_pass_audits_and_the_tokens_are_those_of_one_machine(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4", "0:2", "2:4")
+    seen = Seen()
+    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    with model.inference_session(max_length=120) as session:
+        text = model.generate(PROMPT, max_new_tokens=60, session=session)
+        swarm_.settle(lambda: len(seen.audits) >= 2)
+        assert set(seen.findings) == set(session.servers)
+    assert torch.equal(text, oracle(whole, PROMPT, 60))
+    assert set.union(*seen.findings.values()) == {"clean"}
+    assert max(audit.distance for audit in seen.audits) < EXACT.typical / 100
+    assert not seen.doubts
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("lie", [noise(0.05), shifted, torch.zeros_like])
+def test_a_liar_is_found_and_replaced_and_what_it_may_have_spoiled_is_named(
+    swarm: MakeSwarm, whole: PreTrainedModel, which: int, lie: Lie
+):
+    swarm_ = swarm("0:2", "2:4")
+    seen = Seen()
+    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    Liars(swarm_).add(f"s{which}", lie)
+    with model.inference_session(max_length=200) as session:
+        first = model.generate(PROMPT, max_new_tokens=1, session=session)
+        for span in ("0:2", "2:4", "0:2", "2:4"):
+            swarm_.start(span)
+        text = torch.cat([first, model.generate(None, max_new_tokens=80, session=session)], dim=1)
+        assert f"s{which}" not in session.servers
+    assert {peer for peer, found in seen.findings.items() if "lied" in found} == {f"s{which}"}
+    (doubt,) = seen.doubts
+    assert doubt.start < doubt.end <= PROMPT.shape[1] + 64
+    known = text[:, : doubt.end + 1]  # the token after the last doubtful output was chosen from that
+    assert torch.equal(text, oracle(whole, known, text.shape[1] - known.shape[1]))
+
+
+def oracle(whole: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    result = whole.generate(prompt, max_new_tokens=num_tokens, do_sample=False)
+    assert isinstance(result, torch.Tensor)
+    return result
