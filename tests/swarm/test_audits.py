@@ -114,13 +114,100 @@ def test_a_liar_is_found_and_replaced_and_what_it_may_have_spoiled_is_named(
         text = torch.cat([first, model.generate(None, max_new_tokens=80, session=session)], dim=1)
         assert f"s{which}" not in session.servers
     assert {peer for peer, found in seen.findings.items() if "lied" in found} == {f"s{which}"}
-    (doubt,) = seen.doubts
+    doubt = seen.doubts[-1]  # if it pushes something else than it answers, the next server may be to blame at first
+    assert doubt.reason == f"s{which} was found lying"
     assert doubt.start < doubt.end <= PROMPT.shape[1] + 64
     known = text[:, : doubt.end + 1]  # the token after the last doubtful output was chosen from that
     assert torch.equal(text, oracle(whole, known, text.shape[1] - known.shape[1]))
 
 
 def oracle(whole: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    result = whole.generate(prompt, max_new_tokens=num_tokens, do_sample=False)
+    mask = torch.ones_like(prompt)
+    result = whole.generate(prompt, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False)
     assert isinstance(result, torch.Tensor)
     return result
+
+
+def test_a_server_that_pushes_something_else_than_it_answers_is_not_believed_to_push(
+    swarm: MakeSwarm, whole: PreTrainedModel
+):
+    swarm_ = swarm("0:2", "2:4")
+    seen = Seen()
+    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    Liars(swarm_).add("s0", shifted, answers=False)
+    with model.inference_session(max_length=200) as session:
+        first = model.generate(PROMPT, max_new_tokens=1, session=session)
+        for span in ("2:4", "2:4"):
+            swarm_.start(span)
+        text = torch.cat([first, model.generate(None, max_new_tokens=160, session=session)], dim=1)
+        assert session.servers[0] == "s0"
+    assert "misled" in seen.findings["s1"]
+    assert "lied" not in set.union(*seen.findings.values())  # which of both it was cannot be told
+    assert len(seen.doubts) <= 3  # one for each server that it pushed to: after that, the client carries everything
+    known = text[:, : seen.doubts[-1].end + 1]
+    assert torch.equal(text, oracle(whole, known, text.shape[1] - known.shape[1]))
+
+
+def test_a_witness_that_lies_is_found_instead(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:4")
+    seen = Seen()
+    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    with model.inference_session(max_length=200) as session:
+        first = model.generate(PROMPT, max_new_tokens=1, session=session)
+        for _ in range(2):
+            swarm_.start("0:4")
+        Liars(swarm_).add("s1", shifted)
+        text = torch.cat([first, model.generate(None, max_new_tokens=80, session=session)], dim=1)
+        assert session.servers == ("s0",)
+    assert torch.equal(text, oracle(whole, PROMPT, 81))
+    assert seen.findings == {"s0": {"clean", "witness_lied"}} or seen.findings == {"s0": {"clean"}}
+    assert not seen.doubts
+
+
+def test_if_two_servers_differ_and_there_is_no_third_no_one_is_blamed_and_the_text_is_doubtful(swarm: MakeSwarm):
+    swarm_ = swarm("0:4")
+    seen = Seen()
+    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    Liars(swarm_).add("s0", shifted)
+    with model.inference_session(max_length=200) as session:
+        model.generate(PROMPT, max_new_tokens=1, session=session)
+        swarm_.start("0:4")
+        model.generate(None, max_new_tokens=80, session=session)
+        assert session.servers == ("s0",)
+        assert session.doubtful
+    assert seen.findings["s0"] == {"unsettled"}
+    assert seen.doubts[0].reason == "s0 and s1 differ, and no other server decides"
+
+
+def test_a_liar_stays_shut_out_for_the_next_client_of_the_same_user(swarm: MakeSwarm, tmp_path: Path):
+    swarm_ = swarm("0:4")
+    config = replace(AUDITED, evidence_folder=tmp_path)
+    Liars(swarm_).add("s0", shifted)
+    first = swarm_.model(config=config)
+    with first.inference_session(max_length=200) as session:
+        first.generate(PROMPT, max_new_tokens=1, session=session)
+        swarm_.start("0:4")
+        swarm_.start("0:4")
+        first.generate(None, max_new_tokens=80, session=session)
+    (file,) = tmp_path.iterdir()
+    assert file.name == "s0.json"
+    second = swarm_.model(config=config)
+    with second.inference_session(max_length=40) as session:
+        second.generate(PROMPT, max_new_tokens=4, session=session)
+        assert session.servers != ("s0",)
+    file.unlink()  # forgiven
+    third = swarm_.model(config=replace(config, blocked_servers=frozenset({"s1", "s2"})))
+    with third.inference_session(max_length=40) as session:
+        third.generate(PROMPT, max_new_tokens=4, session=session)
+        assert session.servers == ("s0",)
+
+
+def test_audits_that_are_off_ask_no_one_else(swarm: MakeSwarm):
+    swarm_ = swarm("0:4", "0:4")
+    seen = Seen()
+    model = swarm_.model(config=replace(AUDITED, audits="off", observers=(seen,)))
+    with model.inference_session(max_length=200) as session:
+        model.generate(PROMPT, max_new_tokens=80, session=session)
+        (used,) = session.servers
+    assert not seen.audits
+    assert [name for name, server in swarm_.servers.items() if server.engine.num_passes] == [used]

@@ -127,6 +127,11 @@ class InferenceSession:
         return self._session.batch_size
 
     @property
+    def doubtful(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of tokens that were chosen from outputs of servers which turned out not to be trusted."""
+        return self._session.doubtful
+
+    @property
     def servers(self) -> tuple[str, ...]:
         """The peer ids of the servers that hold it now, in the order of their blocks."""
         return tuple(hop.server.peer for hop in self.hops)
