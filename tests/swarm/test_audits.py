@@ -4,65 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from shoal.events import Event, ServerAudited, TextDoubtful
-from shoal.net.memory import Frame
-from shoal.net.wire import codec
 from shoal.policy.auditing.likeness import EXACT
-from shoal.protocol import MAX_PAYLOAD_BYTES, Opened, Step, StepResult
 
 from .harness import QUICK, Swarm
+from .lies import Liars, Lie, noise, shifted
 
 MakeSwarm = Callable[..., Swarm]
-Lie = Callable[[torch.Tensor], torch.Tensor]
 
 PROMPT = torch.tensor([[5, 17, 42, 9, 33, 61, 8, 70, 12, 3]])
 AUDITED = replace(QUICK, audits="high")
-
-
-def noise(strength: float) -> Lie:
-    """Adds noise, relative to the size of each hidden state."""
-    generator = torch.Generator().manual_seed(0)
-
-    def add(hidden_BTD: torch.Tensor) -> torch.Tensor:
-        size_BT1 = hidden_BTD.square().mean(dim=-1, keepdim=True).sqrt()
-        return hidden_BTD + strength * size_BT1 * torch.randn(hidden_BTD.shape, generator=generator)
-
-    return add
-
-
-def shifted(hidden_BTD: torch.Tensor) -> torch.Tensor:
-    """The outputs of other channels."""
-    return hidden_BTD.roll(1, dims=-1)
-
-
-class Liars:
-    """Lets servers change what they answer and push."""
-
-    def __init__(self, swarm: Swarm) -> None:
-        self.lies: dict[str, tuple[Lie, bool, bool]] = {}
-        swarm.network.on_frame = self._changed
-
-    def add(self, name: str, lie: Lie, *, answers: bool = True, pushes: bool = True) -> None:
-        self.lies[name] = lie, answers, pushes
-
-    def _changed(self, frame: Frame) -> Frame:
-        lie, answers, pushes = self.lies.get(frame.sender, (None, False, False))
-        if lie is None or not frame.payload:
-            return frame
-        message, tensors = codec.decode(frame.header, bytearray(frame.payload))
-        is_answer = isinstance(message, StepResult | Opened)
-        is_push = isinstance(message, Step)
-        if "hidden" not in tensors or not ((is_answer and answers) or (is_push and pushes)):
-            return frame
-        header, buffers = codec.encode(message, {**tensors, "hidden": lie(tensors["hidden"])})
-        payload = b"".join(bytes(memoryview(each).cast("B")) for each in buffers)
-        assert len(payload) <= MAX_PAYLOAD_BYTES
-        return replace(frame, header=header, payload=payload)
 
 
 class Seen:
@@ -106,7 +63,7 @@ def test_a_liar_is_found_and_replaced_and_what_it_may_have_spoiled_is_named(
     swarm_ = swarm("0:2", "2:4")
     seen = Seen()
     model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
-    Liars(swarm_).add(f"s{which}", lie)
+    Liars(swarm_.network).add(f"s{which}", lie)
     with model.inference_session(max_length=200) as session:
         first = model.generate(PROMPT, max_new_tokens=1, session=session)
         for span in ("0:2", "2:4", "0:2", "2:4"):
@@ -134,7 +91,7 @@ def test_a_server_that_pushes_something_else_than_it_answers_is_not_believed_to_
     swarm_ = swarm("0:2", "2:4")
     seen = Seen()
     model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
-    Liars(swarm_).add("s0", shifted, answers=False)
+    Liars(swarm_.network).add("s0", shifted, answers=False)
     with model.inference_session(max_length=200) as session:
         first = model.generate(PROMPT, max_new_tokens=1, session=session)
         for span in ("2:4", "2:4"):
@@ -156,11 +113,12 @@ def test_a_witness_that_lies_is_found_instead(swarm: MakeSwarm, whole: PreTraine
         first = model.generate(PROMPT, max_new_tokens=1, session=session)
         for _ in range(2):
             swarm_.start("0:4")
-        Liars(swarm_).add("s1", shifted)
-        text = torch.cat([first, model.generate(None, max_new_tokens=80, session=session)], dim=1)
+        Liars(swarm_.network).add("s1", shifted)
+        text = torch.cat([first, model.generate(None, max_new_tokens=160, session=session)], dim=1)
         assert session.servers == ("s0",)
-    assert torch.equal(text, oracle(whole, PROMPT, 81))
-    assert seen.findings == {"s0": {"clean", "witness_lied"}} or seen.findings == {"s0": {"clean"}}
+    assert torch.equal(text, oracle(whole, PROMPT, 161))
+    assert seen.findings["s0"] >= {"witness_lied"}
+    assert seen.findings["s0"] <= {"clean", "witness_lied"}
     assert not seen.doubts
 
 
@@ -168,7 +126,7 @@ def test_if_two_servers_differ_and_there_is_no_third_no_one_is_blamed_and_the_te
     swarm_ = swarm("0:4")
     seen = Seen()
     model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
-    Liars(swarm_).add("s0", shifted)
+    Liars(swarm_.network).add("s0", shifted)
     with model.inference_session(max_length=200) as session:
         model.generate(PROMPT, max_new_tokens=1, session=session)
         swarm_.start("0:4")
@@ -182,7 +140,7 @@ def test_if_two_servers_differ_and_there_is_no_third_no_one_is_blamed_and_the_te
 def test_a_liar_stays_shut_out_for_the_next_client_of_the_same_user(swarm: MakeSwarm, tmp_path: Path):
     swarm_ = swarm("0:4")
     config = replace(AUDITED, evidence_folder=tmp_path)
-    Liars(swarm_).add("s0", shifted)
+    Liars(swarm_.network).add("s0", shifted)
     first = swarm_.model(config=config)
     with first.inference_session(max_length=200) as session:
         first.generate(PROMPT, max_new_tokens=1, session=session)

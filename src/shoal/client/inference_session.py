@@ -132,6 +132,11 @@ class InferenceSession:
         return self._session.doubtful
 
     @property
+    def num_audited(self) -> int:
+        """How many of its first tokens other servers have computed again, with the same results (docs/trust.md)."""
+        return self._session.num_audited
+
+    @property
     def servers(self) -> tuple[str, ...]:
         """The peer ids of the servers that hold it now, in the order of their blocks."""
         return tuple(hop.server.peer for hop in self.hops)

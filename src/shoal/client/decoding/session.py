@@ -143,6 +143,11 @@ class Session:
         return tuple(stage.hop for stage in self._stages)
 
     @property
+    def num_audited(self) -> int:
+        """How many of its first tokens were computed again by other servers, with the same results."""
+        return self._auditor.num_audited(self._stages)
+
+    @property
     def standbys(self) -> tuple[Hop, ...]:
         """The servers that are kept warm to take another's place."""
         return tuple(

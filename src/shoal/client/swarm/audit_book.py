@@ -56,11 +56,11 @@ class AuditBook:
     `audit_one` is held by the session that audits: one at a time.
     """
 
-    def __init__(self, rate: float, *, folder: Path | None = None, rng: random.Random | None = None) -> None:
+    def __init__(self, rate: float, *, rng: random.Random, folder: Path | None = None) -> None:
         self.audit_one = asyncio.Lock()
         self._budget = AuditBudget(rate)
         self._folder = folder
-        self._rng = rng or random.SystemRandom()
+        self._rng = rng
         self._num_clean = Counter[str]()
         self._num_used = Counter[str]()  # decoded tokens of each server
         self._due_after: dict[str, int] = {}

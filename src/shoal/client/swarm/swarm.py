@@ -74,7 +74,8 @@ class Swarm:
         """Where the histories of all sessions are."""
         self.measurements = Measurements(now)
         self.adapter_sync = AdapterSync()
-        self.audits = AuditBook(RATES[config.audits], folder=config.evidence_folder)
+        audit_rng = random.Random(random.getrandbits(64))  # noqa: S311 - no server sees anything of it
+        self.audits = AuditBook(RATES[config.audits], folder=config.evidence_folder, rng=audit_rng)
         self._node = node
         self._directory = DirectoryCache(
             node, model, fingerprint, config, self.measurements.round_trips, unix_time=unix_time

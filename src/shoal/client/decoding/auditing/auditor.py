@@ -67,6 +67,12 @@ class SessionAuditor:
         self._wakeup = asyncio.Event()
         self._running: tuple[int, asyncio.Event] | None = None  # how far an audit goes, and whether it is void
 
+    def num_audited(self, stages: Sequence[Stage]) -> int:
+        """How many of the first tokens have passed audits on all of these stages, and on those that they replaced."""
+        if not all(stage in self._claims for stage in stages):
+            return 0
+        return min((claim.clean for claim in self._claims.values()), default=0)
+
     # -- what the session tells ---------------------------------------------------------------------------------------
 
     def answered(self, pipeline: Pipeline, position: int, outputs: torch.Tensor | Logits) -> None:
