@@ -106,7 +106,7 @@ class ServerAudited:
 
     `distance` is how far it was from what the first of the `witnesses` computed, typically, in units of what the blocks
     change. The `finding` is one of "clean", "lied", "witness_lied", "misled" and "unsettled"
-    (`shoal.policy.auditing.verdict`).
+    (`shoal.policy.audits.verdict`).
     """
 
     peer: str
@@ -119,9 +119,8 @@ class ServerAudited:
 
 @dataclass(frozen=True)
 class TextDoubtful:
-    """The tokens of a session from `start` to `end` were chosen from outputs that are not to be trusted.
-
-    What follows is computed from right ones, if there is a server that gives them.
+    """The outputs of a session's tokens from `start` to `end` are not to be trusted, so neither is what was chosen from
+    them: the tokens after each. What follows is computed from right ones, if there is a server that gives them.
     """
 
     session: int

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from shoal.client.options.client_options import ClientOptions
 from shoal.events import Event, ServerAudited, TextDoubtful
-from shoal.policy.auditing.likeness import EXACT
+from shoal.policy.audits.likeness import EXACT
 
 from .harness import QUICK, Swarm
 from .lies import Liars, Lie, noise, shifted
@@ -19,7 +20,11 @@ from .lies import Liars, Lie, noise, shifted
 MakeSwarm = Callable[..., Swarm]
 
 PROMPT = torch.tensor([[5, 17, 42, 9, 33, 61, 8, 70, 12, 3]])
-AUDITED = replace(QUICK, audits="high")
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> ClientOptions:
+    return replace(QUICK, audits="high", evidence_folder=tmp_path)
 
 
 class Seen:
@@ -41,10 +46,12 @@ class Seen:
         return {each.peer: {other.finding for other in self.audits if other.peer == each.peer} for each in self.audits}
 
 
-def test_honest_servers_pass_audits_and_the_tokens_are_those_of_one_machine(swarm: MakeSwarm, whole: PreTrainedModel):
+def test_honest_servers_pass_audits_and_the_tokens_are_those_of_one_machine(
+    swarm: MakeSwarm, audited: ClientOptions, whole: PreTrainedModel
+):
     swarm_ = swarm("0:2", "2:4", "0:2", "2:4")
     seen = Seen()
-    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    model = swarm_.model(config=replace(audited, observers=(seen,)))
     with model.inference_session(max_length=120) as session:
         text = model.generate(PROMPT, max_new_tokens=60, session=session)
         swarm_.settle(lambda: len(seen.audits) >= 2)
@@ -58,11 +65,11 @@ def test_honest_servers_pass_audits_and_the_tokens_are_those_of_one_machine(swar
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("lie", [noise(0.05), shifted, torch.zeros_like])
 def test_a_liar_is_found_and_replaced_and_what_it_may_have_spoiled_is_named(
-    swarm: MakeSwarm, whole: PreTrainedModel, which: int, lie: Lie
+    swarm: MakeSwarm, audited: ClientOptions, whole: PreTrainedModel, which: int, lie: Lie
 ):
     swarm_ = swarm("0:2", "2:4")
     seen = Seen()
-    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    model = swarm_.model(config=replace(audited, observers=(seen,)))
     Liars(swarm_.network).add(f"s{which}", lie)
     with model.inference_session(max_length=200) as session:
         first = model.generate(PROMPT, max_new_tokens=1, session=session)
@@ -86,11 +93,11 @@ def oracle(whole: PreTrainedModel, prompt: torch.Tensor, num_tokens: int) -> tor
 
 
 def test_a_server_that_pushes_something_else_than_it_answers_is_not_believed_to_push(
-    swarm: MakeSwarm, whole: PreTrainedModel
+    swarm: MakeSwarm, audited: ClientOptions, whole: PreTrainedModel
 ):
     swarm_ = swarm("0:2", "2:4")
     seen = Seen()
-    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    model = swarm_.model(config=replace(audited, observers=(seen,)))
     Liars(swarm_.network).add("s0", shifted, answers=False)
     with model.inference_session(max_length=200) as session:
         first = model.generate(PROMPT, max_new_tokens=1, session=session)
@@ -105,10 +112,10 @@ def test_a_server_that_pushes_something_else_than_it_answers_is_not_believed_to_
     assert torch.equal(text, oracle(whole, known, text.shape[1] - known.shape[1]))
 
 
-def test_a_witness_that_lies_is_found_instead(swarm: MakeSwarm, whole: PreTrainedModel):
+def test_a_witness_that_lies_is_found_instead(swarm: MakeSwarm, audited: ClientOptions, whole: PreTrainedModel):
     swarm_ = swarm("0:4")
     seen = Seen()
-    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    model = swarm_.model(config=replace(audited, observers=(seen,)))
     with model.inference_session(max_length=200) as session:
         first = model.generate(PROMPT, max_new_tokens=1, session=session)
         for _ in range(2):
@@ -122,10 +129,12 @@ def test_a_witness_that_lies_is_found_instead(swarm: MakeSwarm, whole: PreTraine
     assert not seen.doubts
 
 
-def test_if_two_servers_differ_and_there_is_no_third_no_one_is_blamed_and_the_text_is_doubtful(swarm: MakeSwarm):
+def test_if_two_servers_differ_and_there_is_no_third_no_one_is_blamed_and_the_text_is_doubtful(
+    swarm: MakeSwarm, audited: ClientOptions
+):
     swarm_ = swarm("0:4")
     seen = Seen()
-    model = swarm_.model(config=replace(AUDITED, observers=(seen,)))
+    model = swarm_.model(config=replace(audited, observers=(seen,)))
     Liars(swarm_.network).add("s0", shifted)
     with model.inference_session(max_length=200) as session:
         model.generate(PROMPT, max_new_tokens=1, session=session)
@@ -137,9 +146,11 @@ def test_if_two_servers_differ_and_there_is_no_third_no_one_is_blamed_and_the_te
     assert seen.doubts[0].reason == "s0 and s1 differ, and no other server decides"
 
 
-def test_a_liar_stays_shut_out_for_the_next_client_of_the_same_user(swarm: MakeSwarm, tmp_path: Path):
+def test_a_liar_stays_shut_out_for_the_next_client_of_the_same_user(
+    swarm: MakeSwarm, audited: ClientOptions, tmp_path: Path
+):
     swarm_ = swarm("0:4")
-    config = replace(AUDITED, evidence_folder=tmp_path)
+    config = audited
     Liars(swarm_.network).add("s0", shifted)
     first = swarm_.model(config=config)
     with first.inference_session(max_length=200) as session:
@@ -154,16 +165,16 @@ def test_a_liar_stays_shut_out_for_the_next_client_of_the_same_user(swarm: MakeS
         second.generate(PROMPT, max_new_tokens=4, session=session)
         assert session.servers != ("s0",)
     file.unlink()  # forgiven
-    third = swarm_.model(config=replace(config, blocked_servers=frozenset({"s1", "s2"})))
+    third = swarm_.model(config=replace(audited, blocked_servers=frozenset({"s1", "s2"})))
     with third.inference_session(max_length=40) as session:
         third.generate(PROMPT, max_new_tokens=4, session=session)
         assert session.servers == ("s0",)
 
 
-def test_audits_that_are_off_ask_no_one_else(swarm: MakeSwarm):
+def test_audits_that_are_off_ask_no_one_else(swarm: MakeSwarm, audited: ClientOptions):
     swarm_ = swarm("0:4", "0:4")
     seen = Seen()
-    model = swarm_.model(config=replace(AUDITED, audits="off", observers=(seen,)))
+    model = swarm_.model(config=replace(audited, audits="off", observers=(seen,)))
     with model.inference_session(max_length=200) as session:
         model.generate(PROMPT, max_new_tokens=80, session=session)
         (used,) = session.servers

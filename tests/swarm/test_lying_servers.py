@@ -1,4 +1,4 @@
-"""One of several servers lies, in any way and from any moment on, while others fail: the session says what it spoilt."""
+"""A server lies, in any way and from any moment on, while another fails: the session says what is doubtful."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import asyncio
 import logging
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from shoal.client.decoding.session import Session
 from shoal.client.options.client_options import ClientOptions
-from shoal.policy.auditing.audit_budget import AuditLevel
+from shoal.policy.audits.audit_budget import AuditLevel
 from shoal.spans import Span
 
 from .lies import Liars, Lie, noise, shifted
@@ -91,17 +93,20 @@ def quiet() -> Iterator[None]:
 @given(stories())
 def test_every_token_is_that_of_one_machine_or_said_to_be_doubtful_and_no_honest_server_is_blamed(story: Story):
     random.seed(story.seed)
-    run(_play(story))
+    with tempfile.TemporaryDirectory() as folder:
+        run(_play(story, Path(folder)))
 
 
-async def _play(story: Story) -> None:
+async def _play(story: Story, evidence_folder: Path) -> None:
     async with Bed(story.cuts * NUM_HONEST, cache_pages=160, drain_seconds=0.0) as bed:
         liars = Liars(bed.network)
         name = bed.start(Span.parse(story.cuts[story.liar]), speed=4 / PASS_SECONDS).name
         victim = None if story.killed is None else bed.start(Span.parse(story.cuts[story.killed]))
         await asyncio.sleep(0)
         liars.add(name, LIES[story.lie], answers=story.answers, pushes=story.pushes, after=story.after)
-        client = bed.client("client", ClientOptions(patience_seconds=60.0, audits=story.audits))
+        client = bed.client(
+            "client", ClientOptions(patience_seconds=60.0, audits=story.audits, evidence_folder=evidence_folder)
+        )
         session = Session(client.swarm, client.span, batch_size=1, max_length=256)
         try:
             await _talk(bed, session, story, name, victim)
@@ -127,7 +132,7 @@ async def _talk(bed: Bed, session: Session, story: Story, liar: str, victim: Mem
     expected = oracle().logits(ids, torch.ones_like(ids)).argmax(dim=-1)[0]
     for position in range(story.num_prompt - 1, ids.shape[1] - 1):
         if ids[0, position + 1] != expected[position]:
-            said = any(start <= position < end for start, end in session.doubtful)
+            said = any(each.start <= position < each.end for each in session.doubtful)
             assert said or position >= session.num_audited, position
     assert num_with_liar
     if story.answers and not story.after:  # if only its pushes are wrong, the next server may be to blame as well

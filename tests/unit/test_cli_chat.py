@@ -18,6 +18,7 @@ from shoal.cli.chat import Transcript, converse, parse_line
 from shoal.cli.generate import is_cut
 from shoal.cli.terminal.wait_note import WaitNote
 from shoal.client.generation.generation import Token
+from shoal.events import TextDoubtful
 
 
 @pytest.mark.parametrize(
@@ -58,10 +59,20 @@ class FakeModel:
 
 
 class Session:
-    """A session that holds no tokens."""
+    """A session that holds no tokens. The n-th answer in it is found `doubtful`, if any."""
 
     output_ids = attention_mask = None
     num_tokens = 0
+
+    def __init__(self, doubtful: int | None = None) -> None:
+        self._num_asked = 0  # it is asked for its doubts before and after an answer
+        self._doubtful = doubtful
+
+    @property
+    def doubtful(self) -> tuple[TextDoubtful, ...]:
+        self._num_asked += 1
+        found = TextDoubtful(1, "model", 3, 10, "s0 was found lying")
+        return (found,) if self._doubtful is not None and self._num_asked >= 2 * self._doubtful else ()
 
     def crop(self, num_tokens: int) -> None: ...
 
@@ -73,7 +84,13 @@ Chat = Any
 def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Chat:
     """Run a chat with these input lines. Returns the prompts, whether a new conversation follows, and the output."""
 
-    def chat(*lines: str, answer: str = "Once", max_new_tokens: int = 100, ended: bool = True) -> Any:
+    def chat(
+        *lines: str,
+        answer: str = "Once",
+        max_new_tokens: int = 100,
+        ended: bool = True,
+        doubtful: int | None = None,
+    ) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(STORIES)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         model = FakeModel([*tokenizer(answer)["input_ids"], *([1] if ended else [])])
@@ -81,7 +98,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         again = converse(
             model,
             Transcript(tokenizer),
-            Session(),
+            Session(doubtful),
             {"max_new_tokens": max_new_tokens},
             None,
             WaitNote(),  # type: ignore[arg-type]
@@ -106,6 +123,20 @@ def test_a_command_may_start_a_new_conversation_or_leave(chat):
     assert chat("/bye", "hello").again is False
     assert chat("hello").again is False
     assert not chat("/bye", "hello").prompts
+
+
+def test_a_message_is_answered_again_if_the_user_asks_for_it(chat):
+    assert chat("hello", "/again").prompts == ["hello", "hello"]
+    assert chat("/again", "hello").prompts == ["hello"]
+    assert chat("one", "two", "/again").prompts[-1] == chat("one", "two").prompts[-1]
+
+
+def test_an_answer_that_a_liar_computed_is_said_to_be_doubtful_once(chat):
+    done = chat("one", "two", "three", doubtful=2)
+    assert done.out == "Once\nOnce\nOnce\n"
+    warning = "warning: the last 7 tokens may be wrong: s0 was found lying\nhint: /again answers once more"
+    assert done.err.count("warning") == 1
+    assert done.err.startswith(warning)
 
 
 def test_two_slashes_send_one_to_the_model(chat):

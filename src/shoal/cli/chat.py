@@ -9,8 +9,8 @@ import typer
 from rich.text import Text
 
 from shoal.cli import options
-from shoal.cli.generate import connected, cut_mark, pad_token_of, print_now, say, streamer
-from shoal.cli.terminal.console import print_error, stderr
+from shoal.cli.generate import connected, cut_mark, doubts_about, pad_token_of, print_now, say, streamer
+from shoal.cli.terminal.console import print_error, print_warning, stderr
 from shoal.cli.terminal.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import ShoalError
@@ -24,6 +24,7 @@ SYSTEM = "system"
 
 COMMANDS = {
     "/new": "start a new conversation",
+    "/again": "answer the last message again",
     "/bye": "leave; also /exit, /quit and Ctrl-D",
     "/help": "show this list; also /?",
     "Ctrl-C": "stop an answer",
@@ -78,11 +79,13 @@ def converse(
         command, text = parse_line(line)
         if command in ("/new", "/bye"):
             return command == "/new"
-        if command is not None:
+        if command == "/again":
+            text = transcript.take_back()
+        elif command is not None:
             _list_commands(None if command == "/help" else command)
         if not text.strip():
             continue
-        ids, cut = transcript.ask(text), False
+        ids, cut, num_doubts = transcript.ask(text), False, len(session.doubtful)
         printer = streamer(transcript.tokenizer, note, strip=True)
         try:
             rewind(session, ids)
@@ -102,6 +105,8 @@ def converse(
         print_now("\n")
         if cut:
             stderr.print(Text(cut_mark(chosen["max_new_tokens"]), style="dim"))
+        if doubts := doubts_about(session, since=num_doubts):
+            print_warning(doubts, "/again answers once more, without the server")
     return False
 
 
@@ -144,6 +149,14 @@ class Transcript:
     def add_answer(self, text: str) -> None:
         """Add a message of the model."""
         self.messages.append({"role": "assistant", "content": text})
+
+    def take_back(self) -> str:
+        """Remove the last message of the user and its answer. Returns the message; nothing if there is none."""
+        text = ""
+        while self.messages and self.messages[-1]["role"] != SYSTEM and not text:
+            message = self.messages.pop()
+            text = message["content"] if message["role"] == "user" else ""
+        return text
 
     def remove_last(self) -> None:
         """Remove a message of the user that was not answered."""

@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 from shoal.cli import options
-from shoal.cli.terminal.console import hush_transformers, stderr, stdout, tokens_per_second, waiting
+from shoal.cli.terminal.console import hush_transformers, print_warning, stderr, stdout, tokens_per_second, waiting
 from shoal.cli.terminal.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
@@ -80,6 +80,7 @@ def command(
             servers = [
                 {"peer": hop.server.peer, "name": hop.server.name, "blocks": str(hop.span)} for hop in session.hops
             ]
+            doubts = doubts_about(session)
         text = tokenizer.decode(new, skip_special_tokens=True)
     if as_json:
         answer = {
@@ -90,6 +91,7 @@ def command(
             "seconds": round(seconds, 3),
             "tokens_per_second": float(f"{len(new) / seconds:.4g}"),
             "servers": servers,
+            "doubts": doubts,
         }
         print(json.dumps(answer, ensure_ascii=False))
         return
@@ -97,6 +99,8 @@ def command(
     route = ", ".join(f"{server['name'] or server['peer'][-6:]} {server['blocks']}" for server in servers)
     if cut:
         stderr.print(Text(cut_mark(max_new_tokens), style="dim"))
+    if doubts:
+        print_warning(doubts, "generate it again: the server is not used any more")
     rate = tokens_per_second(len(new) / seconds)
     stderr.print(Text(f"{len(new)} tokens in {seconds:.1f} s, {rate}, through {route}", style="dim"))
 
@@ -195,6 +199,11 @@ def is_cut(llm: Any, new: list[int], *, max_new_tokens: int) -> bool:
 def cut_mark(max_new_tokens: int) -> str:
     """The note below a text that was cut."""
     return f"[cut after {max_new_tokens} tokens; see --max-new-tokens]"
+
+
+def doubts_about(session: InferenceSession, *, since: int = 0) -> str:
+    """What is to be said of a text if a server was found lying since the session had `since` doubts; else nothing."""
+    return "; ".join(dict.fromkeys(each.line for each in session.doubtful[since:]))
 
 
 def check_length(llm: Any, num_tokens: int, max_new_tokens: int) -> None:

@@ -49,6 +49,12 @@ class Wire(StrEnum):
     int8 = "int8"
 
 
+class Audits(StrEnum):
+    off = "off"
+    low = "low"
+    high = "high"
+
+
 class History(StrEnum):
     exact = "exact"
     bfloat16 = "bfloat16"
@@ -158,6 +164,12 @@ Standby = Annotated[
         "--standby/--no-standby", help="Keep a second server warm for each in use: a failure then costs a step or two."
     ),
 ]
+AuditLevel = Annotated[
+    Audits,
+    typer.Option(
+        "--audits", metavar="LEVEL", help=f"How often others check what a server computes: {', '.join(Audits)}."
+    ),
+]
 Patience = Annotated[
     float,
     typer.Option(
@@ -239,6 +251,7 @@ def client_options(  # the first parameter stands first in the help of a command
     history_memory: HistoryMemory = None,
     patience: Patience = PATIENCE_SECONDS,
     standby: Standby = False,
+    audits: AuditLevel = Audits.low,
     pin: Pin = None,
     chooser: ChooseBy = Chooser.balanced,
     remote_head: RemoteHead = False,
@@ -263,6 +276,7 @@ def client_options(  # the first parameter stands first in the help of a command
         history_memory=None if history_memory is None else history_memory << 20,
         patience=patience,
         standby=standby,
+        audits=audits,
         pinned=pins(pin),
         chooser=chooser,
         remote_head=remote_head,

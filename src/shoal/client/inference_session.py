@@ -23,6 +23,7 @@ from shoal.client.runtime import Runtime
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.autograd import NoGradient
 from shoal.errors import UserError
+from shoal.events import TextDoubtful
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.routing.route import Hop
 from shoal.protocol import MAX_BATCH, MAX_LENGTH
@@ -127,8 +128,8 @@ class InferenceSession:
         return self._session.batch_size
 
     @property
-    def doubtful(self) -> tuple[tuple[int, int], ...]:
-        """Ranges of tokens that were chosen from outputs of servers which turned out not to be trusted."""
+    def doubtful(self) -> tuple[TextDoubtful, ...]:
+        """The tokens that were chosen from outputs of servers which turned out not to be trusted (docs/trust.md)."""
         return self._session.doubtful
 
     @property

@@ -57,7 +57,16 @@ def as_usage() -> Iterator[None]:
 
 def print_error(message: str, hint: str | None = None) -> None:
     """Print `error: ...` and, below it, `hint: ...`. Each is one line, which is not wrapped."""
-    stderr.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+    _print_with_hint(("error: ", "bold red"), message, hint)
+
+
+def print_warning(message: str, hint: str | None = None) -> None:
+    """The same with `warning: ...`."""
+    _print_with_hint(("warning: ", "bold yellow"), message, hint)
+
+
+def _print_with_hint(kind: tuple[str, str], message: str, hint: str | None) -> None:
+    stderr.print(Text.assemble(kind, " ".join(message.split())), soft_wrap=True)
     if hint:
         stderr.print(Text.assemble(("hint: ", "bold cyan"), " ".join(hint.split())), soft_wrap=True)
 

@@ -102,8 +102,8 @@ class Session:
         self._closed = False
         self.num_cached: int | None = None
         """How many of its first tokens all servers had in their caches when it was opened; None before that."""
-        self.doubtful: tuple[tuple[int, int], ...] = ()
-        """Ranges of tokens that were chosen from outputs which turned out not to be trusted."""
+        self.doubtful: tuple[TextDoubtful, ...] = ()
+        """The tokens that were chosen from outputs which turned out not to be trusted, and why."""
 
     @property
     def batch_size(self) -> int:
@@ -345,10 +345,9 @@ class Session:
         """Compute again what follows from outputs that are not to be trusted, and say which tokens are doubtful."""
         async with self._busy:
             num_tokens = self._inputs.num_tokens
-            self.doubtful = (*self.doubtful, (doubt.position, num_tokens))
-            self._swarm.events.emit(
-                TextDoubtful(id(self), self._swarm.model.name, doubt.position, num_tokens, doubt.reason)
-            )
+            found = TextDoubtful(id(self), self._swarm.model.name, doubt.position, num_tokens, doubt.reason)
+            self.doubtful = (*self.doubtful, found)
+            self._swarm.events.emit(found)
             if self._closed or not doubt.can_be_mended:
                 return
             for stage in self._all_stages():

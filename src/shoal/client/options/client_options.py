@@ -14,7 +14,7 @@ from shoal.errors import UserError
 from shoal.events import Observer
 from shoal.net import NetworkConfig
 from shoal.net.swarm_key import SwarmKey, key_in
-from shoal.policy.auditing.audit_budget import RATES, AuditLevel
+from shoal.policy.audits.audit_budget import RATES, AuditLevel
 from shoal.spans import Span
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class ClientOptions:
     audits: AuditLevel = "low"
     """How often what servers answer is computed again by others, to find those that lie."""
     evidence_folder: Path | None = None
-    """Where the evidence against servers that were found lying is kept; `None` is nowhere."""
+    """Where the evidence against liars is kept; `None` is `shut-out` in shoal's cache folder."""
     wire: Encoding = "raw"
     """The encoding of hidden states and gradients on the network. All others than "raw" are lossy."""
     history: Encoding = "raw"
@@ -219,7 +219,6 @@ class ClientOptions:
             patience_seconds=float(patience),
             standby=standby,
             audits=parse_audits(audits),
-            evidence_folder=_evidence_folder(),
             wire=parse_wire(wire),
             history=parse_history(history),
             history_memory=history_memory,
@@ -227,12 +226,6 @@ class ClientOptions:
             observers=tuple(observers),
             model=model,
         )
-
-
-def _evidence_folder() -> Path:
-    from shoal.model.weights.disk_cache import cache_folder  # here, as above
-
-    return cache_folder() / "shut-out"
 
 
 def parse_initial_peers(given: str | Sequence[str] | None) -> tuple[str, ...]:

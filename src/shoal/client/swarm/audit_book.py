@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.policy.auditing.audit_budget import FIRST_AUDIT_TOKENS, AuditBudget, Candidate, next_audit
+from shoal.policy.audits.audit_budget import FIRST_AUDIT_TOKENS, AuditBudget, Candidate, next_audit
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +51,12 @@ class Evidence:
 
 
 class AuditBook:
-    """The audits of all sessions of a model. `folder` keeps the evidence against servers; `None` keeps it in memory.
+    """The audits of all sessions of a model. `folder` keeps the evidence against servers.
 
     `audit_one` is held by the session that audits: one at a time.
     """
 
-    def __init__(self, rate: float, *, rng: random.Random, folder: Path | None = None) -> None:
+    def __init__(self, rate: float, *, rng: random.Random, folder: Path) -> None:
         self.audit_one = asyncio.Lock()
         self._budget = AuditBudget(rate)
         self._folder = folder
@@ -64,7 +64,7 @@ class AuditBook:
         self._num_clean = Counter[str]()
         self._num_used = Counter[str]()  # decoded tokens of each server
         self._due_after: dict[str, int] = {}
-        self._liars = {} if folder is None else _read(folder)
+        self._liars = _read(folder)
 
     @property
     def is_on(self) -> bool:
@@ -79,8 +79,7 @@ class AuditBook:
     def shut_out(self, evidence: Evidence) -> None:
         """A server lied. It is not used again until its evidence is deleted."""
         self._liars[evidence.peer] = evidence
-        if self._folder is not None:
-            _write(self._folder, evidence)
+        _write(self._folder, evidence)
 
     def record_clean(self, peer: str) -> None:
         """A server passed an audit."""

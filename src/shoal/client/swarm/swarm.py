@@ -30,9 +30,10 @@ from shoal.client.swarm.server_probe import ServerProbe
 from shoal.client.swarm.waits import Outage, Waits
 from shoal.concurrency import now
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, ServerMoved, UnsupportedOperation
+from shoal.model.weights.disk_cache import cache_folder
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
-from shoal.policy.auditing.audit_budget import RATES
+from shoal.policy.audits.audit_budget import RATES
 from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import LOOK_SECONDS, MissingSince
@@ -75,7 +76,8 @@ class Swarm:
         self.measurements = Measurements(now)
         self.adapter_sync = AdapterSync()
         audit_rng = random.Random(random.getrandbits(64))  # noqa: S311 - no server sees anything of it
-        self.audits = AuditBook(RATES[config.audits], folder=config.evidence_folder, rng=audit_rng)
+        evidence_folder = config.evidence_folder or cache_folder() / "shut-out"
+        self.audits = AuditBook(RATES[config.audits], folder=evidence_folder, rng=audit_rng)
         self._node = node
         self._directory = DirectoryCache(
             node, model, fingerprint, config, self.measurements.round_trips, unix_time=unix_time

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from shoal.events import Event, RouteChosen, ServerLost, StageReplaced, WaitEnded, WaitingForBlocks
+from shoal.events import Event, RouteChosen, ServerLost, StageReplaced, TextDoubtful, WaitEnded, WaitingForBlocks
 
 MOST_HELD = 100
 """The events by which a page that reads slowly may lag behind."""
@@ -22,7 +22,7 @@ class News:
     def tell(self, event: Event) -> None:
         """Called by the client, on a thread of its own."""
         match event:
-            case RouteChosen() | WaitingForBlocks() | WaitEnded() | ServerLost() | StageReplaced():
+            case RouteChosen() | WaitingForBlocks() | WaitEnded() | ServerLost() | StageReplaced() | TextDoubtful():
                 if self._loop is not None and not self._loop.is_closed():
                     self._loop.call_soon_threadsafe(self._put, event)
 

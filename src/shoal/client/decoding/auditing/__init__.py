@@ -1,4 +1,4 @@
 """Audits: a session has what its servers answered computed again by others, and finds out which of them lie.
 
-It imports the other modules of `shoal.client.decoding`, `shoal.policy.auditing` and below.
+It imports the other modules of `shoal.client.decoding`, `shoal.policy.audits` and below.
 """

@@ -1,7 +1,7 @@
 """The audits of one session: what its servers answered is computed again by others, now and then and unforeseen.
 
 Servers cannot tell an audit from a session. The first audit of a server that is new to this client comes soon, later
-ones as the budget allows (`shoal.policy.auditing`). A server that differs from a witness is blamed only if a second
+ones as the budget allows (`shoal.policy.audits`). A server that differs from a witness is blamed only if a second
 witness agrees with the first.
 """
 
@@ -30,9 +30,9 @@ from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import owned_task
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.events import ServerAudited
-from shoal.policy.auditing.audit_budget import audit_cost
-from shoal.policy.auditing.likeness import MIN_TOKENS, typical
-from shoal.policy.auditing.verdict import Verdict
+from shoal.policy.audits.audit_budget import audit_cost
+from shoal.policy.audits.likeness import MIN_TOKENS, typical
+from shoal.policy.audits.verdict import Verdict
 from shoal.policy.batching.scheduling import DECODE_TOKENS
 from shoal.spans import Span
 

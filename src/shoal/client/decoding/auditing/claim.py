@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shoal.client.history.history import History
 from shoal.peers import ServerInfo
-from shoal.policy.auditing.likeness import Form
+from shoal.policy.audits.likeness import Form
 from shoal.spans import Span
 
 WINDOW_TOKENS = 256

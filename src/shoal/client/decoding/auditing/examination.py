@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from shoal.client.decoding.auditing.claim import Claim
-from shoal.client.decoding.auditing.comparison import distances
+from shoal.client.decoding.auditing.distances import distances
 from shoal.client.decoding.auditing.recomputation import Testimony, recompute
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.swarm.swarm import Swarm
 from shoal.errors import MissingBlocks
-from shoal.policy.auditing.likeness import Allowed, Form, allowed_among, are_alike
-from shoal.policy.auditing.verdict import Verdict, verdict, with_own_answer
+from shoal.policy.audits.likeness import Allowed, Form, allowed_among, are_alike
+from shoal.policy.audits.verdict import Verdict, verdict, with_own_answer
 
 
 @dataclass(frozen=True)

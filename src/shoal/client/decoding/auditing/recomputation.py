@@ -16,7 +16,7 @@ from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.standby import STANDBY_STEP_TOKENS
 from shoal.client.swarm.swarm import Swarm
 from shoal.errors import ServerLost
-from shoal.policy.auditing.likeness import Form
+from shoal.policy.audits.likeness import Form
 from shoal.policy.routing.route import Route
 
 log = logging.getLogger(__name__)
