@@ -10,6 +10,7 @@ import torch
 from shoal.net.memory import Frame, MemoryNetwork
 from shoal.net.wire import codec
 from shoal.protocol import Opened, Step, StepResult
+from shoal.tensors import TensorName
 
 Lie = Callable[[torch.Tensor], torch.Tensor]
 
@@ -33,7 +34,8 @@ def shifted(hidden_BTD: torch.Tensor) -> torch.Tensor:
 class Liars:
     """Lets servers change what they answer and push."""
 
-    def __init__(self, network: MemoryNetwork) -> None:
+    def __init__(self, network: MemoryNetwork, *, tensor: TensorName = "hidden") -> None:
+        self._tensor = tensor
         self._lies: dict[str, tuple[Lie, bool, bool]] = {}
         self._num_honest: dict[str, int] = {}  # frames
         network.on_frame = self._changed
@@ -50,11 +52,11 @@ class Liars:
         message, tensors = codec.decode(frame.header, bytearray(frame.payload))
         is_answer = isinstance(message, StepResult | Opened)
         is_push = isinstance(message, Step)
-        if "hidden" not in tensors or not ((is_answer and answers) or (is_push and pushes)):
+        if self._tensor not in tensors or not ((is_answer and answers) or (is_push and pushes)):
             return frame
         self._num_honest[frame.sender] -= 1
         if self._num_honest[frame.sender] >= 0:
             return frame
-        header, buffers = codec.encode(message, {**tensors, "hidden": lie(tensors["hidden"])})
+        header, buffers = codec.encode(message, {**tensors, self._tensor: lie(tensors[self._tensor])})
         payload = b"".join(bytes(memoryview(each).cast("B")) for each in buffers)
         return replace(frame, header=header, payload=payload)

@@ -180,3 +180,25 @@ def test_audits_that_are_off_ask_no_one_else(swarm: MakeSwarm, audited: ClientOp
         (used,) = session.servers
     assert not seen.audits
     assert [name for name, server in swarm_.servers.items() if server.engine.num_passes] == [used]
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_the_output_head_of_a_server_is_audited_too(
+    swarm: MakeSwarm, audited: ClientOptions, whole: PreTrainedModel, top_k: int | None
+):
+    swarm_ = swarm("0:2")
+    swarm_.start("2:4", serve_head=True)
+    seen = Seen()
+    model = swarm_.model(config=replace(audited, remote_head=True, head_top_k=top_k, observers=(seen,)))
+    with model.inference_session(max_length=200) as session:
+        first = model.generate(PROMPT, max_new_tokens=1, session=session)
+        for _ in range(2):
+            swarm_.start("2:4", serve_head=True)
+        honest = torch.cat([first, model.generate(None, max_new_tokens=60, session=session)], dim=1)
+        assert torch.equal(honest, oracle(whole, PROMPT, 61))
+        assert seen.findings["s1"] == {"clean"}
+        Liars(swarm_.network, tensor="logits").add("s1", lambda logits: logits.flip(-1))
+        model.generate(None, max_new_tokens=60, session=session)
+        assert "s1" not in session.servers
+    assert "lied" in seen.findings["s1"]
+    assert [doubt.reason for doubt in seen.doubts] == ["s1 was found lying"]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from shoal.client.decoding.outputs import Outputs
 from shoal.client.decoding.pending_step import PendingStep
+from shoal.client.decoding.progress import StageStatus
 from shoal.client.decoding.push_links import UNPUSHED_PONGS, PushLinks
-from shoal.client.decoding.stage import IDLE_PONGS, Stage, StageStatus
+from shoal.client.decoding.stage import IDLE_PONGS, Stage
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
 from shoal.client.swarm.broken_pairs import RETRY_PUSH_SECONDS, BrokenPairs

@@ -28,9 +28,10 @@ from shoal.adapters import adapter_cache_salt
 from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep
+from shoal.client.decoding.progress import StageStatus
 from shoal.client.decoding.push_links import PushLinks
 from shoal.client.decoding.session_inputs import SessionInputs
-from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage, StageStatus
+from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage
 from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.answers import named_tensors
@@ -74,6 +75,8 @@ class Pipeline:
     ) -> None:
         self.outputs = outputs
         self.logits_request: LogitsRequest | None = None
+        self.end: int | None = None
+        """Tokens from this position on are not for this pipeline; None if all are."""
         self._swarm = swarm
         self._inputs = inputs
         self._tuning = tuning
@@ -219,7 +222,7 @@ class Pipeline:
             known = self.sink(index + offset).num_tokens if logits_request is None else 0
             num_logits = 0
             if logits_request is not None:
-                num_logits = logits_request.within(end, start=start, num_tokens=self._inputs.num_tokens)
+                num_logits = logits_request.within(end, start=start, num_tokens=limit)
             steps.append(
                 PendingStep(
                     epoch=self._inputs.epoch.number,
@@ -320,7 +323,8 @@ class Pipeline:
 
         A server that has pages of these names in its cache need not compute them. Padded sequences have no names.
         """
-        inputs_BSD, logits_request = self.stages[index].history.since(0), self._logits_request_for(index)
+        inputs_BSD = self.stages[index].history.since(0)[:, : self.end]
+        logits_request = self._logits_request_for(index)
         if logits_request is not None:  # a server keeps no logits, so it has to compute these tokens
             inputs_BSD = inputs_BSD[:, : -logits_request.num_tokens]
         batch_size, num_tokens, _ = inputs_BSD.shape

@@ -15,8 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 from shoal.client.decoding.pending_step import PendingStep
+
+
+class StageStatus(Enum):
+    """How a stage stands with its server. One at a time."""
+
+    CLOSED = auto()
+    """There is no connection. The server knows nothing of the session."""
+    OPENING = auto()
+    """There is a connection, and the server has not opened the session yet."""
+    OPEN = auto()
+    """The server can be asked."""
+    MISLED = auto()
+    """The server can be asked. Its oldest answer is wrong, but another server pushed that step, perhaps wrongly."""
+    FAILED = auto()
+    """The server is of no more use. `error` says why, and the session has not seen it."""
+    REPORTED = auto()
+    """The same, and the session has seen the error."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server can be asked."""
+        return self in (StageStatus.OPEN, StageStatus.MISLED)
 
 
 @dataclass(frozen=True)

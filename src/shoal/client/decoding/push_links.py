@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Sequence
 from itertools import pairwise
 
-from shoal.client.decoding.stage import Neighbors, Stage, StageStatus
+from shoal.client.decoding.progress import StageStatus
+from shoal.client.decoding.stage import Neighbors, Stage
 from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.protocol import Downstream, Upstream
 from shoal.tensors import Encoding

@@ -67,9 +67,9 @@ class RoutePlanner:
             span, excluded, needs=self._needs(span), upstream=upstream, downstream=downstream
         )
 
-    async def route_of_others(self, span: Span, peers: Set[str]) -> Route:
+    async def route_of_others(self, span: Span, peers: Set[str], *, head: bool) -> Route:
         """A route over servers other than these, for tokens that are known. Raises as `Swarm.route` does."""
-        needs = replace(self._needs(span), num_steps=1, head=False)
+        needs = replace(self._needs(span), num_steps=1, head=head)
         route = await self._swarm.route(span, self._swarm.holdings(peers), needs=needs)
         if not peers.isdisjoint(hop.server.peer for hop in route.hops):  # they have announced other blocks meanwhile
             raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))

@@ -13,14 +13,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import Enum, auto
 
 import torch
 
 from shoal.client.decoding.opening import Opening
 from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep
-from shoal.client.decoding.progress import StageProgress
+from shoal.client.decoding.progress import StageProgress, StageStatus
 from shoal.client.head.logits import Logits
 from shoal.client.history.history import History
 from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS
@@ -58,28 +57,6 @@ Neighbors = tuple[Upstream | None, Downstream | None]
 """The servers before and after one in the ring; None where that is the client."""
 Mask = Callable[[int, int], torch.Tensor | None]
 """The padding mask of the tokens between two positions; None if no token is padding."""
-
-
-class StageStatus(Enum):
-    """How a stage stands with its server. One at a time."""
-
-    CLOSED = auto()
-    """There is no connection. The server knows nothing of the session."""
-    OPENING = auto()
-    """There is a connection, and the server has not opened the session yet."""
-    OPEN = auto()
-    """The server can be asked."""
-    MISLED = auto()
-    """The server can be asked. Its oldest answer is wrong, but another server pushed that step, perhaps wrongly."""
-    FAILED = auto()
-    """The server is of no more use. `error` says why, and the session has not seen it."""
-    REPORTED = auto()
-    """The same, and the session has seen the error."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the server can be asked."""
-        return self in (StageStatus.OPEN, StageStatus.MISLED)
 
 
 class Stage:
@@ -390,6 +367,8 @@ class Stage:
         if step.logits_request is not None:
             if (logits := tensors.get("logits")) is not None:
                 outputs.logits.append(Logits(logits, tensors.get("ids")))
+                if self.answered_from is None:
+                    self.answered_from = step.end - step.num_logits
         elif (hidden_BTD := tensors.get("hidden")) is not None:
             if result.encoding_of("hidden") != wire:
                 # The client then goes on with the same numbers, whether or not the server knows the encoding.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shoal.client.decoding.progress import StageProgress
-from shoal.client.decoding.stage import Stage, StageStatus
+from shoal.client.decoding.progress import StageProgress, StageStatus
+from shoal.client.decoding.stage import Stage
 from shoal.policy.routing.route import Hop
 
 

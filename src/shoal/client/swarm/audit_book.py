@@ -107,6 +107,10 @@ class AuditBook:
         """An audit of a server led to nothing. A new server is due again after some more tokens."""
         self._due_after[peer] = self._num_used[peer] + self._rng.randint(1, FIRST_AUDIT_TOKENS)
 
+    def any_of(self, number: int) -> int:
+        """One of the numbers below this one, which no server can foresee."""
+        return self._rng.randrange(number)
+
     def choose(self, candidates: Sequence[Candidate]) -> int | None:
         """The index of the server to audit now, if any."""
         return next_audit(candidates, self._budget, self._rng)

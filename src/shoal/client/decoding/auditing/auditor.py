@@ -19,11 +19,12 @@ import torch
 
 from shoal.client.decoding.auditing.claim import Claim
 from shoal.client.decoding.auditing.examination import Findings, examine
+from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
-from shoal.client.head.logits import Logits
+from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.audit_book import Evidence
 from shoal.client.swarm.swarm import Swarm
@@ -62,7 +63,7 @@ class SessionAuditor:
         self._inputs = inputs
         self._planner = planner
         self._claims: dict[Stage, Claim] = {}
-        self._outputs: History | None = History(swarm.store) if self._book.is_on else None
+        self._outputs: History | LogitsTail | None = History(swarm.store) if self._book.is_on else None
         self._num_stable = 0  # tokens whose outputs the caller has gone on with
         self._wakeup = asyncio.Event()
         self._running: tuple[int, asyncio.Event] | None = None  # how far an audit goes, and whether it is void
@@ -79,11 +80,7 @@ class SessionAuditor:
         """A step from `position` on was answered."""
         if not self._book.is_on:
             return
-        if isinstance(outputs, Logits) or (self._outputs is not None and self._outputs.num_tokens != position):
-            self._outputs = None  # the last server's hidden states are not known
-        elif self._outputs is not None:
-            self._outputs.append(outputs)
-            self._outputs.settle(self._outputs.num_tokens)
+        self._keep(pipeline.logits_request, position, outputs)
         num_tokens = self._inputs.num_tokens - position
         num_decoded = num_tokens if num_tokens <= DECODE_TOKENS else 0
         self._book.earn(self._planner.batch_size * num_decoded, sum(len(each.hop.span) for each in pipeline.stages))
@@ -91,6 +88,19 @@ class SessionAuditor:
         self._num_stable = position
         self._update_claims(pipeline)
         self._wakeup.set()
+
+    def _keep(self, request: LogitsRequest | None, position: int, outputs: torch.Tensor | Logits) -> None:
+        """Keep what the last server gave: all hidden states, or the last logits."""
+        if isinstance(outputs, Logits):
+            assert request is not None
+            if not isinstance(self._outputs, LogitsTail):
+                self._outputs = LogitsTail(row=self._book.any_of(outputs.values.shape[0]))
+            self._outputs.append(outputs, request, self._inputs.num_tokens)
+        elif isinstance(self._outputs, History) and self._outputs.num_tokens == position:
+            self._outputs.append(outputs)
+            self._outputs.settle(self._outputs.num_tokens)
+        else:  # hidden states are missing, those of tokens for which there were logits
+            self._outputs = None
 
     def cropped(self, num_tokens: int) -> None:
         """The session has forgotten all tokens after the first `num_tokens`."""
@@ -104,7 +114,9 @@ class SessionAuditor:
 
     def rearranged(self, rows: Sequence[int], stages: Sequence[Stage]) -> None:
         """Sequence i continues the one that was `rows[i]`, on these stages."""
-        if self._outputs is not None:
+        if isinstance(self._outputs, LogitsTail):
+            self._outputs.crop(0)
+        elif self._outputs is not None:
             self._outputs.select_rows(rows)
         self._claims = {stage: claim for stage, claim in self._claims.items() if stage in stages}
         if self._running is not None:
@@ -124,7 +136,7 @@ class SessionAuditor:
 
     def recomputed(self, outputs: torch.Tensor | Logits) -> None:
         """What was forgotten of the last server's outputs was computed again."""
-        if self._outputs is not None and isinstance(outputs, torch.Tensor):
+        if isinstance(self._outputs, History) and isinstance(outputs, torch.Tensor):
             self._outputs.append(outputs)
 
     def _update_claims(self, pipeline: Pipeline) -> None:

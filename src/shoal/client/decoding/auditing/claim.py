@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.history.history import History
 from shoal.peers import ServerInfo
 from shoal.policy.audits.likeness import Form
@@ -28,7 +29,7 @@ class Claim:
     server: ServerInfo
     span: Span
     inputs: History
-    outputs: History
+    outputs: History | LogitsTail
     clean: int
     end: int
     pushed_by: tuple[str, ...] = ()
@@ -37,7 +38,7 @@ class Claim:
     @property
     def num_left(self) -> int:
         """How many tokens could be compared that are not clean."""
-        return self.end - max(self.clean, FIRST_POSITION)
+        return self.end - self.window(self.end)[0]
 
     @property
     def peer(self) -> str:
@@ -51,7 +52,8 @@ class Claim:
 
     def window(self, end: int) -> tuple[int, int]:
         """The positions to compare in an audit of `end` tokens: those that are not clean, or the last of these."""
-        return max(self.clean, end - WINDOW_TOKENS, FIRST_POSITION), end
+        first = self.outputs.start if isinstance(self.outputs, LogitsTail) else FIRST_POSITION
+        return min(end, max(self.clean, end - WINDOW_TOKENS, first)), end
 
     def cropped(self, num_tokens: int) -> None:
         """The session has forgotten all tokens after the first `num_tokens`."""

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from shoal.client.decoding.auditing.claim import Claim
-from shoal.client.decoding.auditing.distances import distances
+from shoal.client.decoding.auditing.distances import distances, logits_distances
+from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.decoding.auditing.recomputation import Testimony, recompute
 from shoal.client.decoding.route_planner import RoutePlanner
+from shoal.client.head.logits import Logits
 from shoal.client.swarm.swarm import Swarm
 from shoal.errors import MissingBlocks
 from shoal.policy.audits.likeness import Allowed, Form, allowed_among, are_alike
@@ -42,13 +44,19 @@ async def examine(
 
     Raises `MissingBlocks` if no other server holds the blocks, and other `SwarmError`s if witnesses fail.
     """
-    claimed_BTD, inputs_BTD = claim.outputs.between(*window), claim.inputs.between(*window)
+    claimed, inputs_BTD = claim.outputs.between(*window), claim.inputs.between(*window)
+    head = isinstance(claim.outputs, LogitsTail)
 
     async def testimony(*, not_by: Sequence[str]) -> Testimony:
-        return await recompute(swarm, planner, claim, window, await planner.route_of_others(claim.span, {*not_by}))
+        route = await planner.route_of_others(claim.span, {*not_by}, head=head)
+        return await recompute(swarm, planner, claim, window, route)
 
-    def apart(one_BTD: torch.Tensor, other_BTD: torch.Tensor) -> list[float]:
-        return distances(one_BTD, other_BTD, inputs_BTD, mask_BT)
+    def apart(one: torch.Tensor | Logits, other: torch.Tensor | Logits) -> list[float]:
+        if isinstance(one, Logits) or isinstance(other, Logits):
+            assert isinstance(one, Logits)
+            assert isinstance(other, Logits)
+            return logits_distances(one, other)
+        return distances(one, other, inputs_BTD, mask_BT)
 
     def allowed_between(forms: Sequence[Form], others: Sequence[Form]) -> Allowed:
         encoding = swarm.config.history_encoding
@@ -56,7 +64,7 @@ async def examine(
 
     first = await testimony(not_by=[claim.peer])
     allowed = allowed_between([claim.form], first.forms)
-    found = apart(claimed_BTD, first.outputs_BTD)
+    found = apart(claimed, first.outputs)
     witnesses, result = first.peers, verdict(like_witness=are_alike(found, allowed))
     if result is not Verdict.CLEAN:
         with contextlib.suppress(MissingBlocks):
@@ -64,16 +72,14 @@ async def examine(
             witnesses = (*first.peers, *second.peers)
             result = verdict(
                 like_witness=False,
-                like_second=are_alike(
-                    apart(claimed_BTD, second.outputs_BTD), allowed_between([claim.form], second.forms)
-                ),
+                like_second=are_alike(apart(claimed, second.outputs), allowed_between([claim.form], second.forms)),
                 witnesses_alike=are_alike(
-                    apart(second.outputs_BTD, first.outputs_BTD), allowed_between(first.forms, second.forms)
+                    apart(second.outputs, first.outputs), allowed_between(first.forms, second.forms)
                 ),
             )
     if result is Verdict.LIED and claim.pushed_by:
         own = await recompute(swarm, planner, claim, window, planner.route_of_one(claim.server, claim.span))
-        like_witness = are_alike(apart(own.outputs_BTD, first.outputs_BTD), allowed)
+        like_witness = are_alike(apart(own.outputs, first.outputs), allowed)
         result = with_own_answer(result, like_witness=like_witness)
     accuser = first.peers[0] if len(first.peers) == 1 else None
     return Findings(result, tuple(found), allowed, witnesses, accuser)

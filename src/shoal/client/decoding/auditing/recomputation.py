@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from shoal.client.decoding.auditing.claim import Claim, form_of
+from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.decoding.outputs import Outputs
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.standby import STANDBY_STEP_TOKENS
+from shoal.client.head.logits import Logits
 from shoal.client.swarm.swarm import Swarm
-from shoal.errors import ServerLost
+from shoal.errors import MissingBlocks, ServerLost
 from shoal.policy.audits.likeness import Form
 from shoal.policy.routing.route import Route
 
@@ -27,9 +29,12 @@ RECOMPUTE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Testimony:
-    """What witnesses have computed: the outputs [B, T, D] of some tokens. `peers` and `forms` are theirs, in order."""
+    """What witnesses have computed for some tokens: outputs [B, T, D], or logits of the sequence that was asked about.
 
-    outputs_BTD: torch.Tensor
+    `peers` and `forms` are theirs, in order.
+    """
+
+    outputs: torch.Tensor | Logits
     peers: tuple[str, ...]
     forms: tuple[Form, ...]
 
@@ -46,10 +51,14 @@ async def recompute(
     news = asyncio.Event()
     pipeline = planner.pipeline(route, claim.inputs, news.set)
     outputs = Outputs(start)
-    pipeline.outputs = outputs
+    pipeline.outputs, pipeline.end = outputs, end
+    tail = claim.outputs if isinstance(claim.outputs, LogitsTail) else None
+    pipeline.logits_request = None if tail is None else tail.request(end - start)
+    if tail is not None and not pipeline.stages[-1].hop.server.head:
+        raise MissingBlocks("no other server computes the output head", blocks=tuple(claim.span))
     try:
         async with asyncio.timeout(RECOMPUTE_SECONDS):
-            while outputs.num_tokens < end:
+            while pipeline.stages[-1].progress.num_computed < end:
                 news.clear()
                 if not pipeline.is_open:
                     await pipeline.open()
@@ -59,16 +68,16 @@ async def recompute(
                     swarm.blame(failed.error)
                     raise failed.error
                 await pipeline.ask(end, max_tokens=STANDBY_STEP_TOKENS)
-                if pipeline.is_open and outputs.num_tokens < end:
+                if pipeline.is_open and pipeline.stages[-1].progress.num_computed < end:
                     await news.wait()
     except TimeoutError:
         slow = pipeline.stages[0].peer
         raise ServerLost(f"{slow} takes longer than {RECOMPUTE_SECONDS:g} s for an audit", peer=slow) from None
     finally:
         await pipeline.disconnect()
-    found_BTD = outputs.joined()
-    assert isinstance(found_BTD, torch.Tensor)
+    found = outputs.joined()
+    if tail is not None:
+        assert isinstance(found, Logits)
+        found = tail.of_row(found)
     servers = [hop.server for hop in route.hops]
-    return Testimony(
-        found_BTD[:, : end - start], tuple(each.peer for each in servers), tuple(form_of(each) for each in servers)
-    )
+    return Testimony(found, tuple(each.peer for each in servers), tuple(form_of(each) for each in servers))

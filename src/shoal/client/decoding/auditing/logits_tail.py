@@ -1,0 +1,59 @@
+"""The last logits that a server's output head gave in a session, as far as an audit compares them."""
+
+# B sequences, N tokens, V vocabulary, K likeliest tokens
+
+from __future__ import annotations
+
+from collections import deque
+
+from shoal.client.head.logits import Logits, LogitsRequest
+
+TAIL_TOKENS = 16
+"""The tokens whose logits are kept. Those of a large vocabulary take as much as the hidden states of 50 tokens."""
+
+
+class LogitsTail:
+    """The logits of one sequence of a batch, the one in `row`, for its last tokens."""
+
+    def __init__(self, *, row: int) -> None:
+        self._row = row
+        self._start = 0  # the position of the first token
+        self._answers: deque[Logits] = deque(maxlen=TAIL_TOKENS)
+        self._request: LogitsRequest | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """The position after its last token."""
+        return self._start + len(self._answers)
+
+    @property
+    def start(self) -> int:
+        """The position of its first token."""
+        return self._start
+
+    def append(self, answer: Logits, request: LogitsRequest, end: int) -> None:
+        """Add the answer to a step that ended at `end`: one token, as a rule. After a gap, the tail begins anew."""
+        if request != self._request or self.num_tokens != end - 1 or answer.values.shape[1] != 1:
+            self._answers.clear()
+        last = self.of_row(Logits(answer.values[:, -1:], None if answer.ids is None else answer.ids[:, -1:]))
+        self._answers.append(last)
+        self._request, self._start = request, end - len(self._answers)
+
+    def crop(self, num_tokens: int) -> None:
+        """Forget the logits of all tokens after the first `num_tokens`."""
+        while self._answers and self.num_tokens > num_tokens:
+            self._answers.pop()
+
+    def between(self, start: int, end: int) -> Logits:
+        """The logits of at least one token, of its sequence alone."""
+        return Logits.joined([self._answers[position - self._start] for position in range(start, end)])
+
+    def request(self, num_tokens: int) -> LogitsRequest:
+        """What to ask a witness, to be given the logits of as many last tokens."""
+        assert self._request is not None
+        return LogitsRequest(num_tokens, self._request.vocabulary, self._request.top_k)
+
+    def of_row(self, answer: Logits) -> Logits:
+        """An answer for its sequence alone."""
+        row = slice(self._row, self._row + 1)
+        return Logits(answer.values[row].clone(), None if answer.ids is None else answer.ids[row].clone())
