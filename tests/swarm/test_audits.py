@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from shoal.client.options.client_options import ClientOptions
 from shoal.events import Event, ServerAudited, TextDoubtful
 from shoal.policy.audits.likeness import EXACT
+from shoal.policy.routing.switching import Looks
 
 from .harness import QUICK, Swarm
 from .lies import Liars, Lie, noise, shifted
@@ -20,6 +21,12 @@ from .lies import Liars, Lie, noise, shifted
 MakeSwarm = Callable[..., Swarm]
 
 PROMPT = torch.tensor([[5, 17, 42, 9, 33, 61, 8, 70, 12, 3]])
+
+
+@pytest.fixture(autouse=True)
+def stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions stay on their servers, however slow these are while the machine is busy."""
+    monkeypatch.setattr(Looks, "is_due", lambda *_, **__: False)
 
 
 @pytest.fixture
