@@ -58,7 +58,8 @@ class Pipeline:
 
     `history` has the inputs of the first stage. What the last server answers goes to `outputs`; with a
     `logits_request` it is asked for logits instead of hidden states, if it has a head. `expected_length` says for how
-    many tokens a server needs room. `notify` is called when something came from a server.
+    many tokens a server needs room. `notify` is called when something came from a server. Tokens from `end` on are not
+    for this pipeline.
     """
 
     def __init__(
@@ -72,15 +73,15 @@ class Pipeline:
         expected_length: Callable[[], int],
         outputs: Outputs,
         notify: Callable[[], None],
+        end: int | None = None,
     ) -> None:
         self.outputs = outputs
         self.logits_request: LogitsRequest | None = None
-        self.end: int | None = None
-        """Tokens from this position on are not for this pipeline; None if all are."""
         self._swarm = swarm
         self._inputs = inputs
         self._tuning = tuning
         self._expected_length = expected_length
+        self._end = end
         self.notify = notify
         self._links = PushLinks(swarm.measurements.broken_pairs, wire=swarm.config.wire)
         self.stages = self.stages_on(hops, history)
@@ -323,7 +324,7 @@ class Pipeline:
 
         A server that has pages of these names in its cache need not compute them. Padded sequences have no names.
         """
-        inputs_BSD = self.stages[index].history.since(0)[:, : self.end]
+        inputs_BSD = self.stages[index].history.since(0)[:, : self._end]
         logits_request = self._logits_request_for(index)
         if logits_request is not None:  # a server keeps no logits, so it has to compute these tokens
             inputs_BSD = inputs_BSD[:, : -logits_request.num_tokens]

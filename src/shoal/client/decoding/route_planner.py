@@ -69,8 +69,11 @@ class RoutePlanner:
 
     async def route_of_others(self, span: Span, peers: Set[str], *, head: bool) -> Route:
         """A route over servers other than these, for tokens that are known. Raises as `Swarm.route` does."""
-        needs = replace(self._needs(span), num_steps=1, head=head)
-        route = await self._swarm.route(span, self._swarm.holdings(peers), needs=needs)
+        needed_tokens = self.batch_size * self._inputs.num_tokens
+        needs = replace(self._needs(span), num_steps=1, head=head, needed_tokens=needed_tokens)
+        excluded = self._swarm.holdings(peers)
+        self._swarm.check_held(span, excluded, needs)
+        route = await self._swarm.route(span, excluded, needs=needs)
         if not peers.isdisjoint(hop.server.peer for hop in route.hops):  # they have announced other blocks meanwhile
             raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
         return route
@@ -90,17 +93,23 @@ class RoutePlanner:
         """The seconds by which a step takes longer on a stage than its server announces."""
         return self._swarm.excess_seconds(stage.hop, self.batch_size)
 
-    def pipeline(self, route: Route, history: History, notify: Callable[[], None]) -> Pipeline:
-        """A pipeline over a route, on which nothing is open yet; `history` has the inputs of the first server."""
+    def pipeline(
+        self, route: Route, history: History, notify: Callable[[], None], *, end: int | None = None
+    ) -> Pipeline:
+        """A pipeline over a route, on which nothing is open yet; `history` has the inputs of the first server.
+
+        It may be for the tokens before an `end` only.
+        """
         return Pipeline(
             self._swarm,
             self._inputs,
             self._tuning,
             route.hops,
             history,
-            expected_length=lambda: self.expected_length,
+            expected_length=lambda: self.expected_length if end is None else end,
             outputs=NoOutputs(),
             notify=notify,
+            end=end,
         )
 
     def _needs(self, span: Span) -> Needs:

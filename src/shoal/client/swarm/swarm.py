@@ -146,6 +146,11 @@ class Swarm:
             known=self.measurements.measured(),
         )
 
+    def check_held(self, span: Span, excluded: Set[Holding], needs: Needs) -> None:
+        """Raises `MissingBlocks` if no other servers are known that hold these blocks, without asking for more."""
+        if missing := self._not_blocked(excluded, needs).missing(span):
+            raise MissingBlocks(f"no other server holds blocks {format_blocks(missing)}", blocks=missing)
+
     def _check_offered(self, span: Span, needs: Needs) -> None:
         """Raises `UnsupportedOperation` if the servers of some block all refuse single passes, which are needed."""
         usable = self._directory.usable()

@@ -49,9 +49,9 @@ async def recompute(
     """
     start, end = window
     news = asyncio.Event()
-    pipeline = planner.pipeline(route, claim.inputs, news.set)
+    pipeline = planner.pipeline(route, claim.inputs, news.set, end=end)
     outputs = Outputs(start)
-    pipeline.outputs, pipeline.end = outputs, end
+    pipeline.outputs = outputs
     tail = claim.outputs if isinstance(claim.outputs, LogitsTail) else None
     pipeline.logits_request = None if tail is None else tail.request(end - start)
     if tail is not None and not pipeline.stages[-1].hop.server.head:
