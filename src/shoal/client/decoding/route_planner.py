@@ -72,7 +72,7 @@ class RoutePlanner:
         needed_tokens = self.batch_size * self._inputs.num_tokens
         needs = replace(self._needs(span), num_steps=1, head=head, needed_tokens=needed_tokens)
         excluded = self._swarm.holdings(peers)
-        self._swarm.check_held(span, excluded, needs)
+        await self._swarm.check_held(span, excluded, needs)
         route = await self._swarm.route(span, excluded, needs=needs)
         if not peers.isdisjoint(hop.server.peer for hop in route.hops):  # they have announced other blocks meanwhile
             raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))

@@ -146,8 +146,10 @@ class Swarm:
             known=self.measurements.measured(),
         )
 
-    def check_held(self, span: Span, excluded: Set[Holding], needs: Needs) -> None:
-        """Raises `MissingBlocks` if no other servers are known that hold these blocks, without asking for more."""
+    async def check_held(self, span: Span, excluded: Set[Holding], needs: Needs) -> None:
+        """Raises `MissingBlocks` if no other servers are known that hold these blocks. The directory is not asked again
+        because of that, as `route` does it."""
+        await self._directory.ensure_fresh()
         if missing := self._not_blocked(excluded, needs).missing(span):
             raise MissingBlocks(f"no other server holds blocks {format_blocks(missing)}", blocks=missing)
 
