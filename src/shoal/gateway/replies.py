@@ -46,15 +46,20 @@ class Usage:
     cached_tokens: int = 0
     """Those of the prompt that all servers had in their caches."""
 
+    doubtful_tokens: int = 0
+    """Those of the answer that a server may have spoilt, which was found lying while it grew."""
+
     def described(self) -> dict[str, Any]:
-        """As OpenAI's object."""
-        total = self.prompt_tokens + self.completion_tokens
-        return {
+        """As OpenAI's object, with the doubtful tokens if there are any."""
+        found: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.doubtful_tokens:
+            found["completion_tokens_details"] = {"doubtful_tokens": self.doubtful_tokens}
+        return found
 
 
 @dataclass
@@ -107,6 +112,7 @@ async def pieces(inputs: GenerationInputs, usage: Usage) -> AsyncGenerator[Piece
         async for token in stream:
             usage.completion_tokens += 1
             usage.cached_tokens = stream.num_cached
+            usage.doubtful_tokens = min(usage.completion_tokens, sum(each.end - each.start for each in stream.doubtful))
             ends = token.finish_reason == "stop"  # with a token that is not text
             piece = stops.after("" if ends else decoder.text_after(token.id), token)
             if piece.text or piece.tokens or piece.finish_reason:

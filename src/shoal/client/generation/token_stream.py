@@ -13,6 +13,7 @@ from typing import Any, Self
 from shoal.client.generation.generation import Token
 from shoal.client.inference_session import InferenceSession
 from shoal.client.runtime import Runtime
+from shoal.events import TextDoubtful
 
 
 class Mailbox:
@@ -68,6 +69,11 @@ class TokenStream:
     def num_cached(self) -> int:
         """How many tokens of the prompt the servers had in their caches. It is known from the first token on."""
         return self._session.num_cached
+
+    @property
+    def doubtful(self) -> tuple[TextDoubtful, ...]:
+        """The tokens of its session that a server may have spoilt, as far as audits have found out (docs/trust.md)."""
+        return self._session.doubtful
 
     def close(self) -> None:
         """Stop, and let the servers forget the session. A session of the caller's can then be used again.

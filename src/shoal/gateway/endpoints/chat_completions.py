@@ -96,6 +96,7 @@ class ChatAnswer(OpenAIAnswer):
             self.usages[0].prompt_tokens,
             sum(each.completion_tokens for each in self.usages),
             min(each.cached_tokens for each in self.usages),
+            sum(each.doubtful_tokens for each in self.usages),
         )
         return total.described()
 

@@ -107,6 +107,7 @@ class CompletionAnswer(OpenAIAnswer):
             sum(each.prompt_tokens for each in each_prompt),
             sum(each.completion_tokens for each in self.usages),
             sum(each.cached_tokens for each in each_prompt),
+            sum(each.doubtful_tokens for each in self.usages),
         )
         return total.described()
 

@@ -1,0 +1,35 @@
+"""An answer that a lying server had a part in says how many of its tokens may be wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from shoal.bundled import STORIES
+from shoal.gateway.app import Gateway, application
+from shoal.gateway.guard.admission import Admission
+from shoal.gateway.served_model import ServedModel
+
+from ..gateways import served_at
+from ..harness import QUICK, swarm_of
+from ..lies import Liars, shifted
+from .asked import PROMPT
+
+
+@pytest.mark.parametrize("lies", [True, False])
+def test_usage_counts_the_tokens_that_may_be_wrong(tokenizer: Any, tmp_path: Path, lies: bool):
+    config = replace(QUICK, audits="high", evidence_folder=tmp_path)
+    with swarm_of(STORIES, "0:12", "0:6", "6:12", "0:6", "6:12") as swarm:
+        if lies:
+            Liars(swarm.network).add("s0", shifted)  # a route over one server is the fastest
+        served = ServedModel("stories", swarm.model(config=config), tokenizer)
+        with served_at(application(Gateway([served], Admission()))) as url:
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            answer = client.completions.create(model="stories", prompt=PROMPT, max_tokens=120, temperature=0)
+    assert answer.usage is not None
+    details = answer.usage.completion_tokens_details
+    assert (details is not None and details.model_dump()["doubtful_tokens"] > 0) == lies
