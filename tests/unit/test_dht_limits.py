@@ -235,7 +235,7 @@ class Answering:
     def __init__(self, answer: Any) -> None:
         self._answer = answer
 
-    async def rpc_find(self, _: Any, *, timeout: float | None = None) -> Any:  # noqa: ASYNC109
+    async def rpc_find(self, _: Any, *, timeout: float | None = None) -> Any:
         return self._answer
 
 
