@@ -156,6 +156,7 @@ async def test_the_holder_of_a_block_is_found_beside_a_network_that_fills_the_bl
         assert not publish((first, server), others, level=0)
         await server.directory.announce(MODEL, info(server, 0, 8), lifetime=60)
         publish((first, server), others, level=0)
+        assert held_by(first, server.transport.peer), "it came last, and found room"
         for reader in before, after, before, after:
             assert info(server, 0, 8) in await reader.directory.servers(MODEL)
 
