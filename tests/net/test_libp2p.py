@@ -29,9 +29,11 @@ from shoal.net.libp2p.hash_table.dht_directory import DhtDirectory
 from shoal.net.libp2p.libp2p_transport import Libp2pTransport
 from shoal.net.records import Announcement, seal, shard_key
 from shoal.net.transport import Node, Stream, StreamBroken
+from shoal.net.wire import codec
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.census.levels import Shard
-from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, ProtocolViolation
+from shoal.policy.network.stream_room import MAX_STREAMS_PER_PEER
+from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, Failure, ProtocolViolation
 from shoal.spans import Span
 from shoal.testing.shaped_servers import wait_until_stopped
 

@@ -61,7 +61,7 @@ class Libp2pStream:
         self._can_send = True
         self._incoming = _Incoming()
         self._refused = False
-        self._budget = budget or ReceiveBudget()
+        self._budget = ReceiveBudget() if budget is None else budget
         # `drain` returns when the socket has accepted all data: there is no queue in addition to the daemon's, and the
         # caller may reuse its buffers.
         writer.transport.set_write_buffer_limits(high=0)

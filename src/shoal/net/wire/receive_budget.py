@@ -46,7 +46,8 @@ class ReceiveBudget:
         self._held: list[Reservation] = []
         self._waiting: list[Reservation] = []
 
-    def __len__(self) -> int:
+    @property
+    def num_frames(self) -> int:
         """The number of frames that have room or wait for it."""
         return len(self._held) + len(self._waiting)
 

@@ -74,8 +74,7 @@ class RequestValidator:
                         raise rejected(f"{math.prod(spec.shape)} {spec.name}; {MAX_PASS_TOKENS} are allowed")
                 case Open(), "digests":
                     self.check_length(message)
-                    if spec.nbytes > message.batch_size * message.expected_length * DIGEST_BYTES // PAGE_TOKENS:
-                        raise rejected("more digests than the session may have pages")
+                    _check_digests(message, spec.shape, is_uint8=spec.dtype == "uint8")
 
     def _declared_shape(self, spec: TensorSpec) -> tuple[int, int]:
         if len(spec.shape) != 3:
@@ -147,11 +146,7 @@ class RequestValidator:
         digests = tensors.get("digests")
         if digests is None:
             return [[] for _ in range(request.batch_size)]
-        is_uint8 = digests.dtype == torch.uint8 and digests.dim() == 3
-        if not is_uint8 or digests.shape[::2] != (request.batch_size, DIGEST_BYTES):
-            raise rejected(f"digests must be uint8 of shape [batch, pages, {DIGEST_BYTES}]")
-        if digests.shape[1] * PAGE_TOKENS > request.expected_length:
-            raise rejected(f"digests of {digests.shape[1]} pages for a session of {request.expected_length} tokens")
+        _check_digests(request, tuple(digests.shape), is_uint8=digests.dtype == torch.uint8)
         return [[bytes(name) for name in row.numpy()] for row in digests]
 
     def check_factors(self, num_tensors: int) -> None:
@@ -205,3 +200,10 @@ def _check_step_size(batch_size: int, num_tokens: int) -> None:
     size = batch_size * num_tokens
     if size > max(MAX_STEP_TOKENS, batch_size):
         raise rejected(f"{size} tokens in one step; {MAX_STEP_TOKENS} are allowed")
+
+
+def _check_digests(request: Open, shape: Sequence[int], *, is_uint8: bool) -> None:
+    if not is_uint8 or len(shape) != 3 or (shape[0], shape[2]) != (request.batch_size, DIGEST_BYTES):
+        raise rejected(f"digests must be uint8 of shape [batch, pages, {DIGEST_BYTES}]")
+    if shape[1] * PAGE_TOKENS > request.expected_length:
+        raise rejected(f"digests of {shape[1]} pages for a session of {request.expected_length} tokens")
