@@ -83,7 +83,9 @@ class SessionStream:
     async def _receive_messages(self) -> None:
         while True:
             async with asyncio.timeout(self._idle_seconds):
-                message, tensors = await codec.receive(self._stream, SESSION_KINDS)
+                message, tensors = await codec.receive(
+                    self._stream, SESSION_KINDS, self._engine.validator.check_declared
+                )
             match message:
                 case Step():
                     self._accept(message, tensors)
