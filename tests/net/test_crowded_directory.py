@@ -167,4 +167,4 @@ async def test_a_server_knows_the_network_from_which_a_record_came() -> None:
         async with join(config) as guest:
             await guest.directory.announce(MODEL, info(guest, 0, 4), lifetime=60)
             origins = {record.origin for record in held_by(first, guest.transport.peer)}
-            assert origins == {Origin("127.0.3.0/24", "127.0.0.0/16")}
+            assert origins == {Origin("127.0.3.1", "127.0.0.0/16")}

@@ -1,8 +1,8 @@
 """Which records of the directory give way where there is no room, and which ones an answer has.
 
 Identities are free and addresses are not. So room is shared between networks first, and between identities then: of
-each network one record counts before the second one of any other. A network is a /24 of IPv4 or a /64 of IPv6 (its
-*narrow* part); among equals, those of a wider network with fewer records come first (a /16 or a /48).
+each network one record counts before the second one of any other. A network is what one customer has, a /24 of public
+IPv4 addresses or a /64 of IPv6. Among equals, those of a wider network with fewer records come first (a /16 or a /48).
 
     records, by network:   A A A A A A A A A      in order:  A B C D  A B  A A A A A A A
                            B B                               the first of each network, the second of each, ...
@@ -24,7 +24,7 @@ ROOM_MADE = 16
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The network from which a peer is connected: `narrow` is the part that one customer usually has."""
+    """The networks from which a peer is connected: what one customer has, and what a provider has."""
 
     narrow: str
     wide: str
