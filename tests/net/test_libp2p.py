@@ -28,7 +28,7 @@ from shoal.net.libp2p.daemon import DaemonConfig
 from shoal.net.libp2p.hash_table.dht_directory import DhtDirectory
 from shoal.net.libp2p.libp2p_transport import Libp2pTransport
 from shoal.net.records import Announcement, seal, shard_key
-from shoal.net.transport import Node, Stream, StreamBroken
+from shoal.net.transport import MAX_LIFETIME, Node, Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.census.levels import Shard
@@ -609,3 +609,26 @@ async def test_a_copied_identity_cannot_join(tmp_path: Any) -> None:
         with pytest.raises(UserError, match="another process of this machine is the peer"):
             async with join(NetworkConfig(host="127.0.0.1", identity=copy, initial_peers=node.transport.addresses)):
                 pass
+
+
+async def test_two_servers_with_a_copied_identity_both_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    """They start at the same time on two machines, so neither finds the other's record at its start."""
+    identity, daemon = Identity.temporary(), DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+    async with swarm() as (first,), AsyncExitStack() as stack:
+        peers = first.transport.addresses
+        copies: list[Node] = []
+        for _ in range(2):
+            directory = DhtDirectory(identity, stores_records=True, initial_peers=peers)
+            transport = Libp2pTransport(identity, daemon, initial_peers=peers, attach=directory.attach)
+            await transport.start()
+            stack.push_async_callback(directory.close)
+            stack.push_async_callback(transport.close)
+            copies.append(Node(transport, directory))
+        for lifetime in 60.0, MAX_LIFETIME, MAX_LIFETIME:
+            for copy in copies:
+                await copy.directory.announce(MODEL, info(copy, 0, 8), lifetime=lifetime)
+                for each in copies:
+                    await each.directory.servers(MODEL)
+    told = [each.getMessage() for each in caplog.records if "has this one's identity" in each.getMessage()]
+    assert len(told) == 2
+    assert all(any(address in said for said in told) for copy in copies for address in copy.transport.addresses)
