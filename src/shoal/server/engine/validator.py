@@ -32,6 +32,9 @@ from shoal.server.step_inputs import StepInputs, Tensors, WantedLogits
 from shoal.spans import Span
 from shoal.tensors import TensorSpec
 
+MAX_STRAY_BYTES = 1 << 20
+"""A pushed step of so many bytes is received and dropped, also where one of this model cannot be as large."""
+
 
 @dataclass(frozen=True)
 class RequestValidator:
@@ -59,8 +62,14 @@ class RequestValidator:
     def check_declared(self, message: AnyMessage) -> None:
         """The tensors that a request declares may not be larger than any that is computed here.
 
-        So a frame that could only be refused is not received. Everything else is checked when the tensors are here.
+        So a frame that could only be refused is not received. Everything else is checked when the tensors are here. Of
+        steps that a server pushes only the bytes are: a refusal would end the stream for all sessions.
         """
+        if isinstance(message, Step) and message.link is not None:
+            most = max(MAX_STRAY_BYTES, MAX_STEP_TOKENS * (self.hidden_size + 4) * torch.float32.itemsize)
+            if message.payload_bytes > most:
+                raise rejected(f"a step of {message.payload_bytes} bytes; {most} are allowed")
+            return
         for spec in message.tensors:
             match message, spec.name:
                 case Step() | Forward() | Backward(), "hidden" | "grad":

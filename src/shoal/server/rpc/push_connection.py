@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shoal.concurrency import owned_task, with_progress_timeout
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
-from shoal.protocol import REPLY_KINDS, Downstream, ProtocolViolation, Step
+from shoal.protocol import Downstream, ProtocolViolation, Step
 from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
@@ -170,4 +170,4 @@ class PushConnection:
 
 async def _until_end(stream: Stream) -> None:
     with contextlib.suppress(StreamBroken, ProtocolViolation):
-        await codec.receive(stream, REPLY_KINDS)
+        await codec.receive(stream, frozenset())

@@ -110,7 +110,7 @@ class SessionStream:
 
     async def _until_gone(self) -> None:
         """Raises `StreamBroken` when the client stops waiting for the answers."""
-        await codec.receive(self._stream, SESSION_KINDS)
+        await codec.receive(self._stream, frozenset())
 
     def _pushed(self, step: Step, tensors: codec.Tensors) -> None:
         """The upstream server has pushed a step."""
