@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hivemind.utils import MSGPackSerializer
 
 from shoal.net import NetworkConfig, join
 from shoal.net.identity import Identity
+from shoal.net.libp2p.hash_table.record_table import RecordTable
 from shoal.net.records import Announcement, seal, shard_key
 from shoal.net.tallies import ShardTally, seal_tally
 from shoal.net.transport import Node
@@ -168,3 +170,28 @@ async def test_a_server_knows_the_network_from_which_a_record_came() -> None:
             await guest.directory.announce(MODEL, info(guest, 0, 4), lifetime=60)
             origins = {record.origin for record in held_by(first, guest.transport.peer)}
             assert origins == {Origin("127.0.3.1", "127.0.0.0/16")}
+
+
+class Hiding(RecordTable):
+    """The table of a node that says that it stores what it is sent, and shows nothing."""
+
+    def take(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def part(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+async def test_a_server_is_found_although_the_nodes_nearest_to_its_key_hide_what_they_store() -> None:
+    key = DHTID.generate(shard_key(MODEL.key, Shard(0, 0, 0)))
+    async with swarm(SERVER, CLIENT) as (first, server, client), AsyncExitStack() as stack:
+        address = f"/p2p/{first.transport.peer}"
+        for number in range(1, 6):  # as many as store a record
+            daemon, _ = await stack.enter_async_context(foreign_daemon(first))
+            p2p = await P2P.replicate(daemon.control)
+            node = await DHTNode.create(p2p=p2p, node_id=DHTID(key ^ number), initial_peers=[address])
+            node.protocol.use(Hiding(), None)
+            stack.push_async_callback(p2p.shutdown)
+        await server.directory.announce(MODEL, info(server, 0, 8), lifetime=60)
+        assert not [held for held in held_by(first, server.transport.peer) if held.key == key]
+        assert await client.directory.servers(MODEL) == (info(server, 0, 8),)

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
+from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
+from hivemind.utils import MSGPackSerializer
 
 from shoal.errors import BootstrapFailed, SwarmError
 from shoal.net.catalog import Listing
@@ -196,10 +198,14 @@ class DhtDirectory:
             await self._store(tally.dht_keys, seal_tally(self._identity, tally), expires)
 
     async def _store(self, keys: Sequence[str], record: bytes, expires: float) -> bool:
-        """Store a record under all of these keys. Returns whether that succeeded."""
+        """Store a record under all of these keys, here too. Returns whether other peers store it."""
         subkeys = [self._identity.peer] * len(keys)
         records = [record] * len(keys)
         stored = await self._request(lambda node: node.store_many(list(keys), records, expires, subkeys=subkeys))
+        if self._stores_records:
+            # The nearest nodes to a key may be there to hide it. Of up to 20 nodes, readers ask all.
+            for key in keys:
+                self._table.store(DHTID.generate(key), MSGPackSerializer.dumps(record), expires, self._identity.peer)
         return all(stored.values())
 
     def _on_announcement(self, announcement: Announcement) -> None:
