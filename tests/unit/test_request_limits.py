@@ -12,7 +12,7 @@ from shoal.net.libp2p.daemon import DaemonFailed
 from shoal.net.libp2p.hash_table import opened_records
 from shoal.net.libp2p.hash_table.opened_records import OpenedRecords
 from shoal.net.libp2p.hash_table.peer_origins import LIST_SECONDS, OLD_SECONDS, PeerOrigins
-from shoal.net.libp2p.hash_table.request_limits import MOST_REMEMBERED, Rate, RequestLimits
+from shoal.net.libp2p.hash_table.request_limits import MOST_REMEMBERED, WINDOW_SECONDS, Rate, RequestLimits
 from shoal.net.records import Announcement, seal
 from shoal.net.tallies import seal_tally
 from shoal.policy.network.table_room import UNKNOWN
@@ -47,7 +47,7 @@ def test_a_peer_has_its_rate_and_a_network_its_own_however_many_identities_it_ha
     limits = RequestLimits(Rate(of_peer=10, of_network=35), clock)
     assert [asked(limits, f"x{number}", HERE) for number in range(5)] == [10, 10, 10, 5, 0]
     assert asked(limits, "h", THERE) == 10
-    clock.now += 30.0
+    clock.now += WINDOW_SECONDS / 2
     assert asked(limits, "h", THERE) == 5
 
 

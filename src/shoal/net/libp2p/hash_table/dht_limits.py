@@ -1,4 +1,4 @@
-"""hivemind's DHT with limits on what peers can look up and store, in one request and in a minute.
+"""hivemind's DHT with limits on what peers can look up and store, in one request and in ten seconds.
 
 *What is stored.* A record is taken from its own peer only, whose identity libp2p has proved on this connection. So a
 record stands for a peer that was there, and one node cannot fill a key with records of identities that it made.
@@ -28,7 +28,7 @@ from hivemind.proto import dht_pb2
 
 from shoal.net.libp2p.hash_table.peer_origins import PeerOrigins
 from shoal.net.libp2p.hash_table.record_table import ENTRY_BYTES, RecordTable
-from shoal.net.libp2p.hash_table.request_limits import ANSWERED, STORED, RequestLimits
+from shoal.net.libp2p.hash_table.request_limits import ANSWERED, KEY_COST_BYTES, STORED, RequestLimits
 from shoal.net.libp2p.membership import ANSWER, OPEN, REQUEST, Membership
 from shoal.net.records import MAX_RECORD_BYTES
 from shoal.policy.network.table_room import UNKNOWN, Origin
@@ -140,15 +140,15 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
         """For each key, the records that fit into the answer, and the peers that are nearer to the key.
 
-        A repeated key is answered once. Raises `InvalidRequest`, also for a peer that has asked for too much in a
-        minute, and `NotAMember`.
+        A repeated key is answered once. Raises `InvalidRequest`, also for a peer that has asked for too much
+        lately, and `NotAMember`.
         """
         self._membership.check(request, REQUEST, context.remote_id)
         if len(request.keys) > MAX_FIND_KEYS or any(len(key) != KEY_BYTES for key in request.keys):
             raise InvalidRequest(f"a lookup of {len(request.keys)} keys")
         asking, origin = await self._sender(context)
         if not self._answered.allows(asking, origin):
-            raise InvalidRequest("too many lookups in a minute")
+            raise InvalidRequest("too many lookups at a time")
         self._add_to_routing_table(request.peer, context)
         response = dht_pb2.FindResponse(results=[], peer=self.node_info)
         keys = list(map(DHTID.from_bytes, request.keys))
@@ -166,7 +166,7 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
                 result.nearest_node_ids.append(node_id.to_bytes())
                 result.nearest_peer_ids.append(peer_id.to_bytes())
             response.results.append(result)
-        self._answered.spent(response.ByteSize(), asking, origin)
+        self._answered.spent(max(response.ByteSize(), KEY_COST_BYTES * len(keys)), asking, origin)
         return self._signed(response, context)
 
     def _find_result(self, key: DHTID, most_bytes: int) -> dht_pb2.FindResult:
