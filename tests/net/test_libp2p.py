@@ -26,12 +26,14 @@ from shoal.net.identity import Identity
 from shoal.net.libp2p import daemon as daemons
 from shoal.net.libp2p.daemon import DaemonConfig
 from shoal.net.libp2p.hash_table.dht_directory import DhtDirectory
-from shoal.net.libp2p.libp2p_transport import MAX_STREAMS_PER_PEER, Libp2pTransport
+from shoal.net.libp2p.libp2p_transport import Libp2pTransport
 from shoal.net.records import Announcement, seal, shard_key
-from shoal.net.transport import Node, Stream, StreamBroken
+from shoal.net.transport import MAX_LIFETIME, Node, Stream, StreamBroken
+from shoal.net.wire import codec
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.census.levels import Shard
-from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, ProtocolViolation
+from shoal.policy.network.stream_room import MAX_STREAMS_PER_PEER
+from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, Failure, ProtocolViolation
 from shoal.spans import Span
 from shoal.testing.shaped_servers import wait_until_stopped
 
@@ -480,6 +482,9 @@ async def test_the_streams_of_one_peer_are_limited() -> None:
             await stream.send(b"hello")
             assert (await stream.receive())[0] == b"hello"
         surplus = await greedy.transport.open(server.transport.peer)
+        told, _ = await codec.receive(surplus)
+        assert isinstance(told, Failure)
+        assert (told.code, told.reason) == ("busy", "this peer has 64 streams here, and 64 are allowed")
         with pytest.raises(StreamBroken):
             await surplus.receive()
         other = await modest.transport.open(server.transport.peer)
@@ -604,3 +609,26 @@ async def test_a_copied_identity_cannot_join(tmp_path: Any) -> None:
         with pytest.raises(UserError, match="another process of this machine is the peer"):
             async with join(NetworkConfig(host="127.0.0.1", identity=copy, initial_peers=node.transport.addresses)):
                 pass
+
+
+async def test_two_servers_with_a_copied_identity_both_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    """They start at the same time on two machines, so neither finds the other's record at its start."""
+    identity, daemon = Identity.temporary(), DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+    async with swarm() as (first,), AsyncExitStack() as stack:
+        peers = first.transport.addresses
+        copies: list[Node] = []
+        for _ in range(2):
+            directory = DhtDirectory(identity, stores_records=True, initial_peers=peers)
+            transport = Libp2pTransport(identity, daemon, initial_peers=peers, attach=directory.attach)
+            await transport.start()
+            stack.push_async_callback(directory.close)
+            stack.push_async_callback(transport.close)
+            copies.append(Node(transport, directory))
+        for lifetime in 60.0, MAX_LIFETIME, MAX_LIFETIME:
+            for copy in copies:
+                await copy.directory.announce(MODEL, info(copy, 0, 8), lifetime=lifetime)
+                for each in copies:
+                    await each.directory.servers(MODEL)
+    told = [each.getMessage() for each in caplog.records if "has this one's identity" in each.getMessage()]
+    assert len(told) == 2
+    assert all(any(address in said for said in told) for copy in copies for address in copy.transport.addresses)

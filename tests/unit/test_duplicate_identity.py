@@ -88,8 +88,15 @@ async def test_a_server_that_restarts_at_its_address_dials_no_other() -> None:
         pass
 
 
-def announced_by(peer: str, address: str, *, expires: float, state: ServerState = ServerState.ONLINE) -> Announcement:
-    info = replace(server(peer, "0:8", state=state), addresses=(f"{address}/p2p/{peer}",))
+def announced_by(
+    peer: str,
+    address: str,
+    *,
+    expires: float,
+    state: ServerState = ServerState.ONLINE,
+    up_since: float | None = None,
+) -> Announcement:
+    info = replace(server(peer, "0:8", state=state), addresses=(f"{address}/p2p/{peer}",), up_since=up_since)
     return Announcement.of(MODEL, info, expires=expires)
 
 
@@ -109,3 +116,14 @@ def test_a_second_server_that_started_with_the_first_is_reported_once(caplog: py
             watch.record(announced_by(ME, "/ip4/10.0.0.2/tcp/1", expires=late))
     (record,) = caplog.records
     assert "another server has this one's identity, at /ip4/10.0.0.2/tcp/1" in record.getMessage()
+
+
+@pytest.mark.parametrize(("seconds", "is_reported"), [(-100.0, False), (3.0, False), (10.0, True)])
+def test_a_server_that_came_up_later_with_this_identity_is_reported_at_once(
+    seconds: float, is_reported: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = DuplicateIdentityWatch(ME)
+    watch.add_own([f"/ip4/10.0.0.1/tcp/1/p2p/{ME}"], now=STARTED_AT)
+    with caplog.at_level(logging.WARNING, "shoal"):
+        watch.record(announced_by(ME, "/ip4/10.0.0.2/tcp/1", expires=STARTED_AT + 70, up_since=STARTED_AT + seconds))
+    assert bool(caplog.records) == is_reported

@@ -12,7 +12,6 @@ peer that reads it make the same checks, which are here.
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Protocol
 
@@ -306,7 +305,6 @@ def seal(identity: Identity, announcement: Announcement) -> bytes:
     return record
 
 
-@lru_cache(maxsize=1 << 14)
 def unseal(record: bytes) -> Announcement | None:
     """The announcement in a record; None unless the peer that it is about signed it. The time is not checked."""
     if not SIGNATURE_BYTES < len(record) <= MAX_RECORD_BYTES:

@@ -8,7 +8,6 @@ peer can report on its own shards only, and its digest decides which these are.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -119,7 +118,6 @@ def seal_tally(identity: Identity, tally: ShardTally) -> bytes:
         tally = tally.model_copy(update={"rows": _rows(fewer)})
 
 
-@lru_cache(maxsize=1024)
 def unseal_tally(record: bytes) -> ShardTally | None:
     """The tally in a record; None unless the peer that it names signed it. The time is not checked."""
     if not SIGNATURE_BYTES < len(record) <= MAX_RECORD_BYTES:

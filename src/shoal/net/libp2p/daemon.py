@@ -187,6 +187,15 @@ class Daemon:
         decoded = (decode(address) for address in response.identify.addrs)
         return tuple(address for address in decoded if address is not None)
 
+    async def connections(self) -> list[tuple[str, str | None]]:
+        """The connections: each peer with its address there, which is `None` if shoal does not know its form.
+
+        Raises `DaemonFailed`.
+        """
+        response, _, writer = await self._request(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
+        writer.close()
+        return [(peer_id_of(peer.id), decode(address)) for peer in response.peers for address in peer.addrs]
+
     async def connect(self, peer: str, addresses: Sequence[str]) -> None:
         """Connect to a peer at these addresses, unless it is connected. Raises `DaemonFailed`."""
         # The peer id at their end is a field of its own.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from shoal.net.libp2p.daemon import DaemonFailed
 from shoal.net.libp2p.strangers import stranger
-from shoal.net.records import Announcement
+from shoal.net.records import CLOCK_SKEW, Announcement
 from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import ServerState
 
@@ -50,14 +50,15 @@ class DuplicateIdentityWatch:
     def record(self, announcement: Announcement) -> None:
         """Examine an announcement from the DHT.
 
-        One that expires later than `MAX_LIFETIME` after the start of this process was made since then. So it is not
-        left over from an earlier process that crashed.
+        One that is left over from an earlier process that crashed is no other server. One of a server that has come up
+        since this process started is not left over, and neither is one that expires later than `MAX_LIFETIME` after
+        that start. So of two servers the one that started first says so at once, and the other within that time.
         """
         if (
             self._has_warned
             or announcement.peer != self._peer
             or announcement.state is ServerState.LEAVING
-            or announcement.expires <= self._started_at + MAX_LIFETIME
+            or not self._was_made_since(announcement)
             or not self._own_addresses
             or not self._own_addresses.isdisjoint(announcement.addresses)
         ):
@@ -67,3 +68,8 @@ class DuplicateIdentityWatch:
         logger.warning(
             "another server has this one's identity, at %s: other peers see only one of the two; %s", where, HINT
         )
+
+    def _was_made_since(self, announcement: Announcement) -> bool:
+        """Whether the announcement was made after this process started."""
+        has_come_later = (announcement.up_since or 0.0) > self._started_at + CLOCK_SKEW
+        return has_come_later or announcement.expires > self._started_at + MAX_LIFETIME

@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
+from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.proto import dht_pb2
+from hivemind.utils import MSGPackSerializer
 
 from shoal.errors import BootstrapFailed, SwarmError
 from shoal.net.catalog import Listing
@@ -24,6 +26,9 @@ from shoal.net.libp2p.duplicate_identity import DuplicateIdentityWatch
 from shoal.net.libp2p.hash_table.dht_limits import create_node
 from shoal.net.libp2p.hash_table.dht_reads import Traffic, Values, read_everywhere, read_thinly
 from shoal.net.libp2p.hash_table.known_peers import KnownPeers
+from shoal.net.libp2p.hash_table.opened_records import OpenedRecords
+from shoal.net.libp2p.hash_table.peer_origins import PeerOrigins
+from shoal.net.libp2p.hash_table.record_table import RecordTable
 from shoal.net.libp2p.hash_table.record_validator import RecordValidator
 from shoal.net.libp2p.hash_table.store_failures import StoreFailureLog, StoreResponses, store_failure
 from shoal.net.libp2p.membership import Membership
@@ -37,10 +42,9 @@ from shoal.net.records import (
     seal,
     shard_key,
     tallies_key,
-    unseal,
 )
 from shoal.net.swarm_key import SwarmKey
-from shoal.net.tallies import ShardTally, seal_tally, unseal_tally
+from shoal.net.tallies import ShardTally, seal_tally
 from shoal.net.tally_book import Report
 from shoal.net.transport import MAX_LIFETIME
 from shoal.peers import ModelInfo, ServerInfo, ServerState
@@ -83,6 +87,8 @@ class DhtDirectory:
         self._clock = clock
         self._swarm_key = swarm_key
         self._node: Any = None
+        self._table = RecordTable(clock=clock)
+        self._opened = OpenedRecords()
         self._known_peers = KnownPeers(identity.peer, initial_peers=initial_peers, stores_records=stores_records)
         self._duplicates = DuplicateIdentityWatch(identity.peer)
         self._store_responses = StoreResponses()
@@ -97,7 +103,7 @@ class DhtDirectory:
         )
 
     async def attach(self, daemon: Daemon, peers: Sequence[str], is_dialled: bool = True) -> None:
-        """Join the DHT through these peer ids; none starts a new DHT. A later node takes over the stored records.
+        """Join the DHT through these peer ids; none starts a new DHT. A later node keeps the stored records.
 
         A peer that others cannot dial stores nothing for them.
 
@@ -112,11 +118,13 @@ class DhtDirectory:
         try:
             self._node = node = await create_node(
                 Membership(self._identity.peer, self._swarm_key),
+                self._table,
+                PeerOrigins(daemon),
                 p2p=p2p,
                 node_id=former.node_id if former else None,
                 initial_peers=[f"/p2p/{peer}" for peer in peers],
                 client_mode=not self._stores_records,
-                record_validator=RecordValidator(self._clock, on_valid=self._on_announcement),
+                record_validator=RecordValidator(self._clock, self._on_announcement, self._opened),
                 ensure_bootstrap_success=former is None,
                 strict=False,
                 # hivemind's defaults wait several seconds for each peer that is gone.
@@ -137,8 +145,6 @@ class DhtDirectory:
             raise
         self._store_responses.watch(node.protocol)
         self._traffic.watch(node.protocol)
-        if former is not None:
-            node.protocol.storage = former.protocol.storage
         self._known_peers.attach(daemon, node)
         if former is None and self._may_store and (error := await self._clock_error()) is not None:
             if not error.is_usable:
@@ -192,10 +198,14 @@ class DhtDirectory:
             await self._store(tally.dht_keys, seal_tally(self._identity, tally), expires)
 
     async def _store(self, keys: Sequence[str], record: bytes, expires: float) -> bool:
-        """Store a record under all of these keys. Returns whether that succeeded."""
+        """Store a record under all of these keys, here too. Returns whether other peers store it."""
         subkeys = [self._identity.peer] * len(keys)
         records = [record] * len(keys)
         stored = await self._request(lambda node: node.store_many(list(keys), records, expires, subkeys=subkeys))
+        if self._stores_records:
+            # The nearest nodes to a key may be there to hide it. Of up to 20 nodes, readers ask all.
+            for key in keys:
+                self._table.store(DHTID.generate(key), MSGPackSerializer.dumps(record), expires, self._identity.peer)
         return all(stored.values())
 
     def _on_announcement(self, announcement: Announcement) -> None:
@@ -245,7 +255,9 @@ class DhtDirectory:
         found = await self._request(
             lambda node: read_everywhere(node, [registry_key(shard) for shard in range(REGISTRY_SHARDS)])
         )
-        announcements = [each for key, values in found.items() for each in self._valid(key, values, unseal)]
+        announcements = [
+            each for key, values in found.items() for each in self._valid(key, values, self._opened.announcement)
+        ]
         if not announcements:
             await self._explain_nothing()
         votes = Counter(each.model_info for each in announcements if each.state is not ServerState.LEAVING)
@@ -266,7 +278,7 @@ class DhtDirectory:
         return {
             shard: [
                 Listing(each.server_info, each.level, each.expires, version=each.expires)
-                for each in self._valid(key, found[key], unseal)
+                for each in self._valid(key, found[key], self._opened.announcement)
                 if each.num_blocks == model.num_blocks
             ]
             for shard in shards
@@ -278,7 +290,7 @@ class DhtDirectory:
         return {
             bucket: [
                 Report(each.peer, each.shard, each.tally, each.expires)
-                for each in self._valid(key, found[key], unseal_tally)
+                for each in self._valid(key, found[key], self._opened.tally)
                 if each.num_blocks == model.num_blocks
             ]
             for bucket in buckets
