@@ -95,8 +95,9 @@ class _AutoDistributed:
           busy, or others are still loading them. Default: 180. With 0 it fails at once. Blocks that no server has
           announced since the client came are not waited for.
         - `standby=True`: sessions keep a second server warm for each of theirs.
-        - `salt`: servers reuse cached prefixes among sessions with equal salts only. With a salt of your own, others
-          cannot learn from response times which prompts you have sent.
+        - `salt`: servers reuse cached prefixes among sessions with equal salts only. Default: a secret one for each
+          model, so that others cannot learn from response times which prompts you have sent. With the same secret
+          `salt`, several clients share prefixes with each other; with `salt=""`, with all who pass that.
         - `observers`: functions that are called with every event of this model, such as a chosen route or a lost
           server (`shoal.events`), each on a thread of its own.
 
