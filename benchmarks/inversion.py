@@ -57,7 +57,7 @@ NOISE = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Sizes of noise, relative to each vector's own size."""
 ENDS = (0, 1, 2, 4)
 SECRET_BLOCKS = 2
-SECRET_STEPS = 300
+SECRET_STEPS = 200
 KNOWN = (256, 4096)
 """Tokens of known text, by which a server that has not got the secret weights learns what they do."""
 
@@ -201,7 +201,7 @@ def _answers_read(bench: Bench, num: int) -> float:
 
 def secret(bench: Bench) -> None:
     """What is read if the first blocks are the client's own, with weights that no one else has."""
-    texts = torch.cat([*written_by(bench.public, 512, 128, seed=3)])
+    texts = torch.cat([*written_by(bench.public, 512, 64, seed=3)])
     known_texts = torch.cat([*written_by(bench.public, 32, 256, seed=4)])
     reader, public_blocks = Reader(bench.public, SECRET_BLOCKS), Blocks(bench.public, SECRET_BLOCKS)
     rows = []
@@ -233,6 +233,7 @@ def secret(bench: Bench) -> None:
         ]
         cost = cost_of(model, bench.public, bench.texts)
         rows.append((name, *parts, *of_cost(cost)))
+        note(" | ".join(rows[-1]))
     table(
         f"The first {SECRET_BLOCKS} blocks on the client, with secret weights",
         [
