@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from shoal.gateway.error_objects import Refused, later
 
-
 SALT_BYTES = 16
 """The length of a salt that is drawn: it cannot be guessed."""
 
@@ -61,8 +60,9 @@ class Account:
 class Admission:
     """Checks keys and limits, and lets at most `max_running` requests run, while at most `max_waiting` wait.
 
-    Without `keys`, all may ask, and share prefixes with each other. The holders of keys share them only if all do: then
-    `salt` is that of all keys. By default each key has a secret one. Raises `ValueError` for an empty key: requests without a key have that.
+    Without `keys`, all may ask, and share prefixes with each other. The holders of keys share them only with a common
+    `salt`; by default, each key has a secret one. Raises `ValueError` for an empty key: requests without a key have
+    that.
     """
 
     def __init__(
