@@ -160,7 +160,7 @@ class DistributedModel(SavesTrained):
                 if session is not None:
                     raise UserError("a session has a salt already", hint="leave out salt=, or session=")
                 own = self.blocks.new_session(batch_size=1, max_length=1, salt=salt)  # it is told how long it gets
-                options[cache_argument(inspect.signature(self.forward).parameters)] = RemoteCache(own)
+                options[cache_argument(inspect.signature(cast(Any, self).forward).parameters)] = RemoteCache(own)
             generation = prepared(
                 self, generate, inputs, session=session, seed=seed, num_logprobs=num_logprobs, options=options
             )

@@ -108,12 +108,12 @@ _FIELDS: TypeAdapter[LoraFields | IA3Fields] = TypeAdapter(
 def checked_fields(origin: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments for PEFT's config of an adapter that is at `origin`. Raises `UserError` for any other config."""
     kind = config.get("peft_type")
-    known = {"LORA": LoraFields, "IA3": IA3Fields}.get(kind) if isinstance(kind, str) else None
-    if known is None:
+    if kind not in ("LORA", "IA3"):
         raise UserError(
             f"the adapter {origin} is of another kind: {str(kind)[:40]!r}", hint="LoRA, DoRA and IA3 can be used"
         )
-    own = {name: value for name, value in config.items() if name in known.model_fields}
+    known = {*(LoraFields if kind == "LORA" else IA3Fields).model_fields}
+    own = {name: value for name, value in config.items() if name in known}
     for name, value in config.items():
         if name not in own and name not in IGNORED and value not in (None, False, {}, [], ""):
             raise UserError(
@@ -124,7 +124,7 @@ def checked_fields(origin: str, config: Mapping[str, Any]) -> dict[str, Any]:
         fields = _FIELDS.validate_python(own)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = next((str(part) for part in first["loc"] if part in known.model_fields), "its config")
+        field = next((str(part) for part in first["loc"] if part in known), "its config")
         message = f"the adapter {origin} has a wrong {field}: {first['msg']}"
         raise UserError(message, hint=f"{field} cannot be used in this form") from None
     arguments = fields.model_dump(exclude_unset=True, exclude={"init_lora_weights"})
