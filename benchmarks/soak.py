@@ -44,7 +44,7 @@ IDLE_SECONDS = 60
 
 
 def open_model(address: str) -> Any:
-    return AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=[address], dtype=torch.float32)
+    return AutoDistributedModelForCausalLM.from_pretrained(MODEL, initial_peers=[address], dtype=torch.float32, salt="")
 
 
 def a_prompt(chance: random.Random) -> torch.Tensor:

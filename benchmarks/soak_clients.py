@@ -62,7 +62,7 @@ def run_client(name: str, addresses: list[str], script: Sequence[Conversation], 
     """Have random conversations of the script, one after another, for `seconds`."""
     kind, chance, until = KINDS[name], random.Random(f"{seed} {name}"), time.monotonic() + seconds
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        MODEL, initial_peers=addresses, dtype=torch.float32, **kind.options
+        MODEL, initial_peers=addresses, dtype=torch.float32, salt="", **kind.options
     )
     while time.monotonic() < until:
         conversation = chance.choice(script)[: kind.max_turns]

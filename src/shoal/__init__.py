@@ -13,7 +13,11 @@ other.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+import os
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+from shoal.large_imports import forbid_hub_kernels
 
 if TYPE_CHECKING:
     from shoal.client import (
@@ -73,6 +77,7 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_worth_reading)
+forbid_hub_kernels(os.environ, cast("dict[str, Any]", sys.modules))
 
 
 def __getattr__(name: str) -> Any:

@@ -53,6 +53,13 @@ def test_a_salt_that_is_too_long_to_send_is_refused_before_the_swarm_is_asked():
         ClientOptions(salt="s" * 257)
 
 
+def test_beginnings_are_shared_only_on_demand():
+    address = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
+    assert client_options([address]).salt is None
+    assert client_options([address], share_prefixes=True).salt == ""
+    assert ClientOptions.from_keywords(salt="").salt == ""
+
+
 def test_keywords_make_the_options_that_the_command_line_makes(monkeypatch: pytest.MonkeyPatch):
     address = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
     by_command = client_options([address], wire=Wire.int8, pin=["0:4=A"], history_memory=2, dtype=DType.float32)

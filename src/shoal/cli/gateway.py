@@ -124,6 +124,7 @@ def command(
                 tokens_per_minute=tokens_per_minute,
                 max_running=max_requests,
                 max_waiting=4 * max_requests,
+                salt=client.salt,
             )
             # A gateway for this machine answers to this machine's names only.
             hosts = LOOPBACK if host in LOOPBACK else None

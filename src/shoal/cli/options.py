@@ -191,6 +191,14 @@ ChooseBy = Annotated[
     Chooser,
     typer.Option("--chooser", metavar="NAME", help=f"How the route is chosen: {', '.join(Chooser)}."),
 ]
+SharePrefixes = Annotated[
+    bool,
+    typer.Option(
+        "--share-prefixes/--no-share-prefixes",
+        help="Reuse beginnings of texts that servers computed for others who say so too; these can find out which "
+        "beginnings you have sent.",
+    ),
+]
 RemoteHead = Annotated[
     bool,
     typer.Option(
@@ -254,6 +262,7 @@ def client_options(  # the first parameter stands first in the help of a command
     audits: AuditLevel = Audits.low,
     pin: Pin = None,
     chooser: ChooseBy = Chooser.balanced,
+    share_prefixes: SharePrefixes = False,
     remote_head: RemoteHead = False,
     head_quantization: HeadQuantization = Quantization.none,
     revision: Revision = None,
@@ -279,6 +288,7 @@ def client_options(  # the first parameter stands first in the help of a command
         audits=audits,
         pinned=pins(pin),
         chooser=chooser,
+        salt="" if share_prefixes else None,
         remote_head=remote_head,
         head_quantization=head_quantization,
         revision=revision,

@@ -97,8 +97,9 @@ class _AutoDistributed:
         - `standby=True`: sessions keep a second server warm for each of theirs.
         - `audits`: how often what a server answers is computed again by others, to find servers that lie: "off", "low"
           (the default) or "high" (`docs/trust.md`).
-        - `salt`: servers reuse cached prefixes among sessions with equal salts only. With a salt of your own, others
-          cannot learn from response times which prompts you have sent.
+        - `salt`: servers reuse cached prefixes among sessions with equal salts only. Default: a secret one for each
+          model, so that others cannot learn from response times which prompts you have sent. With the same secret
+          `salt`, several clients share prefixes with each other; with `salt=""`, with all who pass that.
         - `observers`: functions that are called with every event of this model, such as a chosen route or a lost
           server (`shoal.events`), each on a thread of its own.
 

@@ -245,9 +245,12 @@ class RemoteSequential(NotPicklable, nn.Module):
         expected = max_length or min(self.max_length, DEFAULT_SESSION_LENGTH)
         return self._session(batch_size, max_length=max_length, expected_length=expected)
 
-    def new_session(self, *, batch_size: int, max_length: int) -> InferenceSession:
-        """The session of one call of `generate()`, expected to reach `max_length` tokens. It may grow beyond that."""
-        session = self._session(batch_size, max_length=None, expected_length=max_length)
+    def new_session(self, *, batch_size: int, max_length: int, salt: str | None = None) -> InferenceSession:
+        """The session of one call of `generate()`, expected to reach `max_length` tokens. It may grow beyond that.
+
+        It shares prefixes with sessions of the same `salt`, by default the model's.
+        """
+        session = self._session(batch_size, max_length=None, expected_length=max_length, salt=salt)
         session.in_call = True  # Transformers keeps account of the tokens
         note_opened(session)
         return session
@@ -257,7 +260,13 @@ class RemoteSequential(NotPicklable, nn.Module):
         return active_session(self.owner)
 
     def _session(
-        self, batch_size: int, *, max_length: int | None, expected_length: int, tuning: ActiveAdapters | None = None
+        self,
+        batch_size: int,
+        *,
+        max_length: int | None,
+        expected_length: int,
+        tuning: ActiveAdapters | None = None,
+        salt: str | None = None,
     ) -> InferenceSession:
         self._follow()
         return InferenceSession(
@@ -270,6 +279,7 @@ class RemoteSequential(NotPicklable, nn.Module):
             num_prompt_tokens=self.num_prompt_tokens,
             tuning=self._tuning(self._tuned()) if tuning is None else tuning,
             owner=self.owner,
+            salt=salt,
         )
 
     def close(self) -> None:

@@ -135,6 +135,7 @@ class DistributedModel(SavesTrained):
         session: InferenceSession | None = None,
         seed: int | None = None,
         num_logprobs: int | None = None,
+        salt: str | None = None,
         **options: Any,
     ) -> TokenStream:
         """The tokens of one text as they come: `async for token in model.stream(...)`, or `for token in ...`.
@@ -143,6 +144,8 @@ class DistributedModel(SavesTrained):
         `torch.manual_seed(seed)` if they are sampled. All streams of a model are computed together, however many there
         are and whenever they begin. With a `session`, a stream continues it, as `generate()` does. Each token has its
         id (`shoal.client.generation`); with `num_logprobs`, also its log-probability and that many of the likeliest.
+        With a `salt`, a stream without a session shares cached prefixes with streams of that salt, not with the model's
+        other ones: for a caller who streams for several people.
 
         Close the stream, or leave its `with` block, to stop: the servers then forget it at once. Raises `UserError` and
         `UnsupportedOperation` for what only `generate()` can do, such as beams; errors of the swarm come out of the
@@ -153,6 +156,11 @@ class DistributedModel(SavesTrained):
             self._remote_head.check_options(options)
         session = active_session(self.blocks.owner) if session is None else session
         with none_active(), closing_new_sessions() as opened:
+            if salt is not None:
+                if session is not None:
+                    raise UserError("a session has a salt already", hint="leave out salt=, or session=")
+                own = self.blocks.new_session(batch_size=1, max_length=1, salt=salt)  # it is told how long it gets
+                options[cache_argument(inspect.signature(cast(Any, self).forward).parameters)] = RemoteCache(own)
             generation = prepared(
                 self, generate, inputs, session=session, seed=seed, num_logprobs=num_logprobs, options=options
             )

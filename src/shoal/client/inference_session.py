@@ -78,8 +78,9 @@ class InferenceSession:
     servers. One thread at a time may use it.
 
     Lengths are in tokens: the session may reach `max_length`, and its servers have room for `expected_length`, by
-    default for all of it. `owner` identifies the blocks whose active session it may be. Raises `UserError` for a length
-    or a `batch_size` beyond the protocol's limits.
+    default for all of it. `owner` identifies the blocks whose active session it may be. Servers share cached beginnings
+    among sessions of the same `salt`, by default the model's. Raises `UserError` for a length or a `batch_size` beyond
+    the protocol's limits.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class InferenceSession:
         num_prompt_tokens: int = 0,
         tuning: ActiveAdapters | None = None,
         owner: object = None,
+        salt: str | None = None,
     ) -> None:
         if not (1 <= batch_size <= MAX_BATCH and 1 <= max_length <= MAX_LENGTH):
             raise UserError(
@@ -117,6 +119,7 @@ class InferenceSession:
             max_length=max_length + num_prompt_tokens,
             expected_length=None if expected_length is None else expected_length + num_prompt_tokens,
             tuning=tuning,
+            salt=salt,
         )
         runtime.sessions.add(self._session)
         self._closing = weakref.finalize(self, _close, runtime, self._session)

@@ -80,7 +80,7 @@ class Gateway:
         served = self.model(body.model)
         async with AsyncExitStack() as stack:
             await unless_gone(request, stack.enter_async_context(self.admission.admitted(account)))
-            answer: Answer = await asyncio.to_thread(make, served, body)
+            answer: Answer = await asyncio.to_thread(make, served, body, salt=account.salt)
             if not body.stream:
                 try:
                     return JSONResponse(await unless_gone(request, answer.whole()))

@@ -27,10 +27,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class GenerationInputs:
-    """An answer that was asked for: the prompt [1, S], and options of `model.stream`."""
+    """An answer that was asked for: the prompt [1, S], the asker's `salt`, and options of `model.stream`."""
 
     served: ServedModel
     ids_1S: torch.Tensor
+    salt: str
     options: dict[str, Any]
     stop_texts: tuple[str, ...] = ()
     with_special: bool = False
@@ -106,7 +107,7 @@ async def pieces(inputs: GenerationInputs, usage: Usage) -> AsyncGenerator[Piece
     decoder, stops = Decoder(inputs.served.tokenizer, with_special=inputs.with_special), StopFinder(inputs.stop_texts)
     mask_1S = torch.ones_like(inputs.ids_1S)  # without one, generate() would take some special tokens for padding
     stream = await asyncio.to_thread(
-        inputs.served.model.stream, inputs.ids_1S, attention_mask=mask_1S, **inputs.options
+        inputs.served.model.stream, inputs.ids_1S, attention_mask=mask_1S, salt=inputs.salt, **inputs.options
     )
     async with stream:
         async for token in stream:

@@ -19,6 +19,7 @@ from shoal.gateway.app import Gateway, application
 from shoal.gateway.endpoints.turns import Turn
 from shoal.gateway.guard.admission import Admission
 from shoal.gateway.served_model import ServedModel
+from shoal.prefix import PAGE_TOKENS
 
 from ..gateways import served_at
 from ..harness import QUICK, Swarm, swarm_of
@@ -145,6 +146,20 @@ def test_keys_and_limits(net: Swarm, tokenizer: Any):
         two.completions.create(**ask)
         clock[0] = 31.0
         one.completions.create(**ask)
+
+
+def test_a_key_learns_nothing_of_the_prompts_of_another(net: Swarm, tokenizer: Any):
+    served = ServedModel("stories", net.model(), tokenizer)
+    ask: dict[str, Any] = {"model": "stories", "prompt": "A hen and a goat met at the old well. " * 4, "max_tokens": 1}
+    cached = []
+    with served_at(application(Gateway([served], Admission(["one", "two"])))) as url:
+        for key in ("one", "two", "one", "two"):
+            answer = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0).completions.create(**ask)
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens_details is not None
+            cached.append(answer.usage.prompt_tokens_details.cached_tokens)
+    num_pages = answer.usage.prompt_tokens // PAGE_TOKENS
+    assert cached == [0, 0, num_pages * PAGE_TOKENS, num_pages * PAGE_TOKENS]
 
 
 def test_missing_blocks_are_a_503(net: Swarm, tokenizer: Any):

@@ -289,7 +289,7 @@ class Pipeline:
             adapters=self._tuning.names(stage.hop.span),
             batch_size=like.shape[0],
             expected_length=self._expected_length(),
-            salt=self._swarm.config.salt,
+            salt=self._inputs.salt,
             skip=self.sink(index).num_tokens,
             epoch=self._inputs.epoch.number,
             upstream=upstream,
@@ -335,7 +335,7 @@ class Pipeline:
         if positions_BS is None:
             positions_BS = torch.arange(num_tokens).expand(batch_size, -1)
         span = self.stages[index].hop.span
-        first = root_hash(span, adapter_cache_salt(self._swarm.config.salt, self._tuning.names(span)))
+        first = root_hash(span, adapter_cache_salt(self._inputs.salt, self._tuning.names(span)))
         names = [
             b"".join(page_hashes(first, hidden, positions))
             for hidden, positions in zip(inputs_BSD, positions_BS, strict=True)

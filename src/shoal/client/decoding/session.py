@@ -67,7 +67,7 @@ class Session:
     """The decoding of a batch of sequences through the blocks of `span`. Runs on the client's event loop.
 
     It has at most `max_length` tokens. Servers are chosen that have room for `expected_length` tokens, by default for
-    `max_length`.
+    `max_length`. Servers share cached beginnings among sessions of the same `salt`, by default that of the client.
     """
 
     def __init__(
@@ -79,10 +79,11 @@ class Session:
         max_length: int,
         expected_length: int | None = None,
         tuning: ActiveAdapters | None = None,
+        salt: str | None = None,
     ) -> None:
         self.span = span
         self._swarm = swarm
-        self._inputs = SessionInputs(swarm.store)
+        self._inputs = SessionInputs(swarm.store, salt=swarm.salt if salt is None else salt)
         self._planner = RoutePlanner(
             swarm,
             self._inputs,

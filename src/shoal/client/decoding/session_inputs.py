@@ -1,4 +1,4 @@
-"""The tokens of a session as all its servers are told of them: inputs, positions, padding, and the epoch."""
+"""The tokens of a session as all its servers are told of them: inputs, positions, padding, salt, and the epoch."""
 
 # B sequences, T new tokens, S all tokens, D hidden size
 
@@ -17,10 +17,12 @@ from shoal.errors import UserError
 class SessionInputs:
     """The inputs of a session's first block, and the positions and the padding of its tokens.
 
-    The `epoch` says which version of them a step belongs to. `store` keeps the inputs.
+    The `epoch` says which version of them a step belongs to. `store` keeps the inputs. Servers share their cached
+    beginnings only among sessions of the same `salt`.
     """
 
-    def __init__(self, store: HistoryStore) -> None:
+    def __init__(self, store: HistoryStore, *, salt: str) -> None:
+        self.salt = salt
         self.hidden = History(store)
         self.epoch = Epoch()
         self._masks: History | None = None  # None while no sequence is padded

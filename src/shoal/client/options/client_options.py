@@ -85,8 +85,9 @@ class ClientOptions:
     pinned: tuple[tuple[Span, str], ...] = ()
     """Spans of blocks, each with the only server that may compute it."""
     chooser: Chooser = "balanced"
-    salt: str = ""
-    """Servers share what they have cached among sessions with equal salts only."""
+    salt: str | None = field(default=None, repr=False)
+    """Servers share what they have cached among sessions with equal salts only. `None` is a secret one that the model
+    draws when it is opened; "" is that of all clients that want to share."""
     silence_seconds: float = 1.25
     """A server that sends nothing for half a second is pinged, and is lost when it is silent for this long. The client
     waits longer while many bytes are in flight."""
@@ -125,7 +126,7 @@ class ClientOptions:
     def __post_init__(self) -> None:
         from shoal.protocol import MAX_TEXT  # here, because `shoal --help` needs none of the messages
 
-        if len(self.salt) > MAX_TEXT:
+        if self.salt is not None and len(self.salt) > MAX_TEXT:
             raise UserError(
                 f"a salt of {len(self.salt)} characters is too long", hint=f"it may have up to {MAX_TEXT} characters"
             )
@@ -180,7 +181,7 @@ class ClientOptions:
         tuning_mode: str | None = None,
         pre_seq_len: int = 0,
         active_adapter: str | Path | None = None,
-        salt: str = "",
+        salt: str | None = None,
         allow_uncertified: bool = False,
         local_files_only: bool = False,
         observers: Sequence[Observer] = (),

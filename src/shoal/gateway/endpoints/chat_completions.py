@@ -20,7 +20,7 @@ from shoal.gateway.token_options import stream_options
 class ChatAnswer(OpenAIAnswer):
     """The answers to one request: `whole` at once, or `chunks` as they come."""
 
-    def __init__(self, served: ServedModel, request: ChatRequest) -> None:
+    def __init__(self, served: ServedModel, request: ChatRequest, *, salt: str) -> None:
         super().__init__("chatcmpl", request.model)
         self._served = served
         self._request = request
@@ -38,6 +38,7 @@ class ChatAnswer(OpenAIAnswer):
             GenerationInputs(
                 served,
                 ids_1S,
+                salt,
                 stream_options(request, served, num_prompt_tokens=num_prompt, index=index, calls=schema)
                 | {"max_new_tokens": most, "num_logprobs": num_logprobs},
                 request.stop_texts,

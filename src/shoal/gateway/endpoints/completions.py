@@ -24,7 +24,7 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionAnswer(OpenAIAnswer):
     """The answers to one request: `whole` at once, or `chunks` as they come."""
 
-    def __init__(self, served: ServedModel, request: CompletionRequest) -> None:
+    def __init__(self, served: ServedModel, request: CompletionRequest, *, salt: str) -> None:
         if request.echo and request.stream:
             raise bad_field("echo", "echo is not supported with stream")
         if request.max_tokens == 0 and not request.echo:
@@ -43,7 +43,7 @@ class CompletionAnswer(OpenAIAnswer):
             for index in range(request.n or 1):
                 options = stream_options(request, served, num_prompt_tokens=num_prompt, index=index)
                 options |= {"max_new_tokens": most, "num_logprobs": request.logprobs}
-                self.inputs.append(GenerationInputs(served, ids_1S, options, request.stop_texts))
+                self.inputs.append(GenerationInputs(served, ids_1S, salt, options, request.stop_texts))
                 self.usages.append(Usage(num_prompt))
                 self._texts_before.append(self._echoed(prompt) if request.echo else "")
 

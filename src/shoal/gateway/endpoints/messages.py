@@ -27,10 +27,10 @@ class MessagesAnswer:
 
     events_are_named: ClassVar[bool] = True
 
-    def __init__(self, served: ServedModel, request: MessagesRequest) -> None:
+    def __init__(self, served: ServedModel, request: MessagesRequest, *, salt: str) -> None:
         self._request = request
         self._id = f"msg_{uuid4().hex}"
-        self._chat = ChatAnswer(served, _as_chat(request))
+        self._chat = ChatAnswer(served, _as_chat(request), salt=salt)
 
     @property
     def usages(self) -> list[Usage]:

@@ -25,11 +25,11 @@ class ResponsesAnswer:
 
     events_are_named: ClassVar[bool] = True
 
-    def __init__(self, served: ServedModel, request: ResponsesRequest) -> None:
+    def __init__(self, served: ServedModel, request: ResponsesRequest, *, salt: str) -> None:
         self._request = request
         self._id = f"resp_{uuid4().hex}"
         self._created = int(time.time())
-        self._chat = ChatAnswer(served, ChatRequest.model_validate(request.as_chat()))
+        self._chat = ChatAnswer(served, ChatRequest.model_validate(request.as_chat()), salt=salt)
 
     @property
     def inputs(self) -> list[GenerationInputs]:

@@ -6,11 +6,15 @@ import asyncio
 import contextlib
 import hashlib
 import math
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 from shoal.gateway.error_objects import Refused, later
+
+SALT_BYTES = 16
+"""The length of a salt that is drawn: it cannot be guessed."""
 
 
 def digest(key: str) -> bytes:
@@ -46,16 +50,19 @@ class Allowance:
 
 @dataclass
 class Account:
-    """One key's limits."""
+    """One key's limits, and the salt of its prefixes: without the same one, no other finds out what they are."""
 
     requests: Allowance
     tokens: Allowance
+    salt: str = field(repr=False)
 
 
 class Admission:
     """Checks keys and limits, and lets at most `max_running` requests run, while at most `max_waiting` wait.
 
-    Without `keys`, all may ask. Raises `ValueError` for an empty key: requests without a key have that.
+    Without `keys`, all may ask, and share prefixes with each other. The holders of keys share them only with a common
+    `salt`; by default, each key has a secret one. Raises `ValueError` for an empty key: requests without a key have
+    that.
     """
 
     def __init__(
@@ -66,10 +73,12 @@ class Admission:
         tokens_per_minute: float | None = None,
         max_running: int = 64,
         max_waiting: int = 256,
+        salt: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         def account() -> Account:
-            return Account(Allowance(requests_per_minute, clock), Allowance(tokens_per_minute, clock))
+            own = secrets.token_hex(SALT_BYTES) if salt is None else salt
+            return Account(Allowance(requests_per_minute, clock), Allowance(tokens_per_minute, clock), own)
 
         keys = tuple(keys)
         if not all(keys):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from shoal.errors import CheckpointError, UserError
 from shoal.model.families import find_backbone, text_config
 from shoal.model.peft.factors import AdapterFactors
+from shoal.model.peft.peft_config import checked_fields
 from shoal.model.peft.peft_layers import find_adapter
 from shoal.model.peft.skeleton import skeletons
 from shoal.model.weights.checkpoint import Checkpoint
@@ -31,6 +33,10 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 """The largest config that is read. Those that PEFT writes have a few kilobytes."""
+MAX_WEIGHTS_BYTES = 8 << 30
+"""The largest file of weights that is read: a rank of 64 on all linear layers of a model of 70 B, in float32."""
+MAX_WEIGHTS = 200_000
+"""The tensors in it. The factors of 126 blocks with 256 experts, of which each is adapted, are fewer."""
 PREFIX = "base_model.model."
 """The prefix of weights in a PEFT folder, from the `PeftModel` around the model."""
 HOSTED = "hosted"
@@ -66,11 +72,14 @@ class PeftFolder:
                     f"{adapter} has no {file}", hint="is it a PEFT adapter, saved with save_pretrained as safetensors?"
                 )
         path, weights = files.path(CONFIG), files.path(WEIGHTS)
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{adapter}: {CONFIG} is too large to be that of a PEFT adapter")
+        for each, most in ((path, MAX_CONFIG_BYTES), (weights, MAX_WEIGHTS_BYTES)):
+            if each.stat().st_size > most:
+                raise CheckpointError(f"{adapter}: {each.name} is too large to be that of a PEFT adapter")
         digest = hashlib.blake2b(path.read_bytes(), digest_size=8)
         digest.update(weights.read_bytes())
-        return cls(str(adapter), digest.hexdigest(), read_json(files, CONFIG), load_file(weights))
+        config = read_json(files, CONFIG)
+        checked_fields(str(adapter), config)
+        return cls(str(adapter), digest.hexdigest(), config, _weights_in(weights))
 
     def put_into(self, model: nn.Module) -> list[str]:
         """Add the adapter to a model, active and frozen. Returns the names of weights that have no place in the model.
@@ -80,14 +89,20 @@ class PeftFolder:
         from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
         from peft.tuners.tuners_utils import cast_adapter_dtype
 
+        # The model may be trained on, so it gets copies. What the config asks for is made without memory, and has to
+        # come from the file.
+        weights = {name.removeprefix(PREFIX): weight.clone() for name, weight in self.weights.items()}
         try:
-            config = PeftConfig.from_peft_type(**{**self.config, "inference_mode": True})
-            inject_adapter_in_model(config, model, adapter_name=HOSTED)
+            config = PeftConfig.from_peft_type(**checked_fields(self.origin, self.config))
+            inject_adapter_in_model(config, model, adapter_name=HOSTED, low_cpu_mem_usage=True)
+            loaded = set_peft_model_state_dict(model, weights, adapter_name=HOSTED, low_cpu_mem_usage=True)
             cast_adapter_dtype(model, HOSTED)
-            weights = {name.removeprefix(PREFIX): weight for name, weight in self.weights.items()}
-            loaded = set_peft_model_state_dict(model, weights, adapter_name=HOSTED)
-        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        except (ValueError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
             raise UserError(f"this adapter does not fit the model: {str(error).splitlines()[0]}") from None
+        own = [name for name in loaded.missing_keys if HOSTED in name.split(".")]
+        if missing := sorted(name for name in own if model.get_parameter(name).is_meta):  # others are tied to what came
+            name = missing[0].removesuffix(f".{HOSTED}")
+            raise UserError(f"the adapter {self.origin} lacks {len(missing)} of its weights, such as {name}")
         model.eval()
         return sorted(loaded.unexpected_keys)
 
@@ -102,3 +117,20 @@ class PeftFolder:
         self.put_into(model)
         found = (find_adapter(block, layers[block]) for block in span)
         return [each.factors(hosted=self.name) for each in found if each is not None]
+
+
+def _weights_in(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights. Raises `CheckpointError` for a damaged file, and for what are no factors."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            num = len(list(opened.keys()))
+        weights = load_file(file) if num <= MAX_WEIGHTS else {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{file.name} of the adapter is damaged: {str(error).splitlines()[0][:200]}") from None
+    if num > MAX_WEIGHTS:
+        raise CheckpointError(f"{file.name} has {num:,} tensors: more than a PEFT adapter has")
+    if strange := next((name for name, weight in weights.items() if not weight.is_floating_point()), None):
+        raise CheckpointError(
+            f"{file.name} of the adapter: {strange[:100]} holds no factors but {weights[strange].dtype}"
+        )
+    return weights
