@@ -28,6 +28,7 @@ from shoal.adapters import adapter_cache_salt
 from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep
+from shoal.client.decoding.progress import awaited_steps
 from shoal.client.decoding.push_links import PushLinks
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage, StageStatus
@@ -35,9 +36,11 @@ from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.answers import named_tensors
 from shoal.client.swarm.swarm import Swarm
+from shoal.concurrency import now
 from shoal.errors import PeerError
 from shoal.events import StageReplaced
 from shoal.model.peft.factors import ActiveAdapters
+from shoal.policy.lateness import Awaited
 from shoal.policy.routing.route import SLOWEST, Hop
 from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS, page_hashes, root_hash
 from shoal.protocol import MAX_STEP_TOKENS, Open
@@ -81,6 +84,8 @@ class Pipeline:
         self.notify = notify
         self._links = PushLinks(swarm.measurements.broken_pairs, wire=swarm.config.wire)
         self.stages = self.stages_on(hops, history)
+        self.awaited: dict[Stage, Awaited] = {}
+        """The step that each server owes, and since when."""
 
     def stages_on(self, hops: Sequence[Hop], history: History) -> list[Stage]:
         """New stages on these hops. The first has this history; the histories of the others follow from it."""
@@ -94,6 +99,18 @@ class Pipeline:
             other.notify = self.notify
         self.stages[index : index + 1] = others
         self._swarm.events.emit(StageReplaced(stage.peer, tuple(each.peer for each in others)))
+
+    def overtake(self, stage: Stage, second: Pipeline) -> None:
+        """The stages of another pipeline, which has computed what `stage` owes, take its place.
+
+        They have the history of `stage`. The stages behind it are asked again: it may push after all, and wrongly.
+        """
+        index = self.stages.index(stage)
+        second.outputs.move_to(self.sink(index))
+        self.replace(stage, second.stages)
+        self._inputs.epoch.advance(EpochReason.OVERTAKEN)
+        for later in self.stages[index + len(second.stages) :]:
+            later.forget_pending()
 
     async def merge(self) -> None:
         """Where two stages in a row are on one server, make them one: one session takes half the room of two."""
@@ -128,6 +145,7 @@ class Pipeline:
                 has_progress = True
                 self._swarm.record_answer(stage.hop, stage.take_timings())
             stage.history.settle(stage.progress.num_computed)
+        self._note_awaited()
         for index, (upstream, downstream) in enumerate(pairwise(self.stages)):
             if (position := self._links.break_failed(upstream, downstream)) is not None:
                 log.info("%s cannot push to %s", upstream.peer, downstream.peer)
@@ -135,6 +153,15 @@ class Pipeline:
                 for later in self.stages[index + 1 :]:
                     later.unrequest_from(position)
         return has_progress
+
+    def _note_awaited(self) -> None:
+        """Note which step each server owes from now on."""
+        before, self.awaited = self.awaited, {}
+        for stage, step in zip(self.stages, awaited_steps([each.progress for each in self.stages]), strict=True):
+            if step is not None:
+                known = before.get(stage)
+                is_known = known is not None and known.key == step.key
+                self.awaited[stage] = known if is_known else Awaited(step.key, now(), step.usual_seconds)
 
     def next_failure(self) -> Stage | None:
         """A stage whose server has failed, each once. What that server pushed may be wrong, so it is asked again."""
@@ -158,6 +185,7 @@ class Pipeline:
         for index in reversed(range(len(self.stages))):
             with contextlib.suppress(PeerError):  # the stage keeps the error
                 await self._ask(index, limit, max_tokens)
+        self._note_awaited()
 
     async def _ask(self, index: int, limit: int, max_tokens: int | None) -> None:
         stage = self.stages[index]

@@ -36,6 +36,10 @@ class Measurements:
         if slowness is not None:
             self._slowness[peer] = slowness
 
+    def is_confirmed(self, peer: str) -> bool:
+        """Whether a server has computed a step for this client."""
+        return peer in self._slowness
+
     def slowness(self, peer: str) -> float:
         """By what factor a server takes longer than it announces; 1 if it was never measured."""
         known = self._slowness.get(peer)

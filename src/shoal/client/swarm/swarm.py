@@ -95,8 +95,11 @@ class Swarm:
         needs: Needs,
         upstream: ServerInfo | None = None,
         downstream: ServerInfo | None = None,
+        rather_confirmed: bool = False,
     ) -> Route:
         """The fastest route over a span through servers that may be used and have answered this client.
+
+        With `rather_confirmed`, it goes through servers only that have computed steps for this client, if they suffice.
 
         The span may be a part of a ring, between the servers `upstream` and `downstream` of it. Servers that hold a
         block alone need not have answered. A head that is needed is dropped from the needs if no server offers one.
@@ -104,15 +107,9 @@ class Swarm:
         Raises `MissingBlocks`, `UnsupportedOperation` if all servers of a block refuse single passes, and `SwarmError`
         if the directory has never answered.
         """
-        await self._directory.ensure_fresh()
-        view = self._healthy(excluded, needs)
-        if missing := view.missing(span):
-            await self._directory.refresh(missing)
-            view = self._healthy(excluded, needs)
-        view = await self._answering(view, span, needs)
-        if view.missing(span):  # rather a server that failed lately than none
-            view = await self._answering(self._not_blocked(excluded, needs), span, needs)
-            self._check_offered(span, needs)
+        view = self._confirmed(excluded, needs)
+        if not rather_confirmed or view.missing(span):
+            view = await self._proven(span, excluded, needs)
         route = choose_route(
             view,
             span,
@@ -126,6 +123,23 @@ class Swarm:
         chosen = tuple((hop.server.peer, hop.span) for hop in route.hops)
         self.events.emit(events.RouteChosen(self.model.name, span, chosen, route.seconds, route.explain))
         return route
+
+    async def _proven(self, span: Span, excluded: Set[Holding], needs: Needs) -> SwarmView:
+        """The servers that a route over a span may use. Some are pinged first, and the directory is read if it is old."""
+        await self._directory.ensure_fresh()
+        view = self._healthy(excluded, needs)
+        if missing := view.missing(span):
+            await self._directory.refresh(missing)
+            view = self._healthy(excluded, needs)
+        view = await self._answering(view, span, needs)
+        if view.missing(span):  # rather a server that failed lately than none
+            view = await self._answering(self._not_blocked(excluded, needs), span, needs)
+            self._check_offered(span, needs)
+        return view
+
+    def _confirmed(self, excluded: Set[Holding], needs: Needs) -> SwarmView:
+        """The healthy servers that have computed steps for this client."""
+        return self._healthy(excluded, needs).only(lambda server: self.measurements.is_confirmed(server.peer))
 
     async def _answering(self, view: SwarmView, span: Span, needs: Needs) -> SwarmView:
         """The same view with those servers only that a route may use, after some were pinged."""
@@ -281,6 +295,11 @@ class Swarm:
         for num_tokens, seconds in took:
             announced = announced_seconds(hop.server, len(hop.span), num_tokens)
             self.measurements.record_step(hop.server.peer, announced, seconds)
+
+    def record_overtaken(self, hop: Hop, seconds: float) -> None:
+        """A server has not computed a step in `seconds`, and another one has. Once is no reason to avoid it."""
+        log.info("%s gave nothing for %.1f s: another server takes its place", hop.server.peer, seconds)
+        self._health.record_overtaken(hop.server.peer, f"gave nothing for {seconds:.1f} s, and others were faster")
 
     def price(
         self,
