@@ -83,6 +83,7 @@ def play(
             for member in bed.members:
                 member.executor.recover()
             await story.end()
+        await bed.network.close()  # a liar's streams
 
     run(scene())
 
@@ -114,6 +115,75 @@ def test_also_while_it_reads_the_prompt(hop: int):
         assert victim.name not in story.servers()
 
     play(act)
+
+
+async def opens_nothing(stream: Stream) -> None:
+    """Says that it works, and answers nothing else."""
+    try:
+        while True:
+            if isinstance((await codec.receive(stream))[0], Ping):
+                await codec.send(stream, Pong(working=True))
+    except StreamBroken:
+        pass
+
+
+async def computes_nothing(stream: Stream) -> None:
+    """Opens sessions, says that it works and makes progress, and answers no step."""
+    num_passes = 0
+    try:
+        while True:
+            message, _ = await codec.receive(stream)
+            if isinstance(message, Open):
+                await codec.send(stream, Opened())
+            elif isinstance(message, Ping):
+                num_passes += 1
+                await codec.send(stream, Pong(working=True, num_passes=num_passes))
+    except StreamBroken:
+        pass
+
+
+async def accepts_nothing(stream: Stream) -> None:
+    """Answers the first ping, and is silent from then on."""
+    await codec.receive(stream)
+    await codec.send(stream, Pong())
+    await codec.receive(stream)
+    await codec.send(stream, Pong())
+    await asyncio.Event().wait()
+
+
+async def liar(bed: Bed, name: str, span: str, behaviour: Callable[[Stream], Awaitable[None]]) -> None:
+    """A server that announces the highest speed, and behaves like that."""
+    node = bed.network.node(name)
+    await node.transport.listen(behaviour)
+    info = ServerInfo(
+        peer=name,
+        span=Span.parse(span),
+        state=ServerState.ONLINE,
+        fingerprint=FINGERPRINT,
+        decode_speed=1e9,
+        prefill_speed=1e9,
+        cache_tokens_left=10_000,
+        dtype="float32",
+        quantization="none",
+        version="0",
+    )
+    await node.directory.announce(MODEL, info, lifetime=300.0)
+
+
+@pytest.mark.parametrize("behaviour", [opens_nothing, computes_nothing, accepts_nothing])
+@pytest.mark.parametrize("span", ["0:4", "1:3"])
+def test_a_server_that_answers_pings_and_nothing_else_costs_a_few_seconds_once(
+    behaviour: Callable[[Stream], Awaitable[None]], span: str
+):
+    async def act(story: Story) -> None:
+        await liar(story.bed, "liar", span, behaviour)
+        began = asyncio.get_running_loop().time()
+        await story.begin(40)
+        assert asyncio.get_running_loop().time() - began <= MOST_SECONDS
+        assert "liar" not in story.servers()
+        assert max([await story.step() for _ in range(20)]) < 1.0
+
+    play(act, reserves=())
 
 
 def test_several_servers_with_other_cuts_overtake_one():

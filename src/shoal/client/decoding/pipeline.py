@@ -35,9 +35,10 @@ from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage, StageStatus
 from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.answers import named_tensors
+from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import now
-from shoal.errors import PeerError
+from shoal.errors import PeerError, ServerLost
 from shoal.events import StageReplaced
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.lateness import Awaited
@@ -51,8 +52,11 @@ log = logging.getLogger(__name__)
 
 PREFILL_PIECE_TOKENS = 256
 """A long prompt goes through the ring in pieces of this length: the servers then work on several pieces at once."""
-OPEN_TIMEOUT_SECONDS = 10.0
-"""A server that has not opened a session after this time is lost. Usually it takes a round trip."""
+OPEN_SECONDS = 3.0
+"""How long a server may take to accept a stream, and then to open a session, if others hold its blocks. Usually each
+takes a round trip."""
+LONGEST_OPEN_SECONDS = 10.0
+"""A server that has not opened a session after this time is lost, if it is the only one or sends what it has cached."""
 
 
 class Pipeline:
@@ -143,7 +147,9 @@ class Pipeline:
         for index, stage in enumerate(self.stages):
             if stage.settle(self.sink(index), self.outputs, wire=self._swarm.config.wire, mask=self._inputs.mask):
                 has_progress = True
-                self._swarm.record_answer(stage.hop, stage.take_timings())
+                awaited = self.awaited.get(stage)
+                waited = None if awaited is None else now() - awaited.since
+                self._swarm.record_answer(stage.hop, stage.take_timings(), waited=waited)
             stage.history.settle(stage.progress.num_computed)
         self._note_awaited()
         for index, (upstream, downstream) in enumerate(pairwise(self.stages)):
@@ -276,7 +282,7 @@ class Pipeline:
     async def _connect(self, stage: Stage) -> None:
         await stage.disconnect()  # an earlier attempt may have been interrupted
         try:
-            connection = await self._swarm.connect(stage.hop.server)
+            connection = await self._connection(stage.hop)
             try:
                 adapters = self._tuning.in_span(stage.hop.span)
                 await self._swarm.adapter_sync.ensure_loaded(connection, stage.hop.server, adapters, session=True)
@@ -286,6 +292,15 @@ class Pipeline:
             stage.adopt(connection)
         except PeerError as error:
             stage.fail(error)
+
+    async def _connection(self, hop: Hop) -> Connection:
+        """A new connection to the server of a hop. Raises `ServerLost`."""
+        peer = hop.server.peer
+        try:
+            async with asyncio.timeout(OPEN_SECONDS if self._swarm.has_others(hop) else None):
+                return await self._swarm.connect(hop.server)
+        except TimeoutError:
+            raise ServerLost(f"{peer} did not answer within {OPEN_SECONDS:g} s", peer=peer) from None
 
     async def _send_open(self, stage: Stage) -> bool:
         """Ask the server to open the session; returns whether it may have the first tokens in its cache."""
@@ -318,8 +333,9 @@ class Pipeline:
         if stage.connection is None:
             return
         sink, wire = self.sink(self.stages.index(stage)), self._swarm.config.wire
+        late_at = now() + OPEN_SECONDS
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_SECONDS):
+            async with asyncio.timeout(LONGEST_OPEN_SECONDS):
                 while not (
                     stage.has_failed
                     or stage.not_cached is not None
@@ -327,6 +343,9 @@ class Pipeline:
                 ):
                     await stage.has_news.wait()
                     stage.has_news.clear()
+                    # Something came, such as a pong. It does not come in the midst of a large answer: none is on its way.
+                    if now() > late_at and stage.status is StageStatus.OPENING and self._swarm.has_others(stage.hop):
+                        raise TimeoutError
         except TimeoutError:
             stage.connection.fail(stage.connection.lost("does not open a session"))
         if (not_cached := stage.not_cached) is not None:

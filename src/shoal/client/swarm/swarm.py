@@ -31,6 +31,7 @@ from shoal.concurrency import now
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, ServerMoved, UnsupportedOperation
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.policy.routing.latency import seen_seconds
 from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import LOOK_SECONDS, MissingSince
@@ -43,6 +44,8 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 1.0
 """How long to wait for servers that hold the blocks, and did not answer, if none is blocked."""
+FEW_TOKENS = 16
+"""The inputs of more tokens may be long on their way, which is not the server's fault."""
 SHORTEST_WAIT = 1e-3
 """Patience that is shorter than this is over."""
 
@@ -110,6 +113,7 @@ class Swarm:
         view = self._confirmed(excluded, needs)
         if not rather_confirmed or view.missing(span):
             view = await self._proven(span, excluded, needs)
+        self.measurements.believe(view.servers)
         route = choose_route(
             view,
             span,
@@ -284,17 +288,23 @@ class Swarm:
         self.config = replace(self.config, allowed_servers=allowed, blocked_servers=blocked)
         self._directory.permit(self.config)
 
-    def record_answer(self, hop: Hop, took: Iterable[tuple[int, float]] = ()) -> None:
+    def record_answer(self, hop: Hop, took: Iterable[tuple[int, float]] = (), *, waited: float | None = None) -> None:
         """A server did its work: its failures are forgotten.
 
-        `took` are pairs of a number of tokens and the seconds that the server took for them. They correct the speeds
-        that it announces.
+        `took` are pairs of a number of tokens and the seconds that the server says it took for them. They correct the
+        speeds that it announces. The client has `waited` for the first of them, if it knows.
         """
-        self._health.record_success(hop.server.peer)
-        self._probe.record_answer(hop.server.peer)
-        for num_tokens, seconds in took:
-            announced = announced_seconds(hop.server, len(hop.span), num_tokens)
-            self.measurements.record_step(hop.server.peer, announced, seconds)
+        peer = hop.server.peer
+        self._health.record_success(peer)
+        self._probe.record_answer(peer)
+        for num_tokens, said in took:
+            seconds, round_trip = said, self.measurements.round_trips().get(peer)
+            if waited is not None and round_trip is not None:
+                self.measurements.record_speed(len(hop.span), num_tokens, max(said, waited - round_trip))
+                if num_tokens <= FEW_TOKENS:
+                    seconds = seen_seconds(said, waited=waited, round_trip=round_trip)
+            waited = None
+            self.measurements.record_step(peer, announced_seconds(hop.server, len(hop.span), num_tokens), seconds)
 
     def record_overtaken(self, hop: Hop, seconds: float) -> None:
         """A server has not computed a step in `seconds`, and another one has. Once is no reason to avoid it."""
@@ -349,6 +359,10 @@ class Swarm:
         await self._directory.ensure_fresh()
         healthy = self._healthy(frozenset(), Needs(ring=False)).servers
         return sum(server.span.start < span.end and span.start < server.span.end for server in healthy)
+
+    def has_others(self, hop: Hop) -> bool:
+        """Whether other servers, none of which has failed lately, announce the blocks of a hop."""
+        return not self._healthy({holding(hop.server)}).missing(hop.span)
 
     def is_avoided(self, peer: str) -> bool:
         """Whether a server has failed lately, or said that it is busy."""
