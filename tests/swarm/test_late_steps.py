@@ -186,6 +186,24 @@ def test_a_server_that_answers_pings_and_nothing_else_costs_a_few_seconds_once(
     play(act, reserves=())
 
 
+async def says_nothing(stream: Stream) -> None:
+    """A port that accepts."""
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("span", ["0:4", "0:2"])
+def test_three_hundred_identities_that_say_nothing_do_not_delay_the_first_token(span: str):
+    async def act(story: Story) -> None:
+        for index in range(300):
+            await liar(story.bed, f"liar{index}", span, says_nothing)
+        began = asyncio.get_running_loop().time()
+        await story.begin(40)
+        assert asyncio.get_running_loop().time() - began <= MOST_SECONDS
+        assert max([await story.step() for _ in range(40)]) < 1.0
+
+    play(act, reserves=())
+
+
 def test_several_servers_with_other_cuts_overtake_one():
     async def act(story: Story) -> None:
         await story.begin(20)
