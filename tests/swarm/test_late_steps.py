@@ -38,7 +38,7 @@ def quiet() -> Iterator[None]:
 
 
 class Story:
-    """A client's session in a bed of servers, and how long its steps take. What it reads is compared with the oracle."""
+    """A client's session in a bed of servers, and how long its steps take. Its outputs are compared with the oracle."""
 
     def __init__(self, bed: Bed, config: ClientOptions = PATIENT, *, name: str = "client0") -> None:
         self.bed = bed

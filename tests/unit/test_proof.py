@@ -42,8 +42,12 @@ def test_a_server_whose_only_rival_is_out_of_view_is_pinged():
 
 def test_the_servers_of_the_best_routes_are_pinged_first():
     whole = [server(f"whole{index}", "0:8", 5.0) for index in range(30)]
-    halves = [server(f"{name}{index}", span, 100.0) for index in range(3) for name, span in (("a", "0:4"), ("b", "4:8"))]
-    lone = [server(f"lone{index}", "3:5", 1000.0) for index in range(30)]  # fast, and in no good route: its ends are far
+    halves = [
+        server(f"{name}{index}", span, 100.0) for index in range(3) for name, span in (("a", "0:4"), ("b", "4:8"))
+    ]
+    lone = [
+        server(f"lone{index}", "3:5", 1000.0) for index in range(30)
+    ]  # fast, and in no good route: its ends are far
     chosen = asked(SwarmView(8, (*lone, *whole, *halves)), most=8)
     assert chosen[:6] == ["a0", "b0", "a1", "b1", "a2", "b2"]
 

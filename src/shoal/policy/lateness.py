@@ -1,8 +1,7 @@
 """When a step is late, so that a second server is asked for it, and what follows for a server that was overtaken.
 
-A server can answer every ping, say that it works, and give nothing. A client that believes that waits for minutes. So a
-client waits for a step as long as such a step may take, and then has it computed elsewhere too. The first answer counts,
-whose it is.
+A server can answer every ping, say that it works, and give nothing. A client that believes it waits for minutes. So a
+client waits for a step as long as such a step may take, and then asks another server too. The first answer counts.
 """
 
 from __future__ import annotations

@@ -166,8 +166,9 @@ class Pipeline:
         for stage, step in zip(self.stages, awaited_steps([each.progress for each in self.stages]), strict=True):
             if step is not None:
                 known = before.get(stage)
-                is_known = known is not None and known.key == step.key
-                self.awaited[stage] = known if is_known else Awaited(step.key, now(), step.usual_seconds)
+                if known is None or known.key != step.key:
+                    known = Awaited(step.key, now(), step.usual_seconds)
+                self.awaited[stage] = known
 
     def next_failure(self) -> Stage | None:
         """A stage whose server has failed, each once. What that server pushed may be wrong, so it is asked again."""
@@ -343,7 +344,7 @@ class Pipeline:
                 ):
                     await stage.has_news.wait()
                     stage.has_news.clear()
-                    # Something came, such as a pong. It does not come in the midst of a large answer: none is on its way.
+                    # Something came, such as a pong, and not in the midst of a large answer: none is on its way.
                     if now() > late_at and stage.status is StageStatus.OPENING and self._swarm.has_others(stage.hop):
                         raise TimeoutError
         except TimeoutError:

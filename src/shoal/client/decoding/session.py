@@ -276,7 +276,7 @@ class Session:
         return self._pipeline
 
     async def _exchange(self, pipeline: Pipeline, is_done: Callable[[], bool], excluded: Set[Holding]) -> None:
-        """Ask the servers and look at their answers until `is_done`, or until the ring of servers has to be put in order.
+        """Ask the servers and look at their answers until `is_done`, or until the ring has to be put in order.
 
         A server that is late is overtaken by another one. Raises the error of a server that fails.
         """

@@ -50,7 +50,7 @@ class PeerHealth:
         self._records[peer] = after_misrouted(self._records.get(peer), reason, now=self._clock())
 
     def record_overtaken(self, peer: str, reason: str) -> None:
-        """Another server was faster than this one, which was late. It is deprioritized if that was so before, lately."""
+        """Another server was faster than this one, which was late. The second time, it is deprioritized."""
         time = self._clock()
         self._overtaken[peer] = overtaken = after_overtaken(self._overtaken.get(peer), now=time)
         if overtaken.is_blamed:

@@ -129,7 +129,7 @@ class Swarm:
         return route
 
     async def _proven(self, span: Span, excluded: Set[Holding], needs: Needs) -> SwarmView:
-        """The servers that a route over a span may use. Some are pinged first, and the directory is read if it is old."""
+        """The servers that a route over a span may use. The directory is read if it is old, and some are pinged."""
         await self._directory.ensure_fresh()
         view = self._healthy(excluded, needs)
         if missing := view.missing(span):

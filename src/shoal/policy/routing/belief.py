@@ -3,9 +3,9 @@
 A speed of 1e9 costs nothing to announce. So a claim counts up to a ceiling, which is the same for all servers of a
 swarm: twice the best that any of them has shown this client. The factor lets a faster server win where speed matters;
 once it has computed a step, the ceiling is twice its own speed. Before the first step, the ceiling follows from what
-the servers announce that have answered: twice the speed that a quarter of them reach. It is a quarter, not a half,
-because half of a sound swarm may be slow machines in reserve; and few liars are no quarter. If more lie, the first step
-on one of them, or on the server that overtakes it, ends that.
+the servers announce that have answered: twice the speed that a quarter of them reach, and two at least. It is a
+quarter, not a half, because half of a sound swarm may be slow machines in reserve; and few liars are no quarter. If
+more lie, the first step on one of them, or on the server that overtakes it, ends that.
 
 Speeds are in block-tokens per second, so that they do not depend on the length of a span.
 """
@@ -68,12 +68,13 @@ def ceiling(confirmed: Fastest, answered: Sequence[ServerInfo]) -> Ceiling:
         decode = _upper(server.decode_speed * len(server.span) for server in answered if server.decode_speed)
     if prefill is None:
         prefill = _upper(server.prefill_speed * len(server.span) for server in answered if server.prefill_speed)
-    return Ceiling(BELIEVED * decode, BELIEVED * prefill)
+    return Ceiling(BELIEVED * decode, BELIEVED * max(decode, prefill))  # no prompt is read more slowly than steps are
 
 
 def _upper(speeds: Iterable[float]) -> float:
-    """The speed that one server in `TOP` reaches, or more of them."""
-    fastest_last = sorted(speeds)
-    if not fastest_last:
+    """The speed that one server in `TOP` reaches, and two at least if there are two."""
+    fastest_first = sorted(speeds, reverse=True)
+    if not fastest_first:
         return float("inf")
-    return fastest_last[len(fastest_last) - 1 - len(fastest_last) // TOP]
+    num_servers = len(fastest_first)
+    return fastest_first[min(max(2, -(-num_servers // TOP)), num_servers) - 1]

@@ -66,7 +66,7 @@ class Measured:
     slowness: Mapping[str, float] = field(default_factory=dict)
     broken_pairs: frozenset[tuple[str, str]] = frozenset()
     work_in_flight: Mapping[str, float] = field(default_factory=dict)
-    ceiling: Ceiling = Ceiling()
+    ceiling: Ceiling = field(default_factory=Ceiling)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ block alone are used in any case. `client/swarm/server_probe.py` does the pingin
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from shoal.peers import ServerInfo
 from shoal.policy.routing.costs import Costs
@@ -50,16 +51,15 @@ def servers_to_probe(
     strangers = {peer: server for peer, server in ranked.items() if peer not in proven}
     num_best = most - most // RANDOM_FRACTION
     chosen: dict[str, ServerInfo] = {}
-    searched = set([*ranked][:MOST_SEARCHED])
+    rest = replace(view, servers=tuple(ranked.values())[:MOST_SEARCHED])
     for _ in range(MOST_ROUTES):
-        rest = view.only(lambda server: server.peer in searched)
         if len(chosen) >= num_best or rest.missing(span) or (heads and not rest.offers_head(span.end - 1)):
             break
         new = {hop.server.peer: hop.server for hop in shortest(rest, span, costs) if hop.server.peer in strangers}
         if not new:
             break  # what is known is better than all claims
         chosen |= new
-        searched -= new.keys()
+        rest = replace(rest, servers=tuple(server for server in rest.servers if server.peer not in new))
     at_random = [server for server in view.servers if server.peer in strangers]
     for limit, servers in ((num_best, strangers.values()), (most, at_random)):
         for server in servers:
