@@ -195,6 +195,34 @@ def test_three_hundred_identities_that_say_nothing_do_not_delay_the_first_token(
     play(act, reserves=())
 
 
+def test_many_servers_in_a_row_that_give_nothing_cost_some_seconds_each_and_then_no_more():
+    async def act(story: Story) -> None:
+        for index in range(5):
+            await liar(story.bed, f"liar{index}", "0:4", computes_nothing)
+        began = asyncio.get_running_loop().time()
+        await story.begin(40)
+        assert asyncio.get_running_loop().time() - began <= 5 * (LATE_SECONDS + 0.5) + 1.0
+        assert max([await story.step() for _ in range(40)]) < 1.0
+
+    play(act, reserves=())
+
+
+def test_a_second_server_that_has_much_to_read_is_waited_for():
+    """It is not taken for late, and no third one is asked meanwhile."""
+
+    async def act(story: Story) -> None:
+        reserves = story.bed.members[2:]
+        await story.begin(40)
+        await story.step()
+        for reserve in reserves:  # they announce as much
+            reserve.executor.slowness = 7.0 / PASS_SECONDS
+        story.member(0).executor.thawed.clear()
+        assert await story.step() == pytest.approx(LATE_SECONDS + 7.0, abs=0.5)
+        assert sum(reserve.engine.num_passes for reserve in reserves) == 1
+
+    play(act, "0:2", "2:4", reserves=("0:2", "0:2"))
+
+
 def test_several_servers_with_other_cuts_overtake_one():
     async def act(story: Story) -> None:
         await story.begin(20)

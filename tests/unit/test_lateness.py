@@ -11,7 +11,6 @@ from shoal.policy.health import DEPRIORITIZE_SECONDS
 from shoal.policy.lateness import (
     LATE_FACTOR,
     LATE_SECONDS,
-    MOST_SECONDS,
     OVERTAKEN_SECONDS,
     PATIENT_AFTER,
     Awaited,
@@ -33,14 +32,10 @@ def test_a_server_that_is_always_late_has_more_time_from_the_moment_on_at_which_
     assert found == [LATE_SECONDS] * PATIENT_AFTER + [2 * LATE_SECONDS, 4 * LATE_SECONDS]
 
 
-def test_one_more_server_is_asked_at_each_interval_up_to_a_limit():
+def test_a_step_is_late_by_when_it_could_have_been_begun():
     awaited = Awaited((0, 5), since=100.0, usual_seconds=0.1)
-    assert awaited.next_at(now=100.0) == 100.0 + LATE_SECONDS
-    assert [awaited.num_seconds(now=100.0 + LATE_SECONDS * times) for times in (0.9, 1.0, 1.9, 2.0, 50.0)] == [
-        *(0, 1, 1, 2, MOST_SECONDS),
-    ]
-    assert awaited.next_at(now=100.0 + LATE_SECONDS) == 100.0 + 2 * LATE_SECONDS
-    assert awaited.next_at(now=100.0 + LATE_SECONDS * MOST_SECONDS) is None
+    assert awaited.late_at() == 100.0 + LATE_SECONDS
+    assert awaited.late_at(num_late=PATIENT_AFTER) == 100.0 + 2 * LATE_SECONDS
 
 
 def test_once_is_an_accident_twice_within_some_minutes_is_not():

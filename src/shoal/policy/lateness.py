@@ -13,14 +13,13 @@ LATE_SECONDS = 3.0
 and then nothing is lost but the work of the second server. A user notices a longer pause."""
 LATE_FACTOR = 5.0
 """How many times its usual seconds a step may take before it is late: a prompt, or a slow server."""
-MOST_SECONDS = 3
-"""How many servers, or routes of several, are asked for one late step: each of them could be as slow as the first."""
+MOST_TRIED = 32
+"""How many servers, or routes of several, are asked for one late step at most. One more is asked if all before are late
+themselves, or have failed."""
 PATIENT_AFTER = 2
 """A server that was late so often in a session, and still the first to answer, is left. If there is no better one, it
 has twice the time at each later time: the second servers would do all the work of a busy swarm twice."""
 MOST_DOUBLINGS = 6
-ROUNDING_SECONDS = 1e-6
-"""Timers may be early by this much."""
 OVERTAKEN_SECONDS = 300.0
 """For how long a client remembers that a server was overtaken."""
 
@@ -45,17 +44,9 @@ class Awaited:
     since: float
     usual_seconds: float
 
-    def num_seconds(self, *, now: float, num_late: int = 0) -> int:
-        """How many second servers should have been asked by now."""
-        waited = now - self.since + ROUNDING_SECONDS
-        return min(MOST_SECONDS, int(waited / late_after(self.usual_seconds, num_late=num_late)))
-
-    def next_at(self, *, now: float, num_late: int = 0) -> float | None:
-        """When one more is to be asked; None if there are enough."""
-        due = self.num_seconds(now=now, num_late=num_late)
-        if due >= MOST_SECONDS:
-            return None
-        return self.since + (due + 1) * late_after(self.usual_seconds, num_late=num_late)
+    def late_at(self, *, num_late: int = 0) -> float:
+        """From when on the step is late."""
+        return self.since + late_after(self.usual_seconds, num_late=num_late)
 
 
 @dataclass(frozen=True)

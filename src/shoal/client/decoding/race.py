@@ -25,27 +25,38 @@ from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.stage import Stage
 from shoal.client.swarm.swarm import Holding, Swarm, holding
 from shoal.concurrency import now
-from shoal.errors import MissingBlocks, PeerError, SwarmError
-from shoal.policy.lateness import PATIENT_AFTER, Awaited
+from shoal.errors import PeerError, SwarmError
+from shoal.policy.lateness import MOST_TRIED, PATIENT_AFTER, Awaited
 
 log = logging.getLogger(__name__)
 
-MOST_LOST = 3
-"""How many second servers of one late step may fail before no more are asked for it."""
+RETRY_SECONDS = 3.0
+"""How soon other servers are sought again if there was none."""
 
 
 @dataclass(eq=False)
 class Second:
     """Other servers in the place of a late one: `pipeline` is theirs, once they were chosen.
 
-    `tried` are the servers that were chosen. It `is_over` when they have computed the step or have failed.
+    `tried` are the servers that were chosen. The `task` ends when they have computed the step or have failed.
     """
 
+    began_at: float
     pipeline: Pipeline | None = None
     tried: frozenset[Holding] = frozenset()
     has_won: bool = False
-    error: SwarmError | None = None
+    is_alone: bool = False
+    """Whether there are no other servers."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+    def hopeful_until(self) -> float:
+        """Until when no other servers are asked, if nothing happens."""
+        if self.is_alone:
+            return self.began_at + RETRY_SECONDS
+        if self.task is not None and self.task.done():
+            return float("-inf")
+        owed = () if self.pipeline is None else self.pipeline.awaited.values()
+        return min((awaited.late_at() for awaited in owed), default=float("inf"))
 
     async def close(self) -> None:
         """Let go of the servers, except if they have taken the late one's place."""
@@ -71,11 +82,12 @@ class Race:
 
     def look_at(self, pipeline: Pipeline) -> float | None:
         """When `run` has something to do next, if no server answers before."""
-        times = (self._next_at(stage, awaited) for stage, awaited in pipeline.awaited.items())
-        return min((each for each in times if each is not None), default=None)
+        times = [self._late_at(stage, awaited) for stage, awaited in pipeline.awaited.items()]
+        times += [second.hopeful_until() for second in self._seconds]
+        return min((each for each in times if now() < each < float("inf")), default=None)
 
-    def _next_at(self, stage: Stage, awaited: Awaited) -> float | None:
-        return awaited.next_at(now=now(), num_late=self._num_late.get(stage, 0))
+    def _late_at(self, stage: Stage, awaited: Awaited) -> float:
+        return awaited.late_at(num_late=self._num_late.get(stage, 0))
 
     async def run(self, pipeline: Pipeline, excluded: Set[Holding]) -> bool:
         """Start second servers that are due, end a race that is over; returns whether one has changed the ring."""
@@ -84,7 +96,7 @@ class Race:
         if (winner := next((each for each in self._seconds if each.has_won), None)) is not None:
             await self._take_over(pipeline, winner)
             return True
-        self._start_due(pipeline, excluded)
+        self._start_if_due(pipeline, excluded)
         return False
 
     async def stop(self) -> None:
@@ -117,23 +129,21 @@ class Race:
         await self.stop()
         await late.disconnect(goodbye=False)
 
-    def _start_due(self, pipeline: Pipeline, excluded: Set[Holding]) -> None:
-        time = now()
-        for stage, awaited in pipeline.awaited.items():
-            if self._late not in (None, stage) or not stage.is_open:
-                continue
-            due = awaited.num_seconds(now=time, num_late=self._num_late.get(stage, 0))
-            lost = [each for each in self._seconds if isinstance(each.error, PeerError)]
-            while len(self._seconds) - len(lost) < due and len(lost) <= MOST_LOST:
-                if self._late is None:
+    def _start_if_due(self, pipeline: Pipeline, excluded: Set[Holding]) -> None:
+        """Ask other servers for a step that is late, if all that were asked before are late too, or have failed."""
+        if self._late is None:
+            self._awaited = None
+            for stage, awaited in pipeline.awaited.items():
+                if stage.is_open and self._late_at(stage, awaited) <= now():
                     log.info("%s is late: asking another server too", stage.peer)
                     self._late, self._awaited, self._position = stage, awaited, stage.progress.pending[0].end
-                self._start(pipeline, stage, excluded)
-
-    def _start(self, pipeline: Pipeline, late: Stage, excluded: Set[Holding]) -> None:
-        second = Second()
-        tried = frozenset({holding(late.hop.server)}).union(*(each.tried for each in self._seconds))
-        second.task = asyncio.create_task(self._compute(second, pipeline, late, excluded | tried))
+                    break
+        is_hopeful = any(now() < each.hopeful_until() for each in self._seconds)
+        if self._late is None or is_hopeful or len(self._seconds) >= MOST_TRIED:
+            return
+        tried = frozenset({holding(self._late.hop.server)}).union(*(each.tried for each in self._seconds))
+        second = Second(now())
+        second.task = asyncio.create_task(self._compute(second, pipeline, self._late, excluded | tried))
         self._seconds.append(second)
 
     async def _compute(self, second: Second, pipeline: Pipeline, late: Stage, excluded: Set[Holding]) -> None:
@@ -146,25 +156,26 @@ class Race:
             sink = pipeline.sink(pipeline.stages.index(late))
             others.outputs = beside(sink)
             others.logits_request = pipeline.logits_request if sink is pipeline.outputs else None
-            while others.stages[-1].progress.num_computed < num_tokens:
+            while True:
                 news.clear()
                 others.settle()
+                if others.stages[-1].progress.num_computed >= num_tokens:
+                    break
                 if (failed := others.next_failure()) is not None:
                     assert failed.error is not None
                     raise failed.error
                 if others.is_open:
                     await others.ask(num_tokens)
+                    self._notify()  # they owe something now
                 else:
                     await others.open()
                     continue
                 await news.wait()
             second.has_won = True
-        except MissingBlocks as missing:
-            second.error = missing  # then there is no other server
         except PeerError as failure:
             log.info("%s", failure)
             self._swarm.blame(failure)
-            second.error = failure
-        except SwarmError as failure:
-            second.error = failure
-        self._notify()
+        except SwarmError as failure:  # there are no other servers
+            log.info("%s", failure)
+            second.is_alone = True
+        asyncio.get_running_loop().call_soon(self._notify)  # once the task is done
