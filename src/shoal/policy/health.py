@@ -63,6 +63,12 @@ def after_misrouted(record: HealthRecord | None, reason: str, *, now: float) -> 
     return HealthRecord(_num_failures(record), reason, now, now + DEPRIORITIZE_SECONDS, now)
 
 
+def after_late(record: HealthRecord | None, reason: str, *, now: float, num_before: int) -> HealthRecord:
+    """The record after a server was late again, and has been deprioritized for that `num_before` times."""
+    seconds = min(DEPRIORITIZE_SECONDS * 2 ** min(num_before, MOST_DOUBLINGS), LONGEST_SECONDS)
+    return HealthRecord(_num_failures(record), reason, now, now + seconds, now)
+
+
 def is_deprioritized(record: HealthRecord | None, now: float) -> bool:
     """Whether other servers are preferred to this one."""
     return record is not None and now < record.deprioritized_until

@@ -128,6 +128,10 @@ class Watch:
             self._prefill = RecentPasses()
             self._correct(replace(self.speeds, prefill=self.speeds.prefill / factor))
 
+    def forget(self) -> None:
+        """Begin anew: what the latest passes have shown was at another time."""
+        self._decoding = self._prefill = RecentPasses()
+
     def _correct(self, speeds: Speeds) -> None:
         log.warning("the passes contradict the measured speed: announcing %s, not %s", speeds, self.speeds)
         self.speeds = speeds

@@ -16,6 +16,7 @@ class EpochReason(Enum):
     SERVER_FAILED = "a server failed that may have pushed something wrong"
     PUSH_FAILED = "a server could not push to the next"
     DISTRUSTED = "a server may have computed something else than it should"
+    OVERTAKEN = "a second server has taken the place of one that was late"
     STANDBY_AHEAD = "a standby repeats outputs that the lost server did not deliver"
 
 

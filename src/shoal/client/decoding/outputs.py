@@ -41,6 +41,15 @@ class Outputs:
             self._pieces.append(new_BTD)
             self.num_tokens += new_BTD.shape[1]
 
+    def move_to(self, sink: Sink) -> None:
+        """Give all of it to another sink, which knows no fewer tokens than were known when this one began."""
+        start = self.num_tokens - sum(piece.shape[1] for piece in self._pieces)
+        if isinstance(sink, Outputs):
+            sink.logits[:] = self.logits  # they answer what the sink's own answer, and are of one server
+        for piece_BTD in self._pieces:
+            sink.append(piece_BTD, start)
+            start += piece_BTD.shape[1]
+
     def joined(self) -> torch.Tensor | Logits:
         """The hidden states [B, T, D] of all tokens, or all logits."""
         if self.logits:
@@ -56,3 +65,8 @@ class NoOutputs(Outputs):
 
     def append(self, outputs_BTD: torch.Tensor, start: int) -> None:
         pass
+
+
+def beside(sink: Sink) -> Outputs:
+    """Where a second server's outputs go, which may become those of `sink`."""
+    return NoOutputs() if isinstance(sink, NoOutputs) else Outputs(sink.num_tokens)

@@ -28,17 +28,20 @@ from shoal.adapters import adapter_cache_salt
 from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep
-from shoal.client.decoding.progress import StageStatus
+from shoal.client.decoding.progress import StageStatus, awaited_steps
 from shoal.client.decoding.push_links import PushLinks
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage
 from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.answers import named_tensors
+from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.swarm import Swarm
-from shoal.errors import PeerError
+from shoal.concurrency import now
+from shoal.errors import PeerError, ServerLost
 from shoal.events import StageReplaced
 from shoal.model.peft.factors import ActiveAdapters
+from shoal.policy.lateness import Awaited
 from shoal.policy.routing.route import SLOWEST, Hop
 from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS, page_hashes, root_hash
 from shoal.protocol import MAX_STEP_TOKENS, Open
@@ -49,8 +52,11 @@ log = logging.getLogger(__name__)
 
 PREFILL_PIECE_TOKENS = 256
 """A long prompt goes through the ring in pieces of this length: the servers then work on several pieces at once."""
-OPEN_TIMEOUT_SECONDS = 10.0
-"""A server that has not opened a session after this time is lost. Usually it takes a round trip."""
+OPEN_SECONDS = 3.0
+"""How long a server may take to accept a stream, and then to open a session, if others hold its blocks. Usually each
+takes a round trip."""
+LONGEST_OPEN_SECONDS = 10.0
+"""A server that has not opened a session after this time is lost, if it is the only one or sends what it has cached."""
 
 
 class Pipeline:
@@ -85,6 +91,8 @@ class Pipeline:
         self.notify = notify
         self._links = PushLinks(swarm.measurements.broken_pairs, wire=swarm.config.wire)
         self.stages = self.stages_on(hops, history)
+        self.awaited: dict[Stage, Awaited] = {}
+        """The step that each server owes, and since when."""
 
     def stages_on(self, hops: Sequence[Hop], history: History) -> list[Stage]:
         """New stages on these hops. The first has this history; the histories of the others follow from it."""
@@ -98,6 +106,18 @@ class Pipeline:
             other.notify = self.notify
         self.stages[index : index + 1] = others
         self._swarm.events.emit(StageReplaced(stage.peer, tuple(each.peer for each in others)))
+
+    def overtake(self, stage: Stage, second: Pipeline) -> None:
+        """The stages of another pipeline, which has computed what `stage` owes, take its place.
+
+        They have the history of `stage`. The stages behind it are asked again: it may push after all, and wrongly.
+        """
+        index = self.stages.index(stage)
+        second.outputs.move_to(self.sink(index))
+        self.replace(stage, second.stages)
+        self._inputs.epoch.advance(EpochReason.OVERTAKEN)
+        for later in self.stages[index + len(second.stages) :]:
+            later.forget_pending()
 
     async def merge(self) -> None:
         """Where two stages in a row are on one server, make them one: one session takes half the room of two."""
@@ -140,8 +160,11 @@ class Pipeline:
         for index, stage in enumerate(self.stages):
             if stage.settle(self.sink(index), self.outputs, wire=self._swarm.config.wire, mask=self._inputs.mask):
                 has_progress = True
-                self._swarm.record_answer(stage.hop, stage.take_timings())
+                awaited = self.awaited.get(stage)
+                waited = None if awaited is None else now() - awaited.since
+                self._swarm.record_answer(stage.hop, stage.take_timings(), waited=waited)
             stage.history.settle(stage.progress.num_computed)
+        self._note_awaited()
         for index, (upstream, downstream) in enumerate(pairwise(self.stages)):
             if (position := self._links.break_failed(upstream, downstream)) is not None:
                 log.info("%s cannot push to %s", upstream.peer, downstream.peer)
@@ -149,6 +172,16 @@ class Pipeline:
                 for later in self.stages[index + 1 :]:
                     later.unrequest_from(position)
         return has_progress
+
+    def _note_awaited(self) -> None:
+        """Note which step each server owes from now on."""
+        before, self.awaited = self.awaited, {}
+        for stage, step in zip(self.stages, awaited_steps([each.progress for each in self.stages]), strict=True):
+            if step is not None:
+                known = before.get(stage)
+                if known is None or known.key != step.key:
+                    known = Awaited(step.key, now(), step.usual_seconds)
+                self.awaited[stage] = known
 
     def next_failure(self) -> Stage | None:
         """A stage whose server has failed, each once. What that server pushed may be wrong, so it is asked again."""
@@ -172,6 +205,7 @@ class Pipeline:
         for index in reversed(range(len(self.stages))):
             with contextlib.suppress(PeerError):  # the stage keeps the error
                 await self._ask(index, limit, max_tokens)
+        self._note_awaited()
 
     async def _ask(self, index: int, limit: int, max_tokens: int | None) -> None:
         stage = self.stages[index]
@@ -262,7 +296,7 @@ class Pipeline:
     async def _connect(self, stage: Stage) -> None:
         await stage.disconnect()  # an earlier attempt may have been interrupted
         try:
-            connection = await self._swarm.connect(stage.hop.server)
+            connection = await self._connection(stage.hop)
             try:
                 adapters = self._tuning.in_span(stage.hop.span)
                 await self._swarm.adapter_sync.ensure_loaded(connection, stage.hop.server, adapters, session=True)
@@ -272,6 +306,15 @@ class Pipeline:
             stage.adopt(connection)
         except PeerError as error:
             stage.fail(error)
+
+    async def _connection(self, hop: Hop) -> Connection:
+        """A new connection to the server of a hop. Raises `ServerLost`."""
+        peer = hop.server.peer
+        try:
+            async with asyncio.timeout(OPEN_SECONDS if self._swarm.has_others(hop) else None):
+                return await self._swarm.connect(hop.server)
+        except TimeoutError:
+            raise ServerLost(f"{peer} did not answer within {OPEN_SECONDS:g} s", peer=peer) from None
 
     async def _send_open(self, stage: Stage) -> bool:
         """Ask the server to open the session; returns whether it may have the first tokens in its cache."""
@@ -304,8 +347,9 @@ class Pipeline:
         if stage.connection is None:
             return
         sink, wire = self.sink(self.stages.index(stage)), self._swarm.config.wire
+        late_at = now() + OPEN_SECONDS
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_SECONDS):
+            async with asyncio.timeout(LONGEST_OPEN_SECONDS):
                 while not (
                     stage.has_failed
                     or stage.not_cached is not None
@@ -313,6 +357,9 @@ class Pipeline:
                 ):
                     await stage.has_news.wait()
                     stage.has_news.clear()
+                    # Something came, such as a pong, and not in the midst of a large answer: none is on its way.
+                    if now() > late_at and stage.status is StageStatus.OPENING and self._swarm.has_others(stage.hop):
+                        raise TimeoutError
         except TimeoutError:
             stage.connection.fail(stage.connection.lost("does not open a session"))
         if (not_cached := stage.not_cached) is not None:

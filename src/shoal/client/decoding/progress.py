@@ -80,6 +80,11 @@ class StageProgress:
         """Whether the step of this epoch and position is pending."""
         return any(step.key == (epoch, position) for step in self.pending)
 
+    @property
+    def oldest(self) -> PendingStep | None:
+        """The step that the server answers next; None if it was asked for nothing."""
+        return self.pending[0] if self.pending else None
+
     # -- what the server is told and asked ----------------------------------------------------------------------------
 
     def entered_epoch(self, epoch: int) -> StageProgress:
@@ -129,3 +134,16 @@ class StageProgress:
         """Sequence i continues the one that was `rows[i]`. What is pending was asked for the old arrangement."""
         composed = tuple(rows) if self.rows is None else tuple(self.rows[row] for row in rows)
         return replace(self, pending=(), rows=composed if self.num_computed else None)
+
+
+def awaited_steps(ring: Sequence[StageProgress]) -> list[PendingStep | None]:
+    """For each server of a ring, in order, the step that it owes: it was asked, and the server before has its inputs.
+
+    None for one that owes nothing.
+    """
+    owed: list[PendingStep | None] = []
+    for index, progress in enumerate(ring):
+        step = progress.oldest
+        has_inputs = step is not None and (not index or ring[index - 1].num_computed >= step.end)
+        owed.append(step if has_inputs else None)
+    return owed

@@ -60,11 +60,18 @@ class RoutePlanner:
         """A route through all blocks of `span`. Raises as `Swarm.route` does."""
         return await self._swarm.route(span, excluded, needs=self._needs(span))
 
-    async def replacement(self, stage: Stage, pipeline: Pipeline, excluded: Set[Holding]) -> Route:
+    async def replacement(
+        self, stage: Stage, pipeline: Pipeline, excluded: Set[Holding], *, rather_confirmed: bool = False
+    ) -> Route:
         """A route through the blocks of one stage, between its neighbors. Raises as `Swarm.route` does."""
         span, (upstream, downstream) = stage.hop.span, _neighbors(stage, pipeline)
         return await self._swarm.route(
-            span, excluded, needs=self._needs(span), upstream=upstream, downstream=downstream
+            span,
+            excluded,
+            needs=self._needs(span),
+            upstream=upstream,
+            downstream=downstream,
+            rather_confirmed=rather_confirmed,
         )
 
     async def route_of_others(self, span: Span, peers: Set[str], *, head: bool) -> Route:

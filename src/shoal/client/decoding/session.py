@@ -16,6 +16,7 @@ What belongs to a session:
     ├─ RoutePlanner   which servers could be used
     ├─ Pipeline       which server is asked for what
     │  └─ Stage       the talk with one server; its StageProgress says how far that server has come
+    ├─ Race           which other servers compute a step that is late
     └─ StandbyManager what is done between two steps
 
 A step is named by its epoch and position. Steps that are still on their way can become wrong: tokens are forgotten,
@@ -38,6 +39,7 @@ from shoal.client.decoding.auditing.auditor import Doubt, SessionAuditor
 from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import NoOutputs, Outputs
 from shoal.client.decoding.pipeline import Pipeline
+from shoal.client.decoding.race import Race
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
@@ -97,6 +99,7 @@ class Session:
         self._busy = asyncio.Lock()
         self._step: asyncio.Task[Any] | None = None  # the task that runs a step now
         self._pipeline: Pipeline | None = None  # from the first step on
+        self._race = Race(swarm, self._planner, self._on_news)
         self._standby = StandbyManager(swarm, self._inputs, self._planner, self._busy)
         self._auditor = SessionAuditor(swarm, self._inputs, self._planner)
         self._maintenance: asyncio.Task[None] | None = None  # as long as there is a pipeline
@@ -274,7 +277,10 @@ class Session:
                 pipeline.outputs, pipeline.logits_request = outputs, logits_request
                 await self._raise_failures(pipeline)
                 await self._repair(pipeline, excluded)
-                await self._exchange(pipeline, is_done)
+                try:
+                    await self._exchange(pipeline, is_done, excluded)
+                finally:
+                    await self._race.stop()
 
         if not is_done():
             await self._swarm.with_failover(self.span, act, at_most=at_most)
@@ -289,10 +295,10 @@ class Session:
         self._swarm.events.emit(SessionOpened(id(self), self._swarm.model.name, self.span, self.batch_size))
         return self._pipeline
 
-    async def _exchange(self, pipeline: Pipeline, is_done: Callable[[], bool]) -> None:
-        """Ask the servers and look at their answers until `is_done`, or until a server has to open the session again.
+    async def _exchange(self, pipeline: Pipeline, is_done: Callable[[], bool], excluded: Set[Holding]) -> None:
+        """Ask the servers and look at their answers until `is_done`, or until the ring has to be put in order.
 
-        Raises the error of a server that fails.
+        A server that is late is overtaken by another one. Raises the error of a server that fails.
         """
         clock, limit = asyncio.get_running_loop().time, self._swarm.config.longest_answer_seconds
         heard_at = clock()
@@ -305,10 +311,15 @@ class Session:
                 return
             await pipeline.ask(self._inputs.num_tokens)
             await self._raise_failures(pipeline)
+            if await self._race.run(pipeline, excluded):
+                return
+            look_at = self._race.look_at(pipeline)
             try:
-                async with asyncio.timeout_at(heard_at + limit):
+                async with asyncio.timeout_at(heard_at + limit if look_at is None else min(look_at, heard_at + limit)):
                     await self._news.wait()
             except TimeoutError:
+                if clock() < heard_at + limit:
+                    continue
                 silent = next((stage for stage in pipeline.stages if stage.progress.pending), pipeline.stages[-1])
                 assert silent.connection is not None
                 silent.connection.fail(silent.connection.lost(f"no answer within {limit:g} s"))

@@ -16,9 +16,8 @@ from dataclasses import replace
 
 import torch
 
-from shoal.client.decoding.opening import Opening
 from shoal.client.decoding.outputs import Outputs, Sink
-from shoal.client.decoding.pending_step import PendingStep
+from shoal.client.decoding.pending_step import Opening, PendingStep
 from shoal.client.decoding.progress import StageProgress, StageStatus
 from shoal.client.head.logits import Logits
 from shoal.client.history.history import History

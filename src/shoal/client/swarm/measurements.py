@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from shoal.client.swarm.broken_pairs import BrokenPairs
+from shoal.peers import ServerInfo
+from shoal.policy.routing.belief import Ceiling, Fastest, ceiling
 from shoal.policy.routing.latency import Slowness, after_step, average_round_trip
 from shoal.policy.routing.route import Measured, Route
 from shoal.policy.routing.spread import WorkInFlight
@@ -21,6 +23,8 @@ class Measurements:
         self._round_trips: dict[str, float] = {}
         self._slowness: dict[str, Slowness] = {}
         self._work_in_flight = WorkInFlight()
+        self._fastest = Fastest()
+        self._ceiling = Ceiling()
 
     def round_trips(self) -> Mapping[str, float]:
         """The round trips that were measured, in seconds, by peer id."""
@@ -35,6 +39,18 @@ class Measurements:
         slowness = after_step(self._slowness.get(peer), predicted_seconds, seen_seconds, now=self._clock())
         if slowness is not None:
             self._slowness[peer] = slowness
+
+    def record_speed(self, num_blocks: int, num_tokens: int, seconds: float) -> None:
+        """A step of `num_tokens` tokens in `num_blocks` blocks took `seconds`, by this client's clock too."""
+        self._fastest = self._fastest.after(num_blocks, num_tokens, seconds)
+
+    def believe(self, answered: Sequence[ServerInfo]) -> None:
+        """From now on, speeds are believed up to a ceiling (`shoal.policy.routing.belief`); these servers answered."""
+        self._ceiling = ceiling(self._fastest, answered)
+
+    def is_confirmed(self, peer: str) -> bool:
+        """Whether a server has computed a step for this client."""
+        return peer in self._slowness
 
     def slowness(self, peer: str) -> float:
         """By what factor a server takes longer than it announces; 1 if it was never measured."""
@@ -57,4 +73,5 @@ class Measurements:
             slowness={peer: self.slowness(peer) for peer in self._slowness},
             broken_pairs=self.broken_pairs.now(),
             work_in_flight=self._work_in_flight.seconds,
+            ceiling=self._ceiling,
         )

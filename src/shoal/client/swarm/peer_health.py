@@ -8,11 +8,13 @@ from shoal.policy.health import (
     HealthRecord,
     after_busy,
     after_failure,
+    after_late,
     after_misrouted,
     is_blocked,
     is_deprioritized,
     is_lost,
 )
+from shoal.policy.lateness import Overtaken, after_overtaken
 
 
 class PeerHealth:
@@ -21,6 +23,7 @@ class PeerHealth:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._records: dict[str, HealthRecord] = {}
+        self._overtaken: dict[str, Overtaken] = {}
 
     def deprioritized(self, peer: str) -> bool:
         """Whether other servers are preferred to this one now."""
@@ -45,6 +48,15 @@ class PeerHealth:
     def record_misrouted(self, peer: str, reason: str) -> None:
         """The server could not do what it was asked; it may do other things."""
         self._records[peer] = after_misrouted(self._records.get(peer), reason, now=self._clock())
+
+    def record_overtaken(self, peer: str, reason: str) -> None:
+        """Another server was faster than this one, which was late. The second time, it is deprioritized."""
+        time = self._clock()
+        self._overtaken[peer] = overtaken = after_overtaken(self._overtaken.get(peer), now=time)
+        if overtaken.is_blamed:
+            self._records[peer] = after_late(
+                self._records.get(peer), reason, now=time, num_before=overtaken.num_times - 2
+            )
 
     def record_success(self, peer: str) -> None:
         """The server answered: its failures are forgotten."""

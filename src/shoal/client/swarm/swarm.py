@@ -35,6 +35,7 @@ from shoal.model.weights.disk_cache import cache_folder
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.audits.audit_budget import RATES
+from shoal.policy.routing.latency import seen_seconds
 from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import LOOK_SECONDS, MissingSince
@@ -49,6 +50,8 @@ RETRY_SECONDS = 1.0
 """How long to wait for servers that hold the blocks, and did not answer, if none is blocked."""
 SALT_BYTES = 16
 """The length of a salt that is drawn: it cannot be guessed."""
+FEW_TOKENS = 16
+"""The inputs of more tokens may be long on their way, which is not the server's fault."""
 SHORTEST_WAIT = 1e-3
 """Patience that is shorter than this is over."""
 
@@ -106,8 +109,11 @@ class Swarm:
         needs: Needs,
         upstream: ServerInfo | None = None,
         downstream: ServerInfo | None = None,
+        rather_confirmed: bool = False,
     ) -> Route:
         """The fastest route over a span through servers that may be used and have answered this client.
+
+        With `rather_confirmed`, it goes through servers only that have computed steps for this client, if they suffice.
 
         The span may be a part of a ring, between the servers `upstream` and `downstream` of it. Servers that hold a
         block alone need not have answered. A head that is needed is dropped from the needs if no server offers one.
@@ -115,15 +121,10 @@ class Swarm:
         Raises `MissingBlocks`, `UnsupportedOperation` if all servers of a block refuse single passes, and `SwarmError`
         if the directory has never answered.
         """
-        await self._directory.ensure_fresh()
-        view = self._healthy(excluded, needs)
-        if missing := view.missing(span):
-            await self._directory.refresh(missing)
-            view = self._healthy(excluded, needs)
-        view = await self._answering(view, span, needs)
-        if view.missing(span):  # rather a server that failed lately than none
-            view = await self._answering(self._not_blocked(excluded, needs), span, needs)
-            self._check_offered(span, needs)
+        view = self._confirmed(excluded, needs)
+        if not rather_confirmed or view.missing(span):
+            view = await self._proven(span, excluded, needs)
+        self.measurements.believe(view.servers)
         route = choose_route(
             view,
             span,
@@ -137,6 +138,23 @@ class Swarm:
         chosen = tuple((hop.server.peer, hop.span) for hop in route.hops)
         self.events.emit(events.RouteChosen(self.model.name, span, chosen, route.seconds, route.explain))
         return route
+
+    async def _proven(self, span: Span, excluded: Set[Holding], needs: Needs) -> SwarmView:
+        """The servers that a route over a span may use. The directory is read if it is old, and some are pinged."""
+        await self._directory.ensure_fresh()
+        view = self._healthy(excluded, needs)
+        if missing := view.missing(span):
+            await self._directory.refresh(missing)
+            view = self._healthy(excluded, needs)
+        view = await self._answering(view, span, needs)
+        if view.missing(span):  # rather a server that failed lately than none
+            view = await self._answering(self._not_blocked(excluded, needs), span, needs)
+            self._check_offered(span, needs)
+        return view
+
+    def _confirmed(self, excluded: Set[Holding], needs: Needs) -> SwarmView:
+        """The healthy servers that have computed steps for this client."""
+        return self._healthy(excluded, needs).only(lambda server: self.measurements.is_confirmed(server.peer))
 
     async def _answering(self, view: SwarmView, span: Span, needs: Needs) -> SwarmView:
         """The same view with those servers only that a route may use, after some were pinged."""
@@ -305,17 +323,28 @@ class Swarm:
         self.config = replace(self.config, allowed_servers=allowed, blocked_servers=blocked)
         self._directory.permit(self.config)
 
-    def record_answer(self, hop: Hop, took: Iterable[tuple[int, float]] = ()) -> None:
+    def record_answer(self, hop: Hop, took: Iterable[tuple[int, float]] = (), *, waited: float | None = None) -> None:
         """A server did its work: its failures are forgotten.
 
-        `took` are pairs of a number of tokens and the seconds that the server took for them. They correct the speeds
-        that it announces.
+        `took` are pairs of a number of tokens and the seconds that the server says it took for them. They correct the
+        speeds that it announces. The client has `waited` for the first of them, if it knows.
         """
-        self._health.record_success(hop.server.peer)
-        self._probe.record_answer(hop.server.peer)
-        for num_tokens, seconds in took:
-            announced = announced_seconds(hop.server, len(hop.span), num_tokens)
-            self.measurements.record_step(hop.server.peer, announced, seconds)
+        peer = hop.server.peer
+        self._health.record_success(peer)
+        self._probe.record_answer(peer)
+        for num_tokens, said in took:
+            seconds, round_trip = said, self.measurements.round_trips().get(peer)
+            if waited is not None and round_trip is not None:
+                self.measurements.record_speed(len(hop.span), num_tokens, max(said, waited - round_trip))
+                if num_tokens <= FEW_TOKENS:
+                    seconds = seen_seconds(said, waited=waited, round_trip=round_trip)
+            waited = None
+            self.measurements.record_step(peer, announced_seconds(hop.server, len(hop.span), num_tokens), seconds)
+
+    def record_overtaken(self, hop: Hop, seconds: float) -> None:
+        """A server has not computed a step in `seconds`, and another one has. Once is no reason to avoid it."""
+        log.info("%s gave nothing for %.1f s: another server takes its place", hop.server.peer, seconds)
+        self._health.record_overtaken(hop.server.peer, f"gave nothing for {seconds:.1f} s, and others were faster")
 
     def price(
         self,
@@ -365,6 +394,10 @@ class Swarm:
         await self._directory.ensure_fresh()
         healthy = self._healthy(frozenset(), Needs(ring=False)).servers
         return sum(server.span.start < span.end and span.start < server.span.end for server in healthy)
+
+    def has_others(self, hop: Hop) -> bool:
+        """Whether other servers, none of which has failed lately, announce the blocks of a hop."""
+        return not self._healthy({holding(hop.server)}).missing(hop.span)
 
     def is_avoided(self, peer: str) -> bool:
         """Whether a server has failed lately, or said that it is busy."""

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shoal.peers import ServerInfo, block_speed_at
+from shoal.policy.routing.belief import MOST_GAIN
 from shoal.policy.routing.costs import SLOWEST, Costs, Hop
 from shoal.policy.routing.lattice import Array, Lattice, lattice_of
 from shoal.policy.routing.shortest import shortest
@@ -122,7 +123,10 @@ def saturated_speeds(servers: Sequence[ServerInfo], costs: Costs) -> Array:
             speed = block_speed_at(server.capacity.block_speeds, length)
             if server.capacity.network_speed is not None:
                 speed = min(speed, server.capacity.network_speed * length)
-        speeds.append(max(speed, SLOWEST) / costs.known.slowness.get(server.peer, 1.0))
+        alone = max((server.decode_speed or 0.0) * length, SLOWEST)
+        believed = min(1.0, costs.known.ceiling.decode / alone)  # the part of what it says that is believed
+        speed = max(min(speed, MOST_GAIN * alone) * believed, SLOWEST)
+        speeds.append(speed / costs.known.slowness.get(server.peer, 1.0))
     return np.array(speeds)
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from shoal.peers import ServerInfo, block_speed_at, short
+from shoal.policy.routing.belief import MOST_GAIN, Ceiling
 from shoal.spans import Span
 
 _Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -58,13 +59,14 @@ class Measured:
     `round_trips` are those between client and server, in seconds. `slowness` is the factor by which a server takes
     longer than it announces. In each of `broken_pairs` the first server cannot push to the second, so the client
     forwards between them. `work_in_flight` are the seconds of computing that the client has given a server and that the
-    server has not finished.
+    server has not finished. No server is believed to be faster than the `ceiling`.
     """
 
     round_trips: Mapping[str, float] = field(default_factory=dict)
     slowness: Mapping[str, float] = field(default_factory=dict)
     broken_pairs: frozenset[tuple[str, str]] = frozenset()
     work_in_flight: Mapping[str, float] = field(default_factory=dict)
+    ceiling: Ceiling = field(default_factory=Ceiling)
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,21 @@ class Costs:
     def block(self, server: ServerInfo) -> float:
         """The cost of computing one of the server's blocks."""
         needs = self.needs
-        seconds = announced_seconds(server, 1, needs.step_tokens)
+        seconds = self._block_seconds(server, needs.step_tokens)
         if needs.prompt_tokens:
-            seconds += announced_seconds(server, 1, needs.prompt_tokens) / max(needs.num_steps, 1)
+            seconds += self._block_seconds(server, needs.prompt_tokens) / max(needs.num_steps, 1)
         if needs.dtype is not None and server.dtype != needs.dtype:
             seconds *= OTHER_DTYPE
-        return seconds * self.known.slowness.get(server.peer, 1.0)
+        return seconds
+
+    def _block_seconds(self, server: ServerInfo, num_tokens: int) -> float:
+        """The seconds that `num_tokens` take in one block of a server, as far as it is believed."""
+        seconds = announced_seconds(server, 1, num_tokens) * self.known.slowness.get(server.peer, 1.0)
+        return max(seconds, self.known.ceiling.block_seconds(num_tokens))
+
+    def _step_seconds(self, server: ServerInfo) -> float:
+        """The seconds of a step of one token through all blocks of a server, if it is as fast as it says."""
+        return max(1 / max(server.decode_speed or 0.0, SLOWEST), len(server.span) / self.known.ceiling.decode)
 
     def queue(self, server: ServerInfo) -> float:
         """The wait for others, and for this client's own work in flight.
@@ -126,7 +137,7 @@ class Costs:
         the server is when all passes are full. Where that is not known, and before single passes, the others take a
         step each; they never take more.
         """
-        step = 1 / max(server.decode_speed or 0.0, SLOWEST)
+        step = self._step_seconds(server)
         others = float(server.queue_length)
         if others and self.needs.ring and (gain := _batching_gain(server)) is not None:
             others = min(others, 0.5 + 0.75 * others / gain)
@@ -134,7 +145,7 @@ class Costs:
 
     def waiting(self, server: ServerInfo) -> float:
         """The same, as a number of requests."""
-        own = self.known.work_in_flight.get(server.peer, 0.0) * max(server.decode_speed or 0.0, SLOWEST)
+        own = self.known.work_in_flight.get(server.peer, 0.0) / self._step_seconds(server)
         return server.queue_length + own
 
     def no_room(self, server: ServerInfo) -> float:
@@ -210,7 +221,8 @@ def _batching_gain(server: ServerInfo) -> float | None:
     if server.capacity is None or not server.decode_speed:
         return None
     length = len(server.span)
-    return max(1.0, block_speed_at(server.capacity.block_speeds, length) / (server.decode_speed * length))
+    gain = block_speed_at(server.capacity.block_speeds, length) / (server.decode_speed * length)
+    return min(max(1.0, gain), MOST_GAIN)
 
 
 def _announced(server: ServerInfo, other: ServerInfo) -> float:

@@ -18,6 +18,10 @@ LEAST_SLOWNESS = 0.25
 HICCUP = 64.0
 """One step shows at most this multiple of the slowness that is known, so that a single hiccup does not condemn a
 server. There is no other limit: a server that stays slow comes to count as slow as it is."""
+UNEXPLAINED_SECONDS = 1.0
+UNEXPLAINED_FACTOR = 5.0
+"""A server that says how long a step took is not believed if the client has waited longer than that many seconds, and
+than this multiple of what it says."""
 
 
 def average_round_trip(average: float | None, seconds: float) -> float:
@@ -27,6 +31,16 @@ def average_round_trip(average: float | None, seconds: float) -> float:
     round trips.
     """
     return seconds if average is None else average + NEWEST * (seconds - average)
+
+
+def seen_seconds(said: float, *, waited: float, round_trip: float) -> float:
+    """The seconds that a step took on a server that says it took `said`; the client has waited `waited` for it.
+
+    A server is believed, except if it is far from what the client has seen: a busy client or a slow link explain some
+    of the difference.
+    """
+    seen = waited - round_trip
+    return seen if seen > max(UNEXPLAINED_SECONDS, UNEXPLAINED_FACTOR * said) else said
 
 
 @dataclass(frozen=True)

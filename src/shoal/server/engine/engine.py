@@ -110,6 +110,11 @@ class Engine:
         """How fast the server is, in tokens per second, as far as that is known."""
         return None if self._watch is None else self._watch.speeds
 
+    def forget_speeds_seen(self) -> None:
+        """What the latest passes have shown no longer counts against the announced speeds."""
+        if self._watch is not None:
+            self._watch.forget()
+
     @property
     def cache_tokens(self) -> int:
         """For how many tokens of sessions there is room in all."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, NoReturn, TypeAlias
 
-from shoal.concurrency import first_of, owned_task
+from shoal.concurrency import background, first_of, owned_task
 from shoal.errors import ShoalError, SwarmError
 from shoal.events import BlocksChanged
 from shoal.peers import ServerInfo
@@ -24,6 +24,7 @@ from shoal.policy.placement.plan import Move
 from shoal.policy.view import format_blocks
 from shoal.server.announcer import Announcer
 from shoal.server.engine.engine import Engine
+from shoal.server.engine.idle_timing import time_when_idle
 from shoal.server.neighbors import NeighborMonitor
 from shoal.server.placing.choosing import SpanChooser
 from shoal.server.placing.description import describe
@@ -267,7 +268,8 @@ class SpanKeeper:
         """
         idle_seconds, weights = self._around.config.idle_seconds, self._around.weights
         handler = Handler(loaded.engine, self._pushes, idle_seconds=idle_seconds, weights=weights)
-        async with loaded.engine.running():
+        timing = time_when_idle(loaded.engine, self._around.node.transport.peer)
+        async with loaded.engine.running(), background(timing, name="shoal-idle-timing"):
             try:
                 await self._open(loaded, handler)
                 await first_of(_until(self._stopping), self._until_it_moves(loaded, following))

@@ -1,0 +1,69 @@
+"""When a step is late, so that a second server is asked for it, and what follows for a server that was overtaken.
+
+A server can answer every ping, say that it works, and give nothing. A client that believes it waits for minutes. So a
+client waits for a step as long as such a step may take, and then asks another server too. The first answer counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LATE_SECONDS = 3.0
+"""A step that takes longer may be late: honest servers take as long when a large prompt of another client is in front,
+and then nothing is lost but the work of the second server. A user notices a longer pause."""
+LATE_FACTOR = 5.0
+"""How many times its usual seconds a step may take before it is late: a prompt, or a slow server."""
+MOST_TRIED = 32
+"""How many servers, or routes of several, are asked for one late step at most. One more is asked if all before are late
+themselves, or have failed."""
+PATIENT_AFTER = 2
+"""A server that was late so often in a session, and still the first to answer, is left. If there is no better one, it
+has twice the time at each later time: the second servers would do all the work of a busy swarm twice."""
+MOST_DOUBLINGS = 6
+OVERTAKEN_SECONDS = 300.0
+"""For how long a client remembers that a server was overtaken."""
+
+
+def late_after(usual_seconds: float, *, num_late: int = 0) -> float:
+    """The seconds after which a step is late that usually takes `usual_seconds`.
+
+    Its server was late `num_late` times before in this session, and answered first.
+    """
+    growth = 1 << min(max(0, num_late + 1 - PATIENT_AFTER), MOST_DOUBLINGS)
+    return max(LATE_SECONDS, LATE_FACTOR * usual_seconds) * growth
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """The oldest step that a server has been asked for, and has the inputs of: since when, and what it usually takes.
+
+    `key` is the step's epoch and position.
+    """
+
+    key: tuple[int, int]
+    since: float
+    usual_seconds: float
+
+    def late_at(self, *, num_late: int = 0) -> float:
+        """From when on the step is late."""
+        return self.since + late_after(self.usual_seconds, num_late=num_late)
+
+
+@dataclass(frozen=True)
+class Overtaken:
+    """How often a second server was faster than this one, lately, and when it was last."""
+
+    num_times: int
+    at: float
+
+    @property
+    def is_blamed(self) -> bool:
+        """Whether other servers are preferred to it: once is an accident."""
+        return self.num_times > 1
+
+
+def after_overtaken(known: Overtaken | None, *, now: float) -> Overtaken:
+    """What is remembered of a server that was overtaken once more; `known` is None before the first time."""
+    if known is None or now - known.at > OVERTAKEN_SECONDS:
+        return Overtaken(1, now)
+    return Overtaken(known.num_times + 1, now)

@@ -1,0 +1,86 @@
+"""When a step is late, how many second servers it gets, and who is blamed for that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shoal.client.decoding.outputs import NoOutputs, Outputs, beside
+from shoal.client.swarm.peer_health import PeerHealth
+from shoal.policy.health import DEPRIORITIZE_SECONDS
+from shoal.policy.lateness import (
+    LATE_FACTOR,
+    LATE_SECONDS,
+    OVERTAKEN_SECONDS,
+    PATIENT_AFTER,
+    Awaited,
+    after_overtaken,
+    late_after,
+)
+from shoal.policy.routing.latency import seen_seconds
+
+from .test_peer_health import Clock
+
+
+def test_a_fast_step_is_late_after_some_seconds_and_a_slow_one_after_a_multiple_of_its_time():
+    assert late_after(0.01) == LATE_SECONDS
+    assert late_after(2.0) == LATE_FACTOR * 2.0
+
+
+def test_a_server_that_is_always_late_has_more_time_from_the_moment_on_at_which_it_is_left():
+    found = [late_after(0.01, num_late=number) for number in range(PATIENT_AFTER + 2)]
+    assert found == [LATE_SECONDS] * PATIENT_AFTER + [2 * LATE_SECONDS, 4 * LATE_SECONDS]
+
+
+def test_a_step_is_late_by_when_it_could_have_been_begun():
+    awaited = Awaited((0, 5), since=100.0, usual_seconds=0.1)
+    assert awaited.late_at() == 100.0 + LATE_SECONDS
+    assert awaited.late_at(num_late=PATIENT_AFTER) == 100.0 + 2 * LATE_SECONDS
+
+
+def test_once_is_an_accident_twice_within_some_minutes_is_not():
+    once = after_overtaken(None, now=0.0)
+    assert not once.is_blamed
+    assert after_overtaken(once, now=OVERTAKEN_SECONDS).is_blamed
+    assert not after_overtaken(once, now=OVERTAKEN_SECONDS + 1.0).is_blamed
+
+
+def test_a_server_that_is_overtaken_again_is_deprioritized_for_longer_each_time_and_not_lost():
+    clock = Clock()
+    health = PeerHealth(clock)
+    health.record_overtaken("a", "late")
+    assert not health.deprioritized("a")
+    for growth in (1, 2, 4):
+        health.record_overtaken("a", "late")
+        clock.now += DEPRIORITIZE_SECONDS * growth - 1.0
+        assert health.deprioritized("a")
+        assert not health.blocked("a")
+        assert not health.lost("a")
+        clock.now += 1.0
+        assert not health.deprioritized("a")
+
+
+@pytest.mark.parametrize(
+    ("said", "waited", "seen"),
+    [(0.02, 0.03, 0.02), (0.02, 1.0, 0.02), (0.02, 2.9, 2.8), (1.0, 2.9, 1.0), (1.0, 6.1, 6.0)],
+)
+def test_a_server_is_believed_how_long_a_step_took_except_if_the_client_has_waited_much_longer(
+    said: float, waited: float, seen: float
+):
+    assert seen_seconds(said, waited=waited, round_trip=0.1) == pytest.approx(seen)
+
+
+# -- what a second server has computed ---------------------------------------------------------------------------------
+
+
+def test_the_outputs_of_a_second_server_follow_those_that_are_known():
+    known = Outputs(3)
+    known.append(torch.zeros(1, 2, 4), 3)
+    second = beside(known)
+    second.append(torch.ones(1, 3, 4), 5)
+    second.move_to(known)
+    assert known.joined()[0, :, 0].tolist() == [0, 0, 1, 1, 1]
+
+
+def test_where_outputs_are_not_needed_those_of_a_second_server_are_not_either():
+    assert isinstance(beside(NoOutputs()), NoOutputs)
