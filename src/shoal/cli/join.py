@@ -9,9 +9,10 @@ import typer
 from shoal.cli import options, serve
 from shoal.cli.nearby.choose_swarm import choose_swarm
 from shoal.cli.terminal.console import start_logging
+from shoal.cli.terminal.shown_parameters import with_options_of
 
 
-@options.with_options_of(
+@with_options_of(
     serve.command, without=("model", "new_swarm", "initial_peers", "swarm_key", "dtype", "quantization", "revision")
 )
 def command(

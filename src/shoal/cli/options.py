@@ -13,6 +13,7 @@ import typer
 
 from shoal.cli import network_options
 from shoal.cli.terminal.console import WrongUsage, as_usage, start_logging
+from shoal.cli.terminal.shown_parameters import with_parameters
 from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
 from shoal.joining.invite_code import InviteCode, code_in, is_code
 from shoal.model.weights.location import check_model, folder_of
@@ -317,39 +318,6 @@ def with_client_options(command: Command, *, log: str = "error", shows_progress:
     first, *others = shared.values()  # --initial-peers stands in the place of `client`, the others at the end
     own = [first if each.name == "client" else each for each in own_parameters.values()]
     return with_parameters(wrapped, [*own, *others, verbose])
-
-
-def with_options_of(
-    other: Callable[..., None], *, without: Sequence[str]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command also the parameters of another one, but for some; it takes them as `**values`."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [
-            each
-            for each in inspect.signature(command, eval_str=True).parameters.values()
-            if each.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-        taken = {each.name for each in own} | set(without)
-        others = [
-            each for name, each in inspect.signature(other, eval_str=True).parameters.items() if name not in taken
-        ]
-
-        @functools.wraps(command)
-        def wrapped(**values: Any) -> None:
-            command(**values)
-
-        return with_parameters(wrapped, [*own, *others])
-
-    return decorate
-
-
-def with_parameters(command: Callable[..., None], given: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """Let a function that takes keywords show these parameters."""
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in given]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
-    return command
 
 
 @as_usage()

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 
 import typer
 
-from shoal.cli import options
 from shoal.cli.terminal.console import WrongUsage, stderr
+from shoal.cli.terminal.shown_parameters import with_parameters
 from shoal.errors import UserError
 from shoal.joining.invite_code import is_code
 
@@ -71,7 +71,7 @@ def with_config_file(command: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             raise error if config is None else config.blamed(error, values) from None
 
-    return options.with_parameters(wrapped, [*own, added])
+    return with_parameters(wrapped, [*own, added])
 
 
 def read_config(path: Path, context: typer.Context) -> ConfigFile:

@@ -89,7 +89,7 @@ class Pipeline:
         self._expected_length = expected_length
         self._end = end
         self.notify = notify
-        self._links = PushLinks(swarm.measurements.broken_pairs, wire=swarm.config.wire)
+        self.links = PushLinks(swarm.measurements.broken_pairs, wire=swarm.config.wire)
         self.stages = self.stages_on(hops, history)
         self.awaited: dict[Stage, Awaited] = {}
         """The step that each server owes, and since when."""
@@ -146,11 +146,7 @@ class Pipeline:
         """The server that pushes its outputs to this one; None if the client sends it everything."""
         index = self.stages.index(stage)
         upstream = self.stages[index - 1] if index else None
-        return upstream.peer if upstream is not None and self._links.pushes(upstream, stage) else None
-
-    def unlink_broken(self) -> None:
-        """The client sends what servers pushed to each other whose pushes it does not trust any more."""
-        self._links.unlink_broken()
+        return upstream.peer if upstream is not None and self.links.pushes(upstream, stage) else None
 
     # -- listening ----------------------------------------------------------------------------------------------------
 
@@ -166,7 +162,7 @@ class Pipeline:
             stage.history.settle(stage.progress.num_computed)
         self._note_awaited()
         for index, (upstream, downstream) in enumerate(pairwise(self.stages)):
-            if (position := self._links.break_failed(upstream, downstream)) is not None:
+            if (position := self.links.break_failed(upstream, downstream)) is not None:
                 log.info("%s cannot push to %s", upstream.peer, downstream.peer)
                 self._inputs.epoch.advance(EpochReason.PUSH_FAILED)  # a push that arrives nevertheless is too late
                 for later in self.stages[index + 1 :]:
@@ -217,7 +213,7 @@ class Pipeline:
             epoch = self._inputs.epoch.number
             for each in run:
                 if each.is_open:
-                    await each.sync(epoch, self._links.neighbors_of(each))
+                    await each.sync(epoch, self.links.neighbors_of(each))
             if self._inputs.epoch.number != epoch or not all(each.is_open for each in run):
                 continue  # something happened meanwhile, perhaps to a standby: begin again with what is so now
             steps, tensors = self._steps(index, run, limit, max_tokens or MAX_STEP_TOKENS)
@@ -233,7 +229,7 @@ class Pipeline:
         run, position = [stage], stage.progress.num_requested
         for upstream, downstream in pairwise(self.stages[index:]):
             lacks_step = downstream.progress.num_requested == position and downstream.num_tokens <= position
-            if not (lacks_step and self._can_ask(downstream) and self._links.pushes(upstream, downstream)):
+            if not (lacks_step and self._can_ask(downstream) and self.links.pushes(upstream, downstream)):
                 break
             run.append(downstream)
         return run
@@ -285,7 +281,7 @@ class Pipeline:
         await asyncio.gather(*(self._connect(stage) for stage in new))
         if any(stage.has_failed for stage in self.stages):
             return
-        self._links.link(self.stages)
+        self.links.link(self.stages)
         # The outputs that one server has in its cache may be inputs that the next one has, so they are waited for.
         for stage in new:
             if await self._send_open(stage):
@@ -321,7 +317,7 @@ class Pipeline:
         index = self.stages.index(stage)
         if index == len(self.stages) - 1:
             self.outputs.logits.clear()
-        upstream, downstream = self._links.neighbors_of(stage)
+        upstream, downstream = self.links.neighbors_of(stage)
         digests = self._digests(index) if stage.num_tokens else None
         like = self._inputs.like
         request = Open(

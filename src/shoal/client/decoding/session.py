@@ -363,14 +363,9 @@ class Session:
             if self._closed or not doubt.can_be_mended:
                 return
             for stage in self._all_stages():
-                if stage.hop.span.start >= doubt.span.end:
-                    stage.crop(doubt.position)
-                elif stage.hop.span.end > doubt.span.start:
-                    stage.rewind_to(doubt.position)
-                if stage.peer == doubt.liar:
-                    stage.fail(ServerLost(doubt.reason, peer=stage.peer))
+                doubt.apply_to(stage)
             for pipeline in self._pipelines:
-                pipeline.unlink_broken()
+                pipeline.links.unlink_broken()
             self._auditor.distrusted(doubt)
             self._inputs.epoch.advance(EpochReason.DISTRUSTED)
             outputs = Outputs(doubt.position)

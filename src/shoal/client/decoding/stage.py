@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from shoal.client.decoding.outputs import Outputs, Sink
+from shoal.client.decoding.outputs import NoOutputs, Outputs, Sink
 from shoal.client.decoding.pending_step import Opening, PendingStep
 from shoal.client.decoding.progress import StageProgress, StageStatus
 from shoal.client.head.logits import Logits
@@ -375,6 +375,6 @@ class Stage:
             self._deliver(hidden_BTD, step.position + step.skip, sink)
 
     def _deliver(self, outputs_BTD: torch.Tensor, start: int, sink: Sink) -> None:
-        if self.answered_from is None:
+        if self.answered_from is None and not isinstance(sink, NoOutputs):
             self.answered_from = sink.num_tokens
         sink.append(outputs_BTD, start)

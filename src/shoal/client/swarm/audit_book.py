@@ -78,6 +78,14 @@ class AuditBook:
 
     def shut_out(self, evidence: Evidence) -> None:
         """A server lied. It is not used again until its evidence is deleted."""
+        log.warning(
+            "%s lies, and is not used any more: outputs of blocks %s are %.3g from those of %s (allowed: %.3g)",
+            evidence.peer,
+            evidence.blocks,
+            evidence.typical,
+            ", ".join(evidence.witnesses),
+            evidence.allowed_typical,
+        )
         self._liars[evidence.peer] = evidence
         _write(self._folder, evidence)
 

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.peers import ServerInfo
 from shoal.policy.routing.belief import Ceiling, Fastest, ceiling
-from shoal.policy.routing.latency import Slowness, after_step, average_round_trip
-from shoal.policy.routing.route import Measured, Route
+from shoal.policy.routing.latency import Slowness, after_step, average_round_trip, seen_seconds
+from shoal.policy.routing.route import Hop, Measured, Route, announced_seconds
 from shoal.policy.routing.spread import WorkInFlight
+
+FEW_TOKENS = 16
+"""The inputs of more tokens may be long on their way, which is not the server's fault."""
 
 
 class Measurements:
@@ -33,6 +36,15 @@ class Measurements:
     def record_round_trip(self, peer: str, seconds: float) -> None:
         """A ping on an open stream was answered in `seconds`."""
         self._round_trips[peer] = average_round_trip(self._round_trips.get(peer), seconds)
+
+    def record_answer(self, hop: Hop, num_tokens: int, said: float, *, waited: float | None) -> None:
+        """A server says that a step took `said` seconds. The client has `waited` for it, if that is known."""
+        peer, seconds = hop.server.peer, said
+        if waited is not None and (round_trip := self._round_trips.get(peer)) is not None:
+            self.record_speed(len(hop.span), num_tokens, max(said, waited - round_trip))
+            if num_tokens <= FEW_TOKENS:
+                seconds = seen_seconds(said, waited=waited, round_trip=round_trip)
+        self.record_step(peer, announced_seconds(hop.server, len(hop.span), num_tokens), seconds)
 
     def record_step(self, peer: str, predicted_seconds: float, seen_seconds: float) -> None:
         """A step took `seen_seconds` on a server that announces `predicted_seconds` for it."""

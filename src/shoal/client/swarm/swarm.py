@@ -35,7 +35,6 @@ from shoal.model.weights.disk_cache import cache_folder
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.audits.audit_budget import RATES
-from shoal.policy.routing.latency import seen_seconds
 from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import LOOK_SECONDS, MissingSince
@@ -50,8 +49,6 @@ RETRY_SECONDS = 1.0
 """How long to wait for servers that hold the blocks, and did not answer, if none is blocked."""
 SALT_BYTES = 16
 """The length of a salt that is drawn: it cannot be guessed."""
-FEW_TOKENS = 16
-"""The inputs of more tokens may be long on their way, which is not the server's fault."""
 SHORTEST_WAIT = 1e-3
 """Patience that is shorter than this is over."""
 
@@ -308,14 +305,6 @@ class Swarm:
 
     def shut_out(self, evidence: Evidence) -> None:
         """Use a server no more: it was found lying."""
-        log.warning(
-            "%s lies, and is not used any more: outputs of blocks %s are %.3g from those of %s (allowed: %.3g)",
-            evidence.peer,
-            evidence.blocks,
-            evidence.typical,
-            ", ".join(evidence.witnesses),
-            evidence.allowed_typical,
-        )
         self.audits.shut_out(evidence)
 
     def permit(self, allowed: frozenset[str] | None, blocked: frozenset[str]) -> None:
@@ -333,13 +322,8 @@ class Swarm:
         self._health.record_success(peer)
         self._probe.record_answer(peer)
         for num_tokens, said in took:
-            seconds, round_trip = said, self.measurements.round_trips().get(peer)
-            if waited is not None and round_trip is not None:
-                self.measurements.record_speed(len(hop.span), num_tokens, max(said, waited - round_trip))
-                if num_tokens <= FEW_TOKENS:
-                    seconds = seen_seconds(said, waited=waited, round_trip=round_trip)
+            self.measurements.record_answer(hop, num_tokens, said, waited=waited)
             waited = None
-            self.measurements.record_step(peer, announced_seconds(hop.server, len(hop.span), num_tokens), seconds)
 
     def record_overtaken(self, hop: Hop, seconds: float) -> None:
         """A server has not computed a step in `seconds`, and another one has. Once is no reason to avoid it."""

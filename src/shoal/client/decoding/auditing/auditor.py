@@ -29,7 +29,7 @@ from shoal.client.history.history import History
 from shoal.client.swarm.audit_book import Evidence
 from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import owned_task
-from shoal.errors import MissingBlocks, SwarmError
+from shoal.errors import MissingBlocks, ServerLost, SwarmError
 from shoal.events import ServerAudited
 from shoal.policy.audits.audit_budget import audit_cost
 from shoal.policy.audits.likeness import MIN_TOKENS, typical
@@ -52,6 +52,15 @@ class Doubt:
     reason: str
     can_be_mended: bool = True
     liar: str | None = None
+
+    def apply_to(self, stage: Stage) -> None:
+        """Let a stage of the session forget what is not to be trusted, and compute or be given it again."""
+        if stage.hop.span.start >= self.span.end:
+            stage.crop(self.position)
+        elif stage.hop.span.end > self.span.start:
+            stage.rewind_to(self.position)
+        if stage.peer == self.liar:
+            stage.fail(ServerLost(self.reason, peer=stage.peer))
 
 
 class SessionAuditor:
