@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from shoal.errors import SwarmError
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import Node, Stream
 from shoal.net.wire import codec
@@ -70,8 +71,12 @@ class AttackedSwarm:
         return await self._stack.enter_async_context(join(config))
 
     async def identities(self, number: int, *, host: str = ATTACKERS_HOST) -> list[Node]:
-        """New identities, all at one host."""
-        return [await self.identity(host=host) for _ in range(number)]
+        """New identities, all at one host. A busy machine may start fewer of them."""
+        found: list[Node] = []
+        for _ in range(number):
+            with contextlib.suppress(SwarmError):
+                found.append(await self.identity(host=host))
+        return found
 
     async def open(self, attacker: Node, server: ServerInfo) -> Stream:
         """A stream to a server. Raises `StreamBroken`."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import struct
+from dataclasses import replace
 
 import torch
 
 from benchmarks.abuse.attacked_swarm import HIDDEN_SIZE, AttackedSwarm, raw
 from benchmarks.abuse.attacks import Attack
 from shoal.net.transport import Node, Stream, StreamBroken
+from shoal.net.wire import codec
 from shoal.peers import ServerInfo
-from shoal.protocol import PROTOCOL
+from shoal.protocol import PROTOCOL, Open, Opened, Ping, Pong
+from shoal.spans import Span
 
 FRAME_BYTES = 255 << 20
 SENT_BYTES = 24 << 20
@@ -80,8 +84,40 @@ async def _session(swarm: AttackedSwarm, attacker: Node, server: ServerInfo, *, 
     return stream
 
 
+async def working_server(swarm: AttackedSwarm) -> None:
+    """A server of all blocks, the fastest by its own words, that opens sessions, says that it works, and does not."""
+    (liar,) = await swarm.identities(1)
+    server = swarm.servers[0]
+    span = Span(0, swarm.model.num_blocks)
+    num_passes = itertools.count()
+
+    async def pretend(stream: Stream) -> None:
+        while True:
+            message, _ = await codec.receive(stream)
+            if isinstance(message, Open):
+                await codec.send(stream, Opened())
+            elif isinstance(message, Ping):
+                await codec.send(stream, Pong(working=True, num_passes=next(num_passes)))
+
+    await liar.transport.listen(pretend)
+    info = replace(
+        server,
+        peer=liar.transport.peer,
+        addresses=liar.transport.addresses,
+        span=span,
+        decode_speed=1e6,
+        prefill_speed=1e6,
+    )
+    await liar.directory.announce(swarm.model, info, lifetime=60)
+    swarm.begun()
+    while True:
+        await asyncio.sleep(20)
+        await liar.directory.announce(swarm.model, info, lifetime=60)
+
+
 ATTACKS = (
     Attack("idle-streams", idle_streams),
     Attack("unfinished-frames", unfinished_frames, budget_bytes=256 << 20),
     Attack("idle-sessions", idle_sessions, options=("--cache-tokens", "16384")),
+    Attack("working-server", working_server),
 )

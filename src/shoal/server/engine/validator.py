@@ -32,6 +32,7 @@ from shoal.server.step_inputs import StepInputs, Tensors, WantedLogits
 from shoal.spans import Span
 from shoal.tensors import TensorSpec
 
+NO_GRADIENT = "a backward pass needs a gradient of its output's shape"
 MAX_STRAY_BYTES = 1 << 20
 """A pushed step of so many bytes is received and dropped, also where one of this model cannot be as large."""
 
@@ -72,6 +73,8 @@ class RequestValidator:
             return
         for spec in message.tensors:
             match message, spec.name:
+                case Backward(), "grad" if len(spec.shape) != 3 or spec.shape[2] != self.hidden_size:
+                    raise rejected(NO_GRADIENT)
                 case Step() | Forward() | Backward(), "hidden" | "grad":
                     batch_size, num_tokens = self._declared_shape(spec)
                     if isinstance(message, Step):
@@ -111,7 +114,7 @@ class RequestValidator:
         inputs = None if is_saved else self.pass_inputs(tensors)
         grad = tensors.get("grad")
         if grad is None or grad.dim() != 3 or not grad.is_floating_point():
-            raise rejected("a backward pass needs a gradient of its output's shape")
+            raise rejected(NO_GRADIENT)
         return grad, inputs
 
     def _inputs_of(self, tensors: Tensors) -> StepInputs:
