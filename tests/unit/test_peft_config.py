@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shoal import UserError
 from shoal.model.peft.peft_config import checked_fields
-from shoal.model.peft.peft_folder import CONFIG, WEIGHTS, PeftFolder
+from shoal.model.peft.peft_folder import CONFIG, PREFIX, WEIGHTS, PeftFolder
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
 
@@ -107,6 +108,18 @@ def test_layers_of_which_the_file_has_no_weights_are_refused(folder: Path):
     change(folder, target_modules=["q_proj", "v_proj"])
     with pytest.raises(UserError, match=r"lacks 4 of its weights, such as model\.layers\.0\.self_attn\.v_proj\.lora_A"):
         PeftFolder.open(folder).put_into(tiny_llama())
+
+
+def test_weights_of_the_model_itself_are_not_overwritten(folder: Path):
+    model = tiny_llama()
+    name, before = "model.norm.weight", model.model.norm.weight.clone()
+    weights = load_file(folder / WEIGHTS)
+    save_file(weights | {f"{PREFIX}{name}": before.clone()}, folder / WEIGHTS)
+    assert PeftFolder.open(folder).put_into(copy.deepcopy(model)) == []
+    save_file(weights | {f"{PREFIX}{name}": before + 1}, folder / WEIGHTS)
+    with pytest.raises(UserError, match=r"other values for the model's own model\.norm\.weight"):
+        PeftFolder.open(folder).put_into(model)
+    assert torch.equal(model.model.norm.weight, before)
 
 
 def test_an_absurd_config_is_refused_before_the_weights_are_read(folder: Path):

@@ -37,6 +37,8 @@ MAX_WEIGHTS_BYTES = 8 << 30
 """The largest file of weights that is read: a rank of 64 on all linear layers of a model of 70 B, in float32."""
 MAX_WEIGHTS = 200_000
 """The tensors in it. The factors of 126 blocks with 256 experts, of which each is adapted, are fewer."""
+ROUNDING = 2**-7
+"""By how much weights may differ that were trained beside in bfloat16."""
 PREFIX = "base_model.model."
 """The prefix of weights in a PEFT folder, from the `PeftModel` around the model."""
 HOSTED = "hosted"
@@ -95,6 +97,7 @@ class PeftFolder:
         try:
             config = PeftConfig.from_peft_type(**checked_fields(self.origin, self.config))
             inject_adapter_in_model(config, model, adapter_name=HOSTED, low_cpu_mem_usage=True)
+            weights = self._without_own(weights, model)
             loaded = set_peft_model_state_dict(model, weights, adapter_name=HOSTED, low_cpu_mem_usage=True)
             cast_adapter_dtype(model, HOSTED)
         except (ValueError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
@@ -105,6 +108,24 @@ class PeftFolder:
             raise UserError(f"the adapter {self.origin} lacks {len(missing)} of its weights, such as {name}")
         model.eval()
         return sorted(loaded.unexpected_keys)
+
+    def _without_own(self, weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """The weights but those of the model itself, which PEFT saves beside adapters of embeddings.
+
+        Raises `UserError` if one of them is another: the model may be shared, and is not changed.
+        """
+        known = {name: own for name, own in model.named_parameters() if HOSTED not in name.split(".")}
+        for name in sorted(weights.keys() & known.keys()):
+            own, given = known[name].detach().float(), weights[name].to(known[name].device).float()
+            if own.is_meta:  # on a server, which takes the factors of its blocks only
+                continue
+            slack = ROUNDING * float(own.abs().mean())
+            if given.shape != own.shape or not torch.allclose(given, own, rtol=ROUNDING, atol=slack):
+                raise UserError(
+                    f"the adapter {self.origin} has other values for the model's own {name}",
+                    hint="train such layers with modules_to_save= or with LoRA",
+                )
+        return {name: weight for name, weight in weights.items() if name not in known}
 
     def factors(self, checkpoint: Checkpoint, span: Span) -> list[AdapterFactors]:
         """The adapters of the blocks of a span, as a client would send them: in float32, as in PEFT."""
