@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from shoal.client.decoding.outputs import NoOutputs, Outputs, beside
+from shoal.client.head.logits import Logits
 from shoal.client.swarm.peer_health import PeerHealth
 from shoal.policy.health import DEPRIORITIZE_SECONDS
 from shoal.policy.lateness import (
@@ -79,8 +80,30 @@ def test_the_outputs_of_a_second_server_follow_those_that_are_known():
     second = beside(known)
     second.append(torch.ones(1, 3, 4), 5)
     second.move_to(known)
-    assert known.joined()[0, :, 0].tolist() == [0, 0, 1, 1, 1]
+    joined = known.joined()
+    assert isinstance(joined, torch.Tensor)
+    assert joined[0, :, 0].tolist() == [0, 0, 1, 1, 1]
 
 
 def test_where_outputs_are_not_needed_those_of_a_second_server_are_not_either():
     assert isinstance(beside(NoOutputs()), NoOutputs)
+
+
+def test_the_logits_of_a_second_server_take_the_place_of_those_that_a_late_one_has_sent():
+    known = Outputs(3)
+    known.logits.append(Logits(torch.zeros(1, 1, 5), None))
+    second = beside(known)
+    second.logits.append(Logits(torch.ones(1, 2, 5), None))
+    second.move_to(known)
+    joined = known.joined()
+    assert isinstance(joined, Logits)
+    assert joined.values.tolist() == torch.ones(1, 2, 5).tolist()
+
+
+def test_a_second_server_without_a_head_gives_outputs_in_place_of_the_late_ones_logits():
+    known = Outputs(3)
+    known.logits.append(Logits(torch.zeros(1, 1, 5), None))
+    second = beside(known)
+    second.append(torch.ones(1, 2, 4), 3)
+    second.move_to(known)
+    assert isinstance(known.joined(), torch.Tensor)

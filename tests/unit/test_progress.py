@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.client.decoding.epoch import Epoch, EpochReason
 from shoal.client.decoding.pending_step import PendingStep
-from shoal.client.decoding.progress import StageProgress
+from shoal.client.decoding.progress import StageProgress, awaited_steps
 
 
 def step(position: int, num_tokens: int, *, epoch: int = 0, pushed: bool = False) -> PendingStep:
@@ -176,3 +176,10 @@ def test_every_reason_begins_the_next_epoch():
     for reason in EpochReason:
         epoch.advance(reason)
     assert epoch.number == len(EpochReason)
+
+
+def test_a_server_owes_a_step_once_the_server_before_it_has_computed_its_inputs():
+    first, second = asked(3, 1), asked(3)
+    assert awaited_steps([first, second, StageProgress()]) == [first.pending[0], None, None]
+    assert awaited_steps([first.answered(), second]) == [first.pending[1], second.pending[0]]
+    assert awaited_steps([first.answered().answered(), second.answered()]) == [None, None]
