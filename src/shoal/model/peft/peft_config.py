@@ -15,11 +15,11 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from shoal.adapters import MAX_RANK
 from shoal.errors import UserError
-from shoal.protocol import MAX_BLOCKS
 from shoal.strict import Strict
 
 MAX_TARGETS = 1024
 """The names of one list, and the patterns of one table. An adapter of a mixture of experts names some dozens."""
+MAX_LAYERS = 4096
 MAX_ALPHA = 1e6
 MAX_REPETITIONS = 5
 """The repetitions in one pattern: the steps of a match grow with the length of a name to this power."""
@@ -60,8 +60,8 @@ Targets = Annotated[list[Name], Field(max_length=MAX_TARGETS)] | Pattern
 Ranks = Annotated[dict[Pattern, Annotated[int, Field(ge=1, le=MAX_RANK)]], Field(max_length=MAX_TARGETS)]
 Alpha = Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA, strict=False)]  # PEFT writes whole numbers too
 Alphas = Annotated[dict[Pattern, Alpha], Field(max_length=MAX_TARGETS)]
-Block = Annotated[int, Field(ge=0, lt=MAX_BLOCKS)]
-Blocks = Annotated[list[Block], Field(max_length=MAX_BLOCKS)] | Block
+Block = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+Blocks = Annotated[list[Block], Field(max_length=MAX_LAYERS)] | Block
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TRAINED_TOKENS)]
 
 
