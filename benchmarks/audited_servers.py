@@ -1,4 +1,4 @@
-"""The servers of `benchmarks.audits`: the same texts, computed in every form and way in which honest servers compute."""
+"""The servers of `benchmarks.audits`: the same texts, in every form and way in which honest servers compute."""
 
 # B texts, T tokens of each, D hidden size
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import sys
@@ -150,7 +151,7 @@ def study(folder: Path, *, num_windows: int, num_texts: int, num_tokens: int, se
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     num_blocks = checkpoint.config.num_hidden_layers
     bounds = [num_blocks * index // NUM_HOPS for index in range(NUM_HOPS + 1)]
-    spans = [Span(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    spans = [Span(start, end) for start, end in itertools.pairwise(bounds)]
     print(f"{folder}: loading {num_blocks} blocks in all forms", file=sys.stderr)
     pipeline = Pipeline(checkpoint, spans, num_texts=GROUP, num_tokens=num_tokens)
     texts = texts_of(folder, model, num_texts, num_tokens)
@@ -188,15 +189,16 @@ def show(found: dict[str, Any]) -> None:
     total, false = (sum(each[key] for each in honest) for key in ("num_audits", "num_false"))
     print(f"{found['model']}: {found['num_texts']} texts of {found['num_tokens']} tokens, {NUM_HOPS} hops")
     print(f"\n{total:,} audits of honest servers, {false} called unlike\n")
-    print("| servers | hidden states | audits | largest typical | allowed | largest single | allowed | margin | unlike |")
+    print(
+        "| servers | hidden states | audits | largest typical | allowed | largest single | allowed | margin | unlike |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for each in honest:
         allowed = each["allowed"]
-        print(
-            f"| {each['pair'].replace(' | ', ', ')} | {each['journey']} | {each['num_audits']:,} "
-            f"| {each['largest_typical']:.2g} | {allowed['typical']:g} | {each['largest']:.2g} | {allowed['largest']:g} "
-            f"| {each['margin']:.1f} | {each['num_false']} |"
-        )
+        compared = [f"{each['largest_typical']:.2g}", f"{allowed['typical']:g}"]
+        compared += [f"{each['largest']:.2g}", f"{allowed['largest']:g}", f"{each['margin']:.1f}"]
+        cells = [each["pair"].replace(" | ", ", "), each["journey"], f"{each['num_audits']:,}", *compared]
+        print("| " + " | ".join(cells) + f" | {each['num_false']} |")
     pairs = list(found["detection"])
     print("\n| found, in windows of " + ", ".join(map(str, WINDOWS)) + " | " + " | ".join(pairs) + " |")
     print("|---|" + "---|" * len(pairs))
