@@ -136,7 +136,7 @@ def _read(folder: Path) -> dict[str, Evidence]:
                 evidence = Evidence(**{**fields, "witnesses": tuple(fields["witnesses"])})
                 if file.stem != evidence.peer:
                     raise ValueError("its name is not the peer's")
-            except (OSError, ValueError, TypeError, KeyError) as error:
+            except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
                 log.warning("%s is no evidence against a server: %s", file, error)
             else:
                 found[evidence.peer] = evidence
@@ -147,8 +147,11 @@ def _write(folder: Path, evidence: Evidence) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, draft = tempfile.mkstemp(dir=folder)
-        with os.fdopen(handle, "w") as out:
-            json.dump(asdict(evidence), out, indent=1)
-        os.replace(draft, folder / f"{evidence.peer}.json")
+        try:
+            with os.fdopen(handle, "w") as out:
+                json.dump(asdict(evidence), out, indent=1)
+            os.replace(draft, folder / f"{evidence.peer}.json")
+        finally:
+            Path(draft).unlink(missing_ok=True)
     except OSError as error:
         log.warning("the evidence against %s cannot be kept: %s", evidence.peer, error)

@@ -54,4 +54,5 @@ def distances(
     whole_N = difference_ND.norm(dim=-1) / change_ND.norm(dim=-1).clamp(min=_LEAST)
     usual_D = change_ND.square().mean(dim=0).sqrt().clamp(min=_LEAST)
     by_channel_N = (difference_ND / usual_D).square().mean(dim=-1).sqrt()
-    return [float(each) for each in torch.maximum(whole_N, by_channel_N)]
+    found: list[float] = torch.maximum(whole_N, by_channel_N).tolist()
+    return found
