@@ -279,7 +279,7 @@ class Swarm:
     def shut_out(self, evidence: Evidence) -> None:
         """Use a server no more: it was found lying."""
         log.warning(
-            "%s lies, and is not used any more: outputs of blocks %s are %.3g from those of %s (allowed: %.3g)",
+            "%s lies, and is not used any more: what it computed for blocks %s is %.3g from that of %s (allowed: %.3g)",
             evidence.peer,
             evidence.blocks,
             evidence.typical,
@@ -355,8 +355,8 @@ class Swarm:
         return sum(server.span.start < span.end and span.start < server.span.end for server in healthy)
 
     def is_avoided(self, peer: str) -> bool:
-        """Whether a server has failed lately, or said that it is busy."""
-        return self._health.deprioritized(peer) or self._health.blocked(peer)
+        """Whether a server has failed lately, said that it is busy, or was found lying."""
+        return self._health.deprioritized(peer) or self._health.blocked(peer) or peer in self.audits.liars
 
     def is_lost(self, peer: str) -> bool:
         """Whether a server has failed, and has not answered or announced itself since. A busy one is not lost."""

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 
 import torch
 
-from shoal.client.decoding.auditing.claim import Claim, form_of
+from shoal.client.decoding.auditing.claim import Claim
 from shoal.client.decoding.outputs import Outputs
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.standby import STANDBY_STEP_TOKENS
+from shoal.client.swarm.comparing.findings import Testimony
 from shoal.client.swarm.swarm import Swarm
 from shoal.errors import ServerLost
-from shoal.policy.audits.likeness import Form
+from shoal.policy.audits.likeness import form_of
 from shoal.policy.routing.route import Route
 
 log = logging.getLogger(__name__)
@@ -25,19 +25,10 @@ RECOMPUTE_SECONDS = 60.0
 """How long witnesses may take: they are asked in portions, behind those who wait for their tokens."""
 
 
-@dataclass(frozen=True)
-class Testimony:
-    """What witnesses have computed: the outputs [B, T, D] of some tokens. `peers` and `forms` are theirs, in order."""
-
-    outputs_BTD: torch.Tensor
-    peers: tuple[str, ...]
-    forms: tuple[Form, ...]
-
-
 async def recompute(
     swarm: Swarm, planner: RoutePlanner, claim: Claim, window: tuple[int, int], route: Route
-) -> Testimony:
-    """What the servers of a route answer for a claim's inputs, for the tokens of a window.
+) -> Testimony[torch.Tensor]:
+    """What the servers of a route answer for a claim's inputs: the outputs [B, T, D] of the tokens of a window.
 
     Raises `SwarmError`s if they fail. Only the caller knows whether the inputs have been changed meanwhile: then the
     result means nothing.

@@ -1,4 +1,4 @@
-"""How far apart the outputs of two servers are, in units of what the blocks change."""
+"""How far apart the outputs of two servers are, in units of what the blocks change; and their gradients."""
 
 # B sequences, T tokens, D hidden size, N tokens of all sequences
 
@@ -32,3 +32,9 @@ def distances(
     usual_D = change_ND.square().mean(dim=0).sqrt().clamp(min=_LEAST)
     by_channel_N = (difference_ND / usual_D).square().mean(dim=-1).sqrt()
     return [float(each) for each in torch.maximum(whole_N, by_channel_N)]
+
+
+def relative_distance(claimed: torch.Tensor, witnessed: torch.Tensor) -> float:
+    """How far a gradient is from what a witness computed, relative to that, as a whole; NaN if one is not finite."""
+    claimed, witnessed = claimed.double(), witnessed.double()
+    return float((claimed - witnessed).norm() / witnessed.norm().clamp(min=_LEAST))
