@@ -102,11 +102,11 @@ class WaitEnded:
 
 @dataclass(frozen=True)
 class ServerAudited:
-    """Other servers computed again what a server had answered for `num_tokens` tokens of the blocks of `span`.
+    """Other servers computed too what a server has answered for `num_tokens` tokens of the blocks of `span`.
 
     `distance` is how far it was from what the first of the `witnesses` computed, typically, in units of what the blocks
-    change. The `finding` is one of "clean", "lied", "witness_lied", "misled" and "unsettled"
-    (`shoal.policy.audits.verdict`).
+    change; that of gradients is relative to them. The `finding` is one of "clean", "lied", "witness_lied", "misled" and
+    "unsettled" (`shoal.policy.audits.verdict`).
     """
 
     peer: str
@@ -133,6 +133,25 @@ class TextDoubtful:
     def line(self) -> str:
         """The event in a line for people."""
         return f"the last {self.end - self.start} tokens may be wrong: {self.reason}"
+
+
+@dataclass(frozen=True)
+class PassesDoubtful:
+    """What a server computed in `num_passes` passes without a cache, of training for example, is not to be trusted.
+
+    They are those since its last clean audit, forward and backward ones of microbatches. The audited pass itself is
+    right, unless the servers only differ.
+    """
+
+    model: str
+    peer: str
+    num_passes: int
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """The event in a line for people."""
+        return f"up to {self.num_passes} passes of {self.peer} may be wrong, and the training with them: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -195,6 +214,7 @@ Event = (
     | WaitEnded
     | ServerAudited
     | TextDoubtful
+    | PassesDoubtful
     | SessionOpened
     | SessionClosed
     | PassComputed
@@ -219,7 +239,7 @@ class LogObserver:
                 log.info("%s replaced by %s", peer, ", ".join(replacements))
             case ServerAudited(peer=peer, span=span, num_tokens=num_tokens, distance=distance, finding=finding):
                 log.debug("audit of %s, blocks %s, %d tokens: %s, %.3g", peer, span, num_tokens, finding, distance)
-            case WaitingForBlocks() | WaitEnded() | TextDoubtful():
+            case WaitingForBlocks() | WaitEnded() | TextDoubtful() | PassesDoubtful():
                 log.warning("%s", event.line)
             case SessionOpened(model=model, span=span, batch_size=batch_size):
                 log.debug("a session of %d sequences on blocks %s of %s", batch_size, span, model)

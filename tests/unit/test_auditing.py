@@ -14,9 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from shoal.client.decoding.auditing.comparison import distances
-from shoal.client.swarm.audit_book import MAX_EVIDENCE_BYTES, AuditBook, Evidence
 from shoal.policy.auditing.audit_budget import (
     FIRST_AUDIT_TOKENS,
     MOST_CREDIT_TOKENS,
@@ -42,6 +40,8 @@ from shoal.policy.auditing.likeness import (
     typical,
 )
 from shoal.policy.auditing.verdict import Verdict, verdict, with_own_answer
+
+from shoal.client.swarm.audit_book import MAX_EVIDENCE_BYTES, AuditBook, Evidence
 
 FORMS = [Form(dtype, name) for dtype in ("float32", "bfloat16", "float16") for name in ("none", "int8", "nf4")]
 ANYTHING = Allowed(math.inf, math.inf)

@@ -15,7 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.policy.audits.audit_budget import FIRST_AUDIT_TOKENS, AuditBudget, Candidate, next_audit
+from shoal.policy.audits.audit_budget import (
+    FIRST_AUDIT_TOKENS,
+    PASS_TOKENS,
+    AuditBudget,
+    Candidate,
+    audits_pass,
+    next_audit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +36,8 @@ class Evidence:
     """Why a server was shut out: what was compared, how far apart it was, and who computed it again.
 
     `typical` and `largest` are the distances that were found, `allowed_typical` and `allowed_largest` those of honest
-    servers. `found_at` is a Unix time. `position` is the first token of the text that is doubtful.
+    servers. `found_at` is a Unix time. `position` is the first token of the text that is doubtful; 0 for passes without
+    a cache.
     """
 
     peer: str
@@ -51,9 +59,9 @@ class Evidence:
 
 
 class AuditBook:
-    """The audits of all sessions of a model. `folder` keeps the evidence against servers.
+    """The audits of all sessions and passes of a model. `folder` keeps the evidence against servers.
 
-    `audit_one` is held by the session that audits: one at a time.
+    `audit_one` is held by the session or the pass that is audited: one at a time.
     """
 
     def __init__(self, rate: float, *, rng: random.Random, folder: Path) -> None:
@@ -98,7 +106,11 @@ class AuditBook:
         for peer in peers:
             self._num_used[peer] += num_decoded
 
-    def earn(self, num_tokens: int, num_blocks: int) -> None:
+    def record_pass(self, peer: str) -> None:
+        """A server is asked for a pass without a cache."""
+        self._num_used[peer] += PASS_TOKENS
+
+    def earn(self, num_tokens: float, num_blocks: int) -> None:
         """So many tokens were decoded, through so many blocks: audits may cost a part of that."""
         self._budget = self._budget.earned(num_tokens, num_blocks)
 
@@ -118,6 +130,15 @@ class AuditBook:
     def any_of(self, number: int) -> int:
         """One of the numbers below this one, which no server can foresee."""
         return self._rng.randrange(number)
+
+    def postpone_long(self, peer: str) -> None:
+        """The same after a pass whose audits settle nothing: repeated ones are to cost no more than others."""
+        self.postpone(peer)
+        self._due_after[peer] += round(PASS_TOKENS / self._budget.rate)
+
+    def audits_pass(self, candidate: Candidate) -> bool:
+        """Whether to audit a pass of a server while it is computed."""
+        return not self.audit_one.locked() and audits_pass(candidate, self._budget, self._rng)
 
     def choose(self, candidates: Sequence[Candidate]) -> int | None:
         """The index of the server to audit now, if any."""

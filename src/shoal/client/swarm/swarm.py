@@ -384,8 +384,8 @@ class Swarm:
         return not self._healthy({holding(hop.server)}).missing(hop.span)
 
     def is_avoided(self, peer: str) -> bool:
-        """Whether a server has failed lately, or said that it is busy."""
-        return self._health.deprioritized(peer) or self._health.blocked(peer)
+        """Whether a server has failed lately, said that it is busy, or was found lying."""
+        return self._health.deprioritized(peer) or self._health.blocked(peer) or peer in self.audits.liars
 
     def is_lost(self, peer: str) -> bool:
         """Whether a server has failed, and has not answered or announced itself since. A busy one is not lost."""

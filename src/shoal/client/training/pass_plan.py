@@ -13,7 +13,7 @@ import torch
 from shoal.client.swarm.answers import named_tensors
 from shoal.client.training.gradients import spans_of_one_answer
 from shoal.model.peft.factors import ActiveAdapters
-from shoal.policy.routing.route import Hop
+from shoal.policy.routing.route import Hop, Needs
 from shoal.spans import Span
 from shoal.tensors import TensorName
 
@@ -92,6 +92,12 @@ class PassPlan:
             )
             for start, part in zip(range(0, len(hidden_BTD), rows), hidden_BTD.split(rows), strict=True)
         ]
+
+
+def pass_needs(hidden_BTD: torch.Tensor) -> Needs:
+    """What a route is needed for: one pass, in which each server answers the client and keeps no cache."""
+    batch_size, num_tokens, _ = hidden_BTD.shape
+    return Needs(step_tokens=batch_size * num_tokens, ring=False, dtype=str(hidden_BTD.dtype).removeprefix("torch."))
 
 
 def _rows(tensor: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:

@@ -22,7 +22,8 @@ from shoal.client.swarm.answers import joined
 from shoal.client.swarm.message_sizes import check_length, check_size
 from shoal.client.swarm.swarm import Holding, Swarm
 from shoal.client.training.gradients import FactorSums, Gradients
-from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
+from shoal.client.training.pass_audits import PassAudits
+from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_needs
 from shoal.client.training.server_passes import ServerPasses
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.wire.encodings import as_received
@@ -42,6 +43,7 @@ class RemotePasses:
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
         self._servers = ServerPasses(swarm)
+        self._audited = PassAudits(swarm, self._servers)
         self._in_flight = asyncio.Semaphore(MAX_MICROBATCHES_IN_FLIGHT)
 
     async def __aenter__(self) -> Self:
@@ -115,12 +117,12 @@ class RemotePasses:
             start = pieces[-1].span.end if pieces else microbatch.span.start
             if start == end:
                 return hidden
-            route = await self._swarm.route(Span(start, end), excluded, needs=_pass_needs(hidden))
+            route = await self._swarm.route(Span(start, end), excluded, needs=pass_needs(hidden))
             with self._swarm.reserving(route):
                 for hop in (part for each in route.hops for part in plan.parts(each, hidden)):
                     saved_as = secrets.token_hex(16) if plan.wants(hop.span) else None
                     piece = replace(microbatch, span=hop.span, hidden=hidden, hop=hop, saved_as=saved_as)
-                    hidden = await self._servers.forward(plan, hop, piece)
+                    hidden = await self._audited.forward(plan, hop, piece)
                     pieces.append(piece)
             return hidden
 
@@ -141,13 +143,13 @@ class RemotePasses:
                 hop = piece.hop if piece.saved_as is not None else None
                 if hop is None or self._swarm.is_avoided(hop.server.peer):
                     piece = pieces[-1]
-                    route = await self._swarm.route(piece.span, excluded, needs=_pass_needs(grad))
+                    route = await self._swarm.route(piece.span, excluded, needs=pass_needs(grad))
                     if len(route.hops) > 1:  # several servers replace one: compute the inputs of each of them
                         _, finer = await self._forward(plan, piece)
                         pieces[-1:] = plan.wanted(finer)
                         continue
                     hop = route.hops[0]
-                found = await self._servers.backward(plan, hop, piece, grad)
+                found = await self._audited.backward(plan, hop, piece, grad)
                 if found is None:  # the server has it no more
                     continue
                 inputs_BTD, found_factors = found
@@ -175,9 +177,3 @@ class RemotePasses:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
-
-
-def _pass_needs(hidden_BTD: torch.Tensor) -> Needs:
-    """What a route is needed for: one pass, in which each server answers the client and keeps no cache."""
-    batch_size, num_tokens, _ = hidden_BTD.shape
-    return Needs(step_tokens=batch_size * num_tokens, ring=False, dtype=str(hidden_BTD.dtype).removeprefix("torch."))

@@ -27,6 +27,8 @@ from shoal.tensors import TensorName
 
 NORMS_SECONDS = 1.0
 """How long the norms of a block's weights usually take: a server reads all of them."""
+PieceGradients = tuple[torch.Tensor | None, dict[int, FactorGradients]]
+"""The gradients of a piece's inputs [B, T, D], if they are needed, and of its factors by block."""
 SENT_AND_MISSING = "that it lacks what it was just sent"
 
 
@@ -67,11 +69,11 @@ class ServerPasses:
 
     async def backward(
         self, plan: PassPlan, hop: Hop, piece: MicrobatchPiece, grad_BTD: torch.Tensor
-    ) -> tuple[torch.Tensor | None, dict[int, FactorGradients]] | None:
-        """The gradients of a piece's inputs [B, T, D], if they are needed, and of its factors by block.
+    ) -> PieceGradients | None:
+        """The gradients of a piece; `grad_BTD` is that of its outputs.
 
-        `grad_BTD` is that of its outputs. A piece that the server has saved is not sent again; the answer is `None` if
-        the server has it no more. Raises `PeerError`s.
+        A piece that the server has saved is not sent again; the answer is `None` if the server has it no more. Raises
+        `PeerError`s.
         """
         wants_inputs = plan.needs_inputs_of(piece.span)
         request = Backward(

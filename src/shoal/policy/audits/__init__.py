@@ -1,4 +1,4 @@
 """How a client finds servers that compute something else than they should: what it compares, how often, who is blamed.
 
-It imports `shoal.spans` and the standard library, and compares numbers, not tensors.
+It imports the ground, and compares numbers, not tensors.
 """

@@ -1,8 +1,9 @@
 """When a client audits which server: so rarely that it costs a small part of the decoding, and never predictably.
 
 Costs are counted in tokens of one block, decoded one at a time. A witness computes many tokens in a pass, which costs
-less by as much as its speed with long inputs is above that with single tokens. A server that the client has not audited
-yet is audited once whatever that costs; what it costs is saved later.
+less by as much as its speed with long inputs is above that with single tokens. The same holds for the passes without a
+cache that a client makes: they earn audits as decoded tokens do. A server that the client has not audited yet is
+audited once whatever that costs; what it costs is saved later.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ RATES: dict[AuditLevel, float] = {"off": 0.0, "low": 0.03, "high": 0.3}
 """What audits cost at each level, as a part of the compute of the decoding."""
 FIRST_AUDIT_TOKENS = 24
 """A server that is new to the client is audited after at most so many tokens, at a moment that it cannot foresee."""
+PASS_TOKENS = FIRST_AUDIT_TOKENS // 4
+"""A pass without a cache counts as so many tokens there: a new server is audited within its first four passes."""
+PASS_CHANCE = 0.5
+"""How often a pass is audited if the budget pays for it. Audits would fall on the same of passes that take turns."""
 USUAL_SPEEDUP = 10.0
 """How many times faster servers compute tokens of long inputs than single ones, if they do not say."""
 MOST_SPEEDUP = 1000.0
@@ -36,9 +41,12 @@ class AuditBudget:
     rate: float
     credit: float = 0.0
 
-    def earned(self, num_tokens: int, num_blocks: int) -> AuditBudget:
-        """After so many tokens were decoded through so many blocks."""
-        most = self.rate * MOST_CREDIT_TOKENS * num_blocks
+    def earned(self, num_tokens: float, num_blocks: int) -> AuditBudget:
+        """After so many tokens were decoded through so many blocks, or after a pass that costs as much.
+
+        What a long pass costs can be saved whatever the rate, or none would ever be audited again.
+        """
+        most = max(self.rate * MOST_CREDIT_TOKENS, num_tokens) * num_blocks
         return replace(self, credit=max(self.credit, min(most, self.credit + self.rate * num_tokens * num_blocks)))
 
     def spent(self, cost: float) -> AuditBudget:
@@ -89,3 +97,10 @@ def next_audit(candidates: Sequence[Candidate], budget: AuditBudget, rng: random
         return None
     weights = [candidates[i].num_tokens / math.sqrt(candidates[i].num_clean) for i in affordable]
     return rng.choices(affordable, weights)[0]
+
+
+def audits_pass(candidate: Candidate, budget: AuditBudget, rng: random.Random) -> bool:
+    """Whether a server's pass is audited while it is computed."""
+    if next_audit([candidate], budget, rng) is None:
+        return False
+    return candidate.is_new or rng.random() < PASS_CHANCE

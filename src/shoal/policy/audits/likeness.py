@@ -1,9 +1,9 @@
 """Whether two servers have computed the same, told from how far apart their outputs are.
 
 Honest servers differ: in the order of their sums, in dtype, and by what quantization rounds away. The distance of two
-outputs of a token is relative to how far the blocks moved the token's hidden state (`shoal.client.decoding.auditing`).
-What is allowed depends on how both servers compute. The figures are about twice what `python -m benchmarks.audits`
-finds between honest servers; docs/trust.md has them.
+outputs of a token is relative to how far the blocks moved the token's hidden state
+(`shoal.client.swarm.comparing.distances`). What is allowed depends on how both servers compute. The figures are about
+twice what `python -m benchmarks.audits` finds between honest servers; docs/trust.md has them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from shoal.peers import ServerInfo
+
 MIN_TOKENS = 8
 """The fewest tokens that are compared: the typical distance of fewer says little."""
+FIRST_POSITION = 4
+"""The tokens before it are not compared: blocks move the first tokens of a text by hundreds of times as much."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,11 @@ class Form:
 
     dtype: str
     quantization: str
+
+
+def form_of(server: ServerInfo) -> Form:
+    """How a server says that it computes."""
+    return Form(server.dtype, server.quantization)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ ONE_INT8 = Allowed(0.16, 1.0)
 """One rounds weights and inputs to int8, and the other does not."""
 ONE_NF4 = Allowed(0.6, 1.6)
 """One has weights of four bits, and the other does not."""
+MOST_OF_GRADIENTS = 0.5
 BY_ENCODING = {"raw": EXACT, "bfloat16": ROUNDED, "int8": ONE_INT8}
 """What is allowed at least if hidden states are rounded on their way, or in the client's history."""
 
@@ -78,3 +88,9 @@ def typical(distances: Sequence[float]) -> float:
 def are_alike(distances: Sequence[float], allowed: Allowed) -> bool:
     """Whether outputs at these distances, of at least one token, are those of honest servers."""
     return typical(distances) <= allowed.typical and max(distances) <= allowed.largest
+
+
+def for_gradients(allowed: Allowed) -> Allowed:
+    """TODO"""
+    most = min(allowed.largest, MOST_OF_GRADIENTS)
+    return Allowed(most, most)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.client.decoding.auditing.claim import Claim
-from shoal.client.decoding.auditing.examination import Findings, examine
+from shoal.client.decoding.auditing.examination import examine
 from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.route_planner import RoutePlanner
@@ -26,7 +26,7 @@ from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.history.history import History
-from shoal.client.swarm.audit_book import Evidence
+from shoal.client.swarm.comparing.findings import Findings
 from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import owned_task
 from shoal.errors import MissingBlocks, ServerLost, SwarmError
@@ -223,18 +223,9 @@ class SessionAuditor:
         """What follows from the findings of an audit."""
         clean, pushed_by = claim.clean, claim.pushed_by
         claim.clean, claim.pushed_by = window[1], claim.pushed_by[-1:]
-        evidence = Evidence(
-            peer=claim.peer,
-            model=self._swarm.model.name,
-            blocks=str(claim.span),
-            position=clean,
-            num_tokens=window[1] - window[0],
-            typical=typical(findings.distances),
-            largest=max(findings.distances),
-            allowed_typical=findings.allowed.typical,
-            allowed_largest=findings.allowed.largest,
-            witnesses=findings.witnesses,
-            found_at=time.time(),
+        num_tokens, model = window[1] - window[0], self._swarm.model.name
+        evidence = findings.evidence(
+            claim.peer, model, claim.span, position=clean, num_tokens=num_tokens, found_at=time.time()
         )
         match findings.verdict:
             case Verdict.CLEAN | Verdict.WITNESS_LIED:

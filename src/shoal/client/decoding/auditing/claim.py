@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.history.history import History
 from shoal.peers import ServerInfo
-from shoal.policy.audits.likeness import Form
+from shoal.policy.audits.likeness import FIRST_POSITION, Form, form_of
 from shoal.spans import Span
 
 WINDOW_TOKENS = 256
 """The most tokens whose outputs are compared in one audit: they travel once more to the client."""
-FIRST_POSITION = 4
-"""The tokens before it are not compared: blocks move the first tokens of a text by hundreds of times as much."""
 
 
 @dataclass
@@ -59,8 +57,3 @@ class Claim:
         """The session has forgotten all tokens after the first `num_tokens`."""
         self.end = min(self.end, num_tokens)
         self.clean = min(self.clean, num_tokens)
-
-
-def form_of(server: ServerInfo) -> Form:
-    """How a server says that it computes."""
-    return Form(server.dtype, server.quantization)

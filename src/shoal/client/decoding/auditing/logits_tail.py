@@ -8,6 +8,8 @@ from collections import deque
 
 from shoal.client.head.logits import Logits, LogitsRequest
 
+_LEAST = 1e-12
+
 TAIL_TOKENS = 16
 """The tokens whose logits are kept. Those of a large vocabulary take as much as the hidden states of 50 tokens."""
 
@@ -57,3 +59,24 @@ class LogitsTail:
         """An answer for its sequence alone."""
         row = slice(self._row, self._row + 1)
         return Logits(answer.values[row].clone(), None if answer.ids is None else answer.ids[row].clone())
+
+
+def logits_distances(claimed: Logits, witnessed: Logits) -> list[float]:
+    """For each token, how far the logits of a sequence are from what a witness computed; NaN if not finite.
+
+    It is relative to how far those of the witness are from their mean. Of the likeliest tokens, those count that both
+    have named, unless these are fewer than half: then the distance is infinite.
+    """
+    found: list[float] = []
+    for index in range(claimed.values.shape[1]):
+        one, other = claimed.values[0, index].double(), witnessed.values[0, index].double()
+        if claimed.ids is not None and witnessed.ids is not None:
+            both = claimed.ids[0, index][:, None] == witnessed.ids[0, index][None]
+            if 2 * int(both.sum()) < len(one):
+                found.append(float("inf"))
+                continue
+            mine, others = both.nonzero(as_tuple=True)
+            one, other = one[mine], other[others]
+        spread = (other - other.mean()).norm().clamp(min=_LEAST)
+        found.append(float((one - other).norm() / spread))
+    return found

@@ -6,19 +6,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 
 import torch
 
-from shoal.client.decoding.auditing.claim import Claim, form_of
+from shoal.client.decoding.auditing.claim import Claim
 from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.decoding.outputs import Outputs
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.standby import STANDBY_STEP_TOKENS
 from shoal.client.head.logits import Logits
+from shoal.client.swarm.comparing.findings import Testimony
 from shoal.client.swarm.swarm import Swarm
 from shoal.errors import MissingBlocks, ServerLost
-from shoal.policy.audits.likeness import Form
+from shoal.policy.audits.likeness import form_of
 from shoal.policy.routing.route import Route
 
 log = logging.getLogger(__name__)
@@ -27,22 +27,10 @@ RECOMPUTE_SECONDS = 60.0
 """How long witnesses may take: they are asked in portions, behind those who wait for their tokens."""
 
 
-@dataclass(frozen=True)
-class Testimony:
-    """What witnesses have computed for some tokens: outputs [B, T, D], or logits of the sequence that was asked about.
-
-    `peers` and `forms` are theirs, in order.
-    """
-
-    outputs: torch.Tensor | Logits
-    peers: tuple[str, ...]
-    forms: tuple[Form, ...]
-
-
 async def recompute(
     swarm: Swarm, planner: RoutePlanner, claim: Claim, window: tuple[int, int], route: Route
-) -> Testimony:
-    """What the servers of a route answer for a claim's inputs, for the tokens of a window.
+) -> Testimony[torch.Tensor | Logits]:
+    """What the servers of a route answer for a claim's inputs: outputs [B, T, D] of the tokens of a window, or logits.
 
     Raises `SwarmError`s if they fail. Only the caller knows whether the inputs have been changed meanwhile: then the
     result means nothing.

@@ -1,4 +1,4 @@
-"""How far apart the outputs of two servers are, in units of what the blocks change."""
+"""How far apart the outputs of two servers are, in units of what the blocks change; and their gradients."""
 
 # B sequences, T tokens, D hidden size, N tokens of all sequences
 
@@ -6,30 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from shoal.client.head.logits import Logits
-
 _LEAST = 1e-12
-
-
-def logits_distances(claimed: Logits, witnessed: Logits) -> list[float]:
-    """For each token, how far the logits of a sequence are from what a witness computed; NaN if not finite.
-
-    It is relative to how far those of the witness are from their mean. Of the likeliest tokens, those count that both
-    have named, unless these are fewer than half: then the distance is infinite.
-    """
-    found: list[float] = []
-    for index in range(claimed.values.shape[1]):
-        one, other = claimed.values[0, index].double(), witnessed.values[0, index].double()
-        if claimed.ids is not None and witnessed.ids is not None:
-            both = claimed.ids[0, index][:, None] == witnessed.ids[0, index][None]
-            if 2 * int(both.sum()) < len(one):
-                found.append(float("inf"))
-                continue
-            mine, others = both.nonzero(as_tuple=True)
-            one, other = one[mine], other[others]
-        spread = (other - other.mean()).norm().clamp(min=_LEAST)
-        found.append(float((one - other).norm() / spread))
-    return found
 
 
 def distances(
@@ -56,3 +33,9 @@ def distances(
     by_channel_N = (difference_ND / usual_D).square().mean(dim=-1).sqrt()
     found: list[float] = torch.maximum(whole_N, by_channel_N).tolist()
     return found
+
+
+def relative_distance(claimed: torch.Tensor, witnessed: torch.Tensor) -> float:
+    """How far a gradient is from what a witness computed, relative to that, as a whole; NaN if one is not finite."""
+    claimed, witnessed = claimed.double(), witnessed.double()
+    return float((claimed - witnessed).norm() / witnessed.norm().clamp(min=_LEAST))
