@@ -20,7 +20,7 @@ from benchmarks.abuse.honest_client import Experience
 from shoal.bundled import STORIES
 from shoal.processes import Child, Children
 
-BEGIN_SECONDS = 90.0
+BEGIN_SECONDS = 300.0
 """An attack is measured when it says that it is in full swing, and at the latest after this time."""
 START_SECONDS = 120.0
 LOOK_SECONDS = 0.2
