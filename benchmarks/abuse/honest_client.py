@@ -30,13 +30,15 @@ NUM_TOKENS = 32
 
 @dataclass(frozen=True)
 class Experience:
-    """What the client had: tokens, in how many seconds, and the longest time in which it waited for one.
+    """What the client had: tokens, in how many seconds with joining, and the longest time between two of them.
 
+    `first` is when the first token came, in seconds from when it began to join, or all `seconds` if none came.
     `failures` are the errors that it was told.
     """
 
     num_tokens: int
     seconds: float
+    first: float
     longest_gap: float
     failures: tuple[str, ...] = ()
 
@@ -51,7 +53,7 @@ class HonestClient:
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self._arrivals = [self._began]
+        self._arrivals: list[float] = []
         self._failures: dict[str, None] = {}
 
     def generate(self, model: Any) -> None:
@@ -66,11 +68,12 @@ class HonestClient:
         self._arrivals.append(time.perf_counter())
 
     def experience(self) -> Experience:
-        """The time until the first token of each text is a gap too, and so is that since the last one."""
+        """The time until the first token of a later text is a gap too, and so is that since the last one."""
         now = time.perf_counter()
         arrivals = [*self._arrivals, now]
-        longest = max(later - earlier for earlier, later in itertools.pairwise(arrivals))
-        return Experience(len(arrivals) - 2, now - self._began, longest, tuple(self._failures))
+        longest = max((later - earlier for earlier, later in itertools.pairwise(arrivals)), default=0.0)
+        first = arrivals[0] - self._began
+        return Experience(len(self._arrivals), now - self._began, first, longest, tuple(self._failures))
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ from shoal.spans import Span
 
 FRAME_BYTES = 255 << 20
 SENT_BYTES = 24 << 20
+STREAM_BYTES = 64 << 10
+"""What an open stream takes in a server and its libp2p daemon."""
 
 
 async def idle_streams(swarm: AttackedSwarm) -> None:
@@ -116,7 +118,7 @@ async def working_server(swarm: AttackedSwarm) -> None:
 
 
 ATTACKS = (
-    Attack("idle-streams", idle_streams),
+    Attack("idle-streams", idle_streams, budget_bytes=1024 * STREAM_BYTES),
     Attack("unfinished-frames", unfinished_frames, budget_bytes=256 << 20),
     Attack("idle-sessions", idle_sessions, options=("--cache-tokens", "16384")),
     Attack("working-server", working_server),
