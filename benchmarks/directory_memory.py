@@ -38,7 +38,7 @@ from shoal.policy.network.table_room import Origin
 from shoal.spans import Span
 
 SPARE_BYTES = 64 << 20
-TIMES = 3
+TIMES = 2
 """How often the table is filled."""
 NUM_IDENTITIES = 1000
 PEERS_OF_A_MODEL = 200

@@ -22,10 +22,15 @@ from shoal.net.libp2p.reach.reservations import NotReserved, reserve
 from shoal.net.libp2p.strangers import stranger
 from shoal.net.transport import Node, Stream, StreamBroken
 from shoal.net.wire import codec
+from shoal.peers import ModelInfo
 from shoal.policy.network.reachability import MIN_RELAYED_BYTES, PEER_REQUESTS, Reachability
 from shoal.protocol import REACH_PROTOCOL, REPLY_KINDS, DialBack, DialedBack, Failure, Ping, Pong
 
+from .. import server_infos
+
 pytestmark = pytest.mark.anyio
+
+MODEL = ModelInfo(key="m" * 32, name="org/tiny", family="llama", num_blocks=8)
 
 NOWHERE = "/ip4/127.0.0.1/tcp/1"
 """An address that this machine does not answer at."""
@@ -85,6 +90,14 @@ async def test_what_cannot_be_dialled_takes_a_place_at_a_peer_that_relays_and_is
         answer, _ = await codec.receive(stream, REPLY_KINDS)
         assert isinstance(answer, Pong)
         await stream.close()
+
+
+async def test_the_record_of_a_peer_behind_a_relay_is_stored_by_others_as_its_own():
+    async with peers({"serve_relay": True}, {"announce": (NOWHERE,)}, {}) as (first, second, third):
+        mine = server_infos.info(second.transport.peer, addresses=second.transport.addresses)
+        await second.directory.announce(MODEL, mine, lifetime=60)
+        for reader in first, third:
+            assert await reader.directory.servers(MODEL) == (mine,)
 
 
 async def test_relays_that_are_named_are_used_without_asking_anyone():

@@ -188,12 +188,13 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
             raise InvalidRequest("malformed keys, or keys without a value")
         sender, origin = await self._sender(context)
         self._add_to_routing_table(request.peer, context)
+        own_subkey = self.serializer.dumps(sender)
         response = dht_pb2.StoreResponse(store_ok=[], peer=self.node_info)
         for number, (key, subkey, value, expires, in_cache) in enumerate(zip(*parts, strict=True)):
             may_be_stored = (
                 number < MAX_STORED_RECORDS
                 and not in_cache  # there is no cache
-                and subkey == self.serializer.dumps(sender)
+                and subkey == own_subkey
                 and len(value) <= MAX_RECORD_BYTES + ENTRY_BYTES
                 and self._table.is_newer(DHTID.from_bytes(key), sender, expires)
                 and self._stored.allows(sender, origin)
