@@ -102,9 +102,9 @@ class PeftFolder:
             cast_adapter_dtype(model, HOSTED)
         except (ValueError, RuntimeError, TypeError, KeyError, NotImplementedError) as error:
             raise UserError(f"this adapter does not fit the model: {str(error).splitlines()[0]}") from None
-        own = [name for name in loaded.missing_keys if HOSTED in name.split(".")]
-        if missing := sorted(name for name in own if model.get_parameter(name).is_meta):  # others are tied to what came
-            name = missing[0].removesuffix(f".{HOSTED}")
+        factors = [name for name in loaded.missing_keys if name.endswith(f".{HOSTED}.weight") or ".ia3_l." in name]
+        if missing := sorted(name for name in factors if model.get_parameter(name).is_meta):
+            name = missing[0].replace(f".{HOSTED}", "")
             raise UserError(f"the adapter {self.origin} lacks {len(missing)} of its weights, such as {name}")
         model.eval()
         return sorted(loaded.unexpected_keys)
