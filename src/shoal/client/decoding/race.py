@@ -25,7 +25,7 @@ from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.stage import Stage
 from shoal.client.swarm.swarm import Holding, Swarm, holding
 from shoal.concurrency import now
-from shoal.errors import PeerError, SwarmError
+from shoal.errors import CannotRewind, PeerError, SwarmError
 from shoal.policy.lateness import MOST_TRIED, PATIENT_AFTER, Awaited
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,8 @@ class Race:
             second.has_won = True
         except PeerError as failure:
             log.info("%s", failure)
-            self._swarm.blame(failure)
+            if not isinstance(failure, CannotRewind):  # that is no fault of the server
+                self._swarm.blame(failure)
         except SwarmError as failure:  # there are no other servers
             log.info("%s", failure)
             second.is_alone = True
