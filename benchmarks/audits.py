@@ -80,8 +80,8 @@ class Honest:
     @property
     def margin(self) -> float:
         """How many times as much as was found is allowed."""
-        typical_, largest = max(self.largest_typical, _LEAST), max(self.largest, _LEAST)
-        return min(self.allowed.typical / typical_, self.allowed.largest / largest)
+        of_typical = self.allowed.typical / max(self.largest_typical, _LEAST)
+        return min(of_typical, self.allowed.largest / max(self.largest, _LEAST))
 
 
 class Calibration:
