@@ -2,8 +2,8 @@
 
 Costs are counted in tokens of one block, decoded one at a time. A witness computes many tokens in a pass, which costs
 less by as much as its speed with long inputs is above that with single tokens. The same holds for the passes without a
-cache that a client makes: they earn audits as decoded tokens do. A server that the client has not audited yet is audited
-once whatever that costs; what it costs is saved later.
+cache that a client makes: they earn audits as decoded tokens do. A server that the client has not audited yet is
+audited once whatever that costs; what it costs is saved later.
 """
 
 from __future__ import annotations
