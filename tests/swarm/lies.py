@@ -9,7 +9,7 @@ import torch
 
 from shoal.net.memory import Frame, MemoryNetwork
 from shoal.net.wire import codec
-from shoal.protocol import Opened, Step, StepResult
+from shoal.protocol import Opened, PassResult, Step, StepResult
 from shoal.tensors import TensorName
 
 Lie = Callable[[torch.Tensor], torch.Tensor]
@@ -34,29 +34,37 @@ def shifted(hidden_BTD: torch.Tensor) -> torch.Tensor:
 class Liars:
     """Lets servers change what they answer and push."""
 
-    def __init__(self, network: MemoryNetwork, *, tensor: TensorName = "hidden") -> None:
-        self._tensor = tensor
-        self._lies: dict[str, tuple[Lie, bool, bool]] = {}
+    def __init__(self, network: MemoryNetwork) -> None:
+        self._lies: dict[str, tuple[Lie, bool, bool, TensorName]] = {}
         self._num_honest: dict[str, int] = {}  # frames
         network.on_frame = self._changed
 
-    def add(self, name: str, lie: Lie, *, answers: bool = True, pushes: bool = True, after: int = 0) -> None:
-        """A server lies from its answer or push number `after` on."""
-        self._lies[name] = lie, answers, pushes
+    def add(
+        self,
+        name: str,
+        lie: Lie,
+        *,
+        answers: bool = True,
+        pushes: bool = True,
+        after: int = 0,
+        tensor: TensorName = "hidden",
+    ) -> None:
+        """A server lies from its answer or push number `after` on, in one tensor of these."""
+        self._lies[name] = lie, answers, pushes, tensor
         self._num_honest[name] = after
 
     def _changed(self, frame: Frame) -> Frame:
-        lie, answers, pushes = self._lies.get(frame.sender, (None, False, False))
+        lie, answers, pushes, tensor = self._lies.get(frame.sender, (None, False, False, "hidden"))
         if lie is None or not frame.payload:
             return frame
         message, tensors = codec.decode(frame.header, bytearray(frame.payload))
-        is_answer = isinstance(message, StepResult | Opened)
+        is_answer = isinstance(message, StepResult | Opened | PassResult)
         is_push = isinstance(message, Step)
-        if self._tensor not in tensors or not ((is_answer and answers) or (is_push and pushes)):
+        if tensor not in tensors or not ((is_answer and answers) or (is_push and pushes)):
             return frame
         self._num_honest[frame.sender] -= 1
         if self._num_honest[frame.sender] >= 0:
             return frame
-        header, buffers = codec.encode(message, {**tensors, self._tensor: lie(tensors[self._tensor])})
+        header, buffers = codec.encode(message, {**tensors, tensor: lie(tensors[tensor])})
         payload = b"".join(bytes(memoryview(each).cast("B")) for each in buffers)
         return replace(frame, header=header, payload=payload)

@@ -206,7 +206,7 @@ def test_the_output_head_of_a_server_is_audited_too(
         honest = torch.cat([first, model.generate(None, max_new_tokens=60, session=session)], dim=1)
         assert torch.equal(honest, oracle(whole, PROMPT, 61))
         assert seen.findings["s1"] == {"clean"}
-        Liars(swarm_.network, tensor="logits").add("s1", lambda logits: logits.flip(-1))
+        Liars(swarm_.network).add("s1", lambda logits: logits.flip(-1), tensor="logits")
         model.generate(None, max_new_tokens=60, session=session)
         assert "s1" not in session.servers
     assert "lied" in seen.findings["s1"]

@@ -52,6 +52,7 @@ class OneServer:
     model = SimpleNamespace(key="model")
     fingerprint = "f" * 64
     config = ClientOptions()
+    audits = SimpleNamespace(is_on=False)
     encoding = "raw"
     error = None
 

@@ -55,7 +55,8 @@ ONE_INT8 = Allowed(0.16, 1.0)
 """One rounds weights and inputs to int8, and the other does not."""
 ONE_NF4 = Allowed(0.6, 1.6)
 """One has weights of four bits, and the other does not."""
-MOST_OF_GRADIENTS = 0.5
+MOST_OF_GRADIENTS = 0.7
+"""What is allowed of gradients at most, relative to them: from zeros it is 1, from gradients of another sign 2."""
 BY_ENCODING = {"raw": EXACT, "bfloat16": ROUNDED, "int8": ONE_INT8}
 """What is allowed at least if hidden states are rounded on their way, or in the client's history."""
 
@@ -91,6 +92,12 @@ def are_alike(distances: Sequence[float], allowed: Allowed) -> bool:
 
 
 def for_gradients(allowed: Allowed) -> Allowed:
-    """TODO"""
+    """How far apart gradients of honest servers are at most: one relative distance for each tensor as a whole.
+
+    Seen with the bundled model, in spans of 1 to 12 blocks, of inputs and of LoRA's factors: up to 0.02 if one server
+    computes in bfloat16, 0.06 if one or both have int8, 0.22 if one has NF4, and nothing between equal servers in
+    float32. A random model of 4 blocks with large weights, which amplifies every error, has up to 0.5, 2 and 3.4: with
+    such weights, gradients of servers of different forms are no evidence.
+    """
     most = min(allowed.largest, MOST_OF_GRADIENTS)
     return Allowed(most, most)
