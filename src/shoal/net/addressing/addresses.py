@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 import struct
@@ -89,6 +90,24 @@ def host_of(address: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Addres
         return ipaddress.ip_address(parts[2]) if len(parts) > 2 and parts[1] in ("ip4", "ip6") else None
     except ValueError:
         return None
+
+
+@functools.lru_cache(4096)
+def network_of(address: str | None) -> str:
+    """What one customer has, of the network that a peer is seen in: limits are shared between these, in words.
+
+    It is the /24 or the /64 of a public address, and that of the relay for a peer behind one. In private networks,
+    every machine has an address of IPv4 of its own, so it is that address.
+    """
+    direct, circuit, _ = (address or "").partition("/p2p-circuit")
+    host = host_of(direct)
+    if host is None:
+        return address or "an unknown network"
+    if isinstance(host, ipaddress.IPv6Address):
+        host = host.ipv4_mapped or host
+    bits = 64 if host.version == 6 else 24 if host.is_global else 32
+    network = str(ipaddress.ip_network((host, bits), strict=False)).removesuffix("/32")
+    return f"the relays in {network}" if circuit else network
 
 
 def is_public(address: str) -> bool:
