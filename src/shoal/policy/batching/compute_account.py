@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from shoal.policy.batching.fair_queueing import FairQueue
 from shoal.policy.batching.pass_shares import Debts, PassShares, charges
 from shoal.policy.batching.pass_times import PassTimeModel, PassWork
+
+RETURN_SECONDS = 0.5
+"""A payer that sends more within this time keeps its place among those that take turns: about a round trip."""
 
 
 @dataclass(frozen=True)
 class ComputeAccount:
     """The seconds that payers have `used` and owe others (`debts`).
 
-    Of each, it has too when a decoding step was computed last, and how long the pieces of its single passes take.
+    Of each, it has too when a decoding step of it was computed last, when a single pass (`trained_at`), and when a
+    prompt, with the seconds of its last part (`prompted`); and how long the pieces of its single passes take.
     """
 
     used: FairQueue = field(default_factory=FairQueue)
     debts: Debts = field(default_factory=Debts)
     decoded_at: Mapping[str, float] = field(default_factory=dict)
+    trained_at: Mapping[str, float] = field(default_factory=dict)
+    prompted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     piece_seconds: Mapping[str, float] = field(default_factory=dict)
 
     def decoding(self, *, now: float, recently: float) -> frozenset[str]:
@@ -45,20 +52,46 @@ class ComputeAccount:
         )
         decoded_at = {payer: at for payer, at in self.decoded_at.items() if now - at < recently}
         decoded_at |= {payer: now for payer, work in parts if work.num_decoding}
-        return replace(self, used=self.used.charged(charged, waiting=queued), debts=debts, decoded_at=decoded_at)
+        prompted = {payer: last for payer, last in self.prompted.items() if now - last[0] < RETURN_SECONDS}
+        prompted |= {payer: (now, charged[payer]) for payer, work in parts if work.num_prefill}
+        used = self.used.charged(charged, waiting=self._returning(now) | prompted.keys() | set(queued))
+        return replace(self, used=used, debts=debts, decoded_at=decoded_at, prompted=prompted)
+
+    def prompt_seconds(self, *, waiting: Collection[str], now: float) -> float:
+        """The shortest last part of a prompt, of payers that had one a moment ago and have nothing `waiting`."""
+        parts = (
+            seconds
+            for payer, (at, seconds) in self.prompted.items()
+            if payer not in waiting and now - at < RETURN_SECONDS
+        )
+        return min(parts, default=inf)
 
     def after_piece(
-        self, payer: str, seconds: float, *, delayed_others: bool, present: Collection[str], queued: Collection[str]
+        self,
+        payer: str,
+        seconds: float,
+        *,
+        delayed_others: bool,
+        present: Collection[str],
+        queued: Collection[str],
+        now: float,
     ) -> ComputeAccount:
         """After a piece of a single pass. If it `delayed_others`, its payer owes them as much time.
 
         The longest piece counts, and counts half with each that follows.
         """
         longest = max(seconds, self.piece_seconds.get(payer, 0.0) / 2)
-        pieces = {each: its for each, its in self.piece_seconds.items() if each in queued} | {payer: longest}
-        used = self.used.charged({payer: seconds}, waiting=queued)
+        trained_at = {each: at for each, at in self.trained_at.items() if now - at < RETURN_SECONDS} | {payer: now}
+        kept = trained_at.keys() | set(queued)
+        pieces = {each: its for each, its in self.piece_seconds.items() if each in kept} | {payer: longest}
+        used = self.used.charged({payer: seconds}, waiting=self._returning(now) | kept)
         after = self.after_aside(payer, seconds if delayed_others else 0.0, elapsed=seconds, present=present)
-        return replace(after, used=used, piece_seconds=pieces)
+        return replace(after, used=used, trained_at=trained_at, piece_seconds=pieces)
+
+    def _returning(self, now: float) -> set[str]:
+        """The payers that had a turn a moment ago: they keep their place among those that take turns."""
+        prompted = {payer for payer, (at, _) in self.prompted.items() if now - at < RETURN_SECONDS}
+        return prompted | {payer for payer, at in self.trained_at.items() if now - at < RETURN_SECONDS}
 
     def after_aside(self, payer: str, owed: float, *, elapsed: float = 0.0, present: Collection[str]) -> ComputeAccount:
         """After work for one payer that kept others waiting for `owed` seconds, of `elapsed` on the compute thread."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECHECK_SECONDS
@@ -79,7 +79,8 @@ class Sharing:
     """What the division of a pass follows from, beside the requests.
 
     The payers `away` decode, although none of their steps waits just now; the next one is expected in `next_in`
-    seconds. `used` says whose prompts come first.
+    seconds. `used` says whose prompts come first. Others that had prompts computed a moment ago may soon have more:
+    the shortest were computed in `prompt_seconds`.
     """
 
     pass_time: PassTimeModel
@@ -87,6 +88,7 @@ class Sharing:
     next_in: float | None = None
     debts: Debts = field(default_factory=Debts)
     used: FairQueue = field(default_factory=FairQueue)
+    prompt_seconds: float = inf
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,24 @@ def pass_shares(requests: Sequence[RequestView], sharing: Sharing) -> PassShares
     """How the next pass is divided. With one payer, and where all fits, nobody is limited."""
     waiting = {payer_of(request) for request in requests}
     present = waiting | sharing.away
+    prompt_seconds = max(sharing.prompt_seconds, sharing.pass_time.decoded_tokens.fixed)
     if len(present) < 2:
-        return PassShares()
+        return PassShares(prefill_seconds=prompt_seconds)
     quantum = sharing.pass_time.decoded_tokens.fixed
     indebted = {payer for payer in waiting if sharing.debts.of(payer) > quantum}
     if waiting <= indebted:
         return _in_the_gap(requests, sharing)
     left_out = {index for index, request in enumerate(requests) if payer_of(request) in indebted}
-    return _divided(requests, sharing, present=present, left_out=left_out)
+    left_out |= _later_prompts(requests, sharing.used, waiting - indebted)
+    shares = _divided(requests, sharing, present=present, left_out=left_out)
+    return replace(shares, prefill_seconds=min(shares.prefill_seconds, prompt_seconds))
+
+
+def _later_prompts(requests: Sequence[RequestView], used: FairQueue, payers: Collection[str]) -> set[int]:
+    """The prompts of payers that have used more than others whose prompts wait too."""
+    prompts = [(index, payer_of(request)) for index, request in enumerate(requests) if not request.decodes]
+    among = {payer for _, payer in prompts if payer in payers}
+    return {index for index, payer in prompts if payer in among and used.turn_of(payer, among) > 0}
 
 
 def _divided(
@@ -164,7 +176,7 @@ def _divided(
             pages[payer] = min(pages.get(payer, inf), _first_page(request, model))
     if not steps and not sharing.away:  # nobody decodes: prompts take turns, and not parts of a pass
         return PassShares(frozenset(left_out), num_payers=num_payers)
-    # A prompt has its payer's share of the pass, if that payer does nothing else in it, and a page in any case.
+    # Prompts have their payers' shares of the pass, if these do nothing else in it, and in any case a page or half.
     for_prompts = len(pages.keys() - steps.keys()) / num_payers
     page = min(pages.values(), default=0.0)
     least_away = token if sharing.away - steps.keys() else inf
@@ -175,7 +187,7 @@ def _divided(
 
     def fits(total: float, least: float) -> bool:
         allowed = limit(least)
-        return weights + total <= (allowed - max(allowed * for_prompts, page)) * (1 + ROUNDING)
+        return weights + total <= (allowed - max(allowed * for_prompts, min(page, allowed / 2))) * (1 + ROUNDING)
 
     loads = [sum(cost for cost, _ in own) for own in steps.values()]
     total, least = sum(loads), min([least_away, *loads])
@@ -237,8 +249,6 @@ def _in_turns(
             heapq.heappush(queue, (after, number, place + 1, payer))
         else:
             ended = min(ended, after)
-    if ended == inf:  # nothing fits: the shortest one does not have to wait for the others
-        ended = min(cost for _, cost in long)
     if long:
         index, cost = min(long)  # that which came first
         left_out.discard(index)

@@ -137,14 +137,21 @@ class PassTimeModel:
 
     def seconds_of(self, work: PassWork) -> float:
         """How long a pass will take."""
-        seconds = self.decoding.at(work.num_read)
-        if work.num_prefill:
-            seconds += work.num_prefill * self.prefill_token.at(work.num_pairs / work.num_prefill)
-        return seconds
+        return self.seconds_of_decoding(work) + self.seconds_of_prefill(work)
+
+    def seconds_of_decoding(self, work: PassWork) -> float:
+        """What the decoding part of a pass will take, with the reading of the weights."""
+        if self.by_tokens is None or not work.num_decoded:
+            return self.decoding.at(work.num_read)
+        return self.by_tokens.at(work.num_decoded) + self.decoding.each * work.num_read
+
+    def seconds_of_prefill(self, work: PassWork) -> float:
+        """What the prefills of a pass will add to it."""
+        return work.num_prefill * self.prefill_token.at(work.num_pairs / work.num_prefill) if work.num_prefill else 0.0
 
     @property
     def decoded_tokens(self) -> Cost:
-        """The cost of a pass that decodes, by its new tokens. If it was never seen, they cost what prefill tokens do."""
+        """The cost of a pass that decodes, by its new tokens. If none was seen, they cost what those of prompts do."""
         if self.by_tokens is not None:
             return self.by_tokens
         token = self.prefill_token.fixed
@@ -152,17 +159,15 @@ class PassTimeModel:
 
     def added_by(self, work: PassWork) -> float:
         """How many seconds this part of a pass adds to what reading the weights takes."""
-        seconds = self.decoded_tokens.each * work.num_decoded + self.decoding.each * work.num_read
-        if work.num_prefill:
-            seconds += work.num_prefill * self.prefill_token.at(work.num_pairs / work.num_prefill)
-        return seconds
+        decoding = self.decoded_tokens.each * work.num_decoded + self.decoding.each * work.num_read
+        return decoding + self.seconds_of_prefill(work)
 
     def beside(self, decoding: PassWork, *, share: float) -> PrefillBudget:
         """What prefills may take in a pass with this `decoding` work: `share` of the time.
 
         Without such work the pass keeps sessions waiting that will decode, and counts as a usual pass.
         """
-        seconds = self.decoding.at(decoding.num_read) if decoding.num_decoding else self.decode_seconds
+        seconds = self.seconds_of_decoding(decoding) if decoding.num_decoding else self.decode_seconds
         return PrefillBudget(seconds * share / (1 - share), self.prefill_token)
 
     def alone(self, *, max_num_batched_tokens: int) -> PrefillBudget:
@@ -175,18 +180,27 @@ class PassTimeModel:
         )
 
     def learnt(self, work: PassWork, seconds: float) -> PassTimeModel:
-        """The model after one more pass, which took `seconds`."""
+        """The model after one more pass, which took `seconds`.
+
+        What surprises in a pass that decodes and prefills is put down to the part that takes longer.
+        """
         if not work.num_prefill:
             usual = self.decode_seconds + SMOOTHING * (_tempered(seconds, self.decode_seconds) - self.decode_seconds)
-            own = max(0.0, seconds - self.decoding.each * work.num_read)
-            by_tokens = self.decoded_tokens.learnt(work.num_decoded, own, even=EVEN_TOKENS)
             decoding = self.decoding.learnt(work.num_read, seconds)
-            return replace(self, decode_seconds=usual, decoding=decoding, by_tokens=by_tokens)
+            return replace(self._with_decoding(work, seconds), decode_seconds=usual, decoding=decoding)
+        prefill, decoding_seconds = self.seconds_of_prefill(work), self.seconds_of_decoding(work)
+        if work.num_decoded and decoding_seconds > prefill:
+            return self._with_decoding(work, seconds - prefill)
         if work.num_prefill < MIN_PREFILL_TOKENS:
             return self
-        of_prefill = seconds - self.decoding.at(work.num_read)
         context = work.num_pairs / work.num_prefill
-        return replace(self, prefill_token=self.prefill_token.learnt(context, of_prefill / work.num_prefill))
+        token = self.prefill_token.learnt(context, (seconds - decoding_seconds) / work.num_prefill)
+        return replace(self, prefill_token=token)
+
+    def _with_decoding(self, work: PassWork, seconds: float) -> PassTimeModel:
+        """With what the decoding part of a pass took, by its tokens."""
+        own = max(0.0, seconds - self.decoding.each * work.num_read)
+        return replace(self, by_tokens=self.decoded_tokens.learnt(work.num_decoded, own, even=EVEN_TOKENS))
 
 
 def _seen(num_past: int, num_tokens: int) -> float:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
-from shoal.events import Observers, PassComputed
+from shoal.events import Observers
 from shoal.policy.batching.compute_account import ComputeAccount, client_weights
 from shoal.policy.batching.engine_limits import RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
 from shoal.policy.batching.pass_rules import PassRule, Places, fair
@@ -20,11 +20,10 @@ from shoal.policy.batching.pass_shares import PassShares, Sharing, idle_seconds
 from shoal.policy.batching.pass_size import PassSize
 from shoal.policy.batching.pass_times import PassTimeModel, PassWork
 from shoal.policy.batching.scheduling import batching_delay, seconds_to_next, shortest_prefill_seconds
-from shoal.server.engine.model_runner import ModelRunner
+from shoal.server.engine.model_runner import ModelRunner, pass_computed
 from shoal.server.engine.page_holders import drop_snapshots_if_short, engine_view, holding_pages
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
 from shoal.server.engine.time_shares import TimeShares
-from shoal.server.kv.batch import Chunk
 from shoal.server.kv.output_head import Answer
 from shoal.server.kv.pages import PagePool
 from shoal.server.kv.session_cache import SessionCache
@@ -32,7 +31,6 @@ from shoal.server.refusals import busy, preempted, too_many
 from shoal.server.speed_watch import Watch
 from shoal.server.step_inputs import StepInputs, WantedLogits
 from shoal.server.training.block_passes import Pieces
-from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -190,6 +188,7 @@ class EngineLoop:
                 delayed_others=delayed_others,
                 present=self._present(),
                 queued=self._queued(),
+                now=self._clock(),
             )
             if both and (is_due or delayed_others):  # otherwise inference had no use for the time
                 self._time_shares = self._time_shares.after_training(self._clock() - began)
@@ -291,7 +290,7 @@ class EngineLoop:
         )
         if without_memory is None:
             self._pass_time = self._pass_time.learnt(work, now - began)
-        self._observers.emit(_pass_computed(chunks, now - began))
+        self._observers.emit(pass_computed(chunks, now - began))
         is_undisturbed = without_memory is None and not any(isinstance(answer, Exception) for answer in answers)
         if self._watch is not None and is_undisturbed:
             if not work.num_prefill:
@@ -377,9 +376,15 @@ class EngineLoop:
     # -- for whom -----------------------------------------------------------------------------------------------------
 
     def _sharing(self, steps: Sequence[StepRequest]) -> Sharing:
-        away = self._present() - {step.session.payer for step in steps}
-        account = self._account
-        return Sharing(self._pass_time, frozenset(away), self._seconds_to_next(), account.debts, account.used)
+        account, waiting = self._account, {step.session.payer for step in steps}
+        return Sharing(
+            self._pass_time,
+            self._present() - waiting,
+            self._seconds_to_next(),
+            account.debts,
+            account.used,
+            account.prompt_seconds(waiting=waiting, now=self._clock()),
+        )
 
     def _present(self) -> frozenset[str]:
         """The payers whose steps wait, or that decode and will send more."""
@@ -391,9 +396,3 @@ class EngineLoop:
         """The payers with work that takes turns: prompts and single passes."""
         prompts = {step.session.payer for step in self.steps if not step.view().decodes}
         return prompts | {request.payer for request in self.passes}
-
-
-def _pass_computed(chunks: Sequence[Chunk], seconds: float) -> PassComputed:
-    span = Span(min(chunk.span.start for chunk in chunks), max(chunk.span.end for chunk in chunks))
-    num_tokens = sum(chunk.hidden_BTD.shape[0] * chunk.hidden_BTD.shape[1] for chunk in chunks)
-    return PassComputed(span, len(chunks), num_tokens, seconds)

@@ -276,7 +276,7 @@ class OneServer:
     def _view(self, steps: Sequence[SimulatedStep], holding: Sequence[SimulatedSession]) -> EngineView:
         holders = {session.opened: session.holder() for session in holding}
         requests = [step.view(holders.get(step.session.opened) or step.session.holder()) for step in steps]
-        limits = self._setup.limits
+        limits, waiting = self._setup.limits, {step.session.job.peer for step in steps}
         return EngineView(
             requests=requests,
             holders=list(holders.values()),
@@ -289,10 +289,11 @@ class OneServer:
             now=self._agenda.now,
             sharing=Sharing(
                 self._pass_time,
-                self._present() - {step.session.job.peer for step in steps},
+                self._present() - waiting,
                 self._seconds_to_next(),
                 self._account.debts,
                 self._account.used,
+                self._account.prompt_seconds(waiting=waiting, now=self._agenda.now),
             ),
         )
 
