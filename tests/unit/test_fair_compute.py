@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from shoal.policy.batching.engine_limits import Limits
+from shoal.server.engine.adapter_turns import AdapterTurns
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
 from shoal.server.executor import Executor
@@ -43,11 +44,21 @@ class Sleeping(Executor):
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.disturbed_seconds = 0.0
 
     async def run(self, function: Callable[[], T]) -> T:
         outcome = function()
-        await asyncio.sleep(self.seconds)
+        left = self.seconds
+        while left > 0:
+            before = self.disturbed_seconds
+            await asyncio.sleep(left)
+            left = self.disturbed_seconds - before
         return outcome
+
+    async def disturb(self, seconds: float) -> None:
+        """Other threads work for so long, and what is computed meanwhile takes as much longer."""
+        await asyncio.sleep(seconds)
+        self.disturbed_seconds += seconds
 
 
 class Server:
@@ -59,6 +70,7 @@ class Server:
         self.loop = EngineLoop(
             ModelRunner(self._compute, self._executor), self._pool, pass_time=SETUP.pass_time, limits=limits or Limits()
         )
+        self._adapter_turns = AdapterTurns(self.loop)
         self._num_opened = 0
 
     def _compute(self, chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
@@ -95,7 +107,7 @@ class Server:
 
     # What clients do, for ever.
 
-    async def decode(self, payer: str, done: list[float], *, away: float = 0.005, rows: int = 1, ahead: int = 1) -> None:
+    async def decode(self, payer: str, done: list[float], *, away: float, rows: int = 1, ahead: int = 1) -> None:
         while True:
             session = self.session(payer, rows=rows)
             with contextlib.suppress(Refused):
@@ -125,6 +137,13 @@ class Server:
                 await asyncio.sleep(RETRY_SECONDS)
 
         await asyncio.gather(microbatches(), microbatches())
+
+
+    async def send_adapters(self, payer: str, done: list[float], *, seconds: float) -> None:
+        while True:
+            async with self._adapter_turns.turn(payer):
+                await self._executor.disturb(seconds)
+            done.append(asyncio.get_running_loop().time())
 
 
 Work = Callable[[Server, str, list[float]], Coroutine[Any, Any, None]]
@@ -160,6 +179,10 @@ def training(seconds: float) -> Work:
     return lambda server, payer, done: server.train(payer, done, seconds=seconds)
 
 
+def adapters(seconds: float) -> Work:
+    return lambda server, payer, done: server.send_adapters(payer, done, seconds=seconds)
+
+
 ATTACKS: dict[str, list[Work]] = {
     "sessions": [decoding()] * NUM_ATTACKS,
     "sessions that check guesses": [decoding(ahead=8)] * NUM_ATTACKS,
@@ -170,7 +193,8 @@ ATTACKS: dict[str, list[Work]] = {
     "short passes": [training(0.004)] * NUM_ATTACKS,
     "passes": [training(0.3)] * NUM_ATTACKS,
     "long passes": [training(2.0)] * NUM_ATTACKS,
-    "everything": [decoding(), decoding(rows=64), prompts(), training(0.3)] * (NUM_ATTACKS // 4),
+    "adapters": [adapters(0.02)] * NUM_ATTACKS,
+    "everything": [decoding(), decoding(rows=64), prompts(), training(0.3), adapters(0.02)] * (NUM_ATTACKS // 5),
 }
 
 
