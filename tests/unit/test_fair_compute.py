@@ -32,6 +32,8 @@ from .virtual_time import run
 T = TypeVar("T")
 SETUP = ServerSetup(num_pages=1 << 16)
 NUM_ATTACKS = 60
+NUM_STEPS = 31
+"""Of a session that decodes: texts are short, so that new sessions have to begin all the time."""
 SECONDS = 120.0
 WARM_UP_SECONDS = 10.0
 """Until then, the server learns what passes take."""
@@ -110,14 +112,15 @@ class Server:
     async def decode(self, payer: str, done: list[float], *, away: float, rows: int = 1, ahead: int = 1) -> None:
         while True:
             session = self.session(payer, rows=rows)
-            with contextlib.suppress(Refused):
+            try:
                 await self.step(session, 16)
-                while True:
-                    await self.step(session, ahead)
+                for _ in range(NUM_STEPS):
                     done.append(asyncio.get_running_loop().time())
                     await asyncio.sleep(away)
+                    await self.step(session, ahead)
+            except Refused:
+                await asyncio.sleep(RETRY_SECONDS)
             self.close(session)
-            await asyncio.sleep(RETRY_SECONDS)
 
     async def prefill(self, payer: str, done: list[float], *, num_tokens: int = 2000, rows: int = 1) -> None:
         while True:
@@ -137,7 +140,6 @@ class Server:
                 await asyncio.sleep(RETRY_SECONDS)
 
         await asyncio.gather(microbatches(), microbatches())
-
 
     async def send_adapters(self, payer: str, done: list[float], *, seconds: float) -> None:
         while True:

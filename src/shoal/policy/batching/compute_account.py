@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from shoal.policy.batching.fair_queueing import FairQueue
-from shoal.policy.batching.pass_shares import Debts, PassShares, charges
+from shoal.policy.batching.pass_shares import AGED_SECONDS, Debts, PassShares, charges
 from shoal.policy.batching.pass_times import PassTimeModel, PassWork
 
 RETURN_SECONDS = 0.5
@@ -52,10 +52,15 @@ class ComputeAccount:
         )
         decoded_at = {payer: at for payer, at in self.decoded_at.items() if now - at < recently}
         decoded_at |= {payer: now for payer, work in parts if work.num_decoding}
-        prompted = {payer: last for payer, last in self.prompted.items() if now - last[0] < RETURN_SECONDS}
+        prompted = {payer: last for payer, last in self.prompted.items() if now - last[0] < AGED_SECONDS}
         prompted |= {payer: (now, charged[payer]) for payer, work in parts if work.num_prefill}
-        used = self.used.charged(charged, waiting=self._returning(now) | prompted.keys() | set(queued))
-        return replace(self, used=used, debts=debts, decoded_at=decoded_at, prompted=prompted)
+        after = replace(self, debts=debts, decoded_at=decoded_at, prompted=prompted)
+        return replace(after, used=self.used.charged(charged, waiting=after._returning(now) | set(queued)))
+
+    @property
+    def prompted_at(self) -> Mapping[str, float]:
+        """When a prompt of each payer was last computed."""
+        return {payer: at for payer, (at, _) in self.prompted.items()}
 
     def prompt_seconds(self, *, waiting: Collection[str], now: float) -> float:
         """The shortest last part of a prompt, of payers that had one a moment ago and have nothing `waiting`."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
-from shoal.policy.batching.pass_shares import PassShares, Sharing, pass_shares, payer_of
+from shoal.policy.batching.pass_shares import PassShares, Sharing, pass_shares, payer_of, prompt_turns
 from shoal.policy.batching.pass_times import PrefillBudget
 from shoal.policy.batching.preemption import (
     Holder,
@@ -75,8 +75,8 @@ PassRule = Callable[[EngineView], Choice]
 def fair(view: EngineView) -> Choice:
     """Decoding first, then prompts. Pages are shared fairly between peers (`preemption.py`).
 
-    Of prompts, those come first whose payers have used less compute; then those that have begun, or whose peers hold
-    fewer pages; then those that arrived first.
+    Of prompts, those come first whose payers have used less compute, and ask for less; then those that have begun, or
+    whose peers hold fewer pages; then those that arrived first.
     """
     order: Sequence[int] = range(len(view.requests))
     if sum(not request.running for request in view.requests) > 1:
@@ -84,10 +84,9 @@ def fair(view: EngineView) -> Choice:
         for holder in view.holders:
             held[holder.peer] += holder.num_pages
         order = sorted(order, key=lambda each: _pages_of_peer(view.requests[each], held))
-    prompts = {payer_of(request) for request in view.requests if not request.decodes}
-    if view.sharing is not None and len(prompts) > 1:
-        turns = {payer: view.sharing.used.turn_of(payer, prompts) for payer in prompts}
-        order = sorted(order, key=lambda each: turns.get(payer_of(view.requests[each]), 0))
+    if view.sharing is not None:
+        turns = prompt_turns(view.requests, view.sharing, now=view.now)
+        order = sorted(order, key=lambda each: turns.get(payer_of(view.requests[each]), (0, 0)))
     output, shares = _scheduled(view, order)
     if output.short_of_pages:
         return Choice(preempted=preempted_for_running(view.holders, now=view.now))

@@ -30,6 +30,10 @@ from shoal.policy.batching.scheduling import RequestView
 
 Fits = Callable[[float, float], bool]
 """Whether a pass may have steps that add so many seconds, if those of the payer with the least work add so many."""
+SHORT_SECONDS = 0.1
+"""Prompts that take about as long come in order of arrival."""
+AGED_SECONDS = 10.0
+"""A payer none of whose prompts was computed for so long does not wait for shorter ones any more."""
 ROUNDING = 1e-9
 """What sums of the same costs may differ by, as a part of them."""
 
@@ -79,8 +83,8 @@ class Sharing:
     """What the division of a pass follows from, beside the requests.
 
     The payers `away` decode, although none of their steps waits just now; the next one is expected in `next_in`
-    seconds. `used` says whose prompts come first. Others that had prompts computed a moment ago may soon have more:
-    the shortest were computed in `prompt_seconds`.
+    seconds. `used` and `prompted_at`, when a prompt of each was last computed, say whose prompts come first. Others
+    that had prompts computed a moment ago may soon have more: the shortest were computed in `prompt_seconds`.
     """
 
     pass_time: PassTimeModel
@@ -88,6 +92,7 @@ class Sharing:
     next_in: float | None = None
     debts: Debts = field(default_factory=Debts)
     used: FairQueue = field(default_factory=FairQueue)
+    prompted_at: Mapping[str, float] = field(default_factory=dict)
     prompt_seconds: float = inf
 
 
@@ -149,6 +154,28 @@ def pass_shares(requests: Sequence[RequestView], sharing: Sharing) -> PassShares
     left_out |= _later_prompts(requests, sharing.used, waiting - indebted)
     shares = _divided(requests, sharing, present=present, left_out=left_out)
     return replace(shares, prefill_seconds=min(shares.prefill_seconds, prompt_seconds))
+
+
+def prompt_turns(requests: Sequence[RequestView], sharing: Sharing, *, now: float) -> dict[str, tuple[int, int]]:
+    """When the prompts of each payer have their turn, the least first. With one payer, it is empty.
+
+    Payers that have used less come first, a quantum apart. Of others, those come first whose prompts take less, all
+    together, `SHORT_SECONDS` apart; but no payer waits for that that had no turn for `AGED_SECONDS`.
+    """
+    prompts = [(payer_of(request), request) for request in requests if not request.decodes]
+    payers = {payer for payer, _ in prompts}
+    if len(payers) < 2:
+        return {}
+    work, since = dict.fromkeys(payers, 0.0), dict.fromkeys(payers, now)
+    for payer, request in prompts:
+        work[payer] += sharing.pass_time.added_by(request.work(request.num_tokens))
+        since[payer] = min(since[payer], request.arrived_at)
+    since = {payer: max(at, sharing.prompted_at.get(payer, at)) for payer, at in since.items()}
+    is_aged = {payer: now - since[payer] > AGED_SECONDS for payer in payers}
+    return {
+        payer: (sharing.used.turn_of(payer, payers), 0 if is_aged[payer] else int(work[payer] / SHORT_SECONDS))
+        for payer in payers
+    }
 
 
 def _later_prompts(requests: Sequence[RequestView], used: FairQueue, payers: Collection[str]) -> set[int]:

@@ -182,14 +182,15 @@ class PassTimeModel:
     def learnt(self, work: PassWork, seconds: float) -> PassTimeModel:
         """The model after one more pass, which took `seconds`.
 
-        What surprises in a pass that decodes and prefills is put down to the part that takes longer.
+        What surprises in a pass that decodes and prefills is put down to its prefills, unless the tokens that decode
+        take longer: many may never have been in a pass without prefills.
         """
         if not work.num_prefill:
             usual = self.decode_seconds + SMOOTHING * (_tempered(seconds, self.decode_seconds) - self.decode_seconds)
             decoding = self.decoding.learnt(work.num_read, seconds)
             return replace(self._with_decoding(work, seconds), decode_seconds=usual, decoding=decoding)
         prefill, decoding_seconds = self.seconds_of_prefill(work), self.seconds_of_decoding(work)
-        if work.num_decoded and decoding_seconds > prefill:
+        if self.decoded_tokens.each * work.num_decoded > prefill:
             return self._with_decoding(work, seconds - prefill)
         if work.num_prefill < MIN_PREFILL_TOKENS:
             return self

@@ -350,10 +350,12 @@ class EngineLoop:
 
         Steps of other payers are not delayed by as long as its payer's pieces take.
         """
-        seconds = self._pass_time.decode_seconds
+        seconds, next_in = self._pass_time.decode_seconds, self._seconds_to_next()
         if self._present() - {request.payer}:
             seconds = max(seconds, self._account.piece_seconds.get(request.payer, 0.0))
-        return self._delay_within(seconds)
+            if next_in is None:
+                return RECHECK_SECONDS if seconds > self._pass_time.decode_seconds else 0.0
+        return next_in if next_in is not None and next_in < seconds else 0.0
 
     def _delay_within(self, seconds: float) -> float:
         """In how many seconds the next decoding step is expected, if that is sooner than `seconds`; otherwise 0."""
@@ -383,14 +385,14 @@ class EngineLoop:
             self._seconds_to_next(),
             account.debts,
             account.used,
+            account.prompted_at,
             account.prompt_seconds(waiting=waiting, now=self._clock()),
         )
 
     def _present(self) -> frozenset[str]:
-        """The payers whose steps wait, or that decode and will send more."""
+        """The payers whose steps wait, or that decoded a moment ago: their next texts may begin any time."""
         decoding = self._account.decoding(now=self._clock(), recently=self._recently)
-        away = {each.payer for each in self.sessions if each.expected_at is not None} if decoding else set()
-        return frozenset({step.session.payer for step in self.steps} | decoding & away)
+        return decoding | {step.session.payer for step in self.steps}
 
     def _queued(self) -> set[str]:
         """The payers with work that takes turns: prompts and single passes."""

@@ -293,6 +293,7 @@ class OneServer:
                 self._seconds_to_next(),
                 self._account.debts,
                 self._account.used,
+                self._account.prompted_at,
                 self._account.prompt_seconds(waiting=waiting, now=self._agenda.now),
             ),
         )
@@ -386,10 +387,9 @@ class OneServer:
         return bool(self._account.decoding(now=self._agenda.now, recently=self._recently))
 
     def _present(self) -> frozenset[str]:
-        """The clients whose steps wait, or that decode and will send more."""
+        """The clients whose steps wait, or that decoded a moment ago."""
         decoding = self._account.decoding(now=self._agenda.now, recently=self._recently)
-        away = {each.job.peer for each in self._sessions if each.rhythm.expected_at is not None}
-        return frozenset({step.session.job.peer for step in self._steps} | decoding & away)
+        return decoding | {step.session.job.peer for step in self._steps}
 
 
 def _summary(chosen: Sequence[tuple[SimulatedStep, int]]) -> tuple[tuple[int, int], ...]:
