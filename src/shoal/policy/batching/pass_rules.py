@@ -11,7 +11,7 @@ An operator chooses one by name (`RULES`, `shoal serve --scheduling`):
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
@@ -144,18 +144,29 @@ def _scheduled(
 ) -> tuple[SchedulerOutput, PassShares]:
     """The pass of the requests in this order that take part in it, by their indices, and how it is divided."""
     shares = PassShares() if view.sharing is None else pass_shares(view.requests, view.sharing)
-    left_out = [view.requests[index] for index in shares.left_out]
-    order = _round_robin(view, [index for index in order if index not in shares.left_out])
+    output = SchedulerOutput()
+    for left_out in (shares.left_out | shares.later, shares.left_out):
+        output = _scheduled_without(left_out, view, order, shares.prefill_seconds, pages_kept_free)
+        if output.chunks or output.short_of_pages or not shares.later:
+            break
+    return output, shares
+
+
+def _scheduled_without(
+    left_out: Collection[int], view: EngineView, order: Sequence[int], prefill_seconds: float, pages_kept_free: int
+) -> SchedulerOutput:
+    running = [view.requests[index] for index in left_out if view.requests[index].running]
+    order = _round_robin(view, [index for index in order if index not in left_out])
     output = schedule(
         [view.requests[index] for index in order],
         num_free_pages=view.num_free_pages,
         max_num_batched_tokens=view.max_num_batched_tokens,
-        prefill=replace(view.prefill, seconds=min(view.prefill.seconds, shares.prefill_seconds)),
-        pages_kept_free=pages_kept_free + sum(each.num_pages(each.num_tokens) for each in left_out if each.running),
+        prefill=replace(view.prefill, seconds=min(view.prefill.seconds, prefill_seconds)),
+        pages_kept_free=pages_kept_free + sum(step.num_pages(step.num_tokens) for step in running),
     )
     chunks = tuple((order[index], num_tokens) for index, num_tokens in output.chunks)
     kept_out = None if output.kept_out is None else (order[output.kept_out[0]], output.kept_out[1])
-    return replace(output, chunks=chunks, kept_out=kept_out), shares
+    return replace(output, chunks=chunks, kept_out=kept_out)
 
 
 def _round_robin(view: EngineView, order: Sequence[int]) -> Sequence[int]:

@@ -100,10 +100,11 @@ class Sharing:
 class PassShares:
     """Which requests take no part in the next pass, and for how many `prefill_seconds` prompts may.
 
-    The pass should take `seconds` at most, so that each of `num_payers` has its share.
+    The `later` ones take part if nothing else can be computed. The pass should take `seconds` at most, so that each of `num_payers` has its share.
     """
 
     left_out: frozenset[int] = frozenset()
+    later: frozenset[int] = frozenset()
     prefill_seconds: float = inf
     seconds: float = inf
     num_payers: int = 1
@@ -151,9 +152,9 @@ def pass_shares(requests: Sequence[RequestView], sharing: Sharing) -> PassShares
     if waiting <= indebted:
         return _in_the_gap(requests, sharing)
     left_out = {index for index, request in enumerate(requests) if payer_of(request) in indebted}
-    left_out |= _later_prompts(requests, sharing.used, waiting - indebted)
+    later = _later_prompts(requests, sharing.used, waiting - indebted) - left_out
     shares = _divided(requests, sharing, present=present, left_out=left_out)
-    return replace(shares, prefill_seconds=min(shares.prefill_seconds, prompt_seconds))
+    return replace(shares, later=later, prefill_seconds=min(shares.prefill_seconds, prompt_seconds))
 
 
 def prompt_turns(requests: Sequence[RequestView], sharing: Sharing, *, now: float) -> dict[str, tuple[int, int]]:
@@ -178,11 +179,11 @@ def prompt_turns(requests: Sequence[RequestView], sharing: Sharing, *, now: floa
     }
 
 
-def _later_prompts(requests: Sequence[RequestView], used: FairQueue, payers: Collection[str]) -> set[int]:
+def _later_prompts(requests: Sequence[RequestView], used: FairQueue, payers: Collection[str]) -> frozenset[int]:
     """The prompts of payers that have used more than others whose prompts wait too."""
     prompts = [(index, payer_of(request)) for index, request in enumerate(requests) if not request.decodes]
     among = {payer for _, payer in prompts if payer in payers}
-    return {index for index, payer in prompts if payer in among and used.turn_of(payer, among) > 0}
+    return frozenset(index for index, payer in prompts if payer in among and used.turn_of(payer, among) > 0)
 
 
 def _divided(
@@ -202,7 +203,7 @@ def _divided(
         else:
             pages[payer] = min(pages.get(payer, inf), _first_page(request, model))
     if not steps and not sharing.away:  # nobody decodes: prompts take turns, and not parts of a pass
-        return PassShares(frozenset(left_out), num_payers=num_payers)
+        return PassShares(left_out=frozenset(left_out), num_payers=num_payers)
     # Prompts have their payers' shares of the pass, if these do nothing else in it, and in any case a page or half.
     for_prompts = len(pages.keys() - steps.keys()) / num_payers
     page = min(pages.values(), default=0.0)
@@ -222,7 +223,12 @@ def _divided(
         total, least, beyond = _in_turns(steps, least_away, fits)
         left_out |= beyond
     seconds = limit(least)
-    return PassShares(frozenset(left_out), max(0.0, seconds - weights - total), seconds, num_payers)
+    return PassShares(
+        left_out=frozenset(left_out),
+        prefill_seconds=max(0.0, seconds - weights - total),
+        seconds=seconds,
+        num_payers=num_payers,
+    )
 
 
 def _in_the_gap(requests: Sequence[RequestView], sharing: Sharing) -> PassShares:
@@ -237,7 +243,7 @@ def _in_the_gap(requests: Sequence[RequestView], sharing: Sharing) -> PassShares
             left_out.add(index)
         elif decodes:
             left -= cost
-    return PassShares(frozenset(left_out), max(0.0, left), seconds)
+    return PassShares(left_out=frozenset(left_out), prefill_seconds=max(0.0, left), seconds=seconds)
 
 
 def _first_page(request: RequestView, model: PassTimeModel) -> float:
