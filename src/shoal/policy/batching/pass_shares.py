@@ -100,7 +100,8 @@ class Sharing:
 class PassShares:
     """Which requests take no part in the next pass, and for how many `prefill_seconds` prompts may.
 
-    The `later` ones take part if nothing else can be computed. The pass should take `seconds` at most, so that each of `num_payers` has its share.
+    The `later` ones take part if nothing else can be computed. The pass should take `seconds` at most, so that each of
+    `num_payers` has its share.
     """
 
     left_out: frozenset[int] = frozenset()
@@ -260,28 +261,30 @@ def _in_turns(
     Whose steps have taken least comes next, for as long as the pass fits. One step takes part that never fits, the
     first of its payer.
     """
-    # Of each payer: what its steps add, counted as its first one at least, the place in its queue, and its name.
-    queue = [(own[0][0], number, 0, payer) for number, (payer, own) in enumerate(steps.items())]
-    heapq.heapify(queue)
-    total, ended, long = 0.0, least_away, list[tuple[int, float]]()
     left_out = {index for own in steps.values() for _, index in own}
-    while queue:
-        added, number, place, payer = heapq.heappop(queue)
-        cost, index = steps[payer][place]
-        after = added if not place else added + cost
-        least = min(ended, after, queue[0][0] if queue else inf)
-        if not fits(total + cost, least):
-            if place:
-                ended = min(ended, added)
-            else:
-                long.append((index, cost))
-            continue
-        total += cost
-        left_out.discard(index)
-        if place + 1 < len(steps[payer]):
-            heapq.heappush(queue, (after, number, place + 1, payer))
+    total, ended, long = 0.0, least_away, list[tuple[int, float]]()
+    queue = list[tuple[float, int, str]]()  # what the steps of a payer add, the place of its next one, and its name
+    firsts = sorted((own[0][0], payer) for payer, own in steps.items())
+    for cost, payer in firsts:
+        index = steps[payer][0][1]
+        if fits(total + cost, min(least_away, firsts[0][0])):
+            total += cost
+            left_out.discard(index)
+            queue.append((cost, 1, payer))
         else:
-            ended = min(ended, after)
+            long.append((index, cost))
+    while queue:
+        added, place, payer = heapq.heappop(queue)
+        if place == len(steps[payer]):
+            ended = min(ended, added)
+            continue
+        cost, index = steps[payer][place]
+        if fits(total + cost, min(ended, added + cost, queue[0][0] if queue else inf)):
+            total += cost
+            left_out.discard(index)
+            heapq.heappush(queue, (added + cost, place + 1, payer))
+        else:
+            ended = min(ended, added)
     if long:
         index, cost = min(long)  # that which came first
         left_out.discard(index)
