@@ -273,6 +273,11 @@ def _in_turns(
             queue.append((cost, 1, payer))
         else:
             long.append((index, cost))
+    if long:
+        index, cost = min(long)  # that which came first
+        left_out.discard(index)
+        total += cost
+        ended = min(ended, *(cost for _, cost in long))
     while queue:
         added, place, payer = heapq.heappop(queue)
         if place == len(steps[payer]):
@@ -285,8 +290,4 @@ def _in_turns(
             heapq.heappush(queue, (added + cost, place + 1, payer))
         else:
             ended = min(ended, added)
-    if long:
-        index, cost = min(long)  # that which came first
-        left_out.discard(index)
-        total += cost
     return total, ended, left_out
