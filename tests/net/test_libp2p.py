@@ -26,12 +26,14 @@ from shoal.net.identity import Identity
 from shoal.net.libp2p import daemon as daemons
 from shoal.net.libp2p.daemon import DaemonConfig
 from shoal.net.libp2p.hash_table.dht_directory import DhtDirectory
-from shoal.net.libp2p.libp2p_transport import MAX_STREAMS_PER_PEER, Libp2pTransport
+from shoal.net.libp2p.libp2p_transport import Libp2pTransport
 from shoal.net.records import Announcement, seal, shard_key
 from shoal.net.transport import Node, Stream, StreamBroken
+from shoal.net.wire import codec
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.census.levels import Shard
-from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, ProtocolViolation
+from shoal.policy.network.stream_room import MAX_STREAMS_PER_PEER
+from shoal.protocol import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PROTOCOL, Failure, ProtocolViolation
 from shoal.spans import Span
 from shoal.testing.shaped_servers import wait_until_stopped
 
@@ -480,6 +482,9 @@ async def test_the_streams_of_one_peer_are_limited() -> None:
             await stream.send(b"hello")
             assert (await stream.receive())[0] == b"hello"
         surplus = await greedy.transport.open(server.transport.peer)
+        told, _ = await codec.receive(surplus)
+        assert isinstance(told, Failure)
+        assert (told.code, told.reason) == ("busy", "this peer has 64 streams here, and 64 are allowed")
         with pytest.raises(StreamBroken):
             await surplus.receive()
         other = await modest.transport.open(server.transport.peer)

@@ -14,6 +14,7 @@ import torch
 from shoal.net.memory import QUEUE_FRAMES
 from shoal.net.transport import Stream
 from shoal.protocol import MAX_STEPS_AHEAD, Failure, Pong, StepResult, Unreached
+from shoal.server.rpc import push_connection
 from shoal.server.rpc.session_stream import MAX_PENDING_RESULTS
 from shoal.server.rpc.step_queue import MAX_QUEUED_TOKENS, StepQueue
 
@@ -269,7 +270,8 @@ def test_a_server_that_pushes_to_itself_comes_to_an_end(town, guest):
 
 
 @pytest.mark.parametrize("downstream", [None, place("nobody"), place("?!")], ids=["no server", "nobody", "no name"])
-def test_a_client_hears_what_could_not_be_pushed(town, guest, downstream):
+def test_a_client_hears_what_could_not_be_pushed(town, guest, downstream, monkeypatch):
+    monkeypatch.setattr(push_connection, "OPEN_SECONDS", 0.05)
     stream = guest.open()
     answered(guest, stream, opening(**{} if downstream is None else {"downstream": downstream}), step(hops_left=3))
     heard = [message for message, _ in guest.hear(stream, 2)]

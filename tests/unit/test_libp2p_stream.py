@@ -11,7 +11,9 @@ from shoal.net.libp2p.libp2p_stream import Libp2pStream
 from shoal.net.transport import CHUNK_BYTES, StreamBroken
 from shoal.net.wire import codec
 from shoal.net.wire.frames import PREFIX_BYTES, pack_prefix
-from shoal.net.wire.receive_budget import ReceiveBudget
+from shoal.net.wire.receive_budget import ReceiveBudget, Reservation
+from shoal.policy.network import frame_room
+from shoal.policy.network.frame_room import MAX_WAITING_OF_NETWORK, Frame
 from shoal.protocol import REQUEST_KINDS, SESSION_KINDS, AnyMessage, Forward, Ping, ProtocolViolation, StepResult, dump
 from shoal.tensors import TensorSpec
 
@@ -23,13 +25,13 @@ MIB = 1 << 20
 class Wire:
     """A stream, and the bytes that the daemon has delivered to it and taken from it."""
 
-    def __init__(self, *, peer: str = "peer", budget: ReceiveBudget | None = None) -> None:
+    def __init__(self, *, peer: str = "peer", budget: ReceiveBudget | None = None, address: str | None = None) -> None:
         self.reader = asyncio.StreamReader(limit=256 * 1024)
         self.reader.set_transport(self)  # type: ignore[arg-type]
         self.transport: Any = self
         self.written = bytearray()
         self.closed = False
-        self.stream = Libp2pStream(peer, self.reader, self, budget=budget)  # type: ignore[arg-type]
+        self.stream = Libp2pStream(peer, self.reader, self, budget=budget, address=address)  # type: ignore[arg-type]
 
     def deliver(self, data: bytes) -> None:
         self.reader.feed_data(data)
@@ -133,22 +135,60 @@ async def cancel(*tasks: asyncio.Task[Any]) -> None:
 
 
 async def test_all_streams_of_one_peer_share_its_budget():
-    budget = ReceiveBudget(8 * MIB)
+    budget = ReceiveBudget(max_bytes=64 * MIB, max_peer_bytes=8 * MIB)
     many = [Wire(budget=budget) for _ in range(40)]
     other = Wire(peer="another", budget=budget)
     for wire in (*many, other):
         wire.deliver(head(dump(forward()), 4 * MIB))
     num_read, tasks = await read_of(many, 2 * MIB)
     assert num_read == 2 * 2 * MIB
-    ((from_other, more), small) = await read_of([other], 2 * MIB), Wire(budget=budget)
+    from_other, more = await read_of([other], 2 * MIB)
     assert from_other == 2 * MIB
-    small.deliver(head(dump(forward(1, 16)), 64) + bytes(64))
-    await soon(codec.receive(small.stream, REQUEST_KINDS))  # small frames do not count
     await cancel(*tasks, *more)
 
 
+async def test_all_peers_share_the_budget_and_a_token_of_another_network_does_not_wait():
+    budget = ReceiveBudget(max_bytes=16 * MIB, max_peer_bytes=8 * MIB)
+    many = [Wire(peer=f"p{n}", budget=budget, address=f"/ip4/8.8.8.{n}/tcp/1") for n in range(8)]
+    for wire in many:
+        wire.deliver(head(dump(forward()), 4 * MIB))
+    num_read, tasks = await read_of(many, MIB)
+    assert num_read == 4 * MIB  # of four frames
+    token = Wire(peer="client", budget=budget, address="/ip4/9.9.9.9/tcp/1")
+    token.deliver(head(dump(forward(1, 16384)), 65536) + bytes(65536))
+    await soon(codec.receive(token.stream, REQUEST_KINDS))
+    await cancel(*tasks)
+
+
+async def test_a_frame_that_stops_coming_gives_way_to_one_that_waits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(frame_room, "GRACE_SECONDS", 0.0)
+    budget = ReceiveBudget(max_bytes=4 * MIB, max_peer_bytes=4 * MIB)
+    stalled, waiting = Wire(peer="attacker", budget=budget), Wire(peer="client", budget=budget)
+    for wire in stalled, waiting:
+        wire.deliver(head(dump(forward()), 4 * MIB) + bytes(1000))
+    first, second = (asyncio.create_task(codec.receive(wire.stream, REQUEST_KINDS)) for wire in (stalled, waiting))
+    with pytest.raises(StreamBroken, match="others needed its room"):
+        await soon(first)
+    waiting.deliver(bytes(4 * MIB - 1000))
+    await soon(second)
+    assert not budget.num_frames
+    with pytest.raises(StreamBroken, match="was refused"):
+        await soon(stalled.stream.receive())
+
+
+async def test_a_network_whose_frames_wait_in_great_number_begins_no_more():
+    budget = ReceiveBudget(max_bytes=4 * MIB, max_peer_bytes=4 * MIB)
+    wires = [Wire(peer=f"p{n}", budget=budget, address="/ip4/8.8.8.8/tcp/1") for n in range(MAX_WAITING_OF_NETWORK + 2)]
+    for wire in wires:
+        wire.deliver(head(dump(forward()), 4 * MIB))
+    *tasks, last = [asyncio.create_task(codec.receive(wire.stream, REQUEST_KINDS)) for wire in wires]
+    with pytest.raises(StreamBroken, match="too much at a time"):
+        await soon(last)
+    await cancel(*tasks)
+
+
 async def test_a_waiting_frame_is_received_when_another_is_complete_or_its_stream_ends():
-    budget = ReceiveBudget(4 * MIB)
+    budget = ReceiveBudget(max_bytes=8 * MIB, max_peer_bytes=4 * MIB)
     wires = [Wire(budget=budget) for _ in range(4)]
     for wire in wires:
         wire.deliver(head(dump(forward()), 4 * MIB))
@@ -163,23 +203,33 @@ async def test_a_waiting_frame_is_received_when_another_is_complete_or_its_strea
     largest = Wire(budget=budget)
     largest.deliver(head(dump(forward(1024, 4096)), 16 * MIB) + bytes(16 * MIB))
     await soon(codec.receive(largest.stream, REQUEST_KINDS))  # a frame of any size fits alone
-    assert not budget.num_peers
+    assert not budget.num_frames
 
 
 async def test_a_frame_that_stops_waiting_leaves_its_turn_to_the_next():
-    budget = ReceiveBudget(10)
-    await budget.acquire("peer", 6)
-    large = asyncio.create_task(budget.acquire("peer", 8))
-    small = asyncio.create_task(budget.acquire("peer", 4))
+    budget = ReceiveBudget(max_bytes=10 * MIB, max_peer_bytes=10 * MIB)
+    given_up: list[int] = []
+
+    def acquire(size: int) -> asyncio.Task[Reservation | None]:
+        frame = Frame("peer", "network", size * MIB, 0.0)
+        acquiring = budget.acquire(frame, num_received=lambda: 0, give_way=lambda: given_up.append(size))
+        return asyncio.create_task(acquiring)
+
+    first = await soon(acquire(6))
+    large = acquire(8)
     await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    small = acquire(4)
+    for _ in range(3):
+        await asyncio.sleep(0)
     assert not small.done()  # the large one came first
     await cancel(large)
-    await soon(small)
-    leaving = asyncio.create_task(budget.acquire("peer", 5))
-    await asyncio.sleep(0)
-    budget.release("peer", 6)
+    second = await soon(small)
+    leaving = acquire(5)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    budget.release(first)
     leaving.cancel()  # at the moment of its admission
     await asyncio.gather(leaving, return_exceptions=True)
-    budget.release("peer", 4)
-    assert not budget.num_peers
+    budget.release(second)
+    assert not budget.num_frames
+    assert not given_up

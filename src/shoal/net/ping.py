@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo
-from shoal.protocol import REPLY_KINDS, Close, Ping, Pong, ProtocolViolation
+from shoal.protocol import Close, Ping, Pong, ProtocolViolation
 
 DIAL_SECONDS = 5.0
 """How long connecting may take. A peer that needs longer is too far away to be useful."""
@@ -52,7 +52,7 @@ async def ping(stream: Stream) -> PingAnswer | None:
             async with asyncio.timeout(PONG_SECONDS):
                 sent = loop.time()
                 await codec.send(stream, Ping())
-                answer, _ = await codec.receive(stream, REPLY_KINDS)
+                answer, _ = await codec.receive(stream, frozenset())
                 if not isinstance(answer, Pong):
                     break
                 seconds = loop.time() - sent

@@ -59,6 +59,11 @@ class Stream(Protocol):
         """The bytes that were sent until now, in parts of a frame where it is large."""
         ...
 
+    @property
+    def has_served(self) -> bool:
+        """Whether a payload was sent over it."""
+        ...
+
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         """Send one frame. Returns when the frame is buffered; waits while the other side reads too slowly.
 

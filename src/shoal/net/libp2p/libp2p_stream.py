@@ -9,17 +9,34 @@ from __future__ import annotations
 
 from asyncio import IncompleteReadError, StreamReader, StreamWriter, get_running_loop
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+from shoal.net.addressing.addresses import network_of
 from shoal.net.transport import CHUNK_BYTES, Buffer, HeaderCheck, StreamBroken
 from shoal.net.wire.frames import PREFIX_BYTES, pack_prefix, payload_bytes, unpack_prefix
-from shoal.net.wire.receive_budget import ReceiveBudget
+from shoal.net.wire.receive_budget import ReceiveBudget, Reservation
+from shoal.policy.network.frame_room import Frame
 from shoal.protocol import ProtocolViolation
+
+
+class _GaveWay(ConnectionError):
+    """A frame was ended because others needed its room."""
+
+
+@dataclass
+class _Incoming:
+    """What has come of the next frame: its lengths, its header, a part of its payload; and the room that it has."""
+
+    lengths: tuple[int, int] | None = None
+    header: bytes | None = None
+    payload: bytearray = field(default_factory=bytearray)
+    reservation: Reservation | None = None
 
 
 class Libp2pStream:
     """One raw stream. A cancelled `receive` loses nothing; after a cancelled `send` the stream is broken.
 
-    Large frames wait until the peer's `budget` has room for them. `on_close` is called with the stream.
+    Frames wait until the `budget` has room for them. `on_close` is called with the stream.
     """
 
     def __init__(
@@ -37,16 +54,14 @@ class Libp2pStream:
         self._clock = get_running_loop().time
         self.heard_at = self.taken_at = self._clock()
         self.taken_bytes = 0
+        self.has_served = False
         self._on_close = on_close
         self._reader = reader
         self._writer = writer
         self._can_send = True
-        self._lengths: tuple[int, int] | None = None
-        self._header: bytes | None = None
-        self._payload = bytearray()
+        self._incoming = _Incoming()
         self._refused = False
-        self._budget = budget or ReceiveBudget()
-        self._num_acquired = 0  # the bytes of the budget that this stream holds
+        self._budget = ReceiveBudget() if budget is None else budget
         # `drain` returns when the socket has accepted all data: there is no queue in addition to the daemon's, and the
         # caller may reuse its buffers.
         writer.transport.set_write_buffer_limits(high=0)
@@ -73,6 +88,7 @@ class Libp2pStream:
         except OSError as failure:
             raise StreamBroken(f"the stream to {self._peer} broke: {failure.strerror or failure}") from None
         self._can_send = True
+        self.has_served |= size > 0
 
     async def receive(self, check_header: HeaderCheck | None = None) -> tuple[bytes, bytearray]:
         if self._refused:
@@ -87,51 +103,63 @@ class Libp2pStream:
             raise StreamBroken(f"the stream from {self._peer} broke: {failure.strerror or failure}") from None
         except EOFError as end:
             self._release_budget()
-            is_between_frames = self._lengths is None and isinstance(end, IncompleteReadError) and not end.partial
+            is_between_frames = (
+                self._incoming.lengths is None and isinstance(end, IncompleteReadError) and not end.partial
+            )
             where = "" if is_between_frames else " in the middle of a frame"
             raise StreamBroken(f"the stream from {self._peer} ended{where}") from None
-        frame = header, self._payload
-        self._lengths, self._header, self._payload = None, None, bytearray()
+        frame = header, self._incoming.payload
         self._release_budget()
+        self._incoming = _Incoming()
         return frame
 
     async def _receive_header(self) -> tuple[bytes, int]:
+        incoming = self._incoming
         try:
-            if self._lengths is None:
-                self._lengths = unpack_prefix(await self._reader.readexactly(PREFIX_BYTES))
+            if incoming.lengths is None:
+                incoming.lengths = unpack_prefix(await self._reader.readexactly(PREFIX_BYTES))
         except ProtocolViolation as violation:
             await self.close()
             raise StreamBroken(f"{self._peer} sent {violation}") from None
-        header_size, payload_size = self._lengths
-        if self._header is None:
-            self._header = await self._reader.readexactly(header_size)
+        header_size, payload_size = incoming.lengths
+        if incoming.header is None:
+            incoming.header = await self._reader.readexactly(header_size)
             self.heard_at = self._clock()
-        return self._header, payload_size
+        return incoming.header, payload_size
 
     def _check(self, check_header: HeaderCheck, header: bytes, payload_size: int) -> None:
         try:
             check_header(header, payload_size)
-        except ProtocolViolation:
+        except Exception:
             self._refused = True
             raise
 
     async def _receive_payload(self, size: int) -> None:
-        if size > CHUNK_BYTES and not self._num_acquired:
-            await self._budget.acquire(self._peer, size)
-            self._num_acquired = size
+        incoming = self._incoming
+        if size and incoming.reservation is None:
+            frame = Frame(self._peer, network_of(self.address), size, self._clock())
+            incoming.reservation = await self._budget.acquire(
+                frame, num_received=lambda: len(incoming.payload), give_way=self._give_way
+            )
         # The buffer grows as data arrives, so announcing 256 MiB costs no memory. Large buffers grow in place.
-        while missing := size - len(self._payload):
+        while missing := size - len(incoming.payload):
             chunk = await self._reader.read(min(missing, CHUNK_BYTES))
             if not chunk:
                 raise EOFError("in the middle of a frame")
-            self._payload += chunk
+            incoming.payload += chunk
             self.heard_at = self._clock()
+
+    def _give_way(self) -> None:
+        """Others need the room of the frame that is being received: nothing more is."""
+        self._incoming = _Incoming()
+        self._refused = True
+        self._reader.set_exception(_GaveWay(0, "the frame came too slowly, and others needed its room"))
 
     def _release_budget(self) -> None:
         """The frame is complete, or was lost."""
-        if self._num_acquired:
-            self._budget.release(self._peer, self._num_acquired)
-            self._num_acquired = 0
+        if self._incoming.reservation is not None:
+            self._budget.release(self._incoming.reservation)
+            self._incoming.reservation = None
 
     async def close(self) -> None:
         self._can_send = False

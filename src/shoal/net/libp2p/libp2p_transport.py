@@ -42,10 +42,6 @@ FLUSH_SECONDS = 0.2
 """The time in which the daemon sends what it has accepted, before it is ended."""
 RESTART_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 """The pauses between attempts to restart the daemon; the last one is repeated."""
-MAX_STREAMS = 1024
-"""Streams of all peers that are handled at the same time; more are refused."""
-MAX_STREAMS_PER_PEER = 64
-"""Streams of one peer that are handled at the same time, so that one peer cannot use all of them."""
 MAX_DIALLED_PEERS = 256
 """Peers whose addresses are remembered, to connect to them after a restart of the daemon."""
 
@@ -317,8 +313,7 @@ class Libp2pTransport:
     def _handle(
         self, handler: StreamHandler | None, peer: str, address: str | None, reader: StreamReader, writer: StreamWriter
     ) -> None:
-        is_full = self._handlers.num_of(peer) >= MAX_STREAMS_PER_PEER or len(self._handlers) >= MAX_STREAMS
-        if handler is None or self._closed or is_full:
+        if handler is None or self._closed:
             logger.debug("a stream of %s is refused", peer)
             writer.close()
             return

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from shoal.net.memory.faults import Faults
 from shoal.net.transport import Buffer, HeaderCheck, StreamBroken
 from shoal.net.wire.frames import pack_prefix, payload_bytes
-from shoal.protocol import ProtocolViolation
 
 QUEUE_FRAMES = 16
 """Frames in transit in one direction of a stream: a sender that exceeds it waits for the receiver."""
@@ -168,6 +167,7 @@ class MemoryStream:
         self._me = me
         self._closed = False
         self._refused = False
+        self.has_served = False
         self.heard_at = self.taken_at = asyncio.get_running_loop().time()
 
     @property
@@ -188,6 +188,7 @@ class MemoryStream:
         frame = Frame(self._link.peers[self._me], self.peer, header, b"".join(payload))
         await self._link.send(self._me, frame)
         self.taken_at = asyncio.get_running_loop().time()
+        self.has_served |= bool(frame.payload)
 
     async def receive(self, check_header: HeaderCheck | None = None) -> tuple[bytes, bytearray]:
         self._check_open()
@@ -198,7 +199,7 @@ class MemoryStream:
         try:
             if check_header is not None:
                 check_header(frame.header, len(frame.payload))
-        except ProtocolViolation:
+        except Exception:
             self._refused = True
             raise
         frame = await self._link.receive(self._me)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -129,17 +129,20 @@ async def send(stream: Stream, message: AnyMessage, tensors: Tensors | None = No
 
 
 async def receive(
-    stream: Stream, kinds: Collection[str] | None = None
+    stream: Stream, kinds: Collection[str] | None = None, check: Callable[[AnyMessage], None] = lambda message: None
 ) -> tuple[AnyMessage, dict[TensorName, torch.Tensor]]:
     """The next message and its tensors.
 
     Raises `StreamBroken`, and `ProtocolViolation` for bytes that are no message or for a payload of a message of
-    another kind. The header decides that, before any of the payload is read.
+    another kind. The header decides that, before any of the payload is read. `check` may refuse a message by its
+    header too: what it raises is raised.
     """
     parsed: list[AnyMessage] = []
 
     def check_header(header: bytes, payload_bytes: int) -> None:
-        parsed.append(parse_header(header, payload_bytes, kinds))
+        message = parse_header(header, payload_bytes, kinds)
+        check(message)
+        parsed[:] = [message]
 
     _, payload = await stream.receive(check_header)
     (message,) = parsed

@@ -7,6 +7,7 @@ So every request that reaches the compute thread can be computed, and a wrong on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from shoal.protocol import (
     MAX_LOGITS_BYTES,
     MAX_PASS_TOKENS,
     MAX_STEP_TOKENS,
+    AnyMessage,
     Backward,
     Forward,
     Norms,
@@ -28,6 +30,11 @@ from shoal.protocol import (
 from shoal.server.refusals import misrouted, moved, rejected
 from shoal.server.step_inputs import StepInputs, Tensors, WantedLogits
 from shoal.spans import Span
+from shoal.tensors import TensorSpec
+
+NO_GRADIENT = "a backward pass needs a gradient of its output's shape"
+MAX_STRAY_BYTES = 1 << 20
+"""A pushed step of so many bytes is received and dropped, also where one of this model cannot be as large."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +60,52 @@ class RequestValidator:
             raise moved(f"this server holds blocks {self.span}, not {span}")
         return span
 
+    def check_declared(self, message: AnyMessage) -> None:
+        """The tensors that a request declares may not be larger than any that is computed here.
+
+        So a frame that could only be refused is not received. Everything else is checked when the tensors are here. Of
+        steps that a server pushes only the bytes are: a refusal would end the stream for all sessions.
+        """
+        if isinstance(message, Step) and message.link is not None:
+            most = max(MAX_STRAY_BYTES, MAX_STEP_TOKENS * (self.hidden_size + 4) * torch.float32.itemsize)
+            if message.payload_bytes > most:
+                raise rejected(f"a step of {message.payload_bytes} bytes; {most} are allowed")
+            return
+        for spec in message.tensors:
+            match message, spec.name:
+                case Backward(), "grad" if len(spec.shape) != 3 or spec.shape[2] != self.hidden_size:
+                    raise rejected(NO_GRADIENT)
+                case Step() | Forward() | Backward(), "hidden" | "grad":
+                    batch_size, num_tokens = self._declared_shape(spec)
+                    if isinstance(message, Step):
+                        _check_step_size(batch_size, num_tokens)
+                    else:
+                        self._check_pass_size(batch_size, num_tokens)
+                case Step() | Forward() | Backward(), "positions" | "mask":
+                    if math.prod(spec.shape) > MAX_PASS_TOKENS:
+                        raise rejected(f"{math.prod(spec.shape)} {spec.name}; {MAX_PASS_TOKENS} are allowed")
+                case Open(), "digests":
+                    self.check_length(message)
+                    _check_digests(message, spec.shape, is_uint8=spec.dtype == "uint8")
+
+    def _declared_shape(self, spec: TensorSpec) -> tuple[int, int]:
+        if len(spec.shape) != 3:
+            raise rejected("hidden states must be floating-point numbers of shape [batch, tokens, hidden size]")
+        batch_size, num_tokens, size = spec.shape
+        if size != self.hidden_size:
+            raise rejected(f"hidden size {size}; this model's is {self.hidden_size}")
+        return batch_size, num_tokens
+
     def step_inputs(self, tensors: Tensors) -> StepInputs:
         """The inputs of a step: of this model, and not more than one step may have."""
         inputs = self._inputs_of(tensors)
-        if inputs.batch_size > MAX_BATCH:
-            raise rejected(f"{inputs.batch_size} sequences; {MAX_BATCH} are allowed")
-        if inputs.size > max(MAX_STEP_TOKENS, inputs.batch_size):
-            raise rejected(f"{inputs.size} tokens in one step; {MAX_STEP_TOKENS} are allowed")
+        _check_step_size(inputs.batch_size, inputs.num_tokens)
         return inputs
 
     def pass_inputs(self, tensors: Tensors) -> StepInputs:
         """The inputs of a single pass: of this model, and not more than one pass may have."""
         inputs = self._inputs_of(tensors)
-        self.check_training()
-        self._check_model_length(inputs)
-        if inputs.batch_size > 1 and inputs.size > MAX_STEP_TOKENS:
-            raise rejected(f"{inputs.size} tokens in one batch; {MAX_STEP_TOKENS} are allowed")
-        if inputs.size > MAX_PASS_TOKENS:
-            raise rejected(f"{inputs.size} tokens in one pass; {MAX_PASS_TOKENS} are allowed")
+        self._check_pass_size(inputs.batch_size, inputs.num_tokens)
         return inputs
 
     def backward_inputs(self, request: Backward, tensors: Tensors) -> tuple[torch.Tensor, StepInputs | None]:
@@ -79,7 +114,7 @@ class RequestValidator:
         inputs = None if is_saved else self.pass_inputs(tensors)
         grad = tensors.get("grad")
         if grad is None or grad.dim() != 3 or not grad.is_floating_point():
-            raise rejected("a backward pass needs a gradient of its output's shape")
+            raise rejected(NO_GRADIENT)
         return grad, inputs
 
     def _inputs_of(self, tensors: Tensors) -> StepInputs:
@@ -103,9 +138,15 @@ class RequestValidator:
         if not self.training:
             raise misrouted("this server offers no forward and backward passes")
 
-    def _check_model_length(self, inputs: StepInputs) -> None:
-        if inputs.num_tokens > self.max_length:
-            raise rejected(f"{inputs.num_tokens} tokens; the model allows {self.max_length}")
+    def _check_pass_size(self, batch_size: int, num_tokens: int) -> None:
+        self.check_training()
+        if num_tokens > self.max_length:
+            raise rejected(f"{num_tokens} tokens; the model allows {self.max_length}")
+        size = batch_size * num_tokens
+        if batch_size > 1 and size > MAX_STEP_TOKENS:
+            raise rejected(f"{size} tokens in one batch; {MAX_STEP_TOKENS} are allowed")
+        if size > MAX_PASS_TOKENS:
+            raise rejected(f"{size} tokens in one pass; {MAX_PASS_TOKENS} are allowed")
 
     def check_length(self, request: Open) -> None:
         """The model has to allow a session as long as the client expects."""
@@ -117,11 +158,7 @@ class RequestValidator:
         digests = tensors.get("digests")
         if digests is None:
             return [[] for _ in range(request.batch_size)]
-        is_uint8 = digests.dtype == torch.uint8 and digests.dim() == 3
-        if not is_uint8 or digests.shape[::2] != (request.batch_size, DIGEST_BYTES):
-            raise rejected(f"digests must be uint8 of shape [batch, pages, {DIGEST_BYTES}]")
-        if digests.shape[1] * PAGE_TOKENS > request.expected_length:
-            raise rejected(f"digests of {digests.shape[1]} pages for a session of {request.expected_length} tokens")
+        _check_digests(request, tuple(digests.shape), is_uint8=digests.dtype == torch.uint8)
         return [[bytes(name) for name in row.numpy()] for row in digests]
 
     def check_factors(self, num_tensors: int) -> None:
@@ -167,3 +204,18 @@ class RequestValidator:
         if inputs.batch_size * request.logits * width * each > MAX_LOGITS_BYTES:
             raise rejected(f"more than {MAX_LOGITS_BYTES >> 20} MiB of logits")
         return WantedLogits(request.logits, request.top_k)
+
+
+def _check_step_size(batch_size: int, num_tokens: int) -> None:
+    if batch_size > MAX_BATCH:
+        raise rejected(f"{batch_size} sequences; {MAX_BATCH} are allowed")
+    size = batch_size * num_tokens
+    if size > max(MAX_STEP_TOKENS, batch_size):
+        raise rejected(f"{size} tokens in one step; {MAX_STEP_TOKENS} are allowed")
+
+
+def _check_digests(request: Open, shape: Sequence[int], *, is_uint8: bool) -> None:
+    if not is_uint8 or len(shape) != 3 or (shape[0], shape[2]) != (request.batch_size, DIGEST_BYTES):
+        raise rejected(f"digests must be uint8 of shape [batch, pages, {DIGEST_BYTES}]")
+    if shape[1] * PAGE_TOKENS > request.expected_length:
+        raise rejected(f"digests of {shape[1]} pages for a session of {request.expected_length} tokens")

@@ -105,6 +105,10 @@ class _MeteredStream:
     def taken_bytes(self) -> int:
         return self._stream.taken_bytes
 
+    @property
+    def has_served(self) -> bool:
+        return self._stream.has_served
+
     async def send(self, header: bytes, payload: Sequence[Buffer] = ()) -> None:
         num_bytes = sum(memoryview(buffer).nbytes for buffer in payload)
         if num_bytes < LARGE_BYTES:

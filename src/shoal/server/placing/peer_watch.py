@@ -11,7 +11,7 @@ from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo
 from shoal.policy.watching import believed_gone
-from shoal.protocol import REPLY_KINDS, Ping, Pong, ProtocolViolation
+from shoal.protocol import Ping, Pong, ProtocolViolation
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class PeerWatch:
 async def _answers(stream: Stream) -> bool:
     async with asyncio.timeout(PONG_SECONDS):
         await codec.send(stream, Ping())
-        answer, _ = await codec.receive(stream, REPLY_KINDS)
+        answer, _ = await codec.receive(stream, frozenset())
     return isinstance(answer, Pong)
 
 
@@ -129,5 +129,5 @@ async def _until_end(stream: Stream, seconds: float) -> None:
     """Wait so long. Raises `StreamBroken` as soon as the stream ends, and `ProtocolViolation` if anything comes."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            await codec.receive(stream, REPLY_KINDS)
+            await codec.receive(stream, frozenset())
             raise ProtocolViolation("it was asked nothing")

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from shoal.concurrency import owned_task, with_progress_timeout
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
-from shoal.protocol import REPLY_KINDS, Downstream, ProtocolViolation, Step
+from shoal.protocol import Downstream, ProtocolViolation, Step
 from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
 
-OPEN_SECONDS = 6.0
-"""How long a stream may take to open: as long as clients give a server."""
+OPEN_SECONDS = 4.0
+"""How long a stream may take to open. After this time, and never before, clients hear that it did not.
+
+A client names the addresses. If it heard at once that nothing listens there, and later that something else does, it
+could find out which ports are open in this machine's network."""
 SEND_SECONDS = 30.0
 """A push of which nothing was taken for this long is given up: the next server is stopped, or as good as stopped."""
 IDLE_SECONDS = 60.0
@@ -115,12 +118,17 @@ class PushConnection:
 
         Returns the step that is to be sent over another stream, because this one had ended before.
         """
+        clock = asyncio.get_running_loop().time
+        until = clock() + OPEN_SECONDS
         try:
-            async with asyncio.timeout(OPEN_SECONDS):
+            async with asyncio.timeout_at(until):
                 stream = await self._transport.open(self._downstream.peer, self._downstream.addresses)
         except (StreamBroken, TimeoutError) as failure:
+            await asyncio.sleep(until - clock())
             if pushed is not None:
                 self._fail(pushed, failure)
+            while self._queue:  # they would be told after another such time
+                self._fail(self._queue.popleft(), failure)
             return None
         try:
             async with owned_task(_until_end(stream)) as ending:
@@ -162,4 +170,4 @@ class PushConnection:
 
 async def _until_end(stream: Stream) -> None:
     with contextlib.suppress(StreamBroken, ProtocolViolation):
-        await codec.receive(stream, REPLY_KINDS)
+        await codec.receive(stream, frozenset())

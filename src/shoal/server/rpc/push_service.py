@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 
 from shoal.net.transport import Stream, Transport
 from shoal.net.wire import codec
-from shoal.protocol import REQUEST_KINDS, Downstream, Step, Upstream
+from shoal.protocol import REQUEST_KINDS, AnyMessage, Downstream, Step, Upstream
 from shoal.server.rpc.push_connection import PushConnection, PushHandle
 
 log = logging.getLogger(__name__)
@@ -58,11 +58,20 @@ class PushService:
         if self._inboxes.get(upstream.link) == (upstream.peer, inbox):
             del self._inboxes[upstream.link]
 
-    async def receive_pushes(self, stream: Stream, step: Step, tensors: codec.Tensors, *, idle_seconds: float) -> None:
+    async def receive_pushes(
+        self,
+        stream: Stream,
+        step: Step,
+        tensors: codec.Tensors,
+        *,
+        check: Callable[[AnyMessage], None],
+        idle_seconds: float,
+    ) -> None:
         """Take what an upstream server pushes, beginning with this step, until it closes the stream.
 
         A step over a link that is not the peer's own is ignored: its session may just have gone elsewhere. Raises
-        `TimeoutError` if nothing comes for `idle_seconds`, and `StreamBroken` and `ProtocolViolation`.
+        `TimeoutError` if nothing comes for `idle_seconds`, `StreamBroken`, `ProtocolViolation`, and what `check` does
+        for the header of a message.
         """
         while True:
             peer, inbox = self._inboxes.get(step.link or "", (None, None))
@@ -71,7 +80,7 @@ class PushService:
             else:
                 log.debug("%s pushes a step that no session expects", stream.peer)
             async with asyncio.timeout(idle_seconds):
-                message, tensors = await codec.receive(stream, REQUEST_KINDS)
+                message, tensors = await codec.receive(stream, REQUEST_KINDS, check)
             if not isinstance(message, Step):
                 return
             step = message

@@ -7,8 +7,8 @@ import contextlib
 
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
-from shoal.protocol import REQUEST_KINDS, Close, Failure, Ping, Pong, ProtocolViolation
-from shoal.server.refusals import failure_of, moving
+from shoal.protocol import REQUEST_KINDS, AnyMessage, Close, Failure, Ping, Pong, ProtocolViolation
+from shoal.server.refusals import Refused, failure_of, moving
 from shoal.server.rpc.streams import FAILURE_SEND_SECONDS, Handler
 
 
@@ -35,8 +35,8 @@ class Reception:
             await self._answer_pings(stream)
         except (StreamBroken, TimeoutError):
             pass
-        except ProtocolViolation as violation:
-            await _tell(stream, failure_of(violation))
+        except (ProtocolViolation, Refused) as refusal:
+            await _tell(stream, failure_of(refusal))
         finally:
             self.num_streams -= 1
             await stream.close()
@@ -44,16 +44,19 @@ class Reception:
     async def _answer_pings(self, stream: Stream) -> None:
         while True:
             async with asyncio.timeout(self._idle_seconds):
-                message, _ = await codec.receive(stream, REQUEST_KINDS)
-            match message:
-                case Ping() if self.handler is None:
-                    async with asyncio.timeout(self._idle_seconds):
-                        await codec.send(stream, Pong(working=False, num_passes=0))
-                case Close():
-                    return
-                case _:  # also a ping, once there are blocks: the handler of these answers on another stream
-                    await _tell(stream, moving().failure)
-                    return
+                message, _ = await codec.receive(stream, REQUEST_KINDS, self._check)
+            if isinstance(message, Close):
+                return
+            async with asyncio.timeout(self._idle_seconds):
+                await codec.send(stream, Pong(working=False, num_passes=0))
+
+    def _check(self, message: AnyMessage) -> None:
+        """Raises `Refused` for all but pings, before anything else of the message is received.
+
+        Once there are blocks also for these: the handler of the blocks answers on another stream.
+        """
+        if not isinstance(message, Close) and (self.handler is not None or not isinstance(message, Ping)):
+            raise moving()
 
 
 async def _tell(stream: Stream, failure: Failure) -> None:

@@ -93,7 +93,9 @@ class SessionStream:
     async def _receive_messages(self) -> None:
         while True:
             async with asyncio.timeout(self._idle_seconds):
-                message, tensors = await codec.receive(self._stream, SESSION_KINDS)
+                message, tensors = await codec.receive(
+                    self._stream, SESSION_KINDS, self._engine.validator.check_declared
+                )
             if not isinstance(message, Step):
                 await self._ping_pace.turn(payer_behind(self._stream))
             match message:
@@ -120,7 +122,7 @@ class SessionStream:
 
     async def _until_gone(self) -> None:
         """Raises `StreamBroken` when the client stops waiting for the answers."""
-        await codec.receive(self._stream, SESSION_KINDS)
+        await codec.receive(self._stream, frozenset())
 
     def _pushed(self, step: Step, tensors: codec.Tensors) -> None:
         """The upstream server has pushed a step."""

@@ -140,7 +140,7 @@ class Handler:
 
     async def _serve_stream(self, stream: Stream) -> None:
         goes_on = True
-        async with MessageReader(stream) as reader:
+        async with MessageReader(stream, self._engine.validator.check_declared) as reader:
             while goes_on and not reader.is_closed:
                 async with asyncio.timeout(self._idle_seconds):
                     message, tensors = await reader.next()
@@ -161,7 +161,13 @@ class Handler:
                 await self._hold_session(stream, message, tensors)
                 return False
             case Step() if message.link is not None:
-                await self._push_service.receive_pushes(stream, message, tensors, idle_seconds=self._idle_seconds)
+                await self._push_service.receive_pushes(
+                    stream,
+                    message,
+                    tensors,
+                    check=self._engine.validator.check_declared,
+                    idle_seconds=self._idle_seconds,
+                )
                 return False
             case Transfer():
                 await self._transfers.answer(stream, message)

@@ -1,0 +1,54 @@
+"""Strangers from one address open all streams of a real peer: another address has room, and is told nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+
+from shoal.net import NetworkConfig, join
+from shoal.net.addressing.addresses import network_of
+from shoal.net.transport import Stream
+from shoal.net.wire import codec
+from shoal.policy.network import stream_room
+from shoal.protocol import Failure
+
+pytestmark = pytest.mark.anyio
+
+PATIENCE = 60.0
+REASON = "no stream is free, and the peers of 127.0.1.1 have 8 of them"
+
+
+async def test_a_client_is_answered_though_another_address_holds_all_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_room, "MAX_STREAMS", 10)
+    monkeypatch.setattr(stream_room, "KEPT_STREAMS", 2)
+    monkeypatch.setattr(stream_room, "MAX_STREAMS_PER_PEER", 5)
+    seen: list[str] = []
+
+    async def echo(stream: Stream) -> None:
+        seen.append(network_of(stream.address))
+        while True:
+            header, payload = await stream.receive()
+            await stream.send(header, [payload])
+
+    async def is_answered(stream: Stream) -> bool:
+        await stream.send(b"hello")
+        return (await stream.receive())[0] == b"hello"
+
+    async with asyncio.timeout(PATIENCE), contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(join(NetworkConfig(host="127.0.0.1")))
+        await server.transport.listen(echo)
+        peers = server.transport.addresses
+        held: list[Stream] = []
+        for host in "127.0.1.1", "127.0.1.1":
+            config = NetworkConfig(host=host, initial_peers=peers)
+            attacker = await stack.enter_async_context(join(config))
+            held += [await attacker.transport.open(server.transport.peer) for _ in range(5)]
+        config = NetworkConfig(host="127.0.0.1", initial_peers=peers, client_mode=True)
+        client = await stack.enter_async_context(join(config))
+        stream = await client.transport.open(server.transport.peer)
+        assert await is_answered(stream)
+        assert set(seen) == {"127.0.1.1", "127.0.0.1"}
+        refused, _ = await codec.receive(held[-1])
+        assert refused == Failure(code="busy", reason=REASON, retry_after=5.0)
