@@ -18,9 +18,9 @@ from shoal.protocol import Failure, Opened, StepResult
 NUM_STREAMS = 60
 BEGIN_SECONDS = 3.0
 """After so long, all streams are at work."""
-LENGTH = 400
+LENGTH = 1000
 """Tokens of a session: the model has room for a few more."""
-FIRST_BLOCK_LAYER = "self_attn.q_proj"
+RANK = 8
 FAIR_SHARE = 0.5
 
 Work = Callable[[AttackedSwarm, Node, ServerInfo], Awaitable[None]]
@@ -51,7 +51,7 @@ async def _answer(stream: Stream, *kinds: type[object]) -> bool:
     """Wait for an answer of one of these kinds. Returns whether the stream goes on."""
     while True:
         message, _ = await codec.receive(stream)
-        if isinstance(message, kinds) or isinstance(message, Failure):
+        if isinstance(message, (*kinds, Failure)):
             return not isinstance(message, Failure)
 
 
@@ -107,15 +107,9 @@ async def _backward(swarm: AttackedSwarm, attacker: Node, server: ServerInfo) ->
 
 
 async def _adapters(swarm: AttackedSwarm, attacker: Node, server: ServerInfo) -> None:
-    rank = 8
-    layer = {"module": FIRST_BLOCK_LAYER, "rank": rank, "alpha": 16.0}
+    layer = {"kind": "lora", "module": "self_attn.q_proj", "rank": RANK, "scaling": 2.0}
     frames = [
-        raw(
-            "adapter",
-            {"factors": torch.randn(rank * 2 * HIDDEN_SIZE)},
-            block=server.span.start,
-            layers=[layer],
-        )
+        raw("adapter", {"factors": torch.randn(RANK * 2 * HIDDEN_SIZE)}, block=server.span.start, layers=[layer])
         for _ in range(50)
     ]
     await _ask_again_and_again(swarm, attacker, server, *frames)
