@@ -40,7 +40,7 @@ def test_each_token_of_a_prefill_sees_those_before_it_and_itself():
 
 
 def test_a_decoding_session_reads_its_cache_once_however_many_guesses_are_checked():
-    assert part(4, 100, rows=2, decodes=True) == PassWork(num_decoding=2, num_read=2 * 104)
+    assert part(4, 100, rows=2, decodes=True) == PassWork(num_decoding=2, num_read=2 * 104, num_decoded=8)
 
 
 def test_a_pass_takes_what_its_parts_take():

@@ -36,6 +36,11 @@ def busy(reason: str, *, retry_after: float = RETRY_SECONDS) -> Refused:
     return Refused(Failure(code="busy", reason=reason, retry_after=retry_after))
 
 
+def too_many(what: str, payer: str) -> Refused:
+    """As many requests wait as one network may have. Its users may not know of each other."""
+    return busy(f"{what} of {payer or 'this client'} wait here already; all clients of one network count as one")
+
+
 def preempted() -> Refused:
     """The session had to give its pages up to other sessions."""
     return busy("others needed this session's pages")

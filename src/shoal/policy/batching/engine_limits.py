@@ -27,6 +27,8 @@ class Limits:
     """The steps that may wait for pages. A client whose step comes later is told to come back."""
     queue_seconds: float = 20.0
     """How long a step may wait for pages before its client is told to come back."""
+    queued_passes: int = 64
+    """The single passes of one network that may wait. A client whose pass comes later is told to come back."""
     waiting_bytes: int = 1 << 30
     """The inputs of single passes that wait for their turn. A client with more is told to come back."""
     adapter_bytes: int = 1 << 30

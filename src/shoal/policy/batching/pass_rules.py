@@ -11,10 +11,11 @@ An operator chooses one by name (`RULES`, `shoal serve --scheduling`):
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from shoal.errors import UserError
+from shoal.policy.batching.pass_shares import PassShares, Sharing, pass_shares, payer_of, prompt_turns
 from shoal.policy.batching.pass_times import PrefillBudget
 from shoal.policy.batching.preemption import (
     Holder,
@@ -42,7 +43,7 @@ class EngineView:
 
     The `requests` are the steps that wait, in order of arrival, each with its `session`; the `holders` are the sessions
     that hold pages. A pass has at most `max_num_batched_tokens` tokens, with as many of prefills as `prefill` has time
-    for.
+    for. How it is divided between payers follows from `sharing`; without it, they are not told apart.
     """
 
     requests: Sequence[RequestView]
@@ -52,6 +53,7 @@ class EngineView:
     max_num_batched_tokens: int
     prefill: PrefillBudget
     now: float
+    sharing: Sharing | None = None
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,22 @@ class Choice:
     """What a rule chooses: the chunks of the next pass, pairs of a request's index and how many tokens of each row.
 
     If `preempted` is the index of a holder, that session gives up its pages first, and the rule is asked again.
+    `shares` is how the pass was divided between payers.
     """
 
     chunks: tuple[tuple[int, int], ...] = ()
     preempted: int | None = None
+    shares: PassShares = field(default_factory=PassShares)
 
 
 PassRule = Callable[[EngineView], Choice]
 
 
 def fair(view: EngineView) -> Choice:
-    """Decoding first, then prompts in order of arrival. Pages are shared fairly between peers (`preemption.py`).
+    """Decoding first, then prompts. Pages are shared fairly between peers (`preemption.py`).
 
-    Steps that wait for pages come after those of peers that hold fewer pages.
+    Of prompts, those come first whose payers have used less compute, and ask for less; then those that have begun, or
+    whose peers hold fewer pages; then those that arrived first.
     """
     order: Sequence[int] = range(len(view.requests))
     if sum(not request.running for request in view.requests) > 1:
@@ -79,10 +84,13 @@ def fair(view: EngineView) -> Choice:
         for holder in view.holders:
             held[holder.peer] += holder.num_pages
         order = sorted(order, key=lambda each: _pages_of_peer(view.requests[each], held))
-    output = _scheduled(view, order)
+    if view.sharing is not None:
+        turns = prompt_turns(view.requests, view.sharing, now=view.now)
+        order = sorted(order, key=lambda each: turns.get(payer_of(view.requests[each]), (0, 0)))
+    output, shares = _scheduled(view, order)
     if output.short_of_pages:
         return Choice(preempted=preempted_for_running(view.holders, now=view.now))
-    return _unless_new_ones_deserve_room(view, order, output, view.holders)
+    return _unless_new_ones_deserve_room(view, output, shares, view.holders)
 
 
 def first_come(view: EngineView) -> Choice:
@@ -100,12 +108,12 @@ def first_come(view: EngineView) -> Choice:
 
     order = sorted(range(len(view.requests)), key=place)
     num_running = sum(holder.running for holder in view.holders)
-    output = _scheduled(view, order, pages_kept_free=ROOM_TO_GROW * num_running)
+    output, shares = _scheduled(view, order, pages_kept_free=ROOM_TO_GROW * num_running)
     if output.short_of_pages:
         return Choice(preempted=last_come(view.holders, num_pages=view.num_pages, now=view.now))
     large = _with_large_shares(view.holders, view.num_pages)
     yielding = [holder for holder in view.holders if holder.peer in large or holder.is_idle(view.now)]
-    return _unless_new_ones_deserve_room(view, order, output, yielding)
+    return _unless_new_ones_deserve_room(view, output, shares, yielding)
 
 
 def last_come(holders: Sequence[Holder], *, num_pages: int, now: float) -> int:
@@ -131,25 +139,58 @@ def _with_large_shares(holders: Sequence[Holder], num_pages: int) -> set[str]:
     return {peer for peer in held if held[peer] > LARGE_SHARE * num_pages and sessions[peer] > 1}
 
 
-def _scheduled(view: EngineView, order: Sequence[int], *, pages_kept_free: int = 0) -> SchedulerOutput:
-    return schedule(
+def _scheduled(
+    view: EngineView, order: Sequence[int], *, pages_kept_free: int = 0
+) -> tuple[SchedulerOutput, PassShares]:
+    """The pass of the requests in this order that take part in it, by their indices, and how it is divided."""
+    shares = PassShares() if view.sharing is None else pass_shares(view.requests, view.sharing)
+    output = SchedulerOutput()
+    for left_out in (shares.left_out | shares.later, shares.left_out):
+        output = _scheduled_without(left_out, view, order, shares.prefill_seconds, pages_kept_free)
+        if output.chunks or output.short_of_pages or not shares.later:
+            break
+    return output, shares
+
+
+def _scheduled_without(
+    left_out: Collection[int], view: EngineView, order: Sequence[int], prefill_seconds: float, pages_kept_free: int
+) -> SchedulerOutput:
+    running = [view.requests[index] for index in left_out if view.requests[index].running]
+    order = _round_robin(view, [index for index in order if index not in left_out])
+    output = schedule(
         [view.requests[index] for index in order],
         num_free_pages=view.num_free_pages,
         max_num_batched_tokens=view.max_num_batched_tokens,
-        prefill=view.prefill,
-        pages_kept_free=pages_kept_free,
+        prefill=replace(view.prefill, seconds=min(view.prefill.seconds, prefill_seconds)),
+        pages_kept_free=pages_kept_free + sum(step.num_pages(step.num_tokens) for step in running),
     )
+    chunks = tuple((order[index], num_tokens) for index, num_tokens in output.chunks)
+    kept_out = None if output.kept_out is None else (order[output.kept_out[0]], output.kept_out[1])
+    return replace(output, chunks=chunks, kept_out=kept_out)
+
+
+def _round_robin(view: EngineView, order: Sequence[int]) -> Sequence[int]:
+    """The same order; but if a pass has too few tokens for all that decode, one step of each payer comes first."""
+    decoding = [view.requests[index] for index in order if view.requests[index].decodes]
+    if sum(step.num_rows * step.num_tokens for step in decoding) <= view.max_num_batched_tokens:
+        return order
+    rounds, before = dict[int, int](), Counter[str]()
+    for index in order:
+        if view.requests[index].decodes:
+            rounds[index] = before[payer_of(view.requests[index])]
+            before[payer_of(view.requests[index])] += 1
+    return sorted(order, key=lambda index: rounds.get(index, 0))
 
 
 def _unless_new_ones_deserve_room(
-    view: EngineView, order: Sequence[int], output: SchedulerOutput, yielding: Sequence[Holder]
+    view: EngineView, output: SchedulerOutput, shares: PassShares, yielding: Sequence[Holder]
 ) -> Choice:
     """The scheduled pass, unless one of the `yielding` sessions gives its pages to a session that has not begun."""
-    chunks = tuple((order[index], num_tokens) for index, num_tokens in output.chunks)
+    chunks = output.chunks
     if output.kept_out is None:
-        return Choice(chunks)
+        return Choice(chunks, shares=shares)
     index, num_missing = output.kept_out
-    request = view.requests[order[index]]
+    request = view.requests[index]
     new, waited = _session_of(request), view.now - request.arrived_at
     others = [holder for holder in yielding if holder.opened != new.opened]
     found = preempted_for_new(
@@ -160,10 +201,12 @@ def _unless_new_ones_deserve_room(
         waited=waited,
         now=view.now,
     )
-    if found is None and not chunks:
+    if found is None and not chunks and not shares.left_out:
         others = [holder for holder in view.holders if holder.opened != new.opened]
         found = preempted_while_nobody_runs(others, num_missing=num_missing, waited=waited, now=view.now)
-    return Choice(chunks) if found is None else Choice(preempted=list(view.holders).index(others[found]))
+    if found is None:
+        return Choice(chunks, shares=shares)
+    return Choice(preempted=list(view.holders).index(others[found]))
 
 
 def _pages_of_peer(request: RequestView, held: Mapping[str, int]) -> int:

@@ -27,6 +27,8 @@ LEAST_SECONDS = 1e-9
 EVEN_CONTEXT = 4096.0
 """Tokens of context at which a surprise changes both terms of a cost alike. At a shorter context, it changes mostly
 what is paid in any case, and at a longer one mostly the price of the context."""
+EVEN_TOKENS = 8.0
+"""The same for the decoding tokens of a pass: with about so many, their own cost is as large as that of the weights."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,14 @@ class Cost:
         """The seconds with this many tokens of context."""
         return self.fixed + self.each * context
 
-    def learnt(self, context: float, seconds: float) -> Cost:
-        """The cost after it was seen to be `seconds` at this context.
+    def learnt(self, context: float, seconds: float, *, even: float = EVEN_CONTEXT) -> Cost:
+        """The cost after it was seen to be `seconds` at this context. At `even`, both terms change alike.
 
         This is the normalized least-mean-squares rule: it moves the cost at this context by the part `SMOOTHING` of the
         surprise. Costs at far shorter and far longer contexts hardly change.
         """
         surprise = _tempered(seconds, self.at(context)) - self.at(context)
-        share = 1 / (1 + (context / EVEN_CONTEXT) ** 2)
+        share = 1 / (1 + (context / even) ** 2)
         fixed = self.fixed + SMOOTHING * surprise * share
         each = self.each + SMOOTHING * surprise * (1 - share) / max(context, 1.0)
         return Cost(max(fixed, self.fixed / 2, LEAST_SECONDS), max(each, 0.0))
@@ -57,20 +59,23 @@ class Cost:
 class PassWork:
     """What a pass computes.
 
-    `num_read` tokens are in the caches of the sessions that decode in it; attention reads all of them. It has
-    `num_prefill` tokens of prefills, and `num_pairs` pairs of one of these and a token that it sees.
+    `num_read` tokens are in the caches of the sessions that decode in it, with `num_decoded` new tokens; attention
+    reads all of them. It has `num_prefill` tokens of prefills, and `num_pairs` pairs of one of these and a token that
+    it sees.
     """
 
     num_decoding: int = 0
     num_read: int = 0
     num_prefill: int = 0
     num_pairs: float = 0.0
+    num_decoded: int = 0
 
     @classmethod
     def of(cls, *, num_rows: int, num_tokens: int, num_past: int, decodes: bool) -> PassWork:
         """The work for `num_tokens` more tokens of each of `num_rows` sequences, behind `num_past` that are cached."""
         if decodes:
-            return cls(num_decoding=num_rows, num_read=num_rows * (num_past + num_tokens))
+            num_read = num_rows * (num_past + num_tokens)
+            return cls(num_decoding=num_rows, num_read=num_read, num_decoded=num_rows * num_tokens)
         return cls(num_prefill=num_rows * num_tokens, num_pairs=num_rows * num_tokens * _seen(num_past, num_tokens))
 
     @classmethod
@@ -82,6 +87,7 @@ class PassWork:
             sum(each.num_read for each in parts),
             sum(each.num_prefill for each in parts),
             sum(each.num_pairs for each in parts),
+            sum(each.num_decoded for each in parts),
         )
 
 
@@ -114,13 +120,15 @@ class PrefillBudget:
 class PassTimeModel:
     """How long passes take on this machine.
 
-    A pass that decodes takes `decode_seconds` as a rule. The other two costs are by context: of the decoding part of a
-    pass, by the tokens that it reads, and of a prefill token, by the tokens that it sees.
+    A pass that decodes takes `decode_seconds` as a rule. Two costs are by context: of the decoding part of a pass, by
+    the tokens that it reads, and of a prefill token, by the tokens that it sees. `by_tokens` is the cost of a pass that
+    decodes by its new tokens, beside what it reads; `None` if nothing is known of it.
     """
 
     decode_seconds: float
     decoding: Cost
     prefill_token: Cost
+    by_tokens: Cost | None = None
 
     @classmethod
     def measured(cls, *, decode_seconds: float, prefill_token_seconds: float) -> PassTimeModel:
@@ -129,17 +137,37 @@ class PassTimeModel:
 
     def seconds_of(self, work: PassWork) -> float:
         """How long a pass will take."""
-        seconds = self.decoding.at(work.num_read)
-        if work.num_prefill:
-            seconds += work.num_prefill * self.prefill_token.at(work.num_pairs / work.num_prefill)
-        return seconds
+        return self.seconds_of_decoding(work) + self.seconds_of_prefill(work)
+
+    def seconds_of_decoding(self, work: PassWork) -> float:
+        """What the decoding part of a pass will take, with the reading of the weights."""
+        if self.by_tokens is None or not work.num_decoded:
+            return self.decoding.at(work.num_read)
+        return self.by_tokens.at(work.num_decoded) + self.decoding.each * work.num_read
+
+    def seconds_of_prefill(self, work: PassWork) -> float:
+        """What the prefills of a pass will add to it."""
+        return work.num_prefill * self.prefill_token.at(work.num_pairs / work.num_prefill) if work.num_prefill else 0.0
+
+    @property
+    def decoded_tokens(self) -> Cost:
+        """The cost of a pass that decodes, by its new tokens. If none was seen, they cost what those of prompts do."""
+        if self.by_tokens is not None:
+            return self.by_tokens
+        token = self.prefill_token.fixed
+        return Cost(max(self.decoding.fixed - token, token), token)
+
+    def added_by(self, work: PassWork) -> float:
+        """How many seconds this part of a pass adds to what reading the weights takes."""
+        decoding = self.decoded_tokens.each * work.num_decoded + self.decoding.each * work.num_read
+        return decoding + self.seconds_of_prefill(work)
 
     def beside(self, decoding: PassWork, *, share: float) -> PrefillBudget:
         """What prefills may take in a pass with this `decoding` work: `share` of the time.
 
         Without such work the pass keeps sessions waiting that will decode, and counts as a usual pass.
         """
-        seconds = self.decoding.at(decoding.num_read) if decoding.num_decoding else self.decode_seconds
+        seconds = self.seconds_of_decoding(decoding) if decoding.num_decoding else self.decode_seconds
         return PrefillBudget(seconds * share / (1 - share), self.prefill_token)
 
     def alone(self, *, max_num_batched_tokens: int) -> PrefillBudget:
@@ -152,15 +180,28 @@ class PassTimeModel:
         )
 
     def learnt(self, work: PassWork, seconds: float) -> PassTimeModel:
-        """The model after one more pass, which took `seconds`."""
+        """The model after one more pass, which took `seconds`.
+
+        What surprises in a pass that decodes and prefills is put down to its prefills, unless the tokens that decode
+        take longer: many may never have been in a pass without prefills.
+        """
         if not work.num_prefill:
             usual = self.decode_seconds + SMOOTHING * (_tempered(seconds, self.decode_seconds) - self.decode_seconds)
-            return replace(self, decode_seconds=usual, decoding=self.decoding.learnt(work.num_read, seconds))
+            decoding = self.decoding.learnt(work.num_read, seconds)
+            return replace(self._with_decoding(work, seconds), decode_seconds=usual, decoding=decoding)
+        prefill, decoding_seconds = self.seconds_of_prefill(work), self.seconds_of_decoding(work)
+        if self.decoded_tokens.each * work.num_decoded > prefill:
+            return self._with_decoding(work, seconds - prefill)
         if work.num_prefill < MIN_PREFILL_TOKENS:
             return self
-        of_prefill = seconds - self.decoding.at(work.num_read)
         context = work.num_pairs / work.num_prefill
-        return replace(self, prefill_token=self.prefill_token.learnt(context, of_prefill / work.num_prefill))
+        token = self.prefill_token.learnt(context, (seconds - decoding_seconds) / work.num_prefill)
+        return replace(self, prefill_token=token)
+
+    def _with_decoding(self, work: PassWork, seconds: float) -> PassTimeModel:
+        """With what the decoding part of a pass took, by its tokens."""
+        own = max(0.0, seconds - self.decoding.each * work.num_read)
+        return replace(self, by_tokens=self.decoded_tokens.learnt(work.num_decoded, own, even=EVEN_TOKENS))
 
 
 def _seen(num_past: int, num_tokens: int) -> float:

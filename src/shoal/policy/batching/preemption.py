@@ -29,6 +29,8 @@ IMBALANCE = 2
 class Holder:
     """A session that holds pages: its peer, the time of its last request, and the time when it began.
 
+    Peers of one network count as one (`shoal.net.addressing.addresses.network_of`): identities are free.
+
     It is `at_work` while a step of it waits or is computed. `opened` numbers sessions in the order of opening.
     `since` is when its client came: a client that was told to come back keeps its place (`Places`). A session that is
     not `running` was given pages that were known already, and still waits for others.

@@ -192,20 +192,33 @@ def is_training_due(*, inference_seconds: float, training_seconds: float, share:
     return training_seconds < share * (inference_seconds + training_seconds)
 
 
-def batching_delay(expected: Sequence[float], *, num_ready: int, now: float, pass_seconds: float) -> float:
+def batching_delay(
+    expected: Sequence[float],
+    *,
+    num_ready: float,
+    now: float,
+    pass_seconds: float,
+    weights: Sequence[float] | None = None,
+) -> float:
     """Seconds that the `num_ready` steps should wait for other steps, which are `expected` at these times.
 
     A step that arrives just after a pass has begun waits until the pass ends, and the steps that are ready lose the
     time by which the pass is delayed. A pass takes about as long for all as for some, so it begins when the sum of all
-    these waits is least. A step that misses the pass counts `GROUPING_WEIGHT` times.
+    these waits is least. A step that misses the pass counts `GROUPING_WEIGHT` times. With `weights`, the expected steps
+    count as so many, and `num_ready` is the sum of the weights of those that are ready
+    (`shoal.policy.batching.compute_account.client_weights`).
     """
-    waits = sorted(wait for wait in (_seconds_until(time, now) for time in expected) if wait < pass_seconds)
-    total, before = sum(waits), 0.0
-    best, least = 0.0, GROUPING_WEIGHT * (len(waits) * pass_seconds - total)
-    for index, wait in enumerate(waits):
-        delayed = num_ready * wait + index * wait - before
-        before += wait
-        missed = (len(waits) - index - 1) * (pass_seconds + wait) - (total - before)
+    each = [1.0] * len(expected) if weights is None else weights
+    moments = ((_seconds_until(time, now), weight) for time, weight in zip(expected, each, strict=True))
+    waits = sorted(moment for moment in moments if moment[0] < pass_seconds)
+    total, num_all = sum(wait * weight for wait, weight in waits), sum(weight for _, weight in waits)
+    before, num_before = 0.0, 0.0
+    best, least = 0.0, GROUPING_WEIGHT * (num_all * pass_seconds - total)
+    for wait, weight in waits:
+        delayed = num_ready * wait + num_before * wait - before
+        before += wait * weight
+        num_before += weight
+        missed = (num_all - num_before) * (pass_seconds + wait) - (total - before)
         cost = delayed + GROUPING_WEIGHT * missed
         if cost < least:
             best, least = wait, cost

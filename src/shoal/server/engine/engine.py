@@ -19,8 +19,9 @@ from shoal.policy.batching.engine_limits import Limits
 from shoal.policy.batching.pass_rules import PassRule, fair
 from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.prefix import PAGE_TOKENS
-from shoal.protocol import MAX_PAYLOAD_BYTES, Open, Step
+from shoal.protocol import MAX_PAYLOAD_BYTES, Adapter, Open, Step
 from shoal.server.device_memory import or_busy
+from shoal.server.engine.adapter_turns import AdapterTurns
 from shoal.server.engine.cpu_turns import CpuTurns
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.model_runner import ModelRunner
@@ -87,6 +88,7 @@ class Engine:
             observers=self.observers,
         )
         self.passes = SinglePasses(body, validator, self._loop, limits)
+        self._adapter_turns = AdapterTurns(self._loop)
         self._num_opened = itertools.count()
 
     @contextlib.asynccontextmanager
@@ -152,10 +154,17 @@ class Engine:
 
     # -- sessions -----------------------------------------------------------------------------------------------------
 
-    def open(self, peer: str, request: Open, tensors: Tensors) -> tuple[SessionCache, torch.Tensor | None]:
+    async def store_adapter(self, peer: str, request: Adapter, tensors: Tensors, *, payer: str) -> str:
+        """Hold an adapter that a client sends, when `payer` has a turn. Returns its name. Raises `Refused`."""
+        async with self._adapter_turns.turn(payer):
+            return await self.adapters.store(peer, request, tensors)
+
+    def open(
+        self, peer: str, request: Open, tensors: Tensors, *, payer: str | None = None
+    ) -> tuple[SessionCache, torch.Tensor | None]:
         """A new session, and the outputs [B, T, D] of its first tokens that were computed before, if any.
 
-        Raises `Refused`, and `MissingFromCache`.
+        Its pages and its time count for `payer`, or for the peer. Raises `Refused`, and `MissingFromCache`.
         """
         span = self.validator.span_of(request)
         adapters = self.adapters.of(peer, request, span)
@@ -171,6 +180,7 @@ class Engine:
             salt=adapter_cache_salt(request.salt, request.adapters),
             adapters=adapters,
             slots=self._slots,
+            payer=payer,
         )
         self._loop.join(session)
         token_bytes = request.batch_size * self.validator.hidden_size * 4

@@ -9,28 +9,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
-from shoal.events import Observers, PassComputed
-from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
+from shoal.events import Observers
+from shoal.policy.batching.compute_account import ComputeAccount, client_weights
+from shoal.policy.batching.engine_limits import RECENTLY_DECODED_SECONDS, RECHECK_SECONDS, Limits
 from shoal.policy.batching.pass_rules import PassRule, Places, fair
+from shoal.policy.batching.pass_shares import PassShares, Sharing, idle_seconds
 from shoal.policy.batching.pass_size import PassSize
 from shoal.policy.batching.pass_times import PassTimeModel, PassWork
 from shoal.policy.batching.scheduling import batching_delay, seconds_to_next, shortest_prefill_seconds
-from shoal.server.engine.model_runner import ModelRunner
+from shoal.server.engine.model_runner import ModelRunner, pass_computed
 from shoal.server.engine.page_holders import drop_snapshots_if_short, engine_view, holding_pages
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
 from shoal.server.engine.time_shares import TimeShares
-from shoal.server.kv.batch import Chunk
 from shoal.server.kv.output_head import Answer
 from shoal.server.kv.pages import PagePool
 from shoal.server.kv.session_cache import SessionCache
-from shoal.server.refusals import busy, preempted
+from shoal.server.refusals import busy, preempted, too_many
 from shoal.server.speed_watch import Watch
 from shoal.server.step_inputs import StepInputs, WantedLogits
 from shoal.server.training.block_passes import Pieces
-from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,7 +66,7 @@ class EngineLoop:
         self._clock = clock or asyncio.get_running_loop().time
         self._news = asyncio.Event()
         self._pass_time = pass_time
-        self._decoded_at = float("-inf")
+        self._account = ComputeAccount()
         self._time_shares = TimeShares()
 
     # -- what the engine adds -----------------------------------------------------------------------------------------
@@ -97,12 +97,26 @@ class EngineLoop:
         finally:
             timer.cancel()
 
-    async def submit_pass(self, pieces: Pieces[T]) -> T:
-        """The outcome of a single pass, which is computed piece by piece. Raises what its pieces raise."""
-        request = PassRequest(pieces)
+    async def submit_pass(self, pieces: Pieces[T], payer: str = "") -> T:
+        """The outcome of a single pass, which is computed piece by piece and counts for `payer`.
+
+        Raises what its pieces raise, and `Refused` while too many passes of the payer wait.
+        """
+        if sum(request.payer == payer for request in self.passes) >= self._limits.queued_passes:
+            raise too_many(f"{self._limits.queued_passes} passes", payer)
+        request = PassRequest(pieces, payer)
         self._passes.append(request)
         self.wake()
         return await request.result
+
+    def charge(self, payer: str, seconds: float) -> None:
+        """Work for a payer beside the compute thread has taken so long. It owes that to others that compute now."""
+        if self.others_than(payer):
+            self._account = self._account.after_aside(payer, seconds, present=self._present())
+
+    def others_than(self, payer: str) -> Collection[str]:
+        """The other payers that want to have something computed now, or decode."""
+        return (self._present() | {request.payer for request in self.passes}) - {payer}
 
     def wake(self) -> None:
         """Something has changed: there may be more to compute, or room for steps that wait."""
@@ -143,7 +157,7 @@ class EngineLoop:
             self._news.clear()
             try:
                 if not await self._iterate():
-                    await self._wait_for_news(IDLE_CHECK_SECONDS if self.steps else None)
+                    await self._rest()
             except Exception as error:  # a defect of ours: all callers are told, and the server goes on
                 log.exception("the engine failed")
                 for step in self.steps:
@@ -160,15 +174,38 @@ class EngineLoop:
             if both:
                 self._time_shares = self._time_shares.after_inference(self._clock() - began)
         elif self.passes:
-            if both and not is_due and (wait := self._delay_within(self._pass_time.decode_seconds)):
+            request = self._next_pass()
+            if both and not is_due and (wait := self._delay_before(request)):
                 await self._news_within(wait)  # a piece may take longer than a decoding session should wait
+                if self._present() - {request.payer}:
+                    self._time_shares = self._time_shares.after_inference(self._clock() - began)
                 return True
-            await self._run_training()
-            if both and is_due:  # otherwise inference had no use for the time
+            await self._run_training(request)
+            delayed_others = both and any(step.session.payer != request.payer for step in self.steps)
+            self._account = self._account.after_piece(
+                request.payer,
+                self._clock() - began,
+                delayed_others=delayed_others,
+                present=self._present(),
+                queued=self._queued(),
+                now=self._clock(),
+            )
+            if both and (is_due or delayed_others):  # otherwise inference had no use for the time
                 self._time_shares = self._time_shares.after_training(self._clock() - began)
         else:
             return False
         return True
+
+    async def _rest(self) -> None:
+        """Wait until there may be something to compute."""
+        began = self._clock()
+        await self._wait_for_news(idle_seconds(self._account.debts) if self.steps else None)
+        self._account = self._account.after_waiting(self._clock() - began, present=self._present())
+
+    def _next_pass(self) -> PassRequest[Any]:
+        """The first of the passes whose payers have used least."""
+        payers = {request.payer for request in self.passes}
+        return min(self.passes, key=lambda request: self._account.used.turn_of(request.payer, payers))
 
     async def _wait_for_news(self, seconds: float | None) -> None:
         """Wait until something has changed, at most this long."""
@@ -180,8 +217,7 @@ class EngineLoop:
         self._news.clear()
         await self._wait_for_news(seconds)
 
-    async def _run_training(self) -> None:
-        request = self.passes[0]
+    async def _run_training(self, request: PassRequest[Any]) -> None:
         self.num_passes += 1
         outcome: Any
         try:
@@ -214,6 +250,7 @@ class EngineLoop:
                 pass_time=self._pass_time,
                 is_decoding=self._is_decoding,
                 next_in=self._seconds_to_next(),
+                sharing=self._sharing(steps),
                 now=self._clock(),
             )
             choice = self._rule(view)
@@ -224,12 +261,13 @@ class EngineLoop:
             self.preempt(yielding)
         if not choice.chunks:
             return False
-        await self._run_pass([(steps[index], num_tokens) for index, num_tokens in choice.chunks])
+        await self._run_pass([(steps[index], num_tokens) for index, num_tokens in choice.chunks], choice.shares)
         return True
 
-    async def _run_pass(self, chosen: Sequence[tuple[StepRequest, int]]) -> None:
+    async def _run_pass(self, chosen: Sequence[tuple[StepRequest, int]], shares: PassShares) -> None:
         """Compute one pass: of each step, the number of tokens of every row that stands beside it."""
-        work = PassWork.total(step.view().work(num_tokens) for step, num_tokens in chosen)
+        parts = [(step.session.payer, step.view().work(num_tokens)) for step, num_tokens in chosen]
+        work, present = PassWork.total(part for _, part in parts), self._present()
         began = self._clock()
         for step, _ in chosen:
             if not step.session.running:
@@ -240,17 +278,25 @@ class EngineLoop:
         self.num_passes += 1
         self._resize_passes(without_memory)
         now = self._clock()
+        self._account = self._account.after_pass(
+            parts,
+            now - began,
+            shares=shares,
+            pass_time=self._pass_time,
+            present=present,
+            queued=self._queued(),
+            now=now,
+            recently=self._recently,
+        )
         if without_memory is None:
             self._pass_time = self._pass_time.learnt(work, now - began)
-        self._observers.emit(_pass_computed(chunks, now - began))
+        self._observers.emit(pass_computed(chunks, now - began))
         is_undisturbed = without_memory is None and not any(isinstance(answer, Exception) for answer in answers)
         if self._watch is not None and is_undisturbed:
             if not work.num_prefill:
                 self._watch.decoded(chunks, now - began, now=now)
             elif not work.num_decoding:
                 self._watch.prefilled(chunks, now - began, now=now)
-        if work.num_decoding:
-            self._decoded_at = now
         for (step, num_tokens), answer in zip(chosen, answers, strict=True):
             step.session.used_at = now
             if isinstance(answer, Exception):
@@ -288,10 +334,28 @@ class EngineLoop:
             least = shortest_prefill_seconds(self._pass_time, [step.view() for step in self.steps])
             return self._delay_within(max(least, 4 * decode_seconds) if is_contended else least)
         here = {step.session for step in self.steps}
-        expected = [each.expected_at for each in self.sessions - here if each.expected_at is not None]
-        # A step that misses this pass waits for the passes of other servers too.
-        pass_seconds = 2 * decode_seconds if is_contended else decode_seconds
-        return batching_delay(expected, num_ready=len(ready), now=self._clock(), pass_seconds=pass_seconds)
+        coming = [each for each in self.sessions - here if each.expected_at is not None]
+        num_ready, weights = client_weights([each.payer for each in ready], [each.payer for each in coming])
+        return batching_delay(
+            [each.expected_at for each in coming if each.expected_at is not None],
+            num_ready=num_ready,
+            now=self._clock(),
+            # A step that misses this pass waits for the passes of other servers too.
+            pass_seconds=2 * decode_seconds if is_contended else decode_seconds,
+            weights=weights,
+        )
+
+    def _delay_before(self, request: PassRequest[Any]) -> float:
+        """How many seconds a piece of a single pass should wait, so that it does not delay a decoding step.
+
+        Steps of other payers are not delayed by as long as its payer's pieces take.
+        """
+        seconds, next_in = self._pass_time.decode_seconds, self._seconds_to_next()
+        if self._present() - {request.payer}:
+            seconds = max(seconds, self._account.piece_seconds.get(request.payer, 0.0))
+            if next_in is None:
+                return RECHECK_SECONDS if seconds > self._pass_time.decode_seconds else 0.0
+        return next_in if next_in is not None and next_in < seconds else 0.0
 
     def _delay_within(self, seconds: float) -> float:
         """In how many seconds the next decoding step is expected, if that is sooner than `seconds`; otherwise 0."""
@@ -303,13 +367,34 @@ class EngineLoop:
         return seconds_to_next(expected, now=self._clock())
 
     @property
+    def _recently(self) -> float:
+        return max(RECENTLY_DECODED_SECONDS, 4 * self._pass_time.decode_seconds)
+
+    @property
     def _is_decoding(self) -> bool:
         """Whether sessions are decoding, although none of their steps may wait just now."""
-        recently = max(RECENTLY_DECODED_SECONDS, 4 * self._pass_time.decode_seconds)
-        return self._clock() - self._decoded_at < recently
+        return bool(self._account.decoding(now=self._clock(), recently=self._recently))
 
+    # -- for whom -----------------------------------------------------------------------------------------------------
 
-def _pass_computed(chunks: Sequence[Chunk], seconds: float) -> PassComputed:
-    span = Span(min(chunk.span.start for chunk in chunks), max(chunk.span.end for chunk in chunks))
-    num_tokens = sum(chunk.hidden_BTD.shape[0] * chunk.hidden_BTD.shape[1] for chunk in chunks)
-    return PassComputed(span, len(chunks), num_tokens, seconds)
+    def _sharing(self, steps: Sequence[StepRequest]) -> Sharing:
+        account, waiting = self._account, {step.session.payer for step in steps}
+        return Sharing(
+            self._pass_time,
+            self._present() - waiting,
+            self._seconds_to_next(),
+            account.debts,
+            account.used,
+            account.prompted_at,
+            account.prompt_seconds(waiting=waiting, now=self._clock()),
+        )
+
+    def _present(self) -> frozenset[str]:
+        """The payers whose steps wait, or that decoded a moment ago: their next texts may begin any time."""
+        decoding = self._account.decoding(now=self._clock(), recently=self._recently)
+        return decoding | {step.session.payer for step in self.steps}
+
+    def _queued(self) -> set[str]:
+        """The payers with work that takes turns: prompts and single passes."""
+        prompts = {step.session.payer for step in self.steps if not step.view().decodes}
+        return prompts | {request.payer for request in self.passes}

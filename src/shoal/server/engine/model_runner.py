@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shoal.events import PassComputed
 from shoal.server.device_memory import or_busy, unless_out_of_memory
 from shoal.server.engine.cpu_turns import CpuTurns, turn_of
 from shoal.server.engine.requests import PassRequest
@@ -16,6 +17,7 @@ from shoal.server.executor import Executor
 from shoal.server.kv.batch import Chunk, Pass
 from shoal.server.kv.output_head import Answer, ServerHead, answers_of
 from shoal.server.refusals import Refused, busy
+from shoal.spans import Span
 
 
 @dataclass(frozen=True)
@@ -91,3 +93,10 @@ class ModelRunner:
 
 def _no_memory() -> Refused:
     return busy("the device has no memory for this step now")
+
+
+def pass_computed(chunks: Sequence[Chunk], seconds: float) -> PassComputed:
+    """What observers are told of a pass."""
+    span = Span(min(chunk.span.start for chunk in chunks), max(chunk.span.end for chunk in chunks))
+    num_tokens = sum(chunk.hidden_BTD.shape[0] * chunk.hidden_BTD.shape[1] for chunk in chunks)
+    return PassComputed(span, len(chunks), num_tokens, seconds)

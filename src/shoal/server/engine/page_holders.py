@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from shoal.policy.batching.engine_limits import Limits
 from shoal.policy.batching.pass_rules import EngineView
+from shoal.policy.batching.pass_shares import Sharing
 from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.policy.batching.preemption import Holder
 from shoal.policy.batching.scheduling import prefill_budget
@@ -24,6 +25,7 @@ def engine_view(
     pass_time: PassTimeModel,
     is_decoding: bool,
     next_in: float | None,
+    sharing: Sharing,
     now: float,
 ) -> EngineView:
     """What a rule chooses from: the steps that wait, and the sessions that are `holding` pages.
@@ -49,6 +51,7 @@ def engine_view(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         prefill=prefill_budget(pass_time, requests, limits=limits, is_decoding=is_decoding, next_in=next_in),
         now=now,
+        sharing=sharing,
     )
 
 
@@ -69,7 +72,7 @@ def _holder(session: SessionCache, *, at_work: bool) -> Holder:
     one_row = len(session.rows) == 1  # whose pages are all different; counting them takes no time
     num_pages = len(session.rows[0].pages) if one_row else len(set(session.pages))
     return Holder(
-        session.peer,
+        session.payer,
         num_pages + session.num_state_pages,
         used_at=session.used_at,
         began_at=session.began_at,

@@ -87,9 +87,13 @@ class StepRequest:
 
 @dataclass(eq=False)
 class PassRequest(Generic[T]):
-    """A single pass, or norms of weights, computed piece by piece. `result` becomes its outcome or the error."""
+    """A single pass, or norms of weights, computed piece by piece. `result` becomes its outcome or the error.
+
+    It counts for `payer`.
+    """
 
     pieces: Pieces[T]
+    payer: str = ""
     result: asyncio.Future[T] = field(default_factory=_future)
 
     def advance(self) -> T | None:

@@ -37,14 +37,20 @@ class SinglePasses:
         self._loop = loop
         self._limits = limits
 
-    async def forward(self, peer: str, request: Forward, inputs: StepInputs) -> torch.Tensor:
-        """The [B, T, D] outputs of a span. Raises `Refused`, and `MissingFromCache`."""
+    async def forward(
+        self, peer: str, request: Forward, inputs: StepInputs, *, payer: str | None = None
+    ) -> torch.Tensor:
+        """The [B, T, D] outputs of a span. Its time counts for `payer`, or for the peer.
+
+        Raises `Refused`, and `MissingFromCache`.
+        """
+        payer = peer if payer is None else payer
         blocks = self._blocks(peer, request, inputs)
         if request.keep is None:
-            return await self._submit(inputs.num_bytes, block_passes.forward(blocks))
+            return await self._submit(payer, inputs.num_bytes, block_passes.forward(blocks))
         saved, weights = self.activations.new(blocks), self.activations.weight_pointers
         pieces = block_passes.forward_saving(blocks, saved, weights)
-        outputs_BTD = await self._submit(inputs.num_bytes, pieces, saved)
+        outputs_BTD = await self._submit(payer, inputs.num_bytes, pieces, saved)
         if saved.is_complete:
             self.activations.save(peer, request.keep, saved)
         else:
@@ -52,11 +58,17 @@ class SinglePasses:
         return outputs_BTD
 
     async def backward(
-        self, peer: str, request: Backward, grad_BTD: torch.Tensor, inputs: StepInputs | None
+        self,
+        peer: str,
+        request: Backward,
+        grad_BTD: torch.Tensor,
+        inputs: StepInputs | None,
+        *,
+        payer: str | None = None,
     ) -> block_passes.Gradients:
         """The gradients of a span's inputs and factors. `inputs` are None if the server should have saved them.
 
-        Raises `Refused`, and `MissingFromCache`.
+        Its time counts for `payer`, or for the peer. Raises `Refused`, and `MissingFromCache`.
         """
         span = self._validator.span_of(request)
         saved = None if request.kept is None else self.activations.take(peer, request.kept)
@@ -76,14 +88,14 @@ class SinglePasses:
             blocks, grad_BTD, saved, self.activations.weight_pointers, inputs=request.inputs, trained=learning
         )
         num_bytes = grad_BTD.nbytes + (0 if inputs is None else inputs.num_bytes)
-        return await self._submit(num_bytes, pieces, saved)
+        return await self._submit(peer if payer is None else payer, num_bytes, pieces, saved)
 
-    async def norms(self, request: Norms) -> torch.Tensor:
+    async def norms(self, request: Norms, *, payer: str) -> torch.Tensor:
         """The norms [F] of the rows of some linear layers' weights. Raises `Refused`."""
         (block,) = self._validator.span_of(request)
         self._validator.check_training()
         try:
-            return await self._submit(0, block_passes.norms(self._body, block, request.modules))
+            return await self._submit(payer, 0, block_passes.norms(self._body, block, request.modules))
         except ValueError as error:
             raise rejected(str(error)) from None
 
@@ -98,11 +110,13 @@ class SinglePasses:
         self._validator.check_factors(sum(len(adapter.parameters) for adapter in adapters.values()))
         return PassBlocks(self._body, span, inputs, adapters, request.seed)
 
-    async def _submit(self, num_bytes: int, pieces: block_passes.Pieces[T], saved: SavedActivations | None = None) -> T:
+    async def _submit(
+        self, payer: str, num_bytes: int, pieces: block_passes.Pieces[T], saved: SavedActivations | None = None
+    ) -> T:
         """The outcome of a pass whose inputs take `num_bytes`. What it saved is dropped if it fails."""
         try:
             with self._waiting(num_bytes):
-                return await self._loop.submit_pass(pieces)
+                return await self._loop.submit_pass(pieces, payer)
         except BaseException:
             if saved is not None:
                 saved.drop()

@@ -103,6 +103,7 @@ class Row:
 class SessionCache:
     """The state of one session: a batch of sequences that take their steps together, `num_tokens` of each cached.
 
+    It is a session of `peer`, and its pages and its time count for `payer`, which is the peer if it is `None`.
     Its keys and values are in pages of `pool`, and its states in `slots`, if the body keeps any. `opened` is how many
     sessions the server opened before. `used_at` is when the session last asked for something, `began_at` when it was
     admitted, and `since` when its client came, all in seconds. `running` says whether the server has computed any of
@@ -120,11 +121,13 @@ class SessionCache:
         batch_size: int,
         adapters: Mapping[int, BlockAdapter] | None = None,
         slots: SlotPool | None = None,
+        payer: str | None = None,
     ) -> None:
         self.span = span
         self.adapters = adapters or {}
         self.opened = opened
         self.peer = peer
+        self.payer = peer if payer is None else payer
         self.used_at = self.began_at = self.since = float("-inf")
         self.num_tokens = 0
         self.batch_size = batch_size

@@ -27,6 +27,7 @@ from shoal.protocol import (
 )
 from shoal.server.engine.engine import Engine
 from shoal.server.refusals import Refused, rejected
+from shoal.server.rpc.ping_pace import PingPace, payer_behind
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.ring_place import RingPlace
 from shoal.server.rpc.step_queue import ReceivedStep, StepQueue
@@ -43,9 +44,18 @@ MAX_REPLAYED_RESULT_BYTES = 1 << 20
 class SessionStream:
     """A session, as long as its client's stream lasts. Three tasks: one receives, one computes, one answers."""
 
-    def __init__(self, stream: Stream, engine: Engine, push_service: PushService, *, idle_seconds: float) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        engine: Engine,
+        push_service: PushService,
+        *,
+        ping_pace: PingPace,
+        idle_seconds: float,
+    ) -> None:
         self._stream = stream
         self._engine = engine
+        self._ping_pace = ping_pace
         self._idle_seconds = idle_seconds
         self._ring = RingPlace(push_service, self._pushed)
         self._computing: Step | None = None
@@ -62,7 +72,7 @@ class SessionStream:
         Raises `MissingFromCache` at the start, and later `Refused`, `StreamBroken`, `ProtocolViolation` and
         `TimeoutError`, which end the session.
         """
-        self._session, known = self._engine.open(self._stream.peer, request, tensors)
+        self._session, known = self._engine.open(self._stream.peer, request, tensors, payer=payer_behind(self._stream))
         self._queue = StepQueue(request.epoch, self._session.num_tokens)
         try:
             self._set_neighbors(request.upstream, request.downstream)
@@ -86,6 +96,8 @@ class SessionStream:
                 message, tensors = await codec.receive(
                     self._stream, SESSION_KINDS, self._engine.validator.check_declared
                 )
+            if not isinstance(message, Step):
+                await self._ping_pace.turn(payer_behind(self._stream))
             match message:
                 case Step():
                     self._accept(message, tensors)

@@ -41,6 +41,7 @@ from shoal.protocol import (
 from shoal.server.engine.engine import Engine
 from shoal.server.refusals import Refused, failure_of, rejected
 from shoal.server.rpc.message_reader import MessageReader
+from shoal.server.rpc.ping_pace import PingPace, payer_behind
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.session_stream import SessionStream
 from shoal.server.rpc.transfer_service import TransferService
@@ -68,6 +69,7 @@ class Handler:
         self._push_service = push_service
         self._weights = weights or WeightsService()
         self._transfers = TransferService()
+        self._ping_pace = PingPace()
         self._idle_seconds = idle_seconds
         self._sessions: set[SessionStream] = set()
         self._ended = asyncio.Event()
@@ -151,6 +153,7 @@ class Handler:
         """Do what a message asks for. Returns whether the stream goes on."""
         match message:
             case Ping():
+                await self._ping_pace.turn(payer_behind(stream))
                 await self._send(stream, self._pong(working=False))
             case Close():
                 return False
@@ -171,18 +174,20 @@ class Handler:
             case GetInvitation() | GetManifest() | GetHeld() | GetPiece():
                 await self._weights.answer(stream, message)
             case Adapter():
-                name = await self._engine.adapters.store(stream.peer, message, tensors)
+                payer = payer_behind(stream)
+                name = await self._engine.store_adapter(stream.peer, message, tensors, payer=payer)
                 stored = events.AdapterStored(stream.peer, name, tensors["factors"].nbytes)
                 self._engine.observers.emit(stored)
                 await self._send(stream, AdapterStored())
             case Norms():
                 with self._counting_pass():
-                    norms = await self._while_answering_pings(stream, reader, self._engine.passes.norms(message))
+                    computing = self._engine.passes.norms(message, payer=payer_behind(stream))
+                    norms = await self._while_answering_pings(stream, reader, computing)
                     await self._send(stream, NormsResult(), {"factors": norms})
             case Forward() | Backward():
                 with self._counting_pass():
                     result, outcome = await self._while_answering_pings(
-                        stream, reader, self._pass(stream.peer, message, tensors)
+                        stream, reader, self._pass(stream, message, tensors)
                     )
                     encoding = message.encoding_of(_ANSWER_ENCODING_FROM[message.kind])
                     await self._send(stream, result, outcome, encoding)
@@ -191,15 +196,16 @@ class Handler:
         return True
 
     async def _pass(
-        self, peer: str, request: Forward | Backward, tensors: codec.Tensors
+        self, stream: Stream, request: Forward | Backward, tensors: codec.Tensors
     ) -> tuple[PassResult, codec.Tensors]:
         validator, passes = self._engine.validator, self._engine.passes
+        peer, payer = stream.peer, payer_behind(stream)
         if isinstance(request, Forward):
             inputs = validator.pass_inputs(tensors)
-            outputs_BTD = await passes.forward(peer, request, inputs)
+            outputs_BTD = await passes.forward(peer, request, inputs, payer=payer)
             return PassResult(), {"hidden": outputs_BTD.to(inputs.hidden_BTD)}
         grad_BTD, inputs_or_none = validator.backward_inputs(request, tensors)
-        found = await passes.backward(peer, request, grad_BTD, inputs_or_none)
+        found = await passes.backward(peer, request, grad_BTD, inputs_or_none, payer=payer)
         answer: dict[TensorName, torch.Tensor] = {}
         if found.inputs_BTD is not None:
             answer["grad"] = found.inputs_BTD.to(grad_BTD)
@@ -224,7 +230,9 @@ class Handler:
 
     async def _hold_session(self, stream: Stream, request: Open, tensors: codec.Tensors) -> None:
         self._check_stays()
-        session = SessionStream(stream, self._engine, self._push_service, idle_seconds=self._idle_seconds)
+        session = SessionStream(
+            stream, self._engine, self._push_service, ping_pace=self._ping_pace, idle_seconds=self._idle_seconds
+        )
         self._sessions.add(session)
         try:
             await session.run(request, tensors)
@@ -244,6 +252,7 @@ class Handler:
                 if reader.receiving().done():
                     message, _ = await reader.next()
                     if isinstance(message, Ping):
+                        await self._ping_pace.turn(payer_behind(stream))
                         await self._send(stream, self._pong(working=True))
                     elif not isinstance(message, Close):
                         raise rejected(f"a message of kind {message.kind!r} before the last one is answered")

@@ -11,8 +11,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECENTLY_DECODED_SECONDS, RECHECK_SECONDS
+from shoal.policy.batching.compute_account import ComputeAccount, client_weights
+from shoal.policy.batching.engine_limits import RECENTLY_DECODED_SECONDS, RECHECK_SECONDS
 from shoal.policy.batching.pass_rules import EngineView, PassRule, Places
+from shoal.policy.batching.pass_shares import PassShares, Sharing, idle_seconds
 from shoal.policy.batching.pass_times import PassWork
 from shoal.policy.batching.preemption import Holder
 from shoal.policy.batching.scheduling import (
@@ -150,7 +152,8 @@ class OneServer:
         self._numbers = itertools.count()
         self._pass_time = setup.pass_time
         self._places = Places()
-        self._decoded_at = float("-inf")
+        self._account = ComputeAccount()
+        self._resting_since: float | None = None  # that nothing can be computed although steps wait
         self._is_occupied = False  # with a pass, or with choosing one
         self._news = 0  # how often something has changed: a timer that was set before does not count
 
@@ -241,16 +244,23 @@ class OneServer:
     def _iterate(self) -> None:
         """Begin a pass if there is one to begin; otherwise wait for news, or for a time."""
         self._news += 1
+        if self._resting_since is not None:
+            seconds, self._resting_since = self._agenda.now - self._resting_since, None
+            self._account = self._account.after_waiting(seconds, present=self._present())
         if not self._steps:
+            self._resting_since = self._agenda.now
             return
         if wait := self._batching_delay():
             self._look_again(min(wait, RECHECK_SECONDS))
-        elif chunks := self._choose():
-            self._begin_pass(chunks)
+            return
+        chunks, shares = self._choose()
+        if chunks:
+            self._begin_pass(chunks, shares)
         else:
-            self._look_again(IDLE_CHECK_SECONDS)
+            self._resting_since = self._agenda.now
+            self._look_again(idle_seconds(self._account.debts))
 
-    def _choose(self) -> list[tuple[SimulatedStep, int]]:
+    def _choose(self) -> tuple[list[tuple[SimulatedStep, int]], PassShares]:
         """The steps of the next pass, each with how many of its tokens are computed. Pages are taken if need be."""
         self._is_occupied = True
         while True:
@@ -261,12 +271,12 @@ class OneServer:
                 break
             self._preempt(holding[choice.preempted])
         self._is_occupied = False
-        return [(steps[index], num_tokens) for index, num_tokens in choice.chunks]
+        return [(steps[index], num_tokens) for index, num_tokens in choice.chunks], choice.shares
 
     def _view(self, steps: Sequence[SimulatedStep], holding: Sequence[SimulatedSession]) -> EngineView:
         holders = {session.opened: session.holder() for session in holding}
         requests = [step.view(holders.get(step.session.opened) or step.session.holder()) for step in steps]
-        limits = self._setup.limits
+        limits, waiting = self._setup.limits, {step.session.job.peer for step in steps}
         return EngineView(
             requests=requests,
             holders=list(holders.values()),
@@ -277,11 +287,23 @@ class OneServer:
                 self._pass_time, requests, limits=limits, is_decoding=self._is_decoding, next_in=self._seconds_to_next()
             ),
             now=self._agenda.now,
+            sharing=Sharing(
+                self._pass_time,
+                self._present() - waiting,
+                self._seconds_to_next(),
+                self._account.debts,
+                self._account.used,
+                self._account.prompted_at,
+                self._account.prompt_seconds(waiting=waiting, now=self._agenda.now),
+            ),
         )
 
-    def _begin_pass(self, chosen: Sequence[tuple[SimulatedStep, int]]) -> None:
-        now = self._agenda.now
-        work = PassWork.total(step.view(step.session.holder()).work(num_tokens) for step, num_tokens in chosen)
+    def _begin_pass(self, chosen: Sequence[tuple[SimulatedStep, int]], shares: PassShares) -> None:
+        now, present = self._agenda.now, self._present()
+        works = [
+            (step.session.job.peer, step.view(step.session.holder()).work(num_tokens)) for step, num_tokens in chosen
+        ]
+        work = PassWork.total(each for _, each in works)
         parts: list[Part] = []
         for step, num_tokens in chosen:
             session = step.session
@@ -296,9 +318,17 @@ class OneServer:
         self._is_occupied = True
 
         def end() -> None:
+            self._account = self._account.after_pass(
+                works,
+                self._agenda.now - now,
+                shares=shares,
+                pass_time=self._pass_time,
+                present=present,
+                queued={step.session.job.peer for step in self._steps if not step.decodes},
+                now=self._agenda.now,
+                recently=self._recently,
+            )
             self._pass_time = self._pass_time.learnt(work, self._agenda.now - now)
-            if work.num_decoding:
-                self._decoded_at = self._agenda.now
             self._end_pass(chosen, PassRecord(now, seconds, _summary(chosen)))
 
         self._agenda.after(seconds, end)
@@ -323,20 +353,25 @@ class OneServer:
     # -- how long to wait, and how much to take, as the live loop does ------------------------------------------------
 
     def _batching_delay(self) -> float:
-        num_ready = sum(step.decodes for step in self._steps)
-        if not num_ready:
+        ready = [step.session.job.peer for step in self._steps if step.decodes]
+        if not ready:
             least = shortest_prefill_seconds(
                 self._pass_time, [step.view(step.session.holder()) for step in self._steps]
             )
             next_in = self._seconds_to_next()
             return next_in if self._is_decoding and next_in is not None and next_in < least else 0.0
-        expected = [
-            session.rhythm.expected_at
+        coming = [
+            (session.rhythm.expected_at, session.job.peer)
             for session in self._sessions
             if session.step is None and session.rhythm.expected_at is not None
         ]
+        num_ready, weights = client_weights(ready, [peer for _, peer in coming])
         return batching_delay(
-            expected, num_ready=num_ready, now=self._agenda.now, pass_seconds=self._pass_time.decode_seconds
+            [expected_at for expected_at, _ in coming],
+            num_ready=num_ready,
+            now=self._agenda.now,
+            pass_seconds=self._pass_time.decode_seconds,
+            weights=weights,
         )
 
     def _seconds_to_next(self) -> float | None:
@@ -344,9 +379,17 @@ class OneServer:
         return seconds_to_next(expected, now=self._agenda.now)
 
     @property
+    def _recently(self) -> float:
+        return max(RECENTLY_DECODED_SECONDS, 4 * self._pass_time.decode_seconds)
+
+    @property
     def _is_decoding(self) -> bool:
-        recently = max(RECENTLY_DECODED_SECONDS, 4 * self._pass_time.decode_seconds)
-        return self._agenda.now - self._decoded_at < recently
+        return bool(self._account.decoding(now=self._agenda.now, recently=self._recently))
+
+    def _present(self) -> frozenset[str]:
+        """The clients whose steps wait, or that decoded a moment ago."""
+        decoding = self._account.decoding(now=self._agenda.now, recently=self._recently)
+        return decoding | {step.session.job.peer for step in self._steps}
 
 
 def _summary(chosen: Sequence[tuple[SimulatedStep, int]]) -> tuple[tuple[int, int], ...]:
