@@ -17,8 +17,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
-from shoal.client.decoding.auditing.comparison import distances
-from shoal.policy.auditing.likeness import BOTH_INT8, EXACT, ONE_INT8, ONE_NF4, ROUNDED
+from shoal.client.swarm.comparing.distances import distances
+from shoal.policy.audits.likeness import BOTH_INT8, EXACT, ONE_INT8, ONE_NF4, ROUNDED
 from transformers import PreTrainedModel
 
 from benchmarks.audited_servers import BESIDE, BFLOAT16, FLOAT32, INT8, NF4, WHOLE, Hop

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from shoal.client.decoding.auditing.comparison import distances
-from shoal.policy.auditing.likeness import allowed_between, are_alike
+from shoal.client.swarm.comparing.distances import distances
+from shoal.policy.audits.likeness import allowed_between, are_alike
 
 from benchmarks.audited_servers import BESIDE, BFLOAT16, FLOAT32, INT8, NF4, WHOLE, Hop, Kind, Passes, alone
 from shoal.client.decoding.auditing.claim import FIRST_POSITION

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from shoal.policy.auditing.likeness import Form
+from shoal.policy.audits.likeness import Form
 
 from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 import transformers
-from shoal.client.decoding.auditing.comparison import distances
-from shoal.policy.auditing.likeness import MIN_TOKENS, Allowed, allowed_among, are_alike, typical
+from shoal.client.swarm.comparing.distances import distances
+from shoal.policy.audits.likeness import MIN_TOKENS, Allowed, allowed_among, are_alike, typical
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.aimed_lies import Aimed

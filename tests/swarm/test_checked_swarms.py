@@ -57,7 +57,11 @@ class Home:
             weights = WeightsService(upload_limit=None)
             weights.offer(answer, None)
             engine = SimpleNamespace(
-                num_passes=0, queue_length=0, cache_tokens_left=0, passes=SimpleNamespace(release=lambda peer: None)
+                num_passes=0,
+                queue_length=0,
+                cache_tokens_left=0,
+                passes=SimpleNamespace(release=lambda peer: None),
+                validator=SimpleNamespace(check_declared=lambda message: None),
             )
             answer = Handler(cast(Any, engine), PushService(node.transport), idle_seconds=300.0, weights=weights)
         await node.transport.listen(answer)

@@ -91,7 +91,11 @@ class Swarm:
 
 def handler_of(node: Node, service: WeightsService) -> Handler:
     engine = SimpleNamespace(
-        num_passes=0, queue_length=0, cache_tokens_left=0, passes=SimpleNamespace(release=lambda peer: None)
+        num_passes=0,
+        queue_length=0,
+        cache_tokens_left=0,
+        passes=SimpleNamespace(release=lambda peer: None),
+        validator=SimpleNamespace(check_declared=lambda message: None),
     )
     return Handler(cast(Any, engine), PushService(node.transport), idle_seconds=300.0, weights=service)
 

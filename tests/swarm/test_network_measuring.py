@@ -72,7 +72,11 @@ class Neighborhood:
 def real_handler(node: Node) -> Handler:
     """What a server does with streams, without anything to compute with."""
     engine = SimpleNamespace(
-        num_passes=0, queue_length=0, cache_tokens_left=0, passes=SimpleNamespace(release=lambda peer: None)
+        num_passes=0,
+        queue_length=0,
+        cache_tokens_left=0,
+        passes=SimpleNamespace(release=lambda peer: None),
+        validator=SimpleNamespace(check_declared=lambda message: None),
     )
     return Handler(cast(Any, engine), PushService(node.transport), idle_seconds=60.0)
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shoal.client.decoding.auditing.comparison import distances
-from shoal.policy.auditing.audit_budget import (
+from shoal.policy.audits.audit_budget import (
     FIRST_AUDIT_TOKENS,
     MOST_CREDIT_TOKENS,
     MOST_SPEEDUP,
@@ -25,7 +24,7 @@ from shoal.policy.auditing.audit_budget import (
     audit_cost,
     next_audit,
 )
-from shoal.policy.auditing.likeness import (
+from shoal.policy.audits.likeness import (
     BOTH_INT8,
     BY_ENCODING,
     EXACT,
@@ -39,9 +38,10 @@ from shoal.policy.auditing.likeness import (
     are_alike,
     typical,
 )
-from shoal.policy.auditing.verdict import Verdict, verdict, with_own_answer
+from shoal.policy.audits.verdict import Verdict, verdict, with_own_answer
 
 from shoal.client.swarm.audit_book import MAX_EVIDENCE_BYTES, AuditBook, Evidence
+from shoal.client.swarm.comparing.distances import distances
 
 FORMS = [Form(dtype, name) for dtype in ("float32", "bfloat16", "float16") for name in ("none", "int8", "nf4")]
 ANYTHING = Allowed(math.inf, math.inf)

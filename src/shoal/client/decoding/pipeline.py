@@ -388,8 +388,7 @@ class Pipeline:
 
     async def disconnect(self) -> None:
         """Let the servers forget the session."""
-        for stage in self.stages:
-            await stage.disconnect()
+        await asyncio.gather(*(stage.disconnect() for stage in self.stages))
 
 
 def _usual_seconds(hop: Hop, num_tokens: int) -> float:

@@ -60,11 +60,13 @@ class Second:
 
     async def close(self) -> None:
         """Let go of the servers, except if they have taken the late one's place."""
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.gather(self.task, return_exceptions=True)
-        if self.pipeline is not None:
-            await self.pipeline.disconnect()
+        try:
+            if self.task is not None:
+                self.task.cancel()
+                await asyncio.gather(self.task, return_exceptions=True)
+        finally:
+            if self.pipeline is not None:
+                await self.pipeline.disconnect()
 
 
 class Race:

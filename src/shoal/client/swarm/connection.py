@@ -194,13 +194,15 @@ class Connection:
         self.on_end = lambda: None
         goodbye = goodbye and self.error is None
         self.fail(ServerLost(f"the connection to {self.peer} is closed", peer=self.peer))
-        if goodbye:
-            with contextlib.suppress(StreamBroken, TimeoutError):
-                async with asyncio.timeout(CLOSE_SECONDS), self._sending:
-                    await codec.send(self._stream, Close())
-        if self._task is not None and self._task is not asyncio.current_task():
-            await asyncio.gather(self._task, return_exceptions=True)
-        await self._stream.close()
+        try:
+            if goodbye:
+                with contextlib.suppress(StreamBroken, TimeoutError):
+                    async with asyncio.timeout(CLOSE_SECONDS), self._sending:
+                        await codec.send(self._stream, Close())
+            if self._task is not None and self._task is not asyncio.current_task():
+                await asyncio.gather(self._task, return_exceptions=True)
+        finally:  # also if the caller is cancelled meanwhile
+            await self._stream.close()
 
     # -- while it is open ---------------------------------------------------------------------------------------------
 
