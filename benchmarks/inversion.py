@@ -230,7 +230,7 @@ def secret(bench: Bench) -> None:
         ]
         cost = cost_of(model, bench.public, bench.texts)
         rows.append((name, *parts, *of_cost(cost)))
-        note(" | ".join(rows[-1]))
+        note(f"{name}: done")
     table(
         f"The first {SECRET_BLOCKS} blocks on the client, with secret weights",
         [
