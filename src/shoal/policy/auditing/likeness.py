@@ -39,8 +39,8 @@ class Allowed:
 EXACT = Allowed(0.002, 0.01)
 """Both servers compute in float32 with the same weights."""
 ROUNDED = Allowed(0.06, 0.18)
-"""The weights are the same, and one server computes in bfloat16 or float16. It may keep its cache in int8, which it does
-not announce: SmolLM2 has 0.029 and 0.087 then, and 0.022 and 0.056 without."""
+"""The weights are the same, and one server computes in bfloat16 or float16. It may keep its cache in int8, which it
+does not announce: SmolLM2 has 0.029 and 0.087 then, and 0.022 and 0.056 without."""
 BOTH_NF4 = Allowed(0.14, 0.3)
 """Both have weights of four bits that were rounded in different dtypes, so that some weights became others."""
 INT8_STATES = Allowed(0.16, 0.6)
