@@ -26,8 +26,10 @@ from shoal.policy.audits.audit_budget import (
 )
 from shoal.policy.audits.likeness import (
     BOTH_INT8,
+    BOTH_NF4,
     BY_ENCODING,
     EXACT,
+    INT8_STATES,
     ONE_INT8,
     ONE_NF4,
     ROUNDED,
@@ -72,7 +74,8 @@ def test_a_further_server_or_encoding_never_narrows_what_is_allowed(
 
 
 def test_more_is_allowed_the_more_is_rounded():
-    assert all(within(*pair) for pair in itertools.pairwise([EXACT, ROUNDED, BOTH_INT8, ONE_INT8, ONE_NF4]))
+    widening = [EXACT, ROUNDED, BOTH_NF4, INT8_STATES, BOTH_INT8, ONE_INT8, ONE_NF4]
+    assert all(within(*pair) for pair in itertools.pairwise(widening))
     exact, rounded = Form("float32", "none"), Form("bfloat16", "none")
     int8, nf4 = Form("bfloat16", "int8"), Form("bfloat16", "nf4")
     assert allowed_between(exact, exact) == EXACT
@@ -80,6 +83,8 @@ def test_more_is_allowed_the_more_is_rounded():
     assert allowed_between(int8, int8) == BOTH_INT8
     assert allowed_between(int8, exact) == allowed_between(int8, rounded) == ONE_INT8
     assert {allowed_between(nf4, each) for each in (exact, rounded, int8)} == {ONE_NF4}
+    assert allowed_between(nf4, nf4) == ROUNDED
+    assert allowed_between(nf4, Form("float32", "nf4")) == BOTH_NF4
 
 
 distance = st.floats(0, 10)
