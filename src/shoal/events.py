@@ -139,8 +139,8 @@ class TextDoubtful:
 class PassesDoubtful:
     """What a server computed in `num_passes` passes without a cache, of training for example, is not to be trusted.
 
-    They are those since its last clean audit, forward and backward ones of microbatches. The audited pass itself is
-    right, unless the servers only differ.
+    They are the forward ones since its last clean audit of a forward pass, and the same for backward ones. The audited
+    pass itself is right, unless the servers only differ.
     """
 
     model: str

@@ -82,7 +82,8 @@ class PassAudits:
         self._swarm = swarm
         self._servers = servers
         self._book = swarm.audits
-        self._num_doubtful = Counter[str]()  # the passes of each server since its last clean audit
+        # The passes of each server since its last clean audit, forward and backward: it may lie in one of both only.
+        self._num_doubtful: dict[type, Counter[str]] = {_Forward: Counter(), _Backward: Counter()}
 
     async def forward(self, plan: PassPlan, hop: Hop, piece: MicrobatchPiece) -> torch.Tensor:
         """The outputs [B, T, D] of a piece, as those of `ServerPasses.forward`. Raises `PeerError`s."""
@@ -114,7 +115,7 @@ class PassAudits:
         else:
             answer = await ask()
             self._refuse_liar(peer)  # it was found meanwhile
-            self._num_doubtful[peer] += answer is not None
+            self._num_doubtful[type(work)][peer] += answer is not None
         self._tell_of_liars()
         if answer is not None:
             self._book.earn(_cost(hop.span, work.piece) / len(hop.span), len(hop.span))
@@ -126,11 +127,14 @@ class PassAudits:
 
     def _tell_of_liars(self) -> None:
         """Say what servers that are found lying by now, in a pass or in a session, may have spoiled."""
-        for peer in self._book.liars & self._num_doubtful.keys():
-            self._tell(peer, self._num_doubtful.pop(peer), f"{peer} was found lying")
+        used = {peer for each in self._num_doubtful.values() for peer in each}
+        for peer in self._book.liars & used:
+            self._tell(peer, f"{peer} was found lying")
+            for each in self._num_doubtful.values():
+                del each[peer]
 
-    def _tell(self, peer: str, num_passes: int, reason: str) -> None:
-        if num_passes:
+    def _tell(self, peer: str, reason: str) -> None:
+        if num_passes := sum(each[peer] for each in self._num_doubtful.values()):
             self._swarm.events.emit(PassesDoubtful(self._swarm.model.name, peer, num_passes, reason))
 
     def _is_chosen(self, hop: Hop, work: _Work[T]) -> bool:
@@ -141,7 +145,7 @@ class PassAudits:
         return self._book.audits_pass(candidate) and work.is_comparable()
 
     async def _audited(self, hop: Hop, work: _Work[T], ask: Callable[[], Awaitable[T | None]]) -> T | None:
-        peer, num_before = hop.server.peer, self._num_doubtful[hop.server.peer]
+        peer, num_before = hop.server.peer, self._num_doubtful[type(work)][hop.server.peer]
         async with owned_task(self._testimony(work, {peer})) as witnessing:
             answer = await ask()
             first = None if answer is None else await witnessing
@@ -149,7 +153,7 @@ class PassAudits:
             return None
         if first is None or not work.is_usable(answer) or not work.is_usable(first.answer):
             self._book.postpone(peer)
-            self._num_doubtful[peer] += 1
+            self._num_doubtful[type(work)][peer] += 1
             return answer
 
         def allowed(ones: Sequence[Form], others: Sequence[Form]) -> Allowed:
@@ -160,7 +164,7 @@ class PassAudits:
         findings = await compare(
             claimed, first, lambda: self._testimony(work, peers), apart=work.apart, allowed=allowed
         )
-        self._conclude(hop, work.piece, findings, num_before)
+        self._conclude(hop, work, findings, num_before)
         return first.answer if findings.verdict is Verdict.LIED else answer
 
     async def _testimony(self, work: _Work[T], not_by: Set[str]) -> Testimony[T] | None:
@@ -197,25 +201,25 @@ class PassAudits:
                 return route
         raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
 
-    def _conclude(self, hop: Hop, piece: MicrobatchPiece, findings: Findings, num_before: int) -> None:
+    def _conclude(self, hop: Hop, work: _Work[T], findings: Findings, num_before: int) -> None:
         """Draw the consequences of an audit, which began after `num_before` doubtful passes."""
-        peer, num_tokens, model = hop.server.peer, int(_compared(piece).sum()), self._swarm.model.name
+        peer, num_tokens, model = hop.server.peer, int(_compared(work.piece).sum()), self._swarm.model.name
         distance, finding = typical(findings.distances), findings.verdict.name.lower()
         self._swarm.events.emit(ServerAudited(peer, hop.span, num_tokens, distance, finding, findings.witnesses))
         evidence = findings.evidence(peer, model, hop.span, position=0, num_tokens=num_tokens, found_at=time.time())
         match findings.verdict:
             case Verdict.CLEAN | Verdict.WITNESS_LIED:
                 self._book.record_clean(peer)
-                self._num_doubtful[peer] -= num_before
+                self._num_doubtful[type(work)][peer] -= num_before
                 if findings.verdict is Verdict.WITNESS_LIED and findings.accuser is not None:
                     self._swarm.shut_out(evidence.against(findings.accuser, peer))
             case Verdict.LIED:
                 self._swarm.shut_out(evidence)
             case Verdict.UNSETTLED:
                 self._book.postpone_long(peer)
-                self._num_doubtful[peer] += 1
+                self._num_doubtful[type(work)][peer] += 1
                 names = " and ".join((peer, *findings.witnesses))
-                self._tell(peer, self._num_doubtful[peer], f"{names} differ, and no other server decides")
+                self._tell(peer, f"{names} differ, and no other server decides")
 
 
 @dataclass(frozen=True)
