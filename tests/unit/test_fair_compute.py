@@ -151,11 +151,11 @@ class Server:
 Work = Callable[[Server, str, list[float]], Coroutine[Any, Any, None]]
 
 
-def speed(work: Work, attacks: Sequence[Work] = (), *, limits: Limits | None = None) -> float:
+def speed(work: Work, attacks: Sequence[Work] = ()) -> float:
     """How often the honest client's work is done in a second, beside attacks."""
 
     async def measured() -> float:
-        server, done, ignored = Server(limits), list[float](), list[float]()
+        server, done, ignored = Server(), list[float](), list[float]()
         tasks = [asyncio.create_task(server.loop.run()), asyncio.create_task(work(server, HONEST, done))]
         tasks += [asyncio.create_task(attack(server, ATTACKER, ignored)) for attack in attacks]
         await asyncio.sleep(SECONDS)
