@@ -17,12 +17,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
-from shoal.client.swarm.comparing.distances import distances
-from shoal.policy.audits.likeness import BOTH_INT8, EXACT, ONE_INT8, ONE_NF4, ROUNDED
 from transformers import PreTrainedModel
 
 from benchmarks.audited_servers import BESIDE, BFLOAT16, FLOAT32, INT8, NF4, WHOLE, Hop
 from shoal.client.decoding.auditing.claim import FIRST_POSITION
+from shoal.client.swarm.comparing.distances import distances
+from shoal.policy.audits.likeness import BOTH_INT8, EXACT, ONE_INT8, ONE_NF4, ROUNDED
 
 NUM_RIVALS = 8
 MIXTURES = (0.0, 0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98, 1.0)

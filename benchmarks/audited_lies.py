@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from shoal.client.swarm.comparing.distances import distances
-from shoal.policy.audits.likeness import allowed_between, are_alike
 
 from benchmarks.audited_servers import BESIDE, BFLOAT16, FLOAT32, INT8, NF4, WHOLE, Hop, Kind, Passes, alone
 from shoal.client.decoding.auditing.claim import FIRST_POSITION
+from shoal.client.swarm.comparing.distances import distances
+from shoal.policy.audits.likeness import allowed_between, are_alike
 from shoal.spans import Span
 
 WINDOWS = (8, 32, 128)

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from shoal.policy.audits.likeness import Form
 
 from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.wire.encodings import as_received
+from shoal.policy.audits.likeness import Form
 from shoal.server.kv.batch import Chunk
 from shoal.server.kv.batched_pass import pass_over
 from shoal.server.kv.cache_shapes import cache_shapes

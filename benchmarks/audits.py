@@ -27,8 +27,6 @@ from typing import Any
 
 import torch
 import transformers
-from shoal.client.swarm.comparing.distances import distances
-from shoal.policy.audits.likeness import MIN_TOKENS, Allowed, allowed_among, are_alike, typical
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.aimed_lies import Aimed
@@ -37,8 +35,10 @@ from benchmarks.audited_servers import Answer, Hop, Pipeline
 from benchmarks.machine import describe_machine
 from shoal.bundled import STORIES
 from shoal.client.decoding.auditing.claim import FIRST_POSITION, WINDOW_TOKENS
+from shoal.client.swarm.comparing.distances import distances
 from shoal.model.weights.checkpoint import Checkpoint
 from shoal.net.wire.encodings import as_received
+from shoal.policy.audits.likeness import MIN_TOKENS, Allowed, allowed_among, are_alike, typical
 from shoal.spans import Span
 from shoal.tensors import Encoding
 

@@ -1,4 +1,4 @@
-"""Who sends pings all the time is answered late, and keeps nobody else waiting."""
+"""A peer that sends pings all the time is answered late, and keeps no other waiting."""
 
 from __future__ import annotations
 

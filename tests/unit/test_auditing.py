@@ -14,6 +14,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+from shoal.client.swarm.audit_book import MAX_EVIDENCE_BYTES, AuditBook, Evidence
+from shoal.client.swarm.comparing.distances import distances
 from shoal.policy.audits.audit_budget import (
     FIRST_AUDIT_TOKENS,
     MOST_CREDIT_TOKENS,
@@ -41,9 +44,6 @@ from shoal.policy.audits.likeness import (
     typical,
 )
 from shoal.policy.audits.verdict import Verdict, verdict, with_own_answer
-
-from shoal.client.swarm.audit_book import MAX_EVIDENCE_BYTES, AuditBook, Evidence
-from shoal.client.swarm.comparing.distances import distances
 
 FORMS = [Form(dtype, name) for dtype in ("float32", "bfloat16", "float16") for name in ("none", "int8", "nf4")]
 ANYTHING = Allowed(math.inf, math.inf)

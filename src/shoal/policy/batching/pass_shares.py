@@ -1,12 +1,12 @@
 """How the time of a pass is divided between payers, so that none keeps the others from their share of the compute.
 
 One more decoding step makes a pass hardly longer: the weights are read once for all. So payers do not take turns. All
-decode in the same pass, as long as it takes at most as many times as long as the pass of the payer with the least work
-would take alone as there are payers: then each has what a server of its own, that many times slower, would give it.
+decode in the same pass, if each keeps its share: with n payers, the pass takes at most n times as long as the one with
+the least work would need alone. That is what a server of its own, n times slower, would give each of them.
 
-    2 payers, A with 1 step, B with 60      alone, A's pass takes 55 ms
-    all 61 steps                            140 ms: A has 39 % of its speed
-    1 step of A, 38 of B                    110 ms: A has half of its speed, which is its share
+    2 payers, A with 1 step, B with 60      alone, A's pass takes 52 ms
+    all 61 steps                            142 ms: A has 36 % of its speed
+    1 step of A, 34 of B                    103 ms: A has half of its speed, which is its share
 
 Beyond that, each payer decodes with as much time as the others, its oldest steps first. What cannot be cut, a step of
 a thousand sequences, is computed at once; then its payer is in *debt* for what the pass took too long, and takes no
@@ -142,7 +142,7 @@ def charges(parts: Sequence[tuple[str, PassWork]], pass_time: PassTimeModel, sec
 
 
 def pass_shares(requests: Sequence[RequestView], sharing: Sharing) -> PassShares:
-    """How the next pass is divided. With one payer, and where all fits, nobody is limited."""
+    """How the next pass is divided. With one payer, and where all fits, no payer is limited."""
     waiting = {payer_of(request) for request in requests}
     present = waiting | sharing.away
     prompt_seconds = max(sharing.prompt_seconds, sharing.pass_time.decoded_tokens.fixed)
@@ -203,7 +203,7 @@ def _divided(
             steps.setdefault(payer, []).append((model.added_by(request.work(request.num_tokens)), index))
         else:
             pages[payer] = min(pages.get(payer, inf), _first_page(request, model))
-    if not steps and not sharing.away:  # nobody decodes: prompts take turns, and not parts of a pass
+    if not steps and not sharing.away:  # no session decodes: prompts take turns, and not parts of a pass
         return PassShares(left_out=frozenset(left_out), num_payers=num_payers)
     # Prompts have their payers' shares of the pass, if these do nothing else in it, and in any case a page or half.
     for_prompts = len(pages.keys() - steps.keys()) / num_payers
