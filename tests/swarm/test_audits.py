@@ -65,7 +65,7 @@ def test_honest_servers_pass_audits_and_the_tokens_are_those_of_one_machine(
         assert set(seen.findings) == set(session.servers)
     assert torch.equal(text, oracle(whole, PROMPT, 60))
     assert set.union(*seen.findings.values()) == {"clean"}
-    assert max(audit.distance for audit in seen.audits) < EXACT.typical / 100
+    assert max(audit.distance for audit in seen.audits) < EXACT.typical / 10
     assert not seen.doubts
 
 
