@@ -83,7 +83,7 @@ async def test_who_decodes_beside_a_prompt_without_memory_is_not_interrupted(fam
             for token in random_inputs(seed, body, 1, 12).split(1, dim=1):
                 await visitor.step(token)
 
-        with memory_for(body, 14) as device:
+        with memory_for(body, 17) as device:  # more than the least that passes are cut to
             work = [decode(each, 10 + index) for index, each in enumerate(decoding)]
             await asyncio.gather(*work, prompt.step(random_inputs(20, body, 1, 50)))
         assert device.num_failures > 0
