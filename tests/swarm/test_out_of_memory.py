@@ -37,6 +37,7 @@ class SmallDevice:
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
+        self.lasts: int | None = None  # failures, until there is memory
         self.num_failures = self.num_passes = 0
 
     def __call__(self, block: nn.Module, _: Any, outputs: Any) -> None:
@@ -44,6 +45,8 @@ class SmallDevice:
         hidden: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         if hidden[..., 0].numel() > self.num_tokens:
             self.num_failures += 1
+            if self.num_failures == self.lasts:
+                self.num_tokens = 1 << 20
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
@@ -83,7 +86,8 @@ async def test_who_decodes_beside_a_prompt_without_memory_is_not_interrupted(fam
             for token in random_inputs(seed, body, 1, 12).split(1, dim=1):
                 await visitor.step(token)
 
-        with memory_for(body, 17) as device:  # more than the least that passes are cut to
+        with memory_for(body, 3) as device:
+            device.lasts = 4  # passes beside the prompt, and the prompt alone in each
             work = [decode(each, 10 + index) for index, each in enumerate(decoding)]
             await asyncio.gather(*work, prompt.step(random_inputs(20, body, 1, 50)))
         assert device.num_failures > 0
