@@ -60,7 +60,7 @@ def test_no_token_is_computed_twice_unless_a_session_lost_its_pages(policy: Poli
     served = serve(jobs, replace(policy.setup, num_pages=1000), policy.rule)
     assert served.num_preempted == 0
     assert served.num_tokens == {job.number: job.num_prompt + job.num_answer - 1 for job in jobs}
-    crowded = serve(jobs, policy.setup, policy.rule)
+    crowded = serve(jobs, replace(policy.setup, num_pages=policy.setup.num_pages * 3 // 4), policy.rule)
     assert (crowded.num_preempted > 0) == (policy.name not in NEVER_PREEMPT)
     assert crowded.num_recomputed >= 0
     needed = {job.number: job.num_prompt + job.num_answer - 1 for job in jobs}
@@ -124,7 +124,7 @@ def test_first_come_takes_pages_only_for_sessions_that_came_before():
             taken.append((view.holders[choice.preempted].since, max(working)))
         return choice
 
-    serve(generations(SHORT, 100, rate=5.0, seed=4), SMALL, watched)
+    serve(generations(SHORT, 100, rate=5.0, seed=4), replace(SMALL, num_pages=36), watched)
     assert taken
     assert all(since == last for since, last in taken)
 
