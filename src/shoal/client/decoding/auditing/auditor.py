@@ -249,8 +249,6 @@ class SessionAuditor:
 
 
 def _cost(claim: Claim) -> float:
-    """What an audit of a claim costs: a witness that was asked before still has what it computed then."""
+    """What an audit of a claim costs: a witness computes all tokens, unless it has the first of them in its cache."""
     server = claim.server
-    return audit_cost(
-        claim.end - claim.clean, len(claim.span), decode_speed=server.decode_speed, prefill_speed=server.prefill_speed
-    )
+    return audit_cost(claim.end, len(claim.span), decode_speed=server.decode_speed, prefill_speed=server.prefill_speed)
