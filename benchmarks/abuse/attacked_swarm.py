@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from benchmarks.abuse.raw_frames import Raw
 from shoal.errors import SwarmError
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import Node, Stream
-from shoal.net.wire import codec
 from shoal.peers import ModelInfo, ServerInfo
-from shoal.protocol import Close
 
 ATTACKERS_HOST = "127.0.1.1"
 """Attackers come from an address of their own. The servers and the honest client are at 127.0.0.1."""
 HIDDEN_SIZE = 192
 """Of the bundled model."""
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Raw:
-    """One frame, which may be anything."""
-
-    header: bytes
-    payload: bytes = b""
-
-
-def raw(kind: str, tensors: Tensors | None = None, **fields: Any) -> Raw:
-    """A frame as the protocol would write it, with any fields."""
-    sent: Any = tensors or {}
-    declared, buffers = codec.encode(Close(), sent)
-    header = {"kind": kind, **fields}
-    if sent:
-        header["tensors"] = json.loads(declared)["tensors"]
-    return Raw(json.dumps(header).encode(), b"".join(buffers))
 
 
 class AttackedSwarm:

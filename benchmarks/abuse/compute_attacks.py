@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 
 import torch
 
-from benchmarks.abuse.attacked_swarm import HIDDEN_SIZE, AttackedSwarm, Raw, raw
+from benchmarks.abuse.attacked_swarm import HIDDEN_SIZE, AttackedSwarm
 from benchmarks.abuse.attacks import Attack
+from benchmarks.abuse.raw_frames import Raw, raw
 from shoal.net.transport import Node, Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo

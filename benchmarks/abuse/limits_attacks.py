@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.abuse.attacked_swarm import HIDDEN_SIZE, AttackedSwarm, raw
+from benchmarks.abuse.attacked_swarm import HIDDEN_SIZE, AttackedSwarm
 from benchmarks.abuse.attacks import Attack
+from benchmarks.abuse.raw_frames import raw
 from shoal.net.transport import Node, Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -59,3 +60,11 @@ def swarm(folder: Path) -> Iterator[Callable[..., Swarm]]:
             return stack.enter_context(swarm_of(folder, *spans, **options))
 
         yield make
+
+
+@pytest.fixture(scope="module")
+def no_log_lines() -> Iterator[None]:
+    """Nothing is logged: of random schedules, every warning that there is would be printed many thousand times."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)

@@ -5,44 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from benchmarks.abuse.raw_frames import Raw, raw
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
-from shoal.protocol import AnyMessage, Close, NormsResult, PassResult, StepResult
+from shoal.protocol import AnyMessage, NormsResult, PassResult, StepResult
 
 from .harness import Swarm
 
 MODEL, FINGERPRINT = "@model", "@fingerprint"
 """Stand for the server's own, which a frame can only name once there is a server."""
 
-Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Raw:
-    """One frame, not yet looked at by anybody."""
-
-    header: bytes
-    payload: bytes = b""
-
-
 ANSWERED = Raw(b"")
 """Not a frame: what follows is sent when the step before it is answered."""
-
-
-def raw(kind: object, tensors: Tensors | None = None, **fields: Any) -> Raw:
-    """A frame as the protocol would write it, with any fields."""
-    sent: Any = tensors or {}
-    declared, buffers = codec.encode(Close(), sent)
-    header = {"kind": kind, **fields}
-    if sent:
-        header["tensors"] = json.loads(declared)["tensors"]
-    return Raw(json.dumps(header).encode(), b"".join(buffers))
 
 
 def declaring(frame: Raw, *specs: Any) -> Raw:

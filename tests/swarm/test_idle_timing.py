@@ -9,18 +9,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from shoal.concurrency import background
-from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.protocol import Open, Step
-from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.idle_timing import EVERY_SECONDS, IDLE_SECONDS, time_when_idle
-from shoal.server.engine.validator import RequestValidator
-from shoal.server.kv.batch import PackedPass
-from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.speed_watch import MEASURED_PREFILL_TOKENS, Speeds, Watch
 from shoal.spans import Span
 
-from .schedules.bed import PASS_SECONDS, VirtualExecutor
+from .schedules.bed import PASS_SECONDS, VirtualExecutor, virtual_engine
 from .schedules.oracle import FINGERPRINT, MAX_LENGTH, MODEL, oracle
 from .schedules.work import prompt
 from .virtual_time import run
@@ -32,26 +27,8 @@ RIGHT = Speeds(decode=1 / PASS_SECONDS, prefill=MEASURED_PREFILL_TOKENS / PASS_S
 @contextlib.asynccontextmanager
 async def server(announced: Speeds, *, num_pages: int = 40) -> AsyncIterator[tuple[Engine, VirtualExecutor]]:
     """An engine that announces these speeds, and is timed when it is idle."""
-    body, executor = oracle().body(SPAN), VirtualExecutor()
-    cache = PagedCache(body, oracle().shapes(SPAN), num_pages)
-    engine = Engine(
-        body,
-        executor,
-        RequestValidator(
-            model=MODEL.key,
-            fingerprint=FINGERPRINT,
-            span=SPAN,
-            hidden_size=oracle().hidden_size,
-            max_length=MAX_LENGTH,
-        ),
-        compute=PackedPass(body, cache),
-        cache=cache,
-        num_pages=num_pages,
-        cpu_turns=None,
-        pass_time=PassTimeModel.measured(decode_seconds=PASS_SECONDS, prefill_token_seconds=PASS_SECONDS / 100),
-        limits=ServerConfig(model="").limits,
-        watch=Watch(announced, SPAN),
-    )
+    executor = VirtualExecutor()
+    engine = virtual_engine(SPAN, executor, num_pages=num_pages, watch=Watch(announced, SPAN))
     async with engine.running(), background(time_when_idle(engine, "own")):
         yield engine, executor
         engine.check_integrity()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +31,7 @@ CUTS = (("0:2", "2:4"), ("0:4",), ("0:1", "1:3", "3:4"))
 NUM_HONEST = 2
 """The honest holders of each block; the third lies."""
 MOST_TOKENS = 64
-"""A server that lies from the beginning is found within so many tokens."""
+"""A server that lies from the beginning is found within this many tokens."""
 
 
 def weaker(hidden_BTD: torch.Tensor) -> torch.Tensor:
@@ -77,11 +75,7 @@ def stories(draw: st.DrawFn) -> Story:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("no_log_lines")
 
 
 @settings(

@@ -37,7 +37,7 @@ MASK[0, :5] = 0
 FASTEST = 4 / PASS_SECONDS
 """The speed of a server that every route takes, if it holds the blocks."""
 MOST_CALLS = 20
-"""A lie is found within so many calls at the level "high"."""
+"""A lie is found within this many calls at the level "high"."""
 
 Act = Callable[["Training"], Awaitable[None]]
 

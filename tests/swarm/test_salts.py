@@ -1,4 +1,4 @@
-"""Whose cached beginnings a session may use: its own client's by default, all of those who say so if it says so too."""
+"""Which cached beginnings a session may use: its own client's by default, or those of all clients that share theirs."""
 
 from __future__ import annotations
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,12 +15,7 @@ NUM_EXAMPLES = int(os.environ.get("SHOAL_SCHEDULES", "0"))
 """The number of new random schedules to play, instead of the fixed ones."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet() -> Iterator[None]:
-    """No log lines: every warning that there is would be printed many thousand times."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+pytestmark = pytest.mark.usefixtures("no_log_lines")
 
 
 @settings(

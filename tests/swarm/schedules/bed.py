@@ -30,6 +30,7 @@ from shoal.server.neighbors import NeighborMonitor
 from shoal.server.refusals import leaving
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.streams import Handler
+from shoal.server.speed_watch import Watch
 from shoal.spans import Span
 
 from .oracle import FINGERPRINT, MAX_LENGTH, MODEL, NUM_BLOCKS, oracle
@@ -67,6 +68,30 @@ class VirtualExecutor(Executor):
         """Be as quick as before a failure."""
         self.slowness = 1.0
         self.thawed.set()
+
+
+def virtual_engine(span: Span, executor: VirtualExecutor, *, num_pages: int, watch: Watch | None = None) -> Engine:
+    """A server's engine over some blocks of the tiny model, in virtual time."""
+    body = oracle().body(span)
+    cache = PagedCache(body, oracle().shapes(span), num_pages)
+    return Engine(
+        body,
+        executor,
+        RequestValidator(
+            model=MODEL.key,
+            fingerprint=FINGERPRINT,
+            span=span,
+            hidden_size=oracle().hidden_size,
+            max_length=MAX_LENGTH,
+        ),
+        compute=PackedPass(body, cache),
+        cache=cache,
+        num_pages=num_pages,
+        cpu_turns=None,
+        pass_time=PassTimeModel.measured(decode_seconds=PASS_SECONDS, prefill_token_seconds=PASS_SECONDS / 100),
+        limits=SERVER.limits,
+        watch=watch,
+    )
 
 
 @dataclass(eq=False)
@@ -117,25 +142,8 @@ class Bed:
     def start(self, span: Span, name: str | None = None, *, speed: float = 1 / PASS_SECONDS) -> Member:
         """A server that is online after one turn of the event loop."""
         name = name or f"s{len({member.name for member in self.members})}"
-        body, executor = oracle().body(span), VirtualExecutor()
-        cache = PagedCache(body, oracle().shapes(span), self._cache_pages)
-        engine = Engine(
-            body,
-            executor,
-            RequestValidator(
-                model=MODEL.key,
-                fingerprint=FINGERPRINT,
-                span=span,
-                hidden_size=oracle().hidden_size,
-                max_length=MAX_LENGTH,
-            ),
-            compute=PackedPass(body, cache),
-            cache=cache,
-            num_pages=self._cache_pages,
-            cpu_turns=None,
-            pass_time=PassTimeModel.measured(decode_seconds=PASS_SECONDS, prefill_token_seconds=PASS_SECONDS / 100),
-            limits=SERVER.limits,
-        )
+        executor = VirtualExecutor()
+        engine = virtual_engine(span, executor, num_pages=self._cache_pages)
         member = Member(name, span, speed, self.network.node(name), engine, executor)
         member.task = asyncio.create_task(_serve(member, self._config), name=f"server {name}")
         self.members.append(member)

@@ -23,6 +23,7 @@ from shoal.client.decoding.outputs import beside
 from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.stage import Stage
+from shoal.client.decoding.standby import compute_beside
 from shoal.client.swarm.swarm import Holding, Swarm, holding
 from shoal.concurrency import now
 from shoal.errors import CannotRewind, PeerError, SwarmError
@@ -158,21 +159,7 @@ class Race:
             sink = pipeline.sink(pipeline.stages.index(late))
             others.outputs = beside(sink)
             others.logits_request = pipeline.logits_request if sink is pipeline.outputs else None
-            while True:
-                news.clear()
-                others.settle()
-                if others.stages[-1].progress.num_computed >= num_tokens:
-                    break
-                if (failed := others.next_failure()) is not None:
-                    assert failed.error is not None
-                    raise failed.error
-                if others.is_open:
-                    await others.ask(num_tokens)
-                    self._notify()  # they owe something now
-                else:
-                    await others.open()
-                    continue
-                await news.wait()
+            await compute_beside(others, num_tokens, news, asked=self._notify)
             second.has_won = True
         except PeerError as failure:
             log.info("%s", failure)

@@ -31,6 +31,35 @@ MAINTENANCE_SECONDS = 10.0
 """The manager looks after a quiet session at this interval, and waits as long before it seeks a standby again."""
 
 
+async def compute_beside(
+    pipeline: Pipeline,
+    num_tokens: int,
+    news: asyncio.Event,
+    *,
+    max_tokens: int | None = None,
+    asked: Callable[[], None] = lambda: None,
+) -> None:
+    """Let the servers of a pipeline that is not the session's compute its first `num_tokens` tokens.
+
+    `news` is set when something comes from them, `asked` is called when they owe something new. `max_tokens` is as for
+    `Pipeline.ask`. Raises the error of the first server that fails.
+    """
+    while True:
+        news.clear()
+        pipeline.settle()
+        if pipeline.stages[-1].progress.num_computed >= num_tokens:
+            return
+        if (failed := pipeline.next_failure()) is not None:
+            assert failed.error is not None
+            raise failed.error
+        if not pipeline.is_open:
+            await pipeline.open()
+            continue
+        await pipeline.ask(num_tokens, max_tokens=max_tokens)
+        asked()
+        await news.wait()
+
+
 class StandbyManager:
     """The standbys of one session. `busy` is held by the task that changes the session's pipeline."""
 

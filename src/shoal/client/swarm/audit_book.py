@@ -84,6 +84,10 @@ class AuditBook:
         """The servers that were found lying: no route goes over them."""
         return frozenset(self._liars)
 
+    def is_liar(self, peer: str) -> bool:
+        """Whether a server was found lying."""
+        return peer in self._liars
+
     def shut_out(self, evidence: Evidence) -> None:
         """A server lied. It is not used again until its evidence is deleted."""
         log.warning(
@@ -102,7 +106,7 @@ class AuditBook:
         self._num_clean[peer] += 1
 
     def record_use(self, peers: Sequence[str], *, num_decoded: int) -> None:
-        """Servers have computed so many tokens one at a time."""
+        """Servers have computed `num_decoded` tokens one at a time."""
         for peer in peers:
             self._num_used[peer] += num_decoded
 
@@ -111,7 +115,7 @@ class AuditBook:
         self._num_used[peer] += PASS_TOKENS
 
     def earn(self, num_tokens: float, num_blocks: int) -> None:
-        """So many tokens were decoded, through so many blocks: audits may cost a part of that."""
+        """`num_tokens` were decoded through `num_blocks`: audits may cost a part of that."""
         self._budget = self._budget.earned(num_tokens, num_blocks)
 
     def spend(self, cost: float) -> None:
@@ -119,7 +123,7 @@ class AuditBook:
         self._budget = self._budget.spent(cost)
 
     def candidate(self, peer: str, *, num_tokens: int, cost: float) -> Candidate:
-        """A server of which so many tokens could be audited at this cost."""
+        """A server of which `num_tokens` could be audited at this cost."""
         due_after = self._due_after.setdefault(peer, self._rng.randint(1, FIRST_AUDIT_TOKENS))
         return Candidate(num_tokens, cost, self._num_clean[peer], self._num_used[peer] >= due_after)
 

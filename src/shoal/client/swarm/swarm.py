@@ -201,7 +201,7 @@ class Swarm:
         return self._directory.usable().only(
             lambda each: (
                 holding(each) not in excluded
-                and each.peer not in self.audits.liars
+                and not self.audits.is_liar(each.peer)
                 and not self._health.blocked(each.peer)
                 and (each.training or needs is None or needs.ring)
             )
@@ -385,7 +385,7 @@ class Swarm:
 
     def is_avoided(self, peer: str) -> bool:
         """Whether a server has failed lately, said that it is busy, or was found lying."""
-        return self._health.deprioritized(peer) or self._health.blocked(peer) or peer in self.audits.liars
+        return self._health.deprioritized(peer) or self._health.blocked(peer) or self.audits.is_liar(peer)
 
     def is_lost(self, peer: str) -> bool:
         """Whether a server has failed, and has not answered or announced itself since. A busy one is not lost."""

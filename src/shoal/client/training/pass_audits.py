@@ -122,7 +122,7 @@ class PassAudits:
         return answer
 
     def _refuse_liar(self, peer: str) -> None:
-        if peer in self._book.liars:
+        if self._book.is_liar(peer):
             raise ServerLost(f"{peer} was found lying", peer=peer)
 
     def _tell_of_liars(self) -> None:

@@ -130,7 +130,7 @@ class Libp2pStream:
     def _check(self, check_header: HeaderCheck, header: bytes, payload_size: int) -> None:
         try:
             check_header(header, payload_size)
-        except Exception:
+        except Exception:  # whatever the check raises: the payload behind this header is not received
             self._refused = True
             raise
 

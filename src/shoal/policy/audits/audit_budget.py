@@ -21,9 +21,9 @@ AuditLevel = Literal["off", "low", "high"]
 RATES: dict[AuditLevel, float] = {"off": 0.0, "low": 0.03, "high": 0.3}
 """What audits cost at each level, as a part of the compute of the decoding."""
 FIRST_AUDIT_TOKENS = 24
-"""A server that is new to the client is audited after at most so many tokens, at a moment that it cannot foresee."""
+"""A server that is new to the client is audited after at most this many tokens, at a moment that it cannot foresee."""
 PASS_TOKENS = FIRST_AUDIT_TOKENS // 4
-"""A pass without a cache counts as so many tokens there: a new server is audited within its first four passes."""
+"""A pass without a cache counts as this many tokens there: a new server is audited within its first four passes."""
 PASS_CHANCE = 0.5
 """How often a pass is audited if the budget pays for it. Audits would fall on the same of passes that take turns."""
 USUAL_SPEEDUP = 10.0
@@ -42,7 +42,7 @@ class AuditBudget:
     credit: float = 0.0
 
     def earned(self, num_tokens: float, num_blocks: int) -> AuditBudget:
-        """After so many tokens were decoded through so many blocks, or after a pass that costs as much.
+        """After `num_tokens` were decoded through `num_blocks`, or after a pass that costs as much.
 
         What a long pass costs can be saved whatever the rate, or none would ever be audited again.
         """
@@ -73,7 +73,7 @@ class Candidate:
 
 
 def audit_cost(num_tokens: int, num_blocks: int, *, decode_speed: float | None, prefill_speed: float | None) -> float:
-    """What it costs a witness to compute so many tokens through so many blocks, in single decoded tokens of a block.
+    """What it costs a witness to compute `num_tokens` through `num_blocks`, in single decoded tokens of a block.
 
     The speeds are those that it announces.
     """

@@ -29,7 +29,7 @@ class FairQueue:
         return self.used.get(payer, self.floor)
 
     def charged(self, seconds: Mapping[str, float], *, waiting: Collection[str]) -> FairQueue:
-        """After these payers used so many seconds more, while the `waiting` ones want more still."""
+        """After these payers used these seconds more, while the `waiting` ones want more still."""
         used = {**self.used, **{payer: self.of(payer) + more for payer, more in seconds.items()}}
         if waiting:
             floor = max(self.floor, min(used.get(payer, self.floor) for payer in waiting))

@@ -29,7 +29,7 @@ from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, PassTimeModel, 
 from shoal.policy.batching.scheduling import RequestView
 
 Fits = Callable[[float, float], bool]
-"""Whether a pass may have steps that add so many seconds, if those of the payer with the least work add so many."""
+"""Whether a pass may have steps that add the first, in seconds, if the payer with the least work adds the second."""
 SHORT_SECONDS = 0.1
 """Prompts that take about as long come in order of arrival."""
 AGED_SECONDS = 10.0

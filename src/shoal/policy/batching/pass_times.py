@@ -28,7 +28,7 @@ EVEN_CONTEXT = 4096.0
 """Tokens of context at which a surprise changes both terms of a cost alike. At a shorter context, it changes mostly
 what is paid in any case, and at a longer one mostly the price of the context."""
 EVEN_TOKENS = 8.0
-"""The same for the decoding tokens of a pass: with about so many, their own cost is as large as that of the weights."""
+"""The same for the decoding tokens of a pass: with about this many, they cost as much as the weights."""
 
 
 @dataclass(frozen=True)

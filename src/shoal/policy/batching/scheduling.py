@@ -205,7 +205,7 @@ def batching_delay(
     A step that arrives just after a pass has begun waits until the pass ends, and the steps that are ready lose the
     time by which the pass is delayed. A pass takes about as long for all as for some, so it begins when the sum of all
     these waits is least. A step that misses the pass counts `GROUPING_WEIGHT` times. With `weights`, the expected steps
-    count as so many, and `num_ready` is the sum of the weights of those that are ready
+    count by these, and `num_ready` is the sum of the weights of those that are ready
     (`shoal.policy.batching.compute_account.client_weights`).
     """
     each = [1.0] * len(expected) if weights is None else weights

@@ -20,14 +20,14 @@ from shoal.peers import ServerInfo
 BELIEVED = 2.0
 """How many times the best speed that is known another server may have."""
 TOP = 4
-"""One in so many servers reaches the speed that counts before the first step."""
+"""One in this many servers reaches the speed that counts before the first step."""
 PROMPT_TOKENS = 32
 """A step of fewer tokens does not show how fast a server reads prompts."""
 LEAST_SECONDS = 0.002
 """A step that seems to take less counts as this long: a server that answers at once has computed nothing."""
 MOST_GAIN = 512.0
 """How many times as many tokens a server may decode with full passes as with one session: the largest batch that a
-server times has so many."""
+server times has this many."""
 
 
 @dataclass(frozen=True)

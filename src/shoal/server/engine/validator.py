@@ -34,7 +34,7 @@ from shoal.tensors import TensorSpec
 
 NO_GRADIENT = "a backward pass needs a gradient of its output's shape"
 MAX_STRAY_BYTES = 1 << 20
-"""A pushed step of so many bytes is received and dropped, also where one of this model cannot be as large."""
+"""A pushed step of this many bytes is received and dropped, also where one of this model cannot be as large."""
 
 
 @dataclass(frozen=True)

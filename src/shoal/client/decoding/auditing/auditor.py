@@ -173,7 +173,7 @@ class SessionAuditor:
             await self._wakeup.wait()
             self._wakeup.clear()
             for stage, claim in list(self._claims.items()):
-                if claim.peer in self._book.liars:  # another session has found out
+                if self._book.is_liar(claim.peer):  # another session has found out
                     del self._claims[stage]
                     await recover(Doubt(claim.span, claim.clean, f"{claim.peer} was found lying", liar=claim.peer))
             async with self._book.audit_one:

@@ -13,18 +13,18 @@ from shoal.client.decoding.auditing.claim import Claim
 from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.decoding.outputs import Outputs
 from shoal.client.decoding.route_planner import RoutePlanner
-from shoal.client.decoding.standby import STANDBY_STEP_TOKENS
+from shoal.client.decoding.standby import STANDBY_STEP_TOKENS, compute_beside
 from shoal.client.head.logits import Logits
 from shoal.client.swarm.comparing.findings import Testimony
 from shoal.client.swarm.swarm import Swarm
-from shoal.errors import MissingBlocks, ServerLost
+from shoal.errors import MissingBlocks, PeerError, ServerLost
 from shoal.policy.audits.likeness import form_of
 from shoal.policy.routing.route import Route
 
 log = logging.getLogger(__name__)
 
 RECOMPUTE_SECONDS = 60.0
-"""How long witnesses may take: they are asked in portions, behind those who wait for their tokens."""
+"""How long witnesses may take: they are asked in portions, behind sessions that decode."""
 
 
 async def recompute(
@@ -46,18 +46,10 @@ async def recompute(
         raise MissingBlocks("no other server computes the output head", blocks=tuple(claim.span))
     try:
         async with asyncio.timeout(RECOMPUTE_SECONDS):
-            while pipeline.stages[-1].progress.num_computed < end:
-                news.clear()
-                if not pipeline.is_open:
-                    await pipeline.open()
-                pipeline.settle()
-                if (failed := pipeline.next_failure()) is not None:
-                    assert failed.error is not None
-                    swarm.blame(failed.error)
-                    raise failed.error
-                await pipeline.ask(end, max_tokens=STANDBY_STEP_TOKENS)
-                if pipeline.is_open and pipeline.stages[-1].progress.num_computed < end:
-                    await news.wait()
+            await compute_beside(pipeline, end, news, max_tokens=STANDBY_STEP_TOKENS)
+    except PeerError as failure:
+        swarm.blame(failure)
+        raise
     except TimeoutError:
         slow = pipeline.stages[0].peer
         raise ServerLost(f"{slow} takes longer than {RECOMPUTE_SECONDS:g} s for an audit", peer=slow) from None

@@ -18,7 +18,7 @@ from shoal.policy.network.reachability import MIN_RELAYED_BYTES
 logger = logging.getLogger(__name__)
 
 MAX_STARTS = 8
-"""After so many starts with the small limits, the daemon is used as it is: other peers will not relay by it."""
+"""After this many starts with the small limits, the daemon is used as it is: other peers will not relay by it."""
 _LOOPBACK = {"/ip4/0.0.0.0/": "/ip4/127.0.0.1/", "/ip6/::/": "/ip6/::1/"}
 
 
