@@ -33,7 +33,7 @@ from shoal.errors import MissingBlocks, PeerError, ServerLost, SwarmError, Unsup
 from shoal.events import PassesDoubtful, ServerAudited
 from shoal.model.peft.factors import FactorGradients
 from shoal.policy.audits.audit_budget import audit_cost
-from shoal.policy.audits.likeness import FIRST_POSITION, MIN_TOKENS, Allowed, Form, for_gradients, form_of, typical
+from shoal.policy.audits.likeness import FIRST_POSITION, MIN_TOKENS, Allowed, Form, for_gradients, typical
 from shoal.policy.audits.verdict import Verdict
 from shoal.policy.routing.route import Hop, Route
 from shoal.spans import Span
@@ -159,7 +159,7 @@ class PassAudits:
         def allowed(ones: Sequence[Form], others: Sequence[Form]) -> Allowed:
             return work.allowed(allowed_between(ones, others, encoding=self._swarm.config.wire))
 
-        claimed = Testimony(answer, (peer,), (form_of(hop.server),))
+        claimed = Testimony.of(answer, [hop.server])
         peers = {peer, *first.peers}
         findings = await compare(
             claimed, first, lambda: self._testimony(work, peers), apart=work.apart, allowed=allowed
@@ -187,8 +187,7 @@ class PassAudits:
         except TimeoutError:
             log.info("an audit of a pass was given up: its witnesses are late")
         else:
-            servers = [hop.server for hop in route.hops]
-            return Testimony(answer, tuple(each.peer for each in servers), tuple(form_of(each) for each in servers))
+            return Testimony.of(answer, (hop.server for hop in route.hops))
         return None
 
     async def _route_of_others(self, piece: MicrobatchPiece, peers: Set[str]) -> Route:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.history.history import History
 from shoal.peers import ServerInfo
-from shoal.policy.audits.likeness import FIRST_POSITION, Form, form_of
+from shoal.policy.audits.likeness import FIRST_POSITION
 from shoal.spans import Span
 
 WINDOW_TOKENS = 256
@@ -42,11 +42,6 @@ class Claim:
     def peer(self) -> str:
         """The peer id of the server."""
         return self.server.peer
-
-    @property
-    def form(self) -> Form:
-        """How the server says that it computes."""
-        return form_of(self.server)
 
     def window(self, end: int) -> tuple[int, int]:
         """The positions to compare in an audit of `end` tokens: those that are not clean, or the last of these."""

@@ -53,7 +53,7 @@ async def examine(
         return allowed_between(ones, others, encoding=swarm.config.history_encoding)
 
     first = await testimony(not_by=[claim.peer])
-    answer = Testimony[torch.Tensor | Logits](claimed, (claim.peer,), (claim.form,))
+    answer = Testimony[torch.Tensor | Logits].of(claimed, [claim.server])
     found = await compare(answer, first, second, apart=apart, allowed=allowed)
     if found.verdict is Verdict.LIED and claim.pushed_by:
         own = await recompute(swarm, planner, claim, window, planner.route_of_one(claim.server, claim.span))

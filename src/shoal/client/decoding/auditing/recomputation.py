@@ -18,7 +18,6 @@ from shoal.client.head.logits import Logits
 from shoal.client.swarm.comparing.findings import Testimony
 from shoal.client.swarm.swarm import Swarm
 from shoal.errors import MissingBlocks, PeerError, ServerLost
-from shoal.policy.audits.likeness import form_of
 from shoal.policy.routing.route import Route
 
 log = logging.getLogger(__name__)
@@ -59,5 +58,4 @@ async def recompute(
     if tail is not None:
         assert isinstance(found, Logits)
         found = tail.of_row(found)
-    servers = [hop.server for hop in route.hops]
-    return Testimony(found, tuple(each.peer for each in servers), tuple(form_of(each) for each in servers))
+    return Testimony.of(found, (hop.server for hop in route.hops))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from shoal.client.swarm.audit_book import Evidence
-from shoal.policy.audits.likeness import Allowed, Form, allowed_among, are_alike, typical
+from shoal.peers import ServerInfo
+from shoal.policy.audits.likeness import Allowed, Form, allowed_among, are_alike, form_of, typical
 from shoal.policy.audits.verdict import Verdict, verdict
 from shoal.spans import Span
 from shoal.tensors import Encoding
@@ -23,6 +24,12 @@ class Testimony(Generic[T]):
     answer: T
     peers: tuple[str, ...]
     forms: tuple[Form, ...]
+
+    @classmethod
+    def of(cls, answer: T, servers: Iterable[ServerInfo]) -> Testimony[T]:
+        """What these servers have computed."""
+        known = tuple(servers)
+        return cls(answer, tuple(each.peer for each in known), tuple(form_of(each) for each in known))
 
 
 @dataclass(frozen=True)
