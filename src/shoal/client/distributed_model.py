@@ -15,7 +15,7 @@ from shoal.client.active import active_session, none_active
 from shoal.client.blocks import RemoteSequential
 from shoal.client.continuation import Continuation
 from shoal.client.generation.generation_engine import GenerationEngine
-from shoal.client.generation.preparing import prepared
+from shoal.client.generation.preparing import Draft, prepared
 from shoal.client.generation.token_stream import TokenStream
 from shoal.client.head.logits import RemoteHead
 from shoal.client.inference_session import InferenceSession, closing_new_sessions, note_opened
@@ -136,6 +136,8 @@ class DistributedModel(SavesTrained):
         seed: int | None = None,
         num_logprobs: int | None = None,
         salt: str | None = None,
+        draft: Draft = "auto",
+        num_guesses: int | None = None,
         **options: Any,
     ) -> TokenStream:
         """The tokens of one text as they come: `async for token in model.stream(...)`, or `for token in ...`.
@@ -145,7 +147,8 @@ class DistributedModel(SavesTrained):
         are and whenever they begin. With a `session`, a stream continues it, as `generate()` does. Each token has its
         id (`shoal.client.generation`); with `num_logprobs`, also its log-probability and that many of the likeliest.
         With a `salt`, a stream without a session shares cached prefixes with streams of that salt, not with the model's
-        other ones: for a caller who streams for several people.
+        other ones: for a caller who streams for several people. Steps carry guesses of the next tokens where that is
+        faster, which changes no token; `draft="off"` makes none, and `num_guesses` says how many a step carries.
 
         Close the stream, or leave its `with` block, to stop: the servers then forget it at once. Raises `UserError` and
         `UnsupportedOperation` for what only `generate()` can do, such as beams; errors of the swarm come out of the
@@ -162,7 +165,15 @@ class DistributedModel(SavesTrained):
                 own = self.blocks.new_session(batch_size=1, max_length=1, salt=salt)  # it is told how long it gets
                 options[cache_argument(inspect.signature(cast(Any, self).forward).parameters)] = RemoteCache(own)
             generation = prepared(
-                self, generate, inputs, session=session, seed=seed, num_logprobs=num_logprobs, options=options
+                self,
+                generate,
+                inputs,
+                session=session,
+                seed=seed,
+                num_logprobs=num_logprobs,
+                draft=draft,
+                num_guesses=num_guesses,
+                options=options,
             )
             opened[:] = [each for each in opened if each is not generation.session]
         return self._started_engine().stream(generation)

@@ -12,10 +12,13 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
+from shoal.client.generation.speculation import NO_GUESSES, Guesses, Speculation
 from shoal.client.inference_session import InferenceSession
 
 LIMITS = MaxLengthCriteria, MaxTimeCriteria
 """The criteria that cut a text. All others end it."""
+MAX_GUESSES = 64
+"""The most guesses of one step: more are seldom all right, and a server would compute them like a prompt."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Generation:
     """A text: its tokens `ids_1S` so far, how the next is chosen, and the session that computes it.
 
     `finish` is called with all tokens once it has ended by itself. The session ends with it, unless it `keeps_session`,
-    which is the caller's then. `num_logprobs` is how many likeliest tokens the
-    caller wants to know; with `None`, none at all. Only the engine changes it.
+    which is the caller's then. `num_logprobs` is how many likeliest tokens the caller wants to know; with `None`, none
+    at all. Its steps carry guesses if there is `speculation`. Only the engine changes it.
     """
 
     model: Any
@@ -56,10 +59,23 @@ class Generation:
     keeps_session: bool
     finish: Callable[[torch.Tensor], object]
     num_logprobs: int | None = None
+    speculation: Speculation | None = None
 
     def append(self, token: int) -> None:
         """One more token."""
         self.ids_1S = torch.cat((self.ids_1S, self.ids_1S.new_tensor([[token]])), dim=1)
+
+    def guesses(self) -> Guesses:
+        """What its next step guesses: nothing beyond where the text or its session would end."""
+        if self.speculation is None or self.session.num_tokens != self.ids_1S.shape[1] - 1:
+            return NO_GUESSES
+        ends = [each.max_length for each in self.criteria if isinstance(each, MaxLengthCriteria)]
+        room = min([self.session.max_length, *ends]) - self.ids_1S.shape[1] - 1
+        return self.speculation.guesses(most=min(room, MAX_GUESSES)) if room > 0 else NO_GUESSES
+
+    def forget_guesses(self) -> None:
+        """Let the session go back to what it has read of the text: its guesses may have been others."""
+        self.session.crop(min(self.session.num_tokens, self.ids_1S.shape[1] - 1))
 
     def finish_reason(self) -> str | None:
         """Why the text ends with its last token, or `None`."""

@@ -5,7 +5,7 @@
         ┌──────────────────── its session takes a step (servers compute it with those of others)
         ▼
     outputs are here: with those of all others that are, one call of norm and head, a token for each, one call of the
-    embeddings, and the next steps
+    embeddings, and the next steps, which may carry guesses (`shoal.client.generation.speculation`)
 
 Tensors are touched on one thread of the engine, and the event loop stays free for the streams to the servers. What one
 generation does wrong, or whose servers are lost, is its own affair: the others do not wait.
@@ -14,19 +14,21 @@ generation does wrong, or whose servers are lost, is its own affair: the others 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from shoal.client.generation.generation import Generation, Token
 from shoal.client.generation.model_ends import Embedded, ModelEnds
 from shoal.client.generation.next_token import choose_tokens
+from shoal.client.generation.speculation import NO_GUESSES, Guesses
 from shoal.client.generation.token_stream import Mailbox, TokenStream
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.runtime import Runtime
@@ -39,21 +41,33 @@ COMPANY_SECONDS = 0.002
 
 @dataclass(eq=False)
 class _Running:
-    """A generation, its caller's mailbox, the task of its present step, and what that returned."""
+    """A generation, its caller's mailbox, the task of its present step with its guesses, and what that returned."""
 
     generation: Generation
     mailbox: Mailbox
     step: asyncio.Task[None] | None = None
+    guesses: Guesses = NO_GUESSES
+    sent_at: float | None = None
     answer: Tensor | Logits | None = None
 
 
 @dataclass(frozen=True)
 class _Next:
-    """What the engine's thread has found for a generation: its newest token, and what it sends now."""
+    """What the engine's thread has found for a generation: its newest tokens, and what it sends now.
 
-    token: Token | None
+    An `error` has kept it from more tokens.
+    """
+
+    tokens: tuple[Token, ...] = ()
+    error: Exception | None = None
     sends: Embedded | None = None
+    guesses: Guesses = NO_GUESSES
     logits_request: LogitsRequest | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no step follows."""
+        return self.error is not None or (bool(self.tokens) and self.tokens[-1].finish_reason is not None)
 
 
 class GenerationEngine:
@@ -145,45 +159,44 @@ class GenerationEngine:
             except TimeoutError:
                 return
 
-    def _compute(self, ready: Sequence[_Running]) -> list[_Next | Exception]:
+    def _compute(self, ready: Sequence[_Running]) -> list[_Next]:
         """On the engine's thread: tokens for those whose outputs are here, and what all of them send next."""
         model = ready[0].generation.model
         if self._ends is None:
             self._ends = ModelEnds(model)
-        found: dict[_Running, _Next | Exception] = {each: _Next(None) for each in ready}
+        found: dict[_Running, _Next] = {each: _Next() for each in ready}
         answered = [each for each in ready if each.answer is not None]
         if answered:
-            answers = [each.answer for each in answered if each.answer is not None]
-            tokens = choose_tokens([each.generation for each in answered], self._ends.logits(model, answers))
-            for running, token in zip(answered, tokens, strict=True):
-                found[running] = token if isinstance(token, Exception) else _appended(running.generation, token)
-        going_on = [each for each, now in found.items() if isinstance(now, _Next) and not _is_last(now)]
-        sends = self._ends.embed(model, [each.generation for each in going_on])
-        for running, embedded in zip(going_on, sends, strict=True):
-            now = found[running]
-            assert isinstance(now, _Next)
-            request = self._ends.logits_request(model, embedded.hidden_1TD)
-            found[running] = _Next(now.token, embedded, request)
+            answers = [(each.answer, 1 + len(each.guesses.tokens)) for each in answered if each.answer is not None]
+            logits = self._ends.logits(model, answers)
+            found.update(_chosen(dict(zip(answered, logits, strict=True))))
+        going_on = [each for each, now in found.items() if not now.is_last]
+        guesses = [each.generation.guesses() for each in going_on]
+        texts = [_with_guesses(each.generation, guess) for each, guess in zip(going_on, guesses, strict=True)]
+        for running, guess, sends in zip(going_on, guesses, self._ends.embed(model, texts), strict=True):
+            request = self._ends.logits_request(model, sends.hidden_1TD, num_tokens=1 + len(guess.tokens))
+            found[running] = replace(found[running], sends=sends, guesses=guess, logits_request=request)
         return list(found.values())
 
-    def _continue(self, running: _Running, found: _Next | Exception) -> None:
-        """Deliver the token, and take the next step or end."""
-        if isinstance(found, Exception):
-            self._end(running, found)
-            return
+    def _continue(self, running: _Running, found: _Next) -> None:
+        """Deliver the tokens, and take the next step or end."""
         generation = running.generation
-        if _is_last(found):
+        if found.is_last and found.error is None:
             try:
                 generation.finish(generation.ids_1S)
             except Exception as error:
                 self._end(running, error)
                 return
-        if found.token is not None:
-            running.mailbox.put(found.token)
+        for token in found.tokens:
+            running.mailbox.put(token)
         if found.sends is None:
-            self._end(running, None)
+            self._end(running, found.error)
             return
-        running.answer = None
+        now = asyncio.get_running_loop().time()
+        if generation.speculation is not None and running.sent_at is not None:
+            generation.speculation.timed(running.guesses, len(found.tokens), now - running.sent_at)
+        running.sent_at = now if found.tokens else None  # how long a prompt takes says nothing of later steps
+        running.guesses, running.answer = found.guesses, None
         running.step = asyncio.create_task(self._step(running, found.sends, found.logits_request))
 
     async def _step(self, running: _Running, sends: Embedded, request: LogitsRequest | None) -> None:
@@ -214,12 +227,42 @@ class GenerationEngine:
             self._end(running, UserError("the model was closed while it was in use"))
 
 
-def _appended(generation: Generation, token: Token) -> _Next:
+def _chosen(logits: Mapping[_Running, Tensor]) -> dict[_Running, _Next]:
+    """The tokens that follow, by the logits [N, V] of each: behind the first, as long as the guesses are right."""
+    tokens: dict[_Running, list[Token]] = {each: [] for each in logits}
+    failed: dict[_Running, Exception] = {}
+    going_on, index = list(logits), 0
+    while going_on:
+        rows_RV = torch.stack([logits[each][index] for each in going_on])
+        chosen = choose_tokens([each.generation for each in going_on], rows_RV)
+        right = []
+        for running, token in zip(going_on, chosen, strict=True):
+            if isinstance(token, Exception):
+                failed[running] = token
+                continue
+            appended = _appended(running.generation, token)
+            tokens[running].append(appended)
+            is_right = running.guesses.tokens[index : index + 1] == (token.id,)
+            if is_right and appended.finish_reason is None:
+                right.append(running)
+        going_on, index = right, index + 1
+    for running, its in tokens.items():
+        running.generation.forget_guesses()
+        if (speculation := running.generation.speculation) is not None:
+            speculation.judged(running.guesses, [token.id for token in its])
+    return {each: _Next(tuple(its), failed.get(each)) for each, its in tokens.items()}
+
+
+def _appended(generation: Generation, token: Token) -> Token:
     """The generation with one more token, which may be its last."""
     generation.append(token.id)
     reason = generation.finish_reason()
-    return _Next(token if reason is None else token.ending(reason))
+    return token if reason is None else token.ending(reason)
 
 
-def _is_last(found: _Next) -> bool:
-    return found.token is not None and found.token.finish_reason is not None
+def _with_guesses(generation: Generation, guesses: Guesses) -> tuple[Tensor, int]:
+    """The text with its guesses, [1, S], and how many of its tokens the session has read."""
+    ids_1S = generation.ids_1S
+    if guesses.tokens:
+        ids_1S = torch.cat((ids_1S, ids_1S.new_tensor([guesses.tokens])), dim=1)
+    return ids_1S, generation.session.num_tokens

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from shoal.client.call_inputs import on_cpu, positions_of
-from shoal.client.generation.generation import Generation
 from shoal.client.head.logits import HeadCall, Logits, LogitsRequest
 from shoal.model.remote_cache import RemoteCache, cache_argument
 
 TRIAL_IDS = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 1, 1, 0]])
-"""Two texts of which one token is embedded after two others, and after four."""
+"""Two texts of which the last tokens are embedded after others, in one after one more than in the other."""
 
 
 @dataclass(frozen=True)
@@ -78,36 +77,40 @@ class ModelEnds:
             self._together = self._can_embed_together(model)
 
     @torch.no_grad()
-    def embed(self, model: Any, generations: Sequence[Generation]) -> list[Embedded]:
-        """What each generation sends for its new tokens."""
-        texts = [(each.ids_1S, each.session.num_tokens) for each in generations]
-        single = [index for index, (ids_1S, past) in enumerate(texts) if past and ids_1S.shape[1] == past + 1]
+    def embed(self, model: Any, texts: Sequence[tuple[Tensor, int]]) -> list[Embedded]:
+        """What each text sends for its new tokens: its ids [1, S], and how many of them were sent before."""
+        alike: dict[int, list[int]] = {}  # those with equally many new tokens
+        for index, (ids_1S, past) in enumerate(texts):
+            if past:
+                alike.setdefault(ids_1S.shape[1] - past, []).append(index)
         found: dict[int, Embedded] = {}
-        if self._together and len(single) > 1:
-            together = self._embed_together(model, [texts[index] for index in single])
-            found = dict(zip(single, together, strict=True))
+        for num_new, indices in alike.items():
+            if self._together and len(indices) > 1:
+                together = self._embed_together(model, [texts[index] for index in indices], num_new=num_new)
+                found.update(zip(indices, together, strict=True))
         return [found.get(index) or self._embed_one(model, *text) for index, text in enumerate(texts)]
 
     @torch.no_grad()
-    def logits(self, model: Any, answers: Sequence[Tensor | Logits]) -> Tensor:
-        """Logits [R, V] in float32 of the token that follows each answer: hidden states [1, T, D], or a server's."""
-        hidden = [index for index, answer in enumerate(answers) if isinstance(answer, Tensor)]
-        rows: dict[int, Tensor] = {}
-        if hidden:
-            last_R1D = torch.cat([answers[index][:, -1:] for index in hidden]).to(model.device)  # type: ignore[index]
-            rows.update(zip(hidden, self._head(model, last_R1D), strict=True))
-        for index, answer in enumerate(answers):
-            if isinstance(answer, Logits):
-                rows[index] = self._finish_head(model, answer)
-        return torch.stack([rows[index] for index in range(len(answers))])
+    def logits(self, model: Any, answers: Sequence[tuple[Tensor | Logits, int]]) -> list[Tensor]:
+        """Logits [N, V] in float32 of the tokens that follow the last N of each answer.
 
-    def logits_request(self, model: Any, hidden_1TD: Tensor) -> LogitsRequest | None:
-        """What a session asks a server's head about these inputs; `None` if the client computes the head."""
+        An answer is hidden states [1, T, D], or a server's logits [1, N, V], with its N.
+        """
+        hidden = [(answer[0, -num_last:], num_last) for answer, num_last in answers if isinstance(answer, Tensor)]
+        computed: list[Tensor] = []
+        if hidden:
+            all_RD = torch.cat([each_ND for each_ND, _ in hidden]).to(model.device)
+            computed = list(self._head(model, all_RD[:, None]).split([num_last for _, num_last in hidden]))
+        own = iter(computed)
+        return [next(own) if isinstance(answer, Tensor) else self._finish_head(model, answer) for answer, _ in answers]
+
+    def logits_request(self, model: Any, hidden_1TD: Tensor, *, num_tokens: int) -> LogitsRequest | None:
+        """What a session asks a server's head about the last inputs; `None` if the client computes the head."""
         remote = model._remote_head
         if remote is None:
             return None
         cache = RemoteCache(_Tap(1, 1))
-        call = remote.head_call(model, {self._cache_name: cache, "logits_to_keep": 1})
+        call = remote.head_call(model, {self._cache_name: cache, "logits_to_keep": num_tokens})
         request: LogitsRequest | None = None if call is None else call.logits_request(hidden_1TD)
         return request
 
@@ -118,12 +121,12 @@ class ModelEnds:
         model.base_model(**self._inputs(model, ids_1S, tap, num_new=ids_1S.shape[1] - past))
         return _sent(tap, 0)
 
-    def _embed_together(self, model: Any, texts: Sequence[tuple[Tensor, int]]) -> list[Embedded]:
-        """The same for texts with one new token each. What differs between them is the token, and where it stands."""
+    def _embed_together(self, model: Any, texts: Sequence[tuple[Tensor, int]], *, num_new: int) -> list[Embedded]:
+        """The same for texts with as many new tokens each. They differ in these tokens, and where they stand."""
         tap = _Tap(max(past for _, past in texts), len(texts))
-        first = self._inputs(model, texts[0][0], tap, num_new=1)
+        first = self._inputs(model, texts[0][0], tap, num_new=num_new)
         inputs = {name: value for name, value in first.items() if not isinstance(value, Tensor)}
-        inputs["input_ids"] = torch.cat([ids_1S[:, -1:] for ids_1S, _ in texts])
+        inputs["input_ids"] = torch.cat([ids_1S[:, -num_new:] for ids_1S, _ in texts])
         if "position_ids" in first:
             lengths_R1 = torch.tensor([[ids_1S.shape[1]] for ids_1S, _ in texts], device=model.device)
             inputs["position_ids"] = first["position_ids"] + lengths_R1 - lengths_R1[:1]
@@ -147,13 +150,16 @@ class ModelEnds:
     def _can_embed_together(self, model: Any) -> bool:
         """Whether two texts of different lengths get from one call what each gets from its own."""
         ids = TRIAL_IDS.to(model.device)
-        texts = [(ids[:1, :3], 2), (ids[1:], 4)]
-        alone = [self._embed_one(model, *text) for text in texts]
-        try:
-            together = self._embed_together(model, texts)
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError):
-            return False
-        return all(_equal(one, other) for one, other in zip(alone, together, strict=True))
+        for num_new in (1, 2):
+            texts = [(ids[:1, :4], 4 - num_new), (ids[1:], 5 - num_new)]
+            alone = [self._embed_one(model, *text) for text in texts]
+            try:
+                together = self._embed_together(model, texts, num_new=num_new)
+            except (RuntimeError, ValueError, TypeError, KeyError, IndexError):
+                return False
+            if not all(_equal(one, other) for one, other in zip(alone, together, strict=True)):
+                return False
+        return True
 
     # -- after the blocks ----------------------------------------------------------------------------------------------
 
@@ -163,13 +169,15 @@ class ModelEnds:
         return logits_RTV[:, -1].to(copy=True, dtype=torch.float32)
 
     def _finish_head(self, model: Any, answer: Logits) -> Tensor:
-        """What the model's code does to logits after the projection, such as a soft cap, to those of a server. [V]"""
+        """What the model's code does to logits after the projection, such as a soft cap, to a server's. [N, V]"""
         call = HeadCall(1, cache=RemoteCache(_Tap(1, 1)), vocabulary=model._remote_head.vocabulary, top_k=None)
-        call.answer = answer.to(model.device)
-        hidden_11D = torch.zeros(1, 1, model.config.get_text_config().hidden_size, dtype=model.dtype)
-        outputs = call.finished(self._call(model._remote_head.view_of(model, call), hidden_11D.to(model.device)))
-        logits_11V: Tensor = outputs.logits
-        return logits_11V[0, -1].to(copy=True, dtype=torch.float32)
+        call.answer = answer.by_token().to(model.device)
+        hidden_N1D = torch.zeros(
+            len(call.answer.values), 1, model.config.get_text_config().hidden_size, dtype=model.dtype
+        )
+        outputs = call.finished(self._call(model._remote_head.view_of(model, call), hidden_N1D.to(model.device)))
+        logits_N1V: Tensor = outputs.logits
+        return logits_N1V[:, -1].to(copy=True, dtype=torch.float32)
 
     def _call(self, model: Any, hidden_R1D: Tensor) -> Any:
         """The whole model, with these hidden states for what its blocks return."""

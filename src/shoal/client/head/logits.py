@@ -80,6 +80,10 @@ class Logits:
         """The same on another device."""
         return Logits(self.values.to(device), None if self.ids is None else self.ids.to(device))
 
+    def by_token(self) -> Logits:
+        """Those of the N tokens of one sequence, as if they were of one token of N sequences."""
+        return Logits(self.values.transpose(0, 1), None if self.ids is None else self.ids.transpose(0, 1))
+
     def of_all(self, vocabulary: int) -> torch.Tensor:
         """Logits [B, N, V], in which the tokens that were not sent have, for now, the smallest logit that was."""
         if self.ids is None:

@@ -1,0 +1,34 @@
+"""What speculation needs of a source of guesses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of guesses. Of two guesses of one kind, one is as likely to be right as the other.
+
+    `prior` is the part of them that is expected to be right before any was judged.
+    """
+
+    name: str
+    prior: float
+
+
+class Drafter(Protocol):
+    """Guesses how one text goes on."""
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """The text goes on with these tokens."""
+        ...
+
+    def source(self) -> Source | None:
+        """The kind of the guesses that it would make now; None if it has none."""
+        ...
+
+    def guesses(self, count: int) -> list[int]:
+        """The next tokens, at most `count`, if `source` has just said that there are some."""
+        ...
