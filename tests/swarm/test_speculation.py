@@ -1,0 +1,164 @@
+"""Steps that carry guesses give the tokens of Transformers' `generate()`, whatever is guessed and whatever fails."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from shoal import UserError
+from shoal.client.generation.drafting.drafter import Source
+
+from .harness import Swarm
+from .test_remote_head import REMOTE, swarm_with_head, without_head
+from .test_streams import CONFIGS, PROMPTS, expected
+
+MakeSwarm = Callable[..., Swarm]
+
+NUM_TOKENS = 16
+"""What `expected` generates."""
+
+
+class Foreseeing:
+    """Knows how the text goes on, and lies from time to time: `is_right` says of each position whether it tells."""
+
+    def __init__(self, text: Sequence[int], is_right: Callable[[int], bool]) -> None:
+        self.text, self.is_right, self.position = list(text), is_right, 0
+        self.num_asked = 0
+
+    def append(self, tokens: Sequence[int]) -> None:
+        self.position += len(tokens)
+
+    def source(self) -> Source | None:
+        return Source("test", 0.5)
+
+    def guesses(self, count: int) -> list[int]:
+        self.num_asked += 1
+        places = range(self.position, self.position + count)
+        ahead = [self.text[place] if place < len(self.text) else 1 for place in places]
+        return [token if self.is_right(place) else (token + 1) % 97 for place, token in zip(places, ahead, strict=True)]
+
+
+def always(place: int) -> bool:
+    return True
+
+
+def never(place: int) -> bool:
+    return False
+
+
+def mostly(place: int) -> bool:
+    return place % 3 != 0
+
+
+def every_other(place: int) -> bool:
+    return place % 2 == 0
+
+
+DRAFTS = [always, never, mostly, every_other]
+
+
+def foreseeing(prompt: torch.Tensor, wanted: Sequence[int], is_right: Callable[[int], bool]) -> Foreseeing:
+    return Foreseeing([*prompt[0].tolist(), *wanted], is_right)
+
+
+def counted_trips(model: Any, prompt: torch.Tensor, drafter: Foreseeing, **options: Any) -> tuple[list[int], int]:
+    """The tokens, and how many steps it took."""
+    tokens = [token.id for token in model.stream(prompt, max_new_tokens=NUM_TOKENS, draft=drafter, **options)]
+    return tokens, drafter.num_asked
+
+
+@pytest.mark.parametrize(("is_right", "num_guesses"), [(always, 5), (never, 1), (mostly, 5), (every_other, 3)])
+def test_whatever_is_guessed_the_tokens_are_those_of_generate(
+    swarm: MakeSwarm, whole: PreTrainedModel, is_right: Callable[[int], bool], num_guesses: int
+):
+    model = swarm("0:2", "2:4").model()
+
+    async def text(prompt: torch.Tensor, seed: int, options: dict[str, Any], wanted: Sequence[int]) -> list[int]:
+        draft = foreseeing(prompt, wanted, is_right)
+        stream = model.stream(
+            prompt, max_new_tokens=NUM_TOKENS, draft=draft, num_guesses=num_guesses, seed=seed, **options
+        )
+        return [token.id async for token in stream]
+
+    async def all_of(cases: Sequence[Any]) -> list[list[int]]:
+        return list(await asyncio.gather(*(text(*case) for case in cases)))
+
+    cases = [
+        (prompt, seed, options, expected(whole, prompt, seed, options))
+        for seed, (options, prompt) in enumerate(zip(CONFIGS, itertools.cycle(PROMPTS), strict=False))
+    ]
+    for found, (*case, wanted) in zip(asyncio.run(all_of(cases)), cases, strict=True):
+        assert found == wanted, case
+
+
+def test_right_guesses_save_trips_and_wrong_ones_cost_none(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    trips = {}
+    for is_right in DRAFTS:
+        drafter = foreseeing(PROMPTS[0], wanted, is_right)
+        tokens, trips[is_right] = counted_trips(model, PROMPTS[0], drafter, num_guesses=3)
+        assert tokens == wanted
+    # The first token comes with the prompt. Nothing is guessed when only one token is missing.
+    assert trips[always] == 4
+    assert trips[never] == NUM_TOKENS - 2
+
+
+def test_guesses_are_right_through_the_loss_of_servers(swarm: MakeSwarm, whole: PreTrainedModel):
+    net = swarm("0:2", "2:4", "0:2", "2:4", "0:2", "2:4")
+    model = net.model()
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    with model.inference_session(max_length=64) as session:
+        drafter = foreseeing(PROMPTS[0], wanted, mostly)
+        stream = model.stream(PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=drafter, num_guesses=4, session=session)
+        found = []
+        for token in stream:
+            found.append(token.id)
+            if len(found) in (3, 9):
+                net.kill(session.servers[len(found) == 9])
+        assert session.num_tokens == PROMPTS[0].shape[1] + NUM_TOKENS - 1
+    assert found == wanted
+
+
+def test_a_session_that_was_guessed_in_can_be_continued(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    with model.inference_session(max_length=64) as session:
+        drafter = foreseeing(PROMPTS[0], wanted, never)
+        first = [each.id for each in model.stream(PROMPTS[0], max_new_tokens=7, draft=drafter, num_guesses=6)]
+        assert session.num_tokens == PROMPTS[0].shape[1] + 6
+        second = model.generate(None, max_new_tokens=5)[0].tolist()
+    assert first + second == wanted[:12]
+
+
+@pytest.mark.parametrize("head_top_k", [None, 8])
+def test_a_servers_head_answers_for_all_guesses(swarm: MakeSwarm, whole: PreTrainedModel, head_top_k: int | None):
+    model = swarm_with_head(swarm, "0:2", "2:4").model(config=replace(REMOTE, head_top_k=head_top_k))
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    for is_right in DRAFTS:
+        drafter = foreseeing(PROMPTS[0], wanted, is_right)
+        assert counted_trips(without_head(model), PROMPTS[0], drafter, num_guesses=4)[0] == wanted
+
+
+def test_a_text_that_repeats_itself_is_guessed_from_itself(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    prompt = torch.tensor([[5, 17, 42, 9, 33] * 6])
+    for seed in range(3):
+        options = {"do_sample": bool(seed), "temperature": 0.3}
+        tokens = model.stream(prompt, max_new_tokens=NUM_TOKENS, num_guesses=3, seed=seed, **options)
+        assert [each.id for each in tokens] == expected(whole, prompt, seed, options)
+
+
+def test_a_draft_that_does_not_exist_is_refused(swarm: MakeSwarm):
+    model = swarm("0:4").model()
+    with pytest.raises(UserError, match="draft='tree'"):
+        model.stream(PROMPTS[0], draft="tree")
+    with pytest.raises(UserError, match="num_guesses=1000"):
+        model.stream(PROMPTS[0], num_guesses=1000)
