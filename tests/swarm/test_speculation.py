@@ -158,7 +158,7 @@ def test_a_text_that_repeats_itself_is_guessed_from_itself(swarm: MakeSwarm, who
 
 def test_a_draft_that_does_not_exist_is_refused(swarm: MakeSwarm):
     model = swarm("0:4").model()
-    with pytest.raises(UserError, match="draft='tree'"):
+    with pytest.raises(UserError, match="'tree' is not a way to guess tokens"):
         model.stream(PROMPTS[0], draft="tree")
     with pytest.raises(UserError, match="num_guesses=1000"):
         model.stream(PROMPTS[0], num_guesses=1000)

@@ -50,6 +50,11 @@ class Wire(StrEnum):
     int8 = "int8"
 
 
+class Draft(StrEnum):
+    auto = "auto"
+    off = "off"
+
+
 class Audits(StrEnum):
     off = "off"
     low = "low"
@@ -165,6 +170,12 @@ Standby = Annotated[
         "--standby/--no-standby", help="Keep a second server warm for each in use: a failure then costs a step or two."
     ),
 ]
+Drafts = Annotated[
+    Draft,
+    typer.Option(
+        "--draft", metavar="KIND", help="Guess tokens ahead where that is faster, with the same text: auto; or off."
+    ),
+]
 AuditLevel = Annotated[
     Audits,
     typer.Option(
@@ -260,6 +271,7 @@ def client_options(  # the first parameter stands first in the help of a command
     history_memory: HistoryMemory = None,
     patience: Patience = PATIENCE_SECONDS,
     standby: Standby = False,
+    draft: Drafts = Draft.auto,
     audits: AuditLevel = Audits.low,
     pin: Pin = None,
     chooser: ChooseBy = Chooser.balanced,
@@ -286,6 +298,7 @@ def client_options(  # the first parameter stands first in the help of a command
         history_memory=None if history_memory is None else history_memory << 20,
         patience=patience,
         standby=standby,
+        draft=draft,
         audits=audits,
         pinned=pins(pin),
         chooser=chooser,

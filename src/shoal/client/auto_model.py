@@ -95,6 +95,8 @@ class _AutoDistributed:
           busy, or others are still loading them. Default: 180. With 0 it fails at once. Blocks that no server has
           announced since the client came are not waited for.
         - `standby=True`: sessions keep a second server warm for each of theirs.
+        - `draft`: "auto" (the default) guesses tokens of streams ahead where that is faster, which changes none;
+          "off" does not (`docs/speculation.md`).
         - `audits`: how often what a server answers is computed again by others, to find servers that lie: "off", "low"
           (the default) or "high" (`docs/trust.md`).
         - `salt`: servers reuse cached prefixes among sessions with equal salts only. Default: a secret one for each

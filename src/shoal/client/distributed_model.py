@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from shoal.client.active import active_session, none_active
 from shoal.client.blocks import RemoteSequential
 from shoal.client.continuation import Continuation
+from shoal.client.generation.drafting.drafter import Drafter
 from shoal.client.generation.generation_engine import GenerationEngine
-from shoal.client.generation.preparing import Draft, prepared
+from shoal.client.generation.preparing import prepared
 from shoal.client.generation.token_stream import TokenStream
 from shoal.client.head.logits import RemoteHead
 from shoal.client.inference_session import InferenceSession, closing_new_sessions, note_opened
@@ -136,7 +137,7 @@ class DistributedModel(SavesTrained):
         seed: int | None = None,
         num_logprobs: int | None = None,
         salt: str | None = None,
-        draft: Draft = "auto",
+        draft: str | Drafter | None = None,
         num_guesses: int | None = None,
         **options: Any,
     ) -> TokenStream:
@@ -147,8 +148,11 @@ class DistributedModel(SavesTrained):
         are and whenever they begin. With a `session`, a stream continues it, as `generate()` does. Each token has its
         id (`shoal.client.generation`); with `num_logprobs`, also its log-probability and that many of the likeliest.
         With a `salt`, a stream without a session shares cached prefixes with streams of that salt, not with the model's
-        other ones: for a caller who streams for several people. Steps carry guesses of the next tokens where that is
-        faster, which changes no token; `draft="off"` makes none, and `num_guesses` says how many a step carries.
+        other ones: for a caller who streams for several people.
+
+        With `draft="auto"`, a step carries guesses of the next tokens where that is faster, which changes no token
+        (`docs/speculation.md`); with "off", none. The default is what the model was opened with. A `Drafter` of your
+        own may guess too. `num_guesses` fixes how many a step carries, at most 64.
 
         Close the stream, or leave its `with` block, to stop: the servers then forget it at once. Raises `UserError` and
         `UnsupportedOperation` for what only `generate()` can do, such as beams; errors of the swarm come out of the
@@ -171,7 +175,7 @@ class DistributedModel(SavesTrained):
                 session=session,
                 seed=seed,
                 num_logprobs=num_logprobs,
-                draft=draft,
+                draft=self.blocks.swarm.config.draft if draft is None else draft,
                 num_guesses=num_guesses,
                 options=options,
             )

@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 
-from shoal.client.generation.speculation import NO_GUESSES, Guesses, Speculation
+from shoal.client.generation.speculating import NO_GUESSES, Guesses, Speculation
 from shoal.client.inference_session import InferenceSession
 
 LIMITS = MaxLengthCriteria, MaxTimeCriteria

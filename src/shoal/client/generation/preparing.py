@@ -20,17 +20,15 @@ from shoal.client.continuation import Continuation
 from shoal.client.generation.drafting.drafter import Drafter
 from shoal.client.generation.drafting.ngram_drafter import NgramDrafter
 from shoal.client.generation.generation import MAX_GUESSES, Generation
-from shoal.client.generation.speculation import Speculation
+from shoal.client.generation.speculating import Speculation
 from shoal.client.inference_session import InferenceSession
+from shoal.client.options.client_options import parse_draft
 from shoal.errors import UnsupportedOperation, UserError
 from shoal.model.remote_cache import CACHE_NAMES, RemoteCache
 
 ONE_AFTER_ANOTHER = GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE
 """The ways of decoding that a stream has: one token after another, none taken back."""
 MAX_LOGPROBS = 256
-Draft = str | Drafter
-DRAFTS = "auto", "off"
-"""How the next tokens are guessed: by what the text repeats, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def prepared(
     session: InferenceSession | None,
     seed: int | None,
     num_logprobs: int | None,
-    draft: Draft,
+    draft: str | Drafter,
     num_guesses: int | None,
     options: Mapping[str, Any],
 ) -> Generation:
@@ -93,15 +91,14 @@ def prepared(
     )
 
 
-def _speculation(model: Any, ids_1S: torch.Tensor, draft: Draft, num_guesses: int | None) -> Speculation | None:
+def _speculation(model: Any, ids_1S: torch.Tensor, draft: str | Drafter, num_guesses: int | None) -> Speculation | None:
     """The guesses that the steps of a text carry. A model that cannot go back to an earlier token has none."""
-    if isinstance(draft, str) and draft not in DRAFTS:
-        raise UserError(f"draft={draft!r}", hint=f"one of {', '.join(DRAFTS)}, or a drafter")
     if num_guesses is not None and not 0 <= num_guesses <= MAX_GUESSES:
         raise UserError(f"num_guesses={num_guesses}", hint=f"0 to {MAX_GUESSES}, or None to let measurements decide")
-    if draft == "off" or model._is_stateful:
+    how = parse_draft(draft) if isinstance(draft, str) else draft
+    if how == "off" or model._is_stateful:
         return None
-    drafter = NgramDrafter() if isinstance(draft, str) else draft
+    drafter = NgramDrafter() if isinstance(how, str) else how
     drafter.append(ids_1S[0].tolist())
     return Speculation(drafter, fixed=num_guesses)
 

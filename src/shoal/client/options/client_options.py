@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from shoal.client.options.keywords import resolve
 from shoal.errors import UserError
@@ -37,6 +37,10 @@ CHOOSERS: Mapping[str, Chooser] = {"balanced": "balanced", "shortest": "shortest
 
 WIRES: Mapping[str, Encoding] = {"auto": "raw", "raw": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 """How hidden states and gradients travel, and the encoding that each name means."""
+
+Draft = Literal["auto", "off"]
+DRAFTS: tuple[Draft, ...] = ("auto", "off")
+"""How the next tokens of a stream are guessed."""
 
 HISTORIES: Mapping[str, Encoding] = {"exact": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 """How inputs are kept for a replay, and the encoding that each name means."""
@@ -107,6 +111,8 @@ class ClientOptions:
     """How many logits a remote head sends for a token: those of the likeliest tokens. `None` is all of them."""
     standby: bool = False
     """Whether a second server is kept warm for every server of a session."""
+    draft: Draft = "auto"
+    """How streams guess their next tokens: "auto", where that is faster, from what the text repeats; or "off"."""
     audits: AuditLevel = "low"
     """How often what servers answer is computed again by others, to find those that lie."""
     evidence_folder: Path | None = None
@@ -171,6 +177,7 @@ class ClientOptions:
         wire: str = "auto",
         patience: float = PATIENCE_SECONDS,
         standby: bool = False,
+        draft: str = "auto",
         audits: str = "low",
         history: str = "exact",
         history_memory: int | None = None,
@@ -219,6 +226,7 @@ class ClientOptions:
             head_top_k=head_top_k,
             patience_seconds=float(patience),
             standby=standby,
+            draft=parse_draft(draft),
             audits=parse_audits(audits),
             wire=parse_wire(wire),
             history=parse_history(history),
@@ -261,6 +269,12 @@ def parse_pins(pinned: Mapping[str, str]) -> tuple[tuple[Span, str], ...]:
 def parse_chooser(name: str) -> Chooser:
     """How routes are chosen. Raises `UserError` for a name that is not in `CHOOSERS`."""
     return _named(name, CHOOSERS, "a way to choose routes")
+
+
+def parse_draft(name: str) -> Draft:
+    """How streams guess. Raises `UserError` for a name that is not in `DRAFTS`."""
+    drafts: dict[str, Draft] = {draft: draft for draft in DRAFTS}
+    return _named(name, drafts, "a way to guess tokens")
 
 
 def parse_audits(name: str) -> AuditLevel:
