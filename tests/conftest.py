@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 import logging
 import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 # Before torch is imported: matrices are tiny, and each of several workers has a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +22,38 @@ settings.load_profile("shoal")
 
 LONGEST = "test_schedules.py"
 """It takes two minutes of a processor. Each file is for one worker: among the last, it would keep one busy alone."""
+
+
+HANGS_AFTER = 300
+"""Seconds. Most tests take less than one, and the longest take a minute on a busy machine with two cores."""
+
+
+def _waits_at(task: asyncio.Task[Any]) -> str:
+    """The chain of coroutines at whose end a task waits."""
+    chain, coroutine = [task.get_name()], task.get_coro()
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        chain.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}")
+        coroutine = getattr(coroutine, "cr_await", None)
+    return " > ".join(chain)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """A test that hangs fails, and says where its tasks wait. Where this cannot end it, `faulthandler` does."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        tasks: set[asyncio.Task[Any]] = set()
+        with contextlib.suppress(RuntimeError):  # there is no event loop
+            tasks = asyncio.all_tasks()
+        pytest.fail("\n    ".join([f"hangs for {HANGS_AFTER} s", *(_waits_at(task) for task in tasks)]))
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(HANGS_AFTER)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -113,7 +113,7 @@ async def test_a_relay_that_was_restarted_is_used_again(monkeypatch: pytest.Monk
     monkeypatch.setattr(reach_keeper, "RENEW_SECONDS", 0.05)  # it would take a minute
     identity = Identity.temporary()
     config = DaemonConfig(listen=("/ip4/127.0.0.1/tcp/0",), serve_relay=True)
-    relay = await Daemon.start(identity, config)
+    relay = await relay_daemon.start_daemon(identity, config)
     try:
         (address,) = await relay.addresses()
         named = f"{address}/p2p/{identity.peer}"
@@ -124,7 +124,7 @@ async def test_a_relay_that_was_restarted_is_used_again(monkeypatch: pytest.Monk
             await relay.stop()
             lost = await node.transport.reach_other_than(reached)
             assert lost.kind is Reachability.UNREACHABLE
-            relay = await Daemon.start(identity, DaemonConfig(listen=(address,), serve_relay=True))
+            relay = await relay_daemon.start_daemon(identity, DaemonConfig(listen=(address,), serve_relay=True))
             again = await node.transport.reach_other_than(lost)
             assert again.relayed == reached.relayed
             (trial,) = await node.try_relays()

@@ -23,13 +23,22 @@ from .asked import PROMPT
 @pytest.mark.parametrize("lies", [True, False])
 def test_usage_counts_the_tokens_that_may_be_wrong(tokenizer: Any, tmp_path: Path, lies: bool):
     config = replace(QUICK, audits="high", evidence_folder=tmp_path)
-    with swarm_of(STORIES, "0:12", "0:6", "6:12", "0:6", "6:12") as swarm:
+    # Each of the first two audits the other, and no third can say which of them is right.
+    with swarm_of(STORIES, "0:6", "0:6", "6:12") as swarm:
         if lies:
-            Liars(swarm.network).add("s0", shifted)  # a route over one server is the fastest
+            Liars(swarm.network).add("s0", shifted)
         served = ServedModel("stories", swarm.model(config=config), tokenizer)
         with served_at(application(Gateway([served], Admission()))) as url:
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-            answer = client.completions.create(model="stories", prompt=PROMPT, max_tokens=120, temperature=0)
-    assert answer.usage is not None
-    details = answer.usage.completion_tokens_details
-    assert (details is not None and details.model_dump()["doubtful_tokens"] > 0) == lies
+            assert (doubtful_tokens(client) > 0) == lies
+
+
+def doubtful_tokens(client: openai.OpenAI) -> int:
+    """How many tokens of an answer may be wrong. On a busy machine, an audit may end after the answer: ask again."""
+    for _ in range(4):
+        answer = client.completions.create(model="stories", prompt=PROMPT, max_tokens=60, temperature=0)
+        assert answer.usage is not None
+        details = answer.usage.completion_tokens_details
+        if details is not None and (found := details.model_dump()["doubtful_tokens"]):
+            return int(found)
+    return 0
