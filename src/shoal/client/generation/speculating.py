@@ -53,9 +53,10 @@ class Speculation:
         return Guesses(tuple(self._drafter.guesses(count)), source) if count else NO_GUESSES
 
     def _count(self, source: Source, most: int) -> int:
-        if not self._times.is_known or not self._balance.allows_guesses(self._times.of(1)):
+        if not self._times.is_known:
             return 0
-        return num_guesses(self._times, self._acceptance(source).rate, most=most)
+        most_seconds = self._balance.may_lose(self._times.of(1))
+        return num_guesses(self._times, self._acceptance(source).rate, most=most, most_seconds=most_seconds)
 
     def judged(self, guesses: Guesses, tokens: Sequence[int]) -> None:
         """A step with these guesses gave these tokens."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-FORGETTING = 0.95
+FORGETTING = 0.97
 """What a measurement counts after the next one."""
 EACH_PRIOR = 0.05
 """What one more token is expected to cost before it was measured, as a part of a step of one token."""
-PRIOR_WEIGHT = 16.0
-"""How much that counts: as much as one measured step of five tokens."""
-LARGEST_SURPRISE = 3.0
+PRIOR_WEIGHT = 2.0
+"""How much that counts: as much as two measured steps of two tokens."""
+LARGEST_SURPRISE = 2.0
 """How many times the expected time counts at most: a server that is replaced says nothing about the next step."""
 
 

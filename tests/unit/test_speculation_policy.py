@@ -1,0 +1,174 @@
+"""How many tokens are guessed: what it is worth, what it costs, and that it never loses much, whatever the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.client.generation.drafting.ngram_drafter import NgramDrafter
+from shoal.client.generation.speculating import Speculation
+from shoal.policy.speculation.acceptance import Acceptance, expected_tokens
+from shoal.policy.speculation.guess_count import FIRST_LOSS, LOSS, Balance, num_guesses
+from shoal.policy.speculation.step_times import StepTimes
+
+NUM_WORDS = 2000
+FAR = 0.3, 0.001
+"""Seconds of a step of one token, and of each token more: servers far apart."""
+NEAR = 0.04, 0.01
+"""The same on one machine."""
+
+
+def times(one: float, each: float) -> StepTimes:
+    known = StepTimes()
+    for index in range(60):
+        known = known.after(1 + index % 9, one + each * (index % 9))
+    return known
+
+
+def played(prompt: Sequence[int], text: Sequence[int], *, one: float, each: float, seed: int = 0) -> float:
+    """How many times as fast a text comes with guesses as without, if steps take these seconds, more or less."""
+    chance = Random(seed)
+    speculation = Speculation(NgramDrafter(prompt))
+    seconds, position = 0.0, 0
+    while position < len(text):
+        guesses = speculation.guesses(most=min(64, len(text) - position - 1))
+        tokens = [text[position]]
+        for guess, token in zip(guesses.tokens, text[position + 1 :], strict=False):
+            if guess != tokens[-1]:
+                break
+            tokens.append(token)
+        took = (one + each * len(guesses.tokens)) * (1 + 0.05 * chance.gauss(0, 1))
+        speculation.judged(guesses, tokens)
+        speculation.timed(guesses, len(tokens), took)
+        seconds, position = seconds + took, position + len(tokens)
+    return one * len(text) / seconds
+
+
+def words(count: int, seed: int) -> list[int]:
+    chance = Random(seed)
+    return [chance.randrange(NUM_WORDS) for _ in range(count)]
+
+
+def changed(text: Sequence[int], every: int) -> list[int]:
+    return [NUM_WORDS + index if index % every == every - 1 else token for index, token in enumerate(text)]
+
+
+@pytest.mark.parametrize(("speed", "verbatim", "rewritten"), [(FAR, 20.0, 6.0), (NEAR, 3.0, 2.0)])
+def test_a_text_that_is_repeated_or_rewritten_comes_faster(
+    speed: tuple[float, float], verbatim: float, rewritten: float
+):
+    one, each = speed
+    text = words(600, 1)
+    assert played(text, text, one=one, each=each) > verbatim
+    assert played(text, changed(text, 10), one=one, each=each) > rewritten
+
+
+@pytest.mark.parametrize("speed", [FAR, NEAR])
+@given(seed=st.integers(0, 2**16), num_words=st.sampled_from([2, 20, 200, NUM_WORDS]))
+def test_a_text_of_chance_loses_next_to_nothing(speed: tuple[float, float], seed: int, num_words: int):
+    chance = Random(seed)
+    text = [chance.randrange(num_words) for _ in range(500)]
+    one, each = speed
+    assert played(text[:100], text[100:], one=one, each=each, seed=seed) > 0.97
+
+
+@pytest.mark.parametrize("speed", [FAR, NEAR])
+def test_a_text_whose_guesses_are_all_wrong_loses_next_to_nothing(speed: tuple[float, float]):
+    """Each triple of words stood before, and each time something else follows."""
+    one, each = speed
+    text = [token for index in range(150) for token in (1, 2, 3, 10 + index)]
+    assert played(text[:40], text[40:], one=one, each=each) > 0.97
+
+
+@given(rate=st.floats(0, 1), one=st.floats(1e-3, 10), each=st.floats(0, 1), most=st.integers(0, 64))
+def test_the_number_of_guesses_is_the_best_of_those_that_are_compared(rate: float, one: float, each: float, most: int):
+    known = StepTimes(weight=1.0, seconds=one)
+    best = num_guesses(known, rate, most=most, draft_seconds=each)
+    assert 0 <= best <= most
+
+    def speed(count: int) -> float:
+        return expected_tokens(rate, count) / (known.of(1 + count) + count * each)
+
+    assert all(speed(best) >= speed(count) for count in (0, 1, 2, 4, 8, 16, 32, 64, most) if count <= most)
+
+
+def test_nothing_is_guessed_before_a_step_was_measured():
+    assert num_guesses(StepTimes(), 1.0, most=64) == 0
+
+
+def test_far_away_more_is_guessed_than_near():
+    assert num_guesses(times(*FAR), 0.9, most=64) > num_guesses(times(*NEAR), 0.9, most=64) > 0
+    assert num_guesses(times(*NEAR), 0.05, most=64) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=60), st.floats(0, 1))
+def test_a_rate_is_a_probability_and_follows_what_was_seen(seen: list[tuple[int, int]], prior: float):
+    acceptance = Acceptance(prior)
+    for right, wrong in seen:
+        acceptance = acceptance.after(num_right=right, num_guesses=right + wrong)
+        assert 0 <= acceptance.rate <= 1
+    always = never = Acceptance(prior)
+    for _ in range(40):
+        always, never = (
+            always.after(num_right=4, num_guesses=4),
+            never.after(num_right=0, num_guesses=4),
+        )
+    assert always.rate > 0.9
+    assert never.rate < 0.1
+
+
+def test_the_line_through_the_times_is_found_and_follows_a_change():
+    known = times(0.2, 0.01)
+    assert known.of(1) == pytest.approx(0.2, rel=0.05)
+    assert known.of(33) == pytest.approx(0.2 + 32 * 0.01, rel=0.1)
+    for index in range(150):
+        known = known.after(1 + index % 9, 0.05 + 0.002 * (index % 9))
+    assert known.of(1) == pytest.approx(0.05, rel=0.1)
+
+
+def test_one_step_that_takes_long_hardly_counts():
+    known = times(0.2, 0.01)
+    assert known.after(1, 60.0).of(1) < 1.2 * known.of(1)
+
+
+def test_guesses_cost_no_more_than_was_won_and_a_part_of_all_time():
+    balance, lost = Balance(), 0.0
+    for _ in range(500):
+        most = balance.may_lose(1.0)
+        count = num_guesses(times(1.0, 0.1), 0.9, most=64, most_seconds=most)
+        lost += 0.1 * count
+        balance = balance.after(1 + 0.1 * count, plain_seconds=1.0)  # all of them were wrong
+    assert 0 < lost < FIRST_LOSS + LOSS * balance.elapsed
+    won = balance.after(1.0, plain_seconds=5.0)
+    assert won.may_lose(1.0) > balance.may_lose(1.0) + 3
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 70))
+def test_guesses_are_what_followed_before(tokens: list[int], count: int):
+    drafter = NgramDrafter(tokens)
+    guesses = drafter.guesses(count)
+    if drafter.source() is None:
+        assert guesses == []
+        assert not tokens or tokens[-1] not in tokens[:-1]
+        return
+    assert len(guesses) == count
+    text = tokens + guesses
+    assert any(text[place : place + count] == guesses for place in range(len(tokens)))
+
+
+def test_guessing_goes_on_behind_a_word_that_was_changed():
+    text = words(40, 2)
+    drafter = NgramDrafter(text)
+    drafter.append([*text[:10], NUM_WORDS])
+    assert drafter.guesses(20) == text[11:31]
+    drafter.append([NUM_WORDS + 1])
+    assert drafter.source() is None
+
+
+def test_a_text_that_goes_round_is_guessed_beyond_its_end():
+    drafter = NgramDrafter([7, 8, 9, 7, 8, 9])
+    assert drafter.guesses(8) == [7, 8, 9, 7, 8, 9, 7, 8]
