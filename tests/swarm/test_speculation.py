@@ -156,6 +156,30 @@ def test_a_text_that_repeats_itself_is_guessed_from_itself(swarm: MakeSwarm, who
         assert [each.id for each in tokens] == expected(whole, prompt, seed, options)
 
 
+def test_generate_with_a_draft_has_the_sequences_of_transformers(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    ids = torch.tensor([[0, 0, 5, 17, 42, 5, 17], [8, 61, 7, 8, 61, 7, 8], [0, 0, 0, 0, 0, 0, 31]])
+    mask = (ids != 0).long()
+    for options in ({}, {"eos_token_id": [3, 11, 60]}, {"repetition_penalty": 1.3}):
+        how = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, **options}
+        found = model.generate(ids, draft="auto", num_guesses=4, **how)
+        assert found.tolist() == whole.generate(ids, **how).tolist()
+
+
+def test_generate_with_a_draft_continues_a_session_and_follows_the_seed(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    with model.inference_session(max_length=64):
+        first = model.generate(PROMPTS[0], draft="auto", max_new_tokens=6)
+        second = model.generate(None, draft="auto", max_new_tokens=4)
+    assert first[0].tolist() + second[0].tolist() == [*PROMPTS[0][0].tolist(), *wanted[:10]]
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        sampled.append(model.generate(PROMPTS[0], draft="auto", do_sample=True, max_new_tokens=16).tolist())
+    assert sampled[0] == sampled[1]
+
+
 def test_a_draft_that_does_not_exist_is_refused(swarm: MakeSwarm):
     model = swarm("0:4").model()
     with pytest.raises(UserError, match="'tree' is not a way to guess tokens"):

@@ -91,7 +91,7 @@ def converse(
             rewind(session, ids)
             with note.during():
                 of_answer = None if seed is None else seed + len(transcript.messages)
-                _, cut = say(llm, ids, printer, session=session, seed=of_answer, **chosen)
+                _, cut, _ = say(llm, ids, printer, session=session, seed=of_answer, **chosen)
         except KeyboardInterrupt:
             transcript.add_answer(printer.text)
             print_now(" …")

@@ -70,12 +70,14 @@ def command(
             started = time.perf_counter()
             with progress as reporter, note.during(reporter, task=GENERATING):
                 if num_beams == 1:
-                    new, cut = say(llm, inputs.input_ids, printer, session=session, seed=seed, **options_of_all)
+                    new, cut, num_right = say(
+                        llm, inputs.input_ids, printer, session=session, seed=seed, **options_of_all
+                    )
                 else:
                     seed_everything(seed)
                     found = llm.generate(**inputs, **options_of_all, session=session)
                     new = found[0, num_prompt:].tolist()
-                    cut = is_cut(llm, new, max_new_tokens=max_new_tokens)
+                    cut, num_right = is_cut(llm, new, max_new_tokens=max_new_tokens), 0
             seconds = time.perf_counter() - started
             servers = [
                 {"peer": hop.server.peer, "name": hop.server.name, "blocks": str(hop.span)} for hop in session.hops
@@ -102,11 +104,15 @@ def command(
     if doubts:
         print_warning(doubts, "generate it again: the server is not used any more")
     rate = tokens_per_second(len(new) / seconds)
-    stderr.print(Text(f"{len(new)} tokens in {seconds:.1f} s, {rate}, through {route}", style="dim"))
+    guessed = f", {num_right} of them guessed ahead" if num_right else ""
+    stderr.print(Text(f"{len(new)} tokens in {seconds:.1f} s, {rate}, through {route}{guessed}", style="dim"))
 
 
-def say(llm: Any, ids: Any, printer: Any, **options: Any) -> tuple[list[int], bool]:
-    """Generate after `ids` [1, S], and show the tokens as they come. Returns them, and whether the text was cut."""
+def say(llm: Any, ids: Any, printer: Any, **options: Any) -> tuple[list[int], bool, int]:
+    """Generate after `ids` [1, S], and show the tokens as they come.
+
+    Returns them, whether the text was cut, and how many of them were guessed ahead.
+    """
     import torch
 
     new: list[int] = []
@@ -121,7 +127,7 @@ def say(llm: Any, ids: Any, printer: Any, **options: Any) -> tuple[list[int], bo
                 printer.put(torch.tensor([token.id]))
     if printer is not None:
         printer.end()
-    return new, cut
+    return new, cut, stream.num_right
 
 
 @contextlib.contextmanager

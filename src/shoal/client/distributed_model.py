@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,6 +19,7 @@ from shoal.client.generation.drafting.drafter import Drafter
 from shoal.client.generation.generation_engine import GenerationEngine
 from shoal.client.generation.preparing import prepared
 from shoal.client.generation.token_stream import TokenStream
+from shoal.client.generation.whole_texts import whole_texts
 from shoal.client.head.logits import RemoteHead
 from shoal.client.inference_session import InferenceSession, closing_new_sessions, note_opened
 from shoal.client.saving import SavesTrained
@@ -97,9 +99,15 @@ class DistributedModel(SavesTrained):
         `use_cache=False`. In a session, `inputs` [B, T] are only the new tokens, or all tokens so far and the new ones,
         or `None` to continue without new ones. The returned sequences begin with what was passed.
 
+        With a `draft`, steps carry guesses of the next tokens (`docs/speculation.md`), as those of `stream` do. Then
+        each text is decoded by itself, greedily or by sampling, and the result is a tensor.
+
         Raises `UserError` for inputs that do not fit the session, `MissingBlocks` when no server can take the place of
         a lost one, and `SwarmError` if the swarm cannot be asked.
         """
+        if kwargs.get("draft") is not None:
+            return self._generate_with_guesses(inputs, *args, session=session, **kwargs)
+        kwargs.pop("draft", None)
         generate = super().generate  # type: ignore[misc]
         if self._remote_head is not None:
             self._remote_head.check_options(kwargs)
@@ -128,6 +136,17 @@ class DistributedModel(SavesTrained):
         for each in handed_out:
             note_opened(each)  # the caller owns it now, such as the `generate()` that this model assists
         return result
+
+    def _generate_with_guesses(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            raise UserError("with a draft, generate() takes its options by name")
+        ids_BS: torch.Tensor | None = kwargs.pop("input_ids", None) if inputs is None else inputs
+        config = kwargs.get("generation_config") or self.generation_config
+        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        if pad is None:
+            ends = kwargs.get("eos_token_id", config.eos_token_id)
+            pad = ends[0] if isinstance(ends, Sequence) else ends
+        return whole_texts(self.stream, ids_BS, pad_token_id=0 if pad is None else int(pad), options=kwargs)
 
     def stream(
         self,

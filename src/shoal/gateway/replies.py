@@ -49,18 +49,37 @@ class Usage:
 
     doubtful_tokens: int = 0
     """Those of the answer that a server may have spoilt, which was found lying while it grew."""
+    guessed_tokens: int = 0
+    right_tokens: int = 0
+    """Those that were guessed ahead, and those of them that the answer has."""
+
+    @classmethod
+    def of_all(cls, usages: Sequence[Usage], *, prompt_tokens: int, cached_tokens: int) -> Usage:
+        """That of several answers to prompts of so many tokens."""
+        return cls(
+            prompt_tokens,
+            sum(each.completion_tokens for each in usages),
+            cached_tokens,
+            sum(each.doubtful_tokens for each in usages),
+            sum(each.guessed_tokens for each in usages),
+            sum(each.right_tokens for each in usages),
+        )
 
     def described(self) -> dict[str, Any]:
-        """As OpenAI's object, with the doubtful tokens if there are any."""
+        """As OpenAI's object, with what there is to say of the answer's tokens."""
         found: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        details = {}
         if self.doubtful_tokens:
-            found["completion_tokens_details"] = {"doubtful_tokens": self.doubtful_tokens}
-        return found
+            details["doubtful_tokens"] = self.doubtful_tokens
+        if self.guessed_tokens:
+            details["accepted_prediction_tokens"] = self.right_tokens
+            details["rejected_prediction_tokens"] = self.guessed_tokens - self.right_tokens
+        return {**found, "completion_tokens_details": details} if details else found
 
 
 @dataclass
@@ -114,6 +133,7 @@ async def pieces(inputs: GenerationInputs, usage: Usage) -> AsyncGenerator[Piece
             usage.completion_tokens += 1
             usage.cached_tokens = stream.num_cached
             usage.doubtful_tokens = min(usage.completion_tokens, sum(each.end - each.start for each in stream.doubtful))
+            usage.guessed_tokens, usage.right_tokens = stream.num_guessed, stream.num_right
             ends = token.finish_reason == "stop"  # with a token that is not text
             piece = stops.after("" if ends else decoder.text_after(token.id), token)
             if piece.text or piece.tokens or piece.finish_reason:

@@ -5,7 +5,7 @@
         ┌──────────────────── its session takes a step (servers compute it with those of others)
         ▼
     outputs are here: with those of all others that are, one call of norm and head, a token for each, one call of the
-    embeddings, and the next steps, which may carry guesses (`shoal.client.generation.speculating`)
+    embeddings, and the next steps, which may carry guesses (`shoal.client.generation.speculation`)
 
 Tensors are touched on one thread of the engine, and the event loop stays free for the streams to the servers. What one
 generation does wrong, or whose servers are lost, is its own affair: the others do not wait.
@@ -108,7 +108,8 @@ class GenerationEngine:
         """Begin to generate. Raises `UserError` when the model is closed."""
         mailbox = Mailbox()
         self._runtime.run(self._begin(generation, mailbox))
-        return TokenStream(mailbox, self._runtime, generation.session, partial(self._cancel, mailbox))
+        cancel = partial(self._cancel, mailbox)
+        return TokenStream(mailbox, self._runtime, generation.session, cancel, generation.speculation)
 
     async def _begin(self, generation: Generation, mailbox: Mailbox) -> None:
         running = self._running[mailbox] = _Running(generation, mailbox)
@@ -193,8 +194,8 @@ class GenerationEngine:
             self._end(running, found.error)
             return
         now = asyncio.get_running_loop().time()
-        if generation.speculating is not None and running.sent_at is not None:
-            generation.speculating.timed(running.guesses, len(found.tokens), now - running.sent_at)
+        if generation.speculation is not None and running.sent_at is not None:
+            generation.speculation.timed(running.guesses, len(found.tokens), now - running.sent_at)
         running.sent_at = now if found.tokens else None  # how long a prompt takes says nothing of later steps
         running.guesses, running.answer = found.guesses, None
         running.step = asyncio.create_task(self._step(running, found.sends, found.logits_request))
@@ -248,7 +249,7 @@ def _chosen(logits: Mapping[_Running, Tensor]) -> dict[_Running, _Next]:
         going_on, index = right, index + 1
     for running, its in tokens.items():
         running.generation.forget_guesses()
-        if (speculation := running.generation.speculating) is not None:
+        if (speculation := running.generation.speculation) is not None:
             speculation.judged(running.guesses, [token.id for token in its])
     return {each: _Next(tuple(its), failed.get(each)) for each, its in tokens.items()}
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from shoal.client.generation.generation import Token
+from shoal.client.generation.speculating import Speculation
 from shoal.client.inference_session import InferenceSession
 from shoal.client.runtime import Runtime
 from shoal.events import TextDoubtful
@@ -56,9 +57,11 @@ class TokenStream:
         runtime: Runtime,
         session: InferenceSession,
         cancel: Callable[[], Coroutine[Any, Any, None]],
+        speculation: Speculation | None = None,
     ) -> None:
         self._mailbox = mailbox
         self._session = session
+        self._speculation = speculation
         self._runtime = runtime
         self._cancel = cancel
         self._closing = weakref.finalize(self, lambda: runtime.start(cancel()))
@@ -74,6 +77,16 @@ class TokenStream:
     def doubtful(self) -> tuple[TextDoubtful, ...]:
         """The tokens of its session that a server may have spoilt, as far as audits have found out (docs/trust.md)."""
         return self._session.doubtful
+
+    @property
+    def num_guessed(self) -> int:
+        """How many tokens were guessed ahead until now (docs/speculation.md)."""
+        return 0 if self._speculation is None else self._speculation.num_guessed
+
+    @property
+    def num_right(self) -> int:
+        """How many of these guesses were right: each saved a step."""
+        return 0 if self._speculation is None else self._speculation.num_right
 
     def close(self) -> None:
         """Stop, and let the servers forget the session. A session of the caller's can then be used again.

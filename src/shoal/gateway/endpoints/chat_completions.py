@@ -93,12 +93,8 @@ class ChatAnswer(OpenAIAnswer):
         return {"usage": self._usage() if self._request.includes_usage_so_far else None}
 
     def _usage(self) -> dict[str, Any]:
-        total = Usage(
-            self.usages[0].prompt_tokens,
-            sum(each.completion_tokens for each in self.usages),
-            min(each.cached_tokens for each in self.usages),
-            sum(each.doubtful_tokens for each in self.usages),
-        )
+        cached = min(each.cached_tokens for each in self.usages)
+        total = Usage.of_all(self.usages, prompt_tokens=self.usages[0].prompt_tokens, cached_tokens=cached)
         return total.described()
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:

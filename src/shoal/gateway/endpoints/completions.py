@@ -103,11 +103,10 @@ class CompletionAnswer(OpenAIAnswer):
 
     def _usage(self) -> dict[str, Any]:
         each_prompt = self.usages[:: self._request.n or 1]
-        total = Usage(
-            sum(each.prompt_tokens for each in each_prompt),
-            sum(each.completion_tokens for each in self.usages),
-            sum(each.cached_tokens for each in each_prompt),
-            sum(each.doubtful_tokens for each in self.usages),
+        total = Usage.of_all(
+            self.usages,
+            prompt_tokens=sum(each.prompt_tokens for each in each_prompt),
+            cached_tokens=sum(each.cached_tokens for each in each_prompt),
         )
         return total.described()
 
