@@ -41,6 +41,12 @@ def test_a_line_with_a_slash_is_a_command_and_two_slashes_send_one(line, command
     assert parse_line(line) == (command, text)
 
 
+class FakeStream(list[Token]):
+    """The tokens of an answer, none of them guessed."""
+
+    num_right = 0
+
+
 class FakeModel:
     """Gives the same answer to every prompt, and records the prompts."""
 
@@ -51,11 +57,11 @@ class FakeModel:
         self.prompts: list[torch.Tensor] = []
 
     @contextlib.contextmanager
-    def stream(self, ids: torch.Tensor, **_: Any) -> Iterator[list[Token]]:
+    def stream(self, ids: torch.Tensor, **_: Any) -> Iterator[FakeStream]:
         self.prompts.append(ids)
         *before, last = self.answer
         reason = "stop" if last == self.generation_config.eos_token_id else "length"
-        yield [*map(Token, before), Token(last, finish_reason=reason)]
+        yield FakeStream([*map(Token, before), Token(last, finish_reason=reason)])
 
 
 class Session:

@@ -39,6 +39,6 @@ def doubtful_tokens(client: openai.OpenAI) -> int:
         answer = client.completions.create(model="stories", prompt=PROMPT, max_tokens=60, temperature=0)
         assert answer.usage is not None
         details = answer.usage.completion_tokens_details
-        if details is not None and (found := details.model_dump()["doubtful_tokens"]):
+        if details is not None and (found := details.model_dump().get("doubtful_tokens")):
             return int(found)
     return 0
