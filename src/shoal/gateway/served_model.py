@@ -105,6 +105,11 @@ class ServedModel:
         """The tokens of a text, [1, S]."""
         return self._checked(self.tokenizer(text, return_tensors="pt")["input_ids"].long())
 
+    def ids_of_prediction(self, text: str) -> list[int]:
+        """The tokens of a text that an answer may repeat, as far as the context reaches."""
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found[: self.context]
+
     def ids_of_prompt(self, prompt: str | list[int]) -> torch.Tensor:
         """The tokens of a prompt that is a text or tokens already, [1, S]."""
         if isinstance(prompt, str):

@@ -46,6 +46,24 @@ def test_a_chat_is_what_the_whole_model_says_to_its_template(client: openai.Open
     assert done.choices[0].message.role == "assistant"
 
 
+def test_a_predicted_output_is_guessed_and_changes_no_token(client: openai.OpenAI, expected: Expected):
+    text = expected("Once upon a time ", 60)
+    for content in (text, [{"type": "text", "text": text}], "Something else altogether"):
+        done = client.chat.completions.create(
+            model="stories",
+            messages=MESSAGES,
+            max_tokens=60,
+            temperature=0,
+            prediction={"type": "content", "content": content},  # type: ignore[typeddict-item]
+        )
+        assert done.choices[0].message.content == text
+        if content == text:
+            assert done.usage is not None
+            assert done.usage.completion_tokens == 60
+            assert done.usage.completion_tokens_details is not None
+            assert (done.usage.completion_tokens_details.accepted_prediction_tokens or 0) > 0
+
+
 def test_a_stream_has_the_same_text_and_ends_with_the_usage(client: openai.OpenAI, expected: Expected):
     chunks = list(
         client.chat.completions.create(

@@ -45,6 +45,18 @@ class Message(BaseBody):
         return self.content or ""
 
 
+class Prediction(BaseBody):
+    """A text that much of the answer may repeat: OpenAI's predicted output."""
+
+    type: Literal["content"]
+    content: Text | Annotated[list[TextPart], Field(max_length=1024)]
+
+    @property
+    def text(self) -> str:
+        """The whole content."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class Function(BaseBody):
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
     description: Text | None = None
@@ -81,6 +93,7 @@ class ChatRequest(SamplingBody):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    prediction: Prediction | None = None
     chat_template_kwargs: Annotated[dict[str, bool | int | float | str], Field(max_length=32)] | None = None
 
     @property

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+from shoal.client.generation.drafting.ngram_drafter import NgramDrafter
 from shoal.client.generation.generation import Token
 from shoal.gateway.bodies import ChatRequest
 from shoal.gateway.endpoints.forced_calls import ForcedCalls
@@ -34,13 +35,15 @@ class ChatAnswer(OpenAIAnswer):
         schema = None if forced is None else forced.schema
         most = served.most_new_tokens(num_prompt, request.most_tokens, param="max_tokens")
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        predicted = [] if request.prediction is None else served.ids_of_prediction(request.prediction.text)
         self.inputs = [
             GenerationInputs(
                 served,
                 ids_1S,
                 salt,
                 stream_options(request, served, num_prompt_tokens=num_prompt, index=index, calls=schema)
-                | {"max_new_tokens": most, "num_logprobs": num_logprobs},
+                | {"max_new_tokens": most, "num_logprobs": num_logprobs}
+                | ({"draft": NgramDrafter(predicted)} if predicted else {}),
                 request.stop_texts,
                 with_special=turn.is_marked,
             )
