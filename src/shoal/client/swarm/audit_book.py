@@ -23,6 +23,7 @@ from shoal.policy.audits.audit_budget import (
     audits_pass,
     next_audit,
 )
+from shoal.policy.audits.receipt_verdict import ReceiptVerdict
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ class AuditBook:
 
     def __init__(self, rate: float, *, rng: random.Random, folder: Path) -> None:
         self.audit_one = asyncio.Lock()
+        self.receipts = Counter[ReceiptVerdict]()
+        """How many receipts have shown what, those of all servers."""
         self._budget = AuditBudget(rate)
         self._folder = folder
         self._rng = rng

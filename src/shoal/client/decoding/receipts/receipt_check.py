@@ -71,6 +71,7 @@ class ReceiptCheck:
     def _act_on(self, finding: ReceiptFinding, stage: Stage, session: str) -> None:
         assert stage.connection is not None
         verdict, receipt = finding.verdict, finding.receipt
+        self._swarm.audits.receipts[verdict] += 1
         if verdict.is_fault:
             error = stage.connection.wrong(f"with a receipt that is wrong: {verdict.value}")
             stage.connection.fail(error)
