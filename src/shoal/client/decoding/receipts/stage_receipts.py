@@ -51,9 +51,15 @@ class StageReceipts:
         self._sent = TokenLog()  # with what the servers before it answered of what they pushed to it
         self._got = TokenLog()
         self._fresh: list[Passage] = []  # answers that the next server may have been pushed
-        self._signed_to = 0
+        self.signed_to = 0
+        """The position up to which its signatures have been compared."""
         self._num_unsigned = 0  # steps since the last receipt
         self._waiting: deque[Receipt] = deque(maxlen=MAX_WAITING)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many receipts cannot be compared yet."""
+        return len(self._waiting)
 
     # -- what the stage does ------------------------------------------------------------------------------------------
 
@@ -90,7 +96,7 @@ class StageReceipts:
         """The server has computed, and was asked for, no more tokens than this."""
         self._got.crop(num_computed)
         self._sent.crop(num_requested)
-        self._signed_to = min(self._signed_to, num_computed)
+        self.signed_to = min(self.signed_to, num_computed)
 
     def add(self, receipt: Receipt) -> bool:
         """A receipt has come. Returns whether it was asked for."""
@@ -117,7 +123,7 @@ class StageReceipts:
         waiting, self._waiting = list(self._waiting), deque(maxlen=MAX_WAITING)
         for receipt in waiting:
             got = self._got.between(receipt.first, receipt.end)
-            if got is None and receipt.first >= self._signed_to:
+            if got is None and receipt.first >= self.signed_to:
                 self._waiting.append(receipt)
             elif got is None or any(each.epoch > receipt.epoch for each in got):
                 log.debug("a receipt is about tokens that the session has taken back")
@@ -136,7 +142,7 @@ class StageReceipts:
         if finding.verdict not in (ReceiptVerdict.AGREES, ReceiptVerdict.MISLED):
             self._give_up()  # one is enough
         self._num_unsigned = 0
-        self._signed_to = receipt.end
+        self.signed_to = receipt.end
         self._got.forget_before(receipt.end)
         self._sent.forget_before(receipt.end)
 
