@@ -31,9 +31,14 @@ class ReceiptRange:
         return self.first + len(self.inputs) // self.size
 
     @property
+    def num_tokens(self) -> int:
+        """How many tokens of each sequence it has."""
+        return self.end - self.first
+
+    @property
     def is_due(self) -> bool:
         """Whether it is long enough to be signed."""
-        return self.end - self.first >= RECEIPT_TOKENS
+        return self.num_tokens >= RECEIPT_TOKENS
 
     def going_on_at(self, position: int, epoch: int) -> ReceiptRange:
         """What is left of it when the next step is at this position: the session may have gone back."""

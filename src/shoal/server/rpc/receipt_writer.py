@@ -14,12 +14,14 @@ from shoal.net.signing.receipt_signatures import signed_receipt
 from shoal.net.signing.token_digests import joint_digest, token_digests
 from shoal.net.transport import Transport
 from shoal.net.wire.encodings import as_received
-from shoal.policy.audits.receipt_range import ReceiptRange, with_step
+from shoal.policy.audits.receipt_range import RECEIPT_TOKENS, ReceiptRange, with_step
 from shoal.protocol import Receipt, Step
 from shoal.server.executor import alone
 
-DIGEST_ASIDE_BYTES = 64 * 1024
-"""Steps with more inputs than this are digested on another thread: the event loop should not wait for that."""
+HELD_BYTES = 64 * 1024
+"""Small steps are digested together, once a receipt is due or their tensors are larger than this."""
+ASIDE_BYTES = 128 * 1024
+"""More than this is digested on another thread: the event loop should not wait for that."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ class _ComputedStep:
     step: Step
     inputs_BTD: torch.Tensor
     outputs_BTD: torch.Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.inputs_BTD.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.inputs_BTD.nbytes + (0 if self.outputs_BTD is None else self.outputs_BTD.nbytes)
 
     def digests(self) -> tuple[bytes, bytes]:
         """Those of the inputs, and of the outputs if any are sent."""
@@ -73,23 +83,25 @@ class ReceiptWriter:
     async def run(self) -> None:
         """Sign what is computed, until this is cancelled."""
         while True:
-            computed = await self._steps.get()
-            if computed.inputs_BTD.nbytes > DIGEST_ASIDE_BYTES:
-                inputs, outputs = await asyncio.to_thread(alone, computed.digests)
+            held = [await self._steps.get()]
+            num_tokens, num_bytes = self._unsigned.num_tokens + held[0].num_tokens, held[0].num_bytes
+            while num_tokens < RECEIPT_TOKENS and num_bytes < HELD_BYTES:
+                held.append(await self._steps.get())
+                num_tokens, num_bytes = num_tokens + held[-1].num_tokens, num_bytes + held[-1].num_bytes
+            if num_bytes > ASIDE_BYTES:
+                digests = await asyncio.to_thread(alone, lambda held=held: [each.digests() for each in held])
             else:
-                inputs, outputs = computed.digests()
-            step = computed.step
-            due, self._unsigned = with_step(
-                self._unsigned,
-                inputs,
-                outputs,
-                at=(step.epoch, step.position),
-                skip=step.skip,
-                pushed=step.hops_left > 0,
-            )
-            for each in due:
-                self._send(self._signed(each))
+                digests = [each.digests() for each in held]
+            for computed, (inputs, outputs) in zip(held, digests, strict=True):
+                self._append(computed.step, inputs, outputs)
             self._changed()
+
+    def _append(self, step: Step, inputs: bytes, outputs: bytes) -> None:
+        due, self._unsigned = with_step(
+            self._unsigned, inputs, outputs, at=(step.epoch, step.position), skip=step.skip, pushed=step.hops_left > 0
+        )
+        for each in due:
+            self._send(self._signed(each))
 
     def _signed(self, tokens: ReceiptRange) -> Receipt:
         assert self._session is not None

@@ -63,7 +63,7 @@ class ReceiptCheck:
             stages[-1].receipts.take_answers()
         for stage in stages:
             session = stage.receipts.session
-            if session is not None and stage.connection is not None:
+            if session is not None and stage.connection is not None and stage.receipts.num_waiting:
                 check = partial(is_signed, self._transport, session=session, server=stage.peer)
                 for finding in stage.receipts.findings(check):
                     self._act_on(finding, stage, session)

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING = 8
 """Receipts that cannot be compared yet. Of more, the oldest are dropped, as if they had not come."""
+MAX_NOTED = 64
+"""Steps that are noted. Of more, all but the last few are digested, so that their tensors do not stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class ReceiptFinding:
 class StageReceipts:
     """What a client keeps of its talk with a server until that has signed it. `session` is the name for signatures.
 
-    Nothing is kept without a name, nor of a server that turns out to sign nothing: it `signs` no more then.
+    Nothing is kept without a name, nor of a server that turns out to sign nothing: it `signs` no more then. While a token
+    is on its way, what happens is only noted. It is put in order, and digested, when a receipt has come.
     """
 
     def __init__(self, session: str | None = None) -> None:
@@ -50,6 +53,8 @@ class StageReceipts:
         self.signs = session is not None
         self._sent = TokenLog()  # with what the servers before it answered of what they pushed to it
         self._got = TokenLog()
+        self._noted: list[tuple[TokenLog, Passage]] = []  # not in the logs yet
+        self._num_sent = self._num_got = 0  # how far the logs go, with what is noted
         self._fresh: list[Passage] = []  # answers that the next server may have been pushed
         self.signed_to = 0
         """The position up to which its signatures have been compared."""
@@ -67,36 +72,57 @@ class StageReceipts:
         """The client has sent a step with these inputs itself."""
         if self.signs:
             digests = LazyDigests(step.position, as_received(hidden_BTD, encoding), encoding)
-            digests.between(step.position, step.end)  # at once: a history may change the tensor
-            self._sent.put(Passage(step.epoch, step.position, step.end, digests))
+            self._note_sent(Passage(step.epoch, step.position, step.end, digests))
 
     def answered(self, step: PendingStep, hidden_BTD: torch.Tensor | None, encoding: Encoding) -> None:
         """The server has answered a step, with these outputs unless they are logits, or all are skipped."""
         if self.session is None:
             return
         first = step.end if hidden_BTD is None else step.position + step.skip
-        found = [Passage(step.epoch, step.position, first)] if step.position < first else []
+        if step.position < first:
+            self._note_got(Passage(step.epoch, step.position, first))
         if hidden_BTD is not None:
-            found.append(Passage(step.epoch, first, step.end, LazyDigests(first, hidden_BTD, encoding)))
-            self._fresh.append(found[-1])
+            found = Passage(step.epoch, first, step.end, LazyDigests(first, hidden_BTD, encoding))
+            self._fresh.append(found)
+            self._note_got(found)
+        self._num_unsigned += 1
+        if self._num_unsigned > UNSIGNED_STEPS:
+            self._give_up()
+
+    def _note_sent(self, passage: Passage) -> None:
+        self._note(self._sent, passage)
+        self._num_sent = passage.end
+
+    def _note_got(self, passage: Passage) -> None:
+        self._note(self._got, passage)
+        self._num_got = passage.end
+
+    def _note(self, log: TokenLog, passage: Passage) -> None:
         if self.signs:
-            for passage in found:
-                self._got.put(passage)
-            self._num_unsigned += 1
-            if self._num_unsigned > UNSIGNED_STEPS:
-                self._give_up()
+            self._noted.append((log, passage))
+            if len(self._noted) >= MAX_NOTED:
+                self._put_noted()
+
+    def _put_noted(self) -> None:
+        noted, self._noted = self._noted, []
+        for log, passage in noted:
+            log.put(passage)
 
     def _give_up(self) -> None:
         """Expect no receipts any more."""
         self.signs = False
         self._sent, self._got = TokenLog(), TokenLog()
+        self._noted.clear()
         self._waiting.clear()
 
     def rewound(self, *, num_computed: int, num_requested: int) -> None:
         """The server has computed, and was asked for, no more tokens than this."""
-        self._got.crop(num_computed)
-        self._sent.crop(num_requested)
-        self.signed_to = min(self.signed_to, num_computed)
+        if num_computed < self._num_got or num_requested < self._num_sent:
+            self._put_noted()
+            self._got.crop(num_computed)
+            self._sent.crop(num_requested)
+            self._num_got, self._num_sent = min(self._num_got, num_computed), min(self._num_sent, num_requested)
+            self.signed_to = min(self.signed_to, num_computed)
 
     def add(self, receipt: Receipt) -> bool:
         """A receipt has come. Returns whether it was asked for."""
@@ -116,10 +142,11 @@ class StageReceipts:
     def pushed(self, answers: Sequence[Passage], *, by: str) -> None:
         """The server before has answered these outputs: if it has pushed them, this server has got the same."""
         for each in answers if self.signs else ():
-            self._sent.put(replace(each, pusher=by))
+            self._note_sent(replace(each, pusher=by))
 
     def findings(self, is_signed: Callable[[Receipt], bool]) -> Iterator[ReceiptFinding]:
         """What the receipts show that can be compared by now. Others wait. `is_signed` checks a signature."""
+        self._put_noted()
         waiting, self._waiting = list(self._waiting), deque(maxlen=MAX_WAITING)
         for receipt in waiting:
             got = self._got.between(receipt.first, receipt.end)

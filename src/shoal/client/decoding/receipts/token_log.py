@@ -12,6 +12,8 @@ import torch
 from shoal.net.signing.token_digests import DIGEST_BYTES, token_digests
 from shoal.tensors import Encoding
 
+DIGEST_NOW_BYTES = 256 * 1024
+"""Larger tensors than this are digested at once, so that they do not stay in memory."""
 MOST_UNDIGESTED = 4
 """Older tensors than the last few are digested without having been asked for, so that they do not stay in memory."""
 
@@ -24,11 +26,16 @@ class LazyDigests:
         self._hidden_BTD: torch.Tensor | None = hidden_BTD
         self._encoding: Encoding = encoding
         self._digests = b""
+        if hidden_BTD.nbytes > DIGEST_NOW_BYTES:
+            self._digest(hidden_BTD)
+
+    def _digest(self, hidden_BTD: torch.Tensor) -> None:
+        self._digests, self._hidden_BTD = token_digests(hidden_BTD, self._encoding), None
 
     def between(self, start: int, end: int) -> bytes:
         """Those of the tokens between two positions."""
         if self._hidden_BTD is not None:
-            self._digests, self._hidden_BTD = token_digests(self._hidden_BTD, self._encoding), None
+            self._digest(self._hidden_BTD)
         return self._digests[(start - self._start) * DIGEST_BYTES : (end - self._start) * DIGEST_BYTES]
 
 
