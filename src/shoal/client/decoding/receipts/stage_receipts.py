@@ -44,8 +44,8 @@ class ReceiptFinding:
 class StageReceipts:
     """What a client keeps of its talk with a server until that has signed it. `session` is the name for signatures.
 
-    Nothing is kept without a name, nor of a server that turns out to sign nothing: it `signs` no more then. While a token
-    is on its way, what happens is only noted. It is put in order, and digested, when a receipt has come.
+    Nothing is kept without a name, nor of a server that turns out to sign nothing: it `signs` no more then. While a
+    token is on its way, what happens is only noted. It is put in order, and digested, when a receipt has come.
     """
 
     def __init__(self, session: str | None = None) -> None:
