@@ -241,6 +241,7 @@ class Stage:
         Raises `PeerError`s.
         """
         assert self.connection is not None
+        connection, receipts = self.connection, self.receipts  # they may be others once it is sent
         logits_request = last.logits_request
         message = Step(
             epoch=step.epoch,
@@ -250,8 +251,8 @@ class Stage:
             logits=None if logits_request is None else last.num_logits,
             top_k=None if logits_request is None else logits_request.top_k,
         )
-        await self.connection.send(message, tensors)
-        self.receipts.sent(step, tensors["hidden"], self.connection.encoding)
+        await connection.send(message, tensors)
+        receipts.sent(step, tensors["hidden"], connection.encoding)
 
     def _advance(self, progress: StageProgress) -> None:
         """Replace the progress, and tell the connection which answers to expect now."""

@@ -15,7 +15,6 @@ import torch
 from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.decoding.receipts.token_log import LazyDigests, Passage, TokenLog, digests_of
 from shoal.net.signing.token_digests import joint_digest
-from shoal.net.wire.encodings import as_received
 from shoal.policy.audits.receipt_verdict import UNSIGNED_STEPS, ReceiptVerdict, receipt_verdict
 from shoal.protocol import Receipt
 from shoal.tensors import Encoding
@@ -71,7 +70,7 @@ class StageReceipts:
     def sent(self, step: PendingStep, hidden_BTD: torch.Tensor, encoding: Encoding) -> None:
         """The client has sent a step with these inputs itself."""
         if self.signs:
-            digests = LazyDigests(step.position, as_received(hidden_BTD, encoding), encoding)
+            digests = LazyDigests(step.position, hidden_BTD, encoding, is_decoded=False)
             self._note_sent(Passage(step.epoch, step.position, step.end, digests))
 
     def answered(self, step: PendingStep, hidden_BTD: torch.Tensor | None, encoding: Encoding) -> None:
@@ -82,7 +81,7 @@ class StageReceipts:
         if step.position < first:
             self._note_got(Passage(step.epoch, step.position, first))
         if hidden_BTD is not None:
-            found = Passage(step.epoch, first, step.end, LazyDigests(first, hidden_BTD, encoding))
+            found = Passage(step.epoch, first, step.end, LazyDigests(first, hidden_BTD, encoding, is_decoded=True))
             self._fresh.append(found)
             self._note_got(found)
         self._num_unsigned += 1

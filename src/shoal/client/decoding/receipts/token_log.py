@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from shoal.net.signing.token_digests import DIGEST_BYTES, token_digests
+from shoal.net.wire.encodings import as_received
 from shoal.tensors import Encoding
 
 DIGEST_NOW_BYTES = 256 * 1024
@@ -19,18 +20,23 @@ MOST_UNDIGESTED = 4
 
 
 class LazyDigests:
-    """The digests of the tokens from `start` on: computed when they are needed, which they may never be."""
+    """The digests of the tokens from `start` on: computed when they are needed, which they may never be.
 
-    def __init__(self, start: int, hidden_BTD: torch.Tensor, encoding: Encoding) -> None:
+    The tensor travels, or has travelled and `is_decoded`, in this encoding.
+    """
+
+    def __init__(self, start: int, hidden_BTD: torch.Tensor, encoding: Encoding, *, is_decoded: bool) -> None:
         self._start = start
         self._hidden_BTD: torch.Tensor | None = hidden_BTD
         self._encoding: Encoding = encoding
+        self._is_decoded = is_decoded
         self._digests = b""
         if hidden_BTD.nbytes > DIGEST_NOW_BYTES:
             self._digest(hidden_BTD)
 
     def _digest(self, hidden_BTD: torch.Tensor) -> None:
-        self._digests, self._hidden_BTD = token_digests(hidden_BTD, self._encoding), None
+        decoded_BTD = hidden_BTD if self._is_decoded else as_received(hidden_BTD, self._encoding)
+        self._digests, self._hidden_BTD = token_digests(decoded_BTD, self._encoding), None
 
     def between(self, start: int, end: int) -> bytes:
         """Those of the tokens between two positions."""
