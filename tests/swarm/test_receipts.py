@@ -159,7 +159,7 @@ def test_a_server_that_signs_what_it_sent_and_pushes_something_else_than_it_answ
     evidence = json.loads(json.loads((tmp_path / "s0.json").read_text())["receipt"])
     assert evidence["pushed"] != evidence["got"]
     receipt = Receipt(**{name: evidence[name] for name in Receipt.model_fields if name in evidence})
-    transport = model.blocks.swarm.transport
+    transport = model.blocks.swarm.node.transport
     assert is_signed(transport, receipt, session=evidence["session"], server="s0")
     assert not is_signed(transport, receipt, session=evidence["session"], server="s1")
 
