@@ -108,7 +108,7 @@ def decoding_speed(generations: Sequence[Generation]) -> float:
 def announced(model: Any) -> Sequence[ServerInfo]:
     """What all servers of a distributed model announce now, straight from the directory."""
     blocks = model.transformer.h
-    found: Sequence[ServerInfo] = blocks.runtime.run(blocks.swarm._node.directory.servers(blocks.swarm.model))
+    found: Sequence[ServerInfo] = blocks.runtime.run(blocks.swarm.node.directory.servers(blocks.swarm.model))
     return found
 
 

@@ -46,6 +46,12 @@ class BreakableTransport:
     def addresses(self) -> tuple[str, ...]:
         return self._transport.addresses
 
+    def sign(self, data: bytes) -> bytes:
+        return self._transport.sign(data)
+
+    def verify(self, peer: str, data: bytes, signature: bytes) -> bool:
+        return self._transport.verify(peer, data, signature)
+
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> Stream:
         stream = await self._transport.open(peer, addresses)
         self._streams.add(stream)

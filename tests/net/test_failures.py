@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
+from shoal.policy.audits.receipt_verdict import ReceiptVerdict
 from shoal.testing import ShapedServer, ShapedSwarm, shaped_swarm
 
 from ..call_after import CallAfter
@@ -56,6 +57,17 @@ ACTS: dict[str, tuple[Act, Act]] = {
     "cut off": (ShapedServer.cut, ShapedServer.heal),
     "in a black hole": (ShapedServer.black_hole, ShapedServer.heal),
 }
+
+
+def test_real_servers_sign_with_their_identities(swarm: ShapedSwarm, whole):
+    model = AutoDistributedModelForCausalLM.from_pretrained(STORIES, initial_peers=swarm.addresses, dtype="float32")
+    with contextlib.closing(model), model.inference_session(max_length=64) as session:
+        text = model.generate(PROMPT, max_new_tokens=5 * NUM_TOKENS, session=session)
+        receipts = dict(model.blocks.swarm.audits.receipts)
+        assert [stage.signs for stage in session.state.stages] == [True, True]
+    assert text.tolist() == whole.generate(PROMPT, max_new_tokens=5 * NUM_TOKENS, do_sample=False).tolist()
+    assert set(receipts) == {ReceiptVerdict.AGREES}
+    assert receipts[ReceiptVerdict.AGREES] >= 4  # of two servers, for 16 tokens each
 
 
 @pytest.mark.parametrize("how", ACTS)

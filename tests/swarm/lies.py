@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import torch
 
 from shoal.net.memory import Frame, MemoryNetwork
+from shoal.net.signing.receipt_signatures import signed_receipt
+from shoal.net.signing.token_digests import DIGEST_BYTES, joint_digest, token_digests
 from shoal.net.wire import codec
-from shoal.protocol import Opened, PassResult, Step, StepResult
+from shoal.protocol import Open, Opened, PassResult, Receipt, Step, StepResult, parse
 from shoal.tensors import TensorName
 
 Lie = Callable[[torch.Tensor], torch.Tensor]
+Signs = Literal["nothing", "what it computed", "what it sent"]
 
 
 def noise(strength: float) -> Lie:
@@ -31,12 +35,36 @@ def shifted(hidden_BTD: torch.Tensor) -> torch.Tensor:
     return hidden_BTD.roll(1, dims=-1)
 
 
+@dataclass(frozen=True)
+class Signer:
+    """What can sign as a peer of a network in memory."""
+
+    network: MemoryNetwork
+    peer: str
+
+    def sign(self, data: bytes) -> bytes:
+        return self.network.sign(self.peer, data)
+
+
+@dataclass
+class _Liar:
+    lie: Lie
+    answers: bool
+    pushes: bool
+    tensor: TensorName
+    signs: Signs
+    num_honest: int  # frames
+    sent: dict[tuple[type, int], bytes] = field(default_factory=dict)
+    """The digest of what it has really answered and pushed, by the kind of message and the position of the token."""
+
+
 class Liars:
-    """Lets servers change what they answer and push."""
+    """Lets servers change what they answer and push. At most one session of a liar signs `what it sent`."""
 
     def __init__(self, network: MemoryNetwork) -> None:
-        self._lies: dict[str, tuple[Lie, bool, bool, TensorName]] = {}
-        self._num_honest: dict[str, int] = {}  # frames
+        self._network = network
+        self._liars: dict[str, _Liar] = {}
+        self._session: dict[str, str] = {}  # the name for receipts of the first session on a server
         network.on_frame = self._changed
 
     def add(
@@ -48,23 +76,60 @@ class Liars:
         pushes: bool = True,
         after: int = 0,
         tensor: TensorName = "hidden",
+        signs: Signs = "nothing",
     ) -> None:
         """A server lies from its answer or push number `after` on, in one tensor of these."""
-        self._lies[name] = lie, answers, pushes, tensor
-        self._num_honest[name] = after
+        self._liars[name] = _Liar(lie, answers, pushes, tensor, signs, after)
 
-    def _changed(self, frame: Frame) -> Frame:
-        lie, answers, pushes, tensor = self._lies.get(frame.sender, (None, False, False, "hidden"))
-        if lie is None or not frame.payload:
+    def sign_nothing(self, *names: str) -> None:
+        """Honest servers that give no receipts."""
+        for name in names:
+            self.add(name, lambda hidden_BTD: hidden_BTD, answers=False, pushes=False)
+
+    def _changed(self, frame: Frame) -> Frame | None:
+        if b'"kind":"open"' in frame.header and isinstance(message := parse(frame.header), Open):
+            self._session.setdefault(frame.receiver, message.receipts or "")
+        liar = self._liars.get(frame.sender)
+        if liar is None:
             return frame
+        if not frame.payload:
+            return self._receipt(frame, liar) if b'"kind":"receipt"' in frame.header else frame
         message, tensors = codec.decode(frame.header, bytearray(frame.payload))
         is_answer = isinstance(message, StepResult | Opened | PassResult)
         is_push = isinstance(message, Step)
-        if tensor not in tensors or not ((is_answer and answers) or (is_push and pushes)):
+        if liar.tensor not in tensors:
             return frame
-        self._num_honest[frame.sender] -= 1
-        if self._num_honest[frame.sender] >= 0:
+        if (is_answer and liar.answers) or (is_push and liar.pushes):
+            liar.num_honest -= 1
+            if liar.num_honest < 0:
+                tensors = {**tensors, liar.tensor: liar.lie(tensors[liar.tensor])}
+                header, buffers = codec.encode(message, tensors)
+                payload = b"".join(bytes(memoryview(each).cast("B")) for each in buffers)
+                frame = replace(frame, header=header, payload=payload)
+        if isinstance(message, Step | StepResult) and "hidden" in tensors:
+            digests = token_digests(tensors["hidden"], "raw")
+            for index in range(len(digests) // DIGEST_BYTES):
+                digest = digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+                liar.sent[type(message), message.position + index] = digest
+        return frame
+
+    def _receipt(self, frame: Frame, liar: _Liar) -> Frame | None:
+        """What a liar sends in place of a receipt."""
+        if liar.signs == "nothing":
+            return None
+        if liar.signs == "what it computed":
             return frame
-        header, buffers = codec.encode(message, {**tensors, tensor: lie(tensors[tensor])})
-        payload = b"".join(bytes(memoryview(each).cast("B")) for each in buffers)
-        return replace(frame, header=header, payload=payload)
+        receipt = parse(frame.header)
+        assert isinstance(receipt, Receipt)
+        signed = signed_receipt(
+            cast(Any, Signer(self._network, frame.sender)),
+            session=self._session[frame.sender],
+            client=frame.receiver,
+            **receipt.model_dump(include={"epoch", "first", "end", "inputs"}),
+            answered=receipt.answered and self._digest(liar, StepResult, receipt),
+            pushed=receipt.pushed and self._digest(liar, Step, receipt),
+        )
+        return replace(frame, header=codec.encode(signed, {})[0])
+
+    def _digest(self, liar: _Liar, kind: type, receipt: Receipt) -> str:
+        return joint_digest(b"".join(liar.sent[kind, position] for position in range(receipt.first, receipt.end)))

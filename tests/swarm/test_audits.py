@@ -105,7 +105,9 @@ def test_a_server_that_pushes_something_else_than_it_answers_is_not_believed_to_
     swarm_ = swarm("0:2", "2:4")
     seen = Seen()
     model = swarm_.model(config=replace(audited, observers=(seen,)))
-    Liars(swarm_.network).add("s0", shifted, answers=False)
+    liars = Liars(swarm_.network)
+    liars.add("s0", shifted, answers=False)
+    liars.sign_nothing("s1", "s2", "s3")  # receipts would find it first
     with model.inference_session(max_length=200) as session:
         first = model.generate(PROMPT, max_new_tokens=1, session=session)
         for span in ("2:4", "2:4"):

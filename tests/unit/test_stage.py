@@ -17,6 +17,7 @@ from shoal.client.decoding.outputs import Outputs
 from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.decoding.progress import StageStatus
 from shoal.client.decoding.push_links import UNPUSHED_PONGS, PushLinks
+from shoal.client.decoding.receipts.stage_receipts import MAX_WAITING
 from shoal.client.decoding.stage import IDLE_PONGS, Stage
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
@@ -25,7 +26,7 @@ from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError, ServerLost
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.routing.route import Hop
-from shoal.protocol import AnyMessage, Close, Leaving, Open, Opened, Ping, Pong, StepResult, Unreached
+from shoal.protocol import AnyMessage, Close, Leaving, Open, Opened, Ping, Pong, Receipt, StepResult, Unreached
 from shoal.spans import Span
 from shoal.tensors import TensorName
 
@@ -375,3 +376,22 @@ def test_a_server_that_was_misled_is_asked_by_the_client(time):
     b.answers(0, 1, epoch=1)
     b.settle()
     assert isinstance(b.error, ServerLost)
+
+
+RECEIPT = Receipt(epoch=0, first=0, end=16, inputs="0" * 64, signature="0" * 128)
+
+
+def test_a_receipt_that_was_not_asked_for_is_refused():
+    steps = Scene()
+    steps.says(RECEIPT)
+    assert steps.error is not None
+    assert "not asked for" in str(steps.error)
+
+
+def test_receipts_that_were_asked_for_are_kept_until_the_session_looks_at_them_and_only_a_few():
+    steps = Scene()
+    asyncio.run(steps.stage.open(OPEN.model_copy(update={"receipts": "0" * 32}), None))
+    for _ in range(1000):
+        steps.says(RECEIPT)
+    assert steps.error is None
+    assert 0 < steps.stage.receipts.num_waiting <= MAX_WAITING

@@ -111,6 +111,14 @@ class Transport(Protocol):
         """How others reach this peer, as soon as that is not `last` any more."""
         ...
 
+    def sign(self, data: bytes) -> bytes:
+        """This peer's signature of `data`: 64 bytes."""
+        ...
+
+    def verify(self, peer: str, data: bytes, signature: bytes) -> bool:
+        """Whether `signature` is that of a peer for `data`. False, without an error, for anything malformed."""
+        ...
+
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> Stream:
         """Open a stream to a peer. `addresses` are multiaddresses to try first. Raises `StreamBroken`."""
         ...

@@ -54,7 +54,18 @@ from shoal.protocol.parsing import (
     parse,
 )
 from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, NormsResult, PassResult
-from shoal.protocol.session import Downstream, Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached, Upstream
+from shoal.protocol.session import (
+    Downstream,
+    Open,
+    Opened,
+    Receipt,
+    Rewind,
+    SetNeighbors,
+    Step,
+    StepResult,
+    Unreached,
+    Upstream,
+)
 from shoal.protocol.transfers import Filler, Transfer
 from shoal.protocol.versions import PROTOCOL, PROTOCOL_VERSION, UPGRADE, protocol_id, speaks_other
 from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
@@ -126,6 +137,7 @@ __all__ = [
     "Position",
     "ProtocolViolation",
     "Reason",
+    "Receipt",
     "Rewind",
     "Seed",
     "SetNeighbors",

@@ -51,6 +51,10 @@ PeerId = Annotated[str, Field(min_length=1, max_length=64)]
 Address = Annotated[str, Field(max_length=MAX_ADDRESS, pattern=r"^[^\p{C}]*$")]
 Link = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """A secret that the client gives two servers: it allows the one to push steps to the session on the other."""
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""32 bytes of BLAKE2b."""
+Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+"""64 bytes of Ed25519."""
 Adapted = Annotated[tuple[AdapterName | None, ...], Field(max_length=MAX_BLOCKS, strict=False)]
 """The name of the adapter of each block of a span; empty if no block has one."""
 PassId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]

@@ -13,7 +13,7 @@ from shoal.protocol.dialing import DialBack, DialedBack
 from shoal.protocol.failures import Failure
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassResult
-from shoal.protocol.session import Open, Opened, Rewind, SetNeighbors, Step, StepResult, Unreached
+from shoal.protocol.session import Open, Opened, Receipt, Rewind, SetNeighbors, Step, StepResult, Unreached
 from shoal.protocol.transfers import Filler, Transfer
 from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
 
@@ -30,6 +30,7 @@ AnyMessage = (
     | Step
     | StepResult
     | Unreached
+    | Receipt
     | Adapter
     | AdapterStored
     | NotCached
@@ -90,6 +91,7 @@ REPLY_KINDS = frozenset(
         "opened",
         "step_result",
         "unreached",
+        "receipt",
         "adapter_stored",
         "not_cached",
         "pass_result",

@@ -12,10 +12,12 @@ from shoal.protocol.limits import (
     MAX_LENGTH,
     MAX_STEP_TOKENS,
     Address,
+    Digest,
     Epoch,
     Link,
     PeerId,
     Position,
+    Signature,
     Text,
 )
 from shoal.protocol.message import ComputationMessage, Message
@@ -46,7 +48,8 @@ class Open(ComputationMessage):
     sequence's inputs (`shoal.prefix`). The client need not send inputs of pages that the server has computed before;
     only sessions of equal `salt` share them. `encoding` is how the outputs of these pages travel, without those of the
     first `skip` tokens. The session's place in the ring is between `upstream` and `downstream`, and its first epoch is
-    `epoch`. Answered by `Opened` or `NotCached`.
+    `epoch`. With a name in `receipts`, drawn for this session alone, the server signs what it computes (`Receipt`).
+    Answered by `Opened` or `NotCached`.
     """
 
     carries = ("digests",)
@@ -57,6 +60,7 @@ class Open(ComputationMessage):
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     expected_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
     epoch: Epoch = 0
+    receipts: Link | None = None
     upstream: Upstream | None = None
     downstream: Downstream | None = None
 
@@ -149,3 +153,27 @@ class Unreached(Message):
     kind: Literal["unreached"] = "unreached"
     epoch: Epoch
     position: Position
+
+
+class Receipt(Message):
+    """Server: its signature for the tokens of a session from `first` to `end`, as it had them in this `epoch`.
+
+    `inputs` is the digest of what it received, `answered` of the outputs that it sent to the client, and `pushed` of
+    those that it pushed to the downstream server; None for outputs that it did not send. `shoal.net.signing` says of
+    which bytes the digests and the signature are.
+    """
+
+    kind: Literal["receipt"] = "receipt"
+    epoch: Epoch
+    first: Position
+    end: Position
+    inputs: Digest
+    answered: Digest | None = None
+    pushed: Digest | None = None
+    signature: Signature
+
+    @model_validator(mode="after")
+    def _covers_tokens(self) -> Receipt:
+        if self.first >= self.end:
+            raise ValueError("a receipt for no tokens")
+        return self

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shoal.client.options.client_options import ClientOptions
+from shoal.client.swarm.audit_book import AuditBook
+from shoal.policy.audits.receipt_verdict import ReceiptVerdict
 
 from ..virtual_time import run
 from .bed import PATIENT, Bed
-from .failures import Director, Failure
+from .failures import NONSENSE, Director, Failure
 from .work import WORK
 
 CALM_SECONDS = 400.0
@@ -80,11 +82,19 @@ async def _play(schedule: Schedule, story: list[str]) -> None:
                 raise errors.exceptions[0] from None
 
 
+def _check_receipts(audits: AuditBook, bed: Bed) -> None:
+    """No receipt of an honest server is wrong, unless the network has changed what it said."""
+    assert not audits.liars
+    if not any(nonsense in event for nonsense in NONSENSE for event in bed.story):
+        assert set(audits.receipts) <= {ReceiptVerdict.AGREES}, audits.receipts
+
+
 async def _work(bed: Bed, name: str, work: str, config: ClientOptions) -> None:
     client = bed.client(name, config)
     try:
         await WORK[work](client)
         client.check_streams()
+        _check_receipts(client.swarm.audits, bed)
     except Exception as error:
         bed.tell(f"{name} fails: {error!r}")
         raise

@@ -11,6 +11,7 @@ import torch
 from shoal.client.head.logits import LogitsRequest
 from shoal.client.swarm.answers import OTHER_THAN_ASKED, finite, wrong_with
 from shoal.net.wire.codec import Tensors
+from shoal.policy.routing.route import SLOWEST, Hop
 from shoal.prefix import PAGE_TOKENS
 from shoal.protocol import Open, Opened, StepResult
 from shoal.tensors import Encoding
@@ -71,6 +72,13 @@ class PendingStep:
         if result.encoding_of("logits") != "raw" or (ids is None) != (self.logits_request.top_k is None):
             return other
         return other if ids is not None and (ids.shape != shape or not self.logits_request.are_tokens(ids)) else None
+
+
+def usual_seconds(hop: Hop, num_tokens: int) -> float:
+    """How many seconds a server takes for a step of `num_tokens` tokens, as it announces, if nothing else runs."""
+    server = hop.server
+    speed = server.decode_speed if num_tokens == 1 else server.prefill_speed
+    return num_tokens * len(hop.span) / len(server.span) / max(speed or 0.0, SLOWEST)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -27,9 +28,10 @@ import torch
 from shoal.adapters import adapter_cache_salt
 from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import Outputs, Sink
-from shoal.client.decoding.pending_step import PendingStep
+from shoal.client.decoding.pending_step import PendingStep, usual_seconds
 from shoal.client.decoding.progress import StageStatus, awaited_steps
 from shoal.client.decoding.push_links import PushLinks
+from shoal.client.decoding.receipts.receipt_check import ReceiptCheck
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage
 from shoal.client.head.logits import LogitsRequest
@@ -42,7 +44,7 @@ from shoal.errors import PeerError, ServerLost
 from shoal.events import StageReplaced
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.lateness import Awaited
-from shoal.policy.routing.route import SLOWEST, Hop
+from shoal.policy.routing.route import Hop
 from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS, page_hashes, root_hash
 from shoal.protocol import MAX_STEP_TOKENS, Open
 from shoal.spans import Span
@@ -90,6 +92,7 @@ class Pipeline:
         self._end = end
         self.notify = notify
         self.links = PushLinks(swarm.measurements.broken_pairs, wire=swarm.config.wire)
+        self.receipts = ReceiptCheck(swarm, swarm.node.transport)
         self.stages = self.stages_on(hops, history)
         self.awaited: dict[Stage, Awaited] = {}
         """The step that each server owes, and since when."""
@@ -160,6 +163,7 @@ class Pipeline:
                 waited = None if awaited is None else now() - awaited.since
                 self._swarm.record_answer(stage.hop, stage.take_timings(), waited=waited)
             stage.history.settle(stage.progress.num_computed)
+        self.receipts.check(self.stages)
         self._note_awaited()
         for index, (upstream, downstream) in enumerate(pairwise(self.stages)):
             if (position := self.links.break_failed(upstream, downstream)) is not None:
@@ -262,7 +266,7 @@ class Pipeline:
                     dtype=inputs_BTD.dtype,
                     logits_request=logits_request,
                     num_logits=num_logits,
-                    usual_seconds=_usual_seconds(each.hop, batch_size * (end - start)),
+                    usual_seconds=usual_seconds(each.hop, batch_size * (end - start)),
                     skip=0 if offset else max(0, min(known, end) - start),
                     pushed=offset > 0,
                 )
@@ -331,6 +335,7 @@ class Pipeline:
             salt=self._inputs.salt,
             skip=self.sink(index).num_tokens,
             epoch=self._inputs.epoch.number,
+            receipts=secrets.token_hex(16) if self._swarm.audits.is_on else None,
             upstream=upstream,
             downstream=downstream,
         )
@@ -389,10 +394,3 @@ class Pipeline:
     async def disconnect(self) -> None:
         """Let the servers forget the session."""
         await asyncio.gather(*(stage.disconnect() for stage in self.stages))
-
-
-def _usual_seconds(hop: Hop, num_tokens: int) -> float:
-    """How many seconds a server takes for a step of `num_tokens` tokens, as it announces, if nothing else runs."""
-    server = hop.server
-    speed = server.decode_speed if num_tokens == 1 else server.prefill_speed
-    return num_tokens * len(hop.span) / len(server.span) / max(speed or 0.0, SLOWEST)

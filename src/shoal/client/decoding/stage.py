@@ -19,6 +19,7 @@ import torch
 from shoal.client.decoding.outputs import NoOutputs, Outputs, Sink
 from shoal.client.decoding.pending_step import Opening, PendingStep
 from shoal.client.decoding.progress import StageProgress, StageStatus
+from shoal.client.decoding.receipts.stage_receipts import StageReceipts
 from shoal.client.head.logits import Logits
 from shoal.client.history.history import History
 from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS
@@ -36,6 +37,7 @@ from shoal.protocol import (
     Open,
     Opened,
     Pong,
+    Receipt,
     Rewind,
     SetNeighbors,
     Step,
@@ -79,6 +81,8 @@ class Stage:
         """What the server said of a step that it could not push to the next."""
         self.answered_from: int | None = None
         """The first token whose outputs are of this server; None before it gave any."""
+        self.receipts = StageReceipts()
+        """What the server signs, and what the client has to compare with it."""
         self._neighbors: Neighbors = None, None  # as the server knows them
         self._opening: Opening | NotCached | None = None
         self._num_uploads = 0
@@ -209,6 +213,7 @@ class Stage:
         assert self.connection is not None
         self.progress = self.progress.entered_epoch(request.epoch)
         self._neighbors = request.upstream, request.downstream
+        self.receipts = StageReceipts(request.receipts)
         self._opening = Opening.of(request, digests)
         size = 0 if digests is None else digests.nbytes
         self.connection.expect(usual_seconds=USUAL_OPEN_SECONDS, bytes_in_flight=size)
@@ -236,6 +241,7 @@ class Stage:
         Raises `PeerError`s.
         """
         assert self.connection is not None
+        connection, receipts = self.connection, self.receipts  # they may be others once it is sent
         logits_request = last.logits_request
         message = Step(
             epoch=step.epoch,
@@ -245,13 +251,15 @@ class Stage:
             logits=None if logits_request is None else last.num_logits,
             top_k=None if logits_request is None else logits_request.top_k,
         )
-        await self.connection.send(message, tensors)
+        await connection.send(message, tensors)
+        receipts.sent(step, tensors["hidden"], connection.encoding)
 
     def _advance(self, progress: StageProgress) -> None:
         """Replace the progress, and tell the connection which answers to expect now."""
         if self.status is StageStatus.MISLED and progress.pending[:1] != self.progress.pending[:1]:
             self.status = StageStatus.OPEN
         self.progress = progress
+        self.receipts.rewound(num_computed=progress.num_computed, num_requested=progress.num_requested)
         if self.connection is not None:
             usual_seconds = sum(step.usual_seconds for step in progress.pending) if progress.pending else None
             size = sum(step.num_bytes for step in progress.pending)
@@ -287,6 +295,8 @@ class Stage:
                 self.unreached = self.unreached or message
             case Leaving():
                 self.leave()
+            case Receipt() if self.receipts.add(message):
+                return  # it is looked at with the next answer
             case _:
                 self.connection.fail(self.connection.unasked(message))
         self._notify()
@@ -361,6 +371,7 @@ class Stage:
     ) -> None:
         """Take a right answer to the oldest pending step."""
         self._advance(self.progress.answered())
+        self.receipts.answered(step, tensors.get("hidden"), result.encoding_of("hidden"))
         if result.seconds is not None:
             self._timings.append((step.inputs[0] * step.inputs[1], result.seconds))
         if step.logits_request is not None:

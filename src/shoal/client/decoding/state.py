@@ -19,6 +19,8 @@ class StageState:
     progress: StageProgress
     num_unsettled: int
     """Answers that have come and were not looked at."""
+    signs: bool
+    """Whether receipts are expected of it: they were asked for, and it has not been silent for long."""
 
     @property
     def is_open(self) -> bool:
@@ -42,4 +44,7 @@ class SessionState:
 
 def states_of(stages: Iterable[Stage]) -> tuple[StageState, ...]:
     """What these stages look like now."""
-    return tuple(StageState(stage.hop, stage.status, stage.progress, stage.num_unsettled) for stage in stages)
+    return tuple(
+        StageState(stage.hop, stage.status, stage.progress, stage.num_unsettled, stage.receipts.signs)
+        for stage in stages
+    )

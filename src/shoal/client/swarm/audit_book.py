@@ -23,6 +23,7 @@ from shoal.policy.audits.audit_budget import (
     audits_pass,
     next_audit,
 )
+from shoal.policy.audits.receipt_verdict import ReceiptVerdict
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ class Evidence:
 
     `typical` and `largest` are the distances that were found, `allowed_typical` and `allowed_largest` those of honest
     servers. `found_at` is a Unix time. `position` is the first token of the text that is doubtful; 0 for passes without
-    a cache.
+    a cache. A server that signed something else than it did has no distances and no witnesses, but its `receipt`: JSON
+    with what it signed, and the digest of the outputs that the client `got` from it.
     """
 
     peer: str
@@ -45,12 +47,24 @@ class Evidence:
     blocks: str
     position: int
     num_tokens: int
-    typical: float
-    largest: float
-    allowed_typical: float
-    allowed_largest: float
-    witnesses: tuple[str, ...]
     found_at: float
+    typical: float = 0.0
+    largest: float = 0.0
+    allowed_typical: float = 0.0
+    allowed_largest: float = 0.0
+    witnesses: tuple[str, ...] = ()
+    receipt: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """What the server has done, in a few words."""
+        if self.receipt is not None:
+            return f"for blocks {self.blocks}, it signed that it pushed other outputs than it answered"
+        others = ", ".join(self.witnesses)
+        return (
+            f"outputs of blocks {self.blocks} are {self.typical:.3g} from those of {others} "
+            f"(allowed: {self.allowed_typical:.3g})"
+        )
 
     def against(self, witness: str, accused: str) -> Evidence:
         """The same as evidence against a witness, which differs from the `accused` and from a second witness."""
@@ -66,6 +80,8 @@ class AuditBook:
 
     def __init__(self, rate: float, *, rng: random.Random, folder: Path) -> None:
         self.audit_one = asyncio.Lock()
+        self.receipts = Counter[ReceiptVerdict]()
+        """How many receipts have shown what, those of all servers."""
         self._budget = AuditBudget(rate)
         self._folder = folder
         self._rng = rng
@@ -90,14 +106,7 @@ class AuditBook:
 
     def shut_out(self, evidence: Evidence) -> None:
         """A server lied. It is not used again until its evidence is deleted."""
-        log.warning(
-            "%s lies, and is not used any more: outputs of blocks %s are %.3g from those of %s (allowed: %.3g)",
-            evidence.peer,
-            evidence.blocks,
-            evidence.typical,
-            ", ".join(evidence.witnesses),
-            evidence.allowed_typical,
-        )
+        log.warning("%s lies, and is not used any more: %s", evidence.peer, evidence.reason)
         self._liars[evidence.peer] = evidence
         _write(self._folder, evidence)
 

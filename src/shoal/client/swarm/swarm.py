@@ -83,7 +83,8 @@ class Swarm:
         audit_rng = random.Random(random.getrandbits(64))  # noqa: S311 - no server sees anything of it
         evidence_folder = config.evidence_folder or cache_folder() / "shut-out"
         self.audits = AuditBook(RATES[config.audits], folder=evidence_folder, rng=audit_rng)
-        self._node = node
+        self.node = node
+        """This client's access to the network."""
         self._directory = DirectoryCache(
             node, model, fingerprint, config, self.measurements.round_trips, unix_time=unix_time
         )
@@ -285,7 +286,7 @@ class Swarm:
         on_round_trip = functools.partial(self.measurements.record_round_trip, server.peer)
         in_flight = self._in_flight.setdefault(server.peer, PeerInFlight())
         return await Connection.open(
-            self._node.transport, server, self.config, in_flight=in_flight, on_round_trip=on_round_trip
+            self.node.transport, server, self.config, in_flight=in_flight, on_round_trip=on_round_trip
         )
 
     def blame(self, error: PeerError, *, since: float | None = None) -> None:

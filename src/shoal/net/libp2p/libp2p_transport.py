@@ -12,7 +12,7 @@ from shoal.errors import BootstrapFailed, SwarmError
 from shoal.net.addressing.addresses import group_by_peer, most_useful_first, peer_of, port_of
 from shoal.net.addressing.own_addresses import bridge_hosts
 from shoal.net.handler_tasks import HandlerTasks
-from shoal.net.identity import Identity, public_key
+from shoal.net.identity import Identity, public_key, verify
 from shoal.net.libp2p.daemon import START_SECONDS, Daemon, DaemonConfig, DaemonFailed, DaemonGone
 from shoal.net.libp2p.daemon_reasons import NO_PROTOCOL
 from shoal.net.libp2p.libp2p_stream import Libp2pStream
@@ -106,6 +106,12 @@ class Libp2pTransport:
             await asyncio.Event().wait()
             raise AssertionError("nothing sets this event")
         return await self._reach.other_than(last)
+
+    def sign(self, data: bytes) -> bytes:
+        return self._identity.sign(data)
+
+    def verify(self, peer: str, data: bytes, signature: bytes) -> bool:
+        return verify(peer, data, signature)
 
     async def try_relays(self) -> tuple[RelayTrial, ...]:
         """What the relays do for this peer that it could have."""

@@ -68,6 +68,12 @@ class _MeteredTransport:
     async def reach_other_than(self, last: Reach) -> Reach:
         return await self._transport.reach_other_than(last)
 
+    def sign(self, data: bytes) -> bytes:
+        return self._transport.sign(data)
+
+    def verify(self, peer: str, data: bytes, signature: bytes) -> bool:
+        return self._transport.verify(peer, data, signature)
+
     async def open(self, peer: str, addresses: Sequence[str] = ()) -> Stream:
         return _MeteredStream(await self._transport.open(peer, addresses), self._meter)
 

@@ -29,7 +29,7 @@ class PushService:
     """Takes the steps that upstream servers push, and pushes steps to downstream servers, while `running()`."""
 
     def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+        self.transport = transport
         self._inboxes: dict[str, tuple[str, Inbox]] = {}
         self._connections: dict[Place, tuple[PushConnection, asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # of the connections, and of those that were just given up
@@ -96,7 +96,7 @@ class PushService:
         if place not in self._connections:
             if len(self._connections) >= MAX_PUSH_CONNECTIONS or not self._is_running:
                 return None
-            connection = PushConnection(self._transport, downstream, abandoned=lambda: self._give_up(place))
+            connection = PushConnection(self.transport, downstream, abandoned=lambda: self._give_up(place))
             task = asyncio.create_task(connection.run(), name=f"shoal-push-{downstream.peer[-8:]}")
             self._connections[place] = connection, task
             self._tasks.add(task)

@@ -29,6 +29,7 @@ from shoal.server.engine.engine import Engine
 from shoal.server.refusals import Refused, rejected
 from shoal.server.rpc.ping_pace import PingPace, payer_behind
 from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.receipt_writer import ReceiptWriter
 from shoal.server.rpc.ring_place import RingPlace
 from shoal.server.rpc.step_queue import ReceivedStep, StepQueue
 from shoal.tensors import Encoding
@@ -42,7 +43,7 @@ MAX_REPLAYED_RESULT_BYTES = 1 << 20
 
 
 class SessionStream:
-    """A session, as long as its client's stream lasts. Three tasks: one receives, one computes, one answers."""
+    """A session, as long as its client's stream lasts. Four tasks receive, compute, answer and sign."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class SessionStream:
         self._engine = engine
         self._ping_pace = ping_pace
         self._idle_seconds = idle_seconds
+        self._transport = push_service.transport
         self._ring = RingPlace(push_service, self._pushed)
         self._computing: Step | None = None
         self._answered: tuple[StepResult, codec.Tensors, Encoding] | None = None  # the last, unless it is large
@@ -74,12 +76,19 @@ class SessionStream:
         """
         self._session, known = self._engine.open(self._stream.peer, request, tensors, payer=payer_behind(self._stream))
         self._queue = StepQueue(request.epoch, self._session.num_tokens)
+        self._receipts = ReceiptWriter(
+            self._transport,
+            client=self._stream.peer,
+            session=request.receipts,
+            send=lambda receipt: self._answers.put_nowait((receipt, {}, "raw")),
+            changed=self._news.set,
+        )
         try:
             self._set_neighbors(request.upstream, request.downstream)
             known = None if known is None or request.skip >= known.shape[1] else known[:, request.skip :]
             outputs: codec.Tensors = {} if known is None else {"hidden": known}
             await self._send(Opened(num_tokens=self._session.num_tokens), outputs, request.encoding)
-            await first_of(self._receive_messages(), self._compute(), self._answer())
+            await first_of(self._receive_messages(), self._compute(), self._answer(), self._receipts.run())
         finally:
             self._set_neighbors(None, None)
             self._engine.close(self._session)
@@ -161,7 +170,8 @@ class SessionStream:
     @property
     def _has_room(self) -> bool:
         """Whether another result may wait."""
-        return max(self._answers.qsize(), self._ring.num_waiting) < MAX_PENDING_RESULTS
+        num_waiting = max(self._answers.qsize(), self._ring.num_waiting, self._receipts.num_waiting)
+        return num_waiting < MAX_PENDING_RESULTS
 
     def _set_neighbors(self, upstream: Upstream | None, downstream: Downstream | None) -> None:
         """Change the session's place in the ring."""
@@ -212,8 +222,9 @@ class SessionStream:
         encoding = step.encoding_of("hidden")
         if goes_on:
             self._push(received, answer, encoding)
-        if "hidden" in answer:
-            outputs = answer["hidden"][:, step.skip :]
+        computed_BTD = answer.get("hidden")
+        if computed_BTD is not None:
+            outputs = computed_BTD[:, step.skip :]
             answer = {"hidden": outputs} if outputs.shape[1] else {}
         else:
             encoding = "raw"
@@ -222,6 +233,7 @@ class SessionStream:
         if not step.skip and sum(tensor.nbytes for tensor in answer.values()) <= MAX_REPLAYED_RESULT_BYTES:
             self._answered = (result, answer, encoding)
         self._answers.put_nowait((result, answer, encoding))
+        self._receipts.computed(step, received.inputs.hidden_BTD, computed_BTD)
 
     def _push(self, received: ReceivedStep, answer: codec.Tensors, encoding: Encoding) -> None:
         """Push a step's outputs to the downstream server; tell the client if they do not get there."""

@@ -28,7 +28,7 @@ from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.comparing.findings import Findings
 from shoal.client.swarm.swarm import Swarm
-from shoal.concurrency import owned_task
+from shoal.concurrency import first_of, owned_task
 from shoal.errors import MissingBlocks, ServerLost, SwarmError
 from shoal.events import ServerAudited
 from shoal.policy.audits.audit_budget import audit_cost
@@ -75,6 +75,8 @@ class SessionAuditor:
         self._outputs: History | LogitsTail | None = History(swarm.store) if self._book.is_on else None
         self._num_stable = 0  # tokens whose outputs the caller has gone on with
         self._wakeup = asyncio.Event()
+        self._mending = asyncio.Event()
+        self._doubts: list[Doubt] = []  # from which the session has not recovered
         self._running: tuple[int, asyncio.Event] | None = None  # how far an audit goes, and whether it is void
 
     def num_audited(self, stages: Sequence[Stage]) -> int:
@@ -96,6 +98,9 @@ class SessionAuditor:
         self._book.record_use([each.peer for each in pipeline.stages], num_decoded=num_decoded)
         self._num_stable = position
         self._update_claims(pipeline)
+        found = pipeline.receipts.take_distrusted()
+        self._doubts += [Doubt(each.span, each.position, each.reason) for each in found]
+        self._mending.set()
         self._wakeup.set()
 
     def _keep(self, request: LogitsRequest | None, position: int, outputs: torch.Tensor | Logits) -> None:
@@ -169,18 +174,34 @@ class SessionAuditor:
 
     async def run(self, recover: Callable[[Doubt], Awaitable[None]]) -> None:
         """Audit until this is cancelled. `recover` lets the session compute again what is not to be trusted."""
+        await first_of(self._audit_in_turn(), self._mend(recover))
+
+    async def _mend(self, recover: Callable[[Doubt], Awaitable[None]]) -> None:
+        """Recover from what was found: by an audit, by receipts, or by another session."""
+        while True:
+            await self._mending.wait()
+            self._mending.clear()
+            while self._doubts:
+                if self._doubts[0].position < self._inputs.num_tokens:  # not taken back meanwhile
+                    await recover(self._doubts[0])
+                self._doubts.pop(0)
+                self._wakeup.set()
+            for stage, claim in list(self._claims.items()):
+                if self._book.is_liar(claim.peer) and self._claims.pop(stage, None) is not None:
+                    await recover(Doubt(claim.span, claim.clean, f"{claim.peer} was found lying", liar=claim.peer))
+
+    async def _audit_in_turn(self) -> None:
         while True:
             await self._wakeup.wait()
             self._wakeup.clear()
-            for stage, claim in list(self._claims.items()):
-                if self._book.is_liar(claim.peer):  # another session has found out
-                    del self._claims[stage]
-                    await recover(Doubt(claim.span, claim.clean, f"{claim.peer} was found lying", liar=claim.peer))
+            if self._doubts:  # then what could be audited is going to change
+                continue
             async with self._book.audit_one:
                 chosen = self._next_claim()
                 doubt = None if chosen is None else await self._audit_or_postpone(chosen)
             if doubt is not None:
-                await recover(doubt)
+                self._doubts.append(doubt)
+                self._mending.set()
 
     async def _audit_or_postpone(self, claim: Claim) -> Doubt | None:
         try:
