@@ -45,9 +45,9 @@ class Swarm:
 
         return self.runtime.run(call())
 
-    def start(self, span: str, **options: Any) -> Server:
-        """One more server."""
-        return self._start(f"s{len(self.servers)}", span, **options)
+    def start(self, span: str, *, peer: str | None = None, **options: Any) -> Server:
+        """One more server, named "sN" if it is not to be a certain peer."""
+        return self._start(peer or f"s{len(self.servers)}", span, **options)
 
     def restart(self, name: str, span: str, **options: Any) -> Server:
         """A server is killed, and starts again as the same peer with another span."""

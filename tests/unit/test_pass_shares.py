@@ -58,7 +58,7 @@ def test_a_pass_gives_each_payer_its_share_unless_one_step_alone_takes_longer(re
         (its[0] for its in loads.values() if len(its) == 1), default=0.0
     )  # it may be the one that is too long
     least = min(sum(its) for its in loads.values())
-    allowed = shares.num_payers * (WEIGHTS + least)
+    allowed = shares.total_weight * (WEIGHTS + least)
     assert seconds(requests, shares) - longest <= allowed * (1 + 1e-6)
 
 

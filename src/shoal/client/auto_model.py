@@ -34,6 +34,7 @@ from shoal.client.swarm.swarm import Swarm
 from shoal.client.tuning import add_adapter, add_prompts
 from shoal.errors import UnsupportedModel, UserError
 from shoal.joining.invite_code import InviteCode, is_code
+from shoal.ledgers.tabs import Tabs
 from shoal.model.families import text_config
 from shoal.model.head import build_head
 from shoal.model.peft.peft_folder import PeftFolder
@@ -203,6 +204,9 @@ class _AutoDistributed:
             max_length=getattr(model_config, "max_position_embeddings", None) or MAX_LENGTH,
         )
         model = _built(distributed(model_class), checkpoint, model_config, blocks, options=options, dtype=dtype)
+        if options.ledgers is not None:
+            sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in model.meta_layers]
+            swarm.tabs = Tabs(options.ledgers, node.transport.peer, sizes)
         if adapter is not None:
             add_adapter(model, adapter)
         if wanted.tuning_mode is not None:

@@ -19,7 +19,17 @@ GROUPS = {
         *("cache_tokens", "cache_dtype", "prefill_share"),
         *("training", "training_share", "training_memory", "adapter_memory"),
     },
-    "Route and failures": {"chooser", "pin", "patience", "standby", "audits", "history", "history_memory", "wire"},
+    "Route and failures": {
+        "chooser",
+        "pin",
+        "patience",
+        "standby",
+        "audits",
+        "own_server",
+        "history",
+        "history_memory",
+        "wire",
+    },
     "Network": {"name", "host", "port", "identity", "announce", "relay", "serve_relay", "upnp", "lan", "drain_timeout"},
 }
 """The parameters of commands in each group. Parameters that are in none of them follow under `OTHER`."""

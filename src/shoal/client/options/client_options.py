@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shoal.client.options.keywords import resolve
 from shoal.errors import UserError
 from shoal.events import Observer
+from shoal.ledgers.ledger_place import LedgerPlace
+from shoal.model.weights.disk_cache import cache_folder
 from shoal.net import NetworkConfig
 from shoal.net.swarm_key import SwarmKey, key_in
 from shoal.policy.audits.audit_budget import RATES, AuditLevel
@@ -111,6 +113,9 @@ class ClientOptions:
     """How often what servers answer is computed again by others, to find those that lie."""
     evidence_folder: Path | None = None
     """Where the evidence against liars is kept; `None` is `shut-out` in shoal's cache folder."""
+    ledgers: LedgerPlace | None = None
+    """Where is kept what servers compute for this machine, and which servers are this machine's own. `None` keeps and
+    acknowledges nothing."""
     wire: Encoding = "raw"
     """The encoding of hidden states and gradients on the network. All others than "raw" are lossy."""
     history: Encoding = "raw"
@@ -172,6 +177,7 @@ class ClientOptions:
         patience: float = PATIENCE_SECONDS,
         standby: bool = False,
         audits: str = "low",
+        own_servers: str | Sequence[str | Path] | None = None,
         history: str = "exact",
         history_memory: int | None = None,
         history_folder: str | Path | None = None,
@@ -220,6 +226,7 @@ class ClientOptions:
             patience_seconds=float(patience),
             standby=standby,
             audits=parse_audits(audits),
+            ledgers=parse_own_servers(own_servers),
             wire=parse_wire(wire),
             history=parse_history(history),
             history_memory=history_memory,
@@ -267,6 +274,18 @@ def parse_audits(name: str) -> AuditLevel:
     """How often servers are audited. Raises `UserError` for a name that is not in `RATES`."""
     levels: dict[str, AuditLevel] = {level: level for level in RATES}
     return _named(name, levels, "a level of audits")
+
+
+def parse_own_servers(given: str | Sequence[str | Path] | None) -> LedgerPlace:
+    """The ledgers of this machine, with the servers that clients act for: identity files, or the word "none".
+
+    `None` stands for those that `shoal serve` keeps on this machine.
+    """
+    if given is None:
+        return LedgerPlace.of(cache_folder())
+    names = given.replace(",", " ").split() if isinstance(given, str) else list(given)
+    is_none = names == [] or [str(name) for name in names] == ["none"]
+    return LedgerPlace.of(cache_folder(), () if is_none else [Path(name).expanduser() for name in names])
 
 
 def parse_wire(name: str) -> Encoding:

@@ -10,6 +10,7 @@ from shoal.net.transport import Stream
 from shoal.net.wire import codec
 from shoal.protocol import (
     SESSION_KINDS,
+    Acknowledge,
     AnyMessage,
     Close,
     Downstream,
@@ -31,6 +32,7 @@ from shoal.server.rpc.ping_pace import PingPace, payer_behind
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.ring_place import RingPlace
 from shoal.server.rpc.step_queue import ReceivedStep, StepQueue
+from shoal.server.rpc.stream_account import StreamAccount
 from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
@@ -50,11 +52,13 @@ class SessionStream:
         engine: Engine,
         push_service: PushService,
         *,
+        account: StreamAccount,
         ping_pace: PingPace,
         idle_seconds: float,
     ) -> None:
         self._stream = stream
         self._engine = engine
+        self._account = account
         self._ping_pace = ping_pace
         self._idle_seconds = idle_seconds
         self._ring = RingPlace(push_service, self._pushed)
@@ -108,6 +112,8 @@ class SessionStream:
                     await self._send(self._pong())
                 case SetNeighbors():
                     self._set_neighbors(message.upstream, message.downstream)
+                case Acknowledge():
+                    await self._account.acknowledged(message)
                 case Close():
                     self._ring.ignore_upstream()
                     await first_of(self._finish(), self._until_gone())
@@ -209,6 +215,7 @@ class SessionStream:
             return
         finally:
             self._computing = None
+        self._account.computed(received.inputs.size, self._session.span)
         encoding = step.encoding_of("hidden")
         if goes_on:
             self._push(received, answer, encoding)
