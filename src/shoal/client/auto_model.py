@@ -96,6 +96,9 @@ class _AutoDistributed:
           busy, or others are still loading them. Default: 180. With 0 it fails at once. Blocks that no server has
           announced since the client came are not waited for.
         - `standby=True`: sessions keep a second server warm for each of theirs.
+        - `own_servers`: identity files of servers that you run (`shoal serve --identity`): servers that these have
+          computed for serve you first when there is a queue (`docs/trust.md`). Default: those of this machine. "none"
+          tells no server which ones are yours.
         - `audits`: how often what a server answers is computed again by others, to find servers that lie: "off", "low"
           (the default) or "high" (`docs/trust.md`).
         - `salt`: servers reuse cached prefixes among sessions with equal salts only. Default: a secret one for each
@@ -204,9 +207,8 @@ class _AutoDistributed:
             max_length=getattr(model_config, "max_position_embeddings", None) or MAX_LENGTH,
         )
         model = _built(distributed(model_class), checkpoint, model_config, blocks, options=options, dtype=dtype)
-        if options.ledgers is not None:
-            sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in model.meta_layers]
-            swarm.tabs = Tabs(options.ledgers, node.transport.peer, sizes)
+        sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in model.meta_layers]
+        swarm.tabs = Tabs(options.ledgers, node.transport.peer, sizes)
         if adapter is not None:
             add_adapter(model, adapter)
         if wanted.tuning_mode is not None:

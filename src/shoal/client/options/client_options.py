@@ -113,9 +113,10 @@ class ClientOptions:
     """How often what servers answer is computed again by others, to find those that lie."""
     evidence_folder: Path | None = None
     """Where the evidence against liars is kept; `None` is `shut-out` in shoal's cache folder."""
-    ledgers: LedgerPlace | None = None
-    """Where is kept what servers compute for this machine, and which servers are this machine's own. `None` keeps and
-    acknowledges nothing."""
+    own_servers: tuple[Path, ...] | None = None
+    """The identity files of the servers that the client acts for; `None` are those that `shoal serve` keeps here."""
+    ledger_folder: Path | None = None
+    """Where is kept what servers compute for this machine; `None` is `contribution` in shoal's cache folder."""
     wire: Encoding = "raw"
     """The encoding of hidden states and gradients on the network. All others than "raw" are lossy."""
     history: Encoding = "raw"
@@ -148,6 +149,12 @@ class ClientOptions:
     def history_encoding(self) -> Encoding:
         """The smaller of both encodings: inputs that were rounded for the network lose nothing by being kept so."""
         return max(self.history, self.wire, key=ENCODINGS_BY_SIZE.index)
+
+    @property
+    def ledgers(self) -> LedgerPlace:
+        """Where the machine's ledgers and its servers' identities are."""
+        place = LedgerPlace.of(cache_folder(), self.own_servers)
+        return place if self.ledger_folder is None else replace(place, folder=self.ledger_folder)
 
     @property
     def network(self) -> NetworkConfig:
@@ -226,7 +233,7 @@ class ClientOptions:
             patience_seconds=float(patience),
             standby=standby,
             audits=parse_audits(audits),
-            ledgers=parse_own_servers(own_servers),
+            own_servers=parse_own_servers(own_servers),
             wire=parse_wire(wire),
             history=parse_history(history),
             history_memory=history_memory,
@@ -276,16 +283,15 @@ def parse_audits(name: str) -> AuditLevel:
     return _named(name, levels, "a level of audits")
 
 
-def parse_own_servers(given: str | Sequence[str | Path] | None) -> LedgerPlace:
-    """The ledgers of this machine, with the servers that clients act for: identity files, or the word "none".
+def parse_own_servers(given: str | Sequence[str | Path] | None) -> tuple[Path, ...] | None:
+    """The identity files of servers that a client acts for, from a list or a string of them, or the word "none".
 
     `None` stands for those that `shoal serve` keeps on this machine.
     """
     if given is None:
-        return LedgerPlace.of(cache_folder())
-    names = given.replace(",", " ").split() if isinstance(given, str) else list(given)
-    is_none = names == [] or [str(name) for name in names] == ["none"]
-    return LedgerPlace.of(cache_folder(), () if is_none else [Path(name).expanduser() for name in names])
+        return None
+    names = given.replace(",", " ").split() if isinstance(given, str) else [*map(str, given)]
+    return () if names == ["none"] else tuple(Path(name).expanduser() for name in names)
 
 
 def parse_wire(name: str) -> Encoding:
