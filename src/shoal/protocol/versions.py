@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 8
 """Raised by a change of messages that older peers would misunderstand. Records say it, too."""
 UPGRADE = "upgrade shoal where it is older: servers and clients of a swarm speak the same protocol"
 
