@@ -29,7 +29,7 @@ def weight_of(credit: float, consumed: float) -> float:
     """
     if credit <= 0:
         return 1.0
-    return 1.0 + (MAX_WEIGHT - 1.0) * credit / (credit + max(consumed, 0.0))
+    return 1.0 + (MAX_WEIGHT - 1.0) / (1.0 + max(consumed, 0.0) / credit)
 
 
 def charged(credits: Mapping[str, float], work: float) -> dict[str, float]:
