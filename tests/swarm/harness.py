@@ -90,8 +90,11 @@ class Swarm:
     def model(
         self, kind: type[Any] = AutoDistributedModelForCausalLM, *, config: ClientOptions = QUICK, **options: Any
     ) -> Any:
-        """A client's model, in float32. `options` are those of `ModelOptions`, or changes of the model's config."""
-        name = f"client{self.call(lambda: len(self.network.peers))}"
+        """A client's model, in float32. `options` are those of `ModelOptions`, or changes of the model's config.
+
+        The client may be a certain `peer`.
+        """
+        name = options.pop("peer", None) or f"client{self.call(lambda: len(self.network.peers))}"
         checkpoint = Checkpoint.open(options.pop("folder", self.folder))
         adapter = options.pop("active_adapter", None)
         node = self.call(self.network.node, name)

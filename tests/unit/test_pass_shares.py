@@ -202,7 +202,9 @@ def test_weights_of_one_change_nothing(requests: list[RequestView], away: set[st
 
 
 @given(st.lists(decoding, min_size=1, max_size=40), weights)
-def test_a_pass_gives_each_payer_the_share_that_its_weight_says(requests: list[RequestView], weighing: dict[str, float]):
+def test_a_pass_gives_each_payer_the_share_that_its_weight_says(
+    requests: list[RequestView], weighing: dict[str, float]
+):
     sharing = Sharing(MODEL, weights=weighing)
     shares = pass_shares(requests, sharing)
     loads: dict[str, list[float]] = {}

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shoal.ledgers.table_file import read_table, write_table
+from shoal.ledgers.table_file import TableFile
 from shoal.policy.contribution.credit import NUM_PERIODS, counts
 from shoal.protocol import MAX_PRESENTED, Acknowledgement, PeerId
 
@@ -54,19 +54,24 @@ class GivenTable(BaseModel):
     consumed: Annotated[tuple[ConsumedRow, ...], Field(max_length=NUM_PERIODS * MAX_HELD, strict=False)] = ()
 
 
+def given_file(folder: Path, peer: str) -> TableFile[GivenTable]:
+    """The file of a server."""
+    return TableFile(folder / f"given-{peer}.json", GivenTable)
+
+
 class GivenLedger:
     """The ledger of the server `peer`, in memory. `load` and `save` do I/O, and are called on threads."""
 
     def __init__(self, folder: Path, peer: str) -> None:
         self.has_changed = False
         self._peer = peer
-        self._file = folder / f"given-{peer}.json"
+        self._file = given_file(folder, peer)
         self._held: dict[tuple[str, int], HeldRow] = {}  # by client and week
         self._consumed: dict[str, dict[int, float]] = {}  # by account, then by week
 
     def load(self) -> None:
         """Begin with what the file has."""
-        table = read_table(self._file, GivenTable)
+        table = self._file.read()
         for row in table.held:
             if row.acknowledgement.server == self._peer:
                 self._held[row.acknowledgement.client, row.acknowledgement.period] = row
@@ -87,7 +92,7 @@ class GivenLedger:
 
     def save(self, table: GivenTable) -> None:
         """Write what `table` returned."""
-        write_table(self._file, table)
+        self._file.write(table)
 
     def take(self, statement: Acknowledgement, computed: float, *, now: int) -> None:
         """Keep a genuine acknowledgement if it is the newest of its client and week.
@@ -130,7 +135,7 @@ def held_in(folder: Path, peer: str, *, now: int) -> tuple[HeldRow, ...]:
 
     The largest come first.
     """
-    rows = read_table(folder / f"given-{peer}.json", GivenTable).held
+    rows = given_file(folder, peer).read().held
     valid = [row for row in rows if row.acknowledgement.server == peer and counts(row.acknowledgement.period, now=now)]
     return tuple(sorted(valid, key=lambda row: -row.acknowledgement.work))
 

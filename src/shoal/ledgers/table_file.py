@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,31 +18,42 @@ MAX_FILE_BYTES = 8 << 20
 """No ledger is larger: its rows are limited."""
 
 
-def read_table(path: Path, form: type[M]) -> M:
-    """What a file holds. A missing one is empty, and so is one that is damaged or too large, with a warning."""
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError("it is too large")
-        return form.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return form()
-    except (OSError, ValueError) as error:
-        why = f"{error.error_count()} wrong fields" if isinstance(error, ValidationError) else error
-        log.warning("the ledger %s cannot be read, and counts as empty: %s", path, why)
-        return form()
+class TableFile(Generic[M]):
+    """A file of a form, whose default is the empty table. What fails first is a warning, the rest is not."""
 
+    def __init__(self, path: Path, form: type[M]) -> None:
+        self._path = path
+        self._form = form
+        self._has_failed = False
 
-def write_table(path: Path, table: BaseModel) -> None:
-    """Replace a file. If the disk cannot be written, a warning says so, and the old file stays."""
-    draft = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "w") as out:
-            out.write(table.model_dump_json())
-        os.replace(draft, path)
-    except OSError as error:
-        log.warning("the ledger %s cannot be written: %s", path, error)
-        if draft is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(draft)
+    def read(self) -> M:
+        """What the file holds. A missing one is empty, and so is one that is damaged or too large."""
+        try:
+            if self._path.stat().st_size > MAX_FILE_BYTES:
+                raise ValueError("it is too large")
+            return self._form.model_validate_json(self._path.read_bytes())
+        except FileNotFoundError:
+            return self._form()
+        except (OSError, ValueError) as error:
+            why = f"{error.error_count()} wrong fields" if isinstance(error, ValidationError) else error
+            self._warn(f"cannot be read, and counts as empty: {why}")
+            return self._form()
+
+    def write(self, table: M) -> None:
+        """Replace the file. If the disk cannot be written, the old file stays."""
+        draft = None
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            handle, draft = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}-")
+            with os.fdopen(handle, "w") as out:
+                out.write(table.model_dump_json())
+            os.replace(draft, self._path)
+        except OSError as error:
+            self._warn(f"cannot be written: {error}")
+            if draft is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(draft)
+
+    def _warn(self, what: str) -> None:
+        level, self._has_failed = logging.DEBUG if self._has_failed else logging.WARNING, True
+        log.log(level, "the ledger %s %s", self._path, what)

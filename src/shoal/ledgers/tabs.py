@@ -7,6 +7,7 @@ there is one, and otherwise with a temporary key, by which it is not known again
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -51,7 +52,9 @@ class Tabs:
         self._own: tuple[Identity, ...] | None = None  # once they were read
         self._temporary = Identity.temporary()
         self._signed: dict[tuple[str, int], int] = {}  # with the temporary key, by server and week
+        self._signing = threading.Lock()
         self._owed: dict[str, float] = {}  # by server, in parameter-tokens
+        self._unsent: set[str] = set()  # servers for which an acknowledgement was begun, and not sent
         self._introduction: tuple[float, Introduce | None] | None = None  # and when it was made
 
     def open(self, server: str) -> Tab | None:
@@ -75,12 +78,20 @@ class Tabs:
         return None if self._is_own(server) else introduction
 
     async def acknowledgement(self, server: str) -> Acknowledge | None:
-        """The acknowledgement of all that a server has computed so far; `None` if nothing is new."""
+        """The acknowledgement of all that a server has computed so far; `None` if it has been `sent` already.
+
+        A caller that stops waiting loses nothing: the next one has the same sum.
+        """
         work, rest = divmod(self._owed.pop(server, 0.0), MILLION)
-        self._owed[server] = self._owed.get(server, 0.0) + rest
-        if not work:
+        self._owed[server] = rest
+        if not work and server not in self._unsent:
             return None
+        self._unsent.add(server)
         return await asyncio.to_thread(self._acknowledge, server, int(work))
+
+    def sent(self, server: str) -> None:
+        """A server was sent the last acknowledgement."""
+        self._unsent.discard(server)
 
     def _is_own(self, server: str) -> bool:
         return any(server == each.peer for each in self._own or ())
@@ -101,11 +112,15 @@ class Tabs:
         if self._is_own(server):  # what a machine does for itself is nobody's business
             return None
         if own:
-            total = self._ledger.add(server, work, client=own[0].peer, now=now)
-            return Acknowledge(acknowledgement=acknowledge(own[0], server, period=now, work=total))
-        self._ledger.add(server, work, client="", now=now)
-        self._signed[server, now] = total = min(self._signed.get((server, now), 0) + work, MAX_WORK - 1)
-        return Acknowledge(acknowledgement=acknowledge(self._temporary, server, period=now, work=total))
+            signer, total = own[0], self._ledger.add(server, work, client=own[0].peer, now=now)
+        else:
+            self._ledger.add(server, work, client="", now=now)
+            with self._signing:
+                self._signed[server, now] = total = min(self._signed.get((server, now), 0) + work, MAX_WORK - 1)
+            signer = self._temporary
+        if not total:  # a week has just begun
+            return None
+        return Acknowledge(acknowledgement=acknowledge(signer, server, period=now, work=total))
 
     def _servers(self) -> tuple[Identity, ...]:
         if self._own is None:
@@ -134,7 +149,11 @@ class Tab:
         return await self._tabs.introduction(self._server)
 
     async def acknowledgement(self) -> Acknowledge | None:
-        """What the server is told now; `None` if nothing is new."""
+        """What the server is told now; `None` if nothing is new. The sender then calls `sent`."""
         self._num_tokens = 0
         self.due.clear()
         return await self._tabs.acknowledgement(self._server)
+
+    def sent(self) -> None:
+        """The server was sent the acknowledgement."""
+        self._tabs.sent(self._server)

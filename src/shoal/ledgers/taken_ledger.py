@@ -14,7 +14,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shoal.ledgers.table_file import read_table, write_table
+from shoal.ledgers.table_file import TableFile
 from shoal.policy.contribution.credit import counts
 from shoal.protocol import MAX_WORK, PeerId
 
@@ -55,11 +55,11 @@ class TakenLedger:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file = folder / "taken.json"
+        self._file = TableFile(folder / "taken.json", TakenTable)
 
     def rows(self, *, now: int) -> tuple[TakenRow, ...]:
         """The rows of the weeks that count in the week `now`."""
-        return tuple(row for row in read_table(self._file, TakenTable).rows if counts(row.period, now=now))
+        return tuple(row for row in self._file.read().rows if counts(row.period, now=now))
 
     def given_by(self, *, now: int) -> dict[str, float]:
         """What each server has computed for this machine's clients in the weeks that count."""
@@ -76,7 +76,7 @@ class TakenLedger:
             kept[key] = total = min(kept.get(key, 0) + work, MAX_WORK - 1)
             largest = sorted(kept.items(), key=lambda item: -item[1])[:MAX_TAKEN]
             rows = tuple(TakenRow(period=p, client=c, server=s, work=w) for (p, c, s), w in largest)
-            write_table(self._file, TakenTable(rows=rows))
+            self._file.write(TakenTable(rows=rows))
         return total
 
     @contextmanager

@@ -216,6 +216,7 @@ class Connection:
                     async with asyncio.timeout(CLOSE_SECONDS), self._sending:
                         if self.tab is not None and (last := await self.tab.acknowledgement()) is not None:
                             await codec.send(self._stream, last)
+                            self.tab.sent()
                         await codec.send(self._stream, Close())
             if self._task is not None and self._task is not asyncio.current_task():
                 await asyncio.gather(self._task, return_exceptions=True)
@@ -264,6 +265,7 @@ class Connection:
             if message is not None:
                 with contextlib.suppress(PeerError):
                     await self.send(message)
+                    tab.sent()
 
     async def _watch(self) -> None:
         """Ping the server when it is silent, and fail when it does not answer."""

@@ -222,7 +222,7 @@ class _Swarm:
             own = person.identities
             claims |= {(one, other): INVENTED for one in own for other in own if one != other}
         for server in self.servers:
-            own = server.person.identities[0]
-            taken = {giver: work for (giver, client), work in self._given.items() if client == own}
+            owner = server.person.identities[0]
+            taken = {giver: work for (giver, client), work in self._given.items() if client == owner}
             server.credits = credits_of(taken, claims)
         self._after(SETTLE_SECONDS, self._settle)
