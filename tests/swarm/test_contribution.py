@@ -212,8 +212,8 @@ def test_a_session_goes_on_after_statements_that_are_forged(swarm: MakeSwarm, tm
     client = Intruder(net, VICTIM.peer, name=GIVER_CLIENT.peer)
     forged = acknowledging(GIVER_CLIENT, VICTIM.peer, work=10**9)
     elsewhere = acknowledging(GIVER_CLIENT, CONTACT.peer)
-    nobody = introducing(GIVER, client=TAKER_CLIENT)  # a delegation for another client
-    answers = client.ask(nobody, forged, opening(), forged, elsewhere, raw("ping"), step())
+    borrowed = introducing(GIVER, client=TAKER_CLIENT)  # a delegation for another client
+    answers = client.ask(borrowed, forged, opening(), forged, elsewhere, raw("ping"), step())
     assert [type(each) for each in answers] == [Opened, Pong, StepResult]
     net.stop(VICTIM.peer)
     assert held_in(tmp_path, VICTIM.peer, now=week()) == ()

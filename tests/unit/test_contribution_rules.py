@@ -47,7 +47,7 @@ def test_a_ring_that_has_served_no_contact_earns_nothing_whatever_it_signs(gave,
 def test_an_identity_that_is_split_into_many_earns_no_more_than_it_gave_and_contacts_acknowledge(
     gave, its, claims, own, parts
 ):
-    """Whatever the parts sign: at most what one identity has of which nobody else claims a part."""
+    """Whatever the parts sign: at most what one identity has of which no other claims a part."""
     whole = credits_of(gave | {"s0": its}, claims).get("s0", 0.0)
     split = {name: its * part / sum(parts) for name, part in zip(SYBILS, parts, strict=True)}
     acknowledged = {pair: each for pair, each in claims.items() if pair[1] == "s0"}

@@ -302,7 +302,7 @@ async def test_the_same_claims_again_and_in_another_order_change_nothing(tmp_pat
     assert weights == {2.5}
 
 
-async def test_someone_elses_delegation_earns_nothing(tmp_path: Path) -> None:
+async def test_a_delegation_of_another_client_earns_nothing(tmp_path: Path) -> None:
     priorities = server(tmp_path, s=100)
     await priorities.introduce(T.peer, "thief", introduction(S, client=CLIENT.peer))
     assert priorities.weight_of("thief") == 1.0

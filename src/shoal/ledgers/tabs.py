@@ -109,7 +109,7 @@ class Tabs:
 
     def _acknowledge(self, server: str, work: int) -> Acknowledge | None:
         own, now = self._servers(), period_of(self._unix_time())
-        if self._is_own(server):  # what a machine does for itself is nobody's business
+        if self._is_own(server):  # what a machine does for itself earns nothing elsewhere
             return None
         if own:
             signer, total = own[0], self._ledger.add(server, work, client=own[0].peer, now=now)

@@ -25,7 +25,7 @@ NUM_PERIODS = 4
 """The weeks that count, this one included: what was computed a month ago earns nothing any more."""
 PASSED_ON = 0.5
 """The part of what a contact gave that may count for others. The rest stays its own, however much it takes elsewhere:
-giving to somebody directly is always worth something there."""
+what a peer gives directly is always worth something there."""
 
 Claims = Mapping[tuple[str, str], float]
 """The work that the first peer of a pair, a contact, has acknowledged to the second one."""

@@ -1,7 +1,7 @@
 """How credit becomes priority: the weight of a payer in the sharing of a server's compute.
 
 A payer of weight 4 gets four times the time of one of weight 1, if both want more than there is. If it is alone, or if
-there is enough for all, nothing changes. Nobody waits longer than its share demands, and no weight is below 1.
+there is enough for all, nothing changes. No weight is below 1, so no payer waits longer than its share demands.
 
     weight
       4 |*
