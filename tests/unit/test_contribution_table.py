@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     week, ledger = period_of(time.time()), GivenLedger(tmp_path / "contribution", OWN.peer)
     for client, period, work in [(ALICE, week, 12_340), (BOB, week - 1, 250), (BOB, week - 4, 10**9)]:
         ledger.take(acknowledge(client, OWN.peer, period=period, work=work), work, now=period)
-    ledger.save(ledger.table())
+    ledger.save(ledger.copy())
     TakenLedger(tmp_path / "contribution").add(ALICE.peer, 4_100_000, client="", now=week)
     return tmp_path
 

@@ -54,6 +54,10 @@ class GivenTable(BaseModel):
     consumed: Annotated[tuple[ConsumedRow, ...], Field(max_length=NUM_PERIODS * MAX_HELD, strict=False)] = ()
 
 
+Contents = tuple[tuple[HeldRow, ...], dict[str, dict[int, float]]]
+"""What a server holds, and what it computed for accounts by week."""
+
+
 def given_file(folder: Path, peer: str) -> TableFile[GivenTable]:
     """The file of a server."""
     return TableFile(folder / f"given-{peer}.json", GivenTable)
@@ -78,21 +82,20 @@ class GivenLedger:
         for consumed in table.consumed:
             self._consumed.setdefault(consumed.account, {})[consumed.period] = consumed.work
 
-    def table(self) -> GivenTable:
-        """What `save` writes."""
+    def copy(self) -> Contents:
+        """What `save` writes: a copy, which is made quickly."""
         self.has_changed = False
-        return GivenTable(
-            held=tuple(self._held.values()),
-            consumed=tuple(
-                ConsumedRow(account=account, period=period, work=work)
-                for account, weeks in self._consumed.items()
-                for period, work in weeks.items()
-            ),
-        )
+        return tuple(self._held.values()), {account: dict(weeks) for account, weeks in self._consumed.items()}
 
-    def save(self, table: GivenTable) -> None:
-        """Write what `table` returned."""
-        self._file.write(table)
+    def save(self, contents: Contents) -> None:
+        """Write what `copy` returned."""
+        held, consumed = contents
+        rows = tuple(
+            ConsumedRow(account=account, period=period, work=work)
+            for account, weeks in consumed.items()
+            for period, work in weeks.items()
+        )
+        self._file.write(GivenTable(held=held, consumed=rows))
 
     def take(self, statement: Acknowledgement, computed: float, *, now: int) -> None:
         """Keep a genuine acknowledgement if it is the newest of its client and week.

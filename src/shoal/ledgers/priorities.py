@@ -24,7 +24,7 @@ from shoal.spans import Span
 
 log = logging.getLogger(__name__)
 
-MAX_CLAIMS = 4096
+MAX_CLAIMS = 1024
 """The claims that a server remembers: what contacts have acknowledged to others. The smallest are dropped."""
 MAX_ACCOUNTS = 8
 """The accounts behind one payer. More than that are ignored."""
@@ -130,7 +130,7 @@ class Priorities:
         finally:
             saving.cancel()
             await asyncio.gather(saving, return_exceptions=True)
-            self._given.save(self._given.table())
+            self._given.save(self._given.copy())
 
     # -- how it knows --------------------------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class Priorities:
         while True:
             await asyncio.sleep(SAVE_SECONDS)
             if ledger.has_changed:
-                await asyncio.to_thread(ledger.save, ledger.table())
+                await asyncio.to_thread(ledger.save, ledger.copy())
 
 
 Checked = tuple[tuple[str, ...], tuple[Acknowledgement, ...], dict[str, float]]

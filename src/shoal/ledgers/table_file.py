@@ -25,13 +25,20 @@ class TableFile(Generic[M]):
         self._path = path
         self._form = form
         self._has_failed = False
+        self._known: tuple[tuple[int, int, int], M] | None = None  # what was read, and of which state of the file
 
     def read(self) -> M:
         """What the file holds. A missing one is empty, and so is one that is damaged or too large."""
         try:
-            if self._path.stat().st_size > MAX_FILE_BYTES:
+            status = self._path.stat()
+            state = status.st_ino, status.st_mtime_ns, status.st_size  # it is only ever replaced by another file
+            if self._known is not None and self._known[0] == state:
+                return self._known[1]
+            if status.st_size > MAX_FILE_BYTES:
                 raise ValueError("it is too large")
-            return self._form.model_validate_json(self._path.read_bytes())
+            table = self._form.model_validate_json(self._path.read_bytes())
+            self._known = state, table
+            return table
         except FileNotFoundError:
             return self._form()
         except (OSError, ValueError) as error:
