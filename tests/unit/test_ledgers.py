@@ -308,6 +308,15 @@ async def test_a_delegation_of_another_client_earns_nothing(tmp_path: Path) -> N
     assert priorities.weight_of("thief") == 1.0
 
 
+async def test_no_client_can_present_what_was_acknowledged_to_another_one(tmp_path: Path) -> None:
+    priorities = server(tmp_path, x=100)
+    to_another = acknowledge(X, T.peer, period=WEEK, work=1000)
+    await priorities.introduce(CLIENT.peer, "x's enemy", introduction(S, said=(to_another,)))
+    await priorities.introduce(T.peer, "x", introduction(X, client=T.peer))
+    priorities.served("x", 100.0)
+    assert priorities.weight_of("x") == 2.5  # all of X's credit is still its own
+
+
 async def test_a_server_without_a_ledger_serves_all_alike(tmp_path: Path) -> None:
     server(tmp_path, s=100)
     priorities = Priorities(None, V.peer, unix_time=lambda: NOW)

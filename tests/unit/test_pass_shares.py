@@ -255,3 +255,19 @@ def test_the_weights_of_an_account_are_those_of_the_payers_that_are_there():
     assert account.weighing(lambda payer: 1.0, {"giver"}).weights == {}
     after = account.after_piece("giver", 2.0, delayed_others=False, present=(), queued={"taker"}, now=0.0)
     assert after.used.of("giver") == 0.5
+
+
+def test_a_pass_is_charged_to_a_payer_by_its_weight():
+    account = ComputeAccount().weighing(lambda payer: 4.0, {"giver"})
+    parts = [("giver", step("giver", 64, running=False).work(64))]
+    after = account.after_pass(
+        parts,
+        2.0,
+        shares=PassShares(),
+        pass_time=MODEL,
+        present={"giver", "taker"},
+        queued={"giver", "taker"},
+        now=1.0,
+        recently=1.0,
+    )
+    assert after.used.of("giver") == 0.5
