@@ -12,7 +12,7 @@ from shoal.policy.contribution.priority import MAX_WEIGHT, charged, weight_of
 
 HONEST = ["alice", "bob", "carol"]
 SYBILS = ["s0", "s1", "s2", "s3"]
-work = st.floats(0, 1e9)
+work = st.integers(0, 10**9).map(float)  # as it is signed
 gifts = st.dictionaries(st.sampled_from(HONEST), work)
 honest_claims = st.dictionaries(st.tuples(st.sampled_from(HONEST), st.sampled_from([*HONEST, "s0"])), work)
 own_claims = st.dictionaries(st.tuples(st.sampled_from(SYBILS), st.sampled_from([*SYBILS, *HONEST])), work)
