@@ -45,9 +45,9 @@ class Swarm:
 
         return self.runtime.run(call())
 
-    def start(self, span: str, **options: Any) -> Server:
-        """One more server."""
-        return self._start(f"s{len(self.servers)}", span, **options)
+    def start(self, span: str, *, peer: str | None = None, **options: Any) -> Server:
+        """One more server, named "sN" if it is not to be a certain peer."""
+        return self._start(peer or f"s{len(self.servers)}", span, **options)
 
     def restart(self, name: str, span: str, **options: Any) -> Server:
         """A server is killed, and starts again as the same peer with another span."""
@@ -90,8 +90,11 @@ class Swarm:
     def model(
         self, kind: type[Any] = AutoDistributedModelForCausalLM, *, config: ClientOptions = QUICK, **options: Any
     ) -> Any:
-        """A client's model, in float32. `options` are those of `ModelOptions`, or changes of the model's config."""
-        name = f"client{self.call(lambda: len(self.network.peers))}"
+        """A client's model, in float32. `options` are those of `ModelOptions`, or changes of the model's config.
+
+        The client may be a certain `peer`.
+        """
+        name = options.pop("peer", None) or f"client{self.call(lambda: len(self.network.peers))}"
         checkpoint = Checkpoint.open(options.pop("folder", self.folder))
         adapter = options.pop("active_adapter", None)
         node = self.call(self.network.node, name)

@@ -84,7 +84,7 @@ def test_every_option_that_has_a_keyword_is_filled_by_it(monkeypatch: pytest.Mon
         "initial_peers": ["/a"], "swarm_key": tmp_path / "key", "revision": "main", "token": "hf_x",
         "cache_dir": "/c", "dtype": "float16",
         "device": "cuda", "allowed_servers": ["a"], "blocked_servers": "b c", "pinned": {"0:4": "a"},
-        "chooser": "nsga2", "wire": "int8", "standby": True, "draft": "off", "audits": "off",
+        "chooser": "nsga2", "wire": "int8", "standby": True, "draft": "off", "audits": "off", "own_servers": ["/k"],
         "history": "bfloat16", "history_memory": 7,
         "history_folder": "/h", "remote_head": True, "head_top_k": 5, "head_quantization": "nf4",
         "tuning_mode": "ptune", "pre_seq_len": 3, "active_adapter": "/d", "salt": "s", "allow_uncertified": True,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -70,7 +70,13 @@ class Server:
     """Turns over a pass that computes nothing and takes a second, and the seconds that each side has had."""
 
     def __init__(
-        self, limits: Limits, *, num_pages: int = 100, watch: Watch | None = None, executor: Executor | None = None
+        self,
+        limits: Limits,
+        *,
+        num_pages: int = 100,
+        watch: Watch | None = None,
+        executor: Executor | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.clock = Clock()
         self.inference = self.training = 0.0
@@ -83,6 +89,7 @@ class Server:
             limits=limits,
             watch=watch,
             clock=self.clock,
+            weight_of=lambda payer: (weights or {}).get(payer, 1.0),
         )
         self._num_opened = 0
 
@@ -327,3 +334,36 @@ async def test_whose_peer_holds_less_begins_before_others_of_a_peer_that_holds_m
         server.loop.wake()
         await asyncio.gather(*visits)
     assert order == ["honest", "greedy", "greedy"]
+
+
+async def pieces_of_each(server: Server, *, seconds: float) -> dict[str, int]:
+    """How many passes of a giver and of a taker are computed, of whom each always has one that waits."""
+    had = dict.fromkeys(("taker", "giver"), 0)
+
+    async def ask(payer: str) -> None:
+        while True:
+            await server.loop.submit_pass(server.pieces(1), payer)
+            had[payer] += 1
+
+    async with running(server, *(ask(payer) for payer in had for _ in range(2))):
+        await server.until(lambda: server.clock.now > seconds)
+    return had
+
+
+async def test_a_payer_with_a_weight_is_served_before_others_when_there_is_a_queue_and_keeps_no_one_out():
+    alike = await pieces_of_each(Server(Limits()), seconds=900)
+    assert alike["giver"] == pytest.approx(alike["taker"], rel=0.05)
+    weighed = await pieces_of_each(Server(Limits(), weights={"giver": 4.0}), seconds=900)
+    assert weighed["giver"] == pytest.approx(4 * weighed["taker"], rel=0.1)
+
+
+async def test_a_weight_changes_nothing_for_a_payer_that_is_alone():
+    async def decoded(**options: Any) -> tuple[float, int]:
+        server = Server(Limits(), **options)
+        async with running(server):
+            session = server.session("giver")
+            for _ in range(20):
+                await server.step(session)
+            return server.clock.now, server.loop.num_passes
+
+    assert await decoded(weights={"giver": 4.0}) == await decoded()

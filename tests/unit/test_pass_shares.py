@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -58,7 +59,7 @@ def test_a_pass_gives_each_payer_its_share_unless_one_step_alone_takes_longer(re
         (its[0] for its in loads.values() if len(its) == 1), default=0.0
     )  # it may be the one that is too long
     least = min(sum(its) for its in loads.values())
-    allowed = shares.num_payers * (WEIGHTS + least)
+    allowed = shares.total_weight * (WEIGHTS + least)
     assert seconds(requests, shares) - longest <= allowed * (1 + 1e-6)
 
 
@@ -188,3 +189,85 @@ def test_the_pieces_that_delayed_others_are_owed_to_them():
 )
 def test_a_payer_is_what_one_customer_has_of_a_network(address: str, network: str):
     assert network_of(address) == network
+
+
+weights = st.dictionaries(payers, st.floats(1.0, 4.0))
+
+
+@given(st.lists(decoding, min_size=1, max_size=40), st.sets(payers))
+def test_weights_of_one_change_nothing(requests: list[RequestView], away: set[str]):
+    plain = Sharing(MODEL, away=frozenset(away), prompted_at={"a": 1.0})
+    weighed = replace(plain, weights=dict.fromkeys("abcd", 1.0))
+    assert replace(pass_shares(requests, weighed), weights={}) == pass_shares(requests, plain)
+
+
+@given(st.lists(decoding, min_size=1, max_size=40), weights)
+def test_a_pass_gives_each_payer_the_share_that_its_weight_says(
+    requests: list[RequestView], weighing: dict[str, float]
+):
+    sharing = Sharing(MODEL, weights=weighing)
+    shares = pass_shares(requests, sharing)
+    loads: dict[str, list[float]] = {}
+    for index, each in enumerate(requests):
+        if index not in shares.left_out:
+            loads.setdefault(payer_of(each), []).append(MODEL.added_by(each.work(each.num_tokens)))
+    assert loads
+    present = {payer_of(each) for each in requests}
+    if len(present) == 1:
+        return
+    longest = max((its[0] for its in loads.values() if len(its) == 1), default=0.0)
+    total = sum(sharing.weight(payer) for payer in present)
+    allowed = min(total * (WEIGHTS + sum(its)) / sharing.weight(payer) for payer, its in loads.items())
+    assert seconds(requests, shares) - longest <= allowed * (1 + 1e-6)
+
+
+def test_a_step_of_a_weight_of_four_keeps_four_fifths_of_its_speed_beside_sixty_and_these_the_rest():
+    requests = [step("giver"), *(step("taker") for _ in range(60))]
+    shares = pass_shares(requests, Sharing(MODEL, weights={"giver": 4.0}))
+    assert seconds(requests, shares) <= (WEIGHTS + TOKEN) * 5 / 4 * (1 + 1e-6)
+    assert 0 not in shares.left_out
+    assert 0 < len(shares.left_out) < 60
+
+
+def test_one_step_beside_many_of_a_payer_with_a_weight_is_in_every_pass():
+    requests = [*(step("giver") for _ in range(60)), step("taker")]
+    shares = pass_shares(requests, Sharing(MODEL, weights={"giver": 4.0}))
+    assert not shares.left_out
+
+
+def test_of_prompts_that_are_equal_in_all_else_that_of_the_larger_weight_comes_first():
+    requests = [step("taker", 64, running=False), step("giver", 64, running=False, at=1.0)]
+    turns = prompt_turns(requests, Sharing(MODEL, weights={"giver": 2.0}), now=2.0)
+    assert turns["giver"] < turns["taker"]
+    used = FairQueue({"giver": QUANTUM_SECONDS})
+    turns = prompt_turns(requests, Sharing(MODEL, weights={"giver": 2.0}, used=used), now=2.0)
+    assert turns["giver"] > turns["taker"]  # no weight keeps the other one from its share
+
+
+def test_what_a_pass_took_too_long_is_owed_beyond_the_share_of_a_weight():
+    shares = PassShares(seconds=1.0, total_weight=5.0, weights={"giver": 4.0})
+    assert shares.excess({"giver": 0.75, "taker": 0.75}, 1.5) == {"taker": pytest.approx(0.5)}
+
+
+def test_the_weights_of_an_account_are_those_of_the_payers_that_are_there():
+    account = ComputeAccount().weighing({"giver": 4.0, "taker": 1.0, "gone": 2.0}.__getitem__, {"giver", "taker"})
+    assert account.weights == {"giver": 4.0}
+    assert account.weighing(lambda payer: 1.0, {"giver"}).weights == {}
+    after = account.after_piece("giver", 2.0, delayed_others=False, present=(), queued={"taker"}, now=0.0)
+    assert after.used.of("giver") == 0.5
+
+
+def test_a_pass_is_charged_to_a_payer_by_its_weight():
+    account = ComputeAccount().weighing(lambda payer: 4.0, {"giver"})
+    parts = [("giver", step("giver", 64, running=False).work(64))]
+    after = account.after_pass(
+        parts,
+        2.0,
+        shares=PassShares(),
+        pass_time=MODEL,
+        present={"giver", "taker"},
+        queued={"giver", "taker"},
+        now=1.0,
+        recently=1.0,
+    )
+    assert after.used.of("giver") == 0.5

@@ -193,3 +193,17 @@ def _pass(working: list[Client], clients: list[Client], queue: list[Client], num
         client.pages += client.needs(num_tokens)
         client.cached, client.used_at = client.cached + num_tokens, now
         client.answered = max(client.answered, client.cached if client.cached >= client.prompt else 0)
+
+
+def test_the_sessions_of_a_peer_with_a_weight_give_way_later():
+    holders = [replace(holder("giver", 30, opened=0), weight=4.0), holder("taker", 10, opened=1)]
+    assert holders[preempted_for_running(holders, now=NOW)].peer == "taker"
+    unweighted = [replace(each, weight=1.0) for each in holders]
+    assert unweighted[preempted_for_running(unweighted, now=NOW)].peer == "giver"
+
+
+def test_a_new_session_of_a_peer_with_a_weight_counts_as_smaller():
+    holders = [holder("taker", 30, opened=0, old=100.0)]
+    new = {"peer": "giver", "num_pages": 20, "num_missing": 10, "waited": 5.0, "now": NOW}
+    assert preempted_for_new(holders, **new) is None
+    assert preempted_for_new(holders, **new, weight=4.0) == 0

@@ -55,6 +55,7 @@ class OneServer:
     audits = SimpleNamespace(is_on=False)
     encoding = "raw"
     error = None
+    tab = None
 
     def __init__(self) -> None:
         self.adapter_sync = AdapterSync()

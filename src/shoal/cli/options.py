@@ -182,6 +182,15 @@ AuditLevel = Annotated[
         "--audits", metavar="LEVEL", help=f"How often others check what a server computes: {', '.join(Audits)}."
     ),
 ]
+OwnServers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--own-server",
+        metavar="FILE",
+        help="The identity of a server that you run elsewhere: those that it helped serve you first when there is a "
+        "queue. none: tell no server which ones are yours. Default: those of this machine.",
+    ),
+]
 Patience = Annotated[
     float,
     typer.Option(
@@ -273,6 +282,7 @@ def client_options(  # the first parameter stands first in the help of a command
     standby: Standby = False,
     draft: Drafts = Draft.auto,
     audits: AuditLevel = Audits.low,
+    own_server: OwnServers = None,
     pin: Pin = None,
     chooser: ChooseBy = Chooser.balanced,
     share_prefixes: SharePrefixes = False,
@@ -300,6 +310,7 @@ def client_options(  # the first parameter stands first in the help of a command
         standby=standby,
         draft=draft,
         audits=audits,
+        own_servers=own_server or None,
         pinned=pins(pin),
         chooser=chooser,
         salt="" if share_prefixes else None,

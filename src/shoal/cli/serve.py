@@ -25,6 +25,8 @@ from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.host import usable_cores
 from shoal.joining.invite_code import code_in
 from shoal.large_imports import large_imports
+from shoal.ledgers.ledger_place import LedgerPlace
+from shoal.model.weights.disk_cache import cache_folder
 from shoal.model.weights.location import folder_of
 from shoal.net.swarm_key import file_of_key
 from shoal.policy.batching.engine_limits import Limits
@@ -300,6 +302,7 @@ def command(
             name=server_name,
             zone=zone,
             allow_uncertified=allow_uncertified,
+            ledger_folder=LedgerPlace.of(cache_folder()).folder,
         )
 
     with identity_file(identity, kind=f"serve-{mark}" if mark else "serve") as path:

@@ -16,10 +16,12 @@ import typer
 
 from shoal.cli import network_options, options
 from shoal.cli.terminal.console import hush_transformers, start_logging, stdout, waiting
+from shoal.cli.terminal.contribution_table import render_contribution
 from shoal.cli.terminal.render import render, render_route, usable
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
 from shoal.joining.invite_code import InviteCode, code_in
+from shoal.model.weights.disk_cache import cache_folder
 from shoal.model.weights.location import is_path
 from shoal.policy.dtypes import mixture
 from shoal.policy.view import SwarmView, format_blocks
@@ -116,6 +118,13 @@ def command(
     route: Annotated[
         bool, typer.Option("--route", help="Show the route that a client on this machine would choose, and its cost.")
     ] = False,
+    contribution: Annotated[
+        bool,
+        typer.Option(
+            "--contribution",
+            help="Show what this machine has computed for others, and others for it; no swarm is asked.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -124,7 +133,10 @@ def command(
     Without MODEL, all models of the swarm are shown. Each server is asked whether it answers. The exit status is 1 if a
     model that is shown lacks blocks, and 0 if a token can go through all of them.
     """
-    start_logging(verbose=verbose)
+    start_logging(verbose=verbose, default="warning" if contribution else "error")
+    if contribution:
+        _show_contribution(as_json=as_json)
+        return
     client = options.client_options(initial_peers, swarm_key, models=() if model is None else (model,))
     if model is not None and is_path(model):  # others may be names of models in the swarm
         options.check_places(model)
@@ -151,6 +163,19 @@ def _show(found: Sequence[ModelStatus], *, route: bool) -> None:
             stdout.print()
             for part in render_route(status.route, status.answers):
                 stdout.print(part)
+
+
+def _show_contribution(*, as_json: bool) -> None:
+    from shoal.ledgers.ledger_place import LedgerPlace
+    from shoal.ledgers.machine_totals import machine_totals
+    from shoal.policy.contribution.credit import period_of
+
+    totals = machine_totals(LedgerPlace.of(cache_folder()).folder, now=period_of(time.time()))
+    if as_json:
+        print(json.dumps({"unit": "million parameter-tokens", **asdict(totals)}, indent=2))
+        return
+    for part in render_contribution(totals, width=stdout.width):
+        stdout.print(part)
 
 
 async def look(client: ClientOptions, wanted: str | None = None, *, route: bool = False) -> list[ModelStatus]:

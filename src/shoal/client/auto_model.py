@@ -34,6 +34,7 @@ from shoal.client.swarm.swarm import Swarm
 from shoal.client.tuning import add_adapter, add_prompts
 from shoal.errors import UnsupportedModel, UserError
 from shoal.joining.invite_code import InviteCode, is_code
+from shoal.ledgers.tabs import Tabs
 from shoal.model.families import text_config
 from shoal.model.head import build_head
 from shoal.model.peft.peft_folder import PeftFolder
@@ -97,6 +98,9 @@ class _AutoDistributed:
         - `standby=True`: sessions keep a second server warm for each of theirs.
         - `draft`: "auto" (the default) guesses tokens of streams ahead where that is faster, which changes none;
           "off" does not (`docs/speculation.md`).
+        - `own_servers`: identity files of servers that you run (`shoal serve --identity`): servers that these have
+          computed for serve you first when there is a queue (`docs/trust.md`). Default: those of this machine. "none"
+          tells no server which ones are yours.
         - `audits`: how often what a server answers is computed again by others, to find servers that lie: "off", "low"
           (the default) or "high" (`docs/trust.md`).
         - `salt`: servers reuse cached prefixes among sessions with equal salts only. Default: a secret one for each
@@ -205,6 +209,8 @@ class _AutoDistributed:
             max_length=getattr(model_config, "max_position_embeddings", None) or MAX_LENGTH,
         )
         model = _built(distributed(model_class), checkpoint, model_config, blocks, options=options, dtype=dtype)
+        sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in model.meta_layers]
+        swarm.tabs = Tabs(options.ledgers, node.transport.peer, sizes)
         if adapter is not None:
             add_adapter(model, adapter)
         if wanted.tuning_mode is not None:

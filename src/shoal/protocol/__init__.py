@@ -2,12 +2,21 @@
 
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
 The first message of a stream is `Open` for a session, `Forward`, `Backward` or `Norms` for single computations, a
-`Step` with a `link`, which one server pushes to the next, or a `Transfer`. `Adapter`s may come before the first four.
-`DialBack`, which peers without blocks answer too, has streams of its own (`REACH_PROTOCOL`).
+`Step` with a `link`, which one server pushes to the next, or a `Transfer`. An `Introduce` and `Adapter`s may come
+before the first four. `DialBack`, which peers without blocks answer too, has streams of its own (`REACH_PROTOCOL`).
 Every header is parsed here before any other code sees it: an unknown kind, field or type, or a number beyond its limit,
 is refused.
 """
 
+from shoal.protocol.acknowledging import (
+    MAX_DELEGATIONS,
+    MAX_PRESENTED,
+    MAX_WORK,
+    Acknowledge,
+    Acknowledgement,
+    Delegation,
+    Introduce,
+)
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
 from shoal.protocol.control import Close, Leaving, Ping, Pong
 from shoal.protocol.dialing import MAX_DIALED_ADDRESSES, REACH_PROTOCOL, DialBack, DialedBack
@@ -76,6 +85,7 @@ __all__ = [
     "MAX_ADDRESS",
     "MAX_BATCH",
     "MAX_BLOCKS",
+    "MAX_DELEGATIONS",
     "MAX_DIALED_ADDRESSES",
     "MAX_FACTORS",
     "MAX_HEADER_BYTES",
@@ -86,10 +96,12 @@ __all__ = [
     "MAX_LOGITS_BYTES",
     "MAX_PASS_TOKENS",
     "MAX_PAYLOAD_BYTES",
+    "MAX_PRESENTED",
     "MAX_STEPS_AHEAD",
     "MAX_STEP_TOKENS",
     "MAX_TEXT",
     "MAX_TRANSFER_BYTES",
+    "MAX_WORK",
     "PROTOCOL",
     "PROTOCOL_VERSION",
     "REACH_PROTOCOL",
@@ -98,6 +110,8 @@ __all__ = [
     "SESSION_KINDS",
     "TRANSFER_KINDS",
     "UPGRADE",
+    "Acknowledge",
+    "Acknowledgement",
     "Adapted",
     "Adapter",
     "AdapterStored",
@@ -107,6 +121,7 @@ __all__ = [
     "Block",
     "Close",
     "Content",
+    "Delegation",
     "DialBack",
     "DialedBack",
     "Downstream",
@@ -120,6 +135,7 @@ __all__ = [
     "GetInvitation",
     "GetManifest",
     "GetPiece",
+    "Introduce",
     "InvitationText",
     "Leaving",
     "Link",

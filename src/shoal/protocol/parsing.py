@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from shoal.protocol.acknowledging import Acknowledge, Introduce
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
 from shoal.protocol.control import Close, Leaving, Ping, Pong
 from shoal.protocol.dialing import DialBack, DialedBack
@@ -23,7 +24,9 @@ class ProtocolViolation(ValueError):
 
 
 AnyMessage = (
-    Open
+    Introduce
+    | Acknowledge
+    | Open
     | Opened
     | SetNeighbors
     | Rewind
@@ -58,6 +61,8 @@ AnyMessage = (
 
 REQUEST_KINDS = frozenset(
     {
+        "introduce",
+        "acknowledge",
         "open",
         "set_neighbors",
         "rewind",
@@ -77,7 +82,7 @@ REQUEST_KINDS = frozenset(
 )
 """The kinds of messages that a server receives, from clients and from upstream servers."""
 
-SESSION_KINDS = frozenset({"step", "rewind", "set_neighbors", "ping", "close"})
+SESSION_KINDS = frozenset({"step", "rewind", "set_neighbors", "acknowledge", "ping", "close"})
 """The request kinds that may follow `Open`."""
 
 TRANSFER_KINDS = frozenset({"filler", "failure"})

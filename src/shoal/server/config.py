@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shoal.events import Observer
 from shoal.joining.invitation import Invitation
@@ -65,6 +66,11 @@ class ServerConfig:
 
     announce_seconds: float = 20.0
     """Seconds between renewals of the server's record, which expires after three times as long."""
+    ledger_folder: Path | None = None
+    """Where is kept what this server computes for others, and what this machine's clients take.
+
+    It decides who is served first when there is a queue (`shoal.ledgers`). `None` keeps nothing, and serves all alike.
+    """
     idle_seconds: float = 300.0
     """A client that sends nothing for this many seconds, not even a ping, counts as gone."""
     drain_seconds: float = 0.0

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from shoal.concurrency import background, owned_task
 from shoal.events import Observers
 from shoal.joining.invitation import Invitation
+from shoal.ledgers.priorities import Priorities
 from shoal.model.peft.block_adapters import import_peft
 from shoal.model.weights.pieces.peer_files import PeerFiles
 from shoal.net.transport import Node, Transport
@@ -94,7 +95,8 @@ async def serve(
     weights = WeightsService(upload_limit=config.upload_limit)
     portrait = Portrait(config, node, clock=clock)
     node = portrait.node
-    with Compute(config) as compute:
+    priorities = Priorities(config.ledger_folder, node.transport.peer, unix_time=clock)
+    with Compute(config, priorities) as compute:
         report(Progress(Phase.OPENING))
         checkpoint = await compute.executor.run(lambda: open_checkpoint(config))
         setup = await prepare(config, node, checkpoint, compute.executor, report)
@@ -102,6 +104,7 @@ async def serve(
         keeper = SpanKeeper(around)
         # PEFT is imported while the server claims blocks, on the thread that needs it before it serves them.
         async with (
+            priorities.kept(),
             background(keeper.live(), name="shoal-blocks") as living,
             owned_task(compute.executor.run(import_peft)),
         ):

@@ -115,6 +115,12 @@ def _calibrate(options: argparse.Namespace) -> Drawn:
     return calibrate.report(swarm, compared), lambda figure: calibrate.draw(compared, figure)
 
 
+def _contribution(options: argparse.Namespace) -> Drawn:
+    from shoal.simulator.studies import contenders
+
+    return contenders.report(options.seed), None
+
+
 def _grid(options: argparse.Namespace) -> Any:
     from shoal.errors import UserError
     from shoal.simulator.fluid.arrangement import Delays
@@ -172,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--cluster", type=Path, nargs="+", default=[], help="files with clusters (docs/scale.md)")
     calibrate = add("calibrate", _calibrate, "a swarm of real processes and its simulated twin")
     calibrate.add_argument("--measured", type=Path, required=True, help="what benchmarks/calibration.py has written")
+    add("contribution", _contribution, "who gets how much where contribution earns priority, and who waits")
     return parser
 
 

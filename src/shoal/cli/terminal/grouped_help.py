@@ -26,6 +26,7 @@ GROUPS = {
         "standby",
         "draft",
         "audits",
+        "own_server",
         "history",
         "history_memory",
         "wire",

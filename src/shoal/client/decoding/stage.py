@@ -372,6 +372,8 @@ class Stage:
         """Take a right answer to the oldest pending step."""
         self._advance(self.progress.answered())
         self.receipts.answered(step, tensors.get("hidden"), result.encoding_of("hidden"))
+        if self.connection is not None and self.connection.tab is not None:
+            self.connection.tab.add(step.inputs[:2].numel(), self.hop.span)
         if result.seconds is not None:
             self._timings.append((step.inputs[0] * step.inputs[1], result.seconds))
         if step.logits_request is not None:

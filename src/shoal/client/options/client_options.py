@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from shoal.client.options.keywords import resolve
 from shoal.errors import UserError
 from shoal.events import Observer
+from shoal.ledgers.ledger_place import LedgerPlace
+from shoal.model.weights.disk_cache import cache_folder
 from shoal.net import NetworkConfig
 from shoal.net.swarm_key import SwarmKey, key_in
 from shoal.policy.audits.audit_budget import RATES, AuditLevel
@@ -117,6 +119,10 @@ class ClientOptions:
     """How often what servers answer is computed again by others, to find those that lie."""
     evidence_folder: Path | None = None
     """Where the evidence against liars is kept; `None` is `shut-out` in shoal's cache folder."""
+    own_servers: tuple[Path, ...] | None = None
+    """The identity files of the servers that the client acts for; `None` are those that `shoal serve` keeps here."""
+    ledger_folder: Path | None = None
+    """Where is kept what servers compute for this machine; `None` is `contribution` in shoal's cache folder."""
     wire: Encoding = "raw"
     """The encoding of hidden states and gradients on the network. All others than "raw" are lossy."""
     history: Encoding = "raw"
@@ -151,6 +157,12 @@ class ClientOptions:
         return max(self.history, self.wire, key=ENCODINGS_BY_SIZE.index)
 
     @property
+    def ledgers(self) -> LedgerPlace:
+        """Where the machine's ledgers and its servers' identities are."""
+        place = LedgerPlace.of(cache_folder(), self.own_servers)
+        return place if self.ledger_folder is None else replace(place, folder=self.ledger_folder)
+
+    @property
     def network(self) -> NetworkConfig:
         """How the client takes part in the swarm's network: it dials, and stores nothing for others."""
         return NetworkConfig(initial_peers=self.initial_peers, client_mode=True, swarm_key=self.swarm_key)
@@ -179,6 +191,7 @@ class ClientOptions:
         standby: bool = False,
         draft: str = "auto",
         audits: str = "low",
+        own_servers: str | Sequence[str | Path] | None = None,
         history: str = "exact",
         history_memory: int | None = None,
         history_folder: str | Path | None = None,
@@ -228,6 +241,7 @@ class ClientOptions:
             standby=standby,
             draft=parse_draft(draft),
             audits=parse_audits(audits),
+            own_servers=parse_own_servers(own_servers),
             wire=parse_wire(wire),
             history=parse_history(history),
             history_memory=history_memory,
@@ -281,6 +295,17 @@ def parse_audits(name: str) -> AuditLevel:
     """How often servers are audited. Raises `UserError` for a name that is not in `RATES`."""
     levels: dict[str, AuditLevel] = {level: level for level in RATES}
     return _named(name, levels, "a level of audits")
+
+
+def parse_own_servers(given: str | Sequence[str | Path] | None) -> tuple[Path, ...] | None:
+    """The identity files of servers that a client acts for, from a list or a string of them, or the word "none".
+
+    `None` stands for those that `shoal serve` keeps on this machine.
+    """
+    if given is None:
+        return None
+    names = given.replace(",", " ").split() if isinstance(given, str) else [*map(str, given)]
+    return () if names == ["none"] else tuple(Path(name).expanduser() for name in names)
 
 
 def parse_wire(name: str) -> Encoding:

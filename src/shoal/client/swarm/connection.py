@@ -16,6 +16,7 @@ from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.message_sizes import check_size
 from shoal.concurrency import first_of, with_progress_timeout
 from shoal.errors import PeerError, ServerBusy, ServerLost
+from shoal.ledgers.tabs import Tab
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo
@@ -38,8 +39,11 @@ class Connection:
 
     What the server sends is given to `on_message`, in order. When the connection is of no more use, `error` says why;
     `on_message` is not called again then, and `on_end` is called once. `in_flight` is common to all streams to the
-    server. `on_round_trip` is given the seconds of each undisturbed ping.
+    server. `on_round_trip` is given the seconds of each undisturbed ping. What the server computes is put on the `tab`,
+    and acknowledged now and then, at the latest with the goodbye; no caller waits for that.
     """
+
+    tab: Tab | None = None
 
     def __init__(
         self,
@@ -49,12 +53,14 @@ class Connection:
         *,
         in_flight: PeerInFlight | None = None,
         on_round_trip: Callable[[float], None] = lambda seconds: None,
+        tab: Tab | None = None,
     ) -> None:
         self.peer = server.peer
         self.encoding: Encoding = config.wire if config.wire in server.encodings else "raw"
         self.error: PeerError | None = None
         self.on_message: OnMessage = lambda message, tensors: None
         self.on_end: Callable[[], None] = lambda: None
+        self.tab = tab
         self._stream = stream
         self._config = config
         self._in_flight = in_flight or PeerInFlight()
@@ -74,16 +80,26 @@ class Connection:
         *,
         in_flight: PeerInFlight | None = None,
         on_round_trip: Callable[[float], None] = lambda seconds: None,
+        tab: Tab | None = None,
     ) -> Self:
-        """Connect to a server, and start reading and watching; the caller has to close it. Raises `ServerLost`."""
+        """Connect to a server, introduce this client, and start reading and watching; the caller has to close it.
+
+        Raises `ServerLost`.
+        """
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 stream = await transport.open(server.peer, server.addresses)
         except (StreamBroken, TimeoutError) as error:
             why = str(error) or f"{server.peer} did not answer within {OPEN_SECONDS:.0f} s"
             raise ServerLost(why, peer=server.peer) from None
-        connection = cls(stream, server, config, in_flight=in_flight, on_round_trip=on_round_trip)
+        connection = cls(stream, server, config, in_flight=in_flight, on_round_trip=on_round_trip, tab=tab)
         connection.start()
+        if tab is not None and (introduction := await tab.introduction()) is not None:
+            try:
+                await connection.send(introduction)
+            except BaseException:
+                await connection.close()
+                raise
         return connection
 
     def start(self) -> None:
@@ -198,6 +214,9 @@ class Connection:
             if goodbye:
                 with contextlib.suppress(StreamBroken, TimeoutError):
                     async with asyncio.timeout(CLOSE_SECONDS), self._sending:
+                        if self.tab is not None and (last := await self.tab.acknowledgement()) is not None:
+                            await codec.send(self._stream, last)
+                            self.tab.sent()
                         await codec.send(self._stream, Close())
             if self._task is not None and self._task is not asyncio.current_task():
                 await asyncio.gather(self._task, return_exceptions=True)
@@ -208,7 +227,7 @@ class Connection:
 
     async def _live(self) -> None:
         try:
-            await first_of(self._read(), self._watch())
+            await first_of(self._read(), self._watch(), *(() if self.tab is None else (self._acknowledge(self.tab),)))
         except (StreamBroken, ProtocolViolation) as failure:
             self.fail(self.lost(failure))
 
@@ -237,6 +256,16 @@ class Connection:
         self._liveness = self._liveness.after_pong(working=pong.working, num_passes=pong.num_passes, now=now)
         if (seconds := self._liveness.stuck_seconds(now)) is not None:
             self.fail(self.lost(f"it has computed nothing for {seconds:.0f} s"))
+
+    async def _acknowledge(self, tab: Tab) -> None:
+        """Tell the server what it has computed, whenever that is due."""
+        while self.error is None:
+            await tab.due.wait()
+            message = await tab.acknowledgement()
+            if message is not None:
+                with contextlib.suppress(PeerError):
+                    await self.send(message)
+                    tab.sent()
 
     async def _watch(self) -> None:
         """Ping the server when it is silent, and fail when it does not answer."""

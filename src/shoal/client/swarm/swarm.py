@@ -31,6 +31,7 @@ from shoal.client.swarm.server_probe import ServerProbe
 from shoal.client.swarm.waits import Outage, Waits
 from shoal.concurrency import now
 from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, ServerMoved, UnsupportedOperation
+from shoal.ledgers.tabs import Tabs
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
@@ -85,6 +86,7 @@ class Swarm:
         self.audits = AuditBook(RATES[config.audits], folder=evidence_folder, rng=audit_rng)
         self.node = node
         """This client's access to the network."""
+        self.tabs: Tabs | None = None
         self._directory = DirectoryCache(
             node, model, fingerprint, config, self.measurements.round_trips, unix_time=unix_time
         )
@@ -285,8 +287,9 @@ class Swarm:
         """A new connection to a server, which the caller has to close. Raises `ServerLost`."""
         on_round_trip = functools.partial(self.measurements.record_round_trip, server.peer)
         in_flight = self._in_flight.setdefault(server.peer, PeerInFlight())
+        tab = None if self.tabs is None else self.tabs.open(server.peer)
         return await Connection.open(
-            self.node.transport, server, self.config, in_flight=in_flight, on_round_trip=on_round_trip
+            self.node.transport, server, self.config, in_flight=in_flight, on_round_trip=on_round_trip, tab=tab
         )
 
     def blame(self, error: PeerError, *, since: float | None = None) -> None:

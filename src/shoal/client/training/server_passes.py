@@ -17,6 +17,7 @@ from shoal.client.training.connection_pool import ConnectionPool
 from shoal.client.training.gradients import by_block
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
 from shoal.errors import ServerLost
+from shoal.ledgers.tabs import BACKWARD
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
@@ -128,6 +129,9 @@ class ServerPasses:
         connection, reply, answer = await self._pool.ask(hop.server, request, tensors, adapters, usual_seconds=usual)
         self._swarm.record_answer(hop)
         assert isinstance(reply, PassResult | NotCached)
+        if connection.tab is not None and isinstance(reply, PassResult):
+            times = BACKWARD if isinstance(request, Backward) else 1
+            connection.tab.add(batch_size * num_tokens, Span(request.start, request.end), times=times)
         return connection, reply, answer
 
     def _received(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
 from shoal.policy.batching.fair_queueing import FairQueue
-from shoal.policy.batching.pass_shares import AGED_SECONDS, Debts, PassShares, charges
+from shoal.policy.batching.pass_shares import AGED_SECONDS, Debts, PassShares, Sharing, charges
 from shoal.policy.batching.pass_times import PassTimeModel, PassWork
 
 RETURN_SECONDS = 0.5
@@ -19,7 +19,8 @@ class ComputeAccount:
     """The seconds that payers have `used` and owe others (`debts`).
 
     Of each, it has too when a decoding step of it was computed last, when a single pass (`trained_at`), and when a
-    prompt, with the seconds of its last part (`prompted`); and how long the pieces of its single passes take.
+    prompt, with the seconds of its last part (`prompted`); and how long the pieces of its single passes take. `weights`
+    are those of payers that have others than 1.
     """
 
     used: FairQueue = field(default_factory=FairQueue)
@@ -28,6 +29,34 @@ class ComputeAccount:
     trained_at: Mapping[str, float] = field(default_factory=dict)
     prompted: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     piece_seconds: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def weighing(self, weight_of: Callable[[str], float], payers: Collection[str]) -> ComputeAccount:
+        """With the weights that these payers have now."""
+        weights = {payer: weight for payer in payers if (weight := weight_of(payer)) != 1.0}
+        return self if weights == self.weights else replace(self, weights=weights)
+
+    def sharing(
+        self,
+        pass_time: PassTimeModel,
+        *,
+        away: frozenset[str],
+        next_in: float | None,
+        waiting: Collection[str],
+        now: float,
+    ) -> Sharing:
+        """What the division of the next pass follows from. Those `waiting` have steps that wait, those `away` have none
+        just now; the next step of these is expected in `next_in` seconds."""
+        return Sharing(
+            pass_time,
+            away,
+            next_in,
+            self.debts,
+            self.used,
+            self.prompted_at,
+            self.prompt_seconds(waiting=waiting, now=now),
+            self.weights,
+        )
 
     def decoding(self, *, now: float, recently: float) -> frozenset[str]:
         """The payers whose steps were computed `recently`, in seconds: they count as decoding between them too."""
@@ -55,7 +84,8 @@ class ComputeAccount:
         prompted = {payer: last for payer, last in self.prompted.items() if now - last[0] < AGED_SECONDS}
         prompted |= {payer: (now, charged[payer]) for payer, work in parts if work.num_prefill}
         after = replace(self, debts=debts, decoded_at=decoded_at, prompted=prompted)
-        return replace(after, used=self.used.charged(charged, waiting=after._returning(now) | set(queued)))
+        waiting = after._returning(now) | set(queued)
+        return replace(after, used=self.used.charged(charged, waiting=waiting, weights=self.weights))
 
     @property
     def prompted_at(self) -> Mapping[str, float]:
@@ -89,7 +119,7 @@ class ComputeAccount:
         trained_at = {each: at for each, at in self.trained_at.items() if now - at < RETURN_SECONDS} | {payer: now}
         kept = trained_at.keys() | set(queued)
         pieces = {each: its for each, its in self.piece_seconds.items() if each in kept} | {payer: longest}
-        used = self.used.charged({payer: seconds}, waiting=self._returning(now) | kept)
+        used = self.used.charged({payer: seconds}, waiting=self._returning(now) | kept, weights=self.weights)
         after = self.after_aside(payer, seconds if delayed_others else 0.0, elapsed=seconds, present=present)
         return replace(after, used=used, trained_at=trained_at, piece_seconds=pieces)
 

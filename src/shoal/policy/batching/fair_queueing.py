@@ -3,7 +3,8 @@
 A payer is who a request counts for: a peer's network (`shoal.net.addressing.addresses.network_of`), or the peer where
 that is not known. Among payers that want more, the one that has used least comes first, so each gets its share within
 one quantum. A payer that comes back after a pause begins where the one is now that has used least: time that it did not
-want is not saved up.
+want is not saved up. Payers may have weights (`shoal.policy.contribution.priority`): one of weight 4 is charged a
+quarter of the time, and gets four times as much.
 """
 
 from __future__ import annotations
@@ -28,9 +29,16 @@ class FairQueue:
         """The seconds that a payer counts as having used."""
         return self.used.get(payer, self.floor)
 
-    def charged(self, seconds: Mapping[str, float], *, waiting: Collection[str]) -> FairQueue:
-        """After these payers used these seconds more, while the `waiting` ones want more still."""
-        used = {**self.used, **{payer: self.of(payer) + more for payer, more in seconds.items()}}
+    def charged(
+        self, seconds: Mapping[str, float], *, waiting: Collection[str], weights: Mapping[str, float] | None = None
+    ) -> FairQueue:
+        """After these payers used these seconds more, while the `waiting` ones want more still.
+
+        A payer counts as having used its seconds divided by its weight, which is 1 if it is not named.
+        """
+        weights = weights or {}
+        counted = {payer: more / weights.get(payer, 1.0) for payer, more in seconds.items()}
+        used = {**self.used, **{payer: self.of(payer) + more for payer, more in counted.items()}}
         if waiting:
             floor = max(self.floor, min(used.get(payer, self.floor) for payer in waiting))
         else:

@@ -86,7 +86,7 @@ def fair(view: EngineView) -> Choice:
         order = sorted(order, key=lambda each: _pages_of_peer(view.requests[each], held))
     if view.sharing is not None:
         turns = prompt_turns(view.requests, view.sharing, now=view.now)
-        order = sorted(order, key=lambda each: turns.get(payer_of(view.requests[each]), (0, 0)))
+        order = sorted(order, key=lambda each: turns.get(payer_of(view.requests[each]), (0, 0, 0.0)))
     output, shares = _scheduled(view, order)
     if output.short_of_pages:
         return Choice(preempted=preempted_for_running(view.holders, now=view.now))
@@ -200,6 +200,7 @@ def _unless_new_ones_deserve_room(
         num_missing=num_missing,
         waited=waited,
         now=view.now,
+        weight=new.weight,
     )
     if found is None and not chunks and not shares.left_out:
         others = [holder for holder in view.holders if holder.opened != new.opened]
@@ -209,8 +210,11 @@ def _unless_new_ones_deserve_room(
     return Choice(preempted=list(view.holders).index(others[found]))
 
 
-def _pages_of_peer(request: RequestView, held: Mapping[str, int]) -> int:
-    return 0 if request.running else held[_session_of(request).peer]
+def _pages_of_peer(request: RequestView, held: Mapping[str, int]) -> float:
+    if request.running:
+        return 0.0
+    session = _session_of(request)
+    return held[session.peer] / session.weight
 
 
 def _session_of(request: RequestView) -> Holder:

@@ -12,6 +12,9 @@ Beyond that, each payer decodes with as much time as the others, its oldest step
 a thousand sequences, is computed at once; then its payer is in *debt* for what the pass took too long, and takes no
 part until the others have had as much time. Prompts get what is left of the pass.
 
+Payers may have weights (`shoal.policy.contribution.priority`). A share is then a payer's weight as a part of all
+weights: beside a payer of weight 1, one of weight 4 keeps four fifths of its speed, and leaves a fifth to the other.
+
 This bounds how long a pass is by what parts of it are expected to take. What it took is known later, and counts
 (`PassShares.excess`): who asks for more than it seems to be gets into debt as well.
 """
@@ -30,6 +33,8 @@ from shoal.policy.batching.scheduling import RequestView
 
 Fits = Callable[[float, float], bool]
 """Whether a pass may have steps that add the first, in seconds, if the payer with the least work adds the second."""
+Weighed = Callable[[str, float], float]
+"""What a payer of weight 1 would add that may demand the same of a pass as a payer whose steps add so much."""
 SHORT_SECONDS = 0.1
 """Prompts that take about as long come in order of arrival."""
 AGED_SECONDS = 10.0
@@ -84,7 +89,8 @@ class Sharing:
 
     The payers `away` decode, although none of their steps waits just now; the next one is expected in `next_in`
     seconds. `used` and `prompted_at`, when a prompt of each was last computed, say whose prompts come first. Others
-    that had prompts computed a moment ago may soon have more: the shortest were computed in `prompt_seconds`.
+    that had prompts computed a moment ago may soon have more: the shortest were computed in `prompt_seconds`. `weights`
+    are those of payers that have others than 1.
     """
 
     pass_time: PassTimeModel
@@ -94,29 +100,35 @@ class Sharing:
     used: FairQueue = field(default_factory=FairQueue)
     prompted_at: Mapping[str, float] = field(default_factory=dict)
     prompt_seconds: float = inf
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def weight(self, payer: str) -> float:
+        """The weight of a payer."""
+        return self.weights.get(payer, 1.0)
 
 
 @dataclass(frozen=True)
 class PassShares:
     """Which requests take no part in the next pass, and for how many `prefill_seconds` prompts may.
 
-    The `later` ones take part if nothing else can be computed. The pass should take `seconds` at most, so that each of
-    `num_payers` has its share.
+    The `later` ones take part if nothing else can be computed. The pass should take `seconds` at most, so that each
+    payer has its share: its weight, as a part of the `total_weight` of all. `weights` are those that are not 1.
     """
 
     left_out: frozenset[int] = frozenset()
     later: frozenset[int] = frozenset()
     prefill_seconds: float = inf
     seconds: float = inf
-    num_payers: int = 1
+    total_weight: float = 1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def excess(self, charges: Mapping[str, float], seconds: float) -> Mapping[str, float]:
         """What each payer owes after the pass took `seconds`, of which each payer is charged its part.
 
         It is what the pass took too long, divided between those that had more than their share of it.
         """
-        share = self.seconds / self.num_payers
-        beyond = {payer: charge - share for payer, charge in charges.items() if charge > share}
+        shares = {payer: self.seconds * self.weights.get(payer, 1.0) / self.total_weight for payer in charges}
+        beyond = {payer: charge - shares[payer] for payer, charge in charges.items() if charge > shares[payer]}
         too_long = seconds - self.seconds
         if too_long <= 0 or not beyond:
             return {}
@@ -158,11 +170,12 @@ def pass_shares(requests: Sequence[RequestView], sharing: Sharing) -> PassShares
     return replace(shares, later=later, prefill_seconds=min(shares.prefill_seconds, prompt_seconds))
 
 
-def prompt_turns(requests: Sequence[RequestView], sharing: Sharing, *, now: float) -> dict[str, tuple[int, int]]:
+def prompt_turns(requests: Sequence[RequestView], sharing: Sharing, *, now: float) -> dict[str, tuple[int, int, float]]:
     """When the prompts of each payer have their turn, the least first. With one payer, it is empty.
 
     Payers that have used less come first, a quantum apart. Of others, those come first whose prompts take less, all
-    together, `SHORT_SECONDS` apart; but no payer waits for that that had no turn for `AGED_SECONDS`.
+    together, `SHORT_SECONDS` apart; but no payer waits for that that had no turn for `AGED_SECONDS`. Of those that are
+    equal in that too, the one with the larger weight comes first.
     """
     prompts = [(payer_of(request), request) for request in requests if not request.decodes]
     payers = {payer for payer, _ in prompts}
@@ -174,10 +187,8 @@ def prompt_turns(requests: Sequence[RequestView], sharing: Sharing, *, now: floa
         since[payer] = min(since[payer], request.arrived_at)
     since = {payer: max(at, sharing.prompted_at.get(payer, at)) for payer, at in since.items()}
     is_aged = {payer: now - since[payer] > AGED_SECONDS for payer in payers}
-    return {
-        payer: (sharing.used.turn_of(payer, payers), 0 if is_aged[payer] else int(work[payer] / SHORT_SECONDS))
-        for payer in payers
-    }
+    length = {payer: 0 if is_aged[payer] else int(work[payer] / SHORT_SECONDS) for payer in payers}
+    return {payer: (sharing.used.turn_of(payer, payers), length[payer], -sharing.weight(payer)) for payer in payers}
 
 
 def _later_prompts(requests: Sequence[RequestView], used: FairQueue, payers: Collection[str]) -> frozenset[int]:
@@ -191,8 +202,8 @@ def _divided(
     requests: Sequence[RequestView], sharing: Sharing, *, present: Collection[str], left_out: set[int]
 ) -> PassShares:
     """The pass of the payers that owe nothing, beside those that are away."""
-    model, num_payers = sharing.pass_time, len(present)
-    token, weights = model.decoded_tokens.each, model.decoded_tokens.fixed
+    model, total_weight = sharing.pass_time, sum(sharing.weight(payer) for payer in present)
+    token, fixed = model.decoded_tokens.each, model.decoded_tokens.fixed  # of reading the weights of the blocks
     steps: dict[str, list[tuple[float, int]]] = {}
     pages: dict[str, float] = {}  # what the first page of a prompt takes
     for index, request in enumerate(requests):
@@ -204,31 +215,38 @@ def _divided(
         else:
             pages[payer] = min(pages.get(payer, inf), _first_page(request, model))
     if not steps and not sharing.away:  # no session decodes: prompts take turns, and not parts of a pass
-        return PassShares(left_out=frozenset(left_out), num_payers=num_payers)
+        return PassShares(left_out=frozenset(left_out), total_weight=total_weight, weights=sharing.weights)
     # Prompts have their payers' shares of the pass, if these do nothing else in it, and in any case a page or half.
-    for_prompts = len(pages.keys() - steps.keys()) / num_payers
+    for_prompts = sum(sharing.weight(payer) for payer in pages.keys() - steps.keys()) / total_weight
     page = min(pages.values(), default=0.0)
-    least_away = token if sharing.away - steps.keys() else inf
+
+    def weighed(payer: str, added: float) -> float:
+        """What a payer of weight 1 would add that may demand the same of a pass as this one, which adds `added`."""
+        weight = sharing.weight(payer)
+        return added if weight == 1.0 else (fixed + added) / weight - fixed
+
+    least_away = min((weighed(payer, token) for payer in sharing.away - steps.keys()), default=inf)
 
     def limit(least: float) -> float:
         """How long a pass may take if the payer with the least work adds so much."""
-        return num_payers * (weights + (least if least < inf else token))
+        return total_weight * (fixed + (least if least < inf else token))
 
     def fits(total: float, least: float) -> bool:
         allowed = limit(least)
-        return weights + total <= (allowed - max(allowed * for_prompts, min(page, allowed / 2))) * (1 + ROUNDING)
+        return fixed + total <= (allowed - max(allowed * for_prompts, min(page, allowed / 2))) * (1 + ROUNDING)
 
-    loads = [sum(cost for cost, _ in own) for own in steps.values()]
-    total, least = sum(loads), min([least_away, *loads])
+    loads = {payer: sum(cost for cost, _ in own) for payer, own in steps.items()}
+    total, least = sum(loads.values()), min([least_away, *(weighed(payer, load) for payer, load in loads.items())])
     if loads and not fits(total, least):
-        total, least, beyond = _in_turns(steps, least_away, fits)
+        total, least, beyond = _in_turns(steps, least_away, fits, weighed)
         left_out |= beyond
     seconds = limit(least)
     return PassShares(
         left_out=frozenset(left_out),
-        prefill_seconds=max(0.0, seconds - weights - total),
+        prefill_seconds=max(0.0, seconds - fixed - total),
         seconds=seconds,
-        num_payers=num_payers,
+        total_weight=total_weight,
+        weights=sharing.weights,
     )
 
 
@@ -254,40 +272,42 @@ def _first_page(request: RequestView, model: PassTimeModel) -> float:
 
 
 def _in_turns(
-    steps: Mapping[str, Sequence[tuple[float, int]]], least_away: float, fits: Fits
+    steps: Mapping[str, Sequence[tuple[float, int]]], least_away: float, fits: Fits, weighed: Weighed
 ) -> tuple[float, float, set[int]]:
     """What the steps add that take part, how much the payer with the least work adds, and which take no part.
 
-    Whose steps have taken least comes next, for as long as the pass fits. One step takes part that never fits, the
-    first of its payer.
+    Whose steps have taken least for its weight comes next, for as long as the pass fits. One step takes part that never
+    fits, the first of its payer.
     """
     left_out = {index for own in steps.values() for _, index in own}
-    total, ended, long = 0.0, least_away, list[tuple[int, float]]()
-    queue = list[tuple[float, int, str]]()  # what the steps of a payer add, the place of its next one, and its name
-    firsts = sorted((own[0][0], payer) for payer, own in steps.items())
-    for cost, payer in firsts:
+    total, ended, long = 0.0, least_away, list[tuple[int, float, float]]()
+    # What the steps of a payer add as a payer of weight 1, what they add, the place of its next one, and its name.
+    queue = list[tuple[float, float, int, str]]()
+    firsts = sorted((weighed(payer, own[0][0]), own[0][0], payer) for payer, own in steps.items())
+    for least, cost, payer in firsts:
         index = steps[payer][0][1]
         if fits(total + cost, min(least_away, firsts[0][0])):
             total += cost
             left_out.discard(index)
-            queue.append((cost, 1, payer))
+            queue.append((least, cost, 1, payer))
         else:
-            long.append((index, cost))
+            long.append((index, cost, least))
     if long:
-        index, cost = min(long)  # that which came first
+        index, cost, _ = min(long)  # that which came first
         left_out.discard(index)
         total += cost
-        ended = min(ended, *(cost for _, cost in long))
+        ended = min(ended, *(least for _, _, least in long))
     while queue:
-        added, place, payer = heapq.heappop(queue)
+        least, added, place, payer = heapq.heappop(queue)
         if place == len(steps[payer]):
-            ended = min(ended, added)
+            ended = min(ended, least)
             continue
         cost, index = steps[payer][place]
-        if fits(total + cost, min(ended, added + cost, queue[0][0] if queue else inf)):
+        more = weighed(payer, added + cost)
+        if fits(total + cost, min(ended, more, queue[0][0] if queue else inf)):
             total += cost
             left_out.discard(index)
-            heapq.heappush(queue, (added + cost, place + 1, payer))
+            heapq.heappush(queue, (more, added + cost, place + 1, payer))
         else:
-            ended = min(ended, added)
+            ended = min(ended, least)
     return total, ended, left_out

@@ -2,7 +2,8 @@
 
 Pages are shared fairly between peers, not between sessions. Of the peer that holds the most pages, the session that has
 been unused for longest is preempted. A session that has been idle for `IDLE_SECONDS` is preempted before all others,
-whichever peer holds it. So sessions that are opened early and left idle cannot keep other sessions out.
+whichever peer holds it. So sessions that are opened early and left idle cannot keep other sessions out. A peer with a
+weight (`shoal.policy.contribution.priority`) counts as holding its pages divided by that: its sessions give way later.
 
 Two working sessions end even if there is room for one only: the preempted one begins again when there is room for all
 its pages, and until then the other goes on. Sessions that wait may hold pages too, those of a prompt that was known.
@@ -11,7 +12,6 @@ If nobody runs, these do not keep the first one out (`preempted_while_nobody_run
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Holder:
 
     It is `at_work` while a step of it waits or is computed. `opened` numbers sessions in the order of opening.
     `since` is when its client came: a client that was told to come back keeps its place (`Places`). A session that is
-    not `running` was given pages that were known already, and still waits for others.
+    not `running` was given pages that were known already, and still waits for others. `weight` is its peer's.
     """
 
     peer: str
@@ -44,6 +44,7 @@ class Holder:
     at_work: bool = False
     since: float = 0.0
     running: bool = True
+    weight: float = 1.0
 
     def is_idle(self, now: float) -> bool:
         """Whether it may be preempted for any other."""
@@ -57,12 +58,19 @@ def preempted_for_running(holders: Sequence[Holder], *, now: float) -> int:
 
 
 def preempted_for_new(
-    holders: Sequence[Holder], *, peer: str, num_pages: int, num_missing: int, waited: float, now: float
+    holders: Sequence[Holder],
+    *,
+    peer: str,
+    num_pages: int,
+    num_missing: int,
+    waited: float,
+    now: float,
+    weight: float = 1.0,
 ) -> int | None:
     """The index of the session to preempt for one that has not begun; None if none is to be preempted now.
 
-    The new session is of `peer`, needs `num_pages`, of which `num_missing` are not free, and has `waited`,
-    in seconds.
+    The new session is of `peer`, which has this `weight`; it needs `num_pages`, of which `num_missing` are not free,
+    and has `waited`, in seconds.
     """
     idle = [index for index, holder in enumerate(holders) if holder.is_idle(now)]
     if sum(holders[index].num_pages for index in idle) >= num_missing > 0:
@@ -70,7 +78,7 @@ def preempted_for_new(
     if waited < PATIENCE_SECONDS or num_missing <= 0:
         return None
     held = _held(holders)
-    at_least = IMBALANCE * (held[peer] + num_pages)
+    at_least = IMBALANCE * (held.get(peer, 0.0) + num_pages / weight)
     had_their_turn = [
         index
         for index, holder in enumerate(holders)
@@ -95,21 +103,24 @@ def preempted_while_nobody_runs(
 
 
 def of_the_largest(holders: Sequence[Holder], among: Sequence[int]) -> int:
-    """Of the peer with the most pages, the session unused for longest; of equal peers, that which opened last."""
+    """Of the peer with the most pages for its weight, the session unused for longest.
+
+    Of equal peers, it is one of the peer that opened its first session last.
+    """
     held, first_opened = _held(holders), dict[str, int]()
     for holder in holders:
         first_opened[holder.peer] = min(holder.opened, first_opened.get(holder.peer, holder.opened))
 
-    def key(index: int) -> tuple[int, int, bool, float, int]:
+    def key(index: int) -> tuple[float, int, bool, float, int]:
         holder = holders[index]
         return held[holder.peer], first_opened[holder.peer], not holder.at_work, -holder.used_at, holder.opened
 
     return max(among, key=key)
 
 
-def _held(holders: Sequence[Holder]) -> Counter[str]:
-    """The number of pages of each peer."""
-    held = Counter[str]()
+def _held(holders: Sequence[Holder]) -> dict[str, float]:
+    """The number of pages of each peer, divided by its weight."""
+    held = dict[str, float]()
     for holder in holders:
-        held[holder.peer] += holder.num_pages
+        held[holder.peer] = held.get(holder.peer, 0.0) + holder.num_pages / holder.weight
     return held

@@ -14,6 +14,7 @@ import torch
 from shoal.adapters import adapter_cache_salt
 from shoal.concurrency import background
 from shoal.events import Observers
+from shoal.ledgers.priorities import Priorities
 from shoal.model.body import Body
 from shoal.policy.batching.engine_limits import Limits
 from shoal.policy.batching.pass_rules import PassRule, fair
@@ -66,8 +67,10 @@ class Engine:
         head: ServerHead | None = None,
         watch: Watch | None = None,
         observers: Observers | None = None,
+        priorities: Priorities | None = None,
     ) -> None:
         self.observers = observers or Observers()
+        self.priorities = priorities or Priorities()
         self.validator = validator
         self._body = body
         self.executor = executor
@@ -86,6 +89,7 @@ class Engine:
             rule=rule,
             watch=watch,
             observers=self.observers,
+            weight_of=self.priorities.weight_of,
         )
         self.passes = SinglePasses(body, validator, self._loop, limits)
         self._adapter_turns = AdapterTurns(self._loop)

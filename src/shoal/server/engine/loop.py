@@ -37,7 +37,10 @@ T = TypeVar("T")
 
 
 class EngineLoop:
-    """Gives the compute thread to the steps and the passes that wait. `clock` tells seconds."""
+    """Gives the compute thread to the steps and the passes that wait.
+
+    `clock` tells seconds, and `weight_of` the weight of a payer (`shoal.policy.contribution.priority`).
+    """
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class EngineLoop:
         watch: Watch | None = None,
         observers: Observers | None = None,
         clock: Callable[[], float] | None = None,
+        weight_of: Callable[[str], float] = lambda payer: 1.0,
     ) -> None:
         self.sessions: set[SessionCache] = set()
         self.num_passes = 0
@@ -64,6 +68,7 @@ class EngineLoop:
         self._watch = watch
         self._observers = observers or Observers()
         self._clock = clock or asyncio.get_running_loop().time
+        self._weight_of = weight_of
         self._news = asyncio.Event()
         self._pass_time = pass_time
         self._account = ComputeAccount()
@@ -205,6 +210,7 @@ class EngineLoop:
     def _next_pass(self) -> PassRequest[Any]:
         """The first of the passes whose payers have used least."""
         payers = {request.payer for request in self.passes}
+        self._account = self._account.weighing(self._weight_of, payers | self._present())
         return min(self.passes, key=lambda request: self._account.used.turn_of(request.payer, payers))
 
     async def _wait_for_news(self, seconds: float | None) -> None:
@@ -378,16 +384,10 @@ class EngineLoop:
     # -- for whom -----------------------------------------------------------------------------------------------------
 
     def _sharing(self, steps: Sequence[StepRequest]) -> Sharing:
-        account, waiting = self._account, {step.session.payer for step in steps}
-        return Sharing(
-            self._pass_time,
-            self._present() - waiting,
-            self._seconds_to_next(),
-            account.debts,
-            account.used,
-            account.prompted_at,
-            account.prompt_seconds(waiting=waiting, now=self._clock()),
-        )
+        waiting = {step.session.payer for step in steps}
+        away, next_in = self._present() - waiting, self._seconds_to_next()
+        self._account = self._account.weighing(self._weight_of, away | waiting)
+        return self._account.sharing(self._pass_time, away=away, next_in=next_in, waiting=waiting, now=self._clock())
 
     def _present(self) -> frozenset[str]:
         """The payers whose steps wait, or that decoded a moment ago: their next texts may begin any time."""

@@ -34,12 +34,12 @@ def engine_view(
     whether sessions decode, although none of their steps may wait; the next one is expected in `next_in` seconds.
     """
     at_work = {step.session for step in steps}
-    holders = {session: _holder(session, at_work=session in at_work) for session in holding}
+    holders = {session: _holder(session, sharing, at_work=session in at_work) for session in holding}
     requests = [
         replace(
             step.view(),
             arrived_at=step.arrived_at,
-            session=holders.get(step.session) or _holder(step.session, at_work=True),
+            session=holders.get(step.session) or _holder(step.session, sharing, at_work=True),
         )
         for step in steps
     ]
@@ -68,7 +68,7 @@ def drop_snapshots_if_short(steps: Sequence[StepRequest], pool: PagePool) -> Non
             step.session.drop_snapshots()
 
 
-def _holder(session: SessionCache, *, at_work: bool) -> Holder:
+def _holder(session: SessionCache, sharing: Sharing, *, at_work: bool) -> Holder:
     one_row = len(session.rows) == 1  # whose pages are all different; counting them takes no time
     num_pages = len(session.rows[0].pages) if one_row else len(set(session.pages))
     return Holder(
@@ -80,4 +80,5 @@ def _holder(session: SessionCache, *, at_work: bool) -> Holder:
         at_work=at_work,
         since=session.since,
         running=session.running,
+        weight=sharing.weight(session.payer),
     )

@@ -6,20 +6,22 @@ from typing import Self
 
 import torch
 
+from shoal.ledgers.priorities import Priorities
 from shoal.server.config import ServerConfig
 from shoal.server.engine.cpu_turns import CpuTurns, folder_of_turns, uses_all_cores
 from shoal.server.executor import Executor
 
 
 class Compute:
-    """The compute thread, and the turns that it takes with other servers of this machine.
+    """The compute thread, the turns that it takes with other servers of this machine, and for whom it computes first.
 
     Leaving the context ends the thread. It waits for the current work only if the server `is_serving`: what is loaded
     or measured then is of no use to anyone.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, priorities: Priorities) -> None:
         self.executor = Executor(config.num_threads)
+        self.priorities = priorities
         self.cpu_turns: CpuTurns | None = None
         self.is_serving = False
         self._num_threads = config.num_threads

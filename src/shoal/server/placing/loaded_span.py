@@ -15,6 +15,7 @@ import torch
 
 from shoal.events import Observers
 from shoal.model.body import Body, joined_body
+from shoal.model.linear.quantization import dequantized_bytes
 from shoal.model.loading import load_body
 from shoal.model.peft.block_adapters import import_peft
 from shoal.model.peft.peft_folder import PeftFolder
@@ -218,7 +219,10 @@ async def make_engine(
                     check=compute.executor.check,
                 )
             )
-    speeds = speeds_in(profile, body.span)
+    speeds, checkpoint = speeds_in(profile, body.span), setup.checkpoint
+    if compute.priorities.is_on:
+        counted = partial(dequantized_bytes, checkpoint.family, checkpoint.config, torch.uint8)  # a byte a parameter
+        compute.priorities.learn_blocks(await compute.executor.run(counted))
     engine = Engine(
         body,
         compute.executor,
@@ -233,6 +237,7 @@ async def make_engine(
         head=weights.head,
         watch=Watch(speeds, body.span, on_correction=lambda _: disk_cache.remove(speed_key(key))),
         observers=observers,
+        priorities=compute.priorities,
     )
     return engine, profile
 

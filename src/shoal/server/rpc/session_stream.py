@@ -10,6 +10,7 @@ from shoal.net.transport import Stream
 from shoal.net.wire import codec
 from shoal.protocol import (
     SESSION_KINDS,
+    Acknowledge,
     AnyMessage,
     Close,
     Downstream,
@@ -32,6 +33,7 @@ from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.receipt_writer import ReceiptWriter
 from shoal.server.rpc.ring_place import RingPlace
 from shoal.server.rpc.step_queue import ReceivedStep, StepQueue
+from shoal.server.rpc.stream_account import StreamAccount
 from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
@@ -51,11 +53,13 @@ class SessionStream:
         engine: Engine,
         push_service: PushService,
         *,
+        account: StreamAccount,
         ping_pace: PingPace,
         idle_seconds: float,
     ) -> None:
         self._stream = stream
         self._engine = engine
+        self._account = account
         self._ping_pace = ping_pace
         self._idle_seconds = idle_seconds
         self._transport = push_service.transport
@@ -117,6 +121,8 @@ class SessionStream:
                     await self._send(self._pong())
                 case SetNeighbors():
                     self._set_neighbors(message.upstream, message.downstream)
+                case Acknowledge():
+                    await self._account.acknowledged(message)
                 case Close():
                     self._ring.ignore_upstream()
                     await first_of(self._finish(), self._until_gone())
@@ -219,6 +225,7 @@ class SessionStream:
             return
         finally:
             self._computing = None
+        self._account.computed(received.inputs.size, self._session.span)
         encoding = step.encoding_of("hidden")
         if goes_on:
             self._push(received, answer, encoding)

@@ -16,6 +16,7 @@ from shoal.concurrency import owned_task
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.protocol import (
+    Acknowledge,
     Adapter,
     AdapterStored,
     AnyMessage,
@@ -27,6 +28,7 @@ from shoal.protocol import (
     GetInvitation,
     GetManifest,
     GetPiece,
+    Introduce,
     Norms,
     NormsResult,
     NotCached,
@@ -41,12 +43,14 @@ from shoal.protocol import (
 from shoal.server.engine.engine import Engine
 from shoal.server.refusals import Refused, failure_of, rejected
 from shoal.server.rpc.message_reader import MessageReader
-from shoal.server.rpc.ping_pace import PingPace, payer_behind
+from shoal.server.rpc.ping_pace import INTRODUCTIONS_PER_SECOND, PingPace, payer_behind
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.session_stream import SessionStream
+from shoal.server.rpc.stream_account import BACKWARD, StreamAccount
 from shoal.server.rpc.transfer_service import TransferService
 from shoal.server.rpc.weights_service import WeightsService
 from shoal.server.training.adapter_store import MissingFromCache
+from shoal.spans import Span
 from shoal.tensors import Encoding, TensorName
 
 log = logging.getLogger(__name__)
@@ -70,6 +74,7 @@ class Handler:
         self._weights = weights or WeightsService()
         self._transfers = TransferService()
         self._ping_pace = PingPace()
+        self._introduction_pace = PingPace(INTRODUCTIONS_PER_SECOND)
         self._idle_seconds = idle_seconds
         self._sessions: set[SessionStream] = set()
         self._ended = asyncio.Event()
@@ -139,26 +144,37 @@ class Handler:
             await stream.close()
 
     async def _serve_stream(self, stream: Stream) -> None:
-        goes_on = True
+        goes_on, account = True, StreamAccount(stream, self._engine)
         async with MessageReader(stream, self._engine.validator.check_declared) as reader:
-            while goes_on and not reader.is_closed:
-                async with asyncio.timeout(self._idle_seconds):
-                    message, tensors = await reader.next()
-                try:
-                    goes_on = await self._answer(stream, reader, message, tensors)
-                except MissingFromCache as missing:
-                    await self._send(stream, NotCached(adapters=missing.adapters, kept=missing.activations))
+            try:
+                while goes_on and not reader.is_closed:
+                    async with asyncio.timeout(self._idle_seconds):
+                        message, tensors = await reader.next()
+                    try:
+                        goes_on = await self._answer(stream, reader, account, message, tensors)
+                    except MissingFromCache as missing:
+                        await self._send(stream, NotCached(adapters=missing.adapters, kept=missing.activations))
+            finally:
+                account.leave()
 
-    async def _answer(self, stream: Stream, reader: MessageReader, message: AnyMessage, tensors: codec.Tensors) -> bool:
+    async def _answer(
+        self, stream: Stream, reader: MessageReader, account: StreamAccount, message: AnyMessage, tensors: codec.Tensors
+    ) -> bool:
         """Do what a message asks for. Returns whether the stream goes on."""
         match message:
+            case Introduce():
+                await self._introduction_pace.turn(payer_behind(stream))
+                await account.introduce(message)
+            case Acknowledge():
+                await self._ping_pace.turn(payer_behind(stream))
+                await account.acknowledged(message)
             case Ping():
                 await self._ping_pace.turn(payer_behind(stream))
                 await self._send(stream, self._pong(working=False))
             case Close():
                 return False
             case Open():
-                await self._hold_session(stream, message, tensors)
+                await self._hold_session(stream, account, message, tensors)
                 return False
             case Step() if message.link is not None:
                 await self._push_service.receive_pushes(
@@ -182,13 +198,16 @@ class Handler:
             case Norms():
                 with self._counting_pass():
                     computing = self._engine.passes.norms(message, payer=payer_behind(stream))
-                    norms = await self._while_answering_pings(stream, reader, computing)
+                    norms = await self._while_answering_pings(stream, reader, account, computing)
                     await self._send(stream, NormsResult(), {"factors": norms})
             case Forward() | Backward():
                 with self._counting_pass():
                     result, outcome = await self._while_answering_pings(
-                        stream, reader, self._pass(stream, message, tensors)
+                        stream, reader, account, self._pass(stream, message, tensors)
                     )
+                    num_tokens = tensors[_ANSWER_ENCODING_FROM[message.kind]].shape[:2].numel()
+                    times = BACKWARD if isinstance(message, Backward) else 1
+                    account.computed(num_tokens, Span(message.start, message.end), times=times)
                     encoding = message.encoding_of(_ANSWER_ENCODING_FROM[message.kind])
                     await self._send(stream, result, outcome, encoding)
             case _:
@@ -228,10 +247,17 @@ class Handler:
         if self._farewell is not None:
             raise Refused(self._farewell)
 
-    async def _hold_session(self, stream: Stream, request: Open, tensors: codec.Tensors) -> None:
+    async def _hold_session(
+        self, stream: Stream, account: StreamAccount, request: Open, tensors: codec.Tensors
+    ) -> None:
         self._check_stays()
         session = SessionStream(
-            stream, self._engine, self._push_service, ping_pace=self._ping_pace, idle_seconds=self._idle_seconds
+            stream,
+            self._engine,
+            self._push_service,
+            account=account,
+            ping_pace=self._ping_pace,
+            idle_seconds=self._idle_seconds,
         )
         self._sessions.add(session)
         try:
@@ -240,8 +266,10 @@ class Handler:
             self._sessions.discard(session)
             self._ended.set()
 
-    async def _while_answering_pings(self, stream: Stream, reader: MessageReader, work: Coroutine[Any, Any, T]) -> T:
-        """The outcome of `work`, while pings are answered.
+    async def _while_answering_pings(
+        self, stream: Stream, reader: MessageReader, account: StreamAccount, work: Coroutine[Any, Any, T]
+    ) -> T:
+        """The outcome of `work`, while pings are answered and acknowledgements taken.
 
         Raises what `work` raises. The work is dropped when the client is gone, also after its `Close` (`StreamBroken`),
         and when it asks for something else before this is answered (`Refused`): requests must not pile up here.
@@ -254,6 +282,9 @@ class Handler:
                     if isinstance(message, Ping):
                         await self._ping_pace.turn(payer_behind(stream))
                         await self._send(stream, self._pong(working=True))
+                    elif isinstance(message, Acknowledge):
+                        await self._ping_pace.turn(payer_behind(stream))
+                        await account.acknowledged(message)
                     elif not isinstance(message, Close):
                         raise rejected(f"a message of kind {message.kind!r} before the last one is answered")
             return computing.result()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from shoal.policy.batching.compute_account import ComputeAccount, client_weights
 from shoal.policy.batching.engine_limits import RECENTLY_DECODED_SECONDS, RECHECK_SECONDS
 from shoal.policy.batching.pass_rules import EngineView, PassRule, Places
-from shoal.policy.batching.pass_shares import PassShares, Sharing, idle_seconds
+from shoal.policy.batching.pass_shares import PassShares, idle_seconds
 from shoal.policy.batching.pass_times import PassWork
 from shoal.policy.batching.preemption import Holder
 from shoal.policy.batching.scheduling import (
@@ -287,14 +287,12 @@ class OneServer:
                 self._pass_time, requests, limits=limits, is_decoding=self._is_decoding, next_in=self._seconds_to_next()
             ),
             now=self._agenda.now,
-            sharing=Sharing(
+            sharing=self._account.sharing(
                 self._pass_time,
-                self._present() - waiting,
-                self._seconds_to_next(),
-                self._account.debts,
-                self._account.used,
-                self._account.prompted_at,
-                self._account.prompt_seconds(waiting=waiting, now=self._agenda.now),
+                away=self._present() - waiting,
+                next_in=self._seconds_to_next(),
+                waiting=waiting,
+                now=self._agenda.now,
             ),
         )
 
