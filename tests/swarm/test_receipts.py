@@ -23,6 +23,7 @@ from shoal.protocol import Open, Receipt, dump, parse
 
 from .harness import QUICK, Swarm
 from .lies import Liars, Signs, shifted
+from .test_speculation import foreseeing, mostly, never
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -256,3 +257,18 @@ def test_without_audits_no_receipts_are_asked_for(swarm: MakeSwarm, options: Cli
         model.generate(PROMPT, max_new_tokens=20, session=session)
     assert wires.sessions == [None]
     assert not wires.receipts
+
+
+@pytest.mark.parametrize("is_right", [never, mostly])
+def test_honest_servers_that_compute_guesses_sign_what_is_kept_of_them(
+    swarm: MakeSwarm, whole: PreTrainedModel, options: ClientOptions, is_right: Callable[[int], bool]
+):
+    seen = Seen()
+    model = swarm("0:2", "2:4").model(config=replace(options, observers=(seen,)))
+    wanted = oracle(whole, PROMPT, 64)[0, PROMPT.shape[1] :].tolist()
+    drafter = foreseeing(PROMPT, wanted, is_right)
+    stream = model.stream(PROMPT, max_new_tokens=64, draft=drafter, num_guesses=4)
+    assert [token.id for token in stream] == wanted
+    assert set(receipts_of(model)) == {ReceiptVerdict.AGREES}
+    assert not seen.lost
+    assert not seen.doubts
