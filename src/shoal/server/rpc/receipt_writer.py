@@ -31,10 +31,6 @@ class _ComputedStep:
     outputs_BTD: torch.Tensor | None
 
     @property
-    def num_tokens(self) -> int:
-        return self.inputs_BTD.shape[1]
-
-    @property
     def num_bytes(self) -> int:
         return self.inputs_BTD.nbytes + (0 if self.outputs_BTD is None else self.outputs_BTD.nbytes)
 
@@ -50,7 +46,7 @@ class _ComputedStep:
 class ReceiptWriter:
     """Gives `send` the receipts for a `session` of this name, in order, while `run` runs; none without a name.
 
-    `changed` is called when fewer steps wait than before.
+    Most steps are only held here. `changed` is called when fewer of those that are to be digested wait than before.
     """
 
     def __init__(
@@ -67,32 +63,39 @@ class ReceiptWriter:
         self._session = session
         self._send = send
         self._changed = changed
-        self._steps: asyncio.Queue[_ComputedStep] = asyncio.Queue()
+        self._held: list[_ComputedStep] = []
+        self._num_held_bytes = 0
+        self._num_tokens = 0  # since a receipt was due
+        self._due: asyncio.Queue[list[_ComputedStep]] = asyncio.Queue()
         self._unsigned = ReceiptRange(0, 0)
 
     @property
     def num_waiting(self) -> int:
-        """How many steps are not digested yet: their tensors stay in memory."""
-        return self._steps.qsize()
+        """How many steps, or groups of small ones, wait to be digested: their tensors stay in memory."""
+        return self._due.qsize()
 
     def computed(self, step: Step, inputs_BTD: torch.Tensor, outputs_BTD: torch.Tensor | None) -> None:
         """A step was computed, and its answer is queued. `outputs_BTD` is None if that has no hidden states."""
-        if self._session is not None:
-            self._steps.put_nowait(_ComputedStep(step, inputs_BTD, outputs_BTD))
+        if self._session is None:
+            return
+        computed = _ComputedStep(step, inputs_BTD, outputs_BTD)
+        self._held.append(computed)
+        self._num_held_bytes += computed.num_bytes
+        self._num_tokens += inputs_BTD.shape[1]
+        if self._num_tokens >= RECEIPT_TOKENS or self._num_held_bytes >= HELD_BYTES:
+            self._due.put_nowait(self._held)
+            self._held, self._num_held_bytes = [], 0
+            self._num_tokens = 0 if self._num_tokens >= RECEIPT_TOKENS else self._num_tokens
 
     async def run(self) -> None:
         """Sign what is computed, until this is cancelled."""
         while True:
-            held = [await self._steps.get()]
-            num_tokens, num_bytes = self._unsigned.num_tokens + held[0].num_tokens, held[0].num_bytes
-            while num_tokens < RECEIPT_TOKENS and num_bytes < HELD_BYTES:
-                held.append(await self._steps.get())
-                num_tokens, num_bytes = num_tokens + held[-1].num_tokens, num_bytes + held[-1].num_bytes
-            if num_bytes > ASIDE_BYTES:
-                digests = await asyncio.to_thread(alone, lambda held=held: [each.digests() for each in held])
+            due = await self._due.get()
+            if sum(each.num_bytes for each in due) > ASIDE_BYTES:
+                digests = await asyncio.to_thread(alone, lambda due=due: [each.digests() for each in due])
             else:
-                digests = [each.digests() for each in held]
-            for computed, (inputs, outputs) in zip(held, digests, strict=True):
+                digests = [each.digests() for each in due]
+            for computed, (inputs, outputs) in zip(due, digests, strict=True):
                 self._append(computed.step, inputs, outputs)
             self._changed()
 

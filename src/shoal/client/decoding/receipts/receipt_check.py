@@ -79,6 +79,8 @@ class ReceiptCheck:
         elif verdict is ReceiptVerdict.PUSHED_OTHERS:
             self._swarm.shut_out(self._evidence(finding, stage, session))
         elif verdict is ReceiptVerdict.MISLED:
+            if any(self._swarm.audits.is_liar(peer) for peer in finding.pushers):
+                return  # what follows from its outputs is computed again anyway
             reason = f"{' or '.join((*finding.pushers, stage.peer))} signs something else than it has sent or got"
             log.warning("%s: the client sends all itself", reason)
             self._distrust(stage, receipt, reason)
