@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
 class Source:
     """A kind of guesses. Of two guesses of one kind, one is as likely to be right as the other.
 
-    `prior` is the part of them that is expected to be right before any was judged.
+    `prior` is the part of them that is expected to be right before any was judged. One of them takes `seconds_each` to
+    make.
     """
 
     name: str
     prior: float
+    seconds_each: float = 0.0
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Guesses how one text goes on."""
 
@@ -26,7 +29,7 @@ class Drafter(Protocol):
         ...
 
     def source(self) -> Source | None:
-        """The kind of the guesses that it would make now; None if it has none."""
+        """The kind of the guesses that it would make now; None if it has none. It makes none yet."""
         ...
 
     def guesses(self, count: int) -> list[int]:

@@ -1,0 +1,118 @@
+"""Guesses of a small model on this machine. All texts share its weights, and each has a cache of its own.
+
+    text      a b c d e f         the cache has read  a b c d x y
+                                  the text begins so  a b c d            x y are taken back
+    guesses               g h i   it reads e f, and says g; it reads g, and says h; it reads h, and says i
+
+Each guess is the token that the model finds likeliest. It costs one step of the model; the first one reads what is new,
+which is seldom more than a few tokens, but the whole prompt at first.
+"""
+
+# S tokens that the model has not read, V tokens of the vocabulary
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from shoal.client.generation.drafting.drafter import Source
+
+PRIOR = 0.5
+"""The part of its guesses that is expected to be right before any was judged."""
+NEWEST = 0.1
+"""What the newest measurement of the seconds of a guess counts, against all before it."""
+WARM_UPS = 2
+"""The model's first steps, of which the last is measured: the very first one takes longer than all others."""
+MOST_MEASURED = 8
+"""A guess behind more new tokens than this, such as behind a prompt, says little of how long others take."""
+
+
+class DraftModel:
+    """A causal language model of Transformers that guesses, and how long a guess takes it.
+
+    It has read texts of `num_words` different tokens, and guesses none that a text of the other model cannot have.
+    """
+
+    def __init__(self, model: Any, *, num_words: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self.num_words = min(num_words, config.vocab_size)
+        """Tokens from this one on are in one of both vocabularies only."""
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        """The longest text that it can read, in tokens; None if there is no limit."""
+        self.seconds_each = 0.0
+        """How long it takes to guess one token."""
+        self._model = model
+        self._clock = clock
+        takes = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        for _ in range(WARM_UPS):
+            started = clock()
+            self.next_token([0], DynamicCache())
+            self.seconds_each = clock() - started
+
+    @torch.no_grad()
+    def next_token(self, tokens: Sequence[int], cache: DynamicCache) -> int:
+        """The likeliest token behind these, and behind those that the cache has read."""
+        ids_1S = torch.tensor([tokens], device=self._model.device)
+        out = self._model(input_ids=ids_1S, past_key_values=cache, use_cache=True, **self._last_only)
+        return int(out.logits[0, -1, : self.num_words].argmax())
+
+    def guesses(self, tokens: Sequence[int], count: int, cache: DynamicCache) -> list[int]:
+        """The next `count` tokens behind these, and behind those that the cache has read. It reads all but the last."""
+        started = self._clock()
+        found = [self.next_token(tokens, cache)]
+        while len(found) < count:
+            found.append(self.next_token(found[-1:], cache))
+        if len(tokens) <= MOST_MEASURED:
+            each = (self._clock() - started) / count
+            self.seconds_each += NEWEST * (each - self.seconds_each)
+        return found
+
+
+class ModelDrafter:
+    """Guesses how one text goes on, by a model that other texts use too. `source` and `guesses` do not change the text.
+
+    It has no guesses behind a text that is too long for the model, or has a token that the model does not know.
+    """
+
+    def __init__(self, draft: DraftModel, tokens: Sequence[int] = ()) -> None:
+        self._draft = draft
+        self._tokens: list[int] = []
+        self._read: list[int] = []  # what the cache has read
+        self._cache = DynamicCache()
+        self._knows_all = True
+        self.append(tokens)
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """The text goes on with these tokens."""
+        self._tokens += tokens
+        self._knows_all = self._knows_all and all(0 <= token < self._draft.num_words for token in tokens)
+
+    def source(self) -> Source | None:
+        """Always of the same kind: how likely the guesses are right is seen from those before."""
+        if not self._tokens or not self._knows_all or not self._room():
+            return None
+        return Source("model", PRIOR, self._draft.seconds_each)
+
+    def guesses(self, count: int) -> list[int]:
+        """What the model would write. There are fewer than `count` where its longest text ends."""
+        room = self._room()
+        count = count if room is None else min(count, room)
+        pairs = zip(self._read, self._tokens[:-1], strict=False)
+        num_common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if num_wrong := len(self._read) - num_common:
+            self._cache.crop(-num_wrong)
+        found = self._draft.guesses(self._tokens[num_common:], count, self._cache)
+        self._read = [*self._tokens, *found[:-1]]
+        return found
+
+    def _room(self) -> int | None:
+        """How many tokens the model can guess until the text is too long for it; None if it never is."""
+        longest = self._draft.max_length
+        return None if longest is None else max(0, longest - len(self._tokens) + 1)
