@@ -87,6 +87,16 @@ def test_a_draft_guesses_through_the_loss_of_servers(swarm: MakeSwarm, whole: Pr
     assert found == expected(whole, PROMPTS[0], 0, {})
 
 
+def test_a_draft_that_fails_ends_its_own_text_only(swarm: MakeSwarm, whole: PreTrainedModel):
+    model, failing = swarm("0:2", "2:4").model(), small(97)
+    drafter = ModelDrafter(DraftModel(failing, num_words=97))
+    del failing.lm_head
+    others = model.stream(PROMPTS[1], max_new_tokens=NUM_TOKENS)
+    with pytest.raises(AttributeError):
+        list(model.stream(PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=drafter, num_guesses=2))
+    assert [token.id for token in others] == expected(whole, PROMPTS[1], 0, {})
+
+
 def test_a_batch_has_a_draft_for_each_text(swarm: MakeSwarm, whole: PreTrainedModel, other_folder: Path):
     model = swarm("0:2", "2:4").model()
     ids = torch.tensor([[0, 0, 5, 17, 42, 5, 17], [8, 61, 7, 8, 61, 7, 8]])
@@ -133,7 +143,7 @@ def test_what_cannot_guess_is_refused(swarm: MakeSwarm, tmp_path: Path):
         model.stream(PROMPTS[0], draft=MambaForCausalLM(config))
     with pytest.raises(UnsupportedOperation, match="on servers does not guess"):
         model.stream(PROMPTS[0], draft=net.model())
-    with pytest.raises(UserError, match="a int does not guess"):
+    with pytest.raises(UserError, match="3 is not a way to guess"):
         model.stream(PROMPTS[0], draft=3)
     with pytest.raises(UserError, match="there is no folder"):
         model.stream(PROMPTS[0], draft="./nowhere")

@@ -61,7 +61,7 @@ class DraftModels:
         if not isinstance(named, str | Path):
             if not isinstance(named, PreTrainedModel):
                 raise UserError(
-                    f"a {type(named).__name__} does not guess tokens",
+                    f"{named!r} is not a way to guess tokens",
                     hint='draft= is "auto", "off", or a model: a folder, an id on the hub, or one that is loaded',
                 )
             if is_distributed(named):
