@@ -87,13 +87,23 @@ def test_a_draft_guesses_through_the_loss_of_servers(swarm: MakeSwarm, whole: Pr
     assert found == expected(whole, PROMPTS[0], 0, {})
 
 
+def test_a_long_prompt_is_read_while_the_servers_compute(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    prompt = 1 + torch.arange(80)[None] * 31 % 96
+    drafter = ModelDrafter(DraftModel(whole, num_words=97))
+    stream = model.stream(prompt, max_new_tokens=NUM_TOKENS, draft=drafter, num_guesses=3)
+    assert [token.id for token in stream] == expected(whole, prompt, 0, {})
+    assert stream.num_right == stream.num_guessed > 6
+
+
 def test_a_draft_that_fails_ends_its_own_text_only(swarm: MakeSwarm, whole: PreTrainedModel):
     model, failing = swarm("0:2", "2:4").model(), small(97)
-    drafter = ModelDrafter(DraftModel(failing, num_words=97))
+    draft = DraftModel(failing, num_words=97)
     del failing.lm_head
     others = model.stream(PROMPTS[1], max_new_tokens=NUM_TOKENS)
-    with pytest.raises(AttributeError):
-        list(model.stream(PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=drafter, num_guesses=2))
+    for prompt in (PROMPTS[0], torch.full((1, 80), 5)):
+        with pytest.raises(AttributeError):
+            list(model.stream(prompt, max_new_tokens=NUM_TOKENS, draft=ModelDrafter(draft), num_guesses=2))
     assert [token.id for token in others] == expected(whole, PROMPTS[1], 0, {})
 
 

@@ -37,7 +37,9 @@ def tiny(kind: str, **options: Any) -> Any:
 
 
 def written(model: Any, tokens: Sequence[int], count: int) -> list[int]:
-    ids = model.generate(torch.tensor([tokens]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+    ids = torch.tensor([tokens])
+    mask = torch.ones_like(ids)
+    ids = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None)
     return ids[0, len(tokens) :].tolist()  # type: ignore[no-any-return]
 
 
@@ -71,6 +73,28 @@ def test_tokens_of_one_vocabulary_only_are_neither_read_nor_guessed() -> None:
     assert all(guess < 10 for guess in drafter.guesses(20))
     drafter.append([10])
     assert drafter.source() is None
+
+
+def test_it_reads_a_long_text_in_pieces_before_it_guesses() -> None:
+    model, chance = tiny("llama"), Random(1)
+    text = [chance.randrange(NUM_WORDS) for _ in range(55)]
+    drafter = ModelDrafter(DraftModel(model, num_words=NUM_WORDS), text[:50])
+    assert drafter.is_behind
+    assert drafter.source() is None
+    drafter.read_piece()
+    assert not drafter.is_behind
+    assert drafter.source() is not None
+    assert drafter.guesses(3) == written(model, text[:50], 3)
+    drafter.append(text[50:])
+    assert drafter.guesses(3) == written(model, text, 3)
+
+
+def test_it_does_not_read_what_it_cannot_guess_behind() -> None:
+    draft = DraftModel(tiny("llama"), num_words=NUM_WORDS)
+    for text in ([3] * 70, [3] * 40 + [NUM_WORDS]):
+        drafter = ModelDrafter(draft, text)
+        assert not drafter.is_behind
+        assert drafter.source() is None
 
 
 def test_it_says_how_long_a_guess_takes_and_leaves_out_what_a_prompt_takes() -> None:

@@ -149,6 +149,9 @@ class GenerationEngine:
         """Wait for outputs, and a moment longer for those of others that are on their way."""
         loop = asyncio.get_running_loop()
         while not self._ready:
+            if (reading := self._behind()) is not None:
+                await self._read_piece(reading)
+                continue
             self._news.clear()
             await self._news.wait()
         deadline = loop.time() + COMPANY_SECONDS
@@ -159,6 +162,18 @@ class GenerationEngine:
                     await self._news.wait()
             except TimeoutError:
                 return
+
+    def _behind(self) -> _Running | None:
+        """One whose drafter has to read more before it guesses. It does so while all wait for servers."""
+        generations = self._running.values()
+        return next((each for each in generations if (its := each.generation.speculation) and its.is_behind), None)
+
+    async def _read_piece(self, running: _Running) -> None:
+        if (speculation := running.generation.speculation) is not None:
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._thread, speculation.read_piece)
+            except Exception as error:  # what a drafter does wrong is the affair of its text
+                self._end(running, error)
 
     def _compute(self, ready: Sequence[_Running]) -> list[_Next]:
         """On the engine's thread: tokens for those whose outputs are here, and what all of them send next."""

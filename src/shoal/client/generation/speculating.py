@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shoal.client.generation.drafting.drafter import Drafter, Source
+from shoal.client.generation.drafting.drafter import Drafter, ReadsAhead, Source
 from shoal.policy.speculation.acceptance import Acceptance
 from shoal.policy.speculation.guess_count import Balance, Offer, best_offer
 from shoal.policy.speculation.step_times import StepTimes
@@ -49,6 +49,17 @@ class Speculation:
         self._times = StepTimes()
         self._balance = Balance()
         self._draft_seconds = 0.0  # which the latest guesses took to make
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a drafter has to read more of the text before it guesses."""
+        return any(drafter.is_behind for drafter in self._drafters if isinstance(drafter, ReadsAhead))
+
+    def read_piece(self) -> None:
+        """Let such a drafter read a little more."""
+        for drafter in self._drafters:
+            if isinstance(drafter, ReadsAhead):
+                drafter.read_piece()
 
     def guesses(self, *, most: int) -> Guesses:
         """What to send behind the last token of the text, at most `most`."""

@@ -35,3 +35,17 @@ class Drafter(Protocol):
     def guesses(self, count: int) -> list[int]:
         """The next tokens, at most `count`, if `source` has just said that there are some."""
         ...
+
+
+@runtime_checkable
+class ReadsAhead(Drafter, Protocol):
+    """A drafter that takes a while to read a text, and does it in pieces while the servers compute."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether it has more to read than a guess should wait for. Until it has read that, it has no source."""
+        ...
+
+    def read_piece(self) -> None:
+        """Read a little more, if it is behind."""
+        ...

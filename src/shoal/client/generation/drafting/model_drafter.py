@@ -4,8 +4,8 @@
                                   the text begins so  a b c d            x y are taken back
     guesses               g h i   it reads e f, and says g; it reads g, and says h; it reads h, and says i
 
-Each guess is the token that the model finds likeliest. It costs one step of the model; the first one reads what is new,
-which is seldom more than a few tokens, but the whole prompt at first.
+Each guess is the token that the model finds likeliest. It costs one step of the model, and the first one reads what is
+new, which is seldom more than a few tokens. A prompt is read in pieces before that, while the servers compute.
 """
 
 # S tokens that the model has not read, V tokens of the vocabulary
@@ -13,7 +13,6 @@ which is seldom more than a few tokens, but the whole prompt at first.
 from __future__ import annotations
 
 import inspect
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +29,9 @@ NEWEST = 0.1
 WARM_UPS = 2
 """The model's first steps, of which the last is measured: the very first one takes longer than all others."""
 MOST_MEASURED = 8
-"""A guess behind more new tokens than this, such as behind a prompt, says little of how long others take."""
+"""A guess behind more new tokens than this says little of how long others take."""
+PIECE = 32
+"""How many tokens are read at once: outputs of servers wait for that at the most, and so does a guess."""
 
 
 class DraftModel:
@@ -78,40 +79,66 @@ class DraftModel:
 class ModelDrafter:
     """Guesses how one text goes on, by a model that other texts use too. `source` and `guesses` do not change the text.
 
-    It has no guesses behind a text that is too long for the model, or has a token that the model does not know.
+    It has no guesses behind a text that is too long for the model, or has a token that the model does not know, and
+    none before it has read all but the last `PIECE` tokens.
     """
 
     def __init__(self, draft: DraftModel, tokens: Sequence[int] = ()) -> None:
         self._draft = draft
         self._tokens: list[int] = []
         self._read: list[int] = []  # what the cache has read
+        self._num_right = 0  # how many of these, from the first on, are the text's
         self._cache = DynamicCache()
         self._knows_all = True
         self.append(tokens)
 
     def append(self, tokens: Sequence[int]) -> None:
         """The text goes on with these tokens."""
-        self._tokens += tokens
-        self._knows_all = self._knows_all and all(0 <= token < self._draft.num_words for token in tokens)
+        for token in tokens:
+            position = len(self._tokens)
+            if self._num_right == position and self._read[position : position + 1] == [token]:
+                self._num_right += 1
+            self._tokens.append(token)
+            self._knows_all = self._knows_all and 0 <= token < self._draft.num_words
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether it has more to read than a guess should wait for."""
+        return self._can_guess and len(self._tokens) - self._num_right > PIECE
+
+    def read_piece(self) -> None:
+        """Read `PIECE` tokens more, if it is behind."""
+        if self.is_behind:
+            piece = self._tokens[self._num_right : self._num_right + PIECE]
+            self._draft.next_token(piece, self._cache_of(self._num_right))
+            self._num_right += len(piece)
+            self._read = self._tokens[: self._num_right]
 
     def source(self) -> Source | None:
         """Always of the same kind: how likely the guesses are right is seen from those before."""
-        if not self._tokens or not self._knows_all or not self._room():
-            return None
-        return Source("model", PRIOR, self._draft.seconds_each)
+        return Source("model", PRIOR, self._draft.seconds_each) if self._can_guess and not self.is_behind else None
 
     def guesses(self, count: int) -> list[int]:
         """What the model would write. There are fewer than `count` where its longest text ends."""
-        room = self._room()
+        room = self._room
         count = count if room is None else min(count, room)
-        pairs = zip(self._read, self._tokens[:-1], strict=False)
-        num_common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if num_wrong := len(self._read) - num_common:
-            self._cache.crop(-num_wrong)
-        found = self._draft.guesses(self._tokens[num_common:], count, self._cache)
+        num_read = min(self._num_right, len(self._tokens) - 1)  # something has to be read for the next token
+        found = self._draft.guesses(self._tokens[num_read:], count, self._cache_of(num_read))
         self._read = [*self._tokens, *found[:-1]]
+        self._num_right = len(self._tokens)
         return found
 
+    def _cache_of(self, num_tokens: int) -> DynamicCache:
+        """The cache, which has read the first tokens of the text, as many as these, and nothing else."""
+        if num_wrong := len(self._read) - num_tokens:
+            self._cache.crop(-num_wrong)
+        return self._cache
+
+    @property
+    def _can_guess(self) -> bool:
+        return bool(self._tokens) and self._knows_all and self._room != 0
+
+    @property
     def _room(self) -> int | None:
         """How many tokens the model can guess until the text is too long for it; None if it never is."""
         longest = self._draft.max_length
