@@ -193,6 +193,7 @@ def test_the_draft_that_turns_out_to_be_right_guesses_and_its_time_is_not_taken_
         seconds, num_tokens = seconds + took, num_tokens + len(tokens)
     assert right.num_asked > 4 * wrong.num_asked > 0
     assert num_tokens / seconds > 5 / FAR[0]
+    assert len(guesses.tokens) >= num_guesses(times(*FAR), Offer(0.97, right.kind.seconds_each), most=64)
 
 
 def test_one_step_that_takes_long_hardly_counts():
