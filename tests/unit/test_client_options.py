@@ -10,6 +10,7 @@ import pytest
 
 from shoal import AutoDistributedModel
 from shoal.cli.options import DType, Wire, client_options
+from shoal.cli.terminal.console import WrongUsage
 from shoal.client.options.client_options import (
     CHOOSERS,
     INITIAL_PEERS,
@@ -21,6 +22,8 @@ from shoal.client.options.client_options import (
 from shoal.errors import UserError
 from shoal.net.swarm_key import SWARM_KEY, key_in
 from shoal.spans import Span
+
+ADDRESS = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
 
 
 def test_pins_are_spans_and_peers_in_the_order_of_the_blocks():
@@ -61,13 +64,12 @@ def test_beginnings_are_shared_only_on_demand():
 
 
 def test_keywords_make_the_options_that_the_command_line_makes(monkeypatch: pytest.MonkeyPatch):
-    address = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
-    by_command = client_options([address], wire=Wire.int8, pin=["0:4=A"], history_memory=2, dtype=DType.float32)
+    by_command = client_options([ADDRESS], wire=Wire.int8, pin=["0:4=A"], history_memory=2, dtype=DType.float32)
     by_keywords = ClientOptions.from_keywords(
-        initial_peers=address, wire="int8", pinned={"0:4": "A"}, history_memory=2 << 20, torch_dtype="float32"
+        initial_peers=ADDRESS, wire="int8", pinned={"0:4": "A"}, history_memory=2 << 20, torch_dtype="float32"
     )
     assert by_command == by_keywords
-    assert by_keywords.initial_peers == (address,)
+    assert by_keywords.initial_peers == (ADDRESS,)
     assert by_keywords.model == ModelOptions(dtype="float32")
 
 
@@ -105,6 +107,18 @@ def test_every_option_that_has_a_keyword_is_filled_by_it(monkeypatch: pytest.Mon
 def test_from_pretrained_shows_its_keywords():
     shown = inspect.signature(AutoDistributedModel.from_pretrained).parameters
     assert [*shown] == ["model", *inspect.signature(ClientOptions.from_keywords).parameters]
+
+
+def test_a_draft_is_a_kind_or_a_model_that_may_exist(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    for draft in ("auto", "off", "OWNER/NAME", str(tmp_path), tmp_path):
+        assert ClientOptions.from_keywords(draft=draft).draft == draft
+    with pytest.raises(UserError, match="'Auto' is not a way to guess tokens"):
+        ClientOptions.from_keywords(draft="Auto")
+    with pytest.raises(UserError, match="there is no folder"):
+        ClientOptions.from_keywords(draft="./nowhere")
+    with pytest.raises(WrongUsage, match=r"config\.json"):
+        client_options([ADDRESS], draft=str(tmp_path.parent))
 
 
 def test_options_are_made_without_importing_anything_slow():

@@ -9,10 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.client.generation.drafting.drafter import Source
 from shoal.client.generation.drafting.ngram_drafter import NgramDrafter
-from shoal.client.generation.speculating import Speculation
+from shoal.client.generation.speculating import NO_GUESSES, Speculation
 from shoal.policy.speculation.acceptance import Acceptance, expected_tokens
-from shoal.policy.speculation.guess_count import FIRST_LOSS, LOSS, Balance, num_guesses
+from shoal.policy.speculation.guess_count import (
+    FIRST_LOSS,
+    LOSS,
+    Balance,
+    Offer,
+    best_offer,
+    num_guesses,
+    tokens_per_second,
+)
 from shoal.policy.speculation.step_times import StepTimes
 
 NUM_WORDS = 2000
@@ -87,7 +96,7 @@ def test_a_text_whose_guesses_are_all_wrong_loses_next_to_nothing(speed: tuple[f
 @given(rate=st.floats(0, 1), one=st.floats(1e-3, 10), each=st.floats(0, 1), most=st.integers(0, 64))
 def test_the_number_of_guesses_is_the_best_of_those_that_are_compared(rate: float, one: float, each: float, most: int):
     known = StepTimes(weight=1.0, seconds=one)
-    best = num_guesses(known, rate, most=most, draft_seconds=each)
+    best = num_guesses(known, Offer(rate, each), most=most)
     assert 0 <= best <= most
 
     def speed(count: int) -> float:
@@ -96,13 +105,34 @@ def test_the_number_of_guesses_is_the_best_of_those_that_are_compared(rate: floa
     assert all(speed(best) >= speed(count) for count in (0, 1, 2, 4, 8, 16, 32, 64, most) if count <= most)
 
 
+def test_of_several_drafts_the_one_that_gives_most_tokens_a_second_guesses():
+    likely, free = Offer(0.9, 0.02), Offer(0.6)
+    index, count = best_offer(times(*FAR), [free, likely], most=64) or (None, 0)
+    assert (index, count) == (1, num_guesses(times(*FAR), likely, most=64))
+    assert best_offer(times(*NEAR), [free, likely], most=64) == (0, num_guesses(times(*NEAR), free, most=64))
+    assert best_offer(times(*NEAR), [Offer(0.9, 0.1), Offer(0.05)], most=64) is None
+    assert best_offer(times(*FAR), [], most=64) is None
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=4), st.floats(1e-3, 10), st.integers(0, 64))
+def test_no_draft_and_no_other_number_of_guesses_is_faster(found: list[tuple[float, float]], one: float, most: int):
+    known, offers = StepTimes(weight=1.0, seconds=one), [Offer(*each) for each in found]
+    chosen = best_offer(known, offers, most=most)
+    speed = tokens_per_second(known, Offer(0.0), 0) if chosen is None else 0.0
+    if chosen is not None:
+        index, count = chosen
+        speed = tokens_per_second(known, offers[index], count)
+    for offer in offers:
+        assert all(speed >= tokens_per_second(known, offer, count) for count in (0, 1, 4, 16, most) if count <= most)
+
+
 def test_nothing_is_guessed_before_a_step_was_measured():
-    assert num_guesses(StepTimes(), 1.0, most=64) == 0
+    assert num_guesses(StepTimes(), Offer(1.0), most=64) == 0
 
 
 def test_far_away_more_is_guessed_than_near():
-    assert num_guesses(times(*FAR), 0.9, most=64) > num_guesses(times(*NEAR), 0.9, most=64) > 0
-    assert num_guesses(times(*NEAR), 0.05, most=64) == 0
+    assert num_guesses(times(*FAR), Offer(0.9), most=64) > num_guesses(times(*NEAR), Offer(0.9), most=64) > 0
+    assert num_guesses(times(*NEAR), Offer(0.05), most=64) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=60), st.floats(0, 1))
@@ -130,6 +160,42 @@ def test_the_line_through_the_times_is_found_and_follows_a_change():
     assert known.of(1) == pytest.approx(0.05, rel=0.1)
 
 
+class Scripted:
+    """Always guesses the same token, in seconds that it says and the clock shows."""
+
+    def __init__(self, name: str, token: int, seconds_each: float = 0.0) -> None:
+        self.kind, self.token, self.num_asked, self.seconds = Source(name, 0.5, seconds_each), token, 0, 0.0
+
+    def append(self, tokens: Sequence[int]) -> None:
+        pass
+
+    def source(self) -> Source:
+        return self.kind
+
+    def guesses(self, count: int) -> list[int]:
+        self.num_asked += 1
+        self.seconds += count * self.kind.seconds_each
+        return [self.token] * count
+
+
+def test_the_draft_that_turns_out_to_be_right_guesses_and_its_time_is_not_taken_for_that_of_a_step():
+    wrong, right = Scripted("wrong", 1), Scripted("right", 2, seconds_each=0.01)
+    speculation = Speculation(wrong, right, clock=lambda: right.seconds)
+    speculation.timed(NO_GUESSES, 1, FAR[0])
+    seconds, num_tokens = 0.0, 0
+    for _ in range(60):
+        before = right.seconds
+        guesses = speculation.guesses(most=64)
+        tokens = [2] * (1 + (len(guesses.tokens) if guesses.source is right.kind else 0))
+        took = FAR[0] + FAR[1] * len(guesses.tokens) + right.seconds - before
+        speculation.judged(guesses, tokens)
+        speculation.timed(guesses, len(tokens), took)
+        seconds, num_tokens = seconds + took, num_tokens + len(tokens)
+    assert right.num_asked > 4 * wrong.num_asked > 0
+    assert num_tokens / seconds > 5 / FAR[0]
+    assert len(guesses.tokens) >= num_guesses(times(*FAR), Offer(0.97, right.kind.seconds_each), most=64)
+
+
 def test_one_step_that_takes_long_hardly_counts():
     known = times(0.2, 0.01)
     assert known.after(1, 60.0).of(1) < 1.2 * known.of(1)
@@ -139,7 +205,7 @@ def test_guesses_cost_no_more_than_was_won_and_a_part_of_all_time():
     balance, lost = Balance(), 0.0
     for _ in range(500):
         most = balance.may_lose(1.0)
-        count = num_guesses(times(1.0, 0.1), 0.9, most=64, most_seconds=most)
+        count = num_guesses(times(1.0, 0.1), Offer(0.9), most=64, most_seconds=most)
         lost += 0.1 * count
         balance = balance.after(1 + 0.1 * count, plain_seconds=1.0)  # all of them were wrong
     assert 0 < lost < FIRST_LOSS + LOSS * balance.elapsed

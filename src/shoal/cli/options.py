@@ -14,7 +14,13 @@ import typer
 from shoal.cli import network_options
 from shoal.cli.terminal.console import WrongUsage, as_usage, start_logging
 from shoal.cli.terminal.shown_parameters import with_parameters
-from shoal.client.options.client_options import INITIAL_PEERS, PATIENCE_SECONDS, ClientOptions, parse_initial_peers
+from shoal.client.options.client_options import (
+    AUTO,
+    INITIAL_PEERS,
+    PATIENCE_SECONDS,
+    ClientOptions,
+    parse_initial_peers,
+)
 from shoal.joining.invite_code import InviteCode, code_in, is_code
 from shoal.model.weights.location import check_model, folder_of
 from shoal.policy.batching.pass_rules import DEFAULT_RULE
@@ -48,11 +54,6 @@ class Wire(StrEnum):
     raw = "raw"
     bfloat16 = "bfloat16"
     int8 = "int8"
-
-
-class Draft(StrEnum):
-    auto = "auto"
-    off = "off"
 
 
 class Audits(StrEnum):
@@ -170,10 +171,13 @@ Standby = Annotated[
         "--standby/--no-standby", help="Keep a second server warm for each in use: a failure then costs a step or two."
     ),
 ]
-Drafts = Annotated[
-    Draft,
+Draft = Annotated[
+    str,
     typer.Option(
-        "--draft", metavar="KIND", help="Guess tokens ahead where that is faster, with the same text: auto; or off."
+        "--draft",
+        metavar="KIND",
+        help="Guess tokens ahead where that is faster, with the same text: auto, from what the text repeats; MODEL, a "
+        "small model (a folder or an id on the hub) that runs here; or off.",
     ),
 ]
 AuditLevel = Annotated[
@@ -280,7 +284,7 @@ def client_options(  # the first parameter stands first in the help of a command
     history_memory: HistoryMemory = None,
     patience: Patience = PATIENCE_SECONDS,
     standby: Standby = False,
-    draft: Drafts = Draft.auto,
+    draft: Draft = AUTO,
     audits: AuditLevel = Audits.low,
     own_server: OwnServers = None,
     pin: Pin = None,

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from shoal.client.active import active_session, none_active
 from shoal.client.blocks import RemoteSequential
 from shoal.client.continuation import Continuation
+from shoal.client.generation.assisted import as_stream
+from shoal.client.generation.drafting.draft_models import DraftModels
 from shoal.client.generation.drafting.drafter import Drafter
 from shoal.client.generation.generation_engine import GenerationEngine
 from shoal.client.generation.preparing import prepared
@@ -36,6 +38,8 @@ class DistributedModel(SavesTrained):
     """Mixed into a Transformers model class: sessions, a remote head, PETALS' names, and `close()`."""
 
     blocks: RemoteSequential
+    draft_models: DraftModels
+    """The small models that guess for this one. Copies share them."""
     _remote_head: RemoteHead | None = None
     _engine: GenerationEngine | None = None
 
@@ -100,7 +104,9 @@ class DistributedModel(SavesTrained):
         or `None` to continue without new ones. The returned sequences begin with what was passed.
 
         With a `draft`, steps carry guesses of the next tokens (`docs/speculation.md`), as those of `stream` do. Then
-        each text is decoded by itself, greedily or by sampling, and the result is a tensor.
+        each text is decoded by itself, greedily or by sampling, and the result is a tensor. An `assistant_model`
+        becomes the draft, and `prompt_lookup_num_tokens` a draft from what the text repeats, where the call allows it;
+        how many tokens are guessed is measured. Otherwise they are used in Transformers' own loop.
 
         Raises `UserError` for inputs that do not fit the session, `MissingBlocks` when no server can take the place of
         a lost one, and `SwarmError` if the swarm cannot be asked.
@@ -108,6 +114,8 @@ class DistributedModel(SavesTrained):
         if kwargs.get("draft") is not None:
             return self._generate_with_guesses(inputs, *args, session=session, **kwargs)
         kwargs.pop("draft", None)
+        if not args and (options := as_stream(self, kwargs)) is not None:
+            return self._generate_with_guesses(inputs, session=session, **options)
         generate = super().generate  # type: ignore[misc]
         if self._remote_head is not None:
             self._remote_head.check_options(kwargs)
@@ -156,7 +164,7 @@ class DistributedModel(SavesTrained):
         seed: int | None = None,
         num_logprobs: int | None = None,
         salt: str | None = None,
-        draft: str | Drafter | None = None,
+        draft: str | Path | PreTrainedModel | Drafter | None = None,
         num_guesses: int | None = None,
         **options: Any,
     ) -> TokenStream:
@@ -170,8 +178,9 @@ class DistributedModel(SavesTrained):
         other ones: for a caller who streams for several people.
 
         With `draft="auto"`, a step carries guesses of the next tokens where that is faster, which changes no token
-        (`docs/speculation.md`); with "off", none. The default is what the model was opened with. A `Drafter` of your
-        own may guess too. `num_guesses` fixes how many a step carries, at most 64.
+        (`docs/speculation.md`); with "off", none. A small model guesses too if `draft` is one: a folder, an id on the
+        hub, or a model that is loaded. The default is what the model was opened with. A `Drafter` of your own may guess
+        instead. `num_guesses` fixes how many a step carries, at most 64.
 
         Close the stream, or leave its `with` block, to stop: the servers then forget it at once. Raises `UserError` and
         `UnsupportedOperation` for what only `generate()` can do, such as beams; errors of the swarm come out of the

@@ -149,6 +149,9 @@ class GenerationEngine:
         """Wait for outputs, and a moment longer for those of others that are on their way."""
         loop = asyncio.get_running_loop()
         while not self._ready:
+            if (reading := self._behind()) is not None:
+                await self._read_piece(reading)
+                continue
             self._news.clear()
             await self._news.wait()
         deadline = loop.time() + COMPANY_SECONDS
@@ -159,6 +162,18 @@ class GenerationEngine:
                     await self._news.wait()
             except TimeoutError:
                 return
+
+    def _behind(self) -> _Running | None:
+        """One whose drafter has to read more before it guesses. It does so while all wait for servers."""
+        generations = self._running.values()
+        return next((each for each in generations if (its := each.generation.speculation) and its.is_behind), None)
+
+    async def _read_piece(self, running: _Running) -> None:
+        if (speculation := running.generation.speculation) is not None:
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._thread, speculation.read_piece)
+            except Exception as error:  # what a drafter does wrong is the affair of its text
+                self._end(running, error)
 
     def _compute(self, ready: Sequence[_Running]) -> list[_Next]:
         """On the engine's thread: tokens for those whose outputs are here, and what all of them send next."""
@@ -171,12 +186,13 @@ class GenerationEngine:
             answers = [(each.answer, 1 + len(each.guesses.tokens)) for each in answered if each.answer is not None]
             logits = self._ends.logits(model, answers)
             found.update(_chosen(dict(zip(answered, logits, strict=True))))
+        found.update(_with_guesses({each: now for each, now in found.items() if not now.is_last}))
         going_on = [each for each, now in found.items() if not now.is_last]
-        guesses = [each.generation.guesses() for each in going_on]
-        texts = [_with_guesses(each.generation, guess) for each, guess in zip(going_on, guesses, strict=True)]
-        for running, guess, sends in zip(going_on, guesses, self._ends.embed(model, texts), strict=True):
-            request = self._ends.logits_request(model, sends.hidden_1TD, num_tokens=1 + len(guess.tokens))
-            found[running] = replace(found[running], sends=sends, guesses=guess, logits_request=request)
+        texts = [_text(each.generation, found[each].guesses) for each in going_on]
+        for running, sends in zip(going_on, self._ends.embed(model, texts), strict=True):
+            num_tokens = 1 + len(found[running].guesses.tokens)
+            request = self._ends.logits_request(model, sends.hidden_1TD, num_tokens=num_tokens)
+            found[running] = replace(found[running], sends=sends, logits_request=request)
         return list(found.values())
 
     def _continue(self, running: _Running, found: _Next) -> None:
@@ -261,7 +277,18 @@ def _appended(generation: Generation, token: Token) -> Token:
     return token if reason is None else token.ending(reason)
 
 
-def _with_guesses(generation: Generation, guesses: Guesses) -> tuple[Tensor, int]:
+def _with_guesses(found: Mapping[_Running, _Next]) -> dict[_Running, _Next]:
+    """The same, each with what its next step guesses. Where a drafter fails, only its own text ends."""
+    guessed: dict[_Running, _Next] = {}
+    for running, now in found.items():
+        try:
+            guessed[running] = replace(now, guesses=running.generation.guesses())
+        except Exception as error:
+            guessed[running] = replace(now, error=error)
+    return guessed
+
+
+def _text(generation: Generation, guesses: Guesses) -> tuple[Tensor, int]:
     """The text with its guesses, [1, S], and how many of its tokens the session has read."""
     ids_1S = generation.ids_1S
     if guesses.tokens:

@@ -9,20 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from shoal.client.continuation import Continuation
 from shoal.client.generation.drafting.drafter import Drafter
+from shoal.client.generation.drafting.model_drafter import ModelDrafter
 from shoal.client.generation.drafting.ngram_drafter import NgramDrafter
 from shoal.client.generation.generation import MAX_GUESSES, Generation
 from shoal.client.generation.speculating import Speculation
 from shoal.client.inference_session import InferenceSession
-from shoal.client.options.client_options import parse_draft
+from shoal.client.options.client_options import AUTO, OFF, parse_draft
 from shoal.errors import UnsupportedOperation, UserError
 from shoal.model.remote_cache import CACHE_NAMES, RemoteCache
 
@@ -50,7 +52,7 @@ def prepared(
     session: InferenceSession | None,
     seed: int | None,
     num_logprobs: int | None,
-    draft: str | Drafter,
+    draft: str | Path | PreTrainedModel | Drafter,
     num_guesses: int | None,
     options: Mapping[str, Any],
 ) -> Generation:
@@ -91,16 +93,22 @@ def prepared(
     )
 
 
-def _speculation(model: Any, ids_1S: torch.Tensor, draft: str | Drafter, num_guesses: int | None) -> Speculation | None:
+def _speculation(
+    model: Any, ids_1S: torch.Tensor, draft: str | Path | PreTrainedModel | Drafter, num_guesses: int | None
+) -> Speculation | None:
     """The guesses that the steps of a text carry. A model that cannot go back to an earlier token has none."""
     if num_guesses is not None and not 0 <= num_guesses <= MAX_GUESSES:
         raise UserError(f"num_guesses={num_guesses}", hint=f"0 to {MAX_GUESSES}, or None to let measurements decide")
-    how = parse_draft(draft) if isinstance(draft, str) else draft
-    if how == "off" or model._is_stateful:
+    drafters: list[Drafter] = [NgramDrafter()]
+    if isinstance(draft, Drafter):
+        drafters = [draft]
+    elif parse_draft(draft) not in (AUTO, OFF):
+        drafters.append(ModelDrafter(model.draft_models.draft(draft)))
+    if draft == OFF or model._is_stateful:
         return None
-    drafter = NgramDrafter() if isinstance(how, str) else how
-    drafter.append(ids_1S[0].tolist())
-    return Speculation(drafter, fixed=num_guesses)
+    for drafter in drafters:
+        drafter.append(ids_1S[0].tolist())
+    return Speculation(*drafters, fixed=num_guesses)
 
 
 def _take(

@@ -8,12 +8,13 @@ without guesses, sampled or not, and only the number of trips differs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shoal.client.generation.drafting.drafter import Drafter, Source
+from shoal.client.generation.drafting.drafter import Drafter, ReadsAhead, Source
 from shoal.policy.speculation.acceptance import Acceptance
-from shoal.policy.speculation.guess_count import Balance, num_guesses
+from shoal.policy.speculation.guess_count import Balance, Offer, best_offer
 from shoal.policy.speculation.step_times import StepTimes
 
 
@@ -29,34 +30,62 @@ NO_GUESSES = Guesses()
 
 
 class Speculation:
-    """Decides how many tokens a generation guesses, by what its own steps have shown. One thread at a time uses it.
+    """Decides how many tokens a generation guesses, and which of its drafters does, by what its own steps have shown.
 
-    With `fixed`, each step carries that many, however they turn out.
+    One thread at a time uses it. With `fixed`, each step carries that many, however they turn out.
     """
 
-    def __init__(self, drafter: Drafter, *, fixed: int | None = None) -> None:
+    def __init__(
+        self, *drafters: Drafter, fixed: int | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.num_guessed = 0
         """How many guesses were sent to servers."""
         self.num_right = 0
         """How many of them were right."""
-        self._drafter = drafter
+        self._drafters = drafters
         self._fixed = fixed
+        self._clock = clock
         self._acceptances: dict[str, Acceptance] = {}
         self._times = StepTimes()
         self._balance = Balance()
+        self._draft_seconds = 0.0  # which the latest guesses took to make
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a drafter has to read more of the text before it guesses."""
+        return any(drafter.is_behind for drafter in self._drafters if isinstance(drafter, ReadsAhead))
+
+    def read_piece(self) -> None:
+        """Let such a drafter read a little more."""
+        for drafter in self._drafters:
+            if isinstance(drafter, ReadsAhead):
+                drafter.read_piece()
 
     def guesses(self, *, most: int) -> Guesses:
         """What to send behind the last token of the text, at most `most`."""
-        if (source := self._drafter.source()) is None:
+        self._draft_seconds = 0.0
+        found = [(drafter, source) for drafter in self._drafters if (source := drafter.source()) is not None]
+        chosen = self._chosen([source for _, source in found], most)
+        if chosen is None:
             return NO_GUESSES
-        count = self._count(source, most) if self._fixed is None else min(self._fixed, most)
-        return Guesses(tuple(self._drafter.guesses(count)), source) if count else NO_GUESSES
+        index, count = chosen
+        drafter, source = found[index]
+        started = self._clock()
+        tokens = tuple(drafter.guesses(count))
+        self._draft_seconds = self._clock() - started
+        return Guesses(tokens, source) if tokens else NO_GUESSES
 
-    def _count(self, source: Source, most: int) -> int:
+    def _chosen(self, sources: Sequence[Source], most: int) -> tuple[int, int] | None:
+        """The index of the source that guesses, and how many tokens; None if nothing is guessed."""
+        offers = [Offer(self._acceptance(source).rate, source.seconds_each) for source in sources]
+        if self._fixed is not None:
+            count = min(self._fixed, most)
+            likeliest = max(range(len(offers)), key=lambda index: offers[index].rate, default=None)
+            return None if likeliest is None or count == 0 else (likeliest, count)
         if not self._times.is_known:
-            return 0
+            return None
         most_seconds = self._balance.may_lose(self._times.of(1))
-        return num_guesses(self._times, self._acceptance(source).rate, most=most, most_seconds=most_seconds)
+        return best_offer(self._times, offers, most=most, most_seconds=most_seconds)
 
     def judged(self, guesses: Guesses, tokens: Sequence[int]) -> None:
         """A step with these guesses gave these tokens."""
@@ -67,12 +96,17 @@ class Speculation:
             self._acceptances[guesses.source.name] = self._acceptance(guesses.source).after(
                 num_right=num_right, num_guesses=len(guesses.tokens)
             )
-        self._drafter.append(tokens)
+        for drafter in self._drafters:
+            drafter.append(tokens)
 
     def timed(self, guesses: Guesses, num_tokens: int, seconds: float) -> None:
-        """The step with these guesses gave so many tokens, and took so long until the next could be sent."""
-        self._times = self._times.after(1 + len(guesses.tokens), seconds)
-        plain_seconds = num_tokens * self._times.of(1) if guesses.tokens else seconds
+        """The step with these guesses gave so many tokens, and took so long until the next could be sent.
+
+        The guesses of the next were made in that time, which says nothing of how long a step takes, and is a cost.
+        """
+        of_step = max(0.0, seconds - self._draft_seconds)
+        self._times = self._times.after(1 + len(guesses.tokens), of_step)
+        plain_seconds = num_tokens * self._times.of(1) if guesses.tokens else of_step
         self._balance = self._balance.after(seconds, plain_seconds=plain_seconds)
 
     def _acceptance(self, source: Source) -> Acceptance:

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.client.options.keywords import resolve
 from shoal.errors import UserError
 from shoal.events import Observer
 from shoal.ledgers.ledger_place import LedgerPlace
 from shoal.model.weights.disk_cache import cache_folder
+from shoal.model.weights.location import check_model, is_path
 from shoal.net import NetworkConfig
 from shoal.net.swarm_key import SwarmKey, key_in
 from shoal.policy.audits.audit_budget import RATES, AuditLevel
@@ -21,6 +22,7 @@ from shoal.spans import Span
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from shoal.joining.invite_code import InviteCode
     from shoal.policy.routing.route import Chooser
@@ -40,9 +42,8 @@ CHOOSERS: Mapping[str, Chooser] = {"balanced": "balanced", "shortest": "shortest
 WIRES: Mapping[str, Encoding] = {"auto": "raw", "raw": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 """How hidden states and gradients travel, and the encoding that each name means."""
 
-Draft = Literal["auto", "off"]
-DRAFTS: tuple[Draft, ...] = ("auto", "off")
-"""How the next tokens of a stream are guessed."""
+AUTO, OFF = "auto", "off"
+"""How the next tokens of a stream are guessed, if not by a model: from what the text repeats, or not at all."""
 
 HISTORIES: Mapping[str, Encoding] = {"exact": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 """How inputs are kept for a replay, and the encoding that each name means."""
@@ -113,8 +114,9 @@ class ClientOptions:
     """How many logits a remote head sends for a token: those of the likeliest tokens. `None` is all of them."""
     standby: bool = False
     """Whether a second server is kept warm for every server of a session."""
-    draft: Draft = "auto"
-    """How streams guess their next tokens: "auto", where that is faster, from what the text repeats; or "off"."""
+    draft: str | Path | PreTrainedModel = AUTO
+    """How streams guess their next tokens where that is faster: "auto", from what the text repeats; by this model too,
+    which is a folder, an id on the hub, or one that is loaded; or "off"."""
     audits: AuditLevel = "low"
     """How often what servers answer is computed again by others, to find those that lie."""
     evidence_folder: Path | None = None
@@ -189,7 +191,7 @@ class ClientOptions:
         wire: str = "auto",
         patience: float = PATIENCE_SECONDS,
         standby: bool = False,
-        draft: str = "auto",
+        draft: str | Path | PreTrainedModel = AUTO,
         audits: str = "low",
         own_servers: str | Sequence[str | Path] | None = None,
         history: str = "exact",
@@ -285,10 +287,19 @@ def parse_chooser(name: str) -> Chooser:
     return _named(name, CHOOSERS, "a way to choose routes")
 
 
-def parse_draft(name: str) -> Draft:
-    """How streams guess. Raises `UserError` for a name that is not in `DRAFTS`."""
-    drafts: dict[str, Draft] = {draft: draft for draft in DRAFTS}
-    return _named(name, drafts, "a way to guess tokens")
+def parse_draft(draft: T) -> T:
+    """How streams guess: "auto", "off", or a model. Raises `UserError` for text that cannot be any of them.
+
+    An id on the hub has an owner here, so that a misspelled "auto" is not one.
+    """
+    if isinstance(draft, str | Path) and draft not in (AUTO, OFF):
+        if isinstance(draft, str) and "/" not in draft and not is_path(draft) and not Path(draft).is_dir():
+            raise UserError(
+                f"{draft!r} is not a way to guess tokens",
+                hint=f"use {AUTO}, {OFF}, or a model: a folder, or OWNER/NAME on the hub",
+            )
+        check_model(draft)
+    return draft
 
 
 def parse_audits(name: str) -> AuditLevel:

@@ -1,4 +1,4 @@
-"""How many tokens to guess in the next step, and whether to guess at all.
+"""How many tokens to guess in the next step, and whether to guess at all; and by which of several drafts.
 
 A step with K guesses takes longer than one without, and gives more tokens if they are right. The best K follows from
 both. Both are estimates, and a text may be one in which guesses that look good are always wrong. So what guesses have
@@ -7,6 +7,7 @@ won and lost is counted, and the next ones may cost what was won, and a small pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -21,24 +22,47 @@ FIRST_LOSS = 0.5
 """How many steps of one token they may lose at first, when nothing is known."""
 
 
-def num_guesses(
-    times: StepTimes, rate: float, *, most: int, most_seconds: float = inf, draft_seconds: float = 0.0
-) -> int:
-    """How many guesses, each right with this probability, give the most tokens a second; 0 if none do.
+@dataclass(frozen=True)
+class Offer:
+    """What a draft has for the next step: guesses that are right at this `rate`, and take `draft_seconds` each."""
 
-    There are `most` at the most, and all of them cost `most_seconds` at the most if they are wrong. Each takes
-    `draft_seconds` to make. Without a known step it is 0.
+    rate: float
+    draft_seconds: float = 0.0
+
+
+def tokens_per_second(times: StepTimes, offer: Offer, count: int) -> float:
+    """How fast a text comes, on average, with steps of this many guesses. Some step has to be known."""
+    return expected_tokens(offer.rate, count) / (times.of(1) + count * (times.each + offer.draft_seconds))
+
+
+def num_guesses(times: StepTimes, offer: Offer, *, most: int, most_seconds: float = inf) -> int:
+    """How many of these guesses give the most tokens a second; 0 if none do.
+
+    There are `most` at the most, and all of them cost `most_seconds` at the most if they are wrong. Without a known
+    step it is 0.
     """
     if not times.is_known or most_seconds <= 0:
         return 0
-    each = times.each + draft_seconds
+    each = times.each + offer.draft_seconds
     if each * most > most_seconds:
         most = int(most_seconds / each)
+    counts = (0, *(count for count in COUNTS if count < most), most)
+    return max(counts, key=lambda count: tokens_per_second(times, offer, count))
 
-    def speed(count: int) -> float:
-        return expected_tokens(rate, count) / (times.of(1) + count * each)
 
-    return max((0, *(count for count in COUNTS if count < most), most), key=speed)
+def best_offer(
+    times: StepTimes, offers: Sequence[Offer], *, most: int, most_seconds: float = inf
+) -> tuple[int, int] | None:
+    """Which of the offers gives the most tokens a second, by its index, and with how many guesses; None if none does.
+
+    Of two that are as good it is the first. `most` and `most_seconds` are as in `num_guesses`.
+    """
+    counts = [num_guesses(times, offer, most=most, most_seconds=most_seconds) for offer in offers]
+    useful = [index for index, count in enumerate(counts) if count > 0]
+    if not useful:
+        return None
+    best = max(useful, key=lambda index: tokens_per_second(times, offers[index], counts[index]))
+    return best, counts[best]
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
 class Source:
     """A kind of guesses. Of two guesses of one kind, one is as likely to be right as the other.
 
-    `prior` is the part of them that is expected to be right before any was judged.
+    `prior` is the part of them that is expected to be right before any was judged. One of them takes `seconds_each` to
+    make.
     """
 
     name: str
     prior: float
+    seconds_each: float = 0.0
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Guesses how one text goes on."""
 
@@ -26,9 +29,23 @@ class Drafter(Protocol):
         ...
 
     def source(self) -> Source | None:
-        """The kind of the guesses that it would make now; None if it has none."""
+        """The kind of the guesses that it would make now; None if it has none. It makes none yet."""
         ...
 
     def guesses(self, count: int) -> list[int]:
         """The next tokens, at most `count`, if `source` has just said that there are some."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Drafter, Protocol):
+    """A drafter that takes a while to read a text, and does it in pieces while the servers compute."""
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether it has more to read than a guess should wait for. Until it has read that, it has no source."""
+        ...
+
+    def read_piece(self) -> None:
+        """Read a little more, if it is behind."""
         ...

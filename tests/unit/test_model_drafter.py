@@ -1,0 +1,110 @@
+"""A small model guesses what it would write itself, whatever of its guesses the text has taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from shoal.client.generation.drafting.model_drafter import DraftModel, ModelDrafter
+
+NUM_WORDS = 50
+SIZES = {
+    "vocab_size": NUM_WORDS, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.4,
+    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+
+
+class Ticking:
+    """A clock that shows a second more each time."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 1
+        return self.seconds
+
+
+def tiny(kind: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES, **options)).eval()
+
+
+def written(model: Any, tokens: Sequence[int], count: int) -> list[int]:
+    ids = torch.tensor([tokens])
+    mask = torch.ones_like(ids)
+    ids = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None)
+    return ids[0, len(tokens) :].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("mistral", {"sliding_window": 4}), ("gpt2", {})])
+def test_it_guesses_what_it_would_write_behind_any_text(kind: str, options: dict[str, Any]) -> None:
+    model, chance = tiny(kind, **options), Random(0)
+    text = [chance.randrange(NUM_WORDS) for _ in range(7)]
+    drafter = ModelDrafter(DraftModel(model, num_words=NUM_WORDS), text)
+    for num_right in (0, 2, 4, 1, 3, 0, 4):
+        guesses = drafter.guesses(4)
+        assert guesses == written(model, text, 4)
+        new = [*guesses[:num_right], chance.randrange(NUM_WORDS)]
+        drafter.append(new)
+        text += new
+
+
+def test_it_has_no_guesses_beyond_its_longest_text() -> None:
+    model = tiny("gpt2")
+    text = [3] * 62
+    drafter = ModelDrafter(DraftModel(model, num_words=NUM_WORDS), text)
+    assert drafter.guesses(10) == [*written(model, text, 2), drafter.guesses(10)[2]]
+    drafter.append([4, 4])
+    assert len(drafter.guesses(10)) == 1
+    drafter.append([4])
+    assert drafter.source() is None
+
+
+def test_tokens_of_one_vocabulary_only_are_neither_read_nor_guessed() -> None:
+    model = tiny("llama")
+    drafter = ModelDrafter(DraftModel(model, num_words=10), [3, 4])
+    assert all(guess < 10 for guess in drafter.guesses(20))
+    drafter.append([10])
+    assert drafter.source() is None
+
+
+def test_it_reads_a_long_text_in_pieces_before_it_guesses() -> None:
+    model, chance = tiny("llama"), Random(1)
+    text = [chance.randrange(NUM_WORDS) for _ in range(55)]
+    drafter = ModelDrafter(DraftModel(model, num_words=NUM_WORDS), text[:50])
+    assert drafter.is_behind
+    assert drafter.source() is None
+    drafter.read_piece()
+    assert not drafter.is_behind
+    assert drafter.source() is not None
+    assert drafter.guesses(3) == written(model, text[:50], 3)
+    drafter.append(text[50:])
+    assert drafter.guesses(3) == written(model, text, 3)
+
+
+def test_it_does_not_read_what_it_cannot_guess_behind() -> None:
+    draft = DraftModel(tiny("llama"), num_words=NUM_WORDS)
+    for text in ([3] * 70, [3] * 40 + [NUM_WORDS]):
+        drafter = ModelDrafter(draft, text)
+        assert not drafter.is_behind
+        assert drafter.source() is None
+
+
+def test_it_says_how_long_a_guess_takes_and_leaves_out_what_a_prompt_takes() -> None:
+    draft = DraftModel(tiny("llama"), num_words=NUM_WORDS, clock=Ticking())
+    assert draft.seconds_each == 1.0
+    drafter = ModelDrafter(draft, [5] * 20)
+    drafter.guesses(4)
+    assert draft.seconds_each == 1.0
+    drafter.append([6])
+    drafter.guesses(4)
+    source = drafter.source()
+    assert source is not None
+    assert 0.25 < source.seconds_each < 1.0
