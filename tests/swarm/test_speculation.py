@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from shoal import UserError
 from shoal.client.generation.drafting.drafter import Source
+from shoal.client.head import logits
 
 from .harness import Swarm
 from .test_remote_head import REMOTE, swarm_with_head, without_head
@@ -145,6 +146,17 @@ def test_a_servers_head_answers_for_all_guesses(swarm: MakeSwarm, whole: PreTrai
     for is_right in DRAFTS:
         drafter = foreseeing(PROMPTS[0], wanted, is_right)
         assert counted_trips(without_head(model), PROMPTS[0], drafter, num_guesses=4)[0] == wanted
+
+
+def test_no_more_is_guessed_than_an_answer_can_have_logits_for(
+    swarm: MakeSwarm, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+):
+    model = without_head(swarm_with_head(swarm, "0:2", "2:4").model(config=REMOTE))
+    monkeypatch.setattr(logits, "MAX_LOGITS_BYTES", 3 * whole.config.vocab_size * 4)
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    tokens, trips = counted_trips(model, PROMPTS[0], foreseeing(PROMPTS[0], wanted, always), num_guesses=6)
+    assert tokens == wanted
+    assert trips == (NUM_TOKENS - 1) // 3  # each step gives two guesses and one more token
 
 
 def test_a_text_that_repeats_itself_is_guessed_from_itself(swarm: MakeSwarm, whole: PreTrainedModel):

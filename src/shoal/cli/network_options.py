@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from shoal.net import NetworkConfig
 
 _ADDRESS = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/")
+OwnServers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--own-server",
+        metavar="FILE",
+        help="The identity of a server that you run elsewhere: those that it helped serve you first when there is a "
+        "queue. none: tell no server which ones are yours. Default: those of this machine.",
+    ),
+]
 SwarmKeyFile = Annotated[
     Path | None,
     typer.Option(

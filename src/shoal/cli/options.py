@@ -186,15 +186,6 @@ AuditLevel = Annotated[
         "--audits", metavar="LEVEL", help=f"How often others check what a server computes: {', '.join(Audits)}."
     ),
 ]
-OwnServers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--own-server",
-        metavar="FILE",
-        help="The identity of a server that you run elsewhere: those that it helped serve you first when there is a "
-        "queue. none: tell no server which ones are yours. Default: those of this machine.",
-    ),
-]
 Patience = Annotated[
     float,
     typer.Option(
@@ -286,7 +277,7 @@ def client_options(  # the first parameter stands first in the help of a command
     standby: Standby = False,
     draft: Draft = AUTO,
     audits: AuditLevel = Audits.low,
-    own_server: OwnServers = None,
+    own_server: network_options.OwnServers = None,
     pin: Pin = None,
     chooser: ChooseBy = Chooser.balanced,
     share_prefixes: SharePrefixes = False,

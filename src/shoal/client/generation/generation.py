@@ -65,13 +65,14 @@ class Generation:
         """One more token."""
         self.ids_1S = torch.cat((self.ids_1S, self.ids_1S.new_tensor([[token]])), dim=1)
 
-    def guesses(self) -> Guesses:
-        """What its next step guesses: nothing beyond where the text or its session would end."""
+    def guesses(self, most: int) -> Guesses:
+        """What its next step guesses, at most so many: nothing beyond where the text or its session would end."""
         if self.speculation is None or self.session.num_tokens != self.ids_1S.shape[1] - 1:
             return NO_GUESSES
         ends = [each.max_length for each in self.criteria if isinstance(each, MaxLengthCriteria)]
         room = min([self.session.max_length, *ends]) - self.ids_1S.shape[1] - 1
-        return self.speculation.guesses(most=min(room, MAX_GUESSES)) if room > 0 else NO_GUESSES
+        most = min(room, most, MAX_GUESSES)
+        return self.speculation.guesses(most=most) if most > 0 else NO_GUESSES
 
     def forget_guesses(self) -> None:
         """Let the session go back to what it has read of the text: its guesses may have been others."""

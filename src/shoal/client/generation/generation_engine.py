@@ -186,10 +186,11 @@ class GenerationEngine:
             answers = [(each.answer, 1 + len(each.guesses.tokens)) for each in answered if each.answer is not None]
             logits = self._ends.logits(model, answers)
             found.update(_chosen(dict(zip(answered, logits, strict=True))))
-        found.update(_with_guesses({each: now for each, now in found.items() if not now.is_last}))
-        going_on = [each for each, now in found.items() if not now.is_last]
-        texts = [_text(each.generation, found[each].guesses) for each in going_on]
-        for running, sends in zip(going_on, self._ends.embed(model, texts), strict=True):
+        going_on = {each: now for each, now in found.items() if not now.is_last}
+        found.update(_with_guesses(going_on, most=self._ends.most_logits(model) - 1))
+        sending = [each for each, now in found.items() if not now.is_last]
+        texts = [_text(each.generation, found[each].guesses) for each in sending]
+        for running, sends in zip(sending, self._ends.embed(model, texts), strict=True):
             num_tokens = 1 + len(found[running].guesses.tokens)
             request = self._ends.logits_request(model, sends.hidden_1TD, num_tokens=num_tokens)
             found[running] = replace(found[running], sends=sends, logits_request=request)
@@ -277,12 +278,12 @@ def _appended(generation: Generation, token: Token) -> Token:
     return token if reason is None else token.ending(reason)
 
 
-def _with_guesses(found: Mapping[_Running, _Next]) -> dict[_Running, _Next]:
-    """The same, each with what its next step guesses. Where a drafter fails, only its own text ends."""
+def _with_guesses(found: Mapping[_Running, _Next], *, most: int) -> dict[_Running, _Next]:
+    """The same, each with what its next step guesses, `most` tokens at most. Where a drafter fails, its text ends."""
     guessed: dict[_Running, _Next] = {}
     for running, now in found.items():
         try:
-            guessed[running] = replace(now, guesses=running.generation.guesses())
+            guessed[running] = replace(now, guesses=running.generation.guesses(most))
         except Exception as error:
             guessed[running] = replace(now, error=error)
     return guessed

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from shoal.client.call_inputs import on_cpu, positions_of
 from shoal.client.head.logits import HeadCall, Logits, LogitsRequest
 from shoal.model.remote_cache import RemoteCache, cache_argument
+from shoal.protocol import MAX_STEP_TOKENS
 
 TRIAL_IDS = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 1, 1, 0]])
 """Two texts of which the last tokens are embedded after others, in one after one more than in the other."""
@@ -113,6 +114,11 @@ class ModelEnds:
         call = remote.head_call(model, {self._cache_name: cache, "logits_to_keep": num_tokens})
         request: LogitsRequest | None = None if call is None else call.logits_request(hidden_1TD)
         return request
+
+    def most_logits(self, model: Any) -> int:
+        """For how many tokens one answer can have logits; at least one."""
+        remote = model._remote_head
+        return MAX_STEP_TOKENS if remote is None else max(1, remote.most_tokens(model.dtype))
 
     # -- before the blocks ---------------------------------------------------------------------------------------------
 

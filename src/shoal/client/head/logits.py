@@ -188,6 +188,11 @@ class RemoteHead:
             return None
         return HeadCall(num_tokens, cache=cache, vocabulary=self.vocabulary, top_k=self._top_k)
 
+    def most_tokens(self, dtype: torch.dtype) -> int:
+        """For how many tokens of one sequence, computed in `dtype`, the logits fit into one answer."""
+        request = LogitsRequest(1, self.vocabulary, self._top_k)
+        return MAX_LOGITS_BYTES // request.num_bytes(torch.empty(1, 1, 0, dtype=dtype), 1)
+
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises `UserError` for options of `generate()` that need the logits of all tokens, if not all are sent."""
         config = options.get("generation_config")
