@@ -134,6 +134,9 @@ ONCE_WRONG = {
         (Failure("dies", "s1", after=5, late=0.02), Failure("dies", "receiver", after=2, late=0.007)),
         standby=True,
     ),
+    "an audit was cancelled when it had just begun to let its servers go": Schedule(
+        ("0:1", "1:2", "2:3", "3:4", "0:4"), ("turns",), (Failure("dies", late=0.02),), seed=1
+    ),
     "a server that follows itself has no room for two sessions": Schedule(
         ("0:3", "3:4", "0:1", "1:4"),
         ("beams",),

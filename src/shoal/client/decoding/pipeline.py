@@ -392,5 +392,9 @@ class Pipeline:
         return digests.view(batch_size, -1, DIGEST_BYTES)
 
     async def disconnect(self) -> None:
-        """Let the servers forget the session."""
-        await asyncio.gather(*(stage.disconnect() for stage in self.stages))
+        """Let the servers forget the session, also if the caller is cancelled meanwhile."""
+        closing = asyncio.gather(*(stage.disconnect() for stage in self.stages))
+        try:
+            await asyncio.shield(closing)
+        finally:
+            await closing  # tasks that are cancelled before they begin would close nothing
