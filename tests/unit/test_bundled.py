@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from shoal.bundled import STORIES
+from shoal.bundled import STORIES, STORIES_DRAFT
 
 PROMPT = "Once upon a time"
 TOKENIZER = AutoTokenizer.from_pretrained(STORIES)
@@ -50,8 +50,9 @@ def words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z']+", text)
 
 
-def test_the_bundled_model_takes_at_most_ten_megabytes():
-    assert sum(file.stat().st_size for file in STORIES.iterdir()) <= 10_000_000
+@pytest.mark.parametrize(("folder", "most"), [(STORIES, 10_000_000), (STORIES_DRAFT, 2_000_000)])
+def test_the_bundled_models_are_small(folder, most):
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= most
 
 
 def test_it_has_twelve_blocks_and_a_few_million_parameters(model):
@@ -107,3 +108,16 @@ def test_prompts_of_different_lengths_are_padded_on_the_left(tokenizer):
 @given(st.text())
 def test_the_tokenizer_decodes_what_it_encodes(text):
     assert TOKENIZER.decode(TOKENIZER.encode(text), skip_special_tokens=True) == text
+
+
+def test_its_draft_has_two_blocks_and_its_vocabulary(model):
+    config = AutoConfig.from_pretrained(STORIES_DRAFT)
+    assert (config.num_hidden_layers, config.hidden_size) == (2, model.config.hidden_size)
+    assert AutoTokenizer.from_pretrained(STORIES_DRAFT).get_vocab() == TOKENIZER.get_vocab()
+
+
+def test_its_draft_guesses_most_of_what_it_writes(model, tokenizer, scripts):
+    from stories.distill import acceptance
+
+    draft = AutoModelForCausalLM.from_pretrained(STORIES_DRAFT, dtype=torch.float32)
+    assert acceptance(draft, model, tokenizer, 4) > 0.8

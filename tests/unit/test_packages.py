@@ -44,7 +44,8 @@ def test_the_wheel_holds_every_file_of_the_package(packages: Path) -> None:
     with in_wheel(packages) as wheel:
         names = {name.removeprefix("shoal/") for name in wheel.namelist() if name.startswith("shoal/")}
     assert names >= tracked("src/shoal")
-    assert {"py.typed", "gateway/page/files/index.html", "bundled/stories/model.safetensors"} <= names
+    models = {f"bundled/{folder}/model.safetensors" for folder in ("stories", "stories_draft")}
+    assert {"py.typed", "gateway/page/files/index.html", *models} <= names
 
 
 def test_the_wheel_has_nothing_but_the_package_its_licence_and_its_command(packages: Path) -> None:

@@ -47,6 +47,7 @@ class DraftModels:
         self._options = options
         self._dtype, self._device = dtype, device
         self._opened: dict[str, DraftModel] = {}
+        self._loaded: DraftModel | None = None  # the last one that a caller had loaded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DraftModels:
         """Weights are not copied."""
@@ -69,9 +70,11 @@ class DraftModels:
                     "a model whose blocks are on servers does not guess: each guess would take a step",
                     hint="pass it as assistant_model= of generate(), or a model that is loaded here as draft=",
                 )
-            self.check_config(named.config, named.name_or_path or type(named).__name__)
-            self._check_rewinds(named)
-            return DraftModel(named, num_words=self._vocab_size)
+            if self._loaded is None or self._loaded.model is not named:
+                self.check_config(named.config, named.name_or_path or type(named).__name__)
+                self._check_rewinds(named)
+                self._loaded = DraftModel(named, num_words=self._vocab_size)
+            return self._loaded
         if (found := self._opened.get(str(named))) is None:
             found = self._opened[str(named)] = self._open(named)
         return found

@@ -26,8 +26,8 @@ PRIOR = 0.5
 """The part of its guesses that is expected to be right before any was judged."""
 NEWEST = 0.1
 """What the newest measurement of the seconds of a guess counts, against all before it."""
-WARM_UPS = 2
-"""The model's first steps, of which the last is measured: the very first one takes longer than all others."""
+WARM_UPS = 4
+"""The model's first steps. The fastest of them says how long one takes: the very first takes longer than all others."""
 MOST_MEASURED = 8
 """A guess behind more new tokens than this says little of how long others take."""
 PIECE = 32
@@ -37,7 +37,7 @@ PIECE = 32
 class DraftModel:
     """A causal language model of Transformers that guesses, and how long a guess takes it.
 
-    It has read texts of `num_words` different tokens, and guesses none that a text of the other model cannot have.
+    `num_words` is the size of the other model's vocabulary. It guesses no token that only one of both has.
     """
 
     def __init__(self, model: Any, *, num_words: int, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -46,22 +46,24 @@ class DraftModel:
         """Tokens from this one on are in one of both vocabularies only."""
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         """The longest text that it can read, in tokens; None if there is no limit."""
-        self.seconds_each = 0.0
-        """How long it takes to guess one token."""
-        self._model = model
+        self.model = model
         self._clock = clock
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        for _ in range(WARM_UPS):
-            started = clock()
-            self.next_token([0], DynamicCache())
-            self.seconds_each = clock() - started
+        self.seconds_each = min(self._warm_up() for _ in range(WARM_UPS))
+        """How long it takes to guess one token."""
+
+    def _warm_up(self) -> float:
+        """How long a step of one token takes."""
+        started = self._clock()
+        self.next_token([0], DynamicCache())
+        return self._clock() - started
 
     @torch.no_grad()
     def next_token(self, tokens: Sequence[int], cache: DynamicCache) -> int:
         """The likeliest token behind these, and behind those that the cache has read."""
-        ids_1S = torch.tensor([tokens], device=self._model.device)
-        out = self._model(input_ids=ids_1S, past_key_values=cache, use_cache=True, **self._last_only)
+        ids_1S = torch.tensor([tokens], device=self.model.device)
+        out = self.model(input_ids=ids_1S, past_key_values=cache, use_cache=True, **self._last_only)
         return int(out.logits[0, -1, : self.num_words].argmax())
 
     def guesses(self, tokens: Sequence[int], count: int, cache: DynamicCache) -> list[int]:
