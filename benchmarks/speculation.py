@@ -1,7 +1,7 @@
 """What guessing ahead gains: one client and four servers, on one machine and 100 ms apart at 100 Mbit/s.
 
     python -m benchmarks.speculation [--quick] [--model MODEL] [--rounds 3] [--tokens 160]
-                                     [--dtype float32 bfloat16] [--json]
+                                     [--draft MODEL] [--dtype float32 bfloat16] [--json]
 
 Each server is a process behind a proxy that shapes its link (docs/testing.md), with a quarter of the model, by default
 the bundled one. In each round each text is generated without guesses and with them, one after the other, on the same
@@ -12,6 +12,7 @@ servers; ratios are those of a round, and the table has their medians. The texts
 - *rewritten*: a model with a chat template is asked to correct the spelling; the bundled one tells its story with
   another hero, which is mostly another story. `draft="auto"`.
 - *new*: a text of which nothing was told, `draft="auto"`.
+- *new, its draft*: the same, guessed by the bundled model's own draft (docs/stories.md), or by `--draft MODEL`.
 - *draft P %*: the same new story. A drafter that knows the text guesses it, and lies at random, so that P of 100
   guesses are right if all before them were. It takes no time: a real one of that acceptance gains less.
 - *adversary*: it lies each time, and says that it is certain.
@@ -45,7 +46,7 @@ import transformers
 
 from benchmarks.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
-from shoal.bundled import STORIES
+from shoal.bundled import STORIES, STORIES_DRAFT
 from shoal.client.generation.drafting.drafter import Source
 from shoal.testing import Link, shaped_swarm
 
@@ -148,8 +149,8 @@ def same(one: Sequence[int], other: Sequence[int]) -> int:
 class Bench:
     """The texts of one dtype, told in turns."""
 
-    def __init__(self, model: Any, tokenizer: Any, dtype: str, num_tokens: int) -> None:
-        self._model, self._dtype, self._num_tokens = model, dtype, num_tokens
+    def __init__(self, model: Any, tokenizer: Any, dtype: str, num_tokens: int, draft: Path | None) -> None:
+        self._model, self._dtype, self._num_tokens, self._draft = model, dtype, num_tokens, draft
         if tokenizer.chat_template is None:
             self._new = tokenizer(START, return_tensors="pt").input_ids
             other = tokenizer(OTHER, return_tensors="pt").input_ids
@@ -180,6 +181,8 @@ class Bench:
             self._figure(network, "rewritten", self._rewritten, "auto"),
             self._figure(network, "new", self._new, "auto", plain=plain),
         ]
+        if self._draft is not None:
+            found.append(self._figure(network, "new, its draft", self._new, self._draft, plain=plain))
         for acceptance in ACCEPTANCES:
             draft = KnownText(known, acceptance, says=acceptance, seed=seed)
             found.append(self._figure(network, f"draft {acceptance:.0%}", self._new, draft, plain=plain))
@@ -223,7 +226,9 @@ class Bench:
         return figure
 
 
-def measure(model_path: Path, dtype: str, *, num_tokens: int, rounds: int, networks: Sequence[str]) -> list[Figure]:
+def measure(
+    model_path: Path, dtype: str, *, draft: Path | None, num_tokens: int, rounds: int, networks: Sequence[str]
+) -> list[Figure]:
     """All figures, round after round."""
     num_blocks = transformers.AutoConfig.from_pretrained(model_path).num_hidden_layers
     bounds = [num_blocks * stage // NUM_STAGES for stage in range(NUM_STAGES + 1)]
@@ -233,7 +238,7 @@ def measure(model_path: Path, dtype: str, *, num_tokens: int, rounds: int, netwo
             model_path, initial_peers=swarm.addresses, dtype=DTYPES[dtype]
         )
         try:
-            bench = Bench(model, transformers.AutoTokenizer.from_pretrained(model_path), dtype, num_tokens)
+            bench = Bench(model, transformers.AutoTokenizer.from_pretrained(model_path), dtype, num_tokens, draft)
             found = []
             for index in range(rounds):
                 for network in networks:
@@ -261,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", type=Path, default=STORIES)
+    parser.add_argument("--draft", type=Path)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES])
@@ -273,7 +279,10 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     figures: list[Figure] = []
     for dtype in arguments.dtype:
-        figures += measure(arguments.model, dtype, num_tokens=num_tokens, rounds=rounds, networks=arguments.networks)
+        draft = arguments.draft or (STORIES_DRAFT if arguments.model == STORIES else None)
+        figures += measure(
+            arguments.model, dtype, draft=draft, num_tokens=num_tokens, rounds=rounds, networks=arguments.networks
+        )
     keys = dict.fromkeys((each.network, each.dtype, each.text) for each in figures)
     rows = [median([each for each in figures if (each.network, each.dtype, each.text) == key]) for key in keys]
     if arguments.json:
