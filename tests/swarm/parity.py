@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.client.generation.generation import Generation
 from shoal.client.generation.model_ends import ModelEnds
 from shoal.errors import UnsupportedOperation
 from shoal.model.body import build_body, joined_body
@@ -142,28 +140,31 @@ def check_padded(pair: Pair) -> None:
 def check_streams(pair: Pair) -> None:
     """Check texts of two lengths, with the embeddings of both in one call and the head in another, as streams have it.
 
-    The logits at every step are those of generating each alone.
+    The logits at every step, also at one with two guesses, are those of generating each alone.
     """
     ends = ModelEnds(pair.cut)
-    texts = [
-        SimpleNamespace(ids_1S=prompt, session=pair.blocks.new_session(batch_size=1, max_length=64))
-        for prompt in (PROMPT[:1], PROMPT[1:, :4])
-    ]
-    expected = [generate(pair.whole, inputs=text.ids_1S, output_logits=True) for text in texts]
-    for step in range(5):
+    prompts = [PROMPT[:1], PROMPT[1:, :4]]
+    sessions = [pair.blocks.new_session(batch_size=1, max_length=64) for _ in prompts]
+    expected = [generate(pair.whole, inputs=prompt, output_logits=True) for prompt in prompts]
+    num_known = 0
+    for num_more in (1, 1, 3):
+        lengths = [prompt.shape[1] + num_known + num_more - 1 for prompt in prompts]
+        texts = [
+            (each.sequences[:, :length], session.num_tokens)
+            for each, session, length in zip(expected, sessions, lengths, strict=True)
+        ]
         answers = [
             pair.blocks(
                 sent.hidden_1TD,
                 attention_mask=None,
                 position_ids=sent.positions_1T,
-                past_key_values=RemoteCache(text.session),
+                past_key_values=RemoteCache(session),
             )
-            for text, sent in zip(texts, ends.embed(pair.cut, cast("list[Generation]", texts)), strict=True)
+            for session, sent in zip(sessions, ends.embed(pair.cut, texts), strict=True)
         ]
-        logits_RV = ends.logits(pair.cut, answers)
-        assert_equal(logits_RV, torch.cat([each.logits[step] for each in expected]))
-        for text, each in zip(texts, expected, strict=True):
-            text.ids_1S = each.sequences[:, : text.ids_1S.shape[1] + 1]
+        for each, logits_NV in zip(expected, ends.logits(pair.cut, [(one, num_more) for one in answers]), strict=True):
+            assert_equal(logits_NV, torch.cat(each.logits[num_known : num_known + num_more]))
+        num_known += num_more
 
 
 def check_beams(pair: Pair) -> None:
