@@ -17,6 +17,7 @@ from shoal.policy.routing.switching import Looks
 
 from .harness import QUICK, Swarm
 from .lies import Liars, Lie, noise, shifted
+from .test_speculation import foreseeing, mostly
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -67,6 +68,37 @@ def test_honest_servers_pass_audits_and_the_tokens_are_those_of_one_machine(
     assert set.union(*seen.findings.values()) == {"clean"}
     assert max(audit.distance for audit in seen.audits) < EXACT.typical / 10
     assert not seen.doubts
+
+
+def test_servers_that_compute_guesses_are_audited_as_others_are(
+    swarm: MakeSwarm, audited: ClientOptions, whole: PreTrainedModel
+):
+    swarm_ = swarm("0:2", "2:4", "0:2", "2:4")
+    seen = Seen()
+    model = swarm_.model(config=replace(audited, observers=(seen,)))
+    wanted = oracle(whole, PROMPT, 60)[0, PROMPT.shape[1] :].tolist()
+    with model.inference_session(max_length=120) as session:
+        drafter = foreseeing(PROMPT, wanted, mostly)
+        stream = model.stream(PROMPT, max_new_tokens=60, draft=drafter, num_guesses=4, session=session)
+        assert [token.id for token in stream] == wanted
+        swarm_.settle(lambda: len(seen.audits) >= 2)
+        assert set(seen.findings) == set(session.servers)
+    assert set.union(*seen.findings.values()) == {"clean"}
+    assert not seen.doubts
+
+
+def test_a_liar_is_found_while_it_computes_guesses(swarm: MakeSwarm, audited: ClientOptions):
+    swarm_ = swarm("0:2", "2:4")
+    seen = Seen()
+    model = swarm_.model(config=replace(audited, observers=(seen,)))
+    Liars(swarm_.network).add("s0", shifted)
+    with model.inference_session(max_length=200) as session:
+        model.generate(PROMPT, max_new_tokens=1, session=session)
+        for span in ("0:2", "2:4", "0:2", "2:4"):
+            swarm_.start(span)
+        list(model.stream(None, max_new_tokens=80, num_guesses=4, session=session))
+        assert "s0" not in session.servers
+    assert {peer for peer, found in seen.findings.items() if "lied" in found} == {"s0"}
 
 
 @pytest.mark.parametrize("which", [0, 1])
