@@ -18,7 +18,7 @@ from shoal.client.head import logits
 
 from .harness import Swarm
 from .test_remote_head import REMOTE, swarm_with_head, without_head
-from .test_streams import CONFIGS, PROMPTS, expected
+from .test_streams import CONFIGS, PROMPTS, all_of, expected
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -190,6 +190,25 @@ def test_generate_with_a_draft_continues_a_session_and_follows_the_seed(swarm: M
         torch.manual_seed(7)
         sampled.append(model.generate(PROMPTS[0], draft="auto", do_sample=True, max_new_tokens=16).tolist())
     assert sampled[0] == sampled[1]
+
+
+def test_a_drafter_that_guesses_no_token_ends_its_own_text_only(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    wanted = expected(whole, PROMPTS[0], 0, {})
+
+    async def both() -> tuple[Any, ...]:
+        draft = Foreseeing([97] * 100, always)
+        return tuple(
+            await asyncio.gather(
+                all_of(model, PROMPTS[0], draft=draft, num_guesses=3),
+                all_of(model, PROMPTS[0]),
+                return_exceptions=True,
+            )
+        )
+
+    wrong, right = asyncio.run(both())
+    assert isinstance(wrong, ValueError)
+    assert right == wanted
 
 
 def test_a_draft_that_does_not_exist_is_refused(swarm: MakeSwarm):

@@ -66,13 +66,20 @@ class Generation:
         self.ids_1S = torch.cat((self.ids_1S, self.ids_1S.new_tensor([[token]])), dim=1)
 
     def guesses(self, most: int) -> Guesses:
-        """What its next step guesses, at most so many: nothing beyond where the text or its session would end."""
+        """What its next step guesses, at most so many: nothing beyond where the text or its session would end.
+
+        Raises `ValueError` if a drafter guesses what is no token of the model.
+        """
         if self.speculation is None or self.session.num_tokens != self.ids_1S.shape[1] - 1:
             return NO_GUESSES
         ends = [each.max_length for each in self.criteria if isinstance(each, MaxLengthCriteria)]
         room = min([self.session.max_length, *ends]) - self.ids_1S.shape[1] - 1
         most = min(room, most, MAX_GUESSES)
-        return self.speculation.guesses(most=most) if most > 0 else NO_GUESSES
+        found = self.speculation.guesses(most=most) if most > 0 else NO_GUESSES
+        num_words = self.model.get_input_embeddings().num_embeddings
+        if not all(0 <= token < num_words for token in found.tokens):
+            raise ValueError(f"a drafter guessed a token that is not one of 0 to {num_words - 1}")
+        return found
 
     def forget_guesses(self) -> None:
         """Let the session go back to what it has read of the text: its guesses may have been others."""
