@@ -201,6 +201,23 @@ async def test_a_client_signs_the_sum_of_what_it_received_as_its_machines_server
     assert TakenLedger(tmp_path).given_by(now=WEEK) == {V.peer: 2300}
 
 
+async def test_what_was_begun_on_another_connection_is_not_taken_for_sent(tmp_path: Path) -> None:
+    tabs = Tabs(LedgerPlace(tmp_path, ()), CLIENT.peer, [10**6], unix_time=lambda: NOW)
+    one, other = tabs.open(V.peer), tabs.open(V.peer)
+    assert one is not None
+    assert other is not None
+    one.add(40, Span(0, 1))
+    assert await one.acknowledgement() is not None
+    other.add(13, Span(0, 1))
+    assert await other.acknowledgement() is not None  # it is not sent: its connection ends
+    one.sent()
+    last = await one.acknowledgement()
+    assert last is not None
+    assert last.acknowledgement.work == 53
+    one.sent()
+    assert await one.acknowledgement() is None
+
+
 async def test_a_client_without_a_server_signs_with_a_key_that_it_uses_once(tmp_path: Path) -> None:
     signers = set()
     for _ in range(2):

@@ -54,7 +54,8 @@ class Tabs:
         self._signed: dict[tuple[str, int], int] = {}  # with the temporary key, by server and week
         self._signing = threading.Lock()
         self._owed: dict[str, float] = {}  # by server, in parameter-tokens
-        self._unsent: set[str] = set()  # servers for which an acknowledgement was begun, and not sent
+        self._begun: dict[str, int] = {}  # by server: how many acknowledgements were begun
+        self._told: dict[str, int] = {}  # by server: the number of the latest that was sent
         self._introduction: tuple[float, Introduce | None] | None = None  # and when it was made
 
     def open(self, server: str) -> Tab | None:
@@ -77,21 +78,23 @@ class Tabs:
             self._introduction = self._unix_time(), introduction
         return None if self._is_own(server) else introduction
 
-    async def acknowledgement(self, server: str) -> Acknowledge | None:
+    async def acknowledgement(self, server: str) -> tuple[int, Acknowledge | None]:
         """The acknowledgement of all that a server has computed so far; `None` if it has been `sent` already.
 
-        A caller that stops waiting loses nothing: the next one has the same sum.
+        The number is that by which `sent` names it: over other connections, later ones may be on their way. A caller
+        that stops waiting loses nothing: the next one has the same sum.
         """
         work, rest = divmod(self._owed.pop(server, 0.0), MILLION)
         self._owed[server] = rest
-        if not work and server not in self._unsent:
-            return None
-        self._unsent.add(server)
-        return await asyncio.to_thread(self._acknowledge, server, int(work))
+        number = self._begun.get(server, 0)
+        if not work and number == self._told.get(server, 0):
+            return number, None
+        self._begun[server] = number = number + 1
+        return number, await asyncio.to_thread(self._acknowledge, server, int(work))
 
-    def sent(self, server: str) -> None:
-        """A server was sent the last acknowledgement."""
-        self._unsent.discard(server)
+    def sent(self, server: str, number: int) -> None:
+        """A server was sent the acknowledgement of this number."""
+        self._told[server] = max(number, self._told.get(server, 0))
 
     def _is_own(self, server: str) -> bool:
         return any(server == each.peer for each in self._own or ())
@@ -136,6 +139,7 @@ class Tab:
         self._tabs = tabs
         self._server = server
         self._num_tokens = 0
+        self._number = 0  # of its latest acknowledgement
 
     def add(self, num_tokens: int, span: Span, *, times: int = 1) -> None:
         """The server has computed tokens through the blocks of a span, or what costs `times` as much."""
@@ -152,8 +156,9 @@ class Tab:
         """What the server is told now; `None` if nothing is new. The sender then calls `sent`."""
         self._num_tokens = 0
         self.due.clear()
-        return await self._tabs.acknowledgement(self._server)
+        self._number, message = await self._tabs.acknowledgement(self._server)
+        return message
 
     def sent(self) -> None:
         """The server was sent the acknowledgement."""
-        self._tabs.sent(self._server)
+        self._tabs.sent(self._server, self._number)
