@@ -17,7 +17,7 @@ from pathlib import Path
 from shoal.ledgers.given_ledger import GivenLedger
 from shoal.ledgers.statements import is_genuine, is_valid_delegation
 from shoal.ledgers.taken_ledger import TakenLedger
-from shoal.policy.contribution.credit import counts, credits_of, period_of
+from shoal.policy.contribution.credit import MILLION, counts, credits_of, parameter_tokens, period_of
 from shoal.policy.contribution.priority import charged, weight_of
 from shoal.protocol import Acknowledgement, Introduce
 from shoal.spans import Span
@@ -29,7 +29,6 @@ MAX_CLAIMS = 1024
 MAX_ACCOUNTS = 8
 """The accounts behind one payer. More than that are ignored."""
 SAVE_SECONDS = 20.0
-MILLION = 10**6
 
 
 class Priorities:
@@ -73,7 +72,7 @@ class Priorities:
 
     def work(self, num_tokens: int, span: Span) -> float:
         """The work of computing tokens through the blocks of a span, in millions of parameter-tokens."""
-        return num_tokens * sum(self._block_parameters[span.start : span.end]) / MILLION
+        return parameter_tokens(self._block_parameters, num_tokens, span) / MILLION
 
     def served(self, payer: str, work: float) -> None:
         """The server has computed something for a payer."""

@@ -17,7 +17,7 @@ from shoal.ledgers.own_servers import own_servers
 from shoal.ledgers.statements import DELEGATION_SECONDS, acknowledge, delegate
 from shoal.ledgers.taken_ledger import TakenLedger
 from shoal.net.identity import Identity, public_key
-from shoal.policy.contribution.credit import period_of
+from shoal.policy.contribution.credit import MILLION, parameter_tokens, period_of
 from shoal.protocol import MAX_WORK, Acknowledge, Introduce
 from shoal.spans import Span
 
@@ -25,9 +25,6 @@ ACKNOWLEDGED_TOKENS = 256
 """The tokens after which a server is sent an acknowledgement: it costs a signature and a small file."""
 REFRESH_SECONDS = 600.0
 """How long an introduction is used before it is made again, from newer files."""
-MILLION = 10**6
-BACKWARD = 2
-"""A backward pass counts as this many forward passes: it computes gradients of inputs and of activations."""
 
 
 class Tabs:
@@ -64,7 +61,7 @@ class Tabs:
 
     def parameter_tokens(self, num_tokens: int, span: Span) -> int:
         """The work of computing tokens through the blocks of a span."""
-        return num_tokens * sum(self._block_parameters[span.start : span.end])
+        return parameter_tokens(self._block_parameters, num_tokens, span)
 
     def owe(self, server: str, work: float) -> None:
         """A server has computed something for this client."""

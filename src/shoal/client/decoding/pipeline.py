@@ -92,7 +92,7 @@ class Pipeline:
         self._end = end
         self.notify = notify
         self.links = PushLinks(swarm.measurements.broken_pairs, wire=swarm.config.wire)
-        self.receipts = ReceiptCheck(swarm, swarm.node.transport)
+        self.receipts = ReceiptCheck(swarm)
         self.stages = self.stages_on(hops, history)
         self.awaited: dict[Stage, Awaited] = {}
         """The step that each server owes, and since when."""

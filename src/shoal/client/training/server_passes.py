@@ -17,10 +17,10 @@ from shoal.client.training.connection_pool import ConnectionPool
 from shoal.client.training.gradients import by_block
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
 from shoal.errors import ServerLost
-from shoal.ledgers.tabs import BACKWARD
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
+from shoal.policy.contribution.credit import BACKWARD
 from shoal.policy.routing.route import SLOWEST, Hop
 from shoal.protocol import Backward, Forward, Norms, NotCached, PassResult
 from shoal.spans import Span

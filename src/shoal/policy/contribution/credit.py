@@ -17,8 +17,13 @@ passes count twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from shoal.spans import Span
+
+MILLION = 10**6
+BACKWARD = 2
+"""A backward pass counts as this many forward passes: it computes gradients of inputs and of activations."""
 PERIOD_SECONDS = 7 * 24 * 3600
 """Work is summed up by weeks of Unix time."""
 NUM_PERIODS = 4
@@ -29,6 +34,11 @@ what a peer gives directly is always worth something there."""
 
 Claims = Mapping[tuple[str, str], float]
 """The work that the first peer of a pair, a contact, has acknowledged to the second one."""
+
+
+def parameter_tokens(block_parameters: Sequence[int], num_tokens: int, span: Span) -> int:
+    """The work of computing tokens through the blocks of a span, of a model whose blocks have these parameters."""
+    return num_tokens * sum(block_parameters[span.start : span.end])
 
 
 def period_of(unix_time: float) -> int:

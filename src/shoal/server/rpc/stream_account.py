@@ -9,9 +9,6 @@ from shoal.server.refusals import rejected
 from shoal.server.rpc.ping_pace import payer_behind
 from shoal.spans import Span
 
-BACKWARD = 2
-"""A backward pass counts as this many forward passes, as clients count it (`shoal.ledgers.tabs`)."""
-
 
 class StreamAccount:
     """The account of a stream, from its beginning until `leave`."""

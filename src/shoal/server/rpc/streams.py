@@ -15,6 +15,7 @@ from shoal import events
 from shoal.concurrency import owned_task
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
+from shoal.policy.contribution.credit import BACKWARD
 from shoal.protocol import (
     Acknowledge,
     Adapter,
@@ -46,7 +47,7 @@ from shoal.server.rpc.message_reader import MessageReader
 from shoal.server.rpc.ping_pace import INTRODUCTIONS_PER_SECOND, PingPace, payer_behind
 from shoal.server.rpc.push_service import PushService
 from shoal.server.rpc.session_stream import SessionStream
-from shoal.server.rpc.stream_account import BACKWARD, StreamAccount
+from shoal.server.rpc.stream_account import StreamAccount
 from shoal.server.rpc.transfer_service import TransferService
 from shoal.server.rpc.weights_service import WeightsService
 from shoal.server.training.adapter_store import MissingFromCache

@@ -25,7 +25,6 @@ from shoal.client.decoding.stage import Stage
 from shoal.client.swarm.audit_book import Evidence
 from shoal.client.swarm.swarm import Swarm
 from shoal.net.signing.receipt_signatures import is_signed, statement
-from shoal.net.transport import Transport
 from shoal.policy.audits.receipt_verdict import ReceiptVerdict
 from shoal.protocol import Receipt
 from shoal.spans import Span
@@ -43,11 +42,10 @@ class Distrusted:
 
 
 class ReceiptCheck:
-    """Compares what servers sign with what the client has sent and got. `transport` checks signatures."""
+    """Compares what servers sign with what the client has sent and got."""
 
-    def __init__(self, swarm: Swarm, transport: Transport) -> None:
+    def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
-        self._transport = transport
         self._distrusted: list[Distrusted] = []
 
     def take_distrusted(self) -> list[Distrusted]:
@@ -64,7 +62,7 @@ class ReceiptCheck:
         for stage in stages:
             session = stage.receipts.session
             if session is not None and stage.connection is not None and stage.receipts.num_waiting:
-                check = partial(is_signed, self._transport, session=session, server=stage.peer)
+                check = partial(is_signed, self._swarm.node.transport, session=session, server=stage.peer)
                 for finding in stage.receipts.findings(check):
                     self._act_on(finding, stage, session)
 
@@ -94,7 +92,7 @@ class ReceiptCheck:
 
     def _evidence(self, finding: ReceiptFinding, stage: Stage, session: str) -> Evidence:
         receipt = finding.receipt
-        said = statement(receipt, session=session, server=stage.peer, client=self._transport.peer)
+        said = statement(receipt, session=session, server=stage.peer, client=self._swarm.node.transport.peer)
         return Evidence(
             peer=stage.peer,
             model=self._swarm.model.name,
