@@ -115,7 +115,7 @@ class ServedModel:
         if isinstance(prompt, str):
             return self.ids_of_text(prompt)
         ids = torch.tensor([prompt], dtype=torch.long)
-        num_known = self.model.get_input_embeddings().num_embeddings
+        num_known = len(self.model.get_input_embeddings().weight)  # an adapter's embedding has no `num_embeddings`
         if int(ids.max()) >= num_known:
             raise bad_field("prompt", f"the model {self.name} has tokens 0 to {num_known - 1}")
         return self._checked(ids)

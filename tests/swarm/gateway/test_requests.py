@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedModel
 
 from shoal.bundled import STORIES
 from shoal.gateway.app import Gateway, application
@@ -23,6 +28,7 @@ from shoal.prefix import PAGE_TOKENS
 
 from ..gateways import served_at
 from ..harness import QUICK, Swarm, swarm_of
+from ..test_adapters import adapted
 from .asked import MESSAGES, PROMPT, TOOLS, Expected
 
 
@@ -125,6 +131,25 @@ def test_a_gateway_on_loopback_answers_to_its_own_names_only(net: Swarm, tokeniz
     with served_at(application(Gateway([served], Admission()))) as url:
         body = json.dumps({"model": "stories", "prompt": PROMPT})
         assert httpx.post(f"{url}/v1/completions", content=body, headers=plain).status_code == 400
+
+
+def test_tokens_and_texts_for_an_adapter_of_the_embeddings(
+    net: Swarm, stories: PreTrainedModel, tokenizer: Any, tmp_path: Path
+):
+    config = LoraConfig(r=2, target_modules=["o_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    theirs = adapted(copy.deepcopy(stories), config)
+    theirs.save_pretrained(tmp_path)
+    served = ServedModel("stories:theirs", net.model().with_adapter(tmp_path), tokenizer)
+    ids_1S = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        whole = theirs.generate(input_ids=ids_1S, max_new_tokens=6, do_sample=False)
+    with served_at(application(Gateway([served], Admission()))) as url:
+        ask = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0).completions.create
+        for prompt in (PROMPT, ids_1S[0].tolist()):
+            answer = ask(model="stories:theirs", prompt=prompt, max_tokens=6, temperature=0)
+            assert answer.choices[0].text == tokenizer.decode(whole[0, ids_1S.shape[1] :])
+        with pytest.raises(openai.BadRequestError, match="has tokens 0 to"):
+            ask(model="stories:theirs", prompt=[len(tokenizer)], max_tokens=1)
 
 
 def test_keys_and_limits(net: Swarm, tokenizer: Any):

@@ -76,7 +76,7 @@ class Generation:
         room = min([self.session.max_length, *ends]) - self.ids_1S.shape[1] - 1
         most = min(room, most, MAX_GUESSES)
         found = self.speculation.guesses(most=most) if most > 0 else NO_GUESSES
-        num_words = self.model.get_input_embeddings().num_embeddings
+        num_words = len(self.model.get_input_embeddings().weight)  # PEFT's embedding has no `num_embeddings`
         if not all(0 <= token < num_words for token in found.tokens):
             raise ValueError(f"a drafter guessed a token that is not one of 0 to {num_words - 1}")
         return found
