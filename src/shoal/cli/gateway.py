@@ -135,7 +135,7 @@ def command(
                 for each in served:
                     await asyncio.to_thread(each.model.close)
 
-        run_until_signalled(run())
+        run_until_signalled(run(), cleanup="finishing the answers that have begun")
 
 
 def checked_keys(keys: Sequence[str]) -> tuple[str, ...]:

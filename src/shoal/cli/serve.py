@@ -25,7 +25,7 @@ from shoal.client.options.client_options import INITIAL_PEERS
 from shoal.host import usable_cores
 from shoal.joining.invite_code import code_in
 from shoal.large_imports import large_imports
-from shoal.ledgers.ledger_place import LedgerPlace
+from shoal.ledgers.ledger_place import SERVERS, LedgerPlace
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.model.weights.location import folder_of
 from shoal.net.swarm_key import file_of_key
@@ -305,7 +305,7 @@ def command(
             ledger_folder=LedgerPlace.of(cache_folder()).folder,
         )
 
-    with identity_file(identity, kind=f"serve-{mark}" if mark else "serve") as path:
+    with identity_file(identity, kind=f"{SERVERS}-{mark}" if mark else SERVERS) as path:
         run_until_signalled(serve_and_tell(configured, replace(network, identity=path), code, lan=lan))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from shoal.ledgers.ledger_place import LedgerPlace
+from shoal.ledgers.ledger_place import SERVERS, LedgerPlace, identity_folder
 from shoal.net.identity import Identity
 from shoal.protocol import MAX_DELEGATIONS
 
@@ -26,7 +26,7 @@ def own_servers(place: LedgerPlace) -> tuple[Identity, ...]:
             if identity is None:
                 log.warning("%s is not the identity of a server: this client does not act for it", path)
         return tuple(identity for _, identity in named if identity is not None)
-    kept = sorted(place.folder.parent.joinpath("identities").glob("serve-*"))
+    kept = sorted(identity_folder(place.cache).glob(f"{SERVERS}-*"))
     found = (_read(path) for path in kept if path.suffix != ".lock")
     return tuple(identity for identity in found if identity is not None)[:MAX_DELEGATIONS]
 

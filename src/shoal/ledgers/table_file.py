@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
+
+from shoal.whole_files import replacing
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)
@@ -48,18 +47,11 @@ class TableFile(Generic[M]):
 
     def write(self, table: M) -> None:
         """Replace the file. If the disk cannot be written, the old file stays."""
-        draft = None
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, draft = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}-")
-            with os.fdopen(handle, "w") as out:
-                out.write(table.model_dump_json())
-            os.replace(draft, self._path)
+            with replacing(self._path) as draft:
+                draft.write_text(table.model_dump_json())
         except OSError as error:
             self._warn(f"cannot be written: {error}")
-            if draft is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(draft)
 
     def _warn(self, what: str) -> None:
         level, self._has_failed = logging.DEBUG if self._has_failed else logging.WARNING, True

@@ -8,8 +8,6 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.model.weights.safetensors_file import read_header, read_tensors
 from shoal.spans import Span
+from shoal.whole_files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +108,8 @@ class QuantizedBlockCache:
                 for name, tensor in tensors.items()
                 if self.checkpoint.family.block_of(name) == block
             }
-            with contextlib.suppress(OSError):
-                _replace(self._file(block), of_block)
+            with contextlib.suppress(OSError), replacing(self._file(block)) as draft:
+                save_file(dict(of_block), draft)
 
     def _file(self, block: int) -> Path:
         key = [self.checkpoint.fingerprint, self.quantization.value, str(self.dtype), *quantizing_versions()]
@@ -122,15 +121,3 @@ class QuantizedBlockCache:
 def quantizing_versions() -> tuple[str, ...]:
     """The packages that decide what quantized weights look like."""
     return tuple(f"{package} {importlib.metadata.version(package)}" for package in ("bitsandbytes", "transformers"))
-
-
-def _replace(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file atomically: readers never see a part of it, not even after a crash."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=file.parent)
-    os.close(handle)
-    try:
-        save_file(dict(tensors), draft)
-        os.replace(draft, file)
-    finally:
-        Path(draft).unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from shoal.cli.terminal.console import stderr
 from shoal.cli.terminal.notify import notify
 from shoal.errors import UserError
+from shoal.ledgers.ledger_place import identity_folder
 from shoal.model.weights.disk_cache import cache_folder
 
 
@@ -34,7 +35,7 @@ def identity_file(chosen: Path | None, *, kind: str) -> Iterator[Path]:
 
     Raises `UserError` if another process uses the chosen file, or if the lock cannot be written.
     """
-    numbered = (cache_folder() / "identities" / f"{kind}-{number}" for number in itertools.count())
+    numbered = (identity_folder(cache_folder()) / f"{kind}-{number}" for number in itertools.count())
     for path in [chosen] if chosen is not None else numbered:
         with _locked(path) as is_locked:
             if is_locked:
@@ -66,8 +67,10 @@ def _locked(path: Path) -> Iterator[bool]:
             yield True
 
 
-def run_until_signalled(work: Coroutine[Any, Any, None]) -> None:
+def run_until_signalled(work: Coroutine[Any, Any, None], *, cleanup: str = "leaving the swarm") -> None:
     """Run `work` until Ctrl-C or SIGTERM, then cancel it, wait for its cleanup, and end the process with status 0.
+
+    `cleanup` is what the user is told that it does then.
 
     This function does not return after a signal. The process does not wait for its threads, which may still be loading
     blocks. It also skips the interpreter's shutdown: with PyTorch and hivemind imported, that takes one to two seconds
@@ -75,7 +78,7 @@ def run_until_signalled(work: Coroutine[Any, Any, None]) -> None:
 
     A second signal ends the process immediately; the system and the parent process clean up. Raises what `work` raises.
     """
-    if asyncio.run(_until_signalled(work)):
+    if asyncio.run(_until_signalled(work, cleanup)):
         end_now(0)
 
 
@@ -88,7 +91,7 @@ def end_now(status: int) -> NoReturn:
     os._exit(status)
 
 
-async def _until_signalled(work: Coroutine[Any, Any, None]) -> bool:
+async def _until_signalled(work: Coroutine[Any, Any, None], cleanup: str) -> bool:
     """Run `work`. Returns whether a signal ended it."""
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(work)
@@ -100,8 +103,8 @@ async def _until_signalled(work: Coroutine[Any, Any, None]) -> bool:
             stderr.show_cursor()
             os._exit(128 + number)
         signalled = True
-        notify(STOPPING="1", STATUS="Leaving the swarm")
-        stderr.print("leaving the swarm; a second Ctrl-C quits immediately", style="dim")
+        notify(STOPPING="1", STATUS=cleanup.capitalize())
+        stderr.print(f"{cleanup}; a second Ctrl-C quits immediately", style="dim")
         loop.call_soon_threadsafe(task.cancel)
 
     # Not the loop's own handlers: they run in the loop, which may be blocked while blocks are loaded.

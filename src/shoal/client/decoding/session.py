@@ -35,11 +35,12 @@ from typing import Any
 
 import torch
 
-from shoal.client.decoding.auditing.auditor import Doubt, SessionAuditor
+from shoal.client.decoding.auditing.auditor import SessionAuditor
 from shoal.client.decoding.epoch import EpochReason
 from shoal.client.decoding.outputs import NoOutputs, Outputs
 from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.race import Race
+from shoal.client.decoding.receipts.doubt import Doubt
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage

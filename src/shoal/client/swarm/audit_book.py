@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +22,7 @@ from shoal.policy.audits.audit_budget import (
     next_audit,
 )
 from shoal.policy.audits.receipt_verdict import ReceiptVerdict
+from shoal.whole_files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -179,13 +178,7 @@ def _read(folder: Path) -> dict[str, Evidence]:
 
 def _write(folder: Path, evidence: Evidence) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=folder)
-        try:
-            with os.fdopen(handle, "w") as out:
-                json.dump(asdict(evidence), out, indent=1)
-            os.replace(draft, folder / f"{evidence.peer}.json")
-        finally:
-            Path(draft).unlink(missing_ok=True)
+        with replacing(folder / f"{evidence.peer}.json") as draft:
+            draft.write_text(json.dumps(asdict(evidence), indent=1))
     except OSError as error:
         log.warning("the evidence against %s cannot be kept: %s", evidence.peer, error)

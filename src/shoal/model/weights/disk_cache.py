@@ -9,10 +9,11 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from shoal.whole_files import replacing
 
 
 def cache_folder() -> Path:
@@ -34,13 +35,8 @@ def load(key: str) -> Any | None:
 def store(key: str, value: Any) -> None:
     """Store a JSON value under this key. If the disk cannot be written, the value is computed again next time."""
     file = _file(key)
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Each entry has its own file, renamed into place, so that processes cannot lose each other's entries.
-        handle, draft = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w") as out:
-            json.dump({"fact": key, "value": value}, out)
-        os.replace(draft, file)
+    with contextlib.suppress(OSError), replacing(file) as draft:  # a file each: processes lose none of each other's
+        draft.write_text(json.dumps({"fact": key, "value": value}))
 
 
 def remove(key: str) -> None:

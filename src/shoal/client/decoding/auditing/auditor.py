@@ -13,7 +13,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +20,7 @@ from shoal.client.decoding.auditing.claim import Claim
 from shoal.client.decoding.auditing.examination import examine
 from shoal.client.decoding.auditing.logits_tail import LogitsTail
 from shoal.client.decoding.pipeline import Pipeline
+from shoal.client.decoding.receipts.doubt import Doubt
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
@@ -29,38 +29,14 @@ from shoal.client.history.history import History
 from shoal.client.swarm.comparing.findings import Findings
 from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import first_of, owned_task
-from shoal.errors import MissingBlocks, ServerLost, SwarmError
+from shoal.errors import MissingBlocks, SwarmError
 from shoal.events import ServerAudited
 from shoal.policy.audits.audit_budget import audit_cost
 from shoal.policy.audits.likeness import MIN_TOKENS, typical
 from shoal.policy.audits.verdict import Verdict
 from shoal.policy.batching.scheduling import DECODE_TOKENS
-from shoal.spans import Span
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Doubt:
-    """The outputs for the blocks of `span` are not to be trusted from a `position` on.
-
-    If they `can_be_mended`, they are computed again. A server that was found to be a `liar` is replaced before.
-    """
-
-    span: Span
-    position: int
-    reason: str
-    can_be_mended: bool = True
-    liar: str | None = None
-
-    def apply_to(self, stage: Stage) -> None:
-        """Let a stage of the session forget what is not to be trusted, and compute or be given it again."""
-        if stage.hop.span.start >= self.span.end:
-            stage.crop(self.position)
-        elif stage.hop.span.end > self.span.start:
-            stage.rewind_to(self.position)
-        if stage.peer == self.liar:
-            stage.fail(ServerLost(self.reason, peer=stage.peer))
 
 
 class SessionAuditor:
@@ -98,8 +74,7 @@ class SessionAuditor:
         self._book.record_use([each.peer for each in pipeline.stages], num_decoded=num_decoded)
         self._num_stable = position
         self._update_claims(pipeline)
-        found = pipeline.receipts.take_distrusted()
-        self._doubts += [Doubt(each.span, each.position, each.reason) for each in found]
+        self._doubts += pipeline.receipts.take_doubts()
         self._mending.set()
         self._wakeup.set()
 

@@ -16,10 +16,10 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+from shoal.client.decoding.receipts.doubt import Doubt
 from shoal.client.decoding.receipts.stage_receipts import ReceiptFinding
 from shoal.client.decoding.stage import Stage
 from shoal.client.swarm.audit_book import Evidence
@@ -27,18 +27,8 @@ from shoal.client.swarm.swarm import Swarm
 from shoal.net.signing.receipt_signatures import is_signed, statement
 from shoal.policy.audits.receipt_verdict import ReceiptVerdict
 from shoal.protocol import Receipt
-from shoal.spans import Span
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Distrusted:
-    """Outputs for the blocks of `span`, from a `position` on, of a server that has signed something else."""
-
-    span: Span
-    position: int
-    reason: str
 
 
 class ReceiptCheck:
@@ -46,11 +36,11 @@ class ReceiptCheck:
 
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
-        self._distrusted: list[Distrusted] = []
+        self._doubts: list[Doubt] = []
 
-    def take_distrusted(self) -> list[Distrusted]:
+    def take_doubts(self) -> list[Doubt]:
         """What receipts have made doubtful since the last call, without the outputs of servers that are shut out."""
-        found, self._distrusted = self._distrusted, []
+        found, self._doubts = self._doubts, []
         return found
 
     def check(self, stages: Sequence[Stage]) -> None:
@@ -73,7 +63,7 @@ class ReceiptCheck:
         if verdict.is_fault:
             error = stage.connection.wrong(f"with a receipt that is wrong: {verdict.value}")
             stage.connection.fail(error)
-            self._distrust(stage, receipt, str(error))
+            self._doubt(stage, receipt, str(error))
         elif verdict is ReceiptVerdict.PUSHED_OTHERS:
             self._swarm.shut_out(self._evidence(finding, stage, session))
         elif verdict is ReceiptVerdict.MISLED:
@@ -81,14 +71,14 @@ class ReceiptCheck:
                 return  # what follows from its outputs is computed again anyway
             reason = f"{' or '.join((*finding.pushers, stage.peer))} signs something else than it has sent or got"
             log.warning("%s: the client sends all itself", reason)
-            self._distrust(stage, receipt, reason)
+            self._doubt(stage, receipt, reason)
             for upstream in finding.pushers:
                 self._swarm.measurements.broken_pairs.add_for_good(upstream, stage.peer)
         else:
             log.debug("%s has signed tokens %d:%d", stage.peer, receipt.first, receipt.end)
 
-    def _distrust(self, stage: Stage, receipt: Receipt, reason: str) -> None:
-        self._distrusted.append(Distrusted(stage.hop.span, receipt.first, reason))
+    def _doubt(self, stage: Stage, receipt: Receipt, reason: str) -> None:
+        self._doubts.append(Doubt(stage.hop.span, receipt.first, reason))
 
     def _evidence(self, finding: ReceiptFinding, stage: Stage, session: str) -> Evidence:
         receipt = finding.receipt

@@ -45,22 +45,19 @@ class NgramDrafter:
         self._place: int | None = None  # from which the next token would be copied
         self._length = 0  # how many tokens before the place are the text's last ones
         self._resumed = False  # whether a token before these was changed
-        self.append(tokens)
+        for token in tokens:
+            self._record(token)
+        self._search()  # once, for its end: a prompt may have many thousand tokens
 
     def append(self, tokens: Sequence[int]) -> None:
         """The text goes on with these tokens."""
         for token in tokens:
-            expected = None if self._place is None else self._tokens[self._place]
-            self._tokens.append(token)
-            if token == expected and self._place is not None:
+            is_copied = self._place is not None and token == self._tokens[self._place]
+            self._record(token)
+            if is_copied and self._place is not None:
                 self._place, self._length = self._place + 1, self._length + 1
             else:
                 self._search()
-            end = len(self._tokens)
-            for length in range(1, min(LONGEST_GRAM, end) + 1):
-                places = self._places.setdefault(tuple(self._tokens[end - length :]), [])
-                places.append(end)
-                del places[:-MOST_PLACES]
 
     def source(self) -> Source | None:
         """How likely its guesses are right, by how they are found."""
@@ -76,6 +73,15 @@ class NgramDrafter:
             return []
         period = len(self._tokens) - self._place
         return [self._tokens[self._place + index % period] for index in range(count)]
+
+    def _record(self, token: int) -> None:
+        """Add a token to the text. What it follows is a place that can be found from now on."""
+        end = len(self._tokens)
+        for length in range(1, min(LONGEST_GRAM, end) + 1):
+            places = self._places.setdefault(tuple(self._tokens[end - length :]), [])
+            places.append(end)
+            del places[:-MOST_PLACES]
+        self._tokens.append(token)
 
     def _search(self) -> None:
         """Find another place, because the last token is not that of the one before."""

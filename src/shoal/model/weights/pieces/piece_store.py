@@ -12,6 +12,7 @@ from typing import Protocol
 
 from shoal.errors import CheckpointError, UserError
 from shoal.model.weights.pieces.manifest import Manifest
+from shoal.whole_files import replacing
 
 _HELD = "held"
 _EPOCH_BYTES = 16
@@ -154,9 +155,8 @@ class PieceStore:
             self._write(self._held)
 
     def _write(self, held: bytes | bytearray) -> None:
-        draft = self._folder / f"{_HELD}.{os.getpid()}.{threading.get_ident()}"
-        draft.write_bytes(held + self._epoch)
-        os.replace(draft, self._folder / _HELD)
+        with replacing(self._folder / _HELD) as draft:
+            draft.write_bytes(held + self._epoch)
 
     def _saved(self) -> tuple[bytearray, bytes]:
         """The pieces that are there, and the epoch of this list."""
