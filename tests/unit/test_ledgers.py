@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +218,29 @@ async def test_what_was_begun_on_another_connection_is_not_taken_for_sent(tmp_pa
     assert last.acknowledgement.work == 53
     one.sent()
     assert await one.acknowledgement() is None
+
+
+async def test_nothing_is_lost_when_a_connection_ends_before_its_acknowledgement_is_kept(
+    tmp_path: Path,
+) -> None:
+    tabs = Tabs(LedgerPlace(tmp_path, ()), CLIENT.peer, [10**6], unix_time=lambda: NOW)
+    tab = tabs.open(V.peer)
+    assert tab is not None
+    gate = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(threads)
+        busy = loop.run_in_executor(None, gate.wait)
+        tab.add(40, Span(0, 1))
+        waiting = asyncio.create_task(tab.acknowledgement())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        gate.set()
+        await busy
+        last = await tab.acknowledgement()
+    assert last is not None
+    assert last.acknowledgement.work == 40
 
 
 async def test_a_client_without_a_server_signs_with_a_key_that_it_uses_once(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ class Tabs:
         self._own: tuple[Identity, ...] | None = None  # once they were read
         self._temporary = Identity.temporary()
         self._signed: dict[tuple[str, int], int] = {}  # with the temporary key, by server and week
-        self._signing = threading.Lock()
+        self._signing = threading.Lock()  # held while an acknowledgement is written down
+        self._counting = threading.Lock()  # held for no longer than it takes to count
         self._owed: dict[str, float] = {}  # by server, in parameter-tokens
         self._begun: dict[str, int] = {}  # by server: how many acknowledgements were begun
         self._told: dict[str, int] = {}  # by server: the number of the latest that was sent
@@ -65,7 +66,8 @@ class Tabs:
 
     def owe(self, server: str, work: float) -> None:
         """A server has computed something for this client."""
-        self._owed[server] = self._owed.get(server, 0.0) + work
+        with self._counting:
+            self._owed[server] = self._owed.get(server, 0.0) + work
 
     async def introduction(self, server: str) -> Introduce | None:
         """What a server is told of this machine's servers; `None` if there are none, or if it is one of them."""
@@ -79,15 +81,13 @@ class Tabs:
         """The acknowledgement of all that a server has computed so far; `None` if it has been `sent` already.
 
         The number is that by which `sent` names it: over other connections, later ones may be on their way. A caller
-        that stops waiting loses nothing: the next one has the same sum.
+        that stops waiting loses nothing: the next one has all of it.
         """
-        work, rest = divmod(self._owed.pop(server, 0.0), MILLION)
-        self._owed[server] = rest
         number = self._begun.get(server, 0)
-        if not work and number == self._told.get(server, 0):
+        if self._owed.get(server, 0.0) < MILLION and number == self._told.get(server, 0):
             return number, None
         self._begun[server] = number = number + 1
-        return number, await asyncio.to_thread(self._acknowledge, server, int(work))
+        return number, await asyncio.to_thread(self._acknowledge, server)
 
     def sent(self, server: str, number: int) -> None:
         """A server was sent the acknowledgement of this number."""
@@ -107,20 +107,27 @@ class Tabs:
             acknowledgements=to_present(self._place.folder, peers, now=period_of(now)),
         )
 
-    def _acknowledge(self, server: str, work: int) -> Acknowledge | None:
+    def _acknowledge(self, server: str) -> Acknowledge | None:
         own, now = self._servers(), period_of(self._unix_time())
         if self._is_own(server):  # what a machine does for itself earns nothing elsewhere
             return None
-        if own:
-            signer, total = own[0], self._ledger.add(server, work, client=own[0].peer, now=now)
-        else:
-            self._ledger.add(server, work, client="", now=now)
-            with self._signing:
+        with self._signing:  # an earlier one may still be written down, though its caller has gone
+            work = self._taken(server)
+            if own:
+                signer, total = own[0], self._ledger.add(server, work, client=own[0].peer, now=now)
+            else:
+                self._ledger.add(server, work, client="", now=now)
                 self._signed[server, now] = total = min(self._signed.get((server, now), 0) + work, MAX_WORK - 1)
-            signer = self._temporary
+                signer = self._temporary
         if not total:  # a week has just begun
             return None
         return Acknowledge(acknowledgement=acknowledge(signer, server, period=now, work=total))
+
+    def _taken(self, server: str) -> int:
+        """What is owed in whole units, which is not owed any more."""
+        with self._counting:
+            work, self._owed[server] = divmod(self._owed.get(server, 0.0), MILLION)
+        return int(work)
 
     def _servers(self) -> tuple[Identity, ...]:
         if self._own is None:
