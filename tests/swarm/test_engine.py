@@ -240,15 +240,15 @@ async def test_who_is_preempted_while_a_long_prompt_is_being_named_begins_again(
 async def test_who_is_preempted_while_a_cache_of_transformers_is_rewound_begins_again(family: str):
     body = tiny_body(family)
     async with engine_of(body, num_pages=6) as engine:
-        old, young = Visitor(engine, body), Visitor(engine, body)
-        await old.step(random_inputs(1, body, 1, 48))
-        await young.step(random_inputs(2, body, 1, 40))
-        steps = [old.step(random_inputs(3, body, 1, 10)), young.step(random_inputs(4, body, 1, 1), position=39)]
-        tasks = [asyncio.create_task(step) for step in steps]
-        await tasks[0]
-        old.leave()
-        await tasks[1]
-        check(old, young)
+        rewound, growing = Visitor(engine, body), Visitor(engine, body, peer="other")
+        await rewound.step(random_inputs(1, body, 1, 56))
+        await growing.step(random_inputs(2, body, 1, 30))
+        again = asyncio.create_task(rewound.step(random_inputs(3, body, 1, 1), position=55))
+        await growing.step(random_inputs(4, body, 1, 10))
+        growing.leave()
+        await again
+        assert (growing.num_replays, rewound.num_replays) == (0, 1)
+        check(rewound, growing)
 
 
 # -- what others send -------------------------------------------------------------------------------------------------

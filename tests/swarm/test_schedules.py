@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_log_lines")
 
 
 @settings(
-    max_examples=NUM_EXAMPLES or 300,
+    max_examples=NUM_EXAMPLES or 100,
     derandomize=not NUM_EXAMPLES,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
