@@ -34,6 +34,12 @@ class MicrobatchPiece:
     hop: Hop | None = None
     saved_as: str | None = None
 
+    @property
+    def peer(self) -> str:
+        """The peer id of the server that computes it, which is known."""
+        assert self.hop is not None
+        return self.hop.server.peer
+
     def tensors(self) -> dict[TensorName, torch.Tensor]:
         """The tensors that a server is sent to compute it."""
         return named_tensors(self.hidden, self.positions, self.mask)
