@@ -70,10 +70,11 @@ class PassRings:
         return pieces
 
     def _can_push(self, upstream: ServerInfo, downstream: ServerInfo, *, num_tokens: int) -> bool:
-        wire, broken = self._swarm.config.wire, self._swarm.measurements.broken_pairs
+        if upstream.peer == downstream.peer or num_tokens > MAX_STEP_TOKENS:
+            return False
+        wire = self._swarm.config.wire
         knows_wire = all(wire in ("raw", *each.encodings) for each in (upstream, downstream))
-        pair = upstream.peer, downstream.peer
-        return knows_wire and num_tokens <= MAX_STEP_TOKENS and upstream.peer != downstream.peer and pair not in broken
+        return knows_wire and (upstream.peer, downstream.peer) not in self._swarm.measurements.broken_pairs
 
     @contextlib.asynccontextmanager
     async def asking(self, parts: Sequence[RingPart]) -> AsyncIterator[list[asyncio.Task[Answered | None]]]:
