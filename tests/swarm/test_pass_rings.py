@@ -78,22 +78,26 @@ class Passes:
         return self.client.swarm.measurements.broken_pairs.now()
 
 
-def play(act: Callable[[Passes], Awaitable[None]], *spans: str, trip_seconds: float = 0.005) -> None:
+Act = Callable[[Passes], Awaitable[None]]
+
+
+def play(act: Act, *spans: str, trip_seconds: float = 0.005) -> None:
     """Let a client train on servers of these spans; `trip_seconds` is the way between any two peers."""
+    expected()  # on a loop of its own
+    run(scene(act, spans or SPANS, trip_seconds))
 
-    async def scene() -> None:
-        async with Bed(spans or SPANS, cache_pages=16, drain_seconds=0.0) as bed:
-            bed.network.delay(trip_seconds)
-            client = bed.client("client", ClientOptions(patience_seconds=60.0, audits="off"))
-            async with RemotePasses(client.swarm) as passes:
-                training = Passes(bed, client, passes)
-                bed.network.on_frame = training.on_frame
-                await act(training)
-            await asyncio.sleep(1.0)
-            client.check_streams()
-            await client.close()
 
-    run(scene())
+async def scene(act: Act, spans: Sequence[str], trip_seconds: float) -> None:
+    async with Bed(spans, cache_pages=16, drain_seconds=0.0) as bed:
+        bed.network.delay(trip_seconds)
+        client = bed.client("client", ClientOptions(patience_seconds=60.0, audits="off"))
+        async with RemotePasses(client.swarm) as passes:
+            training = Passes(bed, client, passes)
+            bed.network.on_frame = training.on_frame
+            await act(training)
+        await asyncio.sleep(1.0)
+        client.check_streams()
+        await client.close()
 
 
 def equal(one: tuple[Tensor, Gradients], other: tuple[Tensor, Gradients]) -> bool:
@@ -119,7 +123,7 @@ def expected() -> tuple[Tensor, Gradients]:
         found.append(await training.gradients())
         assert all("client" in (sender, receiver) for _, sender, receiver in training.sent)
 
-    play(act)
+    run(scene(act, SPANS, 0.005))
     return found[0]
 
 

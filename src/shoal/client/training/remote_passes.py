@@ -103,7 +103,7 @@ class RemotePasses:
         span = Span(block, block + 1)
 
         async def ask(excluded: Set[Holding]) -> torch.Tensor:
-            (hop,) = (await self._swarm.route(span, excluded, needs=Needs(ring=False))).hops
+            (hop,) = (await self._swarm.route(span, excluded, needs=Needs(session=False))).hops
             return await self._servers.norms(hop.server, span, paths, num_rows)
 
         return await self._swarm.with_failover(span, ask)
