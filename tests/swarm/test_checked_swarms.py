@@ -21,7 +21,7 @@ from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node, Stream
 from shoal.net.wire import codec
 from shoal.protocol import REQUEST_KINDS, InvitationText
-from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.pushing.push_service import PushService
 from shoal.server.rpc.streams import Handler
 from shoal.server.rpc.weights_service import WeightsService
 from shoal.spans import Span

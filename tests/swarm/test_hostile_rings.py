@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from shoal.net.memory import QUEUE_FRAMES
+from shoal.net.signing.token_digests import tensor_digest
 from shoal.net.transport import Stream
-from shoal.protocol import MAX_STEPS_AHEAD, Failure, Pong, StepResult, Unreached
-from shoal.server.rpc import push_connection
+from shoal.protocol import MAX_STEPS_AHEAD, Failure, NotCached, PassResult, Pong, StepResult, Unreached
+from shoal.server.rpc.pushing import pass_pushes, push_connection
 from shoal.server.rpc.session_stream import MAX_PENDING_RESULTS
 from shoal.server.rpc.step_queue import MAX_QUEUED_TOKENS, StepQueue
 
@@ -313,3 +314,96 @@ def test_steps_again_and_again_to_a_client_that_does_not_read_are_not_piled_up(t
     heard = guest.finish(stream)
     assert 0 < len(heard) < 500
     assert {type(message) for message in heard} == {StepResult, Unreached}
+
+
+# -- passes ---------------------------------------------------------------------------------------------------------
+
+
+def a_pass(hidden: torch.Tensor | None = HIDDEN, **fields: Any) -> Raw:
+    about = {"model": MODEL, "fingerprint": FINGERPRINT, "start": 0, "end": 2}
+    return raw("forward", None if hidden is None else {"hidden": hidden}, **about | fields)
+
+
+def inputs(hidden: torch.Tensor | None = HIDDEN, *, link: str = LINK, name: str = "hidden") -> Raw:
+    return raw("pass_inputs", None if hidden is None else {name: hidden}, link=link)
+
+
+def test_the_inputs_of_a_pass_are_those_that_the_peer_pushed_that_the_client_named(town, guest):
+    pusher, thief = stranger(town), stranger(town, "thief")
+    stream = guest.open()
+    _, expected = answered(guest, stream, a_pass())
+    assert not thief.ask(inputs(-HIDDEN))
+    pong, _ = answered(guest, stream, a_pass(None, upstream=place(pusher.name)), raw("ping"))
+    assert (type(pong), pong.working) == (Pong, False)
+    assert not thief.ask(inputs(-HIDDEN), inputs(-HIDDEN, link=OTHER_LINK))
+    assert not pusher.ask(inputs(-HIDDEN, link=OTHER_LINK), inputs(-HIDDEN, name="grad"), inputs())
+    ((result, tensors),) = guest.hear(stream)
+    assert torch.equal(tensors["hidden"], expected["hidden"])
+    assert result.inputs == tensor_digest(HIDDEN)
+    assert not guest.finish(stream)
+
+
+@pytest.mark.parametrize(
+    "hidden", [torch.ones(1, 2, 16), torch.ones(2, 32), torch.ones(1, 2, 32).long(), torch.ones(3, 400, 32)]
+)
+def test_inputs_that_are_wrong_are_asked_for_again(town, guest, hidden):
+    """By the client, over the same stream: they are not its fault."""
+    pusher = stranger(town)
+    stream = guest.open()
+    answered(guest, stream, a_pass(None, upstream=place(pusher.name)), raw("ping"))
+    assert not pusher.ask(inputs(hidden))
+    ((message, _),) = guest.hear(stream)
+    assert message == NotCached(inputs=True)
+    assert isinstance(answered(guest, stream, a_pass())[0], PassResult)
+    assert not guest.finish(stream)
+
+
+def test_a_pass_with_inputs_that_are_sent_and_pushed_is_refused(town, guest):
+    (failure,) = guest.ask(a_pass(upstream=place("s1")))
+    assert failure.code == "rejected"
+    assert "inputs that are sent and pushed" in failure.reason
+
+
+def test_a_pass_that_could_not_be_computed_is_refused_before_its_inputs_come(town, guest):
+    (failure,) = guest.ask(a_pass(None, start=2, end=4, upstream=place("s1")))
+    assert failure.code == "moved"
+
+
+def test_a_client_that_leaves_while_its_pass_waits_leaves_nothing(town, guest):
+    pusher = stranger(town)
+    stream = guest.open()
+    answered(guest, stream, a_pass(None, upstream=place(pusher.name), downstream=place("s1")), raw("ping"))
+    assert not guest.finish(stream)
+    assert not pusher.ask(inputs())
+
+
+def test_a_pass_whose_inputs_never_come_is_ended(swarm: MakeSwarm):
+    swarm_ = swarm("0:4", idle_seconds=0.2)
+    silent = stranger(swarm_)
+    for _ in range(20):
+        silent.tell(silent.open(), a_pass(None, upstream=place("nobody")))
+    swarm_.settle(lambda: not num_streams(swarm_, "s0"))
+
+
+@pytest.mark.parametrize("peer", ["s1", "nobody"])
+def test_a_client_hears_the_same_wherever_it_lets_a_pass_be_pushed(town, guest, peer, monkeypatch):
+    """Outputs for a server that does not wait for them, or that is not there."""
+    monkeypatch.setattr(pass_pushes, "PUSH_FIRST_SECONDS", 0.05)
+    stream = guest.open()
+    _, expected = answered(guest, stream, a_pass())
+    result, tensors = answered(guest, stream, a_pass(downstream=place(peer)))
+    assert result.inputs is None
+    assert torch.equal(tensors["hidden"], expected["hidden"])
+    assert not guest.finish(stream)
+
+
+def test_a_server_that_pushes_a_pass_to_itself_computes_it_once(town, guest):
+    passes = town.servers["s0"].engine.num_passes
+    stream = guest.open()
+    assert isinstance(answered(guest, stream, a_pass(upstream=place("s0"), hidden=None), raw("ping"))[0], Pong)
+    other = guest.open()
+    assert isinstance(answered(guest, other, a_pass(downstream=place("s0")))[0], PassResult)
+    assert isinstance(guest.hear(stream)[0][0], PassResult)
+    assert town.servers["s0"].engine.num_passes == passes + 4  # of two blocks each
+    assert not guest.finish(stream)
+    assert not guest.finish(other)

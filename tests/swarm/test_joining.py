@@ -29,7 +29,7 @@ from shoal.net.wire import codec
 from shoal.peers import ModelInfo
 from shoal.policy.network.uploads import GRACE_SECONDS, SEND_SECONDS
 from shoal.protocol import REQUEST_KINDS, Content, GetHeld, GetPiece
-from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.pushing.push_service import PushService
 from shoal.server.rpc.streams import Handler
 from shoal.server.rpc.weights_service import WeightsService
 from tests.server_infos import info

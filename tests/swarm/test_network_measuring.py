@@ -31,7 +31,7 @@ from shoal.protocol import (
 )
 from shoal.server.measuring.metering import Meter, metered
 from shoal.server.measuring.network_monitor import RETRY_SECONDS, NetworkMonitor, in_order
-from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.pushing.push_service import PushService
 from shoal.server.rpc.streams import Handler
 from shoal.spans import Span
 

@@ -89,4 +89,4 @@ def test_servers_before_the_first_wanted_block_are_not_asked_for_gradients(swarm
     pieces = client.pieces(0, Span(0, 4))
     asked = AskedPasses(net)
     assert client.gradients(pieces).factors.keys() == {2, 3}
-    assert asked.passes == ["forward s0", "forward s1", "backward s1"]
+    assert sorted(asked.passes) == ["backward s1", "forward s0", "forward s1"]  # a ring is asked all at once

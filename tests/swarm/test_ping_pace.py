@@ -10,7 +10,7 @@ from shoal.net.transport import Stream
 from shoal.net.wire import codec
 from shoal.protocol import Ping
 from shoal.server.rpc.ping_pace import PINGS_PER_SECOND, PingPace, payer_behind
-from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.pushing.push_service import PushService
 from shoal.server.rpc.streams import Handler
 
 from .virtual_time import run

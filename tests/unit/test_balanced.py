@@ -20,7 +20,7 @@ from shoal.policy.routing.route import Measured, Needs, Route, choose_route, pri
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
-from .test_routing import RING, WALK, knowledge, server, swarms
+from .test_routing import PASS, STEP, knowledge, server, swarms
 
 NOTHING = Measured()
 
@@ -30,7 +30,7 @@ def busy(view: SwarmView, *, queue_length: int = 3) -> SwarmView:
 
 
 def routes(
-    view: SwarmView, number: int, *, needs: Needs = RING, known: Measured = NOTHING, span: Span | None = None
+    view: SwarmView, number: int, *, needs: Needs = STEP, known: Measured = NOTHING, span: Span | None = None
 ) -> list[Route]:
     """What as many clients choose from the same view."""
     span = span or Span(0, view.num_blocks)
@@ -49,7 +49,7 @@ def work(found: Sequence[Route]) -> Counter[str]:
     return Counter({peer: number / len(found) for peer, number in blocks.items()})
 
 
-@given(swarms(), knowledge(), st.sampled_from((RING, Needs(head=True))), st.integers(0, 99))
+@given(swarms(), knowledge(), st.sampled_from((STEP, Needs(head=True))), st.integers(0, 99))
 def test_no_route_is_expected_to_take_longer_than_the_factor_allows(
     view: SwarmView, known: Measured, needs: Needs, seed: int
 ):
@@ -64,12 +64,12 @@ def test_no_route_is_expected_to_take_longer_than_the_factor_allows(
 
 def test_the_longer_the_queues_are_the_longer_a_route_may_be():
     view = SwarmView(4, tuple(server(f"s{index}", "0:4", 10) for index in range(3)))
-    found = [factor(busy(view, queue_length=length).servers, Costs(RING, NOTHING)) for length in (0, 8, 16, 32, 999)]
+    found = [factor(busy(view, queue_length=length).servers, Costs(STEP, NOTHING)) for length in (0, 8, 16, 32, 999)]
     assert QUEUES == (8, 32)
     least, most = FACTORS
     assert found == pytest.approx([least, least, (least + most) / 2, most, most])
     one_is_full = (replace(view.servers[0], queue_length=48), *view.servers[1:])
-    assert factor(one_is_full, Costs(RING, NOTHING)) == pytest.approx((least + most) / 2)
+    assert factor(one_is_full, Costs(STEP, NOTHING)) == pytest.approx((least + most) / 2)
 
 
 @given(swarms(), knowledge(), st.integers(0, 99))
@@ -77,15 +77,15 @@ def test_while_the_servers_are_idle_it_is_the_fastest_route(view: SwarmView, kno
     idle = busy(view, queue_length=int(BUSY_REQUESTS))
     known = replace(known, work_in_flight={})
     span = Span(0, view.num_blocks)
-    best = choose_route(idle, span, needs=RING, known=known)
-    assert choose_route(idle, span, needs=RING, known=known, chooser="balanced", rng=random.Random(seed)) == best
+    best = choose_route(idle, span, needs=STEP, known=known)
+    assert choose_route(idle, span, needs=STEP, known=known, chooser="balanced", rng=random.Random(seed)) == best
 
 
 @given(swarms(), knowledge())
 def test_single_passes_take_the_fastest_route(view: SwarmView, known: Measured):
     span = Span(0, view.num_blocks)
-    best = choose_route(busy(view), span, needs=WALK, known=known)
-    assert choose_route(busy(view), span, needs=WALK, known=known, chooser="balanced", rng=random.Random(0)) == best
+    best = choose_route(busy(view), span, needs=PASS, known=known)
+    assert choose_route(busy(view), span, needs=PASS, known=known, chooser="balanced", rng=random.Random(0)) == best
 
 
 @settings(max_examples=20)
@@ -93,7 +93,7 @@ def test_single_passes_take_the_fastest_route(view: SwarmView, known: Measured):
 def test_the_same_seed_finds_the_same_route(view: SwarmView, known: Measured, seed: int):
     one, again = (
         choose_route(
-            busy(view), Span(0, view.num_blocks), needs=RING, known=known, chooser="balanced", rng=random.Random(seed)
+            busy(view), Span(0, view.num_blocks), needs=STEP, known=known, chooser="balanced", rng=random.Random(seed)
         )
         for _ in range(2)
     )
@@ -141,14 +141,14 @@ def test_announced_capacities_count_more_than_the_speed_of_single_tokens():
     def with_capacity(each: ServerInfo, speed: float) -> ServerInfo:
         return replace(each, capacity=Capacity(4, ((1, speed),), None, 1.0, 1.0))
 
-    costs = Costs(RING, NOTHING)
+    costs = Costs(STEP, NOTHING)
     gpu, cpu = with_capacity(server("gpu", "0:4", 10), 4000.0), with_capacity(server("cpu", "0:4", 10), 80.0)
     assert saturated_speeds([gpu, cpu], costs).tolist() == pytest.approx([4000.0, 80.0])
     limited = replace(gpu, capacity=Capacity(4, ((1, 4000.0),), 20.0, 1.0, 1.0))
     assert saturated_speeds([limited, cpu], costs).tolist() == pytest.approx([80.0, 80.0])
     unknown = replace(cpu, capacity=None)
     assert saturated_speeds([gpu, unknown], costs).tolist() == pytest.approx([40.0, 40.0])
-    slow = Costs(RING, Measured(slowness={"gpu": 4.0}))
+    slow = Costs(STEP, Measured(slowness={"gpu": 4.0}))
     assert saturated_speeds([gpu, cpu], slow).tolist() == pytest.approx([1000.0, 80.0])
 
 
@@ -165,7 +165,7 @@ def placements(draw: st.DrawFn) -> SwarmView:
 
 @given(placements())
 def test_the_shares_of_a_block_are_of_its_holders_and_add_up(view: SwarmView):
-    costs = Costs(RING, NOTHING)
+    costs = Costs(STEP, NOTHING)
     ways = lattice_of(view, Span(0, view.num_blocks), costs, upstream=None, downstream=None)
     found = shares(ways, saturated_speeds(ways.servers, costs))
     assert np.allclose(found.sum(axis=1), 1.0)
@@ -177,7 +177,7 @@ def test_the_shares_relieve_the_servers_of_weak_blocks():
     """The only holder of the blocks 4:8 is left alone with the other blocks that it holds."""
     only, others = server("only", "2:8", 10), [server(f"s{index}", "0:4", 10) for index in range(3)]
     view = SwarmView(8, (only, *others))
-    costs = Costs(RING, NOTHING)
+    costs = Costs(STEP, NOTHING)
     ways = lattice_of(view, Span(0, 8), costs, upstream=None, downstream=None)
     found = shares(ways, saturated_speeds(ways.servers, costs))
     index = [each.peer for each in ways.servers].index("only")
@@ -203,7 +203,7 @@ def test_a_part_of_a_ring_is_shared_too():
         choose_route(
             view,
             Span(3, 5),
-            needs=RING,
+            needs=STEP,
             known=NOTHING,
             upstream=upstream,
             downstream=downstream,
@@ -213,7 +213,7 @@ def test_a_part_of_a_ring_is_shared_too():
         for seed in range(40)
     ]
     assert len({route.hops[0].server.peer for route in found}) == 4
-    again = price_route(found[0].hops, needs=RING, known=NOTHING, upstream=upstream, downstream=downstream)
+    again = price_route(found[0].hops, needs=STEP, known=NOTHING, upstream=upstream, downstream=downstream)
     assert again.seconds == pytest.approx(found[0].seconds)
 
 
@@ -221,4 +221,4 @@ def test_a_part_of_a_ring_is_shared_too():
 def test_a_random_chooser_needs_a_source_of_randomness(chooser: str):
     view = SwarmView(4, (server("s", "0:4"),))
     with pytest.raises(ValueError, match=f"{chooser!r} needs a source of randomness"):
-        choose_route(view, Span(0, 4), needs=RING, known=NOTHING, chooser=chooser)  # type: ignore[arg-type]
+        choose_route(view, Span(0, 4), needs=STEP, known=NOTHING, chooser=chooser)  # type: ignore[arg-type]

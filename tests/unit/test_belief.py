@@ -105,7 +105,7 @@ def test_what_a_server_announces_for_many_sessions_is_believed_as_far_as_what_it
 
 
 def test_a_liars_queue_does_not_look_short_because_of_its_speed():
-    costs = Costs(Needs(ring=False), Measured(ceiling=Ceiling(decode=32.0, prefill=1e3)))
+    costs = Costs(Needs(session=False), Measured(ceiling=Ceiling(decode=32.0, prefill=1e3)))
     assert costs.queue(replace(LIAR, queue_length=4)) == pytest.approx(4 * 8 / 32)
 
 

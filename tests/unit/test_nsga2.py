@@ -13,7 +13,7 @@ from shoal.policy.routing.route import Measured, Needs, choose_route
 from shoal.policy.view import SwarmView
 from shoal.spans import Span
 
-from .test_routing import RING, knowledge, server, swarms
+from .test_routing import STEP, knowledge, server, swarms
 
 points = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12)
 
@@ -46,7 +46,7 @@ def test_the_ends_of_a_front_are_kept_and_then_those_with_few_neighbours():
 
 
 @settings(max_examples=15)
-@given(swarms(), knowledge(), st.sampled_from((RING, Needs(ring=False), Needs(head=True))), st.integers(0, 99))
+@given(swarms(), knowledge(), st.sampled_from((STEP, Needs(session=False), Needs(head=True))), st.integers(0, 99))
 def test_a_route_covers_every_block_by_a_server_that_may_compute_it(
     view: SwarmView, known: Measured, needs: Needs, seed: int
 ):
@@ -64,7 +64,7 @@ def test_the_same_seed_finds_the_same_route():
     spans = ("0:2", "2:4", "4:6") * 4
     view = SwarmView(6, tuple(server(f"s{i}", span, chance.uniform(1, 50)) for i, span in enumerate(spans)))
     one, again = (
-        choose_route(view, Span(0, 6), needs=RING, known=Measured(), chooser="nsga2", rng=random.Random(7))
+        choose_route(view, Span(0, 6), needs=STEP, known=Measured(), chooser="nsga2", rng=random.Random(7))
         for _ in range(2)
     )
     assert one == again
@@ -73,7 +73,7 @@ def test_the_same_seed_finds_the_same_route():
 def test_a_route_that_is_best_in_everything_is_found():
     slow = tuple(server(f"slow{index}", "0:4", 1) for index in range(6))
     view = SwarmView(4, (*slow, server("fast", "0:4", 100)))
-    found = choose_route(view, Span(0, 4), needs=RING, known=Measured(), chooser="nsga2", rng=random.Random(0))
+    found = choose_route(view, Span(0, 4), needs=STEP, known=Measured(), chooser="nsga2", rng=random.Random(0))
     assert [hop.server.peer for hop in found.hops] == ["fast"]
 
 
@@ -81,7 +81,7 @@ def test_an_even_route_is_preferred_to_one_that_is_hardly_quicker_and_has_a_queu
     queued = replace(server("queued", "0:4", 10), queue_length=1)
     halves = (server("a", "0:2", 10), server("b", "2:4", 10))
     view, known = SwarmView(4, (queued, *halves)), Measured({"queued": 0.001, "a": 0.04, "b": 0.04})
-    quickest = choose_route(view, Span(0, 4), needs=RING, known=known)
-    even = choose_route(view, Span(0, 4), needs=RING, known=known, chooser="nsga2", rng=random.Random(0))
+    quickest = choose_route(view, Span(0, 4), needs=STEP, known=known)
+    even = choose_route(view, Span(0, 4), needs=STEP, known=known, chooser="nsga2", rng=random.Random(0))
     assert [hop.server.peer for hop in quickest.hops] == ["queued"]
     assert [hop.server.peer for hop in even.hops] == ["a", "b"]

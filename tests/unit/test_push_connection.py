@@ -11,8 +11,8 @@ import torch
 
 from shoal.net.transport import Stream, StreamBroken
 from shoal.protocol import Downstream, Step
-from shoal.server.rpc.push_connection import OPEN_SECONDS
-from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.pushing.push_connection import OPEN_SECONDS
+from shoal.server.rpc.pushing.push_service import PushService
 
 from . import virtual_time
 

@@ -17,7 +17,7 @@ from shoal.policy.routing.route import Measured, Needs, Route, announced_seconds
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.spans import Span
 
-WALK, RING = Needs(ring=False), Needs()
+PASS, STEP = Needs(session=False), Needs()
 
 
 def server(
@@ -45,11 +45,11 @@ def server(
     )
 
 
-def route(view: SwarmView, needs: Needs = WALK, *, known: Measured | None = None, **round_trips: float) -> Route:
+def route(view: SwarmView, needs: Needs = PASS, *, known: Measured | None = None, **round_trips: float) -> Route:
     return choose_route(view, Span(0, view.num_blocks), needs=needs, known=known or Measured(round_trips=round_trips))
 
 
-def hops(view: SwarmView, needs: Needs = WALK, *, known: Measured | None = None, **round_trips: float) -> list[str]:
+def hops(view: SwarmView, needs: Needs = PASS, *, known: Measured | None = None, **round_trips: float) -> list[str]:
     return [f"{hop.server.peer} {hop.span}" for hop in route(view, needs, known=known, **round_trips).hops]
 
 
@@ -65,7 +65,7 @@ def test_one_server_is_preferred_to_two_of_the_same_speed():
 
 def test_a_fast_server_is_worth_the_detour_and_a_far_one_is_not():
     view = SwarmView(4, (server("slow", "0:4", 0.5), server("fast", "2:4", 100)))
-    for needs in WALK, RING:
+    for needs in PASS, STEP:
         assert hops(view, needs, slow=0.001, fast=0.001) == ["slow 0:2", "fast 2:4"]
         assert hops(view, needs, slow=0.001, fast=9.0) == ["slow 0:4"]
 
@@ -74,47 +74,45 @@ def test_a_ring_goes_over_the_shorter_links_between_servers():
     first = server("first", "0:2", to={"near": 0.01, "far": 0.3})
     view = SwarmView(4, (first, server("far", "2:4"), server("near", "2:4")))
     round_trips = {"first": 0.1, "far": 0.1, "near": 0.1}
-    assert hops(view, RING, **round_trips) == ["first 0:2", "near 2:4"]
-    assert hops(view, WALK, **round_trips) == ["first 0:2", "far 2:4"]
-    nearer = round_trips | {"far": 0.01}
-    assert hops(view, WALK, **nearer) == ["first 0:2", "far 2:4"]
-    assert hops(view, RING, **nearer) == ["first 0:2", "near 2:4"]
+    for needs in PASS, STEP:
+        assert hops(view, needs, **round_trips) == ["first 0:2", "near 2:4"]
+        assert hops(view, needs, **round_trips | {"far": 0.01}) == ["first 0:2", "near 2:4"]
 
 
 def test_a_ring_costs_one_way_trips():
     view = SwarmView(4, (server("a", "0:2", to={"b": 0.02}), server("b", "2:4")))
-    found = route(view, RING, a=0.1, b=0.3)
     computing = 2 * announced_seconds(view.servers[0], 2, 1)
-    assert found.seconds == pytest.approx(0.05 + 0.01 + 0.15 + computing + 2 * HOP_OVERHEAD)
-    assert route(view, WALK, a=0.1, b=0.3).seconds == pytest.approx(0.1 + 0.3 + computing + 2 * HOP_OVERHEAD)
+    for needs in PASS, STEP:
+        found = route(view, needs, a=0.1, b=0.3)
+        assert found.seconds == pytest.approx(0.05 + 0.01 + 0.15 + computing + 2 * HOP_OVERHEAD)
 
 
 def test_of_two_servers_that_disagree_on_their_distance_the_farther_is_believed():
     view = SwarmView(4, (server("a", "0:2", to={"b": 0.001}), server("b", "2:4", to={"a": 0.4})))
-    assert route(view, RING, a=0.1, b=0.1).costs[1].network == pytest.approx(0.2 + HOP_OVERHEAD)
+    assert route(view, STEP, a=0.1, b=0.1).costs[1].network == pytest.approx(0.2 + HOP_OVERHEAD)
 
 
 def test_a_link_that_was_never_measured_costs_no_more_than_the_way_through_the_client():
     view = SwarmView(4, (server("a", "0:2"), server("b", "2:4")))
-    assert route(view, RING, a=0.01, b=0.03).costs[1].network == pytest.approx(0.02 + HOP_OVERHEAD)
-    assert route(view, RING, a=1.0, b=1.1).costs[1].network == pytest.approx(UNKNOWN_ROUND_TRIP / 2 + HOP_OVERHEAD)
+    assert route(view, STEP, a=0.01, b=0.03).costs[1].network == pytest.approx(0.02 + HOP_OVERHEAD)
+    assert route(view, STEP, a=1.0, b=1.1).costs[1].network == pytest.approx(UNKNOWN_ROUND_TRIP / 2 + HOP_OVERHEAD)
 
 
 def test_a_link_from_a_near_server_to_a_far_one_is_long_although_it_was_never_measured():
     view = SwarmView(4, (server("a", "0:2"), server("b", "2:4")))
-    assert route(view, RING, a=0.1, b=0.7).costs[1].network == pytest.approx(0.3 + HOP_OVERHEAD)
+    assert route(view, STEP, a=0.1, b=0.7).costs[1].network == pytest.approx(0.3 + HOP_OVERHEAD)
 
 
 def test_servers_that_cannot_reach_one_another_cost_the_way_through_the_client():
     view = SwarmView(4, (server("a", "0:2", to={"b": 0.001, "c": 0.1}), server("b", "2:4"), server("c", "2:4")))
     round_trips = {"a": 0.5, "b": 0.5, "c": 0.5}
-    assert hops(view, RING, **round_trips) == ["a 0:2", "b 2:4"]
+    assert hops(view, STEP, **round_trips) == ["a 0:2", "b 2:4"]
     known = Measured(round_trips, broken_pairs=frozenset({("a", "b")}))
-    assert hops(view, RING, known=known) == ["a 0:2", "c 2:4"]
+    assert hops(view, STEP, known=known) == ["a 0:2", "c 2:4"]
     only_b = view.only(lambda each: each.peer != "c")
-    assert route(only_b, RING, known=known).costs[1].network == pytest.approx(0.5 + HOP_OVERHEAD)
+    assert route(only_b, STEP, known=known).costs[1].network == pytest.approx(0.5 + HOP_OVERHEAD)
     reverse = Measured(round_trips, broken_pairs=frozenset({("b", "a")}))
-    assert hops(view, RING, known=reverse) == ["a 0:2", "b 2:4"]
+    assert hops(view, STEP, known=reverse) == ["a 0:2", "b 2:4"]
 
 
 def test_a_part_of_a_ring_is_chosen_for_its_neighbors():
@@ -124,8 +122,8 @@ def test_a_part_of_a_ring_is_chosen_for_its_neighbors():
     )
     view = SwarmView(6, (upstream, server("x", "2:4"), server("y", "2:4"), downstream))
     known = Measured({"x": 0.001, "y": 0.2, "before": 0.001, "after": 0.001})
-    alone = choose_route(view, Span(2, 4), needs=RING, known=known)
-    between = choose_route(view, Span(2, 4), needs=RING, known=known, upstream=upstream, downstream=downstream)
+    alone = choose_route(view, Span(2, 4), needs=STEP, known=known)
+    between = choose_route(view, Span(2, 4), needs=STEP, known=known, upstream=upstream, downstream=downstream)
     assert [hop.server.peer for hop in (*alone.hops, *between.hops)] == ["x", "y"]
     assert between.seconds == pytest.approx(0.005 + HOP_OVERHEAD + announced_seconds(view.servers[2], 2, 1) + 0.005)
 
@@ -135,17 +133,17 @@ def test_long_inputs_go_where_prefill_is_fast_and_single_tokens_where_decoding_i
     prefills = replace(server("prefills", "0:4"), decode_speed=10.0, prefill_speed=10_000.0)
     view = SwarmView(4, (decodes, prefills))
     assert hops(view) == ["decodes 0:4"]
-    assert hops(view, replace(WALK, step_tokens=1000)) == ["prefills 0:4"]
-    assert hops(view, replace(WALK, prompt_tokens=1000, num_steps=10)) == ["prefills 0:4"]
-    assert hops(view, replace(WALK, prompt_tokens=1000, num_steps=1000)) == ["decodes 0:4"]
+    assert hops(view, replace(PASS, step_tokens=1000)) == ["prefills 0:4"]
+    assert hops(view, replace(PASS, prompt_tokens=1000, num_steps=10)) == ["prefills 0:4"]
+    assert hops(view, replace(PASS, prompt_tokens=1000, num_steps=1000)) == ["decodes 0:4"]
 
 
 def test_a_server_without_room_is_used_only_if_there_are_no_others():
     full, slow = server("full", "0:4", 100), replace(server("slow", "0:4", 1), cache_tokens_left=512)
-    session = replace(WALK, needed_tokens=512)
+    session = replace(PASS, needed_tokens=512)
     assert hops(SwarmView(4, (full, slow)), session) == ["slow 0:4"]
     assert hops(SwarmView(4, (full,)), session) == ["full 0:4"]
-    assert hops(SwarmView(4, (full, slow)), WALK) == ["full 0:4"]
+    assert hops(SwarmView(4, (full, slow)), PASS) == ["full 0:4"]
     assert route(SwarmView(4, (full,)), session).costs[0].handicap == NO_ROOM
 
 
@@ -158,10 +156,10 @@ def test_a_queue_costs_a_step_for_each_request_in_it():
 def test_a_queue_costs_less_on_a_server_that_computes_many_sessions_together():
     capacity = Capacity(4, ((4, 8 * 10 * 4),), None, 1.0, 1.0)  # eight times as fast when its passes are full
     busy = replace(server("busy", "0:4", 10), queue_length=40, capacity=capacity)
-    assert route(SwarmView(4, (busy,)), RING).costs[0].queue == pytest.approx((0.5 + 0.75 * 40 / 8) / 10)
-    assert route(SwarmView(4, (busy,)), WALK).costs[0].queue == pytest.approx(40 / 10)
+    assert route(SwarmView(4, (busy,)), STEP).costs[0].queue == pytest.approx((0.5 + 0.75 * 40 / 8) / 10)
+    assert route(SwarmView(4, (busy,)), PASS).costs[0].queue == pytest.approx(40 / 10)
     alone = replace(busy, queue_length=1)
-    assert route(SwarmView(4, (alone,)), RING).costs[0].queue <= 1 / 10
+    assert route(SwarmView(4, (alone,)), STEP).costs[0].queue <= 1 / 10
 
 
 def test_a_server_behind_a_relay_is_used_if_others_are_not_faster():
@@ -176,10 +174,10 @@ def test_a_server_behind_a_relay_is_used_if_others_are_not_faster():
 
 def test_among_nearly_equal_servers_the_one_with_the_clients_dtype_is_taken():
     other, same = replace(server("other", "0:4", 10.1), dtype="bfloat16"), server("same", "0:4", 10)
-    assert hops(SwarmView(4, (other, same)), replace(WALK, dtype="float32")) == ["same 0:4"]
-    assert hops(SwarmView(4, (other, same)), WALK) == ["other 0:4"]
+    assert hops(SwarmView(4, (other, same)), replace(PASS, dtype="float32")) == ["same 0:4"]
+    assert hops(SwarmView(4, (other, same)), PASS) == ["other 0:4"]
     faster = replace(server("other", "0:4", 10 * OTHER_DTYPE + 1), dtype="bfloat16")
-    assert hops(SwarmView(4, (faster, same)), replace(WALK, dtype="float32")) == ["other 0:4"]
+    assert hops(SwarmView(4, (faster, same)), replace(PASS, dtype="float32")) == ["other 0:4"]
 
 
 def test_a_server_that_was_slower_than_it_says_is_believed_no_longer():
@@ -213,7 +211,7 @@ def test_a_route_to_a_head_ends_there_and_is_free_before_it():
     view = SwarmView(4, (whole, middle, last, server("inside", "0:3", 999, head=True)))
 
     def ends(span: str, *, head: bool) -> list[str]:
-        needs = Needs(ring=False, head=head)
+        needs = Needs(session=False, head=head)
         return [h.server.peer for h in choose_route(view, Span.parse(span), needs=needs, known=Measured()).hops]
 
     assert ends("0:4", head=False) == ["whole"]
@@ -225,7 +223,7 @@ def test_a_route_to_a_head_ends_there_and_is_free_before_it():
 
 def test_a_route_says_where_its_time_goes():
     first = replace(server("a", "0:2", 20, to={"b": 0.01}), name="alpha", queue_length=1)
-    found = route(SwarmView(4, (first, server("b", "2:4", 100))), replace(RING, needed_tokens=9), a=0.006, b=0.02)
+    found = route(SwarmView(4, (first, server("b", "2:4", 100))), replace(STEP, needed_tokens=9), a=0.006, b=0.02)
     assert found.explain() == (
         "20,132 ms a step: alpha 0:2 (network 5, compute 50, queue 50, handicap 10,000), "
         "b 2:4 (network 7, compute 10, handicap 10,000), back 10"
@@ -234,8 +232,8 @@ def test_a_route_says_where_its_time_goes():
 
 def test_the_price_of_a_chosen_route_is_the_one_that_it_was_chosen_for():
     view = SwarmView(4, (server("a", "0:3", to={"b": 0.02}), server("b", "2:4")))
-    chosen = route(view, RING, a=0.1, b=0.3)
-    assert price_route(chosen.hops, needs=RING, known=Measured({"a": 0.1, "b": 0.3})) == chosen
+    chosen = route(view, STEP, a=0.1, b=0.3)
+    assert price_route(chosen.hops, needs=STEP, known=Measured({"a": 0.1, "b": 0.3})) == chosen
 
 
 @st.composite
@@ -271,7 +269,7 @@ def knowledge(draw: st.DrawFn) -> Measured:
     return Measured(draw(some), draw(slowness), frozenset(draw(pairs)), draw(some))
 
 
-def plain_seconds(servers: Sequence[ServerInfo], needs: Needs, known: Measured) -> float:
+def plain_seconds(servers: Sequence[ServerInfo], known: Measured) -> float:
     """What a step costs when `servers[i]` computes block i, written as plainly as possible."""
 
     def client(each: ServerInfo) -> float:
@@ -293,14 +291,11 @@ def plain_seconds(servers: Sequence[ServerInfo], needs: Needs, known: Measured) 
             else max(min(UNKNOWN_ROUND_TRIP / 2, through_client), abs(client(sender) - client(receiver)) / 2)
         )
 
-    total = 0.0
-    if needs.ring:
-        total += client(servers[0]) / 2 + client(servers[-1]) / 2
-        total += sum(link(one, other) for one, other in pairwise(servers) if one is not other)
+    total = client(servers[0]) / 2 + client(servers[-1]) / 2
+    total += sum(link(one, other) for one, other in pairwise(servers) if one is not other)
     for index, each in enumerate(servers):
         if index == 0 or servers[index - 1] is not each:
             total += HOP_OVERHEAD + each.queue_length / each.decode_speed + known.work_in_flight.get(each.peer, 0.0)
-            total += 0.0 if needs.ring else client(each)
         total += known.slowness.get(each.peer, 1.0) / (each.decode_speed * len(each.span))
     return total
 
@@ -315,9 +310,9 @@ def plain_seconds(servers: Sequence[ServerInfo], needs: Needs, known: Measured) 
         ),
     ),
     Measured(),
-    RING,
+    STEP,
 )
-@given(swarms(), knowledge(), st.sampled_from((WALK, RING, Needs(head=True))))
+@given(swarms(), knowledge(), st.sampled_from((PASS, STEP, Needs(head=True))))
 def test_no_other_assignment_of_blocks_is_faster(view: SwarmView, known: Measured, needs: Needs):
     found = route(view, needs, known=known)
     chosen = [hop.server for hop in found.hops for _ in hop.span]
@@ -333,8 +328,8 @@ def test_no_other_assignment_of_blocks_is_faster(view: SwarmView, known: Measure
             return [[]]
         return [[each, *rest] for each in holders[block] for rest in every(block + 1)]
 
-    fastest = min(plain_seconds(each, needs, known) for each in every(0))
-    assert plain_seconds(chosen, needs, known) == pytest.approx(fastest)
+    fastest = min(plain_seconds(each, known) for each in every(0))
+    assert plain_seconds(chosen, known) == pytest.approx(fastest)
     assert found.seconds == pytest.approx(fastest)
 
 

@@ -18,7 +18,7 @@ from shoal.spans import Span
 from .slow_shortest import slow_shortest
 from .test_routing import server
 
-NEEDS = (Needs(), Needs(ring=False), Needs(prompt_tokens=500, num_steps=20, dtype="float32"), Needs(head=True))
+NEEDS = (Needs(), Needs(session=False), Needs(prompt_tokens=500, num_steps=20, dtype="float32"), Needs(head=True))
 
 
 def random_swarm(number: int, num_blocks: int, rng: random.Random, *, equal: bool) -> SwarmView:

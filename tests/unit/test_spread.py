@@ -16,7 +16,7 @@ from shoal.spans import Span
 
 from .test_routing import server
 
-PASS = Needs(step_tokens=1024, ring=False)
+PASS = Needs(step_tokens=1024, session=False)
 
 
 def spread(view: SwarmView, number: int, known: Measured | None = None) -> Counter[str]:

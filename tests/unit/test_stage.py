@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from shoal.client.decoding.outputs import Outputs
 from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.decoding.progress import StageStatus
-from shoal.client.decoding.push_links import UNPUSHED_PONGS, PushLinks
+from shoal.client.decoding.push_links import PushLinks
 from shoal.client.decoding.receipts.stage_receipts import MAX_WAITING
 from shoal.client.decoding.stage import IDLE_PONGS, Stage
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
-from shoal.client.swarm.broken_pairs import RETRY_PUSH_SECONDS, BrokenPairs
+from shoal.client.swarm.broken_pairs import RETRY_PUSH_SECONDS, UNPUSHED_PONGS, BrokenPairs
 from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError, ServerLost
 from shoal.peers import ServerInfo, ServerState

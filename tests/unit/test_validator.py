@@ -95,7 +95,7 @@ def test_what_a_request_may_have_is_received(message: AnyMessage) -> None:
         (declaring("step", ("positions", "int64", (1, 1 << 20)), position=0), "1048576 positions"),
         (
             declaring("step", ("hidden", "float32", (1, 1, 1 << 20)), position=0, link="0" * 32),
-            "a step of 4194304 bytes",
+            "a push of 4194304 bytes",
         ),
         (declaring("forward", ("hidden", "float32", (1, 4097, 64))), "the model allows 4096"),
         (declaring("forward", ("hidden", "float32", (8, 1024, 64))), "8192 tokens in one batch"),

@@ -2,8 +2,9 @@
 
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
 The first message of a stream is `Open` for a session, `Forward`, `Backward` or `Norms` for single computations, a
-`Step` with a `link`, which one server pushes to the next, or a `Transfer`. An `Introduce` and `Adapter`s may come
-before the first four. `DialBack`, which peers without blocks answer too, has streams of its own (`REACH_PROTOCOL`).
+`Step` with a `link` or `PassInputs`, which one server pushes to the next, or a `Transfer`. An `Introduce` and
+`Adapter`s may come before the first four. `DialBack`, which peers without blocks answer too, has streams of its own
+(`REACH_PROTOCOL`).
 Every header is parsed here before any other code sees it: an unknown kind, field or type, or a number beyond its limit,
 is refused.
 """
@@ -62,7 +63,16 @@ from shoal.protocol.parsing import (
     dump,
     parse,
 )
-from shoal.protocol.passes import Backward, FactorIndices, Forward, Norms, NormsResult, PassResult
+from shoal.protocol.passes import (
+    Backward,
+    FactorIndices,
+    Forward,
+    Norms,
+    NormsResult,
+    PassInputs,
+    PassMessage,
+    PassResult,
+)
 from shoal.protocol.session import (
     Downstream,
     Open,
@@ -146,6 +156,8 @@ __all__ = [
     "Open",
     "Opened",
     "PassId",
+    "PassInputs",
+    "PassMessage",
     "PassResult",
     "PeerId",
     "Ping",

@@ -39,9 +39,11 @@ class AdapterStored(Message):
 class NotCached(Message):
     """Server: the request needs these `adapters`, or the pass that was to be `kept`, and the server does not have them.
 
-    The client sends the adapters, or the inputs of the pass, and asks again.
+    The client sends the adapters, or the inputs of the pass, and asks again. So it does if the `inputs` that another
+    server has pushed cannot be used.
     """
 
     kind: Literal["not_cached"] = "not_cached"
     adapters: Annotated[tuple[AdapterName, ...], Field(max_length=MAX_BLOCKS, strict=False)] = ()
     kept: bool = False
+    inputs: bool = False

@@ -13,7 +13,7 @@ from shoal.protocol.control import Close, Leaving, Ping, Pong
 from shoal.protocol.dialing import DialBack, DialedBack
 from shoal.protocol.failures import Failure
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
-from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassResult
+from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassInputs, PassResult
 from shoal.protocol.session import Open, Opened, Receipt, Rewind, SetNeighbors, Step, StepResult, Unreached
 from shoal.protocol.transfers import Filler, Transfer
 from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
@@ -41,6 +41,7 @@ AnyMessage = (
     | NormsResult
     | Forward
     | Backward
+    | PassInputs
     | PassResult
     | Transfer
     | Filler
@@ -71,6 +72,7 @@ REQUEST_KINDS = frozenset(
         "norms",
         "forward",
         "backward",
+        "pass_inputs",
         "transfer",
         "get_invitation",
         "get_manifest",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
@@ -11,10 +11,14 @@ from shoal.protocol.limits import (
     MAX_BLOCKS,
     MAX_FACTORS,
     Block,
+    Digest,
+    Link,
     PassId,
     Seed,
 )
 from shoal.protocol.message import ComputationMessage, Message, SpanMessage
+from shoal.protocol.session import Downstream, Upstream
+from shoal.tensors import Encoding, TensorName
 
 
 def _packed(indices: tuple[int, ...]) -> str:
@@ -57,7 +61,27 @@ class Norms(SpanMessage):
         return self
 
 
-class Forward(ComputationMessage):
+class PassMessage(ComputationMessage):
+    """Client: a part of a pass, which may be one of a ring of servers.
+
+    With a `downstream` server, the server pushes its outputs there (`PassInputs`) beside answering them. With an
+    `upstream` server, the client does not send the inputs of this kind of message, `pushed`: that server pushes them,
+    and the answer travels in this `encoding`.
+    """
+
+    pushed: ClassVar[TensorName]
+    encoding: Encoding = "raw"
+    upstream: Upstream | None = None
+    downstream: Downstream | None = None
+
+    @model_validator(mode="after")
+    def _inputs_come_once(self) -> PassMessage:
+        if self.upstream is not None and any(spec.name == self.pushed for spec in self.tensors):
+            raise ValueError("inputs that are sent and pushed")
+        return self
+
+
+class Forward(PassMessage):
     """Client: compute the span without a cache. Answered by `PassResult` or `NotCached`.
 
     Tensors: `hidden` [B, T, D]; optionally `positions` [B, T] int64 and the padding `mask` [B, T] uint8. With `keep`, a
@@ -66,20 +90,22 @@ class Forward(ComputationMessage):
     """
 
     carries = ("hidden", "positions", "mask")
+    pushed = "hidden"
     kind: Literal["forward"] = "forward"
     keep: PassId | None = None
     seed: Seed | None = None
 
 
-class Backward(ComputationMessage):
+class Backward(PassMessage):
     """Client: compute the gradients of the span's factors and, if `inputs` is true, of its inputs.
 
     Answered by `PassResult` or `NotCached`. Tensors: `grad` [B, T, D], the gradient of the outputs; and the tensors of
     the `Forward`, unless the server should have `kept` what it needs under that id. The factors of `frozen` blocks need
-    no gradient.
+    no gradient. In a ring, the `upstream` server has the blocks after these: gradients go the other way round.
     """
 
     carries = ("hidden", "positions", "mask", "grad")
+    pushed = "grad"
     kind: Literal["backward"] = "backward"
     kept: PassId | None = None
     seed: Seed | None = None
@@ -93,6 +119,17 @@ class Backward(ComputationMessage):
         return self
 
 
+class PassInputs(Message):
+    """Upstream server: what the pass is computed from that waits for pushes over this `link`.
+
+    Tensors: `hidden` [B, T, D] for a `Forward`, or `grad` [B, T, D] for a `Backward`.
+    """
+
+    carries = ("hidden", "grad")
+    kind: Literal["pass_inputs"] = "pass_inputs"
+    link: Link
+
+
 class PassResult(Message):
     """Server: the answer to a `Forward` or a `Backward`.
 
@@ -100,12 +137,14 @@ class PassResult(Message):
     gradient of the inputs, if that was wanted, and `factor_grads` [F], the gradients of the factors of the span's
     adapters, block after block, in the dtype of the factors. The other tensors have the dtype and the encoding of the
     request's `hidden` or `grad`. `unused` are the numbers, counted over all blocks, of the factors' tensors that had no
-    part in the computation: they have no gradient.
+    part in the computation: they have no gradient. `inputs` is the digest of what was pushed to the server
+    (`shoal.net.signing.token_digests`), by which the client knows whether that is what the other server answered.
     """
 
     carries = ("hidden", "grad", "factor_grads")
     kind: Literal["pass_result"] = "pass_result"
     unused: FactorIndices = ()
+    inputs: Digest | None = None
 
 
 class NormsResult(Message):

@@ -32,7 +32,7 @@ from shoal.server.kv.output_head import Answer
 from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.neighbors import NeighborMonitor
 from shoal.server.refusals import leaving
-from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.pushing.push_service import PushService
 from shoal.server.rpc.streams import Handler
 from shoal.server.speed_watch import Watch
 from shoal.spans import Span

@@ -8,15 +8,9 @@ from itertools import pairwise
 
 from shoal.client.decoding.progress import StageStatus
 from shoal.client.decoding.stage import Neighbors, Stage
-from shoal.client.swarm.broken_pairs import BrokenPairs
+from shoal.client.swarm.broken_pairs import UNPUSHED_PONGS, BrokenPairs
 from shoal.protocol import Downstream, Upstream
 from shoal.tensors import Encoding
-
-UNPUSHED_PONGS = 6
-"""A server that says this often in a row that it is idle was not pushed its step.
-
-A pong takes a round trip and a pause. Two servers that have not met need about as many round trips to connect.
-"""
 
 
 class PushLinks:

@@ -1,9 +1,18 @@
-"""Pairs of servers that cannot push to one another."""
+"""Pairs of servers that cannot push to one another, and how a client notices it in a pass."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
+from shoal.net.transport import SLOWEST_LINK
+from shoal.protocol import Pong
+
+UNPUSHED_PONGS = 6
+"""A server that says this often in a row that it is idle was not pushed its step, or the inputs of its pass.
+
+A pong takes a round trip and a pause. Two servers that have not met need about as many round trips to connect.
+"""
 RETRY_PUSH_SECONDS = 300.0
 """How long a pair counts as broken: after that, one server may reach the other again."""
 
@@ -30,3 +39,27 @@ class BrokenPairs:
     def now(self) -> frozenset[tuple[str, str]]:
         """All pairs that are broken now."""
         return frozenset(pair for pair in self._until if pair in self)
+
+
+class AwaitedPush:
+    """`num_bytes` that a server is to be pushed, once the server before has computed them: then `is_due` is set.
+
+    They are missing if the server says `UNPUSHED_PONGS` times in a row that it is idle, and they would have come over
+    the slowest link.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.is_due = asyncio.Event()
+        self._num_idle_pongs = 0
+        self._idle_since = 0.0
+
+    def is_missing(self, pong: Pong, *, now: float) -> bool:
+        """Whether the inputs are missing, after this pong of the server."""
+        if pong.working or not self.is_due.is_set():
+            self._num_idle_pongs = 0
+            return False
+        if not self._num_idle_pongs:
+            self._idle_since = now
+        self._num_idle_pongs += 1
+        return self._num_idle_pongs >= UNPUSHED_PONGS and now - self._idle_since >= self.num_bytes / SLOWEST_LINK

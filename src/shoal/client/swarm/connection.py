@@ -12,9 +12,10 @@ from types import UnionType
 from typing import Self
 
 from shoal.client.options.client_options import ClientOptions
+from shoal.client.swarm.broken_pairs import AwaitedPush
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.message_sizes import check_size
-from shoal.concurrency import first_of, with_progress_timeout
+from shoal.concurrency import first_of, owned_task, with_progress_timeout
 from shoal.errors import PeerError, ServerBusy, ServerLost
 from shoal.ledgers.tabs import Tab
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
@@ -151,14 +152,34 @@ class Connection:
         (answer,) = await self.ask_all([(message, tensors)], expect=expect, usual_seconds=usual_seconds)
         return answer
 
+    async def ask_pushed(
+        self,
+        message: AnyMessage,
+        tensors: codec.Tensors,
+        push: AwaitedPush,
+        *,
+        expect: type[AnyMessage] | UnionType,
+        usual_seconds: float,
+    ) -> tuple[AnyMessage, codec.Tensors] | None:
+        """The same for a request whose inputs another server pushes. None if it does not: close the connection then.
+
+        The answer is awaited from `push.is_due` on. Raises `PeerError`s.
+        """
+        answers = await self.ask_all([(message, tensors)], expect=expect, usual_seconds=usual_seconds, push=push)
+        return answers[0] if answers else None
+
     async def ask_all(
         self,
         requests: Sequence[tuple[AnyMessage, codec.Tensors]],
         *,
         expect: type[AnyMessage] | UnionType,
         usual_seconds: float,
+        push: AwaitedPush | None = None,
     ) -> list[tuple[AnyMessage, codec.Tensors]]:
-        """Send several requests, one behind the other, and wait for all answers. Raises `PeerError`s."""
+        """Send several requests, one behind the other, and wait for all answers. Raises `PeerError`s.
+
+        There are no answers if the inputs of the requests should be pushed, and are not.
+        """
         answers: list[tuple[AnyMessage, codec.Tensors]] = []
         answered = asyncio.get_running_loop().create_future()
 
@@ -167,7 +188,10 @@ class Connection:
                 answers.append((reply, tensors))
                 if len(answers) == len(requests):
                     answered.set_result(None)
-            elif not isinstance(reply, Pong | Leaving):
+            elif isinstance(reply, Pong):
+                if push is not None and push.is_missing(reply, now=self._clock()) and not answered.done():
+                    answered.set_result(None)
+            elif not isinstance(reply, Leaving):
                 self.fail(self.unasked(reply))
 
         def on_end() -> None:
@@ -176,13 +200,18 @@ class Connection:
 
         self.on_message, self.on_end = on_message, on_end
         num_bytes = sum(tensor.nbytes for _, tensors in requests for tensor in tensors.values())
-        self.expect(usual_seconds=usual_seconds, bytes_in_flight=num_bytes)
+        self.expect(usual_seconds=usual_seconds if push is None else None, bytes_in_flight=num_bytes)
         limit = self._config.longest_answer_seconds + 2 * num_bytes / SLOWEST_LINK
         limit += STUCK_FACTOR * usual_seconds  # the server may compute others' requests first
         try:
             for message, tensors in requests:
                 await self.send(message, tensors)
             on_end()
+            if push is not None:
+                async with owned_task(push.is_due.wait()) as pushing:  # another wait has the limit of this one
+                    await asyncio.wait({answered, pushing}, return_when=asyncio.FIRST_COMPLETED)
+                self.expect(usual_seconds=usual_seconds, bytes_in_flight=0)
+                limit += push.num_bytes / SLOWEST_LINK
             async with asyncio.timeout(limit):
                 await answered
         except TimeoutError:

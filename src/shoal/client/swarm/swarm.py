@@ -180,7 +180,7 @@ class Swarm:
         """Raises `UnsupportedOperation` if the servers of some block all refuse single passes, which are needed."""
         usable = self._directory.usable()
         training = usable.only(lambda server: server.training)
-        if not needs.ring and not usable.missing(span) and (blocks := training.missing(span)):
+        if not needs.session and not usable.missing(span) and (blocks := training.missing(span)):
             raise UnsupportedOperation(
                 f"blocks {format_blocks(blocks)} are served for generating only",
                 hint="servers that were started with --no-training offer no forward and backward passes",
@@ -206,7 +206,7 @@ class Swarm:
                 holding(each) not in excluded
                 and not self.audits.is_liar(each.peer)
                 and not self._health.blocked(each.peer)
-                and (each.training or needs is None or needs.ring)
+                and (each.training or needs is None or needs.session)
             )
         )
 
@@ -380,7 +380,7 @@ class Swarm:
         Raises `SwarmError` if the directory has never answered.
         """
         await self._directory.ensure_fresh()
-        healthy = self._healthy(frozenset(), Needs(ring=False)).servers
+        healthy = self._healthy(frozenset(), Needs(session=False)).servers
         return sum(server.span.start < span.end and span.start < server.span.end for server in healthy)
 
     def has_others(self, hop: Hop) -> bool:

@@ -11,6 +11,7 @@ from typing import Self
 
 from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS, AdapterSync
 from shoal.client.swarm.connection import Connection
+from shoal.client.training.ring_turn import RingTurn
 from shoal.concurrency import now
 from shoal.errors import Misrouted, PeerError
 from shoal.model.peft.factors import AdapterFactors
@@ -20,6 +21,10 @@ from shoal.protocol import Backward, Forward, Norms, NormsResult, NotCached, Pas
 
 IDLE_SECONDS = 60.0
 """A connection that was idle for so long is closed. The server then forgets the adapters that it was sent over it."""
+
+
+class _NotPushed(Exception):
+    """A server was not pushed what it waits for."""
 
 
 class ConnectionPool:
@@ -65,18 +70,65 @@ class ConnectionPool:
 
         Raises `PeerError`s.
         """
-        result_type = NormsResult if isinstance(request, Norms) else PassResult
         async with self._connection(server) as connection:
-            for _ in range(MAX_ADAPTER_UPLOADS):
+            return await self._asked(connection, server, request, tensors, adapters, usual_seconds=usual_seconds)
+
+    async def ask_in_ring(
+        self,
+        server: ServerInfo,
+        request: Forward | Backward,
+        tensors: Tensors,
+        adapters: Collection[AdapterFactors],
+        turn: RingTurn,
+        *,
+        usual_seconds: float,
+    ) -> tuple[Connection, PassResult | NormsResult | NotCached, Tensors] | None:
+        """The same in a ring, once all of its servers are connected and have their adapters.
+
+        None if the server was not pushed the inputs. If it has lost adapters meanwhile, it says so: its inputs may
+        have come in vain, and the caller asks it again. Raises `PeerError`s.
+        """
+        with contextlib.suppress(_NotPushed):
+            async with self._connection(server) as connection:
                 await self._adapter_sync.ensure_loaded(connection, server, adapters)
-                reply, answer = await connection.ask(
-                    request, tensors, expect=result_type | NotCached, usual_seconds=usual_seconds
+                await turn.come()
+                if turn.push is None:
+                    return await self._asked(
+                        connection, server, request, tensors, adapters, usual_seconds=usual_seconds
+                    )
+                answered = await connection.ask_pushed(
+                    request, tensors, turn.push, expect=PassResult | NotCached, usual_seconds=usual_seconds
                 )
-                assert isinstance(reply, PassResult | NormsResult | NotCached)
-                if not isinstance(reply, NotCached) or reply.kept:
-                    return connection, reply, answer
-                self._adapter_sync.forget(server.peer, adapters, reply.adapters)
-            raise Misrouted(f"{server.peer} has no room for these adapters", peer=server.peer)
+                if answered is None:
+                    raise _NotPushed  # it still waits: it is told by the end of the connection
+                reply, answer = answered
+                assert isinstance(reply, PassResult | NotCached)
+                if isinstance(reply, NotCached):
+                    self._adapter_sync.forget(server.peer, adapters, reply.adapters)
+                return connection, reply, answer
+        return None
+
+    async def _asked(
+        self,
+        connection: Connection,
+        server: ServerInfo,
+        request: Forward | Backward | Norms,
+        tensors: Tensors,
+        adapters: Collection[AdapterFactors],
+        *,
+        usual_seconds: float,
+    ) -> tuple[Connection, PassResult | NormsResult | NotCached, Tensors]:
+        result_type = NormsResult if isinstance(request, Norms) else PassResult
+        for _ in range(MAX_ADAPTER_UPLOADS):
+            await self._adapter_sync.ensure_loaded(connection, server, adapters)
+            reply, answer = await connection.ask(
+                request, tensors, expect=result_type | NotCached, usual_seconds=usual_seconds
+            )
+            assert isinstance(reply, PassResult | NormsResult | NotCached)
+            if not isinstance(reply, NotCached) or reply.kept:
+                return connection, reply, answer
+            self._adapter_sync.forget(server.peer, adapters, reply.adapters)
+        raise Misrouted(f"{server.peer} has no room for these adapters", peer=server.peer)
 
     @contextlib.asynccontextmanager
     async def _connection(self, server: ServerInfo) -> AsyncIterator[Connection]:

@@ -27,7 +27,7 @@ from shoal.client.swarm.comparing.distances import distances, relative_distance
 from shoal.client.swarm.comparing.findings import Findings, Testimony, allowed_between, compare
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_needs
-from shoal.client.training.server_passes import PieceGradients, ServerPasses
+from shoal.client.training.server_passes import FoundGradients, Outputs, PieceGradients, ServerPasses
 from shoal.concurrency import now, owned_task
 from shoal.errors import MissingBlocks, PeerError, ServerLost, SwarmError, UnsupportedOperation
 from shoal.events import PassesDoubtful, ServerAudited
@@ -76,7 +76,7 @@ class _Work(Protocol[T]):
 
 
 class PassAudits:
-    """Asks servers for passes, as `ServerPasses` does, and audits some of them if the user wants audits."""
+    """Waits for what `ServerPasses` asks servers for, and audits some of it if the user wants audits."""
 
     def __init__(self, swarm: Swarm, servers: ServerPasses) -> None:
         self._swarm = swarm
@@ -85,23 +85,26 @@ class PassAudits:
         # The passes of each server since its last clean audit, forward and backward: it may lie in one of both only.
         self._num_doubtful: dict[type, Counter[str]] = {_Forward: Counter(), _Backward: Counter()}
 
-    async def forward(self, plan: PassPlan, hop: Hop, piece: MicrobatchPiece) -> torch.Tensor:
-        """The outputs [B, T, D] of a piece, as those of `ServerPasses.forward`. Raises `PeerError`s."""
+    async def forward(self, plan: PassPlan, piece: MicrobatchPiece, outputs: Outputs) -> torch.Tensor | None:
+        """The `outputs` [B, T, D] of a piece on the server of its hop. Raises `PeerError`s."""
         if not self._book.is_on:
-            return await self._servers.forward(plan, hop, piece)
-        work = _Forward(self._servers, plan, piece)
-        outputs_BTD = await self._watched(hop, work, lambda: self._servers.forward(plan, hop, piece))
-        assert outputs_BTD is not None
-        return outputs_BTD
+            return await outputs(piece)
+        assert piece.hop is not None
+        return await self._watched(piece.hop, _Forward(self._servers, plan, piece), lambda: outputs(piece))
 
     async def backward(
-        self, plan: PassPlan, hop: Hop, piece: MicrobatchPiece, grad_BTD: torch.Tensor
+        self, plan: PassPlan, piece: MicrobatchPiece, grad_BTD: torch.Tensor, gradients: FoundGradients
     ) -> PieceGradients | None:
-        """The gradients of a piece, as those of `ServerPasses.backward`. Raises `PeerError`s."""
+        """The `gradients` of a piece on the server of its hop. Raises `PeerError`s."""
         if not self._book.is_on:
-            return await self._servers.backward(plan, hop, piece, grad_BTD)
+            return await gradients(grad_BTD)
+        assert piece.hop is not None
         work = _Backward(self._servers, plan, piece, grad_BTD)
-        return await self._watched(hop, work, lambda: self._servers.backward(plan, hop, piece, grad_BTD))
+        return await self._watched(piece.hop, work, lambda: gradients(grad_BTD))
+
+    def has_lied(self, peer: str) -> bool:
+        """Whether a server was found lying: what it pushed is of no use, even if its answer was put right."""
+        return self._book.is_on and self._book.is_liar(peer)
 
     async def _watched(self, hop: Hop, work: _Work[T], ask: Callable[[], Awaitable[T | None]]) -> T | None:
         """What a server answers; what witnesses compute if that is something else. Raises `PeerError`s."""

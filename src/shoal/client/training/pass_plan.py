@@ -34,6 +34,12 @@ class MicrobatchPiece:
     hop: Hop | None = None
     saved_as: str | None = None
 
+    @property
+    def peer(self) -> str:
+        """The peer id of the server that computes it, which is known."""
+        assert self.hop is not None
+        return self.hop.server.peer
+
     def tensors(self) -> dict[TensorName, torch.Tensor]:
         """The tensors that a server is sent to compute it."""
         return named_tensors(self.hidden, self.positions, self.mask)
@@ -95,9 +101,9 @@ class PassPlan:
 
 
 def pass_needs(hidden_BTD: torch.Tensor) -> Needs:
-    """What a route is needed for: one pass, in which each server answers the client and keeps no cache."""
+    """What a route is needed for: one pass, for which servers keep no cache."""
     batch_size, num_tokens, _ = hidden_BTD.shape
-    return Needs(step_tokens=batch_size * num_tokens, ring=False, dtype=str(hidden_BTD.dtype).removeprefix("torch."))
+    return Needs(step_tokens=batch_size * num_tokens, session=False, dtype=str(hidden_BTD.dtype).removeprefix("torch."))
 
 
 def _rows(tensor: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ gradient comes back, another server computes the blocks again from these inputs.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import Coroutine, Iterable, Sequence, Set
 from dataclasses import replace
@@ -25,9 +26,10 @@ from shoal.client.training.gradients import FactorSums, Gradients
 from shoal.client.training.pass_audits import PassAudits
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_needs
 from shoal.client.training.server_passes import ServerPasses
+from shoal.errors import PeerError
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.wire.encodings import as_received
-from shoal.policy.routing.route import Needs
+from shoal.policy.routing.route import Needs, Route
 from shoal.policy.routing.spread import microbatch_rows
 from shoal.spans import Span
 
@@ -101,7 +103,7 @@ class RemotePasses:
         span = Span(block, block + 1)
 
         async def ask(excluded: Set[Holding]) -> torch.Tensor:
-            (hop,) = (await self._swarm.route(span, excluded, needs=Needs(ring=False))).hops
+            (hop,) = (await self._swarm.route(span, excluded, needs=Needs(session=False))).hops
             return await self._servers.norms(hop.server, span, paths, num_rows)
 
         return await self._swarm.with_failover(span, ask)
@@ -113,18 +115,28 @@ class RemotePasses:
         hidden, pieces, end = microbatch.hidden, list[MicrobatchPiece](), microbatch.span.end
 
         async def go_on(excluded: Set[Holding]) -> torch.Tensor:
-            nonlocal hidden
-            start = pieces[-1].span.end if pieces else microbatch.span.start
-            if start == end:
-                return hidden
-            route = await self._swarm.route(Span(start, end), excluded, needs=pass_needs(hidden))
-            with self._swarm.reserving(route):
-                for hop in (part for each in route.hops for part in plan.parts(each, hidden)):
-                    saved_as = secrets.token_hex(16) if plan.wants(hop.span) else None
-                    piece = replace(microbatch, span=hop.span, hidden=hidden, hop=hop, saved_as=saved_as)
-                    hidden = await self._audited.forward(plan, hop, piece)
-                    pieces.append(piece)
+            while (start := pieces[-1].span.end if pieces else microbatch.span.start) < end:
+                route = await self._swarm.route(Span(start, end), excluded, needs=pass_needs(hidden))
+                with self._swarm.reserving(route):
+                    await follow(_planned(plan, microbatch, route))
             return hidden
+
+        async def follow(planned: Sequence[MicrobatchPiece]) -> None:
+            """Send it over a route, or as far as answers can be used."""
+            nonlocal hidden
+            while planned:
+                ring = self._servers.rings.first_ring(planned)
+                planned = planned[len(ring) :]
+                async with self._servers.forward_ring(plan, [replace(each, hidden=hidden) for each in ring]) as asked:
+                    for each, outputs in zip(ring, asked, strict=True):
+                        piece = replace(each, hidden=hidden)
+                        computed = await self._audited.forward(plan, piece, outputs)
+                        if computed is None:
+                            return
+                        hidden = computed
+                        pieces.append(piece)
+                        if self._audited.has_lied(piece.peer):
+                            return
 
         return await self._swarm.with_failover(microbatch.span, go_on), pieces
 
@@ -135,31 +147,49 @@ class RemotePasses:
         pieces = plan.wanted(visited)
 
         async def go_on(excluded: Set[Holding]) -> torch.Tensor:
-            nonlocal grad
             while pieces:
-                piece = pieces[-1]
-                # A server gives what it saved once. If the request fails, the next server is sent the whole piece.
-                pieces[-1] = replace(piece, saved_as=None)
-                hop = piece.hop if piece.saved_as is not None else None
-                if hop is None or self._swarm.is_avoided(hop.server.peer):
-                    piece = pieces[-1]
+                ring = self._saved_ring(pieces)
+                if not ring:
+                    piece = pieces[-1] = replace(pieces[-1], saved_as=None)
                     route = await self._swarm.route(piece.span, excluded, needs=pass_needs(grad))
                     if len(route.hops) > 1:  # several servers replace one: compute the inputs of each of them
                         _, finer = await self._forward(plan, piece)
                         pieces[-1:] = plan.wanted(finer)
                         continue
-                    hop = route.hops[0]
-                found = await self._audited.backward(plan, hop, piece, grad)
-                if found is None:  # the server has it no more
-                    continue
-                inputs_BTD, found_factors = found
-                factors.update(found_factors)
-                grad = grad if inputs_BTD is None else inputs_BTD
-                pieces.pop()
+                    ring = [replace(piece, hop=route.hops[0])]
+                try:
+                    await follow(ring)
+                except PeerError as failure:  # what it has saved is not asked for again
+                    pieces[:] = [_unsaved(each) if each.hop and each.peer == failure.peer else each for each in pieces]
+                    raise
             return grad
+
+        async def follow(ring: Sequence[MicrobatchPiece]) -> None:
+            """Visit these pieces, the last ones of all, in reverse, as far as answers can be used."""
+            nonlocal grad
+            async with self._servers.backward_ring(plan, ring, grad) as asked:
+                for piece, gradients in zip(ring, asked, strict=True):
+                    # A server gives what it saved once. After that, a server is sent the whole piece.
+                    pieces[-1] = _unsaved(pieces[-1])
+                    found = await self._audited.backward(plan, piece, grad, gradients)
+                    if found is None:
+                        return
+                    inputs_BTD, found_factors = found
+                    factors.update(found_factors)
+                    grad = grad if inputs_BTD is None else inputs_BTD
+                    pieces.pop()
+                    if self._audited.has_lied(piece.peer):
+                        return
 
         inputs_BTD = await self._swarm.with_failover(span, go_on)
         return Gradients(inputs_BTD if plan.inputs_wanted else None, factors)
+
+    def _saved_ring(self, pieces: Sequence[MicrobatchPiece]) -> Sequence[MicrobatchPiece]:
+        """The last pieces in reverse, as far as healthy servers have saved them and can push to each other."""
+        saved = itertools.takewhile(
+            lambda each: each.saved_as is not None and not self._swarm.is_avoided(each.peer), reversed(pieces)
+        )
+        return self._servers.rings.first_ring(list(saved))
 
     async def _all(self, works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         """The results of all works, of which a limited number run at once. The first error ends the others."""
@@ -177,3 +207,14 @@ class RemotePasses:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
+
+
+def _planned(plan: PassPlan, microbatch: MicrobatchPiece, route: Route) -> list[MicrobatchPiece]:
+    """The pieces of a microbatch on a route, all with the inputs of the microbatch."""
+    hops = [part for each in route.hops for part in plan.parts(each, microbatch.hidden)]
+    names = [secrets.token_hex(16) if plan.wants(hop.span) else None for hop in hops]
+    return [replace(microbatch, span=hop.span, hop=hop, saved_as=name) for hop, name in zip(hops, names, strict=True)]
+
+
+def _unsaved(piece: MicrobatchPiece) -> MicrobatchPiece:
+    return replace(piece, saved_as=None)

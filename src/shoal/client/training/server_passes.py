@@ -1,10 +1,20 @@
-"""Single passes of a microbatch on one server: what the server is asked, and whether its answer fits."""
+"""Single passes of a microbatch on servers: what each is asked, and whether its answer fits.
+
+Servers that can push to each other are asked together, as a ring: the client sends the first one its inputs, and each
+pushes its outputs to the next one, beside answering them. The next one says in its answer what it was pushed, by its
+digest. So the client knows of every answer what it was computed from, as if it had sent that itself.
+"""
 
 # B sequences, T tokens, D hidden size, N rows or factors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -13,94 +23,92 @@ import torch
 from shoal.client.swarm.answers import OTHER_THAN_ASKED, finite, plausible, rounded_like, wrong_with
 from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.swarm import Swarm
-from shoal.client.training.connection_pool import ConnectionPool
 from shoal.client.training.gradients import by_block
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
+from shoal.client.training.pass_rings import Answered, PassRings, RingPart
 from shoal.errors import ServerLost
 from shoal.model.peft.factors import FactorGradients
+from shoal.net.signing.token_digests import tensor_digest
 from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
-from shoal.policy.contribution.credit import BACKWARD
-from shoal.policy.routing.route import SLOWEST, Hop
+from shoal.policy.routing.route import Hop
 from shoal.protocol import Backward, Forward, Norms, NotCached, PassResult
 from shoal.spans import Span
 from shoal.tensors import TensorName
 
+log = logging.getLogger(__name__)
+
 NORMS_SECONDS = 1.0
 """How long the norms of a block's weights usually take: a server reads all of them."""
+ASIDE_BYTES = 128 * 1024
+"""More than this is digested on another thread: the event loop should not wait for that."""
 PieceGradients = tuple[torch.Tensor | None, dict[int, FactorGradients]]
 """The gradients of a piece's inputs [B, T, D], if they are needed, and of its factors by block."""
 SENT_AND_MISSING = "that it lacks what it was just sent"
 
+Outputs = Callable[[MicrobatchPiece], Awaitable[torch.Tensor | None]]
+"""Waits for the outputs [B, T, D] of one server of a ring, given its piece with the inputs that it should have computed
+them from: what the server before has answered. None if it has to be asked once more. Raises `PeerError`s."""
+FoundGradients = Callable[[torch.Tensor], Awaitable[PieceGradients | None]]
+"""The same for gradients, given the gradient [B, T, D] of the piece's outputs."""
+
 
 class ServerPasses:
-    """Asks servers for passes, over a pool of connections that is open as long as this is (`async with`)."""
+    """Asks servers for passes, over connections that are open as long as this is (`async with`)."""
 
     def __init__(self, swarm: Swarm) -> None:
+        self.rings = PassRings(swarm)
         self._swarm = swarm
-        self._pool = ConnectionPool(swarm.connect, swarm.adapter_sync)
 
     async def __aenter__(self) -> Self:
-        await self._pool.__aenter__()
+        await self.rings.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._pool.__aexit__(kind, error, trace)
+        await self.rings.__aexit__(kind, error, trace)
 
     async def forward(self, plan: PassPlan, hop: Hop, piece: MicrobatchPiece) -> torch.Tensor:
-        """The outputs [B, T, D] of a piece. If it is `saved_as` a name, the server saves what a backward pass needs.
-
-        Raises `PeerError`s.
-        """
-        request = Forward(
-            model=self._swarm.model.key,
-            fingerprint=self._swarm.fingerprint,
-            start=hop.span.start,
-            end=hop.span.end,
-            adapters=plan.tuning.names(hop.span),
-            keep=piece.saved_as,
-            seed=piece.seed,
-        )
-        connection, result, tensors = await self._ask(plan, hop, request, piece.tensors(), piece)
-        if isinstance(result, NotCached):
-            raise _failed(connection, SENT_AND_MISSING)
-        return self._received(connection, result, tensors, "hidden", piece)
+        """The outputs [B, T, D] of a piece on one server. Raises `PeerError`s."""
+        async with self.forward_ring(plan, [replace(piece, hop=hop)]) as (outputs,):
+            found = await outputs(piece)
+            assert found is not None  # the client has sent the inputs
+            return found
 
     async def backward(
         self, plan: PassPlan, hop: Hop, piece: MicrobatchPiece, grad_BTD: torch.Tensor
     ) -> PieceGradients | None:
-        """The gradients of a piece; `grad_BTD` is that of its outputs.
+        """The gradients of a piece on one server; `grad_BTD` is that of its outputs.
 
-        A piece that the server has saved is not sent again; the answer is `None` if the server has it no more. Raises
-        `PeerError`s.
+        None if the server should have saved the piece, and has it no more. Raises `PeerError`s.
         """
-        wants_inputs = plan.needs_inputs_of(piece.span)
-        request = Backward(
-            model=self._swarm.model.key,
-            fingerprint=self._swarm.fingerprint,
-            start=piece.span.start,
-            end=piece.span.end,
-            adapters=plan.tuning.names(piece.span),
-            kept=piece.saved_as,
-            seed=piece.seed,
-            inputs=wants_inputs,
-            frozen=tuple(block for block in piece.span if block in plan.frozen),
-        )
-        tensors: Tensors = {"grad": grad_BTD}
-        if piece.saved_as is None:
-            tensors = {**piece.tensors(), **tensors}
-        connection, result, found = await self._ask(plan, hop, request, tensors, piece)
-        if isinstance(result, NotCached):
-            if piece.saved_as is None:
-                raise _failed(connection, SENT_AND_MISSING)
-            return None
-        inputs_BTD = self._received(connection, result, found, "grad", piece) if wants_inputs else None
-        factors = by_block(plan.trained.in_span(piece.span), found.get("factor_grads"), result.unused)
-        if factors is None:
-            raise _failed(connection, OTHER_THAN_ASKED)
-        return inputs_BTD, factors
+        async with self.backward_ring(plan, [replace(piece, hop=hop)], grad_BTD) as (gradients,):
+            return await gradients(grad_BTD)
+
+    @contextlib.asynccontextmanager
+    async def forward_ring(self, plan: PassPlan, pieces: Sequence[MicrobatchPiece]) -> AsyncIterator[list[Outputs]]:
+        """Ask the servers of these pieces, in order, for their outputs. The inputs of the first piece are sent.
+
+        Of the others, the inputs have only the right shape and dtype. A server saves what a backward pass needs if its
+        piece is `saved_as` a name. Raises `PeerError`s.
+        """
+        parts = [self._forward_part(plan, piece, is_pushed=index > 0) for index, piece in enumerate(pieces)]
+        async with self.rings.asking(parts) as tasks:
+            yield [functools.partial(self._outputs, parts, index, task) for index, task in enumerate(tasks)]
+
+    @contextlib.asynccontextmanager
+    async def backward_ring(
+        self, plan: PassPlan, pieces: Sequence[MicrobatchPiece], grad_BTD: torch.Tensor
+    ) -> AsyncIterator[list[FoundGradients]]:
+        """Ask the servers of these pieces, the last blocks first, for gradients. `grad_BTD` is sent to the first one.
+
+        A piece that a server has saved is not sent again. Raises `PeerError`s.
+        """
+        parts = [self._backward_part(plan, pieces[0], {"grad": grad_BTD})]
+        parts += [self._backward_part(plan, piece, {}) for piece in pieces[1:]]
+        async with self.rings.asking(parts) as tasks:
+            yield [functools.partial(self._gradients, plan, parts, index, task) for index, task in enumerate(tasks)]
 
     async def norms(self, server: ServerInfo, span: Span, paths: Sequence[str], num_rows: int) -> torch.Tensor:
         """The norms [N] of the rows of some linear layers' weights, `num_rows` in all, of the one block of a span.
@@ -114,28 +122,123 @@ class ServerPasses:
             end=span.end,
             modules=tuple(paths),
         )
-        connection, _, tensors = await self._pool.ask(server, request, {}, (), usual_seconds=NORMS_SECONDS)
+        connection, _, tensors = await self.rings.pool.ask(server, request, {}, (), usual_seconds=NORMS_SECONDS)
         norms_N = tensors.get("factors")
         if norms_N is None or norms_N.shape != (num_rows,) or not finite(norms_N):
             raise _failed(connection, OTHER_THAN_ASKED)
         return norms_N
 
-    async def _ask(
-        self, plan: PassPlan, hop: Hop, request: Forward | Backward, tensors: Tensors, piece: MicrobatchPiece
-    ) -> tuple[Connection, PassResult | NotCached, Tensors]:
-        batch_size, num_tokens, _ = piece.hidden.shape
-        usual = batch_size * num_tokens / max(hop.server.prefill_speed or 0.0, SLOWEST)
-        adapters = plan.tuning.in_span(piece.span)
-        connection, reply, answer = await self._pool.ask(hop.server, request, tensors, adapters, usual_seconds=usual)
-        self._swarm.record_answer(hop)
-        assert isinstance(reply, PassResult | NotCached)
-        if connection.tab is not None and isinstance(reply, PassResult):
-            times = BACKWARD if isinstance(request, Backward) else 1
-            connection.tab.add(batch_size * num_tokens, Span(request.start, request.end), times=times)
-        return connection, reply, answer
+    # -- what is asked ------------------------------------------------------------------------------------------------
+
+    def _forward_part(self, plan: PassPlan, piece: MicrobatchPiece, *, is_pushed: bool) -> RingPart:
+        assert piece.hop is not None
+        request = Forward(
+            model=self._swarm.model.key,
+            fingerprint=self._swarm.fingerprint,
+            start=piece.span.start,
+            end=piece.span.end,
+            adapters=plan.tuning.names(piece.span),
+            keep=piece.saved_as,
+            seed=piece.seed,
+        )
+        tensors = piece.tensors()
+        if is_pushed:
+            del tensors["hidden"]
+        return RingPart(piece.hop, request, tensors, plan.tuning.in_span(piece.span), piece)
+
+    def _backward_part(self, plan: PassPlan, piece: MicrobatchPiece, grad: dict[TensorName, torch.Tensor]) -> RingPart:
+        assert piece.hop is not None
+        request = Backward(
+            model=self._swarm.model.key,
+            fingerprint=self._swarm.fingerprint,
+            start=piece.span.start,
+            end=piece.span.end,
+            adapters=plan.tuning.names(piece.span),
+            kept=piece.saved_as,
+            seed=piece.seed,
+            inputs=plan.needs_inputs_of(piece.span),
+            frozen=tuple(block for block in piece.span if block in plan.frozen),
+        )
+        tensors = grad if piece.saved_as is not None else {**piece.tensors(), **grad}
+        return RingPart(piece.hop, request, tensors, plan.tuning.in_span(piece.span), piece)
+
+    # -- what is answered ---------------------------------------------------------------------------------------------
+
+    async def _outputs(
+        self, parts: Sequence[RingPart], index: int, task: asyncio.Task[Answered | None], piece: MicrobatchPiece
+    ) -> torch.Tensor | None:
+        answered = await self._answered(parts, index, task, piece.hidden)
+        if answered is None:
+            return None
+        connection, result, tensors = answered
+        if isinstance(result, NotCached):
+            raise _failed(connection, SENT_AND_MISSING)
+        return self._received(connection, result, tensors, "hidden", piece)
+
+    async def _gradients(
+        self,
+        plan: PassPlan,
+        parts: Sequence[RingPart],
+        index: int,
+        task: asyncio.Task[Answered | None],
+        grad_BTD: torch.Tensor,
+    ) -> PieceGradients | None:
+        answered = await self._answered(parts, index, task, grad_BTD)
+        if answered is None:
+            return None
+        piece, (connection, result, found) = parts[index].piece, answered
+        if isinstance(result, NotCached):
+            if piece.saved_as is None:
+                raise _failed(connection, SENT_AND_MISSING)
+            return None
+        wants_inputs = plan.needs_inputs_of(piece.span)
+        inputs_BTD = self._received(connection, result, found, "grad", piece) if wants_inputs else None
+        factors = by_block(plan.trained.in_span(piece.span), found.get("factor_grads"), result.unused)
+        if factors is None:
+            raise _failed(connection, OTHER_THAN_ASKED)
+        return inputs_BTD, factors
+
+    async def _answered(
+        self,
+        parts: Sequence[RingPart],
+        index: int,
+        task: asyncio.Task[Answered | None],
+        inputs_BTD: torch.Tensor,
+    ) -> Answered | None:
+        """A server's answer, if it was computed from these inputs, or what it says that it lacks.
+
+        None if the inputs should have been pushed to it, and the client has to send them. Raises `PeerError`s.
+        """
+        if not index:
+            return await task
+        expected = await _digest(inputs_BTD)
+        answered = await task
+        upstream, downstream = parts[index - 1].hop.server.peer, parts[index].hop.server.peer
+        broken = self._swarm.measurements.broken_pairs
+        if answered is None or (isinstance(answered[1], NotCached) and answered[1].inputs):
+            log.info("%s was not pushed what %s has computed: the client carries it", downstream, upstream)
+            broken.add(upstream, downstream)
+            return None
+        connection, result, _ = answered
+        if isinstance(result, NotCached):
+            return None
+        if result.inputs is None:
+            raise _failed(connection, OTHER_THAN_ASKED)
+        if result.inputs != expected:
+            log.warning(
+                "%s says that %s pushed something else than it answered: one of them lies", downstream, upstream
+            )
+            broken.add_for_good(upstream, downstream)
+            return None
+        return answered
 
     def _received(
-        self, connection: Connection, result: PassResult, tensors: Tensors, name: TensorName, piece: MicrobatchPiece
+        self,
+        connection: Connection,
+        result: PassResult,
+        tensors: Tensors,
+        name: TensorName,
+        piece: MicrobatchPiece,
     ) -> torch.Tensor:
         """A tensor of the shape of the piece's inputs, as precise as the user wants tensors to travel."""
         found, encoding, hidden_BTD = tensors.get(name), result.encoding_of(name), piece.hidden
@@ -146,6 +249,12 @@ class ServerPasses:
         if name == "hidden" and not plausible(found, hidden_BTD, piece.mask):
             raise _failed(connection, "with numbers that are not finite")
         return rounded_like(found, encoding, wire=self._swarm.config.wire)
+
+
+async def _digest(tensor: torch.Tensor) -> str:
+    if tensor.nbytes <= ASIDE_BYTES:
+        return tensor_digest(tensor)
+    return await asyncio.to_thread(tensor_digest, tensor)
 
 
 def _failed(connection: Connection, what: str) -> ServerLost:

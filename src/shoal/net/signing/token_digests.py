@@ -23,8 +23,8 @@ def token_digests(hidden_BTD: torch.Tensor, encoding: Encoding) -> bytes:
     `hidden_BTD` are the values that were decoded from an `encoding`. If that loses precision, all NaN count as one:
     machines may disagree on their bits.
     """
-    if encoding != "raw" and (is_nan := hidden_BTD.isnan()).any():
-        hidden_BTD = hidden_BTD.masked_fill(is_nan, float("nan"))
+    if encoding != "raw":
+        hidden_BTD = _with_one_nan(hidden_BTD)
     data: memoryview = hidden_BTD.detach().transpose(0, 1).contiguous().view(-1).view(torch.uint8).numpy().data
     size = len(data) // hidden_BTD.shape[1]
     return b"".join(
@@ -32,6 +32,16 @@ def token_digests(hidden_BTD: torch.Tensor, encoding: Encoding) -> bytes:
     )
 
 
+def tensor_digest(decoded_BTD: torch.Tensor) -> str:
+    """The digest of hidden states or gradients, as the answers of passes have it. All NaN count as one."""
+    return joint_digest(token_digests(_with_one_nan(decoded_BTD), "raw"))
+
+
 def joint_digest(digests: bytes) -> str:
     """The digest of several tokens, as receipts have it, made of the digests of each."""
     return blake2b(digests, digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _with_one_nan(hidden_BTD: torch.Tensor) -> torch.Tensor:
+    is_nan = hidden_BTD.isnan()
+    return hidden_BTD.masked_fill(is_nan, float("nan")) if is_nan.any() else hidden_BTD

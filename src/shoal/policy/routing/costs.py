@@ -39,15 +39,16 @@ class Needs:
     cache of each server must have room for `needed_tokens`: those of all sequences of a session, and none for single
     passes.
 
-    In a `ring`, a step goes from server to server, and only the last server answers the client. Otherwise each server
-    answers the client. With a `head`, the last server computes the output head too. `dtype` is the client's.
+    Steps of a `session` keep a cache on the servers. Otherwise the step is a single pass, as training makes it. Both go
+    from server to server, and from the last one to the client. With a `head`, the last server computes the output head
+    too. `dtype` is the client's.
     """
 
     step_tokens: int = 1
     prompt_tokens: int = 0
     num_steps: int = 1
     needed_tokens: int = 0
-    ring: bool = True
+    session: bool = True
     head: bool = False
     dtype: str | None = None
 
@@ -107,7 +108,7 @@ class Costs:
     def __init__(self, needs: Needs, known: Measured) -> None:
         self.needs = needs
         self.known = known
-        self.unknown_link = UNKNOWN_ROUND_TRIP / 2 if needs.ring else float("inf")
+        self.unknown_link = UNKNOWN_ROUND_TRIP / 2
         """The most that a link costs of which nothing is known, except if one of its ends is near the client."""
 
     def block(self, server: ServerInfo) -> float:
@@ -139,7 +140,7 @@ class Costs:
         """
         step = self._step_seconds(server)
         others = float(server.queue_length)
-        if others and self.needs.ring and (gain := _batching_gain(server)) is not None:
+        if others and self.needs.session and (gain := _batching_gain(server)) is not None:
             others = min(others, 0.5 + 0.75 * others / gain)
         return others * step + self.known.work_in_flight.get(server.peer, 0.0)
 
@@ -161,13 +162,12 @@ class Costs:
         return HOP_OVERHEAD + self.queue(server) + self.handicap(server)
 
     def reach(self, server: ServerInfo) -> float:
-        """The way from the client to the server; and back, where every server answers the client."""
-        round_trip = self.known.round_trips.get(server.peer, UNKNOWN_ROUND_TRIP)
-        return round_trip / 2 if self.needs.ring else round_trip
+        """The way from the client to the server."""
+        return self.known.round_trips.get(server.peer, UNKNOWN_ROUND_TRIP) / 2
 
     def leave(self, server: ServerInfo) -> float:
-        """The way from the last server to the client; 0 where every server answers the client (see `reach`)."""
-        return self.reach(server) if self.needs.ring else 0.0
+        """The way from the last server to the client."""
+        return self.reach(server)
 
     def link(self, sender: ServerInfo | None, receiver: ServerInfo | None) -> float:
         """The way from one server to another, or from or to the client."""
@@ -176,21 +176,18 @@ class Costs:
         if receiver is None:
             return self.leave(sender)
         there, here = self.leave(sender), self.reach(receiver)
-        if self.needs.ring:
-            if (sender.peer, receiver.peer) in self.known.broken_pairs:
-                return there + here
-            # If the two servers disagree, the longer time counts: one server alone cannot make a link short.
-            round_trip = max(_announced(sender, receiver), _announced(receiver, sender))
-            if round_trip > 0 and sender.peer != receiver.peer:
-                return round_trip / 2
+        if (sender.peer, receiver.peer) in self.known.broken_pairs:
+            return there + here
+        # If the two servers disagree, the longer time counts: one server alone cannot make a link short.
+        round_trip = max(_announced(sender, receiver), _announced(receiver, sender))
+        if round_trip > 0 and sender.peer != receiver.peer:
+            return round_trip / 2
         # Two servers that are both near the client are near each other; a near one and a far one are not.
         return max(min(self.unknown_link, there + here), abs(there - here))
 
     def links(self, servers: Sequence[ServerInfo]) -> _Array:
         """The seconds [S, S] from each of the servers to each other one: `link` for all of them at once."""
         reach_S = np.array([self.reach(server) for server in servers])
-        if not self.needs.ring:
-            return np.broadcast_to(reach_S, (len(servers), len(servers)))
         leave_S = reach_S
         links_SS: _Array = np.empty((len(servers), len(servers)))
         for start in range(0, len(servers), ROWS_AT_ONCE):

@@ -94,7 +94,7 @@ def choose_route(
     if needs.head and not view.offers_head(last.start):
         raise MissingBlocks(f"no server holds block {last} and the output head", blocks=last)
     costs = Costs(needs, known)
-    if chooser == "shortest" or (chooser == "balanced" and not needs.ring):
+    if chooser == "shortest" or (chooser == "balanced" and not needs.session):
         hops = shortest(view, span, costs, upstream=upstream, downstream=downstream)
     elif rng is None:
         raise ValueError(f"the chooser {chooser!r} needs a source of randomness")

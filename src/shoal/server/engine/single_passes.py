@@ -99,6 +99,19 @@ class SinglePasses:
         except ValueError as error:
             raise rejected(str(error)) from None
 
+    def check(self, peer: str, request: Forward | Backward) -> None:
+        """A pass has to be possible, as far as that can be told before its inputs are here.
+
+        Raises `Refused`, and `MissingFromCache`.
+        """
+        span = self._validator.span_of(request)
+        self._validator.check_training()
+        self.adapters.of(peer, request, span)
+        kept = request.kept if isinstance(request, Backward) else None
+        is_sent = any(spec.name == "hidden" for spec in request.tensors)
+        if kept is not None and not is_sent and not self.activations.has(peer, kept):
+            raise MissingFromCache(activations=True)
+
     def release(self, peer: str) -> None:
         """Forget all that was kept for a client that is gone."""
         self.adapters.release(peer)

@@ -25,6 +25,7 @@ from shoal.protocol import (
     Forward,
     Norms,
     Open,
+    PassInputs,
     Step,
 )
 from shoal.server.refusals import misrouted, moved, rejected
@@ -34,7 +35,7 @@ from shoal.tensors import TensorSpec
 
 NO_GRADIENT = "a backward pass needs a gradient of its output's shape"
 MAX_STRAY_BYTES = 1 << 20
-"""A pushed step of this many bytes is received and dropped, also where one of this model cannot be as large."""
+"""A push of this many bytes is received and dropped, also where one of this model cannot be as large."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class RequestValidator:
         """The tensors that a request declares may not be larger than any that is computed here.
 
         So a frame that could only be refused is not received. Everything else is checked when the tensors are here. Of
-        steps that a server pushes only the bytes are: a refusal would end the stream for all sessions.
+        what a server pushes only the bytes are: a refusal would end the stream for all sessions and passes.
         """
-        if isinstance(message, Step) and message.link is not None:
+        if isinstance(message, PassInputs) or (isinstance(message, Step) and message.link is not None):
             most = max(MAX_STRAY_BYTES, MAX_STEP_TOKENS * (self.hidden_size + 4) * torch.float32.itemsize)
             if message.payload_bytes > most:
-                raise rejected(f"a step of {message.payload_bytes} bytes; {most} are allowed")
+                raise rejected(f"a push of {message.payload_bytes} bytes; {most} are allowed")
             return
         for spec in message.tensors:
             match message, spec.name:

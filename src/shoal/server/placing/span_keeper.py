@@ -34,7 +34,7 @@ from shoal.server.placing.setup import Surroundings, base_info
 from shoal.server.placing.span_state import SpanPhase, SpanState
 from shoal.server.placing.swarm_watch import SwarmWatch
 from shoal.server.refusals import Refused, leaving, moving
-from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.pushing.push_service import PushService
 from shoal.server.rpc.reception import Reception
 from shoal.server.rpc.streams import Handler
 from shoal.server.startup_progress import Phase, Progress

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from shoal.net.wire import codec
 from shoal.protocol import Downstream, Step, Upstream
-from shoal.server.rpc.push_connection import PushHandle
-from shoal.server.rpc.push_service import Inbox, PushService
+from shoal.server.rpc.pushing.push_connection import PushHandle
+from shoal.server.rpc.pushing.push_service import Inbox, PushService
 from shoal.tensors import Encoding
 
 
@@ -47,7 +47,8 @@ class RingPlace:
         self, step: Step, tensors: Callable[[], codec.Tensors], encoding: Encoding, *, done: Callable[[bool], None]
     ) -> None:
         """Push a step to the downstream server. `done` is called with whether it was sent."""
-        if self._handle is None:
+        if self._handle is None or self._downstream is None:
             done(False)
         else:
+            step = step.model_copy(update={"link": self._downstream.link})
             self._handle.push(step, tensors(), encoding, done=done)

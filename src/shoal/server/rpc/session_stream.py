@@ -29,7 +29,8 @@ from shoal.protocol import (
 from shoal.server.engine.engine import Engine
 from shoal.server.refusals import Refused, rejected
 from shoal.server.rpc.ping_pace import PingPace, payer_behind
-from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.pushing.push_connection import Pushed
+from shoal.server.rpc.pushing.push_service import PushService
 from shoal.server.rpc.receipt_writer import ReceiptWriter
 from shoal.server.rpc.ring_place import RingPlace
 from shoal.server.rpc.step_queue import ReceivedStep, StepQueue
@@ -139,9 +140,10 @@ class SessionStream:
         """Raises `StreamBroken` when the client stops waiting for the answers."""
         await codec.receive(self._stream, frozenset())
 
-    def _pushed(self, step: Step, tensors: codec.Tensors) -> None:
-        """The upstream server has pushed a step."""
-        self._accept(step, tensors, link=step.link)
+    def _pushed(self, message: Pushed, tensors: codec.Tensors) -> None:
+        """The upstream server has pushed something over the session's link: a step, if it is honest."""
+        if isinstance(message, Step):
+            self._accept(message, tensors, link=message.link)
 
     def _accept(self, step: Step, tensors: codec.Tensors, *, link: str | None = None) -> None:
         """Validate and queue a step. A pushed one that is wrong is dropped: that is not the client's fault."""

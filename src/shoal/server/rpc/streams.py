@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import torch
 
 from shoal import events
 from shoal.concurrency import owned_task
+from shoal.net.signing.token_digests import tensor_digest
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.policy.contribution.credit import BACKWARD
@@ -34,6 +35,7 @@ from shoal.protocol import (
     NormsResult,
     NotCached,
     Open,
+    PassInputs,
     PassResult,
     Ping,
     Pong,
@@ -42,10 +44,13 @@ from shoal.protocol import (
     Transfer,
 )
 from shoal.server.engine.engine import Engine
+from shoal.server.executor import alone
 from shoal.server.refusals import Refused, failure_of, rejected
 from shoal.server.rpc.message_reader import MessageReader
 from shoal.server.rpc.ping_pace import INTRODUCTIONS_PER_SECOND, PingPace, payer_behind
-from shoal.server.rpc.push_service import PushService
+from shoal.server.rpc.pushing.pass_pushes import PassPushes
+from shoal.server.rpc.pushing.push_service import PushService
+from shoal.server.rpc.receipt_writer import ASIDE_BYTES
 from shoal.server.rpc.session_stream import SessionStream
 from shoal.server.rpc.stream_account import StreamAccount
 from shoal.server.rpc.transfer_service import TransferService
@@ -59,9 +64,6 @@ T = TypeVar("T")
 
 FAILURE_SEND_SECONDS = 2.0
 """How long the server tries to tell a client why its stream ends: a client that does not read must not delay it."""
-
-_ANSWER_ENCODING_FROM: dict[str, TensorName] = {"forward": "hidden", "backward": "grad"}
-"""The tensor of a request whose encoding the answer has too."""
 
 
 class Handler:
@@ -145,21 +147,29 @@ class Handler:
             await stream.close()
 
     async def _serve_stream(self, stream: Stream) -> None:
-        goes_on, account = True, StreamAccount(stream, self._engine)
+        goes_on, account, pushes = True, StreamAccount(stream, self._engine), PassPushes(self._push_service)
         async with MessageReader(stream, self._engine.validator.check_declared) as reader:
             try:
                 while goes_on and not reader.is_closed:
                     async with asyncio.timeout(self._idle_seconds):
                         message, tensors = await reader.next()
                     try:
-                        goes_on = await self._answer(stream, reader, account, message, tensors)
+                        goes_on = await self._answer(stream, reader, account, pushes, message, tensors)
                     except MissingFromCache as missing:
-                        await self._send(stream, NotCached(adapters=missing.adapters, kept=missing.activations))
+                        lacks = NotCached(adapters=missing.adapters, kept=missing.activations, inputs=missing.inputs)
+                        await self._send(stream, lacks)
             finally:
+                pushes.close()
                 account.leave()
 
     async def _answer(
-        self, stream: Stream, reader: MessageReader, account: StreamAccount, message: AnyMessage, tensors: codec.Tensors
+        self,
+        stream: Stream,
+        reader: MessageReader,
+        account: StreamAccount,
+        pushes: PassPushes,
+        message: AnyMessage,
+        tensors: codec.Tensors,
     ) -> bool:
         """Do what a message asks for. Returns whether the stream goes on."""
         match message:
@@ -177,7 +187,7 @@ class Handler:
             case Open():
                 await self._hold_session(stream, account, message, tensors)
                 return False
-            case Step() if message.link is not None:
+            case PassInputs() | Step() if message.link is not None:
                 await self._push_service.receive_pushes(
                     stream,
                     message,
@@ -203,19 +213,53 @@ class Handler:
                     await self._send(stream, NormsResult(), {"factors": norms})
             case Forward() | Backward():
                 with self._counting_pass():
-                    result, outcome = await self._while_answering_pings(
-                        stream, reader, account, self._pass(stream, message, tensors)
+                    passing = self._pass(stream, account, pushes, message, tensors)
+                    result, outcome, encoding = await self._while_answering_pings(
+                        stream, reader, account, passing, is_working=lambda: not pushes.is_waiting
                     )
-                    num_tokens = tensors[_ANSWER_ENCODING_FROM[message.kind]].shape[:2].numel()
-                    times = BACKWARD if isinstance(message, Backward) else 1
-                    account.computed(num_tokens, Span(message.start, message.end), times=times)
-                    encoding = message.encoding_of(_ANSWER_ENCODING_FROM[message.kind])
                     await self._send(stream, result, outcome, encoding)
             case _:
                 raise rejected(f"a message of kind {message.kind!r} makes no sense here")
         return True
 
     async def _pass(
+        self,
+        stream: Stream,
+        account: StreamAccount,
+        pushes: PassPushes,
+        request: Forward | Backward,
+        tensors: codec.Tensors,
+    ) -> tuple[PassResult, codec.Tensors, Encoding]:
+        """Compute a pass, and push its outputs on if another server waits for them. Returns what the client is told."""
+        if request.upstream is not None or request.downstream is not None:
+            self._engine.passes.check(stream.peer, request)
+        if request.downstream is not None:
+            pushes.prepare(request.downstream)
+        if request.upstream is None:
+            encoding = request.encoding_of(request.pushed)
+            result, outcome = await self._computed(stream, request, tensors)
+        else:
+            async with asyncio.timeout(self._idle_seconds):
+                inputs_BTD = await pushes.receive(request)
+            encoding, tensors = request.encoding, {**tensors, request.pushed: inputs_BTD}
+            async with owned_task(_digest(inputs_BTD)) as digesting:
+                try:
+                    result, outcome = await self._computed(stream, request, tensors)
+                except Refused as refused:
+                    if not refused.is_request_at_fault:
+                        raise
+                    # It may be wrong as it was pushed, which is not the client's fault: it sends the inputs itself.
+                    log.debug("pushed inputs are refused: %s", refused.failure.reason)
+                    raise MissingFromCache(inputs=True) from None
+                result = result.model_copy(update={"inputs": await digesting})
+        num_tokens = tensors[request.pushed].shape[:2].numel()
+        times = BACKWARD if isinstance(request, Backward) else 1
+        account.computed(num_tokens, Span(request.start, request.end), times=times)
+        if request.downstream is not None and request.pushed in outcome:
+            await pushes.push(request.downstream, {request.pushed: outcome[request.pushed]}, encoding)
+        return result, outcome, encoding
+
+    async def _computed(
         self, stream: Stream, request: Forward | Backward, tensors: codec.Tensors
     ) -> tuple[PassResult, codec.Tensors]:
         validator, passes = self._engine.validator, self._engine.passes
@@ -268,7 +312,13 @@ class Handler:
             self._ended.set()
 
     async def _while_answering_pings(
-        self, stream: Stream, reader: MessageReader, account: StreamAccount, work: Coroutine[Any, Any, T]
+        self,
+        stream: Stream,
+        reader: MessageReader,
+        account: StreamAccount,
+        work: Coroutine[Any, Any, T],
+        *,
+        is_working: Callable[[], bool] = lambda: True,
     ) -> T:
         """The outcome of `work`, while pings are answered and acknowledgements taken.
 
@@ -282,7 +332,7 @@ class Handler:
                     message, _ = await reader.next()
                     if isinstance(message, Ping):
                         await self._ping_pace.turn(payer_behind(stream))
-                        await self._send(stream, self._pong(working=True))
+                        await self._send(stream, self._pong(working=is_working()))
                     elif isinstance(message, Acknowledge):
                         await self._ping_pace.turn(payer_behind(stream))
                         await account.acknowledged(message)
@@ -304,6 +354,12 @@ class Handler:
         """Raises `TimeoutError` for a client that does not read: otherwise it would hold its pages for ever."""
         async with asyncio.timeout(self._idle_seconds):
             await codec.send(stream, message, tensors, encoding)
+
+
+async def _digest(inputs_BTD: torch.Tensor) -> str:
+    if inputs_BTD.nbytes <= ASIDE_BYTES:
+        return tensor_digest(inputs_BTD)
+    return await asyncio.to_thread(alone, lambda: tensor_digest(inputs_BTD))
 
 
 async def _told(session: SessionStream, seconds: float) -> None:

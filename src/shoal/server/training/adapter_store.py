@@ -35,13 +35,14 @@ MAX_COUNTED_ADAPTERS = 256
 class MissingFromCache(Exception):
     """The client has to send something again: the adapters of these names, or the inputs of a pass.
 
-    `activations` says that the activations of the pass are gone.
+    `activations` says that the activations of the pass are gone, `inputs` that what was pushed is of no use.
     """
 
-    def __init__(self, *, adapters: tuple[str, ...] = (), activations: bool = False) -> None:
+    def __init__(self, *, adapters: tuple[str, ...] = (), activations: bool = False, inputs: bool = False) -> None:
         super().__init__("the server does not have it any more")
         self.adapters = adapters
         self.activations = activations
+        self.inputs = inputs
 
 
 @dataclass

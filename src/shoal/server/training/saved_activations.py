@@ -132,6 +132,10 @@ class ActivationStore:
             replaced.drop()
         self._passes[peer, pass_id] = self._clock(), activations
 
+    def has(self, peer: str, pass_id: str) -> bool:
+        """Whether there are activations of a pass of this client."""
+        return (peer, pass_id) in self._passes
+
     def take(self, peer: str, pass_id: str) -> SavedActivations | None:
         """Remove and return the activations of a pass of this client, or `None` if there are none."""
         found = self._passes.pop((peer, pass_id), None)

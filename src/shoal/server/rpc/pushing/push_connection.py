@@ -1,4 +1,4 @@
-"""One connection over which a server pushes the steps of its sessions to the next server."""
+"""One connection over which a server pushes steps of sessions, and inputs of passes, to the next server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shoal.concurrency import owned_task, with_progress_timeout
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
-from shoal.protocol import Downstream, ProtocolViolation, Step
+from shoal.protocol import Downstream, PassInputs, ProtocolViolation, Step
 from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
@@ -28,50 +28,54 @@ IDLE_SECONDS = 60.0
 """A stream over which nothing was pushed for this long is closed, and opened again when it is needed."""
 
 
-class PushHandle:
-    """The use that one session makes of a connection. `num_waiting` of its steps are not sent yet."""
+Pushed = Step | PassInputs
+"""The messages that servers push. Each names the link by which the receiver knows what it is for."""
 
-    def __init__(self, connection: PushConnection, link: str) -> None:
+
+class PushHandle:
+    """The use that one session, or a client's passes, makes of a connection. `num_waiting` pushes are not sent yet."""
+
+    def __init__(self, connection: PushConnection) -> None:
         self.num_waiting = 0
         self._connection = connection
-        self._link = link
         connection.handles.add(self)
 
-    def push(self, step: Step, tensors: codec.Tensors, encoding: Encoding, *, done: Callable[[bool], None]) -> None:
-        """Queue a step. `done` is called with whether it was sent; if not, it is certain not to arrive."""
+    def push(
+        self, message: Pushed, tensors: codec.Tensors, encoding: Encoding, *, done: Callable[[bool], None]
+    ) -> None:
+        """Queue a message. `done` is called with whether it was sent; if not, it is certain not to arrive."""
         self.num_waiting += 1
-        step = step.model_copy(update={"link": self._link})
-        self._connection.send(PushedStep(self, step, tensors, encoding, done))
+        self._connection.send(QueuedPush(self, message, tensors, encoding, done))
 
     @property
     def is_open(self) -> bool:
-        """Whether the session still uses the connection."""
+        """Whether the connection is still used."""
         return self in self._connection.handles
 
     def close(self) -> None:
-        """Forget the steps that were not sent. May be called twice."""
+        """Forget what was not sent. May be called twice."""
         self._connection.leave(self)
 
 
 @dataclass(frozen=True, eq=False)
-class PushedStep:
-    """A step in the queue of a connection."""
+class QueuedPush:
+    """A message in the queue of a connection."""
 
     handle: PushHandle
-    step: Step
+    message: Pushed
     tensors: codec.Tensors
     encoding: Encoding
     done: Callable[[bool], None]
 
     def settle(self, *, sent: bool) -> None:
-        """Tell the session what has become of it, if the session still uses the connection."""
+        """Tell its owner what has become of it, if that still uses the connection."""
         if self.handle.is_open:
             self.handle.num_waiting -= 1
             self.done(sent)
 
 
 class PushConnection:
-    """Sends the steps of its handles to one server, while `run` runs. `abandoned` is called when the last one leaves.
+    """Sends what its handles push to one server, while `run` runs. `abandoned` is called when the last one leaves.
 
     The next server never says anything on the stream.
     """
@@ -81,12 +85,12 @@ class PushConnection:
         self._transport = transport
         self._downstream = downstream
         self._abandoned = abandoned
-        self._queue: deque[PushedStep] = deque()
+        self._queue: deque[QueuedPush] = deque()
         self._news = asyncio.Event()
         self._is_broken = False
 
-    def send(self, pushed: PushedStep) -> None:
-        """Queue a step."""
+    def send(self, pushed: QueuedPush) -> None:
+        """Queue a message."""
         if self._is_broken:
             pushed.settle(sent=False)
             return
@@ -94,7 +98,7 @@ class PushConnection:
         self._news.set()
 
     def leave(self, handle: PushHandle) -> None:
-        """A session needs the connection no more."""
+        """A handle needs the connection no more."""
         if handle in self.handles:
             self.handles.remove(handle)
             self._queue = deque(pushed for pushed in self._queue if pushed.handle is not handle)
@@ -102,7 +106,7 @@ class PushConnection:
                 self._abandoned()
 
     async def run(self) -> None:
-        """Open a stream at once, and send over it; open another one when a step is to be sent and that one broke."""
+        """Open a stream at once, and send over it; another one when something is to be sent and that one broke."""
         try:
             pushed = await self._use_stream(None)
             while True:
@@ -113,10 +117,10 @@ class PushConnection:
             while self._queue:
                 self._queue.popleft().settle(sent=False)
 
-    async def _use_stream(self, pushed: PushedStep | None) -> PushedStep | None:
-        """Open a stream, and send this step and those that follow over it until it breaks or is idle.
+    async def _use_stream(self, pushed: QueuedPush | None) -> QueuedPush | None:
+        """Open a stream, and send this message and those that follow over it until it breaks or is idle.
 
-        Returns the step that is to be sent over another stream, because this one had ended before.
+        Returns the message that is to be sent over another stream, because this one had ended before.
         """
         clock = asyncio.get_running_loop().time
         until = clock() + OPEN_SECONDS
@@ -137,12 +141,12 @@ class PushConnection:
             await stream.close()
 
     async def _send_all(
-        self, stream: Stream, pushed: PushedStep | None, ending: asyncio.Task[None]
-    ) -> PushedStep | None:
+        self, stream: Stream, pushed: QueuedPush | None, ending: asyncio.Task[None]
+    ) -> QueuedPush | None:
         while pushed := pushed or await self._next(IDLE_SECONDS):
             if ending.done():
                 return pushed
-            sending = codec.send(stream, pushed.step, pushed.tensors, pushed.encoding)
+            sending = codec.send(stream, pushed.message, pushed.tensors, pushed.encoding)
             try:
                 await with_progress_timeout(sending, lambda: stream.taken_at, seconds=SEND_SECONDS)
             except (StreamBroken, TimeoutError) as failure:
@@ -152,8 +156,8 @@ class PushConnection:
             pushed = None
         return None
 
-    async def _next(self, seconds: float | None) -> PushedStep | None:
-        """The step that is to be sent next; None if there is none for `seconds`."""
+    async def _next(self, seconds: float | None) -> QueuedPush | None:
+        """The message that is to be sent next; None if there is none for `seconds`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not self._queue:
@@ -162,9 +166,9 @@ class PushConnection:
                 return self._queue.popleft()
         return None
 
-    def _fail(self, pushed: PushedStep, failure: Exception) -> None:
+    def _fail(self, pushed: QueuedPush, failure: Exception) -> None:
         reason = str(failure) or "it takes too long"
-        log.info("a step could not be pushed to %s: %s", self._downstream.peer, reason)
+        log.info("nothing could be pushed to %s: %s", self._downstream.peer, reason)
         pushed.settle(sent=False)
 
 

@@ -1,6 +1,6 @@
-"""Which servers may push steps into which sessions here, and the connections over which this server pushes its own.
+"""Which servers may push to which sessions and passes here, and the connections over which this server pushes its own.
 
-There is one connection to each downstream server, for all sessions that go on there, for as long as there are any.
+There is one connection to each downstream server, for all that goes on there, for as long as there is anything.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from collections.abc import AsyncIterator, Callable
 
 from shoal.net.transport import Stream, Transport
 from shoal.net.wire import codec
-from shoal.protocol import REQUEST_KINDS, AnyMessage, Downstream, Step, Upstream
-from shoal.server.rpc.push_connection import PushConnection, PushHandle
+from shoal.protocol import REQUEST_KINDS, AnyMessage, Downstream, PassInputs, Step, Upstream
+from shoal.server.rpc.pushing.push_connection import PushConnection, Pushed, PushHandle
+from shoal.server.rpc.pushing.unclaimed_pushes import UnclaimedPushes
 
 log = logging.getLogger(__name__)
 
 MAX_PUSH_CONNECTIONS = 256
 """How many servers this server pushes to at a time: clients name them, and each costs a stream. For steps to further
-servers, the clients get `Unreached`."""
+servers, the clients get `Unreached`; outputs of passes are answered only."""
 
-Inbox = Callable[[Step, codec.Tensors], None]
+Inbox = Callable[[Pushed, codec.Tensors], None]
 Place = tuple[str, tuple[str, ...]]  # a peer and its addresses
 
 
 class PushService:
-    """Takes the steps that upstream servers push, and pushes steps to downstream servers, while `running()`."""
+    """Takes what upstream servers push, and pushes to downstream servers, while `running()`."""
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self._inboxes: dict[str, tuple[str, Inbox]] = {}
+        self._unclaimed = UnclaimedPushes()
         self._connections: dict[Place, tuple[PushConnection, asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # of the connections, and of those that were just given up
         self._is_running = False
@@ -50,47 +52,52 @@ class PushService:
     # -- from upstream servers ----------------------------------------------------------------------------------------
 
     def expect(self, upstream: Upstream, inbox: Inbox) -> None:
-        """From now on, the steps that this peer pushes over this link are given to `inbox`."""
+        """From now on, what this peer pushes over this link is given to `inbox`; at once what was too early."""
         self._inboxes[upstream.link] = (upstream.peer, inbox)
+        if (early := self._unclaimed.claim(upstream.peer, upstream.link)) is not None:
+            inbox(*early)
 
     def forget(self, upstream: Upstream, inbox: Inbox) -> None:
-        """From now on, steps over this link are ignored, unless another inbox expects them meanwhile."""
+        """From now on, what comes over this link is ignored, unless another inbox expects them meanwhile."""
         if self._inboxes.get(upstream.link) == (upstream.peer, inbox):
             del self._inboxes[upstream.link]
 
     async def receive_pushes(
         self,
         stream: Stream,
-        step: Step,
+        message: Pushed,
         tensors: codec.Tensors,
         *,
         check: Callable[[AnyMessage], None],
         idle_seconds: float,
     ) -> None:
-        """Take what an upstream server pushes, beginning with this step, until it closes the stream.
+        """Take what an upstream server pushes, beginning with this message, until it closes the stream.
 
-        A step over a link that is not the peer's own is ignored: its session may just have gone elsewhere. Raises
+        A step over a link that is not the peer's own is ignored: its session may just have gone elsewhere. The inputs
+        of a pass are held for a while: its request may just be on its way. Raises
         `TimeoutError` if nothing comes for `idle_seconds`, `StreamBroken`, `ProtocolViolation`, and what `check` does
         for the header of a message.
         """
         while True:
-            peer, inbox = self._inboxes.get(step.link or "", (None, None))
+            peer, inbox = self._inboxes.get(message.link or "", (None, None))
             if inbox is not None and peer == stream.peer:
-                inbox(step, tensors)
+                inbox(message, tensors)
+            elif isinstance(message, PassInputs):
+                self._unclaimed.hold(stream.peer, message, tensors)
             else:
                 log.debug("%s pushes a step that no session expects", stream.peer)
             async with asyncio.timeout(idle_seconds):
-                message, tensors = await codec.receive(stream, REQUEST_KINDS, check)
-            if not isinstance(message, Step):
+                said, tensors = await codec.receive(stream, REQUEST_KINDS, check)
+            if not isinstance(said, Step | PassInputs):
                 return
-            step = message
+            message = said
 
     # -- to downstream servers ----------------------------------------------------------------------------------------
 
     def handle_to(self, downstream: Downstream) -> PushHandle | None:
-        """A session's use of the connection to this peer, which is opened now; None if there are too many connections.
+        """A use of the connection to this peer, which is opened now; None if there are too many connections.
 
-        A client that names wrong addresses gets a connection of its own: no other session's steps go there.
+        A client that names wrong addresses gets a connection of its own: nothing of other clients goes there.
         """
         place = downstream.peer, downstream.addresses
         if place not in self._connections:
@@ -102,7 +109,7 @@ class PushService:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         connection, _ = self._connections[place]
-        return PushHandle(connection, downstream.link)
+        return PushHandle(connection)
 
     def _give_up(self, place: Place) -> None:
         _, task = self._connections.pop(place)

@@ -1,0 +1,125 @@
+"""Rings of servers that compute one pass: all are asked at once, and each pushes its outputs to the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import TracebackType
+from typing import Self
+
+from shoal.client.swarm.broken_pairs import AwaitedPush
+from shoal.client.swarm.connection import Connection
+from shoal.client.swarm.swarm import Swarm
+from shoal.client.training.connection_pool import ConnectionPool
+from shoal.client.training.pass_plan import MicrobatchPiece
+from shoal.client.training.ring_turn import RingStart, RingTurn
+from shoal.model.peft.factors import AdapterFactors
+from shoal.net.wire.codec import Tensors
+from shoal.peers import ServerInfo
+from shoal.policy.contribution.credit import BACKWARD
+from shoal.policy.routing.route import SLOWEST, Hop
+from shoal.protocol import MAX_STEP_TOKENS, Backward, Downstream, Forward, NotCached, PassResult, Upstream
+from shoal.spans import Span
+
+Answered = tuple[Connection, PassResult | NotCached, Tensors]
+
+
+@dataclass(frozen=True)
+class RingPart:
+    """What one server of a ring is asked for a piece. `tensors` are those that the client sends, not what is pushed."""
+
+    hop: Hop
+    request: Forward | Backward
+    tensors: Tensors
+    adapters: Sequence[AdapterFactors]
+    piece: MicrobatchPiece
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all sequences."""
+        return self.piece.hidden.shape[:2].numel()
+
+
+class PassRings:
+    """Asks the servers of rings, over a pool of connections that is open as long as this is (`async with`)."""
+
+    def __init__(self, swarm: Swarm) -> None:
+        self.pool = ConnectionPool(swarm.connect, swarm.adapter_sync)
+        self._swarm = swarm
+
+    async def __aenter__(self) -> Self:
+        await self.pool.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.pool.__aexit__(kind, error, trace)
+
+    def first_ring(self, pieces: Sequence[MicrobatchPiece]) -> Sequence[MicrobatchPiece]:
+        """The first of these pieces, and those behind it as long as each server can push to the next one."""
+        for index, (one, other) in enumerate(pairwise(pieces), start=1):
+            assert one.hop is not None
+            assert other.hop is not None
+            if not self._can_push(one.hop.server, other.hop.server, num_tokens=one.hidden.shape[:2].numel()):
+                return pieces[:index]
+        return pieces
+
+    def _can_push(self, upstream: ServerInfo, downstream: ServerInfo, *, num_tokens: int) -> bool:
+        if upstream.peer == downstream.peer or num_tokens > MAX_STEP_TOKENS:
+            return False
+        wire = self._swarm.config.wire
+        knows_wire = all(wire in ("raw", *each.encodings) for each in (upstream, downstream))
+        return knows_wire and (upstream.peer, downstream.peer) not in self._swarm.measurements.broken_pairs
+
+    @contextlib.asynccontextmanager
+    async def asking(self, parts: Sequence[RingPart]) -> AsyncIterator[list[asyncio.Task[Answered | None]]]:
+        """Ask the servers for their parts. Each task returns a server's answer; None if it was not pushed its inputs.
+
+        All are asked once each of them can be. Servers whose answers are not here when the context is left are told to
+        wait no longer. Raises a `PeerError` if one cannot be asked.
+        """
+        start, links = RingStart(len(parts)), [secrets.token_hex(16) for _ in parts[1:]]
+        pushes = [None, *(AwaitedPush(part.piece.hidden.nbytes) for part in parts[1:]), None]
+        tasks: list[asyncio.Task[Answered | None]] = []
+        try:
+            for index, part in enumerate(parts):
+                upstream = downstream = None
+                if index:
+                    upstream = Upstream(peer=parts[index - 1].hop.server.peer, link=links[index - 1])
+                if index < len(links):
+                    server = parts[index + 1].hop.server
+                    downstream = Downstream(peer=server.peer, link=links[index], addresses=server.addresses[:8])
+                place = {"encoding": self._swarm.config.wire, "upstream": upstream, "downstream": downstream}
+                request = part.request.model_copy(update=place)
+                turn = RingTurn(start, pushes[index])
+                tasks.append(asyncio.create_task(self._ask(part, request, turn, pushes[index + 1])))
+            await start.wait(tasks)
+            yield tasks
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask(
+        self, part: RingPart, request: Forward | Backward, turn: RingTurn, following: AwaitedPush | None
+    ) -> Answered | None:
+        server = part.hop.server
+        usual = part.num_tokens / max(server.prefill_speed or 0.0, SLOWEST)
+        answered = await self.pool.ask_in_ring(server, request, part.tensors, part.adapters, turn, usual_seconds=usual)
+        if answered is None:
+            return None
+        connection, reply, tensors = answered
+        self._swarm.record_answer(part.hop)
+        assert isinstance(reply, PassResult | NotCached)
+        if isinstance(reply, PassResult):
+            if connection.tab is not None:
+                times = BACKWARD if isinstance(request, Backward) else 1
+                connection.tab.add(part.num_tokens, Span(request.start, request.end), times=times)
+            if following is not None:
+                following.is_due.set()
+        return connection, reply, tensors

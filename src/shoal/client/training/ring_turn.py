@@ -1,0 +1,48 @@
+"""When the servers of a ring are asked for a pass: once each of them can be asked, all at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Any
+
+from shoal.client.swarm.broken_pairs import AwaitedPush
+
+
+class RingStart:
+    """The moment when all of `num_servers` can be asked."""
+
+    def __init__(self, num_servers: int) -> None:
+        self._num_missing = num_servers
+        self._all_ready = asyncio.Event()
+
+    async def join(self) -> None:
+        """One more server is ready. Returns when all are."""
+        self._num_missing -= 1
+        if not self._num_missing:
+            self._all_ready.set()
+        await self._all_ready.wait()
+
+    async def wait(self, asking: Collection[asyncio.Task[Any]]) -> None:
+        """Wait for that moment. Raises the error of one of the tasks that ask the servers, if it fails before."""
+        ready = asyncio.create_task(self._all_ready.wait())
+        try:
+            await asyncio.wait({ready, *asking}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+        if not self._all_ready.is_set():
+            for task in asking:
+                if task.done():
+                    task.result()
+
+
+class RingTurn:
+    """One server's part in a ring: `push` is what the server before it pushes; None if the client sends the inputs."""
+
+    def __init__(self, start: RingStart, push: AwaitedPush | None) -> None:
+        self.push = push
+        self._start = start
+
+    async def come(self) -> None:
+        """The server is ready. Returns when all are."""
+        await self._start.join()
