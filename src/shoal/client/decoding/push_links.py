@@ -10,7 +10,7 @@ from shoal.client.decoding.progress import StageStatus
 from shoal.client.decoding.stage import Neighbors, Stage
 from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.protocol import Downstream, Upstream
-from shoal.tensors import Encoding
+from shoal.tensors import PACKED, Encoding
 
 UNPUSHED_PONGS = 6
 """A server that says this often in a row that it is idle was not pushed its step.
@@ -23,11 +23,12 @@ class PushLinks:
     """Who are the neighbors of each server in the ring, and by which link the servers of a pair recognize each other.
 
     A link is a random name of 32 hex digits. `broken` has the pairs that could not push lately, in any session; `wire`
-    is the encoding of what is pushed, which both servers have to know.
+    is the encoding of what is pushed, which both servers have to know. With `packs`, they may pack it, if both can.
     """
 
-    def __init__(self, broken: BrokenPairs, *, wire: Encoding) -> None:
+    def __init__(self, broken: BrokenPairs, *, wire: Encoding, packs: bool = False) -> None:
         self._broken = broken
+        self._packs = packs
         self._wire: Encoding = wire
         self._links: dict[tuple[Stage, Stage], str] = {}
         self._neighbors: dict[Stage, Neighbors] = {}
@@ -42,7 +43,12 @@ class PushLinks:
             downstream: Upstream(peer=upstream.peer, link=link) for (upstream, downstream), link in self._links.items()
         }
         downstreams = {
-            upstream: Downstream(peer=downstream.peer, link=link, addresses=downstream.hop.server.addresses[:8])
+            upstream: Downstream(
+                peer=downstream.peer,
+                link=link,
+                addresses=downstream.hop.server.addresses[:8],
+                packs=self._can_pack(upstream, downstream) or None,
+            )
             for (upstream, downstream), link in self._links.items()
         }
         self._neighbors = {stage: (upstreams.get(stage), downstreams.get(stage)) for stage in stages}
@@ -51,6 +57,9 @@ class PushLinks:
         peers = upstream.peer, downstream.peer
         knows_wire = all(self._wire in ("raw", *stage.hop.server.encodings) for stage in (upstream, downstream))
         return knows_wire and upstream.peer != downstream.peer and peers not in self._broken
+
+    def _can_pack(self, upstream: Stage, downstream: Stage) -> bool:
+        return self._packs and all(PACKED in stage.hop.server.encodings for stage in (upstream, downstream))
 
     def neighbors_of(self, stage: Stage) -> Neighbors:
         """The servers from which and to which a server pushes."""

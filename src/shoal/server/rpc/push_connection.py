@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shoal.concurrency import owned_task, with_progress_timeout
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
-from shoal.protocol import Downstream, ProtocolViolation, Step
+from shoal.protocol import Arrived, Downstream, ProtocolViolation, Step
 from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
@@ -29,19 +29,23 @@ IDLE_SECONDS = 60.0
 
 
 class PushHandle:
-    """The use that one session makes of a connection. `num_waiting` of its steps are not sent yet."""
+    """The use that one session makes of a connection. `num_waiting` of its steps are not sent yet.
 
-    def __init__(self, connection: PushConnection, link: str) -> None:
+    With `packs`, they are packed where that is faster.
+    """
+
+    def __init__(self, connection: PushConnection, link: str, *, packs: bool = False) -> None:
         self.num_waiting = 0
         self._connection = connection
         self._link = link
+        self._packs = packs
         connection.handles.add(self)
 
     def push(self, step: Step, tensors: codec.Tensors, encoding: Encoding, *, done: Callable[[bool], None]) -> None:
         """Queue a step. `done` is called with whether it was sent; if not, it is certain not to arrive."""
         self.num_waiting += 1
         step = step.model_copy(update={"link": self._link})
-        self._connection.send(PushedStep(self, step, tensors, encoding, done))
+        self._connection.send(PushedStep(self, step, tensors, encoding, self._packs, done))
 
     @property
     def is_open(self) -> bool:
@@ -61,6 +65,7 @@ class PushedStep:
     step: Step
     tensors: codec.Tensors
     encoding: Encoding
+    packs: bool
     done: Callable[[bool], None]
 
     def settle(self, *, sent: bool) -> None:
@@ -73,7 +78,7 @@ class PushedStep:
 class PushConnection:
     """Sends the steps of its handles to one server, while `run` runs. `abandoned` is called when the last one leaves.
 
-    The next server never says anything on the stream.
+    The next server says nothing on the stream but how fast steps arrive.
     """
 
     def __init__(self, transport: Transport, downstream: Downstream, *, abandoned: Callable[[], None]) -> None:
@@ -84,6 +89,7 @@ class PushConnection:
         self._queue: deque[PushedStep] = deque()
         self._news = asyncio.Event()
         self._is_broken = False
+        self._num_pushed = 0  # over the present stream
 
     def send(self, pushed: PushedStep) -> None:
         """Queue a step."""
@@ -130,8 +136,9 @@ class PushConnection:
             while self._queue:  # they would be told after another such time
                 self._fail(self._queue.popleft(), failure)
             return None
+        self._num_pushed = 0
         try:
-            async with owned_task(_until_end(stream)) as ending:
+            async with owned_task(self._until_end(stream)) as ending:
                 return await self._send_all(stream, pushed, ending)
         finally:
             await stream.close()
@@ -142,7 +149,8 @@ class PushConnection:
         while pushed := pushed or await self._next(IDLE_SECONDS):
             if ending.done():
                 return pushed
-            sending = codec.send(stream, pushed.step, pushed.tensors, pushed.encoding)
+            self._num_pushed += 1
+            sending = codec.send(stream, pushed.step, pushed.tensors, pushed.encoding, packs=pushed.packs)
             try:
                 await with_progress_timeout(sending, lambda: stream.taken_at, seconds=SEND_SECONDS)
             except (StreamBroken, TimeoutError) as failure:
@@ -151,6 +159,16 @@ class PushConnection:
             pushed.settle(sent=True)
             pushed = None
         return None
+
+    async def _until_end(self, stream: Stream) -> None:
+        """Hear how fast steps arrive, until the next server ends the stream, or says more than steps were pushed."""
+        num_arrived = 0
+        with contextlib.suppress(StreamBroken, ProtocolViolation):
+            while True:
+                message, _ = await codec.receive(stream, frozenset())
+                num_arrived += 1
+                if not isinstance(message, Arrived) or num_arrived > self._num_pushed:
+                    return
 
     async def _next(self, seconds: float | None) -> PushedStep | None:
         """The step that is to be sent next; None if there is none for `seconds`."""
@@ -166,8 +184,3 @@ class PushConnection:
         reason = str(failure) or "it takes too long"
         log.info("a step could not be pushed to %s: %s", self._downstream.peer, reason)
         pushed.settle(sent=False)
-
-
-async def _until_end(stream: Stream) -> None:
-    with contextlib.suppress(StreamBroken, ProtocolViolation):
-        await codec.receive(stream, frozenset())

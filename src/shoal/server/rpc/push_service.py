@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 
 from shoal.net.transport import Stream, Transport
 from shoal.net.wire import codec
-from shoal.protocol import REQUEST_KINDS, AnyMessage, Downstream, Step, Upstream
+from shoal.protocol import REQUEST_KINDS, AnyMessage, Arrived, Downstream, Step, Upstream
 from shoal.server.rpc.push_connection import PushConnection, PushHandle
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class PushService:
             else:
                 log.debug("%s pushes a step that no session expects", stream.peer)
             async with asyncio.timeout(idle_seconds):
+                if stream.line.has_news and stream.line.is_told:
+                    await codec.send(stream, Arrived())
                 message, tensors = await codec.receive(stream, REQUEST_KINDS, check)
             if not isinstance(message, Step):
                 return
@@ -102,7 +104,7 @@ class PushService:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         connection, _ = self._connections[place]
-        return PushHandle(connection, downstream.link)
+        return PushHandle(connection, downstream.link, packs=bool(downstream.packs))
 
     def _give_up(self, place: Place) -> None:
         _, task = self._connections.pop(place)
