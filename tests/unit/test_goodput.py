@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from shoal.policy.network.goodput import (
     FIRST_GUESSES,
     LARGE_BYTES,
+    MIN_BYTES,
     NUM_SEEN,
     STALE_BYTES,
     UNPACKING,
@@ -63,9 +64,20 @@ def test_a_coder_that_was_slow_once_is_tried_again() -> None:
     slow = coder = BFLOAT16.after(PREFILL, PREFILL, seconds=10.0)
     assert not packs(PREFILL, coder, goodput=100 * MBIT)
     for _ in range(200):
-        coder = coder.after_sending_raw(BFLOAT16)
+        coder = coder.after_sending_raw(BFLOAT16, PREFILL)
     assert packs(PREFILL, coder, goodput=100 * MBIT)
     assert coder.seconds_per_byte < slow.seconds_per_byte
+
+
+def test_small_tensors_that_do_not_become_smaller_say_little_of_large_ones() -> None:
+    coder = BFLOAT16
+    for _ in range(100):
+        coder = coder.after(64, 64, seconds=1e-5)
+    assert packs(PREFILL, coder, goodput=100 * MBIT)
+
+
+def test_a_tensor_that_is_smaller_than_a_code_is_raw_on_the_slowest_line() -> None:
+    assert not packs(MIN_BYTES - 1, BFLOAT16, goodput=1.0)
 
 
 def test_the_goodput_of_a_line_is_bytes_by_seconds() -> None:

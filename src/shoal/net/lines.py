@@ -29,9 +29,9 @@ class Coders:
         """A tensor of `num_bytes` took `seconds` to pack into `num_packed` bytes."""
         self._known[dtype] = self._known[dtype].after(num_bytes, num_packed, seconds)
 
-    def sent_raw(self, dtype: DType) -> None:
-        """A tensor was not packed, although the line is measured."""
-        self._known[dtype] = self._known[dtype].after_sending_raw(FIRST_GUESSES[dtype])
+    def sent_raw(self, dtype: DType, num_bytes: int) -> None:
+        """A tensor of `num_bytes` was not packed, although the line is measured."""
+        self._known[dtype] = self._known[dtype].after_sending_raw(FIRST_GUESSES[dtype], num_bytes)
 
 
 class Line:
@@ -57,8 +57,7 @@ class Line:
         if coder is None or self._told.goodput is None:
             return False
         if not packs(num_bytes, coder, goodput=self._told.goodput):
-            if num_bytes >= LARGE_BYTES:
-                self._coders.sent_raw(dtype)
+            self._coders.sent_raw(dtype, num_bytes)
             return False
         return True
 

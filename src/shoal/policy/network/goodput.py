@@ -30,10 +30,12 @@ GAIN = 0.95
 """Packing has to take less than this part of the time that raw bytes take."""
 UNPACKING = 2.0
 """Packing and unpacking take this many times as long as packing."""
+MIN_BYTES = 1024
+"""Smaller tensors are not packed: the table of a code takes as much as it saves."""
 WEIGHT = 0.25
-"""Of the latest tensor in the averages."""
+"""Of the latest tensor in the averages, if it is large. A small one has a smaller part, by its size."""
 RETURN = 0.05
-"""A tensor that is not packed moves the averages by this part back to the first guess, so that it is tried again."""
+"""A large tensor that is raw moves the averages by this part back to the first guess: then packing is tried again."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,14 @@ class Coder:
 
     def after(self, num_bytes: int, num_packed: int, seconds: float) -> Coder:
         """With a tensor of `num_bytes` that took `seconds` to pack into `num_packed` bytes."""
-        return self._towards(Coder(num_packed / num_bytes, seconds / num_bytes), WEIGHT)
+        return self._towards(Coder(num_packed / num_bytes, seconds / num_bytes), WEIGHT, num_bytes)
 
-    def after_sending_raw(self, first: Coder) -> Coder:
-        """With a tensor that was not packed; `first` is what was assumed before any was."""
-        return self._towards(first, RETURN)
+    def after_sending_raw(self, first: Coder, num_bytes: int) -> Coder:
+        """With a tensor of `num_bytes` that was not packed; `first` is what was assumed before any was."""
+        return self._towards(first, RETURN, num_bytes)
 
-    def _towards(self, other: Coder, weight: float) -> Coder:
+    def _towards(self, other: Coder, weight: float, num_bytes: int) -> Coder:
+        weight *= min(1.0, num_bytes / LARGE_BYTES)
         return Coder(
             self.ratio + weight * (other.ratio - self.ratio),
             self.seconds_per_byte + weight * (other.seconds_per_byte - self.seconds_per_byte),
@@ -64,7 +67,7 @@ FIRST_GUESSES: Mapping[DType, Coder] = {"bfloat16": Coder(0.7), "float16": Coder
 
 def packs(num_bytes: int, coder: Coder, *, goodput: float | None) -> bool:
     """Whether a tensor of `num_bytes` is there sooner if it is packed. `goodput` is in bytes per second."""
-    if goodput is None:
+    if goodput is None or num_bytes < MIN_BYTES:
         return False
     raw = num_bytes / goodput
     packed = coder.ratio * raw + UNPACKING * coder.seconds_per_byte * num_bytes + OVERHEAD_SECONDS
