@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.policy.network.goodput import (
+    BURST_BYTES,
     FIRST_GUESSES,
     LARGE_BYTES,
     MIN_BYTES,
@@ -80,17 +81,19 @@ def test_a_tensor_that_is_smaller_than_a_code_is_raw_on_the_slowest_line() -> No
     assert not packs(MIN_BYTES - 1, BFLOAT16, goodput=1.0)
 
 
-def test_the_goodput_of_a_line_is_bytes_by_seconds() -> None:
-    assert arrived(Arriving(), 4 << 20, at=7.0, seconds=0.5).goodput == 8 << 20
+def test_the_goodput_of_a_line_is_what_came_after_the_header_by_seconds() -> None:
+    first = arrived(Arriving(), BURST_BYTES + (4 << 20), at=7.0, seconds=0.5)
+    assert first.goodput is None  # it may have been a bad moment
+    assert arrived(first, BURST_BYTES + (4 << 20), at=8.0, seconds=0.5).goodput == 8 << 20
 
 
 def test_small_frames_tell_nothing() -> None:
-    assert arrived(Arriving(), LARGE_BYTES - 1, at=0.0, seconds=1.0).goodput is None
+    assert arrived(Arriving(), LARGE_BYTES - 1, at=0.0, seconds=1.0).seen == ()
 
 
 def test_a_frame_that_was_given_up_tells_nothing() -> None:
     after = arrived(Arriving(), 0, at=0.0, seconds=1.0)
-    assert (after.goodput, after.num_open) == (None, 0)
+    assert (after.seen, after.num_open) == ((), 0)
 
 
 @given(st.integers(1, 8))
@@ -101,20 +104,20 @@ def test_frames_that_share_a_line_show_what_it_carries(num_frames: int) -> None:
         arriving = arriving.begun(now=3.0)
         frames.append(Begun(3.0, arriving.frame_seconds))
     for frame in frames:  # all end together
-        arriving = arriving.ended(frame, size, now=3.0 + num_frames * size / rate)
-    assert arriving.goodput == rate
+        arriving = arriving.ended(frame, BURST_BYTES + size, now=3.0 + num_frames * size / rate)
+    assert arriving.seen == (rate,) * num_frames
     assert arriving.num_open == 0
 
 
 def test_one_busy_moment_of_the_receiver_does_not_make_a_line_slow() -> None:
-    arriving = arrived(Arriving(), 1 << 20, at=0.0, seconds=0.01)
-    assert arrived(arriving, 1 << 20, at=1.0, seconds=9.0).goodput == arriving.goodput
+    arriving = arrived(arrived(Arriving(), 1 << 20, at=0.0, seconds=0.01), 1 << 20, at=1.0, seconds=0.01)
+    assert arrived(arriving, 1 << 20, at=2.0, seconds=9.0).goodput == arriving.goodput
 
 
 def test_a_line_that_becomes_slower_is_known_after_a_few_frames() -> None:
     arriving = arrived(Arriving(), 1 << 20, at=0.0, seconds=0.01)
     for at in range(1, NUM_SEEN + 1):
-        arriving = arrived(arriving, 1 << 20, at=10.0 * at, seconds=1.0)
+        arriving = arrived(arriving, BURST_BYTES + (1 << 20), at=10.0 * at, seconds=1.0)
     assert arriving.goodput == 1 << 20
 
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,8 +19,8 @@ from shoal.policy.network.goodput import LARGE_BYTES, Begun
 from shoal.protocol import AnyMessage, ProtocolViolation, dump, parse
 from shoal.tensors import DTYPE_BYTES, ENCODED, LOSSY, Encoding, TensorName, TensorSpec
 
-THREAD_BYTES = 256 * 1024
-"""Larger tensors are packed and unpacked on a thread: it takes more than half a millisecond."""
+THREAD_BYTES = 1 << 20
+"""Larger tensors are packed and unpacked on a thread: it takes more than a millisecond, and a thread's turn less."""
 
 _DTYPES = {
     "float32": torch.float32,
@@ -36,11 +36,10 @@ Tensors = Mapping[TensorName, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One tensor as it is sent, and the seconds that it took to pack it, if that was tried."""
+    """One tensor as it is sent."""
 
     spec: TensorSpec
     buffers: Sequence[Buffer]
-    packing_seconds: float | None = None
 
 
 def encode(
@@ -79,13 +78,10 @@ def _pack(encoded: _Encoded) -> _Encoded:
     if not encoded.spec.can_pack:
         return encoded
     (content,) = encoded.buffers
-    began = time.perf_counter()
     buffers = pack(content, DTYPE_BYTES[encoded.spec.encoded_dtype])
-    seconds = time.perf_counter() - began
     if buffers is None:
-        return replace(encoded, packing_seconds=seconds)
-    spec = encoded.spec.model_copy(update={"packed": frames.payload_bytes(buffers)})
-    return _Encoded(spec, buffers, seconds)
+        return encoded
+    return _Encoded(encoded.spec.model_copy(update={"packed": frames.payload_bytes(buffers)}), buffers)
 
 
 def _spec_of(name: TensorName, tensor: torch.Tensor, encoding: Encoding) -> TensorSpec:
@@ -201,17 +197,14 @@ async def send(
 
 async def _packed(raw: Sequence[_Encoded], line: Line) -> list[_Encoded]:
     """The same tensors; those are packed that will be there sooner."""
-    specs = [each.spec for each in raw]
-    packed = {each.name for each in specs if each.can_pack and line.packs(each.encoded_dtype, each.encoded_nbytes)}
-
-    def work() -> list[_Encoded]:
-        return [_pack(each) if each.spec.name in packed else each for each in raw]
-
-    is_long = sum(each.encoded_nbytes for each in specs if each.name in packed) > THREAD_BYTES
-    found = await asyncio.to_thread(work) if is_long else work()
-    for each in found:
-        if each.packing_seconds is not None:
-            line.packed(each.spec.encoded_dtype, each.spec.encoded_nbytes, each.spec.nbytes, each.packing_seconds)
+    found: list[_Encoded] = []
+    for each in raw:
+        dtype, num_bytes = each.spec.encoded_dtype, each.spec.encoded_nbytes
+        if each.spec.can_pack and line.packs(dtype, num_bytes):
+            began = time.perf_counter()  # waiting for the thread counts: a busy machine is a slow coder
+            each = _pack(each) if num_bytes <= THREAD_BYTES else await asyncio.to_thread(_pack, each)
+            line.packed(dtype, num_bytes, each.spec.nbytes, time.perf_counter() - began)
+        found.append(each)
     return found
 
 

@@ -17,15 +17,19 @@ from dataclasses import dataclass, replace
 
 from shoal.tensors import DType
 
-LARGE_BYTES = 256 * 1024
-"""Smaller frames tell nothing of a line: they come in one burst."""
-NUM_SEEN = 4
-"""The goodput of a line is the best of this many frames: a receiver that is busy makes a line look slow, never fast."""
+BURST_BYTES = 64 * 1024
+"""So much of a frame may be there when its header is read: how long that took is not known."""
+LARGE_BYTES = 2 * BURST_BYTES
+"""Smaller frames tell nothing of a line."""
+NUM_SEEN = 8
+"""The goodput of a line is the best of this many frames: a busy machine makes a line look slow, and never fast."""
+MIN_SEEN = 2
+"""With fewer frames than this, it is not known."""
 STALE_BYTES = 16 << 20
 """A goodput is forgotten when so much was sent packed, and the receiver has said nothing: packed, its frames may be too
 small to measure. The next ones are raw."""
 OVERHEAD_SECONDS = 200e-6
-"""What packing and unpacking take however small a tensor is, a turn on a thread included."""
+"""What packing and unpacking take however small a tensor is."""
 GAIN = 0.95
 """Packing has to take less than this part of the time that raw bytes take."""
 UNPACKING = 2.0
@@ -121,12 +125,13 @@ class Arriving:
         if num_bytes < LARGE_BYTES or seconds <= 0:
             return after
         num_sharing = (after.frame_seconds - frame.frame_seconds) / seconds
-        return replace(after, seen=(*self.seen, num_sharing * num_bytes / seconds)[-NUM_SEEN:])
+        goodput = num_sharing * (num_bytes - BURST_BYTES) / seconds
+        return replace(after, seen=(*self.seen, goodput)[-NUM_SEEN:])
 
     @property
     def goodput(self) -> float | None:
-        """Bytes per second of the line; `None` if no large frame has come."""
-        return max(self.seen, default=None)
+        """Bytes per second of the line; `None` if too few large frames have come."""
+        return max(self.seen) if len(self.seen) >= MIN_SEEN else None
 
     def _until(self, now: float) -> Arriving:
         frame_seconds = self.frame_seconds + self.num_open * (now - self.changed_at)
