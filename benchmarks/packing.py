@@ -4,8 +4,8 @@
 
 Two servers, each a process behind a proxy that shapes its link (docs/testing.md), have half of the blocks each. On each
 network, two clients take turns with prompts that no server knows, one with `wire="auto"` and one with `wire="raw"`,
-after a first prompt each, from which peers learn how fast the lines are. A time is that until the first token. Bytes
-are all that the proxies forwarded, to and from clients and between servers.
+after first prompts, from which peers learn how fast the lines are. A time is that until the first token. Bytes are all
+that the proxies forwarded until the network is quiet, to and from clients and between servers.
 
 `--quick` only checks that the script runs, with the bundled model, whose prefills are too small to be packed.
 """
@@ -17,6 +17,8 @@ import contextlib
 import json
 import os
 import statistics
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -41,8 +43,11 @@ NETWORKS = {
     "100 Mbit/s, round trip 100 ms": Link(delay_seconds=0.05, bytes_per_second=100e6 / 8),
 }
 WIRES = ("auto", "raw")
-WARM_UP = 4
-"""Prompts before the first that counts: a line is as fast as the best of the last four messages."""
+WARM_UP = 2
+"""Prompts before the first that counts. Each has several messages; a line is as fast as the best of the last eight."""
+QUIET_SECONDS, QUIET_BYTES = 0.5, 20_000
+"""The network is quiet when so little was forwarded for this long: servers send inputs for a replay after the outputs,
+and measure their network."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,11 @@ def prefill(swarm: ShapedSwarm, model: Any, num_tokens: int, chance: torch.Gener
     prompt = torch.randint(3, model.config.vocab_size, (1, num_tokens), generator=chance)
     before = _num_bytes(swarm)
     seconds = generate(model, prompt, 1).seconds_to_first
-    return seconds, _num_bytes(swarm) - before
+    last, after = before, _num_bytes(swarm)
+    while after - last > QUIET_BYTES:
+        time.sleep(QUIET_SECONDS)
+        last, after = after, _num_bytes(swarm)
+    return seconds, after - before
 
 
 def _num_bytes(swarm: ShapedSwarm) -> int:
@@ -90,6 +99,7 @@ def measure(folder: Path, num_tokens: int, rounds: int) -> list[Row]:
             for index in range(WARM_UP + rounds):
                 for wire in WIRES if index % 2 else reversed(WIRES):
                     taken = prefill(swarm, models[wire], num_tokens, chance)
+                    print(f"{network}, {wire}, round {index}: {taken[0]:.3g} s, {taken[1]:,} bytes", file=sys.stderr)
                     if index >= WARM_UP:
                         found[wire].append(taken)
             rows.append(_row(network, found["auto"], found["raw"]))

@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -87,8 +88,8 @@ async def ask(stream: Stream, hidden: torch.Tensor, encoding: Encoding, *, packs
     return seconds
 
 
-async def measure(address: str, rounds: int) -> list[dict[str, object]]:
-    results: list[dict[str, object]] = []
+async def measure(address: str, rounds: int) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
     async with join(NetworkConfig(initial_peers=(address,), client_mode=True)) as node:
         stream = await node.transport.open(address.rpartition("/")[2], [address])
         for size, num_tokens in SIZES.items():
@@ -128,8 +129,8 @@ def hidden_states(folder: Path) -> torch.Tensor:
 
 async def measure_lines(
     address: str, port: int, proxies: ProxyProcess, hidden: torch.Tensor, rounds: int
-) -> list[dict[str, object]]:
-    results: list[dict[str, object]] = []
+) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
     async with AsyncExitStack() as stack:
         streams = {}
         for packs in (True, False):
@@ -179,7 +180,7 @@ def echo_server(*options: str) -> Iterator[str]:
         server.stdin.close()
 
 
-def run_lines(model: Path, rounds: int) -> list[dict[str, object]]:
+def run_lines(model: Path, rounds: int) -> list[dict[str, Any]]:
     hidden = hidden_states(model)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -214,15 +215,13 @@ def main() -> None:
         return
     print(f"{describe_machine()}; load before {load:.1f}\n")
     if arguments.lines:
-        print(
-            "| line | tokens | raw, ms | auto, ms | ratio | raw, kB | auto, kB | ratio |\n|---|---|---|---|---|---|---|---|"
-        )
+        print("| line | tokens | raw, ms | auto, ms | ratio | raw, kB | auto, kB | ratio |\n" + "|---" * 8 + "|")
         for each in results:
-            columns = [
-                f"{each[f'raw_{unit}'] / scale:.4g} | {each[f'auto_{unit}'] / scale:.4g} | **{each[f'auto_{unit}'] / each[f'raw_{unit}']:.2f}**"  # type: ignore[operator]
-                for unit, scale in (("ms", 1), ("bytes", 1000))
-            ]
-            print(f"| {each['line']} | {each['tokens']} | {' | '.join(columns)} |")
+            ms, num_bytes = each["auto_ms"] / each["raw_ms"], each["auto_bytes"] / each["raw_bytes"]
+            print(
+                f"| {each['line']} | {each['tokens']} | {each['raw_ms']:.4g} | {each['auto_ms']:.4g} | **{ms:.2f}** "
+                f"| {each['raw_bytes'] / 1e3:.4g} | {each['auto_bytes'] / 1e3:.4g} | **{num_bytes:.2f}** |"
+            )
         return
     print("hidden states  dtype     encoding  bytes each way  median ms  95 % ms")
     for each in results:
