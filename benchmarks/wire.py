@@ -1,9 +1,14 @@
 """The cost of a hop without its computation: hidden states to a server and back over libp2p, in each encoding.
 
     python -m benchmarks.wire [--rounds 200] [--json]
+    python -m benchmarks.wire --lines [--rounds 20] [--model FOLDER] [--json]
 
 The server is another process on loopback. It decodes each message and sends the tensor back without computing. The
 sizes in the table are those of bfloat16, before encoding. The encodings take turns.
+
+With `--lines`, a proxy shapes the server's link (docs/testing.md), and two clients take turns: one whose tensors are
+packed without loss where that is faster, as with `wire="auto"`, and one that never packs. They send hidden states of a
+model (the bundled one), of as many tokens as a prefill has. Bytes are those that the proxy forwarded, both ways.
 """
 
 from __future__ import annotations
@@ -12,20 +17,29 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import describe_machine
+from shoal.bundled import STORIES
 from shoal.net import NetworkConfig, join
 from shoal.net.transport import Stream
 from shoal.net.wire import codec
 from shoal.net.wire.encodings import as_received
 from shoal.protocol import Step, StepResult
 from shoal.tensors import Encoding
+from shoal.testing import Link
+from shoal.testing.proxy_process import ProxyProcess
 
 HIDDEN_SIZE = 2048
 SIZES = {"16 KiB": 4, "1 MiB": 256}  # tokens of 4 KiB
@@ -37,6 +51,17 @@ CASES: list[tuple[torch.dtype, Encoding]] = [
     (torch.float32, "int8"),
 ]
 
+LINE_TOKENS = (1024, 128, 16, 1)
+LINES = {
+    "loopback": Link(),
+    "1 Gbit/s, 4 ms": Link(delay_seconds=0.002, bytes_per_second=1e9 / 8),
+    "100 Mbit/s, 4 ms": Link(delay_seconds=0.002, bytes_per_second=100e6 / 8),
+    "100 Mbit/s, 100 ms": Link(delay_seconds=0.05, bytes_per_second=100e6 / 8),
+    "10 Mbit/s, 100 ms": Link(delay_seconds=0.05, bytes_per_second=10e6 / 8),
+}
+WARM_UP = 9
+"""Rounds on a line before the first that counts: its goodput is the best of the last eight large messages."""
+
 
 async def echo(stream: Stream) -> None:
     while True:
@@ -44,18 +69,18 @@ async def echo(stream: Stream) -> None:
         await codec.send(stream, StepResult(), {"hidden": tensors["hidden"]}, message.encoding_of("hidden"))
 
 
-async def serve() -> None:
+async def serve(port: int, announce: tuple[str, ...]) -> None:
     """Echo messages until stdin ends."""
-    async with join(NetworkConfig(host="127.0.0.1")) as node:
+    async with join(NetworkConfig(host="127.0.0.1", port=port, announce=announce)) as node:
         await node.transport.listen(echo)
         print(node.transport.addresses[0], flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
 
-async def ask(stream: Stream, hidden: torch.Tensor, encoding: Encoding) -> float:
+async def ask(stream: Stream, hidden: torch.Tensor, encoding: Encoding, *, packs: bool = False) -> float:
     """Seconds until the answer is decoded. The answer is checked."""
     start = time.perf_counter()
-    await codec.send(stream, Step(position=0), {"hidden": hidden}, encoding)
+    await codec.send(stream, Step(position=0), {"hidden": hidden}, encoding, packs=packs)
     _, answer = await codec.receive(stream)
     seconds = time.perf_counter() - start
     if not torch.equal(answer["hidden"], as_received(hidden, encoding)):
@@ -63,8 +88,8 @@ async def ask(stream: Stream, hidden: torch.Tensor, encoding: Encoding) -> float
     return seconds
 
 
-async def measure(address: str, rounds: int) -> list[dict[str, object]]:
-    results: list[dict[str, object]] = []
+async def measure(address: str, rounds: int) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
     async with join(NetworkConfig(initial_peers=(address,), client_mode=True)) as node:
         stream = await node.transport.open(address.rpartition("/")[2], [address])
         for size, num_tokens in SIZES.items():
@@ -91,27 +116,113 @@ async def measure(address: str, rounds: int) -> list[dict[str, object]]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.serve:
-        asyncio.run(serve())
-        return
-    load = os.getloadavg()[2]
-    with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.wire", "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
+def hidden_states(folder: Path) -> torch.Tensor:
+    """What the middle block of a model gives for random tokens, in bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    num_tokens = min(max(LINE_TOKENS), model.config.max_position_embeddings)
+    ids = torch.randint(3, model.config.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layers = model(ids, output_hidden_states=True).hidden_states
+    middle: torch.Tensor = layers[len(layers) // 2]
+    return middle.repeat(1, -(-max(LINE_TOKENS) // num_tokens), 1)[:, : max(LINE_TOKENS)]
+
+
+async def measure_lines(
+    address: str, port: int, proxies: ProxyProcess, hidden: torch.Tensor, rounds: int
+) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    async with AsyncExitStack() as stack:
+        streams = {}
+        for packs in (True, False):
+            node = await stack.enter_async_context(join(NetworkConfig(initial_peers=(address,), client_mode=True)))
+            streams[packs] = await node.transport.open(address.rpartition("/")[2], [address])
+            stack.push_async_callback(streams[packs].close)
+        for name, link in LINES.items():
+            proxies.set_link(port, link, link)
+            for num_tokens in LINE_TOKENS:
+                found: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+                warm_up = WARM_UP if num_tokens == max(LINE_TOKENS) else 1
+                for index in range(warm_up + rounds):
+                    for packs in (index % 2 > 0, index % 2 == 0):
+                        before = proxies.traffic(port)
+                        seconds = await ask(streams[packs], hidden[:, :num_tokens], "raw", packs=packs)
+                        after = proxies.traffic(port)
+                        num_bytes = (
+                            after.inward_bytes + after.outward_bytes - before.inward_bytes - before.outward_bytes
+                        )
+                        if index >= warm_up:
+                            found[packs].append((seconds, num_bytes))
+                seconds, num_bytes = (
+                    {packs: statistics.median(each[column] for each in found[packs]) for packs in found}
+                    for column in (0, 1)
+                )
+                results.append(
+                    {
+                        "line": name,
+                        "tokens": num_tokens,
+                        "raw_ms": seconds[False] * 1e3,
+                        "auto_ms": seconds[True] * 1e3,
+                        "raw_bytes": num_bytes[False],
+                        "auto_bytes": num_bytes[True],
+                    }
+                )
+    return results
+
+
+@contextmanager
+def echo_server(*options: str) -> Iterator[str]:
+    """The address of an echo server in another process."""
+    command = [sys.executable, "-m", "benchmarks.wire", "--serve", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None
         assert server.stdout is not None
-        results = asyncio.run(measure(server.stdout.readline().strip(), arguments.rounds))
+        yield server.stdout.readline().strip()
         server.stdin.close()
+
+
+def run_lines(model: Path, rounds: int) -> list[dict[str, Any]]:
+    hidden = hidden_states(model)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ProxyProcess() as proxies:
+        proxy_port = proxies.open_proxy(port, Link(), Link())
+        with echo_server("--port", str(port), "--announce", f"/ip4/127.0.0.1/tcp/{proxy_port}") as address:
+            return asyncio.run(measure_lines(address, port, proxies, hidden, rounds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--lines", action="store_true")
+    parser.add_argument("--model", type=Path, default=STORIES)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--announce", nargs="*", default=(), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        asyncio.run(serve(arguments.port, tuple(arguments.announce)))
+        return
+    load = os.getloadavg()[2]
+    if arguments.lines:
+        results = run_lines(arguments.model, arguments.rounds or 20)
+    else:
+        with echo_server() as address:
+            results = asyncio.run(measure(address, arguments.rounds or 200))
     if arguments.json:
         print(json.dumps({"machine": describe_machine(), "load_before": load, "hops": results}, indent=2))
         return
-    print(f"{describe_machine()}\n")
+    print(f"{describe_machine()}; load before {load:.1f}\n")
+    if arguments.lines:
+        print("| line | tokens | raw, ms | auto, ms | ratio | raw, kB | auto, kB | ratio |\n" + "|---" * 8 + "|")
+        for each in results:
+            ms, num_bytes = each["auto_ms"] / each["raw_ms"], each["auto_bytes"] / each["raw_bytes"]
+            print(
+                f"| {each['line']} | {each['tokens']} | {each['raw_ms']:.4g} | {each['auto_ms']:.4g} | **{ms:.2f}** "
+                f"| {each['raw_bytes'] / 1e3:.4g} | {each['auto_bytes'] / 1e3:.4g} | **{num_bytes:.2f}** |"
+            )
+        return
     print("hidden states  dtype     encoding  bytes each way  median ms  95 % ms")
     for each in results:
         print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ class Tap:
             if spec.dtype == "float32"
         }
 
+    def packed(self) -> set[tuple[str, str]]:
+        """From which peers to which something was sent packed."""
+        return {
+            (frame.sender, frame.receiver)
+            for frame, message, _ in self.frames
+            for spec in message.tensors
+            if spec.packed is not None
+        }
+
     def payload_bytes(self) -> int:
         return sum(len(frame.payload) for frame, _, _ in self.frames)
 
@@ -71,6 +81,12 @@ class Tap:
 def tapped(swarm: Swarm) -> Tap:
     swarm.network.on_frame = tap = Tap()
     return tap
+
+
+def slow_lines(swarm: Swarm, *peers: str) -> None:
+    """From now on, all of these peers believe that their lines to each other are so slow that packing always gains."""
+    for one, other in permutations(peers, 2):
+        swarm.call(lambda one=one, other=other: swarm.network.line(one, other).told(1000))
 
 
 def without_encodings(swarm: Swarm, name: str) -> None:
@@ -121,6 +137,40 @@ def test_nothing_is_lost_unless_the_user_asks_for_it(swarm: MakeSwarm, whole: Pr
     model(PROMPT, labels=PROMPT).loss.backward()
     assert tap.encodings() == {"raw"}
     assert WIRES["auto"] == ClientOptions().wire == "raw"
+
+
+def test_slow_lines_carry_fewer_bytes_and_the_same_bits(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4")
+    packing, raw = swarm_.model(peer="packing"), swarm_.model(peer="raw", config=replace(QUICK, packs=False))
+    slow_lines(swarm_, "packing", "s0", "s1")
+    results = []
+    for model in (packing, raw):
+        tap = tapped(swarm_)
+        generated = model.generate(LONG_PROMPT, max_new_tokens=8).tolist()
+        embeds = whole.get_input_embeddings()(LONG_PROMPT).detach().requires_grad_(True)
+        logits = model(inputs_embeds=embeds).logits
+        logits.square().sum().backward()
+        results.append((generated, logits.detach(), embeds.grad, tap))
+    (tokens, logits, grad, few), (raw_tokens, raw_logits, raw_grad, many) = results
+    assert tokens == raw_tokens == whole.generate(LONG_PROMPT, max_new_tokens=8).tolist()
+    assert torch.equal(logits, raw_logits)
+    assert torch.equal(grad, raw_grad)
+    assert few.packed() >= {*permutations(("packing", "s0"), 2), *permutations(("packing", "s1"), 2), ("s0", "s1")}
+    assert few.encodings() == {"raw"}
+    assert few.payload_bytes() < many.payload_bytes()
+    assert many.packed() == set()
+
+
+def test_a_server_that_unpacks_nothing_gets_nothing_packed(swarm: MakeSwarm, whole: PreTrainedModel):
+    swarm_ = swarm("0:2", "2:4")
+    without_encodings(swarm_, "s1")
+    model = swarm_.model(peer="client")
+    slow_lines(swarm_, "client", "s0", "s1")
+    tap = tapped(swarm_)
+    generated = model.generate(LONG_PROMPT, max_new_tokens=4)
+    assert generated.tolist() == whole.generate(LONG_PROMPT, max_new_tokens=4).tolist()
+    assert ("client", "s0") in tap.packed()
+    assert tap.packed().isdisjoint({("client", "s1"), ("s0", "s1")})
 
 
 def test_int8_is_half_of_bfloat16_on_the_wire(swarm: MakeSwarm):
@@ -214,6 +264,10 @@ def test_a_family_that_cannot_bear_an_encoding_refuses_it(swarm: MakeSwarm, monk
 def test_what_loses_nothing_is_never_refused(swarm: MakeSwarm, monkeypatch):
     monkeypatch.setitem(families.TOO_SENSITIVE, "bfloat16", frozenset({"llama"}))
     swarm("0:4").model(config=asking_for("bfloat16"), dtype="bfloat16")
+
+
+def test_only_raw_is_never_packed():
+    assert {wire for wire in WIRES if not ClientOptions.from_keywords(wire=wire).packs} == {"raw"}
 
 
 def test_the_command_line_has_the_same_words():

@@ -14,6 +14,7 @@ from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.errors import PeerError, ServerLost
+from shoal.net.lines import Line
 from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Buffer, HeaderCheck, StreamBroken
 from shoal.net.wire.frames import payload_bytes
 from shoal.peers import ServerInfo, ServerState
@@ -44,6 +45,7 @@ class ScriptedStream:
     """The other side answers each message as it is told, `delay` seconds later."""
 
     peer = "server"
+    line = Line()
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from shoal.client.decoding.receipts.stage_receipts import MAX_WAITING
 from shoal.client.decoding.stage import IDLE_PONGS, Stage
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
-from shoal.client.swarm.broken_pairs import RETRY_PUSH_SECONDS, UNPUSHED_PONGS, BrokenPairs
+from shoal.client.swarm.broken_pairs import RETRY_PUSH_SECONDS, UNPUSHED_PONGS, BrokenPairs, PushRules
 from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError, ServerLost
 from shoal.peers import ServerInfo, ServerState
@@ -276,7 +276,7 @@ def time() -> Iterator[list[float]]:
 
 
 def ring_of(time: list[float], *peers: str) -> tuple[PushLinks, list[Scene]]:
-    ring = PushLinks(BrokenPairs(lambda: time[0]), wire="raw")
+    ring = PushLinks(PushRules(BrokenPairs(lambda: time[0]), wire="raw"))
     all_steps = [Scene(peer) for peer in peers]
     ring.link([each.stage for each in all_steps])
     return ring, all_steps

@@ -145,7 +145,8 @@ OnTheWire = Annotated[
     typer.Option(
         "--wire",
         metavar="ENCODING",
-        help="How hidden states travel: raw (auto), or bfloat16, int8: fewer bytes, less precise.",
+        help="How hidden states travel: auto, packed without loss where that is faster; raw; or bfloat16, int8: fewer "
+        "bytes, less precise.",
     ),
 ]
 HistoryEncoding = Annotated[

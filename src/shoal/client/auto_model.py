@@ -115,8 +115,8 @@ class _AutoDistributed:
 
         - `dtype`: what the client computes in and sends. Default: what the swarm computes in, or the model's dtype
           while it has no server. `device`: default "cpu"; "auto" is a GPU if there is one.
-        - `wire`: the encoding of hidden states on the network, "raw" (which "auto" is), or the smaller and lossy
-          "bfloat16" or "int8".
+        - `wire`: the encoding of hidden states on the network. "auto" loses nothing, and packs them where that is
+          faster; "raw" never packs; "bfloat16" and "int8" are smaller and lossy.
         - `history`: how inputs are kept so that a lost server can be replaced, "exact", or the smaller and lossy
           "bfloat16" or "int8", which may change what is generated after a failure. `history_memory`: the bytes that
           stay in memory, for all sessions together, by default all; the rest goes to an unnamed file in

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from shoal.net.lines import Line
 from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.census.histogram import Histogram
 from shoal.policy.network.reachability import Reach
@@ -42,6 +43,11 @@ class Stream(Protocol):
     @property
     def address(self) -> str | None:
         """The other side's multiaddress, if it is known; one through a relay contains `/p2p-circuit`."""
+        ...
+
+    @property
+    def line(self) -> Line:
+        """The line to the other side."""
         ...
 
     @property

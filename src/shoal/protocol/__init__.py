@@ -19,7 +19,7 @@ from shoal.protocol.acknowledging import (
     Introduce,
 )
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
-from shoal.protocol.control import Close, Leaving, Ping, Pong
+from shoal.protocol.control import Arrived, Close, Leaving, Ping, Pong
 from shoal.protocol.dialing import MAX_DIALED_ADDRESSES, REACH_PROTOCOL, DialBack, DialedBack
 from shoal.protocol.failures import FAILURES, Failure, FailureCode
 from shoal.protocol.limits import (
@@ -127,6 +127,7 @@ __all__ = [
     "AdapterStored",
     "Address",
     "AnyMessage",
+    "Arrived",
     "Backward",
     "Block",
     "Close",

@@ -43,6 +43,12 @@ class Leaving(Message):
     seconds: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
 
 
+class Arrived(Message):
+    """Server: a large step that was pushed has arrived, with this `goodput`. Nothing else is said to who pushes."""
+
+    kind: Literal["arrived"] = "arrived"
+
+
 class Close(Message):
     """Client: the end of the stream. It is a message because a crash and a clean close of a stream look alike."""
 

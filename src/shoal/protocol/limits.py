@@ -45,6 +45,7 @@ MAX_STEPS_AHEAD = 16
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # users see it on terminals
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+Goodput = Annotated[int, Field(ge=0, lt=1 << 53)]
 Position = Annotated[int, Field(ge=0, le=MAX_LENGTH)]
 Epoch = Annotated[int, Field(ge=0, lt=1 << 53)]
 PeerId = Annotated[str, Field(min_length=1, max_length=64)]

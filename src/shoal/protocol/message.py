@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from shoal.protocol.limits import (
     Adapted,
     Block,
+    Goodput,
     Text,
 )
 from shoal.strict import Strict
@@ -16,10 +17,15 @@ from shoal.tensors import Encoding, TensorName, TensorSpec
 
 
 class Message(Strict):
-    """One header: the fields of a message, and the `tensors` that follow it, of those that its kind `carries`."""
+    """One header: the fields of a message, and the `tensors` that follow it, of those that its kind `carries`.
+
+    A peer that unpacks tensors says now and then with which `goodput` large frames come from the other one: bytes per
+    second, 0 while it does not know. The other one may pack what it sends from then on.
+    """
 
     carries: ClassVar[tuple[TensorName, ...]] = ()
     tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=4, strict=False)] = ()
+    goodput: Goodput | None = None
 
     @model_validator(mode="after")
     def _tensors_belong_here(self) -> Message:

@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from shoal.protocol.acknowledging import Acknowledge, Introduce
 from shoal.protocol.adapters import Adapter, AdapterStored, NotCached
-from shoal.protocol.control import Close, Leaving, Ping, Pong
+from shoal.protocol.control import Arrived, Close, Leaving, Ping, Pong
 from shoal.protocol.dialing import DialBack, DialedBack
 from shoal.protocol.failures import Failure
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
@@ -56,6 +56,7 @@ AnyMessage = (
     | Ping
     | Pong
     | Leaving
+    | Arrived
     | Failure
     | Close
 )

@@ -33,11 +33,15 @@ class Upstream(Strict):
 
 
 class Downstream(Strict):
-    """The server to which a session's outputs are pushed, its addresses, and the link over which they are pushed."""
+    """The server to which a session's outputs are pushed, its addresses, and the link over which they are pushed.
+
+    `packs` says that it unpacks tensors.
+    """
 
     peer: PeerId
     link: Link
     addresses: Annotated[tuple[Address, ...], Field(max_length=8, strict=False)] = ()
+    packs: Literal[True] | None = None
 
 
 class Open(ComputationMessage):

@@ -91,7 +91,7 @@ class Pipeline:
         self._expected_length = expected_length
         self._end = end
         self.notify = notify
-        self.links = PushLinks(swarm.measurements.broken_pairs, wire=swarm.config.wire)
+        self.links = PushLinks(swarm.push_rules)
         self.receipts = ReceiptCheck(swarm)
         self.stages = self.stages_on(hops, history)
         self.awaited: dict[Stage, Awaited] = {}

@@ -8,43 +8,37 @@ from itertools import pairwise
 
 from shoal.client.decoding.progress import StageStatus
 from shoal.client.decoding.stage import Neighbors, Stage
-from shoal.client.swarm.broken_pairs import UNPUSHED_PONGS, BrokenPairs
-from shoal.protocol import Downstream, Upstream
-from shoal.tensors import Encoding
+from shoal.client.swarm.broken_pairs import UNPUSHED_PONGS, PushRules
+from shoal.protocol import Upstream
 
 
 class PushLinks:
     """Who are the neighbors of each server in the ring, and by which link the servers of a pair recognize each other.
 
-    A link is a random name of 32 hex digits. `broken` has the pairs that could not push lately, in any session; `wire`
-    is the encoding of what is pushed, which both servers have to know.
+    A link is a random name of 32 hex digits. The `rules` say which servers may push to each other.
     """
 
-    def __init__(self, broken: BrokenPairs, *, wire: Encoding) -> None:
-        self._broken = broken
-        self._wire: Encoding = wire
+    def __init__(self, rules: PushRules) -> None:
+        self._rules = rules
         self._links: dict[tuple[Stage, Stage], str] = {}
         self._neighbors: dict[Stage, Neighbors] = {}
 
     def link(self, stages: Sequence[Stage]) -> None:
         """Connect these servers in this order. Pairs that stay as they are keep their link."""
         pairs = [
-            (upstream, downstream) for upstream, downstream in pairwise(stages) if self._can_push(upstream, downstream)
+            (upstream, downstream)
+            for upstream, downstream in pairwise(stages)
+            if self._rules.allow(upstream.hop.server, downstream.hop.server)
         ]
         self._links = {pair: self._links.get(pair) or secrets.token_hex(16) for pair in pairs}
         upstreams = {
             downstream: Upstream(peer=upstream.peer, link=link) for (upstream, downstream), link in self._links.items()
         }
         downstreams = {
-            upstream: Downstream(peer=downstream.peer, link=link, addresses=downstream.hop.server.addresses[:8])
+            upstream: self._rules.downstream_of(upstream.hop.server, downstream.hop.server, link)
             for (upstream, downstream), link in self._links.items()
         }
         self._neighbors = {stage: (upstreams.get(stage), downstreams.get(stage)) for stage in stages}
-
-    def _can_push(self, upstream: Stage, downstream: Stage) -> bool:
-        peers = upstream.peer, downstream.peer
-        knows_wire = all(self._wire in ("raw", *stage.hop.server.encodings) for stage in (upstream, downstream))
-        return knows_wire and upstream.peer != downstream.peer and peers not in self._broken
 
     def neighbors_of(self, stage: Stage) -> Neighbors:
         """The servers from which and to which a server pushes."""
@@ -68,14 +62,14 @@ class PushLinks:
             position = pushed[0].position
         else:
             return None
-        self._broken.add(upstream.peer, downstream.peer)
+        self._rules.broken.add(upstream.peer, downstream.peer)
         self._unlink(upstream, downstream)
         return position
 
     def unlink_broken(self) -> None:
         """Let no server push to another if this pair has become broken, in any session."""
         for upstream, downstream in list(self._links):
-            if (upstream.peer, downstream.peer) in self._broken:
+            if (upstream.peer, downstream.peer) in self._rules.broken:
                 self._unlink(upstream, downstream)
 
     def _unlink(self, upstream: Stage, downstream: Stage) -> None:

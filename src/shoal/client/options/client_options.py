@@ -41,6 +41,8 @@ CHOOSERS: Mapping[str, Chooser] = {"balanced": "balanced", "shortest": "shortest
 
 WIRES: Mapping[str, Encoding] = {"auto": "raw", "raw": "raw", "bfloat16": "bfloat16", "int8": "int8"}
 """How hidden states and gradients travel, and the encoding that each name means."""
+UNPACKED = "raw"
+"""The way to travel without packing. All others pack, without loss, what is there sooner then."""
 
 AUTO, OFF = "auto", "off"
 """How the next tokens of a stream are guessed, if not by a model: from what the text repeats, or not at all."""
@@ -127,6 +129,8 @@ class ClientOptions:
     """Where is kept what servers compute for this machine; `None` is `contribution` in shoal's cache folder."""
     wire: Encoding = "raw"
     """The encoding of hidden states and gradients on the network. All others than "raw" are lossy."""
+    packs: bool = True
+    """Whether tensors are packed without loss where they are there sooner then (`shoal.policy.network.goodput`)."""
     history: Encoding = "raw"
     """The encoding of the inputs that are kept for a replay. All others than "raw" are lossy."""
     history_memory: int | None = None
@@ -245,6 +249,7 @@ class ClientOptions:
             audits=parse_audits(audits),
             own_servers=parse_own_servers(own_servers),
             wire=parse_wire(wire),
+            packs=wire != UNPACKED,
             history=parse_history(history),
             history_memory=history_memory,
             history_folder=None if history_folder is None else Path(history_folder).expanduser(),

@@ -1,12 +1,15 @@
-"""Pairs of servers that cannot push to one another, and how a client notices it in a pass."""
+"""Which servers may push to one another, and how a client notices in a pass that two of them cannot."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from shoal.net.transport import SLOWEST_LINK
-from shoal.protocol import Pong
+from shoal.peers import ServerInfo
+from shoal.protocol import Downstream, Pong
+from shoal.tensors import PACKED, Encoding
 
 UNPUSHED_PONGS = 6
 """A server that says this often in a row that it is idle was not pushed its step, or the inputs of its pass.
@@ -39,6 +42,28 @@ class BrokenPairs:
     def now(self) -> frozenset[tuple[str, str]]:
         """All pairs that are broken now."""
         return frozenset(pair for pair in self._until if pair in self)
+
+
+@dataclass(frozen=True)
+class PushRules:
+    """How servers push to each other: in the encoding `wire`, which both have to know, and not if their pair is broken.
+
+    With `packs`, they pack tensors where that is faster, if both can.
+    """
+
+    broken: BrokenPairs
+    wire: Encoding
+    packs: bool = False
+
+    def allow(self, upstream: ServerInfo, downstream: ServerInfo) -> bool:
+        """Whether the first server may push to the second."""
+        knows_wire = all(self.wire in ("raw", *each.encodings) for each in (upstream, downstream))
+        return knows_wire and upstream.peer != downstream.peer and (upstream.peer, downstream.peer) not in self.broken
+
+    def downstream_of(self, upstream: ServerInfo, downstream: ServerInfo, link: str) -> Downstream:
+        """What the first server is told of the second."""
+        packs = self.packs and all(PACKED in each.encodings for each in (upstream, downstream))
+        return Downstream(peer=downstream.peer, link=link, addresses=downstream.addresses[:8], packs=packs or None)
 
 
 class AwaitedPush:

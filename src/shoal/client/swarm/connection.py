@@ -23,7 +23,7 @@ from shoal.net.wire import codec
 from shoal.peers import ServerInfo
 from shoal.policy.liveness import STUCK_FACTOR, Liveness
 from shoal.protocol import FAILURES, REPLY_KINDS, AnyMessage, Close, Failure, Leaving, Ping, Pong, ProtocolViolation
-from shoal.tensors import Encoding
+from shoal.tensors import PACKED, Encoding
 
 OPEN_SECONDS = 6.0
 """How long a stream may take to open: a second longer than a dial may take (`shoal.net.ping.DIAL_SECONDS`)."""
@@ -58,6 +58,7 @@ class Connection:
     ) -> None:
         self.peer = server.peer
         self.encoding: Encoding = config.wire if config.wire in server.encodings else "raw"
+        self._packs = config.packs and PACKED in server.encodings
         self.error: PeerError | None = None
         self.on_message: OnMessage = lambda message, tensors: None
         self.on_end: Callable[[], None] = lambda: None
@@ -116,7 +117,7 @@ class Connection:
             if self.error is not None:
                 raise self.error
             self._liveness = self._liveness.after_sending(is_ping=isinstance(message, Ping), now=self._clock())
-            sending = codec.send(self._stream, message, tensors, self.encoding)
+            sending = codec.send(self._stream, message, tensors, self.encoding, packs=self._packs)
             patience = self._config.silence_seconds + self._in_flight.seconds_for(num_bytes)
             try:
                 await with_progress_timeout(sending, lambda: self._stream.taken_at, seconds=patience)
@@ -244,9 +245,9 @@ class Connection:
                 with contextlib.suppress(StreamBroken, TimeoutError):
                     async with asyncio.timeout(CLOSE_SECONDS), self._sending:
                         if self.tab is not None and (last := await self.tab.acknowledgement()) is not None:
-                            await codec.send(self._stream, last)
+                            await codec.send(self._stream, last, packs=self._packs)
                             self.tab.sent()
-                        await codec.send(self._stream, Close())
+                        await codec.send(self._stream, Close(), packs=self._packs)
             if self._task is not None and self._task is not asyncio.current_task():
                 await asyncio.gather(self._task, return_exceptions=True)
         finally:  # also if the caller is cancelled meanwhile

@@ -22,6 +22,7 @@ from shoal.client.history.history_store import HistoryStore
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.adapter_sync import AdapterSync
 from shoal.client.swarm.audit_book import AuditBook, Evidence
+from shoal.client.swarm.broken_pairs import PushRules
 from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.directory_cache import DirectoryCache, Holding, holding
 from shoal.client.swarm.in_flight import PeerInFlight
@@ -80,6 +81,7 @@ class Swarm:
         )
         """Where the histories of all sessions are."""
         self.measurements = Measurements(now)
+        self.push_rules = PushRules(self.measurements.broken_pairs, config.wire, config.packs)
         self.adapter_sync = AdapterSync()
         audit_rng = random.Random(random.getrandbits(64))  # noqa: S311 - no server sees anything of it
         evidence_folder = config.evidence_folder or cache_folder() / "shut-out"

@@ -22,7 +22,7 @@ from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
 from shoal.policy.contribution.credit import BACKWARD
 from shoal.policy.routing.route import SLOWEST, Hop
-from shoal.protocol import MAX_STEP_TOKENS, Backward, Downstream, Forward, NotCached, PassResult, Upstream
+from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, NotCached, PassResult, Upstream
 from shoal.spans import Span
 
 Answered = tuple[Connection, PassResult | NotCached, Tensors]
@@ -70,11 +70,7 @@ class PassRings:
         return pieces
 
     def _can_push(self, upstream: ServerInfo, downstream: ServerInfo, *, num_tokens: int) -> bool:
-        if upstream.peer == downstream.peer or num_tokens > MAX_STEP_TOKENS:
-            return False
-        wire = self._swarm.config.wire
-        knows_wire = all(wire in ("raw", *each.encodings) for each in (upstream, downstream))
-        return knows_wire and (upstream.peer, downstream.peer) not in self._swarm.measurements.broken_pairs
+        return num_tokens <= MAX_STEP_TOKENS and self._swarm.push_rules.allow(upstream, downstream)
 
     @contextlib.asynccontextmanager
     async def asking(self, parts: Sequence[RingPart]) -> AsyncIterator[list[asyncio.Task[Answered | None]]]:
@@ -92,8 +88,8 @@ class PassRings:
                 if index:
                     upstream = Upstream(peer=parts[index - 1].hop.server.peer, link=links[index - 1])
                 if index < len(links):
-                    server = parts[index + 1].hop.server
-                    downstream = Downstream(peer=server.peer, link=links[index], addresses=server.addresses[:8])
+                    pair = part.hop.server, parts[index + 1].hop.server
+                    downstream = self._swarm.push_rules.downstream_of(*pair, links[index])
                 place = {"encoding": self._swarm.config.wire, "upstream": upstream, "downstream": downstream}
                 request = part.request.model_copy(update=place)
                 turn = RingTurn(start, pushes[index])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from shoal.net.addressing.addresses import network_of
+from shoal.net.lines import Line
 from shoal.net.transport import CHUNK_BYTES, Buffer, HeaderCheck, StreamBroken
 from shoal.net.wire.frames import PREFIX_BYTES, pack_prefix, payload_bytes, unpack_prefix
 from shoal.net.wire.receive_budget import ReceiveBudget, Reservation
@@ -46,11 +47,13 @@ class Libp2pStream:
         writer: StreamWriter,
         *,
         address: str | None = None,
+        line: Line | None = None,
         budget: ReceiveBudget | None = None,
         on_close: Callable[[Libp2pStream], None] | None = None,
     ) -> None:
         self._peer = peer
         self.address = address
+        self.line = line or Line()
         self._clock = get_running_loop().time
         self.heard_at = self.taken_at = self._clock()
         self.taken_bytes = 0

@@ -20,6 +20,7 @@ from shoal.net.libp2p.membership import Membership
 from shoal.net.libp2p.reach.reach_keeper import ReachKeeper
 from shoal.net.libp2p.reach.relay_daemon import start_daemon
 from shoal.net.libp2p.spoken_version import check_versions, spoken_version
+from shoal.net.lines import Lines
 from shoal.net.swarm_key import SwarmKey
 from shoal.net.transport import RelayTrial, StreamBroken, StreamHandler
 from shoal.net.wire.receive_budget import ReceiveBudget
@@ -84,6 +85,7 @@ class Libp2pTransport:
             )
         self._handler: StreamHandler | None = None
         self._budget = ReceiveBudget()
+        self._lines = Lines()
         self._handlers = HandlerTasks()
         self._streams: set[Libp2pStream] = set()
         self._supervisor: asyncio.Task[None] | None = None
@@ -151,7 +153,13 @@ class Libp2pTransport:
         if hints and (peer in self._dialled or len(self._dialled) < MAX_DIALLED_PEERS):
             self._dialled[peer] = hints
         stream = Libp2pStream(
-            peer, reader, writer, address=address, budget=self._budget, on_close=self._streams.discard
+            peer,
+            reader,
+            writer,
+            address=address,
+            line=self._lines.to(peer),
+            budget=self._budget,
+            on_close=self._streams.discard,
         )
         self._streams.add(stream)
         try:
@@ -323,7 +331,9 @@ class Libp2pTransport:
             logger.debug("a stream of %s is refused", peer)
             writer.close()
             return
-        self._handlers.start(handler, Libp2pStream(peer, reader, writer, address=address, budget=self._budget))
+        line = self._lines.to(peer)
+        stream = Libp2pStream(peer, reader, writer, address=address, line=line, budget=self._budget)
+        self._handlers.start(handler, stream)
 
 
 def _bootstrap_failed(initial: dict[str, tuple[str, ...]]) -> BootstrapFailed:

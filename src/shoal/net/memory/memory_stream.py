@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from shoal.net.lines import Line
 from shoal.net.memory.faults import Faults
 from shoal.net.transport import Buffer, HeaderCheck, StreamBroken
 from shoal.net.wire.frames import pack_prefix, payload_bytes
@@ -162,7 +163,8 @@ class MemoryLink:
 class MemoryStream:
     """One side of a link: the opener's (`me` is 0) or the acceptor's (1)."""
 
-    def __init__(self, link: MemoryLink, *, me: int) -> None:
+    def __init__(self, link: MemoryLink, *, me: int, line: Line) -> None:
+        self.line = line
         self._link = link
         self._me = me
         self._closed = False

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from shoal.net.lines import Line
 from shoal.net.transport import CHUNK_BYTES, Buffer, HeaderCheck, Node, Stream, StreamHandler, Transport
 from shoal.policy.network.network_speed import Bulk, Direction, Seen
 from shoal.policy.network.reachability import Reach
@@ -98,6 +99,10 @@ class _MeteredStream:
     @property
     def address(self) -> str | None:
         return self._stream.address
+
+    @property
+    def line(self) -> Line:
+        return self._stream.line
 
     @property
     def heard_at(self) -> float:

@@ -34,7 +34,7 @@ from shoal.server.placing.compute_thread import Compute
 from shoal.server.rpc.weights_service import WeightsService
 from shoal.server.startup_progress import Phase, Progress, Report
 from shoal.spans import Span
-from shoal.tensors import LOSSY
+from shoal.tensors import LOSSY, PACKED
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def base_info(config: ServerConfig, node: Node, setup: Setup) -> ServerInfo:
         version=VERSION,
         name=config.name,
         addresses=node.transport.addresses,
-        encodings=tuple(LOSSY),
+        encodings=(*LOSSY, PACKED),
         training=config.training,
         pinned=not config.moves,
         protocol=PROTOCOL_VERSION,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from shoal.concurrency import owned_task, with_progress_timeout
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
-from shoal.protocol import Downstream, PassInputs, ProtocolViolation, Step
+from shoal.protocol import Arrived, Downstream, PassInputs, ProtocolViolation, Step
 from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,15 @@ Pushed = Step | PassInputs
 
 
 class PushHandle:
-    """The use that one session, or a client's passes, makes of a connection. `num_waiting` pushes are not sent yet."""
+    """The use that one session, or a client's passes, makes of a connection. `num_waiting` pushes are not sent yet.
 
-    def __init__(self, connection: PushConnection) -> None:
+    With `packs`, tensors are packed where that is faster.
+    """
+
+    def __init__(self, connection: PushConnection, *, packs: bool = False) -> None:
         self.num_waiting = 0
         self._connection = connection
+        self._packs = packs
         connection.handles.add(self)
 
     def push(
@@ -45,7 +49,7 @@ class PushHandle:
     ) -> None:
         """Queue a message. `done` is called with whether it was sent; if not, it is certain not to arrive."""
         self.num_waiting += 1
-        self._connection.send(QueuedPush(self, message, tensors, encoding, done))
+        self._connection.send(QueuedPush(self, message, tensors, encoding, self._packs, done))
 
     @property
     def is_open(self) -> bool:
@@ -65,6 +69,7 @@ class QueuedPush:
     message: Pushed
     tensors: codec.Tensors
     encoding: Encoding
+    packs: bool
     done: Callable[[bool], None]
 
     def settle(self, *, sent: bool) -> None:
@@ -77,7 +82,7 @@ class QueuedPush:
 class PushConnection:
     """Sends what its handles push to one server, while `run` runs. `abandoned` is called when the last one leaves.
 
-    The next server never says anything on the stream.
+    The next server says nothing on the stream but how fast pushes arrive.
     """
 
     def __init__(self, transport: Transport, downstream: Downstream, *, abandoned: Callable[[], None]) -> None:
@@ -88,6 +93,7 @@ class PushConnection:
         self._queue: deque[QueuedPush] = deque()
         self._news = asyncio.Event()
         self._is_broken = False
+        self._num_pushed = 0  # over the present stream
 
     def send(self, pushed: QueuedPush) -> None:
         """Queue a message."""
@@ -134,8 +140,9 @@ class PushConnection:
             while self._queue:  # they would be told after another such time
                 self._fail(self._queue.popleft(), failure)
             return None
+        self._num_pushed = 0
         try:
-            async with owned_task(_until_end(stream)) as ending:
+            async with owned_task(self._until_end(stream)) as ending:
                 return await self._send_all(stream, pushed, ending)
         finally:
             await stream.close()
@@ -146,7 +153,8 @@ class PushConnection:
         while pushed := pushed or await self._next(IDLE_SECONDS):
             if ending.done():
                 return pushed
-            sending = codec.send(stream, pushed.message, pushed.tensors, pushed.encoding)
+            self._num_pushed += 1
+            sending = codec.send(stream, pushed.message, pushed.tensors, pushed.encoding, packs=pushed.packs)
             try:
                 await with_progress_timeout(sending, lambda: stream.taken_at, seconds=SEND_SECONDS)
             except (StreamBroken, TimeoutError) as failure:
@@ -155,6 +163,16 @@ class PushConnection:
             pushed.settle(sent=True)
             pushed = None
         return None
+
+    async def _until_end(self, stream: Stream) -> None:
+        """Hear how fast pushes arrive, until the next server ends the stream, or says more than was pushed."""
+        num_arrived = 0
+        with contextlib.suppress(StreamBroken, ProtocolViolation):
+            while True:
+                message, _ = await codec.receive(stream, frozenset())
+                num_arrived += 1
+                if not isinstance(message, Arrived) or num_arrived > self._num_pushed:
+                    return
 
     async def _next(self, seconds: float | None) -> QueuedPush | None:
         """The message that is to be sent next; None if there is none for `seconds`."""
@@ -170,8 +188,3 @@ class PushConnection:
         reason = str(failure) or "it takes too long"
         log.info("nothing could be pushed to %s: %s", self._downstream.peer, reason)
         pushed.settle(sent=False)
-
-
-async def _until_end(stream: Stream) -> None:
-    with contextlib.suppress(StreamBroken, ProtocolViolation):
-        await codec.receive(stream, frozenset())

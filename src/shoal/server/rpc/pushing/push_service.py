@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 
 from shoal.net.transport import Stream, Transport
 from shoal.net.wire import codec
-from shoal.protocol import REQUEST_KINDS, AnyMessage, Downstream, PassInputs, Step, Upstream
+from shoal.protocol import REQUEST_KINDS, AnyMessage, Arrived, Downstream, PassInputs, Step, Upstream
 from shoal.server.rpc.pushing.push_connection import PushConnection, Pushed, PushHandle
 from shoal.server.rpc.pushing.unclaimed_pushes import UnclaimedPushes
 
@@ -87,6 +87,8 @@ class PushService:
             else:
                 log.debug("%s pushes a step that no session expects", stream.peer)
             async with asyncio.timeout(idle_seconds):
+                if stream.line.has_news and stream.line.is_told:
+                    await codec.send(stream, Arrived())
                 said, tensors = await codec.receive(stream, REQUEST_KINDS, check)
             if not isinstance(said, Step | PassInputs):
                 return
@@ -109,7 +111,7 @@ class PushService:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         connection, _ = self._connections[place]
-        return PushHandle(connection)
+        return PushHandle(connection, packs=bool(downstream.packs))
 
     def _give_up(self, place: Place) -> None:
         _, task = self._connections.pop(place)
