@@ -1,6 +1,6 @@
 """What `wire="auto"` saves: bytes and seconds of prefills in bfloat16, packed where that is faster, and never packed.
 
-    python -m benchmarks.packing [--quick] [--model FOLDER] [--tokens 1024] [--rounds 5] [--json]
+    python -m benchmarks.packing [--quick] [--model FOLDER] [--networks NAME ...] [--rounds 5] [--json]
 
 Two servers, each a process behind a proxy that shapes its link (docs/testing.md), have half of the blocks each. On each
 network, two clients take turns with prompts that no server knows, one with `wire="auto"` and one with `wire="raw"`,
@@ -45,6 +45,8 @@ NETWORKS = {
 WIRES = ("auto", "raw")
 WARM_UP = 2
 """Prompts before the first that counts. Each has several messages; a line is as fast as the best of the last eight."""
+NUM_TOKENS = 4
+"""What is generated: a session that ends after one token is closed before its servers have sent all inputs back."""
 QUIET_SECONDS, QUIET_BYTES = 0.5, 20_000
 """The network is quiet when so little was forwarded for this long: servers send inputs for a replay after the outputs,
 and measure their network."""
@@ -67,7 +69,7 @@ def prefill(swarm: ShapedSwarm, model: Any, num_tokens: int, chance: torch.Gener
     """Seconds until the first token of a new prompt, and the bytes of all proxies meanwhile."""
     prompt = torch.randint(3, model.config.vocab_size, (1, num_tokens), generator=chance)
     before = _num_bytes(swarm)
-    seconds = generate(model, prompt, 1).seconds_to_first
+    seconds = generate(model, prompt, NUM_TOKENS).seconds_to_first
     last, after = before, _num_bytes(swarm)
     while after - last > QUIET_BYTES:
         time.sleep(QUIET_SECONDS)
@@ -79,7 +81,7 @@ def _num_bytes(swarm: ShapedSwarm) -> int:
     return sum(each.traffic.inward_bytes + each.traffic.outward_bytes for each in swarm.servers)
 
 
-def measure(folder: Path, num_tokens: int, rounds: int) -> list[Row]:
+def measure(folder: Path, networks: Sequence[str], num_tokens: int, rounds: int) -> list[Row]:
     num_blocks = AutoConfig.from_pretrained(folder).num_hidden_layers
     spans = [f"0:{num_blocks // 2}", f"{num_blocks // 2}:{num_blocks}"]
     rows, chance = [], torch.Generator().manual_seed(0)
@@ -92,9 +94,9 @@ def measure(folder: Path, num_tokens: int, rounds: int) -> list[Row]:
                 folder, initial_peers=swarm.addresses, dtype=torch.bfloat16, wire=wire, audits="off"
             )
             stack.callback(models[wire].close)
-        for network, link in NETWORKS.items():
+        for network in networks:
             for server in swarm.servers:
-                server.link(link)
+                server.link(NETWORKS[network])
             found: dict[str, list[tuple[float, int]]] = {wire: [] for wire in WIRES}
             for index in range(WARM_UP + rounds):
                 for wire in WIRES if index % 2 else reversed(WIRES):
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -131,7 +134,7 @@ def main() -> None:
     folder = arguments.model or (STORIES if arguments.quick else reference_model())
     load_before = os.getloadavg()[0]
     num_tokens = min(64, arguments.tokens) if arguments.quick else arguments.tokens
-    rows = measure(folder, num_tokens, arguments.rounds or (1 if arguments.quick else 5))
+    rows = measure(folder, arguments.networks, num_tokens, arguments.rounds or (1 if arguments.quick else 5))
     if arguments.json:
         about = {"machine": describe_machine(), "date": str(date.today()), "load_before": load_before}
         print(json.dumps({**about, "rows": [asdict(each) for each in rows]}, indent=2))

@@ -12,7 +12,7 @@ from shoal.net.memory import Frame, MemoryNetwork
 from shoal.net.signing.receipt_signatures import signed_receipt
 from shoal.net.signing.token_digests import DIGEST_BYTES, joint_digest, token_digests
 from shoal.net.wire import codec
-from shoal.protocol import Open, Opened, PassResult, Receipt, Step, StepResult, parse
+from shoal.protocol import Open, Opened, PassInputs, PassResult, Receipt, Step, StepResult, parse
 from shoal.tensors import TensorName
 
 Lie = Callable[[torch.Tensor], torch.Tensor]
@@ -96,7 +96,7 @@ class Liars:
             return self._receipt(frame, liar) if b'"kind":"receipt"' in frame.header else frame
         message, tensors = codec.decode(frame.header, bytearray(frame.payload))
         is_answer = isinstance(message, StepResult | Opened | PassResult)
-        is_push = isinstance(message, Step)
+        is_push = isinstance(message, Step | PassInputs)
         if liar.tensor not in tensors:
             return frame
         if (is_answer and liar.answers) or (is_push and liar.pushes):

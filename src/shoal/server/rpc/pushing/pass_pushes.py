@@ -13,7 +13,7 @@ import torch
 from shoal.net.wire import codec
 from shoal.protocol import Downstream, PassInputs, PassMessage
 from shoal.server.rpc.pushing.push_connection import Pushed, PushHandle
-from shoal.server.rpc.pushing.push_service import Place, PushService
+from shoal.server.rpc.pushing.push_service import PushService
 from shoal.tensors import Encoding
 
 MAX_DOWNSTREAM = 8
@@ -30,7 +30,9 @@ class PassPushes:
         self.is_waiting = False
         """Whether the pass that the client has asked for last waits for its inputs."""
         self._push_service = push_service
-        self._handles: OrderedDict[Place, PushHandle] = OrderedDict()
+        self._handles: OrderedDict[tuple[str, tuple[str, ...]], PushHandle] = OrderedDict()
+        self._has_left = asyncio.Event()  # whether the last push has left, or was given up
+        self._has_left.set()
 
     async def receive(self, request: PassMessage) -> torch.Tensor:
         """The inputs [B, T, D] of a pass from its upstream server: the first push over its link that has such a tensor.
@@ -56,27 +58,32 @@ class PassPushes:
         """The way to a downstream server, which is opened now if there is none yet; None if there is no room for it."""
         place = downstream.peer, downstream.addresses
         if place not in self._handles:
-            handle = self._push_service.handle_to(downstream)
+            handle = self._push_service.handle_to(downstream, for_passes=True)
             if handle is None:
                 return None
             self._handles[place] = handle
             if len(self._handles) > MAX_DOWNSTREAM:
-                self._handles.popitem(last=False)[1].close()
+                _, oldest = self._handles.popitem(last=False)
+                if oldest.num_waiting:
+                    self._has_left.set()
+                oldest.close()
         self._handles.move_to_end(place)
         return self._handles[place]
 
     async def push(self, downstream: Downstream, tensors: codec.Tensors, encoding: Encoding) -> None:
         """Push outputs to a downstream server. Returns when they have left, or after `PUSH_FIRST_SECONDS`.
 
-        If they do not get there, the client notices it: the server there goes on waiting.
+        It waits for the push before, so that no more than one of this stream takes memory, however slow the other
+        server is. If outputs do not get there, the client notices it: the server there goes on waiting.
         """
+        await self._has_left.wait()
         handle = self.prepare(downstream)
         if handle is not None:
-            left = asyncio.Event()
-            handle.push(PassInputs(link=downstream.link), tensors, encoding, done=lambda sent: left.set())
+            self._has_left.clear()
+            handle.push(PassInputs(link=downstream.link), tensors, encoding, done=lambda sent: self._has_left.set())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PUSH_FIRST_SECONDS):
-                    await left.wait()
+                    await self._has_left.wait()
 
     def close(self) -> None:
         """The stream has ended. What has not left is forgotten."""

@@ -1,6 +1,7 @@
 """Which servers may push to which sessions and passes here, and the connections over which this server pushes its own.
 
-There is one connection to each downstream server, for all that goes on there, for as long as there is anything.
+There is one connection to each downstream server for all steps that go on there, and one for passes, whose inputs are
+large: no step waits behind them. They last as long as there is anything.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ MAX_PUSH_CONNECTIONS = 256
 servers, the clients get `Unreached`; outputs of passes are answered only."""
 
 Inbox = Callable[[Pushed, codec.Tensors], None]
-Place = tuple[str, tuple[str, ...]]  # a peer and its addresses
+Place = tuple[str, tuple[str, ...], bool]  # a peer, its addresses, and whether inputs of passes are pushed there
+HOLD_SECONDS = 30.0
+"""How long the inputs of a pass are held before their request comes."""
 
 
 class PushService:
@@ -84,6 +87,8 @@ class PushService:
                 inbox(message, tensors)
             elif isinstance(message, PassInputs):
                 self._unclaimed.hold(stream.peer, message, tensors)
+                loop = asyncio.get_running_loop()
+                loop.call_later(HOLD_SECONDS, self._unclaimed.claim, stream.peer, message.link)
             else:
                 log.debug("%s pushes a step that no session expects", stream.peer)
             async with asyncio.timeout(idle_seconds):
@@ -96,12 +101,12 @@ class PushService:
 
     # -- to downstream servers ----------------------------------------------------------------------------------------
 
-    def handle_to(self, downstream: Downstream) -> PushHandle | None:
+    def handle_to(self, downstream: Downstream, *, for_passes: bool = False) -> PushHandle | None:
         """A use of the connection to this peer, which is opened now; None if there are too many connections.
 
         A client that names wrong addresses gets a connection of its own: nothing of other clients goes there.
         """
-        place = downstream.peer, downstream.addresses
+        place = downstream.peer, downstream.addresses, for_passes
         if place not in self._connections:
             if len(self._connections) >= MAX_PUSH_CONNECTIONS or not self._is_running:
                 return None
