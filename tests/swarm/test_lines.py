@@ -7,7 +7,6 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import torch
-from shoal.server.rpc.push_service import PushService
 
 from shoal.net.lines import MAX_LINES, Line, Lines
 from shoal.net.memory import Frame, MemoryNetwork
@@ -15,6 +14,7 @@ from shoal.net.transport import Node, Stream
 from shoal.net.wire import codec
 from shoal.policy.network.goodput import MIN_SEEN, NUM_SEEN
 from shoal.protocol import AnyMessage, Arrived, Downstream, Step, StepResult, Upstream
+from shoal.server.rpc.pushing.push_service import PushService
 from shoal.tensors import TensorSpec
 
 from . import virtual_time
@@ -190,7 +190,7 @@ def pushed_packed(num_steps: int, *, packs: bool) -> list[bool]:
             handle = up.handle_to(Downstream(peer="down", link=link, packs=packs or None))
             assert handle is not None
             for position in range(num_steps):
-                handle.push(Step(position=position), {"hidden": HIDDEN}, "raw", done=lambda sent: None)
+                handle.push(Step(position=position, link=link), {"hidden": HIDDEN}, "raw", done=lambda sent: None)
                 await came.wait()
                 came.clear()
                 await asyncio.sleep(0.01)  # virtual time
