@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.cli.options import Scheduling
 from shoal.errors import UserError
+from shoal.policy.batching.fair_queueing import QUANTUM_SECONDS, FairQueue
 from shoal.policy.batching.pass_rules import (
     DEFAULT_RULE,
     LARGE_SHARE,
@@ -23,12 +26,14 @@ from shoal.policy.batching.pass_rules import (
     last_come,
     rule_of,
 )
-from shoal.policy.batching.pass_times import Cost, PrefillBudget
+from shoal.policy.batching.pass_shares import Sharing
+from shoal.policy.batching.pass_times import Cost, PassTimeModel, PrefillBudget
 from shoal.policy.batching.preemption import IDLE_SECONDS, Holder
 from shoal.policy.batching.scheduling import RequestView
 
 PAGE = 16
 NOW = 1000.0
+MODEL = PassTimeModel.measured(decode_seconds=1e-3, prefill_token_seconds=1e-4)
 
 
 def session(opened: int, num_pages: int, *, peer: str | None = None, since: float = 0.0, **changes) -> Holder:
@@ -181,3 +186,16 @@ def test_a_server_keeps_a_limited_number_of_places():
     assert len(places.kept) == MAX_PLACES
     later = places.told_to_come_back("late", since=99.0, now=3.0 + PLACE_SECONDS)
     assert list(later.kept) == ["late"]
+
+
+@pytest.mark.parametrize(("free", "first"), [(100, "has used less"), (1, "came first")])
+def test_prompts_come_in_order_of_compute_or_of_arrival_where_pages_are_short(free: int, first: str):
+    """A session that was computed before is not kept out by newcomers for ever: each would take its pages."""
+    begun = session(1, 0, peer="came first")
+    newcomers = [session(2, 0, peer="has used less"), session(3, 0, peer="has used nothing")]
+    steps = [step(begun, 16, arrived_at=NOW - 9), *(step(new, 16) for new in newcomers)]
+    used = FairQueue({"came first": 2 * QUANTUM_SECONDS})
+    prefill = PrefillBudget(16.0, Cost(1.0))
+    seen = replace(view(steps, free=free), sharing=Sharing(MODEL, used=used), prefill=prefill)
+    chosen = [steps[index].session for index, _ in fair(seen).chunks]
+    assert [each.peer for each in chosen if each is not None][:1] == [first]

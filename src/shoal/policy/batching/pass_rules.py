@@ -77,6 +77,9 @@ def fair(view: EngineView) -> Choice:
 
     Of prompts, those come first whose payers have used less compute, and ask for less; then those that have begun, or
     whose peers hold fewer pages; then those that arrived first.
+
+    Where prompts find no pages, it is pages that are shared, and not compute: otherwise a session that gave up its
+    pages would wait for all newcomers, each of which would be preempted in its turn.
     """
     order: Sequence[int] = range(len(view.requests))
     if sum(not request.running for request in view.requests) > 1:
@@ -84,10 +87,11 @@ def fair(view: EngineView) -> Choice:
         for holder in view.holders:
             held[holder.peer] += holder.num_pages
         order = sorted(order, key=lambda each: _pages_of_peer(view.requests[each], held))
-    if view.sharing is not None:
-        turns = prompt_turns(view.requests, view.sharing, now=view.now)
-        order = sorted(order, key=lambda each: turns.get(payer_of(view.requests[each]), (0, 0, 0.0)))
-    output, shares = _scheduled(view, order)
+    turns = {} if view.sharing is None else prompt_turns(view.requests, view.sharing, now=view.now)
+    by_compute = sorted(order, key=lambda each: turns.get(payer_of(view.requests[each]), (0, 0, 0.0)))
+    output, shares = _scheduled(view, by_compute)
+    if output.kept_out is not None and turns:  # what is short are pages, not compute
+        output, shares = _scheduled(view, order, in_turns=False)
     if output.short_of_pages:
         return Choice(preempted=preempted_for_running(view.holders, now=view.now))
     return _unless_new_ones_deserve_room(view, output, shares, view.holders)
@@ -140,12 +144,15 @@ def _with_large_shares(holders: Sequence[Holder], num_pages: int) -> set[str]:
 
 
 def _scheduled(
-    view: EngineView, order: Sequence[int], *, pages_kept_free: int = 0
+    view: EngineView, order: Sequence[int], *, pages_kept_free: int = 0, in_turns: bool = True
 ) -> tuple[SchedulerOutput, PassShares]:
-    """The pass of the requests in this order that take part in it, by their indices, and how it is divided."""
+    """The pass of the requests in this order that take part in it, by their indices, and how it is divided.
+
+    Unless `in_turns` is false, prompts of payers that have used more wait for those of others.
+    """
     shares = PassShares() if view.sharing is None else pass_shares(view.requests, view.sharing)
     output = SchedulerOutput()
-    for left_out in (shares.left_out | shares.later, shares.left_out):
+    for left_out in (shares.left_out | shares.later, shares.left_out)[0 if in_turns else 1 :]:
         output = _scheduled_without(left_out, view, order, shares.prefill_seconds, pages_kept_free)
         if output.chunks or output.short_of_pages or not shares.later:
             break
