@@ -195,7 +195,6 @@ def test_prompts_come_in_order_of_compute_or_of_arrival_where_pages_are_short(fr
     newcomers = [session(2, 0, peer="has used less"), session(3, 0, peer="has used nothing")]
     steps = [step(begun, 16, arrived_at=NOW - 9), *(step(new, 16) for new in newcomers)]
     used = FairQueue({"came first": 2 * QUANTUM_SECONDS})
-    prefill = PrefillBudget(16.0, Cost(1.0))
-    seen = replace(view(steps, free=free), sharing=Sharing(MODEL, used=used), prefill=prefill)
+    seen = replace(view(steps, free=free), sharing=Sharing(MODEL, used=used))
     chosen = [steps[index].session for index, _ in fair(seen).chunks]
     assert [each.peer for each in chosen if each is not None][:1] == [first]
