@@ -399,6 +399,24 @@ def test_a_client_hears_the_same_wherever_it_lets_a_pass_be_pushed(town, guest, 
     assert not guest.finish(stream)
 
 
+def test_outputs_of_passes_for_a_server_that_never_reads_are_not_piled_up(town, guest, monkeypatch):
+    monkeypatch.setattr(pass_pushes, "PUSH_FIRST_SECONDS", 0.05)
+    deaf = town.call(town.network.node, f"deaf{guest.name}")
+
+    async def ignore(stream: Stream) -> None:
+        await asyncio.Event().wait()
+
+    town.runtime.run(deaf.transport.listen(ignore))
+    stream = guest.open()
+    for _ in range(QUEUE_FRAMES + 1):  # what is on the line, and one that waits
+        assert isinstance(answered(guest, stream, a_pass(downstream=place(deaf.transport.peer)))[0], PassResult)
+    guest.tell(stream, a_pass(downstream=place(deaf.transport.peer)))
+    for _ in range(30):
+        assert isinstance(answered(guest, stream, raw("ping"))[0], Pong)
+    town.runtime.run(stream.close())
+    town.kill(deaf.transport.peer)
+
+
 def test_a_server_that_pushes_a_pass_to_itself_computes_it_once(town, guest):
     engine, stream = town.servers["s0"].engine, guest.open()
     before = engine.num_passes
