@@ -116,7 +116,8 @@ def test_a_line_that_becomes_fast_is_raw_again() -> None:
         await two.learn()
         assert await two.ask() == (True, True)
         two.network.limit("client", up=FAST, down=FAST)
-        await two.ask()
+        for _ in range(NUM_SEEN):
+            await two.ask()
         assert await two.ask() == (False, False)
 
     with_two(scene, up=SLOW, down=SLOW)
