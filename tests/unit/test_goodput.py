@@ -120,9 +120,9 @@ def test_frames_that_share_a_line_show_what_it_carries(num_frames: int) -> None:
 @pytest.mark.parametrize("seconds", [1e-6, 9.0])
 def test_one_busy_moment_of_the_receiver_makes_a_line_neither_slow_nor_fast(seconds: float) -> None:
     arriving = Arriving()
-    for at in (0.0, 1.0, 2.0):
-        arriving = arrived(arriving, 1 << 20, at=at, seconds=1 / 64)
-    assert arrived(arriving, 1 << 20, at=3.0, seconds=seconds).goodput == arriving.goodput
+    for at in range(NUM_SEEN - 1):
+        arriving = arrived(arriving, 1 << 20, at=float(at), seconds=1 / 64)
+    assert arrived(arriving, 1 << 20, at=float(NUM_SEEN), seconds=seconds).goodput == arriving.goodput
 
 
 def test_a_line_that_becomes_slower_is_known_after_a_few_frames() -> None:

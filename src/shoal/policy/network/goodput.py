@@ -22,8 +22,8 @@ BURST_BYTES = 64 * 1024
 LARGE_BYTES = 2 * BURST_BYTES
 """Smaller frames tell nothing of a line."""
 NUM_SEEN = 8
-"""The goodput of a line is the median of this many frames. A busy receiver makes a line look slow, or fast, if a frame
-has arrived before its header is read."""
+"""The goodput of a line is the upper quartile of this many frames. A busy machine makes many of them look slow, and few
+fast: those that have arrived before their header is read."""
 MIN_SEEN = 2
 """With fewer frames than this, it is not known."""
 STALE_BYTES = 16 << 20
@@ -135,7 +135,7 @@ class Arriving:
     @property
     def goodput(self) -> float | None:
         """Bytes per second of the line; `None` if too few large frames have come."""
-        return sorted(self.seen)[len(self.seen) // 2] if len(self.seen) >= MIN_SEEN else None
+        return sorted(self.seen)[len(self.seen) * 3 // 4] if len(self.seen) >= MIN_SEEN else None
 
     def _until(self, now: float) -> Arriving:
         frame_seconds = self.frame_seconds + self.num_open * (now - self.changed_at)
