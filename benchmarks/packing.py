@@ -44,7 +44,7 @@ NETWORKS = {
 }
 WIRES = ("auto", "raw")
 WARM_UP = 2
-"""Prompts before the first that counts. Each has several messages; a line is as fast as the best of the last eight."""
+"""Prompts before the first that counts. Each has several messages, and a line is as fast as the last eight show."""
 NUM_TOKENS = 4
 """What is generated: a session that ends after one token is closed before its servers have sent all inputs back."""
 QUIET_SECONDS, QUIET_BYTES = 0.5, 20_000

@@ -60,7 +60,7 @@ LINES = {
     "10 Mbit/s, 100 ms": Link(delay_seconds=0.05, bytes_per_second=10e6 / 8),
 }
 WARM_UP = 9
-"""Rounds on a line before the first that counts: its goodput is the best of the last eight large messages."""
+"""Rounds on a line before the first that counts: its goodput follows from the last eight large messages."""
 
 
 async def echo(stream: Stream) -> None:

@@ -116,7 +116,8 @@ def test_a_line_that_becomes_fast_is_raw_again() -> None:
         await two.learn()
         assert await two.ask() == (True, True)
         two.network.limit("client", up=FAST, down=FAST)
-        await two.ask()
+        for _ in range(NUM_SEEN):
+            await two.ask()
         assert await two.ask() == (False, False)
 
     with_two(scene, up=SLOW, down=SLOW)
@@ -147,7 +148,7 @@ def test_a_client_that_wants_no_packing_gets_none() -> None:
     async def scene(two: Two) -> None:
         for _ in range(3):
             assert await two.ask() == (False, False)
-        assert not two.network.line("server", "client").is_told
+        assert not two.stream.line.is_told
 
     with_two(scene, packs=False, up=SLOW, down=SLOW)
 
@@ -217,12 +218,25 @@ def test_what_a_peer_tells_is_about_its_own_line_only() -> None:
     assert not lines.to("b").packs("bfloat16", 1 << 20)
 
 
-def test_a_peer_that_has_measured_nothing_says_so() -> None:
+def test_a_peer_that_has_measured_nothing_wants_packing_and_changes_nothing() -> None:
     line = Line()
-    line.told(1000)
     line.told(0)
     assert line.is_told
-    assert not line.packs("bfloat16", 1 << 20)
+    assert not line.shared.packs("bfloat16", 1 << 20)
+    line.told(1000)
+    line.told(0)
+    assert line.shared.packs("bfloat16", 1 << 20)
+
+
+def test_a_client_that_wants_no_packing_gets_none_beside_one_of_the_same_peer_that_does() -> None:
+    async def scene(two: Two) -> None:
+        await two.learn()
+        assert await two.ask() == (True, True)
+        await two.start(packs=False)
+        for _ in range(2):
+            assert await two.ask() == (False, False)
+
+    with_two(scene, up=SLOW, down=SLOW)
 
 
 def test_the_lines_of_peers_that_come_and_go_are_forgotten() -> None:
@@ -230,4 +244,4 @@ def test_the_lines_of_peers_that_come_and_go_are_forgotten() -> None:
     lines.to("first").told(1000)
     for number in range(MAX_LINES):
         lines.to(str(number))
-    assert not lines.to("first").is_told
+    assert not lines.to("first").packs("bfloat16", 1 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,12 +63,19 @@ def test_packed_is_never_slower_by_what_was_measured(
 
 
 def test_a_coder_that_was_slow_once_is_tried_again() -> None:
-    slow = coder = BFLOAT16.after(PREFILL, PREFILL, seconds=10.0)
+    coder = BFLOAT16
+    for _ in range(20):
+        coder = coder.after(PREFILL, PREFILL // 2, seconds=10.0)
+    slow = coder
     assert not packs(PREFILL, coder, goodput=100 * MBIT)
-    for _ in range(200):
+    for _ in range(400):
         coder = coder.after_sending_raw(BFLOAT16, PREFILL)
     assert packs(PREFILL, coder, goodput=100 * MBIT)
     assert coder.seconds_per_byte < slow.seconds_per_byte
+
+
+def test_one_tensor_that_waits_for_a_core_does_not_make_the_coder_slow() -> None:
+    assert packs(PREFILL, BFLOAT16.after(PREFILL, PREFILL * 7 // 10, seconds=10.0), goodput=100 * MBIT)
 
 
 def test_small_tensors_that_do_not_become_smaller_say_little_of_large_ones() -> None:
@@ -109,9 +117,12 @@ def test_frames_that_share_a_line_show_what_it_carries(num_frames: int) -> None:
     assert arriving.num_open == 0
 
 
-def test_one_busy_moment_of_the_receiver_does_not_make_a_line_slow() -> None:
-    arriving = arrived(arrived(Arriving(), 1 << 20, at=0.0, seconds=0.01), 1 << 20, at=1.0, seconds=0.01)
-    assert arrived(arriving, 1 << 20, at=2.0, seconds=9.0).goodput == arriving.goodput
+@pytest.mark.parametrize("seconds", [1e-6, 9.0])
+def test_one_busy_moment_of_the_receiver_makes_a_line_neither_slow_nor_fast(seconds: float) -> None:
+    arriving = Arriving()
+    for at in range(NUM_SEEN - 1):
+        arriving = arrived(arriving, 1 << 20, at=float(at), seconds=1 / 64)
+    assert arrived(arriving, 1 << 20, at=float(NUM_SEEN), seconds=seconds).goodput == arriving.goodput
 
 
 def test_a_line_that_becomes_slower_is_known_after_a_few_frames() -> None:

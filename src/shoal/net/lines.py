@@ -1,7 +1,6 @@
 """What is known of the lines to other peers: how much they carry in each direction, and what packing for them costs.
 
-`shoal.policy.network.goodput` decides. A peer that has never said that it packs gets no packed tensor, unless its
-record says that it does.
+`shoal.policy.network.goodput` decides. What is known is common to all streams to a peer; who wants packing is not.
 """
 
 from __future__ import annotations
@@ -34,11 +33,10 @@ class Coders:
         self._known[dtype] = self._known[dtype].after_sending_raw(FIRST_GUESSES[dtype], num_bytes)
 
 
-class Line:
-    """The line to one peer, over all streams. `is_told` says whether the peer has ever told its goodput."""
+class SharedLine:
+    """What is known of the line to one peer, over all streams."""
 
     def __init__(self, coders: Coders | None = None) -> None:
-        self.is_told = False
         self._coders = coders or Coders()
         self._told = Told()
         self._arriving = Arriving()
@@ -47,9 +45,9 @@ class Line:
     # -- to the peer --------------------------------------------------------------------------------------------------
 
     def told(self, goodput: int) -> None:
-        """The peer says how many bytes per second arrive there; 0 if it does not know."""
-        self.is_told = True
-        self._told = Told(goodput or None)
+        """The peer says how many bytes per second arrive there; 0 if it does not know, which changes nothing."""
+        if goodput:
+            self._told = Told(goodput)
 
     def packs(self, dtype: DType, num_bytes: int) -> bool:
         """Whether a tensor of this size is sent packed."""
@@ -96,16 +94,42 @@ class Line:
         return self.goodput
 
 
+class Line:
+    """The line to one peer as one stream uses it.
+
+    `is_told` says whether the peer has told its goodput over this stream, and so that it wants packing; `has_told`
+    whether this side has.
+    """
+
+    def __init__(self, shared: SharedLine | None = None) -> None:
+        self.shared = shared or SharedLine()
+        self.is_told = self.has_told = False
+
+    def told(self, goodput: int) -> None:
+        """The peer says how many bytes per second arrive there; 0 if it does not know."""
+        self.is_told = True
+        self.shared.told(goodput)
+
+    def tell(self) -> int:
+        """The goodput, which the peer is told now."""
+        self.has_told = True
+        return self.shared.tell()
+
+
 class Lines:
     """The lines of one peer to others."""
 
     def __init__(self) -> None:
         self._coders = Coders()
-        self._lines: OrderedDict[str, Line] = OrderedDict()
+        self._lines: OrderedDict[str, SharedLine] = OrderedDict()
 
-    def to(self, peer: str) -> Line:
+    def of_stream(self, peer: str) -> Line:
+        """The line to a peer, for one more stream."""
+        return Line(self.to(peer))
+
+    def to(self, peer: str) -> SharedLine:
         """The line to a peer."""
-        line = self._lines.setdefault(peer, Line(self._coders))
+        line = self._lines.setdefault(peer, SharedLine(self._coders))
         self._lines.move_to_end(peer)
         if len(self._lines) > MAX_LINES:
             self._lines.popitem(last=False)

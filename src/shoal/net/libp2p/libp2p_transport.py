@@ -157,7 +157,7 @@ class Libp2pTransport:
             reader,
             writer,
             address=address,
-            line=self._lines.to(peer),
+            line=self._lines.of_stream(peer),
             budget=self._budget,
             on_close=self._streams.discard,
         )
@@ -331,7 +331,7 @@ class Libp2pTransport:
             logger.debug("a stream of %s is refused", peer)
             writer.close()
             return
-        line = self._lines.to(peer)
+        line = self._lines.of_stream(peer)
         stream = Libp2pStream(peer, reader, writer, address=address, line=line, budget=self._budget)
         self._handlers.start(handler, stream)
 

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from shoal.net.handler_tasks import HandlerTasks
-from shoal.net.lines import Line, Lines
+from shoal.net.lines import Lines, SharedLine
 from shoal.net.memory.faults import Faults
 from shoal.net.memory.memory_directory import MemoryDirectory, MemoryRecord, MemoryTable
 from shoal.net.memory.memory_stream import Frame, MemoryLink, MemoryStream
@@ -135,7 +135,7 @@ class MemoryNetwork:
         """End the stream that carries the `frames`-th next frame of `peer`, right behind that frame."""
         self.faults.drop_after(peer, frames)
 
-    def line(self, peer: str, other: str) -> Line:
+    def line(self, peer: str, other: str) -> SharedLine:
         """What a peer knows of its line to another."""
         return self._transports[peer].lines.to(other)
 
@@ -153,9 +153,9 @@ class MemoryNetwork:
         if acceptor is None or not self.faults.can_connect(opener, peer):
             raise StreamBroken(f"{peer} cannot be reached")
         link = MemoryLink(opener, peer, faults=self.faults, alter=self._alter, on_end=self._on_end)
-        acceptor.accept(MemoryStream(link, me=1, line=acceptor.lines.to(opener)))
+        acceptor.accept(MemoryStream(link, me=1, line=acceptor.lines.of_stream(opener)))
         self._links[link] = None
-        return MemoryStream(link, me=0, line=self._transports[opener].lines.to(peer))
+        return MemoryStream(link, me=0, line=self._transports[opener].lines.of_stream(peer))
 
     def is_current(self, transport: MemoryTransport) -> bool:
         """Whether its peer is alive and was not started again since."""

@@ -1,4 +1,5 @@
-"""How messages become bytes and back: frames, the codec, the encodings of tensors.
+"""How messages become bytes and back: frames, the codec, the encodings of tensors, packing without loss.
 
-Nothing here opens a connection. It imports `shoal.net.transport`, `shoal.protocol` and the ground.
+Nothing here opens a connection. It imports `shoal.net.transport`, `shoal.policy.network`, `shoal.protocol` and the
+ground.
 """

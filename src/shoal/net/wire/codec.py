@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.net.lines import Line
+from shoal.net.lines import SharedLine
 from shoal.net.transport import Buffer, Stream
 from shoal.net.wire import frames
 from shoal.net.wire.encodings import converted, from_int8, to_int8
@@ -183,19 +183,20 @@ async def send(
     """Send one message. Raises `StreamBroken`.
 
     Where it is faster, tensors are packed, if the other side unpacks them: `packs` says whether it does, and that this
-    side wants it. Without, it does if it has told its goodput. Then it is told this side's too, with large messages.
+    side wants it. Without, it does if it has told its goodput over this stream. It is told this side's too then.
     """
     tensors, line = tensors or {}, stream.line
     if not (line.is_told if packs is None else packs):
         await stream.send(*encode(message, tensors, encoding))
         return
     raw = [_encode(name, tensor, encoding) for name, tensor in tensors.items()]
-    found = await _packed(raw, line)
+    found = await _packed(raw, line.shared)
     is_large = sum(each.spec.encoded_nbytes for each in raw) >= LARGE_BYTES
-    await stream.send(*_frame(message, found, line.tell() if is_large or line.has_news else None))
+    tells = is_large or line.shared.has_news or not line.has_told
+    await stream.send(*_frame(message, found, line.tell() if tells else None))
 
 
-async def _packed(raw: Sequence[_Encoded], line: Line) -> list[_Encoded]:
+async def _packed(raw: Sequence[_Encoded], line: SharedLine) -> list[_Encoded]:
     """The same tensors; those are packed that will be there sooner."""
     found: list[_Encoded] = []
     for each in raw:
@@ -228,7 +229,7 @@ async def receive(
         parsed[:] = [message]
         if message.goodput is not None:
             line.told(message.goodput)
-        frame = line.begin(payload_bytes, now=clock())
+        frame = line.shared.begin(payload_bytes, now=clock())
 
     num_received = 0
     try:
@@ -236,7 +237,7 @@ async def receive(
         num_received = len(payload)
     finally:
         if frame is not None:
-            line.end(frame, num_received, now=clock())
+            line.shared.end(frame, num_received, now=clock())
     (message,) = parsed
     if sum(spec.encoded_nbytes for spec in message.tensors if spec.packed is not None) > THREAD_BYTES:
         return message, await asyncio.to_thread(_tensors, message, payload)

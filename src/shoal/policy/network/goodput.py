@@ -22,7 +22,8 @@ BURST_BYTES = 64 * 1024
 LARGE_BYTES = 2 * BURST_BYTES
 """Smaller frames tell nothing of a line."""
 NUM_SEEN = 8
-"""The goodput of a line is the best of this many frames: a busy machine makes a line look slow, and never fast."""
+"""The goodput of a line is the upper quartile of this many frames. A busy machine makes many of them look slow, and few
+fast: those that have arrived before their header is read."""
 MIN_SEEN = 2
 """With fewer frames than this, it is not known."""
 STALE_BYTES = 16 << 20
@@ -32,6 +33,8 @@ OVERHEAD_SECONDS = 200e-6
 """What packing and unpacking take however small a tensor is."""
 GAIN = 0.95
 """Packing has to take less than this part of the time that raw bytes take."""
+SURPRISE = 2.0
+"""A tensor counts as if it took at most this many times as long as usual: its thread may have waited for a core."""
 UNPACKING = 2.0
 """Packing and unpacking take this many times as long as packing."""
 MIN_BYTES = 1024
@@ -51,7 +54,8 @@ class Coder:
 
     def after(self, num_bytes: int, num_packed: int, seconds: float) -> Coder:
         """With a tensor of `num_bytes` that took `seconds` to pack into `num_packed` bytes."""
-        return self._towards(Coder(num_packed / num_bytes, seconds / num_bytes), WEIGHT, num_bytes)
+        seconds_per_byte = min(seconds / num_bytes, SURPRISE * self.seconds_per_byte)
+        return self._towards(Coder(num_packed / num_bytes, seconds_per_byte), WEIGHT, num_bytes)
 
     def after_sending_raw(self, first: Coder, num_bytes: int) -> Coder:
         """With a tensor of `num_bytes` that was not packed; `first` is what was assumed before any was."""
@@ -131,7 +135,7 @@ class Arriving:
     @property
     def goodput(self) -> float | None:
         """Bytes per second of the line; `None` if too few large frames have come."""
-        return max(self.seen) if len(self.seen) >= MIN_SEEN else None
+        return sorted(self.seen)[len(self.seen) * 3 // 4] if len(self.seen) >= MIN_SEEN else None
 
     def _until(self, now: float) -> Arriving:
         frame_seconds = self.frame_seconds + self.num_open * (now - self.changed_at)

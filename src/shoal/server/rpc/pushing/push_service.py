@@ -92,7 +92,7 @@ class PushService:
             else:
                 log.debug("%s pushes a step that no session expects", stream.peer)
             async with asyncio.timeout(idle_seconds):
-                if stream.line.has_news and stream.line.is_told:
+                if stream.line.shared.has_news and stream.line.is_told:
                     await codec.send(stream, Arrived())
                 said, tensors = await codec.receive(stream, REQUEST_KINDS, check)
             if not isinstance(said, Step | PassInputs):
