@@ -25,11 +25,13 @@ FINGERPRINT = "f" * 64
 
 
 class Oracle:
-    """A Llama of 4 blocks. Results are computed once for equal inputs."""
+    """A Llama of a few blocks, whose weights have this `spread`. Results are computed once for equal inputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: ModelInfo = MODEL, max_length: int = MAX_LENGTH, *, spread: float = 0.4) -> None:
+        self.model = model
+        self.max_length = max_length
         self._config = tiny_config(
-            "llama", num_hidden_layers=NUM_BLOCKS, max_position_embeddings=MAX_LENGTH, initializer_range=0.4
+            "llama", num_hidden_layers=model.num_blocks, max_position_embeddings=max_length, initializer_range=spread
         )
         self._whole: PreTrainedModel = tiny_model(self._config).requires_grad_(False)
         self._logits: dict[tuple[bytes, ...], Tensor] = {}

@@ -1,0 +1,125 @@
+"""Rings of up to eight servers with the network and the speeds of real ones, in virtual time.
+
+Hidden states of the tiny model are small, so links have fewer bytes per second: a token takes as long on them as one of
+4 KiB does at 100 Mbit/s.
+"""
+
+# B sequences, T new tokens, D hidden size
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from shoal.client.decoding.session import Session
+from shoal.concurrency import now
+from shoal.peers import Capacity, ModelInfo
+from shoal.server.engine.engine import Engine
+from shoal.server.kv.batch import Chunk, Pass
+from shoal.spans import Span
+
+from .schedules.bed import PATIENT, Bed, Client, Member, VirtualExecutor
+from .schedules.oracle import Oracle
+from .schedules.work import Reading
+
+T = TypeVar("T")
+
+NUM_BLOCKS = 8
+MAX_LENGTH = 2048
+MODEL = ModelInfo(key="e" * 16, name="eight blocks", family="llama", num_blocks=NUM_BLOCKS)
+TOKENS_PER_SECOND = 100e6 / 8 / 4096
+"""Of one link of 100 Mbit/s, if a token has 4 KiB."""
+
+
+@functools.cache
+def eight_blocks() -> Oracle:
+    return Oracle(MODEL, MAX_LENGTH, spread=0.1)  # with a larger one, rounding grows from block to block
+
+
+@dataclass(frozen=True)
+class Times:
+    """The seconds of a pass in one block, without tokens and for each token, and of a trip; tokens a second of a link."""
+
+    block: float = 0.0
+    token: float = 0.0
+    trip: float = 0.05
+    link: float | None = TOKENS_PER_SECOND
+
+
+class TimedExecutor(VirtualExecutor):
+    """Passes take time by their tokens and blocks."""
+
+    def __init__(self, times: Times) -> None:
+        super().__init__()
+        self._times = times
+        self._seconds = 0.0
+
+    def timed(self, compute: Pass) -> Pass:
+        def counted(chunks: Sequence[Chunk]) -> list[torch.Tensor | Exception]:
+            num_tokens = sum(chunk.hidden_BTD.shape[:2].numel() for chunk in chunks)
+            self._seconds = len(chunks[0].span) * (self._times.block + self._times.token * num_tokens)
+            return compute(chunks)
+
+        return counted
+
+    async def run(self, function):  # type: ignore[no-untyped-def]
+        result = function()
+        seconds, self._seconds = self._seconds, 0.0
+        await asyncio.sleep(seconds)
+        return result
+
+
+class LongRing(Bed):
+    """`num_servers` servers, each with as many of the eight blocks, which know their own speeds and those of their links."""
+
+    def __init__(self, num_servers: int, times: Times) -> None:
+        length = NUM_BLOCKS // num_servers
+        spans = [f"{start}:{start + length}" for start in range(0, NUM_BLOCKS, length)]
+        super().__init__(spans, cache_pages=1024, drain_seconds=0.0, whole=eight_blocks())
+        self.rounds_differently = False  # over so many tokens and blocks it becomes too large
+        self.times = times
+        self.network.delay(times.trip)
+
+    def _executor(self) -> VirtualExecutor:
+        return TimedExecutor(self.times)
+
+    def _member(self, name: str, span: Span, speed: float, engine: Engine, executor: VirtualExecutor) -> Member:
+        times, length = self.times, len(span)
+        speed = min(1e6, 1 / max(1e-9, length * (times.block + times.token)))
+        prefill = min(1e6, 1 / max(1e-9, length * times.token))
+        self.limit(name)
+        capacity = Capacity(NUM_BLOCKS, ((length, speed * length),), times.link, 1.0, 1.0)
+        node = self.network.node(name)
+        return Member(name, span, speed, node, engine, executor, prefill_speed=prefill, capacity=capacity)
+
+    def limit(self, peer: str) -> None:
+        """Give a peer a link of the times."""
+        if self.times.link is not None:
+            rate = self.times.link * 4 * eight_blocks().hidden_size
+            self.network.limit(peer, up=rate, down=rate)
+
+
+@contextlib.asynccontextmanager
+async def ring_and_client(num_servers: int, times: Times) -> AsyncIterator[Client]:
+    async with LongRing(num_servers, times) as ring:
+        pass
+        client = ring.client("client0", PATIENT)
+        await asyncio.sleep(100.0)  # the servers have measured how far they are from each other
+        yield client
+        await client.close()
+
+
+async def first_token_seconds(client: Client, ids_BT: torch.Tensor) -> float:
+    """How long a new session takes to read a prompt. Its outputs are compared with the model in one piece."""
+    session = Session(client.swarm, client.span, batch_size=ids_BT.shape[0], max_length=MAX_LENGTH)
+    began = now()
+    await Reading(client, session, ids_BT.shape[0]).read(ids_BT)
+    seconds = now() - began
+    await session.close()
+    return seconds
