@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -44,7 +44,8 @@ def eight_blocks() -> Oracle:
 
 @dataclass(frozen=True)
 class Times:
-    """The seconds of a pass in one block, without tokens and for each token, and of a trip; tokens a second of a link."""
+    """The seconds of a pass in one block, without tokens and for each token, and of a trip. A server's link carries
+    `link` tokens a second in each direction; None is any number."""
 
     block: float = 0.0
     token: float = 0.0
@@ -68,7 +69,7 @@ class TimedExecutor(VirtualExecutor):
 
         return counted
 
-    async def run(self, function):  # type: ignore[no-untyped-def]
+    async def run(self, function: Callable[[], T]) -> T:
         result = function()
         seconds, self._seconds = self._seconds, 0.0
         await asyncio.sleep(seconds)
@@ -76,7 +77,7 @@ class TimedExecutor(VirtualExecutor):
 
 
 class LongRing(Bed):
-    """`num_servers` servers, each with as many of the eight blocks, which know their own speeds and those of their links."""
+    """Servers with as many of the eight blocks each, which announce how fast they and their links are."""
 
     def __init__(self, num_servers: int, times: Times) -> None:
         length = NUM_BLOCKS // num_servers
@@ -93,22 +94,18 @@ class LongRing(Bed):
         times, length = self.times, len(span)
         speed = min(1e6, 1 / max(1e-9, length * (times.block + times.token)))
         prefill = min(1e6, 1 / max(1e-9, length * times.token))
-        self.limit(name)
+        if times.link is not None:
+            rate = times.link * torch.float32.itemsize * eight_blocks().hidden_size
+            self.network.limit(name, up=rate, down=rate)
         capacity = Capacity(NUM_BLOCKS, ((length, speed * length),), times.link, 1.0, 1.0)
         node = self.network.node(name)
         return Member(name, span, speed, node, engine, executor, prefill_speed=prefill, capacity=capacity)
 
-    def limit(self, peer: str) -> None:
-        """Give a peer a link of the times."""
-        if self.times.link is not None:
-            rate = self.times.link * 4 * eight_blocks().hidden_size
-            self.network.limit(peer, up=rate, down=rate)
-
 
 @contextlib.asynccontextmanager
 async def ring_and_client(num_servers: int, times: Times) -> AsyncIterator[Client]:
+    """A ring of `num_servers` servers, and a client whose own link has no limit."""
     async with LongRing(num_servers, times) as ring:
-        pass
         client = ring.client("client0", PATIENT)
         await asyncio.sleep(100.0)  # the servers have measured how far they are from each other
         yield client

@@ -215,6 +215,7 @@ class Pipeline:
             steps, tensors = self._steps(index, run, limit, max_tokens or MAX_STEP_TOKENS)
             for each, step in zip(run, steps, strict=True):
                 each.expect(step)
+            self._inputs.are_new = False
             await stage.send(steps[0], tensors, hops_left=len(run) - 1, last=steps[-1])
 
     def _run(self, index: int) -> list[Stage]:
@@ -300,7 +301,7 @@ class Pipeline:
         index = self.stages.index(stage)
         if index == len(self.stages) - 1:
             self.outputs.logits.clear()
-        digests = self._digests(index) if stage.num_tokens else None
+        digests = self._digests(index) if stage.num_tokens and not self._inputs.are_new else None
         neighbors = self.links.neighbors_of(stage)
         await self._opener.send_open(stage, digests, skip=self.sink(index).num_tokens, neighbors=neighbors)
         return digests is not None

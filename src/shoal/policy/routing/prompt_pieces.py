@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 
 from shoal.policy.routing.costs import HOP_OVERHEAD, Costs, Hop, Measured, Needs
@@ -80,12 +81,12 @@ def ring_cost(hops: Sequence[Hop], known: Measured) -> RingCost:
         network = None if server.capacity is None else server.capacity.network_speed
         stages.append(StageCost(HOP_OVERHEAD + max(0.0, one - each), each, 1 / network if network else 0.0))
     servers = [None, *(hop.server for hop in hops), None]
-    trips = sum(costs.link(sender, receiver) for sender, receiver in zip(servers, servers[1:], strict=False))
+    trips = sum(costs.link(sender, receiver) for sender, receiver in pairwise(servers))
     return RingCost(tuple(stages), trips)
 
 
 def prompt_seconds(ring: RingCost, num_tokens: int, piece: int, *, rows: int = 1) -> float:
-    """When the outputs of `num_tokens` tokens of each of `rows` sequences are back that go in pieces of `piece` each."""
+    """When the outputs of `num_tokens` tokens of each of `rows` sequences are back, in pieces of `piece` tokens."""
     num_pieces = ceil(num_tokens / piece)
     at_once = max(1, min(MOST_IN_FLIGHT, MOST_TOKENS_IN_FLIGHT // (piece * rows)))
     first, busy = ring.first_seconds(piece * rows), ring.busy_seconds(piece * rows)
