@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 NUM_BLOCKS = 8
 MAX_LENGTH = 2048
+LONG_PROMPT = 1024
 MODEL = ModelInfo(key="e" * 16, name="eight blocks", family="llama", num_blocks=NUM_BLOCKS)
 TOKENS_PER_SECOND = 100e6 / 8 / 4096
 """Of one link of 100 Mbit/s, if a token has 4 KiB."""
@@ -100,6 +101,11 @@ class LongRing(Bed):
         capacity = Capacity(NUM_BLOCKS, ((length, speed * length),), times.link, 1.0, 1.0)
         node = self.network.node(name)
         return Member(name, span, speed, node, engine, executor, prefill_speed=prefill, capacity=capacity)
+
+
+def some_text(num_tokens: int, *, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, eight_blocks().vocabulary, (1, num_tokens), generator=generator)
 
 
 @contextlib.asynccontextmanager

@@ -317,15 +317,15 @@ class Client:
         self.whole = bed.whole
         self.span = Span(0, bed.whole.model.num_blocks)
         self.swarm = Swarm(node, bed.whole.model, FINGERPRINT, config, unix_time=now)
-        self._bed = bed
+        self.bed = bed
         self._node = node
 
     def enters(self, phase: str) -> None:
-        self._bed.enters(self.name, phase)
+        self.bed.enters(self.name, phase)
 
     def check_streams(self) -> None:
         """Check that it has closed every stream that it opened."""
-        num_streams = self._bed.network.num_streams(self.name)
+        num_streams = self.bed.network.num_streams(self.name)
         assert not num_streams, f"{num_streams} streams of {self.name} are open and unused"
 
     async def close(self) -> None:

@@ -43,7 +43,13 @@ from shoal.errors import PeerError
 from shoal.events import StageReplaced
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.lateness import Awaited
-from shoal.policy.routing.prompt_pieces import MOST_IN_FLIGHT, MOST_TOKENS_IN_FLIGHT, piece_length, ring_cost
+from shoal.policy.routing.prompt_pieces import (
+    MOST_IN_FLIGHT,
+    MOST_TOKENS_IN_FLIGHT,
+    SHORT_TOKENS,
+    piece_length,
+    ring_cost,
+)
 from shoal.policy.routing.route import Hop
 from shoal.protocol import MAX_STEP_TOKENS
 from shoal.spans import Span
@@ -271,9 +277,10 @@ class Pipeline:
         """How long the pieces are in which these servers get the tokens up to `limit`: of one length to the end."""
         hops = tuple(stage.hop for stage in run)
         if self._cut is None or self._cut[:2] != (hops, limit):
+            if limit - start <= SHORT_TOKENS:
+                return SHORT_TOKENS
             ring = ring_cost(hops, self._swarm.measurements.measured())
-            length = piece_length(ring, limit - start, rows=self._inputs.like.shape[0])
-            self._cut = hops, limit, length
+            self._cut = hops, limit, piece_length(ring, limit - start, rows=self._inputs.like.shape[0])
         return self._cut[2]
 
     def _logits_request_for(self, index: int) -> LogitsRequest | None:

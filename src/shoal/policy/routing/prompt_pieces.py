@@ -21,10 +21,13 @@ from shoal.protocol import MAX_STEP_TOKENS, MAX_STEPS_AHEAD
 
 GRAIN = 16
 """Pieces have a multiple of this many tokens of each sequence: whole pages."""
-MOST_TOKENS = 256
-"""The longest piece. Longer ones gain little even in very long prompts, and a server remembers no larger answer."""
+SHORT_TOKENS = 80
+"""So few tokens go in one piece, as the guesses of a step do."""
+USUAL_TOKENS = 256
+"""The length of pieces where no other is much better. Shorter ones cost other clients of the servers more, and a server
+does not remember longer answers, should it be asked for them again."""
 WORTH = 0.95
-"""Other pieces than the longest have to save a twentieth of the time: they cost other clients of the servers more."""
+"""What a better length has to take at most, of the time of the usual one."""
 FIXED_TOKENS = 16.0
 """What a piece costs beyond its tokens, as a number of tokens, on a server that announces no speed. It was 12 for
 products of packed weights (`docs/performance.md`), and each piece is some messages."""
@@ -97,13 +100,14 @@ def prompt_seconds(ring: RingCost, num_tokens: int, piece: int, *, rows: int = 1
 def piece_length(ring: RingCost, num_tokens: int, *, rows: int = 1) -> int:
     """Of how many tokens of each sequence the pieces are in which a prompt of `rows` sequences is back soonest.
 
-    It is a multiple of `GRAIN`, except where so many rows of `GRAIN` tokens are too large for one message.
+    It is a multiple of `GRAIN`, except where `GRAIN` tokens of all rows are too large for one message.
     """
-    longest = min(MOST_TOKENS, max(1, MAX_STEP_TOKENS // rows))
-    longest -= longest % GRAIN if longest > GRAIN else 0
-    if num_tokens <= GRAIN or longest <= GRAIN or len(ring.stages) == 1:
-        return longest
-    # Of two lengths that make as many pieces, the shorter one is better: its last piece is no remainder.
+    longest = max(1, MAX_STEP_TOKENS // rows)
+    if num_tokens <= SHORT_TOKENS or longest <= GRAIN:
+        return min(longest, USUAL_TOKENS)
+    longest -= longest % GRAIN
+    usual = min(longest, USUAL_TOKENS)
+    # Of lengths that make as many pieces, the shortest is the best: its last piece is no small remainder.
     numbers = {ceil(num_tokens / length) for length in range(GRAIN, longest + 1, GRAIN)}
     lengths = {GRAIN * ceil(num_tokens / number / GRAIN) for number in numbers}
 
@@ -111,4 +115,4 @@ def piece_length(ring: RingCost, num_tokens: int, *, rows: int = 1) -> int:
         return prompt_seconds(ring, num_tokens, length, rows=rows)
 
     best = min(sorted(lengths, reverse=True), key=seconds)
-    return best if seconds(best) < WORTH * seconds(longest) else longest
+    return best if seconds(best) < WORTH * seconds(usual) else usual

@@ -47,6 +47,11 @@ MAX_REPLAYED_RESULT_BYTES = 1 << 20
 """The last answer is kept if it is not larger, in case the client asks again; a larger one is computed again."""
 
 
+def may_wait(num_waiting: int, size: int) -> bool:
+    """Whether the result of a step of `size` tokens may wait beside so many others."""
+    return num_waiting < MAX_PENDING_RESULTS and num_waiting * size < MAX_PENDING_TOKENS
+
+
 class SessionStream:
     """A session, as long as its client's stream lasts. Four tasks receive, compute, answer and sign."""
 
@@ -179,7 +184,7 @@ class SessionStream:
     def _has_room_for(self, received: ReceivedStep) -> bool:
         """Whether the result of a step may wait beside others."""
         num_waiting = max(self._answers.qsize(), self._ring.num_waiting, self._receipts.num_waiting)
-        return num_waiting < MAX_PENDING_RESULTS and num_waiting * received.size < MAX_PENDING_TOKENS
+        return may_wait(num_waiting, received.size)
 
     def _set_neighbors(self, upstream: Upstream | None, downstream: Downstream | None) -> None:
         """Change the session's place in the ring."""
