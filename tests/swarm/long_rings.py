@@ -1,5 +1,7 @@
 """Rings of up to eight servers with the network and the speeds of real ones, in virtual time.
 
+    python -m tests.swarm.long_rings        the table of docs/performance.md
+
 Hidden states of the tiny model are small, so links have fewer bytes per second: a token takes as long on them as one of
 4 KiB does at 100 Mbit/s.
 """
@@ -11,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import TypeVar
 
 import torch
@@ -20,6 +24,7 @@ import torch
 from shoal.client.decoding.session import Session
 from shoal.concurrency import now
 from shoal.peers import Capacity, ModelInfo
+from shoal.policy.routing.prompt_pieces import RingCost, StageCost
 from shoal.server.engine.engine import Engine
 from shoal.server.kv.batch import Chunk, Pass
 from shoal.spans import Span
@@ -27,6 +32,7 @@ from shoal.spans import Span
 from .schedules.bed import PATIENT, Bed, Client, Member, VirtualExecutor
 from .schedules.oracle import Oracle
 from .schedules.work import Reading
+from .virtual_time import run
 
 T = TypeVar("T")
 
@@ -43,6 +49,9 @@ def eight_blocks() -> Oracle:
     return Oracle(MODEL, MAX_LENGTH, spread=0.1)  # with a larger one, rounding grows from block to block
 
 
+TOKEN_BYTES = torch.float32.itemsize * eight_blocks().hidden_size
+
+
 @dataclass(frozen=True)
 class Times:
     """The seconds of a pass in one block, without tokens and for each token, and of a trip. A server's link carries
@@ -52,6 +61,23 @@ class Times:
     token: float = 0.0
     trip: float = 0.05
     link: float | None = TOKENS_PER_SECOND
+
+
+SLOW = Times(block=0.0089, token=0.00031)
+"""An eighth of the reference model on two cores (docs/performance.md)."""
+FAST = Times(block=0.00089, token=0.000031)
+
+
+def best_seconds(num_servers: int, times: Times, num_tokens: int) -> float:
+    """No equal pieces of a prompt are back sooner, of any parts of tokens, and at no limit."""
+    length = NUM_BLOCKS // num_servers
+    sent = 0.0 if times.link is None else 1 / times.link
+    stage = StageCost(length * times.block, length * times.token, sent)
+    ring = RingCost((stage,) * num_servers, (num_servers + 1) * times.trip)
+    return min(
+        ring.first_seconds(num_tokens / number) + (number - 1) * ring.busy_seconds(num_tokens / number)
+        for number in range(1, num_tokens + 1)
+    )
 
 
 class TimedExecutor(VirtualExecutor):
@@ -96,7 +122,7 @@ class LongRing(Bed):
         speed = min(1e6, 1 / max(1e-9, length * (times.block + times.token)))
         prefill = min(1e6, 1 / max(1e-9, length * times.token))
         if times.link is not None:
-            rate = times.link * torch.float32.itemsize * eight_blocks().hidden_size
+            rate = times.link * TOKEN_BYTES
             self.network.limit(name, up=rate, down=rate)
         capacity = Capacity(NUM_BLOCKS, ((length, speed * length),), times.link, 1.0, 1.0)
         node = self.network.node(name)
@@ -126,3 +152,21 @@ async def first_token_seconds(client: Client, ids_BT: torch.Tensor) -> float:
     seconds = now() - began
     await session.close()
     return seconds
+
+
+def main() -> None:
+    logging.disable(logging.CRITICAL)
+    print("| machines | trip | servers | first token, s | best pieces, s | ratio |\n|---|---|---|---|---|---|")
+    for (name, times), trip, num_servers in product({"slow": SLOW, "fast": FAST}.items(), (0.002, 0.05), (2, 4, 8)):
+        ours = replace(times, trip=trip)
+
+        async def scene(num_servers: int = num_servers, ours: Times = ours) -> float:
+            async with ring_and_client(num_servers, ours) as client:
+                return await first_token_seconds(client, some_text(LONG_PROMPT))
+
+        seconds, best = run(scene()), best_seconds(num_servers, ours, LONG_PROMPT)
+        print(f"| {name} | {trip * 1e3:.0f} ms | {num_servers} | {seconds:.3f} | {best:.3f} | {seconds / best:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -9,18 +11,26 @@ import pytest
 import torch
 
 from shoal.client.decoding.session import Session
-from shoal.policy.routing.prompt_pieces import RingCost, StageCost
+from shoal.net.memory import Frame
+from shoal.policy.audits.receipt_verdict import ReceiptVerdict
 
-from .long_rings import LONG_PROMPT, MAX_LENGTH, NUM_BLOCKS, Times, first_token_seconds, ring_and_client, some_text
+from .long_rings import (
+    FAST,
+    LONG_PROMPT,
+    MAX_LENGTH,
+    SLOW,
+    Times,
+    best_seconds,
+    first_token_seconds,
+    ring_and_client,
+    some_text,
+)
 from .schedules.bed import PATIENT, Client
 from .schedules.work import Reading
 from .virtual_time import run
 
 OPENING_TRIPS = 2
 """A session is opened on all servers at once, and then the prompt leaves: its outputs come n + 1 trips later."""
-SLOW = Times(block=0.0089, token=0.00031)
-"""An eighth of the reference model on two cores (docs/performance.md)."""
-FAST = Times(block=0.00089, token=0.000031)
 WITHIN = 1.15
 
 pytestmark = pytest.mark.usefixtures("no_log_lines")
@@ -34,18 +44,6 @@ def in_ring(num_servers: int, times: Times, act: Act) -> None:
             await act(client)
 
     run(scene())
-
-
-def best_seconds(num_servers: int, times: Times, num_tokens: int) -> float:
-    """No equal pieces of a prompt are back sooner, of any parts of tokens, and at no limit."""
-    assert times.link is not None
-    length = NUM_BLOCKS // num_servers
-    stage = StageCost(length * times.block, length * times.token, 1 / times.link)
-    ring = RingCost((stage,) * num_servers, (num_servers + 1) * times.trip)
-    return min(
-        ring.first_seconds(num_tokens / number) + (number - 1) * ring.busy_seconds(num_tokens / number)
-        for number in range(1, num_tokens + 1)
-    )
 
 
 @pytest.mark.parametrize("num_servers", [2, 8])
@@ -104,3 +102,31 @@ def test_what_another_client_of_the_same_salt_has_sent_is_found_too():
         await other.close()
 
     in_ring(2, Times(), act)
+
+
+def test_what_servers_sign_of_a_long_prompt_is_compared_although_its_outputs_come_late():
+    """The outputs of one server are long on their way to the client: what the next one signs of them comes before."""
+    times = replace(FAST, trip=0.002)
+
+    async def act(client: Client) -> None:
+        client.bed.network.delay(0.5, "s3", "client0")
+        sent = list[int]()
+
+        def note(frame: Frame) -> Frame:
+            header = json.loads(frame.header)
+            if header["kind"] == "receipt" and header["end"] <= LONG_PROMPT:
+                sent.append(header["end"])
+            return frame
+
+        client.bed.network.on_frame = note
+        session = Session(client.swarm, client.span, batch_size=1, max_length=MAX_LENGTH)
+        reading = Reading(client, session, 1)
+        token = await reading.read(some_text(LONG_PROMPT))
+        await asyncio.sleep(2.0)  # all is there
+        await reading.say(token, 17)
+        compared = client.swarm.audits.receipts
+        assert set(compared) == {ReceiptVerdict.AGREES}
+        assert compared[ReceiptVerdict.AGREES] >= len(sent) > 100
+        await session.close()
+
+    in_ring(8, times, act)
