@@ -59,7 +59,7 @@ def test_a_first_token_takes_two_trips_more_than_the_prompt_around_the_ring(num_
     in_ring(num_servers, times, act)
 
 
-@pytest.mark.parametrize(("num_servers", "times"), [(2, SLOW), (4, SLOW), (4, FAST), (8, SLOW), (8, FAST)])
+@pytest.mark.parametrize(("num_servers", "times"), [(2, SLOW), (4, FAST), (8, SLOW), (8, FAST)])
 def test_a_long_prompt_keeps_all_servers_of_a_ring_busy(num_servers: int, times: Times):
     async def act(client: Client) -> None:
         seconds = await first_token_seconds(client, some_text(LONG_PROMPT)) - OPENING_TRIPS * times.trip
@@ -123,7 +123,7 @@ def test_what_servers_sign_of_a_long_prompt_is_compared_although_its_outputs_com
         reading = Reading(client, session, 1)
         token = await reading.read(some_text(LONG_PROMPT))
         await asyncio.sleep(2.0)  # all is there
-        await reading.say(token, 17)
+        await reading.read(token)
         compared = client.swarm.audits.receipts
         assert set(compared) == {ReceiptVerdict.AGREES}
         assert compared[ReceiptVerdict.AGREES] >= len(sent) > 100

@@ -44,7 +44,7 @@ LINKS = {"no limit": 0.0, "1 Gbit/s": 4096 * 8 / 1e9, "100 Mbit/s": 4096 * 8 / 1
 
 
 def best_seconds(ring: RingCost, num_tokens: int) -> float:
-    """No equal pieces are back sooner, of any parts of tokens, with any number of them under way."""
+    """When the best equal pieces are back, of any parts of tokens, all of them under way at once."""
     numbers = range(1, num_tokens + 1)
     lengths = ((number, num_tokens / number) for number in numbers)
     return min(ring.first_seconds(length) + (number - 1) * ring.busy_seconds(length) for number, length in lengths)
