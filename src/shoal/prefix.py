@@ -11,6 +11,8 @@ secret `salt`, which keeps others from asking what the tenant has computed.
 from __future__ import annotations
 
 import hashlib
+import secrets
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,6 +23,19 @@ PAGE_TOKENS = 16
 """Tokens in a page. A hash stands for one page, and a server's cache is divided into pages of this size. It is small,
 so that little memory is wasted in the last page of a sequence."""
 DIGEST_BYTES = 16
+SALT_BYTES = 16
+"""The length of a salt that is drawn: it cannot be guessed."""
+
+
+class DrawnSalt(str):
+    """A salt that was drawn here. No other client has it, so servers cache under it only what this client has sent."""
+
+    __slots__ = ()
+
+    @classmethod
+    def draw(cls) -> Self:
+        """A new one."""
+        return cls(secrets.token_hex(SALT_BYTES))
 
 
 def root_hash(span: Span, salt: str) -> bytes:

@@ -245,14 +245,14 @@ REFUSED: dict[str, tuple[list[Raw], str]] = {
     "a rewind to an old epoch": ([opening(), step(), rewind(epoch=9), rewind(epoch=8)], "epoch 8 after epoch 9"),
     "more steps ahead than allowed": (
         [opening(), *(step(2 * n) for n in range(1, MAX_STEPS_AHEAD + 2))],
-        "more than 16 steps, or 8192 tokens, at once",
+        "more than 32 steps, or 8192 tokens, at once",
     ),
     "more tokens ahead than allowed": (
         [
             opening(batch_size=2, expected_length=512),
             *(step(n, {"hidden": hidden(2, 512)}, epoch=1) for n in range(9)),
         ],
-        "more than 16 steps, or 8192 tokens, at once",
+        "more than 32 steps, or 8192 tokens, at once",
     ),
     "too many tokens in a step that has to wait": (
         [opening(), step(6, {"hidden": hidden(5, 300)})],

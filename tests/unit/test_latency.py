@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,6 +42,14 @@ def test_a_server_that_takes_longer_than_it_says_becomes_as_slow_as_it_is(factor
         found.record_step("a", 0.01, 0.01 * factor)
     assert found.slowness("a") == pytest.approx(factor, rel=1e-3)
     assert found.measured().slowness == {"a": pytest.approx(factor, rel=1e-3)}
+
+
+@pytest.mark.parametrize(("seconds", "factor"), [(0.16, 0.5), (0.32, 1.0), (0.36, 1.0), (0.41, 1.0), (0.82, 2.0)])
+def test_a_few_tokens_take_what_one_and_many_take_or_anything_between(seconds: float, factor: float):
+    """A step of one token is announced to take 0.1 s, and each of many to take 0.01 s."""
+    found, announced = Measurements(Clock()), replace(server("a", "0:4"), decode_speed=10.0, prefill_speed=100.0)
+    found.record_answer(Hop(announced, Span(0, 4)), 32, seconds, waited=None)
+    assert found.slowness("a") == pytest.approx(factor)
 
 
 def test_the_slower_a_server_becomes_the_sooner_it_counts_as_slow():

@@ -40,7 +40,7 @@ MAX_TEXT = 256
 """The characters of a name."""
 MAX_ADDRESS = 300
 """The characters of a multiaddress."""
-MAX_STEPS_AHEAD = 16
+MAX_STEPS_AHEAD = 32
 """The steps of one session that wait on a server beside the one that it computes: their inputs stay in memory."""
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Reason = Annotated[str, Field(max_length=1000, pattern=r"^[^\p{C}\p{Zl}\p{Zp}]*$")]  # users see it on terminals

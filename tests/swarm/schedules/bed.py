@@ -20,14 +20,14 @@ from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import now
 from shoal.net.memory import MemoryNetwork
 from shoal.net.transport import Node
-from shoal.peers import ServerInfo, ServerState
+from shoal.peers import Capacity, ModelInfo, ServerInfo, ServerState
 from shoal.policy.batching.pass_times import PassTimeModel
 from shoal.server.announcer import Announcer
 from shoal.server.config import ServerConfig
 from shoal.server.engine.engine import Engine
 from shoal.server.engine.validator import RequestValidator
 from shoal.server.executor import Executor
-from shoal.server.kv.batch import PackedPass
+from shoal.server.kv.batch import PackedPass, Pass
 from shoal.server.kv.output_head import Answer
 from shoal.server.kv.paged_cache import PagedCache
 from shoal.server.neighbors import NeighborMonitor
@@ -37,7 +37,7 @@ from shoal.server.rpc.streams import Handler
 from shoal.server.speed_watch import Watch
 from shoal.spans import Span
 
-from .oracle import FINGERPRINT, MAX_LENGTH, MODEL, NUM_BLOCKS, oracle
+from .oracle import FINGERPRINT, Oracle, oracle
 
 T = TypeVar("T")
 
@@ -68,27 +68,34 @@ class VirtualExecutor(Executor):
         await self.thawed.wait()
         return function()
 
+    def timed(self, compute: Pass) -> Pass:
+        """The same passes, of which it is told what it has to know for their times: nothing here."""
+        return compute
+
     def recover(self) -> None:
         """Be as quick as before a failure."""
         self.slowness = 1.0
         self.thawed.set()
 
 
-def virtual_engine(span: Span, executor: VirtualExecutor, *, num_pages: int, watch: Watch | None = None) -> Engine:
-    """A server's engine over some blocks of the tiny model, in virtual time."""
-    body = oracle().body(span)
-    cache = PagedCache(body, oracle().shapes(span), num_pages)
+def virtual_engine(
+    span: Span, executor: VirtualExecutor, *, num_pages: int, watch: Watch | None = None, whole: Oracle | None = None
+) -> Engine:
+    """A server's engine over some blocks of the tiny model, or of another `whole` one, in virtual time."""
+    whole = whole or oracle()
+    body = whole.body(span)
+    cache = PagedCache(body, whole.shapes(span), num_pages)
     return Engine(
         body,
         executor,
         RequestValidator(
-            model=MODEL.key,
+            model=whole.model.key,
             fingerprint=FINGERPRINT,
             span=span,
-            hidden_size=oracle().hidden_size,
-            max_length=MAX_LENGTH,
+            hidden_size=whole.hidden_size,
+            max_length=whole.max_length,
         ),
-        compute=PackedPass(body, cache),
+        compute=executor.timed(PackedPass(body, cache)),
         cache=cache,
         num_pages=num_pages,
         cpu_turns=None,
@@ -128,6 +135,8 @@ class Member:
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     alive: bool = True
     sound: bool = True
+    prefill_speed: float = 0.0
+    capacity: Capacity | None = None
     task: asyncio.Task[None] | None = None
 
     def __str__(self) -> str:
@@ -137,13 +146,21 @@ class Member:
 class Bed:
     """The swarm. When the context is left, all servers leave, and every page of their caches has to be free.
 
-    `reserves` are the spans of slow servers that take the places of others.
+    `reserves` are the spans of slow servers that take the places of others. The model is the tiny one by default.
     """
 
     def __init__(
-        self, spans: Sequence[str], reserves: Sequence[str] = (), *, cache_pages: int, drain_seconds: float
+        self,
+        spans: Sequence[str],
+        reserves: Sequence[str] = (),
+        *,
+        cache_pages: int,
+        drain_seconds: float,
+        whole: Oracle | None = None,
     ) -> None:
         self.network = MemoryNetwork()
+        self.whole = whole or oracle()
+        self.rounds_differently = True
         self.network.delay(TRIP_SECONDS)
         self.members: list[Member] = []  # dead ones included
         self.story: list[str] = []
@@ -163,13 +180,21 @@ class Bed:
     def start(self, span: Span, name: str | None = None, *, speed: float = 1 / PASS_SECONDS) -> Member:
         """A server that is online after one turn of the event loop."""
         name = name or f"s{len({member.name for member in self.members})}"
-        executor = VirtualExecutor()
-        engine = virtual_engine(span, executor, num_pages=self._cache_pages)
-        round_differently(engine, seed=len(self.members))
-        member = Member(name, span, speed, self.network.node(name), engine, executor)
-        member.task = asyncio.create_task(_serve(member, self._config), name=f"server {name}")
+        executor = self._executor()
+        engine = virtual_engine(span, executor, num_pages=self._cache_pages, whole=self.whole)
+        if self.rounds_differently:
+            round_differently(engine, seed=len(self.members))
+        member = self._member(name, span, speed, engine, executor)
+        serving = _serve(member, self.whole.model, self._config)
+        member.task = asyncio.create_task(serving, name=f"server {name}")
         self.members.append(member)
         return member
+
+    def _executor(self) -> VirtualExecutor:
+        return VirtualExecutor()
+
+    def _member(self, name: str, span: Span, speed: float, engine: Engine, executor: VirtualExecutor) -> Member:
+        return Member(name, span, speed, self.network.node(name), engine, executor, prefill_speed=100 * speed)
 
     def kill(self, member: Member) -> None:
         """Its process ends, as by SIGKILL."""
@@ -237,18 +262,19 @@ class Bed:
             assert not used, f"{member} keeps room for {used} tokens of no session"
 
 
-async def _serve(member: Member, config: ServerConfig) -> None:
+async def _serve(member: Member, model: ModelInfo, config: ServerConfig) -> None:
     info = ServerInfo(
         peer=member.name,
         span=member.span,
         state=ServerState.JOINING,
         fingerprint=FINGERPRINT,
         decode_speed=member.speed,
-        prefill_speed=100 * member.speed,
+        prefill_speed=member.prefill_speed,
         cache_tokens_left=member.engine.cache_tokens,
         dtype="float32",
         quantization="none",
         version="0",
+        capacity=member.capacity,
     )
 
     def describe() -> ServerInfo:
@@ -263,9 +289,9 @@ async def _serve(member: Member, config: ServerConfig) -> None:
         )
 
     every_seconds = config.announce_seconds
-    announcer = Announcer(member.node, MODEL, info, every_seconds=every_seconds)
+    announcer = Announcer(member.node, model, info, every_seconds=every_seconds)
     neighbors = NeighborMonitor(
-        member.node, MODEL, describe, every_seconds=every_seconds, on_new=announcer.announce_soon
+        member.node, model, describe, every_seconds=every_seconds, on_new=announcer.announce_soon
     )
     pushes = PushService(member.node.transport)
     handler = Handler(member.engine, pushes, idle_seconds=config.idle_seconds)
@@ -288,17 +314,18 @@ class Client:
 
     def __init__(self, name: str, bed: Bed, node: Node, config: ClientOptions) -> None:
         self.name = name
-        self.span = Span(0, NUM_BLOCKS)
-        self.swarm = Swarm(node, MODEL, FINGERPRINT, config, unix_time=now)
-        self._bed = bed
+        self.whole = bed.whole
+        self.span = Span(0, bed.whole.model.num_blocks)
+        self.swarm = Swarm(node, bed.whole.model, FINGERPRINT, config, unix_time=now)
+        self.bed = bed
         self._node = node
 
     def enters(self, phase: str) -> None:
-        self._bed.enters(self.name, phase)
+        self.bed.enters(self.name, phase)
 
     def check_streams(self) -> None:
         """Check that it has closed every stream that it opened."""
-        num_streams = self._bed.network.num_streams(self.name)
+        num_streams = self.bed.network.num_streams(self.name)
         assert not num_streams, f"{num_streams} streams of {self.name} are open and unused"
 
     async def close(self) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,18 @@ FINGERPRINT = "f" * 64
 
 
 class Oracle:
-    """A Llama of 4 blocks. Results are computed once for equal inputs."""
+    """A Llama of a few blocks, whose weights have this `spread`. Results are computed once for equal inputs.
 
-    def __init__(self) -> None:
-        self._config = tiny_config(
-            "llama", num_hidden_layers=NUM_BLOCKS, max_position_embeddings=MAX_LENGTH, initializer_range=0.4
-        )
+    `changes` are those of the tiny model's config.
+    """
+
+    def __init__(
+        self, model: ModelInfo = MODEL, max_length: int = MAX_LENGTH, *, spread: float = 0.4, **changes: Any
+    ) -> None:
+        self.model = model
+        self.max_length = max_length
+        lengths = {"num_hidden_layers": model.num_blocks, "max_position_embeddings": max_length}
+        self._config = tiny_config("llama", **lengths, initializer_range=spread, **changes)
         self._whole: PreTrainedModel = tiny_model(self._config).requires_grad_(False)
         self._logits: dict[tuple[bytes, ...], Tensor] = {}
         self._gradients: dict[tuple[bytes, ...], Tensor] = {}

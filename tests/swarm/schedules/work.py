@@ -44,14 +44,14 @@ class Reading:
         self._mask_BS = torch.cat((self._mask_BS, mask_BT), dim=1)
         padded = not self._mask_BS.all()
         outputs_BTD = await self._session.step(
-            oracle().embed(ids_BT),
+            self._client.whole.embed(ids_BT),
             position,
             positions_of(self._mask_BS)[:, -num_new:] if padded else None,
             mask_BT.to(torch.uint8) if padded else None,
         )
         assert isinstance(outputs_BTD, Tensor)
-        logits_BTV = oracle().head(outputs_BTD)
-        expected_BTV = oracle().logits(self._ids_BS, self._mask_BS)[:, -num_new:]
+        logits_BTV = self._client.whole.head(outputs_BTD)
+        expected_BTV = self._client.whole.logits(self._ids_BS, self._mask_BS)[:, -num_new:]
         assert_equal(logits_BTV[mask_BT.bool()], expected_BTV[mask_BT.bool()])
         likeliest, right = logits_BTV[:, -1:].argmax(dim=-1), expected_BTV[:, -1:].argmax(dim=-1)
         assert likeliest.tolist() == right.tolist()

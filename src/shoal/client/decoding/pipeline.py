@@ -19,46 +19,43 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 
-from shoal.adapters import adapter_cache_salt
 from shoal.client.decoding.epoch import EpochReason
+from shoal.client.decoding.opening.page_names import page_names
+from shoal.client.decoding.opening.stage_opener import StageOpener
 from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep, usual_seconds
-from shoal.client.decoding.progress import StageStatus, awaited_steps
+from shoal.client.decoding.progress import StageProgress, StageStatus, awaited_steps
 from shoal.client.decoding.push_links import PushLinks
 from shoal.client.decoding.receipts.receipt_check import ReceiptCheck
 from shoal.client.decoding.session_inputs import SessionInputs
-from shoal.client.decoding.stage import MAX_STEPS_IN_FLIGHT, Stage
+from shoal.client.decoding.stage import Stage
 from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.answers import named_tensors
-from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import now
-from shoal.errors import PeerError, ServerLost
+from shoal.errors import PeerError
 from shoal.events import StageReplaced
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.policy.lateness import Awaited
+from shoal.policy.routing.prompt_pieces import (
+    MOST_IN_FLIGHT,
+    MOST_TOKENS_IN_FLIGHT,
+    SHORT_TOKENS,
+    piece_length,
+    ring_cost,
+)
 from shoal.policy.routing.route import Hop
-from shoal.prefix import DIGEST_BYTES, PAGE_TOKENS, page_hashes, root_hash
-from shoal.protocol import MAX_STEP_TOKENS, Open
+from shoal.protocol import MAX_STEP_TOKENS
 from shoal.spans import Span
 from shoal.tensors import TensorName
 
 log = logging.getLogger(__name__)
-
-PREFILL_PIECE_TOKENS = 256
-"""A long prompt goes through the ring in pieces of this length: the servers then work on several pieces at once."""
-OPEN_SECONDS = 3.0
-"""How long a server may take to accept a stream, and then to open a session, if others hold its blocks. Usually each
-takes a round trip."""
-LONGEST_OPEN_SECONDS = 10.0
-"""A server that has not opened a session after this time is lost, if it is the only one or sends what it has cached."""
 
 
 class Pipeline:
@@ -88,8 +85,9 @@ class Pipeline:
         self._swarm = swarm
         self._inputs = inputs
         self._tuning = tuning
-        self._expected_length = expected_length
+        self._opener = StageOpener(swarm, inputs, tuning, expected_length=expected_length)
         self._end = end
+        self._cut: tuple[tuple[Hop, ...], int, int] | None = None  # the servers and the end of a prompt, and its pieces
         self.notify = notify
         self.links = PushLinks(swarm.push_rules)
         self.receipts = ReceiptCheck(swarm)
@@ -209,10 +207,10 @@ class Pipeline:
 
     async def _ask(self, index: int, limit: int, max_tokens: int | None) -> None:
         stage = self.stages[index]
-        steps_ahead = MAX_STEPS_IN_FLIGHT if max_tokens is None else 1
+        steps_ahead = MOST_IN_FLIGHT if max_tokens is None else 1
         while stage.progress.num_requested < min(stage.num_tokens, limit):
             run = self._run(index)
-            if not run or any(len(each.progress.pending) >= steps_ahead for each in run):
+            if not run or not all(_has_room(each.progress, steps_ahead) for each in run):
                 return
             epoch = self._inputs.epoch.number
             for each in run:
@@ -223,6 +221,7 @@ class Pipeline:
             steps, tensors = self._steps(index, run, limit, max_tokens or MAX_STEP_TOKENS)
             for each, step in zip(run, steps, strict=True):
                 each.expect(step)
+            self._inputs.are_new = False
             await stage.send(steps[0], tensors, hops_left=len(run) - 1, last=steps[-1])
 
     def _run(self, index: int) -> list[Stage]:
@@ -247,9 +246,10 @@ class Pipeline:
         """The next step of each server of a run that begins at `index`, and the tensors for the first of them."""
         stage, start = run[0], run[0].progress.num_requested
         batch_size = self._inputs.like.shape[0]
+        length = max(1, max_tokens // batch_size)
         if len(run) > 1:
-            max_tokens = min(max_tokens, PREFILL_PIECE_TOKENS)
-        end = min(start + max(1, max_tokens // batch_size), stage.num_tokens, limit)
+            length = min(length, self._piece_length(run, start, limit))
+        end = min(start + length, stage.num_tokens, limit)
         inputs_BTD = stage.history.between(start, end)
         steps: list[PendingStep] = []
         for offset, each in enumerate(run):
@@ -273,6 +273,16 @@ class Pipeline:
             )
         return steps, named_tensors(inputs_BTD, self._inputs.positions(start, end), self._inputs.mask(start, end))
 
+    def _piece_length(self, run: Sequence[Stage], start: int, limit: int) -> int:
+        """How long the pieces are in which these servers get the tokens up to `limit`: of one length to the end."""
+        hops = tuple(stage.hop for stage in run)
+        if self._cut is None or self._cut[:2] != (hops, limit):
+            if limit - start <= SHORT_TOKENS:
+                return SHORT_TOKENS
+            ring = ring_cost(hops, self._swarm.measurements.measured())
+            self._cut = hops, limit, piece_length(ring, limit - start, rows=self._inputs.like.shape[0])
+        return self._cut[2]
+
     def _logits_request_for(self, index: int) -> LogitsRequest | None:
         """The logits that the stage at `index` is asked for instead of hidden states, if any."""
         return self.logits_request if index == len(self.stages) - 1 and self.stages[index].hop.server.head else None
@@ -282,7 +292,7 @@ class Pipeline:
     async def open(self) -> None:
         """Open the session on every server that has not opened it. Stops if a server fails; its stage has the error."""
         new = [stage for stage in self.stages if stage.needs_opening]
-        await asyncio.gather(*(self._connect(stage) for stage in new))
+        await asyncio.gather(*(self._opener.connect(stage) for stage in new))
         if any(stage.has_failed for stage in self.stages):
             return
         self.links.link(self.stages)
@@ -293,103 +303,27 @@ class Pipeline:
         for stage in new:
             await self._await_opened(stage)
 
-    async def _connect(self, stage: Stage) -> None:
-        await stage.disconnect()  # an earlier attempt may have been interrupted
-        try:
-            connection = await self._connection(stage.hop)
-            try:
-                adapters = self._tuning.in_span(stage.hop.span)
-                await self._swarm.adapter_sync.ensure_loaded(connection, stage.hop.server, adapters, session=True)
-            except BaseException:
-                await connection.close()
-                raise
-            stage.adopt(connection)
-        except PeerError as error:
-            stage.fail(error)
-
-    async def _connection(self, hop: Hop) -> Connection:
-        """A new connection to the server of a hop. Raises `ServerLost`."""
-        peer = hop.server.peer
-        try:
-            async with asyncio.timeout(OPEN_SECONDS if self._swarm.has_others(hop) else None):
-                return await self._swarm.connect(hop.server)
-        except TimeoutError:
-            raise ServerLost(f"{peer} did not answer within {OPEN_SECONDS:g} s", peer=peer) from None
-
     async def _send_open(self, stage: Stage) -> bool:
         """Ask the server to open the session; returns whether it may have the first tokens in its cache."""
         index = self.stages.index(stage)
         if index == len(self.stages) - 1:
             self.outputs.logits.clear()
-        upstream, downstream = self.links.neighbors_of(stage)
-        digests = self._digests(index) if stage.num_tokens else None
-        like = self._inputs.like
-        request = Open(
-            model=self._swarm.model.key,
-            fingerprint=self._swarm.fingerprint,
-            start=stage.hop.span.start,
-            end=stage.hop.span.end,
-            adapters=self._tuning.names(stage.hop.span),
-            batch_size=like.shape[0],
-            expected_length=self._expected_length(),
-            salt=self._inputs.salt,
-            skip=self.sink(index).num_tokens,
-            epoch=self._inputs.epoch.number,
-            receipts=secrets.token_hex(16) if self._swarm.audits.is_on else None,
-            upstream=upstream,
-            downstream=downstream,
-        )
-        with contextlib.suppress(PeerError):  # the stage keeps the error
-            await stage.open(request, digests)
+        digests = self._digests(index) if stage.num_tokens and not self._inputs.are_new else None
+        neighbors = self.links.neighbors_of(stage)
+        await self._opener.send_open(stage, digests, skip=self.sink(index).num_tokens, neighbors=neighbors)
         return digests is not None
 
     async def _await_opened(self, stage: Stage) -> None:
-        """Wait until the server has opened the session or has failed. One that lacks adapters is left closed."""
-        if stage.connection is None:
-            return
-        sink, wire = self.sink(self.stages.index(stage)), self._swarm.config.wire
-        late_at = now() + OPEN_SECONDS
-        try:
-            async with asyncio.timeout(LONGEST_OPEN_SECONDS):
-                while not (
-                    stage.has_failed
-                    or stage.not_cached is not None
-                    or stage.settle_opening(sink, like=self._inputs.like, wire=wire)
-                ):
-                    await stage.has_news.wait()
-                    stage.has_news.clear()
-                    # Something came, such as a pong, and not in the midst of a large answer: none is on its way.
-                    if now() > late_at and stage.status is StageStatus.OPENING and self._swarm.has_others(stage.hop):
-                        raise TimeoutError
-        except TimeoutError:
-            stage.connection.fail(stage.connection.lost("does not open a session"))
-        if (not_cached := stage.not_cached) is not None:
-            self._swarm.adapter_sync.forget(stage.peer, self._tuning.in_span(stage.hop.span), not_cached.adapters)
-            await stage.reset()  # the next attempt uploads the adapters first
+        await self._opener.await_opened(stage, self.sink(self.stages.index(stage)))
 
     def _digests(self, index: int) -> torch.Tensor | None:
-        """The names [B, pages, 16] of the pages with which the inputs of a stage begin; None if there are none.
-
-        A server that has pages of these names in its cache need not compute them. Padded sequences have no names.
-        """
-        inputs_BSD = self.stages[index].history.since(0)[:, : self._end]
+        """The names of the pages with which the inputs of a stage begin; None if there are none."""
+        stage = self.stages[index]
+        inputs_BSD = stage.history.since(0)[:, : self._end]
         logits_request = self._logits_request_for(index)
         if logits_request is not None:  # a server keeps no logits, so it has to compute these tokens
             inputs_BSD = inputs_BSD[:, : -logits_request.num_tokens]
-        batch_size, num_tokens, _ = inputs_BSD.shape
-        if num_tokens < PAGE_TOKENS or self._inputs.are_padded:
-            return None
-        positions_BS = self._inputs.positions(0, num_tokens)
-        if positions_BS is None:
-            positions_BS = torch.arange(num_tokens).expand(batch_size, -1)
-        span = self.stages[index].hop.span
-        first = root_hash(span, adapter_cache_salt(self._inputs.salt, self._tuning.names(span)))
-        names = [
-            b"".join(page_hashes(first, hidden, positions))
-            for hidden, positions in zip(inputs_BSD, positions_BS, strict=True)
-        ]
-        digests = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
-        return digests.view(batch_size, -1, DIGEST_BYTES)
+        return page_names(inputs_BSD, stage.hop.span, self._inputs, self._tuning)
 
     async def disconnect(self) -> None:
         """Let the servers forget the session, also if the caller is cancelled meanwhile."""
@@ -398,3 +332,9 @@ class Pipeline:
             await asyncio.shield(closing)
         finally:
             await closing  # tasks that are cancelled before they begin would close nothing
+
+
+def _has_room(progress: StageProgress, steps_ahead: int) -> bool:
+    """Whether a server may be asked for one more step, of any size, before it has answered those that are pending."""
+    num_tokens = sum(step.inputs[:2].numel() for step in progress.pending)
+    return len(progress.pending) < steps_ahead and num_tokens <= MOST_TOKENS_IN_FLIGHT - MAX_STEP_TOKENS

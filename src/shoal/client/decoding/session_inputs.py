@@ -12,6 +12,8 @@ from shoal.client.decoding.epoch import Epoch
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
 from shoal.errors import UserError
+from shoal.prefix import PAGE_TOKENS, DrawnSalt, next_hash, root_hash
+from shoal.spans import Span
 
 
 class SessionInputs:
@@ -23,6 +25,9 @@ class SessionInputs:
 
     def __init__(self, store: HistoryStore, *, salt: str) -> None:
         self.salt = salt
+        self.are_new = False
+        """Whether no server can have computed any of these tokens, in this session or in another one."""
+        self._beginnings = store.beginnings
         self.hidden = History(store)
         self.epoch = Epoch()
         self._masks: History | None = None  # None while no sequence is padded
@@ -59,6 +64,18 @@ class SessionInputs:
             self._masks, mask_BT, start, lambda start, end: torch.ones(end - start, dtype=torch.uint8), hidden_BTD
         )
         self.hidden.append(hidden_BTD)
+        if start < PAGE_TOKENS <= self.num_tokens and not self.are_padded:
+            was_sent = self._beginnings.note(self._first_pages())
+            self.are_new = not was_sent and isinstance(self.salt, DrawnSalt)
+
+    def _first_pages(self) -> list[bytes]:
+        """The name of the first page of each sequence, whatever blocks and adapters it is for."""
+        positions_BT = self.positions(0, PAGE_TOKENS)
+        root, counted_T = root_hash(Span(0, 1), self.salt), torch.arange(PAGE_TOKENS)
+        return [
+            next_hash(root, hidden_TD, counted_T if positions_BT is None else positions_BT[row])
+            for row, hidden_TD in enumerate(self.hidden.between(0, PAGE_TOKENS))
+        ]
 
     def _check_past(self, mask_BS: torch.Tensor) -> None:
         if not mask_BS.shape[1]:

@@ -51,8 +51,6 @@ USUAL_OPEN_SECONDS = 0.1
 """How long a server usually takes to open a session."""
 IDLE_PONGS = 2
 """A server that says this often in a row that it is idle does not have the step. The first pong may have crossed it."""
-MAX_STEPS_IN_FLIGHT = 4
-"""Pending steps of one server: enough to keep it busy while others arrive, and few enough for its memory."""
 
 Neighbors = tuple[Upstream | None, Downstream | None]
 """The servers before and after one in the ring; None where that is the client."""

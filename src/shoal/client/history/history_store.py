@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from shoal.client.history.sent_beginnings import SentBeginnings
 from shoal.client.history.spill_file import FileRegion, SpillFile
 from shoal.errors import UserError
 from shoal.net.wire import codec
@@ -63,6 +64,8 @@ class HistoryStore:
                 "history_folder is for histories that do not fit into history_memory, which has no limit",
                 hint="add history_memory=, in bytes",
             )
+        self.beginnings = SentBeginnings()
+        """How the texts of all sessions began."""
         self._encoding = encoding
         self._limit = math.inf if memory_bytes is None else memory_bytes
         self._file = None if memory_bytes is None else SpillFile(folder)

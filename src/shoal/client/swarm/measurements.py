@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from shoal.client.swarm.broken_pairs import BrokenPairs
 from shoal.peers import ServerInfo
 from shoal.policy.routing.belief import Ceiling, Fastest, ceiling
+from shoal.policy.routing.costs import most_announced_seconds
 from shoal.policy.routing.latency import Slowness, after_step, average_round_trip, seen_seconds
 from shoal.policy.routing.route import Hop, Measured, Route, announced_seconds
 from shoal.policy.routing.spread import WorkInFlight
@@ -44,7 +45,9 @@ class Measurements:
             self.record_speed(len(hop.span), num_tokens, max(said, waited - round_trip))
             if num_tokens <= FEW_TOKENS:
                 seconds = seen_seconds(said, waited=waited, round_trip=round_trip)
-        self.record_step(peer, announced_seconds(hop.server, len(hop.span), num_tokens), seconds)
+        least = announced_seconds(hop.server, len(hop.span), num_tokens)
+        most = most_announced_seconds(hop.server, len(hop.span), num_tokens)
+        self.record_step(peer, min(max(least, seconds), most), seconds)
 
     def record_step(self, peer: str, predicted_seconds: float, seen_seconds: float) -> None:
         """A step took `seen_seconds` on a server that announces `predicted_seconds` for it."""

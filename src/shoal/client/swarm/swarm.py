@@ -10,7 +10,6 @@ import asyncio
 import functools
 import logging
 import random
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager
@@ -40,6 +39,7 @@ from shoal.policy.audits.audit_budget import RATES
 from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import LOOK_SECONDS, MissingSince
+from shoal.prefix import DrawnSalt
 from shoal.spans import Span
 
 __all__ = ["Holding", "Swarm", "holding"]
@@ -49,8 +49,6 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 1.0
 """How long to wait for servers that hold the blocks, and did not answer, if none is blocked."""
-SALT_BYTES = 16
-"""The length of a salt that is drawn: it cannot be guessed."""
 SHORTEST_WAIT = 1e-3
 """Patience that is shorter than this is over."""
 
@@ -72,7 +70,7 @@ class Swarm:
         self.model = model
         self.fingerprint = fingerprint
         self.config = config
-        self.salt = secrets.token_hex(SALT_BYTES) if config.salt is None else config.salt
+        self.salt = DrawnSalt.draw() if config.salt is None else config.salt
         """The salt of this client's prefixes. A secret one lets no other client find out what they are."""
         self.events = observers or events.Observers(config.observers)
         """What is told of this model's events, by default what the config names. It has to be closed."""

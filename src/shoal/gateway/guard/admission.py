@@ -6,15 +6,12 @@ import asyncio
 import contextlib
 import hashlib
 import math
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
 from shoal.gateway.error_objects import Refused, later
-
-SALT_BYTES = 16
-"""The length of a salt that is drawn: it cannot be guessed."""
+from shoal.prefix import DrawnSalt
 
 
 def digest(key: str) -> bytes:
@@ -77,7 +74,7 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         def account() -> Account:
-            own = secrets.token_hex(SALT_BYTES) if salt is None else salt
+            own = DrawnSalt.draw() if salt is None else salt
             return Account(Allowance(requests_per_minute, clock), Allowance(tokens_per_minute, clock), own)
 
         keys = tuple(keys)

@@ -102,6 +102,12 @@ def announced_seconds(server: ServerInfo, num_blocks: int, num_tokens: int) -> f
     return max(1 / decode, num_tokens / prefill) * num_blocks / len(server.span)
 
 
+def most_announced_seconds(server: ServerInfo, num_blocks: int, num_tokens: int) -> float:
+    """The same, if tokens cost all of their time beyond the reading of the weights: the truth lies between the two."""
+    decode, prefill = max(server.decode_speed or 0.0, SLOWEST), max(server.prefill_speed or 0.0, SLOWEST)
+    return (1 / decode + (num_tokens - 1) / prefill) * num_blocks / len(server.span)
+
+
 class Costs:
     """The prices of one view of the swarm, in seconds. `None` in place of a server means the client."""
 

@@ -9,6 +9,7 @@ from shoal.concurrency import first_of
 from shoal.net.transport import Stream
 from shoal.net.wire import codec
 from shoal.protocol import (
+    MAX_STEP_TOKENS,
     SESSION_KINDS,
     Acknowledge,
     AnyMessage,
@@ -39,10 +40,17 @@ from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
 
-MAX_PENDING_RESULTS = 4
+MAX_PENDING_RESULTS = 16
 """Results that wait for a slow client or a slow downstream server: at this number the session stops computing."""
+MAX_PENDING_TOKENS = 4 * MAX_STEP_TOKENS
+"""The same, as the tokens of all these results, if they were all as large as the next one."""
 MAX_REPLAYED_RESULT_BYTES = 1 << 20
 """The last answer is kept if it is not larger, in case the client asks again; a larger one is computed again."""
+
+
+def may_wait(num_waiting: int, size: int) -> bool:
+    """Whether the result of a step of `size` tokens may wait beside so many others."""
+    return num_waiting < MAX_PENDING_RESULTS and num_waiting * size < MAX_PENDING_TOKENS
 
 
 class SessionStream:
@@ -169,17 +177,16 @@ class SessionStream:
         hops_left = received.step.hops_left
         if self._answered is None or (hops_left and "hidden" not in self._answered[1]):
             self._queue.again(received)
-        elif self._has_room:
+        elif self._has_room_for(received):
             _, answer, encoding = self._answered
             if hops_left:
                 self._push(received, answer, encoding)
             self._answers.put_nowait(self._answered)
 
-    @property
-    def _has_room(self) -> bool:
-        """Whether another result may wait."""
+    def _has_room_for(self, received: ReceivedStep) -> bool:
+        """Whether the result of a step may wait beside others."""
         num_waiting = max(self._answers.qsize(), self._ring.num_waiting, self._receipts.num_waiting)
-        return num_waiting < MAX_PENDING_RESULTS
+        return may_wait(num_waiting, received.size)
 
     def _set_neighbors(self, upstream: Upstream | None, downstream: Downstream | None) -> None:
         """Change the session's place in the ring."""
@@ -201,7 +208,7 @@ class SessionStream:
 
     async def _compute(self) -> None:
         while True:
-            while self._queue.is_ready and self._has_room:
+            while (following := self._queue.following) is not None and self._has_room_for(following):
                 await self._compute_step(self._queue.take())
             if self._refused is not None:
                 raise self._refused

@@ -100,9 +100,14 @@ class StepQueue:
         self._waiting[received.key] = received
 
     @property
+    def following(self) -> ReceivedStep | None:
+        """The next step; None if it is not here."""
+        return self._waiting.get((self.epoch, self.position))
+
+    @property
     def is_ready(self) -> bool:
         """Whether the next step is here."""
-        return (self.epoch, self.position) in self._waiting
+        return self.following is not None
 
     def take(self) -> ReceivedStep:
         """The next step, which must be ready."""

@@ -21,8 +21,9 @@ from shoal.tensors import Encoding
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING = 8
-"""Receipts that cannot be compared yet. Of more, the oldest are dropped, as if they had not come."""
+MAX_WAITING = 40
+"""Receipts that cannot be compared yet, as those of all pieces of a prompt that are under way. Of more, the oldest are
+dropped, as if they had not come."""
 MAX_NOTED = 64
 """Steps that are noted. Of more, all but the last few are digested, so that their tensors do not stay in memory."""
 
