@@ -12,8 +12,8 @@ from shoal.policy.batching.engine_limits import Limits
 from shoal.policy.batching.pass_times import (
     MIN_PREFILL_TOKENS,
     Cost,
+    PassLoad,
     PassTimeModel,
-    PassWork,
     PrefillBudget,
 )
 from shoal.policy.batching.scheduling import RequestView, prefill_budget, schedule
@@ -26,8 +26,8 @@ DECODE_SECONDS, TOKEN_SECONDS = 0.05, 0.0015
 MEASURED = PassTimeModel.measured(decode_seconds=DECODE_SECONDS, prefill_token_seconds=TOKEN_SECONDS)
 
 
-def part(num_tokens: int, num_past: int = 0, *, rows: int = 1, decodes: bool = False) -> PassWork:
-    return PassWork.of(num_rows=rows, num_tokens=num_tokens, num_past=num_past, decodes=decodes)
+def part(num_tokens: int, num_past: int = 0, *, rows: int = 1, decodes: bool = False) -> PassLoad:
+    return PassLoad.of(num_rows=rows, num_tokens=num_tokens, num_past=num_past, decodes=decodes)
 
 
 def step(num_tokens: int, num_past: int, rows: int = 1) -> RequestView:
@@ -35,17 +35,17 @@ def step(num_tokens: int, num_past: int, rows: int = 1) -> RequestView:
 
 
 def test_each_token_of_a_prefill_sees_those_before_it_and_itself():
-    assert part(3) == PassWork(num_prefill=3, num_pairs=1 + 2 + 3)
-    assert part(2, 10, rows=4) == PassWork(num_prefill=8, num_pairs=4 * (11 + 12))
+    assert part(3) == PassLoad(num_prefill=3, num_pairs=1 + 2 + 3)
+    assert part(2, 10, rows=4) == PassLoad(num_prefill=8, num_pairs=4 * (11 + 12))
 
 
 def test_a_decoding_session_reads_its_cache_once_however_many_guesses_are_checked():
-    assert part(4, 100, rows=2, decodes=True) == PassWork(num_decoding=2, num_read=2 * 104, num_decoded=8)
+    assert part(4, 100, rows=2, decodes=True) == PassLoad(num_decoding=2, num_read=2 * 104, num_decoded=8)
 
 
 def test_a_pass_takes_what_its_parts_take():
     model = PassTimeModel(0.05, Cost(0.04, 1e-5), Cost(0.001, 1e-6))
-    work = PassWork.total([part(1, 999, decodes=True), part(1, 1999, decodes=True), part(2, 100), part(1, 50)])
+    work = PassLoad.total([part(1, 999, decodes=True), part(1, 1999, decodes=True), part(2, 100), part(1, 50)])
     assert model.seconds_of(work) == pytest.approx(0.04 + 3000e-5 + 3e-3 + (101 + 102 + 51) * 1e-6)
 
 
@@ -55,7 +55,7 @@ def test_more_tokens_and_longer_contexts_never_take_less(model, num_past, num_to
     grown = [
         part(num_tokens + more, num_past, rows=rows),
         part(num_tokens, num_past + more, rows=rows),
-        PassWork.total([part(num_tokens, num_past, rows=rows), part(1, more, decodes=True)]),
+        PassLoad.total([part(num_tokens, num_past, rows=rows), part(1, more, decodes=True)]),
     ]
     assert all(model.seconds_of(each) >= least * (1 - 1e-12) for each in grown)
 
@@ -92,8 +92,8 @@ def test_prefills_beside_those_who_decode_stay_within_their_share_unless_they_ar
     limits, requests = Limits(prefill=share, max_num_batched_tokens=1 << 20), [*deciding, *prompts]
     budget = prefill_budget(model, requests, limits=limits, is_decoding=True)
     chosen = schedule(requests, num_free_pages=0, max_num_batched_tokens=1 << 20, prefill=budget).chunks
-    work = PassWork.total(requests[index].work(num_tokens) for index, num_tokens in chosen)
-    without = model.seconds_of(PassWork(work.num_decoding, work.num_read))
+    work = PassLoad.total(requests[index].work(num_tokens) for index, num_tokens in chosen)
+    without = model.seconds_of(PassLoad(work.num_decoding, work.num_read))
     assert work.num_decoding == sum(each.num_rows for each in deciding)
     assert work.num_prefill > 0
     if work.num_prefill > MIN_PREFILL_TOKENS:
@@ -105,7 +105,7 @@ def test_what_decoding_sessions_read_is_part_of_what_their_pass_takes():
     few, much = (model.beside(part(1, past, decodes=True), share=0.5) for past in (100, 30_000))
     assert few.seconds == pytest.approx(0.05 + 101e-5)
     assert much.seconds == pytest.approx(0.05 + 30_001e-5)
-    assert model.beside(PassWork(), share=0.5).seconds == DECODE_SECONDS
+    assert model.beside(PassLoad(), share=0.5).seconds == DECODE_SECONDS
 
 
 def test_a_prompt_that_is_computed_alone_is_cut_to_what_the_largest_pass_takes():
@@ -125,7 +125,7 @@ def test_what_is_learnt_stays_positive_and_within_what_was_seen(passes):
     assert model.decoding.fixed > 0
     assert model.prefill_token.fixed > 0
     assert min(model.decoding.each, model.prefill_token.each) >= 0
-    assert model.beside(PassWork(), share=0.5).num_tokens(num_rows=1, num_past=0) >= MIN_PREFILL_TOKENS
+    assert model.beside(PassLoad(), share=0.5).num_tokens(num_rows=1, num_past=0) >= MIN_PREFILL_TOKENS
 
 
 def passes_of(
@@ -136,7 +136,7 @@ def passes_of(
     for _ in range(rounds):
         decoding = part(1, chance.randrange(40_000), rows=chance.randint(1, 3), decodes=True)
         past = int(2 ** chance.uniform(0, 15))
-        work = PassWork.total([decoding, part(chance.randint(16, 256), past)])
+        work = PassLoad.total([decoding, part(chance.randint(16, 256), past)])
         for each in (work, decoding):
             factor = chance.uniform(1 - noise, 1 + noise) * (30 if chance.random() < stalls else 1)
             model = model.learnt(each, truth.seconds_of(each) * factor)
@@ -185,7 +185,7 @@ def test_the_parts_of_a_first_long_prompt_take_little_longer_than_they_may():
     past, decoding, worst = 0, part(1, 100, rows=8, decodes=True), 0.0
     while past < 16_384:
         num_tokens = model.beside(decoding, share=0.5).num_tokens(num_rows=1, num_past=past)
-        work = PassWork.total([decoding, part(num_tokens, past)])
+        work = PassLoad.total([decoding, part(num_tokens, past)])
         worst = max(worst, truth.seconds_of(work))
         model = model.learnt(work, truth.seconds_of(work))
         past += num_tokens

@@ -55,7 +55,7 @@ class Usage:
 
     @classmethod
     def of_all(cls, usages: Sequence[Usage], *, prompt_tokens: int, cached_tokens: int) -> Usage:
-        """That of several answers to prompts of so many tokens."""
+        """That of several answers to prompts of that many tokens."""
         return cls(
             prompt_tokens,
             sum(each.completion_tokens for each in usages),

@@ -66,7 +66,7 @@ class Generation:
         self.ids_1S = torch.cat((self.ids_1S, self.ids_1S.new_tensor([[token]])), dim=1)
 
     def guesses(self, most: int) -> Guesses:
-        """What its next step guesses, at most so many: nothing beyond where the text or its session would end.
+        """What its next step guesses, at most `most` tokens: nothing beyond where the text or its session would end.
 
         Raises `ValueError` if a drafter guesses what is no token of the model.
         """

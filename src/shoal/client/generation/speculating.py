@@ -100,7 +100,7 @@ class Speculation:
             drafter.append(tokens)
 
     def timed(self, guesses: Guesses, num_tokens: int, seconds: float) -> None:
-        """The step with these guesses gave so many tokens, and took so long until the next could be sent.
+        """The step with these guesses gave `num_tokens`, and took `seconds` until the next could be sent.
 
         The guesses of the next were made in that time, which says nothing of how long a step takes, and is a cost.
         """

@@ -1,4 +1,4 @@
-"""Connections that nobody uses: how many there may be, and how long one may stay without a request."""
+"""Connections without a request: how many there may be, and how long one may stay open."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from math import inf
 
 from shoal.policy.batching.fair_queueing import FairQueue
 from shoal.policy.batching.pass_shares import AGED_SECONDS, Debts, PassShares, Sharing, charges
-from shoal.policy.batching.pass_times import PassTimeModel, PassWork
+from shoal.policy.batching.pass_times import PassLoad, PassTimeModel
 
 RETURN_SECONDS = 0.5
 """A payer that sends more within this time keeps its place among those that take turns: about a round trip."""
@@ -64,7 +64,7 @@ class ComputeAccount:
 
     def after_pass(
         self,
-        parts: Sequence[tuple[str, PassWork]],
+        parts: Sequence[tuple[str, PassLoad]],
         seconds: float,
         *,
         shares: PassShares,

@@ -28,7 +28,7 @@ from math import inf
 
 from shoal.policy.batching.engine_limits import IDLE_CHECK_SECONDS, RECHECK_SECONDS
 from shoal.policy.batching.fair_queueing import FairQueue
-from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, PassTimeModel, PassWork
+from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, PassLoad, PassTimeModel
 from shoal.policy.batching.scheduling import RequestView
 
 Fits = Callable[[float, float], bool]
@@ -140,7 +140,7 @@ def payer_of(request: RequestView) -> str:
     return "" if request.session is None else request.session.peer
 
 
-def charges(parts: Sequence[tuple[str, PassWork]], pass_time: PassTimeModel, seconds: float) -> dict[str, float]:
+def charges(parts: Sequence[tuple[str, PassLoad]], pass_time: PassTimeModel, seconds: float) -> dict[str, float]:
     """The seconds of a pass that each payer is charged, for its parts of it. They add up to the `seconds` it took.
 
     A part costs what it adds. What reading the weights takes is divided evenly between the payers.

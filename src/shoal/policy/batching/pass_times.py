@@ -56,7 +56,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class PassWork:
+class PassLoad:
     """What a pass computes.
 
     `num_read` tokens are in the caches of the sessions that decode in it, with `num_decoded` new tokens; attention
@@ -71,7 +71,7 @@ class PassWork:
     num_decoded: int = 0
 
     @classmethod
-    def of(cls, *, num_rows: int, num_tokens: int, num_past: int, decodes: bool) -> PassWork:
+    def of(cls, *, num_rows: int, num_tokens: int, num_past: int, decodes: bool) -> PassLoad:
         """The work for `num_tokens` more tokens of each of `num_rows` sequences, behind `num_past` that are cached."""
         if decodes:
             num_read = num_rows * (num_past + num_tokens)
@@ -79,7 +79,7 @@ class PassWork:
         return cls(num_prefill=num_rows * num_tokens, num_pairs=num_rows * num_tokens * _seen(num_past, num_tokens))
 
     @classmethod
-    def total(cls, parts: Iterable[PassWork]) -> PassWork:
+    def total(cls, parts: Iterable[PassLoad]) -> PassLoad:
         """The work of all parts of a pass."""
         parts = list(parts)
         return cls(
@@ -135,17 +135,17 @@ class PassTimeModel:
         """What is believed after measurements with short contexts."""
         return cls(decode_seconds, Cost(decode_seconds), Cost(prefill_token_seconds))
 
-    def seconds_of(self, work: PassWork) -> float:
+    def seconds_of(self, work: PassLoad) -> float:
         """How long a pass will take."""
         return self.seconds_of_decoding(work) + self.seconds_of_prefill(work)
 
-    def seconds_of_decoding(self, work: PassWork) -> float:
+    def seconds_of_decoding(self, work: PassLoad) -> float:
         """What the decoding part of a pass will take, with the reading of the weights."""
         if self.by_tokens is None or not work.num_decoded:
             return self.decoding.at(work.num_read)
         return self.by_tokens.at(work.num_decoded) + self.decoding.each * work.num_read
 
-    def seconds_of_prefill(self, work: PassWork) -> float:
+    def seconds_of_prefill(self, work: PassLoad) -> float:
         """What the prefills of a pass will add to it."""
         return work.num_prefill * self.prefill_token.at(work.num_pairs / work.num_prefill) if work.num_prefill else 0.0
 
@@ -157,12 +157,12 @@ class PassTimeModel:
         token = self.prefill_token.fixed
         return Cost(max(self.decoding.fixed - token, token), token)
 
-    def added_by(self, work: PassWork) -> float:
+    def added_by(self, work: PassLoad) -> float:
         """How many seconds this part of a pass adds to what reading the weights takes."""
         decoding = self.decoded_tokens.each * work.num_decoded + self.decoding.each * work.num_read
         return decoding + self.seconds_of_prefill(work)
 
-    def beside(self, decoding: PassWork, *, share: float) -> PrefillBudget:
+    def beside(self, decoding: PassLoad, *, share: float) -> PrefillBudget:
         """What prefills may take in a pass with this `decoding` work: `share` of the time.
 
         Without such work the pass keeps sessions waiting that will decode, and counts as a usual pass.
@@ -179,7 +179,7 @@ class PassTimeModel:
             max_num_batched_tokens * self.prefill_token.at((max_num_batched_tokens + 1) / 2), self.prefill_token
         )
 
-    def learnt(self, work: PassWork, seconds: float) -> PassTimeModel:
+    def learnt(self, work: PassLoad, seconds: float) -> PassTimeModel:
         """The model after one more pass, which took `seconds`.
 
         What surprises in a pass that decodes and prefills is put down to its prefills, unless the tokens that decode
@@ -198,7 +198,7 @@ class PassTimeModel:
         token = self.prefill_token.learnt(context, (seconds - decoding_seconds) / work.num_prefill)
         return replace(self, prefill_token=token)
 
-    def _with_decoding(self, work: PassWork, seconds: float) -> PassTimeModel:
+    def _with_decoding(self, work: PassLoad, seconds: float) -> PassTimeModel:
         """With what the decoding part of a pass took, by its tokens."""
         own = max(0.0, seconds - self.decoding.each * work.num_read)
         return replace(self, by_tokens=self.decoded_tokens.learnt(work.num_decoded, own, even=EVEN_TOKENS))

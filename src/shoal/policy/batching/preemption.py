@@ -7,7 +7,7 @@ weight (`shoal.policy.contribution.priority`) counts as holding its pages divide
 
 Two working sessions end even if there is room for one only: the preempted one begins again when there is room for all
 its pages, and until then the other goes on. Sessions that wait may hold pages too, those of a prompt that was known.
-If nobody runs, these do not keep the first one out (`preempted_while_nobody_runs`).
+If no session runs, these do not keep the first one out (`preempted_while_nobody_runs`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from shoal.policy.batching.engine_limits import Limits
-from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, PassTimeModel, PassWork, PrefillBudget
+from shoal.policy.batching.pass_times import MIN_PREFILL_TOKENS, PassLoad, PassTimeModel, PrefillBudget
 from shoal.policy.batching.preemption import Holder
 
 DECODE_TOKENS = 8
@@ -48,9 +48,9 @@ class RequestView:
         """Whether it is a few next tokens of a session that runs, and not a long prompt."""
         return self.running and self.num_tokens <= DECODE_TOKENS
 
-    def work(self, num_tokens: int) -> PassWork:
+    def work(self, num_tokens: int) -> PassLoad:
         """The work that `num_tokens` of its tokens of each sequence are in a pass."""
-        return PassWork.of(num_rows=self.num_rows, num_tokens=num_tokens, num_past=self.num_past, decodes=self.decodes)
+        return PassLoad.of(num_rows=self.num_rows, num_tokens=num_tokens, num_past=self.num_past, decodes=self.decodes)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def prefill_budget(
     `is_decoding` says whether sessions decode, although none of their steps may be among the `requests`. Then the next
     one is expected in `next_in` seconds, and a pass without any ends by then if that can be.
     """
-    decoding = PassWork.total(request.work(request.num_tokens) for request in requests if request.decodes)
+    decoding = PassLoad.total(request.work(request.num_tokens) for request in requests if request.decodes)
     if not is_decoding and not decoding.num_decoding:
         return pass_time.alone(max_num_batched_tokens=limits.max_num_batched_tokens)
     budget = pass_time.beside(decoding, share=limits.prefill)
@@ -146,7 +146,7 @@ def prefill_budget(
 def shortest_prefill_seconds(pass_time: PassTimeModel, requests: Sequence[RequestView]) -> float:
     """How long a pass takes that has a page of one of these prefills, of the one for which that takes least."""
 
-    def first_page(request: RequestView) -> PassWork:
+    def first_page(request: RequestView) -> PassLoad:
         return request.work(min(request.num_tokens, max(1, MIN_PREFILL_TOKENS // request.num_rows)))
 
     return min((pass_time.seconds_of(first_page(each)) for each in requests if not each.decodes), default=0.0)

@@ -57,7 +57,7 @@ class RingCost:
     trips: float = 0.0
 
     def first_seconds(self, num_tokens: float) -> float:
-        """When the outputs of a piece of so many tokens are back, if nothing else is under way."""
+        """When the outputs of a piece of that length are back, if nothing else is under way."""
         each = sum(stage.each + stage.each_sent for stage in self.stages) + self.stages[0].each_sent
         return self.trips + sum(stage.fixed for stage in self.stages) + each * num_tokens
 

@@ -18,7 +18,7 @@ from shoal.policy.batching.engine_limits import RECENTLY_DECODED_SECONDS, RECHEC
 from shoal.policy.batching.pass_rules import PassRule, Places, fair
 from shoal.policy.batching.pass_shares import PassShares, Sharing, idle_seconds
 from shoal.policy.batching.pass_size import PassSize
-from shoal.policy.batching.pass_times import PassTimeModel, PassWork
+from shoal.policy.batching.pass_times import PassLoad, PassTimeModel
 from shoal.policy.batching.scheduling import batching_delay, seconds_to_next, shortest_prefill_seconds
 from shoal.server.engine.model_runner import ModelRunner, pass_computed
 from shoal.server.engine.page_holders import drop_snapshots_if_short, engine_view, holding_pages
@@ -273,7 +273,7 @@ class EngineLoop:
     async def _run_pass(self, chosen: Sequence[tuple[StepRequest, int]], shares: PassShares) -> None:
         """Compute one pass: of each step, the number of tokens of every row that stands beside it."""
         parts = [(step.session.payer, step.view().work(num_tokens)) for step, num_tokens in chosen]
-        work, present = PassWork.total(part for _, part in parts), self._present()
+        work, present = PassLoad.total(part for _, part in parts), self._present()
         began = self._clock()
         for step, _ in chosen:
             if not step.session.running:

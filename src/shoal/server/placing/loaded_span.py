@@ -163,7 +163,7 @@ async def with_engine(
 
 
 def _silent(_: Progress) -> None:
-    """Nobody waits for it."""
+    """Nothing waits for it."""
 
 
 def _remaining(objects: Mapping[str, object | None]) -> Callable[[], list[str]]:

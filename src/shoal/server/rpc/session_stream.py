@@ -49,7 +49,7 @@ MAX_REPLAYED_RESULT_BYTES = 1 << 20
 
 
 def may_wait(num_waiting: int, size: int) -> bool:
-    """Whether the result of a step of `size` tokens may wait beside so many others."""
+    """Whether the result of a step of `size` tokens may wait beside the others."""
     return num_waiting < MAX_PENDING_RESULTS and num_waiting * size < MAX_PENDING_TOKENS
 
 

@@ -141,7 +141,7 @@ class _UnderWay:
 
     @contextlib.asynccontextmanager
     async def sending(self, stream: Stream, num_bytes: int) -> AsyncIterator[None]:
-        """So many bytes are sent to a peer. Raises `TimeoutError` if it reads too slowly."""
+        """These bytes are sent to a peer. Raises `TimeoutError` if it reads too slowly."""
         began, before = asyncio.get_running_loop().time(), stream.taken_bytes
         async with asyncio.timeout(SEND_SECONDS) as limit:
             entry = stream, limit, lambda: Upload(began, num_bytes, stream.taken_bytes - before)

@@ -15,7 +15,7 @@ from shoal.policy.batching.compute_account import ComputeAccount, client_weights
 from shoal.policy.batching.engine_limits import RECENTLY_DECODED_SECONDS, RECHECK_SECONDS
 from shoal.policy.batching.pass_rules import EngineView, PassRule, Places
 from shoal.policy.batching.pass_shares import PassShares, idle_seconds
-from shoal.policy.batching.pass_times import PassWork
+from shoal.policy.batching.pass_times import PassLoad
 from shoal.policy.batching.preemption import Holder
 from shoal.policy.batching.scheduling import (
     DECODE_TOKENS,
@@ -301,7 +301,7 @@ class OneServer:
         works = [
             (step.session.job.peer, step.view(step.session.holder()).work(num_tokens)) for step, num_tokens in chosen
         ]
-        work = PassWork.total(each for _, each in works)
+        work = PassLoad.total(each for _, each in works)
         parts: list[Part] = []
         for step, num_tokens in chosen:
             session = step.session

@@ -19,7 +19,7 @@ from shoal.policy.network.reachability import MIN_RELAYED_BYTES
 logger = logging.getLogger(__name__)
 
 MISSES = 3
-"""A place counts as lost after so many renewals in turn that failed."""
+"""A place counts as lost after this many renewals in turn that failed."""
 TRUSTED_SECONDS = 3600.0
 """How long an address that carried a megabyte is not tried again."""
 AVOIDED_SECONDS = 120.0
