@@ -14,8 +14,8 @@ BETTER_FRACTION = 0.8
 
 LOOK_TOKENS = 32
 LOOK_SECONDS = 10.0
-"""A session that decodes looks for a better route after this many tokens or this much time, whichever comes first. A look
-is a search or two."""
+"""A session that decodes looks for a better route after this many tokens or this much time, whichever comes first. A
+look is a search or two."""
 MOST_DOUBLINGS = 6
 
 
