@@ -190,6 +190,7 @@ class MovingClient(Client):
 
     def __init__(self, town: Town, name: str, config: ClientOptions) -> None:
         self.name = name
+        self.whole = oracle()
         self.span = Span(0, NUM_BLOCKS)
         self.told: list[Event] = []
         self.num_tokens = 0

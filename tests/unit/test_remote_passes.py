@@ -15,6 +15,7 @@ import torch
 from shoal.adapters import Prompt
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.adapter_sync import AdapterSync
+from shoal.client.swarm.broken_pairs import BrokenPairs, PushRules
 from shoal.client.swarm.message_sizes import check_size
 from shoal.client.training.gradients import spans_of_one_answer
 from shoal.client.training.pass_plan import PassPlan
@@ -52,6 +53,7 @@ class OneServer:
     model = SimpleNamespace(key="model")
     fingerprint = "f" * 64
     config = ClientOptions()
+    push_rules = PushRules(BrokenPairs(lambda: 0.0), "raw")
     audits = SimpleNamespace(is_on=False)
     encoding = "raw"
     error = None
