@@ -8,6 +8,7 @@ import json
 import logging
 import socket
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,17 +140,18 @@ def test_tokens_and_texts_for_an_adapter_of_the_embeddings(
     config = LoraConfig(r=2, target_modules=["o_proj", "embed_tokens"], task_type="CAUSAL_LM")
     theirs = adapted(copy.deepcopy(stories), config)
     theirs.save_pretrained(tmp_path)
-    served = ServedModel("stories:theirs", net.model().with_adapter(tmp_path), tokenizer)
     ids_1S = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         whole = theirs.generate(input_ids=ids_1S, max_new_tokens=6, do_sample=False)
-    with served_at(application(Gateway([served], Admission()))) as url:
-        ask = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0).completions.create
-        for prompt in (PROMPT, ids_1S[0].tolist()):
-            answer = ask(model="stories:theirs", prompt=prompt, max_tokens=6, temperature=0)
-            assert answer.choices[0].text == tokenizer.decode(whole[0, ids_1S.shape[1] :])
-        with pytest.raises(openai.BadRequestError, match="has tokens 0 to"):
-            ask(model="stories:theirs", prompt=[len(tokenizer)], max_tokens=1)
+    with closing(net.model().with_adapter(tmp_path)) as model:
+        served = ServedModel("stories:theirs", model, tokenizer)
+        with served_at(application(Gateway([served], Admission()))) as url:
+            ask = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0).completions.create
+            for prompt in (PROMPT, ids_1S[0].tolist()):
+                answer = ask(model="stories:theirs", prompt=prompt, max_tokens=6, temperature=0)
+                assert answer.choices[0].text == tokenizer.decode(whole[0, ids_1S.shape[1] :])
+            with pytest.raises(openai.BadRequestError, match="has tokens 0 to"):
+                ask(model="stories:theirs", prompt=[len(tokenizer)], max_tokens=1)
 
 
 def test_keys_and_limits(net: Swarm, tokenizer: Any):
