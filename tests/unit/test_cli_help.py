@@ -85,6 +85,7 @@ def test_the_completion_script_of_a_shell_can_be_shown(shell):
 
 def test_obvious_mistakes_are_refused_before_anything_slow_is_imported(tmp_path):
     peer = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWJ7AGY8UgbLy5iwRC5SvH8mb76vALZEcmFGykw4fRod8K"
+    code = "8H00-FNPG-1R75-Y20Q-E000-1054-Y3PK"
     (tmp_path / "no-model").mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -99,6 +100,7 @@ def test_obvious_mistakes_are_refused_before_anything_slow_is_imported(tmp_path)
         "no-model has no config.json": [["serve", "no-model"], ["generate", "no-model", "hi"], ["chat", "no-model"]],
         "not an IP address to listen on": [["serve", "model", "--host", "localhost"], ["dht", "--host", "localhost"]],
         "not an address to announce": [["serve", "model", "--announce", "here"], ["dht", "--announce", "here"]],
+        f"{code} is an invite code": [["status", "--initial-peers", code], ["chat", "m", "--initial-peers", code]],
         "not the address of a peer: 'a-relay'": [["serve", "model", "--relay", "a-relay"]],
     }
     program = (

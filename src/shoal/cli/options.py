@@ -262,6 +262,8 @@ def swarm_peers(initial_peers: Sequence[str] | None) -> tuple[str, ...]:
             "which swarm? No --initial-peers are given",
             hint=f"pass an address or an invite code, or set {INITIAL_PEERS}; `shoal join` lists those of this LAN",
         )
+    if code := next(filter(is_code, peers), None):
+        raise WrongUsage(f"{code} is an invite code", hint="it stands in place of MODEL, without --initial-peers")
     return check_peers(peers)
 
 
