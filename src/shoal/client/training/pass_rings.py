@@ -8,8 +8,6 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import TracebackType
-from typing import Self
 
 from shoal.client.swarm.broken_pairs import AwaitedPush
 from shoal.client.swarm.connection import Connection
@@ -45,20 +43,11 @@ class RingPart:
 
 
 class PassRings:
-    """Asks the servers of rings, over a pool of connections that is open as long as this is (`async with`)."""
+    """Asks the servers of rings over a `pool` of connections, which the owner opens and closes."""
 
     def __init__(self, swarm: Swarm) -> None:
         self.pool = ConnectionPool(swarm.connect, swarm.adapter_sync)
         self._swarm = swarm
-
-    async def __aenter__(self) -> Self:
-        await self.pool.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.pool.__aexit__(kind, error, trace)
 
     def first_ring(self, pieces: Sequence[MicrobatchPiece]) -> Sequence[MicrobatchPiece]:
         """The first of these pieces, and those behind it as long as each server can push to the next one."""

@@ -28,7 +28,7 @@ from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
 from shoal.client.training.pass_rings import Answered, PassRings, RingPart
 from shoal.errors import ServerLost
 from shoal.model.peft.factors import FactorGradients
-from shoal.net.signing.token_digests import tensor_digest
+from shoal.net.signing.token_digests import tensor_digest_aside
 from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
 from shoal.policy.routing.route import Hop
@@ -40,8 +40,6 @@ log = logging.getLogger(__name__)
 
 NORMS_SECONDS = 1.0
 """How long the norms of a block's weights usually take: a server reads all of them."""
-ASIDE_BYTES = 128 * 1024
-"""More than this is digested on another thread: the event loop should not wait for that."""
 PieceGradients = tuple[torch.Tensor | None, dict[int, FactorGradients]]
 """The gradients of a piece's inputs [B, T, D], if they are needed, and of its factors by block."""
 SENT_AND_MISSING = "that it lacks what it was just sent"
@@ -61,13 +59,13 @@ class ServerPasses:
         self._swarm = swarm
 
     async def __aenter__(self) -> Self:
-        await self.rings.__aenter__()
+        await self.rings.pool.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.rings.__aexit__(kind, error, trace)
+        await self.rings.pool.__aexit__(kind, error, trace)
 
     async def forward(self, plan: PassPlan, hop: Hop, piece: MicrobatchPiece) -> torch.Tensor:
         """The outputs [B, T, D] of a piece on one server. Raises `PeerError`s."""
@@ -211,7 +209,7 @@ class ServerPasses:
         """
         if not index:
             return await task
-        expected = await _digest(inputs_BTD)
+        expected = await tensor_digest_aside(inputs_BTD)
         answered = await task
         upstream, downstream = parts[index - 1].hop.server.peer, parts[index].hop.server.peer
         broken = self._swarm.measurements.broken_pairs
@@ -249,12 +247,6 @@ class ServerPasses:
         if name == "hidden" and not plausible(found, hidden_BTD, piece.mask):
             raise _failed(connection, "with numbers that are not finite")
         return rounded_like(found, encoding, wire=self._swarm.config.wire)
-
-
-async def _digest(tensor: torch.Tensor) -> str:
-    if tensor.nbytes <= ASIDE_BYTES:
-        return tensor_digest(tensor)
-    return await asyncio.to_thread(tensor_digest, tensor)
 
 
 def _failed(connection: Connection, what: str) -> ServerLost:

@@ -8,6 +8,9 @@ steps, nor on whether a server knew an encoding. The digest of several tokens is
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 from hashlib import blake2b
 
 import torch
@@ -15,6 +18,8 @@ import torch
 from shoal.tensors import Encoding
 
 DIGEST_BYTES = 32
+ASIDE_BYTES = 128 * 1024
+"""More than this is digested on another thread: the event loop should not wait for that."""
 
 
 def token_digests(hidden_BTD: torch.Tensor, encoding: Encoding) -> bytes:
@@ -35,6 +40,14 @@ def token_digests(hidden_BTD: torch.Tensor, encoding: Encoding) -> bytes:
 def tensor_digest(decoded_BTD: torch.Tensor) -> str:
     """The digest of hidden states or gradients, as the answers of passes have it. All NaN count as one."""
     return joint_digest(token_digests(_with_one_nan(decoded_BTD), "raw"))
+
+
+async def tensor_digest_aside(
+    decoded_BTD: torch.Tensor, on_thread: Callable[[Callable[[], str]], Awaitable[str]] = asyncio.to_thread
+) -> str:
+    """The same, computed `on_thread` if there is much of it."""
+    digest = partial(tensor_digest, decoded_BTD)
+    return digest() if decoded_BTD.nbytes <= ASIDE_BYTES else await on_thread(digest)
 
 
 def joint_digest(digests: bytes) -> str:

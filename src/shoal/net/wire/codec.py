@@ -48,14 +48,13 @@ def encode(
     encoding: Encoding = "raw",
     *,
     packed: Collection[TensorName] = (),
-    goodput: int | None = None,
 ) -> tuple[bytes, list[Buffer]]:
     """A message and its tensors as a header and buffers, which share the tensors' memory where possible.
 
     A tensor that `encoding` would not make smaller is sent raw. Those that are `packed` are packed if that pays.
     """
     found = [_encode(name, tensor, encoding) for name, tensor in tensors.items()]
-    return _frame(message, [_pack(each) if each.spec.name in packed else each for each in found], goodput)
+    return _frame(message, [_pack(each) if each.spec.name in packed else each for each in found], None)
 
 
 def _frame(message: AnyMessage, found: Sequence[_Encoded], goodput: int | None) -> tuple[bytes, list[Buffer]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.net.signing.receipt_signatures import signed_receipt
-from shoal.net.signing.token_digests import joint_digest, token_digests
+from shoal.net.signing.token_digests import ASIDE_BYTES, joint_digest, token_digests
 from shoal.net.transport import Transport
 from shoal.net.wire.encodings import as_received
 from shoal.policy.audits.receipt_range import RECEIPT_TOKENS, ReceiptRange, with_step
@@ -20,8 +20,6 @@ from shoal.server.executor import alone
 
 HELD_BYTES = 64 * 1024
 """Small steps are digested together, once a receipt is due or their tensors are larger than this."""
-ASIDE_BYTES = 128 * 1024
-"""More than this is digested on another thread: the event loop should not wait for that."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from shoal import events
 from shoal.concurrency import owned_task
-from shoal.net.signing.token_digests import tensor_digest
+from shoal.net.signing.token_digests import tensor_digest_aside
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.policy.contribution.credit import BACKWARD
@@ -50,7 +50,6 @@ from shoal.server.rpc.message_reader import MessageReader
 from shoal.server.rpc.ping_pace import INTRODUCTIONS_PER_SECOND, PingPace, payer_behind
 from shoal.server.rpc.pushing.pass_pushes import PassPushes
 from shoal.server.rpc.pushing.push_service import PushService
-from shoal.server.rpc.receipt_writer import ASIDE_BYTES
 from shoal.server.rpc.session_stream import SessionStream
 from shoal.server.rpc.stream_account import StreamAccount
 from shoal.server.rpc.transfer_service import TransferService
@@ -242,7 +241,9 @@ class Handler:
             async with asyncio.timeout(self._idle_seconds):
                 inputs_BTD = await pushes.receive(request)
             encoding, tensors = request.encoding, {**tensors, request.pushed: inputs_BTD}
-            async with owned_task(_digest(inputs_BTD)) as digesting:
+            async with owned_task(
+                tensor_digest_aside(inputs_BTD, lambda digest: asyncio.to_thread(alone, digest))
+            ) as digesting:
                 try:
                     result, outcome = await self._computed(stream, request, tensors)
                 except Refused as refused:
@@ -354,12 +355,6 @@ class Handler:
         """Raises `TimeoutError` for a client that does not read: otherwise it would hold its pages for ever."""
         async with asyncio.timeout(self._idle_seconds):
             await codec.send(stream, message, tensors, encoding)
-
-
-async def _digest(inputs_BTD: torch.Tensor) -> str:
-    if inputs_BTD.nbytes <= ASIDE_BYTES:
-        return tensor_digest(inputs_BTD)
-    return await asyncio.to_thread(alone, lambda: tensor_digest(inputs_BTD))
 
 
 async def _told(session: SessionStream, seconds: float) -> None:
