@@ -182,7 +182,7 @@ def test_a_client_of_a_large_swarm_keeps_a_thousand_servers_and_finds_the_only_h
             await asyncio.sleep(EVERY)
             route = await swarm.route(ALL, needs=Needs())
             assert route.hops[-1].server.peer == "only"
-        assert 990 <= await swarm.num_servers(ALL) <= 1000
+        assert 990 <= await swarm.servers.num_servers(ALL) <= 1000
 
     play(act)
 

@@ -241,7 +241,7 @@ def test_a_server_that_is_late_once_and_answers_first_stays():
         for _ in range(3):
             assert await story.step() < 1.0
         assert story.servers() == before
-        assert not story.client.swarm.is_avoided(late.name)
+        assert not story.client.swarm.servers.is_avoided(late.name)
 
     play(act)
 
@@ -280,13 +280,13 @@ def test_a_server_is_not_blamed_for_being_overtaken_once_and_is_avoided_after_th
         victim = story.member(0)
         victim.executor.thawed.clear()
         await story.step()
-        assert not story.client.swarm.is_avoided(victim.name)
+        assert not story.client.swarm.servers.is_avoided(victim.name)
         other = Session(story.client.swarm, story.client.span, batch_size=1, max_length=64)
         text = Reading(story.client, other, 1)
         began = asyncio.get_running_loop().time()
         await text.read(prompt(1, 5))
         assert LATE_SECONDS <= asyncio.get_running_loop().time() - began <= MOST_SECONDS
-        assert story.client.swarm.is_avoided(victim.name)
+        assert story.client.swarm.servers.is_avoided(victim.name)
         await other.close()
 
     play(act)

@@ -152,7 +152,7 @@ def test_a_server_that_answered_and_was_lost_has_to_answer_again():
         await scene.server("b", "0:8", 10.0, honest)
         assert await scene.route() == ["a"]
         scene.network.hang("a")
-        scene.swarm.blame(ServerLost("a is lost", peer="a"))
+        scene.swarm.servers.blame(ServerLost("a is lost", peer="a"))
         assert await scene.route() == ["b"]
         await asyncio.sleep(60.0)  # it is not deprioritized any more, and still silent
         assert await scene.route() == ["b"]

@@ -224,8 +224,8 @@ def test_a_server_that_pushes_something_else_than_it_answers_changes_nothing():
         await asyncio.sleep(3600)
         assert training.is_broken == {("s1", "s2"), ("s1", "s0")}
         assert equal(await training.gradients(), expected())
-        assert not training.client.swarm.is_avoided("s1")
-        assert not training.client.swarm.is_avoided("s2")
+        assert not training.client.swarm.servers.is_avoided("s1")
+        assert not training.client.swarm.servers.is_avoided("s2")
 
     play(act)
 
@@ -245,7 +245,7 @@ def test_inputs_that_cannot_be_used_are_no_fault_of_the_client_nor_of_the_server
         training.change = lambda frame: misshapen(frame, shape=shape) if frame.sender == "s1" else frame
         assert equal(await training.gradients(), expected())
         assert ("s1", "s2") in training.is_broken
-        assert not training.client.swarm.is_avoided("s2")
+        assert not training.client.swarm.servers.is_avoided("s2")
 
     play(act)
 

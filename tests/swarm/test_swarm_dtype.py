@@ -90,4 +90,4 @@ def test_a_mixture_of_dtypes_is_logged_once_by_servers_and_by_clients(float32_sw
     assert said("shoal.server.neighbors") == [expected]
     for _ in range(2):
         model(PROMPT)
-    assert said("shoal.client.swarm.directory_cache") == [expected]
+    assert said("shoal.client.swarm.known.directory_cache") == [expected]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.swarm.peer_health import PeerHealth
+from shoal.client.swarm.known.peer_health import PeerHealth
 from shoal.errors import SwarmError
 from shoal.net.libp2p.daemon_reasons import OTHER, REASONS, plain_reason
 from shoal.net.libp2p.hash_table.dht_directory import P2PDaemonError, translated_errors

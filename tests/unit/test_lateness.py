@@ -7,7 +7,7 @@ import torch
 
 from shoal.client.decoding.outputs import NoOutputs, Outputs, beside
 from shoal.client.head.logits import Logits
-from shoal.client.swarm.peer_health import PeerHealth
+from shoal.client.swarm.known.peer_health import PeerHealth
 from shoal.policy.health import DEPRIORITIZE_SECONDS
 from shoal.policy.lateness import (
     LATE_FACTOR,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from shoal.client.swarm.peer_health import PeerHealth
+from shoal.client.swarm.known.peer_health import PeerHealth
 from shoal.policy.health import (
     BLOCK_SECONDS,
     DEPRIORITIZE_SECONDS,

@@ -13,7 +13,6 @@ from shoal.policy.batching.scheduling import (
     DECODE_TOKENS,
     LATE_SECONDS,
     RequestView,
-    Rhythm,
     SchedulerOutput,
     batching_delay,
     is_training_due,
@@ -22,6 +21,7 @@ from shoal.policy.batching.scheduling import (
     seconds_to_next,
     shortest_prefill_seconds,
 )
+from shoal.policy.batching.session_times import Rhythm
 
 PAGE = 16
 

@@ -261,7 +261,7 @@ def _chosen_dtype(
     chosen = dtype_of(dtype, model_config)
     if dtype != "auto":
         return chosen
-    of_swarm = runtime.run(swarm.dtype(own=str(chosen).removeprefix("torch.")))
+    of_swarm = runtime.run(swarm.servers.dtype(own=str(chosen).removeprefix("torch.")))
     return dtype_of(of_swarm or chosen, model_config)
 
 

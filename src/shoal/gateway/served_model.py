@@ -65,7 +65,7 @@ class ServedModel:
     async def missing_blocks(self) -> list[int]:
         """The blocks that no server computes at present, as far as this client knows."""
         blocks = self.model.blocks
-        view = await blocks.runtime.awaited(blocks.swarm.present())
+        view = await blocks.runtime.awaited(blocks.swarm.servers.present())
         return list(view.missing(blocks.span))
 
     def ids_of_chat(

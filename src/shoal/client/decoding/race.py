@@ -24,7 +24,8 @@ from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.stage import Stage
 from shoal.client.decoding.standby import compute_beside
-from shoal.client.swarm.swarm import Holding, Swarm, holding
+from shoal.client.swarm.known.directory_cache import Holding, holding
+from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import now
 from shoal.errors import CannotRewind, PeerError, SwarmError
 from shoal.policy.lateness import MOST_TRIED, PATIENT_AFTER, Awaited
@@ -126,7 +127,7 @@ class Race:
         assert late is not None
         assert awaited is not None
         assert winner.pipeline is not None
-        self._swarm.record_overtaken(late.hop, now() - awaited.since)
+        self._swarm.servers.record_overtaken(late.peer, now() - awaited.since)
         pipeline.overtake(late, winner.pipeline)
         winner.pipeline = None
         await self.stop()
@@ -164,7 +165,7 @@ class Race:
         except PeerError as failure:
             log.info("%s", failure)
             if not isinstance(failure, CannotRewind):  # that is no fault of the server
-                self._swarm.blame(failure)
+                self._swarm.servers.blame(failure)
         except SwarmError as failure:  # there are no other servers
             log.info("%s", failure)
             second.is_alone = True

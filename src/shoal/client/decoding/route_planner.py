@@ -10,7 +10,8 @@ from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
 from shoal.client.history.history import History
-from shoal.client.swarm.swarm import Holding, Swarm
+from shoal.client.swarm.known.directory_cache import Holding
+from shoal.client.swarm.swarm import Swarm
 from shoal.errors import MissingBlocks
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.peers import ServerInfo
@@ -78,8 +79,8 @@ class RoutePlanner:
         """A route over servers other than these, for tokens that are known. Raises as `Swarm.route` does."""
         needed_tokens = self.batch_size * self._inputs.num_tokens
         needs = replace(self._needs(span), num_steps=1, head=head, needed_tokens=needed_tokens)
-        excluded = self._swarm.holdings(peers)
-        await self._swarm.check_held(span, excluded, needs)
+        excluded = self._swarm.servers.holdings(peers)
+        await self._swarm.servers.check_held(span, excluded, needs)
         route = await self._swarm.route(span, excluded, needs=needs)
         if not peers.isdisjoint(hop.server.peer for hop in route.hops):  # they have announced other blocks meanwhile
             raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
@@ -98,7 +99,7 @@ class RoutePlanner:
 
     def excess_seconds(self, stage: Stage) -> float:
         """The seconds by which a step takes longer on a stage than its server announces."""
-        return self._swarm.excess_seconds(stage.hop, self.batch_size)
+        return self._swarm.measurements.excess_seconds(stage.hop, self.batch_size)
 
     def pipeline(
         self, route: Route, history: History, notify: Callable[[], None], *, end: int | None = None

@@ -47,7 +47,8 @@ from shoal.client.decoding.stage import Stage
 from shoal.client.decoding.standby import StandbyManager
 from shoal.client.decoding.state import SessionState, states_of
 from shoal.client.head.logits import Logits, LogitsRequest
-from shoal.client.swarm.swarm import Holding, Swarm
+from shoal.client.swarm.known.directory_cache import Holding
+from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import first_of
 from shoal.errors import CannotRewind, ServerBusy, ServerLost, SwarmError, UserError
 from shoal.events import SessionClosed, SessionOpened, TextDoubtful
@@ -59,8 +60,7 @@ from shoal.spans import Span
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_SECONDS = 5.0
-"""How long the repair of an idle session waits for a server at a time. The next step, which waits as long as the client
-is patient, cannot begin before."""
+"""How long the repair of an idle session waits for a server at a time. The next step cannot begin before."""
 
 Change = int | tuple[int, ...]
 """What is due before the next step: to forget all tokens after the first n, or to rearrange the rows of the batch."""

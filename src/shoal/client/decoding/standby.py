@@ -16,7 +16,8 @@ from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.route_planner import RoutePlanner
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
-from shoal.client.swarm.swarm import Swarm, holding
+from shoal.client.swarm.known.directory_cache import holding
+from shoal.client.swarm.swarm import Swarm
 from shoal.concurrency import now
 from shoal.errors import MissingBlocks, SwarmError
 from shoal.policy.routing.switching import Looks, pays_to_move, replay_seconds
@@ -176,7 +177,7 @@ class StandbyManager:
         standby = self.standbys.get(stage)
         if standby is not None and (failed := standby.next_failure()) is not None:
             assert failed.error is not None
-            self._swarm.blame(failed.error)
+            self._swarm.servers.blame(failed.error)
             await self.standbys.pop(stage).disconnect()
             standby = None
         if standby is None:

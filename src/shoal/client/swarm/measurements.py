@@ -72,6 +72,10 @@ class Measurements:
         known = self._slowness.get(peer)
         return 1.0 if known is None else known.factor(self._clock())
 
+    def excess_seconds(self, hop: Hop, num_tokens: int) -> float:
+        """The seconds by which a step of `num_tokens` takes longer on a hop than its server announces."""
+        return announced_seconds(hop.server, len(hop.span), num_tokens) * (self.slowness(hop.server.peer) - 1)
+
     @contextlib.contextmanager
     def reserving(self, route: Route) -> Iterator[None]:
         """While this is open, one more pass is in flight on this route."""

@@ -20,35 +20,30 @@ from shoal import events
 from shoal.client.history.history_store import HistoryStore
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.adapter_sync import AdapterSync
-from shoal.client.swarm.audit_book import AuditBook, Evidence
+from shoal.client.swarm.audit_book import AuditBook
 from shoal.client.swarm.broken_pairs import PushRules
 from shoal.client.swarm.connection import Connection
-from shoal.client.swarm.directory_cache import DirectoryCache, Holding, holding
 from shoal.client.swarm.in_flight import PeerInFlight
+from shoal.client.swarm.known.directory_cache import DirectoryCache, Holding
+from shoal.client.swarm.known.known_servers import KnownServers
+from shoal.client.swarm.known.server_probe import ServerProbe
 from shoal.client.swarm.measurements import Measurements
-from shoal.client.swarm.peer_health import PeerHealth
-from shoal.client.swarm.server_probe import ServerProbe
-from shoal.client.swarm.waits import Outage, Waits
+from shoal.client.swarm.waits import Waits
 from shoal.concurrency import now
-from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, ServerMoved, UnsupportedOperation
+from shoal.errors import Misrouted, MissingBlocks, ServerBusy, ServerLost, ServerMoved
 from shoal.ledgers.tabs import Tabs
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.net.transport import Node
-from shoal.peers import ModelInfo, ServerInfo, ServerState
+from shoal.peers import ModelInfo, ServerInfo
 from shoal.policy.audits.audit_budget import RATES
-from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
-from shoal.policy.view import SwarmView, format_blocks
-from shoal.policy.waiting import LOOK_SECONDS, MissingSince
+from shoal.policy.routing.route import Hop, Needs, Route, choose_route, price_route
+from shoal.policy.waiting import MissingSince
 from shoal.prefix import DrawnSalt
 from shoal.spans import Span
-
-__all__ = ["Holding", "Swarm", "holding"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-RETRY_SECONDS = 1.0
-"""How long to wait for servers that hold the blocks, and did not answer, if none is blocked."""
 SHORTEST_WAIT = 1e-3
 """Patience that is shorter than this is over."""
 
@@ -79,7 +74,6 @@ class Swarm:
         )
         """Where the histories of all sessions are."""
         self.measurements = Measurements(now)
-        self.push_rules = PushRules(self.measurements.broken_pairs, config.wire, config.packs)
         self.adapter_sync = AdapterSync()
         audit_rng = random.Random(random.getrandbits(64))  # noqa: S311 - no server sees anything of it
         evidence_folder = config.evidence_folder or cache_folder() / "shut-out"
@@ -87,19 +81,22 @@ class Swarm:
         self.node = node
         """This client's access to the network."""
         self.tabs: Tabs | None = None
-        self._directory = DirectoryCache(
-            node, model, fingerprint, config, self.measurements.round_trips, unix_time=unix_time
+        self.servers = KnownServers(
+            DirectoryCache(node, model, fingerprint, config, self.measurements.round_trips, unix_time=unix_time),
+            ServerProbe(
+                node.transport, self.measurements, seconds=config.measure_seconds, patience=config.patience_seconds
+            ),
+            self.measurements,
+            self.audits,
         )
-        self._probe = ServerProbe(
-            node.transport, self.measurements, seconds=config.measure_seconds, patience=config.patience_seconds
-        )
-        self._health = PeerHealth(clock=now)
         self._in_flight: dict[str, PeerInFlight] = {}  # by peer
-        self._head_is_offered = True
         self._waits = Waits(model.name, self.events)
         self._rng = rng or random.Random(random.getrandbits(32))  # noqa: S311 - nothing secret
 
-    # -- routes -------------------------------------------------------------------------------------------------------
+    @property
+    def push_rules(self) -> PushRules:
+        """How servers push to each other for this client."""
+        return PushRules(self.measurements.broken_pairs, self.config.wire, self.config.packs)
 
     async def route(
         self,
@@ -121,14 +118,12 @@ class Swarm:
         Raises `MissingBlocks`, `UnsupportedOperation` if all servers of a block refuse single passes, and `SwarmError`
         if the directory has never answered.
         """
-        view = self._confirmed(excluded, needs)
-        if not rather_confirmed or view.missing(span):
-            view = await self._proven(span, excluded, needs)
+        view = await self.servers.proven(span, excluded, needs, rather_confirmed=rather_confirmed)
         self.measurements.believe(view.servers)
         route = choose_route(
             view,
             span,
-            needs=replace(needs, head=needs.head and self._has_head(view)),
+            needs=replace(needs, head=needs.head and self.servers.has_head(view)),
             known=self.measurements.measured(),
             upstream=upstream,
             downstream=downstream,
@@ -138,81 +133,6 @@ class Swarm:
         chosen = tuple((hop.server.peer, hop.span) for hop in route.hops)
         self.events.emit(events.RouteChosen(self.model.name, span, chosen, route.seconds, route.explain))
         return route
-
-    async def _proven(self, span: Span, excluded: Set[Holding], needs: Needs) -> SwarmView:
-        """The servers that a route over a span may use. The directory is read if it is old, and some are pinged."""
-        await self._directory.ensure_fresh()
-        view = self._healthy(excluded, needs)
-        if missing := view.missing(span):
-            await self._directory.refresh(missing)
-            view = self._healthy(excluded, needs)
-        view = await self._answering(view, span, needs)
-        if view.missing(span):  # rather a server that failed lately than none
-            view = await self._answering(self._not_blocked(excluded, needs), span, needs)
-            self._check_offered(span, needs)
-        return view
-
-    def _confirmed(self, excluded: Set[Holding], needs: Needs) -> SwarmView:
-        """The healthy servers that have computed steps for this client."""
-        return self._healthy(excluded, needs).only(lambda server: self.measurements.is_confirmed(server.peer))
-
-    async def _answering(self, view: SwarmView, span: Span, needs: Needs) -> SwarmView:
-        """The same view with those servers only that a route may use, after some were pinged."""
-        if view.missing(span):
-            return view
-        return await self._probe.answering(
-            view,
-            span,
-            needs,
-            everyone=self._directory.usable(),
-            version=self._directory.version,
-            known=self.measurements.measured(),
-        )
-
-    async def check_held(self, span: Span, excluded: Set[Holding], needs: Needs) -> None:
-        """Raises `MissingBlocks` if no other servers are known that hold these blocks. The directory is not asked again
-        because of that, as `route` does it."""
-        await self._directory.ensure_fresh()
-        if missing := self._not_blocked(excluded, needs).missing(span):
-            raise MissingBlocks(f"no other server holds blocks {format_blocks(missing)}", blocks=missing)
-
-    def _check_offered(self, span: Span, needs: Needs) -> None:
-        """Raises `UnsupportedOperation` if the servers of some block all refuse single passes, which are needed."""
-        usable = self._directory.usable()
-        training = usable.only(lambda server: server.training)
-        if not needs.session and not usable.missing(span) and (blocks := training.missing(span)):
-            raise UnsupportedOperation(
-                f"blocks {format_blocks(blocks)} are served for generating only",
-                hint="servers that were started with --no-training offer no forward and backward passes",
-            )
-
-    def _has_head(self, view: SwarmView) -> bool:
-        """Whether a server of this view offers the output head. The log says when no healthy one does any more."""
-        last = view.num_blocks - 1
-        found = view.offers_head(last)
-        offered = found or self._healthy(frozenset()).offers_head(last)
-        if offered != self._head_is_offered:
-            self._head_is_offered = offered
-            if offered:
-                log.info("servers compute the output head")
-            else:
-                log.warning("no server offers the output head: this client computes it")
-        return found
-
-    def _not_blocked(self, excluded: Set[Holding], needs: Needs | None = None) -> SwarmView:
-        """The servers that may be asked now for what is needed: not blocked, not excluded, not refusing training."""
-        return self._directory.usable().only(
-            lambda each: (
-                holding(each) not in excluded
-                and not self.audits.is_liar(each.peer)
-                and not self._health.blocked(each.peer)
-                and (each.training or needs is None or needs.session)
-            )
-        )
-
-    def _healthy(self, excluded: Set[Holding], needs: Needs | None = None) -> SwarmView:
-        """Of these, the servers that are not deprioritized: they have not failed lately."""
-        return self._not_blocked(excluded, needs).only(lambda server: not self._health.deprioritized(server.peer))
 
     async def with_failover(
         self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]], *, at_most: float | None = None
@@ -235,20 +155,19 @@ class Swarm:
                     return await act(excluded)
                 except ServerLost as lost:
                     self.events.emit(events.ServerLost(lost.peer, str(lost)))
-                    self.blame(lost, since=began)
+                    self.servers.blame(lost, since=began)
                 except ServerBusy as busy:
                     log.info("%s", busy)
-                    self.blame(busy)
+                    self.servers.blame(busy)
                 except Misrouted as misrouted:
                     log.info("%s", misrouted)
-                    self.blame(misrouted)
-                    holdings = self._directory.holdings(misrouted.peer)
+                    self.servers.blame(misrouted)
+                    holdings = self.servers.misrouted(misrouted.peer)
                     excluded |= holdings
                     if isinstance(misrouted, ServerMoved):
                         moved |= holdings
-                    self._directory.expire()  # the server may hold other blocks by now
                 except MissingBlocks as missing:
-                    outage = self._outage(span, excluded, moved, missing.blocks)
+                    outage = self.servers.outage(span, excluded, moved, missing.blocks)
                     missing_since = missing_since.also(outage.blocks, now=now())
                     waited = missing_since.seconds(outage.blocks, now=now())
                     left = (patience if at_most is None else min(patience, at_most)) - waited
@@ -257,31 +176,6 @@ class Swarm:
                     if at_most is None:
                         tell(outage, waited, patience)
                     await asyncio.sleep(min(outage.look_seconds, left))
-
-    def _outage(self, span: Span, excluded: Set[Holding], moved: Set[Holding], blocks: Sequence[int]) -> Outage:
-        """Why no server computes some `blocks` of a span now. Raises `MissingBlocks` if waiting is in vain.
-
-        It is not if servers have `moved`, and the directory does not know it yet.
-        """
-        loading = self._directory.loading()
-        for server in loading.servers:
-            if server.state is ServerState.JOINING:  # it has started again: what it failed before is past
-                self._health.record_success(server.peer)
-        retry = min(self._health.seconds_left() or RETRY_SECONDS, LOOK_SECONDS)
-        if (error := self._directory.error) is not None:  # then the servers are not known
-            return Outage(tuple(span), error, "it is asked again", look_seconds=retry)
-        usable = self._directory.usable()
-        if missing := usable.missing(span):
-            return self._directory.outage(missing)
-        refusing = usable.only(lambda server: holding(server) not in excluded - moved).missing(span)
-        exhausted = self._exhausted(self._not_blocked(excluded).missing(span) or blocks)
-        if not {*refusing}.isdisjoint(loading.missing(span)):  # they will not do it later either
-            raise exhausted from None
-        return Outage(exhausted.blocks, exhausted, "they are asked again", look_seconds=retry)
-
-    def _exhausted(self, blocks: Sequence[int]) -> MissingBlocks:
-        reasons = "; ".join((*self._health.reasons(), *self._probe.reasons()))
-        return MissingBlocks(f"no server for blocks {format_blocks(blocks)} answers: {reasons}", blocks=blocks)
 
     async def connect(self, server: ServerInfo) -> Connection:
         """A new connection to a server, which the caller has to close. Raises `ServerLost`."""
@@ -292,29 +186,10 @@ class Swarm:
             self.node.transport, server, self.config, in_flight=in_flight, on_round_trip=on_round_trip, tab=tab
         )
 
-    def blame(self, error: PeerError, *, since: float | None = None) -> None:
-        """Keep away from a server that failed a request which began at the time `since`, now by default."""
-        match error:
-            case ServerBusy():
-                self._health.record_busy(error.peer, error.retry_after, str(error))
-            case Misrouted():
-                self._health.record_misrouted(error.peer, str(error))
-            case _:
-                self._health.record_failure(error.peer, str(error), since=now() if since is None else since)
-                self._probe.record_failure(error.peer)
-
-    def holdings(self, peers: Set[str]) -> set[Holding]:
-        """What these peers announce to hold."""
-        return {each for peer in peers for each in self._directory.holdings(peer)}
-
-    def shut_out(self, evidence: Evidence) -> None:
-        """Use a server no more: it was found lying."""
-        self.audits.shut_out(evidence)
-
     def permit(self, allowed: frozenset[str] | None, blocked: frozenset[str]) -> None:
         """From now on, routes go through `allowed` servers only (None: all), and not through `blocked` ones."""
         self.config = replace(self.config, allowed_servers=allowed, blocked_servers=blocked)
-        self._directory.permit(self.config)
+        self.servers.permit(self.config)
 
     def record_answer(self, hop: Hop, took: Iterable[tuple[int, float]] = (), *, waited: float | None = None) -> None:
         """A server did its work: its failures are forgotten.
@@ -322,17 +197,10 @@ class Swarm:
         `took` are pairs of a number of tokens and the seconds that the server says it took for them. They correct the
         speeds that it announces. The client has `waited` for the first of them, if it knows.
         """
-        peer = hop.server.peer
-        self._health.record_success(peer)
-        self._probe.record_answer(peer)
+        self.servers.record_answer(hop.server.peer)
         for num_tokens, said in took:
             self.measurements.record_answer(hop, num_tokens, said, waited=waited)
             waited = None
-
-    def record_overtaken(self, hop: Hop, seconds: float) -> None:
-        """A server has not computed a step in `seconds`, and another one has. Once is no reason to avoid it."""
-        log.info("%s gave nothing for %.1f s: another server takes its place", hop.server.peer, seconds)
-        self._health.record_overtaken(hop.server.peer, f"gave nothing for {seconds:.1f} s, and others were faster")
 
     def price(
         self,
@@ -347,54 +215,6 @@ class Swarm:
         known = self.measurements.measured()
         return price_route(hops, needs=needs, known=known, upstream=upstream, downstream=downstream)
 
-    def excess_seconds(self, hop: Hop, num_tokens: int) -> float:
-        """The seconds by which a step of `num_tokens` takes longer on a hop than its server announces."""
-        slowness = self.measurements.slowness(hop.server.peer)
-        return announced_seconds(hop.server, len(hop.span), num_tokens) * (slowness - 1)
-
     def reserving(self, route: Route) -> AbstractContextManager[None]:
         """While this is open, other passes know of one on this route, and take other servers where that is faster."""
         return self.measurements.reserving(route)
-
-    async def dtype(self, *, own: str) -> str | None:
-        """The dtype that the swarm computes in; None if it has no server yet. `own` is the model's dtype.
-
-        Raises `SwarmError` if the directory has never answered.
-        """
-        await self._directory.ensure_fresh()
-        return self._directory.dtype(own=own)
-
-    async def everybody(self) -> SwarmView:
-        """All servers of this model that the directory has, whatever they do at present."""
-        await self._directory.ensure_fresh()
-        return self._directory.everybody()
-
-    async def present(self) -> SwarmView:
-        """The servers that can be used now, as far as this client knows: without those that it has found dead."""
-        await self._directory.ensure_fresh()
-        return self._healthy(frozenset(), Needs())
-
-    async def num_servers(self, span: Span) -> int:
-        """How many servers share single passes on the blocks of a span.
-
-        Raises `SwarmError` if the directory has never answered.
-        """
-        await self._directory.ensure_fresh()
-        healthy = self._healthy(frozenset(), Needs(session=False)).servers
-        return sum(server.span.start < span.end and span.start < server.span.end for server in healthy)
-
-    def has_others(self, hop: Hop) -> bool:
-        """Whether other servers, none of which has failed lately, announce the blocks of a hop."""
-        return not self._healthy({holding(hop.server)}).missing(hop.span)
-
-    def is_avoided(self, peer: str) -> bool:
-        """Whether a server has failed lately, said that it is busy, or was found lying."""
-        return self._health.deprioritized(peer) or self._health.blocked(peer) or self.audits.is_liar(peer)
-
-    def is_lost(self, peer: str) -> bool:
-        """Whether a server has failed, and has not answered or announced itself since. A busy one is not lost."""
-        return self._health.lost(peer)
-
-    def is_usable(self, server: ServerInfo) -> bool:
-        """Whether a server has this client's weights, and the user permits it."""
-        return self._directory.is_usable(server)

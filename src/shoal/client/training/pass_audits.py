@@ -184,7 +184,7 @@ class PassAudits:
             log.debug("a pass cannot be audited: %s", missing)
         except PeerError as failure:
             log.info("an audit of a pass was given up: %s", failure)
-            self._swarm.blame(failure, since=began)
+            self._swarm.servers.blame(failure, since=began)
         except (SwarmError, UnsupportedOperation) as failure:
             log.info("an audit of a pass was given up: %s", failure)
         except TimeoutError:
@@ -196,9 +196,9 @@ class PassAudits:
     async def _route_of_others(self, piece: MicrobatchPiece, peers: Set[str]) -> Route:
         """A route over servers other than these. Raises `MissingBlocks`, without any search, if there is none."""
         span = piece.span
-        others = (await self._swarm.present()).only(lambda each: each.training and each.peer not in peers)
+        others = (await self._swarm.servers.present()).only(lambda each: each.training and each.peer not in peers)
         if not others.missing(span):
-            route = await self._swarm.route(span, self._swarm.holdings(peers), needs=pass_needs(piece.hidden))
+            route = await self._swarm.route(span, self._swarm.servers.holdings(peers), needs=pass_needs(piece.hidden))
             if peers.isdisjoint(hop.server.peer for hop in route.hops):  # else they have announced other blocks
                 return route
         raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
@@ -214,9 +214,9 @@ class PassAudits:
                 self._book.record_clean(peer)
                 self._num_doubtful[type(work)][peer] -= num_before
                 if findings.verdict is Verdict.WITNESS_LIED and findings.accuser is not None:
-                    self._swarm.shut_out(evidence.against(findings.accuser, peer))
+                    self._swarm.audits.shut_out(evidence.against(findings.accuser, peer))
             case Verdict.LIED:
-                self._swarm.shut_out(evidence)
+                self._swarm.audits.shut_out(evidence)
             case Verdict.UNSETTLED:
                 self._book.postpone_long(peer)
                 self._num_doubtful[type(work)][peer] += 1

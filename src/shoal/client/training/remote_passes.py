@@ -20,8 +20,9 @@ from typing import Any, Self, TypeVar
 import torch
 
 from shoal.client.swarm.answers import joined
+from shoal.client.swarm.known.directory_cache import Holding
 from shoal.client.swarm.message_sizes import check_length, check_size
-from shoal.client.swarm.swarm import Holding, Swarm
+from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.gradients import FactorSums, Gradients
 from shoal.client.training.pass_audits import PassAudits
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_needs
@@ -68,7 +69,7 @@ class RemotePasses:
         hidden_BTD = as_received(hidden_BTD, self._swarm.config.wire)
         batch_size, num_tokens, _ = hidden_BTD.shape
         check_length(num_tokens)
-        num_servers = await self._swarm.num_servers(plan.span)
+        num_servers = await self._swarm.servers.num_servers(plan.span)
         rows = microbatch_rows(batch_size, num_tokens, num_servers=num_servers)
         microbatches = plan.microbatches(hidden_BTD, positions, mask, rows=rows)
         if plan.wanted_from is not None:  # a server that replaces a lost one on the way back is sent all of this
@@ -187,7 +188,7 @@ class RemotePasses:
     def _saved_ring(self, pieces: Sequence[MicrobatchPiece]) -> Sequence[MicrobatchPiece]:
         """The last pieces in reverse, as far as healthy servers have saved them and can push to each other."""
         saved = itertools.takewhile(
-            lambda each: each.saved_as is not None and not self._swarm.is_avoided(each.peer), reversed(pieces)
+            lambda each: each.saved_as is not None and not self._swarm.servers.is_avoided(each.peer), reversed(pieces)
         )
         return self._servers.rings.first_ring(list(saved))
 

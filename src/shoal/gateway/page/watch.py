@@ -50,8 +50,8 @@ async def snapshot(served: ServedModel) -> dict[str, Any]:
 
 async def _look(served: ServedModel, blocks: Any) -> dict[str, Any]:
     swarm: Swarm = blocks.swarm
-    everybody = await swarm.everybody()
-    usable = (await swarm.present()).only(lambda server: not swarm.is_lost(server.peer))
+    everybody = await swarm.servers.everybody()
+    usable = (await swarm.servers.present()).only(lambda server: not swarm.servers.is_lost(server.peer))
     sessions = [
         each for each in blocks.runtime.sessions if isinstance(each, Session) and each.hops and not each.is_closed
     ]
@@ -65,7 +65,7 @@ async def _look(served: ServedModel, blocks: Any) -> dict[str, Any]:
         "missing": list(usable.missing(blocks.span)),
         "servers": [
             _described(server, names, sessions=used[server.peer], round_trip=round_trips.get(server.peer))
-            | {"lost": swarm.is_lost(server.peer), "usable": swarm.is_usable(server)}
+            | {"lost": swarm.servers.is_lost(server.peer), "usable": swarm.servers.is_usable(server)}
             for server in sorted(everybody.servers, key=lambda each: (each.span.start, each.span.end, each.peer))
         ],
         "way": _way(swarm, _usual([session.hops for session in sessions]), everybody.servers) if sessions else None,

@@ -162,31 +162,6 @@ def _seconds_until(expected: float, now: float) -> float:
     return expected - now if expected > now else max(now - expected, LATE_SECONDS)
 
 
-@dataclass(frozen=True)
-class Rhythm:
-    """When a session was answered, and how long it was away before its last step, in seconds.
-
-    It is away while its client and other servers work, whatever this server computes meanwhile. So its next step is
-    expected after as long again.
-    """
-
-    answered_at: float | None = None
-    away: float | None = None
-
-    def after_arrival(self, now: float, *, decodes: bool) -> Rhythm:
-        """With one more step, which is not answered yet. Only steps that decode tell when the next one comes."""
-        return Rhythm(None, now - self.answered_at if decodes and self.answered_at is not None else None)
-
-    def after_answer(self, now: float) -> Rhythm:
-        """When the step is answered."""
-        return replace(self, answered_at=now)
-
-    @property
-    def expected_at(self) -> float | None:
-        """When the next step comes if the session keeps its pace; `None` while a step is here."""
-        return None if self.answered_at is None or self.away is None else self.answered_at + self.away
-
-
 def is_training_due(*, inference_seconds: float, training_seconds: float, share: float) -> bool:
     """Whether training has had less than its share of the time in which both training and inference had requests."""
     return training_seconds < share * (inference_seconds + training_seconds)

@@ -3,7 +3,7 @@
 What a server announces of itself is a claim: a speed of 1e9 costs nothing to announce. So before each choice the client
 pings servers that have never answered it, and chooses among the servers that did. First come those of the best routes:
 the route that would be taken if all claims were true, the best one without its servers, and so on. Servers that hold a
-block alone are used in any case. `client/swarm/server_probe.py` does the pinging.
+block alone are used in any case. `client/swarm/known/server_probe.py` does the pinging.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ compute thread, during them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
@@ -20,8 +19,10 @@ from shoal.policy.batching.pass_shares import PassShares, Sharing, idle_seconds
 from shoal.policy.batching.pass_size import PassSize
 from shoal.policy.batching.pass_times import PassLoad, PassTimeModel
 from shoal.policy.batching.scheduling import batching_delay, seconds_to_next, shortest_prefill_seconds
+from shoal.policy.batching.session_times import SessionTimes
 from shoal.server.engine.model_runner import ModelRunner, pass_computed
 from shoal.server.engine.page_holders import drop_snapshots_if_short, engine_view, holding_pages
+from shoal.server.engine.request_queue import RequestQueue
 from shoal.server.engine.requests import PassRequest, StepRequest, settle
 from shoal.server.engine.time_shares import TimeShares
 from shoal.server.kv.output_head import Answer
@@ -57,8 +58,7 @@ class EngineLoop:
     ) -> None:
         self.sessions: set[SessionCache] = set()
         self.num_passes = 0
-        self._steps: list[StepRequest] = []
-        self._passes: list[PassRequest[Any]] = []
+        self._queue = RequestQueue()
         self._runner = runner
         self._pool = pool
         self._limits = limits
@@ -69,7 +69,6 @@ class EngineLoop:
         self._observers = observers or Observers()
         self._clock = clock or asyncio.get_running_loop().time
         self._weight_of = weight_of
-        self._news = asyncio.Event()
         self._pass_time = pass_time
         self._account = ComputeAccount()
         self._time_shares = TimeShares()
@@ -78,7 +77,7 @@ class EngineLoop:
 
     def join(self, session: SessionCache) -> None:
         """Add a session that has been opened. It may hold pages already, which the server had computed before."""
-        session.used_at = session.began_at = session.since = self._clock()
+        session.times = SessionTimes.opened(self._clock())
         self.sessions.add(session)
 
     async def submit_step(
@@ -89,13 +88,12 @@ class EngineLoop:
         Raises `Refused` when the step has waited too long for pages, or the session was preempted.
         """
         step = StepRequest(session, inputs, wanted, arrived_at=self._clock())
-        session.used_at = step.arrived_at
+        since = None
         if not session.running:
-            session.since = self._places.of(session.peer, step.arrived_at)
+            since = self._places.of(session.peer, step.arrived_at)
             self._places = self._places.taken(session.peer)
-        session.record_arrival(step.arrived_at, decodes=step.view().decodes)
-        self._steps.append(step)
-        self.wake()
+        session.times = session.times.after_arrival(step.arrived_at, decodes=step.view().decodes, since=since)
+        self._queue.add_step(step)
         timer = asyncio.get_running_loop().call_later(self._limits.queue_seconds, self._give_up, step)
         try:
             return await step.result
@@ -110,8 +108,7 @@ class EngineLoop:
         if sum(request.payer == payer for request in self.passes) >= self._limits.queued_passes:
             raise too_many(f"{self._limits.queued_passes} passes", payer)
         request = PassRequest(pieces, payer)
-        self._passes.append(request)
-        self.wake()
+        self._queue.add_pass(request)
         return await request.result
 
     def charge(self, payer: str, seconds: float) -> None:
@@ -125,11 +122,11 @@ class EngineLoop:
 
     def wake(self) -> None:
         """Something has changed: there may be more to compute, or room for steps that wait."""
-        self._news.set()
+        self._queue.wake()
 
     def preempt(self, session: SessionCache) -> None:
         """Take a session's pages away, and refuse its steps that wait."""
-        self._places = self._places.told_to_come_back(session.peer, since=session.since, now=self._clock())
+        self._places = self._places.told_to_come_back(session.peer, since=session.times.since, now=self._clock())
         session.preempt()
         for step in self.steps:
             if step.session is session:
@@ -138,20 +135,18 @@ class EngineLoop:
     @property
     def steps(self) -> list[StepRequest]:
         """The steps that wait or are computed, but for those whose caller is gone."""
-        self._steps = [step for step in self._steps if not step.result.done()]
-        return self._steps
+        return self._queue.steps
 
     @property
     def passes(self) -> list[PassRequest[Any]]:
         """The single passes that wait or are computed, but for those whose caller is gone."""
-        self._passes = [request for request in self._passes if not request.result.done()]
-        return self._passes
+        return self._queue.passes
 
     def _give_up(self, step: StepRequest) -> None:
         session = step.session
         if not session.running:
             now = self._clock()
-            self._places = self._places.told_to_come_back(session.peer, since=session.since, now=now)
+            self._places = self._places.told_to_come_back(session.peer, since=session.times.since, now=now)
             settle(step.result, busy(f"no room in the cache for {self._limits.queue_seconds:g} s"))
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -159,16 +154,13 @@ class EngineLoop:
     async def run(self) -> None:
         """Compute what waits, until the task is cancelled."""
         while True:
-            self._news.clear()
+            self._queue.forget_news()
             try:
                 if not await self._iterate():
                     await self._rest()
             except Exception as error:  # a defect of ours: all callers are told, and the server goes on
                 log.exception("the engine failed")
-                for step in self.steps:
-                    settle(step.result, error)
-                for request in self.passes:
-                    settle(request.result, error)
+                self._queue.fail(error)
 
     async def _iterate(self) -> bool:
         """Compute one pass, or one piece of training. Returns whether there was anything to do."""
@@ -204,7 +196,7 @@ class EngineLoop:
     async def _rest(self) -> None:
         """Wait until there may be something to compute."""
         began = self._clock()
-        await self._wait_for_news(idle_seconds(self._account.debts) if self.steps else None)
+        await self._queue.wait_for_news(idle_seconds(self._account.debts) if self.steps else None)
         self._account = self._account.after_waiting(self._clock() - began, present=self._present())
 
     def _next_pass(self) -> PassRequest[Any]:
@@ -213,15 +205,9 @@ class EngineLoop:
         self._account = self._account.weighing(self._weight_of, payers | self._present())
         return min(self.passes, key=lambda request: self._account.used.turn_of(request.payer, payers))
 
-    async def _wait_for_news(self, seconds: float | None) -> None:
-        """Wait until something has changed, at most this long."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._news.wait()
-
     async def _news_within(self, seconds: float) -> None:
-        self._news.clear()
-        await self._wait_for_news(seconds)
+        self._queue.forget_news()
+        await self._queue.wait_for_news(seconds)
 
     async def _run_training(self, request: PassRequest[Any]) -> None:
         self.num_passes += 1
@@ -277,7 +263,7 @@ class EngineLoop:
         began = self._clock()
         for step, _ in chosen:
             if not step.session.running:
-                step.session.began_at = began
+                step.session.times = step.session.times.after_admission(began)
         chunks = [step.chunk(num_tokens) for step, num_tokens in chosen]
         outcome = await self._runner.run(chunks)
         answers, without_memory = outcome.answers, outcome.tokens_without_memory
@@ -304,13 +290,12 @@ class EngineLoop:
             elif not work.num_decoding:
                 self._watch.prefilled(chunks, now - began, now=now)
         for (step, num_tokens), answer in zip(chosen, answers, strict=True):
-            step.session.used_at = now
             if isinstance(answer, Exception):
                 settle(step.result, answer)
             else:
                 step.advance(num_tokens, answer)
-                if not step.num_left:
-                    step.session.record_answer(now)
+            answered = not isinstance(answer, Exception) and not step.num_left
+            step.session.times = step.session.times.after_pass(now, answered=answered)
 
     def _resize_passes(self, tokens_without_memory: int | None) -> None:
         if tokens_without_memory is None:
@@ -340,10 +325,10 @@ class EngineLoop:
             least = shortest_prefill_seconds(self._pass_time, [step.view() for step in self.steps])
             return self._delay_within(max(least, 4 * decode_seconds) if is_contended else least)
         here = {step.session for step in self.steps}
-        coming = [each for each in self.sessions - here if each.expected_at is not None]
+        coming = [each for each in self.sessions - here if each.times.expected_at is not None]
         num_ready, weights = client_weights([each.payer for each in ready], [each.payer for each in coming])
         return batching_delay(
-            [each.expected_at for each in coming if each.expected_at is not None],
+            [each.times.expected_at for each in coming if each.times.expected_at is not None],
             num_ready=num_ready,
             now=self._clock(),
             # A step that misses this pass waits for the passes of other servers too.
@@ -369,7 +354,7 @@ class EngineLoop:
         return next_in if next_in is not None and next_in < seconds else 0.0
 
     def _seconds_to_next(self) -> float | None:
-        expected = [each.expected_at for each in self.sessions if each.expected_at is not None]
+        expected = [each.times.expected_at for each in self.sessions if each.times.expected_at is not None]
         return seconds_to_next(expected, now=self._clock())
 
     @property

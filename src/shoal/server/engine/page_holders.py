@@ -74,11 +74,11 @@ def _holder(session: SessionCache, sharing: Sharing, *, at_work: bool) -> Holder
     return Holder(
         session.payer,
         num_pages + session.num_state_pages,
-        used_at=session.used_at,
-        began_at=session.began_at,
+        used_at=session.times.used_at,
+        began_at=session.times.began_at,
         opened=session.opened,
         at_work=at_work,
-        since=session.since,
+        since=session.times.since,
         running=session.running,
         weight=sharing.weight(session.payer),
     )

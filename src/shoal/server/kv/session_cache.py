@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.model.peft.block_adapters import BlockAdapter
-from shoal.policy.batching.scheduling import Rhythm
+from shoal.policy.batching.session_times import SessionTimes
 from shoal.policy.batching.snapshots import keeps_snapshot, tokens_to_snapshot
 from shoal.prefix import PAGE_TOKENS, page_hashes, root_hash
 from shoal.server.kv.pages import PagePool, pages_for
@@ -105,9 +105,8 @@ class SessionCache:
 
     It is a session of `peer`, and its pages and its time count for `payer`, which is the peer if it is `None`.
     Its keys and values are in pages of `pool`, and its states in `slots`, if the body keeps any. `opened` is how many
-    sessions the server opened before. `used_at` is when the session last asked for something, `began_at` when it was
-    admitted, and `since` when its client came, all in seconds. `running` says whether the server has computed any of
-    its tokens, or is computing them. `mask_BS` is `None` while no sequence has padding.
+    sessions the server opened before. The engine keeps its `times`. `running` says whether the server has computed any
+    of its tokens, or is computing them. `mask_BS` is `None` while no sequence has padding.
     """
 
     def __init__(
@@ -128,14 +127,13 @@ class SessionCache:
         self.opened = opened
         self.peer = peer
         self.payer = peer if payer is None else payer
-        self.used_at = self.began_at = self.since = float("-inf")
+        self.times = SessionTimes()
         self.num_tokens = 0
         self.batch_size = batch_size
         self.rows: list[Row] = []
         self.mask_BS: torch.Tensor | None = None
         self.running = False
         self.preempted = False
-        self._rhythm = Rhythm()
         self._pool = pool
         self._slots = SlotPool(pool, 0) if slots is None else slots
         self._root = root_hash(span, salt)
@@ -159,19 +157,6 @@ class SessionCache:
     def has_states(self) -> bool:
         """Whether the body keeps states, which cannot go back."""
         return self._slots.pages_each > 0
-
-    def record_arrival(self, now: float, *, decodes: bool) -> None:
-        """A step came. If it decodes, the session will be away as long again before the next one."""
-        self._rhythm = self._rhythm.after_arrival(now, decodes=decodes)
-
-    def record_answer(self, now: float) -> None:
-        """A step was answered."""
-        self._rhythm = self._rhythm.after_answer(now)
-
-    @property
-    def expected_at(self) -> float | None:
-        """When the next step is expected; `None` if the session does not decode, or a step of it is here."""
-        return self._rhythm.expected_at
 
     def adopt(self, digests: Sequence[Sequence[bytes]], *, max_pages: int) -> None:
         """Begin with the pages that have these digests, for each row. All rows begin with the same number of pages.

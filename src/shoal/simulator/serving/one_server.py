@@ -20,12 +20,12 @@ from shoal.policy.batching.preemption import Holder
 from shoal.policy.batching.scheduling import (
     DECODE_TOKENS,
     RequestView,
-    Rhythm,
     batching_delay,
     prefill_budget,
     seconds_to_next,
     shortest_prefill_seconds,
 )
+from shoal.policy.batching.session_times import Rhythm
 from shoal.simulator.serving.agenda import Agenda
 from shoal.simulator.serving.generations import Generation
 from shoal.simulator.serving.page_counts import PAGE_TOKENS, PageCounts, pages_for

@@ -227,10 +227,10 @@ class SessionAuditor:
             case Verdict.CLEAN | Verdict.WITNESS_LIED:
                 self._book.record_clean(claim.peer)
                 if findings.verdict is Verdict.WITNESS_LIED and findings.accuser is not None:
-                    self._swarm.shut_out(evidence.against(findings.accuser, claim.peer))
+                    self._swarm.audits.shut_out(evidence.against(findings.accuser, claim.peer))
                 return None
             case Verdict.LIED:
-                self._swarm.shut_out(evidence)
+                self._swarm.audits.shut_out(evidence)
                 return Doubt(claim.span, clean, f"{claim.peer} was found lying", liar=claim.peer)
             case Verdict.MISLED:
                 claim.pushed_by = ()  # from now on, the client sends it everything

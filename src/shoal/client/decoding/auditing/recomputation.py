@@ -47,7 +47,7 @@ async def recompute(
         async with asyncio.timeout(RECOMPUTE_SECONDS):
             await compute_beside(pipeline, end, news, max_tokens=STANDBY_STEP_TOKENS)
     except PeerError as failure:
-        swarm.blame(failure)
+        swarm.servers.blame(failure)
         raise
     except TimeoutError:
         slow = pipeline.stages[0].peer

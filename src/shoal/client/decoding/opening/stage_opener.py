@@ -63,7 +63,7 @@ class StageOpener:
         """A new connection to the server of a hop. Raises `ServerLost`."""
         peer = hop.server.peer
         try:
-            async with asyncio.timeout(OPEN_SECONDS if self._swarm.has_others(hop) else None):
+            async with asyncio.timeout(OPEN_SECONDS if self._swarm.servers.has_others(hop) else None):
                 return await self._swarm.connect(hop.server)
         except TimeoutError:
             raise ServerLost(f"{peer} did not answer within {OPEN_SECONDS:g} s", peer=peer) from None
@@ -108,7 +108,11 @@ class StageOpener:
                     await stage.has_news.wait()
                     stage.has_news.clear()
                     # Something came, such as a pong, and not in the midst of a large answer: none is on its way.
-                    if now() > late_at and stage.status is StageStatus.OPENING and self._swarm.has_others(stage.hop):
+                    if (
+                        now() > late_at
+                        and stage.status is StageStatus.OPENING
+                        and self._swarm.servers.has_others(stage.hop)
+                    ):
                         raise TimeoutError
         except TimeoutError:
             stage.connection.fail(stage.connection.lost("does not open a session"))

@@ -65,7 +65,7 @@ class ReceiptCheck:
             stage.connection.fail(error)
             self._doubt(stage, receipt, str(error))
         elif verdict is ReceiptVerdict.PUSHED_OTHERS:
-            self._swarm.shut_out(self._evidence(finding, stage, session))
+            self._swarm.audits.shut_out(self._evidence(finding, stage, session))
         elif verdict is ReceiptVerdict.MISLED:
             if any(self._swarm.audits.is_liar(peer) for peer in finding.pushers):
                 return  # what follows from its outputs is computed again anyway
