@@ -577,7 +577,7 @@ def test_the_swarm_outlives_all_that(town, whole):
 
 
 def test_sessions_that_are_never_used_take_no_room_and_are_ended(swarm: MakeSwarm, whole):
-    swarm_ = swarm("0:4", cache_tokens=64, idle_seconds=0.5)
+    swarm_ = swarm("0:4", cache_tokens=64, idle_seconds=2.0)
     intruder, mute = Intruder(swarm_, "s0"), Intruder(swarm_, "s0", name="mute")
     silent = [mute.open() for _ in range(50)]
     for stream in [intruder.open() for _ in range(50)]:

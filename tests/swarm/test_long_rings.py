@@ -130,3 +130,32 @@ def test_what_servers_sign_of_a_long_prompt_is_compared_although_its_outputs_com
         await session.close()
 
     in_ring(8, times, act)
+
+
+@pytest.mark.parametrize("num_servers", [2, 8])
+def test_the_first_token_of_a_known_text_does_not_wait_for_one_server_after_the_other(num_servers: int):
+    """All servers are asked at once for what they have cached of it, and of a text that goes on from it."""
+    times = Times(link=None)
+
+    async def act(client: Client) -> None:
+        text = some_text(100)
+        await first_token_seconds(client, text[:, :70])
+        for num_tokens in (70, 100):
+            seconds = await first_token_seconds(client, text[:, :num_tokens])
+            assert seconds <= (num_servers + 1 + OPENING_TRIPS) * times.trip + 1e-4
+            assert await num_cached(client, text[:, :num_tokens]) == num_tokens // 16 * 16
+
+    in_ring(num_servers, times, act)
+
+
+def test_what_a_server_has_cached_of_other_inputs_is_not_believed():
+    """The servers before it have forgotten the text: what follows from it is not known before they compute it."""
+
+    async def act(client: Client) -> None:
+        text = some_text(100)
+        await num_cached(client, text)
+        next(each for each in client.bed.members if each.name == "s1").engine.forget()
+        assert await num_cached(client, text) == 0
+        assert await num_cached(client, text) == 96
+
+    in_ring(4, Times(), act)

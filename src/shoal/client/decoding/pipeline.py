@@ -20,12 +20,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from shoal.client.decoding.epoch import EpochReason
-from shoal.client.decoding.opening.page_names import page_names
+from shoal.client.decoding.opening.page_guesses import Names, PageGuesses
+from shoal.client.decoding.opening.page_names import as_digests, page_names
 from shoal.client.decoding.opening.stage_opener import StageOpener
 from shoal.client.decoding.outputs import Outputs, Sink
 from shoal.client.decoding.pending_step import PendingStep, usual_seconds
@@ -86,6 +88,7 @@ class Pipeline:
         self._inputs = inputs
         self._tuning = tuning
         self._opener = StageOpener(swarm, inputs, tuning, expected_length=expected_length)
+        self._guesses = PageGuesses(swarm.store.pages, inputs, tuning)
         self._end = end
         self._cut: tuple[tuple[Hop, ...], int, int] | None = None  # the servers and the end of a prompt, and its pieces
         self.notify = notify
@@ -296,34 +299,51 @@ class Pipeline:
         if any(stage.has_failed for stage in self.stages):
             return
         self.links.link(self.stages)
-        # The outputs that one server has in its cache may be inputs that the next one has, so they are waited for.
+        guesses = self._guesses.guess(new, self._most_cached)
         for stage in new:
-            if await self._send_open(stage):
+            has_names = await self._send_open(stage, guesses.get(stage))
+            # The outputs that one server has in its cache may be inputs that the next one has, so they are waited for.
+            if has_names and not guesses:
                 await self._await_opened(stage)
         for stage in new:
-            await self._await_opened(stage)
+            await self._await_opened(stage, guesses.get(stage))
 
-    async def _send_open(self, stage: Stage) -> bool:
+    async def _send_open(self, stage: Stage, guess: Names | None) -> bool:
         """Ask the server to open the session; returns whether it may have the first tokens in its cache."""
         index = self.stages.index(stage)
         if index == len(self.stages) - 1:
             self.outputs.logits.clear()
-        digests = self._digests(index) if stage.num_tokens and not self._inputs.are_new else None
+        digests = as_digests(self._names(stage) if guess is None else guess)
         neighbors = self.links.neighbors_of(stage)
         await self._opener.send_open(stage, digests, skip=self.sink(index).num_tokens, neighbors=neighbors)
         return digests is not None
 
-    async def _await_opened(self, stage: Stage) -> None:
-        await self._opener.await_opened(stage, self.sink(self.stages.index(stage)))
+    async def _await_opened(self, stage: Stage, guess: Names | None = None) -> None:
+        sink = self.sink(self.stages.index(stage))
+        if guess is None:
+            await self._opener.await_opened(stage, sink)
+            return
+        await self._opener.await_opened(stage, sink, partial(self._guesses.is_right, stage, guess))
+        if stage.needs_opening:
+            self._guesses.forget(stage)
 
-    def _digests(self, index: int) -> torch.Tensor | None:
-        """The names of the pages with which the inputs of a stage begin; None if there are none."""
-        stage = self.stages[index]
-        inputs_BSD = stage.history.since(0)[:, : self._end]
-        logits_request = self._logits_request_for(index)
-        if logits_request is not None:  # a server keeps no logits, so it has to compute these tokens
-            inputs_BSD = inputs_BSD[:, : -logits_request.num_tokens]
-        return page_names(inputs_BSD, stage.hop.span, self._inputs, self._tuning)
+    def _names(self, stage: Stage) -> Names:
+        """The names of the pages with which the inputs of a stage begin, if a server may have them in its cache."""
+        num_tokens = min(stage.num_tokens, self._most_cached(stage))
+        if num_tokens <= 0 or self._inputs.are_new:
+            return []
+        span = stage.hop.span
+        return page_names(stage.history.between(0, num_tokens), span, self._inputs, self._tuning.names(span))
+
+    def _most_cached(self, stage: Stage) -> int:
+        """How many tokens a server may have in its cache: it keeps no logits, so those that need them are computed."""
+        num_tokens = self._inputs.num_tokens if self._end is None else min(self._inputs.num_tokens, self._end)
+        logits_request = self._logits_request_for(self.stages.index(stage))
+        return num_tokens if logits_request is None else num_tokens - logits_request.num_tokens
+
+    async def remember(self) -> None:
+        """Note what the servers were given, so that a session of the same text asks all of them at once."""
+        await self._guesses.remember(self.stages)
 
     async def disconnect(self) -> None:
         """Let the servers forget the session, also if the caller is cancelled meanwhile."""

@@ -253,8 +253,7 @@ class Session:
 
     def _is_caught_up(self) -> bool:
         """Whether every server is there and has computed all tokens."""
-        num_tokens = self._inputs.num_tokens
-        return all(stage.is_open and stage.progress.num_computed >= num_tokens for stage in self._stages)
+        return all(stage.is_open and stage.progress.num_computed >= self._inputs.num_tokens for stage in self._stages)
 
     # -- the one procedure --------------------------------------------------------------------------------------------
 
@@ -351,7 +350,7 @@ class Session:
         await pipeline.merge()
         await pipeline.open()
         await self._raise_failures(pipeline)
-        if self.num_cached is None:
+        if self.num_cached is None and pipeline.is_open:
             self.num_cached = min(stage.progress.num_cached for stage in pipeline.stages)
 
     async def _recover(self, doubt: Doubt) -> None:
@@ -396,5 +395,6 @@ class Session:
             self._maintenance.cancel()
             await asyncio.wait([self._maintenance])
         async with self._busy:
-            for pipeline in self._pipelines:
-                await pipeline.disconnect()
+            await asyncio.gather(*(each.disconnect() for each in self._pipelines))
+            if self._pipeline is not None:
+                await self._pipeline.remember()

@@ -122,6 +122,12 @@ class Stage:
         """The adapters that the server has to be sent before it can open the session."""
         return self._opening if isinstance(self._opening, NotCached) else None
 
+    @property
+    def num_said_cached(self) -> int:
+        """How many tokens the server said that it had in its cache, until that was looked at; 0 before it answers."""
+        opening = self._opening if self.status is StageStatus.OPENING else None
+        return opening.answer[0].num_tokens if isinstance(opening, Opening) and opening.answer is not None else 0
+
     def take_timings(self) -> list[tuple[int, float]]:
         """The tokens of each step that was answered since the last call, and the seconds that it took."""
         timings, self._timings = self._timings, []

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from shoal.client.history.remembered_pages import RememberedPages
 from shoal.client.history.sent_beginnings import SentBeginnings
 from shoal.client.history.spill_file import FileRegion, SpillFile
 from shoal.errors import UserError
@@ -66,6 +67,8 @@ class HistoryStore:
             )
         self.beginnings = SentBeginnings()
         """How the texts of all sessions began."""
+        self.pages = RememberedPages()
+        """What followed from them inside of rings."""
         self._encoding = encoding
         self._limit = math.inf if memory_bytes is None else memory_bytes
         self._file = None if memory_bytes is None else SpillFile(folder)

@@ -90,10 +90,13 @@ class StageOpener:
         with contextlib.suppress(PeerError):  # the stage keeps the error
             await stage.open(request, digests)
 
-    async def await_opened(self, stage: Stage, sink: Sink) -> None:
+    async def await_opened(
+        self, stage: Stage, sink: Sink, is_possible: Callable[[int], bool] = lambda num_cached: True
+    ) -> None:
         """Wait until the server has opened the session or has failed. One that lacks adapters is left closed.
 
-        The outputs of the tokens that it had in its cache go to `sink`.
+        The outputs of the tokens that it had in its cache go to `sink`. If it is not possible that it had so many of
+        them, what it was asked was wrong, and it is left closed too.
         """
         if stage.connection is None:
             return
@@ -103,6 +106,7 @@ class StageOpener:
                 while not (
                     stage.has_failed
                     or stage.not_cached is not None
+                    or not is_possible(stage.num_said_cached)
                     or stage.settle_opening(sink, like=self._inputs.like, wire=wire)
                 ):
                     await stage.has_news.wait()
@@ -116,6 +120,8 @@ class StageOpener:
                         raise TimeoutError
         except TimeoutError:
             stage.connection.fail(stage.connection.lost("does not open a session"))
+        if stage.status is StageStatus.OPENING and not is_possible(stage.num_said_cached):
+            await stage.reset()
         if (not_cached := stage.not_cached) is not None:
             self._swarm.adapter_sync.forget(stage.peer, self._tuning.in_span(stage.hop.span), not_cached.adapters)
             await stage.reset()  # the next attempt uploads the adapters first
