@@ -124,6 +124,48 @@ def test_an_interrupted_call_is_forgotten_by_the_session(swarm: MakeSwarm, whole
         )
 
 
+def interrupted_call(model, session) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(MORE, max_new_tokens=9, streamer=StopsAfter(5), session=session)
+
+
+def wrong_call(model, session) -> None:
+    with pytest.raises(ValueError, match="no_such_option"):
+        model.generate(MORE, max_new_tokens=9, no_such_option=1, session=session)
+
+
+def wrong_stream(model, session) -> None:
+    with pytest.raises(UserError, match="num_guesses"):
+        model.stream(MORE, max_new_tokens=9, num_guesses=99, session=session)
+
+
+def closed_stream(model, session) -> None:
+    with model.stream(MORE, max_new_tokens=9, session=session) as stream:
+        next(iter(stream))
+
+
+@pytest.mark.parametrize("fail", [interrupted_call, wrong_call, wrong_stream, closed_stream])
+@pytest.mark.parametrize("num_calls", [0, 1])
+def test_a_session_is_after_a_failed_call_what_it_was_before(
+    swarm: MakeSwarm, whole: PreTrainedModel, num_calls: int, fail
+):
+    """Also for what goes on with it by other means, and is not lost for the next call."""
+    model = swarm("0:2", "2:4").model()
+    with model.inference_session(max_length=64) as session:
+        said = PROMPT[:, :0]
+        if num_calls:
+            said = model.generate(PROMPT, max_new_tokens=4, session=session)
+        position = session.position
+        fail(model, session)
+        assert session.position == position
+        everything = torch.cat((said, PROMPT), dim=1)
+        logits = model(everything[:, position:]).logits
+        expected = whole(everything).logits[:, position:]
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+        answer = model.generate(max_new_tokens=5, session=session)
+        assert answer.tolist() == whole.generate(everything, max_new_tokens=5)[:, everything.shape[1] :].tolist()
+
+
 @pytest.mark.parametrize("how", ["prompt lookup", "assistant", "beams", "samples"])
 def test_a_later_call_of_a_session_may_decode_in_another_way(swarm: MakeSwarm, whole: PreTrainedModel, how: str):
     options = {

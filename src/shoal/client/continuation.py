@@ -31,16 +31,14 @@ class Continuation:
         """
         past_ids, past_mask = session.output_ids, session.attention_mask
         num_told = 0 if past_ids is None else past_ids.shape[1]
-        if session.num_tokens > num_told and not session.in_call:
+        if session.num_tokens > num_told:
             raise UserError(
                 f"the session has read {session.num_tokens} tokens, of which generate() knows {num_told}",
                 hint="set session.position to where it shall continue, or session.output_ids to its tokens",
             )
         if past_ids is not None:
             past_mask = _mask_for(past_ids, past_mask)
-        # An interrupted call leaves tokens that it did not return, or the sequences of its beams.
-        num_known, rows = (0, 0) if past_ids is None else (past_ids.shape[1] - 1, past_ids.shape[0])
-        session.crop(min(session.num_tokens, num_known) if session.batch_size == rows else 0)
+        _go_back(session)
         if past_ids is None or past_mask is None:
             if new_ids is None:
                 raise UserError("a session begins with some tokens: pass inputs")
@@ -66,6 +64,12 @@ class Continuation:
         mask = torch.ones_like(new_ids) if new_mask is None else new_mask
         return cls(torch.cat((past_ids, new_ids), dim=1), torch.cat((past_mask, mask), dim=1), num_past)
 
+    @staticmethod
+    def abandon(session: InferenceSession) -> None:
+        """The call failed or was interrupted: the session forgets the tokens that it did not return."""
+        session.in_call = False
+        _go_back(session)
+
     def finish(self, session: InferenceSession, result: Any) -> Any:
         """Record in the session what was generated, and return it without the tokens that the caller did not pass."""
         sequences: torch.Tensor = result if isinstance(result, torch.Tensor) else result.sequences
@@ -82,6 +86,16 @@ class Continuation:
             return sequences[:, self.num_hidden :]
         result.sequences = sequences[:, self.num_hidden :]
         return result
+
+
+def _go_back(session: InferenceSession) -> None:
+    """Forget all but the tokens that the caller knows, or everything if the rows are others, such as beams.
+
+    The last token of a text is not computed before the next one is wanted.
+    """
+    ids = session.output_ids
+    num_known, rows = (0, 0) if ids is None else (ids.shape[1] - 1, ids.shape[0])
+    session.crop(min(session.num_tokens, num_known) if session.batch_size == rows else 0)
 
 
 def _mask_for(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

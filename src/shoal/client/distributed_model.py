@@ -133,10 +133,13 @@ class DistributedModel(SavesTrained):
                 if inputs is None:
                     inputs = kwargs.pop("input_ids", None)
                 continuation = Continuation.of(session, inputs, kwargs.pop("attention_mask", None))
-                session.in_call = True
                 kwargs |= {"attention_mask": continuation.attention_mask, "past_key_values": RemoteCache(session)}
-                result = generate(continuation.input_ids, *args, **kwargs)
-                result = continuation.finish(session, result)
+                session.in_call = True
+                try:
+                    result = continuation.finish(session, generate(continuation.input_ids, *args, **kwargs))
+                except BaseException:
+                    continuation.abandon(session)
+                    raise
             cache = next((each for name in CACHE_NAMES if (each := getattr(result, name, None)) is not None), None)
             if isinstance(cache, RemoteCache):
                 handed_out = [each for each in opened if each is cache.session]

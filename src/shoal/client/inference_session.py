@@ -108,7 +108,7 @@ class InferenceSession:
         self.output_ids: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
         self.in_call = False
-        """Whether a call of `generate()` keeps account of the tokens. After an interrupted call it is still true."""
+        """Whether a call of `generate()` or a stream keeps account of the tokens."""
         self._num_prompt_tokens = num_prompt_tokens
         self._deferred: _Deferred | None = None
         self._runtime = runtime

@@ -25,6 +25,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from shoal.client.continuation import Continuation
 from shoal.client.generation.generation import Generation, Token
 from shoal.client.generation.model_ends import Embedded, ModelEnds
 from shoal.client.generation.next_token import choose_tokens
@@ -236,8 +237,11 @@ class GenerationEngine:
             return
         if running.step is not None:
             running.step.cancel()
+        session = running.generation.session
         if not running.generation.keeps_session:
-            running.generation.session.abandon()
+            session.abandon()
+        elif session.in_call:
+            Continuation.abandon(session)
         running.mailbox.put(error)
 
     def _end_all(self) -> None:

@@ -72,6 +72,7 @@ def prepared(
     found: _Prepared = generate(inputs, custom_generate=_take, **options)
     _check(found)
     own: InferenceSession = found.past_key_values.session  # type: ignore[assignment]
+    speculation = _speculation(model, found.ids_1S, draft, num_guesses)
     own.in_call = True
     generator = torch.Generator(found.ids_1S.device)
     if seed is None:
@@ -89,7 +90,7 @@ def prepared(
         keeps_session=session is not None,
         finish=_forget if continuation is None else partial(continuation.finish, own),
         num_logprobs=num_logprobs,
-        speculation=_speculation(model, found.ids_1S, draft, num_guesses),
+        speculation=speculation,
     )
 
 
