@@ -92,6 +92,15 @@ async def background(work: Coroutine[Any, Any, None], *, name: str | None = None
         raise group.exceptions[0] from None
 
 
+async def done_although_cancelled(*closing: Coroutine[Any, Any, object]) -> None:
+    """Run these at the same time, to their ends also if the caller is cancelled meanwhile."""
+    work = asyncio.gather(*closing)
+    try:
+        await asyncio.shield(work)
+    finally:
+        await work  # tasks that are cancelled before they begin would close nothing
+
+
 async def with_progress_timeout(
     coroutine: Coroutine[Any, Any, T], progressed_at: Callable[[], float], *, seconds: float
 ) -> T:

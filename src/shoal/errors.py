@@ -96,5 +96,9 @@ class RequestRejected(PeerError):
     """The peer refuses the request because it is wrong. No other peer would accept it."""
 
 
+class Interrupted(PeerError):
+    """This client was interrupted while it sent something: the stream is of no more use. The peer is not at fault."""
+
+
 class CannotRewind(PeerError):
     """The peer cannot rewind its session. The client has to send it all inputs again."""

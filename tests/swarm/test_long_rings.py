@@ -19,6 +19,7 @@ from .long_rings import (
     LONG_PROMPT,
     MAX_LENGTH,
     SLOW,
+    TOKEN_BYTES,
     Times,
     best_seconds,
     first_token_seconds,
@@ -159,3 +160,25 @@ def test_what_a_server_has_cached_of_other_inputs_is_not_believed():
         assert await num_cached(client, text) == 96
 
     in_ring(4, Times(), act)
+
+
+def test_a_prompt_that_is_interrupted_while_it_is_sent_blames_no_server():
+    """Half of a message is on the stream to the first server. The next step opens another one."""
+
+    async def act(client: Client) -> None:
+        text = some_text(LONG_PROMPT)
+        client.bed.network.limit(client.name, up=200 * TOKEN_BYTES, down=None)
+        session = Session(client.swarm, client.span, batch_size=1, max_length=MAX_LENGTH)
+        reading = Reading(client, session, 1)
+        await reading.read(text[:, :20])
+        interrupted = asyncio.create_task(session.step(client.whole.embed(text), 20, None, None))
+        await asyncio.sleep(1.0)
+        interrupted.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await interrupted
+        await reading.read(text[:, 20:60])
+        assert not any(client.swarm.servers.is_avoided(each.name) for each in client.bed.members)
+        assert [hop.server.peer for hop in session.hops] == [each.name for each in client.bed.members]
+        await session.close()
+
+    in_ring(2, Times(link=None), act)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from shoal.concurrency import background, in_thread, with_progress_timeout
+from shoal.concurrency import background, done_although_cancelled, in_thread, with_progress_timeout
 
 from . import virtual_time
 
@@ -159,3 +159,26 @@ def test_a_context_that_is_cancelled_does_not_wait_for_its_thread() -> None:
 
 SECONDS = 60.0
 """The limit for a wait. A test that reaches it fails."""
+
+
+@pytest.mark.anyio
+async def test_what_has_to_be_closed_is_closed_although_the_caller_is_cancelled() -> None:
+    """Also what had not begun to close at that moment."""
+    go_on, closed = asyncio.Event(), list[str]()
+
+    async def close(name: str) -> None:
+        await go_on.wait()
+        closed.append(name)
+
+    for num_turns in range(4):
+        go_on.clear()
+        closed.clear()
+        closing = asyncio.create_task(done_although_cancelled(close("first"), close("second")))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        if num_turns:  # a task that is cancelled before it begins has not been asked for anything
+            closing.cancel()
+        go_on.set()
+        await asyncio.wait([closing])
+        assert closed == ["first", "second"]
+        assert closing.cancelled() == bool(num_turns)

@@ -13,7 +13,7 @@ import torch
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.in_flight import PeerInFlight
-from shoal.errors import PeerError, ServerLost
+from shoal.errors import Interrupted, PeerError, ServerLost
 from shoal.net.lines import Line
 from shoal.net.transport import CHUNK_BYTES, SLOWEST_LINK, Buffer, HeaderCheck, StreamBroken
 from shoal.net.wire.frames import payload_bytes
@@ -253,3 +253,52 @@ def test_the_end_of_the_stream_is_noticed_at_once():
     at, error = ended(stream, within=100)
     assert isinstance(error, ServerLost)
     assert at < 0.01
+
+
+def test_a_message_that_is_interrupted_ends_the_connection_and_is_nobodys_fault():
+    """The server may have half of it. Messages behind it are told so, and not that the server is lost."""
+    stream = ScriptedStream(lambda message: (), bytes_per_second=MEGABYTE)
+
+    async def meanwhile(connection: Connection) -> None:
+        sending = asyncio.create_task(connection.send(Step(epoch=0, position=0), {"hidden": torch.zeros(MEGABYTE)}))
+        behind = asyncio.create_task(connection.send(Step(epoch=0, position=1)))
+        await asyncio.sleep(1.0)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        with pytest.raises(Interrupted):
+            await behind
+
+    at, error = ended(stream, within=10.0, meanwhile=meanwhile)
+    assert (at, type(error)) == (pytest.approx(1.0), Interrupted)
+    assert stream.sent == []
+
+
+def test_a_connection_whose_opening_is_interrupted_is_closed():
+    """Nobody has it then, to close it: it would ping the server for ever."""
+    stream = ScriptedStream(lambda message: ())
+
+    class Slow:
+        due = asyncio.Event()
+
+        async def introduction(self) -> None:
+            await asyncio.Event().wait()
+
+        async def acknowledgement(self) -> None:
+            return None
+
+    class Dialled:
+        async def open(self, peer: str, addresses: Sequence[str]) -> ScriptedStream:
+            return stream
+
+    async def act() -> set[asyncio.Task[Any]]:
+        before = asyncio.all_tasks()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(3.0):
+                await Connection.open(Dialled(), SERVER, CONFIG, tab=Slow())  # type: ignore[arg-type]
+        num_sent = len(stream.sent)
+        await asyncio.sleep(60.0)
+        assert len(stream.sent) == num_sent
+        return asyncio.all_tasks() - before
+
+    assert not virtual_time.run(act())

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,22 +14,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.client.decoding.opening.stage_opener import StageOpener
 from shoal.client.decoding.outputs import Outputs
 from shoal.client.decoding.pending_step import PendingStep
 from shoal.client.decoding.progress import StageStatus
 from shoal.client.decoding.push_links import PushLinks
 from shoal.client.decoding.receipts.stage_receipts import MAX_WAITING
+from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import IDLE_PONGS, Stage
 from shoal.client.history.history import History
 from shoal.client.history.history_store import HistoryStore
+from shoal.client.options.client_options import ClientOptions
 from shoal.client.swarm.broken_pairs import RETRY_PUSH_SECONDS, UNPUSHED_PONGS, BrokenPairs, PushRules
 from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError, ServerLost
+from shoal.model.peft.factors import ActiveAdapters
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.routing.route import Hop
 from shoal.protocol import AnyMessage, Close, Leaving, Open, Opened, Ping, Pong, Receipt, StepResult, Unreached
 from shoal.spans import Span
 from shoal.tensors import TensorName
+
+from . import virtual_time
 
 SIZE = 4
 
@@ -395,3 +402,29 @@ def test_receipts_that_were_asked_for_are_kept_until_the_session_looks_at_them_a
         steps.says(RECEIPT)
     assert steps.error is None
     assert 0 < steps.stage.receipts.num_waiting <= MAX_WAITING
+
+
+class ClosedConnection(FakeConnection):
+    async def close(self, *, goodbye: bool = True) -> None:
+        self.fail(ServerLost("closed", peer=self.peer))
+
+
+def test_who_waits_until_a_session_is_open_goes_on_when_somebody_else_gives_it_up():
+    """As a step does that finds another server busy, while the standby of a server is opened."""
+
+    async def act() -> float:
+        stage = Stage(Hop(server("s"), Span(0, 2)), History(HistoryStore()), lambda: None)
+        stage.adopt(ClosedConnection("s"))
+        await stage.open(OPEN, None)
+        inputs = SessionInputs(HistoryStore(), salt="")
+        inputs.append(torch.zeros(1, 1, SIZE), None, None)
+        swarm: Any = SimpleNamespace(config=ClientOptions(), servers=SimpleNamespace(has_others=lambda hop: True))
+        opener = StageOpener(swarm, inputs, ActiveAdapters(), expected_length=lambda: 8)
+        opening = asyncio.create_task(opener.await_opened(stage, Outputs(0)))
+        await asyncio.sleep(0.5)
+        await stage.disconnect()
+        await opening
+        assert stage.needs_opening
+        return asyncio.get_running_loop().time()
+
+    assert virtual_time.run(act()) == pytest.approx(0.5)

@@ -40,7 +40,7 @@ from shoal.client.head.logits import LogitsRequest
 from shoal.client.history.history import History
 from shoal.client.swarm.answers import named_tensors
 from shoal.client.swarm.swarm import Swarm
-from shoal.concurrency import now
+from shoal.concurrency import done_although_cancelled, now
 from shoal.errors import PeerError
 from shoal.events import StageReplaced
 from shoal.model.peft.factors import ActiveAdapters
@@ -310,6 +310,8 @@ class Pipeline:
 
     async def _send_open(self, stage: Stage, guess: Names | None) -> bool:
         """Ask the server to open the session; returns whether it may have the first tokens in its cache."""
+        if stage.connection is None:  # somebody has closed it meanwhile
+            return False
         index = self.stages.index(stage)
         if index == len(self.stages) - 1:
             self.outputs.logits.clear()
@@ -347,11 +349,7 @@ class Pipeline:
 
     async def disconnect(self) -> None:
         """Let the servers forget the session, also if the caller is cancelled meanwhile."""
-        closing = asyncio.gather(*(stage.disconnect() for stage in self.stages))
-        try:
-            await asyncio.shield(closing)
-        finally:
-            await closing  # tasks that are cancelled before they begin would close nothing
+        await done_although_cancelled(*(stage.disconnect() for stage in self.stages))
 
 
 def _has_room(progress: StageProgress, steps_ahead: int) -> bool:

@@ -26,7 +26,7 @@ from shoal.client.decoding.stage import Stage
 from shoal.client.decoding.standby import compute_beside
 from shoal.client.swarm.known.directory_cache import Holding, holding
 from shoal.client.swarm.swarm import Swarm
-from shoal.concurrency import now
+from shoal.concurrency import done_although_cancelled, now
 from shoal.errors import CannotRewind, PeerError, SwarmError
 from shoal.policy.lateness import MOST_TRIED, PATIENT_AFTER, Awaited
 
@@ -107,8 +107,7 @@ class Race:
         """Let go of all second servers."""
         self._late = self._awaited = None
         seconds, self._seconds = self._seconds, []
-        for second in seconds:
-            await second.close()
+        await done_although_cancelled(*(second.close() for second in seconds))
 
     async def _end(self, pipeline: Pipeline) -> None:
         """The late server has answered first, or is out of the race for another reason, such as a failure."""
@@ -130,8 +129,7 @@ class Race:
         self._swarm.servers.record_overtaken(late.peer, now() - awaited.since)
         pipeline.overtake(late, winner.pipeline)
         winner.pipeline = None
-        await self.stop()
-        await late.disconnect(goodbye=False)
+        await done_although_cancelled(self.stop(), late.disconnect(goodbye=False))
 
     def _start_if_due(self, pipeline: Pipeline, excluded: Set[Holding]) -> None:
         """Ask other servers for a step that is late, if all that were asked before are late too, or have failed."""

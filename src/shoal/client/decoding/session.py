@@ -49,8 +49,8 @@ from shoal.client.decoding.state import SessionState, states_of
 from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.known.directory_cache import Holding
 from shoal.client.swarm.swarm import Swarm
-from shoal.concurrency import first_of
-from shoal.errors import CannotRewind, ServerBusy, ServerLost, SwarmError, UserError
+from shoal.concurrency import done_although_cancelled, first_of
+from shoal.errors import CannotRewind, Interrupted, ServerBusy, ServerLost, SwarmError, UserError
 from shoal.events import SessionClosed, SessionOpened, TextDoubtful
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.net.wire.encodings import as_received
@@ -329,8 +329,8 @@ class Session:
         while (stage := pipeline.next_failure()) is not None:
             error = stage.error
             assert error is not None
-            if isinstance(error, CannotRewind):
-                if not stage.progress.is_rewound:
+            if isinstance(error, CannotRewind | Interrupted):
+                if isinstance(error, CannotRewind) and not stage.progress.is_rewound:
                     raise ServerLost(f"{error.peer} cannot go on with what it was just sent", peer=error.peer)
                 await stage.reset()
                 continue
@@ -395,6 +395,6 @@ class Session:
             self._maintenance.cancel()
             await asyncio.wait([self._maintenance])
         async with self._busy:
-            await asyncio.gather(*(each.disconnect() for each in self._pipelines))
+            await done_although_cancelled(*(each.disconnect() for each in self._pipelines))
             if self._pipeline is not None:
                 await self._pipeline.remember()

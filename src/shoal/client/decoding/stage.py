@@ -191,6 +191,7 @@ class Stage:
         connection, self.connection = self.connection, None
         goodbye = goodbye and not self.progress.pending  # a server finishes what it was asked before it hears a goodbye
         self.progress = self.progress.disconnected()
+        self.has_news.set()  # for whoever waits until it is open
         self.unreached = self._opening = None
         self._neighbors = None, None
         self._results.clear()
@@ -226,14 +227,15 @@ class Stage:
 
     async def sync(self, epoch: int, neighbors: Neighbors) -> None:
         """Tell the server its neighbors and the epoch, as far as it does not know them. Raises `PeerError`s."""
-        assert self.connection is not None
+        connection = self.connection
+        assert connection is not None
         if self._neighbors != neighbors:
             self._neighbors = neighbors
-            await self.connection.send(SetNeighbors(upstream=neighbors[0], downstream=neighbors[1]))
-        if self.progress.epoch != epoch:
+            await connection.send(SetNeighbors(upstream=neighbors[0], downstream=neighbors[1]))
+        if self.connection is connection and self.progress.epoch != epoch:  # it may have been closed meanwhile
             rewind = Rewind(epoch=epoch, position=self.progress.num_computed, rows=self.progress.rows)
             self.progress = self.progress.entered_epoch(epoch)
-            await self.connection.send(rewind)
+            await connection.send(rewind)
 
     def expect(self, step: PendingStep) -> None:
         """The server is going to get this step, from the client or from the server before it."""

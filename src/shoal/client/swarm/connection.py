@@ -16,13 +16,24 @@ from shoal.client.swarm.broken_pairs import AwaitedPush
 from shoal.client.swarm.in_flight import PeerInFlight
 from shoal.client.swarm.message_sizes import check_size
 from shoal.concurrency import first_of, owned_task, with_progress_timeout
-from shoal.errors import PeerError, ServerBusy, ServerLost
+from shoal.errors import Interrupted, PeerError, ServerBusy, ServerLost
 from shoal.ledgers.tabs import Tab
 from shoal.net.transport import SLOWEST_LINK, Stream, StreamBroken, Transport
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo
 from shoal.policy.liveness import STUCK_FACTOR, Liveness
-from shoal.protocol import FAILURES, REPLY_KINDS, AnyMessage, Close, Failure, Leaving, Ping, Pong, ProtocolViolation
+from shoal.protocol import (
+    FAILURES,
+    REPLY_KINDS,
+    Acknowledge,
+    AnyMessage,
+    Close,
+    Failure,
+    Leaving,
+    Ping,
+    Pong,
+    ProtocolViolation,
+)
 from shoal.tensors import PACKED, Encoding
 
 OPEN_SECONDS = 6.0
@@ -96,12 +107,12 @@ class Connection:
             raise ServerLost(why, peer=server.peer) from None
         connection = cls(stream, server, config, in_flight=in_flight, on_round_trip=on_round_trip, tab=tab)
         connection.start()
-        if tab is not None and (introduction := await tab.introduction()) is not None:
-            try:
+        try:
+            if tab is not None and (introduction := await tab.introduction()) is not None:
                 await connection.send(introduction)
-            except BaseException:
-                await connection.close()
-                raise
+        except BaseException:
+            await connection.close()
+            raise
         return connection
 
     def start(self) -> None:
@@ -109,8 +120,18 @@ class Connection:
         self._task = asyncio.create_task(self._live())
 
     async def send(self, message: AnyMessage, tensors: codec.Tensors | None = None) -> None:
-        """Send a message. Raises `PeerError`s, and `UserError` for tensors that are too large for one message."""
-        tensors = tensors or {}
+        """Send a message. Raises `PeerError`s, and `UserError` for tensors that are too large for one message.
+
+        If the caller is cancelled meanwhile, nobody knows whether the server has the message: the connection ends.
+        """
+        try:
+            await self._send(message, tensors or {})
+        except asyncio.CancelledError:
+            if not isinstance(message, Ping | Acknowledge):  # these are cancelled because the connection has ended
+                self.fail(Interrupted(f"what was sent to {self.peer} was interrupted", peer=self.peer))
+            raise
+
+    async def _send(self, message: AnyMessage, tensors: codec.Tensors) -> None:
         check_size(tensors)
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         async with self._sending:  # the patience below is for the server, not for other senders of this client

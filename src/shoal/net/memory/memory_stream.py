@@ -169,6 +169,7 @@ class MemoryStream:
         self._me = me
         self._closed = False
         self._refused = False
+        self._can_send = True
         self.has_served = False
         self.heard_at = self.taken_at = asyncio.get_running_loop().time()
 
@@ -188,7 +189,11 @@ class MemoryStream:
         self._check_open()
         pack_prefix(len(header), payload_bytes(payload))
         frame = Frame(self._link.peers[self._me], self.peer, header, b"".join(payload))
+        if not self._can_send:
+            raise StreamBroken(f"the stream to {self.peer} has ended")
+        self._can_send = False  # as over a network: who is cancelled leaves half a frame behind
         await self._link.send(self._me, frame)
+        self._can_send = True
         self.taken_at = asyncio.get_running_loop().time()
         self.has_served |= bool(frame.payload)
 

@@ -106,9 +106,9 @@ class SessionStream:
             self._set_neighbors(None, None)
             self._engine.close(self._session)
 
-    async def leave(self, seconds: float) -> None:
-        """Tell the client that the server goes away in `seconds`."""
-        await self._send(Leaving(seconds=seconds))
+    def leave(self, seconds: float) -> None:
+        """Tell the client, behind the answers that it is still sent, that the server goes away in `seconds`."""
+        self._answers.put_nowait((Leaving(seconds=seconds), {}, "raw"))
 
     # -- receiving ----------------------------------------------------------------------------------------------------
 

@@ -96,9 +96,8 @@ class Handler:
         deadline = asyncio.get_running_loop().time() + seconds
         if self._sessions:
             log.warning("%d sessions have %.0f s to go on elsewhere", len(self._sessions), seconds)
-        async with asyncio.TaskGroup() as group:
-            for session in self._sessions:
-                group.create_task(_told(session, seconds))
+        for session in self._sessions:
+            session.leave(seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 while self._sessions or self._num_passes:
@@ -355,12 +354,6 @@ class Handler:
         """Raises `TimeoutError` for a client that does not read: otherwise it would hold its pages for ever."""
         async with asyncio.timeout(self._idle_seconds):
             await codec.send(stream, message, tensors, encoding)
-
-
-async def _told(session: SessionStream, seconds: float) -> None:
-    with contextlib.suppress(StreamBroken, TimeoutError):
-        async with asyncio.timeout(FAILURE_SEND_SECONDS):
-            await session.leave(seconds)
 
 
 async def _fail(stream: Stream, failure: Failure) -> None:

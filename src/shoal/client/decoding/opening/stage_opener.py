@@ -98,13 +98,15 @@ class StageOpener:
         The outputs of the tokens that it had in its cache go to `sink`. If it is not possible that it had so many of
         them, what it was asked was wrong, and it is left closed too.
         """
-        if stage.connection is None:
+        connection = stage.connection
+        if connection is None:
             return
         wire, late_at = self._swarm.config.wire, now() + OPEN_SECONDS
         try:
             async with asyncio.timeout(LONGEST_OPEN_SECONDS):
                 while not (
-                    stage.has_failed
+                    stage.connection is not connection  # somebody else has closed it
+                    or stage.has_failed
                     or stage.not_cached is not None
                     or not is_possible(stage.num_said_cached)
                     or stage.settle_opening(sink, like=self._inputs.like, wire=wire)
@@ -119,7 +121,7 @@ class StageOpener:
                     ):
                         raise TimeoutError
         except TimeoutError:
-            stage.connection.fail(stage.connection.lost("does not open a session"))
+            connection.fail(connection.lost("does not open a session"))
         if stage.status is StageStatus.OPENING and not is_possible(stage.num_said_cached):
             await stage.reset()
         if (not_cached := stage.not_cached) is not None:

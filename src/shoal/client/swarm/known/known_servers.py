@@ -13,7 +13,7 @@ from shoal.client.swarm.known.server_probe import ServerProbe
 from shoal.client.swarm.measurements import Measurements
 from shoal.client.swarm.waits import Outage
 from shoal.concurrency import now
-from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, UnsupportedOperation
+from shoal.errors import Interrupted, Misrouted, MissingBlocks, PeerError, ServerBusy, UnsupportedOperation
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.routing.costs import Needs
 from shoal.policy.routing.route import Hop
@@ -195,6 +195,8 @@ class KnownServers:
         match error:
             case ServerBusy():
                 self._health.record_busy(error.peer, error.retry_after, str(error))
+            case Interrupted():  # it did nothing wrong
+                pass
             case Misrouted():
                 self._health.record_misrouted(error.peer, str(error))
             case _:
