@@ -92,6 +92,18 @@ async def background(work: Coroutine[Any, Any, None], *, name: str | None = None
         raise group.exceptions[0] from None
 
 
+async def on_thread(function: Callable[[], T]) -> T:
+    """What `function` returns, from another thread; from this one while the interpreter ends, when there are no more.
+
+    For what also happens when a model is closed, which a program may leave to its end.
+    """
+    try:
+        computing = asyncio.get_running_loop().run_in_executor(None, function)
+    except RuntimeError:  # the executor is shut down
+        return function()
+    return await computing
+
+
 async def done_although_cancelled(*closing: Coroutine[Any, Any, object]) -> None:
     """Run these at the same time, to their ends also if the caller is cancelled meanwhile."""
     work = asyncio.gather(*closing)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -182,3 +184,14 @@ async def test_what_has_to_be_closed_is_closed_although_the_caller_is_cancelled(
         await asyncio.wait([closing])
         assert closed == ["first", "second"]
         assert closing.cancelled() == bool(num_turns)
+
+
+def test_work_of_a_thread_is_done_although_the_interpreter_ends() -> None:
+    """There are no more threads then, and a program may leave it to its end to close a model."""
+    program = """
+import asyncio, atexit
+from shoal.concurrency import on_thread
+atexit.register(lambda: print(asyncio.run(on_thread(lambda: "done"))))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("done\n", "")

@@ -10,7 +10,9 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from shoal.concurrency import on_thread
 from shoal.ledgers.given_ledger import to_present
 from shoal.ledgers.ledger_place import LedgerPlace
 from shoal.ledgers.own_servers import own_servers
@@ -73,7 +75,7 @@ class Tabs:
         """What a server is told of this machine's servers; `None` if there are none, or if it is one of them."""
         made_at, introduction = self._introduction or (float("-inf"), None)
         if self._unix_time() - made_at > REFRESH_SECONDS:
-            introduction = await asyncio.to_thread(self._introduce)
+            introduction = await on_thread(self._introduce)
             self._introduction = self._unix_time(), introduction
         return None if self._is_own(server) else introduction
 
@@ -87,7 +89,7 @@ class Tabs:
         if self._owed.get(server, 0.0) < MILLION and number == self._told.get(server, 0):
             return number, None
         self._begun[server] = number = number + 1
-        return number, await asyncio.to_thread(self._acknowledge, server)
+        return number, await on_thread(partial(self._acknowledge, server))
 
     def sent(self, server: str, number: int) -> None:
         """A server was sent the acknowledgement of this number."""

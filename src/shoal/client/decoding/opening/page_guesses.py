@@ -8,14 +8,15 @@ answered lead to the same names.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from shoal.adapters import adapter_cache_salt
 from shoal.client.decoding.opening.page_names import page_names
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Stage
 from shoal.client.history.remembered_pages import RememberedPages
+from shoal.concurrency import on_thread
 from shoal.model.peft.factors import ActiveAdapters
 from shoal.prefix import PAGE_TOKENS, root_hash
 from shoal.spans import Span
@@ -77,7 +78,7 @@ class PageGuesses:
         if num_tokens * self._inputs.like.nbytes <= ASIDE_BYTES:
             self._note(later)
         else:
-            await asyncio.to_thread(self._note, later)
+            await on_thread(partial(self._note, later))
 
     def _note(self, stages: Sequence[Stage]) -> None:
         text = self._text(min(self._inputs.num_tokens, MOST_TOKENS))
