@@ -179,6 +179,7 @@ def test_status_shows_all_servers(shoal, peers, second):
 def test_a_fresh_code_is_enough_to_use_the_model(children, shoal, monkeypatch, first, second, tmp_path: Path):
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path))
     invited = shoal("invite", "--initial-peers", second.facts["address"])
+    assert shoal("invite", code_of(children, first)).out == invited.out
     assert invited.out.startswith(f"stories in float32, weights {first.facts['weights']}, 2 members:\n  shoal join ")
     fresh, printed = InviteCode.parse(invited.out.split()[-1]), InviteCode.parse(code_of(children, first))
     assert fresh.digest == printed.digest

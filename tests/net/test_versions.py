@@ -119,7 +119,7 @@ def test_a_server_of_this_version_takes_the_blocks_that_only_the_other_version_h
         server = children.start("old", "serve", str(STORIES), *options, *peers, launch=PreloadedProcess)
         for _ in children.wait_for([server], seconds=SECONDS):
             pass
-        assert (server.facts["blocks"], server.facts["because"]) == ("0:12", "blocks 0:12 have no server")
+        assert (server.facts["blocks"], server.facts["because"]) == ("0:12", "blocks 0:12 had no server")
         done = shoal("generate", str(STORIES), "Once upon a time", "--max-new-tokens", "4", *peers)
     assert (done.code, done.out.startswith(", there was")) == (0, True), done.err
     assert "through old 0:12" in done.err

@@ -140,7 +140,7 @@ def test_a_hole_is_filled_by_one_server_although_several_could(stage: Stage):
         await town.until(lambda: town.view.missing() == [])
         await asyncio.sleep(300)
         moves = [change for member in town.members.values() for _, change in member.moves]
-        assert ["have no server" in change.reason for change in moves].count(True) == 1
+        assert ["had no server" in change.reason for change in moves].count(True) == 1
         assert town.view.missing() == []
 
     stage.play(scene)

@@ -247,13 +247,13 @@ def test_the_output_fits_into_eighty_columns(num_blocks):
 
 
 def test_status_says_why_servers_took_their_blocks_and_when_those_that_load_will_be_ready():
-    moved = replace(server("a", "0:4"), reason="blocks 0:4 have no server")
-    loading = replace(server("b", "4:8", ServerState.JOINING), ready_at=130.0, reason="blocks 4:8 carry 3 tokens/s")
+    moved = replace(server("a", "0:4"), reason="blocks 0:4 had no server")
+    loading = replace(server("b", "4:8", ServerState.JOINING), ready_at=130.0, reason="blocks 4:8 carried 3 tokens/s")
     given = replace(server("c", "0:8"), reason="its operator chose them", pinned=True)
     lines = shown(moved, loading, given, now=100.0).splitlines()
     assert lines[-2:] == [
-        "b loads 4:8, ready in 30 s: blocks 4:8 carry 3 tokens/s",
-        "a serves 0:4: blocks 0:4 have no server",
+        "b loads 4:8, ready in 30 s: blocks 4:8 carried 3 tokens/s",
+        "a serves 0:4: blocks 0:4 had no server",
     ]
     assert not any("its operator" in line for line in lines)
 
@@ -265,14 +265,14 @@ def test_a_server_that_loads_given_blocks_says_when_it_will_be_ready(seconds: fl
 
 
 def test_status_says_which_other_blocks_a_server_wants_or_loads_beside_its_own():
-    wants = replace(server("a", "0:4"), wants=Span(0, 6), reason="blocks 4:6 carry 3 tokens/s")
-    assert shown(wants, now=100.0).splitlines()[-1] == "a serves 0:4, wants 0:6: blocks 4:6 carry 3 tokens/s"
+    wants = replace(server("a", "0:4"), wants=Span(0, 6), reason="blocks 4:6 carried 3 tokens/s")
+    assert shown(wants, now=100.0).splitlines()[-1] == "a serves 0:4, wants 0:6: blocks 4:6 carried 3 tokens/s"
     line = shown(replace(wants, ready_at=120.0), now=100.0).splitlines()[-1]
-    assert line == "a serves 0:4, loads 0:6, ready in 20 s: blocks 4:6 carry 3 tokens/s"
+    assert line == "a serves 0:4, loads 0:6, ready in 20 s: blocks 4:6 carried 3 tokens/s"
 
 
 def test_of_many_reasons_some_are_shown():
-    servers = [replace(server(f"s{index:02}", "0:8"), reason="blocks 0:8 have no server") for index in range(30)]
+    servers = [replace(server(f"s{index:02}", "0:8"), reason="blocks 0:8 had no server") for index in range(30)]
     lines = shown(*servers).splitlines()
-    assert sum("have no server" in line for line in lines) == MAX_REASONS
+    assert sum("had no server" in line for line in lines) == MAX_REASONS
     assert lines[-1] == f"and {30 - MAX_REASONS} more (see --json)"

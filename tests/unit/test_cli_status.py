@@ -83,6 +83,6 @@ def test_help_explains_the_exit_status(capsys):
 
 
 def test_json_says_why_a_server_took_its_blocks_and_when_it_will_be_ready():
-    loading = replace(SERVER, state=ServerState.JOINING, reason="blocks 0:8 have no server", ready_at=1e9, up_since=9e8)
+    loading = replace(SERVER, state=ServerState.JOINING, reason="blocks 0:8 had no server", ready_at=1e9, up_since=9e8)
     (server,) = ModelStatus(MODEL, SwarmView(8, (loading,))).as_json()["servers"]
-    assert (server["reason"], server["ready_at"], server["up_since"]) == ("blocks 0:8 have no server", 1e9, 9e8)
+    assert (server["reason"], server["ready_at"], server["up_since"]) == ("blocks 0:8 had no server", 1e9, 9e8)

@@ -92,3 +92,10 @@ def test_an_automatic_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.Mon
     for available, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr("torch.cuda.is_available", lambda available=available: available)
         assert (device_of("auto"), device_of("cpu")) == (expected, "cpu")
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:77", torch.device("cuda", 77)])
+def test_a_device_that_this_machine_does_not_have_is_refused(device):
+    with pytest.raises(UserError, match="cannot compute on") as error:
+        device_of(device)
+    assert error.value.hint is not None

@@ -37,7 +37,7 @@ def test_a_server_claims_a_hole_looks_again_and_goes():
     mover = mover.after_view([*TRIPLE, claim(TRIPLE[0], Span(4, 8), 0.0)], now=mover.next_look_at)
     assert mover.phase is Phase.MOVING
     assert mover.move is not None
-    assert mover.move.reason == "blocks 4:8 have no server"
+    assert mover.move.reason == "blocks 4:8 had no server"
     mover = mover.arrived(now=100.0)
     assert (mover.phase, mover.claim, mover.move) == (Phase.WATCHING, None, None)
 

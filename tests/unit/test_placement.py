@@ -176,7 +176,7 @@ def test_petals_takes_as_many_blocks_as_fit():
 
 def test_a_machine_that_joins_says_why():
     others = [machine("a", "0:3"), machine("b", "3:6", 20)]
-    assert choose_blocks(machine("new"), others, 8, rng=random.Random(0)).reason == "blocks 6:8 have no server"
+    assert choose_blocks(machine("new"), others, 8, rng=random.Random(0)).reason == "blocks 6:8 had no server"
     full = [*others, machine("c", "6:8", 200)]
     assert choose_blocks(machine("new"), full, 8, rng=random.Random(0)).reason.startswith("blocks 3:6 carry 6.67 ")
 
@@ -207,7 +207,7 @@ def test_a_machine_moves_to_blocks_without_a_server():
     machines = [machine("a", "0:4"), machine("b", "0:4"), machine("c", "0:4")]
     move = plan_moves(machines, 8, now=NOW)[0]
     assert (move.peer, move.after, move.fills, move.rank) == ("a", Span(4, 8), (4, 5, 6, 7), 0)
-    assert move.reason == "blocks 4:8 have no server"
+    assert move.reason == "blocks 4:8 had no server"
 
 
 def test_a_machine_moves_to_slow_blocks_and_says_so():
@@ -217,7 +217,7 @@ def test_a_machine_moves_to_slow_blocks_and_says_so():
     ]
     move = plan_moves(machines, 8, now=NOW)[0]
     assert move.peer == "fast0"
-    assert move.reason.endswith("carry 20 tokens/s, 0:4 carry 125")
+    assert move.reason.endswith("carried 20 tokens/s, 0:4 carried 125")
 
 
 def test_nothing_moves_in_a_swarm_that_is_balanced():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from shoal.cli import network_options, options
 from shoal.cli.network_options import network_of
-from shoal.cli.terminal.console import start_logging, stderr, waiting
+from shoal.cli.terminal.console import WrongUsage, start_logging, stderr, waiting
 from shoal.errors import SwarmError
-from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, in_turn, ways_of
+from shoal.joining.invite_code import PRINTED_WAYS, InviteCode, code_in, in_turn, ways_of
 from shoal.net import NetworkConfig
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ MOST_ASKED = 32
 
 
 def command(
+    swarm: Annotated[
+        str | None, typer.Argument(metavar="CODE", help="An invite code of the swarm, in place of --initial-peers.")
+    ] = None,
     initial_peers: options.InitialPeers = None,
     swarm_key: network_options.SwarmKeyFile = None,
     verbose: options.Verbose = False,
@@ -33,8 +38,21 @@ def command(
     weights that most members have. The code of a closed swarm has its key: who has the code is let in.
     """
     start_logging(verbose=verbose)
-    network = network_of(initial_peers=options.swarm_peers(initial_peers), client_mode=True, swarm_key=swarm_key)
+    code = None if swarm is None else code_in(swarm)
+    if swarm is not None and code is None:
+        raise WrongUsage(f"{swarm!r} is not an invite code", hint="name a swarm by its code, or by --initial-peers")
+    if code is not None and initial_peers:
+        raise WrongUsage("an invite code says where its swarm is", hint="leave out --initial-peers, or the code")
+    network = network_of(
+        initial_peers=options.swarm_peers(initial_peers) if code is None else (),
+        client_mode=True,
+        swarm_key=swarm_key if code is None else network_options.key_beside_code(swarm_key),
+    )
     with waiting("Asking the members"):
+        if code is not None:
+            from shoal.joining.arrival import network_by
+
+            network = asyncio.run(network_by(code, network))
         found = asyncio.run(_invitations(network))
     if not found:
         raise SwarmError(

@@ -52,8 +52,17 @@ def dtype_of(dtype: torch.dtype | str, config: PreTrainedConfig) -> torch.dtype:
 
 
 def device_of(device: torch.device | str) -> torch.device | str:
-    """Where the client computes; "auto" is a GPU if there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """Where the client computes; "auto" is a GPU if there is one. Raises `UserError` for what this machine lacks."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot compute on {str(device)!r} here: {str(error).splitlines()[0]}",
+            hint='use device="cpu" or "auto", or install a driver and a PyTorch that support the device',
+        ) from None
+    return device
 
 
 def check_pins(options: ClientOptions, num_blocks: int) -> None:

@@ -90,7 +90,7 @@ def _leaving_no_gap(best: Ints, places: Changes, placement: ScoredPlacement) -> 
 def _reason(span: Span, throughputs: Sequence[float]) -> str:
     holes = [block for block in span if throughputs[block] == 0]
     if holes:
-        return f"blocks {format_blocks(holes)} have no server"
+        return f"blocks {format_blocks(holes)} had no server"
     least = min(throughputs[block] for block in span)
     weakest = [block for block in span if throughputs[block] <= least * 1.05]
-    return f"blocks {format_blocks(weakest)} carry {least:.3g} tokens/s"
+    return f"blocks {format_blocks(weakest)} carried {least:.3g} tokens/s"

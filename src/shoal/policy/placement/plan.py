@@ -232,7 +232,7 @@ def _move(placement: ScoredPlacement, places: Changes, index: int, *, gain: floa
 def _reason(placement: ScoredPlacement, row: int, before: Span, after: Span, fills: Sequence[int]) -> str:
     """Why a machine moves, in a sentence: what its new blocks lack, compared with those that it leaves."""
     if fills:
-        return f"blocks {format_blocks(fills)} have no server"
+        return f"blocks {format_blocks(fills)} had no server"
     gained = [block for block in after if block not in before]
     left = [block for block in before if block not in after]
     if not gained:
@@ -240,10 +240,10 @@ def _reason(placement: ScoredPlacement, row: int, before: Span, after: Span, fil
     there = float(placement.even[gained].min())
     weakest = [block for block in gained if placement.even[block] <= there * 1.05]
     if not left:
-        return f"blocks {format_blocks(weakest)} carry {there:.3g} tokens/s, and it has room for them"
+        return f"blocks {format_blocks(weakest)} carried {there:.3g} tokens/s, and it has room for them"
     here = float(placement.even[left].min())
     if there < here:
-        return f"blocks {format_blocks(weakest)} carry {there:.3g} tokens/s, {format_blocks(left)} carry {here:.3g}"
+        return f"blocks {format_blocks(weakest)} carried {there:.3g} tokens/s, {format_blocks(left)} carried {here:.3g}"
     few = int(placement.holders[gained].min())
     fewest = [block for block in gained if placement.holders[block] == few]
     servers = "one server" if few == 1 else f"{few} servers"
