@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from shoal.client.options.keywords import DEFAULTS, KEYWORDS, Refused, Renamed, Taken, resolve, similar
 from shoal.client.options.model_checks import device_of
