@@ -50,6 +50,7 @@ class PushService:
             self._is_running = False
             if self._sweeping is not None:
                 self._sweeping.cancel()
+                self._sweeping = None
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
