@@ -223,6 +223,8 @@ class GenerationEngine:
     def _continue(self, running: _Running, found: _Next) -> None:
         """Deliver the tokens, and take the next step or end."""
         generation = running.generation
+        if running.answer is not None:
+            generation.forget_guesses()
         if found.is_last and found.error is None:
             generation.finish(generation.ids_1S)
         for token in found.tokens:
@@ -285,7 +287,6 @@ def _chosen(logits: Mapping[_Running, Tensor]) -> dict[_Running, _Next]:
                 right.append(running)
         going_on, index = right, index + 1
     for running, its in tokens.items():
-        running.generation.forget_guesses()
         if (speculation := running.generation.speculation) is not None:
             speculation.judged(running.guesses, [token.id for token in its])
     return {each: _Next(tuple(its), failed.get(each)) for each, its in tokens.items()}
@@ -314,4 +315,4 @@ def _text(generation: Generation, guesses: Guesses) -> tuple[Tensor, int]:
     ids_1S = generation.ids_1S
     if guesses.tokens:
         ids_1S = torch.cat((ids_1S, ids_1S.new_tensor([guesses.tokens])), dim=1)
-    return ids_1S, generation.session.num_tokens
+    return ids_1S, generation.num_read
