@@ -7,7 +7,7 @@ import hashlib
 import logging
 import random
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -448,8 +448,14 @@ def test_a_thread_that_waits_for_pieces_is_let_go_when_its_machine_leaves(copy: 
     """The event loop is not needed for it: a server that stops waits for its threads."""
 
     async def scene() -> str:
-        network = MemoryNetwork()
-        fetch = FetchFromThreads(PieceFetcher(network.node("me"), MODEL, PieceStore(copy.manifest, tmp_path)))
+        network, is_fetching = MemoryNetwork(), asyncio.Event()
+
+        class Telling(PieceFetcher):
+            async def fetch(self, pieces: Sequence[int]) -> None:
+                is_fetching.set()
+                await super().fetch(pieces)
+
+        fetch = FetchFromThreads(Telling(network.node("me"), MODEL, PieceStore(copy.manifest, tmp_path)))
         errors: list[str] = []
 
         def wait() -> None:
@@ -460,8 +466,7 @@ def test_a_thread_that_waits_for_pieces_is_let_go_when_its_machine_leaves(copy: 
 
         thread = threading.Thread(target=wait)
         thread.start()
-        while not fetch.is_waited_for:
-            await asyncio.to_thread(bool)  # the thread has not come so far yet
+        await is_fetching.wait()
         fetch.stop()
         thread.join()  # on the event loop, which does nothing else meanwhile
         with pytest.raises(CheckpointError, match="is leaving the swarm"):

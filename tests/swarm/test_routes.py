@@ -15,7 +15,7 @@ from shoal import MissingBlocks
 from shoal.errors import UserError
 from shoal.net.identity import Identity
 from shoal.net.memory import Frame
-from shoal.net.ping import measure_round_trip, measure_round_trips
+from shoal.net.ping import ask, measure_round_trips
 from shoal.peers import ServerInfo
 from shoal.policy.routing.route import Needs
 from shoal.spans import Span
@@ -175,5 +175,5 @@ def test_a_peer_that_does_not_answer_has_no_distance(swarm: MakeSwarm):
     )
     assert found["s0"] > 0
     assert found["s1"] is None
-    assert swarm_.runtime.run(measure_round_trip(asker.transport, "absent")) is None
+    assert swarm_.runtime.run(ask(asker.transport, "absent")) is None
     swarm_.runtime.run(asker.transport.close())

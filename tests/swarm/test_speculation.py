@@ -192,12 +192,25 @@ def test_generate_with_a_draft_continues_a_session_and_follows_the_seed(swarm: M
     assert sampled[0] == sampled[1]
 
 
-def test_a_drafter_that_guesses_no_token_ends_its_own_text_only(swarm: MakeSwarm, whole: PreTrainedModel):
+class Unreadable(Foreseeing):
+    """Fails when it is asked how much it has still to read."""
+
+    @property
+    def is_behind(self) -> bool:
+        raise ValueError("a drafter's mistake")
+
+    def read_piece(self) -> None: ...
+
+
+@pytest.mark.parametrize("kind", [Foreseeing, Unreadable])
+def test_a_drafter_that_does_wrong_ends_its_own_text_only(
+    swarm: MakeSwarm, whole: PreTrainedModel, kind: type[Foreseeing]
+):
     model = swarm("0:2", "2:4").model()
     wanted = expected(whole, PROMPTS[0], 0, {})
 
     async def both() -> tuple[Any, ...]:
-        draft = Foreseeing([97] * 100, always)
+        draft = kind([97] * 100, always)  # no token of the model
         return tuple(
             await asyncio.gather(
                 all_of(model, PROMPTS[0], draft=draft, num_guesses=3),

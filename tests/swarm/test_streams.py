@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from shoal import MissingBlocks, UnsupportedOperation, UserError
+from shoal.client.generation import generation_engine
 from shoal.client.generation.generation import Token
 from shoal.client.generation.generation_engine import GenerationEngine
 
@@ -151,6 +153,69 @@ def test_what_one_stream_does_wrong_ends_that_one_only(swarm: MakeSwarm, whole: 
         return await good
 
     assert asyncio.run(both()) == expected(whole, PROMPTS[0], 0, {})
+
+
+class _Gate(LogitsProcessor):  # type: ignore[misc]
+    """Changes nothing, and keeps the engine's thread until it is opened."""
+
+    def __init__(self) -> None:
+        self.is_reached, self.may_pass, self.is_passed = threading.Event(), threading.Event(), threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.is_reached.set()
+        assert self.may_pass.wait(60)
+        self.is_passed.set()
+        return scores
+
+
+def test_a_caller_whose_event_loop_is_closed_ends_its_own_stream_only(swarm: MakeSwarm, whole: PreTrainedModel):
+    net = swarm("0:4")
+    model, gate = net.model(), _Gate()
+    engine: GenerationEngine = model._started_engine()  # nothing public says what runs for a stream without a holder
+    gone = model.stream(PROMPTS[1], max_new_tokens=400, logits_processor=[gate])
+    other = model.stream(PROMPTS[0], max_new_tokens=16)
+    loop = asyncio.new_event_loop()
+    waiting = loop.create_task(anext(gone))
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    gate.may_pass.set()
+    assert ids_of(list(other)) == expected(whole, PROMPTS[0], 0, {})
+    net.settle(lambda: engine.num_running == 0)
+    assert not waiting.done()
+
+
+def test_a_mistake_of_the_engine_ends_its_streams_and_others_may_begin(
+    swarm: MakeSwarm, whole: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+):
+    model = swarm("0:4").model()
+    with monkeypatch.context() as broken:
+        broken.setattr(generation_engine, "COMPANY_SECONDS", None)
+        with pytest.raises(TypeError):
+            list(model.stream(PROMPTS[0], max_new_tokens=16))
+    assert ids_of(list(model.stream(PROMPTS[0], max_new_tokens=16))) == expected(whole, PROMPTS[0], 0, {})
+
+
+def test_a_stream_is_closed_when_nothing_touches_its_session_any_more(swarm: MakeSwarm, whole: PreTrainedModel):
+    net = swarm("0:4")
+    model, gate = net.model(), _Gate()
+    engine: GenerationEngine = model._started_engine()
+
+    async def open_the_gate() -> None:
+        """Once the stream has ended, and whatever waited for nothing else has gone on."""
+        while engine.num_running:  # noqa: ASYNC110 - nothing tells when it comes to hold
+            await asyncio.sleep(0)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        gate.may_pass.set()
+
+    with model.inference_session(max_length=64) as session:
+        stream = model.stream(PROMPTS[0], max_new_tokens=16, session=session, logits_processor=[gate])
+        assert gate.is_reached.wait(60)
+        model.blocks.runtime.start(open_the_gate())
+        stream.close()
+        assert gate.is_passed.is_set()
+        text = model.generate(PROMPTS[0], max_new_tokens=16, session=session)
+    assert text[0, PROMPTS[0].shape[1] :].tolist() == expected(whole, PROMPTS[0], 0, {})
 
 
 def test_a_server_that_is_lost_is_invisible_in_streams(swarm: MakeSwarm, whole: PreTrainedModel):

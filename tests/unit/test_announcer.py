@@ -93,7 +93,8 @@ def test_no_announcement_overtakes_another() -> None:
                 await asyncio.sleep(0.1)
                 table.moves.set()
 
-            await asyncio.gather(announcer.set_description(lambda: server("s0", "0:8")), move_on())
+            announcer.describe_by(lambda: server("s0", "0:8"))
+            await asyncio.gather(announcer.announce_now(), move_on())
 
     virtual_time.run(change_description())
     assert table.states == [ServerState.JOINING, ServerState.JOINING, ServerState.ONLINE, ServerState.LEAVING]

@@ -160,13 +160,19 @@ def test_a_session_with_a_version_that_passes_leave_has_it_sent_again():
 
 
 def test_a_server_can_miss_only_adapters_that_it_was_requested_to_use():
-    adapter_sync = AdapterSync()
-    hosted, own = (replace(version(number), hosted="a" * 16) for number in (0, 1))
-    for number in range(9):
-        adapter_sync.forget("server", [hosted, version(2)], [own.name, version(2).name, f"{number:032x}"])
-    assert not adapter_sync.missing_of("server")
-    adapter_sync.forget("server", [hosted, own], [own.name])
-    assert adapter_sync.missing_of("server") == {own.name}
+    async def scene() -> None:
+        server, adapter_sync = Server(), AdapterSync()
+        hosting = replace(SERVER, adapters=("a" * 16,))
+        hosted, own = (replace(version(number), hosted="a" * 16) for number in (0, 1))
+        for number in range(9):
+            adapter_sync.forget(SERVER.peer, [hosted, version(2)], [own.name, version(2).name, f"{number:032x}"])
+        await adapter_sync.ensure_loaded(Connection(server), hosting, [hosted, own])
+        assert not server.uploads
+        adapter_sync.forget(SERVER.peer, [hosted, own], [own.name])
+        await adapter_sync.ensure_loaded(Connection(server), hosting, [hosted, own])
+        assert server.known == {own.name}
+
+    virtual_time.run(scene())
 
 
 def test_an_adapter_that_a_server_has_dropped_is_sent_again():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.events import RouteChosen, ServerLost, SessionClosed, StageReplaced
+from shoal.events import RouteChosen, ServerLost, SessionClosed, StageReplaced, TextDoubtful
 from shoal.gateway.page.page_memory import PageMemory
 from shoal.spans import Span
 
@@ -44,3 +44,11 @@ def test_a_page_is_told_of_whole_ways_and_not_of_those_that_are_only_considered(
     whole, part = (RouteChosen("m", span, (), 0.1, lambda: "fast") for span in (Span(0, 4), Span(2, 4)))
     assert memory.told(whole) == {"type": "event", "text": "chosen: blocks 0:4: fast"}
     assert memory.told(part) is None
+
+
+def test_a_page_is_told_of_tokens_that_may_be_wrong():
+    memory = PageMemory()
+    memory.changes(snapshot(("12D3aaaaaaaaaaaaaaaa", "attic", 0)))
+    told = memory.told(TextDoubtful(1, "m", 3, 8, "12D3aaaaaaaaaaaaaaaa computes something else"))
+    text = "in an answer, the last 5 tokens may be wrong: attic computes something else"
+    assert told == {"type": "event", "text": text, "loud": True, "bad": True}

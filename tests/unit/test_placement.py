@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shoal.policy.machines.bound import throughput_bound
 from shoal.policy.machines.fleet import ASSUMED_LOSS, Fleet
 from shoal.policy.machines.machine import Machine
-from shoal.policy.machines.throughput import block_throughputs, exact_throughput, levels_at
+from shoal.policy.machines.throughput import block_throughputs, exact_throughput
 from shoal.policy.placement.joining import choose_blocks
 from shoal.policy.placement.petals import choose_move
 from shoal.policy.placement.plan import Move, plan_moves
@@ -96,10 +96,6 @@ def test_the_network_limits_what_a_machine_does_for_each_block():
     machines = [machine("a", "0:2", 100, network_speed=30.0)]
     assert block_throughputs(machines, 2) == [30, 30]
     assert exact_throughput(machines, 2) == pytest.approx(30)
-
-
-def test_earlier_blocks_are_served_first_when_more_is_asked_than_can_be():
-    assert levels_at([machine("a", "0:2", 100)], 2, 80) == pytest.approx([80, 20])
 
 
 def test_a_block_without_a_machine_carries_nothing():

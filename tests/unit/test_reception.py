@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from shoal.net.memory import MemoryNetwork
-from shoal.net.ping import measure_round_trip
+from shoal.net.ping import ask
 from shoal.net.transport import Stream, StreamBroken, Transport
 from shoal.net.wire import codec
 from shoal.protocol import Failure, Norms, Ping, Pong
@@ -37,7 +37,7 @@ async def until_it_ends(stream: Stream) -> None:
 
 def test_it_answers_pings():
     async def scene(client: Transport, _: Reception) -> None:
-        assert await measure_round_trip(client, "server") is not None
+        assert await ask(client, "server") is not None
         stream = await client.open("server")
         for _ in range(3):
             await codec.send(stream, Ping())

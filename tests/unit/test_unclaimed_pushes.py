@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shoal.protocol import PassInputs
 from shoal.server.rpc.pushing.unclaimed_pushes import (
+    HOLD_SECONDS,
     LEAST_BYTES,
     MAX_PEER_BYTES,
     MAX_UNCLAIMED_BYTES,
@@ -18,10 +19,10 @@ from shoal.server.rpc.pushing.unclaimed_pushes import (
 MIB = 1 << 20
 
 
-def hold(unclaimed: UnclaimedPushes, peer: str, number: int, num_bytes: int) -> None:
+def hold(unclaimed: UnclaimedPushes, peer: str, number: int, num_bytes: int, *, now: float = 0.0) -> None:
     """A push over a link of this number; it takes no memory."""
     tensors = {"hidden": torch.zeros(1, dtype=torch.uint8).expand(num_bytes)}
-    unclaimed.hold(peer, PassInputs(link=f"{number:032x}"), tensors)
+    unclaimed.hold(peer, PassInputs(link=f"{number:032x}"), tensors, now=now)
 
 
 def claimed(unclaimed: UnclaimedPushes, peer: str, number: int) -> int | None:
@@ -40,6 +41,20 @@ def test_a_push_is_claimed_once_by_its_peer_and_link() -> None:
     assert claimed(unclaimed, "one", 1) is None
     assert claimed(unclaimed, "other", 1) == 16
     assert not len(unclaimed)
+
+
+def test_what_nothing_claims_is_dropped_after_a_while() -> None:
+    unclaimed = UnclaimedPushes()
+    assert unclaimed.sweep(0.0) is None
+    hold(unclaimed, "one", 1, 8, now=1.0)
+    hold(unclaimed, "one", 2, 16, now=3.0)
+    hold(unclaimed, "one", 1, 8, now=5.0)  # it does not make the first one younger
+    assert unclaimed.sweep(1.0 + HOLD_SECONDS / 2) == 1.0 + HOLD_SECONDS
+    assert len(unclaimed) == 2
+    assert unclaimed.sweep(1.0 + HOLD_SECONDS) == 3.0 + HOLD_SECONDS
+    assert claimed(unclaimed, "one", 1) is None
+    assert claimed(unclaimed, "one", 2) == 16
+    assert unclaimed.sweep(3.0 + HOLD_SECONDS) is None
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4 * MIB])

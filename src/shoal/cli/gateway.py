@@ -69,7 +69,10 @@ def command(
         float | None, typer.Option(min=1, metavar="N", help="The tokens that one key may use. Default: no limit.")
     ] = None,
     max_requests: Annotated[
-        int, typer.Option(min=1, metavar="N", help="How many requests run at once; four times as many may wait.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="How many texts are computed at once; four times as many requests may wait."
+        ),
     ] = 64,
     cors_origin: Annotated[
         list[str] | None,

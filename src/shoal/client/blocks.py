@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from shoal.client.active import active_session
-from shoal.client.call_inputs import check_inputs, mask_of, positions_of
+from shoal.client.call_inputs import check_inputs, mask_of, on_cpu, positions_of
 from shoal.client.config_attributes import ConfigAttributes
 from shoal.client.inference_session import InferenceSession, note_opened
 from shoal.client.runtime import Hold, Runtime
@@ -169,6 +170,22 @@ class RemoteSequential(NotPicklable, nn.Module):
             session.defer(hidden_BTD, positions_BT=positions, mask_BT=mask)
             past_key_values.session = session
         return output
+
+    async def computed(self, hidden_BTD: torch.Tensor, *, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """The same without a cache and without gradients, on the CPU, for callers in an event loop of their own.
+
+        It ends when it is cancelled. Raises what `forward` raises.
+        """
+        check_inputs(hidden_BTD)
+        plan = await asyncio.to_thread(self._forward_plan, hidden_BTD)  # it may read and digest large adapters
+        positions = positions_of(position_ids, hidden_BTD)
+        outputs, _ = await self.runtime.awaited(self.passes.forward(plan, on_cpu(hidden_BTD), positions, None))
+        return outputs
+
+    @torch.no_grad()
+    def _forward_plan(self, hidden_BTD: torch.Tensor) -> PassPlan:
+        self._follow()
+        return self._plan(self._tuned(), hidden_BTD)
 
     @staticmethod
     def _parameters_of(tuned: Sequence[ClientAdapter]) -> list[torch.Tensor]:

@@ -79,8 +79,8 @@ class Gateway:
         account: Account = request.state.account
         served = self.model(body.model)
         async with AsyncExitStack() as stack:
-            await unless_gone(request, stack.enter_async_context(self.admission.admitted(account)))
-            answer: Answer = await asyncio.to_thread(make, served, body, salt=account.salt)
+            asker = await stack.enter_async_context(self.admission.admitted(account))
+            answer: Answer = await asyncio.to_thread(make, served, body, asker=asker)
             if not body.stream:
                 try:
                     return JSONResponse(await unless_gone(request, answer.whole()))
@@ -110,8 +110,8 @@ class Gateway:
         """Answer a request for embeddings."""
         account: Account = request.state.account
         served = self.model(body.model)
-        async with self.admission.admitted(account):
-            found, usage = await unless_gone(request, embeddings(served, body))
+        async with self.admission.admitted(account) as asker:
+            found, usage = await unless_gone(request, embeddings(served, body, asker=asker))
         self.count(account, served, [usage])
         return JSONResponse(found)
 

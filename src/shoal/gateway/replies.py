@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,13 +25,26 @@ class Piece:
     """The stop text that ends it, if one does."""
 
 
+class Asker(Protocol):
+    """The request that an answer is for."""
+
+    @property
+    def salt(self) -> str:
+        """Prefixes are shared between requests of one salt."""
+        ...
+
+    def text(self) -> AbstractAsyncContextManager[None]:
+        """Entered while one of the request's texts is computed: it waits for room."""
+        ...
+
+
 @dataclass(frozen=True)
 class GenerationInputs:
-    """An answer that was asked for: the prompt [1, S], the asker's `salt`, and options of `model.stream`."""
+    """An answer that was asked for: the prompt [1, S], who asks, and options of `model.stream`."""
 
     served: ServedModel
     ids_1S: torch.Tensor
-    salt: str
+    asker: Asker
     options: dict[str, Any]
     stop_texts: tuple[str, ...] = ()
     with_special: bool = False
@@ -122,11 +135,17 @@ class StopFinder:
 
 
 async def pieces(inputs: GenerationInputs, usage: Usage) -> AsyncGenerator[Piece, None]:
-    """Generate an answer. Close the iterator to stop. Counts the tokens in `usage` as they come."""
+    """Generate an answer, when there is room. Close the iterator to stop. Counts the tokens in `usage` as they come."""
+    async with inputs.asker.text(), aclosing(_generated(inputs, usage)) as found:
+        async for piece in found:
+            yield piece
+
+
+async def _generated(inputs: GenerationInputs, usage: Usage) -> AsyncGenerator[Piece, None]:
     decoder, stops = Decoder(inputs.served.tokenizer, with_special=inputs.with_special), StopFinder(inputs.stop_texts)
     mask_1S = torch.ones_like(inputs.ids_1S)  # without one, generate() would take some special tokens for padding
     stream = await asyncio.to_thread(
-        inputs.served.model.stream, inputs.ids_1S, attention_mask=mask_1S, salt=inputs.salt, **inputs.options
+        inputs.served.model.stream, inputs.ids_1S, attention_mask=mask_1S, salt=inputs.asker.salt, **inputs.options
     )
     async with stream:
         async for token in stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from llguidance import LLTokenizer
 from tokenizers.decoders import DecodeStream
 
+from shoal.client.generation.model_ends import ModelEnds
 from shoal.errors import UserError
 from shoal.gateway.bodies import Message
 from shoal.gateway.error_objects import Refused, bad_field
@@ -38,6 +40,8 @@ class ServedModel:
     serve_arguments: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     base: str | None = None
+    turns: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False, compare=False)
+    """Held while one piece of a prompt's pass is computed here: embeddings, norm or head."""
 
     def __post_init__(self) -> None:
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
@@ -56,6 +60,11 @@ class ServedModel:
         """The tokens that end a text."""
         found = self.model.generation_config.eos_token_id
         return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+    @cached_property
+    def ends(self) -> ModelEnds:
+        """The embeddings, norm and head of the model. It may only be used in a turn."""
+        return ModelEnds(self.model)
 
     @cached_property
     def for_grammars(self) -> LLTokenizer:

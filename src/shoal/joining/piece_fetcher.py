@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -166,19 +167,16 @@ class FetchFromThreads:
         self._fetcher = fetcher
         self._loop = asyncio.get_running_loop()
         self._running: set[concurrent.futures.Future[None]] = set()
-        self._is_stopped = False
-
-    @property
-    def is_waited_for(self) -> bool:
-        """Whether a thread waits now."""
-        return bool(self._running)
+        self._stopped = threading.Event()
 
     def __call__(self, pieces: Sequence[int]) -> None:
         """Get these pieces. Raises `CheckpointError`, also after `stop`, and `UserError`, as `PieceFetcher.fetch`."""
-        if self._is_stopped:
+        if self._stopped.is_set():
             raise CheckpointError("this machine is leaving the swarm")
         future = asyncio.run_coroutine_threadsafe(self._fetcher.fetch(pieces), self._loop)
         self._running.add(future)
+        if self._stopped.is_set():  # meanwhile
+            future.cancel()
         try:
             future.result()
         except concurrent.futures.CancelledError:
@@ -188,7 +186,7 @@ class FetchFromThreads:
 
     def stop(self) -> None:
         """Let no thread wait any longer. To be called on the event loop."""
-        self._is_stopped = True
+        self._stopped.set()
         for future in [*self._running]:
             future.cancel()
 

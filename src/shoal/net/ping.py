@@ -87,12 +87,6 @@ async def ask(transport: Transport, peer: str, addresses: Sequence[str] = ()) ->
         await stream.close()
 
 
-async def measure_round_trip(transport: Transport, peer: str, addresses: Sequence[str] = ()) -> float | None:
-    """The round-trip time to a peer in seconds, over a new stream; None if the peer does not answer. Never raises."""
-    answer = await ask(transport, peer, addresses)
-    return None if answer is None else answer.seconds
-
-
 async def ask_all(
     transport: Transport,
     servers: Iterable[ServerInfo],

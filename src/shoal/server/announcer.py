@@ -67,11 +67,6 @@ class Announcer:
         """Announce what `describe` returns, from the next time on."""
         self._describe = describe
 
-    async def set_description(self, describe: Callable[[], ServerInfo]) -> None:
-        """Announce what `describe` returns, now and at each renewal."""
-        self.describe_by(describe)
-        await self.announce_now()
-
     async def announce_now(self) -> bool:
         """Announce the server as it is now, unless it has left. Returns whether the directory took it.
 

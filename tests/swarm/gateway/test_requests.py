@@ -93,6 +93,30 @@ def test_a_bad_field_is_named(url: str, change: dict[str, Any], param: str):
     assert answer.headers["x-request-id"]
 
 
+@pytest.mark.parametrize(("num_prompts", "n"), [(64, 16), (9, 15), (64, 3)])
+def test_a_request_for_too_many_texts_is_refused(url: str, num_prompts: int, n: int):
+    body = {"model": "stories", "prompt": [PROMPT] * num_prompts, "n": n, "max_tokens": 1}
+    answer = httpx.post(f"{url}/v1/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "prompt"
+    assert "more than 128 texts" in error["message"]
+
+
+def test_a_request_with_more_texts_than_may_run_is_answered_in_turns(net: Swarm, tokenizer: Any):
+    served = ServedModel("stories", net.model(), tokenizer)
+    ask: dict[str, Any] = {"model": "stories", "prompt": [PROMPT, "A hen"], "n": 3, "max_tokens": 4, "seed": 1}
+    texts = []
+    for max_running in (1, 64):
+        with served_at(application(Gateway([served], Admission(max_running=max_running)))) as url:
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+            texts.append([choice.text for choice in client.completions.create(**ask).choices])
+            chunks = client.completions.create(stream=True, **ask)
+            assert {chunk.choices[0].index for chunk in chunks} == set(range(6))
+    assert len(texts[0]) == 6
+    assert texts[0] == texts[1]
+
+
 def test_what_is_not_there_is_an_error_object(url: str):
     for method, path, status in [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)]:
         answer = httpx.request(method, f"{url}{path}")

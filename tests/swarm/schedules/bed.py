@@ -298,7 +298,8 @@ async def _serve(member: Member, model: ModelInfo, config: ServerConfig) -> None
     async with announcer.announcing(), member.engine.running(), pushes.running(), neighbors.measuring():
         await member.node.transport.listen(handler)
         try:
-            await announcer.set_description(describe)
+            announcer.describe_by(describe)
+            await announcer.announce_now()
             await member.leaving.wait()
         finally:
             await announcer.leave()

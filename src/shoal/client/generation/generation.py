@@ -70,7 +70,7 @@ class Generation:
 
         Raises `ValueError` if a drafter guesses what is no token of the model.
         """
-        if self.speculation is None or self.session.num_tokens != self.ids_1S.shape[1] - 1:
+        if self.speculation is None or self.num_read != self.ids_1S.shape[1] - 1:
             return NO_GUESSES
         ends = [each.max_length for each in self.criteria if isinstance(each, MaxLengthCriteria)]
         room = min([self.session.max_length, *ends]) - self.ids_1S.shape[1] - 1
@@ -81,9 +81,14 @@ class Generation:
             raise ValueError(f"a drafter guessed a token that is not one of 0 to {num_words - 1}")
         return found
 
+    @property
+    def num_read(self) -> int:
+        """How many tokens of the text the session has read. It may have read wrong guesses behind them."""
+        return min(self.session.num_tokens, self.ids_1S.shape[1] - 1)
+
     def forget_guesses(self) -> None:
-        """Let the session go back to what it has read of the text: its guesses may have been others."""
-        self.session.crop(min(self.session.num_tokens, self.ids_1S.shape[1] - 1))
+        """Let the session go back to what it has read of the text. To be called on the client's event loop."""
+        self.session.crop(self.num_read)
 
     def finish_reason(self) -> str | None:
         """Why the text ends with its last token, or `None`."""

@@ -42,11 +42,15 @@ COMPANY_SECONDS = 0.002
 
 @dataclass(eq=False)
 class _Running:
-    """A generation, its caller's mailbox, the task of its present step with its guesses, and what that returned."""
+    """A generation, its caller's mailbox, the task of its present step with its guesses, and what that returned.
+
+    `turn` is what the engine's thread does for it, or did last.
+    """
 
     generation: Generation
     mailbox: Mailbox
     step: asyncio.Task[None] | None = None
+    turn: asyncio.Future[Any] | None = None
     guesses: Guesses = NO_GUESSES
     sent_at: float | None = None
     answer: Tensor | Logits | None = None
@@ -91,7 +95,7 @@ class GenerationEngine:
 
     async def __aenter__(self) -> Self:
         self._stack.callback(self._thread.shutdown, wait=False, cancel_futures=True)
-        self._stack.callback(self._end_all)
+        self._stack.callback(self._end_all, UserError("the model was closed while it was in use"))
         await self._stack.enter_async_context(owned_task(self._serve()))
         return self
 
@@ -118,33 +122,47 @@ class GenerationEngine:
         self._news.set()
 
     async def _cancel(self, mailbox: Mailbox) -> None:
-        """Stop a generation, if it has not ended. Its session ends at once; one of the caller's can be used again."""
+        """Stop a generation, if it has not ended. Its session ends at once; one of the caller's can be used again.
+
+        Waits until neither the loop nor the engine's thread does anything for it any more.
+        """
         if (running := self._running.get(mailbox)) is not None:
             self._end(running, None)
-            if running.step is not None:
-                await asyncio.wait([running.step])
+            if present := [each for each in (running.step, running.turn) if each is not None]:
+                await asyncio.wait(present)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
         while True:
-            await self._gather()
-            await self._take_turn()
+            try:
+                await self._gather()
+                await self._take_turn()
+            except Exception as error:  # a mistake of the engine's own: its callers hear of it, and others may begin
+                self._ready.clear()
+                self._end_all(error)
 
     async def _take_turn(self) -> None:
         """The next tokens of all whose outputs are here. Nothing of them, such as their model, is kept afterwards."""
         ready, self._ready = [each for each in self._ready if each.mailbox in self._running], []
         if not ready:
             return
+        turn = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, ready)
+        for running in ready:
+            running.turn = turn
         try:
-            found = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, ready)
+            found = await turn
         except Exception as error:  # one of many is not known to be at fault: all of these end
             for running in ready:
                 self._end(running, error)
             return
         for running, each in zip(ready, found, strict=True):
-            if running.mailbox in self._running:  # it may have been cancelled meanwhile
+            if running.mailbox not in self._running:  # it was cancelled meanwhile
+                continue
+            try:
                 self._continue(running, each)
+            except Exception as error:
+                self._end(running, error)
 
     async def _gather(self) -> None:
         """Wait for outputs, and a moment longer for those of others that are on their way."""
@@ -166,14 +184,20 @@ class GenerationEngine:
 
     def _behind(self) -> _Running | None:
         """One whose drafter has to read more before it guesses. It does so while all wait for servers."""
-        generations = self._running.values()
-        return next((each for each in generations if (its := each.generation.speculation) and its.is_behind), None)
+        for running in list(self._running.values()):
+            try:
+                if (speculation := running.generation.speculation) is not None and speculation.is_behind:
+                    return running
+            except Exception as error:  # what a drafter does wrong is the affair of its text
+                self._end(running, error)
+        return None
 
     async def _read_piece(self, running: _Running) -> None:
         if (speculation := running.generation.speculation) is not None:
+            running.turn = asyncio.get_running_loop().run_in_executor(self._thread, speculation.read_piece)
             try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, speculation.read_piece)
-            except Exception as error:  # what a drafter does wrong is the affair of its text
+                await running.turn
+            except Exception as error:
                 self._end(running, error)
 
     def _compute(self, ready: Sequence[_Running]) -> list[_Next]:
@@ -200,15 +224,13 @@ class GenerationEngine:
     def _continue(self, running: _Running, found: _Next) -> None:
         """Deliver the tokens, and take the next step or end."""
         generation = running.generation
+        if running.answer is not None:
+            generation.forget_guesses()
         if found.is_last and found.error is None:
-            try:
-                generation.finish(generation.ids_1S)
-            except Exception as error:
-                self._end(running, error)
-                return
+            generation.finish(generation.ids_1S)
         for token in found.tokens:
             running.mailbox.put(token)
-        if found.sends is None:
+        if found.sends is None or running.mailbox.reader_is_gone:
             self._end(running, found.error)
             return
         now = asyncio.get_running_loop().time()
@@ -244,9 +266,9 @@ class GenerationEngine:
             Continuation.abandon(session)
         running.mailbox.put(error)
 
-    def _end_all(self) -> None:
+    def _end_all(self, error: Exception) -> None:
         for running in list(self._running.values()):
-            self._end(running, UserError("the model was closed while it was in use"))
+            self._end(running, error)
 
 
 def _chosen(logits: Mapping[_Running, Tensor]) -> dict[_Running, _Next]:
@@ -269,7 +291,6 @@ def _chosen(logits: Mapping[_Running, Tensor]) -> dict[_Running, _Next]:
                 right.append(running)
         going_on, index = right, index + 1
     for running, its in tokens.items():
-        running.generation.forget_guesses()
         if (speculation := running.generation.speculation) is not None:
             speculation.judged(running.guesses, [token.id for token in its])
     return {each: _Next(tuple(its), failed.get(each)) for each, its in tokens.items()}
@@ -298,4 +319,4 @@ def _text(generation: Generation, guesses: Guesses) -> tuple[Tensor, int]:
     ids_1S = generation.ids_1S
     if guesses.tokens:
         ids_1S = torch.cat((ids_1S, ids_1S.new_tensor([guesses.tokens])), dim=1)
-    return ids_1S, generation.session.num_tokens
+    return ids_1S, generation.num_read

@@ -3,8 +3,9 @@
 There is no code per family. The model itself is called, with a cache whose session computes nothing (`_Tap`): before
 the blocks, it takes what the backbone would send; after them, it puts in what the servers have answered.
 
-    embed       ids ─▶ [the backbone, to its first layer] ─▶ what a session sends
-    logits      what a session got ─▶ [the backbone's norm, the head] ─▶ logits of the next token
+    embed          ids ─▶ [the backbone, to its first layer] ─▶ what a session sends
+    logits         what a session got ─▶ [the backbone's norm, the head] ─▶ logits of the next token
+    hidden_states  the same without the head
 
 All generations go through one call. Families whose embeddings depend on what precedes a token in the cache, and not
 on its position alone, are called once for each; a trial with four tokens finds that out.
@@ -105,6 +106,12 @@ class ModelEnds:
         own = iter(computed)
         return [next(own) if isinstance(answer, Tensor) else self._finish_head(model, answer) for answer, _ in answers]
 
+    @torch.no_grad()
+    def hidden_states(self, model: Any, outputs_ND: Tensor) -> Tensor:
+        """The last hidden states [N, D] of N tokens, after the final norm, from the outputs of the blocks."""
+        found_N1D: Tensor = self._call(model, outputs_ND[:, None].to(model.device), part=model.base_model)[0]
+        return found_N1D[:, -1]
+
     def logits_request(self, model: Any, hidden_1TD: Tensor, *, num_tokens: int) -> LogitsRequest | None:
         """What a session asks a server's head about the last inputs; `None` if the client computes the head."""
         remote = model._remote_head
@@ -185,8 +192,8 @@ class ModelEnds:
         logits_N1V: Tensor = outputs.logits
         return logits_N1V[:, -1].to(copy=True, dtype=torch.float32)
 
-    def _call(self, model: Any, hidden_R1D: Tensor) -> Any:
-        """The whole model, with these hidden states for what its blocks return."""
+    def _call(self, model: Any, hidden_R1D: Tensor, *, part: Any = None) -> Any:
+        """The whole model, or this part of it, with these hidden states for what its blocks return."""
         num_rows = len(hidden_R1D)
         tap = _Tap(1, num_rows, hidden_R1D)
         ids_12 = torch.zeros(1, 2, dtype=torch.long, device=hidden_R1D.device)
@@ -195,7 +202,7 @@ class ModelEnds:
             if name in inputs:
                 inputs[name] = inputs[name].expand(num_rows, -1)
         inputs.pop("attention_mask", None)
-        return nn.Module.__call__(model, **inputs, return_dict=True)
+        return nn.Module.__call__(model if part is None else part, **inputs, return_dict=True)
 
 
 def _sent(tap: _Tap, row: int) -> Embedded:

@@ -24,6 +24,8 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
+        self.reader_is_gone = False
+        """Whether the event loop in which the reader waited was closed meanwhile: nothing is taken any more."""
         self._items: deque[Token | BaseException | None] = deque()
         self._wake: Callable[[], object] | None = None
         self._lock = threading.Lock()
@@ -34,7 +36,10 @@ class Mailbox:
             self._items.append(item)
             wake, self._wake = self._wake, None
         if wake is not None:
-            wake()
+            try:
+                wake()
+            except RuntimeError:  # its event loop is closed
+                self.reader_is_gone = True
 
     def take(self, wake: Callable[[], object]) -> tuple[Token | BaseException | None] | None:
         """The next item, in a tuple. If there is none yet, `None`: `wake` is called when there is."""

@@ -43,11 +43,6 @@ class History:
         """The length of the log."""
         return len(self._log)
 
-    @property
-    def stored_pieces(self) -> tuple[StoredPiece, ...]:
-        """The pieces that are in the store, the oldest first."""
-        return tuple(entry for entry in self._log if isinstance(entry, StoredPiece))
-
     def append(self, piece_BTD: torch.Tensor) -> None:
         """Add inputs [B, T, D]. They stay exact until they are settled."""
         self._block_tokens = max(1, min(BLOCK_TOKENS, BLOCK_BYTES // piece_BTD[:, :1].nbytes))

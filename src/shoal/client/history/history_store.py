@@ -37,11 +37,6 @@ class StoredPiece:
         self._store = store
         self._spec, self.place = codec.pack_tensor(tensor, encoding)
 
-    @property
-    def is_in_file(self) -> bool:
-        """Whether its bytes have left the memory."""
-        return isinstance(self.place, FileRegion)
-
     def get(self) -> torch.Tensor:
         """The tensor, as precise as the store's encoding. The caller must not write to it."""
         return codec.unpack_tensor(self._spec, self._store.read(self))

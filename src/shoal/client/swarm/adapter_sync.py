@@ -69,10 +69,6 @@ class AdapterSync:
             del known[key]
         return name
 
-    def missing_of(self, peer: str) -> frozenset[str]:
-        """The names of adapters that a server says to host, and that it missed when it was requested to use them."""
-        return frozenset(self._not_hosted[peer])
-
     def forget(self, peer: str, requested: Iterable[AdapterFactors], names: Collection[str]) -> None:
         """A server that was requested to compute with adapters says that it misses those of these names."""
         missing = [each for each in requested if each.name in names]

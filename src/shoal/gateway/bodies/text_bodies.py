@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
 from shoal.gateway.bodies.base_body import MAX_TOKENS, BaseBody, Prompt, Text
 from shoal.gateway.bodies.sampling_body import SamplingBody
+
+MAX_TEXTS = 128
+"""Texts that one request may ask for: its prompts times `n`."""
 
 
 class CompletionRequest(SamplingBody):
@@ -19,6 +22,14 @@ class CompletionRequest(SamplingBody):
     echo: bool | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _few_texts(cls, prompt: Any, info: ValidationInfo) -> Any:
+        num_prompts, num_each = len(_as_list(prompt)), info.data.get("n") or 1
+        if num_prompts * num_each > MAX_TEXTS:
+            raise ValueError(f"{num_prompts} prompts with n={num_each} are more than {MAX_TEXTS} texts")
+        return prompt
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

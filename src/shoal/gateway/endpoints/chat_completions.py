@@ -13,7 +13,7 @@ from shoal.gateway.bodies import ChatRequest
 from shoal.gateway.endpoints.forced_calls import ForcedCalls
 from shoal.gateway.endpoints.openai_answer import OpenAIAnswer
 from shoal.gateway.endpoints.turns import Said, Turn, tools_of
-from shoal.gateway.replies import GenerationInputs, Piece, Usage, together, whole_answers
+from shoal.gateway.replies import Asker, GenerationInputs, Piece, Usage, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.token_options import stream_options
 
@@ -21,8 +21,8 @@ from shoal.gateway.token_options import stream_options
 class ChatAnswer(OpenAIAnswer):
     """The answers to one request: `whole` at once, or `chunks` as they come."""
 
-    def __init__(self, served: ServedModel, request: ChatRequest, *, salt: str) -> None:
-        super().__init__("chatcmpl", request.model)
+    def __init__(self, served: ServedModel, request: ChatRequest, *, asker: Asker) -> None:
+        super().__init__("chatcmpl", request)
         self._served = served
         self._request = request
         tools = tools_of(served, request)
@@ -40,7 +40,7 @@ class ChatAnswer(OpenAIAnswer):
             GenerationInputs(
                 served,
                 ids_1S,
-                salt,
+                asker,
                 stream_options(request, served, num_prompt_tokens=num_prompt, index=index, calls=schema)
                 | {"max_new_tokens": most, "num_logprobs": num_logprobs}
                 | ({"draft": NgramDrafter(predicted)} if predicted else {}),
@@ -74,7 +74,7 @@ class ChatAnswer(OpenAIAnswer):
             yield self._piece(*first) | self._usage_so_far()
             async for index, piece in pieces:
                 yield self._piece(index, piece) | self._usage_so_far()
-        if self._request.includes_usage:
+        if self._tells_usage:
             yield self._object("chat.completion.chunk", []) | {"usage": self._usage()}
 
     def _piece(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -88,12 +88,6 @@ class ChatAnswer(OpenAIAnswer):
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._object("chat.completion.chunk", [choice])
-
-    def _usage_so_far(self) -> dict[str, Any]:
-        """What a chunk says of it."""
-        if not self._request.includes_usage:
-            return {}
-        return {"usage": self._usage() if self._request.includes_usage_so_far else None}
 
     def _usage(self) -> dict[str, Any]:
         cached = min(each.cached_tokens for each in self.usages)

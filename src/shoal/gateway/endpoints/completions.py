@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from itertools import accumulate
@@ -13,7 +12,7 @@ from shoal.gateway.bodies import CompletionRequest
 from shoal.gateway.endpoints.openai_answer import OpenAIAnswer
 from shoal.gateway.endpoints.prompt_passes import prompt_tokens
 from shoal.gateway.error_objects import bad_field
-from shoal.gateway.replies import GenerationInputs, Piece, Usage, together, whole_answers
+from shoal.gateway.replies import Asker, GenerationInputs, Piece, Usage, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 from shoal.gateway.token_options import stream_options
 
@@ -24,14 +23,15 @@ DEFAULT_MAX_TOKENS = 16
 class CompletionAnswer(OpenAIAnswer):
     """The answers to one request: `whole` at once, or `chunks` as they come."""
 
-    def __init__(self, served: ServedModel, request: CompletionRequest, *, salt: str) -> None:
+    def __init__(self, served: ServedModel, request: CompletionRequest, *, asker: Asker) -> None:
         if request.echo and request.stream:
             raise bad_field("echo", "echo is not supported with stream")
         if request.max_tokens == 0 and not request.echo:
             raise bad_field("max_tokens", "0 tokens and no echo leave nothing to answer")
-        super().__init__("cmpl", request.model)
+        super().__init__("cmpl", request)
         self._served = served
         self._request = request
+        self._asker = asker
         self._texts_before: list[str] = []
         self.inputs: list[GenerationInputs] = []
         self.usages: list[Usage] = []
@@ -43,7 +43,7 @@ class CompletionAnswer(OpenAIAnswer):
             for index in range(request.n or 1):
                 options = stream_options(request, served, num_prompt_tokens=num_prompt, index=index)
                 options |= {"max_new_tokens": most, "num_logprobs": request.logprobs}
-                self.inputs.append(GenerationInputs(served, ids_1S, salt, options, request.stop_texts))
+                self.inputs.append(GenerationInputs(served, ids_1S, asker, options, request.stop_texts))
                 self.usages.append(Usage(num_prompt))
                 self._texts_before.append(self._echoed(prompt) if request.echo else "")
 
@@ -59,7 +59,8 @@ class CompletionAnswer(OpenAIAnswer):
             tokens, start = answer.tokens, len(before)
             if self._request.echo and self._request.logprobs is not None:
                 if index % (self._request.n or 1) == 0:  # all answers to a prompt begin with it
-                    known = await asyncio.to_thread(prompt_tokens, self._served, inputs.ids_1S, self._request.logprobs)
+                    async with self._asker.text():
+                        known = await prompt_tokens(self._served, inputs.ids_1S, self._request.logprobs)
                 tokens, start = (*known, *tokens), 0
             choices.append(self._choice(index, before + answer.text, tokens, answer.finish_reason, start=start))
         return self._object("text_completion", choices) | {"usage": self._usage()}
@@ -72,7 +73,7 @@ class CompletionAnswer(OpenAIAnswer):
                 choice = self._choice(index, piece.text, piece.tokens, piece.finish_reason, start=starts[index])
                 starts[index] += len(piece.text)
                 yield self._object("text_completion", [choice]) | self._usage_so_far()
-        if self._request.includes_usage:
+        if self._tells_usage:
             yield self._object("text_completion", []) | {"usage": self._usage()}
 
     def _choice(
@@ -94,12 +95,6 @@ class CompletionAnswer(OpenAIAnswer):
             "top_logprobs": top,
             "text_offset": offsets,
         }
-
-    def _usage_so_far(self) -> dict[str, Any]:
-        """What a chunk says of it."""
-        if not self._request.includes_usage:
-            return {}
-        return {"usage": self._usage() if self._request.includes_usage_so_far else None}
 
     def _usage(self) -> dict[str, Any]:
         each_prompt = self.usages[:: self._request.n or 1]

@@ -10,19 +10,20 @@ import torch
 
 from shoal.gateway.bodies import EmbeddingRequest
 from shoal.gateway.endpoints.prompt_passes import mean_hidden_state
-from shoal.gateway.replies import Usage
+from shoal.gateway.replies import Asker, Usage
 from shoal.gateway.served_model import ServedModel
 
 
-async def embeddings(served: ServedModel, request: EmbeddingRequest) -> tuple[dict[str, Any], Usage]:
+async def embeddings(served: ServedModel, request: EmbeddingRequest, *, asker: Asker) -> tuple[dict[str, Any], Usage]:
     """OpenAI's `CreateEmbeddingResponse`, and how many tokens were read."""
-    texts = [served.ids_of_prompt(text) for text in request.inputs]
+    texts = await asyncio.to_thread(lambda: [served.ids_of_prompt(text) for text in request.inputs])
     usage = Usage(sum(ids_1S.shape[1] for ids_1S in texts))
     for ids_1S in texts:
         served.most_new_tokens(ids_1S.shape[1], 0, param="input")
     data = []
     for index, ids_1S in enumerate(texts):
-        mean_D = await asyncio.to_thread(mean_hidden_state, served, ids_1S)
+        async with asker.text():
+            mean_D = await mean_hidden_state(served, ids_1S)
         data.append({"object": "embedding", "index": index, "embedding": _encoded(mean_D, request.encoding_format)})
     counts = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
     return {"object": "list", "data": data, "model": request.model, "usage": counts}, usage

@@ -12,7 +12,7 @@ from shoal.gateway.bodies import ChatRequest, MessagesRequest, PromptBody
 from shoal.gateway.endpoints.chat_completions import ChatAnswer
 from shoal.gateway.endpoints.turns import Said, tools_of
 from shoal.gateway.error_objects import Refused, bad_field
-from shoal.gateway.replies import Piece, Usage, together, whole_answers
+from shoal.gateway.replies import Asker, Piece, Usage, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 
 
@@ -27,10 +27,10 @@ class MessagesAnswer:
 
     events_are_named: ClassVar[bool] = True
 
-    def __init__(self, served: ServedModel, request: MessagesRequest, *, salt: str) -> None:
+    def __init__(self, served: ServedModel, request: MessagesRequest, *, asker: Asker) -> None:
         self._request = request
         self._id = f"msg_{uuid4().hex}"
-        self._chat = ChatAnswer(served, _as_chat(request), salt=salt)
+        self._chat = ChatAnswer(served, _as_chat(request), asker=asker)
 
     @property
     def usages(self) -> list[Usage]:

@@ -16,7 +16,7 @@ from shoal.gateway.endpoints.chat_completions import ChatAnswer
 from shoal.gateway.endpoints.forced_calls import ForcedCalls
 from shoal.gateway.endpoints.turns import Said, Turn
 from shoal.gateway.error_objects import Refused
-from shoal.gateway.replies import GenerationInputs, Usage, together, whole_answers
+from shoal.gateway.replies import Asker, GenerationInputs, Usage, together, whole_answers
 from shoal.gateway.served_model import ServedModel
 
 
@@ -25,11 +25,11 @@ class ResponsesAnswer:
 
     events_are_named: ClassVar[bool] = True
 
-    def __init__(self, served: ServedModel, request: ResponsesRequest, *, salt: str) -> None:
+    def __init__(self, served: ServedModel, request: ResponsesRequest, *, asker: Asker) -> None:
         self._request = request
         self._id = f"resp_{uuid4().hex}"
         self._created = int(time.time())
-        self._chat = ChatAnswer(served, ChatRequest.model_validate(request.as_chat()), salt=salt)
+        self._chat = ChatAnswer(served, ChatRequest.model_validate(request.as_chat()), asker=asker)
 
     @property
     def inputs(self) -> list[GenerationInputs]:

@@ -54,8 +54,27 @@ class Account:
     salt: str = field(repr=False)
 
 
+class Admitted:
+    """A request that has been admitted, with the salt of its key. It waits until the first of its texts has room."""
+
+    def __init__(self, admission: Admission, account: Account) -> None:
+        self.salt = account.salt
+        self.waits = True
+        self._admission = admission
+
+    @contextlib.asynccontextmanager
+    async def text(self) -> AsyncIterator[None]:
+        """Entered while one of the request's texts is computed: it waits for room."""
+        async with self._admission.room():
+            self.waits = False
+            yield
+
+
 class Admission:
-    """Checks keys and limits, and lets at most `max_running` requests run, while at most `max_waiting` wait.
+    """Checks keys and limits, and lets at most `max_running` texts be computed, while at most `max_waiting` requests
+    wait.
+
+    A request may have several texts. They take their turns, in the order in which all texts came.
 
     Without `keys`, all may ask, and share prefixes with each other. The holders of keys share them only with a common
     `salt`; by default, each key has a secret one. Raises `ValueError` for an empty key: requests without a key have
@@ -83,9 +102,19 @@ class Admission:
         self._accounts = {digest(key): account() for key in keys}
         self._without_key = account()
         self._room = asyncio.Semaphore(max_running)
+        self._num_free = max_running
         self._max_waiting = max_waiting
-        self.num_waiting = 0
-        self.num_running = 0
+        self._requests: set[Admitted] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait: none of their texts had room yet."""
+        return sum(each.waits for each in self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """How many requests run."""
+        return len(self._requests) - self.num_waiting
 
     def account(self, authorization: str | None, api_key: str | None = None) -> Account:
         """The account of a request with these headers. Raises `Refused` for a wrong or missing key."""
@@ -100,8 +129,8 @@ class Admission:
         return found
 
     @contextlib.asynccontextmanager
-    async def admitted(self, account: Account) -> AsyncIterator[None]:
-        """While a request runs. Raises `Refused` if there is no room, or the key has used what it may."""
+    async def admitted(self, account: Account) -> AsyncIterator[Admitted]:
+        """While a request waits and runs. Raises `Refused` if too many wait, or the key has used what it may."""
         for allowance, what in ((account.requests, "requests"), (account.tokens, "tokens")):
             if seconds := allowance.seconds_until(1):
                 raise later(
@@ -111,17 +140,22 @@ class Admission:
                     code="rate_limit_exceeded",
                     seconds=math.ceil(seconds),
                 )
-        if self._room.locked() and self.num_waiting >= self._max_waiting:
+        if self.num_waiting >= self._max_waiting + self._num_free:
             raise later("too many requests wait already", status=429, kind="rate_limit_error", code="queue_full")
         account.requests.use(1)
-        self.num_waiting += 1
+        request = Admitted(self, account)
+        self._requests.add(request)
         try:
-            await self._room.acquire()
+            yield request
         finally:
-            self.num_waiting -= 1
-        self.num_running += 1
-        try:
-            yield
-        finally:
-            self.num_running -= 1
-            self._room.release()
+            self._requests.discard(request)
+
+    @contextlib.asynccontextmanager
+    async def room(self) -> AsyncIterator[None]:
+        """While a text is computed: it waits for its turn."""
+        async with self._room:
+            self._num_free -= 1
+            try:
+                yield
+            finally:
+                self._num_free += 1

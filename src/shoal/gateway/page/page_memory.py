@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.events import Event, RouteChosen, ServerLost, StageReplaced, WaitEnded, WaitingForBlocks
+from shoal.events import Event, RouteChosen, ServerLost, StageReplaced, TextDoubtful, WaitEnded, WaitingForBlocks
 from shoal.peers import short
 
 
@@ -38,6 +38,8 @@ class PageMemory:
                 return {"type": "event", "text": self._named(f"chosen: {event.line}")}
             case WaitingForBlocks() | WaitEnded():
                 return {"type": "event", "text": self._named(event.line), "loud": True}
+            case TextDoubtful():
+                return {"type": "event", "text": f"in an answer, {self._named(event.line)}", "loud": True, "bad": True}
             case ServerLost(peer=peer, reason=reason):
                 return {"type": "event", "text": self._named(reason), "loud": True, "lost": peer}
             case StageReplaced(peer=peer, replacements=replacements):

@@ -33,8 +33,6 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
     1, window_log=19, hash_log=6, chain_log=6, min_match=7, strategy=zstandard.STRATEGY_FAST
 )
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
-PACKED_WIDTHS = frozenset(_UNSIGNED)
-"""The bytes of the numbers that can be packed."""
 
 
 def pack(content: Buffer, width: int) -> list[Buffer] | None:

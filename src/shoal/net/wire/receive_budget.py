@@ -46,11 +46,6 @@ class ReceiveBudget:
         self._held: list[Reservation] = []
         self._waiting: list[Reservation] = []
 
-    @property
-    def num_frames(self) -> int:
-        """The number of frames that have room or wait for it."""
-        return len(self._held) + len(self._waiting)
-
     async def acquire(
         self, frame: Frame, *, num_received: Callable[[], int], give_way: Callable[[], None]
     ) -> Reservation | None:

@@ -51,11 +51,6 @@ def exact_throughput(machines: Sequence[Machine], num_blocks: int) -> float:
     return shared_throughput(fields, num_blocks, at_most=_most(fields, num_blocks))
 
 
-def levels_at(machines: Sequence[Machine], num_blocks: int, throughput: float) -> list[float]:
-    """Tokens per second that each block gets when `throughput` is asked of all, the earlier blocks first."""
-    return [float(level) for level in served(_placed(machines), num_blocks, np.array([throughput]))[0]]
-
-
 def _placed(machines: Sequence[Machine]) -> Floats:
     """Start, end, capacity and network of the machines that have a span, by the ends of their spans. [M, 4]
 

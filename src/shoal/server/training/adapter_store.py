@@ -98,14 +98,6 @@ class AdapterStore:
         """The names of all adapters in the store, hosted ones too."""
         return self._entries.keys()
 
-    def shared_name(self, name: str) -> str | None:
-        """The name under which an adapter of the store is shared; `None` if it is private."""
-        return self._entries[name].shared
-
-    def is_hosted(self, name: str) -> bool:
-        """Whether the operator hosts an adapter of the store."""
-        return OPERATOR in self._entries[name].holders
-
     @property
     def announced(self) -> tuple[str, ...]:
         """At most `MAX_HOSTED_ADAPTERS` names of shared adapters that clients need not send, the hosted ones first."""

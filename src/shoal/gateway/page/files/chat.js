@@ -42,7 +42,7 @@ async function answer() {
   update();
   const shown = item("assistant");
   const began = performance.now();
-  let first = null, tokens = 0, text = "", end = "broke off";
+  let first = null, tokens = 0, doubtful = 0, text = "", end = "broke off";
   at("told").textContent = "waiting for the first token";
   at("spent").textContent = "";
   announce("answering");
@@ -57,7 +57,10 @@ async function answer() {
     if (!found.ok) throw new Error(await failureOf(found));
     for await (const chunk of events(found)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      if (chunk.usage) tokens = chunk.usage.completion_tokens;
+      if (chunk.usage) {
+        tokens = chunk.usage.completion_tokens;
+        doubtful = chunk.usage.completion_tokens_details?.doubtful_tokens ?? 0;
+      }
       const { delta = {}, finish_reason: reason } = chunk.choices[0] ?? {};
       if (reason) end = reason === "length" ? "cut at its limit" : "complete";
       if (first === null && (delta.content || delta.reasoning_content)) first = performance.now();
@@ -74,6 +77,7 @@ async function answer() {
       shown.said.textContent = `${text}\n${error.message}`.trim();
     }
   }
+  if (doubtful) end += `, ${doubtful} of its tokens may be wrong`;
   messages.push({ role: "assistant", content: text });
   tell(began, first, tokens, end);
   announce(`answer ${end}`);

@@ -35,7 +35,7 @@ let noted = "";
 function note(event) {
   if (event.text === noted) return;
   noted = event.text;
-  at("events").prepend(make("li", event.lost ? "bad" : "", `${new Date().toLocaleTimeString()} ${event.text}`));
+  at("events").prepend(make("li", event.lost || event.bad ? "bad" : "", `${new Date().toLocaleTimeString()} ${event.text}`));
   while (at("events").children.length > MOST_EVENTS) at("events").lastElementChild.remove();
   if (event.loud) announce(event.text);
   if (event.replaced) machines.replaced(event.replaced, event.by);

@@ -85,26 +85,29 @@ class Examiner:
         if allowance is None:
             return Failure(code="busy", reason="too many requests to be dialled", retry_after=60.0)
         self._allowance = allowance
-        allowed = [each for each in request.addresses if await may_be_dialled(each, seen_at=stream.address)]
+        checked = [await addresses_to_dial(each, seen_at=stream.address) for each in request.addresses]
+        dialled = [address for each in checked for address in each]
         try:
-            reached = dict(zip(allowed, await self._prober.reached(stream.peer, allowed), strict=True))
+            reached = dict(zip(dialled, await self._prober.reached(stream.peer, dialled), strict=True))
         except (DaemonFailed, TimeoutError):
             return Failure(code="busy", reason="this peer cannot dial at the moment", retry_after=60.0)
         return DialedBack(
-            reached=tuple(reached.get(address, False) for address in request.addresses),
+            reached=tuple(any(reached[address] for address in each) for each in checked),
             seen_at=stream.address,
             clock=self._clock(),
             relays=self._relays(),
         )
 
 
-async def may_be_dialled(address: str, *, seen_at: str | None) -> bool:
-    """Whether a peer that is seen at one address may have another one dialled.
+async def addresses_to_dial(address: str, *, seen_at: str | None) -> tuple[str, ...]:
+    """What to dial for an address of a peer that is seen at another one: nothing if it may not have that dialled.
 
-    A private one only if it is seen in a private network itself, and one of this machine only if it is on it. Otherwise
-    strangers could find out by the answers which ports are open in this machine's network.
+    A private one may be dialled only for a peer that is seen in a private network itself, and one of this machine only
+    for one that is on it. Otherwise strangers could find out by the answers which ports are open in this machine's
+    network. A name is looked up once, here: the IP addresses that were checked are dialled, at most one of each
+    version.
     """
-    _, kind, host, *_ = address.split("/")
+    _, kind, host, *rest = address.split("/")
     try:
         if kind in ("ip4", "ip6"):
             found = [ipaddress.ip_address(host)]
@@ -113,11 +116,18 @@ async def may_be_dialled(address: str, *, seen_at: str | None) -> bool:
             async with asyncio.timeout(RESOLVE_SECONDS):
                 found = [ipaddress.ip_address(each[4][0]) for each in await loop.getaddrinfo(host, None)]
     except (OSError, ValueError, TimeoutError):
-        return False
+        return ()
     seen = host_of(seen_at)
     if seen is not None and not seen.is_global:
-        return seen.is_loopback or not any(each.is_loopback for each in found)
-    return all(each.is_global for each in found)
+        allowed = seen.is_loopback or not any(each.is_loopback for each in found)
+    else:
+        allowed = all(each.is_global for each in found)
+    if not allowed:
+        return ()
+    versions = {
+        each.version: each for each in reversed(found) if kind in ("dns", f"ip{each.version}", f"dns{each.version}")
+    }
+    return tuple("/".join(("", f"ip{version}", str(each), *rest)) for version, each in versions.items())
 
 
 async def examined_by(

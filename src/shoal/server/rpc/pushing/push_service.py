@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 
+from shoal.concurrency import now
 from shoal.net.transport import Stream, Transport
 from shoal.net.wire import codec
 from shoal.protocol import REQUEST_KINDS, AnyMessage, Arrived, Downstream, PassInputs, Step, Upstream
@@ -25,8 +26,6 @@ servers, the clients get `Unreached`; outputs of passes are answered only."""
 
 Inbox = Callable[[Pushed, codec.Tensors], None]
 Place = tuple[str, tuple[str, ...], bool]  # a peer, its addresses, and whether inputs of passes are pushed there
-HOLD_SECONDS = 30.0
-"""How long the inputs of a pass are held before their request comes."""
 
 
 class PushService:
@@ -36,6 +35,7 @@ class PushService:
         self.transport = transport
         self._inboxes: dict[str, tuple[str, Inbox]] = {}
         self._unclaimed = UnclaimedPushes()
+        self._sweeping: asyncio.TimerHandle | None = None  # one timer for all that is held
         self._connections: dict[Place, tuple[PushConnection, asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # of the connections, and of those that were just given up
         self._is_running = False
@@ -48,6 +48,9 @@ class PushService:
             yield
         finally:
             self._is_running = False
+            if self._sweeping is not None:
+                self._sweeping.cancel()
+                self._sweeping = None
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -86,9 +89,9 @@ class PushService:
             if inbox is not None and peer == stream.peer:
                 inbox(message, tensors)
             elif isinstance(message, PassInputs):
-                self._unclaimed.hold(stream.peer, message, tensors)
-                loop = asyncio.get_running_loop()
-                loop.call_later(HOLD_SECONDS, self._unclaimed.claim, stream.peer, message.link)
+                self._unclaimed.hold(stream.peer, message, tensors, now=now())
+                if self._sweeping is None:
+                    self._sweep()
             else:
                 log.debug("%s pushes a step that no session expects", stream.peer)
             async with asyncio.timeout(idle_seconds):
@@ -98,6 +101,11 @@ class PushService:
             if not isinstance(said, Step | PassInputs):
                 return
             message = said
+
+    def _sweep(self) -> None:
+        """Drop what nothing has claimed in time, and come back when more of it is due."""
+        due = self._unclaimed.sweep(now())
+        self._sweeping = None if due is None else asyncio.get_running_loop().call_at(due, self._sweep)
 
     # -- to downstream servers ----------------------------------------------------------------------------------------
 
