@@ -9,9 +9,10 @@ whose claim is plausible: a machine that claims to hold everything, where the ot
 the blocks that it claims. To fill a hole, a machine also leaves blocks to a doubted machine, if that one does not claim
 all blocks.
 
-In a quiet swarm (`Fleet.quiet`) gains last: moves also raise what all blocks can get at once (`refining.py`). Where no
-single move gains any more, two may: a plan then begins with a move that loses a little, so that the best move after it
-gains more than that. That second move is the best one for every server that sees the first one done.
+In a small swarm moves also raise the speed of the weakest block (`weakest.py`). In a quiet one (`Fleet.quiet`) gains
+last: moves also raise what all blocks can get at once (`refining.py`). Where no single move gains any more, two may: a
+plan then begins with a move that loses a little, so that the best move after it gains more than that. That second move
+is the best one for every server that sees the first one done.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from shoal.policy.placement.needed import Needed
 from shoal.policy.placement.refining import Refined, is_refinable
 from shoal.policy.placement.score import Changes, ScoredPlacement, Scoring
 from shoal.policy.placement.search import best_places, most_promising
+from shoal.policy.placement.weakest import Weakest, is_small
 from shoal.policy.view import format_blocks
 from shoal.spans import Span
 
@@ -35,6 +37,8 @@ MAX_MOVES = 8
 """The most moves of a plan. What is left to do is in the next one."""
 LEAST_GAIN = 0.04
 """A move gains at least this part of what the machine can add to the swarm: the next change may undo smaller gains."""
+SMALL_LEAST_GAIN = 0.16
+"""The same in a small swarm, where the speed of the weakest block counts too: each change of the swarm changes it."""
 QUIET_LEAST_GAIN = 0.0002
 """In a quiet swarm (`Fleet.quiet`), where gains last, a move gains at least this part of the bound."""
 FIRST_STEPS = 8
@@ -126,10 +130,13 @@ def _options(placement: ScoredPlacement) -> _Options | None:
     )
     if len(rows) == 0 or placement.bound == 0:
         return None
-    judged: ScoredPlacement | Refined
+    judged: ScoredPlacement | Refined | Weakest
     if is_refinable(fleet):
         judged = refined = Refined.of(placement)
         places, without = refined.best_places(rows, most=PLACES_SCORED, each=PLACES_EACH, needed=needed_to_fill)
+    elif is_small(fleet):
+        judged = weakest = Weakest(placement)
+        places, without = weakest.best_places(rows, most=PLACES_SCORED, each=PLACES_EACH, needed=needed_to_fill)
     else:
         judged = placement
         places, without = best_places(placement, rows, most=PLACES_SCORED, each=PLACES_EACH, needed=needed_to_fill)
@@ -216,7 +223,8 @@ def _least_gain(placement: ScoredPlacement) -> Floats:
     if fleet.quiet:
         return np.full(len(fleet.kind), QUIET_LEAST_GAIN * placement.bound)
     best = fleet.kinds.best[fleet.kind]
-    least: Floats = LEAST_GAIN * placement.bound * best / max(float(best @ fleet.counts), 1e-300)
+    part = SMALL_LEAST_GAIN if is_small(fleet) else LEAST_GAIN
+    least: Floats = part * placement.bound * best / max(float(best @ fleet.counts), 1e-300)
     return least
 
 
