@@ -98,7 +98,7 @@ class RoutePlanner:
 
     def excess_seconds(self, stage: Stage) -> float:
         """The seconds by which a step takes longer on a stage than its server announces."""
-        return self._swarm.excess_seconds(stage.hop, self.batch_size)
+        return self._swarm.measurements.excess_seconds(stage.hop, self.batch_size)
 
     def pipeline(
         self, route: Route, history: History, notify: Callable[[], None], *, end: int | None = None

@@ -122,6 +122,11 @@ class Stage:
         """The adapters that the server has to be sent before it can open the session."""
         return self._opening if isinstance(self._opening, NotCached) else None
 
+    @property
+    def offers_cached(self) -> bool:
+        """Whether the answer to the opening may bring the outputs of tokens that the server has in its cache."""
+        return isinstance(self._opening, Opening) and self._opening.num_offered > self._opening.num_skipped
+
     def take_timings(self) -> list[tuple[int, float]]:
         """The tokens of each step that was answered since the last call, and the seconds that it took."""
         timings, self._timings = self._timings, []

@@ -12,7 +12,6 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -30,13 +29,22 @@ from shoal.client.swarm.peer_health import PeerHealth
 from shoal.client.swarm.server_probe import ServerProbe
 from shoal.client.swarm.waits import Outage, Waits
 from shoal.concurrency import now
-from shoal.errors import Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLost, ServerMoved, UnsupportedOperation
+from shoal.errors import (
+    Misrouted,
+    MissingBlocks,
+    PeerError,
+    ServerBusy,
+    ServerLate,
+    ServerLost,
+    ServerMoved,
+    UnsupportedOperation,
+)
 from shoal.ledgers.tabs import Tabs
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.net.transport import Node
 from shoal.peers import ModelInfo, ServerInfo, ServerState
 from shoal.policy.audits.audit_budget import RATES
-from shoal.policy.routing.route import Hop, Needs, Route, announced_seconds, choose_route, price_route
+from shoal.policy.routing.route import Hop, Needs, Route, choose_route, price_route
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import LOOK_SECONDS, MissingSince
 from shoal.prefix import DrawnSalt
@@ -113,7 +121,8 @@ class Swarm:
     ) -> Route:
         """The fastest route over a span through servers that may be used and have answered this client.
 
-        With `rather_confirmed`, it goes through servers only that have computed steps for this client, if they suffice.
+        With `rather_confirmed`, or while the client is wary, it goes through servers only that have computed steps for
+        this client, if they suffice.
 
         The span may be a part of a ring, between the servers `upstream` and `downstream` of it. Servers that hold a
         block alone need not have answered. A head that is needed is dropped from the needs if no server offers one.
@@ -122,7 +131,7 @@ class Swarm:
         if the directory has never answered.
         """
         view = self._confirmed(excluded, needs)
-        if not rather_confirmed or view.missing(span):
+        if not (rather_confirmed or self._health.is_wary) or view.missing(span):
             view = await self._proven(span, excluded, needs)
         self.measurements.believe(view.servers)
         route = choose_route(
@@ -236,9 +245,9 @@ class Swarm:
                 except ServerLost as lost:
                     self.events.emit(events.ServerLost(lost.peer, str(lost)))
                     self.blame(lost, since=began)
-                except ServerBusy as busy:
-                    log.info("%s", busy)
-                    self.blame(busy)
+                except (ServerBusy, ServerLate) as unready:
+                    log.info("%s", unready)
+                    self.blame(unready)
                 except Misrouted as misrouted:
                     log.info("%s", misrouted)
                     self.blame(misrouted)
@@ -294,14 +303,9 @@ class Swarm:
 
     def blame(self, error: PeerError, *, since: float | None = None) -> None:
         """Keep away from a server that failed a request which began at the time `since`, now by default."""
-        match error:
-            case ServerBusy():
-                self._health.record_busy(error.peer, error.retry_after, str(error))
-            case Misrouted():
-                self._health.record_misrouted(error.peer, str(error))
-            case _:
-                self._health.record_failure(error.peer, str(error), since=now() if since is None else since)
-                self._probe.record_failure(error.peer)
+        self._health.record_error(error, since=now() if since is None else since)
+        if not isinstance(error, ServerBusy | ServerLate | Misrouted):
+            self._probe.record_failure(error.peer)
 
     def holdings(self, peers: Set[str]) -> set[Holding]:
         """What these peers announce to hold."""
@@ -330,9 +334,13 @@ class Swarm:
             waited = None
 
     def record_overtaken(self, hop: Hop, seconds: float) -> None:
-        """A server has not computed a step in `seconds`, and another one has. Once is no reason to avoid it."""
-        log.info("%s gave nothing for %.1f s: another server takes its place", hop.server.peer, seconds)
-        self._health.record_overtaken(hop.server.peer, f"gave nothing for {seconds:.1f} s, and others were faster")
+        """A server has not computed a step in `seconds`, and another one has. Once is no reason to avoid it.
+
+        It is if the server has never computed any for this client.
+        """
+        peer, reason = hop.server.peer, f"gave nothing for {seconds:.1f} s, and others were faster"
+        log.info("%s gave nothing for %.1f s: another server takes its place", peer, seconds)
+        self._health.record_overtaken(peer, reason, is_proven=self.measurements.is_confirmed(peer))
 
     def price(
         self,
@@ -346,15 +354,6 @@ class Swarm:
         needs = replace(needs, needed_tokens=0)
         known = self.measurements.measured()
         return price_route(hops, needs=needs, known=known, upstream=upstream, downstream=downstream)
-
-    def excess_seconds(self, hop: Hop, num_tokens: int) -> float:
-        """The seconds by which a step of `num_tokens` takes longer on a hop than its server announces."""
-        slowness = self.measurements.slowness(hop.server.peer)
-        return announced_seconds(hop.server, len(hop.span), num_tokens) * (slowness - 1)
-
-    def reserving(self, route: Route) -> AbstractContextManager[None]:
-        """While this is open, other passes know of one on this route, and take other servers where that is faster."""
-        return self.measurements.reserving(route)
 
     async def dtype(self, *, own: str) -> str | None:
         """The dtype that the swarm computes in; None if it has no server yet. `own` is the model's dtype.
@@ -383,9 +382,9 @@ class Swarm:
         healthy = self._healthy(frozenset(), Needs(session=False)).servers
         return sum(server.span.start < span.end and span.start < server.span.end for server in healthy)
 
-    def has_others(self, hop: Hop) -> bool:
-        """Whether other servers, none of which has failed lately, announce the blocks of a hop."""
-        return not self._healthy({holding(hop.server)}).missing(hop.span)
+    def others(self, server: ServerInfo) -> SwarmView:
+        """The other servers, without those that have failed lately. They need not have answered."""
+        return self._healthy({holding(server)})
 
     def is_avoided(self, peer: str) -> bool:
         """Whether a server has failed lately, said that it is busy, or was found lying."""
