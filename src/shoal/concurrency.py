@@ -14,14 +14,24 @@ T = TypeVar("T")
 
 async def first_of(*works: Coroutine[Any, Any, None]) -> None:
     """Run these until the first of them ends, and cancel the others. Raises what the first one raised."""
+    error = await _first_error(*works)
+    try:
+        if error is not None:
+            raise error
+    finally:
+        # The error's traceback has this frame. If this frame had the error too, all that the failed work held would
+        # stay in memory until the garbage collector looks for such circles.
+        del error
+
+
+async def _first_error(*works: Coroutine[Any, Any, None]) -> Exception | None:
+    """The error of the first of these that ends, as a value."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_error_of(work)) for work in works]
         done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in others:
             task.cancel()
-    for task in done:
-        if error := task.result():
-            raise error
+    return next((error for task in done if (error := task.result()) is not None), None)
 
 
 async def _error_of(work: Coroutine[Any, Any, None]) -> Exception | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 
-from shoal.concurrency import background, in_thread, with_progress_timeout
+from shoal.concurrency import background, first_of, in_thread, with_progress_timeout
 
 from . import virtual_time
 
@@ -159,3 +161,29 @@ def test_a_context_that_is_cancelled_does_not_wait_for_its_thread() -> None:
 
 SECONDS = 60.0
 """The limit for a wait. A test that reaches it fails."""
+
+
+class Large:
+    """Something that a work has."""
+
+
+def test_what_a_work_had_that_failed_is_freed_at_once():
+    """Without the garbage collector, which looks for circles of objects so rarely that servers ran out of memory."""
+    known: list[weakref.ref[Large]] = []
+
+    async def fail() -> None:
+        large = Large()
+        known.append(weakref.ref(large))
+        await asyncio.sleep(0)
+        raise ValueError("failed")
+
+    async def scene() -> None:
+        with pytest.raises(ValueError, match="failed"):
+            await first_of(fail(), asyncio.Event().wait())
+
+    gc.disable()
+    try:
+        virtual_time.run(scene())
+        assert [each() for each in known] == [None]
+    finally:
+        gc.enable()
