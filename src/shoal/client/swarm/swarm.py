@@ -121,8 +121,8 @@ class Swarm:
     ) -> Route:
         """The fastest route over a span through servers that may be used and have answered this client.
 
-        With `rather_confirmed`, or while the client is wary, it goes through servers only that have computed steps for
-        this client, if they suffice.
+        With `rather_confirmed`, or for a session while the client is wary, it goes through servers only that have
+        computed steps for this client, if they suffice.
 
         The span may be a part of a ring, between the servers `upstream` and `downstream` of it. Servers that hold a
         block alone need not have answered. A head that is needed is dropped from the needs if no server offers one.
@@ -131,7 +131,7 @@ class Swarm:
         if the directory has never answered.
         """
         view = self._confirmed(excluded, needs)
-        if not (rather_confirmed or self._health.is_wary) or view.missing(span):
+        if not (rather_confirmed or (needs.session and self._health.is_wary)) or view.missing(span):
             view = await self._proven(span, excluded, needs)
         self.measurements.believe(view.servers)
         route = choose_route(
