@@ -22,6 +22,10 @@ BEGIN_SECONDS = 3.0
 LENGTH = 1000
 """Tokens of a session: the model has room for a few more."""
 RANK = 8
+WAITING_BYTES = NUM_STREAMS * 2 * LENGTH * HIDDEN_SIZE * 4
+"""The inputs and gradients of passes that wait, or the inputs and outputs of prompts: limits allow a GiB of them."""
+ADAPTER_BYTES = NUM_STREAMS * RANK * 2 * HIDDEN_SIZE * 4 * 50
+"""The adapters that a server keeps for clients: limits allow a GiB of these too."""
 FAIR_SHARE = 0.5
 
 Work = Callable[[AttackedSwarm, Node, ServerInfo], Awaitable[None]]
@@ -122,8 +126,8 @@ async def _pings(swarm: AttackedSwarm, attacker: Node, server: ServerInfo) -> No
 
 ATTACKS = (
     Attack("sessions", _attack(_decode), fair_share=FAIR_SHARE),
-    Attack("prefills", _attack(_prefill), fair_share=FAIR_SHARE),
-    Attack("backward-passes", _attack(_backward), fair_share=FAIR_SHARE),
-    Attack("adapters", _attack(_adapters), fair_share=FAIR_SHARE),
+    Attack("prefills", _attack(_prefill), fair_share=FAIR_SHARE, budget_bytes=WAITING_BYTES),
+    Attack("backward-passes", _attack(_backward), fair_share=FAIR_SHARE, budget_bytes=WAITING_BYTES),
+    Attack("adapters", _attack(_adapters), fair_share=FAIR_SHARE, budget_bytes=ADAPTER_BYTES),
     Attack("pings", _attack(_pings), fair_share=FAIR_SHARE),
 )

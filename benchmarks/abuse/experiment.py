@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Self
@@ -16,6 +18,7 @@ from typing import IO, Self
 import psutil
 
 from benchmarks.abuse.attacks import Attack
+from benchmarks.abuse.full_caches import CACHE_TOKENS
 from benchmarks.abuse.honest_client import Experience
 from shoal.bundled import STORIES
 from shoal.processes import Child, Children
@@ -27,26 +30,29 @@ LOOK_SECONDS = 0.2
 MIN_SHARE = 0.8
 SPARE_BYTES = 64 << 20
 MAX_GAP = 5.0
-FORM = ("--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--no-lan")
+FORM = ("--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--no-lan", "--cache-tokens", str(CACHE_TOKENS))
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What an attack did. `before` and `peak` are bytes: the most that one server had, with its libp2p daemon.
 
-    They are those of the server that grew most.
+    They are those of the server that grew most, whose cache was full before. `beside_work` is what the client had while
+    a process with nothing to do with the swarm computed as much as the attacker did: `attacker_load` cores, on average.
     """
 
     attack: Attack
     alone: Experience
     attacked: Experience
+    beside_work: Experience
+    attacker_load: float
     before: int
     peak: int
 
     @property
     def share(self) -> float:
-        """The speed under attack as a part of what the client is due."""
-        return self.attacked.speed / (self.alone.speed * self.attack.fair_share)
+        """The speed under attack as a part of what the client is due, on cores that the attacker uses too."""
+        return self.attacked.speed / (self.beside_work.speed * self.attack.fair_share)
 
     def faults(self) -> list[str]:
         """The goals that were missed."""
@@ -62,17 +68,24 @@ class Outcome:
 
 
 def run(module: str, attack: Attack, *, seconds: float) -> Outcome:
-    """Start the servers, measure the client for `seconds` alone, and for `seconds` under attack."""
+    """Start the servers, measure the client for `seconds` alone, under attack, and beside equal work of no attacker."""
     with Children() as children:
         servers = _started(children, attack)
         addresses = [server.facts["address"] for server in servers]
+        _fill_caches(addresses)
         _client(addresses, seconds / 2)  # the first tokens of new servers are slow
         alone = _client(addresses, seconds)
         if not alone.num_tokens:
             raise SystemExit(f"{attack.name}: no client gets a token, also without an attack")
-        with _Memory(servers) as memory, _attacking(module, attack, addresses):
+        with _Memory(servers) as memory, _attacking(module, attack, addresses) as attacker:
+            began, used = time.perf_counter(), _cpu_seconds(attacker)
             attacked = _client(addresses, seconds)
-        return Outcome(attack, alone, attacked, *memory.of_the_one_that_grew_most())
+            load = (_cpu_seconds(attacker) - used) / (time.perf_counter() - began)
+        with contextlib.ExitStack() as working:
+            for _ in range(math.ceil(load)):
+                working.enter_context(_process("equal_work", f"{load / math.ceil(load):.3f}"))
+            beside_work = _client(addresses, seconds)
+        return Outcome(attack, alone, attacked, beside_work, load, *memory.of_the_one_that_grew_most())
 
 
 def _started(children: Children, attack: Attack) -> list[Child]:
@@ -96,12 +109,19 @@ def _client(addresses: Sequence[str], seconds: float) -> Experience:
         return Experience(**found | {"failures": tuple(found["failures"])})
 
 
+def _fill_caches(addresses: Sequence[str]) -> None:
+    """Let each server use all of its cache once: that is memory which it was told to use."""
+    with _process("full_caches", *addresses) as filler:
+        if _line(filler, START_SECONDS) != "full":
+            print("the caches were not filled: the memory of attacks includes theirs", file=sys.stderr)
+
+
 @contextlib.contextmanager
-def _attacking(module: str, attack: Attack, addresses: Sequence[str]) -> Iterator[None]:
+def _attacking(module: str, attack: Attack, addresses: Sequence[str]) -> Iterator[psutil.Process]:
     with _process("attacker", module, attack.name, *addresses) as attacker:
         if _line(attacker, BEGIN_SECONDS) != "begun":
             print(f"{attack.name}: it is not in full swing after {BEGIN_SECONDS:.0f} s", file=sys.stderr)
-        yield
+        yield psutil.Process(attacker.pid)
         if attacker.poll():
             print(f"{attack.name}: the attacker failed with status {attacker.returncode}", file=sys.stderr)
 
@@ -161,12 +181,24 @@ def _resident(server: psutil.Process) -> int:
     return 0
 
 
+def _cpu_seconds(process: psutil.Process) -> float:
+    """What a process and those that it started have computed until now."""
+    total = 0.0
+    for each in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = each.cpu_times()
+            total += times.user + times.system
+    return total
+
+
 def print_table(outcomes: Sequence[Outcome], out: IO[str]) -> None:
     """One line for each attack."""
     columns = (
         "attack",
         "alone, tokens/s",
         "attacked",
+        "beside equal work",
+        "attacker's load, cores",
         "share",
         "first token",
         "longest gap",
@@ -176,9 +208,10 @@ def print_table(outcomes: Sequence[Outcome], out: IO[str]) -> None:
     rows = [columns, ("---",) * len(columns)]
     for each in outcomes:
         memory = f"{each.before >> 20} / {each.peak >> 20} MiB"
-        speeds = f"{each.alone.speed:.1f}", f"{each.attacked.speed:.1f}", f"{each.share:.2f}"
+        speeds = tuple(f"{one.speed:.1f}" for one in (each.alone, each.attacked, each.beside_work))
+        shares = f"{each.attacker_load:.2f}", f"{each.share:.2f}"
         verdict = "; ".join(each.faults()) or "held"
         waits = f"{each.alone.first:.1f} / {each.attacked.first:.1f} s", f"{each.attacked.longest_gap:.1f} s"
-        rows.append((each.attack.name, *speeds, *waits, memory, verdict))
+        rows.append((each.attack.name, *speeds, *shares, *waits, memory, verdict))
     for row in rows:
         print(f"| {' | '.join(row)} |", file=out, flush=True)

@@ -121,6 +121,6 @@ async def working_server(swarm: AttackedSwarm) -> None:
 ATTACKS = (
     Attack("idle-streams", idle_streams, budget_bytes=1024 * STREAM_BYTES),
     Attack("unfinished-frames", unfinished_frames, budget_bytes=256 << 20),
-    Attack("idle-sessions", idle_sessions, options=("--cache-tokens", "16384")),
+    Attack("idle-sessions", idle_sessions),
     Attack("working-server", working_server),
 )

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -14,14 +15,38 @@ T = TypeVar("T")
 
 async def first_of(*works: Coroutine[Any, Any, None]) -> None:
     """Run these until the first of them ends, and cancel the others. Raises what the first one raised."""
+    error = await _first_error(*works)
+    try:
+        if error is not None:
+            raise error
+    finally:
+        # The error's traceback has this frame. If this frame had the error too, all that the failed work held would
+        # stay in memory until the garbage collector looks for such circles.
+        del error
+
+
+async def _first_error(*works: Coroutine[Any, Any, None]) -> Exception | None:
+    """The error of the first of these that ends, as a value."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_error_of(work)) for work in works]
         done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in others:
             task.cancel()
-    for task in done:
-        if error := task.result():
-            raise error
+    return next((error for task in done if (error := task.result()) is not None), None)
+
+
+def free_frames_of(error: BaseException) -> None:
+    """Free what the frames hold through which an error came, and the errors before it.
+
+    An error and its frames refer to each other in circles, as soon as one of these has a task or a future with that
+    error. Then tensors in them would stay until the garbage collector looks. The error can be told and raised as before.
+    """
+    errors: dict[int, BaseException] = {}
+    following: BaseException | None = error
+    while following is not None and id(following) not in errors:
+        errors[id(following)] = following
+        traceback.clear_frames(following.__traceback__)
+        following = following.__context__
 
 
 async def _error_of(work: Coroutine[Any, Any, None]) -> Exception | None:

@@ -10,13 +10,15 @@
         ├── BootstrapFailed      none of the initial peers answered
         └── PeerError            one peer failed one request; `peer` is its id
             ├── ServerLost       it is gone, silent or violates the protocol: use another server
+            ├── ServerLate       it has not done in time what others have done meanwhile: use one of them
             ├── ServerBusy       it has no capacity left: try later, or use another server
             ├── Misrouted        it cannot serve this request: other blocks, other weights, or too small
             ├── RequestRejected  it refuses the request, because the request is wrong
             └── CannotRewind     it cannot rewind its session: send it all inputs again
 
-The client's retry loop handles `ServerLost`, `ServerBusy` and `Misrouted`. All other errors reach the user. Errors of
-other libraries are translated into these where they arise. Each error may have a `hint` that says what to do.
+The client's retry loop handles `ServerLost`, `ServerLate`, `ServerBusy` and `Misrouted`. All other errors reach the
+user. Errors of other libraries are translated into these where they arise. Each error may have a `hint` that says what
+to do.
 """
 
 from __future__ import annotations
@@ -74,6 +76,10 @@ class PeerError(SwarmError):
 
 class ServerLost(PeerError):
     """The peer is gone, silent, or violates the protocol."""
+
+
+class ServerLate(PeerError):
+    """The peer has not done in time what others have done meanwhile. It may do it later."""
 
 
 class ServerBusy(PeerError):

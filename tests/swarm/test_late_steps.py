@@ -189,16 +189,62 @@ def test_three_hundred_identities_that_say_nothing_do_not_delay_the_first_token(
     play(act, reserves=())
 
 
-def test_many_servers_in_a_row_that_give_nothing_cost_some_seconds_each_and_then_no_more():
+@pytest.mark.parametrize("number", [1, 4, 40, 300])
+@pytest.mark.parametrize("span", ["0:4", "0:2"])
+@pytest.mark.parametrize("behaviour", [opens_nothing, computes_nothing])
+def test_any_number_of_servers_that_do_nothing_delays_the_first_token_once(
+    behaviour: Callable[[Stream], Awaitable[None]], span: str, number: int
+):
     async def act(story: Story) -> None:
-        for index in range(5):
-            await liar(story.bed, f"liar{index}", "0:4", computes_nothing)
+        for index in range(number):
+            await liar(story.bed, f"liar{index}", span, behaviour)
         began = asyncio.get_running_loop().time()
         await story.begin(40)
-        assert asyncio.get_running_loop().time() - began <= 5 * (LATE_SECONDS + 0.5) + 1.0
+        assert asyncio.get_running_loop().time() - began <= MOST_SECONDS
         assert max([await story.step() for _ in range(40)]) < 1.0
+        other = Session(story.client.swarm, story.client.span, batch_size=1, max_length=64)
+        began = asyncio.get_running_loop().time()
+        await Reading(story.client, other, 1).read(prompt(1, 5))
+        assert asyncio.get_running_loop().time() - began <= 1.0
+        await other.close()
 
     play(act, reserves=())
+
+
+def test_a_server_that_opens_late_and_before_all_others_is_kept():
+    async def act(story: Story) -> None:
+        await story.begin()
+        before = story.servers()
+        for server in before:
+            story.bed.network.delay(0.7, server)
+        for reserve in story.bed.members[2:]:
+            story.bed.network.delay(2.0, reserve.name)
+        other = Session(story.client.swarm, story.client.span, batch_size=1, max_length=64)
+        await Reading(story.client, other, 1).read(prompt(1, 5))
+        assert [hop.server.peer for hop in other.hops] == before
+        assert not any(story.client.swarm.is_avoided(server) for server in before)
+        await other.close()
+
+    play(act)
+
+
+def test_a_server_that_opens_late_is_tried_last_and_is_not_taken_for_lost():
+    async def act(story: Story) -> None:
+        await liar(story.bed, "liar", "0:4", opens_nothing)
+        await story.begin()
+        assert story.client.swarm.is_avoided("liar")
+        assert not story.client.swarm.is_lost("liar")
+
+    play(act, reserves=())
+
+
+def test_a_server_that_alone_has_its_blocks_may_open_late():
+    async def act(story: Story) -> None:
+        story.bed.network.delay(0.7, "s1")
+        await story.begin()
+        assert story.servers() == ["s0", "s1"]
+
+    play(act, reserves=(), config=replace(PATIENT, measure_seconds=0.0))
 
 
 def test_a_second_server_that_has_much_to_read_is_waited_for():
@@ -214,7 +260,8 @@ def test_a_second_server_that_has_much_to_read_is_waited_for():
         assert await story.step() == pytest.approx(LATE_SECONDS + 7.0, abs=0.5)
         assert sum(reserve.engine.num_passes for reserve in reserves) == 1
 
-    play(act, "0:2", "2:4", reserves=("0:2", "0:2"))
+    # an audit would let a reserve compute too
+    play(act, "0:2", "2:4", reserves=("0:2", "0:2"), config=replace(PATIENT, audits="off"))
 
 
 def test_several_servers_with_other_cuts_overtake_one():

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 
-from shoal.concurrency import background, done_although_cancelled, in_thread, with_progress_timeout
+from shoal.concurrency import (
+    background,
+    done_although_cancelled,
+    first_of,
+    free_frames_of,
+    in_thread,
+    with_progress_timeout,
+)
 
 from . import virtual_time
 
@@ -195,3 +204,53 @@ atexit.register(lambda: print(asyncio.run(on_thread(lambda: "done"))))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+class Large:
+    """Something that a work has."""
+
+
+def test_what_a_work_had_that_failed_is_freed_at_once():
+    """Without the garbage collector, which looks for circles of objects so rarely that servers ran out of memory."""
+    known: list[weakref.ref[Large]] = []
+
+    async def fail() -> None:
+        large = Large()
+        known.append(weakref.ref(large))
+        await asyncio.sleep(0)
+        raise ValueError("failed")
+
+    async def scene() -> None:
+        with pytest.raises(ValueError, match="failed"):
+            await first_of(fail(), asyncio.Event().wait())
+
+    gc.disable()
+    try:
+        virtual_time.run(scene())
+        assert [each() for each in known] == [None]
+    finally:
+        gc.enable()
+
+
+def test_what_the_frames_of_an_error_had_is_freed_when_that_is_asked_for():
+    known: list[weakref.ref[Large]] = []
+
+    async def fail() -> None:
+        large = Large()
+        known.append(weakref.ref(large))
+        future = asyncio.get_running_loop().create_future()
+        future.set_exception(ValueError("failed"))
+        await future  # from now on, the error, its traceback, this frame and the future are a circle
+
+    async def scene() -> list[object]:
+        try:
+            await fail()
+        except ValueError as error:
+            free_frames_of(error)
+        return [each() for each in known]
+
+    gc.disable()
+    try:
+        assert virtual_time.run(scene()) == [None]
+    finally:
+        gc.enable()

@@ -8,15 +8,21 @@ import torch
 from shoal.client.decoding.outputs import NoOutputs, Outputs, beside
 from shoal.client.head.logits import Logits
 from shoal.client.swarm.known.peer_health import PeerHealth
+from shoal.errors import ServerLate
 from shoal.policy.health import DEPRIORITIZE_SECONDS
 from shoal.policy.lateness import (
     LATE_FACTOR,
     LATE_SECONDS,
+    OPENING_LATE_ROUND_TRIPS,
+    OPENING_LATE_SECONDS,
     OVERTAKEN_SECONDS,
     PATIENT_AFTER,
+    UNPROVEN_LATE_SECONDS,
+    WARY_SECONDS,
     Awaited,
     after_overtaken,
     late_after,
+    opening_late_after,
 )
 from shoal.policy.routing.latency import seen_seconds
 
@@ -31,6 +37,32 @@ def test_a_fast_step_is_late_after_some_seconds_and_a_slow_one_after_a_multiple_
 def test_a_server_that_is_always_late_has_more_time_from_the_moment_on_at_which_it_is_left():
     found = [late_after(0.01, num_late=number) for number in range(PATIENT_AFTER + 2)]
     assert found == [LATE_SECONDS] * PATIENT_AFTER + [2 * LATE_SECONDS, 4 * LATE_SECONDS]
+
+
+def test_a_server_that_has_never_computed_a_step_is_late_sooner_unless_the_step_takes_long():
+    assert late_after(0.01, is_proven=False) == UNPROVEN_LATE_SECONDS < LATE_SECONDS
+    assert late_after(2.0, is_proven=False) == LATE_FACTOR * 2.0
+
+
+def test_what_should_be_opened_is_late_after_a_second_or_some_round_trips():
+    assert opening_late_after(None) == opening_late_after(0.05) == OPENING_LATE_SECONDS
+    assert opening_late_after(0.5) == OPENING_LATE_ROUND_TRIPS * 0.5
+
+
+def test_a_server_that_never_did_anything_is_tried_last_from_the_first_time_on_and_makes_the_client_wary():
+    clock = Clock()
+    health = PeerHealth(clock)
+    health.record_error(ServerLate("opened no session", peer="late"), since=clock.now)
+    assert health.deprioritized("late")
+    assert not health.lost("late")
+    assert health.is_wary
+    clock.now += DEPRIORITIZE_SECONDS
+    assert not health.deprioritized("late")
+    health.record_overtaken("late", "gave nothing", is_proven=False)
+    clock.now += 1.9 * DEPRIORITIZE_SECONDS
+    assert health.deprioritized("late")
+    clock.now += WARY_SECONDS
+    assert not health.is_wary
 
 
 def test_a_step_is_late_by_when_it_could_have_been_begun():

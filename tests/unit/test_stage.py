@@ -418,7 +418,7 @@ def test_who_waits_until_a_session_is_open_goes_on_when_somebody_else_gives_it_u
         await stage.open(OPEN, None)
         inputs = SessionInputs(HistoryStore(), salt="")
         inputs.append(torch.zeros(1, 1, SIZE), None, None)
-        swarm: Any = SimpleNamespace(config=ClientOptions(), servers=SimpleNamespace(has_others=lambda hop: True))
+        swarm: Any = SimpleNamespace(config=ClientOptions(), measurements=SimpleNamespace(round_trips=dict))
         opener = StageOpener(swarm, inputs, ActiveAdapters(), expected_length=lambda: 8)
         opening = asyncio.create_task(opener.await_opened(stage, Outputs(0)))
         await asyncio.sleep(0.5)

@@ -1,4 +1,4 @@
-"""When a step is late, so that a second server is asked for it, and what follows for a server that was overtaken.
+"""When a server is late, so that others are asked too, and what follows for a server that was overtaken.
 
 A server can answer every ping, say that it works, and give nothing. A client that believes it waits for minutes. So a
 client waits for a step as long as such a step may take, and then asks another server too. The first answer counts.
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 LATE_SECONDS = 3.0
 """A step that takes longer may be late: honest servers take as long when a large prompt of another client is in front,
 and then nothing is lost but the work of the second server. A user notices a longer pause."""
+UNPROVEN_LATE_SECONDS = 1.5
+"""The same for a server that has never computed a step for this client: it may be one that never does."""
 LATE_FACTOR = 5.0
 """How many times its usual seconds a step may take before it is late: a prompt, or a slow server."""
 MOST_TRIED = 32
@@ -20,33 +22,48 @@ PATIENT_AFTER = 2
 """A server that was late so often in a session, and still the first to answer, is left. If there is no better one, it
 has twice the time at each later time: the second servers would do all the work of a busy swarm twice."""
 MOST_DOUBLINGS = 6
+OPENING_LATE_SECONDS = 1.0
+"""A server that takes longer to accept a stream, or to open a session, is late: each usually takes a round trip or two,
+and nothing is computed for it."""
+OPENING_LATE_ROUND_TRIPS = 6.0
+"""How many round trips it may take, where these are long."""
+WARY_SECONDS = 300.0
+"""After a server that has never computed for it was late, a client rather takes servers that have, for so long."""
 OVERTAKEN_SECONDS = 300.0
 """For how long a client remembers that a server was overtaken."""
 
 
-def late_after(usual_seconds: float, *, num_late: int = 0) -> float:
+def late_after(usual_seconds: float, *, num_late: int = 0, is_proven: bool = True) -> float:
     """The seconds after which a step is late that usually takes `usual_seconds`.
 
-    Its server was late `num_late` times before in this session, and answered first.
+    Its server was late `num_late` times before in this session, and answered first. It `is_proven` if it has computed
+    steps for this client before.
     """
     growth = 1 << min(max(0, num_late + 1 - PATIENT_AFTER), MOST_DOUBLINGS)
-    return max(LATE_SECONDS, LATE_FACTOR * usual_seconds) * growth
+    least = LATE_SECONDS if is_proven else UNPROVEN_LATE_SECONDS
+    return max(least, LATE_FACTOR * usual_seconds) * growth
+
+
+def opening_late_after(round_trip: float | None) -> float:
+    """The seconds after which a server is late to open what it was asked to. `round_trip` is None if it is unknown."""
+    return max(OPENING_LATE_SECONDS, OPENING_LATE_ROUND_TRIPS * (round_trip or 0.0))
 
 
 @dataclass(frozen=True)
 class Awaited:
     """The oldest step that a server has been asked for, and has the inputs of: since when, and what it usually takes.
 
-    `key` is the step's epoch and position.
+    `key` is the step's epoch and position. The server `is_proven` if it has computed steps for this client before.
     """
 
     key: tuple[int, int]
     since: float
     usual_seconds: float
+    is_proven: bool = True
 
     def late_at(self, *, num_late: int = 0) -> float:
         """From when on the step is late."""
-        return self.since + late_after(self.usual_seconds, num_late=num_late)
+        return self.since + late_after(self.usual_seconds, num_late=num_late, is_proven=self.is_proven)
 
 
 @dataclass(frozen=True)

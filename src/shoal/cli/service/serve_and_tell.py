@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.cli.nearby.announce_swarm import announce_swarm
+from shoal.cli.service.spare_memory import give_memory_back
 from shoal.cli.terminal.console import ProgressReporter, waiting
 from shoal.cli.terminal.notify import notify
 from shoal.cli.terminal.serve_output import describe
@@ -71,6 +72,7 @@ async def _serve(
     async with (
         serve(config, node, report=show) as server,
         owned_task(announce_swarm(server, came_by, asked=lan if swarm_key is None else False)),
+        owned_task(give_memory_back()),
     ):
         reporter.stop()
         is_up = True

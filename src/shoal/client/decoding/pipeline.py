@@ -181,7 +181,8 @@ class Pipeline:
             if step is not None:
                 known = before.get(stage)
                 if known is None or known.key != step.key:
-                    known = Awaited(step.key, now(), step.usual_seconds)
+                    is_proven = self._swarm.measurements.is_confirmed(stage.peer)
+                    known = Awaited(step.key, now(), step.usual_seconds, is_proven)
                 self.awaited[stage] = known
 
     def next_failure(self) -> Stage | None:

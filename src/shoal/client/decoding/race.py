@@ -9,16 +9,21 @@ nothing, as one that replaces a lost server does: it computes the history of the
 
 If the late server answers first, the second one is let go. Otherwise the second takes its place in the ring, with what
 it has computed, and the late one is let go. It is not blamed for that, except if it happens again.
+
+If the second server is late too, there may be many of the kind. Then others are tried (`wait_for_others`), and the next
+one is among those that compute anything at all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
+from shoal.client.decoding.opening.trials import wait_for_others
 from shoal.client.decoding.outputs import beside
 from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.route_planner import RoutePlanner
@@ -32,6 +37,8 @@ from shoal.policy.lateness import MOST_TRIED, PATIENT_AFTER, Awaited
 
 log = logging.getLogger(__name__)
 
+TRIAL_SECONDS = 2.0
+"""How long others are tried. After that, the next one is chosen among all."""
 RETRY_SECONDS = 3.0
 """How soon other servers are sought again if there was none."""
 
@@ -143,15 +150,23 @@ class Race:
         is_hopeful = any(now() < each.hopeful_until() for each in self._seconds)
         if self._late is None or is_hopeful or len(self._seconds) >= MOST_TRIED:
             return
-        tried = frozenset({holding(self._late.hop.server)}).union(*(each.tried for each in self._seconds))
+        tried = frozenset[Holding]().union(*(each.tried for each in self._seconds))
         second = Second(now())
-        second.task = asyncio.create_task(self._compute(second, pipeline, self._late, excluded | tried))
+        second.task = asyncio.create_task(self._compute(second, pipeline, self._late, excluded, tried))
         self._seconds.append(second)
 
-    async def _compute(self, second: Second, pipeline: Pipeline, late: Stage, excluded: Set[Holding]) -> None:
-        """Let other servers compute all of a stage, up to the late step."""
+    async def _compute(
+        self, second: Second, pipeline: Pipeline, late: Stage, excluded: Set[Holding], tried: Set[Holding]
+    ) -> None:
+        """Let other servers compute all of a stage, up to the late step. The `tried` ones were asked in vain."""
         news, num_tokens = asyncio.Event(), self._position
         try:
+            if tried:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(TRIAL_SECONDS):
+                        like = late.history.between(num_tokens - 1, num_tokens)
+                        await wait_for_others(self._swarm, late.hop.server, late.hop.span, like)
+            excluded = {holding(late.hop.server), *tried, *excluded}
             route = await self._planner.replacement(late, pipeline, excluded, rather_confirmed=True)
             second.tried = frozenset(holding(hop.server) for hop in route.hops)
             second.pipeline = others = self._planner.pipeline(route, late.history, news.set)

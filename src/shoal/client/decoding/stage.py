@@ -128,6 +128,11 @@ class Stage:
         opening = self._opening if self.status is StageStatus.OPENING else None
         return opening.answer[0].num_tokens if isinstance(opening, Opening) and opening.answer is not None else 0
 
+    @property
+    def offers_cached(self) -> bool:
+        """Whether the answer to the opening may bring the outputs of tokens that the server has in its cache."""
+        return isinstance(self._opening, Opening) and self._opening.num_offered > self._opening.num_skipped
+
     def take_timings(self) -> list[tuple[int, float]]:
         """The tokens of each step that was answered since the last call, and the seconds that it took."""
         timings, self._timings = self._timings, []

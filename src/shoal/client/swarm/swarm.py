@@ -12,7 +12,6 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -30,7 +29,7 @@ from shoal.client.swarm.known.server_probe import ServerProbe
 from shoal.client.swarm.measurements import Measurements
 from shoal.client.swarm.waits import Waits
 from shoal.concurrency import now
-from shoal.errors import Misrouted, MissingBlocks, ServerBusy, ServerLost, ServerMoved
+from shoal.errors import Misrouted, MissingBlocks, ServerBusy, ServerLate, ServerLost, ServerMoved
 from shoal.ledgers.tabs import Tabs
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.net.transport import Node
@@ -110,7 +109,8 @@ class Swarm:
     ) -> Route:
         """The fastest route over a span through servers that may be used and have answered this client.
 
-        With `rather_confirmed`, it goes through servers only that have computed steps for this client, if they suffice.
+        With `rather_confirmed`, or for a session while the client is wary, it goes through servers only that have
+        computed steps for this client, if they suffice.
 
         The span may be a part of a ring, between the servers `upstream` and `downstream` of it. Servers that hold a
         block alone need not have answered. A head that is needed is dropped from the needs if no server offers one.
@@ -156,9 +156,9 @@ class Swarm:
                 except ServerLost as lost:
                     self.events.emit(events.ServerLost(lost.peer, str(lost)))
                     self.servers.blame(lost, since=began)
-                except ServerBusy as busy:
-                    log.info("%s", busy)
-                    self.servers.blame(busy)
+                except (ServerBusy, ServerLate) as unready:
+                    log.info("%s", unready)
+                    self.servers.blame(unready)
                 except Misrouted as misrouted:
                     log.info("%s", misrouted)
                     self.servers.blame(misrouted)
@@ -214,7 +214,3 @@ class Swarm:
         needs = replace(needs, needed_tokens=0)
         known = self.measurements.measured()
         return price_route(hops, needs=needs, known=known, upstream=upstream, downstream=downstream)
-
-    def reserving(self, route: Route) -> AbstractContextManager[None]:
-        """While this is open, other passes know of one on this route, and take other servers where that is faster."""
-        return self.measurements.reserving(route)

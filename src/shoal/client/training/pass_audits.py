@@ -178,7 +178,7 @@ class PassAudits:
                 route = await self._route_of_others(work.piece, not_by)
                 limit.reschedule(now() + max(LATE_SECONDS, LATE_FACTOR * route.seconds))
                 self._book.spend(_cost(work.piece.span, work.piece))
-                with self._swarm.reserving(route):
+                with self._swarm.measurements.reserving(route):
                     answer = await work.on(route.hops)
         except MissingBlocks as missing:
             log.debug("a pass cannot be audited: %s", missing)

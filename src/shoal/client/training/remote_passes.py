@@ -118,7 +118,7 @@ class RemotePasses:
         async def go_on(excluded: Set[Holding]) -> torch.Tensor:
             while (start := pieces[-1].span.end if pieces else microbatch.span.start) < end:
                 route = await self._swarm.route(Span(start, end), excluded, needs=pass_needs(hidden))
-                with self._swarm.reserving(route):
+                with self._swarm.measurements.reserving(route):
                     await follow(_planned(plan, microbatch, route))
             return hidden
 

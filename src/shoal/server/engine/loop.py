@@ -99,6 +99,7 @@ class EngineLoop:
             return await step.result
         finally:
             timer.cancel()
+            del step  # the traceback of its error has this frame: a circle, which would keep its inputs
 
     async def submit_pass(self, pieces: Pieces[T], payer: str = "") -> T:
         """The outcome of a single pass, which is computed piece by piece and counts for `payer`.
@@ -302,11 +303,8 @@ class EngineLoop:
             self._pass_size = self._pass_size.after_pass()
             return
         self._pass_size = self._pass_size.after_out_of_memory(tokens_without_memory)
-        log.warning(
-            "no memory for a pass of %d tokens; passes have at most %d now",
-            tokens_without_memory,
-            self._pass_size.limit,
-        )
+        told = "no memory for a pass of %d tokens; passes have at most %d now"
+        log.warning(told, tokens_without_memory, self._pass_size.limit)
 
     # -- how long to wait --------------------------------------------------------------------------------------------
 

@@ -105,6 +105,9 @@ class SessionStream:
         finally:
             self._set_neighbors(None, None)
             self._engine.close(self._session)
+            # The ring and the receipts call this object, so it stays until the garbage collector looks for circles.
+            # What it holds of steps does not.
+            self._queue, self._answers, self._answered = StepQueue(request.epoch, 0), asyncio.Queue(), None
 
     def leave(self, seconds: float) -> None:
         """Tell the client, behind the answers that it is still sent, that the server goes away in `seconds`."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from shoal import events
-from shoal.concurrency import owned_task
+from shoal.concurrency import free_frames_of, owned_task
 from shoal.net.signing.token_digests import tensor_digest_aside
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
@@ -121,7 +121,11 @@ class Handler:
         try:
             if self._is_leaving:
                 raise asyncio.CancelledError
-            await self._serve_stream(stream)
+            try:
+                await self._serve_stream(stream)
+            except BaseException as error:
+                free_frames_of(error)
+                raise
         except asyncio.CancelledError:
             if not self._is_leaving:
                 raise

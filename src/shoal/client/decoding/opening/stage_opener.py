@@ -6,28 +6,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import torch
 
+from shoal.client.decoding.opening.trials import wait_for_others
 from shoal.client.decoding.outputs import Sink
 from shoal.client.decoding.progress import StageStatus
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Neighbors, Stage
-from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.swarm import Swarm
-from shoal.concurrency import now
-from shoal.errors import PeerError, ServerLost
+from shoal.concurrency import now, owned_task
+from shoal.errors import PeerError, ServerLate
 from shoal.model.peft.factors import ActiveAdapters
+from shoal.policy.lateness import opening_late_after
 from shoal.policy.routing.route import Hop
 from shoal.protocol import Open
 
-OPEN_SECONDS = 3.0
-"""How long a server may take to accept a stream, and then to open a session, if others hold its blocks. Usually each
-takes a round trip."""
+log = logging.getLogger(__name__)
+
 LONGEST_OPEN_SECONDS = 10.0
-"""A server that has not opened a session after this time is lost, if it is the only one or sends what it has cached."""
+"""A server that has not opened a session after this time is lost, if no others are ready or it sends what it has
+cached."""
 
 
 class StageOpener:
@@ -48,25 +50,32 @@ class StageOpener:
         """Connect to a server, and send it the adapters that it lacks."""
         await stage.disconnect()  # an earlier attempt may have been interrupted
         try:
-            connection = await self._connection(stage.hop)
-            try:
+            async with contextlib.AsyncExitStack() as unless_adopted:
+                async with asyncio.timeout(None) as limit, self._racing(stage.hop, lambda: limit.reschedule(now())):
+                    connection = await self._swarm.connect(stage.hop.server)
+                    unless_adopted.push_async_callback(connection.close)
                 adapters = self._tuning.in_span(stage.hop.span)
                 await self._swarm.adapter_sync.ensure_loaded(connection, stage.hop.server, adapters, session=True)
-            except BaseException:
-                await connection.close()
-                raise
-            stage.adopt(connection)
+                stage.adopt(connection)
+                unless_adopted.pop_all()
+        except TimeoutError:
+            stage.fail(_late(stage.hop, "accepted no connection"))
         except PeerError as error:
             stage.fail(error)
 
-    async def _connection(self, hop: Hop) -> Connection:
-        """A new connection to the server of a hop. Raises `ServerLost`."""
-        peer = hop.server.peer
-        try:
-            async with asyncio.timeout(OPEN_SECONDS if self._swarm.servers.has_others(hop) else None):
-                return await self._swarm.connect(hop.server)
-        except TimeoutError:
-            raise ServerLost(f"{peer} did not answer within {OPEN_SECONDS:g} s", peer=peer) from None
+    @contextlib.asynccontextmanager
+    async def _racing(self, hop: Hop, others_are_ready: Callable[[], object]) -> AsyncIterator[None]:
+        """While this is open, other servers are tried when the server of a hop is late with what it should open."""
+
+        async def race() -> None:
+            round_trip = self._swarm.measurements.round_trips().get(hop.server.peer)
+            await asyncio.sleep(opening_late_after(round_trip))
+            log.info("%s is late: trying other servers", hop.server.peer)
+            await wait_for_others(self._swarm, hop.server, hop.span, self._inputs.like)
+            others_are_ready()
+
+        async with owned_task(race()):
+            yield
 
     async def send_open(self, stage: Stage, digests: torch.Tensor | None, *, skip: int, neighbors: Neighbors) -> None:
         """Ask a server to open the session. `digests` [B, pages, 16] name its first tokens, of which it may have some
@@ -101,9 +110,15 @@ class StageOpener:
         connection = stage.connection
         if connection is None:
             return
-        wire, late_at = self._swarm.config.wire, now() + OPEN_SECONDS
+        wire, others_are_ready = self._swarm.config.wire, asyncio.Event()
+
+        def give_up() -> None:
+            others_are_ready.set()
+            if not stage.offers_cached:
+                stage.has_news.set()
+
         try:
-            async with asyncio.timeout(LONGEST_OPEN_SECONDS):
+            async with asyncio.timeout(LONGEST_OPEN_SECONDS), self._racing(stage.hop, give_up):
                 while not (
                     stage.connection is not connection  # somebody else has closed it
                     or stage.has_failed
@@ -114,12 +129,8 @@ class StageOpener:
                     await stage.has_news.wait()
                     stage.has_news.clear()
                     # Something came, such as a pong, and not in the midst of a large answer: none is on its way.
-                    if (
-                        now() > late_at
-                        and stage.status is StageStatus.OPENING
-                        and self._swarm.servers.has_others(stage.hop)
-                    ):
-                        raise TimeoutError
+                    if others_are_ready.is_set() and stage.status is StageStatus.OPENING:
+                        connection.fail(_late(stage.hop, "opened no session"))
         except TimeoutError:
             connection.fail(connection.lost("does not open a session"))
         if stage.status is StageStatus.OPENING and not is_possible(stage.num_said_cached):
@@ -127,3 +138,7 @@ class StageOpener:
         if (not_cached := stage.not_cached) is not None:
             self._swarm.adapter_sync.forget(stage.peer, self._tuning.in_span(stage.hop.span), not_cached.adapters)
             await stage.reset()  # the next attempt uploads the adapters first
+
+
+def _late(hop: Hop, what: str) -> ServerLate:
+    return ServerLate(f"{hop.server.peer} {what} while others computed", peer=hop.server.peer)

@@ -13,10 +13,9 @@ from shoal.client.swarm.known.server_probe import ServerProbe
 from shoal.client.swarm.measurements import Measurements
 from shoal.client.swarm.waits import Outage
 from shoal.concurrency import now
-from shoal.errors import Interrupted, Misrouted, MissingBlocks, PeerError, ServerBusy, UnsupportedOperation
+from shoal.errors import Interrupted, Misrouted, MissingBlocks, PeerError, ServerBusy, ServerLate, UnsupportedOperation
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.routing.costs import Needs
-from shoal.policy.routing.route import Hop
 from shoal.policy.view import SwarmView, format_blocks
 from shoal.policy.waiting import LOOK_SECONDS
 from shoal.spans import Span
@@ -50,13 +49,14 @@ class KnownServers:
     ) -> SwarmView:
         """The servers that a route over a span may use. The directory is read if it is old, and some are pinged.
 
-        With `rather_confirmed`, only those that have computed steps for this client, if they suffice. A server that
-        failed lately is among them rather than none.
+        With `rather_confirmed`, only those that have computed steps for this client, if they suffice; so it is for
+        sessions once the client has met a server that does nothing. A server that failed lately is there rather than
+        none.
 
         Raises `UnsupportedOperation` if all servers of a block refuse single passes, which are needed, and `SwarmError`
         if the directory has never answered.
         """
-        if rather_confirmed:
+        if rather_confirmed or (needs.session and self._health.is_wary):
             confirmed = self._healthy(excluded, needs).only(lambda each: self._measurements.is_confirmed(each.peer))
             if not confirmed.missing(span):
                 return confirmed
@@ -158,9 +158,9 @@ class KnownServers:
         healthy = self._healthy(frozenset(), Needs(session=False)).servers
         return sum(server.span.start < span.end and span.start < server.span.end for server in healthy)
 
-    def has_others(self, hop: Hop) -> bool:
-        """Whether other servers, none of which has failed lately, announce the blocks of a hop."""
-        return not self._healthy({holding(hop.server)}).missing(hop.span)
+    def others(self, server: ServerInfo) -> SwarmView:
+        """The other servers, without those that have failed lately. They need not have answered."""
+        return self._healthy({holding(server)})
 
     def holdings(self, peers: Set[str]) -> set[Holding]:
         """What these peers announce to hold."""
@@ -186,22 +186,21 @@ class KnownServers:
         self._probe.record_answer(peer)
 
     def record_overtaken(self, peer: str, seconds: float) -> None:
-        """A server has not computed a step in `seconds`, and another one has. Once is no reason to avoid it."""
+        """A server has not computed a step in `seconds`, and another one has. Once is no reason to avoid it.
+
+        It is if the server has never computed any for this client.
+        """
         log.info("%s gave nothing for %.1f s: another server takes its place", peer, seconds)
-        self._health.record_overtaken(peer, f"gave nothing for {seconds:.1f} s, and others were faster")
+        reason = f"gave nothing for {seconds:.1f} s, and others were faster"
+        self._health.record_overtaken(peer, reason, is_proven=self._measurements.is_confirmed(peer))
 
     def blame(self, error: PeerError, *, since: float | None = None) -> None:
         """Keep away from a server that failed a request which began at the time `since`, now by default."""
-        match error:
-            case ServerBusy():
-                self._health.record_busy(error.peer, error.retry_after, str(error))
-            case Interrupted():  # it did nothing wrong
-                pass
-            case Misrouted():
-                self._health.record_misrouted(error.peer, str(error))
-            case _:
-                self._health.record_failure(error.peer, str(error), since=now() if since is None else since)
-                self._probe.record_failure(error.peer)
+        if isinstance(error, Interrupted):  # it did nothing wrong
+            return
+        self._health.record_error(error, since=now() if since is None else since)
+        if not isinstance(error, ServerBusy | ServerLate | Misrouted):
+            self._probe.record_failure(error.peer)
 
     def permit(self, config: ClientOptions) -> None:
         """From now on, use the servers that a changed config permits."""

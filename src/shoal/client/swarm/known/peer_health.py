@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shoal.errors import Misrouted, PeerError, ServerBusy, ServerLate
 from shoal.policy.health import (
     HealthRecord,
     after_busy,
@@ -14,7 +15,7 @@ from shoal.policy.health import (
     is_deprioritized,
     is_lost,
 )
-from shoal.policy.lateness import Overtaken, after_overtaken
+from shoal.policy.lateness import WARY_SECONDS, Overtaken, after_overtaken
 
 
 class PeerHealth:
@@ -24,6 +25,12 @@ class PeerHealth:
         self._clock = clock
         self._records: dict[str, HealthRecord] = {}
         self._overtaken: dict[str, Overtaken] = {}
+        self._wary_until = float("-inf")
+
+    @property
+    def is_wary(self) -> bool:
+        """Whether a server that did nothing was met lately: there may be more of its kind."""
+        return self._clock() < self._wary_until
 
     def deprioritized(self, peer: str) -> bool:
         """Whether other servers are preferred to this one now."""
@@ -37,6 +44,18 @@ class PeerHealth:
         """Whether this server has failed, and has not answered or announced itself since."""
         return is_lost(self._records.get(peer), self._clock())
 
+    def record_error(self, error: PeerError, *, since: float) -> None:
+        """A request that began at the time `since` ended with this error."""
+        match error:
+            case ServerBusy():
+                self.record_busy(error.peer, error.retry_after, str(error))
+            case ServerLate():
+                self.record_late(error.peer, str(error))
+            case Misrouted():
+                self.record_misrouted(error.peer, str(error))
+            case _:
+                self.record_failure(error.peer, str(error), since=since)
+
     def record_failure(self, peer: str, reason: str, *, since: float) -> None:
         """The server failed in a request that began at the time `since`."""
         self._records[peer] = after_failure(self._records.get(peer), reason, now=self._clock(), since=since)
@@ -49,14 +68,27 @@ class PeerHealth:
         """The server could not do what it was asked; it may do other things."""
         self._records[peer] = after_misrouted(self._records.get(peer), reason, now=self._clock())
 
-    def record_overtaken(self, peer: str, reason: str) -> None:
-        """Another server was faster than this one, which was late. The second time, it is deprioritized."""
+    def record_overtaken(self, peer: str, reason: str, *, is_proven: bool = True) -> None:
+        """Another server was faster than this one, which was late. The second time, it is deprioritized.
+
+        A server that is not proven, since it has never computed anything, is so the first time.
+        """
+        if not is_proven:
+            self.record_late(peer, reason)
+            return
         time = self._clock()
         self._overtaken[peer] = overtaken = after_overtaken(self._overtaken.get(peer), now=time)
         if overtaken.is_blamed:
             self._records[peer] = after_late(
                 self._records.get(peer), reason, now=time, num_before=overtaken.num_times - 2
             )
+
+    def record_late(self, peer: str, reason: str) -> None:
+        """The server did not open what others have opened meanwhile. They are preferred, from the first time on."""
+        time = self._clock()
+        self._overtaken[peer] = overtaken = after_overtaken(self._overtaken.get(peer), now=time)
+        self._records[peer] = after_late(self._records.get(peer), reason, now=time, num_before=overtaken.num_times - 1)
+        self._wary_until = time + WARY_SECONDS
 
     def record_success(self, peer: str) -> None:
         """The server answered: its failures are forgotten."""
