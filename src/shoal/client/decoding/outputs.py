@@ -27,11 +27,15 @@ class Sink(Protocol):
 
 
 class Outputs:
-    """What the last server answers for the tokens from `position` on: hidden states, or logits."""
+    """What the last server answers for the tokens from `position` on: hidden states, or logits of all of them.
 
-    def __init__(self, position: int) -> None:
+    Logits are wanted of the tokens from `logits_from` on only, if that is given.
+    """
+
+    def __init__(self, position: int, *, logits_from: int | None = None) -> None:
         self.num_tokens = position
         self.logits: list[Logits] = []
+        self.logits_from = position if logits_from is None else logits_from
         self._pieces: list[torch.Tensor] = []
 
     def append(self, outputs_BTD: torch.Tensor, start: int) -> None:
@@ -56,6 +60,19 @@ class Outputs:
             return Logits.joined(self.logits)
         return joined(self._pieces, dim=1)
 
+    def take(self, end: int) -> torch.Tensor | Logits:
+        """The same of the tokens before `end`, all of which are known. Those of later tokens stay."""
+        found = self.joined()
+        if isinstance(found, Logits):
+            found, later = found.split(end - self.logits_from)
+            self.logits, self.num_tokens = [] if later is None else [later], end
+        else:
+            num_taken = end - (self.num_tokens - found.shape[1])
+            self._pieces = [found[:, num_taken:]] if num_taken < found.shape[1] else []
+            found = found[:, :num_taken]
+        self.logits_from = end
+        return found
+
 
 class NoOutputs(Outputs):
     """Takes outputs that nothing needs: those of a standby, or of a replay."""
@@ -69,4 +86,6 @@ class NoOutputs(Outputs):
 
 def beside(sink: Sink) -> Outputs:
     """Where a second server's outputs go, which may become those of `sink`."""
-    return NoOutputs() if isinstance(sink, NoOutputs) else Outputs(sink.num_tokens)
+    if isinstance(sink, NoOutputs):
+        return NoOutputs()
+    return Outputs(sink.num_tokens, logits_from=sink.logits_from if isinstance(sink, Outputs) else None)

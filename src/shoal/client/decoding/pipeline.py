@@ -245,6 +245,7 @@ class Pipeline:
     ) -> tuple[list[PendingStep], dict[TensorName, torch.Tensor]]:
         """The next step of each server of a run that begins at `index`, and the tensors for the first of them."""
         stage, start = run[0], run[0].progress.num_requested
+        limit = min(limit, self._inputs.step_end(start))
         batch_size = self._inputs.like.shape[0]
         length = max(1, max_tokens // batch_size)
         if len(run) > 1:
@@ -257,7 +258,7 @@ class Pipeline:
             known = self.sink(index + offset).num_tokens if logits_request is None else 0
             num_logits = 0
             if logits_request is not None:
-                num_logits = logits_request.within(end, start=start, num_tokens=limit)
+                num_logits = max(0, end - max(start, self.outputs.logits_from))
             steps.append(
                 PendingStep(
                     epoch=self._inputs.epoch.number,
@@ -320,9 +321,8 @@ class Pipeline:
         """The names of the pages with which the inputs of a stage begin; None if there are none."""
         stage = self.stages[index]
         inputs_BSD = stage.history.since(0)[:, : self._end]
-        logits_request = self._logits_request_for(index)
-        if logits_request is not None:  # a server keeps no logits, so it has to compute these tokens
-            inputs_BSD = inputs_BSD[:, : -logits_request.num_tokens]
+        if self._logits_request_for(index) is not None:  # a server keeps no logits, so it has to compute these tokens
+            inputs_BSD = inputs_BSD[:, : self.outputs.logits_from]
         return page_names(inputs_BSD, stage.hop.span, self._inputs, self._tuning)
 
     async def disconnect(self) -> None:
