@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shoal.client.generation.drafting.drafter import Drafter, ReadsAhead, Source
+from shoal.client.generation.drafting.drafter import Drafter, LooksFurther, ReadsAhead, Source
 from shoal.policy.speculation.acceptance import Acceptance
 from shoal.policy.speculation.guess_count import Balance, Offer, best_offer
+from shoal.policy.speculation.rounds_ahead import MOST_ROUNDS, tokens_ahead
 from shoal.policy.speculation.step_times import StepTimes
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """The tokens that a step guesses, in order, and where they come from."""
+    """The tokens that a step guesses, in order, and where they come from.
+
+    All tokens of a step that is ahead are guesses, its first one too, which is a token of the text otherwise.
+    """
 
     tokens: tuple[int, ...] = ()
     source: Source | None = None
+
+    def reached(self) -> Guesses:
+        """Those of a step that is ahead no more, since its first token was right."""
+        return replace(self, tokens=self.tokens[1:])
 
 
 NO_GUESSES = Guesses()
@@ -49,6 +57,8 @@ class Speculation:
         self._times = StepTimes()
         self._balance = Balance()
         self._draft_seconds = 0.0  # which the latest guesses took to make
+        self._guessing: Drafter | None = None  # whose guesses are under way
+        self._is_whole = False  # whether all guesses of the last round that had some were right
 
     @property
     def is_behind(self) -> bool:
@@ -69,11 +79,33 @@ class Speculation:
         if chosen is None:
             return NO_GUESSES
         index, count = chosen
-        drafter, source = found[index]
+        self._guessing, source = found[index]
         started = self._clock()
-        tokens = tuple(drafter.guesses(count))
+        tokens = tuple(self._guessing.guesses(count))
         self._draft_seconds = self._clock() - started
         return Guesses(tokens, source) if tokens else NO_GUESSES
+
+    def further(self, under_way: Sequence[Guesses], *, most: int) -> Guesses:
+        """What to send behind guesses that are not judged yet, at most `most`. The first token is a guess too."""
+        drafter = self._guessing
+        if not self._is_whole or len(under_way) >= MOST_ROUNDS or not isinstance(drafter, LooksFurther):
+            return NO_GUESSES
+        source = drafter.source()
+        assumed = [token for guesses in under_way for token in guesses.tokens]
+        if source is None or not assumed:
+            return NO_GUESSES
+        count = self._num_further(source, len(assumed), most)
+        started = self._clock()
+        tokens = tuple(drafter.further(assumed, count)) if count > 0 else ()
+        self._draft_seconds += self._clock() - started
+        return Guesses(tokens, source) if tokens else NO_GUESSES
+
+    def _num_further(self, source: Source, num_assumed: int, most: int) -> int:
+        if self._fixed is not None:
+            return min(1 + self._fixed, most)
+        offer = Offer(self._acceptance(source).rate, source.seconds_each)
+        most_seconds = self._balance.may_lose(self._times.of(1))
+        return tokens_ahead(self._times, offer, num_assumed=num_assumed, most=most, most_seconds=most_seconds)
 
     def _chosen(self, sources: Sequence[Source], most: int) -> tuple[int, int] | None:
         """The index of the source that guesses, and how many tokens; None if nothing is guessed."""
@@ -87,26 +119,39 @@ class Speculation:
         most_seconds = self._balance.may_lose(self._times.of(1))
         return best_offer(self._times, offers, most=most, most_seconds=most_seconds)
 
-    def judged(self, guesses: Guesses, tokens: Sequence[int]) -> None:
-        """A step with these guesses gave these tokens."""
-        if guesses.source is not None:
-            num_right = sum(token == guess for token, guess in zip(tokens, guesses.tokens, strict=False))
-            self.num_guessed += len(guesses.tokens)
+    def judged(self, guesses: Guesses, tokens: Sequence[int], *, ahead: Sequence[Guesses] = ()) -> bool:
+        """A step with these guesses gave these tokens. Returns whether the step that is `ahead`, if any, still counts.
+
+        If it does not, none behind it does.
+        """
+        assumed = guesses.tokens + (ahead[0].tokens[:1] if ahead else ())
+        num_right = sum(token == guess for token, guess in zip(tokens, assumed, strict=False))
+        is_whole = num_right == len(assumed)
+        if guesses.source is not None or ahead:
+            source = guesses.source or ahead[0].source
+            assert source is not None
+            self.num_guessed += len(assumed)
             self.num_right += num_right
-            self._acceptances[guesses.source.name] = self._acceptance(guesses.source).after(
-                num_right=num_right, num_guesses=len(guesses.tokens)
+            self._acceptances[source.name] = self._acceptance(source).after(
+                num_right=num_right, num_guesses=len(assumed)
             )
+            self._is_whole = is_whole
+            if ahead and not is_whole:
+                self.num_guessed += sum(len(each.tokens) for each in ahead) - 1
         for drafter in self._drafters:
             drafter.append(tokens)
+        return bool(ahead) and is_whole
 
-    def timed(self, guesses: Guesses, num_tokens: int, seconds: float) -> None:
-        """The step with these guesses gave `num_tokens`, and took `seconds` until the next could be sent.
+    def timed(self, guesses: Guesses, num_tokens: int, seconds: float, *, was_ahead: bool = False) -> None:
+        """The step with these guesses gave `num_tokens`, `seconds` after the one before it.
 
-        The guesses of the next were made in that time, which says nothing of how long a step takes, and is a cost.
+        If it was not ahead, it was sent then: that is how long it took. The guesses of the next were made in that time,
+        which says nothing of how long a step takes, and is a cost.
         """
         of_step = max(0.0, seconds - self._draft_seconds)
-        self._times = self._times.after(1 + len(guesses.tokens), of_step)
-        plain_seconds = num_tokens * self._times.of(1) if guesses.tokens else of_step
+        if not was_ahead:
+            self._times = self._times.after(1 + len(guesses.tokens), of_step)
+        plain_seconds = num_tokens * self._times.of(1) if guesses.tokens or was_ahead else of_step
         self._balance = self._balance.after(seconds, plain_seconds=plain_seconds)
 
     def _acceptance(self, source: Source) -> Acceptance:
