@@ -56,9 +56,11 @@ class Speculation:
         self._acceptances: dict[str, Acceptance] = {}
         self._times = StepTimes()
         self._balance = Balance()
-        self._draft_seconds = 0.0  # which the latest guesses took to make
+        self._balance_ahead = Balance()  # of rounds ahead alone
+        self._draft_seconds = 0.0  # which guesses took to make since the last step was timed
         self._guessing: Drafter | None = None  # whose guesses are under way
         self._is_whole = False  # whether all guesses of the last round that had some were right
+        self._num_in_vain = 0  # tokens of steps ahead that did not count, since the last step was timed
 
     @property
     def is_behind(self) -> bool:
@@ -73,7 +75,6 @@ class Speculation:
 
     def guesses(self, *, most: int) -> Guesses:
         """What to send behind the last token of the text, at most `most`."""
-        self._draft_seconds = 0.0
         found = [(drafter, source) for drafter in self._drafters if (source := drafter.source()) is not None]
         chosen = self._chosen([source for _, source in found], most)
         if chosen is None:
@@ -82,7 +83,7 @@ class Speculation:
         self._guessing, source = found[index]
         started = self._clock()
         tokens = tuple(self._guessing.guesses(count))
-        self._draft_seconds = self._clock() - started
+        self._draft_seconds += self._clock() - started
         return Guesses(tokens, source) if tokens else NO_GUESSES
 
     def further(self, under_way: Sequence[Guesses], *, most: int) -> Guesses:
@@ -104,7 +105,7 @@ class Speculation:
         if self._fixed is not None:
             return min(1 + self._fixed, most)
         offer = Offer(self._acceptance(source).rate, source.seconds_each)
-        most_seconds = self._balance.may_lose(self._times.of(1))
+        most_seconds = min(each.may_lose(self._times.of(1)) for each in (self._balance, self._balance_ahead))
         return tokens_ahead(self._times, offer, num_assumed=num_assumed, most=most, most_seconds=most_seconds)
 
     def _chosen(self, sources: Sequence[Source], most: int) -> tuple[int, int] | None:
@@ -137,7 +138,8 @@ class Speculation:
             )
             self._is_whole = is_whole
             if ahead and not is_whole:
-                self.num_guessed += sum(len(each.tokens) for each in ahead) - 1
+                self._num_in_vain = sum(len(each.tokens) for each in ahead)
+                self.num_guessed += self._num_in_vain - 1
         for drafter in self._drafters:
             drafter.append(tokens)
         return bool(ahead) and is_whole
@@ -153,6 +155,10 @@ class Speculation:
             self._times = self._times.after(1 + len(guesses.tokens), of_step)
         plain_seconds = num_tokens * self._times.of(1) if guesses.tokens or was_ahead else of_step
         self._balance = self._balance.after(seconds, plain_seconds=plain_seconds)
+        alone_seconds = max(seconds, self._times.of(1 + len(guesses.tokens))) if was_ahead else seconds
+        lost = self._num_in_vain * self._times.each
+        self._balance_ahead = self._balance_ahead.after(seconds, plain_seconds=alone_seconds - lost)
+        self._draft_seconds, self._num_in_vain = 0.0, 0
 
     def _acceptance(self, source: Source) -> Acceptance:
         return self._acceptances.get(source.name, Acceptance(source.prior))
