@@ -147,17 +147,25 @@ def test_behind_a_round_that_was_right_several_are_under_way(swarm: MakeSwarm, w
         assert (drafter.num_asked, stream.num_right) == (num_alone, num_right)
 
 
-@pytest.mark.parametrize("drafter", [foreseeing, far_sighted])
-@pytest.mark.parametrize("is_right", [always, mostly])
+@pytest.mark.parametrize(
+    ("drafter", "is_right", "num_guesses"),
+    [(foreseeing, mostly, 4), (far_sighted, mostly, 1), (far_sighted, always, 1), (far_sighted, always, 4)],
+)
 def test_guesses_are_right_through_the_loss_of_servers(
-    swarm: MakeSwarm, whole: PreTrainedModel, drafter: MakeDrafter, is_right: Callable[[int], bool]
+    swarm: MakeSwarm,
+    whole: PreTrainedModel,
+    drafter: MakeDrafter,
+    is_right: Callable[[int], bool],
+    num_guesses: int,
 ):
     net = swarm("0:2", "2:4", "0:2", "2:4", "0:2", "2:4")
     model = net.model()
     wanted = expected(whole, PROMPTS[0], 0, {})
     with model.inference_session(max_length=64) as session:
         draft = drafter(PROMPTS[0], wanted, is_right)
-        stream = model.stream(PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=draft, num_guesses=1, session=session)
+        stream = model.stream(
+            PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=draft, num_guesses=num_guesses, session=session
+        )
         found = []
         for token in stream:
             found.append(token.id)
@@ -188,6 +196,26 @@ def test_a_servers_head_answers_for_all_guesses(swarm: MakeSwarm, whole: PreTrai
     for is_right, drafter in itertools.product(DRAFTS, (foreseeing, far_sighted)):
         draft = drafter(PROMPTS[0], wanted, is_right)
         assert counted_trips(without_head(model), PROMPTS[0], draft, num_guesses=2)[0] == wanted
+
+
+@pytest.mark.parametrize("is_right", [always, mostly])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_servers_head_answers_for_several_rounds_when_a_server_is_lost(
+    swarm: MakeSwarm, whole: PreTrainedModel, is_right: Callable[[int], bool], lost: int
+):
+    net = swarm_with_head(swarm, "0:2", "2:4")
+    net.start("0:2")
+    net.start("2:4", serve_head=True)
+    model = without_head(net.model(config=REMOTE))
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    with model.inference_session(max_length=64) as session:
+        draft = far_sighted(PROMPTS[0], wanted, is_right)
+        found = []
+        for token in model.stream(PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=draft, num_guesses=1, session=session):
+            found.append(token.id)
+            if len(found) == 5:
+                net.kill(session.servers[lost])
+    assert found == wanted
 
 
 def test_no_more_is_guessed_than_an_answer_can_have_logits_for(
