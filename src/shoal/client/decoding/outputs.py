@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from shoal.client.head.logits import Logits
+from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.answers import joined
 from shoal.protocol import MAX_LENGTH
 
@@ -37,6 +37,11 @@ class Outputs:
         self.logits: list[Logits] = []
         self.logits_from = position if logits_from is None else logits_from
         self._pieces: list[torch.Tensor] = []
+
+    @classmethod
+    def of_step(cls, position: int, end: int, logits_request: LogitsRequest | None) -> Outputs:
+        """For the tokens between two positions, or the logits of as many last ones as are asked for."""
+        return cls(position, logits_from=None if logits_request is None else end - logits_request.num_tokens)
 
     def append(self, outputs_BTD: torch.Tensor, start: int) -> None:
         assert start <= self.num_tokens

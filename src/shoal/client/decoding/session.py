@@ -59,8 +59,7 @@ from shoal.spans import Span
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_SECONDS = 5.0
-"""How long the repair of an idle session waits for a server at a time. The next step, which waits as long as the client
-is patient, cannot begin before."""
+"""How long the repair of an idle session waits for a server at a time: the next step cannot begin before."""
 
 Change = int | tuple[int, ...]
 """What is due before the next step: to forget all tokens after the first n, or to rearrange the rows of the batch."""
@@ -159,9 +158,7 @@ class Session:
     @property
     def standbys(self) -> tuple[Hop, ...]:
         """The servers that are kept warm to take another's place."""
-        return tuple(
-            stage.hop for pipeline in self._standby.standbys.values() for stage in pipeline.stages if pipeline.is_open
-        )
+        return tuple(stage.hop for each in self._standby.standbys.values() if each.is_open for stage in each.stages)
 
     @property
     def state(self) -> SessionState:
@@ -208,8 +205,7 @@ class Session:
                     self._changes.append(position)  # an interrupted step may have left tokens
                     await self._make_changes()
                     self._inputs.append(as_received(hidden_BTD, self._swarm.config.wire), positions_BT, mask_BS)
-                    num_logits = logits_request.num_tokens if logits_request is not None else 0
-                    outputs = Outputs(position, logits_from=end - num_logits)
+                    outputs = Outputs.of_step(position, end, logits_request)
                 self._inputs.append_ahead(ahead, wire=self._swarm.config.wire)
                 await self._run_until(partial(self._is_answered, end), outputs, logits_request)
                 assert self._pipeline is not None
@@ -223,23 +219,22 @@ class Session:
 
     # -- going back, and rearranging ----------------------------------------------------------------------------------
 
-    async def _take_back_ahead(self) -> None:
+    def _take_back_ahead(self) -> None:
         """Forget the steps that were sent ahead: they are sent again in their turn."""
-        if first := self._inputs.first_ahead:
-            self._changes[:0] = first
-            await self._make_changes(at_most=IDLE_WAIT_SECONDS)
+        for start in self._inputs.take_back_ahead(self._all_stages):
+            self._auditor.cropped(start)
 
-    async def _make_changes(self, *, at_most: float | None = None) -> None:
+    async def _make_changes(self) -> None:
         """Make the changes that were asked for since the last step, once all inputs are known up to there."""
         while self._changes:
             change = self._changes[0]
             if isinstance(change, tuple):
-                await self._run_until(self._is_settled, at_most=at_most)
+                await self._run_until(self._is_settled)
                 self._inputs.rearrange(change, self._all_stages)
                 self._auditor.rearranged(change, self._stages)
             elif self._reaches_beyond(change):
                 self._inputs.crop(change)
-                await self._run_until(self._is_settled, at_most=at_most)
+                await self._run_until(self._is_settled)
                 self._inputs.forget(change, self._all_stages)
                 self._auditor.cropped(change)
             self._changes.pop(0)
@@ -362,11 +357,10 @@ class Session:
     async def _recover(self, doubt: Doubt) -> None:
         """Compute again what follows from outputs that are not to be trusted, and say which tokens are doubtful."""
         async with self._busy:
-            await self._take_back_ahead()
-            name, end = self._swarm.model.name, self._inputs.num_tokens
-            found = TextDoubtful(id(self), name, doubt.position, end, doubt.reason)
-            self.doubtful = (*self.doubtful, found)
-            self._swarm.events.emit(found)
+            self._take_back_ahead()
+            text = TextDoubtful(id(self), self._swarm.model.name, doubt.position, self._inputs.num_tokens, doubt.reason)
+            self.doubtful = (*self.doubtful, text)
+            self._swarm.events.emit(text)
             if self._closed or not doubt.can_be_mended:
                 return
             for stage in self._all_stages:

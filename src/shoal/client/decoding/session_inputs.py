@@ -84,6 +84,14 @@ class SessionInputs:
         """The position from which on all tokens were sent ahead, if any were."""
         return tuple(each.start for each in self.ahead[:1])
 
+    def take_back_ahead(self, stages: Sequence[Stage]) -> tuple[int, ...]:
+        """Forget all tokens that were sent ahead, also on these stages: all that there are. Returns `first_ahead`."""
+        first = self.first_ahead
+        for start in first:
+            self.crop(start)
+            self.forget(start, stages)
+        return first
+
     def append_ahead(self, steps: Sequence[StepInputs], *, wire: Encoding) -> None:
         """Let these steps, and no others, be ahead. They are not padded; the first of them may be so already."""
         for step in steps[len(self.ahead) :]:

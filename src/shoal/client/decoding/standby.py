@@ -72,7 +72,7 @@ class StandbyManager:
         inputs: SessionInputs,
         planner: RoutePlanner,
         busy: asyncio.Lock,
-        take_back: Callable[[], Awaitable[None]],
+        take_back: Callable[[], None],
     ) -> None:
         self.standbys: dict[Stage, Pipeline] = {}
         """For a stage of the session, the servers that can take its place."""
@@ -138,7 +138,7 @@ class StandbyManager:
         """Replace the servers that have failed, unless a step runs: that replaces them itself."""
         if not self._busy.locked() and any(stage.has_failed for stage in pipeline.stages):
             async with self._busy:
-                await self._take_back()
+                self._take_back()
                 await repair()
 
     async def _consider_rerouting(self, pipeline: Pipeline) -> None:
@@ -213,6 +213,6 @@ class StandbyManager:
             if not (stage.is_leaving and standby.is_open and lag <= STANDBY_LAG_TOKENS):
                 continue
             async with self._busy:
-                await self._take_back()
+                self._take_back()
                 if stage in pipeline.stages and not stage.has_failed and self.promote(stage, pipeline):
                     await stage.disconnect()
