@@ -14,8 +14,9 @@ servers; ratios are those of a round, and the table has their medians. The texts
 - *new*: a text of which nothing was told, `draft="auto"`.
 - *new, its draft*: the same, guessed by the bundled model's own draft (docs/stories.md), or by `--draft MODEL`.
 - *draft P %*: the same new story. A drafter that knows the text guesses it, and lies at random, so that P of 100
-  guesses are right if all before them were. It takes no time: a real one of that acceptance gains less. With 100 %, it
-  is what a model that repeats faithfully gets from a text that was given.
+  guesses are right if all before them were. It takes no time: a real one of that acceptance gains less.
+- *copied*: the same, always right, as where a model repeats a text faithfully; and once more with one round on its way
+  at a time.
 - *adversary*: it lies each time, and says that it is certain.
 
 "Bound" is how many tokens a step gave: what is gained if a step with guesses takes as long as one without. With
@@ -68,7 +69,7 @@ START = "Once upon a time, there was a little girl named Lily."
 OTHER = "Once upon a time, there was a little girl named Mia."
 KNOWN_START = 24
 """How many tokens of its story the bundled model is given, the third time."""
-ACCEPTANCES = (0.65, 0.85, 1.0)
+ACCEPTANCES = (0.65, 0.85)
 NUM_CLIENTS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,6 +94,14 @@ class KnownText:
     def further(self, assumed: Sequence[int], count: int) -> list[int]:
         first = self._position + len(assumed)
         return self._guesses[first : first + count]
+
+
+class OneAtATime:
+    """The same, but it does not look further than the guesses that are not judged."""
+
+    def __init__(self, text: Sequence[int], acceptance: float, *, says: float, seed: int) -> None:
+        known = KnownText(text, acceptance, says=says, seed=seed)
+        self.append, self.source, self.guesses = known.append, known.source, known.guesses
 
 
 @dataclass(frozen=True)
@@ -189,8 +198,10 @@ class Bench:
         if self._draft is not None:
             found.append(self._figure(network, "new, its draft", self._new, self._draft, plain=plain))
         for acceptance in ACCEPTANCES:
-            draft = KnownText(known, acceptance, says=min(acceptance, 0.95), seed=seed)
+            draft = KnownText(known, acceptance, says=acceptance, seed=seed)
             found.append(self._figure(network, f"draft {acceptance:.0%}", self._new, draft, plain=plain))
+        for text, kind in {"copied": KnownText, "copied, one round at a time": OneAtATime}.items():
+            found.append(self._figure(network, text, self._new, kind(known, 1.0, says=0.85, seed=seed), plain=plain))
         adversary = KnownText(known, 0.0, says=0.95, seed=seed)
         found.append(self._figure(network, "adversary", self._new, adversary, plain=plain))
         found.append(self._of_many(network))
