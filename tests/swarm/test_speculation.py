@@ -189,6 +189,19 @@ def test_a_session_that_was_guessed_in_can_be_continued(
     assert first + second == wanted[:12]
 
 
+def test_a_text_that_ends_while_others_are_under_way_can_be_continued(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    end = next(index for index in range(6, NUM_TOKENS - 1) if wanted[index] not in wanted[:index])
+    with model.inference_session(max_length=64) as session:
+        draft = far_sighted(PROMPTS[0], wanted, always)
+        first = list(model.stream(PROMPTS[0], max_new_tokens=40, eos_token_id=wanted[end], draft=draft, num_guesses=1))
+        assert first[-1].finish_reason == "stop"
+        assert session.num_tokens == PROMPTS[0].shape[1] + end
+        second = model.generate(None, max_new_tokens=NUM_TOKENS - 1 - end)[0].tolist()
+    assert [each.id for each in first] + second == wanted
+
+
 @pytest.mark.parametrize("head_top_k", [None, 8])
 def test_a_servers_head_answers_for_all_guesses(swarm: MakeSwarm, whole: PreTrainedModel, head_top_k: int | None):
     model = swarm_with_head(swarm, "0:2", "2:4").model(config=replace(REMOTE, head_top_k=head_top_k))

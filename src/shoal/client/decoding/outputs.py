@@ -27,9 +27,9 @@ class Sink(Protocol):
 
 
 class Outputs:
-    """What the last server answers for the tokens from `position` on: hidden states, or logits of all of them.
+    """What the last server answers for the tokens from `position` on: hidden states of all, or logits.
 
-    Logits are wanted of the tokens from `logits_from` on only, if that is given.
+    Those are wanted of the tokens from `logits_from` on, by default of all too.
     """
 
     def __init__(self, position: int, *, logits_from: int | None = None) -> None:

@@ -245,7 +245,7 @@ class Pipeline:
     ) -> tuple[list[PendingStep], dict[TensorName, torch.Tensor]]:
         """The next step of each server of a run that begins at `index`, and the tensors for the first of them."""
         stage, start = run[0], run[0].progress.num_requested
-        limit = min(limit, self._inputs.step_end(start))
+        limit = self._inputs.within_step(start, limit)
         batch_size = self._inputs.like.shape[0]
         length = max(1, max_tokens // batch_size)
         if len(run) > 1:

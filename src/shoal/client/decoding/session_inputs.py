@@ -74,10 +74,9 @@ class SessionInputs:
         """Whether any sequence has padding."""
         return self._masks is not None
 
-    def step_end(self, position: int) -> int:
-        """Where the step ends to which the token at a position belongs: no message to a server has tokens of two."""
-        starts = (each.start for each in self.ahead)
-        return next((start for start in starts if start > position), self.num_tokens)
+    def within_step(self, position: int, end: int) -> int:
+        """The `end`, or where the step ends to which the token at a position belongs: no message has tokens of two."""
+        return min([end, *(each.start for each in self.ahead if each.start > position)])
 
     @property
     def first_ahead(self) -> tuple[int, ...]:
