@@ -15,6 +15,8 @@ servers; ratios are those of a round, and the table has their medians. The texts
 - *new, its draft*: the same, guessed by the bundled model's own draft (docs/stories.md), or by `--draft MODEL`.
 - *draft P %*: the same new story. A drafter that knows the text guesses it, and lies at random, so that P of 100
   guesses are right if all before them were. It takes no time: a real one of that acceptance gains less.
+- *copied*: the same, always right, as where a model repeats a text faithfully; and once more with one round on its way
+  at a time.
 - *adversary*: it lies each time, and says that it is certain.
 
 "Bound" is how many tokens a step gave: what is gained if a step with guesses takes as long as one without. With
@@ -76,8 +78,9 @@ class KnownText:
     """Guesses a text that it knows. Each guess is right with this probability."""
 
     def __init__(self, text: Sequence[int], acceptance: float, *, says: float, seed: int) -> None:
-        self._text, self._acceptance, self._says = list(text), acceptance, says
-        self._position, self._chance = 0, random.Random(seed)
+        chance = random.Random(seed)
+        self._guesses = [token if chance.random() < acceptance else token ^ 1 for token in text]
+        self._position, self._says = 0, says
 
     def append(self, tokens: Sequence[int]) -> None:
         self._position += len(tokens)
@@ -86,8 +89,19 @@ class KnownText:
         return Source("known", self._says)
 
     def guesses(self, count: int) -> list[int]:
-        ahead = self._text[self._position : self._position + count]
-        return [token if self._chance.random() < self._acceptance else token ^ 1 for token in ahead]
+        return self.further((), count)
+
+    def further(self, assumed: Sequence[int], count: int) -> list[int]:
+        first = self._position + len(assumed)
+        return self._guesses[first : first + count]
+
+
+class OneAtATime:
+    """The same, but it does not look further than the guesses that are not judged."""
+
+    def __init__(self, text: Sequence[int], acceptance: float, *, says: float, seed: int) -> None:
+        known = KnownText(text, acceptance, says=says, seed=seed)
+        self.append, self.source, self.guesses = known.append, known.source, known.guesses
 
 
 @dataclass(frozen=True)
@@ -186,6 +200,8 @@ class Bench:
         for acceptance in ACCEPTANCES:
             draft = KnownText(known, acceptance, says=acceptance, seed=seed)
             found.append(self._figure(network, f"draft {acceptance:.0%}", self._new, draft, plain=plain))
+        for text, kind in {"copied": KnownText, "copied, one round at a time": OneAtATime}.items():
+            found.append(self._figure(network, text, self._new, kind(known, 1.0, says=0.85, seed=seed), plain=plain))
         adversary = KnownText(known, 0.0, says=0.95, seed=seed)
         found.append(self._figure(network, "adversary", self._new, adversary, plain=plain))
         found.append(self._of_many(network))

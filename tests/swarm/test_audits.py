@@ -17,7 +17,7 @@ from shoal.policy.routing.switching import Looks
 
 from .harness import QUICK, Swarm
 from .lies import Liars, Lie, noise, shifted
-from .test_speculation import foreseeing, mostly
+from .test_speculation import MakeDrafter, far_sighted, foreseeing, mostly
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -70,16 +70,17 @@ def test_honest_servers_pass_audits_and_the_tokens_are_those_of_one_machine(
     assert not seen.doubts
 
 
+@pytest.mark.parametrize(("drafter", "num_guesses"), [(foreseeing, 4), (far_sighted, 1)])
 def test_servers_that_compute_guesses_are_audited_as_others_are(
-    swarm: MakeSwarm, audited: ClientOptions, whole: PreTrainedModel
+    swarm: MakeSwarm, audited: ClientOptions, whole: PreTrainedModel, drafter: MakeDrafter, num_guesses: int
 ):
     swarm_ = swarm("0:2", "2:4", "0:2", "2:4")
     seen = Seen()
     model = swarm_.model(config=replace(audited, observers=(seen,)))
     wanted = oracle(whole, PROMPT, 60)[0, PROMPT.shape[1] :].tolist()
     with model.inference_session(max_length=120) as session:
-        drafter = foreseeing(PROMPT, wanted, mostly)
-        stream = model.stream(PROMPT, max_new_tokens=60, draft=drafter, num_guesses=4, session=session)
+        draft = drafter(PROMPT, wanted, mostly)
+        stream = model.stream(PROMPT, max_new_tokens=60, draft=draft, num_guesses=num_guesses, session=session)
         assert [token.id for token in stream] == wanted
         swarm_.settle(lambda: len(seen.audits) >= 2)
         assert set(seen.findings) == set(session.servers)

@@ -23,7 +23,7 @@ from shoal.protocol import Open, Receipt, dump, parse
 
 from .harness import QUICK, Swarm
 from .lies import Liars, Signs, shifted
-from .test_speculation import foreseeing, mostly, never
+from .test_speculation import MakeDrafter, always, far_sighted, foreseeing, mostly, never
 
 MakeSwarm = Callable[..., Swarm]
 
@@ -260,15 +260,23 @@ def test_without_audits_no_receipts_are_asked_for(swarm: MakeSwarm, options: Cli
     assert not wires.receipts
 
 
-@pytest.mark.parametrize("is_right", [never, mostly])
+@pytest.mark.parametrize(
+    ("drafter", "is_right", "num_guesses"),
+    [(foreseeing, never, 4), (foreseeing, mostly, 4), (far_sighted, mostly, 1), (far_sighted, always, 4)],
+)
 def test_honest_servers_that_compute_guesses_sign_what_is_kept_of_them(
-    swarm: MakeSwarm, whole: PreTrainedModel, options: ClientOptions, is_right: Callable[[int], bool]
+    swarm: MakeSwarm,
+    whole: PreTrainedModel,
+    options: ClientOptions,
+    drafter: MakeDrafter,
+    is_right: Callable[[int], bool],
+    num_guesses: int,
 ):
     seen = Seen()
     model = swarm("0:2", "2:4").model(config=replace(options, observers=(seen,)))
     wanted = oracle(whole, PROMPT, 64)[0, PROMPT.shape[1] :].tolist()
-    drafter = foreseeing(PROMPT, wanted, is_right)
-    stream = model.stream(PROMPT, max_new_tokens=64, draft=drafter, num_guesses=4)
+    draft = drafter(PROMPT, wanted, is_right)
+    stream = model.stream(PROMPT, max_new_tokens=64, draft=draft, num_guesses=num_guesses)
     assert [token.id for token in stream] == wanted
     assert set(receipts_of(model)) == {ReceiptVerdict.AGREES}
     assert not seen.lost

@@ -39,6 +39,8 @@ MOMENTS = {
     "prefill": ("long", Failure("", after=3, phase="prefill")),
     "decode": ("short", Failure("", after=3, phase="decode")),
     "decode, while it computes": ("short", Failure("", after=3, late=0.01, phase="decode")),
+    "several steps under way": ("rounds", Failure("", after=3, phase="decode")),
+    "the same, while one is computed": ("rounds", Failure("", after=7, late=0.01, phase="decode")),
     "idle": ("turns", Failure("", phase="idle")),
     "forward": ("training", Failure("", after=1, late=0.01, phase="forward")),
     "backward": ("training", Failure("", after=1, phase="backward")),

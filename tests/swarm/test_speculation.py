@@ -21,6 +21,7 @@ from .test_remote_head import REMOTE, swarm_with_head, without_head
 from .test_streams import CONFIGS, PROMPTS, all_of, expected
 
 MakeSwarm = Callable[..., Swarm]
+MakeDrafter = Callable[..., Any]
 
 NUM_TOKENS = 16
 """What `expected` generates."""
@@ -46,6 +47,22 @@ class Foreseeing:
         return [token if self.is_right(place) else (token + 1) % 97 for place, token in zip(places, ahead, strict=True)]
 
 
+class FarSighted(Foreseeing):
+    """The same, and guesses behind its own guesses, so that several rounds are under way."""
+
+    def __init__(self, text: Sequence[int], is_right: Callable[[int], bool]) -> None:
+        super().__init__(text, is_right)
+        self.num_further = 0
+
+    def further(self, assumed: Sequence[int], count: int) -> list[int]:
+        self.num_further += 1
+        self.position += len(assumed)
+        found = self.guesses(count)
+        self.position -= len(assumed)
+        self.num_asked -= 1
+        return found
+
+
 def always(place: int) -> bool:
     return True
 
@@ -69,20 +86,27 @@ def foreseeing(prompt: torch.Tensor, wanted: Sequence[int], is_right: Callable[[
     return Foreseeing([*prompt[0].tolist(), *wanted], is_right)
 
 
+def far_sighted(prompt: torch.Tensor, wanted: Sequence[int], is_right: Callable[[int], bool]) -> FarSighted:
+    return FarSighted([*prompt[0].tolist(), *wanted], is_right)
+
+
 def counted_trips(model: Any, prompt: torch.Tensor, drafter: Foreseeing, **options: Any) -> tuple[list[int], int]:
     """The tokens, and how many steps it took."""
     tokens = [token.id for token in model.stream(prompt, max_new_tokens=NUM_TOKENS, draft=drafter, **options)]
     return tokens, drafter.num_asked
 
 
-@pytest.mark.parametrize(("is_right", "num_guesses"), [(always, 5), (never, 1), (mostly, 5), (every_other, 3)])
+@pytest.mark.parametrize("drafter", [foreseeing, far_sighted])
+@pytest.mark.parametrize(
+    ("is_right", "num_guesses"), [(always, 5), (always, 1), (never, 1), (mostly, 5), (mostly, 1), (every_other, 3)]
+)
 def test_whatever_is_guessed_the_tokens_are_those_of_generate(
-    swarm: MakeSwarm, whole: PreTrainedModel, is_right: Callable[[int], bool], num_guesses: int
+    swarm: MakeSwarm, whole: PreTrainedModel, is_right: Callable[[int], bool], num_guesses: int, drafter: MakeDrafter
 ):
     model = swarm("0:2", "2:4").model()
 
     async def text(prompt: torch.Tensor, seed: int, options: dict[str, Any], wanted: Sequence[int]) -> list[int]:
-        draft = foreseeing(prompt, wanted, is_right)
+        draft = drafter(prompt, wanted, is_right)
         stream = model.stream(
             prompt, max_new_tokens=NUM_TOKENS, draft=draft, num_guesses=num_guesses, seed=seed, **options
         )
@@ -112,13 +136,36 @@ def test_right_guesses_save_trips_and_wrong_ones_cost_none(swarm: MakeSwarm, who
     assert trips[never] == NUM_TOKENS - 2
 
 
-def test_guesses_are_right_through_the_loss_of_servers(swarm: MakeSwarm, whole: PreTrainedModel):
+def test_behind_a_round_that_was_right_several_are_under_way(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    for is_right, num_alone, num_right in ((always, 2, 13), (never, NUM_TOKENS - 2, 0)):
+        drafter = far_sighted(PROMPTS[0], wanted, is_right)
+        with model.stream(PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=drafter, num_guesses=3) as stream:
+            assert [token.id for token in stream] == wanted
+        # Only the first two rounds of those that are all right wait for the ones before them.
+        assert (drafter.num_asked, stream.num_right) == (num_alone, num_right)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "is_right", "num_guesses"),
+    [(foreseeing, mostly, 4), (far_sighted, mostly, 1), (far_sighted, always, 1), (far_sighted, always, 4)],
+)
+def test_guesses_are_right_through_the_loss_of_servers(
+    swarm: MakeSwarm,
+    whole: PreTrainedModel,
+    drafter: MakeDrafter,
+    is_right: Callable[[int], bool],
+    num_guesses: int,
+):
     net = swarm("0:2", "2:4", "0:2", "2:4", "0:2", "2:4")
     model = net.model()
     wanted = expected(whole, PROMPTS[0], 0, {})
     with model.inference_session(max_length=64) as session:
-        drafter = foreseeing(PROMPTS[0], wanted, mostly)
-        stream = model.stream(PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=drafter, num_guesses=4, session=session)
+        draft = drafter(PROMPTS[0], wanted, is_right)
+        stream = model.stream(
+            PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=draft, num_guesses=num_guesses, session=session
+        )
         found = []
         for token in stream:
             found.append(token.id)
@@ -128,24 +175,60 @@ def test_guesses_are_right_through_the_loss_of_servers(swarm: MakeSwarm, whole: 
     assert found == wanted
 
 
-def test_a_session_that_was_guessed_in_can_be_continued(swarm: MakeSwarm, whole: PreTrainedModel):
+@pytest.mark.parametrize(("drafter", "is_right"), [(foreseeing, never), (far_sighted, always)])
+def test_a_session_that_was_guessed_in_can_be_continued(
+    swarm: MakeSwarm, whole: PreTrainedModel, drafter: MakeDrafter, is_right: Callable[[int], bool]
+):
     model = swarm("0:2", "2:4").model()
     wanted = expected(whole, PROMPTS[0], 0, {})
     with model.inference_session(max_length=64) as session:
-        drafter = foreseeing(PROMPTS[0], wanted, never)
-        first = [each.id for each in model.stream(PROMPTS[0], max_new_tokens=7, draft=drafter, num_guesses=6)]
+        draft = drafter(PROMPTS[0], wanted, is_right)
+        first = [each.id for each in model.stream(PROMPTS[0], max_new_tokens=7, draft=draft, num_guesses=2)]
         assert session.num_tokens == PROMPTS[0].shape[1] + 6
         second = model.generate(None, max_new_tokens=5)[0].tolist()
     assert first + second == wanted[:12]
+
+
+def test_a_text_that_ends_while_others_are_under_way_can_be_continued(swarm: MakeSwarm, whole: PreTrainedModel):
+    model = swarm("0:2", "2:4").model()
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    end = next(index for index in range(6, NUM_TOKENS - 1) if wanted[index] not in wanted[:index])
+    with model.inference_session(max_length=64) as session:
+        draft = far_sighted(PROMPTS[0], wanted, always)
+        first = list(model.stream(PROMPTS[0], max_new_tokens=40, eos_token_id=wanted[end], draft=draft, num_guesses=1))
+        assert first[-1].finish_reason == "stop"
+        assert session.num_tokens == PROMPTS[0].shape[1] + end
+        second = model.generate(None, max_new_tokens=NUM_TOKENS - 1 - end)[0].tolist()
+    assert [each.id for each in first] + second == wanted
 
 
 @pytest.mark.parametrize("head_top_k", [None, 8])
 def test_a_servers_head_answers_for_all_guesses(swarm: MakeSwarm, whole: PreTrainedModel, head_top_k: int | None):
     model = swarm_with_head(swarm, "0:2", "2:4").model(config=replace(REMOTE, head_top_k=head_top_k))
     wanted = expected(whole, PROMPTS[0], 0, {})
-    for is_right in DRAFTS:
-        drafter = foreseeing(PROMPTS[0], wanted, is_right)
-        assert counted_trips(without_head(model), PROMPTS[0], drafter, num_guesses=4)[0] == wanted
+    for is_right, drafter in itertools.product(DRAFTS, (foreseeing, far_sighted)):
+        draft = drafter(PROMPTS[0], wanted, is_right)
+        assert counted_trips(without_head(model), PROMPTS[0], draft, num_guesses=2)[0] == wanted
+
+
+@pytest.mark.parametrize("is_right", [always, mostly])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_servers_head_answers_for_several_rounds_when_a_server_is_lost(
+    swarm: MakeSwarm, whole: PreTrainedModel, is_right: Callable[[int], bool], lost: int
+):
+    net = swarm_with_head(swarm, "0:2", "2:4")
+    net.start("0:2")
+    net.start("2:4", serve_head=True)
+    model = without_head(net.model(config=REMOTE))
+    wanted = expected(whole, PROMPTS[0], 0, {})
+    with model.inference_session(max_length=64) as session:
+        draft = far_sighted(PROMPTS[0], wanted, is_right)
+        found = []
+        for token in model.stream(PROMPTS[0], max_new_tokens=NUM_TOKENS, draft=draft, num_guesses=1, session=session):
+            found.append(token.id)
+            if len(found) == 5:
+                net.kill(session.servers[lost])
+    assert found == wanted
 
 
 def test_no_more_is_guessed_than_an_answer_can_have_logits_for(

@@ -56,6 +56,27 @@ def test_it_guesses_what_it_would_write_behind_any_text(kind: str, options: dict
         text += new
 
 
+@pytest.mark.parametrize(("kind", "options"), [("llama", {}), ("mistral", {"sliding_window": 4}), ("gpt2", {})])
+def test_behind_its_guesses_it_guesses_the_same_as_behind_a_text(kind: str, options: dict[str, Any]) -> None:
+    model, chance = tiny(kind, **options), Random(0)
+    text = [chance.randrange(NUM_WORDS) for _ in range(7)]
+    drafter = ModelDrafter(DraftModel(model, num_words=NUM_WORDS), text)
+    assumed: list[int] = []
+    for num_right in (3, 3, 0, 2, 3, 1, 3):
+        if not assumed:
+            assumed = drafter.guesses(3)
+        further = drafter.further(assumed, 2)
+        assert [*assumed, *further] == written(model, text, len(assumed) + 2)
+        if num_right == 3:
+            new, assumed = assumed[:3], [*assumed[3:], *further]
+        else:
+            new, assumed = [*assumed[:num_right], chance.randrange(NUM_WORDS)], []
+        drafter.append(new)
+        text += new
+    assert ModelDrafter(DraftModel(tiny("gpt2"), num_words=NUM_WORDS), [3] * 60).further([4, 4, 4], 9) != []
+    assert ModelDrafter(DraftModel(tiny("gpt2"), num_words=NUM_WORDS), [3] * 60).further([4] * 5, 9) == []
+
+
 def test_it_has_no_guesses_beyond_its_longest_text() -> None:
     model = tiny("gpt2")
     text = [3] * 62

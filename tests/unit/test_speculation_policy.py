@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.client.generation.drafting.drafter import Source
+from shoal.client.generation.drafting.drafter import Drafter, Source
 from shoal.client.generation.drafting.ngram_drafter import NgramDrafter
-from shoal.client.generation.speculating import NO_GUESSES, Speculation
+from shoal.client.generation.speculating import NO_GUESSES, Guesses, Speculation
 from shoal.policy.speculation.acceptance import Acceptance, expected_tokens
 from shoal.policy.speculation.guess_count import (
     FIRST_LOSS,
@@ -22,6 +22,7 @@ from shoal.policy.speculation.guess_count import (
     num_guesses,
     tokens_per_second,
 )
+from shoal.policy.speculation.rounds_ahead import tokens_ahead
 from shoal.policy.speculation.step_times import StepTimes
 
 NUM_WORDS = 2000
@@ -38,22 +39,69 @@ def times(one: float, each: float) -> StepTimes:
     return known
 
 
-def played(prompt: Sequence[int], text: Sequence[int], *, one: float, each: float, seed: int = 0) -> float:
-    """How many times as fast a text comes with guesses as without, if steps take these seconds, more or less."""
+class OneAtATime:
+    """A drafter that does not look further: each round is judged before the next one leaves."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.append, self.source, self.guesses = drafter.append, drafter.source, drafter.guesses
+
+
+class Trap:
+    """Knows the text, and is always wrong behind its own guesses."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        self._text, self._position = text, 0
+
+    def append(self, tokens: Sequence[int]) -> None:
+        self._position += len(tokens)
+
+    def source(self) -> Source:
+        return Source("trap", 0.95)
+
+    def guesses(self, count: int) -> list[int]:
+        return list(self._text[self._position : self._position + count])
+
+    def further(self, assumed: Sequence[int], count: int) -> list[int]:
+        return [-1] * count
+
+
+def played(
+    text: Sequence[int], drafter: Drafter, *, one: float, each: float, noise: float = 0.05, seed: int = 0
+) -> float:
+    """How many times as fast a text comes with guesses as without, if steps take these seconds, more or less.
+
+    Half of a step's time is the way to the slowest stage, which computes one step after another.
+    """
     chance = Random(seed)
-    speculation = Speculation(NgramDrafter(prompt))
-    seconds, position = 0.0, 0
+    speculation = Speculation(drafter, clock=lambda: 0.0)
+    seconds = before = free = 0.0
+    position = 0
+    sent: list[tuple[Guesses, float, bool]] = []  # guesses, when they are answered, and whether they were ahead
     while position < len(text):
-        guesses = speculation.guesses(most=min(64, len(text) - position - 1))
+        left = len(text) - position - 1
+        plan = [guesses for guesses, *_ in sent] or [speculation.guesses(most=min(64, left)) if left else NO_GUESSES]
+        while (room := left - sum(len(guesses.tokens) for guesses in plan)) > 0:
+            further = speculation.further(plan, most=min(64, room))
+            if not further.tokens:
+                break
+            plan.append(further)
+        for guesses in plan[len(sent) :]:
+            trip = one * (1 + noise * chance.gauss(0, 1))
+            free = max(free, seconds + trip / 2) + each * len(guesses.tokens)
+            sent.append((guesses, free + trip / 2, bool(sent)))
+        guesses, answered_at, was_ahead = sent.pop(0)
+        seconds = max(seconds, answered_at)
         tokens = [text[position]]
         for guess, token in zip(guesses.tokens, text[position + 1 :], strict=False):
             if guess != tokens[-1]:
                 break
             tokens.append(token)
-        took = (one + each * len(guesses.tokens)) * (1 + 0.05 * chance.gauss(0, 1))
-        speculation.judged(guesses, tokens)
-        speculation.timed(guesses, len(tokens), took)
-        seconds, position = seconds + took, position + len(tokens)
+        if speculation.judged(guesses, tokens, ahead=[later for later, *_ in sent]):
+            sent[0] = (sent[0][0].reached(), *sent[0][1:])
+        else:
+            sent.clear()
+        speculation.timed(guesses, len(tokens), seconds - before, was_ahead=was_ahead)
+        before, position = seconds, position + len(tokens)
     return one * len(text) / seconds
 
 
@@ -72,8 +120,8 @@ def test_a_text_that_is_repeated_or_rewritten_comes_faster(
 ):
     one, each = speed
     text = words(600, 1)
-    assert played(text, text, one=one, each=each) > verbatim
-    assert played(text, changed(text, 10), one=one, each=each) > rewritten
+    assert played(text, NgramDrafter(text), one=one, each=each) > verbatim
+    assert played(changed(text, 10), NgramDrafter(text), one=one, each=each) > rewritten
 
 
 @pytest.mark.parametrize("speed", [FAR, NEAR])
@@ -82,7 +130,7 @@ def test_a_text_of_chance_loses_next_to_nothing(speed: tuple[float, float], seed
     chance = Random(seed)
     text = [chance.randrange(num_words) for _ in range(500)]
     one, each = speed
-    assert played(text[:100], text[100:], one=one, each=each, seed=seed) > 0.97
+    assert played(text[100:], NgramDrafter(text[:100]), one=one, each=each, seed=seed) > 0.97
 
 
 @pytest.mark.parametrize("speed", [FAR, NEAR])
@@ -90,7 +138,57 @@ def test_a_text_whose_guesses_are_all_wrong_loses_next_to_nothing(speed: tuple[f
     """Each triple of words stood before, and each time something else follows."""
     one, each = speed
     text = [token for index in range(150) for token in (1, 2, 3, 10 + index)]
-    assert played(text[:40], text[40:], one=one, each=each) > 0.97
+    assert played(text[40:], NgramDrafter(text[:40]), one=one, each=each) > 0.97
+
+
+@pytest.mark.parametrize(("speed", "gain"), [(FAR, 1.8), (NEAR, 1.1)])
+def test_a_long_text_that_is_repeated_comes_faster_with_several_rounds_under_way(
+    speed: tuple[float, float], gain: float
+):
+    one, each = speed
+    text = words(1500, 1)
+    alone = played(text, OneAtATime(NgramDrafter(text)), one=one, each=each)
+    assert played(text, NgramDrafter(text), one=one, each=each) > gain * alone
+
+
+@pytest.mark.parametrize("speed", [FAR, NEAR])
+def test_rounds_ahead_that_are_always_wrong_lose_next_to_nothing(speed: tuple[float, float]):
+    one, each = speed
+    text = words(1500, 1)
+    alone = played(text, OneAtATime(Trap(text)), one=one, each=each)
+    assert played(text, Trap(text), one=one, each=each) > 0.97 * alone
+
+
+@pytest.mark.parametrize("speed", [FAR, NEAR])
+def test_where_copies_end_now_and_then_rounds_ahead_win_on_average(speed: tuple[float, float]):
+    """How many guesses there are differs with them and without, so a single text may come a little later."""
+    one, each = speed
+    text, ratios = words(600, 1), []
+    for every in range(3, 160, 4):
+        copied = changed(text, every)
+        alone = played(copied, OneAtATime(NgramDrafter(text)), one=one, each=each, noise=0.0)
+        ratios.append(played(copied, NgramDrafter(text), one=one, each=each, noise=0.0) / alone)
+    assert sum(ratios) / len(ratios) > 1.0
+
+
+@given(
+    rate=st.floats(0, 1),
+    one=st.floats(1e-3, 10),
+    each=st.floats(0, 1),
+    num_assumed=st.integers(1, 200),
+    most=st.integers(0, 64),
+)
+def test_a_round_ahead_pays_where_what_it_wins_on_average_is_more_than_it_costs(
+    rate: float, one: float, each: float, num_assumed: int, most: int
+):
+    known, offer = StepTimes(weight=1.0, seconds=one), Offer(rate, each)
+    count = tokens_ahead(known, offer, num_assumed=num_assumed, most=most)
+    assert 0 <= count <= most
+    speed = tokens_per_second(known, offer, num_guesses(known, offer, most=64))
+    won = rate**num_assumed * (expected_tokens(rate, count) - 1) / speed
+    assert count * (known.each + each) <= won * (1 + 1e-9)
+    assert tokens_ahead(known, offer, num_assumed=num_assumed + 1, most=most) <= count
+    assert tokens_ahead(known, offer, num_assumed=num_assumed, most=most, most_seconds=0.0) == 0
 
 
 @given(rate=st.floats(0, 1), one=st.floats(1e-3, 10), each=st.floats(0, 1), most=st.integers(0, 64))

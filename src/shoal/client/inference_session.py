@@ -17,6 +17,7 @@ import torch
 from shoal.client.active import enter, leave
 from shoal.client.call_inputs import check_inputs, mask_of, positions_of
 from shoal.client.decoding.session import Session
+from shoal.client.decoding.session_inputs import StepInputs
 from shoal.client.decoding.state import SessionState
 from shoal.client.head.logits import HeadCall, Logits, LogitsRequest
 from shoal.client.runtime import Runtime
@@ -265,10 +266,12 @@ class InferenceSession:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         logits_request: LogitsRequest | None = None,
+        ahead: Sequence[StepInputs] = (),
     ) -> torch.Tensor | Logits:
         """The same for callers on the client's event loop, who leave the inputs, on the CPU, to the session.
 
-        Returns logits instead if a server answered the `logits_request`.
+        Returns logits instead if a server answered the `logits_request`. The steps `ahead` are sent behind this one
+        and may follow it; `Session.step` says how.
         """
         self._check_open()
         await self._catch_up()
@@ -292,6 +295,7 @@ class InferenceSession:
             positions_of(position_ids, hidden_BTD),
             mask_of(attention_mask, hidden_BTD, num_past=position),
             logits_request,
+            ahead=ahead,
         )
         self.num_tokens += num_tokens
         return output

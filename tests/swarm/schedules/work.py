@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.client.decoding.session import Session
+from shoal.client.decoding.session_inputs import StepInputs
 from shoal.client.training.pass_plan import PassPlan
 from shoal.client.training.remote_passes import RemotePasses
 from shoal.model.peft.factors import ActiveAdapters
@@ -30,24 +31,28 @@ class Reading:
         self._session = session
         self._ids_BS = torch.zeros(batch_size, 0, dtype=torch.long)
         self._mask_BS = self._ids_BS
+        self._ahead: list[tuple[Tensor, StepInputs]] = []
 
     @property
     def num_tokens(self) -> int:
         return self._ids_BS.shape[1]
 
     @torch.no_grad()
-    async def read(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Read more tokens; returns the likeliest next token, [B, 1]."""
+    async def read(self, ids_BT: Tensor, mask_BT: Tensor | None = None, *, ahead: Sequence[Tensor] = ()) -> Tensor:
+        """Read more tokens; returns the likeliest next token, [B, 1]. Those `ahead` may be read next."""
         position, num_new = self.num_tokens, ids_BT.shape[1]
         mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         self._ids_BS = torch.cat((self._ids_BS, ids_BT), dim=1)
         self._mask_BS = torch.cat((self._mask_BS, mask_BT), dim=1)
         padded = not self._mask_BS.all()
+        known = {id(ids): step for ids, step in self._ahead}
+        self._ahead = [(ids, known.get(id(ids)) or self._inputs_of(ids)) for ids in ahead]
         outputs_BTD = await self._session.step(
-            self._client.whole.embed(ids_BT),
+            known[id(ids_BT)].hidden_BTD if id(ids_BT) in known else self._client.whole.embed(ids_BT),
             position,
             positions_of(self._mask_BS)[:, -num_new:] if padded else None,
             mask_BT.to(torch.uint8) if padded else None,
+            ahead=[step for _, step in self._ahead],
         )
         assert isinstance(outputs_BTD, Tensor)
         logits_BTV = self._client.whole.head(outputs_BTD)
@@ -56,6 +61,9 @@ class Reading:
         likeliest, right = logits_BTV[:, -1:].argmax(dim=-1), expected_BTV[:, -1:].argmax(dim=-1)
         assert likeliest.tolist() == right.tolist()
         return likeliest
+
+    def _inputs_of(self, ids_BT: Tensor) -> StepInputs:
+        return StepInputs(self._client.whole.embed(ids_BT), None)
 
     async def say(self, first_B1: Tensor, num_tokens: int) -> Tensor:
         """Read a token and then the likeliest ones, `num_tokens` in all; returns the likeliest next token."""
@@ -148,6 +156,27 @@ async def guesses(client: Client) -> None:
         await text.read(prompt(1, 5, seed=9))
 
 
+async def rounds(client: Client) -> None:
+    """Several steps under way at once. Some of them turn out to be wrong, and are taken back."""
+    async with reading(client, max_length=96) as text:
+        await text.read(prompt(1, 14))
+        client.enters("decode")
+        steps = [prompt(1, 1 + index % 4, seed=index) for index in range(24)]
+        for index in range(5):
+            await text.read(steps[index], ahead=steps[index + 1 : index + 4])
+        text.crop(text.num_tokens - 1)  # the last token of a step is wrong, and so is all behind it
+        await text.read(steps[8], ahead=steps[9:12])
+        await text.read(steps[9], ahead=steps[10:12])
+        await text.read(steps[12], ahead=steps[13:15])  # behind a right one, another step than was thought
+        await text.read(steps[13], ahead=[steps[14]])
+        await text.read(steps[14])
+        await text.read(steps[15], ahead=steps[16:19])
+        text.select_rows([0, 0])
+        await text.read(prompt(2, 2, seed=30))
+        text.crop(5)
+        await text.read(prompt(2, 3, seed=31))
+
+
 async def turns(client: Client) -> None:
     """An answer, a long pause, and another answer in the same session."""
     async with reading(client) as text:
@@ -195,7 +224,7 @@ async def _pass(client: Client, passes: RemotePasses, ids_BS: Tensor, mask_BS: T
 
 WORK: Mapping[str, Callable[[Client], Awaitable[None]]] = {
     work.__name__: work
-    for work in (short, paged, padded, beams, guesses, turns, training, tuned, tuning, long, microbatches)
+    for work in (short, paged, padded, beams, guesses, rounds, turns, training, tuned, tuning, long, microbatches)
 }
 """By name; the quicker and simpler first."""
 SLOW = frozenset({"long", "microbatches"})

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from shoal.client.head.logits import Logits
+from shoal.client.head.logits import Logits, LogitsRequest
 from shoal.client.swarm.answers import joined
 from shoal.protocol import MAX_LENGTH
 
@@ -27,12 +27,21 @@ class Sink(Protocol):
 
 
 class Outputs:
-    """What the last server answers for the tokens from `position` on: hidden states, or logits."""
+    """What the last server answers for the tokens from `position` on: hidden states of all, or logits.
 
-    def __init__(self, position: int) -> None:
+    Those are wanted of the tokens from `logits_from` on, by default of all too.
+    """
+
+    def __init__(self, position: int, *, logits_from: int | None = None) -> None:
         self.num_tokens = position
         self.logits: list[Logits] = []
+        self.logits_from = position if logits_from is None else logits_from
         self._pieces: list[torch.Tensor] = []
+
+    @classmethod
+    def of_step(cls, position: int, end: int, logits_request: LogitsRequest | None) -> Outputs:
+        """For the tokens between two positions, or the logits of as many last ones as are asked for."""
+        return cls(position, logits_from=None if logits_request is None else end - logits_request.num_tokens)
 
     def append(self, outputs_BTD: torch.Tensor, start: int) -> None:
         assert start <= self.num_tokens
@@ -56,6 +65,19 @@ class Outputs:
             return Logits.joined(self.logits)
         return joined(self._pieces, dim=1)
 
+    def take(self, end: int) -> torch.Tensor | Logits:
+        """The same of the tokens before `end`, all of which are known. Those of later tokens stay."""
+        found = self.joined()
+        if isinstance(found, Logits):
+            found, later = found.split(end - self.logits_from)
+            self.logits, self.num_tokens = [] if later is None else [later], end
+        else:
+            num_taken = end - (self.num_tokens - found.shape[1])
+            self._pieces = [found[:, num_taken:]] if num_taken < found.shape[1] else []
+            found = found[:, :num_taken]
+        self.logits_from = end
+        return found
+
 
 class NoOutputs(Outputs):
     """Takes outputs that nothing needs: those of a standby, or of a replay."""
@@ -69,4 +91,6 @@ class NoOutputs(Outputs):
 
 def beside(sink: Sink) -> Outputs:
     """Where a second server's outputs go, which may become those of `sink`."""
-    return NoOutputs() if isinstance(sink, NoOutputs) else Outputs(sink.num_tokens)
+    if isinstance(sink, NoOutputs):
+        return NoOutputs()
+    return Outputs(sink.num_tokens, logits_from=sink.logits_from if isinstance(sink, Outputs) else None)

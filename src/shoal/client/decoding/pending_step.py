@@ -97,6 +97,11 @@ class Opening:
         """What `request` offers with these `digests` [B, pages, 16]."""
         return cls(0 if digests is None else digests.shape[1] * PAGE_TOKENS, request.skip)
 
+    @property
+    def num_said(self) -> int:
+        """How many tokens the server says that it has in its cache."""
+        return 0 if self.answer is None else self.answer[0].num_tokens
+
     def is_wrong(
         self, opened: Opened, outputs_BSD: torch.Tensor | None, like_B1D: torch.Tensor, wire: Encoding
     ) -> bool:

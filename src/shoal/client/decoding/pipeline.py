@@ -249,6 +249,7 @@ class Pipeline:
     ) -> tuple[list[PendingStep], dict[TensorName, torch.Tensor]]:
         """The next step of each server of a run that begins at `index`, and the tensors for the first of them."""
         stage, start = run[0], run[0].progress.num_requested
+        limit = self._inputs.within_step(start, limit)
         batch_size = self._inputs.like.shape[0]
         length = max(1, max_tokens // batch_size)
         if len(run) > 1:
@@ -261,7 +262,7 @@ class Pipeline:
             known = self.sink(index + offset).num_tokens if logits_request is None else 0
             num_logits = 0
             if logits_request is not None:
-                num_logits = logits_request.within(end, start=start, num_tokens=limit)
+                num_logits = max(0, end - max(start, self.outputs.logits_from))
             steps.append(
                 PendingStep(
                     epoch=self._inputs.epoch.number,
@@ -341,11 +342,14 @@ class Pipeline:
     def _most_cached(self, stage: Stage) -> int:
         """How many tokens a server may have in its cache: it keeps no logits, so those that need them are computed."""
         num_tokens = self._inputs.num_tokens if self._end is None else min(self._inputs.num_tokens, self._end)
-        logits_request = self._logits_request_for(self.stages.index(stage))
-        return num_tokens if logits_request is None else num_tokens - logits_request.num_tokens
+        if self._logits_request_for(self.stages.index(stage)) is None:
+            return num_tokens
+        return min(num_tokens, self.outputs.logits_from)
 
-    async def remember(self) -> None:
-        """Note what the servers were given, so that a session of the same text asks all of them at once."""
+    async def close(self) -> None:
+        """The same as `disconnect`, and remember what the servers were given, so that a later session of the same text
+        asks all of them at once."""
+        await self.disconnect()
         await self._guesses.remember(self.stages)
 
     async def disconnect(self) -> None:

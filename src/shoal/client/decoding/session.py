@@ -42,7 +42,7 @@ from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.race import Race
 from shoal.client.decoding.receipts.doubt import Doubt
 from shoal.client.decoding.route_planner import RoutePlanner
-from shoal.client.decoding.session_inputs import SessionInputs
+from shoal.client.decoding.session_inputs import SessionInputs, StepInputs
 from shoal.client.decoding.stage import Stage
 from shoal.client.decoding.standby import StandbyManager
 from shoal.client.decoding.state import SessionState, states_of
@@ -60,7 +60,7 @@ from shoal.spans import Span
 log = logging.getLogger(__name__)
 
 IDLE_WAIT_SECONDS = 5.0
-"""How long the repair of an idle session waits for a server at a time. The next step cannot begin before."""
+"""How long the repair of an idle session waits for a server at a time: the next step cannot begin before."""
 
 Change = int | tuple[int, ...]
 """What is due before the next step: to forget all tokens after the first n, or to rearrange the rows of the batch."""
@@ -101,7 +101,7 @@ class Session:
         self._step: asyncio.Task[Any] | None = None  # the task that runs a step now
         self._pipeline: Pipeline | None = None  # from the first step on
         self._race = Race(swarm, self._planner, self._on_news)
-        self._standby = StandbyManager(swarm, self._inputs, self._planner, self._busy)
+        self._standby = StandbyManager(swarm, self._inputs, self._planner, self._busy, self._take_back_ahead)
         self._auditor = SessionAuditor(swarm, self._inputs, self._planner)
         self._maintenance: asyncio.Task[None] | None = None  # as long as there is a pipeline
         self._closed = False
@@ -143,6 +143,10 @@ class Session:
         return [] if self._pipeline is None else self._pipeline.stages
 
     @property
+    def _all_stages(self) -> list[Stage]:
+        return [stage for pipeline in self._pipelines for stage in pipeline.stages]
+
+    @property
     def hops(self) -> tuple[Hop, ...]:
         """The servers that the session runs on at present, in the order of their blocks."""
         return tuple(stage.hop for stage in self._stages)
@@ -155,14 +159,12 @@ class Session:
     @property
     def standbys(self) -> tuple[Hop, ...]:
         """The servers that are kept warm to take another's place."""
-        return tuple(
-            stage.hop for pipeline in self._standby.standbys.values() for stage in pipeline.stages if pipeline.is_open
-        )
+        return tuple(stage.hop for each in self._standby.standbys.values() if each.is_open for stage in each.stages)
 
     @property
     def state(self) -> SessionState:
         """What the session looks like at this moment."""
-        standbys = [stage for pipeline in self._standby.standbys.values() for stage in pipeline.stages]
+        standbys = self._all_stages[len(self._stages) :]
         return SessionState(self._inputs.epoch.number, states_of(self._stages), states_of(standbys))
 
     def crop(self, num_tokens: int) -> None:
@@ -172,7 +174,7 @@ class Session:
     def select_rows(self, rows: Sequence[int]) -> None:
         """From now on, sequence i continues the one that was `rows[i]`."""
         self.batch_size = len(rows)
-        self._changes.append(tuple(rows))
+        self._changes += [*self._inputs.first_ahead, tuple(rows)]
 
     async def step(
         self,
@@ -181,27 +183,35 @@ class Session:
         positions_BT: torch.Tensor | None,
         mask_BS: torch.Tensor | None,
         logits_request: LogitsRequest | None = None,
+        *,
+        ahead: Sequence[StepInputs] = (),
     ) -> torch.Tensor | Logits:
         """Append the inputs of the tokens from `position` on; returns the span's outputs for them, [B, T, D].
 
         `positions_BT` are the position ids, None if the tokens are simply counted; `mask_BS` is 0 where a token is
-        padding. With a `logits_request` it returns logits instead, if the last server has an output head. A step that
-        fails or is cancelled leaves the session as it was before. Raises `UserError` when the session is closed, and
-        `SwarmError`s as `Swarm.with_failover` does.
+        padding. With a `logits_request` it returns logits instead, if the last server has an output head. The steps
+        `ahead` are sent behind this one, ask for the same of all their tokens, and are not waited for: a next call for
+        the first of these very steps does that, and any other takes them back. A step that fails or is cancelled leaves
+        the session as it was. Raises `UserError` when it is closed, and `SwarmError`s as `Swarm.with_failover` does.
         """
         async with self._busy:
             if self._closed:
                 raise UserError("this session is closed")
-            self._step = asyncio.current_task()
+            self._step, end = asyncio.current_task(), position + hidden_BTD.shape[1]
             try:
-                self._changes.append(position)  # an interrupted step may have left tokens
-                await self._make_changes()
-                self._inputs.append(as_received(hidden_BTD, self._swarm.config.wire), positions_BT, mask_BS)
-                outputs = Outputs(position)
-                await self._run_until(self._is_answered, outputs, logits_request)
+                pipeline = None if self._changes else self._pipeline
+                if pipeline is not None and self._inputs.reach_ahead(position, hidden_BTD, ahead):
+                    outputs, logits_request = pipeline.outputs, pipeline.logits_request
+                else:
+                    self._changes.append(position)  # an interrupted step may have left tokens
+                    await self._make_changes()
+                    self._inputs.append(as_received(hidden_BTD, self._swarm.config.wire), positions_BT, mask_BS)
+                    outputs = Outputs.of_step(position, end, logits_request)
+                self._inputs.append_ahead(ahead, wire=self._swarm.config.wire)
+                await self._run_until(partial(self._is_answered, end), outputs, logits_request)
                 assert self._pipeline is not None
-                found = outputs.joined()
-                self._auditor.answered(self._pipeline, position, found)
+                found = outputs.take(end)
+                self._auditor.answered(self._pipeline, position, end, found)
                 return found
             finally:
                 self._step = None
@@ -210,50 +220,42 @@ class Session:
 
     # -- going back, and rearranging ----------------------------------------------------------------------------------
 
+    def _take_back_ahead(self) -> None:
+        """Forget the steps that were sent ahead: they are sent again in their turn."""
+        for start in self._inputs.take_back_ahead(self._all_stages):
+            self._auditor.cropped(start)
+
     async def _make_changes(self) -> None:
         """Make the changes that were asked for since the last step, once all inputs are known up to there."""
         while self._changes:
             change = self._changes[0]
             if isinstance(change, tuple):
                 await self._run_until(self._is_settled)
-                self._inputs.select_rows(change)
-                others = dict.fromkeys(stage.history for stage in self._all_stages())
-                others.pop(self._inputs.hidden, None)
-                for history in others:  # each once: a standby has the history of the stage that it may replace
-                    history.select_rows(change)
-                for stage in self._all_stages():
-                    stage.select_rows(change)
+                self._inputs.rearrange(change, self._all_stages)
                 self._auditor.rearranged(change, self._stages)
-                self._inputs.epoch.advance(EpochReason.REARRANGED)
             elif self._reaches_beyond(change):
                 self._inputs.crop(change)
                 await self._run_until(self._is_settled)
-                for stage in self._all_stages():
-                    stage.crop(change)
+                self._inputs.forget(change, self._all_stages)
                 self._auditor.cropped(change)
-                self._inputs.epoch.advance(EpochReason.CROPPED)
             self._changes.pop(0)
-
-    def _all_stages(self) -> list[Stage]:
-        """The stages of the pipeline and of the standbys."""
-        return [stage for pipeline in self._pipelines for stage in pipeline.stages]
 
     def _reaches_beyond(self, num_tokens: int) -> bool:
         """Whether any token after the first `num_tokens` is known, or was asked for."""
-        ends = (max(stage.num_tokens, stage.progress.num_requested) for stage in self._all_stages())
+        ends = (max(stage.num_tokens, stage.progress.num_requested) for stage in self._all_stages)
         return max((self._inputs.num_tokens, *ends)) > num_tokens
 
     def _is_settled(self) -> bool:
         """Whether the client knows the inputs of every server: then it needs no answer that is on its way."""
         return all(stage.num_tokens >= self._inputs.num_tokens for stage in self._stages)
 
-    def _is_answered(self) -> bool:
-        """Whether the outputs, or the logits, of all tokens are here."""
-        return bool(self._stages) and self._stages[-1].progress.num_computed >= self._inputs.num_tokens
+    def _is_answered(self, end: int) -> bool:
+        """Whether the outputs, or the logits, of all tokens before `end` are here."""
+        return bool(self._stages) and self._stages[-1].progress.num_computed >= end
 
     def _is_caught_up(self) -> bool:
         """Whether every server is there and has computed all tokens."""
-        return all(stage.is_open and stage.progress.num_computed >= self._inputs.num_tokens for stage in self._stages)
+        return all(each.is_open and each.progress.num_computed >= self._inputs.num_tokens for each in self._stages)
 
     # -- the one procedure --------------------------------------------------------------------------------------------
 
@@ -356,13 +358,13 @@ class Session:
     async def _recover(self, doubt: Doubt) -> None:
         """Compute again what follows from outputs that are not to be trusted, and say which tokens are doubtful."""
         async with self._busy:
-            num_tokens = self._inputs.num_tokens
-            found = TextDoubtful(id(self), self._swarm.model.name, doubt.position, num_tokens, doubt.reason)
-            self.doubtful = (*self.doubtful, found)
-            self._swarm.events.emit(found)
+            self._take_back_ahead()
+            text = TextDoubtful(id(self), self._swarm.model.name, doubt.position, self._inputs.num_tokens, doubt.reason)
+            self.doubtful = (*self.doubtful, text)
+            self._swarm.events.emit(text)
             if self._closed or not doubt.can_be_mended:
                 return
-            for stage in self._all_stages():
+            for stage in self._all_stages:
                 doubt.apply_to(stage)
             for pipeline in self._pipelines:
                 pipeline.links.unlink_broken()
@@ -395,6 +397,4 @@ class Session:
             self._maintenance.cancel()
             await asyncio.wait([self._maintenance])
         async with self._busy:
-            await done_although_cancelled(*(each.disconnect() for each in self._pipelines))
-            if self._pipeline is not None:
-                await self._pipeline.remember()
+            await done_although_cancelled(*(each.close() for each in self._pipelines))

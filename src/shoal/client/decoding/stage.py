@@ -23,7 +23,7 @@ from shoal.client.decoding.receipts.stage_receipts import StageReceipts
 from shoal.client.head.logits import Logits
 from shoal.client.history.history import History
 from shoal.client.swarm.adapter_sync import MAX_ADAPTER_UPLOADS
-from shoal.client.swarm.answers import finite, plausible
+from shoal.client.swarm.answers import finite, plausible, rounded_like
 from shoal.client.swarm.connection import Connection
 from shoal.errors import PeerError
 from shoal.net.wire.codec import Tensors
@@ -125,8 +125,7 @@ class Stage:
     @property
     def num_said_cached(self) -> int:
         """How many tokens the server said that it had in its cache, until that was looked at; 0 before it answers."""
-        opening = self._opening if self.status is StageStatus.OPENING else None
-        return opening.answer[0].num_tokens if isinstance(opening, Opening) and opening.answer is not None else 0
+        return self._opening.num_said if self.needs_opening and isinstance(self._opening, Opening) else 0
 
     @property
     def offers_cached(self) -> bool:
@@ -196,9 +195,8 @@ class Stage:
         connection, self.connection = self.connection, None
         goodbye = goodbye and not self.progress.pending  # a server finishes what it was asked before it hears a goodbye
         self.progress = self.progress.disconnected()
-        self.has_news.set()  # for whoever waits until it is open
-        self.unreached = self._opening = None
-        self._neighbors = None, None
+        self.has_news.set()
+        self.unreached, self._opening, self._neighbors = None, None, (None, None)
         self._results.clear()
         if not self.has_failed:
             self.status = StageStatus.CLOSED
@@ -393,9 +391,7 @@ class Stage:
                 if self.answered_from is None:
                     self.answered_from = step.end - step.num_logits
         elif (hidden_BTD := tensors.get("hidden")) is not None:
-            if result.encoding_of("hidden") != wire:
-                # The client then goes on with the same numbers, whether or not the server knows the encoding.
-                hidden_BTD = as_received(hidden_BTD, wire)
+            hidden_BTD = rounded_like(hidden_BTD, result.encoding_of("hidden"), wire=wire)
             self._deliver(hidden_BTD, step.position + step.skip, sink)
 
     def _deliver(self, outputs_BTD: torch.Tensor, start: int, sink: Sink) -> None:

@@ -62,15 +62,26 @@ async def compute_beside(
 
 
 class StandbyManager:
-    """The standbys of one session. `busy` is held by the task that changes the session's pipeline."""
+    """The standbys of one session. `busy` is held by the task that changes the session's pipeline.
 
-    def __init__(self, swarm: Swarm, inputs: SessionInputs, planner: RoutePlanner, busy: asyncio.Lock) -> None:
+    Before a change between two steps, `take_back` forgets the steps that were sent ahead.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        inputs: SessionInputs,
+        planner: RoutePlanner,
+        busy: asyncio.Lock,
+        take_back: Callable[[], None],
+    ) -> None:
         self.standbys: dict[Stage, Pipeline] = {}
         """For a stage of the session, the servers that can take its place."""
         self._swarm = swarm
         self._inputs = inputs
         self._planner = planner
         self._busy = busy
+        self._take_back = take_back
         self._wakeup = asyncio.Event()
         self._no_standby_until: WeakKeyDictionary[Stage, float] = WeakKeyDictionary()
         self._looks = Looks()
@@ -128,6 +139,7 @@ class StandbyManager:
         """Replace the servers that have failed, unless a step runs: that replaces them itself."""
         if not self._busy.locked() and any(stage.has_failed for stage in pipeline.stages):
             async with self._busy:
+                self._take_back()
                 await repair()
 
     async def _consider_rerouting(self, pipeline: Pipeline) -> None:
@@ -202,5 +214,6 @@ class StandbyManager:
             if not (stage.is_leaving and standby.is_open and lag <= STANDBY_LAG_TOKENS):
                 continue
             async with self._busy:
+                self._take_back()
                 if stage in pipeline.stages and not stage.has_failed and self.promote(stage, pipeline):
                     await stage.disconnect()

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,19 +65,26 @@ class Generation:
         """One more token."""
         self.ids_1S = torch.cat((self.ids_1S, self.ids_1S.new_tensor([[token]])), dim=1)
 
-    def guesses(self, most: int) -> Guesses:
-        """What its next step guesses, at most `most` tokens: nothing beyond where the text or its session would end.
+    def rounds(self, under_way: Sequence[Guesses], most: int) -> list[Guesses]:
+        """What its next step guesses, at most `most` tokens, and then the steps ahead of it: those that are `under_way`
+        already, and new ones. None goes beyond where the text or its session would end.
 
         Raises `ValueError` if a drafter guesses what is no token of the model.
         """
         if self.speculation is None or self.num_read != self.ids_1S.shape[1] - 1:
-            return NO_GUESSES
+            return [NO_GUESSES]
         ends = [each.max_length for each in self.criteria if isinstance(each, MaxLengthCriteria)]
         room = min([self.session.max_length, *ends]) - self.ids_1S.shape[1] - 1
-        most = min(room, most, MAX_GUESSES)
-        found = self.speculation.guesses(most=most) if most > 0 else NO_GUESSES
+        found, most = list(under_way), min(most, MAX_GUESSES)
+        if not found:
+            found.append(self.speculation.guesses(most=min(room, most)) if min(room, most) > 0 else NO_GUESSES)
+        while (left := room - sum(len(each.tokens) for each in found)) > 0:
+            further = self.speculation.further(found, most=min(left, most))
+            if not further.tokens:
+                break
+            found.append(further)
         num_words = len(self.model.get_input_embeddings().weight)  # PEFT's embedding has no `num_embeddings`
-        if not all(0 <= token < num_words for token in found.tokens):
+        if not all(0 <= token < num_words for each in found for token in each.tokens):
             raise ValueError(f"a drafter guessed a token that is not one of 0 to {num_words - 1}")
         return found
 

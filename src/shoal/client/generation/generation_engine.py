@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from shoal.client.continuation import Continuation
+from shoal.client.decoding.session_inputs import StepInputs
 from shoal.client.generation.generation import Generation, Token
 from shoal.client.generation.model_ends import Embedded, ModelEnds
 from shoal.client.generation.next_token import choose_tokens
@@ -40,10 +41,22 @@ COMPANY_SECONDS = 0.002
 """How long outputs wait for those of others. The head takes nearly as long for one row as for many."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """A step: what it guesses, what it sends, and what it asks a server's head for. `was_ahead` says when it was sent:
+    before the one before it was judged."""
+
+    guesses: Guesses
+    sends: StepInputs
+    logits_request: LogitsRequest | None
+    was_ahead: bool = False
+
+
 @dataclass(eq=False)
 class _Running:
-    """A generation, its caller's mailbox, the task of its present step with its guesses, and what that returned.
+    """A generation, its caller's mailbox, the task of its present step, and what that returned.
 
+    Of its `rounds`, the first is the present step, and the others are ahead.
     `turn` is what the engine's thread does for it, or did last.
     """
 
@@ -51,23 +64,27 @@ class _Running:
     mailbox: Mailbox
     step: asyncio.Task[None] | None = None
     turn: asyncio.Future[Any] | None = None
-    guesses: Guesses = NO_GUESSES
+    rounds: tuple[_Round, ...] = ()
     sent_at: float | None = None
     answer: Tensor | Logits | None = None
+
+    @property
+    def guesses(self) -> Guesses:
+        """Those of the present step."""
+        return self.rounds[0].guesses if self.rounds else NO_GUESSES
 
 
 @dataclass(frozen=True)
 class _Next:
-    """What the engine's thread has found for a generation: its newest tokens, and what it sends now.
+    """What the engine's thread has found for a generation: its newest tokens, and the rounds that are under way now.
 
-    An `error` has kept it from more tokens.
+    An `error` has kept it from more tokens. `goes_on` says that the rounds which were ahead count.
     """
 
     tokens: tuple[Token, ...] = ()
     error: Exception | None = None
-    sends: Embedded | None = None
-    guesses: Guesses = NO_GUESSES
-    logits_request: LogitsRequest | None = None
+    rounds: tuple[_Round, ...] = ()
+    goes_on: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -211,40 +228,53 @@ class GenerationEngine:
             answers = [(each.answer, 1 + len(each.guesses.tokens)) for each in answered if each.answer is not None]
             logits = self._ends.logits(model, answers)
             found.update(_chosen(dict(zip(answered, logits, strict=True))))
-        going_on = {each: now for each, now in found.items() if not now.is_last}
-        found.update(_with_guesses(going_on, most=self._ends.most_logits(model) - 1))
-        sending = [each for each, now in found.items() if not now.is_last]
-        texts = [_text(each.generation, found[each].guesses) for each in sending]
-        for running, sends in zip(sending, self._ends.embed(model, texts), strict=True):
-            num_tokens = 1 + len(found[running].guesses.tokens)
-            request = self._ends.logits_request(model, sends.hidden_1TD, num_tokens=num_tokens)
-            found[running] = replace(found[running], sends=sends, logits_request=request)
+        found, plans = _with_guesses(found, most=self._ends.most_logits(model) - 1)
+        texts = [text for each, plan in plans.items() for text in _texts(each.generation, plan, found[each].rounds)]
+        embedded = iter(self._ends.embed(model, texts))
+        for running, plan in plans.items():
+            known = found[running].rounds
+            new = [
+                self._round(model, next(embedded), guesses, is_ahead=index > 0)
+                for index, guesses in enumerate(plan)
+                if index >= len(known)
+            ]
+            found[running] = replace(found[running], rounds=(*known, *new))
         return list(found.values())
+
+    def _round(self, model: Any, sends: Embedded, guesses: Guesses, *, is_ahead: bool) -> _Round:
+        assert self._ends is not None
+        num_tokens = len(guesses.tokens) + (not is_ahead)
+        request = self._ends.logits_request(model, sends.hidden_1TD, num_tokens=num_tokens)
+        return _Round(guesses, StepInputs(sends.hidden_1TD, sends.positions_1T), request, is_ahead)
 
     def _continue(self, running: _Running, found: _Next) -> None:
         """Deliver the tokens, and take the next step or end."""
         generation = running.generation
-        if running.answer is not None:
+        if running.answer is not None and not found.goes_on:
             generation.forget_guesses()
         if found.is_last and found.error is None:
             generation.finish(generation.ids_1S)
         for token in found.tokens:
             running.mailbox.put(token)
-        if found.sends is None or running.mailbox.reader_is_gone:
+        if not found.rounds or found.error is not None or running.mailbox.reader_is_gone:
             self._end(running, found.error)
             return
         now = asyncio.get_running_loop().time()
         if generation.speculation is not None and running.sent_at is not None:
-            generation.speculation.timed(running.guesses, len(found.tokens), now - running.sent_at)
+            was_ahead = running.rounds[0].was_ahead
+            generation.speculation.timed(running.guesses, len(found.tokens), now - running.sent_at, was_ahead=was_ahead)
         running.sent_at = now if found.tokens else None  # how long a prompt takes says nothing of later steps
-        running.guesses, running.answer = found.guesses, None
-        running.step = asyncio.create_task(self._step(running, found.sends, found.logits_request))
+        running.rounds, running.answer = found.rounds, None
+        running.step = asyncio.create_task(self._step(running, *found.rounds))
 
-    async def _step(self, running: _Running, sends: Embedded, request: LogitsRequest | None) -> None:
+    async def _step(self, running: _Running, present: _Round, *ahead: _Round) -> None:
         session = running.generation.session
         try:
             running.answer = await session.step_on_loop(
-                sends.hidden_1TD, position_ids=sends.positions_1T, logits_request=request
+                present.sends.hidden_BTD,
+                position_ids=present.sends.positions_BT,
+                logits_request=present.logits_request,
+                ahead=[each.sends for each in ahead],
             )
         except Exception as error:
             running.step = None
@@ -290,10 +320,18 @@ def _chosen(logits: Mapping[_Running, Tensor]) -> dict[_Running, _Next]:
             if is_right and appended.finish_reason is None:
                 right.append(running)
         going_on, index = right, index + 1
-    for running, its in tokens.items():
-        if (speculation := running.generation.speculation) is not None:
-            speculation.judged(running.guesses, [token.id for token in its])
-    return {each: _Next(tuple(its), failed.get(each)) for each, its in tokens.items()}
+    ahead = {each: _still_ahead(each, its) for each, its in tokens.items()}
+    return {each: _Next(tuple(its), failed.get(each), ahead[each], bool(ahead[each])) for each, its in tokens.items()}
+
+
+def _still_ahead(running: _Running, tokens: Sequence[Token]) -> tuple[_Round, ...]:
+    """The rounds that count, now that the present one has given these tokens: all that are ahead, or none."""
+    ahead, speculation = running.rounds[1:], running.generation.speculation
+    if speculation is not None:
+        ids, guesses = [token.id for token in tokens], [each.guesses for each in ahead]
+        if speculation.judged(running.guesses, ids, ahead=guesses) and tokens[-1].finish_reason is None:
+            return (replace(ahead[0], guesses=ahead[0].guesses.reached()), *ahead[1:])
+    return ()
 
 
 def _appended(generation: Generation, token: Token) -> Token:
@@ -303,20 +341,29 @@ def _appended(generation: Generation, token: Token) -> Token:
     return token if reason is None else token.ending(reason)
 
 
-def _with_guesses(found: Mapping[_Running, _Next], *, most: int) -> dict[_Running, _Next]:
-    """The same, each with what its next step guesses, `most` tokens at most. Where a drafter fails, its text ends."""
-    guessed: dict[_Running, _Next] = {}
+def _with_guesses(
+    found: Mapping[_Running, _Next], *, most: int
+) -> tuple[dict[_Running, _Next], dict[_Running, list[Guesses]]]:
+    """The same, and what the rounds of each guess from now on, `most` tokens each at most.
+
+    Where a drafter fails, its text ends.
+    """
+    after, plans = dict(found), {}
     for running, now in found.items():
-        try:
-            guessed[running] = replace(now, guesses=running.generation.guesses(most))
-        except Exception as error:
-            guessed[running] = replace(now, error=error)
-    return guessed
+        if not now.is_last:
+            try:
+                plans[running] = running.generation.rounds([each.guesses for each in now.rounds], most)
+            except Exception as error:
+                after[running] = replace(now, error=error)
+    return after, plans
 
 
-def _text(generation: Generation, guesses: Guesses) -> tuple[Tensor, int]:
-    """The text with its guesses, [1, S], and how many of its tokens the session has read."""
-    ids_1S = generation.ids_1S
-    if guesses.tokens:
-        ids_1S = torch.cat((ids_1S, ids_1S.new_tensor([guesses.tokens])), dim=1)
-    return ids_1S, generation.num_read
+def _texts(generation: Generation, plan: Sequence[Guesses], known: Sequence[_Round]) -> list[tuple[Tensor, int]]:
+    """For each round that is not known, the text with all guesses up to its last, [1, S], and how many of its tokens
+    were sent before."""
+    texts, ids_1S, num_sent = [], generation.ids_1S, generation.num_read
+    for guesses in plan:
+        ids_1S = torch.cat((ids_1S, ids_1S.new_tensor([guesses.tokens], dtype=ids_1S.dtype)), dim=1)
+        texts.append((ids_1S, num_sent))
+        num_sent = ids_1S.shape[1]
+    return texts[len(known) :]

@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from shoal.client.generation.drafting.drafter import Drafter, ReadsAhead, Source
+from shoal.client.generation.drafting.drafter import Drafter, LooksFurther, ReadsAhead, Source
 from shoal.policy.speculation.acceptance import Acceptance
 from shoal.policy.speculation.guess_count import Balance, Offer, best_offer
+from shoal.policy.speculation.rounds_ahead import MOST_ROUNDS, tokens_ahead
 from shoal.policy.speculation.step_times import StepTimes
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """The tokens that a step guesses, in order, and where they come from."""
+    """The tokens that a step guesses, in order, and where they come from.
+
+    All tokens of a step that is ahead are guesses, its first one too, which is a token of the text otherwise.
+    """
 
     tokens: tuple[int, ...] = ()
     source: Source | None = None
+
+    def reached(self) -> Guesses:
+        """Those of a step that is ahead no more, since its first token was right."""
+        return replace(self, tokens=self.tokens[1:])
 
 
 NO_GUESSES = Guesses()
@@ -48,7 +56,11 @@ class Speculation:
         self._acceptances: dict[str, Acceptance] = {}
         self._times = StepTimes()
         self._balance = Balance()
-        self._draft_seconds = 0.0  # which the latest guesses took to make
+        self._balance_ahead = Balance()  # of rounds ahead alone
+        self._draft_seconds = 0.0  # which guesses took to make since the last step was timed
+        self._guessing: Drafter | None = None  # whose guesses are under way
+        self._is_whole = False  # whether all guesses of the last round that had some were right
+        self._num_in_vain = 0  # tokens of steps ahead that did not count, since the last step was timed
 
     @property
     def is_behind(self) -> bool:
@@ -63,17 +75,38 @@ class Speculation:
 
     def guesses(self, *, most: int) -> Guesses:
         """What to send behind the last token of the text, at most `most`."""
-        self._draft_seconds = 0.0
         found = [(drafter, source) for drafter in self._drafters if (source := drafter.source()) is not None]
         chosen = self._chosen([source for _, source in found], most)
         if chosen is None:
             return NO_GUESSES
         index, count = chosen
-        drafter, source = found[index]
+        self._guessing, source = found[index]
         started = self._clock()
-        tokens = tuple(drafter.guesses(count))
-        self._draft_seconds = self._clock() - started
+        tokens = tuple(self._guessing.guesses(count))
+        self._draft_seconds += self._clock() - started
         return Guesses(tokens, source) if tokens else NO_GUESSES
+
+    def further(self, under_way: Sequence[Guesses], *, most: int) -> Guesses:
+        """What to send behind guesses that are not judged yet, at most `most`. The first token is a guess too."""
+        drafter = self._guessing
+        if not self._is_whole or len(under_way) >= MOST_ROUNDS or not isinstance(drafter, LooksFurther):
+            return NO_GUESSES
+        source = drafter.source()
+        assumed = [token for guesses in under_way for token in guesses.tokens]
+        if source is None or not assumed:
+            return NO_GUESSES
+        count = self._num_further(source, len(assumed), most)
+        started = self._clock()
+        tokens = tuple(drafter.further(assumed, count)) if count > 0 else ()
+        self._draft_seconds += self._clock() - started
+        return Guesses(tokens, source) if tokens else NO_GUESSES
+
+    def _num_further(self, source: Source, num_assumed: int, most: int) -> int:
+        if self._fixed is not None:
+            return min(1 + self._fixed, most)
+        offer = Offer(self._acceptance(source).rate, source.seconds_each)
+        most_seconds = min(each.may_lose(self._times.of(1)) for each in (self._balance, self._balance_ahead))
+        return tokens_ahead(self._times, offer, num_assumed=num_assumed, most=most, most_seconds=most_seconds)
 
     def _chosen(self, sources: Sequence[Source], most: int) -> tuple[int, int] | None:
         """The index of the source that guesses, and how many tokens; None if nothing is guessed."""
@@ -87,27 +120,45 @@ class Speculation:
         most_seconds = self._balance.may_lose(self._times.of(1))
         return best_offer(self._times, offers, most=most, most_seconds=most_seconds)
 
-    def judged(self, guesses: Guesses, tokens: Sequence[int]) -> None:
-        """A step with these guesses gave these tokens."""
-        if guesses.source is not None:
-            num_right = sum(token == guess for token, guess in zip(tokens, guesses.tokens, strict=False))
-            self.num_guessed += len(guesses.tokens)
+    def judged(self, guesses: Guesses, tokens: Sequence[int], *, ahead: Sequence[Guesses] = ()) -> bool:
+        """A step with these guesses gave these tokens. Returns whether the step that is `ahead`, if any, still counts.
+
+        If it does not, none behind it does.
+        """
+        assumed = guesses.tokens + (ahead[0].tokens[:1] if ahead else ())
+        num_right = sum(token == guess for token, guess in zip(tokens, assumed, strict=False))
+        is_whole = num_right == len(assumed)
+        if guesses.source is not None or ahead:
+            source = guesses.source or ahead[0].source
+            assert source is not None
+            self.num_guessed += len(assumed)
             self.num_right += num_right
-            self._acceptances[guesses.source.name] = self._acceptance(guesses.source).after(
-                num_right=num_right, num_guesses=len(guesses.tokens)
+            self._acceptances[source.name] = self._acceptance(source).after(
+                num_right=num_right, num_guesses=len(assumed)
             )
+            self._is_whole = is_whole
+            if ahead and not is_whole:
+                self._num_in_vain = sum(len(each.tokens) for each in ahead)
+                self.num_guessed += self._num_in_vain - 1
         for drafter in self._drafters:
             drafter.append(tokens)
+        return bool(ahead) and is_whole
 
-    def timed(self, guesses: Guesses, num_tokens: int, seconds: float) -> None:
-        """The step with these guesses gave `num_tokens`, and took `seconds` until the next could be sent.
+    def timed(self, guesses: Guesses, num_tokens: int, seconds: float, *, was_ahead: bool = False) -> None:
+        """The step with these guesses gave `num_tokens`, `seconds` after the one before it.
 
-        The guesses of the next were made in that time, which says nothing of how long a step takes, and is a cost.
+        If it was not ahead, it was sent then: that is how long it took. The guesses of the next were made in that time,
+        which says nothing of how long a step takes, and is a cost.
         """
         of_step = max(0.0, seconds - self._draft_seconds)
-        self._times = self._times.after(1 + len(guesses.tokens), of_step)
-        plain_seconds = num_tokens * self._times.of(1) if guesses.tokens else of_step
+        if not was_ahead:
+            self._times = self._times.after(1 + len(guesses.tokens), of_step)
+        plain_seconds = num_tokens * self._times.of(1) if guesses.tokens or was_ahead else of_step
         self._balance = self._balance.after(seconds, plain_seconds=plain_seconds)
+        alone_seconds = max(seconds, self._times.of(1 + len(guesses.tokens))) if was_ahead else seconds
+        lost = self._num_in_vain * self._times.each
+        self._balance_ahead = self._balance_ahead.after(seconds, plain_seconds=alone_seconds - lost)
+        self._draft_seconds, self._num_in_vain = 0.0, 0
 
     def _acceptance(self, source: Source) -> Acceptance:
         return self._acceptances.get(source.name, Acceptance(source.prior))

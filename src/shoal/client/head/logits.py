@@ -50,10 +50,6 @@ class LogitsRequest:
         at_once = max(1, MAX_STEP_TOKENS // hidden_BTD.shape[0])
         return self.num_bytes(hidden_BTD, min(self.num_tokens, at_once)) <= MAX_LOGITS_BYTES
 
-    def within(self, end: int, *, start: int, num_tokens: int) -> int:
-        """How many of the tokens from `start` to `end` it asks for, in a session of `num_tokens` tokens."""
-        return max(0, end - max(start, num_tokens - self.num_tokens))
-
     def are_tokens(self, ids: torch.Tensor) -> bool:
         """Whether these are ids of tokens in the vocabulary, int64, all different within a position."""
         if ids.dtype != torch.int64 or ids.min() < 0 or ids.max() >= self.vocabulary:
@@ -75,6 +71,14 @@ class Logits:
             return pieces[0]
         ids = [piece.ids for piece in pieces if piece.ids is not None]
         return cls(torch.cat([piece.values for piece in pieces], dim=1), torch.cat(ids, dim=1) if ids else None)
+
+    def split(self, num_tokens: int) -> tuple[Logits, Logits | None]:
+        """Those of the first `num_tokens` tokens, and those of the others, if there are any."""
+        if num_tokens == self.values.shape[1]:
+            return self, None
+        (values, later), ids = self.values.tensor_split([num_tokens], dim=1), self.ids
+        of_ids = (None, None) if ids is None else ids.tensor_split([num_tokens], dim=1)
+        return Logits(values, of_ids[0]), Logits(later, of_ids[1])
 
     def to(self, device: torch.device) -> Logits:
         """The same on another device."""

@@ -63,12 +63,12 @@ class SessionAuditor:
 
     # -- what the session tells ---------------------------------------------------------------------------------------
 
-    def answered(self, pipeline: Pipeline, position: int, outputs: torch.Tensor | Logits) -> None:
-        """A step from `position` on was answered."""
+    def answered(self, pipeline: Pipeline, position: int, end: int, outputs: torch.Tensor | Logits) -> None:
+        """A step from `position` to `end` was answered."""
         if not self._book.is_on:
             return
-        self._keep(pipeline.logits_request, position, outputs)
-        num_tokens = self._inputs.num_tokens - position
+        self._keep(pipeline.logits_request, position, end, outputs)
+        num_tokens = end - position
         num_decoded = num_tokens if num_tokens <= DECODE_TOKENS else 0
         self._book.earn(self._planner.batch_size * num_decoded, sum(len(each.hop.span) for each in pipeline.stages))
         self._book.record_use([each.peer for each in pipeline.stages], num_decoded=num_decoded)
@@ -78,13 +78,13 @@ class SessionAuditor:
         self._mending.set()
         self._wakeup.set()
 
-    def _keep(self, request: LogitsRequest | None, position: int, outputs: torch.Tensor | Logits) -> None:
+    def _keep(self, request: LogitsRequest | None, position: int, end: int, outputs: torch.Tensor | Logits) -> None:
         """Keep what the last server gave: all hidden states, or the last logits."""
         if isinstance(outputs, Logits):
             assert request is not None
             if not isinstance(self._outputs, LogitsTail):
                 self._outputs = LogitsTail(row=self._book.any_of(outputs.values.shape[0]))
-            self._outputs.append(outputs, request, self._inputs.num_tokens)
+            self._outputs.append(outputs, request, end)
         elif isinstance(self._outputs, History) and self._outputs.num_tokens == position:
             self._outputs.append(outputs)
             self._outputs.settle(self._outputs.num_tokens)

@@ -38,6 +38,15 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class LooksFurther(Drafter, Protocol):
+    """A drafter that also guesses behind guesses that are not judged yet. With it, several rounds can be under way."""
+
+    def further(self, assumed: Sequence[int], count: int) -> list[int]:
+        """The next tokens, at most `count`, if the text went on with those that are `assumed`; there may be none."""
+        ...
+
+
+@runtime_checkable
 class ReadsAhead(Drafter, Protocol):
     """A drafter that takes a while to read a text, and does it in pieces while the servers compute."""
 

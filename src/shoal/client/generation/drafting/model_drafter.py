@@ -122,11 +122,20 @@ class ModelDrafter:
 
     def guesses(self, count: int) -> list[int]:
         """What the model would write. There are fewer than `count` where its longest text ends."""
-        room = self._room
-        count = count if room is None else min(count, room)
-        num_read = min(self._num_right, len(self._tokens) - 1)  # something has to be read for the next token
-        found = self._draft.guesses(self._tokens[num_read:], count, self._cache_of(num_read))
-        self._read = [*self._tokens, *found[:-1]]
+        return self.further((), count)
+
+    def further(self, assumed: Sequence[int], count: int) -> list[int]:
+        """The same behind tokens that are `assumed`. It does not read again what it has just guessed."""
+        text = [*self._tokens, *assumed]
+        count = count if self._room is None else min(count, self._room - len(assumed))
+        if count <= 0:
+            return []
+        num_read = self._num_right
+        while num_read < min(len(self._read), len(text)) and self._read[num_read] == text[num_read]:
+            num_read += 1
+        num_read = min(num_read, len(text) - 1)  # something has to be read for the next token
+        found = self._draft.guesses(text[num_read:], count, self._cache_of(num_read))
+        self._read = [*text, *found[:-1]]
         self._num_right = len(self._tokens)
         return found
 

@@ -74,6 +74,11 @@ class NgramDrafter:
         period = len(self._tokens) - self._place
         return [self._tokens[self._place + index % period] for index in range(count)]
 
+    def further(self, assumed: Sequence[int], count: int) -> list[int]:
+        """What follows behind guesses of its own, and nothing behind others."""
+        found = self.guesses(len(assumed) + count)
+        return found[len(assumed) :] if found[: len(assumed)] == list(assumed) else []
+
     def _record(self, token: int) -> None:
         """Add a token to the text. What it follows is a place that can be found from now on."""
         end = len(self._tokens)
