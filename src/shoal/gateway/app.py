@@ -30,7 +30,7 @@ from shoal.gateway.endpoints.completions import CompletionAnswer
 from shoal.gateway.endpoints.embeddings import embeddings
 from shoal.gateway.endpoints.messages import MessagesAnswer, num_prompt_tokens
 from shoal.gateway.endpoints.responses import ResponsesAnswer
-from shoal.gateway.error_objects import Refused, refused
+from shoal.gateway.error_objects import Refused, refused, wrong_body
 from shoal.gateway.guard.admission import Account, Admission
 from shoal.gateway.guard.metrics import Metrics
 from shoal.gateway.guard.middleware import MAX_BODY_BYTES, ErrorObjects, Keys, KnownHosts, RequestIds
@@ -249,9 +249,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        found = max(error.errors(), key=lambda each: len(each["loc"]))  # of several forms, the one that came furthest
-        field = ".".join(str(part) for part in found["loc"] if part != "body")
-        raise Refused(400, f"{field}: {found['msg']}" if field else found["msg"], param=field or None)
+        raise wrong_body(error.errors(), content_type=request.headers.get("content-type", "nothing"))
 
     @app.exception_handler(HTTPException)
     async def not_there(request: Request, error: HTTPException) -> Response:

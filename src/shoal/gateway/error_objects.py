@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,10 @@ ANTHROPIC_KINDS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+
+
+_FIELD = re.compile(r"(?!(str|int|float|bool|none)$)[a-z0-9_]+")
+"""What a part of a field's name looks like. The forms of a field have names such as `str` and `list[TextPart]`."""
 
 
 @dataclass
@@ -51,6 +57,26 @@ class Refused(Exception):
 def bad_field(param: str, message: str) -> Refused:
     """A field that is wrong, or that this server does not support."""
     return Refused(400, message, param=param)
+
+
+def wrong_body(errors: Sequence[Mapping[str, Any]], *, content_type: str) -> Refused:
+    """What pydantic finds wrong with the body of a request. Of several forms of a field, the one that came furthest."""
+    found = max(errors, key=lambda each: (len(_fields(each)), not str(each["type"]).endswith("_type")))
+    fields, message = _fields(found), str(found["msg"])
+    if found["type"] == "json_invalid":
+        return Refused(400, f"the body is not JSON: {found['ctx']['error']}, at character {found['loc'][-1]}")
+    if not fields and "json" not in content_type:
+        return Refused(400, f"the body has to be JSON, with Content-Type: application/json; it came as {content_type}")
+    name = ".".join(fields)
+    return Refused(400, f"{name}: {message}" if name else message, param=name or None)
+
+
+def _fields(error: Mapping[str, Any]) -> list[str]:
+    """The fields that lead to an error, without the names that pydantic has for the forms that one may take."""
+    *outer, last = error["loc"][1:] or ("",)
+    is_last_named = error["type"] == "extra_forbidden"
+    found = [str(part) for part in (*outer, *([] if is_last_named else [last])) if _FIELD.fullmatch(str(part))]
+    return [*found, str(last)] if is_last_named else found
 
 
 def later(message: str, *, status: int, kind: str, code: str | None = None, seconds: int = RETRY_SECONDS) -> Refused:

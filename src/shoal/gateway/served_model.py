@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -123,11 +123,14 @@ class ServedModel:
         """The tokens of a prompt that is a text or tokens already, [1, S]."""
         if isinstance(prompt, str):
             return self.ids_of_text(prompt)
-        ids = torch.tensor([prompt], dtype=torch.long)
+        self.check_known(prompt, param="prompt")
+        return self._checked(torch.tensor([prompt], dtype=torch.long))
+
+    def check_known(self, tokens: Iterable[int], *, param: str) -> None:
+        """Raises `Refused` for tokens that the model does not have, which the field `param` names."""
         num_known = len(self.model.get_input_embeddings().weight)  # an adapter's embedding has no `num_embeddings`
-        if int(ids.max()) >= num_known:
-            raise bad_field("prompt", f"the model {self.name} has tokens 0 to {num_known - 1}")
-        return self._checked(ids)
+        if max(tokens, default=0) >= num_known:
+            raise bad_field(param, f"the model {self.name} has tokens 0 to {num_known - 1}")
 
     def most_new_tokens(self, num_prompt: int, wanted: int | None, *, param: str) -> int:
         """How many tokens an answer may have. Raises `Refused` if the model cannot have as many as are wanted."""

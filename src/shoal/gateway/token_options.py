@@ -63,6 +63,7 @@ def stream_options(
     temperature = _first(request.temperature, own.temperature, 1.0)
     processors: list[LogitsProcessor] = []
     if request.logit_bias:
+        served.check_known(request.logit_bias, param="logit_bias")
         processors.append(LogitBias(request.logit_bias))
     if request.presence_penalty or request.frequency_penalty:
         processors.append(
@@ -90,7 +91,7 @@ def stream_options(
         "do_sample": True,
         "temperature": float(temperature),
         "top_p": _first(request.top_p, own.top_p, 1.0),
-        "top_k": _first(request.top_k, own.top_k, 0),
+        "top_k": max(0, _first(request.top_k, own.top_k, 0)),
         "min_p": _first(request.min_p, own.min_p, None),
     }
 

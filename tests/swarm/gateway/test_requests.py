@@ -10,6 +10,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def test_what_is_counted(client: openai.OpenAI, url: str):
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"n": 0}, "n"),
+        ({"top_k": -2}, "top_k"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"logit_bias": {"5": 1000}}, "logit_bias.5"),
         ({"messages": []}, "messages"),
@@ -91,6 +93,60 @@ def test_a_bad_field_is_named(url: str, change: dict[str, Any], param: str):
     assert error["type"] == "invalid_request_error"
     assert error["param"].startswith(param)
     assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "param"),
+    [
+        ({"prompt": [-1]}, "prompt.0: Input should be greater than or equal to 0", "prompt.0"),
+        ({"prompt": [[]]}, "prompt.0: List should have at least 1 item", "prompt.0"),
+        ({"prompt": []}, "prompt: List should have at least 1 item", "prompt"),
+        ({"prompt": {"text": "a"}}, "prompt: Input should be a valid string", "prompt"),
+        ({"stop": [""]}, "stop.0: String should have at least 1 character", "stop.0"),
+        ({"logit_bias": {"99999": 10}}, "the model stories has tokens 0 to 1023", "logit_bias"),
+        ({"TopK": 1}, "TopK: Extra inputs are not permitted", "TopK"),
+    ],
+)
+def test_a_bad_field_is_told_in_plain_words(url: str, change: dict[str, Any], message: str, param: str):
+    answer = httpx.post(f"{url}/v1/completions", json={"model": "stories", "prompt": PROMPT, "max_tokens": 1} | change)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith(message)
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "message"),
+    [
+        ('{"model": "stories", "prompt": }', {"Content-Type": "application/json"}, "the body is not JSON"),
+        (
+            '{"model": "stories"}',
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            "the body has to be JSON",
+        ),
+        ("[]", {"Content-Type": "application/json"}, "Input should be"),
+    ],
+)
+def test_a_body_that_is_no_object_is_told_in_plain_words(url: str, content: str, headers: dict[str, str], message: str):
+    answer = httpx.post(f"{url}/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith(message)
+    assert error["param"] is None
+
+
+def test_offsets_are_places_in_the_text(client: openai.OpenAI):
+    """Also of an echo, whose mark of the beginning is in the text only if the prompt has it."""
+    marked = client.completions.create(model="stories", prompt=[0, 442, 443], max_tokens=3, echo=True, logprobs=0)
+    plain = client.completions.create(model="stories", prompt=PROMPT, max_tokens=3, echo=True, logprobs=0)
+    for choice in (*marked.choices, *plain.choices):
+        assert choice.logprobs is not None
+        pieces, offsets = choice.logprobs.tokens, choice.logprobs.text_offset
+        assert pieces is not None
+        assert offsets is not None
+        shown = [choice.text[start:end] for start, end in pairwise([*offsets, len(choice.text)])]
+        assert "".join(shown) == choice.text
+        assert all(text in (piece, "") for text, piece in zip(shown, pieces, strict=True))
 
 
 @pytest.mark.parametrize(("num_prompts", "n"), [(64, 16), (9, 15), (64, 3)])

@@ -44,7 +44,7 @@ class SamplingBody(BaseBody):
     model: Annotated[str, StringConstraints(min_length=1, max_length=500)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 20)] | None = None  # 0 and -1: from all tokens
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None

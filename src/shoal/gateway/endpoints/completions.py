@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from itertools import accumulate
 from typing import Any
 
 from shoal.client.generation.generation import Token
@@ -56,13 +55,13 @@ class CompletionAnswer(OpenAIAnswer):
         choices = []
         known: tuple[Token, ...] = ()
         for index, (before, answer, inputs) in enumerate(zip(self._texts_before, answers, self.inputs, strict=True)):
-            tokens, start = answer.tokens, len(before)
+            tokens, start, text = answer.tokens, len(before), before + answer.text
             if self._request.echo and self._request.logprobs is not None:
                 if index % (self._request.n or 1) == 0:  # all answers to a prompt begin with it
                     async with self._asker.text():
                         known = await prompt_tokens(self._served, inputs.ids_1S, self._request.logprobs)
                 tokens, start = (*known, *tokens), 0
-            choices.append(self._choice(index, before + answer.text, tokens, answer.finish_reason, start=start))
+            choices.append(self._choice(index, text, tokens, answer.finish_reason, start=start))
         return self._object("text_completion", choices) | {"usage": self._usage()}
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -70,27 +69,30 @@ class CompletionAnswer(OpenAIAnswer):
         starts = [0] * len(self.inputs)
         async with aclosing(together(self.inputs, self.usages)) as pieces:
             async for index, piece in pieces:
-                choice = self._choice(index, piece.text, piece.tokens, piece.finish_reason, start=starts[index])
+                choice = self._choice(index, piece.text, piece.tokens, piece.finish_reason, before=starts[index])
                 starts[index] += len(piece.text)
                 yield self._object("text_completion", [choice]) | self._usage_so_far()
         if self._tells_usage:
             yield self._object("text_completion", []) | {"usage": self._usage()}
 
     def _choice(
-        self, index: int, text: str, tokens: Sequence[Token], reason: str | None, *, start: int
+        self, index: int, text: str, tokens: Sequence[Token], reason: str | None, *, start: int = 0, before: int = 0
     ) -> dict[str, Any]:
-        logprobs = None if self._request.logprobs is None else self._logprobs(tokens, start)
+        """A text, or a piece of one with `before` characters before it. Its tokens begin at its character `start`."""
+        logprobs = None
+        if self._request.logprobs is not None:
+            pieces = [self._served.text_of(token.id) for token in tokens]
+            offsets = [before + offset for offset in text_offsets(pieces, text, start=start)]
+            logprobs = self._logprobs(tokens, pieces, offsets)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, tokens: Sequence[Token], start: int) -> dict[str, Any]:
-        texts = [self._served.text_of(token.id) for token in tokens]
-        *offsets, _ = accumulate(map(len, texts), initial=start)
+    def _logprobs(self, tokens: Sequence[Token], pieces: list[str], offsets: list[int]) -> dict[str, Any]:
         top = [
             None if token.logprob is None else {self._served.text_of(each): value for each, value in token.top_logprobs}
             for token in tokens
         ]
         return {
-            "tokens": texts,
+            "tokens": pieces,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": top,
             "text_offset": offsets,
@@ -107,3 +109,13 @@ class CompletionAnswer(OpenAIAnswer):
 
     def _echoed(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else str(self._served.tokenizer.decode(prompt))
+
+
+def text_offsets(pieces: Sequence[str], text: str, *, start: int = 0) -> list[int]:
+    """Where in a text each of these pieces begins. One that is not there, such as a mark of the end, has no width."""
+    offsets, position = [], start
+    for piece in pieces:
+        offsets.append(position)
+        if text.startswith(piece, position):
+            position += len(piece)
+    return offsets
