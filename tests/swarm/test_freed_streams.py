@@ -70,11 +70,18 @@ async def a_pass_that_is_left(stream: Stream) -> None:
     await asyncio.sleep(0.001)
 
 
+async def a_pass_that_is_refused(stream: Stream) -> None:
+    await send(stream, raw("backward", {"hidden": torch.ones(SHAPE), "grad": torch.ones(1, 36, 32)}, **SPAN))
+    await answered(stream, Failure)
+
+
 async def send(stream: Stream, frame: Raw) -> None:
     await stream.send(frame.header, [frame.payload])
 
 
-@pytest.mark.parametrize("talk", [a_session, a_session_whose_step_is_wrong, a_pass, a_pass_that_is_left])
+@pytest.mark.parametrize(
+    "talk", [a_session, a_session_whose_step_is_wrong, a_pass, a_pass_that_is_left, a_pass_that_is_refused]
+)
 def test_a_stream_that_breaks_leaves_nothing(talk: Any):
     async def scene() -> None:
         async with Bed(("0:4",), cache_pages=40, drain_seconds=0.0) as bed:
