@@ -15,6 +15,7 @@ from shoal.net.transport import Node, Stream, StreamBroken
 from shoal.net.wire import codec
 from shoal.peers import ServerInfo
 from shoal.protocol import Failure, Opened, StepResult
+from shoal.server.training.adapter_store import LAYER_BYTES
 
 NUM_STREAMS = 60
 BEGIN_SECONDS = 3.0
@@ -24,8 +25,10 @@ LENGTH = 1000
 RANK = 8
 WAITING_BYTES = NUM_STREAMS * 2 * LENGTH * HIDDEN_SIZE * 4
 """The inputs and gradients of passes that wait, or the inputs and outputs of prompts: limits allow a GiB of them."""
-ADAPTER_BYTES = NUM_STREAMS * RANK * 2 * HIDDEN_SIZE * 4 * 50
-"""The adapters that a server keeps for clients: limits allow a GiB of these too."""
+SAVED_BYTES = 6 * 50 * LENGTH * HIDDEN_SIZE * 4
+"""What one backward pass through six blocks saves (`shoal.server.training.saved_activations`): limits allow 2 GiB."""
+ADAPTER_BYTES = NUM_STREAMS * 50 * (RANK * 2 * HIDDEN_SIZE * 4 + LAYER_BYTES)
+"""The adapters that a server keeps for clients, as it counts them: limits allow a GiB."""
 FAIR_SHARE = 0.5
 
 Work = Callable[[AttackedSwarm, Node, ServerInfo], Awaitable[None]]
@@ -127,7 +130,7 @@ async def _pings(swarm: AttackedSwarm, attacker: Node, server: ServerInfo) -> No
 ATTACKS = (
     Attack("sessions", _attack(_decode), fair_share=FAIR_SHARE),
     Attack("prefills", _attack(_prefill), fair_share=FAIR_SHARE, budget_bytes=WAITING_BYTES),
-    Attack("backward-passes", _attack(_backward), fair_share=FAIR_SHARE, budget_bytes=WAITING_BYTES),
+    Attack("backward-passes", _attack(_backward), fair_share=FAIR_SHARE, budget_bytes=WAITING_BYTES + SAVED_BYTES),
     Attack("adapters", _attack(_adapters), fair_share=FAIR_SHARE, budget_bytes=ADAPTER_BYTES),
     Attack("pings", _attack(_pings), fair_share=FAIR_SHARE),
 )

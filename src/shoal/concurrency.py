@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
-import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -33,20 +32,6 @@ async def _first_error(*works: Coroutine[Any, Any, None]) -> Exception | None:
         for task in others:
             task.cancel()
     return next((error for task in done if (error := task.result()) is not None), None)
-
-
-def free_frames_of(error: BaseException) -> None:
-    """Free what the frames hold through which an error came, and the errors before it.
-
-    An error and its frames refer to each other in circles, as soon as one of these has a task or a future with that
-    error. Then tensors in them would stay until the garbage collector looks. The error can be told and raised as before.
-    """
-    errors: dict[int, BaseException] = {}
-    following: BaseException | None = error
-    while following is not None and id(following) not in errors:
-        errors[id(following)] = following
-        traceback.clear_frames(following.__traceback__)
-        following = following.__context__
 
 
 async def _error_of(work: Coroutine[Any, Any, None]) -> Exception | None:

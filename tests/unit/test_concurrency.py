@@ -15,7 +15,6 @@ from shoal.concurrency import (
     background,
     done_although_cancelled,
     first_of,
-    free_frames_of,
     in_thread,
     with_progress_timeout,
 )
@@ -228,29 +227,5 @@ def test_what_a_work_had_that_failed_is_freed_at_once():
     try:
         virtual_time.run(scene())
         assert [each() for each in known] == [None]
-    finally:
-        gc.enable()
-
-
-def test_what_the_frames_of_an_error_had_is_freed_when_that_is_asked_for():
-    known: list[weakref.ref[Large]] = []
-
-    async def fail() -> None:
-        large = Large()
-        known.append(weakref.ref(large))
-        future = asyncio.get_running_loop().create_future()
-        future.set_exception(ValueError("failed"))
-        await future  # from now on, the error, its traceback, this frame and the future are a circle
-
-    async def scene() -> list[object]:
-        try:
-            await fail()
-        except ValueError as error:
-            free_frames_of(error)
-        return [each() for each in known]
-
-    gc.disable()
-    try:
-        assert virtual_time.run(scene()) == [None]
     finally:
         gc.enable()

@@ -36,6 +36,7 @@ class MessageReader:
         if self._receiving is not None:
             self._receiving.cancel()
             await asyncio.gather(self._receiving, return_exceptions=True)
+            self._receiving = None  # its error has frames that have this reader: a circle
 
     def receiving(self) -> asyncio.Task[Received]:
         """The task that receives the next message. It belongs to the reader."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from shoal import events
-from shoal.concurrency import free_frames_of, owned_task
+from shoal.concurrency import owned_task
 from shoal.net.signing.token_digests import tensor_digest_aside
 from shoal.net.transport import Stream, StreamBroken
 from shoal.net.wire import codec
@@ -121,11 +121,7 @@ class Handler:
         try:
             if self._is_leaving:
                 raise asyncio.CancelledError
-            try:
-                await self._serve_stream(stream)
-            except BaseException as error:
-                free_frames_of(error)
-                raise
+            await self._serve_stream(stream)
         except asyncio.CancelledError:
             if not self._is_leaving:
                 raise
@@ -342,7 +338,10 @@ class Handler:
                         await account.acknowledged(message)
                     elif not isinstance(message, Close):
                         raise rejected(f"a message of kind {message.kind!r} before the last one is answered")
-            return computing.result()
+            try:
+                return computing.result()
+            finally:
+                del computing  # the traceback of its error has this frame: a circle, which would keep the inputs
 
     def _pong(self, *, working: bool) -> Pong:
         return Pong(
