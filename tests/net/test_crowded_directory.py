@@ -46,17 +46,22 @@ def store(nodes: Sequence[Node], records: Sequence[tuple[Sequence[str], str, byt
     origin = Origin("192.0.2.0/24", "192.0.0.0/16")
     stored = []
     for node in nodes:
-        directory: Any = node.directory
         for keys, peer, record in records:
             for key in keys:
-                stored.append(directory._table.take(DHTID.generate(key), peer, pack(record), expires, origin=origin))
+                stored.append(table_of(node).take(DHTID.generate(key), peer, pack(record), expires, origin=origin))
     return all(stored)
+
+
+def table_of(node: Node) -> RecordTable:
+    """The part of the hash table that a node stores for others. Its users read what all nodes say together."""
+    directory: Any = node.directory
+    table: RecordTable = directory._table
+    return table
 
 
 def held_by(node: Node, owner: str) -> list[Held]:
     """What this node has stored of a peer."""
-    directory: Any = node.directory
-    return [held for records in directory._table._keys.values() for held in records.values() if held.owner == owner]
+    return [held for held in table_of(node).records() if held.owner == owner]
 
 
 def publish(nodes: Sequence[Node], servers: dict[Identity, ServerInfo], *, level: int) -> bool:

@@ -137,9 +137,8 @@ async def test_places_are_taken_again_after_the_own_daemon_has_died():
     async with peers({"serve_relay": True}, {"announce": (NOWHERE,)}, {}) as (first, second, third):
         reached = second.transport.reach
         assert reached.relayed
-        transport: Any = second.transport
-        (program,) = psutil.Process(transport._daemon.process.pid).children()
-        dead = transport._daemon
+        dead = daemon_of(second)
+        (program,) = psutil.Process(dead.process.pid).children()
         program.kill()
         await dead.closed.wait()
         await second.transport.listen(answer_pings)
@@ -150,7 +149,7 @@ async def test_places_are_taken_again_after_the_own_daemon_has_died():
         await codec.send(stream, Ping())
         assert isinstance((await codec.receive(stream, REPLY_KINDS))[0], Pong)
         await stream.close()
-        assert transport._daemon is not dead
+        assert daemon_of(second) is not dead
         assert second.transport.reach.relayed == reached.relayed
         assert first.transport.reach.kind is Reachability.UNKNOWN
 
@@ -318,10 +317,15 @@ async def test_a_peer_that_asks_too_often_is_told_to_come_back():
         assert [type(answer) for answer in answers] == [DialedBack] * (PEER_REQUESTS - 1) + [Failure]
 
 
+def daemon_of(node: Node) -> Any:
+    """A node's own daemon. Its users see streams and what becomes of them, and never which process carries them."""
+    transport: Any = node.transport
+    return transport._daemon
+
+
 async def open_reach(node: Node, other: Node) -> Libp2pStream:
     """A stream of `REACH_PROTOCOL` from one peer to another."""
-    transport: Any = node.transport
-    _, reader, writer = await transport._daemon.open(other.transport.peer, REACH_PROTOCOL)
+    _, reader, writer = await daemon_of(node).open(other.transport.peer, REACH_PROTOCOL)
     return Libp2pStream(other.transport.peer, reader, writer)
 
 

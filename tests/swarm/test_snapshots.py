@@ -30,7 +30,7 @@ def _short_interval(monkeypatch: pytest.MonkeyPatch) -> None:
 def visitor_with(inputs_BSD: Tensor, engine: Engine, body: Body) -> Visitor:
     """A visitor that has these inputs and no session, as after the loss of another server."""
     visitor = Visitor(engine, body)
-    visitor.inputs_BSD, visitor._mask_BS = inputs_BSD, torch.ones(inputs_BSD.shape[:2], dtype=torch.uint8)
+    visitor.inputs_BSD, visitor.mask_BS = inputs_BSD, torch.ones(inputs_BSD.shape[:2], dtype=torch.uint8)
     return visitor
 
 

@@ -107,6 +107,12 @@ def test_streams_continue_a_session(swarm: MakeSwarm, whole: PreTrainedModel):
     assert first + second + third == expected(whole, PROMPTS[0], 0, {})[:10]
 
 
+def engine_of(model: Any) -> GenerationEngine:
+    """Nothing public says what runs for a stream that nobody holds any more."""
+    engine: GenerationEngine = model._started_engine()
+    return engine
+
+
 def test_a_closed_stream_frees_its_servers(swarm: MakeSwarm):
     net = swarm("0:2", "2:4")
     model = net.model()
@@ -120,7 +126,7 @@ def test_a_closed_stream_frees_its_servers(swarm: MakeSwarm):
 
 def test_a_forgotten_stream_ends(swarm: MakeSwarm):
     model = swarm("0:4").model()
-    engine: GenerationEngine = model._started_engine()  # nothing public says what runs for a stream without a holder
+    engine = engine_of(model)
     stream = model.stream(PROMPTS[0], max_new_tokens=400)
     next(stream)
     del stream
@@ -171,7 +177,7 @@ class _Gate(LogitsProcessor):  # type: ignore[misc]
 def test_a_caller_whose_event_loop_is_closed_ends_its_own_stream_only(swarm: MakeSwarm, whole: PreTrainedModel):
     net = swarm("0:4")
     model, gate = net.model(), _Gate()
-    engine: GenerationEngine = model._started_engine()  # nothing public says what runs for a stream without a holder
+    engine = engine_of(model)
     gone = model.stream(PROMPTS[1], max_new_tokens=400, logits_processor=[gate])
     other = model.stream(PROMPTS[0], max_new_tokens=16)
     loop = asyncio.new_event_loop()
@@ -198,7 +204,7 @@ def test_a_mistake_of_the_engine_ends_its_streams_and_others_may_begin(
 def test_a_stream_is_closed_when_nothing_touches_its_session_any_more(swarm: MakeSwarm, whole: PreTrainedModel):
     net = swarm("0:4")
     model, gate = net.model(), _Gate()
-    engine: GenerationEngine = model._started_engine()
+    engine = engine_of(model)
 
     async def open_the_gate() -> None:
         """Once the stream has ended, and whatever waited for nothing else has gone on."""

@@ -113,7 +113,7 @@ class Visitor:
         self.session: SessionCache | None = None
         self.inputs_BSD = random_inputs(0, body, 1, 0)
         self.outputs_BSD = self.inputs_BSD
-        self._mask_BS = torch.ones(1, 0, dtype=torch.uint8)
+        self.mask_BS = torch.ones(1, 0, dtype=torch.uint8)
         self._engine = engine
         self._body = body
         self._branches: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -135,7 +135,7 @@ class Visitor:
         self._branch(position, rows, hidden_BTD.shape[0])
         mask_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.uint8) if mask_BT is None else mask_BT
         self.inputs_BSD = torch.cat((self.inputs_BSD, hidden_BTD), dim=1)
-        self._mask_BS = torch.cat((self._mask_BS, mask_BT), dim=1)
+        self.mask_BS = torch.cat((self.mask_BS, mask_BT), dim=1)
         start = position
         while True:
             try:
@@ -158,13 +158,13 @@ class Visitor:
         """What was computed so far is kept to be checked, if a part of it is left behind."""
         if rows is None and position == self.num_tokens > 0:
             return
-        self._branches.append((self.inputs_BSD, self._mask_BS, self.outputs_BSD))
+        self._branches.append((self.inputs_BSD, self.mask_BS, self.outputs_BSD))
         rows = list(range(self.inputs_BSD.shape[0]) if rows is None else rows)
         if position == 0:
             rows = [0] * batch_size
         self.inputs_BSD = self.inputs_BSD[rows, :position]
         self.outputs_BSD = self.outputs_BSD[rows, :position]
-        self._mask_BS = self._mask_BS[rows, :position]
+        self.mask_BS = self.mask_BS[rows, :position]
 
     async def _opened(self) -> int:
         """The same as `_open`, after sending the engine the adapters that it lacks, if any."""
@@ -201,7 +201,7 @@ class Visitor:
 
     def names(self) -> list[bytes]:
         """Those of the full pages of each sequence, one after another; none of padded sequences."""
-        if not self._mask_BS.all():
+        if not self.mask_BS.all():
             return [b""] * len(self.inputs_BSD)
         first = root_hash(self.span, adapter_cache_salt(self.salt, self.tuning.names(self.span)))
         positions = torch.arange(self.num_tokens)
@@ -209,8 +209,8 @@ class Visitor:
 
     def _inputs(self, start: int) -> StepInputs:
         tensors: dict[Any, Tensor] = {"hidden": self.inputs_BSD[:, start:]}
-        if not self._mask_BS.all():
-            tensors |= {"mask": self._mask_BS[:, start:], "positions": _positions(self._mask_BS)[:, start:]}
+        if not self.mask_BS.all():
+            tensors |= {"mask": self.mask_BS[:, start:], "positions": _positions(self.mask_BS)[:, start:]}
         return self._engine.validator.step_inputs(tensors)
 
     def leave(self) -> None:
@@ -226,7 +226,7 @@ class Visitor:
         To be called when the engine is idle: it is the same blocks.
         """
         changes = {each.block: self._adapter(each).on for each in self.tuning.in_span(self.span)}
-        for inputs_BSD, mask_BS, outputs_BSD in (*self._branches, (self.inputs_BSD, self._mask_BS, self.outputs_BSD)):
+        for inputs_BSD, mask_BS, outputs_BSD in (*self._branches, (self.inputs_BSD, self.mask_BS, self.outputs_BSD)):
             if not inputs_BSD.shape[1]:
                 continue
             padded = not mask_BS.all()

@@ -130,7 +130,7 @@ async def test_a_peer_that_asks_for_too_much_at_a_time_is_refused_and_others_are
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     node, now = protocol(), 0.0
-    node._answered = request_limits.RequestLimits(request_limits.ANSWERED, clock=lambda: now)
+    node.answered = request_limits.RequestLimits(request_limits.ANSWERED, clock=lambda: now)
     for bucket in range(4):
         fill(node, records=120, bucket=bucket)
 
@@ -189,7 +189,7 @@ async def test_only_the_first_records_of_a_request_and_of_ten_seconds_are_valida
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     node, validated, now = protocol(), [], 0.0
-    node._stored = request_limits.RequestLimits(request_limits.STORED, clock=lambda: now)
+    node.stored = request_limits.RequestLimits(request_limits.STORED, clock=lambda: now)
     monkeypatch.setattr(node, "record_validator", SimpleNamespace(validate=lambda each: bool(validated.append(each))))
     request = store_request(*[(bytes(20), pack(ALICE.peer), b"x", expires())] * 3000)
     assert (await node.rpc_store(request, sent_by(ALICE))).store_ok == [False] * 3000
@@ -214,7 +214,7 @@ async def test_a_record_that_is_no_news_is_not_validated(monkeypatch: pytest.Mon
 
 async def test_keys_without_records_count_for_the_time_that_they_take() -> None:
     node = protocol()
-    node._answered = request_limits.RequestLimits(request_limits.ANSWERED, clock=lambda: 0.0)
+    node.answered = request_limits.RequestLimits(request_limits.ANSWERED, clock=lambda: 0.0)
     request = dht_pb2.FindRequest(keys=[bytes([number]) + bytes(19) for number in range(128)])
     for _ in range(request_limits.ANSWERED.of_peer // (128 * request_limits.KEY_COST_BYTES)):
         await node.rpc_find(request, READER)

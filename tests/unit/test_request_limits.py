@@ -56,7 +56,7 @@ def test_many_identities_take_no_memory_and_give_their_network_no_more() -> None
     limits = RequestLimits(Rate(of_peer=1, of_network=4), clock)
     for number in range(3 * MOST_REMEMBERED):
         limits.spent(1, f"x{number}", HERE)
-    assert len(limits._left) <= MOST_REMEMBERED
+    assert len(limits) <= MOST_REMEMBERED
     assert not asked(limits, "another", HERE)
 
 

@@ -97,7 +97,7 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
         super().__init__(**options)
         self._table = RecordTable()
         self._origins: PeerOrigins | None = None
-        self._stored, self._answered = RequestLimits(STORED), RequestLimits(ANSWERED)
+        self.stored, self.answered = RequestLimits(STORED), RequestLimits(ANSWERED)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def use(self, table: RecordTable, origins: PeerOrigins | None) -> None:
@@ -147,7 +147,7 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
         if len(request.keys) > MAX_FIND_KEYS or any(len(key) != KEY_BYTES for key in request.keys):
             raise InvalidRequest(f"a lookup of {len(request.keys)} keys")
         asking, origin = await self._sender(context)
-        if not self._answered.allows(asking, origin):
+        if not self.answered.allows(asking, origin):
             raise InvalidRequest("too many lookups at a time")
         self._add_to_routing_table(request.peer, context)
         response = dht_pb2.FindResponse(results=[], peer=self.node_info)
@@ -166,7 +166,7 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
                 result.nearest_node_ids.append(node_id.to_bytes())
                 result.nearest_peer_ids.append(peer_id.to_bytes())
             response.results.append(result)
-        self._answered.spent(max(response.ByteSize(), KEY_COST_BYTES * len(keys)), asking, origin)
+        self.answered.spent(max(response.ByteSize(), KEY_COST_BYTES * len(keys)), asking, origin)
         return self._signed(response, context)
 
     def _find_result(self, key: DHTID, most_bytes: int) -> dht_pb2.FindResult:
@@ -197,13 +197,13 @@ class LimitedDHTProtocol(DHTProtocol):  # type: ignore[misc]
                 and subkey == own_subkey
                 and len(value) <= MAX_RECORD_BYTES + ENTRY_BYTES
                 and self._table.is_newer(DHTID.from_bytes(key), sender, expires)
-                and self._stored.allows(sender, origin)
+                and self.stored.allows(sender, origin)
             )
             response.store_ok.append(may_be_stored and self._store_record(key, sender, value, expires, origin))
         return self._signed(response, context)
 
     def _store_record(self, key: bytes, sender: str, value: bytes, expires: float, origin: Origin) -> bool:
-        self._stored.spent(1, sender, origin)
+        self.stored.spent(1, sender, origin)
         return self._validate_record(key, self.serializer.dumps(sender), value, expires) and self._table.take(
             DHTID.from_bytes(key), sender, value, expires, origin=origin
         )

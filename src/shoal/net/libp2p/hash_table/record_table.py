@@ -99,15 +99,16 @@ class RecordTable:
             for held in gives_way(self._keys[key].values(), most_bytes=self._limits.key_bytes):
                 self._remove(held)
         if self._num_bytes > self._limits.table_bytes:
-            for held in gives_way(self._all(), most_bytes=self._limits.table_bytes):
+            for held in gives_way(self.records(), most_bytes=self._limits.table_bytes):
                 self._remove(held)
 
     def _sweep(self, now: float) -> None:
         self._swept_at = now
-        for held in [each for each in self._all() if each.expires <= now]:
+        for held in [each for each in self.records() if each.expires <= now]:
             self._remove(held)
 
-    def _all(self) -> Iterator[Held]:
+    def records(self) -> Iterator[Held]:
+        """All that is stored."""
         return (held for records in self._keys.values() for held in records.values())
 
     def _add(self, key: int, held: Held) -> None:

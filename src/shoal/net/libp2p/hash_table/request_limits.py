@@ -39,6 +39,10 @@ class RequestLimits:
         self._clock = clock
         self._left: dict[str, Allowance] = {}
 
+    def __len__(self) -> int:
+        """How many peers and networks are remembered."""
+        return len(self._left)
+
     def allows(self, peer: str, origin: Origin) -> bool:
         """Whether a peer at this network may ask for more."""
         now = self._now()
