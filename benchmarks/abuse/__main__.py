@@ -6,8 +6,8 @@ Each attack has servers of its own: `shoal serve` on loopback, with the bundled 
 An honest client is measured alone and, as another one that joins then, under attack, and a third one beside a process
 that computes as much as the attacker did. The goals: it keeps at least 0.8 of the speed that is due to it (a part of
 that of the third one), it has its first token at most 5 s later and never waits longer for another one, and no server
-has more memory than the limits of the attack allow, and 64 MiB. The exit status is 1 if a goal is missed. On a busy machine, all figures are
-those of the other work: measure on a quiet one.
+has more memory than the limits of the attack allow, and 64 MiB. The exit status is 1 if a goal is missed. On a busy
+machine, all figures are those of the other work: measure on a quiet one.
 """
 
 from __future__ import annotations

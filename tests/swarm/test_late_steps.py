@@ -222,7 +222,7 @@ def test_a_server_that_opens_late_and_before_all_others_is_kept():
         other = Session(story.client.swarm, story.client.span, batch_size=1, max_length=64)
         await Reading(story.client, other, 1).read(prompt(1, 5))
         assert [hop.server.peer for hop in other.hops] == before
-        assert not any(story.client.swarm.is_avoided(server) for server in before)
+        assert not any(story.client.swarm.servers.is_avoided(server) for server in before)
         await other.close()
 
     play(act)
@@ -232,8 +232,8 @@ def test_a_server_that_opens_late_is_tried_last_and_is_not_taken_for_lost():
     async def act(story: Story) -> None:
         await liar(story.bed, "liar", "0:4", opens_nothing)
         await story.begin()
-        assert story.client.swarm.is_avoided("liar")
-        assert not story.client.swarm.is_lost("liar")
+        assert story.client.swarm.servers.is_avoided("liar")
+        assert not story.client.swarm.servers.is_lost("liar")
 
     play(act, reserves=())
 

@@ -178,7 +178,7 @@ def test_a_machine_that_joins_says_why():
     others = [machine("a", "0:3"), machine("b", "3:6", 20)]
     assert choose_blocks(machine("new"), others, 8, rng=random.Random(0)).reason == "blocks 6:8 had no server"
     full = [*others, machine("c", "6:8", 200)]
-    assert choose_blocks(machine("new"), full, 8, rng=random.Random(0)).reason.startswith("blocks 3:6 carry 6.67 ")
+    assert choose_blocks(machine("new"), full, 8, rng=random.Random(0)).reason.startswith("blocks 3:6 carried 6.67 ")
 
 
 @settings(deadline=None)

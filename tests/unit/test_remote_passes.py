@@ -60,7 +60,7 @@ class OneServer:
     tab = None
 
     def __init__(self) -> None:
-        self.servers = self
+        self.servers = self.measurements = self
         self.adapter_sync = AdapterSync()
         self.asked: list[tuple[str, Span]] = []
         self.num_factors: dict[int, int] = {}
