@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
+from textwrap import wrap
 from typing import Any
 
 from shoal.simulator.fluid.arrangement import Arrangement, Delays
@@ -29,6 +31,8 @@ HEADINGS = (
 )
 CHUNK = 600.0
 """Virtual seconds between two signs of progress."""
+LABEL_WIDTH = 12
+"""Characters of a line under the bars of a plot."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,13 @@ def draw(grid: RunGrid, summaries: dict[tuple[str, str], Summary], figure: Any) 
     upper.set_ylabel("share of the bound")
     upper.set_ylim(0, 1)
     lower.set_ylabel("% of the time with a hole")
-    lower.set_xticks(range(len(grid.settings)), [setting.name.replace(", ", "\n") for setting in grid.settings])
+    lower.set_ylim(0, max(1.0, lower.get_ylim()[1]))
+    lower.set_xticks(range(len(grid.settings)), ["\n".join(_lines(setting.name)) for setting in grid.settings])
     lower.tick_params(axis="x", labelsize="x-small")
     figure.legend(loc="outside upper center", ncols=4, fontsize="x-small")
+
+
+def _lines(name: str) -> list[str]:
+    """The name of a setting in lines that have room beside those of others. A number stays with its unit."""
+    name = re.sub(r"(?<=\d) ", "\N{NO-BREAK SPACE}", name)
+    return [line for part in name.split(", ") for line in wrap(part, LABEL_WIDTH)]
