@@ -29,7 +29,7 @@ from benchmarks.clients import announced
 from benchmarks.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
-from shoal.processes import Child
+from shoal.host.processes import Child
 from shoal.testing import ShapedSwarm, shaped_swarm
 
 SPANS = ("0:4", "4:8", "8:12", "0:4", "4:8", "8:12")

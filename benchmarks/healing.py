@@ -39,9 +39,9 @@ from benchmarks.soak_clients import difference
 from shoal import AutoDistributedModelForCausalLM
 from shoal.cli.status import look
 from shoal.client.options.client_options import ClientOptions
+from shoal.host.processes import Child, Children
 from shoal.peers import ServerInfo, ServerState
 from shoal.policy.view import SwarmView
-from shoal.processes import Child, Children
 
 MODEL = Path(shoal.__file__).parent / "bundled" / "stories"
 NUM_BLOCKS = 12

@@ -27,7 +27,7 @@ from benchmarks.conversations import write_conversations
 from benchmarks.healing import Processes, missing, swarm
 from benchmarks.soak_clients import SoakClients
 from benchmarks.soak_options import soak_parser, soak_script
-from shoal.processes import Child
+from shoal.host.processes import Child
 
 MOST_BLOCKS = "5"
 DOWN_SECONDS = 10.0

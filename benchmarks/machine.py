@@ -7,7 +7,7 @@ import platform
 import torch
 import transformers
 
-from shoal.host import describe_host
+from shoal.host.computer import describe_host
 
 
 def describe_machine() -> str:

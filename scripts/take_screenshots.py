@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from shoal.bundled import STORIES
-from shoal.processes import Child, Children
+from shoal.host.processes import Child, Children
 from tests.net.browser import SECONDS, chromium, clean_page
 
 SPANS = {"attic": "0:6", "desk": "0:4", "garage": "4:8", "lab": "6:12", "laptop": "8:12", "library": "6:12"}

@@ -21,7 +21,7 @@ from benchmarks.abuse.attacks import Attack
 from benchmarks.abuse.full_caches import CACHE_TOKENS
 from benchmarks.abuse.honest_client import Experience
 from shoal.bundled import STORIES
-from shoal.processes import Child, Children
+from shoal.host.processes import Child, Children
 
 BEGIN_SECONDS = 300.0
 """An attack is measured when it says that it is in full swing, and at the latest after this time."""

@@ -17,7 +17,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
-from shoal.large_imports import forbid_hub_kernels
+from shoal.host.large_imports import forbid_hub_kernels
 
 if TYPE_CHECKING:
     from shoal.client import (

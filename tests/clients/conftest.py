@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from shoal.processes import Child, Children
+from shoal.host.processes import Child, Children
 from shoal.testing.preloaded import PreloadedProcess
 from tests.known_speed import know_speed
 

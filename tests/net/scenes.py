@@ -21,8 +21,8 @@ import pytest
 
 from shoal.bundled import STORIES
 from shoal.errors import ShoalError
+from shoal.host.processes import Child, Process
 from shoal.joining.invite_code import InviteCode
-from shoal.processes import Child, Process
 from shoal.testing.namespaces import Home, Host, Internet, Nat
 from tests.known_speed import know_speed
 

@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
+from shoal.host.processes import Child, Children
 from shoal.joining.invite_code import InviteCode
 from shoal.net.addressing.addresses import port_of
-from shoal.processes import Child, Children
 
 PROMPT = "Once upon a time"
 SECONDS = 120.0

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.image import imread
 
 from shoal.bundled import STORIES
-from shoal.processes import Children
+from shoal.host.processes import Children
 from shoal.testing.preloaded import PreloadedProcess
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

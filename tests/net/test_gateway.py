@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
 from shoal.cli.terminal.console import tokens_per_second
-from shoal.processes import Child, Children
+from shoal.host.processes import Child, Children
 from shoal.testing.preloaded import PreloadedProcess
 
 from .conftest import DECODE_SPEED, Shoal

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from shoal.bundled import STORIES
-from shoal.processes import Child, Children
+from shoal.host.processes import Child, Children
 from shoal.testing.preloaded import PreloadedProcess
 
 from .watched_command import SECONDS, WatchedCommand

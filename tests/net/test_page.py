@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.bundled import STORIES
-from shoal.processes import Child, Children
+from shoal.host.processes import Child, Children
 from shoal.testing.preloaded import PreloadedProcess
 
 from .browser import SECONDS, chromium, clean_page

@@ -18,8 +18,8 @@ import torch
 
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
+from shoal.host.processes import Child, Children
 from shoal.model.weights.contents import Contents
-from shoal.processes import Child, Children
 
 PROMPT = [[1, 403, 407, 261, 378]]
 SECONDS = 120.0

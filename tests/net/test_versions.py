@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from shoal.bundled import STORIES
-from shoal.processes import Child, Children
+from shoal.host.processes import Child, Children
 from shoal.protocol import PROTOCOL_VERSION
 from shoal.testing.preloaded import PreloadedProcess
 

@@ -20,7 +20,7 @@ from shoal.bundled import STORIES
 from shoal.cli import run
 from shoal.cli.plan import kinds, parse_memory
 from shoal.cli.terminal.console import WrongUsage
-from shoal.host import available_memory
+from shoal.host.computer import available_memory
 from shoal.model.weights import disk_cache
 from shoal.policy.machines.max_blocks import CACHE_SHARE
 from shoal.policy.will_fit import Kind

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from shoal.large_imports import HUB_KERNELS, forbid_hub_kernels, large_imports
+from shoal.host.large_imports import HUB_KERNELS, forbid_hub_kernels, large_imports
 
 KERNELS_VERSION = "0.18.2"
 """One that Transformers would use."""

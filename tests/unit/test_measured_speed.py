@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.host import processor_name
+from shoal.host.computer import processor_name
 from shoal.model.weights import disk_cache
 from shoal.policy.machines.speed_profile import BlockTime, SpeedProfile
 from shoal.server.kv.batch import Chunk

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.whole_files import replacing
+from shoal.host.whole_files import replacing
 
 
 def test_a_file_has_its_old_content_until_the_new_one_is_complete(tmp_path: Path) -> None:

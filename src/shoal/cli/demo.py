@@ -20,8 +20,8 @@ from shoal.cli.terminal.console import hush_transformers, start_logging, stdout,
 from shoal.cli.terminal.story import StoryStreamer, WrappedWriter
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import SwarmError
-from shoal.large_imports import large_imports
-from shoal.processes import Child, Children, interruptible
+from shoal.host.large_imports import large_imports
+from shoal.host.processes import Child, Children, interruptible
 from shoal.spans import Span
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from shoal.cli.terminal.console import hush_transformers, print_warning, stderr,
 from shoal.cli.terminal.wait_note import WaitNote
 from shoal.client.options.client_options import ClientOptions
 from shoal.errors import UserError
+from shoal.host.large_imports import large_imports
 from shoal.joining.invite_code import is_code
-from shoal.large_imports import large_imports
 
 if TYPE_CHECKING:
     from shoal.client import InferenceSession

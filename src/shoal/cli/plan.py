@@ -18,7 +18,7 @@ from shoal.cli.network_options import network_of
 from shoal.cli.terminal.console import WrongUsage, start_logging, stdout, waiting
 from shoal.cli.terminal.plan_table import Facts, Form, render, short_size
 from shoal.errors import UserError
-from shoal.host import available_memory, may_have_gpu
+from shoal.host.computer import available_memory, may_have_gpu
 from shoal.joining.invite_code import code_in
 from shoal.model.weights.contents import ITEM_BYTES, Contents
 from shoal.net import NetworkConfig

@@ -22,9 +22,9 @@ from shoal.cli.terminal.console import (
     waiting,
 )
 from shoal.client.options.client_options import INITIAL_PEERS
-from shoal.host import usable_cores
+from shoal.host.computer import usable_cores
+from shoal.host.large_imports import large_imports
 from shoal.joining.invite_code import code_in
-from shoal.large_imports import large_imports
 from shoal.ledgers.ledger_place import SERVERS, LedgerPlace
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.model.weights.location import folder_of

@@ -18,10 +18,10 @@ from shoal.cli.service.several_servers import LOOK_SECONDS, START_SECONDS, Serve
 from shoal.cli.terminal.console import WRONG_USAGE, WrongUsage, start_logging, stdout
 from shoal.cli.terminal.notify import notify
 from shoal.errors import SwarmError
-from shoal.host import usable_cores
+from shoal.host.computer import usable_cores
+from shoal.host.processes import Child, Children, interruptible
 from shoal.joining.invite_code import InviteCode, is_code, is_for_this_machine
 from shoal.net.swarm_key import file_of_key
-from shoal.processes import Child, Children, interruptible
 
 DRAIN_SECONDS = 40.0
 """How long both processes may take to end: answers that have begun go on for a while."""

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from shoal.whole_files import replacing
+from shoal.host.whole_files import replacing
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=BaseModel)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from shoal.errors import CheckpointError
+from shoal.host.whole_files import replacing
 from shoal.model.body import Body, build_body
 from shoal.model.families import text_config
 from shoal.model.linear.quantization import Quantization, stored_quantization
@@ -26,7 +27,6 @@ from shoal.model.weights.checkpoint import Checkpoint
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.model.weights.safetensors_file import read_header, read_tensors
 from shoal.spans import Span
-from shoal.whole_files import replacing
 
 log = logging.getLogger(__name__)
 

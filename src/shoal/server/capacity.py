@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from shoal.errors import UserError
-from shoal.host import available_memory
+from shoal.host.computer import available_memory
 from shoal.model.body import Body
 from shoal.model.families import text_config
 from shoal.model.family_tables import DEQUANTIZED_ON_CPU

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
-from shoal.host import processor_name
+from shoal.host.computer import processor_name
 from shoal.model.weights import disk_cache
 from shoal.policy.machines.speed_profile import BlockTime, SpeedProfile
 from shoal.spans import Span

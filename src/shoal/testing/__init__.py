@@ -1,6 +1,6 @@
 """Swarms of real processes on this machine, whose links can be made slow and whose servers can be made to fail.
 
-It imports `shoal.processes` and the ground: the processes are asked by their command lines and ports.
+It imports `shoal.host` and the ground: the processes are asked by their command lines and ports.
 
 with shaped_swarm(MODEL, ["0:4", "4:8"], link=Link(delay_seconds=0.05, bytes_per_second=100e6 / 8)) as swarm:
     swarm.address              # the address to join by

@@ -25,7 +25,7 @@ PRELOADED = (
 
 
 class PreloadedProcess:
-    """A process with the methods of `subprocess.Popen` that `shoal.processes` needs.
+    """A process with the methods of `subprocess.Popen` that `shoal.host.processes` needs.
 
     It calls `prepare` before all else, which is sent to it: a module must have the function.
     """

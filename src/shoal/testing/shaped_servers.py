@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from shoal.processes import Child, Children, Launch, Process
+from shoal.host.processes import Child, Children, Launch, Process
 from shoal.testing.churn import Act
 from shoal.testing.link import Link
 from shoal.testing.preloaded import PreloadedProcess

@@ -11,9 +11,9 @@ import typer
 
 from shoal.cli.terminal.console import ProgressReporter, WrongUsage, waiting
 from shoal.errors import SwarmError
+from shoal.host.large_imports import large_imports
 from shoal.joining.heard_swarms import MAX_SWARMS, HeardSwarm, Hearing, listen
 from shoal.joining.invite_code import MAX_WAYS, InviteCode
-from shoal.large_imports import large_imports
 from shoal.policy.view import format_blocks
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import typer
 
 from shoal.cli.options import Device
 from shoal.cli.terminal.console import WrongUsage
-from shoal.host import may_have_gpu
+from shoal.host.computer import may_have_gpu
 from shoal.spans import Span
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -19,10 +19,10 @@ from shoal.cli.service.devices import Share, as_arguments
 from shoal.cli.service.others_use import OthersUse
 from shoal.cli.terminal.console import WRONG_USAGE, WrongUsage, print_error, stderr, waiting
 from shoal.cli.terminal.notify import notify
-from shoal.host import usable_cores
+from shoal.host.computer import usable_cores
+from shoal.host.processes import Child, Children, interruptible
 from shoal.joining.invite_code import is_code
 from shoal.policy.idleness import Idleness
-from shoal.processes import Child, Children, interruptible
 
 RESTART_SECONDS = 15.0
 """How long after its end a server is started again, as the unit for systemd has it."""

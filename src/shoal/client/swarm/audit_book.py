@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shoal.host.whole_files import replacing
 from shoal.policy.audits.audit_budget import (
     FIRST_AUDIT_TOKENS,
     PASS_TOKENS,
@@ -22,7 +23,6 @@ from shoal.policy.audits.audit_budget import (
     next_audit,
 )
 from shoal.policy.audits.receipt_verdict import ReceiptVerdict
-from shoal.whole_files import replacing
 
 log = logging.getLogger(__name__)
 

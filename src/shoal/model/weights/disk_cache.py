@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shoal.whole_files import replacing
+from shoal.host.whole_files import replacing
 
 
 def cache_folder() -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.host import describe_host
+from shoal.host.computer import describe_host
 
 
 @dataclass(frozen=True)

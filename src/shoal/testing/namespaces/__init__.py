@@ -1,7 +1,7 @@
 """A small internet on this machine: Linux network namespaces for hosts, homes behind NATs, and the links between them.
 
 It needs root on Linux, and the programs `ip`, `nft` and `nsenter` (Debian: iproute2, nftables, util-linux). Nothing in
-it has a route to this machine's own network, so addresses may be any. It imports `shoal.processes` and the ground.
+it has a route to this machine's own network, so addresses may be any. It imports `shoal.host` and the ground.
 
     with Internet() as net:
         public = net.host("public")

@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Self
 
 from shoal.errors import UserError
-from shoal.processes import Child, Children, Process
+from shoal.host.processes import Child, Children, Process
 from shoal.testing.namespaces.nat import Nat, rules
 from shoal.testing.namespaces.system import (
     add,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from shoal.errors import CheckpointError, UserError
+from shoal.host.whole_files import replacing
 from shoal.model.weights.pieces.manifest import Manifest
-from shoal.whole_files import replacing
 
 _HELD = "held"
 _EPOCH_BYTES = 16

@@ -1,4 +1,4 @@
-"""This machine, for people: its processor, cores and memory."""
+"""This machine: its processor, cores, memory and drivers."""
 
 from __future__ import annotations
 
