@@ -100,7 +100,16 @@ def test_what_one_of_the_processes_finds_wrong_is_its_own_exit_status(
     monkeypatch.setattr(FakeChildren, "status", status)
     monkeypatch.setattr(up, "Children", FakeChildren)
     assert run(["up", str(STORIES), "--http-port", "0"]) == status
-    assert f"error: gateway ended with status {status}\nhint: the hint of the gateway" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""  # the process has said what was wrong
+
+
+def test_a_process_that_was_killed_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(FakeChildren, "status", -9)
+    monkeypatch.setattr(up, "Children", FakeChildren)
+    assert run(["up", str(STORIES), "--http-port", "0"]) == 1
+    assert "error: gateway ended with status -9\nhint: the hint of the gateway" in capsys.readouterr().err
 
 
 def test_systemd_is_told_what_it_waits_for_and_that_it_stops(

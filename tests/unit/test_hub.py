@@ -11,6 +11,7 @@ from huggingface_hub import constants
 
 from shoal.errors import CheckpointError, ShoalError, UserError
 from shoal.model.weights.checkpoint import Checkpoint
+from shoal.model.weights.location import check_on_hub
 from shoal.spans import Span
 
 from .fake_hub import COMMIT, FakeHub
@@ -226,3 +227,19 @@ def test_with_local_files_only_a_model_that_is_not_cached_is_not_downloaded(hub:
     with pytest.raises(UserError, match="someone/tiny is not in the cache"):
         Checkpoint.open(REPO, local_files_only=True).head_tensors()
     assert not hub.sent
+
+
+def test_a_model_that_the_hub_does_not_have_is_refused_before_anything_is_read(hub: FakeHub) -> None:
+    with pytest.raises(UserError, match="there is no model someone/else on the hub that you may see"):
+        check_on_hub("someone/else", revision=None)
+    with pytest.raises(UserError, match="someone/tiny has no such revision"):
+        check_on_hub(REPO, revision="2")
+    assert not hub.sent
+
+
+def test_a_model_that_was_downloaded_once_is_not_looked_up(hub: FakeHub) -> None:
+    check_on_hub(REPO, revision=None)
+    Checkpoint.open(REPO).head_tensors()
+    hub.refuses_with = 500, ""
+    check_on_hub(REPO, revision=None)
+    check_on_hub(str(hub.folder), revision=None)

@@ -19,11 +19,11 @@ import typer
 from shoal.cli import chat, demo, dht, doctor, gateway, generate, invite, join, plan, serve, status, up
 from shoal.cli.network_options import spread_peers
 from shoal.cli.service.config_file import with_config_file
-from shoal.cli.terminal.console import WRONG_USAGE, WrongUsage, is_debugging, print_error, start_logging, stderr
+from shoal.cli.terminal.console import FAILED, WRONG_USAGE, WrongUsage, is_debugging, print_error, start_logging, stderr
 from shoal.cli.terminal.grouped_help import GroupedCommand
 from shoal.errors import ShoalError
 
-FAILED, INTERRUPTED = 1, 130
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="shoal",

@@ -53,7 +53,7 @@ def command(
     Ctrl-C stops an answer, Ctrl-D or /bye leaves, /new starts a new conversation, /help lists all commands. A model
     without a chat template simply continues your text.
     """
-    options.check_places(model, client.model.active_adapter)
+    options.check_places(model, client.model.active_adapter, revision=client.model.revision)
     chosen = options.sampling(temperature, top_p, top_k, seed)
     note = WaitNote()
     with connected(model, note.observing(client)) as (llm, tokenizer):

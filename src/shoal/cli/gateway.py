@@ -89,7 +89,7 @@ def command(
     adapters = [adapter_of(each, names) for each in adapter or ()]
     _check_different("adapters", [each.name for each in adapters], hint="name them: --adapter NAME=ADAPTER")
     for model in models:
-        options.check_places(model)
+        options.check_places(model, revision=client.model.revision)
     with as_usage():
         for each in adapters:
             folder_of(each.place)

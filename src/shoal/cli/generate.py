@@ -47,7 +47,7 @@ def command(
 
     Decoding is greedy, unless --temperature, --top-p or --top-k asks for sampling.
     """
-    options.check_places(model, client.model.active_adapter)
+    options.check_places(model, client.model.active_adapter, revision=client.model.revision)
     if prompt == "-":
         prompt = sys.stdin.read()
     chosen = options.sampling(temperature, top_p, top_k, seed, num_beams)

@@ -22,7 +22,7 @@ from shoal.client.options.client_options import (
     parse_initial_peers,
 )
 from shoal.joining.invite_code import InviteCode, code_in, is_code
-from shoal.model.weights.location import check_model, folder_of
+from shoal.model.weights.location import check_model, check_on_hub, folder_of
 from shoal.policy.batching.pass_rules import DEFAULT_RULE
 
 MOST_OF_NAME = 128  # what a record takes (shoal.net.records)
@@ -342,13 +342,15 @@ def with_client_options(command: Command, *, log: str = "error", shows_progress:
     return with_parameters(wrapped, [*own, *others, verbose])
 
 
-@as_usage()
-def check_places(model: str, adapter: str | Path | None = None) -> None:
-    """Raises `WrongUsage` for a model or an adapter that cannot exist, before anything slow is imported."""
-    if code_in(model) is None:
+def check_places(model: str, adapter: str | Path | None = None, *, revision: str | None = None) -> None:
+    """Raises `UserError` for a model or an adapter that is nowhere, before anything slow is imported."""
+    with as_usage():
+        if adapter is not None:
+            folder_of(str(adapter))
+        if code_in(model) is not None:
+            return
         check_model(model)
-    if adapter is not None:
-        folder_of(str(adapter))
+    check_on_hub(model, revision=revision)  # which may answer the next time: the command line need not change
 
 
 def server_name(given: str | None, host: str) -> str:
@@ -373,9 +375,8 @@ def pins(given: Sequence[str] | None) -> dict[str, str]:
     for each in given or ():
         span, _, peer = each.partition("=")
         if not span or not peer:
-            raise WrongUsage(
-                f"not a span and a peer: {each!r}", hint="write --pin 0:4=PEER, a name or an id that shoal status shows"
-            )
+            hint = "write --pin 0:4=PEER, a name or an id that shoal status shows"
+            raise WrongUsage(f"not a span and a peer: {each!r}", hint=hint)
         if found.setdefault(span, peer) != peer:
             raise WrongUsage(f"blocks {span} are pinned to two peers")
     return found

@@ -95,7 +95,7 @@ def command(
     """
     start_logging(verbose=verbose)
     wanted = parse_memory(memory or [THIS])
-    options.check_places(model)
+    options.check_places(model, revision=revision)
     code = code_in(model)
     network = network_of(
         initial_peers=options.peers_of(initial_peers) if code is None or initial_peers else (),

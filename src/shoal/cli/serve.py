@@ -243,7 +243,7 @@ def command(
         raise WrongUsage(
             "--lan announces an open swarm, and this one is closed", hint="leave out --lan; pass on the invite code"
         )
-    options.check_places(model)
+    options.check_places(model, revision=revision)
     devices = chosen_devices(device)
     if len(devices) > 1 or when is When.idle:
         run_servers(

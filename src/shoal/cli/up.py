@@ -15,7 +15,7 @@ from shoal.cli.gateway import API_KEYS, checked_keys, listen
 from shoal.cli.service.devices import OnDevices, as_arguments, chosen_devices, shared_out
 from shoal.cli.service.long_running import end_with_parent
 from shoal.cli.service.several_servers import LOOK_SECONDS, START_SECONDS, Servers, tell_marked
-from shoal.cli.terminal.console import WRONG_USAGE, WrongUsage, start_logging, stdout
+from shoal.cli.terminal.console import FAILED, WRONG_USAGE, WrongUsage, start_logging, stdout
 from shoal.cli.terminal.notify import notify
 from shoal.errors import SwarmError
 from shoal.host.computer import usable_cores
@@ -68,7 +68,7 @@ def command(
     _, name = serve.check_options(
         blocks=blocks, num_blocks=None, name=None, zone=None, adapter=None, host=host, announce=None, relay=None
     )
-    options.check_places(model)
+    options.check_places(model, revision=revision)
     secrets = {API_KEYS: ",".join(checked_keys(api_key))} if api_key else {}
     # The gateway listens there after the server's start, which may take an hour.
     listen(http_host, http_port, option="--http-port").close()
@@ -118,14 +118,17 @@ def command(
 
 
 def _wait(children: Children, child: Child) -> None:
-    """Wait until a child is ready. Raises `SwarmError` if it ends, and `WrongUsage` if it found the options wrong."""
+    """Wait until a child is ready. Raises `SwarmError` if it does not come up.
+
+    One that has reported why has done so where this process reports: then its exit status is that of this process.
+    """
     notify(STATUS=f"Starting the {child.name}")
     try:
         for _ in children.wait_for([child], seconds=START_SECONDS):
             pass
-    except SwarmError as error:
-        if child.process.returncode == WRONG_USAGE:
-            raise WrongUsage(str(error), hint=error.hint) from None
+    except SwarmError:
+        if child.process.returncode in (FAILED, WRONG_USAGE):
+            raise typer.Exit(child.process.returncode) from None
         raise
 
 

@@ -33,6 +33,8 @@ UNKNOWN = "…"
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
+FAILED = 1
+"""The exit status when a command could not do what it was asked for."""
 WRONG_USAGE = 2
 """The exit status when the user has to change the command line or a file of options."""
 

@@ -240,6 +240,12 @@ def open_repository(
     return HubFiles(repo, commit, entries, folder, token, local_files_only)
 
 
+def check_repository(repo: str, *, revision: str | None) -> None:
+    """Ask the hub for a model of which the cache has nothing. Raises `UserError` if it has no such model."""
+    if not (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")).is_dir():
+        open_repository(repo, revision=revision, token=None, cache_dir=None)
+
+
 def _list_files(repo: str, commit: str, token: str | None, local_files_only: bool) -> dict[str, Any]:
     if local_files_only:
         raise _not_cached(repo)

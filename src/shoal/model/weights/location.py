@@ -50,10 +50,18 @@ def folder_of(model: str | Path) -> Path | None:
 
 
 def check_model(model: str | Path) -> None:
-    """Check what can be checked without reading the model. Raises `UserError` or `CheckpointError`."""
+    """Check what can be checked on this machine without reading the model. Raises `UserError` or `CheckpointError`."""
     folder = folder_of(model)
     if folder is not None and not (folder / CONFIG).is_file():
         raise missing_config(model, sorted(path.name for path in folder.iterdir()))
+
+
+def check_on_hub(model: str, *, revision: str | None) -> None:
+    """Ask the hub for a model that is in no folder and was never downloaded. Raises `UserError` if it has none."""
+    if folder_of(model) is None:
+        from shoal.model.weights.hub import check_repository  # here, because it takes longer than all of `--help`
+
+        check_repository(model, revision=revision)
 
 
 def missing_config(model: str | Path, files: Iterable[str]) -> CheckpointError:
