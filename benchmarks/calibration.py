@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.clients import announced, at_the_same_time, generate
-from benchmarks.machine import describe_machine
+from benchmarks.common.clients import announced, at_the_same_time, generate
+from benchmarks.common.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
 from shoal.simulator.steps.twin import summed_speed

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.machine import describe_machine
-from benchmarks.reference import reference_model
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.reference import reference_model
 from shoal.model.body import Body
 from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body

@@ -31,10 +31,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.clients import Generation, decoding_speed, generate_together, local_batch_speed
-from benchmarks.machine import describe_machine
-from benchmarks.reference import reference_model
-from benchmarks.swarm import servers
+from benchmarks.common.clients import Generation, decoding_speed, generate_together, local_batch_speed
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.reference import reference_model
+from benchmarks.common.swarm import servers
 from benchmarks.table import PROMPT_TOKENS, SPANS, prompts_of
 from shoal import AutoDistributedModelForCausalLM
 

@@ -25,10 +25,10 @@ import torch
 import transformers
 from transformers import LlamaConfig
 
-from benchmarks.clients import generate
-from benchmarks.machine import describe_machine
-from benchmarks.reference import made_model
-from benchmarks.swarm import servers
+from benchmarks.common.clients import generate
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.reference import made_model
+from benchmarks.common.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
 
 LENGTHS = (128, 2048, 4096, 8192, 16384, 32768)

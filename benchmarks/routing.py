@@ -28,8 +28,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.machine import describe_machine
-from benchmarks.simulated import Simulated, Traffic
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.simulated import Simulated, Traffic
 from shoal.peers import short
 from shoal.policy.machines.bound import throughput_bound
 from shoal.policy.machines.throughput import exact_throughput

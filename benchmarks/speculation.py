@@ -46,7 +46,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.machine import describe_machine
+from benchmarks.common.machine import describe_machine
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES, STORIES_DRAFT
 from shoal.client.generation.drafting.drafter import Source

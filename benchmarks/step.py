@@ -20,8 +20,8 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.machine import describe_machine
-from benchmarks.reference import reference_model
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.reference import reference_model
 from shoal.model.linear.quantization import Quantization
 from shoal.model.loading import load_body
 from shoal.model.weights.checkpoint import Checkpoint

@@ -27,10 +27,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from benchmarks.clients import decoding_speed, generate, generate_together, local_batch_speed, median
-from benchmarks.machine import describe_machine
-from benchmarks.reference import reference_model
-from benchmarks.swarm import servers
+from benchmarks.common.clients import decoding_speed, generate, generate_together, local_batch_speed, median
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.reference import reference_model
+from benchmarks.common.swarm import servers
 from shoal import AutoDistributedModelForCausalLM
 
 SPANS = ("0:8", "8:16")

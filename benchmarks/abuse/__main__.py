@@ -17,7 +17,7 @@ import sys
 
 from benchmarks.abuse.attacker import attacks_of
 from benchmarks.abuse.experiment import print_table, run
-from benchmarks.machine import describe_machine
+from benchmarks.common.machine import describe_machine
 
 MODULES = ("limits_attacks", "directory_attacks", "route_attacks", "compute_attacks")
 """The modules with attacks."""

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import shoal
-from benchmarks.clients import generate
+from benchmarks.common.clients import generate
 from shoal import AutoDistributedModelForCausalLM
 from shoal.bundled import STORIES
 from shoal.cli.service.long_running import end_with_parent

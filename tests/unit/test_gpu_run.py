@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import Outcome, measured, report
-from benchmarks.gpu_rows import ROWS, Figure, Setting, compared, measure
-from benchmarks.wheels import needed
+from benchmarks.gpu.rows import ROWS, Figure, Setting, compared, measure
+from benchmarks.gpu.run import Outcome, measured, report
+from benchmarks.gpu.wheels import needed
 
 NOWHERE = Setting("/nowhere", "/ip4/127.0.0.1/tcp/1/p2p/A", "cpu", tiny=True)
 

@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.routing import CHOOSERS, Pace, together
-from benchmarks.simulated import (
+from benchmarks.common.simulated import (
     SATURATED_ROWS,
     Simulated,
     Traffic,
@@ -15,6 +14,7 @@ from benchmarks.simulated import (
     rows_seconds,
     saturated_gain,
 )
+from benchmarks.routing import CHOOSERS, Pace, together
 from shoal.policy.machines.bound import throughput_bound
 from shoal.policy.machines.machine import machine_of
 from shoal.policy.routing.balanced import FACTORS

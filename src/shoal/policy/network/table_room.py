@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 RECORD_OVERHEAD_BYTES = 640
-"""What the table needs for a record beside its bytes, as measured (`benchmarks/directory_memory.py`)."""
+"""What the table needs for a record beside its bytes, as measured (`benchmarks/directory/memory.py`)."""
 ROOM_MADE = 16
 """Where a limit is exceeded, one part in this many is given up at once, because the choice takes a look at all."""
 

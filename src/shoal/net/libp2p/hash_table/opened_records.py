@@ -13,7 +13,7 @@ MAX_OPENED_BYTES = 16 << 20
 """The memory of the records that are remembered: about 3,500 of the usual size."""
 OPENED_BYTES, OPENED_FACTOR = 512, 6
 """What a remembered record takes: its own bytes and the objects made of them, as measured
-(`benchmarks/directory_memory.py`)."""
+(`benchmarks/directory/memory.py`)."""
 
 Opened = TypeVar("Opened", Announcement, ShardTally)
 

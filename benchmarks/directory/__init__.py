@@ -1,0 +1,1 @@
+"""What it costs to know ten thousand servers: bytes (`python -m benchmarks.directory`), and memory (`memory`)."""

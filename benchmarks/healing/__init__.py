@@ -1,0 +1,1 @@
+"""Swarms whose blocks lose all their servers: one kill (`kill`), and half an hour of churn (`churn`)."""

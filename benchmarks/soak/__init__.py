@@ -1,0 +1,1 @@
+"""Swarms that are used for minutes, and must leak nothing: in peace (`steady`), under churn, behind a gateway."""
