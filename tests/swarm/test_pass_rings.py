@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.client.options.client_options import ClientOptions
+from shoal.client.training import pass_rings
 from shoal.client.training.gradients import Gradients
 from shoal.client.training.pass_plan import PassPlan
 from shoal.client.training.remote_passes import RemotePasses
@@ -259,5 +260,29 @@ def test_a_push_that_overtakes_the_request_is_held_until_the_request_comes():
             member.executor.slowness = 0.01
         assert equal(await training.gradients(), expected())
         assert not training.is_broken
+
+    play(act)
+
+
+def test_a_sequence_longer_than_a_step_goes_around_the_ring_too_unless_it_is_too_large_to_push(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(pass_rings, "MAX_STEP_TOKENS", 100)
+    hidden = torch.randn(1, 300, 32, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(hidden.shape[:2], dtype=torch.uint8)
+
+    async def act(training: Passes) -> None:
+        async def gradients() -> tuple[Tensor, Gradients]:
+            training.sent.clear()
+            outputs, pieces = await training.passes.forward(training.plan, hidden, positions_of(mask), mask)
+            return outputs, await training.passes.backward(training.plan, pieces, hidden.flip(1))
+
+        pushed = await gradients()
+        counts = Counter(training.sent)
+        for one, other in pairwise(("s0", "s1", "s2", "s3")):
+            assert counts["pass_inputs", one, other] == counts["pass_inputs", other, one] == 1
+        monkeypatch.setattr(pass_rings, "MAX_PUSHED_BYTES", hidden.nbytes - 1)
+        assert equal(await gradients(), pushed)
+        assert all("client" in (sender, receiver) for _, sender, receiver in training.sent)
 
     play(act)

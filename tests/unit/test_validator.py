@@ -20,6 +20,7 @@ from shoal.protocol import (
     Backward,
     Forward,
     Open,
+    PassInputs,
     Step,
     dump,
 )
@@ -59,8 +60,9 @@ def declaring(kind: str, *tensors: tuple[str, str, tuple[int, ...]], **fields: A
         "forward": Forward,
         "backward": Backward,
         "open": Open,
+        "pass_inputs": PassInputs,
     }
-    if kind != "step":
+    if kind not in ("step", "pass_inputs"):
         fields = {"model": "m", "fingerprint": "f", "start": 0, "end": 1, **fields}
     return makers[kind](tensors=specs, **fields)
 
@@ -79,6 +81,7 @@ SMALL = replace(VALIDATOR, hidden_size=64, max_length=4096)
         declaring("forward", ("hidden", "float32", (1, 4096, 64)), ("positions", "int64", (1, 4096))),
         declaring("backward", ("grad", "float32", (1, 4096, 64)), kept="0" * 32),
         declaring("open", ("digests", "uint8", (2, 256, 16)), batch_size=2, expected_length=4096),
+        declaring("pass_inputs", ("hidden", "bfloat16", (1, 2048, 4096)), link="0" * 32),
     ],
     ids=lambda message: message.kind,
 )
@@ -97,6 +100,7 @@ def test_what_a_request_may_have_is_received(message: AnyMessage) -> None:
             declaring("step", ("hidden", "float32", (1, 1, 1 << 20)), position=0, link="0" * 32),
             "a push of 4194304 bytes",
         ),
+        (declaring("pass_inputs", ("hidden", "bfloat16", (1, 2049, 4096)), link="0" * 32), "a push of 16785408 bytes"),
         (declaring("forward", ("hidden", "float32", (1, 4097, 64))), "the model allows 4096"),
         (declaring("forward", ("hidden", "float32", (8, 1024, 64))), "8192 tokens in one batch"),
         (declaring("backward", ("grad", "float32", (1, 1 << 18, 64)), kept="0" * 32), "the model allows 4096"),

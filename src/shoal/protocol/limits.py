@@ -18,6 +18,8 @@ MAX_STEP_TOKENS = 1024
 A single token of every sequence always fits. `MAX_PASS_TOKENS` is for one sequence of a `Forward` or `Backward`."""
 MAX_PASS_TOKENS = 16 * 1024
 """The tokens of one sequence of a `Forward` or `Backward`: it cannot be cut, and some attention needs their square."""
+MAX_PUSHED_BYTES = 16 * 1024 * 1024
+"""The inputs of a pass that one server pushes to the next, where they are more than what one step could carry."""
 MAX_LOGITS_BYTES = 64 * 1024 * 1024
 """The logits of one answer: a small request must not cost much memory. For more, clients use their own head."""
 MAX_BATCH = 1024

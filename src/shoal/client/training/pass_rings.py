@@ -17,10 +17,9 @@ from shoal.client.training.pass_plan import MicrobatchPiece
 from shoal.client.training.ring_turn import RingStart, RingTurn
 from shoal.model.peft.factors import AdapterFactors
 from shoal.net.wire.codec import Tensors
-from shoal.peers import ServerInfo
 from shoal.policy.contribution.credit import BACKWARD
 from shoal.policy.routing.route import SLOWEST, Hop
-from shoal.protocol import MAX_STEP_TOKENS, Backward, Forward, NotCached, PassResult, Upstream
+from shoal.protocol import MAX_PUSHED_BYTES, MAX_STEP_TOKENS, Backward, Forward, NotCached, PassResult, Upstream
 from shoal.spans import Span
 
 Answered = tuple[Connection, PassResult | NotCached, Tensors]
@@ -42,6 +41,11 @@ class RingPart:
         return self.piece.hidden.shape[:2].numel()
 
 
+def _may_be_pushed(piece: MicrobatchPiece) -> bool:
+    """Whether servers take inputs of this size from each other."""
+    return piece.hidden.shape[:2].numel() <= MAX_STEP_TOKENS or piece.hidden.nbytes <= MAX_PUSHED_BYTES
+
+
 class PassRings:
     """Asks the servers of rings over a `pool` of connections, which the owner opens and closes."""
 
@@ -54,12 +58,9 @@ class PassRings:
         for index, (one, other) in enumerate(pairwise(pieces), start=1):
             assert one.hop is not None
             assert other.hop is not None
-            if not self._can_push(one.hop.server, other.hop.server, num_tokens=one.hidden.shape[:2].numel()):
+            if not (_may_be_pushed(one) and self._swarm.push_rules.allow(one.hop.server, other.hop.server)):
                 return pieces[:index]
         return pieces
-
-    def _can_push(self, upstream: ServerInfo, downstream: ServerInfo, *, num_tokens: int) -> bool:
-        return num_tokens <= MAX_STEP_TOKENS and self._swarm.push_rules.allow(upstream, downstream)
 
     @contextlib.asynccontextmanager
     async def asking(self, parts: Sequence[RingPart]) -> AsyncIterator[list[asyncio.Task[Answered | None]]]:

@@ -19,6 +19,7 @@ from shoal.protocol import (
     MAX_FACTORS,
     MAX_LOGITS_BYTES,
     MAX_PASS_TOKENS,
+    MAX_PUSHED_BYTES,
     MAX_STEP_TOKENS,
     AnyMessage,
     Backward,
@@ -35,7 +36,7 @@ from shoal.tensors import TensorSpec
 
 NO_GRADIENT = "a backward pass needs a gradient of its output's shape"
 MAX_STRAY_BYTES = 1 << 20
-"""A push of this many bytes is received and dropped, also where one of this model cannot be as large."""
+"""A step of this many bytes that is pushed is received and dropped, also where none of this model is as large."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class RequestValidator:
         what a server pushes only the bytes are: a refusal would end the stream for all sessions and passes.
         """
         if isinstance(message, PassInputs) or (isinstance(message, Step) and message.link is not None):
-            most = max(MAX_STRAY_BYTES, MAX_STEP_TOKENS * (self.hidden_size + 4) * torch.float32.itemsize)
+            least = MAX_PUSHED_BYTES if isinstance(message, PassInputs) else MAX_STRAY_BYTES
+            most = max(least, MAX_STEP_TOKENS * (self.hidden_size + 4) * torch.float32.itemsize)
             if message.payload_bytes > most:
                 raise rejected(f"a push of {message.payload_bytes} bytes; {most} are allowed")
             return
