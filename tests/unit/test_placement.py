@@ -20,7 +20,7 @@ from shoal.policy.placement.joining import choose_blocks
 from shoal.policy.placement.petals import choose_move
 from shoal.policy.placement.plan import Move, plan_moves
 from shoal.policy.placement.score import Changes, ScoredPlacement, Scoring
-from shoal.policy.placement.weakest import MAX_MACHINES
+from shoal.policy.placement.weakest import SMALL_MACHINES
 from shoal.spans import Span
 
 NOW = 1000.0
@@ -37,9 +37,9 @@ def machine(peer: str, span: str | None = None, speed: float = 100.0, **more: ob
 def swarms(draw: st.DrawFn, num_blocks: int = 8, most: int = 8, networks: bool = True) -> list[Machine]:
     """Some machines with spans; some load, and keep a part of their blocks meanwhile; some are pinned or in zones.
 
-    Some swarms are larger by machines that have no span yet: in small swarms the weakest block counts too.
+    Some swarms are larger by machines that have no span yet: in small and in roomy swarms the weakest block counts too.
     """
-    found = [machine(f"new{index}", speed=1e-3) for index in range(draw(st.sampled_from([0, MAX_MACHINES])))]
+    found = [machine(f"new{index}", speed=1e-3) for index in range(draw(st.sampled_from([0, SMALL_MACHINES])))]
     for index in range(draw(st.integers(1, most))):
         start = draw(st.integers(0, num_blocks - 1))
         span = Span(start, draw(st.integers(start + 1, min(num_blocks, start + 5))))

@@ -1,4 +1,4 @@
-"""In a small swarm, moves also raise the speed of the weakest block."""
+"""In small and in roomy swarms, moves also raise the speed of the weakest block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoal.policy.machines.machine import Machine
 from shoal.policy.machines.throughput import block_throughputs, exact_throughput
 from shoal.policy.placement.plan import plan_moves
 from shoal.policy.placement.score import Changes, ScoredPlacement, Scoring
-from shoal.policy.placement.weakest import MAX_MACHINES, Weakest, is_small
+from shoal.policy.placement.weakest import ENOUGH, ROOMY_MACHINES, SMALL_MACHINES, Weakest, is_roomy, is_small
 from shoal.spans import Span
 
 NOW = 1000.0
@@ -64,11 +64,35 @@ def test_machines_that_carry_the_bound_still_move_for_the_weakest_block():
 
 
 def test_a_swarm_is_small_up_to_so_many_machines_and_while_they_come_and_go():
-    machines = alike([(0, 40), (40, 80)] * (MAX_MACHINES // 2), max_blocks=40)
+    machines = alike([(0, 40), (40, 80)] * (SMALL_MACHINES // 2), max_blocks=40)
     assert is_small(Fleet.of(machines, NUM_BLOCKS, now=NOW))
     assert not is_small(Fleet.of([*machines, replace(machines[0], peer="more")], NUM_BLOCKS, now=NOW))
-    assert not is_small(Fleet.of([replace(machines[0], count=MAX_MACHINES + 1)], NUM_BLOCKS, now=NOW))
+    assert not is_small(Fleet.of([replace(machines[0], count=SMALL_MACHINES + 1)], NUM_BLOCKS, now=NOW))
     assert not is_small(Fleet.of(machines, NUM_BLOCKS, now=NOW + 1e6))
+
+
+SIX_OF_EACH_BUT_THE_MIDDLE = [(0, 20)] * 6 + [(20, 40)] * 2 + [(40, 60)] * 6 + [(60, 80)] * 6
+
+
+def test_in_a_roomy_swarm_moves_end_when_the_weakest_block_has_enough():
+    before = alike(SIX_OF_EACH_BUT_THE_MIDDLE, max_blocks=20)
+    assert is_roomy(Fleet.of(before, NUM_BLOCKS, now=NOW))
+    assert weakest_share(before) < 0.5
+    after, num_moves = settled(before)
+    assert weakest_share(after) >= ENOUGH
+    assert num_moves <= 3
+
+
+def test_a_swarm_is_roomy_by_the_blocks_with_which_its_machines_compute_most():
+    machines = alike(SIX_OF_EACH_BUT_THE_MIDDLE, max_blocks=20)
+    slow_when_full = [replace(each, block_speeds=((1, 6000.0), (20, 2000.0))) for each in machines]
+    for others in (
+        machines[:15],
+        slow_when_full,
+        [*machines, replace(machines[0], peer="more", count=ROOMY_MACHINES)],
+    ):
+        assert not is_roomy(Fleet.of(others, NUM_BLOCKS, now=NOW))
+    assert not is_roomy(Fleet.of(machines, NUM_BLOCKS, now=NOW + 1e6))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,10 +9,10 @@ whose claim is plausible: a machine that claims to hold everything, where the ot
 the blocks that it claims. To fill a hole, a machine also leaves blocks to a doubted machine, if that one does not claim
 all blocks.
 
-In a small swarm moves also raise the speed of the weakest block (`weakest.py`). In a quiet one (`Fleet.quiet`) gains
-last: moves also raise what all blocks can get at once (`refining.py`). Where no single move gains any more, two may: a
-plan then begins with a move that loses a little, so that the best move after it gains more than that. That second move
-is the best one for every server that sees the first one done.
+In small and roomy swarms moves also raise the speed of the weakest block (`weakest.py`). In a quiet one (`Fleet.quiet`)
+gains last: moves also raise what all blocks can get at once (`refining.py`). Where no single move gains any more, two
+may: a plan then begins with a move that loses a little, so that the best move after it gains more than that. That
+second move is the best one for every server that sees the first one done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shoal.policy.placement.needed import Needed
 from shoal.policy.placement.refining import Refined, is_refinable
 from shoal.policy.placement.score import Changes, ScoredPlacement, Scoring
 from shoal.policy.placement.search import best_places, most_promising
-from shoal.policy.placement.weakest import Weakest, is_small
+from shoal.policy.placement.weakest import Weakest, is_small, weakest_counts
 from shoal.policy.view import format_blocks
 from shoal.spans import Span
 
@@ -134,7 +134,7 @@ def _options(placement: ScoredPlacement) -> _Options | None:
     if is_refinable(fleet):
         judged = refined = Refined.of(placement)
         places, without = refined.best_places(rows, most=PLACES_SCORED, each=PLACES_EACH, needed=needed_to_fill)
-    elif is_small(fleet):
+    elif weakest_counts(fleet):
         judged = weakest = Weakest(placement)
         places, without = weakest.best_places(rows, most=PLACES_SCORED, each=PLACES_EACH, needed=needed_to_fill)
     else:
