@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from shoal.testing.namespaces import missing_for_namespaces
-from tests.net.scenes import SCENES, known_speeds, stage
+from tests.net.scenes import SCENES
+from tests.net.stage import known_speeds, stage
 
 NAMES = ("containers", "two-homes", "dead-bootstrap", "clients-clock")
 
