@@ -1,8 +1,10 @@
 """How machines join from everywhere: scenes in an internet of namespaces, each with what a user does in it.
 
 Each scene starts a swarm with `shoal serve`, lets others `shoal join` by its code, and has a story told by `shoal
-generate`. A link goes in the middle of it. The story must be the one that plain Transformers tells. A scene that fails
-raises `SceneFailed`, with what a user saw. `python -m tests.net.scenes` plays them and prints a table.
+generate`. A link goes in the middle of it. The story must be the one that plain Transformers tells. Beside it, `shoal
+doctor` must say the words above the scene where something is in the way. A scene that fails raises `SceneFailed`, with
+what a user saw. `python -m tests.net.scenes` plays them and prints a row for each: its name, how long it took, how long
+the doctor took on each host, and whether it passes.
 """
 
 from __future__ import annotations
