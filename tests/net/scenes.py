@@ -1,205 +1,58 @@
 """How machines join from everywhere: scenes in an internet of namespaces, each with what a user does in it.
 
 Each scene starts a swarm with `shoal serve`, lets others `shoal join` by its code, and has a story told by `shoal
-generate`. A link goes in the middle of it. The story must be the one that plain Transformers tells. A scene that fails
-raises `SceneFailed`, with what a user saw. `python -m tests.net.scenes` plays them and prints a table.
+generate`. A link goes in the middle of it. The story must be the one that plain Transformers tells. Beside it, `shoal
+doctor` must say the words above the scene where something is in the way. A scene that fails raises `SceneFailed`, with
+what a user saw. `python -m tests.net.scenes` plays them and prints a row for each: its name, how long it took, how long
+the doctor took on each host, and whether it passes.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from shoal.bundled import STORIES
 from shoal.errors import ShoalError
-from shoal.host.processes import Child, Process
 from shoal.joining.invite_code import InviteCode
-from shoal.testing.namespaces import Home, Host, Internet, Nat
-from tests.known_speed import know_speed
+from shoal.testing.namespaces import Home, Host, Nat
+from tests.net.doctor_visit import seconds_of
+from tests.net.stage import LAST, SceneFailed, Stage, Telling, known_speeds, stage
 
-PROMPT = "Once upon a time"
-NUM_TOKENS = 120
-DECODE_SPEED = 250.0
-READY_SECONDS = 180.0
-PATIENCE_SECONDS = 60
-LOOK_SECONDS = 0.05
-FIRST, LAST = "0:6", "6:12"
-FORM = ("--dtype", "float32", "--device", "cpu")
 MINUTES_OFF = 5
-
-
-class SceneFailed(AssertionError):
-    """What a user saw, in one line."""
-
-
-@functools.cache
-def expected_story() -> str:
-    """What plain Transformers tells on one machine."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    ids = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
-    text: str = tokenizer.decode(ids[0], skip_special_tokens=True)
-    return text.removeprefix(PROMPT).strip()
-
-
-@dataclass(frozen=True)
-class Telling:
-    """A client in the middle of a story, and its log."""
-
-    process: Process
-    log: Path
-
-    @property
-    def server(self) -> str:
-        """The name of the server of the first blocks."""
-        chosen = [line for line in self.log.read_text().splitlines() if " a step: " in line][-1]
-        return chosen.partition(" a step: ")[2].partition(f" {FIRST}")[0]
-
-    def wait_for(self, words: str) -> None:
-        """Wait until the client has written these words into its log, or has ended."""
-        until = time.monotonic() + READY_SECONDS
-        while words not in self.log.read_text() and self.process.poll() is None:
-            if time.monotonic() > until:
-                raise SceneFailed(f"the client never said {words!r}")
-            time.sleep(LOOK_SECONDS)  # the log of another process tells nothing when it grows
-
-
-class Stage:
-    """A scene's internet, and what users do on its machines."""
-
-    def __init__(self, net: Internet, speeds: Path) -> None:
-        self.net = net
-        self._speeds = speeds
-
-    def up(self, host: Host, *options: str, blocks: str = LAST) -> str:
-        """Start the swarm on a host. Returns its code. It has no gateway, which would take time, and is not used."""
-        child = self._start(host, "serve", str(STORIES), "--new-swarm", *FORM, "--blocks", blocks, *options)
-        return self.fact(child, "code")
-
-    def join(self, *hosts: Host, code: str, options: Sequence[str] = (), blocks: str = FIRST) -> list[Child]:
-        """Let hosts join by a code, at the same time, and wait until they serve."""
-        given = ("--device", "cpu", "--blocks", blocks, *options)
-        joined = [self._start(host, "join", code, "--name", host.name, *given) for host in hosts]
-        for child in joined:
-            self.fact(child, "address")
-        return joined
-
-    def serve(self, host: Host, *options: str) -> Child:
-        """Let a host with a copy of the model serve all blocks."""
-        child = self._start(host, "serve", str(STORIES), *FORM, "--name", host.name, *options)
-        self.fact(child, "address")
-        return child
-
-    def relay(self, host: Host, *options: str) -> tuple[Child, str]:
-        """Let a host relay. Returns its address."""
-        child = host.start("dht", "--serve-relay", *options)
-        return child, self.fact(child, "address")
-
-    def fact(self, child: Child, name: str) -> str:
-        """What a process printed after this word, when it has."""
-        until = time.monotonic() + READY_SECONDS
-        while name not in child.facts:
-            if child.has_ended:
-                raise SceneFailed(str(child.failure()))
-            if time.monotonic() > until:
-                raise SceneFailed(f"{child.name} printed no {name}; its log: {last_line(child.log)}")
-            self.net.children.wait_for_news(until - time.monotonic())
-        return child.facts[name]
-
-    def tell(self, host: Host, code: str, *, middle: Callable[[Telling], None] = lambda telling: None) -> None:
-        """Have a story told on a host, which must be the right one. `middle` is called in the middle of it."""
-        command = ("generate", code, PROMPT, "--max-new-tokens", str(NUM_TOKENS))
-        with host.running(*command, "--verbose", "--patience", str(PATIENCE_SECONDS)) as (process, log):
-            assert process.stdout is not None
-            story = process.stdout.read(20)
-            if story:
-                middle(Telling(process, log))
-            story += process.stdout.read()
-            status = process.wait(READY_SECONDS)
-            report = log.read_text()
-        if status:
-            raise SceneFailed(f"generate: {errors_in(report)}")
-        if story.strip() != expected_story():
-            raise SceneFailed(f"another story: {story!r}")
-
-    def status(self, host: Host, code: str) -> str:
-        """What `shoal status` prints."""
-        answer = host.shoal("status", code)
-        return answer.stdout + answer.stderr
-
-    def _start(self, host: Host, *arguments: str) -> Child:
-        cache = Path(host.environment["SHOAL_CACHE"])
-        if not cache.exists():
-            shutil.copytree(self._speeds, cache)
-        return host.start(*arguments)
-
-
-def errors_in(report: str) -> str:
-    """The error and the hint of a command, in one line."""
-    lines = report.splitlines()
-    found = [line for line in lines if line.startswith(("error: ", "hint: "))] or lines[-1:]
-    return "; ".join(found)
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log."""
-    return (log.read_text().splitlines() or ["(empty)"])[-1]
-
-
-@contextmanager
-def stage(speeds: Path, versions: Sequence[int] = (4,)) -> Iterator[Stage]:
-    """An empty stage. `speeds`: a cache that knows how fast this machine computes."""
-    with Internet(versions, preloaded=True) as net:
-        yield Stage(net, speeds)
-
-
-def known_speeds(folder: Path) -> Path:
-    """Fill a cache with the speed of this machine, so that servers need not measure it."""
-    import torch
-
-    torch.set_num_threads(1)  # as the servers have
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHOAL_CACHE", str(folder))
-        for blocks in (6, 12):
-            know_speed(STORIES, num_blocks=blocks, decode_speed=DECODE_SPEED)
-    return folder
-
-
-# The scenes.
 
 
 MACHINES = ("first", "one", "other", "client")
 
 
-def lose_one(at: Stage, first: Host, one: Host, other: Host, client: Host) -> None:
-    """Two machines join the first one, with the same blocks. One that is in use is cut off in the middle of a story."""
+def lose_one(at: Stage, first: Host, one: Host, other: Host, client: Host, *, says: Mapping[Host, str]) -> None:
+    """Two machines join the first one, with the same blocks. One that is in use is cut off in the middle of a story.
+
+    While they join, the doctor says this.
+    """
     code = at.up(first)
-    at.join(one, other, code=code)
+    with at.doctor(says, code):
+        at.join(one, other, code=code)
     at.tell(client, code, middle=lambda telling: {"one": one, "other": other}[telling.server].cut())
+
+
+IN_A_LAN = """
+    clock      ok  within # s of that of one member
+    addresses  ok  this machine knows itself as 192.168.1.#; members see it there too
+    reached    ok  other machines reach this one directly (1 peer tried)
+    members    ok  # of # servers answer, the nearest in # ms
+"""
 
 
 def on_a_lan(at: Stage) -> None:
     """All machines are on one LAN."""
     home = at.net.home("lan")
-    lose_one(at, *(home.host(name) for name in MACHINES))
-
-
-def in_public(at: Stage) -> None:
-    """All machines have public addresses."""
-    lose_one(at, *(at.net.host(name) for name in MACHINES))
+    first, one, other, client = (home.host(name) for name in MACHINES)
+    lose_one(at, first, one, other, client, says={client: IN_A_LAN})
 
 
 def beside_containers(at: Stage) -> None:
@@ -211,7 +64,8 @@ def beside_containers(at: Stage) -> None:
         host.add_bridge("br-0f1e2d3c4b5a", "172.18.0.1/16")
         host.add_bridge("virbr0", "192.168.122.1/24")
     code = at.up(first)
-    joined = at.join(one, other, code=code)
+    with at.doctor({laptop: IN_A_LAN}, code):  # which names no address of a bridge
+        joined = at.join(one, other, code=code)
     for each in (code, *(at.fact(child, "code") for child in joined)):
         if strange := [way.host for way in InviteCode.parse(each).ways if not way.host.startswith("192.168.1.")]:
             raise SceneFailed(f"a code has {strange}")
@@ -221,21 +75,75 @@ def beside_containers(at: Stage) -> None:
     at.tell(laptop, code, middle=lambda telling: {"one": one, "other": other}[telling.server].cut())
 
 
+PUBLIC = """
+    clock      ok  within # s of that of one member
+    addresses  ok  this machine knows itself as {client}; members see it there too
+    reached    ok  other machines reach this one directly (1 peer outside of its network tried)
+    relay      ok  {first} carried a megabyte in # s
+    members    ok  # of # servers answer, the nearest in # ms
+"""
+
+
+def in_public(at: Stage) -> None:
+    """All machines have public addresses."""
+    first, one, other, client = (at.net.host(name) for name in MACHINES)
+    words = PUBLIC.format(client=client.address, first=first.address)
+    lose_one(at, first, one, other, client, says={client: words})
+
+
+def lossy(at: Stage) -> None:
+    """One packet of a hundred is lost."""
+    at.net.lose(0.01)
+    in_public(at)
+
+
+BEHIND_A_NAT = """
+    clock      ok    within # s of that of one member
+    addresses  note  this machine knows itself as 192.168.1.10; members see it as {home}: it is behind a NAT
+    reached    note  other machines reach this one through 1 relay
+                     direct is faster: open the port in the router and --announce it, if you can
+    relay      ok    {public} carried a megabyte in # s
+    members    any   # of # servers answer, the nearest in # ms...
+"""
+"""The others that are behind NATs may be about to join, and silent."""
+
+
 def home_beside_public(at: Stage, nat: Nat) -> None:
     """One public machine, and one behind a NAT, which finds its relays itself, and whose link is lost for a moment."""
     public, client = at.net.host("public"), at.net.host("client")
     home = at.net.home("home", nat)
     inside = home.host("inside")
     code = at.up(public)
-    at.join(inside, code=code)
+    with at.doctor({inside: BEHIND_A_NAT.format(home=home.address, public=public.address)}, code):
+        at.join(inside, code=code)
     at.tell(client, code, middle=flap(home))
 
 
 def two_homes(at: Stage) -> None:
     """Two homes behind NATs without an open port, and one public machine. The client is in one of the homes."""
     east, west = at.net.home("east"), at.net.home("west", Nat.SYMMETRIC)
-    hosts = at.net.host("public"), east.host("one"), west.host("other"), east.host("client")
-    lose_one(at, *hosts)
+    public, one, other, client = at.net.host("public"), east.host("one"), west.host("other"), east.host("client")
+    says = {
+        host: BEHIND_A_NAT.format(home=home.address, public=public.address)
+        for host, home in ((one, east), (other, west))
+    }
+    lose_one(at, public, one, other, client, says=says)
+
+
+BY_THE_CODE_OF_THE_DEAD = """
+    swarm  problem  no member answers at {first} port #
+                    ask for a fresh code (`shoal invite` prints one); is the port open?
+"""
+BY_ANOTHER_CODE = """
+    code       note  no member answers at 1 of the 2 ways in of this code: {first} port #
+                     `shoal invite` prints a fresh code
+    clock      ok    within # s of that of one member
+    addresses  ok    this machine knows itself as {client}; members see it there too
+    reached    ok    other machines reach this one directly (1 peer outside of its network tried)
+    relay      ok    {helper} carried a megabyte in # s
+    members    any   2 of # servers answer, the nearest in # ms...
+"""
+"""The first machine may be in the directory for a while, and silent."""
 
 
 def dead_bootstrap(at: Stage) -> None:
@@ -253,25 +161,35 @@ def dead_bootstrap(at: Stage) -> None:
     if {way.host for way in InviteCode.parse(code).ways} != {helper.address, first.address}:
         raise SceneFailed(f"a code leads to {InviteCode.parse(code).addresses}")
     first.cut()
-    at.tell(client, code)
+    dead = BY_THE_CODE_OF_THE_DEAD.format(first=first.address)
+    live = BY_ANOTHER_CODE.format(first=first.address, client=client.address, helper=helper.address)
+    with at.doctor({client: dead}, brought), at.doctor({client: live}, code):
+        at.tell(client, code)
+
+
+CLOCK = """
+    swarm  problem  this machine's clock is 5 minutes {way} that of 2 members
+                    set the clock: `timedatectl set-ntp true` lets the network do it
+"""
 
 
 def clients_clock(at: Stage) -> None:
-    """The clock of a client is off, in either direction."""
-    first, one, client = (at.net.host(name) for name in ("first", "one", "client"))
+    """The clocks of two clients are off, in either direction."""
+    first, one, late, early = (at.net.host(name) for name in ("first", "one", "late", "early"))
     code = at.up(first)
     at.join(one, code=code)
-    client.set_clock(-60 * MINUTES_OFF)
-    try:
-        at.tell(client, code)
-    except SceneFailed as failure:
-        if "this machine's clock is 5 minutes behind that of 2 members" not in str(failure):
-            raise
-    else:
-        raise SceneFailed("it generates, although it holds all records for invalid")
-    client.set_clock(60 * MINUTES_OFF)
-    if "this machine's clock is 5 minutes ahead of that of 2 members" not in (seen := at.status(client, code)):
-        raise SceneFailed(f"status: {seen}")
+    late.set_clock(-60 * MINUTES_OFF)
+    early.set_clock(60 * MINUTES_OFF)
+    with at.doctor({early: CLOCK.format(way="ahead of")}, code, "--json"):
+        try:
+            at.tell(late, code)
+        except SceneFailed as failure:
+            if "this machine's clock is 5 minutes behind that of 2 members" not in str(failure):
+                raise
+        else:
+            raise SceneFailed("it generates, although it holds all records for invalid")
+        if "this machine's clock is 5 minutes ahead of that of 2 members" not in (seen := at.status(early, code)):
+            raise SceneFailed(f"status: {seen}")
 
 
 def servers_clock(at: Stage) -> None:
@@ -280,28 +198,48 @@ def servers_clock(at: Stage) -> None:
     code = at.up(first)
     at.join(one, code=code)
     late.set_clock(-60 * MINUTES_OFF)
-    try:
-        at.join(late, code=code)
-    except SceneFailed as failure:
-        if "this machine's clock is 5 minutes behind that of 2 members" not in str(failure):
-            raise
-    else:
-        raise SceneFailed("it joined, and is not in the directory")
+    with at.doctor({late: CLOCK.format(way="behind")}, code):
+        try:
+            at.join(late, code=code)
+        except SceneFailed as failure:
+            if "this machine's clock is 5 minutes behind that of 2 members" not in str(failure):
+                raise
+        else:
+            raise SceneFailed("it joined, and is not in the directory")
 
 
-def lossy(at: Stage) -> None:
-    """One packet of a hundred is lost."""
-    at.net.lose(0.01)
-    in_public(at)
+CUT_OFF = """
+    code       note  no member answers at 1 of the 2 ways in of this code: {first} port #
+                     `shoal invite` prints a fresh code
+    clock      note  no member told its time
+    addresses  ok    this machine knows itself as {one}
+    reached    note  no other peer has tried yet to reach this machine
+                     only servers of this machine were asked
+    members    note  1 of 1 servers answer, the nearest in # ms; all of them are on this machine
+                     others can `shoal join`; those that did are cut off from this machine
+    server     ok    the server one of this machine is online with blocks 0:6
+"""
 
 
 def separated(at: Stage) -> None:
     """Two servers whose blocks follow each other cannot reach each other. The client carries the tensors."""
     first, one, client = (at.net.host(name) for name in ("first", "one", "client"))
     code = at.up(first)
-    at.join(one, code=code)
+    joined = at.join(one, code=code)[0]
     at.net.separate(first, one)
-    at.tell(client, code)
+    with at.doctor({one: CUT_OFF.format(first=first.address, one=one.address)}, at.fact(joined, "code")):
+        at.tell(client, code)
+
+
+BY_NAMED_RELAYS = """
+    addresses  ok    this machine knows itself as 192.168.1.10
+    reached    note  other machines reach this one through 4 relays
+                     direct is faster: open the port in the router and --announce it, if you can
+    relay      ok    {relay} carried a megabyte in # s
+    members    ok    1 of 1 servers answer, the nearest in # ms
+    speed      ok    # MB/s up and # MB/s down with public
+    server     ok    the server inside of this machine is online with blocks 0:6
+"""
 
 
 def restarted_relays(at: Stage) -> None:
@@ -319,7 +257,8 @@ def restarted_relays(at: Stage) -> None:
         child.kill()
     for host, options in zip(hosts, fixed, strict=True):
         at.relay(host, *options)
-    at.tell(client, code)
+    with at.doctor({inside: BY_NAMED_RELAYS.format(relay=hosts[0].address)}, code, *named):
+        at.tell(client, code)
 
 
 def flap(home: Home) -> Callable[[Telling], None]:
@@ -391,7 +330,7 @@ def main() -> None:
                             print(f"    [{child.name}] {child.log.read_text()[-1500:]}", file=sys.stderr)
             except Exception as defect:
                 outcome = f"BROKEN: {defect!r}"
-            print(f"| {name} | {time.monotonic() - began:.0f} s | {outcome} |", flush=True)
+            print(f"| {name} | {time.monotonic() - began:.0f} s | {seconds_of(at.visits)} | {outcome} |", flush=True)
 
 
 if __name__ == "__main__":

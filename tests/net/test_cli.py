@@ -211,12 +211,15 @@ def test_servers_say_how_others_reach_them(first, second):
     assert second.facts["reached"] == "other machines reach this one directly (1 peer tried)"
 
 
-def test_doctor_joins_by_a_code_is_dialled_back_and_finds_nothing_wrong(shoal, children, peers, second):
+def test_doctor_joins_by_a_code_and_takes_no_server_of_its_own_machine_for_another_one(shoal, children, peers, second):
     done = shoal("doctor", code_of(children, second), "--host", "127.0.0.1")
     assert done.code == 0, done.out + done.err
-    assert "other machines reach this one directly" in done.out
-    assert "2 of 2 servers answer" in done.out
-    assert "the server first of this machine is online with blocks 0:6" in " ".join(done.out.split())
+    said = " ".join(done.out.split())
+    assert "no other peer has tried yet to reach this machine only servers of this machine were asked" in said
+    assert "2 of 2 servers answer" in said
+    assert "all of them are on this machine" in said
+    assert "MB/s" not in said
+    assert "the server first of this machine is online with blocks 0:6" in said
     assert done.is_plain
 
 

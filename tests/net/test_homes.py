@@ -1,5 +1,5 @@
 """Machines join by a code and generate: beside containers, from two homes behind NATs, after the first machine has
-gone, and with a wrong clock.
+gone, and with a wrong clock. Beside each runs `shoal doctor`, and says what the scene has it say.
 
 The scenes are in `scenes.py`, which says of the others why they are in no test.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from shoal.testing.namespaces import missing_for_namespaces
-from tests.net.scenes import SCENES, known_speeds, stage
+from tests.net.scenes import SCENES
+from tests.net.stage import known_speeds, stage
 
 NAMES = ("containers", "two-homes", "dead-bootstrap", "clients-clock")
 

@@ -137,6 +137,35 @@ def test_members_that_do_not_answer_are_named():
     assert problems(alone) == {"members"}
 
 
+def test_servers_of_this_machine_do_not_count_as_members_that_answer():
+    own, other = swarm(Reachability.DIRECT).answered
+    beside = swarm(Reachability.DIRECT, report(1, came=True), own=(own.server,))
+    assert findings(beside)["members"].text.startswith("1 of 1 servers answer")
+    cut_off = replace(beside, answered=(own, replace(other, seconds=None)))
+    assert findings(cut_off)["members"].text == "none of one member answers: s1"
+    assert problems(cut_off) == {"members"}
+
+
+def test_a_swarm_of_servers_of_this_machine_only_is_told_from_one_that_others_are_in():
+    whole = swarm(Reachability.UNKNOWN)
+    facts = replace(whole, own=tuple(each.server for each in whole.answered))
+    assert "all of them are on this machine" in findings(facts)["members"].text
+    assert findings(facts)["members"].health is Health.NOTE
+    assert findings(facts)["reached"].hint == "only servers of this machine were asked"
+    assert "older version" in findings(whole)["reached"].hint
+
+
+def test_ways_in_of_a_code_at_which_no_member_answers_are_named():
+    facts = swarm(Reachability.DIRECT, report(1, came=True), num_ways=3, silent_ways=("41.1.0.2 port 4001",))
+    assert findings(facts)["code"] == Finding(
+        "code",
+        Health.NOTE,
+        "no member answers at 1 of the 3 ways in of this code: 41.1.0.2 port 4001",
+        "`shoal invite` prints a fresh code",
+    )
+    assert "code" not in findings(swarm(Reachability.DIRECT, report(1, came=True), num_ways=3))
+
+
 def test_a_server_of_this_machine_that_others_cannot_reach_is_named():
     own = server_infos.info("me", 0, 4, ServerState.UNREACHABLE, name="laptop")
     facts = swarm(Reachability.DIRECT, report(1, came=True), own=(own,))

@@ -20,6 +20,7 @@ from shoal.policy.network.reachability import (
     DialReport,
     Reach,
     Reachability,
+    by_other_machines,
     choose_examiners,
     judged,
     latest,
@@ -58,6 +59,17 @@ def test_a_neighbor_on_the_lan_does_not_speak_for_those_outside():
     inside = report("neighbor", came=True, outside=False)
     assert kind_of(inside) is Reachability.DIRECT
     assert wants_relays([inside, report("far", came=False)])
+
+
+def test_what_comes_through_from_the_same_machine_proves_nothing_and_what_does_not_counts():
+    here, neighbor = report("here", came=True, outside=False), report("neighbor", came=False, outside=False)
+    assert kind_of(here, neighbor) is Reachability.DIRECT
+    both, alone = judged([here, neighbor], (), has_named_relays=False), judged([here], (), has_named_relays=False)
+    assert by_other_machines(both, {"here"}, has_named_relays=False).reports == (neighbor,)
+    assert by_other_machines(both, {"here"}, has_named_relays=False).kind is Reachability.UNREACHABLE
+    assert by_other_machines(alone, {"here"}, has_named_relays=False).kind is Reachability.UNKNOWN
+    stuck = judged([report("here", came=False, outside=False)], (), has_named_relays=False)
+    assert by_other_machines(stuck, {"here"}, has_named_relays=False) == stuck
     assert not wants_relays([report("neighbor", came=False, outside=False), report("far", came=True)])
 
 

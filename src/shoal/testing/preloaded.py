@@ -11,6 +11,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -104,6 +105,7 @@ def _become_shoal(
     stdout.close()
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # the folder for temporary files is the one that this environment names
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     sys.argv = ["shoal", *arguments]
     multiprocessing.set_start_method(None, force=True)  # for its own processes, the one of the system

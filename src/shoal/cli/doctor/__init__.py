@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -84,7 +84,13 @@ async def _join(network: NetworkConfig, code: InviteCode | None) -> SwarmFacts:
         return await look_at_swarm(network)
     from shoal.joining.arrival import network_by
 
-    return await look_at_swarm(await network_by(code, network))
+    by_code = await network_by(code, network)
+    silent = [way for way in code.ways if not any(each.startswith(f"{way.address}/") for each in by_code.initial_peers)]
+    return replace(
+        await look_at_swarm(by_code),
+        num_ways=len(code.ways),
+        silent_ways=tuple(f"{way.host} port {way.port}" for way in silent),
+    )
 
 
 def show(findings: list[Finding]) -> None:

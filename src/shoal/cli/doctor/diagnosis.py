@@ -86,6 +86,10 @@ def _gpu(machine: MachineFacts) -> Finding:
 
 
 def _swarm(swarm: SwarmFacts) -> Iterator[Finding]:
+    if swarm.silent_ways:
+        silent = f"{len(swarm.silent_ways)} of the {swarm.num_ways} ways in of this code"
+        text = f"no member answers at {silent}: {', '.join(swarm.silent_ways)}"
+        yield Finding("code", Health.NOTE, text, "`shoal invite` prints a fresh code")
     yield _clock(swarm)
     yield _addresses(swarm)
     yield _reach(swarm)
@@ -139,7 +143,10 @@ def _reach(swarm: SwarmFacts) -> Finding:
             hint = "direct is faster: open the port in the router and --announce it, if you can"
             return Finding("reached", Health.NOTE, text, hint)
         case Reachability.UNKNOWN:
-            return Finding("reached", Health.NOTE, text, "members of an older version do not tell")
+            hint = "members of an older version do not tell"
+            if swarm.answered and not swarm.others:
+                hint = "only servers of this machine were asked"
+            return Finding("reached", Health.NOTE, text, hint)
         case Reachability.UNREACHABLE if swarm.is_random_port and swarm.own:
             # What holds for this port need not hold for the one of the server that runs here.
             note = "this is about a port chosen at random; the server's own state is below"
@@ -159,16 +166,20 @@ def _relays(swarm: SwarmFacts) -> Iterator[Finding]:
 def _members(swarm: SwarmFacts) -> Finding:
     if not swarm.answered:
         return Finding("members", Health.NOTE, "this swarm has no servers yet", "`shoal serve` or `shoal up` add one")
-    seconds = sorted(each.seconds for each in swarm.answered if each.seconds is not None)
-    silent = [each.server.name or each.server.peer[-6:] for each in swarm.answered if each.seconds is None]
+    asked = swarm.others or swarm.answered
+    seconds = sorted(each.seconds for each in asked if each.seconds is not None)
+    silent = [each.server.name or each.server.peer[-6:] for each in asked if each.seconds is None]
     if not seconds:
         text = f"none of {_members_of(len(silent))} answers: {', '.join(silent)}"
         return Finding("members", Health.PROBLEM, text, "a firewall that lets nothing out would do that")
-    answer = f"{len(seconds)} of {len(swarm.answered)} servers answer, the nearest in {seconds[0] * 1e3:.3g} ms"
-    relayed = sum(each.is_relayed for each in swarm.answered)
+    answer = f"{len(seconds)} of {len(asked)} servers answer, the nearest in {seconds[0] * 1e3:.3g} ms"
+    relayed = sum(each.is_relayed for each in asked)
     text = answer + (f", {relayed} of them through relays" if relayed else "")
     if silent:
         return Finding("members", Health.NOTE, f"{text}; silent: {', '.join(silent)}")
+    if not swarm.others:
+        hint = "others can `shoal join`; those that did are cut off from this machine"
+        return Finding("members", Health.NOTE, f"{text}; all of them are on this machine", hint)
     slow = seconds[0] > SLOW_SECONDS
     hint = "each token makes such a trip for each server: a swarm that is nearer is faster" if slow else ""
     return Finding("members", Health.NOTE if slow else Health.FINE, text, hint)

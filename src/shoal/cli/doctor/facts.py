@@ -19,7 +19,7 @@ import psutil
 from shoal.errors import ShoalError
 from shoal.model.weights.disk_cache import cache_folder
 from shoal.peers import ServerState
-from shoal.policy.network.reachability import Reach
+from shoal.policy.network.reachability import Reach, by_other_machines
 
 if TYPE_CHECKING:
     from shoal.net import NetworkConfig
@@ -62,10 +62,10 @@ class Answered:
 
 @dataclass(frozen=True)
 class SwarmFacts:
-    """How this machine stands in a swarm, and its `own` servers there.
+    """How this machine stands in a swarm, and its `own` servers there. `reach` is what other machines say.
 
     `up` and `down` are bytes per second with the server `partner`. The port that others dialled `is_random_port` if
-    none was given.
+    none was given. Of the `num_ways` in that a code has, no member answers at the `silent_ways`.
     """
 
     reach: Reach
@@ -77,6 +77,14 @@ class SwarmFacts:
     partner: str = ""
     up: float | None = None
     down: float | None = None
+    num_ways: int = 0
+    silent_ways: tuple[str, ...] = ()
+
+    @property
+    def others(self) -> tuple[Answered, ...]:
+        """The servers of other machines that were asked."""
+        own = {each.peer for each in self.own}
+        return tuple(each for each in self.answered if each.server.peer not in own)
 
 
 @dataclass(frozen=True)
@@ -123,18 +131,23 @@ def _gpus() -> tuple[str, ...] | None:
 async def look_at_swarm(network: NetworkConfig) -> SwarmFacts:
     """Join a swarm as a peer that others can dial, and see how it goes. Raises what `shoal.net.join` raises."""
     from shoal.net import join
+    from shoal.net.addressing.addresses import peer_of
     from shoal.net.libp2p.identity_lock import is_used_here
 
     async with join(network) as node:
         servers = [each for model in await node.directory.models() for each in await node.directory.servers(model)]
+        own = tuple(each for each in servers if is_used_here(each.peer))
         answered = await _answers(node, servers)
-        partner, up, down = await _bandwidth(node, answered)
+        partner, up, down = await _bandwidth(node, [each for each in answered if each.server not in own])
+        relays = await node.try_relays()
+        reach = node.transport.reach
+        here = {each.examiner for each in reach.reports if is_used_here(each.examiner)}
         return SwarmFacts(
-            reach=node.transport.reach,
+            reach=by_other_machines(reach, here, has_named_relays=bool(network.relays)),
             addresses=node.transport.addresses,
             answered=answered,
-            relays=await node.try_relays(),
-            own=tuple(each for each in servers if is_used_here(each.peer)),
+            relays=tuple(each for each in relays if not is_used_here(peer_of(each.relay) or "")),
+            own=own,
             is_random_port=not network.port,
             partner=partner,
             up=up,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -115,6 +115,15 @@ def judged(
         is_near = comes_through([each for each in reports if not each.is_outside])
         kind = Reachability.DIRECT if is_near and len(outside) < 2 else Reachability.UNREACHABLE
     return Reach(kind, tuple(reports), tuple(relayed), tuple(refused))
+
+
+def by_other_machines(reach: Reach, here: Collection[str], *, has_named_relays: bool) -> Reach:
+    """The same, as other machines see it: that the peers `here`, on this one, come through proves nothing.
+
+    Where even these do not come through, that counts.
+    """
+    reports = [each for each in reach.reports if each.examiner not in here or not each.reached]
+    return judged(reports, reach.relayed, has_named_relays=has_named_relays, refused=reach.refused)
 
 
 def choose_examiners(

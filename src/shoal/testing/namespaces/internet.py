@@ -83,7 +83,7 @@ class Cable:
 
 
 class Host:
-    """A machine: a namespace with one interface, `eth0`, and a cache of its own for shoal."""
+    """A machine: a namespace with one interface, `eth0`, and folders of its own for caches and temporary files."""
 
     def __init__(self, net: Internet, name: str, namespace: str, address: str, cable: Cable) -> None:
         self.name = name
@@ -91,7 +91,9 @@ class Host:
         self._net = net
         self._namespace = namespace
         self._cable = cable
-        self._environment: dict[str, str] = {"SHOAL_CACHE": str(net.folder / name / "cache")}
+        temporary = net.folder / name / "tmp"
+        temporary.mkdir(parents=True, exist_ok=True)
+        self._environment: dict[str, str] = {"SHOAL_CACHE": str(net.folder / name / "cache"), "TMPDIR": str(temporary)}
         self._clock_is_off = False
 
     def start(self, *arguments: str) -> Child:
