@@ -15,6 +15,7 @@ import pytest
 from shoal.bundled import STORIES
 from shoal.cli import run
 from tests.known_speed import know_speed
+from tests.net.stage import known_speeds
 
 DECODE_SPEED = 250.0
 """Tokens per second through half of the bundled model."""
@@ -28,6 +29,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SHOAL_CACHE", str(folder))
         know_speed(STORIES, num_blocks=6, decode_speed=DECODE_SPEED)
         yield folder
+
+
+@pytest.fixture(scope="module")
+def speeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for the hosts of scenes, which knows how fast this machine computes."""
+    return known_speeds(tmp_path_factory.mktemp("speeds"))
 
 
 @dataclass

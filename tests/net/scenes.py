@@ -282,28 +282,23 @@ class Scene:
 
 
 SCENES = {
-    "open": Scene(on_a_lan, by_hand="containers is harder, and otherwise alike"),
+    "open": Scene(on_a_lan, by_hand="containers is the same with more in the way"),
     "containers": Scene(beside_containers),
-    "full-cone": Scene(
-        functools.partial(home_beside_public, nat=Nat.FULL_CONE),
-        by_hand="those of two-homes are harder, and otherwise alike",
-    ),
-    "port-restricted": Scene(
-        functools.partial(home_beside_public, nat=Nat.PORT_RESTRICTED), by_hand="one of two-homes has such a NAT"
-    ),
-    "symmetric": Scene(
-        functools.partial(home_beside_public, nat=Nat.SYMMETRIC), by_hand="one of two-homes has such a NAT"
-    ),
+    "full-cone": Scene(functools.partial(home_beside_public, nat=Nat.FULL_CONE)),
+    "port-restricted": Scene(functools.partial(home_beside_public, nat=Nat.PORT_RESTRICTED)),
+    "symmetric": Scene(functools.partial(home_beside_public, nat=Nat.SYMMETRIC)),
     "two-homes": Scene(two_homes),
-    "ipv6": Scene(in_public, versions=(6,), by_hand="tests/unit/test_identity.py has its addresses"),
+    "ipv6": Scene(in_public, versions=(6,)),
     "dead-bootstrap": Scene(dead_bootstrap),
     "clients-clock": Scene(clients_clock),
-    "servers-clock": Scene(servers_clock, by_hand="the words are those of clients-clock, from the same check"),
-    "loss": Scene(lossy, by_hand="TCP repairs it: it is slower, and nothing else differs"),
+    "servers-clock": Scene(servers_clock),
+    "loss": Scene(lossy),
     "separated": Scene(separated, by_hand="tests/swarm/test_ring.py has such servers, in memory"),
     "restarted-relays": Scene(restarted_relays, by_hand="tests/net/test_reach.py restarts a relay"),
 }
-"""The scenes by their names. Each takes the best part of a minute of a core, so tests play four of them."""
+"""The scenes by their names."""
+HOMES = ("full-cone", "port-restricted", "symmetric", "two-homes")
+"""Those that `test_homes.py` plays; `test_ways_in.py` plays the others that are in a test."""
 
 
 def main() -> None:
