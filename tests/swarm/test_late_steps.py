@@ -10,16 +10,12 @@ import pytest
 
 from shoal.client.decoding.session import Session
 from shoal.client.options.client_options import ClientOptions
-from shoal.net.transport import Stream, StreamBroken
-from shoal.net.wire import codec
-from shoal.peers import ServerInfo, ServerState
+from shoal.net.transport import Stream
 from shoal.policy.lateness import LATE_SECONDS
-from shoal.protocol import Open, Opened, Ping, Pong
-from shoal.spans import Span
 
 from .schedules.bed import PASS_SECONDS, PATIENT, Bed, Client, Member
-from .schedules.oracle import FINGERPRINT, MODEL
 from .schedules.work import Reading, prompt
+from .strangers import computes_nothing, liar, opens_nothing, says_nothing
 from .virtual_time import run
 
 MOST_SECONDS = 5.0
@@ -111,50 +107,6 @@ def test_also_while_it_reads_the_prompt(hop: int):
     play(act)
 
 
-async def opens_nothing(stream: Stream) -> None:
-    """Says that it works, and answers nothing else."""
-    try:
-        while True:
-            if isinstance((await codec.receive(stream))[0], Ping):
-                await codec.send(stream, Pong(working=True))
-    except StreamBroken:
-        pass
-
-
-async def computes_nothing(stream: Stream) -> None:
-    """Opens sessions, says that it works and makes progress, and answers no step."""
-    num_passes = 0
-    try:
-        while True:
-            message, _ = await codec.receive(stream)
-            if isinstance(message, Open):
-                await codec.send(stream, Opened())
-            elif isinstance(message, Ping):
-                num_passes += 1
-                await codec.send(stream, Pong(working=True, num_passes=num_passes))
-    except StreamBroken:
-        pass
-
-
-async def liar(bed: Bed, name: str, span: str, behaviour: Callable[[Stream], Awaitable[None]]) -> None:
-    """A server that announces the highest speed, and behaves like that."""
-    node = bed.network.node(name)
-    await node.transport.listen(behaviour)
-    info = ServerInfo(
-        peer=name,
-        span=Span.parse(span),
-        state=ServerState.ONLINE,
-        fingerprint=FINGERPRINT,
-        decode_speed=1e9,
-        prefill_speed=1e9,
-        cache_tokens_left=10_000,
-        dtype="float32",
-        quantization="none",
-        version="0",
-    )
-    await node.directory.announce(MODEL, info, lifetime=300.0)
-
-
 @pytest.mark.parametrize("behaviour", [opens_nothing, computes_nothing])
 @pytest.mark.parametrize("span", ["0:4", "2:4"])
 def test_a_server_that_answers_pings_and_nothing_else_costs_a_few_seconds_once(
@@ -169,11 +121,6 @@ def test_a_server_that_answers_pings_and_nothing_else_costs_a_few_seconds_once(
         assert max([await story.step() for _ in range(20)]) < 1.0
 
     play(act, reserves=())
-
-
-async def says_nothing(stream: Stream) -> None:
-    """A port that accepts."""
-    await asyncio.Event().wait()
 
 
 @pytest.mark.parametrize("span", ["0:4", "0:2"])

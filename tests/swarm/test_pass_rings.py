@@ -21,7 +21,7 @@ from torch import Tensor
 from shoal.client.options.client_options import ClientOptions
 from shoal.client.training import pass_rings
 from shoal.client.training.gradients import Gradients
-from shoal.client.training.pass_plan import PassPlan
+from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
 from shoal.client.training.remote_passes import RemotePasses
 from shoal.concurrency import now
 from shoal.net.memory import Frame
@@ -63,11 +63,15 @@ class Passes:
         tuning = version(0, dropout=DROPOUT)
         return PassPlan(self.client.span, tuning, inputs_wanted=True, wanted_from=0, seed=SEED)
 
+    async def forward(self) -> tuple[Tensor, list[list[MicrobatchPiece]]]:
+        """The outputs of a batch, and what the backward pass needs."""
+        inputs = oracle().embed(IDS), positions_of(MASK), MASK.to(torch.uint8)
+        return await self.passes.forward(self.plan, *inputs)
+
     async def gradients(self) -> tuple[Tensor, Gradients]:
         """The outputs of a batch, and its gradients."""
-        plan = self.plan
-        outputs, pieces = await self.passes.forward(plan, oracle().embed(IDS), positions_of(MASK), MASK.to(torch.uint8))
-        return outputs, await self.passes.backward(plan, pieces, OUTPUT_GRAD)
+        outputs, pieces = await self.forward()
+        return outputs, await self.passes.backward(self.plan, pieces, OUTPUT_GRAD)
 
     def break_all_pairs(self) -> None:
         for one, other in pairwise(self.bed.members):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from typing import Any, get_args
@@ -11,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.net.lines import Line
 from shoal.net.memory import MemoryNetwork
-from shoal.net.transport import Stream
+from shoal.net.transport import SLOWEST_LINK, HeaderCheck, Stream
 from shoal.net.wire.codec import decode, encode, receive, send
 from shoal.net.wire.frames import pack_prefix, unpack_prefix
 from shoal.protocol import (
@@ -34,6 +36,8 @@ from shoal.protocol import (
     parse,
 )
 from shoal.tensors import TENSOR_ALIGNMENT
+
+from . import virtual_time
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
 
@@ -252,6 +256,27 @@ async def test_messages_are_sent_over_a_stream() -> None:
     message, received = await receive(stream)
     assert isinstance(message, Forward)
     assert torch.equal(received["hidden"], torch.full((1, 3, 2), 2.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("num_bytes", "seconds"), [(2 * SLOWEST_LINK, 2.0), (1024, None)])
+def test_while_a_large_message_comes_its_line_says_by_when_it_has_to_be_here(
+    num_bytes: int, seconds: float | None
+) -> None:
+    header, buffers = encode(Step(epoch=0, position=0), {"hidden": torch.zeros(num_bytes, dtype=torch.uint8)})
+
+    class Arriving:
+        line, until = Line(), None
+
+        async def receive(self, check_header: HeaderCheck) -> tuple[bytes, bytearray]:
+            await asyncio.sleep(7.0)
+            check_header(header, num_bytes)
+            self.until = self.line.arriving_until
+            return header, bytearray(b"".join(buffers))
+
+    stream = Arriving()
+    virtual_time.run(receive(stream))  # type: ignore[arg-type]
+    assert stream.until == (None if seconds is None else pytest.approx(7.0 + seconds))
+    assert stream.line.arriving_until is None
 
 
 def test_the_client_has_an_error_for_every_code_of_a_failure() -> None:

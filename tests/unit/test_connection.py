@@ -274,6 +274,32 @@ def test_a_message_that_is_interrupted_ends_the_connection_and_is_nobodys_fault(
     assert stream.sent == []
 
 
+def test_an_answer_is_awaited_from_when_the_request_was_sent_whole_and_while_it_comes_from_its_last_part():
+    stream = ScriptedStream(lambda message: [Pong(working=True)] * isinstance(message, Ping), bytes_per_second=MEGABYTE)
+    stream.line = Line()
+    request = Step(epoch=0, position=0), {"hidden": torch.zeros(2 * MEGABYTE, dtype=torch.uint8)}
+
+    async def act() -> list[float | None]:
+        connection = Connection(stream, SERVER, CONFIG)
+        connection.start()
+        asking = asyncio.create_task(connection.ask(*request, expect=StepResult, usual_seconds=0.1))
+        await asyncio.sleep(1.0)
+        seen = [connection.awaiting_since]
+        await asyncio.sleep(2.0)
+        seen.append(connection.awaiting_since)
+        stream.line.arriving_until, stream.heard_at = 4.0, 2.9
+        seen.append(connection.awaiting_since)
+        stream.heard_at = 4.5  # too slowly
+        seen.append(connection.awaiting_since)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        seen.append(connection.awaiting_since)
+        await connection.close()
+        return seen
+
+    assert virtual_time.run(act()) == [None, pytest.approx(2.0), 2.9, 4.0, None]
+
+
 def test_a_connection_whose_opening_is_interrupted_is_closed():
     """Nobody has it then, to close it: it would ping the server for ever."""
     stream = ScriptedStream(lambda message: ())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,9 +22,12 @@ from shoal.policy.lateness import (
     UNPROVEN_LATE_SECONDS,
     WARY_SECONDS,
     Awaited,
+    LateButFirst,
+    after_late_but_first,
     after_overtaken,
     late_after,
     opening_late_after,
+    pass_late_at,
 )
 from shoal.policy.routing.latency import seen_seconds
 
@@ -69,6 +74,38 @@ def test_a_step_is_late_by_when_it_could_have_been_begun():
     awaited = Awaited((0, 5), since=100.0, usual_seconds=0.1)
     assert awaited.late_at() == 100.0 + LATE_SECONDS
     assert awaited.late_at(num_late=PATIENT_AFTER) == 100.0 + 2 * LATE_SECONDS
+
+
+def pass_lateness(asked_at: float, **changes: Any) -> float:
+    """For how long after it was asked a server has time for a pass."""
+    usual = {"usual_seconds": 0.01, "answered_at": float("-inf"), "known": None, "is_proven": True}
+    return pass_late_at(asked_at, **{**usual, **changes}) - asked_at
+
+
+def test_a_pass_is_late_like_a_step():
+    assert pass_lateness(100.0) == LATE_SECONDS
+    assert pass_lateness(100.0, usual_seconds=2.0) == LATE_FACTOR * 2.0
+    assert pass_lateness(100.0, is_proven=False) == UNPROVEN_LATE_SECONDS
+
+
+def test_a_server_that_answers_one_pass_after_another_is_not_late_with_the_last_of_them():
+    assert pass_lateness(100.0, answered_at=107.0) == 7.0 + LATE_SECONDS
+    assert pass_lateness(100.0, answered_at=93.0) == LATE_SECONDS
+
+
+def test_a_server_that_was_late_and_first_again_and_again_has_more_time_for_some_minutes():
+    for number in range(1, PATIENT_AFTER + 3):
+        known = LateButFirst(number, at=90.0)
+        assert pass_lateness(100.0, known=known) == late_after(0.01, num_late=number)
+        assert pass_lateness(91.0 + OVERTAKEN_SECONDS, known=known) == LATE_SECONDS
+
+
+def test_passes_that_were_on_their_way_together_are_late_once():
+    once = after_late_but_first(None, since=10.0, now=14.0)
+    assert after_late_but_first(once, since=11.0, now=15.0) == once
+    twice = after_late_but_first(once, since=14.5, now=18.0)
+    assert twice == LateButFirst(2, 18.0)
+    assert after_late_but_first(twice, since=400.0, now=404.0) == LateButFirst(1, 404.0)
 
 
 def test_once_is_an_accident_twice_within_some_minutes_is_not():

@@ -87,3 +87,14 @@ def test_where_a_head_is_needed_servers_that_offer_one_are_pinged():
     plain = [server(f"plain{index}", "0:8", 1000.0) for index in range(5)]
     headed = server("headed", "4:8", 0.1, head=True)
     assert "headed" in asked(SwarmView(8, (*plain, headed)), most=4, head=True)
+
+
+def test_servers_that_are_preferred_are_joined_by_others_only_where_they_hold_nothing():
+    view = SwarmView(8, (server("a", "0:4"), server("b", "2:4"), server("c", "3:6"), server("d", "0:8")))
+    assert peers(view, {"a"}, Span(0, 4)) == ["a"]
+    assert peers(view, {"a"}, Span(0, 6)) == ["a", "c", "d"]
+    assert peers(view, set(), Span(0, 4)) == ["a", "b", "c", "d"]
+
+
+def peers(view: SwarmView, preferred: set[str], span: Span) -> list[str]:
+    return [each.peer for each in view.rather(lambda each: each.peer in preferred, span).servers]

@@ -23,6 +23,7 @@ from shoal.client.training.remote_passes import RemotePasses
 from shoal.errors import UserError
 from shoal.model.peft.factors import ActiveAdapters, AdapterFactors
 from shoal.policy.routing.route import Hop
+from shoal.policy.view import SwarmView
 from shoal.protocol import MAX_PASS_TOKENS, MAX_PAYLOAD_BYTES, Adapter, AdapterStored, AnyMessage, Forward, PassResult
 from shoal.spans import Span
 from shoal.tensors import MAX_DIMENSION
@@ -58,6 +59,7 @@ class OneServer:
     encoding = "raw"
     error = None
     tab = None
+    awaiting_since = None
 
     def __init__(self) -> None:
         self.servers = self.measurements = self
@@ -65,10 +67,10 @@ class OneServer:
         self.asked: list[tuple[str, Span]] = []
         self.num_factors: dict[int, int] = {}
 
-    async def route(self, span: Span, excluded: Set[Any], *, needs: Any) -> Any:
+    async def route(self, span: Span, excluded: Set[Any], **_: Any) -> Any:
         return SimpleNamespace(hops=(Hop(SERVER, span),))
 
-    async def with_failover(self, span: Span, act: Callable[[Set[Any]], Awaitable[Any]]) -> Any:
+    async def with_failover(self, span: Span, act: Callable[[Set[Any]], Awaitable[Any]], **_: Any) -> Any:
         return await act(frozenset())
 
     async def num_servers(self, span: Span) -> int:
@@ -80,8 +82,23 @@ class OneServer:
     def record_answer(self, hop: Hop) -> None:
         pass
 
+    def record_computed(self, peer: str) -> None:
+        pass
+
     def is_avoided(self, peer: str) -> bool:
         return False
+
+    def is_confirmed(self, peer: str) -> bool:
+        return True
+
+    def slowness(self, peer: str) -> float:
+        return 1.0
+
+    def round_trips(self) -> dict[str, float]:
+        return {}
+
+    def others(self, server: Any) -> SwarmView:
+        return SwarmView(len(WHOLE))
 
     async def connect(self, _: object) -> Any:
         return self

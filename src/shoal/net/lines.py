@@ -98,12 +98,14 @@ class Line:
     """The line to one peer as one stream uses it.
 
     `is_told` says whether the peer has told its goodput over this stream, and so that it wants packing; `has_told`
-    whether this side has.
+    whether this side has. If a large frame arrives over the stream, it has to be here by `arriving_until`, over the
+    slowest link; else that is None.
     """
 
     def __init__(self, shared: SharedLine | None = None) -> None:
         self.shared = shared or SharedLine()
         self.is_told = self.has_told = False
+        self.arriving_until: float | None = None
 
     def told(self, goodput: int) -> None:
         """The peer says how many bytes per second arrive there; 0 if it does not know."""

@@ -1,7 +1,8 @@
 """When a server is late, so that others are asked too, and what follows for a server that was overtaken.
 
 A server can answer every ping, say that it works, and give nothing. A client that believes it waits for minutes. So a
-client waits for a step as long as such a step may take, and then asks another server too. The first answer counts.
+client waits for a step as long as such a step may take, and then asks another server too. The first answer counts. So
+it is with the steps of sessions, and with single passes.
 """
 
 from __future__ import annotations
@@ -42,6 +43,37 @@ def late_after(usual_seconds: float, *, num_late: int = 0, is_proven: bool = Tru
     growth = 1 << min(max(0, num_late + 1 - PATIENT_AFTER), MOST_DOUBLINGS)
     least = LATE_SECONDS if is_proven else UNPROVEN_LATE_SECONDS
     return max(least, LATE_FACTOR * usual_seconds) * growth
+
+
+@dataclass(frozen=True)
+class LateButFirst:
+    """How often a server was late with a single pass, lately, and still the first to answer; and when it was last."""
+
+    num_times: int
+    at: float
+
+
+def after_late_but_first(known: LateButFirst | None, *, since: float, now: float) -> LateButFirst:
+    """What is remembered of a server that was late once more, with a pass that it was asked for at the time `since`.
+
+    `known` is None before the first time. Passes that are on their way together are late together: that is once.
+    """
+    if known is None or now - known.at > OVERTAKEN_SECONDS:
+        return LateButFirst(1, now)
+    return known if since < known.at else LateButFirst(known.num_times + 1, now)
+
+
+def pass_late_at(
+    asked_at: float, usual_seconds: float, *, answered_at: float, known: LateButFirst | None, is_proven: bool
+) -> float:
+    """From when on a single pass is late, whose server has had all of the inputs since `asked_at`.
+
+    A client has many passes on their way to one server, which computes them one after another. So the server's time
+    begins again when it has answered any of them: it did so last at the time `answered_at`.
+    """
+    since = max(asked_at, answered_at)
+    num_late = known.num_times if known is not None and since - known.at <= OVERTAKEN_SECONDS else 0
+    return since + late_after(usual_seconds, num_late=num_late, is_proven=is_proven)
 
 
 def opening_late_after(round_trip: float | None) -> float:

@@ -27,6 +27,11 @@ class SwarmView:
         """The same view with those servers only for which `keep` is true."""
         return replace(self, servers=tuple(server for server in self.servers if keep(server)))
 
+    def rather(self, prefer: Callable[[ServerInfo], bool], span: Span) -> SwarmView:
+        """The servers that are preferred, and those with blocks of a span that none of these may compute."""
+        missing = {*self.only(prefer).missing(span)}
+        return self.only(lambda server: prefer(server) or not missing.isdisjoint(server.span))
+
     def holders(self, span: Span) -> list[list[ServerInfo]]:
         """For each block of a span, the servers that may compute it."""
         found: list[list[ServerInfo]] = [[] for _ in span]

@@ -23,7 +23,6 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from shoal.client.decoding.opening.trials import wait_for_others
 from shoal.client.decoding.outputs import beside
 from shoal.client.decoding.pipeline import Pipeline
 from shoal.client.decoding.route_planner import RoutePlanner
@@ -31,6 +30,7 @@ from shoal.client.decoding.stage import Stage
 from shoal.client.decoding.standby import compute_beside
 from shoal.client.swarm.known.directory_cache import Holding, holding
 from shoal.client.swarm.swarm import Swarm
+from shoal.client.swarm.trials import wait_for_others
 from shoal.concurrency import done_although_cancelled, now
 from shoal.errors import CannotRewind, PeerError, SwarmError
 from shoal.policy.lateness import MOST_TRIED, PATIENT_AFTER, Awaited

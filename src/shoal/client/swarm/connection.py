@@ -74,6 +74,7 @@ class Connection:
         self.on_message: OnMessage = lambda message, tensors: None
         self.on_end: Callable[[], None] = lambda: None
         self.tab = tab
+        self._requested_at: float | None = None  # when the requests were sent whole whose answers are awaited
         self._stream = stream
         self._config = config
         self._in_flight = in_flight or PeerInFlight()
@@ -164,6 +165,17 @@ class Connection:
                 self._task.cancel()
             self.on_end()
 
+    @property
+    def awaiting_since(self) -> float | None:
+        """Since when the server owes answers to what it was sent whole; None if it owes none.
+
+        While a large answer arrives, and is not slower than over the slowest link, it is since its last part.
+        """
+        arriving_until = self._stream.line.arriving_until
+        if self._requested_at is None or arriving_until is None:
+            return self._requested_at
+        return max(self._requested_at, min(self._stream.heard_at, arriving_until))
+
     async def ask(
         self, message: AnyMessage, tensors: codec.Tensors, *, expect: type[AnyMessage] | UnionType, usual_seconds: float
     ) -> tuple[AnyMessage, codec.Tensors]:
@@ -228,6 +240,7 @@ class Connection:
         try:
             for message, tensors in requests:
                 await self.send(message, tensors)
+            self._requested_at = self._clock()
             on_end()
             if push is not None:
                 async with owned_task(push.is_due.wait()) as pushing:  # another wait has the limit of this one
@@ -241,6 +254,7 @@ class Connection:
             raise self.error from None  # type: ignore[misc]
         finally:
             answered.cancel()
+            self._requested_at = None
             self.expect(usual_seconds=None, bytes_in_flight=0)
         return answers
 

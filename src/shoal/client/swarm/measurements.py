@@ -26,7 +26,7 @@ class Measurements:
         self._clock = clock
         self._round_trips: dict[str, float] = {}
         self._slowness: dict[str, Slowness] = {}
-        self._tried: set[str] = set()
+        self._computed: set[str] = set()
         self._work_in_flight = WorkInFlight()
         self._fastest = Fastest()
         self._ceiling = Ceiling()
@@ -64,13 +64,13 @@ class Measurements:
         """From now on, speeds are believed up to a ceiling (`shoal.policy.routing.belief`); these servers answered."""
         self._ceiling = ceiling(self._fastest, answered)
 
-    def record_trial(self, peer: str) -> None:
-        """A server was only tried, and has computed a token."""
-        self._tried.add(peer)
+    def record_computed(self, peer: str) -> None:
+        """A server has computed something whose time tells nothing: a token of a trial, or a single pass."""
+        self._computed.add(peer)
 
     def is_confirmed(self, peer: str) -> bool:
-        """Whether a server has computed a step for this client."""
-        return peer in self._slowness or peer in self._tried
+        """Whether a server has computed anything for this client."""
+        return peer in self._slowness or peer in self._computed
 
     def slowness(self, peer: str) -> float:
         """By what factor a server takes longer than it announces; 1 if it was never measured."""

@@ -109,8 +109,8 @@ class Swarm:
     ) -> Route:
         """The fastest route over a span through servers that may be used and have answered this client.
 
-        With `rather_confirmed`, or for a session while the client is wary, it goes through servers only that have
-        computed steps for this client, if they suffice.
+        With `rather_confirmed`, or while the client is wary, it goes through servers only that have computed for this
+        client, where there are any.
 
         The span may be a part of a ring, between the servers `upstream` and `downstream` of it. Servers that hold a
         block alone need not have answered. A head that is needed is dropped from the needs if no server offers one.

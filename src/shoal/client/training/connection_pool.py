@@ -65,12 +65,15 @@ class ConnectionPool:
         adapters: Collection[AdapterFactors],
         *,
         usual_seconds: float,
+        turn: RingTurn | None = None,
     ) -> tuple[Connection, PassResult | NormsResult | NotCached, Tensors]:
         """A server's answer, and the connection that it came over. The server is sent the adapters that it misses.
 
-        Raises `PeerError`s.
+        `turn` is told the connection. Raises `PeerError`s.
         """
         async with self._connection(server) as connection:
+            if turn is not None:
+                turn.connection = connection
             return await self._asked(connection, server, request, tensors, adapters, usual_seconds=usual_seconds)
 
     async def ask_in_ring(
@@ -90,6 +93,7 @@ class ConnectionPool:
         """
         with contextlib.suppress(_NotPushed):
             async with self._connection(server) as connection:
+                turn.connection = connection
                 await self._adapter_sync.ensure_loaded(connection, server, adapters)
                 await turn.come()
                 if turn.push is None:

@@ -27,7 +27,7 @@ from shoal.client.swarm.comparing.distances import distances, relative_distance
 from shoal.client.swarm.comparing.findings import Findings, Testimony, allowed_between, compare
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_needs
-from shoal.client.training.server_passes import FoundGradients, Outputs, PieceGradients, ServerPasses
+from shoal.client.training.server_passes import PieceGradients, ServerPasses
 from shoal.concurrency import now, owned_task
 from shoal.errors import MissingBlocks, PeerError, ServerLost, SwarmError, UnsupportedOperation
 from shoal.events import PassesDoubtful, ServerAudited
@@ -85,7 +85,12 @@ class PassAudits:
         # The passes of each server since its last clean audit, forward and backward: it may lie in one of both only.
         self._num_doubtful: dict[type, Counter[str]] = {_Forward: Counter(), _Backward: Counter()}
 
-    async def forward(self, plan: PassPlan, piece: MicrobatchPiece, outputs: Outputs) -> torch.Tensor | None:
+    async def forward(
+        self,
+        plan: PassPlan,
+        piece: MicrobatchPiece,
+        outputs: Callable[[MicrobatchPiece], Awaitable[torch.Tensor | None]],
+    ) -> torch.Tensor | None:
         """The `outputs` [B, T, D] of a piece on the server of its hop. Raises `PeerError`s."""
         if not self._book.is_on:
             return await outputs(piece)
@@ -93,7 +98,11 @@ class PassAudits:
         return await self._watched(piece.hop, _Forward(self._servers, plan, piece), lambda: outputs(piece))
 
     async def backward(
-        self, plan: PassPlan, piece: MicrobatchPiece, grad_BTD: torch.Tensor, gradients: FoundGradients
+        self,
+        plan: PassPlan,
+        piece: MicrobatchPiece,
+        grad_BTD: torch.Tensor,
+        gradients: Callable[[torch.Tensor], Awaitable[PieceGradients | None]],
     ) -> PieceGradients | None:
         """The `gradients` of a piece on the server of its hop. Raises `PeerError`s."""
         if not self._book.is_on:

@@ -13,8 +13,10 @@ from shoal.client.swarm.broken_pairs import AwaitedPush
 from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.connection_pool import ConnectionPool
+from shoal.client.training.late_starts import LateStarts
 from shoal.client.training.pass_plan import MicrobatchPiece
 from shoal.client.training.ring_turn import RingStart, RingTurn
+from shoal.concurrency import owned_task
 from shoal.model.peft.factors import AdapterFactors
 from shoal.net.wire.codec import Tensors
 from shoal.policy.contribution.credit import BACKWARD
@@ -46,11 +48,26 @@ def _may_be_pushed(piece: MicrobatchPiece) -> bool:
     return piece.hidden.shape[:2].numel() <= MAX_STEP_TOKENS or piece.hidden.nbytes <= MAX_PUSHED_BYTES
 
 
+@dataclass(frozen=True)
+class AskedPart:
+    """A part that a server was asked for. The `task` has its answer; None if it was not pushed its inputs."""
+
+    part: RingPart
+    turn: RingTurn
+    task: asyncio.Task[Answered | None]
+
+    @property
+    def peer(self) -> str:
+        """The server's peer id."""
+        return self.part.hop.server.peer
+
+
 class PassRings:
     """Asks the servers of rings over a `pool` of connections, which the owner opens and closes."""
 
     def __init__(self, swarm: Swarm) -> None:
         self.pool = ConnectionPool(swarm.connect, swarm.adapter_sync)
+        self._starts = LateStarts(swarm)
         self._swarm = swarm
 
     def first_ring(self, pieces: Sequence[MicrobatchPiece]) -> Sequence[MicrobatchPiece]:
@@ -63,15 +80,15 @@ class PassRings:
         return pieces
 
     @contextlib.asynccontextmanager
-    async def asking(self, parts: Sequence[RingPart]) -> AsyncIterator[list[asyncio.Task[Answered | None]]]:
-        """Ask the servers for their parts. Each task returns a server's answer; None if it was not pushed its inputs.
+    async def asking(self, parts: Sequence[RingPart]) -> AsyncIterator[list[AskedPart]]:
+        """Ask the servers for their parts.
 
         All are asked once each of them can be. Servers whose answers are not here when the context is left are told to
-        wait no longer. Raises a `PeerError` if one cannot be asked.
+        wait no longer. Raises a `PeerError` if one cannot be asked, such as one that is late, where others are not.
         """
         start, links = RingStart(len(parts)), [secrets.token_hex(16) for _ in parts[1:]]
         pushes = [None, *(AwaitedPush(part.piece.hidden.nbytes) for part in parts[1:]), None]
-        tasks: list[asyncio.Task[Answered | None]] = []
+        asked: list[AskedPart] = []
         try:
             for index, part in enumerate(parts):
                 upstream = downstream = None
@@ -83,13 +100,25 @@ class PassRings:
                 place = {"encoding": self._swarm.config.wire, "upstream": upstream, "downstream": downstream}
                 request = part.request.model_copy(update=place)
                 turn = RingTurn(start, pushes[index])
-                tasks.append(asyncio.create_task(self._ask(part, request, turn, pushes[index + 1])))
-            await start.wait(tasks)
-            yield tasks
+                task = asyncio.create_task(self._ask(part, request, turn, pushes[index + 1]))
+                asked.append(AskedPart(part, turn, task))
+            await self._started(start, asked)
+            yield asked
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for each in asked:
+                each.task.cancel()
+            await asyncio.gather(*(each.task for each in asked), return_exceptions=True)
+
+    async def _started(self, start: RingStart, asked: Sequence[AskedPart]) -> None:
+        """Wait until all servers can be asked. Raises the error of one that cannot."""
+        async with contextlib.AsyncExitStack() as watching:
+            watches = [
+                await watching.enter_async_context(
+                    owned_task(self._starts.watch(each.part.hop, each.turn, each.part.piece.hidden))
+                )
+                for each in asked
+            ]
+            await start.wait([*(each.task for each in asked), *watches])
 
     async def _ask(
         self, part: RingPart, request: Forward | Backward, turn: RingTurn, following: AwaitedPush | None

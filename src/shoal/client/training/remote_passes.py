@@ -2,7 +2,8 @@
 
 A batch is cut into microbatches. They travel at the same time, each over the servers on which it will be ready first.
 For each server on its route, a microbatch keeps its inputs there on the client: if that server is gone when the
-gradient comes back, another server computes the blocks again from these inputs.
+gradient comes back, another server computes the blocks again from these inputs. If it is late, other servers compute
+them beside it, and the first answer counts.
 """
 
 # B sequences, T tokens, D hidden size
@@ -12,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Coroutine, Iterable, Sequence, Set
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -24,13 +26,14 @@ from shoal.client.swarm.known.directory_cache import Holding
 from shoal.client.swarm.message_sizes import check_length, check_size
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.gradients import FactorSums, Gradients
+from shoal.client.training.late_passes import LatePasses
 from shoal.client.training.pass_audits import PassAudits
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_needs
 from shoal.client.training.server_passes import ServerPasses
-from shoal.errors import PeerError
+from shoal.errors import MissingBlocks, PeerError
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.wire.encodings import as_received
-from shoal.policy.routing.route import Needs, Route
+from shoal.policy.routing.route import Hop, Needs, Route
 from shoal.policy.routing.spread import microbatch_rows
 from shoal.spans import Span
 
@@ -38,6 +41,7 @@ T = TypeVar("T")
 
 MAX_MICROBATCHES_IN_FLIGHT = 16
 """Microbatches in flight together: enough to keep a route's servers busy, and few enough for their limits."""
+NOBODY = frozenset[str]()
 
 
 class RemotePasses:
@@ -47,6 +51,7 @@ class RemotePasses:
         self._swarm = swarm
         self._servers = ServerPasses(swarm)
         self._audited = PassAudits(swarm, self._servers)
+        self._late = LatePasses(swarm)
         self._in_flight = asyncio.Semaphore(MAX_MICROBATCHES_IN_FLIGHT)
 
     async def __aenter__(self) -> Self:
@@ -91,7 +96,7 @@ class RemotePasses:
         async def one(number: int, pieces: Sequence[MicrobatchPiece], grad: torch.Tensor) -> torch.Tensor | None:
             found = await self._backward(plan, pieces, grad)
             sums.add(number, found.factors)
-            return found.inputs_BTD
+            return found.inputs_BTD if plan.inputs_wanted else None
 
         found = await self._all(
             one(number, pieces, grad) for number, (pieces, grad) in enumerate(zip(microbatches, grads, strict=True))
@@ -101,23 +106,43 @@ class RemotePasses:
 
     async def norms(self, block: int, paths: Sequence[str], num_rows: int) -> torch.Tensor:
         """The norms of the rows of some linear layers' weights in a block, `num_rows` in all. Raises `SwarmError`s."""
-        span = Span(block, block + 1)
+        return await self._norms(Span(block, block + 1), paths, num_rows)
+
+    async def _norms(
+        self, span: Span, paths: Sequence[str], num_rows: int, late: frozenset[str] = NOBODY
+    ) -> torch.Tensor:
+        needs = Needs(session=False)
 
         async def ask(excluded: Set[Holding]) -> torch.Tensor:
-            (hop,) = (await self._swarm.route(span, excluded, needs=Needs(session=False))).hops
-            return await self._servers.norms(hop.server, span, paths, num_rows)
+            (hop,) = (await self._route(span, excluded, late, needs)).hops
+            asked = self._servers.norms(hop, paths, num_rows)
+            race = self._late.race(asked, partial(by_others, hop), late=late)
+            found = await race.answer(None)
+            found = found if race.others is None else race.others
+            assert found is not None  # the server was not pushed anything
+            return found
 
-        return await self._swarm.with_failover(span, ask)
+        async def by_others(hop: Hop) -> torch.Tensor:
+            avoided = late | {hop.server.peer}
+            await self._late.before_others(hop, None, avoided, needs)
+            return await self._norms(span, paths, num_rows, avoided)
+
+        return await self._with_failover(span, ask, late)
 
     # -- one microbatch -----------------------------------------------------------------------------------------------
 
-    async def _forward(self, plan: PassPlan, microbatch: MicrobatchPiece) -> tuple[torch.Tensor, list[MicrobatchPiece]]:
-        """The outputs of a microbatch, and the pieces of it that servers computed, in order."""
+    async def _forward(
+        self, plan: PassPlan, microbatch: MicrobatchPiece, late: frozenset[str] = NOBODY
+    ) -> tuple[torch.Tensor, list[MicrobatchPiece]]:
+        """The outputs of a microbatch, and the pieces of it that servers computed, in order.
+
+        Others than the `late` servers compute it, if there are any now.
+        """
         hidden, pieces, end = microbatch.hidden, list[MicrobatchPiece](), microbatch.span.end
 
         async def go_on(excluded: Set[Holding]) -> torch.Tensor:
             while (start := pieces[-1].span.end if pieces else microbatch.span.start) < end:
-                route = await self._swarm.route(Span(start, end), excluded, needs=pass_needs(hidden))
+                route = await self._route(Span(start, end), excluded, late, pass_needs(hidden))
                 with self._swarm.measurements.reserving(route):
                     await follow(_planned(plan, microbatch, route))
             return hidden
@@ -128,10 +153,15 @@ class RemotePasses:
             while planned:
                 ring = self._servers.rings.first_ring(planned)
                 planned = planned[len(ring) :]
-                async with self._servers.forward_ring(plan, [replace(each, hidden=hidden) for each in ring]) as asked:
-                    for each, outputs in zip(ring, asked, strict=True):
+                async with self._servers.forward_ring(plan, [replace(each, hidden=hidden) for each in ring]) as servers:
+                    for each, asked in zip(ring, servers, strict=True):
                         piece = replace(each, hidden=hidden)
-                        computed = await self._audited.forward(plan, piece, outputs)
+                        race = self._late.race(asked, partial(by_others, piece), late=late)
+                        computed = await self._audited.forward(plan, piece, race.answer)
+                        if race.others is not None:
+                            hidden, finer = race.others
+                            pieces.extend(finer)
+                            return
                         if computed is None:
                             return
                         hidden = computed
@@ -139,10 +169,23 @@ class RemotePasses:
                         if self._audited.has_lied(piece.peer):
                             return
 
-        return await self._swarm.with_failover(microbatch.span, go_on), pieces
+        async def by_others(piece: MicrobatchPiece) -> tuple[torch.Tensor, list[MicrobatchPiece]]:
+            avoided = await self._before_others(piece, late)
+            return await self._forward(plan, replace(piece, hop=None, saved_as=None), avoided)
 
-    async def _backward(self, plan: PassPlan, visited: Sequence[MicrobatchPiece], grad: torch.Tensor) -> Gradients:
-        """The gradients of a microbatch, whose pieces are visited in reverse as far as gradients are wanted."""
+        return await self._with_failover(microbatch.span, go_on, late), pieces
+
+    async def _backward(
+        self,
+        plan: PassPlan,
+        visited: Sequence[MicrobatchPiece],
+        grad: torch.Tensor,
+        late: frozenset[str] = NOBODY,
+    ) -> Gradients:
+        """The gradients of a microbatch, whose pieces are visited in reverse as far as gradients are wanted.
+
+        Others than the `late` servers compute them, if there are any now.
+        """
         factors: dict[int, FactorGradients] = {}
         span = Span(visited[0].span.start, visited[-1].span.end)
         pieces = plan.wanted(visited)
@@ -152,9 +195,9 @@ class RemotePasses:
                 ring = self._saved_ring(pieces)
                 if not ring:
                     piece = pieces[-1] = replace(pieces[-1], saved_as=None)
-                    route = await self._swarm.route(piece.span, excluded, needs=pass_needs(grad))
+                    route = await self._route(piece.span, excluded, late, pass_needs(grad))
                     if len(route.hops) > 1:  # several servers replace one: compute the inputs of each of them
-                        _, finer = await self._forward(plan, piece)
+                        _, finer = await self._forward(plan, piece, late)
                         pieces[-1:] = plan.wanted(finer)
                         continue
                     ring = [replace(piece, hop=route.hops[0])]
@@ -168,22 +211,47 @@ class RemotePasses:
         async def follow(ring: Sequence[MicrobatchPiece]) -> None:
             """Visit these pieces, the last ones of all, in reverse, as far as answers can be used."""
             nonlocal grad
-            async with self._servers.backward_ring(plan, ring, grad) as asked:
-                for piece, gradients in zip(ring, asked, strict=True):
+            async with self._servers.backward_ring(plan, ring, grad) as servers:
+                for piece, asked in zip(ring, servers, strict=True):
                     # A server gives what it saved once. After that, a server is sent the whole piece.
                     pieces[-1] = _unsaved(pieces[-1])
-                    found = await self._audited.backward(plan, piece, grad, gradients)
+                    race = self._late.race(asked, partial(by_others, piece, grad), late=late)
+                    found = await self._audited.backward(plan, piece, grad, race.answer)
+                    if race.others is not None:
+                        found = race.others.inputs_BTD, dict(race.others.factors)
                     if found is None:
                         return
                     inputs_BTD, found_factors = found
                     factors.update(found_factors)
                     grad = grad if inputs_BTD is None else inputs_BTD
                     pieces.pop()
-                    if self._audited.has_lied(piece.peer):
+                    if race.others is not None or self._audited.has_lied(piece.peer):
                         return
 
-        inputs_BTD = await self._swarm.with_failover(span, go_on)
-        return Gradients(inputs_BTD if plan.inputs_wanted else None, factors)
+        async def by_others(piece: MicrobatchPiece, grad_BTD: torch.Tensor) -> Gradients:
+            avoided = await self._before_others(piece, late)
+            return await self._backward(plan, [replace(piece, hop=None, saved_as=None)], grad_BTD, avoided)
+
+        return Gradients(await self._with_failover(span, go_on, late), factors)
+
+    async def _before_others(self, piece: MicrobatchPiece, late: frozenset[str]) -> frozenset[str]:
+        """The servers that are late, that of this piece too, once others can be asked. Raises `MissingBlocks`."""
+        assert piece.hop is not None
+        late |= {piece.peer}
+        await self._late.before_others(piece.hop, piece.hidden, late, pass_needs(piece.hidden))
+        return late
+
+    async def _route(self, span: Span, excluded: Set[Holding], late: frozenset[str], needs: Needs) -> Route:
+        """A route for a pass. If servers are `late`, it goes over others. Raises as `Swarm.route` does."""
+        excluded = excluded | self._swarm.servers.holdings(late) if late else excluded
+        route = await self._swarm.route(span, excluded, needs=needs, rather_confirmed=bool(late))
+        if not late.isdisjoint(hop.server.peer for hop in route.hops):  # they have announced other blocks meanwhile
+            raise MissingBlocks(f"no other server holds blocks {span}", blocks=tuple(span))
+        return route
+
+    async def _with_failover(self, span: Span, act: Callable[[Set[Holding]], Awaitable[T]], late: frozenset[str]) -> T:
+        """`act` until it succeeds. If servers are `late`, they are waited for, and not others that may come."""
+        return await self._swarm.with_failover(span, act, at_most=0.0 if late else None)
 
     def _saved_ring(self, pieces: Sequence[MicrobatchPiece]) -> Sequence[MicrobatchPiece]:
         """The last pieces in reverse, as far as healthy servers have saved them and can push to each other."""

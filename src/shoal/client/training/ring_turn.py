@@ -7,6 +7,8 @@ from collections.abc import Collection
 from typing import Any
 
 from shoal.client.swarm.broken_pairs import AwaitedPush
+from shoal.client.swarm.connection import Connection
+from shoal.concurrency import now
 
 
 class RingStart:
@@ -37,12 +39,24 @@ class RingStart:
 
 
 class RingTurn:
-    """One server's part in a ring: `push` is what the server before it pushes; None if the client sends the inputs."""
+    """One server's part in a ring: `push` is what the server before it pushes; None if the client sends the inputs.
+
+    The `connection` is that to the server, once there is one. The server `is_ready` once it can be asked.
+    """
 
     def __init__(self, start: RingStart, push: AwaitedPush | None) -> None:
         self.push = push
+        self.connection: Connection | None = None
+        self.is_ready = False
+        self.began_at = now()
         self._start = start
+
+    @property
+    def awaiting_since(self) -> float | None:
+        """Since when the server owes an answer, to what it was sent whole; None if it owes none."""
+        return None if self.connection is None else self.connection.awaiting_since
 
     async def come(self) -> None:
         """The server is ready. Returns when all are."""
+        self.is_ready = True
         await self._start.join()

@@ -9,14 +9,13 @@ digest. So the client knows of every answer what it was computed from, as if it 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 
@@ -25,15 +24,15 @@ from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.swarm import Swarm
 from shoal.client.training.gradients import by_block
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
-from shoal.client.training.pass_rings import Answered, PassRings, RingPart
+from shoal.client.training.pass_rings import Answered, AskedPart, PassRings, RingPart
+from shoal.client.training.ring_turn import RingStart, RingTurn
 from shoal.errors import ServerLost
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.signing.token_digests import tensor_digest_aside
 from shoal.net.wire.codec import Tensors
-from shoal.peers import ServerInfo
-from shoal.policy.routing.route import Hop
+from shoal.policy.contribution.credit import BACKWARD
+from shoal.policy.routing.route import Hop, pass_seconds
 from shoal.protocol import Backward, Forward, Norms, NotCached, PassResult
-from shoal.spans import Span
 from shoal.tensors import TensorName
 
 log = logging.getLogger(__name__)
@@ -44,11 +43,35 @@ PieceGradients = tuple[torch.Tensor | None, dict[int, FactorGradients]]
 """The gradients of a piece's inputs [B, T, D], if they are needed, and of its factors by block."""
 SENT_AND_MISSING = "that it lacks what it was just sent"
 
-Outputs = Callable[[MicrobatchPiece], Awaitable[torch.Tensor | None]]
-"""Waits for the outputs [B, T, D] of one server of a ring, given its piece with the inputs that it should have computed
-them from: what the server before has answered. None if it has to be asked once more. Raises `PeerError`s."""
-FoundGradients = Callable[[torch.Tensor], Awaitable[PieceGradients | None]]
-"""The same for gradients, given the gradient [B, T, D] of the piece's outputs."""
+Inputs = TypeVar("Inputs")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class AskedServer(Generic[Inputs, Answer]):
+    """One server that was asked for a pass, which takes it `usual_seconds` if it does nothing else.
+
+    `answer` waits for what it has computed, given the inputs that it should have computed that from: those that the
+    server before has answered. None if it has to be asked once more. Raises `PeerError`s.
+    """
+
+    hop: Hop
+    usual_seconds: float
+    turn: RingTurn
+    answer: Callable[[Inputs], Coroutine[Any, Any, Answer | None]]
+
+    @property
+    def peer(self) -> str:
+        """The server's peer id."""
+        return self.hop.server.peer
+
+
+AskedOutputs = AskedServer[MicrobatchPiece, torch.Tensor]
+"""A server that computes the outputs [B, T, D] of a piece with the right inputs."""
+AskedGradients = AskedServer[torch.Tensor, PieceGradients]
+"""A server that computes gradients, given the gradient [B, T, D] of its piece's outputs."""
+AskedNorms = AskedServer[None, torch.Tensor]
+"""A server that computes the norms [N] of rows of weights."""
 
 
 class ServerPasses:
@@ -69,8 +92,8 @@ class ServerPasses:
 
     async def forward(self, plan: PassPlan, hop: Hop, piece: MicrobatchPiece) -> torch.Tensor:
         """The outputs [B, T, D] of a piece on one server. Raises `PeerError`s."""
-        async with self.forward_ring(plan, [replace(piece, hop=hop)]) as (outputs,):
-            found = await outputs(piece)
+        async with self.forward_ring(plan, [replace(piece, hop=hop)]) as (asked,):
+            found = await asked.answer(piece)
             assert found is not None  # the client has sent the inputs
             return found
 
@@ -81,50 +104,44 @@ class ServerPasses:
 
         None if the server should have saved the piece, and has it no more. Raises `PeerError`s.
         """
-        async with self.backward_ring(plan, [replace(piece, hop=hop)], grad_BTD) as (gradients,):
-            return await gradients(grad_BTD)
+        async with self.backward_ring(plan, [replace(piece, hop=hop)], grad_BTD) as (asked,):
+            return await asked.answer(grad_BTD)
 
     @contextlib.asynccontextmanager
-    async def forward_ring(self, plan: PassPlan, pieces: Sequence[MicrobatchPiece]) -> AsyncIterator[list[Outputs]]:
+    async def forward_ring(
+        self, plan: PassPlan, pieces: Sequence[MicrobatchPiece]
+    ) -> AsyncIterator[list[AskedOutputs]]:
         """Ask the servers of these pieces, in order, for their outputs. The inputs of the first piece are sent.
 
         Of the others, the inputs have only the right shape and dtype. A server saves what a backward pass needs if its
         piece is `saved_as` a name. Raises `PeerError`s.
         """
         parts = [self._forward_part(plan, piece, is_pushed=index > 0) for index, piece in enumerate(pieces)]
-        async with self.rings.asking(parts) as tasks:
-            yield [functools.partial(self._outputs, parts, index, task) for index, task in enumerate(tasks)]
+        async with self.rings.asking(parts) as asked:
+            yield [
+                self._asked(each, functools.partial(self._outputs, asked, index)) for index, each in enumerate(asked)
+            ]
 
     @contextlib.asynccontextmanager
     async def backward_ring(
         self, plan: PassPlan, pieces: Sequence[MicrobatchPiece], grad_BTD: torch.Tensor
-    ) -> AsyncIterator[list[FoundGradients]]:
+    ) -> AsyncIterator[list[AskedGradients]]:
         """Ask the servers of these pieces, the last blocks first, for gradients. `grad_BTD` is sent to the first one.
 
         A piece that a server has saved is not sent again. Raises `PeerError`s.
         """
         parts = [self._backward_part(plan, pieces[0], {"grad": grad_BTD})]
         parts += [self._backward_part(plan, piece, {}) for piece in pieces[1:]]
-        async with self.rings.asking(parts) as tasks:
-            yield [functools.partial(self._gradients, plan, parts, index, task) for index, task in enumerate(tasks)]
+        async with self.rings.asking(parts) as asked:
+            yield [
+                self._asked(each, functools.partial(self._gradients, plan, asked, index))
+                for index, each in enumerate(asked)
+            ]
 
-    async def norms(self, server: ServerInfo, span: Span, paths: Sequence[str], num_rows: int) -> torch.Tensor:
-        """The norms [N] of the rows of some linear layers' weights, `num_rows` in all, of the one block of a span.
-
-        Raises `PeerError`s.
-        """
-        request = Norms(
-            model=self._swarm.model.key,
-            fingerprint=self._swarm.fingerprint,
-            start=span.start,
-            end=span.end,
-            modules=tuple(paths),
-        )
-        connection, _, tensors = await self.rings.pool.ask(server, request, {}, (), usual_seconds=NORMS_SECONDS)
-        norms_N = tensors.get("factors")
-        if norms_N is None or norms_N.shape != (num_rows,) or not finite(norms_N):
-            raise _failed(connection, OTHER_THAN_ASKED)
-        return norms_N
+    def norms(self, hop: Hop, paths: Sequence[str], num_rows: int) -> AskedNorms:
+        """Ask a server for the norms of the rows of some linear layers' weights, `num_rows` in all, of one block."""
+        turn = RingTurn(RingStart(1), None)
+        return AskedServer(hop, NORMS_SECONDS, turn, functools.partial(self._norms, hop, turn, paths, num_rows))
 
     # -- what is asked ------------------------------------------------------------------------------------------------
 
@@ -160,12 +177,36 @@ class ServerPasses:
         tensors = grad if piece.saved_as is not None else {**piece.tensors(), **grad}
         return RingPart(piece.hop, request, tensors, plan.tuning.in_span(piece.span), piece)
 
+    def _asked(
+        self, asked: AskedPart, answer: Callable[[Inputs], Coroutine[Any, Any, Answer | None]]
+    ) -> AskedServer[Inputs, Answer]:
+        part, times = asked.part, 1
+        if isinstance(part.request, Backward):
+            times = BACKWARD if part.request.kept is not None else BACKWARD + 1
+        slowness = self._swarm.measurements.slowness(asked.peer)
+        usual_seconds = pass_seconds(part.hop, part.num_tokens, slowness=slowness, times=times)
+        return AskedServer(part.hop, usual_seconds, asked.turn, answer)
+
+    async def _norms(self, hop: Hop, turn: RingTurn, paths: Sequence[str], num_rows: int, _: None) -> torch.Tensor:
+        request = Norms(
+            model=self._swarm.model.key,
+            fingerprint=self._swarm.fingerprint,
+            start=hop.span.start,
+            end=hop.span.end,
+            modules=tuple(paths),
+        )
+        connection, _reply, tensors = await self.rings.pool.ask(
+            hop.server, request, {}, (), usual_seconds=NORMS_SECONDS, turn=turn
+        )
+        norms_N = tensors.get("factors")
+        if norms_N is None or norms_N.shape != (num_rows,) or not finite(norms_N):
+            raise _failed(connection, OTHER_THAN_ASKED)
+        return norms_N
+
     # -- what is answered ---------------------------------------------------------------------------------------------
 
-    async def _outputs(
-        self, parts: Sequence[RingPart], index: int, task: asyncio.Task[Answered | None], piece: MicrobatchPiece
-    ) -> torch.Tensor | None:
-        answered = await self._answered(parts, index, task, piece.hidden)
+    async def _outputs(self, asked: Sequence[AskedPart], index: int, piece: MicrobatchPiece) -> torch.Tensor | None:
+        answered = await self._answered(asked, index, piece.hidden)
         if answered is None:
             return None
         connection, result, tensors = answered
@@ -174,17 +215,12 @@ class ServerPasses:
         return self._received(connection, result, tensors, "hidden", piece)
 
     async def _gradients(
-        self,
-        plan: PassPlan,
-        parts: Sequence[RingPart],
-        index: int,
-        task: asyncio.Task[Answered | None],
-        grad_BTD: torch.Tensor,
+        self, plan: PassPlan, asked: Sequence[AskedPart], index: int, grad_BTD: torch.Tensor
     ) -> PieceGradients | None:
-        answered = await self._answered(parts, index, task, grad_BTD)
+        answered = await self._answered(asked, index, grad_BTD)
         if answered is None:
             return None
-        piece, (connection, result, found) = parts[index].piece, answered
+        piece, (connection, result, found) = asked[index].part.piece, answered
         if isinstance(result, NotCached):
             if piece.saved_as is None:
                 raise _failed(connection, SENT_AND_MISSING)
@@ -196,22 +232,16 @@ class ServerPasses:
             raise _failed(connection, OTHER_THAN_ASKED)
         return inputs_BTD, factors
 
-    async def _answered(
-        self,
-        parts: Sequence[RingPart],
-        index: int,
-        task: asyncio.Task[Answered | None],
-        inputs_BTD: torch.Tensor,
-    ) -> Answered | None:
+    async def _answered(self, asked: Sequence[AskedPart], index: int, inputs_BTD: torch.Tensor) -> Answered | None:
         """A server's answer, if it was computed from these inputs, or what it says that it lacks.
 
         None if the inputs should have been pushed to it, and the client has to send them. Raises `PeerError`s.
         """
         if not index:
-            return await task
+            return await asked[index].task
         expected = await tensor_digest_aside(inputs_BTD)
-        answered = await task
-        upstream, downstream = parts[index - 1].hop.server.peer, parts[index].hop.server.peer
+        answered = await asked[index].task
+        upstream, downstream = asked[index - 1].peer, asked[index].peer
         broken = self._swarm.measurements.broken_pairs
         if answered is None or (isinstance(answered[1], NotCached) and answered[1].inputs):
             log.info("%s was not pushed what %s has computed: the client carries it", downstream, upstream)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.net.lines import SharedLine
-from shoal.net.transport import Buffer, Stream
+from shoal.net.transport import SLOWEST_LINK, Buffer, Stream
 from shoal.net.wire import frames
 from shoal.net.wire.encodings import converted, from_int8, to_int8
 from shoal.net.wire.packing import pack, unpack
@@ -229,12 +229,14 @@ async def receive(
         if message.goodput is not None:
             line.told(message.goodput)
         frame = line.shared.begin(payload_bytes, now=clock())
+        line.arriving_until = None if frame is None else clock() + payload_bytes / SLOWEST_LINK
 
     num_received = 0
     try:
         _, payload = await stream.receive(check_header)
         num_received = len(payload)
     finally:
+        line.arriving_until = None
         if frame is not None:
             line.shared.end(frame, num_received, now=clock())
     (message,) = parsed

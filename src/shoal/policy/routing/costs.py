@@ -108,6 +108,14 @@ def most_announced_seconds(server: ServerInfo, num_blocks: int, num_tokens: int)
     return (1 / decode + (num_tokens - 1) / prefill) * num_blocks / len(server.span)
 
 
+def pass_seconds(hop: Hop, num_tokens: int, *, slowness: float, times: int = 1) -> float:
+    """The seconds of a single pass of `num_tokens`, `times` as long as a forward pass, on a server that is else idle.
+
+    The server announces its speed, and was measured to take `slowness` times as long.
+    """
+    return times * slowness * announced_seconds(hop.server, len(hop.span), num_tokens)
+
+
 class Costs:
     """The prices of one view of the swarm, in seconds. `None` in place of a server means the client."""
 

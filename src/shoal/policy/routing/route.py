@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from shoal.errors import MissingBlocks
 from shoal.peers import ServerInfo
 from shoal.policy.routing.balanced import balanced
-from shoal.policy.routing.costs import SLOWEST, Costs, Hop, HopCost, Measured, Needs, announced_seconds
+from shoal.policy.routing.costs import SLOWEST, Costs, Hop, HopCost, Measured, Needs, announced_seconds, pass_seconds
 from shoal.policy.routing.nsga2 import nsga2
 from shoal.policy.routing.shortest import shortest
 from shoal.policy.view import SwarmView, format_blocks
@@ -28,6 +28,7 @@ __all__ = [
     "Route",
     "announced_seconds",
     "choose_route",
+    "pass_seconds",
     "price_route",
 ]
 

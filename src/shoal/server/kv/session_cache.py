@@ -54,12 +54,13 @@ class Row:
         self.digests = list(digests)
         self._root = root_hash
         self._inputs: list[tuple[torch.Tensor, torch.Tensor]] = []  # hidden states and positions behind the last digest
+        self._num_inputs = 0  # their tokens
 
     def copy(self) -> Row:
         """A second sequence with the same beginning."""
         row = Row(self._root, self.pages, self.digests)
         row.slot = self.slot
-        row._inputs = list(self._inputs)
+        row._inputs, row._num_inputs = list(self._inputs), self._num_inputs
         return row
 
     def crop(self, num_tokens: int) -> list[int]:
@@ -76,14 +77,20 @@ class Row:
             at 20         the inputs from 16 to 20 are gone already, so no page after the first gets a digest again
         """
         num_pages = pages_for(num_tokens)
-        dropped, self.pages = self.pages[num_pages:], self.pages[:num_pages]
+        dropped: list[int] = []
+        if num_pages < len(self.pages):
+            dropped, self.pages = self.pages[num_pages:], self.pages[:num_pages]
         num_digested = len(self.digests) * PAGE_TOKENS
         if num_tokens >= num_digested:
-            self._inputs = _first(self._inputs, num_tokens - num_digested)
-        elif num_tokens % PAGE_TOKENS == 0:
-            self.digests, self._inputs = self.digests[:num_pages], []
+            if num_tokens - num_digested < self._num_inputs:  # else nothing was taken back: the usual step
+                self._inputs = _first(self._inputs, num_tokens - num_digested)
+                self._num_inputs = num_tokens - num_digested
         else:
-            self.digests, self._inputs, self._root = self.digests[: num_pages - 1], [], None
+            self._inputs, self._num_inputs = [], 0
+            if num_tokens % PAGE_TOKENS == 0:
+                self.digests = self.digests[:num_pages]
+            else:
+                self.digests, self._root = self.digests[: num_pages - 1], None
         return dropped
 
     def append_inputs(self, hidden_TD: torch.Tensor, positions_T: torch.Tensor) -> None:
@@ -91,13 +98,15 @@ class Row:
         if self._root is None:
             return
         self._inputs.append((hidden_TD, positions_T))
-        if sum(len(positions) for _, positions in self._inputs) < PAGE_TOKENS:
+        self._num_inputs += positions_T.shape[0]
+        if self._num_inputs < PAGE_TOKENS:
             return
         hidden, positions = (torch.cat(parts) for parts in zip(*self._inputs, strict=True))
         digests = page_hashes(self.digests[-1] if self.digests else self._root, hidden, positions)
         self.digests += digests
         rest = len(digests) * PAGE_TOKENS
-        self._inputs = [(hidden[rest:].clone(), positions[rest:])]
+        self._num_inputs -= rest
+        self._inputs = [(hidden[rest:].clone(), positions[rest:])] if self._num_inputs else []
 
 
 class SessionCache:

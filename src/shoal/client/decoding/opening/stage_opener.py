@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator, Callable
 
 import torch
 
-from shoal.client.decoding.opening.trials import wait_for_others
 from shoal.client.decoding.outputs import Sink
 from shoal.client.decoding.progress import StageStatus
 from shoal.client.decoding.session_inputs import SessionInputs
 from shoal.client.decoding.stage import Neighbors, Stage
 from shoal.client.swarm.swarm import Swarm
+from shoal.client.swarm.trials import wait_for_others
 from shoal.concurrency import now, owned_task
 from shoal.errors import PeerError, ServerLate
 from shoal.model.peft.factors import ActiveAdapters

@@ -49,15 +49,15 @@ class KnownServers:
     ) -> SwarmView:
         """The servers that a route over a span may use. The directory is read if it is old, and some are pinged.
 
-        With `rather_confirmed`, only those that have computed steps for this client, if they suffice; so it is for
-        sessions once the client has met a server that does nothing. A server that failed lately is there rather than
-        none.
+        With `rather_confirmed`, only those servers of a block that have computed for this client, if there are any; so
+        it is once the client has met a server that does nothing. A server that failed lately is there rather than none.
 
         Raises `UnsupportedOperation` if all servers of a block refuse single passes, which are needed, and `SwarmError`
         if the directory has never answered.
         """
-        if rather_confirmed or (needs.session and self._health.is_wary):
-            confirmed = self._healthy(excluded, needs).only(lambda each: self._measurements.is_confirmed(each.peer))
+        rather_confirmed |= self._health.is_wary
+        if rather_confirmed:
+            confirmed = self._healthy(excluded, needs).only(self._is_confirmed)
             if not confirmed.missing(span):
                 return confirmed
         await self._directory.ensure_fresh()
@@ -65,11 +65,16 @@ class KnownServers:
         if missing := view.missing(span):
             await self._directory.refresh(missing)
             view = self._healthy(excluded, needs)
+        if rather_confirmed:
+            view = view.rather(self._is_confirmed, span)
         view = await self._answering(view, span, needs)
         if view.missing(span):
             view = await self._answering(self._not_blocked(excluded, needs), span, needs)
             self._check_offered(span, needs)
         return view
+
+    def _is_confirmed(self, server: ServerInfo) -> bool:
+        return self._measurements.is_confirmed(server.peer)
 
     async def _answering(self, view: SwarmView, span: Span, needs: Needs) -> SwarmView:
         """The same view with those servers only that a route may use, after some were pinged."""

@@ -57,7 +57,7 @@ async def wait_for_others(swarm: Swarm, server: ServerInfo, span: Span, like: to
             try:
                 await _compute_token(swarm, connection, _shared(other.span, span), like)
                 computed.add(other.peer)
-                swarm.measurements.record_trial(other.peer)
+                swarm.measurements.record_computed(other.peer)
                 if not swarm.servers.others(server).only(lambda each: each.peer in computed).missing(span):
                     enough.set()
             finally:
