@@ -37,6 +37,7 @@ from shoal.protocol.limits import (
     MAX_PAYLOAD_BYTES,
     MAX_STEP_TOKENS,
     MAX_STEPS_AHEAD,
+    MAX_SUMMED_PASSES,
     MAX_TEXT,
     MAX_TRANSFER_BYTES,
     Adapted,
@@ -72,6 +73,8 @@ from shoal.protocol.passes import (
     PassInputs,
     PassMessage,
     PassResult,
+    SumResult,
+    TakeSum,
 )
 from shoal.protocol.session import (
     Downstream,
@@ -109,6 +112,7 @@ __all__ = [
     "MAX_PRESENTED",
     "MAX_STEPS_AHEAD",
     "MAX_STEP_TOKENS",
+    "MAX_SUMMED_PASSES",
     "MAX_TEXT",
     "MAX_TRANSFER_BYTES",
     "MAX_WORK",
@@ -172,6 +176,8 @@ __all__ = [
     "SetNeighbors",
     "Step",
     "StepResult",
+    "SumResult",
+    "TakeSum",
     "Text",
     "Transfer",
     "Unreached",

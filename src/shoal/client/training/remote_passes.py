@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import secrets
-from collections.abc import Coroutine, Iterable, Sequence, Set
+from collections.abc import Coroutine, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -27,6 +28,8 @@ from shoal.client.training.gradients import FactorSums, Gradients
 from shoal.client.training.pass_audits import PassAudits
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_needs
 from shoal.client.training.server_passes import ServerPasses
+from shoal.client.training.sum_ledger import ServerSum, SumLedger, SummedPass
+from shoal.concurrency import now
 from shoal.errors import PeerError
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.wire.encodings import as_received
@@ -34,6 +37,7 @@ from shoal.policy.routing.route import Needs, Route
 from shoal.policy.routing.spread import microbatch_rows
 from shoal.spans import Span
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_MICROBATCHES_IN_FLIGHT = 16
@@ -86,18 +90,20 @@ class RemotePasses:
         """
         sizes = [pieces[0].hidden.shape[0] for pieces in microbatches]
         grads = as_received(grad_BTD, self._swarm.config.wire).split(sizes)
-        sums = FactorSums()
+        sums, ledger = FactorSums(), SumLedger() if len(sizes) > 1 else None
 
         async def one(number: int, pieces: Sequence[MicrobatchPiece], grad: torch.Tensor) -> torch.Tensor | None:
-            found = await self._backward(plan, pieces, grad)
+            found = await self._backward(plan, pieces, grad, number=number, ledger=ledger)
             sums.add(number, found.factors)
             return found.inputs_BTD
 
         found = await self._all(
             one(number, pieces, grad) for number, (pieces, grad) in enumerate(zip(microbatches, grads, strict=True))
         )
+        if ledger is not None:
+            await self._take(plan, ledger, sums, num_microbatches=len(sizes))
         inputs = [each for each in found if each is not None]
-        return Gradients(joined(inputs) if inputs else None, sums.blocks)
+        return Gradients(joined(inputs) if inputs else None, sums.rounded())
 
     async def norms(self, block: int, paths: Sequence[str], num_rows: int) -> torch.Tensor:
         """The norms of the rows of some linear layers' weights in a block, `num_rows` in all. Raises `SwarmError`s."""
@@ -108,6 +114,38 @@ class RemotePasses:
             return await self._servers.norms(hop.server, span, paths, num_rows)
 
         return await self._swarm.with_failover(span, ask)
+
+    # -- sums on servers ----------------------------------------------------------------------------------------------
+
+    async def _take(self, plan: PassPlan, ledger: SumLedger, sums: FactorSums, *, num_microbatches: int) -> None:
+        """Take what servers have summed. The passes of sums that are lost are computed again, each with its own answer.
+
+        Raises `SwarmError`s.
+        """
+
+        async def take(of: ServerSum) -> Mapping[int, FactorGradients] | None:
+            began = now()
+            is_whole = ledger.is_whole(of, num_microbatches=num_microbatches)
+            try:
+                found = await self._servers.take_sum(plan, of, is_whole=is_whole)
+                return None if found is None else await self._audited.sum(plan, of.hop, of.passes, found)
+            except PeerError as failure:
+                self._swarm.servers.blame(failure, since=began)
+            return None
+
+        async def again(one: SummedPass) -> Mapping[int, FactorGradients]:
+            return (await self._backward(plan, [_unsaved(one.piece)], one.grad_BTD, number=one.number)).factors
+
+        lost: list[SummedPass] = []
+        for each, found in zip(ledger.sums, await self._all(take(each) for each in ledger.sums), strict=True):
+            if found is None or self._audited.has_lied(each.hop.server.peer):  # another audit may have found it since
+                lost += each.passes
+            else:
+                sums.join(found)
+        if lost:
+            log.info("sums of gradients are lost: %d passes are computed again", len(lost))
+        for factors in await self._all(again(one) for one in lost):
+            sums.join(factors)
 
     # -- one microbatch -----------------------------------------------------------------------------------------------
 
@@ -141,8 +179,19 @@ class RemotePasses:
 
         return await self._swarm.with_failover(microbatch.span, go_on), pieces
 
-    async def _backward(self, plan: PassPlan, visited: Sequence[MicrobatchPiece], grad: torch.Tensor) -> Gradients:
-        """The gradients of a microbatch, whose pieces are visited in reverse as far as gradients are wanted."""
+    async def _backward(
+        self,
+        plan: PassPlan,
+        visited: Sequence[MicrobatchPiece],
+        grad: torch.Tensor,
+        *,
+        number: int,
+        ledger: SumLedger | None = None,
+    ) -> Gradients:
+        """The gradients of a microbatch, whose pieces are visited in reverse as far as gradients are wanted.
+
+        With a `ledger`, it has those of factors that servers keep in sums.
+        """
         factors: dict[int, FactorGradients] = {}
         span = Span(visited[0].span.start, visited[-1].span.end)
         pieces = plan.wanted(visited)
@@ -168,19 +217,26 @@ class RemotePasses:
         async def follow(ring: Sequence[MicrobatchPiece]) -> None:
             """Visit these pieces, the last ones of all, in reverse, as far as answers can be used."""
             nonlocal grad
-            async with self._servers.backward_ring(plan, ring, grad) as asked:
-                for piece, gradients in zip(ring, asked, strict=True):
-                    # A server gives what it saved once. After that, a server is sent the whole piece.
-                    pieces[-1] = _unsaved(pieces[-1])
-                    found = await self._audited.backward(plan, piece, grad, gradients)
-                    if found is None:
-                        return
-                    inputs_BTD, found_factors = found
-                    factors.update(found_factors)
-                    grad = grad if inputs_BTD is None else inputs_BTD
-                    pieces.pop()
-                    if self._audited.has_lied(piece.peer):
-                        return
+            unused = [each.hop for each in ring if each.hop is not None]
+            try:
+                async with self._servers.backward_ring(plan, ring, grad, ledger) as asked:
+                    for piece, gradients in zip(ring, asked, strict=True):
+                        # A server gives what it saved once. After that, a server is sent the whole piece.
+                        pieces[-1] = _unsaved(pieces[-1])
+                        found = await self._audited.backward(plan, piece, grad, gradients, may_sum=ledger is not None)
+                        if found is None:
+                            return
+                        factors.update(found.factors)
+                        if ledger is not None and found.summed_in is not None:
+                            ledger.count(found.summed_in, SummedPass(number, pieces[-1], grad))
+                        grad = grad if found.inputs_BTD is None else found.inputs_BTD
+                        pieces.pop()
+                        if self._audited.has_lied(piece.peer):
+                            return
+                        unused.pop(0)
+            finally:
+                if ledger is not None:
+                    ledger.close(unused)
 
         inputs_BTD = await self._swarm.with_failover(span, go_on)
         return Gradients(inputs_BTD if plan.inputs_wanted else None, factors)
