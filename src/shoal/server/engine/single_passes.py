@@ -19,7 +19,7 @@ from shoal.server.refusals import Refused, busy, rejected
 from shoal.server.step_inputs import StepInputs
 from shoal.server.training import block_passes
 from shoal.server.training.adapter_store import AdapterStore, MissingFromCache
-from shoal.server.training.gradient_sums import GradientSums, TakenSum
+from shoal.server.training.gradient_sums import KEPT_SECONDS, GradientSums, TakenSum
 from shoal.server.training.pass_blocks import PassBlocks
 from shoal.server.training.saved_activations import ActivationStore, SavedActivations
 
@@ -32,7 +32,7 @@ class SinglePasses:
     def __init__(self, body: Body, validator: RequestValidator, loop: EngineLoop, limits: Limits) -> None:
         self.activations = ActivationStore(body, max_bytes=limits.activation_bytes, seconds=limits.activation_seconds)
         self.sums = GradientSums(
-            self.activations.budget, client_bytes=limits.activation_bytes // 2, seconds=limits.activation_seconds
+            self.activations.budget, client_bytes=limits.activation_bytes // 2, seconds=KEPT_SECONDS
         )
         self.adapters = AdapterStore(body, max_bytes=limits.adapter_bytes, drop_adapters=self.activations.drop_adapters)
         self.waiting_bytes = 0  # of the inputs of passes that wait or are computed

@@ -23,6 +23,10 @@ from shoal.server.training.saved_activations import ByteBudget
 MAX_SUMS = 64
 """The sums of one client: about one for each batch that it trains at a time, more after failures."""
 
+KEPT_SECONDS = 600.0
+"""A sum is dropped if nothing came into it for so long: in a slow batch, minutes may be between two microbatches. That of
+a client that has left, or has nothing computed any more, is dropped with its last stream."""
+
 
 @dataclass(frozen=True)
 class TakenSum:
