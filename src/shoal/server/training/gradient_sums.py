@@ -24,8 +24,8 @@ MAX_SUMS = 64
 """The sums of one client: about one for each batch that it trains at a time, more after failures."""
 
 KEPT_SECONDS = 600.0
-"""A sum is dropped if nothing came into it for so long: in a slow batch, minutes may be between two microbatches. That of
-a client that has left, or has nothing computed any more, is dropped with its last stream."""
+"""A sum is dropped if nothing came into it for so long: in a slow batch, minutes may be between two microbatches. The
+sums of a client that has left, or has nothing computed any more, are dropped with its last stream."""
 
 
 @dataclass(frozen=True)
