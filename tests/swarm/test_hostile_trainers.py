@@ -105,6 +105,10 @@ LATE_ANSWERS: dict[str, tuple[Answer, str]] = {
     "integers": (Trainer(backward=gradients(dtype=torch.int64)), "answered something else than was asked"),
     "in two dimensions": (Trainer(backward=gradients(shape=(2, -1))), "answered something else than was asked"),
     "under another name": (Trainer(backward=gradients(name="hidden")), "answered something else than was asked"),
+    "in a sum that it was not asked for": (
+        Trainer(backward=lambda grad, _: [raw("pass_result", {"grad": grad}, summed=True)]),
+        "answered something else than was asked",
+    ),
     "no gradient of the inputs": (
         Trainer(backward=lambda _, num: [raw("pass_result", {"factor_grads": torch.ones(num)})]),
         "answered something else than was asked",

@@ -38,6 +38,7 @@ from shoal.protocol.limits import (
     MAX_PUSHED_BYTES,
     MAX_STEP_TOKENS,
     MAX_STEPS_AHEAD,
+    MAX_SUMMED_PASSES,
     MAX_TEXT,
     MAX_TRANSFER_BYTES,
     Adapted,
@@ -73,6 +74,8 @@ from shoal.protocol.passes import (
     PassInputs,
     PassMessage,
     PassResult,
+    SumResult,
+    TakeSum,
 )
 from shoal.protocol.session import (
     Downstream,
@@ -111,6 +114,7 @@ __all__ = [
     "MAX_PUSHED_BYTES",
     "MAX_STEPS_AHEAD",
     "MAX_STEP_TOKENS",
+    "MAX_SUMMED_PASSES",
     "MAX_TEXT",
     "MAX_TRANSFER_BYTES",
     "MAX_WORK",
@@ -174,6 +178,8 @@ __all__ = [
     "SetNeighbors",
     "Step",
     "StepResult",
+    "SumResult",
+    "TakeSum",
     "Text",
     "Transfer",
     "Unreached",

@@ -38,6 +38,8 @@ MAX_HOPS = 256
 """The servers that a step may be pushed through: more than a route has, and an end to rings linked into a loop."""
 MAX_FACTORS = 200_000
 """Tensors of factors in a span: a bit for each fits into a header."""
+MAX_SUMMED_PASSES = 1 << 20
+"""The backward passes whose gradients are in one sum: beyond every batch there is."""
 MAX_TEXT = 256
 """The characters of a name."""
 MAX_ADDRESS = 300

@@ -13,7 +13,7 @@ from shoal.protocol.control import Arrived, Close, Leaving, Ping, Pong
 from shoal.protocol.dialing import DialBack, DialedBack
 from shoal.protocol.failures import Failure
 from shoal.protocol.limits import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
-from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassInputs, PassResult
+from shoal.protocol.passes import Backward, Forward, Norms, NormsResult, PassInputs, PassResult, SumResult, TakeSum
 from shoal.protocol.session import Open, Opened, Receipt, Rewind, SetNeighbors, Step, StepResult, Unreached
 from shoal.protocol.transfers import Filler, Transfer
 from shoal.protocol.weights import Content, GetHeld, GetInvitation, GetManifest, GetPiece, InvitationText
@@ -43,6 +43,8 @@ AnyMessage = (
     | Backward
     | PassInputs
     | PassResult
+    | TakeSum
+    | SumResult
     | Transfer
     | Filler
     | GetInvitation
@@ -74,6 +76,7 @@ REQUEST_KINDS = frozenset(
         "forward",
         "backward",
         "pass_inputs",
+        "take_sum",
         "transfer",
         "get_invitation",
         "get_manifest",
@@ -103,6 +106,7 @@ REPLY_KINDS = frozenset(
         "adapter_stored",
         "not_cached",
         "pass_result",
+        "sum_result",
         "norms_result",
         "pong",
         "leaving",

@@ -10,6 +10,7 @@ from shoal.adapters import MAX_LAYERS, Module
 from shoal.protocol.limits import (
     MAX_BLOCKS,
     MAX_FACTORS,
+    MAX_SUMMED_PASSES,
     Block,
     Digest,
     Link,
@@ -101,7 +102,9 @@ class Backward(PassMessage):
 
     Answered by `PassResult` or `NotCached`. Tensors: `grad` [B, T, D], the gradient of the outputs; and the tensors of
     the `Forward`, unless the server should have `kept` what it needs under that id. The factors of `frozen` blocks need
-    no gradient. In a ring, the `upstream` server has the blocks after these: gradients go the other way round.
+    no gradient. In a ring, the `upstream` server has the blocks after these: gradients go the other way round. The
+    gradients of the factors are added `into` the client's sum of that name, if the server has room for one, and are not
+    answered then (`TakeSum`). All passes of a sum have the same span, `adapters` and `frozen` blocks.
     """
 
     carries = ("hidden", "positions", "mask", "grad")
@@ -111,6 +114,7 @@ class Backward(PassMessage):
     seed: Seed | None = None
     inputs: bool = True
     frozen: Annotated[tuple[Block, ...], Field(max_length=MAX_BLOCKS, strict=False)] = ()
+    into: PassId | None = None
 
     @model_validator(mode="after")
     def _frozen_blocks_are_here(self) -> Backward:
@@ -138,13 +142,39 @@ class PassResult(Message):
     adapters, block after block, in the dtype of the factors. The other tensors have the dtype and the encoding of the
     request's `hidden` or `grad`. `unused` are the numbers, counted over all blocks, of the factors' tensors that had no
     part in the computation: they have no gradient. `inputs` is the digest of what was pushed to the server
-    (`shoal.net.signing.token_digests`), by which the client knows whether that is what the other server answered.
+    (`shoal.net.signing.token_digests`), by which the client knows whether that is what the other server answered. The
+    gradients of the factors are not here but in a sum if they are `summed`.
     """
 
     carries = ("hidden", "grad", "factor_grads")
     kind: Literal["pass_result"] = "pass_result"
     unused: FactorIndices = ()
     inputs: Digest | None = None
+    summed: bool = False
+
+
+class TakeSum(Message):
+    """Client: what is the sum of this name (`Backward.into`)? Answered by `SumResult` or, as `kept`, by `NotCached`.
+
+    The server forgets it. With `keeps_rest`, what rounding takes away from the sum stays under that name, once.
+    """
+
+    kind: Literal["take_sum"] = "take_sum"
+    name: PassId
+    keeps_rest: bool = False
+
+
+class SumResult(Message):
+    """Server: the answer to `TakeSum`.
+
+    Tensor: `factor_grads` [F], float32, the sum of what `num_passes` passes have found. `unused` are the numbers of the
+    factors' tensors that had no part in any of them.
+    """
+
+    carries = ("factor_grads",)
+    kind: Literal["sum_result"] = "sum_result"
+    num_passes: Annotated[int, Field(ge=1, le=MAX_SUMMED_PASSES)]
+    unused: FactorIndices = ()
 
 
 class NormsResult(Message):

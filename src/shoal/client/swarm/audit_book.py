@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shoal.host.whole_files import replacing
 from shoal.policy.audits.audit_budget import (
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 MAX_EVIDENCE_BYTES = 4096
 MAX_LIARS = 4096
 """The most servers whose evidence is read at the start: the folder is not to slow it down."""
+
+Purse = Literal["outputs", "sums"]
+"""What pays for an audit: each kind has a budget of its own. An audit of sums costs as much as many passes, and those
+would leave nothing for it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class AuditBook:
         self.audit_one = asyncio.Lock()
         self.receipts = Counter[ReceiptVerdict]()
         """How many receipts have shown what, those of all servers."""
-        self._budget = AuditBudget(rate)
+        self._budgets: dict[Purse, AuditBudget] = {"outputs": AuditBudget(rate), "sums": AuditBudget(rate)}
         self._folder = folder
         self._rng = rng
         self._num_clean = Counter[str]()
@@ -92,7 +96,7 @@ class AuditBook:
     @property
     def is_on(self) -> bool:
         """Whether servers are audited."""
-        return self._budget.rate > 0
+        return self._budgets["outputs"].rate > 0
 
     @property
     def liars(self) -> frozenset[str]:
@@ -122,13 +126,13 @@ class AuditBook:
         """A server is asked for a pass without a cache."""
         self._num_used[peer] += PASS_TOKENS
 
-    def earn(self, num_tokens: float, num_blocks: int) -> None:
+    def earn(self, num_tokens: float, num_blocks: int, *, by: Purse = "outputs") -> None:
         """`num_tokens` were decoded through `num_blocks`: audits may cost a part of that."""
-        self._budget = self._budget.earned(num_tokens, num_blocks)
+        self._budgets[by] = self._budgets[by].earned(num_tokens, num_blocks)
 
-    def spend(self, cost: float) -> None:
+    def spend(self, cost: float, *, by: Purse = "outputs") -> None:
         """An audit of this cost begins."""
-        self._budget = self._budget.spent(cost)
+        self._budgets[by] = self._budgets[by].spent(cost)
 
     def candidate(self, peer: str, *, num_tokens: int, cost: float) -> Candidate:
         """A server of which `num_tokens` could be audited at this cost."""
@@ -146,15 +150,15 @@ class AuditBook:
     def postpone_long(self, peer: str) -> None:
         """The same after a pass whose audits settle nothing: repeated ones are to cost no more than others."""
         self.postpone(peer)
-        self._due_after[peer] += round(PASS_TOKENS / self._budget.rate)
+        self._due_after[peer] += round(PASS_TOKENS / self._budgets["outputs"].rate)
 
-    def audits_pass(self, candidate: Candidate) -> bool:
-        """Whether to audit a pass of a server while it is computed."""
-        return not self.audit_one.locked() and audits_pass(candidate, self._budget, self._rng)
+    def audits_pass(self, candidate: Candidate, *, by: Purse = "outputs") -> bool:
+        """Whether to audit a pass of a server while it is computed, or a sum of what several have found."""
+        return not self.audit_one.locked() and audits_pass(candidate, self._budgets[by], self._rng)
 
     def choose(self, candidates: Sequence[Candidate]) -> int | None:
         """The index of the server to audit now, if any."""
-        return next_audit(candidates, self._budget, self._rng)
+        return next_audit(candidates, self._budgets["outputs"], self._rng)
 
 
 def _read(folder: Path) -> dict[str, Evidence]:

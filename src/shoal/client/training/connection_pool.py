@@ -17,10 +17,12 @@ from shoal.errors import Misrouted, PeerError
 from shoal.model.peft.factors import AdapterFactors
 from shoal.net.wire.codec import Tensors
 from shoal.peers import ServerInfo
-from shoal.protocol import Backward, Forward, Norms, NormsResult, NotCached, PassResult
+from shoal.protocol import Backward, Forward, Norms, NormsResult, NotCached, PassResult, SumResult, TakeSum
 
 IDLE_SECONDS = 60.0
 """A connection that was idle for so long is closed. The server then forgets the adapters that it was sent over it."""
+_RESULTS: dict[type, type[NormsResult | SumResult]] = {Norms: NormsResult, TakeSum: SumResult}
+"""What answers those requests that are no passes."""
 
 
 class _NotPushed(Exception):
@@ -60,13 +62,13 @@ class ConnectionPool:
     async def ask(
         self,
         server: ServerInfo,
-        request: Forward | Backward | Norms,
+        request: Forward | Backward | Norms | TakeSum,
         tensors: Tensors,
         adapters: Collection[AdapterFactors],
         *,
         usual_seconds: float,
         turn: RingTurn | None = None,
-    ) -> tuple[Connection, PassResult | NormsResult | NotCached, Tensors]:
+    ) -> tuple[Connection, PassResult | NormsResult | SumResult | NotCached, Tensors]:
         """A server's answer, and the connection that it came over. The server is sent the adapters that it misses.
 
         `turn` is told the connection. Raises `PeerError`s.
@@ -85,7 +87,7 @@ class ConnectionPool:
         turn: RingTurn,
         *,
         usual_seconds: float,
-    ) -> tuple[Connection, PassResult | NormsResult | NotCached, Tensors] | None:
+    ) -> tuple[Connection, PassResult | NormsResult | SumResult | NotCached, Tensors] | None:
         """The same in a ring, once all of its servers are connected and have their adapters.
 
         None if the server was not pushed the inputs. If it has lost adapters meanwhile, it says so: its inputs may
@@ -116,19 +118,19 @@ class ConnectionPool:
         self,
         connection: Connection,
         server: ServerInfo,
-        request: Forward | Backward | Norms,
+        request: Forward | Backward | Norms | TakeSum,
         tensors: Tensors,
         adapters: Collection[AdapterFactors],
         *,
         usual_seconds: float,
-    ) -> tuple[Connection, PassResult | NormsResult | NotCached, Tensors]:
-        result_type = NormsResult if isinstance(request, Norms) else PassResult
+    ) -> tuple[Connection, PassResult | NormsResult | SumResult | NotCached, Tensors]:
+        result_type = _RESULTS.get(type(request), PassResult)
         for _ in range(MAX_ADAPTER_UPLOADS):
             await self._adapter_sync.ensure_loaded(connection, server, adapters)
             reply, answer = await connection.ask(
                 request, tensors, expect=result_type | NotCached, usual_seconds=usual_seconds
             )
-            assert isinstance(reply, PassResult | NormsResult | NotCached)
+            assert isinstance(reply, PassResult | NormsResult | SumResult | NotCached)
             if not isinstance(reply, NotCached) or reply.kept:
                 return connection, reply, answer
             self._adapter_sync.forget(server.peer, adapters, reply.adapters)

@@ -25,11 +25,24 @@ class Gradients:
     factors: Mapping[int, FactorGradients]
 
 
-class FactorSums:
-    """Gradients of factors, summed over the microbatches in the order of the batch, which decides how sums are rounded.
+@dataclass(frozen=True)
+class PieceGradients:
+    """The gradients of a microbatch's piece: of its inputs [B, T, D], if they are needed, and of its factors, by block.
 
-    The gradients of one microbatch may take hundreds of megabytes. So only those that come before their turn are kept
-    until then; the others are in the sums only.
+    `summed_in` is the name of the sum on the server that has those of the factors, if they are there and not here.
+    """
+
+    inputs_BTD: torch.Tensor | None
+    factors: Mapping[int, FactorGradients]
+    summed_in: str | None = None
+
+
+class FactorSums:
+    """Gradients of factors, summed over the microbatches in the order of the batch, and then over the sums of servers.
+
+    Sums are float64, so the order hardly ever decides how they are rounded. The gradients of one microbatch may take
+    hundreds of megabytes. So only those that come before their turn are kept until then; the others are in the sums
+    only.
     """
 
     def __init__(self) -> None:
@@ -42,8 +55,16 @@ class FactorSums:
         self._early[number] = found
         while (in_turn := self._early.pop(self._next, None)) is not None:
             self._next += 1
-            for block, each in in_turn.items():
-                self.blocks[block] = self.blocks[block] + each if block in self.blocks else each
+            self.join(in_turn)
+
+    def join(self, found: Mapping[int, FactorGradients]) -> None:
+        """Add gradients that are no microbatch's own, after all of those."""
+        for block, each in found.items():
+            self.blocks[block] = self.blocks[block] + each if block in self.blocks else each
+
+    def rounded(self) -> dict[int, FactorGradients]:
+        """The sums in float32. Gradients that nothing was added to are what they were."""
+        return {block: each.rounded() for block, each in self.blocks.items()}
 
 
 def spans_of_one_answer(span: Span, tuning: ActiveAdapters, *, hidden_bytes: int) -> list[Span]:
@@ -72,6 +93,12 @@ def _is_one_answer(factors: Sequence[AdapterFactors], hidden_bytes: int) -> bool
     dtype = functools.reduce(torch.promote_types, (each.values.dtype for each in factors))
     num_factors = sum(len(each.values) for each in factors)
     return is_one_message(num_factors * dtype.itemsize + hidden_bytes, 2, longest=num_factors)
+
+
+def fits_a_sum(factors: Sequence[AdapterFactors]) -> bool:
+    """Whether the gradients of these factors, in float32, fit into one message."""
+    num_factors = sum(len(each.values) for each in factors)
+    return bool(factors) and is_one_message(num_factors * torch.float32.itemsize, 1, longest=num_factors)
 
 
 def by_block(

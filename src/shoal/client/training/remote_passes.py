@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence, Set
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -25,11 +26,13 @@ from shoal.client.swarm.answers import joined
 from shoal.client.swarm.known.directory_cache import Holding
 from shoal.client.swarm.message_sizes import check_length, check_size
 from shoal.client.swarm.swarm import Swarm
-from shoal.client.training.gradients import FactorSums, Gradients
+from shoal.client.training.gradients import FactorSums, Gradients, PieceGradients
 from shoal.client.training.late_passes import LatePasses
 from shoal.client.training.pass_audits import PassAudits
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan, pass_needs
 from shoal.client.training.server_passes import ServerPasses
+from shoal.client.training.sum_ledger import ServerSum, SumLedger, SummedPass
+from shoal.concurrency import now
 from shoal.errors import MissingBlocks, PeerError
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.wire.encodings import as_received
@@ -37,6 +40,7 @@ from shoal.policy.routing.route import Hop, Needs, Route
 from shoal.policy.routing.spread import microbatch_rows
 from shoal.spans import Span
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_MICROBATCHES_IN_FLIGHT = 16
@@ -91,18 +95,20 @@ class RemotePasses:
         """
         sizes = [pieces[0].hidden.shape[0] for pieces in microbatches]
         grads = as_received(grad_BTD, self._swarm.config.wire).split(sizes)
-        sums = FactorSums()
+        sums, ledger = FactorSums(), SumLedger() if len(sizes) > 1 else None
 
         async def one(number: int, pieces: Sequence[MicrobatchPiece], grad: torch.Tensor) -> torch.Tensor | None:
-            found = await self._backward(plan, pieces, grad)
+            found = await self._backward(plan, pieces, grad, number=number, ledger=ledger)
             sums.add(number, found.factors)
             return found.inputs_BTD if plan.inputs_wanted else None
 
         found = await self._all(
             one(number, pieces, grad) for number, (pieces, grad) in enumerate(zip(microbatches, grads, strict=True))
         )
+        if ledger is not None:
+            await self._take(plan, ledger, sums, num_microbatches=len(sizes))
         inputs = [each for each in found if each is not None]
-        return Gradients(joined(inputs) if inputs else None, sums.blocks)
+        return Gradients(joined(inputs) if inputs else None, sums.rounded())
 
     async def norms(self, block: int, paths: Sequence[str], num_rows: int) -> torch.Tensor:
         """The norms of the rows of some linear layers' weights in a block, `num_rows` in all. Raises `SwarmError`s."""
@@ -128,6 +134,38 @@ class RemotePasses:
             return await self._norms(span, paths, num_rows, avoided)
 
         return await self._with_failover(span, ask, late)
+
+    # -- sums on servers ----------------------------------------------------------------------------------------------
+
+    async def _take(self, plan: PassPlan, ledger: SumLedger, sums: FactorSums, *, num_microbatches: int) -> None:
+        """Take what servers have summed. The passes of sums that are lost are computed again, each with its own answer.
+
+        Raises `SwarmError`s.
+        """
+
+        async def take(of: ServerSum) -> Mapping[int, FactorGradients] | None:
+            began = now()
+            is_whole = ledger.is_whole(of, num_microbatches=num_microbatches)
+            try:
+                found = await self._servers.take_sum(plan, of, is_whole=is_whole)
+                return None if found is None else await self._audited.sum(plan, of.hop, of.passes, found)
+            except PeerError as failure:
+                self._swarm.servers.blame(failure, since=began)
+            return None
+
+        async def again(one: SummedPass) -> Mapping[int, FactorGradients]:
+            return (await self._backward(plan, [_unsaved(one.piece)], one.grad_BTD, number=one.number)).factors
+
+        lost: list[SummedPass] = []
+        for each, found in zip(ledger.sums, await self._all(take(each) for each in ledger.sums), strict=True):
+            if found is None or self._audited.has_lied(each.hop.server.peer):  # another audit may have found it since
+                lost += each.passes
+            else:
+                sums.join(found)
+        if lost:
+            log.info("sums of gradients are lost: %d passes are computed again", len(lost))
+        for factors in await self._all(again(one) for one in lost):
+            sums.join(factors)
 
     # -- one microbatch -----------------------------------------------------------------------------------------------
 
@@ -181,10 +219,14 @@ class RemotePasses:
         visited: Sequence[MicrobatchPiece],
         grad: torch.Tensor,
         late: frozenset[str] = NOBODY,
+        *,
+        number: int,
+        ledger: SumLedger | None = None,
     ) -> Gradients:
         """The gradients of a microbatch, whose pieces are visited in reverse as far as gradients are wanted.
 
-        Others than the `late` servers compute them, if there are any now.
+        Others than the `late` servers compute them, if there are any now. With a `ledger`, it has those of factors that
+        servers keep in sums.
         """
         factors: dict[int, FactorGradients] = {}
         span = Span(visited[0].span.start, visited[-1].span.end)
@@ -211,26 +253,34 @@ class RemotePasses:
         async def follow(ring: Sequence[MicrobatchPiece]) -> None:
             """Visit these pieces, the last ones of all, in reverse, as far as answers can be used."""
             nonlocal grad
-            async with self._servers.backward_ring(plan, ring, grad) as servers:
-                for piece, asked in zip(ring, servers, strict=True):
-                    # A server gives what it saved once. After that, a server is sent the whole piece.
-                    pieces[-1] = _unsaved(pieces[-1])
-                    race = self._late.race(asked, partial(by_others, piece, grad), late=late)
-                    found = await self._audited.backward(plan, piece, grad, race.answer)
-                    if race.others is not None:
-                        found = race.others.inputs_BTD, dict(race.others.factors)
-                    if found is None:
-                        return
-                    inputs_BTD, found_factors = found
-                    factors.update(found_factors)
-                    grad = grad if inputs_BTD is None else inputs_BTD
-                    pieces.pop()
-                    if race.others is not None or self._audited.has_lied(piece.peer):
-                        return
+            unused = [each.hop for each in ring if each.hop is not None]
+            try:
+                async with self._servers.backward_ring(plan, ring, grad, ledger) as servers:
+                    for piece, asked in zip(ring, servers, strict=True):
+                        # A server gives what it saved once. After that, a server is sent the whole piece.
+                        pieces[-1] = _unsaved(pieces[-1])
+                        race = self._late.race(asked, partial(by_others, piece, grad), late=late)
+                        found = await self._audited.backward(plan, piece, grad, race.answer, may_sum=ledger is not None)
+                        if race.others is not None:
+                            found = PieceGradients(race.others.inputs_BTD, race.others.factors)
+                        if found is None:
+                            return
+                        factors.update(found.factors)
+                        if ledger is not None and found.summed_in is not None:
+                            ledger.count(found.summed_in, SummedPass(number, pieces[-1], grad))
+                        grad = grad if found.inputs_BTD is None else found.inputs_BTD
+                        pieces.pop()
+                        if race.others is not None or self._audited.has_lied(piece.peer):
+                            return
+                        unused.pop(0)
+            finally:
+                if ledger is not None:
+                    ledger.close(unused)
 
         async def by_others(piece: MicrobatchPiece, grad_BTD: torch.Tensor) -> Gradients:
             avoided = await self._before_others(piece, late)
-            return await self._backward(plan, [replace(piece, hop=None, saved_as=None)], grad_BTD, avoided)
+            unsaved = [replace(piece, hop=None, saved_as=None)]
+            return await self._backward(plan, unsaved, grad_BTD, avoided, number=number)
 
         return Gradients(await self._with_failover(span, go_on, late), factors)
 

@@ -22,25 +22,26 @@ import torch
 from shoal.client.swarm.answers import OTHER_THAN_ASKED, finite, plausible, rounded_like, wrong_with
 from shoal.client.swarm.connection import Connection
 from shoal.client.swarm.swarm import Swarm
-from shoal.client.training.gradients import by_block
+from shoal.client.training.gradients import PieceGradients, by_block, fits_a_sum
 from shoal.client.training.pass_plan import MicrobatchPiece, PassPlan
 from shoal.client.training.pass_rings import Answered, AskedPart, PassRings, RingPart
 from shoal.client.training.ring_turn import RingStart, RingTurn
+from shoal.client.training.sum_ledger import ServerSum, SumLedger
 from shoal.errors import ServerLost
 from shoal.model.peft.factors import FactorGradients
 from shoal.net.signing.token_digests import tensor_digest_aside
 from shoal.net.wire.codec import Tensors
 from shoal.policy.contribution.credit import BACKWARD
 from shoal.policy.routing.route import Hop, pass_seconds
-from shoal.protocol import Backward, Forward, Norms, NotCached, PassResult
+from shoal.protocol import Backward, Forward, Norms, NotCached, PassResult, SumResult, TakeSum
 from shoal.tensors import TensorName
 
 log = logging.getLogger(__name__)
 
 NORMS_SECONDS = 1.0
 """How long the norms of a block's weights usually take: a server reads all of them."""
-PieceGradients = tuple[torch.Tensor | None, dict[int, FactorGradients]]
-"""The gradients of a piece's inputs [B, T, D], if they are needed, and of its factors by block."""
+SUM_SECONDS = 1.0
+"""How long a server usually takes to answer with a sum of gradients, beside the time that these travel."""
 SENT_AND_MISSING = "that it lacks what it was just sent"
 
 Inputs = TypeVar("Inputs")
@@ -124,19 +125,49 @@ class ServerPasses:
 
     @contextlib.asynccontextmanager
     async def backward_ring(
-        self, plan: PassPlan, pieces: Sequence[MicrobatchPiece], grad_BTD: torch.Tensor
+        self,
+        plan: PassPlan,
+        pieces: Sequence[MicrobatchPiece],
+        grad_BTD: torch.Tensor,
+        sums: SumLedger | None = None,
     ) -> AsyncIterator[list[AskedGradients]]:
         """Ask the servers of these pieces, the last blocks first, for gradients. `grad_BTD` is sent to the first one.
 
-        A piece that a server has saved is not sent again. Raises `PeerError`s.
+        A piece that a server has saved is not sent again. With `sums`, the servers may add the gradients of factors to
+        those, in place of answering them. Raises `PeerError`s.
         """
-        parts = [self._backward_part(plan, pieces[0], {"grad": grad_BTD})]
-        parts += [self._backward_part(plan, piece, {}) for piece in pieces[1:]]
+        parts = [self._backward_part(plan, pieces[0], {"grad": grad_BTD}, sums)]
+        parts += [self._backward_part(plan, piece, {}, sums) for piece in pieces[1:]]
         async with self.rings.asking(parts) as asked:
             yield [
                 self._asked(each, functools.partial(self._gradients, plan, asked, index))
                 for index, each in enumerate(asked)
             ]
+
+    async def take_sum(self, plan: PassPlan, of: ServerSum, *, is_whole: bool) -> dict[int, FactorGradients] | None:
+        """The gradients of factors in a sum, by block, in float32 if it `is_whole` or of one pass, else in float64.
+
+        None if the server does not have the sum of just the passes that the client counts in it. Raises `PeerError`s.
+        """
+        needs_rest = not is_whole and len(of.passes) > 1
+        found = await self._half_of_sum(plan, of, keeps_rest=needs_rest)
+        if found is None or not needs_rest:
+            return found
+        rest = await self._half_of_sum(plan, of, keeps_rest=False)
+        return None if rest is None else {block: each + rest[block] for block, each in found.items()}
+
+    async def _half_of_sum(
+        self, plan: PassPlan, of: ServerSum, *, keeps_rest: bool
+    ) -> dict[int, FactorGradients] | None:
+        server, request = of.hop.server, TakeSum(name=of.name, keeps_rest=keeps_rest)
+        connection, result, tensors = await self.rings.pool.ask(server, request, {}, (), usual_seconds=SUM_SECONDS)
+        if not isinstance(result, SumResult) or result.num_passes != len(of.passes):
+            return None
+        found_N = tensors.get("factor_grads")
+        factors = by_block(plan.trained.in_span(of.hop.span), found_N, result.unused)
+        if factors is None or found_N is None or found_N.dtype != torch.float32:
+            raise _failed(connection, OTHER_THAN_ASKED)
+        return factors
 
     def norms(self, hop: Hop, paths: Sequence[str], num_rows: int) -> AskedNorms:
         """Ask a server for the norms of the rows of some linear layers' weights, `num_rows` in all, of one block."""
@@ -161,8 +192,11 @@ class ServerPasses:
             del tensors["hidden"]
         return RingPart(piece.hop, request, tensors, plan.tuning.in_span(piece.span), piece)
 
-    def _backward_part(self, plan: PassPlan, piece: MicrobatchPiece, grad: dict[TensorName, torch.Tensor]) -> RingPart:
+    def _backward_part(
+        self, plan: PassPlan, piece: MicrobatchPiece, grad: dict[TensorName, torch.Tensor], sums: SumLedger | None
+    ) -> RingPart:
         assert piece.hop is not None
+        is_summed = sums is not None and fits_a_sum(plan.trained.in_span(piece.span))
         request = Backward(
             model=self._swarm.model.key,
             fingerprint=self._swarm.fingerprint,
@@ -173,6 +207,7 @@ class ServerPasses:
             seed=piece.seed,
             inputs=plan.needs_inputs_of(piece.span),
             frozen=tuple(block for block in piece.span if block in plan.frozen),
+            into=sums.name_for(piece.hop) if sums is not None and is_summed else None,
         )
         tensors = grad if piece.saved_as is not None else {**piece.tensors(), **grad}
         return RingPart(piece.hop, request, tensors, plan.tuning.in_span(piece.span), piece)
@@ -227,10 +262,13 @@ class ServerPasses:
             return None
         wants_inputs = plan.needs_inputs_of(piece.span)
         inputs_BTD = self._received(connection, result, found, "grad", piece) if wants_inputs else None
+        request = asked[index].part.request
+        if result.summed and isinstance(request, Backward) and request.into is not None:
+            return PieceGradients(inputs_BTD, {}, request.into)
         factors = by_block(plan.trained.in_span(piece.span), found.get("factor_grads"), result.unused)
-        if factors is None:
+        if factors is None or result.summed:
             raise _failed(connection, OTHER_THAN_ASKED)
-        return inputs_BTD, factors
+        return PieceGradients(inputs_BTD, factors)
 
     async def _answered(self, asked: Sequence[AskedPart], index: int, inputs_BTD: torch.Tensor) -> Answered | None:
         """A server's answer, if it was computed from these inputs, or what it says that it lacks.

@@ -9,7 +9,7 @@ On the client they come from PEFT's layers (`shoal.model.peft.peft_layers`). On 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -54,8 +54,16 @@ class FactorGradients:
     unused: frozenset[int] = frozenset()
 
     def __add__(self, other: FactorGradients) -> FactorGradients:
-        """The gradients of both computations together, in float32 or more, because sums need the precision."""
-        return FactorGradients(self.values.float() + other.values, self.unused & other.unused)
+        """The gradients of both computations together, in float64.
+
+        There the sum of numbers in float32 is exact, unless they differ by more than a factor of 2^29. So it is the
+        same in any order, and `rounded` to float32 it is as near to the truth as it can be.
+        """
+        return FactorGradients(self.values.double() + other.values, self.unused & other.unused)
+
+    def rounded(self) -> FactorGradients:
+        """The same in float32, if they are a sum."""
+        return replace(self, values=self.values.float()) if self.values.dtype == torch.float64 else self
 
 
 @dataclass(frozen=True)

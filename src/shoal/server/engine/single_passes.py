@@ -12,13 +12,14 @@ import torch
 
 from shoal.model.body import Body
 from shoal.policy.batching.engine_limits import Limits
-from shoal.protocol import Backward, Forward, Norms
+from shoal.protocol import Backward, Forward, Norms, TakeSum
 from shoal.server.engine.loop import EngineLoop
 from shoal.server.engine.validator import RequestValidator
-from shoal.server.refusals import busy, rejected
+from shoal.server.refusals import Refused, busy, rejected
 from shoal.server.step_inputs import StepInputs
 from shoal.server.training import block_passes
 from shoal.server.training.adapter_store import AdapterStore, MissingFromCache
+from shoal.server.training.gradient_sums import KEPT_SECONDS, GradientSums, TakenSum
 from shoal.server.training.pass_blocks import PassBlocks
 from shoal.server.training.saved_activations import ActivationStore, SavedActivations
 
@@ -30,6 +31,9 @@ class SinglePasses:
 
     def __init__(self, body: Body, validator: RequestValidator, loop: EngineLoop, limits: Limits) -> None:
         self.activations = ActivationStore(body, max_bytes=limits.activation_bytes, seconds=limits.activation_seconds)
+        self.sums = GradientSums(
+            self.activations.budget, client_bytes=limits.activation_bytes // 2, seconds=KEPT_SECONDS
+        )
         self.adapters = AdapterStore(body, max_bytes=limits.adapter_bytes, drop_adapters=self.activations.drop_adapters)
         self.waiting_bytes = 0  # of the inputs of passes that wait or are computed
         self._body = body
@@ -87,8 +91,22 @@ class SinglePasses:
         pieces = block_passes.backward(
             blocks, grad_BTD, saved, self.activations.weight_pointers, inputs=request.inputs, trained=learning
         )
+        try:
+            into = self.sums.of(peer, request) if learning else None
+        except Refused:
+            saved.drop()
+            raise
+        if into is not None:
+            pieces = block_passes.summing(pieces, into)
         num_bytes = grad_BTD.nbytes + (0 if inputs is None else inputs.num_bytes)
         return await self._submit(peer if payer is None else payer, num_bytes, pieces, saved)
+
+    async def take_sum(self, peer: str, request: TakeSum) -> TakenSum:
+        """A sum of gradients that the client has named. Raises `MissingFromCache` if it is gone."""
+        taken = await self.sums.take(peer, request.name, keeps_rest=request.keeps_rest)
+        if taken is None:
+            raise MissingFromCache(activations=True)
+        return taken
 
     async def norms(self, request: Norms, *, payer: str) -> torch.Tensor:
         """The norms [F] of the rows of some linear layers' weights. Raises `Refused`."""
@@ -116,6 +134,7 @@ class SinglePasses:
         """Forget all that was kept for a client that is gone."""
         self.adapters.release(peer)
         self.activations.release(peer)
+        self.sums.release(peer)
 
     def _blocks(self, peer: str, request: Forward | Backward, inputs: StepInputs) -> PassBlocks:
         span = self._validator.span_of(request)

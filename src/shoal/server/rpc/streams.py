@@ -41,6 +41,8 @@ from shoal.protocol import (
     Pong,
     ProtocolViolation,
     Step,
+    SumResult,
+    TakeSum,
     Transfer,
 )
 from shoal.server.engine.engine import Engine
@@ -89,7 +91,8 @@ class Handler:
     async def drain(self, seconds: float, *, farewell: Failure) -> None:
         """Refuse new sessions and passes, and ask clients to take the open sessions elsewhere.
 
-        Returns when these sessions, and the passes that are being computed, have ended: after `seconds` at the latest.
+        Returns when these sessions, and the passes that are being computed, have ended, and clients have taken the sums
+        of their gradients: after `seconds` at the latest.
         `farewell` is what clients are told that ask for something new.
         """
         self._farewell = farewell
@@ -100,9 +103,14 @@ class Handler:
             session.leave(seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
-                while self._sessions or self._num_passes:
-                    self._ended.clear()
-                    await self._ended.wait()
+                await self._wait_for_answers()
+                await self._engine.passes.sums.wait_until_taken()
+                await self._wait_for_answers()  # the last sum may be on its way
+
+    async def _wait_for_answers(self) -> None:
+        while self._sessions or self._num_passes:
+            self._ended.clear()
+            await self._ended.wait()
 
     async def leave(self, farewell: Failure) -> None:
         """End all streams, now and from now on, and tell their clients why."""
@@ -205,17 +213,24 @@ class Handler:
                 self._engine.observers.emit(stored)
                 await self._send(stream, AdapterStored())
             case Norms():
+                self._check_stays()
                 with self._counting_pass():
                     computing = self._engine.passes.norms(message, payer=payer_behind(stream))
                     norms = await self._while_answering_pings(stream, reader, account, computing)
                     await self._send(stream, NormsResult(), {"factors": norms})
             case Forward() | Backward():
+                self._check_stays()
                 with self._counting_pass():
                     passing = self._pass(stream, account, pushes, message, tensors)
                     result, outcome, encoding = await self._while_answering_pings(
                         stream, reader, account, passing, is_working=lambda: not pushes.is_waiting
                     )
                     await self._send(stream, result, outcome, encoding)
+            case TakeSum():
+                with self._counting_pass():  # also while the server drains: it waits until its sums are taken
+                    taken = await self._engine.passes.take_sum(stream.peer, message)
+                    answer = SumResult(num_passes=taken.num_passes, unused=taken.unused)
+                    await self._send(stream, answer, {"factor_grads": taken.factors_N})
             case _:
                 raise rejected(f"a message of kind {message.kind!r} makes no sense here")
         return True
@@ -275,12 +290,11 @@ class Handler:
             answer["grad"] = found.inputs_BTD.to(grad_BTD)
         if found.factors_N is not None:
             answer["factor_grads"] = found.factors_N
-        return PassResult(unused=found.unused), answer
+        return PassResult(unused=found.unused, summed=found.are_summed), answer
 
     @contextlib.contextmanager
     def _counting_pass(self) -> Iterator[None]:
-        """A pass is computed and answered in this context. Raises `Refused` if the server takes no new ones."""
-        self._check_stays()
+        """A pass is computed and answered in this context, or a sum of several is."""
         self._num_passes += 1
         try:
             yield
@@ -289,6 +303,7 @@ class Handler:
             self._ended.set()
 
     def _check_stays(self) -> None:
+        """Raises `Refused` if the server takes no new sessions and passes."""
         if self._farewell is not None:
             raise Refused(self._farewell)
 

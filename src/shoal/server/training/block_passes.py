@@ -16,6 +16,7 @@ from torch import nn
 
 from shoal.model.body import Body
 from shoal.model.peft.block_adapters import weight_row_norms
+from shoal.server.training.gradient_sums import GradientSum
 from shoal.server.training.pass_blocks import PassBlocks
 from shoal.server.training.saved_activations import BlockActivations, SavedActivations, counting_saved_bytes
 
@@ -28,12 +29,14 @@ Pieces = Generator[None, None, T]
 class Gradients:
     """What a backward pass finds: the gradient [B, T, D] of its inputs, if wanted, and that [N] of the factors.
 
-    `unused` are the indices of the factor tensors that took no part in the forward pass.
+    `unused` are the indices of the factor tensors that took no part in the forward pass. If the gradients of factors
+    `are_summed`, they are not here but in a sum.
     """
 
     inputs_BTD: torch.Tensor | None
     factors_N: torch.Tensor | None
     unused: tuple[int, ...] = ()
+    are_summed: bool = False
 
 
 def forward(blocks: PassBlocks) -> Pieces[torch.Tensor]:
@@ -105,6 +108,14 @@ def backward(
     values = [torch.zeros_like(own) if found is None else found for own, found in factors]
     factors_N = torch.cat([each.flatten() for each in values]) if values else None
     return Gradients(gradient if inputs else None, factors_N, unused)
+
+
+def summing(pieces: Pieces[Gradients], into: GradientSum) -> Pieces[Gradients]:
+    """The same gradients, but those of the factors are added to a sum if that has room for them."""
+    found = yield from pieces
+    if found.factors_N is not None and into.add(found.factors_N, found.unused):
+        return Gradients(found.inputs_BTD, None, are_summed=True)
+    return found
 
 
 def norms(body: Body, block: int, modules: Sequence[str]) -> Pieces[torch.Tensor]:
