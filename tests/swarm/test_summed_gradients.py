@@ -340,6 +340,31 @@ def test_a_sum_of_more_passes_than_the_client_has_counted_is_not_used():
     play(act, "0:4")
 
 
+@pytest.mark.parametrize("num_in_time", [0, 1, 3])
+@pytest.mark.parametrize("gives_in", [True, False])
+def test_a_sum_of_a_server_that_others_have_overtaken_counts_no_pass_twice(num_in_time: int, gives_in: bool):
+    """It computes late what others have computed meanwhile, adds that to its sum, or never answers again."""
+
+    async def act(training: Training) -> None:
+        pieces = await training.forward()
+        by_peer = Counter(piece.peer for each in pieces for piece in each)
+        victim = training.member(by_peer.most_common(1)[0][0])
+
+        def stall(_: str) -> None:
+            victim.executor.slowness = 2000.0
+            if not gives_in:
+                victim.executor.thawed.clear()
+
+        if num_in_time:
+            training.on_message("pass_result", stall, sender=victim.name, number=num_in_time - 1)
+        else:
+            stall(victim.name)
+        assert equal(await training.backward(pieces), training.expected)
+        victim.executor.recover()
+
+    play(act, "0:4", "0:4")
+
+
 def test_sums_that_are_never_taken_are_dropped_with_the_last_stream_which_is_not_open_for_long():
     async def act(training: Training) -> None:
         for waits in (True, False):
