@@ -1,10 +1,10 @@
 """Every message that peers exchange, typed, with its limits. It imports the ground only.
 
 A stream carries frames; a frame is one message and the tensors that it declares (`docs/protocol.md` has the bytes).
-The first message of a stream is `Open` for a session, `Forward`, `Backward` or `Norms` for single computations, a
-`Step` with a `link` or `PassInputs`, which one server pushes to the next, or a `Transfer`. An `Introduce` and
-`Adapter`s may come before the first four. `DialBack`, which peers without blocks answer too, has streams of its own
-(`REACH_PROTOCOL`).
+The first message of a stream is `Open` for a session, `Forward`, `Backward`, `TakeSum` or `Norms` for single
+computations, a `Step` with a `link` or `PassInputs`, which one server pushes to the next, or a `Transfer`. An
+`Introduce` and `Adapter`s may come before the first five. `DialBack`, which peers without blocks answer too, has
+streams of its own (`REACH_PROTOCOL`).
 Every header is parsed here before any other code sees it: an unknown kind, field or type, or a number beyond its limit,
 is refused.
 """

@@ -61,7 +61,7 @@ class GradientSum:
             if self._values_N is None:
                 if not self._reserve(factors_N.numel() * torch.float64.itemsize):
                     return False
-                self._values_N, self._unused = factors_N.to("cpu", torch.float64), frozenset(unused)
+                self._values_N, self._unused = factors_N.cpu().double(), frozenset(unused)
             else:
                 self._values_N += factors_N.cpu()
                 self._unused &= frozenset(unused)
