@@ -290,7 +290,7 @@ def test_a_server_that_leaves_stays_until_its_sum_is_taken():
 def test_where_is_no_room_for_a_sum_every_answer_has_its_own():
     async def act(training: Training) -> None:
         for member in training.bed.members:
-            member.engine.passes.sums._client_bytes = 8
+            member.engine.passes.sums.client_bytes = 8
         assert equal(await training.gradients(), training.expected)
         assert training.num_bytes == {"pass_result": training.num_microbatches * 4 * NUM_FACTORS}
 

@@ -122,7 +122,7 @@ class GradientSums:
 
     def __init__(self, budget: ByteBudget, *, client_bytes: int, seconds: float) -> None:
         self._budget = budget
-        self._client_bytes = client_bytes
+        self.client_bytes = client_bytes
         self._seconds = seconds
         self._kept: dict[tuple[str, str], _Kept] = {}
         self._budgets: dict[str, ByteBudget] = {}  # by client
@@ -144,7 +144,7 @@ class GradientSums:
         if key not in self._kept:
             if sum(holder == peer for holder, _ in self._kept) >= MAX_SUMS:
                 return None
-            own = self._budgets.setdefault(peer, ByteBudget(self._client_bytes))
+            own = self._budgets.setdefault(peer, ByteBudget(self.client_bytes))
             self._kept[key] = _Kept(GradientSum(of, (own, self._budget)), self._expiry(key))
             self._is_empty.clear()
         kept = self._kept[key]
