@@ -53,7 +53,7 @@ async def test_a_client_is_answered_though_another_address_holds_all_streams(mon
         stream = await client.transport.open(server.transport.peer)
         assert await is_answered(stream)
         assert set(seen) == {"127.0.1.1", "127.0.0.1"}
-        # Two of the streams gave way to others. One found no room, not always the last one: they may overtake each other.
+        # Two of the streams gave way to others, and one found no room: any of them, since they may overtake each other.
         answers = [await stack.enter_async_context(owned_task(codec.receive(each))) for each in held]
         while sum(each.done() for each in answers) < 3:
             await asyncio.wait([each for each in answers if not each.done()], return_when=asyncio.FIRST_COMPLETED)

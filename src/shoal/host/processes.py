@@ -259,7 +259,8 @@ def interruptible() -> Iterator[Callable[[], None]]:
     """In this context, SIGTERM and a closed terminal raise `KeyboardInterrupt`, as Ctrl-C does, so that contexts exit.
 
     A library may swallow the exception. Therefore the function that this yields raises it again. The caller calls it
-    now and then; it is also called at the end of the context.
+    now and then; it is also called at the end of the context. What fails after an interrupt, such as something that is
+    closed in the middle of its work, counts as the interrupt too.
     """
     interrupted = False
 
@@ -273,7 +274,11 @@ def interruptible() -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
 
     with _with_handlers({signal.SIGTERM: interrupt, signal.SIGHUP: interrupt, signal.SIGINT: interrupt}):
-        yield check
+        try:
+            yield check
+        except Exception:
+            check()
+            raise
         check()
 
 
